@@ -1,0 +1,171 @@
+"""Files that survive a crash: written aside, flushed to disk, moved into place, and listed with their SHA-256.
+
+Nothing here knows what the bytes mean. A directory is whole when `nextword.json` is in it and every file it lists has the
+size and the hash it says; that file is written last.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from nextword.errors import CorruptFile, DiskFull, NextwordError
+
+MANIFEST = "nextword.json"
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the operating system's "no space left" into a `DiskFull` that says how much room there is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise NextwordError(f"{path}: cannot write: {error.strerror or error}") from error
+        free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+        raise DiskFull(
+            f"{path}: the disk is full ({free:,} bytes free). What was saved before is whole: "
+            "make room and run the same command again with --resume."
+        ) from error
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file, or a directory where the system lets one be opened (Windows does not)."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Write a whole file so that a crash leaves either the old content or the new one."""
+    data = content.encode() if isinstance(content, str) else content
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writing(path):
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+        flush_to_disk(path.parent)
+
+
+def append_durably(path: Path, line: str) -> None:
+    """Append one line and return when it is on the disk."""
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file of ours. Raises `CorruptFile` with path and line where it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise NextwordError(f"{path}: no such file") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        where = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise CorruptFile(f"{path}{where}: not valid JSON ({error})") from error
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """The records of a line-per-record file of ours; a last line that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline was never finished
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise CorruptFile(f"{path} line {number}: not valid JSON ({error})") from error
+    return records
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(directory: Path, facts: dict[str, Any]) -> None:
+    """Write the manifest of a finished directory: `facts`, and the size and SHA-256 of every file in it."""
+    files = {
+        str(path.relative_to(directory).as_posix()): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    with writing(directory):
+        for name in files:
+            flush_to_disk(directory / name)
+    write_durably(directory / MANIFEST, to_json({**facts, "files": files}))
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The facts a directory was sealed with. Raises `CorruptFile` where the manifest is missing or not one."""
+    if not (directory / MANIFEST).is_file():
+        raise CorruptFile(f"{directory}: no {MANIFEST}, so this was never finished or is no directory of nextword's")
+    manifest = read_json(directory / MANIFEST)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise CorruptFile(f"{directory / MANIFEST}: not a manifest")
+    return manifest
+
+
+def damage(directory: Path) -> Iterable[str]:
+    """Every way in which a sealed directory differs from its manifest, one sentence a file."""
+    for name, expected in read_manifest(directory)["files"].items():
+        path = directory / name
+        if not path.resolve().is_relative_to(directory.resolve()):
+            yield f"{path}: the manifest names a file outside of its directory"
+        elif not path.is_file():
+            yield f"{path}: missing"
+        elif path.stat().st_size != expected["bytes"]:
+            yield f"{path}: {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+        elif sha256(path) != expected["sha256"]:
+            yield f"{path}: the content does not match its SHA-256"
+
+
+def check_seal(directory: Path) -> dict[str, Any]:
+    """Read the manifest and check every file against it; the facts it holds. Raises `CorruptFile` naming each file."""
+    problems = list(damage(directory))
+    if problems:
+        raise CorruptFile("\n".join(problems))
+    return read_manifest(directory)
+
+
+def move_into_place(aside: Path, final: Path) -> None:
+    """Put a finished directory where another one may stand. A crash in between leaves one of the two whole.
+
+    `settle` completes a move that a crash interrupted.
+    """
+    retired = final.with_name(f".{final.name}.old")
+    with writing(final):
+        if retired.exists():
+            shutil.rmtree(retired)
+        if final.exists():
+            final.rename(retired)
+        aside.rename(final)
+        flush_to_disk(final.parent)
+        if retired.exists():
+            shutil.rmtree(retired)
+
+
+def settle(final: Path) -> None:
+    """After a crash inside `move_into_place`: bring the old directory back, or clear it away."""
+    retired = final.with_name(f".{final.name}.old")
+    if retired.exists() and not final.exists():
+        retired.rename(final)
+    elif retired.exists():
+        shutil.rmtree(retired)
