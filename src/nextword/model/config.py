@@ -1,0 +1,190 @@
+"""What a GPT is made of: the sizes, the choices, the named presets, and the stock class that each one is.
+
+The space of choices is closed. A configuration that no stock class of `transformers` can hold is refused when it is made, so
+that every model can be written as a stock directory.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+Family = Literal["gpt1", "gpt2", "qwen3", "llama"]
+
+# The stock class, its `model_type` in config.json, and the name it has there.
+STOCK_CLASSES: dict[Family, tuple[str, str]] = {
+    "gpt1": ("openai-gpt", "OpenAIGPTLMHeadModel"),
+    "gpt2": ("gpt2", "GPT2LMHeadModel"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "llama": ("llama", "LlamaForCausalLM"),
+}
+
+
+class ConfigError(ValueError):
+    """These sizes or choices make no model, or none that a stock class can hold."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The whole shape of a model. Every field is a number of things, or a choice named as in the field's papers."""
+
+    vocab_size: int
+    context_length: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_model: int
+    d_ff: int
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_position: Literal["pre", "post"] = "pre"
+    norm_eps: float = 1e-5
+    positions: Literal["learned", "sinusoidal", "rope"] = "learned"
+    rope_theta: float = 10_000.0
+    activation: Literal["relu", "gelu", "swiglu"] = "gelu"
+    qk_norm: bool = False
+    attention_bias: bool = True
+    feed_forward_bias: bool = True
+    tied: bool = True
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context_length", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_model", "d_ff"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.n_heads % self.n_kv_heads:
+            raise ConfigError(f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must be at least 0 and less than 1, not {self.dropout}")
+        if self.positions == "rope" and self.head_dim % 2:
+            raise ConfigError(f"rotary positions turn pairs of numbers: head_dim must be even, not {self.head_dim}")
+        if self.positions == "sinusoidal" and self.d_model % 2:
+            raise ConfigError(f"sinusoidal positions come in pairs: d_model must be even, not {self.d_model}")
+        if not (self.norm_eps > 0 and self.rope_theta > 0):
+            raise ConfigError("norm_eps and rope_theta must be above 0")
+        _ = self.family
+
+    @property
+    def family(self) -> Family:
+        """The stock family that holds this model. Raises `ConfigError` where none does, with the choice that is in the way."""
+        if self.norm == "layernorm":
+            family: Family = "gpt1" if self.norm_position == "post" else "gpt2"
+            required: dict[str, Any] = {"qk_norm": False, "n_kv_heads": self.n_heads}
+            choices: dict[str, tuple[Any, ...]] = {"positions": ("learned", "sinusoidal"), "activation": ("relu", "gelu")}
+            if family == "gpt1":
+                required["d_ff"] = 4 * self.d_model
+            if self.head_dim * self.n_heads != self.d_model:
+                raise ConfigError(
+                    f"{STOCK_CLASSES[family][1]} wants d_model = n_heads × head_dim; "
+                    f"{self.d_model} is not {self.n_heads} × {self.head_dim}"
+                )
+        else:
+            family = "qwen3" if self.qk_norm else "llama"
+            required = {"norm_position": "pre", "attention_bias": False, "feed_forward_bias": False}
+            choices = {"positions": ("rope",), "activation": ("swiglu",)}
+        for name, value in required.items():
+            choices[name] = (value,)
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{STOCK_CLASSES[family][1]}, the stock class nearest to these choices, has "
+                    f"{name} = {' or '.join(map(str, allowed))}, not {getattr(self, name)}"
+                )
+        return family
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained, embeddings included and a tied head counted once."""
+        d, q, kv = self.d_model, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        norm = d * (2 if self.norm == "layernorm" else 1)
+        attention = d * (q + 2 * kv) + q * d + (q + 2 * kv + d if self.attention_bias else 0)
+        attention += 2 * self.head_dim if self.qk_norm else 0
+        matrices = 3 if self.activation == "swiglu" else 2
+        feed_forward = matrices * d * self.d_ff + (self.d_ff + d if self.feed_forward_bias else 0)
+        embeddings = self.vocab_size * d * (1 if self.tied else 2)
+        embeddings += self.context_length * d if self.positions == "learned" else 0
+        final_norm = norm if self.norm_position == "pre" else 0
+        return embeddings + self.n_layers * (attention + feed_forward + 2 * norm) + final_norm
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"unknown model settings: {', '.join(unknown)}")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(str(error)) from error
+
+
+# The choices of each preset; its sizes come from SIZES or from the caller.
+PRESETS: dict[str, dict[str, Any]] = {
+    # Vaswani et al. 2017, sections 3.1 to 3.5, the decoder alone. Its projections have no bias. The head is a matrix of
+    # its own, because a shared one cannot be as large as the position table and give calm logits at once.
+    "tutorial": {
+        "norm": "layernorm", "norm_position": "post", "positions": "sinusoidal", "activation": "relu",
+        "attention_bias": False, "tied": False,
+    },
+    # Radford et al. 2018, section 4.1.
+    "gpt1": {"norm": "layernorm", "norm_position": "post", "positions": "learned", "activation": "gelu"},
+    # Radford et al. 2019, section 2.3: the norms move to the input of each part, and one is added at the end.
+    "gpt2": {"norm": "layernorm", "norm_position": "pre", "positions": "learned", "activation": "gelu"},
+    # Qwen3 technical report 2025, section 2: rotary positions (Su et al. 2021), RMSNorm (Zhang and Sennrich 2019),
+    # SwiGLU (Shazeer 2020), grouped queries (Ainslie et al. 2023), and each head's queries and keys normalised.
+    "modern": {
+        "norm": "rmsnorm", "norm_position": "pre", "norm_eps": 1e-6, "positions": "rope", "activation": "swiglu",
+        "qk_norm": True, "attention_bias": False, "feed_forward_bias": False,
+    },
+}  # fmt: skip
+
+# name: (layers, heads, width, context). From 125m on: GPT-3's table 2.1 (Brown et al. 2020), with heads that divide the
+# width where the printed numbers do not.
+SIZES: dict[str, tuple[int, int, int, int]] = {
+    "tiny": (2, 4, 128, 128),
+    "mini": (4, 4, 256, 256),
+    "midi": (6, 6, 384, 256),
+    "base": (8, 8, 512, 512),
+    "125m": (12, 12, 768, 1024),
+    "350m": (24, 16, 1024, 2048),
+    "760m": (24, 16, 1536, 2048),
+    "1.3b": (24, 16, 2048, 2048),
+    "2.7b": (32, 32, 2560, 2048),
+    "6.7b": (32, 32, 4096, 2048),
+    "13b": (40, 40, 5120, 2048),
+    "175b": (96, 96, 12288, 2048),
+}
+
+
+def build_config(preset: str = "modern", size: str = "mini", *, vocab_size: int, **overrides: Any) -> ModelConfig:
+    """A preset at a size, with single settings changed by name.
+
+    What is not given follows from what is: `head_dim` is d_model / n_heads, `d_ff` four times the width (8/3 of it,
+    rounded up to a multiple of 64, for SwiGLU's three matrices), `n_kv_heads` all of them (modern: a half, from four
+    heads on, where it divides).
+
+    Raises:
+        ConfigError: an unknown preset, size or setting, or a model that no stock class can hold.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    if size not in SIZES:
+        raise ConfigError(f"unknown size {size!r}: choose one of {', '.join(SIZES)}")
+    n_layers, n_heads, d_model, context_length = SIZES[size]
+    values: dict[str, Any] = {
+        **PRESETS[preset],
+        **{"n_layers": n_layers, "n_heads": n_heads, "d_model": d_model, "context_length": context_length},
+        **{name: value for name, value in overrides.items() if value is not None},
+        "vocab_size": vocab_size,
+    }
+    n_heads, d_model = values["n_heads"], values["d_model"]
+    if "head_dim" not in values:
+        if d_model % n_heads:
+            raise ConfigError(f"d_model ({d_model}) must be a multiple of n_heads ({n_heads}), or head_dim be given")
+        values["head_dim"] = d_model // n_heads
+    if "n_kv_heads" not in values:
+        values["n_kv_heads"] = n_heads // 2 if preset == "modern" and n_heads >= 4 and n_heads % 2 == 0 else n_heads
+    if "d_ff" not in values:
+        values["d_ff"] = -(-8 * d_model // (3 * 64)) * 64 if values["activation"] == "swiglu" else 4 * d_model
+    return ModelConfig.from_dict(values)

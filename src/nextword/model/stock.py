@@ -1,0 +1,376 @@
+"""A model directory is a stock Hugging Face directory: the tables of names and layouts, both ways.
+
+`save_model` writes what `transformers.AutoModelForCausalLM` opens; `load_model` opens what it wrote, and the directories of
+four stock families whoever trained them. Only safetensors and JSON are read; nothing in a directory is ever run.
+"""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nextword.errors import CorruptFile, NextwordError
+from nextword.files import MANIFEST, check_seal, read_json, to_json, write_durably
+from nextword.model.config import STOCK_CLASSES, ConfigError, Family, ModelConfig
+from nextword.model.gpt import GPT, sinusoidal_table
+
+# ---------------------------------------------------------------- names
+# Stock name → the names of ours that it holds, one below the other. "{i}" is the layer. Where the stock name ends in "ᵀ" the
+# matrix is stored [in, out] (the `Conv1D` of GPT-1 and GPT-2) and ours, [out, in], is its transpose.
+
+CONV1D_BLOCK = {
+    "h.{i}.ln_1.{p}": ["blocks.{i}.attention_norm.{p}"],
+    "h.{i}.attn.c_attn.weightᵀ": [f"blocks.{{i}}.attention.{n}.weight" for n in ("query", "key", "value")],
+    "h.{i}.attn.c_attn.bias": [f"blocks.{{i}}.attention.{n}.bias" for n in ("query", "key", "value")],
+    "h.{i}.attn.c_proj.weightᵀ": ["blocks.{i}.attention.output.weight"],
+    "h.{i}.attn.c_proj.bias": ["blocks.{i}.attention.output.bias"],
+    "h.{i}.ln_2.{p}": ["blocks.{i}.feed_forward_norm.{p}"],
+    "h.{i}.mlp.c_fc.weightᵀ": ["blocks.{i}.feed_forward.up.weight"],
+    "h.{i}.mlp.c_fc.bias": ["blocks.{i}.feed_forward.up.bias"],
+    "h.{i}.mlp.c_proj.weightᵀ": ["blocks.{i}.feed_forward.down.weight"],
+    "h.{i}.mlp.c_proj.bias": ["blocks.{i}.feed_forward.down.bias"],
+}
+LLAMA_BLOCK = {
+    "layers.{i}.input_layernorm.weight": ["blocks.{i}.attention_norm.weight"],
+    "layers.{i}.self_attn.q_proj.weight": ["blocks.{i}.attention.query.weight"],
+    "layers.{i}.self_attn.k_proj.weight": ["blocks.{i}.attention.key.weight"],
+    "layers.{i}.self_attn.v_proj.weight": ["blocks.{i}.attention.value.weight"],
+    "layers.{i}.self_attn.o_proj.weight": ["blocks.{i}.attention.output.weight"],
+    "layers.{i}.self_attn.q_norm.weight": ["blocks.{i}.attention.query_norm.weight"],
+    "layers.{i}.self_attn.k_norm.weight": ["blocks.{i}.attention.key_norm.weight"],
+    "layers.{i}.post_attention_layernorm.weight": ["blocks.{i}.feed_forward_norm.weight"],
+    "layers.{i}.mlp.gate_proj.weight": ["blocks.{i}.feed_forward.gate.weight"],
+    "layers.{i}.mlp.up_proj.weight": ["blocks.{i}.feed_forward.up.weight"],
+    "layers.{i}.mlp.down_proj.weight": ["blocks.{i}.feed_forward.down.weight"],
+}
+LLAMA_REST = {"embed_tokens.weight": ["token_embedding.weight"], "norm.weight": ["final_norm.weight"]}
+NAMES: dict[Family, dict[str, list[str]]] = {
+    "gpt1": {
+        "tokens_embed.weight": ["token_embedding.weight"],
+        "positions_embed.weight": ["position_embedding.weight"],
+        **CONV1D_BLOCK,
+    },
+    "gpt2": {
+        "wte.weight": ["token_embedding.weight"],
+        "wpe.weight": ["position_embedding.weight"],
+        **CONV1D_BLOCK,
+        "ln_f.{p}": ["final_norm.{p}"],
+    },
+    "qwen3": {**LLAMA_REST, **LLAMA_BLOCK},
+    "llama": {**LLAMA_REST, **{name: ours for name, ours in LLAMA_BLOCK.items() if "_norm.weight" not in name}},
+}
+PREFIX: dict[Family, str] = {"gpt1": "transformer.", "gpt2": "transformer.", "qwen3": "model.", "llama": "model."}
+# Buffers that older files carry: causal masks and rotary frequencies, all of them computed here.
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+
+
+def name_table(config: ModelConfig) -> dict[str, list[str]]:
+    """Every stock tensor of this model by its full name → the names of ours in it, in order."""
+    table: dict[str, list[str]] = {}
+    for stock, ours in NAMES[config.family].items():
+        for i in range(config.n_layers) if "{i}" in stock else [0]:
+            for p in ("weight", "bias") if "{p}" in stock else [""]:
+                table[PREFIX[config.family] + stock.format(i=i, p=p)] = [name.format(i=i, p=p) for name in ours]
+    if not config.tied:
+        table["lm_head.weight"] = ["head.weight"]
+    return table
+
+
+def to_stock(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors under the stock class's names and layouts; zeros where it has a bias that our mathematics has not."""
+    tensors = dict(weights)
+    if config.positions == "sinusoidal":
+        tensors["position_embedding.weight"] = sinusoidal_table(config.context_length, config.d_model)
+    stock = {}
+    for name, ours in name_table(config).items():
+        parts = []
+        for our in ours:
+            if our not in tensors:  # a bias; anything else missing is a KeyError, and a mistake of ours
+                tensors[our] = tensors[our.replace(".bias", ".weight")].new_zeros(
+                    tensors[our.replace(".bias", ".weight")].shape[0]
+                )
+            parts.append(tensors[our])
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        stock[name.removesuffix("ᵀ")] = (whole.T if name.endswith("ᵀ") else whole).contiguous()
+    return stock
+
+
+def from_stock(config: ModelConfig, name: str, ours: list[str], tensor: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """One stock tensor taken apart into ours; what our mathematics has not (a zero bias, the position table) is left out."""
+    whole = tensor.T if name.endswith("ᵀ") else tensor
+    rows = [shapes[our][0] if our in shapes else 0 for our in ours]
+    if not any(rows):
+        return {}
+    return {our: part.contiguous() for our, part in zip(ours, whole.split(rows), strict=True) if our in shapes}
+
+
+# ---------------------------------------------------------------- config.json
+
+
+def stock_config(config: ModelConfig, end_of_text: int | None, pad: int | None) -> dict[str, Any]:
+    """What config.json says of this model."""
+    model_type, architecture = STOCK_CLASSES[config.family]
+    common: dict[str, Any] = {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tied,
+        "initializer_range": 0.02,
+        "dtype": "float32",
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "pad_token_id": pad,
+    }
+    if config.family in ("gpt1", "gpt2"):
+        activation = "relu" if config.activation == "relu" else ("gelu" if config.family == "gpt1" else "gelu_new")
+        own = {
+            "n_positions": config.context_length,
+            "n_embd": config.d_model,
+            "n_layer": config.n_layers,
+            "n_head": config.n_heads,
+            "layer_norm_epsilon": config.norm_eps,
+            "afn" if config.family == "gpt1" else "activation_function": activation,
+            "embd_pdrop": config.dropout,
+            "resid_pdrop": config.dropout,
+            "attn_pdrop": 0.0,
+        }
+        if config.family == "gpt2":
+            own["n_inner"] = config.d_ff
+    else:
+        own = {
+            "max_position_embeddings": config.context_length,
+            "hidden_size": config.d_model,
+            "intermediate_size": config.d_ff,
+            "num_hidden_layers": config.n_layers,
+            "num_attention_heads": config.n_heads,
+            "num_key_value_heads": config.n_kv_heads,
+            "head_dim": config.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": config.norm_eps,
+            # The older key, which many readers still take, and the newer one say the same.
+            "rope_theta": config.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+        }
+        if config.family == "llama":
+            own["mlp_bias"] = False
+    return {**common, **own}
+
+
+def read_stock_config(path: Path) -> ModelConfig:
+    """The model that a stock config.json describes.
+
+    Raises:
+        NextwordError: a family or a feature that nextword does not have, by name.
+        CorruptFile: no JSON object, a number missing or of another kind.
+    """
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise CorruptFile(f"{path}: not a JSON object")
+    families = {model_type: family for family, (model_type, _) in STOCK_CLASSES.items()}
+    if raw.get("model_type") not in families:
+        raise NextwordError(
+            f"{path}: model_type {raw.get('model_type')!r} is not one that nextword opens ({', '.join(families)})"
+        )
+    if raw.get("auto_map"):
+        raise NextwordError(f"{path}: this model needs code of its own (auto_map), and nextword runs no code from a model")
+    if raw.get("quantization_config"):
+        raise NextwordError(f"{path}: quantised weights (quantization_config) are not opened")
+    family = families[raw["model_type"]]
+    try:
+        values = read_gpt_fields(raw, family) if family in ("gpt1", "gpt2") else read_llama_fields(raw, family)
+        return ModelConfig.from_dict(values)
+    except KeyError as error:
+        raise CorruptFile(f"{path}: {error.args[0]} is missing") from error
+    except (ConfigError, TypeError) as error:
+        raise CorruptFile(f"{path}: {error}") from error
+    except Unsupported as error:
+        raise NextwordError(f"{path}: {error}") from error
+
+
+class Unsupported(Exception):
+    """A feature of a stock family that nextword does not have."""
+
+
+def read_gpt_fields(raw: dict[str, Any], family: Family) -> dict[str, Any]:
+    name = raw.get("afn", "gelu") if family == "gpt1" else raw.get("activation_function", "gelu_new")
+    # In GPT-1's class "gelu" is the tanh form; in GPT-2's that is "gelu_new".
+    activations = {"relu": "relu", "gelu": "gelu"} if family == "gpt1" else {
+        "relu": "relu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu",
+    }  # fmt: skip
+    if name not in activations:
+        raise Unsupported(f"the activation {name!r} is not one that nextword has")
+    for flag in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"):
+        if raw.get(flag):
+            raise Unsupported(f"{flag} is not something that nextword does")
+    if raw.get("scale_attn_weights") is False:
+        raise Unsupported("attention without its scale of 1/√d_k is not something that nextword does")
+    width, heads = raw["n_embd"], raw["n_head"]
+    return {
+        "vocab_size": raw["vocab_size"],
+        "context_length": raw.get("n_positions", raw.get("n_ctx")),
+        "n_layers": raw["n_layer"],
+        "n_heads": heads,
+        "n_kv_heads": heads,
+        "head_dim": width // heads if heads else 0,
+        "d_model": width,
+        "d_ff": raw.get("n_inner") or 4 * width,
+        "norm": "layernorm",
+        "norm_position": "post" if family == "gpt1" else "pre",
+        "norm_eps": raw.get("layer_norm_epsilon", 1e-5),
+        "positions": "learned",
+        "activation": activations[name],
+        "tied": raw.get("tie_word_embeddings", True),
+    }
+
+
+def read_llama_fields(raw: dict[str, Any], family: Family) -> dict[str, Any]:
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise Unsupported(f"RoPE scaling ({rope.get('rope_type', rope.get('type'))}) is not something that nextword does")
+    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise Unsupported("partial rotary positions are not something that nextword does")
+    sliding = raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or [])
+    if sliding:
+        raise Unsupported("sliding windows are not something that nextword does")
+    for bias in ("attention_bias", "mlp_bias"):
+        if raw.get(bias):
+            raise Unsupported(f"{bias} is not something that nextword's {family} has")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise Unsupported(f"the activation {raw['hidden_act']!r} is not one that nextword has")
+    heads, width = raw["num_attention_heads"], raw["hidden_size"]
+    head_dim = raw.get("head_dim") or (128 if family == "qwen3" else width // heads if heads else 0)
+    return {
+        "vocab_size": raw["vocab_size"],
+        "context_length": raw["max_position_embeddings"],
+        "n_layers": raw["num_hidden_layers"],
+        "n_heads": heads,
+        "n_kv_heads": raw.get("num_key_value_heads") or heads,
+        "head_dim": head_dim,
+        "d_model": width,
+        "d_ff": raw["intermediate_size"],
+        "norm": "rmsnorm",
+        "norm_eps": raw.get("rms_norm_eps", 1e-6),
+        "positions": "rope",
+        "rope_theta": float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
+        "activation": "swiglu",
+        "qk_norm": family == "qwen3",
+        "attention_bias": False,
+        "feed_forward_bias": False,
+        "tied": raw.get("tie_word_embeddings", False),
+    }
+
+
+# ---------------------------------------------------------------- directories
+
+
+def save_model(model: GPT, directory: Path, *, end_of_text: int | None = None, pad: int | None = None) -> None:
+    """Write config.json, generation_config.json and model.safetensors into an existing directory.
+
+    The tokenizer's files and the seal are the caller's. Weights are written in float32.
+    """
+    config = model.config
+    weights = {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()}
+    tensors = to_stock(config, weights)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    write_durably(directory / "config.json", to_json(stock_config(config, end_of_text, pad)))
+    generation = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": pad, "do_sample": True}
+    write_durably(directory / "generation_config.json", to_json(generation))
+
+
+def load_model(directory: Path, device: torch.device | str = "cpu") -> GPT:
+    """Open a stock directory, ours (checked against its manifest) or anybody's; float32, ready to use.
+
+    Raises:
+        CorruptFile: a hash, a shape or a file that is not as it should be.
+        NextwordError: no model here, or one with something that nextword does not do, by name.
+    """
+    if not (directory / "config.json").is_file():
+        raise NextwordError(f"{directory}: no config.json, so this is no model directory")
+    config = read_stock_config(directory / "config.json")
+    if (directory / MANIFEST).is_file():
+        facts = check_seal(directory)
+        if "model" in facts:  # what the stock format has no place for: the sinusoids, and biases that do not exist
+            config = ModelConfig.from_dict(facts["model"])
+    sources = find_weights(directory)
+    with torch.device("meta"):
+        model = GPT(config)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    weights = read_weights(directory, config, sources, shapes)
+    model.load_state_dict(weights, assign=True)
+    if config.positions == "sinusoidal":
+        model.position_table = sinusoidal_table(config.context_length, config.d_model)
+    return model.to(device)
+
+
+def find_weights(directory: Path) -> dict[str, Path]:
+    """Tensor name → the safetensors file that has it, in one file or in shards under an index."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map", {})
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise CorruptFile(f"{index}: weight_map does not give a file name for each tensor")
+        files = sorted(set(weight_map.values()))
+        if outside := [name for name in files if Path(name).name != name]:
+            raise CorruptFile(f"{index}: {outside[0]!r} is no file of this directory")
+    elif (directory / "model.safetensors").is_file():
+        files = ["model.safetensors"]
+    else:
+        other = sorted(p.name for p in directory.glob("*.bin")) + sorted(p.name for p in directory.glob("*.pt*"))
+        hint = f"; {other[0]} is a pickle, which nextword does not open: convert it to safetensors" if other else ""
+        raise NextwordError(f"{directory}: no model.safetensors{hint}")
+    found = {}
+    for name in files:
+        try:
+            with safe_open(directory / name, framework="pt") as file:
+                found.update(dict.fromkeys(file.keys(), directory / name))
+        except (SafetensorError, OSError, struct.error, json.JSONDecodeError) as error:
+            raise CorruptFile(f"{directory / name}: not a safetensors file ({error})") from error
+    return found
+
+
+def read_weights(
+    directory: Path, config: ModelConfig, sources: dict[str, Path], shapes: dict[str, torch.Size]
+) -> dict[str, Tensor]:
+    """Our tensors out of a directory's files. Every shape is checked in the header, before anything is read."""
+    prefix = PREFIX[config.family]
+    table = name_table(config)
+    weights: dict[str, Tensor] = {}
+    for name, ours in table.items():
+        stock = name.removesuffix("ᵀ")
+        bare = stock.removeprefix(prefix)  # the base model alone is saved without the prefix
+        key = stock if stock in sources else bare
+        if key not in sources:
+            if any(our in shapes for our in ours):
+                raise CorruptFile(f"{directory}: the tensor {stock} is missing")
+            continue
+        expected = expected_shape(config, name, ours, shapes)
+        with safe_open(sources[key], framework="pt") as file:
+            part = file.get_slice(key)
+            if list(part.get_shape()) != expected:
+                raise CorruptFile(f"{sources[key]}: {key} has the shape {part.get_shape()}; config.json says {expected}")
+            if part.get_dtype() not in ("F32", "F16", "BF16", "F64"):
+                raise NextwordError(f"{sources[key]}: {key} holds {part.get_dtype()}, which nextword does not open")
+            weights.update(from_stock(config, name, ours, part[:].float(), shapes))
+    known = {name.removesuffix("ᵀ") for name in table} | {name.removesuffix("ᵀ").removeprefix(prefix) for name in table}
+    known |= {"lm_head.weight"}  # a tied head may be written out as well
+    extra = [name for name in sources if name not in known and not name.endswith(BUFFERS)]
+    if extra:
+        raise NextwordError(f"{directory}: tensors that this kind of model does not have: {', '.join(sorted(extra)[:5])}")
+    return weights
+
+
+def expected_shape(config: ModelConfig, name: str, ours: list[str], shapes: dict[str, torch.Size]) -> list[int]:
+    """The shape a stock tensor must have for the model that config.json describes."""
+    if not any(our in shapes for our in ours):
+        if "positions_embed" in name or "wpe" in name:
+            return [config.context_length, config.d_model]
+        return [sum(shapes[our.replace(".bias", ".weight")][0] for our in ours)]
+    whole = [sum(shapes[our][0] for our in ours), *shapes[ours[0]][1:]]
+    return whole[::-1] if name.endswith("ᵀ") else whole
