@@ -4,7 +4,7 @@ The space of choices is closed. A configuration that no stock class of `transfor
 that every model can be written as a stock directory.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 Family = Literal["gpt1", "gpt2", "qwen3", "llama"]
@@ -22,32 +22,49 @@ class ConfigError(ValueError):
     """These sizes or choices make no model, or none that a stock class can hold."""
 
 
+def size(help: str) -> Any:
+    return field(metadata={"help": help})
+
+
+def choice(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The whole shape of a model. Every field is a number of things, or a choice named as in the field's papers."""
 
     vocab_size: int
-    context_length: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    d_model: int
-    d_ff: int
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    norm_position: Literal["pre", "post"] = "pre"
-    norm_eps: float = 1e-5
-    positions: Literal["learned", "sinusoidal", "rope"] = "learned"
-    rope_theta: float = 10_000.0
-    activation: Literal["relu", "gelu", "swiglu"] = "gelu"
-    qk_norm: bool = False
-    attention_bias: bool = True
-    feed_forward_bias: bool = True
-    tied: bool = True
-    dropout: float = 0.0
+    context_length: int = size("Tokens of a window: how far the model looks back.")
+    n_layers: int = size("Blocks, one above the other.")
+    n_heads: int = size("Attention heads of a layer.")
+    n_kv_heads: int = size("Key-value heads, each shared by n_heads / n_kv_heads query heads.")
+    head_dim: int = size("Width of a head; d_model / n_heads where not given.")
+    d_model: int = size("Width of the residual stream.")
+    d_ff: int = size("Width of the feed-forward layer.")
+    norm: Literal["layernorm", "rmsnorm"] = choice("layernorm", "Layer normalisation, or RMSNorm.")
+    norm_position: Literal["pre", "post"] = choice("pre", "Norms before each part, or after each sum.")
+    norm_eps: float = choice(1e-5, "What keeps a norm from dividing by zero.")
+    positions: Literal["learned", "sinusoidal", "rope"] = choice("learned", "How a token knows its place.")
+    rope_theta: float = choice(10_000.0, "Base of the rotary angles.")
+    activation: Literal["relu", "gelu", "swiglu"] = choice("gelu", "Between the feed-forward matrices.")
+    qk_norm: bool = choice(False, "Normalise each head's queries and keys.")
+    attention_bias: bool = choice(True, "Biases in the attention's projections.")
+    feed_forward_bias: bool = choice(True, "Biases in the feed-forward layer.")
+    tied: bool = choice(True, "One matrix for the token embedding and the head.")
+    dropout: float = choice(0.0, "Share of the residual stream that is dropped in training.")
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context_length", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_model", "d_ff"):
+        for name in (
+            "vocab_size",
+            "context_length",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "head_dim",
+            "d_model",
+            "d_ff",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
@@ -69,7 +86,10 @@ class ModelConfig:
         if self.norm == "layernorm":
             family: Family = "gpt1" if self.norm_position == "post" else "gpt2"
             required: dict[str, Any] = {"qk_norm": False, "n_kv_heads": self.n_heads}
-            choices: dict[str, tuple[Any, ...]] = {"positions": ("learned", "sinusoidal"), "activation": ("relu", "gelu")}
+            choices: dict[str, tuple[Any, ...]] = {
+                "positions": ("learned", "sinusoidal"),
+                "activation": ("relu", "gelu"),
+            }
             if family == "gpt1":
                 required["d_ff"] = 4 * self.d_model
             if self.head_dim * self.n_heads != self.d_model:
@@ -142,8 +162,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 # name: (layers, heads, width, context). From 125m on: GPT-3's table 2.1 (Brown et al. 2020), with heads that divide the
 # width where the printed numbers do not.
 SIZES: dict[str, tuple[int, int, int, int]] = {
-    "tiny": (2, 4, 128, 128),
-    "mini": (4, 4, 256, 256),
+    "tiny": (4, 4, 128, 128),
+    "mini": (6, 6, 192, 256),
     "midi": (6, 6, 384, 256),
     "base": (8, 8, 512, 512),
     "125m": (12, 12, 768, 1024),
@@ -174,7 +194,10 @@ def build_config(preset: str = "modern", size: str = "mini", *, vocab_size: int,
     n_layers, n_heads, d_model, context_length = SIZES[size]
     values: dict[str, Any] = {
         **PRESETS[preset],
-        **{"n_layers": n_layers, "n_heads": n_heads, "d_model": d_model, "context_length": context_length},
+        "n_layers": n_layers,
+        "n_heads": n_heads,
+        "d_model": d_model,
+        "context_length": context_length,
         **{name: value for name, value in overrides.items() if value is not None},
         "vocab_size": vocab_size,
     }

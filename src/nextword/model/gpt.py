@@ -235,7 +235,7 @@ class GPT(nn.Module):
         elif self.config.positions == "learned":
             x = x + self.position_embedding(positions)
         else:
-            x = x + self.position_table[positions]
+            x = x + self.get_buffer("position_table")[positions]
         x = drop(x, None if keep is None else keep[0], self.config.dropout)
         for layer, block in enumerate(self.blocks):
             x = block(x, rotation, mask, cache, None if keep is None else keep[1 + 2 * layer : 3 + 2 * layer])
@@ -265,7 +265,9 @@ class GPT(nn.Module):
                 if glorot and module is not self.head:
                     nn.init.xavier_uniform_(module.weight)
                 else:
-                    residual = name.endswith(("attention.output", "feed_forward.down")) and config.norm_position == "pre"
+                    residual = (
+                        name.endswith(("attention.output", "feed_forward.down")) and config.norm_position == "pre"
+                    )
                     nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * config.n_layers) if residual else 0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

@@ -5,6 +5,7 @@ four stock families whoever trained them. Only safetensors and JSON are read; no
 """
 
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,9 @@ def to_stock(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tenso
     return stock
 
 
-def from_stock(config: ModelConfig, name: str, ours: list[str], tensor: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+def from_stock(
+    config: ModelConfig, name: str, ours: list[str], tensor: Tensor, shapes: dict[str, torch.Size]
+) -> dict[str, Tensor]:
     """One stock tensor taken apart into ours; what our mathematics has not (a zero bias, the position table) is left out."""
     whole = tensor.T if name.endswith("ᵀ") else tensor
     rows = [shapes[our][0] if our in shapes else 0 for our in ours]
@@ -179,7 +182,9 @@ def read_stock_config(path: Path) -> ModelConfig:
             f"{path}: model_type {raw.get('model_type')!r} is not one that nextword opens ({', '.join(families)})"
         )
     if raw.get("auto_map"):
-        raise NextwordError(f"{path}: this model needs code of its own (auto_map), and nextword runs no code from a model")
+        raise NextwordError(
+            f"{path}: this model needs code of its own (auto_map), and nextword runs no code from a model"
+        )
     if raw.get("quantization_config"):
         raise NextwordError(f"{path}: quantised weights (quantization_config) are not opened")
     family = families[raw["model_type"]]
@@ -198,7 +203,7 @@ class Unsupported(Exception):
     """A feature of a stock family that nextword does not have."""
 
 
-def read_gpt_fields(raw: dict[str, Any], family: Family) -> dict[str, Any]:
+def read_gpt_fields(raw: dict[str, Any], family: str) -> dict[str, Any]:
     name = raw.get("afn", "gelu") if family == "gpt1" else raw.get("activation_function", "gelu_new")
     # In GPT-1's class "gelu" is the tanh form; in GPT-2's that is "gelu_new".
     activations = {"relu": "relu", "gelu": "gelu"} if family == "gpt1" else {
@@ -230,10 +235,12 @@ def read_gpt_fields(raw: dict[str, Any], family: Family) -> dict[str, Any]:
     }
 
 
-def read_llama_fields(raw: dict[str, Any], family: Family) -> dict[str, Any]:
+def read_llama_fields(raw: dict[str, Any], family: str) -> dict[str, Any]:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise Unsupported(f"RoPE scaling ({rope.get('rope_type', rope.get('type'))}) is not something that nextword does")
+        raise Unsupported(
+            f"RoPE scaling ({rope.get('rope_type', rope.get('type'))}) is not something that nextword does"
+        )
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
         raise Unsupported("partial rotary positions are not something that nextword does")
     sliding = raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or [])
@@ -280,6 +287,7 @@ def save_model(model: GPT, directory: Path, *, end_of_text: int | None = None, p
     tensors = to_stock(config, weights)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     write_durably(directory / "config.json", to_json(stock_config(config, end_of_text, pad)))
+    shutil.copymode(directory / "config.json", directory / "model.safetensors")  # which is made for its owner alone
     generation = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": pad, "do_sample": True}
     write_durably(directory / "generation_config.json", to_json(generation))
 
@@ -354,7 +362,9 @@ def read_weights(
         with safe_open(sources[key], framework="pt") as file:
             part = file.get_slice(key)
             if list(part.get_shape()) != expected:
-                raise CorruptFile(f"{sources[key]}: {key} has the shape {part.get_shape()}; config.json says {expected}")
+                raise CorruptFile(
+                    f"{sources[key]}: {key} has the shape {part.get_shape()}; config.json says {expected}"
+                )
             if part.get_dtype() not in ("F32", "F16", "BF16", "F64"):
                 raise NextwordError(f"{sources[key]}: {key} holds {part.get_dtype()}, which nextword does not open")
             weights.update(from_stock(config, name, ours, part[:].float(), shapes))
@@ -362,7 +372,9 @@ def read_weights(
     known |= {"lm_head.weight"}  # a tied head may be written out as well
     extra = [name for name in sources if name not in known and not name.endswith(BUFFERS)]
     if extra:
-        raise NextwordError(f"{directory}: tensors that this kind of model does not have: {', '.join(sorted(extra)[:5])}")
+        raise NextwordError(
+            f"{directory}: tensors that this kind of model does not have: {', '.join(sorted(extra)[:5])}"
+        )
     return weights
 
 

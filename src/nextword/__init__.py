@@ -1,0 +1,69 @@
+"""From a folder of text to a GPT that is trained, measured and used, on the machine you have.
+
+    import nextword
+    nextword.pretrain("my-texts/", out="runs/mine", budget="30m")
+    nextword.load("runs/mine").generate("Once upon a time")
+
+The verbs of the command line are functions here, with the same names for the same things. Nothing heavy is imported until one
+of the names below is used.
+"""
+
+import time
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+STARTED = time.time()  # a budget counts from here when nextword is the program
+__version__ = "0.1.0"
+
+PUBLIC = {
+    "demo": "nextword.api",
+    "prepare": "nextword.api",
+    "pretrain": "nextword.api",
+    "generate": "nextword.api",
+    "evaluate": "nextword.api",
+    "report": "nextword.api",
+    "verify": "nextword.api",
+    "load": "nextword.api",
+    "Model": "nextword.api",
+    "Completion": "nextword.inference.engine",
+    "Sampling": "nextword.inference.sampling",
+    "Likelihood": "nextword.evaluation.likelihood",
+    "GPT": "nextword.model.gpt",
+    "ModelConfig": "nextword.model.config",
+    "build_config": "nextword.model.config",
+    "Tokenizer": "nextword.text.tokenizer",
+    "Corpus": "nextword.text.corpus",
+    "NextwordError": "nextword.errors",
+}
+__all__ = ["__version__"]
+__all__ += PUBLIC.keys()
+
+if TYPE_CHECKING:
+    from nextword.api import Model as Model
+    from nextword.api import demo as demo
+    from nextword.api import evaluate as evaluate
+    from nextword.api import generate as generate
+    from nextword.api import load as load
+    from nextword.api import prepare as prepare
+    from nextword.api import pretrain as pretrain
+    from nextword.api import report as report
+    from nextword.api import verify as verify
+    from nextword.errors import NextwordError as NextwordError
+    from nextword.evaluation.likelihood import Likelihood as Likelihood
+    from nextword.inference.engine import Completion as Completion
+    from nextword.inference.sampling import Sampling as Sampling
+    from nextword.model.config import ModelConfig as ModelConfig
+    from nextword.model.config import build_config as build_config
+    from nextword.model.gpt import GPT as GPT
+    from nextword.text.corpus import Corpus as Corpus
+    from nextword.text.tokenizer import Tokenizer as Tokenizer
+
+
+def __getattr__(name: str) -> Any:
+    if name in PUBLIC:
+        return getattr(import_module(PUBLIC[name]), name)
+    raise AttributeError(f"module 'nextword' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *PUBLIC])

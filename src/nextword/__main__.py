@@ -1,0 +1,3 @@
+from nextword.cli import main
+
+main()

@@ -1,0 +1,106 @@
+"""What a person sees while something runs: live on a terminal, plain lines elsewhere, nothing when asked to be quiet.
+
+Everything goes to standard error, so that standard output holds results alone.
+"""
+
+import math
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+PLAIN_SECONDS = 10.0  # between two plain lines where there is no terminal
+
+
+def duration(seconds: float) -> str:
+    """4.2 s, 3:05, 2:00:05."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Console:
+    """Says things, and shows how far a long job is. Use it as a context, so that the live display ends cleanly."""
+
+    def __init__(self, quiet: bool = False):
+        self.quiet = quiet
+        self.rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self.live = self.rich.is_terminal and not quiet
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+        self.stage = ""
+        self.shown = -math.inf
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """A line of its own. Text is shown as it is: no markup is read from it."""
+        if not self.quiet:
+            self.rich.print(Text(text, style=style or ""))
+
+    def warn(self, text: str) -> None:
+        """A line that even `quiet` does not hide."""
+        self.rich.print(Text(text, style="yellow"))
+
+    def progress(self, stage: str, done: float, total: float) -> None:
+        """How far a stage is; a new name begins a new bar."""
+        self._show(stage, done, total, "")
+
+    def training(self, metrics: Any, *, bits_per_byte: float, tokens_per_second: float, seconds_left: float) -> None:
+        """The live line of a training run."""
+        text = (
+            f"step {metrics.step:,} · loss {metrics.loss:.3f} · {bits_per_byte:.3f} bits/byte · "
+            f"{tokens_per_second:,.0f} tokens/s · {duration(seconds_left)} left"
+        )
+        self._show("training", metrics.progress, 1.0, text)
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """What the model writes by now."""
+        if self.quiet:
+            return
+        self.rich.print(Text.assemble((f"  step {step:,} writes: ", "dim"), (prompt, "dim italic"), (text, "italic")))
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+        self.stage = ""
+
+    def _show(self, stage: str, done: float, total: float, text: str) -> None:
+        if self.quiet:
+            return
+        now = time.monotonic()
+        if not self.live:
+            if stage != self.stage or now - self.shown >= PLAIN_SECONDS or done >= total:
+                if stage != self.stage or done < total or text:
+                    self.rich.print(Text(f"{stage} {100 * done / max(total, 1e-9):3.0f} %  {text}".rstrip()))
+                self.shown, self.stage = now, stage
+            return
+        if stage != self.stage:
+            self.close()
+            self.stage = stage
+            # A training run says its own time left; the other stages leave that to the bar.
+            columns = [
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[text]}"),
+            ]
+            if not text:
+                columns.append(TimeRemainingColumn())
+            self.bar = Progress(*columns, console=self.rich, transient=True)
+            self.task = self.bar.add_task(stage, total=total, text=text)
+            self.bar.start()
+        assert self.bar is not None and self.task is not None
+        self.bar.update(self.task, completed=done, total=total, text=text)

@@ -1,0 +1,152 @@
+"""A run folder: who works on it, what it is, what happened in it, and its best model.
+
+RUN/run.json (what the run is) · metrics.jsonl (a line a step) · decisions.jsonl (what the clock decided) · checkpoints/ ·
+model/ (the best weights, a stock directory) · result.json (once it is finished) · report.html and README.md.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from nextword import files
+from nextword.errors import CorruptFile, NextwordError, RunLocked, UsageError
+from nextword.model.gpt import GPT
+from nextword.model.stock import save_model
+from nextword.text.tokenizer import Tokenizer
+
+OWN = ("run.json", "data", ".data.partial", "checkpoints", "lock", "holder.json")
+
+
+class RunFolder:
+    """The paths of a run and what is written to them. Made by `open_run`, which holds the lock."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.data = path / "data"
+        self.model = path / "model"
+        self.metrics = path / "metrics.jsonl"
+        self.decisions = path / "decisions.jsonl"
+        self.result = path / "result.json"
+
+    @property
+    def begun(self) -> bool:
+        return (self.path / "run.json").is_file()
+
+    @property
+    def finished(self) -> bool:
+        return self.result.is_file()
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json says. Raises `CorruptFile` where it is not a run's."""
+        facts = files.read_json(self.path / "run.json")
+        if not isinstance(facts, dict) or "recipe" not in facts:
+            raise CorruptFile(f"{self.path / 'run.json'}: not a run of nextword's")
+        return facts
+
+    def write_facts(self, facts: dict[str, Any]) -> None:
+        files.write_durably(self.path / "run.json", files.to_json(facts))
+
+    def append(self, record: dict[str, Any]) -> None:
+        """One more line of metrics. Not flushed to disk each time: a resume cuts back to its checkpoint anyway."""
+        with files.writing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def cut_back(self, step: int) -> float:
+        """Drop the lines after `step`, which will be made again; the seconds that the run had used by its last line."""
+        records = files.read_json_lines(self.metrics)
+        spent = max((record.get("seconds", 0.0) for record in records), default=0.0)
+        kept = [json.dumps(record) + "\n" for record in records if record["step"] <= step]
+        files.write_durably(self.metrics, "".join(kept))
+        return spent
+
+    def save_model(self, model: GPT, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
+        """Put the model in place as RUN/model, a sealed stock directory."""
+        aside = self.path / ".model.partial"
+        with files.writing(self.model):
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            save_model(model, aside, end_of_text=tokenizer.end_of_text, pad=tokenizer.pad)
+            tokenizer.save(aside, model.config.context_length)
+        files.seal(aside, {**facts, "model": model.config.to_dict()})
+        files.move_into_place(aside, self.model)
+
+
+@contextmanager
+def open_run(path: Path, *, resume: bool) -> Iterator[RunFolder]:
+    """The run folder, made where it is not there, and locked while it is open.
+
+    Raises:
+        UsageError: it holds a run already and `resume` was not said, or it holds something else.
+        RunLocked: another process works on it; the message names it.
+    """
+    run = RunFolder(path)
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path}: a file is in the way of the run folder")
+    if run.begun and not resume:
+        raise UsageError(f"{path}: holds a run already. Go on with it by --resume, or choose another --out")
+    strangers = [p.name for p in path.iterdir() if p.name not in OWN] if path.is_dir() and not run.begun else []
+    if strangers:
+        raise UsageError(f"{path}: is not empty ({strangers[0]} is in it) and no run folder. Choose another --out")
+    with files.writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path / "lock")
+    holder = path / "holder.json"
+    try:
+        lock.acquire(timeout=0.5)
+    except filelock.Timeout as error:
+        who = files.read_json(holder) if holder.is_file() else {"process": "unknown", "host": "an unknown host"}
+        raise RunLocked(f"{path}: process {who['process']} on {who['host']} is at work on this run") from error
+    try:
+        files.write_durably(holder, files.to_json({"process": os.getpid(), "host": socket.gethostname()}))
+        files.settle(run.model)
+        files.settle(run.data)
+        yield run
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+class Interrupted(NextwordError):
+    """Stopped by Ctrl-C (exit code 130) or SIGTERM (143), after a checkpoint."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def catching_signals() -> Iterator[list[int]]:
+    """While this is open, the first Ctrl-C or SIGTERM is put on the list that it gives; a second one leaves at once."""
+    caught: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if caught:
+            os._exit(128 + number)
+        caught.append(number)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread, where Python lets nobody set handlers: the caller's own stay
+        yield caught
+        return
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """Where two settings differ, one "name: before → now" each, for a person to read."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(set(before) | set(now))
+        return [line for key in keys for line in differences(before.get(key), now.get(key), f"{name}.{key}".strip("."))]
+    return [] if before == now else [f"{name}: {before} → {now}"]

@@ -1,0 +1,116 @@
+"""From one long row of tokens to the batch of a step: a pure function of (seed, step).
+
+Nothing is drawn and nothing is remembered, so that a resume, another number of machines, or a question about the order of the
+data needs no state at all.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+IGNORE = -100  # a target that is not counted; the value that torch's cross entropy skips
+
+
+class TokenSource(Protocol):
+    """A long row of token ids, read by place."""
+
+    def __len__(self) -> int: ...
+    def read(self, start: int, count: int) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one step (or of one machine's share of it), in order.
+
+    tokens [B, T] int64; targets [B, T] int64, the token after each, `IGNORE` where there is none; rows, the number of each
+    row counted from the first step on, from which dropout is seeded.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    rows: list[int]
+
+    def split(self, size: int) -> "list[Batch]":
+        """The same rows in micro-batches of at most `size` rows."""
+        cuts = range(0, len(self.rows), size)
+        return [Batch(self.tokens[i : i + size], self.targets[i : i + size], self.rows[i : i + size]) for i in cuts]
+
+
+def seed_for(seed: int, *what: int) -> int:
+    """A seed of 63 bits for one purpose, from the run's seed and the numbers that name the purpose."""
+    digest = hashlib.blake2b(",".join(map(str, (seed, *what))).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
+    """Where each of `index` (all of them in 0..size-1) goes in a shuffle of 0..size-1 that is named by `key`.
+
+    A Feistel network (Luby and Rackoff 1988) on the next even power of two, walked on until it lands inside (Black and
+    Rogaway 2002): a permutation of any size, computed where it is asked, without a table.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    keys = [np.uint64(seed_for(key, r)) for r in range(4)]
+    result = index.astype(np.uint64)
+    outside = np.ones(len(result), dtype=bool)
+    while outside.any():
+        value = result[outside]
+        left, right = value >> np.uint64(half), value & mask
+        for k in keys:
+            mixed = (right ^ k) * np.uint64(0x9E3779B97F4A7C15)
+            mixed ^= mixed >> np.uint64(32)
+            mixed *= np.uint64(0xD6E8FEB86659FD93)
+            left, right = right, left ^ ((mixed >> np.uint64(17)) & mask)
+        result[outside] = (left << np.uint64(half)) | right
+        outside = result >= size
+    return result.astype(np.int64)
+
+
+class TokenDataset:
+    """Windows of `context_length` tokens, shuffled anew each epoch.
+
+    The tokens are taken as a ring, cut into windows from another place in every epoch; each token is the target of exactly
+    one position an epoch, and the last window may be short.
+    """
+
+    def __init__(self, tokens: TokenSource, context_length: int, rows_per_batch: int, seed: int):
+        if len(tokens) < 2:
+            raise ValueError(f"{len(tokens)} tokens are too few to predict one from another")
+        self.tokens = tokens
+        self.context_length = context_length
+        self.rows_per_batch = rows_per_batch
+        self.seed = seed
+        self.windows = -(-len(tokens) // context_length)
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """The rows of step `step` (from 0) that machine `rank` of `world` works on."""
+        share = self.rows_per_batch // world
+        first = step * self.rows_per_batch + rank * share
+        rows = np.arange(first, first + share)
+        tokens = np.zeros((share, self.context_length), dtype=np.int64)
+        targets = np.full((share, self.context_length), IGNORE, dtype=np.int64)
+        for epoch in range(rows[0] // self.windows, rows[-1] // self.windows + 1):
+            here = np.flatnonzero(rows // self.windows == epoch)
+            turn = seed_for(self.seed, 0, epoch) % len(self.tokens)
+            order = permute(rows[here] % self.windows, self.windows, seed_for(self.seed, 1, epoch))
+            for i, window in zip(here, order.tolist(), strict=True):
+                row = self.ring(turn + window * self.context_length, self.length_of(window) + 1)
+                tokens[i, : len(row) - 1] = row[:-1]
+                targets[i, : len(row) - 1] = row[1:]
+        return Batch(tokens, targets, rows.tolist())
+
+    def length_of(self, window: int) -> int:
+        return min(self.context_length, len(self.tokens) - window * self.context_length)
+
+    def ring(self, start: int, count: int) -> np.ndarray:
+        """`count` tokens from `start` on, where the first token follows the last."""
+        start %= len(self.tokens)
+        parts = []
+        while count > 0:
+            part = self.tokens.read(start, min(count, len(self.tokens) - start))
+            parts.append(part)
+            count -= len(part)
+            start = 0
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)

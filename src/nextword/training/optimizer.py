@@ -1,0 +1,158 @@
+"""How gradients become new weights: AdamW, Muon, and the learning rate of a step.
+
+Muon takes the matrices inside the blocks; AdamW takes everything else (embeddings, head, norms, biases), or everything.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Schedule = Literal["cosine", "wsd", "linear", "constant"]
+
+
+def learning_rate(progress: float, schedule: Schedule, warmup: float, final: float, decay: float = 0.4) -> float:
+    """The learning rate's factor at `progress` (0 to 1, the share of the run that is done once this step is).
+
+    A linear rise over the share `warmup`, then by `schedule` down to the share `final` of the peak: half a cosine
+    (Loshchilov and Hutter 2017), a straight line, or flat and then a straight line over the last `decay` of the run
+    (warm-up, stable, decay: Hu et al. 2024).
+    """
+    if progress < warmup:
+        return progress / warmup
+    left = (1 - progress) / (1 - warmup) if warmup < 1 else 0.0  # 1 after the warm-up, 0 at the end
+    if schedule == "constant":
+        return 1.0
+    if schedule == "cosine":
+        shape = 0.5 * (1 + math.cos(math.pi * (1 - left)))
+    elif schedule == "linear":
+        shape = left
+    else:
+        shape = min(1.0, (1 - progress) / decay)
+    return final + (1 - final) * shape
+
+
+def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """Replace each matrix U S Vᵀ of a stack [N, R, C] by about U Vᵀ: all of its directions, each equally strong.
+
+    Newton and Schulz's iteration with the quintic polynomial of Jordan et al. 2024 ("Muon", the Newton-Schulz section),
+    which brings singular values to between about 0.7 and 1.2. In float32 on a CPU, where bfloat16 is slow; in bfloat16
+    on a GPU, where it suffices.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    wide = x.shape[-2] <= x.shape[-1]
+    x = x if wide else x.mT  # the products below have the shorter side
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x if wide else x.mT).to(matrices.dtype)
+
+
+class Muon:
+    """Momentum, made orthogonal, for matrices [out, in] (Jordan et al. 2024).
+
+    The step is scaled by 0.2·√max(out, in), so that its size is AdamW's and one learning rate serves both
+    (Liu et al. 2025, "Muon is scalable", equation 4). Weight decay is decoupled.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], *, momentum: float = 0.95, weight_decay: float = 0.0):
+        self.parameters = list(parameters)
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.buffers = [torch.zeros_like(p) for p in self.parameters]
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        # Equal shapes go through the iteration as one stack; a [out, in] and an [in, out] matrix are equal once turned.
+        stacks: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+        for p, buffer in zip(self.parameters, self.buffers, strict=True):
+            if p.grad is None:
+                continue
+            buffer.lerp_(p.grad, 1 - self.momentum)
+            direction = torch.lerp(p.grad, buffer, self.momentum)  # Nesterov's look ahead
+            tall = p.shape[0] > p.shape[1]
+            stacks[min(p.shape), max(p.shape)].append((p, direction.mT if tall else direction))
+        for (_, longer), members in stacks.items():
+            steps = orthogonalise(torch.stack([direction for _, direction in members]))
+            for (p, _), update in zip(members, steps, strict=True):
+                p.mul_(1 - lr * self.weight_decay)
+                tall = p.shape[0] > p.shape[1]
+                p.add_(update.mT if tall else update, alpha=-lr * 0.2 * math.sqrt(longer))
+
+
+class Optimizer:
+    """One step for a whole model; its state as named tensors, so that it can be saved without a pickle.
+
+    Args:
+        kind: "adamw" for everything, or "muon" for the matrices inside the blocks and AdamW for the rest.
+        lr: the peak learning rate; `matrix_lr` is Muon's, and `lr` where it is None.
+        weight_decay: decoupled, on matrices (embeddings included), not on norms and biases.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        kind: Literal["adamw", "muon"],
+        lr: float,
+        matrix_lr: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+    ):
+        self.lr, self.matrix_lr = lr, lr if matrix_lr is None else matrix_lr
+        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        matrices = [p for name, p in model.named_parameters() if kind == "muon" and p.ndim == 2 and "blocks." in name]
+        rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
+        groups = [
+            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        device = next(model.parameters()).device.type
+        self.adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=lr,
+            betas=betas,
+            eps=1e-8,
+            fused=device in ("cpu", "cuda"),
+        )
+        self.muon = Muon(matrices, momentum=momentum, weight_decay=weight_decay) if matrices else None
+
+    def step(self, factor: float) -> None:
+        """Apply the gradients at `factor` times the peak learning rate."""
+        for group in self.adamw.param_groups:
+            group["lr"] = self.lr * factor
+        self.adamw.step()
+        if self.muon is not None:
+            self.muon.step(self.matrix_lr * factor)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything a resume needs, by name: AdamW's step count and two averages, Muon's momentum."""
+        tensors = {
+            f"adamw.{key}.{self.names[p]}": value
+            for p, state in self.adamw.state.items()
+            for key, value in state.items()
+        }
+        if self.muon is not None:
+            for p, buffer in zip(self.muon.parameters, self.muon.buffers, strict=True):
+                tensors[f"muon.momentum.{self.names[p]}"] = buffer
+        return tensors
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        by_name = {name: p for p, name in self.names.items()}
+        momentum = {}
+        for key, value in tensors.items():
+            kind, what, name = key.split(".", 2)
+            parameter = by_name[name]
+            if kind == "adamw":
+                # The count of steps stays a scalar tensor where the fused kernel wants it: with its parameter.
+                self.adamw.state[parameter][what] = value.to(parameter.device)
+            else:
+                momentum[parameter] = value.to(parameter.device)
+        if self.muon is not None and momentum:
+            self.muon.buffers = [momentum[p] for p in self.muon.parameters]

@@ -1,0 +1,103 @@
+"""How long a run is, in steps: said beforehand, or decided on the way by the clock and written down before it counts.
+
+Everything that follows a schedule asks `Pace.progress(step)`. It is a pure function of the decisions, and the decisions are
+on disk, so that a run that followed the clock resumes exactly all the same.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nextword.errors import CorruptFile
+from nextword.files import append_durably, read_json_lines
+
+
+@dataclass(frozen=True)
+class Decision:
+    """From `step` on, the run is to end after `total_steps`. `seconds` is when this was decided."""
+
+    step: int
+    total_steps: int
+    seconds: float = 0.0
+
+
+class Pace:
+    """The share of the run that is done at each step, from the decisions so far.
+
+    Between two decisions progress grows by equal parts; a decision changes what is still ahead, never what is behind.
+    """
+
+    def __init__(self, decisions: list[Decision]):
+        self.decisions: list[Decision] = []
+        self.starts: list[float] = []  # the progress that was reached where each decision begins
+        for decision in decisions:
+            self.decide(decision)
+
+    def decide(self, decision: Decision) -> None:
+        if self.decisions and decision.step < self.decisions[-1].step:
+            raise ValueError("a decision cannot change the steps before an earlier one")
+        if decision.total_steps <= decision.step:
+            raise ValueError("a run cannot end before its next step")
+        self.starts.append(self.progress(decision.step - 1) if decision.step else 0.0)
+        self.decisions.append(decision)
+
+    def progress(self, step: int) -> float:
+        """In (0, 1]: how much of the run is done once step `step` (from 0) is; 1 at the last step."""
+        n = max(i for i, decision in enumerate(self.decisions) if decision.step <= step)
+        decision, start = self.decisions[n], self.starts[n]
+        if step + 1 >= decision.total_steps:
+            return 1.0
+        return start + (1 - start) * (step + 1 - decision.step) / (decision.total_steps - decision.step)
+
+    @property
+    def total_steps(self) -> int:
+        """The end of the run as the last decision has it."""
+        return self.decisions[-1].total_steps
+
+
+class Clock:
+    """Decides how many steps fit into a budget of wall time, again and again while the run goes on.
+
+    Each decision is appended durably to `log` before it is applied; on a resume the log is replayed first, and the clock
+    speaks again only where it ends. `spent` is the time that earlier processes of the same run have used.
+    """
+
+    def __init__(self, budget: float, log: Path, *, started: float, spent: float = 0.0):
+        self.budget = budget
+        self.log = log
+        self.started = started - spent
+        self.recorded = read_decisions(log)
+        self.next_time = 0.0
+        self.reserve = 0.0  # what must still be done after the last step: a last evaluation, the report
+
+    def elapsed(self) -> float:
+        """Seconds of the budget that are used, preparation and earlier processes included."""
+        return time.time() - self.started
+
+    def decide(self, pace: Pace, step: int, seconds_per_step: float, say: Callable[[str], None] | None = None) -> None:
+        """Before step `step`: take up what the log says of it, or ask the clock where it is time to."""
+        while self.recorded and self.recorded[0].step <= step:
+            pace.decide(self.recorded.pop(0))
+        elapsed = self.elapsed()
+        if self.recorded or elapsed < self.next_time:
+            return
+        left = self.budget - self.reserve - elapsed
+        total_steps = step + max(1, int(left / seconds_per_step))
+        self.next_time = elapsed + max(1.0, 0.05 * left)
+        if pace.decisions and total_steps == pace.total_steps:
+            return
+        decision = Decision(step, total_steps, round(elapsed, 3))
+        append_durably(self.log, json.dumps(asdict(decision)))
+        pace.decide(decision)
+        if say is not None:
+            say(f"the clock: {elapsed:.0f} s gone, the run will end at step {total_steps:,}")
+
+
+def read_decisions(log: Path) -> list[Decision]:
+    """The decisions of a run so far. Raises `CorruptFile` where the log is not one."""
+    try:
+        return [Decision(**record) for record in read_json_lines(log)]
+    except TypeError as error:
+        raise CorruptFile(f"{log}: not a log of decisions ({error})") from error

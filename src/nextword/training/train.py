@@ -1,0 +1,241 @@
+"""One step of training, then the loop.
+
+Batch, learning rate and dropout are computed from (seed, step); what is left as state is the step, the weights and the
+optimizer. A caller iterates over `steps`, and shows, evaluates and saves between two of them.
+"""
+
+import contextlib
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nextword.errors import Diverged
+from nextword.model.gpt import GPT, dropout_masks
+from nextword.text.batches import Batch, seed_for
+from nextword.training.objectives import Inputs, Objective, Step
+from nextword.training.optimizer import Optimizer, Schedule, learning_rate
+from nextword.training.pace import Clock, Pace
+
+BAD_STEPS_IN_A_ROW = 5  # so many losses that are no number, one after the other, end a run
+
+
+@dataclass
+class TrainState:
+    """All that changes in training; `step` is how many steps are done, `bad` how many of the last ones were skipped."""
+
+    model: GPT
+    optimizer: Optimizer
+    step: int = 0
+    tokens: int = 0
+    bad: int = 0
+
+    def facts(self) -> dict[str, int]:
+        return {"step": self.step, "tokens": self.tokens, "bad": self.bad}
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one step did. Loss in nats per token before the step's update, gradient norm before clipping."""
+
+    step: int
+    loss: float
+    lr: float
+    gradient_norm: float
+    tokens: int
+    skipped: bool
+    progress: float
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What a step needs beside state and data. `seed` is for dropout; rows are windows of the batch."""
+
+    seed: int = 0
+    clip: float = 1.0
+    schedule: Schedule = "cosine"
+    warmup: float = 0.05
+    final_lr: float = 0.1
+    micro_batch_rows: int = 2**30
+    bf16: bool = False
+
+
+class Dataset(Protocol):
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch: ...
+
+
+def precision(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[object]:
+    """bfloat16 for the products on a GPU, float32 weights everywhere."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+def to_inputs(batch: Batch, model: GPT, seed: int) -> Inputs:
+    """A micro-batch on the model's device, with its dropout masks."""
+    device = model.token_embedding.weight.device
+    keep = dropout_masks(model.config, [seed_for(seed, 2, row) for row in batch.rows], batch.tokens.shape[1], device)
+    return Inputs(torch.from_numpy(batch.tokens).to(device), torch.from_numpy(batch.targets).to(device), keep)
+
+
+def train_step(
+    state: TrainState, step_module: nn.Module, batch: Batch, settings: StepSettings, progress: float
+) -> StepMetrics:
+    """Gradients over all micro-batches, each term divided once by its global count; clipped; applied at the step's rate.
+
+    Where the loss or the gradient is not finite the weights and the optimizer stay as they were.
+    """
+    model = state.model
+    device = model.token_embedding.weight.device
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+    for micro_batch in batch.split(settings.micro_batch_rows):
+        with precision(device, settings.bf16):
+            losses = step_module(to_inputs(micro_batch, model, settings.seed))
+        total = torch.stack([loss.total for loss in losses.values()]).sum()
+        total.backward()
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0) + loss.total.detach()
+            counts[name] = counts.get(name, 0) + loss.n
+    count = next(iter(counts.values())).clamp(min=1)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.div_(count)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip if settings.clip > 0 else math.inf)
+    loss = float(torch.stack(list(sums.values())).sum() / count)
+    gradient_norm = float(norm)
+    finite = math.isfinite(loss) and math.isfinite(gradient_norm)
+    factor = learning_rate(progress, settings.schedule, settings.warmup, settings.final_lr)
+    if finite:
+        state.optimizer.step(factor)
+    model.zero_grad(set_to_none=True)
+    state.step += 1
+    state.tokens += int(count)
+    state.bad = 0 if finite else state.bad + 1
+    return StepMetrics(
+        step=state.step,
+        loss=loss,
+        lr=state.optimizer.lr * factor,
+        gradient_norm=gradient_norm,
+        tokens=state.tokens,
+        skipped=not finite,
+        progress=progress,
+    )
+
+
+def steps(
+    state: TrainState,
+    dataset: Dataset,
+    step_module: nn.Module,
+    settings: StepSettings,
+    pace: Pace,
+    clock: Clock | None = None,
+    seconds_per_step: float = 0.0,
+) -> Iterator[StepMetrics]:
+    """Train from where `state` is to the end of the pace. What the caller does between two steps counts on the clock.
+
+    Args:
+        seconds_per_step: a first guess, for a run that follows the clock.
+
+    Raises:
+        Diverged: the loss was not finite for several steps in a row. None of them reached the weights.
+    """
+    times = [time.perf_counter()]
+    while True:
+        if clock is not None:
+            if len(times) > 4:  # the younger half of this process's steps, evaluations and saves between them included
+                half = len(times) // 2
+                seconds_per_step = (times[-1] - times[half]) / (len(times) - 1 - half)
+            clock.decide(pace, state.step, seconds_per_step)
+        if state.step >= pace.total_steps:
+            return
+        batch = dataset.batch(state.step)
+        yield train_step(state, step_module, batch, settings, pace.progress(state.step))
+        if state.bad >= BAD_STEPS_IN_A_ROW:
+            raise Diverged(
+                f"the loss was not a finite number in {state.bad} steps in a row, the last of them step {state.step}. "
+                "None of them reached the weights. A lower --training.lr or a longer --training.warmup may help."
+            )
+        times.append(time.perf_counter())
+
+
+# ---------------------------------------------------------------- what a run fixes once, at its start
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that may be used, by what the device or the system says; 4 GiB where it says nothing."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for name, share in (("SC_AVPHYS_PAGES", 1.0), ("SC_PHYS_PAGES", 0.5)):
+        if hasattr(os, "sysconf") and name in os.sysconf_names:
+            return int(os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") * share)
+    return 4 * 2**30
+
+
+def fit_micro_batch(step_module: Step, dataset: Dataset, settings: StepSettings) -> int:
+    """How many rows go through the model at once: as many as half of the free memory holds, in equal parts of the batch.
+
+    One row is taken through the model and the bytes that it keeps for the backward pass are counted.
+    """
+    model = step_module.model
+    device = model.token_embedding.weight.device
+    batch = dataset.batch(0)
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t), precision(device, settings.bf16):
+        step_module(to_inputs(batch.split(1)[0], model, settings.seed))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    per_row = 2 * sum(size for pointer, size in kept.items() if pointer not in weights)  # once more for the gradients
+    # Weights, gradients and two averages are there whatever the batch.
+    room = 0.5 * available_memory(device) - 16 * sum(p.numel() for p in model.parameters())
+    rows = max(1, min(len(batch.rows), int(room / max(1, per_row))))
+    return -(-len(batch.rows) // -(-len(batch.rows) // rows))
+
+
+def probe(state: TrainState, step_module: nn.Module, dataset: Dataset, settings: StepSettings) -> float:
+    """Seconds of one step, measured on gradients that are thrown away. Twice, the second counts."""
+    batch = dataset.batch(state.step)
+    device = state.model.token_embedding.weight.device
+    seconds = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        for micro_batch in batch.split(settings.micro_batch_rows):
+            with precision(device, settings.bf16):
+                losses = step_module(to_inputs(micro_batch, state.model, settings.seed))
+            torch.stack([loss.total for loss in losses.values()]).sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start
+        state.model.zero_grad(set_to_none=True)
+    return seconds
+
+
+def worth_compiling(device: torch.device, seconds: float) -> tuple[bool, str]:
+    """Whether `torch.compile` pays for a run of about `seconds`, and why, in words for the person."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if device.type == "mps":
+        return False, "not compiled: torch.compile is young on this kind of device"
+    if compiler is None:
+        return False, "not compiled: no C++ compiler was found (install one and long runs gain some speed)"
+    # A cold compilation costs 35 to 45 s on two cores and saves about a tenth of a step there; a GPU gains far more.
+    needed = 60.0 if device.type == "cuda" else 900.0
+    if seconds < needed:
+        return False, f"not compiled: a run of {seconds:.0f} s would not earn the compilation back"
+    return True, "compiled: the first step takes about a minute"
+
+
+def build_step_module(model: GPT, objective: Objective, compiled: bool) -> tuple[Step, nn.Module]:
+    """The model with its loss, plain (for the measurements) and as it is run."""
+    step_module = Step(model, objective)
+    runner = torch.compile(step_module) if compiled else step_module
+    assert isinstance(runner, nn.Module)
+    return step_module, runner
