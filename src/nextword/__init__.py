@@ -35,8 +35,27 @@ PUBLIC = {
     "Corpus": "nextword.text.corpus",
     "NextwordError": "nextword.errors",
 }
-__all__ = ["__version__"]
-__all__ += PUBLIC.keys()
+__all__ = [
+    "GPT",
+    "Completion",
+    "Corpus",
+    "Likelihood",
+    "Model",
+    "ModelConfig",
+    "NextwordError",
+    "Sampling",
+    "Tokenizer",
+    "__version__",
+    "build_config",
+    "demo",
+    "evaluate",
+    "generate",
+    "load",
+    "prepare",
+    "pretrain",
+    "report",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from nextword.api import Model as Model

@@ -162,8 +162,8 @@ def pretrain(
     text_column: str | None = None,
     strict: Flag = False,
     tensorboard: Flag = False,
-    model: Annotated[ModelOptions, Parameter(group="Single settings of the model")] = ModelOptions(),  # noqa: B008 # pyright: ignore[reportInvalidTypeForm]
-    training: Annotated[TrainingOptions, Parameter(group="Single settings of the training")] = TrainingOptions(),  # noqa: B008 # pyright: ignore[reportInvalidTypeForm]
+    model: Annotated[ModelOptions, Parameter(group="Single settings of the model")] = ModelOptions(),  # pyright: ignore[reportInvalidTypeForm]
+    training: Annotated[TrainingOptions, Parameter(group="Single settings of the training")] = TrainingOptions(),  # pyright: ignore[reportInvalidTypeForm]
     common: Common = Common(),
 ) -> None:
     """Train a GPT on your own text, from nothing to a model that generates.

@@ -28,7 +28,7 @@ from nextword.text.corpus import Corpus
 from nextword.training import checkpoint, plan
 from nextword.training.objectives import next_word
 from nextword.training.optimizer import Optimizer
-from nextword.training.pace import Clock, Decision, Pace
+from nextword.training.pace import Clock, Decision, Pace, read_decisions
 from nextword.training.train import (
     StepMetrics,
     StepSettings,
@@ -220,7 +220,7 @@ class Pretraining:
             pace = Pace([Decision(0, recipe.steps)])
         else:
             assert recipe.budget is not None
-            pace = Pace([])
+            pace = Pace(read_decisions(self.run.decisions))
             self.clock = Clock(recipe.budget, self.run.decisions, started=self.started, spent=self.spent)
             self.clock.reserve = self._finishing_seconds(self.seconds_per_step / 3)
         saved_at, save_seconds = time.monotonic(), 0.0

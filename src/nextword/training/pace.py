@@ -6,7 +6,6 @@ on disk, so that a run that followed the clock resumes exactly all the same.
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -60,15 +59,14 @@ class Pace:
 class Clock:
     """Decides how many steps fit into a budget of wall time, again and again while the run goes on.
 
-    Each decision is appended durably to `log` before it is applied; on a resume the log is replayed first, and the clock
-    speaks again only where it ends. `spent` is the time that earlier processes of the same run have used.
+    Each decision is appended durably to `log` before it is applied. A resume takes up the whole log, and the clock speaks
+    again only from the last decision on. `spent` is the time that earlier processes of the same run have used.
     """
 
     def __init__(self, budget: float, log: Path, *, started: float, spent: float = 0.0):
         self.budget = budget
         self.log = log
         self.started = started - spent
-        self.recorded = read_decisions(log)
         self.next_time = 0.0
         self.reserve = 0.0  # what must still be done after the last step: a last evaluation, the report
 
@@ -76,12 +74,10 @@ class Clock:
         """Seconds of the budget that are used, preparation and earlier processes included."""
         return time.time() - self.started
 
-    def decide(self, pace: Pace, step: int, seconds_per_step: float, say: Callable[[str], None] | None = None) -> None:
-        """Before step `step`: take up what the log says of it, or ask the clock where it is time to."""
-        while self.recorded and self.recorded[0].step <= step:
-            pace.decide(self.recorded.pop(0))
+    def decide(self, pace: Pace, step: int, seconds_per_step: float) -> None:
+        """Before step `step`: decide anew, where it is time to."""
         elapsed = self.elapsed()
-        if self.recorded or elapsed < self.next_time:
+        if elapsed < self.next_time or (pace.decisions and step < pace.decisions[-1].step):
             return
         left = self.budget - self.reserve - elapsed
         total_steps = step + max(1, int(left / seconds_per_step))
@@ -91,8 +87,6 @@ class Clock:
         decision = Decision(step, total_steps, round(elapsed, 3))
         append_durably(self.log, json.dumps(asdict(decision)))
         pace.decide(decision)
-        if say is not None:
-            say(f"the clock: {elapsed:.0f} s gone, the run will end at step {total_steps:,}")
 
 
 def read_decisions(log: Path) -> list[Decision]:

@@ -1,0 +1,153 @@
+"""The pictures of a report: SVG that stands inside an HTML page and takes its colours from the page's style sheet.
+
+Each is drawn in stand-in colours that become CSS variables (`--ink`, `--soft`, `--line`, `--train`, `--validation`), so that
+one picture serves a light page and a dark one. Nothing in it refers outside of itself.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+Points = Sequence[tuple[float, float]]
+
+# Colours that occur nowhere else, and the CSS variable that takes the place of each.
+INK, SOFT, LINE, TRAIN, VALIDATION = "#010203", "#010204", "#010205", "#010206", "#010207"
+VARIABLES = {INK: "--ink", SOFT: "--soft", LINE: "--line", TRAIN: "--train", VALIDATION: "--validation"}
+
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: small, sharp, and read by screen readers
+    "svg.hashsalt": "nextword",  # the same data, the same file
+    "font.size": 8.5,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": SOFT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.8,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": SOFT,
+    "ytick.labelcolor": SOFT,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+}
+
+
+def loss_curve(train: Points, validation: Points, bits_per_nat: float | None, *, wide: bool) -> str:
+    """Training loss (every step faint, smoothed strong) and validation loss, by step.
+
+    Args:
+        bits_per_nat: bits per byte for a loss of one nat per token, which gives the right-hand axis; None leaves it out.
+        wide: for a wide page, or for a telephone's.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure((7.6, 3.5) if wide else (3.7, 3.0), right=bits_per_nat is not None)
+        if train:
+            smooth = smoothed(train)
+            axes.plot(*_columns(train), color=TRAIN, alpha=0.3, linewidth=0.9)
+            axes.plot(*_columns(smooth), color=TRAIN, label="training")
+        if validation:
+            axes.plot(*_columns(validation), color=VALIDATION, marker="o", markersize=3.5, label="validation")
+        axes.set_ylim(*_without_the_first_fall(train, validation))
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss, nats per token")
+        axes.xaxis.set_major_locator(MaxNLocator(6 if wide else 4, integer=True))
+        if bits_per_nat is not None:
+            there, back = partial(np.multiply, bits_per_nat), partial(np.multiply, 1 / bits_per_nat)
+            right = axes.secondary_yaxis("right", functions=(there, back))
+            right.set_ylabel("bits per byte")
+            right.spines["right"].set_visible(False)
+        if train or validation:
+            axes.legend(frameon=False, labelcolor=INK, loc="upper right")
+        return _svg(figure, f"loss-{'wide' if wide else 'narrow'}")
+
+
+def small_curve(points: Points, name: str, *, x_label: str = "step", zero: bool = False, log: bool = False) -> str:
+    """One quantity by step, small. `zero`: its axis begins at 0. `log`: the steps are spaced by their logarithm."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure((3.7, 2.3))
+        axes.plot(*_columns(points), color=VALIDATION, linewidth=1.4)
+        axes.set_xlabel(x_label)
+        if log:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(FuncFormatter(_short))  # the scale brought its own, in powers
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        if zero:
+            axes.set_ylim(0, 1.08 * max(y for _, y in points) or 1)
+        return _svg(figure, name)
+
+
+def smoothed(points: Points) -> list[tuple[float, float]]:
+    """The moving average over the last fiftieth of the points; at the start, where it falls fast, over a tenth so far."""
+    average, result = 0.0, []
+    for i, (x, y) in enumerate(points):
+        average += (y - average) / max(1.0, min(i / 10, len(points) / 50))
+        result.append((x, average))
+    return result
+
+
+def thinned(points: Points, most: int = 600) -> Points:
+    """At most about so many of the points, evenly spread, the last among them."""
+    every = -(-len(points) // most)
+    return points if every <= 1 else [*points[:-1:every], points[-1]]
+
+
+def _figure(size: tuple[float, float], right: bool = False) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines["left"].set_visible(False)
+    axes.margins(x=0.01 if right else 0.02)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(_short))
+    return figure, axes
+
+
+def _short(value: float, _: int | None = None) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _columns(points: Points) -> tuple[list[float], list[float]]:
+    thin = thinned(points)
+    return [x for x, _ in thin], [y for _, y in thin]
+
+
+def _without_the_first_fall(train: Points, validation: Points) -> tuple[float | None, float | None]:
+    """Limits that leave out the first twentieth of the steps, whose fall would flatten all the rest."""
+    every = [*train, *validation]
+    last = max((x for x, _ in every), default=0)
+    late = [y for x, y in every if x >= last / 20]
+    if not late or max(late) == min(late):
+        return None, None
+    margin = 0.08 * (max(late) - min(late))
+    return min(late) - margin, max(late) + margin
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The picture as an element of an HTML page: no declarations, no addresses, ids of its own, colours as variables."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)  # a hundredth of a point is enough
+    width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0]
+    svg = re.sub(r"<svg [^>]*>", f'<svg viewBox="0 0 {width} {height}" aria-hidden="true">', svg, count=1)
+    for color, variable in VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
+    return svg.strip()

@@ -1,0 +1,191 @@
+"""How well a model predicts a text: the loss, perplexity, bits per byte, and where in its window it predicts better.
+
+Shapes: B windows in a batch, T predicted positions (at most the context length), D model width, V vocabulary.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nextword.errors import NextwordError, UsageError
+from nextword.model.gpt import GPT
+
+BATCH_TOKENS = 8192  # tokens that go through the model at once
+LOGITS = 2**24  # logits that are held at once: 64 MB of float32
+
+
+class TokenSource(Protocol):
+    """A long row of token ids, in memory or on disk."""
+
+    def __len__(self) -> int: ...
+    def read(self, start: int, count: int) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How well a model predicts a text.
+
+    Attributes:
+        loss: nats per predicted token, −(1/N) Σ log P(x_t | x_<t; θ).
+        perplexity: exp(loss).
+        bits_per_byte: the same sum in bits, per byte of the text; compares models with different tokenizers.
+        tokens: how many tokens were predicted.
+        bytes: how many bytes of text they stand for.
+        by_position: [T], the mean loss at each position of the window.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+    by_position: list[float]
+
+
+def likelihood(
+    model: GPT,
+    tokens: TokenSource,
+    n_bytes: int,
+    *,
+    batch_rows: int | None = None,
+    limit_windows: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Likelihood:
+    """Predict a text in windows of context_length + 1 tokens. They overlap by one, so that every token but the first is
+    predicted exactly once.
+
+    Args:
+        n_bytes: how many bytes of text the tokens stand for.
+        batch_rows: windows that go through the model at once; about 8,192 tokens where not given.
+        limit_windows: predict only so many windows, evenly spread over the text and the same ones every time.
+        progress: called with the windows that are done and those that there are.
+
+    Raises:
+        UsageError: fewer than two tokens, no bytes, or a token that the model does not have.
+        NextwordError: the model's loss is not a finite number.
+    """
+    if len(tokens) < 2 or n_bytes < 1:
+        raise UsageError(f"there is nothing to predict in {len(tokens)} tokens of {n_bytes} bytes: give a longer text")
+    context_length = model.config.context_length
+    count = -(-(len(tokens) - 1) // context_length)
+    chosen = _spread(count, limit_windows)
+    batch_rows = batch_rows or max(1, BATCH_TOKENS // context_length)
+    sums, counts = torch.zeros(context_length, dtype=torch.float64), torch.zeros(context_length, dtype=torch.int64)
+    done = 0
+    with evaluating(model):
+        for group in _batches(chosen, batch_rows, last=count - 1):
+            losses = token_losses(model, _windows(tokens, group, context_length))  # [B, T]
+            sums[: losses.shape[1]] += losses.sum(0)
+            counts[: losses.shape[1]] += losses.shape[0]
+            done += len(group)
+            if progress is not None:
+                progress(done, len(chosen))
+    predicted, nats = int(counts.sum()), float(sums.sum())
+    if not math.isfinite(nats):
+        raise NextwordError("the loss is not a finite number: the model's weights are damaged, or it diverged")
+    share = predicted / (len(tokens) - 1)  # of the text, where only some of its windows are predicted
+    reached = counts > 0
+    return Likelihood(
+        loss=nats / predicted,
+        perplexity=math.exp(min(nats / predicted, 700.0)),  # what is more is no number of Python's
+        bits_per_byte=nats / math.log(2) / (n_bytes * share),
+        tokens=predicted,
+        bytes=round(n_bytes * share),
+        by_position=(sums[reached] / counts[reached]).tolist(),
+    )
+
+
+@dataclass(frozen=True)
+class ContextUse:
+    """The mean loss at each position [T] of the window, on the text as it is and with each window's tokens shuffled."""
+
+    true: list[float]
+    shuffled: list[float]
+
+
+def context_use(model: GPT, tokens: TokenSource, *, windows: int = 64, seed: int = 0) -> ContextUse:
+    """Show whether a model uses its context: the loss then falls with the position, and more so than with the tokens
+    shuffled, where what came before tells which tokens there are but not what follows what.
+
+    Args:
+        windows: how many windows of context_length + 1 tokens, evenly spread over the text and the same every time.
+        seed: of the shuffling.
+
+    Raises:
+        UsageError: the text is shorter than one window, or has a token that the model does not have.
+    """
+    context_length = model.config.context_length
+    count = (len(tokens) - 1) // context_length
+    if count < 1:
+        raise UsageError(f"{len(tokens)} tokens are less than one window of {context_length + 1}: give a longer text")
+    true, shuffled = torch.zeros(2, context_length, dtype=torch.float64)
+    chosen, generator = _spread(count, windows), np.random.default_rng(seed)
+    with evaluating(model):
+        for group in _batches(chosen, max(1, BATCH_TOKENS // context_length), last=-1):
+            rows = _windows(tokens, group, context_length)
+            true += token_losses(model, rows).sum(0)
+            shuffled += token_losses(model, generator.permuted(rows, axis=1)).sum(0)
+    return ContextUse((true / len(chosen)).tolist(), (shuffled / len(chosen)).tolist())
+
+
+def token_losses(model: GPT, windows: np.ndarray) -> Tensor:
+    """−log P(x_t | x_<t; θ) of every token but the first of windows [B, T + 1]; [B, T] in float64, on the CPU.
+
+    Logits are made in slices, so that memory does not grow with the vocabulary.
+
+    Raises:
+        UsageError: the model has no such token.
+    """
+    if windows.max() >= model.config.vocab_size:
+        raise UsageError(
+            f"the text has a token {windows.max()} and the model knows {model.config.vocab_size}: "
+            "it was prepared with another tokenizer than the model's"
+        )
+    ids = torch.from_numpy(windows.astype(np.int64)).to(model.unembedding.device)
+    hidden = model(ids[:, :-1]).flatten(0, 1)  # [B·T, D]
+    rows = max(1, LOGITS // model.config.vocab_size)
+    losses = [
+        F.cross_entropy(model.unembed(part).float(), target, reduction="none")
+        for part, target in zip(hidden.split(rows), ids[:, 1:].flatten().split(rows), strict=True)
+    ]
+    return torch.cat(losses).cpu().double().view(ids.shape[0], -1)
+
+
+@contextlib.contextmanager
+def evaluating(model: GPT) -> Iterator[None]:
+    """The model without gradients and in evaluation mode, and afterwards as it was."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+
+
+def _spread(count: int, limit: int | None) -> list[int]:
+    """Which of `count` windows are taken: all, or the middle one of each of `limit` equal parts."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [(2 * i + 1) * count // (2 * limit) for i in range(max(1, limit))]
+
+
+def _batches(chosen: Sequence[int], rows: int, last: int) -> Iterator[Sequence[int]]:
+    """Groups of at most `rows` windows; the window `last`, which may be shorter than the others, by itself."""
+    full = chosen[:-1] if chosen[-1] == last else chosen
+    yield from (full[start : start + rows] for start in range(0, len(full), rows))
+    if chosen[-1] == last:
+        yield chosen[-1:]
+
+
+def _windows(tokens: TokenSource, indices: Sequence[int], context_length: int) -> np.ndarray:
+    """Windows by number; [B, T + 1] ids."""
+    starts = (index * context_length for index in indices)
+    return np.stack([tokens.read(start, min(context_length + 1, len(tokens) - start)) for start in starts])

@@ -1,0 +1,321 @@
+"""Text from a model: many requests at once, each as if it were alone.
+
+    engine = Engine(model, tokenizer)
+    for piece in engine.stream("Once upon a time", Sampling(temperature=0.7)):
+        print(piece, end="", flush=True)
+
+A step runs the model once for all texts that go on by one token, and once for each new prompt. A text that is finished
+gives its slot to the next one in the queue at once (continuous batching: Yu et al. 2022, section 3.1).
+"""
+
+import codecs
+import hashlib
+import secrets
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nextword.errors import NextwordError, UsageError
+from nextword.inference.cache import KeyValueCache
+from nextword.inference.sampling import Sampling, draw
+from nextword.model.gpt import GPT
+from nextword.text.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length", "error"]
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Event:
+    """One token of one request, or the error that ended it.
+
+    Attributes:
+        text: what can be shown now: whole characters, and nothing that may turn out to be part of a stop string.
+        token: the id that was drawn; None with an error.
+        finish_reason: "stop" (end of text, or a stop string), "length" (`max_tokens`), "error"; None while it goes on.
+        error: what went wrong and what to do, with the finish reason "error".
+    """
+
+    id: int
+    text: str
+    token: int | None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished text.
+
+    Attributes:
+        text: what follows the prompt, up to a stop string and without it.
+        tokens: the ids that were drawn; those of a stop string are among them, the end-of-text token is not.
+        truncated: how many tokens of the prompt's beginning were left out, because it was longer than the context.
+    """
+
+    prompt: Prompt
+    text: str
+    finish_reason: FinishReason
+    tokens: list[int]
+    truncated: int = 0
+
+
+class TextStream:
+    """Bytes in, text out, each piece as soon as nothing that follows can change it."""
+
+    def __init__(self, stop: tuple[str, ...] = ()):
+        self.stop = stop
+        self.stopped = False
+        self.held = ""  # the beginning of what may become a stop string
+        # Holds back the first bytes of a character; bytes that can never become one turn into U+FFFD.
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, data: bytes, last: bool = False) -> str:
+        """The text that is now certain. With `last` all that is left; after a stop string none."""
+        if self.stopped:
+            return ""
+        text = self.held + self.decoder.decode(data, final=last)
+        # The stop string that is complete first counts, the longest of those; so token borders make no difference.
+        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.stop if stop in text]
+        if found:
+            self.stopped, self.held = True, ""
+            return text[: min(found)[1]]
+        keep = 0 if last else max((_overlap(text, stop) for stop in self.stop), default=0)
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that `stop` begins with, `stop` itself left out."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass
+class _Request:
+    id: int
+    tokens: list[int]  # the prompt as far as it fits, then what was drawn
+    unread: list[int]  # the tokens at its end that are not in the cache yet
+    sampling: Sampling
+    generator: torch.Generator
+    stream: TextStream
+    truncated: int
+    shown: int  # how many of the tokens have become text; before it, from `context` on, those that the next depends on
+    context: int = 0
+    slot: int = -1
+    read: int = 0  # how many positions of the slot are filled
+    drawn: list[int] = field(default_factory=list)
+
+
+class Engine:
+    """Continues texts with a model.
+
+    A request's draws come from a generator of its own, so they do not depend on its neighbours (the logits do, in their
+    last bits: a matrix product's rows differ with the number of rows). A text that outgrows the context length goes on
+    with a sliding window: when the window is full, its newer half is read anew as the beginning of the next one.
+
+    Args:
+        max_batch: how many texts run at once; more wait in a queue.
+        seed: what requests without a seed of their own take; None draws one.
+    """
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, *, max_batch: int = 8, seed: int | None = None):
+        if max_batch < 1:
+            raise UsageError(f"max_batch must be at least 1, not {max_batch}")
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise UsageError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}: "
+                "this is not the tokenizer that the model was trained with"
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.seed = secrets.randbits(63) if seed is None else seed
+        self.cache = KeyValueCache(model.config)
+        self.free = list(range(max_batch))
+        self.waiting: deque[_Request] = deque()
+        self.running: list[_Request] = []
+        self.added = 0
+
+    # ---------------------------------------------------------------- one request
+
+    def add(self, prompt: Prompt, sampling: Sampling | None = None, *, index: int | None = None) -> int:
+        """Queue a text to be continued; the id that its events carry.
+
+        Text that the tokenizer itself would begin with a token (Llama's does) begins with it; any other is taken as it
+        stands, as training's windows begin anywhere in a document. An empty prompt begins a new document, after the
+        end-of-text token that told documents apart in training. Of a prompt longer than the context the end is kept.
+
+        Args:
+            prompt: a text, or token ids that are taken as they are.
+            index: tells requests of one seed apart; by default 0 with a seed of its own, else the request's number.
+
+        Raises:
+            UsageError: a token id that the tokenizer does not have.
+        """
+        sampling = sampling or Sampling()
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str) and self.tokenizer.begin_of_text is not None:
+            ids = [self.tokenizer.begin_of_text, *ids]
+        ids = ids or [self.tokenizer.end_of_text]
+        if not all(0 <= token < self.tokenizer.vocab_size for token in ids):
+            raise UsageError(f"a prompt's token ids must be between 0 and {self.tokenizer.vocab_size - 1}")
+        window = ids[-self.model.config.context_length :]
+        if index is None:
+            index = self.added if sampling.seed is None else 0
+        generator = _generator(self.seed if sampling.seed is None else sampling.seed, index)
+        stream, truncated = TextStream(sampling.stop), len(ids) - len(window)
+        self.waiting.append(
+            _Request(self.added, window, list(window), sampling, generator, stream, truncated, shown=len(window))
+        )
+        self.added += 1
+        return self.added - 1
+
+    def cancel(self, id: int) -> None:
+        """End a request without further events and free its slot. One that has ended already is left alone."""
+        self.waiting = deque(request for request in self.waiting if request.id != id)
+        for request in [request for request in self.running if request.id == id]:
+            self._leave(request)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request runs or waits, so that a step has something to do."""
+        return bool(self.running or self.waiting)
+
+    # ---------------------------------------------------------------- one step of all
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Admit what waits, and draw one token for every running request; an event for each, in order of arrival.
+
+        An error of one request (logits that are not finite) ends it with an event and leaves the others running.
+        After an exception of the model (out of memory) nothing has been drawn yet: the step can be repeated.
+        """
+        while self.waiting and self.free:
+            request = self.waiting.popleft()
+            request.slot = self.free.pop(0)
+            self.running.append(request)
+        for request in self.running:
+            if request.read + len(request.unread) > self.model.config.context_length:  # a new window: the newer half
+                request.read, request.unread = 0, request.tokens[-max(1, self.model.config.context_length // 2) :]
+        logits: dict[int, Tensor] = {}
+        for request in [request for request in self.running if len(request.unread) > 1]:
+            logits |= self._read([request])
+        if single := [request for request in self.running if len(request.unread) == 1 and request.id not in logits]:
+            logits |= self._read(sorted(single, key=lambda request: request.slot))
+        return [self._advance(request, logits[request.id]) for request in list(self.running)]
+
+    def _read(self, requests: list[_Request]) -> dict[int, Tensor]:
+        """Run the model over the unread tokens, as many in each request; the logits [V] of what follows, by request id.
+
+        Ids that only the embedding has (padding) and not the tokenizer are cut off, so that they are never drawn.
+        """
+        device = self.model.unembedding.device
+        tokens = torch.tensor([request.unread for request in requests], device=device)  # [B, T]
+        slots, starts = [request.slot for request in requests], [request.read for request in requests]
+        positions = self.cache.select(slots, starts, tokens.shape[1], device)
+        hidden = self.model(tokens, positions=positions, cache=self.cache)  # [B, T, D]
+        logits = self.model.unembed(hidden[:, -1])[:, : self.tokenizer.vocab_size].cpu()  # [B, V]
+        return {request.id: row for request, row in zip(requests, logits, strict=True)}
+
+    def _advance(self, request: _Request, logits: Tensor) -> Event:
+        try:
+            token = draw(logits, request.sampling, request.tokens, request.generator)
+        except NextwordError as error:
+            self._leave(request)
+            return Event(request.id, "", None, "error", str(error))
+        request.read, request.unread = request.read + len(request.unread), [token]
+        ended = token == self.tokenizer.end_of_text
+        if not ended:
+            request.tokens.append(token)
+            request.drawn.append(token)
+        last = ended or len(request.drawn) == request.sampling.max_tokens
+        text = request.stream.push(self._new_bytes(request, last), last)
+        reason = "stop" if ended or request.stream.stopped else "length" if last else None
+        if reason:
+            self._leave(request)
+        return Event(request.id, text, token, reason)
+
+    def _new_bytes(self, request: _Request, last: bool) -> bytes:
+        """The bytes of the tokens that are no text yet; of a foreign tokenizer's, only when they are characters."""
+        new = request.tokens[request.shown :]
+        if self.tokenizer.kind != "foreign":
+            data = self.tokenizer.decode_bytes(new)
+        else:  # its text of a token may depend on the tokens before (SentencePiece drops the space of a first word)
+            before = self.tokenizer.decode(request.tokens[request.context : request.shown])
+            text = self.tokenizer.decode(request.tokens[request.context :])
+            if text.endswith("\ufffd") and not last:
+                return b""
+            data = text[len(before) :].encode()
+            request.context = request.shown
+        request.shown = len(request.tokens)
+        return data
+
+    def _leave(self, request: _Request) -> None:
+        self.running.remove(request)
+        self.cache.release(request.slot)
+        self.free = sorted([*self.free, request.slot])  # the lowest first, so that running slots stay neighbours
+
+    # ---------------------------------------------------------------- for those who want the whole
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> list[Completion]:
+        """Continue all the prompts; the completions in their order.
+
+        The draws of each are those of (seed, its place in `prompts`), whatever the other prompts are.
+
+        Raises:
+            NextwordError: the model's logits are not finite numbers.
+            UsageError: requests of somebody else are under way.
+        """
+        if isinstance(prompts, str):
+            raise UsageError("prompts must be a list of prompts, not one string")
+        sampling = sampling or Sampling()
+        requests: dict[int, _Request] = {}
+        ended: dict[int, FinishReason] = {}
+        texts: dict[int, list[str]] = {}
+        self._refuse_company()
+        for index, prompt in enumerate(prompts):
+            id = self.add(prompt, sampling, index=None if sampling.seed is None else index)
+            requests[id], texts[id] = self.waiting[-1], []
+        for event in self._events(list(requests)):
+            texts[event.id].append(event.text)
+            if event.finish_reason:
+                ended[event.id] = event.finish_reason
+        return [
+            Completion(prompt, "".join(texts[id]), ended[id], request.drawn, request.truncated)
+            for prompt, (id, request) in zip(prompts, requests.items(), strict=True)
+        ]
+
+    def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
+        """Continue one prompt; the pieces together are its completion's text. Raises as `generate` does."""
+        self._refuse_company()
+        for event in self._events([self.add(prompt, sampling)]):
+            if event.text:
+                yield event.text
+
+    def _events(self, ids: list[int]) -> Iterator[Event]:
+        try:
+            while self.busy:
+                for event in self.step():
+                    if event.error:
+                        raise NextwordError(event.error)
+                    yield event
+        finally:  # also when the caller stops listening
+            for id in ids:
+                self.cancel(id)
+
+    def _refuse_company(self) -> None:
+        if self.busy:
+            raise UsageError("other requests are under way in this engine: add this one with `add` and call `step`")
+
+
+def _generator(seed: int, index: int) -> torch.Generator:
+    """A generator for each (seed, index); hashed, so that neighbouring numbers have nothing in common."""
+    digest = hashlib.sha256(f"{seed} {index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,0 +1,338 @@
+"""Files to documents: every format, every flaw; nothing is dropped in silence and nothing is fatal."""
+
+import csv
+import gzip
+import io
+import json
+import os
+import sys
+import tracemalloc
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nextword.errors import MissingExtra, NextwordError, UsageError
+from nextword.text import documents, streams
+from nextword.text.documents import Problems, find_files, pieces, read_documents
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+zstandard = pytest.importorskip("zstandard")
+
+
+def read(path, content=None, column=None):
+    """What is in a file: (line, text) of each document, and the problems."""
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    problems = Problems()
+    texts = [(d.line, "".join(d.pieces)) for d in read_documents(path, problems, column)]
+    return texts, problems
+
+
+def test_every_format_and_compression(tmp_path):
+    rows = [("The first, with a comma", 1), ('A "quoted"\nsecond', 2), ("Le troisième", 3)]
+    table = io.StringIO()
+    csv.writer(table).writerows([("text", "n"), *rows])
+    lines = "".join(json.dumps({"n": n, "text": text}) + "\n" for text, n in rows)
+    plain = {
+        "a.txt": ("One\nfile.\n", [(None, "One\nfile.\n")]),
+        "a.MD": ("# One\n", [(None, "# One\n")]),
+        "a.jsonl": (lines, [(i + 1, text) for i, (text, _) in enumerate(rows)]),
+        "a.ndjson": (lines, [(i + 1, text) for i, (text, _) in enumerate(rows)]),
+        "a.csv": (table.getvalue(), [(2, rows[0][0]), (3, rows[1][0]), (5, rows[2][0])]),
+        "a.tsv": ('n\ttext\n1\t"Go," he said. "Now"\n2\tb\n', [(2, '"Go," he said. "Now"'), (3, "b")]),
+    }
+    for name, (content, expected) in plain.items():
+        data = content.encode()
+        for suffix, packed in {
+            "": data,
+            ".gz": gzip.compress(data[:5]) + gzip.compress(data[5:]),
+            ".zst": zstandard.compress(data[:5]) + zstandard.compress(data[5:]),
+        }.items():
+            texts, problems = read(tmp_path / (name + suffix), packed)
+            assert (texts, problems.total) == (expected, 0), name + suffix
+    for column in (pa.array([r[0] for r in rows]), pa.array([r[0] for r in rows]).dictionary_encode()):
+        pq.write_table(pa.table({"n": [1, 2, 3], "text": column}), tmp_path / "a.parquet")
+        assert read(tmp_path / "a.parquet")[0] == [(i + 1, text) for i, (text, _) in enumerate(rows)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kept", "line", "what", "count"),
+    [
+        (
+            "a.txt",
+            b"good\nb\xffd \xfe\nok and well \xc3\xa9",
+            ["good\nb\ufffdd \ufffd\nok and well é"],
+            2,
+            "not valid UTF-8",
+            2,
+        ),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \nnull\n{"text": "b"}', ["a", "b"], 2, "not valid JSON", 1),
+        ("a.jsonl", b'[1]\n{"text": "a"}\n"b"\n', ["a"], 1, "not a JSON object", 2),
+        ("a.jsonl", b'\n{"text": "a"}\n{"story": "b"}\n{"y": 1, "z": 2}\n', ["a", "b"], 4, "found y, z", 1),
+        ("a.jsonl", b'{"text": 5}\n{"text": null}\n{"text": "a"}', ["a"], 1, "text is a int", 2),
+        ("a.jsonl", b'{"text": " "}\n{"text": "a"}\n{"text": ""}', ["a"], 1, "the text is empty", 2),
+        ("a.jsonl", b'{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}', ["a\ufffdb", "😀"], 1, "surrogate", 1),
+        ("a.jsonl", b"[" * 100_000 + b'\n{"text": "a"}', ["a"], 1, "not valid JSON", 1),
+        ("a.jsonl", b'{"n": ' + b"1" * 5000 + b'}\n{"text": "a"}', ["a"], 1, "not valid JSON", 1),
+        ("a.csv", b"n,text\n1,a\n2\n3,c\n", ["a", "c"], 3, "too few columns", 1),
+        ("a.csv", b"text,n\na,1\nb, and more,2\n", ["a", "b"], 3, "too many columns", 1),
+        ("a.csv", b"x,y\n1,2\n", [], 1, "found x, y", 1),
+        ("a.csv", b'text\n"never closed\nb\n\nc\n', ["b", "c"], 2, "never closed", 1),
+        ("a.csv", b"text\n", [], None, "no text", 1),
+        ("a.csv", b"", [], None, "no text", 1),
+        ("a.txt", b"", [], None, "no text", 1),
+        ("a.txt", b" \n\t \n", [], None, "no text", 1),
+        ("a.txt.gz", gzip.compress(b""), [], None, "no text", 1),
+        ("a.txt", b"MZ\x00\x01\x02 binary", [], None, "NUL bytes", 1),
+        ("a.csv", bytes(range(128, 256)) * 9, [], None, "a tenth", 1),
+        ("a.txt.gz", gzip.compress(os.urandom(500).hex().encode())[:300], None, None, "stream is broken", 1),
+        ("a.txt.gz", b"no gzip at all", [], None, "stream is broken", 1),
+        ("a.txt.zst", zstandard.compress(os.urandom(500).hex().encode())[:300], None, None, "ends early", 1),
+        ("a.txt.zst", b"no zstd at all", [], None, "stream is broken", 1),
+        ("a.parquet", b"PAR1 not parquet PAR1", [], None, "not a parquet file", 1),
+        ("a.parquet", b"", [], None, "not a parquet file", 1),
+        ("a.parquet.gz", b"", [], None, "unpack", 1),
+    ],
+)
+def test_bad_input_is_reported_and_the_rest_goes_on(name, content, kept, line, what, count, tmp_path):
+    texts, problems = read(tmp_path / name, content)
+    if kept is not None:
+        assert [text for _, text in texts] == kept
+    problem = next(p for p in problems.found if what in str(p))
+    assert (problem.path, problem.line, problem.count) == (str(tmp_path / name), line, count)
+    assert f"{tmp_path / name}{'' if line is None else f' line {line}'}: " in str(problem)
+    with pytest.raises(NextwordError, match=r"--strict"):
+        for document in read_documents(tmp_path / name, Problems(strict=True)):
+            list(document.pieces)
+
+
+def test_parquet_rows_that_are_no_text(tmp_path):
+    path = tmp_path / "a.parquet"
+    invalid = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.array([0, 2], pa.int32()).buffers()[1], pa.py_buffer(b"a\xff")]
+    )
+    pq.write_table(pa.table({"text": pa.concat_arrays([pa.array(["a", None, " "]), invalid])}), path)
+    texts, problems = read(path)
+    assert texts == [(1, "a"), (4, "a\ufffd")]
+    assert [(p.line, p.what.split(":")[0].split(";")[0]) for p in problems.found] == [
+        (2, "the text is not a string"),
+        (3, "the text is empty"),
+        (4, "not valid UTF-8"),
+    ]
+    pq.write_table(pa.table({"text": [1, 2]}), path)
+    assert read(path)[1].total == 2
+    pq.write_table(pa.table({"title": ["a"]}), path)
+    assert "found title" in read(path)[1].lines()[0] and read(path, column="title")[0] == [(1, "a")]
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
+    assert "no rows" in read(path)[1].lines()[0]
+
+
+def test_the_column_can_be_named(tmp_path):
+    texts, problems = read(tmp_path / "a.jsonl", '{"text": "a", "fr": "b"}\n{"text": "c"}', column="fr")
+    assert texts == [(1, "b")] and "looked for fr; found text" in problems.lines()[0]
+    assert read(tmp_path / "a.tsv", "en\tfr\nyes\toui\n", column="fr")[0] == [(2, "oui")]
+
+
+@pytest.mark.parametrize("codec", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_encoding_marks_and_line_ends(codec, tmp_path):
+    text = "début\r\nmiddle\rend 😀" + "x" * 300_000
+    mark = "\ufeff" if codec == "utf-16-be" else ""
+    expected = text.replace("\r\n", "\n").replace("\r", "\n")
+    assert read(tmp_path / "a.txt", (mark + text).encode(codec))[0] == [(None, expected)]
+    rows = '\ufeff{"text": "é"}\r\n{"text": "ö"}'.encode("utf-16-be")
+    assert read(tmp_path / "a.jsonl", rows)[0] == [(1, "é"), (2, "ö")]
+
+
+def test_a_broken_stream_keeps_what_came_before(tmp_path):
+    text = os.urandom(400_000).hex()
+    for name, packed in {
+        "a.txt.gz": gzip.compress(text.encode()),
+        "a.txt.zst": zstandard.compress(text.encode()),
+    }.items():
+        texts, problems = read(tmp_path / name, packed[: len(packed) // 2])
+        assert problems.total == 1 and text.startswith(texts[0][1]) and len(texts[0][1]) > 100_000
+
+
+def test_a_long_line_is_skipped_in_tables_and_kept_in_texts(tmp_path, monkeypatch):
+    for module in (streams, documents):
+        monkeypatch.setattr(module, "LONGEST_LINE", 300_000)
+    long = "word " * 200_000
+    texts, problems = read(tmp_path / "a.jsonl", f'{{"text": "a"}}\n{{"text": "{long}"}}\n{{"text": "b"}}\n')
+    assert [t for _, t in texts] == ["a", "b"] and problems.found[0].line == 2
+    texts, problems = read(tmp_path / "b.csv", f"text\na\n{long}\nb\n{long}")
+    assert [t for _, t in texts] == ["a", "b"] and (problems.found[0].line, problems.total) == (3, 2)
+    texts, problems = read(tmp_path / "c.txt", f"a\n{long}\nb")
+    assert texts[0][1] == f"a\n{long}\nb" and problems.total == 0 and problems.found[0].line == 2
+
+
+def test_memory_stays_flat(tmp_path):
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"no newline and no end " * 2_000_000, 1))
+    (tmp_path / "b.txt.zst").write_bytes(zstandard.compress(b"a" * 60_000_000))
+    for file, size in ((path, 44_000_000), (tmp_path / "b.txt.zst", 60_000_000)):
+        tracemalloc.start()
+        total = sum(len(piece) for d in read_documents(file, Problems()) for piece in d.pieces)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert total == size and peak < 25_000_000
+
+
+def test_a_quote_that_never_closes_costs_one_line_however_late_it_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "LONGEST_LINE", 1000)
+    rows = "".join(f"row {i} of many\n" for i in range(500))
+    texts, problems = read(tmp_path / "a.csv", f'text\n"open\n{rows}')
+    assert [t for _, t in texts] == rows.splitlines() and problems.found[0].line == 2
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.sampled_from("ab \n\t.é中")), st.integers(1, 9), st.integers(1, 9))
+def test_pieces_are_the_text_whatever_the_chunks(text, limit, size):
+    chunks = [text[i : i + size] for i in range(0, len(text), size)]
+    cut = list(pieces(chunks, limit))
+    assert "".join(cut) == text and all(0 < len(piece) <= limit for piece in cut)
+    assert cut == list(pieces([text], limit))
+
+
+def test_pieces_have_the_tokens_of_the_whole():
+    from nextword.text.tokenizer import train_bpe
+
+    text = "It's a line of words.\nAnother, indented:\n\n    with code()  \n\tand tabs 123\n" * 30
+    tokenizer = train_bpe([text], 400)
+    for limit in (97, 211, 1000):
+        cut = list(pieces([text], limit))
+        assert [id for piece in cut for id in tokenizer.encode(piece)] == tokenizer.encode(text)
+
+
+def test_files_are_found_in_order_and_everything_else_is_reported(tmp_path):
+    for name in ("b.txt", "a/z.md", "a/.hidden", "a/p.png", "q.png", "old.zip", "c.txt.xz", ".git/x.txt", "Makefile"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made/nextword.json").write_text("{}")
+    (tmp_path / "made/problems.jsonl").write_text("{}")
+    problems = Problems()
+    assert [s.name for s in find_files([tmp_path], problems)] == ["a/z.md", "b.txt"]
+    assert problems.total == 2  # the archives; the rest are notices
+    assert problems.kinds["left out: files with the suffix .png"] == 2
+    assert problems.kinds["left out: files or folders that are hidden"] == 2
+    assert problems.kinds["left out: files without a suffix"] == 1
+    assert problems.kinds["left out: a folder that nextword makes"] == 1
+    assert "unpack it first" in "".join(problems.lines())
+    with pytest.raises(UsageError, match="no such"):
+        find_files([tmp_path / "nowhere"], problems)
+    assert find_files([tmp_path / "q.png"], problems) == [] and "not a format" in problems.lines()[-1]
+
+
+def test_links(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x.txt").write_text("x")
+    try:
+        (tmp_path / "a/loop").symlink_to(tmp_path, target_is_directory=True)
+    except OSError:
+        pytest.skip("this system lets nobody but its administrator make links")
+    (tmp_path / "b").symlink_to(tmp_path / "a", target_is_directory=True)
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "self.txt").symlink_to(tmp_path / "self.txt")
+    (tmp_path / "y.txt").symlink_to(tmp_path / "a/x.txt")
+    problems = Problems()
+    assert [s.name for s in find_files([tmp_path], problems)] == ["a/x.txt", "y.txt"]
+    assert problems.total == 4
+    assert sum("entered already" in line for line in problems.lines()) == 2
+
+
+def test_an_unreadable_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("secret")
+    path.chmod(0)
+    try:
+        if os.access(path, os.R_OK):
+            pytest.skip("this user reads every file, whatever its mode (root does)")
+        texts, problems = read(path)
+        assert not texts and "cannot be read" in problems.lines()[0]
+    finally:
+        path.chmod(0o600)
+
+
+def test_a_file_that_vanishes_and_a_folder_with_a_files_name(tmp_path):
+    (tmp_path / "x.txt").mkdir()
+    for path in (tmp_path / "gone.txt", tmp_path / "x.txt", tmp_path / "gone.parquet", tmp_path / "gone.csv.zst"):
+        texts, problems = read(path)
+        assert not texts and problems.total == 1, path
+
+
+def test_problems_are_counted_and_the_first_are_shown():
+    told = []
+    problems = Problems(on_problem=told.append)
+    for i in range(3000):
+        problems.add(f"file {i % 1500}", i, "bad", "why")
+    assert (problems.total, problems.kinds["bad"], len(problems.found), len(told)) == (3000, 3000, 1000, 1000)
+    assert str(problems.found[0]) == "file 0 line 0: bad: why (2 in all)"
+    assert len(problems.lines()) == 21 and "980 more" in problems.lines()[-1]
+
+
+@pytest.mark.parametrize(("name", "package"), [("a.parquet", "pyarrow"), ("a.txt.zst", "zstandard")])
+def test_a_missing_package_is_named(name, package, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtra, match=r"pip install 'nextword\["):
+        read(tmp_path / name, b"x")
+
+
+SUFFIXES = [f + c for f in (".txt", ".md", ".jsonl", ".csv", ".tsv", ".parquet") for c in ("", ".gz", ".zst")]
+LUMPS = st.sampled_from(
+    [
+        b"text",
+        b",",
+        b"\t",
+        b'"',
+        b"\n",
+        b"\r",
+        b'{"text": "',
+        b'"}',
+        b"\\ud800",
+        b"\0",
+        b"\xff",
+        b"\xef\xbb\xbf",
+        b"\xff\xfe",
+        b"PAR1",
+    ]
+)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_no_bytes_whatever_are_fatal(suffix, tmp_path):
+    path = tmp_path / f"a{suffix}"
+    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "good.parquet")
+    good = (tmp_path / "good.parquet").read_bytes()
+
+    @settings(
+        max_examples=60,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+    @given(
+        st.one_of(st.binary(max_size=200), st.lists(LUMPS, max_size=30).map(b"".join)),
+        st.booleans(),
+        st.integers(0, len(good)),
+    )
+    def check(data, packed, place):
+        if suffix == ".parquet" and packed:
+            data = good[:place] + data[:3] + good[place + 3 :]
+        elif packed and suffix.endswith(".gz"):
+            data = gzip.compress(data)
+        elif packed and suffix.endswith(".zst"):
+            data = zstandard.compress(data)
+        texts, problems = read(path, data)
+        assert texts or problems.total
+        for _, text in texts:
+            text.encode()
+        try:
+            for document in read_documents(path, Problems(strict=True)):
+                list(document.pieces)
+        except NextwordError:
+            assert problems.total
+        else:
+            assert not problems.total
+
+    check()

@@ -1,0 +1,329 @@
+"""The engine: each text as if it were alone, whole characters, stop strings, the sliding window, how a text ends."""
+
+import itertools
+
+import pytest
+import tokenizers
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models
+
+from nextword.errors import NextwordError, UsageError
+from nextword.inference.engine import Engine, Event, TextStream
+from nextword.inference.sampling import Sampling, draw
+from nextword.model.config import PRESETS, build_config
+from nextword.model.gpt import GPT
+from nextword.text.tokenizer import Tokenizer, train_bpe, train_char
+
+CONTEXT = 16
+TEXT = "The house on the hill. Wër, ñu ngi dem ca àll ba. 日本語の文 🙂🙂 is text too, isn't it?\n"
+GREEDY = Sampling(temperature=0, max_tokens=40)
+BOLD = Sampling(temperature=1.5, max_tokens=40, seed=7)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_bpe([TEXT] * 3, 300)
+
+
+def tiny(tokenizer: Tokenizer, preset: str = "modern", **overrides: int) -> GPT:
+    """A model with random weights, large enough to be sure of what it says."""
+    torch.manual_seed(0)
+    sizes = {"n_layers": 2, "n_heads": 4, "d_model": 32, "context_length": CONTEXT, **overrides}
+    vocab_size = sizes.pop("vocab_size", tokenizer.vocab_size)
+    model = GPT(build_config(preset, vocab_size=vocab_size, **sizes))  # pyright: ignore[reportArgumentType]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and not name.startswith("position"):
+                parameter.mul_(3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Tokenizer) -> GPT:
+    return tiny(tokenizer)
+
+
+@torch.inference_mode()
+def by_hand(model: GPT, tokenizer: Tokenizer, ids: list[int], sampling: Sampling, index: int) -> list[int]:
+    """The definition, without a cache: read the window, draw, and when it is full begin anew with its newer half."""
+    from nextword.inference.engine import _generator
+
+    generator = _generator(sampling.seed or 0, index)
+    start, ids, drawn = max(0, len(ids) - CONTEXT), list(ids), []
+    first = start
+    while len(drawn) < sampling.max_tokens:
+        if len(ids) - start > CONTEXT:
+            start = len(ids) - CONTEXT // 2
+        logits = model.unembed(model(torch.tensor([ids[start:]]))[0, -1])[: tokenizer.vocab_size]
+        token = draw(logits, sampling, ids[first:], generator)
+        if token == tokenizer.end_of_text:
+            break
+        ids.append(token)
+        drawn.append(token)
+    return drawn
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("sampling", [GREEDY, BOLD, Sampling(0.9, 20, 0.95, 0.01, 1.2, max_tokens=40, seed=3)])
+def test_generate_is_the_definition_for_every_preset(tokenizer: Tokenizer, preset: str, sampling: Sampling) -> None:
+    model = tiny(tokenizer, preset)
+    prompts = ["The ho", "日本", "a", "The house on the hill, the house on the hill, and so on and on"]
+    completions = Engine(model, tokenizer, max_batch=3, seed=0).generate(prompts, sampling)
+    for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        ids = tokenizer.encode(prompt)
+        assert completion.prompt == prompt
+        assert completion.tokens == by_hand(model, tokenizer, ids, sampling, index if sampling.seed else 0)
+        assert completion.text == tokenizer.decode(completion.tokens)
+        assert completion.truncated == max(0, len(ids) - CONTEXT)
+        assert completion.finish_reason == ("length" if len(completion.tokens) == 40 else "stop")
+
+
+def test_batched_equals_single(model: GPT, tokenizer: Tokenizer) -> None:
+    prompts = ["The", "house", "hill is", "ñu ngi", ""]
+    together = Engine(model, tokenizer).generate(prompts, BOLD)
+    queued = Engine(model, tokenizer, max_batch=1).generate(prompts, BOLD)
+    assert [c.tokens for c in together] == [c.tokens for c in queued]
+    assert Engine(model, tokenizer).generate(["The"], BOLD)[0] == together[0]
+    assert len({tuple(c.tokens) for c in Engine(model, tokenizer).generate(["The"] * 4, BOLD)}) == 4
+
+
+def test_a_seed_repeats_and_no_seed_does_not(model: GPT, tokenizer: Tokenizer) -> None:
+    free = Sampling(temperature=1.5)
+    engine = Engine(model, tokenizer, seed=1)
+    one, two = engine.generate(["The"], free), engine.generate(["The"], free)
+    assert one != two
+    assert Engine(model, tokenizer, seed=1).generate(["The"], free) == one
+    assert Engine(model, tokenizer).generate(["The"], free) != Engine(model, tokenizer).generate(["The"], free)
+    assert engine.generate(["The"], BOLD) == Engine(model, tokenizer, seed=2).generate(["The"], BOLD)
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 10_000), stops=st.lists(st.sampled_from(["e", " t", "is", "\n", "本", "the"]), max_size=3))
+def test_streamed_pieces_are_the_completion(seed: int, stops: list[str]) -> None:
+    tokenizer = train_bpe([TEXT] * 3, 300)
+    model = tiny(tokenizer)
+    sampling = Sampling(temperature=2.0, seed=seed, stop=tuple(stops), max_tokens=30)
+    whole = Engine(model, tokenizer).generate(["The"], sampling)[0]
+    assert "".join(Engine(model, tokenizer).stream("The", sampling)) == whole.text
+    free = Engine(model, tokenizer).generate(["The"], Sampling(temperature=2.0, seed=seed, max_tokens=30))[0]
+    assert whole.text == cut(free.text, stops)
+    assert not any(stop in whole.text for stop in stops)
+
+
+# ---------------------------------------------------------------- text out of bytes
+
+
+def cut(text: str, stops: list[str]) -> str:
+    """The definition: read letter by letter to the first stop string that is complete, the longest if several."""
+    for end in range(len(text) + 1):
+        if found := [stop for stop in stops if text[:end].endswith(stop)]:
+            return text[: end - max(map(len, found))]
+    return text
+
+
+letters = st.text(alphabet="abé🙂\n", max_size=30)
+
+
+@settings(max_examples=500)
+@given(
+    data=letters.map(str.encode) | st.binary(max_size=30),
+    stops=st.lists(st.text(alphabet="abé🙂\n\ufffd", min_size=1, max_size=5), max_size=4),
+    sizes=st.lists(st.integers(1, 7), min_size=1),
+)
+def test_stop_strings_and_characters_across_any_cut(data: bytes, stops: list[str], sizes: list[int]) -> None:
+    stream, pieces, at = TextStream(tuple(stops)), [], 0
+    full = cut(data.decode(errors="replace"), stops)
+    for size in itertools.cycle(sizes):
+        pieces.append(stream.push(data[at : at + size]))
+        at += size
+        assert full.startswith("".join(pieces))  # nothing is ever shown that has to be taken back
+        if at >= len(data):
+            break
+    pieces.append(stream.push(b"", last=True))
+    assert "".join(pieces) == full
+    assert stream.stopped == (full != data.decode(errors="replace"))
+
+
+def test_no_more_is_held_back_than_must_be() -> None:
+    stream = TextStream(("\n\nUser:", "END"))
+    assert stream.push(b"one\n") == "one"
+    assert stream.push(b"two\n\nUse") == "\ntwo"
+    assert stream.push(b"ful EN") == "\n\nUseful "
+    assert stream.push("D’é".encode()[:2]) == ""
+    assert stream.stopped
+    characters = TextStream()
+    assert [characters.push(bytes([byte])) for byte in "é🙂".encode()] == ["", "é", "", "", "", "🙂"]
+    assert characters.push(b"\xff\xe4") == "\ufffd"
+    assert characters.push(b"", last=True) == "\ufffd"
+
+
+def test_a_character_level_model_speaks(tokenizer: Tokenizer) -> None:
+    characters = train_char([TEXT])
+    completion = Engine(tiny(characters), characters).generate(["The h"], GREEDY)[0]
+    assert len(completion.text) == len(completion.tokens)
+
+
+def sentencepiece() -> Tokenizer:
+    """A tokenizer as Llama's: spaces are ▁, the first is left out, and unknown characters are spelt in bytes."""
+    names = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁the", "▁cat", "s", "▁"]
+    backend = tokenizers.Tokenizer(models.BPE({name: id for id, name in enumerate(names)}, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<s>", "</s>"])
+    return Tokenizer(backend, {"eos_token": "</s>", "bos_token": "<s>"})
+
+
+@pytest.mark.parametrize("shown", ["▁cat s", "▁the <0xE2> <0x82> <0xAC> ▁cat", "<0xC3> <0xA9> ▁ <0xF0> <0x9F>"])
+def test_a_foreign_tokenizer_keeps_spaces_and_characters(monkeypatch: pytest.MonkeyPatch, shown: str) -> None:
+    tokenizer = sentencepiece()
+    assert tokenizer.kind == "foreign"
+    vocabulary = tokenizer.backend.get_vocab()
+    prompt, *answer = [vocabulary[token] for token in ["▁the", *shown.split()]]
+    feed = iter(answer)
+    monkeypatch.setattr("nextword.inference.engine.draw", lambda *_: next(feed))
+    pieces = list(Engine(tiny(tokenizer), tokenizer).stream([prompt], Sampling(max_tokens=len(answer))))
+    assert "the" + "".join(pieces) == tokenizer.decode([prompt, *answer])
+    assert "\ufffd" not in "".join(pieces[:-1])
+
+
+# ---------------------------------------------------------------- where a text begins and ends
+
+
+def run(engine: Engine) -> list[Event]:
+    events = []
+    while engine.busy:
+        events += engine.step()
+    return events
+
+
+def test_an_empty_prompt_begins_a_document(model: GPT, tokenizer: Tokenizer) -> None:
+    empty, explicit = Engine(model, tokenizer).generate(["", [tokenizer.end_of_text]], GREEDY)
+    assert empty.tokens == explicit.tokens
+
+
+def test_a_tokenizer_that_begins_texts_with_a_token_does(model: GPT, tokenizer: Tokenizer) -> None:
+    llama = train_bpe([TEXT] * 3, 300)
+    llama.begin_of_text = llama.end_of_text
+    expected = Engine(model, tokenizer).generate([[tokenizer.end_of_text, *tokenizer.encode("The")]], GREEDY)[0]
+    assert Engine(model, llama).generate(["The"], GREEDY)[0].tokens == expected.tokens
+
+
+def test_end_of_text_ends_it(monkeypatch: pytest.MonkeyPatch, model: GPT, tokenizer: Tokenizer) -> None:
+    feed = iter([*tokenizer.encode("a th"), tokenizer.end_of_text])
+    monkeypatch.setattr("nextword.inference.engine.draw", lambda *_: next(feed))
+    engine = Engine(model, tokenizer)
+    engine.add("The", Sampling(stop=("the",)))
+    events = run(engine)
+    assert events[-1].finish_reason == "stop"
+    assert events[-1].token == tokenizer.end_of_text
+    assert "".join(event.text for event in events) == "a th"  # what was held back is text after all
+
+
+def test_padded_embeddings_are_never_drawn(tokenizer: Tokenizer) -> None:
+    model = tiny(tokenizer, "tutorial", vocab_size=tokenizer.vocab_size + 200)
+    completion = Engine(model, tokenizer).generate(["The"], Sampling(temperature=100.0, max_tokens=200, seed=0))[0]
+    assert max(completion.tokens) < tokenizer.vocab_size
+
+
+def test_more_prompts_than_slots_and_a_queue_in_order(model: GPT, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer, max_batch=2)
+    sizes = [5, 1, 4, 2, 3]
+    ids = [engine.add("The", Sampling(max_tokens=size, temperature=3.0, seed=0)) for size in sizes]
+    events, most = [], 0
+    while engine.busy:
+        new = engine.step()
+        most = max(most, len(new))
+        events += new
+    assert most == 2
+    first = [next(i for i, event in enumerate(events) if event.id == id) for id in ids]
+    assert first == sorted(first)
+    assert all(sum(event.id == id for event in events) <= size for id, size in zip(ids, sizes, strict=True))
+    assert sum(event.finished for event in events) == len(ids)
+    assert engine.free == [0, 1]
+
+
+def test_cancelling_frees_the_slot_and_disturbs_nobody(model: GPT, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer, max_batch=2)
+    running, other, waiting, later = (engine.add(p, BOLD) for p in ("The", "house", "hill", "ñu"))
+    events = engine.step()
+    engine.cancel(running)
+    engine.cancel(waiting)
+    engine.cancel(running)  # again, and it does no harm
+    events += run(engine)
+    assert {event.id for event in events[2:]} == {other, later}
+    for id, prompt in ((other, "house"), (later, "ñu")):
+        alone = Engine(model, tokenizer).generate([prompt], BOLD)[0]
+        assert "".join(event.text for event in events if event.id == id) == alone.text
+
+
+def test_a_stream_that_is_left_frees_its_slot(model: GPT, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer)
+    stream = engine.stream("The", BOLD)
+    next(stream)
+    with pytest.raises(UsageError, match="under way"):
+        engine.generate(["The"], BOLD)
+    stream.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert not engine.busy
+    assert engine.generate(["The"], BOLD) == Engine(model, tokenizer).generate(["The"], BOLD)
+
+
+def test_a_step_that_ran_out_of_memory_can_be_repeated(
+    monkeypatch: pytest.MonkeyPatch, model: GPT, tokenizer: Tokenizer
+) -> None:
+    expected = Engine(model, tokenizer).generate(["The", "house on"], BOLD)
+    engine = Engine(model, tokenizer)
+    ids = [engine.add("The", BOLD, index=0), engine.add("house on", BOLD, index=1)]
+    events, calls = [], 0
+
+    def failing(hidden: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls % 3 == 0:
+            raise torch.OutOfMemoryError("no memory")
+        return GPT.unembed(model, hidden)
+
+    monkeypatch.setattr(model, "unembed", failing)
+    while engine.busy:
+        try:
+            events += engine.step()
+        except torch.OutOfMemoryError:
+            continue
+    assert ["".join(e.text for e in events if e.id == id) for id in ids] == [c.text for c in expected]
+
+
+def test_logits_that_are_not_finite_end_one_text_with_an_error(tokenizer: Tokenizer) -> None:
+    model = tiny(tokenizer, "tutorial")
+    bad = tokenizer.encode("h")[0]
+    with torch.no_grad():
+        model.token_embedding.weight[bad] = torch.nan
+    engine = Engine(model, tokenizer, max_batch=2)
+    ids = [engine.add(p, Sampling(temperature=0, max_tokens=3)) for p in ("h", "T", "e")]
+    events = run(engine)
+    assert events[0].id == ids[0]
+    assert events[0].finish_reason == "error"
+    assert "not finite" in (events[0].error or "")
+    assert {event.id for event in events if event.finish_reason == "length"} <= {*ids[1:]}
+    with pytest.raises(NextwordError, match="not finite"):
+        engine.generate(["h"])
+    assert not engine.busy
+
+
+def test_wrong_use_is_refused(model: GPT, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer)
+    with pytest.raises(UsageError, match="one string"):
+        engine.generate("The")
+    with pytest.raises(UsageError, match="token ids must be"):
+        engine.add([tokenizer.vocab_size])
+    with pytest.raises(UsageError, match="not the tokenizer"):
+        Engine(tiny(tokenizer, vocab_size=100), tokenizer)
+    with pytest.raises(UsageError, match="max_batch"):
+        Engine(model, tokenizer, max_batch=0)
+
+
+def test_a_context_of_one_token(tokenizer: Tokenizer) -> None:
+    completion = Engine(tiny(tokenizer, context_length=1), tokenizer).generate(["The house"], Sampling(max_tokens=5))[0]
+    assert len(completion.tokens) <= 5
+    assert completion.truncated > 0

@@ -1,0 +1,153 @@
+"""The likelihood against the formula in float64, with stock functions; and that a trained model uses its context."""
+
+import math
+import pydoc_data.topics
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from nextword.errors import NextwordError, UsageError
+from nextword.evaluation import likelihood as module
+from nextword.evaluation.likelihood import context_use, likelihood
+from nextword.model.config import PRESETS, build_config
+from nextword.model.gpt import GPT
+
+CONTEXT, VOCABULARY = 16, 50
+
+
+class Row:
+    """Token ids in memory."""
+
+    def __init__(self, ids: np.ndarray):
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        assert start >= 0
+        assert start + count <= len(self.ids)
+        return self.ids[start : start + count]
+
+
+def random_row(length: int) -> Row:
+    return Row(np.random.default_rng(0).integers(0, VOCABULARY, length).astype(np.uint16))
+
+
+def tiny(preset: str = "gpt2") -> GPT:
+    torch.manual_seed(0)
+    sizes = {"n_layers": 2, "n_heads": 4, "d_model": 32, "context_length": CONTEXT}
+    model = GPT(build_config(preset, vocab_size=VOCABULARY, **sizes))  # pyright: ignore[reportArgumentType]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+@torch.no_grad()
+def by_hand(model: GPT, row: Row, windows: list[int] | None = None) -> tuple[float, list[list[float]]]:
+    """Σ −log softmax(logits)[x_t], one token and one window at a time; and the losses at each position."""
+    total, by_position = 0.0, [[] for _ in range(CONTEXT)]
+    starts = range(0, len(row) - 1, CONTEXT)
+    for start in starts if windows is None else [starts[i] for i in windows]:
+        window = torch.tensor(row.ids[start : start + CONTEXT + 1].astype(np.int64))
+        logits = model.unembed(model(window[None, :-1]))[0].double()
+        for t, target in enumerate(window[1:]):
+            loss = -math.log(float(logits[t].exp()[target] / logits[t].exp().sum()))
+            total += loss
+            by_position[t].append(loss)
+    return total, by_position
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("length", [2, 16, 17, 18, 33, 100])
+@pytest.mark.parametrize("batch_rows", [None, 2])
+def test_is_the_formula(preset: str, length: int, batch_rows: int | None) -> None:
+    model, row = tiny(preset), random_row(length)
+    result = likelihood(model, row, 3 * length, batch_rows=batch_rows)
+    total, by_position = by_hand(model, row)
+    assert result.tokens == length - 1  # every token but the first, exactly once
+    assert result.loss == pytest.approx(total / (length - 1), rel=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(total / (length - 1)), rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(total / math.log(2) / (3 * length), rel=1e-6)
+    assert result.bytes == 3 * length
+    assert result.by_position == pytest.approx([sum(x) / len(x) for x in by_position if x], rel=1e-5)
+
+
+def test_a_sample_of_windows_is_spread_evenly_and_scaled() -> None:
+    model, row = tiny(), random_row(10 * CONTEXT + 5)  # ten windows and a short one
+    result = likelihood(model, row, 1000, limit_windows=3)
+    total, _ = by_hand(model, row, [1, 5, 9])
+    assert result.tokens == 3 * CONTEXT
+    assert result.loss == pytest.approx(total / result.tokens, rel=1e-6)
+    assert result.bits_per_byte == pytest.approx(total / math.log(2) / (1000 * 48 / 164), rel=1e-6)
+    assert result == likelihood(model, row, 1000, limit_windows=3)
+    assert likelihood(model, row, 1000, limit_windows=11) == likelihood(model, row, 1000)
+
+
+def test_logits_are_made_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, row, seen = tiny(), random_row(200), []
+    whole = likelihood(model, row, 200)
+    monkeypatch.setattr(module, "LOGITS", 10 * VOCABULARY)
+    monkeypatch.setattr(model, "unembed", lambda hidden: seen.append(hidden.shape[0]) or GPT.unembed(model, hidden))
+    assert likelihood(model, row, 200).loss == pytest.approx(whole.loss, rel=1e-6)
+    assert max(seen) == 10
+    assert sum(seen) == 199
+
+
+def test_progress_counts_windows_and_the_mode_comes_back() -> None:
+    model, calls = tiny().train(), []
+    likelihood(model, random_row(100), 100, batch_rows=2, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(2, 7), (4, 7), (6, 7), (7, 7)]
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(UsageError, match="another tokenizer"):
+        likelihood(model, Row(np.array([1, VOCABULARY])), 2)
+    assert model.training
+
+
+@pytest.mark.parametrize(("length", "n_bytes"), [(0, 10), (1, 10), (5, 0)])
+def test_nothing_to_predict_is_said(length: int, n_bytes: int) -> None:
+    with pytest.raises(UsageError, match="nothing to predict"):
+        likelihood(tiny(), random_row(length), n_bytes)
+
+
+def test_a_loss_that_is_not_finite_is_said() -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.token_embedding.weight[0] = torch.nan
+    with pytest.raises(NextwordError, match="not a finite number"):
+        likelihood(model, random_row(100), 100)
+
+
+def test_context_use_wants_a_whole_window() -> None:
+    assert len(context_use(tiny(), random_row(CONTEXT + 1)).true) == CONTEXT
+    with pytest.raises(UsageError, match="less than one window"):
+        context_use(tiny(), random_row(CONTEXT))
+
+
+def test_a_trained_model_uses_its_context() -> None:
+    """The loss falls with the position in the window, and more so than with the tokens shuffled."""
+    ids = np.frombuffer("\n".join(pydoc_data.topics.topics.values()).encode("ascii", "replace"), dtype=np.uint8)
+    train, held_out = ids[: len(ids) * 9 // 10], Row(ids[len(ids) * 9 // 10 :])
+    torch.manual_seed(0)
+    sizes = {"n_layers": 2, "n_heads": 4, "d_model": 64, "context_length": 32}
+    model = GPT(build_config("modern", vocab_size=128, **sizes))  # pyright: ignore[reportArgumentType]
+    optimizer, random = torch.optim.AdamW(model.parameters(), lr=3e-3), np.random.default_rng(0)
+    for _ in range(200):
+        starts = random.integers(0, len(train) - 33, 16)
+        window = torch.tensor(np.stack([train[start : start + 33] for start in starts]).astype(np.int64))
+        loss = F.cross_entropy(model.unembed(model(window[:, :-1])).flatten(0, 1), window[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    use = context_use(model, held_out, windows=1024)
+    assert use == context_use(model, held_out, windows=1024)
+
+    def fall(losses: list[float]) -> float:
+        return losses[0] - float(np.mean(losses[-16:]))
+
+    assert fall(use.true) > 0.2
+    assert fall(use.true) > fall(use.shuffled) + 0.2

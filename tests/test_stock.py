@@ -1,0 +1,263 @@
+"""A model directory is a stock directory: `transformers` opens ours, we open theirs, with the same logits."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from nextword.errors import CorruptFile, NextwordError
+from nextword.files import seal
+from nextword.model.config import PRESETS, ModelConfig, build_config
+from nextword.model.gpt import GPT
+from nextword.model.stock import load_model, save_model
+
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+def small(preset: str, **overrides) -> ModelConfig:
+    return build_config(preset, "tiny", **{"vocab_size": 61, "n_layers": 2, "d_model": 32, "context_length": 24, **overrides})
+
+
+def random_model(config: ModelConfig) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def logits(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.unembed(model(tokens))
+
+
+def stock_logits(directory: Path, tokens: torch.Tensor) -> tuple[torch.Tensor, str]:
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(info.values()), info  # nothing missing, nothing unexpected, nothing of another shape
+    with torch.no_grad():
+        return model.eval()(tokens, attention_mask=torch.ones_like(tokens)).logits, type(model).__name__
+
+
+CASES = [
+    ("tutorial", {}, "OpenAIGPTLMHeadModel"),
+    ("tutorial", {"tied": True}, "OpenAIGPTLMHeadModel"),
+    ("tutorial", {"norm_position": "pre", "d_ff": 48}, "GPT2LMHeadModel"),
+    ("gpt1", {}, "OpenAIGPTLMHeadModel"),
+    ("gpt1", {"tied": False, "d_model": 36, "n_heads": 3}, "OpenAIGPTLMHeadModel"),
+    ("gpt2", {}, "GPT2LMHeadModel"),
+    ("gpt2", {"tied": False, "d_ff": 50, "d_model": 35, "n_heads": 5, "vocab_size": 67}, "GPT2LMHeadModel"),
+    ("gpt2", {"attention_bias": False, "feed_forward_bias": False, "activation": "relu"}, "GPT2LMHeadModel"),
+    ("modern", {}, "Qwen3ForCausalLM"),
+    ("modern", {"tied": False, "n_heads": 6, "n_kv_heads": 2, "head_dim": 10, "d_ff": 37}, "Qwen3ForCausalLM"),
+    ("modern", {"n_kv_heads": 1, "rope_theta": 500.0, "norm_eps": 1e-5}, "Qwen3ForCausalLM"),
+    ("modern", {"qk_norm": False}, "LlamaForCausalLM"),
+    ("modern", {"qk_norm": False, "tied": False, "head_dim": 12, "n_kv_heads": 4}, "LlamaForCausalLM"),
+]
+
+
+@pytest.mark.parametrize(("preset", "overrides", "stock_class"), CASES)
+def test_ours_opens_in_the_stock_class(tmp_path, preset, overrides, stock_class):
+    model = random_model(small(preset, **overrides))
+    save_model(model, tmp_path, end_of_text=0, pad=1)
+    tokens = torch.randint(0, 61, (2, 24))
+    theirs, name = stock_logits(tmp_path, tokens)
+    assert name == stock_class
+    torch.testing.assert_close(logits(model, tokens), theirs, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(logits(load_model(tmp_path), tokens), theirs, atol=1e-4, rtol=1e-5)
+    mode = (tmp_path / "model.safetensors").stat().st_mode
+    assert mode == (tmp_path / "config.json").stat().st_mode, "whoever may read one may read the other"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_sealed_directory_opens_as_exactly_what_was_saved(tmp_path, preset):
+    """The sinusoids stay a formula, a bias that does not exist stays away, and every number is the same bit for bit."""
+    model = random_model(small(preset))
+    save_model(model, tmp_path)
+    seal(tmp_path, {"model": model.config.to_dict()})
+    again = load_model(tmp_path)
+    assert again.config == model.config
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    tokens = torch.randint(0, 61, (1, 24))
+    assert torch.equal(logits(model, tokens), logits(again, tokens))
+
+
+def stock_configs():
+    t = transformers
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "max_position_embeddings": 24}
+    rope = {"rope_type": "default", "rope_theta": 77_000.0}
+    return {
+        "gpt2": t.GPT2Config(vocab_size=61, n_positions=24, n_embd=36, n_layer=3, n_head=3, bos_token_id=0, eos_token_id=0),
+        "gpt2-untied": t.GPT2Config(
+            vocab_size=61, n_positions=24, n_embd=32, n_layer=2, n_head=4, n_inner=50, activation_function="relu",
+            tie_word_embeddings=False, bos_token_id=0, eos_token_id=0, layer_norm_epsilon=1e-3,
+        ),
+        "gpt1": t.OpenAIGPTConfig(vocab_size=61, n_positions=24, n_embd=32, n_layer=2, n_head=2),
+        "qwen3": t.Qwen3Config(
+            vocab_size=61, num_attention_heads=4, num_key_value_heads=2, head_dim=6, rope_parameters=rope,
+            tie_word_embeddings=False, **sizes,
+        ),
+        "qwen3-tied": t.Qwen3Config(
+            vocab_size=61, num_attention_heads=4, num_key_value_heads=4, head_dim=8, tie_word_embeddings=True, **sizes
+        ),
+        "llama": t.LlamaConfig(vocab_size=61, num_attention_heads=4, num_key_value_heads=1, rope_parameters=rope, **sizes),
+        "llama-tied": t.LlamaConfig(vocab_size=61, num_attention_heads=2, tie_word_embeddings=True, **sizes),
+    }  # fmt: skip
+
+
+def random_stock(name: str, directory: Path, **save) -> torch.nn.Module:
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(stock_configs()[name]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(directory, **save)
+    return model
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "gpt1", "qwen3", "qwen3-tied", "llama", "llama-tied"])
+def test_a_stock_directory_opens_here(tmp_path, name):
+    theirs = random_stock(name, tmp_path)
+    tokens = torch.randint(0, 61, (2, 24))
+    with torch.no_grad():
+        expected = theirs(tokens, attention_mask=torch.ones_like(tokens)).logits
+    ours = load_model(tmp_path)
+    torch.testing.assert_close(logits(ours, tokens), expected, atol=1e-4, rtol=1e-5)
+    # And back: what we write of it is theirs again.
+    back = tmp_path / "back"
+    back.mkdir()
+    save_model(ours, back)
+    torch.testing.assert_close(stock_logits(back, tokens)[0], expected, atol=1e-4, rtol=1e-5)
+
+
+def test_shards_bf16_and_the_bare_base_model_open(tmp_path):
+    theirs = random_stock("qwen3", tmp_path / "shards", max_shard_size="5KB")
+    assert (tmp_path / "shards" / "model.safetensors.index.json").is_file()
+    tokens = torch.randint(0, 61, (1, 24))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+    torch.testing.assert_close(logits(load_model(tmp_path / "shards"), tokens), expected, atol=1e-4, rtol=1e-5)
+
+    half = random_stock("gpt2", tmp_path / "half").bfloat16()
+    half.save_pretrained(tmp_path / "half")
+    with torch.no_grad():
+        expected = half.float()(tokens).logits
+    torch.testing.assert_close(logits(load_model(tmp_path / "half"), tokens), expected, atol=1e-4, rtol=1e-5)
+
+    # The GPT-2 of the Hub: names without the prefix, and causal masks among the weights.
+    bare = tmp_path / "bare"
+    shutil.copytree(tmp_path / "half", bare)
+    tensors = load_file(bare / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 24, 24)
+    save_file(tensors, bare / "model.safetensors")
+    torch.testing.assert_close(logits(load_model(bare), tokens), expected, atol=1e-4, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def changed_config(directory: Path, **changes) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("gpt2", {"model_type": "mamba"}, "model_type 'mamba' is not one that nextword opens"),
+        ("gpt2", {"model_type": None}, "model_type None"),
+        ("gpt2", {"activation_function": "gelu"}, "the activation 'gelu'"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("gpt2", {"auto_map": {"AutoModel": "evil.py"}}, "code of its own"),
+        ("gpt2", {"n_embd": "wide"}, "config.json"),
+        ("gpt2", {"n_embd": -36}, "must be a whole number of at least 1"),
+        ("gpt2", {"n_embd": 72}, "has the shape"),
+        ("gpt2", {"n_layer": 4}, "is missing"),
+        ("gpt2", {"n_layer": 2}, "tensors that this kind of model does not have"),
+        ("gpt2", {"n_head": 0}, "must be a whole number of at least 1"),
+        ("gpt2", {"vocab_size": 10**15}, "has the shape"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3"}, "rope_parameters": None}, r"RoPE scaling \(llama3\)"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "RoPE scaling"),
+        ("qwen3", {"use_sliding_window": True}, "sliding windows"),
+        ("llama", {"attention_bias": True}, "attention_bias"),
+        ("llama", {"hidden_act": "gelu"}, "the activation 'gelu'"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantised"),
+        ("llama", {"hidden_size": None}, "config.json"),
+    ],
+)  # fmt: skip
+def test_what_we_do_not_do_is_refused_by_name(tmp_path, name, changes, message):
+    random_stock(name, tmp_path)
+    changed_config(tmp_path, **changes)
+    with pytest.raises(NextwordError, match=message):
+        load_model(tmp_path)
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    random_stock("gpt2", tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(NextwordError, match=r"pytorch_model.bin is a pickle"):
+        load_model(tmp_path)
+
+
+def test_an_index_that_climbs_out_is_refused(tmp_path):
+    random_stock("gpt2", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    index = {"weight_map": {"transformer.wte.weight": "../elsewhere.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CorruptFile, match="is no file of this directory"):
+        load_model(tmp_path / "model")
+
+
+def test_a_directory_that_is_none(tmp_path):
+    with pytest.raises(NextwordError, match=r"no config\.json"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CorruptFile, match="line 1: not valid JSON"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(CorruptFile, match="not a JSON object"):
+        load_model(tmp_path)
+
+
+def test_a_flipped_bit_is_found_in_a_sealed_directory(tmp_path):
+    model = random_model(small("modern"))
+    save_model(model, tmp_path)
+    seal(tmp_path, {"model": model.config.to_dict()})
+    data = bytearray((tmp_path / "model.safetensors").read_bytes())
+    data[-100] ^= 4
+    (tmp_path / "model.safetensors").write_bytes(bytes(data))
+    with pytest.raises(CorruptFile, match=r"model\.safetensors: the content does not match its SHA-256"):
+        load_model(tmp_path)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_hostile_bytes_are_refused_not_crashed_on(tmp_path_factory, data):
+    """Cut or change a stock directory's files anywhere: it opens with finite shapes, or says what is wrong."""
+    directory = tmp_path_factory.mktemp("hostile")
+    model = random_model(small("gpt2", n_layers=1, d_model=8, n_heads=2, context_length=4))
+    save_model(model, directory)
+    path = directory / data.draw(st.sampled_from(["config.json", "model.safetensors"]))
+    content = bytearray(path.read_bytes())
+    if data.draw(st.booleans()):
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
+    else:
+        for _ in range(data.draw(st.integers(1, 8))):
+            content[data.draw(st.integers(0, min(len(content), 2000) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(bytes(content))
+    try:
+        load_model(directory)
+    except NextwordError as error:
+        assert str(directory) in str(error)
+    finally:
+        shutil.rmtree(directory)

@@ -1,0 +1,236 @@
+"""Tokenizers: lossless, deterministic, never a special token out of text, and the same as the stock class's."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from nextword.errors import CorruptFile, NextwordError, UsageError
+from nextword.text import tokenizer as tokenizer_module
+from nextword.text.tokenizer import BYTES, END_OF_TEXT, PAD, UNKNOWN, Tokenizer, train_bpe, train_char, vocab_size_for
+
+SCRIPTS = {
+    "Latin": "The quick brown fox can't jump 1,234 times.\n\n  It won't!",
+    "Devanagari": "सभी मनुष्य जन्म से स्वतंत्र तथा मर्यादा और अधिकारों में समान होते हैं।",
+    "Arabic": "يُولَدُ جَمِيعُ ٱلنَّاسِ أَحْرَارًا وَمُتَسَاوِينَ فِي ٱلْكَرَامَةِ وَٱلْحُقُوقِ.",
+    "Thai": "มนุษย์ทั้งหลายเกิดมามีอิสระและเสมอภาคกันในเกียรติศักดิ์และสิทธิ",
+    "Chinese": "人人生而自由,在尊严和权利上一律平等。",
+    "Japanese": "すべての人間は、生まれながらにして自由であり、カタカナも。",
+    "Korean": "모든 인간은 태어날 때부터 자유로우며",
+    "Cyrillic": "Все люди рождаются свободными и равными в своём достоинстве.",
+    "Greek": "Ὅλοι οἱ ἄνθρωποι γεννιοῦνται ἐλεύθεροι.",
+    "Ge'ez": "የሰው ልጅ ሁሉ ሲወለድ ነጻ ነው።",
+    "Hebrew": "כָּל בְּנֵי הָאָדָם נוֹלְדוּ בְּנֵי חוֹרִין",
+    "emoji": "👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301\u0323 \x00\x7f\ufeff",
+}
+LOOKALIKES = [END_OF_TEXT, PAD, UNKNOWN, f"a{END_OF_TEXT}b {PAD}{PAD}", "<|endoftext|", "</s><s>[PAD]"]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe(list(SCRIPTS.values()) * 3 + LOOKALIKES * 5, 800)
+
+
+@pytest.fixture(scope="module")
+def char():
+    return train_char([*SCRIPTS.values(), *LOOKALIKES])
+
+
+def test_ids_of_markers_and_sizes(bpe, char):
+    assert (bpe.kind, bpe.end_of_text, bpe.pad, bpe.unknown) == ("bpe", 0, 1, None)
+    assert (char.kind, char.end_of_text, char.pad, char.unknown) == ("char", 0, 1, 2)
+    assert bpe.vocab_size == bpe.backend.get_vocab_size() <= 800
+    assert char.vocab_size == 3 + len(set("".join([*SCRIPTS.values(), *LOOKALIKES])))
+    assert train_bpe(["abab"], 5000).vocab_size < 270  # few merges to find; the real size is told
+
+
+def test_the_byte_alphabet_is_the_librarys():
+    assert sorted(BYTES) == sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_comes_back(script, bpe, char):
+    text = SCRIPTS[script]
+    for tokenizer in (bpe, char):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.decode_bytes(tokenizer.encode(text)) == text.encode()
+
+
+@pytest.mark.parametrize("word", ["हिन्दी", "ที่นี่", "كِتَاب", "தமிழ்", "e\u0301te\u0301"])
+def test_a_word_is_not_cut_at_its_combining_marks(word, bpe):
+    pieces = bpe.backend.pre_tokenizer.pre_tokenize_str(f"{word} {word}")
+    assert len(pieces) == 2
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text())
+def test_bpe_is_lossless_on_text(bpe, text):
+    ids = bpe.encode(text)
+    assert bpe.decode(ids) == text and bpe.decode_bytes(ids) == text.encode()
+    assert not {0, 1} & set(ids)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.one_of(
+        st.binary(),
+        st.lists(st.sampled_from([b"\xe0\xa4", b"a", b"\xff", "é".encode(), b"<|endoftext|>"])).map(b"".join),
+    )
+)
+def test_bpe_is_lossless_on_bytes(bpe, data):
+    ids = bpe.encode(data)
+    assert bpe.decode_bytes(ids) == data
+    assert bpe.decode(ids) == data.decode("utf-8", "replace")
+    assert not {0, 1} & set(ids)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.one_of(st.text(), st.sampled_from(LOOKALIKES)), max_size=8))
+def test_batch_equals_single(bpe, char, texts):
+    for tokenizer in (bpe, char):
+        batch = tokenizer.encode_batch(texts)
+        assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in texts]
+        assert all(ids.dtype == np.uint32 for ids in batch)
+
+
+@pytest.mark.parametrize("text", LOOKALIKES)
+def test_text_never_becomes_a_special_token(text, bpe, char):
+    for tokenizer in (bpe, char):
+        for ids in (tokenizer.encode(text), tokenizer.encode(text.encode()), *tokenizer.encode_batch([text])):
+            assert {0, 1, 2 if tokenizer is char else 0}.isdisjoint(np.asarray(ids).tolist())
+            assert tokenizer.decode(ids) == text
+
+
+def test_specials_are_left_out_of_text_and_unknown_characters_are_seen(bpe, char):
+    assert bpe.decode([0, *bpe.encode("a"), 1, 0]) == "a"
+    assert char.encode("a☃")[1] == char.unknown and char.decode(char.encode("a☃")) == "a\ufffd"
+    assert bpe.decode([10**6]) == ""  # a model's vocabulary may be padded past the tokenizer's
+
+
+def test_half_surrogates_and_foreign_bytes_become_replacement_characters(bpe, char):
+    assert bpe.decode(bpe.encode("a\ud800b")) == "a\ufffdb"
+    assert [*map(bpe.decode, bpe.encode_batch(["\udfff"]))] == ["\ufffd"]
+    assert char.encode(b"a\xff") == [*char.encode("a"), char.unknown]
+
+
+def test_training_is_deterministic(bpe):
+    again = train_bpe(list(SCRIPTS.values()) * 3 + LOOKALIKES * 5, 800)
+    assert again.backend.to_str() == bpe.backend.to_str()
+    program = (
+        "import hashlib, sys; from nextword.text.tokenizer import train_bpe;"
+        "texts = ['%d words of %d' % (i * 7919 % 1000, i * i % 611) for i in range(5000)];"
+        "print(hashlib.sha256(train_bpe(texts, 600).backend.to_str().encode()).hexdigest())"
+    )
+    runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True) for _ in "12"]
+    assert runs[0].stdout == runs[1].stdout and runs[0].stderr == ""
+
+
+def test_errors_of_the_texts_pass_through_training():
+    def texts():
+        yield "some text"
+        raise NextwordError("the file changed")
+
+    with pytest.raises(NextwordError, match="the file changed"):
+        train_bpe(texts(), 300)
+
+
+def test_the_sample_is_bounded_and_spread(monkeypatch):
+    texts = [f"{i} " * 100 for i in range(1000)]
+    assert tokenizer_module._sample(texts, print) == texts
+    monkeypatch.setattr(tokenizer_module, "SAMPLE", 40_000)
+    sample = tokenizer_module._sample(texts, print)
+    assert 15_000 < sum(map(len, sample)) <= 40_000
+    assert sample == tokenizer_module._sample(texts, print)
+    places = [texts.index(t) for t in sample]
+    assert min(places) < 100 and max(places) > 900
+    monkeypatch.setattr(tokenizer_module, "SAMPLE_WORDS", 100)
+    assert 5 < len(tokenizer_module._sample(texts, print)) < 50
+
+
+def test_progress_and_refusals():
+    told: list[int] = []
+    train_bpe(["abc", "de"], 300, told.append)
+    assert told == [3, 5]
+    with pytest.raises(UsageError, match="258"):
+        train_bpe(["abc"], 100)
+
+
+def test_vocabulary_suits_the_corpus():
+    sizes = [vocab_size_for(n) for n in (0, 1, 10**6, 2 * 10**6, 36 * 10**6, 10**9, 10**15)]
+    assert sizes == [512, 512, 1024, 2048, 8192, 32768, 65536]
+
+
+@pytest.mark.parametrize("family", ["openai-gpt", "gpt2", "qwen3", "llama"])
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_the_stock_class_gives_the_same(family, kind, tmp_path, request):
+    transformers = pytest.importorskip("transformers")
+    ours = request.getfixturevalue(kind)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    ours.save(tmp_path, context_length=77)
+    stock = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (stock.eos_token_id, stock.pad_token_id, stock.model_max_length) == (0, 1, 77)
+    for text in [*SCRIPTS.values(), " a , b . ' c n't", "x"]:
+        ids = ours.encode(text)
+        assert stock.encode(text) == ids
+        if ours.unknown not in ids:
+            assert stock.decode(ids) == ours.decode(ids) == text
+    again = Tokenizer.open(tmp_path)
+    assert again.encode(SCRIPTS["Thai"]) == ours.encode(SCRIPTS["Thai"]) and again.kind == kind
+    assert Tokenizer.open(tmp_path / "tokenizer.json").vocab_size == ours.vocab_size
+
+
+def test_a_foreign_tokenizer_opens_and_keeps_its_configuration(tmp_path):
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((c, -3.0) for c in "▁ab</s>")]
+    backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.enable_truncation(4)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}, "unk_token": "<unk>", "x": 1}')
+    foreign = Tokenizer.open(tmp_path)
+    assert (foreign.kind, foreign.end_of_text, foreign.pad, foreign.unknown) == ("foreign", 2, None, 0)
+    assert len(foreign.encode("ab ab ab ab")) > 4  # what the file says of truncation is for its own callers
+    assert foreign.decode(foreign.encode("ab ba")) == "ab ba"
+    assert {1, 2}.isdisjoint(foreign.encode("a</s>b"))
+    assert {1, 2}.isdisjoint(foreign.encode_batch(["a</s>b"])[0].tolist())
+    foreign.save(tmp_path / ".." / tmp_path.name)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["x"] == 1
+
+
+def test_the_token_a_stock_file_puts_first_is_known(tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    backend = train_bpe(["abc"], 300).backend
+    backend.add_special_tokens([AddedToken("<s>", special=True)])
+    begin = backend.token_to_id("<s>")
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    opened = Tokenizer.open(tmp_path)
+    assert opened.begin_of_text == begin and begin not in opened.encode("<s>abc")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": 3}', "\xff"])
+def test_a_malformed_file_is_said_to_be_one(content, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(CorruptFile, match=r"tokenizer\.json"):
+        Tokenizer.open(tmp_path)
+
+
+def test_what_cannot_be_used_is_refused_with_what_to_do(tmp_path):
+    with pytest.raises(NextwordError, match="no such file"):
+        Tokenizer.open(tmp_path)
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(NextwordError, match="eos_token"):
+        Tokenizer.open(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(CorruptFile, match="tokenizer_config"):
+        Tokenizer.open(tmp_path)
