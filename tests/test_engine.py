@@ -316,7 +316,8 @@ def test_wrong_use_is_refused(model: GPT, tokenizer: Tokenizer) -> None:
     with pytest.raises(UsageError, match="one string"):
         engine.generate("The")
     with pytest.raises(UsageError, match="token ids must be"):
-        engine.add([tokenizer.vocab_size])
+        engine.generate(["fine", [tokenizer.vocab_size]])
+    assert not engine.busy
     with pytest.raises(UsageError, match="not the tokenizer"):
         Engine(tiny(tokenizer, vocab_size=100), tokenizer)
     with pytest.raises(UsageError, match="max_batch"):

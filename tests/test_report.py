@@ -32,7 +32,14 @@ FACTS: dict[str, Any] = {
     "versions": {"torch": "2.13.0"},
     "machine": {"cores": 2},
 }
-RESULT = {"steps": 300, "seconds": 259.0, "loss": 3.1712, "bits_per_byte": 1.2251, "best_step": 200, "by_position": [5, 4, 3.5]}
+RESULT = {
+    "steps": 300,
+    "seconds": 259.0,
+    "loss": 3.1712,
+    "bits_per_byte": 1.2251,
+    "best_step": 200,
+    "by_position": [5, 4, 3.5],
+}
 
 
 def records() -> list[dict[str, Any]]:
@@ -97,7 +104,14 @@ def test_a_finished_run_is_a_whole_page(tmp_path: Path) -> None:
     assert path == tmp_path / "my-run" / "report.html"
     for said in ("my-run", "finished", "3.171", "1.225", "4.07 M", "1.23 M", "4 min 19 s", "perplexity 23.84"):
         assert said in page.text, said
-    for said in ("How it learned", "What it wrote", "function returns 300 日本語", "The facts", "train tokens", "512,331"):
+    for said in (
+        "How it learned",
+        "What it wrote",
+        "function returns 300 日本語",
+        "The facts",
+        "train tokens",
+        "512,331",
+    ):
         assert said in page.text, said
     assert 'nextword pretrain "my texts" --out runs/a' in page.text
     assert "torch.compile is off" in page.text
@@ -137,7 +151,11 @@ def test_what_a_corpus_says_is_text(tmp_path: Path) -> None:
 
     facts = {key: poison(value) for key, value in FACTS.items()}
     lines = [*records(), {"step": HOSTILE, "sample": {"prompt": HOSTILE, "text": HOSTILE}}, {"message": HOSTILE}]
-    lines += [{"step": HOSTILE, "loss": HOSTILE}, {"step": 5, "validation": {"loss": HOSTILE}}, {"step": 301, "loss": math.nan}]
+    lines += [
+        {"step": HOSTILE, "loss": HOSTILE},
+        {"step": 5, "validation": {"loss": HOSTILE}},
+        {"step": 301, "loss": math.nan},
+    ]
     run = make(tmp_path / "run <b> $x", facts, lines, {"loss": HOSTILE, "by_position": [HOSTILE, 1]})
     page = Page(write_report(run))
     assert "script" not in page.tags
@@ -152,7 +170,9 @@ def test_what_a_corpus_says_is_text(tmp_path: Path) -> None:
     assert "````text" in body  # a fence that the sample cannot close
 
 
-@pytest.mark.parametrize("lines", [None, [], [{"step": 1, "loss": 5.0}], [{"loss": 5.0}], [{"step": 1, "sample": {}}], [{}]])
+@pytest.mark.parametrize(
+    "lines", [None, [], [{"step": 1, "loss": 5.0}], [{"loss": 5.0}], [{"step": 1, "sample": {}}], [{}]]
+)
 @pytest.mark.parametrize("facts", [{}, {"model": None, "data": [], "parameters": "many"}, FACTS])
 @pytest.mark.parametrize("result", [None, {}, {"seconds": None, "by_position": []}, {"loss": 2000.0}])
 def test_half_a_run_is_shown_as_far_as_it_goes(tmp_path: Path, facts: Any, lines: Any, result: Any) -> None:

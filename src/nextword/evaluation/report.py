@@ -33,7 +33,9 @@ class Run:
     def read(cls, folder: Path) -> "Run":
         """Raises `NextwordError` where this is no run folder, `CorruptFile` where a file of it is damaged."""
         if not (folder / "run.json").is_file():
-            raise NextwordError(f"{folder}: not a run folder (it has no run.json). Name one that `nextword pretrain` wrote")
+            raise NextwordError(
+                f"{folder}: not a run folder (it has no run.json). Name one that `nextword pretrain` wrote"
+            )
         facts = read_json(folder / "run.json")
         result = read_json(folder / "result.json") if (folder / "result.json").exists() else {}
         for name, value in (("run.json", facts), ("result.json", result)):
@@ -58,7 +60,11 @@ class Run:
     @property
     def bits_per_byte(self) -> float | None:
         value = _at(self.result, "bits_per_byte")
-        return value if _is_number(value) else min((y for _, y in self.series("validation", "bits_per_byte")), default=None)
+        return (
+            value
+            if _is_number(value)
+            else min((y for _, y in self.series("validation", "bits_per_byte")), default=None)
+        )
 
     @property
     def loss(self) -> float | None:
@@ -130,7 +136,9 @@ def _figures(run: Run) -> str:
         ratio = next((bits[step] / loss for step, loss in validation if loss and bits.get(step)), None)
         wide, narrow = (loss_curve(train, validation, ratio, wide=wide) for wide in (True, False))
         picture = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
-        caption = "Training loss at each step (faint) and smoothed, and the loss on text that was held out. Lower is better."
+        caption = (
+            "Training loss at each step (faint) and smoothed, and the loss on text that was held out. Lower is better."
+        )
         parts.append(_figure(picture, _loss_in_words(train, validation), caption) + _validation_table(run))
     small = []
     for keys, caption, zero in (
@@ -145,7 +153,9 @@ def _figures(run: Run) -> str:
     by_position = run.result.get("by_position") or _at(run.facts, "evaluation", "by_position")
     if isinstance(by_position, list) and len(by_position) > 1 and all(map(_is_number, by_position)):
         points = [(float(position), loss) for position, loss in enumerate(by_position, start=1)]
-        words = f"Validation loss by position: {points[0][1]:.2f} at the first, {smoothed(points)[-1][1]:.2f} at the last."
+        words = (
+            f"Validation loss by position: {points[0][1]:.2f} at the first, {smoothed(points)[-1][1]:.2f} at the last."
+        )
         picture = small_curve(points, "small-position", x_label="position in the window", log=True)
         small.append(_figure(picture, words, "Validation loss by position: how much the words before help"))
     grid = f'<div class="grid">{"".join(small)}</div>' if small else ""
@@ -185,7 +195,9 @@ def _samples(run: Run) -> str:
     for record in run.records:
         if isinstance(record.get("sample"), dict):
             by_step.setdefault(record.get("step"), []).append(record["sample"])
-    items = [f"<li><h3>{_text(_value(step))}</h3><div>{_quotes(samples)}</div></li>" for step, samples in by_step.items()]
+    items = [
+        f"<li><h3>{_text(_value(step))}</h3><div>{_quotes(samples)}</div></li>" for step, samples in by_step.items()
+    ]
     spread = {round(i * (len(items) - 1) / (SHOWN_SAMPLES - 1)) for i in range(SHOWN_SAMPLES)}
     shown = [item for i, item in enumerate(items) if i in spread]
     others = [item for i, item in enumerate(items) if i not in spread]

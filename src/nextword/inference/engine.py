@@ -159,7 +159,10 @@ class Engine:
         Raises:
             UsageError: a token id that the tokenizer does not have.
         """
-        sampling = sampling or Sampling()
+        self.waiting.append(self._request(prompt, sampling or Sampling(), index))
+        return self.waiting[-1].id
+
+    def _request(self, prompt: Prompt, sampling: Sampling, index: int | None) -> _Request:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if isinstance(prompt, str) and self.tokenizer.begin_of_text is not None:
             ids = [self.tokenizer.begin_of_text, *ids]
@@ -170,12 +173,17 @@ class Engine:
         if index is None:
             index = self.added if sampling.seed is None else 0
         generator = _generator(self.seed if sampling.seed is None else sampling.seed, index)
-        stream, truncated = TextStream(sampling.stop), len(ids) - len(window)
-        self.waiting.append(
-            _Request(self.added, window, list(window), sampling, generator, stream, truncated, shown=len(window))
-        )
         self.added += 1
-        return self.added - 1
+        return _Request(
+            id=self.added - 1,
+            tokens=window,
+            unread=list(window),
+            sampling=sampling,
+            generator=generator,
+            stream=TextStream(sampling.stop),
+            truncated=len(ids) - len(window),
+            shown=len(window),
+        )
 
     def cancel(self, id: int) -> None:
         """End a request without further events and free its slot. One that has ended already is left alone."""
@@ -207,7 +215,7 @@ class Engine:
         logits: dict[int, Tensor] = {}
         for request in [request for request in self.running if len(request.unread) > 1]:
             logits |= self._read([request])
-        if single := [request for request in self.running if len(request.unread) == 1 and request.id not in logits]:
+        if single := [request for request in self.running if len(request.unread) == 1]:
             logits |= self._read(sorted(single, key=lambda request: request.slot))
         return [self._advance(request, logits[request.id]) for request in list(self.running)]
 
@@ -275,21 +283,20 @@ class Engine:
         """
         if isinstance(prompts, str):
             raise UsageError("prompts must be a list of prompts, not one string")
-        sampling = sampling or Sampling()
-        requests: dict[int, _Request] = {}
-        ended: dict[int, FinishReason] = {}
-        texts: dict[int, list[str]] = {}
         self._refuse_company()
-        for index, prompt in enumerate(prompts):
-            id = self.add(prompt, sampling, index=None if sampling.seed is None else index)
-            requests[id], texts[id] = self.waiting[-1], []
-        for event in self._events(list(requests)):
-            texts[event.id].append(event.text)
+        sampling = sampling or Sampling()
+        own = sampling.seed is not None
+        requests = [self._request(prompt, sampling, i if own else None) for i, prompt in enumerate(prompts)]
+        self.waiting.extend(requests)
+        texts = {request.id: "" for request in requests}
+        ended: dict[int, FinishReason] = {}
+        for event in self._events(list(texts)):
+            texts[event.id] += event.text
             if event.finish_reason:
                 ended[event.id] = event.finish_reason
         return [
-            Completion(prompt, "".join(texts[id]), ended[id], request.drawn, request.truncated)
-            for prompt, (id, request) in zip(prompts, requests.items(), strict=True)
+            Completion(prompt, texts[request.id], ended[request.id], request.drawn, request.truncated)
+            for prompt, request in zip(prompts, requests, strict=True)
         ]
 
     def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:

@@ -1,0 +1,54 @@
+"""Small real text, and real processes."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+TINY = [
+    "--model.n-layers", "2", "--model.n-heads", "2", "--model.d-model", "32", "--model.context-length", "32",
+    "--vocab-size", "400", "--training.batch-tokens", "256",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 40 short texts: the language reference inside every Python."""
+    from pydoc_data.topics import topics
+
+    folder = tmp_path_factory.mktemp("texts")
+    for name, text in sorted(topics.items())[:40]:
+        (folder / f"{name}.txt").write_text(text[:4000], encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from nextword.text.corpus import prepare
+
+    out = tmp_path_factory.mktemp("prepared") / "shards"
+    prepare([texts], out, vocab_size=400)
+    return out
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "nextword", *map(str, arguments)]
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def nextword() -> Run:
+    """Run the program in a process of its own; its output as text."""
+
+    def run(*arguments: str | Path, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(*arguments), capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment},
+            encoding="utf-8",
+        )  # fmt: skip
+
+    return run

@@ -1,0 +1,318 @@
+"""Runs from beginning to end: real processes, really killed, and what is left of them."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, Run, command
+
+import nextword as package
+from nextword.errors import CorruptFile, NextwordError, RunLocked, UsageError
+from nextword.files import read_json_lines
+from nextword.runs import open_run
+from nextword.training import checkpoint
+
+SETTINGS: dict[str, Any] = {
+    "model": {"n_layers": 2, "n_heads": 2, "d_model": 32, "context_length": 32, "dropout": 0.1},
+    "training": {"batch_tokens": 256, "evaluations": 4},
+}
+
+
+def state_hashes(run: Path) -> dict[str, str]:
+    """SHA-256 of the last weights, the optimizer, and the loss of every step."""
+    last = checkpoint.checkpoints(run)[-1]
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in last.glob("*.safetensors")}
+    hashes["model"] = hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
+    lines = read_json_lines(run / "metrics.jsonl")
+    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    looks = [(line["step"], line["validation"]["loss"]) for line in lines if "validation" in line]
+    hashes["losses"] = hashlib.sha256(json.dumps([losses, looks]).encode()).hexdigest()
+    return hashes
+
+
+def steps_of(run: Path) -> int:
+    return sum("loss" in line for line in read_json_lines(run / "metrics.jsonl")) if run.exists() else 0
+
+
+# ---------------------------------------------------------------- one run, looked at from all sides
+
+
+@pytest.fixture(scope="module")
+def finished(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    settings = {**SETTINGS, "training": {**SETTINGS["training"], "save_every": 25}}
+    result = package.pretrain(texts, run, steps=80, vocab_size=400, **settings)
+    assert result["steps"] == 80
+    return run
+
+
+def test_a_run_folder_holds_what_the_design_says(finished):
+    for name in ("run.json", "metrics.jsonl", "result.json", "report.html", "README.md", "model/model.safetensors"):
+        assert (finished / name).is_file(), name
+    assert (finished / "checkpoints" / "latest").read_text() == "step-00000080\n"
+    assert [path.name for path in checkpoint.checkpoints(finished)] == ["step-00000075", "step-00000080"]
+    lines = read_json_lines(finished / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 81))
+    assert [line["step"] for line in lines if "validation" in line] == [20, 40, 60, 80]
+    assert any("sample" in line for line in lines)
+    assert not list(finished.rglob("*.partial"))
+
+
+def test_the_model_learned(finished):
+    lines = [line for line in read_json_lines(finished / "metrics.jsonl") if "loss" in line]
+    assert lines[0]["loss"] == pytest.approx(6.0, abs=0.3)
+    assert lines[-1]["loss"] < 4.6
+
+
+def test_the_result_is_the_loss_of_the_kept_weights_on_all_of_the_held_out_text(finished):
+    """Computed once more, with the stock class, window by window."""
+    import transformers
+
+    from nextword.text.corpus import Corpus
+
+    result = json.loads((finished / "result.json").read_text())
+    corpus = Corpus.open(finished / "data")
+    held_out = corpus.tokens("validation")
+    model = transformers.AutoModelForCausalLM.from_pretrained(finished / "model")
+    total = 0.0
+    row = torch.from_numpy(held_out.read(0, len(held_out)))
+    for start in range(0, len(row) - 1, 32):
+        window = row[start : start + 33]
+        with torch.no_grad():
+            logits = model(window[None, :-1]).logits[0].double()
+        total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
+    assert result["loss"] == pytest.approx(total / (len(row) - 1), abs=1e-5)
+    assert result["bits_per_byte"] == pytest.approx(total / 0.6931471805599453 / corpus.validation.bytes, abs=1e-5)
+    assert package.evaluate(finished).loss == pytest.approx(result["loss"], abs=1e-6)
+
+
+def test_transformers_opens_the_model_and_agrees(finished):
+    """Point by point: logits, ids, text."""
+    import transformers
+
+    ours = package.load(finished)
+    model = transformers.AutoModelForCausalLM.from_pretrained(finished / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(finished / "model")
+    text = "The following example shows 12 uses of « import », naïvely:\n    x = 3\n"
+    ids = tokenizer(text)["input_ids"]
+    assert ids == ours.tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text == ours.tokenizer.decode(ids)
+    tokens = torch.tensor([ids[:32]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, ours.gpt.unembed(ours.gpt(tokens)), atol=1e-4, rtol=1e-4)
+    prompt = "The following"
+    inputs = tokenizer(prompt, return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=15, do_sample=False)
+    greedy = ours.generate(prompt, temperature=0, max_tokens=15)[0]
+    assert tokenizer.decode(out[0][inputs["input_ids"].shape[1] :]) == greedy.text
+
+
+def test_resuming_what_is_finished_is_content_at_once(finished, texts):
+    before = (finished / "result.json").read_bytes()
+    result = package.pretrain(out=finished, resume=True)
+    assert result["steps"] == 80
+    assert (finished / "result.json").read_bytes() == before
+
+
+def test_an_existing_run_is_not_begun_again(finished, texts, tmp_path):
+    with pytest.raises(UsageError, match="holds a run already"):
+        package.pretrain(texts, finished, steps=5)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"not empty \(notes.txt"):
+        package.pretrain(texts, tmp_path, steps=5)
+    with pytest.raises(UsageError, match="a file is in the way"):
+        package.pretrain(texts, tmp_path / "notes.txt", steps=5)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_resume_with_other_settings_says_what_differs(finished):
+    with pytest.raises(UsageError, match=r"steps: 80 → 90") as error:
+        package.pretrain(out=finished, resume=True, steps=90, training={"evaluations": 4, "lr": 0.5})
+    assert "training.lr: None → 0.5" in str(error.value)
+    assert "evaluations" not in str(error.value)
+
+
+def test_verify_says_what_is_whole(finished):
+    whole = package.verify(finished)
+    assert sorted(whole.values()) == ["checkpoint", "checkpoint", "model", "shards"]
+
+
+# ---------------------------------------------------------------- resumed = uninterrupted
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(finished, texts, tmp_path):
+    """Step back to step 75 by damaging step 80, and to nothing by damaging both: refused then, every file named."""
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    expected = state_hashes(run)
+    (run / "result.json").unlink()
+    weights = run / "checkpoints" / "step-00000080" / "weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(bytes(data))
+    package.pretrain(out=run, resume=True)
+    assert state_hashes(run) == expected
+
+    (run / "result.json").unlink()
+    for path in checkpoint.checkpoints(run):
+        (path / "optimizer.safetensors").write_bytes(b"")
+    with pytest.raises(CorruptFile, match=r"(?s)step-00000080/optimizer.*step-00000075/optimizer"):
+        package.pretrain(out=run, resume=True)
+
+
+def start(run: Path, shards: Path, *more: str) -> subprocess.Popen[str]:
+    arguments = command(
+        "pretrain", shards, "--out", run, "--resume", "--training.save-every", "7", "--model.dropout", "0.1",
+        *[a for a in TINY if a not in ("--vocab-size", "400")], *more,
+    )  # fmt: skip
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+
+
+def wait_for(condition, process: subprocess.Popen[str], seconds: float = 90) -> bool:
+    """True when it holds; False when the process ended before."""
+    end = time.monotonic() + seconds
+    while process.poll() is None:
+        if condition():
+            return True
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.001)
+    return False
+
+
+def kill_and_resume(run: Path, shards: Path, kills: int, steps: int, seed: int) -> tuple[int, int]:
+    """SIGKILL so many times, every second one inside a save; how many were killed, and how many of these in a save."""
+    rng = random.Random(seed)
+    killed = inside = 0
+    for n in range(kills):
+        process = start(run, shards, "--steps", str(steps))
+        goal = steps_of(run) + rng.randrange(8, max(9, steps // kills))
+        arrived = wait_for(lambda goal=goal: steps_of(run) >= goal, process)
+        if arrived and n % 2:
+            arrived = wait_for(lambda: any((run / "checkpoints").glob(".*.partial")), process)
+            inside += arrived
+        if arrived:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        process.communicate()
+    process = start(run, shards, "--steps", str(steps))
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    return killed, inside
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+def test_killed_and_resumed_equals_uninterrupted(shards, tmp_path):
+    kills, steps = int(os.environ.get("NEXTWORD_KILLS", "3")), int(os.environ.get("NEXTWORD_KILL_STEPS", "90"))
+    whole = tmp_path / "whole"
+    process = start(whole, shards, "--steps", str(steps))
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    killed, inside = kill_and_resume(tmp_path / "killed", shards, kills, steps, seed=int(os.environ.get("NEXTWORD_SEED", "0")))
+    print(f"\n{killed} kills, {inside} of them inside a save")
+    assert killed >= kills - 1
+    assert inside >= 1
+    assert state_hashes(tmp_path / "killed") == state_hashes(whole)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows delivers these signals otherwise")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(shards, tmp_path, number, code):
+    run = tmp_path / "run"
+    process = start(run, shards, "--steps", "100000")
+    assert wait_for(lambda: steps_of(run) >= 10, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code, err
+    assert "--resume" in err
+    assert "Traceback" not in err
+    assert out == ""
+    last = checkpoint.checkpoints(run)[-1]
+    assert int(last.name.removeprefix("step-")) == steps_of(run)
+    assert not (run / "holder.json").exists()
+
+
+def test_two_processes_on_one_run(shards, tmp_path, nextword: Run):
+    run = tmp_path / "run"
+    process = start(run, shards, "--steps", "100000")
+    try:
+        assert wait_for(lambda: steps_of(run) >= 1, process)
+        second = nextword("pretrain", shards, "--out", run, "--resume")
+        assert second.returncode == RunLocked.exit_code
+        assert f"process {process.pid} on" in second.stderr
+    finally:
+        process.kill()
+        process.communicate()
+    with open_run(run, resume=True):  # a killed holder leaves no lock behind
+        pass
+
+
+def test_a_budget_is_kept_and_its_decisions_replay(shards, tmp_path):
+    """Wall time from the start to the end; then the same run again from its log alone, bit for bit."""
+    import shutil
+
+    run, again = tmp_path / "run", tmp_path / "again"
+    begin = time.time()
+    result = package.pretrain(shards, run, budget="20s", **SETTINGS)
+    assert time.time() - begin == pytest.approx(20, abs=3)
+    assert result["seconds"] == pytest.approx(time.time() - begin, abs=2)
+    assert read_json_lines(run / "decisions.jsonl")
+
+    again.mkdir()
+    facts = json.loads((run / "run.json").read_text())
+    shutil.copy(run / "run.json", again)
+    shutil.copy(run / "decisions.jsonl", again)
+    assert facts["shards"] == str(shards.resolve())
+    package.pretrain(out=again, resume=True)
+    assert state_hashes(again) == state_hashes(run)
+
+
+def test_early_stop_keeps_the_best(texts, tmp_path):
+    settings = {**SETTINGS, "training": {**SETTINGS["training"], "evaluations": 20, "patience": 2, "lr": 0.05}}
+    settings["model"] = {**SETTINGS["model"], "dropout": 0.0}
+    result = package.pretrain(texts, tmp_path / "run", steps=2000, vocab_size=400, **settings)
+    lines = read_json_lines(tmp_path / "run" / "metrics.jsonl")
+    looks = {line["step"]: line["validation"]["loss"] for line in lines if "validation" in line}
+    assert result["best_step"] == min(looks, key=lambda step: looks[step])
+    if result["steps"] < 2000:
+        assert any("stopped early" in line.get("message", "") for line in lines)
+        assert result["steps"] - result["best_step"] == 200
+
+
+def test_divergence_ends_with_its_own_code_and_saves_nothing_bad(shards, tmp_path, nextword: Run, monkeypatch):
+    """A learning rate of 1e30 makes the weights too large for any finite loss."""
+    done = nextword(
+        "pretrain", shards, "--out", tmp_path / "run", "--steps", "60", "--training.lr", "1e30", "--training.warmup", "0",
+        "--training.optimizer", "adamw", "--preset", "gpt2", *[a for a in TINY if a not in ("--vocab-size", "400")],
+    )  # fmt: skip
+    assert done.returncode == 5, done.stderr
+    assert "not a finite number in 5 steps in a row" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_one_machine_option_changes_nothing_else(texts, tmp_path):
+    """Every preset trains, from text to stock directory, with the recipe that suits it."""
+    for preset in ("tutorial", "gpt1", "gpt2", "modern"):
+        result = package.pretrain(
+            texts, tmp_path / preset, preset=preset, steps=30, tokenizer="char",
+            model={k: v for k, v in SETTINGS["model"].items() if k != "dropout"}, training=SETTINGS["training"],
+        )  # fmt: skip
+        assert result["loss"] < 4.2, preset
+        assert package.generate(tmp_path / preset, "The", max_tokens=5)[0].text
+
+
+def test_without_anything_to_learn_from(tmp_path):
+    with pytest.raises(UsageError, match="say what to learn from"):
+        package.pretrain(out=tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NextwordError, match="no text was found"):
+        package.pretrain(tmp_path / "empty", tmp_path / "run")
