@@ -18,7 +18,7 @@ class Row:
         return len(self.tokens)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        assert 0 <= start
+        assert start >= 0
         assert start + count <= len(self.tokens)
         return self.tokens[start : start + count]
 

@@ -24,7 +24,9 @@ from nextword.model.gpt import Attention as MultiHead
 
 
 def small(preset: str, **overrides) -> ModelConfig:
-    return build_config(preset, "tiny", **{"vocab_size": 61, "n_layers": 2, "d_model": 32, "context_length": 24, **overrides})
+    return build_config(
+        preset, "tiny", **{"vocab_size": 61, "n_layers": 2, "d_model": 32, "context_length": 24, **overrides}
+    )
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> GPT:

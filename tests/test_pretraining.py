@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, Run, command
 
 import nextword as package
+from conftest import TINY, Run, command
 from nextword.errors import CorruptFile, NextwordError, RunLocked, UsageError
 from nextword.files import read_json_lines
 from nextword.runs import open_run
@@ -217,7 +217,9 @@ def test_killed_and_resumed_equals_uninterrupted(shards, tmp_path):
     process = start(whole, shards, "--steps", str(steps))
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
-    killed, inside = kill_and_resume(tmp_path / "killed", shards, kills, steps, seed=int(os.environ.get("NEXTWORD_SEED", "0")))
+    killed, inside = kill_and_resume(
+        tmp_path / "killed", shards, kills, steps, seed=int(os.environ.get("NEXTWORD_SEED", "0"))
+    )
     print(f"\n{killed} kills, {inside} of them inside a save")
     assert killed >= kills - 1
     assert inside >= 1

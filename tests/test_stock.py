@@ -22,7 +22,9 @@ transformers.logging.disable_progress_bar()
 
 
 def small(preset: str, **overrides) -> ModelConfig:
-    return build_config(preset, "tiny", **{"vocab_size": 61, "n_layers": 2, "d_model": 32, "context_length": 24, **overrides})
+    return build_config(
+        preset, "tiny", **{"vocab_size": 61, "n_layers": 2, "d_model": 32, "context_length": 24, **overrides}
+    )
 
 
 def random_model(config: ModelConfig) -> GPT:
@@ -157,7 +159,9 @@ def test_shards_bf16_and_the_bare_base_model_open(tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(tmp_path / "half", bare)
     tensors = load_file(bare / "model.safetensors")
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    tensors = {
+        name.removeprefix("transformer."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"
+    }
     tensors["h.0.attn.bias"] = torch.ones(1, 1, 24, 24)
     save_file(tensors, bare / "model.safetensors")
     torch.testing.assert_close(logits(load_model(bare), tokens), expected, atol=1e-4, rtol=1e-5)

@@ -1,0 +1,46 @@
+# Everything starts with `make setup`, which the other targets call: a virtual environment in .venv, made once.
+# PIP_ARGS is passed on to pip, for another build of torch: make setup PIP_ARGS="--index-url …"
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := $(if $(filter Windows_NT,$(OS)),.venv/Scripts,.venv/bin)
+DEMO ?= nextword-demo
+
+.PHONY: help setup demo test check bench soak clean
+
+help:
+	@echo "make demo    the whole life of a small GPT, offline, in under 5 minutes"
+	@echo "make test    every test"
+	@echo "make check   lint, types, tests"
+	@echo "make bench   the figures of docs/benchmarks.md (about an hour)"
+	@echo "make soak    ten kills of a longer run, some inside a save"
+	@echo "make setup   the virtual environment in .venv; PIP_ARGS goes to pip"
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'nextword needs Python 3.11 or newer; say which by PYTHON=…')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1" $(PIP_ARGS)
+	$(BIN)/python -m pip install --quiet --group test --editable ".[all]" $(PIP_ARGS)
+	touch .venv/ready
+
+demo: setup
+	$(BIN)/nextword demo --out $(DEMO)
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python -m benchmarks.run
+
+soak: setup
+	NEXTWORD_KILLS=10 NEXTWORD_KILL_STEPS=600 $(BIN)/python -m pytest -s -k test_killed_and_resumed --timeout 1800
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,131 @@
+"""The house keeps its plan: arrows run down, the core is light, the public names are the promised ones."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nextword
+
+SOURCE = Path(nextword.__file__).parent
+GROUND = {"errors", "files"}  # the ground floor, under everything
+# Each room and what it may import. cli → api → … → {tasks, training, inference} → {text, model}.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "files": {"errors"},
+    "model": GROUND,
+    "text": GROUND,
+    "training": GROUND | {"model", "text"},
+    "inference": GROUND | {"model", "text"},
+    "evaluation": GROUND | {"model", "text"},
+    "recipes": {"errors"},
+    "console": set(),
+    "runs": GROUND | {"model", "text"},
+    "pretraining": GROUND | {"model", "text", "training", "inference", "evaluation", "recipes", "console", "runs"},
+    "api": GROUND
+    | {"model", "text", "training", "inference", "evaluation", "recipes", "console", "runs", "pretraining"},
+    "cli": {"errors", "console", "model", "recipes", "api", "inference"},
+    "__main__": {"cli"},
+}
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """The rooms of ours that a file imports, and the other packages by their first name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: imports are written out in full"
+            names = [
+                f"{node.module}.{alias.name}" if node.module == "nextword" else node.module for alias in node.names
+            ]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            found.add(f"nextword.{parts[1]}" if parts[0] == "nextword" and len(parts) > 1 else parts[0])
+    return found
+
+
+def room(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p != SOURCE / "__init__.py"], ids=lambda p: str(p.relative_to(SOURCE))
+)
+def test_arrows_run_down(path):
+    used = {name.removeprefix("nextword.") for name in imports(path) if name.startswith("nextword.")}
+    used -= {"__version__", "STARTED", room(path)}
+    assert used <= ALLOWED[room(path)], f"{room(path)} must not know {used - ALLOWED[room(path)]}"
+
+
+def test_the_model_can_be_lifted_out():
+    """gpt.py and config.py: torch, the standard library and each other."""
+    for name in ("gpt", "config"):
+        ours = {x for x in imports(SOURCE / "model" / f"{name}.py") if x.startswith("nextword")}
+        assert ours <= {"nextword.model"}
+
+
+def test_text_never_sees_a_model():
+    for path in (SOURCE / "text").glob("*.py"):
+        assert "torch" not in imports(path), path
+
+
+def test_optional_packages_are_not_needed_to_import():
+    optional = {"pyarrow", "zstandard", "datasets", "huggingface_hub", "tensorboard", "transformers"}
+    for path in FILES:
+        top = {
+            a.name.split(".")[0]
+            for n in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(n, ast.Import)
+            for a in n.names
+        }
+        top |= {
+            n.module.split(".")[0]
+            for n in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(n, ast.ImportFrom) and n.module
+        }
+        assert not top & optional, path
+
+
+def test_nothing_unpickles():
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        for word in ("import pickle", "torch.load(", "allow_pickle=True", "eval(", "exec(", "trust_remote_code"):
+            assert word not in text.replace(".eval()", ""), f"{path}: {word}"
+
+
+def test_files_and_functions_stay_readable():
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 500, f"{path} has {text.count(chr(10))} lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and room(path) != "cli":
+                assert node.end_lineno is not None
+                assert node.end_lineno - node.lineno <= 62, f"{path}:{node.lineno} {node.name}"
+
+
+def test_public_names():
+    assert set(nextword.__all__) == {
+        "Completion", "Corpus", "GPT", "Likelihood", "Model", "ModelConfig", "NextwordError", "Sampling", "Tokenizer",
+        "__version__", "build_config", "demo", "evaluate", "generate", "load", "prepare", "pretrain", "report", "verify",
+    }  # fmt: skip
+    assert set(nextword.__all__) == {"__version__", *nextword.PUBLIC}
+    for name in nextword.__all__:
+        value = getattr(nextword, name)
+        assert name == "__version__" or value.__doc__, f"{name} has no docstring"
+    assert (SOURCE / "py.typed").is_file()
+    with pytest.raises(AttributeError, match="no attribute 'colour'"):
+        _ = nextword.colour  # type: ignore[attr-defined]
+
+
+def test_importing_nextword_is_light():
+    code = "import sys, nextword, nextword.cli; print(sorted({'torch', 'numpy', 'matplotlib', 'tokenizers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout.strip() == "[]"
