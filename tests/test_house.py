@@ -98,7 +98,7 @@ def test_nothing_unpickles():
     for path in FILES:
         text = path.read_text(encoding="utf-8")
         for word in ("import pickle", "torch.load(", "allow_pickle=True", "eval(", "exec(", "trust_remote_code"):
-            assert word not in text.replace(".eval()", ""), f"{path}: {word}"
+            assert word not in text.replace(".eval()", "").replace("ast.literal_eval(", ""), f"{path}: {word}"
 
 
 def test_files_and_functions_stay_readable():

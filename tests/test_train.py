@@ -288,10 +288,11 @@ def test_compiling_is_refused_in_words(monkeypatch):
 
 
 def test_a_size_is_chosen_from_time_and_text():
-    assert choose("modern", 2048, 500_000, 1e12, None).size == "tiny"
-    little, much = (choose("modern", 8192, 10**9, operations, None) for operations in (1e14, 1e18))
+    assert choose("modern", 2048, 500_000, operations=1e12).size == "tiny"
+    little, much = (choose("modern", 8192, 10**9, operations=operations) for operations in (1e14, 1e18))
     assert little.size in ("tiny", "mini")
     assert much.size in ("base", "125m")
-    assert choose("modern", 8192, 10**5, 1e18, None).size == "tiny", "a small text is not fed to a large model"
-    assert choose("modern", 2048, 500_000, 3e14, None).dropout > 0, "a text that is read many times"
+    assert choose("modern", 8192, 10**5, operations=1e18).size == "tiny", "a small text is not fed to a large model"
+    assert choose("modern", 2048, 500_000, operations=3e14).dropout > 0, "a text that is read many times"
+    assert choose("modern", 2048, 10**9, tokens=10**7, size="base").size == "base", "what is said is taken"
     assert "million parameters" in much.why

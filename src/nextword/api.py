@@ -17,9 +17,9 @@ from nextword.evaluation.report import write_report
 from nextword.inference.engine import Completion, Engine
 from nextword.inference.sampling import Sampling
 from nextword.model.stock import load_model
-from nextword.pretraining import Pretraining, choose_device, command_line
+from nextword.pretraining import Pretraining, choose_device
 from nextword.recipes import change, count, recipe_named, seconds
-from nextword.runs import RunFolder, differences, open_run
+from nextword.runs import RunFolder, command_line, differences, open_run
 from nextword.text import corpus as corpora_module
 from nextword.text.corpus import Corpus
 from nextword.text.documents import Problems

@@ -9,10 +9,13 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from nextword.errors import CorruptFile, DiskFull, NextwordError
 
@@ -24,14 +27,22 @@ def writing(path: Path) -> Iterator[None]:
     """Turn the operating system's "no space left" into a `DiskFull` that says how much room there is."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise NextwordError(f"{path}: cannot write: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else number_in_words(str(error))
+        if number not in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+            words = getattr(error, "strerror", None) or error
+            raise NextwordError(f"{path}: cannot write: {words}") from error
         free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
         raise DiskFull(
             f"{path}: the disk is full ({free:,} bytes free). What was saved before is whole: "
             "make room and run the same command again with --resume."
         ) from error
+
+
+def number_in_words(message: str) -> int | None:
+    """The system's error number in what safetensors says of it: "No space left on device (os error 28)"."""
+    match = re.search(r"os error (\d+)", message)
+    return int(match[1]) if match else None
 
 
 def flush_to_disk(path: Path) -> None:
@@ -76,7 +87,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise NextwordError(f"{path}: no such file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         where = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise CorruptFile(f"{path}{where}: not valid JSON ({error})") from error
 
@@ -85,12 +96,12 @@ def read_json_lines(path: Path) -> list[Any]:
     """The records of a line-per-record file of ours; a last line that a crash cut short is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     records = []
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline was never finished
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise CorruptFile(f"{path} line {number}: not valid JSON ({error})") from error
     return records
 

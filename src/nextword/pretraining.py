@@ -1,8 +1,6 @@
 """A pre-training run from its recipe to its report: begin or go on, train, look, save, finish."""
 
 import math
-import platform
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -11,18 +9,18 @@ from typing import Any
 
 import torch
 
-from nextword import __version__, files
+from nextword import files
 from nextword.console import Console, duration
 from nextword.errors import MissingExtra, UsageError
 from nextword.evaluation.likelihood import Likelihood, likelihood
 from nextword.evaluation.report import write_card, write_report
 from nextword.inference.engine import Engine
 from nextword.inference.sampling import Sampling
-from nextword.model.config import ConfigError, ModelConfig, build_config
+from nextword.model.config import SIZES, ConfigError, ModelConfig, build_config
 from nextword.model.gpt import GPT
 from nextword.model.stock import load_model
 from nextword.recipes import Recipe
-from nextword.runs import Interrupted, RunFolder, catching_signals
+from nextword.runs import Interrupted, RunFolder, catching_signals, machine, versions
 from nextword.text.batches import TokenDataset, seed_for
 from nextword.text.corpus import Corpus
 from nextword.training import checkpoint, plan
@@ -42,7 +40,7 @@ from nextword.training.train import (
 
 SAMPLED = (1, 2, 4, 8, 12, 16, 20)  # the evaluations after which the model writes something
 SAVE_SECONDS = 60.0  # between checkpoints, and never more than a thirtieth of the time goes into them
-FINISHING_SECONDS = 4.0  # the report, the card and the last files
+FINISHING_SECONDS = 2.5  # the report, the card and the last files
 
 
 @dataclass
@@ -66,6 +64,7 @@ class Pretraining:
         self.best = Best()
         self.clock: Clock | None = None
         self.turned = self.stopped = False
+        self.forward_seconds = math.inf  # of one batch of tokens through the model, the fastest so far
         self.curves: Any = None  # TensorBoard's writer, where it is asked for
 
     # ------------------------------------------------------------ begin, or go on
@@ -160,22 +159,22 @@ class Pretraining:
 
     def _choose_config(self, unique_tokens: int) -> ModelConfig:
         recipe, vocab_size = self.recipe, self.corpus.tokenizer.vocab_size
-        overrides = dict(recipe.model)
-        if recipe.size is None:
-            operations = None
-            if recipe.budget is not None:
-                left = max(1.0, recipe.budget - (time.time() - self.started) - FINISHING_SECONDS)
-                operations = (
-                    left * 0.5 * plan.matmul_rate(self.device)
-                )  # half of a product's rate is what a step reaches
-            tokens = recipe.tokens or (recipe.steps or 0) * recipe.training.batch_tokens
-            choice = plan.choose(recipe.preset, vocab_size, unique_tokens, operations, tokens)
-            self.recipe = recipe = replace(recipe, size=choice.size)
-            overrides.setdefault("dropout", choice.dropout)
-            if not {"n_layers", "d_model"} & set(recipe.model):
-                self.console.say(choice.why)
+        if recipe.size is not None and recipe.size not in SIZES:
+            raise UsageError(f"unknown size {recipe.size!r}: choose one of {', '.join(SIZES)}")
+        operations = None
+        if recipe.budget is not None:
+            left = max(1.0, recipe.budget - (time.time() - self.started) - FINISHING_SECONDS)
+            operations = left * 0.5 * plan.matmul_rate(self.device)  # half of a product's rate is what a step reaches
+        tokens = recipe.tokens or (recipe.steps or 0) * recipe.training.batch_tokens
+        choice = plan.choose(
+            recipe.preset, vocab_size, unique_tokens, operations=operations, tokens=tokens, size=recipe.size
+        )
+        overrides = {"dropout": choice.dropout, **recipe.model}
+        if not {"n_layers", "d_model"} & set(recipe.model):
+            self.console.say(choice.why)
+        self.recipe = recipe = replace(recipe, size=choice.size)
         try:
-            return build_config(recipe.preset, recipe.size or "tiny", vocab_size=vocab_size, **overrides)
+            return build_config(recipe.preset, choice.size, vocab_size=vocab_size, **overrides)
         except ConfigError as error:
             raise UsageError(str(error)) from error
 
@@ -222,7 +221,7 @@ class Pretraining:
             assert recipe.budget is not None
             pace = Pace(read_decisions(self.run.decisions))
             self.clock = Clock(recipe.budget, self.run.decisions, started=self.started, spent=self.spent)
-            self.clock.reserve = self._finishing_seconds(self.seconds_per_step / 3)
+            self.clock.reserve = self._finishing_seconds(self.seconds_per_step / 3)  # a step is three passes
         saved_at, save_seconds = time.monotonic(), 0.0
         before, tokens_before = time.monotonic(), self.state.tokens
         with catching_signals() as caught:
@@ -358,9 +357,14 @@ class Pretraining:
         )  # a token costs a third of what it does in training
 
     def _finishing_seconds(self, forward_seconds: float) -> float:
-        """What is to be done after the last step: the whole validation part, at `forward_seconds` a batch of tokens."""
-        tokens = len(self.corpus.tokens("validation"))
-        return FINISHING_SECONDS + 1.1 * forward_seconds * tokens / self.recipe.training.batch_tokens
+        """What is to be done after the last step: the whole validation part, at `forward_seconds` a batch of tokens.
+
+        The fastest rate so far counts, and never more than a third of the budget: a slow moment of the machine must not
+        end a run.
+        """
+        self.forward_seconds = min(self.forward_seconds, forward_seconds)
+        batches = len(self.corpus.tokens("validation")) / self.recipe.training.batch_tokens
+        return min(FINISHING_SECONDS + 1.1 * self.forward_seconds * batches, (self.recipe.budget or math.inf) / 3)
 
     def _write_sample(self, step: int) -> None:
         """Let the model go on from the first words of the held-out text."""
@@ -430,31 +434,6 @@ def data_facts(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    import numpy
-    import tokenizers
-
-    return {
-        "nextword": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "tokenizers": tokenizers.__version__,
-    }
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the run ran on, as far as it matters for its speed. No name of a host or a person."""
-    facts: dict[str, Any] = {
-        "system": platform.system(),
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-    if device.type == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name(device)
-    return facts
-
-
 def choose_device(name: str) -> torch.device:
     """The device by name; "auto" is the GPU where there is one. Raises `UsageError` where it is not there."""
     if name == "auto":
@@ -465,11 +444,3 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device
-
-
-def command_line() -> list[str]:
-    return (
-        ["nextword", *sys.argv[1:]]
-        if Path(sys.argv[0]).name in ("nextword", "__main__.py")
-        else ["nextword.pretrain(…)"]
-    )

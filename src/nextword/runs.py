@@ -6,23 +6,28 @@ model/ (the best weights, a stock directory) · result.json (once it is finished
 
 import json
 import os
+import platform
 import shutil
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy
+import tokenizers
+import torch
 
-from nextword import files
+from nextword import __version__, files
 from nextword.errors import CorruptFile, NextwordError, RunLocked, UsageError
 from nextword.model.gpt import GPT
 from nextword.model.stock import save_model
 from nextword.text.tokenizer import Tokenizer
 
-OWN = ("run.json", "data", ".data.partial", "checkpoints", "lock", "holder.json")
+OWN = ("run.json", "data", ".data.partial", ".data.lock", "checkpoints", "lock", "holder.json")
 
 
 class RunFolder:
@@ -150,3 +155,36 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
         keys = sorted(set(before) | set(now))
         return [line for key in keys for line in differences(before.get(key), now.get(key), f"{name}.{key}".strip("."))]
     return [] if before == now else [f"{name}: {before} → {now}"]
+
+
+# ---------------------------------------------------------------- where and how a run was made
+
+
+def versions() -> dict[str, str]:
+    return {
+        "nextword": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "tokenizers": tokenizers.__version__,
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the run ran on, as far as it matters for its speed. No name of a host or a person."""
+    facts: dict[str, Any] = {
+        "system": platform.system(),
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts
+
+
+def command_line() -> list[str]:
+    return (
+        ["nextword", *sys.argv[1:]]
+        if Path(sys.argv[0]).name in ("nextword", "__main__.py")
+        else ["nextword.pretrain(…)"]
+    )

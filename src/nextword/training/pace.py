@@ -5,12 +5,15 @@ on disk, so that a run that followed the clock resumes exactly all the same.
 """
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nextword.errors import CorruptFile
 from nextword.files import append_durably, read_json_lines
+
+FIRST_STEPS = 50  # the least that a clock begins with
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Clock:
         self.log = log
         self.started = started - spent
         self.next_time = 0.0
+        self.first_time = math.inf
         self.reserve = 0.0  # what must still be done after the last step: a last evaluation, the report
 
     def elapsed(self) -> float:
@@ -77,11 +81,20 @@ class Clock:
     def decide(self, pace: Pace, step: int, seconds_per_step: float) -> None:
         """Before step `step`: decide anew, where it is time to."""
         elapsed = self.elapsed()
+        self.first_time = min(self.first_time, elapsed)
         if elapsed < self.next_time or (pace.decisions and step < pace.decisions[-1].step):
             return
         left = self.budget - self.reserve - elapsed
-        total_steps = step + max(1, int(left / seconds_per_step))
-        self.next_time = elapsed + max(1.0, 0.05 * left)
+        steps_left = max(1, int(left / seconds_per_step))
+        if not pace.decisions:
+            # A first guess that is too long is mended on the way; one that is too short ends the schedule at once.
+            steps_left = max(steps_left, FIRST_STEPS)
+        elif left > 0.1 * self.budget:
+            # One slow moment does not end a run: what is left is at most halved at a time.
+            steps_left = max(steps_left, (pace.total_steps - step) // 2, 1)
+        total_steps = step + steps_left
+        # Often at first, when the speed is hardly known, and then each time that a twentieth of what is left has gone by.
+        self.next_time = elapsed + max(1.0, min(0.05 * left, elapsed - self.first_time))
         if pace.decisions and total_steps == pace.total_steps:
             return
         decision = Decision(step, total_steps, round(elapsed, 3))

@@ -1,6 +1,5 @@
 """From the time there is and the text there is to the size of a model. Coarse on purpose: a size out of the table."""
 
-import math
 import time
 from dataclasses import dataclass
 
@@ -34,10 +33,19 @@ def matmul_rate(device: torch.device) -> float:
     return best
 
 
-def choose(preset: str, vocab_size: int, unique_tokens: int, operations: float | None, tokens: int | None) -> Choice:
-    """The largest size that the run can feed.
+def choose(
+    preset: str,
+    vocab_size: int,
+    unique_tokens: int,
+    *,
+    operations: float | None = None,
+    tokens: int | None = None,
+    size: str | None = None,
+) -> Choice:
+    """The largest size that the run can feed, and the dropout that suits how often it reads the text.
 
     Args:
+        size: taken as it is where it is given.
         operations: floating-point operations that the run can do in all, where its length is a time.
         tokens: how many tokens it will see, where that is what is known.
 
@@ -45,15 +53,15 @@ def choose(preset: str, vocab_size: int, unique_tokens: int, operations: float |
     near D = 20 N (Hoffmann et al. 2022, table 3). A text that is read over and over stops teaching: past about 16 epochs
     little is left (Muennighoff et al. 2023, section 6), and then a smaller model and dropout serve better.
     """
-    chosen, why = "tiny", ""
-    parameters = seen = 0.0
-    for size, (layers, _, width, context) in SIZES.items():
-        n = build_config(preset, size, vocab_size=vocab_size).parameters
+    chosen, parameters, seen = "tiny", 0.0, 0.0
+    for name in [size] if size else SIZES:
+        layers, _, width, context = SIZES[name]
+        n = build_config(preset, name, vocab_size=vocab_size).parameters
         per_token = 6 * n + 6 * layers * width * context  # and attention's own products over half a window
         budget = operations / per_token if operations is not None else float(tokens or 0)
-        if size != "tiny" and (budget < 20 * n or unique_tokens * 16 < 20 * n):
+        if parameters and (budget < 20 * n or unique_tokens * 16 < 20 * n):
             break
-        chosen, parameters, seen = size, n, budget
+        chosen, parameters, seen = name, n, budget
     epochs = seen / max(1, unique_tokens)
     dropout = 0.0 if epochs < 4 else 0.1 if epochs < 16 else 0.2
     why = (
@@ -62,4 +70,4 @@ def choose(preset: str, vocab_size: int, unique_tokens: int, operations: float |
     )
     if dropout:
         why += f", so with dropout {dropout}"
-    return Choice(chosen, dropout, why if math.isfinite(epochs) else chosen)
+    return Choice(chosen, dropout, why)

@@ -1,0 +1,166 @@
+"""`make bench`: every figure of docs/benchmarks.md, measured on this machine and printed as Markdown.
+
+    python -m benchmarks.run [NAME …]
+
+Names: help, books, reference, languages, demo. Each measurement is kept under build/bench, so that a bench that was cut off goes on where
+it stood; remove that folder to measure anew. The texts are those of `NEXTWORD_DATA` (default: ../shared/data).
+"""
+
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+DATA = Path(os.environ.get("NEXTWORD_DATA", "../shared/data"))
+KEPT = Path("build/bench")
+VERBS = ("", "demo", "prepare", "pretrain", "generate", "evaluate", "report", "verify")
+
+
+def cell(name: str, measure: Callable[[], Any]) -> Any:
+    """A measurement by name: as it is kept, or made now and kept."""
+    path = KEPT / f"{name}.json"
+    if not path.exists():
+        print(f"measuring {name} …", file=sys.stderr, flush=True)
+        value = measure()
+        KEPT.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value, indent=1))
+    return json.loads(path.read_text())
+
+
+def nextword(*arguments: str | Path) -> dict[str, Any]:
+    """One run of the program with --json; its result, and the wall time and peak memory of the whole process."""
+    code = (
+        "import json, resource, subprocess, sys, time\n"
+        "t = time.time(); p = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)\n"
+        "print(json.dumps({'code': p.returncode, 'out': p.stdout, 'err': p.stderr[-2000:], 'wall': time.time() - t,\n"
+        "  'peak_mb': resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024}))"
+    )
+    program = [sys.executable, "-m", "nextword", *map(str, arguments)]
+    done = json.loads(subprocess.check_output([sys.executable, "-c", code, *program]))
+    if done["code"]:
+        raise SystemExit(f"{' '.join(program)}\n{done['err']}")
+    return {**json.loads(done["out"]), "wall": done["wall"], "peak_mb": done["peak_mb"]}
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """The middle, and from where to where."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def help_times() -> None:
+    def measure() -> dict[str, list[float]]:
+        times: dict[str, list[float]] = {}
+        for _ in range(7):
+            for verb in VERBS:
+                begin = time.perf_counter()
+                subprocess.run(
+                    [sys.executable, "-m", "nextword", *verb.split(), "--help"], check=True, capture_output=True
+                )
+                times.setdefault(verb, []).append(time.perf_counter() - begin)
+        return times
+
+    print("\n| command | seconds: middle of seven (from to) |\n|---|---|")
+    for verb, times in cell("help", measure).items():
+        print(f"| `nextword {verb + ' ' if verb else ''}--help` | {spread(times, 2)} |")
+
+
+def books() -> None:
+    folder = KEPT / "books"
+
+    def measure() -> list[dict[str, Any]]:
+        shutil.rmtree(folder, ignore_errors=True)
+        with tarfile.open(DATA / "books.tar.xz") as archive:
+            archive.extractall(folder / "text", filter="data")
+        runs = [nextword("prepare", folder / "text", "--out", folder / "shards", "--json", "--quiet") for _ in range(2)]
+        keep = ("wall", "peak_mb", "documents", "train", "validation", "vocab_size")
+        bare = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+        interpreter = float(subprocess.check_output([sys.executable, "-c", bare]))
+        return [{"interpreter_mb": interpreter, **{k: run[k] for k in keep}} for run in runs]
+
+    print("\n| run | seconds | peak MB above the interpreter |\n|---|---|---|")
+    for name, run in zip(("first", "second"), cell("books", measure), strict=True):
+        print(f"| {name} | {run['wall']:.1f} | {run['peak_mb'] - run['interpreter_mb']:.0f} |")
+
+
+def reference() -> None:
+    text = DATA / "tinyshakespeare"
+
+    def ours(seed: int) -> dict[str, Any]:
+        out = KEPT / f"reference-{seed}"
+        shutil.rmtree(out, ignore_errors=True)
+        return nextword(
+            "pretrain", text, "--recipe", "reference-char", "--out", out, "--seed", str(seed), "--json", "--quiet"
+        )
+
+    def stock(seed: int) -> dict[str, Any]:
+        arguments = [str(text / "input.txt"), str(KEPT / f"stock-{seed}"), str(seed)]
+        begin = time.time()
+        out = subprocess.check_output([sys.executable, "-W", "ignore", "-m", "benchmarks.stock_loop", *arguments])
+        return {**json.loads(out), "wall": time.time() - begin}
+
+    rows = []
+    for seed in (1, 2, 3):  # in turn, so that a change of the machine's speed meets both
+        mine, theirs = cell(f"reference-{seed}", lambda s=seed: ours(s)), cell(f"stock-{seed}", lambda s=seed: stock(s))
+        rows.append((seed, mine, theirs))
+    print(
+        "\n| seed | nextword: loss | seconds | plain loop, stock class: loss | seconds | ratio of times |\n|---|---|---|---|---|---|"
+    )
+    for seed, mine, theirs in rows:
+        print(
+            f"| {seed} | {mine['loss']:.4f} | {mine['wall']:.0f} | {theirs['loss']:.4f} | {theirs['wall']:.0f} "
+            f"| {mine['wall'] / theirs['wall']:.2f} |"
+        )
+    losses, ratios = [m["loss"] for _, m, _ in rows], [m["wall"] / t["wall"] for _, m, t in rows]
+    print(f"\nmiddle loss {statistics.median(losses):.4f}; ratio of times {spread(ratios, 2)}")
+
+
+def languages() -> None:
+    for language in ("swahili", "wolof"):
+        out = KEPT / language
+
+        def measure(language: str = language, out: Path = out) -> dict[str, Any]:
+            shutil.rmtree(out, ignore_errors=True)
+            result = nextword("pretrain", DATA / "small_languages" / language, "--out", out, "--json", "--quiet")
+            sample = nextword("generate", out, "", "--seed", "1", "--max-tokens", "120", "--json")
+            return {**result, "sample": sample["completions"][0]["text"]}
+
+        run = cell(language, measure)
+        print(
+            f"\n{language}: {run['steps']:,} steps, {run['wall']:.0f} s, {run['bits_per_byte']:.3f} bits per byte, "
+            f"{run['parameters'] / 1e6:.1f} M parameters\n\n> " + run["sample"].strip().replace("\n", "\n> ")
+        )
+
+
+def demo() -> None:
+    def measure() -> dict[str, Any]:
+        out = KEPT / "demo"
+        shutil.rmtree(out, ignore_errors=True)
+        return nextword("demo", "--out", out, "--json", "--quiet")
+
+    run = cell("demo", measure)
+    print(f"\ndemo: {run['wall']:.0f} s, {run['steps']:,} steps, {run['bits_per_byte']:.3f} bits per byte")
+    for completion in run["completions"]:
+        print("\n> " + (completion["prompt"] + completion["text"]).replace("\n", "\n> "))
+
+
+def main() -> None:
+    import torch
+
+    parts = {"help": help_times, "books": books, "reference": reference, "languages": languages, "demo": demo}
+    wanted = sys.argv[1:] or list(parts)
+    print(f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores, {platform.system()}")
+    for name in wanted:
+        print(f"\n## {name}")
+        parts[name]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What is optional: TensorBoard's files, a compiled step, and a message where a package is missed."""
+
+import builtins
+
+import pytest
+import torch
+
+import nextword
+from nextword.errors import MissingExtra
+from nextword.model.config import build_config
+from nextword.model.gpt import GPT
+from nextword.training.objectives import Inputs, next_word
+from nextword.training.train import build_step_module
+
+SETTINGS = {
+    "model": {"n_layers": 1, "n_heads": 2, "d_model": 32, "context_length": 32},
+    "training": {"batch_tokens": 256, "evaluations": 2},
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # tensorboard's own
+def test_tensorboard_gets_its_files(shards, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    nextword.pretrain(shards, tmp_path / "run", steps=20, tensorboard=True, **SETTINGS)
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert len(events.Scalars("training/loss")) == 20
+    assert len(events.Scalars("validation/loss")) == 2
+
+
+def test_a_missing_extra_says_how_to_install_it(shards, tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if "tensorboard" in name:
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MissingExtra, match=r"pip install 'nextword\[tensorboard\]'"):
+        nextword.pretrain(shards, tmp_path / "run", steps=5, tensorboard=True, **SETTINGS)
+
+
+def test_a_compiled_step_is_the_plain_one():
+    """Loss and gradients of torch.compile equal those without it, dropout included."""
+    import shutil
+
+    if not shutil.which("c++"):
+        pytest.skip("no C++ compiler here, and torch.compile needs one on a CPU")
+    torch.manual_seed(0)
+    model = GPT(build_config("modern", "tiny", vocab_size=50, n_layers=1, d_model=32, context_length=16, dropout=0.1))
+    tokens = torch.randint(0, 50, (3, 17))
+    keep = torch.rand(3, 3, 16, 32) > 0.1
+    results = []
+    for compiled in (False, True):
+        _, runner = build_step_module(model, next_word, compiled)
+        loss = runner(Inputs(tokens[:, :-1], tokens[:, 1:], keep))["next_word"]
+        results.append((loss.total, torch.autograd.grad(loss.total, list(model.parameters()))))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-4)
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
