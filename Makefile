@@ -1,5 +1,5 @@
 # Everything starts with `make setup`, which the other targets call: a virtual environment in .venv, made once.
-# PIP_ARGS is passed on to pip, for another build of torch: make setup PIP_ARGS="--index-url …"
+# PIP_ARGS is passed on to pip, for another build of torch: make setup PIP_ARGS="--extra-index-url …"
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := $(if $(filter Windows_NT,$(OS)),.venv/Scripts,.venv/bin)
@@ -40,7 +40,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.run
 
 soak: setup
-	NEXTWORD_KILLS=10 NEXTWORD_KILL_STEPS=600 $(BIN)/python -m pytest -s -k test_killed_and_resumed --timeout 1800
+	NEXTWORD_KILLS=10 NEXTWORD_KILL_STEPS=600 $(BIN)/python -m pytest -n 0 -s -k test_killed_and_resumed --timeout 1800
 
 clean:
 	rm -rf .venv

@@ -2,8 +2,9 @@
 
     python -m benchmarks.run [NAME …]
 
-Names: help, books, reference, languages, demo. Each measurement is kept under build/bench, so that a bench that was cut off goes on where
-it stood; remove that folder to measure anew. The texts are those of `NEXTWORD_DATA` (default: ../shared/data).
+Names: help, books, reference, languages, demo. Each measurement is kept under build/bench, so that a bench that was cut
+off goes on where it stood; remove that folder to measure anew. The texts are those of `NEXTWORD_DATA` (where that is not
+set: ../shared/data).
 """
 
 import json
@@ -110,9 +111,8 @@ def reference() -> None:
     for seed in (1, 2, 3):  # in turn, so that a change of the machine's speed meets both
         mine, theirs = cell(f"reference-{seed}", lambda s=seed: ours(s)), cell(f"stock-{seed}", lambda s=seed: stock(s))
         rows.append((seed, mine, theirs))
-    print(
-        "\n| seed | nextword: loss | seconds | plain loop, stock class: loss | seconds | ratio of times |\n|---|---|---|---|---|---|"
-    )
+    print("\n| seed | nextword: loss | seconds | plain loop, stock class: loss | seconds | ratio of times |")
+    print("|---|---|---|---|---|---|")
     for seed, mine, theirs in rows:
         print(
             f"| {seed} | {mine['loss']:.4f} | {mine['wall']:.0f} | {theirs['loss']:.4f} | {theirs['wall']:.0f} "

@@ -26,15 +26,15 @@ def run(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
 def test_help_is_worth_reading_and_there_at_once(nextword: Run, verb):
+    arguments = [verb, "--help"] if verb else ["--help"]
+    done = nextword(*arguments)
     times = []
-    for _ in range(3):
+    for _ in range(2):
         begin = time.perf_counter()
-        done = nextword(*([verb] if verb else []), "--help")
+        nextword(*arguments)
         times.append(time.perf_counter() - begin)
-        assert done.returncode == 0
-        if min(times) < 0.5:
-            break
-    assert min(times) < 1.0, times  # half a second on a quiet machine: docs/benchmarks.md
+    assert min(times) < 1.0, times  # under half a second where nothing else runs: docs/benchmarks.md
+    assert done.returncode == 0
     for word in VERBS if not verb else ["--json", "--seed", "--quiet", "--device", "Exit codes"]:
         assert word in done.stdout
     assert "│ " in done.stdout
@@ -151,6 +151,8 @@ def test_times_and_counts_as_people_write_them():
         1000,
         7,
     ]
+    with pytest.raises(UsageError, match="no whole number"):
+        count("1.5")
     for wrong in ("", "m", "5 parsecs", "1h-3m"):
         with pytest.raises(UsageError):
             seconds(wrong)

@@ -1,6 +1,7 @@
 """What is optional: TensorBoard's files, a compiled step, and a message where a package is missed."""
 
 import builtins
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from nextword.model.gpt import GPT
 from nextword.training.objectives import Inputs, next_word
 from nextword.training.train import build_step_module
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model": {"n_layers": 1, "n_heads": 2, "d_model": 32, "context_length": 32},
     "training": {"batch_tokens": 256, "evaluations": 2},
 }
@@ -41,6 +42,7 @@ def test_a_missing_extra_says_how_to_install_it(shards, tmp_path, monkeypatch):
         nextword.pretrain(shards, tmp_path / "run", steps=5, tensorboard=True, **SETTINGS)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own, of torch.jit
 def test_a_compiled_step_is_the_plain_one():
     """Loss and gradients of torch.compile equal those without it, dropout included."""
     import shutil

@@ -102,6 +102,7 @@ def test_schedules_are_their_curves():
     assert learning_rate(0.59, "wsd", 0.1, 0.0) == 1.0
     assert learning_rate(0.8, "wsd", 0.1, 0.0) == pytest.approx(0.5)
     assert learning_rate(0.99, "constant", 0.1, 0.0) == 1.0
+    assert learning_rate(0.8, "wsd", 0.8, 0.0) == pytest.approx(1.0)  # no cliff after a long warm-up
 
 
 @given(

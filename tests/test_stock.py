@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def stock_configs():
     }  # fmt: skip
 
 
-def random_stock(name: str, directory: Path, **save) -> torch.nn.Module:
+def random_stock(name: str, directory: Path, **save) -> Any:
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(stock_configs()[name]).eval()
     with torch.no_grad():

@@ -3,6 +3,7 @@
 import itertools
 import math
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from nextword.errors import CorruptFile, Diverged
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.text.batches import IGNORE, Batch, TokenDataset
+from nextword.text.batches import IGNORE, Batch, TokenDataset, TokenRow
 from nextword.training import objectives
 from nextword.training.objectives import Inputs, next_word
 from nextword.training.optimizer import Optimizer, learning_rate
@@ -32,27 +33,16 @@ from nextword.training.train import (
 )
 
 
-class Row:
-    def __init__(self, tokens):
-        self.tokens = np.asarray(tokens)
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        return self.tokens[start : start + count]
-
-
-def text_like(length: int = 3000) -> Row:
+def text_like(length: int = 3000) -> TokenRow:
     """Numbers with something to learn: each follows from the one before, most of the time."""
     rng = np.random.default_rng(0)
     tokens = [0]
     for _ in range(length - 1):
         tokens.append((3 * tokens[-1] + 1) % 40 if rng.random() < 0.8 else int(rng.integers(40)))
-    return Row(tokens)
+    return TokenRow(np.asarray(tokens))
 
 
-def setup(kind="adamw", preset="gpt2", rows=6, lr=3e-3, **overrides):
+def setup(kind: Any = "adamw", preset="gpt2", rows=6, lr=3e-3, **overrides):
     torch.manual_seed(0)
     config = build_config(
         preset, "tiny", **{"vocab_size": 40, "n_layers": 2, "d_model": 32, "context_length": 16, **overrides}
@@ -250,6 +240,23 @@ def test_the_clock_ends_near_its_budget_and_a_replay_is_exact(tmp_path):
     # Another clock on the same log leaves what is decided alone, however late it is.
     Clock(2.0, log, started=started - 100).decide(again, again.decisions[-1].step - 1, 1.0)
     assert again.total_steps == step
+
+
+def test_a_spent_budget_ends_at_once_and_a_bad_first_guess_still_trains(tmp_path):
+    """Steps that take longer than there is time for; then a first guess of a step's time that is 1,000 times too long."""
+    state, dataset, step_module = setup()
+    clock = Clock(5.0, tmp_path / "spent.jsonl", started=time.time() - 4.9)
+    done = list(
+        steps(state, dataset, step_module, StepSettings(), Pace([Decision(0, 50)]), clock, seconds_per_step=9.0)
+    )
+    assert len(done) == 1, "the one step that every decision leaves"
+
+    state, dataset, step_module = setup()
+    clock = Clock(2.0, tmp_path / "slow.jsonl", started=time.time())
+    done = list(steps(state, dataset, step_module, StepSettings(), Pace([]), clock, seconds_per_step=10.0))
+    assert len(done) > 60
+    assert done[10].lr > 0
+    assert done[-1].progress == 1.0
 
 
 def test_a_broken_log_is_named(tmp_path):

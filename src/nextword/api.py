@@ -13,7 +13,7 @@ from nextword import files
 from nextword.console import Console
 from nextword.errors import CorruptFile, NextwordError, UsageError
 from nextword.evaluation.likelihood import Likelihood, likelihood
-from nextword.evaluation.report import write_report
+from nextword.evaluation.report import write_card, write_report
 from nextword.inference.engine import Completion, Engine
 from nextword.inference.sampling import Sampling
 from nextword.model.stock import load_model
@@ -21,8 +21,10 @@ from nextword.pretraining import Pretraining, choose_device
 from nextword.recipes import change, count, recipe_named, seconds
 from nextword.runs import RunFolder, command_line, differences, open_run
 from nextword.text import corpus as corpora_module
+from nextword.text.batches import TokenRow
 from nextword.text.corpus import Corpus
 from nextword.text.documents import Problems
+from nextword.text.named import NAMED
 from nextword.text.tokenizer import Tokenizer
 
 Paths = str | Path | Sequence[str | Path]
@@ -73,21 +75,8 @@ class Model:
         if not row:
             raise NextwordError(f"no text was found in {', '.join(map(str, as_list(texts)))}")
         return likelihood(
-            self.gpt, Row(np.concatenate(row)), n_bytes, progress=lambda i, n: console.progress("evaluating", i, n)
+            self.gpt, TokenRow(np.concatenate(row)), n_bytes, progress=lambda i, n: console.progress("evaluating", i, n)
         )
-
-
-class Row:
-    """Tokens in memory, read like those of a corpus."""
-
-    def __init__(self, tokens: np.ndarray):
-        self.tokens = tokens
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        return self.tokens[start : start + count]
 
 
 def model_path(path: str | Path) -> Path:
@@ -162,7 +151,7 @@ def pretrain(
     if not str(out):
         raise UsageError("say where the run folder is to be: --out RUN")
     request = {
-        "corpora": [str(path) for path in as_list(corpora)], "recipe": recipe, "preset": preset, "size": size,
+        "corpora": whole_paths(corpora, begun=RunFolder(Path(out)).begun), "recipe": recipe, "preset": preset, "size": size,
         "tokenizer": tokenizer, "vocab_size": vocab_size, "text_column": text_column, "seed": seed, "steps": steps,
         "budget": None if budget is None else seconds(budget), "tokens": None if tokens is None else count(tokens),
         "model": {k: v for k, v in (model or {}).items() if v is not None},
@@ -178,6 +167,7 @@ def pretrain(
             refuse_changes(run, request)
             if run.finished:
                 console.say(f"{run.path}: this run is finished")
+                draw(run.path)  # a kill may have come between the result and its report
                 return files.read_json(run.result)
             shards = run.path / run.facts()["shards"]
             corpus = Corpus.open(shards)
@@ -193,13 +183,33 @@ def pretrain(
         return job.finish()
 
 
+def whole_paths(corpora: Paths, begun: bool) -> list[str]:
+    """Corpora by their full paths, so that a resume may come from another folder; names stay names.
+
+    Raises:
+        UsageError: none is given for a run that is not begun yet, or one is not there.
+    """
+    given = as_list(corpora)
+    if not given and not begun:
+        raise UsageError("say what to learn from: a file, a folder, shards, or a named corpus such as python-docs")
+    if missing := [path for path in given if str(path) not in NAMED and not Path(path).exists()]:
+        raise UsageError(f"{missing[0]}: no such file or folder, and no named corpus ({', '.join(NAMED)})")
+    return [str(path) if str(path) in NAMED else str(Path(path).resolve()) for path in given]
+
+
+def draw(run: Path) -> None:
+    """The report and the card of a finished run, where they are not there."""
+    if not (run / "README.md").is_file():
+        write_card(run)
+    if not (run / "report.html").is_file():
+        write_report(run)
+
+
 def gather(
     corpora: list[str], run: RunFolder, tokenizer: str, vocab_size: int | None, text_column: str | None, strict: bool,
     console: Console,
 ) -> Corpus:  # fmt: skip
     """Prepared shards where they are given, else the text made into shards inside the run folder."""
-    if not corpora:
-        raise UsageError("say what to learn from: a file, a folder, shards, or a named corpus such as python-docs")
     prepared = [path for path in corpora if (Path(path) / files.MANIFEST).is_file()]
     if prepared:
         if len(corpora) > 1:

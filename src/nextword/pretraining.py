@@ -16,7 +16,7 @@ from nextword.evaluation.likelihood import Likelihood, likelihood
 from nextword.evaluation.report import write_card, write_report
 from nextword.inference.engine import Engine
 from nextword.inference.sampling import Sampling
-from nextword.model.config import SIZES, ConfigError, ModelConfig, build_config
+from nextword.model.config import ConfigError, ModelConfig, build_config
 from nextword.model.gpt import GPT
 from nextword.model.stock import load_model
 from nextword.recipes import Recipe
@@ -40,6 +40,7 @@ from nextword.training.train import (
 
 SAMPLED = (1, 2, 4, 8, 12, 16, 20)  # the evaluations after which the model writes something
 SAVE_SECONDS = 60.0  # between checkpoints, and never more than a thirtieth of the time goes into them
+STEP_TOKENS = 4096  # of a run whose length is said in steps, where nothing else is said
 FINISHING_SECONDS = 2.5  # the report, the card and the last files
 
 
@@ -67,16 +68,22 @@ class Pretraining:
         self.forward_seconds = math.inf  # of one batch of tokens through the model, the fastest so far
         self.curves: Any = None  # TensorBoard's writer, where it is asked for
 
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a step, which the recipe names once the run has begun."""
+        assert self.recipe.training.batch_tokens is not None
+        return self.recipe.training.batch_tokens
+
     # ------------------------------------------------------------ begin, or go on
 
     def begin(self, seed: int, command: list[str], request: dict[str, Any]) -> None:
         """Decide once what the run fixes, and write it down."""
-        recipe, t = self.recipe, self.recipe.training
         train = self.corpus.tokens("train")
         if len(train) < 2:
             raise UsageError(f"{self.corpus.path}: the training part has {len(train)} tokens, too few to learn from")
         self.config = self._choose_config(len(train))
-        rows = max(1, round(t.batch_tokens / self.config.context_length))
+        recipe, t = self.recipe, self.recipe.training
+        rows = max(1, round(self.batch_tokens / self.config.context_length))
         self._build(seed, rows, threads=torch.get_num_threads())
         self.settings = replace(
             self.settings,
@@ -159,20 +166,20 @@ class Pretraining:
 
     def _choose_config(self, unique_tokens: int) -> ModelConfig:
         recipe, vocab_size = self.recipe, self.corpus.tokenizer.vocab_size
-        if recipe.size is not None and recipe.size not in SIZES:
-            raise UsageError(f"unknown size {recipe.size!r}: choose one of {', '.join(SIZES)}")
         operations = None
         if recipe.budget is not None:
             left = max(1.0, recipe.budget - (time.time() - self.started) - FINISHING_SECONDS)
             operations = left * 0.5 * plan.matmul_rate(self.device)  # half of a product's rate is what a step reaches
-        tokens = recipe.tokens or (recipe.steps or 0) * recipe.training.batch_tokens
+        tokens = recipe.tokens or (recipe.steps or 0) * (recipe.training.batch_tokens or STEP_TOKENS)
         choice = plan.choose(
             recipe.preset, vocab_size, unique_tokens, operations=operations, tokens=tokens, size=recipe.size
         )
         overrides = {"dropout": choice.dropout, **recipe.model}
         if not {"n_layers", "d_model"} & set(recipe.model):
             self.console.say(choice.why)
-        self.recipe = recipe = replace(recipe, size=choice.size)
+        batch_tokens = recipe.training.batch_tokens or (STEP_TOKENS if recipe.steps else choice.batch_tokens)
+        training = replace(recipe.training, batch_tokens=batch_tokens)
+        self.recipe = recipe = replace(recipe, size=choice.size, training=training)
         try:
             return build_config(recipe.preset, choice.size, vocab_size=vocab_size, **overrides)
         except ConfigError as error:
@@ -296,7 +303,7 @@ class Pretraining:
         look = self.look(self.state.model, windows=self._windows_per_look(pace))
         rate = (time.perf_counter() - begin) / look.tokens
         if self.clock is not None:
-            self.clock.reserve = self._finishing_seconds(rate * self.recipe.training.batch_tokens)
+            self.clock.reserve = self._finishing_seconds(rate * self.batch_tokens)
         self.run.append(
             {
                 "step": metrics.step,
@@ -351,7 +358,7 @@ class Pretraining:
 
     def _windows_per_look(self, pace: Pace) -> int:
         """As many windows as cost about a twentieth of the steps between two looks; the same at each, so that they compare."""
-        trained = pace.decisions[0].total_steps / self._looks(pace) * self.recipe.training.batch_tokens
+        trained = pace.decisions[0].total_steps / self._looks(pace) * self.batch_tokens
         return max(
             8, int(0.15 * trained / self.config.context_length)
         )  # a token costs a third of what it does in training
@@ -363,7 +370,7 @@ class Pretraining:
         end a run.
         """
         self.forward_seconds = min(self.forward_seconds, forward_seconds)
-        batches = len(self.corpus.tokens("validation")) / self.recipe.training.batch_tokens
+        batches = len(self.corpus.tokens("validation")) / self.batch_tokens
         return min(FINISHING_SECONDS + 1.1 * self.forward_seconds * batches, (self.recipe.budget or math.inf) / 3)
 
     def _write_sample(self, step: int) -> None:
@@ -408,7 +415,7 @@ class Pretraining:
         result["seconds"] = round(self.seconds(), 3)
         files.write_durably(self.run.result, files.to_json(result))
         write_card(self.run.path)
-        result["report"] = str(write_report(self.run.path))
+        write_report(self.run.path)
         return result
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from nextword.errors import UsageError
+from nextword.model.config import PRESETS, SIZES
 
 
 def setting(default: Any, help: str) -> Any:
@@ -20,7 +21,7 @@ class Training:
     optimizer: Literal["muon", "adamw"] = setting(
         "muon", "Muon for the matrices inside the blocks and AdamW for the rest, or AdamW for everything."
     )
-    lr: float = setting(4e-3, "Peak learning rate.")
+    lr: float = setting(6e-3, "Peak learning rate.")
     matrix_lr: float | None = setting(None, "Muon's peak learning rate; the same as lr where it is not given.")
     beta1: float = setting(0.9, "AdamW's decay of the mean gradient.")
     beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient.")
@@ -32,7 +33,7 @@ class Training:
     warmup: float = setting(0.02, "The share of the run in which the learning rate rises.")
     final_lr: float = setting(0.0, "The learning rate at the end, as a share of the peak.")
     clip: float = setting(1.0, "The gradient norm is cut to this; 0 for never.")
-    batch_tokens: int = setting(4096, "Tokens of one step, the whole of it.")
+    batch_tokens: int | None = setting(None, "Tokens of one step; where not given, from the length of the run.")
     micro_batch_rows: int | None = setting(
         None,
         "Windows that go through the model at once; fitted to memory where not given. Changes the result by rounding at most.",
@@ -158,10 +159,14 @@ def change(recipe: Recipe, *, model: dict[str, Any] | None, training: dict[str, 
 
 def check(recipe: Recipe) -> None:
     """Refuse what cannot be meant. Raises `UsageError` with the setting and what it may be."""
+    for name, value, known in (("preset", recipe.preset, PRESETS), ("size", recipe.size, SIZES)):
+        if value is not None and value not in known:
+            raise UsageError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
     t = recipe.training
     ranges = {
         "lr": t.lr > 0, "warmup": 0 <= t.warmup <= 1, "final_lr": 0 <= t.final_lr <= 1, "clip": t.clip >= 0,
-        "batch_tokens": t.batch_tokens >= 1, "weight_decay": t.weight_decay >= 0, "evaluations": t.evaluations >= 1,
+        "batch_tokens": t.batch_tokens is None or t.batch_tokens >= 1, "weight_decay": t.weight_decay >= 0,
+        "evaluations": t.evaluations >= 1,
         "beta1": 0 <= t.beta1 < 1, "beta2": 0 <= t.beta2 < 1, "momentum": 0 <= t.momentum < 1,
         "matrix_lr": t.matrix_lr is None or t.matrix_lr > 0,
         "micro_batch_rows": t.micro_batch_rows is None or t.micro_batch_rows >= 1,
@@ -199,4 +204,7 @@ def count(text: str | int) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", text.strip().lower().replace(",", "").replace("_", ""))
     if match is None:
         raise UsageError(f"{text!r} is no number: write 2000, 100k, 1.5M or 2B")
-    return int(float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2]])
+    number = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2]]
+    if number != int(number):
+        raise UsageError(f"{text!r} is no whole number")
+    return int(number)

@@ -65,12 +65,13 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def cut_back(self, step: int) -> float:
-        """Drop the lines after `step`, which will be made again; the seconds that the run had used by its last line."""
-        records = files.read_json_lines(self.metrics)
-        spent = max((record.get("seconds", 0.0) for record in records), default=0.0)
-        kept = [json.dumps(record) + "\n" for record in records if record["step"] <= step]
-        files.write_durably(self.metrics, "".join(kept))
-        return spent
+        """Drop the lines after `step`, which will be made again; the seconds that the run had used by then.
+
+        What was lost does not count on the clock: it is done once more.
+        """
+        kept = [record for record in files.read_json_lines(self.metrics) if record["step"] <= step]
+        files.write_durably(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        return max((record.get("seconds", 0.0) for record in kept), default=0.0)
 
     def save_model(self, model: GPT, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
         """Put the model in place as RUN/model, a sealed stock directory."""

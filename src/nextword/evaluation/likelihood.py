@@ -7,7 +7,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,16 +15,10 @@ from torch.nn import functional as F
 
 from nextword.errors import NextwordError, UsageError
 from nextword.model.gpt import GPT
+from nextword.text.batches import TokenSource
 
 BATCH_TOKENS = 8192  # tokens that go through the model at once
 LOGITS = 2**24  # logits that are held at once: 64 MB of float32
-
-
-class TokenSource(Protocol):
-    """A long row of token ids, in memory or on disk."""
-
-    def __len__(self) -> int: ...
-    def read(self, start: int, count: int) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)

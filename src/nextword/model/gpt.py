@@ -98,7 +98,7 @@ class Attention(nn.Module):
             self.query_norm = Norm(config.head_dim, config.norm, config.norm_eps)
             self.key_norm = Norm(config.head_dim, config.norm, config.norm_eps)
         else:
-            self.query_norm = self.key_norm = nn.Identity()
+            self.query_norm, self.key_norm = nn.Identity(), nn.Identity()
 
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: Cache | None
@@ -219,11 +219,13 @@ class GPT(nn.Module):
             keep: [1 + 2·n_layers, B, T, D] from `dropout_masks`, in training with dropout.
 
         Raises:
-            ValueError: the window is longer than the context length.
+            ValueError: the window is longer than the context length, or segments are given together with a cache.
         """
         length = tokens.shape[1]
         if length > self.config.context_length:
             raise ValueError(f"{length} tokens are more than the context length of {self.config.context_length}")
+        if segments is not None and cache is not None:
+            raise ValueError("segments and a cache exclude each other: a cache holds one document a row")
         if positions is None:
             positions = torch.arange(length, device=tokens.device)
         mask = None if segments is None else document_mask(segments)  # [B, 1, T, T]

@@ -20,6 +20,19 @@ class TokenSource(Protocol):
     def read(self, start: int, count: int) -> np.ndarray: ...
 
 
+class TokenRow:
+    """Tokens in memory, read like those of a corpus."""
+
+    def __init__(self, tokens: np.ndarray):
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        return self.tokens[start : start + count]
+
+
 @dataclass(frozen=True)
 class Batch:
     """The rows of one step (or of one machine's share of it), in order.

@@ -31,7 +31,7 @@ def learning_rate(progress: float, schedule: Schedule, warmup: float, final: flo
     elif schedule == "linear":
         shape = left
     else:
-        shape = min(1.0, (1 - progress) / decay)
+        shape = min(1.0, (1 - progress) / min(decay, 1 - warmup))
     return final + (1 - final) * shape
 
 

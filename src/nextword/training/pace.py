@@ -82,9 +82,12 @@ class Clock:
         """Before step `step`: decide anew, where it is time to."""
         elapsed = self.elapsed()
         self.first_time = min(self.first_time, elapsed)
-        if elapsed < self.next_time or (pace.decisions and step < pace.decisions[-1].step):
-            return
         left = self.budget - self.reserve - elapsed
+        if pace.decisions:
+            # A run that is about to end with time to spare asks as well.
+            early = step + 1 >= pace.total_steps and left > 0.03 * self.budget
+            if step < pace.decisions[-1].step or (elapsed < self.next_time and not early):
+                return
         steps_left = max(1, int(left / seconds_per_step))
         if not pace.decisions:
             # A first guess that is too long is mended on the way; one that is too short ends the schedule at once.
@@ -94,7 +97,7 @@ class Clock:
             steps_left = max(steps_left, (pace.total_steps - step) // 2, 1)
         total_steps = step + steps_left
         # Often at first, when the speed is hardly known, and then each time that a twentieth of what is left has gone by.
-        self.next_time = elapsed + max(1.0, min(0.05 * left, elapsed - self.first_time))
+        self.next_time = elapsed + max(0.5, min(0.05 * left, elapsed - self.first_time))
         if pace.decisions and total_steps == pace.total_steps:
             return
         decision = Decision(step, total_steps, round(elapsed, 3))

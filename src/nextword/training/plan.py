@@ -1,5 +1,6 @@
 """From the time there is and the text there is to the size of a model. Coarse on purpose: a size out of the table."""
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ class Choice:
     """What was chosen, and why, in words for the person."""
 
     size: str
+    batch_tokens: int
     dropout: float
     why: str
 
@@ -65,9 +67,11 @@ def choose(
     epochs = seen / max(1, unique_tokens)
     dropout = 0.0 if epochs < 4 else 0.1 if epochs < 16 else 0.2
     why = (
-        f"size {chosen}: {parameters / 1e6:.1f} million parameters for about {seen / 1e6:.0f} million tokens, "
+        f"size {chosen}: {parameters / 1e6:.2g} million parameters for about {seen / 1e6:.2g} million tokens, "
         f"{epochs:.1f} times over the text"
     )
     if dropout:
         why += f", so with dropout {dropout}"
-    return Choice(chosen, dropout, why)
+    # Some 1,500 steps, as far as the batch stays between what uses a machine and what still helps.
+    batch_tokens = 2 ** max(11, min(19, round(math.log2(max(1.0, seen / 1500)))))
+    return Choice(chosen, batch_tokens, dropout, why)
