@@ -311,5 +311,5 @@ def demo(
         result = pretrain("python-docs", out, recipe="demo", resume=True, console=console, started=started, **settings)
         loaded = load(out)
         prompts = ["Return a new", "The following example", "Raises ValueError if"]
-        completions = loaded.generate(prompts, max_tokens=60, temperature=0.7, seed=1)
+        completions = loaded.generate(prompts, max_tokens=60, temperature=0.6, top_p=0.9, seed=1)
         return {**result, "completions": [asdict(c) for c in completions]}

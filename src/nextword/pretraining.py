@@ -238,8 +238,7 @@ class Pretraining:
                 self.state, self.data, self.step_module, self.settings, pace, self.clock, self.seconds_per_step
             )
             for metrics in loop:
-                now = time.monotonic()
-                rate = (self.state.tokens - tokens_before) / max(1e-9, now - before)
+                rate = (self.state.tokens - tokens_before) / max(1e-9, time.monotonic() - before)
                 self._record(metrics, rate)
                 self._evaluate_when_due(metrics, pace)
                 last = metrics.progress >= 1 or self.stopped
@@ -259,7 +258,7 @@ class Pretraining:
                     )
                 if self.stopped:
                     break
-                before, tokens_before = now, self.state.tokens
+                before, tokens_before = time.monotonic(), self.state.tokens
 
     def _record(self, metrics: StepMetrics, rate: float) -> None:
         seconds = self.seconds()
@@ -283,7 +282,7 @@ class Pretraining:
         if self.recipe.budget is not None:
             left = self.recipe.budget - seconds
         else:
-            left = (seconds - self.spent) / metrics.progress * (1 - metrics.progress)
+            left = seconds / metrics.progress * (1 - metrics.progress)
         train = self.corpus.train
         bits = metrics.loss / math.log(2) * train.tokens / max(1, train.bytes)
         self.console.training(metrics, bits_per_byte=bits, tokens_per_second=rate, seconds_left=max(0.0, left))
@@ -316,7 +315,7 @@ class Pretraining:
             f"step {metrics.step:,}: validation loss {look.loss:.4f}, {look.bits_per_byte:.4f} bits/byte "
             f"(on {look.tokens:,} of {len(validation):,} tokens)"
         )
-        if self.best.loss is None or look.loss < self.best.loss:
+        if math.isfinite(look.loss) and (self.best.loss is None or look.loss < self.best.loss):
             self._save_best(metrics.step, look.loss)
         else:
             self.best.since += 1

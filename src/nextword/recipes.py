@@ -109,7 +109,7 @@ def reference_char() -> Recipe:
 
 def demo() -> Recipe:
     """The whole life of a small GPT in under five minutes on two cores."""
-    return replace(default(), name="demo", budget=210.0)
+    return replace(default(), name="demo", budget=240.0)
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
