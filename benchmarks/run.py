@@ -17,6 +17,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def cell(name: str, measure: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
-def nextword(*arguments: str | Path) -> dict[str, Any]:
+def nextword(*arguments: str | Path, threads: int | None = None) -> dict[str, Any]:
     """One run of the program with --json; its result, and the wall time and peak memory of the whole process."""
     code = (
         "import json, resource, subprocess, sys, time\n"
@@ -45,7 +46,8 @@ def nextword(*arguments: str | Path) -> dict[str, Any]:
         "  'peak_mb': resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024}))"
     )
     program = [sys.executable, "-m", "nextword", *map(str, arguments)]
-    done = json.loads(subprocess.check_output([sys.executable, "-c", code, *program]))
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    done = json.loads(subprocess.check_output([sys.executable, "-c", code, *program], env=environment))
     if done["code"]:
         raise SystemExit(f"{' '.join(program)}\n{done['err']}")
     return {**json.loads(done["out"]), "wall": done["wall"], "peak_mb": done["peak_mb"]}
@@ -123,19 +125,21 @@ def reference() -> None:
 
 
 def languages() -> None:
-    for language in ("swahili", "wolof"):
+    names = ("swahili", "wolof")
+
+    def measure(language: str) -> dict[str, Any]:
         out = KEPT / language
+        shutil.rmtree(out, ignore_errors=True)
+        result = nextword("pretrain", DATA / "small_languages" / language, "--out", out, "--json", "--quiet", threads=1)
+        sample = nextword("generate", out, "", "--seed", "1", "--max-tokens", "120", "--json", threads=1)
+        return {**result, "sample": sample["completions"][0]["text"]}
 
-        def measure(language: str = language, out: Path = out) -> dict[str, Any]:
-            shutil.rmtree(out, ignore_errors=True)
-            result = nextword("pretrain", DATA / "small_languages" / language, "--out", out, "--json", "--quiet")
-            sample = nextword("generate", out, "", "--seed", "1", "--max-tokens", "120", "--json")
-            return {**result, "sample": sample["completions"][0]["text"]}
-
-        run = cell(language, measure)
+    with ThreadPoolExecutor() as pool:  # side by side, a core each
+        runs = list(pool.map(lambda name: cell(name, lambda: measure(name)), names))
+    for language, run in zip(names, runs, strict=True):
         print(
             f"\n{language}: {run['steps']:,} steps, {run['wall']:.0f} s, {run['bits_per_byte']:.3f} bits per byte, "
-            f"{run['parameters'] / 1e6:.1f} M parameters\n\n> " + run["sample"].strip().replace("\n", "\n> ")
+            f"{run['parameters'] / 1e6:.2f} M parameters\n\n> " + run["sample"].strip().replace("\n", "\n> ")
         )
 
 

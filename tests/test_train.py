@@ -108,6 +108,17 @@ def test_the_micro_batch_changes_the_result_by_rounding_at_most(micro, dropout):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
+def test_bfloat16_products_keep_float32_weights():
+    """What a GPU does, done on the CPU: the same losses within bfloat16's three digits, and weights that stay float32."""
+    state, dataset, step_module = setup()
+    pace = Pace([Decision(0, 10)])
+    losses = [m.loss for m in steps(state, dataset, step_module, StepSettings(bf16=True), pace)]
+    assert losses == pytest.approx(run(10)[0], rel=5e-3)
+    assert losses != run(10)[0]
+    assert all(p.dtype == torch.float32 for p in state.model.parameters())
+    assert all(t.dtype == torch.float32 for t in state.optimizer.state_tensors().values())
+
+
 def test_a_run_is_repeatable_bit_for_bit():
     first, one = run(8, dropout=0.1, kind="muon")
     second, other = run(8, dropout=0.1, kind="muon")
