@@ -25,7 +25,8 @@ app = App(
     version=__version__,
     help="From a folder of text to a GPT that is trained, measured and used, on the machine you have.",
     help_epilogue="Exit codes: 0 done · 1 failed · 2 wrong use · 3 corrupt file · 4 disk full · 5 diverged · 6 run is locked · "
-    "130, 143 stopped.\n\nBegin with: nextword demo",
+    "130, 143 stopped.\n\nBegin with: nextword demo\n",
+    help_format="plaintext",  # a parser of Markdown would take longer to import than all the rest
     result_action="return_value",
 )
 
@@ -171,7 +172,7 @@ def pretrain(
     Parameters
     ----------
     corpora
-        Files, folders, shards from `nextword prepare`, or named corpora (python-docs, tinystories, wikitext, fineweb-edu).
+        Files, folders, shards from nextword prepare, or named corpora (python-docs, tinystories, wikitext, fineweb-edu).
     corpus
         The same, as an option.
     out
@@ -364,7 +365,3 @@ def run(arguments: list[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     return 0
-
-
-def main() -> None:
-    sys.exit(run())

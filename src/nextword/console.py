@@ -6,11 +6,13 @@ Everything goes to standard error, so that standard output holds results alone.
 import math
 import time
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 PLAIN_SECONDS = 10.0  # between two plain lines where there is no terminal
 
@@ -89,18 +91,17 @@ class Console:
             return
         if stage != self.stage:
             self.close()
-            self.stage = stage
-            # A training run says its own time left; the other stages leave that to the bar.
-            columns = [
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[text]}"),
-            ]
-            if not text:
-                columns.append(TimeRemainingColumn())
-            self.bar = Progress(*columns, console=self.rich, transient=True)
-            self.task = self.bar.add_task(stage, total=total, text=text)
-            self.bar.start()
+            self._begin_bar(stage, total, text)
         assert self.bar is not None and self.task is not None
         self.bar.update(self.task, completed=done, total=total, text=text)
+
+    def _begin_bar(self, stage: str, total: float, text: str) -> None:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn()]
+        # A training run says its own time left; the other stages leave that to the bar.
+        columns.append(TextColumn("{task.fields[text]}") if text else TimeRemainingColumn())
+        self.bar = Progress(*columns, console=self.rich, transient=True)
+        self.task = self.bar.add_task(stage, total=total, text=text)
+        self.bar.start()
+        self.stage = stage
