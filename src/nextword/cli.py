@@ -6,6 +6,7 @@ on the run, 130 and 143 stopped by Ctrl-C or SIGTERM.
 """
 
 import json as json_module
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, make_dataclass
@@ -219,7 +220,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def next_commands(result: dict[str, Any]) -> str:
-    return f'nextword generate {result["run"]} "Once upon a time"'
+    return f"nextword generate {result['run']} {shlex.quote(result['prompt'])}"
 
 
 @app.command

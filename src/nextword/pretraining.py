@@ -374,14 +374,18 @@ class Pretraining:
 
     def _write_sample(self, step: int) -> None:
         """Let the model go on from the first words of the held-out text."""
-        validation, tokenizer = self.corpus.tokens("validation"), self.corpus.tokenizer
-        words = 24 if tokenizer.kind == "char" else 8
-        start = validation.read(0, min(words, len(validation))).tolist()
+        tokenizer, start = self.corpus.tokenizer, self._opening()
         engine = Engine(self.state.model, tokenizer, seed=0)
         completion = engine.generate([start], Sampling(max_tokens=100 if tokenizer.kind == "char" else 40))[0]
         prompt = tokenizer.decode(start)
         self.run.append({"step": step, "sample": {"prompt": prompt, "text": completion.text}})
         self.console.sample(step, prompt, completion.text)
+
+    def _opening(self) -> list[int]:
+        """The first few words of the held-out text."""
+        validation = self.corpus.tokens("validation")
+        words = 24 if self.corpus.tokenizer.kind == "char" else 8
+        return validation.read(0, min(words, len(validation))).tolist()
 
     def _save(self) -> None:
         state = self.state
@@ -401,6 +405,7 @@ class Pretraining:
             "tokens": self.state.tokens,
             "best_step": self.best.step,
             "parameters": self.config.parameters,
+            "prompt": self.corpus.tokenizer.decode(self._opening()).strip().partition("\n")[0],
         }
         if len(self.corpus.tokens("validation")) >= 2:
             measured = self.look(model)

@@ -21,9 +21,9 @@ def learning_rate(progress: float, schedule: Schedule, warmup: float, final: flo
     (Loshchilov and Hutter 2017), a straight line, or flat and then a straight line over the last `decay` of the run
     (warm-up, stable, decay: Hu et al. 2024).
     """
-    if progress < warmup:
+    if progress < warmup or warmup == 1:
         return progress / warmup
-    left = (1 - progress) / (1 - warmup) if warmup < 1 else 0.0  # 1 after the warm-up, 0 at the end
+    left = (1 - progress) / (1 - warmup)  # 1 after the warm-up, 0 at the end
     if schedule == "constant":
         return 1.0
     if schedule == "cosine":
