@@ -1,8 +1,8 @@
 """The program as a person meets it: help at once, clear errors, results on standard output alone."""
 
 import json
+import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -27,13 +27,12 @@ def run(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("verb", ["", *VERBS])
 def test_help_is_worth_reading_and_there_at_once(nextword: Run, verb):
     arguments = [verb, "--help"] if verb else ["--help"]
+    before = os.times()
     done = nextword(*arguments)
-    times = []
-    for _ in range(2):
-        begin = time.perf_counter()
-        nextword(*arguments)
-        times.append(time.perf_counter() - begin)
-    assert min(times) < 1.0, times  # under half a second where nothing else runs: docs/benchmarks.md
+    after = os.times()
+    # Time on the processor, which a neighbour does not lengthen; in wall time see docs/benchmarks.md.
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    assert used < 0.9
     assert done.returncode == 0
     for word in VERBS if not verb else ["--json", "--seed", "--quiet", "--device", "Exit codes"]:
         assert word in done.stdout
