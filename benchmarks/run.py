@@ -37,17 +37,26 @@ def cell(name: str, measure: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
-def nextword(*arguments: str | Path, threads: int | None = None) -> dict[str, Any]:
-    """One run of the program with --json; its result, and the wall time and peak memory of the whole process."""
+def process(program: list[str], threads: int | None = None) -> dict[str, Any]:
+    """Run a program to its end: exit code, output, wall time, peak memory.
+
+    A small process stands between, since a child's peak begins with the memory of the process that it was forked from, and
+    this one holds torch.
+    """
     code = (
         "import json, resource, subprocess, sys, time\n"
         "t = time.time(); p = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)\n"
         "print(json.dumps({'code': p.returncode, 'out': p.stdout, 'err': p.stderr[-2000:], 'wall': time.time() - t,\n"
         "  'peak_mb': resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024}))"
     )
-    program = [sys.executable, "-m", "nextword", *map(str, arguments)]
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    done = json.loads(subprocess.check_output([sys.executable, "-c", code, *program], env=environment))
+    return json.loads(subprocess.check_output([sys.executable, "-c", code, *program], env=environment))
+
+
+def nextword(*arguments: str | Path, threads: int | None = None) -> dict[str, Any]:
+    """One run of the program with --json: its result, and the wall time and peak memory of the whole process."""
+    program = [sys.executable, "-m", "nextword", *map(str, arguments)]
+    done = process(program, threads)
     if done["code"]:
         raise SystemExit(f"{' '.join(program)}\n{done['err']}")
     return {**json.loads(done["out"]), "wall": done["wall"], "peak_mb": done["peak_mb"]}
@@ -85,8 +94,7 @@ def books() -> None:
             archive.extractall(folder / "text", filter="data")
         runs = [nextword("prepare", folder / "text", "--out", folder / "shards", "--json", "--quiet") for _ in range(2)]
         keep = ("wall", "peak_mb", "documents", "train", "validation", "vocab_size")
-        bare = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
-        interpreter = float(subprocess.check_output([sys.executable, "-c", bare]))
+        interpreter = process([sys.executable, "-c", "pass"])["peak_mb"]
         return [{"interpreter_mb": interpreter, **{k: run[k] for k in keep}} for run in runs]
 
     print("\n| run | seconds | peak MB above the interpreter |\n|---|---|---|")
