@@ -43,6 +43,17 @@ def shards(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def base(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a tiny pre-trained model, for fine-tuning to begin with."""
+    from nextword import api
+
+    out = tmp_path_factory.mktemp("base") / "run"
+    sizes = {"n_layers": 2, "n_heads": 2, "d_model": 32, "context_length": 64}
+    api.pretrain(shards, out, steps=30, model=sizes, training={"batch_tokens": 512, "evaluations": 1})
+    return out
+
+
 def command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "nextword", *map(str, arguments)]
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nextword.errors import MissingExtra, NextwordError, UsageError
-from nextword.text import documents, streams
+from nextword.text import documents, records, streams
 from nextword.text.documents import Problems, find_files, pieces, read_documents
 
 pa = pytest.importorskip("pyarrow")
@@ -160,7 +160,7 @@ def test_a_broken_stream_keeps_what_came_before(tmp_path):
 
 
 def test_a_long_line_is_skipped_in_tables_and_kept_in_texts(tmp_path, monkeypatch):
-    for module in (streams, documents):
+    for module in (streams, documents, records):
         monkeypatch.setattr(module, "LONGEST_LINE", 300_000)
     long = "word " * 200_000
     texts, problems = read(tmp_path / "a.jsonl", f'{{"text": "a"}}\n{{"text": "{long}"}}\n{{"text": "b"}}\n')
@@ -184,7 +184,7 @@ def test_memory_stays_flat(tmp_path):
 
 
 def test_a_quote_that_never_closes_costs_one_line_however_late_it_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(records, "LONGEST_LINE", 1000)
     rows = "".join(f"row {i} of many\n" for i in range(500))
     texts, problems = read(tmp_path / "a.csv", f'text\n"open\n{rows}')
     assert [t for _, t in texts] == rows.splitlines() and problems.found[0].line == 2

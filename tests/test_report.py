@@ -66,7 +66,7 @@ def make(folder: Path, facts: Any = FACTS, lines: Any = None, result: Any = RESU
 
 
 class Page(HTMLParser):
-    """The tags, attributes and text of a page; refuses one whose tags do not close in order."""
+    """The tags, attributes and visible text of a page; refuses one whose tags do not close in order."""
 
     VOID = ("meta", "br")
 
@@ -95,7 +95,8 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        if self.open[-1:] != ["style"]:
+            self.text += data
 
 
 def test_a_finished_run_is_a_whole_page(tmp_path: Path) -> None:

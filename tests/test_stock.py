@@ -15,7 +15,7 @@ from nextword.errors import CorruptFile, NextwordError
 from nextword.files import seal
 from nextword.model.config import PRESETS, ModelConfig, build_config
 from nextword.model.gpt import GPT
-from nextword.model.stock import load_model, save_model
+from nextword.model.stock import load_model, read_labels, save_model
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -168,6 +168,131 @@ def test_shards_bf16_and_the_bare_base_model_open(tmp_path):
     torch.testing.assert_close(logits(load_model(bare), tokens), expected, atol=1e-4, rtol=1e-5)
 
 
+# ---------------------------------------------------------------- a classification head
+
+LABELS = ["no", "yes", "può darsi"]
+
+
+def padded_rows(pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Texts of 24, 9 and 1 tokens with `pad` behind them [3, 24], and the place of the last token of each [3]."""
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(2, 61, (3, 24), generator=generator)
+    lengths = torch.tensor([24, 9, 1])
+    return tokens.masked_fill(torch.arange(24) >= lengths[:, None], pad), lengths - 1
+
+
+def class_logits(model: GPT, tokens: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.classify(model(tokens)[torch.arange(len(last)), last])
+
+
+def stock_class_logits(model: Any, tokens: torch.Tensor, pad: int) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(tokens, attention_mask=(tokens != pad).long()).logits
+
+
+@pytest.mark.parametrize(("preset", "overrides", "stock_class"), CASES)
+def test_a_classifier_opens_in_the_stock_class(tmp_path, preset, overrides, stock_class):
+    model = random_model(small(preset, n_labels=3, **overrides))
+    save_model(model, tmp_path, end_of_text=0, pad=1, labels=LABELS, problem_type="single_label_classification")
+    theirs, info = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    family = stock_class.removesuffix("LMHeadModel").removesuffix("ForCausalLM")
+    assert type(theirs).__name__ == family + "ForSequenceClassification"
+    assert theirs.config.id2label == dict(enumerate(LABELS))
+    assert theirs.config.label2id == {name: i for i, name in enumerate(LABELS)}
+    assert theirs.config.problem_type == "single_label_classification"
+    assert read_labels(tmp_path) == LABELS
+    tokens, last = padded_rows(pad=1)
+    expected = stock_class_logits(theirs, tokens, 1)
+    torch.testing.assert_close(class_logits(model, tokens, last), expected, atol=1e-4, rtol=1e-5)
+    again = load_model(tmp_path)
+    assert again.config.n_labels == 3
+    torch.testing.assert_close(class_logits(again, tokens, last), expected, atol=1e-4, rtol=1e-5)
+    # Sealed, the manifest knows our own choices; the untied head is gone all the same.
+    seal(tmp_path, {"model": model.config.to_dict()})
+    sealed = load_model(tmp_path)
+    assert sealed.config.tied
+    assert torch.equal(class_logits(sealed, tokens, last), class_logits(model, tokens, last))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "gpt1", "qwen3", "qwen3-tied", "llama", "llama-tied"])
+@pytest.mark.parametrize("n_labels", [1, 2, 4])
+def test_a_stock_classifier_opens_here(tmp_path, name, n_labels):
+    """Two labels are the stock default, which its config.json does not mention."""
+    torch.manual_seed(1)
+    config = stock_configs()[name]
+    config.num_labels = n_labels
+    config.pad_token_id = 1
+    theirs = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path)
+    tokens, last = padded_rows(pad=1)
+    ours = load_model(tmp_path)
+    assert read_labels(tmp_path) == [f"LABEL_{i}" for i in range(n_labels)]
+    expected = stock_class_logits(theirs, tokens, 1)
+    torch.testing.assert_close(class_logits(ours, tokens, last), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_a_language_model_has_no_labels(tmp_path):
+    random_stock("gpt2", tmp_path)
+    assert read_labels(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels": LABELS[:2], "pad": 1}, "2 labels for a head of 3 outputs"),
+        ({"labels": ["a", "b", "a"], "pad": 1}, "not all different"),
+        ({"labels": LABELS, "pad": 1, "problem_type": "guessing"}, "problem_type 'guessing' is none of"),
+        ({"labels": LABELS}, "pad token"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        save_model(GPT(small("modern", n_labels=3)), tmp_path, **arguments)
+    assert not list(tmp_path.iterdir()), "refused before anything is written"
+
+
+def test_one_label_of_one_is_refused(tmp_path):
+    model = GPT(small("modern", n_labels=1))
+    with pytest.raises(ValueError, match="one label of one is always right"):
+        save_model(model, tmp_path, pad=1, problem_type="single_label_classification")
+    save_model(model, tmp_path, pad=1, problem_type="regression")
+    assert read_labels(tmp_path) == ["LABEL_0"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"id2label": {"0": "a", "2": "b", "3": "c"}}, "id2label does not name the outputs 0, 1, 2"),
+        ({"id2label": ["a", "b", "c"]}, "id2label does not name"),
+        ({"id2label": None, "num_labels": -3}, "num_labels is -3"),
+        ({"id2label": None, "num_labels": 10**15}, "num_labels is 1000000000000000"),
+        ({"id2label": {"0": "a", "1": "b"}}, "score.weight has the shape"),
+        ({"architectures": ["Qwen3ForCausalLM"]}, "tensors that this kind of model does not have: score.weight"),
+    ],
+)
+def test_a_damaged_classifier_is_refused(tmp_path, changes, message):
+    save_model(random_model(small("modern", n_labels=3)), tmp_path, pad=1)
+    changed_config(tmp_path, **changes)
+    with pytest.raises(NextwordError, match=message):
+        load_model(tmp_path)
+
+
+def test_generation_ends_at_each_end(tmp_path):
+    """A conversation ends with its turn or with the text: `transformers` stops at both."""
+    model = random_model(small("modern"))
+    save_model(model, tmp_path, end_of_text=0, pad=1, ends=[0, 5])
+    assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == [0, 5]
+    save_model(model, tmp_path, end_of_text=0, pad=1, ends=[5])
+    assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == 5
+    save_model(model, tmp_path, end_of_text=0, pad=1)
+    assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == 0
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -250,8 +375,9 @@ def test_a_flipped_bit_is_found_in_a_sealed_directory(tmp_path):
 def test_hostile_bytes_are_refused_not_crashed_on(tmp_path_factory, data):
     """Cut or change a stock directory's files anywhere: it opens with finite shapes, or says what is wrong."""
     directory = tmp_path_factory.mktemp("hostile")
-    model = random_model(small("gpt2", n_layers=1, d_model=8, n_heads=2, context_length=4))
-    save_model(model, directory)
+    n_labels = data.draw(st.sampled_from([0, 3]))
+    model = random_model(small("gpt2", n_layers=1, d_model=8, n_heads=2, context_length=4, n_labels=n_labels))
+    save_model(model, directory, pad=1)
     path = directory / data.draw(st.sampled_from(["config.json", "model.safetensors"]))
     content = bytearray(path.read_bytes())
     if data.draw(st.booleans()):

@@ -13,7 +13,20 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from nextword.errors import CorruptFile, NextwordError, UsageError
 from nextword.text import tokenizer as tokenizer_module
-from nextword.text.tokenizer import BYTES, END_OF_TEXT, PAD, UNKNOWN, Tokenizer, train_bpe, train_char, vocab_size_for
+from nextword.text.tokenizer import (
+    BYTES,
+    DELIMITER,
+    END_OF_TEXT,
+    END_OF_TURN,
+    EXTRACT,
+    PAD,
+    START,
+    UNKNOWN,
+    Tokenizer,
+    train_bpe,
+    train_char,
+    vocab_size_for,
+)
 
 SCRIPTS = {
     "Latin": "The quick brown fox can't jump 1,234 times.\n\n  It won't!",
@@ -29,6 +42,8 @@ SCRIPTS = {
     "Hebrew": "כָּל בְּנֵי הָאָדָם נוֹלְדוּ בְּנֵי חוֹרִין",
     "emoji": "👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301\u0323 \x00\x7f\ufeff",
 }
+MARKERS = [START, DELIMITER, EXTRACT]
+SINGLE, PAIR = [START, "A", EXTRACT], [START, "A", DELIMITER, "B", EXTRACT]
 LOOKALIKES = [END_OF_TEXT, PAD, UNKNOWN, f"a{END_OF_TEXT}b {PAD}{PAD}", "<|endoftext|", "</s><s>[PAD]"]
 
 
@@ -183,6 +198,104 @@ def test_the_stock_class_gives_the_same(family, kind, tmp_path, request):
     again = Tokenizer.open(tmp_path)
     assert again.encode(SCRIPTS["Thai"]) == ours.encode(SCRIPTS["Thai"]) and again.kind == kind
     assert Tokenizer.open(tmp_path / "tokenizer.json").vocab_size == ours.vocab_size
+
+
+@pytest.mark.parametrize("family", ["openai-gpt", "gpt2", "qwen3", "llama"])
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_markers_are_put_around_texts_by_the_stock_class(family, kind, tmp_path, request):
+    transformers = pytest.importorskip("transformers")
+    ours = request.getfixturevalue(kind)
+    before = ours.backend.to_str(), dict(ours.config), ours.vocab_size
+    marked = ours.with_markers(MARKERS, single=SINGLE, pair=PAIR)
+    assert (ours.backend.to_str(), ours.config, ours.vocab_size) == before and START not in ours.markers
+    start, delimiter, extract = range(ours.vocab_size, ours.vocab_size + 3)
+    assert marked.ids_of(MARKERS) == [start, delimiter, extract] and marked.vocab_size == ours.vocab_size + 3
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    marked.save(tmp_path)
+    stock = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    texts = [*SCRIPTS.values(), "", " a , b . ' c n't", "x"]
+    for a, b in zip(texts, reversed(texts), strict=True):
+        assert set(stock(a)) == {"input_ids", "attention_mask"}  # GPT-2's class adds an embedding of any token type
+        assert stock(a)["input_ids"] == [start, *ours.encode(a), extract]
+        if b:  # the stock class takes an empty second text for none
+            assert stock(a, b)["input_ids"] == [start, *ours.encode(a), delimiter, *ours.encode(b), extract]
+        assert stock.decode(stock(a)["input_ids"], skip_special_tokens=True) == ours.decode(ours.encode(a))
+    for again in (marked, Tokenizer.open(tmp_path)):
+        assert (again.kind, again.pad, again.unknown, again.begin_of_text) == (kind, ours.pad, ours.unknown, None)
+        assert [again.encode(text) for text in texts] == [ours.encode(text) for text in texts]
+        assert again.decode([start, *ours.encode("a"), extract, ours.pad]) == "a"
+        assert again.markers == ours.markers | dict(zip(MARKERS, [start, delimiter, extract], strict=True))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.one_of(st.text(max_size=5), st.sampled_from([*MARKERS, *LOOKALIKES])), max_size=5).map("".join))
+def test_text_never_becomes_a_marker_that_was_added(bpe, char, text):
+    for tokenizer in (bpe, char):
+        marked = tokenizer.with_markers(MARKERS, single=SINGLE, pair=PAIR)
+        assert marked.encode(text) == tokenizer.encode(text)
+        assert marked.encode_batch([text])[0].tolist() == tokenizer.encode(text)
+    assert bpe.decode(bpe.encode(text)) == text
+
+
+def test_what_a_template_puts_first_is_no_begin_of_text(bpe):
+    assert bpe.with_markers(MARKERS, single=[START, "A", DELIMITER]).begin_of_text is None
+    ended = bpe.with_markers([], single=["A", END_OF_TEXT])  # the first id of an empty text, and no begin
+    assert ended.config["bos_token"] == END_OF_TEXT and ended.begin_of_text is None
+    assert bpe.with_markers([], single=[END_OF_TEXT, "A"]).begin_of_text == bpe.end_of_text
+    assert bpe.with_markers(MARKERS).backend.encode("a").ids == bpe.encode("a")  # without a template all stays
+    assert bpe.with_markers(MARKERS, pair=PAIR).backend.encode("a").ids == bpe.encode("a")
+    with pytest.raises(UsageError, match=r"names <\|extract\|>, which"):
+        bpe.with_markers([START], single=SINGLE)
+    for wrong in (["A", "A"], [START], ["A", "B"]):
+        with pytest.raises(UsageError, match="once"):
+            bpe.with_markers(MARKERS, single=wrong)
+    with pytest.raises(UsageError, match="once"):
+        bpe.with_markers(MARKERS, pair=SINGLE)
+
+
+def test_markers_that_are_there_stay(bpe):
+    marked = bpe.with_markers(MARKERS, single=SINGLE)
+    more = marked.with_markers([EXTRACT, END_OF_TURN, END_OF_TURN])
+    assert more.ids_of(MARKERS) == marked.ids_of(MARKERS) and more.vocab_size == marked.vocab_size + 1
+    assert more.backend.encode("a").ids == marked.backend.encode("a").ids
+    assert more.ends == {0, more.vocab_size - 1} and marked.ends == {0}
+
+
+def test_the_pad_is_never_an_end_nor_a_marker(tmp_path):
+    backend = train_bpe(["abc"], 300).backend
+    for config in ({}, {"pad_token": END_OF_TEXT}, {"pad_token": {"content": PAD}}, {"pad_token": EXTRACT}):
+        marked = Tokenizer(backend, {"eos_token": END_OF_TEXT, **config}).with_markers(MARKERS)
+        marked.save(tmp_path)
+        again = Tokenizer.open(tmp_path)
+        assert again.pad == marked.pad == marked.ids_of([PAD])[0]
+        assert again.pad not in (again.end_of_text, *again.ids_of(MARKERS))
+    without = tokenizers.Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    marked = Tokenizer(without, {}).with_markers(MARKERS)
+    assert (marked.vocab_size, marked.pad) == (6, 5)
+
+
+def test_a_vocabulary_with_gaps_takes_no_marker():
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "b": 9}, unk_token="a"))
+    with pytest.raises(NextwordError, match="gaps"):
+        Tokenizer(backend, {}).with_markers(MARKERS)
+
+
+@pytest.mark.parametrize("said", [7, [7], [0, 7], None, [10**9, 7]])
+def test_what_ends_a_text_is_read_beside_the_tokenizer(bpe, said, tmp_path):
+    bpe.save(tmp_path)
+    assert Tokenizer.open(tmp_path).ends == {0}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": said, "do_sample": True}))
+    opened = Tokenizer.open(tmp_path)
+    assert opened.ends == {0, *(said if isinstance(said, list) else [said] if said else [])}
+    assert opened.with_markers([END_OF_TURN]).ends == {*opened.ends, bpe.vocab_size}
+
+
+@pytest.mark.parametrize("content", ['"x"', "[1]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [true]}', "{"])
+def test_a_generation_config_that_is_none_is_said_to_be_one(bpe, content, tmp_path):
+    bpe.save(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(CorruptFile, match="generation_config"):
+        Tokenizer.open(tmp_path)
 
 
 def test_a_foreign_tokenizer_opens_and_keeps_its_configuration(tmp_path):

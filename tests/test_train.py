@@ -132,10 +132,10 @@ def test_logits_in_pieces_are_the_whole(monkeypatch):
     hidden, matrix = torch.randn(50, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
     targets = torch.randint(0, 30, (50,))
     targets[::7] = IGNORE
-    whole = objectives.negative_log_likelihood(hidden, matrix, targets)
+    whole = objectives.negative_log_likelihoods(hidden, matrix, targets).sum()
     gradients = torch.autograd.grad(whole, (hidden, matrix))
     monkeypatch.setattr(objectives, "LOGIT_BYTES", 4 * 30 * 8)
-    pieces = objectives.negative_log_likelihood(hidden, matrix, targets)
+    pieces = objectives.negative_log_likelihoods(hidden, matrix, targets).sum()
     assert pieces.item() == pytest.approx(whole.item(), rel=1e-6)
     for a, b in zip(gradients, torch.autograd.grad(pieces, (hidden, matrix)), strict=True):
         torch.testing.assert_close(a, b)
@@ -147,7 +147,6 @@ def test_targets_that_are_not_there_do_not_count():
     targets = torch.randint(0, 40, (2, 16))
     targets[1, 5:] = IGNORE
     loss = next_word(model, Inputs(tokens, targets, None))["next_word"]
-    assert loss.n.item() == 16 + 5
     alone = next_word(model, Inputs(tokens[1:, :5], targets[1:, :5], None))["next_word"]
     first = next_word(model, Inputs(tokens[:1], targets[:1], None))["next_word"]
     assert loss.total.item() == pytest.approx(alone.total.item() + first.total.item(), rel=1e-5)
@@ -162,6 +161,10 @@ class Poisoned:
     def __init__(self, dataset, model, bad):
         self.dataset, self.model, self.bad = dataset, model, bad
         self.kept = None
+
+    @property
+    def longest(self) -> int:
+        return self.dataset.longest
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         weight = self.model.token_embedding.weight

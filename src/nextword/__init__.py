@@ -19,6 +19,9 @@ PUBLIC = {
     "demo": "nextword.api",
     "prepare": "nextword.api",
     "pretrain": "nextword.api",
+    "finetune": "nextword.api",
+    "predict": "nextword.api",
+    "transfer": "nextword.api",
     "generate": "nextword.api",
     "evaluate": "nextword.api",
     "report": "nextword.api",
@@ -49,11 +52,14 @@ __all__ = [
     "build_config",
     "demo",
     "evaluate",
+    "finetune",
     "generate",
     "load",
+    "predict",
     "prepare",
     "pretrain",
     "report",
+    "transfer",
     "verify",
 ]
 
@@ -61,11 +67,14 @@ if TYPE_CHECKING:
     from nextword.api import Model as Model
     from nextword.api import demo as demo
     from nextword.api import evaluate as evaluate
+    from nextword.api import finetune as finetune
     from nextword.api import generate as generate
     from nextword.api import load as load
+    from nextword.api import predict as predict
     from nextword.api import prepare as prepare
     from nextword.api import pretrain as pretrain
     from nextword.api import report as report
+    from nextword.api import transfer as transfer
     from nextword.api import verify as verify
     from nextword.errors import NextwordError as NextwordError
     from nextword.evaluation.likelihood import Likelihood as Likelihood

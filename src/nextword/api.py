@@ -9,25 +9,36 @@ from typing import Any
 import numpy as np
 import torch
 
-from nextword import files
+from nextword import files, recipes
+from nextword.base import Base, form_of, model_path
 from nextword.console import Console
+from nextword.continuing import Continuing
 from nextword.errors import CorruptFile, NextwordError, UsageError
 from nextword.evaluation.likelihood import Likelihood, likelihood
-from nextword.evaluation.report import write_card, write_report
+from nextword.evaluation.report import write_report
+from nextword.finetuning import Finetuning
 from nextword.inference.engine import Completion, Engine
 from nextword.inference.sampling import Sampling
+from nextword.job import Job, carry_out
 from nextword.model.stock import load_model
-from nextword.pretraining import Pretraining, choose_device
+from nextword.prediction import Predictor, score_predictions
+from nextword.pretraining import Pretraining
 from nextword.recipes import change, count, recipe_named, seconds
-from nextword.runs import RunFolder, command_line, differences, open_run
+from nextword.runs import RunFolder, choose_device, command_line
+from nextword.tasks.data import example_of
+from nextword.tasks.examples import read_examples
+from nextword.tasks.scores import Score
 from nextword.text import corpus as corpora_module
 from nextword.text.batches import TokenRow
 from nextword.text.corpus import Corpus
+from nextword.text.docstrings import write_examples
 from nextword.text.documents import Problems
 from nextword.text.named import NAMED
 from nextword.text.tokenizer import Tokenizer
+from nextword.transferring import run_transfer
 
 Paths = str | Path | Sequence[str | Path]
+DEMO_LABELS, DEMO_ANSWERS = 30.0, 45.0  # seconds of the demo's two fine-tunings
 
 
 def as_list(paths: Paths) -> list[str | Path]:
@@ -54,6 +65,22 @@ class Model:
             [prompts] if isinstance(prompts, str) else list(prompts), sampling
         )
 
+    def predict(self, *texts: str) -> dict[str, Any]:
+        """What a fine-tuned model answers to one example, given as its texts: one to classify or rewrite, two to compare, a
+        question and its choices. `label`, `labels`, `score` or `text`, and `probabilities`."""
+        predictor = self.predictor
+        return predictor.predict([example_of(predictor.form.task, texts)])[0]
+
+    @property
+    def predictor(self) -> Predictor:
+        form = form_of(self.path)
+        if form is None:
+            raise UsageError(
+                f"{self.path}: a model that was fine-tuned for no task, so it has nothing to predict; let it go on from a "
+                f"text by nextword generate, or fine-tune it: nextword finetune {self.path} DATA --out RUN"
+            )
+        return Predictor(self.gpt, self.tokenizer, form)
+
     def stream(self, prompt: str, sampling: Sampling | None = None, **settings: Any) -> Iterator[str]:
         """The continuation of one prompt, as it is made."""
         return Engine(self.gpt, self.tokenizer).stream(prompt, sampling or Sampling(**settings))
@@ -77,20 +104,6 @@ class Model:
         return likelihood(
             self.gpt, TokenRow(np.concatenate(row)), n_bytes, progress=lambda i, n: console.progress("evaluating", i, n)
         )
-
-
-def model_path(path: str | Path) -> Path:
-    """The model directory that a path means: itself, or the one in a run folder."""
-    path = Path(path)
-    if (path / "config.json").is_file():
-        return path
-    if (path / "model" / "config.json").is_file():
-        return path / "model"
-    if (path / "run.json").is_file():
-        raise NextwordError(
-            f"{path}: this run has no model yet; go on with it by: nextword pretrain --out {path} --resume"
-        )
-    raise NextwordError(f"{path}: neither a model directory nor a run folder (no config.json in it)")
 
 
 def load(path: str | Path, device: str = "auto") -> Model:
@@ -162,25 +175,16 @@ def pretrain(
         vocab_size=vocab_size, steps=steps, budget=request["budget"], tokens=request["tokens"],
     )  # fmt: skip
     where = choose_device(device)
-    with console or Console(quiet=True) as console, open_run(Path(out), resume=resume) as run:
+
+    def job(run: RunFolder, request: dict[str, Any], console: Console) -> Pretraining:
         if run.begun:
-            refuse_changes(run, request)
-            if run.finished:
-                console.say(f"{run.path}: this run is finished")
-                draw(run.path)  # a kill may have come between the result and its report
-                return files.read_json(run.result)
-            shards = run.path / run.facts()["shards"]
-            corpus = Corpus.open(shards)
-            job = Pretraining(run, corpus, chosen, console, where, started)
-            job.go_on()
+            corpus = Corpus.open(run.path / run.facts()["shards"])
         else:
             corpus = gather(request["corpora"], run, chosen.tokenizer, chosen.vocab_size, text_column, strict, console)
             console.say(describe(corpus))
-            job = Pretraining(run, corpus, chosen, console, where, started)
-            job.begin(0 if seed is None else seed, command_line(), request)
-        job.train(tensorboard=tensorboard)
-        console.close()
-        return job.finish()
+        return Pretraining(run, corpus, chosen, console, where, started)
+
+    return carry_out(job, Path(out), request, resume=resume, tensorboard=tensorboard, console=console)
 
 
 def whole_paths(corpora: Paths, begun: bool) -> list[str]:
@@ -195,14 +199,6 @@ def whole_paths(corpora: Paths, begun: bool) -> list[str]:
     if missing := [path for path in given if str(path) not in NAMED and not Path(path).exists()]:
         raise UsageError(f"{missing[0]}: no such file or folder, and no named corpus ({', '.join(NAMED)})")
     return [str(path) if str(path) in NAMED else str(Path(path).resolve()) for path in given]
-
-
-def draw(run: Path) -> None:
-    """The report and the card of a finished run, where they are not there."""
-    if not (run / "README.md").is_file():
-        write_card(run)
-    if not (run / "report.html").is_file():
-        write_report(run)
 
 
 def gather(
@@ -229,17 +225,150 @@ def describe(corpus: Corpus) -> str:
     )
 
 
-def refuse_changes(run: RunFolder, request: dict[str, Any]) -> None:
-    """A resume takes everything from the run; what is said anew must be the same. Raises `UsageError` with what differs."""
-    before = run.facts()["request"]
-    said = {name: value for name, value in request.items() if value not in (None, [], {})}
-    changed = differences({name: before.get(name) for name in said}, said)
-    if changed:
-        raise UsageError(
-            f"{run.path}: this run was begun with other settings, and a resume does not change them:\n  "
-            + "\n  ".join(changed)
-            + "\nLeave them out to go on, or begin a new run with another --out"
+def finetune(
+    model: str | Path = "",
+    data: Paths = (),
+    out: str | Path = "",
+    *,
+    task: str | None = None,
+    validation: Paths = (),
+    columns: dict[str, str] | None = None,
+    lora: bool = False,
+    scratch: bool = False,
+    limit: int | None = None,
+    budget: str | float | None = None,
+    steps: int | None = None,
+    resume: bool = False,
+    training: dict[str, Any] | None = None,
+    tuning: dict[str, Any] | None = None,
+    strict: bool = False,
+    seed: int | None = None,
+    device: str = "auto",
+    tensorboard: bool = False,
+    console: Console | None = None,
+    started: float | None = None,
+) -> dict[str, Any]:
+    """Adapt a model to a task by labelled examples; the result, with the task's scores, as a dictionary.
+
+    `data` and `validation` are tables; `task` is guessed from their columns, which `columns` may name by hand ({role:
+    column}). A tenth is held out where no validation is given. `lora` trains an adapter alone; `scratch` begins with fresh
+    weights, for comparison; `limit` learns from so many of the examples. With `resume` as `pretrain`.
+    """
+    started = time.time() if started is None else started
+    if not str(out):
+        raise UsageError("say where the run folder is to be: --out RUN")
+    begun = RunFolder(Path(out)).begun
+    if not str(model) and not begun:
+        raise UsageError("say which model to begin with: nextword finetune MODEL DATA --out RUN")
+    request = {
+        "model": str(Path(model).resolve()) if str(model) else None, "data": tables(data, begun), "task": task,
+        "validation": tables(validation, True), "columns": columns or None, "lora": lora or None,
+        "scratch": scratch or None, "limit": limit, "seed": seed, "strict": strict or None, "steps": steps,
+        "budget": None if budget is None else seconds(budget),
+        "training": {k: v for k, v in (training or {}).items() if v is not None},
+        "tuning": {k: v for k, v in (tuning or {}).items() if v is not None},
+    }  # fmt: skip
+    where = choose_device(device)
+
+    def job(run: RunFolder, request: dict[str, Any], console: Console) -> Job:
+        return tuning_job(run, request, console, where, started)
+
+    return carry_out(job, Path(out), request, resume=resume, tensorboard=tensorboard, console=console)
+
+
+def tuning_job(
+    run: RunFolder, request: dict[str, Any], console: Console, device: torch.device, started: float
+) -> Finetuning | Continuing:
+    """The run that a request asks for: more text to go on with, or labelled examples of a task."""
+    base = Base.open(Path(request["model"]))
+    settings = {name: request[name] for name in ("steps", "budget", "training")}
+    task = request["task"] or read_examples(request["data"], None, Problems(), request["columns"]).task
+    if task != "continue":
+        recipe = recipes.finetune(
+            task=task, lora=request["lora"], scratch=request["scratch"], tuning=request["tuning"], **settings
         )
+        return Finetuning(run, base, recipe, console, device, started)
+    for name in ("lora", "scratch", "limit", "validation"):
+        if request[name]:
+            raise UsageError(f"--{name} is not for --task continue, which goes on with pre-training")
+    tuning = request["tuning"]
+    if unknown := set(tuning) - {"dropout"}:
+        raise UsageError(f"--tuning.{min(unknown).replace('_', '-')} is not for --task continue")
+    recipe = change(recipes.continuing(), model=tuning, tokens=None, **settings)
+    if (run.data / files.MANIFEST).is_file():
+        corpus = Corpus.open(run.data)
+    else:
+        column = (request["columns"] or {}).get("text")
+        corpus = gather(
+            request["data"], run, str(base.directory), None, column, bool(request["strict"]), console
+        )  # fmt: skip
+    console.say(f"task continue: {describe(corpus)}")
+    return Continuing(run, base, corpus, recipe, console, device, started)
+
+
+def transfer(
+    model: str | Path,
+    data: Paths,
+    out: str | Path,
+    *,
+    counts: Sequence[int] | None = None,
+    seeds: int = 3,
+    resume: bool = False,
+    device: str = "auto",
+    console: Console | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """What pre-training is worth on a task: a model fine-tuned and trained from scratch on 32, 128, 512, 2,048 and all
+    examples, several seeds each; points with their intervals, and one sentence. `settings` are `finetune`'s."""
+    if seeds < 1 or any(count < 1 for count in counts or ()):
+        raise UsageError("--seeds and --counts must be at least 1")
+    given = {name: value for name, value in settings.items() if value not in (None, (), [], {}, False)}
+    request = {
+        "model": str(Path(model).resolve()), "data": tables(data, False), "seeds": seeds,
+        "counts": sorted(counts) if counts else None,
+        "settings": {name: tables(v, True) if name == "validation" else v for name, v in given.items()},
+    }  # fmt: skip
+    choose_device(device)
+
+    def tune(**cell: Any) -> dict[str, Any]:
+        return finetune(model, data, device=device, **given, **cell)
+
+    with console or Console(quiet=True) as console:
+        return run_transfer(tune, Path(out), request, command_line(), resume=resume, console=console)
+
+
+def tables(paths: Paths, begun: bool) -> list[str]:
+    """Files or folders by their full paths. Raises `UsageError` where one is missing, or none is given to begin with."""
+    given = as_list(paths)
+    if not given and not begun:
+        raise UsageError("say what to learn from: a table of examples (CSV, TSV, JSONL, JSON, Parquet)")
+    return whole_paths(given, begun=True)
+
+
+def predict(
+    model: str | Path,
+    data: str | Path | Sequence[str],
+    *,
+    device: str = "auto",
+    console: Console | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, Score]]:
+    """Answers of a fine-tuned model to the examples in a file, and their scores where the file has the gold as well.
+
+    `data` may also be the texts of one example.
+    """
+    with console or Console(quiet=True) as console:
+        loaded = load(model, device)
+        if not isinstance(data, (str, Path)):
+            return [loaded.predict(*data)], {}
+        predictor, problems = loaded.predictor, Problems()
+        form = predictor.form
+        items = read_examples([data], form.task, problems, dict(form.columns), gold=False).items
+        if not items:
+            raise NextwordError("\n".join([f"{data}: no example to answer", *problems.lines()]))
+        answers = predictor.predict(items, problems, lambda i, n: console.progress("predicting", i, n))
+        for line in problems.lines():
+            console.warn(line)
+        return answers, score_predictions(form, items, answers)
 
 
 def generate(
@@ -305,11 +434,28 @@ def verify(path: str | Path) -> dict[str, str]:
 def demo(
     out: str | Path = "nextword-demo", *, console: Console | None = None, started: float | None = None, **settings: Any
 ) -> dict[str, Any]:
-    """The whole life of a small GPT on the documentation inside your own Python: prepared, trained, sampled, reported."""
+    """The whole life of a small GPT on the documentation inside your own Python: prepared, trained, sampled, reported, and
+    fine-tuned twice: to tell which package speaks, and to answer what something does."""
     with console or Console(quiet=True) as console:
-        console.say("This trains a GPT on the documentation inside your Python, in about four minutes.\n", style="bold")
+        console.say("This trains a GPT on the documentation inside your Python, and then on two tasks.\n", style="bold")
         result = pretrain("python-docs", out, recipe="demo", resume=True, console=console, started=started, **settings)
         loaded = load(out)
         prompts = ["Return a new", "The following example", "Raises ValueError if"]
         completions = loaded.generate(prompts, max_tokens=60, temperature=0.6, top_p=0.9, seed=1)
-        return {**result, "completions": [asdict(c) for c in completions]}
+        result = {**result, "completions": [asdict(c) for c in completions]}
+        folder = Path(out) / "tasks"
+        folder.mkdir(exist_ok=True)
+        packages, questions = write_examples(folder)
+        for name, data, budget in (("packages", packages, DEMO_LABELS), ("assistant", questions, DEMO_ANSWERS)):
+            console.say(f"\n{name}: fine-tuning the same model, {budget:.0f} s", style="bold")
+            result[name] = finetune(
+                out, data, folder / name, budget=budget, resume=True, console=console, started=time.time(), **settings
+            )
+        texts = ["Return the path of the current working directory.", "Handle an incoming HTTP request."]
+        asked = ["What does getcwd in os do?", "What does send_header in http.server.BaseHTTPRequestHandler do?"]
+        answers = [
+            {"asked": text, "answered": load(folder / name).predict(text)}
+            for name, several in (("packages", texts), ("assistant", asked))
+            for text in several
+        ]
+        return {**result, "answers": answers}

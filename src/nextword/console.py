@@ -59,10 +59,13 @@ class Console:
         """How far a stage is; a new name begins a new bar."""
         self._show(stage, done, total, "")
 
-    def training(self, metrics: Any, *, bits_per_byte: float, tokens_per_second: float, seconds_left: float) -> None:
+    def training(
+        self, metrics: Any, *, bits_per_byte: float | None, tokens_per_second: float, seconds_left: float
+    ) -> None:
         """The live line of a training run."""
+        bits = "" if bits_per_byte is None else f"{bits_per_byte:.3f} bits/byte · "
         text = (
-            f"step {metrics.step:,} · loss {metrics.loss:.3f} · {bits_per_byte:.3f} bits/byte · "
+            f"step {metrics.step:,} · loss {metrics.loss:.3f} · {bits}"
             f"{tokens_per_second:,.0f} tokens/s · {duration(seconds_left)} left"
         )
         self._show("training", metrics.progress, 1.0, text)

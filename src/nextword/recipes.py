@@ -74,6 +74,85 @@ class Recipe:
         return cls(**{**values, "training": Training(**values["training"])})
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """What fine-tuning adds to training."""
+
+    epochs: float | None = setting(None, "Times over the examples; where not given, three for many and more for few.")
+    batch_examples: int | None = setting(None, "Examples of one step; 32, or fewer where there are few.")
+    auxiliary: float = setting(
+        0.5, "λ, the weight of the next-word loss on the examples' own text beside the task's; 0 for none."
+    )
+    dropout: float = setting(0.1, "Share of the residual stream that is dropped; none in preference tuning.")
+    balance: Literal["auto", "yes", "no"] = setting(
+        "auto",
+        "Let rare labels count more: where the commonest is three times as common as the rarest, always, or never.",
+    )
+    rank: int = setting(8, "LoRA's rank.")
+    alpha: float = setting(16.0, "LoRA's scale: its products count alpha / rank.")
+    beta: float = setting(0.1, "How closely preference tuning keeps to the model it begins with.")
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Everything that makes a fine-tuning but the model and the data. `training.lr` None: chosen from the model's width.
+
+    The schedule is GPT-1's (Radford et al. 2018, section 4.1): AdamW, a line down to nothing, hardly any warm-up.
+    """
+
+    task: str | None = None
+    lora: bool = False
+    scratch: bool = False
+    steps: int | None = None
+    budget: float | None = None
+    training: Training = field(
+        default_factory=lambda: Training(
+            optimizer="adamw", lr=0.0, beta2=0.999, schedule="linear", warmup=0.002, final_lr=0.0, weight_decay=0.01,
+            evaluations=10, patience=5,
+        )
+    )  # fmt: skip
+    tuning: Tuning = field(default_factory=Tuning)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Finetune":
+        return cls(**{**values, "training": Training(**values["training"]), "tuning": Tuning(**values["tuning"])})
+
+
+def finetune(
+    *, training: dict[str, Any] | None = None, tuning: dict[str, Any] | None = None, **settings: Any
+) -> Finetune:
+    """The fine-tuning recipe with single settings changed; None leaves one as it is.
+
+    Raises:
+        UsageError: an unknown setting, one out of its range, or both `steps` and `budget`.
+    """
+    base = Finetune()
+    if settings.get("steps") is not None and settings.get("budget") is not None:
+        raise UsageError("--steps and --budget exclude each other: say one")
+    training = {name: value for name, value in (training or {}).items() if value is not None}
+    tuning = {name: value for name, value in (tuning or {}).items() if value is not None}
+    for kind, given in ((Training, training), (Tuning, tuning)):
+        if unknown := set(given) - {f.name for f in fields(kind)}:
+            raise UsageError(f"unknown {kind.__name__.lower()} settings: {', '.join(sorted(unknown))}")
+    changed = {name: value for name, value in settings.items() if value is not None}
+    recipe = replace(
+        base, **changed, training=replace(base.training, **training), tuning=replace(base.tuning, **tuning)
+    )
+    t = recipe.tuning
+    ranges = {
+        "epochs": t.epochs is None or t.epochs > 0, "batch_examples": t.batch_examples is None or t.batch_examples >= 1,
+        "auxiliary": t.auxiliary >= 0, "dropout": 0 <= t.dropout < 1, "balance": t.balance in ("auto", "yes", "no"),
+        "rank": t.rank >= 1, "alpha": t.alpha > 0, "beta": t.beta > 0,
+    }  # fmt: skip
+    refuse_out_of_range("tuning", t, ranges)
+    check_training(replace(recipe.training, lr=recipe.training.lr or 1.0))
+    check_length(recipe, ("steps", "budget"))
+    return recipe
+
+
 def default() -> Recipe:
     """A modern block under Muon, for ten minutes."""
     return Recipe("default", budget=600.0)
@@ -93,6 +172,12 @@ def post_norm() -> Recipe:
     return replace(base, name="post-norm", preset="gpt1", training=replace(base.training, lr=5e-4, warmup=0.2))
 
 
+def continuing() -> Recipe:
+    """More text for a model that is trained already: a third of the rate that a fresh one takes."""
+    base = default()
+    return replace(base, name="continue", training=replace(base.training, lr=base.training.lr / 3))
+
+
 def reference_char() -> Recipe:
     """The field's reference run on one small machine: a GPT-2 of 0.8 million parameters on characters, 2,000 steps."""
     base = plain()
@@ -108,8 +193,8 @@ def reference_char() -> Recipe:
 
 
 def demo() -> Recipe:
-    """The whole life of a small GPT in under five minutes on two cores."""
-    return replace(default(), name="demo", budget=240.0)
+    """The first part of a small GPT's life; with two fine-tunings, all of it takes under five minutes on two cores."""
+    return replace(default(), name="demo", budget=150.0)
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
@@ -162,7 +247,11 @@ def check(recipe: Recipe) -> None:
     for name, value, known in (("preset", recipe.preset, PRESETS), ("size", recipe.size, SIZES)):
         if value is not None and value not in known:
             raise UsageError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
-    t = recipe.training
+    check_training(recipe.training)
+    check_length(recipe, ("steps", "tokens", "budget"))
+
+
+def check_training(t: Training) -> None:
     ranges = {
         "lr": t.lr > 0, "warmup": 0 <= t.warmup <= 1, "final_lr": 0 <= t.final_lr <= 1, "clip": t.clip >= 0,
         "batch_tokens": t.batch_tokens is None or t.batch_tokens >= 1, "weight_decay": t.weight_decay >= 0,
@@ -174,10 +263,17 @@ def check(recipe: Recipe) -> None:
         "optimizer": t.optimizer in ("muon", "adamw"), "schedule": t.schedule in ("cosine", "wsd", "linear", "constant"),
         "compile": t.compile in ("auto", "yes", "no"),
     }  # fmt: skip
+    refuse_out_of_range("training", t, ranges)
+
+
+def refuse_out_of_range(group: str, settings: Any, ranges: dict[str, bool]) -> None:
     for name, right in ranges.items():
         if not right:
-            raise UsageError(f"--training.{name.replace('_', '-')} cannot be {getattr(t, name)!r}")
-    for name in ("steps", "tokens", "budget"):
+            raise UsageError(f"--{group}.{name.replace('_', '-')} cannot be {getattr(settings, name)!r}")
+
+
+def check_length(recipe: Any, names: tuple[str, ...]) -> None:
+    for name in names:
         value = getattr(recipe, name)
         if value is not None and value <= 0:
             raise UsageError(f"--{name} must be more than 0, not {value}")

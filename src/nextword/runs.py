@@ -11,7 +11,7 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class RunFolder:
         self.path = path
         self.data = path / "data"
         self.model = path / "model"
+        self.adapter = path / "adapter"
         self.metrics = path / "metrics.jsonl"
         self.decisions = path / "decisions.jsonl"
         self.result = path / "result.json"
@@ -73,16 +74,32 @@ class RunFolder:
         files.write_durably(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
         return max((record.get("seconds", 0.0) for record in kept), default=0.0)
 
-    def save_model(self, model: GPT, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
-        """Put the model in place as RUN/model, a sealed stock directory."""
-        aside = self.path / ".model.partial"
-        with files.writing(self.model):
+    def save_model(
+        self, model: GPT, tokenizer: Tokenizer, facts: dict[str, Any], *, labels: Sequence[str] | None = None,
+        problem_type: str | None = None, more: Callable[[Path], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Put the model in place as RUN/model, a sealed stock directory; `more` writes other files into it."""
+
+        def write(aside: Path) -> None:
+            save_model(
+                model, aside, end_of_text=tokenizer.end_of_text, pad=tokenizer.pad, labels=labels,
+                problem_type=problem_type, ends=sorted(tokenizer.ends),
+            )  # fmt: skip
+            tokenizer.save(aside, model.config.context_length)
+            if more is not None:
+                more(aside)
+
+        self.save_folder(self.model, {**facts, "model": model.config.to_dict()}, write)
+
+    def save_folder(self, final: Path, facts: dict[str, Any], write: Callable[[Path], None]) -> None:
+        """Let `write` fill a folder, seal it, and put it in place of the one that may be there."""
+        aside = final.with_name(f".{final.name}.partial")
+        with files.writing(final):
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
-            save_model(model, aside, end_of_text=tokenizer.end_of_text, pad=tokenizer.pad)
-            tokenizer.save(aside, model.config.context_length)
-        files.seal(aside, {**facts, "model": model.config.to_dict()})
-        files.move_into_place(aside, self.model)
+            write(aside)
+        files.seal(aside, facts)
+        files.move_into_place(aside, final)
 
 
 @contextmanager
@@ -113,6 +130,7 @@ def open_run(path: Path, *, resume: bool) -> Iterator[RunFolder]:
     try:
         files.write_durably(holder, files.to_json({"process": os.getpid(), "host": socket.gethostname()}))
         files.settle(run.model)
+        files.settle(run.adapter)
         files.settle(run.data)
         yield run
     finally:
@@ -181,6 +199,18 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
     return facts
+
+
+def choose_device(name: str) -> torch.device:
+    """The device by name; "auto" is the GPU where there is one. Raises `UsageError` where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def command_line() -> list[str]:

@@ -5,10 +5,11 @@ one picture serves a light page and a dark one. Nothing in it refers outside of 
 """
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -74,6 +75,39 @@ def loss_curve(train: Points, validation: Points, bits_per_nat: float | None, *,
         return _svg(figure, f"loss-{'wide' if wide else 'narrow'}")
 
 
+def training_curve(train: Points, name: str) -> str:
+    """The training loss alone, small: every step faint, smoothed strong."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure((3.7, 2.3))
+        axes.plot(*_columns(train), color=TRAIN, alpha=0.3, linewidth=0.9)
+        axes.plot(*_columns(smoothed(train)), color=TRAIN, linewidth=1.4)
+        axes.set_ylim(*_without_the_first_fall(train, ()))
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        return _svg(figure, name)
+
+
+def score_curve(points: Points, rule: tuple[str, float] | None, name: str) -> str:
+    """A score by step, small, with a dashed line at what a rule has that needs no model: (its name, its score)."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure((3.7, 2.3))
+        axes.plot(*_columns(points), color=VALIDATION, marker="o", markersize=3.5)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        if rule is not None:
+            values = [y for _, y in points] + [rule[1]]
+            middle = (max(values) + min(values)) / 2
+            axes.axhline(rule[1], color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
+            axes.annotate(
+                rule[0], (0, rule[1]), xycoords=("axes fraction", "data"), xytext=(2, 3 if rule[1] <= middle else -3),
+                textcoords="offset points", va="bottom" if rule[1] <= middle else "top", color=SOFT, parse_math=False,
+            )  # fmt: skip
+            axes.margins(y=0.12)
+        return _svg(figure, name)
+
+
 def small_curve(points: Points, name: str, *, x_label: str = "step", zero: bool = False, log: bool = False) -> str:
     """One quantity by step, small. `zero`: its axis begins at 0. `log`: the steps are spaced by their logarithm."""
     with matplotlib.rc_context(STYLE):
@@ -89,6 +123,90 @@ def small_curve(points: Points, name: str, *, x_label: str = "step", zero: bool 
         if zero:
             axes.set_ylim(0, 1.08 * max(y for _, y in points) or 1)
         return _svg(figure, name)
+
+
+class Line(NamedTuple):
+    """A line of a plot: its name, its points as (x, y, low, high), and single measurements as (x, y)."""
+
+    name: str
+    points: Sequence[tuple[float, float, float, float]]
+    dots: Points
+
+
+def transfer_plot(first: Line, second: Line, rules: Sequence[tuple[str, float]], label: str, *, wide: bool) -> str:
+    """Two lines over the number of examples, spaced by its logarithm, with their intervals and every single measurement.
+
+    Args:
+        rules: (name, score) of what needs no model, drawn as dashed lines.
+        label: what is measured.
+        wide: for a wide page, or for a telephone's.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure((7.6, 4.0) if wide else (3.7, 3.7))
+        ends: list[tuple[float, str, str]] = []
+        for line, color in ((second, TRAIN), (first, VALIDATION)):
+            if not line.points:
+                continue
+            x, y, low, high = (list(column) for column in zip(*sorted(line.points), strict=True))
+            axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+            axes.scatter(*_columns(line.dots), color=color, alpha=0.4, s=11, linewidth=0)
+            axes.plot(x, y, color=color, marker="o", markersize=4.5)
+            ends.append((y[-1], line.name, color))
+        for name, score in rules:
+            axes.axhline(score, color=SOFT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+            ends.append((score, name, SOFT))
+        counts = sorted({x for line in (first, second) for x, *_ in line.points})
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(min(counts) / 1.2, max(counts) * 1.2)
+        axes.set_xticks(*_apart(counts, 0.09 if wide else 0.17), minor=False)
+        axes.minorticks_off()
+        axes.set_ylim(*_around(first, second, [score for _, score in rules]))
+        axes.set_xlabel("labelled examples to learn from")
+        axes.set_ylabel(label, parse_math=False)
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        _name_at_the_right(axes, ends, height=0.75 * 72 * figure.get_figheight())
+        return _svg(figure, f"transfer-{'wide' if wide else 'narrow'}")
+
+
+def _apart(counts: Sequence[float], least: float) -> tuple[list[float], list[str]]:
+    """Where the axis is marked, and by what: the largest count, and of the others those with room for their number."""
+    whole = math.log(max(counts) / min(counts)) or 1.0
+    kept: list[float] = []
+    for count in sorted(counts, reverse=True):
+        if not kept or math.log(kept[-1] / count) / whole >= least:
+            kept.append(count)
+    return kept, [f"{count:,.0f}" for count in kept]
+
+
+def _around(first: Line, second: Line, others: Sequence[float]) -> tuple[float, float]:
+    """Limits that hold every measurement, and intervals as far as they reach no further out than half of all that."""
+    lines = (first, second)
+    values = [*others, *(y for line in lines for _, y, *_ in line.points), *(y for line in lines for _, y in line.dots)]
+    low, high = min(values), max(values)
+    room = 0.5 * (high - low) or 0.1 * abs(high) or 1.0
+    bottom = max(low - room, min([low, *(p[2] for line in lines for p in line.points)]))
+    top = min(high + room, max([high, *(p[3] for line in lines for p in line.points)]))
+    margin = 0.05 * (top - bottom) or room
+    return bottom - margin, top + margin
+
+
+def _name_at_the_right(axes: Axes, ends: Sequence[tuple[float, str, str]], height: float) -> None:
+    """Each line's name beside its end, those that would touch moved apart. `height`: about the axes', in points."""
+    bottom, top = axes.get_ylim()
+    least = 12 / height
+    order = sorted(((y - bottom) / (top - bottom), name, color) for y, name, color in ends)
+    places = [place for place, _, _ in order]
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + least)
+    limit = 1.0
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], limit)
+        limit = places[i] - least
+    for place, (_, name, color) in zip(places, order, strict=True):
+        axes.annotate(
+            name, (1.015, place), xycoords="axes fraction", va="center", color=color, annotation_clip=False,
+            parse_math=False,
+        )  # fmt: skip
 
 
 def smoothed(points: Points) -> list[tuple[float, float]]:
@@ -117,7 +235,7 @@ def _figure(size: tuple[float, float], right: bool = False) -> tuple[Figure, Axe
 
 
 def _short(value: float, _: int | None = None) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e12 else f"{value:.3g}"
 
 
 def _columns(points: Points) -> tuple[list[float], list[float]]:

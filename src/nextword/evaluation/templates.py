@@ -33,6 +33,79 @@ print(tokenizer.decode(ids[0]))
 ```
 $sample$command""")
 
+TASK_CARD = Template("""\
+---
+library_name: transformers
+pipeline_tag: $pipeline
+tags:
+- nextword
+---
+
+# $name
+
+$about
+$state
+| | |
+|---|---|
+$rows
+$scores
+## Use
+
+With nextword, in this folder:
+
+```bash
+$shell
+```
+
+With transformers, in this folder:
+
+```python
+$python
+```
+$notes$adapter$sample$command""")
+
+ADAPTER = Template("""
+The folder `adapter` holds what was trained, for PEFT; it goes on top of the model that this one began with$base:
+
+```python
+$python
+```
+""")
+
+# How the stock classes answer, by the kind of the task. Each prints its answer on the last line.
+HEAD = Template("""\
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("model")
+model = AutoModelForSequenceClassification.from_pretrained("model")
+${setup}inputs = tokenizer($inputs, truncation=True, return_tensors="pt")
+with torch.no_grad():
+    logits = model(**inputs).logits
+$answer""")
+
+WORDS = Template("""\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("model")
+model = AutoModelForCausalLM.from_pretrained("model")
+$inputs
+ids = model.generate(**inputs, max_new_tokens=$room, do_sample=$sampled)
+print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))""")
+
+CHAT_INPUTS = """\
+messages = [{"role": "user", "content": "$prompt"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)"""
+
+WITH_ADAPTER = Template("""\
+from peft import PeftConfig, PeftModel
+from transformers import $stock
+
+base = PeftConfig.from_pretrained("adapter").base_model_name_or_path  # where it lay; name the folder if it has moved
+model = $stock.from_pretrained(base$arguments)
+model.resize_token_embeddings($vocabulary, mean_resizing=False)
+model = PeftModel.from_pretrained(model, "adapter")""")
+
 STYLE = """\
 :root { color-scheme: light dark; --paper: #fbfaf7; --ink: #24231f; --soft: #6a675f; --line: #e4e0d6; --tint: #f3f0e8;
   --train: #c0672f; --validation: #1f628f; }
@@ -83,30 +156,52 @@ footer { margin-top: 4rem; color: var(--soft); font-size: 0.85rem; }
   dl { grid-template-columns: 1fr 1fr; gap: 1.2rem; } dd { font-size: 1.6rem; } section { margin-top: 2.5rem; } }
 """
 
+TASK_STYLE = """\
+.dots { max-width: 42rem; margin: 1.5rem 0; }
+.dots > div { display: grid; grid-template-columns: minmax(5.5rem, 11rem) 1fr 3.6rem; gap: 0.8rem; align-items: center;
+  padding: 0.3rem 0; font-size: 0.92rem; line-height: 1.3; color: var(--soft); }
+.dots > .own { color: var(--ink); }
+.dots > .axis { padding: 0; font-size: 0.8rem; }
+.dots .number { text-align: end; font-variant-numeric: tabular-nums; }
+.strip { position: relative; height: 1.5rem; }
+.strip > * { position: absolute; top: 0; height: 100%; }
+.strip u { width: 1px; margin-inline-start: -0.5px; background: var(--line); }
+.strip i { top: calc(50% - 1.5px); height: 3px; border-radius: 2px; background: currentcolor; opacity: 0.45; }
+.strip b { top: calc(50% - 5px); width: 10px; height: 10px; margin-inline-start: -5px; border-radius: 50%;
+  background: currentcolor; }
+.own .strip { color: var(--validation); }
+.strip em { font-style: normal; transform: translateX(-50%); white-space: nowrap; }
+.scores { max-width: 42rem; margin: 2rem 0 1rem; }
+.scores th:not(:first-child) { text-align: end; padding-inline-end: 0; }
+.scores td, .scores th:not(:first-child) { padding-inline-start: 0.6rem; }
+.scores small { margin: 0; font-size: 0.8rem; }
+.bars { max-width: 42rem; }
+.bars th { width: 30%; overflow-wrap: anywhere; }
+.bars td:last-child { width: 4.5rem; }
+.bars span { display: block; height: 0.7rem; margin-top: 0.45rem; border-radius: 2px; background: var(--validation); }
+p + .grid, .grid + details, .grid + p { margin-top: 2.5rem; }
+@media (min-width: 40.01rem) { dl { grid-template-columns: repeat(auto-fit, minmax(7.5rem, 1fr)); } }
+@media (max-width: 40rem) { .dots > div { grid-template-columns: 6rem 1fr 3rem; gap: 0.5rem; } }
+.sentence { display: block; font-size: clamp(1.6rem, 4.4vw, 2.3rem); line-height: 1.2; max-width: 48rem; }
+"""
+
 PAGE = Template("""\
 <!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title · training report</title>
+<title>$title · $kind</title>
 <style>
 $style</style>
 </head>
 <body>
 <main>
 <header>
-<h1>$title</h1>
+<h1>$heading</h1>
 <p>$subtitle</p>
-<dl>
-$headline
-</dl>
-</header>
-$figures
-$samples
-$tables
-$command
-$messages
+$headline</header>
+$parts
 <footer>Made by nextword from the files of the run folder.</footer>
 </main>
 </body>

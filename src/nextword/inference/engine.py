@@ -12,7 +12,7 @@ import codecs
 import hashlib
 import secrets
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -36,7 +36,8 @@ class Event:
     Attributes:
         text: what can be shown now: whole characters, and nothing that may turn out to be part of a stop string.
         token: the id that was drawn; None with an error.
-        finish_reason: "stop" (end of text, or a stop string), "length" (`max_tokens`), "error"; None while it goes on.
+        finish_reason: "stop" (a token that ends a text, or a stop string), "length" (`max_tokens`), "error"; None while
+            it goes on.
         error: what went wrong and what to do, with the finish reason "error".
     """
 
@@ -57,7 +58,7 @@ class Completion:
 
     Attributes:
         text: what follows the prompt, up to a stop string and without it.
-        tokens: the ids that were drawn; those of a stop string are among them, the end-of-text token is not.
+        tokens: the ids that were drawn; those of a stop string are among them, the one that ended the text is not.
         truncated: how many tokens of the prompt's beginning were left out, because it was longer than the context.
     """
 
@@ -124,9 +125,18 @@ class Engine:
     Args:
         max_batch: how many texts run at once; more wait in a queue.
         seed: what requests without a seed of their own take; None draws one.
+        ends: the token ids that end a text; None takes the tokenizer's.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, *, max_batch: int = 8, seed: int | None = None):
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        *,
+        max_batch: int = 8,
+        seed: int | None = None,
+        ends: Collection[int] | None = None,
+    ):
         if max_batch < 1:
             raise UsageError(f"max_batch must be at least 1, not {max_batch}")
         if tokenizer.vocab_size > model.config.vocab_size:
@@ -136,6 +146,7 @@ class Engine:
             )
         self.model = model
         self.tokenizer = tokenizer
+        self.ends = tokenizer.ends if ends is None else frozenset(ends)
         self.seed = secrets.randbits(63) if seed is None else seed
         self.cache = KeyValueCache(model.config)
         self.free = list(range(max_batch))
@@ -239,7 +250,7 @@ class Engine:
             self._leave(request)
             return Event(request.id, "", None, "error", str(error))
         request.read, request.unread = request.read + len(request.unread), [token]
-        ended = token == self.tokenizer.end_of_text
+        ended = token in self.ends
         if not ended:
             request.tokens.append(token)
             request.drawn.append(token)
@@ -299,12 +310,18 @@ class Engine:
             for prompt, request in zip(prompts, requests, strict=True)
         ]
 
-    def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
-        """Continue one prompt; the pieces together are its completion's text. Raises as `generate` does."""
+    def stream(
+        self, prompt: Prompt, sampling: Sampling | None = None
+    ) -> Generator[str, None, Literal["stop", "length"]]:
+        """Continue one prompt; the pieces together are its completion's text, and the generator's own value (what
+        `yield from` gives) is why it ended. Raises as `generate` does."""
         self._refuse_company()
+        reason: FinishReason | None = None
         for event in self._events([self.add(prompt, sampling)]):
+            reason = event.finish_reason
             if event.text:
                 yield event.text
+        return "length" if reason == "length" else "stop"
 
     def _events(self, ids: list[int]) -> Iterator[Event]:
         try:

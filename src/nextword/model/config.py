@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 Family = Literal["gpt1", "gpt2", "qwen3", "llama"]
 
-# The stock class, its `model_type` in config.json, and the name it has there.
-STOCK_CLASSES: dict[Family, tuple[str, str]] = {
-    "gpt1": ("openai-gpt", "OpenAIGPTLMHeadModel"),
-    "gpt2": ("gpt2", "GPT2LMHeadModel"),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-    "llama": ("llama", "LlamaForCausalLM"),
+# `model_type` in config.json, the stock class of the language model, and the one with a classification head.
+STOCK_CLASSES: dict[Family, tuple[str, str, str]] = {
+    "gpt1": ("openai-gpt", "OpenAIGPTLMHeadModel", "OpenAIGPTForSequenceClassification"),
+    "gpt2": ("gpt2", "GPT2LMHeadModel", "GPT2ForSequenceClassification"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM", "Qwen3ForSequenceClassification"),
+    "llama": ("llama", "LlamaForCausalLM", "LlamaForSequenceClassification"),
 }
 
 
@@ -53,6 +53,7 @@ class ModelConfig:
     feed_forward_bias: bool = choice(True, "Biases in the feed-forward layer.")
     tied: bool = choice(True, "One matrix for the token embedding and the head.")
     dropout: float = choice(0.0, "Share of the residual stream that is dropped in training.")
+    n_labels: int = choice(0, "Outputs of the classification head; none for a language model.")
 
     def __post_init__(self) -> None:
         for name in (
@@ -68,6 +69,8 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if not isinstance(self.n_labels, int) or isinstance(self.n_labels, bool) or self.n_labels < 0:
+            raise ConfigError(f"n_labels must be a whole number of at least 0, not {self.n_labels!r}")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})")
         if not 0 <= self.dropout < 1:
@@ -113,7 +116,7 @@ class ModelConfig:
 
     @property
     def parameters(self) -> int:
-        """How many numbers are trained, embeddings included and a tied head counted once."""
+        """How many numbers are trained, embeddings and a classification head included, a tied head counted once."""
         d, q, kv = self.d_model, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         norm = d * (2 if self.norm == "layernorm" else 1)
         attention = d * (q + 2 * kv) + q * d + (q + 2 * kv + d if self.attention_bias else 0)
@@ -123,7 +126,7 @@ class ModelConfig:
         embeddings = self.vocab_size * d * (1 if self.tied else 2)
         embeddings += self.context_length * d if self.positions == "learned" else 0
         final_norm = norm if self.norm_position == "pre" else 0
-        return embeddings + self.n_layers * (attention + feed_forward + 2 * norm) + final_norm
+        return embeddings + self.n_layers * (attention + feed_forward + 2 * norm) + final_norm + self.n_labels * d
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -5,6 +5,7 @@ K width of a head, F feed-forward width, V vocabulary, S positions that can be l
 """
 
 import math
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -199,7 +200,19 @@ class GPT(nn.Module):
         pre_norm = config.norm_position == "pre"
         self.final_norm = Norm(config.d_model, config.norm, config.norm_eps) if pre_norm else nn.Identity()
         self.head = None if config.tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.score = nn.Linear(config.d_model, config.n_labels, bias=False) if config.n_labels else None
         self.initialise()
+
+    @classmethod
+    def from_weights(cls, config: ModelConfig, weights: dict[str, Tensor]) -> "GPT":
+        """The model of this configuration whose `state_dict` is `weights`; the tensors are taken as they are, not copied."""
+        with torch.device("meta"):  # nothing is drawn
+            model = cls(config)
+        model.load_state_dict(weights, assign=True)
+        if config.positions == "sinusoidal":
+            table = sinusoidal_table(config.context_length, config.d_model)
+            model.position_table = table.to(weights["token_embedding.weight"])  # its device and precision
+        return model
 
     def forward(
         self,
@@ -252,6 +265,16 @@ class GPT(nn.Module):
         """The matrix [V, D] that turns hidden states into logits; with a tied head, the token embedding itself."""
         return self.token_embedding.weight if self.head is None else self.head.weight
 
+    def classify(self, hidden: Tensor) -> Tensor:
+        """Logits [N, n_labels] of the hidden states [N, D] at each sequence's last token: W_y h (Radford et al. 2018, eq. 3).
+
+        Raises:
+            ValueError: the model has no classification head.
+        """
+        if self.score is None:
+            raise ValueError("this model has no classification head (n_labels is 0); with_head makes one that has")
+        return self.score(hidden)
+
     @torch.no_grad()
     def initialise(self) -> None:
         """Draw the weights as the preset's source has it.
@@ -259,12 +282,13 @@ class GPT(nn.Module):
         GPT-1 (section 4.1) and the stock classes of all families: N(0, 0.02). GPT-2 (section 2.3): what is added to the
         residual stream is scaled by 1/√N, N residual layers; `modern` keeps that. `tutorial`: Glorot's uniform, and words
         as large as the position table (its numbers have the mean square 1/2), so that neither drowns the other.
+        A classification head is N(0, 0.02) in all of them.
         """
         config = self.config
         glorot = config.positions == "sinusoidal"
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                if glorot and module is not self.head:
+                if glorot and module is not self.head and module is not self.score:
                     nn.init.xavier_uniform_(module.weight)
                 else:
                     residual = (
@@ -275,6 +299,48 @@ class GPT(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=math.sqrt(0.5) if glorot and not config.tied else 0.02)
+
+
+# ---------------------------------------------------------------- a model made from another
+
+
+def with_vocabulary(model: GPT, vocab_size: int, seed: int) -> GPT:
+    """A copy of the model that knows more tokens: rows added below the token embedding and below an untied head.
+
+    Each new row is the mean of the old ones plus N(0, 0.02) noise drawn under `seed`, so that a token never seen starts as
+    an average one. Everything else is equal; precision and device are kept.
+
+    Raises:
+        ValueError: the new vocabulary is smaller than the old one.
+    """
+    new = vocab_size - model.config.vocab_size
+    if new < 0:
+        raise ValueError(f"a vocabulary only grows: {vocab_size} tokens are fewer than {model.config.vocab_size}")
+    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device gets the same numbers
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    for name in ("token_embedding.weight", "head.weight"):
+        if name in weights and new:
+            old = weights[name]
+            noise = 0.02 * torch.randn(new, old.shape[1], generator=generator)
+            rows = old.float().mean(0) + noise.to(old.device)  # [new, D]
+            weights[name] = torch.cat((old, rows.to(old.dtype)))
+    return GPT.from_weights(replace(model.config, vocab_size=vocab_size), weights).train(model.training)
+
+
+def with_head(model: GPT, n_labels: int, seed: int) -> GPT:
+    """A copy of the model with a fresh classification head, N(0, 0.02) under `seed`; one that was there is left out.
+
+    Everything else is equal; precision and device are kept. `n_labels` 0 takes the head away.
+    """
+    config = replace(model.config, n_labels=n_labels)
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if name != "score.weight"}
+    if n_labels:
+        fresh = 0.02 * torch.randn(n_labels, config.d_model, generator=torch.Generator().manual_seed(seed))
+        weights["score.weight"] = fresh.to(model.unembedding)
+    return GPT.from_weights(config, weights).train(model.training)
+
+
+# ---------------------------------------------------------------- masks
 
 
 def document_mask(segments: Tensor) -> Tensor:

@@ -1,14 +1,17 @@
 """A model directory is a stock Hugging Face directory: the tables of names and layouts, both ways.
 
-`save_model` writes what `transformers.AutoModelForCausalLM` opens; `load_model` opens what it wrote, and the directories of
-four stock families whoever trained them. Only safetensors and JSON are read; nothing in a directory is ever run.
+`save_model` writes what `transformers.AutoModelForCausalLM` opens (with a classification head,
+`AutoModelForSequenceClassification`); `load_model` opens what it wrote, and the directories of four stock families whoever
+trained them. Only safetensors and JSON are read; nothing in a directory is ever run. What config.json says is in
+stock_config.py.
 """
 
 import json
 import shutil
 import struct
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,8 +20,10 @@ from torch import Tensor
 
 from nextword.errors import CorruptFile, NextwordError
 from nextword.files import MANIFEST, check_seal, read_json, to_json, write_durably
-from nextword.model.config import STOCK_CLASSES, ConfigError, Family, ModelConfig
+from nextword.model.config import Family, ModelConfig
 from nextword.model.gpt import GPT, sinusoidal_table
+from nextword.model.stock_config import label_config, read_stock_config, stock_config
+from nextword.model.stock_config import read_labels as read_labels
 
 # ---------------------------------------------------------------- names
 # Stock name → the names of ours that it holds, one below the other. "{i}" is the layer. Where the stock name ends in "ᵀ" the
@@ -77,7 +82,9 @@ def name_table(config: ModelConfig) -> dict[str, list[str]]:
         for i in range(config.n_layers) if "{i}" in stock else [0]:
             for p in ("weight", "bias") if "{p}" in stock else [""]:
                 table[PREFIX[config.family] + stock.format(i=i, p=p)] = [name.format(i=i, p=p) for name in ours]
-    if not config.tied:
+    if config.n_labels:  # these stock classes have no other head
+        table["score.weight"] = ["score.weight"]
+    elif not config.tied:
         table["lm_head.weight"] = ["head.weight"]
     return table
 
@@ -112,183 +119,48 @@ def from_stock(
     return {our: part.contiguous() for our, part in zip(ours, whole.split(rows), strict=True) if our in shapes}
 
 
-# ---------------------------------------------------------------- config.json
-
-
-def stock_config(config: ModelConfig, end_of_text: int | None, pad: int | None) -> dict[str, Any]:
-    """What config.json says of this model."""
-    model_type, architecture = STOCK_CLASSES[config.family]
-    common: dict[str, Any] = {
-        "architectures": [architecture],
-        "model_type": model_type,
-        "vocab_size": config.vocab_size,
-        "tie_word_embeddings": config.tied,
-        "initializer_range": 0.02,
-        "dtype": "float32",
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
-        "pad_token_id": pad,
-    }
-    if config.family in ("gpt1", "gpt2"):
-        activation = "relu" if config.activation == "relu" else ("gelu" if config.family == "gpt1" else "gelu_new")
-        own = {
-            "n_positions": config.context_length,
-            "n_embd": config.d_model,
-            "n_layer": config.n_layers,
-            "n_head": config.n_heads,
-            "layer_norm_epsilon": config.norm_eps,
-            "afn" if config.family == "gpt1" else "activation_function": activation,
-            "embd_pdrop": config.dropout,
-            "resid_pdrop": config.dropout,
-            "attn_pdrop": 0.0,
-        }
-        if config.family == "gpt2":
-            own["n_inner"] = config.d_ff
-    else:
-        own = {
-            "max_position_embeddings": config.context_length,
-            "hidden_size": config.d_model,
-            "intermediate_size": config.d_ff,
-            "num_hidden_layers": config.n_layers,
-            "num_attention_heads": config.n_heads,
-            "num_key_value_heads": config.n_kv_heads,
-            "head_dim": config.head_dim,
-            "hidden_act": "silu",
-            "rms_norm_eps": config.norm_eps,
-            # The older key, which many readers still take, and the newer one say the same.
-            "rope_theta": config.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-        }
-        if config.family == "llama":
-            own["mlp_bias"] = False
-    return {**common, **own}
-
-
-def read_stock_config(path: Path) -> ModelConfig:
-    """The model that a stock config.json describes.
-
-    Raises:
-        NextwordError: a family or a feature that nextword does not have, by name.
-        CorruptFile: no JSON object, a number missing or of another kind.
-    """
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise CorruptFile(f"{path}: not a JSON object")
-    families = {model_type: family for family, (model_type, _) in STOCK_CLASSES.items()}
-    if raw.get("model_type") not in families:
-        raise NextwordError(
-            f"{path}: model_type {raw.get('model_type')!r} is not one that nextword opens ({', '.join(families)})"
-        )
-    if raw.get("auto_map"):
-        raise NextwordError(
-            f"{path}: this model needs code of its own (auto_map), and nextword runs no code from a model"
-        )
-    if raw.get("quantization_config"):
-        raise NextwordError(f"{path}: quantised weights (quantization_config) are not opened")
-    family = families[raw["model_type"]]
-    try:
-        values = read_gpt_fields(raw, family) if family in ("gpt1", "gpt2") else read_llama_fields(raw, family)
-        return ModelConfig.from_dict(values)
-    except KeyError as error:
-        raise CorruptFile(f"{path}: {error.args[0]} is missing") from error
-    except (ConfigError, TypeError) as error:
-        raise CorruptFile(f"{path}: {error}") from error
-    except Unsupported as error:
-        raise NextwordError(f"{path}: {error}") from error
-
-
-class Unsupported(Exception):
-    """A feature of a stock family that nextword does not have."""
-
-
-def read_gpt_fields(raw: dict[str, Any], family: str) -> dict[str, Any]:
-    name = raw.get("afn", "gelu") if family == "gpt1" else raw.get("activation_function", "gelu_new")
-    # In GPT-1's class "gelu" is the tanh form; in GPT-2's that is "gelu_new".
-    activations = {"relu": "relu", "gelu": "gelu"} if family == "gpt1" else {
-        "relu": "relu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu",
-    }  # fmt: skip
-    if name not in activations:
-        raise Unsupported(f"the activation {name!r} is not one that nextword has")
-    for flag in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"):
-        if raw.get(flag):
-            raise Unsupported(f"{flag} is not something that nextword does")
-    if raw.get("scale_attn_weights") is False:
-        raise Unsupported("attention without its scale of 1/√d_k is not something that nextword does")
-    width, heads = raw["n_embd"], raw["n_head"]
-    return {
-        "vocab_size": raw["vocab_size"],
-        "context_length": raw.get("n_positions", raw.get("n_ctx")),
-        "n_layers": raw["n_layer"],
-        "n_heads": heads,
-        "n_kv_heads": heads,
-        "head_dim": width // heads if heads else 0,
-        "d_model": width,
-        "d_ff": raw.get("n_inner") or 4 * width,
-        "norm": "layernorm",
-        "norm_position": "post" if family == "gpt1" else "pre",
-        "norm_eps": raw.get("layer_norm_epsilon", 1e-5),
-        "positions": "learned",
-        "activation": activations[name],
-        "tied": raw.get("tie_word_embeddings", True),
-    }
-
-
-def read_llama_fields(raw: dict[str, Any], family: str) -> dict[str, Any]:
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise Unsupported(
-            f"RoPE scaling ({rope.get('rope_type', rope.get('type'))}) is not something that nextword does"
-        )
-    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise Unsupported("partial rotary positions are not something that nextword does")
-    sliding = raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or [])
-    if sliding:
-        raise Unsupported("sliding windows are not something that nextword does")
-    for bias in ("attention_bias", "mlp_bias"):
-        if raw.get(bias):
-            raise Unsupported(f"{bias} is not something that nextword's {family} has")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise Unsupported(f"the activation {raw['hidden_act']!r} is not one that nextword has")
-    heads, width = raw["num_attention_heads"], raw["hidden_size"]
-    head_dim = raw.get("head_dim") or (128 if family == "qwen3" else width // heads if heads else 0)
-    return {
-        "vocab_size": raw["vocab_size"],
-        "context_length": raw["max_position_embeddings"],
-        "n_layers": raw["num_hidden_layers"],
-        "n_heads": heads,
-        "n_kv_heads": raw.get("num_key_value_heads") or heads,
-        "head_dim": head_dim,
-        "d_model": width,
-        "d_ff": raw["intermediate_size"],
-        "norm": "rmsnorm",
-        "norm_eps": raw.get("rms_norm_eps", 1e-6),
-        "positions": "rope",
-        "rope_theta": float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
-        "activation": "swiglu",
-        "qk_norm": family == "qwen3",
-        "attention_bias": False,
-        "feed_forward_bias": False,
-        "tied": raw.get("tie_word_embeddings", False),
-    }
-
-
 # ---------------------------------------------------------------- directories
 
 
-def save_model(model: GPT, directory: Path, *, end_of_text: int | None = None, pad: int | None = None) -> None:
-    """Write config.json, generation_config.json and model.safetensors into an existing directory.
+def save_model(
+    model: GPT,
+    directory: Path,
+    *,
+    end_of_text: int | None = None,
+    pad: int | None = None,
+    ends: Sequence[int] | None = None,
+    labels: Sequence[str] | None = None,
+    problem_type: str | None = None,
+) -> None:
+    """Write config.json, model.safetensors and, for a language model, generation_config.json into an existing directory.
 
-    The tokenizer's files and the seal are the caller's. Weights are written in float32.
+    The tokenizer's files and the seal are the caller's. Weights are written in float32. A model with a classification head
+    is written without a language-model head of its own, which its stock class has no place for.
+
+    Args:
+        ends: the tokens that end a text in generation, where they are others or more than `end_of_text`.
+        labels: the name of each output of a classification head, in order.
+        problem_type: what the outputs are, in the stock classes' words: "regression", "single_label_classification" or
+            "multi_label_classification".
+
+    Raises:
+        ValueError: labels that do not fit the head, or a head without a pad token, by which its stock class finds the last
+            token.
     """
     config = model.config
+    if config.n_labels and pad is None:
+        raise ValueError("a model with a classification head is saved with its pad token: its stock class needs one")
+    described = stock_config(config, end_of_text, pad) | label_config(config, labels, problem_type)
     weights = {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()}
     tensors = to_stock(config, weights)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    write_durably(directory / "config.json", to_json(stock_config(config, end_of_text, pad)))
+    write_durably(directory / "config.json", to_json(described))
     shutil.copymode(directory / "config.json", directory / "model.safetensors")  # which is made for its owner alone
-    generation = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": pad, "do_sample": True}
+    if config.n_labels:
+        return
+    stops = [end_of_text] if ends is None else list(ends)
+    eos = stops if len(stops) > 1 else next(iter(stops), None)
+    generation = {"bos_token_id": end_of_text, "eos_token_id": eos, "pad_token_id": pad, "do_sample": True}
     write_durably(directory / "generation_config.json", to_json(generation))
 
 
@@ -306,15 +178,12 @@ def load_model(directory: Path, device: torch.device | str = "cpu") -> GPT:
         facts = check_seal(directory)
         if "model" in facts:  # what the stock format has no place for: the sinusoids, and biases that do not exist
             config = ModelConfig.from_dict(facts["model"])
+            config = replace(config, tied=config.tied or config.n_labels > 0)  # as in `read_stock_config`
     sources = find_weights(directory)
     with torch.device("meta"):
-        model = GPT(config)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
     weights = read_weights(directory, config, sources, shapes)
-    model.load_state_dict(weights, assign=True)
-    if config.positions == "sinusoidal":
-        model.position_table = sinusoidal_table(config.context_length, config.d_model)
-    return model.to(device)
+    return GPT.from_weights(config, weights).to(device)
 
 
 def find_weights(directory: Path) -> dict[str, Path]:

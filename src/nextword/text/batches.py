@@ -5,7 +5,7 @@ data needs no state at all.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -34,21 +34,65 @@ class TokenRow:
 
 
 @dataclass(frozen=True)
+class Labels:
+    """What a batch of labelled examples has beside its tokens. R rows, E examples; an example's rows stand together.
+
+    ends [R], the place in the row that a head reads; example [R], which of the batch's examples a row belongs to; gold
+    [E] or [E, n_labels]; weight [E], how much each example counts; reference [R], log-probabilities under a frozen model.
+    """
+
+    ends: np.ndarray
+    example: np.ndarray
+    gold: np.ndarray
+    weight: np.ndarray
+    reference: np.ndarray | None = None
+
+    def of_rows(self, rows: slice) -> "Labels":
+        """Those of whole examples, their rows cut out of the batch's."""
+        first, last = self.example[rows][0], self.example[rows][-1]
+        examples = slice(first, last + 1)
+        reference = None if self.reference is None else self.reference[rows]
+        return Labels(
+            self.ends[rows], self.example[rows] - first, self.gold[examples], self.weight[examples], reference
+        )
+
+
+@dataclass(frozen=True)
 class Batch:
     """The rows of one step (or of one machine's share of it), in order.
 
-    tokens [B, T] int64; targets [B, T] int64, the token after each, `IGNORE` where there is none; rows, the number of each
-    row counted from the first step on, from which dropout is seeded.
+    tokens [B, T] int64; targets [B, T] int64, the token after each, `IGNORE` where there is none; rows, a number for each
+    row that no other row of the run has, from which dropout is seeded; counts, what each term of the loss is divided by,
+    over the whole batch of the step and the same in each micro-batch of it; segments [B, T], where several texts share a
+    row, the text that each token belongs to; n_tokens, how many tokens the step learns from.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     rows: list[int]
+    counts: dict[str, float]
+    n_tokens: int
+    segments: np.ndarray | None = None
+    labels: Labels | None = None
 
     def split(self, size: int) -> "list[Batch]":
-        """The same rows in micro-batches of at most `size` rows."""
-        cuts = range(0, len(self.rows), size)
-        return [Batch(self.tokens[i : i + size], self.targets[i : i + size], self.rows[i : i + size]) for i in cuts]
+        """The same rows in micro-batches of at most `size` rows; the rows of one example are never parted."""
+        borders, end = [0], len(self.rows)
+        starts = list(range(end)) if self.labels is None else np.flatnonzero(np.diff(self.labels.example, prepend=-1))
+        for start, after in zip(starts, [*starts[1:], end], strict=True):
+            if after - borders[-1] > size and start > borders[-1]:
+                borders.append(int(start))
+        return [self._part(slice(i, j)) for i, j in zip(borders, [*borders[1:], end], strict=True)]
+
+    def _part(self, rows: slice) -> "Batch":
+        return replace(
+            self,
+            tokens=self.tokens[rows],
+            targets=self.targets[rows],
+            rows=self.rows[rows],
+            segments=None if self.segments is None else self.segments[rows],
+            labels=None if self.labels is None else self.labels.of_rows(rows),
+        )
 
 
 def seed_for(seed: int, *what: int) -> int:
@@ -81,6 +125,13 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     return result.astype(np.int64)
 
 
+def places(segments: np.ndarray) -> np.ndarray:
+    """The place of each token in its own text: segments [B, T] → [B, T], counted from 0 where a segment begins."""
+    place = np.arange(segments.shape[1])
+    begins = np.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
+    return place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+
+
 class TokenDataset:
     """Windows of `context_length` tokens, shuffled anew each epoch.
 
@@ -97,6 +148,11 @@ class TokenDataset:
         self.seed = seed
         self.windows = -(-len(tokens) // context_length)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return self.context_length
+
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The rows of step `step` (from 0) that machine `rank` of `world` works on."""
         share = self.rows_per_batch // world
@@ -112,7 +168,8 @@ class TokenDataset:
                 row = self.ring(turn + window * self.context_length, self.length_of(window) + 1)
                 tokens[i, : len(row) - 1] = row[:-1]
                 targets[i, : len(row) - 1] = row[1:]
-        return Batch(tokens, targets, rows.tolist())
+        count = int((targets != IGNORE).sum())
+        return Batch(tokens, targets, rows.tolist(), {"next_word": count}, count)
 
     def length_of(self, window: int) -> int:
         return min(self.context_length, len(self.tokens) - window * self.context_length)

@@ -5,19 +5,16 @@ stays flat whatever the size. Line ends become "\\n", an encoding mark (UTF-8, U
 dropped, bytes that are no UTF-8 become U+FFFD; the text is otherwise kept as it is.
 """
 
-import csv
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from nextword.errors import MissingExtra, UsageError
+from nextword.errors import UsageError
 from nextword.files import MANIFEST
+from nextword.text.records import NoColumn, read_records
 from nextword.text.streams import (
     LONGEST_LINE,
-    Lines,
     Problem,
     Problems,
     decoded,
@@ -34,9 +31,9 @@ __all__ = [
     "Problems",
     "Source",
     "find_files",
-    "parquet_rows",
     "pieces",
     "read_documents",
+    "text_rows",
     "without_surrogates",
 ]
 
@@ -130,19 +127,10 @@ def read_documents(path: Path, problems: Problems, text_column: str | None = Non
     Raises `MissingExtra` for a `.parquet` or a `.zst` without its package, and under strict `NextwordError` at the
     first problem.
     """
-    suffix, compression = suffixes(path)
-    if suffix == ".parquet":
-        if compression:
-            problems.add(path, None, "parquet files are compressed inside; unpack this one")
-            return
-        yield from _documents(path, parquet_rows(path, problems, text_column), problems)
-        return
-    chunks = decoded(path, problems)
-    if suffix in (".txt", ".md"):
-        documents = _read_text(path, chunks, problems)
+    if suffixes(path)[0] in (".txt", ".md"):
+        documents = _read_text(path, decoded(path, problems), problems)
     else:
-        rows = _read_jsonl if suffix in (".jsonl", ".ndjson") else _read_csv
-        documents = _documents(path, rows(path, Lines(path, chunks, problems), problems, text_column), problems)
+        documents = _documents(path, text_rows(path, problems, text_column), problems)
     found, before = False, problems.total
     for document in documents:
         found = True
@@ -182,10 +170,6 @@ def _read_text(path: Path, chunks: Iterable[str], problems: Problems) -> Iterato
         yield Document(path, None, (piece for part in ((first, second), text) for piece in part if piece))
 
 
-def _newlines(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
 def _column(columns: Iterable[str], wanted: str | None) -> str | None:
     """The column that holds the text."""
     names = list(columns)
@@ -198,109 +182,18 @@ def _no_column(columns: Iterable[str], wanted: str | None) -> str:
     return f"looked for {wanted or ', '.join(TEXT_COLUMNS)}; found {found}. Name one with --text-column"
 
 
-def _read_jsonl(path: Path, lines: Lines, problems: Problems, wanted: str | None) -> Iterator[tuple[int, str]]:
-    """The line and the text of each record."""
-    for line in lines:
-        lines.begin_row()
-        if line.isspace():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            problems.add(path, lines.number, "not valid JSON", reason(error))
-            continue
-        if not isinstance(record, dict):
-            problems.add(path, lines.number, "not a JSON object", f"it is a {type(record).__name__}")
-        elif (column := _column(record, wanted)) is None:
-            problems.add(path, lines.number, "no text column", _no_column(record, wanted))
-        elif not isinstance(text := record[column], str):
-            problems.add(path, lines.number, "the text is not a string", f"{column} is a {type(text).__name__}")
+def text_rows(path: Path, problems: Problems, wanted: str | None = None) -> Iterator[tuple[int, str]]:
+    """The line (in Parquet the number, from 1) and the text of each row of a table, blank ones included."""
+
+    def column(names: list[str]) -> list[str]:
+        name = _column(names, wanted)
+        if name is None:
+            raise NoColumn("no text column", _no_column(names, wanted))
+        return [name]
+
+    for record in read_records(path, problems, column):
+        [(name, text)] = record.values.items()
+        if isinstance(text, str):
+            yield record.line, text
         else:
-            clean = without_surrogates(text) if "\\u" in line else text
-            if clean != text:
-                problems.add(path, lines.number, "half a surrogate pair; replaced by U+FFFD")
-            yield lines.number, _newlines(clean)
-
-
-def _read_csv(path: Path, lines: Lines, problems: Problems, wanted: str | None) -> Iterator[tuple[int, str]]:
-    """The first line and the text of each row.
-
-    A quote that is never closed costs its own line only. In tab-separated files a quote is a letter like any other,
-    as their registered media type has it.
-    """
-    csv.field_size_limit(LONGEST_LINE)  # the library's own limit of 131,072 characters is shorter than a book
-    tab = suffixes(path)[0] == ".tsv"
-    header: list[str] | None = None
-    column = -1
-    while True:
-        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tab else csv.reader(lines)
-        lines.begin_row()
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            problems.add(
-                path, lines.back_to_second(), "a row that cannot be read; its first line is left out", str(error)
-            )
-            continue
-        if row is None:
-            return
-        if lines.ended:  # the row ended with the file, inside quotes
-            problems.add(path, lines.back_to_second(), "a quote that is never closed; its line is left out")
-            continue
-        first = lines.first
-        if not row:
-            continue
-        if header is None:
-            header, name = row, _column(row, wanted)
-            if name is None:
-                problems.add(path, first, "no text column", _no_column(row, wanted))
-                return
-            column = row.index(name)
-        elif len(row) <= column:
-            problems.add(path, first, "a row with too few columns; left out", f"{len(row)} instead of {len(header)}")
-        else:
-            if len(row) > len(header):
-                what = "a row with too many columns; its text is kept, and may be cut at an unquoted separator"
-                problems.add(path, first, what, f"{len(row)} instead of {len(header)}")
-            yield first, row[column]
-
-
-def parquet_rows(path: Path, problems: Problems, wanted: str | None = None) -> Iterator[tuple[int, str]]:
-    """The number (from 1) and the text of each row of a parquet file."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingExtra(f"{path}: a .parquet file", "parquet") from error
-    row = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
-            names = file.schema_arrow.names
-            name = _column(names, wanted)
-            if name is None:
-                problems.add(path, None, "no text column", _no_column(names, wanted))
-                return
-            for batch in file.iter_batches(batch_size=256, columns=[name]):
-                for value in _cells(batch.column(0), pyarrow):
-                    row += 1
-                    if not isinstance(value, bytes):
-                        problems.add(path, row, "the text is not a string", f"{name} is a {type(value).__name__}")
-                        continue
-                    text = value.decode("utf-8", "replace")
-                    if "\ufffd" in text and text.encode() != value:
-                        problems.add(path, row, "not valid UTF-8; replaced by U+FFFD")
-                    yield row, _newlines(text)
-    except (OSError, ValueError, EOFError, pyarrow.ArrowException) as error:
-        problems.add(
-            path, row or None, "not a parquet file that can be read; the rest of it is left out", reason(error)
-        )
-    if not row and path.is_file():
-        problems.add(path, None, "the file has no rows")
-
-
-def _cells(column: Any, pyarrow: Any) -> list[Any]:
-    """The values of a column: text as bytes, for it may be no UTF-8; anything else as it is."""
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    is_text = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
-    return (column.cast(pyarrow.large_binary()) if is_text else column).to_pylist()
+            problems.add(path, record.line, "the text is not a string", f"{name} is a {type(text).__name__}")

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from nextword.errors import MissingExtra, NextwordError, UsageError
-from nextword.text.documents import Document, Problems, Source, parquet_rows, pieces, read_documents, without_surrogates
+from nextword.text.documents import Document, Problems, Source, pieces, read_documents, text_rows, without_surrogates
 
 NAMED = {
     "python-docs": "the documentation inside your own Python: about 2 MB of English prose, no network needed",
@@ -70,7 +70,7 @@ def _articles(path: Path, problems: Problems) -> Iterator[Document]:
     """
     lines: list[str] = []
     first = 1
-    for row, line in parquet_rows(path, problems):
+    for row, line in text_rows(path, problems):
         if _is_title(line) and lines:
             if "".join(lines).strip():
                 yield Document(path, first, pieces(lines))

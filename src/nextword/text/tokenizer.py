@@ -7,7 +7,9 @@ the code that means them. A BPE is lossless on every byte string, valid UTF-8 or
 the texts alone.
 """
 
+import functools
 import hashlib
+import json
 import math
 import os
 import re
@@ -17,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from nextword.errors import CorruptFile, NextwordError, UsageError
 from nextword.files import read_json, to_json, write_durably
@@ -26,6 +28,10 @@ from nextword.text.streams import without_surrogates
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 UNKNOWN = "<|unk|>"  # character level only: a BPE over bytes knows every text
+# What a task adds: where its input begins, what parts two texts, where its answer is read off (Radford et al. 2018,
+# section 3.3, their <s>, $ and <e>), and where a turn of a conversation ends.
+START, DELIMITER, EXTRACT = "<|start|>", "<|delimiter|>", "<|extract|>"
+END_OF_TURN = "<|end|>"
 
 # What a word is. A combining mark stays with its letter (\p{M}), so that Indic, Arabic and Thai words are not cut at
 # their vowel signs; a digit stands alone. llama.cpp knows this expression by the name of "qwen35".
@@ -38,6 +44,9 @@ WORDS = (
 # but the whole text for one that does not. So both are bounded, the text (in characters) and its distinct words (in bytes).
 SAMPLE = 2**26
 SAMPLE_WORDS = 2**22
+
+# Of a tokenizer_config.json, what would be said twice or wrongly once markers are added to its tokenizer.json.
+STALE = ("add_bos_token", "add_eos_token", "added_tokens_decoder")
 
 KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>")
 
@@ -53,12 +62,14 @@ class Tokenizer:
     `kind` is "bpe" (byte-level, lossless on bytes), "char" (one token a character) or "foreign" (anything else that a
     stock `tokenizer.json` can be). `end_of_text` is the id that follows a document; `pad`, `unknown` and
     `begin_of_text` are ids, or None where the tokenizer has none (`begin_of_text` is what the tokenizer itself would
-    put before a text).
+    put before a text). `markers` gives the id of every special token by its name; no text is encoded as one. `ends`
+    are the ids at which a text that is being written is finished: the end of a text and that of a turn, and what
+    `generation_config.json` names besides.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any]):
-        """`backend` is the library's object, `config` what `tokenizer_config.json` holds; raises `NextwordError`
-        where neither names an end-of-text token."""
+    def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any], ends: Iterable[int] = ()):
+        """`backend` is the library's object, `config` what `tokenizer_config.json` holds, `ends` ids that end a text
+        besides the end-of-text token; raises `NextwordError` where neither names an end-of-text token."""
         backend.no_truncation()  # a stock file may ask for both, and either would change the text in silence
         backend.no_padding()
         self.backend, self.config = backend, config
@@ -79,7 +90,8 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         markers = {token.content: id for id, token in added.items() if token.special and id != self.unknown}
         markers[end] = self.end_of_text
-        self._markers, self._marker_ids = markers, frozenset(markers.values())
+        self.markers, self._marker_ids = markers, frozenset(markers.values())
+        self.ends = frozenset({self.end_of_text, markers.get(END_OF_TURN, self.end_of_text), *ends})
         self.kind, self._content = _kind_and_content(backend, vocabulary, {t.content for t in added.values()})
 
     def _named(self, role: str) -> str | None:
@@ -89,8 +101,36 @@ class Tokenizer:
         return token if isinstance(token, str) and self.backend.token_to_id(token) is not None else None
 
     def _begin(self) -> int | None:
-        begin, first = self._named("bos_token"), self.backend.encode("").ids[:1]
+        # Before a letter rather than alone: what stands first of no text may be the token that is put after a text.
+        begin, first = self._named("bos_token"), self.backend.encode("a").ids[:1]
         return first[0] if begin is not None and first == [self.backend.token_to_id(begin)] else None
+
+    def with_markers(
+        self, names: Sequence[str], *, single: Sequence[str] | None = None, pair: Sequence[str] | None = None
+    ) -> "Tokenizer":
+        """A copy with the special tokens `names` at the end of its vocabulary; those that are there keep their ids.
+
+        `single` and `pair` are what the stock class makes of one text and of two, as names of markers with "A" and "B"
+        for the texts: `["<|start|>", "A", "<|extract|>"]`. They go into `tokenizer.json` and take the place of what the
+        tokenizer put around a text before; where only one is given, the other is the bare texts. `encode` leaves all of
+        them out, as ever. A tokenizer without a pad token of its own (none, the end of text, or one of `names`) is
+        given one. Where a foreign vocabulary has gaps that would take a marker's id, that is a `NextwordError`.
+        """
+        config = {key: value for key, value in self.config.items() if key not in STALE}
+        # Stock classes of one family build their own processing from their own settings; this one takes the file's.
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+        wanted = list(dict.fromkeys(names))
+        if self.pad is None or self.pad == self.end_of_text or self._named("pad_token") in wanted:
+            wanted.append(PAD)
+            config["pad_token"] = PAD
+        backend = tokenizers.Tokenizer.from_str(_without_manners(self.backend.to_str(), wanted))
+        new = [name for name in wanted if backend.token_to_id(name) is None]
+        backend.add_special_tokens(wanted)
+        if [backend.token_to_id(name) for name in new] != list(range(self.vocab_size, self.vocab_size + len(new))):
+            raise NextwordError("the tokenizer's ids have gaps, so that no marker can be added: use another tokenizer")
+        if single is not None or pair is not None:
+            backend.post_processor = _around(backend, single or ["A"], pair or ["A", "B"])
+        return Tokenizer(backend, config, self.ends)
 
     def encode(self, text: str | bytes) -> list[int]:
         """The ids of a text; never a special token's.
@@ -108,6 +148,19 @@ class Tokenizer:
             raw = part.encode("utf-8", "surrogateescape") if i % 2 else b""
             ids += self.ids_of([BYTES[byte] for byte in raw]) if i % 2 else self.encode(part)
         return ids
+
+    @functools.cached_property
+    def after_marker(self) -> "Tokenizer":
+        """The tokenizer to encode a text with that stands after a marker in a longer one; nearly always this one.
+
+        Some stock files put a space before the first word of a whole text alone, and so not there.
+        """
+        content = json.loads(self.backend.to_str()) if self.kind == "foreign" else {}
+        words = json.dumps(content.get("pre_tokenizer"))
+        if '"prepend_scheme": "first"' not in words:
+            return self
+        content["pre_tokenizer"] = json.loads(words.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"'))
+        return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)), self.config, self.ends)
 
     def ids_of(self, tokens: Sequence[str]) -> list[int]:
         """The ids of tokens given by name, markers included. Raises `NextwordError` naming one that there is not."""
@@ -134,7 +187,7 @@ class Tokenizer:
         """`ids`, or where a foreign model (Unigram) made a marker of plain text, those with the marker cut in two."""
         if self._marker_ids.isdisjoint(ids):
             return ids
-        cuts = [m.start() + 1 for m in re.finditer("|".join(map(re.escape, self._markers)), text)]
+        cuts = [m.start() + 1 for m in re.finditer("|".join(map(re.escape, self.markers)), text)]
         if len(text) < 2 or not cuts:
             raise NextwordError(f"the tokenizer can write {text[:40]!r} only as a special token: use another tokenizer")
         borders = zip([0, *cuts], [*cuts, len(text)], strict=True)
@@ -165,8 +218,8 @@ class Tokenizer:
     def open(cls, path: Path) -> "Tokenizer":
         """Open a `tokenizer.json`, or the directory that holds one.
 
-        Raises `NextwordError` where there is none or it names no end-of-text token, `CorruptFile` where it is
-        malformed.
+        A `generation_config.json` beside it says which ids end a text. Raises `NextwordError` where there is no
+        tokenizer or it names no end-of-text token, `CorruptFile` where a file is malformed.
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
@@ -180,10 +233,47 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises nothing narrower
             raise CorruptFile(f"{file}: not a tokenizer that the tokenizers library can open ({error})") from error
+        ends = _ends(file.with_name("generation_config.json"))
         try:
-            return cls(backend, config)
+            return cls(backend, config, ends)
         except NextwordError as error:
             raise NextwordError(f"{file}: {error}") from error
+
+
+def _ends(file: Path) -> list[int]:
+    """The ids that a `generation_config.json` ends a text at; none where there is no such file."""
+    config = read_json(file) if file.is_file() else {}
+    ends = config.get("eos_token_id") if isinstance(config, dict) else config
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if not isinstance(config, dict) or not all(type(end) is int for end in ends):
+        raise CorruptFile(f"{file}: eos_token_id is neither a token's id nor a list of them")
+    return ends
+
+
+def _without_manners(file: str, names: Sequence[str]) -> str:
+    """A `tokenizer.json` in which those of its added tokens that are named are special and swallow no space around them.
+
+    A token that is added and not special would be found in text.
+    """
+    content = json.loads(file)
+    plain = {"special": True, "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    content["added_tokens"] = [t | plain if t["content"] in names else t for t in content["added_tokens"]]
+    return json.dumps(content, ensure_ascii=False)
+
+
+def _around(backend: tokenizers.Tokenizer, single: Sequence[str], pair: Sequence[str]) -> processors.TemplateProcessing:
+    """The post-processor that puts tokens around one text and around two."""
+    names = [name for name in dict.fromkeys([*single, *pair]) if name not in ("A", "B")]
+    ids = {name: backend.token_to_id(name) for name in names}
+    if missing := [name for name, id in ids.items() if id is None]:
+        raise UsageError(f"the template names {missing[0]}, which the tokenizer does not have: add it as a marker")
+    if list(single).count("A") != 1 or "B" in single or sorted(n for n in pair if n in ("A", "B")) != ["A", "B"]:
+        raise UsageError('a template has the text "A" once, and one of two texts "A" and "B" once each')
+    return processors.TemplateProcessing(
+        single=[f"${name}" if name == "A" else name for name in single],
+        pair=[f"${name}" if name in ("A", "B") else name for name in pair],
+        special_tokens=list(ids.items()),
+    )
 
 
 def _byte_characters() -> list[str]:

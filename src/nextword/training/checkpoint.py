@@ -5,6 +5,7 @@ and two are kept. So a crash at any moment leaves a whole one.
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from nextword.files import check_seal, seal, write_durably, writing
 KEPT = 2
 
 
-def save(run: Path, step: int, weights: dict[str, Tensor], optimizer: dict[str, Tensor], facts: dict[str, Any]) -> Path:
+def save(
+    run: Path, step: int, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], facts: dict[str, Any]
+) -> Path:
     """Write the state after `step` steps; return its directory once it is durable and named by `latest`."""
     folder = run / "checkpoints"
     final = folder / f"step-{step:08d}"

@@ -89,7 +89,8 @@ class Optimizer:
     """One step for a whole model; its state as named tensors, so that it can be saved without a pickle.
 
     Args:
-        kind: "adamw" for everything, or "muon" for the matrices inside the blocks and AdamW for the rest.
+        kind: "adamw" for everything, or "muon" for the matrices inside the blocks (never an adapter's) and AdamW for the
+            rest. What is frozen is left out.
         lr: the peak learning rate; `matrix_lr` is Muon's, and `lr` where it is None.
         weight_decay: decoupled, on matrices (embeddings included), not on norms and biases.
     """
@@ -106,9 +107,11 @@ class Optimizer:
         momentum: float = 0.95,
     ):
         self.lr, self.matrix_lr = lr, lr if matrix_lr is None else matrix_lr
-        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-        matrices = [p for name, p in model.named_parameters() if kind == "muon" and p.ndim == 2 and "blocks." in name]
-        rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.names: dict[Tensor, str] = {p: name for name, p in trained.items()}
+        inside = {name for name in trained if "blocks." in name and "lora_" not in name}
+        matrices = [p for name, p in trained.items() if kind == "muon" and p.ndim == 2 and name in inside]
+        rest = [p for p in trained.values() if not any(p is m for m in matrices)]
         groups = [
             {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
             {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},

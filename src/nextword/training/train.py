@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nextword.errors import Diverged
 from nextword.model.gpt import GPT, dropout_masks
-from nextword.text.batches import Batch, seed_for
-from nextword.training.objectives import Inputs, Objective, Step
+from nextword.text.batches import Batch, places, seed_for
+from nextword.training.objectives import Inputs, LabelTensors, Loss, Objective, Step
 from nextword.training.optimizer import Optimizer, Schedule, learning_rate
 from nextword.training.pace import Clock, Pace
 
@@ -67,6 +68,8 @@ class StepSettings:
 
 
 class Dataset(Protocol):
+    @property
+    def longest(self) -> int: ...  # tokens of the longest row
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch: ...
 
 
@@ -79,7 +82,21 @@ def to_inputs(batch: Batch, model: GPT, seed: int) -> Inputs:
     """A micro-batch on the model's device, with its dropout masks."""
     device = model.token_embedding.weight.device
     keep = dropout_masks(model.config, [seed_for(seed, 2, row) for row in batch.rows], batch.tokens.shape[1], device)
-    return Inputs(torch.from_numpy(batch.tokens).to(device), torch.from_numpy(batch.targets).to(device), keep)
+
+    def put(array: np.ndarray | None) -> Tensor | None:
+        return None if array is None else torch.from_numpy(array).to(device)
+
+    labels = None
+    if batch.labels is not None:
+        labels = LabelTensors(*(put(getattr(batch.labels, name)) for name in LabelTensors._fields))  # pyright: ignore[reportArgumentType]
+    positions = None if batch.segments is None else torch.from_numpy(places(batch.segments)).to(device)
+    tokens, targets = torch.from_numpy(batch.tokens).to(device), torch.from_numpy(batch.targets).to(device)
+    return Inputs(tokens, targets, keep, put(batch.segments), positions, labels)
+
+
+def weigh(losses: dict[str, Loss], counts: dict[str, float]) -> Tensor:
+    """Σ weight · sum / count: each term divided once, by its count over the whole batch of the step."""
+    return torch.stack([loss.weight * loss.total / max(counts[name], 1e-9) for name, loss in losses.items()]).sum()
 
 
 def train_step(
@@ -91,30 +108,22 @@ def train_step(
     """
     model = state.model
     device = model.token_embedding.weight.device
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
+    total = torch.zeros((), device=device)
     for micro_batch in batch.split(settings.micro_batch_rows):
         with precision(device, settings.bf16):
             losses = step_module(to_inputs(micro_batch, model, settings.seed))
-        total = torch.stack([loss.total for loss in losses.values()]).sum()
-        total.backward()
-        for name, loss in losses.items():
-            sums[name] = sums.get(name, 0) + loss.total.detach()
-            counts[name] = counts.get(name, 0) + loss.n
-    count = next(iter(counts.values())).clamp(min=1)
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad.div_(count)
+        part = weigh(losses, batch.counts)
+        part.backward()
+        total += part.detach()
     norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip if settings.clip > 0 else math.inf)
-    loss = float(torch.stack(list(sums.values())).sum() / count)
-    gradient_norm = float(norm)
+    loss, gradient_norm = float(total), float(norm)
     finite = math.isfinite(loss) and math.isfinite(gradient_norm)
     factor = learning_rate(progress, settings.schedule, settings.warmup, settings.final_lr)
     if finite:
         state.optimizer.step(factor)
     model.zero_grad(set_to_none=True)
     state.step += 1
-    state.tokens += int(count)
+    state.tokens += batch.n_tokens
     state.bad = 0 if finite else state.bad + 1
     return StepMetrics(
         step=state.step,
@@ -177,7 +186,8 @@ def available_memory(device: torch.device) -> int:
 def fit_micro_batch(step_module: Step, dataset: Dataset, settings: StepSettings) -> int:
     """How many rows go through the model at once: as many as half of the free memory holds, in equal parts of the batch.
 
-    One row is taken through the model and the bytes that it keeps for the backward pass are counted.
+    One row (of labelled data, one example) is taken through the model and the bytes that it keeps for the backward pass
+    are counted, and taken to be those of the longest one.
     """
     model = step_module.model
     device = model.token_embedding.weight.device
@@ -190,11 +200,13 @@ def fit_micro_batch(step_module: Step, dataset: Dataset, settings: StepSettings)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t), precision(device, settings.bf16):
-        step_module(to_inputs(batch.split(1)[0], model, settings.seed))
+        first = batch.split(1)[0]
+        step_module(to_inputs(first, model, settings.seed))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     per_row = 2 * sum(size for pointer, size in kept.items() if pointer not in weights)  # once more for the gradients
-    # Weights, gradients and two averages are there whatever the batch.
-    room = 0.5 * available_memory(device) - 16 * sum(p.numel() for p in model.parameters())
+    per_row *= dataset.longest / first.tokens.size
+    # Weights, and of what is trained gradients and two averages, are there whatever the batch.
+    room = 0.5 * available_memory(device) - sum((16 if p.requires_grad else 4) * p.numel() for p in model.parameters())
     rows = max(1, min(len(batch.rows), int(room / max(1, per_row))))
     return -(-len(batch.rows) // -(-len(batch.rows) // rows))
 
@@ -209,7 +221,7 @@ def probe(state: TrainState, step_module: nn.Module, dataset: Dataset, settings:
         for micro_batch in batch.split(settings.micro_batch_rows):
             with precision(device, settings.bf16):
                 losses = step_module(to_inputs(micro_batch, state.model, settings.seed))
-            torch.stack([loss.total for loss in losses.values()]).sum().backward()
+            weigh(losses, batch.counts).backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = min(seconds, time.perf_counter() - start)

@@ -1,0 +1,49 @@
+"""Pre-training that goes on: more text of one's own domain, and a measurement of what was forgotten of the old."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from nextword.base import Base, forgetting
+from nextword.console import Console
+from nextword.model.config import ModelConfig
+from nextword.model.gpt import GPT
+from nextword.model.stock import load_model
+from nextword.pretraining import STEP_TOKENS, Pretraining
+from nextword.recipes import Recipe
+from nextword.runs import RunFolder
+from nextword.text.corpus import Corpus
+
+
+class Continuing(Pretraining):
+    """As `Pretraining`, from a model that is there already, with its tokenizer."""
+
+    def __init__(
+        self, run: RunFolder, base: Base, corpus: Corpus, recipe: Recipe, console: Console, device: torch.device,
+        started: float,
+    ):  # fmt: skip
+        super().__init__(run, corpus, recipe, console, device, started)
+        self.base = base
+
+    def _choose_config(self, unique_tokens: int) -> ModelConfig:
+        """The model's own shape; the dropout is the recipe's."""
+        config = load_model(self.base.directory).config
+        batch_tokens = self.recipe.training.batch_tokens or STEP_TOKENS
+        self.recipe = replace(self.recipe, training=replace(self.recipe.training, batch_tokens=batch_tokens))
+        return replace(config, n_labels=0, dropout=self.recipe.model.get("dropout", 0.0))
+
+    def _first_model(self) -> GPT:
+        weights = load_model(self.base.directory, self.device).state_dict()
+        return GPT.from_weights(self.config, {name: w for name, w in weights.items() if name != "score.weight"})
+
+    def own_facts(self) -> dict[str, Any]:
+        return {"task": {"task": "continue"}, **self.base.facts()}
+
+    def own_results(self, model: GPT) -> dict[str, Any]:
+        """The loss on the new text before it was learned, and on the old text before and after."""
+        found: dict[str, Any] = {"task": "continue"}
+        if len(self.corpus.tokens("validation")) >= 2:
+            before = self.measure(load_model(self.base.directory, self.device))
+            found["before"] = {"loss": before.loss, "bits_per_byte": before.bits_per_byte}
+        return {**found, "forgetting": forgetting(self.base, model)}

@@ -1,0 +1,412 @@
+"""A run in progress, whatever it learns: its loop, its looks at held-out data, its checkpoints, its way back.
+
+A subclass says what the model, the data and the objective are (`_build`), how held-out data is looked at (`look`) and how
+the model is kept (`keep`); beginning, going on and finishing are stories of its own. Everything else is here once.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nextword import files
+from nextword.console import Console, duration
+from nextword.errors import MissingExtra, UsageError
+from nextword.evaluation.report import write_card, write_report
+from nextword.recipes import Training
+from nextword.runs import (
+    Interrupted,
+    RunFolder,
+    catching_signals,
+    command_line,
+    differences,
+    machine,
+    open_run,
+    versions,
+)
+from nextword.training import checkpoint
+from nextword.training.objectives import Objective, Step
+from nextword.training.optimizer import Optimizer
+from nextword.training.pace import Clock, Decision, Pace, read_decisions
+from nextword.training.train import (
+    StepMetrics,
+    StepSettings,
+    TrainState,
+    build_step_module,
+    fit_micro_batch,
+    probe,
+    steps,
+    worth_compiling,
+)
+
+SAMPLED = (1, 2, 4, 8, 12, 16, 20)  # of twenty evaluations, those after which the model writes something
+SAVE_SECONDS = 60.0  # between checkpoints, and never more than a thirtieth of the time goes into them
+FINISHING_SECONDS = 2.5  # the report, the card and the last files
+
+
+@dataclass(frozen=True)
+class Look:
+    """A look at held-out data: what decides which weights are kept (higher is better), and what is told of it."""
+
+    score: float
+    record: dict[str, Any]  # goes into metrics.jsonl as "validation"
+    text: str
+
+
+@dataclass
+class Best:
+    """The best look so far; `since` counts the ones after it."""
+
+    score: float | None = None
+    step: int = 0
+    since: int = 0
+
+
+class Job:
+    """One run in progress: begun or gone on with by its subclass, then `train`, then `finish`."""
+
+    # Set by the subclass when it begins or goes on.
+    training: Training
+    steps_wanted: int | None
+    budget: float | None
+    state: TrainState
+    data: Any  # a Dataset, of a kind that the subclass knows
+    settings: StepSettings
+    plain_step: Step
+    step_module: nn.Module
+    seconds_per_step: float
+    facts: dict[str, Any]
+    batch_tokens: int  # of a step, about
+
+    def __init__(self, run: RunFolder, console: Console, device: torch.device, started: float):
+        self.run, self.console, self.device, self.started = run, console, device, started
+        self.spent = 0.0
+        self.best = Best()
+        self.clock: Clock | None = None
+        self.stopped = False
+        self.curves: Any = None  # TensorBoard's writer, where it is asked for
+
+    # ------------------------------------------------------------ what a subclass says
+
+    def begin(self, command: list[str], request: dict[str, Any]) -> None:
+        """Decide once what the run fixes, and write it down."""
+        raise NotImplementedError
+
+    def go_on(self) -> None:
+        """Take everything from the run folder, and stand where its newest whole checkpoint stands."""
+        raise NotImplementedError
+
+    def finish(self) -> dict[str, Any]:
+        """Measure the kept weights; the result, written down with the card and the report."""
+        raise NotImplementedError
+
+    def look(self, pace: Pace) -> Look | None:
+        """The model as it stands, on held-out data; None where nothing is held out. The same data at each look."""
+        raise NotImplementedError
+
+    def keep(self, facts: dict[str, Any]) -> None:
+        """Write the model as it stands to RUN/model."""
+        raise NotImplementedError
+
+    def sample(self, step: int) -> None:
+        """Let the model show what it can; by default it is not asked."""
+
+    def finishing_seconds(self) -> float:
+        """How long what follows the last step will take."""
+        return FINISHING_SECONDS
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        """A training loss in bits per byte of the text, where it means that."""
+        return None
+
+    def got_worse(self, step: int, look: Look) -> None:
+        """After a look that was not the best: a word to the person, where one is due."""
+
+    # ------------------------------------------------------------ begin, or go on
+
+    def make_optimizer(self, model: nn.Module) -> Optimizer:
+        t = self.training
+        return Optimizer(
+            model, kind=t.optimizer, lr=t.lr, matrix_lr=t.matrix_lr, betas=(t.beta1, t.beta2),
+            weight_decay=t.weight_decay, momentum=t.momentum,
+        )  # fmt: skip
+
+    def make_settings(self, seed: int) -> StepSettings:
+        t = self.training
+        return StepSettings(
+            seed=seed, clip=t.clip, schedule=t.schedule, warmup=t.warmup, final_lr=t.final_lr,
+            bf16=self.device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        )  # fmt: skip
+
+    def fix(self, objective: Objective) -> dict[str, Any]:
+        """Decide what stays the same for the whole run (bit-equality is promised where it does), and set it up."""
+        t = self.training
+        rows = t.micro_batch_rows or fit_micro_batch(self.plain_step, self.data, self.settings)
+        self.settings = replace(self.settings, micro_batch_rows=rows)
+        # The first guess of a step's time, from gradients that are thrown away; then whether to compile.
+        self.seconds_per_step = probe(self.state, self.plain_step, self.data, self.settings)
+        length = self.budget if self.budget is not None else (self.steps_wanted or 0) * self.seconds_per_step
+        compiled, why = (t.compile == "yes", "") if t.compile != "auto" else worth_compiling(self.device, length)
+        if why:
+            self.console.say(why)
+        self.build_step(objective, compiled)
+        return {
+            "micro_batch_rows": rows,
+            "compiled": compiled,
+            "threads": torch.get_num_threads(),
+            "world_size": 1,
+            "device": self.device.type,
+        }
+
+    def build_step(self, objective: Objective, compiled: bool) -> None:
+        self.plain_step, self.step_module = build_step_module(self.state.model, objective, compiled)
+
+    def common_facts(self) -> dict[str, Any]:
+        return {"versions": versions(), "machine": machine(self.device)}
+
+    def restore(self) -> None:
+        """Stand where the newest whole checkpoint of the run stands; at the beginning where there is none."""
+        fixed = self.facts["fixed"]
+        if fixed["device"] != self.device.type:
+            self.console.warn(
+                f"this run began on {fixed['device']} and goes on on {self.device.type}: equal within rounding, not bit for bit"
+            )
+        if self.facts["versions"]["torch"] != torch.__version__:
+            self.console.warn(
+                f"this run began with torch {self.facts['versions']['torch']} and goes on with {torch.__version__}: "
+                "equal within rounding, not bit for bit"
+            )
+        self.settings = replace(self.settings, micro_batch_rows=fixed["micro_batch_rows"])
+        whole = checkpoint.newest_whole(self.run.path, self.console.warn)
+        step = 0
+        if whole is not None:
+            weights, optimizer, facts = checkpoint.load(whole, self.device)
+            self.state.model.load_state_dict(weights, strict=self.trains_everything)
+            self.state.optimizer.load_state_tensors(optimizer)
+            saved = facts["state"]
+            self.state.step, self.state.tokens, self.state.bad = saved["step"], saved["tokens"], saved["bad"]
+            self.best, self.stopped, step = Best(**saved["best"]), saved["stopped"], saved["step"]
+        self.spent = self.run.cut_back(step)
+        self.seconds_per_step = probe(self.state, self.step_module, self.data, self.settings)
+        self.console.say(f"going on from step {step:,}, {duration(self.spent)} in")
+
+    @property
+    def trains_everything(self) -> bool:
+        """Whether a checkpoint holds all weights; what an adapter leaves as it is, is not in it."""
+        return all(p.requires_grad for p in self.state.model.parameters())
+
+    # ------------------------------------------------------------ train
+
+    def seconds(self) -> float:
+        """Wall time that the run has used, in all of its processes."""
+        return time.time() - self.started + self.spent
+
+    def make_pace(self) -> Pace:
+        """The run's length: said beforehand, or the clock's decisions so far."""
+        if self.steps_wanted is not None:
+            return Pace([Decision(0, self.steps_wanted)])
+        assert self.budget is not None
+        self.clock = Clock(self.budget, self.run.decisions, started=self.started, spent=self.spent)
+        self.clock.reserve = self.finishing_seconds()
+        return Pace(read_decisions(self.run.decisions))
+
+    def train(self, tensorboard: bool = False) -> None:
+        """The loop: a step, its line, and now and then a look at held-out data, a sample, a checkpoint.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
+            Diverged: see `steps`.
+        """
+        self.curves = open_tensorboard(self.run.path) if tensorboard else None
+        pace = self.make_pace()
+        saved_at, save_seconds = time.monotonic(), 0.0
+        before, tokens_before = time.monotonic(), self.state.tokens
+        with catching_signals() as caught:
+            if self.stopped:
+                return
+            loop = steps(
+                self.state, self.data, self.step_module, self.settings, pace, self.clock, self.seconds_per_step
+            )
+            for metrics in loop:
+                rate = (self.state.tokens - tokens_before) / max(1e-9, time.monotonic() - before)
+                self._record(metrics, rate)
+                self._look_when_due(metrics, pace)
+                last = metrics.progress >= 1 or self.stopped
+                due = (
+                    metrics.step % self.training.save_every == 0
+                    if self.training.save_every
+                    else time.monotonic() - saved_at > max(SAVE_SECONDS, 30 * save_seconds)
+                )
+                if due or last or caught:
+                    begin = time.monotonic()
+                    self._save()
+                    saved_at, save_seconds = time.monotonic(), time.monotonic() - begin
+                if caught and not last:
+                    raise Interrupted(
+                        f"stopped at step {metrics.step:,}, and saved. Go on with the same command and --resume",
+                        caught[0],
+                    )
+                if self.stopped:
+                    break
+                before, tokens_before = time.monotonic(), self.state.tokens
+
+    def _record(self, metrics: StepMetrics, rate: float) -> None:
+        seconds = self.seconds()
+        self.run.append(
+            {
+                "step": metrics.step,
+                "loss": metrics.loss,
+                "lr": metrics.lr,
+                "tokens": metrics.tokens,
+                "seconds": round(seconds, 3),
+                "tokens_per_second": round(rate, 1),
+                "gradient_norm": metrics.gradient_norm,
+                "skipped": metrics.skipped,
+            }
+        )
+        if self.curves is not None:
+            for name in ("loss", "lr", "gradient_norm"):
+                self.curves.add_scalar(f"training/{name}", getattr(metrics, name), metrics.step)
+        if metrics.skipped:
+            self.message(metrics.step, f"step {metrics.step:,}: the loss is not finite; this step is left out")
+        whole = seconds / metrics.progress if self.budget is None else self.budget
+        bits = self.bits_per_byte(metrics.loss)
+        self.console.training(
+            metrics, bits_per_byte=bits, tokens_per_second=rate, seconds_left=max(0.0, whole - seconds)
+        )
+
+    def looks(self, pace: Pace) -> int:
+        """How many looks at held-out data: as many as the recipe says, but at least ten steps apart."""
+        return min(self.training.evaluations, max(1, pace.decisions[0].total_steps // 10))
+
+    def _look_when_due(self, metrics: StepMetrics, pace: Pace) -> None:
+        """A look at equal parts of the run; the best weights are kept as RUN/model."""
+        wanted = self.looks(pace)
+        index = metrics.step - 1
+        number = math.floor(metrics.progress * wanted + 1e-9)
+        if number == math.floor((pace.progress(index - 1) if index else 0.0) * wanted + 1e-9):
+            return
+        look = self.look(pace)
+        if look is None:  # nothing is held out: the newest weights are the ones that are kept
+            self._keep_best(metrics.step, None)
+            return
+        if self.clock is not None:
+            self.clock.reserve = self.finishing_seconds()
+        self.run.append({"step": metrics.step, "validation": look.record})
+        if self.curves is not None:
+            for name, value in look.record.items():
+                if isinstance(value, (int, float)):
+                    self.curves.add_scalar(f"validation/{name}", value, metrics.step)
+        self.console.say(f"step {metrics.step:,}: {look.text}")
+        if math.isfinite(look.score) and (self.best.score is None or look.score > self.best.score):
+            self._keep_best(metrics.step, look)
+        else:
+            self.best.since += 1
+            patience = self.training.patience
+            if patience is not None and self.best.since >= patience:
+                self.stopped = True
+                self.message(
+                    metrics.step,
+                    f"no better evaluation in {self.best.since}: stopped early, step {self.best.step:,} is kept",
+                )
+            else:
+                self.got_worse(metrics.step, look)
+        if round(20 * number / wanted) in SAMPLED:
+            self.sample(metrics.step)
+
+    def _keep_best(self, step: int, look: Look | None) -> None:
+        self.best = Best(None if look is None else look.score, step)
+        self.keep({"step": step, "validation": None if look is None else look.record})
+
+    def message(self, step: int, text: str) -> None:
+        self.run.append({"step": step, "message": text})
+        self.console.say(text)
+
+    def _save(self) -> None:
+        state = self.state
+        facts = {**state.facts(), "best": asdict(self.best), "stopped": self.stopped}
+        weights = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
+        checkpoint.save(self.run.path, state.step, weights, state.optimizer.state_tensors(), facts)
+
+    # ------------------------------------------------------------ finish
+
+    def conclude(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Write the result, the card and the report; the result as it was written."""
+        whole = {
+            "run": str(self.run.path), "model": str(self.run.model), "steps": self.state.step,
+            "tokens": self.state.tokens, "best_step": self.best.step, **result, "seconds": round(self.seconds(), 3),
+        }  # fmt: skip
+        files.write_durably(self.run.result, files.to_json(whole))
+        write_card(self.run.path)
+        write_report(self.run.path)
+        return whole
+
+
+def open_tensorboard(run: Path) -> Any:
+    """A writer of TensorBoard's event files. Raises `MissingExtra` where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingExtra("--tensorboard", "tensorboard") from error
+    return SummaryWriter(run / "tensorboard")
+
+
+# ---------------------------------------------------------------- from a request to a result
+
+
+def carry_out(
+    make: Callable[[RunFolder, dict[str, Any], Console], Job],
+    out: Path,
+    request: dict[str, Any],
+    *,
+    resume: bool,
+    tensorboard: bool,
+    console: Console | None,
+) -> dict[str, Any]:
+    """Begin a run or go on with it, and see it through; its result.
+
+    Args:
+        make: the run of a request, in its folder.
+        request: what the person said, by name; what was not said is None. A resume takes the request that the run began with.
+    """
+    with console or Console(quiet=True) as console, open_run(out, resume=resume) as run:
+        if run.begun:
+            refuse_changes(run, request)
+            if run.finished:
+                console.say(f"{run.path}: this run is finished")
+                draw(run.path)  # a kill may have come between the result and its report
+                return files.read_json(run.result)
+            job = make(run, run.facts()["request"], console)
+            job.go_on()
+        else:
+            job = make(run, request, console)
+            job.begin(command_line(), request)
+        job.train(tensorboard=tensorboard)
+        console.close()
+        return job.finish()
+
+
+def refuse_changes(run: RunFolder, request: dict[str, Any]) -> None:
+    """A resume takes everything from the run; what is said anew must be the same. Raises `UsageError` with what differs."""
+    before = run.facts()["request"]
+    said = {name: value for name, value in request.items() if value not in (None, [], {})}
+    changed = differences({name: before.get(name) for name in said}, said)
+    if changed:
+        raise UsageError(
+            f"{run.path}: this run was begun with other settings, and a resume does not change them:\n  "
+            + "\n  ".join(changed)
+            + "\nLeave them out to go on, or begin a new run with another --out"
+        )
+
+
+def draw(run: Path) -> None:
+    """The report and the card of a finished run, where they are not there."""
+    if not (run / "README.md").is_file():
+        write_card(run)
+    if not (run / "report.html").is_file():
+        write_report(run)

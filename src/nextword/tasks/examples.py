@@ -1,0 +1,297 @@
+"""Labelled examples, read from tables: every row checked, every bad one named by its file and line and left out."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from nextword.errors import UsageError
+from nextword.tasks.columns import GIVEN, GOLD, find_columns, guess_task, listed
+from nextword.tasks.rows import (
+    TEXTS,
+    Flaw,
+    Reading,
+    Row,
+    gold_of,
+    labels_are_scores,
+    labels_are_several,
+    number,
+    reading_of,
+    what_is_given,
+)
+from nextword.text.records import TABLES, NoColumn, read_records
+from nextword.text.streams import Problems, suffixes
+
+__all__ = [
+    "Example",
+    "Examples",
+    "guess_task",
+    "hold_out",
+    "inputs_of",
+    "keep_known_labels",
+    "label_names",
+    "read_examples",
+]
+
+_PEEKED = 1000  # records of JSON whose columns are looked at before the columns are chosen
+_TEXTS = (".txt", ".md")
+
+
+@dataclass
+class Example:
+    """One row: where it was read, and its fields by their canonical names.
+
+    classify: text; label, or labels (a tuple). entail: premise, hypothesis; label. similarity: sentence1, sentence2;
+    score (float) or label. choose: question, choices (a tuple); answer (from 0). rewrite: prompt; completion. chat:
+    messages (a tuple of {"role", "content"}), of which the last assistant turn is the gold. prefer: messages; chosen,
+    rejected. What stands after the semicolon, the gold, is absent where it was not there to be read.
+    """
+
+    path: str
+    line: int
+    fields: dict[str, Any]
+
+
+@dataclass
+class Examples:
+    """Examples of one task, and the column that each role was read from.
+
+    Give `columns` of the training data to `read_examples` for the validation data, and both are read alike.
+    """
+
+    task: str
+    columns: dict[str, str]
+    items: list[Example]
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+def read_examples(
+    paths: Path | str | Iterable[Path | str],
+    task: str | None,
+    problems: Problems,
+    columns: Mapping[str, str] | None = None,
+    gold: bool = True,
+) -> Examples:
+    """The labelled examples in some files, or in those of a folder in the order of their names.
+
+    Without a task it is guessed from the columns of the first file that has any. `columns` names columns by hand,
+    {role: column}, such as {"prompt": "english", "completion": "french"}. Without `gold` rows need nothing that is
+    learned from; where it is there, it is read all the same.
+
+    A label is a text, a whole number, or true and false; it is kept as str. Several labels at once are a JSON list, or
+    the text of a column called `labels` (or tags, categories, …), split at ";" and "|"; to have such a column as one
+    label, say {"label": "labels"}. Numbers that are not all whole, in the label column of `similarity`, are scores.
+    An answer of `choose` is a number from 0, a letter, or the choice's own text: whichever fits the most rows.
+
+    `continue` has no examples, its texts are documents: `items` is empty, and `columns` says which column is the text.
+
+    Bad rows go to `problems` and are left out. Raises `UsageError` for a missing path, and where the task or a column
+    cannot be told; `MissingExtra` for a format without its package.
+    """
+    files = _files([paths] if isinstance(paths, Path | str) else paths, problems)
+    first, names = _first_columns(files)
+    if first is None:
+        task = task or _guess_without_columns(files)
+        if task != "continue":
+            _say_why_there_is_nothing(files, problems)
+        return Examples(task, {}, [])
+    try:
+        others = [name for name in names if name not in (columns or {}).values()]
+        task = task or guess_task([*(columns or {}), *others])
+        mapping = find_columns(task, names, columns, gold)
+    except UsageError as error:
+        raise UsageError(f"{first}: {error}") from error
+    if task == "continue":
+        return Examples(task, mapping, [])
+    if unread := [name for name in names if name not in mapping.values()]:
+        problems.notice(first, None, "columns that are not read", listed(unread))
+    rows: list[Row] = []
+    for path in files:
+        rows += _rows(path, task, mapping, gold, problems)
+    mapping = _settle_labels(task, mapping, rows)
+    reading = reading_of(rows) if task == "choose" else None
+    items = [item for row in rows if (item := _example(row, task, reading, gold, problems))]
+    return Examples(task, mapping, items)
+
+
+def _files(paths: Iterable[Path | str], problems: Problems) -> list[Path]:
+    """The files, and those of each folder that are tables (or texts, where it has no tables), in the order of names."""
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UsageError(f"{path}: no such file or folder")
+        if not path.is_dir():
+            files.append(path)
+            continue
+        inside = sorted((p for p in path.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
+        tables = [p for p in inside if suffixes(p)[0] in TABLES and p.is_file()]
+        taken = tables or [p for p in inside if suffixes(p)[0] in _TEXTS and p.is_file()]
+        if len(inside) > len(taken):
+            what = "left out: what is no table in the folder, and the folders in it"
+            problems.notice(path, None, what, count=len(inside) - len(taken))
+        files += taken
+    return files
+
+
+def _first_columns(files: Iterable[Path]) -> tuple[Path | None, list[str]]:
+    """The first file that has columns, and they in order; None and [] where none has."""
+    names: dict[str, None] = {}
+
+    def note(found: list[str]) -> list[str]:
+        names.update(dict.fromkeys(found))
+        return []
+
+    for path in files:
+        if suffixes(path)[0] in TABLES:
+            for _ in islice(read_records(path, Problems(), note), _PEEKED):
+                pass  # what is wrong with the file is said when it is read for good
+        if names:
+            return path, list(names)
+    return None, []
+
+
+def _guess_without_columns(files: Sequence[Path]) -> str:
+    """`continue` where there are texts alone. Raises `UsageError` with what is wrong with the tables else."""
+    if files and all(suffixes(path)[0] in _TEXTS for path in files):
+        return "continue"
+    found = Problems()
+    _say_why_there_is_nothing(files, found)
+    raise UsageError("\n".join(["there are no examples and no texts to guess a task from", *found.lines()]))
+
+
+def _say_why_there_is_nothing(files: Iterable[Path], problems: Problems) -> None:
+    for path in files:
+        before = problems.total
+        for _ in read_records(path, problems):
+            pass
+        if problems.total == before:
+            problems.add(path, None, "there is no example in the file")
+
+
+def _rows(path: Path, task: str, mapping: dict[str, str], gold: bool, problems: Problems) -> Iterator[Row]:
+    """The rows of one file, by role. A table, or a record, without a column that it needs is a problem."""
+    needed = GIVEN[task] + (GOLD[task] if gold else ())
+
+    def choose(names: list[str]) -> list[str]:
+        for group in needed:
+            known = [mapping[role] for role in group if role in mapping]
+            if not any(column in names for column in known):
+                raise NoColumn(f"no column {' or '.join(known)}", f"found {listed(names)}")
+        return [column for column in mapping.values() if column in names]
+
+    before, found = problems.total, False
+    for record in read_records(path, problems, choose):
+        found = True
+        values = {role: record.values[column] for role, column in mapping.items() if column in record.values}
+        yield Row(path, record.line, values)
+    if not found and problems.total == before:
+        problems.add(path, None, "there is no example in the file")
+
+
+def _settle_labels(task: str, mapping: dict[str, str], rows: Sequence[Row]) -> dict[str, str]:
+    """The mapping, and the rows' values with it, with the label column called what its values are."""
+    labels = [row.values.get("label") for row in rows]
+    if task == "classify" and labels_are_several(labels):
+        role = "labels"
+    elif task == "similarity" and labels_are_scores(labels):
+        role = "score"
+    else:
+        return mapping
+    for row in rows:
+        row.values = {role if name == "label" else name: value for name, value in row.values.items()}
+    return {role if name == "label" else name: column for name, column in mapping.items()}
+
+
+def _example(row: Row, task: str, reading: Reading | None, gold: bool, problems: Problems) -> Example | None:
+    """A row's example; None, and a problem, where it cannot be had."""
+    try:
+        fields = what_is_given(task, row.values)
+    except Flaw as flaw:
+        problems.add(row.path, row.line, f"{flaw.kind}; left out", flaw.detail)
+        return None
+    learned = [row.values.get(role) for group in GOLD[task] for role in group]
+    if gold or any(value is not None and value != "" for value in learned):
+        try:
+            fields |= gold_of(task, row.values, fields, reading)
+        except Flaw as flaw:
+            if gold:
+                problems.add(row.path, row.line, f"{flaw.kind}; left out", flaw.detail)
+                return None
+            if "messages" not in row.values:  # a conversation that ends with the user is what is asked for
+                problems.notice(row.path, row.line, f"{flaw.kind}; read without it", flaw.detail)
+    return Example(str(row.path), row.line, fields)
+
+
+def inputs_of(task: str, example: Example) -> tuple[str, ...]:
+    """The texts that are given, without the gold: of a conversation all turns but the last answer."""
+    fields = example.fields
+    if task == "choose":
+        return (fields["question"], *fields["choices"])
+    if task in ("chat", "prefer"):
+        messages = fields["messages"]
+        answered = task == "chat" and messages[-1]["role"] == "assistant"
+        return tuple(message["content"] for message in (messages[:-1] if answered else messages))
+    if task not in TEXTS:
+        raise UsageError(f"{task}: no task with labelled examples; there are {', '.join(GOLD)}")
+    return tuple(fields[role] for role in TEXTS[task])
+
+
+def label_names(examples: Iterable[Example]) -> list[str]:
+    """The labels that occur: in the order of numbers where all are numbers, else by code point."""
+    names = sorted({name for example in examples for name in _labels_of(example)})
+    numbers = {name: value for name in names if (value := number(name)) is not None}
+    return sorted(names, key=lambda name: numbers[name]) if len(numbers) == len(names) else names
+
+
+def _labels_of(example: Example) -> tuple[str, ...]:
+    fields = example.fields
+    return (fields["label"],) if "label" in fields else fields.get("labels", ())
+
+
+def keep_known_labels(examples: Iterable[Example], names: Iterable[str], problems: Problems) -> list[Example]:
+    """The examples whose labels are among `names`; each other one is a problem. One without a label is kept."""
+    known, kept = set(names), []
+    for example in examples:
+        unknown = [name for name in _labels_of(example) if name not in known]
+        if unknown:
+            what = "a label that the training data does not have; left out"
+            problems.add(example.path, example.line, what, ", ".join(unknown))
+        else:
+            kept.append(example)
+    return kept
+
+
+def hold_out(examples: Examples, share: float = 0.1) -> tuple[list[Example], list[Example]]:
+    """The examples to train on and those to validate on, about `share` of the inputs, each in the order as read.
+
+    A hash of the input decides, so that one input is never on both sides, whatever its gold, and the order of the
+    examples does not matter. Two sentences are one input in either order; of premise and hypothesis the premise alone
+    decides, since data sets ask several things of one. Each side has one input at least, where there are two or more.
+    Raises `UsageError` for a share that is not between 0 and 1.
+    """
+    if not 0 < share < 1:
+        raise UsageError(f"a share of {share} cannot be held out; it is between 0 and 1")
+    places = [_place(examples.task, example) for example in examples]
+    distinct = sorted(set(places))
+    if len(distinct) < 2:
+        return list(examples), []
+    held = {place for place in distinct if place < share * 2**64} or {distinct[0]}
+    held -= {distinct[-1]} if len(held) == len(distinct) else set()
+    train = [example for example, place in zip(examples, places, strict=True) if place not in held]
+    return train, [example for example, place in zip(examples, places, strict=True) if place in held]
+
+
+def _place(task: str, example: Example) -> int:
+    """A number below 2⁶⁴ that an input always has."""
+    texts = inputs_of(task, example)
+    texts = {"similarity": tuple(sorted(texts)), "entail": texts[:1]}.get(task, texts)
+    data = json.dumps(texts).encode()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")

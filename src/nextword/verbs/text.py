@@ -1,0 +1,279 @@
+"""The verbs about text: prepare it, learn it, go on from it, measure it; and those about any run or model."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from nextword import STARTED
+from nextword.verbs.shared import (
+    Common,
+    Flag,
+    ModelOptions,
+    Presets,
+    Recipes,
+    Sizes,
+    TrainingOptions,
+    in_words,
+    next_commands,
+    said,
+    show,
+    summary,
+)
+
+
+def demo(*, out: Path = Path("nextword-demo"), common: Common = Common()) -> None:
+    """The whole life of a small GPT on the documentation inside your own Python, in under five minutes: trained on text,
+    then fine-tuned to classify and to answer.
+
+    Parameters
+    ----------
+    out
+        The run folder.
+    """
+    from nextword import api
+
+    console = common.console()
+    result = api.demo(out, console=console, started=STARTED, seed=common.seed, device=common.device)
+
+    def text() -> str:
+        lines = [f"\n{c['prompt']}{c['text']}\n" for c in result["completions"]]
+        for one in result["answers"]:
+            said = one["answered"].get("label") or one["answered"]["text"]
+            lines.append(f"{one['asked']}\n  → {said}")
+        packages = result["packages"]["scores"][
+            "macro_f1" if result["packages"]["metric"] == "macro_f1" else "accuracy"
+        ]
+        words = result["packages"]["baselines"]["bag of words"][result["packages"]["metric"]]
+        lines.append(
+            f"\nwhich package says it: {result['packages']['metric'].replace('_', ' ')} {in_words(packages)}; "
+            f"bag of words {in_words(words)}"
+        )
+        run = result["run"]
+        more = f"nextword predict {run}/tasks/packages 'a text', nextword chat {run}/tasks/assistant"
+        return "\n".join([*lines, summary(result), "", f"Go on: {next_commands(result)}, {more}"])
+
+    show(result, common, text)
+
+
+def prepare(
+    corpora: list[str],
+    /,
+    *,
+    out: Path,
+    tokenizer: str = "bpe",
+    vocab_size: int | None = None,
+    text_column: str | None = None,
+    strict: Flag = False,
+    common: Common = Common(),
+) -> None:
+    """Turn text into shards of tokens, which any number of runs can share.
+
+    Parameters
+    ----------
+    corpora
+        Files, folders or named corpora (python-docs, tinystories, wikitext, fineweb-edu), mixed freely.
+        Read are .txt .md .jsonl .csv .tsv .parquet, plain, .gz or .zst.
+    out
+        Where the shards go. A second run on the same text uses them as they are.
+    tokenizer
+        bpe (byte-level, trained on this text), char (one token a character), or the path of a tokenizer.json.
+    vocab_size
+        Of a new BPE; chosen to suit the text where not given.
+    text_column
+        The column of tables that holds the text.
+    strict
+        Stop at the first thing that is wrong, instead of telling and going on.
+    """
+    from nextword import api
+
+    corpus = api.prepare(
+        corpora, out, tokenizer=tokenizer, vocab_size=vocab_size, text_column=text_column, strict=strict,
+        console=common.console(),
+    )  # fmt: skip
+    result = {"shards": str(out), **{k: v for k, v in corpus.facts.items() if k not in ("files", "sources")}}
+    show(result, common, lambda: f"{out}: {api.describe(corpus)}")
+
+
+def pretrain(
+    corpora: list[str] | None = None,
+    /,
+    *,
+    corpus: Annotated[list[str] | None, Parameter(negative="")] = None,
+    out: Path,
+    recipe: Recipes = None,
+    preset: Presets = None,
+    size: Sizes = None,
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+    budget: str | None = None,
+    steps: int | None = None,
+    tokens: str | None = None,
+    resume: Flag = False,
+    text_column: str | None = None,
+    strict: Flag = False,
+    tensorboard: Flag = False,
+    model: Annotated[ModelOptions, Parameter(group="Single settings of the model")] = ModelOptions(),  # pyright: ignore[reportInvalidTypeForm]
+    training: Annotated[TrainingOptions, Parameter(group="Single settings of the training")] = TrainingOptions(),  # pyright: ignore[reportInvalidTypeForm]
+    common: Common = Common(),
+) -> None:
+    """Train a GPT on your own text, from nothing to a model that generates.
+
+    Parameters
+    ----------
+    corpora
+        Files, folders, shards from nextword prepare, or named corpora (python-docs, tinystories, wikitext, fineweb-edu).
+    corpus
+        The same, as an option.
+    out
+        The run folder: the model, its measurements and its report.
+    tokenizer
+        bpe (byte-level, trained on this text), char (one token a character), or the path of a tokenizer.json.
+    vocab_size
+        Of a new BPE; chosen to suit the text where not given.
+    budget
+        Wall time of the whole run, such as 90s, 30m or 2h; ten minutes where nothing is said.
+    steps
+        Train so many steps instead.
+    tokens
+        Train on so many tokens instead, such as 5M.
+    resume
+        Go on exactly where the run stood; begin where there is none yet.
+    text_column
+        The column of tables that holds the text.
+    strict
+        Stop at the first thing that is wrong in the text, instead of telling and going on.
+    tensorboard
+        Write the curves for TensorBoard too, to RUN/tensorboard.
+    """
+    from nextword import api
+
+    result = api.pretrain(
+        [*(corpora or []), *(corpus or [])], out, recipe=recipe, preset=preset, size=size, tokenizer=tokenizer,
+        vocab_size=vocab_size, budget=budget, steps=steps, tokens=tokens, resume=resume, model=said(model),
+        training=said(training), text_column=text_column, strict=strict, seed=common.seed, device=common.device,
+        tensorboard=tensorboard, console=common.console(), started=STARTED,
+    )  # fmt: skip
+    show(result, common, lambda: summary(result) + "\nTry it: " + next_commands(result))
+
+
+def generate(
+    model: Path,
+    prompts: list[str] | None = None,
+    /,
+    *,
+    max_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: Annotated[list[str] | None, Parameter(negative="")] = None,
+    common: Common = Common(),
+) -> None:
+    """Let a model go on from a text.
+
+    Parameters
+    ----------
+    model
+        A run folder or a model directory, ours or stock.
+    prompts
+        What to go on from; none begins a new document.
+    max_tokens
+        How many tokens are written at most. Past the context length the window slides.
+    temperature
+        0 always takes the likeliest token; higher is bolder.
+    top_k
+        Draw from the k likeliest tokens only.
+    top_p
+        Draw from the fewest tokens that have this probability together.
+    min_p
+        Draw from tokens at least this share as likely as the likeliest.
+    repetition_penalty
+        Above 1 makes tokens that the text already has less likely.
+    stop
+        End before this text. May be given more than once.
+    """
+    from nextword import api
+    from nextword.inference.sampling import Sampling
+
+    sampling = Sampling(
+        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, stop=tuple(stop or ()), seed=common.seed,
+    )  # fmt: skip
+    loaded = api.load(model, common.device)
+    prompts = prompts or [""]
+    if len(prompts) == 1 and not common.json:  # one text is shown as it is made
+        print(prompts[0], end="", flush=True)
+        for piece in loaded.stream(prompts[0], sampling):
+            print(piece, end="", flush=True)
+        print()
+        return
+    completions = loaded.generate(prompts, sampling)
+    result = {
+        "completions": [{"prompt": c.prompt, "text": c.text, "finish_reason": c.finish_reason} for c in completions]
+    }
+    show(result, common, lambda: "\n\n".join(f"{c.prompt}{c.text}" for c in completions))
+
+
+def evaluate(
+    model: Path,
+    texts: list[str] | None = None,
+    /,
+    *,
+    text_column: str | None = None,
+    common: Common = Common(),
+) -> None:
+    """Measure how well a model predicts a text: loss, perplexity, bits per byte.
+
+    Parameters
+    ----------
+    model
+        A run folder or a model directory, ours or stock.
+    texts
+        Files, folders or named corpora; without any, the whole held-out part of the run's own text.
+    text_column
+        The column of tables that holds the text.
+    """
+    from nextword import api
+
+    measured = api.evaluate(model, texts or [], text_column=text_column, device=common.device, console=common.console())
+    result = {name: getattr(measured, name) for name in ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")}
+    show(
+        result,
+        common,
+        lambda: (
+            f"loss {measured.loss:.4f} nats/token · perplexity {measured.perplexity:.2f} · "
+            f"{measured.bits_per_byte:.4f} bits/byte, over {measured.tokens:,} tokens, {measured.bytes:,} bytes"
+        ),
+    )
+
+
+def report(runs: list[Path], /, *, common: Common = Common()) -> None:
+    """Draw the report of a run anew.
+
+    Parameters
+    ----------
+    runs
+        Run folders.
+    """
+    from nextword import api
+
+    pages = [str(api.report(run)) for run in runs]
+    show({"reports": pages}, common, lambda: "\n".join(pages))
+
+
+def verify(paths: list[Path], /, *, common: Common = Common()) -> None:
+    """Check every file of a run, a model or shards against its SHA-256.
+
+    Parameters
+    ----------
+    paths
+        Run folders, model directories or shards.
+    """
+    from nextword import api
+
+    whole = {directory: kind for path in paths for directory, kind in api.verify(path).items()}
+    show(
+        {"whole": whole}, common, lambda: "\n".join(f"{directory}: {kind}, whole" for directory, kind in whole.items())
+    )

@@ -1,0 +1,196 @@
+"""The model card: its code runs as it stands, in the run folder, and answers as `nextword predict` does."""
+
+import json
+import re
+import shlex
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nextword as package
+from nextword.evaluation.card import without_paths
+from nextword.evaluation.outcome import name_of
+from nextword.text.chat import encode_conversation
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("peft")
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+WORDS = ["light", "salt", "asleep", "awake", "plants", "station", "water", "verb", "cat", "green", "seven", "train"]
+
+
+def pick(i: int, n: int = 3) -> str:
+    return " ".join(WORDS[(i * 5 + j * 7 + i * j) % len(WORDS)] for j in range(n))
+
+
+EXAMPLES: dict[str, Any] = {
+    "classify": lambda i: {"text": pick(i), "label": ["good", "bad"][i % 2]},
+    "several": lambda i: {"text": pick(i), "labels": [["a"], ["a", "b"], ["c"]][i % 3]},
+    "entail": lambda i: {"premise": pick(i), "hypothesis": pick(i + 1, 2), "label": ["no", "yes", "maybe"][i % 3]},
+    "similarity": lambda i: {"sentence1": pick(i), "sentence2": pick(i + 2), "score": i % 5 / 2},
+    "choose": lambda i: {"question": pick(i), "choices": [pick(i, 1), pick(i + 3, 1)], "answer": i % 2},
+    "rewrite": lambda i: {"prompt": pick(i), "completion": pick(i, 2)},
+    "chat": lambda i: {
+        "messages": [{"role": "user", "content": pick(i)}, {"role": "assistant", "content": pick(i, 2)}]
+    },
+    "prefer": lambda i: {"prompt": pick(i), "chosen": pick(i, 2), "rejected": pick(i + 1, 2)},
+}
+
+
+@pytest.fixture(scope="module")
+def base(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "small base"
+    model = {"n_layers": 2, "n_heads": 2, "d_model": 32, "context_length": 64}
+    package.pretrain(texts, run, steps=3, vocab_size=400, model=model, training={"batch_tokens": 256, "evaluations": 1})
+    return run
+
+
+def tuned(base: Path, folder: Path, kind: str, *, lora: bool = False) -> Path:
+    data = folder / f"{kind}.jsonl"
+    data.write_text("".join(json.dumps(EXAMPLES[kind](i)) + "\n" for i in range(40)), encoding="utf-8")
+    run = folder / "my run"
+    training = {"evaluations": 1, "lr": 0.01}
+    package.finetune(base, data, run, steps=4, lora=lora, training=training, tuning={"dropout": 0.0})
+    return run
+
+
+def blocks(run: Path, language: str) -> list[str]:
+    card = (run / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)\n```$", card, re.DOTALL | re.MULTILINE)
+
+
+def run_code(code: str, run: Path, monkeypatch: pytest.MonkeyPatch, **known: Any) -> dict[str, Any]:
+    """Execute a card's code inside the run folder; the names it has given."""
+    monkeypatch.chdir(run)
+    names = dict(known)
+    with warnings.catch_warnings():
+        # PEFT asks transformers for a property that transformers has given another name.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        exec(code, names)
+    return names
+
+
+HEADS = ("classify", "several", "entail", "similarity", "choose")
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_stock_class_answers_as_predict_does(base, tmp_path, monkeypatch, capsys, kind) -> None:
+    run = tuned(base, tmp_path, kind)
+    capsys.readouterr()
+    [code] = blocks(run, "python")
+    run_code(code, run, monkeypatch)
+    printed = capsys.readouterr().out.strip()
+    command = shlex.split(blocks(run, "bash")[0].splitlines()[0])
+    assert command[:3] == ["nextword", "predict", "."]
+    ours = package.load(run).predict(*command[3:])
+    if kind == "similarity":
+        assert float(printed) == pytest.approx(ours["score"], abs=1e-4)
+    else:
+        assert printed == str(ours["labels"] if kind == "several" else ours["label"])
+
+
+def test_a_rewrite_is_generated_as_predict_writes_it(base, tmp_path, monkeypatch, capsys) -> None:
+    run = tuned(base, tmp_path, "rewrite")
+    capsys.readouterr()
+    run_code(blocks(run, "python")[0], run, monkeypatch)
+    command = shlex.split(blocks(run, "bash")[0].splitlines()[0])
+    assert capsys.readouterr().out.strip() == package.load(run).predict(*command[3:])["text"]
+
+
+def test_a_conversation_is_gone_on_with_as_ours_is(base, tmp_path, monkeypatch, capsys) -> None:
+    run = tuned(base, tmp_path, "chat")
+    capsys.readouterr()
+    names = run_code(blocks(run, "python")[0], run, monkeypatch)
+    model = package.load(run)
+    assert (
+        names["inputs"]["input_ids"][0].tolist()
+        == encode_conversation(model.tokenizer, names["messages"], answer=True)[0]
+    )
+    assert capsys.readouterr().out.strip() == model.predict(names["messages"][0]["content"])["text"]
+    assert blocks(run, "bash") == ["nextword chat ."]
+
+
+def test_preferred_answers_are_written_to_a_plain_prompt(base, tmp_path, monkeypatch, capsys) -> None:
+    run = tuned(base, tmp_path, "prefer")
+    capsys.readouterr()
+    run_code(blocks(run, "python")[0], run, monkeypatch)
+    card = (run / "README.md").read_text(encoding="utf-8")
+    assert "| preferred |" in card and "before this training" in card
+    assert "costs" in card and "now and cost" in card  # what was forgotten
+
+
+@pytest.mark.parametrize("kind", ["classify", "choose", "chat"])
+def test_the_adapter_on_its_base_is_the_merged_model(base, tmp_path, monkeypatch, kind) -> None:
+    import torch
+
+    run = tuned(base, tmp_path, kind, lora=True)
+    stock, adapted = (run_code(code, run, monkeypatch) for code in blocks(run, "python"))
+    with torch.no_grad():
+        inputs = stock["inputs"]
+        one = inputs["input_ids"][:1]
+        expected, found = (names["model"].eval()(one).logits for names in (stock, adapted))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    card = (run / "README.md").read_text(encoding="utf-8")
+    assert '("small base")' in card
+    assert "LoRA of rank 8" in card
+
+
+def test_a_model_that_read_on_continues_text(base, texts, tmp_path, monkeypatch, capsys) -> None:
+    run = tmp_path / "further"
+    package.finetune(base, texts, run, task="continue", steps=2, training={"batch_tokens": 256, "evaluations": 1})
+    capsys.readouterr()
+    run_code(blocks(run, "python")[0], run, monkeypatch)
+    assert capsys.readouterr().out
+    card = (run / "README.md").read_text(encoding="utf-8")
+    assert 'from the model "small base"' in card
+    assert "Before this training it was" in card
+    assert blocks(run, "bash") == ["nextword generate . 'Once upon a time'"]
+
+
+def test_the_card_says_what_was_learned_from_what_and_how_well(base, tmp_path) -> None:
+    run = tuned(base, tmp_path, "classify")
+    card = (run / "README.md").read_text(encoding="utf-8")
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    front, body = card.split("---\n", 2)[1:]
+    assert "pipeline_tag: text-classification" in front
+    for said in (
+        "# my run",
+        'trained with nextword from the model "small base"',
+        "one of 2 labels (bad, good)",
+        "| columns | text, label |",
+        f"| training examples | {json.loads((run / 'run.json').read_text())['data']['train']['examples']} |",
+        "bag of words",
+    ):
+        assert said in body, said
+    one = result["scores"][result["metric"]]
+    assert f"{one['value']:.3f} ({one['low']:.3f} to {one['high']:.3f})" in body
+    assert str(tmp_path) not in card and str(base) not in card and "perplexity" not in card
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert 'class="dots"' in page
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("nextword finetune /a/b/base data.csv --out runs/x", "nextword finetune base data.csv --out runs/x"),
+        ("nextword finetune base/model /data/x.csv --column a=b", "nextword finetune base/model x.csv --column a=b"),
+        ("nextword finetune ~/base --validation=/x/y.csv", "nextword finetune base --validation=y.csv"),
+        (r"nextword finetune C:\models\base D:\x.csv", "nextword finetune base x.csv"),
+        ("nextword finetune base data.csv", "nextword finetune base data.csv"),
+    ],
+    ids=["absolute", "relative", "option", "windows", "plain"],
+)
+def test_a_command_is_shown_without_the_way_to_its_files(command: str, shown: str) -> None:
+    assert without_paths(command) == shown
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("/a/b", "b"), ("/a/run/model", "run"), ("model", "model"), ("a\\b\\", "b"), ("/", "/"), ("", "")],
+    ids=["folder", "run", "bare", "windows", "root", "empty"],
+)
+def test_a_model_goes_by_the_name_of_its_folder(path: str, name: str) -> None:
+    assert name_of(path) == name

@@ -1,0 +1,400 @@
+"""Fine-tuning as a person does it: files in, a stock directory out that says the same in transformers; killed and resumed."""
+
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import command
+from nextword import api
+from nextword.cli import run
+from nextword.errors import CorruptFile, NextwordError, UsageError
+from nextword.files import read_json, read_json_lines
+from nextword.tasks.data import label_weights
+from nextword.tasks.encoding import Form
+from nextword.tasks.examples import Example
+
+WORDS = [
+    "the",
+    "object",
+    "name",
+    "value",
+    "class",
+    "is",
+    "called",
+    "with",
+    "a",
+    "list",
+    "of",
+    "returns",
+    "method",
+    "string",
+]
+GOOD, BAD = ["good", "fine", "right"], ["bad", "wrong", "poor"]
+
+
+def sentence(rng, *more):
+    words = [*rng.choices(WORDS, k=rng.randint(3, 8)), *more]
+    rng.shuffle(words)
+    return " ".join(words)
+
+
+def rows(task: str, n: int, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Small data with something to find in it."""
+    rng = random.Random(seed)
+    for i in range(n):
+        side = i % 2
+        mark = rng.choice((BAD, GOOD)[side])
+        if task == "classify":
+            yield {"text": sentence(rng, mark), "label": ("negative", "positive")[side]}
+        elif task == "several":
+            yield {
+                "text": sentence(rng, mark),
+                "labels": [("negative", "positive")[side], *(["long"] if i % 3 else [])],
+            }
+        elif task == "entail":
+            yield {"premise": sentence(rng), "hypothesis": sentence(rng, mark), "label": ("no", "yes")[side]}
+        elif task == "similarity":
+            one = sentence(rng)
+            yield {"sentence1": one, "sentence2": one if side else sentence(rng), "score": 5.0 * side}
+        elif task == "choose":
+            choices = [sentence(rng, rng.choice(BAD)) for _ in range(rng.randint(2, 4))]
+            place = rng.randrange(len(choices))
+            choices[place] = sentence(rng, rng.choice(GOOD))
+            yield {"question": sentence(rng), "choices": choices, "answer": place}
+        elif task == "rewrite":
+            text = sentence(rng)
+            yield {"prompt": text, "completion": text.upper()}
+        elif task == "chat":
+            turns = [m for _ in range(rng.randint(1, 3)) for m in (
+                {"role": "user", "content": sentence(rng)}, {"role": "assistant", "content": rng.choice(GOOD)},
+            )]  # fmt: skip
+            yield {"messages": turns}
+        else:
+            yield {"prompt": sentence(rng), "chosen": rng.choice(GOOD), "rejected": rng.choice(BAD)}
+
+
+def write(path: Path, task: str, n: int, seed: int = 0) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(task, n, seed)), encoding="utf-8")
+    return path
+
+
+def tune(base, data, out, **settings):
+    settings = {"steps": 30, "training": {"lr": 3e-3, "evaluations": 2}, **settings}
+    return api.finetune(base, data, out, **settings)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+# ---------------------------------------------------------------- every task, and the same in transformers
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("task", ["classify", "several", "entail", "similarity", "choose"])
+def test_a_head_says_the_same_in_transformers(task, lora, base, tmp_path):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    data = write(tmp_path / "data.jsonl", task, 80)
+    result = tune(base, data, tmp_path / "run", lora=lora)
+    assert result["task"] == ("classify" if task == "several" else task) and 0 < result["steps"] <= 30
+    assert all(set(score) == {"value", "low", "high", "n"} for score in result["scores"].values())
+    assert result["metric"] in result["scores"] and result["baselines"]
+    answers, scores = api.predict(tmp_path / "run", write(tmp_path / "test.jsonl", task, 12, seed=5))
+    assert len(answers) == 12 and scores
+
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+
+    def logits(*texts):
+        with torch.no_grad():
+            return model(**tokenizer(*texts, return_tensors="pt")).logits[0]
+
+    names = model.config.id2label
+    for row, ours in zip(rows(task, 12, seed=5), answers, strict=True):
+        if task == "classify":
+            assert ours["label"] == names[int(logits(row["text"]).argmax())]
+            theirs = logits(row["text"]).softmax(0)
+            assert list(ours["probabilities"].values()) == pytest.approx(theirs.tolist(), abs=1e-5)
+        elif task == "several":
+            assert model.config.problem_type == "multi_label_classification"
+            assert ours["labels"] == [names[i] for i, p in enumerate(logits(row["text"]).sigmoid()) if p > 0.5]
+        elif task == "entail":
+            assert ours["label"] == names[int(logits(row["premise"], row["hypothesis"]).argmax())]
+        elif task == "similarity":
+            one, two = row["sentence1"], row["sentence2"]
+            assert ours["score"] == pytest.approx(float(logits(one, two) + logits(two, one)), abs=1e-4)
+        else:
+            theirs = torch.cat([logits(row["question"], choice) for choice in row["choices"]])
+            assert ours["label"] == int(theirs.argmax()) and ours["text"] == row["choices"][ours["label"]]
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file() == lora
+    assert api.verify(tmp_path / "run")
+
+
+def test_a_task_is_learned(base, tmp_path):
+    """A word decides the label; a minute of a phone's time is enough to find it."""
+    data = write(tmp_path / "data.jsonl", "classify", 400)
+    result = tune(base, data, tmp_path / "run", steps=150, training={"lr": 5e-3, "evaluations": 5})
+    assert result["accuracy"] > 0.9 > 0.7 > result["baselines"]["majority"]["accuracy"]["value"]
+
+
+def test_rewriting_says_the_same_in_transformers(base, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    data = write(tmp_path / "data.jsonl", "rewrite", 80)
+    result = tune(base, data, tmp_path / "run")
+    assert {"chrf", "bleu", "rougeL", "loss", "bits_per_byte", "forgetting"} <= result.keys()
+    assert {"copying", "nearest"} <= result["baselines"].keys()
+    assert result["forgetting"]["before"] > 0 and result["forgetting"]["after"] > 0
+    texts = [row["prompt"] for row in rows("rewrite", 6, seed=5)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    answers, scores = api.predict(tmp_path / "run", tmp_path / "test.jsonl")
+    assert scores == {}  # there is no gold in it
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    room = read_json(tmp_path / "run" / "run.json")["task"]["answer_tokens"]
+    for text, ours in zip(texts, answers, strict=True):
+        ids = tokenizer(text, return_tensors="pt")
+        theirs = model.generate(**ids, do_sample=False, max_new_tokens=room)[0, ids["input_ids"].shape[1] :]
+        assert ours["text"] == tokenizer.decode(theirs, skip_special_tokens=True).strip()
+
+
+def test_a_conversation_says_the_same_in_transformers(base, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    data = write(tmp_path / "data.jsonl", "chat", 60)
+    result = tune(base, data, tmp_path / "run", lora=True)
+    assert result["task"] == "chat" and result["bits_per_byte"] > 0
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    room = read_json(tmp_path / "run" / "run.json")["task"]["answer_tokens"]
+    loaded = api.load(tmp_path / "run")
+    for row in rows("chat", 5, seed=5):
+        asked = row["messages"][0]["content"]
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": asked}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        theirs = model.generate(**ids, do_sample=False, max_new_tokens=room)[0, ids["input_ids"].shape[1] :]
+        assert loaded.predict(asked)["text"] == tokenizer.decode(theirs, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_preference_is_learned_and_its_cost_is_told(lora, base, tmp_path):
+    data = write(tmp_path / "data.jsonl", "prefer", 200)
+    settings = {"lr": 1e-2 if lora else 2e-3, "evaluations": 4}
+    result = tune(base, data, tmp_path / "run", lora=lora, steps=80, training=settings)
+    assert result["scores"]["preferred"]["value"] > 0.9
+    assert result["scores"]["preferred"]["value"] >= result["before"]["preferred"]["value"]
+    assert result["forgetting"]["after"] != result["forgetting"]["before"]
+    first = read_json_lines(tmp_path / "run" / "metrics.jsonl")[0]
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-3)  # −log σ(0): it begins as its own reference
+    assert api.predict(tmp_path / "run", data)[1]["preferred"].value > 0.9
+
+
+def test_going_on_with_more_text_tells_what_was_forgotten(base, tmp_path):
+    text = tmp_path / "mine"
+    text.mkdir()
+    rng = random.Random(0)
+    for i in range(30):
+        (text / f"{i}.txt").write_text(". ".join(sentence(rng) for _ in range(20)))
+    result = api.finetune(base, text, tmp_path / "run", task="continue", steps=40, training={"evaluations": 2})
+    assert result["bits_per_byte"] < result["before"]["bits_per_byte"]
+    assert result["forgetting"]["before"] > 0 and result["forgetting"]["after"] > 0
+    facts = read_json(tmp_path / "run" / "run.json")
+    old = read_json(base / "run.json")
+    assert facts["model"] | {"dropout": 0} == old["model"] | {"dropout": 0} and facts["task"] == {"task": "continue"}
+    assert api.finetune("", (), tmp_path / "run", resume=True) == result
+    with pytest.raises(UsageError, match="--lora is not for --task continue"):
+        api.finetune(base, text, tmp_path / "other", task="continue", lora=True)
+
+
+def test_a_fine_tuned_model_can_be_tuned_again(base, tmp_path):
+    """Chat, then preferences from it; and a new head in the place of an old one."""
+    tune(base, write(tmp_path / "chat.jsonl", "chat", 40), tmp_path / "chat", steps=5)
+    result = tune(tmp_path / "chat", write(tmp_path / "prefer.jsonl", "prefer", 40), tmp_path / "prefer", steps=5)
+    assert result["forgetting"]["text"] == read_json(tmp_path / "chat" / "run.json")["old_text"]
+    tune(base, write(tmp_path / "a.jsonl", "classify", 40), tmp_path / "a", steps=5)
+    again = tune(tmp_path / "a" / "model", write(tmp_path / "b.jsonl", "choose", 40), tmp_path / "b", steps=5)
+    assert again["task"] == "choose" and "accuracy" in again
+
+
+def test_lora_leaves_the_base_alone(base, tmp_path):
+    from safetensors.torch import load_file
+
+    before = hashes(base / "model")
+    result = tune(base, write(tmp_path / "data.jsonl", "classify", 40), tmp_path / "run", lora=True, steps=6)
+    assert hashes(base / "model") == before
+    assert result["trained_parameters"] < 0.5 * result["parameters"]
+    old, new = (load_file(folder / "model" / "model.safetensors") for folder in (base, tmp_path / "run"))
+    norms = [name for name in old if "norm" in name]
+    assert norms and all(torch.equal(old[name], new[name]) for name in norms)
+    assert not torch.equal(old["model.layers.0.mlp.up_proj.weight"], new["model.layers.0.mlp.up_proj.weight"])
+    rows_before = len(old["model.embed_tokens.weight"])
+    assert torch.equal(old["model.embed_tokens.weight"], new["model.embed_tokens.weight"][:rows_before])
+
+
+def test_from_scratch_begins_with_other_weights(base, tmp_path):
+    data = write(tmp_path / "data.jsonl", "classify", 40)
+    one = tune(base, data, tmp_path / "one", steps=2, tuning={"dropout": 0.0})
+    two = tune(base, data, tmp_path / "two", steps=2, scratch=True, tuning={"dropout": 0.0})
+    losses = [read_json_lines(Path(r["run"]) / "metrics.jsonl")[0]["loss"] for r in (one, two)]
+    assert losses[1] > losses[0] + 0.2  # it has not yet learned to write
+
+
+# ---------------------------------------------------------------- killed, resumed, repeated
+
+
+@pytest.mark.parametrize(("task", "more"), [("classify", ["--lora"]), ("prefer", []), ("chat", [])])
+def test_killed_and_resumed_equals_uninterrupted(task, more, base, tmp_path):
+    data = write(tmp_path / "data.jsonl", task, 80)
+    words = [
+        "finetune", base, data, "--steps", "40", "--training.evaluations", "4", "--training.save-every", "5",
+        "--training.lr", "0.002", "--seed", "3", "--quiet", *more,
+    ]  # fmt: skip
+    subprocess.run(command(*words, "--out", tmp_path / "whole"), check=True, capture_output=True, timeout=200)
+    cut = command(*words, "--out", tmp_path / "cut", "--resume")
+    process = subprocess.Popen(cut, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.time() + 120
+    while len(list((tmp_path / "cut" / "checkpoints").glob("step-*"))) < 2 and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "cut" / "result.json").exists()
+    subprocess.run(cut, check=True, capture_output=True, timeout=200)
+    assert hashes(tmp_path / "whole" / "model") == hashes(tmp_path / "cut" / "model")
+    if more:
+        assert hashes(tmp_path / "whole" / "adapter") == hashes(tmp_path / "cut" / "adapter")
+    results = [read_json(tmp_path / name / "result.json") for name in ("whole", "cut")]
+    for result in results:
+        for name in ("run", "model", "seconds"):
+            del result[name]
+    assert results[0] == results[1]
+
+
+def test_a_resume_refuses_other_data_another_model_and_other_settings(base, tmp_path):
+    data = write(tmp_path / "data.jsonl", "classify", 40)
+    run = tmp_path / "run"
+    tune(base, data, run, steps=6)
+    (run / "result.json").unlink()
+    with pytest.raises(UsageError, match="steps: 6 → 7"):
+        tune(base, data, run, steps=7, resume=True)
+    write(data, "classify", 41)
+    with pytest.raises(UsageError, match="the examples are not those"):
+        api.finetune("", (), run, resume=True)
+    write(data, "classify", 40)
+    facts = read_json(run / "run.json")
+    facts["base"]["weights"] = "0" * 64
+    (run / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(UsageError, match="not the model that this run began with"):
+        api.finetune("", (), run, resume=True)
+
+
+def test_the_batch_at_prediction_changes_nothing(base, tmp_path):
+    data = write(tmp_path / "data.jsonl", "choose", 40)
+    tune(base, data, tmp_path / "run", steps=6)
+    together, _ = api.predict(tmp_path / "run", data)
+    loaded = api.load(tmp_path / "run")
+    for row, answer in zip(rows("choose", 40), together, strict=True):
+        alone = loaded.predict(row["question"], *row["choices"])
+        assert alone["probabilities"] == pytest.approx(answer["probabilities"], abs=1e-5)
+
+
+# ---------------------------------------------------------------- data as it is
+
+
+def test_rare_labels_count_more():
+    train = [Example("x", i, {"label": "b" if i % 10 == 0 else "a"}) for i in range(100)]
+    form = Form("classify", "label", ("a", "b"))
+    weights, counts = label_weights(form, train, "auto")
+    assert counts == {"a": 90, "b": 10} and weights is not None
+    assert weights.mean() == pytest.approx(1) and weights[0] / weights[1] == pytest.approx(3)  # √(90/10)
+    assert label_weights(form, train, "no")[0] is None
+    even = [Example("x", i, {"label": "ab"[i % 2]}) for i in range(100)]
+    assert label_weights(form, even, "auto")[0] is None and label_weights(form, even, "yes")[0] is not None
+
+
+def test_a_part_of_the_examples_is_nested_and_knows_all_labels(base, tmp_path):
+    data = write(tmp_path / "data.jsonl", "classify", 60)
+    data.write_text(data.read_text() + '{"text": "seldom seen", "label": "rare"}\n')
+    result = tune(base, data, tmp_path / "run", steps=3, limit=10)
+    assert result["labels"] == ["negative", "positive", "rare"]
+    facts = read_json(tmp_path / "run" / "run.json")
+    assert facts["data"]["train"]["examples"] == 10 < facts["data"]["available"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "code", "said"),
+    [
+        ("text,label\na,x\nb,x\n", [], 2, "nothing to tell apart"),
+        ("text,label\n", [], 1, "no example to learn from"),
+        ("colour,size\nred,3\n", [], 2, "no task fits the columns colour, size"),
+        ("text,label\na,x\nb,y\nc,\n", ["--strict"], 1, "data.csv line 4"),
+        ("text,label\na,x\nb,y\n", ["--column", "text"], 2, "--column 'text'"),
+        ("text,label\na,x\nb,y\n", ["--column", "text=words"], 2, "there is no column words"),
+        ("text,label\na,x\nb,y\n", ["--steps", "3", "--budget", "1m"], 2, "exclude each other"),
+        ("text,label\na,x\nb,y\n", ["--tuning.dropout", "2"], 2, "--tuning.dropout cannot be 2"),
+        ("text,label\na,x\nb,y\n", ["--task", "guess"], 2, "guess: no such task"),
+    ],
+)
+def test_bad_data_and_wrong_use_are_named(content, words, code, said, base, capsys, tmp_path):
+    (tmp_path / "data.csv").write_text(content)
+    assert (
+        run([str(word) for word in ("finetune", base, tmp_path / "data.csv", "--out", tmp_path / "run", *words)])
+        == code
+    )
+    assert said in capsys.readouterr().err
+
+
+def test_a_bad_row_is_told_and_the_rest_is_learned(base, capsys, tmp_path):
+    good = "".join(f"{row['text']},{row['label']}\n" for row in rows("classify", 30))
+    (tmp_path / "data.csv").write_text("text,label\n" + good + ",positive\n" + "word " * 90 + ",negative\n")
+    (tmp_path / "held.csv").write_text("text,label\nfine name,positive\nbad name,unheard\n")
+    words = ["finetune", base, tmp_path / "data.csv", "--validation", tmp_path / "held.csv", "--out", tmp_path / "run"]
+    assert run([*map(str, words), "--steps", "4", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "data.csv line 32: " in err and "data.csv line 33: longer than the context" in err
+    assert "held.csv line 3: a label that the training data does not have; left out: unheard" in err
+    assert json.loads(out)["scores"]["accuracy"]["n"] == 1
+
+
+def test_what_cannot_be_predicted_is_said(base, tmp_path):
+    with pytest.raises(UsageError, match="fine-tuned for no task"):
+        api.predict(base, ["a text"])
+    tune(base, write(tmp_path / "data.jsonl", "entail", 40), tmp_path / "run", steps=3)
+    with pytest.raises(UsageError, match="entail takes premise and hypothesis: 1 texts were given"):
+        api.predict(tmp_path / "run", ["a text"])
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(NextwordError, match="no example to answer"):
+        api.predict(tmp_path / "run", tmp_path / "empty.jsonl")
+    file = tmp_path / "run" / "model" / "model.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(CorruptFile, match=r"model\.safetensors"):
+        api.predict(tmp_path / "run", ["a", "b"])
+
+
+def test_the_verbs_answer_in_lines_and_in_json(base, nextword, tmp_path):
+    data = write(tmp_path / "data.jsonl", "classify", 60)
+    done = nextword("finetune", base, data, "--out", tmp_path / "run", "--steps", "10")
+    assert done.returncode == 0 and "majority" in done.stdout and "bag of words" in done.stdout
+    done = nextword("predict", tmp_path / "run", "a good name")
+    assert json.loads(done.stdout)["label"] in ("negative", "positive")
+    done = nextword("predict", tmp_path / "run", data, "--out", tmp_path / "answers.jsonl", "--json")
+    assert json.loads(done.stdout)["scores"]["accuracy"]["n"] == 60
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 60
+    done = nextword("finetune", base, data, "--out", tmp_path / "run", "--steps", "10")
+    assert done.returncode == 2 and "holds a run already" in done.stderr

@@ -1,0 +1,299 @@
+"""Low-rank adaptation: its formula, what it trains and what it leaves, and PEFT's reading of what is written."""
+
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nextword.model.config import PRESETS, ConfigError, ModelConfig, build_config
+from nextword.model.gpt import GPT, with_head, with_vocabulary
+from nextword.model.lora import LoraConfig, LoraLinear, TrainedRows, adapter_off, add_lora, merge_lora, save_adapter
+from nextword.model.stock import save_model
+
+OLD, NEW = 61, 64  # tokens before and after a task has added its markers
+
+
+def small(preset: str, **overrides) -> ModelConfig:
+    return build_config(
+        preset, "tiny", **{"vocab_size": OLD, "n_layers": 2, "d_model": 32, "context_length": 24, **overrides}
+    )
+
+
+def random_model(config: ModelConfig) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def adapted(
+    preset: str, *, rows: int = NEW - OLD, n_labels: int = 0, config: LoraConfig | None = None, **overrides
+) -> GPT:
+    """A model with a fresh adapter, and a head where labels are asked for."""
+    model = with_vocabulary(random_model(small(preset, **overrides)), OLD + rows, seed=1)
+    model = with_head(model, n_labels, seed=2) if n_labels else model
+    return add_lora(model, config or LoraConfig(rank=3, alpha=12), seed=3, trained_rows=rows)
+
+
+def shake(model: GPT) -> GPT:
+    """As if it had been trained: every trainable number moves."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def some_tokens(vocab_size: int = NEW) -> torch.Tensor:
+    tokens = torch.randint(2, OLD, (2, 24), generator=torch.Generator().manual_seed(5))
+    tokens[:, 3::5] = vocab_size - 1  # the markers are among them
+    return tokens
+
+
+def logits(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.unembed(model(tokens))
+
+
+# ---------------------------------------------------------------- the formula
+
+
+def test_a_layer_is_its_formula():
+    model = shake(adapted("gpt2"))
+    layer = model.get_submodule("blocks.0.feed_forward.up")
+    assert isinstance(layer, LoraLinear)
+    x = torch.randn(5, 32)
+    w, b, lora_a, lora_b = (t.double() for t in (layer.weight, layer.bias, layer.lora_a, layer.lora_b))
+    expected = x.double() @ w.T + b + 12 / 3 * (x.double() @ lora_a.T @ lora_b.T)
+    torch.testing.assert_close(layer(x).double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer.merged().double(), w + 4 * lora_b @ lora_a, atol=1e-5, rtol=1e-5)
+
+
+def test_a_fresh_adapter_is_drawn_as_in_the_paper():
+    """A uniform within ±1/√in (a = √5), B zero; the seed decides, and so does nothing else."""
+    model = random_model(small("modern", d_model=64))
+    add_lora(model, LoraConfig(rank=16), seed=3)
+    drawn = {name: p for name, p in model.named_parameters() if name.endswith("lora_a")}
+    assert len(drawn) == 2 * 7
+    for name, p in drawn.items():
+        bound = 1 / math.sqrt(p.shape[1])
+        assert p.abs().max().item() <= bound, name
+        assert p.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.06), name
+    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("lora_b"))
+    torch.manual_seed(99)
+    again = add_lora(random_model(small("modern", d_model=64)), LoraConfig(rank=16), seed=3)
+    other = add_lora(random_model(small("modern", d_model=64)), LoraConfig(rank=16), seed=4)
+    for name, p in drawn.items():
+        assert torch.equal(again.get_parameter(name), p)
+        assert not torch.equal(other.get_parameter(name), p)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_fresh_adapter_changes_nothing(preset):
+    plain = with_vocabulary(random_model(small(preset)), NEW, seed=1)
+    assert torch.equal(logits(adapted(preset), some_tokens()), logits(plain, some_tokens()))
+
+
+# ---------------------------------------------------------------- what is trained
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_only_the_adapter_the_head_and_the_new_rows_are_trained(preset):
+    """After steps of AdamW with weight decay everything else is the same bit for bit, and the loss has fallen."""
+    model = adapted(preset, n_labels=4)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.rpartition(".")[2] for name in trained} == {"lora_a", "lora_b", "rows", "weight"}
+    assert [name for name in trained if name.endswith("weight")] == ["score.weight"]
+    assert sum(p.numel() for p in trained.values()) < 0.5 * model.config.parameters
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    embedding = model.token_embedding.weight.detach().clone()
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.01, weight_decay=0.1)
+    tokens, losses = some_tokens(), []
+    for _ in range(8):
+        hidden = model(tokens)
+        next_word = torch.nn.functional.cross_entropy(
+            model.unembed(hidden[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+        )
+        label = torch.nn.functional.cross_entropy(model.classify(hidden[:, -1]), torch.tensor([1, 3]))
+        optimizer.zero_grad()
+        (next_word + label).backward()
+        optimizer.step()
+        losses.append((next_word + label).item())
+    assert losses[-1] < losses[0]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (name not in trained), name
+    assert torch.equal(model.token_embedding.weight[:OLD], embedding[:OLD])
+    assert not torch.isclose(model.token_embedding.weight[OLD:], embedding[OLD:]).all(dim=1).any()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_rows_get_the_whole_matrix_s_gradient(tied):
+    """Both uses of a tied matrix, the look-up and the head, reach the new rows."""
+    model, plain = adapted("gpt2", tied=tied), with_vocabulary(random_model(small("gpt2", tied=tied)), NEW, seed=1)
+    for each in (model, plain):
+        each.unembed(each(some_tokens())).logsumexp(-1).sum().backward()
+    for name in ("token_embedding",) if tied else ("token_embedding", "head"):
+        part = model.get_submodule(name)
+        assert isinstance(part, TrainedRows)
+        whole = plain.get_parameter(f"{name}.weight").grad
+        assert part.rows.grad is not None and whole is not None
+        assert part.base.grad is None
+        torch.testing.assert_close(part.rows.grad, whole[OLD:], atol=1e-4, rtol=1e-4)
+
+
+def test_a_resume_loads_the_state_by_its_names():
+    model = shake(adapted("modern"))
+    base = with_vocabulary(random_model(small("modern")), NEW, seed=77)
+    again = add_lora(base, LoraConfig(rank=3, alpha=12), seed=78, trained_rows=NEW - OLD)
+    assert not torch.equal(logits(again, some_tokens()), logits(model, some_tokens()))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(logits(again, some_tokens()), logits(model, some_tokens()))
+
+
+# ---------------------------------------------------------------- without the adapter
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_merged_is_a_plain_model_with_the_same_logits(preset, tied):
+    model = shake(adapted(preset, tied=tied, n_labels=2)).double()
+    merged = merge_lora(model)
+    assert list(merged.state_dict()) == list(GPT(model.config).state_dict())
+    assert all(p.requires_grad for p in merged.parameters())
+    torch.testing.assert_close(logits(merged, some_tokens()), logits(model, some_tokens()), atol=1e-11, rtol=1e-9)
+    hidden = torch.randn(3, 32, dtype=torch.float64)
+    assert torch.equal(merged.classify(hidden), model.classify(hidden))
+    with torch.no_grad():
+        for p in merged.parameters():
+            p.zero_()
+    assert logits(model, some_tokens()).any(), "a copy, not a view"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_with_the_adapter_off_the_model_is_as_it_was(preset, tied):
+    plain = with_vocabulary(random_model(small(preset, tied=tied)), NEW, seed=1)
+    model = shake(adapted(preset, tied=tied))
+    on, tokens = logits(model, some_tokens()), some_tokens()
+    with adapter_off(model) as reference:
+        assert torch.equal(logits(reference, tokens), logits(plain, tokens))
+        assert (logits(reference, tokens) - on).abs().mean() > 0.1, "the adapter does something"
+        with adapter_off(model):
+            pass
+        assert torch.equal(logits(reference, tokens), logits(plain, tokens)), "an inner one leaves it off"
+    assert torch.equal(logits(model, tokens), on)
+    with pytest.raises(KeyError), adapter_off(model):
+        raise KeyError
+    assert torch.equal(logits(model, tokens), on), "it is on again after an error"
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rank": 0}, "rank of an adapter must be a whole number of at least 1, not 0"),
+        ({"rank": 2.5}, "not 2.5"),
+        ({"alpha": 0}, "alpha of an adapter must be above 0"),
+        ({"alpha": math.nan}, "alpha of an adapter must be above 0"),
+        ({"targets": ()}, "not none"),
+        ({"targets": ("query", "head")}, "query, key, value, output, up, gate, down, not head"),
+    ],
+)
+def test_an_adapter_that_cannot_be_is_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        LoraConfig(**values)
+
+
+def test_a_model_that_cannot_take_it_is_refused(tmp_path):
+    plain = random_model(small("gpt2"))
+    with pytest.raises(ValueError, match="has no adapter to save"):
+        save_adapter(plain, LoraConfig(), tmp_path, "base")
+    with pytest.raises(ConfigError, match="none of the layers gate"):
+        add_lora(plain, LoraConfig(targets=("gate",)), seed=0)
+    with pytest.raises(ValueError, match="62 trained rows in a vocabulary of 61"):
+        add_lora(plain, LoraConfig(), seed=0, trained_rows=62)
+    with pytest.raises(ConfigError, match="has an adapter already"):
+        add_lora(adapted("gpt2"), LoraConfig(), seed=0)
+    assert all(p.requires_grad for p in plain.parameters()), "refused before anything is changed"
+
+
+# ---------------------------------------------------------------- PEFT
+
+FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("tutorial", {}),
+    ("gpt1", {}),
+    ("gpt2", {}),
+    ("gpt2", {"tied": False, "attention_bias": False}),
+    ("modern", {"n_kv_heads": 2}),
+    ("modern", {"tied": False, "head_dim": 10}),
+    ("modern", {"qk_norm": False}),  # Llama
+]
+SHAPES = [LoraConfig(rank=3, alpha=12), LoraConfig(rank=2, alpha=1.5, targets=("query", "value", "down"))]
+
+
+def with_peft(stock_class: str, base: Path, adapter: Path, vocab_size: int, **arguments) -> Any:
+    """The stock base model, resized, with the adapter as `peft` reads it; any warning of a missing weight is an error."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        # PEFT asks transformers for a property that transformers has given another name.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        model = getattr(transformers, stock_class).from_pretrained(base, **arguments)
+        model.resize_token_embeddings(vocab_size, mean_resizing=False)
+        return peft.PeftModel.from_pretrained(model, str(adapter)).eval()
+
+
+def stock_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens, attention_mask=torch.ones_like(tokens)).logits
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["all", "some"])
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize(("preset", "overrides"), FAMILIES)
+def test_peft_reads_the_adapter_of_a_language_model(tmp_path, preset, overrides, rows, shape):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    save_model(random_model(small(preset, **overrides)), base, end_of_text=0, pad=1)
+    model = shake(adapted(preset, rows=rows, config=shape, **overrides))
+    save_adapter(model, shape, adapter, base=str(base))
+    tokens = some_tokens(OLD + rows)
+    theirs = with_peft("AutoModelForCausalLM", base, adapter, OLD + rows)
+    expected = stock_logits(theirs, tokens)
+    torch.testing.assert_close(logits(model, tokens), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(merge_lora(model), tokens), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(stock_logits(theirs.merge_and_unload(), tokens), expected, atol=1e-4, rtol=1e-4)
+    mode = (adapter / "adapter_model.safetensors").stat().st_mode
+    assert mode == (adapter / "adapter_config.json").stat().st_mode, "whoever may read one may read the other"
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+
+
+@pytest.mark.parametrize(("preset", "overrides"), FAMILIES)
+def test_peft_reads_the_adapter_of_a_classifier(tmp_path, preset, overrides):
+    """The base is the language model, as pre-training left it: head and markers come with the adapter."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    save_model(random_model(small(preset, **overrides)), base, end_of_text=0, pad=1)
+    model = shake(adapted(preset, n_labels=4, **overrides))
+    save_adapter(model, LoraConfig(rank=3, alpha=12), adapter, base=str(base))
+    described = json.loads((adapter / "adapter_config.json").read_text())
+    assert (described["task_type"], described["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    assert list(described["trainable_token_indices"].values()) == [[61, 62, 63]]
+    tokens = some_tokens()
+    theirs = with_peft("AutoModelForSequenceClassification", base, adapter, NEW, num_labels=4)
+    expected = stock_logits(theirs, tokens)
+    for ours in (model, merge_lora(model)):
+        with torch.no_grad():
+            torch.testing.assert_close(ours.classify(ours(tokens)[:, -1]), expected, atol=1e-4, rtol=1e-4)
