@@ -15,7 +15,7 @@ from nextword.tasks.encoding import Form
 from nextword.text.corpus import Corpus
 from nextword.text.tokenizer import Tokenizer
 
-OLD_WINDOWS = 64  # of the text that a model was pre-trained on, to see what it has forgotten
+OLD_TOKENS = 2**14  # of the text that a model was pre-trained on, to see what it has forgotten
 
 
 def model_path(path: str | Path) -> Path:
@@ -84,8 +84,9 @@ def forgetting(base: Base, model: GPT) -> dict[str, Any] | None:
     held_out = corpus.tokens("validation")
     if len(held_out) < 2:
         return None
+    windows = max(1, OLD_TOKENS // model.config.context_length)
     before, after = (
-        likelihood(one, held_out, corpus.validation.bytes, limit_windows=OLD_WINDOWS).bits_per_byte
+        likelihood(one, held_out, corpus.validation.bytes, limit_windows=windows).bits_per_byte
         for one in (load_model(base.directory, model.unembedding.device), model)
     )
-    return {"text": str(base.old_text), "before": before, "after": after, "windows": OLD_WINDOWS}
+    return {"text": str(base.old_text), "before": before, "after": after, "windows": windows}

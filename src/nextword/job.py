@@ -70,6 +70,8 @@ class Best:
 class Job:
     """One run in progress: begun or gone on with by its subclass, then `train`, then `finish`."""
 
+    rows_differ = False  # in length, so that compiled code would be made anew again and again
+
     # Set by the subclass when it begins or goes on.
     training: Training
     steps_wanted: int | None
@@ -151,8 +153,10 @@ class Job:
         # The first guess of a step's time, from gradients that are thrown away; then whether to compile.
         self.seconds_per_step = probe(self.state, self.plain_step, self.data, self.settings)
         length = self.budget if self.budget is not None else (self.steps_wanted or 0) * self.seconds_per_step
-        compiled, why = (t.compile == "yes", "") if t.compile != "auto" else worth_compiling(self.device, length)
-        if why:
+        if t.compile != "auto" or self.rows_differ:
+            compiled = t.compile == "yes"
+        else:
+            compiled, why = worth_compiling(self.device, length)
             self.console.say(why)
         self.build_step(objective, compiled)
         return {
