@@ -451,8 +451,8 @@ def demo(
             result[name] = finetune(
                 out, data, folder / name, budget=budget, resume=True, console=console, started=time.time(), **settings
             )
-        texts = ["Return the path of the current working directory.", "Handle an incoming HTTP request."]
-        asked = ["What does getcwd in os do?", "What does send_header in http.server.BaseHTTPRequestHandler do?"]
+        texts = ["Run a coroutine in the event loop until it is done.", "Draw a line on the canvas."]
+        asked = ["What does get_event_loop in asyncio.events do?", "What does set_title in tkinter.Window do?"]
         answers = [
             {"asked": text, "answered": load(folder / name).predict(text)}
             for name, several in (("packages", texts), ("assistant", asked))
