@@ -152,8 +152,8 @@ def mapping(value: Any) -> Mapping[str, Any]:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether it can be calculated with: a finite int or float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1e308 <= value <= 1e308
+    """Whether it can be calculated with and drawn: an int or a float, far enough from what floats cannot hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e100 <= value <= 1e100
 
 
 def named_values(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
