@@ -2,9 +2,9 @@
 
     python -m benchmarks.run [NAME …]
 
-Names: help, books, reference, languages, demo. Each measurement is kept under build/bench, so that a bench that was cut
-off goes on where it stood; remove that folder to measure anew. The texts are those of `NEXTWORD_DATA` (where that is not
-set: ../shared/data).
+Names: help, books, reference, languages, demo; those of fine-tuning are in benchmarks/tuning.py. Each measurement is kept
+under build/bench, so that a bench that was cut off goes on where it stood; remove that folder to measure anew. The texts are
+those of `NEXTWORD_DATA` (where that is not set: ../shared/data).
 """
 
 import json
@@ -23,7 +23,9 @@ from typing import Any
 
 DATA = Path(os.environ.get("NEXTWORD_DATA", "../shared/data"))
 KEPT = Path("build/bench")
-VERBS = ("", "demo", "prepare", "pretrain", "generate", "evaluate", "report", "verify")
+VERBS = (
+    "", "demo", "prepare", "pretrain", "finetune", "transfer", "predict", "chat", "generate", "evaluate", "report", "verify",
+)  # fmt: skip
 
 
 def cell(name: str, measure: Callable[[], Any]) -> Any:
@@ -162,6 +164,11 @@ def demo() -> None:
     print(f"\ndemo: {run['wall']:.0f} s, {run['steps']:,} steps, {run['bits_per_byte']:.3f} bits per byte")
     for completion in run["completions"]:
         print("\n> " + (completion["prompt"] + completion["text"]).replace("\n", "\n> "))
+    packages, assistant = run["packages"], run["assistant"]
+    print(f"\npackages: {packages['metric']} {packages['scores']}, without a model {packages['baselines']}")
+    print(f"\nassistant: {assistant['bits_per_byte']:.3f} bits per byte of held-out answers")
+    for one in run["answers"]:
+        print(f"\n> {one['asked']} → {one['answered'].get('label') or one['answered']['text']}")
 
 
 def main() -> None:

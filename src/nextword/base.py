@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nextword import files
-from nextword.errors import NextwordError
+from nextword.errors import CorruptFile, NextwordError
 from nextword.evaluation.likelihood import likelihood
 from nextword.model.gpt import GPT
 from nextword.model.stock import load_model
@@ -68,11 +68,16 @@ class Base:
 
 
 def form_of(directory: Path) -> Form | None:
-    """What task a model directory was fine-tuned for, where it was."""
+    """What task a model directory was fine-tuned for, where it was. Raises `CorruptFile` where that cannot be read."""
     if not (directory / files.MANIFEST).is_file():
         return None
     facts = files.read_manifest(directory).get("task")
-    return Form.from_dict(facts) if isinstance(facts, dict) else None
+    if facts is None:
+        return None
+    try:
+        return Form.from_dict(facts)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CorruptFile(f"{directory / files.MANIFEST}: says of no task that nextword knows ({error})") from error
 
 
 def forgetting(base: Base, model: GPT) -> dict[str, Any] | None:

@@ -6,10 +6,11 @@ an extract token, at which a head reads. Where the answer is a text, it follows 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from nextword.tasks.columns import GOLD
 from nextword.tasks.examples import Example
 from nextword.text.batches import IGNORE, Batch, Labels, permute, seed_for
 from nextword.text.chat import CHAT_MARKERS, encode_conversation
@@ -71,8 +72,12 @@ class Form:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Form":
+        """Raises `TypeError`, `ValueError` or `AttributeError` for what `to_dict` does not give."""
         columns = tuple(values.get("columns", {}).items())
-        return cls(**{**values, "labels": tuple(values.get("labels", ())), "columns": columns})
+        form = cls(**{**values, "labels": tuple(map(str, values.get("labels", ()))), "columns": columns})
+        if form.kind not in get_args(Kind) or form.task not in GOLD or int(form.answer_tokens) < 0:
+            raise ValueError(f"task {form.task!r} of the kind {form.kind!r}")
+        return form
 
 
 class Text(NamedTuple):
