@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -15,6 +16,7 @@ import torch
 
 from conftest import command
 from nextword import api
+from nextword.base import Base
 from nextword.cli import run
 from nextword.errors import CorruptFile, NextwordError, UsageError
 from nextword.files import read_json, read_json_lines
@@ -249,6 +251,16 @@ def test_a_fine_tuned_model_can_be_tuned_again(base, tmp_path):
     tune(base, write(tmp_path / "a.jsonl", "classify", 40), tmp_path / "a", steps=5)
     again = tune(tmp_path / "a" / "model", write(tmp_path / "b.jsonl", "choose", 40), tmp_path / "b", steps=5)
     assert again["task"] == "choose" and "accuracy" in again
+
+
+def test_a_stock_directory_in_a_strangers_folder(base, tmp_path):
+    """A run.json beside a model need not be ours."""
+    shutil.copytree(base / "model", tmp_path / "theirs" / "weights")
+    for content in ('{"shards": 3}', "[]", '{"shards": "gone"}'):
+        (tmp_path / "theirs" / "run.json").write_text(content)
+        found = Base.open(tmp_path / "theirs" / "weights")
+        assert found.old_text is None and found.form is None
+    assert Base.open(base).old_text == Base.open(base / "model").old_text is not None
 
 
 def test_lora_leaves_the_base_alone(base, tmp_path):

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "console": set(),
     "runs": GROUND | {"model", "text"},
     "job": GROUND | {"training", "evaluation", "recipes", "console", "runs"},
-    "base": GROUND | {"model", "text", "tasks", "evaluation", "runs"},
+    "base": GROUND | {"model", "text", "tasks", "evaluation"},
     "prediction": GROUND | {"model", "text", "tasks", "training", "inference", "evaluation"},
     "pretraining": GROUND
     | {"model", "text", "training", "inference", "evaluation", "recipes", "console", "runs", "job"},

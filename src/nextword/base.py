@@ -10,7 +10,6 @@ from nextword.errors import CorruptFile, NextwordError
 from nextword.evaluation.likelihood import likelihood
 from nextword.model.gpt import GPT
 from nextword.model.stock import load_model
-from nextword.runs import RunFolder
 from nextword.tasks.encoding import Form
 from nextword.text.corpus import Corpus
 from nextword.text.tokenizer import Tokenizer
@@ -47,12 +46,7 @@ class Base:
     def open(cls, given: Path) -> "Base":
         directory = model_path(given)
         run = next((path for path in (given, directory.parent) if (path / "run.json").is_file()), None)
-        old_text = None
-        if run is not None:
-            facts = RunFolder(run).facts()
-            shards = Path(facts.get("old_text") or run / facts.get("shards", "data"))
-            old_text = shards if (shards / files.MANIFEST).is_file() else None
-        return cls(given, directory, Tokenizer.open(directory), form_of(directory), old_text)
+        return cls(given, directory, Tokenizer.open(directory), form_of(directory), old_text_of(run) if run else None)
 
     def fingerprint(self) -> str:
         """A hash of every weight file."""
@@ -65,6 +59,15 @@ class Base:
             "base": {"model": str(self.given.resolve()), "weights": self.fingerprint()},
             "old_text": None if self.old_text is None else str(self.old_text.resolve()),
         }
+
+
+def old_text_of(run: Path) -> Path | None:
+    """The shards that a run's model was pre-trained on, by itself or by the run it began with; None where they are gone."""
+    facts = files.read_json(run / "run.json")
+    named = (facts.get("old_text") or facts.get("shards")) if isinstance(facts, dict) else None
+    if not isinstance(named, str):  # not a run of nextword's
+        return None
+    return run / named if (run / named / files.MANIFEST).is_file() else None
 
 
 def form_of(directory: Path) -> Form | None:
