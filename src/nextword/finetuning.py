@@ -308,6 +308,9 @@ class Finetuning(Job):
         self.run.append({"step": step, "sample": {"prompt": f"{prompt}\n→ ", "text": text}})
         self.console.sample(step, f"{prompt} → ", text)
 
+    def got_worse(self, step: int, look: Look) -> None:
+        """Nothing is said: a look that is not the best is no news, and patience ends what gets no better."""
+
     # ------------------------------------------------------------ finish
 
     def finish(self) -> dict[str, Any]:

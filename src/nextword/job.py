@@ -6,6 +6,7 @@ the model is kept (`keep`); beginning, going on and finishing are stories of its
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -67,7 +68,7 @@ class Best:
     since: int = 0
 
 
-class Job:
+class Job(ABC):
     """One run in progress: begun or gone on with by its subclass, then `train`, then `finish`."""
 
     rows_differ = False  # in length, so that compiled code would be made anew again and again
@@ -95,28 +96,29 @@ class Job:
 
     # ------------------------------------------------------------ what a subclass says
 
+    @abstractmethod
     def begin(self, command: list[str], request: dict[str, Any]) -> None:
         """Decide once what the run fixes, and write it down."""
-        raise NotImplementedError
 
+    @abstractmethod
     def go_on(self) -> None:
         """Take everything from the run folder, and stand where its newest whole checkpoint stands."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self) -> dict[str, Any]:
         """Measure the kept weights; the result, written down with the card and the report."""
-        raise NotImplementedError
 
+    @abstractmethod
     def look(self, pace: Pace) -> Look | None:
         """The model as it stands, on held-out data; None where nothing is held out. The same data at each look."""
-        raise NotImplementedError
 
+    @abstractmethod
     def keep(self, facts: dict[str, Any]) -> None:
         """Write the model as it stands to RUN/model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sample(self, step: int) -> None:
-        """Let the model show what it can; by default it is not asked."""
+        """Let the model show what it can, where it can write."""
 
     def finishing_seconds(self) -> float:
         """How long what follows the last step will take."""
@@ -126,6 +128,7 @@ class Job:
         """A training loss in bits per byte of the text, where it means that."""
         return None
 
+    @abstractmethod
     def got_worse(self, step: int, look: Look) -> None:
         """After a look that was not the best: a word to the person, where one is due."""
 
