@@ -35,8 +35,9 @@ ALLOWED: dict[str, set[str]] = {
     | {"model", "text", "tasks", "training", "recipes", "console", "runs", "job", "base", "prediction"},
     "transferring": GROUND | {"tasks", "evaluation", "console", "runs", "job", "prediction"},
     "chatting": GROUND | {"model", "text", "inference"},
+    "loading": GROUND | {"model", "text", "tasks", "inference", "evaluation", "console", "runs", "base", "prediction"},
     "api": GROUND
-    | {"model", "text", "tasks", "inference", "evaluation", "recipes", "console", "runs", "base", "prediction"}
+    | {"text", "tasks", "inference", "evaluation", "recipes", "console", "runs", "base", "loading", "prediction"}
     | {"job", "pretraining", "continuing", "finetuning", "transferring"},
     "verbs": GROUND | {"console", "model", "recipes", "api", "inference", "chatting"},
     "cli": {"errors", "verbs"},

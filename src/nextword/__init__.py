@@ -26,8 +26,8 @@ PUBLIC = {
     "evaluate": "nextword.api",
     "report": "nextword.api",
     "verify": "nextword.api",
-    "load": "nextword.api",
-    "Model": "nextword.api",
+    "load": "nextword.loading",
+    "Model": "nextword.loading",
     "Completion": "nextword.inference.engine",
     "Sampling": "nextword.inference.sampling",
     "Likelihood": "nextword.evaluation.likelihood",
@@ -64,12 +64,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from nextword.api import Model as Model
     from nextword.api import demo as demo
     from nextword.api import evaluate as evaluate
     from nextword.api import finetune as finetune
     from nextword.api import generate as generate
-    from nextword.api import load as load
     from nextword.api import predict as predict
     from nextword.api import prepare as prepare
     from nextword.api import pretrain as pretrain
@@ -80,6 +78,8 @@ if TYPE_CHECKING:
     from nextword.evaluation.likelihood import Likelihood as Likelihood
     from nextword.inference.engine import Completion as Completion
     from nextword.inference.sampling import Sampling as Sampling
+    from nextword.loading import Model as Model
+    from nextword.loading import load as load
     from nextword.model.config import ModelConfig as ModelConfig
     from nextword.model.config import build_config as build_config
     from nextword.model.gpt import GPT as GPT

@@ -1,114 +1,38 @@
 """Every verb as a short story. What the command line does, a program does here by the same names."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from nextword import files, recipes
-from nextword.base import Base, form_of, model_path
+from nextword.base import Base
 from nextword.console import Console
 from nextword.continuing import Continuing
 from nextword.errors import CorruptFile, NextwordError, UsageError
 from nextword.evaluation.likelihood import Likelihood, likelihood
 from nextword.evaluation.report import write_report
 from nextword.finetuning import Finetuning
-from nextword.inference.engine import Completion, Engine
-from nextword.inference.sampling import Sampling
+from nextword.inference.engine import Completion
 from nextword.job import Job, carry_out
-from nextword.model.stock import load_model
-from nextword.prediction import Predictor, score_predictions
+from nextword.loading import Paths, as_list, load
+from nextword.prediction import score_predictions
 from nextword.pretraining import Pretraining
 from nextword.recipes import change, count, recipe_named, seconds
 from nextword.runs import RunFolder, choose_device, command_line
-from nextword.tasks.data import example_of
 from nextword.tasks.examples import read_examples
 from nextword.tasks.scores import Score
 from nextword.text import corpus as corpora_module
-from nextword.text.batches import TokenRow
 from nextword.text.corpus import Corpus
 from nextword.text.docstrings import write_examples
 from nextword.text.documents import Problems
 from nextword.text.named import NAMED
-from nextword.text.tokenizer import Tokenizer
 from nextword.transferring import run_transfer
 
-Paths = str | Path | Sequence[str | Path]
 DEMO_LABELS, DEMO_ANSWERS = 30.0, 45.0  # seconds of the demo's two fine-tunings
-
-
-def as_list(paths: Paths) -> list[str | Path]:
-    return [paths] if isinstance(paths, (str, Path)) else list(paths)
-
-
-# ---------------------------------------------------------------- a model in hand
-
-
-class Model:
-    """A model with its tokenizer, ready to be used. Made by `load`."""
-
-    def __init__(self, path: Path, device: torch.device):
-        self.path = path
-        self.gpt = load_model(path, device).eval()
-        self.tokenizer = Tokenizer.open(path)
-
-    def generate(
-        self, prompts: str | Sequence[str], sampling: Sampling | None = None, **settings: Any
-    ) -> list[Completion]:
-        """Continue one prompt or several together; `settings` are `Sampling`'s fields. In the order of the prompts."""
-        sampling = sampling or Sampling(**settings)
-        return Engine(self.gpt, self.tokenizer).generate(
-            [prompts] if isinstance(prompts, str) else list(prompts), sampling
-        )
-
-    def predict(self, *texts: str) -> dict[str, Any]:
-        """What a fine-tuned model answers to one example, given as its texts: one to classify or rewrite, two to compare, a
-        question and its choices. `label`, `labels`, `score` or `text`, and `probabilities`."""
-        predictor = self.predictor
-        return predictor.predict([example_of(predictor.form.task, texts)])[0]
-
-    @property
-    def predictor(self) -> Predictor:
-        form = form_of(self.path)
-        if form is None:
-            raise UsageError(
-                f"{self.path}: a model that was fine-tuned for no task, so it has nothing to predict; let it go on from a "
-                f"text by nextword generate, or fine-tune it: nextword finetune {self.path} DATA --out RUN"
-            )
-        return Predictor(self.gpt, self.tokenizer, form)
-
-    def stream(self, prompt: str, sampling: Sampling | None = None, **settings: Any) -> Iterator[str]:
-        """The continuation of one prompt, as it is made."""
-        return Engine(self.gpt, self.tokenizer).stream(prompt, sampling or Sampling(**settings))
-
-    def evaluate(self, texts: Paths, text_column: str | None = None, console: Console | None = None) -> Likelihood:
-        """The loss on files, folders or named corpora, as one row of documents."""
-        console = console or Console(quiet=True)
-        problems = Problems()
-        row: list[np.ndarray] = []
-        n_bytes = 0
-        for source in corpora_module.find_sources(as_list(texts), problems, text_column):
-            for document in source.read(problems):
-                for piece in document.pieces:
-                    row.append(np.asarray(self.tokenizer.encode(piece), dtype=np.int64))
-                    n_bytes += len(piece.encode())
-                row.append(np.asarray([self.tokenizer.end_of_text], dtype=np.int64))
-        for line in problems.lines():
-            console.warn(line)
-        if not row:
-            raise NextwordError(f"no text was found in {', '.join(map(str, as_list(texts)))}")
-        return likelihood(
-            self.gpt, TokenRow(np.concatenate(row)), n_bytes, progress=lambda i, n: console.progress("evaluating", i, n)
-        )
-
-
-def load(path: str | Path, device: str = "auto") -> Model:
-    """Open a run folder's model, or any model directory of a supported family, ours or stock."""
-    return Model(model_path(path), choose_device(device))
 
 
 # ---------------------------------------------------------------- verbs
@@ -167,8 +91,7 @@ def pretrain(
         "corpora": whole_paths(corpora, begun=RunFolder(Path(out)).begun), "recipe": recipe, "preset": preset, "size": size,
         "tokenizer": tokenizer, "vocab_size": vocab_size, "text_column": text_column, "seed": seed, "steps": steps,
         "budget": None if budget is None else seconds(budget), "tokens": None if tokens is None else count(tokens),
-        "model": {k: v for k, v in (model or {}).items() if v is not None},
-        "training": {k: v for k, v in (training or {}).items() if v is not None},
+        "model": said(model), "training": said(training),
     }  # fmt: skip
     chosen = change(
         recipe_named(recipe, preset), model=model, training=training, size=size, tokenizer=tokenizer,
@@ -185,6 +108,11 @@ def pretrain(
         return Pretraining(run, corpus, chosen, console, where, started)
 
     return carry_out(job, Path(out), request, resume=resume, tensorboard=tensorboard, console=console)
+
+
+def said(settings: dict[str, Any] | None) -> dict[str, Any]:
+    """The settings that were given."""
+    return {name: value for name, value in (settings or {}).items() if value is not None}
 
 
 def whole_paths(corpora: Paths, begun: bool) -> list[str]:
@@ -265,8 +193,7 @@ def finetune(
         "validation": tables(validation, True), "columns": columns or None, "lora": lora or None,
         "scratch": scratch or None, "limit": limit, "seed": seed, "strict": strict or None, "steps": steps,
         "budget": None if budget is None else seconds(budget),
-        "training": {k: v for k, v in (training or {}).items() if v is not None},
-        "tuning": {k: v for k, v in (tuning or {}).items() if v is not None},
+        "training": said(training), "tuning": said(tuning),
     }  # fmt: skip
     where = choose_device(device)
 

@@ -1,0 +1,92 @@
+"""A model in hand: opened from a run folder or a model directory, and used."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nextword.base import form_of, model_path
+from nextword.console import Console
+from nextword.errors import NextwordError, UsageError
+from nextword.evaluation.likelihood import Likelihood, likelihood
+from nextword.inference.engine import Completion, Engine
+from nextword.inference.sampling import Sampling
+from nextword.model.stock import load_model
+from nextword.prediction import Predictor
+from nextword.runs import choose_device
+from nextword.tasks.data import example_of
+from nextword.text.batches import TokenRow
+from nextword.text.corpus import find_sources
+from nextword.text.documents import Problems
+from nextword.text.tokenizer import Tokenizer
+
+Paths = str | Path | Sequence[str | Path]
+
+
+def as_list(paths: Paths) -> list[str | Path]:
+    return [paths] if isinstance(paths, (str, Path)) else list(paths)
+
+
+class Model:
+    """A model with its tokenizer, ready to be used. Made by `load`."""
+
+    def __init__(self, path: Path, device: torch.device):
+        self.path = path
+        self.gpt = load_model(path, device).eval()
+        self.tokenizer = Tokenizer.open(path)
+
+    def generate(
+        self, prompts: str | Sequence[str], sampling: Sampling | None = None, **settings: Any
+    ) -> list[Completion]:
+        """Continue one prompt or several together; `settings` are `Sampling`'s fields. In the order of the prompts."""
+        sampling = sampling or Sampling(**settings)
+        return Engine(self.gpt, self.tokenizer).generate(
+            [prompts] if isinstance(prompts, str) else list(prompts), sampling
+        )
+
+    def predict(self, *texts: str) -> dict[str, Any]:
+        """What a fine-tuned model answers to one example, given as its texts: one to classify or rewrite, two to compare, a
+        question and its choices. `label`, `labels`, `score` or `text`, and `probabilities`."""
+        predictor = self.predictor
+        return predictor.predict([example_of(predictor.form.task, texts)])[0]
+
+    @property
+    def predictor(self) -> Predictor:
+        form = form_of(self.path)
+        if form is None:
+            raise UsageError(
+                f"{self.path}: a model that was fine-tuned for no task, so it has nothing to predict; let it go on from a "
+                f"text by nextword generate, or fine-tune it: nextword finetune {self.path} DATA --out RUN"
+            )
+        return Predictor(self.gpt, self.tokenizer, form)
+
+    def stream(self, prompt: str, sampling: Sampling | None = None, **settings: Any) -> Iterator[str]:
+        """The continuation of one prompt, as it is made."""
+        return Engine(self.gpt, self.tokenizer).stream(prompt, sampling or Sampling(**settings))
+
+    def evaluate(self, texts: Paths, text_column: str | None = None, console: Console | None = None) -> Likelihood:
+        """The loss on files, folders or named corpora, as one row of documents."""
+        console = console or Console(quiet=True)
+        problems = Problems()
+        row: list[np.ndarray] = []
+        n_bytes = 0
+        for source in find_sources(as_list(texts), problems, text_column):
+            for document in source.read(problems):
+                for piece in document.pieces:
+                    row.append(np.asarray(self.tokenizer.encode(piece), dtype=np.int64))
+                    n_bytes += len(piece.encode())
+                row.append(np.asarray([self.tokenizer.end_of_text], dtype=np.int64))
+        for line in problems.lines():
+            console.warn(line)
+        if not row:
+            raise NextwordError(f"no text was found in {', '.join(map(str, as_list(texts)))}")
+        return likelihood(
+            self.gpt, TokenRow(np.concatenate(row)), n_bytes, progress=lambda i, n: console.progress("evaluating", i, n)
+        )
+
+
+def load(path: str | Path, device: str = "auto") -> Model:
+    """Open a run folder's model, or any model directory of a supported family, ours or stock."""
+    return Model(model_path(path), choose_device(device))
