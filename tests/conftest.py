@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Tests run side by side, one a core; more threads than cores would wait for each other.
@@ -72,3 +72,21 @@ def nextword() -> Run:
         )  # fmt: skip
 
     return run
+
+
+@pytest.fixture
+def without_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine on which nothing can be compiled."""
+
+    from nextword import compiled
+    from nextword.inference import native
+
+    def clear() -> None:
+        compiled.library.cache_clear()
+        native.library.cache_clear()
+
+    monkeypatch.setenv(compiled.OFF, "0")
+    clear()
+    yield
+    monkeypatch.undo()
+    clear()

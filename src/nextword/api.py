@@ -13,10 +13,11 @@ from nextword.base import Base
 from nextword.console import Console
 from nextword.continuing import Continuing
 from nextword.errors import CorruptFile, NextwordError, UsageError
-from nextword.evaluation.likelihood import Likelihood, likelihood
+from nextword.evaluation.likelihood import Likelihood
 from nextword.evaluation.report import write_report
 from nextword.finetuning import Finetuning
 from nextword.inference.engine import Completion
+from nextword.inference.quantize import Precision
 from nextword.job import Job, carry_out
 from nextword.loading import Paths, as_list, load
 from nextword.prediction import score_predictions
@@ -299,10 +300,15 @@ def predict(
 
 
 def generate(
-    model: str | Path, prompts: str | Sequence[str], *, device: str = "auto", **settings: Any
+    model: str | Path,
+    prompts: str | Sequence[str],
+    *,
+    device: str = "auto",
+    precision: Precision = "float32",
+    **settings: Any,
 ) -> list[Completion]:
     """Continue prompts with the model at a path."""
-    return load(model, device).generate(prompts, **settings)
+    return load(model, device, precision).generate(prompts, **settings)
 
 
 def evaluate(
@@ -311,22 +317,20 @@ def evaluate(
     *,
     text_column: str | None = None,
     device: str = "auto",
+    precision: Precision = "float32",
     console: Console | None = None,
 ) -> Likelihood:
     """How well a model predicts texts; without texts, the whole validation part of its own run."""
     console = console or Console(quiet=True)
     with console:
-        loaded = load(model, device)
+        loaded = load(model, device, precision)
         if as_list(texts):
             return loaded.evaluate(texts, text_column, console)
         run = RunFolder(Path(model))
         if not run.begun:
             raise UsageError(f"{model}: say on which text: nextword evaluate {model} TEXT…")
         corpus = Corpus.open(run.path / run.facts()["shards"])
-        held_out = corpus.tokens("validation")
-        return likelihood(
-            loaded.gpt, held_out, corpus.validation.bytes, progress=lambda i, n: console.progress("evaluating", i, n)
-        )
+        return loaded.likelihood(corpus.tokens("validation"), corpus.validation.bytes, console)
 
 
 def report(run: str | Path) -> Path:

@@ -19,6 +19,7 @@ from typing import Any
 from nextword.errors import NextwordError, UsageError
 from nextword.files import append_durably
 from nextword.inference.engine import Engine
+from nextword.inference.reading import Reader, reader_of
 from nextword.inference.sampling import Sampling
 from nextword.model.gpt import GPT
 from nextword.text.chat import can_chat, encode_conversation, fit, turn_ends
@@ -54,6 +55,7 @@ def chat(
     write: Write,
     system: str | None = None,
     greeting: str | None = GREETING,
+    reader: Reader | None = None,
 ) -> list[dict[str, Any]]:
     """Talk until `/quit` or the end of the input; the messages of the last conversation.
 
@@ -75,7 +77,7 @@ def chat(
             "this model has not learned to converse: its tokenizer has no markers for turns. Teach it by: "
             "nextword finetune MODEL chats.jsonl --task chat --out RUN"
         )
-    conversation = _Conversation(model, tokenizer, sampling or Sampling(), read, write, system)
+    conversation = _Conversation(model, tokenizer, sampling or Sampling(), read, write, system, reader)
     if greeting is not None:
         conversation.say(greeting)
     conversation.run()
@@ -104,9 +106,11 @@ class _Conversation:
     """What was said so far, and what each line does."""
 
     def __init__(
-        self, model: GPT, tokenizer: Tokenizer, sampling: Sampling, read: Read, write: Write, system: str | None
-    ):
+        self, model: GPT, tokenizer: Tokenizer, sampling: Sampling, read: Read, write: Write, system: str | None,
+        reader: Reader | None,
+    ):  # fmt: skip
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.reader = reader or reader_of(model)
         self.read, self.write = read, write
         self.system = without_surrogates(system or "").strip()
         self.turns: list[dict[str, Any]] = []
@@ -224,7 +228,8 @@ class _Conversation:
         seed = None if self.sampling.seed is None else self.sampling.seed + self.answers
         self.answers += 1
         # An engine for each answer: one that was stopped in the middle of a step is of no more use.
-        engine = Engine(self.model, self.tokenizer, max_batch=1, ends=turn_ends(self.tokenizer))
+        ends = turn_ends(self.tokenizer)
+        engine = Engine(self.model, self.tokenizer, max_batch=1, ends=ends, reader=self.reader)
         stream = engine.stream(ids, replace(self.sampling, max_tokens=max_tokens, seed=seed))
         answer, ending = "", ""
         try:

@@ -1,6 +1,7 @@
 """A model in hand: opened from a run folder or a model directory, and used."""
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from nextword.console import Console
 from nextword.errors import NextwordError, UsageError
 from nextword.evaluation.likelihood import Likelihood, likelihood
 from nextword.inference.engine import Completion, Engine
+from nextword.inference.quantize import KINDS, Precision
+from nextword.inference.reading import Reader, reader_of, rounded
 from nextword.inference.sampling import Sampling
 from nextword.model.stock import load_model
 from nextword.prediction import Predictor
 from nextword.runs import choose_device
 from nextword.tasks.data import example_of
-from nextword.text.batches import TokenRow
+from nextword.text.batches import TokenRow, TokenSource
 from nextword.text.corpus import find_sources
 from nextword.text.documents import Problems
 from nextword.text.tokenizer import Tokenizer
@@ -30,21 +33,33 @@ def as_list(paths: Paths) -> list[str | Path]:
 
 
 class Model:
-    """A model with its tokenizer, ready to be used. Made by `load`."""
+    """A model with its tokenizer, ready to be used. Made by `load`.
 
-    def __init__(self, path: Path, device: torch.device):
+    Attributes:
+        precision: in which it writes and is evaluated: its weights as they are, or rounded to 8 or 4 bits, which is faster
+            and takes less memory (see `inference.quantize`).
+    """
+
+    def __init__(self, path: Path, device: torch.device, precision: Precision = "float32"):
         self.path = path
         self.gpt = load_model(path, device).eval()
         self.tokenizer = Tokenizer.open(path)
+        self.precision: Precision = precision
+
+    @cached_property
+    def reader(self) -> Reader:
+        return reader_of(self.gpt, self.precision)
+
+    @property
+    def engine(self) -> Engine:
+        return Engine(self.gpt, self.tokenizer, reader=self.reader)
 
     def generate(
         self, prompts: str | Sequence[str], sampling: Sampling | None = None, **settings: Any
     ) -> list[Completion]:
         """Continue one prompt or several together; `settings` are `Sampling`'s fields. In the order of the prompts."""
         sampling = sampling or Sampling(**settings)
-        return Engine(self.gpt, self.tokenizer).generate(
-            [prompts] if isinstance(prompts, str) else list(prompts), sampling
-        )
+        return self.engine.generate([prompts] if isinstance(prompts, str) else list(prompts), sampling)
 
     def predict(self, *texts: str) -> dict[str, Any]:
         """What a fine-tuned model answers to one example, given as its texts: one to classify or rewrite, two to compare, a
@@ -64,7 +79,7 @@ class Model:
 
     def stream(self, prompt: str, sampling: Sampling | None = None, **settings: Any) -> Iterator[str]:
         """The continuation of one prompt, as it is made."""
-        return Engine(self.gpt, self.tokenizer).stream(prompt, sampling or Sampling(**settings))
+        return self.engine.stream(prompt, sampling or Sampling(**settings))
 
     def evaluate(self, texts: Paths, text_column: str | None = None, console: Console | None = None) -> Likelihood:
         """The loss on files, folders or named corpora, as one row of documents."""
@@ -82,11 +97,20 @@ class Model:
             console.warn(line)
         if not row:
             raise NextwordError(f"no text was found in {', '.join(map(str, as_list(texts)))}")
-        return likelihood(
-            self.gpt, TokenRow(np.concatenate(row)), n_bytes, progress=lambda i, n: console.progress("evaluating", i, n)
-        )
+        return self.likelihood(TokenRow(np.concatenate(row)), n_bytes, console)
+
+    def likelihood(self, tokens: TokenSource, n_bytes: int, console: Console) -> Likelihood:
+        """The loss on tokens that stand for so many bytes, with the weights as the precision has them."""
+        model = self.gpt if self.precision == "float32" else rounded(self.gpt, self.precision)
+        return likelihood(model, tokens, n_bytes, progress=lambda i, n: console.progress("evaluating", i, n))
 
 
-def load(path: str | Path, device: str = "auto") -> Model:
-    """Open a run folder's model, or any model directory of a supported family, ours or stock."""
-    return Model(model_path(path), choose_device(device))
+def load(path: str | Path, device: str = "auto", precision: Precision = "float32") -> Model:
+    """Open a run folder's model, or any model directory of a supported family, ours or stock.
+
+    Raises:
+        UsageError: there is no such precision.
+    """
+    if precision not in KINDS:
+        raise UsageError(f"there is no precision {precision!r}, only {', '.join(KINDS)}")
+    return Model(model_path(path), choose_device(device), precision)

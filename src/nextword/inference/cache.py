@@ -54,7 +54,7 @@ class KeyValueCache:
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keep a layer's new keys and values [B, G, T, K]; give all that the selected slots have, and the mask."""
-        self._make_room(self.slots_needed, self.length, keys)
+        self.reserve(self.slots_needed, self.length, keys)
         held = []
         for cached, new in ((self.keys[layer], keys), (self.values[layer], values)):  # [slots, G, room, K]
             cached.transpose(1, 2)[self.slots[:, None], self.positions] = new.transpose(1, 2)  # [B, T, G, K]
@@ -67,7 +67,9 @@ class KeyValueCache:
         self.keys[:, slot : slot + 1] = 0
         self.values[:, slot : slot + 1] = 0
 
-    def _make_room(self, slots: int, length: int, like: Tensor) -> None:
+    def reserve(self, slots: int, length: int, like: Tensor | None = None) -> None:
+        """Room for so many slots and positions, in the precision and on the device of a tensor (the cache's own at first)."""
+        like = self.keys if like is None else like
         _, had_slots, _, had_length, _ = self.keys.shape
         if slots <= had_slots and length <= had_length:
             return

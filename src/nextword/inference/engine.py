@@ -4,8 +4,8 @@
     for piece in engine.stream("Once upon a time", Sampling(temperature=0.7)):
         print(piece, end="", flush=True)
 
-A step runs the model once for all texts that go on by one token, and once for each new prompt. A text that is finished
-gives its slot to the next one in the queue at once (continuous batching: Yu et al. 2022, section 3.1).
+A step reads what each text has new, a prompt or one token, in one pass where it can. A text that is finished gives
+its slot to the next one in the queue at once (continuous batching: Yu et al. 2022, section 3.1).
 """
 
 import codecs
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nextword.errors import NextwordError, UsageError
 from nextword.inference.cache import KeyValueCache
+from nextword.inference.reading import Piece, Reader, reader_of
 from nextword.inference.sampling import Sampling, draw
 from nextword.model.gpt import GPT
 from nextword.text.tokenizer import Tokenizer
@@ -118,14 +119,16 @@ class _Request:
 class Engine:
     """Continues texts with a model.
 
-    A request's draws come from a generator of its own, so they do not depend on its neighbours (the logits do, in their
-    last bits: a matrix product's rows differ with the number of rows). A text that outgrows the context length goes on
+    A request's draws come from a generator of its own, so they do not depend on its neighbours. Nor do its logits where
+    compiled code reads (see `reading`); with PyTorch's operations their last bits do, since a matrix product's rows differ
+    with the number of rows. A text that outgrows the context length goes on
     with a sliding window: when the window is full, its newer half is read anew as the beginning of the next one.
 
     Args:
         max_batch: how many texts run at once; more wait in a queue.
         seed: what requests without a seed of their own take; None draws one.
         ends: the token ids that end a text; None takes the tokenizer's.
+        reader: what reads with this model; None takes the quickest there is, with the weights as they are.
     """
 
     def __init__(
@@ -136,6 +139,7 @@ class Engine:
         max_batch: int = 8,
         seed: int | None = None,
         ends: Collection[int] | None = None,
+        reader: Reader | None = None,
     ):
         if max_batch < 1:
             raise UsageError(f"max_batch must be at least 1, not {max_batch}")
@@ -145,6 +149,7 @@ class Engine:
                 "this is not the tokenizer that the model was trained with"
             )
         self.model = model
+        self.reader = reader or reader_of(model)
         self.tokenizer = tokenizer
         self.ends = tokenizer.ends if ends is None else frozenset(ends)
         self.seed = secrets.randbits(63) if seed is None else seed
@@ -223,25 +228,10 @@ class Engine:
         for request in self.running:
             if request.read + len(request.unread) > self.model.config.context_length:  # a new window: the newer half
                 request.read, request.unread = 0, request.tokens[-max(1, self.model.config.context_length // 2) :]
-        logits: dict[int, Tensor] = {}
-        for request in [request for request in self.running if len(request.unread) > 1]:
-            logits |= self._read([request])
-        if single := [request for request in self.running if len(request.unread) == 1]:
-            logits |= self._read(sorted(single, key=lambda request: request.slot))
-        return [self._advance(request, logits[request.id]) for request in list(self.running)]
-
-    def _read(self, requests: list[_Request]) -> dict[int, Tensor]:
-        """Run the model over the unread tokens, as many in each request; the logits [V] of what follows, by request id.
-
-        Ids that only the embedding has (padding) and not the tokenizer are cut off, so that they are never drawn.
-        """
-        device = self.model.unembedding.device
-        tokens = torch.tensor([request.unread for request in requests], device=device)  # [B, T]
-        slots, starts = [request.slot for request in requests], [request.read for request in requests]
-        positions = self.cache.select(slots, starts, tokens.shape[1], device)
-        hidden = self.model(tokens, positions=positions, cache=self.cache)  # [B, T, D]
-        logits = self.model.unembed(hidden[:, -1])[:, : self.tokenizer.vocab_size].cpu()  # [B, V]
-        return {request.id: row for request, row in zip(requests, logits, strict=True)}
+        pieces = [Piece(request.slot, request.read, request.unread) for request in self.running]
+        # Ids that only the embedding has (padding) and not the tokenizer are cut off, so that they are never drawn.
+        logits = self.reader.read(self.cache, pieces)[:, : self.tokenizer.vocab_size]
+        return [self._advance(request, row) for request, row in zip(list(self.running), logits, strict=True)]
 
     def _advance(self, request: _Request, logits: Tensor) -> Event:
         try:

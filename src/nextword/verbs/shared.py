@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from cyclopts import Parameter
 
@@ -52,6 +52,10 @@ def optional(cls: type, name: str, leave_out: tuple[str, ...] = ()) -> Any:
 ModelOptions: Any = optional(ModelConfig, "ModelOptions", leave_out=("vocab_size", "n_labels"))
 TrainingOptions: Any = optional(Training, "TrainingOptions")
 TuningOptions: Any = optional(Tuning, "TuningOptions", leave_out=("epochs",))
+Precisions = Annotated[
+    Literal["float32", "int8", "int4"],
+    Parameter(help="Of the weights: fewer bits are faster and take less memory, and cost a little quality."),
+]
 Flag = Annotated[bool, Parameter(negative="", show_default=False)]
 Recipes = Annotated[str | None, Parameter(help=f"A named recipe: {', '.join(RECIPES)}.")]
 Presets = Annotated[str | None, Parameter(help=f"The kind of model: {', '.join(PRESETS)}. [default: modern]")]

@@ -11,6 +11,7 @@ from nextword import STARTED
 from nextword.verbs.shared import (
     Common,
     Flag,
+    Precisions,
     TrainingOptions,
     TuningOptions,
     in_words,
@@ -192,6 +193,7 @@ def chat(
     temperature: float = 0.7,
     top_k: int | None = None,
     top_p: float | None = 0.95,
+    precision: Precisions = "float32",
     common: Common = Common(),
 ) -> None:
     """Talk with a model that was fine-tuned on conversations. /help shows the commands, Ctrl-D leaves.
@@ -217,10 +219,10 @@ def chat(
     sampling = Sampling(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=common.seed
     )  # fmt: skip
-    loaded = api.load(model, common.device)
+    loaded = api.load(model, common.device, precision)
     stream = sys.stderr if common.json else sys.stdout
     messages = chatting.chat(
-        loaded.gpt, loaded.tokenizer, sampling, read=chatting.terminal_reader(), system=system,
+        loaded.gpt, loaded.tokenizer, sampling, reader=loaded.reader, read=chatting.terminal_reader(), system=system,
         write=lambda text: print(text, end="", flush=True, file=stream),
         greeting=None if common.quiet else chatting.GREETING,
     )  # fmt: skip

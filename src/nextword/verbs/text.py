@@ -10,6 +10,7 @@ from nextword.verbs.shared import (
     Common,
     Flag,
     ModelOptions,
+    Precisions,
     Presets,
     Recipes,
     Sizes,
@@ -169,6 +170,7 @@ def generate(
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
     stop: Annotated[list[str] | None, Parameter(negative="")] = None,
+    precision: Precisions = "float32",
     common: Common = Common(),
 ) -> None:
     """Let a model go on from a text.
@@ -201,7 +203,7 @@ def generate(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, stop=tuple(stop or ()), seed=common.seed,
     )  # fmt: skip
-    loaded = api.load(model, common.device)
+    loaded = api.load(model, common.device, precision)
     prompts = prompts or [""]
     if len(prompts) == 1 and not common.json:  # one text is shown as it is made
         print(prompts[0], end="", flush=True)
@@ -222,6 +224,7 @@ def evaluate(
     /,
     *,
     text_column: str | None = None,
+    precision: Precisions = "float32",
     common: Common = Common(),
 ) -> None:
     """Measure how well a model predicts a text: loss, perplexity, bits per byte.
@@ -237,7 +240,9 @@ def evaluate(
     """
     from nextword import api
 
-    measured = api.evaluate(model, texts or [], text_column=text_column, device=common.device, console=common.console())
+    measured = api.evaluate(
+        model, texts or [], text_column=text_column, device=common.device, precision=precision, console=common.console()
+    )
     result = {name: getattr(measured, name) for name in ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")}
     show(
         result,

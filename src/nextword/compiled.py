@@ -1,0 +1,60 @@
+"""C++ that is built on first use, where a compiler is found; where none is, PyTorch's own operations do the same.
+
+A library is built in some seconds and kept in the person's cache folder, under a name made of its source.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+HEADER = Path(__file__).with_name("vectors.h")
+FLAGS = ("-O3", "-std=c++17", "-mavx2", "-mfma", "-mf16c", "-fopenmp", "-fPIC", "-shared", f"-I{HEADER.parent}")
+OFF = "NEXTWORD_NATIVE"  # set to 0 in the environment, nothing is compiled
+
+
+def cache_folder() -> Path:
+    """Where compiled code is kept: the system's folder for what a program can make again."""
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "nextword"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nextword"
+
+
+@cache
+def library(source: Path) -> tuple[ctypes.CDLL | None, str]:
+    """The compiled code of a file, built where it is not there yet; or None and why not, in words for the person."""
+    if os.environ.get(OFF) == "0":
+        return None, f"{OFF}=0 is set"
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not capability.startswith("AVX"):
+        return None, f"this processor has no AVX2 ({capability})"
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return None, "no C++ compiler was found (g++ or clang++)"
+    content = source.read_bytes() + HEADER.read_bytes() + " ".join((compiler, *FLAGS)).encode()
+    path = cache_folder() / f"{source.stem}-{hashlib.sha256(content).hexdigest()[:16]}.so"
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryDirectory(dir=path.parent) as aside:
+                built = Path(aside) / path.name
+                command = [compiler, *FLAGS, str(source), "-o", str(built)]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    return None, f"{' '.join(command)} failed:\n{done.stderr.strip()[-2000:]}"
+                built.replace(path)
+        return ctypes.CDLL(str(path)), ""
+    except OSError as error:
+        return None, str(error)
+
+
+def threads() -> int:
+    """How many threads compiled code uses: as many as PyTorch."""
+    return torch.get_num_threads()

@@ -1,0 +1,143 @@
+"""Reading with compiled code: equal to the model's own operations, whatever is read beside it and however it is cut."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nextword.inference import native
+from nextword.inference.cache import KeyValueCache
+from nextword.inference.quantize import Precision, pack
+from nextword.inference.reading import CompiledReader, Piece, PlainReader, reader_of, rounded
+from nextword.model.config import PRESETS, build_config
+from nextword.model.gpt import GPT
+
+CONTEXT, VOCABULARY = 40, 61
+WHY = native.library()[1]  # a build that fails is a test that fails
+compiled = pytest.mark.skipif(WHY.startswith(("no C++ compiler", "this processor")), reason=f"no compiled code: {WHY}")
+
+
+def tiny(preset: str = "modern", **overrides: object) -> GPT:
+    sizes = {"n_layers": 2, "n_heads": 4, "d_model": 64, "context_length": CONTEXT, **overrides}
+    torch.manual_seed(0)
+    model = GPT(build_config(preset, vocab_size=VOCABULARY, **sizes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+MODELS = [
+    *((preset, {}) for preset in PRESETS),
+    ("modern", {"n_kv_heads": 1}),
+    ("modern", {"n_kv_heads": 4, "head_dim": 24, "d_ff": 40, "tied": False}),
+    ("modern", {"qk_norm": False}),  # Llama
+]
+
+
+@pytest.fixture(params=MODELS, ids=lambda p: "-".join([p[0], *(f"{k}={v}" for k, v in p[1].items())]))
+def model(request: pytest.FixtureRequest) -> GPT:
+    preset, overrides = request.param
+    return tiny(preset, **overrides)
+
+
+def text(length: int = CONTEXT, seed: int = 0) -> list[int]:
+    return torch.randint(0, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.inference_mode()
+def whole(model: GPT, tokens: list[int]) -> Tensor:
+    """Logits [T, V] without a cache."""
+    return model.unembed(model(torch.tensor([tokens])))[0]
+
+
+def one_by_one(reading: CompiledReader | PlainReader, tokens: list[int], slot: int = 0) -> Tensor:
+    cache = KeyValueCache(tiny_config(reading))
+    return torch.cat([reading.read(cache, [Piece(slot, at, [token])]) for at, token in enumerate(tokens)])
+
+
+def tiny_config(reading: CompiledReader | PlainReader):
+    return reading.native.config if isinstance(reading, CompiledReader) else reading.model.config
+
+
+@compiled
+def test_compiled_equals_the_model(model: GPT) -> None:
+    tokens = text()
+    assert torch.allclose(one_by_one(CompiledReader(model), tokens), whole(model, tokens), atol=1e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_plain_equals_the_model(model: GPT) -> None:
+    tokens = text()
+    assert torch.allclose(one_by_one(PlainReader(model), tokens), whole(model, tokens), atol=1e-5, rtol=1e-4)
+
+
+@compiled
+@pytest.mark.parametrize("precision", ["float32", "int8", "int4"])
+def test_company_and_cuts_change_nothing_at_all(model: GPT, precision: Precision) -> None:
+    reading, tokens = CompiledReader(model, precision), text()
+    alone = one_by_one(reading, tokens)
+    for cuts in ([CONTEXT], [1, 9, 2, 28], [31, 9]):
+        cache, at = KeyValueCache(model.config), 0
+        for step, length in enumerate(cuts):
+            others = [Piece(slot, 3 * step, text(3, seed=slot)) for slot in (0, 5, 2)]
+            found = reading.read(cache, [others[0], Piece(3, at, tokens[at : at + length]), *others[1:]])
+            at += length
+            assert torch.equal(found[1], alone[at - 1])
+
+
+@compiled
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_fewer_bits_are_the_rounded_model(model: GPT, precision: Precision) -> None:
+    tokens = text()
+    exact, expected = whole(model, tokens), whole(rounded(model, precision), tokens)
+    found = one_by_one(CompiledReader(model, precision), tokens)
+    # What enters a product is rounded as well, to 13 bits: far less than what the weights lose.
+    assert (found - expected).abs().max() < 0.1 * (expected - exact).abs().max() + 1e-4
+    assert torch.allclose(one_by_one(PlainReader(model, precision), tokens), expected, atol=1e-5, rtol=1e-4)
+
+
+@compiled
+def test_threads_change_nothing_at_all() -> None:
+    model, tokens, threads = tiny(), text(), torch.get_num_threads()
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(CompiledReader(model).read(KeyValueCache(model.config), [Piece(0, 0, tokens)]))
+    torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_what_does_not_fit_is_read_plainly(without_compiled: None) -> None:
+    assert isinstance(reader_of(tiny()), PlainReader)
+
+
+def test_widths_of_parts_of_vectors_are_read_plainly() -> None:
+    assert isinstance(reader_of(tiny(d_model=36, head_dim=6, d_ff=24)), PlainReader)
+    with pytest.raises(RuntimeError, match="multiples of 8"):
+        native.Native(tiny(d_model=36, head_dim=6, d_ff=24))
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows=st.integers(1, 5), columns=st.integers(1, 100), power=st.integers(-20, 20), seed=st.integers(0, 99))
+def test_packed_numbers_are_the_nearest(rows: int, columns: int, power: int, seed: int) -> None:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 2.0**power
+    weight[0] = 0
+    int8, int4 = pack(weight, "int8"), pack(weight, "int4")
+    assert pack(weight, "float32").unpack() is not None
+    assert torch.equal(pack(weight, "float32").unpack(), weight)
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert ((int8.unpack() - weight).abs() <= step / 2 * 1.001).all()
+    assert torch.equal(pack(int8.unpack(), "int8").data, int8.data)
+    assert (int8.data.shape[1], int4.data.shape[1] * 2) == (math.ceil(columns / 32) * 32,) * 2
+    # In four bits no group is worse than with the plain scale, by which its largest number is -8 of 16 levels.
+    groups = torch.nn.functional.pad(weight, (0, -columns % 32)).unflatten(1, (-1, 32))
+    scale = (groups.gather(2, groups.abs().argmax(2, keepdim=True)) / -8).half().float()
+    plain = (groups / torch.where(scale == 0, 1.0, scale)).round().clamp(-8, 7) * scale
+    found = torch.nn.functional.pad(int4.unpack(), (0, -columns % 32)).unflatten(1, (-1, 32))
+    worst = (groups - plain).square().sum(2) * 1.001
+    assert ((groups - found).square().sum(2) <= worst).all()
