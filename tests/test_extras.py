@@ -54,8 +54,8 @@ def test_a_compiled_step_is_the_plain_one():
     tokens = torch.randint(0, 50, (3, 17))
     keep = torch.rand(3, 3, 16, 32) > 0.1
     results = []
-    for compiled in (False, True):
-        _, runner = build_step_module(model, next_word, compiled)
+    for kind in ("plain", "compiled"):
+        _, runner = build_step_module(model, next_word, kind)
         loss = runner(Inputs(tokens[:, :-1], tokens[:, 1:], keep))["next_word"]
         results.append((loss.total, torch.autograd.grad(loss.total, list(model.parameters()))))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-4)

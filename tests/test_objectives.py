@@ -126,7 +126,7 @@ def test_the_micro_batch_changes_nothing(kind, texts, n_labels):
         gpt = model(n_labels, dropout=0.2)
         _, data = dataset(kind, [0, 1, 0, 1, 0, 1, 0] if kind != "score" else [0.5] * 7, texts=texts)
         state = TrainState(gpt, Optimizer(gpt, kind="adamw", lr=1e-3))
-        _, step = build_step_module(gpt, labelled(kind, 0.5), compiled=False)
+        _, step = build_step_module(gpt, labelled(kind, 0.5), "plain")
         metrics = train_step(state, step, data.batch(0), StepSettings(micro_batch_rows=rows), 0.5)
         results.append((metrics.loss, metrics.gradient_norm))
     assert results[1] == pytest.approx(results[0], rel=1e-4)

@@ -50,7 +50,7 @@ def setup(kind: Any = "adamw", preset="gpt2", rows=6, lr=3e-3, **overrides):
     model = GPT(config)
     state = TrainState(model, Optimizer(model, kind=kind, lr=lr))
     dataset = TokenDataset(text_like(), 16, rows, seed=4)
-    step_module, _ = build_step_module(model, next_word, compiled=False)
+    step_module, _ = build_step_module(model, next_word, "plain")
     return state, dataset, step_module
 
 

@@ -106,7 +106,7 @@ class Finetuning(Job):
                 f"{self.run.path}: the examples are not those that this run began with, so going on would mix two runs. "
                 "Begin a new one with another --out"
             )
-        self.build_step(self.objective, fixed["compiled"])
+        self.build_step(self.objective, fixed["step_kind"])
         self.restore()
 
     def _read(self, request: dict[str, Any]) -> GPT:
@@ -187,7 +187,7 @@ class Finetuning(Job):
         self.state = TrainState(model, self.make_optimizer(model))
         self.settings = self.make_settings(seed)
         self.objective = make_objective(form, recipe)
-        self.build_step(self.objective, compiled=False)
+        self.build_step(self.objective)
         self.console.say(self.describe())
         return fingerprint([*self.encoded["train"], *self.encoded["validation"]])
 

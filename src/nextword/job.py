@@ -30,11 +30,12 @@ from nextword.runs import (
     open_run,
     versions,
 )
-from nextword.training import checkpoint
+from nextword.training import checkpoint, fused
 from nextword.training.objectives import Objective, Step
 from nextword.training.optimizer import Optimizer
 from nextword.training.pace import Clock, Decision, Pace, read_decisions
 from nextword.training.train import (
+    StepKind,
     StepMetrics,
     StepSettings,
     TrainState,
@@ -156,22 +157,35 @@ class Job(ABC):
         # The first guess of a step's time, from gradients that are thrown away; then whether to compile.
         self.seconds_per_step = probe(self.state, self.plain_step, self.data, self.settings)
         length = self.budget if self.budget is not None else (self.steps_wanted or 0) * self.seconds_per_step
-        if t.compile != "auto" or self.rows_differ:
-            compiled = t.compile == "yes"
-        else:
+        kind = self.quickest_step()
+        if t.compile == "yes":
+            kind = "compiled"
+        elif t.compile == "auto" and kind == "plain" and not self.rows_differ:
             compiled, why = worth_compiling(self.device, length)
+            kind = "compiled" if compiled else "plain"
             self.console.say(why)
-        self.build_step(objective, compiled)
+        self.build_step(objective, kind)
         return {
             "micro_batch_rows": rows,
-            "compiled": compiled,
+            "step_kind": kind,
             "threads": torch.get_num_threads(),
             "world_size": 1,
             "device": self.device.type,
         }
 
-    def build_step(self, objective: Objective, compiled: bool) -> None:
-        self.plain_step, self.step_module = build_step_module(self.state.model, objective, compiled)
+    def quickest_step(self) -> StepKind:
+        """The kind of step that costs no time to begin with."""
+        return "fused" if fused.available(self.state.model) else "plain"
+
+    def build_step(self, objective: Objective, kind: StepKind | None = None) -> None:
+        """The step of a kind; a fused one without its compiler is a plain one, which is said."""
+        if kind == "fused" and not fused.available(self.state.model):
+            self.console.warn(
+                f"this run began with compiled parts that are not to be had here ({fused.library()[1]}): "
+                "equal within rounding, not bit for bit"
+            )
+            kind = "plain"
+        self.plain_step, self.step_module = build_step_module(self.state.model, objective, kind or self.quickest_step())
 
     def common_facts(self) -> dict[str, Any]:
         return {"versions": versions(), "machine": machine(self.device)}

@@ -10,16 +10,17 @@ from torch import Tensor
 from nextword.errors import NextwordError
 from nextword.evaluation.likelihood import evaluating
 from nextword.inference.engine import Engine
+from nextword.inference.reading import reader_of
 from nextword.inference.sampling import Sampling
 from nextword.model.gpt import GPT
 from nextword.tasks import baselines, scores
 from nextword.tasks.encoding import HEADS, Encoded, Encoder, Form, TaskDataset
 from nextword.tasks.examples import Example, inputs_of
 from nextword.tasks.scores import Score
-from nextword.text.batches import Batch
+from nextword.text.batches import IGNORE, Batch
 from nextword.text.documents import Problems
 from nextword.text.tokenizer import Tokenizer
-from nextword.training.objectives import Inputs, choice_logits, example_logits, learned_positions, row_log_likelihoods
+from nextword.training.objectives import Inputs, choice_logits, example_logits, row_log_likelihoods
 from nextword.training.train import to_inputs
 
 BATCH_TOKENS = 8192  # tokens that go through the model at once
@@ -105,8 +106,8 @@ class Predictor:
         total, count = 0.0, 0
         with evaluating(self.model):
             for _, inputs in self.batches(encoded):
-                losses = learned_positions(self.model, inputs)[2]
-                total, count = total + float(losses.double().sum()), count + len(losses)
+                total -= float(row_log_likelihoods(self.model, inputs).double().sum())
+                count += int((inputs.targets != IGNORE).sum())
         return total / max(1, count)
 
     def write(self, examples: Sequence[Example], progress: Progress | None = None) -> list[str]:
@@ -116,9 +117,10 @@ class Predictor:
         room = max(1, self.form.answer_tokens)
         answers: dict[tuple[int, ...], str] = {}
         with evaluating(self.model):
+            reader = reader_of(self.model)
             for start in range(0, len(distinct), WRITTEN_AT_ONCE):
                 some = distinct[start : start + WRITTEN_AT_ONCE]
-                engine = Engine(self.model, self.tokenizer, max_batch=WRITTEN_AT_ONCE, seed=0)
+                engine = Engine(self.model, self.tokenizer, max_batch=WRITTEN_AT_ONCE, seed=0, reader=reader)
                 done = engine.generate(some, Sampling(temperature=0.0, max_tokens=room))
                 answers.update({prompt: one.text.strip() for prompt, one in zip(some, done, strict=True)})
                 if progress is not None:

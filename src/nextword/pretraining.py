@@ -86,7 +86,7 @@ class Pretraining(Job):
             )
         fixed = self.facts["fixed"]
         self._build(self.facts["seed"], fixed["rows"], fixed["threads"])
-        self.build_step(next_word, fixed["compiled"])
+        self.build_step(next_word, fixed["step_kind"])
         self.restore()
 
     def _choose_config(self, unique_tokens: int) -> ModelConfig:
@@ -120,7 +120,7 @@ class Pretraining(Job):
         self.state = TrainState(model, self.make_optimizer(model))
         self.data = TokenDataset(self.corpus.tokens("train"), self.config.context_length, rows, seed)
         self.settings = self.make_settings(seed)
-        self.build_step(next_word, compiled=False)
+        self.build_step(next_word)
 
     def _first_model(self) -> GPT:
         """The model before its first step."""

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nextword.model.gpt import GPT
 from nextword.text.batches import IGNORE
+from nextword.training.fused import FusedGPT
 
 LOGIT_BYTES = 2**28  # logits beyond this are made in pieces, and made again in the backward pass
 
@@ -46,14 +47,21 @@ class Inputs(NamedTuple):
     labels: LabelTensors | None = None
 
 
-Objective = Callable[[GPT, Inputs], dict[str, Loss]]
+Model = GPT | FusedGPT
+Objective = Callable[[Model, Inputs], dict[str, Loss]]
 
 
-def next_word(model: GPT, inputs: Inputs) -> dict[str, Loss]:
+def next_word(model: Model, inputs: Inputs) -> dict[str, Loss]:
     """L(θ) = −Σ log P(x_t | x_<t; θ), summed over every position that has a target."""
     hidden = model(inputs.tokens, keep=inputs.keep)  # [B, T, D]
-    losses = negative_log_likelihoods(hidden.flatten(0, 1), model.unembedding, inputs.targets.flatten())
-    return {"next_word": Loss(losses.sum())}
+    return {"next_word": Loss(summed_loss(model, hidden.flatten(0, 1), inputs.targets.flatten()))}
+
+
+def summed_loss(model: Model, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Σ −log softmax(hidden · unembeddingᵀ)[target] over the positions [N] that have a target."""
+    if isinstance(model, FusedGPT):
+        return model.summed_loss(hidden, targets)
+    return negative_log_likelihoods(hidden, model.unembedding, targets).sum()
 
 
 def negative_log_likelihoods(hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
@@ -81,36 +89,36 @@ def negative_log_likelihoods(hidden: Tensor, unembedding: Tensor, targets: Tenso
 # ---------------------------------------------------------------- labelled examples
 
 
-def learned_positions(model: GPT, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states [B, T, D], which positions have a target [B, T], and their losses in nats, one each.
+def hidden_states(model: Model, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Hidden states [B, T, D], and which positions have a target [B, T].
 
     Logits are made for those positions alone: in fine-tuning they are often a small part.
     """
     hidden = model(inputs.tokens, keep=inputs.keep, segments=inputs.segments, positions=inputs.positions)
-    learned = inputs.targets != IGNORE
-    losses = negative_log_likelihoods(hidden[learned], model.unembedding, inputs.targets[learned])
-    return hidden, learned, losses
+    return hidden, inputs.targets != IGNORE
 
 
-def answer(model: GPT, inputs: Inputs) -> dict[str, Loss]:
+def answer(model: Model, inputs: Inputs) -> dict[str, Loss]:
     """The next word again, where only some positions are learned: those of the answer, not those of the question."""
-    return {"next_word": Loss(learned_positions(model, inputs)[2].sum())}
+    hidden, learned = hidden_states(model, inputs)
+    return {"next_word": Loss(summed_loss(model, hidden[learned], inputs.targets[learned]))}
 
 
-def row_log_likelihoods(model: GPT, inputs: Inputs) -> Tensor:
+def row_log_likelihoods(model: Model, inputs: Inputs) -> Tensor:
     """Σ log P(x_t | x_<t; θ) over the targets of each row; [B]."""
-    _, learned, losses = learned_positions(model, inputs)
+    hidden, learned = hidden_states(model, inputs)
+    losses = negative_log_likelihoods(hidden[learned], model.unembedding, inputs.targets[learned])
     rows = learned.nonzero()[:, 0]
     return -losses.new_zeros(len(inputs.tokens)).index_add(0, rows, losses)
 
 
-def example_logits(model: GPT, hidden: Tensor, labels: LabelTensors) -> Tensor:
+def example_logits(model: Model, hidden: Tensor, labels: LabelTensors) -> Tensor:
     """The head's logits [E, n_labels] at each row's end, those of an example's rows summed (Radford et al. 2018, 3.3)."""
     rows = model.classify(hidden[torch.arange(len(hidden), device=hidden.device), labels.ends]).float()
     return rows.new_zeros(int(labels.weight.shape[0]), rows.shape[1]).index_add(0, labels.example, rows)
 
 
-def choice_logits(model: GPT, hidden: Tensor, labels: LabelTensors) -> Tensor:
+def choice_logits(model: Model, hidden: Tensor, labels: LabelTensors) -> Tensor:
     """One logit a row, as [E, C]: those of an example's choices side by side, −∞ where it has fewer than C."""
     rows = model.classify(hidden[torch.arange(len(hidden), device=hidden.device), labels.ends]).float()[:, 0]
     first = torch.searchsorted(labels.example, labels.example)  # the first row of the same example
@@ -127,14 +135,10 @@ def labelled(kind: str, auxiliary: float = 0.0) -> Objective:
     example's rows).
     """
 
-    def objective(model: GPT, inputs: Inputs) -> dict[str, Loss]:
+    def objective(model: Model, inputs: Inputs) -> dict[str, Loss]:
         labels = inputs.labels
         assert labels is not None
-        if auxiliary:
-            hidden, _, losses = learned_positions(model, inputs)
-        else:
-            hidden = model(inputs.tokens, keep=inputs.keep)
-            losses = None
+        hidden, learned = hidden_states(model, inputs)
         logits = (choice_logits if kind == "choice" else example_logits)(model, hidden, labels)
         if kind == "score":
             each = (logits[:, 0] - labels.gold) ** 2
@@ -143,7 +147,9 @@ def labelled(kind: str, auxiliary: float = 0.0) -> Objective:
         else:
             each = F.cross_entropy(logits, labels.gold, reduction="none")
         terms = {"task": Loss((each * labels.weight).sum())}
-        return terms if losses is None else {**terms, "next_word": Loss(losses.sum(), auxiliary)}
+        if auxiliary:
+            terms["next_word"] = Loss(summed_loss(model, hidden[learned], inputs.targets[learned]), auxiliary)
+        return terms
 
     return objective
 
@@ -154,7 +160,7 @@ def preference(beta: float) -> Objective:
     A pair's rows are the chosen answer and the rejected one, in this order; `reference` holds log π₀.
     """
 
-    def objective(model: GPT, inputs: Inputs) -> dict[str, Loss]:
+    def objective(model: Model, inputs: Inputs) -> dict[str, Loss]:
         assert inputs.labels is not None and inputs.labels.reference is not None
         gained = row_log_likelihoods(model, inputs) - inputs.labels.reference
         return {"task": Loss(-F.logsigmoid(beta * (gained[0::2] - gained[1::2])).sum())}
@@ -163,12 +169,13 @@ def preference(beta: float) -> Objective:
 
 
 class Step(nn.Module):
-    """The model with its loss: the one module that is compiled."""
+    """The model with its loss: the one module that is compiled, or made of compiled parts (see `fused`)."""
 
-    def __init__(self, model: GPT, objective: Objective):
+    def __init__(self, model: GPT, objective: Objective, fused: bool = False):
         super().__init__()
         self.model = model
         self.objective = objective
+        self.fused = FusedGPT(model) if fused else None
 
     def forward(self, inputs: Inputs) -> dict[str, Loss]:
-        return self.objective(self.model, inputs)
+        return self.objective(self.fused or self.model, inputs)

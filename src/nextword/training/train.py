@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from nextword.training.objectives import Inputs, LabelTensors, Loss, Objective, 
 from nextword.training.optimizer import Optimizer, Schedule, learning_rate
 from nextword.training.pace import Clock, Pace
 
+# How a step's operations are done: PyTorch's one by one; with our own compiled parts (see `fused`); by torch.compile.
+StepKind = Literal["plain", "fused", "compiled"]
 BAD_STEPS_IN_A_ROW = 5  # so many losses that are no number, one after the other, end a run
 
 
@@ -243,9 +245,9 @@ def worth_compiling(device: torch.device, seconds: float) -> tuple[bool, str]:
     return True, "compiled: the first step takes about a minute"
 
 
-def build_step_module(model: GPT, objective: Objective, compiled: bool) -> tuple[Step, nn.Module]:
-    """The model with its loss, plain (for the measurements) and as it is run."""
-    step_module = Step(model, objective)
-    runner = torch.compile(step_module) if compiled else step_module
+def build_step_module(model: GPT, objective: Objective, kind: StepKind) -> tuple[Step, nn.Module]:
+    """The model with its loss, as it is measured beforehand and as it is run; the same two where it is not compiled."""
+    step_module = Step(model, objective, fused=kind == "fused")
+    runner = torch.compile(step_module) if kind == "compiled" else step_module
     assert isinstance(runner, nn.Module)
     return step_module, runner

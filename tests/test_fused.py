@@ -1,0 +1,126 @@
+"""Compiled parts of training: the same hidden states, losses and gradients as the model's own operations give."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from nextword.model.config import PRESETS, build_config
+from nextword.model.gpt import GPT, dropout_masks
+from nextword.text.batches import IGNORE
+from nextword.training import fused
+from nextword.training.fused import FusedGPT
+from nextword.training.objectives import Inputs, Step, answer, next_word, row_log_likelihoods
+
+VOCABULARY = 61
+WHY = fused.library()[1]  # a build that fails is a test that fails
+pytestmark = pytest.mark.skipif(
+    WHY.startswith(("no C++ compiler", "this processor")), reason=f"no compiled code: {WHY}"
+)
+MODELS = [
+    *((preset, {}) for preset in PRESETS),
+    ("modern", {"n_kv_heads": 1}),
+    ("modern", {"n_kv_heads": 4, "head_dim": 24, "d_ff": 40, "tied": False}),
+    ("modern", {"qk_norm": False}),  # Llama
+    ("gpt2", {"dropout": 0.3}),
+    ("gpt1", {"dropout": 0.3}),
+]
+
+
+@pytest.fixture(params=MODELS, ids=lambda p: "-".join([p[0], *(f"{k}={v}" for k, v in p[1].items())]))
+def model(request: pytest.FixtureRequest) -> GPT:
+    preset, overrides = request.param
+    return tiny(preset, **overrides)
+
+
+def tiny(preset: str = "modern", **overrides: object) -> GPT:
+    sizes = {"n_layers": 2, "n_heads": 4, "d_model": 64, "context_length": 130, **overrides}
+    torch.manual_seed(0)
+    model = GPT(build_config(preset, vocab_size=VOCABULARY, **sizes))  # pyright: ignore[reportArgumentType]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def inputs(model: GPT, rows: int, length: int) -> Inputs:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, VOCABULARY, (rows, length), generator=generator)
+    targets = torch.randint(0, VOCABULARY, (rows, length), generator=generator)
+    targets[0, : length // 3] = IGNORE
+    return Inputs(tokens, targets, dropout_masks(model.config, list(range(rows)), length, torch.device("cpu")))
+
+
+def gradients(step: Step, batch: Inputs) -> tuple[float, dict[str, Tensor]]:
+    step.model.zero_grad()
+    loss = sum(term.weight * term.total for term in step(batch).values())
+    assert isinstance(loss, Tensor)
+    (loss / 7).backward()
+    found = {name: p.grad.clone() for name, p in step.model.named_parameters() if p.grad is not None}
+    return float(loss.detach()), found
+
+
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (3, 7), (2, 48), (2, 130)])
+@pytest.mark.parametrize("objective", [next_word, answer])
+def test_loss_and_gradients_are_the_models_own(model: GPT, rows: int, length: int, objective) -> None:
+    batch = inputs(model, rows, length)
+    expected, right = gradients(Step(model, objective), batch)
+    found, mine = gradients(Step(model, objective, fused=True), batch)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert mine.keys() == right.keys()
+    for name, gradient in right.items():
+        # Relative to the largest: sums over many rows cancel.
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=2e-5 * float(gradient.abs().max()) + 1e-6)
+
+
+def test_rows_and_segments_go_the_models_own_way() -> None:
+    model = tiny()
+    batch = inputs(model, 2, 20)
+    segments = torch.tensor([[0] * 9 + [1] * 11, [0] * 20])
+    positions = torch.tensor([[*range(9), *range(11)], [*range(20)]])
+    mine = FusedGPT(model)(batch.tokens, segments=segments, positions=positions)
+    assert torch.equal(mine, model(batch.tokens, segments=segments, positions=positions))
+    packed = batch._replace(segments=segments, positions=positions)
+    found = row_log_likelihoods(FusedGPT(model), packed)  # pyright: ignore[reportArgumentType]
+    assert torch.allclose(found, row_log_likelihoods(model, packed))
+    with pytest.raises(ValueError, match="131 tokens are more than the context length of 130"):
+        FusedGPT(model)(torch.zeros(1, 131, dtype=torch.int64))
+
+
+def test_logits_in_pieces_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    batch = inputs(model, 3, 50)
+    whole, right = gradients(Step(model, next_word, fused=True), batch)
+    monkeypatch.setattr(fused, "PIECE", 7 * VOCABULARY)
+    pieces, mine = gradients(Step(model, next_word, fused=True), batch)
+    assert pieces == pytest.approx(whole, rel=1e-6)
+    for name, gradient in right.items():
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_threads_change_no_part_at_all() -> None:
+    """The parts between the matrix products; those are PyTorch's."""
+    threads, found = torch.get_num_threads(), []
+    qkv = torch.randn(2 * 100, 3 * 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    x = torch.randn(300, 64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    config = build_config("modern", vocab_size=5, n_layers=1, n_heads=4, n_kv_heads=4, d_model=64, context_length=100)
+    weight, norm = (torch.linspace(0.5, 1.5, width, requires_grad=True) for width in (16, 64))
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        for leaf in (qkv, x, weight, norm):
+            leaf.grad = None
+        out = fused.Attend.apply(qkv, weight, weight, None, config, 100)
+        total, y = fused.AddNorm.apply(x, x * 2, norm, None, 1e-6)
+        (out.square().sum() + (total * y).sum()).backward()
+        found.append([out.detach(), y.detach(), *(leaf.grad for leaf in (qkv, x, weight, norm))])
+    torch.set_num_threads(threads)
+    for one in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
+
+
+def test_a_loss_that_is_no_number_is_seen() -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.blocks[1].feed_forward.down.weight[3, 5] = torch.nan
+    loss, found = gradients(Step(model, next_word, fused=True), inputs(model, 2, 20))
+    assert not torch.isfinite(torch.tensor(loss))
+    assert not all(torch.isfinite(gradient).all() for gradient in found.values())
