@@ -20,11 +20,14 @@ constexpr int64_t CHUNK = 64;    // rows of a norm whose share of the weights' g
 
 inline int64_t padded(int64_t n) { return (n + 7) / 8 * 8; }
 
+// The length of a row of n numbers: an odd number of vectors, so that a column's numbers lie in different sets of the cache.
+inline int64_t row(int64_t n) { return padded(n) / 16 * 16 + 24; }
+
 // ---------------------------------------------------------------- small products
 
 // R rows of eight or sixteen columns of C (+)= A · B: A is read by strides (so it may lie transposed), B and C by rows.
 template <int R, int V>
-inline void tile(
+inline __attribute__((always_inline)) void tile(
     int64_t n, const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
   __m256 acc[R][V];
   for (auto& row : acc)
@@ -47,8 +50,9 @@ inline void tile(
     }
 }
 
+// Not inlined: knowing the strides, compilers have been seen to rearrange the loop and spill its accumulators.
 template <int V>
-void columns(
+__attribute__((noinline)) void columns(
     int64_t m, int64_t n, const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c,
     int64_t c_row, bool add) {
   int64_t i = 0;
@@ -64,13 +68,14 @@ void columns(
   }
 }
 
-// C [m, w] (+)= A [m, n] · B [n, w]; w is a multiple of 8.
+// C [m, w] (+)= A [m, n] · B [n, w]; w is a multiple of 8. Sixteen columns of B stand together as a strip, `b_strip` numbers
+// from the next one: 16 where B's rows are whole.
 void multiply(
-    int64_t m, int64_t w, int64_t n, const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c,
-    int64_t c_row, bool add) {
+    int64_t m, int64_t w, int64_t n, const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row,
+    int64_t b_strip, float* c, int64_t c_row, bool add) {
   int64_t j = 0;
-  for (; j + 16 <= w; j += 16) columns<2>(m, n, a, a_row, a_column, b + j, b_row, c + j, c_row, add);
-  if (j < w) columns<1>(m, n, a, a_row, a_column, b + j, b_row, c + j, c_row, add);
+  for (; j + 16 <= w; j += 16) columns<2>(m, n, a, a_row, a_column, b + j / 16 * b_strip, b_row, c + j, c_row, add);
+  if (j < w) columns<1>(m, n, a, a_row, a_column, b + j / 16 * b_strip, b_row, c + j, c_row, add);
 }
 
 // ---------------------------------------------------------------- norms
@@ -141,14 +146,11 @@ void add_up(const std::vector<float>& parts, int64_t count, int64_t n, float* to
 
 // ---------------------------------------------------------------- attention's parts
 
-void transpose(const float* from, int64_t rows, int64_t stride, int64_t columns, float* to, int64_t to_stride) {
-  for (int64_t r0 = 0; r0 < rows; r0 += 8)
-    for (int64_t c = 0; c < columns; ++c) {
-      float* line = to + c * to_stride;
-      for (int64_t r = r0; r < std::min(rows, r0 + 8); ++r) line[r] = from[r * stride + c];
-    }
-  for (int64_t c = 0; c < columns; ++c)
-    for (int64_t r = rows; r < to_stride; ++r) to[c * to_stride + r] = 0;
+// A head's rows [T, K] transposed, in strips of sixteen of their T: [K, 16] each, the last one filled up with zeros.
+void transposed_strips(const float* from, int64_t stride, int64_t T, int64_t K, float* to) {
+  for (int64_t first = 0; first < T; first += 16, to += 16 * K)
+    for (int64_t t = 0; t < 16; ++t)
+      for (int64_t k = 0; k < K; ++k) to[16 * k + t] = first + t < T ? from[(first + t) * stride + k] : 0.0f;
 }
 
 // softmax of the first `seen` scores, the rest 0 up to n rounded up to 8; log Σ e^x of the scaled scores.
@@ -203,6 +205,18 @@ void take(const Heads& s, const float* rows, int64_t at, const float* weight, fl
   }
 }
 
+// T rows of a head in strips of sixteen columns, [T, 16] each, so that a product reads them one after the other.
+void strips(const float* from, int64_t stride, int64_t T, int64_t K, float* to) {
+  for (int64_t j = 0; j < K; j += 16)
+    for (int64_t t = 0; t < T; ++t)
+      std::memcpy(to + j * T + 16 * t, from + t * stride + j, std::min<int64_t>(16, K - j) * sizeof(float));
+}
+
+// T rows of a head, one below the other: [T, K].
+void gather(const float* from, int64_t stride, int64_t T, int64_t K, float* to) {
+  for (int64_t t = 0; t < T; ++t) std::memcpy(to + t * K, from + t * stride, K * sizeof(float));
+}
+
 // The same way back: the gradient of the head as it was taken [T, K] becomes that of the rows.
 void give_back(const Heads& s, const float* rows, int64_t at, const float* weight, float* d, float* drows, float* dweight) {
   const int64_t stride = (s.H + 2 * s.G) * s.K;
@@ -222,25 +236,27 @@ extern "C" {
 // out [N, H · K], logsum [B, H, T]: causal attention over qkv [N, (H + 2G) · K].
 void nextword_attend(const Heads* heads, int64_t threads, const float* qkv, float* out, float* logsum) {
   const Heads& s = *heads;
-  const int64_t T = s.T, K = s.K, W = (s.H + 2 * s.G) * K, wide = padded(T), per_group = s.H / s.G;
+  const int64_t T = s.T, K = s.K, W = (s.H + 2 * s.G) * K, wide = row(T), per_group = s.H / s.G;
   const float scale = 1 / std::sqrt(static_cast<float>(K));
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> q(T * K), k(T * K), turned(K * wide), scores(QUERIES * wide);
+    std::vector<float> q(T * K), k(T * K), v(T * (K + 8)), turned(K * wide), scores(QUERIES * wide);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < s.B * s.G; ++task) {
       const int64_t b = task / s.G, g = task % s.G;
-      const float *rows = qkv + b * T * W, *values = rows + (s.H + s.G + g) * K;
+      const float* rows = qkv + b * T * W;
+      strips(rows + (s.H + s.G + g) * K, W, T, K, v.data());
       take(s, rows, (s.H + g) * K, s.key_weight, k.data());
-      transpose(k.data(), T, K, K, turned.data(), wide);
+      transposed_strips(k.data(), K, T, K, turned.data());
       for (int64_t h = g * per_group; h < (g + 1) * per_group; ++h) {
         take(s, rows, h * K, s.query_weight, q.data());
         for (int64_t first = 0; first < T; first += QUERIES) {
           const int64_t count = std::min(QUERIES, T - first), n = first + count;
-          multiply(count, padded(n), K, &q[first * K], K, 1, turned.data(), wide, scores.data(), wide, false);
+          multiply(count, padded(n), K, &q[first * K], K, 1, turned.data(), 16, 16 * K, scores.data(), wide, false);
           for (int64_t i = 0; i < count; ++i)
             logsum[(b * s.H + h) * T + first + i] = softmax(&scores[i * wide], first + i + 1, padded(n), scale);
-          multiply(count, K, n, scores.data(), wide, 1, values, W, out + (b * T + first) * s.H * K + h * K, s.H * K, false);
+          multiply(
+              count, K, n, scores.data(), wide, 1, v.data(), 16, 16 * T, out + (b * T + first) * s.H * K + h * K, s.H * K, false);
         }
       }
     }
@@ -252,34 +268,36 @@ void nextword_attend_backward(
     const Heads* heads, int64_t threads, const float* qkv, const float* out, const float* logsum, const float* dout,
     float* dqkv, float* dquery_weight, float* dkey_weight) {
   const Heads& s = *heads;
-  const int64_t T = s.T, K = s.K, W = (s.H + 2 * s.G) * K, O = s.H * K, wide = padded(T), per_group = s.H / s.G;
+  const int64_t T = s.T, K = s.K, W = (s.H + 2 * s.G) * K, O = s.H * K, wide = row(T), per_group = s.H / s.G;
   const float scale = 1 / std::sqrt(static_cast<float>(K));
   std::vector<float> query_parts(s.B * s.G * K), key_parts(s.B * s.G * K);
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> q(T * K), k(T * K), dq(T * K), dk(T * K), dv(T * K);
-    std::vector<float> keys(K * wide), values(K * wide), p(QUERIES * wide), ds(QUERIES * wide);
+    std::vector<float> q(T * K), k(T * K), dq(T * K), dk(T * K), dv(T * K), given(T * K);
+    std::vector<float> cut(T * (K + 8)), keys(K * wide), values(K * wide), p(QUERIES * wide), ds(QUERIES * wide);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < s.B * s.G; ++task) {
       const int64_t b = task / s.G, g = task % s.G;
       const float* rows = qkv + b * T * W;
       float* drows = dqkv + b * T * W;
       take(s, rows, (s.H + g) * K, s.key_weight, k.data());
-      transpose(k.data(), T, K, K, keys.data(), wide);
-      transpose(rows + (s.H + s.G + g) * K, T, W, K, values.data(), wide);
+      transposed_strips(k.data(), K, T, K, keys.data());
+      strips(k.data(), K, T, K, cut.data());
+      transposed_strips(rows + (s.H + s.G + g) * K, W, T, K, values.data());
       std::fill(dk.begin(), dk.end(), 0.0f);
       std::fill(dv.begin(), dv.end(), 0.0f);
       for (int64_t h = g * per_group; h < (g + 1) * per_group; ++h) {
         take(s, rows, h * K, s.query_weight, q.data());
+        gather(dout + b * T * O + h * K, O, T, K, given.data());
         for (int64_t first = 0; first < T; first += QUERIES) {
           const int64_t count = std::min(QUERIES, T - first), n = first + count, most = padded(n);
-          const float *o = out + (b * T + first) * O + h * K, *d = dout + (b * T + first) * O + h * K;
-          multiply(count, most, K, &q[first * K], K, 1, keys.data(), wide, p.data(), wide, false);
-          multiply(count, most, K, d, O, 1, values.data(), wide, ds.data(), wide, false);
+          const float *o = out + (b * T + first) * O + h * K, *d = &given[first * K];
+          multiply(count, most, K, &q[first * K], K, 1, keys.data(), 16, 16 * K, p.data(), wide, false);
+          multiply(count, most, K, d, K, 1, values.data(), 16, 16 * K, ds.data(), wide, false);
           for (int64_t i = 0; i < count; ++i) {
             __m256 product = _mm256_setzero_ps();
             for (int64_t j = 0; j < K; j += 8)
-              product = _mm256_fmadd_ps(_mm256_loadu_ps(o + i * O + j), _mm256_loadu_ps(d + i * O + j), product);
+              product = _mm256_fmadd_ps(_mm256_loadu_ps(o + i * O + j), _mm256_loadu_ps(d + i * K + j), product);
             const __m256 delta = _mm256_set1_ps(sum(product)), factor = _mm256_set1_ps(scale);
             const __m256 level = _mm256_set1_ps(logsum[(b * s.H + h) * T + first + i]);
             for (int64_t j = 0; j < most; j += 8) {
@@ -291,9 +309,9 @@ void nextword_attend_backward(
               _mm256_storeu_ps(&ds[i * wide + j], _mm256_mul_ps(share, slope));
             }
           }
-          multiply(n, K, count, p.data(), 1, wide, d, O, dv.data(), K, true);
-          multiply(count, K, n, ds.data(), wide, 1, k.data(), K, &dq[first * K], K, false);
-          multiply(n, K, count, ds.data(), 1, wide, &q[first * K], K, dk.data(), K, true);
+          multiply(n, K, count, p.data(), 1, wide, d, K, 16, dv.data(), K, true);
+          multiply(count, K, n, ds.data(), wide, 1, cut.data(), 16, 16 * T, &dq[first * K], K, false);
+          multiply(n, K, count, ds.data(), 1, wide, &q[first * K], K, 16, dk.data(), K, true);
         }
         give_back(s, rows, h * K, s.query_weight, dq.data(), drows, &query_parts[task * K]);
       }
