@@ -137,7 +137,7 @@ def base() -> Path:
         if not books.exists():
             with tarfile.open(DATA / "books.tar.xz") as archive:
                 archive.extractall(books, filter="data")
-        begin = (books, "--budget", "58m", "--size", "tiny", "--model.context-length", "512", "--seed", "0")
+        begin = (books, "--budget", "50m", "--size", "tiny", "--model.context-length", "512", "--seed", "0")
     nextword("pretrain", *begin, "--out", PRETRAINED, "--json", "--quiet")
     return PRETRAINED
 

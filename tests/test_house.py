@@ -37,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "transferring": GROUND | {"tasks", "evaluation", "console", "runs", "job", "prediction"},
     "chatting": GROUND | {"model", "text", "inference"},
     "loading": GROUND | {"model", "text", "tasks", "inference", "evaluation", "console", "runs", "base", "prediction"},
+    "exporting": GROUND | {"model", "text", "inference", "base"},
     "api": GROUND
     | {"text", "tasks", "inference", "evaluation", "recipes", "console", "runs", "base", "loading", "prediction"}
     | {"job", "pretraining", "continuing", "finetuning", "transferring"},
