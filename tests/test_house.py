@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "exporting": GROUND | {"model", "text", "inference", "base"},
     "api": GROUND
     | {"text", "tasks", "inference", "evaluation", "recipes", "console", "runs", "base", "loading", "prediction"}
-    | {"job", "pretraining", "continuing", "finetuning", "transferring"},
+    | {"job", "pretraining", "continuing", "finetuning", "transferring", "exporting"},
     "verbs": GROUND | {"console", "model", "recipes", "api", "inference", "chatting"},
     "cli": {"errors", "verbs"},
     "__main__": {"cli"},
@@ -141,7 +141,7 @@ def test_files_and_functions_stay_readable():
 def test_public_names():
     assert set(nextword.__all__) == {
         "Completion", "Corpus", "GPT", "Likelihood", "Model", "ModelConfig", "NextwordError", "Sampling", "Tokenizer",
-        "__version__", "build_config", "demo", "evaluate", "finetune", "generate", "load", "predict", "prepare",
+        "__version__", "build_config", "demo", "evaluate", "export", "finetune", "generate", "load", "predict", "prepare",
         "pretrain", "report", "transfer", "verify",
     }  # fmt: skip
     assert set(nextword.__all__) == {"__version__", *nextword.PUBLIC}

@@ -24,6 +24,7 @@ PUBLIC = {
     "transfer": "nextword.api",
     "generate": "nextword.api",
     "evaluate": "nextword.api",
+    "export": "nextword.api",
     "report": "nextword.api",
     "verify": "nextword.api",
     "load": "nextword.loading",
@@ -52,6 +53,7 @@ __all__ = [
     "build_config",
     "demo",
     "evaluate",
+    "export",
     "finetune",
     "generate",
     "load",
@@ -66,6 +68,7 @@ __all__ = [
 if TYPE_CHECKING:
     from nextword.api import demo as demo
     from nextword.api import evaluate as evaluate
+    from nextword.api import export as export
     from nextword.api import finetune as finetune
     from nextword.api import generate as generate
     from nextword.api import predict as predict

@@ -15,6 +15,7 @@ from nextword.continuing import Continuing
 from nextword.errors import CorruptFile, NextwordError, UsageError
 from nextword.evaluation.likelihood import Likelihood
 from nextword.evaluation.report import write_report
+from nextword.exporting import Format, write_gguf
 from nextword.finetuning import Finetuning
 from nextword.inference.engine import Completion
 from nextword.inference.quantize import Precision
@@ -331,6 +332,21 @@ def evaluate(
             raise UsageError(f"{model}: say on which text: nextword evaluate {model} TEXT…")
         corpus = Corpus.open(run.path / run.facts()["shards"])
         return loaded.likelihood(corpus.tokens("validation"), corpus.validation.bytes, console)
+
+
+def export(
+    model: str | Path, to: Format = "gguf", out: str | Path | None = None, precision: Precision = "float32"
+) -> Path:
+    """Write a model as one file for other programs; the file, by default `MODEL.gguf` beside the run or the directory.
+
+    Raises:
+        UsageError: there is no such format.
+        NextwordError: the format cannot hold this model or its tokenizer.
+    """
+    if to != "gguf":
+        raise UsageError(f"there is no format {to!r}, only gguf")
+    path = Path(model).resolve()
+    return write_gguf(model, Path(out) if out else path.with_name(f"{path.name}.gguf"), precision)
 
 
 def report(run: str | Path) -> Path:

@@ -24,7 +24,7 @@ app = App(
 )
 for verb in (
     text.demo, text.prepare, text.pretrain, tasks.finetune, tasks.transfer, tasks.predict, tasks.chat, text.generate,
-    text.evaluate, text.report, text.verify,
+    text.evaluate, text.export, text.report, text.verify,
 ):  # fmt: skip
     app.command(verb)
 

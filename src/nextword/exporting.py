@@ -59,7 +59,9 @@ def write_gguf(model: str | Path, out: str | Path, precision: Precision = "float
     gpt, tokenizer = load_model(directory), Tokenizer.open(directory)
     family = gpt.config.family
     if family not in ARCHITECTURES:
-        raise NextwordError(f"{directory}: llama.cpp has no architecture for {family} (post-norm); gpt2 and modern have one")
+        raise NextwordError(
+            f"{directory}: llama.cpp has no architecture for {family} (post-norm); gpt2 and modern have one"
+        )
     if gpt.config.n_labels:
         raise NextwordError(f"{directory}: a classifier, and GGUF is for models that write; predict with nextword")
     vocabulary = ggml_vocabulary(directory, tokenizer, gpt.config.vocab_size)
@@ -154,10 +156,15 @@ def ggml_vocabulary(directory: Path, tokenizer: Tokenizer, size: int) -> dict[st
     expression = next((p["pattern"].get("Regex") for p in parts if p.get("type") == "Split"), "")
     bytes_ = [p for p in parts if p.get("type") == "ByteLevel"]
     known = backend["model"]["type"] == "BPE" and bytes_ and expression in PRE_TOKENIZERS
-    if not known or backend["normalizer"] or bytes_[0].get("add_prefix_space") or bool(expression) == bytes_[0]["use_regex"]:
+    if (
+        not known
+        or backend["normalizer"]
+        or bytes_[0].get("add_prefix_space")
+        or bool(expression) == bytes_[0]["use_regex"]
+    ):
         raise NextwordError(
-            f"{directory / 'tokenizer.json'}: llama.cpp cannot cut text into words as this tokenizer does, so its tokens would be "
-            "others; a tokenizer of nextword's (--tokenizer bpe) or GPT-2's can be exported"
+            f"{directory / 'tokenizer.json'}: llama.cpp cannot cut text into words as this tokenizer does, so its "
+            "tokens would be others; a tokenizer of nextword's (--tokenizer bpe) or GPT-2's can be exported"
         )
     by_id = {id: token for token, id in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
     special = set(tokenizer.markers.values())

@@ -1,7 +1,7 @@
 """The verbs about text: prepare it, learn it, go on from it, measure it; and those about any run or model."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -252,6 +252,33 @@ def evaluate(
             f"{measured.bits_per_byte:.4f} bits/byte, over {measured.tokens:,} tokens, {measured.bytes:,} bytes"
         ),
     )
+
+
+def export(
+    model: Path,
+    /,
+    *,
+    to: Literal["gguf"] = "gguf",
+    out: Path | None = None,
+    precision: Precisions = "float32",
+    common: Common = Common(),
+) -> None:
+    """Write a model as one file for another program: gguf, for llama.cpp and everything that is built on it.
+
+    Parameters
+    ----------
+    model
+        A run folder or a model directory, ours or stock.
+    to
+        The format.
+    out
+        The file. [default: the model's name with the format's ending, beside it]
+    """
+    from nextword import api
+
+    written = api.export(model, to, out, precision)
+    result = {"file": str(written), "bytes": written.stat().st_size}
+    show(result, common, lambda: f"{written}: {result['bytes']:,} bytes")
 
 
 def report(runs: list[Path], /, *, common: Common = Common()) -> None:
