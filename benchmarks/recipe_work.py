@@ -1,0 +1,111 @@
+"""One pre-training of a recipe under trial: `python -m benchmarks.recipe_work SHARDS JSON`; prints one JSON object.
+
+The program's own model, data order, step and measure, in a loop of its own, so that what is only tried needs no setting in the
+program: projections that begin at zero, an average of the weights, a batch that grows, an order that stays the same.
+"""
+
+import copy
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nextword.evaluation.likelihood import likelihood
+from nextword.model.config import build_config
+from nextword.model.gpt import GPT
+from nextword.text.batches import Batch, TokenDataset, seed_for
+from nextword.text.corpus import Corpus
+from nextword.training import fused
+from nextword.training.objectives import next_word
+from nextword.training.optimizer import Optimizer
+from nextword.training.train import StepSettings, TrainState, build_step_module, train_step
+
+DEFAULTS: dict[str, Any] = {
+    "preset": "modern", "size": "tiny", "model": {}, "seed": 0, "tokens": 1_000_000, "batch_tokens": 8192,
+    "optimizer": "muon", "lr": 6e-3, "matrix_lr": None, "weight_decay": 0.1, "beta2": 0.95, "momentum": 0.95, "clip": 1.0,
+    "schedule": "wsd", "warmup": 0.02, "final_lr": 0.0,
+    # What the program has no setting for:
+    "zero_projections": False, "average": 0.0, "ramp": 0.0, "same_order": False, "embedding_lr": None,
+}  # fmt: skip
+
+
+class SameOrder(TokenDataset):
+    """Every epoch in the order of the first."""
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        return super().batch(step % max(1, self.windows // self.rows_per_batch), rank, world)
+
+
+def batches(data: TokenDataset, total: int, ramp: float) -> Iterator[tuple[Batch, float]]:
+    """Each step's batch and the share of the run that is done once it is; with a ramp, the first share of the run in steps
+    of a quarter, then of a half of the batch."""
+    rows, done, step = data.rows_per_batch, 0, 0
+    while done < total:
+        share = done / total
+        data.rows_per_batch = max(1, rows // 4) if share < ramp / 2 else max(1, rows // 2) if share < ramp else rows
+        batch = data.batch(step)
+        done += data.rows_per_batch * data.context_length
+        step += 1
+        yield batch, min(1.0, done / total)
+
+
+def run(corpus: Corpus, s: dict[str, Any]) -> dict[str, Any]:
+    config = build_config(s["preset"], s["size"], vocab_size=corpus.tokenizer.vocab_size, **s["model"])
+    torch.manual_seed(seed_for(s["seed"], 3))
+    model = GPT(config)
+    if s["zero_projections"]:
+        with torch.no_grad():
+            for block in model.blocks:
+                block.attention.output.weight.zero_()
+                block.feed_forward.down.weight.zero_()
+    optimizer = Optimizer(
+        model, kind=s["optimizer"], lr=s["lr"], matrix_lr=s["matrix_lr"], betas=(0.9, s["beta2"]),
+        weight_decay=s["weight_decay"], momentum=s["momentum"],
+    )  # fmt: skip
+    state = TrainState(model, optimizer)
+    _, step_module = build_step_module(model, next_word, "fused" if fused.available(model) else "plain")
+    rows = max(1, round(s["batch_tokens"] / config.context_length))
+    kind = SameOrder if s["same_order"] else TokenDataset
+    data = kind(corpus.tokens("train"), config.context_length, rows, s["seed"])
+    settings = StepSettings(
+        seed=s["seed"], clip=s["clip"], schedule=s["schedule"], warmup=s["warmup"], final_lr=s["final_lr"],
+        micro_batch_rows=max(1, 8192 // config.context_length),
+    )  # fmt: skip
+    averaged = {name: p.detach().clone() for name, p in model.named_parameters()} if s["average"] else {}
+    begin, losses = time.perf_counter(), []
+    for batch, progress in batches(data, s["tokens"], s["ramp"]):
+        metrics = train_step(state, step_module, batch, settings, progress)
+        losses.append(metrics.loss)
+        if not math.isfinite(metrics.loss):
+            return {"bits_per_byte": math.nan, "steps": state.step}
+        for name, p in model.named_parameters():
+            if averaged:  # over about this share of the run, and of what is there at its beginning
+                averaged[name].lerp_(
+                    p.detach(), 1 / min(state.step, max(1.0, s["average"] * s["tokens"] / s["batch_tokens"]))
+                )
+    seconds = time.perf_counter() - begin
+    if averaged:
+        model = copy.deepcopy(model)
+        model.load_state_dict(averaged, strict=False)
+    found = likelihood(model, corpus.tokens("validation"), corpus.validation.bytes)
+    return {
+        "bits_per_byte": found.bits_per_byte, "loss": found.loss, "steps": state.step, "tokens": state.tokens,
+        "seconds": seconds, "parameters": config.parameters, "unique": corpus.train.tokens,
+        "last_losses": sum(losses[-20:]) / len(losses[-20:]), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    corpus, settings = Corpus.open(Path(sys.argv[1])), json.loads(sys.argv[2])
+    if unknown := set(settings) - set(DEFAULTS):
+        raise SystemExit(f"no such settings: {', '.join(sorted(unknown))}")
+    print(json.dumps(run(corpus, {**DEFAULTS, **settings})))
+
+
+if __name__ == "__main__":
+    main()
