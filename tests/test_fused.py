@@ -72,18 +72,24 @@ def test_loss_and_gradients_are_the_models_own(model: GPT, rows: int, length: in
         torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=2e-5 * float(gradient.abs().max()) + 1e-6)
 
 
-def test_rows_and_segments_go_the_models_own_way() -> None:
-    model = tiny()
-    batch = inputs(model, 2, 20)
-    segments = torch.tensor([[0] * 9 + [1] * 11, [0] * 20])
-    positions = torch.tensor([[*range(9), *range(11)], [*range(20)]])
-    mine = FusedGPT(model)(batch.tokens, segments=segments, positions=positions)
-    assert torch.equal(mine, model(batch.tokens, segments=segments, positions=positions))
+@pytest.mark.parametrize("length", [7, 60])
+def test_texts_that_share_a_row_do_not_see_each_other(model: GPT, length: int) -> None:
+    batch = inputs(model, 2, length)
+    cut = length // 3
+    segments = torch.tensor([[0] * cut + [1] * (length - cut), [0] * length])
+    positions = torch.tensor([[*range(cut), *range(length - cut)], [*range(length)]])
     packed = batch._replace(segments=segments, positions=positions)
-    found = row_log_likelihoods(FusedGPT(model), packed)  # pyright: ignore[reportArgumentType]
-    assert torch.allclose(found, row_log_likelihoods(model, packed))
+    expected, right = gradients(Step(model, answer), packed)
+    found, mine = gradients(Step(model, answer, fused=True), packed)
+    assert found == pytest.approx(expected, rel=1e-5)
+    for name, gradient in right.items():
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=2e-5 * float(gradient.abs().max()) + 1e-6)
+    assert torch.allclose(row_log_likelihoods(FusedGPT(model), packed), row_log_likelihoods(model, packed), rtol=1e-4)
+
+
+def test_a_row_that_is_too_long_is_refused() -> None:
     with pytest.raises(ValueError, match="131 tokens are more than the context length of 130"):
-        FusedGPT(model)(torch.zeros(1, 131, dtype=torch.int64))
+        FusedGPT(tiny())(torch.zeros(1, 131, dtype=torch.int64))
 
 
 def test_logits_in_pieces_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +114,7 @@ def test_threads_change_no_part_at_all() -> None:
         torch.set_num_threads(count)
         for leaf in (qkv, x, weight, norm):
             leaf.grad = None
-        out = fused.Attend.apply(qkv, weight, weight, None, config, 100)
+        out = fused.Attend.apply(qkv, weight, weight, fused.Places(), config, 100)
         total, y = fused.AddNorm.apply(x, x * 2, norm, None, 1e-6)
         (out.square().sum() + (total * y).sum()).backward()
         found.append([out.detach(), y.detach(), *(leaf.grad for leaf in (qkv, x, weight, norm))])

@@ -153,30 +153,34 @@ void transposed_strips(const float* from, int64_t stride, int64_t T, int64_t K, 
       for (int64_t k = 0; k < K; ++k) to[16 * k + t] = first + t < T ? from[(first + t) * stride + k] : 0.0f;
 }
 
-// softmax of the first `seen` scores, the rest 0 up to n rounded up to 8; log Σ e^x of the scaled scores.
-float softmax(float* x, int64_t seen, int64_t n, float scale) {
+// The lanes of j..j+7 that are in from..to-1.
+inline __m256 between(int64_t from, int64_t to, int64_t j) {
+  return _mm256_castsi256_ps(_mm256_andnot_si256(lanes(from - j), lanes(to - j)));
+}
+
+// softmax of the scores from..to-1, and 0 for all others up to n (a multiple of 8); log Σ e^x of the scaled scores.
+float softmax(float* x, int64_t from, int64_t to, int64_t n, float scale) {
   const __m256 nothing = _mm256_set1_ps(-INFINITY);
+  const int64_t first = from / 8 * 8;
   __m256 most = nothing;
-  for (int64_t j = 0; j < seen; j += 8) {
-    const __m256 value = _mm256_blendv_ps(nothing, _mm256_loadu_ps(x + j), _mm256_castsi256_ps(lanes(seen - j)));
-    most = _mm256_max_ps(most, value);
-  }
+  for (int64_t j = first; j < to; j += 8)
+    most = _mm256_max_ps(most, _mm256_blendv_ps(nothing, _mm256_loadu_ps(x + j), between(from, to, j)));
   const float peak = largest(most);
   const __m256 level = _mm256_set1_ps(peak), factor = _mm256_set1_ps(scale);
   __m256 total = _mm256_setzero_ps();
   for (int64_t j = 0; j < n; j += 8) {
-    if (j >= seen) {
+    if (j < first || j >= to) {
       _mm256_storeu_ps(x + j, _mm256_setzero_ps());
       continue;
     }
     __m256 value = exponential(_mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(x + j), level), factor));
-    value = _mm256_and_ps(value, _mm256_castsi256_ps(lanes(seen - j)));
+    value = _mm256_and_ps(value, between(from, to, j));
     _mm256_storeu_ps(x + j, value);
     total = _mm256_add_ps(total, value);
   }
   const float all = sum(total);
   const __m256 inverse = _mm256_set1_ps(1 / all);
-  for (int64_t j = 0; j < seen; j += 8) _mm256_storeu_ps(x + j, _mm256_mul_ps(_mm256_loadu_ps(x + j), inverse));
+  for (int64_t j = first; j < to; j += 8) _mm256_storeu_ps(x + j, _mm256_mul_ps(_mm256_loadu_ps(x + j), inverse));
   return peak * scale + std::log(all);
 }
 
@@ -187,21 +191,24 @@ extern "C" {
 // What attention is told. Rows of `qkv` are [(H + 2G) · K]: queries, keys, values. No weight: no norm; no table: no rotation.
 struct Heads {
   int64_t B, T, H, G, K;
-  const float *query_weight, *key_weight, *cosines, *sines;  // [K], [K], [T, K/2], [T, K/2]
+  int64_t turns;  // rows of the tables below: T, or B · T where each row has positions of its own
+  const float *query_weight, *key_weight, *cosines, *sines;  // [K], [K], [turns, K/2], [turns, K/2]
+  const int64_t* starts;  // [B, T], the first position that each one sees; null: 0
   float eps, unused;
 };
 }
 
 namespace {
 
-// The head at column `at` of one text's rows, normed and rotated: [T, K].
-void take(const Heads& s, const float* rows, int64_t at, const float* weight, float* to) {
-  const int64_t stride = (s.H + 2 * s.G) * s.K;
+// The head at column `at` of row b, normed and rotated: [T, K].
+void take(const Heads& s, const float* qkv, int64_t b, int64_t at, const float* weight, float* to) {
+  const int64_t stride = (s.H + 2 * s.G) * s.K, turn = b * s.T % s.turns;
+  const float* rows = qkv + b * s.T * stride;
   const Norm norm{weight, nullptr, s.K, s.eps};
   for (int64_t t = 0; t < s.T; ++t) {
     if (weight) norm.forward(rows + t * stride + at, to + t * s.K);
     else std::memcpy(to + t * s.K, rows + t * stride + at, s.K * sizeof(float));
-    if (s.cosines) rotate(to + t * s.K, s.cosines + t * s.K / 2, s.sines + t * s.K / 2, s.K / 2);
+    if (s.cosines) rotate(to + t * s.K, s.cosines + (turn + t) * s.K / 2, s.sines + (turn + t) * s.K / 2, s.K / 2);
   }
 }
 
@@ -218,12 +225,15 @@ void gather(const float* from, int64_t stride, int64_t T, int64_t K, float* to) 
 }
 
 // The same way back: the gradient of the head as it was taken [T, K] becomes that of the rows.
-void give_back(const Heads& s, const float* rows, int64_t at, const float* weight, float* d, float* drows, float* dweight) {
-  const int64_t stride = (s.H + 2 * s.G) * s.K;
+void give_back(
+    const Heads& s, const float* qkv, int64_t b, int64_t at, const float* weight, float* d, float* dqkv, float* dweight) {
+  const int64_t stride = (s.H + 2 * s.G) * s.K, turn = b * s.T % s.turns;
+  const float* rows = qkv + b * s.T * stride;
+  float* drows = dqkv + b * s.T * stride;
   const Norm norm{weight, nullptr, s.K, s.eps};
   for (int64_t t = 0; t < s.T; ++t) {
     float *one = d + t * s.K, *to = drows + t * stride + at;
-    if (s.cosines) rotate(one, s.cosines + t * s.K / 2, s.sines + t * s.K / 2, s.K / 2, -1);
+    if (s.cosines) rotate(one, s.cosines + (turn + t) * s.K / 2, s.sines + (turn + t) * s.K / 2, s.K / 2, -1);
     if (weight) norm.backward(rows + t * stride + at, one, to, false, dweight, nullptr);
     else std::memcpy(to, one, s.K * sizeof(float));
   }
@@ -246,15 +256,16 @@ void nextword_attend(const Heads* heads, int64_t threads, const float* qkv, floa
       const int64_t b = task / s.G, g = task % s.G;
       const float* rows = qkv + b * T * W;
       strips(rows + (s.H + s.G + g) * K, W, T, K, v.data());
-      take(s, rows, (s.H + g) * K, s.key_weight, k.data());
+      take(s, qkv, b, (s.H + g) * K, s.key_weight, k.data());
       transposed_strips(k.data(), K, T, K, turned.data());
       for (int64_t h = g * per_group; h < (g + 1) * per_group; ++h) {
-        take(s, rows, h * K, s.query_weight, q.data());
+        take(s, qkv, b, h * K, s.query_weight, q.data());
         for (int64_t first = 0; first < T; first += QUERIES) {
           const int64_t count = std::min(QUERIES, T - first), n = first + count;
           multiply(count, padded(n), K, &q[first * K], K, 1, turned.data(), 16, 16 * K, scores.data(), wide, false);
-          for (int64_t i = 0; i < count; ++i)
-            logsum[(b * s.H + h) * T + first + i] = softmax(&scores[i * wide], first + i + 1, padded(n), scale);
+          for (int64_t i = first; i < n; ++i)
+            logsum[(b * s.H + h) * T + i] =
+                softmax(&scores[(i - first) * wide], s.starts ? s.starts[b * T + i] : 0, i + 1, padded(n), scale);
           multiply(
               count, K, n, scores.data(), wide, 1, v.data(), 16, 16 * T, out + (b * T + first) * s.H * K + h * K, s.H * K, false);
         }
@@ -280,14 +291,14 @@ void nextword_attend_backward(
       const int64_t b = task / s.G, g = task % s.G;
       const float* rows = qkv + b * T * W;
       float* drows = dqkv + b * T * W;
-      take(s, rows, (s.H + g) * K, s.key_weight, k.data());
+      take(s, qkv, b, (s.H + g) * K, s.key_weight, k.data());
       transposed_strips(k.data(), K, T, K, keys.data());
       strips(k.data(), K, T, K, cut.data());
       transposed_strips(rows + (s.H + s.G + g) * K, W, T, K, values.data());
       std::fill(dk.begin(), dk.end(), 0.0f);
       std::fill(dv.begin(), dv.end(), 0.0f);
       for (int64_t h = g * per_group; h < (g + 1) * per_group; ++h) {
-        take(s, rows, h * K, s.query_weight, q.data());
+        take(s, qkv, b, h * K, s.query_weight, q.data());
         gather(dout + b * T * O + h * K, O, T, K, given.data());
         for (int64_t first = 0; first < T; first += QUERIES) {
           const int64_t count = std::min(QUERIES, T - first), n = first + count, most = padded(n);
@@ -300,8 +311,9 @@ void nextword_attend_backward(
               product = _mm256_fmadd_ps(_mm256_loadu_ps(o + i * O + j), _mm256_loadu_ps(d + i * K + j), product);
             const __m256 delta = _mm256_set1_ps(sum(product)), factor = _mm256_set1_ps(scale);
             const __m256 level = _mm256_set1_ps(logsum[(b * s.H + h) * T + first + i]);
+            const int64_t from = s.starts ? s.starts[b * T + first + i] : 0;
             for (int64_t j = 0; j < most; j += 8) {
-              const __m256 seen = _mm256_castsi256_ps(lanes(first + i + 1 - j));
+              const __m256 seen = between(from, first + i + 1, j);
               __m256 share = exponential(_mm256_fmsub_ps(_mm256_loadu_ps(&p[i * wide + j]), factor, level));
               share = _mm256_and_ps(share, seen);
               const __m256 slope = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(&ds[i * wide + j]), delta), factor);
@@ -313,9 +325,9 @@ void nextword_attend_backward(
           multiply(count, K, n, ds.data(), wide, 1, cut.data(), 16, 16 * T, &dq[first * K], K, false);
           multiply(n, K, count, ds.data(), 1, wide, &q[first * K], K, 16, dk.data(), K, true);
         }
-        give_back(s, rows, h * K, s.query_weight, dq.data(), drows, &query_parts[task * K]);
+        give_back(s, qkv, b, h * K, s.query_weight, dq.data(), dqkv, &query_parts[task * K]);
       }
-      give_back(s, rows, (s.H + g) * K, s.key_weight, dk.data(), drows, &key_parts[task * K]);
+      give_back(s, qkv, b, (s.H + g) * K, s.key_weight, dk.data(), dqkv, &key_parts[task * K]);
       for (int64_t t = 0; t < T; ++t)
         std::memcpy(drows + t * W + (s.H + s.G + g) * K, &dv[t * K], K * sizeof(float));
     }

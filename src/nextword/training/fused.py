@@ -7,7 +7,7 @@ their gradients equal. What PyTorch does in some forty passes over memory a bloc
 import ctypes
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ PIECE = 2**22  # logits that are held at once: 16 MB, about what the last cache 
 
 class _Heads(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("B", "T", "H", "G", "K")),
-        *((name, ctypes.c_void_p) for name in ("query_weight", "key_weight", "cosines", "sines")),
+        *((name, ctypes.c_int64) for name in ("B", "T", "H", "G", "K", "turns")),
+        *((name, ctypes.c_void_p) for name in ("query_weight", "key_weight", "cosines", "sines", "starts")),
         ("eps", ctypes.c_float), ("unused", ctypes.c_float),
     ]  # fmt: skip
 
@@ -70,32 +70,41 @@ def _at(tensor: Tensor | None) -> int | None:
 # ---------------------------------------------------------------- the parts, each with its gradient
 
 
+class Places(NamedTuple):
+    """Where a row's tokens stand: cosines and sines of their rotations [T or B·T, K/2], and the first position that each
+    one sees [B, T], where several texts share a row."""
+
+    cosines: Tensor | None = None
+    sines: Tensor | None = None
+    starts: Tensor | None = None
+
+
 class Attend(Function):
     """Heads [N, H·K] from queries, keys and values side by side [N, (H + 2G)·K]: normed, rotated, attended to causally."""
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, angles: tuple[Tensor, Tensor] | None,
-        config: ModelConfig, length: int,
+        ctx: Any, qkv: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, places: Places, config: ModelConfig,
+        length: int,
     ) -> Tensor:  # fmt: skip
         inner, rows = config.n_heads * config.head_dim, qkv.shape[0]
         qkv = qkv.contiguous()
         out = qkv.new_empty(rows, inner)
         logsum = qkv.new_empty(rows, config.n_heads)  # as [B, H, T]
-        cosines, sines = angles or (None, None)
         heads = _Heads(
             rows // length, length, config.n_heads, config.n_kv_heads, config.head_dim,
-            *map(_at, (query_weight, key_weight, cosines, sines)), config.norm_eps, 0.0,
+            length if places.cosines is None else len(places.cosines),
+            *map(_at, (query_weight, key_weight, *places)), config.norm_eps, 0.0,
         )  # fmt: skip
         library()[0].nextword_attend(ctypes.byref(heads), compiled.threads(), _at(qkv), _at(out), _at(logsum))
-        ctx.save_for_backward(qkv, out, logsum, query_weight, key_weight, cosines, sines)
-        ctx.heads = heads
+        ctx.save_for_backward(qkv, out, logsum, query_weight, key_weight)
+        ctx.heads, ctx.places = heads, places
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> Any:
-        qkv, out, logsum, query_weight, key_weight, *_ = ctx.saved_tensors
+        qkv, out, logsum, query_weight, key_weight = ctx.saved_tensors
         dqkv, dout = torch.empty_like(qkv), dout.contiguous()
         dquery, dkey = (None if weight is None else torch.empty_like(weight) for weight in (query_weight, key_weight))
         library()[0].nextword_attend_backward(
@@ -197,14 +206,11 @@ class SummedLoss(Function):
 
 
 class FusedGPT:
-    """A GPT as an objective sees it, its forward pass made of the parts above. What they have no form for (several texts in a
-    row, positions of one's own) goes the model's own way."""
+    """A GPT as an objective sees it, its forward pass made of the parts above."""
 
     def __init__(self, model: GPT):
         self.model = model
         self.config = model.config
-        angles = rotary_angles(torch.arange(self.config.context_length), self.config.head_dim, self.config.rope_theta)
-        self.angles = tuple(part.contiguous() for part in angles) if self.config.positions == "rope" else None
 
     def __call__(
         self,
@@ -215,30 +221,30 @@ class FusedGPT:
         keep: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [B, T, D], as `GPT.forward` gives them."""
-        if positions is not None or segments is not None:
-            return self.model(tokens, positions=positions, segments=segments, keep=keep)
         model, config, (rows, length) = self.model, self.config, tokens.shape
         if length > config.context_length:
             raise ValueError(f"{length} tokens are more than the context length of {config.context_length}")
         x = model.token_embedding(tokens)
+        at = torch.arange(length) if positions is None else positions  # [T] or [B, T]
         if config.positions == "learned":
-            x = x + model.position_embedding.weight[:length]
+            x = x + model.position_embedding(at)
         elif config.positions == "sinusoidal":
-            x = x + model.get_buffer("position_table")[:length]
+            x = x + model.get_buffer("position_table")[at]
+        places = self.places(at, segments)
         kept = None if keep is None else keep.flatten(1, 2)  # [1 + 2·n_layers, N, D]
         x = drop(x.flatten(0, 1), None if kept is None else kept[0], config.dropout)  # [N, D]
         added: Tensor | None = None
         for layer, block in enumerate(model.blocks):
             masks = (None, None) if kept is None else (kept[1 + 2 * layer], kept[2 + 2 * layer])
             if config.norm_position == "post":
-                attended = drop(self.attention(block, x, length), masks[0], config.dropout)
+                attended = drop(self.attention(block, x, places, length), masks[0], config.dropout)
                 x = self.add_norm(x, attended, block.attention_norm)[1]
                 x = self.add_norm(
                     x, drop(self.feed_forward(block, x), masks[1], config.dropout), block.feed_forward_norm
                 )[1]
             else:
                 x, normed = self.add_norm(x, added, block.attention_norm)
-                attended = drop(self.attention(block, normed, length), masks[0], config.dropout)
+                attended = drop(self.attention(block, normed, places, length), masks[0], config.dropout)
                 x, normed = self.add_norm(x, attended, block.feed_forward_norm)
                 added = drop(self.feed_forward(block, normed), masks[1], config.dropout)
         if config.norm_position == "pre":
@@ -249,12 +255,23 @@ class FusedGPT:
         assert isinstance(norm, Norm)
         return AddNorm.apply(x, added, norm.weight, norm.bias, norm.eps)  # pyright: ignore[reportReturnType]
 
-    def attention(self, block: Block, x: Tensor, length: int) -> Tensor:
+    def places(self, positions: Tensor, segments: Tensor | None) -> Places:
+        starts = None
+        if segments is not None:  # where a segment begins, carried on to its end
+            at = torch.arange(segments.shape[1]).expand_as(segments)
+            begins = torch.ones_like(segments, dtype=torch.bool)
+            begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+            starts = torch.where(begins, at, 0).cummax(1).values.contiguous()
+        if self.config.positions != "rope":
+            return Places(starts=starts)
+        angles = rotary_angles(positions.flatten(), self.config.head_dim, self.config.rope_theta)
+        return Places(*(part.contiguous() for part in angles), starts)
+
+    def attention(self, block: Block, x: Tensor, places: Places, length: int) -> Tensor:
         a = block.attention
         qkv = side_by_side(x, (a.query, a.key, a.value))
         weights = (a.query_norm.weight, a.key_norm.weight) if isinstance(a.query_norm, Norm) else (None, None)
-        angles = None if self.angles is None else tuple(part[:length] for part in self.angles)
-        return a.output(Attend.apply(qkv, *weights, angles, self.config, length))
+        return a.output(Attend.apply(qkv, *weights, places, self.config, length))
 
     def feed_forward(self, block: Block, x: Tensor) -> Tensor:
         f = block.feed_forward
