@@ -116,7 +116,7 @@ def test_draws_have_their_probabilities(sampling: Sampling) -> None:
     generator = torch.Generator().manual_seed(0)
     counts = torch.zeros(12, dtype=torch.float64)
     for _ in range(n):
-        counts[draw(logits, sampling, [], generator)] += 1
+        counts[draw(logits, sampling, [], [], generator)] += 1
     expected = n * probabilities(logits, sampling)
     possible = expected > 0
     assert counts[~possible].sum() == 0
@@ -127,15 +127,15 @@ def test_draws_have_their_probabilities(sampling: Sampling) -> None:
 def test_greedy_takes_the_likeliest_and_no_random_number() -> None:
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
-    assert draw(torch.tensor([0.0, 2.0, 1.0]), Sampling(temperature=0), [], generator) == 1
+    assert draw(torch.tensor([0.0, 2.0, 1.0]), Sampling(temperature=0), [], [], generator) == 1
     assert torch.equal(generator.get_state(), before)
     assert probabilities(torch.tensor([0.0, 2.0, 1.0]), Sampling(temperature=0)).tolist() == [0, 1, 0]
-    assert draw(torch.tensor([1.9, 2.0]), Sampling(temperature=0, repetition_penalty=1.1), [1], generator) == 0
+    assert draw(torch.tensor([1.9, 2.0]), Sampling(temperature=0, repetition_penalty=1.1), [1], [], generator) == 0
 
 
 def test_every_other_draw_takes_one_random_number() -> None:
     one, other = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
-    draw(random_logits(0), PLAIN, [], one)
+    draw(random_logits(0), PLAIN, [], [], one)
     torch.rand((), generator=other, dtype=torch.float64)
     assert torch.equal(one.get_state(), other.get_state())
 
@@ -164,7 +164,7 @@ def test_adjust_leaves_its_input_alone() -> None:
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_logits_that_are_not_finite_are_refused(bad: float, temperature: float) -> None:
     with pytest.raises(NextwordError, match="not finite"):
-        draw(torch.tensor([0.0, bad]), Sampling(temperature=temperature), [], torch.Generator())
+        draw(torch.tensor([0.0, bad]), Sampling(temperature=temperature), [], [], torch.Generator())
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_logits_that_are_not_finite_are_refused(bad: float, temperature: float) 
         ("min_p", -0.1),
         ("min_p", 1.1),
         ("repetition_penalty", 0.0),
-        ("max_tokens", 0),
+        ("max_tokens", -1),
         ("max_tokens", None),
         ("stop", "\n"),
         ("stop", ("",)),

@@ -61,6 +61,12 @@ class KeyValueCache:
             held.append(cached[self.rows, :, : self.length])  # [B, G, S, K]
         return held[0], held[1], self.mask
 
+    def copy(self, source: int, slot: int, length: int) -> None:
+        """Let a slot begin with the first positions of another."""
+        self.reserve(slot + 1, length)
+        for held in (self.keys, self.values):
+            held[:, slot, :, :length] = held[:, source, :, :length]
+
     @torch.inference_mode()
     def release(self, slot: int) -> None:
         """Clear a slot for another text. Zeros, since a mask does not hide what is not finite: 0 · ∞ is no number."""

@@ -8,13 +8,12 @@ A step reads what each text has new, a prompt or one token, in one pass where it
 its slot to the next one in the queue at once (continuous batching: Yu et al. 2022, section 3.1).
 """
 
-import codecs
 import hashlib
 import secrets
 from collections import deque
 from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -22,12 +21,24 @@ from torch import Tensor
 from nextword.errors import NextwordError, UsageError
 from nextword.inference.cache import KeyValueCache
 from nextword.inference.reading import Piece, Reader, reader_of
-from nextword.inference.sampling import Sampling, draw
+from nextword.inference.sampling import Choice, Sampling, draw, likeliest
+from nextword.inference.stream import TextStream
 from nextword.model.gpt import GPT
 from nextword.text.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "error"]
 Prompt = str | Sequence[int]
+WORTH = 16  # tokens of a common beginning that are worth waiting for
+
+
+class Constraint(Protocol):
+    """What a text may go on with, token by token: a grammar in progress. Each request has one of its own."""
+
+    def allowed(self) -> Tensor:
+        """Boolean [V]: which tokens may follow."""
+        ...
+
+    def accept(self, token: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -36,10 +47,13 @@ class Event:
 
     Attributes:
         text: what can be shown now: whole characters, and nothing that may turn out to be part of a stop string.
-        token: the id that was drawn; None with an error.
+        token: the id that was drawn; None with an error, and where no token was asked for.
         finish_reason: "stop" (a token that ends a text, or a stop string), "length" (`max_tokens`), "error"; None while
             it goes on.
         error: what went wrong and what to do, with the finish reason "error".
+        choice: how likely the token was, and which were likelier; where `Sampling.logprobs` asks.
+        prompt: the same for each token of the prompt that was read (None for the first), with the first event, where
+            `Sampling.prompt_logprobs` asks.
     """
 
     id: int
@@ -47,6 +61,8 @@ class Event:
     token: int | None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    choice: Choice | None = None
+    prompt: list[Choice | None] | None = None
 
     @property
     def finished(self) -> bool:
@@ -70,50 +86,32 @@ class Completion:
     truncated: int = 0
 
 
-class TextStream:
-    """Bytes in, text out, each piece as soon as nothing that follows can change it."""
-
-    def __init__(self, stop: tuple[str, ...] = ()):
-        self.stop = stop
-        self.stopped = False
-        self.held = ""  # the beginning of what may become a stop string
-        # Holds back the first bytes of a character; bytes that can never become one turn into U+FFFD.
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, data: bytes, last: bool = False) -> str:
-        """The text that is now certain. With `last` all that is left; after a stop string none."""
-        if self.stopped:
-            return ""
-        text = self.held + self.decoder.decode(data, final=last)
-        # The stop string that is complete first counts, the longest of those; so token borders make no difference.
-        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.stop if stop in text]
-        if found:
-            self.stopped, self.held = True, ""
-            return text[: min(found)[1]]
-        keep = 0 if last else max((_overlap(text, stop) for stop in self.stop), default=0)
-        self.held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that `stop` begins with, `stop` itself left out."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-
-
 @dataclass
 class _Request:
     id: int
     tokens: list[int]  # the prompt as far as it fits, then what was drawn
-    unread: list[int]  # the tokens at its end that are not in the cache yet
     sampling: Sampling
     generator: torch.Generator
     stream: TextStream
+    constraint: Constraint | None
     truncated: int
     shown: int  # how many of the tokens have become text; before it, from `context` on, those that the next depends on
     context: int = 0
     slot: int = -1
+    begin: int = 0  # which of the tokens stands at the slot's first position
     read: int = 0  # how many positions of the slot are filled
     drawn: list[int] = field(default_factory=list)
+    prompt: list[Choice | None] = field(default_factory=list)
+
+    @property
+    def unread(self) -> list[int]:
+        """The tokens at its end that are not in the cache yet."""
+        return self.tokens[self.begin + self.read :]
+
+    @property
+    def held(self) -> list[int]:
+        """The tokens whose keys and values are in its slot."""
+        return self.tokens[self.begin : self.begin + self.read]
 
 
 class Engine:
@@ -121,14 +119,17 @@ class Engine:
 
     A request's draws come from a generator of its own, so they do not depend on its neighbours. Nor do its logits where
     compiled code reads (see `reading`); with PyTorch's operations their last bits do, since a matrix product's rows differ
-    with the number of rows. A text that outgrows the context length goes on
-    with a sliding window: when the window is full, its newer half is read anew as the beginning of the next one.
+    with the number of rows, unless they are read `apart`. What a prompt begins with is not computed again where a slot holds
+    it. A text that outgrows the context length goes on with a sliding window: when the window is full, its newer half is
+    read anew as the beginning of the next one.
 
     Args:
         max_batch: how many texts run at once; more wait in a queue.
         seed: what requests without a seed of their own take; None draws one.
         ends: the token ids that end a text; None takes the tokenizer's.
         reader: what reads with this model; None takes the quickest there is, with the weights as they are.
+        step_tokens: a longer prompt is read in pieces of so many tokens, and no more of prompts in one step (but for one
+            piece), so that it does not hold up the others.
     """
 
     def __init__(
@@ -140,9 +141,10 @@ class Engine:
         seed: int | None = None,
         ends: Collection[int] | None = None,
         reader: Reader | None = None,
+        step_tokens: int = 256,
     ):
-        if max_batch < 1:
-            raise UsageError(f"max_batch must be at least 1, not {max_batch}")
+        if max_batch < 1 or step_tokens < 1:
+            raise UsageError(f"max_batch and step_tokens must be at least 1, not {max_batch} and {step_tokens}")
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UsageError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}: "
@@ -153,15 +155,24 @@ class Engine:
         self.tokenizer = tokenizer
         self.ends = tokenizer.ends if ends is None else frozenset(ends)
         self.seed = secrets.randbits(63) if seed is None else seed
+        self.step_tokens = step_tokens
         self.cache = KeyValueCache(model.config)
-        self.free = list(range(max_batch))
+        self.free = list(range(max_batch))  # the one that was left first stands first
+        self.left: dict[int, list[int]] = {slot: [] for slot in self.free}  # what free slots still hold
         self.waiting: deque[_Request] = deque()
         self.running: list[_Request] = []
         self.added = 0
 
     # ---------------------------------------------------------------- one request
 
-    def add(self, prompt: Prompt, sampling: Sampling | None = None, *, index: int | None = None) -> int:
+    def add(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        *,
+        index: int | None = None,
+        constraint: Constraint | None = None,
+    ) -> int:
         """Queue a text to be continued; the id that its events carry.
 
         Text that the tokenizer itself would begin with a token (Llama's does) begins with it; any other is taken as it
@@ -171,14 +182,17 @@ class Engine:
         Args:
             prompt: a text, or token ids that are taken as they are.
             index: tells requests of one seed apart; by default 0 with a seed of its own, else the request's number.
+            constraint: what the text is held to.
 
         Raises:
             UsageError: a token id that the tokenizer does not have.
         """
-        self.waiting.append(self._request(prompt, sampling or Sampling(), index))
+        self.waiting.append(self._request(prompt, sampling or Sampling(), index, constraint))
         return self.waiting[-1].id
 
-    def _request(self, prompt: Prompt, sampling: Sampling, index: int | None) -> _Request:
+    def _request(
+        self, prompt: Prompt, sampling: Sampling, index: int | None, constraint: Constraint | None = None
+    ) -> _Request:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if isinstance(prompt, str) and self.tokenizer.begin_of_text is not None:
             ids = [self.tokenizer.begin_of_text, *ids]
@@ -193,10 +207,10 @@ class Engine:
         return _Request(
             id=self.added - 1,
             tokens=window,
-            unread=list(window),
             sampling=sampling,
             generator=generator,
             stream=TextStream(sampling.stop),
+            constraint=constraint,
             truncated=len(ids) - len(window),
             shown=len(window),
         )
@@ -216,40 +230,96 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Admit what waits, and draw one token for every running request; an event for each, in order of arrival.
+        """Admit what waits, read what is new, and draw one token for every request whose prompt is read; an event for
+        each, in order of arrival.
 
         An error of one request (logits that are not finite) ends it with an event and leaves the others running.
         After an exception of the model (out of memory) nothing has been drawn yet: the step can be repeated.
         """
+        self._admit()
+        chosen = self._pieces()
+        rows = self.reader.read(self.cache, [piece for _, piece in chosen])
+        events = [self._take(request, piece, logits) for (request, piece), logits in zip(chosen, rows, strict=True)]
+        return [event for event in events if event is not None]
+
+    def _admit(self) -> None:
+        """Give free slots to those who wait, in order, each the slot that holds the most of its prompt's beginning."""
+        later: list[_Request] = []
         while self.waiting and self.free:
             request = self.waiting.popleft()
-            request.slot = self.free.pop(0)
+            prompt = request.tokens
+            reading = [other for other in self.running if len(other.unread) > 1]
+            soon = max((common(prompt, other.tokens) for other in reading), default=0)
+            slots = {**self.left, **{other.slot: other.held for other in self.running}}
+            shared = {slot: common(prompt, held) for slot, held in slots.items()}
+            source = max(shared, key=lambda slot: (shared[slot], slot in self.left))
+            if soon >= shared[source] + WORTH:  # another is about to read the same beginning
+                later.append(request)
+                continue
+            length = 0 if request.sampling.prompt_logprobs is not None else min(shared[source], len(prompt) - 1)
+            length = self.reader.whole(length, self.step_tokens)
+            slot = source if source in self.left and length else self.free[0]
+            if length and source != slot:
+                self.cache.copy(source, slot, length)
+            self.free.remove(slot)
+            del self.left[slot]
+            request.slot, request.read = slot, length
             self.running.append(request)
+        self.waiting.extendleft(reversed(later))
+
+    def _pieces(self) -> list[tuple[_Request, Piece]]:
+        """What is read in this step: the one new token of each text, and of prompts as many pieces as fit."""
+        pieces, room = [], self.step_tokens
         for request in self.running:
-            if request.read + len(request.unread) > self.model.config.context_length:  # a new window: the newer half
-                request.read, request.unread = 0, request.tokens[-max(1, self.model.config.context_length // 2) :]
-        pieces = [Piece(request.slot, request.read, request.unread) for request in self.running]
+            if len(request.tokens) - request.begin > self.model.config.context_length:  # a new window: the newer half
+                request.begin, request.read = len(request.tokens) - max(1, self.model.config.context_length // 2), 0
+            unread = request.unread
+            if len(unread) > 1:
+                # Cut at the same places whatever else is read.
+                unread = unread[: self.step_tokens - request.read % self.step_tokens]
+                if len(unread) > room and room < self.step_tokens:
+                    continue
+                room -= len(unread)
+            every = request.sampling.prompt_logprobs is not None and not request.drawn
+            pieces.append((request, Piece(request.slot, request.read, unread, every)))
+        return pieces
+
+    def _take(self, request: _Request, piece: Piece, logits: Tensor) -> Event | None:
+        """Go on with what was read; no event where the prompt goes on. logits [1 or len(tokens), V]"""
         # Ids that only the embedding has (padding) and not the tokenizer are cut off, so that they are never drawn.
-        logits = self.reader.read(self.cache, pieces)[:, : self.tokenizer.vocab_size]
-        return [self._advance(request, row) for request, row in zip(list(self.running), logits, strict=True)]
+        logits = logits[:, : self.tokenizer.vocab_size]
+        if piece.every:
+            following = request.tokens[request.begin + piece.start + 1 :]
+            count = request.sampling.prompt_logprobs or 0
+            request.prompt += [likeliest(row, token, count) for row, token in zip(logits, following, strict=False)]
+        request.read += len(piece.tokens)
+        return self._advance(request, logits[-1]) if not request.unread else None
 
     def _advance(self, request: _Request, logits: Tensor) -> Event:
-        try:
-            token = draw(logits, request.sampling, request.tokens, request.generator)
-        except NextwordError as error:
+        sampling = request.sampling
+        prompt = [None, *request.prompt] if sampling.prompt_logprobs is not None and not request.drawn else None
+        if sampling.max_tokens == 0:
             self._leave(request)
+            return Event(request.id, "", None, "length", prompt=prompt)
+        try:
+            allowed = None if request.constraint is None else request.constraint.allowed()
+            token = draw(logits, sampling, request.tokens, request.drawn, request.generator, allowed)
+        except NextwordError as error:
+            self._leave(request, whole=False)
             return Event(request.id, "", None, "error", str(error))
-        request.read, request.unread = request.read + len(request.unread), [token]
+        choice = None if sampling.logprobs is None else likeliest(logits, token, sampling.logprobs)
+        if request.constraint is not None:
+            request.constraint.accept(token)
         ended = token in self.ends
         if not ended:
             request.tokens.append(token)
             request.drawn.append(token)
-        last = ended or len(request.drawn) == request.sampling.max_tokens
+        last = ended or len(request.drawn) == sampling.max_tokens
         text = request.stream.push(self._new_bytes(request, last), last)
         reason = "stop" if ended or request.stream.stopped else "length" if last else None
         if reason:
             self._leave(request)
-        return Event(request.id, text, token, reason)
+        return Event(request.id, text, token, reason, choice=choice, prompt=prompt)
 
     def _new_bytes(self, request: _Request, last: bool) -> bytes:
         """The bytes of the tokens that are no text yet; of a foreign tokenizer's, only when they are characters."""
@@ -266,10 +336,13 @@ class Engine:
         request.shown = len(request.tokens)
         return data
 
-    def _leave(self, request: _Request) -> None:
+    def _leave(self, request: _Request, whole: bool = True) -> None:
+        """Free a request's slot, and keep what it holds for a prompt that begins alike; not what may be no numbers."""
         self.running.remove(request)
-        self.cache.release(request.slot)
-        self.free = sorted([*self.free, request.slot])  # the lowest first, so that running slots stay neighbours
+        if not whole:
+            self.cache.release(request.slot)
+        self.left[request.slot] = request.held if whole else []
+        self.free.append(request.slot)
 
     # ---------------------------------------------------------------- for those who want the whole
 
@@ -327,6 +400,12 @@ class Engine:
     def _refuse_company(self) -> None:
         if self.busy:
             raise UsageError("other requests are under way in this engine: add this one with `add` and call `step`")
+
+
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts have in common at their beginning."""
+    length = min(len(one), len(other))
+    return next((i for i in range(length) if one[i] != other[i]), length)
 
 
 def _generator(seed: int, index: int) -> torch.Generator:

@@ -1,7 +1,7 @@
 """From the logits of one position to the next token. Pure: what is random is one number of the caller's generator."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,8 @@ from nextword.errors import NextwordError, UsageError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a text is continued. What is None is off; the filters are applied in the order in which they stand here.
+    """How a text is continued. What is None is off. First biases and penalties change the logits, then the filters are
+    applied in the order in which they stand here.
 
     Attributes:
         repetition_penalty: above 1 makes tokens that the text has already less likely (Keskar et al. 2019, 4.1).
@@ -22,6 +23,11 @@ class Sampling:
         min_p: draw from tokens at least this share as likely as the likeliest (Nguyen et al. 2024, section 3).
         max_tokens: how many tokens are drawn at most.
         stop: the text ends before the first of these strings.
+        logprobs: how many of the likeliest tokens are told with each token that is drawn, and how likely it was; None: not.
+        prompt_logprobs: the same for the tokens of the prompt, which is then read whole.
+        logit_bias: what is added to single tokens' logits.
+        presence_penalty: what is taken from the logit of a token that was drawn already.
+        frequency_penalty: what is taken for each time that it was drawn.
         seed: the same one gives the same text again; None takes the engine's.
 
     Raises:
@@ -36,6 +42,11 @@ class Sampling:
     max_tokens: int = 200
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         def check(name: str, fine: bool, range_: str) -> None:
@@ -48,17 +59,48 @@ class Sampling:
         check("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1")
         check("min_p", self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1")
         check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 changes nothing)")
-        check("max_tokens", whole["max_tokens"] and self.max_tokens >= 1, "a whole number of at least 1")
+        check("max_tokens", whole["max_tokens"] and self.max_tokens >= 0, "a whole number of at least 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            check(name, math.isfinite(getattr(self, name)), "a finite number")
+        finite = all(math.isfinite(value) for value in (self.logit_bias or {}).values())
+        check("logit_bias", finite, "finite numbers by token id")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            check(name, value is None or (isinstance(value, int) and value >= 0), "a whole number of at least 0")
         check("seed", self.seed is None or whole["seed"], "a whole number")
         strings = isinstance(self.stop, tuple) and all(isinstance(string, str) and string for string in self.stop)
         check("stop", strings, "a tuple of strings that are not empty")
 
 
-def adjust(logits: Tensor, sampling: Sampling, history: Sequence[int] = ()) -> Tensor:
-    """The logits [V] that are drawn from, in float64; what is ruled out is minus infinity, and the largest is 0.
+@dataclass(frozen=True)
+class Choice:
+    """How likely a token was, of the model's own distribution: its log-probability, and the likeliest tokens with theirs."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def likeliest(logits: Tensor, token: int, count: int) -> Choice:
+    """A token's log-probability, and the `count` likeliest ones', under logits [V] before anything is done to them."""
+    logprobs = logits.double().log_softmax(0)
+    values, ids = logprobs.topk(min(max(0, count), len(logprobs)))
+    return Choice(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+def score(
+    logits: Tensor,
+    sampling: Sampling,
+    history: Sequence[int] = (),
+    drawn: Sequence[int] = (),
+    allowed: Tensor | None = None,
+) -> Tensor:
+    """The logits [V] with biases and penalties, in float64.
 
     Args:
         history: the token ids of the text so far, for the repetition penalty.
+        drawn: those among them that were drawn, for the penalties of presence and frequency.
+        allowed: boolean [V], which tokens may follow at all; None for every one.
 
     Raises:
         NextwordError: the model's logits are not finite numbers.
@@ -69,10 +111,29 @@ def adjust(logits: Tensor, sampling: Sampling, history: Sequence[int] = ()) -> T
             "the model's logits are not finite numbers, so no next token can be drawn: its weights are damaged, or its "
             "training diverged. Check the files with `nextword verify`, or take an earlier checkpoint."
         )
+    if sampling.logit_bias:
+        ids, values = zip(*sampling.logit_bias.items(), strict=True)
+        logits = logits.index_add(0, torch.tensor(ids), torch.tensor(values, dtype=torch.float64))
     if sampling.repetition_penalty != 1 and len(history):
         seen = torch.tensor(sorted(set(history)), device=logits.device)
-        score, penalty = logits[seen], sampling.repetition_penalty
-        logits = logits.index_copy(0, seen, torch.where(score > 0, score / penalty, score * penalty))
+        scores, penalty = logits[seen], sampling.repetition_penalty
+        logits = logits.index_copy(0, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
+    if (sampling.presence_penalty or sampling.frequency_penalty) and len(drawn):
+        ids, counts = torch.tensor(list(drawn)).unique(return_counts=True)
+        logits = logits.index_add(0, ids, -(sampling.presence_penalty + sampling.frequency_penalty * counts.double()))
+    return logits if allowed is None else logits.masked_fill(~allowed, -math.inf)
+
+
+def adjust(
+    logits: Tensor,
+    sampling: Sampling,
+    history: Sequence[int] = (),
+    drawn: Sequence[int] = (),
+    allowed: Tensor | None = None,
+) -> Tensor:
+    """The logits [V] that are drawn from, in float64; what is ruled out is minus infinity, and the largest is 0. Arguments
+    and errors are those of `score`."""
+    logits = score(logits, sampling, history, drawn, allowed)
     if sampling.temperature == 0:
         return torch.full_like(logits, -math.inf).index_fill(0, logits.argmax(), 0.0)
     # The largest becomes 0 before the division, so that no temperature makes it infinite.
@@ -89,20 +150,32 @@ def adjust(logits: Tensor, sampling: Sampling, history: Sequence[int] = ()) -> T
     return logits
 
 
-def probabilities(logits: Tensor, sampling: Sampling, history: Sequence[int] = ()) -> Tensor:
-    """The probability [V], float64, with which each token is drawn. Raises as `adjust` does."""
-    return adjust(logits, sampling, history).softmax(0)
+def probabilities(
+    logits: Tensor,
+    sampling: Sampling,
+    history: Sequence[int] = (),
+    drawn: Sequence[int] = (),
+    allowed: Tensor | None = None,
+) -> Tensor:
+    """The probability [V], float64, with which each token is drawn. Arguments and errors are those of `score`."""
+    return adjust(logits, sampling, history, drawn, allowed).softmax(0)
 
 
-def draw(logits: Tensor, sampling: Sampling, history: Sequence[int], generator: torch.Generator) -> int:
-    """The id of the next token. Raises as `adjust` does.
+def draw(
+    logits: Tensor,
+    sampling: Sampling,
+    history: Sequence[int],
+    drawn: Sequence[int],
+    generator: torch.Generator,
+    allowed: Tensor | None = None,
+) -> int:
+    """The id of the next token. Arguments and errors are those of `score`.
 
     One number of the (CPU) generator decides: the first token at which the summed probability passes it is taken.
     Greedy sampling needs none.
     """
-    logits = logits.cpu()
     if sampling.temperature == 0:
-        return int(adjust(logits, sampling, history).argmax())
-    summed = probabilities(logits, sampling, history).cumsum(0)
+        return int(score(logits, sampling, history, drawn, allowed).argmax())
+    summed = probabilities(logits, sampling, history, drawn, allowed).cumsum(0)
     uniform = torch.rand((), generator=generator, dtype=torch.float64)
     return int(torch.searchsorted(summed, uniform * summed[-1], right=True))
