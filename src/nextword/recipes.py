@@ -40,7 +40,7 @@ class Training:
     )
     compile: Literal["auto", "yes", "no"] = setting(
         "auto",
-        "torch.compile: where our own compiled parts do not fit, a compiler is there and the run is long enough; always; never.",
+        "torch.compile: where our compiled parts do not fit, a compiler is there and the run is long; always; never.",
     )
     evaluations: int = setting(20, "How often the held-out text is looked at in the course of the run.")
     patience: int | None = setting(None, "Stop after so many evaluations without a better one; never where not given.")
