@@ -21,12 +21,12 @@ from benchmarks.recipe import environment
 from benchmarks.run import DATA, KEPT, nextword
 
 WORK = KEPT / "laws"
-LADDER = {64: (2, 2), 128: (4, 4), 192: (6, 6), 256: (6, 8), 384: (8, 6)}  # width: layers, heads
-# Widths and tokens: each width from far too few tokens for it to more than enough.
+# Sizes and tokens: each size from too few tokens for it to more than enough, as far as that takes ten minutes at most.
 POINTS = [
-    (64, 150_000), (64, 600_000), (64, 2_400_000), (128, 300_000), (128, 1_200_000), (128, 4_800_000), (192, 600_000),
-    (192, 2_400_000), (256, 1_200_000), (256, 4_800_000), (384, 2_400_000),
+    ("micro", 150_000), ("micro", 600_000), ("micro", 2_400_000), ("tiny", 300_000), ("tiny", 1_200_000),
+    ("mini", 300_000), ("mini", 1_200_000), ("small", 600_000),
 ]  # fmt: skip
+LONGER = [("tiny", 4_800_000)]  # for the first two corpora alone: many tokens, and few
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -81,21 +81,17 @@ def shards(names: tuple[str, ...]) -> dict[str, Path]:
     return {name: found[name] for name in names}
 
 
-def run(path: Path, corpus: str, width: int, tokens: int) -> dict[str, Any]:
-    kept = WORK / "cells" / f"{corpus}-{width}-{tokens}.json"
+def run(path: Path, corpus: str, size: str, tokens: int) -> dict[str, Any]:
+    kept = WORK / "cells" / f"{corpus}-{size}-{tokens}.json"
     if not kept.exists():
-        layers, heads = LADDER[width]
-        settings = {
-            "tokens": tokens, "batch_tokens": batch_tokens(tokens),
-            "model": {"n_layers": layers, "n_heads": heads, "d_model": width, "context_length": 256},
-        }  # fmt: skip
+        settings = {"size": size, "tokens": tokens, "batch_tokens": batch_tokens(tokens)}
         program = [sys.executable, "-m", "benchmarks.recipe_work", str(path), json.dumps(settings)]
         done = subprocess.run(program, capture_output=True, text=True, env=environment())
         if done.returncode:
             raise SystemExit(f"{' '.join(program)}\n{done.stderr}")
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps({"corpus": corpus, "width": width, "asked": tokens, **json.loads(done.stdout)}))
-        print(corpus, width, tokens, json.loads(done.stdout)["bits_per_byte"], file=sys.stderr, flush=True)
+        kept.write_text(json.dumps({"corpus": corpus, "size": size, "asked": tokens, **json.loads(done.stdout)}))
+        print(corpus, size, tokens, json.loads(done.stdout)["bits_per_byte"], file=sys.stderr, flush=True)
     return json.loads(kept.read_text())
 
 
@@ -108,7 +104,8 @@ def batch_tokens(tokens: int) -> int:
 
 def runs() -> list[dict[str, Any]]:
     found = shards(FITTED)
-    jobs = [(found[corpus], corpus, width, tokens) for width, tokens in POINTS for corpus in FITTED]
+    jobs = [(found[corpus], corpus, *point) for point in POINTS for corpus in FITTED]
+    jobs += [(found[corpus], corpus, *point) for point in LONGER for corpus in FITTED[:2]]
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda job: run(*job), jobs))
 

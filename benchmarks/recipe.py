@@ -19,7 +19,11 @@ from typing import Any
 from benchmarks.run import DATA, KEPT, nextword
 
 WORK = KEPT / "recipe"
-SHORT, LONG, LONGEST = 300_000, 2_000_000, 18_000_000  # tokens: about 15 s, 4 min and 30 min of two cores at this size
+# Tokens: about 15 s of two cores at this size, and 4 and 30 min of one.
+SHORT, LONG, LONGEST = 150_000, 1_200_000, 9_000_000
+RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
+BATCHES = (2048, 8192)
+WIDTHS = {"micro": 600_000, "tiny": 600_000, "mini": 300_000}  # sizes, and the tokens each is tried on
 CHOICES: dict[str, dict[str, Any]] = {
     "default": {},
     "AdamW, lr 0.0015": {"optimizer": "adamw", "lr": 1.5e-3},
@@ -121,6 +125,25 @@ def table(found: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
         print(f"| {choice} | " + " | ".join(cells) + f" | {seconds[choice] / seconds['default']:.2f} × |")
 
 
+def rates() -> None:
+    """The learning rate, by the model's width and the batch: bits per byte of the books."""
+    text = corpora()["books"]
+    jobs = [(size, batch, lr) for size in WIDTHS for batch in BATCHES for lr in RATES]
+
+    def work(job: tuple[str, int, float]) -> dict[str, Any]:
+        size, batch, lr = job
+        settings = {"size": size, "batch_tokens": batch, "lr": lr, "tokens": WIDTHS[size]}
+        return trial(text, f"rates-{size}-{batch}-{lr:g}", settings)
+
+    with ThreadPoolExecutor(2) as pool:
+        runs = dict(zip(jobs, pool.map(work, jobs), strict=True))
+    print("\n| size, tokens | batch | " + " | ".join(f"lr {lr:g}" for lr in RATES) + " |\n|" + "---|" * (2 + len(RATES)))
+    for size in WIDTHS:
+        for batch in BATCHES:
+            row = [f"{runs[size, batch, lr]['bits_per_byte']:.4f}" for lr in RATES]
+            print(f"| {size}, {WIDTHS[size]:,} | {batch:,} | " + " | ".join(row) + " |")
+
+
 def screen() -> None:
     table(trials("screen", list(CHOICES), 1, SHORT))
 
@@ -138,7 +161,7 @@ FINAL = ["default"]
 
 
 def main() -> None:
-    sections = {"screen": screen, "survivors": survivors, "final": final}
+    sections = {"rates": rates, "screen": screen, "survivors": survivors, "final": final}
     for name in sys.argv[1:] or list(sections):
         print(f"\n## {name}", flush=True)
         sections[name]()

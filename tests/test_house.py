@@ -25,13 +25,15 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": GROUND | {"text"},
     "recipes": {"errors", "model"},
     "console": set(),
+    "energy": set(),
     "runs": GROUND | {"model", "text"},
-    "job": GROUND | {"training", "evaluation", "recipes", "console", "runs"},
+    "job": GROUND | {"training", "evaluation", "recipes", "console", "energy", "runs"},
+    "planning": GROUND | {"model", "text", "training", "recipes", "console", "energy", "runs", "job"},
     "base": GROUND | {"model", "text", "tasks", "evaluation"},
     "prediction": GROUND | {"model", "text", "tasks", "training", "inference", "evaluation"},
     "pretraining": GROUND
-    | {"model", "text", "training", "inference", "evaluation", "recipes", "console", "runs", "job"},
-    "continuing": {"model", "text", "recipes", "console", "runs", "base", "pretraining"},
+    | {"model", "text", "training", "inference", "evaluation", "recipes", "console", "runs", "job", "planning"},
+    "continuing": {"model", "text", "recipes", "console", "runs", "base", "planning", "pretraining"},
     "finetuning": GROUND
     | {"model", "text", "tasks", "training", "recipes", "console", "runs", "job", "base", "prediction"},
     "transferring": GROUND | {"tasks", "evaluation", "console", "runs", "job", "prediction"},
@@ -40,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "exporting": GROUND | {"model", "text", "inference", "base"},
     "api": GROUND
     | {"text", "tasks", "inference", "evaluation", "recipes", "console", "runs", "base", "loading", "prediction"}
-    | {"job", "pretraining", "continuing", "finetuning", "transferring", "exporting"},
+    | {"job", "planning", "pretraining", "continuing", "finetuning", "transferring", "exporting"},
     "verbs": GROUND | {"console", "model", "recipes", "api", "inference", "chatting"},
     "cli": {"errors", "verbs"},
     "__main__": {"cli"},
@@ -141,7 +143,7 @@ def test_files_and_functions_stay_readable():
 def test_public_names():
     assert set(nextword.__all__) == {
         "Completion", "Corpus", "GPT", "Likelihood", "Model", "ModelConfig", "NextwordError", "Sampling", "Tokenizer",
-        "__version__", "build_config", "demo", "evaluate", "export", "finetune", "generate", "load", "predict", "prepare",
+        "__version__", "build_config", "demo", "evaluate", "export", "finetune", "generate", "load", "plan", "predict", "prepare",
         "pretrain", "report", "transfer", "verify",
     }  # fmt: skip
     assert set(nextword.__all__) == {"__version__", *nextword.PUBLIC}

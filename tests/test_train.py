@@ -21,7 +21,6 @@ from nextword.training import objectives
 from nextword.training.objectives import Inputs, next_word
 from nextword.training.optimizer import Optimizer, learning_rate
 from nextword.training.pace import Clock, Decision, Pace, read_decisions
-from nextword.training.plan import choose
 from nextword.training.train import (
     StepSettings,
     TrainState,
@@ -306,14 +305,3 @@ def test_compiling_is_refused_in_words(monkeypatch):
     assert "no C++ compiler" in worth_compiling(cpu, 1e6)[1]
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/" + name)
     assert worth_compiling(cpu, 1e6)[0] is True
-
-
-def test_a_size_is_chosen_from_time_and_text():
-    assert choose("modern", 2048, 500_000, operations=1e12).size == "tiny"
-    little, much = (choose("modern", 8192, 10**9, operations=operations) for operations in (1e14, 1e18))
-    assert little.size in ("tiny", "mini")
-    assert much.size in ("base", "125m")
-    assert choose("modern", 8192, 10**5, operations=1e18).size == "tiny", "a small text is not fed to a large model"
-    assert choose("modern", 2048, 500_000, operations=3e14).dropout > 0, "a text that is read many times"
-    assert choose("modern", 2048, 10**9, tokens=10**7, size="base").size == "base", "what is said is taken"
-    assert "million parameters" in much.why

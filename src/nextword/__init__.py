@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 PUBLIC = {
     "demo": "nextword.api",
+    "plan": "nextword.api",
     "prepare": "nextword.api",
     "pretrain": "nextword.api",
     "finetune": "nextword.api",
@@ -57,6 +58,7 @@ __all__ = [
     "finetune",
     "generate",
     "load",
+    "plan",
     "predict",
     "prepare",
     "pretrain",
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
     from nextword.api import export as export
     from nextword.api import finetune as finetune
     from nextword.api import generate as generate
+    from nextword.api import plan as plan
     from nextword.api import predict as predict
     from nextword.api import prepare as prepare
     from nextword.api import pretrain as pretrain

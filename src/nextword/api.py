@@ -21,9 +21,10 @@ from nextword.inference.engine import Completion
 from nextword.inference.quantize import Precision
 from nextword.job import Job, carry_out
 from nextword.loading import Paths, as_list, load
+from nextword.planning import plan_text
 from nextword.prediction import score_predictions
 from nextword.pretraining import Pretraining
-from nextword.recipes import change, count, recipe_named, seconds
+from nextword.recipes import change, count, number, recipe_named, seconds
 from nextword.runs import RunFolder, choose_device, command_line
 from nextword.tasks.examples import read_examples
 from nextword.tasks.scores import Score
@@ -58,6 +59,38 @@ def prepare(
         )  # fmt: skip
 
 
+def plan(
+    corpora: Paths,
+    *,
+    recipe: str | None = None,
+    preset: str | None = None,
+    size: str | None = None,
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+    budget: str | float | None = None,
+    steps: int | None = None,
+    tokens: str | int | None = None,
+    flops: str | float | None = None,
+    model: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+    text_column: str | None = None,
+    strict: bool = False,
+    device: str = "auto",
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """What `pretrain` would make of these texts in this time (or tokens, or operations) on this machine: size, tokens, memory,
+    energy, and the bits per byte to expect, with an interval. Nothing is written."""
+    request = {
+        "recipe": recipe, "preset": preset, "size": size, "tokenizer": tokenizer, "vocab_size": vocab_size,
+        **lengths(budget, steps, tokens, flops), "model": model, "training": training,
+    }  # fmt: skip
+    paths = whole_paths(corpora, begun=False)
+    with console or Console(quiet=True) as console:
+        return plan_text(
+            paths, chosen_recipe(request), choose_device(device), text_column=text_column, strict=strict, console=console
+        )  # fmt: skip
+
+
 def pretrain(
     corpora: Paths = (),
     out: str | Path = "",
@@ -70,6 +103,7 @@ def pretrain(
     budget: str | float | None = None,
     steps: int | None = None,
     tokens: str | int | None = None,
+    flops: str | float | None = None,
     resume: bool = False,
     model: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
@@ -91,14 +125,10 @@ def pretrain(
         raise UsageError("say where the run folder is to be: --out RUN")
     request = {
         "corpora": whole_paths(corpora, begun=RunFolder(Path(out)).begun), "recipe": recipe, "preset": preset, "size": size,
-        "tokenizer": tokenizer, "vocab_size": vocab_size, "text_column": text_column, "seed": seed, "steps": steps,
-        "budget": None if budget is None else seconds(budget), "tokens": None if tokens is None else count(tokens),
-        "model": said(model), "training": said(training),
+        "tokenizer": tokenizer, "vocab_size": vocab_size, "text_column": text_column, "seed": seed,
+        **lengths(budget, steps, tokens, flops), "model": said(model), "training": said(training),
     }  # fmt: skip
-    chosen = change(
-        recipe_named(recipe, preset), model=model, training=training, size=size, tokenizer=tokenizer,
-        vocab_size=vocab_size, steps=steps, budget=request["budget"], tokens=request["tokens"],
-    )  # fmt: skip
+    chosen = chosen_recipe(request)
     where = choose_device(device)
 
     def job(run: RunFolder, request: dict[str, Any], console: Console) -> Pretraining:
@@ -110,6 +140,22 @@ def pretrain(
         return Pretraining(run, corpus, chosen, console, where, started)
 
     return carry_out(job, Path(out), request, resume=resume, tensorboard=tensorboard, console=console)
+
+
+def lengths(
+    budget: str | float | None, steps: int | None, tokens: str | int | None, flops: str | float | None
+) -> dict[str, Any]:
+    """How long a run is to be, as people write it, in numbers. Raises `UsageError` for what is none."""
+    return {
+        "steps": steps, "budget": None if budget is None else seconds(budget),
+        "tokens": None if tokens is None else count(tokens), "flops": None if flops is None else number(flops),
+    }  # fmt: skip
+
+
+def chosen_recipe(request: dict[str, Any]) -> recipes.Recipe:
+    """The recipe that a request names, with the settings that it changes."""
+    names = ("model", "training", "size", "tokenizer", "vocab_size", *recipes.LENGTHS)
+    return change(recipe_named(request["recipe"], request["preset"]), **{name: request[name] for name in names})
 
 
 def said(settings: dict[str, Any] | None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ app = App(
     result_action="return_value",
 )
 for verb in (
-    text.demo, text.prepare, text.pretrain, tasks.finetune, tasks.transfer, tasks.predict, tasks.chat, text.generate,
+    text.demo, text.plan, text.prepare, text.pretrain, tasks.finetune, tasks.transfer, tasks.predict, tasks.chat, text.generate,
     text.evaluate, text.export, text.report, text.verify,
 ):  # fmt: skip
     app.command(verb)

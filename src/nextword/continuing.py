@@ -7,10 +7,10 @@ import torch
 
 from nextword.base import Base, forgetting
 from nextword.console import Console
-from nextword.model.config import ModelConfig
 from nextword.model.gpt import GPT
 from nextword.model.stock import load_model
-from nextword.pretraining import STEP_TOKENS, Pretraining
+from nextword.planning import STEP_TOKENS
+from nextword.pretraining import Pretraining
 from nextword.recipes import Recipe
 from nextword.runs import RunFolder
 from nextword.text.corpus import Corpus
@@ -26,12 +26,12 @@ class Continuing(Pretraining):
         super().__init__(run, corpus, recipe, console, device, started)
         self.base = base
 
-    def _choose_config(self, unique_tokens: int) -> ModelConfig:
+    def choose_model(self) -> None:
         """The model's own shape; the dropout is the recipe's."""
         config = load_model(self.base.directory).config
         batch_tokens = self.recipe.training.batch_tokens or STEP_TOKENS
         self.recipe = replace(self.recipe, training=replace(self.recipe.training, batch_tokens=batch_tokens))
-        return replace(config, n_labels=0, dropout=self.recipe.model.get("dropout", 0.0))
+        self.config = replace(config, n_labels=0, dropout=self.recipe.model.get("dropout", 0.0))
 
     def _first_model(self) -> GPT:
         weights = load_model(self.base.directory, self.device).state_dict()

@@ -17,6 +17,7 @@ from torch import nn
 
 from nextword import files
 from nextword.console import Console, duration
+from nextword.energy import Meter
 from nextword.errors import MissingExtra, UsageError
 from nextword.evaluation.report import write_card, write_report
 from nextword.recipes import Training
@@ -28,6 +29,7 @@ from nextword.runs import (
     differences,
     machine,
     open_run,
+    peak_memory,
     versions,
 )
 from nextword.training import checkpoint, fused
@@ -90,6 +92,7 @@ class Job(ABC):
     def __init__(self, run: RunFolder, console: Console, device: torch.device, started: float):
         self.run, self.console, self.device, self.started = run, console, device, started
         self.spent = 0.0
+        self.meter = Meter(device)
         self.best = Best()
         self.clock: Clock | None = None
         self.stopped = False
@@ -149,13 +152,17 @@ class Job(ABC):
             bf16=self.device.type == "cuda" and torch.cuda.is_bf16_supported(),
         )  # fmt: skip
 
-    def fix(self, objective: Objective) -> dict[str, Any]:
-        """Decide what stays the same for the whole run (bit-equality is promised where it does), and set it up."""
+    def fix(self, objective: Objective, seconds_per_step: float | None = None) -> dict[str, Any]:
+        """Decide what stays the same for the whole run (bit-equality is promised where it does), and set it up.
+
+        Args:
+            seconds_per_step: a first guess, where one is known; else it is measured.
+        """
         t = self.training
         rows = t.micro_batch_rows or fit_micro_batch(self.plain_step, self.data, self.settings)
         self.settings = replace(self.settings, micro_batch_rows=rows)
-        # The first guess of a step's time, from gradients that are thrown away; then whether to compile.
-        self.seconds_per_step = probe(self.state, self.plain_step, self.data, self.settings)
+        # Measured on gradients that are thrown away; then whether to compile.
+        self.seconds_per_step = seconds_per_step or probe(self.state, self.plain_step, self.data, self.settings)
         length = self.budget if self.budget is not None else (self.steps_wanted or 0) * self.seconds_per_step
         kind = self.quickest_step()
         if kind == "plain" and self.device.type == "cpu" and (why := fused.library()[1]):
@@ -363,6 +370,7 @@ class Job(ABC):
         whole = {
             "run": str(self.run.path), "model": str(self.run.model), "steps": self.state.step,
             "tokens": self.state.tokens, "best_step": self.best.step, **result, "seconds": round(self.seconds(), 3),
+            "memory_bytes": peak_memory(self.device), "energy": self.meter.power().to_dict(self.seconds()),
         }  # fmt: skip
         files.write_durably(self.run.result, files.to_json(whole))
         write_card(self.run.path)

@@ -15,19 +15,18 @@ from nextword.evaluation.likelihood import Likelihood, likelihood
 from nextword.inference.engine import Engine
 from nextword.inference.sampling import Sampling
 from nextword.job import FINISHING_SECONDS, Job, Look
-from nextword.model.config import ConfigError, ModelConfig, build_config
+from nextword.model.config import ModelConfig
 from nextword.model.gpt import GPT
 from nextword.model.stock import load_model
+from nextword.planning import plan_corpus
 from nextword.recipes import Recipe
 from nextword.runs import RunFolder
 from nextword.text.batches import TokenDataset, seed_for
 from nextword.text.corpus import Corpus
-from nextword.training import plan
 from nextword.training.objectives import next_word
 from nextword.training.pace import Pace
+from nextword.training.plan import Plan
 from nextword.training.train import TrainState
-
-STEP_TOKENS = 4096  # of a run whose length is said in steps, where nothing else is said
 
 
 class Pretraining(Job):
@@ -48,20 +47,21 @@ class Pretraining(Job):
         train = self.corpus.tokens("train")
         if len(train) < 2:
             raise UsageError(f"{self.corpus.path}: the training part has {len(train)} tokens, too few to learn from")
-        self.config = self._choose_config(len(train))
+        plan = self.choose_model()
         t = self.recipe.training
         assert t.batch_tokens is not None
         rows = max(1, round(t.batch_tokens / self.config.context_length))
-        if self.recipe.tokens is not None:
-            steps = -(-self.recipe.tokens // (rows * self.config.context_length))
-            self.recipe = replace(self.recipe, steps=steps)
+        if plan is not None and (self.recipe.tokens is not None or self.recipe.flops is not None):
+            self.recipe = replace(self.recipe, steps=-(-plan.tokens // (rows * self.config.context_length)))
         self._build(seed, rows, threads=torch.get_num_threads())
-        fixed = {"rows": rows, **self.fix(next_word)}
+        guess = None if plan is None else plan.seconds_per_token * self.batch_tokens
+        fixed = {"rows": rows, **self.fix(next_word, guess)}
         self.facts = {
             "command": " ".join(command),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "request": request,
             "recipe": self.recipe.to_dict(),
+            **({} if plan is None else {"plan": plan.to_dict()}),
             **self.own_facts(),
             "model": self.config.to_dict(),
             "parameters": self.config.parameters,
@@ -89,26 +89,17 @@ class Pretraining(Job):
         self.build_step(next_word, fixed["step_kind"])
         self.restore()
 
-    def _choose_config(self, unique_tokens: int) -> ModelConfig:
-        recipe, vocab_size = self.recipe, self.corpus.tokenizer.vocab_size
-        operations = None
-        if recipe.budget is not None:
-            left = max(1.0, recipe.budget - (time.time() - self.started) - FINISHING_SECONDS)
-            operations = left * 0.5 * plan.matmul_rate(self.device)  # half of a product's rate is what a step reaches
-        tokens = recipe.tokens or (recipe.steps or 0) * (recipe.training.batch_tokens or STEP_TOKENS)
-        choice = plan.choose(
-            recipe.preset, vocab_size, unique_tokens, operations=operations, tokens=tokens, size=recipe.size
-        )
-        overrides = {"dropout": choice.dropout, **recipe.model}
-        if not {"n_layers", "d_model"} & set(recipe.model):
-            self.console.say(choice.why)
-        batch_tokens = recipe.training.batch_tokens or (STEP_TOKENS if recipe.steps else choice.batch_tokens)
-        training = replace(recipe.training, batch_tokens=batch_tokens)
-        self.recipe = recipe = replace(recipe, size=choice.size, training=training)
-        try:
-            return build_config(recipe.preset, choice.size, vocab_size=vocab_size, **overrides)
-        except ConfigError as error:
-            raise UsageError(str(error)) from error
+    def choose_model(self) -> Plan | None:
+        """Settle what the recipe leaves open, size, batch and dropout, by the plan that is given back."""
+        recipe = self.recipe
+        left = None if recipe.budget is None else recipe.budget - (time.time() - self.started)
+        plan = plan_corpus(self.corpus, recipe, self.device, seconds=left)
+        for line in plan.in_words():
+            self.console.say(line)
+        training = replace(recipe.training, batch_tokens=plan.batch_tokens)
+        self.recipe = replace(recipe, size=plan.size, training=training)
+        self.config = ModelConfig.from_dict({**plan.model, "dropout": recipe.model.get("dropout", plan.dropout)})
+        return plan
 
     def _build(self, seed: int, rows: int, threads: int) -> None:
         """Model, optimizer, data and step, all of them functions of the recipe and the seed."""

@@ -49,6 +49,9 @@ class Training:
     )
 
 
+LENGTHS = ("steps", "tokens", "flops", "budget")  # the ways to say how long a run is
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that makes a run but the text: the model, the tokenizer, the training.
@@ -65,6 +68,7 @@ class Recipe:
     training: Training = field(default_factory=Training)
     steps: int | None = None
     tokens: int | None = None
+    flops: float | None = None
     budget: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -226,13 +230,13 @@ def change(recipe: Recipe, *, model: dict[str, Any] | None, training: dict[str, 
     """A recipe with single settings changed; None leaves one as it is.
 
     Raises:
-        UsageError: an unknown setting, or more than one of `steps`, `tokens` and `budget`.
+        UsageError: an unknown setting, or more than one of the ways to say how long.
     """
-    lengths = [name for name in ("steps", "tokens", "budget") if settings.get(name) is not None]
+    lengths = [name for name in LENGTHS if settings.get(name) is not None]
     if len(lengths) > 1:
         raise UsageError(f"--{' and --'.join(lengths)} exclude each other: say one")
     if lengths:
-        recipe = replace(recipe, steps=None, tokens=None, budget=None)
+        recipe = replace(recipe, **dict.fromkeys(LENGTHS))
     training = {name: value for name, value in (training or {}).items() if value is not None}
     if unknown := set(training) - {f.name for f in fields(Training)}:
         raise UsageError(f"unknown training settings: {', '.join(sorted(unknown))}")
@@ -249,7 +253,7 @@ def check(recipe: Recipe) -> None:
         if value is not None and value not in known:
             raise UsageError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
     check_training(recipe.training)
-    check_length(recipe, ("steps", "tokens", "budget"))
+    check_length(recipe, LENGTHS)
 
 
 def check_training(t: Training) -> None:
@@ -292,6 +296,14 @@ def seconds(text: str | float) -> float:
     if not parts or whole != re.sub(r"\s", "", text.lower()) or any(unit not in UNITS for _, unit in parts):
         raise UsageError(f"{text!r} is no time: write 90s, 30m, 2h or 1h30m")
     return sum(float(number) * UNITS[unit] for number, unit in parts)
+
+
+def number(text: str | float) -> float:
+    """A number as people write it: 1e17, 250000. Raises `UsageError`."""
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"{text!r} is no number: write 1e17") from None
 
 
 def count(text: str | int) -> int:

@@ -21,6 +21,11 @@ import numpy
 import tokenizers
 import torch
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 from nextword import __version__, files
 from nextword.errors import CorruptFile, NextwordError, RunLocked, UsageError
 from nextword.model.gpt import GPT
@@ -199,6 +204,16 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
     return facts
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has had at most: of the GPU where it uses one; 0 where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    if resource is None:
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def choose_device(name: str) -> torch.device:

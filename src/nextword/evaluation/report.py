@@ -4,7 +4,7 @@ Only the run folder's files are read. The page is self-contained: no script, no 
 corpus or a model is escaped, for a sample may hold anything.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ def write_report(run: Path) -> Path:
     command, tuned = data.facts.get("command"), data.task is not None
     parts = [
         _learning(data),
+        "" if tuned else _plan(data),
         _samples(data),
         tuned_tables(data) if tuned else _tables(data),
         section("The command", f"<pre><code>{escaped(command)}</code></pre>", bool(command)),
@@ -170,6 +171,37 @@ def _validation_table(run: Run) -> str:
     return f"<details><summary>The numbers of the validation curve</summary>{table}</details>"
 
 
+def _plan(run: Run) -> str:
+    """What was expected, and what came."""
+    plan, result = mapping(run.facts.get("plan")), run.result
+    if not plan or not result:
+        return ""
+    low, high, bits = (plan.get(name) for name in ("low", "high", "bits_per_byte"))
+    came = result.get("bits_per_byte")
+    budget = at(run.facts, "recipe", "budget")
+    rows: list[tuple[str, Any, Any, Callable[[float], str]]] = [
+        ("bits per byte", bits, came, lambda value: f"{value:.3f}"),
+        ("tokens", plan.get("tokens"), result.get("tokens"), short_count),
+        ("time", budget if is_number(budget) else plan.get("seconds"), result.get("seconds"), duration),
+        ("memory", plan.get("memory_bytes"), result.get("memory_bytes"), lambda value: f"{value / 1e9:.2f} GB"),
+    ]
+    shown = "".join(
+        f'<tr><th scope="row">{name}</th><td>{form(before)}</td><td>{form(after)}</td>'
+        f"<td>{100 * (after / before - 1):+.1f} %</td></tr>".replace("-", "−")
+        for name, before, after, form in rows
+        if is_number(before) and is_number(after) and before > 0
+    )
+    why = "".join(f"<li>{escaped(line)}</li>" for line in plan.get("why") or () if isinstance(line, str))
+    said = ""
+    if is_number(low) and is_number(high) and is_number(came):
+        inside = "inside" if low <= came <= high else "outside"
+        expected = f"between {low:.3f} and {high:.3f} bits per byte"
+        said = f"<p>Four runs in five were expected to end {expected}; this one is {inside}.</p>"
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("", "planned", "came", "off by"))
+    table = f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{shown}</tbody></table>'
+    return section("The plan, and what came of it", f"<ul>{why}</ul>{table}{said}", bool(shown))
+
+
 def _samples(run: Run) -> str:
     by_step: dict[Any, list[dict[str, Any]]] = {}
     for record in run.records:
@@ -200,6 +232,10 @@ def _tables(run: Run) -> str:
     outcome = {key: value for key, value in run.result.items() if key not in ("by_position", "seconds")}
     if is_number(seconds := run.result.get("seconds")):
         outcome["time"] = duration(seconds)
+    if is_number(memory := outcome.pop("memory_bytes", None)):
+        outcome["memory"] = f"{memory / 1e9:.2f} GB"
+    if energy := mapping(outcome.pop("energy", None)):
+        outcome["energy"] = f"{energy.get('watt_hours')} Wh, {'measured' if energy.get('measured') else 'estimated'}"
     if not outcome and run.best:
         outcome = {"best validation loss": run.best[1], "best step": run.best[0]}
     tables = {

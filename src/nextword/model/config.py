@@ -165,8 +165,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 # name: (layers, heads, width, context). From 125m on: GPT-3's table 2.1 (Brown et al. 2020), with heads that divide the
 # width where the printed numbers do not.
 SIZES: dict[str, tuple[int, int, int, int]] = {
+    "micro": (2, 2, 64, 128),
     "tiny": (4, 4, 128, 128),
     "mini": (6, 6, 192, 256),
+    "small": (6, 8, 256, 256),
     "midi": (6, 6, 384, 256),
     "base": (8, 8, 512, 512),
     "125m": (12, 12, 768, 1024),

@@ -185,15 +185,10 @@ def available_memory(device: torch.device) -> int:
     return 4 * 2**30
 
 
-def fit_micro_batch(step_module: Step, dataset: Dataset, settings: StepSettings) -> int:
-    """How many rows go through the model at once: as many as half of the free memory holds, in equal parts of the batch.
-
-    One row (of labelled data, one example) is taken through the model and the bytes that it keeps for the backward pass
-    are counted, and taken to be those of the longest one.
-    """
+def bytes_per_row(step_module: Step, dataset: Dataset, settings: StepSettings) -> int:
+    """What one row (of labelled data, one example) takes in training: twice what is kept for the backward pass, once more
+    for the gradients. One is taken through the model, and its bytes are taken to be those of the longest."""
     model = step_module.model
-    device = model.token_embedding.weight.device
-    batch = dataset.batch(0)
     kept: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
@@ -201,16 +196,27 @@ def fit_micro_batch(step_module: Step, dataset: Dataset, settings: StepSettings)
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    device = model.token_embedding.weight.device
     with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t), precision(device, settings.bf16):
-        first = batch.split(1)[0]
+        first = dataset.batch(0).split(1)[0]
         step_module(to_inputs(first, model, settings.seed))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    per_row = 2 * sum(size for pointer, size in kept.items() if pointer not in weights)  # once more for the gradients
-    per_row *= dataset.longest / first.tokens.size
-    # Weights, and of what is trained gradients and two averages, are there whatever the batch.
-    room = 0.5 * available_memory(device) - sum((16 if p.requires_grad else 4) * p.numel() for p in model.parameters())
-    rows = max(1, min(len(batch.rows), int(room / max(1, per_row))))
-    return -(-len(batch.rows) // -(-len(batch.rows) // rows))
+    per_row = 2 * sum(size for pointer, size in kept.items() if pointer not in weights)
+    return math.ceil(per_row * dataset.longest / first.tokens.size)
+
+
+def bytes_of_weights(model: nn.Module) -> int:
+    """Weights, and of what is trained gradients and two averages: they are there whatever the batch."""
+    return sum((16 if p.requires_grad else 4) * p.numel() for p in model.parameters())
+
+
+def fit_micro_batch(step_module: Step, dataset: Dataset, settings: StepSettings) -> int:
+    """How many rows go through the model at once: as many as half of the free memory holds, in equal parts of the batch."""
+    model = step_module.model
+    room = 0.5 * available_memory(model.token_embedding.weight.device) - bytes_of_weights(model)
+    wanted = len(dataset.batch(0).rows)
+    rows = max(1, min(wanted, int(room / max(1, bytes_per_row(step_module, dataset, settings)))))
+    return -(-wanted // -(-wanted // rows))
 
 
 def probe(state: TrainState, step_module: nn.Module, dataset: Dataset, settings: StepSettings) -> float:

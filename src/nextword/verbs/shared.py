@@ -57,9 +57,38 @@ Precisions = Annotated[
     Parameter(help="Of the weights: fewer bits are faster and take less memory, and cost a little quality."),
 ]
 Flag = Annotated[bool, Parameter(negative="", show_default=False)]
-Recipes = Annotated[str | None, Parameter(help=f"A named recipe: {', '.join(RECIPES)}.")]
-Presets = Annotated[str | None, Parameter(help=f"The kind of model: {', '.join(PRESETS)}. [default: modern]")]
-Sizes = Annotated[str | None, Parameter(help=f"{', '.join(SIZES)}. Chosen from the text and the time where not given.")]
+ModelGroup: Any = Annotated[ModelOptions, Parameter(group="Single settings of the model")]
+TrainingGroup: Any = Annotated[TrainingOptions, Parameter(group="Single settings of the training")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class RunOptions:
+    """What a pre-training is to be, as far as the person says; a plan takes the same."""
+
+    recipe: Annotated[str | None, Parameter(help=f"A named recipe: {', '.join(RECIPES)}.")] = None
+    preset: Annotated[str | None, Parameter(help=f"The kind of model: {', '.join(PRESETS)}. [default: modern]")] = None
+    size: Annotated[
+        str | None, Parameter(help=f"{', '.join(SIZES)}. Chosen from the text and the time where not given.")
+    ] = None
+    tokenizer: Annotated[
+        str | None,
+        Parameter(
+            help="bpe (byte-level, trained on this text), char (one token a character), or a tokenizer.json's path."
+        ),
+    ] = None
+    vocab_size: Annotated[int | None, Parameter(help="Of a new BPE; chosen to suit the text where not given.")] = None
+    budget: Annotated[
+        str | None,
+        Parameter(help="Wall time of the whole run, such as 90s, 30m or 2h; ten minutes where nothing is said."),
+    ] = None
+    steps: Annotated[int | None, Parameter(help="Train so many steps instead.")] = None
+    tokens: Annotated[str | None, Parameter(help="Train on so many tokens instead, such as 5M.")] = None
+    flops: Annotated[str | None, Parameter(help="Train with so many floating-point operations instead: 1e15.")] = None
+    text_column: Annotated[str | None, Parameter(help="The column of tables that holds the text.")] = None
+    strict: Annotated[
+        Flag, Parameter(help="Stop at the first thing that is wrong in the text, instead of telling and going on.")
+    ] = False
 
 
 def said(options: Any) -> dict[str, Any]:
@@ -81,6 +110,29 @@ def summary(result: dict[str, Any]) -> str:
             f"weights of step {result['best_step']:,})"
         )
     return "\n".join([*lines, f"report: {Path(result['run']) / 'report.html'}"])
+
+
+def plan_in_words(plan: dict[str, Any]) -> str:
+    """What was chosen and why, and what to expect, for a person."""
+    text, energy = plan["text"], plan["energy"]
+    watt_hours = f"{energy['watt_hours']:.3g} Wh, {'measured' if energy['measured'] else 'estimated'}"
+    prepared = (
+        f", {duration(plan['preparation_seconds'])} of it for the text" if plan["preparation_seconds"] >= 1 else ""
+    )
+    rows = {
+        "text": f"{text['bytes'] / 1e6:,.2f} MB to learn from, {text['documents']:,} documents, {text['tokens']:,} tokens"
+        + (", by a sample" if text["sampled"] else ""),
+        "model": f"{plan['parameters']:,} parameters · vocabulary {text['vocab_size']:,} · "
+        f"context {plan['model']['context_length']:,}",
+        "training": f"{plan['tokens']:,} tokens, {plan['epochs']:.1f} times over the text · {plan['steps']:,} steps of "
+        f"{plan['batch_tokens']:,}",
+        "time": duration(plan["seconds"]) + prepared,
+        "memory": f"{plan['memory_bytes'] / 1e9:.1f} GB",
+        "energy": watt_hours,
+        "operations": f"{plan['flops']:.2g}",
+        "bits/byte": f"{plan['bits_per_byte']:.2f}, and four times in five {plan['low']:.2f} to {plan['high']:.2f}",
+    }  # fmt: skip
+    return "\n".join([*plan["why"], "", *(f"{name:<11}{value}" for name, value in rows.items())])
 
 
 def next_commands(result: dict[str, Any]) -> str:

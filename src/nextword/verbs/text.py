@@ -9,14 +9,15 @@ from nextword import STARTED
 from nextword.verbs.shared import (
     Common,
     Flag,
+    ModelGroup,
     ModelOptions,
     Precisions,
-    Presets,
-    Recipes,
-    Sizes,
+    RunOptions,
+    TrainingGroup,
     TrainingOptions,
     in_words,
     next_commands,
+    plan_in_words,
     said,
     show,
     summary,
@@ -96,26 +97,43 @@ def prepare(
     show(result, common, lambda: f"{out}: {api.describe(corpus)}")
 
 
+def plan(
+    corpora: list[str],
+    /,
+    *,
+    run: RunOptions = RunOptions(),
+    model: ModelGroup = ModelOptions(),
+    training: TrainingGroup = TrainingOptions(),
+    common: Common = Common(),
+) -> None:
+    """Say what a pre-training would be before it is begun: size, tokens, time, memory, energy, and what it will reach.
+
+    Takes the text's and this machine's measure in some seconds; writes nothing.
+
+    Parameters
+    ----------
+    corpora
+        Files, folders, shards from nextword prepare, or named corpora (python-docs, tinystories, wikitext, fineweb-edu).
+    """
+    from nextword import api
+
+    found = api.plan(
+        corpora, **said(run), model=said(model), training=said(training), device=common.device, console=common.console()
+    )
+    show(found, common, lambda: plan_in_words(found))
+
+
 def pretrain(
     corpora: list[str] | None = None,
     /,
     *,
     corpus: Annotated[list[str] | None, Parameter(negative="")] = None,
     out: Path,
-    recipe: Recipes = None,
-    preset: Presets = None,
-    size: Sizes = None,
-    tokenizer: str | None = None,
-    vocab_size: int | None = None,
-    budget: str | None = None,
-    steps: int | None = None,
-    tokens: str | None = None,
+    run: RunOptions = RunOptions(),
     resume: Flag = False,
-    text_column: str | None = None,
-    strict: Flag = False,
     tensorboard: Flag = False,
-    model: Annotated[ModelOptions, Parameter(group="Single settings of the model")] = ModelOptions(),  # pyright: ignore[reportInvalidTypeForm]
-    training: Annotated[TrainingOptions, Parameter(group="Single settings of the training")] = TrainingOptions(),  # pyright: ignore[reportInvalidTypeForm]
+    model: ModelGroup = ModelOptions(),
+    training: TrainingGroup = TrainingOptions(),
     common: Common = Common(),
 ) -> None:
     """Train a GPT on your own text, from nothing to a model that generates.
@@ -128,32 +146,16 @@ def pretrain(
         The same, as an option.
     out
         The run folder: the model, its measurements and its report.
-    tokenizer
-        bpe (byte-level, trained on this text), char (one token a character), or the path of a tokenizer.json.
-    vocab_size
-        Of a new BPE; chosen to suit the text where not given.
-    budget
-        Wall time of the whole run, such as 90s, 30m or 2h; ten minutes where nothing is said.
-    steps
-        Train so many steps instead.
-    tokens
-        Train on so many tokens instead, such as 5M.
     resume
         Go on exactly where the run stood; begin where there is none yet.
-    text_column
-        The column of tables that holds the text.
-    strict
-        Stop at the first thing that is wrong in the text, instead of telling and going on.
     tensorboard
         Write the curves for TensorBoard too, to RUN/tensorboard.
     """
     from nextword import api
 
     result = api.pretrain(
-        [*(corpora or []), *(corpus or [])], out, recipe=recipe, preset=preset, size=size, tokenizer=tokenizer,
-        vocab_size=vocab_size, budget=budget, steps=steps, tokens=tokens, resume=resume, model=said(model),
-        training=said(training), text_column=text_column, strict=strict, seed=common.seed, device=common.device,
-        tensorboard=tensorboard, console=common.console(), started=STARTED,
+        [*(corpora or []), *(corpus or [])], out, **said(run), resume=resume, model=said(model), training=said(training),
+        seed=common.seed, device=common.device, tensorboard=tensorboard, console=common.console(), started=STARTED,
     )  # fmt: skip
     show(result, common, lambda: summary(result) + "\nTry it: " + next_commands(result))
 

@@ -1,0 +1,264 @@
+"""A plan for real: the text is read, the machine tried at the sizes that come into question, the choice made."""
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from nextword.console import Console
+from nextword.energy import Meter
+from nextword.errors import NextwordError, UsageError
+from nextword.files import MANIFEST
+from nextword.job import FINISHING_SECONDS
+from nextword.model.config import SIZES, ConfigError, ModelConfig, build_config
+from nextword.model.gpt import GPT
+from nextword.recipes import Recipe
+from nextword.runs import peak_memory
+from nextword.text.batches import TokenDataset, TokenSource
+from nextword.text.corpus import Corpus, find_sources, prepare
+from nextword.text.documents import Problems, Source
+from nextword.text.tokenizer import vocab_size_for
+from nextword.training import fused
+from nextword.training.laws import difficulty
+from nextword.training.objectives import next_word
+from nextword.training.optimizer import Optimizer
+from nextword.training.plan import Length, Plan, Speed, Text, choose
+from nextword.training.train import (
+    StepSettings,
+    TrainState,
+    available_memory,
+    build_step_module,
+    bytes_of_weights,
+    bytes_per_row,
+    fit_micro_batch,
+    probe,
+)
+
+SAMPLE = 2**25  # bytes of a large corpus that are looked at: some ten seconds' work
+EXPANDED = 3  # bytes of text in a byte of a packed file, about
+TRIED_TOKENS = 2048  # of the steps by which a CPU's speed is measured
+STEP_TOKENS = 4096  # of a run whose length is said in steps, where nothing else is said
+
+
+# ---------------------------------------------------------------- the machine
+
+
+class Trials:
+    """This machine, which is asked how fast it trains a size: with real steps on the real text, from fresh weights."""
+
+    def __init__(self, tokens: TokenSource, recipe: Recipe, device: torch.device, bf16: bool):
+        self.tokens, self.recipe, self.device, self.bf16 = tokens, recipe, device, bf16
+        self.rate = matmul_rate(device)
+        self.memory = peak_memory(device)  # with all that is imported
+
+    def speed(self, config: ModelConfig, batch_tokens: int) -> Speed:
+        model = GPT(config).to(self.device)
+        step, _ = build_step_module(model, next_word, "fused" if fused.available(model) else "plain")
+        data = self._dataset(config, batch_tokens)
+        settings = StepSettings(bf16=self.bf16)
+        rows = self.recipe.training.micro_batch_rows or fit_micro_batch(step, data, settings)
+        memory = self.memory + bytes_of_weights(model) + rows * bytes_per_row(step, data, settings)
+        few = self._dataset(config, min(batch_tokens, TRIED_TOKENS)) if self.device.type == "cpu" else data
+        state = TrainState(model, optimizer_of(model, self.recipe))
+        seconds = probe(state, step, few, replace(settings, micro_batch_rows=rows))
+        return Speed(seconds / tokens_of(few) + optimizer_seconds(state) / tokens_of(data), memory)
+
+    def _dataset(self, config: ModelConfig, batch_tokens: int) -> TokenDataset:
+        rows = max(1, round(batch_tokens / config.context_length))
+        return TokenDataset(self.tokens, config.context_length, rows, seed=0)
+
+
+def tokens_of(data: TokenDataset) -> int:
+    """Tokens of a batch."""
+    return data.rows_per_batch * data.context_length
+
+
+def optimizer_of(model: GPT, recipe: Recipe) -> Optimizer:
+    t = recipe.training
+    return Optimizer(model, kind=t.optimizer, lr=t.lr, weight_decay=t.weight_decay, momentum=t.momentum)
+
+
+def optimizer_seconds(state: TrainState) -> float:
+    """Of one step of the optimizer, by the faster of two."""
+    seconds = []
+    for _ in range(2):
+        for p in state.model.parameters():
+            p.grad = torch.zeros_like(p)
+        start = time.perf_counter()
+        state.optimizer.step(0.0)
+        if p.device.type == "cuda":
+            torch.cuda.synchronize(p.device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def matmul_rate(device: torch.device) -> float:
+    """Floating-point operations a second that this device does in a matrix product of the kind that training is made of."""
+    n = 4096 if device.type == "cuda" else 512
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    best = 0.0
+    for _ in range(5):  # the best of five, since others may use the machine as well
+        start = time.perf_counter()
+        for _ in range(4):
+            torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, 4 * 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+# ---------------------------------------------------------------- the choice
+
+
+def sizes_for(recipe: Recipe, vocab_size: int, device: torch.device) -> dict[str, ModelConfig]:
+    """The models that come into question, by size: of a recipe that names one, that one; else all that memory holds.
+
+    Raises:
+        UsageError: the recipe's settings make no model.
+    """
+    found: dict[str, ModelConfig] = {}
+    refused: ConfigError | None = None
+    room = 0.5 * available_memory(device)
+    for size in [recipe.size] if recipe.size else SIZES:
+        try:
+            config = build_config(recipe.preset, size, vocab_size=vocab_size, **recipe.model)
+        except ConfigError as error:
+            refused = refused or error
+            continue
+        if found and 16 * config.parameters > room:
+            break
+        found[size] = config
+    if not found:
+        raise UsageError(str(refused)) from refused
+    return found
+
+
+def plan_corpus(
+    corpus: Corpus, recipe: Recipe, device: torch.device, *, seconds: float | None = None, scale: float = 1.0
+) -> Plan:
+    """The plan of a run on a prepared corpus.
+
+    Args:
+        seconds: what is left of a budget, from now to the end.
+        scale: how many times larger the whole text is than this corpus of it.
+    """
+    parts = corpus.train.tokens, corpus.train.bytes, corpus.validation.tokens
+    tokens, n_bytes, held_out = (round(scale * count) for count in parts)
+    if seconds is not None:
+        length = Length(seconds=max(1.0, seconds - FINISHING_SECONDS))
+    elif recipe.flops is not None:
+        length = Length(flops=recipe.flops)
+    else:
+        said = (recipe.steps or 0) * (recipe.training.batch_tokens or STEP_TOKENS)
+        length = Length(tokens=recipe.tokens or said)
+    batch = recipe.training.batch_tokens or (STEP_TOKENS if recipe.steps else None)
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return choose(
+        Text(tokens, n_bytes, difficulty(corpus), held_out), length,
+        sizes_for(recipe, corpus.tokenizer.vocab_size, device), Trials(corpus.tokens("train"), recipe, device, bf16),
+        batch=batch,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- a text that is not prepared yet
+
+
+@dataclass(frozen=True)
+class Glance:
+    """A corpus that was prepared to be looked at: the whole of a small text, a sample of a large one."""
+
+    corpus: Corpus
+    scale: float  # how many times larger the text is
+    seconds: float  # that its preparation will take, about
+
+
+def glance(
+    corpora: Sequence[str], folder: Path, recipe: Recipe, text_column: str | None, strict: bool, console: Console
+) -> Glance:
+    """Prepare a text, or evenly chosen beginnings of its files, in a folder.
+
+    Raises:
+        NextwordError: there is no text; UsageError: a path is not there.
+    """
+    if any((Path(path) / MANIFEST).is_file() for path in corpora):
+        return Glance(Corpus.open(Path(corpora[0])), 1.0, 0.0)
+    sources = find_sources(corpora, Problems(strict), text_column)
+    size, started, scale = sum(map(text_bytes, sources)), time.monotonic(), 1.0
+    vocab_size, texts = recipe.vocab_size, list(corpora)
+    if size > SAMPLE:
+        sample = folder / "sample.jsonl"
+        scale = size / write_sample(sources, size, sample)
+        texts, text_column = [str(sample)], None
+        vocab_size = vocab_size or (vocab_size_for(size) if recipe.tokenizer == "bpe" else None)
+    corpus = prepare(
+        texts, folder / "shards", tokenizer=recipe.tokenizer, vocab_size=vocab_size, text_column=text_column,
+        strict=strict, progress=console.progress, say=console.say,
+    )  # fmt: skip
+    return Glance(corpus, scale, scale * (time.monotonic() - started))
+
+
+def text_bytes(source: Source) -> int:
+    """About how many bytes of text a file holds."""
+    packed = source.path.suffix in (".gz", ".zst", ".parquet")
+    try:
+        return source.path.stat().st_size * (EXPANDED if packed else 1)
+    except OSError:  # its reader says so
+        return 0
+
+
+def write_sample(sources: Iterable[Source], size: int, path: Path) -> int:
+    """The same share of every file, from its beginning, as JSON Lines; how many bytes of text that is."""
+    written = owed = 0.0
+    with path.open("w", encoding="utf-8") as file:
+        for source in sources:
+            owed += SAMPLE * text_bytes(source) / size
+            for document in source.read(Problems()):
+                if written >= owed:
+                    break
+                text = "".join(_up_to(document.pieces, int(owed - written)))
+                file.write(json.dumps({"text": text}) + "\n")
+                written += len(text.encode())
+    if not written:
+        raise NextwordError("no text was found in the beginnings of the files")
+    return int(written)
+
+
+def _up_to(pieces: Iterable[str], characters: int) -> Iterable[str]:
+    for piece in pieces:
+        yield piece[:characters]
+        characters -= len(piece)
+        if characters <= 0:
+            return
+
+
+def plan_text(
+    corpora: Sequence[str], recipe: Recipe, device: torch.device, *, text_column: str | None, strict: bool, console: Console
+) -> dict[str, Any]:  # fmt: skip
+    """What a run of this recipe on these texts would be: the plan, what was found of the text, energy and preparation."""
+    with TemporaryDirectory(prefix="nextword-plan-") as folder:
+        seen = glance(corpora, Path(folder), recipe, text_column, strict, console)
+        console.say("trying sizes on this machine …")
+        meter = Meter(device)
+        left = None if recipe.budget is None else recipe.budget - seen.seconds
+        if left is not None and left < FINISHING_SECONDS:
+            raise UsageError(
+                f"a budget of {recipe.budget:.0f} s is too short: to prepare this text takes about {seen.seconds:.0f} s"
+            )
+        plan = plan_corpus(seen.corpus, recipe, device, seconds=left, scale=seen.scale)
+        train = seen.corpus.train
+        text = {
+            "tokens": round(seen.scale * train.tokens), "bytes": round(seen.scale * train.bytes),
+            "documents": round(seen.scale * seen.corpus.documents), "vocab_size": seen.corpus.tokenizer.vocab_size,
+            "sampled": seen.scale > 1,
+        }  # fmt: skip
+        whole = plan.seconds + seen.seconds + (FINISHING_SECONDS if left is not None else 0.0)
+        return {
+            **plan.to_dict(), "seconds": recipe.budget or whole, "preparation_seconds": seen.seconds, "text": text,
+            "energy": meter.power().to_dict(recipe.budget or whole),
+        }  # fmt: skip

@@ -1,0 +1,252 @@
+"""A plan: what is chosen from time and text, what is expected of it, and what the person is told."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nextword import api, energy, planning
+from nextword.errors import UsageError
+from nextword.evaluation.report import write_report
+from nextword.model.config import SIZES, build_config
+from nextword.model.gpt import GPT
+from nextword.recipes import change, default
+from nextword.text.corpus import find_sources, prepare
+from nextword.text.documents import Problems
+from nextword.training.laws import Law
+from nextword.training.plan import Length, Plan, Speed, Text, choose, dropout_for, flops_of
+
+LADDER = {size: build_config("modern", size, vocab_size=4096) for size in ("micro", "tiny", "mini", "small", "midi")}
+# Fixed, so that these tests do not hang on what was fitted last.
+LAW = Law(floor=0.4, parameters_scale=2e4, alpha=0.5, bytes_scale=1e5, beta=0.4)
+BOOKS = Text(tokens=10**9, bytes=4 * 10**9, difficulty=2.2)
+
+
+class Steady:
+    """A machine of a constant rate, which remembers what it was asked."""
+
+    def __init__(self, rate: float = 1e11):
+        self.rate, self.asked = rate, []
+
+    def speed(self, config, batch_tokens):
+        self.asked.append(config)
+        return Speed(flops_of(config) / (0.5 * self.rate), 16 * config.parameters)
+
+
+def chosen(text: Text = BOOKS, machine=None, **length) -> Plan:
+    return choose(text, Length(**length), LADDER, machine or Steady(), law=LAW)
+
+
+def test_more_time_never_makes_a_smaller_model_nor_a_worse_one():
+    plans = [chosen(seconds=seconds) for seconds in (10, 60, 600, 3600, 36000)]
+    sizes = [list(LADDER).index(plan.size) for plan in plans]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    bits = [plan.bits_per_byte for plan in plans]
+    assert bits == sorted(bits, reverse=True)
+
+
+def test_a_size_is_asked_about_before_it_is_taken_and_few_are():
+    for seconds in (10, 600, 36000):
+        machine = Steady()
+        plan = chosen(machine=machine, seconds=seconds)
+        assert LADDER[plan.size] in machine.asked
+        assert len(machine.asked) <= 4 and len({c.d_model for c in machine.asked}) == len(machine.asked)
+
+
+def test_what_a_machine_is_bad_at_is_not_taken():
+    """A machine on which large sizes are a hundred times slower than its rate promises."""
+
+    class Odd(Steady):
+        def speed(self, config, batch_tokens):
+            slow = 100 if config.d_model > 128 else 1
+            return super().speed(config, batch_tokens)._replace(seconds=slow * flops_of(config) / (0.5 * self.rate))
+
+    assert LADDER[chosen(seconds=3600).size].d_model > 128
+    assert LADDER[chosen(machine=Odd(), seconds=3600).size].d_model <= 128
+
+
+def test_the_time_holds_the_steps_the_looks_and_the_last_measure():
+    plan = chosen(seconds=600)
+    assert plan.seconds == 600
+    assert 0.85 * 600 < plan.tokens * plan.seconds_per_token < 600
+    held_out = chosen(BOOKS._replace(held_out=plan.tokens // 2), seconds=600)
+    assert plan.tokens * 0.75 < held_out.tokens < plan.tokens * 0.95
+    assert chosen(BOOKS._replace(held_out=10**12), seconds=600).tokens >= plan.tokens * 0.6, (
+        "a third of the time at most"
+    )
+
+
+def test_tokens_and_operations_say_the_length_too():
+    by_tokens, by_flops = chosen(tokens=5e6), chosen(flops=1e15)
+    assert by_tokens.tokens == 5_000_000
+    assert by_flops.flops == pytest.approx(1e15, rel=1e-6)
+    assert chosen(tokens=1e8).parameters > by_tokens.parameters > 0
+    for wrong in ({}, {"tokens": 1.0, "flops": 1.0}):
+        with pytest.raises(UsageError, match="how long"):
+            Length(**wrong)
+
+
+def test_one_size_alone_is_taken_as_it_is():
+    plan = choose(BOOKS, Length(seconds=1.0), {"midi": LADDER["midi"]}, Steady(), batch=512)
+    assert (plan.size, plan.batch_tokens) == ("midi", 512)
+
+
+def test_a_text_that_is_read_often_gets_dropout_and_says_so():
+    little = chosen(Text(300_000, 1_000_000, 2.5), seconds=600)
+    assert (
+        little.dropout > 0
+        and any("dropout" in line for line in little.why)
+        and any("times" in line for line in little.why)
+    )
+    assert chosen(seconds=600).dropout == 0 and len(chosen(seconds=600).why) == 1
+    assert dropout_for(1) == 0 < dropout_for(8) < dropout_for(30)
+    assert little.bits_per_byte > chosen(Text(10**9, 10**9 * 10 // 3, 2.5), seconds=600).bits_per_byte
+
+
+# ---------------------------------------------------------------- the law
+
+
+@given(
+    st.floats(1e4, 1e9), st.floats(1e4, 1e11), st.floats(1e4, 1e11), st.floats(0.5, 5), st.floats(1.01, 8)
+)  # fmt: skip
+def test_the_law_falls_with_size_and_reading_and_rises_with_difficulty(parameters, read, unique, difficulty, more):
+    law = Law()
+    bits = law.bits(parameters, read, unique, difficulty)
+    assert math.isfinite(bits) and bits > 0
+    assert law.bits(more * parameters, read, unique, difficulty) < bits
+    assert law.bits(parameters, more * read, unique, difficulty) <= bits
+    assert law.bits(parameters, read, more * unique, difficulty) <= bits
+    assert law.bits(parameters, read, unique, more * difficulty) >= bits
+    assert law.worth(read, unique) <= read
+
+
+@given(st.floats(1e4, 1e9), st.floats(1e5, 1e10), st.floats(1e5, 1e10))
+def test_slopes_are_those_of_the_losses(parameters, read, unique):
+    law, step = Law(), 1e-6
+    by_size, by_reading = law.slopes(parameters, read, unique)
+    base = sum(law.losses(parameters, read, unique))
+    assert by_size == pytest.approx(
+        (base - sum(law.losses(parameters * (1 + step), read, unique))) / step, rel=1e-3, abs=1e-5
+    )
+    assert by_reading == pytest.approx(
+        (base - sum(law.losses(parameters, read * (1 + step), unique))) / step, rel=1e-3, abs=1e-5
+    )
+
+
+def test_operations_are_counted_from_the_model():
+    """Six for each weight that a token is multiplied with, and attention over half a window."""
+    for preset in ("gpt2", "modern", "tutorial"):
+        config = build_config(preset, "tiny", vocab_size=1000, tied=False)
+        model = GPT(config)
+        multiplied = sum(p.numel() for name, p in model.named_parameters() if "embedding" not in name)
+        attention = 6 * config.n_layers * config.d_model * config.context_length
+        assert flops_of(config) == pytest.approx(6 * multiplied + attention)
+
+
+# ---------------------------------------------------------------- this machine, and a real text
+
+
+def test_plan_says_what_a_run_will_be(texts):
+    found = api.plan(texts, budget="20s")
+    for name in ("parameters", "tokens", "seconds", "memory_bytes", "bits_per_byte", "low", "high", "steps", "flops"):
+        assert found[name] > 0, name
+    assert found["low"] < found["bits_per_byte"] < found["high"] and found["seconds"] == 20
+    assert found["text"]["documents"] == 40 and not found["text"]["sampled"]
+    assert found["energy"]["watt_hours"] > 0
+
+
+def test_a_large_text_is_sampled_evenly_and_counted_up(texts, monkeypatch):
+    whole = api.plan(texts, tokens=50_000)["text"]
+    monkeypatch.setattr(planning, "SAMPLE", whole["bytes"] // 3)
+    sampled = api.plan(texts, tokens=50_000, vocab_size=512)["text"]
+    assert sampled["sampled"] and sampled["vocab_size"] <= 512
+    assert sampled["bytes"] == pytest.approx(whole["bytes"], rel=0.1)
+
+
+def test_a_sample_has_its_share_of_every_file(texts, tmp_path, monkeypatch):
+    sources = find_sources([texts], Problems())
+    size = sum(map(planning.text_bytes, sources))
+    monkeypatch.setattr(planning, "SAMPLE", size // 4)
+    written = planning.write_sample(sources, size, tmp_path / "sample.jsonl")
+    lines = [json.loads(line)["text"] for line in (tmp_path / "sample.jsonl").read_text().splitlines()]
+    assert written == sum(len(line.encode()) for line in lines) == pytest.approx(size / 4, rel=0.02)
+    assert len(lines) == 40, "a part of each file, not some files whole"
+
+
+def test_the_machine_is_tried_with_real_steps(texts, tmp_path):
+    corpus = prepare([texts], tmp_path / "shards", tokenizer="char")
+    recipe = change(default(), model={}, training={})
+    machine = planning.Trials(corpus.tokens("train"), recipe, torch.device("cpu"), bf16=False)
+    sizes = planning.sizes_for(recipe, corpus.tokenizer.vocab_size, torch.device("cpu"))
+    assert set(sizes) <= set(SIZES) and "175b" not in sizes, "none that does not fit into memory"
+    small, large = machine.speed(sizes["micro"], 2048), machine.speed(sizes["mini"], 2048)
+    assert 0 < small.seconds < large.seconds and 0 < small.memory < large.memory
+
+
+def test_settings_that_make_no_model_are_refused_in_words():
+    recipe = replace(default(), model={"d_model": 100, "n_heads": 7})
+    with pytest.raises(UsageError, match="multiple of n_heads"):
+        planning.sizes_for(recipe, 300, torch.device("cpu"))
+
+
+def test_a_run_follows_its_plan_and_its_report_sets_the_outcome_beside_it(texts, tmp_path):
+    result = api.pretrain(texts, tmp_path / "run", tokens="40k", size="micro", tokenizer="char", seed=1)
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    plan = facts["plan"]
+    assert plan["size"] == facts["size"] == "micro" and plan["tokens"] == 40_000
+    assert 40_000 <= result["tokens"] < 40_000 + plan["batch_tokens"]
+    assert facts["model"]["dropout"] == plan["dropout"] and result["memory_bytes"] > 0
+    page = write_report(tmp_path / "run").read_text()
+    assert "The plan, and what came of it" in page and f"{plan['bits_per_byte']:.3f}" in page
+    side = "inside" if plan["low"] <= result["bits_per_byte"] <= plan["high"] else "outside"
+    assert f"this one is {side}" in page
+
+
+def test_operations_give_a_run_its_length(texts, tmp_path):
+    result = api.pretrain(texts, tmp_path / "run", flops="1e10", size="micro", tokenizer="char")
+    config = json.loads((tmp_path / "run" / "run.json").read_text())["plan"]
+    assert config["flops"] == pytest.approx(1e10, rel=1e-3)
+    assert result["tokens"] >= config["tokens"] > result["tokens"] - config["batch_tokens"]
+
+
+def test_plan_on_the_command_line(texts, nextword):
+    done = nextword("plan", texts, "--budget", "30s", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["size"] in SIZES
+    done = nextword("plan", texts, "--budget", "30s")
+    assert done.returncode == 0
+    for word in ("text", "model", "training", "time", "memory", "energy", "bits/byte", "four times in five"):
+        assert word in done.stdout
+    for arguments, word in (
+        (("--budget", "1s"), "too short"),
+        (("--flops", "much"), "no number"),
+        (("--flops", "-1"), "more than 0"),
+    ):
+        done = nextword("plan", texts, *arguments)
+        assert done.returncode in (1, 2) and word in done.stderr, arguments
+    done = nextword("plan", texts / "nothing", "--budget", "30s")
+    assert done.returncode == 2 and "no such file" in done.stderr
+
+
+# ---------------------------------------------------------------- energy
+
+
+def test_energy_is_measured_where_counters_are_and_estimated_where_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(energy, "COUNTERS", tmp_path)
+    meter = energy.Meter(torch.device("cpu"))
+    guess = meter.power()
+    assert not guess.measured and guess.watts == energy.CORE_WATTS * torch.get_num_threads()
+    package = tmp_path / "intel-rapl:0"
+    package.mkdir()
+    (package / "max_energy_range_uj").write_text("1000000000")
+    (package / "energy_uj").write_text("990000000")
+    (tmp_path / "intel-rapl:0:0").mkdir()  # a part, counted in the package already
+    meter = energy.Meter(torch.device("cpu"))
+    (package / "energy_uj").write_text("20000000")  # the counter began anew
+    meter.began -= 10
+    power = meter.power()
+    assert power.measured and power.watts == pytest.approx(3.0, rel=0.05)
+    assert power.to_dict(3600)["watt_hours"] == pytest.approx(3.0, rel=0.05)
