@@ -58,6 +58,7 @@ Precisions = Annotated[
 ]
 Flag = Annotated[bool, Parameter(negative="", show_default=False)]
 ModelGroup: Any = Annotated[ModelOptions, Parameter(group="Single settings of the model")]
+TuningGroup: Any = Annotated[TuningOptions, Parameter(group="Single settings of the fine-tuning")]
 TrainingGroup: Any = Annotated[TrainingOptions, Parameter(group="Single settings of the training")]
 
 
@@ -89,6 +90,37 @@ class RunOptions:
     strict: Annotated[
         Flag, Parameter(help="Stop at the first thing that is wrong in the text, instead of telling and going on.")
     ] = False
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class TaskOptions:
+    """What labelled examples are for, and what learns from them."""
+
+    task: Annotated[str | None, Parameter(help="Guessed from the columns where not given, and said.")] = None
+    validation: Annotated[
+        list[str] | None,
+        Parameter(negative="", help="Tables of held-out examples; a tenth of the data where not given."),
+    ] = None
+    column: Annotated[
+        list[str] | None,
+        Parameter(
+            negative="",
+            help="Names a column that goes by another name: --column prompt=english --column completion=french.",
+        ),
+    ] = None
+    lora: Annotated[
+        Flag,
+        Parameter(
+            help="Train a small adapter and leave the model's own weights alone (RUN/adapter; RUN/model is merged)."
+        ),
+    ] = False
+
+    def said(self) -> dict[str, Any]:
+        """As the functions of the package take them."""
+        return {
+            "task": self.task, "validation": self.validation or [], "columns": roles(self.column or []), "lora": self.lora
+        }  # fmt: skip
 
 
 def said(options: Any) -> dict[str, Any]:

@@ -12,10 +12,12 @@ from nextword.verbs.shared import (
     Common,
     Flag,
     Precisions,
+    TaskOptions,
+    TrainingGroup,
     TrainingOptions,
+    TuningGroup,
     TuningOptions,
     in_words,
-    roles,
     said,
     show,
     transfer_summary,
@@ -29,10 +31,7 @@ def finetune(
     /,
     *,
     out: Path,
-    task: str | None = None,
-    validation: Annotated[list[str] | None, Parameter(negative="")] = None,
-    column: Annotated[list[str] | None, Parameter(negative="")] = None,
-    lora: Flag = False,
+    about: TaskOptions = TaskOptions(),
     scratch: Flag = False,
     limit: int | None = None,
     epochs: float | None = None,
@@ -41,8 +40,8 @@ def finetune(
     resume: Flag = False,
     strict: Flag = False,
     tensorboard: Flag = False,
-    training: Annotated[TrainingOptions, Parameter(group="Single settings of the training")] = TrainingOptions(),  # pyright: ignore[reportInvalidTypeForm]
-    tuning: Annotated[TuningOptions, Parameter(group="Single settings of the fine-tuning")] = TuningOptions(),  # pyright: ignore[reportInvalidTypeForm]
+    training: TrainingGroup = TrainingOptions(),
+    tuning: TuningGroup = TuningOptions(),
     common: Common = Common(),
 ) -> None:
     """Adapt a model to a task by labelled examples, and score it beside what needs no model.
@@ -59,14 +58,6 @@ def finetune(
         Tables of examples: .csv .tsv .jsonl .json .parquet, plain, .gz or .zst; for continue, text.
     out
         The run folder: the model, its scores and its report.
-    task
-        Guessed from the columns where not given, and said.
-    validation
-        Tables of held-out examples; a tenth of the data where not given.
-    column
-        Names a column that goes by another name: --column prompt=english --column completion=french.
-    lora
-        Train a small adapter and leave the model's own weights alone (RUN/adapter; RUN/model is merged).
     scratch
         Begin with fresh weights of the same shape, to see what pre-training is worth.
     limit
@@ -86,11 +77,11 @@ def finetune(
     """
     from nextword import api
 
+    tuned = said(tuning) | ({} if epochs is None else {"epochs": epochs})
     result = api.finetune(
-        model or "", data or [], out, task=task, validation=validation or [], columns=roles(column or []), lora=lora,
-        scratch=scratch, limit=limit, budget=budget, steps=steps, resume=resume, training=said(training),
-        tuning={**said(tuning), **({} if epochs is None else {"epochs": epochs})}, strict=strict, seed=common.seed,
-        device=common.device, tensorboard=tensorboard, console=common.console(), started=STARTED,
+        model or "", data or [], out, **about.said(), scratch=scratch, limit=limit, budget=budget, steps=steps,
+        resume=resume, training=said(training), tuning=tuned, strict=strict, seed=common.seed, device=common.device,
+        tensorboard=tensorboard, console=common.console(), started=STARTED,
     )  # fmt: skip
     show(result, common, lambda: tuned_summary(result))
 
@@ -101,12 +92,9 @@ def transfer(
     /,
     *,
     out: Path,
-    task: str | None = None,
-    validation: Annotated[list[str] | None, Parameter(negative="")] = None,
-    column: Annotated[list[str] | None, Parameter(negative="")] = None,
+    about: TaskOptions = TaskOptions(),
     counts: Annotated[list[int] | None, Parameter(negative="")] = None,
     seeds: int = 3,
-    lora: Flag = False,
     resume: Flag = False,
     common: Common = Common(),
 ) -> None:
@@ -120,26 +108,18 @@ def transfer(
         Tables of examples, as nextword finetune takes them.
     out
         The folder for the figures and their page; --resume goes on where it stood.
-    task
-        Guessed from the columns where not given.
-    validation
-        Tables of held-out examples; a tenth of the data where not given.
-    column
-        Names a column that goes by another name: --column text=review.
     counts
         Numbers of examples to learn from, beside all of them; may be given more than once. [default: 32 128 512 2048]
     seeds
         Runs of each kind.
-    lora
-        Fine-tune an adapter alone.
     resume
         Go on where it stood; begin where there is nothing yet.
     """
     from nextword import api
 
     result = api.transfer(
-        model, data, out, counts=counts, seeds=seeds, resume=resume, task=task, validation=validation or (),
-        columns=roles(column or []), lora=lora, device=common.device, console=common.console(),
+        model, data, out, **about.said(), counts=counts, seeds=seeds, resume=resume, device=common.device,
+        console=common.console(),
     )  # fmt: skip
     show(result, common, lambda: transfer_summary(result))
 
