@@ -160,3 +160,13 @@ def test_importing_nextword_is_light():
     code = f"import sys, nextword, nextword.cli; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_model_opens_without_what_only_training_and_drawing_need(base):
+    """Each of these takes a good part of the time to the first word."""
+    script = (
+        "import sys; from nextword.cli import run; run(['generate', sys.argv[1], 'The', '--max-tokens', '1']); "
+        "print([name for name in ('torch._dynamo', 'matplotlib', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(base)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -14,7 +14,6 @@ from nextword.console import Console
 from nextword.continuing import Continuing
 from nextword.errors import CorruptFile, NextwordError, UsageError
 from nextword.evaluation.likelihood import Likelihood
-from nextword.evaluation.report import write_report
 from nextword.exporting import Format, write_gguf
 from nextword.finetuning import Finetuning
 from nextword.inference.engine import Completion
@@ -33,7 +32,6 @@ from nextword.text.corpus import Corpus
 from nextword.text.docstrings import write_examples
 from nextword.text.documents import Problems
 from nextword.text.named import NAMED
-from nextword.transferring import run_transfer
 
 DEMO_LABELS, DEMO_ANSWERS = 30.0, 45.0  # seconds of the demo's two fine-tunings
 
@@ -304,6 +302,7 @@ def transfer(
         "settings": {name: tables(v, True) if name == "validation" else v for name, v in given.items()},
     }  # fmt: skip
     choose_device(device)
+    from nextword.transferring import run_transfer  # what draws takes half a second to import
 
     def tune(**cell: Any) -> dict[str, Any]:
         return finetune(model, data, device=device, **given, **cell)
@@ -397,6 +396,8 @@ def export(
 
 def report(run: str | Path) -> Path:
     """Write RUN/report.html anew from what the run folder holds."""
+    from nextword.evaluation.report import write_report  # what draws takes half a second to import
+
     return write_report(Path(run))
 
 

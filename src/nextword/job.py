@@ -19,7 +19,6 @@ from nextword import files
 from nextword.console import Console, duration
 from nextword.energy import Meter
 from nextword.errors import MissingExtra, UsageError
-from nextword.evaluation.report import write_card, write_report
 from nextword.recipes import Training
 from nextword.runs import (
     Interrupted,
@@ -373,8 +372,7 @@ class Job(ABC):
             "memory_bytes": peak_memory(self.device), "energy": self.meter.power().to_dict(self.seconds()),
         }  # fmt: skip
         files.write_durably(self.run.result, files.to_json(whole))
-        write_card(self.run.path)
-        write_report(self.run.path)
+        draw(self.run.path, anew=True)
         return whole
 
 
@@ -435,9 +433,11 @@ def refuse_changes(run: RunFolder, request: dict[str, Any]) -> None:
         )
 
 
-def draw(run: Path) -> None:
-    """The report and the card of a finished run, where they are not there."""
-    if not (run / "README.md").is_file():
+def draw(run: Path, anew: bool = False) -> None:
+    """The report and the card of a finished run; where they are there already, only if they are to be made anew."""
+    from nextword.evaluation.report import write_card, write_report  # what draws takes half a second to import
+
+    if anew or not (run / "README.md").is_file():
         write_card(run)
-    if not (run / "report.html").is_file():
+    if anew or not (run / "report.html").is_file():
         write_report(run)

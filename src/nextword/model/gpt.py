@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from nextword.model.config import ModelConfig
 
@@ -181,6 +182,15 @@ def drop(x: Tensor, keep: Tensor | None, probability: float) -> Tensor:
 # ---------------------------------------------------------------- the model
 
 
+class Undrawn(TorchFunctionMode):
+    """Inside, modules get no first numbers: where there is no memory to hold them, drawing them would import a compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 class GPT(nn.Module):
     """A decoder-only Transformer: P(x_t | x_<t; θ) for every t of a window at once.
 
@@ -206,10 +216,15 @@ class GPT(nn.Module):
         self.initialise()
 
     @classmethod
+    def hollow(cls, config: ModelConfig) -> "GPT":
+        """A model of this configuration without numbers and without the memory for them."""
+        with torch.device("meta"), Undrawn():
+            return cls(config)
+
+    @classmethod
     def from_weights(cls, config: ModelConfig, weights: dict[str, Tensor]) -> "GPT":
         """The model of this configuration whose `state_dict` is `weights`; the tensors are taken as they are, not copied."""
-        with torch.device("meta"):  # nothing is drawn
-            model = cls(config)
+        model = cls.hollow(config)
         model.load_state_dict(weights, assign=True)
         if config.positions == "sinusoidal":
             table = sinusoidal_table(config.context_length, config.d_model)

@@ -180,8 +180,7 @@ def load_model(directory: Path, device: torch.device | str = "cpu") -> GPT:
             config = ModelConfig.from_dict(facts["model"])
             config = replace(config, tied=config.tied or config.n_labels > 0)  # as in `read_stock_config`
     sources = find_weights(directory)
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in GPT.hollow(config).state_dict().items()}
     weights = read_weights(directory, config, sources, shapes)
     return GPT.from_weights(config, weights).to(device)
 
