@@ -24,8 +24,8 @@ from typing import Any
 DATA = Path(os.environ.get("NEXTWORD_DATA", "../shared/data"))
 KEPT = Path("build/bench")
 VERBS = (
-    "", "demo", "prepare", "pretrain", "finetune", "transfer", "predict", "chat", "generate", "evaluate", "export", "report",
-    "verify",
+    "", "demo", "plan", "prepare", "pretrain", "finetune", "transfer", "predict", "chat", "generate", "evaluate", "export",
+    "report", "verify",
 )  # fmt: skip
 
 

@@ -33,7 +33,8 @@ from nextword.text.docstrings import write_examples
 from nextword.text.documents import Problems
 from nextword.text.named import NAMED
 
-DEMO_LABELS, DEMO_ANSWERS = 30.0, 45.0  # seconds of the demo's two fine-tunings
+# The demo's time: for its pre-training, for each of its two fine-tunings; what is left over, it spends on what it shows.
+DEMO_SHARES = {"pretrain": 0.55, "packages": 0.17, "assistant": 0.25}
 
 
 # ---------------------------------------------------------------- verbs
@@ -426,24 +427,34 @@ def verify(path: str | Path) -> dict[str, str]:
 
 
 def demo(
-    out: str | Path = "nextword-demo", *, console: Console | None = None, started: float | None = None, **settings: Any
-) -> dict[str, Any]:
-    """The whole life of a small GPT on the documentation inside your own Python: prepared, trained, sampled, reported, and
-    fine-tuned twice: to tell which package speaks, and to answer what something does."""
+    out: str | Path = "nextword-demo", *, budget: str | float = 180.0, console: Console | None = None,
+    started: float | None = None, **settings: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The whole life of a small GPT on the documentation inside your own Python, in so much time: prepared, trained, sampled,
+    reported, and fine-tuned twice: to tell which package speaks, and to answer what something does."""
+    parts = {name: share * seconds(budget) for name, share in DEMO_SHARES.items()}
     with console or Console(quiet=True) as console:
         console.say("This trains a GPT on the documentation inside your Python, and then on two tasks.\n", style="bold")
-        result = pretrain("python-docs", out, recipe="demo", resume=True, console=console, started=started, **settings)
+        result = pretrain(
+            "python-docs", out, budget=parts["pretrain"], resume=True, console=console, started=started, **settings
+        )
         loaded = load(out)
         prompts = ["Return a new", "The following example", "Raises ValueError if"]
         completions = loaded.generate(prompts, max_tokens=60, temperature=0.6, top_p=0.9, seed=1)
         result = {**result, "completions": [asdict(c) for c in completions]}
         folder = Path(out) / "tasks"
         folder.mkdir(exist_ok=True)
-        packages, questions = write_examples(folder)
-        for name, data, budget in (("packages", packages, DEMO_LABELS), ("assistant", questions, DEMO_ANSWERS)):
-            console.say(f"\n{name}: fine-tuning the same model, {budget:.0f} s", style="bold")
+        for name, data in zip(("packages", "assistant"), write_examples(folder), strict=True):
+            console.say(f"\n{name}: fine-tuning the same model, {parts[name]:.0f} s", style="bold")
             result[name] = finetune(
-                out, data, folder / name, budget=budget, resume=True, console=console, started=time.time(), **settings
+                out,
+                data,
+                folder / name,
+                budget=parts[name],
+                resume=True,
+                console=console,
+                started=time.time(),
+                **settings,
             )
         texts = ["Run a coroutine in the event loop until it is done.", "Draw a line on the canvas."]
         asked = ["What does get_event_loop in asyncio.events do?", "What does set_title in tkinter.Window do?"]

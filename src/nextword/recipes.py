@@ -197,17 +197,11 @@ def reference_char() -> Recipe:
     )
 
 
-def demo() -> Recipe:
-    """The first part of a small GPT's life; with two fine-tunings, all of it takes under five minutes on two cores."""
-    return replace(default(), name="demo", budget=150.0)
-
-
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "default": default,
     "plain": plain,
     "post-norm": post_norm,
     "reference-char": reference_char,
-    "demo": demo,
 }
 
 

@@ -24,19 +24,21 @@ from nextword.verbs.shared import (
 )
 
 
-def demo(*, out: Path = Path("nextword-demo"), common: Common = Common()) -> None:
-    """The whole life of a small GPT on the documentation inside your own Python, in under five minutes: trained on text,
-    then fine-tuned to classify and to answer.
+def demo(*, out: Path = Path("nextword-demo"), budget: str = "3m", common: Common = Common()) -> None:
+    """The whole life of a small GPT on the documentation inside your own Python: trained on text, then fine-tuned to classify
+    and to answer.
 
     Parameters
     ----------
     out
         The run folder.
+    budget
+        Wall time of all of it.
     """
     from nextword import api
 
     console = common.console()
-    result = api.demo(out, console=console, started=STARTED, seed=common.seed, device=common.device)
+    result = api.demo(out, budget=budget, console=console, started=STARTED, seed=common.seed, device=common.device)
 
     def text() -> str:
         lines = [f"\n{c['prompt']}{c['text']}\n" for c in result["completions"]]
