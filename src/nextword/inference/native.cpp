@@ -84,7 +84,8 @@ void quantise(const float* x, int64_t n, int16_t* out, float* scale) {
   std::memset(out + n, 0, (padded(n) - n) * sizeof(int16_t));
 }
 
-// O outputs of R rows: each of the O · R sums has an accumulator of its own, in registers.
+// O outputs of R rows: each of the O · R sums has an accumulator of its own, in registers. All loops over `acc` are unrolled:
+// where one is not, GCC keeps the whole of it in memory.
 template <int O, int R>
 inline void dots_float(const Matrix& m, int64_t o, const Input& in, int64_t r, float (&result)[O][R]) {
   const float* w = static_cast<const float*>(m.data) + o * m.in;

@@ -25,12 +25,15 @@ inline int64_t row(int64_t n) { return padded(n) / 16 * 16 + 24; }
 
 // ---------------------------------------------------------------- small products
 
-// R rows of eight or sixteen columns of C (+)= A · B: A is read by strides (so it may lie transposed), B and C by rows.
+// R rows of eight or sixteen columns of C (+)= A · B: A is read by strides (so it may lie transposed), B and C by rows. All
+// loops over `acc` are unrolled: where one is not, GCC keeps the whole of it in memory.
 template <int R, int V>
 inline __attribute__((always_inline)) void tile(
     int64_t n, const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
   __m256 acc[R][V];
+#pragma GCC unroll 6
   for (auto& row : acc)
+#pragma GCC unroll 2
     for (auto& one : row) one = _mm256_setzero_ps();
   for (int64_t k = 0; k < n; ++k) {
     __m256 right[V];
@@ -43,16 +46,17 @@ inline __attribute__((always_inline)) void tile(
       for (int j = 0; j < V; ++j) acc[i][j] = _mm256_fmadd_ps(left, right[j], acc[i][j]);
     }
   }
+#pragma GCC unroll 6
   for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
     for (int j = 0; j < V; ++j) {
       float* to = c + i * c_row + 8 * j;
       _mm256_storeu_ps(to, add ? _mm256_add_ps(_mm256_loadu_ps(to), acc[i][j]) : acc[i][j]);
     }
 }
 
-// Not inlined: knowing the strides, compilers have been seen to rearrange the loop and spill its accumulators.
 template <int V>
-__attribute__((noinline)) void columns(
+void columns(
     int64_t m, int64_t n, const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c,
     int64_t c_row, bool add) {
   int64_t i = 0;
