@@ -1,7 +1,7 @@
 """Every verb as a short story. What the command line does, a program does here by the same names."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from nextword import files, recipes
 from nextword.base import Base
 from nextword.console import Console
 from nextword.continuing import Continuing
-from nextword.errors import CorruptFile, NextwordError, UsageError
+from nextword.errors import CorruptFile, MissingExtra, NextwordError, UsageError
 from nextword.evaluation.likelihood import Likelihood
 from nextword.evaluation.report import write_report
 from nextword.exporting import Format, write_gguf
@@ -310,6 +310,39 @@ def generate(
 ) -> list[Completion]:
     """Continue prompts with the model at a path."""
     return load(model, device, precision).generate(prompts, **settings)
+
+
+def serve(
+    model: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    insecure: bool = False,
+    allowed_hosts: Sequence[str] = (),
+    grace: float = 30.0,
+    console: Console | None = None,
+    ready: Callable[[dict[str, Any]], None] | None = None,
+    **settings: Any,
+) -> None:
+    """Serve a model over HTTP, by OpenAI's API and a page, until a signal comes. `ready` is told where, as soon as requests
+    are let in. `settings` are those of `serving.service.Settings`: device, precision, name, max_batch, queue, deterministic,
+    seed.
+
+    Raises:
+        MissingExtra: FastAPI or uvicorn is not installed.
+        UsageError: anybody could connect, and neither a key nor `insecure` was given.
+    """
+    try:
+        from nextword.serving.server import Place, serve_model
+        from nextword.serving.service import Settings
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("nextword"):
+            raise
+        raise MissingExtra("nextword serve", "serve") from error
+    place = Place(host, port, api_key, insecure, tuple(allowed_hosts), grace)
+    with console or Console(quiet=True) as console:
+        serve_model(Settings(Path(model), **settings), place, console, ready)
 
 
 def evaluate(
