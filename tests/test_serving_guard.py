@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from nextword import cli
 from nextword.errors import NextwordError
 from nextword.serving import guard
 from nextword.serving import server as server_module
@@ -32,11 +33,10 @@ POLICY = (
 
 
 @pytest.fixture(scope="module")
-def locked(base: Path) -> Iterator[Process]:
+def locked(base: Path) -> Iterator[Threaded]:
     """All of the machine's addresses, with a key."""
-    arguments = ("--host", "0.0.0.0", "--allowed-host", "model.example", "--quiet")
-    with Process(base, *arguments, NEXTWORD_API_KEY="a secret") as process:
-        yield process
+    with served(base, Place("0.0.0.0", 0, key="a secret", hosts=("model.example",))) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def open_(base: Path) -> Iterator[Threaded]:
 # ---------------------------------------------------------------- keys
 
 
-def test_every_route_but_health_and_the_page_needs_the_key(locked: Process) -> None:
+def test_every_route_but_health_and_the_page_needs_the_key(locked: Threaded) -> None:
     local = Server(f"http://127.0.0.1:{locked.port}")
     paths = local.get("/openapi.json", Authorization="Bearer a secret").json["paths"]
     assert len(paths) >= 10
@@ -74,7 +74,19 @@ def test_every_route_but_health_and_the_page_needs_the_key(locked: Process) -> N
     assert local.get("/v1/models", Authorization="bearer a secret").status == 200
 
 
-def test_the_key_is_said_once(locked: Process) -> None:
+def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("nextword.api.serve", lambda model, **settings: asked.update(settings))
+    monkeypatch.setenv("NEXTWORD_API_KEY", "a secret")
+    for arguments, key in (([], "a secret"), (["--api-key", "other"], "other")):
+        assert (
+            cli.run(["serve", str(base), "--host", "0.0.0.0", "--allowed-host", "a", "--allowed-host", "b", *arguments])
+            == 0
+        )
+        assert (asked["api_key"], asked["allowed_hosts"], asked["host"]) == (key, ["a", "b"], "0.0.0.0")
+
+
+def test_the_key_is_said_once(locked: Threaded) -> None:
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", locked.port)) as connection:
         connection.putrequest("GET", "/v1/models")
         for key in ("a secret", "other"):
@@ -100,14 +112,14 @@ def test_another_address_needs_a_key_or_a_clear_word(host: str, fine: bool) -> N
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:{port}", "127.0.0.1.evil.example", "", "a b", "localhost@evil",
                                   "169.254.169.254", "model.example.evil.example:{port}", "localhost:x"])  # fmt: skip
-def test_a_request_for_another_name_is_refused(locked: Process, host: str) -> None:
+def test_a_request_for_another_name_is_refused(locked: Threaded, host: str) -> None:
     for path in ("/", "/health", "/v1/models"):
         answer = Server(f"http://127.0.0.1:{locked.port}").get(path, Host=host.format(port=locked.port))
         assert answer.status in (400, 403), path
         answer.error  # noqa: B018  # it has OpenAI's form
 
 
-def test_its_own_names_are_known(locked: Process, open_: Threaded) -> None:
+def test_its_own_names_are_known(locked: Threaded, open_: Threaded) -> None:
     local = Server(f"http://127.0.0.1:{locked.port}")
     for host in ("127.0.0.1", "LocalHost:1", "[::1]:8000", "model.example", "MODEL.example.:443", "0.0.0.0"):
         assert local.get("/health", Host=host).status == 200, host
