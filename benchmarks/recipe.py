@@ -1,0 +1,148 @@
+"""What is in the recipe and why: `python -m benchmarks.recipe [NAME …]`, the figures of docs/experiments.md.
+
+Names: rates (learning rate and batch), screen (every choice by itself, short), survivors (what was left, longer, three
+seeds), final (the last two, half an hour). Each cell is kept under build/bench/recipe, so that a bench that was cut off goes on
+where it stood. Two runs side by side, on one thread each; a run's length is its tokens, so that the machine's moods do not
+count, and what a choice costs in time stands beside what it gains.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.run import DATA, KEPT, nextword
+
+WORK = KEPT / "recipe"
+SHORT, LONG, LONGEST = 300_000, 2_000_000, 18_000_000  # tokens: about 15 s, 4 min and 30 min of two cores at this size
+CHOICES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "AdamW, lr 0.0015": {"optimizer": "adamw", "lr": 1.5e-3},
+    "AdamW, lr 0.003": {"optimizer": "adamw", "lr": 3e-3},
+    "AdamW, lr 0.006": {"optimizer": "adamw"},
+    "lr 0.003": {"lr": 3e-3},
+    "lr 0.012": {"lr": 1.2e-2},
+    "Muon's lr 0.012, the rest 0.006": {"matrix_lr": 1.2e-2},
+    "Muon's lr 0.024, the rest 0.006": {"matrix_lr": 2.4e-2},
+    "no norm of queries and keys": {"model": {"qk_norm": False}},
+    "key-value heads as many as heads": {"model": {"n_kv_heads": 4}},
+    "projections begin at zero": {"zero_projections": True},
+    "cosine": {"schedule": "cosine"},
+    "line": {"schedule": "linear"},
+    "warm-up 0.1": {"warmup": 0.1},
+    "batch grows": {"ramp": 0.3},
+    "batch 2,048": {"batch_tokens": 2048},
+    "batch 4,096": {"batch_tokens": 4096},
+    "batch 16,384": {"batch_tokens": 16384},
+    "context 64": {"model": {"context_length": 64}},
+    "context 256": {"model": {"context_length": 256}},
+    "untied head": {"model": {"tied": False}},
+    "averaged over the last tenth": {"average": 0.1},
+    "constant, averaged over a fifth": {"schedule": "constant", "average": 0.2},
+    "the same order in every epoch": {"same_order": True},
+    "no weight decay": {"weight_decay": 0.0},
+    "weight decay 0.3": {"weight_decay": 0.3},
+    "weight decay 1": {"weight_decay": 1.0},
+    "beta2 0.99": {"beta2": 0.99},
+    "momentum 0.9": {"momentum": 0.9},
+    "no clipping": {"clip": 0.0},
+    "gpt2": {"preset": "gpt2"},
+}  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """One thread, since two runs go side by side."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def corpora() -> dict[str, Path]:
+    """The shards of the corpora that recipes are tried on: many tokens, and few."""
+    books, found = KEPT / "books" / "text", {}
+    if not books.exists():
+        with tarfile.open(DATA / "books.tar.xz") as archive:
+            archive.extractall(books, filter="data")
+    for name, text in (("books", books), ("shakespeare", DATA / "tinyshakespeare" / "input.txt")):
+        found[name] = WORK / "shards" / name
+        nextword("prepare", text, "--out", found[name], "--json", "--quiet")
+    return found
+
+
+def trial(shards: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """One run, kept by its name."""
+    path = WORK / "cells" / f"{name}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        program = [sys.executable, "-m", "benchmarks.recipe_work", str(shards), json.dumps(settings)]
+        done = subprocess.run(program, capture_output=True, text=True, env=environment())
+        if done.returncode:
+            raise SystemExit(f"{' '.join(program)}\n{done.stderr}")
+        path.write_text(json.dumps({"settings": settings, **json.loads(done.stdout)}))
+        print(name, json.loads(done.stdout)["bits_per_byte"], file=sys.stderr, flush=True)
+    return json.loads(path.read_text())
+
+
+def trials(stage: str, choices: list[str], seeds: int, tokens: int) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Every choice on every corpus with every seed: {choice: {corpus: [run of each seed]}}."""
+    texts = corpora()
+    jobs = [(choice, corpus, seed) for seed in range(seeds) for corpus in texts for choice in choices]
+
+    def work(job: tuple[str, str, int]) -> dict[str, Any]:
+        choice, corpus, seed = job
+        settings = {**CHOICES[choice], "seed": seed, "tokens": tokens}
+        return trial(texts[corpus], f"{stage}-{corpus}-{choice}-{seed}", settings)
+
+    with ThreadPoolExecutor(2) as pool:
+        runs = dict(zip(jobs, pool.map(work, jobs), strict=True))
+    return {choice: {c: [runs[choice, c, seed] for seed in range(seeds)] for c in texts} for choice in choices}
+
+
+def table(found: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
+    texts = list(next(iter(found.values())))
+    print(
+        "\n| choice | " + " | ".join(f"{text}: bits per byte | against the default" for text in texts) + " | seconds |"
+    )
+    print("|---" * (2 * len(texts) + 2) + "|")
+    seconds = {
+        choice: statistics.fmean(r["seconds"] for runs in by.values() for r in runs) for choice, by in found.items()
+    }
+    for choice, by in found.items():
+        cells = []
+        for text in texts:
+            values = [run["bits_per_byte"] for run in by[text]]
+            base = [run["bits_per_byte"] for run in found["default"][text]]
+            differences = [a - b for a, b in zip(values, base, strict=True)]
+            spread = f" ({min(differences):+.4f} to {max(differences):+.4f})" if len(differences) > 1 else ""
+            cells += [f"{statistics.fmean(values):.4f}", f"{statistics.fmean(differences):+.4f}{spread}"]
+        print(f"| {choice} | " + " | ".join(cells) + f" | {seconds[choice] / seconds['default']:.2f} × |")
+
+
+def screen() -> None:
+    table(trials("screen", list(CHOICES), 1, SHORT))
+
+
+def survivors() -> None:
+    table(trials("survivors", [c for c in SURVIVORS if c in CHOICES], 3, LONG))
+
+
+def final() -> None:
+    table(trials("final", FINAL, 1, LONGEST))
+
+
+SURVIVORS = ["default"]
+FINAL = ["default"]
+
+
+def main() -> None:
+    sections = {"screen": screen, "survivors": survivors, "final": final}
+    for name in sys.argv[1:] or list(sections):
+        print(f"\n## {name}", flush=True)
+        sections[name]()
+
+
+if __name__ == "__main__":
+    main()
