@@ -17,7 +17,7 @@ from typing import Any
 
 PAGE = Path(__file__).resolve().parents[1] / "src" / "nextword" / "serving" / "page"
 KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-# As the real server's, and on top of it: nothing may ever be put into the page as HTML.
+# As the real server's: nothing may ever be put into the page as HTML.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"

@@ -286,16 +286,15 @@ def test_a_step_that_ran_out_of_memory_can_be_repeated(
     expected = Engine(model, tokenizer).generate(["The", "house on"], BOLD)
     engine = Engine(model, tokenizer)
     ids = [engine.add("The", BOLD, index=0), engine.add("house on", BOLD, index=1)]
-    events, calls = [], 0
+    events, calls, read = [], itertools.count(1), engine.reader.read
 
-    def failing(hidden: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls % 3 == 0:
+    def failing(cache: KeyValueCache, pieces: Sequence[Piece]) -> list[torch.Tensor]:
+        rows = read(cache, pieces)
+        if next(calls) % 3 == 0:  # after the cache was written to
             raise torch.OutOfMemoryError("no memory")
-        return GPT.unembed(model, hidden)
+        return rows
 
-    monkeypatch.setattr(model, "unembed", failing)
+    monkeypatch.setattr(engine.reader, "read", failing)
     while engine.busy:
         try:
             events += engine.step()

@@ -8,13 +8,15 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from page_server import EMOJI, HTML, PAGE, RTL, STORY, PageServer
+from page_server import EMOJI, HTML, PAGE, POLICY, RTL, STORY, PageServer
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Locator, Page, ViewportSize, expect, sync_playwright
@@ -393,7 +395,8 @@ def test_completion_in_place(open_page: Open) -> None:
     expect(j.at("#text-note")).to_contain_text(f"{len(STORY)} tokens")
     assert reading.inner_text() == f"The lighthouse stood alone. {TOLD}"
     expect(reading.locator(".token").last).to_have_attribute("data-mark", "<|end|>")
-    assert j.asked() | {"prompt": "The lighthouse stood alone. ", "logprobs": 5, "stream": True} == j.asked()
+    asked = {"prompt": "The lighthouse stood alone. ", "logprobs": 5, "stream": True, "truncate_prompt_tokens": -1}
+    assert j.asked() | asked == j.asked()
     assert j.focused() == "reading"
     j.page.keyboard.press("ArrowRight")
     expect(j.at("#inspector .title")).to_contain_text("Once")
@@ -762,6 +765,46 @@ def test_copy_and_reload(open_page: Open) -> None:
     expect(j.answers).to_have_count(2)
     j.button("Completion").click()
     assert j.field("A text for the model to go on with").input_value() == "half a tale"
+
+
+def test_with_a_model_behind_it(browser: "Browser", base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same journeys in short, against the real server; whose policy is the one that the stand-in has."""
+    pytest.importorskip("fastapi", reason="the real server needs fastapi")
+    from nextword.serving import guard
+    from nextword.serving.server import Place
+    from served import served, until
+
+    assert dict(guard.HEADERS)[b"content-security-policy"].decode() == POLICY
+    with served(base, Place(port=0, key="a secret"), name="small") as server:
+        stand_in: Any = SimpleNamespace(script=None, address=f"{server.url}/")
+        j = Journey(browser.new_context(viewport=WIDE), stand_in)
+        j.troubles = True  # it is refused until it has the key
+        j.field("Key").fill("a secret")
+        j.page.keyboard.press("Enter")
+        expect(j.at("#model")).to_contain_text("small")
+        expect(j.at("#hint")).to_contain_text("not taught to converse")
+        j.field("A text for the model to go on with").fill("The list of values " * 40)  # more than its context
+        expect(j.at("#count")).to_contain_text("of which the model reads the last 64")
+        j.page.keyboard.press("Control+Enter")
+        tokens = j.at("#reading .token")
+        expect(tokens.nth(5)).to_be_visible()
+        j.page.wait_for_selector("#continue:visible")
+        tokens.nth(1).hover()
+        expect(j.at("#inspector .title")).to_contain_text("%")
+        assert j.at("#inspector li").count() >= 5
+        j.button("Conversation").click()
+        j.say("Hello")
+        assert j.answers.last.locator(".token").count() > 0
+        left, read = server.service.metrics.left.values, server.engine.reader.read
+        assert left[()] == 0
+        monkeypatch.setattr(server.engine.reader, "read", lambda *asked: time.sleep(0.1) or read(*asked))
+        j.button("New").click()
+        j.say("And?", done=False)
+        expect(j.answers.last.locator(".token").first).to_be_visible()
+        j.page.keyboard.press("Escape")
+        j.done()
+        until(lambda: left[()] == 1 and not server.engine.busy)
+        j.close()
 
 
 def test_the_page_is_small_and_whole() -> None:

@@ -506,6 +506,19 @@ def test_a_prompt_longer_than_the_context_is_refused_and_not_cut(client: OpenAI,
     assert refused.value.code == "context_length_exceeded"
 
 
+def test_of_a_longer_prompt_the_end_is_kept_where_that_is_asked_for(server: Process, loaded: Model) -> None:
+    long = "The list of values is long, " * 30
+    ids = loaded.tokenizer.encode(long)
+    for keep, prompt in ((-1, long), (-1, ids), (10**9, long), (5, long), (0, long)):
+        kept = ids[len(ids) - min(64, keep if keep >= 0 else 64) :] or [loaded.tokenizer.end_of_text]
+        told = server.complete(prompt, truncate_prompt_tokens=keep, max_tokens=3, echo=True, logprobs=0, **FREE)
+        expected = server.complete(kept, max_tokens=3, echo=True, logprobs=0, **FREE)
+        assert told["choices"] == expected["choices"] and told["usage"]["prompt_tokens"] == len(kept)
+    short = server.complete("The list", truncate_prompt_tokens=-1, max_tokens=3, **FREE)
+    assert short["choices"] == server.complete("The list", max_tokens=3, **FREE)["choices"]
+    assert server.post("/v1/completions", {"prompt": "x", "truncate_prompt_tokens": -2}).status == 400
+
+
 def test_half_surrogates_are_no_text(server: Process) -> None:
     assert server.post("/v1/completions", b'{"prompt": "a\\ud800b"}').error["param"] == "prompt"
     form = (

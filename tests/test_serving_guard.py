@@ -28,7 +28,7 @@ from served import Process, Server, Threaded, served, until
 ON = {"logit_bias": {"0": -100}, "temperature": 1.0}  # a text that does not end by itself
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'"
+    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 )
 
 
@@ -330,19 +330,35 @@ def test_leaving_while_waiting_takes_nothing_from_others(monkeypatch: pytest.Mon
 
 
 def test_a_slow_reader_holds_up_nobody(base: Path) -> None:
-    with served(base) as server:
+    with served(base, max_batch=1, queue=0) as server:  # one place in all
         body = {"prompt": "The", "max_tokens": 1500, "logprobs": 20, "stream": True, **ON}
         with server.begin(body, room=4096) as unread:  # some 2 MB
+            until(lambda: server.service.worker.held == 1)
+            until(lambda: server.service.worker.held == 0)  # it was written to its end, though nobody reads
+            assert server.service.worker.unread > 500
             quick = server.complete("A", max_tokens=50, **ON)
             assert quick["usage"]["completion_tokens"] == 50
-            until(lambda: server.service.worker.running == 0)  # it was written to its end, though nobody reads
-            assert server.service.worker.held == 1
             unread.settimeout(30)
             read = b""
             while b"data: [DONE]" not in read[-100:]:
                 read += unread.recv(2**20)
             assert len(read) > 1_000_000
-        until(lambda: server.service.worker.held == 0)
+        until(lambda: not server.service.worker.tickets)
+
+
+def test_what_is_unread_has_a_limit(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+    """The slowest of all loses its answer, and the others' go on."""
+    monkeypatch.setattr("nextword.serving.worker.MAX_UNREAD", 700)
+    with served(base) as server:
+        body = {"prompt": "The", "max_tokens": 1500, "logprobs": 20, "stream": True, **ON}
+        with server.begin(body, room=4096) as unread:
+            read = server.post("/v1/completions", {**body, "seed": 1}).events
+            assert read[-1]["choices"][0]["finish_reason"] == "length"
+            until(lambda: not server.service.worker.tickets or server.service.worker.unread == 0)
+            said = b""
+            while piece := unread.recv(2**20):
+                said += piece
+            assert b'"code":"read_too_slowly"' in said and b"[DONE]" not in said
 
 
 def test_who_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
@@ -350,8 +366,8 @@ def test_who_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch, base: Path
     with served(base) as server:
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         with server.begin({"prompt": "The", "max_tokens": 1500, "logprobs": 20, "stream": True, **ON}, room=4096):
-            until(lambda: server.service.worker.held == 1)
-            until(lambda: server.service.worker.held == 0)
+            until(lambda: bool(server.service.worker.tickets))
+            until(lambda: not server.service.worker.tickets)
 
 
 # ---------------------------------------------------------------- faults
@@ -477,8 +493,8 @@ def test_while_loading_it_says_so(monkeypatch: pytest.MonkeyPatch, base: Path) -
 
 
 def test_sigterm_lets_texts_be_finished_and_a_second_one_does_not(base: Path) -> None:
-    with Process(base) as server:
-        with server.begin({"prompt": "The", "max_tokens": 3000, "stream": True, **ON}) as stream:
+    with Process(base, "--grace", "200") as server:
+        with server.begin({"prompt": "The", "max_tokens": 2000, "stream": True, **ON}) as stream:
             assert b"200 OK" in stream.recv(100)
             kept = server.connect()  # a connection from before
             kept.connect()
@@ -493,7 +509,7 @@ def test_sigterm_lets_texts_be_finished_and_a_second_one_does_not(base: Path) ->
                 read += piece
             assert b'"finish_reason":"length"' in read and b"data: [DONE]" in read
         assert server.wait() == 0
-        assert server.out == "" and "stopping: 1 texts are finished first" in server.err
+        assert server.out == "" and "stopping: 1 answers are finished first" in server.err
     with Process(base, "--grace", "60") as server, server.begin({"prompt": "The", "max_tokens": 30000, **ON}):
         until(lambda: server.metric("nextword_texts_running") == 1)
         server.signal(signal.SIGTERM)

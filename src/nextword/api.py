@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,7 +15,9 @@ from nextword.continuing import Continuing
 from nextword.errors import CorruptFile, MissingExtra, NextwordError, UsageError
 from nextword.evaluation.likelihood import Likelihood
 from nextword.evaluation.report import write_report
-from nextword.exporting import Format, write_gguf
+from nextword.exporting.gguf import write_gguf
+from nextword.exporting.onnx import write_onnx
+from nextword.exporting.proof import Exported
 from nextword.finetuning import Finetuning
 from nextword.inference.engine import Completion
 from nextword.inference.quantize import Precision
@@ -368,18 +370,29 @@ def evaluate(
 
 
 def export(
-    model: str | Path, to: Format = "gguf", out: str | Path | None = None, precision: Precision = "float32"
-) -> Path:
-    """Write a model as one file for other programs; the file, by default `MODEL.gguf` beside the run or the directory.
+    model: str | Path,
+    to: Literal["gguf", "onnx"] = "gguf",
+    out: str | Path | None = None,
+    precision: Precision = "float32",
+) -> Exported:
+    """Write a model as one file for other programs, by default `MODEL.gguf` or `MODEL.onnx` beside the run or the directory.
+    It is read back by the program that it is for where that is installed (llama-cpp-python, onnxruntime).
 
     Raises:
-        UsageError: there is no such format.
-        NextwordError: the format cannot hold this model or its tokenizer.
+        UsageError: there is no such format, or it has no such precision.
+        NextwordError: the format cannot hold this model or its tokenizer, or the file read back is not the model.
     """
-    if to != "gguf":
-        raise UsageError(f"there is no format {to!r}, only gguf")
     path = Path(model).resolve()
-    return write_gguf(model, Path(out) if out else path.with_name(f"{path.name}.gguf"), precision)
+    out = Path(out) if out else path.with_name(f"{path.name}.{to}")
+    if to == "gguf":
+        return write_gguf(model, out, precision)
+    if to != "onnx":
+        raise UsageError(f"there is no format {to!r}, only gguf and onnx")
+    if precision != "float32":
+        raise UsageError(
+            f"ONNX is written in float32, not {precision}: ONNX Runtime has tools of its own for fewer bits"
+        )
+    return write_onnx(model, out)
 
 
 def report(run: str | Path) -> Path:

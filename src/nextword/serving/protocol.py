@@ -180,6 +180,8 @@ class Generation(Asked):
 class CompletionRequest(Generation):
     prompt: Text | Ids | Texts | ManyIds = ""
     best_of: Count | None = None
+    # As in vLLM: of a longer prompt so many tokens of its end are kept, -1 for as many as fit. Else it is refused.
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     echo: bool | None = None
     logprobs: Logprobs | None = None
     suffix: str | None = None

@@ -52,7 +52,7 @@ def checked(asked: Generation, n: int, best_of: int, texts: int, max_tokens: int
 
 @router.post("/v1/completions")
 async def completions(asked: CompletionRequest, request: Request, service: Served) -> Response:
-    """Text that goes on from a prompt, a list of them, or token ids. Past the context length the window slides."""
+    """Text that goes on from a prompt, a list of them, or token ids. It may run past the context length: the window slides."""
     service.named(asked.model)
     prompts, n = asked.prompts(), asked.n or 1
     each = n if asked.best_of is None else asked.best_of
@@ -60,30 +60,26 @@ async def completions(asked: CompletionRequest, request: Request, service: Serve
     checked(asked, n, each, len(prompts) * each, max_tokens)
     if asked.suffix:
         raise Refusal(400, "suffix: this model cannot write what stands before a text", param="suffix")
-    ticket = service.worker.enter(len(prompts) * each)
-    try:
+    with service.worker.enter(len(prompts) * each) as ticket:
         # The log-probability of what is drawn decides which texts are the best.
         logprobs = 0 if asked.logprobs is None and each > n else asked.logprobs
         sampling = asked.sampling(
             service.model.tokenizer.vocab_size, stop=asked.stops, logprobs=logprobs, max_tokens=max_tokens,
             prompt_logprobs=asked.logprobs if asked.echo else None,
         )  # fmt: skip
-        ids = [await service.prompt_ids(prompt) for prompt in prompts]
+        keep = asked.truncate_prompt_tokens
+        ids = [await service.prompt_ids(prompt, keep=keep) for prompt in prompts]
         held = await service.constraints(asked.schema_of_answer(), len(ids) * each)
         index = [None if asked.seed is None else i % each for i in range(len(held))]
         asks = [Ask(ids[i // each], sampling, index[i], held[i]) for i in range(len(held))]
         echoes = []
         if asked.echo:
-            said = [p if isinstance(p, str) else service.model.tokenizer.decode(p) for p in prompts]
+            decode = service.model.tokenizer.decode
+            said = [p if isinstance(p, str) and keep is None else decode(i) for p, i in zip(prompts, ids, strict=True)]
             echoes = [said[i // each] for i in range(len(held))]
         form = Form(service.words, service.chat.ends, asked.logprobs, echoes)
         writing = Writing(ticket, asks, form, service.name, prompts=len(ids), choices=n, more={})
-        if asked.stream:
-            return writing.stream(asked.include_usage, {})
-        return await writing.answer(request.receive, {})
-    except BaseException:
-        ticket.leave()
-        raise
+        return await writing.respond(asked, request.receive, {})
 
 
 @router.post("/v1/chat/completions")
@@ -97,8 +93,7 @@ async def chat(asked: ChatRequest, request: Request, service: Served) -> Respons
     checked(asked, n, n, n, wanted)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise Refusal(400, "top_logprobs: only with logprobs", param="top_logprobs")
-    ticket = service.worker.enter(n)
-    try:
+    with service.worker.enter(n) as ticket:
         ids = service.fitting(await service.chat.encode(asked.conversation()), "messages")
         room = max(1, service.context_length - len(ids))
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
@@ -111,13 +106,7 @@ async def chat(asked: ChatRequest, request: Request, service: Served) -> Respons
         form = ChatForm(service.words, service.chat.ends, logprobs)
         more = {"nextword": {"chat_template": service.chat.name}}
         writing = Writing(ticket, asks, form, service.name, prompts=1, choices=n, more=more)
-        headers = {TEMPLATE_HEADER: service.chat.name}
-        if asked.stream:
-            return writing.stream(asked.include_usage, headers)
-        return await writing.answer(request.receive, headers)
-    except BaseException:
-        ticket.leave()
-        raise
+        return await writing.respond(asked, request.receive, {TEMPLATE_HEADER: service.chat.name})
 
 
 @router.get("/v1/models")

@@ -41,6 +41,7 @@ from nextword.serving.worker import Left
 PAGE = Path(__file__).with_name("page")
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 MAX_CONNECTIONS = 512
+SEND_BUFFER = 2**17  # bytes that the system keeps for a client that does not read; left to itself, some megabytes
 HEADER_SECONDS = 10.0  # for sending a request's headers
 CLOSING_SECONDS = 5  # for clients to read the end of their answers, after the texts have been written
 
@@ -97,6 +98,7 @@ class Place:
             made = socket.socket(family, kind, protocol)
             if os.name != "nt":  # there it would share the port with another program
                 made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections take it over
             made.bind(address)
             made.listen()
         except OSError as error:
@@ -261,7 +263,9 @@ async def run(
                     ready(facts)
                 await asyncio.wait([serving, *waits[:2]], return_when=asyncio.FIRST_COMPLETED)
             if stop.is_set():
-                console.say(f"stopping: {worker.held} texts are finished first, for {place.grace:.0f} s at most")
+                console.say(
+                    f"stopping: {len(worker.tickets)} answers are finished first, for {place.grace:.0f} s at most"
+                )
             await worker.drain(place.grace)
         finally:
             for wait in waits:

@@ -65,7 +65,7 @@ class Settings:
 
 
 class Service:
-    """Made at once; its model is there when `worker.loaded` is set. Attributes of the model are only read after that."""
+    """Made at once; what belongs to its model is there when it is `opened`."""
 
     def __init__(self, settings: Settings, console: Console):
         self.settings, self.console = settings, console
@@ -80,6 +80,7 @@ class Service:
         self.schemas = ThreadPoolExecutor(1, "schemas")
         self.grammars: Grammars | None = None
         self.created = int(self.directory.stat().st_mtime)
+        self.opened = False
         self.model: Model
         self.chat: Chat
         self.words: Words
@@ -90,7 +91,13 @@ class Service:
         for name, help, read in (
             ("nextword_texts_running", "Texts that have a slot.", lambda: self.worker.running),
             ("nextword_texts_waiting", "Texts in the queue.", lambda: self.worker.waiting),
-            ("nextword_texts_held", "Texts of requests that were let in.", lambda: self.worker.held),
+            ("nextword_texts_held", "Texts that were let in and are not finished.", lambda: self.worker.held),
+            (
+                "nextword_requests_open",
+                "Requests that were let in and have not left.",
+                lambda: len(self.worker.tickets),
+            ),
+            ("nextword_events_unread", "Parts of answers that clients have yet to read.", lambda: self.worker.unread),
             ("nextword_slots", "Texts that can run at once.", lambda: self.worker.slots),
             ("nextword_key_value_bytes", "Memory that is kept for keys and values.", lambda: self.cache_bytes),
         ):
@@ -123,6 +130,7 @@ class Service:
         if tokenizer.kind != "foreign":
             self.longest_token = max(len(self.words.bytes(id)) for id in range(tokenizer.vocab_size)) or 1
         _ = tokenizer.after_marker  # made here, and not by the first who asks
+        self.opened = True
         return engine
 
     def _slots(self, gpt: GPT) -> int:
@@ -153,7 +161,7 @@ class Service:
 
     def ready(self) -> None:
         """Raises `Refusal` while the model is not there, or no longer."""
-        if self.worker.state == "loading" or not hasattr(self, "model"):
+        if not self.opened:
             self.worker.enter(0)
 
     def named(self, model: str | None) -> None:
@@ -184,23 +192,30 @@ class Service:
             return encode(text)
         return await asyncio.get_running_loop().run_in_executor(self.threads, encode, text)
 
-    async def prompt_ids(self, prompt: str | list[int], param: str = "prompt") -> list[int]:
+    async def prompt_ids(self, prompt: str | list[int], param: str = "prompt", keep: int | None = None) -> list[int]:
         """The ids that a prompt stands for, which fit into the context.
 
+        Args:
+            keep: of a longer one, so many of its end; -1 for as many as fit. None refuses it.
+
         Raises:
-            Refusal: they do not, or one is not in the vocabulary.
+            Refusal: they do not fit, or one is not in the vocabulary.
         """
         tokenizer = self.model.tokenizer
-        if not isinstance(prompt, str):
-            if (largest := max(prompt, default=0)) >= tokenizer.vocab_size:
-                raise Refusal(400, f"{param}: {largest} is no token id; there are {tokenizer.vocab_size}", param=param)
-            return self.fitting(prompt, param)
-        # Where tokens lose nothing, a text has at least so many; a long one need not be encoded to be refused.
-        least = len(prompt) // self.longest_token if tokenizer.kind != "foreign" else 0
-        self.fitting(range(least), param)
-        await asyncio.sleep(0)  # others have their turn between the texts of a long list
-        ids = await self.text_ids(prompt)
-        ids = ids if tokenizer.begin_of_text is None else [tokenizer.begin_of_text, *ids]
+        if isinstance(prompt, str):
+            # Where tokens lose nothing, a text has at least so many; a long one need not be encoded to be refused.
+            if keep is None and tokenizer.kind != "foreign":
+                self.fitting(range(len(prompt) // self.longest_token), param)
+            await asyncio.sleep(0)  # others have their turn between the texts of a long list
+            ids = await self.text_ids(prompt)
+            ids = ids if tokenizer.begin_of_text is None else [tokenizer.begin_of_text, *ids]
+        elif (largest := max(prompt, default=0)) >= tokenizer.vocab_size:
+            raise Refusal(400, f"{param}: {largest} is no token id; there are {tokenizer.vocab_size}", param=param)
+        else:
+            ids = prompt
+        if keep is not None:
+            most = self.context_length if keep < 0 else min(keep, self.context_length)
+            ids = ids[max(0, len(ids) - most) :]
         return self.fitting(ids or [tokenizer.end_of_text], param)
 
     def fitting(self, ids: Any, param: str) -> Any:
@@ -269,7 +284,7 @@ class Service:
         return await self.worker.call(predict)
 
     async def close(self) -> None:
-        if hasattr(self, "chat"):
+        if self.opened:
             await self.chat.close()
         self.threads.shutdown(wait=False, cancel_futures=True)
         self.schemas.shutdown(wait=False, cancel_futures=True)

@@ -24,6 +24,7 @@ from nextword.serving.protocol import Refusal
 # The loop takes this many turns over a client's leaving: its socket is read, the connection is closed, the request hears of it.
 TURNS = 3
 PATIENCE = 0.25  # seconds that the thread waits for those turns
+MAX_UNREAD = 2**17  # events, of all clients together
 logger = logging.getLogger("nextword.serving")
 Result = TypeVar("Result")
 
@@ -43,22 +44,34 @@ class Ask:
 
 
 class Ticket:
-    """A request's place, from when it is let in until it leaves. Iterating gives its texts' events, each with the number of
-    its text, until all have ended.
+    """A request, from when it is let in until it leaves. Iterating gives its texts' events, each with the number of its text,
+    until all have ended.
+
+    Attributes:
+        places: how many texts it may still write. A text that is written gives its place to another, read or not.
+        unfinished: how many of its texts have not been read to their end.
 
     Raises:
         Left: the client has left.
-        Refusal: the server stops, or the engine has failed.
+        Refusal: the server stops, the engine has failed, or the client reads too slowly.
     """
 
-    def __init__(self, worker: "Worker", size: int):
-        self.worker, self.size = worker, size
+    def __init__(self, worker: "Worker", places: int):
+        self.worker, self.places = worker, places
         self.events: asyncio.Queue[tuple[int, Event] | Exception] = asyncio.Queue()
         self.unfinished = 0
         self.held = True
         self.error: Exception | None = None
         self.began = time.monotonic()
         self.last: dict[int, float] = {}
+
+    def __enter__(self) -> "Ticket":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """What goes wrong before there is an answer gives the places back; an answer does so itself, at its end."""
+        if kind is not None:
+            self.leave()
 
     def begin(self, asks: list[Ask]) -> None:
         """Put the texts into the engine's queue. Raises as iterating does."""
@@ -78,7 +91,7 @@ class Ticket:
             raise self.error
 
     def leave(self) -> None:
-        """Stop what is unfinished and give the place to another. May be said more than once."""
+        """Stop what is unfinished and give its places to others. May be said more than once."""
         if self.held:
             self.held = False
             self.worker.release(self)
@@ -139,8 +152,13 @@ class Worker:
 
     @property
     def held(self) -> int:
-        """Texts of requests that were let in and have not left."""
-        return sum(ticket.size for ticket in self.tickets)
+        """Texts that run or wait."""
+        return sum(ticket.places for ticket in self.tickets)
+
+    @property
+    def unread(self) -> int:
+        """Events that wait for their clients to read them."""
+        return sum(ticket.events.qsize() for ticket in self.tickets)
 
     def enter(self, size: int) -> Ticket:
         """A place for a request of so many texts.
@@ -304,8 +322,15 @@ class Worker:
                 ticket.last[number] = now
             if event.finished:
                 self.text_seconds += 0.2 * (now - ticket.began - self.text_seconds)
+                ticket.places -= 1
             if ticket.held:
                 ticket.events.put_nowait((number, event))
+        while self.unread > MAX_UNREAD:
+            slowest = max(self.tickets, key=lambda ticket: ticket.events.qsize())
+            slowest.events = asyncio.Queue()
+            slowest.end(
+                Refusal(503, "this answer was read too slowly, and others need the memory", code="read_too_slowly")
+            )
         self._turn(TURNS)
 
     def _turn(self, left: int) -> None:

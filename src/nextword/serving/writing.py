@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from nextword.serving.answers import Entry, Form, Text, usage_of
-from nextword.serving.protocol import JSON, Refusal, refused, to_bytes
+from nextword.serving.protocol import JSON, Generation, Refusal, refused, to_bytes
 from nextword.serving.worker import Ask, Left, Ticket
 
 STALL = 60.0  # seconds that a client may take to read what the connection has room for
@@ -110,12 +110,12 @@ class Writing:
         if with_usage:
             yield {**heading, "choices": [], "usage": self.usage, **self.more}
 
-    async def answer(self, receive: Receive, headers: dict[str, str]) -> Response:
+    async def respond(self, asked: Generation, receive: Receive, headers: dict[str, str]) -> Response:
+        """The answer, whole or as a stream. Raises as `parts` does, a stream only when it is sent."""
+        if asked.stream:
+            return Stream(self, asked.include_usage, headers)
         async with watching(receive, self.ticket):
             return JSON(await self.whole(), headers=headers)
-
-    def stream(self, with_usage: bool, headers: dict[str, str]) -> Response:
-        return Stream(self, with_usage, headers)
 
 
 class Stream(Response):

@@ -269,7 +269,7 @@ async function goOn() {
   }
   const writing = new Writing();
   Object.assign(state, { paper: [...state.paper, writing], reading: true });
-  generate("v1/completions", { prompt, logprobs: ALTERNATIVES }, writing);
+  generate("v1/completions", { prompt, logprobs: ALTERNATIVES, truncate_prompt_tokens: -1 }, writing);
   $("reading").focus();
   lookAway();
 }
