@@ -12,7 +12,7 @@ help:
 	@echo "make test    every test"
 	@echo "make check   lint, types, tests"
 	@echo "make bench   the figures of docs/benchmarks.md (about an hour)"
-	@echo "make soak    ten kills of a longer run, some inside a save"
+	@echo "make soak    ten kills of a longer run, some inside a save; two thousand odd requests to the server"
 	@echo "make setup   the virtual environment in .venv; PIP_ARGS goes to pip"
 
 setup: .venv/ready
@@ -41,6 +41,7 @@ bench: setup
 
 soak: setup
 	NEXTWORD_KILLS=10 NEXTWORD_KILL_STEPS=600 $(BIN)/python -m pytest -n 0 -s -k test_killed_and_resumed --timeout 1800
+	NEXTWORD_CASES=2000 $(BIN)/python -m pytest -n 0 tests/test_serving_fuzz.py --timeout 1800
 
 clean:
 	rm -rf .venv

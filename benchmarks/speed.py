@@ -26,6 +26,8 @@ SHAPES = {
 PEERS = {
     "litgpt": ("litgpt", "torch>=2.13,<2.14", "numpy"),
     "llama": ("llama-cpp-python", "numpy"),
+    "llama-server": ("llama-cpp-python[server]", "numpy"),
+    "lm-eval": ("lm-eval[api,hf]", "torch>=2.13,<2.14", "transformers>=5,<6"),
 }
 
 
@@ -91,7 +93,7 @@ def model_directory(name: str) -> dict[str, Any]:
         (folder / "model").mkdir(parents=True, exist_ok=True)
         tokenizer.save(folder / "model", shape["context_length"])
         save_model(model, folder / "model", end_of_text=tokenizer.end_of_text, pad=tokenizer.pad)
-    from nextword.exporting import write_gguf
+    from nextword.exporting.gguf import write_gguf
 
     for precision in ("float32", "int8", "int4"):
         if not (folder / f"{precision}.gguf").exists():

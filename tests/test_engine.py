@@ -1,6 +1,10 @@
-"""The engine: each text as if it were alone, whole characters, stop strings, the sliding window, how a text ends."""
+"""The engine: each text as if it were alone, whole characters, stop strings, the sliding window, how a text ends; what is
+held already, log-probabilities, penalties and constraints.
+"""
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import tokenizers
@@ -10,7 +14,10 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models
 
 from nextword.errors import NextwordError, UsageError
+from nextword.inference import native
+from nextword.inference.cache import KeyValueCache
 from nextword.inference.engine import Engine, Event
+from nextword.inference.reading import CompiledReader, Piece, PlainReader, Reader
 from nextword.inference.sampling import Sampling, draw
 from nextword.inference.stream import TextStream
 from nextword.model.config import PRESETS, build_config
@@ -279,16 +286,15 @@ def test_a_step_that_ran_out_of_memory_can_be_repeated(
     expected = Engine(model, tokenizer).generate(["The", "house on"], BOLD)
     engine = Engine(model, tokenizer)
     ids = [engine.add("The", BOLD, index=0), engine.add("house on", BOLD, index=1)]
-    events, calls = [], 0
+    events, calls, read = [], itertools.count(1), engine.reader.read
 
-    def failing(hidden: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls % 3 == 0:
+    def failing(cache: KeyValueCache, pieces: Sequence[Piece]) -> list[torch.Tensor]:
+        rows = read(cache, pieces)
+        if next(calls) % 3 == 0:  # after the cache was written to
             raise torch.OutOfMemoryError("no memory")
-        return GPT.unembed(model, hidden)
+        return rows
 
-    monkeypatch.setattr(model, "unembed", failing)
+    monkeypatch.setattr(engine.reader, "read", failing)
     while engine.busy:
         try:
             events += engine.step()
@@ -331,3 +337,244 @@ def test_a_context_of_one_token(tokenizer: Tokenizer) -> None:
     completion = Engine(tiny(tokenizer, context_length=1), tokenizer).generate(["The house"], Sampling(max_tokens=5))[0]
     assert len(completion.tokens) <= 5
     assert completion.truncated > 0
+
+
+# ---------------------------------------------------------------- what is held already, and prompts in pieces
+
+LONG = "The house on the hill, the house on the hill. 日本語の文 🙂🙂 is text too, isn't it? The house on the hill."
+
+
+def reader_for(kind: str, model: GPT) -> Reader:
+    if kind == "compiled":
+        if native.library()[0] is None:
+            pytest.skip(f"no compiled code: {native.library()[1]}")
+        return CompiledReader(model)
+    return PlainReader(model, apart=kind == "apart")
+
+
+class Counted:
+    """A reader that knows how many tokens it was given to read."""
+
+    def __init__(self, reader: Reader):
+        self.reader, self.tokens = reader, 0
+
+    def read(self, cache: KeyValueCache, pieces: Sequence[Piece]) -> list[torch.Tensor]:
+        self.tokens += sum(len(piece.tokens) for piece in pieces)
+        return self.reader.read(cache, pieces)
+
+    def whole(self, length: int, step_tokens: int) -> int:
+        return self.reader.whole(length, step_tokens)
+
+
+def told(engine: Engine, prompt: str | list[int], sampling: Sampling) -> list[Event]:
+    """The events of one text, its number left out."""
+    engine.add(prompt, sampling)
+    return [replace(event, id=0) for event in run(engine)]
+
+
+def alike(kind: str, one: list[Event], other: list[Event]) -> None:
+    """Token for token the same; where a reader promises it, log-probabilities bit for bit too."""
+    if kind in ("compiled", "apart"):
+        assert one == other
+        return
+    assert [(e.token, e.text, e.finish_reason) for e in one] == [(e.token, e.text, e.finish_reason) for e in other]
+    for a, b in zip(one, other, strict=True):
+        assert (a.choice is None) == (b.choice is None)
+        if a.choice and b.choice:
+            assert a.choice.logprob == pytest.approx(b.choice.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["compiled", "plain", "apart"])
+def test_a_beginning_that_is_held_is_not_read_again_and_changes_nothing(tokenizer: Tokenizer, kind: str) -> None:
+    model = tiny(tokenizer, context_length=128)
+    every = Sampling(temperature=1.0, seed=3, max_tokens=12, logprobs=tokenizer.vocab_size)
+    ids = tokenizer.encode(LONG)
+    prompts = [ids, ids, ids[:50], [*ids[:40], *tokenizer.encode("x y")], ids[5:], ids[:1]]
+    reader = Counted(reader_for(kind, model))
+    engine = Engine(model, tokenizer, max_batch=2, reader=reader, step_tokens=16)
+    for number, prompt in enumerate(prompts):
+        fresh = Engine(model, tokenizer, reader=reader_for(kind, model), step_tokens=16)
+        before = reader.tokens
+        found = told(engine, prompt, every)
+        alike(kind, found, told(fresh, prompt, every))
+        read = reader.tokens - before - len(found) + 1
+        if number in (1, 2, 3):  # it begins as one before it does
+            assert read <= (len(prompt) - 16 if kind == "apart" else max(1, len(prompt) - 40))
+    assert len(engine.free) == 2
+
+
+@pytest.mark.parametrize("kind", ["compiled", "plain", "apart"])
+def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(tokenizer: Tokenizer, kind: str) -> None:
+    model = tiny(tokenizer, context_length=128)
+    every = Sampling(temperature=0, max_tokens=6, logprobs=tokenizer.vocab_size, prompt_logprobs=3)
+    whole = told(Engine(model, tokenizer, reader=reader_for(kind, model), step_tokens=1000), LONG, every)
+    for step_tokens in (1, 7, 16):
+        engine = Engine(model, tokenizer, reader=reader_for(kind, model), step_tokens=step_tokens)
+        # Cut elsewhere, PyTorch's operations round differently, also where each piece is read apart.
+        found = told(engine, LONG, every)
+        alike("compiled" if kind == "compiled" else "plain", found, whole)
+        likely = [[0.0 if c is None else c.logprob for c in events[0].prompt or []] for events in (found, whole)]
+        assert likely[0] == pytest.approx(likely[1], abs=1e-4)
+
+
+def test_a_long_prompt_does_not_hold_up_a_text_that_is_being_written(tokenizer: Tokenizer) -> None:
+    model = tiny(tokenizer, context_length=128)
+    engine = Engine(model, tokenizer, step_tokens=8)
+    writing = engine.add("The", Sampling(max_tokens=30, logit_bias={tokenizer.end_of_text: -100}))
+    engine.step()
+    engine.add(LONG, Sampling(max_tokens=1))
+    steps = 0
+    while engine.step()[0].id == writing and len(engine.running) == 2:
+        steps += 1
+    assert steps >= len(tokenizer.encode(LONG)) // 8
+
+
+@pytest.mark.parametrize("kind", ["compiled", "plain", "apart"])
+def test_who_begins_alike_waits_while_the_beginning_is_read(tokenizer: Tokenizer, kind: str) -> None:
+    model = tiny(tokenizer, context_length=128)
+    ids = tokenizer.encode(LONG)[:48]
+    prompts = [[*ids, *tokenizer.encode(end)] for end in ("a", "bc", "def")]
+    sampling = Sampling(temperature=1.0, max_tokens=6, seed=2, logprobs=5)
+    reader = Counted(reader_for(kind, model))
+    engine = Engine(model, tokenizer, reader=reader, step_tokens=8)
+    numbers = [engine.add(prompt, sampling) for prompt in prompts]
+    other = engine.add("x", sampling)  # one that begins otherwise does not wait
+    first = engine.step()
+    assert [request.id for request in engine.waiting] == numbers[1:]
+    assert [event.id for event in first] == [other]
+    events = first + run(engine)
+    for number, prompt in zip(numbers, prompts, strict=True):
+        alone = told(Engine(model, tokenizer, reader=reader_for(kind, model), step_tokens=8), prompt, sampling)
+        alike(kind, [replace(event, id=0) for event in events if event.id == number], alone)
+    drawn = sum(event.token is not None for event in events) - 4
+    assert reader.tokens - drawn < len(prompts[0]) + 3 * (16 + 8)  # and not three times the whole
+
+
+# ---------------------------------------------------------------- log-probabilities, penalties, constraints
+
+
+@torch.inference_mode()
+def table(model: GPT, tokenizer: Tokenizer, ids: list[int], logits: bool = False) -> torch.Tensor:
+    """log P of each next token [T, V], or the logits."""
+    found = model.unembed(model(torch.tensor([ids])))[0, :, : tokenizer.vocab_size].double()
+    return found if logits else found.log_softmax(-1)
+
+
+def test_logprobs_are_the_models_own_distribution(tokenizer: Tokenizer) -> None:
+    """Whatever penalties, biases and filters did before the token was drawn."""
+    model = tiny(tokenizer, context_length=64)
+    ids = tokenizer.encode("The house")
+    bias = {tokenizer.end_of_text: -100.0, 50: 3.0}
+    sampling = Sampling(0.7, 20, 0.9, seed=1, max_tokens=8, logprobs=4, prompt_logprobs=2, logit_bias=bias)
+    events = told(Engine(model, tokenizer), ids, sampling)
+    drawn = [event.token for event in events]
+    expected = table(model, tokenizer, [*ids, *(token or 0 for token in drawn)])
+    for i, event in enumerate(events):
+        row = expected[len(ids) - 1 + i]
+        assert event.choice is not None and event.choice.token == event.token and len(event.choice.top) == 4
+        assert event.choice.logprob == pytest.approx(float(row[event.choice.token]), abs=1e-4)
+        assert [p for _, p in event.choice.top] == pytest.approx(row.topk(4).values.tolist(), abs=1e-4)
+        assert (event.prompt is None) == (i > 0)
+    prompt = events[0].prompt
+    assert prompt is not None and prompt[0] is None and len(prompt) == len(ids)
+    for i, choice in enumerate(prompt[1:]):
+        assert choice is not None and choice.token == ids[i + 1] and len(choice.top) == 2
+        assert choice.logprob == pytest.approx(float(expected[i, choice.token]), abs=1e-4)
+    assert all(event.choice is None for event in told(Engine(model, tokenizer), ids, GREEDY))
+
+
+def test_no_token_asked_for_tells_the_prompt_alone(tokenizer: Tokenizer) -> None:
+    model = tiny(tokenizer, context_length=64)
+    engine = Engine(model, tokenizer)
+    ids = tokenizer.encode("The house")
+    [event] = told(engine, ids, Sampling(max_tokens=0, prompt_logprobs=0))
+    assert (event.token, event.text, event.finish_reason) == (None, "", "length")
+    assert event.prompt is not None and len(event.prompt) == len(ids) and not engine.busy
+    expected = table(model, tokenizer, ids)
+    assert [c.logprob for c in event.prompt if c] == pytest.approx(
+        [float(expected[i, token]) for i, token in enumerate(ids[1:])], abs=1e-4
+    )
+    assert told(engine, "x", Sampling(max_tokens=0))[0].prompt is None
+    # A prompt that is told is read whole, though its beginning is held.
+    assert told(engine, ids, Sampling(max_tokens=0, prompt_logprobs=0))[0].prompt == event.prompt
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    presence=st.floats(-2, 2), frequency=st.floats(-2, 2), repetition=st.floats(0.5, 3),
+    bias=st.dictionaries(st.integers(1, 299), st.floats(-100, 100), max_size=3),
+)  # fmt: skip
+def test_penalties_and_biases_are_their_definition(
+    presence: float, frequency: float, repetition: float, bias: dict[int, float]
+) -> None:
+    tokenizer = train_bpe([TEXT] * 3, 300)
+    model, ids = tiny(tokenizer, context_length=64), tokenizer.encode("The hill is")
+    bias = {id: value for id, value in bias.items() if id < tokenizer.vocab_size}
+    sampling = Sampling(
+        temperature=0, max_tokens=10, presence_penalty=presence, frequency_penalty=frequency,
+        repetition_penalty=repetition, logit_bias=bias or None,
+    )  # fmt: skip
+    text, drawn = list(ids), []
+    for event in told(Engine(model, tokenizer), ids, sampling):
+        logits = table(model, tokenizer, text, logits=True)[-1].tolist()
+        for id, value in bias.items():
+            logits[id] += value
+        for id in set(text):
+            logits[id] = logits[id] / repetition if logits[id] > 0 else logits[id] * repetition
+        for id in set(drawn):
+            logits[id] -= presence + frequency * drawn.count(id)
+        second, first = sorted(logits)[-2:]
+        if first - second < 1e-3:  # too close to call, between two ways to compute
+            return
+        drawn.append(logits.index(first))
+        text.append(drawn[-1])
+        assert event.token == drawn[-1]
+
+
+class Alternating:
+    """Even and odd ids in turn, and after six of them the end."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.accepted = tokenizer, []
+
+    def allowed(self) -> torch.Tensor:
+        if len(self.accepted) == 6:
+            return torch.arange(self.tokenizer.vocab_size) == self.tokenizer.end_of_text
+        return torch.arange(self.tokenizer.vocab_size) % 2 == len(self.accepted) % 2
+
+    def accept(self, token: int) -> None:
+        self.accepted.append(token)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, BOLD, Sampling(1.0, 3, 0.5, 0.1, max_tokens=40, seed=1)])
+def test_a_constraint_is_obeyed(model: GPT, tokenizer: Tokenizer, sampling: Sampling) -> None:
+    engine = Engine(model, tokenizer)
+    constraints = [Alternating(tokenizer), Alternating(tokenizer)]
+    numbers = [engine.add(prompt, sampling, constraint=c) for prompt, c in zip(("The", "x"), constraints, strict=True)]
+    free = engine.add("The", sampling)
+    events = run(engine)
+    for number, constraint in zip(numbers, constraints, strict=True):
+        drawn = [event.token for event in events if event.id == number]
+        assert drawn == constraint.accepted
+        until = drawn.index(tokenizer.end_of_text) if tokenizer.end_of_text in drawn else 6
+        assert [(token or 0) % 2 for token in drawn[:until]] == [i % 2 for i in range(until)]
+        assert events[[event.id for event in events].index(number)].finish_reason is None
+        assert drawn[-1] == tokenizer.end_of_text
+    alone = Engine(model, tokenizer).generate(["The"], sampling)[0]
+    assert "".join(event.text for event in events if event.id == free) == alone.text  # a neighbour's is not its own
+
+
+def test_a_constraint_that_cannot_go_on_ends_its_text_alone(model: GPT, tokenizer: Tokenizer) -> None:
+    class Broken(Alternating):
+        def allowed(self) -> torch.Tensor:
+            if self.accepted:
+                raise NextwordError("there is no way on")
+            return super().allowed()
+
+    engine = Engine(model, tokenizer)
+    broken, free = engine.add("The", BOLD, constraint=Broken(tokenizer)), engine.add("The", BOLD)
+    events = run(engine)
+    [last] = [event for event in events if event.id == broken and event.finished]
+    assert (last.finish_reason, last.error) == ("error", "there is no way on")
+    alone = Engine(model, tokenizer).generate(["The"], BOLD)[0]
+    assert "".join(event.text for event in events if event.id == free) == alone.text

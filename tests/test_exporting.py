@@ -1,5 +1,10 @@
-"""GGUF: every tensor under llama.cpp's name with its own numbers, the tokenizer's tokens and merges, and what is refused."""
+"""GGUF: every tensor under llama.cpp's name with its own numbers, the tokenizer's tokens and merges, and what is refused. ONNX:
+the model's own logits. Each is read back where the program is installed that it is for.
+"""
 
+import json
+import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +13,11 @@ import pytest
 import torch
 
 import nextword
-from nextword import exporting
+from nextword import cli
 from nextword.errors import MissingExtra, NextwordError, UsageError
+from nextword.exporting import proof
+from nextword.exporting.gguf import write_gguf
+from nextword.exporting.onnx import write_onnx
 from nextword.inference.quantize import pack
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
@@ -45,8 +53,8 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
 def test_every_number_is_there(tmp_path: Path, preset: str, overrides: dict[str, Any]) -> None:
     model = directory(tmp_path / "model", preset, **overrides)
     out = nextword.export(model)
-    assert out == tmp_path / "model.gguf"
-    found, fields = read(out)
+    assert out.file == tmp_path / "model.gguf"
+    found, fields = read(out.file)
     gpt, tokenizer = nextword.load(model).gpt, Tokenizer.open(model)
     assert sum(array.size for array in found.values()) == gpt.config.parameters
     assert np.array_equal(found["token_embd.weight"], gpt.token_embedding.weight.detach().numpy())
@@ -77,7 +85,7 @@ def test_every_number_is_there(tmp_path: Path, preset: str, overrides: dict[str,
 @pytest.mark.parametrize(("precision", "bound"), [("int8", 1 / 127), ("int4", 1 / 7)])
 def test_fewer_bits(tmp_path: Path, precision: str, bound: float) -> None:
     model = directory(tmp_path / "model", "modern")
-    found, _ = read(nextword.export(model, out=tmp_path / "small.gguf", precision=precision))  # pyright: ignore[reportArgumentType]
+    found, _ = read(nextword.export(model, out=tmp_path / "small.gguf", precision=precision).file)  # pyright: ignore[reportArgumentType]
     weight = nextword.load(model).gpt.blocks[0].feed_forward.up.weight.detach()
     error = np.abs(found["blk.0.ffn_up.weight"] - weight.numpy()).max()
     assert 0 < error <= bound * float(weight.abs().max())
@@ -100,6 +108,163 @@ def test_what_llama_cpp_cannot_hold_is_refused_and_nothing_is_left(tmp_path: Pat
         assert not list(tmp_path.glob(f"*{name}.gguf*"))
     with pytest.raises(UsageError, match="no format 'tflite'"):
         nextword.export(tmp_path / "char", "tflite")  # pyright: ignore[reportArgumentType]
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(UsageError, match="in float32, not int8"):
+        nextword.export(tmp_path / "char", "onnx", precision="int8")
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(MissingExtra, match=r"nextword\[gguf\]"):
-        exporting.write_gguf(tmp_path / "post", tmp_path / "x.gguf")
+        write_gguf(tmp_path / "post", tmp_path / "x.gguf")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(MissingExtra, match=r"nextword\[onnx\]"):
+        write_onnx(tmp_path / "post", tmp_path / "x.onnx")
+
+
+# ---------------------------------------------------------------- read back
+
+SPOKEN = [("tutorial", {"d_ff": 256}), ("gpt1", {"d_ff": 256}), ("gpt2", {}), ("modern", {"n_kv_heads": 2}),
+          ("modern", {"tied": False, "qk_norm": False})]  # fmt: skip
+
+
+def sure(model: Path) -> Path:
+    """The same model, surer of what it says, so that what is rounded shows."""
+    from safetensors.torch import load_file, save_file
+
+    file = model / "model.safetensors"
+    weights = {name: tensor * 3 if tensor.ndim == 2 else tensor for name, tensor in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    (model / "nextword.json").unlink(missing_ok=True)  # its manifest is of the weights before
+    return model
+
+
+@pytest.mark.parametrize(("preset", "overrides"), SPOKEN, ids=["tutorial", "gpt1", "gpt2", "qwen3", "llama"])
+def test_onnx_runtime_reads_the_models_own_logits(tmp_path: Path, preset: str, overrides: dict[str, Any]) -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    model = sure(directory(tmp_path / "model", preset, **overrides))
+    made = nextword.export(model, "onnx")
+    assert made.file == tmp_path / "model.onnx" and made.difference is not None and 0 < made.difference < 1e-3
+    assert "read back by onnxruntime" in str(made) and [p.name for p in tmp_path.iterdir()] == ["model", "model.onnx"]
+    gpt = nextword.load(model).gpt
+    session = runtime.InferenceSession(made.file)
+    for shape in ((1, 1), (3, 5), (2, 16)):
+        ids = torch.randint(300, shape, generator=torch.Generator().manual_seed(1))
+        found = session.run(["logits"], {"input_ids": ids.numpy()})[0]
+        with torch.inference_mode():
+            torch.testing.assert_close(torch.tensor(found), gpt.unembed(gpt(ids)), atol=1e-3, rtol=0)
+    here = str(Path(nextword.__file__).parent)
+    assert here.encode() not in made.file.read_bytes()
+
+
+def test_a_file_that_is_not_the_model_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    from nextword.exporting import onnx
+
+    model = directory(tmp_path / "model", "gpt2")
+
+    class Wrong(onnx.Logits):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(input_ids) + 0.01
+
+    monkeypatch.setattr(onnx, "Logits", Wrong)
+    with pytest.raises(NextwordError, match="is not the model: read back by ONNX Runtime"):
+        nextword.export(model, "onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert proof.difference(torch.zeros(2), torch.tensor([0.0, torch.nan])) == float("inf")
+
+
+def test_where_nothing_can_read_it_the_proof_is_owing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = directory(tmp_path / "model", "gpt2")
+    monkeypatch.setattr("nextword.exporting.gguf.find_spec", lambda name: None)
+    assert cli.run(["export", str(model)]) == 0
+    assert "the proof that it says the same is owing: install llama-cpp-python" in capsys.readouterr().out
+    assert cli.run(["export", str(model), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts == {"file": str(tmp_path / "model.gguf"), "bytes": (tmp_path / "model.gguf").stat().st_size,
+                     "reader": "llama-cpp-python", "difference": None}  # fmt: skip
+
+
+def test_lines_are_of_many_scripts_and_the_same_ones_each_time() -> None:
+    lines = proof.lines(1000)
+    assert len(lines) == 1000 and len(set(lines)) > 950 and lines == proof.lines(1000)
+    scripts = (
+        "LATIN", "GREEK", "CYRILLIC", "ARABIC", "HEBREW", "DEVANAGARI", "CJK", "HIRAGANA", "HANGUL", "THAI", "GEORGIAN",
+        "ARMENIAN", "ETHIOPIC",
+    )  # fmt: skip
+    for script in scripts:
+        assert sum(any(unicodedata.name(c, "").startswith(script) for c in line) for line in lines) > 50, script
+
+
+class FakeLlama:
+    """llama-cpp-python's class as far as it is used, around the model itself: what the comparison asks of it, and finds."""
+
+    wrong_tokens, shift = False, 0.0
+
+    def __init__(self, path: str, *, n_ctx: int, n_batch: int, **settings: Any):
+        assert Path(path).read_bytes()[:4] == b"GGUF" and n_batch == n_ctx == 16
+        assert settings == {"n_gpu_layers": 0, "logits_all": True, "type_k": 0, "type_v": 0, "flash_attn": False,
+                            "verbose": False}  # fmt: skip
+        self.model, self.scores = nextword.load(Path(path).with_name("model")), np.zeros((n_ctx, 300), np.float32)
+        self.at = 0
+
+    def tokenize(self, text: bytes, add_bos: bool, special: bool) -> list[int]:
+        assert not add_bos and not special
+        return [*self.model.tokenizer.encode(text.decode()), *([5] if self.wrong_tokens else [])]
+
+    def reset(self) -> None:
+        self.at = 0
+
+    def eval(self, tokens: list[int]) -> None:
+        assert self.at == 0
+        with torch.inference_mode():
+            found = self.model.gpt.unembed(self.model.gpt(torch.tensor([tokens])))[0]
+        self.scores[: len(tokens)] = found.numpy() + 2.0  # added to all, it changes no probability
+        self.scores[: len(tokens), 7] += self.shift
+        self.at = len(tokens)
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_comparison_with_llama_cpp_finds_what_is_not_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where llama-cpp-python is not installed, its part is played here; the test below has the real one."""
+    from types import SimpleNamespace
+
+    model = directory(tmp_path / "model", "gpt2")
+    monkeypatch.setattr("nextword.exporting.gguf.find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=FakeLlama, GGML_TYPE_F32=0))
+    for precision in ("float32", "int8"):
+        made = nextword.export(model, out=tmp_path / "a.gguf", precision=precision)
+        assert made.difference is not None and made.difference < 1e-5
+    kind = {t.name: t.tensor_type.name for t in gguf.GGUFReader(made.file).tensors}["blk.0.ffn_up.weight"]
+    assert kind == "Q8_0"
+    for attribute, value, words in (("shift", 0.01, "is not the model"), ("wrong_tokens", True, "other tokens")):
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeLlama, attribute, value)
+            with pytest.raises(NextwordError, match=words):
+                nextword.export(model, out=tmp_path / "b.gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "model"]
+
+
+@pytest.mark.parametrize(("preset", "overrides"), SPOKEN[2:], ids=["gpt2", "qwen3", "llama"])
+def test_llama_cpp_writes_what_the_model_writes(tmp_path: Path, preset: str, overrides: dict[str, Any]) -> None:
+    """Greedily, over 200 tokens; where two are as likely as each other, to within 1e-3, either."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    model = sure(directory(tmp_path / "model", preset, context_length=256, **overrides))
+    made = nextword.export(model)
+    assert made.difference is not None and made.difference < 1e-3
+    loaded = nextword.load(model)
+    llama = llama_cpp.Llama(str(made.file), n_ctx=256, logits_all=True, type_k=llama_cpp.GGML_TYPE_F32,
+                            type_v=llama_cpp.GGML_TYPE_F32, verbose=False)  # fmt: skip
+    ids = loaded.tokenizer.encode("The house")
+    for _ in range(200):
+        llama.reset()
+        llama.eval(ids)
+        theirs = torch.tensor(llama.scores[len(ids) - 1]).log_softmax(0)
+        with torch.inference_mode():
+            ours = loaded.gpt.unembed(loaded.gpt(torch.tensor([ids]))[0, -1]).log_softmax(0)
+        token = int(theirs.argmax())
+        assert float(ours.max() - ours[token]) <= 1e-3
+        ids.append(token)
+    llama.close()

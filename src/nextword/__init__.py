@@ -27,6 +27,7 @@ PUBLIC = {
     "evaluate": "nextword.api",
     "export": "nextword.api",
     "report": "nextword.api",
+    "serve": "nextword.api",
     "verify": "nextword.api",
     "load": "nextword.loading",
     "Model": "nextword.loading",
@@ -63,6 +64,7 @@ __all__ = [
     "prepare",
     "pretrain",
     "report",
+    "serve",
     "transfer",
     "verify",
 ]
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
     from nextword.api import prepare as prepare
     from nextword.api import pretrain as pretrain
     from nextword.api import report as report
+    from nextword.api import serve as serve
     from nextword.api import transfer as transfer
     from nextword.api import verify as verify
     from nextword.errors import NextwordError as NextwordError

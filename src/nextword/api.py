@@ -1,10 +1,10 @@
 """Every verb as a short story. What the command line does, a program does here by the same names."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -12,9 +12,11 @@ from nextword import files, recipes
 from nextword.base import Base
 from nextword.console import Console
 from nextword.continuing import Continuing
-from nextword.errors import CorruptFile, NextwordError, UsageError
+from nextword.errors import CorruptFile, MissingExtra, NextwordError, UsageError
 from nextword.evaluation.likelihood import Likelihood
-from nextword.exporting import Format, write_gguf
+from nextword.exporting.gguf import write_gguf
+from nextword.exporting.onnx import write_onnx
+from nextword.exporting.proof import Exported
 from nextword.finetuning import Finetuning
 from nextword.inference.engine import Completion
 from nextword.inference.quantize import Precision
@@ -358,6 +360,39 @@ def generate(
     return load(model, device, precision).generate(prompts, **settings)
 
 
+def serve(
+    model: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    insecure: bool = False,
+    allowed_hosts: Sequence[str] = (),
+    grace: float = 30.0,
+    console: Console | None = None,
+    ready: Callable[[dict[str, Any]], None] | None = None,
+    **settings: Any,
+) -> None:
+    """Serve a model over HTTP, by OpenAI's API and a page, until a signal comes. `ready` is told where, as soon as requests
+    are let in. `settings` are those of `serving.service.Settings`: device, precision, name, max_batch, queue, deterministic,
+    seed.
+
+    Raises:
+        MissingExtra: FastAPI or uvicorn is not installed.
+        UsageError: anybody could connect, and neither a key nor `insecure` was given.
+    """
+    try:
+        from nextword.serving.server import Place, serve_model
+        from nextword.serving.service import Settings
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("nextword"):
+            raise
+        raise MissingExtra("nextword serve", "serve") from error
+    place = Place(host, port, api_key, insecure, tuple(allowed_hosts), grace)
+    with console or Console(quiet=True) as console:
+        serve_model(Settings(Path(model), **settings), place, console, ready)
+
+
 def evaluate(
     model: str | Path,
     texts: Paths = (),
@@ -381,18 +416,29 @@ def evaluate(
 
 
 def export(
-    model: str | Path, to: Format = "gguf", out: str | Path | None = None, precision: Precision = "float32"
-) -> Path:
-    """Write a model as one file for other programs; the file, by default `MODEL.gguf` beside the run or the directory.
+    model: str | Path,
+    to: Literal["gguf", "onnx"] = "gguf",
+    out: str | Path | None = None,
+    precision: Precision = "float32",
+) -> Exported:
+    """Write a model as one file for other programs, by default `MODEL.gguf` or `MODEL.onnx` beside the run or the directory.
+    It is read back by the program that it is for where that is installed (llama-cpp-python, onnxruntime).
 
     Raises:
-        UsageError: there is no such format.
-        NextwordError: the format cannot hold this model or its tokenizer.
+        UsageError: there is no such format, or it has no such precision.
+        NextwordError: the format cannot hold this model or its tokenizer, or the file read back is not the model.
     """
-    if to != "gguf":
-        raise UsageError(f"there is no format {to!r}, only gguf")
     path = Path(model).resolve()
-    return write_gguf(model, Path(out) if out else path.with_name(f"{path.name}.gguf"), precision)
+    out = Path(out) if out else path.with_name(f"{path.name}.{to}")
+    if to == "gguf":
+        return write_gguf(model, out, precision)
+    if to != "onnx":
+        raise UsageError(f"there is no format {to!r}, only gguf and onnx")
+    if precision != "float32":
+        raise UsageError(
+            f"ONNX is written in float32, not {precision}: ONNX Runtime has tools of its own for fewer bits"
+        )
+    return write_onnx(model, out)
 
 
 def report(run: str | Path) -> Path:

@@ -11,7 +11,7 @@ from cyclopts import App, CycloptsError
 
 from nextword import __version__
 from nextword.errors import NextwordError, UsageError
-from nextword.verbs import tasks, text
+from nextword.verbs import serving, tasks, text
 
 app = App(
     name="nextword",
@@ -23,8 +23,8 @@ app = App(
     result_action="return_value",
 )
 for verb in (
-    text.demo, text.plan, text.prepare, text.pretrain, tasks.finetune, tasks.transfer, tasks.predict, tasks.chat, text.generate,
-    text.evaluate, text.export, text.report, text.verify,
+    text.demo, text.plan, text.prepare, text.pretrain, tasks.finetune, tasks.transfer, tasks.predict, tasks.chat,
+    text.generate, serving.serve, text.evaluate, text.export, text.report, text.verify,
 ):  # fmt: skip
     app.command(verb)
 

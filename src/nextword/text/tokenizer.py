@@ -206,6 +206,19 @@ class Tokenizer:
         content, size = self._content, len(self._content)  # a model's vocabulary may be padded past the tokenizer's
         return b"".join(content[id] for id in ids if id < size)
 
+    def spelling(self, id: int) -> bytes:
+        """The bytes that a token adds to a text that goes on with it; none for a special token."""
+        if self._content is not None:
+            return self.decode_bytes([id])
+        name = self.backend.id_to_token(id) or ""
+        if id in self._marker_ids or not name:
+            return b""
+        if re.fullmatch("<0x[0-9A-F]{2}>", name):  # a byte, as SentencePiece spells what it has no piece for
+            return bytes.fromhex(name[3:5])
+        # After a letter, since a decoder may drop the space of a first word.
+        anchor = self._ids("a")[-1:]
+        return self.decode([*anchor, id])[len(self.decode(anchor)) :].encode()
+
     def save(self, directory: Path, context_length: int | None = None) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, as `transformers.AutoTokenizer` opens them."""
         config = dict(self.config)

@@ -262,12 +262,14 @@ def export(
     model: Path,
     /,
     *,
-    to: Literal["gguf"] = "gguf",
+    to: Literal["gguf", "onnx"] = "gguf",
     out: Path | None = None,
     precision: Precisions = "float32",
     common: Common = Common(),
 ) -> None:
-    """Write a model as one file for another program: gguf, for llama.cpp and everything that is built on it.
+    """Write a model as one file for another program: gguf, for llama.cpp and everything that is built on it, or onnx, for ONNX
+    Runtime. Where that program's library is installed (llama-cpp-python, onnxruntime), it reads the file back, and no file is
+    left that is not the model.
 
     Parameters
     ----------
@@ -281,8 +283,7 @@ def export(
     from nextword import api
 
     written = api.export(model, to, out, precision)
-    result = {"file": str(written), "bytes": written.stat().st_size}
-    show(result, common, lambda: f"{written}: {result['bytes']:,} bytes")
+    show(written.facts, common, lambda: str(written))
 
 
 def report(runs: list[Path], /, *, common: Common = Common()) -> None:

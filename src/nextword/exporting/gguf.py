@@ -1,26 +1,26 @@
-"""A model as one file of another program's format: GGUF, for llama.cpp and everything that is built on it.
+"""A model as one GGUF file, for llama.cpp and everything that is built on it.
 
 The model directory stays the one source; what is written here is a copy, whole or in fewer bits.
 """
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nextword import files
 from nextword.base import model_path
 from nextword.errors import MissingExtra, NextwordError
+from nextword.exporting.proof import Exported, aside, by_llama_cpp
 from nextword.inference.quantize import GROUP, Precision, of_matrix
 from nextword.model.config import Family, ModelConfig
 from nextword.model.gpt import GPT, sinusoidal_table
 from nextword.model.stock import load_model
 from nextword.text.tokenizer import WORDS, Tokenizer
 
-Format = Literal["gguf"]
 ARCHITECTURES: dict[Family, str] = {"gpt2": "gpt2", "qwen3": "qwen3", "llama": "llama"}
 TYPES: dict[Precision, str] = {"float32": "F32", "int8": "Q8_0", "int4": "Q4_0"}
 # Names in GGUF → ours, one below the other. "{i}" is the layer.
@@ -44,11 +44,15 @@ NAMES: dict[Family, dict[str, list[str]]] = {
 PRE_TOKENIZERS = {WORDS: "qwen35", "": "gpt-2"}
 
 
-def write_gguf(model: str | Path, out: str | Path, precision: Precision = "float32") -> Path:
+def write_gguf(model: str | Path, out: str | Path, precision: Precision = "float32") -> Exported:
     """Write a model directory as one GGUF file, its matrices in a precision (int8 as Q8_0, int4 as Q4_0).
 
+    What llama.cpp makes of it is compared with the model in float32, in which the two can be equal: with fewer bits llama.cpp
+    rounds not only the weights. So where it is installed, a file with fewer bits is first written whole.
+
     Raises:
-        NextwordError: llama.cpp has no such architecture, or cannot cut text as the model's tokenizer does.
+        NextwordError: llama.cpp has no such architecture, cannot cut text as the model's tokenizer does, or reads something
+            else from the file.
         MissingExtra: the package `gguf` is not installed.
     """
     try:
@@ -56,7 +60,7 @@ def write_gguf(model: str | Path, out: str | Path, precision: Precision = "float
     except ImportError as error:
         raise MissingExtra("--to gguf", "gguf") from error
     directory, out = model_path(model), Path(out)
-    gpt, tokenizer = load_model(directory), Tokenizer.open(directory)
+    gpt, tokenizer = load_model(directory).eval().float(), Tokenizer.open(directory)
     family = gpt.config.family
     if family not in ARCHITECTURES:
         raise NextwordError(
@@ -65,25 +69,31 @@ def write_gguf(model: str | Path, out: str | Path, precision: Precision = "float
     if gpt.config.n_labels:
         raise NextwordError(f"{directory}: a classifier, and GGUF is for models that write; predict with nextword")
     vocabulary = ggml_vocabulary(directory, tokenizer, gpt.config.vocab_size)
-    aside = out.with_name(f".{out.name}.partial")
-    with files.writing(out):
-        writer = gguf.GGUFWriter(aside, ARCHITECTURES[family])
+
+    def write(file: Path, precision: Precision) -> None:
+        writer = gguf.GGUFWriter(file, ARCHITECTURES[family])
         describe(writer, gpt.config, directory.resolve().name)
         describe_tokenizer(writer, vocabulary, tokenizer)
         if (template := directory / "chat_template.jinja").is_file():
             writer.add_chat_template(template.read_text(encoding="utf-8"))
         for name, tensor in tensors(gpt).items():
             kind = gguf.GGMLQuantizationType[TYPES[of_tensor(name, tensor, precision)]]
-            array = np.ascontiguousarray(tensor.detach().float().numpy())
+            array = np.ascontiguousarray(tensor.detach().numpy())
             data = array if kind == gguf.GGMLQuantizationType.F32 else gguf.quants.quantize(array, kind)
             writer.add_tensor(name, data, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        files.flush_to_disk(aside)
-        aside.replace(out)
-    return out
+
+    with aside(out) as partial:
+        difference = None
+        if find_spec("llama_cpp"):
+            write(partial, "float32")
+            difference = by_llama_cpp(partial, gpt, tokenizer)
+        if difference is None or precision != "float32":
+            write(partial, precision)
+        return Exported(out, "llama-cpp-python", difference)
 
 
 def of_tensor(name: str, tensor: Tensor, precision: Precision) -> Precision:

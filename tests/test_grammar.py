@@ -1,0 +1,184 @@
+"""Text that is held to a JSON schema: whatever is drawn, it fits; with every kind of tokenizer, and at a bounded cost."""
+
+import json
+import time
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models
+
+from nextword.errors import NextwordError, UsageError
+from nextword.inference.engine import Engine
+from nextword.inference.grammar import Grammars, Held
+from nextword.inference.sampling import Sampling
+from nextword.text.tokenizer import Tokenizer, train_bpe, train_char
+from test_engine import TEXT, tiny
+
+pytest.importorskip("llguidance", reason="needs llguidance: pip install nextword[json]")
+LETTERS = '{}[]":,.-+0123456789eEtruefalsn abcdñ🙂\\/'
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "ñ": {"type": "string", "maxLength": 5}, "b": {"type": "array", "items": {"type": "integer"}, "maxItems": 3},
+    },
+    "required": ["ñ", "b"], "additionalProperties": False,
+}  # fmt: skip
+
+
+def sentencepiece() -> Tokenizer:
+    """A tokenizer as Llama's: spaces are ▁, and unknown characters are spelt in bytes."""
+    names = [
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        "▁{",
+        *(c for c in LETTERS if c.isascii()),
+    ]
+    names = list(dict.fromkeys(names))
+    backend = tokenizers.Tokenizer(models.BPE({name: id for id, name in enumerate(names)}, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<s>", "</s>"])
+    return Tokenizer(backend, {"eos_token": "</s>", "bos_token": "<s>"})
+
+
+KINDS = {
+    "bpe": train_bpe([TEXT, LETTERS] * 3, 330),
+    "char": train_char([TEXT, LETTERS]),
+    "foreign": sentencepiece(),
+}
+GRAMMARS = {kind: Grammars(tokenizer, tokenizer.ends) for kind, tokenizer in KINDS.items()}
+
+
+def written(kind: str, held: Held, seed: int, max_tokens: int = 400) -> tuple[str, str]:
+    """A text of a model with random weights that is held to something, and why it ended."""
+    tokenizer = KINDS[kind]
+    engine = Engine(tiny(tokenizer, context_length=64), tokenizer)
+    number = engine.add("x", Sampling(temperature=2.0, seed=seed, max_tokens=max_tokens), constraint=held)
+    events = []
+    while engine.busy:
+        events += engine.step()
+    assert all(event.id == number for event in events)
+    assert events[-1].error is None, events[-1].error
+    return "".join(event.text for event in events), events[-1].finish_reason or ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_fits(kind: str) -> None:
+    first = GRAMMARS[kind].json(SCHEMA)
+    texts = set()
+    for seed in range(8):
+        text, reason = written(kind, first.copy(), seed)
+        assert reason == "stop", text
+        value = json.loads(text)
+        assert set(value) == {"ñ", "b"} and len(value["ñ"]) <= 5 and len(value["b"]) <= 3
+        assert all(type(number) is int for number in value["b"])
+        texts.add(text)
+    assert len(texts) == 8  # it is held, and free in all else
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-999, 999) | st.text("abñ🙂\"\\", max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text("ab", max_size=2), inner, max_size=2),
+    max_leaves=5,
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=60)
+@given(value=values, kind=st.sampled_from(["bpe", "foreign"]))
+def test_every_value_that_fits_can_be_written_and_no_other(value: Any, kind: str) -> None:
+    tokenizer, held = KINDS[kind], GRAMMARS[kind].json({"const": value})
+    for token in tokenizer.encode(json.dumps(value, ensure_ascii=False, separators=(",", ":"))):
+        allowed = held.allowed()
+        assert allowed.shape == (tokenizer.vocab_size,) and allowed[token]
+        assert not any(allowed[id] for id in tokenizer.markers.values() if id not in tokenizer.ends)
+        held.accept(token)
+    assert all(held.allowed()[id] for id in tokenizer.ends)
+    other = GRAMMARS[kind].json({"const": value})
+    text, _ = written(kind, other, seed=1)
+    assert json.loads(text) == value
+
+
+def test_white_space_is_no_way_to_go_on_for_ever() -> None:
+    tokenizer, held = KINDS["bpe"], GRAMMARS["bpe"].json({"type": "array", "minItems": 1})
+    for token in tokenizer.encode("[ "):
+        held.accept(token)
+    spaces = [id for id in range(tokenizer.vocab_size) if tokenizer.spelling(id) and not tokenizer.spelling(id).strip()]
+    assert spaces and not held.allowed()[torch.tensor(spaces)].any()
+
+
+NASTY: dict[str, Any] = {
+    "no type": {"type": "objekt"},
+    "elsewhere": {"$ref": "http://elsewhere.example/x.json"},
+    "file": {"$ref": "file:///etc/passwd"},
+    "parentheses": {"type": "string", "pattern": "(" * 5000 + ")" * 5000},
+    "nested": {"pattern": "((((((a{50}){50}){50}){50}){50}){50})", "type": "string"},
+    "product": {"allOf": [{"type": "integer", "multipleOf": p} for p in (999983, 999979, 999961)]},
+    "choices": {"anyOf": [{"type": "object", "properties": {f"p{i}": {"enum": list(range(i))}}} for i in range(150)]},
+    "properties": {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(2000)}},
+    "loop": {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+    "blow up": {"$defs": {**{f"a{i}": {"allOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 2} for i in range(30)}, "a30": True},
+                "$ref": "#/$defs/a0"},
+    "length": {"type": "string", "minLength": 10**6, "maxLength": 10**6},
+    "look back": {"type": "string", "pattern": "^(a|b)*a(a|b){500}$"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_a_nasty_schema_costs_little(name: str) -> None:
+    """It is refused, or its text ends with an error, or it is written; in any case no step takes long."""
+    began = time.monotonic()
+    try:
+        held = GRAMMARS["bpe"].json(NASTY[name])
+    except UsageError as error:
+        assert len(str(error)) < 500
+        assert time.monotonic() - began < 3
+        return
+    assert time.monotonic() - began < 3
+    generator = torch.Generator().manual_seed(0)
+    slowest = 0.0
+    for _ in range(40):
+        began = time.monotonic()
+        try:
+            allowed = held.allowed()
+        except NextwordError:
+            break
+        token = int(allowed.float().multinomial(1, generator=generator))
+        if token in KINDS["bpe"].ends:
+            break
+        held.accept(token)
+        slowest = max(slowest, time.monotonic() - began)
+    assert slowest < 0.5
+
+
+def test_a_token_that_does_not_fit_ends_it_with_an_error() -> None:
+    held = GRAMMARS["bpe"].json({"type": "object"})
+    held.accept(KINDS["bpe"].encode("]")[0])
+    with pytest.raises(NextwordError, match="cannot be held to the schema any longer"):
+        held.allowed()
+
+
+def test_a_vocabulary_that_cannot_write_it_says_so() -> None:
+    for vocabulary, begun in (("no braces here", ""), ("{ no end", "{"), ('{"a": t', '{"a":t')):
+        tokenizer = train_char([vocabulary])
+        held = Grammars(tokenizer, tokenizer.ends).json({"type": "object", "maxProperties": 1})
+        for token in tokenizer.encode(begun):
+            held.accept(token)
+        with pytest.raises(NextwordError, match="cannot be held to the schema"):
+            for _ in range(100):
+                held.accept(int(held.allowed().float().argmax()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_spellings_are_what_tokens_add_to_a_text(kind: str) -> None:
+    tokenizer = KINDS[kind]
+    text = 'x {"a": [1, 2]} ñ🙂 b'
+    ids = tokenizer.encode(text)
+    assert b"".join(tokenizer.spelling(id) for id in ids).decode() == text
+    assert all(tokenizer.spelling(id) == b"" for id in tokenizer.markers.values())

@@ -1,0 +1,30 @@
+"""EleutherAI's harness, unmodified, through the server: the same accuracy and decisions as its own `hf` model gives."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("NEXTWORD_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.mark.timeout(1200)
+def test_lm_eval_through_the_server_is_lm_eval_itself(base: Path) -> None:
+    python = os.environ.get("NEXTWORD_LM_EVAL") or (sys.executable if find_spec("lm_eval") else None)
+    if python is None:
+        pytest.skip("lm-eval is not installed here; NEXTWORD_LM_EVAL may name a Python that has it")
+    if not (DATA / "blimp.tar.xz").is_file():
+        pytest.skip(f"no data: {DATA / 'blimp.tar.xz'} is not there; set NEXTWORD_DATA to the folder")
+    command = [sys.executable, "-m", "benchmarks.harness", str(base), "--pairs", "2", "--python", python]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "NEXTWORD_DATA": str(DATA)}
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["pairs"] == 2 * 67 and found["served"] == found["hf"] and found["decisions_that_differ"] == 0
+    assert 0 <= found["largest_difference"] < 1e-3

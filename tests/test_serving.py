@@ -1,0 +1,602 @@
+"""The API as clients see it: OpenAI's own client, lm-eval's requests, and every form of answer, from a real process."""
+
+import asyncio
+import base64
+import builtins
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from openai import AsyncOpenAI, OpenAI
+
+from nextword import api, cli
+from nextword.errors import MissingExtra
+from nextword.inference.engine import Engine
+from nextword.inference.sampling import Sampling
+from nextword.loading import Model, load
+from nextword.text.tokenizer import END_OF_TEXT, train_bpe
+from served import Process, directory, served
+
+FREE = {"temperature": 1.5, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def server(base: Path) -> Iterator[Process]:
+    with Process(base, "--max-batch", "4", "--model-name", "small") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Process) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def loaded(base: Path) -> Model:
+    return load(base)
+
+
+@torch.inference_mode()
+def logprobs_of(model: Model, ids: list[int]) -> torch.Tensor:
+    """log P of each next token [T, V], by the model itself."""
+    hidden = model.gpt(torch.tensor([ids]))
+    return model.gpt.unembed(hidden)[0, :, : model.tokenizer.vocab_size].double().log_softmax(-1)
+
+
+# ---------------------------------------------------------------- completions
+
+
+def test_a_completion_is_what_generate_gives(client: OpenAI, loaded: Model) -> None:
+    expected = loaded.generate("The", temperature=1.5, seed=5, max_tokens=20)[0]
+    made = client.completions.create(model="small", prompt="The", max_tokens=20, **FREE)
+    assert made.choices[0].text == expected.text
+    assert made.choices[0].finish_reason == expected.finish_reason
+    assert (made.model, made.object) == ("small", "text_completion")
+    assert made.usage is not None
+    ended = expected.finish_reason == "stop"
+    assert made.usage.completion_tokens == len(expected.tokens) + ended
+    assert made.usage.total_tokens == made.usage.prompt_tokens + made.usage.completion_tokens
+    default = client.completions.create(model="small", prompt="The", logit_bias={"0": -100})
+    assert default.usage is not None and default.usage.completion_tokens == 16
+
+
+def test_a_stream_is_the_same_text_in_pieces(client: OpenAI) -> None:
+    settings: dict[str, Any] = {"model": "small", "prompt": "The", "max_tokens": 30, "logprobs": 2, **FREE}
+    whole = client.completions.create(**settings)
+    pieces = list(client.completions.create(**settings, stream=True, stream_options={"include_usage": True}))
+    assert "".join(choice.text for piece in pieces for choice in piece.choices) == whole.choices[0].text
+    assert pieces[-1].usage == whole.usage and not pieces[-1].choices
+    assert all(piece.usage is None for piece in pieces[:-1])
+    assert len({piece.id for piece in pieces}) == 1
+    assert [c.finish_reason for p in pieces for c in p.choices if c.finish_reason] == [whole.choices[0].finish_reason]
+    told = [c.logprobs for p in pieces for c in p.choices if c.logprobs]
+    expected = whole.choices[0].logprobs
+    assert expected is not None
+    assert [token for one in told for token in one.tokens or []] == expected.tokens
+    assert [offset for one in told for offset in one.text_offset or []] == expected.text_offset
+    without = list(client.completions.create(model="small", prompt="The", max_tokens=2, stream=True))
+    assert all(piece.usage is None for piece in without)
+
+
+def test_the_asynchronous_client(server: Process) -> None:
+    async def talk() -> list[str]:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+
+            async def one(seed: int) -> str:
+                stream = await client.completions.create(
+                    model="small", prompt="The", max_tokens=20, temperature=1.0, seed=seed, stream=True
+                )
+                return "".join([choice.text async for piece in stream for choice in piece.choices])
+
+            return await asyncio.gather(*(one(seed) for seed in (1, 2, 3, 1, 2, 3)))
+
+    texts = asyncio.run(talk())
+    assert texts[:3] == texts[3:] and len(set(texts)) == 3
+
+
+def test_several_texts_of_a_prompt_and_several_prompts(server: Process) -> None:
+    several = server.complete("The", n=3, max_tokens=8, **FREE)
+    texts = [choice["text"] for choice in several["choices"]]
+    assert len(set(texts)) == 3 and [choice["index"] for choice in several["choices"]] == [0, 1, 2]
+    assert server.complete("The", max_tokens=8, **FREE)["choices"][0]["text"] == texts[0]
+    both = server.complete(["A list", "The"], n=2, max_tokens=8, **FREE)
+    assert [choice["text"] for choice in both["choices"]][2:] == texts[:2]
+    assert both["usage"]["prompt_tokens"] == sum(
+        server.complete(p, max_tokens=0)["usage"]["prompt_tokens"] for p in ("A list", "The")
+    )
+    streamed = server.post("/v1/completions", {"prompt": "The", "n": 3, "max_tokens": 8, "stream": True, **FREE})
+    parts = [choice for event in streamed.events for choice in event["choices"]]
+    assert ["".join(part["text"] for part in parts if part["index"] == i) for i in range(3)] == texts
+
+
+def test_the_best_are_the_likeliest_by_token(server: Process) -> None:
+    settings = {"max_tokens": 8, "seed": 3, "temperature": 2.0}
+    every = server.complete("The", n=6, logprobs=0, **settings)["choices"]
+
+    def mean(choice: dict[str, Any]) -> float:
+        found = choice["logprobs"]["token_logprobs"]
+        return sum(found) / len(found)
+
+    best = server.complete("The", n=2, best_of=6, **settings)["choices"]
+    expected = sorted(every, key=mean, reverse=True)[:2]
+    assert [choice["text"] for choice in best] == [choice["text"] for choice in expected]
+    assert [choice["logprobs"] for choice in best] == [None, None]
+
+
+def test_stop_strings_end_a_text_before_them(server: Process) -> None:
+    free = server.complete("The", max_tokens=40, **FREE)["choices"][0]["text"]
+    stop = free[len(free) // 2 :][:2]
+    for given in (stop, ["no such text", stop]):
+        choice = server.complete("The", max_tokens=40, stop=given, logprobs=0, **FREE)["choices"][0]
+        assert choice["text"] == free[: free.index(stop)]
+        assert choice["finish_reason"] == "stop"
+        assert "".join(choice["logprobs"]["tokens"]).startswith(choice["text"])  # and none after it
+        assert all(offset < max(1, len(choice["text"])) for offset in choice["logprobs"]["text_offset"])
+
+
+def test_characters_are_never_cut(server: Process) -> None:
+    """A byte-level model at a high temperature writes many bytes that are no characters; what is one comes whole."""
+    bias = {str(id): 5 for id in range(130, 258)}
+    body = {"prompt": "é🙂", "max_tokens": 200, "temperature": 2, "seed": 1, "logit_bias": bias, "stream": True}
+    answer = server.post("/v1/completions", body)
+    streamed = [choice["text"] for event in answer.events for choice in event["choices"]]
+    whole = server.complete(**{**body, "stream": False})["choices"][0]["text"]
+    assert "".join(streamed) == whole
+    assert any(ord(character) > 127 and character != "\ufffd" for character in whole)
+    for piece in streamed:
+        piece.encode()  # no half surrogate
+
+
+def test_penalties_and_biases_take_effect(server: Process) -> None:
+    ids = server.post("/tokenize", {"prompt": "The"}).json["tokens"]
+    always = server.complete("The", max_tokens=5, temperature=0, logit_bias={str(ids[0]): 100}, logprobs=0)
+    assert always["choices"][0]["logprobs"]["tokens"] == ["The"] * 5
+    settings = {"max_tokens": 5, "temperature": 0, "logprobs": 0, "logit_bias": {str(ids[0]): 0.0}}
+    for penalty in ({"frequency_penalty": 2.0}, {"presence_penalty": 2.0}, {"repetition_penalty": 50.0}):
+        told = server.complete("The the the", **settings, **penalty)["choices"][0]["logprobs"]["tokens"]
+        free = server.complete("The the the", **settings)["choices"][0]["logprobs"]["tokens"]
+        assert told[0] == free[0] or "repetition_penalty" in penalty
+    likeliest = server.complete("The", max_tokens=5, temperature=0)["choices"][0]["text"]
+    for narrow in ({"top_k": 1}, {"top_p": 0}, {"min_p": 1}):
+        assert server.complete("The", max_tokens=5, temperature=1.0, **narrow)["choices"][0]["text"] == likeliest
+    assert server.complete("The", max_tokens=5, temperature=0, top_k=-1, top_p=1, min_p=0)["choices"][0]["text"] == (
+        likeliest
+    )
+
+
+# ---------------------------------------------------------------- log-probabilities
+
+
+def test_logprobs_are_the_models_own(server: Process, loaded: Model) -> None:
+    ids = loaded.tokenizer.encode("The list of")
+    made = server.complete(ids, max_tokens=6, logprobs=3, logit_bias={"0": -100}, **FREE)["choices"][0]["logprobs"]
+    text = "".join(made["tokens"])
+    drawn = loaded.tokenizer.ids_of([token.replace(" ", "Ġ").replace("\n", "Ċ") for token in made["tokens"]])
+    expected = logprobs_of(loaded, [*ids, *drawn])[len(ids) - 1 : -1]
+    for i, token in enumerate(drawn):
+        assert made["token_logprobs"][i] == pytest.approx(float(expected[i, token]), abs=1e-4)
+        top = expected[i].topk(3).values.tolist()
+        assert sorted(made["top_logprobs"][i].values(), reverse=True)[:3] == pytest.approx(top, abs=1e-4)
+        assert made["top_logprobs"][i][made["tokens"][i]] == made["token_logprobs"][i]
+    assert made["text_offset"] == [len("".join(made["tokens"][:i])) for i in range(6)]
+    assert text == server.complete(ids, max_tokens=6, logit_bias={"0": -100}, **FREE)["choices"][0]["text"]
+
+
+def test_echo_tells_the_prompt_and_how_likely_it_was(server: Process, loaded: Model) -> None:
+    prompt = "The list of é🙂"
+    ids = loaded.tokenizer.encode(prompt)
+    for max_tokens in (0, 3):
+        choice = server.complete(prompt, echo=True, logprobs=2, max_tokens=max_tokens, **FREE)["choices"][0]
+        told = choice["logprobs"]
+        assert choice["text"].startswith(prompt) and (max_tokens or choice["text"] == prompt)
+        assert choice["finish_reason"] == "length"
+        assert len(told["tokens"]) == len(ids) + max_tokens == len(told["top_logprobs"]) == len(told["text_offset"])
+        assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
+        expected = logprobs_of(loaded, ids)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+        assert told["token_logprobs"][1 : len(ids)] == pytest.approx(expected, abs=1e-4)
+        assert told["tokens"][-1 - max_tokens].startswith("bytes:") or "🙂" in told["tokens"][-1 - max_tokens]
+    body = {"prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": 3, "stream": True, **FREE}
+    streamed = [choice for event in server.post("/v1/completions", body).events for choice in event["choices"]]
+    assert "".join(part["text"] for part in streamed) == choice["text"]
+    assert [token for part in streamed for token in part["logprobs"]["tokens"]] == told["tokens"]
+    assert server.complete(prompt, echo=True, max_tokens=0)["choices"][0]["logprobs"] is None
+
+
+def test_lm_eval_gets_what_it_computes_with(server: Process, loaded: Model) -> None:
+    """Its requests and its reading of the answers, as in lm_eval/models/openai_completions.py (0.4.13)."""
+    contexts, continuations = ["The value of", "A list"], [" the object", " is"]
+    both = [
+        loaded.tokenizer.encode(a) + loaded.tokenizer.encode(b) for a, b in zip(contexts, continuations, strict=True)
+    ]
+    lengths = [len(loaded.tokenizer.encode(a)) for a in contexts]
+    payload = {
+        "model": "small", "prompt": both, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True,
+    }  # fmt: skip
+    answer = server.post("/v1/completions", payload).json
+    for choice, ids, length in zip(answer["choices"], both, lengths, strict=True):
+        assert len(choice["logprobs"]["token_logprobs"]) == len(ids) + 1
+        told = choice["logprobs"]["token_logprobs"][length:-1]
+        greedy = [max(top.values()) for top in choice["logprobs"]["top_logprobs"][length:-1]] == told
+        table = logprobs_of(loaded, ids)[length - 1 : -1]
+        expected = table.gather(1, torch.tensor(ids[length:])[:, None])
+        assert sum(told) == pytest.approx(float(expected.sum()), abs=1e-4)
+        assert greedy == bool((table.argmax(1) == torch.tensor(ids[length:])).all())
+
+
+def test_lm_evals_remote_tokenizer(server: Process, loaded: Model) -> None:
+    """What its RemoteTokenizer asks for, and in what form (lm_eval/utils.py)."""
+    info = server.get("/tokenizer_info").json
+    assert info["eos_token"] == END_OF_TEXT and "bos_token" in info and "pad_token" in info and "chat_template" in info
+    asked = server.post("/tokenize", {"prompt": info["eos_token"], "add_special_tokens": False}).json
+    assert asked["tokens"][0] == loaded.tokenizer.end_of_text
+    text = "The 🙂 list <|endoftext|> of\n"
+    said = server.post("/tokenize", {"prompt": text, "add_special_tokens": False, "return_token_strs": True}).json
+    assert said["tokens"] == loaded.tokenizer.encode(text) and said["count"] == len(said["tokens"])
+    assert said["max_model_len"] == 64 and len(said["token_strs"]) == said["count"]
+    assert loaded.tokenizer.end_of_text not in said["tokens"]  # a marker inside a text is text
+    assert server.post("/detokenize", {"tokens": said["tokens"]}).json == {"prompt": text}
+    assert server.post("/detokenize", {"tokens": [10**6]}).error["param"] == "tokens"
+    assert server.post("/tokenize", {}).status == 400
+
+
+# ---------------------------------------------------------------- conversations
+
+
+def test_a_model_that_has_learned_no_conversation_answers_and_says_so(client: OpenAI, server: Process) -> None:
+    messages: Any = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    raw = client.chat.completions.with_raw_response.create(
+        model="small", messages=messages, max_tokens=12, logprobs=True, top_logprobs=3, n=2, seed=4
+    )
+    assert raw.headers["x-nextword-chat-template"] == "plain"
+    made = raw.parse()
+    assert made.model_dump()["nextword"] == {"chat_template": "plain"}
+    assert [choice.index for choice in made.choices] == [0, 1]
+    choice = made.choices[0]
+    assert choice.message.role == "assistant" and choice.logprobs is not None and choice.logprobs.content
+    said = b"".join(bytes(one.bytes or []) for one in choice.logprobs.content)
+    assert said.decode(errors="replace").startswith(choice.message.content or "")
+    assert all(len(one.top_logprobs) == 3 for one in choice.logprobs.content)
+    prompt = "Be kind.\nUser: Hi\nAssistant:"
+    plain = server.complete(prompt, max_tokens=12, seed=4, stop="\nUser:")["choices"][0]
+    assert plain["text"] == choice.message.content
+    stream = client.chat.completions.create(
+        model="small", messages=messages, max_tokens=12, logprobs=True, top_logprobs=3, seed=4, stream=True,
+        stream_options={"include_usage": True},
+    )  # fmt: skip
+    parts = list(stream)
+    assert parts[0].choices[0].delta.role == "assistant" and parts[0].object == "chat.completion.chunk"
+    assert "".join(c.delta.content or "" for part in parts for c in part.choices) == choice.message.content
+    told = [one for part in parts for c in part.choices if c.logprobs for one in c.logprobs.content or []]
+    assert told == choice.logprobs.content
+    assert parts[-2].choices[0].finish_reason == choice.finish_reason and parts[-1].usage is not None
+
+
+def test_an_answer_is_as_long_as_there_is_room(client: OpenAI) -> None:
+    made = client.chat.completions.create(
+        model="small", messages=[{"role": "user", "content": "Hi"}], logit_bias={"0": -100}, stop=None
+    )
+    assert made.usage is not None
+    assert made.usage.total_tokens == 64 or made.choices[0].finish_reason == "stop"
+    parts: Any = [{"type": "text", "text": "The"}, {"type": "text", "text": "list"}]
+    with_parts = client.chat.completions.create(
+        model="small", messages=[{"role": "developer", "content": "x"}, {"role": "user", "content": parts}],
+        max_completion_tokens=3, temperature=0,
+    )  # fmt: skip
+    joined = client.chat.completions.create(
+        model="small", messages=[{"role": "system", "content": "x"}, {"role": "user", "content": "The\nlist"}],
+        max_tokens=3, temperature=0,
+    )  # fmt: skip
+    assert with_parts.choices[0].message.content == joined.choices[0].message.content
+
+
+# ---------------------------------------------------------------- JSON
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6}, "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "kind": {"enum": ["cat", "dog"]}, "tags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2},
+    },
+    "required": ["name", "age", "kind", "tags"], "additionalProperties": False,
+}  # fmt: skip
+
+
+def test_text_that_is_held_to_a_schema_always_fits_it(client: OpenAI) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "pet", "schema": SCHEMA, "strict": True}}
+    made = client.chat.completions.create(
+        model="small", messages=[{"role": "user", "content": "A pet?"}], response_format=form, n=6, temperature=2,
+        seed=1, max_tokens=200, stop=None,
+    )  # fmt: skip
+    finished = 0
+    for choice in made.choices:
+        if choice.finish_reason == "stop":
+            finished += 1
+            value = json.loads(choice.message.content or "")
+            assert set(value) == {"name", "age", "kind", "tags"} and len(value["name"]) <= 6
+            assert 0 <= value["age"] <= 150 and value["kind"] in ("cat", "dog") and len(value["tags"]) <= 2
+    assert len({choice.message.content for choice in made.choices}) == 6
+
+
+def test_a_completion_is_held_to_json_too_and_ends_there(server: Process) -> None:
+    form = {"type": "json_schema", "json_schema": {"schema": SCHEMA}}
+    for seed in range(12):
+        made = server.complete("x", response_format=form, max_tokens=300, temperature=2, seed=seed)["choices"][0]
+        assert made["finish_reason"] == "stop"
+        assert set(json.loads(made["text"])) == set(SCHEMA["properties"])
+    free = server.complete("x", response_format={"type": "json_object"}, max_tokens=300, temperature=0)["choices"][0]
+    assert free["text"].startswith("{")
+    same = server.complete("x", response_format={"type": "text"}, max_tokens=5, temperature=0)
+    assert same["choices"][0]["text"] == server.complete("x", max_tokens=5, temperature=0)["choices"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "objekt"}, {"$ref": "http://elsewhere.example/x.json"}, {"enum": ["x" * 70_000]},
+        {"type": "string", "pattern": "(" * 5000}, {"type": "integer", "multipleOf": 999_999_937},
+        {"oneOf": [{"const": 1}, {"const": 2}]}, {"not": {}},
+    ],
+)  # fmt: skip
+def test_a_schema_that_cannot_be_held_to_is_refused_soon(server: Process, schema: Any) -> None:
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    answer = server.post("/v1/completions", {"prompt": "x", "response_format": form, "max_tokens": 300})
+    assert answer.status == 400 and answer.error["param"] == "response_format"
+    assert len(answer.error["message"]) < 600
+
+
+def test_a_schema_nested_beyond_reason_is_refused(server: Process) -> None:
+    nested = b'{"items":' * 900 + b"{}" + b"}" * 900
+    head = b'{"prompt":"x","response_format":{"type":"json_schema","json_schema":{"schema":'
+    assert server.post("/v1/completions", head + nested + b"}}}").status == 400
+    deeper = b'{"items":' * 90_000 + b"{}" + b"}" * 90_000
+    assert server.post("/v1/completions", head + deeper + b"}}}").status == 400
+    assert server.get("/health").status == 200
+
+
+# ---------------------------------------------------------------- other routes
+
+
+def test_embeddings_are_means_of_length_one(client: OpenAI, server: Process, loaded: Model) -> None:
+    texts = ["The list", "A value of é🙂"]
+    made = client.embeddings.create(model="small", input=texts)  # this client asks for base64
+    for text, one in zip(texts, made.data, strict=True):
+        with torch.inference_mode():
+            hidden = loaded.gpt(torch.tensor([loaded.tokenizer.encode(text)]))[0].mean(0)
+        torch.testing.assert_close(torch.tensor(one.embedding), hidden / hidden.norm(), atol=1e-5, rtol=1e-4)
+        assert torch.tensor(one.embedding).norm() == pytest.approx(1, abs=1e-5)
+    plain = server.post("/v1/embeddings", {"input": loaded.tokenizer.encode(texts[0]), "encoding_format": "float"}).json
+    packed = server.post("/v1/embeddings", {"input": texts[0], "encoding_format": "base64"}).json["data"][0]
+    numbers = struct.unpack("<32f", base64.b64decode(packed["embedding"]))
+    assert list(numbers) == pytest.approx(plain["data"][0]["embedding"], abs=1e-6)
+    assert "mean" in plain["nextword"]["pooling"] and plain["usage"]["prompt_tokens"] > 0
+    assert server.post("/v1/embeddings", {"input": "x", "dimensions": 32}).status == 200
+    for wrong in ({"input": ""}, {"input": []}, {"input": "x", "dimensions": 5}, {"input": ["x" * 5000]}, {}):
+        assert server.post("/v1/embeddings", wrong).status == 400, wrong
+
+
+def test_the_list_of_models(client: OpenAI, server: Process) -> None:
+    [model] = client.models.list().data
+    assert model.id == "small" and client.models.retrieve("small").id == "small"
+    facts = model.model_dump()["nextword"]
+    assert {name: facts[name] for name in ("chat", "task", "context_length", "precision")} == {
+        "chat": False, "task": None, "context_length": 64, "precision": "float32",
+    }  # fmt: skip
+    with pytest.raises(openai.NotFoundError, match="there is no model 'other'"):
+        client.completions.create(model="other", prompt="x")
+    assert server.post("/v1/classify", {"input": "x"}).status == 400  # fine-tuned for no task
+
+
+def test_metrics_are_prometheus(server: Process) -> None:
+    prometheus = pytest.importorskip("prometheus_client.parser")
+    before = server.metric("nextword_generated_tokens_total")
+    server.complete("The", max_tokens=7, logit_bias={"0": -100})
+    families = {f.name: f for f in prometheus.text_string_to_metric_families(server.get("/metrics").body.decode())}
+    assert server.metric("nextword_generated_tokens_total") == before + 7
+    assert families["nextword_slots"].samples[0].value == 4
+    buckets = families["nextword_time_between_tokens_seconds"].samples
+    counts = [sample.value for sample in buckets if sample.name.endswith("_bucket")]
+    assert counts == sorted(counts) and counts[-1] > 0
+    labels = [sample.labels for sample in families["nextword_requests"].samples]
+    assert {"route": "/v1/completions", "status": "200"} in labels
+
+
+# ---------------------------------------------------------------- what is refused
+
+WRONG: list[tuple[str, dict[str, Any], str | None]] = [
+    ("/v1/completions", {"prompt": 5}, "prompt"),
+    ("/v1/completions", {"prompt": [1.5]}, "prompt"),
+    ("/v1/completions", {"prompt": []}, "prompt"),
+    ("/v1/completions", {"prompt": [[]]}, "prompt"),
+    ("/v1/completions", {"prompt": [-1]}, "prompt"),
+    ("/v1/completions", {"prompt": [10**6]}, "prompt"),
+    ("/v1/completions", {"prompt": ["x"] * 2000}, "prompt"),
+    ("/v1/completions", {"temperature": "1"}, "temperature"),
+    ("/v1/completions", {"temperature": True}, "temperature"),
+    ("/v1/completions", {"temperature": -1}, "temperature"),
+    ("/v1/completions", {"temperature": 2.1}, "temperature"),
+    ("/v1/completions", {"max_tokens": -1}, "max_tokens"),
+    ("/v1/completions", {"max_tokens": 10**9}, "max_tokens"),
+    ("/v1/completions", {"max_tokens": 1.5}, "max_tokens"),
+    ("/v1/completions", {"n": 0}, "n"),
+    ("/v1/completions", {"n": 10**6}, "n"),
+    ("/v1/completions", {"n": 100}, None),  # more than this server holds
+    ("/v1/completions", {"n": 50, "max_tokens": 30000}, "max_tokens"),
+    ("/v1/completions", {"n": 3, "best_of": 2}, "best_of"),
+    ("/v1/completions", {"best_of": 3, "stream": True}, "best_of"),
+    ("/v1/completions", {"logprobs": 21}, "logprobs"),
+    ("/v1/completions", {"logprobs": True}, "logprobs"),
+    ("/v1/completions", {"stop": ["a"] * 5}, "stop"),
+    ("/v1/completions", {"stop": ""}, "stop"),
+    ("/v1/completions", {"stop": "x" * 501}, "stop"),
+    ("/v1/completions", {"logit_bias": {"x": 1}}, "logit_bias"),
+    ("/v1/completions", {"logit_bias": {"99999": 1}}, "logit_bias"),
+    ("/v1/completions", {"logit_bias": {"5": 101}}, "logit_bias"),
+    ("/v1/completions", {"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
+    ("/v1/completions", {"seed": 2**70}, "seed"),
+    ("/v1/completions", {"top_p": 1.1}, "top_p"),
+    ("/v1/completions", {"repetition_penalty": 1e-300}, "repetition_penalty"),
+    ("/v1/completions", {"stream_options": {"include_usage": True}}, "stream_options"),
+    ("/v1/completions", {"suffix": "x"}, "suffix"),
+    ("/v1/completions", {"response_format": {"type": "xml"}}, "response_format.type"),
+    ("/v1/completions", {"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+    ("/v1/chat/completions", {}, "messages"),
+    ("/v1/chat/completions", {"messages": []}, "messages"),
+    ("/v1/chat/completions", {"messages": [{"role": "user"}]}, "messages[0].content"),
+    ("/v1/chat/completions", {"messages": [{"role": "king", "content": "x"}]}, "messages[0].role"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}, "top_logprobs"),
+    (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        "messages[0].content",
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "param"), WRONG, ids=lambda value: str(value)[:40])
+def test_what_is_wrong_is_refused_by_name(server: Process, path: str, body: dict[str, Any], param: str | None) -> None:
+    answer = server.post(path, body)
+    assert answer.status == 400, answer.body
+    assert answer.error["param"] == param and answer.error["type"] == "invalid_request_error"
+    assert len(answer.error["message"]) < 600
+
+
+@pytest.mark.parametrize("body", [b"{", b"", b"[]", b'"x"', b"\xff\xfe", b'{"temperature": NaN}', b'{"seed": 1e400}',
+                                  b'{"seed": ' + b"9" * 5000 + b"}", b"[" * 100_000])  # fmt: skip
+def test_a_body_that_is_no_request_is_refused(server: Process, body: bytes) -> None:
+    assert server.post("/v1/completions", body).status == 400
+
+
+def test_unknown_fields_and_nulls_are_passed_over(server: Process) -> None:
+    names = (
+        "temperature",
+        "top_p",
+        "n",
+        "stop",
+        "logprobs",
+        "max_tokens",
+        "stream",
+        "seed",
+        "logit_bias",
+        "user",
+        "best_of",
+    )
+    body = {"prompt": "The", **dict.fromkeys(names), "user": "me", "metadata": {"a": [1]}, "store": True, "tools": []}
+    answer = server.post("/v1/completions", body)
+    assert answer.status == 200, answer.body
+
+
+def test_a_prompt_longer_than_the_context_is_refused_and_not_cut(client: OpenAI, server: Process) -> None:
+    fits, over = server.post("/v1/completions", {"prompt": [5] * 64}), [5] * 65
+    assert fits.status == 200
+    for prompt in (over, "word " * 100, "x" * 500_000):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.completions.create(model="small", prompt=prompt)
+        assert refused.value.code == "context_length_exceeded" and "64 tokens" in str(refused.value)
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="small", messages=[{"role": "user", "content": "word " * 100}])
+    assert refused.value.code == "context_length_exceeded"
+
+
+def test_of_a_longer_prompt_the_end_is_kept_where_that_is_asked_for(server: Process, loaded: Model) -> None:
+    long = "The list of values is long, " * 30
+    ids = loaded.tokenizer.encode(long)
+    for keep, prompt in ((-1, long), (-1, ids), (10**9, long), (5, long), (0, long)):
+        kept = ids[len(ids) - min(64, keep if keep >= 0 else 64) :] or [loaded.tokenizer.end_of_text]
+        told = server.complete(prompt, truncate_prompt_tokens=keep, max_tokens=3, echo=True, logprobs=0, **FREE)
+        expected = server.complete(kept, max_tokens=3, echo=True, logprobs=0, **FREE)
+        assert told["choices"] == expected["choices"] and told["usage"]["prompt_tokens"] == len(kept)
+    short = server.complete("The list", truncate_prompt_tokens=-1, max_tokens=3, **FREE)
+    assert short["choices"] == server.complete("The list", max_tokens=3, **FREE)["choices"]
+    assert server.post("/v1/completions", {"prompt": "x", "truncate_prompt_tokens": -2}).status == 400
+
+
+def test_half_surrogates_are_no_text(server: Process) -> None:
+    assert server.post("/v1/completions", b'{"prompt": "a\\ud800b"}').error["param"] == "prompt"
+    form = (
+        b'{"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"schema": {"const": "\\ud800"}}}}'
+    )
+    assert server.post("/v1/completions", form).status == 400
+
+
+def test_paths_and_methods_that_are_not_there(server: Process) -> None:
+    assert (server.get("/nothing").status, server.get("/nothing").error["type"]) == (404, "invalid_request_error")
+    assert server.get("/v1/completions").status == 405
+    assert server.get("/docs").status == 404  # FastAPI's page would load scripts from elsewhere
+    assert "/v1/completions" in server.get("/openapi.json").json["paths"]
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_help_needs_nothing_heavy() -> None:
+    code = "import sys; from nextword.cli import run; run(['serve', '--help'])"
+    code += "; print(sorted({'torch', 'fastapi', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]") and "--api-key" in done.stdout
+
+
+def test_precisions_and_the_seed_of_the_server(base: Path) -> None:
+    with served(base, precision="int8", seed=3) as one:
+        assert one.get("/v1/models").json["data"][0]["nextword"]["precision"] == "int8"
+        first = one.complete("The", max_tokens=20, temperature=1.5)["choices"][0]["text"]
+    expected = load(base, precision="int8")
+    engine = Engine(expected.gpt, expected.tokenizer, seed=3, reader=expected.reader)
+    assert engine.generate(["The"], Sampling(temperature=1.5, max_tokens=20))[0].text == first
+
+
+def test_a_model_that_cannot_be_opened_ends_the_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["serve", str(tmp_path / "nowhere"), "--port", "0"]) == 1
+    assert "neither a model directory nor a run folder" in capsys.readouterr().err
+    made = directory(tmp_path / "model", train_bpe(["The house"] * 3, 300))
+    (made / "model.safetensors").write_bytes(b"broken")
+    assert cli.run(["serve", str(made), "--port", "0"]) in (1, 3)
+    assert "model.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--host", "0.0.0.0"], "lets other machines connect"),
+        (["--port", "99999"], "--port must be"),
+        (["--api-key", " x"], "API key is ASCII"),
+        (["--max-batch", "0"], "--max-batch"),
+        (["--queue", "-1"], "--queue"),
+    ],
+)
+def test_wrong_use_is_refused_before_anything_listens(
+    base: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert cli.run(["serve", str(base), *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith(("fastapi", "nextword.serving.server")):
+            raise ModuleNotFoundError(f"No module named {name!r}", name="fastapi")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MissingExtra, match=r"pip install 'nextword\[serve\]'"):
+        api.serve(base)
+
+
+def test_without_llguidance_a_schema_is_refused_and_the_rest_goes_on(
+    monkeypatch: pytest.MonkeyPatch, base: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with served(base) as one:
+        answer = one.post("/v1/completions", {"prompt": "x", "response_format": {"type": "json_object"}})
+        assert answer.status == 400 and "nextword[json]" in answer.error["message"]
+        one.complete("x", max_tokens=2)

@@ -1,0 +1,530 @@
+"""The server keeps standing and lets no one in: keys, names, sizes, a full queue, clients that leave or do not read."""
+
+import asyncio
+import contextlib
+import http.client
+import itertools
+import json
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nextword import cli
+from nextword.errors import NextwordError
+from nextword.serving import guard
+from nextword.serving import server as server_module
+from nextword.serving.guard import Rules
+from nextword.serving.server import Place
+from nextword.serving.worker import Worker
+from served import Process, Server, Threaded, served, until
+
+ON = {"logit_bias": {"0": -100}, "temperature": 1.0}  # a text that does not end by itself
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+)
+
+
+@pytest.fixture(scope="module")
+def locked(base: Path) -> Iterator[Threaded]:
+    """All of the machine's addresses, with a key."""
+    with served(base, Place("0.0.0.0", 0, key="a secret", hosts=("model.example",))) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def open_(base: Path) -> Iterator[Threaded]:
+    with served(base) as server:
+        yield server
+
+
+# ---------------------------------------------------------------- keys
+
+
+def test_every_route_but_health_and_the_page_needs_the_key(locked: Threaded) -> None:
+    local = Server(f"http://127.0.0.1:{locked.port}")
+    paths = local.get("/openapi.json", Authorization="Bearer a secret").json["paths"]
+    assert len(paths) >= 10
+    for path, methods in paths.items():
+        for method in methods:
+            answer = local.ask(method.upper(), path.replace("{name}", "x"))
+            assert answer.status == (200 if path == "/health" else 401), path
+            if path != "/health":
+                assert answer.error["code"] == "invalid_api_key" and answer.headers["WWW-Authenticate"] == "Bearer"
+    assert local.get("/openapi.json").status == 401
+    assert local.get("/").status != 401
+    wrong = (
+        "a secret",
+        "Bearer",
+        "Bearer a secre",
+        "Bearer a secret2",
+        "Basic a secret",
+        "Bearer é",
+        "Bearer " + "x" * 9000,
+    )
+    for key in wrong:
+        assert local.get("/v1/models", Authorization=key.encode().decode("latin-1")).status == 401, key
+    assert local.get("/v1/models", Authorization="bearer a secret").status == 200
+
+
+def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("nextword.api.serve", lambda model, **settings: asked.update(settings))
+    monkeypatch.setenv("NEXTWORD_API_KEY", "a secret")
+    for arguments, key in (([], "a secret"), (["--api-key", "other"], "other")):
+        assert (
+            cli.run(["serve", str(base), "--host", "0.0.0.0", "--allowed-host", "a", "--allowed-host", "b", *arguments])
+            == 0
+        )
+        assert (asked["api_key"], asked["allowed_hosts"], asked["host"]) == (key, ["a", "b"], "0.0.0.0")
+
+
+def test_the_key_is_said_once(locked: Threaded) -> None:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", locked.port)) as connection:
+        connection.putrequest("GET", "/v1/models")
+        for key in ("a secret", "other"):
+            connection.putheader("Authorization", f"Bearer {key}")
+        connection.endheaders()
+        assert connection.getresponse().status == 401
+
+
+@pytest.mark.parametrize(
+    ("host", "fine"),
+    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("127.8.9.1", True), ("0.0.0.0", False), ("::", False),
+     ("192.168.1.5", False), ("model.example", False), ("localhost.evil.example", False)],
+)  # fmt: skip
+def test_another_address_needs_a_key_or_a_clear_word(host: str, fine: bool) -> None:
+    with contextlib.nullcontext() if fine else pytest.raises(NextwordError, match="lets other machines connect"):
+        Place(host)
+    Place(host, key="k")
+    Place(host, insecure=True)
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:{port}", "127.0.0.1.evil.example", "", "a b", "localhost@evil",
+                                  "169.254.169.254", "model.example.evil.example:{port}", "localhost:x"])  # fmt: skip
+def test_a_request_for_another_name_is_refused(locked: Threaded, host: str) -> None:
+    for path in ("/", "/health", "/v1/models"):
+        answer = Server(f"http://127.0.0.1:{locked.port}").get(path, Host=host.format(port=locked.port))
+        assert answer.status in (400, 403), path
+        answer.error  # noqa: B018  # it has OpenAI's form
+
+
+def test_its_own_names_are_known(locked: Threaded, open_: Threaded) -> None:
+    local = Server(f"http://127.0.0.1:{locked.port}")
+    for host in ("127.0.0.1", "LocalHost:1", "[::1]:8000", "model.example", "MODEL.example.:443", "0.0.0.0"):
+        assert local.get("/health", Host=host).status == 200, host
+    assert open_.get("/health", Host="model.example").status == 403
+    assert open_.get("/health", Host="0.0.0.0").status == 403
+    scope = {"type": "http", "headers": [(b"host", b"10.1.2.3:80")], "server": ("10.1.2.3", 80)}
+    Rules(any_address=True)._check_host(scope)  # the address that it was reached at
+    with pytest.raises(guard.Refusal, match="--allowed-host"):
+        Rules()._check_host(scope)
+
+
+def test_pages_of_other_places_are_refused(open_: Threaded) -> None:
+    own = f"http://127.0.0.1:{open_.port}"
+    assert open_.get("/v1/models", Origin=own).status == 200
+    for origin in ("http://evil.example", "null", f"http://127.0.0.1:{open_.port + 1}", "http://127.0.0.1"):
+        assert open_.get("/v1/models", Origin=origin).status == 403, origin
+    answer = open_.ask("OPTIONS", "/v1/completions", headers={"Origin": own, "Access-Control-Request-Method": "POST"})
+    assert answer.status == 405 and not any("access-control" in name.lower() for name in answer.headers)
+    plain = open_.ask("POST", "/v1/completions", b'{"prompt": "x"}', {"Content-Type": "text/plain"})
+    assert plain.status == 400  # what a page may send unasked is not taken
+
+
+def test_every_answer_has_strict_headers(open_: Threaded) -> None:
+    for path in ("/", "/health", "/nothing", "/v1/models", "/page.js"):
+        answer = open_.get(path)
+        assert answer.headers["Content-Security-Policy"] == POLICY, path
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert answer.headers["Referrer-Policy"] == "no-referrer"
+        assert "Server" not in answer.headers
+
+
+def test_the_page_is_served_as_it_lies_there(open_: Threaded) -> None:
+    files = [file for file in server_module.PAGE.glob("*") if file.is_file()]
+    if not files:
+        pytest.skip("the page is not there yet")
+    for file in files:
+        answer = open_.get(f"/{file.name}")
+        assert answer.status == 200 and answer.body == file.read_bytes()
+        kinds = {".js": "text/javascript", ".css": "text/css", ".html": "text/html", ".svg": "image/svg+xml"}
+        assert answer.headers["Content-Type"].startswith(kinds[file.suffix])
+    assert open_.get("/").body == (server_module.PAGE / "index.html").read_bytes()
+    assert open_.ask("HEAD", "/").body == b""
+    for path in ("/../service.py", "/%2e%2e/service.py", "/page/index.html", "//index.html"):
+        assert open_.get(path).status == 404
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def test_a_body_that_is_too_large_is_refused(open_: Threaded) -> None:
+    large = b'{"prompt": "' + b"x" * 20_000_000 + b'"}'
+    assert open_.post("/v1/completions", large).status == 413
+
+    def pieces() -> Iterator[bytes]:
+        for _ in range(200):
+            yield b"x" * 100_000
+
+    with contextlib.closing(open_.connect()) as connection:  # without a length, in chunks
+        connection.request("POST", "/v1/completions", pieces(), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        assert answer.status == 413 and answer.headers["Connection"] == "close"
+        assert json.loads(answer.read())["error"]["code"] == "body_too_large"
+    # Where a client waits to be told whether it may send its body, it is told at once.
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000\r\nExpect: 100-continue\r\n\r\n"
+    )
+    with socket.create_connection((open_.host, open_.port), timeout=10) as connection:
+        connection.sendall(head.encode())
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
+    assert open_.get("/health").status == 200
+
+
+def test_bodies_together_have_a_limit(monkeypatch: pytest.MonkeyPatch, open_: Threaded) -> None:
+    monkeypatch.setattr(guard, "MAX_BODIES", 5_000_000)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4000000\r\n\r\n"
+    with socket.create_connection((open_.host, open_.port), timeout=10) as half:
+        half.sendall(head + b"x" * 3_000_000)
+        until(lambda: open_.guard.held == 3_000_000)
+        answer = open_.post("/v1/completions", b"x" * 3_000_000)
+        assert answer.status == 429 and answer.headers["Retry-After"]
+        monkeypatch.setattr(guard, "MAX_BODIES", 1)
+        assert open_.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status == 200  # small ones are let in
+        monkeypatch.setattr(guard, "MAX_BODIES", 5_000_000)
+    until(lambda: open_.guard.held == 0)
+    assert open_.post("/v1/completions", b"x" * 3_000_000).status == 400
+    until(lambda: open_.guard.held == 0)
+
+
+def test_headers_that_are_too_many_or_too_large_are_refused(open_: Threaded) -> None:
+    many = open_.get("/health", **{f"X-{i}": "y" for i in range(200)})
+    assert many.status == 431 and many.error
+    for size in (17_000, 60_000, 1_000_000):
+        with socket.create_connection((open_.host, open_.port), timeout=10) as connection:
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * size + b"\r\n\r\n")
+            if size < 1_000_000:  # beyond, the connection may be gone before the client has read the answer
+                assert connection.recv(1000).startswith(b"HTTP/1.1 431 "), size
+    assert open_.get("/v1/models/" + "x" * 9000).status == 414
+    with socket.create_connection((open_.host, open_.port), timeout=10) as connection:
+        connection.sendall(b"\x00\x01 this is no HTTP\r\n\r\n")
+        said = b"".join(iter(lambda: connection.recv(1000), b""))
+        assert said.startswith(b"HTTP/1.1 400 ") and b'"invalid_request_error"' in said
+    assert open_.get("/health").status == 200
+
+
+def test_who_sends_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, open_: Threaded) -> None:
+    monkeypatch.setattr(server_module, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(guard, "DISCARD_SECONDS", 0.2)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
+    silent, slow, half = (socket.create_connection((open_.host, open_.port), timeout=10) for _ in range(3))
+    slow.sendall(b"GET /health HTTP/1.1\r\nHost: loc")
+    half.sendall(head)
+    assert silent.recv(10) == b"" and slow.recv(10) == b""
+    assert half.recv(100).startswith(b"HTTP/1.1 408 ")
+    for connection in (silent, slow, half):
+        connection.close()
+
+
+def test_there_are_only_so_many_connections(monkeypatch: pytest.MonkeyPatch, open_: Threaded) -> None:
+    monkeypatch.setattr(server_module, "MAX_CONNECTIONS", 5)
+    with contextlib.ExitStack() as stack:
+        made = [stack.enter_context(socket.create_connection((open_.host, open_.port), timeout=10)) for _ in range(12)]
+        turned_away = 0
+        for connection in made:
+            connection.settimeout(0.3)
+            with contextlib.suppress(TimeoutError):
+                try:
+                    turned_away += connection.recv(1) == b""
+                except ConnectionResetError:
+                    turned_away += 1
+        assert turned_away >= 7
+    until(lambda: open_.get("/health").status == 200)
+
+
+# ---------------------------------------------------------------- the queue
+
+
+def slowly(monkeypatch: pytest.MonkeyPatch, server: Threaded, seconds: float) -> None:
+    """Make every step of the engine take so long."""
+    read = server.engine.reader.read
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(seconds)
+        return read(*arguments)
+
+    monkeypatch.setattr(server.engine.reader, "read", slow)
+
+
+def test_beyond_the_queue_clients_are_told_to_come_again(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+    with served(base, max_batch=1, queue=1) as server:
+        slowly(monkeypatch, server, 0.02)
+        body = {"prompt": "The", "max_tokens": 30000, **ON}
+        with server.begin(body), server.begin(body):
+            until(lambda: server.metric("nextword_texts_waiting") == 1)
+            assert (server.metric("nextword_texts_running"), server.metric("nextword_texts_held")) == (1, 2)
+            answer = server.post("/v1/completions", body)
+            assert answer.status == 429 and answer.error["code"] == "queue_full"
+            assert 1 <= int(answer.headers["Retry-After"]) <= 60
+            assert server.post("/v1/embeddings", {"input": "x"}).status == 429
+            assert server.post("/v1/completions", {**body, "n": 3}).status == 400  # never possible
+            assert server.get("/health").status == 200
+        until(lambda: server.metric("nextword_texts_held") == 0)  # both have left
+        assert server.complete("The", max_tokens=2)["choices"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_stops_its_work_within_two_tokens(
+    monkeypatch: pytest.MonkeyPatch, base: Path, stream: bool
+) -> None:
+    with served(base) as server:
+        slowly(monkeypatch, server, 0.02)
+        drawn = server.service.metrics.generated_tokens.values
+        with server.begin({"prompt": "The", "max_tokens": 30000, "stream": stream, **ON}):
+            until(lambda: drawn[()] >= 5)
+            left_at = drawn[()]
+        time.sleep(0.4)
+        assert drawn[()] <= left_at + 2
+        until(lambda: not server.engine.busy and not server.service.worker.tickets)
+        assert server.metric("nextword_clients_left_total") == 1
+
+
+def test_a_client_that_leaves_is_heard_by_a_quick_model_too(base: Path) -> None:
+    """The loop has its turns, however quickly steps follow each other."""
+    with served(base) as server:
+        drawn = server.service.metrics.generated_tokens.values
+        for stream in (True, False):
+            with server.begin({"prompt": "The", "max_tokens": 30000, "stream": stream, **ON}):
+                until(lambda: drawn[()] >= 20)
+            until(lambda: not server.service.worker.tickets, 1)
+            until(lambda: not server.engine.busy, 1)
+            drawn[()] = 0
+
+
+def test_leaving_while_waiting_takes_nothing_from_others(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+    with served(base, max_batch=1) as server:
+        alone = server.complete("The", max_tokens=40, seed=1)["choices"][0]["text"]
+        slowly(monkeypatch, server, 0.01)
+        made: list[Any] = []
+        thread = threading.Thread(target=lambda: made.append(server.complete("The", max_tokens=40, seed=1)))
+        thread.start()
+        until(lambda: server.service.worker.running == 1)
+        with server.begin({"prompt": "x", "max_tokens": 3000, **ON}):
+            until(lambda: server.service.worker.waiting == 1)
+        until(lambda: server.service.worker.waiting == 0)
+        thread.join()
+        assert made[0]["choices"][0]["text"] == alone
+
+
+def test_a_slow_reader_holds_up_nobody(base: Path) -> None:
+    with served(base, max_batch=1, queue=0) as server:  # one place in all
+        body = {"prompt": "The", "max_tokens": 1500, "logprobs": 20, "stream": True, **ON}
+        with server.begin(body, room=4096) as unread:  # some 2 MB
+            until(lambda: server.service.worker.held == 1)
+            until(lambda: server.service.worker.held == 0)  # it was written to its end, though nobody reads
+            assert server.service.worker.unread > 500
+            quick = server.complete("A", max_tokens=50, **ON)
+            assert quick["usage"]["completion_tokens"] == 50
+            unread.settimeout(30)
+            read = b""
+            while b"data: [DONE]" not in read[-100:]:
+                read += unread.recv(2**20)
+            assert len(read) > 1_000_000
+        until(lambda: not server.service.worker.tickets)
+
+
+def test_what_is_unread_has_a_limit(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+    """The slowest of all loses its answer, and the others' go on."""
+    monkeypatch.setattr("nextword.serving.worker.MAX_UNREAD", 700)
+    with served(base) as server:
+        body = {"prompt": "The", "max_tokens": 1500, "logprobs": 20, "stream": True, **ON}
+        with server.begin(body, room=4096) as unread:
+            read = server.post("/v1/completions", {**body, "seed": 1}).events
+            assert read[-1]["choices"][0]["finish_reason"] == "length"
+            until(lambda: not server.service.worker.tickets or server.service.worker.unread == 0)
+            said = b""
+            while piece := unread.recv(2**20):
+                said += piece
+            assert b'"code":"read_too_slowly"' in said and b"[DONE]" not in said
+
+
+def test_who_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+    monkeypatch.setattr("nextword.serving.writing.STALL", 0.3)
+    with served(base) as server:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        with server.begin({"prompt": "The", "max_tokens": 1500, "logprobs": 20, "stream": True, **ON}, room=4096):
+            until(lambda: bool(server.service.worker.tickets))
+            until(lambda: not server.service.worker.tickets)
+
+
+# ---------------------------------------------------------------- faults
+
+
+def test_an_exception_in_a_step_ends_those_it_touched_and_the_server_goes_on(
+    monkeypatch: pytest.MonkeyPatch, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with served(base, max_batch=1) as server:
+        expected = server.complete("The", max_tokens=20, seed=1)["choices"][0]["text"]
+        slowly(monkeypatch, server, 0.005)
+        calls, read = itertools.count(), server.engine.reader.read
+
+        def failing(*arguments: Any) -> Any:
+            if next(calls) == 10:
+                raise RuntimeError("the memory is gone")
+            return read(*arguments)
+
+        monkeypatch.setattr(server.engine.reader, "read", failing)
+        answers: dict[str, Any] = {}
+
+        def ask(name: str, **settings: Any) -> None:
+            answers[name] = server.post("/v1/completions", {"prompt": "The", "max_tokens": 20, "seed": 1, **settings})
+
+        first = threading.Thread(target=ask, args=("touched",), kwargs={"max_tokens": 100, **ON})
+        first.start()
+        until(lambda: server.service.worker.running == 1)
+        second = threading.Thread(target=ask, args=("waiting",))
+        second.start()
+        for thread in (first, second):
+            thread.join()
+        assert answers["touched"].status == 500 and answers["touched"].error["type"] == "server_error"
+        assert "memory is gone" not in answers["touched"].error["message"]  # that is for the log
+        assert answers["waiting"].status == 200
+        assert answers["waiting"].json["choices"][0]["text"] == expected
+        assert "the memory is gone" in caplog.text
+        assert server.get("/health").status == 200
+
+
+def test_an_error_in_the_middle_of_a_stream_is_its_last_event(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+    with served(base) as server:
+        calls, read = itertools.count(), server.engine.reader.read
+
+        def failing(*arguments: Any) -> Any:
+            rows = read(*arguments)
+            return rows if next(calls) < 5 else [row * float("nan") for row in rows]
+
+        monkeypatch.setattr(server.engine.reader, "read", failing)
+        with contextlib.closing(server.connect()) as connection:
+            body = json.dumps({"prompt": "The", "max_tokens": 50, "stream": True, **ON})
+            connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+            lines = connection.getresponse().read().decode().split("\n\n")
+        assert "not finite" in json.loads(lines[-2].removeprefix("data: "))["error"]["message"]
+        assert "[DONE]" not in "".join(lines) and len(lines) > 2
+
+
+def test_an_engine_that_is_gone_ends_the_server(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+    def broken(worker: Worker, engine: Any) -> Any:
+        raise SystemError("the thread is lost")
+
+    monkeypatch.setattr(Worker, "_step", broken)
+    with served(base) as server:
+        with contextlib.suppress(http.client.HTTPException, OSError):
+            assert server.post("/v1/completions", {"prompt": "x"}).status == 503
+        failure = server.failure()
+        assert isinstance(failure, NextwordError) and "the thread is lost" in str(failure)
+
+
+def test_memory_is_kept_for_so_many_texts_as_there_is_room_for(
+    monkeypatch: pytest.MonkeyPatch, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = 2 * 2 * 64 * 32 * 4  # keys and values, layers, context, width, bytes
+    monkeypatch.setattr("nextword.serving.service.free_memory", lambda device: 7 * one)
+    with served(base, max_batch=16) as server:
+        assert len(server.engine.free) == 3 and server.service.cache_bytes == 3 * one
+        kept = server.engine.cache.keys.data_ptr()
+        server.complete("The", n=3, max_tokens=100, **ON)
+        assert server.engine.cache.keys.data_ptr() == kept  # it never grows
+    assert "3 texts at once and not 16" in capsys.readouterr().err
+    monkeypatch.setattr("nextword.serving.service.free_memory", lambda device: one)
+    with pytest.raises(NextwordError, match="make room"), served(base):
+        pass
+
+
+# ---------------------------------------------------------------- the end
+
+
+def test_while_loading_it_says_so(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+    go_on, real = threading.Event(), Worker._run
+
+    def later(worker: Worker) -> None:
+        go_on.wait(10)
+        real(worker)
+
+    monkeypatch.setattr(Worker, "_run", later)
+    place = Place(port=0)
+    listen, ports = Place.listen, []
+
+    def noted(self: Place) -> socket.socket:
+        ports.append((made := listen(self)).getsockname()[1])
+        return made
+
+    monkeypatch.setattr(Place, "listen", noted)
+
+    def look() -> None:
+        until(lambda: bool(ports))
+        server = Server(f"http://127.0.0.1:{ports[0]}")
+        try:
+            found.extend(
+                [server.get("/health"), server.post("/v1/completions", {"prompt": "x"}), server.get("/v1/models")]
+            )
+        finally:
+            go_on.set()
+
+    found: list[Any] = []
+    thread = threading.Thread(target=look)
+    thread.start()
+    with served(base, place) as server:
+        thread.join()
+        assert [answer.status for answer in found] == [503] * 3
+        assert found[1].error["code"] == "loading" and found[1].headers["Retry-After"]
+        assert server.get("/health").status == 200
+
+
+def test_sigterm_lets_texts_be_finished_and_a_second_one_does_not(base: Path) -> None:
+    with Process(base, "--grace", "200") as server:
+        with server.begin({"prompt": "The", "max_tokens": 2000, "stream": True, **ON}) as stream:
+            assert b"200 OK" in stream.recv(100)
+            kept = server.connect()  # a connection from before
+            kept.connect()
+            server.signal(signal.SIGTERM)
+            until(lambda: server.get("/health").status == 503)
+            kept.request("POST", "/v1/completions", b'{"prompt": "x"}', {"Content-Type": "application/json"})
+            refused = kept.getresponse()
+            assert refused.status == 503 and json.loads(refused.read())["error"]["code"] == "draining"
+            kept.close()
+            read = b""
+            while piece := stream.recv(2**20):
+                read += piece
+            assert b'"finish_reason":"length"' in read and b"data: [DONE]" in read
+        assert server.wait() == 0
+        assert server.out == "" and "stopping: 1 answers are finished first" in server.err
+    with Process(base, "--grace", "60") as server, server.begin({"prompt": "The", "max_tokens": 30000, **ON}):
+        until(lambda: server.metric("nextword_texts_running") == 1)
+        server.signal(signal.SIGTERM)
+        until(lambda: server.get("/health").status == 503)
+        server.signal(signal.SIGTERM)
+        assert server.wait(5) == 143
+
+
+def test_the_grace_has_an_end(base: Path) -> None:
+    with served(base) as server, server.begin({"prompt": "The", "max_tokens": 30000, "stream": True, **ON}) as stream:
+        assert b"200 OK" in stream.recv(100)
+        worker = server.service.worker
+        asyncio.run_coroutine_threadsafe(worker.drain(0.3), worker.loop).result()
+        read = b""
+        while b"stopped" not in read:
+            read += stream.recv(2**20)
+        assert b'"code":"stopped"' in read and b"[DONE]" not in read
+        assert not worker.tickets
