@@ -26,7 +26,7 @@ from nextword.text.tokenizer import Tokenizer
 from nextword.training import fused
 
 PRESETS = ("gpt1", "gpt2", "modern", "tutorial")
-CONTEXT = 64
+CONTEXT = 128
 
 
 def directory(preset: str, base: Path, out: Path, context_length: int = CONTEXT) -> Path:
