@@ -39,6 +39,8 @@ CHOICES: dict[str, dict[str, Any]] = {
     "batch 2,048": {"batch_tokens": 2048},
     "batch 4,096": {"batch_tokens": 4096},
     "batch 16,384": {"batch_tokens": 16384},
+    "context 64": {"model": {"context_length": 64}},
+    "context 256": {"model": {"context_length": 256}},
     "untied head": {"model": {"tied": False}},
     "averaged over the last tenth": {"average": 0.1},
     "constant, averaged over a fifth": {"schedule": "constant", "average": 0.2},
@@ -51,6 +53,11 @@ CHOICES: dict[str, dict[str, Any]] = {
     "no clipping": {"clip": 0.0},
     "gpt2": {"preset": "gpt2"},
 }  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """One thread, since two runs go side by side."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def corpora() -> dict[str, Path]:
@@ -71,7 +78,7 @@ def trial(shards: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         program = [sys.executable, "-m", "benchmarks.recipe_work", str(shards), json.dumps(settings)]
-        done = subprocess.run(program, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(program, capture_output=True, text=True, env=environment())
         if done.returncode:
             raise SystemExit(f"{' '.join(program)}\n{done.stderr}")
         path.write_text(json.dumps({"settings": settings, **json.loads(done.stdout)}))

@@ -87,7 +87,7 @@ def model_directory(name: str) -> dict[str, Any]:
         texts = [path.read_text(encoding="utf-8") for path in sorted(Path("docs").glob("*.md"))]
         tokenizer = train_bpe(texts, min(8192, shape["vocab_size"]))
         torch.manual_seed(0)
-        model = GPT(build_config("gpt2", **shape))
+        model = GPT(build_config("gpt2", **shape))  # pyright: ignore[reportArgumentType]
         (folder / "model").mkdir(parents=True, exist_ok=True)
         tokenizer.save(folder / "model", shape["context_length"])
         save_model(model, folder / "model", end_of_text=tokenizer.end_of_text, pad=tokenizer.pad)

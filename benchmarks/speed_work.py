@@ -53,7 +53,7 @@ def train(who: str, s: Settings) -> dict[str, Any]:
     if who == "nextword":
         return train_ours(s, x, y)
     if who == "litgpt":
-        from litgpt import GPT, Config
+        from litgpt import GPT, Config  # pyright: ignore[reportMissingImports]
 
         model: Any = GPT(
             Config(
@@ -217,7 +217,7 @@ def prompt_stock(s: Settings) -> dict[str, Any]:
 
 def write_litgpt(s: Settings) -> dict[str, Any]:
     import torch
-    from litgpt import GPT, Config
+    from litgpt import GPT, Config  # pyright: ignore[reportMissingImports]
 
     model = GPT(
         Config(

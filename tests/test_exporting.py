@@ -1,6 +1,7 @@
 """GGUF: every tensor under llama.cpp's name with its own numbers, the tokenizer's tokens and merges, and what is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 TEXT = ["The house on the hill. Wër, ñu ngi dem ca àll ba. 日本語 🙂\n"] * 3
 
 
-def directory(path: Path, preset: str = "modern", tokenizer: Tokenizer | None = None, **overrides: object) -> Path:
+def directory(path: Path, preset: str = "modern", tokenizer: Tokenizer | None = None, **overrides: Any) -> Path:
     tokenizer = tokenizer or train_bpe(TEXT, 300)
     torch.manual_seed(0)
     sizes = {"n_layers": 2, "n_heads": 4, "d_model": 64, "context_length": 16, **overrides}
@@ -41,7 +42,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
     [("gpt2", {}), ("modern", {"n_kv_heads": 2}), ("modern", {"tied": False}), ("modern", {"qk_norm": False})],
     ids=["gpt2", "qwen3", "untied", "llama"],
 )
-def test_every_number_is_there(tmp_path: Path, preset: str, overrides: dict[str, object]) -> None:
+def test_every_number_is_there(tmp_path: Path, preset: str, overrides: dict[str, Any]) -> None:
     model = directory(tmp_path / "model", preset, **overrides)
     out = nextword.export(model)
     assert out == tmp_path / "model.gguf"
@@ -81,7 +82,9 @@ def test_fewer_bits(tmp_path: Path, precision: str, bound: float) -> None:
     error = np.abs(found["blk.0.ffn_up.weight"] - weight.numpy()).max()
     assert 0 < error <= bound * float(weight.abs().max())
     # Norms are whole; the embedding has eight bits at least.
-    assert np.array_equal(found["output_norm.weight"], nextword.load(model).gpt.final_norm.weight.detach().numpy())
+    assert np.array_equal(
+        found["output_norm.weight"], nextword.load(model).gpt.get_parameter("final_norm.weight").detach().numpy()
+    )
     embedding = nextword.load(model).gpt.token_embedding.weight.detach()
     assert np.abs(found["token_embd.weight"] - embedding.numpy()).max() <= float(embedding.abs().max()) / 127
     assert pack(weight, "int4").scale is not None

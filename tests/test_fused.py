@@ -52,8 +52,7 @@ def inputs(model: GPT, rows: int, length: int) -> Inputs:
 
 def gradients(step: Step, batch: Inputs) -> tuple[float, dict[str, Tensor]]:
     step.model.zero_grad()
-    loss = sum(term.weight * term.total for term in step(batch).values())
-    assert isinstance(loss, Tensor)
+    loss = torch.stack([term.weight * term.total for term in step(batch).values()]).sum()
     (loss / 7).backward()
     found = {name: p.grad.clone() for name, p in step.model.named_parameters() if p.grad is not None}
     return float(loss.detach()), found

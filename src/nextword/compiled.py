@@ -39,8 +39,8 @@ def library(source: Path) -> tuple[ctypes.CDLL | None, str]:
     if compiler is None:
         return None, "no C++ compiler was found (g++ or clang++)"
     content = source.read_bytes() + HEADER.read_bytes() + " ".join((compiler, *FLAGS)).encode()
-    path = cache_folder() / f"{source.stem}-{hashlib.sha256(content).hexdigest()[:16]}.so"
     try:
+        path = cache_folder() / f"{source.stem}-{hashlib.sha256(content).hexdigest()[:16]}.so"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryDirectory(dir=path.parent) as aside:
@@ -51,7 +51,7 @@ def library(source: Path) -> tuple[ctypes.CDLL | None, str]:
                     return None, f"{' '.join(command)} failed:\n{done.stderr.strip()[-2000:]}"
                 built.replace(path)
         return ctypes.CDLL(str(path)), ""
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: the system names no home folder
         return None, str(error)
 
 

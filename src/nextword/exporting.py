@@ -95,8 +95,9 @@ def of_tensor(name: str, tensor: Tensor, precision: Precision) -> Precision:
 
 def tensors(gpt: GPT) -> dict[str, Tensor]:
     """The model's tensors under llama.cpp's names."""
-    config, ours = gpt.config, {**dict(gpt.named_parameters())}
-    found = {"token_embd.weight": ours["token_embedding.weight"]}
+    config = gpt.config
+    ours: dict[str, Tensor] = {name: parameter for name, parameter in gpt.named_parameters()}  # noqa: C416
+    found: dict[str, Tensor] = {"token_embd.weight": ours["token_embedding.weight"]}
     if config.positions == "sinusoidal":
         found["position_embd.weight"] = sinusoidal_table(config.context_length, config.d_model)
     elif config.positions == "learned":

@@ -158,6 +158,8 @@ class Job(ABC):
         self.seconds_per_step = probe(self.state, self.plain_step, self.data, self.settings)
         length = self.budget if self.budget is not None else (self.steps_wanted or 0) * self.seconds_per_step
         kind = self.quickest_step()
+        if kind == "plain" and self.device.type == "cpu" and (why := fused.library()[1]):
+            self.console.say(f"trained by PyTorch's own operations: {why}")
         if t.compile == "yes":
             kind = "compiled"
         elif t.compile == "auto" and kind == "plain" and not self.rows_differ:

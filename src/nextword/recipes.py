@@ -39,7 +39,8 @@ class Training:
         "Windows that go through the model at once; fitted to memory where not given. Changes the result by rounding at most.",
     )
     compile: Literal["auto", "yes", "no"] = setting(
-        "auto", "torch.compile: where a compiler is found and the run is long enough to earn it back, always, or never."
+        "auto",
+        "torch.compile: where our compiled parts do not fit, a compiler is there and the run is long; always; never.",
     )
     evaluations: int = setting(20, "How often the held-out text is looked at in the course of the run.")
     patience: int | None = setting(None, "Stop after so many evaluations without a better one; never where not given.")

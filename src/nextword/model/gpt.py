@@ -5,8 +5,9 @@ K width of a head, F feed-forward width, V vocabulary, S positions that can be l
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -196,7 +197,8 @@ class GPT(nn.Module):
             # Not a parameter, and not in our own weight files: the formula is.
             table = sinusoidal_table(config.context_length, config.d_model)
             self.register_buffer("position_table", table, persistent=False)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        blocks: Any = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.blocks: Sequence[Block] = blocks
         pre_norm = config.norm_position == "pre"
         self.final_norm = Norm(config.d_model, config.norm, config.norm_eps) if pre_norm else nn.Identity()
         self.head = None if config.tied else nn.Linear(config.d_model, config.vocab_size, bias=False)

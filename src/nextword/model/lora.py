@@ -129,7 +129,7 @@ def add_lora(model: GPT, config: LoraConfig, seed: int, trained_rows: int = 0) -
         raise ValueError(f"{trained_rows} trained rows in a vocabulary of {model.config.vocab_size}")
     targets = [
         (name, module)
-        for name, module in model.blocks.named_modules()
+        for name, module in model.get_submodule("blocks").named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in config.targets
     ]
     if not targets:
@@ -137,7 +137,7 @@ def add_lora(model: GPT, config: LoraConfig, seed: int, trained_rows: int = 0) -
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, linear in targets:
-        model.blocks.set_submodule(name, LoraLinear(linear, config, generator))
+        model.get_submodule("blocks").set_submodule(name, LoraLinear(linear, config, generator))
     if model.score is not None:
         model.score.requires_grad_(True)
     if trained_rows:

@@ -105,8 +105,9 @@ class Attend(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
         assert ctx.places.holes is None
+        (dout,) = grad_outputs
         qkv, out, logsum, query_weight, key_weight = ctx.saved_tensors
         dqkv, dout = torch.empty_like(qkv), dout.contiguous()
         dquery, dkey = (None if weight is None else torch.empty_like(weight) for weight in (query_weight, key_weight))
@@ -135,7 +136,8 @@ class AddNorm(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dtotal: Tensor | None, dy: Tensor | None) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        dtotal, dy = grad_outputs
         total, weight, bias = ctx.saved_tensors
         if dy is None:
             return dtotal, dtotal if ctx.added else None, None, None, None
@@ -162,7 +164,8 @@ class Activate(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (dy,) = grad_outputs
         (x,) = ctx.saved_tensors
         dx, dy = torch.empty_like(x), dy.contiguous()
         library()[0].nextword_activate_backward(
@@ -200,9 +203,10 @@ class SummedLoss(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> Any:
-        gradients = (*ctx.saved_tensors, ctx.dunembedding)
-        return *(None if gradient is None else gradient.mul_(dloss) for gradient in gradients), None
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (dloss,) = grad_outputs
+        kept = (*ctx.saved_tensors, ctx.dunembedding)
+        return *(None if gradient is None else gradient.mul_(dloss) for gradient in kept), None
 
 
 # ---------------------------------------------------------------- the model
@@ -268,14 +272,15 @@ class FusedGPT:
             starts = torch.where(begins, at, 0).cummax(1).values.contiguous()
         if self.config.positions != "rope":
             return Places(starts=starts)
-        angles = rotary_angles(positions.flatten(), self.config.head_dim, self.config.rope_theta)
-        return Places(*(part.contiguous() for part in angles), starts)
+        cosines, sines = rotary_angles(positions.flatten(), self.config.head_dim, self.config.rope_theta)
+        return Places(cosines.contiguous(), sines.contiguous(), starts)
 
     def attention(self, block: Block, x: Tensor, places: Places, length: int) -> Tensor:
         a = block.attention
         qkv = side_by_side(x, (a.query, a.key, a.value))
-        weights = (a.query_norm.weight, a.key_norm.weight) if isinstance(a.query_norm, Norm) else (None, None)
-        return a.output(Attend.apply(qkv, *weights, places, self.config, length))
+        norms = (a.query_norm, a.key_norm)
+        query, key = (norm.weight if isinstance(norm, Norm) else None for norm in norms)
+        return a.output(Attend.apply(qkv, query, key, places, self.config, length))
 
     def feed_forward(self, block: Block, x: Tensor) -> Tensor:
         f = block.feed_forward

@@ -72,6 +72,9 @@ def choose(
     )
     if dropout:
         why += f", so with dropout {dropout}"
-    # Some 1,500 steps, as far as the batch stays between what uses a machine and what still helps.
-    batch_tokens = 2 ** max(11, min(19, round(math.log2(max(1.0, seen / 1500)))))
-    return Choice(chosen, batch_tokens, dropout, why)
+    return Choice(chosen, batch_tokens(seen), dropout, why)
+
+
+def batch_tokens(tokens: float) -> int:
+    """Tokens of a step: some 1,500 steps, as far as the batch stays between what uses a machine and what still helps."""
+    return 2 ** max(11, min(19, round(math.log2(max(1.0, tokens / 1500)))))
