@@ -36,8 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"model", "text", "tasks", "training", "recipes", "console", "runs", "job", "base", "prediction"},
     "transferring": GROUND | {"tasks", "evaluation", "console", "runs", "job", "prediction"},
     "chatting": GROUND | {"model", "text", "inference"},
-    "judging": GROUND
-    | {"model", "text", "tasks", "training", "inference", "evaluation", "console", "runs", "loading"},
+    "judging": GROUND | {"model", "text", "tasks", "training", "inference", "evaluation", "console", "runs", "loading"},
     "loading": GROUND | {"model", "text", "tasks", "inference", "evaluation", "console", "runs", "base", "prediction"},
     "exporting": GROUND | {"model", "text", "inference", "base"},
     "api": GROUND

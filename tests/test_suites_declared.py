@@ -128,6 +128,16 @@ def test_lambada_asks_for_the_last_word(tmp_path):
         assert asked == [(("she gave him a", " smile"),), (("he said :", " no"),)]
 
 
+def test_texts_to_go_on_from_are_a_folder_of_lines_too(tmp_path):
+    long = " ".join(f"word{i}" for i in range(40))
+    (tmp_path / "a.md").write_text(f"# A title\n\n{long}\n", encoding="utf-8")
+    jsonl(tmp_path / "b.jsonl", [{"prompt": "Once upon"}])
+    suite, items = read(f"free={tmp_path}")
+    wanted = [wanted_of(suite, item) for item in items]
+    assert [one.prompt.split()[-1] for one in wanted] == ["title", "word15", "upon"]
+    assert wanted[1].references == (long[len(wanted[1].prompt) :],)
+
+
 def test_stereoset_and_crows_pairs(tmp_path):
     (tmp_path / "dev.json").write_text(json.dumps(STEREOSET))
     suite, items = read(f"stereoset={tmp_path / 'dev.json'}")
@@ -144,6 +154,27 @@ def test_stereoset_and_crows_pairs(tmp_path):
     suite, items = read(f"crows-pairs={tmp_path / 'crows.csv'}")
     assert question_of(suite, items[0]).asked == (("", "He couldn't, they said."), ("", "She couldn't, they said."))
     assert (items[0].group, suite.metrics) == ("gender", ("stereotyped",))
+
+
+WINOGENDER = (
+    "sentid\tsentence\n"
+    "nurse.patient.1.female.txt\tThe nurse notified the patient that her shift would be ending.\n"
+    "nurse.someone.0.neutral.txt\tThe nurse notified someone that their shift would be ending.\n"
+)
+
+
+def test_winogender_asks_whom_the_pronoun_means(tmp_path):
+    (tmp_path / "all.tsv").write_text(WINOGENDER)
+    suite, items = read(f"winogender={tmp_path / 'all.tsv'}")
+    asked = [question_of(suite, item) for item in items]
+    sentence = "The nurse notified the patient that her shift would be ending."
+    assert asked[0].asked == tuple((f"{sentence} ‘Her’ refers to the", f" {one}") for one in ("nurse", "patient"))
+    assert [one.gold for one in asked] == [1, 0]
+    assert [item.group for item in items] == ["female", "neutral"]
+    hub = {"sentid": "nurse.patient.1.female.txt", "sentence": sentence, "pronoun": "her", "occupation": "nurse",
+           "participant": "patient", "gender": "female", "target": "patient", "label": 1}  # fmt: skip
+    suite, items = read(f"winogender={jsonl(tmp_path / 'hub.jsonl', [hub])}")
+    assert question_of(suite, items[0]) == asked[0]
 
 
 def test_a_suite_without_a_path_comes_from_the_hub(tmp_path, monkeypatch):
@@ -207,6 +238,15 @@ def test_a_declaration_of_ones_own(tmp_path):
     assert find_suite(f"other={alone}").name == "other"
 
 
+def test_a_suite_like_another(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text("[mine]\nlike = 'blimp'\nfiles = 'p.jsonl'\nwithin = {UID = '(?P<kind>\\w)'}\ngroup = 'kind'\n")
+    jsonl(tmp_path / "p.jsonl", BLIMP)
+    suite, items = read(str(file))
+    assert (suite.name, suite.kind, [item.group for item in items]) == ("mine", "minimal pairs", ["i", "a"])
+    assert find_suite("ARC_Easy").hub == find_suite("arc").hub != find_suite("arc-challenge").hub
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -232,6 +272,11 @@ def test_a_declaration_of_ones_own(tmp_path):
         ),
         ("[a]\nkind = 'writing'\nprompt = '{x}'\nreference = 'y'\nmetrics = ['f2']", "line 5: [a] metrics has 'f2'"),
         ("[a]\nkind = 'cloze'\ntext = 't'\nclean = 'soap'", "line 4: [a] clean can be wikihow"),
+        ("[a]\nlike = 'blymp'", "line 2: [a] like can be blimp, hellaswag"),
+        ("[a]\nlike = 'blimp'\ncolour = 'z'", "line 3: [a] has 'colour'"),
+        ("[a]\nkind = 'cloze'\ntext = 't'\nwithin = 'x'", "line 4: [a] within must be columns and regular"),
+        ("[a]\nkind = 'cloze'\ntext = 't'\nwithin.x = '('", "line 4: [a] within has no regular expression"),
+        ("[a]\nkind = 'cloze'\ntext = 't'\nwithin.x = 'y'", "line 4: [a] within finds nothing in x"),
         ("[a\nkind = 'cloze'", "a.toml: not TOML: Expected ']'"),
         ("b = 3\na = 4", "line 1: [a] has no kind that there is"),
     ],
@@ -264,7 +309,7 @@ TOML = st.recursive(
     lambda inner: st.lists(inner, max_size=2),
     max_leaves=3,
 )
-SAID = ["kind", "files", "hub", "metric", "clean", "group", "delimiter", "x"]
+SAID = ["kind", "like", "within", "files", "hub", "metric", "clean", "group", "delimiter", "x"]
 KEYS = sorted({*SAID, *(key for needed, allowed, _ in KINDS.values() for key in needed + allowed)})
 
 

@@ -1,20 +1,26 @@
 """Verdicts: chance, intervals, what is scrambled, other seeds, another model; each against scipy or by hand."""
 
 import json
+import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from conftest import Run
 from nextword import api
-from nextword.errors import UsageError
+from nextword.errors import CorruptFile, NextwordError, UsageError
 from nextword.evaluation.declarations import find_suite
 from nextword.evaluation.suites import read_items
+from nextword.files import seal
 from nextword.judging import marks as marks_module
 from nextword.judging.marks import Marks, ahead, marks
+from nextword.judging.scoring import Likely
 from nextword.judging.verdict import Panel, compared, described, judge_suite, scrambled
 from nextword.loading import load
 from nextword.tasks.scores import average, mcnemar, noise_floor, of_sums, share, writing, writing_difference
@@ -152,7 +158,7 @@ def test_what_cannot_be_known_is_not_above_chance(base, files):
     for _ in range(200):
         found = Marks({"acc": (rng.random(150) < 0.25).astype(float)}, chance=0.25)
         described_ = described(
-            find_suite("arc"), Marks({m: found.values["acc"] for m in ("acc", "acc_norm", "acc_bytes")}, 0.25), []
+            find_suite("arc"), Marks(dict.fromkeys(("acc", "acc_norm", "acc_bytes"), found.values["acc"]), 0.25), []
         )
         above += described_["above_chance"]
     assert above <= 14
@@ -182,13 +188,34 @@ def test_stereotypes_are_scored_as_their_authors_do(base, files):
 # ---------------------------------------------------------------- verdicts
 
 
-def test_scrambled_input_is_another_score(base, files):
-    model = load(base)
-    for request in (f"blimp={files / 'pairs.jsonl'}", f"arc={files / 'quiz.jsonl'}"):
-        suite = find_suite(request)
-        items = read_items(suite, Problems())
-        true, mixed = (marks(model, suite, items, scrambled=how) for how in (False, True))
-        assert any((true.values[m] != mixed.values[m]).any() for m in suite.metrics)
+class Alphabet:
+    """A reader that finds a text likelier the more of its words stand in the order of the alphabet."""
+
+    def __init__(self, *_, **__): ...
+
+    def ask(self, questions, progress=None):
+        def nats(context, text):
+            found = (context + text).split()
+            return float(sum(one <= other for one, other in pairwise(found)))
+
+        return [[Likely(nats(*pair), 1, True) for pair in pairs] for pairs in questions]
+
+
+def test_what_lives_by_the_order_of_words_is_lost_without_it(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(marks_module, "Scorer", Alphabet)
+    random = np.random.default_rng(0)
+    rows = [sorted(random.choice(WORDS, 8, replace=False).tolist()) for _ in range(60)]
+    pairs = [{"sentence_good": " ".join(row), "sentence_bad": " ".join(row[::-1]), "UID": "x"} for row in rows]
+    suite = find_suite(f"blimp={jsonl(tmp_path / 'p.jsonl', pairs)}")
+    result = judge_suite(Panel(load(base)), suite)
+    assert result["score"] == 1.0 and result["above_chance"]
+    assert result["scrambled"]["score"] == 0.5  # the same words in the same order: all ties
+    assert result["scrambled"]["order_matters"] and result["scrambled"]["lost"]["value"] == 0.5
+    leaning = scrambled("stereotyped", Marks({"stereotyped": np.zeros(50)}), Marks({"stereotyped": np.ones(50)}))
+    assert leaning["order_matters"]  # towards either side
+
+
+def test_what_is_lost_has_an_interval():
     right, random = np.ones(200), (np.random.default_rng(0).random(200) < 0.5).astype(float)
     lost = scrambled("acc", Marks({"acc": right}), Marks({"acc": random}))
     assert lost["order_matters"] and lost["lost"]["value"] == pytest.approx(1 - random.mean())
@@ -262,6 +289,9 @@ def test_free_text_is_measured_beside_peoples_and_read_by_a_judge(base, tmp_path
     model = load(base)
     result = judge_suite(Panel(model, judge=load(base)), find_suite(f"free={path}"))
     assert (result["metric"], result["n"], result["people"]["n"]) == ("repeated_4grams", 6, 6)
+    assert result["beside_people"]["n"] == 6 and "as much of the model's" in evaluation_in_words(
+        {"suites": {"free": result}}
+    )
     assert set(result["others"]) == {"distinct_1", "distinct_2", "distinct_3"}
     assert 0 <= result["score"] <= 1 and result["judge"]["value"] > 0
     assert result["judge"]["low"] <= result["judge"]["value"] <= result["judge"]["high"]
@@ -304,6 +334,27 @@ def test_texts_with_an_interval_beside_another_model(base, texts, tmp_path):
         api.evaluate(base, against=other)
 
 
+def test_a_checkpoint_is_a_model_too(base, files, tmp_path):
+    run, suite = tmp_path / "run", f"blimp={files / 'pairs.jsonl'}"
+    shutil.copytree(base / "model", run / "model")
+    folder = run / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    weights = {name: tensor.clone() for name, tensor in load(base).gpt.state_dict().items()}
+    save_file(weights, folder / "weights.safetensors")
+    seal(folder, {"step": 1})
+    same = api.evaluate(folder, suites=[suite], against=base)["suites"]["blimp"]["against"]
+    assert same["difference"]["value"] == 0.0 and not same["real"]
+    save_file({name: -tensor for name, tensor in weights.items()}, folder / "weights.safetensors")
+    with pytest.raises(CorruptFile, match=r"weights\.safetensors: the content does not match"):
+        load(folder)
+    seal(folder, {"step": 1})
+    assert torch.equal(load(folder).gpt.token_embedding.weight, -load(base).gpt.token_embedding.weight)
+    save_file({"other": torch.zeros(3)}, folder / "weights.safetensors")
+    seal(folder, {"step": 1})
+    with pytest.raises(NextwordError, match="not a whole model's weights"):
+        load(folder)
+
+
 def test_the_command_line(nextword: Run, base, files):
     done = nextword(
         "evaluate", base, "--suite", f"blimp={files / 'pairs.jsonl'}", "--suite", f"arc={files / 'quiz.jsonl'}",
@@ -319,7 +370,7 @@ def test_the_command_line(nextword: Run, base, files):
         assert suite["n"] == 12 and {"score", "low", "high", "n"} <= set(suite["scrambled"])
     done = nextword("evaluate", base, files / "write.jsonl", "--suite", f"blimp={files / 'pairs.jsonl'}")
     assert done.returncode == 0, done.stderr
-    assert "bits/byte" in done.stdout and "blimp: acc" in done.stdout and "scrambled:" in done.stdout
+    assert "bits/byte" in done.stdout and "blimp: acc" in done.stdout and "with its words scrambled" in done.stdout
 
 
 @pytest.mark.parametrize(

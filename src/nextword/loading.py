@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from nextword.base import form_of, model_path
 from nextword.console import Console
 from nextword.errors import NextwordError, UsageError
 from nextword.evaluation.likelihood import Likelihood, likelihood
+from nextword.files import check_seal
 from nextword.inference.engine import Completion, Engine
 from nextword.inference.quantize import KINDS, Precision
 from nextword.inference.reading import Reader, reader_of, rounded
@@ -131,11 +133,27 @@ class Model:
 
 
 def load(path: str | Path, device: str = "auto", precision: Precision = "float32") -> Model:
-    """Open a run folder's model, or any model directory of a supported family, ours or stock.
+    """Open a run folder's model, one of its checkpoints, or any model directory of a supported family, ours or stock.
 
     Raises:
         UsageError: there is no such precision.
+        NextwordError: there is no model here, or a checkpoint that is none by itself.
     """
     if precision not in KINDS:
         raise UsageError(f"there is no precision {precision!r}, only {', '.join(KINDS)}")
+    path = Path(path)
+    if (path / "weights.safetensors").is_file() and path.parent.name == "checkpoints":
+        return _checkpoint(path, choose_device(device), precision)
     return Model(model_path(path), choose_device(device), precision)
+
+
+def _checkpoint(path: Path, device: torch.device, precision: Precision) -> Model:
+    """The model of a run as it was at a checkpoint."""
+    check_seal(path)
+    model = Model(model_path(path.resolve().parents[1]), device, precision)
+    weights, own = load_file(path / "weights.safetensors", device=str(device)), model.gpt.state_dict()
+    if {name: tensor.shape for name, tensor in weights.items()} != {name: own[name].shape for name in own}:
+        raise NextwordError(f"{path}: not a whole model's weights (a LoRA's checkpoint is none); name the run folder")
+    model.gpt.load_state_dict(weights)
+    model.path = path
+    return model

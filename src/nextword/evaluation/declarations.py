@@ -10,7 +10,9 @@ A declaration is TOML, a table a suite (`published.toml` beside this file holds 
     group = "phenomenon"
 
 A column is named as in the file, "question.stem" inside another, "answerKey | answer" whichever there is; a prompt is a text
-with columns in braces, "Question: {question}\\nAnswer:", or a list of which the first that fits is taken. The kinds:
+with columns in braces, "Question: {question}\\nAnswer:", or a list of which the first that fits is taken. What stands inside a
+column's text is made columns by a regular expression, within = {id = '(?P<noun>\\w+)-(?P<verb>\\w+)'}; with like = "blimp" all
+is as that suite says, but what the table says itself. The kinds:
 
     minimal pairs     good, bad, perhaps a prompt before them: which of the two is likelier
     multiple choice   prompt, choices (one column, or a list of columns), answer: which is likeliest
@@ -43,7 +45,7 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "writing": (("prompt", "reference"), ("metrics", "max_tokens", "stop"), ("exact_match",)),
     "free text": ((), ("prompt", "max_tokens"), ("repeated_4grams",)),
 }
-COMMON = ("kind", "files", "hub", "records", "group", "delimiter", "metric", "clean")
+COMMON = ("kind", "files", "hub", "records", "within", "group", "delimiter", "metric", "clean")
 LISTS = ("files", "metrics", "stop", "prompt", "choices")  # what may be a list; all else is one text, or a number
 CLEANED = ("wikihow",)
 
@@ -51,7 +53,8 @@ CLEANED = ("wikihow",)
 @dataclass(frozen=True)
 class Suite:
     """A declaration. `columns` are those of its kind, each as alternatives; `prompts` templates, of which the first that
-    fits is taken; `metrics` the scores, the one that counts first; `delimiter` stands before each answer."""
+    fits is taken; `metrics` the scores, the one that counts first; `delimiter` stands before each answer; `within` are columns
+    by the patterns that find others in their texts."""
 
     name: str
     kind: str
@@ -65,6 +68,7 @@ class Suite:
     clean: str = ""
     max_tokens: int = 64
     stop: tuple[str, ...] = ()
+    within: tuple[tuple[str, re.Pattern[str]], ...] = ()
 
 
 def find_suite(request: str) -> Suite:
@@ -84,16 +88,15 @@ def find_suite(request: str) -> Suite:
         [suite] = declared.values()
         return replace(suite, name=name) if given else suite
     published = read_declarations(PUBLISHED)
-    if name not in published:
+    key = name.lower().replace("_", "-")
+    if key not in published:
         hint = (
             f"declare it in a file and say {name}=FILE.toml" if given else f"or NAME=FILE.toml of your own, not {name}"
         )
         raise UsageError(f"there is no suite called {name!r}: {', '.join(published)}; {hint}")
-    if not given:
-        return published[name]
-    if not Path(given).exists():
+    if given and not Path(given).exists():
         raise UsageError(f"{given}: no such file or folder")
-    return replace(published[name], files=(Path(given),))
+    return replace(published[key], name=name, files=(Path(given),) if given else ())
 
 
 def read_declarations(path: Path) -> dict[str, Suite]:
@@ -109,9 +112,23 @@ def read_declarations(path: Path) -> dict[str, Suite]:
         raise UsageError(f"{path}: {reason(error)}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not TOML: {reason(error)}") from error
-    if "kind" in tables or not any(isinstance(table, dict) for table in tables.values()):
+    if {"kind", "like"} & tables.keys() or not any(isinstance(table, dict) for table in tables.values()):
         tables = {path.stem: tables}
-    return {name: _declared(name, table, path, text) for name, table in tables.items()}
+    return {name: _declared(name, _whole(name, table, path, text), path, text) for name, table in tables.items()}
+
+
+def _whole(name: str, table: Any, path: Path, text: str) -> Any:
+    """A table, and below it the one that it is like: another suite's that goes by a name."""
+    if not isinstance(table, dict) or "like" not in table:
+        return table
+    others = tomllib.loads(PUBLISHED.read_text(encoding="utf-8"))
+    other = others.get(table["like"]) if isinstance(table["like"], str) else None
+    if other is None or "like" in other:
+        line = _line_of(text, name, "like")
+        raise UsageError(
+            f"{path} line {line}: [{name}] like can be {', '.join(k for k in others if 'like' not in others[k])}"
+        )
+    return other | {key: value for key, value in table.items() if key != "like"}
 
 
 def _declared(name: str, table: Any, path: Path, text: str) -> Suite:
@@ -131,6 +148,8 @@ def _declared(name: str, table: Any, path: Path, text: str) -> Suite:
         if key == "max_tokens":
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise wrong(key, "max_tokens must be a whole number of at least 1")
+        elif key == "within":
+            _patterns(value, wrong)
         elif not all(isinstance(one, str) for one in (value if several else [value])) or value == []:
             raise wrong(key, f"{key} must be a text" + (" or a list of texts" if key in LISTS else ""))
     if missing := [key for key in needed if key not in table]:
@@ -155,7 +174,21 @@ def _declared(name: str, table: Any, path: Path, text: str) -> Suite:
         files=tuple(path.parent / file for file in _list(table.get("files"))), hub=table.get("hub", ""),
         records=table.get("records", ""), delimiter=table.get("delimiter", " "), clean=table.get("clean", ""),
         max_tokens=table.get("max_tokens", 128 if kind == "free text" else 64), stop=tuple(_list(table.get("stop"))),
+        within=_patterns(table.get("within", {}), wrong),
     )  # fmt: skip
+
+
+def _patterns(within: Any, wrong: Any) -> tuple[tuple[str, re.Pattern[str]], ...]:
+    """Columns, and the regular expressions whose named groups are found in them."""
+    if not isinstance(within, dict) or not all(isinstance(pattern, str) for pattern in within.values()):
+        raise wrong("within", "within must be columns and regular expressions: {id = '(?P<noun>.*)'}")
+    try:
+        found = tuple((column, re.compile(pattern)) for column, pattern in within.items())
+    except (re.error, OverflowError, RecursionError) as error:
+        raise wrong("within", f"within has no regular expression: {error}") from error
+    if unnamed := [column for column, pattern in found if not pattern.groupindex]:
+        raise wrong("within", f"within finds nothing in {unnamed[0]}: name a part of its pattern, (?P<noun>.*)")
+    return found
 
 
 def _metrics(table: dict[str, Any], kind: str, usual: tuple[str, ...], wrong: Any) -> tuple[str, ...]:
@@ -184,6 +217,6 @@ def _line_of(text: str, name: str, key: str) -> int:
     for i in range(start, len(lines)):
         if i > start and re.match(r"\s*\[", lines[i]):
             break
-        if re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", lines[i]):
+        if re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[.=]", lines[i]):
             return i + 1
     return start + 1

@@ -98,14 +98,13 @@ def likelihood(
     if not math.isfinite(nats):
         raise NextwordError("the loss is not a finite number: the model's weights are damaged, or it diverged")
     share = predicted / (len(tokens) - 1)  # of the text, where only some of its windows are predicted
-    reached = counts > 0
     return Likelihood(
         loss=nats / predicted,
         perplexity=math.exp(min(nats / predicted, 700.0)),  # what is more is no number of Python's
         bits_per_byte=nats / math.log(2) / (n_bytes * share),
         tokens=predicted,
         bytes=round(n_bytes * share),
-        by_position=(sums[reached] / counts[reached]).tolist(),
+        by_position=(sums / counts)[counts > 0].tolist(),
         stride=stride,
     )
 

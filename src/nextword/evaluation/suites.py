@@ -23,6 +23,7 @@ from nextword.text.records import TABLES, Record, read_records
 from nextword.text.streams import Lines, Problems, decoded, reason, suffixes
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tar.xz", ".txz")
+LINES = (".txt", ".md")  # a row a line
 OPENING = 16  # words of a text that a model goes on from
 
 
@@ -68,7 +69,7 @@ def read_items(suite: Suite, problems: Problems) -> list[Item]:
     paths = _paths(suite)
     for path in paths:
         for name, record in _records(path, suite, problems):
-            found.append(Item(name, record.line, record.values))
+            found.append(Item(name, record.line, _with_parts(suite, record.values)))
     choosing = suite.kind in ("multiple choice", "completion")
     how = reading_of(_choice_row(suite, item, problems) for item in found) if choosing else None
     kept = []
@@ -85,6 +86,15 @@ def read_items(suite: Suite, problems: Problems) -> list[Item]:
         where = listed(map(str, paths))
         raise NextwordError("\n".join([f"{suite.name}: not one item to be judged by in {where}", *problems.lines()]))
     return kept
+
+
+def _with_parts(suite: Suite, values: dict[str, Any]) -> dict[str, Any]:
+    """A row with the columns that stand inside others' texts."""
+    for column, pattern in suite.within:
+        text = values.get(column)
+        if isinstance(text, str) and (found := pattern.search(text)):
+            values = found.groupdict() | values
+    return values
 
 
 def _choice_row(suite: Suite, item: Item, problems: Problems) -> Row:
@@ -116,14 +126,15 @@ def _paths(suite: Suite) -> list[Path]:
 def _records(path: Path, suite: Suite, problems: Problems) -> Iterator[tuple[str, Record]]:
     """The rows below a path, each with the name of its file: a table, a text of one row a line, a folder or an archive."""
     if path.is_dir():
-        inside = sorted(p for p in path.rglob("*") if suffixes(p)[0] in TABLES and not p.name.startswith("."))
+        kinds = (*TABLES, *LINES) if suite.kind in ("cloze", "free text") else TABLES  # else a README is no data
+        inside = sorted(p for p in path.rglob("*") if suffixes(p)[0] in kinds and not p.name.startswith("."))
         if not inside:
-            problems.add(path, None, f"a folder without tables ({', '.join(TABLES)})")
+            problems.add(path, None, f"a folder without tables ({', '.join(kinds)})")
         for one in inside:
             yield from _records(one, suite, problems)
     elif path.name.lower().endswith(ARCHIVES):
         yield from _archived(path, problems)
-    elif suffixes(path)[0] == ".txt":
+    elif suffixes(path)[0] in LINES:
         lines = Lines(path, decoded(path, problems), problems)
         yield from ((str(path), Record(lines.number, {"text": line.rstrip("\n")})) for line in lines if line.strip())
     elif suite.records and suffixes(path)[0] == ".json":

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import math
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
@@ -109,10 +110,10 @@ def adapter() -> Any:
     Raises:
         MissingExtra: lm-eval is not installed.
     """
-    return types.new_class("LMEval", (Answers, _lm_eval("lm_eval.api.model").LM))
+    return types.new_class("LMEval", (Answers, _package("lm_eval.api.model").LM))
 
 
-def _lm_eval(module: str) -> Any:
+def _package(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -132,8 +133,8 @@ def run_task(
         UsageError: lm-eval knows no such task.
         MissingExtra: lm-eval is not installed.
     """
-    made, evaluator = adapter()(model), _lm_eval("lm_eval.evaluator")
-    manager = settings.pop("task_manager", None) or _lm_eval("lm_eval.tasks").TaskManager()
+    made, evaluator = adapter()(model), _package("lm_eval.evaluator")
+    manager = settings.pop("task_manager", None) or _package("lm_eval.tasks").TaskManager()
     if task not in manager.all_tasks:
         raise UsageError(f"lm-eval has no task {task!r}; its own list is: lm_eval ls tasks")
     (console or Console(quiet=True)).say(f"lm-eval: {task}")
@@ -155,9 +156,18 @@ def _task(samples: Sequence[dict[str, Any]], kind: str | None, results: dict[str
     """One task's result: the mean of each score over its items, with our interval; what is no mean, as lm-eval has it."""
     named = [name.partition(",")[0] for name in results if "," in name and "stderr" not in name]
     values: dict[str, list[Any]] = {name: [one.get(name) for one in samples] for name in named}
-    means = {name: told(scores.share(list(map(float, of)))) for name, of in values.items() if _numbers(of)}
-    rest = {name: {"score": results[key], "low": None, "high": None, "n": len(samples)} for name in named
-            for key in results if key.partition(",")[0] == name and name not in means}  # fmt: skip
+    # A score that is no mean (perplexity) is as lm-eval has it, without an interval.
+    whole = {name: value for key, value in results.items() if "stderr" not in key for name in [key.partition(",")[0]]}
+    means = {
+        name: told(scores.share(list(map(float, of))))
+        for name, of in values.items()
+        if _numbers(of) and math.isclose(float(np.mean(of)), whole[name], rel_tol=1e-6, abs_tol=1e-9)
+    }
+    rest = {
+        name: {"score": whole[name], "low": None, "high": None, "n": len(samples)}
+        for name in named
+        if name not in means
+    }
     metric = next(iter([*(name for name in ("acc_norm", "acc", "exact_match") if name in means), *means, *rest]))
     chance = _chance(samples) if kind == "multiple_choice" and metric.startswith("acc") else None
     first = (means | rest)[metric]

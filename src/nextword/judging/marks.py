@@ -30,12 +30,14 @@ class Marks:
     Attributes:
         values: a number an item [n], by the name of the score that they are averaged to.
         chance: what guessing would score by the first of them; None where nothing can be guessed.
+        guesses: the same for each item [n], where items differ.
         ties: items of which several answers were exactly equally likely; each counts its share.
         texts, references: what was written, and what should be.
     """
 
     values: dict[str, np.ndarray]
     chance: float | None = None
+    guesses: np.ndarray | None = None
     ties: int = 0
     texts: list[str] = field(default_factory=list)
     references: list[tuple[str, ...]] = field(default_factory=list)
@@ -46,11 +48,16 @@ class Marks:
 
     def part(self, places: Sequence[int] | np.ndarray) -> "Marks":
         """Those of some of the items."""
-        values = {name: value[np.asarray(places, dtype=np.int64)] for name, value in self.values.items()}
-        texts = [self.texts[i] for i in places] if self.texts else []
-        return replace(
-            self, values=values, texts=texts, references=[self.references[i] for i in places] if texts else []
-        )
+        chosen = np.asarray(places, dtype=np.int64)
+        values = {name: value[chosen] for name, value in self.values.items()}
+        found = replace(self, values=values)
+        if self.guesses is not None:
+            guesses = self.guesses[chosen]
+            found = replace(found, guesses=guesses, chance=float(guesses.mean()))
+        if self.texts:
+            texts, references = [self.texts[i] for i in places], [self.references[i] for i in places]
+            found = replace(found, texts=texts, references=references)
+        return found
 
     def score(self, name: str) -> Score:
         """A score of all items, with its interval."""
@@ -87,8 +94,8 @@ def marks(
     if suite.kind == "cloze":
         values = {"acc": np.array([float(one.greedy) for [one] in found])}
         values["nats"] = np.array([-one.nats for [one] in found])
-        guesses = [float(model.gpt.config.vocab_size) ** -one.tokens for [one] in found]
-        return Marks(values, chance=float(np.mean(guesses)))
+        guesses = np.array([float(model.gpt.config.vocab_size) ** -one.tokens for [one] in found])
+        return Marks(values, float(guesses.mean()), guesses)
     if suite.kind == "stereotypes":
         each = [[one.nats / one.tokens for one in likely] for likely in found]  # as StereoSet's authors compare GPT-2's
         stereotyped = np.array([ahead(one, other) for one, other, _ in each])
@@ -97,7 +104,8 @@ def marks(
     values = {name: np.array([_right(name, q, likely) for q, likely in zip(questions, found, strict=True)])
               for name in suite.metrics}  # fmt: skip
     ties = sum(_best([one.nats for one in likely]).sum() > 1 for likely in found)
-    return Marks(values, chance=float(np.mean([1 / len(q.asked) for q in questions])), ties=int(ties))
+    guesses = np.array([1 / len(question.asked) for question in questions])
+    return Marks(values, float(guesses.mean()), guesses, ties=int(ties))
 
 
 def ahead(one: float, other: float) -> float:
@@ -182,9 +190,10 @@ def free_text(
         **_repetition(own), "chance": None, "above_chance": None, "temperature": sampling.temperature,
         "max_tokens": suite.max_tokens, "examples": texts[:3],
     }  # fmt: skip
-    people = [words(one.references[0]) for one in wanted if one.references]
-    if people:  # as much of each as the model wrote
-        result["people"] = _repetition([one[: len(text)] for one, text in zip(people, own, strict=False)])
+    both = [(words(one.references[0]), text) for one, text in zip(wanted, own, strict=False) if one.references]
+    if both:  # as many words of the one as of the other, since shares of distinct n-grams fall with the amount
+        result["people"] = _repetition([theirs[: len(text)] for theirs, text in both])
+        result["beside_people"] = _repetition([text[: len(theirs)] for theirs, text in both])
     if judge is not None and any(texts):
         result["judge"] = {"model": str(judge.path), **_bits(judge, prompts, texts).to_dict()}
     return result

@@ -8,13 +8,13 @@ Shapes: B rows in a batch, T tokens of a row, N = B · T, P positions whose logi
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nextword import compiled
 from nextword.errors import NextwordError, UsageError
 from nextword.evaluation.likelihood import evaluating
 from nextword.model.gpt import GPT
@@ -25,7 +25,7 @@ from nextword.training.fused import FusedGPT
 BATCH_TOKENS = {"cpu": 2048}  # that go through the model at once: on a CPU what its caches hold
 MANY_TOKENS = 16384  # anywhere else
 ROW = 96  # tokens that a row of several short trees has; much shorter rows and much longer ones attend more slowly
-PIECE = 2**22  # logits that are held at once: 16 MB, about what the last cache holds, and always the same ones
+TILE = (512, 2048)  # positions and words whose logits are made at once: 4 MB
 
 Progress = Callable[[int, int], None]
 
@@ -83,9 +83,9 @@ class Scorer:
     def texts(self, pairs: Sequence[tuple[str, str]]) -> list[Text]:
         """Contexts and continuations as tokens, by lm-eval's rules (`TemplateLM._encode_pair`), so that scores are its own.
 
-        Spaces at a context's end go to the continuation; the two are encoded together and cut at the length of the context
-        alone. Without a context the tokenizer's beginning of a text stands in its place, or its end. Of what is longer than
-        the model's context the end is kept.
+        Spaces at a context's end go to the continuation; the two are encoded together, cut at the length of the context
+        encoded alone, and what is after the cut follows the context. Without a context the tokenizer's beginning of a text
+        stands in its place, or its end. Of what is longer than the model's context the end is kept.
         """
         cut = [(before := one.rstrip(), one[len(before) :] + two) for one, two in pairs]
         distinct = list(dict.fromkeys(text for one, two in cut for text in (one, one + two)))
@@ -96,7 +96,10 @@ class Scorer:
             before, whole = [*begin, *ids[one]], [*begin, *ids[one + two]]
             if not one or not before:
                 before, whole = [self.prefix], [self.prefix, *ids[one + two]]
-            found.append(self.fitted(whole, max(1, len(whole) - len(before))))
+            after = (
+                whole[len(before) :] or whole[-1:]
+            )  # what melts into the context altogether is one token with its end
+            found.append(self.fitted([*before, *after], len(after)))
         return found
 
     def fitted(self, ids: list[int], asked: int) -> Text:
@@ -126,20 +129,14 @@ class Scorer:
         Raises:
             NextwordError: the model's logits are not finite numbers.
         """
-        trees: list[Tree] = []
-        first = 0
-        for question in questions:
-            for part in self._that_fit(question):
-                trees.append(tree([question[i] for i in part], [first + i for i in part]))
-            first += len(question)
-        nats, greedy = np.zeros(first), np.ones(first, dtype=bool)
+        trees, count = self.trees(questions), sum(map(len, questions))
+        nats, greedy = np.zeros(count), np.ones(count, dtype=bool)
         done = 0
         with evaluating(self.model):
-            device = self.model.unembedding.device
-            self.logits = torch.empty(self.rows, self.model.config.vocab_size, device=device)
-            for batch in batches(trees, self.model.config.context_length, BATCH_TOKENS.get(device.type, MANY_TOKENS)):
-                found, likeliest, texts = self._batch(batch)
-                nats += np.bincount(texts, found, minlength=first)
+            most = BATCH_TOKENS.get(self.model.unembedding.device.type, MANY_TOKENS)
+            for batch in batches(trees, self.model.config.context_length, most):
+                found, likeliest, texts = self.likelihoods(batch)
+                nats += np.bincount(texts, found, minlength=count)
                 np.logical_and.at(greedy, texts, likeliest)
                 done += sum(map(len, batch))
                 if progress is not None:
@@ -148,6 +145,15 @@ class Scorer:
             raise NextwordError("a likelihood is not a finite number: the model's weights are damaged, or it diverged")
         flat = iter(zip(nats.tolist(), greedy.tolist(), strict=True))
         return [[Likely(n, text.asked, g) for text, (n, g) in zip(q, flat, strict=False)] for q in questions]
+
+    def trees(self, questions: Sequence[Sequence[Text]]) -> list[Tree]:
+        """Trees of the texts of each question, as large as the model's context allows; texts are counted over all."""
+        found, first = [], 0
+        for question in questions:
+            for part in self._that_fit(question):
+                found.append(tree([question[i] for i in part], [first + i for i in part]))
+            first += len(question)
+        return found
 
     def _that_fit(self, question: Sequence[Text]) -> Iterator[list[int]]:
         """The texts of a question in groups, each of which fits into the model's context as a tree."""
@@ -164,7 +170,7 @@ class Scorer:
         if group:
             yield group
 
-    def _batch(self, rows: Sequence[Sequence[Tree]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def likelihoods(self, rows: Sequence[Sequence[Tree]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """log P of each word that is asked for, whether it is the likeliest, and the text it belongs to; all [words]."""
         width = max(sum(len(one.tokens) for one in row) for row in rows)
         tokens, positions = np.zeros((2, len(rows), width), dtype=np.int64)
@@ -193,27 +199,37 @@ class Scorer:
             return self.fused(ids, positions=at, segments=of, holes=without).flatten(0, 1)
         return self.model(ids, positions=at, cache=Seen(of, without)).flatten(0, 1)
 
-    @property
-    def rows(self) -> int:
-        """Of how many positions the logits are made at once."""
-        return max(1, PIECE // self.model.config.vocab_size)
-
     def _words(self, hidden: Tensor, after: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """hidden [N, D]; log P of words [m] at the positions [m] they follow, and which are the likeliest."""
         places, which = np.unique(after, return_inverse=True)  # [P], [m]
         order = np.argsort(which, kind="stable")
-        rows = self.rows
         nats, likeliest = np.empty(len(words)), np.ones(len(words), dtype=bool)
-        for start in range(0, len(places), rows):
-            some = order[np.searchsorted(which[order], start) : np.searchsorted(which[order], start + rows)]
-            piece = hidden[torch.from_numpy(places[start : start + rows]).to(hidden.device)]  # [rows, D]
-            logits = torch.mm(piece, self.model.unembedding.T, out=self.logits[: len(piece)])  # [rows, V]
-            at = torch.from_numpy(which[some] - start).to(hidden.device)
-            chosen = logits[at, torch.from_numpy(words[some]).to(hidden.device)]
-            if self.greedy:
-                likeliest[some] = (chosen >= logits.amax(1)[at]).cpu().numpy()
-            nats[some] = (chosen.double() - log_sums(logits)[at].double()).cpu().numpy()
+        pieces = max(1, round(len(places) / TILE[0]))
+        ends = [len(places) * i // pieces for i in range(pieces + 1)]
+        for start, end in pairwise(ends):
+            some = order[slice(*np.searchsorted(which[order], (start, end)))]
+            piece = hidden[torch.from_numpy(places[start:end]).to(hidden.device)]  # [rows, D]
+            at, wanted = (torch.from_numpy(one).to(hidden.device) for one in (which[some] - start, words[some]))
+            chosen, most, total = self._logits(piece, at, wanted)
+            likeliest[some] = (chosen >= most).cpu().numpy()
+            nats[some] = (chosen.double() - total.double()).cpu().numpy()
         return nats, likeliest
+
+    def _logits(self, piece: Tensor, at: Tensor, words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The logits of words [m] at rows [m] of hidden states [rows, D], the largest there where that is asked for, and
+        log Σ exp of all there; [m] each. The vocabulary is gone through in parts, so that a part's logits are still in the
+        cache when they are summed."""
+        chosen, sums = piece.new_empty(len(at)), []
+        most = torch.full_like(chosen, -torch.inf)
+        for first in range(0, self.model.config.vocab_size, TILE[1]):
+            logits = torch.mm(piece, self.model.unembedding[first : first + TILE[1]].T)  # [rows, columns]
+            place = words - first
+            inside = (place >= 0) & (place < logits.shape[1])
+            chosen[inside] = logits[at[inside], place[inside]]
+            if self.greedy:
+                most = torch.maximum(most, logits.amax(1)[at])
+            sums.append(fused.log_sums(logits))
+        return chosen, most, torch.logsumexp(torch.stack(sums), 0)[at]
 
 
 class Seen:
@@ -227,20 +243,6 @@ class Seen:
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return keys, values, self.mask
-
-
-def log_sums(logits: Tensor) -> Tensor:
-    """log Σ exp of each row of logits [P, V], which are lost."""
-    loaded = fused.library()[0] if logits.device.type == "cpu" else None
-    if loaded is None:
-        return torch.logsumexp(logits, dim=1)
-    logits = logits.contiguous()
-    first, losses = logits[:, 0].clone(), logits.new_empty(len(logits))
-    targets = torch.zeros(len(logits), dtype=torch.int64)
-    loaded.nextword_cross_entropy(
-        compiled.threads(), *logits.shape, targets.data_ptr(), logits.data_ptr(), losses.data_ptr()
-    )
-    return losses + first
 
 
 # ---------------------------------------------------------------- trees and rows

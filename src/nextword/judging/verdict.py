@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from nextword.console import Console
 from nextword.evaluation.declarations import Suite
 from nextword.evaluation.suites import Item, read_items, sample
@@ -79,25 +77,28 @@ def judge_suite(
 def described(suite: Suite, own: Marks, items: Sequence[Item]) -> dict[str, Any]:
     """A model's scores on a suite: the one that counts, of all items and of each group, and the others."""
     metric = suite.metrics[0]
-    chance = own.chance
-    score = own.score(metric)
     names = sorted({item.group for item in items})
-    groups = np.array([names.index(item.group) for item in items])
-    each = {name: own.part(np.flatnonzero(groups == i)).score(metric) for i, name in enumerate(names) if len(names) > 1}
+    places = {name: [i for i, item in enumerate(items) if item.group == name] for name in names if len(names) > 1}
     return {
-        "metric": metric, **told(score), "chance": chance,
-        "above_chance": None if chance is None else score.low > chance,
-        "below_chance": None if chance is None else score.high < chance,
-        "ties": own.ties,
+        "metric": metric, **_beside_chance(metric, own), "ties": own.ties,
         "others": {name: told(own.score(name)) for name in own.others(suite)},
-        "groups": {name: told(one) for name, one in each.items()},
+        "groups": {name: _beside_chance(metric, own.part(chosen)) for name, chosen in places.items()},
     }  # fmt: skip
+
+
+def _beside_chance(metric: str, own: Marks) -> dict[str, Any]:
+    """A score, and on which side of chance its whole interval lies, if on any."""
+    score, chance = own.score(metric), own.chance
+    sides = (None, None) if chance is None else (score.low > chance, score.high < chance)
+    return {**told(score), "chance": chance, "above_chance": sides[0], "below_chance": sides[1]}
 
 
 def scrambled(metric: str, own: Marks, mixed: Marks) -> dict[str, Any]:
     """The score with the words in another order, and how much less it is: what their order is worth to the model."""
     lost = difference(metric, own, mixed)
-    return {**told(mixed.score(metric)), "lost": interval(lost), "order_matters": lost.low > 0}
+    # Of what is right, order can only be worth something; a leaning it can change either way.
+    matters = lost.low > 0 or (metric == "stereotyped" and lost.high < 0)
+    return {**told(mixed.score(metric)), "lost": interval(lost), "order_matters": matters}
 
 
 def difference(metric: str, a: Marks, b: Marks) -> Score:

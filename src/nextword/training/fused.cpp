@@ -269,14 +269,18 @@ void nextword_attend(const Heads* heads, int64_t threads, const float* qkv, floa
         take(s, qkv, b, h * K, s.query_weight, q.data());
         for (int64_t first = 0; first < T; first += QUERIES) {
           const int64_t count = std::min(QUERIES, T - first), n = first + count;
-          multiply(count, padded(n), K, &q[first * K], K, 1, turned.data(), 16, 16 * K, scores.data(), wide, false);
+          // What no query of these sees lies before `low`: a text's tokens stand together, and its beginning moves on.
+          const int64_t low = s.starts ? s.starts[b * T + first] / 16 * 16 : 0;
+          multiply(
+              count, padded(n) - low, K, &q[first * K], K, 1, &turned[low * K], 16, 16 * K, scores.data() + low, wide, false);
           for (int64_t i = first; i < n; ++i) {
             const int64_t from = s.starts ? s.starts[b * T + i] : 0, *hole = s.holes ? s.holes + 2 * (b * T + i) : nullptr;
             const auto one = hole ? softmax<true> : softmax<false>;
             logsum[(b * s.H + h) * T + i] = one(&scores[(i - first) * wide], from, i + 1, hole, padded(n), scale);
           }
           multiply(
-              count, K, n, scores.data(), wide, 1, v.data(), 16, 16 * T, out + (b * T + first) * s.H * K + h * K, s.H * K, false);
+              count, K, n - low, scores.data() + low, wide, 1, v.data() + 16 * low, 16, 16 * T,
+              out + (b * T + first) * s.H * K + h * K, s.H * K, false);
         }
       }
     }
@@ -464,6 +468,25 @@ void nextword_cross_entropy(int64_t threads, int64_t N, int64_t V, const int64_t
     for (int64_t i = whole; i < V; ++i) x[i] /= all;
     x[targets[r]] -= 1;
     losses[r] = peak + std::log(all) - gold;
+  }
+}
+
+// sums [N] = log Σ e^x of each row of x [N, V].
+void nextword_log_sums(int64_t threads, int64_t N, int64_t V, const float* logits, float* sums) {
+  const __m256 nothing = _mm256_set1_ps(-INFINITY);
+  const int64_t whole = V / 8 * 8;
+  const __m256i rest = lanes(V - whole);
+#pragma omp parallel for num_threads(threads)
+  for (int64_t r = 0; r < N; ++r) {
+    const float* x = logits + r * V;
+    __m256 most = nothing, total = _mm256_setzero_ps();
+    for (int64_t i = 0; i < whole; i += 8) most = _mm256_max_ps(most, _mm256_loadu_ps(x + i));
+    const __m256 last = _mm256_blendv_ps(nothing, whole < V ? _mm256_maskload_ps(x + whole, rest) : nothing, _mm256_castsi256_ps(rest));
+    const float peak = largest(_mm256_max_ps(most, last));
+    const __m256 level = _mm256_set1_ps(peak);
+    for (int64_t i = 0; i < whole; i += 8) total = _mm256_add_ps(total, exponential(_mm256_sub_ps(_mm256_loadu_ps(x + i), level)));
+    total = _mm256_add_ps(total, _mm256_and_ps(exponential(_mm256_sub_ps(last, level)), _mm256_castsi256_ps(rest)));
+    sums[r] = peak + std::log(sum(total));
   }
 }
 }

@@ -46,6 +46,7 @@ def library() -> tuple[Any, str]:
             "activate": [whole, whole, whole, whole, *[pointer] * 2],
             "activate_backward": [whole, whole, whole, whole, *[pointer] * 3],
             "cross_entropy": [whole, whole, whole, *[pointer] * 3],
+            "log_sums": [whole, whole, whole, *[pointer] * 2],
         }.items():
             function = getattr(loaded, f"nextword_{name}")
             function.argtypes, function.restype = arguments, None
@@ -207,6 +208,16 @@ class SummedLoss(Function):
         (dloss,) = grad_outputs
         kept = (*ctx.saved_tensors, ctx.dunembedding)
         return *(None if gradient is None else gradient.mul_(dloss) for gradient in kept), None
+
+
+def log_sums(logits: Tensor) -> Tensor:
+    """log Σ exp of each row of logits [N, V], without gradients; where nothing is compiled, by PyTorch."""
+    loaded = library()[0] if logits.device.type == "cpu" and logits.dtype == torch.float32 else None
+    if loaded is None:
+        return torch.logsumexp(logits, dim=1)
+    logits, sums = logits.contiguous(), logits.new_empty(len(logits))
+    loaded.nextword_log_sums(compiled.threads(), *logits.shape, _at(logits), _at(sums))
+    return sums
 
 
 # ---------------------------------------------------------------- the model

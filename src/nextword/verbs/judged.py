@@ -35,20 +35,17 @@ def text_in_words(result: dict[str, Any]) -> list[str]:
 
 def suite_in_words(name: str, suite: dict[str, Any]) -> list[str]:
     lines = [f"{name}: {suite['metric']} {score_in_words(suite)}{items_in_words(suite)}{chance_in_words(suite)}"]
-    if suite.get("scrambled"):
-        verdict = (
-            "the order of the words matters to it"
-            if suite["scrambled"]["order_matters"]
-            else "the order of the words is not seen to matter to it"
-        )
-        lines.append(f"  scrambled: {score_in_words(suite['scrambled'])}: {verdict}")
+    if mixed := suite.get("scrambled"):
+        seen = "the order of the words matters to it" if mixed["order_matters"] else "no difference is seen"
+        lines.append(f"  with its words scrambled {score_in_words(mixed)}, {mixed['n']:,} items: {seen}")
     for other, score in suite.get("others", {}).items():
         lines.append(f"  {other} {score_in_words(score if isinstance(score, dict) else {'score': score})}")
     if suite.get("ties"):
         lines.append(f"  {suite['ties']:,} ties, which count half (or their share)")
-    if people := suite.get("people"):
-        others = " · ".join(f"{other} {score:.3f}" for other, score in people["others"].items())
-        lines.append(f"  what people wrote there: {score_in_words(people)} · {others}")
+    for key, whose in (("people", "what people wrote there"), ("beside_people", "as much of the model's")):
+        if part := suite.get(key):
+            others = " · ".join(f"{other} {score:.3f}" for other, score in part["others"].items())
+            lines.append(f"  {whose}: {score_in_words(part)} · {others}, {part['n']:,} texts")
     if judge := suite.get("judge"):
         lines.append(f"  under {judge['model']}: {score_in_words(judge | {'score': judge['value']})} bits/byte")
     if noise := suite.get("noise"):
@@ -70,8 +67,12 @@ def items_in_words(suite: dict[str, Any]) -> str:
 
 
 def chance_in_words(suite: dict[str, Any]) -> str:
+    """On which side of chance a score is. Of stereotypes, of which guessing prefers half, which way it leans."""
     if suite.get("chance") is None:
         return ""
+    if suite["metric"] == "stereotyped":
+        leaning = "towards" if suite["above_chance"] else "against" if suite["below_chance"] else ""
+        return "; even-handed 0.5: " + (f"it leans {leaning} the stereotypes" if leaning else "no leaning is seen")
     where = "above" if suite["above_chance"] else "below" if suite.get("below_chance") else "not above"
     return f"; chance {suite['chance']:.3g}: {where} chance"
 
@@ -93,13 +94,14 @@ def compared_in_words(against: dict[str, Any]) -> str:
 
 
 def groups_in_words(groups: dict[str, dict[str, Any]]) -> list[str]:
+    """A line a group, the lowest first, and on which side of chance it is, if its interval is on one."""
     order = sorted(groups, key=lambda name: groups[name]["score"])
-    if len(order) > SHOWN:
-        order = [*order[: SHOWN // 2], "", *order[-SHOWN // 2 :]]
     width = max(map(len, order), default=0)
-    return [
-        f"    {name:<{width}}  {score_in_words(groups[name])}, {groups[name]['n']:,}"
-        if name
-        else f"    … {len(groups) - SHOWN} more …"
-        for name in order
-    ]
+    lines = []
+    for name in order:
+        group = groups[name]
+        side = " above" if group.get("above_chance") else " below" if group.get("below_chance") else ""
+        lines.append(f"    {name:<{width}}  {score_in_words(group)}, {group['n']:,} items{side}")
+    if len(lines) > SHOWN:
+        lines[SHOWN // 2 : -SHOWN // 2] = [f"    … {len(lines) - SHOWN} more …"]
+    return lines
