@@ -15,6 +15,7 @@ import torch
 
 import nextword
 from nextword.cli import app
+from nextword.evaluation.declarations import read_declarations
 from nextword.model.config import PRESETS, build_config
 from nextword.model.gpt import GPT
 
@@ -80,6 +81,14 @@ def test_python_in_the_readme_is_ours():
                 inspect.signature(function).bind(*self, *node.args, **{str(k.arg): k.value for k in node.keywords})
                 calls += 1
     assert calls >= 3
+
+
+def test_declared_suites_are_read(tmp_path: Path):
+    found = blocks(ROOT / "docs" / "evaluation.md", "toml")
+    for code in found:
+        (tmp_path / "suite.toml").write_text(code, encoding="utf-8")
+        assert read_declarations(tmp_path / "suite.toml")
+    assert found
 
 
 def test_named_tests_exist(document: Path):

@@ -129,3 +129,15 @@ def test_a_loss_that_is_no_number_is_seen() -> None:
     loss, found = gradients(Step(model, next_word, fused=True), inputs(model, 2, 20))
     assert not torch.isfinite(torch.tensor(loss))
     assert not all(torch.isfinite(gradient).all() for gradient in found.values())
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 8, 61, 2048])
+def test_log_sums_are_torchs(vocabulary: int):
+    logits = 30 * torch.randn(9, vocabulary, generator=torch.Generator().manual_seed(0))
+    before = logits.clone()
+    torch.testing.assert_close(fused.log_sums(logits), torch.logsumexp(before, 1), rtol=1e-6, atol=1e-5)
+    assert torch.equal(logits, before)
+    for broken in (torch.nan, torch.inf):
+        logits[3, vocabulary // 2] = broken
+        found = fused.log_sums(logits)
+        assert not found[3].isfinite() and found[4].isfinite()

@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "text": GROUND,
     "training": GROUND | {"model", "text"},
     "inference": GROUND | {"model", "text"},
-    "evaluation": GROUND | {"model", "text"},
+    "evaluation": GROUND | {"model", "text", "tasks"},
     "tasks": GROUND | {"text"},
     "recipes": {"errors", "model"},
     "console": set(),
@@ -38,13 +38,14 @@ ALLOWED: dict[str, set[str]] = {
     | {"model", "text", "tasks", "training", "recipes", "console", "runs", "job", "base", "prediction"},
     "transferring": GROUND | {"tasks", "evaluation", "console", "runs", "job", "prediction"},
     "chatting": GROUND | {"model", "text", "inference"},
+    "judging": GROUND | {"model", "text", "tasks", "training", "inference", "evaluation", "console", "runs", "loading"},
     "loading": GROUND | {"model", "text", "tasks", "inference", "evaluation", "console", "runs", "base", "prediction"},
     "exporting": GROUND | {"model", "text", "inference", "base"},
     "serving": GROUND
     | {"model", "text", "tasks", "inference", "evaluation", "console", "runs", "base", "loading", "prediction"},
     "api": GROUND
     | {"text", "tasks", "inference", "evaluation", "recipes", "console", "runs", "base", "loading", "prediction"}
-    | {"job", "planning", "pretraining", "continuing", "finetuning", "transferring", "exporting", "serving"},
+    | {"job", "planning", "pretraining", "continuing", "finetuning", "transferring", "exporting", "judging", "serving"},
     "verbs": GROUND | {"console", "model", "recipes", "api", "inference", "chatting"},
     "cli": {"errors", "verbs"},
     "__main__": {"cli"},
@@ -115,6 +116,7 @@ def test_optional_packages_are_not_needed_to_import():
         "starlette",
         "pydantic",
         "jinja2",
+        "lm_eval",
     }
     for path in FILES:
         if room(path) == "serving":  # the room as a whole is optional: nothing imports it before a server is begun

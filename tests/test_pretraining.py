@@ -91,7 +91,7 @@ def test_the_result_is_the_loss_of_the_kept_weights_on_all_of_the_held_out_text(
         total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
     assert result["loss"] == pytest.approx(total / (len(row) - 1), abs=1e-5)
     assert result["bits_per_byte"] == pytest.approx(total / 0.6931471805599453 / corpus.validation.bytes, abs=1e-5)
-    assert package.evaluate(finished).loss == pytest.approx(result["loss"], abs=1e-6)
+    assert package.evaluate(finished)["loss"] == pytest.approx(result["loss"], abs=1e-6)
 
 
 def test_transformers_opens_the_model_and_agrees(finished):

@@ -13,7 +13,7 @@ from nextword.base import Base
 from nextword.console import Console
 from nextword.continuing import Continuing
 from nextword.errors import CorruptFile, MissingExtra, NextwordError, UsageError
-from nextword.evaluation.likelihood import Likelihood
+from nextword.evaluation.declarations import find_suite
 from nextword.exporting.gguf import write_gguf
 from nextword.exporting.onnx import write_onnx
 from nextword.exporting.proof import Exported
@@ -21,6 +21,9 @@ from nextword.finetuning import Finetuning
 from nextword.inference.engine import Completion
 from nextword.inference.quantize import Precision
 from nextword.job import Job, carry_out
+from nextword.judging.harness import run_task
+from nextword.judging.reading import judge_text, text_for
+from nextword.judging.verdict import LIMIT, Panel, judge_suite
 from nextword.loading import Paths, as_list, load
 from nextword.planning import plan_text
 from nextword.prediction import score_predictions
@@ -397,22 +400,56 @@ def evaluate(
     model: str | Path,
     texts: Paths = (),
     *,
+    suites: Sequence[str] = (),
+    limit: int | None = None,
+    whole: bool = False,
+    against: str | Path | None = None,
+    noise: Sequence[str | Path] = (),
+    judge: str | Path | None = None,
+    stride: int | None = None,
+    context_use: bool = False,
     text_column: str | None = None,
+    seed: int | None = None,
     device: str = "auto",
     precision: Precision = "float32",
     console: Console | None = None,
-) -> Likelihood:
-    """How well a model predicts texts; without texts, the whole validation part of its own run."""
-    console = console or Console(quiet=True)
-    with console:
-        loaded = load(model, device, precision)
-        if as_list(texts):
-            return loaded.evaluate(texts, text_column, console)
-        run = RunFolder(Path(model))
-        if not run.begun:
-            raise UsageError(f"{model}: say on which text: nextword evaluate {model} TEXT…")
-        corpus = Corpus.open(run.path / run.facts()["shards"])
-        return loaded.likelihood(corpus.tokens("validation"), corpus.validation.bytes, console)
+) -> dict[str, Any]:
+    """How well a model predicts texts, and what it scores on suites of questions; without either, how well it predicts the
+    whole validation part of its own run. The result is that of `nextword evaluate --json`.
+
+    `suites` are NAME, NAME=PATH, a declaration's path or lm-eval:TASK, judged by `limit` items each (1,000) or the `whole`.
+    `against` is a model to be compared with, `noise` others that the seed alone tells apart from this one, `judge` a
+    stronger one that reads what the model writes of its own. `stride` is that of the windows over a text: half a window,
+    and over the run's own validation part a whole one, as in training; `context_use` tells the loss by position besides.
+    """
+    if limit is not None and (limit < 1 or whole):
+        raise UsageError("--limit must be at least 1, and does not go together with --whole")
+    asked = {}
+    for request in suites:
+        suite = None if request.startswith("lm-eval:") else find_suite(request)
+        name = request if suite is None else suite.name
+        if name in asked:
+            raise UsageError(f"--suite {name} is said twice: give one of them another name, NAME=FILE.toml")
+        asked[name] = suite
+    with console or Console(quiet=True) as console:
+        panel = Panel(
+            load(model, device, precision),
+            None if against is None else load(against, device, precision),
+            [load(one, device, precision) for one in noise],
+            None if judge is None else load(judge, device),
+        )
+        result: dict[str, Any] = {}
+        if as_list(texts) or not asked:
+            read, stride = text_for(panel, model, texts, text_column, stride, console)
+            result |= judge_text(panel, read, stride=stride, use=context_use, console=console)
+        items = None if whole else limit or LIMIT
+        for name, suite in asked.items():
+            found = result.setdefault("suites", {})
+            if suite is None:
+                found[name] = run_task(panel.model, name.removeprefix("lm-eval:"), items, console)
+            else:
+                found[name] = judge_suite(panel, suite, limit=items, seed=seed or 0, console=console)
+        return result
 
 
 def export(

@@ -7,15 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from nextword.base import form_of, model_path
 from nextword.console import Console
 from nextword.errors import NextwordError, UsageError
 from nextword.evaluation.likelihood import Likelihood, likelihood
+from nextword.files import check_seal
 from nextword.inference.engine import Completion, Engine
 from nextword.inference.quantize import KINDS, Precision
 from nextword.inference.reading import Reader, reader_of, rounded
 from nextword.inference.sampling import Sampling
+from nextword.model.gpt import GPT
 from nextword.model.stock import load_model
 from nextword.prediction import Predictor
 from nextword.runs import choose_device
@@ -50,6 +53,11 @@ class Model:
     def reader(self) -> Reader:
         return reader_of(self.gpt, self.precision)
 
+    @cached_property
+    def weights(self) -> GPT:
+        """The model with its weights as the precision has them."""
+        return self.gpt if self.precision == "float32" else rounded(self.gpt, self.precision)
+
     @property
     def engine(self) -> Engine:
         return Engine(self.gpt, self.tokenizer, reader=self.reader)
@@ -81,9 +89,20 @@ class Model:
         """The continuation of one prompt, as it is made."""
         return self.engine.stream(prompt, sampling or Sampling(**settings))
 
-    def evaluate(self, texts: Paths, text_column: str | None = None, console: Console | None = None) -> Likelihood:
+    def evaluate(
+        self, texts: Paths, text_column: str | None = None, console: Console | None = None, stride: int | None = None
+    ) -> Likelihood:
         """The loss on files, folders or named corpora, as one row of documents."""
         console = console or Console(quiet=True)
+        tokens, n_bytes = self.read(texts, text_column, console)
+        return self.likelihood(tokens, n_bytes, console, stride)
+
+    def read(self, texts: Paths, text_column: str | None, console: Console) -> tuple[TokenRow, int]:
+        """Files, folders or named corpora as one row of tokens, and how many bytes of text they stand for.
+
+        Raises:
+            NextwordError: there is no text in them.
+        """
         problems = Problems()
         row: list[np.ndarray] = []
         n_bytes = 0
@@ -97,20 +116,44 @@ class Model:
             console.warn(line)
         if not row:
             raise NextwordError(f"no text was found in {', '.join(map(str, as_list(texts)))}")
-        return self.likelihood(TokenRow(np.concatenate(row)), n_bytes, console)
+        return TokenRow(np.concatenate(row)), n_bytes
 
-    def likelihood(self, tokens: TokenSource, n_bytes: int, console: Console) -> Likelihood:
-        """The loss on tokens that stand for so many bytes, with the weights as the precision has them."""
-        model = self.gpt if self.precision == "float32" else rounded(self.gpt, self.precision)
-        return likelihood(model, tokens, n_bytes, progress=lambda i, n: console.progress("evaluating", i, n))
+    def likelihood(
+        self, tokens: TokenSource, n_bytes: int, console: Console, stride: int | None = None,
+        each: np.ndarray | None = None,
+    ) -> Likelihood:  # fmt: skip
+        """The loss on tokens that stand for so many bytes, with the weights as the precision has them. Windows overlap by
+        half where no stride is said."""
+        stride = max(1, self.gpt.config.context_length // 2) if stride is None else stride
+
+        def progress(done: int, total: int) -> None:
+            console.progress("evaluating", done, total)
+
+        return likelihood(self.weights, tokens, n_bytes, stride=stride, progress=progress, each=each)
 
 
 def load(path: str | Path, device: str = "auto", precision: Precision = "float32") -> Model:
-    """Open a run folder's model, or any model directory of a supported family, ours or stock.
+    """Open a run folder's model, one of its checkpoints, or any model directory of a supported family, ours or stock.
 
     Raises:
         UsageError: there is no such precision.
+        NextwordError: there is no model here, or a checkpoint that is none by itself.
     """
     if precision not in KINDS:
         raise UsageError(f"there is no precision {precision!r}, only {', '.join(KINDS)}")
+    path = Path(path)
+    if (path / "weights.safetensors").is_file() and path.parent.name == "checkpoints":
+        return _checkpoint(path, choose_device(device), precision)
     return Model(model_path(path), choose_device(device), precision)
+
+
+def _checkpoint(path: Path, device: torch.device, precision: Precision) -> Model:
+    """The model of a run as it was at a checkpoint."""
+    check_seal(path)
+    model = Model(model_path(path.resolve().parents[1]), device, precision)
+    weights, own = load_file(path / "weights.safetensors", device=str(device)), model.gpt.state_dict()
+    if {name: tensor.shape for name, tensor in weights.items()} != {name: own[name].shape for name in own}:
+        raise NextwordError(f"{path}: not a whole model's weights (a LoRA's checkpoint is none); name the run folder")
+    model.gpt.load_state_dict(weights)
+    model.path = path
+    return model

@@ -5,7 +5,7 @@ Shapes: B windows in a batch, T predicted positions (at most the context length)
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,7 @@ class Likelihood:
         tokens: how many tokens were predicted.
         bytes: how many bytes of text they stand for.
         by_position: [T], the mean loss at each position of the window.
+        stride: how many tokens a window stands after the one before.
     """
 
     loss: float
@@ -40,6 +41,7 @@ class Likelihood:
     tokens: int
     bytes: int
     by_position: list[float]
+    stride: int
 
 
 def likelihood(
@@ -47,36 +49,48 @@ def likelihood(
     tokens: TokenSource,
     n_bytes: int,
     *,
+    stride: int | None = None,
     batch_rows: int | None = None,
     limit_windows: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    each: np.ndarray | None = None,
 ) -> Likelihood:
-    """Predict a text in windows of context_length + 1 tokens. They overlap by one, so that every token but the first is
-    predicted exactly once.
+    """Predict a text in windows of context_length + 1 tokens, of each what no window before it has predicted: every token but
+    the first is predicted exactly once.
 
     Args:
         n_bytes: how many bytes of text the tokens stand for.
+        stride: how many tokens a window stands after the one before; the context length where not given, so that windows
+            overlap by one. With fewer, each token but the first window's sees at least context_length − stride before it.
         batch_rows: windows that go through the model at once; about 8,192 tokens where not given.
         limit_windows: predict only so many windows, evenly spread over the text and the same ones every time.
         progress: called with the windows that are done and those that there are.
+        each: [len(tokens) − 1], filled with the nats of each token that is predicted.
 
     Raises:
-        UsageError: fewer than two tokens, no bytes, or a token that the model does not have.
+        UsageError: fewer than two tokens, no bytes, a stride that is none, or a token that the model does not have.
         NextwordError: the model's loss is not a finite number.
     """
     if len(tokens) < 2 or n_bytes < 1:
         raise UsageError(f"there is nothing to predict in {len(tokens)} tokens of {n_bytes} bytes: give a longer text")
     context_length = model.config.context_length
-    count = -(-(len(tokens) - 1) // context_length)
+    stride = context_length if stride is None else stride
+    if not 1 <= stride <= context_length:
+        raise UsageError(f"the stride must be between 1 and the context length of {context_length}, not {stride}")
+    count = 1 + max(0, -(-(len(tokens) - 1 - context_length) // stride))
     chosen = _spread(count, limit_windows)
     batch_rows = batch_rows or max(1, BATCH_TOKENS // context_length)
     sums, counts = torch.zeros(context_length, dtype=torch.float64), torch.zeros(context_length, dtype=torch.int64)
     done = 0
     with evaluating(model):
-        for group in _batches(chosen, batch_rows, last=count - 1):
-            losses = token_losses(model, _windows(tokens, group, context_length))  # [B, T]
-            sums[: losses.shape[1]] += losses.sum(0)
-            counts[: losses.shape[1]] += losses.shape[0]
+        for group in _batches(chosen, batch_rows, alone=(count - 1,) if stride == context_length else (0, count - 1)):
+            losses = token_losses(model, _windows(tokens, group, context_length, stride))  # [B, T]
+            new = slice(context_length - stride if group[0] else 0, losses.shape[1])
+            sums[new] += losses[:, new].sum(0)
+            counts[new] += losses.shape[0]
+            if each is not None:
+                for window, row in zip(group, losses[:, new].numpy(), strict=True):
+                    each[window * stride + new.start : window * stride + new.stop] = row
             done += len(group)
             if progress is not None:
                 progress(done, len(chosen))
@@ -84,14 +98,14 @@ def likelihood(
     if not math.isfinite(nats):
         raise NextwordError("the loss is not a finite number: the model's weights are damaged, or it diverged")
     share = predicted / (len(tokens) - 1)  # of the text, where only some of its windows are predicted
-    reached = counts > 0
     return Likelihood(
         loss=nats / predicted,
         perplexity=math.exp(min(nats / predicted, 700.0)),  # what is more is no number of Python's
         bits_per_byte=nats / math.log(2) / (n_bytes * share),
         tokens=predicted,
         bytes=round(n_bytes * share),
-        by_position=(sums[reached] / counts[reached]).tolist(),
+        by_position=(sums / counts)[counts > 0].tolist(),
+        stride=stride,
     )
 
 
@@ -121,8 +135,8 @@ def context_use(model: GPT, tokens: TokenSource, *, windows: int = 64, seed: int
     true, shuffled = torch.zeros(2, context_length, dtype=torch.float64)
     chosen, generator = _spread(count, windows), np.random.default_rng(seed)
     with evaluating(model):
-        for group in _batches(chosen, max(1, BATCH_TOKENS // context_length), last=-1):
-            rows = _windows(tokens, group, context_length)
+        for group in _batches(chosen, max(1, BATCH_TOKENS // context_length), alone=()):
+            rows = _windows(tokens, group, context_length, context_length)
             true += token_losses(model, rows).sum(0)
             shuffled += token_losses(model, generator.permuted(rows, axis=1)).sum(0)
     return ContextUse((true / len(chosen)).tolist(), (shuffled / len(chosen)).tolist())
@@ -170,15 +184,19 @@ def _spread(count: int, limit: int | None) -> list[int]:
     return [(2 * i + 1) * count // (2 * limit) for i in range(max(1, limit))]
 
 
-def _batches(chosen: Sequence[int], rows: int, last: int) -> Iterator[Sequence[int]]:
-    """Groups of at most `rows` windows; the window `last`, which may be shorter than the others, by itself."""
-    full = chosen[:-1] if chosen[-1] == last else chosen
-    yield from (full[start : start + rows] for start in range(0, len(full), rows))
-    if chosen[-1] == last:
-        yield chosen[-1:]
+def _batches(chosen: Sequence[int], rows: int, alone: Collection[int]) -> Iterator[Sequence[int]]:
+    """Groups of at most `rows` windows; by themselves the first, of which more is predicted, and the last, which may be
+    shorter than the others."""
+    group: list[int] = []
+    for window in chosen:
+        if group and (len(group) == rows or window in alone or group[-1] in alone):
+            yield group
+            group = []
+        group.append(window)
+    yield group
 
 
-def _windows(tokens: TokenSource, indices: Sequence[int], context_length: int) -> np.ndarray:
+def _windows(tokens: TokenSource, indices: Sequence[int], context_length: int, stride: int) -> np.ndarray:
     """Windows by number; [B, T + 1] ids."""
-    starts = (index * context_length for index in indices)
+    starts = (index * stride for index in indices)
     return np.stack([tokens.read(start, min(context_length + 1, len(tokens) - start)) for start in starts])

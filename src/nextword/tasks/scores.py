@@ -6,7 +6,7 @@ Shapes: n examples, R resamples, K labels.
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -142,10 +142,30 @@ def writing(
     several = [[one] if isinstance(one, str) else list(one) for one in references]
     if empty := [i for i, one in enumerate(several, 1) if not one]:
         raise UsageError(f"text {empty[0]} has no reference: give it one or leave the text out")
-    found = {name: _corpus_score(name, several, texts, seed) for name in names if not name.startswith("rouge")}
+    found = {
+        name: _score(_corpus_values(name, several, texts, seed), len(texts))
+        for name in names
+        if not name.startswith("rouge")
+    }
     if rouges := [name for name in names if name.startswith("rouge")]:
-        found |= _rouge(rouges, several, texts, seed)
+        found |= {name: _mean(100 * each, seed) for name, each in _rouge_each(rouges, several, texts).items()}
     return {name: found[name] for name in names}
+
+
+def writing_difference(
+    references: Sequence[str | Sequence[str]], a: Sequence[str], b: Sequence[str], name: str, *, seed: int = 0
+) -> Score:
+    """How much the texts a score above the texts b of the same sources by one of `writing`'s scores, the same resamples
+    drawn of both. Raises as `writing`."""
+    _count(references, a, b)
+    several = [[one] if isinstance(one, str) else list(one) for one in references]
+    first, second = (
+        100 * _resampled(_rouge_each([name], several, texts)[name][:, None], seed)[:, 0] / len(texts)
+        if name.startswith("rouge")
+        else _corpus_values(name, several, texts, seed)
+        for texts in (a, b)
+    )
+    return _score(first - second, len(a))
 
 
 def preference(margins: Sequence[float], *, seed: int = 0) -> dict[str, Score]:
@@ -167,6 +187,74 @@ def difference(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> Scor
     """
     _count(a, b)
     return _mean(_finite(a, "first score") - _finite(b, "second score"), seed)
+
+
+def average(values: Sequence[float], *, seed: int = 0) -> Score:
+    """The mean of one number an example, with its interval.
+
+    Raises:
+        UsageError: no examples, or a number that is not finite.
+    """
+    _count(values)
+    return _mean(_finite(values, "score"), seed)
+
+
+def share(values: Sequence[float], *, seed: int = 0) -> Score:
+    """The mean of what is right (1) and wrong (0), with its interval. Where all are 0, or all 1, resamples cannot vary, and
+    the interval is the exact one of a share of n, from 0 to 1 − 0.025^(1/n) or its mirror (Clopper and Pearson 1934).
+
+    Raises:
+        UsageError: no examples, or a number that is not finite.
+    """
+    found, n = average(values, seed=seed), len(values)
+    tail = ((1 - LEVEL) / 2) ** (1 / n)
+    if set(values) == {0.0}:
+        return Score(0.0, 0.0, 1 - tail, n)
+    return Score(1.0, tail, 1.0, n) if set(values) == {1.0} else found
+
+
+def of_sums(columns: np.ndarray, score: Callable[[np.ndarray], np.ndarray], *, seed: int = 0) -> Score:
+    """A score [R] that is computed from the sums [R, columns] of some numbers an example [n, columns], with its interval.
+
+    Raises:
+        UsageError: no examples.
+    """
+    _count(columns)
+    return _score(score(_resampled(columns.astype(np.float64), seed)), len(columns))
+
+
+def mcnemar(a: Sequence[float], b: Sequence[float]) -> float:
+    """How likely two systems that are equally often right differ as much as these do, in either direction; 0 to 1.
+
+    McNemar's exact test: of the examples on which one alone is right, those of either are binomial with 1/2 (McNemar 1947;
+    Dietterich 1998, section 3.1). a[i] and b[i] are 1 where a system is right on an example, and 0 where not.
+
+    Raises:
+        UsageError: no examples, or not as many of one as of the other.
+    """
+    _count(a, b)
+    first = sum(x > y for x, y in zip(a, b, strict=True))
+    either = first + sum(x < y for x, y in zip(a, b, strict=True))
+    fewer = min(first, either - first)
+    if 2 * fewer == either:
+        return 1.0
+    whole = math.lgamma(either + 1) - either * math.log(2)
+    tail = sum(math.exp(whole - math.lgamma(k + 1) - math.lgamma(either - k + 1)) for k in range(fewer + 1))
+    return min(1.0, 2 * tail)
+
+
+def noise_floor(values: Sequence[float]) -> float:
+    """Below what the difference of two runs stays, 95 times of 100, where nothing but the seed tells them apart: t s √2, with
+    Student's t of n − 1 degrees of freedom and s of the scores of n runs.
+
+    Raises:
+        UsageError: fewer than two runs, or a score that is not finite.
+    """
+    n = _count(values)
+    if n < 2:
+        raise UsageError("one run has no noise floor: give another of another seed")
+    spread = float(_finite(values, "score").std(ddof=1))
+    return student_quantile((1 + LEVEL) / 2, n - 1) * spread * math.sqrt(2)
 
 
 def over_seeds(values: Sequence[float]) -> Score:
@@ -206,8 +294,8 @@ def student_quantile(probability: float, degrees: int) -> float:
     return math.sqrt(degrees) * math.tan(low)
 
 
-def _corpus_score(name: str, references: list[list[str]], texts: Sequence[str], seed: int) -> Score:
-    """sacrebleu's score of the whole, and of resamples of what it counts for each text."""
+def _corpus_values(name: str, references: list[list[str]], texts: Sequence[str], seed: int) -> np.ndarray:
+    """[1 + R]: sacrebleu's score of the whole, and of resamples of what it counts for each text."""
     try:
         from sacrebleu.metrics.bleu import BLEU
         from sacrebleu.metrics.chrf import CHRF
@@ -219,17 +307,18 @@ def _corpus_score(name: str, references: list[list[str]], texts: Sequence[str], 
     # sacrebleu's own bootstrap starts from these two methods as well; its public one is slow and tells no ends.
     counts = np.array(metric._extract_corpus_statistics(list(texts), streams), dtype=np.float64)
     sums = _resampled(counts, seed).tolist()
-    return _score(np.array([metric._compute_score_from_stats(one).score for one in sums]), len(texts))
+    return np.array([metric._compute_score_from_stats(one).score for one in sums])
 
 
-def _rouge(names: list[str], references: list[list[str]], texts: Sequence[str], seed: int) -> dict[str, Score]:
+def _rouge_each(names: list[str], references: list[list[str]], texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Each text's F-measures [n], 0 to 1."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise MissingExtra("ROUGE", "scores") from error
     scorer = RougeScorer(names, use_stemmer=True)
     each = [scorer.score_multi(one, text) for one, text in zip(references, texts, strict=True)]
-    return {name: _mean(np.array([100 * one[name].fmeasure for one in each]), seed) for name in names}
+    return {name: np.array([one[name].fmeasure for one in each]) for name in names}
 
 
 class _Ranked:
@@ -310,7 +399,7 @@ def _score(values: np.ndarray, n: int) -> Score:
     return Score(float(values[0]), float(low), float(high), n)
 
 
-def _count(first: Sequence[object], *others: Sequence[object]) -> int:
+def _count(first: Sequence[object] | np.ndarray, *others: Sequence[object]) -> int:
     if len(first) == 0:
         raise UsageError("there is nothing to score: give one example or more")
     for other in others:

@@ -41,12 +41,22 @@ def named_sources(name: str, problems: Problems) -> list[Source]:
     if name == "python-docs":
         return _python_docs(problems)
     repository, pattern, rows_are_lines = _HUB[name]
+    folder, paths = hub_files(name, repository, pattern)
+    read = _articles if rows_are_lines else read_documents
+    return [Source(f"{name}/{path.relative_to(folder).as_posix()}", path, partial(read, path)) for path in paths]
+
+
+def hub_files(name: str, repository: str, pattern: str) -> tuple[Path, list[Path]]:
+    """The local folder of a Hub dataset, and those of its files that a pattern names, downloaded where they are not here
+    yet; `name` is what the person called it.
+
+    Raises `MissingExtra` without huggingface_hub, and `NextwordError` where nothing can be had.
+    """
     folder = _download(repository, pattern)
     paths = sorted(folder.glob(pattern))
     if not paths:
         raise NextwordError(f"{name}: {repository} holds no files {pattern} any more; download it and name its folder")
-    read = _articles if rows_are_lines else read_documents
-    return [Source(f"{name}/{path.relative_to(folder).as_posix()}", path, partial(read, path)) for path in paths]
+    return folder, paths
 
 
 def _download(repository: str, pattern: str) -> Path:
@@ -54,7 +64,7 @@ def _download(repository: str, pattern: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise MissingExtra(f"the corpus {repository}", "hub") from error
+        raise MissingExtra(f"{repository} from the Hub", "hub") from error
     try:
         return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=[pattern]))
     except (OSError, ValueError, RuntimeError) as error:  # what the Hub's own errors and its network's descend from

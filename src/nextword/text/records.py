@@ -42,13 +42,16 @@ class Record:
     values: dict[str, Any]
 
 
-def read_records(path: Path, problems: Problems, columns: Columns | None = None) -> Iterator[Record]:
+def read_records(
+    path: Path, problems: Problems, columns: Columns | None = None, blocks: Iterator[bytes] | None = None
+) -> Iterator[Record]:
     """The rows of a table: .csv, .tsv, .jsonl, .ndjson, .json (each plain, .gz or .zst) or .parquet.
 
     A `.json` file is a list of objects, or an object that holds one list of objects among other things. Values are
     what the format has; those of CSV and TSV are all str. `columns` is given the names found and returns those to
     read, or raises `NoColumn`: it is asked once a table, and once a record in JSON, where each has its own. Every flaw
-    goes to `problems`, and the rest is read all the same. Raises `MissingExtra` for a `.parquet` or a `.zst` without
+    goes to `problems`, and the rest is read all the same. `blocks` are the bytes of a file in an archive, which has only
+    its name from `path` and is not compressed once more. Raises `MissingExtra` for a `.parquet` or a `.zst` without
     its package, and under strict `NextwordError` at the first problem.
     """
     suffix, compression = suffixes(path)
@@ -57,13 +60,15 @@ def read_records(path: Path, problems: Problems, columns: Columns | None = None)
         problems.add(path, None, f"not a table that is read ({', '.join(TABLES)}, plain, .gz or .zst)")
     elif suffix == ".parquet" and compression:
         problems.add(path, None, "parquet files are compressed inside; unpack this one")
+    elif blocks is not None and (compression or suffix == ".parquet"):
+        problems.add(path, None, "compressed inside an archive; unpack the archive")
     elif suffix == ".parquet":
         yield from _parquet(path, problems, choose)
     elif suffix == ".json":
-        yield from _json(path, decoded(path, problems), problems, choose)
+        yield from _json(path, decoded(path, problems, blocks), problems, choose)
     else:
         rows = _jsonl if suffix in (".jsonl", ".ndjson") else _csv
-        yield from rows(path, Lines(path, decoded(path, problems), problems), problems, choose)
+        yield from rows(path, Lines(path, decoded(path, problems, blocks), problems), problems, choose)
 
 
 def _newlines(text: str) -> str:

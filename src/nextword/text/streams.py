@@ -241,9 +241,12 @@ def _zstd_blocks(path: Path, problems: Problems) -> Iterator[bytes]:
         problems.add(path, None, "the compressed stream is broken; what came before the break is kept", "it ends early")
 
 
-def decoded(path: Path, problems: Problems) -> Iterator[str]:
-    """The text of a file in chunks, line ends made "\\n". A binary file is reported and gives nothing."""
-    blocks = _blocks(path, problems)
+def decoded(path: Path, problems: Problems, blocks: Iterator[bytes] | None = None) -> Iterator[str]:
+    """The text of a file in chunks, line ends made "\\n". A binary file is reported and gives nothing.
+
+    `blocks` are its bytes where they are not to be read from the path: those of a file in an archive.
+    """
+    blocks = _blocks(path, problems) if blocks is None else blocks
     head = b""
     for block in blocks:
         head += block

@@ -162,13 +162,19 @@ inline __m256 between(int64_t from, int64_t to, int64_t j) {
   return _mm256_castsi256_ps(_mm256_andnot_si256(lanes(from - j), lanes(to - j)));
 }
 
-// softmax of the scores from..to-1, and 0 for all others up to n (a multiple of 8); log Σ e^x of the scaled scores.
-float softmax(float* x, int64_t from, int64_t to, int64_t n, float scale) {
+// softmax of the scores from..to-1 without those of the hole (two places, or null), and 0 for all others up to n (a multiple
+// of 8); log Σ e^x of the scaled scores.
+template <bool HOLE>
+float softmax(float* x, int64_t from, int64_t to, const int64_t* hole, int64_t n, float scale) {
   const __m256 nothing = _mm256_set1_ps(-INFINITY);
   const int64_t first = from / 8 * 8;
+  const auto seen = [&](int64_t j) {
+    if constexpr (HOLE) return _mm256_andnot_ps(between(hole[0], hole[1], j), between(from, to, j));
+    else return between(from, to, j);
+  };
   __m256 most = nothing;
   for (int64_t j = first; j < to; j += 8)
-    most = _mm256_max_ps(most, _mm256_blendv_ps(nothing, _mm256_loadu_ps(x + j), between(from, to, j)));
+    most = _mm256_max_ps(most, _mm256_blendv_ps(nothing, _mm256_loadu_ps(x + j), seen(j)));
   const float peak = largest(most);
   const __m256 level = _mm256_set1_ps(peak), factor = _mm256_set1_ps(scale);
   __m256 total = _mm256_setzero_ps();
@@ -178,7 +184,7 @@ float softmax(float* x, int64_t from, int64_t to, int64_t n, float scale) {
       continue;
     }
     __m256 value = exponential(_mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(x + j), level), factor));
-    value = _mm256_and_ps(value, between(from, to, j));
+    value = _mm256_and_ps(value, seen(j));
     _mm256_storeu_ps(x + j, value);
     total = _mm256_add_ps(total, value);
   }
@@ -198,6 +204,7 @@ struct Heads {
   int64_t turns;  // rows of the tables below: T, or B · T where each row has positions of its own
   const float *query_weight, *key_weight, *cosines, *sines;  // [K], [K], [turns, K/2], [turns, K/2]
   const int64_t* starts;  // [B, T], the first position that each one sees; null: 0
+  const int64_t* holes;   // [B, T, 2], from where on it does not, and from where on again; null: no hole. Forward alone.
   float eps, unused;
 };
 }
@@ -266,12 +273,18 @@ void nextword_attend(const Heads* heads, int64_t threads, const float* qkv, floa
         take(s, qkv, b, h * K, s.query_weight, q.data());
         for (int64_t first = 0; first < T; first += QUERIES) {
           const int64_t count = std::min(QUERIES, T - first), n = first + count;
-          multiply(count, padded(n), K, &q[first * K], K, 1, turned.data(), 16, 16 * K, scores.data(), wide, false);
-          for (int64_t i = first; i < n; ++i)
-            logsum[(b * s.H + h) * T + i] =
-                softmax(&scores[(i - first) * wide], s.starts ? s.starts[b * T + i] : 0, i + 1, padded(n), scale);
+          // What no query of these sees lies before `low`: a text's tokens stand together, and its beginning moves on.
+          const int64_t low = s.starts ? s.starts[b * T + first] / 16 * 16 : 0;
           multiply(
-              count, K, n, scores.data(), wide, 1, v.data(), 16, 16 * T, out + (b * T + first) * s.H * K + h * K, s.H * K, false);
+              count, padded(n) - low, K, &q[first * K], K, 1, &turned[low * K], 16, 16 * K, scores.data() + low, wide, false);
+          for (int64_t i = first; i < n; ++i) {
+            const int64_t from = s.starts ? s.starts[b * T + i] : 0, *hole = s.holes ? s.holes + 2 * (b * T + i) : nullptr;
+            const auto one = hole ? softmax<true> : softmax<false>;
+            logsum[(b * s.H + h) * T + i] = one(&scores[(i - first) * wide], from, i + 1, hole, padded(n), scale);
+          }
+          multiply(
+              count, K, n - low, scores.data() + low, wide, 1, v.data() + 16 * low, 16, 16 * T,
+              out + (b * T + first) * s.H * K + h * K, s.H * K, false);
         }
       }
     }
@@ -459,6 +472,25 @@ void nextword_cross_entropy(int64_t threads, int64_t N, int64_t V, const int64_t
     for (int64_t i = whole; i < V; ++i) x[i] /= all;
     x[targets[r]] -= 1;
     losses[r] = peak + std::log(all) - gold;
+  }
+}
+
+// sums [N] = log Σ e^x of each row of x [N, V].
+void nextword_log_sums(int64_t threads, int64_t N, int64_t V, const float* logits, float* sums) {
+  const __m256 nothing = _mm256_set1_ps(-INFINITY);
+  const int64_t whole = V / 8 * 8;
+  const __m256i rest = lanes(V - whole);
+#pragma omp parallel for num_threads(threads)
+  for (int64_t r = 0; r < N; ++r) {
+    const float* x = logits + r * V;
+    __m256 most = nothing, total = _mm256_setzero_ps();
+    for (int64_t i = 0; i < whole; i += 8) most = _mm256_max_ps(most, _mm256_loadu_ps(x + i));
+    const __m256 last = _mm256_blendv_ps(nothing, whole < V ? _mm256_maskload_ps(x + whole, rest) : nothing, _mm256_castsi256_ps(rest));
+    const float peak = largest(_mm256_max_ps(most, last));
+    const __m256 level = _mm256_set1_ps(peak);
+    for (int64_t i = 0; i < whole; i += 8) total = _mm256_add_ps(total, exponential(_mm256_sub_ps(_mm256_loadu_ps(x + i), level)));
+    total = _mm256_add_ps(total, _mm256_and_ps(exponential(_mm256_sub_ps(last, level)), _mm256_castsi256_ps(rest)));
+    sums[r] = peak + std::log(sum(total));
   }
 }
 }

@@ -27,7 +27,7 @@ PIECE = 2**22  # logits that are held at once: 16 MB, about what the last cache 
 class _Heads(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("B", "T", "H", "G", "K", "turns")),
-        *((name, ctypes.c_void_p) for name in ("query_weight", "key_weight", "cosines", "sines", "starts")),
+        *((name, ctypes.c_void_p) for name in ("query_weight", "key_weight", "cosines", "sines", "starts", "holes")),
         ("eps", ctypes.c_float), ("unused", ctypes.c_float),
     ]  # fmt: skip
 
@@ -46,6 +46,7 @@ def library() -> tuple[Any, str]:
             "activate": [whole, whole, whole, whole, *[pointer] * 2],
             "activate_backward": [whole, whole, whole, whole, *[pointer] * 3],
             "cross_entropy": [whole, whole, whole, *[pointer] * 3],
+            "log_sums": [whole, whole, whole, *[pointer] * 2],
         }.items():
             function = getattr(loaded, f"nextword_{name}")
             function.argtypes, function.restype = arguments, None
@@ -71,12 +72,14 @@ def _at(tensor: Tensor | None) -> int | None:
 
 
 class Places(NamedTuple):
-    """Where a row's tokens stand: cosines and sines of their rotations [T or B·T, K/2], and the first position that each
-    one sees [B, T], where several texts share a row."""
+    """Where a row's tokens stand: cosines and sines of their rotations [T or B·T, K/2], and where several texts share a
+    row, the first position that each one sees [B, T]; where several go on from one beginning, also the hole between that
+    beginning and a text's own part [B, T, 2] (without gradients)."""
 
     cosines: Tensor | None = None
     sines: Tensor | None = None
     starts: Tensor | None = None
+    holes: Tensor | None = None
 
 
 class Attend(Function):
@@ -104,6 +107,7 @@ class Attend(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        assert ctx.places.holes is None
         (dout,) = grad_outputs
         qkv, out, logsum, query_weight, key_weight = ctx.saved_tensors
         dqkv, dout = torch.empty_like(qkv), dout.contiguous()
@@ -206,6 +210,16 @@ class SummedLoss(Function):
         return *(None if gradient is None else gradient.mul_(dloss) for gradient in kept), None
 
 
+def log_sums(logits: Tensor) -> Tensor:
+    """log Σ exp of each row of logits [N, V], without gradients; where nothing is compiled, by PyTorch."""
+    loaded = library()[0] if logits.device.type == "cpu" and logits.dtype == torch.float32 else None
+    if loaded is None:
+        return torch.logsumexp(logits, dim=1)
+    logits, sums = logits.contiguous(), logits.new_empty(len(logits))
+    loaded.nextword_log_sums(compiled.threads(), *logits.shape, _at(logits), _at(sums))
+    return sums
+
+
 # ---------------------------------------------------------------- the model
 
 
@@ -223,8 +237,9 @@ class FusedGPT:
         positions: Tensor | None = None,
         segments: Tensor | None = None,
         keep: Tensor | None = None,
+        holes: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [B, T, D], as `GPT.forward` gives them."""
+        """Hidden states [B, T, D], as `GPT.forward` gives them; `holes` as in `Places`."""
         model, config, (rows, length) = self.model, self.config, tokens.shape
         if length > config.context_length:
             raise ValueError(f"{length} tokens are more than the context length of {config.context_length}")
@@ -234,7 +249,7 @@ class FusedGPT:
             x = x + model.position_embedding(at)
         elif config.positions == "sinusoidal":
             x = x + model.get_buffer("position_table")[at]
-        places = self.places(at, segments)
+        places = self.places(at, segments)._replace(holes=holes)
         kept = None if keep is None else keep.flatten(1, 2)  # [1 + 2·n_layers, N, D]
         x = drop(x.flatten(0, 1), None if kept is None else kept[0], config.dropout)  # [N, D]
         added: Tensor | None = None

@@ -227,35 +227,58 @@ def evaluate(
     texts: list[str] | None = None,
     /,
     *,
+    suite: Annotated[list[str] | None, Parameter(negative="")] = None,
+    limit: int | None = None,
+    whole: Flag = False,
+    against: Path | None = None,
+    noise: Annotated[list[Path] | None, Parameter(negative="")] = None,
+    judge: Path | None = None,
+    stride: int | None = None,
+    context_use: Flag = False,
     text_column: str | None = None,
     precision: Precisions = "float32",
     common: Common = Common(),
 ) -> None:
-    """Measure how well a model predicts a text: loss, perplexity, bits per byte.
+    """Measure a model: how well it predicts a text, and what it scores on suites of questions, each score beside chance and
+    beside the same questions with their words scrambled.
 
     Parameters
     ----------
     model
         A run folder or a model directory, ours or stock.
     texts
-        Files, folders or named corpora; without any, the whole held-out part of the run's own text.
+        Files, folders or named corpora; without any and without a suite, the held-out part of the run's own text.
+    suite
+        blimp, hellaswag, arc, arc-challenge, lambada, crows-pairs, stereoset, stereoset-discourse, free (texts of its own),
+        as NAME=PATH or fetched from the Hub; a declaration of your own, FILE.toml; or lm-eval:TASK. May be given more than
+        once.
+    limit
+        Judge by so many items of each suite, of each of its groups a share; 1,000 where nothing is said.
+    whole
+        Judge by all items.
+    against
+        Another model: whether the two really differ, and then which is ahead.
+    noise
+        Models of the same kind and another seed, so that it is known what the seed alone does to a score. May be given more
+        than once.
+    judge
+        A stronger model that reads what this one writes of its own (--suite free).
+    stride
+        Tokens from one window over a text to the next. [default: half a window; for the run's own text a whole one]
+    context_use
+        Tell the loss at each position of the window, on the text and on its words shuffled.
     text_column
         The column of tables that holds the text.
     """
     from nextword import api
+    from nextword.verbs.judged import evaluation_in_words
 
-    measured = api.evaluate(
-        model, texts or [], text_column=text_column, device=common.device, precision=precision, console=common.console()
-    )
-    result = {name: getattr(measured, name) for name in ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")}
-    show(
-        result,
-        common,
-        lambda: (
-            f"loss {measured.loss:.4f} nats/token · perplexity {measured.perplexity:.2f} · "
-            f"{measured.bits_per_byte:.4f} bits/byte, over {measured.tokens:,} tokens, {measured.bytes:,} bytes"
-        ),
-    )
+    result = api.evaluate(
+        model, texts or [], suites=suite or [], limit=limit, whole=whole, against=against, noise=noise or [], judge=judge,
+        stride=stride, context_use=context_use, text_column=text_column, seed=common.seed, device=common.device,
+        precision=precision, console=common.console(),
+    )  # fmt: skip
+    show(result, common, lambda: evaluation_in_words(result))
 
 
 def export(

@@ -1,0 +1,206 @@
+"""Judging, measured: that likelihoods are the stock class's, how fast they are, and what a model scores.
+
+    python -m benchmarks.judging [NAME …]
+
+Names: agree, rate, peers, scores. Each measurement is kept under build/bench; remove judging-*.json there to measure anew. The
+data are those of `NEXTWORD_DATA` (where that is not set: ../shared/data). `peers` needs transformers, accelerate and lm-eval.
+With NEXTWORD_BENCH_QUICK=1 a few items are measured, and nothing is kept.
+
+Rates are told in turn with a matrix product of 1,024³ before and after each batch, since a shared machine's rate changes from
+one second to the next, and in the processor time of one thread.
+"""
+
+import importlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.run import DATA, cell, nextword, spread
+from benchmarks.tuning_data import QUICK, base
+from nextword.evaluation.declarations import find_suite
+from nextword.evaluation.likelihood import evaluating
+from nextword.evaluation.suites import Question, question_of, read_items, sample
+from nextword.judging.scoring import BATCH_TOKENS, Scorer, Tree, batches
+from nextword.loading import Model, load
+from nextword.text.streams import Problems
+
+FILES = {
+    "blimp": "blimp.tar.xz",
+    "hellaswag": "hellaswag.tar.xz",
+    "arc": "arc_easy/test.jsonl",
+    "crows-pairs": "crows_pairs",
+    "winogender": "winogender/all_sentences.tsv",
+}
+ITEMS = 12 if QUICK else 200  # of each suite, where its likelihoods are compared and timed
+
+
+def kept(name: str, measure: Callable[[], Any]) -> Any:
+    return measure() if QUICK else cell(f"judging-{name}", measure)
+
+
+def questions(name: str) -> list[Question]:
+    suite = find_suite(f"{name}={DATA / FILES[name]}")
+    items = read_items(suite, Problems())
+    return [question_of(suite, items[i]) for i in sample(items, ITEMS)]
+
+
+# ---------------------------------------------------------------- agree
+
+
+def stock_likelihoods(model: Model, asked: Sequence[Question]) -> list[list[float]]:
+    """log P by the stock class of the same directory, one text at a time."""
+    from transformers import AutoModelForCausalLM
+
+    stock = AutoModelForCausalLM.from_pretrained(model.path).eval()
+    scorer = Scorer(model.weights, model.tokenizer)
+    found = []
+    with torch.no_grad():
+        for question in asked:
+            likely = []
+            for text in scorer.texts(question.asked):
+                log_p = stock(torch.tensor([text.ids[:-1]])).logits[0, -text.asked :].double().log_softmax(-1)
+                likely.append(float(log_p.gather(1, torch.tensor(text.ids[-text.asked :])[:, None]).sum()))
+            found.append(likely)
+    return found
+
+
+def agree() -> None:
+    def measure(name: str) -> dict[str, Any]:
+        model, asked = load(base()), questions(name)
+        found = Scorer(model.weights, model.tokenizer).ask([one.asked for one in asked])
+        ours, theirs = [[one.nats for one in likely] for likely in found], stock_likelihoods(model, asked)
+        apart = max(
+            abs(a - b) for one, other in zip(ours, theirs, strict=True) for a, b in zip(one, other, strict=True)
+        )
+        other_order = sum(
+            np.argsort(one, kind="stable").tolist() != np.argsort(other, kind="stable").tolist()
+            for one, other in zip(ours, theirs, strict=True)
+        )
+        return {"items": len(asked), "apart": apart, "other_order": other_order}
+
+    print("\n| suite | items | largest difference, nats | items ranked otherwise |\n|---|---|---|---|")
+    for name in FILES:
+        one = kept(f"agree-{name}", lambda name=name: measure(name))
+        print(f"| {name} | {one['items']} | {one['apart']:.1e} | {one['other_order']} |")
+
+
+# ---------------------------------------------------------------- rate
+
+
+def product() -> float:
+    """The rate of a matrix product of 1,024³ on one thread, in FLOP/s."""
+    a = torch.randn(1024, 1024)
+    start = time.process_time()
+    a @ a
+    return 2 * 1024**3 / (time.process_time() - start)
+
+
+def work(model: Model, batch: Sequence[Sequence[Tree]]) -> float:
+    """The FLOPs that a batch cannot do without: each token that is read once through the matrices, each pair of tokens of
+    which one sees the other, and the logits of each place that a word is asked for."""
+    config, trees = model.gpt.config, [tree for row in batch for tree in row]
+    matrices = sum(p.numel() for name, p in model.gpt.named_parameters() if p.ndim == 2 and name.startswith("blocks"))
+    seen = sum(int((tree.positions + 1).sum()) for tree in trees)
+    return (
+        2.0 * matrices * sum(len(tree.tokens) for tree in trees)
+        + 4.0 * config.n_layers * config.n_heads * config.head_dim * seen
+        + 2.0 * config.d_model * config.vocab_size * sum(len(np.unique(tree.after)) for tree in trees)
+    )
+
+
+def rate() -> None:
+    def measure(name: str) -> list[float]:
+        model = load(base())
+        scorer = Scorer(model.weights, model.tokenizer)
+        asked = questions(name)
+        texts = iter(scorer.texts([pair for one in asked for pair in one.asked]))
+        trees = scorer.trees([[next(texts) for _ in one.asked] for one in asked])
+        shares = []
+        with evaluating(model.weights):
+            for _ in range(1 if QUICK else 5):
+                for batch in batches(trees, model.gpt.config.context_length, BATCH_TOKENS["cpu"]):
+                    before, start = product(), time.process_time()
+                    scorer.likelihoods(batch)
+                    seconds = time.process_time() - start
+                    shares.append(work(model, batch) / seconds / max(before, product()))
+        return shares
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    print("\n| suite | share of the matrix product's rate: middle (from to) |\n|---|---|")
+    for name in FILES:
+        print(f"| {name} | {spread(kept(f'rate-{name}', lambda name=name: measure(name)), 2)} |")
+    torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------- peers
+
+
+def peers() -> None:
+    def measure(name: str) -> dict[str, Any]:
+        model, asked = load(base()), questions(name)
+        scorer = Scorer(model.weights, model.tokenizer, greedy=True)  # lm-eval finds out as well
+        make = importlib.import_module("lm_eval.models.huggingface").HFLM
+        theirs = {size: make(pretrained=str(model.path), device="cpu", batch_size=size) for size in (1, 16, 64)}
+        requests = [SimpleNamespace(args=pair) for one in asked for pair in one.asked]
+        runs: dict[str, Callable[[], Any]] = {"nextword": lambda: scorer.ask([one.asked for one in asked])}
+        for size, peer in theirs.items():
+            runs[f"hf, batch {size}"] = lambda peer=peer: peer.loglikelihood(requests, disable_tqdm=True)
+        times: dict[str, list[float]] = {run: [] for run in runs}
+        for _ in range(1 if QUICK else 3):  # in turn, so that a change of the machine's speed meets all
+            for run, go in runs.items():
+                start = time.process_time()
+                go()
+                times[run].append(time.process_time() - start)
+        return {"items": len(asked), "times": times}
+
+    print("\n| suite | items | nextword, s | lm-eval's hf, s (its best batch) | times as fast |\n|---|---|---|---|---|")
+    for name in FILES:
+        found = kept(f"peers-{name}", lambda name=name: measure(name))
+        middle = {run: statistics.median(times) for run, times in found["times"].items()}
+        best = min((run for run in middle if run != "nextword"), key=lambda run: middle[run])
+        print(
+            f"| {name} | {found['items']} | {middle['nextword']:.2f} | {middle[best]:.2f} ({best}) "
+            f"| {middle[best] / middle['nextword']:.1f} |"
+        )
+
+
+# ---------------------------------------------------------------- scores
+
+
+def scores() -> None:
+    def measure(name: str) -> dict[str, Any]:
+        suite = f"{name}={DATA / FILES[name]}"
+        return nextword(
+            "evaluate", base(), "--suite", suite, *(("--limit", "50") if QUICK else ()), "--json", "--quiet"
+        )
+
+    print(
+        "\n| suite | score | chance | | in scrambled words | items | whole process, s |\n|---|---|---|---|---|---|---|"
+    )
+    for name in FILES:
+        found = kept(f"scores-{name}", lambda name=name: measure(name))
+        one, wall = found["suites"][name], found["wall"]
+        side = "above" if one["above_chance"] else "below" if one["below_chance"] else "not above"
+        cells = [f"{s['score']:.3f} ({s['low']:.3f} to {s['high']:.3f})" for s in (one, one["scrambled"])]
+        print(
+            f"| {name}, {one['metric']} | {cells[0]} | {one['chance']:.2f} | {side} | {cells[1]} "
+            f"| {one['n']:,} of {one['of']:,} | {wall:.0f} |"
+        )
+
+
+def main() -> None:
+    sections = {"agree": agree, "rate": rate, "peers": peers, "scores": scores}
+    for name in sys.argv[1:] or list(sections):
+        print(f"\n## {name}", flush=True)
+        sections[name]()
+
+
+if __name__ == "__main__":
+    main()
