@@ -43,9 +43,21 @@ ALLOWED: dict[str, set[str]] = {
     "exporting": GROUND | {"model", "text", "inference", "base"},
     "serving": GROUND
     | {"model", "text", "tasks", "inference", "evaluation", "console", "runs", "base", "loading", "prediction"},
+    "asked": GROUND | {"text", "recipes", "console", "runs", "loading"},
     "api": GROUND
     | {"text", "tasks", "inference", "evaluation", "recipes", "console", "runs", "base", "loading", "prediction"}
-    | {"job", "planning", "pretraining", "continuing", "finetuning", "transferring", "exporting", "judging", "serving"},
+    | {
+        "job",
+        "planning",
+        "pretraining",
+        "continuing",
+        "finetuning",
+        "transferring",
+        "exporting",
+        "judging",
+        "serving",
+        "asked",
+    },
     "verbs": GROUND | {"console", "model", "recipes", "api", "inference", "chatting"},
     "cli": {"errors", "verbs"},
     "__main__": {"cli"},

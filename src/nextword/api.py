@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from nextword import files, recipes
+from nextword.asked import chosen_recipe, describe, gather, lengths, said, tables, whole_paths
 from nextword.base import Base
 from nextword.console import Console
 from nextword.continuing import Continuing
@@ -28,7 +29,7 @@ from nextword.loading import Paths, as_list, load
 from nextword.planning import plan_text
 from nextword.prediction import score_predictions
 from nextword.pretraining import Pretraining
-from nextword.recipes import change, count, number, recipe_named, seconds
+from nextword.recipes import change, seconds
 from nextword.runs import RunFolder, choose_device, command_line
 from nextword.tasks.examples import read_examples
 from nextword.tasks.scores import Score
@@ -36,7 +37,6 @@ from nextword.text import corpus as corpora_module
 from nextword.text.corpus import Corpus
 from nextword.text.docstrings import write_examples
 from nextword.text.documents import Problems
-from nextword.text.named import NAMED
 
 # The demo's time: for its pre-training, for each of its two fine-tunings; what is left over, it spends on what it shows.
 DEMO_SHARES = {"pretrain": 0.55, "packages": 0.17, "assistant": 0.25}
@@ -144,65 +144,6 @@ def pretrain(
         return Pretraining(run, corpus, chosen, console, where, started)
 
     return carry_out(job, Path(out), request, resume=resume, tensorboard=tensorboard, console=console)
-
-
-def lengths(
-    budget: str | float | None, steps: int | None, tokens: str | int | None, flops: str | float | None
-) -> dict[str, Any]:
-    """How long a run is to be, as people write it, in numbers. Raises `UsageError` for what is none."""
-    return {
-        "steps": steps, "budget": None if budget is None else seconds(budget),
-        "tokens": None if tokens is None else count(tokens), "flops": None if flops is None else number(flops),
-    }  # fmt: skip
-
-
-def chosen_recipe(request: dict[str, Any]) -> recipes.Recipe:
-    """The recipe that a request names, with the settings that it changes."""
-    names = ("model", "training", "size", "tokenizer", "vocab_size", *recipes.LENGTHS)
-    return change(recipe_named(request["recipe"], request["preset"]), **{name: request[name] for name in names})
-
-
-def said(settings: dict[str, Any] | None) -> dict[str, Any]:
-    """The settings that were given."""
-    return {name: value for name, value in (settings or {}).items() if value is not None}
-
-
-def whole_paths(corpora: Paths, begun: bool) -> list[str]:
-    """Corpora by their full paths, so that a resume may come from another folder; names stay names.
-
-    Raises:
-        UsageError: none is given for a run that is not begun yet, or one is not there.
-    """
-    given = as_list(corpora)
-    if not given and not begun:
-        raise UsageError("say what to learn from: a file, a folder, shards, or a named corpus such as python-docs")
-    if missing := [path for path in given if str(path) not in NAMED and not Path(path).exists()]:
-        raise UsageError(f"{missing[0]}: no such file or folder, and no named corpus ({', '.join(NAMED)})")
-    return [str(path) if str(path) in NAMED else str(Path(path).resolve()) for path in given]
-
-
-def gather(
-    corpora: list[str], run: RunFolder, tokenizer: str, vocab_size: int | None, text_column: str | None, strict: bool,
-    console: Console,
-) -> Corpus:  # fmt: skip
-    """Prepared shards where they are given, else the text made into shards inside the run folder."""
-    prepared = [path for path in corpora if (Path(path) / files.MANIFEST).is_file()]
-    if prepared:
-        if len(corpora) > 1:
-            raise UsageError(f"{prepared[0]}: prepared shards stand alone; prepare the other texts together with them")
-        return Corpus.open(Path(prepared[0]))
-    return corpora_module.prepare(
-        corpora, run.data, tokenizer=tokenizer, vocab_size=vocab_size, text_column=text_column, strict=strict,
-        progress=console.progress, say=console.say,
-    )  # fmt: skip
-
-
-def describe(corpus: Corpus) -> str:
-    train, held_out = corpus.train, corpus.validation
-    return (
-        f"{corpus.documents:,} documents ({corpus.duplicates:,} duplicates left out) · {train.tokens:,} tokens to learn from, "
-        f"{held_out.tokens:,} held out · vocabulary {corpus.tokenizer.vocab_size:,}"
-    )
 
 
 def finetune(
@@ -315,14 +256,6 @@ def transfer(
 
     with console or Console(quiet=True) as console:
         return run_transfer(tune, Path(out), request, command_line(), resume=resume, console=console)
-
-
-def tables(paths: Paths, begun: bool) -> list[str]:
-    """Files or folders by their full paths. Raises `UsageError` where one is missing, or none is given to begin with."""
-    given = as_list(paths)
-    if not given and not begun:
-        raise UsageError("say what to learn from: a table of examples (CSV, TSV, JSONL, JSON, Parquet)")
-    return whole_paths(given, begun=True)
 
 
 def predict(
