@@ -106,7 +106,7 @@ class Attend(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         assert ctx.places.holes is None
         (dout,) = grad_outputs
         qkv, out, logsum, query_weight, key_weight = ctx.saved_tensors
@@ -137,7 +137,7 @@ class AddNorm(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         dtotal, dy = grad_outputs
         total, weight, bias = ctx.saved_tensors
         if dy is None:
@@ -165,7 +165,7 @@ class Activate(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (dy,) = grad_outputs
         (x,) = ctx.saved_tensors
         dx, dy = torch.empty_like(x), dy.contiguous()
@@ -204,7 +204,7 @@ class SummedLoss(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (dloss,) = grad_outputs
         kept = (*ctx.saved_tensors, ctx.dunembedding)
         return *(None if gradient is None else gradient.mul_(dloss) for gradient in kept), None

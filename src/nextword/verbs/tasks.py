@@ -40,8 +40,8 @@ def finetune(
     resume: Flag = False,
     strict: Flag = False,
     tensorboard: Flag = False,
-    training: TrainingGroup = TrainingOptions(),
-    tuning: TuningGroup = TuningOptions(),
+    training: TrainingGroup = TrainingOptions(),  # pyright: ignore[reportInvalidTypeForm]
+    tuning: TuningGroup = TuningOptions(),  # pyright: ignore[reportInvalidTypeForm]
     common: Common = Common(),
 ) -> None:
     """Adapt a model to a task by labelled examples, and score it beside what needs no model.

@@ -104,8 +104,8 @@ def plan(
     /,
     *,
     run: RunOptions = RunOptions(),
-    model: ModelGroup = ModelOptions(),
-    training: TrainingGroup = TrainingOptions(),
+    model: ModelGroup = ModelOptions(),  # pyright: ignore[reportInvalidTypeForm]
+    training: TrainingGroup = TrainingOptions(),  # pyright: ignore[reportInvalidTypeForm]
     common: Common = Common(),
 ) -> None:
     """Say what a pre-training would be before it is begun: size, tokens, time, memory, energy, and what it will reach.
@@ -134,8 +134,8 @@ def pretrain(
     run: RunOptions = RunOptions(),
     resume: Flag = False,
     tensorboard: Flag = False,
-    model: ModelGroup = ModelOptions(),
-    training: TrainingGroup = TrainingOptions(),
+    model: ModelGroup = ModelOptions(),  # pyright: ignore[reportInvalidTypeForm]
+    training: TrainingGroup = TrainingOptions(),  # pyright: ignore[reportInvalidTypeForm]
     common: Common = Common(),
 ) -> None:
     """Train a GPT on your own text, from nothing to a model that generates.
