@@ -72,7 +72,7 @@ def test_generate(nextword: Run, run):
 def test_evaluate_says_the_runs_own_loss_and_that_of_files(nextword: Run, run, texts):
     own = json.loads(nextword("evaluate", run, "--json").stdout)
     assert own["loss"] == pytest.approx(json.loads((run / "result.json").read_text())["loss"], abs=1e-6)
-    assert {"loss", "perplexity", "bits_per_byte", "tokens", "bytes"} == set(own)
+    assert {"loss", "perplexity", "bits_per_byte", "tokens", "bytes", "stride", "interval"} == set(own)
     whole = json.loads(nextword("evaluate", run / "model", texts, "--json").stdout)
     assert whole["bytes"] == sum(len(p.read_bytes()) for p in texts.iterdir())
 
