@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from nextword.training.train import (
 
 SAMPLED = (1, 2, 4, 8, 12, 16, 20)  # of twenty evaluations, those after which the model writes something
 SAVE_SECONDS = 60.0  # between checkpoints, and never more than a thirtieth of the time goes into them
+REPORT = "nextword.evaluation.report"
 FINISHING_SECONDS = 2.5  # the report, the card and the last files
 
 
@@ -415,6 +417,7 @@ def carry_out(
         else:
             job = make(run, request, console)
             job.begin(command_line(), request)
+        import_module(REPORT)  # what draws takes a second to import: now, and not when the time is up
         job.train(tensorboard=tensorboard)
         console.close()
         return job.finish()
@@ -435,7 +438,7 @@ def refuse_changes(run: RunFolder, request: dict[str, Any]) -> None:
 
 def draw(run: Path, anew: bool = False) -> None:
     """The report and the card of a finished run; where they are there already, only if they are to be made anew."""
-    from nextword.evaluation.report import write_card, write_report  # what draws takes half a second to import
+    from nextword.evaluation.report import write_card, write_report
 
     if anew or not (run / "README.md").is_file():
         write_card(run)
