@@ -22,8 +22,6 @@ from nextword.model.gpt import GPT
 from nextword.text.tokenizer import Tokenizer
 
 TOLERANCE = 1e-3  # of logits and of log-probabilities in nats
-# llama.cpp looks GELU up in a table of float16 numbers, which have 11 bits: 1.1e-3 was seen of a small random model.
-GELU_TOLERANCE = 5e-3
 LONGEST = 512  # tokens of a text that is compared; a reader keeps all its logits
 GREEDY = 200
 PHRASES = (
@@ -77,7 +75,7 @@ def by_llama_cpp(file: Path, gpt: GPT, tokenizer: Tokenizer) -> float:
     """The largest difference of log-probabilities in llama.cpp, with keys and values in float32.
 
     Raises:
-        NextwordError: it is more than rounding, or a line becomes other tokens there.
+        NextwordError: it is above `TOLERANCE`, or a line becomes other tokens there.
     """
     import llama_cpp  # pyright: ignore[reportMissingImports]
 
@@ -99,7 +97,7 @@ def by_llama_cpp(file: Path, gpt: GPT, tokenizer: Tokenizer) -> float:
             llama.eval(ids)
             theirs = torch.tensor(llama.scores[: len(ids)])  # [T, V]
             largest = max(largest, difference(logits(gpt, [ids])[0].log_softmax(-1), theirs.log_softmax(-1)))
-    return equal(largest, "llama.cpp", GELU_TOLERANCE if gpt.config.activation == "gelu" else TOLERANCE)
+    return equal(largest, "llama.cpp")
 
 
 def by_onnxruntime(file: Path, gpt: GPT, tokenizer: Tokenizer) -> float:
@@ -123,12 +121,12 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return largest if largest == largest else float("inf")
 
 
-def equal(difference: float, reader: str, tolerance: float = TOLERANCE) -> float:
+def equal(difference: float, reader: str) -> float:
     """The difference itself. Raises `NextwordError` where it is more than rounding."""
-    if difference > tolerance:
+    if difference > TOLERANCE:
         raise NextwordError(
             f"the exported file is not the model: read back by {reader}, its numbers differ by {difference:.2g}, and at most "
-            f"{tolerance} is rounding. No file is left; please report this, with the versions of {reader} and nextword"
+            f"{TOLERANCE} is rounding. No file is left; please report this, with the versions of {reader} and nextword"
         )
     return difference
 

@@ -1,5 +1,5 @@
 """What a run will reach by its size, its tokens and its text: laws of the literature, their constants fitted to runs made
-here (`python -m benchmarks.laws`; docs/experiments.md has the runs, and where published constants did not hold).
+here (`python -m benchmarks.laws`): thirteen so far, on four texts, so that the interval is a first guess.
 
 Tokens are counted as the bytes that they stand for, so that one law serves every vocabulary.
 """
@@ -29,7 +29,7 @@ class Law:
     beta: float = 0.436
     half_life: float = 15.4
     taste: float = 0.543
-    spread: float = 0.06  # four runs of five, on a text that nothing was fitted to, end within this share
+    spread: float = 0.06  # the share within which four runs of five are expected to end; not tried on other texts yet
 
     def constants(self) -> tuple[float, ...]:
         """What is fitted, in this order."""
