@@ -39,6 +39,9 @@ ALLOWED: dict[str, set[str]] = {
     "transferring": GROUND | {"tasks", "evaluation", "console", "runs", "job", "prediction"},
     "chatting": GROUND | {"model", "text", "inference"},
     "judging": GROUND | {"model", "text", "tasks", "training", "inference", "evaluation", "console", "runs", "loading"},
+    "auditing": GROUND
+    | {"model", "text", "tasks", "inference", "evaluation", "console", "energy", "runs", "loading", "prediction", "judging"},
+    "explaining": GROUND | {"model", "text", "tasks", "inference", "evaluation", "console", "runs", "loading", "prediction"},
     "loading": GROUND | {"model", "text", "tasks", "inference", "evaluation", "console", "runs", "base", "prediction"},
     "exporting": GROUND | {"model", "text", "inference", "base"},
     "serving": GROUND
@@ -55,6 +58,8 @@ ALLOWED: dict[str, set[str]] = {
         "transferring",
         "exporting",
         "judging",
+        "auditing",
+        "explaining",
         "serving",
         "asked",
     },
