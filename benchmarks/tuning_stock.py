@@ -27,7 +27,7 @@ from benchmarks.tuning_data import (
 )  # fmt: skip
 
 # Of the comparison with the stock Trainer: examples to learn from, and times over them.
-PEERS = {"trec": (None, 3), "movie_reviews": (4000, 2), "stsb": (2500, 2), "english_french": (4000, 2)}
+PEERS = {"trec": (None, 2), "movie_reviews": (1500, 2), "stsb": (1500, 2), "english_french": (2000, 2)}
 RATE = {"full": 3.75e-4, "lora": 3.75e-3}
 BATCH = 32
 
