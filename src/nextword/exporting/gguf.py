@@ -87,13 +87,13 @@ def write_gguf(model: str | Path, out: str | Path, precision: Precision = "float
         writer.close()
 
     with aside(out) as partial:
-        difference = None
+        difference = unexplained = None
         if find_spec("llama_cpp"):
             write(partial, "float32")
-            difference = by_llama_cpp(partial, gpt, tokenizer)
+            difference, unexplained = by_llama_cpp(partial, gpt, tokenizer)
         if difference is None or precision != "float32":
             write(partial, precision)
-        return Exported(out, "llama-cpp-python", difference)
+        return Exported(out, "llama-cpp-python", difference, unexplained)
 
 
 def of_tensor(name: str, tensor: Tensor, precision: Precision) -> Precision:
