@@ -301,13 +301,13 @@ def number(text: str | float) -> float:
 
 
 def count(text: str | int) -> int:
-    """A number of things as people write it: 2000, 100k, 1.5M, 2B. Raises `UsageError`."""
+    """A number of things as people write it: 2000, 100k, 1.5M, 2B, 1.4T. Raises `UsageError`."""
     if isinstance(text, int):
         return text
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", text.strip().lower().replace(",", "").replace("_", ""))
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmbt]?)", text.strip().lower().replace(",", "").replace("_", ""))
     if match is None:
-        raise UsageError(f"{text!r} is no number: write 2000, 100k, 1.5M or 2B")
-    number = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2]]
+        raise UsageError(f"{text!r} is no number: write 2000, 100k, 1.5M, 2B or 1.4T")
+    number = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}[match[2]]
     if number != int(number):
         raise UsageError(f"{text!r} is no whole number")
     return int(number)

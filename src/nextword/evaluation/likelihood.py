@@ -7,6 +7,7 @@ import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -44,6 +45,17 @@ class Likelihood:
     stride: int
 
 
+class Company(Protocol):
+    """Processes that do something together, as one of them sees them."""
+
+    rank: int
+    size: int
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum over all of them, in the tensor itself."""
+        ...
+
+
 def likelihood(
     model: GPT,
     tokens: TokenSource,
@@ -54,6 +66,7 @@ def likelihood(
     limit_windows: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     each: np.ndarray | None = None,
+    company: Company | None = None,
 ) -> Likelihood:
     """Predict a text in windows of context_length + 1 tokens, of each what no window before it has predicted: every token but
     the first is predicted exactly once.
@@ -66,6 +79,7 @@ def likelihood(
         limit_windows: predict only so many windows, evenly spread over the text and the same ones every time.
         progress: called with the windows that are done and those that there are.
         each: [len(tokens) − 1], filled with the nats of each token that is predicted.
+        company: processes that share the work and all get the same answer.
 
     Raises:
         UsageError: fewer than two tokens, no bytes, a stride that is none, or a token that the model does not have.
@@ -79,6 +93,8 @@ def likelihood(
         raise UsageError(f"the stride must be between 1 and the context length of {context_length}, not {stride}")
     count = 1 + max(0, -(-(len(tokens) - 1 - context_length) // stride))
     chosen = _spread(count, limit_windows)
+    if company is not None:
+        chosen = chosen[company.rank :: company.size]
     batch_rows = batch_rows or max(1, BATCH_TOKENS // context_length)
     sums, counts = torch.zeros(context_length, dtype=torch.float64), torch.zeros(context_length, dtype=torch.int64)
     done = 0
@@ -94,6 +110,8 @@ def likelihood(
             done += len(group)
             if progress is not None:
                 progress(done, len(chosen))
+    if company is not None:
+        sums, counts = company.summed(sums), company.summed(counts)
     predicted, nats = int(counts.sum()), float(sums.sum())
     if not math.isfinite(nats):
         raise NextwordError("the loss is not a finite number: the model's weights are damaged, or it diverged")
@@ -193,7 +211,8 @@ def _batches(chosen: Sequence[int], rows: int, alone: Collection[int]) -> Iterat
             yield group
             group = []
         group.append(window)
-    yield group
+    if group:
+        yield group
 
 
 def _windows(tokens: TokenSource, indices: Sequence[int], context_length: int, stride: int) -> np.ndarray:
