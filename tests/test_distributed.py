@@ -148,6 +148,26 @@ def test_two_processes_make_the_model_that_one_makes(alone, two):
     assert results[0]["tokens"] == results[1]["tokens"]
 
 
+@pytest.mark.parametrize("parallel", ["full", "hybrid"])
+def test_however_the_weights_are_shared(shards, alone, tmp_path, parallel):
+    """Hybrid as two machines of one process each, which have a copy of the weights each."""
+    run, port = tmp_path / "run", str(free_port())
+    if parallel == "full":
+        processes = [pretrain(run, shards, 2, "--training.parallel", "full")]
+    else:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--master-addr",
+                  "127.0.0.1", "--master-port", port]  # fmt: skip
+        program = ["-m", "nextword", "pretrain", str(shards), "--out", str(run), "--steps", str(STEPS), *SIZES]
+        processes = [
+            subprocess.Popen([*launch, "--node-rank", rank, *program, "--training.parallel", "hybrid"], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True, encoding="utf-8")
+            for rank in ("0", "1")
+        ]  # fmt: skip
+    for process in processes:
+        end(process)
+    assert losses(run) == pytest.approx(losses(alone), abs=2e-5)
+
+
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="this system does not tell who is who")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_is_killed_and_torchrun_starts_both_anew(shards, two, tmp_path, rank):

@@ -189,8 +189,9 @@ class Job(ABC):
         return probe(self.state, step_module, self.data, self.settings) / self.world.size
 
     def quickest_step(self) -> StepKind:
-        """The kind of step that costs no time to begin with."""
-        return "fused" if fused.available(self.state.model) else "plain"
+        """The kind of step that costs no time to begin with. Our own compiled parts want the whole model's weights at once."""
+        whole_weights = self.world.size == 1 or self.training.parallel == "data"
+        return "fused" if whole_weights and fused.available(self.state.model) else "plain"
 
     def build_step(self, objective: Objective, kind: StepKind | None = None) -> None:
         """The step of a kind; a fused one without its compiler is a plain one, which is said."""
@@ -253,7 +254,7 @@ class Job(ABC):
         if self.world.size == 1:
             return
         state = self.state.optimizer.state_tensors()
-        self.world.share(self.plain_step)
+        self.world.share(self.plain_step, self.training.parallel, self.settings.bf16)
         self.state.optimizer = self.make_optimizer(self.state.model)
         self.state.optimizer.load_state_tensors(state)
 

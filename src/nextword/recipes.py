@@ -42,6 +42,11 @@ class Training:
         "auto",
         "torch.compile: where our compiled parts do not fit, a compiler is there and the run is long; always; never.",
     )
+    parallel: Literal["data", "full", "hybrid"] = setting(
+        "data",
+        "How several processes share the weights: whole in each during a step (data), a block at a time (full), or that within "
+        "each machine and a copy in each (hybrid).",
+    )
     evaluations: int = setting(20, "How often the held-out text is looked at in the course of the run.")
     patience: int | None = setting(None, "Stop after so many evaluations without a better one; never where not given.")
     save_every: int | None = setting(
@@ -260,7 +265,7 @@ def check_training(t: Training) -> None:
         "micro_batch_rows": t.micro_batch_rows is None or t.micro_batch_rows >= 1,
         "patience": t.patience is None or t.patience >= 1, "save_every": t.save_every is None or t.save_every >= 1,
         "optimizer": t.optimizer in ("muon", "adamw"), "schedule": t.schedule in ("cosine", "wsd", "linear", "constant"),
-        "compile": t.compile in ("auto", "yes", "no"),
+        "compile": t.compile in ("auto", "yes", "no"), "parallel": t.parallel in ("data", "full", "hybrid"),
     }  # fmt: skip
     refuse_out_of_range("training", t, ranges)
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,10 @@ from torch import Tensor, nn
 
 from nextword.errors import NextwordError
 
+if TYPE_CHECKING:
+    from nextword.training.objectives import Step
+
+Parallel = Literal["data", "full", "hybrid"]
 PATIENCE = timedelta(minutes=30)  # how long one waits for another, as in the preparation of a text
 LOST = "another process of this run is gone, or does not answer"
 
@@ -79,19 +83,35 @@ class World:
 
     # ------------------------------------------------------------ weights
 
-    def share(self, step: nn.Module) -> None:
+    def share(self, step: "Step", parallel: Parallel, bf16: bool) -> None:
         """Give each process its part of every weight, and of its gradient: the sums over all processes, not their mean, for
         each loss is divided by its count over the whole batch already.
 
-        The whole step is one unit: its weights are gathered once a step and are whole until the backward pass is done, so that
-        several micro-batches cost no more communication than one.
+        Args:
+            parallel: "data": the whole step is one unit, whose weights are gathered once a step and are whole until the
+                backward pass is done, so that several micro-batches cost no more communication than one. "full": each block
+                is one, gathered when it works. "hybrid": the same, among the processes of one machine, with a copy in each.
+            bf16: gather the blocks' weights in bfloat16, in which their products are made then; gradients stay in float32.
         """
-        from torch.distributed.fsdp import FSDPModule, fully_shard
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-        fully_shard(step, reshard_after_forward=False)
-        assert isinstance(step, FSDPModule)
-        step.set_gradient_divide_factor(1.0)
-        step.set_force_sum_reduction_for_comms(True)
+        device = step.model.token_embedding.weight.device.type
+        shape, names = ((self.size,), ("parts",))
+        if parallel == "hybrid":
+            shape, names = (self.size // self.local_size, self.local_size), ("copies", "parts")
+        mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+        if parallel != "data":
+            policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+            for block in step.model.blocks:
+                fully_shard(block, mesh=mesh, mp_policy=policy if bf16 else MixedPrecisionPolicy())
+        fully_shard(step, mesh=mesh, reshard_after_forward=False)
+        for module in step.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
 
 
 ALONE = World()
@@ -126,18 +146,20 @@ def accumulating(step: nn.Module, more: bool) -> None:
         step.set_requires_gradient_sync(not more)  # pyright: ignore[reportCallIssue]
 
 
-def at_owners(parts: Sequence[Tensor], shapes: Sequence[torch.Size], change: Any) -> list[Tensor]:
+def at_owners(shared: Sequence[Tensor], parts: Sequence[Tensor], change: Any) -> list[Tensor]:
     """Let each matrix be changed as a whole by one process, its owner, and give back this process's part of each.
 
     A part holds the rows that `fully_shard` gave to this process. Owners are chosen so that all have about the same work. Two
     exchanges of as many numbers as the matrices have, and nobody ever holds more than their own.
 
     Args:
+        shared: the weights [R, C] that say how a matrix is shared.
         parts: this process's rows of each matrix.
-        shapes: of the whole matrices.
         change: from a list of whole matrices to a list of as many.
     """
-    size, rank = dist.get_world_size(), dist.get_rank()
+    shapes = [weight.shape for weight in shared]
+    group = shared[0].device_mesh.get_group(-1)  # pyright: ignore[reportAttributeAccessIssue]
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
     owners = spread_evenly([rows * columns * min(rows, columns) for rows, columns in shapes], size)
     theirs = [[i for i, owner in enumerate(owners) if owner == process] for process in range(size)]
     own = theirs[rank]
@@ -151,7 +173,7 @@ def at_owners(parts: Sequence[Tensor], shapes: Sequence[torch.Size], change: Any
         outgoing = [torch.cat([p.flatten() for p in some]) if some else parts[0].new_zeros(0) for some in pieces]
         incoming = parts[0].new_empty(sum(counts))
         with finding_others():
-            dist.all_to_all_single(incoming, torch.cat(outgoing), counts, [len(one) for one in outgoing])
+            dist.all_to_all_single(incoming, torch.cat(outgoing), counts, [len(one) for one in outgoing], group)
         return list(incoming.split(counts))
 
     sent = [[parts[i] for i in some] for some in theirs]
@@ -188,6 +210,10 @@ def joined() -> Iterator[World]:
     Raises:
         NextwordError: the others could not be reached.
     """
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if dist.is_initialized():  # whoever started us has brought us together already, as Ray does
+        yield World(dist.get_rank(), dist.get_world_size(), local_size) if dist.get_world_size() > 1 else ALONE
+        return
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ALONE
@@ -208,7 +234,7 @@ def joined() -> Iterator[World]:
             backend, store=dist.PrefixStore(f"nextword/{attempt}", store), rank=rank, world_size=size, timeout=PATIENCE
         )
     try:
-        yield World(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), attempt > 0)
+        yield World(rank, size, local_size, attempt > 0)
     finally:
         dist.destroy_process_group()
 

@@ -78,7 +78,7 @@ class Muon:
                 mean.lerp_(gradient, 1 - self.momentum)
                 directions.append(torch.lerp(gradient, mean, self.momentum))  # Nesterov's look ahead
         shared = any(hasattr(p, "placements") for p in moved)
-        updates = at_owners(directions, [p.shape for p in moved], turned) if shared else turned(directions)
+        updates = at_owners(moved, directions, turned) if shared else turned(directions)
         for p, update in zip(moved, updates, strict=True):
             own = part(p)
             own.mul_(1 - lr * self.weight_decay)
