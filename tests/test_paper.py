@@ -105,7 +105,10 @@ def test_a_shape_has_about_so_many_parameters(parameters):
 
 
 def test_the_verb_plans_on_paper(capsys):
-    assert cli.run(["plan", "--gpu", "h100", "--machines", "8", "--parameters", "7B", "--tokens", "140B", "--price", "2"]) == 0
+    assert (
+        cli.run(["plan", "--gpu", "h100", "--machines", "8", "--parameters", "7B", "--tokens", "140B", "--price", "2"])
+        == 0
+    )
     shown = capsys.readouterr().out
     assert "8 with 8 × h100" in shown
     assert "(MFU)" in shown

@@ -95,11 +95,14 @@ def likelihood(
     chosen = _spread(count, limit_windows)
     if company is not None:
         chosen = chosen[company.rank :: company.size]
-    batch_rows = batch_rows or max(1, BATCH_TOKENS // context_length)
     sums, counts = torch.zeros(context_length, dtype=torch.float64), torch.zeros(context_length, dtype=torch.int64)
+    groups = _batches(
+        chosen, batch_rows or max(1, BATCH_TOKENS // context_length),
+        alone=(count - 1,) if stride == context_length else (0, count - 1),
+    )  # fmt: skip
     done = 0
     with evaluating(model):
-        for group in _batches(chosen, batch_rows, alone=(count - 1,) if stride == context_length else (0, count - 1)):
+        for group in groups:
             losses = token_losses(model, _windows(tokens, group, context_length, stride))  # [B, T]
             new = slice(context_length - stride if group[0] else 0, losses.shape[1])
             sums[new] += losses[:, new].sum(0)
@@ -112,10 +115,15 @@ def likelihood(
                 progress(done, len(chosen))
     if company is not None:
         sums, counts = company.summed(sums), company.summed(counts)
+    return _likelihood_of(sums, counts, n_bytes, len(tokens) - 1, stride)
+
+
+def _likelihood_of(sums: Tensor, counts: Tensor, n_bytes: int, whole: int, stride: int) -> Likelihood:
+    """From the nats and the number of tokens at each position [T]; `whole` tokens could have been predicted."""
     predicted, nats = int(counts.sum()), float(sums.sum())
     if not math.isfinite(nats):
         raise NextwordError("the loss is not a finite number: the model's weights are damaged, or it diverged")
-    share = predicted / (len(tokens) - 1)  # of the text, where only some of its windows are predicted
+    share = predicted / whole  # of the text, where only some of its windows are predicted
     return Likelihood(
         loss=nats / predicted,
         perplexity=math.exp(min(nats / predicted, 700.0)),  # what is more is no number of Python's
