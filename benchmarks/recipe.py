@@ -137,7 +137,9 @@ def rates() -> None:
 
     with ThreadPoolExecutor(2) as pool:
         runs = dict(zip(jobs, pool.map(work, jobs), strict=True))
-    print("\n| size, tokens | batch | " + " | ".join(f"lr {lr:g}" for lr in RATES) + " |\n|" + "---|" * (2 + len(RATES)))
+    print(
+        "\n| size, tokens | batch | " + " | ".join(f"lr {lr:g}" for lr in RATES) + " |\n|" + "---|" * (2 + len(RATES))
+    )
     for size in WIDTHS:
         for batch in BATCHES:
             row = [f"{runs[size, batch, lr]['bits_per_byte']:.4f}" for lr in RATES]

@@ -27,7 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "console": set(),
     "energy": set(),
     "runs": GROUND | {"model", "text"},
-    "job": GROUND | {"training", "evaluation", "recipes", "console", "energy", "runs"},
+    "job": GROUND | {"model", "training", "evaluation", "recipes", "console", "energy", "runs"},
+    "lifecycle": GROUND | {"training", "console", "runs", "job"},
     "planning": GROUND | {"model", "text", "training", "recipes", "console", "energy", "runs", "job"},
     "base": GROUND | {"model", "text", "tasks", "evaluation"},
     "prediction": GROUND | {"model", "text", "tasks", "training", "inference", "evaluation"},
@@ -36,12 +37,25 @@ ALLOWED: dict[str, set[str]] = {
     "continuing": {"model", "text", "recipes", "console", "runs", "base", "planning", "pretraining"},
     "finetuning": GROUND
     | {"model", "text", "tasks", "training", "recipes", "console", "runs", "job", "base", "prediction"},
-    "transferring": GROUND | {"tasks", "evaluation", "console", "runs", "job", "prediction"},
+    "transferring": GROUND | {"tasks", "evaluation", "console", "runs", "lifecycle", "prediction"},
     "chatting": GROUND | {"model", "text", "inference"},
     "judging": GROUND | {"model", "text", "tasks", "training", "inference", "evaluation", "console", "runs", "loading"},
     "auditing": GROUND
-    | {"model", "text", "tasks", "inference", "evaluation", "console", "energy", "runs", "loading", "prediction", "judging"},
-    "explaining": GROUND | {"model", "text", "tasks", "inference", "evaluation", "console", "runs", "loading", "prediction"},
+    | {
+        "model",
+        "text",
+        "tasks",
+        "inference",
+        "evaluation",
+        "console",
+        "energy",
+        "runs",
+        "loading",
+        "prediction",
+        "judging",
+    },
+    "explaining": GROUND
+    | {"model", "text", "tasks", "inference", "evaluation", "console", "runs", "loading", "prediction"},
     "loading": GROUND | {"model", "text", "tasks", "inference", "evaluation", "console", "runs", "base", "prediction"},
     "exporting": GROUND | {"model", "text", "inference", "base"},
     "serving": GROUND
@@ -51,6 +65,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"text", "tasks", "inference", "evaluation", "recipes", "console", "runs", "base", "loading", "prediction"}
     | {
         "job",
+        "lifecycle",
         "planning",
         "pretraining",
         "continuing",

@@ -21,12 +21,13 @@ from nextword.exporting.proof import Exported
 from nextword.finetuning import Finetuning
 from nextword.inference.engine import Completion
 from nextword.inference.quantize import Precision
-from nextword.job import Job, carry_out
+from nextword.job import Job
 from nextword.judging.harness import run_task
 from nextword.judging.reading import judge_text, text_for
 from nextword.judging.verdict import LIMIT, Panel, judge_suite
+from nextword.lifecycle import carry_out
 from nextword.loading import Paths, as_list, load
-from nextword.planning import plan_text
+from nextword.planning import plan_on_paper, plan_text
 from nextword.prediction import score_predictions
 from nextword.pretraining import Pretraining
 from nextword.recipes import change, seconds
@@ -64,7 +65,7 @@ def prepare(
 
 
 def plan(
-    corpora: Paths,
+    corpora: Paths = (),
     *,
     recipe: str | None = None,
     preset: str | None = None,
@@ -80,14 +81,30 @@ def plan(
     text_column: str | None = None,
     strict: bool = False,
     device: str = "auto",
+    gpu: str | None = None,
+    machines: int = 1,
+    gpus_per_machine: int = 8,
+    parameters: str | None = None,
+    price: float | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """What `pretrain` would make of these texts in this time (or tokens, or operations) on this machine: size, tokens, memory,
-    energy, and the bits per byte to expect, with an interval. Nothing is written."""
+    energy, and the bits per byte to expect, with an interval. Nothing is written.
+
+    With `gpu` ("h100"), and without texts: what a run would need and give on `machines` that are not here, on paper; of about
+    so many `parameters` ("7B"), at a `price` of a GPU hour.
+    """
     request = {
         "recipe": recipe, "preset": preset, "size": size, "tokenizer": tokenizer, "vocab_size": vocab_size,
         **lengths(budget, steps, tokens, flops), "model": model, "training": training,
     }  # fmt: skip
+    if gpu is not None:
+        if as_list(corpora):
+            raise UsageError("--gpu plans on paper, without a text: leave the text out, and say --tokens")
+        return plan_on_paper(
+            chosen_recipe(request), gpu, machines=machines, gpus_per_machine=gpus_per_machine, parameters=parameters,
+            price=price,
+        )  # fmt: skip
     paths = whole_paths(corpora, begun=False)
     with console or Console(quiet=True) as console:
         return plan_text(

@@ -108,3 +108,13 @@ class Console:
         self.task = self.bar.add_task(stage, total=total, text=text)
         self.bar.start()
         self.stage = stage
+
+
+class Mute(Console):
+    """Says nothing at all, not even a warning: another process speaks for this one."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+
+    def warn(self, text: str) -> None:
+        pass

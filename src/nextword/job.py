@@ -7,9 +7,7 @@ the model is kept (`keep`); beginning, going on and finishing are stories of its
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +17,22 @@ from torch import nn
 from nextword import files
 from nextword.console import Console, duration
 from nextword.energy import Meter
-from nextword.errors import MissingExtra, UsageError
+from nextword.errors import MissingExtra
+from nextword.model.gpt import GPT
 from nextword.recipes import Training
 from nextword.runs import (
     Interrupted,
     RunFolder,
     catching_signals,
-    command_line,
-    differences,
     machine,
-    open_run,
     peak_memory,
     versions,
 )
 from nextword.training import checkpoint, fused
+from nextword.training.distributed import ALONE, World, whole
 from nextword.training.objectives import Objective, Step
 from nextword.training.optimizer import Optimizer
-from nextword.training.pace import Clock, Decision, Pace, read_decisions
+from nextword.training.pace import Clock, Decision, Pace, SharedClock, read_decisions
 from nextword.training.train import (
     StepKind,
     StepMetrics,
@@ -76,6 +73,10 @@ class Job(ABC):
     """One run in progress: begun or gone on with by its subclass, then `train`, then `finish`."""
 
     rows_differ = False  # in length, so that compiled code would be made anew again and again
+    in_company = False  # whether several processes can do it together
+    world: World = ALONE
+    checkpoint: Path | None = None  # where the run stood when this process took it up
+    mirror: tuple[int, GPT] | None = None  # the whole model as it was at a step, where the weights are shared
 
     # Set by the subclass when it begins or goes on.
     training: Training
@@ -86,7 +87,7 @@ class Job(ABC):
     settings: StepSettings
     plain_step: Step
     step_module: nn.Module
-    seconds_per_step: float
+    seconds_per_step: float = 0.0  # of one step, as far as it is known; the leader's to know
     facts: dict[str, Any]
     batch_tokens: int  # of a step, about
 
@@ -160,10 +161,10 @@ class Job(ABC):
             seconds_per_step: a first guess, where one is known; else it is measured.
         """
         t = self.training
-        rows = t.micro_batch_rows or fit_micro_batch(self.plain_step, self.data, self.settings)
+        rows = t.micro_batch_rows or fit_micro_batch(self.plain_step, self.data, self.settings, self.world)
         self.settings = replace(self.settings, micro_batch_rows=rows)
         # Measured on gradients that are thrown away; then whether to compile.
-        self.seconds_per_step = seconds_per_step or probe(self.state, self.plain_step, self.data, self.settings)
+        self.seconds_per_step = seconds_per_step or self.measured_seconds(self.plain_step)
         length = self.budget if self.budget is not None else (self.steps_wanted or 0) * self.seconds_per_step
         kind = self.quickest_step()
         if kind == "plain" and self.device.type == "cpu" and (why := fused.library()[1]):
@@ -179,13 +180,18 @@ class Job(ABC):
             "micro_batch_rows": rows,
             "step_kind": kind,
             "threads": torch.get_num_threads(),
-            "world_size": 1,
+            "world_size": self.world.size,
             "device": self.device.type,
         }
 
+    def measured_seconds(self, step_module: nn.Module) -> float:
+        """Of one step, by this process, with as many others at work beside it as there will be."""
+        return probe(self.state, step_module, self.data, self.settings) / self.world.size
+
     def quickest_step(self) -> StepKind:
-        """The kind of step that costs no time to begin with."""
-        return "fused" if fused.available(self.state.model) else "plain"
+        """The kind of step that costs no time to begin with. Our own compiled parts want the whole model's weights at once."""
+        whole_weights = self.world.size == 1 or self.training.parallel == "data"
+        return "fused" if whole_weights and fused.available(self.state.model) else "plain"
 
     def build_step(self, objective: Objective, kind: StepKind | None = None) -> None:
         """The step of a kind; a fused one without its compiler is a plain one, which is said."""
@@ -212,24 +218,56 @@ class Job(ABC):
                 f"this run began with torch {self.facts['versions']['torch']} and goes on with {torch.__version__}: "
                 "equal within rounding, not bit for bit"
             )
+        if fixed["world_size"] != self.world.size:
+            self.console.warn(
+                f"this run began in a world of {fixed['world_size']} and goes on in one of {self.world.size}: equal within "
+                "rounding, not bit for bit"
+            )
         self.settings = replace(self.settings, micro_batch_rows=fixed["micro_batch_rows"])
-        whole = checkpoint.newest_whole(self.run.path, self.console.warn)
+        if self.world.leads:
+            self.checkpoint = checkpoint.newest_whole(self.run.path, self.console.warn)
         step = 0
-        if whole is not None:
-            weights, optimizer, facts = checkpoint.load(whole, self.device)
+        if self.checkpoint is not None:
+            weights, optimizer, facts = checkpoint.load(self.checkpoint, self.device)
             self.state.model.load_state_dict(weights, strict=self.trains_everything)
             self.state.optimizer.load_state_tensors(optimizer)
             saved = facts["state"]
             self.state.step, self.state.tokens, self.state.bad = saved["step"], saved["tokens"], saved["bad"]
             self.best, self.stopped, step = Best(**saved["best"]), saved["stopped"], saved["step"]
         self.spent = self.run.cut_back(step)
-        self.seconds_per_step = probe(self.state, self.step_module, self.data, self.settings)
+        if self.world.leads:
+            self.seconds_per_step = self.measured_seconds(self.step_module)
         self.console.say(f"going on from step {step:,}, {duration(self.spent)} in")
 
     @property
     def trains_everything(self) -> bool:
         """Whether a checkpoint holds all weights; what an adapter leaves as it is, is not in it."""
         return all(p.requires_grad for p in self.state.model.parameters())
+
+    def threads(self) -> int:
+        """As many as the run began with, where it goes on in as many processes."""
+        fixed = self.facts["fixed"]
+        return fixed["threads"] if fixed["world_size"] == self.world.size else torch.get_num_threads()
+
+    def spread(self) -> None:
+        """Share weights, gradients and the optimizer's state among the processes of the run, as they now stand."""
+        if self.world.size == 1:
+            return
+        state = self.state.optimizer.state_tensors()
+        self.world.share(self.plain_step, self.training.parallel, self.settings.bf16)
+        self.state.optimizer = self.make_optimizer(self.state.model)
+        self.state.optimizer.load_state_tensors(state)
+
+    def whole_model(self) -> GPT:
+        """The model with all of its weights, in every process; they must all ask for it after the same steps."""
+        if self.world.size == 1:
+            return self.state.model
+        step, model = self.mirror or (-1, None)
+        if model is None or step != self.state.step:
+            weights = {name: whole(p.detach()) for name, p in self.state.model.named_parameters()}
+            model = GPT.from_weights(self.state.model.config, weights)
+            self.mirror = self.state.step, model
+        return model
 
     # ------------------------------------------------------------ train
 
@@ -242,9 +280,12 @@ class Job(ABC):
         if self.steps_wanted is not None:
             return Pace([Decision(0, self.steps_wanted)])
         assert self.budget is not None
-        self.clock = Clock(self.budget, self.run.decisions, started=self.started, spent=self.spent)
-        self.clock.reserve = self.finishing_seconds()
-        return Pace(read_decisions(self.run.decisions))
+        decisions = []
+        if self.world.leads:
+            self.clock = Clock(self.budget, self.run.decisions, started=self.started, spent=self.spent)
+            self.clock.reserve = self.finishing_seconds()
+            decisions = [asdict(decision) for decision in read_decisions(self.run.decisions)]
+        return Pace([Decision(**decision) for decision in self.world.told(decisions)])
 
     def train(self, tensorboard: bool = False) -> None:
         """The loop: a step, its line, and now and then a look at held-out data, a sample, a checkpoint.
@@ -253,15 +294,17 @@ class Job(ABC):
             Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
             Diverged: see `steps`.
         """
-        self.curves = open_tensorboard(self.run.path) if tensorboard else None
+        self.curves = open_tensorboard(self.run.path) if tensorboard and self.world.leads else None
         pace = self.make_pace()
+        shared = self.world.size > 1 and self.budget is not None
+        clock = SharedClock(self.world, self.clock) if shared else self.clock
         saved_at, save_seconds = time.monotonic(), 0.0
         before, tokens_before = time.monotonic(), self.state.tokens
         with catching_signals() as caught:
             if self.stopped:
                 return
             loop = steps(
-                self.state, self.data, self.step_module, self.settings, pace, self.clock, self.seconds_per_step
+                self.state, self.data, self.step_module, self.settings, pace, clock, self.seconds_per_step, self.world
             )
             for metrics in loop:
                 rate = (self.state.tokens - tokens_before) / max(1e-9, time.monotonic() - before)
@@ -273,14 +316,14 @@ class Job(ABC):
                     if self.training.save_every
                     else time.monotonic() - saved_at > max(SAVE_SECONDS, 30 * save_seconds)
                 )
-                if due or last or caught:
+                due, signal = map(int, self.world.most([due and self.world.leads, caught[0] if caught else 0]))
+                if due or last or signal:
                     begin = time.monotonic()
                     self._save()
                     saved_at, save_seconds = time.monotonic(), time.monotonic() - begin
-                if caught and not last:
+                if signal and not last:
                     raise Interrupted(
-                        f"stopped at step {metrics.step:,}, and saved. Go on with the same command and --resume",
-                        caught[0],
+                        f"stopped at step {metrics.step:,}, and saved. Go on with the same command and --resume", signal
                     )
                 if self.stopped:
                     break
@@ -347,7 +390,7 @@ class Job(ABC):
                 )
             else:
                 self.got_worse(metrics.step, look)
-        if round(20 * number / wanted) in SAMPLED:
+        if self.world.leads and round(20 * number / wanted) in SAMPLED:
             self.sample(metrics.step)
 
     def _keep_best(self, step: int, look: Look | None) -> None:
@@ -361,13 +404,17 @@ class Job(ABC):
     def _save(self) -> None:
         state = self.state
         facts = {**state.facts(), "best": asdict(self.best), "stopped": self.stopped}
-        weights = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
-        checkpoint.save(self.run.path, state.step, weights, state.optimizer.state_tensors(), facts)
+        weights = {name: whole(p.detach()) for name, p in state.model.named_parameters() if p.requires_grad}
+        optimizer = state.optimizer.state_tensors()
+        if self.world.leads:
+            checkpoint.save(self.run.path, state.step, weights, optimizer, facts)
 
     # ------------------------------------------------------------ finish
 
     def conclude(self, result: dict[str, Any]) -> dict[str, Any]:
-        """Write the result, the card and the report; the result as it was written."""
+        """Write the result, the card and the report; the result as it was written, and nothing where another process leads."""
+        if not self.world.leads:
+            return {}
         whole = {
             "run": str(self.run.path), "model": str(self.run.model), "steps": self.state.step,
             "tokens": self.state.tokens, "best_step": self.best.step, **result, "seconds": round(self.seconds(), 3),
@@ -385,55 +432,6 @@ def open_tensorboard(run: Path) -> Any:
     except ImportError as error:
         raise MissingExtra("--tensorboard", "tensorboard") from error
     return SummaryWriter(run / "tensorboard")
-
-
-# ---------------------------------------------------------------- from a request to a result
-
-
-def carry_out(
-    make: Callable[[RunFolder, dict[str, Any], Console], Job],
-    out: Path,
-    request: dict[str, Any],
-    *,
-    resume: bool,
-    tensorboard: bool,
-    console: Console | None,
-) -> dict[str, Any]:
-    """Begin a run or go on with it, and see it through; its result.
-
-    Args:
-        make: the run of a request, in its folder.
-        request: what the person said, by name; what was not said is None. A resume takes the request that the run began with.
-    """
-    with console or Console(quiet=True) as console, open_run(out, resume=resume) as run:
-        if run.begun:
-            refuse_changes(run, request)
-            if run.finished:
-                console.say(f"{run.path}: this run is finished")
-                draw(run.path)  # a kill may have come between the result and its report
-                return files.read_json(run.result)
-            job = make(run, run.facts()["request"], console)
-            job.go_on()
-        else:
-            job = make(run, request, console)
-            job.begin(command_line(), request)
-        import_module(REPORT)  # what draws takes a second to import: now, and not when the time is up
-        job.train(tensorboard=tensorboard)
-        console.close()
-        return job.finish()
-
-
-def refuse_changes(run: RunFolder, request: dict[str, Any]) -> None:
-    """A resume takes everything from the run; what is said anew must be the same. Raises `UsageError` with what differs."""
-    before = run.facts()["request"]
-    said = {name: value for name, value in request.items() if value not in (None, [], {})}
-    changed = differences({name: before.get(name) for name in said}, said)
-    if changed:
-        raise UsageError(
-            f"{run.path}: this run was begun with other settings, and a resume does not change them:\n  "
-            + "\n  ".join(changed)
-            + "\nLeave them out to go on, or begin a new run with another --out"
-        )
 
 
 def draw(run: Path, anew: bool = False) -> None:

@@ -1,6 +1,7 @@
 """A plan for real: the text is read, the machine tried at the sizes that come into question, the choice made."""
 
 import json
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from nextword.files import MANIFEST
 from nextword.job import FINISHING_SECONDS
 from nextword.model.config import SIZES, ConfigError, ModelConfig, build_config
 from nextword.model.gpt import GPT
-from nextword.recipes import Recipe
+from nextword.recipes import Recipe, count
 from nextword.runs import peak_memory
 from nextword.text.batches import TokenDataset, TokenSource
 from nextword.text.corpus import Corpus, find_sources, prepare
@@ -27,7 +28,8 @@ from nextword.training import fused
 from nextword.training.laws import difficulty
 from nextword.training.objectives import next_word
 from nextword.training.optimizer import Optimizer
-from nextword.training.plan import Length, Plan, Speed, Text, choose
+from nextword.training.paper import GPUS, PER_PARAMETER, UTILISATION, Cluster, on_paper, shape_for
+from nextword.training.plan import Length, Plan, Speed, Text, choose, flops_of
 from nextword.training.train import (
     StepSettings,
     TrainState,
@@ -42,6 +44,7 @@ from nextword.training.train import (
 SAMPLE = 2**25  # bytes of a large corpus that are looked at: some ten seconds' work
 EXPANDED = 3  # bytes of text in a byte of a packed file, about
 TRIED_TOKENS = 2048  # of the steps by which a CPU's speed is measured
+PAPER_VOCABULARY = 50_000  # of a model that is planned without its text
 STEP_TOKENS = 4096  # of a run whose length is said in steps, where nothing else is said
 
 
@@ -51,8 +54,8 @@ STEP_TOKENS = 4096  # of a run whose length is said in steps, where nothing else
 class Trials:
     """This machine, which is asked how fast it trains a size: with real steps on the real text, from fresh weights."""
 
-    def __init__(self, tokens: TokenSource, recipe: Recipe, device: torch.device, bf16: bool):
-        self.tokens, self.recipe, self.device, self.bf16 = tokens, recipe, device, bf16
+    def __init__(self, tokens: TokenSource, recipe: Recipe, device: torch.device, bf16: bool, processes: int = 1):
+        self.tokens, self.recipe, self.device, self.bf16, self.processes = tokens, recipe, device, bf16, processes
         self.rate = matmul_rate(device)
         self.memory = peak_memory(device)  # with all that is imported
 
@@ -66,7 +69,8 @@ class Trials:
         few = self._dataset(config, min(batch_tokens, TRIED_TOKENS)) if self.device.type == "cpu" else data
         state = TrainState(model, optimizer_of(model, self.recipe))
         seconds = probe(state, step, few, replace(settings, micro_batch_rows=rows))
-        return Speed(seconds / tokens_of(few) + optimizer_seconds(state) / tokens_of(data), memory)
+        seconds = seconds / tokens_of(few) + optimizer_seconds(state) / tokens_of(data)
+        return Speed(seconds / self.processes, memory)
 
     def _dataset(self, config: ModelConfig, batch_tokens: int) -> TokenDataset:
         rows = max(1, round(batch_tokens / config.context_length))
@@ -140,13 +144,15 @@ def sizes_for(recipe: Recipe, vocab_size: int, device: torch.device) -> dict[str
 
 
 def plan_corpus(
-    corpus: Corpus, recipe: Recipe, device: torch.device, *, seconds: float | None = None, scale: float = 1.0
-) -> Plan:
+    corpus: Corpus, recipe: Recipe, device: torch.device, *, seconds: float | None = None, scale: float = 1.0,
+    processes: int = 1,
+) -> Plan:  # fmt: skip
     """The plan of a run on a prepared corpus.
 
     Args:
         seconds: what is left of a budget, from now to the end.
         scale: how many times larger the whole text is than this corpus of it.
+        processes: how many do the work of one step together, each as fast as this one.
     """
     parts = corpus.train.tokens, corpus.train.bytes, corpus.validation.tokens
     tokens, n_bytes, held_out = (round(scale * count) for count in parts)
@@ -161,9 +167,69 @@ def plan_corpus(
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return choose(
         Text(tokens, n_bytes, difficulty(corpus), held_out), length,
-        sizes_for(recipe, corpus.tokenizer.vocab_size, device), Trials(corpus.tokens("train"), recipe, device, bf16),
+        sizes_for(recipe, corpus.tokenizer.vocab_size, device), Trials(corpus.tokens("train"), recipe, device, bf16, processes),
         batch=batch,
     )  # fmt: skip
+
+
+# ---------------------------------------------------------------- machines that are not here
+
+
+def plan_on_paper(
+    recipe: Recipe, gpu: str, *, machines: int = 1, gpus_per_machine: int = 8, parameters: str | None = None,
+    price: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """What a recipe would need and give on GPUs that are known by their datasheets, and of which model.
+
+    Args:
+        parameters: about how many, as people write it ("7B"); else the recipe's size; else what is best for as many operations.
+        price: of a GPU hour.
+
+    Raises:
+        UsageError: no such GPU, no model, or none that fits.
+    """
+    if gpu.lower() not in GPUS:
+        raise UsageError(f"--gpu {gpu}: no datasheet of it here; known are {', '.join(GPUS)}")
+    if machines < 1 or gpus_per_machine < 1:
+        raise UsageError("--machines and --gpus-per-machine must be at least 1")
+    if parameters is not None and recipe.size is not None:
+        raise UsageError("--parameters and --size exclude each other: say one")
+    cluster = Cluster(GPUS[gpu.lower()], machines, gpus_per_machine)
+    flops = recipe.flops
+    if flops is None and recipe.tokens is None and recipe.budget is not None:
+        flops = recipe.budget * cluster.size * cluster.gpu.flops * UTILISATION
+    wanted = None if parameters is None else float(count(parameters))
+    if wanted is None and recipe.size is None:
+        # Best for so many operations C = 6 N D is D = 20 N; for so many tokens, a twentieth of them.
+        wanted = math.sqrt(flops / 6 / PER_PARAMETER) if flops else (recipe.tokens or 0) / PER_PARAMETER
+        if wanted < 1e5:
+            raise UsageError(
+                "say how large the model is to be (--parameters 7B), or how long it is to be trained (--tokens 2T)"
+            )
+    config = config_on_paper(recipe, wanted)
+    tokens = recipe.tokens or (flops / flops_of(config) if flops else PER_PARAMETER * config.parameters)
+    found = on_paper(config, tokens, cluster, batch_tokens=recipe.training.batch_tokens, price=price)
+    return {
+        **found.to_dict(),
+        "gpu": gpu.lower(),
+        "gpus": cluster.size,
+        "machines": machines,
+        "model": config.to_dict(),
+    }
+
+
+def config_on_paper(recipe: Recipe, parameters: float | None) -> ModelConfig:
+    """The model of a recipe, at about so many parameters where they are said. Raises `UsageError` where there is none."""
+    settings = dict(recipe.model)
+    if parameters is not None:
+        n_layers, n_heads, d_model = shape_for(parameters)
+        settings = {"n_layers": n_layers, "n_heads": n_heads, "d_model": d_model, "context_length": 4096, **settings}
+    try:
+        return build_config(
+            recipe.preset, recipe.size or "125m", vocab_size=recipe.vocab_size or PAPER_VOCABULARY, **settings
+        )
+    except ConfigError as error:
+        raise UsageError(str(error)) from error
 
 
 # ---------------------------------------------------------------- a text that is not prepared yet

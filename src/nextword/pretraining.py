@@ -32,6 +32,8 @@ from nextword.training.train import TrainState
 class Pretraining(Job):
     """From nothing to a GPT. `begin` or `go_on` first, then `train`, then `finish`."""
 
+    in_company = True
+
     def __init__(
         self, run: RunFolder, corpus: Corpus, recipe: Recipe, console: Console, device: torch.device, started: float
     ):
@@ -50,7 +52,7 @@ class Pretraining(Job):
         plan = self.choose_model()
         t = self.recipe.training
         assert t.batch_tokens is not None
-        rows = max(1, round(t.batch_tokens / self.config.context_length))
+        rows = self.world.size * max(1, round(t.batch_tokens / self.config.context_length / self.world.size))
         if plan is not None and (self.recipe.tokens is not None or self.recipe.flops is not None):
             self.recipe = replace(self.recipe, steps=-(-plan.tokens // (rows * self.config.context_length)))
         self._build(seed, rows, threads=torch.get_num_threads())
@@ -85,7 +87,11 @@ class Pretraining(Job):
                 "Begin a new one with another --out"
             )
         fixed = self.facts["fixed"]
-        self._build(self.facts["seed"], fixed["rows"], fixed["threads"])
+        if fixed["rows"] % self.world.size:
+            raise UsageError(
+                f"{self.run.path}: a step of {fixed['rows']} windows cannot be shared equally by {self.world.size} processes"
+            )
+        self._build(self.facts["seed"], fixed["rows"], self.threads())
         self.build_step(next_word, fixed["step_kind"])
         self.restore()
 
@@ -93,7 +99,7 @@ class Pretraining(Job):
         """Settle what the recipe leaves open, size, batch and dropout, by the plan that is given back."""
         recipe = self.recipe
         left = None if recipe.budget is None else recipe.budget - (time.time() - self.started)
-        plan = plan_corpus(self.corpus, recipe, self.device, seconds=left)
+        plan = plan_corpus(self.corpus, recipe, self.device, seconds=left, processes=self.world.size)
         for line in plan.in_words():
             self.console.say(line)
         training = replace(recipe.training, batch_tokens=plan.batch_tokens)
@@ -131,7 +137,7 @@ class Pretraining(Job):
         trained = pace.decisions[0].total_steps / self.looks(pace) * self.batch_tokens
         windows = max(8, int(0.15 * trained / self.config.context_length))  # a token costs a third of one in training
         begin = time.perf_counter()
-        found = self.measure(self.state.model, windows)
+        found = self.measure(self.whole_model(), windows)
         seconds = (time.perf_counter() - begin) / found.tokens * self.batch_tokens
         self.forward_seconds = min(self.forward_seconds, seconds)
         return Look(
@@ -144,10 +150,11 @@ class Pretraining(Job):
     def measure(self, model: GPT, windows: int | None = None) -> Likelihood:
         """The loss on the validation part, the whole of it or evenly spread windows."""
         n_bytes = self.corpus.validation.bytes
-        return likelihood(model, self.corpus.tokens("validation"), n_bytes, limit_windows=windows)
+        company = self.world if self.world.size > 1 else None
+        return likelihood(model, self.corpus.tokens("validation"), n_bytes, limit_windows=windows, company=company)
 
     def keep(self, facts: dict[str, Any]) -> None:
-        self.run.save_model(self.state.model, self.corpus.tokenizer, facts)
+        self.run.save_model(self.whole_model(), self.corpus.tokenizer, facts)
 
     def got_worse(self, step: int, look: Look) -> None:
         best = self.best.score or look.score
@@ -173,7 +180,7 @@ class Pretraining(Job):
     def sample(self, step: int) -> None:
         """Let the model go on from the first words of the held-out text."""
         tokenizer, start = self.corpus.tokenizer, self._opening()
-        engine = Engine(self.state.model, tokenizer, seed=0)
+        engine = Engine(self.whole_model(), tokenizer, seed=0)
         completion = engine.generate([start], Sampling(max_tokens=100 if tokenizer.kind == "char" else 40))[0]
         prompt = tokenizer.decode(start)
         self.run.append({"step": step, "sample": {"prompt": prompt, "text": completion.text}})

@@ -42,6 +42,11 @@ class Training:
         "auto",
         "torch.compile: where our compiled parts do not fit, a compiler is there and the run is long; always; never.",
     )
+    parallel: Literal["data", "full", "hybrid"] = setting(
+        "data",
+        "How several processes share the weights: whole in each during a step (data), a block at a time (full), or that within "
+        "each machine and a copy in each (hybrid).",
+    )
     evaluations: int = setting(20, "How often the held-out text is looked at in the course of the run.")
     patience: int | None = setting(None, "Stop after so many evaluations without a better one; never where not given.")
     save_every: int | None = setting(
@@ -260,7 +265,7 @@ def check_training(t: Training) -> None:
         "micro_batch_rows": t.micro_batch_rows is None or t.micro_batch_rows >= 1,
         "patience": t.patience is None or t.patience >= 1, "save_every": t.save_every is None or t.save_every >= 1,
         "optimizer": t.optimizer in ("muon", "adamw"), "schedule": t.schedule in ("cosine", "wsd", "linear", "constant"),
-        "compile": t.compile in ("auto", "yes", "no"),
+        "compile": t.compile in ("auto", "yes", "no"), "parallel": t.parallel in ("data", "full", "hybrid"),
     }  # fmt: skip
     refuse_out_of_range("training", t, ranges)
 
@@ -301,13 +306,13 @@ def number(text: str | float) -> float:
 
 
 def count(text: str | int) -> int:
-    """A number of things as people write it: 2000, 100k, 1.5M, 2B. Raises `UsageError`."""
+    """A number of things as people write it: 2000, 100k, 1.5M, 2B, 1.4T. Raises `UsageError`."""
     if isinstance(text, int):
         return text
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", text.strip().lower().replace(",", "").replace("_", ""))
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmbt]?)", text.strip().lower().replace(",", "").replace("_", ""))
     if match is None:
-        raise UsageError(f"{text!r} is no number: write 2000, 100k, 1.5M or 2B")
-    number = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2]]
+        raise UsageError(f"{text!r} is no number: write 2000, 100k, 1.5M, 2B or 1.4T")
+    number = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}[match[2]]
     if number != int(number):
         raise UsageError(f"{text!r} is no whole number")
     return int(number)

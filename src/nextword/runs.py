@@ -107,6 +107,30 @@ class RunFolder:
         files.move_into_place(aside, final)
 
 
+class Onlooker(RunFolder):
+    """A run as the processes see it that do not lead it: what the leader says it is, and nothing is written."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]):
+        super().__init__(path)
+        self.said = facts
+
+    @property
+    def begun(self) -> bool:
+        return True
+
+    def facts(self) -> dict[str, Any]:
+        return self.said
+
+    def append(self, record: dict[str, Any]) -> None:
+        pass
+
+    def cut_back(self, step: int) -> float:
+        return 0.0
+
+    def save_folder(self, final: Path, facts: dict[str, Any], write: Callable[[Path], None]) -> None:
+        pass
+
+
 @contextmanager
 def open_run(path: Path, *, resume: bool) -> Iterator[RunFolder]:
     """The run folder, made where it is not there, and locked while it is open.
@@ -220,8 +244,12 @@ def choose_device(name: str) -> torch.device:
     """The device by name; "auto" is the GPU where there is one. Raises `UsageError` where it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and (local := os.environ.get("LOCAL_RANK")):  # torchrun's processes have a GPU each
+        name = f"cuda:{local}"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error

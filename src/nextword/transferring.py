@@ -14,7 +14,7 @@ from nextword.console import Console
 from nextword.errors import UsageError
 from nextword.evaluation.outcome import name_of
 from nextword.evaluation.transfer_page import transfer_page
-from nextword.job import refuse_changes
+from nextword.lifecycle import refuse_changes
 from nextword.prediction import METRIC
 from nextword.runs import Interrupted, RunFolder, catching_signals, open_run, versions
 from nextword.tasks.scores import over_seeds

@@ -7,6 +7,7 @@ import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -44,6 +45,17 @@ class Likelihood:
     stride: int
 
 
+class Company(Protocol):
+    """Processes that do something together, as one of them sees them."""
+
+    rank: int
+    size: int
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum over all of them, in the tensor itself."""
+        ...
+
+
 def likelihood(
     model: GPT,
     tokens: TokenSource,
@@ -54,6 +66,7 @@ def likelihood(
     limit_windows: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     each: np.ndarray | None = None,
+    company: Company | None = None,
 ) -> Likelihood:
     """Predict a text in windows of context_length + 1 tokens, of each what no window before it has predicted: every token but
     the first is predicted exactly once.
@@ -66,6 +79,7 @@ def likelihood(
         limit_windows: predict only so many windows, evenly spread over the text and the same ones every time.
         progress: called with the windows that are done and those that there are.
         each: [len(tokens) − 1], filled with the nats of each token that is predicted.
+        company: processes that share the work and all get the same answer.
 
     Raises:
         UsageError: fewer than two tokens, no bytes, a stride that is none, or a token that the model does not have.
@@ -79,11 +93,16 @@ def likelihood(
         raise UsageError(f"the stride must be between 1 and the context length of {context_length}, not {stride}")
     count = 1 + max(0, -(-(len(tokens) - 1 - context_length) // stride))
     chosen = _spread(count, limit_windows)
-    batch_rows = batch_rows or max(1, BATCH_TOKENS // context_length)
+    if company is not None:
+        chosen = chosen[company.rank :: company.size]
     sums, counts = torch.zeros(context_length, dtype=torch.float64), torch.zeros(context_length, dtype=torch.int64)
+    groups = _batches(
+        chosen, batch_rows or max(1, BATCH_TOKENS // context_length),
+        alone=(count - 1,) if stride == context_length else (0, count - 1),
+    )  # fmt: skip
     done = 0
     with evaluating(model):
-        for group in _batches(chosen, batch_rows, alone=(count - 1,) if stride == context_length else (0, count - 1)):
+        for group in groups:
             losses = token_losses(model, _windows(tokens, group, context_length, stride))  # [B, T]
             new = slice(context_length - stride if group[0] else 0, losses.shape[1])
             sums[new] += losses[:, new].sum(0)
@@ -94,10 +113,17 @@ def likelihood(
             done += len(group)
             if progress is not None:
                 progress(done, len(chosen))
+    if company is not None:
+        sums, counts = company.summed(sums), company.summed(counts)
+    return _likelihood_of(sums, counts, n_bytes, len(tokens) - 1, stride)
+
+
+def _likelihood_of(sums: Tensor, counts: Tensor, n_bytes: int, whole: int, stride: int) -> Likelihood:
+    """From the nats and the number of tokens at each position [T]; `whole` tokens could have been predicted."""
     predicted, nats = int(counts.sum()), float(sums.sum())
     if not math.isfinite(nats):
         raise NextwordError("the loss is not a finite number: the model's weights are damaged, or it diverged")
-    share = predicted / (len(tokens) - 1)  # of the text, where only some of its windows are predicted
+    share = predicted / whole  # of the text, where only some of its windows are predicted
     return Likelihood(
         loss=nats / predicted,
         perplexity=math.exp(min(nats / predicted, 700.0)),  # what is more is no number of Python's
@@ -193,7 +219,8 @@ def _batches(chosen: Sequence[int], rows: int, alone: Collection[int]) -> Iterat
             yield group
             group = []
         group.append(window)
-    yield group
+    if group:
+        yield group
 
 
 def _windows(tokens: TokenSource, indices: Sequence[int], context_length: int, stride: int) -> np.ndarray:

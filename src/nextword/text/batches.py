@@ -154,22 +154,33 @@ class TokenDataset:
         return self.context_length
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """The rows of step `step` (from 0) that machine `rank` of `world` works on."""
-        share = self.rows_per_batch // world
-        first = step * self.rows_per_batch + rank * share
-        rows = np.arange(first, first + share)
+        """The rows of step `step` (from 0) that process `rank` of `world` works on: an equal part, in order.
+
+        Raises:
+            ValueError: the rows of a step are no multiple of `world`.
+        """
+        share, rest = divmod(self.rows_per_batch, world)
+        if rest:
+            raise ValueError(f"{self.rows_per_batch} rows cannot be shared equally by {world} processes")
+        every = np.arange(step * self.rows_per_batch, (step + 1) * self.rows_per_batch)
+        count = int(sum(self.length_of(window) for window in self.windows_of(every)))
+        rows = every[rank * share : (rank + 1) * share]
         tokens = np.zeros((share, self.context_length), dtype=np.int64)
         targets = np.full((share, self.context_length), IGNORE, dtype=np.int64)
-        for epoch in range(rows[0] // self.windows, rows[-1] // self.windows + 1):
-            here = np.flatnonzero(rows // self.windows == epoch)
-            turn = seed_for(self.seed, 0, epoch) % len(self.tokens)
-            order = permute(rows[here] % self.windows, self.windows, seed_for(self.seed, 1, epoch))
-            for i, window in zip(here, order.tolist(), strict=True):
-                row = self.ring(turn + window * self.context_length, self.length_of(window) + 1)
-                tokens[i, : len(row) - 1] = row[:-1]
-                targets[i, : len(row) - 1] = row[1:]
-        count = int((targets != IGNORE).sum())
+        for i, (row, window) in enumerate(zip(rows.tolist(), self.windows_of(rows).tolist(), strict=True)):
+            turn = seed_for(self.seed, 0, row // self.windows) % len(self.tokens)
+            ids = self.ring(turn + window * self.context_length, self.length_of(window) + 1)
+            tokens[i, : len(ids) - 1] = ids[:-1]
+            targets[i, : len(ids) - 1] = ids[1:]
         return Batch(tokens, targets, rows.tolist(), {"next_word": count}, count)
+
+    def windows_of(self, rows: np.ndarray) -> np.ndarray:
+        """Which window each row of the run is, the rows given in order: each epoch in an order of its own."""
+        parts = []
+        for epoch in range(rows[0] // self.windows, rows[-1] // self.windows + 1):
+            here = rows[rows // self.windows == epoch]
+            parts.append(permute(here % self.windows, self.windows, seed_for(self.seed, 1, epoch)))
+        return np.concatenate(parts)
 
     def length_of(self, window: int) -> int:
         return min(self.context_length, len(self.tokens) - window * self.context_length)

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from nextword.training.distributed import as_shared, at_owners, part, whole
+
 Schedule = Literal["cosine", "wsd", "linear", "constant"]
 
 
@@ -68,21 +70,34 @@ class Muon:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        # Equal shapes go through the iteration as one stack; a [out, in] and an [in, out] matrix are equal once turned.
-        stacks: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+        moved = [p for p in self.parameters if p.grad is not None]
+        directions = []
         for p, buffer in zip(self.parameters, self.buffers, strict=True):
-            if p.grad is None:
-                continue
-            buffer.lerp_(p.grad, 1 - self.momentum)
-            direction = torch.lerp(p.grad, buffer, self.momentum)  # Nesterov's look ahead
-            tall = p.shape[0] > p.shape[1]
-            stacks[min(p.shape), max(p.shape)].append((p, direction.mT if tall else direction))
-        for (_, longer), members in stacks.items():
-            steps = orthogonalise(torch.stack([direction for _, direction in members]))
-            for (p, _), update in zip(members, steps, strict=True):
-                p.mul_(1 - lr * self.weight_decay)
-                tall = p.shape[0] > p.shape[1]
-                p.add_(update.mT if tall else update, alpha=-lr * 0.2 * math.sqrt(longer))
+            if p.grad is not None:
+                gradient, mean = part(p.grad), part(buffer)
+                mean.lerp_(gradient, 1 - self.momentum)
+                directions.append(torch.lerp(gradient, mean, self.momentum))  # Nesterov's look ahead
+        shared = any(hasattr(p, "placements") for p in moved)
+        updates = at_owners(moved, directions, turned) if shared else turned(directions)
+        for p, update in zip(moved, updates, strict=True):
+            own = part(p)
+            own.mul_(1 - lr * self.weight_decay)
+            own.add_(update, alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
+
+
+def turned(directions: list[Tensor]) -> list[Tensor]:
+    """Each matrix made orthogonal. Equal shapes go through the iteration as one stack; a [out, in] and an [in, out] matrix are
+    equal once one is turned."""
+    stacks: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, direction in enumerate(directions):
+        stacks[min(direction.shape), max(direction.shape)].append(i)
+    updates = list(directions)
+    for members in stacks.values():
+        tall = {i for i in members if directions[i].shape[0] > directions[i].shape[1]}
+        steps = orthogonalise(torch.stack([directions[i].mT if i in tall else directions[i] for i in members]))
+        for i, update in zip(members, steps, strict=True):
+            updates[i] = update.mT if i in tall else update
+    return updates
 
 
 class Optimizer:
@@ -135,15 +150,15 @@ class Optimizer:
             self.muon.step(self.matrix_lr * factor)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything a resume needs, by name: AdamW's step count and two averages, Muon's momentum."""
+        """Everything a resume needs, by name: AdamW's step count and two averages, Muon's momentum; each as a whole."""
         tensors = {
-            f"adamw.{key}.{self.names[p]}": value
+            f"adamw.{key}.{self.names[p]}": whole(value)
             for p, state in self.adamw.state.items()
             for key, value in state.items()
         }
         if self.muon is not None:
             for p, buffer in zip(self.muon.parameters, self.muon.buffers, strict=True):
-                tensors[f"muon.momentum.{self.names[p]}"] = buffer
+                tensors[f"muon.momentum.{self.names[p]}"] = whole(buffer)
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -154,8 +169,8 @@ class Optimizer:
             parameter = by_name[name]
             if kind == "adamw":
                 # The count of steps stays a scalar tensor where the fused kernel wants it: with its parameter.
-                self.adamw.state[parameter][what] = value.to(parameter.device)
+                self.adamw.state[parameter][what] = as_shared(value.to(parameter.device), parameter)
             else:
-                momentum[parameter] = value.to(parameter.device)
+                momentum[parameter] = as_shared(value.to(parameter.device), parameter)
         if self.muon is not None and momentum:
             self.muon.buffers = [momentum[p] for p in self.muon.parameters]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nextword.errors import CorruptFile
 from nextword.files import append_durably, read_json_lines
+from nextword.training.distributed import World
 
 FIRST_STEPS = 50  # the least that a clock begins with
 
@@ -103,6 +104,23 @@ class Clock:
         decision = Decision(step, total_steps, round(elapsed, 3))
         append_durably(self.log, json.dumps(asdict(decision)))
         pace.decide(decision)
+
+
+class SharedClock:
+    """What the leader's clock decides, heard by every process of a run before the same step."""
+
+    def __init__(self, world: World, clock: Clock | None):
+        self.world, self.clock = world, clock
+
+    def decide(self, pace: Pace, step: int, seconds_per_step: float) -> None:
+        known = len(pace.decisions)
+        if self.clock is not None:
+            self.clock.decide(pace, step, seconds_per_step)
+        made = pace.decisions[known:]
+        said = [1.0, made[0].step, made[0].total_steps, made[0].seconds] if made else [0.0] * 4
+        decided, at, total_steps, seconds = self.world.numbers(said)
+        if decided and self.clock is None:
+            pace.decide(Decision(int(at), int(total_steps), seconds))
 
 
 def read_decisions(log: Path) -> list[Decision]:

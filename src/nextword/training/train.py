@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from nextword.errors import Diverged
 from nextword.model.gpt import GPT, dropout_masks
 from nextword.text.batches import Batch, places, seed_for
+from nextword.training.distributed import ALONE, World, accumulating, whole
 from nextword.training.objectives import Inputs, LabelTensors, Loss, Objective, Step
 from nextword.training.optimizer import Optimizer, Schedule, learning_rate
-from nextword.training.pace import Clock, Pace
+from nextword.training.pace import Clock, Pace, SharedClock
 
 # How a step's operations are done: PyTorch's one by one; with our own compiled parts (see `fused`); by torch.compile.
 StepKind = Literal["plain", "fused", "compiled"]
@@ -102,23 +103,31 @@ def weigh(losses: dict[str, Loss], counts: dict[str, float]) -> Tensor:
 
 
 def train_step(
-    state: TrainState, step_module: nn.Module, batch: Batch, settings: StepSettings, progress: float
+    state: TrainState,
+    step_module: nn.Module,
+    batch: Batch,
+    settings: StepSettings,
+    progress: float,
+    world: World = ALONE,
 ) -> StepMetrics:
-    """Gradients over all micro-batches, each term divided once by its global count; clipped; applied at the step's rate.
+    """Gradients over all micro-batches and processes, each term divided once by its global count; clipped; applied at the
+    step's rate.
 
-    Where the loss or the gradient is not finite the weights and the optimizer stay as they were.
+    Where the loss or the gradient is not finite the weights and the optimizer stay as they were, in every process.
     """
     model = state.model
     device = model.token_embedding.weight.device
     total = torch.zeros((), device=device)
-    for micro_batch in batch.split(settings.micro_batch_rows):
+    micro_batches = batch.split(settings.micro_batch_rows)
+    for number, micro_batch in enumerate(micro_batches, start=1):
+        accumulating(step_module, number < len(micro_batches))
         with precision(device, settings.bf16):
             losses = step_module(to_inputs(micro_batch, model, settings.seed))
         part = weigh(losses, batch.counts)
         part.backward()
         total += part.detach()
     norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip if settings.clip > 0 else math.inf)
-    loss, gradient_norm = float(total), float(norm)
+    loss, gradient_norm = float(world.summed(total)), float(whole(norm))
     finite = math.isfinite(loss) and math.isfinite(gradient_norm)
     factor = learning_rate(progress, settings.schedule, settings.warmup, settings.final_lr)
     if finite:
@@ -144,8 +153,9 @@ def steps(
     step_module: nn.Module,
     settings: StepSettings,
     pace: Pace,
-    clock: Clock | None = None,
+    clock: Clock | SharedClock | None = None,
     seconds_per_step: float = 0.0,
+    world: World = ALONE,
 ) -> Iterator[StepMetrics]:
     """Train from where `state` is to the end of the pace. What the caller does between two steps counts on the clock.
 
@@ -162,8 +172,8 @@ def steps(
                 half = len(times) // 2
                 seconds_per_step = (times[-1] - times[half]) / (len(times) - 1 - half)
             clock.decide(pace, state.step, seconds_per_step)
-        batch = dataset.batch(state.step)
-        yield train_step(state, step_module, batch, settings, pace.progress(state.step))
+        batch = dataset.batch(state.step, world.rank, world.size)
+        yield train_step(state, step_module, batch, settings, pace.progress(state.step), world)
         if state.bad >= BAD_STEPS_IN_A_ROW:
             raise Diverged(
                 f"the loss was not a finite number in {state.bad} steps in a row, the last of them step {state.step}. "
@@ -210,11 +220,14 @@ def bytes_of_weights(model: nn.Module) -> int:
     return sum((16 if p.requires_grad else 4) * p.numel() for p in model.parameters())
 
 
-def fit_micro_batch(step_module: Step, dataset: Dataset, settings: StepSettings) -> int:
-    """How many rows go through the model at once: as many as half of the free memory holds, in equal parts of the batch."""
+def fit_micro_batch(step_module: Step, dataset: Dataset, settings: StepSettings, world: World = ALONE) -> int:
+    """How many rows go through the model at once: as many as half of the free memory holds, in equal parts of the batch. On
+    a CPU the processes of one machine have its memory together."""
     model = step_module.model
-    room = 0.5 * available_memory(model.token_embedding.weight.device) - bytes_of_weights(model)
-    wanted = len(dataset.batch(0).rows)
+    device = model.token_embedding.weight.device
+    neighbours = world.local_size if device.type == "cpu" else 1
+    room = 0.5 * available_memory(device) / neighbours - bytes_of_weights(model)
+    wanted = len(dataset.batch(0, world.rank, world.size).rows)
     rows = max(1, min(wanted, int(room / max(1, bytes_per_row(step_module, dataset, settings)))))
     return -(-wanted // -(-wanted // rows))
 

@@ -129,8 +129,9 @@ def said(options: Any) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any], common: Common, text: Callable[[], str]) -> None:
-    """One JSON object, or lines for a person."""
-    print(json_module.dumps(result, ensure_ascii=False) if common.json else text())
+    """One JSON object, or lines for a person; nothing of an empty result, for which another process speaks."""
+    if result:
+        print(json_module.dumps(result, ensure_ascii=False) if common.json else text())
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -165,6 +166,37 @@ def plan_in_words(plan: dict[str, Any]) -> str:
         "bits/byte": f"{plan['bits_per_byte']:.2f}, and four times in five {plan['low']:.2f} to {plan['high']:.2f}",
     }  # fmt: skip
     return "\n".join([*plan["why"], "", *(f"{name:<11}{value}" for name, value in rows.items())])
+
+
+def paper_in_words(plan: dict[str, Any]) -> str:
+    """A plan on paper, for a person."""
+    model = plan["model"]
+    shared = {
+        "data": "weights whole in each while it works, state shared by all",
+        "full": "each block's weights gathered as it works",
+        "hybrid": "weights shared inside a machine, and a copy in each",
+    }[plan["parallel"]]
+    shared += f"; {plan['tensor']} GPUs to a matrix" if plan["tensor"] > 1 else ""
+    shared += "; activations made again" if plan["recompute"] else ""
+    times = [plan[key] for key in ("seconds", "low_seconds", "high_seconds")]
+    times = [f"{t / 86400:,.3g} days" if times[0] > 2 * 86400 else duration(t) for t in times]
+    rows = {
+        "machines": f"{plan['machines']:,} with {plan['gpus'] // plan['machines']} × {plan['gpu']}",
+        "model": f"{plan['parameters'] / 1e9:,.3g} billion parameters · {model['n_layers']} layers of {model['d_model']:,} · "
+        f"context {model['context_length']:,} · vocabulary {model['vocab_size']:,}",
+        "training": f"{plan['tokens'] / 1e9:,.4g} billion tokens · {plan['steps']:,} steps of {plan['batch_tokens']:,}",
+        "sharing": shared,
+        "memory": f"{plan['memory_bytes'] / 1e9:,.1f} GB of a GPU",
+        "sending": f"{plan['sent_bytes'] / 1e9:,.3g} GB a GPU and step, {duration(plan['sending_seconds'])} of "
+        f"{duration(plan['step_seconds'])}",
+        "use": f"{100 * plan['utilisation']:.0f} % of the datasheet's operations (MFU)",
+        "time": "{} ({} to {})".format(*times),
+        "GPU hours": f"{plan['gpu_hours']:,.0f}",
+        "energy": f"{plan['kilowatt_hours']:,.0f} kWh, by the datasheet",
+        "operations": f"{plan['flops']:.3g}",
+        **({} if plan["money"] is None else {"money": f"{plan['money']:,.0f}"}),
+    }
+    return "\n".join(f"{name:<11}{value}" for name, value in rows.items())
 
 
 def next_commands(result: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from nextword.verbs.shared import (
     TrainingOptions,
     in_words,
     next_commands,
+    paper_in_words,
     plan_in_words,
     said,
     show,
@@ -100,29 +101,46 @@ def prepare(
 
 
 def plan(
-    corpora: list[str],
+    corpora: list[str] | None = None,
     /,
     *,
     run: RunOptions = RunOptions(),
+    gpu: str | None = None,
+    machines: int = 1,
+    gpus_per_machine: int = 8,
+    parameters: str | None = None,
+    price: float | None = None,
     model: ModelGroup = ModelOptions(),  # pyright: ignore[reportInvalidTypeForm]
     training: TrainingGroup = TrainingOptions(),  # pyright: ignore[reportInvalidTypeForm]
     common: Common = Common(),
 ) -> None:
     """Say what a pre-training would be before it is begun: size, tokens, time, memory, energy, and what it will reach.
 
-    Takes the text's and this machine's measure in some seconds; writes nothing.
+    Takes the text's and this machine's measure in some seconds; writes nothing. With --gpu, and without a text, it plans on
+    paper for machines that are not here: nextword plan --machines 8 --gpu h100 --parameters 7B --tokens 140B
 
     Parameters
     ----------
     corpora
         Files, folders, shards from nextword prepare, or named corpora (python-docs, tinystories, wikitext, fineweb-edu).
+    gpu
+        Plan on paper for GPUs of this kind: v100, a100, h100, h200, b200, l4, l40s, rtx4090.
+    machines
+        How many machines, on paper.
+    gpus_per_machine
+        And how many GPUs in each.
+    parameters
+        About how many the model is to have, on paper: 7B.
+    price
+        Of a GPU hour, in any money.
     """
     from nextword import api
 
     found = api.plan(
-        corpora, **said(run), model=said(model), training=said(training), device=common.device, console=common.console()
-    )
-    show(found, common, lambda: plan_in_words(found))
+        corpora or [], **said(run), model=said(model), training=said(training), device=common.device, gpu=gpu,
+        machines=machines, gpus_per_machine=gpus_per_machine, parameters=parameters, price=price, console=common.console(),
+    )  # fmt: skip
+    show(found, common, lambda: paper_in_words(found) if gpu else plan_in_words(found))
 
 
 def pretrain(

@@ -1,0 +1,252 @@
+"""Several processes, one run: who they are, what they agree on, and how they share the weights.
+
+The process of rank 0 leads. It alone holds the run folder, follows the clock, measures the machine and speaks to a person; the
+others take from it what was decided, and do their part of every step. torchrun (or whoever sets RANK, WORLD_SIZE, MASTER_ADDR
+and MASTER_PORT) starts them. The weights are PyTorch's own to share: `fully_shard` (FSDP2).
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nextword.errors import NextwordError
+
+if TYPE_CHECKING:
+    from nextword.training.objectives import Step
+
+Parallel = Literal["data", "full", "hybrid"]
+PATIENCE = timedelta(minutes=30)  # how long one waits for another, as in the preparation of a text
+LOST = "another process of this run is gone, or does not answer"
+
+
+class World:
+    """The processes of a run, as one of them sees them; alone, where it is the only one.
+
+    Attributes:
+        rank: which one this is, from 0.
+        size: how many there are.
+        local_size: how many of them are on this machine.
+        again: whether torchrun started them anew after one had failed.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local_size: int = 1, again: bool = False):
+        self.rank, self.size, self.local_size, self.again = rank, size, local_size, again
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def told(self, value: Any = None) -> Any:
+        """What the leader says, anything that JSON holds; the others wait for it."""
+        if self.size == 1:
+            return value
+        text = json.dumps(value).encode() if self.leads else b""
+        length = self._from_leader(torch.tensor([len(text)]))
+        letters = (
+            torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            if text
+            else torch.zeros(int(length), dtype=torch.uint8)
+        )
+        return json.loads(bytes(self._from_leader(letters).numpy()))
+
+    def numbers(self, values: Sequence[float]) -> list[float]:
+        """A few numbers as the leader has them."""
+        return list(values) if self.size == 1 else self._from_leader(torch.tensor(values, dtype=torch.float64)).tolist()
+
+    def most(self, values: Sequence[float]) -> list[float]:
+        """Of each number the greatest that any process has."""
+        if self.size == 1:
+            return list(values)
+        numbers = torch.tensor(values, dtype=torch.float64)
+        with finding_others():
+            dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return numbers.tolist()
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in the tensor itself."""
+        if self.size > 1:
+            with finding_others():
+                dist.all_reduce(tensor)
+        return tensor
+
+    def _from_leader(self, tensor: Tensor) -> Tensor:
+        with finding_others():
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    # ------------------------------------------------------------ weights
+
+    def share(self, step: "Step", parallel: Parallel, bf16: bool) -> None:
+        """Give each process its part of every weight, and of its gradient: the sums over all processes, not their mean, for
+        each loss is divided by its count over the whole batch already.
+
+        Args:
+            parallel: "data": the whole step is one unit, whose weights are gathered once a step and are whole until the
+                backward pass is done, so that several micro-batches cost no more communication than one. "full": each block
+                is one, gathered when it works. "hybrid": the same, among the processes of one machine, with a copy in each.
+            bf16: gather the blocks' weights in bfloat16, in which their products are made then; gradients stay in float32.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+        device = step.model.token_embedding.weight.device.type
+        shape, names = ((self.size,), ("parts",))
+        if parallel == "hybrid":
+            shape, names = (self.size // self.local_size, self.local_size), ("copies", "parts")
+        mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+        if parallel != "data":
+            policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+            for block in step.model.blocks:
+                fully_shard(block, mesh=mesh, mp_policy=policy if bf16 else MixedPrecisionPolicy())
+        fully_shard(step, mesh=mesh, reshard_after_forward=False)
+        for module in step.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+
+
+ALONE = World()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with the parts that the other processes have; all of them ask together."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    with finding_others():
+        return tensor.full_tensor()  # pyright: ignore[reportCallIssue]
+
+
+def part(tensor: Tensor) -> Tensor:
+    """This process's own part of a tensor, or the tensor itself where it is whole."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportCallIssue]
+
+
+def as_shared(tensor: Tensor, pattern: Tensor) -> Tensor:
+    """A whole tensor, which every process has, shared as the pattern of the same shape is."""
+    if not hasattr(pattern, "placements") or tensor.shape != pattern.shape:
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(pattern, DTensor)
+    return distribute_tensor(tensor, pattern.device_mesh, pattern.placements, src_data_rank=None)
+
+
+def accumulating(step: nn.Module, more: bool) -> None:
+    """Before a micro-batch: whether others of the same step follow, so that its gradients need not be sent yet."""
+    if hasattr(step, "set_requires_gradient_sync"):
+        step.set_requires_gradient_sync(not more)  # pyright: ignore[reportCallIssue]
+
+
+def at_owners(shared: Sequence[Tensor], parts: Sequence[Tensor], change: Any) -> list[Tensor]:
+    """Let each matrix be changed as a whole by one process, its owner, and give back this process's part of each.
+
+    A part holds the rows that `fully_shard` gave to this process. Owners are chosen so that all have about the same work. Two
+    exchanges of as many numbers as the matrices have, and nobody ever holds more than their own.
+
+    Args:
+        shared: the weights [R, C] that say how a matrix is shared.
+        parts: this process's rows of each matrix.
+        change: from a list of whole matrices to a list of as many.
+    """
+    shapes = [weight.shape for weight in shared]
+    group = shared[0].device_mesh.get_group(-1)  # pyright: ignore[reportAttributeAccessIssue]
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    owners = spread_evenly([rows * columns * min(rows, columns) for rows, columns in shapes], size)
+    theirs = [[i for i, owner in enumerate(owners) if owner == process] for process in range(size)]
+    own = theirs[rank]
+
+    def rows_of(i: int, process: int) -> int:
+        each = -(-shapes[i][0] // size)  # as torch.chunk has it
+        return max(0, min(shapes[i][0] - process * each, each))
+
+    def exchanged(pieces: list[list[Tensor]], counts: list[int]) -> list[Tensor]:
+        """Send a list of tensors to each process; what each has sent, as one row of numbers."""
+        outgoing = [torch.cat([p.flatten() for p in some]) if some else parts[0].new_zeros(0) for some in pieces]
+        incoming = parts[0].new_empty(sum(counts))
+        with finding_others():
+            dist.all_to_all_single(incoming, torch.cat(outgoing), counts, [len(one) for one in outgoing], group)
+        return list(incoming.split(counts))
+
+    sent = [[parts[i] for i in some] for some in theirs]
+    heard = exchanged(sent, [sum(rows_of(i, process) * shapes[i][1] for i in own) for process in range(size)])
+    pieces = [list(row.split([rows_of(i, p) * shapes[i][1] for i in own])) for p, row in enumerate(heard)]
+    matrices = [torch.cat([pieces[p][k] for p in range(size)]).view(shapes[i]) for k, i in enumerate(own)]
+    changed = change(matrices)
+    rows = [c.split([rows_of(i, process) for process in range(size)]) for c, i in zip(changed, own, strict=True)]
+    sent = [[of_one[process] for of_one in rows] for process in range(size)]
+    heard = exchanged(sent, [sum(parts[i].numel() for i in some) for some in theirs])
+    found: dict[int, Tensor] = {}
+    for some, row in zip(theirs, heard, strict=True):
+        for i, numbers in zip(some, row.split([parts[i].numel() for i in some]), strict=True):
+            found[i] = numbers.view(parts[i].shape)
+    return [found[i] for i in range(len(parts))]
+
+
+def spread_evenly(costs: Sequence[float], size: int) -> list[int]:
+    """Which of `size` processes takes each piece of work: the costliest first, each to the one that has least."""
+    loads, owners = [0.0] * size, [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        owners[i] = min(range(size), key=lambda process: (loads[process], process))
+        loads[owners[i]] += costs[i]
+    return owners
+
+
+# ---------------------------------------------------------------- coming together
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """The world that this process was started in; it is left at the end.
+
+    Raises:
+        NextwordError: the others could not be reached.
+    """
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if dist.is_initialized():  # whoever started us has brought us together already, as Ray does
+        yield World(dist.get_rank(), dist.get_world_size(), local_size) if dist.get_world_size() > 1 else ALONE
+        return
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE
+        return
+    rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun keeps the store that they meet at
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    with finding_others():
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            size,
+            is_master=rank == 0 and not agent,
+            timeout=PATIENCE,
+        )
+        # Keys of an earlier attempt are still there after a restart, and must not be taken for this one's.
+        dist.init_process_group(
+            backend, store=dist.PrefixStore(f"nextword/{attempt}", store), rank=rank, world_size=size, timeout=PATIENCE
+        )
+    try:
+        yield World(rank, size, local_size, attempt > 0)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def finding_others() -> Iterator[None]:
+    """What goes wrong between processes, said to a person."""
+    try:
+        yield
+    except dist.DistError as error:
+        raise NextwordError(f"{LOST}: {str(error).splitlines()[0]}") from error
+    except RuntimeError as error:  # gloo's own
+        if "gloo" not in str(error) and "Connection" not in str(error):
+            raise
+        raise NextwordError(f"{LOST}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,207 @@
+"""Several processes, one run: the same tokens, the same model, and through the loss of one of them. Real processes under
+torchrun, as a person starts them."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from nextword.text.batches import TokenDataset
+from nextword.training import checkpoint
+from nextword.training.distributed import spread_evenly
+from test_batches import Row
+from test_pretraining import state_hashes
+
+STEPS = 40
+SIZES = [
+    "--model.n-layers", "2", "--model.n-heads", "2", "--model.d-model", "32", "--model.context-length", "32",
+    "--training.batch-tokens", "256", "--training.micro-batch-rows", "2", "--training.save-every", "5", "--seed", "3",
+]  # fmt: skip
+
+# ---------------------------------------------------------------- who does what
+
+
+@given(st.integers(2, 300), st.integers(1, 17), st.integers(1, 3), st.integers(0, 30), st.integers(0, 2**32))
+def test_the_processes_together_have_the_batch_of_one(length, context, rows, step, seed):
+    dataset = TokenDataset(Row(length), context, 4 * rows, seed)
+    alone = dataset.batch(step)
+    for world in (2, 4):
+        parts = [dataset.batch(step, rank, world) for rank in range(world)]
+        assert [row for part in parts for row in part.rows] == alone.rows
+        assert np.array_equal(np.concatenate([part.tokens for part in parts]), alone.tokens)
+        assert np.array_equal(np.concatenate([part.targets for part in parts]), alone.targets)
+        assert {(part.n_tokens, part.counts["next_word"]) for part in parts} == {
+            (alone.n_tokens, alone.counts["next_word"])
+        }
+
+
+def test_rows_that_cannot_be_shared_are_refused():
+    with pytest.raises(ValueError, match="3 rows"):
+        TokenDataset(Row(100), 8, 3, seed=0).batch(0, 0, 2)
+
+
+@given(st.lists(st.floats(1, 1000), min_size=1, max_size=40), st.integers(1, 8))
+def test_work_is_spread_evenly(costs, size):
+    owners = spread_evenly(costs, size)
+    loads = [
+        sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == process) for process in range(size)
+    ]
+    assert max(loads) - min(loads) <= max(costs) + 1e-6, (
+        "else the last piece of the fullest would lie with the emptiest"
+    )
+
+
+# ---------------------------------------------------------------- runs
+
+
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
+
+
+def start(world: int, *arguments: str | Path, restarts: int = 0) -> "subprocess.Popen[str]":
+    """The program under torchrun, or alone in a world of one."""
+    launcher = [
+        "torch.distributed.run", "--nproc-per-node", str(world), "--max-restarts", str(restarts), "--monitor-interval", "0.1",
+        "--master-addr", "127.0.0.1", "--master-port", str(free_port()), "-m",
+    ]  # fmt: skip
+    program = [sys.executable, "-m", *(launcher if world > 1 else []), "nextword", *map(str, arguments)]
+    return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+
+
+def pretrain(run: Path, shards: Path, world: int, *more: str, restarts: int = 0) -> "subprocess.Popen[str]":
+    return start(world, "pretrain", shards, "--out", run, "--steps", str(STEPS), *SIZES, *more, restarts=restarts)
+
+
+def end(process: "subprocess.Popen[str]", code: int = 0) -> tuple[str, str]:
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == code, err
+    return out, err
+
+
+def records(run: Path) -> list[dict]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in records(run) if "loss" in record]
+
+
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 120) -> None:
+    last = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < last, "nothing happened"
+        time.sleep(0.002)
+
+
+def workers(process: "subprocess.Popen[str]") -> dict[int, int]:
+    """Process numbers of torchrun's children, by rank."""
+    found = {}
+    for task in Path(f"/proc/{process.pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            pairs = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            ranks = [pair[5:] for pair in pairs if pair.startswith(b"RANK=")]
+            found |= {int(rank): int(child) for rank in ranks}
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(shards, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("alone") / "run"
+    end(pretrain(run, shards, 1))
+    return run
+
+
+@pytest.fixture(scope="module")
+def two(shards, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("two") / "run"
+    out, _ = end(pretrain(run, shards, 2, "--json"))
+    assert json.loads(out)["steps"] == STEPS, "one of the two speaks"
+    return run
+
+
+def test_two_processes_make_the_model_that_one_makes(alone, two):
+    assert losses(two) == pytest.approx(losses(alone), abs=2e-5)
+    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (two, alone))
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], atol=2e-4, rtol=0, msg=name)
+    looks = [[r["validation"]["loss"] for r in records(run) if "validation" in r] for run in (two, alone)]
+    assert looks[0] == pytest.approx(looks[1], abs=2e-5)
+    results = [json.loads((run / "result.json").read_text()) for run in (two, alone)]
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], abs=2e-5)
+    assert results[0]["tokens"] == results[1]["tokens"]
+
+
+@pytest.mark.parametrize("parallel", ["full", "hybrid"])
+def test_however_the_weights_are_shared(shards, alone, tmp_path, parallel):
+    """Hybrid as two machines of one process each, which have a copy of the weights each."""
+    run, port = tmp_path / "run", str(free_port())
+    if parallel == "full":
+        processes = [pretrain(run, shards, 2, "--training.parallel", "full")]
+    else:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--master-addr",
+                  "127.0.0.1", "--master-port", port]  # fmt: skip
+        program = ["-m", "nextword", "pretrain", str(shards), "--out", str(run), "--steps", str(STEPS), *SIZES]
+        processes = [
+            subprocess.Popen([*launch, "--node-rank", rank, *program, "--training.parallel", "hybrid"], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True, encoding="utf-8")
+            for rank in ("0", "1")
+        ]  # fmt: skip
+    for process in processes:
+        end(process)
+    assert losses(run) == pytest.approx(losses(alone), abs=2e-5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="this system does not tell who is who")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_is_killed_and_torchrun_starts_both_anew(shards, two, tmp_path, rank):
+    run = tmp_path / "run"
+    process = pretrain(run, shards, 2, restarts=1)
+    wait_for(lambda: len(losses(run)) >= 12, process)
+    os.kill(workers(process)[rank], signal.SIGKILL)
+    end(process)
+    assert state_hashes(run) == state_hashes(two), "as if nothing had happened, bit for bit"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows delivers this signal otherwise")
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
+def test_a_checkpoint_of_one_world_opens_in_another(shards, alone, tmp_path, first, second):
+    run = tmp_path / "run"
+    process = pretrain(run, shards, first)
+    wait_for(lambda: len(losses(run)) >= 8, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert 0 < len(checkpoint.checkpoints(run)) < STEPS
+    at = len(losses(run))
+    assert at < STEPS, "it was stopped on the way"
+    _, err = end(pretrain(run, shards, second, "--resume"))
+    assert f"a world of {first} and goes on in one of {second}" in err
+    assert losses(run) == pytest.approx(losses(alone), abs=2e-5)
+
+
+def test_what_cannot_begin_ends_every_process_with_a_word(shards, base, tmp_path):
+    table = tmp_path / "few.csv"
+    table.write_text("text,label\n" + "one,a\ntwo,b\n" * 20)
+    process = start(2, "finetune", base, table, "--out", tmp_path / "run", "--task", "classify", "--steps", "3")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "nextword: this verb runs in one process" in err
+    assert "nextword: process 1: this verb runs in one process" in err
+    assert not re.search(r'File ".*src/nextword', err), "no traceback of ours"
