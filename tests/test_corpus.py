@@ -117,7 +117,7 @@ def test_adding_files_keeps_the_split_of_the_others(folder, tmp_path):
 
 
 def test_a_growing_corpus_moves_documents_to_training_only(tmp_path):
-    survey = corpus_module._Survey()
+    survey = corpus_module.Survey()
     for i in range(3000):
         survey.add(corpus_module.hashlib.blake2b(str(i).encode(), digest_size=16).digest(), True, 1, 1)
     held_out = []
@@ -129,7 +129,7 @@ def test_a_growing_corpus_moves_documents_to_training_only(tmp_path):
 
 
 def test_one_document_at_least_is_held_out(tmp_path):
-    survey = corpus_module._Survey()
+    survey = corpus_module.Survey()
     for i in range(30):
         survey.add(bytes([200 + i]) * 16, True, 1, 1)
     assert [i for i in range(30) if survey.split_of(i) == "validation"] == [0]

@@ -41,19 +41,8 @@ ALLOWED: dict[str, set[str]] = {
     "chatting": GROUND | {"model", "text", "inference"},
     "judging": GROUND | {"model", "text", "tasks", "training", "inference", "evaluation", "console", "runs", "loading"},
     "auditing": GROUND
-    | {
-        "model",
-        "text",
-        "tasks",
-        "inference",
-        "evaluation",
-        "console",
-        "energy",
-        "runs",
-        "loading",
-        "prediction",
-        "judging",
-    },
+    | {"model", "text", "tasks", "training", "inference", "evaluation", "console", "energy", "runs", "base", "loading"}
+    | {"prediction", "judging"},
     "explaining": GROUND
     | {"model", "text", "tasks", "inference", "evaluation", "console", "runs", "loading", "prediction"},
     "loading": GROUND | {"model", "text", "tasks", "inference", "evaluation", "console", "runs", "base", "prediction"},
@@ -149,6 +138,7 @@ def test_optional_packages_are_not_needed_to_import():
         "pydantic",
         "jinja2",
         "lm_eval",
+        "py3langid",
     }
     for path in FILES:
         if room(path) == "serving":  # the room as a whole is optional: nothing imports it before a server is begun

@@ -9,7 +9,7 @@ import numpy as np
 from nextword.evaluation.declarations import Suite
 from nextword.evaluation.repetition import distinct, repeated, words
 from nextword.evaluation.suites import Item, Question, question_of, wanted_of
-from nextword.inference.engine import Engine
+from nextword.inference.engine import Completion, Engine, Prompt
 from nextword.inference.sampling import Sampling
 from nextword.judging.scoring import Likely, Scorer
 from nextword.loading import Model
@@ -157,18 +157,26 @@ def _answers(suite: Suite, texts: list[str], references: list[tuple[str, ...]]) 
 
 def write(model: Model, prompts: Sequence[str], sampling: Sampling, progress: Progress | None = None) -> list[str]:
     """What a model goes on with after each prompt; of a long one the end is read, so that there is room for the text."""
+    return [one.text for one in complete(model, prompts, sampling, progress)]
+
+
+def complete(
+    model: Model, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
+) -> list[Completion]:
+    """The same as completions, of prompts that are texts or tokens."""
     room = max(1, model.gpt.config.context_length - sampling.max_tokens)
     begin = [] if model.tokenizer.begin_of_text is None else [model.tokenizer.begin_of_text]
-    ids = [[*begin, *model.tokenizer.encode(prompt)][-room:] for prompt in prompts]
+    given = [model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    ids = [[*begin, *one][-room:] for one in given]
     engine = Engine(model.gpt, model.tokenizer, max_batch=AT_ONCE, seed=sampling.seed or 0, reader=model.reader)
-    texts: list[str] = []
+    found: list[Completion] = []
     for start in range(0, len(ids), AT_ONCE):
         # Other draws for each group of texts than for the one before.
         own = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + start)
-        texts += [one.text for one in engine.generate(ids[start : start + AT_ONCE], own)]
+        found += engine.generate(ids[start : start + AT_ONCE], own)
         if progress is not None:
-            progress(len(texts), len(ids))
-    return texts
+            progress(len(found), len(ids))
+    return found
 
 
 def free_text(

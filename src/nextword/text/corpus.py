@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from filelock import FileLock
 
@@ -155,7 +155,7 @@ def _reusable(
         say(f"{out}: prepared with other settings, so it is made anew")
         return None
     known = facts["sources"]
-    if len(known) != len(sources) or not all(map(_unchanged, sources, known)):
+    if len(known) != len(sources) or not all(map(unchanged, sources, known)):
         say(f"{out}: the text has changed, so it is prepared anew")
         return None
     if strict and facts["problems"]["total"]:
@@ -176,7 +176,8 @@ def _stat(path: Path) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _unchanged(source: Source, known: dict[str, Any]) -> bool:
+def unchanged(source: Source, known: dict[str, Any]) -> bool:
+    """Whether a file is the one that a survey wrote these facts of."""
     now = _stat(source.path)
     if now is None or source.name != known["name"] or now[0] != known["bytes"]:
         return False
@@ -193,24 +194,16 @@ def _prepare(
     say: Callable[[str], None],
 ) -> None:
     """Fill and seal an empty directory."""
-    survey = _survey(sources, directory, problems, progress)
-    for line in problems.lines():
-        say(line)
-    if not survey.unique:
-        raise NextwordError(
-            "no text was found. "
-            + "\n".join(["What was there:", *problems.lines()] if problems.found else [])
-            + "\nName files or folders of .txt, .md, .jsonl, .csv, .tsv or .parquet, plain, .gz or .zst"
-        )
+    found = survey(sources, directory, problems, progress, say)
     if tokenizer is None:
-        items = _split(sources, survey, "tokenizer", progress)
+        items = _split(sources, found, "tokenizer", progress)
         texts = (text for split, text in items if split == "train" and text is not None)
         if settings["tokenizer"] == "char":
             tokenizer = train_char(texts)
         else:
-            tokenizer = train_bpe(texts, settings["vocab_size"] or vocab_size_for(survey.size))
+            tokenizer = train_bpe(texts, settings["vocab_size"] or vocab_size_for(found.size))
     tokenizer.save(directory)
-    parts = _encode(_split(sources, survey, "encoding", progress), tokenizer, directory)
+    parts = _encode(_split(sources, found, "encoding", progress), tokenizer, directory)
     if not parts["train"].tokens or not parts["validation"].tokens:
         raise NextwordError("there is too little text to hold some of it out for validation; add more")
     if unknown := parts["train"].unknown + parts["validation"].unknown:
@@ -223,18 +216,18 @@ def _prepare(
         "kind": "corpus",
         "version": VERSION,
         "settings": settings,
-        "documents": survey.unique,
-        "duplicates": survey.duplicates,
+        "documents": found.unique,
+        "duplicates": found.duplicates,
         **{split: asdict(part) for split, part in parts.items()},
         "vocab_size": tokenizer.vocab_size,
         "problems": {"total": problems.total, "kinds": dict(problems.kinds)},
-        "sources": survey.sources,
+        "sources": found.sources,
     }
     seal(directory, facts)
 
 
 @dataclass
-class _Survey:
+class Survey:
     """What the first reading found: `levels` has a byte for every document, `lengths` a number for the first few."""
 
     sources: list[dict[str, Any]] = field(default_factory=list)
@@ -250,9 +243,8 @@ class _Survey:
             self.levels.append(DUPLICATE)
             self.duplicates += 1
             return
-        number = int.from_bytes(key[:8], "big")
-        self.smallest = min(self.smallest, (number, len(self.levels)))
-        self.levels.append(TRAIN + sum(number < 2**64 * share // 100 for share in (10, 5, 1)))
+        self.smallest = min(self.smallest, (_number(key), len(self.levels)))
+        self.levels.append(_level(key))
         self.unique += 1
         self.size += size
         if len(self.lengths) < FEW:
@@ -265,9 +257,38 @@ class _Survey:
             return "neither"
         if self.unique < FEW:
             return "both"
-        held_out = TENTH if self.size < 10_000_000 else TWENTIETH if self.size < 100_000_000 else HUNDREDTH
         # The smallest hash is in validation already, unless nothing is.
-        return "validation" if level >= held_out or place == self.smallest[1] else "train"
+        return "validation" if level >= self.held_out or place == self.smallest[1] else "train"
+
+    def split_by(self, key: bytes) -> Split | Literal["both"]:
+        """Where the text of a hash goes, whichever of its copies it is."""
+        if self.unique < FEW:
+            return "both"
+        return "validation" if _level(key) >= self.held_out or _number(key) == self.smallest[0] else "train"
+
+    @property
+    def held_out(self) -> int:
+        """From which level on a document is held out."""
+        return TENTH if self.size < 10_000_000 else TWENTIETH if self.size < 100_000_000 else HUNDREDTH
+
+
+def _number(key: bytes) -> int:
+    """The hash of a document as a number, by which it is drawn."""
+    return int.from_bytes(key[:8], "big")
+
+
+def _level(key: bytes) -> int:
+    return TRAIN + sum(_number(key) < 2**64 * share // 100 for share in (10, 5, 1))
+
+
+class Watcher(Protocol):
+    """Sees the documents go by at the first reading."""
+
+    def begin(self, source: int, document: Document) -> None: ...
+
+    def add(self, piece: str) -> None: ...
+
+    def end(self, key: bytes) -> None: ...
 
 
 class _Bar:
@@ -336,31 +357,50 @@ def _seen(path: Path) -> Iterator[Callable[[bytes], bool]]:
         raise kind(f"{path}: {error} ({free:,} bytes free). Make room, and run the same command again") from error
 
 
-def _survey(sources: list[Source], directory: Path, problems: Problems, progress: Progress) -> _Survey:
-    """The first reading: what is there, what of it is new, and which split each document belongs to."""
-    survey, bar = _Survey(), _Bar("reading", sources, progress)
+def survey(
+    sources: list[Source], directory: Path, problems: Problems, progress: Progress, say: Callable[[str], None],
+    watcher: Watcher | None = None,
+) -> Survey:  # fmt: skip
+    """The first reading: what is there, what of it is new, and which split each document belongs to.
+
+    Raises:
+        NextwordError: there is no text at all; with what was there.
+    """
+    found, bar = Survey(), _Bar("reading", sources, progress)
     with _seen(directory / "seen.sqlite") as is_new:
-        for source in sources:
+        for number, source in enumerate(sources):
             size, time = _stat(source.path) or (None, None)
             texts = hashlib.blake2b(digest_size=16)
             for document in source.read(problems):
                 text = _Text(document, bar)
+                if watcher is not None:
+                    watcher.begin(number, document)
+                    for piece in text:
+                        watcher.add(piece)
                 key = text.finish()
+                if watcher is not None:
+                    watcher.end(key)
                 texts.update(key)
-                survey.add(key, is_new(key), text.characters, text.bytes)
+                found.add(key, is_new(key), text.characters, text.bytes)
             bar.end_file()
             try:
                 content = sha256(source.path)
             except OSError:  # its reader has reported it
                 content = None
             facts = {"name": without_surrogates(source.name), "bytes": size, "mtime_ns": time, "sha256": content}
-            survey.sources.append({**facts, "texts": texts.hexdigest()})
-    return survey
+            found.sources.append({**facts, "texts": texts.hexdigest()})
+    for line in problems.lines():
+        say(line)
+    if not found.unique:
+        raise NextwordError(
+            "no text was found. "
+            + "\n".join(["What was there:", *problems.lines()] if problems.found else [])
+            + "\nName files or folders of .txt, .md, .jsonl, .csv, .tsv or .parquet, plain, .gz or .zst"
+        )
+    return found
 
 
-def _split(
-    sources: list[Source], survey: _Survey, stage: str, progress: Progress
-) -> Iterator[tuple[Split, str | None]]:
+def _split(sources: list[Source], survey: Survey, stage: str, progress: Progress) -> Iterator[tuple[Split, str | None]]:
     """A later reading: each new document's pieces with the split they belong to, and None where the document ends.
 
     Raises `NextwordError` where a file no longer holds the texts that the survey found.
