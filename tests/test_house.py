@@ -179,8 +179,8 @@ def test_files_and_functions_stay_readable():
 def test_public_names():
     assert set(nextword.__all__) == {
         "Completion", "Corpus", "GPT", "Likelihood", "Model", "ModelConfig", "NextwordError", "Sampling", "Tokenizer",
-        "__version__", "build_config", "demo", "evaluate", "export", "finetune", "generate", "load", "plan", "predict",
-        "prepare", "pretrain", "report", "serve", "transfer", "verify",
+        "__version__", "build_config", "demo", "evaluate", "explain", "export", "finetune", "generate", "load", "plan",
+        "predict", "prepare", "pretrain", "report", "serve", "transfer", "verify",
     }  # fmt: skip
     assert set(nextword.__all__) == {"__version__", *nextword.PUBLIC}
     for name in nextword.__all__:

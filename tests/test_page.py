@@ -5,8 +5,6 @@ never broken.
 """
 
 import json
-import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,32 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from browsing import LOOKS, PHONE, SHOTS, WATCH, WIDE
+from browsing import browser as browser
 from page_server import EMOJI, HTML, PAGE, POLICY, RTL, STORY, PageServer
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, BrowserContext, Locator, Page, ViewportSize, expect, sync_playwright
+    from playwright.sync_api import Browser, BrowserContext, Locator, Page, ViewportSize, expect
 else:
     playwright = pytest.importorskip("playwright.sync_api", reason="the page's journeys need playwright")
-    expect, sync_playwright, Browser = playwright.expect, playwright.sync_playwright, playwright.Browser
+    expect, Browser = playwright.expect, playwright.Browser
 
-WIDE: "ViewportSize" = {"width": 1280, "height": 800}
 NARROW: "ViewportSize" = {"width": 900, "height": 800}
-PHONE: "ViewportSize" = {"width": 390, "height": 844}
 TOLD = b"".join(STORY).decode()
-WATCH = "window.broken = []; addEventListener('securitypolicyviolation', (e) => broken.push(e.violatedDirective));"
-
-
-@pytest.fixture(scope="module")
-def browser() -> "Iterator[Browser]":
-    with sync_playwright() as play:
-        path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-        if path is None and not Path(play.chromium.executable_path).exists():
-            pytest.skip("the page's journeys need a Chromium: apt-get install chromium, or playwright install chromium")
-        expect.set_options(timeout=15_000)
-        sandbox = os.name != "posix" or os.geteuid() != 0  # Chromium has none for root
-        browser = play.chromium.launch(executable_path=path, chromium_sandbox=sandbox, args=["--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -559,15 +543,6 @@ def states(j: Journey) -> Iterator[str]:
     yield "away"
     j.script.away = False
     expect(j.page.get_by_role("alert")).to_be_hidden()
-
-
-SHOTS = os.environ.get("NEXTWORD_PAGE_SHOTS")  # a folder, where pictures of every state are wanted
-LOOKS = {
-    "light-wide": ("light", WIDE),
-    "dark-phone": ("dark", PHONE),
-    "light-phone": ("light", PHONE),
-    "dark-wide": ("dark", WIDE),
-}
 
 
 @pytest.mark.parametrize("look", list(LOOKS) if SHOTS else ["light-wide", "dark-phone"])

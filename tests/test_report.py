@@ -3,15 +3,24 @@
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from nextword.errors import CorruptFile, NextwordError
+from nextword import api
+from nextword.auditing.findings import Finding
+from nextword.cli import run as run_command
+from nextword.errors import CorruptFile, NextwordError, UsageError
+from nextword.evaluation.comparison import apart
 from nextword.evaluation.figures import smoothed, thinned
-from nextword.evaluation.report import write_card, write_report
+from nextword.evaluation.measurements import AUDIT, EVALUATION, Measurements, When, keep
+from nextword.evaluation.report import refresh, write_card, write_report
+from nextword.files import seal
 
 FACTS: dict[str, Any] = {
     "command": 'nextword pretrain "my texts" --out runs/a',
@@ -68,7 +77,7 @@ def make(folder: Path, facts: Any = FACTS, lines: Any = None, result: Any = RESU
 class Page(HTMLParser):
     """The tags, attributes and visible text of a page; refuses one whose tags do not close in order."""
 
-    VOID = ("meta", "br")
+    VOID = ("meta", "br", "input")
 
     def __init__(self, path: Path):
         super().__init__(convert_charrefs=True)
@@ -202,12 +211,349 @@ def test_a_broken_run_folder_is_named(tmp_path: Path) -> None:
         write_report(run)
 
 
+# ---------------------------------------------------------------- what was measured on it
+
+TEXT: dict[str, Any] = {
+    "loss": 2.5, "perplexity": 12.18, "bits_per_byte": 1.304, "tokens": 9606, "bytes": 32_564, "stride": 64,
+    "interval": {"low": 1.25, "high": 1.36, "blocks": 31},
+}  # fmt: skip
+SUITE: dict[str, Any] = {
+    "metric": "acc", "score": 0.61, "low": 0.578, "high": 0.64, "n": 1000, "of": 67_000, "chance": 0.5,
+    "above_chance": True, "below_chance": False, "ties": 0, "others": {"acc_norm": {"score": 0.6}},
+    "groups": {"anaphora": {"score": 0.8, "low": 0.7, "high": 0.9, "n": 40}, "islands": {"score": 0.45, "n": 960}},
+    "scrambled": {"score": 0.53, "low": 0.5, "high": 0.56, "n": 1000, "order_matters": True},
+}  # fmt: skip
+FREE: dict[str, Any] = {"metric": "repeated", "score": 0.04, "low": 0.02, "high": 0.06, "n": 64, "chance": None}
+WHEN = When("2026-11-23T18:15:57+00:00", {"precision": "int8"})
+FINDINGS = [
+    Finding("bias", "CrowS-Pairs, gender", 61.2, 58.0, 64.1, "%", 262, 50.0, True, "The share of stereotypes preferred."),
+    Finding(
+        "memory", "Passages by heart", 3.5, 2.1, 5.4, "%", 400, 0.0, True, "Of 50 tokens each.",
+        ({"document": "a.txt", "passage": "It was a dark and stormy night."},),
+    ),
+    Finding("corpus", "Documents twice", 14, unit="documents", n=1992, reference=0.0),
+    Finding("cost", "Energy", 0.0021, unit="kWh"),
+]  # fmt: skip
+
+
+def audited(run: Path, findings: Any) -> Path:
+    (run / "measured").mkdir(exist_ok=True)
+    told = [one.to_dict() if isinstance(one, Finding) else one for one in findings]
+    (run / AUDIT).write_text(json.dumps({"model": str(run), "findings": told, "seconds": 3.5}), encoding="utf-8")
+    return run
+
+
+def measured(folder: Path) -> Path:
+    run = make(folder, lines=records())
+    keep(run, {**TEXT, "suites": {"blimp": SUITE, "free": FREE}}, "other.txt", WHEN, WHEN)
+    return audited(run, FINDINGS)
+
+
+def test_what_was_measured_is_in_the_report_and_the_card(tmp_path: Path) -> None:
+    run = measured(tmp_path / "run")
+    page = Page(write_report(run))
+    for said in (
+        "Evaluation", "other.txt", "1.304", "1.250 to 1.360", "2026-11-23 · precision int8", "blimp", "0.610",
+        "0.578 to 0.640", "above chance", "order matters", "1,000 of 67,000", "anaphora", "free", "0.040",
+        "Audit", "2 of 4 findings are to be read", "CrowS-Pairs, gender", "61.2 %", "58 to 64.1", "262",
+        "It was a dark and stormy night.", "14 documents", "0.0021 kWh", "The training text",
+    ):  # fmt: skip
+        assert said in page.text, said
+    labels = [value or "" for name, value in page.attributes if name == "aria-label"]
+    assert any(
+        "blimp 0.610 (0.578 to 0.640), above chance." in label for label in labels
+    )  # free has no chance to stand at
+    assert not re.search(r"https?:|//[a-z]|@import|<script|<link|<img", page.source)
+
+    card = write_card(run).read_text(encoding="utf-8")
+    for said in (
+        "## Evaluation", "| other.txt | 1.304 (1.250 to 1.360) | 12.18 | 9,606 |",
+        "| blimp | acc 0.610 (0.578 to 0.640) | 0.500: above chance | 1,000 of 67,000 |", "## Bias and risks",
+        "- **CrowS-Pairs, gender** (to be read): 61.2 % (58 to 64.1; 50 where nothing is amiss; of 262). The share of",
+        "- **Passages by heart** (to be read): 3.5 %",
+    ):  # fmt: skip
+        assert said in card, said
+    assert "Documents twice" not in card and "kWh" not in card  # no risk of the model's
+
+
+def test_a_card_says_nothing_that_was_not_measured(tmp_path: Path) -> None:
+    card = write_card(make(tmp_path / "run", lines=records())).read_text(encoding="utf-8")
+    assert "## Evaluation" not in card and "## Bias" not in card
+    assert "Evaluation" not in Page(write_report(tmp_path / "run")).text
+    unfinished = write_card(make(tmp_path / "other", lines=records(), result=None)).read_text(encoding="utf-8")
+    assert "model-index" not in unfinished
+
+
+def test_the_model_index_is_what_the_hub_reads(tmp_path: Path) -> None:
+    yaml = pytest.importorskip("yaml", reason="needs PyYAML")
+    run = measured(tmp_path / 'run: "x" # y')
+    keep(run, {"suites": {'own: "a" \u2028 #b': {**SUITE, "metric": "acc"}}}, "", WHEN, WHEN)
+    front = yaml.safe_load(write_card(run).read_text(encoding="utf-8").split("---\n")[1])
+    [index] = front["model-index"]
+    assert index["name"] == 'run: "x" # y'
+    told = {one["dataset"]["name"]: one["metrics"][0] for one in index["results"]}
+    assert set(told) == {"held-out text of the run", "other.txt", "blimp", "free", 'own: "a" #b'}
+    assert told["blimp"] == {"type": "acc", "value": 0.61, "name": "acc (95 % interval 0.578 to 0.640, 1,000 items)"}
+    assert told["held-out text of the run"]["value"] == RESULT["bits_per_byte"]
+    assert all(one["dataset"]["type"] and one["task"]["type"] == "text-generation" for one in index["results"])
+    hub = pytest.importorskip("huggingface_hub", reason="needs huggingface_hub")
+    assert len(hub.ModelCard.load(run / "README.md").data.eval_results) == 5
+
+
+def test_measurements_are_merged_by_name_and_go_with_their_weights(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", lines=records())
+    weights = run / "model"
+    weights.mkdir()
+    (weights / "model.safetensors").write_bytes(b"one")
+    seal(weights, {})
+    keep(run, {**TEXT, "suites": {"blimp": SUITE}}, "other.txt", WHEN, WHEN)
+    keep(run, {"suites": {"free": FREE}}, "", WHEN, WHEN)
+    keep(run, {"suites": {"blimp": {**SUITE, "score": 0.7}}}, "", WHEN, WHEN)
+    found = Measurements.read(run)
+    assert [one.name for one in found.texts] == ["other.txt"]
+    assert {one.name: one.score.value for one in found.suites} == {"blimp": 0.7, "free": 0.04}
+    assert found.suites[0].when == WHEN and not found.stale
+    (weights / "model.safetensors").write_bytes(b"two")
+    seal(weights, {})
+    assert Measurements.read(run).stale
+    assert "before the run's weights changed" in Page(write_report(run)).text
+    assert "## Evaluation" not in write_card(run).read_text(encoding="utf-8")
+    keep(run, {"suites": {"free": FREE}}, "", WHEN, WHEN)
+    found = Measurements.read(run)
+    assert [one.name for one in found.suites] == ["free"] and found.texts == () and not found.stale
+
+
+@pytest.mark.parametrize(
+    ("file", "way", "value", "named"),
+    [
+        (EVALUATION, ["suites", "blimp", "score"], "high", r"suites\.blimp\.score is not a number"),
+        (EVALUATION, ["suites", "blimp", "score"], None, r"suites\.blimp\.score is not a number"),
+        (EVALUATION, ["suites", "blimp", "low"], 0.9, r"suites\.blimp\.low is not below high"),
+        (EVALUATION, ["suites", "blimp", "n"], 1.5, r"suites\.blimp\.n is not a count"),
+        (
+            EVALUATION,
+            ["suites", "blimp", "groups", "anaphora"],
+            [],
+            r"suites\.blimp\.groups\.anaphora is not an object",
+        ),
+        (EVALUATION, ["suites", "blimp", "above_chance"], 1, r"above_chance is not true or false"),
+        (EVALUATION, ["suites", "blimp", "measured"], None, r"suites\.blimp\.measured is not an object"),
+        (
+            EVALUATION,
+            ["texts", "other.txt", "bits_per_byte"],
+            True,
+            r"texts\.other\.txt\.bits_per_byte is not a number",
+        ),
+        (EVALUATION, ["texts"], [1], r"texts is not an object"),
+        (AUDIT, ["findings"], {}, r"findings is not a list"),
+        (AUDIT, ["findings", 0], "bad", r"findings\[0\] is not an object"),
+        (AUDIT, ["findings", 1, "value"], math.nan, r"findings\[1\]\.value is not a number"),
+        (AUDIT, ["findings", 1, "examples", 0, "passage"], 3, r"findings\[1\]\.examples\[0\]\.passage is not a text"),
+        (AUDIT, ["findings", 1, "section"], None, r"findings\[1\]\.section is not a text"),
+    ],
+)
+def test_what_cannot_have_been_measured_is_named(tmp_path: Path, file: Path, way: Any, value: Any, named: str) -> None:
+    run = measured(tmp_path / "run")
+    whole = json.loads((run / file).read_text(encoding="utf-8"))
+    inner = whole
+    for key in way[:-1]:
+        inner = inner[key]
+    inner[way[-1]] = value
+    (run / file).write_text(json.dumps(whole), encoding="utf-8")
+    for write in (write_report, write_card):
+        with pytest.raises(CorruptFile, match=rf"{file.name}: .*{named}"):
+            write(run)
+    (run / file).write_text("{", encoding="utf-8")
+    with pytest.raises(CorruptFile, match=rf"{file.name} line 1: not valid JSON"):
+        write_report(run)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.sampled_from([EVALUATION, AUDIT]), st.integers(0, 60), JSON)
+def test_any_change_to_what_was_measured_is_refused_or_shown_as_text(
+    tmp_path_factory: pytest.TempPathFactory, file: Path, place: int, value: Any
+) -> None:
+    """One value anywhere in a measured file is another one."""
+    run = measured(tmp_path_factory.mktemp("runs") / "run")
+    whole = json.loads((run / file).read_text(encoding="utf-8"))
+    places: list[tuple[Any, Any]] = []
+
+    def collect(inner: Any) -> None:
+        for key in inner if isinstance(inner, dict) else range(len(inner)):
+            places.append((inner, key))
+            if isinstance(inner[key], dict | list):
+                collect(inner[key])
+
+    collect(whole)
+    inner, key = places[place % len(places)]
+    inner[key] = value
+    (run / file).write_text(json.dumps(whole), encoding="utf-8")
+    try:
+        found = Measurements.read(run)
+    except CorruptFile as error:
+        assert file.name in str(error)
+        return
+    from nextword.evaluation.measured_parts import measured_sections
+
+    (run / "parts.html").write_text(f"<div>{measured_sections(found)}</div>", encoding="utf-8")
+    assert "script" not in Page(run / "parts.html").tags
+
+
+def test_what_an_audit_found_is_text(tmp_path: Path) -> None:
+    texts = {"section": HOSTILE, "name": HOSTILE, "unit": HOSTILE, "note": HOSTILE, "examples": [{HOSTILE: HOSTILE}]}
+    run = audited(make(tmp_path / "run", lines=records()), [{**texts, "value": 1.5, "notable": True}])
+    keep(run, {"suites": {HOSTILE: {**SUITE, "metric": HOSTILE, "groups": {HOSTILE: {"score": 1}}}}}, "", WHEN, WHEN)
+    page = Page(write_report(run))
+    assert page.tags.count("script") == 0 and page.text.count("alert('x')") >= 7
+    card = write_card(run).read_text(encoding="utf-8")
+    assert "<script" not in re.sub(
+        r"^(````*)text\n.*?^\1$", "", card.split("---\n", 2)[2], flags=re.DOTALL | re.MULTILINE
+    )
+    other = Page(api.report([run, make(tmp_path / "b", lines=records())], tmp_path / "page.html"))
+    assert other.tags.count("script") == 0
+
+
+def test_a_refresh_leaves_what_a_person_has_changed(tmp_path: Path) -> None:
+    run, said = make(tmp_path / "run", lines=records()), []
+    refresh(run, said.append)
+    assert not (run / "report.html").exists() and not (run / "README.md").exists() and not said
+    write_report(run), write_card(run)
+    audited(run, FINDINGS)
+    refresh(run, said.append)
+    assert "Passages by heart" in (run / "report.html").read_text(encoding="utf-8")
+    card = (run / "README.md").read_text(encoding="utf-8")
+    assert "Passages by heart" in card and not said
+    changed = card.replace("# run", "# My own run")
+    (run / "README.md").write_text(changed, encoding="utf-8")
+    audited(run, [])
+    refresh(run, said.append)
+    assert (run / "README.md").read_text(encoding="utf-8") == changed
+    assert len(said) == 1 and "stays as it is" in said[0]
+    (run / "README.md").unlink()
+    api.report(run)
+    assert "## Bias" not in (run / "README.md").read_text(encoding="utf-8")
+
+
+def test_evaluate_keeps_what_it_measured_in_the_run(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(base, run)
+    (tmp_path / "other.txt").write_text("The list of values is sorted, and then the values are printed. " * 20)
+    pairs = [{"good": f"the values are {word}", "bad": f"the values is {word}"} for word in ("sorted", "read")]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (tmp_path / "own.toml").write_text(
+        '[agreement]\nkind = "minimal pairs"\nfiles = ["pairs.jsonl"]\ngood = "good"\nbad = "bad"\n'
+    )
+    command = [
+        "evaluate",
+        str(run),
+        str(tmp_path / "other.txt"),
+        "--suite",
+        str(tmp_path / "own.toml"),
+        "--seed",
+        "3",
+        "--json",
+    ]
+    assert run_command(command) == 0
+    result = json.loads(capsys.readouterr().out)
+    kept = json.loads((run / EVALUATION).read_text(encoding="utf-8"))
+    assert kept["suites"]["agreement"].pop("measured")["arguments"] == {"seed": 3}
+    assert kept["suites"]["agreement"] == result["suites"]["agreement"]
+    assert kept["texts"]["other.txt"]["bits_per_byte"] == result["bits_per_byte"]
+    assert "agreement" in (run / "report.html").read_text(encoding="utf-8")
+    assert "## Evaluation" in (run / "README.md").read_text(encoding="utf-8")
+    assert str(tmp_path) not in (run / "README.md").read_text(encoding="utf-8").split("## How it was made")[0]
+    assert (
+        run_command(["evaluate", str(run / "model"), str(tmp_path / "other.txt")]) == 0
+    )  # a model alone keeps nothing
+    assert not (run / "model" / "measured").exists()
+    (run / EVALUATION).write_text("[]")
+    assert run_command(command) == 3
+    assert "evaluation.json: the whole is not an object" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- several runs
+
+
+def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
+    other = {
+        **FACTS,
+        "size": "tiny",
+        "model": {**FACTS["model"], "n_layers": 2},
+        "parameters": 1000,
+        "command": "another",
+    }
+    runs = [measured(tmp_path / "one"), make(tmp_path / "two", other, records(), {**RESULT, "bits_per_byte": 1.4})]
+    audited(runs[1], FINDINGS[:1])
+    page = Page(api.report(runs, tmp_path / "page.html"))
+    for said in (
+        "2 runs, side by side", "1.225", "1.400", "by tokens", "by seconds", "model n layers", "other.txt", "blimp",
+        "acc · chance 0.500", "CrowS-Pairs, gender", "Passages by heart", "function returns 300",
+    ):  # fmt: skip
+        assert said in page.text, said
+    table = re.search(r"Settings and facts that differ.*?</table>", page.source, re.DOTALL)
+    assert table is not None
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th><td>(.*?)</td><td>(.*?)</td></tr>', table[0])
+    assert rows == [("size", "mini", "tiny"), ("parameters", "4,066,048", "1,000"), ("model n layers", "4", "2")]
+    assert page.tags.count("svg") == 6  # three axes, wide and narrow
+    assert not re.search(r"https?:|//[a-z]|@import|<script|<link|<img", page.source)
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    assert page.source == Page(api.report(runs, tmp_path / "again.html")).source
+
+
+def test_runs_that_differ_in_nothing_and_runs_that_are_half_there(tmp_path: Path) -> None:
+    runs = [make(tmp_path / name / "run", lines=records()) for name in "ab" if (tmp_path / name).mkdir() is None]
+    page = Page(api.report(runs, tmp_path / "page.html"))
+    assert "Nothing: all" in page.text and "a/run" in page.text and "b/run" in page.text
+    half = [make(tmp_path / "empty", {}, None, None), make(tmp_path / "begun", FACTS, [{"step": 1, "loss": 5.0}], None)]
+    assert "begun" in Page(api.report([*runs, *half], tmp_path / "page.html")).text
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = (make(tmp_path / name, lines=records()) for name in ("one", "two"))
+    with pytest.raises(UsageError, match="the same run is named twice"):
+        api.report([one, one])
+    with pytest.raises(UsageError, match="7 runs are too many"):
+        api.report([make(tmp_path / f"run{i}") for i in range(7)])
+    with pytest.raises(UsageError, match="a comparison itself"):
+        api.report([one, make(tmp_path / "worth", {"task": "transfer"})])
+    with pytest.raises(UsageError, match="--out is for the page of several runs"):
+        api.report(one, tmp_path / "page.html")
+    with pytest.raises(NextwordError, match="not a run folder"):
+        api.report([one, tmp_path])
+    assert run_command(["report", str(one), str(two), "--out", str(tmp_path / "c.html"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"reports": [str(tmp_path / "c.html")]}
+    assert run_command(["report", str(one)]) == 0
+    assert capsys.readouterr().out.strip() == str(one / "report.html")
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["/r/a", "/r/b"], ["a", "b"]),
+        (["/x/run", "/y/run"], ["x/run", "y/run"]),
+        (["/x/run", "/y/other"], ["run", "other"]),
+    ],
+)
+def test_runs_go_by_the_shortest_names_that_tell_them_apart(paths: list[str], names: list[str]) -> None:
+    assert apart([Path(path) for path in paths]) == names
+
+
 def test_the_card_says_what_was_measured(tmp_path: Path) -> None:
     run = make(tmp_path / "my_run", lines=records())
     card = write_card(run)
     text = card.read_text(encoding="utf-8")
     assert card == run / "README.md"
-    assert text.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- nextword\n---\n")
+    front = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- nextword\nmodel-index:\n"
+    assert text.startswith(front)
     for said in ("# my\\_run", "a modern mini model", "| parameters | 4,066,048 |", "3.1712", "23.84", "1.2251"):
         assert said in text, said
     assert "1,894 documents, 512,331 tokens, 1,934,113 bytes" in text

@@ -25,6 +25,7 @@ PUBLIC = {
     "transfer": "nextword.api",
     "generate": "nextword.api",
     "evaluate": "nextword.api",
+    "explain": "nextword.api",
     "export": "nextword.api",
     "report": "nextword.api",
     "serve": "nextword.api",
@@ -55,6 +56,7 @@ __all__ = [
     "build_config",
     "demo",
     "evaluate",
+    "explain",
     "export",
     "finetune",
     "generate",
@@ -72,6 +74,7 @@ __all__ = [
 if TYPE_CHECKING:
     from nextword.api import demo as demo
     from nextword.api import evaluate as evaluate
+    from nextword.api import explain as explain
     from nextword.api import export as export
     from nextword.api import finetune as finetune
     from nextword.api import generate as generate

@@ -14,7 +14,9 @@ from nextword.base import Base
 from nextword.console import Console
 from nextword.continuing import Continuing
 from nextword.errors import CorruptFile, MissingExtra, NextwordError, UsageError
-from nextword.evaluation.declarations import find_suite
+from nextword.evaluation.declarations import find_suites
+from nextword.explaining.explain import explain as explain_text
+from nextword.explaining.page import write_page
 from nextword.exporting.gguf import write_gguf
 from nextword.exporting.onnx import write_onnx
 from nextword.exporting.proof import Exported
@@ -23,6 +25,7 @@ from nextword.inference.engine import Completion
 from nextword.inference.quantize import Precision
 from nextword.job import Job
 from nextword.judging.harness import run_task
+from nextword.judging.keeping import keep_in_run, refuse_damaged
 from nextword.judging.reading import judge_text, text_for
 from nextword.judging.verdict import LIMIT, Panel, judge_suite
 from nextword.lifecycle import carry_out
@@ -374,13 +377,8 @@ def evaluate(
     """
     if limit is not None and (limit < 1 or whole):
         raise UsageError("--limit must be at least 1, and does not go together with --whole")
-    asked = {}
-    for request in suites:
-        suite = None if request.startswith("lm-eval:") else find_suite(request)
-        name = request if suite is None else suite.name
-        if name in asked:
-            raise UsageError(f"--suite {name} is said twice: give one of them another name, NAME=FILE.toml")
-        asked[name] = suite
+    asked = find_suites(suites)
+    refuse_damaged(model)
     with console or Console(quiet=True) as console:
         panel = Panel(
             load(model, device, precision),
@@ -399,7 +397,23 @@ def evaluate(
                 found[name] = run_task(panel.model, name.removeprefix("lm-eval:"), items, console)
             else:
                 found[name] = judge_suite(panel, suite, limit=items, seed=seed or 0, console=console)
+        about = {"precision": None if precision == "float32" else precision, "against": against and Path(against).name}
+        keep_in_run(
+            model, result, texts, console, of_text={"stride": stride, **about}, of_suites={"seed": seed, **about}
+        )
         return result
+
+
+def explain(
+    model: str | Path, texts: str | Sequence[str], *, word: str | None = None, label: str | None = None,
+    out: str | Path | None = None, device: str = "auto",
+) -> dict[str, Any]:  # fmt: skip
+    """What happens inside a model as it reads a text (or an example of its task): see `explaining.explain.explain`. With `out`
+    it is written as a page as well."""
+    found = explain_text(
+        load(model, device), [texts] if isinstance(texts, str) else list(texts), word=word, label=label
+    )
+    return found if out is None else {**found, "page": str(write_page(found, Path(out)))}
 
 
 def export(
@@ -428,11 +442,18 @@ def export(
     return write_onnx(model, out)
 
 
-def report(run: str | Path) -> Path:
-    """Write RUN/report.html anew from what the run folder holds."""
-    from nextword.evaluation.report import write_report  # what draws takes half a second to import
+def report(runs: Paths, out: str | Path | None = None) -> Path:
+    """Write RUN/report.html and the model card anew from what the run folder holds, measurements included; of several runs a
+    page that sets them side by side, `comparison.html` where `out` says nothing else."""
+    from nextword.evaluation.comparison import write_comparison  # what draws takes half a second to import
+    from nextword.evaluation.report import renew
 
-    return write_report(Path(run))
+    folders = [Path(run) for run in as_list(runs)]
+    if len(folders) > 1:
+        return write_comparison(folders, Path(out or "comparison.html"))
+    if out is not None:
+        raise UsageError(f"--out is for the page of several runs; that of one is {folders[0] / 'report.html'}")
+    return renew(folders[0])
 
 
 def verify(path: str | Path) -> dict[str, str]:
@@ -480,15 +501,8 @@ def demo(
         for name, data in zip(("packages", "assistant"), write_examples(folder), strict=True):
             console.say(f"\n{name}: fine-tuning the same model, {parts[name]:.0f} s", style="bold")
             result[name] = finetune(
-                out,
-                data,
-                folder / name,
-                budget=parts[name],
-                resume=True,
-                console=console,
-                started=time.time(),
-                **settings,
-            )
+                out, data, folder / name, budget=parts[name], resume=True, console=console, started=time.time(), **settings
+            )  # fmt: skip
         texts = ["Run a coroutine in the event loop until it is done.", "Draw a line on the canvas."]
         asked = ["What does get_event_loop in asyncio.events do?", "What does set_title in tkinter.Window do?"]
         answers = [

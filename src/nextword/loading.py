@@ -23,6 +23,7 @@ from nextword.model.stock import load_model
 from nextword.prediction import Predictor
 from nextword.runs import choose_device
 from nextword.tasks.data import example_of
+from nextword.tasks.encoding import Form
 from nextword.text.batches import TokenRow, TokenSource
 from nextword.text.corpus import find_sources
 from nextword.text.documents import Problems
@@ -41,10 +42,11 @@ class Model:
     Attributes:
         precision: in which it writes and is evaluated: its weights as they are, or rounded to 8 or 4 bits, which is faster
             and takes less memory (see `inference.quantize`).
+        path, directory: where it was opened, and the model directory that is; they differ for a run's checkpoint.
     """
 
     def __init__(self, path: Path, device: torch.device, precision: Precision = "float32"):
-        self.path = path
+        self.path = self.directory = path
         self.gpt = load_model(path, device).eval()
         self.tokenizer = Tokenizer.open(path)
         self.precision: Precision = precision
@@ -76,8 +78,13 @@ class Model:
         return predictor.predict([example_of(predictor.form.task, texts)])[0]
 
     @property
+    def form(self) -> Form | None:
+        """The task that it was fine-tuned for, and how a text is given to it; None where it goes on with texts."""
+        return form_of(self.directory)
+
+    @property
     def predictor(self) -> Predictor:
-        form = form_of(self.path)
+        form = self.form
         if form is None:
             raise UsageError(
                 f"{self.path}: a model that was fine-tuned for no task, so it has nothing to predict; let it go on from a "

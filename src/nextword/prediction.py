@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,10 @@ class Predictor:
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, form: Form):
         self.model, self.tokenizer, self.form = model, tokenizer, form
-        self.encoder = Encoder(form, tokenizer, model.config.context_length)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(self.form, self.tokenizer, self.model.config.context_length)
 
     # ------------------------------------------------------------ through the model
 

@@ -1,5 +1,6 @@
 """A run folder's model card (`README.md`): what was measured, on what, and how the model is used."""
 
+import hashlib
 import json
 import re
 import shlex
@@ -7,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nextword.evaluation.card_measured import evaluation_in_markdown, model_index, risks_in_markdown
+from nextword.evaluation.measurements import Measurements
 from nextword.evaluation.outcome import METRICS, Outcome, base_name, forgetting_in_words
 from nextword.evaluation.page import (
     Run,
@@ -23,6 +26,7 @@ from nextword.evaluation.templates import ADAPTER, CARD, CHAT_INPUTS, HEAD, TASK
 from nextword.evaluation.tuned import TEXT_TASKS, held_out_loss, in_words, task_facts
 from nextword.files import write_durably
 
+SEAL = "written by nextword; sha-256 of what stands above:"
 UNFINISHED = "\nThe training has not finished; these are the figures so far.\n"
 
 
@@ -33,15 +37,30 @@ def write_card(run: Path) -> Path:
         NextwordError: not a run folder.
         CorruptFile: a file of it is damaged.
     """
-    data = Run.read(run)
-    write_durably(run / "README.md", language_card(data) if data.task is None else task_card(data))
+    data, measured = Run.read(run), Measurements.read(run)
+    card = language_card(data, measured) if data.task is None else task_card(data, measured)
+    write_durably(run / "README.md", card + seal_of(card))
     return run / "README.md"
+
+
+def seal_of(card: str) -> str:
+    """A comment behind a card that tells whether it is still as it was written."""
+    return f"\n<!-- {SEAL} {hashlib.sha256(card.encode()).hexdigest()} -->\n"
+
+
+def is_own_card(path: Path) -> bool:
+    """Whether a card is there and as nextword wrote it, so that it may be written anew."""
+    if not path.is_file():
+        return False
+    text = path.read_text(encoding="utf-8", errors="replace")
+    card, found, _ = text.rpartition(f"\n<!-- {SEAL} ")
+    return bool(found) and text == card + seal_of(card)
 
 
 # ---------------------------------------------------------------- of pre-training
 
 
-def language_card(run: Run) -> str:
+def language_card(run: Run, found: Measurements) -> str:
     """The card of a model that continues text."""
     facts = run.facts
     measured = [
@@ -56,6 +75,8 @@ def language_card(run: Run) -> str:
         kind=markdown(f"a {kind} model" if kind else "a model"),
         state="" if run.result else UNFINISHED,
         rows=table_rows(measured),
+        index=model_index(run, found, "text-generation"),
+        measured=evaluation_in_markdown(found) + risks_in_markdown(found),
         sample=last_sample(run),
         command=f"\n## How it was made\n\n{fenced(str(facts['command']))}\n" if "command" in facts else "",
     )
@@ -123,7 +144,7 @@ PROMPT, OPENING, MESSAGE = "Where is the station?", "Once upon a time", "What is
 LISTED_LABELS = 20
 
 
-def task_card(run: Run) -> str:
+def task_card(run: Run, found: Measurements) -> str:
     """The card of a model that learned a task, or whose pre-training went on."""
     facts = run.facts
     known = task_facts(run)
@@ -135,9 +156,11 @@ def task_card(run: Run) -> str:
         ("vocabulary", at(facts, "model", "vocab_size")),
         *figures(run),
     ]
-    command = facts.get("command")
+    command, pipeline = facts.get("command"), PIPELINES.get(str(run.task), "text-generation")
     return TASK_CARD.substitute(
-        pipeline=PIPELINES.get(str(run.task), "text-generation"),
+        pipeline=pipeline,
+        index=model_index(run, found, pipeline),
+        measured=evaluation_in_markdown(found) + risks_in_markdown(found),
         name=markdown(run.name),
         about=about(run),
         state="" if run.result else UNFINISHED,

@@ -25,6 +25,7 @@ is as that suite says, but what the table says itself. The kinds:
 
 import re
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Formatter
@@ -69,6 +70,22 @@ class Suite:
     max_tokens: int = 64
     stop: tuple[str, ...] = ()
     within: tuple[tuple[str, re.Pattern[str]], ...] = ()
+
+
+def find_suites(requests: Sequence[str]) -> dict[str, Suite | None]:
+    """The suites that `--suite` asks for, by their names; None for a task of lm-eval's.
+
+    Raises:
+        UsageError: two of one name, or see `find_suite`.
+    """
+    asked: dict[str, Suite | None] = {}
+    for request in requests:
+        suite = None if request.startswith("lm-eval:") else find_suite(request)
+        name = request if suite is None else suite.name
+        if name in asked:
+            raise UsageError(f"--suite {name} is said twice: give one of them another name, NAME=FILE.toml")
+        asked[name] = suite
+    return asked
 
 
 def find_suite(request: str) -> Suite:

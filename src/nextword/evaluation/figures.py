@@ -21,7 +21,10 @@ Points = Sequence[tuple[float, float]]
 
 # Colours that occur nowhere else, and the CSS variable that takes the place of each.
 INK, SOFT, LINE, TRAIN, VALIDATION = "#010203", "#010204", "#010205", "#010206", "#010207"
+SERIES = tuple(f"#0102{number:02x}" for number in range(8, 14))  # of several runs
 VARIABLES = {INK: "--ink", SOFT: "--soft", LINE: "--line", TRAIN: "--train", VALIDATION: "--validation"}
+VARIABLES |= {color: f"--s{number}" for number, color in enumerate(SERIES, start=1)}
+DASHES: Any = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 2, 2)), "-", (0, (6, 2)))  # so that colour is not all
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, sharp, and read by screen readers
@@ -73,6 +76,34 @@ def loss_curve(train: Points, validation: Points, bits_per_nat: float | None, *,
         if train or validation:
             axes.legend(frameon=False, labelcolor=INK, loc="upper right")
         return _svg(figure, f"loss-{'wide' if wide else 'narrow'}")
+
+
+def compared_curves(lines: Sequence[tuple[str, Points]], x_label: str, y_label: str, name: str, *, wide: bool) -> str:
+    """The curves of several runs in one figure, each named at its end where there is room, else in a legend.
+
+    Args:
+        lines: (a run's name, its points), as many as there are `SERIES` at most.
+        wide: for a wide page, or for a telephone's.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure((7.6, 3.8) if wide else (3.7, 3.4))
+        ends = []
+        for (label, points), color, dash in zip(lines, SERIES, DASHES, strict=False):
+            if not points:
+                continue
+            marker = "o" if len(points) < 40 else None
+            axes.plot(*_columns(points), color=color, linestyle=dash, marker=marker, markersize=3.5, label=label)
+            ends.append((points[-1][1], label, color))
+        axes.set_ylim(*_without_the_first_fall([point for _, points in lines for point in points], ()))
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.xaxis.set_major_locator(MaxNLocator(6 if wide else 4, integer=True))
+        if wide and max(len(label) for label, _ in lines) <= 24:
+            _name_at_the_right(axes, ends, height=0.75 * 72 * figure.get_figheight())
+        else:
+            for text in axes.legend(frameon=False, labelcolor=INK, loc="upper right").get_texts():
+                text.set_parse_math(False)
+        return _svg(figure, f"{name}-{'wide' if wide else 'narrow'}")
 
 
 def training_curve(train: Points, name: str) -> str:

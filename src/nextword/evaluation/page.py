@@ -9,11 +9,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from nextword.errors import CorruptFile, NextwordError
-from nextword.evaluation.figures import Points
 from nextword.files import read_json, read_json_lines
+
+if TYPE_CHECKING:
+    from nextword.evaluation.figures import Points  # what draws takes half a second to import
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Run:
                 raise CorruptFile(f"{folder / 'metrics.jsonl'} line {number}: not an object")
         return cls(folder.resolve().name, facts, records, result)
 
-    def series(self, *keys: str) -> Points:
+    def series(self, *keys: str) -> "Points":
         """(step, number) of every record that has a finite number there, as in series("validation", "loss")."""
         values = ((record.get("step"), at(record, *keys)) for record in self.records)
         return [(float(step), float(value)) for step, value in values if is_number(step) and is_number(value)]

@@ -1,4 +1,5 @@
-"""A run folder as one page that can be sent to somebody (`report.html`), and as a model card (`README.md`).
+"""A run folder as one page that can be sent to somebody (`report.html`), and as a model card (`README.md`): how it learned, and
+everything that was measured on it.
 
 Only the run folder's files are read. The page is self-contained: no script, no outside address. Everything that came from a
 corpus or a model is escaped, for a sample may hold anything.
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from nextword.errors import NextwordError
-from nextword.evaluation.card import write_card
+from nextword.evaluation.card import is_own_card, write_card
 from nextword.evaluation.figures import Points, loss_curve, small_curve, smoothed
+from nextword.evaluation.measured_parts import measured_sections
+from nextword.evaluation.measurements import Measurements
 from nextword.evaluation.outcome import base_name, name_of
 from nextword.evaluation.page import (
     Run,
@@ -28,18 +31,18 @@ from nextword.evaluation.page import (
     short_count,
     table,
 )
-from nextword.evaluation.templates import PAGE, STYLE, TASK_STYLE
+from nextword.evaluation.templates import FOOTER, MEASURED_STYLE, PAGE, STYLE, TASK_STYLE
 from nextword.evaluation.transfer_page import transfer_page
 from nextword.evaluation.tuned import TEXT_TASKS, looks_table, task_curves, tuned_headline, tuned_scores, tuned_tables
 from nextword.files import write_durably
 
-__all__ = ["write_card", "write_report"]
+__all__ = ["refresh", "renew", "write_card", "write_report"]
 
 SHOWN_SAMPLES = 8  # steps whose samples are shown at once; the others can be unfolded
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report.html from RUN/run.json, metrics.jsonl and result.json; its path.
+    """Write RUN/report.html from RUN/run.json, metrics.jsonl, result.json and measured/; its path.
 
     Raises:
         NextwordError: not a run folder, or a `transfer` that is not finished.
@@ -49,9 +52,11 @@ def write_report(run: Path) -> Path:
     if data.facts.get("task") == "transfer":
         return _transfer_report(run, data)
     command, tuned = data.facts.get("command"), data.task is not None
+    measured = measured_sections(Measurements.read(run))
     parts = [
         _learning(data),
         "" if tuned else _plan(data),
+        measured,
         _samples(data),
         tuned_tables(data) if tuned else _tables(data),
         section("The command", f"<pre><code>{escaped(command)}</code></pre>", bool(command)),
@@ -59,15 +64,41 @@ def write_report(run: Path) -> Path:
     ]
     page = PAGE.substitute(
         title=escaped(data.name),
+        footer=FOOTER,
         kind="training report",
         heading=escaped(data.name),
         subtitle=_subtitle(data),
         headline=f"<dl>\n{tuned_headline(data) if tuned else _headline(data)}\n</dl>\n",
         parts="\n".join([tuned_scores(data), *parts] if tuned else parts),
-        style=STYLE + TASK_STYLE if tuned else STYLE,
+        style=STYLE + (TASK_STYLE if tuned or measured else "") + (MEASURED_STYLE if measured else ""),
     )
     write_durably(run / "report.html", page)
     return run / "report.html"
+
+
+def renew(run: Path) -> Path:
+    """Write the report anew, and the card with it where it is ours or gone; the report's path."""
+    page = write_report(run)
+    data = Run.read(run)
+    if data.facts.get("task") != "transfer" and (is_own_card(run / "README.md") or not (run / "README.md").exists()):
+        write_card(run)
+    return page
+
+
+def refresh(run: Path, say: Callable[[str], None]) -> None:
+    """Draw a run's report and card anew after something was measured on it. One that a person has changed, or has taken away,
+    stays so; what is changed is said."""
+    if (run / "report.html").is_file() and FOOTER in (run / "report.html").read_text(
+        encoding="utf-8", errors="replace"
+    ):
+        write_report(run)
+    card = run / "README.md"
+    if is_own_card(card):
+        write_card(run)
+    elif card.is_file():
+        say(
+            f"{card}: somebody has changed it, so it stays as it is; without it, nextword report {run} writes a new one"
+        )
 
 
 def _transfer_report(folder: Path, run: Run) -> Path:

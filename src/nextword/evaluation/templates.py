@@ -8,7 +8,7 @@ library_name: transformers
 pipeline_tag: text-generation
 tags:
 - nextword
----
+$index---
 
 # $name
 
@@ -20,7 +20,7 @@ $rows
 
 It was trained on this text alone and on no instructions. It continues text in its manner and knows nothing else; what it
 says is not checked against anything.
-
+$measured
 ## Use
 
 ```python
@@ -39,7 +39,7 @@ library_name: transformers
 pipeline_tag: $pipeline
 tags:
 - nextword
----
+$index---
 
 # $name
 
@@ -48,7 +48,7 @@ $state
 | | |
 |---|---|
 $rows
-$scores
+$scores$measured
 ## Use
 
 With nextword, in this folder:
@@ -185,6 +185,61 @@ p + .grid, .grid + details, .grid + p { margin-top: 2.5rem; }
 .sentence { display: block; font-size: clamp(1.6rem, 4.4vw, 2.3rem); line-height: 1.2; max-width: 48rem; }
 """
 
+MEASURED_STYLE = """\
+.unseen { position: absolute; width: 1px; height: 1px; margin: -1px; overflow: hidden; clip-path: inset(50%); }
+.scores th small { margin-top: 0.1rem; }
+.dots.suites > div { color: var(--soft); }
+.dots.suites > .own { color: var(--ink); }
+.dots.suites .own .strip { color: var(--validation); }
+.strip .chance { width: 2px; margin-inline-start: -1px; transform: none; background: var(--ink); opacity: 0.75; }
+.strip s { top: calc(50% - 5px); width: 10px; height: 10px; margin-inline-start: -5px; border-radius: 50%;
+  background: var(--paper); border: 2px solid currentcolor; }
+.scores { max-width: 48rem; }
+.scores th { min-width: 7rem; overflow-wrap: anywhere; }
+.scores thead th { overflow-wrap: normal; min-width: 0; }
+.findings tbody th { width: 60%; }
+.findings td, .sideways td { white-space: nowrap; overflow-wrap: normal; }
+.sideways td small { white-space: nowrap; }
+.sideways { overflow-x: auto; margin-bottom: 2rem; }
+.sideways .scores { margin-bottom: 0.4rem; }
+.findings th small { max-width: 32rem; }
+.findings .notable th, .findings .notable td { color: var(--ink); }
+.mark { color: var(--train); }
+.examples li { display: block; padding: 0.5rem 0; border-top: 1px solid var(--line); font-size: 0.85rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
+.examples b { font-weight: 400; color: var(--soft); }
+section > details { max-width: 48rem; }
+"""
+
+COMPARISON_STYLE = """\
+:root { --s1: #1f628f; --s2: #c0672f; --s3: #5f7f4f; --s4: #8a4f93; --s5: #a07a1c; --s6: #4a5560; }
+@media (prefers-color-scheme: dark) {
+  :root { --s1: #7fbce6; --s2: #e59c6b; --s3: #9dc489; --s4: #cf9bd8; --s5: #d9b75f; --s6: #aab4c0; } }
+.dot { display: inline-block; width: 0.7rem; height: 0.7rem; margin-inline-end: 0.4rem; border-radius: 50%; }
+.s1 { background: var(--s1); } .s2 { background: var(--s2); } .s3 { background: var(--s3); }
+.s4 { background: var(--s4); } .s5 { background: var(--s5); } .s6 { background: var(--s6); }
+.name { margin-inline-end: 1.2rem; white-space: nowrap; color: var(--ink); }
+header p { max-width: none; line-height: 2; }
+.sideways .several { max-width: none; width: auto; min-width: min(100%, 42rem); margin: 0.6rem 0 0.4rem; }
+.several thead th { color: var(--ink); white-space: nowrap; }
+.several td { min-width: 6rem; }
+.of2 :is(td, thead th):not(:first-child) { width: 28%; }
+.of3 :is(td, thead th):not(:first-child) { width: 20%; }
+.several th:not(:first-child), .several td { text-align: end; padding-inline: 0.8rem 0; }
+.axes { border: 0; margin: 0; padding: 0; min-width: 0; }
+.axes input { accent-color: var(--validation); margin: 0 0.4rem 0 0; width: 1rem; height: 1rem; vertical-align: -2px; }
+.axes label { margin-inline-end: 1.4rem; font-size: 0.92rem; line-height: 2.2; }
+.by { display: none; margin-top: 1rem; }
+#axis-step:checked ~ .by-step, #axis-tokens:checked ~ .by-tokens, #axis-seconds:checked ~ .by-seconds { display: block; }
+section > h3 { margin: 1.6rem 0 0.6rem; color: var(--ink); font-weight: 600; }
+.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: 1.5rem 2.5rem; }
+.beside h4 { margin: 0 0 0.4rem; font-size: 0.85rem; font-weight: 400; color: var(--soft); }
+.beside blockquote { font-size: 0.98rem; }
+"""
+
+FOOTER = "Made by nextword from the files of the run folder."
+FOOTERS = "Made by nextword from the files of the run folders."
+
 PAGE = Template("""\
 <!doctype html>
 <html lang="en">
@@ -202,7 +257,7 @@ $style</style>
 <p>$subtitle</p>
 $headline</header>
 $parts
-<footer>Made by nextword from the files of the run folder.</footer>
+<footer>$footer</footer>
 </main>
 </body>
 </html>

@@ -8,7 +8,7 @@ from nextword.errors import NextwordError
 from nextword.evaluation.figures import Line, transfer_plot
 from nextword.evaluation.outcome import LOWER_IS_BETTER, METRICS, Measured, as_score
 from nextword.evaluation.page import at, duration, escaped, figure, is_number, mapping, section
-from nextword.evaluation.templates import PAGE, STYLE, TASK_STYLE
+from nextword.evaluation.templates import FOOTER, PAGE, STYLE, TASK_STYLE
 from nextword.evaluation.tuned import in_words, score_cell
 from nextword.files import write_durably
 
@@ -35,6 +35,7 @@ def transfer_page(folder: Path, facts: dict[str, Any]) -> Path:
     page = PAGE.substitute(
         title=escaped(folder.resolve().name),
         kind="what pre-training is worth",
+        footer=FOOTER,
         heading=f'<span class="sentence">{escaped(sentence)}</span>',
         subtitle=" · ".join(escaped(part) for part in named),
         headline="",

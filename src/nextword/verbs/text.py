@@ -327,18 +327,21 @@ def export(
     show(written.facts, common, lambda: str(written))
 
 
-def report(runs: list[Path], /, *, common: Common = Common()) -> None:
-    """Draw the report of a run anew.
+def report(runs: list[Path], /, *, out: Path | None = None, common: Common = Common()) -> None:
+    """Draw the report of a run anew, with all that was measured on it; or set several runs side by side on one page: what they
+    reached, how they learned, what differs between their settings, what was measured, and what they write.
 
     Parameters
     ----------
     runs
-        Run folders.
+        A run folder, or several.
+    out
+        The page of several runs. [default: comparison.html]
     """
     from nextword import api
 
-    pages = [str(api.report(run)) for run in runs]
-    show({"reports": pages}, common, lambda: "\n".join(pages))
+    page = str(api.report(list(runs), out))
+    show({"reports": [page]}, common, lambda: page)
 
 
 def verify(paths: list[Path], /, *, common: Common = Common()) -> None:
