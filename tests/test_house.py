@@ -67,7 +67,8 @@ ALLOWED: dict[str, set[str]] = {
         "serving",
         "asked",
     },
-    "verbs": GROUND | {"console", "model", "recipes", "api", "inference", "chatting"},
+    "demonstrating": {"text", "recipes", "console", "loading", "api"},
+    "verbs": GROUND | {"console", "model", "recipes", "api", "demonstrating", "inference", "chatting"},
     "cli": {"errors", "verbs"},
     "__main__": {"cli"},
 }

@@ -16,7 +16,7 @@ STARTED = time.time()  # a budget counts from here when nextword is the program
 __version__ = "0.1.0"
 
 PUBLIC = {
-    "demo": "nextword.api",
+    "demo": "nextword.demonstrating",
     "plan": "nextword.api",
     "prepare": "nextword.api",
     "pretrain": "nextword.api",
@@ -72,7 +72,6 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from nextword.api import demo as demo
     from nextword.api import evaluate as evaluate
     from nextword.api import explain as explain
     from nextword.api import export as export
@@ -86,6 +85,7 @@ if TYPE_CHECKING:
     from nextword.api import serve as serve
     from nextword.api import transfer as transfer
     from nextword.api import verify as verify
+    from nextword.demonstrating import demo as demo
     from nextword.errors import NextwordError as NextwordError
     from nextword.evaluation.likelihood import Likelihood as Likelihood
     from nextword.inference.engine import Completion as Completion

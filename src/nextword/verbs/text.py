@@ -36,10 +36,12 @@ def demo(*, out: Path = Path("nextword-demo"), budget: str = "3m", common: Commo
     budget
         Wall time of all of it.
     """
-    from nextword import api
+    from nextword import demonstrating
 
     console = common.console()
-    result = api.demo(out, budget=budget, console=console, started=STARTED, seed=common.seed, device=common.device)
+    result = demonstrating.demo(
+        out, budget=budget, console=console, started=STARTED, seed=common.seed, device=common.device
+    )
 
     def text() -> str:
         lines = [f"\n{c['prompt']}{c['text']}\n" for c in result["completions"]]
