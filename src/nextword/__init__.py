@@ -25,6 +25,7 @@ PUBLIC = {
     "transfer": "nextword.api",
     "generate": "nextword.api",
     "evaluate": "nextword.api",
+    "audit": "nextword.api",
     "export": "nextword.api",
     "report": "nextword.api",
     "serve": "nextword.api",
@@ -52,6 +53,7 @@ __all__ = [
     "Sampling",
     "Tokenizer",
     "__version__",
+    "audit",
     "build_config",
     "demo",
     "evaluate",
@@ -70,6 +72,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from nextword.api import audit as audit
     from nextword.api import demo as demo
     from nextword.api import evaluate as evaluate
     from nextword.api import export as export
