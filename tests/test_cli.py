@@ -9,7 +9,7 @@ import pytest
 
 from conftest import TINY, Run
 
-VERBS = ["demo", "plan", "prepare", "pretrain", "generate", "evaluate", "export", "report", "verify"]
+VERBS = ["demo", "plan", "prepare", "pretrain", "generate", "evaluate", "audit", "export", "report", "verify"]
 
 
 @pytest.fixture(scope="module")

@@ -140,6 +140,7 @@ def test_optional_packages_are_not_needed_to_import():
         "jinja2",
         "lm_eval",
         "py3langid",
+        "yaml",
     }
     for path in FILES:
         if room(path) == "serving":  # the room as a whole is optional: nothing imports it before a server is begun
@@ -180,7 +181,7 @@ def test_files_and_functions_stay_readable():
 def test_public_names():
     assert set(nextword.__all__) == {
         "Completion", "Corpus", "GPT", "Likelihood", "Model", "ModelConfig", "NextwordError", "Sampling", "Tokenizer",
-        "__version__", "build_config", "demo", "evaluate", "explain", "export", "finetune", "generate", "load", "plan",
+        "__version__", "audit", "build_config", "demo", "evaluate", "explain", "export", "finetune", "generate", "load", "plan",
         "predict", "prepare", "pretrain", "report", "serve", "transfer", "verify",
     }  # fmt: skip
     assert set(nextword.__all__) == {"__version__", *nextword.PUBLIC}

@@ -25,6 +25,7 @@ PUBLIC = {
     "transfer": "nextword.api",
     "generate": "nextword.api",
     "evaluate": "nextword.api",
+    "audit": "nextword.api",
     "explain": "nextword.api",
     "export": "nextword.api",
     "report": "nextword.api",
@@ -53,6 +54,7 @@ __all__ = [
     "Sampling",
     "Tokenizer",
     "__version__",
+    "audit",
     "build_config",
     "demo",
     "evaluate",
@@ -72,6 +74,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from nextword.api import audit as audit
     from nextword.api import evaluate as evaluate
     from nextword.api import explain as explain
     from nextword.api import export as export

@@ -9,6 +9,7 @@ import torch
 
 from nextword import files, recipes
 from nextword.asked import chosen_recipe, describe, gather, lengths, said, tables, whole_paths
+from nextword.auditing.audit import Asked, audit_model
 from nextword.base import Base
 from nextword.console import Console
 from nextword.continuing import Continuing
@@ -396,6 +397,20 @@ def evaluate(
             model, result, texts, console, of_text={"stride": stride, **about}, of_suites={"seed": seed, **about}
         )
         return result
+
+
+def audit(
+    model: str | Path, *, corpus: Paths = (), device: str = "auto", console: Console | None = None, **settings: Any
+) -> dict[str, Any]:
+    """Look at a model before others use it: whom it favours, what of its text it knows by heart, what that text holds, and what
+    the run took. The result is that of `nextword audit --json`; of a run it is kept as RUN/measured/audit.json.
+
+    `corpus` is what the model was trained on; of a run its own where it is still there. `settings` are those of
+    `auditing.audit.Asked`: templates, suites, data, group, passages, index, texts, prefixes, limit, price, intensity, seed.
+    """
+    asked = Asked(corpora=tuple(whole_paths(corpus, begun=True)), **settings)
+    with console or Console(quiet=True) as console:
+        return audit_model(Path(model), asked, device=device, console=console)
 
 
 def explain(

@@ -11,7 +11,7 @@ from cyclopts import App, CycloptsError
 
 from nextword import __version__
 from nextword.errors import NextwordError, UsageError
-from nextword.verbs import explained, serving, tasks, text
+from nextword.verbs import audited, explained, serving, tasks, text
 
 app = App(
     name="nextword",
@@ -24,7 +24,7 @@ app = App(
 )
 for verb in (
     text.demo, text.plan, text.prepare, text.pretrain, tasks.finetune, tasks.transfer, tasks.predict, tasks.chat,
-    text.generate, serving.serve, text.evaluate, explained.explain, text.export, text.report, text.verify,
+    text.generate, serving.serve, text.evaluate, audited.audit, explained.explain, text.export, text.report, text.verify,
 ):  # fmt: skip
     app.command(verb)
 

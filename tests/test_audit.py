@@ -1,0 +1,480 @@
+"""The verb that audits, and what it reads: a person's own groups by file and line, answers that flip, rates of groups."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nextword
+from nextword.auditing.audit import Asked, own_text
+from nextword.auditing.fairness import audit_flips, audit_rates, audit_swaps
+from nextword.auditing.findings import Finding
+from nextword.auditing.groups import Groups, read_groups
+from nextword.cli import run as run_command
+from nextword.errors import MissingExtra, NextwordError, UsageError
+from nextword.files import read_json
+from nextword.model.config import build_config
+from nextword.model.gpt import GPT
+from nextword.model.stock import save_model
+from nextword.prediction import Predictor
+from nextword.runs import RunFolder
+from nextword.tasks.encoding import Form
+from nextword.tasks.examples import Example
+from nextword.text.documents import Problems
+from nextword.text.tokenizer import Tokenizer, train_bpe
+from nextword.training.objectives import example_logits
+from nextword.verbs.audited import audit_in_words
+
+GROUPS = """\
+groups:
+  women: {person: woman, they: she, their: her}
+  men: {person: man, they: he, their: his}
+templates:
+  - The {person} said that {they} was a doctor.
+  - text: "{they:capitalize} works as a"
+    continuations: [nurse, engineer]
+"""
+
+
+def groups(tmp_path: Path, text: str = GROUPS) -> Groups:
+    path = tmp_path / "groups.yaml"
+    path.write_text(text, encoding="utf-8")
+    return read_groups(path)
+
+
+# ---------------------------------------------------------------- the file of groups
+
+
+def test_groups_are_put_into_templates(tmp_path: Path) -> None:
+    found = groups(tmp_path)
+    assert found.names == ("women", "men")
+    assert found.pairs == [("women", "men")]
+    assert [sentence.texts for sentence in found.sentences] == [
+        {"women": "The woman said that she was a doctor.", "men": "The man said that he was a doctor."},
+        {"women": "She works as a", "men": "He works as a"},
+    ]
+    assert list(found.sentences[1].continuations) == ["nurse", "engineer"]
+    assert {"women": "her", "men": "his"} in found.words
+
+
+def test_a_language_with_agreement_says_what_it_needs(tmp_path: Path) -> None:
+    """Slots in continuations, lists of words that go together, a group's own text, and words that YAML takes for others."""
+    found = groups(
+        tmp_path,
+        """\
+groups:
+  femmes: {nom: [la reine, la tante], elle: elle, infirmier: infirmière, le: ""}
+  hommes: {nom: [le roi, l'oncle], elle: il, infirmier: infirmier, le: ""}
+templates:
+  - text: ["{nom} dit : {elle} est", "{elle} {{travaille}} comme"]
+    continuations: ["{infirmier}", no, 12]
+    instead: {hommes: "{nom}, lui, est"}
+delimiter: "·"
+""",
+    )
+    first, second, third, fourth = found.sentences
+    assert first.texts == {"femmes": "la reine dit : elle est", "hommes": "le roi, lui, est"}
+    assert second.texts["femmes"] == "la tante dit : elle est"
+    assert third.texts == {"femmes": "elle {travaille} comme", "hommes": "le roi, lui, est"}
+    assert fourth.texts["hommes"] == "l'oncle, lui, est"
+    assert first.continuations == {
+        "{infirmier}": {"femmes": "infirmière", "hommes": "infirmier"},
+        "no": {"femmes": "no", "hommes": "no"}, "12": {"femmes": "12", "hommes": "12"},
+    }  # fmt: skip
+    assert found.delimiter == "·"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "line 1: the file is empty"),
+        ("- a\n- b\n", "line 1: the file must be a mapping"),
+        ("groups: {a: {w: x}, b: {w: y}}\n", "line 1: the file says no templates"),
+        ("groups: 3\ntemplates: [a]\n", "line 1: groups must be a mapping"),
+        ("groups: {a: {w: x}}\ntemplates: ['{w}']\n", "line 1: one group has none to be compared with"),
+        (GROUPS + "colour: blue\n", "line 8: the file has 'colour', which is none of: groups, templates, delimiter"),
+        (GROUPS.replace("continuations", "endings"), "line 7: a template has 'endings', which is none of: text"),
+        (GROUPS.replace(", their: his}", "}").replace("as a", "as {their}"), "line 3: the group men has no word for {their}"),
+        (GROUPS.replace("{they} was", "{thy} was"), "line 5: {thy} is no slot that a group has a word for: person, they"),
+        (GROUPS.replace("{they} was", "{they!r} was"), "line 5: in 'The {person}"),
+        (GROUPS.replace("{they} was", "{they.__class__} was"), "line 5: {they.__class__} is no slot"),
+        (GROUPS.replace("{they} was", "{they was"), "line 5: 'The {person}"),
+        (GROUPS.replace(": he,", ": [he, him],").replace(": she,", ": [a, b, c],"), "line 3: men: they has 2 words, and"),
+        (GROUPS.replace("  men: {", "  women: {"), "line 3: women stands twice"),
+        (GROUPS.replace("said that {they}", "said that they").replace("{person}", "person"), "line 5: says the same of every"),
+        (GROUPS.replace("{person: man,", "{person: ,"), "line 3: men: person is empty"),
+        (GROUPS.replace("[nurse, engineer]", "[]"), "line 7: continuations: the list is empty"),
+        (GROUPS.replace("[nurse, engineer]", "[nurse, {a: b}]"), "line 7: continuations must be a text"),
+        (GROUPS.replace("nurse", '"\\ud800"'), "line 7: continuations has half a surrogate"),
+        (GROUPS.replace("nurse", '"\\UFFFFFFFF"'), "not YAML"),
+        (GROUPS.replace("woman", "!!python/object/apply:os.system [true]"), "line 2: the tag !!python/object/apply:os.system"),
+        (GROUPS.replace("woman", "!thing w"), "line 2: the tag !thing"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "line 2: the alias *a"),
+        ("a: {b: c\n", "line 2: not YAML"),
+        ("\n" + "[" * 200_000, "line 2: nested deeper than"),
+        ("\x00", "not YAML"),
+        ("--- a\n--- b\n", "not YAML"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told_by_file_and_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        groups(tmp_path, text)
+    assert str(error.value).startswith(str(tmp_path / "groups.yaml"))
+    assert message in str(error.value)
+
+
+def test_no_file_no_utf8_no_end_no_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"none\.yaml: No such file"):
+        read_groups(tmp_path / "none.yaml")
+    (tmp_path / "bytes.yaml").write_bytes(b"groups: \xff\xfe")
+    with pytest.raises(UsageError, match=r"bytes\.yaml: not YAML in UTF-8"):
+        read_groups(tmp_path / "bytes.yaml")
+    (tmp_path / "long.yaml").write_bytes(b"#" * (2**18 + 1))
+    with pytest.raises(UsageError, match=r"long\.yaml: more than 262,144 bytes"):
+        read_groups(tmp_path / "long.yaml")
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'nextword\[audit\]'"):
+        groups(tmp_path)
+
+
+PIECES = st.sampled_from([
+    "groups", "templates", ":", " ", "\n", "  ", "- ", "{", "}", "[", "]", ",", "a", "{w}", "&x ", "*x", "!!map ", "'", '"',
+    "|", "\t", "? ", "!!python/none ", "%YAML 1.9\n", "---", "<<: ", "\\U00110000", "\\", "é", "漢", "\ufeff", "\x85", "#",
+])  # fmt: skip
+# Any text, any pieces of YAML, and a good file with a place of it replaced.
+FILES = st.one_of(
+    st.text(max_size=60),
+    st.lists(PIECES, max_size=40).map("".join),
+    st.tuples(st.integers(0, len(GROUPS)), st.integers(0, 12), PIECES).map(
+        lambda cut: GROUPS[: cut[0]] + cut[2] + GROUPS[cut[0] + cut[1] :]
+    ),
+)
+
+
+@settings(max_examples=100)
+@given(FILES)
+def test_any_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        found = read_groups(path)
+    except UsageError as error:
+        assert str(path) in str(error)
+        return
+    assert len(found.names) >= 2
+    assert all(set(sentence.texts) == set(found.names) for sentence in found.sentences)
+
+
+def test_groups_in_the_docs_are_read(tmp_path: Path) -> None:
+    document = (Path(__file__).parents[1] / "docs" / "audit.md").read_text(encoding="utf-8")
+    found = [
+        groups(tmp_path, block) for block in re.findall(r"^```yaml\n(.*?)^```$", document, re.MULTILINE | re.DOTALL)
+    ]
+    assert [len(one.names) for one in found] == [2, 2, 2]
+    french = found[1].sentences[0]
+    assert french.texts["femmes"] == "La femme travaille comme"
+    assert french.continuations["{infirmier}"]["femmes"] == "infirmière"
+
+
+# ---------------------------------------------------------------- words that change places
+
+
+def test_words_change_places_whole_and_as_they_are_written(tmp_path: Path) -> None:
+    swap = groups(tmp_path).swap("women", "men")
+    assert (
+        swap("SHE said: the Woman and a man saw her womanly hat.")
+        == "HE said: the Man and a woman saw his womanly hat."
+    )
+    assert swap("nothing here") == "nothing here"
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory: pytest.TempPathFactory) -> Groups:
+    return groups(tmp_path_factory.mktemp("people"))
+
+
+@given(
+    st.lists(st.sampled_from(["woman", "Man", "she", "HE", "their", "x-ray", ".", "Ünder", "his", "漢字"]), max_size=12)
+)
+def test_swapped_twice_is_as_it_was(people: Groups, words: list[str]) -> None:
+    swap, text = people.swap("women", "men"), " ".join(words)
+    assert swap(swap(text)) == text
+    assert swap(text) == people.swap("men", "women")(text)
+
+
+# ---------------------------------------------------------------- answers that flip
+
+PEOPLE = {"women": ["woman", "girl", "lady", "mother"], "men": ["man", "boy", "lord", "father"]}
+DEEDS = {"good": ["helped", "sang"], "bad": ["lied", "stole"]}
+FLIPPING = f"""\
+groups:
+  women: {{person: [{", ".join(PEOPLE["women"])}]}}
+  men: {{person: [{", ".join(PEOPLE["men"])}]}}
+templates: ["the {{person}} helped", "the {{person}} lied", "the {{person}} sang", "the {{person}} stole"]
+"""
+
+
+def texts() -> list[tuple[str, str, str]]:
+    """Group, deed's kind, text."""
+    return [
+        (group, kind, f"the {person} {deed}")
+        for group, people in PEOPLE.items() for person in people for kind, deeds in DEEDS.items() for deed in deeds
+    ]  # fmt: skip
+
+
+def trained(labels: list[str]) -> Predictor:
+    """A tiny classifier that has learned a label for each of `texts`."""
+    torch.manual_seed(0)
+    form = Form("classify", "label", ("bad", "good"), columns=(("text", "text"), ("label", "label")))
+    tokenizer = form.with_markers(train_bpe([text for *_, text in texts()], 320))
+    model = GPT(
+        build_config(
+            "gpt2", vocab_size=tokenizer.vocab_size, n_labels=2, n_layers=1, n_heads=2, d_model=16, context_length=16
+        )
+    )
+    predictor = Predictor(model, tokenizer, form)
+    examples = [
+        Example("", i, {"text": text, "label": label})
+        for i, ((*_, text), label) in enumerate(zip(texts(), labels, strict=True))
+    ]
+    _, encoded = predictor.encode(examples, Problems(strict=True), gold=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    for _ in range(50):
+        for which, inputs in predictor.batches(encoded):
+            assert inputs.labels is not None
+            logits = example_logits(model, model(inputs.tokens), inputs.labels)
+            loss = torch.nn.functional.cross_entropy(logits, torch.tensor([encoded[i].gold for i in which]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return predictor
+
+
+def by_name(findings: list[Finding]) -> dict[str, Finding]:
+    assert len({one.name for one in findings}) == len(findings)
+    return {one.name: one for one in findings}
+
+
+def test_a_model_that_learned_from_the_group_flips_and_one_that_did_not_does_not(tmp_path: Path) -> None:
+    asked = groups(tmp_path, FLIPPING)
+    biased = trained(["good" if group == "women" else "bad" for group, *_ in texts()])
+    fair = trained([kind for _, kind, _ in texts()])
+    found, even = by_name(audit_flips(biased, asked)), by_name(audit_flips(fair, asked))
+    flips = found["women, men: answers that flip"]
+    assert (flips.value, flips.n, flips.notable, flips.unit) == (100.0, 16, True, "%")
+    assert flips.low is not None and flips.low > 50
+    assert flips.examples[0] == {"women": "the woman helped → good", "men": "the man helped → bad"}
+    assert found["women, men: answered good"].value == 100.0
+    assert found["women, men: answered bad"].value == -100.0
+    flips = even["women, men: answers that flip"]
+    assert (flips.value, flips.low, flips.notable, flips.examples) == (0.0, 0.0, False, ())
+    assert not even["women, men: answered good"].notable
+
+    examples = [Example("rows.csv", i, {"text": text}) for i, (*_, text) in enumerate(texts(), 2)]
+    other = Example("rows.csv", 99, {"text": "a cat sang"})
+    [flips] = audit_swaps(biased, asked, [*examples, other])
+    assert (flips.value, flips.n, flips.notable) == (100.0, len(examples), True)
+    assert flips.examples[0] == {"text": "the man helped → bad", "before": "good", "where": "rows.csv line 2"}
+    [flips] = audit_swaps(fair, asked, examples)
+    assert (flips.value, flips.notable) == (0.0, False)
+    assert audit_swaps(fair, asked, [other]) == []
+
+
+# ---------------------------------------------------------------- rates of groups
+
+
+def answering(*said: str, labels: tuple[str, ...] = ("no", "yes"), kind: Any = "label") -> Any:
+    form = Form("classify", kind, labels, columns=(("text", "text"), ("label", "label")))
+    return SimpleNamespace(form=form, predict=lambda examples, **_: [{"label": label} for label in said])
+
+
+ROWS = [  # group, gold, answer
+    *[("a", "yes", "yes")] * 30, *[("a", "yes", "no")] * 10, *[("a", "no", "yes")] * 10, *[("a", "no", "no")] * 30,
+    *[("b", "yes", "yes")] * 10, *[("b", "yes", "no")] * 30, *[("b", "no", "yes")] * 10, *[("b", "no", "no")] * 70,
+]  # fmt: skip
+
+
+def labelled(tmp_path: Path, rows: list[tuple[str, str, str]]) -> list[Example]:
+    path = tmp_path / "rows.csv"
+    path.write_text(
+        "text,label,who\n" + "".join(f"t{i},{gold},{who}\n" for i, (who, gold, _) in enumerate(rows)), "utf-8"
+    )
+    return [Example(str(path), i, {"text": f"t{i}", "label": gold}) for i, (_, gold, _) in enumerate(rows, 2)]
+
+
+def test_rates_are_their_formulas(tmp_path: Path) -> None:
+    found = by_name(audit_rates(answering(*(row[2] for row in ROWS)), labelled(tmp_path, ROWS), "who"))
+    values = {name: one.value for name, one in found.items()}
+    assert values == pytest.approx({
+        "a: accuracy": 75.0, "b: accuracy": 100 * 80 / 120, "a less b: accuracy": 75 - 100 * 80 / 120,
+        "a: selected as yes": 50.0, "b: selected as yes": 100 * 20 / 120, "a less b: selected as yes": 50 - 100 * 20 / 120,
+        "a: true positives of yes": 75.0, "b: true positives of yes": 25.0, "a less b: true positives of yes": 50.0,
+        "a: false positives of yes": 25.0, "b: false positives of yes": 12.5, "a less b: false positives of yes": 12.5,
+    })  # fmt: skip
+    gap = found["a less b: true positives of yes"]
+    assert (gap.reference, gap.notable, gap.n) == (0.0, True, 40)
+    assert gap.low is not None and 20 < gap.low < 50
+    assert not found["a less b: accuracy"].notable
+    assert found["a: accuracy"].reference is None
+
+
+def test_rates_of_several_labels_name_each(tmp_path: Path) -> None:
+    labels = ("no", "perhaps", "yes")
+    found = audit_rates(answering(*(row[2] for row in ROWS), labels=labels), labelled(tmp_path, ROWS), "who")
+    assert {one.name.rpartition(" as ")[2] for one in found if "selected" in one.name} == set(labels)
+    perhaps = by_name(found)["a less b: selected as perhaps"]
+    assert (perhaps.value, perhaps.notable) == (0.0, False)
+    assert not any("true positives of perhaps" in one.name for one in found)  # nobody is one
+
+
+def test_groups_that_cannot_be_compared_are_said(tmp_path: Path) -> None:
+    examples = labelled(tmp_path, ROWS)
+    said = [row[2] for row in ROWS]
+    with pytest.raises(UsageError, match=r"--group sex: .*rows\.csv names no groups so.*\n.*found text, label, who"):
+        audit_rates(answering(*said), examples, "sex")
+    alone = ROWS[:20]
+    with pytest.raises(UsageError, match="the groups of column who are one alone"):
+        audit_rates(answering(*said[:20]), labelled(tmp_path, alone), "who")
+    with pytest.raises(UsageError, match="this model gives several"):
+        audit_rates(answering(*said, kind="labels"), examples, "who")
+    bare = [Example(one.path, one.line, {"text": "t"}) for one in examples]
+    with pytest.raises(NextwordError, match="no example says which label is right"):
+        audit_rates(answering(*said), bare, "who")
+
+
+# ---------------------------------------------------------------- the verb
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stock directory of a tiny random model."""
+    out = tmp_path_factory.mktemp("audited") / "model"
+    torch.manual_seed(0)
+    tokenizer = train_bpe([GROUPS], 300)
+    model = GPT(
+        build_config("gpt2", vocab_size=tokenizer.vocab_size, n_layers=1, n_heads=2, d_model=16, context_length=64)
+    )
+    out.mkdir()
+    save_model(model, out, end_of_text=tokenizer.end_of_text, pad=tokenizer.pad)
+    tokenizer.save(out, 64)
+    assert Tokenizer.open(out).vocab_size == tokenizer.vocab_size
+    return out
+
+
+def test_an_audit_says_what_it_found_and_what_it_did_not_look_at(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = groups(tmp_path).path
+    assert run_command(["audit", str(directory), "--templates", str(path), "--json", "--quiet"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result) == {"model", "findings", "left_out", "seconds"}
+    assert {one["section"] for one in result["findings"]} == {"bias"}
+    names = [one["name"] for one in result["findings"]]
+    assert names[:3] == ["women: bits per byte", "men: bits per byte", "women less men: bits per byte"]
+    assert names[3:] == ["women, men: sentences", "women, men: “nurse”", "women, men: “engineer”"]
+    assert all(one["low"] is None and not one["notable"] for one in result["findings"])  # of two templates
+    words = audit_in_words(result)
+    assert ", n = 2, too few for an interval" in words
+    assert words.count("of the sentences with their words") == 1  # said once for several
+    assert [line.partition(":")[0] for line in result["left_out"]] == ["memory and the corpus", "cost"]
+    assert run_command(["audit", str(directory), "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert "Not looked at" in out
+    assert "bias: not measured. Name suites" in out
+    assert not list(directory.parent.glob("**/audit.json"))  # a directory is no run folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--templates", "{tmp}/none.yaml"], "none.yaml: No such file"),
+        (["--suite", "cake"], "there is no suite called 'cake'"),
+        (["--suite", "winobias"], "--suite winobias=FOLDER"),
+        (["--suite", "winobias={tmp}"], "no pair of sentences"),
+        (["--suite", "winogender={tmp}/none"], "no such file or folder"),
+        (["--group", "sex"], "say which, --data FILE"),
+        (["--texts", "-1"], "--texts must be at least 0"),
+        (["--limit", "0"], "--limit must be at least 1"),
+        (["--price", "-1"], "--price must be a number of 0 or more"),
+        (["--corpus", "{tmp}/none"], "none: no such file or folder"),
+        (["--corpus", "{tmp}"], "say where the index of the corpus is to lie, or lies: --index DIR"),
+    ],
+)
+def test_wrong_use_is_said(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert run_command(["audit", str(directory), *(one.format(tmp=tmp_path) for one in arguments)]) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.out == ""
+
+
+def finding(section: str, name: str, **more: Any) -> Finding:
+    return Finding(section, name, 3.0, 2.0, 4.0, "%", 20, 0.0, **more)
+
+
+def test_a_runs_audit_is_kept_and_knows_its_own_text(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory, corpus and cost are asked with the run's own text, and what they find is written down."""
+    calls: dict[str, tuple[Any, ...]] = {}
+
+    def stub(module: str, function: str, found: Any) -> None:
+        made = ModuleType(f"nextword.auditing.{module}")
+
+        def call(*args: Any, **_: Any) -> Any:
+            calls[function] = args
+            return found
+
+        setattr(made, function, call)
+        monkeypatch.setitem(sys.modules, made.__name__, made)
+
+    stub("index", "build_index", "the index")
+    stub("memory", "audit_memory", [finding("memory", "copied", notable=True, examples=({"document": "a.txt"},))])
+    stub("corpus", "audit_corpus", [finding("corpus", "twice")])
+    stub("cost", "audit_cost", [finding("cost", "energy")])
+    run, text = tmp_path / "run", tmp_path / "text.txt"
+    run.mkdir()
+    text.write_text("some text", encoding="utf-8")
+    (run / "model").symlink_to(directory)
+    facts = {"recipe": {}, "request": {"corpora": [str(text)], "text_column": None}}
+    (run / "run.json").write_text(json.dumps(facts), encoding="utf-8")
+    (run / "result.json").write_text("{}", encoding="utf-8")
+    result = nextword.audit(run)
+    assert calls["build_index"][:2] == ((str(text),), run / "index")
+    assert calls["audit_memory"][1] == "the index"
+    assert calls["audit_cost"] == (run,)
+    assert [one["section"] for one in result["findings"]] == ["memory", "corpus", "cost"]
+    assert read_json(run / "measured" / "audit.json") == result
+    assert len(result["left_out"]) == 1
+    text.unlink()
+    assert own_text(RunFolder(run)) == ((), None)
+    assert any("memory and the corpus: not looked at" in line for line in nextword.audit(run)["left_out"])
+
+
+def test_words_mark_what_is_to_be_read_first() -> None:
+    marked = finding("bias", "CrowS-Pairs", notable=True, note="what it is", examples=({"a": "b"},) * 9).to_dict()
+    plain = [finding("bias", f"plain {i}").to_dict() for i in range(50)]
+    result = {"findings": [*plain, marked], "left_out": ["cost: not known"], "seconds": 1.0}
+    lines = audit_in_words(result).splitlines()
+    assert "! CrowS-Pairs: 3.0 % (2.0 to 4.0), n = 20; nothing amiss: 0.0" in lines
+    assert lines.count("    · a: b") == 3
+    assert "  … 21 more that are not marked; --json has them" in lines
+    assert any(line.startswith("1 of 51 findings are marked !") for line in lines)
+    assert any("counterfactual" in line for line in lines)
+    assert not any("memory" in line for line in lines)
+    calm = audit_in_words({"findings": plain[:2], "left_out": [], "seconds": 1.0})
+    assert "None of 2 findings is marked" in calm
+    assert "!" not in calm
+
+
+def test_settings_are_those_that_there_are() -> None:
+    with pytest.raises(TypeError, match="colour"):
+        Asked(colour="blue")  # type: ignore[call-arg]
