@@ -480,7 +480,7 @@ def verify(path: str | Path) -> dict[str, str]:
     problems = [line for directory in sealed for line in files.damage(directory)]
     if problems:
         raise CorruptFile("\n".join(problems))
-    kinds = {"state": "checkpoint", "model": "model", "settings": "shards"}
+    kinds = {"state": "checkpoint", "model": "model", "settings": "shards", "places": "index"}
     return {
         str(directory): next(
             (kind for key, kind in kinds.items() if key in files.read_manifest(directory)), "directory"
