@@ -194,9 +194,10 @@ class Suffixes:
         both = [np.concatenate([one, one]) for one in (low, high)]
         wanted = np.concatenate([first, last])
         if depth == 0 and len(self.signposts):  # all ranges are the whole table
-            at = np.where(after, *(np.searchsorted(self.signposts, wanted, side) for side in ("right", "left")))
+            right, left = (np.searchsorted(self.signposts, wanted, side) for side in ("right", "left"))
+            at = np.where(after, right, left)
             both = [np.maximum(both[0], (at - 1) * SIGNPOST), np.minimum(both[1], at * SIGNPOST + 1)]
-        low, high = np.split(self._search(*both, depth, wanted, after), 2)
+        low, high = np.split(self._search(both[0], both[1], depth, wanted, after), 2)
         return low, high
 
     def range_of(self, passage: bytes) -> tuple[int, int]:
@@ -369,4 +370,7 @@ def shared_bytes(text: Text, other: "Text | Query", places: np.ndarray, starts: 
 
 def _same_bytes(different: np.ndarray) -> np.ndarray:
     """In how many first bytes two words agree, of which this is the exclusive or; 7 at most, for they differ."""
-    return sum(((different >> np.uint64(64 - 8 * k)) == 0).astype(np.int64) for k in range(1, 8))
+    agree = np.zeros(different.shape, np.int64)
+    for k in range(1, 8):
+        agree += (different >> np.uint64(64 - 8 * k)) == 0
+    return agree

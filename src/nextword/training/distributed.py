@@ -122,12 +122,12 @@ def whole(tensor: Tensor) -> Tensor:
     if not hasattr(tensor, "full_tensor"):
         return tensor
     with finding_others():
-        return tensor.full_tensor()  # pyright: ignore[reportCallIssue]
+        return tensor.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def part(tensor: Tensor) -> Tensor:
     """This process's own part of a tensor, or the tensor itself where it is whole."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportCallIssue]
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def as_shared(tensor: Tensor, pattern: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ def joined() -> Iterator[World]:
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun keeps the store that they meet at
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with finding_others():
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             size,
@@ -230,9 +230,8 @@ def joined() -> Iterator[World]:
             timeout=PATIENCE,
         )
         # Keys of an earlier attempt are still there after a restart, and must not be taken for this one's.
-        dist.init_process_group(
-            backend, store=dist.PrefixStore(f"nextword/{attempt}", store), rank=rank, world_size=size, timeout=PATIENCE
-        )
+        own = dist.PrefixStore(f"nextword/{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=PATIENCE)
     try:
         yield World(rank, size, local_size, attempt > 0)
     finally:
