@@ -13,29 +13,17 @@ import random
 import shutil
 import statistics
 import sys
-import tarfile
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from benchmarks.run import DATA, KEPT, cell, process
+from benchmarks.run import DATA, KEPT, books, cell, process
 from nextword.auditing.index import Index, build_index
 
-BOOKS, INDEX = KEPT / "audited", KEPT / "index"
+INDEX = KEPT / "index"
 LENGTHS = (50, 100, 200, 500, 1000, 2000)
 PASSAGES = 200
 SUITES = ("blimp", "hellaswag", "arc")
-
-
-def books() -> Path:
-    if not BOOKS.is_dir():
-        aside = BOOKS.with_name("audited.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        with tarfile.open(DATA / "books.tar.xz") as archive:
-            archive.extractall(aside, filter="data")
-        aside.rename(BOOKS)
-    return BOOKS
 
 
 def in_a_process(what: str) -> dict[str, Any]:

@@ -11,12 +11,11 @@ import os
 import statistics
 import subprocess
 import sys
-import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run import DATA, KEPT, nextword
+from benchmarks.run import DATA, KEPT, books, nextword
 
 WORK = KEPT / "recipe"
 # Tokens: about 15 s of two cores at this size, and 4 and 30 min of one.
@@ -66,11 +65,8 @@ def environment() -> dict[str, str]:
 
 def corpora() -> dict[str, Path]:
     """The shards of the corpora that recipes are tried on: many tokens, and few."""
-    books, found = KEPT / "books" / "text", {}
-    if not books.exists():
-        with tarfile.open(DATA / "books.tar.xz") as archive:
-            archive.extractall(books, filter="data")
-    for name, text in (("books", books), ("shakespeare", DATA / "tinyshakespeare" / "input.txt")):
+    found = {}
+    for name, text in (("books", books()), ("shakespeare", DATA / "tinyshakespeare" / "input.txt")):
         found[name] = WORK / "shards" / name
         nextword("prepare", text, "--out", found[name], "--json", "--quiet")
     return found

@@ -5,13 +5,12 @@ import json
 import os
 import shutil
 import sys
-import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run import DATA, nextword, process
+from benchmarks.run import DATA, books, nextword, process
 
 QUICK = os.environ.get("NEXTWORD_BENCH_QUICK") == "1"
 WORK = Path("build/bench-quick" if QUICK else "build/bench") / "tuning"
@@ -133,11 +132,7 @@ def base() -> Path:
         return PRETRAINED
     begin: tuple[str | Path, ...] = ("--resume",)
     if not (PRETRAINED / "run.json").exists():
-        books = Path("build/bench/books/text")
-        if not books.exists():
-            with tarfile.open(DATA / "books.tar.xz") as archive:
-                archive.extractall(books, filter="data")
-        begin = (books, "--budget", "50m", "--size", "tiny", "--model.context-length", "512", "--seed", "0")
+        begin = (books(), "--budget", "50m", "--size", "tiny", "--model.context-length", "512", "--seed", "0")
     nextword("pretrain", *begin, "--out", PRETRAINED, "--json", "--quiet")
     return PRETRAINED
 

@@ -431,7 +431,7 @@ def test_a_broken_archive_is_said_and_one_that_leads_out_refused(tmp_path):
         read(f"blimp={tmp_path / 'b.tar.xz'}")
     with tarfile.open(tmp_path / "out.tar", "w") as archive:
         archive.add(tmp_path / "b.jsonl", "../b.jsonl")
-    with pytest.raises(CorruptFile, match="outside the destination"):
+    with pytest.raises(CorruptFile, match=r"\.\./b\.jsonl in it leads out of the archive"):
         read(f"blimp={tmp_path / 'out.tar'}")
 
 

@@ -19,7 +19,7 @@ from nextword.explaining.explain import explain as explain_text
 from nextword.explaining.page import write_page
 from nextword.exporting.gguf import write_gguf
 from nextword.exporting.onnx import write_onnx
-from nextword.exporting.proof import Exported
+from nextword.exporting.proof import TOLERANCE, Exported
 from nextword.finetuning import Finetuning
 from nextword.inference.engine import Completion
 from nextword.inference.quantize import Precision
@@ -430,9 +430,11 @@ def export(
     to: Literal["gguf", "onnx"] = "gguf",
     out: str | Path | None = None,
     precision: Precision = "float32",
+    tolerance: float = TOLERANCE,
 ) -> Exported:
     """Write a model as one file for other programs, by default `MODEL.gguf` or `MODEL.onnx` beside the run or the directory.
-    It is read back by the program that it is for where that is installed (llama-cpp-python, onnxruntime).
+    It is read back by the program that it is for where that is installed (llama-cpp-python, onnxruntime), and no number may be
+    further off than `tolerance` (of log-probabilities in nats, of logits).
 
     Raises:
         UsageError: there is no such format, or it has no such precision.
@@ -441,14 +443,14 @@ def export(
     path = Path(model).resolve()
     out = Path(out) if out else path.with_name(f"{path.name}.{to}")
     if to == "gguf":
-        return write_gguf(model, out, precision)
+        return write_gguf(model, out, precision, tolerance)
     if to != "onnx":
         raise UsageError(f"there is no format {to!r}, only gguf and onnx")
     if precision != "float32":
         raise UsageError(
             f"ONNX is written in float32, not {precision}: ONNX Runtime has tools of its own for fewer bits"
         )
-    return write_onnx(model, out)
+    return write_onnx(model, out, tolerance)
 
 
 def report(runs: Paths, out: str | Path | None = None) -> Path:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nextword.base import model_path
 from nextword.errors import MissingExtra, NextwordError
-from nextword.exporting.proof import Exported, aside, by_llama_cpp
+from nextword.exporting.proof import TOLERANCE, Exported, aside, by_llama_cpp
 from nextword.inference.quantize import GROUP, Precision, of_matrix
 from nextword.model.config import Family, ModelConfig
 from nextword.model.gpt import GPT, sinusoidal_table
@@ -44,7 +44,9 @@ NAMES: dict[Family, dict[str, list[str]]] = {
 PRE_TOKENIZERS = {WORDS: "qwen35", "": "gpt-2"}
 
 
-def write_gguf(model: str | Path, out: str | Path, precision: Precision = "float32") -> Exported:
+def write_gguf(
+    model: str | Path, out: str | Path, precision: Precision = "float32", tolerance: float = TOLERANCE
+) -> Exported:
     """Write a model directory as one GGUF file, its matrices in a precision (int8 as Q8_0, int4 as Q4_0).
 
     What llama.cpp makes of it is compared with the model in float32, in which the two can be equal: with fewer bits llama.cpp
@@ -87,13 +89,13 @@ def write_gguf(model: str | Path, out: str | Path, precision: Precision = "float
         writer.close()
 
     with aside(out) as partial:
-        difference = unexplained = None
+        difference = None
         if find_spec("llama_cpp"):
             write(partial, "float32")
-            difference, unexplained = by_llama_cpp(partial, gpt, tokenizer)
+            difference = by_llama_cpp(partial, gpt, tokenizer, tolerance)
         if difference is None or precision != "float32":
             write(partial, precision)
-        return Exported(out, "llama-cpp-python", difference, unexplained)
+        return Exported(out, "llama-cpp-python", difference)
 
 
 def of_tensor(name: str, tensor: Tensor, precision: Precision) -> Precision:

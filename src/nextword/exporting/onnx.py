@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nextword.base import model_path
 from nextword.errors import MissingExtra, NextwordError
-from nextword.exporting.proof import Exported, aside, by_onnxruntime
+from nextword.exporting.proof import TOLERANCE, Exported, aside, by_onnxruntime
 from nextword.model.gpt import GPT
 from nextword.model.stock import load_model
 from nextword.text.tokenizer import Tokenizer
@@ -36,7 +36,7 @@ class Logits(nn.Module):
         return self.gpt.unembed(self.gpt(input_ids))
 
 
-def write_onnx(model: str | Path, out: str | Path) -> Exported:
+def write_onnx(model: str | Path, out: str | Path, tolerance: float = TOLERANCE) -> Exported:
     """Write a model directory as one ONNX file: `input_ids`, int64 [batch, sequence], to `logits`, float32
     [batch, sequence, vocabulary], for any batch and up to the context length.
 
@@ -68,7 +68,7 @@ def write_onnx(model: str | Path, out: str | Path) -> Exported:
         for node in program.model.graph.all_nodes():  # lines and paths of this program's source
             node.metadata_props.clear()
         program.save(partial, external_data=False)
-        difference = by_onnxruntime(partial, gpt, tokenizer) if find_spec("onnxruntime") else None
+        difference = by_onnxruntime(partial, gpt, tokenizer, tolerance) if find_spec("onnxruntime") else None
         return Exported(out, "onnxruntime", difference)
 
 

@@ -308,6 +308,7 @@ def export(
     to: Literal["gguf", "onnx"] = "gguf",
     out: Path | None = None,
     precision: Precisions = "float32",
+    tolerance: float = 1e-3,
     common: Common = Common(),
 ) -> None:
     """Write a model as one file for another program: gguf, for llama.cpp and everything that is built on it, or onnx, for ONNX
@@ -322,10 +323,12 @@ def export(
         The format.
     out
         The file. [default: the model's name with the format's ending, beside it]
+    tolerance
+        How far off a number may be when the file is read back: log-probabilities in nats (gguf), logits (onnx).
     """
     from nextword import api
 
-    written = api.export(model, to, out, precision)
+    written = api.export(model, to, out, precision, tolerance)
     show(written.facts, common, lambda: str(written))
 
 
