@@ -77,7 +77,7 @@ def run(corpus: Corpus, s: dict[str, Any]) -> dict[str, Any]:
         micro_batch_rows=max(1, 8192 // config.context_length),
     )  # fmt: skip
     averaged = {name: p.detach().clone() for name, p in model.named_parameters()} if s["average"] else {}
-    begin, losses = time.perf_counter(), []
+    begin, losses = time.process_time(), []
     for batch, progress in batches(data, s["tokens"], s["ramp"]):
         metrics = train_step(state, step_module, batch, settings, progress)
         losses.append(metrics.loss)
@@ -88,7 +88,7 @@ def run(corpus: Corpus, s: dict[str, Any]) -> dict[str, Any]:
                 averaged[name].lerp_(
                     p.detach(), 1 / min(state.step, max(1.0, s["average"] * s["tokens"] / s["batch_tokens"]))
                 )
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin  # of one thread, whatever else the machine does
     if averaged:
         model = copy.deepcopy(model)
         model.load_state_dict(averaged, strict=False)
