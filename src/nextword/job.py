@@ -142,6 +142,7 @@ class Job(ABC):
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
         t = self.training
+        assert t.lr is not None, "a run settles its learning rate before it begins"
         return Optimizer(
             model, kind=t.optimizer, lr=t.lr, matrix_lr=t.matrix_lr, betas=(t.beta1, t.beta2),
             weight_decay=t.weight_decay, momentum=t.momentum,

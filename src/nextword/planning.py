@@ -84,7 +84,7 @@ def tokens_of(data: TokenDataset) -> int:
 
 def optimizer_of(model: GPT, recipe: Recipe) -> Optimizer:
     t = recipe.training
-    return Optimizer(model, kind=t.optimizer, lr=t.lr, weight_decay=t.weight_decay, momentum=t.momentum)
+    return Optimizer(model, kind=t.optimizer, lr=t.lr or 1.0, weight_decay=t.weight_decay, momentum=t.momentum)
 
 
 def optimizer_seconds(state: TrainState) -> float:
@@ -168,7 +168,7 @@ def plan_corpus(
     return choose(
         Text(tokens, n_bytes, difficulty(corpus), held_out), length,
         sizes_for(recipe, corpus.tokenizer.vocab_size, device), Trials(corpus.tokens("train"), recipe, device, bf16, processes),
-        batch=batch,
+        batch=batch, lr=recipe.training.lr, optimizer=recipe.training.optimizer,
     )  # fmt: skip
 
 

@@ -96,13 +96,13 @@ class Pretraining(Job):
         self.restore()
 
     def choose_model(self) -> Plan | None:
-        """Settle what the recipe leaves open, size, batch and dropout, by the plan that is given back."""
+        """Settle what the recipe leaves open, size, batch, learning rate and dropout, by the plan that is given back."""
         recipe = self.recipe
         left = None if recipe.budget is None else recipe.budget - (time.time() - self.started)
         plan = plan_corpus(self.corpus, recipe, self.device, seconds=left, processes=self.world.size)
         for line in plan.in_words():
             self.console.say(line)
-        training = replace(recipe.training, batch_tokens=plan.batch_tokens)
+        training = replace(recipe.training, batch_tokens=plan.batch_tokens, lr=plan.lr)
         self.recipe = replace(recipe, size=plan.size, training=training)
         self.config = ModelConfig.from_dict({**plan.model, "dropout": recipe.model.get("dropout", plan.dropout)})
         return plan
