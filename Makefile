@@ -41,6 +41,7 @@ bench: setup
 
 soak: setup
 	NEXTWORD_KILLS=10 NEXTWORD_KILL_STEPS=600 $(BIN)/python -m pytest -n 0 -s -k test_killed_and_resumed --timeout 1800
+	NEXTWORD_KILLS=3 $(BIN)/python -m pytest -n 0 tests/test_sharded_preparation.py -k killed --timeout 1800
 	NEXTWORD_CASES=2000 $(BIN)/python -m pytest -n 0 tests/test_serving_fuzz.py --timeout 1800
 
 clean:

@@ -190,9 +190,11 @@ class Job(ABC):
         return probe(self.state, step_module, self.data, self.settings) / self.world.size
 
     def quickest_step(self) -> StepKind:
-        """The kind of step that costs no time to begin with. Our own compiled parts want the whole model's weights at once."""
-        whole_weights = self.world.size == 1 or self.training.parallel == "data"
-        return "fused" if whole_weights and fused.available(self.state.model) else "plain"
+        """The kind of step that costs no time to begin with. Our own compiled parts want the whole model's weights at once, and
+        keep what they need for the backward pass."""
+        t = self.training
+        fitting = (self.world.size == 1 or t.parallel == "data") and not t.checkpoint_activations
+        return "fused" if fitting and fused.available(self.state.model) else "plain"
 
     def build_step(self, objective: Objective, kind: StepKind | None = None) -> None:
         """The step of a kind; a fused one without its compiler is a plain one, which is said."""
@@ -202,7 +204,9 @@ class Job(ABC):
                 "equal within rounding, not bit for bit"
             )
             kind = "plain"
-        self.plain_step, self.step_module = build_step_module(self.state.model, objective, kind or self.quickest_step())
+        self.plain_step, self.step_module = build_step_module(
+            self.state.model, objective, kind or self.quickest_step(), self.training.checkpoint_activations
+        )
 
     def common_facts(self) -> dict[str, Any]:
         return {"versions": versions(), "machine": machine(self.device)}

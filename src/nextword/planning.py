@@ -61,7 +61,9 @@ class Trials:
 
     def speed(self, config: ModelConfig, batch_tokens: int) -> Speed:
         model = GPT(config).to(self.device)
-        step, _ = build_step_module(model, next_word, "fused" if fused.available(model) else "plain")
+        recompute = self.recipe.training.checkpoint_activations
+        kind = "fused" if fused.available(model) and not recompute else "plain"
+        step, _ = build_step_module(model, next_word, kind, recompute)
         data = self._dataset(config, batch_tokens)
         settings = StepSettings(bf16=self.bf16)
         rows = self.recipe.training.micro_batch_rows or fit_micro_batch(step, data, settings)

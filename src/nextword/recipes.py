@@ -47,6 +47,10 @@ class Training:
         "How several processes share the weights: whole in each during a step (data), a block at a time (full), or that within "
         "each machine and a copy in each (hybrid).",
     )
+    checkpoint_activations: bool = setting(
+        False,
+        "Keep only what goes into each block for the backward pass, and make the rest again: less memory, a third more work.",
+    )
     evaluations: int = setting(20, "How often the held-out text is looked at in the course of the run.")
     patience: int | None = setting(None, "Stop after so many evaluations without a better one; never where not given.")
     save_every: int | None = setting(

@@ -13,6 +13,7 @@ from nextword.text.tokenizer import Tokenizer
 Split = Literal["train", "validation"]
 
 SHARD_TOKENS = 2**26
+COPIED = 2**20  # tokens at once
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,12 @@ class ShardWriter:
         if self._unknown_id is not None:
             self._unknown += int(np.count_nonzero(ids == self._unknown_id))
         self._waiting.append(ids.astype(self._type))
+
+    def copy(self, row: Tokens) -> None:
+        """A row of the same vocabulary; what it counts besides its tokens is known to whoever wrote it."""
+        for start in range(0, len(row), COPIED):
+            self._waiting.append(row.read(start, min(COPIED, len(row) - start)).astype(self._type))
+            self.write()
 
     def write(self) -> None:
         """Put on disk what was added."""

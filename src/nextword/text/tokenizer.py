@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ WORDS = (
 # but the whole text for one that does not. So both are bounded, the text (in characters) and its distinct words (in bytes).
 SAMPLE = 2**26
 SAMPLE_WORDS = 2**22
+DRAWS = 2**64
 
 # Of a tokenizer_config.json, what would be said twice or wrongly once markers are added to its tokenizer.json.
 STALE = ("add_bos_token", "add_eos_token", "added_tokens_decoder")
@@ -344,6 +345,12 @@ def vocab_size_for(corpus_bytes: int) -> int:
     return min(65536, max(512, 2 ** int(math.log2(max(1, 2 * math.isqrt(corpus_bytes))))))
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises `UsageError` for a size that cannot hold the 256 bytes and the two markers."""
+    if vocab_size < 258:
+        raise UsageError(f"a byte-level vocabulary has at least 258 tokens (256 bytes and 2 markers), not {vocab_size}")
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int, progress: Callable[[int], None] | None = None) -> Tokenizer:
     """Train a byte-level BPE. The same texts give the same `tokenizer.json`, byte for byte.
 
@@ -352,8 +359,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: Callable[[int], N
     size. `progress` is called with the characters read so far. Raises `UsageError` for a size that cannot hold the 256
     bytes and the two markers.
     """
-    if vocab_size < 258:
-        raise UsageError(f"a byte-level vocabulary has at least 258 tokens (256 bytes and 2 markers), not {vocab_size}")
+    check_vocab_size(vocab_size)
+    return train_bpe_on(_sample(texts, progress or (lambda done: None)), vocab_size)
+
+
+def train_bpe_on(texts: list[str], vocab_size: int) -> Tokenizer:
+    """The BPE of texts that are a sample already."""
     backend = tokenizers.Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(WORDS), "isolated")
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -366,21 +377,39 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: Callable[[int], N
         special_tokens=[END_OF_TEXT, PAD],
         initial_alphabet=BYTES,
     )
-    backend.train_from_iterator(_sample(texts, progress or (lambda done: None)), trainer)
+    backend.train_from_iterator(texts, trainer)
     return Tokenizer(backend, _config(unknown=False))
 
 
 def _sample(texts: Iterable[str], progress: Callable[[int], None]) -> list[str]:
-    """All texts, or as many as `SAMPLE` and `SAMPLE_WORDS` allow, spread over the whole: those that drew a small number.
+    """All texts, or as many as `SAMPLE` and `SAMPLE_WORDS` allow, spread over the whole."""
+    done = 0
 
-    The number is the hash of a text's place, so that nothing is left to chance.
+    def numbered() -> Iterator[tuple[int, str]]:
+        nonlocal done
+        for place, text in enumerate(texts):
+            done += len(text)
+            progress(done)
+            yield number_of(place), text
+
+    return [text for _, text in drawn(numbered(), DRAWS)[0]]
+
+
+def number_of(place: int) -> int:
+    """The number below `DRAWS` that a text draws by its place: a hash, so that nothing is left to chance."""
+    return int.from_bytes(hashlib.blake2b(str(place).encode(), digest_size=8).digest(), "big")
+
+
+def drawn(texts: Iterable[tuple[int, str]], limit: int) -> tuple[list[tuple[int, str]], int]:
+    """Of texts with their numbers, those below a limit, which is halved until they are as few as `SAMPLE` and
+    `SAMPLE_WORDS` allow; and that limit.
+
+    The limit only depends on which texts there are. So what is drawn of several parts, from the least of their limits on,
+    is what is drawn of the whole.
     """
     kept: list[tuple[int, str]] = []
-    limit, size, words, words_size, done = 2**64, 0, set[str](), 0, 0
-    for place, text in enumerate(texts):
-        done += len(text)
-        progress(done)
-        number = int.from_bytes(hashlib.blake2b(str(place).encode(), digest_size=8).digest(), "big")
+    size, words, words_size = 0, set[str](), 0
+    for number, text in texts:
         new = [(number, without_surrogates(text))] if number < limit else []
         while new:
             kept += new
@@ -394,7 +423,7 @@ def _sample(texts: Iterable[str], progress: Callable[[int], None]) -> list[str]:
             limit //= 2
             new = [item for item in kept if item[0] < limit]
             kept, size, words, words_size = [], 0, set(), 0
-    return [text for _, text in kept]
+    return kept, limit
 
 
 def train_char(texts: Iterable[str]) -> Tokenizer:

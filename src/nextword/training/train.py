@@ -264,8 +264,15 @@ def worth_compiling(device: torch.device, seconds: float) -> tuple[bool, str]:
     return True, "compiled: the first step takes about a minute"
 
 
-def build_step_module(model: GPT, objective: Objective, kind: StepKind) -> tuple[Step, nn.Module]:
-    """The model with its loss, as it is measured beforehand and as it is run; the same two where it is not compiled."""
+def build_step_module(
+    model: GPT, objective: Objective, kind: StepKind, recompute: bool = False
+) -> tuple[Step, nn.Module]:
+    """The model with its loss, as it is measured beforehand and as it is run; the same two where it is not compiled.
+
+    With `recompute` each block's activations are made again in the backward pass, which a fused step knows nothing of.
+    """
+    for block in model.blocks:
+        block.recompute = recompute
     step_module = Step(model, objective, fused=kind == "fused")
     runner = torch.compile(step_module) if kind == "compiled" else step_module
     assert isinstance(runner, nn.Module)
