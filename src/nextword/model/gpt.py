@@ -171,10 +171,8 @@ class Block(nn.Module):
         keep: Tensor | None,
     ) -> Tensor:
         if self.recompute and torch.is_grad_enabled():  # in here, so that the weights may be gathered around it
-            again = partial(
-                checkpoint, self.added, use_reentrant=False, preserve_rng_state=False
-            )  # nothing is drawn in it
-            return again(x, rotation, mask, cache, keep)
+            settings = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn in a block
+            return partial(checkpoint, self.added, **settings)(x, rotation, mask, cache, keep)
         return self.added(x, rotation, mask, cache, keep)
 
     def added(
