@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "prediction": GROUND | {"model", "text", "tasks", "training", "inference", "evaluation"},
     "pretraining": GROUND
     | {"model", "text", "training", "inference", "evaluation", "recipes", "console", "runs", "job", "planning"},
-    "continuing": {"model", "text", "recipes", "console", "runs", "base", "planning", "pretraining"},
+    "continuing": {"model", "text", "training", "recipes", "console", "runs", "base", "planning", "pretraining"},
     "finetuning": GROUND
     | {"model", "text", "tasks", "training", "recipes", "console", "runs", "job", "base", "prediction"},
     "transferring": GROUND | {"tasks", "evaluation", "console", "runs", "lifecycle", "prediction"},

@@ -140,6 +140,7 @@ def pretrain(
 
     `corpora` are files, folders, named corpora, or shards that `prepare` made. With `resume` a run goes on exactly where it
     stood, begins where there is none yet, and is content where it is finished; settings given then must be the run's own.
+    `strict` stops at what is wrong in the text, and at a damaged newest checkpoint, where else the one before it is used.
     """
     started = time.time() if started is None else started
     if not str(out):
@@ -158,7 +159,9 @@ def pretrain(
         else:
             corpus = gather(request["corpora"], run, chosen.tokenizer, chosen.vocab_size, text_column, strict, console)
             console.say(describe(corpus))
-        return Pretraining(run, corpus, chosen, console, where, started)
+        pretraining = Pretraining(run, corpus, chosen, console, where, started)
+        pretraining.strict = strict
+        return pretraining
 
     return carry_out(job, Path(out), request, resume=resume, tensorboard=tensorboard, console=console)
 

@@ -74,6 +74,7 @@ class Job(ABC):
 
     rows_differ = False  # in length, so that compiled code would be made anew again and again
     in_company = False  # whether several processes can do it together
+    strict = False  # whether a damaged checkpoint stops a resume, instead of being passed over
     world: World = ALONE
     checkpoint: Path | None = None  # where the run stood when this process took it up
     mirror: tuple[int, GPT] | None = None  # the whole model as it was at a step, where the weights are shared
@@ -230,6 +231,9 @@ class Job(ABC):
             )
         self.settings = replace(self.settings, micro_batch_rows=fixed["micro_batch_rows"])
         if self.world.leads:
+            if self.strict:
+                for newest in checkpoint.checkpoints(self.run.path)[-1:]:
+                    files.check_seal(newest)
             self.checkpoint = checkpoint.newest_whole(self.run.path, self.console.warn)
         step = 0
         if self.checkpoint is not None:

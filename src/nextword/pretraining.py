@@ -20,7 +20,7 @@ from nextword.model.gpt import GPT
 from nextword.model.stock import load_model
 from nextword.planning import plan_corpus
 from nextword.recipes import Recipe
-from nextword.runs import RunFolder
+from nextword.runs import RunFolder, differences
 from nextword.text.batches import TokenDataset, seed_for
 from nextword.text.corpus import Corpus
 from nextword.training.objectives import next_word
@@ -82,9 +82,11 @@ class Pretraining(Job):
         self.recipe = Recipe.from_dict(self.facts["recipe"])
         self.config = ModelConfig.from_dict(self.facts["model"])
         if self.facts["data"]["fingerprint"] != self.corpus.fingerprint:
+            changed = differences(self.facts["data"], data_facts(self.corpus), "data")
             raise UsageError(
-                f"{self.run.path}: the text is not the one that this run began with, so going on would mix two runs. "
-                "Begin a new one with another --out"
+                f"{self.run.path}: the text is not the one that this run began with, so going on would mix two runs:\n  "
+                + "\n  ".join(changed)
+                + "\nBegin a new one with another --out"
             )
         fixed = self.facts["fixed"]
         if fixed["rows"] % self.world.size:

@@ -7,6 +7,7 @@ model/ (the best weights, a stock directory) · result.json (once it is finished
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -145,6 +146,9 @@ def open_run(path: Path, *, resume: bool) -> Iterator[RunFolder]:
     if run.begun and not resume:
         raise UsageError(f"{path}: holds a run already. Go on with it by --resume, or choose another --out")
     strangers = [p.name for p in path.iterdir() if p.name not in OWN] if path.is_dir() and not run.begun else []
+    strangers = [
+        name for name in strangers if not re.fullmatch(r"\.(run|holder)\.json\.\d+\.partial", name)
+    ]  # of a kill
     if strangers:
         raise UsageError(f"{path}: is not empty ({strangers[0]} is in it) and no run folder. Choose another --out")
     with files.writing(path):

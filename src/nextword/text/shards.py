@@ -1,5 +1,6 @@
 """The tokens on disk: one long row for each split, in plain `.npy` files of bounded size, written as a stream."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -53,8 +54,10 @@ class Tokens:
 
 def _open(shard: Path) -> np.ndarray:
     try:
-        tokens = np.load(shard, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        with warnings.catch_warnings():  # NumPy's, of headers that Python 2 may have written
+            warnings.simplefilter("error")
+            tokens = np.load(shard, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # of a header that is none, NumPy raises whatever reading it as Python's words does
         raise CorruptFile(f"{shard}: not an array file of NumPy's ({error})") from error
     if tokens.ndim != 1 or tokens.dtype not in (np.dtype("<u2"), np.dtype("<u4")):
         raise CorruptFile(f"{shard}: not a row of uint16 or uint32")

@@ -46,6 +46,10 @@ SAMPLE = 2**26
 SAMPLE_WORDS = 2**22
 DRAWS = 2**64
 
+# Ids that a foreign vocabulary may leave out, beside as many as it has.
+GAPS = 2**16
+MOST_BYTES = 2**28  # of a foreign tokenizer's file; those of the largest vocabularies have an eighth of it
+
 # Of a tokenizer_config.json, what would be said twice or wrongly once markers are added to its tokenizer.json.
 STALE = ("add_bos_token", "add_eos_token", "added_tokens_decoder")
 
@@ -78,6 +82,8 @@ class Tokenizer:
         backend.encode_special_tokens = True  # text is text; the file does not remember this, so it is set here
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if self.vocab_size > 2 * len(vocabulary) + GAPS:  # a table is made of it, and a file may name any number
+            raise CorruptFile(f"an id of {self.vocab_size - 1:,} in a vocabulary of {len(vocabulary):,} tokens")
         end = self._named("eos_token") or next((name for name in KNOWN_ENDS if name in vocabulary), None)
         if end is None:
             raise NextwordError(
@@ -240,7 +246,9 @@ class Tokenizer:
         if not file.is_file():
             raise NextwordError(f"{file}: no such file. Name a tokenizer.json, or a directory that holds one")
         config_file = file.with_name("tokenizer_config.json")
-        config = read_json(config_file) if config_file.is_file() else {}
+        if file.stat().st_size > MOST_BYTES:
+            raise CorruptFile(f"{file}: {file.stat().st_size:,} bytes, where no file of this kind needs {MOST_BYTES:,}")
+        config = read_json(config_file, MOST_BYTES) if config_file.is_file() else {}
         if not isinstance(config, dict):
             raise CorruptFile(f"{config_file}: not a JSON object")
         try:
@@ -251,12 +259,12 @@ class Tokenizer:
         try:
             return cls(backend, config, ends)
         except NextwordError as error:
-            raise NextwordError(f"{file}: {error}") from error
+            raise type(error)(f"{file}: {error}") from error
 
 
 def _ends(file: Path) -> list[int]:
     """The ids that a `generation_config.json` ends a text at; none where there is no such file."""
-    config = read_json(file) if file.is_file() else {}
+    config = read_json(file, MOST_BYTES) if file.is_file() else {}
     ends = config.get("eos_token_id") if isinstance(config, dict) else config
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     if not isinstance(config, dict) or not all(type(end) is int for end in ends):
