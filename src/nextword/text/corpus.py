@@ -20,6 +20,7 @@ from nextword.errors import CorruptFile, DiskFull, NextwordError, UsageError
 from nextword.files import MANIFEST, check_seal, move_into_place, read_manifest, seal, settle, sha256, writing
 from nextword.text.documents import Document, Problems, Source, find_files, without_surrogates
 from nextword.text.named import NAMED, named_sources
+from nextword.text.origins import Origin, OriginWriter, Span, names_in
 from nextword.text.shards import Part, ShardWriter, Split, Tokens
 from nextword.text.tokenizer import Tokenizer, train_bpe, train_char, vocab_size_for
 
@@ -71,6 +72,11 @@ class Corpus:
     def tokens(self, split: Split) -> Tokens:
         """The row of tokens of "train" or "validation", each document followed by the end-of-text token."""
         return Tokens(sorted(self.path.glob(f"{split}-*.npy")))
+
+    def names_in(self, spans: Iterable[Span]) -> list[str]:
+        """The documents that some tokens of the training part came from, by file and line (see `origins`)."""
+        sources = [source["name"] for source in self.facts["sources"]]
+        return names_in(self.path, sources, self.tokens("train"), self.tokenizer, spans)
 
 
 def prepare(
@@ -197,7 +203,7 @@ def _prepare(
     found = survey(sources, directory, problems, progress, say)
     if tokenizer is None:
         items = _split(sources, found, "tokenizer", progress)
-        texts = (text for split, text in items if split == "train" and text is not None)
+        texts = (text for split, text in items if split == "train" and isinstance(text, str))
         if settings["tokenizer"] == "char":
             tokenizer = train_char(texts)
         else:
@@ -400,23 +406,26 @@ def survey(
     return found
 
 
-def _split(sources: list[Source], survey: Survey, stage: str, progress: Progress) -> Iterator[tuple[Split, str | None]]:
-    """A later reading: each new document's pieces with the split they belong to, and None where the document ends.
+def _split(
+    sources: list[Source], survey: Survey, stage: str, progress: Progress
+) -> Iterator[tuple[Split, str | Origin]]:
+    """A later reading: each new document's pieces with the split they belong to, and its origin where it ends.
 
     Raises `NextwordError` where a file no longer holds the texts that the survey found.
     """
     bar, place, lengths = _Bar(stage, sources, progress), 0, iter(survey.lengths)
-    for source, known in zip(sources, survey.sources, strict=True):
+    for number, (source, known) in enumerate(zip(sources, survey.sources, strict=True)):
         texts = hashlib.blake2b(digest_size=16)
         for document in source.read(Problems()):  # what is wrong was told the first time
             text = _Text(document, bar)
             where = survey.split_of(place) if place < len(survey.levels) else "neither"
+            origin = Origin(number, document.line)
             if where == "both":
-                yield from _last_tenth_held_out(text, next(lengths))
+                yield from _last_tenth_held_out(text, next(lengths), origin)
             elif where != "neither":
                 for piece in text:
                     yield where, piece
-                yield where, None
+                yield where, origin
             texts.update(text.finish())
             place += 1
         bar.end_file()
@@ -424,42 +433,51 @@ def _split(sources: list[Source], survey: Survey, stage: str, progress: Progress
             raise NextwordError(f"{source.path}: changed while it was read; run the same command again when it rests")
 
 
-def _last_tenth_held_out(text: Iterable[str], length: int) -> Iterator[tuple[Split, str | None]]:
+def _last_tenth_held_out(text: Iterable[str], length: int, origin: Origin) -> Iterator[tuple[Split, str | Origin]]:
     """The pieces of a document of so many characters, cut at nine tenths of them."""
     left = length * 9 // 10
     for piece in text:
         if left > 0:
             yield "train", piece[:left]
             if left <= len(piece):
-                yield "train", None
+                yield "train", origin
         if left < len(piece):
             yield "validation", piece[max(left, 0) :]
         left -= len(piece)
-    yield "validation", None
+    yield "validation", origin
 
 
-def _encode(items: Iterable[tuple[Split, str | None]], tokenizer: Tokenizer, directory: Path) -> dict[Split, Part]:
-    """Write the shards of both splits; what each holds."""
+def _encode(items: Iterable[tuple[Split, str | Origin]], tokenizer: Tokenizer, directory: Path) -> dict[Split, Part]:
+    """Write the shards of both splits, and where the training part's documents came from; what each split holds."""
     shards: dict[Split, ShardWriter] = {
         split: ShardWriter(directory, split, tokenizer) for split in ("train", "validation")
     }
-    batch: list[tuple[Split, str | None]] = []
+    origins = OriginWriter(directory)
+    batch: list[tuple[Split, str | Origin]] = []
     size = 0
     for split, text in items:
         batch.append((split, text))
-        size += len(text or "") + 64  # many short texts cost memory too
+        size += (len(text) if isinstance(text, str) else 0) + 64  # many short texts cost memory too
         if size >= BATCH:
-            _encode_batch(batch, tokenizer, shards)
+            _encode_batch(batch, tokenizer, shards, origins)
             batch, size = [], 0
-    _encode_batch(batch, tokenizer, shards)
+    _encode_batch(batch, tokenizer, shards, origins)
     return {split: row.close() for split, row in shards.items()}
 
 
 def _encode_batch(
-    batch: list[tuple[Split, str | None]], tokenizer: Tokenizer, shards: "dict[Split, ShardWriter]"
+    batch: list[tuple[Split, str | Origin]],
+    tokenizer: Tokenizer,
+    shards: "dict[Split, ShardWriter]",
+    origins: OriginWriter,
 ) -> None:
-    encoded = iter(tokenizer.encode_batch([text for _, text in batch if text is not None]))
+    encoded = iter(tokenizer.encode_batch([text for _, text in batch if isinstance(text, str)]))
     for split, text in batch:
-        shards[split].add(text, next(encoded) if text is not None else None)
-    for row in shards.values():
-        row.write()
+        if isinstance(text, str):
+            shards[split].add(text, next(encoded))
+            continue
+        shards[split].end_document()
+        if split == "train":
+            origins.add(shards[split].added, text)
+    for writer in (*shards.values(), origins):
+        writer.write()
