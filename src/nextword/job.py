@@ -16,8 +16,8 @@ from torch import nn
 
 from nextword import files
 from nextword.console import Console, duration
+from nextword.course import Course
 from nextword.energy import Meter
-from nextword.errors import MissingExtra
 from nextword.model.gpt import GPT
 from nextword.recipes import Training
 from nextword.runs import (
@@ -25,15 +25,17 @@ from nextword.runs import (
     RunFolder,
     catching_signals,
     machine,
+    open_tensorboard,
     peak_memory,
     versions,
 )
 from nextword.training import checkpoint, fused
-from nextword.training.distributed import ALONE, World, whole
+from nextword.training.distributed import ALONE, World, fill, whole
 from nextword.training.objectives import Objective, Step
 from nextword.training.optimizer import Optimizer
 from nextword.training.pace import Clock, Decision, Pace, SharedClock, read_decisions
 from nextword.training.train import (
+    BAD_STEPS_IN_A_ROW,
     StepKind,
     StepMetrics,
     StepSettings,
@@ -75,6 +77,7 @@ class Job(ABC):
     rows_differ = False  # in length, so that compiled code would be made anew again and again
     in_company = False  # whether several processes can do it together
     strict = False  # whether a damaged checkpoint stops a resume, instead of being passed over
+    can_spike = False  # whether a loss far above the recent ones means that the run goes astray
     world: World = ALONE
     checkpoint: Path | None = None  # where the run stood when this process took it up
     mirror: tuple[int, GPT] | None = None  # the whole model as it was at a step, where the weights are shared
@@ -91,6 +94,8 @@ class Job(ABC):
     seconds_per_step: float = 0.0  # of one step, as far as it is known; the leader's to know
     facts: dict[str, Any]
     batch_tokens: int  # of a step, about
+    course: Course
+    sound: tuple[int, int, Best, bool]  # step, tokens, best and stopped after the last step whose loss was a number
 
     def __init__(self, run: RunFolder, console: Console, device: torch.device, started: float):
         self.run, self.console, self.device, self.started = run, console, device, started
@@ -134,6 +139,10 @@ class Job(ABC):
     def bits_per_byte(self, loss: float) -> float | None:
         """A training loss in bits per byte of the text, where it means that."""
         return None
+
+    @abstractmethod
+    def documents(self, index: int) -> list[str]:
+        """What the batch of an index is made of: a name for each text, by which a person finds it."""
 
     @abstractmethod
     def got_worse(self, step: int, look: Look) -> None:
@@ -235,23 +244,22 @@ class Job(ABC):
                 for newest in checkpoint.checkpoints(self.run.path)[-1:]:
                     files.check_seal(newest)
             self.checkpoint = checkpoint.newest_whole(self.run.path, self.console.warn)
-        step = 0
         if self.checkpoint is not None:
-            weights, optimizer, facts = checkpoint.load(self.checkpoint, self.device)
-            self.state.model.load_state_dict(weights, strict=self.trains_everything)
-            self.state.optimizer.load_state_tensors(optimizer)
-            saved = facts["state"]
-            self.state.step, self.state.tokens, self.state.bad = saved["step"], saved["tokens"], saved["bad"]
-            self.best, self.stopped, step = Best(**saved["best"]), saved["stopped"], saved["step"]
-        self.spent = self.run.cut_back(step)
+            self._stand_at(self.checkpoint)
+        self.spent = self.run.cut_back(self.state.step)
         if self.world.leads:
             self.seconds_per_step = self.measured_seconds(self.step_module)
-        self.console.say(f"going on from step {step:,}, {duration(self.spent)} in")
+        self.console.say(f"going on from step {self.state.step:,}, {duration(self.spent)} in")
 
-    @property
-    def trains_everything(self) -> bool:
-        """Whether a checkpoint holds all weights; what an adapter leaves as it is, is not in it."""
-        return all(p.requires_grad for p in self.state.model.parameters())
+    def _stand_at(self, path: Path) -> None:
+        """Take the weights, the optimizer's state and the rest from a checkpoint; the weights may be shared by now."""
+        weights, optimizer, facts = checkpoint.load(path, self.device)
+        fill(self.state.model, weights)
+        self.state.optimizer.load_state_tensors(optimizer)
+        saved = facts["state"]
+        self.state.step, self.state.tokens, self.state.bad = saved["step"], saved["tokens"], saved["bad"]
+        self.state.detours = saved.get("detours", 0)
+        self.best, self.stopped = Best(**saved["best"]), saved["stopped"]
 
     def threads(self) -> int:
         """As many as the run began with, where it goes on in as many processes."""
@@ -301,42 +309,90 @@ class Job(ABC):
 
         Raises:
             Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
-            Diverged: see `steps`.
+            Diverged: see `steps` and `Course.turn`.
         """
+        self.course = Course(self.run, self.console, self.world, self.can_spike, self.documents)
+        self._take_up_detours()
         self.curves = open_tensorboard(self.run.path) if tensorboard and self.world.leads else None
         pace = self.make_pace()
         shared = self.world.size > 1 and self.budget is not None
         clock = SharedClock(self.world, self.clock) if shared else self.clock
-        saved_at, save_seconds = time.monotonic(), 0.0
+        saved_at, save_seconds, waiting = time.monotonic(), 0.0, False
         before, tokens_before = time.monotonic(), self.state.tokens
         with catching_signals() as caught:
             if self.stopped:
                 return
             loop = steps(
-                self.state, self.data, self.step_module, self.settings, pace, clock, self.seconds_per_step, self.world
-            )
+                self.state, self.data, self.step_module, self.settings, pace, clock, self.seconds_per_step, self.world,
+                self.course.detours.index_of,
+            )  # fmt: skip
             for metrics in loop:
                 rate = (self.state.tokens - tokens_before) / max(1e-9, time.monotonic() - before)
                 self._record(metrics, rate)
                 self._look_when_due(metrics, pace)
                 last = metrics.progress >= 1 or self.stopped
-                due = (
+                due = waiting or (
                     metrics.step % self.training.save_every == 0
                     if self.training.save_every
                     else time.monotonic() - saved_at > max(SAVE_SECONDS, 30 * save_seconds)
                 )
-                due, signal = map(int, self.world.most([due and self.world.leads, caught[0] if caught else 0]))
-                if due or last or signal:
+                watch = self.course.watch
+                due, signal, spike, doubt = map(int, self.world.most(
+                    [due and self.world.leads, caught[0] if caught else 0, watch.spikes, watch.doubts or self.state.bad > 0]
+                ))  # fmt: skip
+                astray = spike or self.state.bad >= BAD_STEPS_IN_A_ROW
+                if astray and self._turn_back(pace, bool(spike)):
+                    waiting = False
+                    before, tokens_before = time.monotonic(), self.state.tokens
+                    continue
+                waiting = bool(due and doubt)  # what is in doubt is not saved
+                if (due or last or signal) and not doubt:
                     begin = time.monotonic()
                     self._save()
                     saved_at, save_seconds = time.monotonic(), time.monotonic() - begin
                 if signal and not last:
+                    kept = "its loss is in doubt, so that the last checkpoint stands" if doubt else "and saved"
                     raise Interrupted(
-                        f"stopped at step {metrics.step:,}, and saved. Go on with the same command and --resume", signal
+                        f"stopped at step {metrics.step:,}, {kept}. Go on with the same command and --resume", signal
                     )
                 if self.stopped:
                     break
+                if not self.state.bad:
+                    self._remember()
                 before, tokens_before = time.monotonic(), self.state.tokens
+
+    def _turn_back(self, pace: Pace, spike: bool) -> bool:
+        """Undo the steps that went astray, and go past their batches from where the run stands then; False where it
+        cannot be. Raises `Diverged` as `Course.turn`."""
+        turn = self.course.turn(self.state, spike, self.sound[0], self.best.step, self.seconds())
+        if turn is None:
+            return False
+        path, step = turn
+        if path is None:
+            self.state.step, self.state.tokens, self.best, self.stopped = self.sound
+            self.state.bad = 0
+        else:
+            self._stand_at(path)
+        self.mirror = None
+        self._take_up_detours()
+        pace.cut_back(step)
+        if self.clock is not None:
+            self.clock.begin_anew(pace)
+        self.run.cut_back(step)
+        self.course.go_on()
+        return True
+
+    def _take_up_detours(self) -> None:
+        """What those detours change that the state does not know of: weights that a spike may be in are no measure."""
+        made = self.course.detours.made
+        if any(detour.forgets for detour in made[self.state.detours :]):
+            self.best = Best()
+        self.state.detours = len(made)
+        self._remember()
+
+    def _remember(self) -> None:
+        """Where the run stands: what to go back to where there is no checkpoint yet."""
+        self.sound = self.state.step, self.state.tokens, replace(self.best), self.stopped
 
     def _record(self, metrics: StepMetrics, rate: float) -> None:
         seconds = self.seconds()
@@ -355,8 +411,8 @@ class Job(ABC):
         if self.curves is not None:
             for name in ("loss", "lr", "gradient_norm"):
                 self.curves.add_scalar(f"training/{name}", getattr(metrics, name), metrics.step)
-        if metrics.skipped:
-            self.message(metrics.step, f"step {metrics.step:,}: the loss is not finite; this step is left out")
+        if words := self.course.see(metrics):
+            self.message(metrics.step, words)
         whole = seconds / metrics.progress if self.budget is None else self.budget
         bits = self.bits_per_byte(metrics.loss)
         self.console.training(
@@ -386,7 +442,8 @@ class Job(ABC):
                 if isinstance(value, (int, float)):
                     self.curves.add_scalar(f"validation/{name}", value, metrics.step)
         self.console.say(f"step {metrics.step:,}: {look.text}")
-        if math.isfinite(look.score) and (self.best.score is None or look.score > self.best.score):
+        better = self.best.score is None or (look.score > self.best.score and not self.state.bad)
+        if math.isfinite(look.score) and better:
             self._keep_best(metrics.step, look)
         else:
             self.best.since += 1
@@ -432,15 +489,6 @@ class Job(ABC):
         files.write_durably(self.run.result, files.to_json(whole))
         draw(self.run.path, anew=True)
         return whole
-
-
-def open_tensorboard(run: Path) -> Any:
-    """A writer of TensorBoard's event files. Raises `MissingExtra` where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingExtra("--tensorboard", "tensorboard") from error
-    return SummaryWriter(run / "tensorboard")
 
 
 def draw(run: Path, anew: bool = False) -> None:

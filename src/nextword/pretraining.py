@@ -33,6 +33,7 @@ class Pretraining(Job):
     """From nothing to a GPT. `begin` or `go_on` first, then `train`, then `finish`."""
 
     in_company = True
+    can_spike = True
 
     def __init__(
         self, run: RunFolder, corpus: Corpus, recipe: Recipe, console: Console, device: torch.device, started: float
@@ -157,6 +158,9 @@ class Pretraining(Job):
 
     def keep(self, facts: dict[str, Any]) -> None:
         self.run.save_model(self.whole_model(), self.corpus.tokenizer, facts)
+
+    def documents(self, index: int) -> list[str]:
+        return self.corpus.names_in(self.data.spans(index))
 
     def got_worse(self, step: int, look: Look) -> None:
         best = self.best.score or look.score

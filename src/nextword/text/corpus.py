@@ -20,6 +20,7 @@ from nextword.errors import CorruptFile, NextwordError, UsageError
 from nextword.files import MANIFEST, check_seal, move_into_place, read_manifest, seal, settle, writing
 from nextword.text.documents import Problems, Source, find_files
 from nextword.text.named import NAMED, named_sources
+from nextword.text.origins import Origin, OriginWriter, Span, names_in
 from nextword.text.shards import Part, ShardWriter, Split, Tokens
 from nextword.text.survey import Progress, Survey, split_texts, survey, unchanged
 from nextword.text.tokenizer import Tokenizer, train_bpe, train_char, vocab_size_for
@@ -66,6 +67,11 @@ class Corpus:
     def tokens(self, split: Split) -> Tokens:
         """The row of tokens of "train" or "validation", each document followed by the end-of-text token."""
         return Tokens(sorted(self.path.glob(f"{split}-*.npy")))
+
+    def names_in(self, spans: Iterable[Span]) -> list[str]:
+        """The documents that some tokens of the training part came from, by file and line (see `origins`)."""
+        sources = [source["name"] for source in self.facts["sources"]]
+        return names_in(self.path, sources, self.tokens("train"), self.tokenizer, spans)
 
 
 def prepare(
@@ -199,7 +205,7 @@ def _prepare(
     found = survey(sources, directory, problems, progress, say)
     if tokenizer is None:
         items = split_texts(sources, found, "tokenizer", progress)
-        texts = (text for split, text in items if split == "train" and text is not None)
+        texts = (text for split, text in items if split == "train" and isinstance(text, str))
         if settings["tokenizer"] == "char":
             tokenizer = train_char(texts)
         else:
@@ -236,28 +242,37 @@ def finish(
     seal(directory, facts)
 
 
-def encode(items: Iterable[tuple[Split, str | None]], tokenizer: Tokenizer, directory: Path) -> dict[Split, Part]:
-    """Write the shards of both splits; what each holds."""
+def encode(items: Iterable[tuple[Split, str | Origin]], tokenizer: Tokenizer, directory: Path) -> dict[Split, Part]:
+    """Write the shards of both splits, and where the training part's documents came from; what each split holds."""
     shards: dict[Split, ShardWriter] = {
         split: ShardWriter(directory, split, tokenizer) for split in ("train", "validation")
     }
-    batch: list[tuple[Split, str | None]] = []
+    origins = OriginWriter(directory)
+    batch: list[tuple[Split, str | Origin]] = []
     size = 0
     for split, text in items:
         batch.append((split, text))
-        size += len(text or "") + 64  # many short texts cost memory too
+        size += (len(text) if isinstance(text, str) else 0) + 64  # many short texts cost memory too
         if size >= BATCH:
-            _encode_batch(batch, tokenizer, shards)
+            _encode_batch(batch, tokenizer, shards, origins)
             batch, size = [], 0
-    _encode_batch(batch, tokenizer, shards)
+    _encode_batch(batch, tokenizer, shards, origins)
     return {split: row.close() for split, row in shards.items()}
 
 
 def _encode_batch(
-    batch: list[tuple[Split, str | None]], tokenizer: Tokenizer, shards: "dict[Split, ShardWriter]"
+    batch: list[tuple[Split, str | Origin]],
+    tokenizer: Tokenizer,
+    shards: "dict[Split, ShardWriter]",
+    origins: OriginWriter,
 ) -> None:
-    encoded = iter(tokenizer.encode_batch([text for _, text in batch if text is not None]))
+    encoded = iter(tokenizer.encode_batch([text for _, text in batch if isinstance(text, str)]))
     for split, text in batch:
-        shards[split].add(text, next(encoded) if text is not None else None)
-    for row in shards.values():
-        row.write()
+        if isinstance(text, str):
+            shards[split].add(text, next(encoded))
+            continue
+        shards[split].end_document()
+        if split == "train":
+            origins.add(shards[split].added, text)
+    for writer in (*shards.values(), origins):
+        writer.write()

@@ -75,13 +75,16 @@ class ShardWriter:
         self._file: Any = None
         self._inside = self._files = 0
         self._documents = self._tokens = self._bytes = self._characters = self._unknown = 0
+        self.added = 0  # tokens, those that wait to be written included
 
-    def add(self, text: str | None, ids: np.ndarray | None) -> None:
-        """A piece of text and its ids [T], or None and None for the end of a document."""
-        if text is None or ids is None:
-            self._documents += 1
-            self._waiting.append(self._end)
-            return
+    def end_document(self) -> None:
+        self._documents += 1
+        self.added += 1
+        self._waiting.append(self._end)
+
+    def add(self, text: str, ids: np.ndarray) -> None:
+        """A piece of text and its ids [T]."""
+        self.added += len(ids)
         self._bytes += len(text.encode())
         self._characters += len(text)
         if self._unknown_id is not None:

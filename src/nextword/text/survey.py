@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 from nextword.errors import DiskFull, NextwordError
 from nextword.files import sha256
 from nextword.text.documents import Document, Problems, Source, without_surrogates
+from nextword.text.origins import Origin
 from nextword.text.shards import Split
 
 Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
@@ -242,25 +243,27 @@ def survey(
 
 def split_texts(
     sources: Sequence[Source], survey: Survey, stage: str, progress: Progress, first: int = 0, place: int = 0
-) -> Iterator[tuple[Split, str | None]]:
-    """A later reading: each new document's pieces with the split they belong to, and None where the document ends.
+) -> Iterator[tuple[Split, str | Origin]]:
+    """A later reading: each new document's pieces with the split they belong to, and its origin where it ends.
 
     `sources` are those of the survey from the one numbered `first` on, whose first document has the number `place`.
     Raises `NextwordError` where a file no longer holds the texts that the survey found.
     """
     bar = Bar(stage, sources, progress)
     lengths = iter(survey.lengths[place - survey.levels.count(DUPLICATE, 0, place) :])
-    for source, known in zip(sources, survey.sources[first : first + len(sources)], strict=True):
+    facts = survey.sources[first : first + len(sources)]
+    for number, (source, known) in enumerate(zip(sources, facts, strict=True), start=first):
         texts = hashlib.blake2b(digest_size=16)
         for document in source.read(Problems()):  # what is wrong was told the first time
             text = Text(document, bar)
             where = survey.split_of(place) if place < len(survey.levels) else "neither"
+            origin = Origin(number, document.line)
             if where == "both":
-                yield from _last_tenth_held_out(text, next(lengths))
+                yield from _last_tenth_held_out(text, next(lengths), origin)
             elif where != "neither":
                 for piece in text:
                     yield where, piece
-                yield where, None
+                yield where, origin
             texts.update(text.finish())
             place += 1
         bar.end_file()
@@ -268,15 +271,15 @@ def split_texts(
             raise NextwordError(f"{source.path}: changed while it was read; run the same command again when it rests")
 
 
-def _last_tenth_held_out(text: Iterable[str], length: int) -> Iterator[tuple[Split, str | None]]:
+def _last_tenth_held_out(text: Iterable[str], length: int, origin: Origin) -> Iterator[tuple[Split, str | Origin]]:
     """The pieces of a document of so many characters, cut at nine tenths of them."""
     left = length * 9 // 10
     for piece in text:
         if left > 0:
             yield "train", piece[:left]
             if left <= len(piece):
-                yield "train", None
+                yield "train", origin
         if left < len(piece):
             yield "validation", piece[max(left, 0) :]
         left -= len(piece)
-    yield "validation", None
+    yield "validation", origin

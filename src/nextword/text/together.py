@@ -37,6 +37,7 @@ from nextword.text.corpus import (
     settings_of,
 )
 from nextword.text.documents import Problems, Source, without_surrogates
+from nextword.text.origins import Origin, OriginWriter
 from nextword.text.shards import Part, ShardWriter, Split, Tokens
 from nextword.text.survey import Bar, Progress, Survey, Text, read_source, seen, size_and_time, split_texts
 from nextword.text.tokenizer import (
@@ -273,13 +274,13 @@ class Work:
 
     # ------------------------------------------------------------ the tokenizer
 
-    def _texts(self, i: int, stage: str) -> Iterator[tuple[Split, str | None]]:
+    def _texts(self, i: int, stage: str) -> Iterator[tuple[Split, str | Origin]]:
         place, _ = self._known["starts"][i]
         return split_texts(self.sources[i], self._found, stage, self.progress, self.bounds[i], place)
 
     def _sample(self, i: int, aside: Path) -> dict[str, Any]:
         """What the tokenizer has to see of a part: the characters in it, or the texts that draw a small number."""
-        texts = (text for split, text in self._texts(i, "tokenizer") if split == "train" and text is not None)
+        texts = (text for split, text in self._texts(i, "tokenizer") if split == "train" and isinstance(text, str))
         if self.settings["tokenizer"] == "char":
             return {"characters": sorted({character for text in texts for character in without_surrogates(text)})}
         _, start = self._known["starts"][i]
@@ -331,6 +332,10 @@ class Work:
                 row.copy(Tokens(sorted((self.folder / name).glob(f"{split}-*.npy"))))
             row.close()
             rows[split] = Part(**{key: sum(one[split][key] for one in facts) for key in asdict(Part())})
+        origins, before = OriginWriter(aside), 0
+        for name, one in zip(names, facts, strict=True):
+            origins.copy(self.folder / name, before)
+            before += one["train"]["tokens"]
         problems = Problems()
         problems.take_over(self._known["problems"])
         finish(aside, self.settings, self._found, rows, self._tokenizer.vocab_size, problems, self.say)

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -155,6 +155,14 @@ def as_shared(tensor: Tensor, pattern: Tensor) -> Tensor:
 
     assert isinstance(pattern, DTensor)
     return distribute_tensor(tensor, pattern.device_mesh, pattern.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put whole weights in the place of those that are trained, of which a process may hold its part alone."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part(parameter).copy_(part(as_shared(weights[name].to(parameter.device), parameter)))
 
 
 def accumulating(step: nn.Module, more: bool) -> None:
