@@ -240,10 +240,7 @@ class Job(ABC):
             )
         self.settings = replace(self.settings, micro_batch_rows=fixed["micro_batch_rows"])
         if self.world.leads:
-            if self.strict:
-                for newest in checkpoint.checkpoints(self.run.path)[-1:]:
-                    files.check_seal(newest)
-            self.checkpoint = checkpoint.newest_whole(self.run.path, self.console.warn)
+            self.checkpoint = checkpoint.newest_whole(self.run.path, self.console.warn, self.strict)
         if self.checkpoint is not None:
             self._stand_at(self.checkpoint)
         self.spent = self.run.cut_back(self.state.step)

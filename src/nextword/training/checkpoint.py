@@ -50,11 +50,11 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
 
 
-def newest_whole(run: Path, say: Any = None) -> Path | None:
+def newest_whole(run: Path, say: Any = None, strict: bool = False) -> Path | None:
     """The newest checkpoint that is whole, None where there is none at all.
 
     Raises:
-        CorruptFile: there are checkpoints, and each of them is damaged; every file is named.
+        CorruptFile: there are checkpoints, and each of them is damaged; every file is named. With `strict` the newest alone.
     """
     found = checkpoints(run)[::-1]
     damage = []
@@ -63,6 +63,8 @@ def newest_whole(run: Path, say: Any = None) -> Path | None:
             check_seal(path)
             return path
         except CorruptFile as error:
+            if strict:
+                raise
             damage.append(str(error))
             if say is not None:
                 say(f"{path.name} is damaged and passed over:\n{error}")
