@@ -110,6 +110,7 @@ def test_a_text_that_is_read_often_gets_dropout_and_says_so():
 def test_the_rate_falls_with_the_width_and_rises_with_the_batch_and_a_person_has_the_last_word():
     assert peak_lr(128, 2048) == pytest.approx(2 * peak_lr(256, 2048))
     assert peak_lr(128, 2048) == pytest.approx(peak_lr(128, 8192) / 2) == peak_lr(128, 99999) / 2
+    assert peak_lr(128, 256) == peak_lr(128, 2048), "what was not tried is not taken further"
     assert peak_lr(128, 2048, "adamw") == pytest.approx(peak_lr(128, 2048) / 4)
     # Among 0.003, 0.006, 0.012 and 0.024 the best of those that docs/experiments.md has tried, or next to it.
     for width, batch, best in (

@@ -113,8 +113,8 @@ def batch_tokens(tokens: float) -> int:
 def peak_lr(width: int, batch: int, optimizer: str = "muon") -> float:
     """The peak learning rate: falling with the width (Yang et al. 2022, "Tensor programs V", table 8), rising with the root of
     the batch (Malladi et al. 2022), and a quarter of Muon's for AdamW. Where the best one lay at widths of 64, 128 and 192, in
-    batches of 2,048 and 8,192 tokens, docs/experiments.md tells; beyond that batch it stays."""
-    lr = 0.75 / max(64, width) * math.sqrt(min(8192, batch) / 2048)
+    batches of 2,048 and 8,192 tokens, docs/experiments.md tells; beyond these batches it stays."""
+    lr = 0.75 / max(64, width) * math.sqrt(min(8192, max(2048, batch)) / 2048)
     return lr if optimizer == "muon" else lr / 4
 
 
