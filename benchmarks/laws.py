@@ -1,13 +1,15 @@
 """What a run reaches by its size, its tokens and its text: the runs that the constants of `training/laws.py` are fitted to.
 
-    python -m benchmarks.laws [runs] [fit]
+    python -m benchmarks.laws [runs] [fit] [hold]
 
 Two runs side by side, one thread each; every run is kept under build/bench/laws. `fit` prints the constants, what each corpus
-would have been predicted to reach by a fit to the others, and how far that was off.
+would have been predicted to reach by a fit to the others, and how far that was off. `hold` gives the program itself three
+budgets on five corpora that nothing was fitted to, and sets what it planned beside what came of it.
 """
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +71,7 @@ def texts() -> dict[str, tuple[Path | str, tuple[str, ...]]]:
 
 FITTED = ("books", "shakespeare", "python-docs", "swahili", "reviews", "french")
 HELD_OUT = ("wolof", "dialogues", "abstracts", "english", "instructions")
+BUDGETS = ("1m", "3m", "10m")
 
 
 def shards(names: tuple[str, ...]) -> dict[str, Path]:
@@ -158,8 +161,47 @@ def fit() -> None:
     print(f"\nleft out: 80 % of the runs are within {100 * np.quantile(np.abs(outside), 0.8):.1f} %")
 
 
+# ---------------------------------------------------------------- does it hold?
+
+
+def held(corpus: str, budget: str) -> dict[str, Any]:
+    """A run as a person would begin it, its text prepared within the budget as well."""
+    kept, out = WORK / "held" / f"{corpus}-{budget}.json", WORK / "held" / f"{corpus}-{budget}"
+    if not kept.exists():
+        path, options = texts()[corpus]
+        shutil.rmtree(out, ignore_errors=True)
+        budgeted = ("--budget", budget, "--json", "--quiet")
+        result = nextword("pretrain", path, *options, "--out", out, *budgeted, threads=1)
+        plan = json.loads((out / "run.json").read_text(encoding="utf-8"))["plan"]
+        kept.write_text(json.dumps({**result, "plan": plan}))
+        print(corpus, budget, result["bits_per_byte"], result["wall"], file=sys.stderr, flush=True)
+    return json.loads(kept.read_text())
+
+
+def hold() -> None:
+    from nextword.recipes import seconds
+
+    jobs = [(corpus, budget) for budget in BUDGETS for corpus in HELD_OUT]
+    (WORK / "held").mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda job: held(*job), jobs))
+    print("\n| text | budget | seconds | of the budget | size | epochs | planned bits per byte | reached | within |")
+    print("|---" * 9 + "|")
+    in_time = within = 0
+    for (corpus, budget), one in zip(jobs, found, strict=True):
+        plan, share = one["plan"], one["wall"] / seconds(budget)
+        inside = plan["low"] <= one["bits_per_byte"] <= plan["high"]
+        in_time, within = in_time + (abs(share - 1) <= 0.05), within + inside
+        print(
+            f"| {corpus} | {budget} | {one['wall']:.1f} | {100 * share:.1f} % | {plan['size']} | {plan['epochs']:.1f} "
+            f"| {plan['bits_per_byte']:.3f} ({plan['low']:.3f} to {plan['high']:.3f}) | {one['bits_per_byte']:.3f} "
+            f"| {'yes' if inside else 'no'} |"
+        )
+    print(f"\nwithin 5 % of the time: {in_time} of {len(jobs)}; within the interval: {within} of {len(jobs)}")
+
+
 def main() -> None:
-    sections = {"runs": runs, "fit": fit}
+    sections = {"runs": runs, "fit": fit, "hold": hold}
     for name in sys.argv[1:] or list(sections):
         sections[name]()
 
