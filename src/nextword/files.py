@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,16 +111,21 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def seal(directory: Path, facts: dict[str, Any]) -> None:
-    """Write the manifest of a finished directory: `facts`, and the size and SHA-256 of every file in it."""
-    files = {
-        str(path.relative_to(directory).as_posix()): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
+def seal(directory: Path, facts: dict[str, Any], known: Mapping[str, dict[str, Any]] | None = None) -> None:
+    """Write the manifest of a finished directory: `facts`, and the size and SHA-256 of every file in it.
+
+    Args:
+        known: by name, size and SHA-256 of files that were hashed while they were written, and are on the disk already.
+    """
+    known, files = known or {}, {}
     with writing(directory):
-        for name in files:
-            flush_to_disk(directory / name)
+        for path in sorted(directory.rglob("*")):
+            name = path.relative_to(directory).as_posix()
+            if name in known:
+                files[name] = known[name]
+            elif path.is_file() and path.name != MANIFEST:
+                files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+                flush_to_disk(path)
     write_durably(directory / MANIFEST, to_json({**facts, "files": files}))
 
 

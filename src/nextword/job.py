@@ -29,6 +29,7 @@ from nextword.runs import (
     versions,
 )
 from nextword.training import checkpoint, fused
+from nextword.training.checkpoint import Saver
 from nextword.training.distributed import ALONE, World, whole
 from nextword.training.objectives import Objective, Step
 from nextword.training.optimizer import Optimizer
@@ -46,7 +47,7 @@ from nextword.training.train import (
 )
 
 SAMPLED = (1, 2, 4, 8, 12, 16, 20)  # of twenty evaluations, those after which the model writes something
-SAVE_SECONDS = 60.0  # between checkpoints, and never more than a thirtieth of the time goes into them
+SAVE_SECONDS = 60.0  # between checkpoints, and longer where one takes much time (see `checkpoint.REST`)
 REPORT = "nextword.evaluation.report"
 FINISHING_SECONDS = 2.5  # the report, the card and the last files
 
@@ -76,6 +77,7 @@ class Job(ABC):
     in_company = False  # whether several processes can do it together
     world: World = ALONE
     checkpoint: Path | None = None  # where the run stood when this process took it up
+    saver: Saver | None = None  # while it trains
     mirror: tuple[int, GPT] | None = None  # the whole model as it was at a step, where the weights are shared
 
     # Set by the subclass when it begins or goes on.
@@ -208,6 +210,8 @@ class Job(ABC):
 
     def restore(self) -> None:
         """Stand where the newest whole checkpoint of the run stands; at the beginning where there is none."""
+        if self.saver is not None:
+            self.saver.wait()
         fixed = self.facts["fixed"]
         if fixed["device"] != self.device.type:
             self.console.warn(
@@ -228,16 +232,21 @@ class Job(ABC):
             self.checkpoint = checkpoint.newest_whole(self.run.path, self.console.warn)
         step = 0
         if self.checkpoint is not None:
-            weights, optimizer, facts = checkpoint.load(self.checkpoint, self.device)
-            self.state.model.load_state_dict(weights, strict=self.trains_everything)
-            self.state.optimizer.load_state_tensors(optimizer)
-            saved = facts["state"]
+            if self.world.size == 1:
+                self.take_weights(self.checkpoint)
+            saved = checkpoint.facts_of(self.checkpoint)
             self.state.step, self.state.tokens, self.state.bad = saved["step"], saved["tokens"], saved["bad"]
             self.best, self.stopped, step = Best(**saved["best"]), saved["stopped"], saved["step"]
         self.spent = self.run.cut_back(step)
         if self.world.leads:
             self.seconds_per_step = self.measured_seconds(self.step_module)
         self.console.say(f"going on from step {step:,}, {duration(self.spent)} in")
+
+    def take_weights(self, saved: Path) -> None:
+        """Weights and optimizer state of a checkpoint; where they are shared, each process reads its part."""
+        weights, optimizer = checkpoint.load(saved, dict(self.state.model.named_parameters()))
+        self.state.model.load_state_dict(weights, strict=self.trains_everything)
+        self.state.optimizer.load_state_tensors(optimizer)
 
     @property
     def trains_everything(self) -> bool:
@@ -250,13 +259,13 @@ class Job(ABC):
         return fixed["threads"] if fixed["world_size"] == self.world.size else torch.get_num_threads()
 
     def spread(self) -> None:
-        """Share weights, gradients and the optimizer's state among the processes of the run, as they now stand."""
+        """Share weights, gradients and the optimizer's state among the processes of the run, where it stands."""
         if self.world.size == 1:
             return
-        state = self.state.optimizer.state_tensors()
         self.world.share(self.plain_step, self.training.parallel, self.settings.bf16)
         self.state.optimizer = self.make_optimizer(self.state.model)
-        self.state.optimizer.load_state_tensors(state)
+        if self.checkpoint is not None:
+            self.take_weights(self.checkpoint)
 
     def whole_model(self) -> GPT:
         """The model with all of its weights, in every process; they must all ask for it after the same steps."""
@@ -298,9 +307,9 @@ class Job(ABC):
         pace = self.make_pace()
         shared = self.world.size > 1 and self.budget is not None
         clock = SharedClock(self.world, self.clock) if shared else self.clock
-        saved_at, save_seconds = time.monotonic(), 0.0
+        saved_at = time.monotonic()
         before, tokens_before = time.monotonic(), self.state.tokens
-        with catching_signals() as caught:
+        with catching_signals() as caught, Saver(self.run.path, self.world) as self.saver:
             if self.stopped:
                 return
             loop = steps(
@@ -314,13 +323,16 @@ class Job(ABC):
                 due = (
                     metrics.step % self.training.save_every == 0
                     if self.training.save_every
-                    else time.monotonic() - saved_at > max(SAVE_SECONDS, 30 * save_seconds)
+                    else time.monotonic() - saved_at > max(SAVE_SECONDS, self.saver.rest)
                 )
-                due, signal = map(int, self.world.most([due and self.world.leads, caught[0] if caught else 0]))
+                news = [due and self.world.leads, caught[0] if caught else 0, self.saver.stage]
+                due, signal, stage = map(int, self.world.most(news))
+                self.saver.go_on(stage)
                 if due or last or signal:
-                    begin = time.monotonic()
-                    self._save()
-                    saved_at, save_seconds = time.monotonic(), time.monotonic() - begin
+                    self._save(self.saver)
+                    saved_at = time.monotonic()
+                if last or signal:
+                    self.saver.wait()
                 if signal and not last:
                     raise Interrupted(
                         f"stopped at step {metrics.step:,}, and saved. Go on with the same command and --resume", signal
@@ -401,13 +413,11 @@ class Job(ABC):
         self.run.append({"step": step, "message": text})
         self.console.say(text)
 
-    def _save(self) -> None:
+    def _save(self, saver: Saver) -> None:
         state = self.state
         facts = {**state.facts(), "best": asdict(self.best), "stopped": self.stopped}
-        weights = {name: whole(p.detach()) for name, p in state.model.named_parameters() if p.requires_grad}
-        optimizer = state.optimizer.state_tensors()
-        if self.world.leads:
-            checkpoint.save(self.run.path, state.step, weights, optimizer, facts)
+        weights = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
+        saver.begin(state.step, weights, state.optimizer.state_tensors(), facts)
 
     # ------------------------------------------------------------ finish
 
