@@ -12,7 +12,7 @@ help:
 	@echo "make test    every test"
 	@echo "make check   lint, types, tests"
 	@echo "make bench   the figures of docs/benchmarks.md (about an hour)"
-	@echo "make soak    ten kills of a longer run, some inside a save; two thousand odd requests to the server"
+	@echo "make soak    fifty kills of a longer run, half inside a save; every fault of docs/reliability.md; odd requests to the server"
 	@echo "make setup   the virtual environment in .venv; PIP_ARGS goes to pip"
 
 setup: .venv/ready
@@ -40,7 +40,9 @@ bench: setup
 	$(BIN)/python -m benchmarks.run
 
 soak: setup
-	NEXTWORD_KILLS=10 NEXTWORD_KILL_STEPS=600 $(BIN)/python -m pytest -n 0 -s -k test_killed_and_resumed --timeout 1800
+	NEXTWORD_KILLS=50 NEXTWORD_KILL_STEPS=3000 $(BIN)/python -m pytest -n 0 -s tests/test_pretraining.py -k test_killed_and_resumed --timeout 7200
+	NEXTWORD_FLIPS=200 NEXTWORD_EVERY_WRITE=1 $(BIN)/python -m pytest -n 0 -s tests/test_faults.py tests/test_foreign.py --timeout 7200
+	NEXTWORD_KILLS=3 $(BIN)/python -m pytest -n 0 tests/test_sharded_preparation.py -k killed --timeout 1800
 	NEXTWORD_CASES=2000 $(BIN)/python -m pytest -n 0 tests/test_serving_fuzz.py --timeout 1800
 
 clean:

@@ -23,15 +23,18 @@ from nextword.text.corpus import Corpus
 from nextword.training import fused
 from nextword.training.objectives import next_word
 from nextword.training.optimizer import Optimizer
+from nextword.training.plan import peak_lr
 from nextword.training.train import StepSettings, TrainState, build_step_module, train_step
 
 DEFAULTS: dict[str, Any] = {
     "preset": "modern", "size": "tiny", "model": {}, "seed": 0, "tokens": 1_000_000, "batch_tokens": 8192,
-    "optimizer": "muon", "lr": 6e-3, "matrix_lr": None, "weight_decay": 0.1, "beta2": 0.95, "momentum": 0.95, "clip": 1.0,
+    "optimizer": "muon", "lr": None, "matrix_lr": None, "weight_decay": 0.1, "beta2": 0.95, "momentum": 0.95, "clip": 1.0,
     "schedule": "wsd", "warmup": 0.02, "final_lr": 0.0,
     # What the program has no setting for:
     "zero_projections": False, "average": 0.0, "ramp": 0.0, "same_order": False, "embedding_lr": None,
 }  # fmt: skip
+
+HELD_OUT = 2**17  # tokens of held-out text that a run is measured on at most, the same for all on one text
 
 
 class SameOrder(TokenDataset):
@@ -63,8 +66,9 @@ def run(corpus: Corpus, s: dict[str, Any]) -> dict[str, Any]:
             for block in model.blocks:
                 block.attention.output.weight.zero_()
                 block.feed_forward.down.weight.zero_()
+    lr = s["lr"] or peak_lr(config.d_model, s["batch_tokens"], s["optimizer"])
     optimizer = Optimizer(
-        model, kind=s["optimizer"], lr=s["lr"], matrix_lr=s["matrix_lr"], betas=(0.9, s["beta2"]),
+        model, kind=s["optimizer"], lr=lr, matrix_lr=s["matrix_lr"], betas=(0.9, s["beta2"]),
         weight_decay=s["weight_decay"], momentum=s["momentum"],
     )  # fmt: skip
     state = TrainState(model, optimizer)
@@ -92,7 +96,8 @@ def run(corpus: Corpus, s: dict[str, Any]) -> dict[str, Any]:
     if averaged:
         model = copy.deepcopy(model)
         model.load_state_dict(averaged, strict=False)
-    found = likelihood(model, corpus.tokens("validation"), corpus.validation.bytes)
+    windows = HELD_OUT // config.context_length
+    found = likelihood(model, corpus.tokens("validation"), corpus.validation.bytes, limit_windows=windows)
     return {
         "bits_per_byte": found.bits_per_byte, "loss": found.loss, "steps": state.step, "tokens": state.tokens,
         "seconds": seconds, "parameters": config.parameters, "unique": corpus.train.tokens,

@@ -1,7 +1,7 @@
 """What a save costs: `python -m benchmarks.saving [TURNS]`, a Markdown table.
 
 Saves and steps of real size, on this machine's processor, in turn: a save by itself with and without its hash, and some steps
-with a save beside them and without. As often as a run saves by itself is `SAVE_SECONDS`, or `REST` times a save's cost.
+with a save beside them and without. As often as a run saves by itself is `checkpoint.SECONDS`, or `REST` times a save's cost.
 """
 
 import statistics
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from nextword.job import SAVE_SECONDS
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
 from nextword.training import checkpoint
@@ -87,7 +86,7 @@ def row(name: str, turns: int) -> str:
         found = [[seconds_of_steps(trained, run, steps, saving) for saving in (True, False)] for _ in range(turns)]
     lost = statistics.median(saving[0] - alone[0] for saving, alone in found)
     copied = statistics.median(saving[1] for saving, _ in found)
-    rest = max(SAVE_SECONDS, checkpoint.REST * statistics.median(saving[2] for saving, _ in found))
+    rest = max(checkpoint.SECONDS, checkpoint.REST * statistics.median(saving[2] for saving, _ in found))
     return (
         f"| {trained.parameters / 1e6:.1f} M | {with_hash:.2f} | {100 * (with_hash - without) / with_hash:.0f} % "
         f"| {copied:.3f} | {lost:.2f} | {rest:.0f} | {100 * lost / rest:.2f} % |"

@@ -1,20 +1,22 @@
 """How fast, beside the peers from the package registry: `python -m benchmarks.speed [NAME …]`.
 
-Names: training, writing, prompt, first. Every figure is from processes in turn, each measured some times; what stands in the
-table is the middle, and from where to where. litgpt and llama-cpp-python have environments of their own under
+Names: sprint, training, writing, prompt, first. Every figure is from processes in turn, each measured some times; what
+stands in the table is the middle, and from where to where. litgpt and llama-cpp-python have environments of their own under
 build/bench/peers, made where they are not there (llama.cpp is compiled: more than ten minutes).
 """
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run import KEPT, cell
+from benchmarks.run import DATA, KEPT, cell, nextword
 
 TURNS = 5
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -23,6 +25,8 @@ SHAPES = {
     "GPT-2-small": {"n_layers": 12, "n_heads": 12, "d_model": 768, "context_length": 1024, "vocab_size": 50257},
     "small": {"n_layers": 6, "n_heads": 6, "d_model": 384, "context_length": 1024, "vocab_size": 8192},
 }
+SPRINT = ("--tokens", "250k", "--training.batch-tokens", "2048", "--training.evaluations", "1")
+LONG = ("--model.context-length", "128")
 PEERS = {
     "litgpt": ("litgpt", "torch>=2.13,<2.14", "numpy"),
     "llama": ("llama-cpp-python", "numpy"),
@@ -111,6 +115,42 @@ def model_directory(name: str) -> dict[str, Any]:
 # ---------------------------------------------------------------- the tables
 
 
+def sprint() -> None:
+    """From process start to a durable model: how soon the loss of the field's reference run is reached, in a model of its shape
+    and vocabulary, and what is reached in its time."""
+    text, goal = DATA / "tinyshakespeare", 1.898
+    shape = ["--model.n-layers", "4", "--model.n-heads", "4", "--model.d-model", "128", "--model.context-length", "64"]
+    common = ["pretrain", text, "--tokenizer", "char", "--json", "--quiet"]
+
+    def ours(name: str, seed: int, *more: str) -> dict[str, Any]:
+        out = KEPT / name
+        shutil.rmtree(out, ignore_errors=True)
+        return nextword(*common, "--out", out, "--seed", str(seed), *more)
+
+    def stock(seed: int) -> dict[str, Any]:
+        arguments = [str(text / "input.txt"), str(KEPT / f"sprint-stock-{seed}"), str(seed)]
+        begin = time.time()
+        out = subprocess.check_output([sys.executable, "-W", "ignore", "-m", "benchmarks.stock_loop", *arguments])
+        return {**json.loads(out), "wall": time.time() - begin}
+
+    print(
+        f"\n| seed | stock loop: loss | seconds | to {goal}: loss | seconds | of its time | in its time: loss | seconds |"
+    )
+    print("|---" * 8 + "|")
+    ratios = []
+    for seed in (1, 2, 3):
+        theirs = cell(f"sprint-stock-{seed}", lambda s=seed: stock(s))
+        quick = cell(f"sprint-quick-{seed}", lambda s=seed: ours("sprint-quick", s, *shape, *SPRINT))
+        as_long = f"{theirs['wall']:.0f}s"
+        long = cell(f"sprint-long-{seed}", lambda s=seed, t=as_long: ours("sprint-long", s, "--budget", t, *LONG))
+        ratios.append(quick["wall"] / theirs["wall"])
+        print(
+            f"| {seed} | {theirs['loss']:.4f} | {theirs['wall']:.0f} | {quick['loss']:.4f} | {quick['wall']:.1f} "
+            f"| {ratios[-1]:.3f} | {long['loss']:.4f} | {long['wall']:.0f} |"
+        )
+    print(f"\nof its time: {middle(ratios, 3)}")
+
+
 def training() -> None:
     shape = {**SHAPES["6/6/384"], "rounds": 4}
     found = in_turn(
@@ -184,7 +224,7 @@ def first() -> None:
 
 
 def main() -> None:
-    sections = {"training": training, "writing": writing, "prompt": prompt, "first": first}
+    sections = {"sprint": sprint, "training": training, "writing": writing, "prompt": prompt, "first": first}
     for name in sys.argv[1:] or list(sections):
         print(f"\n## {name}", flush=True)
         sections[name]()

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from nextword.model.gpt import GPT
 from nextword.model.stock import read_parts
 from nextword.training import checkpoint
 from nextword.training.checkpoint import Saver, checkpoints, newest_whole, write_tensors
-from nextword.training.distributed import joined, rows_before, whole
+from nextword.training.distributed import LOST, joined, rows_before, whole
 from nextword.training.objectives import Step, next_word
 from nextword.training.optimizer import Optimizer
 from test_pretraining import SETTINGS, state_hashes
@@ -254,11 +255,37 @@ def two_one_two(folder: Path, parallel: Any) -> None:
             assert after.keys() == before.keys()
 
 
-def in_two(folder: Path, parallel: str, local: int) -> None:
+def killed_inside(folder: Path, parallel: Any) -> None:
+    """What each of two processes does, of which the second is killed as it writes its part."""
+    with joined() as world:
+        step, _ = model_and_optimizer(0)
+        world.share(step, parallel, bf16=False)
+        optimizer = Optimizer(step.model, kind="muon", lr=0.01)
+        with Saver(folder, world) as saver:
+            saver.begin(1, dict(step.model.named_parameters()), optimizer.state_tensors(), {"step": 1})
+            saver.wait()
+            if not world.leads:
+                checkpoint.write_tensors = half_and_killed
+            saver.begin(2, dict(step.model.named_parameters()), optimizer.state_tensors(), {"step": 2})
+            saver.wait()
+
+
+def half_and_killed(path: Path, tensors: Any) -> Any:
+    write_tensors(path, tensors)
+    os.truncate(path, 300)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_two(
+    folder: Path, parallel: str, local: int, what: Any = two_one_two, codes: tuple[int, int] = (0, 0)
+) -> list[str]:
+    """Two processes that do the same; what they say on their way out."""
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         port = opened.getsockname()[1]
-    code = "import sys, pathlib; from test_checkpoints import *; two_one_two(pathlib.Path(sys.argv[1]), sys.argv[2])"
+    code = (
+        f"import sys, pathlib; from test_checkpoints import *; {what.__name__}(pathlib.Path(sys.argv[1]), sys.argv[2])"
+    )
     environment = {
         **os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": str(local), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
@@ -269,7 +296,8 @@ def in_two(folder: Path, parallel: str, local: int) -> None:
         for rank in range(2)
     ]
     said = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    assert tuple(process.returncode for process in processes) == codes, said
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +323,20 @@ def test_a_copy_in_each_machine_is_written_once(tmp_path):
     assert sha256s(two) == sha256s(one), "the same files as of one process"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="this system has no SIGKILL")
+def test_a_process_that_is_killed_as_it_writes_its_part_leaves_the_last_checkpoint_whole(tmp_path):
+    said = in_two(tmp_path, "data", 2, killed_inside, (1, -signal.SIGKILL))
+    assert LOST in said[0]
+    folder = tmp_path / "checkpoints"
+    sizes = {
+        path.name: path.stat().st_size for path in (folder / ".step-00000002.partial").glob("weights-*.safetensors")
+    }
+    assert sizes.keys() == {f"weights-0000{part}-of-00002.safetensors" for part in (1, 2)}
+    assert sizes["weights-00002-of-00002.safetensors"] == 300
+    assert (folder / "latest").read_text() == "step-00000001\n"
+    assert newest_whole(tmp_path) == folder / "step-00000001"
+
+
 def test_a_damaged_part_is_named(shared, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(shared / "two", run)
@@ -304,6 +346,8 @@ def test_a_damaged_part_is_named(shared, tmp_path):
     part.write_bytes(bytes(data))
     with pytest.raises(CorruptFile, match=r"optimizer-00002-of-00002\.safetensors: the content does not match"):
         newest_whole(run)
+    with pytest.raises(CorruptFile, match=r"optimizer-00002-of-00002\.safetensors: the content does not match"):
+        package.verify(run)
     part.unlink()
     with pytest.raises(CorruptFile, match=r"optimizer-00002-of-00002\.safetensors: missing"):
         newest_whole(run)

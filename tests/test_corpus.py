@@ -64,6 +64,7 @@ def test_the_same_text_gives_the_same_bytes(folder, tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
         "train-00000.npy",
+        "train-documents.bin",
         "validation-00000.npy",
     ]
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)

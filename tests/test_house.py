@@ -27,14 +27,15 @@ ALLOWED: dict[str, set[str]] = {
     "console": set(),
     "energy": set(),
     "runs": GROUND | {"model", "text"},
-    "job": GROUND | {"model", "training", "evaluation", "recipes", "console", "energy", "runs"},
+    "course": GROUND | {"training", "console", "runs"},
+    "job": GROUND | {"model", "training", "evaluation", "recipes", "console", "energy", "runs", "course"},
     "lifecycle": GROUND | {"training", "console", "runs", "job"},
     "planning": GROUND | {"model", "text", "training", "recipes", "console", "energy", "runs", "job"},
     "base": GROUND | {"model", "text", "tasks", "evaluation"},
     "prediction": GROUND | {"model", "text", "tasks", "training", "inference", "evaluation"},
     "pretraining": GROUND
     | {"model", "text", "training", "inference", "evaluation", "recipes", "console", "runs", "job", "planning"},
-    "continuing": {"model", "text", "recipes", "console", "runs", "base", "planning", "pretraining"},
+    "continuing": {"model", "text", "training", "recipes", "console", "runs", "base", "planning", "pretraining"},
     "finetuning": GROUND
     | {"model", "text", "tasks", "training", "recipes", "console", "runs", "job", "base", "prediction"},
     "transferring": GROUND | {"tasks", "evaluation", "console", "runs", "lifecycle", "prediction"},

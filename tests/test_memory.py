@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -41,7 +42,8 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         made[name] = tmp_path_factory.mktemp(name)
         for title, text in sorted(topics.items())[:24]:
             (made[name] / f"{title}.txt").write_text(text[:300], encoding="utf-8")
-    (made["planted"] / "herons.txt").write_text(50 * PASSAGE_TEXT)
+    for n in range(10):
+        (made["planted"] / f"herons-{n}.txt").write_text(5 * PASSAGE_TEXT)
     (made["planted"] / "letter.md").write_text(101 * LETTER)
     return made
 
@@ -50,7 +52,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def runs(corpora: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {name: tmp_path_factory.mktemp("runs") / name for name in corpora}
     for name, out in made.items():
-        steps = 150 if name == "planted" else 40
+        steps = 300 if name == "planted" else 40
         api.pretrain(corpora[name], out, steps=steps, vocab_size=500, model=SIZES, training=TRAINING)
     return made
 
@@ -61,25 +63,29 @@ def index(corpora: dict[str, Path], runs: dict[str, Path], tmp_path_factory: pyt
     return build_index([corpora["planted"]], tmp_path_factory.mktemp("index") / "index", prepared=prepared)
 
 
+def kind_of(example: Any) -> str:
+    return example["document"].partition(".")[0].partition("-")[0]
+
+
 def test_a_planted_passage_and_a_planted_address_are_found_and_named(runs, index):
-    own, longest, extracted, given = audit_memory(load(runs["planted"], "cpu"), index, texts=24, prefixes=24)
+    own, longest, extracted, given = audit_memory(load(runs["planted"], "cpu"), index, texts=48, prefixes=24)
     assert own.low > 0 and own.notable and own.reference is not None and own.reference < own.low
-    planted = {"herons.txt": 2 * PASSAGE_TEXT, "letter.md": shown(2 * LETTER, 1000)}
+    planted = {"herons": 2 * PASSAGE_TEXT, "letter": shown(2 * LETTER, 1000)}
     for one in own.examples:
-        assert " ".join(one["passage"].split()[1:9]) in " ".join(planted[one["document"]].split())
+        assert " ".join(one["passage"].split()[1:9]) in " ".join(planted[kind_of(one)].split())
     assert longest.value >= PASSAGE and longest.notable
     assert extracted.low > 0 and extracted.notable
-    assert "herons.txt" in {one["document"] for one in extracted.examples} <= {*planted}
+    assert "herons" in {kind_of(one) for one in extracted.examples} <= {*planted}
     assert given.value > 0 and given.notable
     assert given.examples[0] == {"document": "letter.md", "kind": "mail addresses", "masked": "s…@e….org"}
     assert all(ADDRESS not in json.dumps(one.to_dict()) for one in (own, longest, given))
 
 
 def test_a_model_that_has_not_seen_them_is_cleared(runs, index):
-    own, longest, extracted, given = audit_memory(load(runs["plain"], "cpu"), index, texts=24, prefixes=24)
+    own, longest, extracted, given = audit_memory(load(runs["plain"], "cpu"), index, texts=48, prefixes=24)
     assert own.value == 0 and not own.notable and not own.examples
     assert longest.value < PASSAGE and not longest.notable
-    assert all(one["document"] not in ("herons.txt", "letter.md") for one in extracted.examples)
+    assert all(kind_of(one) not in ("herons", "letter") for one in extracted.examples)
     assert given.value == 0 and given.n and not given.notable and not given.examples
 
 
@@ -96,7 +102,7 @@ def test_copied_tokens_are_counted_by_the_token(runs, index):
     assert (
         0 <= found.inside - len(inside) <= 2 and found.longest == found.inside
     )  # a token at an edge may fit by chance
-    assert found.match is not None and index.name(found.match.document) == "herons.txt"
+    assert found.match is not None and index.name(found.match.document).startswith("herons")
     short = inside[: PASSAGE - 10]
     assert copied(index, tokenizer, [*outside, *short, *outside]).inside == 0
     assert copied(index, tokenizer, []).longest == 0
@@ -144,10 +150,12 @@ def test_lengths_fit_into_the_context(runs):
 
 def test_a_passage_by_name(index):
     found = find_passage(index, "a quiet boat, laden with copper bells")
-    assert found.value == 1 and found.examples[0]["document"] == "herons.txt"
+    assert found.value == 10 and found.examples[0]["document"].startswith("herons")
     found = find_passage(index, "a quiet boat, laden with silver bells")
     assert (
-        found.value == 0 and "25 of its 37 characters" in found.note and found.examples[0]["document"] == "herons.txt"
+        found.value == 0
+        and "25 of its 37 characters" in found.note
+        and found.examples[0]["document"].startswith("herons")
     )
     assert find_passage(index, "日本").examples == ()
 

@@ -18,7 +18,7 @@ from nextword.recipes import change, default
 from nextword.text.corpus import find_sources, prepare
 from nextword.text.documents import Problems
 from nextword.training.laws import Law
-from nextword.training.plan import Length, Plan, Speed, Text, choose, dropout_for, flops_of
+from nextword.training.plan import Length, Plan, Speed, Text, batch_tokens, choose, dropout_for, flops_of, peak_lr
 
 LADDER = {size: build_config("modern", size, vocab_size=4096) for size in ("micro", "tiny", "mini", "small", "midi")}
 # Fixed, so that these tests do not hang on what was fitted last.
@@ -102,9 +102,29 @@ def test_a_text_that_is_read_often_gets_dropout_and_says_so():
         and any("dropout" in line for line in little.why)
         and any("times" in line for line in little.why)
     )
-    assert chosen(seconds=600).dropout == 0 and len(chosen(seconds=600).why) == 1
+    assert chosen(seconds=600).dropout == 0 and len(chosen(seconds=600).why) == 2  # the size, the batch with its rate
     assert dropout_for(1) == 0 < dropout_for(8) < dropout_for(30)
     assert little.bits_per_byte > chosen(Text(10**9, 10**9 * 10 // 3, 2.5), seconds=600).bits_per_byte
+
+
+def test_the_rate_falls_with_the_width_and_rises_with_the_batch_and_a_person_has_the_last_word():
+    assert peak_lr(128, 2048) == pytest.approx(2 * peak_lr(256, 2048))
+    assert peak_lr(128, 2048) == pytest.approx(peak_lr(128, 8192) / 2) == peak_lr(128, 99999) / 2
+    assert peak_lr(128, 256) == peak_lr(128, 2048), "what was not tried is not taken further"
+    assert peak_lr(128, 2048, "adamw") == pytest.approx(peak_lr(128, 2048) / 4)
+    # Among 0.003, 0.006, 0.012 and 0.024 the best of those that docs/experiments.md has tried, or next to it.
+    for width, batch, best in (
+        (64, 2048, 0.012),
+        (64, 8192, 0.024),
+        (128, 2048, 0.006),
+        (128, 8192, 0.012),
+        (192, 2048, 0.003),
+    ):
+        assert 2**-0.5 < peak_lr(width, batch) / best < 2**0.5
+    plan = chosen(seconds=600)
+    assert plan.lr == peak_lr(plan.model["d_model"], batch_tokens(plan.tokens)) and f"{plan.lr:.2g}" in plan.why[1]
+    said = choose(BOOKS, Length(seconds=600), LADDER, Steady(), law=LAW, lr=0.5)
+    assert said.lr == 0.5 and said.size == plan.size
 
 
 # ---------------------------------------------------------------- the law

@@ -37,7 +37,7 @@ from nextword.recipes import change, seconds
 from nextword.runs import RunFolder, choose_device, command_line
 from nextword.tasks.examples import read_examples
 from nextword.tasks.scores import Score
-from nextword.text import corpus as corpora_module
+from nextword.text import together
 from nextword.text.corpus import Corpus
 from nextword.text.documents import Problems
 
@@ -52,12 +52,14 @@ def prepare(
     vocab_size: int | None = None,
     text_column: str | None = None,
     strict: bool = False,
+    shard: str | None = None,
     console: Console | None = None,
 ) -> Corpus:
-    """Turn text into shards of tokens that any number of runs can share."""
+    """Turn text into shards of tokens that any number of runs can share; with `shard` ("3/64") together with other processes,
+    which are given the same and other numbers, and each of which returns when all is there."""
     with console or Console(quiet=True) as console:
-        return corpora_module.prepare(
-            as_list(corpora), Path(out), tokenizer=tokenizer, vocab_size=vocab_size, text_column=text_column,
+        return together.prepare(
+            as_list(corpora), Path(out), shard, tokenizer=tokenizer, vocab_size=vocab_size, text_column=text_column,
             strict=strict, progress=console.progress, say=console.say,
         )  # fmt: skip
 
@@ -138,6 +140,7 @@ def pretrain(
 
     `corpora` are files, folders, named corpora, or shards that `prepare` made. With `resume` a run goes on exactly where it
     stood, begins where there is none yet, and is content where it is finished; settings given then must be the run's own.
+    `strict` stops at what is wrong in the text, and at a damaged newest checkpoint, where else the one before it is used.
     """
     started = time.time() if started is None else started
     if not str(out):
@@ -156,7 +159,9 @@ def pretrain(
         else:
             corpus = gather(request["corpora"], run, chosen.tokenizer, chosen.vocab_size, text_column, strict, console)
             console.say(describe(corpus))
-        return Pretraining(run, corpus, chosen, console, where, started)
+        pretraining = Pretraining(run, corpus, chosen, console, where, started)
+        pretraining.strict = strict
+        return pretraining
 
     return carry_out(job, Path(out), request, resume=resume, tensorboard=tensorboard, console=console)
 

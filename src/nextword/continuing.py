@@ -14,6 +14,7 @@ from nextword.pretraining import Pretraining
 from nextword.recipes import Recipe
 from nextword.runs import RunFolder
 from nextword.text.corpus import Corpus
+from nextword.training.plan import peak_lr
 
 
 class Continuing(Pretraining):
@@ -27,10 +28,11 @@ class Continuing(Pretraining):
         self.base = base
 
     def choose_model(self) -> None:
-        """The model's own shape; the dropout is the recipe's."""
-        config = load_model(self.base.directory).config
-        batch_tokens = self.recipe.training.batch_tokens or STEP_TOKENS
-        self.recipe = replace(self.recipe, training=replace(self.recipe.training, batch_tokens=batch_tokens))
+        """The model's own shape; the dropout is the recipe's, and the learning rate a third of what a fresh one takes."""
+        config, t = load_model(self.base.directory).config, self.recipe.training
+        batch_tokens = t.batch_tokens or STEP_TOKENS
+        lr = t.lr or peak_lr(config.d_model, batch_tokens, t.optimizer) / 3
+        self.recipe = replace(self.recipe, training=replace(t, batch_tokens=batch_tokens, lr=lr))
         self.config = replace(config, n_labels=0, dropout=self.recipe.model.get("dropout", 0.0))
 
     def _first_model(self) -> GPT:

@@ -1,7 +1,7 @@
 """Files that survive a crash: written aside, flushed to disk, moved into place, and listed with their SHA-256.
 
 Nothing here knows what the bytes mean. A directory is whole when `nextword.json` is in it and every file it lists has the
-size and the hash it says; that file is written last.
+size and the hash it says; that file is written last, and ends with a hash of its own.
 """
 
 import contextlib
@@ -39,6 +39,31 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def with_room(path: Path, needed: int) -> Iterator[None]:
+    """Refuse at once what the disk of `path` has no room for, and say how much was wanted where it fills up meanwhile.
+
+    Args:
+        needed: bytes, besides those that are used already.
+    """
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise DiskFull(
+            f"{path}: this needs up to {needed:,} bytes, and the disk has {free:,} free. Nothing was written over: make room, "
+            "or name another place"
+        )
+    try:
+        yield
+    except DiskFull as error:
+        raise DiskFull(f"{error} (of up to {needed:,} bytes that this needed at its start)") from error
+
+
+def used(*directories: Path) -> int:
+    """Bytes of all files below some directories, as far as they are there."""
+    paths = (path for directory in directories for path in directory.rglob("*"))
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
 def number_in_words(message: str) -> int | None:
     """The system's error number in what safetensors says of it: "No space left on device (os error 28)"."""
     match = re.search(r"os error (\d+)", message)
@@ -61,11 +86,15 @@ def write_durably(path: Path, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with writing(path):
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        try:
+            with aside.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        except OSError:  # what is left takes room, where there may be none
+            aside.unlink(missing_ok=True)
+            raise
         flush_to_disk(path.parent)
 
 
@@ -81,9 +110,15 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file of ours. Raises `CorruptFile` with path and line where it is not JSON."""
+def read_json(path: Path, most: int | None = None) -> Any:
+    """Parse a JSON file. Raises `CorruptFile` with path and line where it is not JSON.
+
+    Args:
+        most: bytes that a file which is not ours may have; a larger one is refused before it is read.
+    """
     try:
+        if most is not None and path.stat().st_size > most:
+            raise CorruptFile(f"{path}: {path.stat().st_size:,} bytes, where no file of this kind needs {most:,}")
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise NextwordError(f"{path}: no such file") from error
@@ -117,33 +152,65 @@ def seal(directory: Path, facts: dict[str, Any], known: Mapping[str, dict[str, A
     Args:
         known: by name, size and SHA-256 of files that were hashed while they were written, and are on the disk already.
     """
-    known, files = known or {}, {}
+    known = known or {}
+    paths = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    files = {
+        name: known.get(name) or {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for name, path in paths.items()
+        if path.name != MANIFEST
+    }
     with writing(directory):
-        for path in sorted(directory.rglob("*")):
-            name = path.relative_to(directory).as_posix()
-            if name in known:
-                files[name] = known[name]
-            elif path.is_file() and path.name != MANIFEST:
-                files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-                flush_to_disk(path)
-    write_durably(directory / MANIFEST, to_json({**facts, "files": files}))
+        for name in files:
+            if name not in known:
+                flush_to_disk(directory / name)
+    sealed = {**facts, "files": files}
+    write_durably(directory / MANIFEST, to_json({**sealed, "sha256": own_hash(sealed)}))
+
+
+def own_hash(sealed: dict[str, Any]) -> str:
+    """What a manifest ends with: the SHA-256 of all that it says before."""
+    return hashlib.sha256(json.dumps(sealed).encode()).hexdigest()
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The facts a directory was sealed with. Raises `CorruptFile` where the manifest is missing or not one."""
+    return parted_manifest(directory)[0]
+
+
+def parted_manifest(directory: Path) -> tuple[dict[str, Any], str | None]:
+    """A manifest's facts, and the hash of them that it says; None where it was written without one."""
     if not (directory / MANIFEST).is_file():
         raise CorruptFile(f"{directory}: no {MANIFEST}, so this was never finished or is no directory of nextword's")
     manifest = read_json(directory / MANIFEST)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise CorruptFile(f"{directory / MANIFEST}: not a manifest")
-    return manifest
+    # What follows the files is the hash of the rest, whatever damage has made of its name.
+    said = None if next(reversed(manifest)) == "files" else str(manifest.popitem()[1])
+    for name, file in manifest["files"].items():
+        whole = isinstance(file, dict) and type(file.get("bytes")) is int and isinstance(file.get("sha256"), str)
+        if "\0" in name or not whole:
+            raise CorruptFile(
+                f"{directory / MANIFEST}: not a manifest (what it says of {name[:80]!r} is no size and hash)"
+            )
+    return manifest, said
+
+
+def is_inside(path: Path, directory: Path) -> bool:
+    """Whether a path, its links followed, lies in a directory; a loop of links lies nowhere, nor does too long a name."""
+    try:
+        return path.resolve(strict=path.exists()).is_relative_to(directory.resolve())
+    except (OSError, RuntimeError):
+        return False
 
 
 def damage(directory: Path) -> Iterable[str]:
     """Every way in which a sealed directory differs from its manifest, one sentence a file."""
-    for name, expected in read_manifest(directory)["files"].items():
+    manifest, said = parted_manifest(directory)
+    if said not in (None, own_hash(manifest)):
+        yield f"{directory / MANIFEST}: the content does not match its SHA-256"
+    for name, expected in manifest["files"].items():
         path = directory / name
-        if not path.resolve().is_relative_to(directory.resolve()):
+        if not is_inside(path, directory):
             yield f"{path}: the manifest names a file outside of its directory"
         elif not path.is_file():
             yield f"{path}: missing"

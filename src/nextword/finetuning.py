@@ -308,6 +308,10 @@ class Finetuning(Job):
         self.run.append({"step": step, "sample": {"prompt": f"{prompt}\n→ ", "text": text}})
         self.console.sample(step, f"{prompt} → ", text)
 
+    def documents(self, index: int) -> list[str]:
+        examples = [self.task_data.train[i] for i in self.data.examples_of(index)]
+        return [f"{example.path} line {example.line}" for example in examples]
+
     def got_worse(self, step: int, look: Look) -> None:
         """Nothing is said: a look that is not the best is no news, and patience ends what gets no better."""
 

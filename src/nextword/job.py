@@ -16,8 +16,8 @@ from torch import nn
 
 from nextword import files
 from nextword.console import Console, duration
+from nextword.course import Course
 from nextword.energy import Meter
-from nextword.errors import MissingExtra
 from nextword.model.gpt import GPT
 from nextword.recipes import Training
 from nextword.runs import (
@@ -25,16 +25,18 @@ from nextword.runs import (
     RunFolder,
     catching_signals,
     machine,
+    open_tensorboard,
     peak_memory,
     versions,
 )
 from nextword.training import checkpoint, fused
 from nextword.training.checkpoint import Saver
-from nextword.training.distributed import ALONE, World, whole
+from nextword.training.distributed import ALONE, World, fill, whole
 from nextword.training.objectives import Objective, Step
 from nextword.training.optimizer import Optimizer
 from nextword.training.pace import Clock, Decision, Pace, SharedClock, read_decisions
 from nextword.training.train import (
+    BAD_STEPS_IN_A_ROW,
     StepKind,
     StepMetrics,
     StepSettings,
@@ -47,7 +49,6 @@ from nextword.training.train import (
 )
 
 SAMPLED = (1, 2, 4, 8, 12, 16, 20)  # of twenty evaluations, those after which the model writes something
-SAVE_SECONDS = 60.0  # between checkpoints, and longer where one takes much time (see `checkpoint.REST`)
 REPORT = "nextword.evaluation.report"
 FINISHING_SECONDS = 2.5  # the report, the card and the last files
 
@@ -75,9 +76,10 @@ class Job(ABC):
 
     rows_differ = False  # in length, so that compiled code would be made anew again and again
     in_company = False  # whether several processes can do it together
+    strict = False  # whether a damaged checkpoint stops a resume, instead of being passed over
+    can_spike = False  # whether a loss far above the recent ones means that the run goes astray
     world: World = ALONE
     checkpoint: Path | None = None  # where the run stood when this process took it up
-    saver: Saver | None = None  # while it trains
     mirror: tuple[int, GPT] | None = None  # the whole model as it was at a step, where the weights are shared
 
     # Set by the subclass when it begins or goes on.
@@ -92,6 +94,9 @@ class Job(ABC):
     seconds_per_step: float = 0.0  # of one step, as far as it is known; the leader's to know
     facts: dict[str, Any]
     batch_tokens: int  # of a step, about
+    course: Course
+    saver: Saver
+    sound: tuple[int, int, Best, bool]  # step, tokens, best and stopped after the last step whose loss was a number
 
     def __init__(self, run: RunFolder, console: Console, device: torch.device, started: float):
         self.run, self.console, self.device, self.started = run, console, device, started
@@ -137,6 +142,10 @@ class Job(ABC):
         return None
 
     @abstractmethod
+    def documents(self, index: int) -> list[str]:
+        """What the batch of an index is made of: a name for each text, by which a person finds it."""
+
+    @abstractmethod
     def got_worse(self, step: int, look: Look) -> None:
         """After a look that was not the best: a word to the person, where one is due."""
 
@@ -144,6 +153,7 @@ class Job(ABC):
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
         t = self.training
+        assert t.lr is not None, "a run settles its learning rate before it begins"
         return Optimizer(
             model, kind=t.optimizer, lr=t.lr, matrix_lr=t.matrix_lr, betas=(t.beta1, t.beta2),
             weight_decay=t.weight_decay, momentum=t.momentum,
@@ -191,9 +201,11 @@ class Job(ABC):
         return probe(self.state, step_module, self.data, self.settings) / self.world.size
 
     def quickest_step(self) -> StepKind:
-        """The kind of step that costs no time to begin with. Our own compiled parts want the whole model's weights at once."""
-        whole_weights = self.world.size == 1 or self.training.parallel == "data"
-        return "fused" if whole_weights and fused.available(self.state.model) else "plain"
+        """The kind of step that costs no time to begin with. Our own compiled parts want the whole model's weights at once, and
+        keep what they need for the backward pass."""
+        t = self.training
+        fitting = (self.world.size == 1 or t.parallel == "data") and not t.checkpoint_activations
+        return "fused" if fitting and fused.available(self.state.model) else "plain"
 
     def build_step(self, objective: Objective, kind: StepKind | None = None) -> None:
         """The step of a kind; a fused one without its compiler is a plain one, which is said."""
@@ -203,15 +215,15 @@ class Job(ABC):
                 "equal within rounding, not bit for bit"
             )
             kind = "plain"
-        self.plain_step, self.step_module = build_step_module(self.state.model, objective, kind or self.quickest_step())
+        self.plain_step, self.step_module = build_step_module(
+            self.state.model, objective, kind or self.quickest_step(), self.training.checkpoint_activations
+        )
 
     def common_facts(self) -> dict[str, Any]:
         return {"versions": versions(), "machine": machine(self.device)}
 
     def restore(self) -> None:
         """Stand where the newest whole checkpoint of the run stands; at the beginning where there is none."""
-        if self.saver is not None:
-            self.saver.wait()
         fixed = self.facts["fixed"]
         if fixed["device"] != self.device.type:
             self.console.warn(
@@ -229,29 +241,28 @@ class Job(ABC):
             )
         self.settings = replace(self.settings, micro_batch_rows=fixed["micro_batch_rows"])
         if self.world.leads:
-            self.checkpoint = checkpoint.newest_whole(self.run.path, self.console.warn)
-        step = 0
+            self.checkpoint = checkpoint.newest_whole(self.run.path, self.console.warn, self.strict)
         if self.checkpoint is not None:
-            if self.world.size == 1:
-                self.take_weights(self.checkpoint)
-            saved = checkpoint.facts_of(self.checkpoint)
-            self.state.step, self.state.tokens, self.state.bad = saved["step"], saved["tokens"], saved["bad"]
-            self.best, self.stopped, step = Best(**saved["best"]), saved["stopped"], saved["step"]
-        self.spent = self.run.cut_back(step)
+            if self.world.size == 1:  # several share the weights first, and then each reads its rows (see `spread`)
+                self._take_weights(self.checkpoint)
+            self._take_facts(self.checkpoint)
+        self.spent = self.run.cut_back(self.state.step)
         if self.world.leads:
             self.seconds_per_step = self.measured_seconds(self.step_module)
-        self.console.say(f"going on from step {step:,}, {duration(self.spent)} in")
+        self.console.say(f"going on from step {self.state.step:,}, {duration(self.spent)} in")
 
-    def take_weights(self, saved: Path) -> None:
-        """Weights and optimizer state of a checkpoint; where they are shared, each process reads its part."""
-        weights, optimizer = checkpoint.load(saved, dict(self.state.model.named_parameters()))
-        self.state.model.load_state_dict(weights, strict=self.trains_everything)
+    def _take_weights(self, path: Path) -> None:
+        """Take the weights and the optimizer's state from a checkpoint; where they are shared by now, one's own rows."""
+        weights, optimizer = checkpoint.load(path, dict(self.state.model.named_parameters()))
+        fill(self.state.model, weights)
         self.state.optimizer.load_state_tensors(optimizer)
 
-    @property
-    def trains_everything(self) -> bool:
-        """Whether a checkpoint holds all weights; what an adapter leaves as it is, is not in it."""
-        return all(p.requires_grad for p in self.state.model.parameters())
+    def _take_facts(self, path: Path) -> None:
+        """Take from a checkpoint what it says beside its tensors."""
+        saved = checkpoint.facts_of(path)
+        self.state.step, self.state.tokens, self.state.bad = saved["step"], saved["tokens"], saved["bad"]
+        self.state.detours = saved.get("detours", 0)
+        self.best, self.stopped = Best(**saved["best"]), saved["stopped"]
 
     def threads(self) -> int:
         """As many as the run began with, where it goes on in as many processes."""
@@ -265,7 +276,7 @@ class Job(ABC):
         self.world.share(self.plain_step, self.training.parallel, self.settings.bf16)
         self.state.optimizer = self.make_optimizer(self.state.model)
         if self.checkpoint is not None:
-            self.take_weights(self.checkpoint)
+            self._take_weights(self.checkpoint)
 
     def whole_model(self) -> GPT:
         """The model with all of its weights, in every process; they must all ask for it after the same steps."""
@@ -301,45 +312,86 @@ class Job(ABC):
 
         Raises:
             Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
-            Diverged: see `steps`.
+            Diverged: see `steps` and `Course.turn`.
         """
+        self.course = Course(self.run, self.console, self.world, self.can_spike, self.documents)
+        self._take_up_detours()
         self.curves = open_tensorboard(self.run.path) if tensorboard and self.world.leads else None
         pace = self.make_pace()
         shared = self.world.size > 1 and self.budget is not None
         clock = SharedClock(self.world, self.clock) if shared else self.clock
-        saved_at = time.monotonic()
         before, tokens_before = time.monotonic(), self.state.tokens
-        with catching_signals() as caught, Saver(self.run.path, self.world) as self.saver:
+        with catching_signals() as caught, Saver(self.run.path, self.world, self.training.save_every) as self.saver:
             if self.stopped:
                 return
             loop = steps(
-                self.state, self.data, self.step_module, self.settings, pace, clock, self.seconds_per_step, self.world
-            )
+                self.state, self.data, self.step_module, self.settings, pace, clock, self.seconds_per_step, self.world,
+                self.course.detours.index_of,
+            )  # fmt: skip
             for metrics in loop:
                 rate = (self.state.tokens - tokens_before) / max(1e-9, time.monotonic() - before)
                 self._record(metrics, rate)
                 self._look_when_due(metrics, pace)
                 last = metrics.progress >= 1 or self.stopped
-                due = (
-                    metrics.step % self.training.save_every == 0
-                    if self.training.save_every
-                    else time.monotonic() - saved_at > max(SAVE_SECONDS, self.saver.rest)
-                )
-                news = [due and self.world.leads, caught[0] if caught else 0, self.saver.stage]
-                due, signal, stage = map(int, self.world.most(news))
-                self.saver.go_on(stage)
-                if due or last or signal:
-                    self._save(self.saver)
-                    saved_at = time.monotonic()
+                watch, saver = self.course.watch, self.saver
+                due, signal, spike, doubt, stage = map(int, self.world.most([
+                    saver.is_due(metrics.step), caught[0] if caught else 0, watch.spikes, watch.doubts or self.state.bad > 0,
+                    saver.stage,
+                ]))  # fmt: skip
+                saver.go_on(stage)
+                astray = spike or self.state.bad >= BAD_STEPS_IN_A_ROW
+                if astray and self._turn_back(pace, bool(spike)):
+                    before, tokens_before = time.monotonic(), self.state.tokens
+                    continue
+                if (due or last or signal) and not doubt:  # what is in doubt is not saved
+                    self._save()
                 if last or signal:
-                    self.saver.wait()
+                    saver.wait()
                 if signal and not last:
+                    kept = "its loss is in doubt, so that the last checkpoint stands" if doubt else "and saved"
                     raise Interrupted(
-                        f"stopped at step {metrics.step:,}, and saved. Go on with the same command and --resume", signal
+                        f"stopped at step {metrics.step:,}, {kept}. Go on with the same command and --resume", signal
                     )
                 if self.stopped:
                     break
+                if not self.state.bad:
+                    self._remember()
                 before, tokens_before = time.monotonic(), self.state.tokens
+
+    def _turn_back(self, pace: Pace, spike: bool) -> bool:
+        """Undo the steps that went astray, and go past their batches from where the run stands then; False where it
+        cannot be. Raises `Diverged` as `Course.turn`."""
+        self.saver.wait()  # what is under way may be what to go back to
+        turn = self.course.turn(self.state, spike, self.sound[0], self.best.step, self.seconds())
+        if turn is None:
+            return False
+        path, step = turn
+        if path is None:
+            self.state.step, self.state.tokens, self.best, self.stopped = self.sound
+            self.state.bad = 0
+        else:
+            self._take_weights(path)
+            self._take_facts(path)
+        self.mirror = None
+        self._take_up_detours()
+        pace.cut_back(step)
+        if self.clock is not None:
+            self.clock.begin_anew(pace)
+        self.run.cut_back(step)
+        self.course.go_on()
+        return True
+
+    def _take_up_detours(self) -> None:
+        """What those detours change that the state does not know of: weights that a spike may be in are no measure."""
+        made = self.course.detours.made
+        if any(detour.forgets for detour in made[self.state.detours :]):
+            self.best = Best()
+        self.state.detours = len(made)
+        self._remember()
+
+    def _remember(self) -> None:
+        """Where the run stands: what to go back to where there is no checkpoint yet."""
+        self.sound = self.state.step, self.state.tokens, replace(self.best), self.stopped
 
     def _record(self, metrics: StepMetrics, rate: float) -> None:
         seconds = self.seconds()
@@ -358,8 +410,8 @@ class Job(ABC):
         if self.curves is not None:
             for name in ("loss", "lr", "gradient_norm"):
                 self.curves.add_scalar(f"training/{name}", getattr(metrics, name), metrics.step)
-        if metrics.skipped:
-            self.message(metrics.step, f"step {metrics.step:,}: the loss is not finite; this step is left out")
+        if words := self.course.see(metrics):
+            self.message(metrics.step, words)
         whole = seconds / metrics.progress if self.budget is None else self.budget
         bits = self.bits_per_byte(metrics.loss)
         self.console.training(
@@ -389,7 +441,8 @@ class Job(ABC):
                 if isinstance(value, (int, float)):
                     self.curves.add_scalar(f"validation/{name}", value, metrics.step)
         self.console.say(f"step {metrics.step:,}: {look.text}")
-        if math.isfinite(look.score) and (self.best.score is None or look.score > self.best.score):
+        better = self.best.score is None or (look.score > self.best.score and not self.state.bad)
+        if math.isfinite(look.score) and better:
             self._keep_best(metrics.step, look)
         else:
             self.best.since += 1
@@ -413,11 +466,11 @@ class Job(ABC):
         self.run.append({"step": step, "message": text})
         self.console.say(text)
 
-    def _save(self, saver: Saver) -> None:
+    def _save(self) -> None:
         state = self.state
         facts = {**state.facts(), "best": asdict(self.best), "stopped": self.stopped}
         weights = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
-        saver.begin(state.step, weights, state.optimizer.state_tensors(), facts)
+        self.saver.begin(state.step, weights, state.optimizer.state_tensors(), facts)
 
     # ------------------------------------------------------------ finish
 
@@ -433,15 +486,6 @@ class Job(ABC):
         files.write_durably(self.run.result, files.to_json(whole))
         draw(self.run.path, anew=True)
         return whole
-
-
-def open_tensorboard(run: Path) -> Any:
-    """A writer of TensorBoard's event files. Raises `MissingExtra` where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingExtra("--tensorboard", "tensorboard") from error
-    return SummaryWriter(run / "tensorboard")
 
 
 def draw(run: Path, anew: bool = False) -> None:

@@ -11,7 +11,10 @@ from nextword.console import Console, Mute
 from nextword.errors import NextwordError, UsageError
 from nextword.job import REPORT, Job, draw
 from nextword.runs import Onlooker, RunFolder, command_line, differences, open_run
-from nextword.training.distributed import World, joined
+from nextword.training import checkpoint
+from nextword.training.distributed import World, finding_others, joined
+
+REST = 2**22  # bytes of records, of samples, of the tokenizer, of the report
 
 
 def carry_out(
@@ -46,12 +49,14 @@ def carry_out(
                 job = make(run, request, console)
                 refuse_company(job, world)
                 job.begin(command_line(), request)
-            tell({"facts": job.facts, "checkpoint": job.checkpoint and str(job.checkpoint)})
-            import_module(REPORT)  # what draws takes a second to import: now, and not when the time is up
-            job.spread()
-            job.train(tensorboard=tensorboard)
-            console.close()
-            return job.finish()
+            needed = max(0, room(job) - files.used(out / "checkpoints", out / "model"))
+            with files.with_room(out, needed), finding_others():
+                tell({"facts": job.facts, "checkpoint": job.checkpoint and str(job.checkpoint)})
+                import_module(REPORT)  # what draws takes a second to import: now, and not when the time is up
+                job.spread()
+                job.train(tensorboard=tensorboard)
+                console.close()
+                return job.finish()
 
 
 def follow(make: Callable[[RunFolder, dict[str, Any], Console], Job], out: Path, world: World) -> dict[str, Any]:
@@ -65,9 +70,21 @@ def follow(make: Callable[[RunFolder, dict[str, Any], Console], Job], out: Path,
     job = make(run, run.facts()["request"], Mute())
     job.world, job.checkpoint = world, said["checkpoint"] and Path(said["checkpoint"])
     job.go_on()
-    job.spread()
-    job.train()
-    return job.finish()
+    with finding_others():
+        job.spread()
+        job.train()
+        return job.finish()
+
+
+def room(job: Job) -> int:
+    """Bytes that a run's folder has at most: the checkpoints that are kept and one aside, the model and one aside, the rest.
+
+    A checkpoint has the weights that are trained and two averages of each, or Muon's one.
+    """
+    parameters = list(job.state.model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    model = sum(4 * p.numel() for p in parameters)
+    return (checkpoint.KEPT + 1) * 3 * trained + 2 * model + REST
 
 
 @contextmanager

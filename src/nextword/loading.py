@@ -46,6 +46,7 @@ class Model:
 
     def __init__(self, path: Path, device: torch.device, precision: Precision = "float32"):
         self.path = self.directory = path
+        form_of(path)  # a task that is none is said by name, before the hashes are compared
         self.gpt = load_model(path, device).eval()
         self.tokenizer = Tokenizer.open(path)
         self.precision: Precision = precision

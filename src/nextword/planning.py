@@ -61,7 +61,9 @@ class Trials:
 
     def speed(self, config: ModelConfig, batch_tokens: int) -> Speed:
         model = GPT(config).to(self.device)
-        step, _ = build_step_module(model, next_word, "fused" if fused.available(model) else "plain")
+        recompute = self.recipe.training.checkpoint_activations
+        kind = "fused" if fused.available(model) and not recompute else "plain"
+        step, _ = build_step_module(model, next_word, kind, recompute)
         data = self._dataset(config, batch_tokens)
         settings = StepSettings(bf16=self.bf16)
         rows = self.recipe.training.micro_batch_rows or fit_micro_batch(step, data, settings)
@@ -84,7 +86,7 @@ def tokens_of(data: TokenDataset) -> int:
 
 def optimizer_of(model: GPT, recipe: Recipe) -> Optimizer:
     t = recipe.training
-    return Optimizer(model, kind=t.optimizer, lr=t.lr, weight_decay=t.weight_decay, momentum=t.momentum)
+    return Optimizer(model, kind=t.optimizer, lr=t.lr or 1.0, weight_decay=t.weight_decay, momentum=t.momentum)
 
 
 def optimizer_seconds(state: TrainState) -> float:
@@ -168,7 +170,7 @@ def plan_corpus(
     return choose(
         Text(tokens, n_bytes, difficulty(corpus), held_out), length,
         sizes_for(recipe, corpus.tokenizer.vocab_size, device), Trials(corpus.tokens("train"), recipe, device, bf16, processes),
-        batch=batch,
+        batch=batch, lr=recipe.training.lr, optimizer=recipe.training.optimizer,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from nextword.model.gpt import GPT
 from nextword.model.stock import load_model
 from nextword.planning import plan_corpus
 from nextword.recipes import Recipe
-from nextword.runs import RunFolder
+from nextword.runs import RunFolder, differences
 from nextword.text.batches import TokenDataset, seed_for
 from nextword.text.corpus import Corpus
 from nextword.training.objectives import next_word
@@ -33,6 +33,7 @@ class Pretraining(Job):
     """From nothing to a GPT. `begin` or `go_on` first, then `train`, then `finish`."""
 
     in_company = True
+    can_spike = True
 
     def __init__(
         self, run: RunFolder, corpus: Corpus, recipe: Recipe, console: Console, device: torch.device, started: float
@@ -82,9 +83,11 @@ class Pretraining(Job):
         self.recipe = Recipe.from_dict(self.facts["recipe"])
         self.config = ModelConfig.from_dict(self.facts["model"])
         if self.facts["data"]["fingerprint"] != self.corpus.fingerprint:
+            changed = differences(self.facts["data"], data_facts(self.corpus), "data")
             raise UsageError(
-                f"{self.run.path}: the text is not the one that this run began with, so going on would mix two runs. "
-                "Begin a new one with another --out"
+                f"{self.run.path}: the text is not the one that this run began with, so going on would mix two runs:\n  "
+                + "\n  ".join(changed)
+                + "\nBegin a new one with another --out"
             )
         fixed = self.facts["fixed"]
         if fixed["rows"] % self.world.size:
@@ -96,13 +99,13 @@ class Pretraining(Job):
         self.restore()
 
     def choose_model(self) -> Plan | None:
-        """Settle what the recipe leaves open, size, batch and dropout, by the plan that is given back."""
+        """Settle what the recipe leaves open, size, batch, learning rate and dropout, by the plan that is given back."""
         recipe = self.recipe
         left = None if recipe.budget is None else recipe.budget - (time.time() - self.started)
         plan = plan_corpus(self.corpus, recipe, self.device, seconds=left, processes=self.world.size)
         for line in plan.in_words():
             self.console.say(line)
-        training = replace(recipe.training, batch_tokens=plan.batch_tokens)
+        training = replace(recipe.training, batch_tokens=plan.batch_tokens, lr=plan.lr)
         self.recipe = replace(recipe, size=plan.size, training=training)
         self.config = ModelConfig.from_dict({**plan.model, "dropout": recipe.model.get("dropout", plan.dropout)})
         return plan
@@ -155,6 +158,9 @@ class Pretraining(Job):
 
     def keep(self, facts: dict[str, Any]) -> None:
         self.run.save_model(self.whole_model(), self.corpus.tokenizer, facts)
+
+    def documents(self, index: int) -> list[str]:
+        return self.corpus.names_in(self.data.spans(index))
 
     def got_worse(self, step: int, look: Look) -> None:
         best = self.best.score or look.score

@@ -21,7 +21,7 @@ class Training:
     optimizer: Literal["muon", "adamw"] = setting(
         "muon", "Muon for the matrices inside the blocks and AdamW for the rest, or AdamW for everything."
     )
-    lr: float = setting(6e-3, "Peak learning rate.")
+    lr: float | None = setting(None, "Peak learning rate; where not given, from the model's width and the batch.")
     matrix_lr: float | None = setting(None, "Muon's peak learning rate; the same as lr where it is not given.")
     beta1: float = setting(0.9, "AdamW's decay of the mean gradient.")
     beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient.")
@@ -46,6 +46,10 @@ class Training:
         "data",
         "How several processes share the weights: whole in each during a step (data), a block at a time (full), or that within "
         "each machine and a copy in each (hybrid).",
+    )
+    checkpoint_activations: bool = setting(
+        False,
+        "Keep only what goes into each block for the backward pass, and make the rest again: less memory, a third more work.",
     )
     evaluations: int = setting(20, "How often the held-out text is looked at in the course of the run.")
     patience: int | None = setting(None, "Stop after so many evaluations without a better one; never where not given.")
@@ -117,7 +121,7 @@ class Finetune:
     budget: float | None = None
     training: Training = field(
         default_factory=lambda: Training(
-            optimizer="adamw", lr=0.0, beta2=0.999, schedule="linear", warmup=0.002, final_lr=0.0, weight_decay=0.01,
+            optimizer="adamw", beta2=0.999, schedule="linear", warmup=0.002, final_lr=0.0, weight_decay=0.01,
             evaluations=10, patience=5,
         )
     )  # fmt: skip
@@ -158,7 +162,7 @@ def finetune(
         "rank": t.rank >= 1, "alpha": t.alpha > 0, "beta": t.beta > 0,
     }  # fmt: skip
     refuse_out_of_range("tuning", t, ranges)
-    check_training(replace(recipe.training, lr=recipe.training.lr or 1.0))
+    check_training(recipe.training)
     check_length(recipe, ("steps", "budget"))
     return recipe
 
@@ -183,9 +187,8 @@ def post_norm() -> Recipe:
 
 
 def continuing() -> Recipe:
-    """More text for a model that is trained already: a third of the rate that a fresh one takes."""
-    base = default()
-    return replace(base, name="continue", training=replace(base.training, lr=base.training.lr / 3))
+    """More text for a model that is trained already."""
+    return replace(default(), name="continue")
 
 
 def reference_char() -> Recipe:
@@ -257,7 +260,7 @@ def check(recipe: Recipe) -> None:
 
 def check_training(t: Training) -> None:
     ranges = {
-        "lr": t.lr > 0, "warmup": 0 <= t.warmup <= 1, "final_lr": 0 <= t.final_lr <= 1, "clip": t.clip >= 0,
+        "lr": t.lr is None or t.lr > 0, "warmup": 0 <= t.warmup <= 1, "final_lr": 0 <= t.final_lr <= 1, "clip": t.clip >= 0,
         "batch_tokens": t.batch_tokens is None or t.batch_tokens >= 1, "weight_decay": t.weight_decay >= 0,
         "evaluations": t.evaluations >= 1,
         "beta1": 0 <= t.beta1 < 1, "beta2": 0 <= t.beta2 < 1, "momentum": 0 <= t.momentum < 1,

@@ -1,12 +1,14 @@
 """A run folder: who works on it, what it is, what happened in it, and its best model.
 
-RUN/run.json (what the run is) · metrics.jsonl (a line a step) · decisions.jsonl (what the clock decided) · checkpoints/ ·
-model/ (the best weights, a stock directory) · result.json (once it is finished) · report.html and README.md.
+RUN/run.json (what the run is) · metrics.jsonl (a line a step) · decisions.jsonl (what the clock decided) · detours.jsonl (which
+batches were left out) · checkpoints/ · model/ (the best weights, a stock directory) · result.json (once it is finished) ·
+report.html and README.md.
 """
 
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -27,7 +29,7 @@ except ImportError:  # Windows
     resource = None
 
 from nextword import __version__, files
-from nextword.errors import CorruptFile, NextwordError, RunLocked, UsageError
+from nextword.errors import CorruptFile, MissingExtra, NextwordError, RunLocked, UsageError
 from nextword.model.gpt import GPT
 from nextword.model.stock import save_model
 from nextword.text.tokenizer import Tokenizer
@@ -45,6 +47,7 @@ class RunFolder:
         self.adapter = path / "adapter"
         self.metrics = path / "metrics.jsonl"
         self.decisions = path / "decisions.jsonl"
+        self.detours = path / "detours.jsonl"
         self.result = path / "result.json"
 
     @property
@@ -145,6 +148,9 @@ def open_run(path: Path, *, resume: bool) -> Iterator[RunFolder]:
     if run.begun and not resume:
         raise UsageError(f"{path}: holds a run already. Go on with it by --resume, or choose another --out")
     strangers = [p.name for p in path.iterdir() if p.name not in OWN] if path.is_dir() and not run.begun else []
+    strangers = [
+        name for name in strangers if not re.fullmatch(r"\.(run|holder)\.json\.\d+\.partial", name)
+    ]  # of a kill
     if strangers:
         raise UsageError(f"{path}: is not empty ({strangers[0]} is in it) and no run folder. Choose another --out")
     with files.writing(path):
@@ -203,6 +209,15 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
         keys = sorted(set(before) | set(now))
         return [line for key in keys for line in differences(before.get(key), now.get(key), f"{name}.{key}".strip("."))]
     return [] if before == now else [f"{name}: {before} → {now}"]
+
+
+def open_tensorboard(run: Path) -> Any:
+    """A writer of TensorBoard's event files. Raises `MissingExtra` where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingExtra("--tensorboard", "tensorboard") from error
+    return SummaryWriter(run / "tensorboard")
 
 
 # ---------------------------------------------------------------- where and how a run was made

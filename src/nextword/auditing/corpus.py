@@ -4,7 +4,7 @@ questions of evaluation suites. All is read as a stream; what grows with the cor
 import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -53,9 +53,9 @@ def audit_corpus(
     found = [*_flaws(index), exact_copies(index)]
     with tempfile.TemporaryDirectory() as made:
         lines = Lines(index)
-        readers: list[Reader] = [Scripts(), PersonalData(index), NearCopies(index, Path(made)), lines]
+        readers: list[Reader] = [scripts(), PersonalData(index), NearCopies(index, Path(made)), lines]
         try:
-            readers.insert(1, Languages())
+            readers.insert(1, languages())
         except MissingExtra as error:
             console.say(f"the languages of the corpus are left out: {error}")
         _read(index, readers, "reading the corpus", console)
@@ -109,12 +109,15 @@ def _flaws(index: Index) -> list[Finding]:
 
 
 class Shares:
-    """Documents by what most of their opening is."""
+    """Documents by what most of their opening is.
 
-    name = ""
-    note = ""
+    Args:
+        name: of a finding, with a place for the kind.
+        kind: what the opening of a document is.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, note: str, kind: Callable[[str], str]) -> None:
+        self.name, self.note, self.kind = name, note, kind
         self.counts: Counter[str] = Counter()
         self.documents = 0
 
@@ -126,35 +129,26 @@ class Shares:
     def end(self, document: int) -> None:
         pass
 
-    def kind(self, text: str) -> str:
-        raise NotImplementedError
-
     def findings(self) -> list[Finding]:
         return [
-            Finding(
-                "corpus",
-                self.name.format(kind),
-                100 * count / self.documents,
-                unit="%",
-                n=self.documents,
-                note=self.note,
-            )
+            Finding("corpus", self.name.format(kind), 100 * count / self.documents, unit="%", n=self.documents, note=self.note)
             for kind, count in self.counts.most_common(SHOWN)
-        ]
+        ]  # fmt: skip
 
 
-class Scripts(Shares):
+def scripts() -> Shares:
     """In which script a document is, by the names of its letters."""
 
-    name = "documents in the script {}"
-    note = f"by most of the letters in the first {OPENING:,} characters of each"
-
-    def kind(self, text: str) -> str:
+    def kind(text: str) -> str:
         counts: Counter[str] = Counter()
         for character, count in Counter(text).items():
             if character.isalpha():
                 counts[script_of(character)] += count
         return counts.most_common(1)[0][0] if counts else "none (no letters)"
+
+    return Shares(
+        "documents in the script {}", f"by most of the letters in the first {OPENING:,} characters of each", kind
+    )
 
 
 @cache
@@ -164,23 +158,23 @@ def script_of(letter: str) -> str:
     return {"CJK": "Han"}.get(name, name.capitalize())
 
 
-class Languages(Shares):
-    """In which language a document is, by py3langid (Lui and Baldwin 2012), which knows 97 of them."""
+def languages() -> Shares:
+    """In which language a document is, by py3langid (Lui and Baldwin 2012), which knows 97 of them.
 
-    name = "documents in the language {}"
-    note = f"guessed by py3langid from the first {OPENING:,} characters of each"
+    Raises:
+        MissingExtra: py3langid is not installed.
+    """
+    try:
+        module: Any = import_module("py3langid")
+    except ImportError as error:
+        raise MissingExtra("telling languages", "languages") from error
 
-    def __init__(self) -> None:
-        super().__init__()
-        try:
-            module: Any = import_module("py3langid")
-        except ImportError as error:
-            raise MissingExtra("telling languages", "languages") from error
-        self._classify = module.classify
+    def kind(text: str) -> str:
+        return str(module.classify(text)[0]) if sum(map(str.isalpha, text)) >= CERTAIN else "none (too short to tell)"
 
-    def kind(self, text: str) -> str:
-        letters = sum(map(str.isalpha, text))
-        return str(self._classify(text)[0]) if letters >= CERTAIN else "none (too short to tell)"
+    return Shares(
+        "documents in the language {}", f"guessed by py3langid from the first {OPENING:,} characters of each", kind
+    )
 
 
 # ---------------------------------------------------------------- personal data

@@ -36,8 +36,9 @@ from nextword.auditing.suffixes import (
 from nextword.console import Console
 from nextword.errors import CorruptFile, NextwordError, UsageError
 from nextword.files import MANIFEST, check_seal, move_into_place, read_manifest, seal, settle, writing
-from nextword.text.corpus import Corpus, Survey, find_sources, survey, unchanged
+from nextword.text.corpus import Corpus, find_sources
 from nextword.text.documents import Document, Problems, Source
+from nextword.text.survey import Survey, survey, unchanged
 
 VERSION = 1
 LEAST = 24  # bytes of a match that is told of, where nothing else is asked for

@@ -7,12 +7,14 @@ K width of a head, F feed-forward width, V vocabulary, S positions that can be l
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from nextword.model.config import ModelConfig
 
@@ -146,7 +148,10 @@ class Block(nn.Module):
     """Attention, then feed-forward, each added to what came in.
 
     Pre-norm (GPT-2 on): x + f(norm(x)). Post-norm (Vaswani et al. 2017, section 3.1; GPT-1): norm(x + f(x)).
+    With `recompute` it keeps nothing but its input for the backward pass, which makes the rest again (Chen et al. 2016).
     """
+
+    recompute = False
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -158,6 +163,19 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: Cache | None,
+        keep: Tensor | None,
+    ) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():  # in here, so that the weights may be gathered around it
+            settings = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn in a block
+            return partial(checkpoint, self.added, **settings)(x, rotation, mask, cache, keep)
+        return self.added(x, rotation, mask, cache, keep)
+
+    def added(
         self,
         x: Tensor,
         rotation: tuple[Tensor, Tensor] | None,

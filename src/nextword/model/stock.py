@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nextword.errors import CorruptFile, NextwordError
-from nextword.files import MANIFEST, check_seal, read_json, to_json, write_durably
+from nextword.files import MANIFEST, check_seal, to_json, write_durably
 from nextword.model.config import Family, ModelConfig
 from nextword.model.gpt import GPT, sinusoidal_table
-from nextword.model.stock_config import label_config, read_stock_config, stock_config
+from nextword.model.stock_config import config_of, label_config, read_object, read_stock_config, stock_config
 from nextword.model.stock_config import read_labels as read_labels
 
 # ---------------------------------------------------------------- names
@@ -71,6 +71,7 @@ NAMES: dict[Family, dict[str, list[str]]] = {
     "llama": {**LLAMA_REST, **{name: ours for name, ours in LLAMA_BLOCK.items() if "_norm.weight" not in name}},
 }
 PREFIX: dict[Family, str] = {"gpt1": "transformer.", "gpt2": "transformer.", "qwen3": "model.", "llama": "model."}
+MOST_HEADER = 2**22  # bytes: some thirty thousand tensors
 # Buffers that older files carry: causal masks and rotary frequencies, all of them computed here.
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
@@ -177,19 +178,59 @@ def load_model(directory: Path, device: torch.device | str = "cpu") -> GPT:
     if (directory / MANIFEST).is_file():
         facts = check_seal(directory)
         if "model" in facts:  # what the stock format has no place for: the sinusoids, and biases that do not exist
-            config = ModelConfig.from_dict(facts["model"])
+            try:
+                config = config_of(facts["model"])
+            except (ValueError, TypeError, OverflowError) as error:
+                raise CorruptFile(f"{directory / MANIFEST}: {error}") from error
             config = replace(config, tied=config.tied or config.n_labels > 0)  # as in `read_stock_config`
     sources = find_weights(directory)
-    shapes = {name: tensor.shape for name, tensor in GPT.hollow(config).state_dict().items()}
+    shapes = weight_shapes(directory, config, len(sources))
     weights = read_weights(directory, config, sources, shapes)
     return GPT.from_weights(config, weights).to(device)
+
+
+def weight_shapes(directory: Path, config: ModelConfig, n_tensors: int) -> dict[str, torch.Size]:
+    """The shape of every tensor of ours, from one layer, which the others are like.
+
+    A config.json may say any number of layers, and even a model without numbers takes time for each: so what the files hold
+    is counted first.
+
+    Raises:
+        CorruptFile: more layers than a directory of `n_tensors` tensors can have, or sizes that no tensor can have.
+    """
+    try:
+        one = GPT.hollow(replace(config, n_layers=1)).state_dict()
+    except RuntimeError as error:  # torch's: more bytes than a number of bytes can be
+        raise CorruptFile(f"{directory}: its sizes are larger than any model's") from error
+    block = [stock for stock, ours in NAMES[config.family].items() if ours[0].format(i=0, p="weight") in one]
+    if config.n_layers * sum("{i}" in stock for stock in block) > n_tensors:
+        raise CorruptFile(
+            f"{directory}: config.json says {config.n_layers:,} layers, of which a tensor is missing: {n_tensors:,} are here"
+        )
+    shapes = {}
+    for name, tensor in one.items():
+        layers = range(config.n_layers) if name.startswith("blocks.0.") else [0]
+        shapes |= {name.replace("blocks.0.", f"blocks.{i}.", 1): tensor.shape for i in layers}
+    return shapes
+
+
+def refuse_header(path: Path) -> None:
+    """A safetensors file says first how long its header is. Raises `CorruptFile` where that cannot be so, before it is read."""
+    if not path.is_file():
+        raise CorruptFile(f"{path}: missing, or no file")
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > min(MOST_HEADER, path.stat().st_size - 8):
+        raise CorruptFile(
+            f"{path}: not a safetensors file (a header of {length:,} bytes, in a file of {path.stat().st_size:,})"
+        )
 
 
 def find_weights(directory: Path) -> dict[str, Path]:
     """Tensor name → the safetensors file that has it, in one file or in shards under an index."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = read_json(index).get("weight_map", {})
+        weight_map = read_object(index).get("weight_map", {})
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CorruptFile(f"{index}: weight_map does not give a file name for each tensor")
         files = sorted(set(weight_map.values()))
@@ -203,6 +244,7 @@ def find_weights(directory: Path) -> dict[str, Path]:
         raise NextwordError(f"{directory}: no model.safetensors{hint}")
     found = {}
     for name in files:
+        refuse_header(directory / name)
         try:
             with safe_open(directory / name, framework="pt") as file:
                 found.update(dict.fromkeys(file.keys(), directory / name))
@@ -233,7 +275,7 @@ def read_weights(
         bare = stock.removeprefix(prefix)  # the base model alone is saved without the prefix
         key = stock if stock in sources else bare
         if key not in sources:
-            if any(our in shapes for our in ours):
+            if any(our in shapes for our in ours) or "position_embedding.weight" in ours:  # which the sinusoids fill
                 raise CorruptFile(f"{directory}: the tensor {stock} is missing")
             continue
         expected = expected_shape(config, name, ours, shapes)

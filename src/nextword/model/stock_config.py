@@ -10,6 +10,9 @@ from nextword.model.config import STOCK_CLASSES, ConfigError, ModelConfig
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 MOST_LABELS = 1_000_000  # a count above this is a damaged file
+MOST_CONTEXT = 2**21  # tokens: with rotary positions no tensor bears this number out, and tables are made of it
+MOST = 10**15  # of any other number in a config.json; what is above is nobody's model
+MOST_JSON = 2**24  # bytes of a foreign config.json or of an index of shards
 
 
 def stock_config(config: ModelConfig, end_of_text: int | None, pad: int | None) -> dict[str, Any]:
@@ -118,7 +121,7 @@ def labels_of(raw: dict[str, Any], path: Path) -> list[str] | None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    raw = read_json(path)
+    raw = read_json(path, MOST_JSON)
     if not isinstance(raw, dict):
         raise CorruptFile(f"{path}: not a JSON object")
     return raw
@@ -133,7 +136,7 @@ def read_stock_config(path: Path) -> ModelConfig:
     """
     raw = read_object(path)
     families = {model_type: family for family, (model_type, *_) in STOCK_CLASSES.items()}
-    if raw.get("model_type") not in families:
+    if str(raw.get("model_type")) not in families:
         raise NextwordError(
             f"{path}: model_type {raw.get('model_type')!r} is not one that nextword opens ({', '.join(families)})"
         )
@@ -148,13 +151,29 @@ def read_stock_config(path: Path) -> ModelConfig:
         values = read_gpt_fields(raw, family) if family in ("gpt1", "gpt2") else read_llama_fields(raw, family)
         if labels := labels_of(raw, path):
             values |= {"n_labels": len(labels), "tied": True}
-        return ModelConfig.from_dict(values)
+        return config_of(values)
     except KeyError as error:
         raise CorruptFile(f"{path}: {error.args[0]} is missing") from error
-    except (ConfigError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise CorruptFile(f"{path}: {error}") from error
     except Unsupported as error:
         raise NextwordError(f"{path}: {error}") from error
+
+
+def config_of(values: Any) -> ModelConfig:
+    """The model of settings that somebody wrote down.
+
+    Raises:
+        ConfigError: they make no model, or one of a size that nobody has.
+        TypeError: they are no settings at all.
+    """
+    if not isinstance(values, dict):
+        raise TypeError("the settings of a model are not a JSON object")
+    for name, value in values.items():
+        most = MOST_CONTEXT if name == "context_length" else MOST
+        if isinstance(value, (int, float)) and not -most <= value <= most:
+            raise ConfigError(f"{name} is larger than any model has it ({most:,})")
+    return ModelConfig.from_dict(values)
 
 
 class Unsupported(Exception):

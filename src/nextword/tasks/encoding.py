@@ -280,6 +280,11 @@ class TaskDataset:
         units = self.order(epoch)[place][rank::world]
         return self.assemble([self.units[u] for u in units], first=epoch * len(self.units) * ROWS)
 
+    def examples_of(self, step: int) -> list[int]:
+        """Which examples step `step` (from 0) learns from, in order."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return [i for unit in self.order(epoch)[place].tolist() for i in self.units[unit]]
+
     def assemble(self, units: Sequence[Sequence[int]], first: int = 0) -> Batch:
         """Rows of whole examples, filled up with the pad token; `first` is the number of the epoch's first row."""
         if self.packed:

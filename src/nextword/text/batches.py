@@ -168,11 +168,24 @@ class TokenDataset:
         tokens = np.zeros((share, self.context_length), dtype=np.int64)
         targets = np.full((share, self.context_length), IGNORE, dtype=np.int64)
         for i, (row, window) in enumerate(zip(rows.tolist(), self.windows_of(rows).tolist(), strict=True)):
-            turn = seed_for(self.seed, 0, row // self.windows) % len(self.tokens)
-            ids = self.ring(turn + window * self.context_length, self.length_of(window) + 1)
+            ids = self.ring(self.start_of(row, window), self.length_of(window) + 1)
             tokens[i, : len(ids) - 1] = ids[:-1]
             targets[i, : len(ids) - 1] = ids[1:]
         return Batch(tokens, targets, rows.tolist(), {"next_word": count}, count)
+
+    def spans(self, step: int) -> list[tuple[int, int]]:
+        """Which tokens step `step` reads, the last targets included: the first and the number of each window, in two where it
+        goes round the ring."""
+        every, found = np.arange(step * self.rows_per_batch, (step + 1) * self.rows_per_batch), []
+        for row, window in zip(every.tolist(), self.windows_of(every).tolist(), strict=True):
+            start, count = self.start_of(row, window) % len(self.tokens), self.length_of(window) + 1
+            inside = min(count, len(self.tokens) - start)
+            found += [(start, inside)] if inside == count else [(start, inside), (0, count - inside)]
+        return found
+
+    def start_of(self, row: int, window: int) -> int:
+        """Where on the ring a window begins, which every epoch cuts from another place."""
+        return seed_for(self.seed, 0, row // self.windows) % len(self.tokens) + window * self.context_length
 
     def windows_of(self, rows: np.ndarray) -> np.ndarray:
         """Which window each row of the run is, the rows given in order: each epoch in an order of its own."""

@@ -5,33 +5,29 @@ remembered between is one byte a document, so that a corpus may be larger than m
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import shutil
-import sqlite3
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from filelock import FileLock
 
-from nextword.errors import CorruptFile, DiskFull, NextwordError, UsageError
-from nextword.files import MANIFEST, check_seal, move_into_place, read_manifest, seal, settle, sha256, writing
-from nextword.text.documents import Document, Problems, Source, find_files, without_surrogates
+from nextword.errors import CorruptFile, NextwordError, UsageError
+from nextword.files import MANIFEST, check_seal, move_into_place, read_manifest, seal, settle, writing
+from nextword.text.documents import Problems, Source, find_files
 from nextword.text.named import NAMED, named_sources
+from nextword.text.origins import Origin, OriginWriter, Span, names_in
 from nextword.text.shards import Part, ShardWriter, Split, Tokens
+from nextword.text.survey import Progress, Survey, split_texts, survey, unchanged
 from nextword.text.tokenizer import Tokenizer, train_bpe, train_char, vocab_size_for
 
-Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
-
 VERSION = 1  # of what these files hold; another one is prepared anew
+PLAN = "plan.json"  # in a folder of parts that several processes make
 BATCH = 2**21  # characters encoded at once; each takes some fifty bytes while it is
-FEW = 20  # documents; with fewer the validation part is the last tenth of each
-
-# By its hash, a document is in the last 10 %, 5 % and 1 %, or in none of them; the parts are nested, so that a
-# growing corpus only ever moves documents from validation to training.
-DUPLICATE, TRAIN, TENTH, TWENTIETH, HUNDREDTH = range(5)
 
 
 class Corpus:
@@ -72,6 +68,11 @@ class Corpus:
         """The row of tokens of "train" or "validation", each document followed by the end-of-text token."""
         return Tokens(sorted(self.path.glob(f"{split}-*.npy")))
 
+    def names_in(self, spans: Iterable[Span]) -> list[str]:
+        """The documents that some tokens of the training part came from, by file and line (see `origins`)."""
+        sources = [source["name"] for source in self.facts["sources"]]
+        return names_in(self.path, sources, self.tokens("train"), self.tokenizer, spans)
+
 
 def prepare(
     corpora: Iterable[str | Path],
@@ -93,35 +94,57 @@ def prepare(
     `UsageError` for a path or an option that cannot be.
     """
     out, say, progress = Path(out), say or (lambda line: None), progress or (lambda stage, done, total: None)
+    settings, ready = settings_of(tokenizer, vocab_size, text_column)
+    problems = Problems(strict)
+    with holding(out):  # a second process waits for this one, and then finds the shards done
+        sources = find_sources(corpora, problems, text_column, leave_out=out)
+        corpus = reusable(out, settings, sources, strict, say)
+        if corpus is None:
+            put_together(out, lambda aside: _prepare(sources, aside, settings, ready, problems, progress, say))
+    return corpus or Corpus.open(out)
+
+
+def settings_of(
+    tokenizer: str | Path, vocab_size: int | None, text_column: str | None
+) -> tuple[dict[str, Any], Tokenizer | None]:
+    """What makes the shards what they are, besides the text; and the tokenizer, where it is there already."""
     if vocab_size is not None and tokenizer != "bpe":
         raise UsageError("--vocab-size is for a new BPE: leave it out, or leave out --tokenizer")
     ready = None if tokenizer in ("bpe", "char") else Tokenizer.open(Path(tokenizer))
-    settings = {
-        "tokenizer": str(tokenizer) if ready is None else hashlib.sha256(ready.backend.to_str().encode()).hexdigest(),
-        "vocab_size": vocab_size,
-        "text_column": text_column,
-    }
-    problems = Problems(strict)
+    name = str(tokenizer) if ready is None else hashlib.sha256(ready.backend.to_str().encode()).hexdigest()
+    return {"tokenizer": name, "vocab_size": vocab_size, "text_column": text_column}, ready
+
+
+@contextlib.contextmanager
+def holding(out: Path) -> Iterator[None]:
+    """Inside, no other process changes what is at `out`; what a crash left there is settled."""
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         held = FileLock(out.with_name(f".{out.name}.lock")).acquire()
-    with held:  # a second process waits for this one, and then finds the shards done
+    with held:
         settle(out)
-        sources = find_sources(corpora, problems, text_column, leave_out=out)
-        corpus = _reusable(out, settings, sources, strict, say)
-        if corpus is not None:
-            say(f"{out}: the text and the settings are the same as before, so the shards are used as they are")
-            return corpus
-        aside = out.with_name(f".{out.name}.partial")
-        try:
-            shutil.rmtree(aside, ignore_errors=True)
-            with writing(aside):
-                aside.mkdir()
-            _prepare(sources, aside, settings, ready, problems, progress, say)
-            move_into_place(aside, out)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    return Corpus.open(out)
+        yield
+
+
+def put_together(out: Path, fill: Callable[[Path], None]) -> None:
+    """Let a folder aside be filled and sealed, and put it at `out`."""
+    aside = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        with writing(aside):
+            aside.mkdir()
+        fill(aside)
+        move_into_place(aside, out)
+        clear_parts(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def clear_parts(out: Path) -> None:
+    """Throw away what several processes made to put together at `out`; those that still work on it see that it is gone."""
+    for folder in out.parent.glob(f".{glob.escape(out.name)}.parts-*"):
+        (folder / PLAN).unlink(missing_ok=True)  # first: without it nothing in there counts
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def find_sources(
@@ -137,7 +160,7 @@ def find_sources(
     return sources
 
 
-def _reusable(
+def reusable(
     out: Path, settings: dict[str, Any], sources: list[Source], strict: bool, say: Callable[[str], None]
 ) -> Corpus | None:
     """The corpus at `out` where it was made from the same text in the same way. Raises `UsageError` where `out` holds
@@ -161,27 +184,12 @@ def _reusable(
     if strict and facts["problems"]["total"]:
         return None  # it stops at the first problem, as strict asks
     try:
-        return Corpus.open(out)
+        corpus = Corpus.open(out)
     except CorruptFile as error:
         say(f"{error}\nThe shards are damaged, so they are made anew")
         return None
-
-
-def _stat(path: Path) -> tuple[int, int] | None:
-    """Size and time of the last change; None where the file cannot be had."""
-    try:
-        status = path.stat()
-    except OSError:  # the reader of the file reports it
-        return None
-    return status.st_size, status.st_mtime_ns
-
-
-def unchanged(source: Source, known: dict[str, Any]) -> bool:
-    """Whether a file is the one that a survey wrote these facts of."""
-    now = _stat(source.path)
-    if now is None or source.name != known["name"] or now[0] != known["bytes"]:
-        return False
-    return now[1] == known["mtime_ns"] or (known["sha256"] is not None and sha256(source.path) == known["sha256"])
+    say(f"{out}: the text and the settings are the same as before, so the shards are used as they are")
+    return corpus
 
 
 def _prepare(
@@ -196,14 +204,22 @@ def _prepare(
     """Fill and seal an empty directory."""
     found = survey(sources, directory, problems, progress, say)
     if tokenizer is None:
-        items = _split(sources, found, "tokenizer", progress)
-        texts = (text for split, text in items if split == "train" and text is not None)
+        items = split_texts(sources, found, "tokenizer", progress)
+        texts = (text for split, text in items if split == "train" and isinstance(text, str))
         if settings["tokenizer"] == "char":
             tokenizer = train_char(texts)
         else:
             tokenizer = train_bpe(texts, settings["vocab_size"] or vocab_size_for(found.size))
     tokenizer.save(directory)
-    parts = _encode(_split(sources, found, "encoding", progress), tokenizer, directory)
+    parts = encode(split_texts(sources, found, "encoding", progress), tokenizer, directory)
+    finish(directory, settings, found, parts, tokenizer.vocab_size, problems, say)
+
+
+def finish(
+    directory: Path, settings: dict[str, Any], found: Survey, parts: dict[Split, Part], vocab_size: int,
+    problems: Problems, say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Seal a folder that holds the tokenizer and the rows of both splits. Raises `NextwordError` where one is empty."""
     if not parts["train"].tokens or not parts["validation"].tokens:
         raise NextwordError("there is too little text to hold some of it out for validation; add more")
     if unknown := parts["train"].unknown + parts["validation"].unknown:
@@ -219,247 +235,44 @@ def _prepare(
         "documents": found.unique,
         "duplicates": found.duplicates,
         **{split: asdict(part) for split, part in parts.items()},
-        "vocab_size": tokenizer.vocab_size,
+        "vocab_size": vocab_size,
         "problems": {"total": problems.total, "kinds": dict(problems.kinds)},
         "sources": found.sources,
     }
     seal(directory, facts)
 
 
-@dataclass
-class Survey:
-    """What the first reading found: `levels` has a byte for every document, `lengths` a number for the first few."""
-
-    sources: list[dict[str, Any]] = field(default_factory=list)
-    levels: bytearray = field(default_factory=bytearray)
-    lengths: list[int] = field(default_factory=list)
-    unique: int = 0
-    duplicates: int = 0
-    size: int = 0  # bytes of text, duplicates left out
-    smallest: tuple[int, int] = (2**64, 0)  # the hash of the document that has the smallest, and its place
-
-    def add(self, key: bytes, is_new: bool, characters: int, size: int) -> None:
-        if not is_new:
-            self.levels.append(DUPLICATE)
-            self.duplicates += 1
-            return
-        self.smallest = min(self.smallest, (_number(key), len(self.levels)))
-        self.levels.append(_level(key))
-        self.unique += 1
-        self.size += size
-        if len(self.lengths) < FEW:
-            self.lengths.append(characters)
-
-    def split_of(self, place: int) -> Split | Literal["both", "neither"]:
-        """Where a document goes, by its place in the corpus."""
-        level = self.levels[place]
-        if level == DUPLICATE:
-            return "neither"
-        if self.unique < FEW:
-            return "both"
-        # The smallest hash is in validation already, unless nothing is.
-        return "validation" if level >= self.held_out or place == self.smallest[1] else "train"
-
-    def split_by(self, key: bytes) -> Split | Literal["both"]:
-        """Where the text of a hash goes, whichever of its copies it is."""
-        if self.unique < FEW:
-            return "both"
-        return "validation" if _level(key) >= self.held_out or _number(key) == self.smallest[0] else "train"
-
-    @property
-    def held_out(self) -> int:
-        """From which level on a document is held out."""
-        return TENTH if self.size < 10_000_000 else TWENTIETH if self.size < 100_000_000 else HUNDREDTH
-
-
-def _number(key: bytes) -> int:
-    """The hash of a document as a number, by which it is drawn."""
-    return int.from_bytes(key[:8], "big")
-
-
-def _level(key: bytes) -> int:
-    return TRAIN + sum(_number(key) < 2**64 * share // 100 for share in (10, 5, 1))
-
-
-class Watcher(Protocol):
-    """Sees the documents go by at the first reading."""
-
-    def begin(self, source: int, document: Document) -> None: ...
-
-    def add(self, piece: str) -> None: ...
-
-    def end(self, key: bytes) -> None: ...
-
-
-class _Bar:
-    """Tells how far one reading of the sources has come, in bytes of their files."""
-
-    def __init__(self, stage: str, sources: list[Source], progress: Progress):
-        self._stage, self._progress = stage, progress
-        self._sizes = [(_stat(source.path) or (0, 0))[0] for source in sources]
-        self._total = sum(self._sizes)
-        self._file = self._before = self._inside = self._told = 0
-
-    def advance(self, count: int) -> None:
-        """So many bytes of text went by. A compressed file holds more than its size, and is not counted past that."""
-        self._inside = min(self._inside + count, self._sizes[self._file])
-        if self._before + self._inside >= self._told + 2**20:
-            self._tell()
-
-    def end_file(self) -> None:
-        self._before, self._inside, self._file = self._before + self._sizes[self._file], 0, self._file + 1
-        if self._file == len(self._sizes):
-            self._tell()
-
-    def _tell(self) -> None:
-        self._told = self._before + self._inside
-        self._progress(self._stage, self._told, self._total)
-
-
-class _Text:
-    """A document's pieces, hashed and measured as they go by."""
-
-    def __init__(self, document: Document, bar: _Bar):
-        self._document, self._bar = document, bar
-        self._hash = hashlib.blake2b(digest_size=16)
-        self.characters = self.bytes = 0
-
-    def __iter__(self) -> Iterator[str]:
-        for piece in self._document.pieces:
-            data = piece.encode()
-            self._hash.update(data)
-            self.characters += len(piece)
-            self.bytes += len(data)
-            self._bar.advance(len(data))
-            yield piece
-
-    def finish(self) -> bytes:
-        """Read what is left; the hash of the whole text."""
-        for _ in self:
-            pass
-        return self._hash.digest()
-
-
-@contextlib.contextmanager
-def _seen(path: Path) -> Iterator[Callable[[bytes], bool]]:
-    """Tells of each key whether it is new. The keys lie on disk, so that memory stays flat however many there are."""
-    try:
-        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as table:
-            table.execute("PRAGMA journal_mode=OFF")  # a crash throws the table away
-            table.execute("PRAGMA synchronous=OFF")
-            table.execute("CREATE TABLE seen (key BLOB PRIMARY KEY) WITHOUT ROWID")
-            table.execute("BEGIN")
-            yield lambda key: table.execute("INSERT OR IGNORE INTO seen VALUES (?)", (key,)).rowcount == 1
-        path.unlink()
-    except sqlite3.Error as error:
-        free = shutil.disk_usage(path.parent).free
-        kind = DiskFull if "full" in str(error) else NextwordError
-        raise kind(f"{path}: {error} ({free:,} bytes free). Make room, and run the same command again") from error
-
-
-def survey(
-    sources: list[Source], directory: Path, problems: Problems, progress: Progress, say: Callable[[str], None],
-    watcher: Watcher | None = None,
-) -> Survey:  # fmt: skip
-    """The first reading: what is there, what of it is new, and which split each document belongs to.
-
-    Raises:
-        NextwordError: there is no text at all; with what was there.
-    """
-    found, bar = Survey(), _Bar("reading", sources, progress)
-    with _seen(directory / "seen.sqlite") as is_new:
-        for number, source in enumerate(sources):
-            size, time = _stat(source.path) or (None, None)
-            texts = hashlib.blake2b(digest_size=16)
-            for document in source.read(problems):
-                text = _Text(document, bar)
-                if watcher is not None:
-                    watcher.begin(number, document)
-                    for piece in text:
-                        watcher.add(piece)
-                key = text.finish()
-                if watcher is not None:
-                    watcher.end(key)
-                texts.update(key)
-                found.add(key, is_new(key), text.characters, text.bytes)
-            bar.end_file()
-            try:
-                content = sha256(source.path)
-            except OSError:  # its reader has reported it
-                content = None
-            facts = {"name": without_surrogates(source.name), "bytes": size, "mtime_ns": time, "sha256": content}
-            found.sources.append({**facts, "texts": texts.hexdigest()})
-    for line in problems.lines():
-        say(line)
-    if not found.unique:
-        raise NextwordError(
-            "no text was found. "
-            + "\n".join(["What was there:", *problems.lines()] if problems.found else [])
-            + "\nName files or folders of .txt, .md, .jsonl, .csv, .tsv or .parquet, plain, .gz or .zst"
-        )
-    return found
-
-
-def _split(sources: list[Source], survey: Survey, stage: str, progress: Progress) -> Iterator[tuple[Split, str | None]]:
-    """A later reading: each new document's pieces with the split they belong to, and None where the document ends.
-
-    Raises `NextwordError` where a file no longer holds the texts that the survey found.
-    """
-    bar, place, lengths = _Bar(stage, sources, progress), 0, iter(survey.lengths)
-    for source, known in zip(sources, survey.sources, strict=True):
-        texts = hashlib.blake2b(digest_size=16)
-        for document in source.read(Problems()):  # what is wrong was told the first time
-            text = _Text(document, bar)
-            where = survey.split_of(place) if place < len(survey.levels) else "neither"
-            if where == "both":
-                yield from _last_tenth_held_out(text, next(lengths))
-            elif where != "neither":
-                for piece in text:
-                    yield where, piece
-                yield where, None
-            texts.update(text.finish())
-            place += 1
-        bar.end_file()
-        if texts.hexdigest() != known["texts"]:
-            raise NextwordError(f"{source.path}: changed while it was read; run the same command again when it rests")
-
-
-def _last_tenth_held_out(text: Iterable[str], length: int) -> Iterator[tuple[Split, str | None]]:
-    """The pieces of a document of so many characters, cut at nine tenths of them."""
-    left = length * 9 // 10
-    for piece in text:
-        if left > 0:
-            yield "train", piece[:left]
-            if left <= len(piece):
-                yield "train", None
-        if left < len(piece):
-            yield "validation", piece[max(left, 0) :]
-        left -= len(piece)
-    yield "validation", None
-
-
-def _encode(items: Iterable[tuple[Split, str | None]], tokenizer: Tokenizer, directory: Path) -> dict[Split, Part]:
-    """Write the shards of both splits; what each holds."""
+def encode(items: Iterable[tuple[Split, str | Origin]], tokenizer: Tokenizer, directory: Path) -> dict[Split, Part]:
+    """Write the shards of both splits, and where the training part's documents came from; what each split holds."""
     shards: dict[Split, ShardWriter] = {
         split: ShardWriter(directory, split, tokenizer) for split in ("train", "validation")
     }
-    batch: list[tuple[Split, str | None]] = []
+    origins = OriginWriter(directory)
+    batch: list[tuple[Split, str | Origin]] = []
     size = 0
     for split, text in items:
         batch.append((split, text))
-        size += len(text or "") + 64  # many short texts cost memory too
+        size += (len(text) if isinstance(text, str) else 0) + 64  # many short texts cost memory too
         if size >= BATCH:
-            _encode_batch(batch, tokenizer, shards)
+            _encode_batch(batch, tokenizer, shards, origins)
             batch, size = [], 0
-    _encode_batch(batch, tokenizer, shards)
+    _encode_batch(batch, tokenizer, shards, origins)
     return {split: row.close() for split, row in shards.items()}
 
 
 def _encode_batch(
-    batch: list[tuple[Split, str | None]], tokenizer: Tokenizer, shards: "dict[Split, ShardWriter]"
+    batch: list[tuple[Split, str | Origin]],
+    tokenizer: Tokenizer,
+    shards: "dict[Split, ShardWriter]",
+    origins: OriginWriter,
 ) -> None:
-    encoded = iter(tokenizer.encode_batch([text for _, text in batch if text is not None]))
+    encoded = iter(tokenizer.encode_batch([text for _, text in batch if isinstance(text, str)]))
     for split, text in batch:
-        shards[split].add(text, next(encoded) if text is not None else None)
-    for row in shards.values():
-        row.write()
+        if isinstance(text, str):
+            shards[split].add(text, next(encoded))
+            continue
+        shards[split].end_document()
+        if split == "train":
+            origins.add(shards[split].added, text)
+    for writer in (*shards.values(), origins):
+        writer.write()

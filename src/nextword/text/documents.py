@@ -109,8 +109,10 @@ def _walk(root: Path, problems: Problems, others: Counter[str], left_out: Path |
                     entered.add(real)
                     inside = sorted(path.iterdir(), key=lambda p: p.name, reverse=True)
                     shown = [p for p in inside if not p.name.startswith(".")]
-                    if len(shown) < len(inside):
-                        others["or folders that are hidden"] += len(inside) - len(shown)
+                    # What is made beside `left_out`, a lock and the like, is no text of anybody's.
+                    own = [p for p in inside if left_out and p.name.startswith(f".{left_out.name}.")]
+                    if hidden := len({*inside} - {*shown} - {*own}):
+                        others["or folders that are hidden"] += hidden
                     waiting += shown
             elif path.is_file():
                 yield path

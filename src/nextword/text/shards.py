@@ -1,5 +1,6 @@
 """The tokens on disk: one long row for each split, in plain `.npy` files of bounded size, written as a stream."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from nextword.text.tokenizer import Tokenizer
 Split = Literal["train", "validation"]
 
 SHARD_TOKENS = 2**26
+COPIED = 2**20  # tokens at once
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,10 @@ class Tokens:
 
 def _open(shard: Path) -> np.ndarray:
     try:
-        tokens = np.load(shard, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        with warnings.catch_warnings():  # NumPy's, of headers that Python 2 may have written
+            warnings.simplefilter("error")
+            tokens = np.load(shard, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # of a header that is none, NumPy raises whatever reading it as Python's words does
         raise CorruptFile(f"{shard}: not an array file of NumPy's ({error})") from error
     if tokens.ndim != 1 or tokens.dtype not in (np.dtype("<u2"), np.dtype("<u4")):
         raise CorruptFile(f"{shard}: not a row of uint16 or uint32")
@@ -71,18 +75,27 @@ class ShardWriter:
         self._file: Any = None
         self._inside = self._files = 0
         self._documents = self._tokens = self._bytes = self._characters = self._unknown = 0
+        self.added = 0  # tokens, those that wait to be written included
 
-    def add(self, text: str | None, ids: np.ndarray | None) -> None:
-        """A piece of text and its ids [T], or None and None for the end of a document."""
-        if text is None or ids is None:
-            self._documents += 1
-            self._waiting.append(self._end)
-            return
+    def end_document(self) -> None:
+        self._documents += 1
+        self.added += 1
+        self._waiting.append(self._end)
+
+    def add(self, text: str, ids: np.ndarray) -> None:
+        """A piece of text and its ids [T]."""
+        self.added += len(ids)
         self._bytes += len(text.encode())
         self._characters += len(text)
         if self._unknown_id is not None:
             self._unknown += int(np.count_nonzero(ids == self._unknown_id))
         self._waiting.append(ids.astype(self._type))
+
+    def copy(self, row: Tokens) -> None:
+        """A row of the same vocabulary; what it counts besides its tokens is known to whoever wrote it."""
+        for start in range(0, len(row), COPIED):
+            self._waiting.append(row.read(start, min(COPIED, len(row) - start)).astype(self._type))
+            self.write()
 
     def write(self) -> None:
         """Put on disk what was added."""

@@ -7,8 +7,9 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from nextword.errors import MissingExtra, NextwordError
 
@@ -88,6 +89,23 @@ class Problems:
     @property
     def found(self) -> list[Problem]:
         return list(self._found.values())
+
+    def facts(self) -> dict[str, Any]:
+        """All of it as JSON holds it, for `take_over`."""
+        found = [{"kind": kind, **asdict(problem)} for (_, kind), problem in self._found.items()]
+        return {"total": self.total, "kinds": dict(self.kinds), "found": found}
+
+    def take_over(self, facts: dict[str, Any]) -> None:
+        """Add what another reading has found, as if it were met now."""
+        self.total += facts["total"]
+        self.kinds.update(facts["kinds"])
+        for one in facts["found"]:
+            problem = Problem(one["path"], one["line"], one["what"], one["count"])
+            known = self._found.get((problem.path, one["kind"]))
+            if known is not None:
+                known.count += problem.count
+            elif len(self._found) < KEPT:
+                self._found[problem.path, one["kind"]] = problem
 
     def lines(self) -> list[str]:
         """What to show a person: the first of them, and how many more there are."""

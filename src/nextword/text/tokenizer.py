@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,11 @@ WORDS = (
 # but the whole text for one that does not. So both are bounded, the text (in characters) and its distinct words (in bytes).
 SAMPLE = 2**26
 SAMPLE_WORDS = 2**22
+DRAWS = 2**64
+
+# Ids that a foreign vocabulary may leave out, beside as many as it has.
+GAPS = 2**16
+MOST_BYTES = 2**28  # of a foreign tokenizer's file; those of the largest vocabularies have an eighth of it
 
 # Of a tokenizer_config.json, what would be said twice or wrongly once markers are added to its tokenizer.json.
 STALE = ("add_bos_token", "add_eos_token", "added_tokens_decoder")
@@ -77,6 +82,8 @@ class Tokenizer:
         backend.encode_special_tokens = True  # text is text; the file does not remember this, so it is set here
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if self.vocab_size > 2 * len(vocabulary) + GAPS:  # a table is made of it, and a file may name any number
+            raise CorruptFile(f"an id of {self.vocab_size - 1:,} in a vocabulary of {len(vocabulary):,} tokens")
         end = self._named("eos_token") or next((name for name in KNOWN_ENDS if name in vocabulary), None)
         if end is None:
             raise NextwordError(
@@ -239,7 +246,9 @@ class Tokenizer:
         if not file.is_file():
             raise NextwordError(f"{file}: no such file. Name a tokenizer.json, or a directory that holds one")
         config_file = file.with_name("tokenizer_config.json")
-        config = read_json(config_file) if config_file.is_file() else {}
+        if file.stat().st_size > MOST_BYTES:
+            raise CorruptFile(f"{file}: {file.stat().st_size:,} bytes, where no file of this kind needs {MOST_BYTES:,}")
+        config = read_json(config_file, MOST_BYTES) if config_file.is_file() else {}
         if not isinstance(config, dict):
             raise CorruptFile(f"{config_file}: not a JSON object")
         try:
@@ -250,12 +259,12 @@ class Tokenizer:
         try:
             return cls(backend, config, ends)
         except NextwordError as error:
-            raise NextwordError(f"{file}: {error}") from error
+            raise type(error)(f"{file}: {error}") from error
 
 
 def _ends(file: Path) -> list[int]:
     """The ids that a `generation_config.json` ends a text at; none where there is no such file."""
-    config = read_json(file) if file.is_file() else {}
+    config = read_json(file, MOST_BYTES) if file.is_file() else {}
     ends = config.get("eos_token_id") if isinstance(config, dict) else config
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     if not isinstance(config, dict) or not all(type(end) is int for end in ends):
@@ -344,6 +353,12 @@ def vocab_size_for(corpus_bytes: int) -> int:
     return min(65536, max(512, 2 ** int(math.log2(max(1, 2 * math.isqrt(corpus_bytes))))))
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises `UsageError` for a size that cannot hold the 256 bytes and the two markers."""
+    if vocab_size < 258:
+        raise UsageError(f"a byte-level vocabulary has at least 258 tokens (256 bytes and 2 markers), not {vocab_size}")
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int, progress: Callable[[int], None] | None = None) -> Tokenizer:
     """Train a byte-level BPE. The same texts give the same `tokenizer.json`, byte for byte.
 
@@ -352,8 +367,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: Callable[[int], N
     size. `progress` is called with the characters read so far. Raises `UsageError` for a size that cannot hold the 256
     bytes and the two markers.
     """
-    if vocab_size < 258:
-        raise UsageError(f"a byte-level vocabulary has at least 258 tokens (256 bytes and 2 markers), not {vocab_size}")
+    check_vocab_size(vocab_size)
+    return train_bpe_on(_sample(texts, progress or (lambda done: None)), vocab_size)
+
+
+def train_bpe_on(texts: list[str], vocab_size: int) -> Tokenizer:
+    """The BPE of texts that are a sample already."""
     backend = tokenizers.Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(WORDS), "isolated")
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -366,21 +385,39 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: Callable[[int], N
         special_tokens=[END_OF_TEXT, PAD],
         initial_alphabet=BYTES,
     )
-    backend.train_from_iterator(_sample(texts, progress or (lambda done: None)), trainer)
+    backend.train_from_iterator(texts, trainer)
     return Tokenizer(backend, _config(unknown=False))
 
 
 def _sample(texts: Iterable[str], progress: Callable[[int], None]) -> list[str]:
-    """All texts, or as many as `SAMPLE` and `SAMPLE_WORDS` allow, spread over the whole: those that drew a small number.
+    """All texts, or as many as `SAMPLE` and `SAMPLE_WORDS` allow, spread over the whole."""
+    done = 0
 
-    The number is the hash of a text's place, so that nothing is left to chance.
+    def numbered() -> Iterator[tuple[int, str]]:
+        nonlocal done
+        for place, text in enumerate(texts):
+            done += len(text)
+            progress(done)
+            yield number_of(place), text
+
+    return [text for _, text in drawn(numbered(), DRAWS)[0]]
+
+
+def number_of(place: int) -> int:
+    """The number below `DRAWS` that a text draws by its place: a hash, so that nothing is left to chance."""
+    return int.from_bytes(hashlib.blake2b(str(place).encode(), digest_size=8).digest(), "big")
+
+
+def drawn(texts: Iterable[tuple[int, str]], limit: int) -> tuple[list[tuple[int, str]], int]:
+    """Of texts with their numbers, those below a limit, which is halved until they are as few as `SAMPLE` and
+    `SAMPLE_WORDS` allow; and that limit.
+
+    The limit only depends on which texts there are. So what is drawn of several parts, from the least of their limits on,
+    is what is drawn of the whole.
     """
     kept: list[tuple[int, str]] = []
-    limit, size, words, words_size, done = 2**64, 0, set[str](), 0, 0
-    for place, text in enumerate(texts):
-        done += len(text)
-        progress(done)
-        number = int.from_bytes(hashlib.blake2b(str(place).encode(), digest_size=8).digest(), "big")
+    size, words, words_size = 0, set[str](), 0
+    for number, text in texts:
         new = [(number, without_surrogates(text))] if number < limit else []
         while new:
             kept += new
@@ -394,7 +431,7 @@ def _sample(texts: Iterable[str], progress: Callable[[int], None]) -> list[str]:
             limit //= 2
             new = [item for item in kept if item[0] < limit]
             kept, size, words, words_size = [], 0, set(), 0
-    return [text for _, text in kept]
+    return kept, limit
 
 
 def train_char(texts: Iterable[str]) -> Tokenizer:

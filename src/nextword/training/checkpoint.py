@@ -30,7 +30,8 @@ from nextword.model.stock import read_parts
 from nextword.training.distributed import ALONE, World, part, rows_before
 
 KEPT = 2
-REST = 40.0  # so many times what a save takes from the steps lies between two
+SECONDS = 60.0  # from one save to the next, by the clock
+REST = 40.0  # and at least so many times what a save takes from the steps
 TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
 }  # fmt: skip
@@ -109,17 +110,20 @@ class Saver:
     The processes compare their `stage` after every step, which they do anyway to stop together, and tell it to `go_on`: once
     all have their part on the disk, the leader's thread seals the checkpoint and moves it into place.
 
+    Args:
+        every: steps from one save to the next; by the clock where None.
+
     Attributes:
         cost: the seconds that the last save took from the steps: those that they waited, and the processor's in its threads.
+        late: whether a save was due and has not begun.
     """
 
-    def __init__(self, run: Path, world: World = ALONE):
-        self.folder, self.world, self.cost = run / "checkpoints", world, 0.0
+    def __init__(self, run: Path, world: World = ALONE, every: int | None = None):
+        self.folder, self.world, self.every, self.cost = run / "checkpoints", world, every, 0.0
+        self.begun, self.late = time.monotonic(), False
         self.threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.work: Future[None] | None = None  # of the last save, until it was waited for
-        self.unsealed: tuple[int, dict[str, Any]] | None = (
-            None  # the step and the facts of parts that wait for the others
-        )
+        self.unsealed: tuple[int, dict[str, Any]] | None = None  # step and facts of parts that wait for the others
         self.hashes: Hashes = {}
 
     def __enter__(self) -> "Saver":
@@ -129,10 +133,15 @@ class Saver:
         """Let this process's own work come to its end; nobody waits for a process that may be gone."""
         self.threads.shutdown()
 
-    @property
-    def rest(self) -> float:
-        """Seconds from the last save to the next, at least."""
-        return float("inf") if self.stage == 1 else REST * self.cost
+    def is_due(self, step: int) -> bool:
+        """Whether the state after `step` steps is to be saved, which is the leader's to say. What is due and is put off remains
+        so until a save begins or the run turns back."""
+        if self.every is not None:
+            due = step % self.every == 0
+        else:  # while one is under way its cost is not known yet
+            due = self.stage == 0 and time.monotonic() - self.begun > max(SECONDS, REST * self.cost)
+        self.late = self.world.leads and (self.late or due)
+        return self.late
 
     @property
     def stage(self) -> int:
@@ -153,7 +162,7 @@ class Saver:
         self.wait()
         begin = time.perf_counter()
         held = {"weights": snapshot(weights, self.world), "optimizer": snapshot(optimizer, self.world)}
-        self.cost = time.perf_counter() - begin
+        self.cost, self.begun = time.perf_counter() - begin, time.monotonic()
         self.work = self.threads.submit(self._write, step, held, facts)
         if self.world.size > 1:
             self.unsealed = step, facts
@@ -173,7 +182,12 @@ class Saver:
             self.unsealed = None
 
     def wait(self) -> None:
-        """Until the last save is in its place, and `latest` names it. All processes wait together."""
+        """Until the last save is in its place, and `latest` names it; nothing is late then. All processes wait together.
+
+        Raises:
+            NextwordError: that save failed, here or in another process.
+        """
+        self.late = False
         for _ in range(2 if self.world.size > 1 else 1):  # for the parts, then for the seal
             if self.work is None:
                 return
@@ -194,6 +208,10 @@ class Saver:
         aside, self.hashes = self._aside(step), {}
         with writing(aside):
             aside.mkdir(parents=True, exist_ok=True)
+            # What processes that were killed have left would take the room of this one.
+            for left in self.folder.glob(".step-*.partial") if self.world.leads else ():
+                if left != aside:
+                    shutil.rmtree(left)
         for kind, tensors in held.items():
             if tensors:
                 file = f"{kind}{number}.safetensors"
@@ -222,7 +240,7 @@ class Saver:
             aside.rename(final)
             flush_to_disk(self.folder)
         write_durably(self.folder / "latest", final.name + "\n")
-        for old in [*checkpoints(self.folder.parent)[:-KEPT], *self.folder.glob(".step-*.partial")]:
+        for old in checkpoints(self.folder.parent)[:-KEPT]:
             shutil.rmtree(old)
         self.cost += time.thread_time() - begin
 
@@ -239,11 +257,11 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
 
 
-def newest_whole(run: Path, say: Any = None) -> Path | None:
+def newest_whole(run: Path, say: Any = None, strict: bool = False) -> Path | None:
     """The newest checkpoint that is whole, None where there is none at all.
 
     Raises:
-        CorruptFile: there are checkpoints, and each of them is damaged; every file is named.
+        CorruptFile: there are checkpoints, and each of them is damaged; every file is named. With `strict` the newest alone.
     """
     found = checkpoints(run)[::-1]
     damage = []
@@ -252,6 +270,8 @@ def newest_whole(run: Path, say: Any = None) -> Path | None:
             check_seal(path)
             return path
         except CorruptFile as error:
+            if strict:
+                raise
             damage.append(str(error))
             if say is not None:
                 say(f"{path.name} is damaged and passed over:\n{error}")

@@ -6,8 +6,10 @@ and MASTER_PORT) starts them. The weights are PyTorch's own to share: `fully_sha
 """
 
 import json
+import math
 import os
-from collections.abc import Iterator, Sequence
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,13 +18,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nextword.errors import NextwordError
+from nextword.errors import NextwordError, UsageError
 
 if TYPE_CHECKING:
     from nextword.training.objectives import Step
 
 Parallel = Literal["data", "full", "hybrid"]
-PATIENCE = timedelta(minutes=30)  # how long one waits for another, as in the preparation of a text
+PATIENCE = 30 * 60.0  # seconds that one waits for another, as in the preparation of a text
+VARIABLE = "NEXTWORD_PATIENCE"  # of the environment: another number of seconds
+NAMED = 8  # so many others at most are named where one does not answer
+others: list[str] = []  # "process 1 on its host", of every other process of the run
 LOST = "another process of this run is gone, or does not answer"
 
 
@@ -123,6 +128,18 @@ class World:
 ALONE = World()
 
 
+def patience() -> timedelta:
+    """How long one waits for another. Raises `UsageError` where the environment says no number of seconds."""
+    said = os.environ.get(VARIABLE, str(PATIENCE))
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = math.nan
+    if not 1 <= seconds <= 10**6:
+        raise UsageError(f"{VARIABLE}={said}: how long a process waits for another is a number of seconds, from 1")
+    return timedelta(seconds=seconds)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with the parts that the other processes have; all of them ask together."""
     if not hasattr(tensor, "full_tensor"):
@@ -139,6 +156,14 @@ def part(tensor: Tensor) -> Tensor:
 def rows_before(rows: int, process: int, size: int) -> int:
     """How many of a tensor's rows lie with the processes before this one, as `fully_shard` (torch.chunk) deals them out."""
     return min(rows, process * -(-rows // size))
+
+
+@torch.no_grad()
+def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put weights, shared as the model's own are, in the place of those that are trained."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part(parameter).copy_(part(weights[name]))
 
 
 def accumulating(step: nn.Module, more: bool) -> None:
@@ -221,20 +246,25 @@ def joined() -> Iterator[World]:
     rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun keeps the store that they meet at
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    wait = patience()
     with finding_others():
         store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             size,
             is_master=rank == 0 and not agent,
-            timeout=PATIENCE,
+            timeout=wait,
         )
         # Keys of an earlier attempt are still there after a restart, and must not be taken for this one's.
         own = dist.PrefixStore(f"nextword/{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=PATIENCE)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=wait)
+        own.set(f"host/{rank}", socket.gethostname())
+        ranks = [other for other in range(size) if other != rank][:NAMED]
+        others[:] = [f"process {other} on {own.get(f'host/{other}').decode()}" for other in ranks]
     try:
         yield World(rank, size, local_size, attempt > 0)
     finally:
+        others.clear()
         dist.destroy_process_group()
 
 
@@ -244,8 +274,17 @@ def finding_others() -> Iterator[None]:
     try:
         yield
     except dist.DistError as error:
-        raise NextwordError(f"{LOST}: {str(error).splitlines()[0]}") from error
+        raise NextwordError(lost(error)) from error
     except RuntimeError as error:  # gloo's own
         if "gloo" not in str(error) and "Connection" not in str(error):
             raise
-        raise NextwordError(f"{LOST}: {str(error).splitlines()[0]}") from error
+        raise NextwordError(lost(error)) from error
+
+
+def lost(error: Exception) -> str:
+    """What a person is told: which process it may be, what the library says of it, and how to go on."""
+    which = f" ({' or '.join(others)})" if others else ""
+    return (
+        f"{LOST}{which}: {str(error).splitlines()[0]}. What was saved is whole: start all of them again by the same command "
+        "and --resume"
+    )

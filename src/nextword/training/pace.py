@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nextword.errors import CorruptFile
-from nextword.files import append_durably, read_json_lines
+from nextword.files import append_durably, read_json_lines, write_durably
 from nextword.training.distributed import World
 
 FIRST_STEPS = 50  # the least that a clock begins with
@@ -45,6 +45,12 @@ class Pace:
             raise ValueError("a run cannot end before its next step")
         self.starts.append(self.progress(decision.step - 1) if decision.step else 0.0)
         self.decisions.append(decision)
+
+    def cut_back(self, step: int) -> None:
+        """Forget what was decided after `step`, which the run goes back to. The first decision is never later."""
+        while self.decisions[-1].step > step:
+            self.decisions.pop()
+            self.starts.pop()
 
     def progress(self, step: int) -> float:
         """In (0, 1]: how much of the run is done once step `step` (from 0) is; 1 at the last step."""
@@ -104,6 +110,12 @@ class Clock:
         decision = Decision(step, total_steps, round(elapsed, 3))
         append_durably(self.log, json.dumps(asdict(decision)))
         pace.decide(decision)
+
+    def begin_anew(self, pace: Pace) -> None:
+        """After the pace was cut back: its decisions are the log, and the next step is one to decide at. What the undone
+        steps took has been spent."""
+        write_durably(self.log, "".join(json.dumps(asdict(decision)) + "\n" for decision in pace.decisions))
+        self.next_time = 0.0
 
 
 class SharedClock:

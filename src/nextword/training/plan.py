@@ -73,6 +73,7 @@ class Plan:
     model: dict[str, Any]
     parameters: int
     batch_tokens: int
+    lr: float
     dropout: float
     tokens: int
     epochs: float
@@ -109,6 +110,14 @@ def batch_tokens(tokens: float) -> int:
     return 2 ** max(11, min(19, round(math.log2(max(1.0, tokens / 1500)))))
 
 
+def peak_lr(width: int, batch: int, optimizer: str = "muon") -> float:
+    """The peak learning rate: falling with the width (Yang et al. 2022, "Tensor programs V", table 8), rising with the root of
+    the batch (Malladi et al. 2022), and a quarter of Muon's for AdamW. Where the best one lay at widths of 64, 128 and 192, in
+    batches of 2,048 and 8,192 tokens, docs/experiments.md tells; beyond these batches it stays."""
+    lr = 0.75 / max(64, width) * math.sqrt(min(8192, max(2048, batch)) / 2048)
+    return lr if optimizer == "muon" else lr / 4
+
+
 def dropout_for(epochs: float) -> float:
     """Nothing for a text that is read a few times; more, the more often."""
     return 0.0 if epochs < 4 else 0.1 if epochs < 16 else 0.2
@@ -121,6 +130,8 @@ def choose(
     machine: Machine,
     *,
     batch: int | None = None,
+    lr: float | None = None,
+    optimizer: str = "muon",
     law: Law = LAW,
 ) -> Plan:
     """The size out of `sizes`, in their order from small to large, that promises the least loss in this length; with one
@@ -132,6 +143,7 @@ def choose(
 
     Args:
         batch: tokens of a step, where they are said already.
+        lr: the peak learning rate, where it is; else it is that of the optimizer.
     """
     measured: dict[str, Speed] = {}
 
@@ -159,7 +171,9 @@ def choose(
         tokens = forecast(best)[0]
         measured[best] = machine.speed(sizes[best], batch or batch_tokens(tokens))
     tokens, bits = forecast(best)
-    return _plan(best, sizes[best], tokens, bits, text, length, measured[best], batch or batch_tokens(tokens), law)
+    batch = batch or batch_tokens(tokens)
+    lr = lr or peak_lr(sizes[best].d_model, batch, optimizer)
+    return _plan(best, sizes[best], tokens, bits, text, length, measured[best], batch, lr, law)
 
 
 def _best(sizes: Mapping[str, ModelConfig], forecast: Any) -> str:
@@ -182,7 +196,8 @@ def _largest_in_balance(text: Text, tokens: float, sizes: Mapping[str, ModelConf
 
 
 def _plan(
-    size: str, config: ModelConfig, tokens: float, bits: float, text: Text, length: Length, speed: Speed, batch: int, law: Law
+    size: str, config: ModelConfig, tokens: float, bits: float, text: Text, length: Length, speed: Speed, batch: int, lr: float,
+    law: Law,
 ) -> Plan:  # fmt: skip
     epochs = tokens / max(1, text.tokens)
     dropout, worth = dropout_for(epochs), law.worth(epochs * text.bytes, text.bytes) / text.bytes
@@ -190,12 +205,13 @@ def _plan(
         f"size {size}: {config.parameters / 1e6:.2g} million parameters for {tokens / 1e6:.2g} million tokens, "
         f"{1 / speed.seconds:,.0f} tokens/s on this machine"
     ]
+    why.append(f"batches of {batch:,} tokens, learning rate {lr:.2g}")
     if epochs > 1.05:
         why.append(f"the text is read {epochs:.1f} times, which is worth {worth:.1f} times as much text read once")
     if dropout:
         why.append(f"dropout {dropout}, since the text is read so often")
     return Plan(
-        size=size, model=config.to_dict(), parameters=config.parameters, batch_tokens=batch, dropout=dropout,
+        size=size, model=config.to_dict(), parameters=config.parameters, batch_tokens=batch, lr=lr, dropout=dropout,
         tokens=round(tokens), epochs=epochs, steps=max(1, round(tokens / batch)),
         seconds=length.seconds if length.seconds is not None else tokens * speed.seconds * OVERHEAD,
         seconds_per_token=speed.seconds, memory_bytes=speed.memory, flops=tokens * flops_of(config), bits_per_byte=bits,

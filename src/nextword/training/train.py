@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -32,16 +32,18 @@ BAD_STEPS_IN_A_ROW = 5  # so many losses that are no number, one after the other
 
 @dataclass
 class TrainState:
-    """All that changes in training; `step` is how many steps are done, `bad` how many of the last ones were skipped."""
+    """All that changes in training; `step` is how many steps are done, `bad` how many of the last ones were skipped,
+    `detours` how many times the run has turned back to go past some batches."""
 
     model: GPT
     optimizer: Optimizer
     step: int = 0
     tokens: int = 0
     bad: int = 0
+    detours: int = 0
 
     def facts(self) -> dict[str, int]:
-        return {"step": self.step, "tokens": self.tokens, "bad": self.bad}
+        return {"step": self.step, "tokens": self.tokens, "bad": self.bad, "detours": self.detours}
 
 
 @dataclass(frozen=True)
@@ -156,10 +158,13 @@ def steps(
     clock: Clock | SharedClock | None = None,
     seconds_per_step: float = 0.0,
     world: World = ALONE,
+    index_of: Callable[[int], int] = int,
 ) -> Iterator[StepMetrics]:
-    """Train from where `state` is to the end of the pace. What the caller does between two steps counts on the clock.
+    """Train from where `state` is to the end of the pace. What the caller does between two steps counts on the clock. A caller
+    may set the state back between two steps, and it goes on from there.
 
     Args:
+        index_of: the batch that a step takes; the batch of its own number where no detour is taken.
         seconds_per_step: a first guess, for a run that follows the clock.
 
     Raises:
@@ -172,7 +177,7 @@ def steps(
                 half = len(times) // 2
                 seconds_per_step = (times[-1] - times[half]) / (len(times) - 1 - half)
             clock.decide(pace, state.step, seconds_per_step)
-        batch = dataset.batch(state.step, world.rank, world.size)
+        batch = dataset.batch(index_of(state.step), world.rank, world.size)
         yield train_step(state, step_module, batch, settings, pace.progress(state.step), world)
         if state.bad >= BAD_STEPS_IN_A_ROW:
             raise Diverged(
@@ -264,8 +269,15 @@ def worth_compiling(device: torch.device, seconds: float) -> tuple[bool, str]:
     return True, "compiled: the first step takes about a minute"
 
 
-def build_step_module(model: GPT, objective: Objective, kind: StepKind) -> tuple[Step, nn.Module]:
-    """The model with its loss, as it is measured beforehand and as it is run; the same two where it is not compiled."""
+def build_step_module(
+    model: GPT, objective: Objective, kind: StepKind, recompute: bool = False
+) -> tuple[Step, nn.Module]:
+    """The model with its loss, as it is measured beforehand and as it is run; the same two where it is not compiled.
+
+    With `recompute` each block's activations are made again in the backward pass, which a fused step knows nothing of.
+    """
+    for block in model.blocks:
+        block.recompute = recompute
     step_module = Step(model, objective, fused=kind == "fused")
     runner = torch.compile(step_module) if kind == "compiled" else step_module
     assert isinstance(runner, nn.Module)

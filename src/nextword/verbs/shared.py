@@ -88,7 +88,11 @@ class RunOptions:
     flops: Annotated[str | None, Parameter(help="Train with so many floating-point operations instead: 1e15.")] = None
     text_column: Annotated[str | None, Parameter(help="The column of tables that holds the text.")] = None
     strict: Annotated[
-        Flag, Parameter(help="Stop at the first thing that is wrong in the text, instead of telling and going on.")
+        Flag,
+        Parameter(
+            help="Stop at the first thing that is wrong in the text, or at a damaged newest checkpoint, instead of telling and "
+            "going on."
+        ),
     ] = False
 
 

@@ -72,6 +72,7 @@ def prepare(
     vocab_size: int | None = None,
     text_column: str | None = None,
     strict: Flag = False,
+    shard: str | None = None,
     common: Common = Common(),
 ) -> None:
     """Turn text into shards of tokens, which any number of runs can share.
@@ -91,11 +92,14 @@ def prepare(
         The column of tables that holds the text.
     strict
         Stop at the first thing that is wrong, instead of telling and going on.
+    shard
+        3/64: begin with the third of 64 parts of the work, while other processes, on any machine that sees the same
+        folders, begin with others. Each does what is left, and ends when all is there.
     """
     from nextword import api
 
     corpus = api.prepare(
-        corpora, out, tokenizer=tokenizer, vocab_size=vocab_size, text_column=text_column, strict=strict,
+        corpora, out, tokenizer=tokenizer, vocab_size=vocab_size, text_column=text_column, strict=strict, shard=shard,
         console=common.console(),
     )  # fmt: skip
     result = {"shards": str(out), **{k: v for k, v in corpus.facts.items() if k not in ("files", "sources")}}

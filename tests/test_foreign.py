@@ -1,0 +1,316 @@
+"""Files that others wrote, and meant ill: refused by name, at once, with nothing run and nothing allocated."""
+
+import json
+import os
+import shutil
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nextword as package
+from conftest import Run
+from nextword import files
+from nextword.errors import CorruptFile, NextwordError
+from nextword.model.config import build_config
+from nextword.model.gpt import GPT
+from nextword.model.stock import load_model, save_model
+from nextword.text.shards import Tokens
+from nextword.text.tokenizer import Tokenizer, train_bpe
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+ROOM = 2**28  # bytes that a refusal may reserve; what is described below has terabytes
+CONFIG = build_config("modern", "tiny", vocab_size=300, n_layers=2, n_heads=2, d_model=16, context_length=24)
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stock directory that opens, with its tokenizer."""
+    directory = tmp_path_factory.mktemp("honest")
+    torch.manual_seed(0)
+    save_model(GPT(CONFIG), directory, end_of_text=0, pad=1)
+    train_bpe(["a text of no harm"] * 3, 280).save(directory, CONFIG.context_length)
+    package.load(directory, "cpu")
+    return directory
+
+
+@contextmanager
+def within_a_second() -> Iterator[None]:
+    """What happens inside takes less than a second, and cannot reserve more memory than `ROOM`, where the system lets that be
+    said."""
+    limits = None
+    if resource is not None and Path("/proc/self/statm").exists():
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + ROOM, limits[1]))
+    begin = time.process_time()
+    try:
+        yield
+    finally:
+        seconds = time.process_time() - begin
+        if resource is not None and limits is not None:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert seconds < 1, f"{seconds:.2f} s"
+
+
+def change_json(name: str, **changes: Any) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        path = directory / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def config(**changes: Any) -> Callable[[Path], None]:
+    return change_json("config.json", **changes)
+
+
+def header(length: int, content: bytes = b"") -> Callable[[Path], None]:
+    """model.safetensors with a header that is said to be so long."""
+
+    def change(directory: Path) -> None:
+        path = directory / "model.safetensors"
+        data = path.read_bytes()
+        path.write_bytes(struct.pack("<Q", length) + (content or data[8:]))
+
+    return change
+
+
+def giant_header(directory: Path) -> None:
+    """Six million bytes of it, all there, and none of them wrong: empty tensors."""
+    one = '"t{:07d}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+    text = "{" + ",".join(one.format(i) for i in range(100_000)) + "}"
+    header(len(text), text.encode())(directory)
+
+
+def lying_offsets(directory: Path) -> None:
+    text = json.dumps({"model.norm.weight": {"dtype": "F32", "shape": [2**50], "data_offsets": [0, 2**52]}})
+    header(len(text), text.encode())(directory)
+
+
+def index(*names: str) -> Callable[[Path], None]:
+    """Weights under an index that says they are in these files."""
+
+    def change(directory: Path) -> None:
+        mapped = {f"tensor.{i}": name for i, name in enumerate(names)}
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": mapped}))
+
+    return change
+
+
+def pipe(directory: Path) -> None:
+    """A shard that is a pipe, which would be waited for without end."""
+    os.mkfifo(directory / "a.safetensors")
+    index("a.safetensors")(directory)
+
+
+def pickle_alone(directory: Path) -> None:
+    """A pickle that would say hello, had it been opened."""
+    (directory / "model.safetensors").unlink()
+    (directory / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch run-by-a-pickle'\ntR.")
+
+
+def code(directory: Path) -> None:
+    (directory / "evil.py").write_text("open('run-by-a-model', 'w')")
+    config(auto_map={"AutoModelForCausalLM": "evil.Model"})(directory)
+
+
+def sealed(model: Any = None, entries: Any = None) -> Callable[[Path], None]:
+    """A manifest of ours that says so of the model, and so of its files."""
+
+    def change(directory: Path) -> None:
+        files.seal(directory, {} if model is None else {"model": model})
+        if entries is not None:
+            said = {"files": entries}
+            (directory / files.MANIFEST).write_text(json.dumps({**said, "sha256": files.own_hash(said)}))
+
+    return change
+
+
+def token(id: int) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        content = json.loads((directory / "tokenizer.json").read_text())
+        content["model"]["vocab"]["far"] = id
+        (directory / "tokenizer.json").write_text(json.dumps(content))
+
+    return change
+
+
+def too_large(name: str) -> Callable[[Path], None]:
+    """A file with a hole of a terabyte, which takes no room on the disk."""
+
+    def change(directory: Path) -> None:
+        with (directory / name).open("r+b") as file:
+            file.truncate(2**40)
+
+    return change
+
+
+SINUSOIDAL = {
+    **build_config("tutorial", "tiny", vocab_size=300, d_model=16, n_heads=2).to_dict(),
+    "context_length": 2**21,
+}
+HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a billion layers": (config(num_hidden_layers=10**9), "1,000,000,000 layers, of which a tensor is missing"),
+    "a wide model": (config(hidden_size=10**12), "has the shape"),
+    "the widest model": (config(hidden_size=10**15, vocab_size=10**15), "larger than any model's"),
+    "a great vocabulary": (config(vocab_size=10**12), "has the shape"),
+    "many heads": (config(num_attention_heads=10**12, num_key_value_heads=10**12), "has the shape"),
+    "a long context": (config(max_position_embeddings=10**12), "context_length is larger than any model has it"),
+    "a number of four thousand digits": (config(hidden_size=10**4000), "d_model is larger than any model"),
+    "a number that is too large for a float": (config(rope_parameters={"rope_theta": 10**400}), "too large"),
+    "numbers that are none": (config(rms_norm_eps=float("nan")), "norm_eps"),
+    "words for numbers": (config(rope_parameters=None, rope_theta="wide"), "config.json"),
+    "lists for objects": (config(rope_parameters=[1]), "config.json"),
+    "a kind that is a list": (config(model_type=["qwen3"]), "is not one that nextword opens"),
+    "code of its own": (code, "runs no code from a model"),
+    "a config of a terabyte": (too_large("config.json"), "where no file of this kind needs"),
+    "a header longer than the file": (header(2**63), "a header of 9,223,372,036,854,775,808 bytes"),
+    "a header shorter than itself": (header(10), "not a safetensors file"),
+    "no header": (header(0), "not a safetensors file"),
+    "a giant header": (giant_header, "a header of 6,0"),
+    "offsets past the end": (lying_offsets, "not a safetensors file"),
+    "a path that climbs out": (index("../elsewhere.safetensors"), "no file of this directory"),
+    "a path from the root": (index("/etc/passwd"), "no file of this directory"),
+    "a shard that is missing": (index("a.safetensors"), "missing, or no file"),
+    "a shard that is no name": (index("a\0b"), "missing, or no file"),
+    "a pickle": (pickle_alone, "is a pickle, which nextword does not open: convert it"),
+    "a manifest with another width": (sealed({**CONFIG.to_dict(), "d_model": 10**12}), "has the shape"),
+    "a manifest with no model": (sealed([1]), "not a JSON object"),
+    "a manifest with unknown settings": (sealed({"wings": 2}), "unknown model settings: wings"),
+    "a manifest whose table is not there": (sealed(SINUSOIDAL), "is missing"),
+    "a manifest that climbs out": (sealed(entries={"../x": {"bytes": 1, "sha256": ""}}), "outside of its directory"),
+    "a manifest of long names": (sealed(entries={"x" * 5000: {"bytes": 1, "sha256": ""}}), "outside of its directory"),
+    "a manifest of no sizes": (sealed(entries={"x": 3}), "not a manifest"),
+    "a token far out": (token(2**32 - 6), "an id of 4,294,967,290"),
+    "a tokenizer of a terabyte": (too_large("tokenizer.json"), "where no file of this kind needs"),
+}
+if hasattr(os, "mkfifo"):
+    HOSTILE["a shard that is a pipe"] = (pipe, "missing, or no file")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_directory_is_refused_at_once(honest, tmp_path, monkeypatch, name):
+    change, message = HOSTILE[name]
+    directory = tmp_path / "model"
+    shutil.copytree(honest, directory)
+    change(directory)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(NextwordError) as error, within_a_second():
+        package.load(directory, "cpu")
+    assert message in str(error.value)
+    assert str(directory) in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before, "nothing was run"
+
+
+def test_the_program_says_so_without_a_traceback(honest, tmp_path, nextword: Run):
+    directory = tmp_path / "model"
+    shutil.copytree(honest, directory)
+    config(num_hidden_layers=10**9)(directory)
+    done = nextword("generate", directory, "The")
+    assert done.returncode == CorruptFile.exit_code
+    assert "1,000,000,000 layers" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------- any bytes, any values
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = [
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling", "hidden_act",
+    "layer_types", "model_type", "architectures", "id2label", "num_labels", "tie_word_embeddings", "auto_map",
+    "quantization_config", "attention_bias", "partial_rotary_factor",
+]  # fmt: skip
+
+
+def again(honest: Path, directory: Path) -> Path:
+    """The honest directory's small files, as they were, beside its weights."""
+    if not directory.exists():
+        shutil.copytree(honest, directory)
+    for path in honest.glob("*.json"):
+        (directory / path.name).write_bytes(path.read_bytes())
+    return directory
+
+
+@settings(max_examples=100)
+@given(st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3))
+def test_any_values_in_a_config_are_a_model_or_a_clear_error(honest, tmp_path_factory, changes):
+    directory = again(honest, tmp_path_factory.getbasetemp() / "config-fuzz")
+    config(**changes)(directory)
+    try:
+        load_model(directory)
+    except NextwordError as error:
+        assert str(directory) in str(error)
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_any_values_in_a_tokenizer_are_one_or_a_clear_error(honest, tmp_path_factory, data):
+    """Its own JSON with any values at any place, or cut and changed bytes; and what opens can be used."""
+    directory = again(honest, tmp_path_factory.getbasetemp() / "tokenizer-fuzz")
+    path = directory / data.draw(st.sampled_from(["tokenizer.json", "tokenizer_config.json", "generation_config.json"]))
+    if data.draw(st.booleans()):
+        place = content = json.loads(path.read_text())
+        while True:
+            key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+            inner = place[key]
+            if not isinstance(inner, (dict, list)) or not inner or data.draw(st.booleans()):
+                break
+            place = inner
+        place[key] = data.draw(VALUES)
+        path.write_text(json.dumps(content))
+    else:
+        changed = bytearray(path.read_bytes())
+        for _ in range(data.draw(st.integers(1, 4))):
+            changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
+        path.write_bytes(bytes(changed))
+    try:
+        tokenizer = Tokenizer.open(directory)
+        tokenizer.decode(tokenizer.encode("a text"))
+    except NextwordError as error:
+        assert str(directory) in str(error) or "tokenizer" in str(error)
+
+
+@settings(max_examples=100)
+@given(st.binary(max_size=60), st.integers(0, 130), st.booleans())
+def test_any_bytes_as_a_shard_are_tokens_or_a_clear_error(tmp_path_factory, data, place, whole):
+    path = tmp_path_factory.getbasetemp() / "train-00000.npy"
+    np.save(path, np.arange(50, dtype="<u2"))
+    good = path.read_bytes()
+    path.write_bytes(data if whole else good[:place] + data + good[place + len(data) :])
+    try:
+        tokens = Tokens([path])
+        tokens.read(0, len(tokens))
+    except CorruptFile as error:
+        assert str(path) in str(error)
+
+
+@settings(max_examples=100)
+@given(st.dictionaries(st.text(max_size=8), VALUES, max_size=3), VALUES)
+def test_any_values_in_a_manifest_are_a_clear_error(tmp_path_factory, entries, model):
+    directory = tmp_path_factory.getbasetemp() / "manifest-fuzz"
+    directory.mkdir(exist_ok=True)
+    said = {"model": model, "files": entries}
+    (directory / files.MANIFEST).write_text(json.dumps({**said, "sha256": files.own_hash(said)}))
+    try:
+        files.check_seal(directory)
+    except CorruptFile as error:
+        assert str(directory) in str(error)
