@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -69,6 +70,27 @@ def poisoned(shards: Path, indices: Iterable[int], change: Change = infinite) ->
 def pretrain(run: Path, shards: Path, steps: int = STEPS, **training: Any) -> dict[str, Any]:
     merged = {**TRAINING, **training}
     return nextword.pretrain(shards, run, steps=steps, model=MODEL, training=merged, seed=SEED, resume=True)
+
+
+def hold(put: Callable[[Any, str, Any], None]) -> list[int]:
+    """Let the save after step 20 last until the run turns back; how far it is at each turn (see `Saver.stage`)."""
+    turning, stages = threading.Event(), []
+    turn_back, write = Job._turn_back, checkpoint.write_tensors
+
+    def late(path: Path, tensors: Any) -> Any:
+        if path.parent.name == ".step-00000020.partial":
+            assert turning.wait(100)
+            time.sleep(0.2)  # longer than a look for the newest checkpoint takes
+        return write(path, tensors)
+
+    def turned(self: Job, *arguments: Any) -> bool:
+        stages.append(self.saver.stage)
+        turning.set()
+        return turn_back(self, *arguments)
+
+    put(checkpoint, "write_tensors", late)
+    put(Job, "_turn_back", turned)
+    return stages
 
 
 def replay(run: Path, again: Path) -> None:
@@ -235,11 +257,21 @@ def test_and_is_the_run_that_never_saw_it(astray, tmp_path):
     assert state_hashes(tmp_path / "again") == state_hashes(astray)
 
 
+def test_a_save_that_is_under_way_is_what_a_turn_goes_back_to(astray, shards, tmp_path, monkeypatch):
+    """As where it was done before the loss went astray."""
+    monkeypatch.setattr("nextword.pretraining.next_word", poisoned(shards, ASTRAY))
+    stages = hold(monkeypatch.setattr)
+    pretrain(tmp_path / "run", shards)
+    assert stages == [1], "it is written when the run turns back"
+    assert [made.back for made in read_detours(tmp_path / "run" / "detours.jsonl").made] == [20]
+    assert state_hashes(tmp_path / "run") == state_hashes(astray)
+
+
 PROGRAM = """
 import os, signal, sys
 from pathlib import Path
 import nextword.pretraining, nextword.runs, nextword.job
-from test_detours import ASTRAY, poisoned, pretrain
+from test_detours import ASTRAY, hold, poisoned, pretrain
 
 run, shards, moment = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 nextword.pretraining.next_word = poisoned(shards, ASTRAY)
@@ -258,6 +290,8 @@ def counting(function):
         return function(self, record)
     return until_now
 
+if moment == "saving":
+    hold(setattr)
 nextword.runs.RunFolder.cut_back = dying(nextword.runs.RunFolder.cut_back)
 nextword.runs.RunFolder.append = counting(nextword.runs.RunFolder.append)
 pretrain(run, shards)
@@ -409,10 +443,12 @@ def test_the_clock_goes_on_after_a_turn_and_keeps_to_its_budget(tmp_path):
 # ---------------------------------------------------------------- two processes
 
 
-def test_two_processes_turn_back_together(astray, shards, tmp_path):
-    """The weights are shared by then; the same batches are left out as by one, and the model is the same within rounding."""
+@pytest.mark.parametrize("moment", ["never", "saving"])
+def test_two_processes_turn_back_together(astray, shards, tmp_path, moment):
+    """The weights are shared by then; the same batches are left out as by one, and the model is the same within rounding.
+    Also where neither has written its part of the checkpoint yet."""
     run = tmp_path / "run"
-    process = start(tmp_path / "program.py", run, shards, "never", world=2)
+    process = start(tmp_path / "program.py", run, shards, moment, world=2)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     ours, theirs = (read_detours(r / "detours.jsonl").made for r in (run, astray))

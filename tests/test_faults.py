@@ -11,12 +11,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 import nextword as package
 from conftest import Run, command
@@ -135,17 +137,22 @@ class Fails:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, run: Path, n: int, number: int):
         self.run, self.n, self.number, self.count = str(run), n, number, 0
-        for module, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (os, "mkdir")):
-            monkeypatch.setattr(module, name, self.guarded(getattr(module, name)))
-        monkeypatch.setattr(checkpoint, "save_file", self.guarded(checkpoint.save_file))
-        monkeypatch.setattr("nextword.model.stock.save_file", self.guarded(checkpoint.save_file))
+        self.counting = threading.Lock()  # checkpoints are written by a thread
+        for owner, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (os, "mkdir"), (Path, "open")):
+            monkeypatch.setattr(owner, name, self.guarded(getattr(owner, name)))
+        monkeypatch.setattr("nextword.model.stock.save_file", self.guarded(save_file))
 
     def guarded(self, call: Any) -> Any:
+        opens = call is Path.open
+
         def instead(*arguments: Any, **named: Any) -> Any:
             of = str(Path(f"/proc/self/fd/{arguments[0]}").readlink() if isinstance(arguments[0], int) else arguments)
-            self.count += self.run in of
-            if self.run in of and self.count == self.n:
-                raise OSError(self.number, os.strerror(self.number))
+            if self.run in of and (not opens or "wb" in arguments):
+                with self.counting:
+                    self.count += 1
+                    fails = self.count == self.n
+                if fails:
+                    raise OSError(self.number, os.strerror(self.number))
             return call(*arguments, **named)
 
         return instead

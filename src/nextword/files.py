@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,16 +146,23 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def seal(directory: Path, facts: dict[str, Any]) -> None:
-    """Write the manifest of a finished directory: `facts`, and the size and SHA-256 of every file in it."""
+def seal(directory: Path, facts: dict[str, Any], known: Mapping[str, dict[str, Any]] | None = None) -> None:
+    """Write the manifest of a finished directory: `facts`, and the size and SHA-256 of every file in it.
+
+    Args:
+        known: by name, size and SHA-256 of files that were hashed while they were written, and are on the disk already.
+    """
+    known = known or {}
+    paths = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
     files = {
-        str(path.relative_to(directory).as_posix()): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        name: known.get(name) or {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for name, path in paths.items()
+        if path.name != MANIFEST
     }
     with writing(directory):
         for name in files:
-            flush_to_disk(directory / name)
+            if name not in known:
+                flush_to_disk(directory / name)
     sealed = {**facts, "files": files}
     write_durably(directory / MANIFEST, to_json({**sealed, "sha256": own_hash(sealed)}))
 

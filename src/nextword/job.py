@@ -30,6 +30,7 @@ from nextword.runs import (
     versions,
 )
 from nextword.training import checkpoint, fused
+from nextword.training.checkpoint import Saver
 from nextword.training.distributed import ALONE, World, fill, whole
 from nextword.training.objectives import Objective, Step
 from nextword.training.optimizer import Optimizer
@@ -48,7 +49,6 @@ from nextword.training.train import (
 )
 
 SAMPLED = (1, 2, 4, 8, 12, 16, 20)  # of twenty evaluations, those after which the model writes something
-SAVE_SECONDS = 60.0  # between checkpoints, and never more than a thirtieth of the time goes into them
 REPORT = "nextword.evaluation.report"
 FINISHING_SECONDS = 2.5  # the report, the card and the last files
 
@@ -95,6 +95,7 @@ class Job(ABC):
     facts: dict[str, Any]
     batch_tokens: int  # of a step, about
     course: Course
+    saver: Saver
     sound: tuple[int, int, Best, bool]  # step, tokens, best and stopped after the last step whose loss was a number
 
     def __init__(self, run: RunFolder, console: Console, device: torch.device, started: float):
@@ -242,18 +243,23 @@ class Job(ABC):
         if self.world.leads:
             self.checkpoint = checkpoint.newest_whole(self.run.path, self.console.warn, self.strict)
         if self.checkpoint is not None:
-            self._stand_at(self.checkpoint)
+            if self.world.size == 1:  # several share the weights first, and then each reads its rows (see `spread`)
+                self._take_weights(self.checkpoint)
+            self._take_facts(self.checkpoint)
         self.spent = self.run.cut_back(self.state.step)
         if self.world.leads:
             self.seconds_per_step = self.measured_seconds(self.step_module)
         self.console.say(f"going on from step {self.state.step:,}, {duration(self.spent)} in")
 
-    def _stand_at(self, path: Path) -> None:
-        """Take the weights, the optimizer's state and the rest from a checkpoint; the weights may be shared by now."""
-        weights, optimizer, facts = checkpoint.load(path, self.device)
+    def _take_weights(self, path: Path) -> None:
+        """Take the weights and the optimizer's state from a checkpoint; where they are shared by now, one's own rows."""
+        weights, optimizer = checkpoint.load(path, dict(self.state.model.named_parameters()))
         fill(self.state.model, weights)
         self.state.optimizer.load_state_tensors(optimizer)
-        saved = facts["state"]
+
+    def _take_facts(self, path: Path) -> None:
+        """Take from a checkpoint what it says beside its tensors."""
+        saved = checkpoint.facts_of(path)
         self.state.step, self.state.tokens, self.state.bad = saved["step"], saved["tokens"], saved["bad"]
         self.state.detours = saved.get("detours", 0)
         self.best, self.stopped = Best(**saved["best"]), saved["stopped"]
@@ -264,13 +270,13 @@ class Job(ABC):
         return fixed["threads"] if fixed["world_size"] == self.world.size else torch.get_num_threads()
 
     def spread(self) -> None:
-        """Share weights, gradients and the optimizer's state among the processes of the run, as they now stand."""
+        """Share weights, gradients and the optimizer's state among the processes of the run, where it stands."""
         if self.world.size == 1:
             return
-        state = self.state.optimizer.state_tensors()
         self.world.share(self.plain_step, self.training.parallel, self.settings.bf16)
         self.state.optimizer = self.make_optimizer(self.state.model)
-        self.state.optimizer.load_state_tensors(state)
+        if self.checkpoint is not None:
+            self._take_weights(self.checkpoint)
 
     def whole_model(self) -> GPT:
         """The model with all of its weights, in every process; they must all ask for it after the same steps."""
@@ -314,9 +320,8 @@ class Job(ABC):
         pace = self.make_pace()
         shared = self.world.size > 1 and self.budget is not None
         clock = SharedClock(self.world, self.clock) if shared else self.clock
-        saved_at, save_seconds, waiting = time.monotonic(), 0.0, False
         before, tokens_before = time.monotonic(), self.state.tokens
-        with catching_signals() as caught:
+        with catching_signals() as caught, Saver(self.run.path, self.world, self.training.save_every) as self.saver:
             if self.stopped:
                 return
             loop = steps(
@@ -328,25 +333,20 @@ class Job(ABC):
                 self._record(metrics, rate)
                 self._look_when_due(metrics, pace)
                 last = metrics.progress >= 1 or self.stopped
-                due = waiting or (
-                    metrics.step % self.training.save_every == 0
-                    if self.training.save_every
-                    else time.monotonic() - saved_at > max(SAVE_SECONDS, 30 * save_seconds)
-                )
-                watch = self.course.watch
-                due, signal, spike, doubt = map(int, self.world.most(
-                    [due and self.world.leads, caught[0] if caught else 0, watch.spikes, watch.doubts or self.state.bad > 0]
-                ))  # fmt: skip
+                watch, saver = self.course.watch, self.saver
+                due, signal, spike, doubt, stage = map(int, self.world.most([
+                    saver.is_due(metrics.step), caught[0] if caught else 0, watch.spikes, watch.doubts or self.state.bad > 0,
+                    saver.stage,
+                ]))  # fmt: skip
+                saver.go_on(stage)
                 astray = spike or self.state.bad >= BAD_STEPS_IN_A_ROW
                 if astray and self._turn_back(pace, bool(spike)):
-                    waiting = False
                     before, tokens_before = time.monotonic(), self.state.tokens
                     continue
-                waiting = bool(due and doubt)  # what is in doubt is not saved
-                if (due or last or signal) and not doubt:
-                    begin = time.monotonic()
+                if (due or last or signal) and not doubt:  # what is in doubt is not saved
                     self._save()
-                    saved_at, save_seconds = time.monotonic(), time.monotonic() - begin
+                if last or signal:
+                    saver.wait()
                 if signal and not last:
                     kept = "its loss is in doubt, so that the last checkpoint stands" if doubt else "and saved"
                     raise Interrupted(
@@ -361,6 +361,7 @@ class Job(ABC):
     def _turn_back(self, pace: Pace, spike: bool) -> bool:
         """Undo the steps that went astray, and go past their batches from where the run stands then; False where it
         cannot be. Raises `Diverged` as `Course.turn`."""
+        self.saver.wait()  # what is under way may be what to go back to
         turn = self.course.turn(self.state, spike, self.sound[0], self.best.step, self.seconds())
         if turn is None:
             return False
@@ -369,7 +370,8 @@ class Job(ABC):
             self.state.step, self.state.tokens, self.best, self.stopped = self.sound
             self.state.bad = 0
         else:
-            self._stand_at(path)
+            self._take_weights(path)
+            self._take_facts(path)
         self.mirror = None
         self._take_up_detours()
         pace.cut_back(step)
@@ -467,10 +469,8 @@ class Job(ABC):
     def _save(self) -> None:
         state = self.state
         facts = {**state.facts(), "best": asdict(self.best), "stopped": self.stopped}
-        weights = {name: whole(p.detach()) for name, p in state.model.named_parameters() if p.requires_grad}
-        optimizer = state.optimizer.state_tensors()
-        if self.world.leads:
-            checkpoint.save(self.run.path, state.step, weights, optimizer, facts)
+        weights = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
+        self.saver.begin(state.step, weights, state.optimizer.state_tensors(), facts)
 
     # ------------------------------------------------------------ finish
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from nextword.base import form_of, model_path
 from nextword.console import Console
@@ -19,7 +18,7 @@ from nextword.inference.quantize import KINDS, Precision
 from nextword.inference.reading import Reader, reader_of, rounded
 from nextword.inference.sampling import Sampling
 from nextword.model.gpt import GPT
-from nextword.model.stock import load_model
+from nextword.model.stock import load_model, read_parts
 from nextword.prediction import Predictor
 from nextword.runs import choose_device
 from nextword.tasks.data import example_of
@@ -150,7 +149,7 @@ def load(path: str | Path, device: str = "auto", precision: Precision = "float32
     if precision not in KINDS:
         raise UsageError(f"there is no precision {precision!r}, only {', '.join(KINDS)}")
     path = Path(path)
-    if (path / "weights.safetensors").is_file() and path.parent.name == "checkpoints":
+    if path.parent.name == "checkpoints" and any(path.glob("weights*.safetensors")):
         return _checkpoint(path, choose_device(device), precision)
     return Model(model_path(path), choose_device(device), precision)
 
@@ -159,7 +158,7 @@ def _checkpoint(path: Path, device: torch.device, precision: Precision) -> Model
     """The model of a run as it was at a checkpoint."""
     check_seal(path)
     model = Model(model_path(path.resolve().parents[1]), device, precision)
-    weights, own = load_file(path / "weights.safetensors", device=str(device)), model.gpt.state_dict()
+    weights, own = read_parts(path, "weights", device), model.gpt.state_dict()
     if {name: tensor.shape for name, tensor in weights.items()} != {name: own[name].shape for name in own}:
         raise NextwordError(f"{path}: not a whole model's weights (a LoRA's checkpoint is none); name the run folder")
     model.gpt.load_state_dict(weights)

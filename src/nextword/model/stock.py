@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nextword.errors import CorruptFile, NextwordError
@@ -251,6 +251,16 @@ def find_weights(directory: Path) -> dict[str, Path]:
         except (SafetensorError, OSError, struct.error, json.JSONDecodeError) as error:
             raise CorruptFile(f"{directory / name}: not a safetensors file ({error})") from error
     return found
+
+
+def read_parts(directory: Path, kind: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a checkpoint's "weights" or "optimizer": of one file, or put together from the parts of several processes,
+    the rows of a tensor being in the order of the files' names."""
+    rows: dict[str, list[Tensor]] = {}
+    for file in sorted(directory.glob(f"{kind}*.safetensors")):
+        for name, tensor in load_file(file, device=str(device)).items():
+            rows.setdefault(name, []).append(tensor)
+    return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in rows.items()}
 
 
 def read_weights(

@@ -39,7 +39,11 @@ class World:
         size: how many there are.
         local_size: how many of them are on this machine.
         again: whether torchrun started them anew after one had failed.
+        part, parts: which part of every weight this process keeps, from 0, of how many; the whole, where it is the only one.
+        copy: which of several equal copies of that part, from 0, where the weights are shared within each machine only.
     """
+
+    part, parts, copy = 0, 1, 0
 
     def __init__(self, rank: int = 0, size: int = 1, local_size: int = 1, again: bool = False):
         self.rank, self.size, self.local_size, self.again = rank, size, local_size, again
@@ -106,6 +110,8 @@ class World:
         if parallel == "hybrid":
             shape, names = (self.size // self.local_size, self.local_size), ("copies", "parts")
         mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+        *copies, self.part = mesh.get_coordinate() or [0]
+        self.parts, self.copy = shape[-1], copies[0] if copies else 0
         if parallel != "data":
             policy = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -147,22 +153,17 @@ def part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def as_shared(tensor: Tensor, pattern: Tensor) -> Tensor:
-    """A whole tensor, which every process has, shared as the pattern of the same shape is."""
-    if not hasattr(pattern, "placements") or tensor.shape != pattern.shape:
-        return tensor
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(pattern, DTensor)
-    return distribute_tensor(tensor, pattern.device_mesh, pattern.placements, src_data_rank=None)
+def rows_before(rows: int, process: int, size: int) -> int:
+    """How many of a tensor's rows lie with the processes before this one, as `fully_shard` (torch.chunk) deals them out."""
+    return min(rows, process * -(-rows // size))
 
 
 @torch.no_grad()
 def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put whole weights in the place of those that are trained, of which a process may hold its part alone."""
+    """Put weights, shared as the model's own are, in the place of those that are trained."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part(parameter).copy_(part(as_shared(weights[name].to(parameter.device), parameter)))
+            part(parameter).copy_(part(weights[name]))
 
 
 def accumulating(step: nn.Module, more: bool) -> None:
@@ -190,8 +191,7 @@ def at_owners(shared: Sequence[Tensor], parts: Sequence[Tensor], change: Any) ->
     own = theirs[rank]
 
     def rows_of(i: int, process: int) -> int:
-        each = -(-shapes[i][0] // size)  # as torch.chunk has it
-        return max(0, min(shapes[i][0] - process * each, each))
+        return rows_before(shapes[i][0], process + 1, size) - rows_before(shapes[i][0], process, size)
 
     def exchanged(pieces: list[list[Tensor]], counts: list[int]) -> list[Tensor]:
         """Send a list of tensors to each process; what each has sent, as one row of numbers."""

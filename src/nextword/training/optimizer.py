@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nextword.training.distributed import as_shared, at_owners, part, whole
+from nextword.training.distributed import at_owners, part
 
 Schedule = Literal["cosine", "wsd", "linear", "constant"]
 
@@ -150,18 +150,19 @@ class Optimizer:
             self.muon.step(self.matrix_lr * factor)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything a resume needs, by name: AdamW's step count and two averages, Muon's momentum; each as a whole."""
+        """Everything a resume needs, by name: AdamW's step count and two averages, Muon's momentum; shared as weights are."""
         tensors = {
-            f"adamw.{key}.{self.names[p]}": whole(value)
+            f"adamw.{key}.{self.names[p]}": value
             for p, state in self.adamw.state.items()
             for key, value in state.items()
         }
         if self.muon is not None:
             for p, buffer in zip(self.muon.parameters, self.muon.buffers, strict=True):
-                tensors[f"muon.momentum.{self.names[p]}"] = whole(buffer)
+                tensors[f"muon.momentum.{self.names[p]}"] = buffer
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take up what `state_tensors` gave, each tensor whole or shared as its weight now is."""
         by_name = {name: p for p, name in self.names.items()}
         momentum = {}
         for key, value in tensors.items():
@@ -169,8 +170,8 @@ class Optimizer:
             parameter = by_name[name]
             if kind == "adamw":
                 # The count of steps stays a scalar tensor where the fused kernel wants it: with its parameter.
-                self.adamw.state[parameter][what] = as_shared(value.to(parameter.device), parameter)
+                self.adamw.state[parameter][what] = value.to(parameter.device)
             else:
-                momentum[parameter] = as_shared(value.to(parameter.device), parameter)
+                momentum[parameter] = value.to(parameter.device)
         if self.muon is not None and momentum:
             self.muon.buffers = [momentum[p] for p in self.muon.parameters]

@@ -1,0 +1,353 @@
+"""Checkpoints beside the steps: what is saved is the state at its step, `latest` names only what is on the disk, the parts of
+several processes are the whole, and what goes wrong in the thread is heard. Real files, real kills, real processes."""
+
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import nextword as package
+from nextword import files
+from nextword.errors import CorruptFile, DiskFull, NextwordError
+from nextword.model.config import build_config
+from nextword.model.gpt import GPT
+from nextword.model.stock import read_parts
+from nextword.training import checkpoint
+from nextword.training.checkpoint import Saver, checkpoints, newest_whole, write_tensors
+from nextword.training.distributed import LOST, joined, rows_before, whole
+from nextword.training.objectives import Step, next_word
+from nextword.training.optimizer import Optimizer
+from test_pretraining import SETTINGS, state_hashes
+
+SIZES: dict[str, Any] = {"n_layers": 1, "n_heads": 2, "d_model": 16, "context_length": 8, "vocab_size": 35}
+
+
+def state(value: float) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    return {"a": torch.full((50, 8), value), "b": torch.full((3,), value)}, {"adamw.step.a": torch.tensor(value)}
+
+
+def saved(run: Path, step: int) -> Path:
+    with Saver(run) as saver:
+        saver.begin(step, *state(float(step)), {"step": step})
+        saver.wait()
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def sha256s(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+
+
+# ---------------------------------------------------------------- files
+
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int64])
+
+
+@given(st.dictionaries(st.text(min_size=1), st.tuples(st.lists(st.integers(1, 4), max_size=3), DTYPES), max_size=4))
+def test_what_is_written_is_read_by_safetensors_and_its_hash_is_the_files(tmp_path_factory, shapes):
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    shapes.pop("__metadata__", None)
+    tensors = {name: torch.randn(shape).to(dtype) for name, (shape, dtype) in shapes.items()}
+    known, _ = write_tensors(path, {name: (0, tensor) for name, tensor in tensors.items()})
+    assert known == {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+
+
+@given(st.integers(1, 20), st.integers(1, 6))
+def test_parts_of_rows_are_the_whole(tmp_path_factory, rows, size):
+    folder = tmp_path_factory.mktemp("parts")
+    tensor = torch.randn(rows, 2)
+    for part in range(size):
+        first, end = rows_before(rows, part, size), rows_before(rows, part + 1, size)
+        assert torch.equal(tensor[first:end], (*tensor.chunk(size), *[tensor[:0]] * size)[part])
+        own = {"w": (first, tensor[first:end])} if first < end else {}
+        if part == 0:
+            own["count"] = 0, torch.tensor(3.0)
+        write_tensors(folder / f"weights-{part + 1:05d}-of-{size:05d}.safetensors", own)
+    found = read_parts(folder, "weights")
+    assert torch.equal(found["w"], tensor)
+    assert found["count"] == 3
+    shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------- beside the steps
+
+
+def test_the_steps_that_follow_do_not_change_what_is_saved(tmp_path, monkeypatch):
+    """The thread is held until the weights have changed."""
+    expected = sha256s(saved(tmp_path / "before", 7))
+    changed = threading.Event()
+
+    def late(path: Path, tensors: Any) -> Any:
+        assert changed.wait(60)
+        return write_tensors(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", late)
+    weights, optimizer = state(7.0)
+    with Saver(tmp_path / "beside") as saver:
+        saver.begin(7, weights, optimizer, {"step": 7})
+        assert saver.stage == 1, "the steps go on while it is written"
+        for tensor in (*weights.values(), *optimizer.values()):
+            tensor.zero_()
+        changed.set()
+        saver.wait()
+        assert saver.stage == 0
+    assert sha256s(tmp_path / "beside" / "checkpoints" / "step-00000007") == expected
+
+
+def test_latest_moves_only_after_all_is_durable_and_the_old_goes_last(tmp_path, monkeypatch):
+    for step in (1, 2):
+        saved(tmp_path, step)
+    happened = []
+
+    def noted(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def call(path: Path, *arguments: Any, **more: Any) -> Any:
+            latest = (tmp_path / "checkpoints" / "latest").read_text().strip()
+            happened.append((name, Path(path).name, latest))
+            return real(path, *arguments, **more)
+
+        monkeypatch.setattr(owner, name, call)
+
+    noted(checkpoint, "write_tensors")
+    noted(checkpoint, "seal")
+    noted(Path, "rename")
+    noted(checkpoint, "flush_to_disk")
+    noted(checkpoint, "write_durably")
+    noted(shutil, "rmtree")
+    saved(tmp_path, 3)
+    old, new = "step-00000002", "step-00000003"
+    aside = f".{new}.partial"
+    assert happened == [
+        ("write_tensors", "weights.safetensors", old), ("flush_to_disk", "weights.safetensors", old),
+        ("write_tensors", "optimizer.safetensors", old), ("flush_to_disk", "optimizer.safetensors", old),
+        ("seal", aside, old), ("rmtree", new, old), ("rename", aside, old), ("flush_to_disk", "checkpoints", old),
+        ("write_durably", "latest", old), ("rmtree", "step-00000001", new),
+    ]  # fmt: skip
+    assert [path.name for path in checkpoints(tmp_path)] == [old, new], "two are kept"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="this system has no SIGKILL")
+def test_a_kill_inside_a_save_beside_the_steps_leaves_the_last_one_whole(tmp_path):
+    code = (
+        "import sys, time, pathlib; from test_checkpoints import *\n"
+        "saved(pathlib.Path(sys.argv[1]), 1)\n"
+        "def half(path, tensors):\n"
+        "    write_tensors(path, tensors); os.truncate(path, 300); print('inside', flush=True); time.sleep(100)\n"
+        "checkpoint.write_tensors = half\n"
+        "saved(pathlib.Path(sys.argv[1]), 2)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    program = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"inside\n"
+        process.kill()
+    folder = tmp_path / "checkpoints"
+    assert (folder / ".step-00000002.partial" / "weights.safetensors").stat().st_size == 300
+    assert (folder / "latest").read_text() == "step-00000001\n"
+    assert newest_whole(tmp_path) == folder / "step-00000001"
+    (folder / ".step-00000002.partial" / "weights-00002-of-00002.safetensors").write_bytes(b"of another world")
+    (folder / ".step-00000003.partial").mkdir()
+    again = saved(tmp_path, 2)
+    assert newest_whole(tmp_path) == again
+    assert {path.name for path in again.iterdir()} == {"weights.safetensors", "optimizer.safetensors", files.MANIFEST}
+    assert not list(folder.glob(".*")), "what the killed one left is gone"
+
+
+def test_a_full_disk_in_the_thread_ends_the_run_with_its_code_and_the_resume_is_exact(shards, tmp_path, monkeypatch):
+    settings = {**SETTINGS, "training": {**SETTINGS["training"], "save_every": 5, "evaluations": 1}}
+    package.pretrain(shards, tmp_path / "whole", steps=20, **settings)
+
+    def full(path: Path, tensors: Any) -> Any:
+        if path.parent.name != ".step-00000005.partial":
+            with files.writing(path):
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return write_tensors(path, tensors)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write_tensors", full)
+        with pytest.raises(DiskFull, match=r"step-00000010.*the disk is full") as error:
+            package.pretrain(shards, tmp_path / "run", steps=20, **settings)
+    assert error.value.exit_code == 4
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-00000005"]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) <= 15, "heard before the next save"
+    package.pretrain(out=tmp_path / "run", resume=True)
+    assert state_hashes(tmp_path / "run") == state_hashes(tmp_path / "whole")
+
+
+def test_what_another_process_could_not_write_ends_this_one_with_the_same_code(tmp_path):
+    with Saver(tmp_path) as saver, pytest.raises(NextwordError, match="another process could not write") as error:
+        saver.go_on(1 + DiskFull.exit_code)
+    assert error.value.exit_code == DiskFull.exit_code
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def model_and_optimizer(seed: int) -> tuple[Step, Optimizer]:
+    torch.manual_seed(seed)
+    model = GPT(build_config("gpt2", **SIZES))
+    return Step(model, next_word), Optimizer(model, kind="muon", lr=0.01)
+
+
+def wholes(step: Step, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    tensors = {**dict(step.model.named_parameters()), **optimizer.state_tensors()}
+    return {name: whole(tensor.detach()).clone() for name, tensor in tensors.items()}
+
+
+def take(path: Path, step: Step, optimizer: Optimizer) -> None:
+    weights, moments = checkpoint.load(path, dict(step.model.named_parameters()))
+    step.model.load_state_dict(weights)
+    optimizer.load_state_tensors(moments)
+
+
+def two_one_two(folder: Path, parallel: Any) -> None:
+    """What each of two processes does: save in two, put together in one, save in one, and share that again."""
+    with joined() as world:
+        step, _ = model_and_optimizer(0)
+        world.share(step, parallel, bf16=False)
+        optimizer = Optimizer(step.model, kind="muon", lr=0.01)
+        for p in step.model.parameters():
+            p.grad = p.detach() * 0.5 + 0.1
+        optimizer.step(1.0)
+        before = wholes(step, optimizer)
+        with Saver(folder / "two", world) as saver:
+            saver.begin(1, dict(step.model.named_parameters()), optimizer.state_tensors(), {"step": 1})
+            saver.wait()
+        two, one = (folder / name / "checkpoints" / "step-00000001" for name in ("two", "one"))
+        if world.leads:
+            alone, moments = model_and_optimizer(1)
+            take(two, alone, moments)
+            after = wholes(alone, moments)
+            assert after.keys() == before.keys()
+            assert all(torch.equal(after[name], before[name]) for name in before)
+            with Saver(folder / "one") as saver:
+                saver.begin(1, dict(alone.model.named_parameters()), moments.state_tensors(), {"step": 1})
+                saver.wait()
+        world.most([0])
+        for path in (one, two):
+            with torch.no_grad():
+                for p in step.model.parameters():
+                    p.zero_()
+            optimizer = Optimizer(step.model, kind="muon", lr=0.01)
+            take(path, step, optimizer)
+            after = wholes(step, optimizer)
+            assert all(torch.equal(after[name], before[name]) for name in before), path
+            assert after.keys() == before.keys()
+
+
+def killed_inside(folder: Path, parallel: Any) -> None:
+    """What each of two processes does, of which the second is killed as it writes its part."""
+    with joined() as world:
+        step, _ = model_and_optimizer(0)
+        world.share(step, parallel, bf16=False)
+        optimizer = Optimizer(step.model, kind="muon", lr=0.01)
+        with Saver(folder, world) as saver:
+            saver.begin(1, dict(step.model.named_parameters()), optimizer.state_tensors(), {"step": 1})
+            saver.wait()
+            if not world.leads:
+                checkpoint.write_tensors = half_and_killed
+            saver.begin(2, dict(step.model.named_parameters()), optimizer.state_tensors(), {"step": 2})
+            saver.wait()
+
+
+def half_and_killed(path: Path, tensors: Any) -> Any:
+    write_tensors(path, tensors)
+    os.truncate(path, 300)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_two(
+    folder: Path, parallel: str, local: int, what: Any = two_one_two, codes: tuple[int, int] = (0, 0)
+) -> list[str]:
+    """Two processes that do the same; what they say on their way out."""
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        port = opened.getsockname()[1]
+    code = (
+        f"import sys, pathlib; from test_checkpoints import *; {what.__name__}(pathlib.Path(sys.argv[1]), sys.argv[2])"
+    )
+    environment = {
+        **os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": str(local), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }  # fmt: skip
+    program = [sys.executable, "-W", "error::UserWarning:nextword", "-c", code, str(folder), parallel]
+    processes = [
+        subprocess.Popen(program, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=240)[1] for process in processes]
+    assert tuple(process.returncode for process in processes) == codes, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shared")
+    in_two(folder, "data", 2)
+    return folder
+
+
+def test_each_process_writes_its_rows_and_they_open_in_one_process_and_in_two(shared):
+    last = newest_whole(shared / "two")
+    assert last is not None
+    names = {f"{kind}-0000{part}-of-00002.safetensors" for kind in ("weights", "optimizer") for part in (1, 2)}
+    assert {path.name for path in last.iterdir()} == {*names, files.MANIFEST}
+    first, second = (load_file(last / f"weights-0000{part}-of-00002.safetensors") for part in (1, 2))
+    embedding = "token_embedding.weight"
+    assert (len(first[embedding]), len(second[embedding])) == (18, 17), "nobody wrote more than their rows"
+
+
+def test_a_copy_in_each_machine_is_written_once(tmp_path):
+    in_two(tmp_path, "hybrid", 1)
+    two, one = (tmp_path / name / "checkpoints" / "step-00000001" for name in ("two", "one"))
+    assert sha256s(two) == sha256s(one), "the same files as of one process"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="this system has no SIGKILL")
+def test_a_process_that_is_killed_as_it_writes_its_part_leaves_the_last_checkpoint_whole(tmp_path):
+    said = in_two(tmp_path, "data", 2, killed_inside, (1, -signal.SIGKILL))
+    assert LOST in said[0]
+    folder = tmp_path / "checkpoints"
+    sizes = {
+        path.name: path.stat().st_size for path in (folder / ".step-00000002.partial").glob("weights-*.safetensors")
+    }
+    assert sizes.keys() == {f"weights-0000{part}-of-00002.safetensors" for part in (1, 2)}
+    assert sizes["weights-00002-of-00002.safetensors"] == 300
+    assert (folder / "latest").read_text() == "step-00000001\n"
+    assert newest_whole(tmp_path) == folder / "step-00000001"
+
+
+def test_a_damaged_part_is_named(shared, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(shared / "two", run)
+    part = run / "checkpoints" / "step-00000001" / "optimizer-00002-of-00002.safetensors"
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(bytes(data))
+    with pytest.raises(CorruptFile, match=r"optimizer-00002-of-00002\.safetensors: the content does not match"):
+        newest_whole(run)
+    with pytest.raises(CorruptFile, match=r"optimizer-00002-of-00002\.safetensors: the content does not match"):
+        package.verify(run)
+    part.unlink()
+    with pytest.raises(CorruptFile, match=r"optimizer-00002-of-00002\.safetensors: missing"):
+        newest_whole(run)
