@@ -53,7 +53,7 @@ def main() -> None:
     )
     for size in SIZES:
         pairs = cell(f"scaling-{size}", lambda size=size: measure(size))
-        one, two = zip(*pairs, strict=True)
+        one, two = ([pair[i] for pair in pairs] for i in range(2))
         print(f"| {size} | {spread(one)} | {spread(two)} | {spread([a / b for a, b in pairs], 2)} |")
 
 

@@ -69,12 +69,13 @@ def kind_of(example: Any) -> str:
 
 def test_a_planted_passage_and_a_planted_address_are_found_and_named(runs, index):
     own, longest, extracted, given = audit_memory(load(runs["planted"], "cpu"), index, texts=48, prefixes=24)
-    assert own.low > 0 and own.notable and own.reference is not None and own.reference < own.low
+    assert own.low is not None and own.low > 0 and own.notable
+    assert own.reference is not None and own.reference < own.low
     planted = {"herons": 2 * PASSAGE_TEXT, "letter": shown(2 * LETTER, 1000)}
     for one in own.examples:
         assert " ".join(one["passage"].split()[1:9]) in " ".join(planted[kind_of(one)].split())
     assert longest.value >= PASSAGE and longest.notable
-    assert extracted.low > 0 and extracted.notable
+    assert extracted.low is not None and extracted.low > 0 and extracted.notable
     assert "herons" in {kind_of(one) for one in extracted.examples} <= {*planted}
     assert given.value > 0 and given.notable
     assert given.examples[0] == {"document": "letter.md", "kind": "mail addresses", "masked": "s…@e….org"}

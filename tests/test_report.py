@@ -423,7 +423,8 @@ def test_a_refresh_leaves_what_a_person_has_changed(tmp_path: Path) -> None:
     run, said = make(tmp_path / "run", lines=records()), []
     refresh(run, said.append)
     assert not (run / "report.html").exists() and not (run / "README.md").exists() and not said
-    write_report(run), write_card(run)
+    write_report(run)
+    write_card(run)
     audited(run, FINDINGS)
     refresh(run, said.append)
     assert "Passages by heart" in (run / "report.html").read_text(encoding="utf-8")

@@ -62,9 +62,9 @@ def explained_in_words(found: dict[str, Any]) -> str:
 
 
 def answer_in_words(answer: dict[str, Any]) -> str:
-    chances = answer.get("probabilities")
     if "score" in answer:
         return f"{answer['score']:.3f}"
+    chances = answer["probabilities"]
     if "labels" in answer:
         return ", ".join(f"{label} {100 * chances[label]:.1f} %" for label in answer["labels"]) or "no label"
     said = answer.get("text", answer["label"])
