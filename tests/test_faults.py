@@ -353,3 +353,31 @@ def test_a_cut_link_ends_both_sides_and_a_restart_goes_on(shards, tmp_path):
             process.kill()
         assert "going on from step" in processes[0].communicate()[1]
         processes[1].communicate()
+
+
+# ---------------------------------------------------------------- a compiler that is broken
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the broken compiler is a shell script")
+def test_a_compiler_that_is_broken_costs_speed_alone(shards, tmp_path, nextword: Run):
+    """torch.compile fails, from the start or at a resume; the run is that of PyTorch's own operations."""
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'no such header' >&2; exit 1\n")
+    compiler.chmod(0o755)
+    environment = {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    runs = [tmp_path / "plain", tmp_path / "compiled"]
+    shape = [f"--model.{name.replace('_', '-')}={value}" for name, value in SETTINGS["model"].items()]
+    for run, wanted in zip(runs, ("no", "yes"), strict=True):
+        settings = ("--steps", "4", "--training.batch-tokens", "64", *shape, "--training.compile", wanted)
+        done = nextword("pretrain", shards, "--out", run, *settings, NEXTWORD_NATIVE="0", **environment)
+        assert done.returncode == 0, done.stderr
+        assert ("since torch.compile fails here" in done.stderr) == (wanted == "yes"), done.stderr
+        assert "Traceback" not in done.stderr
+    assert state_hashes(runs[0]) == state_hashes(runs[1])
+    facts = json.loads((runs[1] / "run.json").read_text(encoding="utf-8"))
+    assert facts["fixed"]["step_kind"] == "plain"
+    facts["fixed"]["step_kind"] = "compiled"  # as where it began with a compiler
+    (runs[1] / "run.json").write_text(json.dumps(facts), encoding="utf-8")
+    (runs[1] / "result.json").unlink()
+    done = nextword("pretrain", "--out", runs[1], "--resume", **environment)
+    assert done.returncode == 0 and "since torch.compile fails here" in done.stderr, done.stderr

@@ -44,6 +44,15 @@ def loaded(base: Path) -> Model:
     return load(base)
 
 
+@pytest.fixture(scope="module")
+def characters(loaded: Model) -> dict[str, float]:
+    """A bias by which whole characters alone are written, and no markers."""
+    tokenizer = loaded.tokenizer
+    parts = [tokenizer.decode_bytes([id]).decode(errors="replace") for id in range(tokenizer.vocab_size)]
+    markers = {tokenizer.end_of_text, tokenizer.pad}
+    return {str(id): -100 for id, part in enumerate(parts) if id in markers or "\ufffd" in part}
+
+
 @torch.inference_mode()
 def logprobs_of(model: Model, ids: list[int]) -> torch.Tensor:
     """log P of each next token [T, V], by the model itself."""
@@ -131,20 +140,15 @@ def test_the_best_are_the_likeliest_by_token(server: Process) -> None:
     assert [choice["logprobs"] for choice in best] == [None, None]
 
 
-def bytes_of(token: str) -> bytes:
-    """Of a token as the API tells it, which may be part of a character."""
-    return bytes.fromhex(token[6:].replace("\\x", "")) if token.startswith("bytes:") else token.encode()
-
-
-def test_stop_strings_end_a_text_before_them(server: Process) -> None:
-    free = server.complete("The", max_tokens=40, **FREE)["choices"][0]["text"]
+def test_stop_strings_end_a_text_before_them(server: Process, characters: dict[str, float]) -> None:
+    settings = {"max_tokens": 40, "logit_bias": characters, **FREE}
+    free = server.complete("The", **settings)["choices"][0]["text"]
     stop = free[len(free) // 2 :][:2]
     for given in (stop, ["no such text", stop]):
-        choice = server.complete("The", max_tokens=40, stop=given, logprobs=0, **FREE)["choices"][0]
+        choice = server.complete("The", stop=given, logprobs=0, **settings)["choices"][0]
         assert choice["text"] == free[: free.index(stop)]
         assert choice["finish_reason"] == "stop"
-        told = b"".join(bytes_of(token) for token in choice["logprobs"]["tokens"])
-        assert told.decode(errors="replace").startswith(choice["text"])  # and none after it
+        assert "".join(choice["logprobs"]["tokens"]).startswith(choice["text"])  # and none after it
         assert all(offset < max(1, len(choice["text"])) for offset in choice["logprobs"]["text_offset"])
 
 
@@ -181,9 +185,9 @@ def test_penalties_and_biases_take_effect(server: Process) -> None:
 # ---------------------------------------------------------------- log-probabilities
 
 
-def test_logprobs_are_the_models_own(server: Process, loaded: Model) -> None:
+def test_logprobs_are_the_models_own(server: Process, loaded: Model, characters: dict[str, float]) -> None:
     ids = loaded.tokenizer.encode("The list of")
-    made = server.complete(ids, max_tokens=6, logprobs=3, logit_bias={"0": -100}, **FREE)["choices"][0]["logprobs"]
+    made = server.complete(ids, max_tokens=6, logprobs=3, logit_bias=characters, **FREE)["choices"][0]["logprobs"]
     text = "".join(made["tokens"])
     drawn = loaded.tokenizer.ids_of([token.replace(" ", "Ġ").replace("\n", "Ċ") for token in made["tokens"]])
     expected = logprobs_of(loaded, [*ids, *drawn])[len(ids) - 1 : -1]
@@ -193,7 +197,7 @@ def test_logprobs_are_the_models_own(server: Process, loaded: Model) -> None:
         assert sorted(made["top_logprobs"][i].values(), reverse=True)[:3] == pytest.approx(top, abs=1e-4)
         assert made["top_logprobs"][i][made["tokens"][i]] == made["token_logprobs"][i]
     assert made["text_offset"] == [len("".join(made["tokens"][:i])) for i in range(6)]
-    assert text == server.complete(ids, max_tokens=6, logit_bias={"0": -100}, **FREE)["choices"][0]["text"]
+    assert text == server.complete(ids, max_tokens=6, logit_bias=characters, **FREE)["choices"][0]["text"]
 
 
 def test_echo_tells_the_prompt_and_how_likely_it_was(server: Process, loaded: Model) -> None:

@@ -106,8 +106,7 @@ class Finetuning(Job):
                 f"{self.run.path}: the examples are not those that this run began with, so going on would mix two runs. "
                 "Begin a new one with another --out"
             )
-        self.build_step(self.objective, fixed["step_kind"])
-        self.restore()
+        self.restore(self.objective)
 
     def _read(self, request: dict[str, Any]) -> GPT:
         """The data, the tokenizer and the encoder; the model as it begins, without what the task adds."""

@@ -42,6 +42,7 @@ from nextword.training.train import (
     StepSettings,
     TrainState,
     build_step_module,
+    failure_to_compile,
     fit_micro_batch,
     probe,
     steps,
@@ -50,6 +51,7 @@ from nextword.training.train import (
 
 SAMPLED = (1, 2, 4, 8, 12, 16, 20)  # of twenty evaluations, those after which the model writes something
 REPORT = "nextword.evaluation.report"
+ROUNDING = "equal within rounding, not bit for bit"
 FINISHING_SECONDS = 2.5  # the report, the card and the last files
 
 
@@ -187,10 +189,9 @@ class Job(ABC):
             compiled, why = worth_compiling(self.device, length)
             kind = "compiled" if compiled else "plain"
             self.console.say(why)
-        self.build_step(objective, kind)
         return {
             "micro_batch_rows": rows,
-            "step_kind": kind,
+            "step_kind": self.build_step(objective, kind),
             "threads": torch.get_num_threads(),
             "world_size": self.world.size,
             "device": self.device.type,
@@ -207,39 +208,37 @@ class Job(ABC):
         fitting = (self.world.size == 1 or t.parallel == "data") and not t.checkpoint_activations
         return "fused" if fitting and fused.available(self.state.model) else "plain"
 
-    def build_step(self, objective: Objective, kind: StepKind | None = None) -> None:
-        """The step of a kind; a fused one without its compiler is a plain one, which is said."""
+    def build_step(self, objective: Objective, kind: StepKind | None = None) -> StepKind:
+        """The step of a kind, or a plain one where that is not to be had here, which is said; the kind that it is."""
+        kind = kind or self.quickest_step()
         if kind == "fused" and not fused.available(self.state.model):
-            self.console.warn(
-                f"this run began with compiled parts that are not to be had here ({fused.library()[1]}): "
-                "equal within rounding, not bit for bit"
-            )
+            why = fused.library()[1]
+            self.console.warn(f"this run began with compiled parts that are not to be had here ({why}): {ROUNDING}")
             kind = "plain"
         self.plain_step, self.step_module = build_step_module(
-            self.state.model, objective, kind or self.quickest_step(), self.training.checkpoint_activations
+            self.state.model, objective, kind, self.training.checkpoint_activations
         )
+        if kind == "compiled" and (why := failure_to_compile(self.state, self.step_module, self.data, self.settings)):
+            self.console.warn(f"trained by PyTorch's own operations, since torch.compile fails here: {why}")
+            self.step_module, kind = self.plain_step, "plain"
+        return kind
 
     def common_facts(self) -> dict[str, Any]:
         return {"versions": versions(), "machine": machine(self.device)}
 
-    def restore(self) -> None:
+    def restore(self, objective: Objective) -> None:
         """Stand where the newest whole checkpoint of the run stands; at the beginning where there is none."""
         fixed = self.facts["fixed"]
         if fixed["device"] != self.device.type:
+            self.console.warn(f"this run began on {fixed['device']} and goes on on {self.device.type}: {ROUNDING}")
+        if (begun := self.facts["versions"]["torch"]) != torch.__version__:
+            self.console.warn(f"this run began with torch {begun} and goes on with {torch.__version__}: {ROUNDING}")
+        if (begun := fixed["world_size"]) != self.world.size:
             self.console.warn(
-                f"this run began on {fixed['device']} and goes on on {self.device.type}: equal within rounding, not bit for bit"
-            )
-        if self.facts["versions"]["torch"] != torch.__version__:
-            self.console.warn(
-                f"this run began with torch {self.facts['versions']['torch']} and goes on with {torch.__version__}: "
-                "equal within rounding, not bit for bit"
-            )
-        if fixed["world_size"] != self.world.size:
-            self.console.warn(
-                f"this run began in a world of {fixed['world_size']} and goes on in one of {self.world.size}: equal within "
-                "rounding, not bit for bit"
+                f"this run began in a world of {begun} and goes on in one of {self.world.size}: {ROUNDING}"
             )
         self.settings = replace(self.settings, micro_batch_rows=fixed["micro_batch_rows"])
+        self.build_step(objective, fixed["step_kind"])
         if self.world.leads:
             self.checkpoint = checkpoint.newest_whole(self.run.path, self.console.warn, self.strict)
         if self.checkpoint is not None:

@@ -95,8 +95,7 @@ class Pretraining(Job):
                 f"{self.run.path}: a step of {fixed['rows']} windows cannot be shared equally by {self.world.size} processes"
             )
         self._build(self.facts["seed"], fixed["rows"], self.threads())
-        self.build_step(next_word, fixed["step_kind"])
-        self.restore()
+        self.restore(next_word)
 
     def choose_model(self) -> Plan | None:
         """Settle what the recipe leaves open, size, batch, learning rate and dropout, by the plan that is given back."""

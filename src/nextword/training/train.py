@@ -269,6 +269,25 @@ def worth_compiling(device: torch.device, seconds: float) -> tuple[bool, str]:
     return True, "compiled: the first step takes about a minute"
 
 
+def failure_to_compile(state: TrainState, runner: nn.Module, dataset: Dataset, settings: StepSettings) -> str:
+    """Why `torch.compile` does not manage a step here (its compiler may be broken, or old), in a line; nothing where it does.
+    What it makes for one part of a batch, whose gradients are thrown away, the steps then use."""
+    from torch._dynamo.exc import TorchDynamoException  # of all that fails on the way to compiled code
+
+    batch = dataset.batch(state.step)
+    micro_batch = next(iter(batch.split(settings.micro_batch_rows)))
+    try:
+        with precision(state.model.unembedding.device, settings.bf16):
+            losses = runner(to_inputs(micro_batch, state.model, settings.seed))
+        weigh(losses, batch.counts).backward()
+    except TorchDynamoException as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return " ".join(lines[:2]) or type(error).__name__
+    finally:
+        state.model.zero_grad(set_to_none=True)
+    return ""
+
+
 def build_step_module(
     model: GPT, objective: Objective, kind: StepKind, recompute: bool = False
 ) -> tuple[Step, nn.Module]:
