@@ -1,7 +1,8 @@
 """One pre-training of a recipe under trial: `python -m benchmarks.recipe_work SHARDS JSON`; prints one JSON object.
 
-The program's own model, data order, step and measure, in a loop of its own, so that what is only tried needs no setting in the
-program: projections that begin at zero, an average of the weights, a batch that grows, an order that stays the same.
+The program's own model, dropout, data order, step and measure, in a loop of its own, so that what is only tried needs no
+setting in the program: projections that begin at zero, an average of the weights, a batch that grows, an order that stays the
+same.
 """
 
 import copy
@@ -23,7 +24,7 @@ from nextword.text.corpus import Corpus
 from nextword.training import fused
 from nextword.training.objectives import next_word
 from nextword.training.optimizer import Optimizer
-from nextword.training.plan import peak_lr
+from nextword.training.plan import dropout_for, peak_lr
 from nextword.training.train import StepSettings, TrainState, build_step_module, train_step
 
 DEFAULTS: dict[str, Any] = {
@@ -34,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "zero_projections": False, "average": 0.0, "ramp": 0.0, "same_order": False, "embedding_lr": None,
 }  # fmt: skip
 
+LOOKED_AT = 4.0  # times over the text, from which on the weights are kept that were best; before, they are the last
 HELD_OUT = 2**17  # tokens of held-out text that a run is measured on at most, the same for all on one text
 
 
@@ -57,8 +59,28 @@ def batches(data: TokenDataset, total: int, ramp: float) -> Iterator[tuple[Batch
         yield batch, min(1.0, done / total)
 
 
+class Best:
+    """The weights that were best on a part of the held-out text, looked at as often as the program does: what it keeps."""
+
+    def __init__(self, corpus: Corpus, context_length: int):
+        self.corpus, self.windows = corpus, HELD_OUT // 4 // context_length
+        self.looks, self.loss = 0, math.inf
+        self.model: GPT | None = None
+
+    def look(self, model: GPT, progress: float) -> None:
+        if math.floor(20 * progress + 1e-9) == self.looks:
+            return
+        self.looks = math.floor(20 * progress + 1e-9)
+        corpus = self.corpus
+        found = likelihood(model, corpus.tokens("validation"), corpus.validation.bytes, limit_windows=self.windows)
+        if found.loss < self.loss:
+            self.loss, self.model = found.loss, copy.deepcopy(model)
+
+
 def run(corpus: Corpus, s: dict[str, Any]) -> dict[str, Any]:
-    config = build_config(s["preset"], s["size"], vocab_size=corpus.tokenizer.vocab_size, **s["model"])
+    epochs = s["tokens"] / corpus.train.tokens
+    shape = {"dropout": dropout_for(epochs), **s["model"]}
+    config = build_config(s["preset"], s["size"], vocab_size=corpus.tokenizer.vocab_size, **shape)
     torch.manual_seed(seed_for(s["seed"], 3))
     model = GPT(config)
     if s["zero_projections"]:
@@ -82,6 +104,7 @@ def run(corpus: Corpus, s: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
     averaged = {name: p.detach().clone() for name, p in model.named_parameters()} if s["average"] else {}
     begin, losses = time.process_time(), []
+    best = Best(corpus, config.context_length) if epochs >= LOOKED_AT else None
     for batch, progress in batches(data, s["tokens"], s["ramp"]):
         metrics = train_step(state, step_module, batch, settings, progress)
         losses.append(metrics.loss)
@@ -92,7 +115,11 @@ def run(corpus: Corpus, s: dict[str, Any]) -> dict[str, Any]:
                 averaged[name].lerp_(
                     p.detach(), 1 / min(state.step, max(1.0, s["average"] * s["tokens"] / s["batch_tokens"]))
                 )
+        if best is not None:
+            best.look(model, progress)
     seconds = time.process_time() - begin  # of one thread, whatever else the machine does
+    if best is not None and best.model is not None:
+        model = best.model
     if averaged:
         model = copy.deepcopy(model)
         model.load_state_dict(averaged, strict=False)

@@ -224,7 +224,7 @@ def two_one_two(folder: Path, parallel: Any) -> None:
     """What each of two processes does: save in two, put together in one, save in one, and share that again."""
     with joined() as world:
         step, _ = model_and_optimizer(0)
-        world.share(step, parallel, bf16=False)
+        world.share(step, parallel, bf16=False, device=torch.device("cpu"))
         optimizer = Optimizer(step.model, kind="muon", lr=0.01)
         for p in step.model.parameters():
             p.grad = p.detach() * 0.5 + 0.1
@@ -259,7 +259,7 @@ def killed_inside(folder: Path, parallel: Any) -> None:
     """What each of two processes does, of which the second is killed as it writes its part."""
     with joined() as world:
         step, _ = model_and_optimizer(0)
-        world.share(step, parallel, bf16=False)
+        world.share(step, parallel, bf16=False, device=torch.device("cpu"))
         optimizer = Optimizer(step.model, kind="muon", lr=0.01)
         with Saver(folder, world) as saver:
             saver.begin(1, dict(step.model.named_parameters()), optimizer.state_tensors(), {"step": 1})
@@ -350,4 +350,13 @@ def test_a_damaged_part_is_named(shared, tmp_path):
         package.verify(run)
     part.unlink()
     with pytest.raises(CorruptFile, match=r"optimizer-00002-of-00002\.safetensors: missing"):
+        newest_whole(run)
+
+
+def test_tensors_that_nobody_sealed_are_not_read_with_the_others(shared, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(shared / "two", run)
+    stray = run / "checkpoints" / "step-00000001" / "weights-00003-of-00003.safetensors"
+    shutil.copy(stray.with_name("weights-00001-of-00002.safetensors"), stray)
+    with pytest.raises(CorruptFile, match=r"weights-00003-of-00003\.safetensors: is not of this checkpoint"):
         newest_whole(run)

@@ -137,14 +137,19 @@ def two(shards, tmp_path_factory) -> Path:
 
 
 def test_two_processes_make_the_model_that_one_makes(alone, two):
-    assert losses(two) == pytest.approx(losses(alone), abs=2e-5)
-    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (two, alone))
+    assert_alike(two, alone)
+
+
+def assert_alike(run: Path, alone: Path) -> None:
+    """Losses, looks at held-out text, the kept model and its result: within rounding the same."""
+    assert losses(run) == pytest.approx(losses(alone), abs=2e-5)
+    ours, theirs = (load_file(one / "model" / "model.safetensors") for one in (run, alone))
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
         torch.testing.assert_close(weight, theirs[name], atol=2e-4, rtol=0, msg=name)
-    looks = [[r["validation"]["loss"] for r in records(run) if "validation" in r] for run in (two, alone)]
+    looks = [[r["validation"]["loss"] for r in records(one) if "validation" in r] for one in (run, alone)]
     assert looks[0] == pytest.approx(looks[1], abs=2e-5)
-    results = [json.loads((run / "result.json").read_text()) for run in (two, alone)]
+    results = [json.loads((one / "result.json").read_text()) for one in (run, alone)]
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], abs=2e-5)
     assert results[0]["tokens"] == results[1]["tokens"]
 
@@ -166,7 +171,53 @@ def test_however_the_weights_are_shared(shards, alone, tmp_path, parallel):
         ]  # fmt: skip
     for process in processes:
         end(process)
-    assert losses(run) == pytest.approx(losses(alone), abs=2e-5)
+    assert_alike(run, alone)
+
+
+BEGINNING = """
+import resource, torch
+from nextword.model.config import build_config
+from nextword.model.gpt import GPT
+from nextword.training.distributed import fill, joined, part, whole
+from nextword.training.objectives import Step, next_word
+
+def begun(config):
+    step = Step(GPT.hollow(config), next_word)
+    world.share(step, "full", False, torch.device("cpu"))
+    torch.manual_seed(5)
+    fill(step.model, step.model.first_weights())
+    return step
+
+small = build_config("modern", d_model=64, n_layers=2, n_heads=2, vocab_size=64, context_length=64)
+config = build_config("modern", d_model=768, n_layers=8, n_heads=12, vocab_size=2048, context_length=64)
+with joined() as world:
+    begun(small)  # all that is imported on the way
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = begun(config)
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    assert grown < 0.7 * 4 * config.parameters, (grown, 4 * config.parameters)
+    found = {name: whole(p.detach()) for name, p in step.model.named_parameters()}
+    torch.manual_seed(5)
+    for name, p in GPT(config).named_parameters():
+        assert torch.equal(found[name], p), name
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count a process's memory otherwise")
+def test_no_process_begins_with_more_than_its_part(tmp_path):
+    program = tmp_path / "beginning.py"
+    program.write_text(BEGINNING)
+    command = [
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-addr",
+        "127.0.0.1",
+        "--master-port",
+        str(free_port()),
+    ]
+    done = subprocess.run([sys.executable, "-m", *command, program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="this system does not tell who is who")

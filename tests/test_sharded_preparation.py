@@ -4,6 +4,7 @@ import itertools
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -13,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import nextword as package
 from conftest import command
-from nextword.errors import NextwordError, UsageError
+from nextword.errors import MissingExtra, NextwordError, UsageError
 from nextword.files import MANIFEST, sha256
 from nextword.text import corpus as corpus_module
 from nextword.text import shards as shards_module
@@ -302,3 +304,39 @@ def test_a_file_that_changes_meanwhile_is_named(folder, tmp_path):
     with pytest.raises(NextwordError, match=r"29\.txt: changed while"):
         prepare([folder], tmp_path / "out", "1/2", progress=meddle)
     assert prepare([folder], tmp_path / "out", "1/2").documents > 20
+
+
+# ---------------------------------------------------------------- on a Ray cluster
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A real one, of this machine's processors."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'nextword[ray]'")
+    ray.init(num_cpus=3, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()
+
+
+def test_a_ray_cluster_makes_the_bytes_of_one_process(cluster, folder, tmp_path):
+    corpus_module.prepare([folder], tmp_path / "alone")
+    corpus = package.prepare(folder, tmp_path / "out", engine="ray")
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "alone")
+    assert corpus.duplicates >= 10
+    assert {path.name for path in tmp_path.iterdir() if ".parts" in path.name or ".partial" in path.name} == set()
+
+
+def test_what_a_part_ends_with_is_said_with_its_exit_code(cluster, folder, tmp_path):
+    with pytest.raises(NextwordError, match=r"a\.jsonl line 41|broken\.txt") as caught:
+        package.prepare(folder, tmp_path / "out", engine="ray", strict=True)
+    with pytest.raises(NextwordError) as alone:
+        corpus_module.prepare([folder], tmp_path / "alone", strict=True)
+    assert caught.value.exit_code == alone.value.exit_code
+
+
+def test_an_engine_is_asked_for_rightly_or_said_to_be_missing(folder, tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="exclude each other"):
+        package.prepare(folder, tmp_path / "out", engine="ray", shard="1/2")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtra, match=r"nextword\[ray\]"):
+        package.prepare(folder, tmp_path / "out", engine="ray")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from nextword.errors import CorruptFile, NextwordError
 from nextword.files import seal
+from nextword.model import stock
 from nextword.model.config import PRESETS, ModelConfig, build_config
 from nextword.model.gpt import GPT
 from nextword.model.stock import load_model, read_labels, save_model
@@ -140,6 +141,25 @@ def test_a_stock_directory_opens_here(tmp_path, name):
     back.mkdir()
     save_model(ours, back)
     torch.testing.assert_close(stock_logits(back, tokens)[0], expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3-tied"])
+def test_a_large_model_is_written_in_several_files(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(stock, "LARGEST_FILE", 20_000)
+    theirs = random_stock(name, tmp_path)
+    tokens = torch.randint(0, 61, (2, 24))
+    back = tmp_path / "back"
+    back.mkdir()
+    save_model(load_model(tmp_path), back)
+    files = sorted(path.name for path in back.glob("*.safetensors"))
+    assert len(files) > 1 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert all((back / name).stat().st_size < 30_000 for name in files), "a header, and what is no larger than said"
+    index = json.loads((back / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for f in files for t in load_file(back / f).values())
+    with torch.no_grad():
+        expected = theirs(tokens, attention_mask=torch.ones_like(tokens)).logits
+    torch.testing.assert_close(stock_logits(back, tokens)[0], expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(logits(load_model(back), tokens), expected, atol=1e-4, rtol=1e-5)
 
 
 def test_shards_bf16_and_the_bare_base_model_open(tmp_path):

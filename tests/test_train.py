@@ -68,7 +68,7 @@ def test_the_loop_is_a_plain_loop():
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=1.0, betas=(0.9, 0.95)
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=1.0, betas=(0.9, 0.99)
     )
     pace = Pace([Decision(0, 12)])
     for step, metrics in enumerate(steps(state, dataset, step_module, StepSettings(warmup=0.25), pace)):

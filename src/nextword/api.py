@@ -13,7 +13,7 @@ from nextword.auditing.audit import Asked, audit_model
 from nextword.base import Base
 from nextword.console import Console
 from nextword.continuing import Continuing
-from nextword.errors import CorruptFile, MissingExtra, NextwordError, UsageError
+from nextword.errors import MissingExtra, NextwordError, UsageError
 from nextword.evaluation.declarations import find_suites
 from nextword.explaining.explain import explain as explain_text
 from nextword.explaining.page import write_page
@@ -53,15 +53,23 @@ def prepare(
     text_column: str | None = None,
     strict: bool = False,
     shard: str | None = None,
+    engine: Literal["local", "ray"] = "local",
     console: Console | None = None,
 ) -> Corpus:
     """Turn text into shards of tokens that any number of runs can share; with `shard` ("3/64") together with other processes,
-    which are given the same and other numbers, and each of which returns when all is there."""
+    which are given the same and other numbers, and each of which returns when all is there. With the engine "ray" the processes
+    are those of a Ray cluster."""
+    settings = {"tokenizer": tokenizer, "vocab_size": vocab_size, "text_column": text_column, "strict": strict}
     with console or Console(quiet=True) as console:
+        if engine == "ray":
+            if shard is not None:
+                raise UsageError("--shard and --engine ray exclude each other: Ray gives each process its part")
+            from nextword.spreading import prepare_on_ray
+
+            return prepare_on_ray(whole_paths(corpora, begun=False), Path(out).resolve(), settings, console)
         return together.prepare(
-            as_list(corpora), Path(out), shard, tokenizer=tokenizer, vocab_size=vocab_size, text_column=text_column,
-            strict=strict, progress=console.progress, say=console.say,
-        )  # fmt: skip
+            as_list(corpora), Path(out), shard, **settings, progress=console.progress, say=console.say
+        )
 
 
 def plan(
@@ -133,6 +141,7 @@ def pretrain(
     seed: int | None = None,
     device: str = "auto",
     tensorboard: bool = False,
+    mirror: str | None = None,
     console: Console | None = None,
     started: float | None = None,
 ) -> dict[str, Any]:
@@ -141,6 +150,8 @@ def pretrain(
     `corpora` are files, folders, named corpora, or shards that `prepare` made. With `resume` a run goes on exactly where it
     stood, begins where there is none yet, and is content where it is finished; settings given then must be the run's own.
     `strict` stops at what is wrong in the text, and at a damaged newest checkpoint, where else the one before it is used.
+    `mirror` is a place beyond this machine ("s3://…") that checkpoints are copied to, and where a resume finds the run when the
+    folder is gone.
     """
     started = time.time() if started is None else started
     if not str(out):
@@ -163,7 +174,7 @@ def pretrain(
         pretraining.strict = strict
         return pretraining
 
-    return carry_out(job, Path(out), request, resume=resume, tensorboard=tensorboard, console=console)
+    return carry_out(job, Path(out), request, resume=resume, tensorboard=tensorboard, console=console, mirror=mirror)
 
 
 def finetune(
@@ -186,6 +197,7 @@ def finetune(
     seed: int | None = None,
     device: str = "auto",
     tensorboard: bool = False,
+    mirror: str | None = None,
     console: Console | None = None,
     started: float | None = None,
 ) -> dict[str, Any]:
@@ -213,7 +225,7 @@ def finetune(
     def job(run: RunFolder, request: dict[str, Any], console: Console) -> Job:
         return tuning_job(run, request, console, where, started)
 
-    return carry_out(job, Path(out), request, resume=resume, tensorboard=tensorboard, console=console)
+    return carry_out(job, Path(out), request, resume=resume, tensorboard=tensorboard, console=console, mirror=mirror)
 
 
 def tuning_job(
@@ -478,19 +490,4 @@ def verify(path: str | Path) -> dict[str, str]:
     Raises:
         CorruptFile: with every damaged file by name.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise NextwordError(f"{path}: no such directory")
-    sealed = sorted(manifest.parent for manifest in path.rglob(files.MANIFEST) if ".partial" not in str(manifest))
-    if not sealed:
-        raise CorruptFile(f"{path}: no {files.MANIFEST} in it, so there is nothing to check it against")
-    problems = [line for directory in sealed for line in files.damage(directory)]
-    if problems:
-        raise CorruptFile("\n".join(problems))
-    kinds = {"state": "checkpoint", "model": "model", "settings": "shards", "places": "index"}
-    return {
-        str(directory): next(
-            (kind for key, kind in kinds.items() if key in files.read_manifest(directory)), "directory"
-        )
-        for directory in sealed
-    }
+    return files.verify(Path(path))

@@ -42,10 +42,11 @@ class Continuing(Pretraining):
     def own_facts(self) -> dict[str, Any]:
         return {"task": {"task": "continue"}, **self.base.facts()}
 
-    def own_results(self, model: GPT) -> dict[str, Any]:
+    def own_results(self) -> dict[str, Any]:
         """The loss on the new text before it was learned, and on the old text before and after."""
         found: dict[str, Any] = {"task": "continue"}
         if len(self.corpus.tokens("validation")) >= 2:
-            before = self.measure(load_model(self.base.directory, self.device))
+            before = self.measure_alike(load_model(self.base.directory, self.device))
             found["before"] = {"loss": before.loss, "bits_per_byte": before.bits_per_byte}
-        return {**found, "forgetting": forgetting(self.base, model)}
+        with self.world.between_steps(self.plain_step) as model:
+            return {**found, "forgetting": forgetting(self.base, model)}

@@ -40,14 +40,15 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def with_room(path: Path, needed: int) -> Iterator[None]:
-    """Refuse at once what the disk of `path` has no room for, and say how much was wanted where it fills up meanwhile.
+def with_room(path: Path, needed: int, refuse: bool = True) -> Iterator[None]:
+    """Refuse at once what the disk of `path` has no room for, unless somebody else does; and say how much was wanted where it
+    fills up meanwhile.
 
     Args:
         needed: bytes, besides those that are used already.
     """
     free = shutil.disk_usage(path).free
-    if free < needed:
+    if refuse and free < needed:
         raise DiskFull(
             f"{path}: this needs up to {needed:,} bytes, and the disk has {free:,} free. Nothing was written over: make room, "
             "or name another place"
@@ -226,6 +227,28 @@ def check_seal(directory: Path) -> dict[str, Any]:
     if problems:
         raise CorruptFile("\n".join(problems))
     return read_manifest(directory)
+
+
+def verify(path: Path) -> dict[str, str]:
+    """Check every sealed directory below a path, or the path itself; each that is whole, and what it is.
+
+    Raises:
+        CorruptFile: with every damaged file by name.
+    """
+    if not path.is_dir():
+        raise NextwordError(f"{path}: no such directory")
+    found = path.rglob(MANIFEST)
+    sealed = sorted(one.parent for one in found if ".partial" not in str(one.relative_to(path)))
+    if not sealed:
+        raise CorruptFile(f"{path}: no {MANIFEST} in it, so there is nothing to check it against")
+    problems = [line for directory in sealed for line in damage(directory)]
+    if problems:
+        raise CorruptFile("\n".join(problems))
+    kinds = {"state": "checkpoint", "model": "model", "settings": "shards", "places": "index"}
+    return {
+        str(directory): next((kind for key, kind in kinds.items() if key in read_manifest(directory)), "directory")
+        for directory in sealed
+    }
 
 
 def move_into_place(aside: Path, final: Path) -> None:

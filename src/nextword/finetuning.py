@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from nextword import files
 from nextword.base import OLD_TOKENS, Base, forgetting
 from nextword.console import Console
 from nextword.errors import MissingExtra, NextwordError, UsageError
@@ -33,7 +32,6 @@ from nextword.text.documents import Problems
 from nextword.training import objectives
 from nextword.training.objectives import Objective
 from nextword.training.pace import Pace
-from nextword.training.train import TrainState
 
 LOOKED_AT = (100, 500)  # held-out examples at each look: at least, at most
 WRITTEN_AT = 64  # and how many of those are answered in words, fewer where answers are long
@@ -62,7 +60,6 @@ class Finetuning(Job):
         start = self._read(request)
         self._choose(start.config.d_model)
         data_hash = self._build(start, seed, torch.get_num_threads())
-        fixed = self.fix(self.objective)
         form, data = self.form, self.task_data
         self.facts = {
             "command": " ".join(command),
@@ -71,9 +68,9 @@ class Finetuning(Job):
             "recipe": self.recipe.to_dict(),
             "task": form.to_dict(),
             **self.base.facts(),
-            "model": self.state.model.config.to_dict(),
-            "parameters": self.state.model.config.parameters,
-            "trained_parameters": sum(p.numel() for p in self.state.model.parameters() if p.requires_grad),
+            "model": self.model.config.to_dict(),
+            "parameters": self.model.config.parameters,
+            "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "training": asdict(self.training),
             "tuning": asdict(self.recipe.tuning),
             "metric": self.metric,
@@ -86,11 +83,9 @@ class Finetuning(Job):
                 "labels": self.frequent,
                 "problems": self.problems.total,
             },
-            "fixed": fixed,
+            "fixed": self.placed(),
             **self.common_facts(),
         }
-        self.run.write_facts(self.facts)
-        files.write_durably(self.run.metrics, "")
 
     def go_on(self) -> None:
         self.facts = self.run.facts()
@@ -106,7 +101,7 @@ class Finetuning(Job):
                 f"{self.run.path}: the examples are not those that this run began with, so going on would mix two runs. "
                 "Begin a new one with another --out"
             )
-        self.restore(self.objective)
+        self.find_checkpoint()
 
     def _read(self, request: dict[str, Any]) -> GPT:
         """The data, the tokenizer and the encoder; the model as it begins, without what the task adds."""
@@ -157,8 +152,8 @@ class Finetuning(Job):
         self.steps_wanted, self.budget = self.recipe.steps, self.recipe.budget
 
     def _build(self, start: GPT, seed: int, threads: int) -> str:
-        """Model, optimizer, data and step, all of them functions of the base, the data, the recipe and the seed; a
-        fingerprint of the data."""
+        """Model, data and settings, all of them functions of the base, the data, the recipe and the seed; a fingerprint of the
+        data."""
         torch.set_num_threads(threads)
         recipe, form = self.recipe, self.form
         tuning = recipe.tuning
@@ -183,10 +178,9 @@ class Finetuning(Job):
             packed=model.config.context_length if form.task == "chat" else None,
         )  # fmt: skip
         self._choose_length()
-        self.state = TrainState(model, self.make_optimizer(model))
+        self.model = model
         self.settings = self.make_settings(seed)
         self.objective = make_objective(form, recipe)
-        self.build_step(self.objective)
         self.console.say(self.describe())
         return fingerprint([*self.encoded["train"], *self.encoded["validation"]])
 
@@ -278,7 +272,7 @@ class Finetuning(Job):
 
     def keep(self, facts: dict[str, Any]) -> None:
         """RUN/model, a stock directory with everything merged, and under LoRA RUN/adapter in PEFT's format."""
-        form, model = self.form, self.state.model
+        form, model = self.form, self.model
         names = form.labels or (("score",) if form.n_labels else None)
 
         def more(directory: Path) -> None:

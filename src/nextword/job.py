@@ -6,52 +6,26 @@ the model is kept (`keep`); beginning, going on and finishing are stories of its
 
 import math
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from nextword import files
-from nextword.console import Console, duration
+from nextword.console import Console
 from nextword.course import Course
 from nextword.energy import Meter
-from nextword.model.gpt import GPT
-from nextword.recipes import Training
-from nextword.runs import (
-    Interrupted,
-    RunFolder,
-    catching_signals,
-    machine,
-    open_tensorboard,
-    peak_memory,
-    versions,
-)
-from nextword.training import checkpoint, fused
+from nextword.machinery import Machinery
+from nextword.mirror import Mirror
+from nextword.runs import Interrupted, RunFolder, catching_signals, open_tensorboard, peak_memory
 from nextword.training.checkpoint import Saver
-from nextword.training.distributed import ALONE, World, fill, whole
-from nextword.training.objectives import Objective, Step
-from nextword.training.optimizer import Optimizer
 from nextword.training.pace import Clock, Decision, Pace, SharedClock, read_decisions
-from nextword.training.train import (
-    BAD_STEPS_IN_A_ROW,
-    StepKind,
-    StepMetrics,
-    StepSettings,
-    TrainState,
-    build_step_module,
-    failure_to_compile,
-    fit_micro_batch,
-    probe,
-    steps,
-    worth_compiling,
-)
+from nextword.training.train import BAD_STEPS_IN_A_ROW, StepMetrics, steps
 
 SAMPLED = (1, 2, 4, 8, 12, 16, 20)  # of twenty evaluations, those after which the model writes something
 REPORT = "nextword.evaluation.report"
-ROUNDING = "equal within rounding, not bit for bit"
 FINISHING_SECONDS = 2.5  # the report, the card and the last files
 
 
@@ -73,36 +47,18 @@ class Best:
     since: int = 0
 
 
-class Job(ABC):
-    """One run in progress: begun or gone on with by its subclass, then `train`, then `finish`."""
+class Job(Machinery):
+    """One run in progress: begun or gone on with by its subclass, settled, then `train`, then `finish`."""
 
-    rows_differ = False  # in length, so that compiled code would be made anew again and again
-    in_company = False  # whether several processes can do it together
-    strict = False  # whether a damaged checkpoint stops a resume, instead of being passed over
     can_spike = False  # whether a loss far above the recent ones means that the run goes astray
-    world: World = ALONE
-    checkpoint: Path | None = None  # where the run stood when this process took it up
-    mirror: tuple[int, GPT] | None = None  # the whole model as it was at a step, where the weights are shared
-
-    # Set by the subclass when it begins or goes on.
-    training: Training
-    steps_wanted: int | None
-    budget: float | None
-    state: TrainState
-    data: Any  # a Dataset, of a kind that the subclass knows
-    settings: StepSettings
-    plain_step: Step
-    step_module: nn.Module
-    seconds_per_step: float = 0.0  # of one step, as far as it is known; the leader's to know
-    facts: dict[str, Any]
-    batch_tokens: int  # of a step, about
+    batch_tokens: int  # of a step, about; the subclass sets it
+    mirror: Mirror | None = None  # where checkpoints are copied to, beyond this machine
     course: Course
     saver: Saver
     sound: tuple[int, int, Best, bool]  # step, tokens, best and stopped after the last step whose loss was a number
 
     def __init__(self, run: RunFolder, console: Console, device: torch.device, started: float):
-        self.run, self.console, self.device, self.started = run, console, device, started
-        self.spent = 0.0
+        super().__init__(run, console, device, started)
         self.meter = Meter(device)
         self.best = Best()
         self.clock: Clock | None = None
@@ -113,11 +69,11 @@ class Job(ABC):
 
     @abstractmethod
     def begin(self, command: list[str], request: dict[str, Any]) -> None:
-        """Decide once what the run fixes, and write it down."""
+        """Decide once what the run fixes: `facts`, which `settle` completes and writes down."""
 
     @abstractmethod
     def go_on(self) -> None:
-        """Take everything from the run folder, and stand where its newest whole checkpoint stands."""
+        """Take everything from the run folder; `settle` then stands where its newest whole checkpoint stands."""
 
     @abstractmethod
     def finish(self) -> dict[str, Any]:
@@ -151,144 +107,12 @@ class Job(ABC):
     def got_worse(self, step: int, look: Look) -> None:
         """After a look that was not the best: a word to the person, where one is due."""
 
-    # ------------------------------------------------------------ begin, or go on
-
-    def make_optimizer(self, model: nn.Module) -> Optimizer:
-        t = self.training
-        assert t.lr is not None, "a run settles its learning rate before it begins"
-        return Optimizer(
-            model, kind=t.optimizer, lr=t.lr, matrix_lr=t.matrix_lr, betas=(t.beta1, t.beta2),
-            weight_decay=t.weight_decay, momentum=t.momentum,
-        )  # fmt: skip
-
-    def make_settings(self, seed: int) -> StepSettings:
-        t = self.training
-        return StepSettings(
-            seed=seed, clip=t.clip, schedule=t.schedule, warmup=t.warmup, final_lr=t.final_lr,
-            bf16=self.device.type == "cuda" and torch.cuda.is_bf16_supported(),
-        )  # fmt: skip
-
-    def fix(self, objective: Objective, seconds_per_step: float | None = None) -> dict[str, Any]:
-        """Decide what stays the same for the whole run (bit-equality is promised where it does), and set it up.
-
-        Args:
-            seconds_per_step: a first guess, where one is known; else it is measured.
-        """
-        t = self.training
-        rows = t.micro_batch_rows or fit_micro_batch(self.plain_step, self.data, self.settings, self.world)
-        self.settings = replace(self.settings, micro_batch_rows=rows)
-        # Measured on gradients that are thrown away; then whether to compile.
-        self.seconds_per_step = seconds_per_step or self.measured_seconds(self.plain_step)
-        length = self.budget if self.budget is not None else (self.steps_wanted or 0) * self.seconds_per_step
-        kind = self.quickest_step()
-        if kind == "plain" and self.device.type == "cpu" and (why := fused.library()[1]):
-            self.console.say(f"trained by PyTorch's own operations: {why}")
-        if t.compile == "yes":
-            kind = "compiled"
-        elif t.compile == "auto" and kind == "plain" and not self.rows_differ:
-            compiled, why = worth_compiling(self.device, length)
-            kind = "compiled" if compiled else "plain"
-            self.console.say(why)
-        return {
-            "micro_batch_rows": rows,
-            "step_kind": self.build_step(objective, kind),
-            "threads": torch.get_num_threads(),
-            "world_size": self.world.size,
-            "device": self.device.type,
-        }
-
-    def measured_seconds(self, step_module: nn.Module) -> float:
-        """Of one step, by this process, with as many others at work beside it as there will be."""
-        return probe(self.state, step_module, self.data, self.settings) / self.world.size
-
-    def quickest_step(self) -> StepKind:
-        """The kind of step that costs no time to begin with. Our own compiled parts want the whole model's weights at once, and
-        keep what they need for the backward pass."""
-        t = self.training
-        fitting = (self.world.size == 1 or t.parallel == "data") and not t.checkpoint_activations
-        return "fused" if fitting and fused.available(self.state.model) else "plain"
-
-    def build_step(self, objective: Objective, kind: StepKind | None = None) -> StepKind:
-        """The step of a kind, or a plain one where that is not to be had here, which is said; the kind that it is."""
-        kind = kind or self.quickest_step()
-        if kind == "fused" and not fused.available(self.state.model):
-            why = fused.library()[1]
-            self.console.warn(f"this run began with compiled parts that are not to be had here ({why}): {ROUNDING}")
-            kind = "plain"
-        self.plain_step, self.step_module = build_step_module(
-            self.state.model, objective, kind, self.training.checkpoint_activations
-        )
-        if kind == "compiled" and (why := failure_to_compile(self.state, self.step_module, self.data, self.settings)):
-            self.console.warn(f"trained by PyTorch's own operations, since torch.compile fails here: {why}")
-            self.step_module, kind = self.plain_step, "plain"
-        return kind
-
-    def common_facts(self) -> dict[str, Any]:
-        return {"versions": versions(), "machine": machine(self.device)}
-
-    def restore(self, objective: Objective) -> None:
-        """Stand where the newest whole checkpoint of the run stands; at the beginning where there is none."""
-        fixed = self.facts["fixed"]
-        if fixed["device"] != self.device.type:
-            self.console.warn(f"this run began on {fixed['device']} and goes on on {self.device.type}: {ROUNDING}")
-        if (begun := self.facts["versions"]["torch"]) != torch.__version__:
-            self.console.warn(f"this run began with torch {begun} and goes on with {torch.__version__}: {ROUNDING}")
-        if (begun := fixed["world_size"]) != self.world.size:
-            self.console.warn(
-                f"this run began in a world of {begun} and goes on in one of {self.world.size}: {ROUNDING}"
-            )
-        self.settings = replace(self.settings, micro_batch_rows=fixed["micro_batch_rows"])
-        self.build_step(objective, fixed["step_kind"])
-        if self.world.leads:
-            self.checkpoint = checkpoint.newest_whole(self.run.path, self.console.warn, self.strict)
-        if self.checkpoint is not None:
-            if self.world.size == 1:  # several share the weights first, and then each reads its rows (see `spread`)
-                self._take_weights(self.checkpoint)
-            self._take_facts(self.checkpoint)
-        self.spent = self.run.cut_back(self.state.step)
-        if self.world.leads:
-            self.seconds_per_step = self.measured_seconds(self.step_module)
-        self.console.say(f"going on from step {self.state.step:,}, {duration(self.spent)} in")
-
-    def _take_weights(self, path: Path) -> None:
-        """Take the weights and the optimizer's state from a checkpoint; where they are shared by now, one's own rows."""
-        weights, optimizer = checkpoint.load(path, dict(self.state.model.named_parameters()))
-        fill(self.state.model, weights)
-        self.state.optimizer.load_state_tensors(optimizer)
-
-    def _take_facts(self, path: Path) -> None:
-        """Take from a checkpoint what it says beside its tensors."""
-        saved = checkpoint.facts_of(path)
-        self.state.step, self.state.tokens, self.state.bad = saved["step"], saved["tokens"], saved["bad"]
-        self.state.detours = saved.get("detours", 0)
-        self.best, self.stopped = Best(**saved["best"]), saved["stopped"]
-
-    def threads(self) -> int:
-        """As many as the run began with, where it goes on in as many processes."""
-        fixed = self.facts["fixed"]
-        return fixed["threads"] if fixed["world_size"] == self.world.size else torch.get_num_threads()
-
-    def spread(self) -> None:
-        """Share weights, gradients and the optimizer's state among the processes of the run, where it stands."""
-        if self.world.size == 1:
-            return
-        self.world.share(self.plain_step, self.training.parallel, self.settings.bf16)
-        self.state.optimizer = self.make_optimizer(self.state.model)
-        if self.checkpoint is not None:
-            self._take_weights(self.checkpoint)
-
-    def whole_model(self) -> GPT:
-        """The model with all of its weights, in every process; they must all ask for it after the same steps."""
-        if self.world.size == 1:
-            return self.state.model
-        step, model = self.mirror or (-1, None)
-        if model is None or step != self.state.step:
-            weights = {name: whole(p.detach()) for name, p in self.state.model.named_parameters()}
-            model = GPT.from_weights(self.state.model.config, weights)
-            self.mirror = self.state.step, model
-        return model
-
     # ------------------------------------------------------------ train
+
+    def _take_facts(self, path: Path) -> dict[str, Any]:
+        saved = super()._take_facts(path)
+        self.best, self.stopped = Best(**saved["best"]), saved["stopped"]
+        return saved
 
     def seconds(self) -> float:
         """Wall time that the run has used, in all of its processes."""
@@ -338,6 +162,8 @@ class Job(ABC):
                     saver.stage,
                 ]))  # fmt: skip
                 saver.go_on(stage)
+                if self.mirror is not None:
+                    self.mirror.offer(self.run, saver.sealed)
                 astray = spike or self.state.bad >= BAD_STEPS_IN_A_ROW
                 if astray and self._turn_back(pace, bool(spike)):
                     before, tokens_before = time.monotonic(), self.state.tokens
@@ -346,6 +172,8 @@ class Job(ABC):
                     self._save()
                 if last or signal:
                     saver.wait()
+                if signal and self.mirror is not None:
+                    self.mirror.offer(self.run, saver.sealed, urgent=True)
                 if signal and not last:
                     kept = "its loss is in doubt, so that the last checkpoint stands" if doubt else "and saved"
                     raise Interrupted(
@@ -371,7 +199,6 @@ class Job(ABC):
         else:
             self._take_weights(path)
             self._take_facts(path)
-        self.mirror = None
         self._take_up_detours()
         pace.cut_back(step)
         if self.clock is not None:
@@ -454,7 +281,7 @@ class Job(ABC):
                 )
             else:
                 self.got_worse(metrics.step, look)
-        if self.world.leads and round(20 * number / wanted) in SAMPLED:
+        if round(20 * number / wanted) in SAMPLED:
             self.sample(metrics.step)
 
     def _keep_best(self, step: int, look: Look | None) -> None:

@@ -10,6 +10,7 @@ from nextword import files
 from nextword.console import Console, Mute
 from nextword.errors import NextwordError, UsageError
 from nextword.job import REPORT, Job, draw
+from nextword.mirror import Mirror
 from nextword.runs import Onlooker, RunFolder, command_line, differences, open_run
 from nextword.training import checkpoint
 from nextword.training.distributed import World, finding_others, joined
@@ -25,38 +26,64 @@ def carry_out(
     resume: bool,
     tensorboard: bool,
     console: Console | None,
+    mirror: str | None = None,
 ) -> dict[str, Any]:
     """Begin a run or go on with it, and see it through; its result.
 
     Args:
         make: the run of a request, in its folder.
         request: what the person said, by name; what was not said is None. A resume takes the request that the run began with.
+        mirror: a place beyond this machine that checkpoints are copied to, and brought from where the run is there alone.
     """
     with console or Console(quiet=True) as console, joined() as world:
         if not world.leads:
             return follow(make, out, world)
-        with open_run(out, resume=resume or world.again) as run, reporting_failure(world) as tell:
-            if run.begun:
-                refuse_changes(run, request)
-                if run.finished:
-                    console.say(f"{run.path}: this run is finished")
-                    draw(run.path)  # a kill may have come between the result and its report
-                    return files.read_json(run.result)
-                job = make(run, run.facts()["request"], console)
-                refuse_company(job, world)
-                job.go_on()
-            else:
-                job = make(run, request, console)
-                refuse_company(job, world)
-                job.begin(command_line(), request)
-            needed = max(0, room(job) - files.used(out / "checkpoints", out / "model"))
-            with files.with_room(out, needed), finding_others():
-                tell({"facts": job.facts, "checkpoint": job.checkpoint and str(job.checkpoint)})
-                import_module(REPORT)  # what draws takes a second to import: now, and not when the time is up
-                job.spread()
-                job.train(tensorboard=tensorboard)
-                console.close()
-                return job.finish()
+        with reporting_failure(world) as tell:
+            place = None if mirror is None else Mirror(mirror, console)
+            if place is not None:
+                place.bring(out, resume or world.again)
+            with open_run(out, resume=resume or world.again) as run:
+                return lead(make, run, request, world, tell, place, console=console, tensorboard=tensorboard)
+
+
+def lead(
+    make: Callable[[RunFolder, dict[str, Any], Console], Job],
+    run: RunFolder,
+    request: dict[str, Any],
+    world: World,
+    tell: Callable[[dict[str, Any]], None],
+    place: Mirror | None,
+    *,
+    console: Console,
+    tensorboard: bool,
+) -> dict[str, Any]:
+    """A run in its folder, by the process that holds it; the others begin when `tell` tells them."""
+    if run.begun:
+        refuse_changes(run, request)
+        if run.finished:
+            console.say(f"{run.path}: this run is finished")
+            draw(run.path)  # a kill may have come between the result and its report
+            if place is not None:
+                place.close(run)
+            return files.read_json(run.result)
+        job = make(run, run.facts()["request"], console)
+        refuse_company(job, world)
+        job.go_on()
+    else:
+        job = make(run, request, console)
+        refuse_company(job, world)
+        job.begin(command_line(), request)
+    job.mirror = place
+    with files.with_room(run.path, room(job)), finding_others():
+        tell({"facts": job.facts, "checkpoint": job.checkpoint and str(job.checkpoint)})
+        import_module(REPORT)  # what draws takes a second to import: now, and not when the time is up
+        job.settle()
+        job.train(tensorboard=tensorboard)
+        console.close()
+        result = job.finish()
+    if place is not None:
+        place.close(run)
+    return result
 
 
 def follow(make: Callable[[RunFolder, dict[str, Any], Console], Job], out: Path, world: World) -> dict[str, Any]:
@@ -70,21 +97,24 @@ def follow(make: Callable[[RunFolder, dict[str, Any], Console], Job], out: Path,
     job = make(run, run.facts()["request"], Mute())
     job.world, job.checkpoint = world, said["checkpoint"] and Path(said["checkpoint"])
     job.go_on()
-    with finding_others():
-        job.spread()
+    with files.with_room(out, room(job), refuse=False), finding_others():
+        job.settle()
         job.train()
         return job.finish()
 
 
 def room(job: Job) -> int:
-    """Bytes that a run's folder has at most: the checkpoints that are kept and one aside, the model and one aside, the rest.
+    """Bytes that a run's folder still wants at most: the checkpoints that are kept and one aside (and one that is
+    copied elsewhere), the model and one aside, the rest, less what is there of them.
 
     A checkpoint has the weights that are trained and two averages of each, or Muon's one.
     """
-    parameters = list(job.state.model.parameters())
+    parameters = list(job.model.parameters())
     trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
     model = sum(4 * p.numel() for p in parameters)
-    return (checkpoint.KEPT + 1) * 3 * trained + 2 * model + REST
+    held = checkpoint.KEPT + 1 + (job.mirror is not None)
+    most = held * 3 * trained + 2 * model + REST
+    return max(0, most - files.used(job.run.path / "checkpoints", job.run.model))
 
 
 @contextmanager

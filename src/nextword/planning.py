@@ -60,6 +60,8 @@ class Trials:
         self.memory = peak_memory(device)  # with all that is imported
 
     def speed(self, config: ModelConfig, batch_tokens: int) -> Speed:
+        if self.processes > 1 and 16 * config.parameters > 0.5 * available_memory(self.device):
+            return self._assumed(config)
         model = GPT(config).to(self.device)
         recompute = self.recipe.training.checkpoint_activations
         kind = "fused" if fused.available(model) and not recompute else "plain"
@@ -73,6 +75,12 @@ class Trials:
         seconds = probe(state, step, few, replace(settings, micro_batch_rows=rows))
         seconds = seconds / tokens_of(few) + optimizer_seconds(state) / tokens_of(data)
         return Speed(seconds / self.processes, memory)
+
+    def _assumed(self, config: ModelConfig) -> Speed:
+        """Of a model that one process alone has no memory to try: what the matrix products would take at the usual share of
+        their rate, and its part of the weights, the gradients and the averages."""
+        seconds = flops_of(config) / (UTILISATION * self.rate)
+        return Speed(seconds / self.processes, self.memory + 16 * config.parameters // self.processes)
 
     def _dataset(self, config: ModelConfig, batch_tokens: int) -> TokenDataset:
         rows = max(1, round(batch_tokens / config.context_length))

@@ -2,31 +2,34 @@
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from nextword import files
 from nextword.console import Console
 from nextword.errors import UsageError
 from nextword.evaluation.likelihood import Likelihood, likelihood
+from nextword.files import check_seal
 from nextword.inference.engine import Engine
 from nextword.inference.sampling import Sampling
 from nextword.job import FINISHING_SECONDS, Job, Look
 from nextword.model.config import ModelConfig
 from nextword.model.gpt import GPT
-from nextword.model.stock import load_model
+from nextword.model.stock import weights_in
 from nextword.planning import plan_corpus
 from nextword.recipes import Recipe
 from nextword.runs import RunFolder, differences
 from nextword.text.batches import TokenDataset, seed_for
 from nextword.text.corpus import Corpus
+from nextword.training.distributed import fill, whole
 from nextword.training.objectives import next_word
 from nextword.training.pace import Pace
 from nextword.training.plan import Plan
-from nextword.training.train import TrainState
+from nextword.training.train import precision
 
 
 class Pretraining(Job):
@@ -57,8 +60,8 @@ class Pretraining(Job):
         if plan is not None and (self.recipe.tokens is not None or self.recipe.flops is not None):
             self.recipe = replace(self.recipe, steps=-(-plan.tokens // (rows * self.config.context_length)))
         self._build(seed, rows, threads=torch.get_num_threads())
-        guess = None if plan is None else plan.seconds_per_token * self.batch_tokens
-        fixed = {"rows": rows, **self.fix(next_word, guess)}
+        if plan is not None:
+            self.seconds_per_step = plan.seconds_per_token * self.batch_tokens
         self.facts = {
             "command": " ".join(command),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -72,11 +75,9 @@ class Pretraining(Job):
             "seed": seed,
             "data": data_facts(self.corpus),
             "shards": "data" if self.corpus.path == self.run.data else str(self.corpus.path.resolve()),
-            "fixed": fixed,
+            "fixed": {"rows": rows, **self.placed()},
             **self.common_facts(),
         }
-        self.run.write_facts(self.facts)
-        files.write_durably(self.run.metrics, "")
 
     def go_on(self) -> None:
         self.facts = self.run.facts()
@@ -95,7 +96,7 @@ class Pretraining(Job):
                 f"{self.run.path}: a step of {fixed['rows']} windows cannot be shared equally by {self.world.size} processes"
             )
         self._build(self.facts["seed"], fixed["rows"], self.threads())
-        self.restore(next_word)
+        self.find_checkpoint()
 
     def choose_model(self) -> Plan | None:
         """Settle what the recipe leaves open, size, batch, learning rate and dropout, by the plan that is given back."""
@@ -110,20 +111,22 @@ class Pretraining(Job):
         return plan
 
     def _build(self, seed: int, rows: int, threads: int) -> None:
-        """Model, optimizer, data and step, all of them functions of the recipe and the seed."""
+        """Model, data and settings, all of them functions of the recipe and the seed."""
         self.training, self.steps_wanted, self.budget = self.recipe.training, self.recipe.steps, self.recipe.budget
         self.batch_tokens = rows * self.config.context_length
         torch.set_num_threads(threads)
-        torch.manual_seed(seed_for(seed, 3))
-        model = self._first_model()
-        self.state = TrainState(model, self.make_optimizer(model))
+        self.model = self._first_model()
+        self.objective = next_word
         self.data = TokenDataset(self.corpus.tokens("train"), self.config.context_length, rows, seed)
         self.settings = self.make_settings(seed)
-        self.build_step(next_word)
 
     def _first_model(self) -> GPT:
-        """The model before its first step."""
-        return GPT(self.config).to(self.device)
+        """The model before its first step; hollow, so that no process of several needs the memory for the whole of it."""
+        return GPT.hollow(self.config)
+
+    def first_weights(self) -> Iterator[tuple[str, Tensor]]:
+        torch.manual_seed(seed_for(self.settings.seed, 3))
+        return self.model.first_weights()
 
     def own_facts(self) -> dict[str, Any]:
         """What run.json says of this kind of run besides."""
@@ -139,7 +142,7 @@ class Pretraining(Job):
         trained = pace.decisions[0].total_steps / self.looks(pace) * self.batch_tokens
         windows = max(8, int(0.15 * trained / self.config.context_length))  # a token costs a third of one in training
         begin = time.perf_counter()
-        found = self.measure(self.whole_model(), windows)
+        found = self.measure(windows)
         seconds = (time.perf_counter() - begin) / found.tokens * self.batch_tokens
         self.forward_seconds = min(self.forward_seconds, seconds)
         return Look(
@@ -149,14 +152,21 @@ class Pretraining(Job):
             f"(on {found.tokens:,} of {len(validation):,} tokens)",
         )
 
-    def measure(self, model: GPT, windows: int | None = None) -> Likelihood:
-        """The loss on the validation part, the whole of it or evenly spread windows."""
+    def measure(self, windows: int | None = None) -> Likelihood:
+        """The model's loss on the validation part, the whole of it or evenly spread windows; by all processes together."""
+        with self.world.between_steps(self.plain_step) as model:
+            return self.measure_alike(model, windows)
+
+    def measure_alike(self, model: GPT, windows: int | None = None) -> Likelihood:
+        """The same of any model that all processes have."""
         n_bytes = self.corpus.validation.bytes
         company = self.world if self.world.size > 1 else None
-        return likelihood(model, self.corpus.tokens("validation"), n_bytes, limit_windows=windows, company=company)
+        with precision(self.device, self.settings.bf16 and self.world.in_step):
+            return likelihood(model, self.corpus.tokens("validation"), n_bytes, limit_windows=windows, company=company)
 
     def keep(self, facts: dict[str, Any]) -> None:
-        self.run.save_model(self.whole_model(), self.corpus.tokenizer, facts)
+        with self.world.between_steps(self.plain_step) as model:
+            self.run.save_model(model, self.corpus.tokenizer, facts, gather=whole)
 
     def documents(self, index: int) -> list[str]:
         return self.corpus.names_in(self.data.spans(index))
@@ -183,10 +193,15 @@ class Pretraining(Job):
         return min(FINISHING_SECONDS + 1.1 * forward * batches, (self.budget or math.inf) / 3)
 
     def sample(self, step: int) -> None:
-        """Let the model go on from the first words of the held-out text."""
+        """Let the model go on from the first words of the held-out text, where a process has the whole of it."""
+        if self.world.in_step:
+            return
         tokenizer, start = self.corpus.tokenizer, self._opening()
-        engine = Engine(self.whole_model(), tokenizer, seed=0)
-        completion = engine.generate([start], Sampling(max_tokens=100 if tokenizer.kind == "char" else 40))[0]
+        with self.world.between_steps(self.plain_step) as model:
+            if not self.world.leads:
+                return
+            engine = Engine(model, tokenizer, seed=0)
+            completion = engine.generate([start], Sampling(max_tokens=100 if tokenizer.kind == "char" else 40))[0]
         prompt = tokenizer.decode(start)
         self.run.append({"step": step, "sample": {"prompt": prompt, "text": completion.text}})
         self.console.sample(step, prompt, completion.text)
@@ -201,13 +216,15 @@ class Pretraining(Job):
 
     def finish(self) -> dict[str, Any]:
         """Measure the kept weights on the whole validation part, and write result, card and report."""
-        model = load_model(self.run.model, self.device)
+        if self.world.leads:
+            check_seal(self.run.model)
+        fill(self.model, weights_in(self.run.model, self.config))
         result: dict[str, Any] = {
             "parameters": self.config.parameters,
             "prompt": self.corpus.tokenizer.decode(self._opening()).strip().partition("\n")[0],
         }
         if len(self.corpus.tokens("validation")) >= 2:
-            measured = self.measure(model)
+            measured = self.measure()
             result |= {
                 "loss": measured.loss,
                 "perplexity": measured.perplexity,
@@ -215,10 +232,10 @@ class Pretraining(Job):
                 "validation_tokens": measured.tokens,
                 "by_position": measured.by_position,
             }
-        return self.conclude(result | self.own_results(model))
+        return self.conclude(result | self.own_results())
 
-    def own_results(self, model: GPT) -> dict[str, Any]:
-        """What this kind of run measures besides."""
+    def own_results(self) -> dict[str, Any]:
+        """What this kind of run measures besides, of the weights that were kept."""
         return {}
 
 

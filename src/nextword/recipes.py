@@ -24,8 +24,8 @@ class Training:
     lr: float | None = setting(None, "Peak learning rate; where not given, from the model's width and the batch.")
     matrix_lr: float | None = setting(None, "Muon's peak learning rate; the same as lr where it is not given.")
     beta1: float = setting(0.9, "AdamW's decay of the mean gradient.")
-    beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient.")
-    momentum: float = setting(0.95, "Muon's momentum.")
+    beta2: float = setting(0.99, "AdamW's decay of the mean squared gradient.")
+    momentum: float = setting(0.9, "Muon's momentum.")
     weight_decay: float = setting(0.1, "Decoupled weight decay of all matrices.")
     schedule: Literal["cosine", "wsd", "linear", "constant"] = setting(
         "wsd", "The learning rate's way down: half a cosine, flat and then a line (wsd), a line, or none."

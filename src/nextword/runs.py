@@ -22,6 +22,7 @@ import filelock
 import numpy
 import tokenizers
 import torch
+from torch import Tensor
 
 try:
     import resource
@@ -31,7 +32,7 @@ except ImportError:  # Windows
 from nextword import __version__, files
 from nextword.errors import CorruptFile, MissingExtra, NextwordError, RunLocked, UsageError
 from nextword.model.gpt import GPT
-from nextword.model.stock import save_model
+from nextword.model.stock import save_model, stock_tensors
 from nextword.text.tokenizer import Tokenizer
 
 OWN = ("run.json", "data", ".data.partial", ".data.lock", "checkpoints", "lock", "holder.json")
@@ -85,13 +86,15 @@ class RunFolder:
     def save_model(
         self, model: GPT, tokenizer: Tokenizer, facts: dict[str, Any], *, labels: Sequence[str] | None = None,
         problem_type: str | None = None, more: Callable[[Path], None] | None = None,
+        gather: Callable[[Tensor], Tensor] = Tensor.detach,
     ) -> None:  # fmt: skip
-        """Put the model in place as RUN/model, a sealed stock directory; `more` writes other files into it."""
+        """Put the model in place as RUN/model, a sealed stock directory; `more` writes other files into it. `gather` as in
+        `model.stock.save_model`."""
 
         def write(aside: Path) -> None:
             save_model(
                 model, aside, end_of_text=tokenizer.end_of_text, pad=tokenizer.pad, labels=labels,
-                problem_type=problem_type, ends=sorted(tokenizer.ends),
+                problem_type=problem_type, ends=sorted(tokenizer.ends), gather=gather,
             )  # fmt: skip
             tokenizer.save(aside, model.config.context_length)
             if more is not None:
@@ -130,8 +133,12 @@ class Onlooker(RunFolder):
     def cut_back(self, step: int) -> float:
         return 0.0
 
-    def save_folder(self, final: Path, facts: dict[str, Any], write: Callable[[Path], None]) -> None:
+    def write_facts(self, facts: dict[str, Any]) -> None:
         pass
+
+    def save_model(self, model: GPT, *_: Any, gather: Callable[[Tensor], Tensor] = Tensor.detach, **__: Any) -> None:
+        for _tensor in stock_tensors(model.config, model.state_dict(), gather):  # the leader gathers it from all
+            pass
 
 
 @contextmanager

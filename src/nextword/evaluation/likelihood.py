@@ -46,10 +46,16 @@ class Likelihood:
 
 
 class Company(Protocol):
-    """Processes that do something together, as one of them sees them."""
+    """Processes that do something together, as one of them sees them; `in_step` where the model's forward pass takes all of
+    them at the same time."""
 
     rank: int
     size: int
+    in_step: bool
+
+    def most(self, values: Sequence[float]) -> list[float]:
+        """Of each number the greatest that any of them has."""
+        ...
 
     def summed(self, tensor: Tensor) -> Tensor:
         """The sum over all of them, in the tensor itself."""
@@ -96,12 +102,12 @@ def likelihood(
     if company is not None:
         chosen = chosen[company.rank :: company.size]
     sums, counts = torch.zeros(context_length, dtype=torch.float64), torch.zeros(context_length, dtype=torch.int64)
-    groups = _batches(
-        chosen, batch_rows or max(1, BATCH_TOKENS // context_length),
-        alone=(count - 1,) if stride == context_length else (0, count - 1),
-    )  # fmt: skip
-    done = 0
-    with evaluating(model):
+    alone = (count - 1,) if stride == context_length else (0, count - 1)
+    groups = list(_batches(chosen, batch_rows or max(1, BATCH_TOKENS // context_length), alone))
+    done = spare = 0
+    if company is not None and company.in_step:
+        spare = int(company.most([len(groups)])[0]) - len(groups)
+    with evaluating(model, for_good=company is None or not company.in_step):
         for group in groups:
             losses = token_losses(model, _windows(tokens, group, context_length, stride))  # [B, T]
             new = slice(context_length - stride if group[0] else 0, losses.shape[1])
@@ -113,6 +119,8 @@ def likelihood(
             done += len(group)
             if progress is not None:
                 progress(done, len(chosen))
+        for _ in range(spare):  # those who have more to do need this one in each pass
+            token_losses(model, _windows(tokens, [0], context_length, stride))
     if company is not None:
         sums, counts = company.summed(sums), company.summed(counts)
     return _likelihood_of(sums, counts, n_bytes, len(tokens) - 1, stride)
@@ -192,12 +200,13 @@ def token_losses(model: GPT, windows: np.ndarray) -> Tensor:
 
 
 @contextlib.contextmanager
-def evaluating(model: GPT) -> Iterator[None]:
-    """The model without gradients and in evaluation mode, and afterwards as it was."""
+def evaluating(model: GPT, for_good: bool = True) -> Iterator[None]:
+    """The model without gradients and in evaluation mode, and afterwards as it was; what is made in it is not `for_good` where
+    training may use it again, as it does the memory that shared weights are gathered in."""
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode() if for_good else torch.no_grad():
             yield
     finally:
         model.train(training)

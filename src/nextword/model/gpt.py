@@ -5,7 +5,7 @@ K width of a head, F feed-forward width, V vocabulary, S positions that can be l
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -218,6 +218,14 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        with Undrawn():
+            self._furnish()
+        if not self.token_embedding.weight.is_meta:
+            self.initialise()
+
+    def _furnish(self) -> None:
+        """Every part, without its first numbers."""
+        config = self.config
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.context_length, config.d_model)
@@ -231,12 +239,11 @@ class GPT(nn.Module):
         self.final_norm = Norm(config.d_model, config.norm, config.norm_eps) if pre_norm else nn.Identity()
         self.head = None if config.tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.score = nn.Linear(config.d_model, config.n_labels, bias=False) if config.n_labels else None
-        self.initialise()
 
     @classmethod
     def hollow(cls, config: ModelConfig) -> "GPT":
         """A model of this configuration without numbers and without the memory for them."""
-        with torch.device("meta"), Undrawn():
+        with torch.device("meta"):
             return cls(config)
 
     @classmethod
@@ -244,10 +251,14 @@ class GPT(nn.Module):
         """The model of this configuration whose `state_dict` is `weights`; the tensors are taken as they are, not copied."""
         model = cls.hollow(config)
         model.load_state_dict(weights, assign=True)
-        if config.positions == "sinusoidal":
-            table = sinusoidal_table(config.context_length, config.d_model)
-            model.position_table = table.to(weights["token_embedding.weight"])  # its device and precision
+        model.tabulate()
         return model
+
+    def tabulate(self) -> None:
+        """Compute what is no parameter, on the weights' device and in their precision."""
+        if self.config.positions == "sinusoidal":
+            table = sinusoidal_table(self.config.context_length, self.config.d_model)
+            self.position_table = table.to(self.token_embedding.weight.device, self.token_embedding.weight.dtype)
 
     def forward(
         self,
@@ -312,28 +323,37 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Draw the weights as the preset's source has it.
+        """Draw the weights, see `first_numbers`."""
+        for name, draw in self.first_numbers():
+            draw(self.get_parameter(name))
+
+    @torch.no_grad()
+    def first_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What `initialise` would draw, one tensor after the other, for those who keep a part of each."""
+        for name, draw in self.first_numbers():
+            yield name, draw(torch.empty(self.get_parameter(name).shape))
+
+    def first_numbers(self) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+        """Each parameter's name and how it is drawn, in order, as the preset's source has it.
 
         GPT-1 (section 4.1) and the stock classes of all families: N(0, 0.02). GPT-2 (section 2.3): what is added to the
         residual stream is scaled by 1/√N, N residual layers; `modern` keeps that. `tutorial`: Glorot's uniform, and words
         as large as the position table (its numbers have the mean square 1/2), so that neither drowns the other.
-        A classification head is N(0, 0.02) in all of them.
+        A classification head is N(0, 0.02) in all of them. Biases begin at zero, and the weights of norms at one.
         """
         config = self.config
         glorot = config.positions == "sinusoidal"
-        for name, module in self.named_modules():
+        for place, module in self.named_modules():
+            draw: Callable[[Tensor], Tensor] = nn.init.ones_
             if isinstance(module, nn.Linear):
+                residual = place.endswith(("attention.output", "feed_forward.down")) and config.norm_position == "pre"
+                draw = partial(nn.init.normal_, std=0.02 / math.sqrt(2 * config.n_layers) if residual else 0.02)
                 if glorot and module is not self.head and module is not self.score:
-                    nn.init.xavier_uniform_(module.weight)
-                else:
-                    residual = (
-                        name.endswith(("attention.output", "feed_forward.down")) and config.norm_position == "pre"
-                    )
-                    nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * config.n_layers) if residual else 0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                    draw = nn.init.xavier_uniform_
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=math.sqrt(0.5) if glorot and not config.tied else 0.02)
+                draw = partial(nn.init.normal_, std=math.sqrt(0.5) if glorot and not config.tied else 0.02)
+            for name, _ in module.named_parameters(prefix=place, recurse=False):
+                yield name, nn.init.zeros_ if name.endswith("bias") else draw
 
 
 # ---------------------------------------------------------------- a model made from another

@@ -9,9 +9,10 @@ stock_config.py.
 import json
 import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nextword.errors import CorruptFile, NextwordError
-from nextword.files import MANIFEST, check_seal, to_json, write_durably
+from nextword.files import MANIFEST, check_seal, read_manifest, to_json, write_durably
 from nextword.model.config import Family, ModelConfig
 from nextword.model.gpt import GPT, sinusoidal_table
 from nextword.model.stock_config import config_of, label_config, read_object, read_stock_config, stock_config
@@ -72,6 +73,8 @@ NAMES: dict[Family, dict[str, list[str]]] = {
 }
 PREFIX: dict[Family, str] = {"gpt1": "transformer.", "gpt2": "transformer.", "qwen3": "model.", "llama": "model."}
 MOST_HEADER = 2**22  # bytes: some thirty thousand tensors
+LARGEST_FILE = 5 * 10**9  # bytes of weights in one file
+INDEX = "model.safetensors.index.json"
 # Buffers that older files carry: causal masks and rotary frequencies, all of them computed here.
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
@@ -90,23 +93,28 @@ def name_table(config: ModelConfig) -> dict[str, list[str]]:
     return table
 
 
-def to_stock(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_stock(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors under the stock class's names and layouts; zeros where it has a bias that our mathematics has not."""
-    tensors = dict(weights)
-    if config.positions == "sinusoidal":
-        tensors["position_embedding.weight"] = sinusoidal_table(config.context_length, config.d_model)
-    stock = {}
-    for name, ours in name_table(config).items():
-        parts = []
-        for our in ours:
-            if our not in tensors:  # a bias; anything else missing is a KeyError, and a mistake of ours
-                tensors[our] = tensors[our.replace(".bias", ".weight")].new_zeros(
-                    tensors[our.replace(".bias", ".weight")].shape[0]
-                )
-            parts.append(tensors[our])
-        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-        stock[name.removesuffix("ᵀ")] = (whole.T if name.endswith("ᵀ") else whole).contiguous()
-    return stock
+    return dict(stock_tensors(config, weights, lambda tensor: tensor))
+
+
+def stock_tensors(
+    config: ModelConfig, weights: Mapping[str, Tensor], gather: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """As `to_stock`, one tensor after the other; each of ours is asked for by `gather` when its turn comes."""
+
+    def ours(name: str) -> Tensor:
+        if name in weights:
+            return gather(weights[name])
+        if name == "position_embedding.weight" and config.positions == "sinusoidal":
+            return sinusoidal_table(config.context_length, config.d_model)
+        weight = weights[name.replace(".bias", ".weight")]  # anything else missing is a KeyError, and a mistake of ours
+        return torch.zeros(weight.shape[0], dtype=weight.dtype)
+
+    for name, parts in name_table(config).items():
+        found = [ours(part) for part in parts]
+        whole = torch.cat(found) if len(found) > 1 else found[0]
+        yield name.removesuffix("ᵀ"), (whole.T if name.endswith("ᵀ") else whole).contiguous()
 
 
 def from_stock(
@@ -132,8 +140,9 @@ def save_model(
     ends: Sequence[int] | None = None,
     labels: Sequence[str] | None = None,
     problem_type: str | None = None,
+    gather: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> None:
-    """Write config.json, model.safetensors and, for a language model, generation_config.json into an existing directory.
+    """Write config.json, the weights and, for a language model, generation_config.json into an existing directory.
 
     The tokenizer's files and the seal are the caller's. Weights are written in float32. A model with a classification head
     is written without a language-model head of its own, which its stock class has no place for.
@@ -143,6 +152,7 @@ def save_model(
         labels: the name of each output of a classification head, in order.
         problem_type: what the outputs are, in the stock classes' words: "regression", "single_label_classification" or
             "multi_label_classification".
+        gather: from a weight as the model has it to the whole of it; called for one after the other.
 
     Raises:
         ValueError: labels that do not fit the head, or a head without a pad token, by which its stock class finds the last
@@ -152,17 +162,45 @@ def save_model(
     if config.n_labels and pad is None:
         raise ValueError("a model with a classification head is saved with its pad token: its stock class needs one")
     described = stock_config(config, end_of_text, pad) | label_config(config, labels, problem_type)
-    weights = {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()}
-    tensors = to_stock(config, weights)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     write_durably(directory / "config.json", to_json(described))
-    shutil.copymode(directory / "config.json", directory / "model.safetensors")  # which is made for its owner alone
+    for path in write_weights(directory, config, model.state_dict(), lambda tensor: gather(tensor).float().cpu()):
+        shutil.copymode(directory / "config.json", path)  # which is made for its owner alone
     if config.n_labels:
         return
     stops = [end_of_text] if ends is None else list(ends)
     eos = stops if len(stops) > 1 else next(iter(stops), None)
     generation = {"bos_token_id": end_of_text, "eos_token_id": eos, "pad_token_id": pad, "do_sample": True}
     write_durably(directory / "generation_config.json", to_json(generation))
+
+
+def write_weights(
+    directory: Path, config: ModelConfig, weights: Mapping[str, Tensor], gather: Callable[[Tensor], Tensor]
+) -> list[Path]:
+    """Write model.safetensors, or of a large model several files under an index, as the stock classes do; those files. No more
+    than one of them is held in memory."""
+    files: list[Path] = []
+    held: dict[str, Tensor] = {}
+    places: dict[str, int] = {}  # of each tensor the file
+    size = total = 0
+
+    def write() -> None:
+        files.append(directory / f".{len(files)}.safetensors")
+        save_file(held, files[-1], metadata={"format": "pt"})
+        held.clear()
+
+    for name, tensor in stock_tensors(config, weights, gather):
+        if held and size + tensor.nbytes > LARGEST_FILE:
+            write()
+            size = 0
+        held[name], places[name] = tensor, len(files)
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    write()
+    names = ["model.safetensors"]
+    if len(files) > 1:
+        names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+        index = {name: names[place] for name, place in places.items()}
+        write_durably(directory / INDEX, to_json({"metadata": {"total_size": total}, "weight_map": index}))
+    return [path.rename(directory / name) for path, name in zip(files, names, strict=True)]
 
 
 def load_model(directory: Path, device: torch.device | str = "cpu") -> GPT:
@@ -172,21 +210,24 @@ def load_model(directory: Path, device: torch.device | str = "cpu") -> GPT:
         CorruptFile: a hash, a shape or a file that is not as it should be.
         NextwordError: no model here, or one with something that nextword does not do, by name.
     """
+    config = described(directory, check_seal)
+    return GPT.from_weights(config, dict(weights_in(directory, config))).to(device)
+
+
+def described(directory: Path, manifest: Callable[[Path], dict[str, Any]] = read_manifest) -> ModelConfig:
+    """What a directory says of its model's shape. Raises as `load_model`."""
     if not (directory / "config.json").is_file():
         raise NextwordError(f"{directory}: no config.json, so this is no model directory")
     config = read_stock_config(directory / "config.json")
     if (directory / MANIFEST).is_file():
-        facts = check_seal(directory)
+        facts = manifest(directory)
         if "model" in facts:  # what the stock format has no place for: the sinusoids, and biases that do not exist
             try:
                 config = config_of(facts["model"])
             except (ValueError, TypeError, OverflowError) as error:
                 raise CorruptFile(f"{directory / MANIFEST}: {error}") from error
             config = replace(config, tied=config.tied or config.n_labels > 0)  # as in `read_stock_config`
-    sources = find_weights(directory)
-    shapes = weight_shapes(directory, config, len(sources))
-    weights = read_weights(directory, config, sources, shapes)
-    return GPT.from_weights(config, weights).to(device)
+    return config
 
 
 def weight_shapes(directory: Path, config: ModelConfig, n_tensors: int) -> dict[str, torch.Size]:
@@ -228,7 +269,7 @@ def refuse_header(path: Path) -> None:
 
 def find_weights(directory: Path) -> dict[str, Path]:
     """Tensor name → the safetensors file that has it, in one file or in shards under an index."""
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     if index.is_file():
         weight_map = read_object(index).get("weight_map", {})
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -263,13 +304,20 @@ def read_parts(directory: Path, kind: str, device: torch.device | str = "cpu") -
     return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in rows.items()}
 
 
-def read_weights(
-    directory: Path, config: ModelConfig, sources: dict[str, Path], shapes: dict[str, torch.Size]
-) -> dict[str, Tensor]:
-    """Our tensors out of a directory's files. Every shape is checked in the header, before anything is read."""
+def weights_in(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors out of a directory's files, in float32, one after the other. Every shape is checked in its file's header
+    before the tensor is read. Raises as `load_model`."""
+    sources = find_weights(directory)
+    shapes = weight_shapes(directory, config, len(sources))
     prefix = PREFIX[config.family]
     table = name_table(config)
-    weights: dict[str, Tensor] = {}
+    known = {name.removesuffix("ᵀ") for name in table} | {name.removesuffix("ᵀ").removeprefix(prefix) for name in table}
+    known |= {"lm_head.weight"}  # a tied head may be written out as well
+    extra = [name for name in sources if name not in known and not name.endswith(BUFFERS)]
+    if extra:
+        raise NextwordError(
+            f"{directory}: tensors that this kind of model does not have: {', '.join(sorted(extra)[:5])}"
+        )
     for name, ours in table.items():
         stock = name.removesuffix("ᵀ")
         bare = stock.removeprefix(prefix)  # the base model alone is saved without the prefix
@@ -287,15 +335,7 @@ def read_weights(
                 )
             if part.get_dtype() not in ("F32", "F16", "BF16", "F64"):
                 raise NextwordError(f"{sources[key]}: {key} holds {part.get_dtype()}, which nextword does not open")
-            weights.update(from_stock(config, name, ours, part[:].float(), shapes))
-    known = {name.removesuffix("ᵀ") for name in table} | {name.removesuffix("ᵀ").removeprefix(prefix) for name in table}
-    known |= {"lm_head.weight"}  # a tied head may be written out as well
-    extra = [name for name in sources if name not in known and not name.endswith(BUFFERS)]
-    if extra:
-        raise NextwordError(
-            f"{directory}: tensors that this kind of model does not have: {', '.join(sorted(extra)[:5])}"
-        )
-    return weights
+            yield from from_stock(config, name, ours, part[:].float(), shapes).items()
 
 
 def expected_shape(config: ModelConfig, name: str, ours: list[str], shapes: dict[str, torch.Size]) -> list[int]:

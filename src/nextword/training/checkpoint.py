@@ -116,6 +116,7 @@ class Saver:
     Attributes:
         cost: the seconds that the last save took from the steps: those that they waited, and the processor's in its threads.
         late: whether a save was due and has not begun.
+        sealed: the checkpoint that was finished last, for who leads.
     """
 
     def __init__(self, run: Path, world: World = ALONE, every: int | None = None):
@@ -125,6 +126,7 @@ class Saver:
         self.work: Future[None] | None = None  # of the last save, until it was waited for
         self.unsealed: tuple[int, dict[str, Any]] | None = None  # step and facts of parts that wait for the others
         self.hashes: Hashes = {}
+        self.sealed: Path | None = None
 
     def __enter__(self) -> "Saver":
         return self
@@ -243,6 +245,7 @@ class Saver:
         for old in checkpoints(self.folder.parent)[:-KEPT]:
             shutil.rmtree(old)
         self.cost += time.thread_time() - begin
+        self.sealed = final
 
 
 # ---------------------------------------------------------------- what was saved
@@ -267,7 +270,7 @@ def newest_whole(run: Path, say: Any = None, strict: bool = False) -> Path | Non
     damage = []
     for path in found:
         try:
-            check_seal(path)
+            check(path)
             return path
         except CorruptFile as error:
             if strict:
@@ -278,6 +281,14 @@ def newest_whole(run: Path, say: Any = None, strict: bool = False) -> Path | Non
     if damage:
         raise CorruptFile("every checkpoint is damaged:\n" + "\n".join(damage))
     return None
+
+
+def check(path: Path) -> None:
+    """Raises `CorruptFile` where a checkpoint is not what was sealed: each file that differs, and tensors that nobody sealed,
+    which would be read with the others."""
+    sealed = check_seal(path)["files"]
+    if strange := sorted(str(file) for file in path.glob("*.safetensors") if file.name not in sealed):
+        raise CorruptFile("\n".join(f"{file}: is not of this checkpoint" for file in strange))
 
 
 def facts_of(path: Path) -> dict[str, Any]:

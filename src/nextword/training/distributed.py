@@ -9,7 +9,7 @@ import json
 import math
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nextword.errors import NextwordError, UsageError
 
 if TYPE_CHECKING:
+    from nextword.model.gpt import GPT
     from nextword.training.objectives import Step
 
 Parallel = Literal["data", "full", "hybrid"]
@@ -41,9 +42,10 @@ class World:
         again: whether torchrun started them anew after one had failed.
         part, parts: which part of every weight this process keeps, from 0, of how many; the whole, where it is the only one.
         copy: which of several equal copies of that part, from 0, where the weights are shared within each machine only.
+        in_step: whether the model's forward pass takes all processes at the same time, since none ever has all of the weights.
     """
 
-    part, parts, copy = 0, 1, 0
+    part, parts, copy, in_step = 0, 1, 0, False
 
     def __init__(self, rank: int = 0, size: int = 1, local_size: int = 1, again: bool = False):
         self.rank, self.size, self.local_size, self.again = rank, size, local_size, again
@@ -92,9 +94,10 @@ class World:
 
     # ------------------------------------------------------------ weights
 
-    def share(self, step: "Step", parallel: Parallel, bf16: bool) -> None:
+    def share(self, step: "Step", parallel: Parallel, bf16: bool, device: torch.device) -> None:
         """Give each process its part of every weight, and of its gradient: the sums over all processes, not their mean, for
-        each loss is divided by its count over the whole batch already.
+        each loss is divided by its count over the whole batch already. A hollow model gets its memory on `device` thereby, and
+        never more than a part of it.
 
         Args:
             parallel: "data": the whole step is one unit, whose weights are gathered once a step and are whole until the
@@ -105,24 +108,41 @@ class World:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-        device = step.model.token_embedding.weight.device.type
         shape, names = ((self.size,), ("parts",))
         if parallel == "hybrid":
             shape, names = (self.size // self.local_size, self.local_size), ("copies", "parts")
-        mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
         *copies, self.part = mesh.get_coordinate() or [0]
         self.parts, self.copy = shape[-1], copies[0] if copies else 0
-        if parallel != "data":
+        self.in_step = parallel != "data"
+        if self.in_step:
             policy = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
             for block in step.model.blocks:
                 fully_shard(block, mesh=mesh, mp_policy=policy if bf16 else MixedPrecisionPolicy())
-        fully_shard(step, mesh=mesh, reshard_after_forward=False)
+        root = step.model if self.in_step else step  # which runs by itself too, between two steps
+        fully_shard(root, mesh=mesh, reshard_after_forward=False)
         for module in step.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+        if step.model.token_embedding.weight.is_meta:
+            root.to_empty(device=device)
+            step.model.tabulate()
+
+    @contextmanager
+    def between_steps(self, step: "Step") -> Iterator["GPT"]:
+        """The model of a step as it can be used between two steps, in all processes together: with all of its weights, or where
+        none ever has them all (`in_step`) with those that it runs by, and then all have to run it at the same time."""
+        units = [module for module in (step, step.model) if hasattr(module, "reshard")]
+        for unit in [] if self.in_step else units:
+            unit.unshard()  # pyright: ignore[reportCallIssue]
+        try:
+            yield step.model
+        finally:
+            for unit in units:
+                unit.reshard()  # pyright: ignore[reportCallIssue]
 
 
 ALONE = World()
@@ -159,17 +179,28 @@ def rows_before(rows: int, process: int, size: int) -> int:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put weights, shared as the model's own are, in the place of those that are trained."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            part(parameter).copy_(part(weights[name]))
+def fill(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Put weights, whole or shared as the model's own are, in the place of those that are trained."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, tensor in weights:
+        if (parameter := parameters.get(name)) is not None:
+            part(parameter).copy_(part(tensor) if hasattr(tensor, "placements") else own_rows(parameter, tensor))
 
 
-def accumulating(step: nn.Module, more: bool) -> None:
+def own_rows(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """Of a whole tensor what this process keeps of it, if it is shared as the parameter is."""
+    if not hasattr(parameter, "placements"):
+        return tensor
+    mesh = parameter.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
+    first = rows_before(len(tensor), mesh.get_coordinate()[-1], mesh.size(-1))
+    return tensor[first : first + len(part(parameter))]
+
+
+def accumulating(step: nn.Module, model: nn.Module, more: bool) -> None:
     """Before a micro-batch: whether others of the same step follow, so that its gradients need not be sent yet."""
-    if hasattr(step, "set_requires_gradient_sync"):
-        step.set_requires_gradient_sync(not more)  # pyright: ignore[reportCallIssue]
+    for unit in (step, model):
+        if hasattr(unit, "set_requires_gradient_sync"):
+            unit.set_requires_gradient_sync(not more)  # pyright: ignore[reportCallIssue]
 
 
 def at_owners(shared: Sequence[Tensor], parts: Sequence[Tensor], change: Any) -> list[Tensor]:

@@ -53,15 +53,17 @@ def library() -> tuple[Any, str]:
     return loaded, why
 
 
-def fits(model: GPT) -> bool:
-    """Whether the model can be trained here: float32 on a CPU, widths of whole vectors of eight."""
+def fits(model: GPT, device: torch.device | None = None) -> bool:
+    """Whether the model can be trained here: float32 on a CPU, widths of whole vectors of eight; a hollow one, once it is on
+    this device."""
     config, weight = model.config, model.token_embedding.weight
     widths = (config.d_model, config.head_dim, config.d_ff)
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and all(width % 8 == 0 for width in widths)
+    on_cpu = (device or weight.device).type == "cpu"
+    return on_cpu and weight.dtype == torch.float32 and all(width % 8 == 0 for width in widths)
 
 
-def available(model: GPT) -> bool:
-    return fits(model) and library()[0] is not None
+def available(model: GPT, device: torch.device | None = None) -> bool:
+    return fits(model, device) and library()[0] is not None
 
 
 def _at(tensor: Tensor | None) -> int | None:

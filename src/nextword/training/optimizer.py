@@ -62,7 +62,7 @@ class Muon:
     (Liu et al. 2025, "Muon is scalable", equation 4). Weight decay is decoupled.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], *, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(self, parameters: Iterable[nn.Parameter], *, momentum: float = 0.9, weight_decay: float = 0.0):
         self.parameters = list(parameters)
         self.momentum = momentum
         self.weight_decay = weight_decay
@@ -117,9 +117,9 @@ class Optimizer:
         kind: Literal["adamw", "muon"],
         lr: float,
         matrix_lr: float | None = None,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.1,
-        momentum: float = 0.95,
+        momentum: float = 0.9,
     ):
         self.lr, self.matrix_lr = lr, lr if matrix_lr is None else matrix_lr
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

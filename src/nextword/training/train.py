@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nextword.errors import Diverged
 from nextword.model.gpt import GPT, dropout_masks
 from nextword.text.batches import Batch, places, seed_for
-from nextword.training.distributed import ALONE, World, accumulating, whole
+from nextword.training.distributed import ALONE, World, accumulating, part, whole
 from nextword.training.objectives import Inputs, LabelTensors, Loss, Objective, Step
 from nextword.training.optimizer import Optimizer, Schedule, learning_rate
 from nextword.training.pace import Clock, Pace, SharedClock
@@ -122,12 +122,12 @@ def train_step(
     total = torch.zeros((), device=device)
     micro_batches = batch.split(settings.micro_batch_rows)
     for number, micro_batch in enumerate(micro_batches, start=1):
-        accumulating(step_module, number < len(micro_batches))
+        accumulating(step_module, model, number < len(micro_batches))
         with precision(device, settings.bf16):
             losses = step_module(to_inputs(micro_batch, model, settings.seed))
-        part = weigh(losses, batch.counts)
-        part.backward()
-        total += part.detach()
+        weighed = weigh(losses, batch.counts)
+        weighed.backward()
+        total += weighed.detach()
     norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip if settings.clip > 0 else math.inf)
     loss, gradient_norm = float(world.summed(total)), float(whole(norm))
     finite = math.isfinite(loss) and math.isfinite(gradient_norm)
@@ -204,25 +204,32 @@ def bytes_per_row(step_module: Step, dataset: Dataset, settings: StepSettings) -
     """What one row (of labelled data, one example) takes in training: twice what is kept for the backward pass, once more
     for the gradients. One is taken through the model, and its bytes are taken to be those of the longest."""
     model = step_module.model
-    kept: dict[int, int] = {}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        kept[storage._cdata] = storage
         return tensor
 
     device = model.token_embedding.weight.device
     with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t), precision(device, settings.bf16):
         first = dataset.batch(0).split(1)[0]
         step_module(to_inputs(first, model, settings.seed))
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    per_row = 2 * sum(size for pointer, size in kept.items() if pointer not in weights)
+    # What was gathered of a shared block is given back by now: its storage is there, with no bytes.
+    weights = {part(p).untyped_storage().data_ptr() for p in model.parameters()}
+    per_row = 2 * sum(storage.nbytes() for storage in kept.values() if storage.data_ptr() not in weights)
     return math.ceil(per_row * dataset.longest / first.tokens.size)
 
 
-def bytes_of_weights(model: nn.Module) -> int:
-    """Weights, and of what is trained gradients and two averages: they are there whatever the batch."""
-    return sum((16 if p.requires_grad else 4) * p.numel() for p in model.parameters())
+def bytes_of_weights(model: GPT, world: World = ALONE) -> int:
+    """Weights, and of what is trained gradients and two averages: they are there whatever the batch. In company a part of them,
+    and of what a step gathers, weights and gradients: all, or two blocks and what is in none."""
+    own = sum((16 if p.requires_grad else 4) * part(p).numel() for p in model.parameters())
+    if world.size == 1:
+        return own
+    blocks = sum(p.numel() for block in model.blocks for p in block.parameters())
+    rest = sum(p.numel() for p in model.parameters()) - blocks
+    return own + 8 * (rest + (2 * blocks // model.config.n_layers if world.in_step else blocks))
 
 
 def fit_micro_batch(step_module: Step, dataset: Dataset, settings: StepSettings, world: World = ALONE) -> int:
@@ -231,15 +238,17 @@ def fit_micro_batch(step_module: Step, dataset: Dataset, settings: StepSettings,
     model = step_module.model
     device = model.token_embedding.weight.device
     neighbours = world.local_size if device.type == "cpu" else 1
-    room = 0.5 * available_memory(device) / neighbours - bytes_of_weights(model)
+    room = 0.5 * available_memory(device) / neighbours - bytes_of_weights(model, world)
     wanted = len(dataset.batch(0, world.rank, world.size).rows)
     rows = max(1, min(wanted, int(room / max(1, bytes_per_row(step_module, dataset, settings)))))
     return -(-wanted // -(-wanted // rows))
 
 
-def probe(state: TrainState, step_module: nn.Module, dataset: Dataset, settings: StepSettings) -> float:
-    """Seconds of one step, measured on gradients that are thrown away; the fastest of three."""
-    batch = dataset.batch(state.step)
+def probe(
+    state: TrainState, step_module: nn.Module, dataset: Dataset, settings: StepSettings, world: World = ALONE
+) -> float:
+    """Seconds of one step, measured on gradients that are thrown away; the fastest of three. All processes do it together."""
+    batch = dataset.batch(state.step, world.rank, world.size)
     device = state.model.token_embedding.weight.device
     seconds = math.inf
     for _ in range(3):
@@ -269,12 +278,14 @@ def worth_compiling(device: torch.device, seconds: float) -> tuple[bool, str]:
     return True, "compiled: the first step takes about a minute"
 
 
-def failure_to_compile(state: TrainState, runner: nn.Module, dataset: Dataset, settings: StepSettings) -> str:
+def failure_to_compile(
+    state: TrainState, runner: nn.Module, dataset: Dataset, settings: StepSettings, world: World = ALONE
+) -> str:
     """Why `torch.compile` does not manage a step here (its compiler may be broken, or old), in a line; nothing where it does.
     What it makes for one part of a batch, whose gradients are thrown away, the steps then use."""
     from torch._dynamo.exc import TorchDynamoException  # of all that fails on the way to compiled code
 
-    batch = dataset.batch(state.step)
+    batch = dataset.batch(state.step, world.rank, world.size)
     micro_batch = next(iter(batch.split(settings.micro_batch_rows)))
     try:
         with precision(state.model.unembedding.device, settings.bf16):

@@ -40,6 +40,7 @@ def finetune(
     resume: Flag = False,
     strict: Flag = False,
     tensorboard: Flag = False,
+    mirror: str | None = None,
     training: TrainingGroup = TrainingOptions(),  # pyright: ignore[reportInvalidTypeForm]
     tuning: TuningGroup = TuningOptions(),  # pyright: ignore[reportInvalidTypeForm]
     common: Common = Common(),
@@ -74,6 +75,9 @@ def finetune(
         Stop at the first thing that is wrong in the data, instead of telling and going on.
     tensorboard
         Write the curves for TensorBoard too, to RUN/tensorboard.
+    mirror
+        A place beyond this machine (s3://bucket/run, gs://…, a folder elsewhere) that checkpoints are copied to while the run
+        goes on. With --resume the run is brought from there where its folder is gone.
     """
     from nextword import api
 
@@ -81,7 +85,7 @@ def finetune(
     result = api.finetune(
         model or "", data or [], out, **about.said(), scratch=scratch, limit=limit, budget=budget, steps=steps,
         resume=resume, training=said(training), tuning=tuned, strict=strict, seed=common.seed, device=common.device,
-        tensorboard=tensorboard, console=common.console(), started=STARTED,
+        tensorboard=tensorboard, mirror=mirror, console=common.console(), started=STARTED,
     )  # fmt: skip
     show(result, common, lambda: tuned_summary(result))
 

@@ -73,6 +73,7 @@ def prepare(
     text_column: str | None = None,
     strict: Flag = False,
     shard: str | None = None,
+    engine: Literal["local", "ray"] = "local",
     common: Common = Common(),
 ) -> None:
     """Turn text into shards of tokens, which any number of runs can share.
@@ -95,12 +96,14 @@ def prepare(
     shard
         3/64: begin with the third of 64 parts of the work, while other processes, on any machine that sees the same
         folders, begin with others. Each does what is left, and ends when all is there.
+    engine
+        ray: let the processes of a Ray cluster do it, each a part: of the one that RAY_ADDRESS names, or of this machine.
     """
     from nextword import api
 
     corpus = api.prepare(
         corpora, out, tokenizer=tokenizer, vocab_size=vocab_size, text_column=text_column, strict=strict, shard=shard,
-        console=common.console(),
+        engine=engine, console=common.console(),
     )  # fmt: skip
     result = {"shards": str(out), **{k: v for k, v in corpus.facts.items() if k not in ("files", "sources")}}
     show(result, common, lambda: f"{out}: {api.describe(corpus)}")
@@ -158,6 +161,7 @@ def pretrain(
     run: RunOptions = RunOptions(),
     resume: Flag = False,
     tensorboard: Flag = False,
+    mirror: str | None = None,
     model: ModelGroup = ModelOptions(),  # pyright: ignore[reportInvalidTypeForm]
     training: TrainingGroup = TrainingOptions(),  # pyright: ignore[reportInvalidTypeForm]
     common: Common = Common(),
@@ -176,12 +180,16 @@ def pretrain(
         Go on exactly where the run stood; begin where there is none yet.
     tensorboard
         Write the curves for TensorBoard too, to RUN/tensorboard.
+    mirror
+        A place beyond this machine (s3://bucket/run, gs://…, a folder elsewhere) that checkpoints are copied to while the run
+        goes on. With --resume the run is brought from there where its folder is gone.
     """
     from nextword import api
 
     result = api.pretrain(
         [*(corpora or []), *(corpus or [])], out, **said(run), resume=resume, model=said(model), training=said(training),
-        seed=common.seed, device=common.device, tensorboard=tensorboard, console=common.console(), started=STARTED,
+        seed=common.seed, device=common.device, tensorboard=tensorboard, mirror=mirror, console=common.console(),
+        started=STARTED,
     )  # fmt: skip
     show(result, common, lambda: summary(result) + "\nTry it: " + next_commands(result))
 
