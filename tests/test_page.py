@@ -774,6 +774,11 @@ def test_with_a_model_behind_it(browser: "Browser", base: Path, monkeypatch: pyt
         expect(j.at("#inspector .title")).to_contain_text("%")
         assert j.at("#inspector li").count() >= 5
         j.button("Conversation").click()
+        # A model hardly taught may end an answer before its first token; not often, where every token is as likely.
+        j.button("Settings").click()
+        slide = "(range, value) => { range.value = value; range.dispatchEvent(new Event('input', {bubbles: true})) }"
+        j.page.locator("#temperature").evaluate(slide, "2")
+        j.page.keyboard.press("Escape")
         j.say("Hello")
         assert j.answers.last.locator(".token").count() > 0
         left, read = server.service.metrics.left.values, server.engine.reader.read
