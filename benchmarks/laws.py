@@ -2,9 +2,10 @@
 
     python -m benchmarks.laws [runs] [fit] [hold]
 
-Two runs side by side, one thread each; every run is kept under build/bench/laws. `fit` prints the constants, what each corpus
-would have been predicted to reach by a fit to the others, and how far that was off. `hold` gives the program itself three
-budgets on five corpora that nothing was fitted to, and sets what it planned beside what came of it.
+Two runs side by side, one thread each; what came of every run stands in laws.jsonl beside this, and is not run again until its
+line is taken out. `fit` prints the constants, what each corpus would have been predicted to reach by a fit to the others, and
+how far that was off. `hold` gives the program itself three budgets on five corpora that nothing was fitted to, and sets what
+it planned beside what came of it, in laws_held.jsonl.
 """
 
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,8 @@ from benchmarks.run import DATA, KEPT, nextword
 from nextword.recipes import Training
 
 WORK = KEPT / "laws"
+RUNS = Path(__file__).with_suffix(".jsonl")
+HELD = Path(__file__).with_name("laws_held.jsonl")
 # Sizes and tokens: each size from too few tokens for it to more than enough, as far as that takes twenty minutes at most.
 POINTS = [("micro", 150_000), ("micro", 600_000), ("tiny", 300_000), ("tiny", 1_200_000)]
 # For the first two corpora alone: many tokens, and few.
@@ -83,41 +87,6 @@ def shards(names: tuple[str, ...]) -> dict[str, Path]:
     return {name: found[name] for name in names}
 
 
-def run(path: Path, corpus: str, size: str, tokens: int) -> dict[str, Any]:
-    kept = WORK / "cells" / f"{corpus}-{size}-{tokens}.json"
-    if not kept.exists():
-        settings = {
-            "size": size, "tokens": tokens, "batch_tokens": batch_tokens(tokens), "momentum": Training().momentum,
-            "beta2": Training().beta2,
-        }  # fmt: skip
-        program = [sys.executable, "-m", "benchmarks.recipe_work", str(path), json.dumps(settings)]
-        done = subprocess.run(program, capture_output=True, text=True, env=environment())
-        if done.returncode:
-            raise SystemExit(f"{' '.join(program)}\n{done.stderr}")
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps({"corpus": corpus, "size": size, "asked": tokens, **json.loads(done.stdout)}))
-        print(corpus, size, tokens, json.loads(done.stdout)["bits_per_byte"], file=sys.stderr, flush=True)
-    return json.loads(kept.read_text())
-
-
-def batch_tokens(tokens: int) -> int:
-    """As the program chooses it."""
-    from nextword.training.plan import batch_tokens as chosen
-
-    return chosen(tokens)
-
-
-def runs() -> list[dict[str, Any]]:
-    found = shards(FITTED)
-    jobs = [(found[corpus], corpus, *point) for point in LONGER[::-1] for corpus in FITTED[:2]]  # the longest first
-    jobs += [(found[corpus], corpus, *point) for point in POINTS[::-1] for corpus in FITTED]
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda job: run(*job), jobs))
-
-
-# ---------------------------------------------------------------- the fit
-
-
 def features(one: dict[str, Any], path: Path) -> dict[str, float]:
     """What the law knows of a run: parameters of the blocks, tokens in bytes, the text's bytes and its difficulty."""
     from nextword.text.corpus import Corpus
@@ -131,13 +100,51 @@ def features(one: dict[str, Any], path: Path) -> dict[str, float]:
     }  # fmt: skip
 
 
+def known_runs() -> dict[tuple[str, str, int], dict[str, Any]]:
+    return {(one["corpus"], one["size"], one["asked"]): one for one in records(RUNS)} if RUNS.exists() else {}
+
+
+def run(path: Path, corpus: str, size: str, tokens: int, keeping: Lock) -> None:
+    settings = {
+        "size": size, "tokens": tokens, "batch_tokens": batch_tokens(tokens), "momentum": Training().momentum,
+        "beta2": Training().beta2,
+    }  # fmt: skip
+    program = [sys.executable, "-m", "benchmarks.recipe_work", str(path), json.dumps(settings)]
+    done = subprocess.run(program, capture_output=True, text=True, env=environment())
+    if done.returncode:
+        raise SystemExit(f"{' '.join(program)}\n{done.stderr}")
+    line = {"corpus": corpus, "size": size, "asked": tokens, **features(json.loads(done.stdout), path)}
+    with keeping, RUNS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    print(line, file=sys.stderr, flush=True)
+
+
+def batch_tokens(tokens: int) -> int:
+    """As the program chooses it."""
+    from nextword.training.plan import batch_tokens as chosen
+
+    return chosen(tokens)
+
+
+def runs() -> None:
+    points = [(corpus, *point) for point in POINTS for corpus in FITTED]
+    points += [(corpus, *point) for point in LONGER for corpus in FITTED[:2]]
+    known, keeping = known_runs(), Lock()
+    left = [point for point in points if point not in known]
+    found = shards(FITTED) if left else {}
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda point: run(found[point[0]], point[0], point[1], point[2], keeping), left))
+
+
+# ---------------------------------------------------------------- the fit
+
+
 def fit() -> None:
     from scipy.optimize import least_squares
 
     from nextword.training.laws import Law
 
-    found = shards(FITTED)
-    data = [(one["corpus"], features(one, found[one["corpus"]])) for one in runs()]
+    data = [(corpus, one) for (corpus, _, _), one in known_runs().items()]
 
     def residuals(logarithms: np.ndarray, chosen: list[dict[str, float]]) -> np.ndarray:
         law = Law(*np.exp(logarithms))  # all constants are positive
@@ -166,37 +173,38 @@ def fit() -> None:
 # ---------------------------------------------------------------- does it hold?
 
 
-def held(corpus: str, budget: str) -> dict[str, Any]:
+def held(corpus: str, budget: str, keeping: Lock) -> None:
     """A run as a person would begin it, its text prepared within the budget as well."""
-    kept, out = WORK / "held" / f"{corpus}-{budget}.json", WORK / "held" / f"{corpus}-{budget}"
-    if not kept.exists():
-        path, options = texts()[corpus]
-        shutil.rmtree(out, ignore_errors=True)
-        budgeted = ("--budget", budget, "--json", "--quiet")
-        result = nextword("pretrain", path, *options, "--out", out, *budgeted, threads=1)
-        plan = json.loads((out / "run.json").read_text(encoding="utf-8"))["plan"]
-        kept.write_text(json.dumps({**result, "plan": plan}))
-        print(corpus, budget, result["bits_per_byte"], result["wall"], file=sys.stderr, flush=True)
-    return json.loads(kept.read_text())
+    path, options = texts()[corpus]
+    out = WORK / "held" / f"{corpus}-{budget}"
+    shutil.rmtree(out, ignore_errors=True)
+    result = nextword("pretrain", path, *options, "--out", out, "--budget", budget, "--json", "--quiet", threads=1)
+    plan = json.loads((out / "run.json").read_text(encoding="utf-8"))["plan"]
+    line = {"corpus": corpus, "budget": budget, "seconds": result["wall"], "bits": result["bits_per_byte"]}
+    line |= {key: plan[key] for key in ("size", "epochs", "bits_per_byte", "low", "high")}
+    with keeping, HELD.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    print(line, file=sys.stderr, flush=True)
 
 
 def hold() -> None:
     from nextword.recipes import seconds
 
-    jobs = [(corpus, budget) for budget in BUDGETS for corpus in HELD_OUT]
-    (WORK / "held").mkdir(parents=True, exist_ok=True)
+    jobs, keeping = [(corpus, budget) for budget in BUDGETS for corpus in HELD_OUT], Lock()
+    known = {(one["corpus"], one["budget"]) for one in (records(HELD) if HELD.exists() else [])}
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda job: held(*job), jobs))
+        list(pool.map(lambda job: held(job[0], job[1], keeping), [job for job in jobs if job not in known]))
+    found = {(one["corpus"], one["budget"]): one for one in records(HELD)}
     print("\n| text | budget | seconds | of the budget | size | epochs | planned bits per byte | reached | within |")
     print("|---" * 9 + "|")
     in_time = within = 0
-    for (corpus, budget), one in zip(jobs, found, strict=True):
-        plan, share = one["plan"], one["wall"] / seconds(budget)
-        inside = plan["low"] <= one["bits_per_byte"] <= plan["high"]
+    for corpus, budget in jobs:
+        one = found[corpus, budget]
+        share, inside = one["seconds"] / seconds(budget), one["low"] <= one["bits"] <= one["high"]
         in_time, within = in_time + (abs(share - 1) <= 0.05), within + inside
         print(
-            f"| {corpus} | {budget} | {one['wall']:.1f} | {100 * share:.1f} % | {plan['size']} | {plan['epochs']:.1f} "
-            f"| {plan['bits_per_byte']:.3f} ({plan['low']:.3f} to {plan['high']:.3f}) | {one['bits_per_byte']:.3f} "
+            f"| {corpus} | {budget} | {one['seconds']:.1f} | {100 * share:.1f} % | {one['size']} | {one['epochs']:.1f} "
+            f"| {one['bits_per_byte']:.3f} ({one['low']:.3f} to {one['high']:.3f}) | {one['bits']:.3f} "
             f"| {'yes' if inside else 'no'} |"
         )
     print(f"\nwithin 5 % of the time: {in_time} of {len(jobs)}; within the interval: {within} of {len(jobs)}")
