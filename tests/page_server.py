@@ -9,6 +9,7 @@ import json
 import math
 import re
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -69,8 +70,12 @@ class Script:
     loading: bool = False
     busy: int = 2  # how often it says so, once it was asked something with "busy" in it
     delay: float = 0.003  # seconds from token to token; a "slow" one takes ten times that, at least 50 ms
+    writes: threading.Event = field(default_factory=threading.Event)  # an answer's first token waits for it
     asked: list[tuple[str, Any]] = field(default_factory=list)
     left: int = 0
+
+    def __post_init__(self) -> None:
+        self.writes.set()
 
 
 def candidates(token: bytes, number: int) -> tuple[float, list[tuple[bytes, float]]]:
@@ -204,6 +209,7 @@ class Handler(BaseHTTPRequestHandler):
         )
         limit = body.get("max_tokens", len(tokens))
         self.answer(200, b"", "text/event-stream")
+        script.writes.wait(15)
         held = b""
         for i, token in enumerate(tokens[:limit]):
             time.sleep(max(0.05, 10 * script.delay) if slow else script.delay)

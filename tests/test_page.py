@@ -129,8 +129,10 @@ def test_a_conversation_is_streamed_and_goes_on(open_page: Open) -> None:
         window.heard = [];
         new MutationObserver(() => window.heard.push(said.textContent)).observe(said, all);
     }""")
+    j.script.writes.clear()
     j.say("Tell me\nof the sea", done=False)
     expect(j.button("Stop")).to_be_visible()
+    j.script.writes.set()
     expect(j.answers).to_have_text(TOLD)
     expect(j.at("#say")).to_have_text(f"The model wrote: {TOLD}")
     # What is being written is not read out, token by token.
