@@ -149,7 +149,7 @@ def write_ours(who: str, s: Settings) -> dict[str, Any]:
 
     @torch.inference_mode()
     def read(pieces: list[Any]) -> list[int]:
-        return reader.read(cache, pieces).argmax(1).tolist()
+        return [int(logits[-1].argmax()) for logits in reader.read(cache, pieces)]
 
     texts, count = prompts(s, s["prompt"]), s["tokens"]
     seconds = []

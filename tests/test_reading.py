@@ -1,12 +1,17 @@
 """Reading with compiled code: equal to the model's own operations, whatever is read beside it and however it is cut."""
 
 import math
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nextword.inference import native
@@ -111,6 +116,34 @@ def test_threads_change_nothing_at_all() -> None:
     torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+NARROW = """
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+sys.path.insert(0, sys.argv[1])
+from test_reading import CompiledReader, one_by_one, text, tiny
+model = tiny()
+model.load_state_dict(load_file(sys.argv[2]))
+assert torch.backends.cpu.get_cpu_capability() == "AVX2"
+save_file({p: one_by_one(CompiledReader(model, p), text()) for p in ("float32", "int8", "int4")}, sys.argv[3])
+"""
+
+
+@compiled
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="this processor has the narrower vectors alone"
+)
+def test_a_processor_with_narrower_vectors_reads_the_same(tmp_path: Path) -> None:
+    model, weights, found = tiny(), tmp_path / "weights.safetensors", tmp_path / "found.safetensors"
+    save_file(model.state_dict(), weights)
+    program = [sys.executable, "-W", "ignore", "-c", NARROW, str(Path(__file__).parent), str(weights), str(found)]
+    subprocess.run(program, check=True, env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"})
+    narrow = load_file(found)
+    for precision in ("float32", "int8"):  # whole numbers add up to the same in any order
+        assert torch.equal(one_by_one(CompiledReader(model, precision), text()), narrow[precision])
+    assert torch.allclose(one_by_one(CompiledReader(model, "int4"), text()), narrow["int4"], atol=1e-5, rtol=1e-4)
 
 
 def test_what_does_not_fit_is_read_plainly(without_compiled: None) -> None:

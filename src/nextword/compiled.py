@@ -17,6 +17,7 @@ import torch
 
 HEADER = Path(__file__).with_name("vectors.h")
 FLAGS = ("-O3", "-std=c++17", "-mavx2", "-mfma", "-mf16c", "-fopenmp", "-fPIC", "-shared", f"-I{HEADER.parent}")
+WIDER = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")  # where the processor has all of them
 OFF = "NEXTWORD_NATIVE"  # set to 0 in the environment, nothing is compiled
 
 
@@ -38,14 +39,18 @@ def library(source: Path) -> tuple[ctypes.CDLL | None, str]:
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return None, "no C++ compiler was found (g++ or clang++)"
-    content = source.read_bytes() + HEADER.read_bytes() + " ".join((compiler, *FLAGS)).encode()
+    # torch's own functions know the processor, and what a person asks of them (ATEN_CPU_CAPABILITY) goes here as well.
+    wide = capability == "AVX512" and torch.cpu._is_vnni_supported()
+    flags = (*FLAGS, *WIDER) if wide else FLAGS
+    files = [source, HEADER, *sorted(source.parent.glob("*.h"))]
+    content = b"".join(path.read_bytes() for path in files) + " ".join((compiler, *flags)).encode()
     try:
         path = cache_folder() / f"{source.stem}-{hashlib.sha256(content).hexdigest()[:16]}.so"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryDirectory(dir=path.parent) as aside:
                 built = Path(aside) / path.name
-                command = [compiler, *FLAGS, str(source), "-o", str(built)]
+                command = [compiler, *flags, str(source), "-o", str(built)]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     return None, f"{' '.join(command)} failed:\n{done.stderr.strip()[-2000:]}"

@@ -11,24 +11,15 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
+#include <new>
 #include <vector>
 
+#include "products.h"
 #include "vectors.h"
 
-enum Kind : int64_t { FLOAT32, INT8, INT4 };
 enum Activation : int64_t { SWIGLU, RELU, GELU };
 
 extern "C" {
-
-// [out, in], row by row. INT8: one scale a row. INT4: 16 bytes for 32 weights plus 8, the first 16 in the low halves; their
-// scales are float16, one for 32. The rows of both are padded with zeros to a multiple of 32.
-struct Matrix {
-  const void* data;
-  const void* scale;
-  const float* bias;
-  int64_t kind, out, in;
-};
 
 struct Norm {
   const float *weight, *bias;  // no weight: left out; no bias: RMSNorm
@@ -56,173 +47,6 @@ struct Cache {
 }
 
 namespace {
-
-// ---------------------------------------------------------------- products
-
-// Rows as a product takes them: float32, and for quantised weights as integers of 13 bits with a scale each.
-struct Input {
-  const float* values;
-  const int16_t* integers;
-  const float* scales;
-  int64_t stride, stride_integers;
-};
-
-constexpr int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }
-
-void quantise(const float* x, int64_t n, int16_t* out, float* scale) {
-  __m256 most = _mm256_setzero_ps();
-  const __m256 sign = _mm256_set1_ps(-0.0f);
-  for (int64_t i = 0; i < n; i += 8) most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
-  const float peak = largest(most);
-  *scale = peak / 4095;
-  __m256 inverse = _mm256_set1_ps(peak > 0 ? 4095 / peak : 0.0f);
-  for (int64_t i = 0; i < n; i += 8) {
-    __m256i whole = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), inverse));
-    __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), narrow);
-  }
-  std::memset(out + n, 0, (padded(n) - n) * sizeof(int16_t));
-}
-
-// O outputs of R rows: each of the O · R sums has an accumulator of its own, in registers. All loops over `acc` are unrolled:
-// where one is not, GCC keeps the whole of it in memory.
-template <int O, int R>
-inline void dots_float(const Matrix& m, int64_t o, const Input& in, int64_t r, float (&result)[O][R]) {
-  const float* w = static_cast<const float*>(m.data) + o * m.in;
-  const float* x = in.values + r * in.stride;
-  __m256 acc[O][R];
-#pragma GCC unroll 4
-  for (auto& row : acc)
-#pragma GCC unroll 4
-    for (auto& one : row) one = _mm256_setzero_ps();
-  for (int64_t k = 0; k < m.in; k += 8) {
-    __m256 weight[O];
-#pragma GCC unroll 4
-    for (int i = 0; i < O; ++i) weight[i] = _mm256_loadu_ps(w + i * m.in + k);
-#pragma GCC unroll 4
-    for (int j = 0; j < R; ++j) {
-      __m256 one = _mm256_loadu_ps(x + j * in.stride + k);
-#pragma GCC unroll 4
-      for (int i = 0; i < O; ++i) acc[i][j] = _mm256_fmadd_ps(weight[i], one, acc[i][j]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < O; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < R; ++j) result[i][j] = sum(acc[i][j]);
-}
-
-// sums += pairs of a · pairs of b. Written out, for GCC makes of the intrinsics two loads and a move for each product: a half
-// more work, measured.
-inline __attribute__((always_inline)) void add_products(__m256i& sums, __m256i a, __m256i b) {
-  __m256i products;
-  asm("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(sums), "=&x"(products) : "x"(a), "x"(b));
-}
-
-template <int O, int R>
-__attribute__((noinline)) void dots_int8(const Matrix& m, int64_t o, const Input& in, int64_t r, float (&result)[O][R]) {
-  const int64_t n = padded(m.in);
-  const int8_t* w = static_cast<const int8_t*>(m.data) + o * n;
-  const int16_t* x = in.integers + r * in.stride_integers;
-  __m256i acc[O][R];
-#pragma GCC unroll 4
-  for (auto& row : acc)
-#pragma GCC unroll 4
-    for (auto& one : row) one = _mm256_setzero_si256();
-#pragma GCC unroll 1
-  for (int64_t k = 0; k < n; k += 16) {
-    __m256i weight[O];
-#pragma GCC unroll 4
-    for (int i = 0; i < O; ++i)
-      weight[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + i * n + k)));
-#pragma GCC unroll 4
-    for (int j = 0; j < R; ++j) {
-      __m256i one = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + j * in.stride_integers + k));
-#pragma GCC unroll 4
-      for (int i = 0; i < O; ++i) add_products(acc[i][j], weight[i], one);
-    }
-  }
-  const float* scale = static_cast<const float*>(m.scale) + o;
-#pragma GCC unroll 4
-  for (int i = 0; i < O; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < R; ++j) result[i][j] = sum(acc[i][j]) * (scale[i] * in.scales[r + j]);
-}
-
-template <int O, int R>
-inline void dots_int4(const Matrix& m, int64_t o, const Input& in, int64_t r, float (&result)[O][R]) {
-  const int64_t n = padded(m.in), groups = n / 32;
-  const uint8_t* w = static_cast<const uint8_t*>(m.data) + o * n / 2;
-  const uint16_t* scale = static_cast<const uint16_t*>(m.scale) + o * groups;
-  const int16_t* x = in.integers + r * in.stride_integers;
-  const __m128i low = _mm_set1_epi8(15);
-  const __m256i eight = _mm256_set1_epi16(8);
-  __m256 acc[O][R];
-#pragma GCC unroll 4
-  for (auto& row : acc)
-#pragma GCC unroll 4
-    for (auto& one : row) one = _mm256_setzero_ps();
-  for (int64_t g = 0; g < groups; ++g) {
-#pragma GCC unroll 4
-    for (int i = 0; i < O; ++i) {
-      __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + i * n / 2 + 16 * g));
-      __m256i first = _mm256_sub_epi16(_mm256_cvtepu8_epi16(_mm_and_si128(both, low)), eight);
-      __m256i second = _mm256_sub_epi16(_mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(both, 4), low)), eight);
-      __m256 factor = _mm256_set1_ps(_cvtsh_ss(scale[i * groups + g]));
-#pragma GCC unroll 4
-      for (int j = 0; j < R; ++j) {
-        const __m256i* one = reinterpret_cast<const __m256i*>(x + j * in.stride_integers + 32 * g);
-        __m256i products = _mm256_add_epi32(
-            _mm256_madd_epi16(first, _mm256_loadu_si256(one)), _mm256_madd_epi16(second, _mm256_loadu_si256(one + 1)));
-        acc[i][j] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), factor, acc[i][j]);
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < O; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < R; ++j) result[i][j] = sum(acc[i][j]) * in.scales[r + j];
-}
-
-template <int O, int R, class Put>
-inline void block(const Matrix& m, int64_t o, const Input& in, int64_t r, const Put& put) {
-  float result[O][R];
-  if (m.kind == FLOAT32) dots_float<O, R>(m, o, in, r, result);
-  else if (m.kind == INT8) dots_int8<O, R>(m, o, in, r, result);
-  else dots_int4<O, R>(m, o, in, r, result);
-  for (int i = 0; i < O; ++i)
-    for (int j = 0; j < R; ++j) put(o + i, r + j, result[i][j] + (m.bias ? m.bias[o + i] : 0.0f));
-}
-
-// put(output, row, value) for outputs begin … end and rows first … last, in blocks of O outputs and R rows.
-template <int O, int R, class Put>
-inline void blocks(const Matrix& m, const Input& in, int64_t first, int64_t last, int64_t begin, int64_t end, const Put& put) {
-  auto rows = [&](auto outputs, int64_t o) {
-    constexpr int N = decltype(outputs)::value;
-    int64_t r = first;
-    for (; r + R <= last; r += R) block<N, R>(m, o, in, r, put);
-    if constexpr (R > 2)
-      if (r + 2 <= last) block<N, 2>(m, o, in, r, put), r += 2;
-    for (; r < last; ++r) block<N, 1>(m, o, in, r, put);
-  };
-  int64_t o = begin;
-  for (; o + O <= end; o += O) rows(std::integral_constant<int, O>(), o);
-  for (; o < end; ++o) rows(std::integral_constant<int, 1>(), o);
-}
-
-// Rows in tiles that stay in the second cache; blocks as the registers hold them, and as few rows leave it open.
-template <class Put>
-void product(const Matrix& m, const Input& in, int64_t rows, int64_t begin, int64_t end, const Put& put) {
-  const int64_t bytes = m.in * (m.kind == FLOAT32 ? 4 : 2);
-  const int64_t tile = std::max<int64_t>(12, 64 * 1024 / bytes / 12 * 12);
-  for (int64_t r = 0; r < rows; r += tile) {
-    const int64_t last = std::min(rows, r + tile), count = last - r;
-    if (m.kind != INT8) blocks<3, 4>(m, in, r, last, begin, end, put);
-    else if (count < 4) blocks<4, 1>(m, in, r, last, begin, end, put);
-    else if (count < 12) blocks<2, 4>(m, in, r, last, begin, end, put);
-    else blocks<3, 3>(m, in, r, last, begin, end, put);
-  }
-}
 
 // ---------------------------------------------------------------- the parts
 
@@ -314,10 +138,24 @@ void embed(const Matrix& m, int64_t token, float* out) {
   }
 }
 
+// Memory that begins where a line of the cache does, so that no vector lies across two.
+template <class T>
+struct Aligned {
+  using value_type = T;
+  Aligned() = default;
+  template <class U>
+  Aligned(const Aligned<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const Aligned&) const { return true; }
+  bool operator!=(const Aligned&) const { return false; }
+};
+
 // What a pass holds for its rows, kept from one to the next.
 struct Scratch {
-  std::vector<float> x, normed, query, key, value, heads, up, gate, scales, weights;
-  std::vector<int16_t> integers;
+  std::vector<float, Aligned<float>> x, normed, query, key, value, heads, up, gate, scales, weights;
+  std::vector<int16_t, Aligned<int16_t>> integers;
+  std::vector<int32_t, Aligned<int32_t>> starts;
 };
 
 }  // namespace
@@ -336,10 +174,10 @@ void nextword_pass(
   const Model& c = *model;
   Scratch& s = *static_cast<Scratch*>(memory);
   const int64_t D = c.d_model, K = c.head_dim, H = c.n_heads, G = c.n_kv_heads, F = c.d_ff;
-  const int64_t widest = std::max({D, H * K, F}), room = (c.context_length + 7) / 8 * 8, stride_integers = padded(widest);
+  const int64_t widest = std::max({D, H * K, F}), room = (c.context_length + 7) / 8 * 8, stride_integers = padded(widest, 128);
   s.x.resize(rows * D), s.normed.resize(rows * D), s.query.resize(rows * H * K), s.key.resize(rows * G * K);
   s.value.resize(rows * G * K), s.heads.resize(rows * H * K), s.up.resize(rows * F), s.gate.resize(rows * F);
-  s.scales.resize(rows), s.integers.resize(rows * stride_integers), s.weights.resize(threads * room);
+  s.scales.resize(rows), s.integers.resize(rows * stride_integers), s.starts.resize(rows * stride_integers / 8), s.weights.resize(threads * room);
   float* x = s.x.data();
 
 #pragma omp parallel num_threads(threads)
@@ -358,10 +196,12 @@ void nextword_pass(
     };
     auto add = [&](int64_t o, int64_t r, float v) { x[r * D + o] += v; };
     auto as_input = [&](const float* values, int64_t stride) {
-      return Input{values, s.integers.data(), s.scales.data(), stride, stride_integers};
+      return Input{values, s.integers.data(), s.scales.data(), s.starts.data(), stride, stride_integers};
     };
     auto prepare = [&](const Matrix& m, const float* values, int64_t n, int64_t r) {
-      if (m.kind != FLOAT32) quantise(values + r * n, n, &s.integers[r * stride_integers], &s.scales[r]);
+      if (m.kind == FLOAT32) return;
+      quantise(values + r * n, n, &s.integers[r * stride_integers], &s.scales[r]);
+      if (m.kind == INT4) turn(&s.integers[r * stride_integers], n, &s.starts[r * stride_integers / 8]);
     };
     // The rows as a layer takes them: normed first, or after the last addition.
     auto begin_half = [&](const Norm& norm, const Matrix& next) {
