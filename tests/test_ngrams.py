@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nextword.text.batches import TokenRow
-from nextword.text.ngrams import DISCOUNT, ngram_bits
+from nextword.text.ngrams import DISCOUNT, PIECE, evenly, ngram_bits
 
 
 def by_hand(train: list[int], context: tuple[int, ...], word: int, vocabulary: int) -> float:
@@ -47,3 +47,16 @@ def test_a_text_like_the_one_that_was_counted_is_easier() -> None:
     assert easy < 1 < 5 < ngram_bits(TokenRow(text[:700]), TokenRow(noise), 128)
     assert easy < ngram_bits(TokenRow(text[:60]), TokenRow(text[700:]), 128)
     assert ngram_bits(TokenRow(text[:2]), TokenRow(text), 128) == 7
+
+
+def test_a_part_is_taken_from_all_over_a_text() -> None:
+    text = TokenRow(np.arange(100 * PIECE))
+    part = evenly(text, 10 * PIECE)
+    assert len(part) == 10 * PIECE and part[0] == 0 and part[-1] == len(text) - 1
+    starts = part[::PIECE]
+    assert set(np.diff(starts)) == {11 * PIECE}
+    assert evenly(text, len(text)).tolist() == text.tokens.tolist()
+    # A sorted text: its beginning says little of the rest.
+    ordered, most = np.repeat(np.arange(100), 200), 8 * PIECE
+    beginning = ngram_bits(TokenRow(ordered[:most]), TokenRow(ordered), 100)
+    assert ngram_bits(TokenRow(ordered), TokenRow(ordered), 100, most=most) < 0.5 * beginning

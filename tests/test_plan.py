@@ -3,7 +3,9 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,9 +17,13 @@ from nextword.evaluation.report import write_report
 from nextword.model.config import SIZES, build_config
 from nextword.model.gpt import GPT
 from nextword.recipes import change, default
+from nextword.text.batches import TokenRow
 from nextword.text.corpus import find_sources, prepare
 from nextword.text.documents import Problems
-from nextword.training.laws import Law
+from nextword.text.ngrams import ngram_bits
+from nextword.text.tokenizer import train_bpe
+from nextword.training import laws
+from nextword.training.laws import Law, counted_bits
 from nextword.training.plan import Length, Plan, Speed, Text, batch_tokens, choose, dropout_for, flops_of, peak_lr
 
 LADDER = {size: build_config("modern", size, vocab_size=4096) for size in ("micro", "tiny", "mini", "small", "midi")}
@@ -155,6 +161,23 @@ def test_slopes_are_those_of_the_losses(parameters, read, unique):
     assert by_reading == pytest.approx(
         (base - sum(law.losses(parameters, read * (1 + step), unique))) / step, rel=1e-3, abs=1e-5
     )
+
+
+def test_a_short_text_is_as_hard_as_a_long_one_of_its_kind(monkeypatch):
+    texts = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.parent.glob("docs/*.md"))]
+    tokenizer = train_bpe(texts, 1024)
+    row = np.array(tokenizer.encode("\n\n".join(texts)))
+    pieces = np.array_split(row, 200)
+    np.random.default_rng(0).shuffle(pieces)
+    train, held_out = np.concatenate(pieces[:180]), TokenRow(np.concatenate(pieces[180:]))
+    monkeypatch.setattr(laws, "COUNTED", len(train))
+    whole = counted_bits(TokenRow(train), held_out, 1024)
+    assert whole == ngram_bits(TokenRow(train), held_out, 1024)
+    for short in (2, 4):
+        part = TokenRow(train[: len(train) // short])
+        assert abs(counted_bits(part, held_out, 1024) - whole) < 0.35 * (ngram_bits(part, held_out, 1024) - whole)
+    for tokens in (0, 3, 20):
+        assert counted_bits(TokenRow(train[:tokens]), held_out, 1024) > 0
 
 
 def test_operations_are_counted_from_the_model():
