@@ -1,8 +1,9 @@
 """How fast, beside the peers from the package registry: `python -m benchmarks.speed [NAME …]`.
 
-Names: sprint, training, writing, prompt, first. Every figure is from processes in turn, each measured some times; what
-stands in the table is the middle, and from where to where. litgpt and llama-cpp-python have environments of their own under
-build/bench/peers, made where they are not there (llama.cpp is compiled: more than ten minutes).
+Names: sprint, training, writing, prompt, first, and precision, which wants the runs of `benchmarks.laws hold`. Every figure is
+from processes in turn, each measured some times; what stands in the table is the middle, and from where to where. litgpt and
+llama-cpp-python have environments of their own under build/bench/peers, made where they are not there (llama.cpp is compiled:
+ten minutes).
 """
 
 import json
@@ -18,7 +19,7 @@ from typing import Any
 
 from benchmarks.run import DATA, KEPT, cell, nextword
 
-TURNS = 5
+TURNS = 3
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 SHAPES = {
     "6/6/384": {"n_layers": 6, "n_heads": 6, "d_model": 384, "context_length": 256, "vocab_size": 65, "rows": 16},
@@ -223,8 +224,27 @@ def first() -> None:
         print(f"| {who} | {middle([t['seconds'] for t in turns], 2)} | {middle(torch_, 2) if torch_ else '–'} |")
 
 
+def precision() -> None:
+    """What fewer bits lose: models of five texts, each on what was held out of its own."""
+    print("\n| model of | parameters | float32: bits per byte | int8 | int4 |\n|---|---|---|---|---|")
+    for run in sorted((KEPT / "laws" / "held").glob("*-10m")):
+        found = {
+            kind: cell(
+                f"precision-{run.name}-{kind}",
+                lambda r=run, k=kind: nextword("evaluate", r, "--precision", k, "--json", "--quiet"),
+            )
+            for kind in ("float32", "int8", "int4")
+        }
+        exact = found["float32"]["bits_per_byte"]
+        more = [f"{found[kind]['bits_per_byte'] - exact:+.4f}" for kind in ("int8", "int4")]
+        parameters = json.loads((run / "result.json").read_text(encoding="utf-8"))["parameters"]
+        print(f"| {run.name.removesuffix('-10m')} | {parameters:,} | {exact:.4f} | {' | '.join(more)} |")
+
+
 def main() -> None:
-    sections = {"sprint": sprint, "training": training, "writing": writing, "prompt": prompt, "first": first}
+    sections = {
+        "sprint": sprint, "training": training, "writing": writing, "prompt": prompt, "first": first, "precision": precision,
+    }  # fmt: skip
     for name in sys.argv[1:] or list(sections):
         print(f"\n## {name}", flush=True)
         sections[name]()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nextword import api, energy, planning
@@ -28,7 +28,7 @@ from nextword.training.plan import Length, Plan, Speed, Text, batch_tokens, choo
 
 LADDER = {size: build_config("modern", size, vocab_size=4096) for size in ("micro", "tiny", "mini", "small", "midi")}
 # Fixed, so that these tests do not hang on what was fitted last.
-LAW = Law(floor=0.4, parameters_scale=2e4, alpha=0.5, bytes_scale=1e5, beta=0.4)
+LAW = Law(floor=0.4, parameters_scale=2e4, alpha=0.5, bytes_scale=1e5, beta=0.4, half_life=15.4, taste=0.5)
 BOOKS = Text(tokens=10**9, bytes=4 * 10**9, difficulty=2.2)
 
 
@@ -78,7 +78,7 @@ def test_what_a_machine_is_bad_at_is_not_taken():
 def test_the_time_holds_the_steps_the_looks_and_the_last_measure():
     plan = chosen(seconds=600)
     assert plan.seconds == 600
-    assert 0.85 * 600 < plan.tokens * plan.seconds_per_token < 600
+    assert 0.8 * 600 < plan.tokens * plan.seconds_per_token < 600
     held_out = chosen(BOOKS._replace(held_out=plan.tokens // 2), seconds=600)
     assert plan.tokens * 0.75 < held_out.tokens < plan.tokens * 0.95
     assert chosen(BOOKS._replace(held_out=10**12), seconds=600).tokens >= plan.tokens * 0.6, (
@@ -102,7 +102,7 @@ def test_one_size_alone_is_taken_as_it_is():
 
 
 def test_a_text_that_is_read_often_gets_dropout_and_says_so():
-    little = chosen(Text(300_000, 1_000_000, 2.5), seconds=600)
+    little = chosen(Text(200_000, 700_000, 2.5), seconds=600)
     assert (
         little.dropout > 0
         and any("dropout" in line for line in little.why)
@@ -143,24 +143,44 @@ def test_the_law_falls_with_size_and_reading_and_rises_with_difficulty(parameter
     law = Law()
     bits = law.bits(parameters, read, unique, difficulty)
     assert math.isfinite(bits) and bits > 0
-    assert law.bits(more * parameters, read, unique, difficulty) < bits
+    if read <= unique:
+        assert law.bits(more * parameters, read, unique, difficulty) < bits
     assert law.bits(parameters, more * read, unique, difficulty) <= bits
     assert law.bits(parameters, read, more * unique, difficulty) <= bits
     assert law.bits(parameters, read, unique, more * difficulty) >= bits
-    assert law.worth(read, unique) <= read
+    again = max(0.0, read / unique - 1)
+    assert law.worth(again, unique) <= unique * (1 + again) * (1 + 1e-9)
+    # What is read is never more than what is best: a little less or more of it would be worse.
+    useful = law.useful(parameters, read, unique)
+    assert 0 <= useful <= again
+
+    def left(times: float) -> float:
+        return (law.bytes_scale / law.worth(times, unique)) ** law.beta + law.memory(parameters, unique) * times
+
+    assert left(useful) <= min(left(0.9 * useful), left(min(again, 1.1 * useful))) * (1 + 1e-9)
 
 
 @given(st.floats(1e4, 1e9), st.floats(1e5, 1e10), st.floats(1e5, 1e10))
 def test_slopes_are_those_of_the_losses(parameters, read, unique):
+    assume(abs(read / unique - 1) > 1e-3)  # where repetition begins, the slope has a corner
     law, step = Law(), 1e-6
     by_size, by_reading = law.slopes(parameters, read, unique)
     base = sum(law.losses(parameters, read, unique))
     assert by_size == pytest.approx(
-        (base - sum(law.losses(parameters * (1 + step), read, unique))) / step, rel=1e-3, abs=1e-5
+        (base - sum(law.losses(parameters * (1 + step), read, unique))) / step, rel=1e-3, abs=1e-4
     )
     assert by_reading == pytest.approx(
-        (base - sum(law.losses(parameters, read * (1 + step), unique))) / step, rel=1e-3, abs=1e-5
+        (base - sum(law.losses(parameters, read * (1 + step), unique))) / step, rel=1e-3, abs=1e-4
     )
+
+
+def test_of_a_text_that_is_too_short_a_larger_model_learns_no_more():
+    """As it was in the runs of the fit: a text of 0.2 MB read seven times leaves 2.5 million parameters where 0.9 are."""
+    law = Law()
+    tiny, mini = (law.bits(parameters, 1.3e6, 1.75e5, 2.0) for parameters in (9.2e5, 2.5e6))
+    assert abs(mini / tiny - 1) < 0.01
+    assert law.bits(2.5e6, 1.3e6, 1e9, 2.0) < 0.985 * law.bits(9.2e5, 1.3e6, 1e9, 2.0)
+    assert law.useful(2.5e6, 1e9, 1.75e5) < 30
 
 
 def test_a_short_text_is_as_hard_as_a_long_one_of_its_kind(monkeypatch):
