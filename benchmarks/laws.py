@@ -72,6 +72,10 @@ def texts() -> dict[str, tuple[Path | str, tuple[str, ...]]]:
         "\n".join(part for part in (one["instruction"], one["input"], one["output"]) if part)
         for one in records(DATA / "instructions" / "instructions.json")
     ]
+    questions = [
+        "\n".join((one["question"], one["choices"][one["answer"]]))
+        for one in records(DATA / "arc_easy" / "train.jsonl")
+    ]
     pairs = DATA / "english_french" / "train.tsv"
     with (DATA / "movie_reviews" / "train.csv").open(encoding="utf-8", newline="") as file:
         reviewed = [row["text"] for row in csv.DictReader(file)]
@@ -91,6 +95,8 @@ def texts() -> dict[str, tuple[Path | str, tuple[str, ...]]]:
         "abstracts": (DATA / "scitldr" / "train.jsonl", ()),
         "english": (pairs, ("--text-column", "english")),
         "instructions": (flattened("instructions", asked), ()),
+        "questions": (flattened("questions", questions), ()),
+        "premises": (flattened("premises", [one["premise"] for one in records(DATA / "mnli" / "train.jsonl")]), ()),
     }
 
 
@@ -98,6 +104,8 @@ FITTED = ("books", "shakespeare", "python-docs", "swahili", "reviews", "french")
 PARTS = ("reviews-part", "swahili-part", "french-part")
 HELD_OUT = ("wolof", "dialogues", "abstracts", "english", "instructions")
 BUDGETS = ("1m", "3m", "10m")
+# Two more, which the last changes of the law had not seen either, for the shorter budgets.
+FRESH, FRESH_BUDGETS = ("questions", "premises"), ("1m", "3m")
 
 
 def shards(names: tuple[str, ...]) -> dict[str, Path]:
@@ -119,7 +127,7 @@ def features(one: dict[str, Any], path: Path) -> dict[str, float]:
     per_token = corpus.train.bytes / corpus.train.tokens
     return {
         "parameters": one["parameters"], "bytes": one["tokens"] * per_token, "unique": corpus.train.bytes,
-        "difficulty": difficulty(corpus), "bits": one["bits_per_byte"],
+        "difficulty": difficulty(corpus).bits, "bits": one["bits_per_byte"],
     }  # fmt: skip
 
 
@@ -208,7 +216,8 @@ def planned(run: Path) -> dict[str, Any]:
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
     plan, unique = facts["plan"], facts["data"]["train"]["bytes"]
     known = {key: plan[key] for key in ("size", "parameters", "epochs")}
-    return {**known, "unique": unique, "difficulty": difficulty(Corpus.open(run / "data"))}
+    hard = difficulty(Corpus.open(run / "data"))
+    return {**known, "unique": unique, "difficulty": hard.bits, "doubt": hard.doubt}
 
 
 def held(corpus: str, budget: str, keeping: Lock) -> None:
@@ -217,7 +226,7 @@ def held(corpus: str, budget: str, keeping: Lock) -> None:
     out = WORK / "held" / f"{corpus}-{budget}"
     shutil.rmtree(out, ignore_errors=True)
     result = nextword("pretrain", path, *options, "--out", out, "--budget", budget, "--json", "--quiet", threads=1)
-    line = {"corpus": corpus, "budget": budget, "seconds": result["wall"], "bits": result["bits_per_byte"]}
+    line = {"corpus": corpus, "budget": budget, "seconds": result["wall"], "reached": result["bits_per_byte"]}
     line |= planned(out)
     with keeping, HELD.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
@@ -229,6 +238,7 @@ def hold() -> None:
     from nextword.training.plan import LAW as law  # noqa: N811
 
     jobs, keeping = [(corpus, budget) for budget in BUDGETS for corpus in HELD_OUT], Lock()
+    jobs += [(corpus, budget) for budget in FRESH_BUDGETS for corpus in FRESH]
     known = {(one["corpus"], one["budget"]) for one in (records(HELD) if HELD.exists() else [])}
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda job: held(job[0], job[1], keeping), [job for job in jobs if job not in known]))
@@ -239,11 +249,12 @@ def hold() -> None:
     for corpus, budget in jobs:
         one = found[corpus, budget]
         bits = law.bits(one["parameters"], one["epochs"] * one["unique"], one["unique"], one["difficulty"])
-        share, inside = one["seconds"] / seconds(budget), abs(one["bits"] / bits - 1) <= law.spread
+        spread = law.spread + law.taste * one["doubt"]
+        share, inside = one["seconds"] / seconds(budget), abs(one["reached"] / bits - 1) <= spread
         in_time, within = in_time + (abs(share - 1) <= 0.05), within + inside
         print(
             f"| {corpus} | {budget} | {one['seconds']:.1f} | {100 * share:.1f} % | {one['size']} | {one['epochs']:.1f} "
-            f"| {bits:.3f} ({bits * (1 - law.spread):.3f} to {bits * (1 + law.spread):.3f}) | {one['bits']:.3f} "
+            f"| {bits:.3f} ({bits * (1 - spread):.3f} to {bits * (1 + spread):.3f}) | {one['reached']:.3f} "
             f"| {'yes' if inside else 'no'} |"
         )
     print(f"\nwithin 5 % of the time: {in_time} of {len(jobs)}; within the interval: {within} of {len(jobs)}")

@@ -175,8 +175,9 @@ def plan_corpus(
         length = Length(tokens=recipe.tokens or said)
     batch = recipe.training.batch_tokens or (STEP_TOKENS if recipe.steps else None)
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    hard = difficulty(corpus)
     return choose(
-        Text(tokens, n_bytes, difficulty(corpus), held_out), length,
+        Text(tokens, n_bytes, hard.bits, held_out, hard.doubt), length,
         sizes_for(recipe, corpus.tokenizer.vocab_size, device), Trials(corpus.tokens("train"), recipe, device, bf16, processes),
         batch=batch, lr=recipe.training.lr, optimizer=recipe.training.optimizer,
     )  # fmt: skip

@@ -6,6 +6,7 @@ Tokens are counted as the bytes that they stand for, so that one law serves ever
 
 import math
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from nextword.text.batches import TokenSource
 from nextword.text.corpus import Corpus
@@ -93,20 +94,28 @@ class Law:
         return by_size, max(0.0, self.gain(again, unique) - self.memory(parameters, unique)) * read / unique
 
 
-def difficulty(corpus: Corpus) -> float:
-    """Bits per byte of a corpus's held-out text for trigrams counted in a part of it."""
-    bits = counted_bits(corpus.tokens("train"), corpus.tokens("validation"), corpus.tokenizer.vocab_size)
-    return bits * corpus.validation.tokens / max(1, corpus.validation.bytes)
+class Difficulty(NamedTuple):
+    """Bits for trigrams, and the share that these may be off by, since they were not counted in enough of a text."""
+
+    bits: float
+    doubt: float = 0.0
 
 
-def counted_bits(train: TokenSource, held_out: TokenSource, vocab_size: int) -> float:
-    """Bits per token for trigrams counted in `COUNTED` tokens. Of a shorter text, what they would be were it so long: by what
-    its last three quarters gained. For a text is not the harder for being short, and what its length means for a model is in
-    the law by itself."""
+def difficulty(corpus: Corpus) -> Difficulty:
+    """Per byte of a corpus's held-out text, for trigrams counted in a part of it."""
+    found = counted(corpus.tokens("train"), corpus.tokens("validation"), corpus.tokenizer.vocab_size)
+    return found._replace(bits=found.bits * corpus.validation.tokens / max(1, corpus.validation.bytes))
+
+
+def counted(train: TokenSource, held_out: TokenSource, vocab_size: int) -> Difficulty:
+    """Per token, for trigrams counted in `COUNTED` tokens. Of a shorter text, what it would be were it so long: by what its
+    last three quarters gained, and half of that in doubt. For a text is not the harder for being short, and what its length
+    means for a model is in the law by itself."""
     bits = ngram_bits(train, held_out, vocab_size, most=COUNTED)
     if len(train) >= COUNTED or len(train) < 4:
-        return bits
-    gained = ngram_bits(train, held_out, vocab_size, most=len(train) // 4) - bits
+        return Difficulty(bits)
+    gained = max(0.0, ngram_bits(train, held_out, vocab_size, most=len(train) // 4) - bits)
     times = math.log(COUNTED / len(train), 4)
     more = SLOWING * (1 - SLOWING**times) / (1 - SLOWING)  # SLOWING + SLOWING² + … , `times` of them
-    return max(bits / 2, bits - max(0.0, gained) * more)
+    long = max(bits / 2, bits - gained * more)
+    return Difficulty(long, (bits - long) / 2 / long)
