@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "text": GROUND,
     "training": GROUND | {"model", "text"},
     "inference": GROUND | {"model", "text"},
-    "evaluation": GROUND | {"model", "text", "tasks"},
+    "evaluation": GROUND | {"model", "text", "tasks", "training"},
     "tasks": GROUND | {"text"},
     "recipes": {"errors", "model"},
     "console": set(),

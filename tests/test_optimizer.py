@@ -10,7 +10,7 @@ from torch import nn
 
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.training.optimizer import Muon, Optimizer, learning_rate, orthogonalise
+from nextword.training.optimizer import AdamW, Muon, Optimizer, learning_rate, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 24), (2, 24, 8), (1, 1, 5)])
@@ -45,6 +45,25 @@ def test_muon_is_torchs(shape):
     assert (ours - theirs).norm() / moved < 0.03
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_adamw_takes_the_steps_of_torchs_own(fused: bool) -> None:
+    torch.manual_seed(0)
+    ours, theirs = [[nn.Parameter(torch.ones(7, 5)), nn.Parameter(torch.ones(5))] for _ in range(2)]
+    settings = {"betas": (0.9, 0.99), "eps": 1e-8, "fused": fused}
+    own = AdamW([(ours[:1], 0.1), (ours[1:], 0.0), ([], 0.5)], **settings)
+    groups = [{"params": theirs[:1], "weight_decay": 0.1}, {"params": theirs[1:], "weight_decay": 0.0}]
+    stock = torch.optim.AdamW(groups, lr=0.01, **settings)
+    for step in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            gradient = torch.randn_like(a)
+            a.grad, b.grad = (None, None) if step == 1 and a.ndim == 1 else (gradient, gradient.clone())
+        own.step(0.01 / (step + 1))
+        for group in stock.param_groups:
+            group["lr"] = 0.01 / (step + 1)
+        stock.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 def test_muon_takes_matrices_of_blocks_and_adamw_the_rest():
     model = GPT(build_config("modern", "tiny", vocab_size=50, d_model=32, n_layers=2, tied=False))
     optimizer = Optimizer(model, kind="muon", lr=1e-3, weight_decay=0.1)
@@ -52,7 +71,7 @@ def test_muon_takes_matrices_of_blocks_and_adamw_the_rest():
     muon = {optimizer.names[p] for p in optimizer.muon.parameters}
     assert all("blocks." in name and "norm" not in name for name in muon)
     assert len(muon) == 2 * 7
-    decayed, free = [{optimizer.names[p] for p in group["params"]} for group in optimizer.adamw.param_groups]
+    decayed, free = [{optimizer.names[p] for p in parameters} for parameters, _ in optimizer.adamw.groups]
     assert decayed == {"token_embedding.weight", "head.weight"}
     assert all("norm" in name for name in free)
     assert muon | decayed | free == {name for name, _ in model.named_parameters()}

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from nextword.errors import NextwordError, UsageError
 from nextword.model.gpt import GPT
 from nextword.text.batches import TokenSource
+from nextword.training import fused
+from nextword.training.fused import FusedGPT
 
 BATCH_TOKENS = 8192  # tokens that go through the model at once
 LOGITS = 2**24  # logits that are held at once: 64 MB of float32
@@ -190,7 +192,10 @@ def token_losses(model: GPT, windows: np.ndarray) -> Tensor:
             "it was prepared with another tokenizer than the model's"
         )
     ids = torch.from_numpy(windows.astype(np.int64)).to(model.unembedding.device)
-    hidden = model(ids[:, :-1]).flatten(0, 1)  # [B·T, D]
+    # With compiled parts where all weights are here, and not each process has a part of them.
+    whole = not any(hasattr(p, "placements") for p in model.parameters())
+    forward = FusedGPT(model) if whole and fused.available(model) else model
+    hidden = forward(ids[:, :-1]).flatten(0, 1)  # [B·T, D]
     rows = max(1, LOGITS // model.config.vocab_size)
     losses = [
         F.cross_entropy(model.unembed(part).float(), target, reduction="none")

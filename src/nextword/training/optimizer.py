@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from nextword.training.distributed import at_owners, part
 
@@ -100,6 +101,42 @@ def turned(directions: list[Tensor]) -> list[Tensor]:
     return updates
 
 
+class AdamW:
+    """AdamW (Loshchilov and Hutter 2019, algorithm 2), by PyTorch's own function. Its class does the same, and imports a
+    compiler first, which takes longer than many a small run's preparation.
+
+    Args:
+        groups: parameters, and the decoupled weight decay of each group of them.
+    """
+
+    def __init__(
+        self, groups: Iterable[tuple[list[nn.Parameter], float]], *, betas: tuple[float, float], eps: float, fused: bool
+    ):
+        self.groups = [(parameters, decay) for parameters, decay in groups if parameters]
+        self.betas, self.eps, self.fused = betas, eps, fused
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        for parameters, decay in self.groups:
+            gradients = {p: p.grad for p in parameters if p.grad is not None}
+            moved = list[Tensor](gradients)
+            for p in gradients:
+                if p not in self.state:
+                    self.state[p] = self._begun(p)
+            held = [self.state[p] for p in moved]
+            counts, means, squares = ([one[name] for one in held] for name in ("step", "exp_avg", "exp_avg_sq"))
+            adamw(
+                moved, list(gradients.values()), means, squares, [], counts, fused=self.fused, amsgrad=False,
+                beta1=self.betas[0], beta2=self.betas[1], lr=lr, weight_decay=decay, eps=self.eps, maximize=False,
+            )  # fmt: skip
+
+    def _begun(self, p: nn.Parameter) -> dict[str, Tensor]:
+        """How many steps, in a tensor where the fused kernel wants it, and the two averages."""
+        count = torch.zeros((), device=p.device if self.fused else "cpu")
+        return {"step": count, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+
 class Optimizer:
     """One step for a whole model; its state as named tensors, so that it can be saved without a pickle.
 
@@ -127,25 +164,14 @@ class Optimizer:
         inside = {name for name in trained if "blocks." in name and "lora_" not in name}
         matrices = [p for name, p in trained.items() if kind == "muon" and p.ndim == 2 and name in inside]
         rest = [p for p in trained.values() if not any(p is m for m in matrices)]
-        groups = [
-            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-        ]
+        groups = [([p for p in rest if p.ndim >= 2], weight_decay), ([p for p in rest if p.ndim < 2], 0.0)]
         device = next(model.parameters()).device.type
-        self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=lr,
-            betas=betas,
-            eps=1e-8,
-            fused=device in ("cpu", "cuda"),
-        )
+        self.adamw = AdamW(groups, betas=betas, eps=1e-8, fused=device in ("cpu", "cuda"))
         self.muon = Muon(matrices, momentum=momentum, weight_decay=weight_decay) if matrices else None
 
     def step(self, factor: float) -> None:
         """Apply the gradients at `factor` times the peak learning rate."""
-        for group in self.adamw.param_groups:
-            group["lr"] = self.lr * factor
-        self.adamw.step()
+        self.adamw.step(self.lr * factor)
         if self.muon is not None:
             self.muon.step(self.matrix_lr * factor)
 
@@ -170,7 +196,7 @@ class Optimizer:
             parameter = by_name[name]
             if kind == "adamw":
                 # The count of steps stays a scalar tensor where the fused kernel wants it: with its parameter.
-                self.adamw.state[parameter][what] = value.to(parameter.device)
+                self.adamw.state.setdefault(parameter, {})[what] = value.to(parameter.device)
             else:
                 momentum[parameter] = value.to(parameter.device)
         if self.muon is not None and momentum:
