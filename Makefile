@@ -11,7 +11,7 @@ help:
 	@echo "make demo    the whole life of a small GPT, offline, in under 5 minutes"
 	@echo "make test    every test"
 	@echo "make check   lint, types, tests"
-	@echo "make bench   the figures of docs/benchmarks.md (about an hour)"
+	@echo "make bench   the figures of docs/benchmarks.md (some three hours)"
 	@echo "make soak    fifty kills of a longer run, half inside a save; every fault of docs/reliability.md; odd requests to the server"
 	@echo "make setup   the virtual environment in .venv; PIP_ARGS goes to pip"
 
@@ -38,6 +38,8 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.laws hold
+	$(BIN)/python -m benchmarks.speed
 
 soak: setup
 	NEXTWORD_KILLS=50 NEXTWORD_KILL_STEPS=3000 $(BIN)/python -m pytest -n 0 -s tests/test_pretraining.py -k test_killed_and_resumed --timeout 7200

@@ -23,7 +23,7 @@ from nextword.text.documents import Problems
 from nextword.text.ngrams import ngram_bits
 from nextword.text.tokenizer import train_bpe
 from nextword.training import laws
-from nextword.training.laws import Law, counted
+from nextword.training.laws import Law, counted, difficulty
 from nextword.training.plan import Length, Plan, Speed, Text, batch_tokens, choose, dropout_for, flops_of, peak_lr
 
 LADDER = {size: build_config("modern", size, vocab_size=4096) for size in ("micro", "tiny", "mini", "small", "midi")}
@@ -202,6 +202,15 @@ def test_a_short_text_is_as_hard_as_a_long_one_of_its_kind(monkeypatch):
     for tokens in (0, 3, 20):
         found = counted(TokenRow(train[:tokens]), held_out, 1024)
         assert found.bits > 0 and 0 <= found.doubt <= 0.5
+
+
+def test_a_text_is_as_hard_in_characters_as_in_tokens(tmp_path):
+    """Else a plan in characters takes the smallest size, whose many readings the law holds to be worth more than they are."""
+    docs = [str(Path(__file__).parent.parent / "docs")]
+    tokens, letters = (prepare(docs, tmp_path / kind, tokenizer=kind) for kind in ("bpe", "char"))
+    assert difficulty(letters).bits == pytest.approx(difficulty(tokens).bits, rel=0.15)
+    three = ngram_bits(letters.tokens("train"), letters.tokens("validation"), letters.tokenizer.vocab_size)
+    assert three > 1.2 * difficulty(letters).bits
 
 
 def test_what_is_in_doubt_of_a_text_is_in_doubt_of_its_plan():

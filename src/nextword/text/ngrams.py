@@ -14,24 +14,28 @@ MOST = 2**22  # tokens that are counted at most: a second of sorting
 PIECE = 1024  # tokens that stand together where not all are counted; the few runs of three across a joint do no harm
 
 
-def ngram_bits(train: TokenSource, held_out: TokenSource, vocab_size: int, *, most: int = MOST) -> float:
-    """Bits per token of the held-out tokens under trigrams counted in the others; `most` of each, from all over it."""
+def ngram_bits(
+    train: TokenSource, held_out: TokenSource, vocab_size: int, *, most: int = MOST, order: int = ORDER
+) -> float:
+    """Bits per token of the held-out tokens under runs of `order` tokens counted in the others; `most` of each, from all over
+    it. A run is told by one number of 63 bits, so that of a large vocabulary it is cut to what that holds."""
+    order = min(order, int(62 / math.log2(max(2, vocab_size))))
     counted, predicted = (evenly(source, most).astype(np.int64) for source in (train, held_out))
-    if len(counted) <= ORDER or len(predicted) <= ORDER:
+    if len(counted) <= order or len(predicted) <= order:
         return math.log2(vocab_size)
-    grams = [grams_of(counted, vocab_size, order) for order in range(1, ORDER + 1)]
+    grams = [grams_of(counted, vocab_size, length) for length in range(1, order + 1)]
     probability = np.full(len(predicted), 1.0 / vocab_size)
-    for order in range(1, ORDER + 1):
-        kinds, counts = np.unique(grams[order - 1], return_counts=True)
-        if order < ORDER:  # not how often, but after how many different tokens
-            longer = np.unique(grams[order])
-            kinds, counts = np.unique(longer % vocab_size**order, return_counts=True)
+    for length in range(1, order + 1):
+        kinds, counts = np.unique(grams[length - 1], return_counts=True)
+        if length < order:  # not how often, but after how many different tokens
+            longer = np.unique(grams[length])
+            kinds, counts = np.unique(longer % vocab_size**length, return_counts=True)
         contexts, first = np.unique(kinds // vocab_size, return_index=True)
         totals, followers = np.add.reduceat(counts, first), np.diff([*first, len(kinds)])
-        asked = grams_of(predicted, vocab_size, order)
+        asked = grams_of(predicted, vocab_size, length)
         count = look_up(kinds, counts, asked)
         total, distinct = (look_up(contexts, found, asked // vocab_size) for found in (totals, followers))
-        below = probability[order - 1 :]
+        below = probability[length - 1 :]
         known = total > 0
         here = np.maximum(count - DISCOUNT, 0) + DISCOUNT * distinct * below
         below[known] = here[known] / total[known]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from nextword.text.batches import TokenSource
 from nextword.text.corpus import Corpus
-from nextword.text.ngrams import ngram_bits
+from nextword.text.ngrams import ORDER, ngram_bits
 
 COUNTED = 2**18  # tokens that the difficulty of a text is counted in: a second's work, and most texts have them
 SLOWING = (
@@ -102,19 +102,24 @@ class Difficulty(NamedTuple):
 
 
 def difficulty(corpus: Corpus) -> Difficulty:
-    """Per byte of a corpus's held-out text, for trigrams counted in a part of it."""
-    found = counted(corpus.tokens("train"), corpus.tokens("validation"), corpus.tokenizer.vocab_size)
+    """Per byte of a corpus's held-out text, for trigrams counted in a part of it; of characters, for as many as have nine
+    bytes, about what three tokens of a vocabulary have."""
+    order, train = ORDER, corpus.train
+    if corpus.tokenizer.kind == "char":
+        order = max(ORDER, round(9 * train.tokens / max(1, train.bytes)))
+    found = counted(corpus.tokens("train"), corpus.tokens("validation"), corpus.tokenizer.vocab_size, order)
     return found._replace(bits=found.bits * corpus.validation.tokens / max(1, corpus.validation.bytes))
 
 
-def counted(train: TokenSource, held_out: TokenSource, vocab_size: int) -> Difficulty:
-    """Per token, for trigrams counted in `COUNTED` tokens. Of a shorter text, what it would be were it so long: by what its
-    last three quarters gained, and half of that in doubt. For a text is not the harder for being short, and what its length
-    means for a model is in the law by itself."""
-    bits = ngram_bits(train, held_out, vocab_size, most=COUNTED)
+def counted(train: TokenSource, held_out: TokenSource, vocab_size: int, order: int = ORDER) -> Difficulty:
+    """Per token, for runs of `order` tokens counted in `COUNTED` tokens. Of a shorter text, what it would be were it so long:
+    by what its last three quarters gained, and half of that in doubt. For a text is not the harder for being short, and what
+    its length means for a model is in the law by itself."""
+    bits = ngram_bits(train, held_out, vocab_size, most=COUNTED, order=order)
     if len(train) >= COUNTED or len(train) < 4:
         return Difficulty(bits)
-    gained = max(0.0, ngram_bits(train, held_out, vocab_size, most=len(train) // 4) - bits)
+    fewer = ngram_bits(train, held_out, vocab_size, most=len(train) // 4, order=order)
+    gained = max(0.0, fewer - bits)
     times = math.log(COUNTED / len(train), 4)
     more = SLOWING * (1 - SLOWING**times) / (1 - SLOWING)  # SLOWING + SLOWING² + … , `times` of them
     long = max(bits / 2, bits - gained * more)
