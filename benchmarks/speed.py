@@ -26,8 +26,8 @@ SHAPES = {
     "GPT-2-small": {"n_layers": 12, "n_heads": 12, "d_model": 768, "context_length": 1024, "vocab_size": 50257},
     "small": {"n_layers": 6, "n_heads": 6, "d_model": 384, "context_length": 1024, "vocab_size": 8192},
 }
-SPRINT = ("--tokens", "200k", "--training.batch-tokens", "2048", "--training.evaluations", "1")
-LONG = ("--model.context-length", "128")
+SPRINT = ("--tokens", "215k", "--training.batch-tokens", "2048", "--training.evaluations", "1")
+LONG = ("--size", "tiny", "--model.context-length", "128")
 PEERS = {
     "litgpt": ("litgpt", "torch>=2.13,<2.14", "numpy"),
     "llama": ("llama-cpp-python", "numpy"),
