@@ -4,8 +4,8 @@
 
 Two runs side by side, one thread each; what came of every run stands in laws.jsonl beside this, and is not run again until its
 line is taken out. `fit` prints the constants, what each corpus would have been predicted to reach by a fit to the others, and
-how far that was off. `hold` gives the program itself three budgets on five corpora that nothing was fitted to, and sets what
-it planned beside what came of it, in laws_held.jsonl.
+how far that was off. `hold` gives the program itself three budgets on five corpora that nothing was fitted to, and two on two
+more, and sets what the law said of the plan beside what came of it, in laws_held.jsonl.
 """
 
 import csv
@@ -249,12 +249,12 @@ def hold() -> None:
     for corpus, budget in jobs:
         one = found[corpus, budget]
         bits = law.bits(one["parameters"], one["epochs"] * one["unique"], one["unique"], one["difficulty"])
-        spread = law.spread + law.taste * one["doubt"]
-        share, inside = one["seconds"] / seconds(budget), abs(one["reached"] / bits - 1) <= spread
+        low, high = law.interval(bits, one["doubt"])
+        share, inside = one["seconds"] / seconds(budget), low <= one["reached"] <= high
         in_time, within = in_time + (abs(share - 1) <= 0.05), within + inside
         print(
             f"| {corpus} | {budget} | {one['seconds']:.1f} | {100 * share:.1f} % | {one['size']} | {one['epochs']:.1f} "
-            f"| {bits:.3f} ({bits * (1 - spread):.3f} to {bits * (1 + spread):.3f}) | {one['reached']:.3f} "
+            f"| {bits:.3f} ({low:.3f} to {high:.3f}) | {one['reached']:.3f} "
             f"| {'yes' if inside else 'no'} |"
         )
     print(f"\nwithin 5 % of the time: {in_time} of {len(jobs)}; within the interval: {within} of {len(jobs)}")

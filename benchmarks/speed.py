@@ -1,6 +1,6 @@
 """How fast, beside the peers from the package registry: `python -m benchmarks.speed [NAME …]`.
 
-Names: sprint, training, writing, prompt, first, and precision, which wants the runs of `benchmarks.laws hold`. Every figure is
+Names: bounds, sprint, training, writing, prompt, first, and precision, which wants the runs of `benchmarks.laws hold`. Every figure is
 from processes in turn, each measured some times; what stands in the table is the middle, and from where to where. litgpt and
 llama-cpp-python have environments of their own under build/bench/peers, made where they are not there (llama.cpp is compiled:
 ten minutes).
@@ -225,6 +225,20 @@ def first() -> None:
         print(f"| {who} | {middle([t['seconds'] for t in turns], 2)} | {middle(torch_, 2) if torch_ else '–'} |")
 
 
+def bounds() -> None:
+    """What no program passes here: a product of float32 matrices, and reading memory from one end to the other."""
+    import torch
+
+    from benchmarks.speed_work import matmul_rate
+
+    row, rates = torch.ones(2**27), []  # 537 MB
+    for _ in range(10):
+        begin = time.perf_counter()
+        row.sum()
+        rates.append(row.nbytes / (time.perf_counter() - begin) / 1e9)
+    print(f"\nproducts: {matmul_rate() / 1e9:.0f} GFLOP/s; memory: {middle(rates)} GB/s")
+
+
 def precision() -> None:
     """What fewer bits lose: models of five texts, each on what was held out of its own."""
     print("\n| model of | parameters | float32: bits per byte | int8 | int4 |\n|---|---|---|---|---|")
@@ -244,7 +258,7 @@ def precision() -> None:
 
 def main() -> None:
     sections = {
-        "sprint": sprint, "training": training, "writing": writing, "prompt": prompt, "first": first, "precision": precision,
+        "bounds": bounds, "sprint": sprint, "training": training, "writing": writing, "prompt": prompt, "first": first, "precision": precision,
     }  # fmt: skip
     for name in sys.argv[1:] or list(sections):
         print(f"\n## {name}", flush=True)

@@ -1,6 +1,5 @@
 """The counting model: its probabilities are the formula's and sum to one, and more text of a kind is easier."""
 
-import itertools
 import math
 from collections import Counter
 
@@ -11,33 +10,41 @@ from nextword.text.batches import TokenRow
 from nextword.text.ngrams import DISCOUNT, PIECE, evenly, ngram_bits
 
 
-def by_hand(train: list[int], context: tuple[int, ...], word: int, vocabulary: int) -> float:
-    """P(word | at most two tokens of context), as the papers write it."""
-    trigrams: dict[tuple[int, ...], int] = Counter(zip(train, train[1:], train[2:], strict=False))
-    bigrams = Counter(gram[1:] for gram in trigrams)  # after how many different tokens
-    unigrams = Counter(gram[1:] for gram in set(itertools.pairwise(train)))
+def by_hand(train: list[int], context: tuple[int, ...], word: int, vocabulary: int, order: int = 3) -> float:
+    """P(word | at most order - 1 tokens of context), as the papers write it."""
+    counts: dict[tuple[int, ...], int] = Counter(tuple(train[i : i + order]) for i in range(len(train) - order + 1))
+    levels = [counts]
+    for length in range(order, 1, -1):  # below the longest: after how many different tokens
+        kinds = {tuple(train[i : i + length]) for i in range(len(train) - length + 1)}
+        levels.append(Counter(gram[1:] for gram in kinds))
+    probability = 1 / vocabulary
+    for length, known in enumerate(reversed(levels)):
+        before = context[len(context) - length :]
+        found = {gram[-1]: count for gram, count in known.items() if gram[:-1] == before}
+        if length <= len(context) and found:
+            here = max(found.get(word, 0) - DISCOUNT, 0) + DISCOUNT * len(found) * probability
+            probability = here / sum(found.values())
+    return probability
 
-    def level(counts: dict[tuple[int, ...], int], context: tuple[int, ...], below: float) -> float:
-        found = {gram[-1]: count for gram, count in counts.items() if gram[:-1] == context}
-        if not found:
-            return below
-        return (max(found.get(word, 0) - DISCOUNT, 0) + DISCOUNT * len(found) * below) / sum(found.values())
 
-    probability = level(unigrams, (), 1 / vocabulary)
-    if context:
-        probability = level(bigrams, context[-1:], probability)
-    return level(trigrams, context, probability) if len(context) == 2 else probability
-
-
-def test_it_is_the_formula() -> None:
+@pytest.mark.parametrize("order", [2, 3, 5])
+def test_it_is_the_formula(order: int) -> None:
     rng = np.random.default_rng(0)
     train, held_out = rng.integers(0, 6, 200).tolist(), rng.integers(0, 7, 40).tolist()
-    expected = [-math.log2(by_hand(train, tuple(held_out[max(0, i - 2) : i]), held_out[i], 7)) for i in range(40)]
-    found = ngram_bits(TokenRow(np.array(train)), TokenRow(np.array(held_out)), 7)
+    contexts = [tuple(held_out[max(0, i - order + 1) : i]) for i in range(40)]
+    expected = [-math.log2(by_hand(train, contexts[i], held_out[i], 7, order)) for i in range(40)]
+    found = ngram_bits(TokenRow(np.array(train)), TokenRow(np.array(held_out)), 7, order=order)
     assert found == pytest.approx(sum(expected) / 40, rel=1e-12)
-    assert sum(by_hand(train, (3, 4), word, 7) for word in range(7)) == pytest.approx(1)
-    cut = ngram_bits(TokenRow(np.array(train)), TokenRow(np.array(held_out)), 7, most=30)
-    assert cut == ngram_bits(TokenRow(np.array(train[:30])), TokenRow(np.array(held_out[:30])), 7)
+    assert sum(by_hand(train, tuple(train[: order - 1]), word, 7, order) for word in range(7)) == pytest.approx(1)
+    cut = ngram_bits(TokenRow(np.array(train)), TokenRow(np.array(held_out)), 7, most=30, order=order)
+    assert cut == ngram_bits(TokenRow(np.array(train[:30])), TokenRow(np.array(held_out[:30])), 7, order=order)
+
+
+def test_of_a_vocabulary_that_is_too_large_the_runs_are_shorter() -> None:
+    """Three tokens of three million are more than one number holds; two are not."""
+    row = TokenRow(np.random.default_rng(0).integers(0, 1_500_000, 500) // 100_000 * 100_000)
+    assert ngram_bits(row, row, 1_500_000) != ngram_bits(row, row, 1_500_000, order=2)
+    assert ngram_bits(row, row, 3_000_000) == ngram_bits(row, row, 3_000_000, order=2)
 
 
 def test_a_text_like_the_one_that_was_counted_is_easier() -> None:

@@ -24,7 +24,18 @@ from nextword.text.ngrams import ngram_bits
 from nextword.text.tokenizer import train_bpe
 from nextword.training import laws
 from nextword.training.laws import Law, counted, difficulty
-from nextword.training.plan import Length, Plan, Speed, Text, batch_tokens, choose, dropout_for, flops_of, peak_lr
+from nextword.training.plan import (
+    OVERHEAD,
+    Length,
+    Plan,
+    Speed,
+    Text,
+    batch_tokens,
+    choose,
+    dropout_for,
+    flops_of,
+    peak_lr,
+)
 
 LADDER = {size: build_config("modern", size, vocab_size=4096) for size in ("micro", "tiny", "mini", "small", "midi")}
 # Fixed, so that these tests do not hang on what was fitted last.
@@ -78,7 +89,7 @@ def test_what_a_machine_is_bad_at_is_not_taken():
 def test_the_time_holds_the_steps_the_looks_and_the_last_measure():
     plan = chosen(seconds=600)
     assert plan.seconds == 600
-    assert 0.8 * 600 < plan.tokens * plan.seconds_per_token < 600
+    assert plan.tokens * plan.seconds_per_token == pytest.approx(600 / OVERHEAD, rel=1e-3)
     held_out = chosen(BOOKS._replace(held_out=plan.tokens // 2), seconds=600)
     assert plan.tokens * 0.75 < held_out.tokens < plan.tokens * 0.95
     assert chosen(BOOKS._replace(held_out=10**12), seconds=600).tokens >= plan.tokens * 0.6, (
@@ -143,8 +154,9 @@ def test_the_law_falls_with_size_and_reading_and_rises_with_difficulty(parameter
     law = Law()
     bits = law.bits(parameters, read, unique, difficulty)
     assert math.isfinite(bits) and bits > 0
-    if read <= unique:
-        assert law.bits(more * parameters, read, unique, difficulty) < bits
+    free = replace(law, memorising=1e-15)  # where nothing is memorised, a larger model is always better
+    larger, own = (free.bits(times * parameters, read, unique, difficulty) for times in (more, 1))
+    assert larger < own <= bits * (1 + 1e-9)
     bound = bits * (1 + 1e-9)
     assert law.bits(parameters, more * read, unique, difficulty) <= bound
     assert law.bits(parameters, read, more * unique, difficulty) <= bound
@@ -168,10 +180,10 @@ def test_slopes_are_those_of_the_losses(parameters, read, unique):
     by_size, by_reading = law.slopes(parameters, read, unique)
     base = sum(law.losses(parameters, read, unique))
     assert by_size == pytest.approx(
-        (base - sum(law.losses(parameters * (1 + step), read, unique))) / step, rel=1e-3, abs=1e-4
+        (base - sum(law.losses(parameters * (1 + step), read, unique))) / step, rel=1e-3, abs=1e-5
     )
     assert by_reading == pytest.approx(
-        (base - sum(law.losses(parameters, read * (1 + step), unique))) / step, rel=1e-3, abs=1e-4
+        (base - sum(law.losses(parameters, read * (1 + step), unique))) / step, rel=1e-3, abs=1e-5
     )
 
 

@@ -13,9 +13,8 @@ from nextword.text.corpus import Corpus
 from nextword.text.ngrams import ORDER, ngram_bits
 
 COUNTED = 2**18  # tokens that the difficulty of a text is counted in: a second's work, and most texts have them
-SLOWING = (
-    0.83  # what four times as many tokens gain the next time, of what they gained the last, on the texts of the fit
-)
+# What four times as many tokens gain the next time, of what they gained the last, on the texts of the fit.
+SLOWING = 0.83
 
 
 @dataclass(frozen=True)
@@ -55,15 +54,17 @@ class Law:
         difficulty (see `difficulty`)."""
         return difficulty**self.taste * (self.floor + sum(self.losses(parameters, read, unique)))
 
+    def interval(self, bits: float, doubt: float) -> tuple[float, float]:
+        """From where to where four runs of five end, of a text whose difficulty is in doubt by this share."""
+        spread = self.spread + self.taste * doubt
+        return bits * (1 - spread), bits * (1 + spread)
+
     def losses(self, parameters: float, read: float, unique: float) -> tuple[float, float, float]:
         """What the model's size and the reading leave to be wished for, and what is memorised, as shares of the difficulty."""
         again = self.useful(parameters, read, unique)
         worth = read if read <= unique else self.worth(again, unique)
-        by_size, by_reading = (
-            (self.parameters_scale / parameters) ** self.alpha,
-            (self.bytes_scale / worth) ** self.beta,
-        )
-        return by_size, by_reading, self.memory(parameters, unique) * again
+        by_size = (self.parameters_scale / parameters) ** self.alpha
+        return by_size, (self.bytes_scale / worth) ** self.beta, self.memory(parameters, unique) * again
 
     def memory(self, parameters: float, unique: float) -> float:
         """What reading a text once again does harm."""

@@ -202,7 +202,7 @@ def _plan(
     size: str, config: ModelConfig, tokens: float, bits: float, text: Text, length: Length, speed: Speed, batch: int, lr: float,
     law: Law,
 ) -> Plan:  # fmt: skip
-    epochs, spread = tokens / max(1, text.tokens), law.spread + law.taste * text.doubt
+    epochs, (low, high) = tokens / max(1, text.tokens), law.interval(bits, text.doubt)
     dropout, worth = dropout_for(epochs), law.worth(max(0.0, epochs - 1), text.bytes) / text.bytes
     why = [
         f"size {size}: {config.parameters / 1e6:.2g} million parameters for {tokens / 1e6:.2g} million tokens, "
@@ -218,5 +218,5 @@ def _plan(
         tokens=round(tokens), epochs=epochs, steps=max(1, round(tokens / batch)),
         seconds=length.seconds if length.seconds is not None else tokens * speed.seconds * OVERHEAD,
         seconds_per_token=speed.seconds, memory_bytes=speed.memory, flops=tokens * flops_of(config), bits_per_byte=bits,
-        low=bits * (1 - spread), high=bits * (1 + spread), why=tuple(why),
+        low=low, high=high, why=tuple(why),
     )  # fmt: skip
