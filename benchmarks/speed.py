@@ -1,9 +1,9 @@
 """How fast, beside the peers from the package registry: `python -m benchmarks.speed [NAME …]`.
 
-Names: bounds, sprint, training, writing, prompt, first, and precision, which wants the runs of `benchmarks.laws hold`. Every figure is
-from processes in turn, each measured some times; what stands in the table is the middle, and from where to where. litgpt and
-llama-cpp-python have environments of their own under build/bench/peers, made where they are not there (llama.cpp is compiled:
-ten minutes).
+Names: bounds, sprint, training, writing, prompt, first, and precision, which wants the runs of `benchmarks.laws hold`. Every
+figure is from processes in turn, each measured some times; what stands in the table is the middle, and from where to where.
+litgpt and llama-cpp-python have environments of their own under build/bench/peers, made where they are not there (llama.cpp
+is compiled: ten minutes).
 """
 
 import json
@@ -257,9 +257,8 @@ def precision() -> None:
 
 
 def main() -> None:
-    sections = {
-        "bounds": bounds, "sprint": sprint, "training": training, "writing": writing, "prompt": prompt, "first": first, "precision": precision,
-    }  # fmt: skip
+    parts = (bounds, sprint, training, writing, prompt, first, precision)
+    sections = {part.__name__: part for part in parts}
     for name in sys.argv[1:] or list(sections):
         print(f"\n## {name}", flush=True)
         sections[name]()
