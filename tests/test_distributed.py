@@ -115,7 +115,10 @@ def workers(process: "subprocess.Popen[str]") -> dict[int, int]:
     found = {}
     for task in Path(f"/proc/{process.pid}/task").iterdir():
         for child in (task / "children").read_text().split():
-            pairs = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            try:
+                pairs = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            except (FileNotFoundError, ProcessLookupError):  # it has just ended
+                continue
             ranks = [pair[5:] for pair in pairs if pair.startswith(b"RANK=")]
             found |= {int(rank): int(child) for rank in ranks}
     return found
@@ -222,11 +225,19 @@ def test_no_process_begins_with_more_than_its_part(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="this system does not tell who is who")
 @pytest.mark.parametrize("rank", [0, 1])
-def test_one_is_killed_and_torchrun_starts_both_anew(shards, two, tmp_path, rank):
+@pytest.mark.parametrize("time_of_it", range(int(os.environ.get("NEXTWORD_RESTARTS", "2")) // 2))
+def test_one_is_killed_and_torchrun_starts_both_anew(shards, two, tmp_path, rank, time_of_it):
     run = tmp_path / "run"
     process = pretrain(run, shards, 2, restarts=1)
-    wait_for(lambda: len(losses(run)) >= 12, process)
-    os.kill(workers(process)[rank], signal.SIGKILL)
+    wait_for(lambda: len(losses(run)) >= 12 + time_of_it, process)
+    before = workers(process)
+    killed = time.monotonic()
+    os.kill(before[rank], signal.SIGKILL)
+    wait_for(lambda: len(new := workers(process)) == 2 and not {*new.values()} & {*before.values()}, process)
+    last = checkpoint.checkpoints(run)[-1].name
+    wait_for(lambda: checkpoint.checkpoints(run)[-1].name > last, process)
+    print(f"\na step further, and that saved, {(seconds := time.monotonic() - killed):.1f} s after the kill")
+    assert seconds < 15
     end(process)
     assert state_hashes(run) == state_hashes(two), "as if nothing had happened, bit for bit"
 

@@ -174,9 +174,12 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(finished, t
         package.pretrain(out=run, resume=True)
 
 
+SAVED = 7  # steps between saves
+
+
 def start(run: Path, shards: Path, *more: str) -> subprocess.Popen[str]:
     arguments = command(
-        "pretrain", shards, "--out", run, "--resume", "--training.save-every", "7", "--model.dropout", "0.1",
+        "pretrain", shards, "--out", run, "--resume", "--training.save-every", str(SAVED), "--model.dropout", "0.1",
         *[a for a in TINY if a not in ("--vocab-size", "400")], *more,
     )  # fmt: skip
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
@@ -193,10 +196,11 @@ def wait_for(condition, process: subprocess.Popen[str], seconds: float = 90) -> 
     return False
 
 
-def kill_and_resume(run: Path, shards: Path, kills: int, steps: int, seed: int) -> tuple[int, int]:
-    """SIGKILL so many times, every second one inside a save; how many were killed, and how many of these in a save."""
+def kill_and_resume(run: Path, shards: Path, kills: int, steps: int, seed: int) -> tuple[int, int, int]:
+    """SIGKILL so many times, every second one inside a save; how many were killed, how many of these in a save, and the most
+    steps that one of them cost."""
     rng = random.Random(seed)
-    killed = inside = 0
+    killed = inside = lost = 0
     for n in range(kills):
         process = start(run, shards, "--steps", str(steps))
         goal = steps_of(run) + rng.randrange(8, max(9, steps // kills))
@@ -208,10 +212,12 @@ def kill_and_resume(run: Path, shards: Path, kills: int, steps: int, seed: int) 
             process.send_signal(signal.SIGKILL)
             killed += 1
         process.communicate()
+        saved = checkpoint.checkpoints(run)
+        lost = max(lost, steps_of(run) - (int(saved[-1].name.removeprefix("step-")) if saved else 0))
     process = start(run, shards, "--steps", str(steps))
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
-    return killed, inside
+    return killed, inside, lost
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
@@ -221,12 +227,13 @@ def test_killed_and_resumed_equals_uninterrupted(shards, tmp_path):
     process = start(whole, shards, "--steps", str(steps))
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
-    killed, inside = kill_and_resume(
+    killed, inside, lost = kill_and_resume(
         tmp_path / "killed", shards, kills, steps, seed=int(os.environ.get("NEXTWORD_SEED", "0"))
     )
-    print(f"\n{killed} kills, {inside} of them inside a save")
+    print(f"\n{killed} kills, {inside} of them inside a save; {lost} steps lost at the most, of saves every {SAVED}")
     assert killed >= kills - 1
     assert inside >= 1
+    assert lost <= 2 * SAVED, "what was being saved, and what came beside it before the next"
     assert state_hashes(tmp_path / "killed") == state_hashes(whole)
 
 
