@@ -1,28 +1,31 @@
 """Judging, measured: that likelihoods are the stock class's, how fast they are, and what a model scores.
 
-    python -m benchmarks.judging [NAME …]
+    python -m benchmarks.judging [NAME …] [--model RUN]
 
-Names: agree, rate, peers, scores. Each measurement is kept under build/bench; remove judging-*.json there to measure anew. The
-data are those of `NEXTWORD_DATA` (where that is not set: ../shared/data). `peers` needs transformers, accelerate and lm-eval.
-With NEXTWORD_BENCH_QUICK=1 a few items are measured, and nothing is kept.
+Names: agree, rate, peers, scores. RUN is one that is there; by default it is that of the fine-tuning benchmarks, which takes
+most of an hour to train. Each measurement is kept under build/bench; remove judging-*.json there to measure anew. The data are
+those of `NEXTWORD_DATA` (where that is not set: ../shared/data). `peers` is for a Python that has lm-eval, transformers and
+accelerate beside what nextword needs. With NEXTWORD_BENCH_QUICK=1 a few items are measured, and nothing is kept.
 
 Rates are told in turn with a matrix product of 1,024³ before and after each batch, since a shared machine's rate changes from
 one second to the next, and in the processor time of one thread.
 """
 
+import argparse
 import importlib
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks import tuning_data
 from benchmarks.run import DATA, cell, nextword, spread
-from benchmarks.tuning_data import QUICK, base
+from benchmarks.tuning_data import QUICK
 from nextword.evaluation.declarations import find_suite
 from nextword.evaluation.likelihood import evaluating
 from nextword.evaluation.suites import Question, question_of, read_items, sample
@@ -40,8 +43,19 @@ FILES = {
 ITEMS = 12 if QUICK else 200  # of each suite, where its likelihoods are compared and timed
 
 
+class Judged:
+    """Whose scores are measured."""
+
+    run: Path | None = None
+
+
+def base() -> Path:
+    return Judged.run or tuning_data.base()
+
+
 def kept(name: str, measure: Callable[[], Any]) -> Any:
-    return measure() if QUICK else cell(f"judging-{name}", measure)
+    of = "" if Judged.run is None else f"{Judged.run.resolve().name}-"
+    return measure() if QUICK else cell(f"judging-{of}{name}", measure)
 
 
 def questions(name: str) -> list[Question]:
@@ -102,15 +116,20 @@ def product() -> float:
 
 
 def work(model: Model, batch: Sequence[Sequence[Tree]]) -> float:
-    """The FLOPs that a batch cannot do without: each token that is read once through the matrices, each pair of tokens of
-    which one sees the other, and the logits of each place that a word is asked for."""
+    """The FLOPs that a batch cannot do without: each token that is read once through the matrices (through the last block only
+    as far as its keys and values, where no word is asked for after it), each pair of tokens of which one sees the other, and
+    the logits of each place that a word is asked for."""
     config, trees = model.gpt.config, [tree for row in batch for tree in row]
-    matrices = sum(p.numel() for name, p in model.gpt.named_parameters() if p.ndim == 2 and name.startswith("blocks"))
-    seen = sum(int((tree.positions + 1).sum()) for tree in trees)
+    sizes = {name: p.numel() for name, p in model.gpt.named_parameters() if p.ndim == 2 and name.startswith("blocks")}
+    last = sum(size for name, size in sizes.items() if name.startswith(f"blocks.{config.n_layers - 1}."))
+    kept = 2 * config.d_model * config.n_kv_heads * config.head_dim
+    tokens, asked = sum(len(tree.tokens) for tree in trees), sum(len(np.unique(tree.after)) for tree in trees)
+    seen = sum(int((tree.positions + 1).sum()) for tree in trees) * (config.n_layers - 1)
+    seen += sum(int((tree.positions[np.unique(tree.after)] + 1).sum()) for tree in trees)
     return (
-        2.0 * matrices * sum(len(tree.tokens) for tree in trees)
-        + 4.0 * config.n_layers * config.n_heads * config.head_dim * seen
-        + 2.0 * config.d_model * config.vocab_size * sum(len(np.unique(tree.after)) for tree in trees)
+        2.0 * (sum(sizes.values()) - last + kept) * tokens
+        + 2.0 * (last - kept + config.d_model * config.vocab_size) * asked
+        + 4.0 * config.n_heads * config.head_dim * seen
     )
 
 
@@ -124,7 +143,7 @@ def rate() -> None:
         shares = []
         with evaluating(model.weights):
             for _ in range(1 if QUICK else 5):
-                for batch in batches(trees, model.gpt.config.context_length, BATCH_TOKENS["cpu"]):
+                for batch in batches(trees, BATCH_TOKENS["cpu"]):
                     before, start = product(), time.process_time()
                     scorer.likelihoods(batch)
                     seconds = time.process_time() - start
@@ -158,16 +177,26 @@ def peers() -> None:
                 start = time.process_time()
                 go()
                 times[run].append(time.process_time() - start)
-        return {"items": len(asked), "times": times}
+        texts = iter(scorer.texts([pair for one in asked for pair in one.asked]))
+        trees = scorer.trees([[next(texts) for _ in one.asked] for one in asked])
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        least = work(model, [trees]) / max(product() for _ in range(10))
+        torch.set_num_threads(threads)
+        return {"items": len(asked), "times": times, "least": least}
 
-    print("\n| suite | items | nextword, s | lm-eval's hf, s (its best batch) | times as fast |\n|---|---|---|---|---|")
+    print(
+        "\n| suite | items | nextword, s | lm-eval's hf, s: its best batch | one by one | times as fast as the best "
+        "| as what has no cost but its products |\n|---|---|---|---|---|---|---|"
+    )
     for name in FILES:
         found = kept(f"peers-{name}", lambda name=name: measure(name))
         middle = {run: statistics.median(times) for run, times in found["times"].items()}
         best = min((run for run in middle if run != "nextword"), key=lambda run: middle[run])
+        ours, theirs = middle["nextword"], middle[best]
         print(
-            f"| {name} | {found['items']} | {middle['nextword']:.2f} | {middle[best]:.2f} ({best}) "
-            f"| {middle[best] / middle['nextword']:.1f} |"
+            f"| {name} | {found['items']} | {ours:.2f} | {theirs:.2f} ({best}) | {middle['hf, batch 1']:.1f} "
+            f"| {theirs / ours:.1f} | {theirs / found['least']:.1f} |"
         )
 
 
@@ -197,7 +226,14 @@ def scores() -> None:
 
 def main() -> None:
     sections = {"agree": agree, "rate": rate, "peers": peers, "scores": scores}
-    for name in sys.argv[1:] or list(sections):
+    parser = argparse.ArgumentParser(description="Judging, measured", allow_abbrev=False)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(sections))
+    parser.add_argument("--model", type=Path, metavar="RUN", help="a run or a model directory that is there")
+    given = parser.parse_args()
+    if unknown := set(given.names) - set(sections):
+        parser.error(f"there is no {min(unknown)!r}, only {', '.join(sections)}")
+    Judged.run = given.model
+    for name in given.names or list(sections):
         print(f"\n## {name}", flush=True)
         sections[name]()
 

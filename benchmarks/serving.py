@@ -8,7 +8,8 @@
 
 Each prints what it found, and leaves with 1 where it is not so. Requests that nobody would think of are `make soak`'s. Peers
 have environments of their own under build/bench/peers, made where they are not there; another one is --peer "NAME=COMMAND",
-where {model}, {gguf}, {port}, {threads} and {context} stand for themselves.
+where {model}, {gguf}, {port}, {threads}, {context} and {contexts} (of as many texts as there are clients at most) stand for
+themselves.
 """
 
 import argparse
@@ -193,7 +194,10 @@ async def crowd(given: argparse.Namespace) -> bool:
 def peer(command: str, given: argparse.Namespace, gguf: Path, context: int) -> Iterator[Running]:
     port = free_port()
     words = {"model": model_path(given.model).resolve(), "gguf": gguf, "threads": THREADS}
-    program = [word.format(**words, port=port, context=context) for word in shlex.split(command)]
+    program = [
+        word.format(**words, port=port, context=context, contexts=context * max(given.at))
+        for word in shlex.split(command)
+    ]
     with Running(program, port, OMP_NUM_THREADS=str(THREADS)) as running:
         running.until_it_answers()
         yield running

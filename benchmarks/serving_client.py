@@ -47,8 +47,10 @@ class Running:
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     return
-            except urllib.error.HTTPError:  # it listens, and has no such path
-                return
+            except urllib.error.HTTPError as error:
+                if error.code != 503:  # it listens, and has no such path
+                    return
+                time.sleep(0.2)  # it is loading
             except OSError:
                 time.sleep(0.2)
         raise SystemExit(f"nothing answers at {self.url}; see {self.log.name}")

@@ -300,7 +300,9 @@ def test_llama_cpp_writes_what_the_model_writes(tmp_path: Path, preset: str, ove
 def test_what_llama_cpp_rounds_is_refused_by_its_cause_or_accepted_by_a_persons_word(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     model = sure(directory(tmp_path / "model", "gpt2", context_length=256))
-    with pytest.raises(NextwordError, match="rounds GELU to half precision") as refused:  # by how much, the processor decides
+    with pytest.raises(
+        NextwordError, match="rounds GELU to half precision"
+    ) as refused:  # by how much, the processor decides
         nextword.export(model, out=tmp_path / "a.gguf", tolerance=5e-4)
     assert not (tmp_path / "a.gguf").exists()
     accepted = float(str(refused.value).partition("--tolerance ")[2].split()[0])

@@ -7,6 +7,7 @@ word is asked for and nowhere else.
 Shapes: B rows in a batch, T tokens of a row, N = B · T, P positions whose logits are made, D model width, V vocabulary.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -22,9 +23,10 @@ from nextword.text.tokenizer import Tokenizer
 from nextword.training import fused
 from nextword.training.fused import FusedGPT
 
-BATCH_TOKENS = {"cpu": 2048}  # that go through the model at once: on a CPU what its caches hold
+BATCH_TOKENS = {"cpu": 1024}  # that go through the model at once: on a CPU what its caches hold
 MANY_TOKENS = 16384  # anywhere else
-ROW = 96  # tokens that a row of several short trees has; much shorter rows and much longer ones attend more slowly
+ROW = 128  # tokens that a row of several trees has
+LONGEST = 512  # tokens of a tree, where its texts are short enough
 TILE = (512, 2048)  # positions and words whose logits are made at once: 4 MB
 
 Progress = Callable[[int, int], None]
@@ -134,7 +136,7 @@ class Scorer:
         done = 0
         with evaluating(self.model):
             most = BATCH_TOKENS.get(self.model.unembedding.device.type, MANY_TOKENS)
-            for batch in batches(trees, self.model.config.context_length, most):
+            for batch in batches(trees, most):
                 found, likeliest, texts = self.likelihoods(batch)
                 nats += np.bincount(texts, found, minlength=count)
                 np.logical_and.at(greedy, texts, likeliest)
@@ -147,7 +149,7 @@ class Scorer:
         return [[Likely(n, text.asked, g) for text, (n, g) in zip(q, flat, strict=False)] for q in questions]
 
     def trees(self, questions: Sequence[Sequence[Text]]) -> list[Tree]:
-        """Trees of the texts of each question, as large as the model's context allows; texts are counted over all."""
+        """Trees of the texts of each question; texts are counted over all."""
         found, first = [], 0
         for question in questions:
             for part in self._that_fit(question):
@@ -156,14 +158,21 @@ class Scorer:
         return found
 
     def _that_fit(self, question: Sequence[Text]) -> Iterator[list[int]]:
-        """The texts of a question in groups, each of which fits into the model's context as a tree."""
+        """The texts of a question in groups that are worth a tree, and not too long for one. (A tree may be longer than the
+        model's context: its texts are not.)
+
+        A token that is shared is spared some 12 D² multiplications in each layer; for a place that a text passes over, being
+        another's, each of its own tokens takes 2 D.
+        """
+        longest, worth = max(LONGEST, self.model.config.context_length), 6 * self.model.config.d_model
         shared, group, length = 0, [], 0
         for i, text in enumerate(question):
             inputs = text.ids[:-1]
             common = _common(question[group[0]].ids[:-1], inputs, shared) if group else len(inputs)
             # What is shared by fewer tokens now stands once more for each of those that were in the group.
-            longer = length + (shared - common) * (len(group) - 1) + len(inputs) - common if group else len(inputs)
-            if group and longer > self.model.config.context_length:
+            before = length + (shared - common) * (len(group) - 1) if group else common
+            longer, own = before + len(inputs) - common, len(inputs) - common
+            if group and (longer > longest or worth * common < own * (before - common)):
                 yield group
                 group, common, longer = [], len(inputs), len(inputs)
             group, shared, length = [*group, i], common, longer
@@ -187,30 +196,29 @@ class Scorer:
                 after.append(r * width + start + one.after)
                 start = part.stop
         flat = [one for row in rows for one in row]
-        hidden = self._hidden(tokens, positions, segments, holes)  # [N, D]
-        return *self._words(hidden, np.concatenate(after), np.concatenate([one.words for one in flat])), np.concatenate(
-            [one.texts for one in flat]
-        )
+        asked, which = np.unique(np.concatenate(after), return_inverse=True)  # [P], [words]
+        hidden = self._hidden(tokens, positions, segments, holes, asked)  # [P, D]
+        nats, likeliest = self._words(hidden, which, np.concatenate([one.words for one in flat]))
+        return nats, likeliest, np.concatenate([one.texts for one in flat])
 
-    def _hidden(self, tokens: np.ndarray, positions: np.ndarray, segments: np.ndarray, holes: np.ndarray) -> Tensor:
+    def _hidden(self, *arrays: np.ndarray) -> Tensor:
+        """Tokens, positions, segments [B, T] and holes [B, T, 2]; hidden states [P, D] at the places [P] among all tokens."""
         device = self.model.unembedding.device
-        ids, at, of, without = (torch.from_numpy(array).to(device) for array in (tokens, positions, segments, holes))
+        ids, at, of, without, asked = (torch.from_numpy(array).to(device) for array in arrays)
         if self.fused is not None:
-            return self.fused(ids, positions=at, segments=of, holes=without).flatten(0, 1)
-        return self.model(ids, positions=at, cache=Seen(of, without)).flatten(0, 1)
+            return self.fused(ids, positions=at, segments=of, holes=without, only=asked)
+        return self.model(ids, positions=at, cache=Seen(of, without)).flatten(0, 1)[asked]
 
-    def _words(self, hidden: Tensor, after: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """hidden [N, D]; log P of words [m] at the positions [m] they follow, and which are the likeliest."""
-        places, which = np.unique(after, return_inverse=True)  # [P], [m]
+    def _words(self, hidden: Tensor, which: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """hidden [P, D]; log P of words [m] at those of the places that they follow [m], and which are the likeliest."""
         order = np.argsort(which, kind="stable")
         nats, likeliest = np.empty(len(words)), np.ones(len(words), dtype=bool)
-        pieces = max(1, round(len(places) / TILE[0]))
-        ends = [len(places) * i // pieces for i in range(pieces + 1)]
+        pieces = max(1, round(len(hidden) / TILE[0]))
+        ends = [len(hidden) * i // pieces for i in range(pieces + 1)]
         for start, end in pairwise(ends):
             some = order[slice(*np.searchsorted(which[order], (start, end)))]
-            piece = hidden[torch.from_numpy(places[start:end]).to(hidden.device)]  # [rows, D]
             at, wanted = (torch.from_numpy(one).to(hidden.device) for one in (which[some] - start, words[some]))
-            chosen, most, total = self._logits(piece, at, wanted)
+            chosen, most, total = self._logits(hidden[start:end], at, wanted)
             likeliest[some] = (chosen >= most).cpu().numpy()
             nats[some] = (chosen.double() - total.double()).cpu().numpy()
         return nats, likeliest
@@ -281,16 +289,33 @@ def _common(one: Sequence[int], other: Sequence[int], most: int) -> int:
     return next(i for i in range(most) if one[i] != other[i])
 
 
-def batches(trees: Sequence[Tree], context_length: int, most: int) -> Iterator[list[list[Tree]]]:
-    """The trees in batches of at most so many tokens, in rows of several trees, those of about one length together, the
-    longest first."""
-    order = sorted(range(len(trees)), key=lambda i: -len(trees[i].tokens))
-    start = 0
-    while start < len(order):
-        longest = max(1, len(trees[order[start]].tokens))
-        in_row = max(1, min(ROW, context_length) // longest)
-        count = in_row * max(1, most // (in_row * longest))
-        some = [trees[i] for i in order[start : start + count]]
-        rows = -(-len(some) // in_row)
-        yield [some[i::rows] for i in range(rows)]  # a long one beside a shorter one
-        start += count
+def batches(trees: Sequence[Tree], most: int) -> Iterator[list[list[Tree]]]:
+    """The trees in batches of at most so many tokens: in rows of several trees, as full as they get, the longest first."""
+    batch: list[list[Tree]] = []
+    width = 0
+    for row in rows_of(trees):
+        wider = max(width, sum(len(one.tokens) for one in row))
+        if batch and wider * (len(batch) + 1) > most:
+            yield batch
+            batch, wider = [], wider if wider > width else sum(len(one.tokens) for one in row)
+        batch.append(row)
+        width = wider
+    if batch:
+        yield batch
+
+
+def rows_of(trees: Sequence[Tree]) -> Iterator[list[Tree]]:
+    """The trees in rows: each the longest that is left, and then what fits beside it, the longest first (best fit)."""
+    left: dict[int, list[Tree]] = {}
+    for one in trees:
+        left.setdefault(len(one.tokens), []).append(one)
+    lengths = sorted(left)
+    while lengths:
+        row, room = [], max(ROW, lengths[-1])
+        while fits := bisect_right(lengths, room):
+            length = lengths[fits - 1]
+            row.append(left[length].pop())
+            room -= length
+            if not left[length]:
+                del lengths[fits - 1]
+        yield row

@@ -278,10 +278,11 @@ class GPT(nn.Module):
             keep: [1 + 2·n_layers, B, T, D] from `dropout_masks`, in training with dropout.
 
         Raises:
-            ValueError: the window is longer than the context length, or segments are given together with a cache.
+            ValueError: the window is longer than the context length and it is not said where its tokens stand, or segments
+                are given together with a cache.
         """
         length = tokens.shape[1]
-        if length > self.config.context_length:
+        if positions is None and length > self.config.context_length:
             raise ValueError(f"{length} tokens are more than the context length of {self.config.context_length}")
         if segments is not None and cache is not None:
             raise ValueError("segments and a cache exclude each other: a cache holds one document a row")

@@ -162,10 +162,10 @@ inline __m256 between(int64_t from, int64_t to, int64_t j) {
   return _mm256_castsi256_ps(_mm256_andnot_si256(lanes(from - j), lanes(to - j)));
 }
 
-// softmax of the scores from..to-1 without those of the hole (two places, or null), and 0 for all others up to n (a multiple
+// softmax of the scores from..to-1 without those of the hole (two places, or null), and 0 for all others of low..n-1 (multiples
 // of 8); log Σ e^x of the scaled scores.
 template <bool HOLE>
-float softmax(float* x, int64_t from, int64_t to, const int64_t* hole, int64_t n, float scale) {
+float softmax(float* x, int64_t low, int64_t from, int64_t to, const int64_t* hole, int64_t n, float scale) {
   const __m256 nothing = _mm256_set1_ps(-INFINITY);
   const int64_t first = from / 8 * 8;
   const auto seen = [&](int64_t j) {
@@ -178,7 +178,7 @@ float softmax(float* x, int64_t from, int64_t to, const int64_t* hole, int64_t n
   const float peak = largest(most);
   const __m256 level = _mm256_set1_ps(peak), factor = _mm256_set1_ps(scale);
   __m256 total = _mm256_setzero_ps();
-  for (int64_t j = 0; j < n; j += 8) {
+  for (int64_t j = low; j < n; j += 8) {
     if (j < first || j >= to) {
       _mm256_storeu_ps(x + j, _mm256_setzero_ps());
       continue;
@@ -280,7 +280,7 @@ void nextword_attend(const Heads* heads, int64_t threads, const float* qkv, floa
           for (int64_t i = first; i < n; ++i) {
             const int64_t from = s.starts ? s.starts[b * T + i] : 0, *hole = s.holes ? s.holes + 2 * (b * T + i) : nullptr;
             const auto one = hole ? softmax<true> : softmax<false>;
-            logsum[(b * s.H + h) * T + i] = one(&scores[(i - first) * wide], from, i + 1, hole, padded(n), scale);
+            logsum[(b * s.H + h) * T + i] = one(&scores[(i - first) * wide], low, from, i + 1, hole, padded(n), scale);
           }
           multiply(
               count, K, n - low, scores.data() + low, wide, 1, v.data() + 16 * low, 16, 16 * T,

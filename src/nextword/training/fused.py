@@ -240,10 +240,12 @@ class FusedGPT:
         segments: Tensor | None = None,
         keep: Tensor | None = None,
         holes: Tensor | None = None,
+        only: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [B, T, D], as `GPT.forward` gives them; `holes` as in `Places`."""
+        """Hidden states [B, T, D], as `GPT.forward` gives them; `holes` as in `Places`. With `only`, places [P] among all B · T
+        tokens, those of these alone [P, D]: the last block needs no more of the others than their keys and values."""
         model, config, (rows, length) = self.model, self.config, tokens.shape
-        if length > config.context_length:
+        if positions is None and length > config.context_length:
             raise ValueError(f"{length} tokens are more than the context length of {config.context_length}")
         x = model.token_embedding(tokens)
         at = torch.arange(length) if positions is None else positions  # [T] or [B, T]
@@ -257,20 +259,21 @@ class FusedGPT:
         added: Tensor | None = None
         for layer, block in enumerate(model.blocks):
             masks = (None, None) if kept is None else (kept[1 + 2 * layer], kept[2 + 2 * layer])
+            wanted = only if layer == len(model.blocks) - 1 else None
             if config.norm_position == "post":
-                attended = drop(self.attention(block, x, places, length), masks[0], config.dropout)
-                x = self.add_norm(x, attended, block.attention_norm)[1]
+                attended = drop(self.attention(block, x, places, length, wanted), masks[0], config.dropout)
+                x = self.add_norm(_some(x, wanted), attended, block.attention_norm)[1]
                 x = self.add_norm(
                     x, drop(self.feed_forward(block, x), masks[1], config.dropout), block.feed_forward_norm
                 )[1]
             else:
                 x, normed = self.add_norm(x, added, block.attention_norm)
-                attended = drop(self.attention(block, normed, places, length), masks[0], config.dropout)
-                x, normed = self.add_norm(x, attended, block.feed_forward_norm)
+                attended = drop(self.attention(block, normed, places, length, wanted), masks[0], config.dropout)
+                x, normed = self.add_norm(_some(x, wanted), attended, block.feed_forward_norm)
                 added = drop(self.feed_forward(block, normed), masks[1], config.dropout)
         if config.norm_position == "pre":
             x = self.add_norm(x, added, model.final_norm)[1]
-        return x.view(rows, length, -1)
+        return x.view(rows, length, -1) if only is None else x
 
     def add_norm(self, x: Tensor, added: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
         assert isinstance(norm, Norm)
@@ -288,12 +291,12 @@ class FusedGPT:
         cosines, sines = rotary_angles(positions.flatten(), self.config.head_dim, self.config.rope_theta)
         return Places(cosines.contiguous(), sines.contiguous(), starts)
 
-    def attention(self, block: Block, x: Tensor, places: Places, length: int) -> Tensor:
+    def attention(self, block: Block, x: Tensor, places: Places, length: int, wanted: Tensor | None) -> Tensor:
         a = block.attention
         qkv = side_by_side(x, (a.query, a.key, a.value))
         norms = (a.query_norm, a.key_norm)
         query, key = (norm.weight if isinstance(norm, Norm) else None for norm in norms)
-        return a.output(Attend.apply(qkv, query, key, places, self.config, length))
+        return a.output(_some(Attend.apply(qkv, query, key, places, self.config, length), wanted))
 
     def feed_forward(self, block: Block, x: Tensor) -> Tensor:
         f = block.feed_forward
@@ -311,6 +314,10 @@ class FusedGPT:
 
     def classify(self, hidden: Tensor) -> Tensor:
         return self.model.classify(hidden)
+
+
+def _some(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x[rows]
 
 
 def side_by_side(x: Tensor, layers: tuple[Any, ...]) -> Tensor:
