@@ -46,7 +46,7 @@ soak: setup
 	NEXTWORD_RESTARTS=20 $(BIN)/python -m pytest -n 0 -s tests/test_distributed.py -k starts_both_anew --timeout 3600
 	NEXTWORD_FLIPS=200 NEXTWORD_EVERY_WRITE=1 $(BIN)/python -m pytest -n 0 -s tests/test_faults.py tests/test_foreign.py --timeout 7200
 	NEXTWORD_KILLS=3 $(BIN)/python -m pytest -n 0 tests/test_sharded_preparation.py -k killed --timeout 1800
-	NEXTWORD_CASES=2000 $(BIN)/python -m pytest -n 0 tests/test_serving_fuzz.py --timeout 1800
+	NEXTWORD_CASES=2400 $(BIN)/python -m pytest -n 0 tests/test_serving_fuzz.py --timeout 1800
 
 clean:
 	rm -rf .venv

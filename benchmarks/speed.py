@@ -47,7 +47,7 @@ def interpreter(who: str) -> str:
         venv.create(folder, with_pip=True, clear=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", *PEERS[who]], check=True)
         (folder / "ready").touch()
-    return str(python)
+    return str(python.absolute())
 
 
 def measured(who: str, what: str, settings: dict[str, Any]) -> dict[str, Any]:

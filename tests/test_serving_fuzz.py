@@ -1,4 +1,5 @@
-"""Requests that nobody would think of, made by Schemathesis from the server's own description: never a fault of the server.
+"""Requests that nobody would think of, made by Schemathesis from the server's own description: never a fault of the server,
+and every answer as the description has it.
 
 NEXTWORD_CASES says how many there are altogether; `make soak` asks for many.
 """
@@ -15,6 +16,11 @@ from served import Threaded, served
 
 schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis")
 UNHURRIED: list[HealthCheck] = list(HealthCheck)  # pyright: ignore[reportAssignmentType]
+checks = pytest.importorskip("schemathesis.specs.openapi.checks", reason="needs schemathesis")
+PROMISED = [
+    schemathesis.checks.not_a_server_error, checks.status_code_conformance, checks.content_type_conformance,
+    checks.response_headers_conformance, checks.response_schema_conformance,
+]  # fmt: skip
 CASES = int(os.environ.get("NEXTWORD_CASES", "200"))
 
 
@@ -51,9 +57,11 @@ def test_no_request_makes_the_server_fail(server: Threaded) -> None:
             answer = case.call(timeout=30)
             statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
             assert answer.status_code < 500, (case.as_curl_command(), answer.text)
+            case.validate_response(answer, checks=PROMISED)
             if answer.status_code >= 400:
                 assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
         ask()
     assert server.get("/health").status == 200 and server.service.worker.held == 0
     assert statuses.get(200, 0) > 10 and statuses.get(400, 0) > 10
+    print(f"\n{sum(statuses.values())} requests, by the status of their answers: {statuses}")

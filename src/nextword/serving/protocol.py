@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
-from starlette.responses import Response
+from starlette.responses import JSONResponse
 
 from nextword.errors import UsageError
 from nextword.inference.sampling import Sampling
@@ -58,9 +58,7 @@ def to_bytes(value: Any) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-class JSON(Response):
-    media_type = "application/json"
-
+class JSON(JSONResponse):
     def render(self, content: Any) -> bytes:
         return to_bytes(content)
 
