@@ -164,7 +164,7 @@ def rate() -> None:
 def peers() -> None:
     def measure(name: str) -> dict[str, Any]:
         model, asked = load(base()), questions(name)
-        scorer = Scorer(model.weights, model.tokenizer, greedy=True)  # lm-eval finds out as well
+        scorer = Scorer(model.weights, model.tokenizer)
         make = importlib.import_module("lm_eval.models.huggingface").HFLM
         theirs = {size: make(pretrained=str(model.path), device="cpu", batch_size=size) for size in (1, 16, 64)}
         requests = [SimpleNamespace(args=pair) for one in asked for pair in one.asked]
@@ -172,19 +172,17 @@ def peers() -> None:
         for size, peer in theirs.items():
             runs[f"hf, batch {size}"] = lambda peer=peer: peer.loglikelihood(requests, disable_tqdm=True)
         times: dict[str, list[float]] = {run: [] for run in runs}
-        for _ in range(1 if QUICK else 3):  # in turn, so that a change of the machine's speed meets all
+        for _ in range(1 if QUICK else 5):  # in turn, so that a change of the machine's speed meets all
             for run, go in runs.items():
                 start = time.process_time()
                 go()
                 times[run].append(time.process_time() - start)
         texts = iter(scorer.texts([pair for one in asked for pair in one.asked]))
         trees = scorer.trees([[next(texts) for _ in one.asked] for one in asked])
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        least = work(model, [trees]) / max(product() for _ in range(10))
-        torch.set_num_threads(threads)
-        return {"items": len(asked), "times": times, "least": least}
+        return {"items": len(asked), "times": times, "least": work(model, [trees]) / max(product() for _ in range(10))}
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     print(
         "\n| suite | items | nextword, s | lm-eval's hf, s: its best batch | one by one | times as fast as the best "
         "| as what has no cost but its products |\n|---|---|---|---|---|---|---|"
@@ -198,6 +196,7 @@ def peers() -> None:
             f"| {name} | {found['items']} | {ours:.2f} | {theirs:.2f} ({best}) | {middle['hf, batch 1']:.1f} "
             f"| {theirs / ours:.1f} | {theirs / found['least']:.1f} |"
         )
+    torch.set_num_threads(threads)
 
 
 # ---------------------------------------------------------------- scores
