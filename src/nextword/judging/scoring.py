@@ -1,8 +1,7 @@
 """How likely a model finds texts that follow others: many at once, each number as if it were alone.
 
 What the texts of one question begin with alike is read once: its tokens, then the rest of each text, stand side by side, and no
-text sees another's part. Such trees of about one length share a row, rows of about one length a batch. Logits are made where a
-word is asked for and nowhere else.
+text sees another's part. Such trees fill rows, and rows batches. Logits are made where a word is asked for and nowhere else.
 
 Shapes: B rows in a batch, T tokens of a row, N = B · T, P positions whose logits are made, D model width, V vocabulary.
 """
@@ -292,14 +291,14 @@ def _common(one: Sequence[int], other: Sequence[int], most: int) -> int:
 def batches(trees: Sequence[Tree], most: int) -> Iterator[list[list[Tree]]]:
     """The trees in batches of at most so many tokens: in rows of several trees, as full as they get, the longest first."""
     batch: list[list[Tree]] = []
-    width = 0
+    width = 0  # of the batch's widest row
     for row in rows_of(trees):
-        wider = max(width, sum(len(one.tokens) for one in row))
-        if batch and wider * (len(batch) + 1) > most:
+        tokens = sum(len(one.tokens) for one in row)
+        if batch and max(width, tokens) * (len(batch) + 1) > most:
             yield batch
-            batch, wider = [], wider if wider > width else sum(len(one.tokens) for one in row)
+            batch, width = [], 0
         batch.append(row)
-        width = wider
+        width = max(width, tokens)
     if batch:
         yield batch
 
