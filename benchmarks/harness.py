@@ -15,12 +15,14 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.run import DATA
 from benchmarks.serving_client import Served
 from benchmarks.speed import interpreter
+from nextword.text.tokenizer import Tokenizer
 
 TASK = {
     "task": "minimal_pairs", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
@@ -29,18 +31,20 @@ TASK = {
 }  # fmt: skip
 
 
-def write_task(folder: Path, pairs: int) -> int:
-    """The first pairs of each of BLiMP's files as a task of the harness; how many there are altogether."""
+def write_task(folder: Path, pairs: int, fits: Callable[[str], bool]) -> tuple[int, int]:
+    """The first pairs of each of BLiMP's files as a task of the harness; how many there are altogether, and how many besides
+    that do not fit."""
     rows: list[str] = []
     with tarfile.open(DATA / "blimp.tar.xz") as archive:
         for member in sorted(archive.getmembers(), key=lambda member: member.name):
             if file := archive.extractfile(member):
                 rows += file.read().decode().splitlines()[:pairs]
     said = [{name: json.loads(row)[name] for name in ("sentence_good", "sentence_bad")} for row in rows]
+    said, all_of_them = [one for one in said if all(map(fits, one.values()))], len(said)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in said), encoding="utf-8")
     task = {**TASK, "dataset_kwargs": {"data_files": {"test": str(folder / "pairs.jsonl")}}}
     (folder / "minimal_pairs.yaml").write_text(json.dumps(task))  # JSON is YAML
-    return len(rows)
+    return len(said), all_of_them - len(said)
 
 
 def evaluate(python: str, folder: Path, name: str, model: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -78,8 +82,9 @@ def compare(model: Path, python: str, pairs: int) -> dict[str, Any]:
     """Both runs on the same pairs, and how far they are apart."""
     with tempfile.TemporaryDirectory() as made, Served(model) as server:
         folder = Path(made)
-        count = write_task(folder, pairs)
-        length = server.facts["context_length"]
+        length, tokenizer = server.facts["context_length"], Tokenizer.open(server.directory)
+        # Of a sentence that fills what it takes for the context, the harness's client finds nothing to be left before it.
+        count, too_long = write_task(folder, pairs, lambda text: len(tokenizer.encode(text)) <= length - 2)
         asked = {"base_url": f"{server.url}/v1/completions", "model": server.facts["model"], "tokenizer": str(server.directory),
                  "num_concurrent": 4, "max_length": length, "max_retries": 1}  # fmt: skip
         ours = evaluate(python, folder, "served", "local-completions", asked)
@@ -87,7 +92,7 @@ def compare(model: Path, python: str, pairs: int) -> dict[str, Any]:
         theirs = evaluate(python, folder, "hf", "hf", given)
     both = list(zip(ours["likelihoods"], theirs["likelihoods"], strict=True))
     return {
-        "pairs": count, "served": ours["accuracy"], "hf": theirs["accuracy"],
+        "pairs": count, "too_long": too_long, "served": ours["accuracy"], "hf": theirs["accuracy"],
         "decisions_that_differ": sum((a[0] > a[1]) != (b[0] > b[1]) for a, b in both),
         "largest_difference": max(abs(x - y) for a, b in both for x, y in zip(a, b, strict=True)),
     }  # fmt: skip
