@@ -11,14 +11,12 @@ import platform
 import re
 import shutil
 import signal
-import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy
 import tokenizers
 import torch
@@ -30,7 +28,8 @@ except ImportError:  # Windows
     resource = None
 
 from nextword import __version__, files
-from nextword.errors import CorruptFile, MissingExtra, NextwordError, RunLocked, UsageError
+from nextword.errors import CorruptFile, MissingExtra, NextwordError, UsageError
+from nextword.holding import holding
 from nextword.model.gpt import GPT
 from nextword.model.stock import save_model, stock_tensors
 from nextword.text.tokenizer import Tokenizer
@@ -162,22 +161,11 @@ def open_run(path: Path, *, resume: bool) -> Iterator[RunFolder]:
         raise UsageError(f"{path}: is not empty ({strangers[0]} is in it) and no run folder. Choose another --out")
     with files.writing(path):
         path.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path / "lock")
-    holder = path / "holder.json"
-    try:
-        lock.acquire(timeout=0.5)
-    except filelock.Timeout as error:
-        who = files.read_json(holder) if holder.is_file() else {"process": "unknown", "host": "an unknown host"}
-        raise RunLocked(f"{path}: process {who['process']} on {who['host']} is at work on this run") from error
-    try:
-        files.write_durably(holder, files.to_json({"process": os.getpid(), "host": socket.gethostname()}))
+    with holding(path):
         files.settle(run.model)
         files.settle(run.adapter)
         files.settle(run.data)
         yield run
-    finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
 
 
 class Interrupted(NextwordError):

@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from nextword import STARTED
+from nextword.holding import refuse_held
 from nextword.verbs.shared import (
     Common,
     Flag,
@@ -79,6 +80,7 @@ def finetune(
         A place beyond this machine (s3://bucket/run, gs://…, a folder elsewhere) that checkpoints are copied to while the run
         goes on. With --resume the run is brought from there where its folder is gone.
     """
+    refuse_held(out)
     from nextword import api
 
     tuned = said(tuning) | ({} if epochs is None else {"epochs": epochs})

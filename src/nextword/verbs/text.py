@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from nextword import STARTED
+from nextword.holding import refuse_held
 from nextword.verbs.shared import (
     Common,
     Flag,
@@ -184,6 +185,7 @@ def pretrain(
         A place beyond this machine (s3://bucket/run, gs://…, a folder elsewhere) that checkpoints are copied to while the run
         goes on. With --resume the run is brought from there where its folder is gone.
     """
+    refuse_held(out)
     from nextword import api
 
     result = api.pretrain(
