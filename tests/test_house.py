@@ -26,7 +26,8 @@ ALLOWED: dict[str, set[str]] = {
     "recipes": {"errors", "model"},
     "console": set(),
     "energy": set(),
-    "runs": GROUND | {"model", "text"},
+    "holding": GROUND,
+    "runs": GROUND | {"holding", "model", "text"},
     "course": GROUND | {"training", "console", "runs"},
     "machinery": GROUND | {"model", "training", "recipes", "console", "runs"},
     "mirror": GROUND | {"console", "runs"},
@@ -73,7 +74,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "spreading": GROUND | {"text", "console"},
     "demonstrating": {"text", "recipes", "console", "loading", "api"},
-    "verbs": GROUND | {"console", "model", "recipes", "api", "demonstrating", "inference", "chatting"},
+    "verbs": GROUND | {"holding", "console", "model", "recipes", "api", "demonstrating", "inference", "chatting"},
     "cli": {"errors", "verbs"},
     "__main__": {"cli"},
 }
