@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def test_what_is_written_is_read_by_safetensors_and_its_hash_is_the_files(tmp_pa
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     shapes.pop("__metadata__", None)
     tensors = {name: torch.randn(shape).to(dtype) for name, (shape, dtype) in shapes.items()}
-    known, _ = write_tensors(path, {name: (0, tensor) for name, tensor in tensors.items()})
+    with ThreadPoolExecutor(1) as beside:
+        known, _ = write_tensors(path, {name: (0, tensor) for name, tensor in tensors.items()}, beside).result()
     assert known == {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
     found = load_file(path)
     assert found.keys() == tensors.keys()
@@ -80,7 +82,8 @@ def test_parts_of_rows_are_the_whole(tmp_path_factory, rows, size):
         own = {"w": (first, tensor[first:end])} if first < end else {}
         if part == 0:
             own["count"] = 0, torch.tensor(3.0)
-        write_tensors(folder / f"weights-{part + 1:05d}-of-{size:05d}.safetensors", own)
+        with ThreadPoolExecutor(1) as beside:
+            write_tensors(folder / f"weights-{part + 1:05d}-of-{size:05d}.safetensors", own, beside)
     found = read_parts(folder, "weights")
     assert torch.equal(found["w"], tensor)
     assert found["count"] == 3
@@ -95,9 +98,9 @@ def test_the_steps_that_follow_do_not_change_what_is_saved(tmp_path, monkeypatch
     expected = sha256s(saved(tmp_path / "before", 7))
     changed = threading.Event()
 
-    def late(path: Path, tensors: Any) -> Any:
+    def late(path: Path, tensors: Any, beside: Any) -> Any:
         assert changed.wait(60)
-        return write_tensors(path, tensors)
+        return write_tensors(path, tensors, beside)
 
     monkeypatch.setattr(checkpoint, "write_tensors", late)
     weights, optimizer = state(7.0)
@@ -150,8 +153,8 @@ def test_a_kill_inside_a_save_beside_the_steps_leaves_the_last_one_whole(tmp_pat
     code = (
         "import sys, time, pathlib; from test_checkpoints import *\n"
         "saved(pathlib.Path(sys.argv[1]), 1)\n"
-        "def half(path, tensors):\n"
-        "    write_tensors(path, tensors); os.truncate(path, 300); print('inside', flush=True); time.sleep(100)\n"
+        "def half(path, tensors, beside):\n"
+        "    write_tensors(path, tensors, beside); os.truncate(path, 300); print('inside', flush=True); time.sleep(100)\n"
         "checkpoint.write_tensors = half\n"
         "saved(pathlib.Path(sys.argv[1]), 2)\n"
     )
@@ -177,11 +180,11 @@ def test_a_full_disk_in_the_thread_ends_the_run_with_its_code_and_the_resume_is_
     settings = {**SETTINGS, "training": {**SETTINGS["training"], "save_every": 5, "evaluations": 1}}
     package.pretrain(shards, tmp_path / "whole", steps=20, **settings)
 
-    def full(path: Path, tensors: Any) -> Any:
+    def full(path: Path, tensors: Any, beside: Any) -> Any:
         if path.parent.name != ".step-00000005.partial":
             with files.writing(path):
                 raise OSError(errno.ENOSPC, "No space left on device")
-        return write_tensors(path, tensors)
+        return write_tensors(path, tensors, beside)
 
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "write_tensors", full)
@@ -270,8 +273,8 @@ def killed_inside(folder: Path, parallel: Any) -> None:
             saver.wait()
 
 
-def half_and_killed(path: Path, tensors: Any) -> Any:
-    write_tensors(path, tensors)
+def half_and_killed(path: Path, tensors: Any, beside: Any) -> Any:
+    write_tensors(path, tensors, beside)
     os.truncate(path, 300)
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -77,11 +77,11 @@ def hold(put: Callable[[Any, str, Any], None]) -> list[int]:
     turning, stages = threading.Event(), []
     turn_back, write = Job._turn_back, checkpoint.write_tensors
 
-    def late(path: Path, tensors: Any) -> Any:
+    def late(path: Path, tensors: Any, beside: Any) -> Any:
         if path.parent.name == ".step-00000020.partial":
             assert turning.wait(100)
             time.sleep(0.2)  # longer than a look for the newest checkpoint takes
-        return write(path, tensors)
+        return write(path, tensors, beside)
 
     def turned(self: Job, *arguments: Any) -> bool:
         stages.append(self.saver.stage)

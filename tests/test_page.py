@@ -514,6 +514,23 @@ def test_on_a_phone(open_page: Open) -> None:
     j.no_sideways()
 
 
+@pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])
+def test_closing_the_settings_takes_nobody_away_from_a_field(open_page: Open, viewport: Any) -> None:
+    """The browser tells of it a moment later: back to the button, but not from a field that one has gone on to by then."""
+    j = open_page(viewport=viewport)
+    close = """(next) => new Promise((done) => {
+      const settings = document.getElementById("settings");
+      settings.addEventListener("close", () => requestAnimationFrame(() => done(document.activeElement.id)), {once: true});
+      settings.close();
+      if (next) document.getElementById(next).focus();
+    })"""
+    for following, focused in (("draft", "draft"), (None, "open-settings")):
+        if not j.at("#settings").is_visible():
+            j.button("Settings").click()
+        j.field("Seed").focus()
+        assert j.page.evaluate(close, following) == focused
+
+
 def states(j: Journey) -> Iterator[str]:
     """What the page looks like in the course of a visit."""
     expect(j.at("#model")).to_contain_text("lighthouse")

@@ -16,7 +16,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from pathlib import Path
 from typing import Any
@@ -60,11 +60,11 @@ def snapshot(tensors: Mapping[str, Tensor], world: World = ALONE) -> dict[str, R
     return found
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Rows]) -> tuple[dict[str, Any], float]:
-    """Write a safetensors file; its size and SHA-256, and the seconds of the processor, once it is on the disk.
+def write_tensors(path: Path, tensors: Mapping[str, Rows], beside: Executor) -> Future[tuple[dict[str, Any], float]]:
+    """Write a safetensors file, and return when it is on the disk; what is to come is what `digest` says of it.
 
     The format has the length of a header in 8 bytes, the header in JSON, padded with spaces, and the tensors without a gap,
-    those of the widest numbers first. A second thread hashes the same memory while it is written and flushed.
+    those of the widest numbers first. The same memory is hashed `beside`, while this file is written and the next one.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))
     places = {
@@ -81,24 +81,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Rows]) -> tuple[dict[str, An
     text += b" " * (-len(text) % 8)
     blocks = [memoryview(len(text).to_bytes(8, "little") + text)]
     blocks += [tensors[name][1].reshape(-1).view(torch.uint8).numpy().data for name in names]
-    begin = time.thread_time()
-    with ThreadPoolExecutor(1) as beside, writing(path), path.open("wb") as file:
-        hashed = beside.submit(digest, blocks)
+    hashed = beside.submit(digest, blocks)
+    with writing(path), path.open("wb") as file:
         for block in blocks:
             file.write(block)
         file.flush()
         flush_to_disk(path)
-    sha256, seconds = hashed.result()
-    size = sum(len(block) for block in blocks)
-    return {"bytes": size, "sha256": sha256}, seconds + time.thread_time() - begin
+    return hashed
 
 
-def digest(blocks: list[memoryview]) -> tuple[str, float]:
-    """The SHA-256 of blocks of memory in a row, and the seconds of the processor that it took."""
+def digest(blocks: list[memoryview]) -> tuple[dict[str, Any], float]:
+    """Size and SHA-256 of blocks of memory in a row, and the seconds of the processor that the hash took."""
     begin, found = time.thread_time(), hashlib.sha256()
     for block in blocks:
         found.update(block)
-    return found.hexdigest(), time.thread_time() - begin
+    return {"bytes": sum(map(len, blocks)), "sha256": found.hexdigest()}, time.thread_time() - begin
 
 
 # ---------------------------------------------------------------- a save
@@ -214,11 +211,17 @@ class Saver:
             for left in self.folder.glob(".step-*.partial") if self.world.leads else ():
                 if left != aside:
                     shutil.rmtree(left)
-        for kind, tensors in held.items():
-            if tensors:
-                file = f"{kind}{number}.safetensors"
-                self.hashes[file], seconds = write_tensors(aside / file, tensors)
-                self.cost += seconds
+        begin = time.thread_time()
+        with ThreadPoolExecutor(1) as beside:
+            hashed = {
+                (file := f"{kind}{number}.safetensors"): write_tensors(aside / file, tensors, beside)
+                for kind, tensors in held.items()
+                if tensors
+            }
+        for file, found in hashed.items():
+            self.hashes[file], seconds = found.result()
+            self.cost += seconds
+        self.cost += time.thread_time() - begin
         if self.world.size == 1:
             self._seal(step, facts)
         elif self.hashes and not self.world.leads:

@@ -580,6 +580,12 @@ function openSettings() {
   $("open-settings").ariaExpanded = "true";
 }
 
+/** The event comes a moment after the dialog is gone: who has gone on to another field by then is left there. */
+function settingsClosed() {
+  $("open-settings").ariaExpanded = "false";
+  if (document.activeElement === document.body) $("open-settings").focus();
+}
+
 function showSettings() {
   for (const output of document.querySelectorAll("output")) put(output, $(output.htmlFor.value).value);
   document.body.classList.toggle("plain", !$("underline").checked);
@@ -644,7 +650,7 @@ function listen() {
   press("banner-retry", connect);
   press("open-settings", () => ($("settings").open ? $("settings").close() : openSettings()));
   press("close-settings", () => $("settings").close());
-  on("settings", "close", () => (($("open-settings").ariaExpanded = "false"), $("open-settings").focus()));
+  on("settings", "close", settingsClosed);
   WIDE.addEventListener("change", () => $("settings").close());
   on("sampling", "input", showSettings);
   press("defaults", () => (drawing().forEach((field) => (field.value = field.defaultValue)), showSettings()));
