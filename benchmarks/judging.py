@@ -12,10 +12,11 @@ one second to the next, and in the processor time of one thread.
 """
 
 import argparse
+import contextlib
 import importlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,25 +44,27 @@ FILES = {
 ITEMS = 12 if QUICK else 200  # of each suite, where its likelihoods are compared and timed
 
 
-class Judged:
-    """Whose scores are measured."""
-
-    run: Path | None = None
-
-
-def base() -> Path:
-    return Judged.run or tuning_data.base()
-
-
-def kept(name: str, measure: Callable[[], Any]) -> Any:
-    of = "" if Judged.run is None else f"{Judged.run.resolve().name}-"
-    return measure() if QUICK else cell(f"judging-{of}{name}", measure)
+def kept(run: Path, name: str, measure: Callable[[], Any]) -> Any:
+    return measure() if QUICK else cell(f"judging-{run.resolve().name}-{name}", measure)
 
 
 def questions(name: str) -> list[Question]:
     suite = find_suite(f"{name}={DATA / FILES[name]}")
     items = read_items(suite, Problems())
     return [question_of(suite, items[i]) for i in sample(items, ITEMS)]
+
+
+def trees_of(scorer: Scorer, asked: Sequence[Question]) -> list[Tree]:
+    texts = iter(scorer.texts([pair for one in asked for pair in one.asked]))
+    return scorer.trees([[next(texts) for _ in one.asked] for one in asked])
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # ---------------------------------------------------------------- agree
@@ -84,9 +87,9 @@ def stock_likelihoods(model: Model, asked: Sequence[Question]) -> list[list[floa
     return found
 
 
-def agree() -> None:
+def agree(run: Path) -> None:
     def measure(name: str) -> dict[str, Any]:
-        model, asked = load(base()), questions(name)
+        model, asked = load(run), questions(name)
         found = Scorer(model.weights, model.tokenizer).ask([one.asked for one in asked])
         ours, theirs = [[one.nats for one in likely] for likely in found], stock_likelihoods(model, asked)
         apart = max(
@@ -100,7 +103,7 @@ def agree() -> None:
 
     print("\n| suite | items | largest difference, nats | items ranked otherwise |\n|---|---|---|---|")
     for name in FILES:
-        one = kept(f"agree-{name}", lambda name=name: measure(name))
+        one = kept(run, f"agree-{name}", lambda name=name: measure(name))
         print(f"| {name} | {one['items']} | {one['apart']:.1e} | {one['other_order']} |")
 
 
@@ -133,13 +136,12 @@ def work(model: Model, batch: Sequence[Sequence[Tree]]) -> float:
     )
 
 
-def rate() -> None:
+@one_thread()
+def rate(run: Path) -> None:
     def measure(name: str) -> list[float]:
-        model = load(base())
+        model = load(run)
         scorer = Scorer(model.weights, model.tokenizer)
-        asked = questions(name)
-        texts = iter(scorer.texts([pair for one in asked for pair in one.asked]))
-        trees = scorer.trees([[next(texts) for _ in one.asked] for one in asked])
+        trees = trees_of(scorer, questions(name))
         shares = []
         with evaluating(model.weights):
             for _ in range(1 if QUICK else 5):
@@ -150,70 +152,62 @@ def rate() -> None:
                     shares.append(work(model, batch) / seconds / max(before, product()))
         return shares
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     print("\n| suite | share of the matrix product's rate: middle (from to) |\n|---|---|")
     for name in FILES:
-        print(f"| {name} | {spread(kept(f'rate-{name}', lambda name=name: measure(name)), 2)} |")
-    torch.set_num_threads(threads)
+        print(f"| {name} | {spread(kept(run, f'rate-{name}', lambda name=name: measure(name)), 2)} |")
 
 
 # ---------------------------------------------------------------- peers
 
 
-def peers() -> None:
+@one_thread()
+def peers(run: Path) -> None:
     def measure(name: str) -> dict[str, Any]:
-        model, asked = load(base()), questions(name)
-        scorer = Scorer(model.weights, model.tokenizer)
+        model, asked = load(run), questions(name)
+        scorer = Scorer(model.weights, model.tokenizer, greedy=True)  # lm-eval finds out as well
         make = importlib.import_module("lm_eval.models.huggingface").HFLM
         theirs = {size: make(pretrained=str(model.path), device="cpu", batch_size=size) for size in (1, 16, 64)}
         requests = [SimpleNamespace(args=pair) for one in asked for pair in one.asked]
         runs: dict[str, Callable[[], Any]] = {"nextword": lambda: scorer.ask([one.asked for one in asked])}
         for size, peer in theirs.items():
             runs[f"hf, batch {size}"] = lambda peer=peer: peer.loglikelihood(requests, disable_tqdm=True)
-        times: dict[str, list[float]] = {run: [] for run in runs}
+        times: dict[str, list[float]] = {who: [] for who in runs}
         for _ in range(1 if QUICK else 5):  # in turn, so that a change of the machine's speed meets all
-            for run, go in runs.items():
+            for who, go in runs.items():
                 start = time.process_time()
                 go()
-                times[run].append(time.process_time() - start)
-        texts = iter(scorer.texts([pair for one in asked for pair in one.asked]))
-        trees = scorer.trees([[next(texts) for _ in one.asked] for one in asked])
-        return {"items": len(asked), "times": times, "least": work(model, [trees]) / max(product() for _ in range(10))}
+                times[who].append(time.process_time() - start)
+        least = work(model, [trees_of(scorer, asked)]) / max(product() for _ in range(10))
+        return {"items": len(asked), "times": times, "least": least}
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     print(
         "\n| suite | items | nextword, s | lm-eval's hf, s: its best batch | one by one | times as fast as the best "
         "| as what has no cost but its products |\n|---|---|---|---|---|---|---|"
     )
     for name in FILES:
-        found = kept(f"peers-{name}", lambda name=name: measure(name))
-        middle = {run: statistics.median(times) for run, times in found["times"].items()}
-        best = min((run for run in middle if run != "nextword"), key=lambda run: middle[run])
+        found = kept(run, f"peers-{name}", lambda name=name: measure(name))
+        middle = {who: statistics.median(times) for who, times in found["times"].items()}
+        best = min((who for who in middle if who != "nextword"), key=lambda who: middle[who])
         ours, theirs = middle["nextword"], middle[best]
         print(
             f"| {name} | {found['items']} | {ours:.2f} | {theirs:.2f} ({best}) | {middle['hf, batch 1']:.1f} "
             f"| {theirs / ours:.1f} | {theirs / found['least']:.1f} |"
         )
-    torch.set_num_threads(threads)
 
 
 # ---------------------------------------------------------------- scores
 
 
-def scores() -> None:
+def scores(run: Path) -> None:
     def measure(name: str) -> dict[str, Any]:
         suite = f"{name}={DATA / FILES[name]}"
-        return nextword(
-            "evaluate", base(), "--suite", suite, *(("--limit", "50") if QUICK else ()), "--json", "--quiet"
-        )
+        return nextword("evaluate", run, "--suite", suite, *(("--limit", "50") if QUICK else ()), "--json", "--quiet")
 
     print(
         "\n| suite | score | chance | | in scrambled words | items | whole process, s |\n|---|---|---|---|---|---|---|"
     )
     for name in FILES:
-        found = kept(f"scores-{name}", lambda name=name: measure(name))
+        found = kept(run, f"scores-{name}", lambda name=name: measure(name))
         one, wall = found["suites"][name], found["wall"]
         side = "above" if one["above_chance"] else "below" if one["below_chance"] else "not above"
         cells = [f"{s['score']:.3f} ({s['low']:.3f} to {s['high']:.3f})" for s in (one, one["scrambled"])]
@@ -231,10 +225,10 @@ def main() -> None:
     given = parser.parse_args()
     if unknown := set(given.names) - set(sections):
         parser.error(f"there is no {min(unknown)!r}, only {', '.join(sections)}")
-    Judged.run = given.model
+    run = given.model or tuning_data.base()
     for name in given.names or list(sections):
         print(f"\n## {name}", flush=True)
-        sections[name]()
+        sections[name](run)
 
 
 if __name__ == "__main__":

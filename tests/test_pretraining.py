@@ -263,10 +263,11 @@ def test_two_processes_on_one_run(shards, tmp_path, nextword: Run):
         second = nextword("pretrain", shards, "--out", run, "--resume")
         assert second.returncode == RunLocked.exit_code
         assert f"process {process.pid} on" in second.stderr
-        arguments = ["-X", "importtime", "-m", "nextword", "pretrain", str(shards), "--out", str(run), "--resume"]
-        told = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
-        assert told.returncode == RunLocked.exit_code and "nextword.cli" in told.stderr
-        assert "torch" not in told.stderr, "it leaves before anything heavy is imported"
+        for verb in ("pretrain", "finetune"):
+            arguments = ["-X", "importtime", "-m", "nextword", verb, "--out", str(run), "--resume"]
+            told = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+            assert told.returncode == RunLocked.exit_code and "nextword.cli" in told.stderr, told.stderr
+            assert "torch" not in told.stderr, "it leaves before anything heavy is imported"
     finally:
         process.kill()
         process.communicate()

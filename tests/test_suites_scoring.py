@@ -249,7 +249,16 @@ def test_texts_are_a_tree_where_that_spares_something(modern: Scorer) -> None:
     alike = [Text([*context, *[n] * 20], 20) for n in range(4)]
     [one] = modern.trees([alike])
     assert len(one.tokens) == len(context) + 4 * 19 > CONTEXT
-    apart = [Text([1, *[n] * 400], 400) for n in range(2, 4)]
+    [together], each = modern.score([alike]), modern.score([[text] for text in alike])
+    plain = Scorer(modern.model, modern.tokenizer)
+    plain.fused = None  # where nothing is compiled
+    [without] = plain.score([alike])
+    for likely, by_itself, other in zip(together, each, without, strict=True):
+        assert likely.nats == pytest.approx(by_itself[0].nats, abs=1e-4)
+        assert other.nats == pytest.approx(by_itself[0].nats, abs=1e-4)
+    apart = [
+        Text([1, *[n] * 400], 400) for n in range(2, 4)
+    ]  # more than its context: they are asked for their trees alone
     assert [one.texts[0] for one in modern.trees([apart])] == [0, 1]
 
 

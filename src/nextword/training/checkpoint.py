@@ -213,13 +213,10 @@ class Saver:
                     shutil.rmtree(left)
         begin = time.thread_time()
         with ThreadPoolExecutor(1) as beside:
-            hashed = {
-                (file := f"{kind}{number}.safetensors"): write_tensors(aside / file, tensors, beside)
-                for kind, tensors in held.items()
-                if tensors
-            }
-        for file, found in hashed.items():
-            self.hashes[file], seconds = found.result()
+            names = {f"{kind}{number}.safetensors": tensors for kind, tensors in held.items() if tensors}
+            hashed = {name: write_tensors(aside / name, tensors, beside) for name, tensors in names.items()}
+        for name, found in hashed.items():
+            self.hashes[name], seconds = found.result()
             self.cost += seconds
         self.cost += time.thread_time() - begin
         if self.world.size == 1:
