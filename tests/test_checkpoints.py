@@ -28,9 +28,10 @@ from nextword.model.gpt import GPT
 from nextword.model.stock import read_parts
 from nextword.training import checkpoint
 from nextword.training.checkpoint import Saver, checkpoints, newest_whole, write_tensors
-from nextword.training.distributed import LOST, joined, rows_before, whole
+from nextword.training.distributed import LOST, World, joined
 from nextword.training.objectives import Step, next_word
 from nextword.training.optimizer import Optimizer
+from nextword.training.sharing import block, block_of, chunk, fill, part, share, whole
 from test_pretraining import SETTINGS, state_hashes
 
 SIZES: dict[str, Any] = {"n_layers": 1, "n_heads": 2, "d_model": 16, "context_length": 8, "vocab_size": 35}
@@ -63,7 +64,9 @@ def test_what_is_written_is_read_by_safetensors_and_its_hash_is_the_files(tmp_pa
     shapes.pop("__metadata__", None)
     tensors = {name: torch.randn(shape).to(dtype) for name, (shape, dtype) in shapes.items()}
     with ThreadPoolExecutor(1) as beside:
-        known, _ = write_tensors(path, {name: (0, tensor) for name, tensor in tensors.items()}, beside).result()
+        known, _ = write_tensors(
+            path, {name: ((0,) * tensor.ndim, tensor) for name, tensor in tensors.items()}, beside
+        ).result()
     assert known == {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
     found = load_file(path)
     assert found.keys() == tensors.keys()
@@ -73,17 +76,26 @@ def test_what_is_written_is_read_by_safetensors_and_its_hash_is_the_files(tmp_pa
 
 
 @given(st.integers(1, 20), st.integers(1, 6))
-def test_parts_of_rows_are_the_whole(tmp_path_factory, rows, size):
-    folder = tmp_path_factory.mktemp("parts")
+def test_rows_are_dealt_out_as_torch_chunk_does(rows, size):
     tensor = torch.randn(rows, 2)
-    for part in range(size):
-        first, end = rows_before(rows, part, size), rows_before(rows, part + 1, size)
-        assert torch.equal(tensor[first:end], (*tensor.chunk(size), *[tensor[:0]] * size)[part])
-        own = {"w": (first, tensor[first:end])} if first < end else {}
-        if part == 0:
-            own["count"] = 0, torch.tensor(3.0)
+    for place in range(size):
+        begin, length = chunk(rows, place, size)
+        assert torch.equal(tensor[begin : begin + length], (*tensor.chunk(size), *[tensor[:0]] * size)[place])
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 5), st.integers(1, 4), st.sampled_from([None, 0, 1]))
+def test_the_parts_of_all_are_the_whole(tmp_path_factory, rows, columns, parts, tensor_size, split):
+    """Of a matrix whose rows are dealt out, after it was split in one dimension or another: as each process writes its part."""
+    folder = tmp_path_factory.mktemp("parts")
+    tensor, world = torch.randn(rows, columns), World()
+    world.parts, world.tensor_size = parts, tensor_size
+    for place in range(world.places):
+        own = {} if place else {"count": ((), torch.tensor(3.0))}
+        numbers = tensor[where := block((rows, columns), split, world, place)]
+        if numbers.numel() and (split is not None or place % tensor_size == 0):
+            own["w"] = tuple(one.start for one in where), numbers.contiguous()
         with ThreadPoolExecutor(1) as beside:
-            write_tensors(folder / f"weights-{part + 1:05d}-of-{size:05d}.safetensors", own, beside)
+            write_tensors(folder / f"weights-{place + 1:05d}-of-{world.places:05d}.safetensors", own, beside)
     found = read_parts(folder, "weights")
     assert torch.equal(found["w"], tensor)
     assert found["count"] == 3
@@ -212,34 +224,49 @@ def model_and_optimizer(seed: int) -> tuple[Step, Optimizer]:
     return Step(model, next_word), Optimizer(model, kind="muon", lr=0.01)
 
 
+def shared_step(world: World, way: str) -> Step:
+    """A model that is shared in a way ("data", "full", "hybrid"), its matrices split where it is said so ("full tensor")."""
+    parallel, *split = way.split()
+    world.form_groups(2 if split else 1)
+    step, _ = model_and_optimizer(0)
+    share(world, step, parallel, bf16=False, device=torch.device("cpu"))  # pyright: ignore[reportArgumentType]
+    return step
+
+
 def wholes(step: Step, optimizer: Optimizer) -> dict[str, torch.Tensor]:
     tensors = {**dict(step.model.named_parameters()), **optimizer.state_tensors()}
     return {name: whole(tensor.detach()).clone() for name, tensor in tensors.items()}
 
 
-def take(path: Path, step: Step, optimizer: Optimizer) -> None:
+def take(path: Path, step: Step, optimizer: Optimizer, world: World) -> None:
     weights, moments = checkpoint.load(path, dict(step.model.named_parameters()))
-    step.model.load_state_dict(weights)
+    fill(step.model, weights.items(), world)
     optimizer.load_state_tensors(moments)
 
 
-def two_one_two(folder: Path, parallel: Any) -> None:
-    """What each of two processes does: save in two, put together in one, save in one, and share that again."""
+def all_one_all(folder: Path, way: str) -> None:
+    """What each of several processes does: save in all, put together in one, save in one, and share that again."""
     with joined() as world:
-        step, _ = model_and_optimizer(0)
-        world.share(step, parallel, bf16=False, device=torch.device("cpu"))
-        optimizer = Optimizer(step.model, kind="muon", lr=0.01)
-        for p in step.model.parameters():
+        step = shared_step(world, way)
+        optimizer = Optimizer(step.model, kind="muon", lr=0.01, world=world)
+        expected, alone = model_and_optimizer(0)
+        for (name, p), q in zip(step.model.named_parameters(), expected.model.parameters(), strict=True):
+            assert torch.equal(part(p), q[block_of(p, world)]), f"{name}: PyTorch keeps what we say that it does"
+            assert torch.equal(whole(p.detach()), q), name
             p.grad = p.detach() * 0.5 + 0.1
+            q.grad = q.detach() * 0.5 + 0.1
         optimizer.step(1.0)
-        before = wholes(step, optimizer)
-        with Saver(folder / "two", world) as saver:
+        alone.step(1.0)
+        before, after = wholes(step, optimizer), wholes(expected, alone)
+        for name in after:
+            torch.testing.assert_close(before[name], after[name], rtol=1e-4, atol=1e-6, msg=f"{name}: one step of one")
+        with Saver(folder / "all", world) as saver:
             saver.begin(1, dict(step.model.named_parameters()), optimizer.state_tensors(), {"step": 1})
             saver.wait()
-        two, one = (folder / name / "checkpoints" / "step-00000001" for name in ("two", "one"))
+        several, one = (folder / name / "checkpoints" / "step-00000001" for name in ("all", "one"))
         if world.leads:
             alone, moments = model_and_optimizer(1)
-            take(two, alone, moments)
+            take(several, alone, moments, World())
             after = wholes(alone, moments)
             assert after.keys() == before.keys()
             assert all(torch.equal(after[name], before[name]) for name in before)
@@ -247,23 +274,22 @@ def two_one_two(folder: Path, parallel: Any) -> None:
                 saver.begin(1, dict(alone.model.named_parameters()), moments.state_tensors(), {"step": 1})
                 saver.wait()
         world.most([0])
-        for path in (one, two):
+        for path in (one, several):
             with torch.no_grad():
                 for p in step.model.parameters():
                     p.zero_()
-            optimizer = Optimizer(step.model, kind="muon", lr=0.01)
-            take(path, step, optimizer)
+            optimizer = Optimizer(step.model, kind="muon", lr=0.01, world=world)
+            take(path, step, optimizer, world)
             after = wholes(step, optimizer)
             assert all(torch.equal(after[name], before[name]) for name in before), path
             assert after.keys() == before.keys()
 
 
-def killed_inside(folder: Path, parallel: Any) -> None:
+def killed_inside(folder: Path, way: str) -> None:
     """What each of two processes does, of which the second is killed as it writes its part."""
     with joined() as world:
-        step, _ = model_and_optimizer(0)
-        world.share(step, parallel, bf16=False, device=torch.device("cpu"))
-        optimizer = Optimizer(step.model, kind="muon", lr=0.01)
+        step = shared_step(world, way)
+        optimizer = Optimizer(step.model, kind="muon", lr=0.01, world=world)
         with Saver(folder, world) as saver:
             saver.begin(1, dict(step.model.named_parameters()), optimizer.state_tensors(), {"step": 1})
             saver.wait()
@@ -279,10 +305,10 @@ def half_and_killed(path: Path, tensors: Any, beside: Any) -> Any:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def in_two(
-    folder: Path, parallel: str, local: int, what: Any = two_one_two, codes: tuple[int, int] = (0, 0)
+def in_several(
+    folder: Path, way: str, local: int, what: Any = all_one_all, codes: tuple[int, ...] = (0, 0)
 ) -> list[str]:
-    """Two processes that do the same; what they say on their way out."""
+    """As many processes as there are exit codes, which do the same; what they say on their way out."""
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         port = opened.getsockname()[1]
@@ -290,13 +316,13 @@ def in_two(
         f"import sys, pathlib; from test_checkpoints import *; {what.__name__}(pathlib.Path(sys.argv[1]), sys.argv[2])"
     )
     environment = {
-        **os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": str(local), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+        **os.environ, "WORLD_SIZE": str(len(codes)), "LOCAL_WORLD_SIZE": str(local), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
     }  # fmt: skip
-    program = [sys.executable, "-W", "error::UserWarning:nextword", "-c", code, str(folder), parallel]
+    program = [sys.executable, "-W", "error::UserWarning:nextword", "-c", code, str(folder), way]
     processes = [
         subprocess.Popen(program, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
+        for rank in range(len(codes))
     ]
     said = [process.communicate(timeout=240)[1] for process in processes]
     assert tuple(process.returncode for process in processes) == codes, said
@@ -306,12 +332,12 @@ def in_two(
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shared")
-    in_two(folder, "data", 2)
+    in_several(folder, "data", 2)
     return folder
 
 
-def test_each_process_writes_its_rows_and_they_open_in_one_process_and_in_two(shared):
-    last = newest_whole(shared / "two")
+def test_each_process_writes_its_rows_and_they_open_in_one_process_and_in_several(shared):
+    last = newest_whole(shared / "all")
     assert last is not None
     names = {f"{kind}-0000{part}-of-00002.safetensors" for kind in ("weights", "optimizer") for part in (1, 2)}
     assert {path.name for path in last.iterdir()} == {*names, files.MANIFEST}
@@ -321,14 +347,28 @@ def test_each_process_writes_its_rows_and_they_open_in_one_process_and_in_two(sh
 
 
 def test_a_copy_in_each_machine_is_written_once(tmp_path):
-    in_two(tmp_path, "hybrid", 1)
-    two, one = (tmp_path / name / "checkpoints" / "step-00000001" for name in ("two", "one"))
+    in_several(tmp_path, "hybrid", 1)
+    two, one = (tmp_path / name / "checkpoints" / "step-00000001" for name in ("all", "one"))
     assert sha256s(two) == sha256s(one), "the same files as of one process"
+
+
+@pytest.mark.parametrize(
+    ("way", "local", "processes"), [("data tensor", 2, 2), ("full tensor", 4, 4), ("hybrid tensor", 2, 4)]
+)
+def test_split_matrices_are_saved_and_opened_in_one_process_and_in_several(tmp_path, way, local, processes):
+    in_several(tmp_path, way, local, codes=(0,) * processes)
+    last = newest_whole(tmp_path / "all")
+    assert last is not None
+    parts = local if processes > local else processes
+    assert len([*last.glob("weights-*")]) == parts, "of two machines with a copy each, one has written"
+    name = "blocks.0.feed_forward.down.weight"  # [16, 64]
+    shapes = {load_file(path)[name].shape for path in last.glob("weights-*")}
+    assert shapes == {(16 * 2 // parts, 32)}, "nobody wrote more than their part of their slice"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="this system has no SIGKILL")
 def test_a_process_that_is_killed_as_it_writes_its_part_leaves_the_last_checkpoint_whole(tmp_path):
-    said = in_two(tmp_path, "data", 2, killed_inside, (1, -signal.SIGKILL))
+    said = in_several(tmp_path, "data", 2, killed_inside, (1, -signal.SIGKILL))
     assert LOST in said[0]
     folder = tmp_path / "checkpoints"
     sizes = {
@@ -342,7 +382,7 @@ def test_a_process_that_is_killed_as_it_writes_its_part_leaves_the_last_checkpoi
 
 def test_a_damaged_part_is_named(shared, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(shared / "two", run)
+    shutil.copytree(shared / "all", run)
     part = run / "checkpoints" / "step-00000001" / "optimizer-00002-of-00002.safetensors"
     data = bytearray(part.read_bytes())
     data[len(data) // 2] ^= 1
@@ -358,7 +398,7 @@ def test_a_damaged_part_is_named(shared, tmp_path):
 
 def test_tensors_that_nobody_sealed_are_not_read_with_the_others(shared, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(shared / "two", run)
+    shutil.copytree(shared / "all", run)
     stray = run / "checkpoints" / "step-00000001" / "weights-00003-of-00003.safetensors"
     shutil.copy(stray.with_name("weights-00001-of-00002.safetensors"), stray)
     with pytest.raises(CorruptFile, match=r"weights-00003-of-00003\.safetensors: is not of this checkpoint"):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from nextword.text.batches import TokenDataset
 from nextword.training import checkpoint
-from nextword.training.distributed import spread_evenly
+from nextword.training.sharing import spread_evenly
 from test_batches import Row
 from test_pretraining import state_hashes
 
@@ -157,6 +157,51 @@ def assert_alike(run: Path, alone: Path) -> None:
     assert results[0]["tokens"] == results[1]["tokens"]
 
 
+SPLIT = ("--training.tensor", "2")
+
+
+@pytest.fixture(scope="module")
+def split(shards, tmp_path_factory) -> Path:
+    """Two processes that work on each matrix together."""
+    run = tmp_path_factory.mktemp("split") / "run"
+    end(pretrain(run, shards, 2, *SPLIT))
+    return run
+
+
+def test_processes_that_work_on_each_matrix_together_make_the_model_that_one_makes(alone, split):
+    assert_alike(split, alone)
+    weights = load_file(checkpoint.checkpoints(split)[-1] / "weights-00002-of-00002.safetensors")
+    assert weights["blocks.0.attention.query.weight"].shape == (16, 32), "one head of two"
+    assert weights["blocks.0.attention.output.weight"].shape == (32, 16)
+
+
+def test_four_processes_as_two_pairs_make_it_too(shards, alone, tmp_path):
+    """The weights gathered by block, and the blocks' activations made again."""
+    run = tmp_path / "run"
+    end(pretrain(run, shards, 4, *SPLIT, "--training.parallel", "full", "--training.checkpoint-activations"))
+    assert_alike(run, alone)
+
+
+@pytest.mark.parametrize(
+    ("world", "settings", "word"),
+    [
+        (
+            1,
+            SPLIT,
+            "--training.tensor 2 must divide the number of processes, and there is one: torchrun starts several",
+        ),
+        (3, SPLIT, "--training.tensor 2 must divide the number of processes, and there are 3"),
+        (2, (*SPLIT, "--model.n-kv-heads", "1"), "--training.tensor 2 does not divide the model's n_kv_heads, 1"),
+    ],
+)
+def test_matrices_that_cannot_be_split_are_refused(shards, tmp_path, world, settings, word):
+    process = pretrain(tmp_path / "run", shards, world, *settings)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert word in err
+    assert not re.search(r'File ".*src/nextword', err), "no traceback of ours"
+
+
 @pytest.mark.parametrize("parallel", ["full", "hybrid"])
 def test_however_the_weights_are_shared(shards, alone, tmp_path, parallel):
     """Hybrid as two machines of one process each, which have a copy of the weights each."""
@@ -181,14 +226,15 @@ BEGINNING = """
 import resource, torch
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.training.distributed import fill, joined, part, whole
+from nextword.training.distributed import joined
 from nextword.training.objectives import Step, next_word
+from nextword.training.sharing import fill, part, share, whole
 
 def begun(config):
     step = Step(GPT.hollow(config), next_word)
-    world.share(step, "full", False, torch.device("cpu"))
+    share(world, step, "full", False, torch.device("cpu"))
     torch.manual_seed(5)
-    fill(step.model, step.model.first_weights())
+    fill(step.model, step.model.first_weights(), world)
     return step
 
 small = build_config("modern", d_model=64, n_layers=2, n_heads=2, vocab_size=64, context_length=64)
@@ -224,11 +270,11 @@ def test_no_process_begins_with_more_than_its_part(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="this system does not tell who is who")
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("rank", "settings"), [(0, ()), (1, ()), (1, SPLIT)])
 @pytest.mark.parametrize("time_of_it", range(int(os.environ.get("NEXTWORD_RESTARTS", "2")) // 2))
-def test_one_is_killed_and_torchrun_starts_both_anew(shards, two, tmp_path, rank, time_of_it):
+def test_one_is_killed_and_torchrun_starts_both_anew(shards, two, split, tmp_path, rank, settings, time_of_it):
     run = tmp_path / "run"
-    process = pretrain(run, shards, 2, restarts=1)
+    process = pretrain(run, shards, 2, *settings, restarts=1)
     wait_for(lambda: len(losses(run)) >= 12 + time_of_it, process)
     before = workers(process)
     killed = time.monotonic()
@@ -239,22 +285,33 @@ def test_one_is_killed_and_torchrun_starts_both_anew(shards, two, tmp_path, rank
     print(f"\na step further, and that saved, {(seconds := time.monotonic() - killed):.1f} s after the kill")
     assert seconds < 15
     end(process)
-    assert state_hashes(run) == state_hashes(two), "as if nothing had happened, bit for bit"
+    assert state_hashes(run) == state_hashes(split if settings else two), "as if nothing had happened, bit for bit"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows delivers this signal otherwise")
-@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
-def test_a_checkpoint_of_one_world_opens_in_another(shards, alone, tmp_path, first, second):
+@pytest.mark.parametrize(
+    ("first", "second", "anew"),
+    [
+        ((2,), (1,), ""),
+        ((1,), (2,), ""),
+        ((2, *SPLIT), (1,), "--training.tensor 2 does not divide 1 processes: 1 in its place"),
+        ((2, *SPLIT), (4, "--training.parallel", "full"), "--training.parallel data → full"),
+        ((1,), (2, *SPLIT), "--training.tensor 1 → 2"),
+    ],
+)
+def test_a_checkpoint_of_one_world_opens_in_another(shards, alone, tmp_path, first, second, anew):
+    """In another number of processes, and shared among them in another way."""
     run = tmp_path / "run"
-    process = pretrain(run, shards, first)
+    process = pretrain(run, shards, *first)
     wait_for(lambda: len(losses(run)) >= 8, process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert 0 < len(checkpoint.checkpoints(run)) < STEPS
     at = len(losses(run))
     assert at < STEPS, "it was stopped on the way"
-    _, err = end(pretrain(run, shards, second, "--resume"))
-    assert f"a world of {first} and goes on in one of {second}" in err
+    _, err = end(pretrain(run, shards, *second, "--resume"))
+    assert f"a world of {first[0]} and goes on in one of {second[0]}" in err
+    assert anew in err
     assert losses(run) == pytest.approx(losses(alone), abs=2e-5)
 
 

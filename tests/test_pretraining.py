@@ -143,6 +143,9 @@ def test_a_resume_with_other_settings_says_what_differs(finished):
         package.pretrain(out=finished, resume=True, steps=90, training={"evaluations": 4, "lr": 0.5})
     assert "training.lr: None → 0.5" in str(error.value)
     assert "evaluations" not in str(error.value)
+    with pytest.raises(UsageError) as error:
+        package.pretrain(out=finished, resume=True, training={"lr": 0.5})
+    assert "batch_tokens" not in str(error.value), "what is not said is as it was"
 
 
 def test_verify_says_what_is_whole(finished):

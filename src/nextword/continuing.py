@@ -15,6 +15,7 @@ from nextword.recipes import Recipe
 from nextword.runs import RunFolder
 from nextword.text.corpus import Corpus
 from nextword.training.plan import peak_lr
+from nextword.training.sharing import between_steps
 
 
 class Continuing(Pretraining):
@@ -48,5 +49,5 @@ class Continuing(Pretraining):
         if len(self.corpus.tokens("validation")) >= 2:
             before = self.measure_alike(load_model(self.base.directory, self.device))
             found["before"] = {"loss": before.loss, "bits_per_byte": before.bits_per_byte}
-        with self.world.between_steps(self.plain_step) as model:
+        with between_steps(self.world, self.plain_step) as model:
             return {**found, "forgetting": forgetting(self.base, model)}

@@ -1,6 +1,6 @@
 """From a request to a result: a run begun, gone on with, or found finished; by one process, or by several that one leads."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -11,11 +11,12 @@ from nextword.console import Console, Mute
 from nextword.errors import NextwordError, UsageError
 from nextword.job import REPORT, Job, draw
 from nextword.mirror import Mirror
-from nextword.runs import Onlooker, RunFolder, command_line, differences, open_run
+from nextword.runs import ROUNDING, Onlooker, RunFolder, command_line, differences, open_run
 from nextword.training import checkpoint
 from nextword.training.distributed import World, finding_others, joined
 
 REST = 2**22  # bytes of records, of samples, of the tokenizer, of the report
+SHARING = ("parallel", "tensor")  # of the settings of training, those that say how processes share it
 
 
 def carry_out(
@@ -59,13 +60,14 @@ def lead(
 ) -> dict[str, Any]:
     """A run in its folder, by the process that holds it; the others begin when `tell` tells them."""
     if run.begun:
-        refuse_changes(run, request)
+        refuse_changes(run, request, free=SHARING)
         if run.finished:
             console.say(f"{run.path}: this run is finished")
             draw(run.path)  # a kill may have come between the result and its report
             if place is not None:
                 place.close(run)
             return files.read_json(run.result)
+        share_anew(run, request, console)
         job = make(run, run.facts()["request"], console)
         refuse_company(job, world)
         job.go_on()
@@ -144,14 +146,31 @@ def refuse_company(job: Job, world: World) -> None:
     job.world = world
 
 
-def refuse_changes(run: RunFolder, request: dict[str, Any]) -> None:
-    """A resume takes everything from the run; what is said anew must be the same. Raises `UsageError` with what differs."""
-    before = run.facts()["request"]
-    said = {name: value for name, value in request.items() if value not in (None, [], {})}
-    changed = differences({name: before.get(name) for name in said}, said)
+def refuse_changes(run: RunFolder, request: dict[str, Any], free: Sequence[str] = ()) -> None:
+    """A resume takes everything from the run; what is said anew must be the same, but for the settings of training that are
+    `free`. Raises `UsageError` with what differs."""
+    before, changed = run.facts()["request"], []
+    for name, value in request.items():
+        was = before.get(name)
+        if isinstance(value, dict) and isinstance(was, dict | None):  # what is not said in it stays as it was
+            value = {key: one for key, one in value.items() if name != "training" or key not in free}
+            was = {key: (was or {}).get(key) for key in value}
+        changed += [] if value in (None, [], {}) else differences(was, value, name)
     if changed:
         raise UsageError(
             f"{run.path}: this run was begun with other settings, and a resume does not change them:\n  "
             + "\n  ".join(changed)
             + "\nLeave them out to go on, or begin a new run with another --out"
         )
+
+
+def share_anew(run: RunFolder, request: dict[str, Any], console: Console) -> None:
+    """How its processes share a run changes what it computes by rounding alone: what is said anew of it holds from here on."""
+    facts, said = run.facts(), request.get("training") or {}
+    before = facts["recipe"].get("training", {})
+    anew = {name: said[name] for name in SHARING if name in before and said.get(name) not in (None, before[name])}
+    if anew:
+        changes = ", ".join(f"--training.{name} {before[name]} → {value}" for name, value in anew.items())
+        console.warn(f"{changes}: {ROUNDING} from here on")
+        before.update(anew)
+        run.write_facts(facts)

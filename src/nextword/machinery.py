@@ -15,11 +15,12 @@ from nextword import files
 from nextword.console import Console, duration
 from nextword.model.gpt import GPT
 from nextword.recipes import Training
-from nextword.runs import RunFolder, machine, versions
+from nextword.runs import ROUNDING, RunFolder, machine, versions
 from nextword.training import checkpoint, fused
-from nextword.training.distributed import ALONE, World, fill
+from nextword.training.distributed import ALONE, World
 from nextword.training.objectives import Objective, Step
 from nextword.training.optimizer import Optimizer
+from nextword.training.sharing import fill, share
 from nextword.training.train import (
     StepKind,
     StepSettings,
@@ -30,8 +31,6 @@ from nextword.training.train import (
     probe,
     worth_compiling,
 )
-
-ROUNDING = "equal within rounding, not bit for bit"
 
 
 class Machinery(ABC):
@@ -71,7 +70,7 @@ class Machinery(ABC):
         assert t.lr is not None, "a run settles its learning rate before it begins"
         return Optimizer(
             self.model, kind=t.optimizer, lr=t.lr, matrix_lr=t.matrix_lr, betas=(t.beta1, t.beta2),
-            weight_decay=t.weight_decay, momentum=t.momentum,
+            weight_decay=t.weight_decay, momentum=t.momentum, world=self.world,
         )  # fmt: skip
 
     def make_settings(self, seed: int) -> StepSettings:
@@ -117,8 +116,8 @@ class Machinery(ABC):
         fixed = self.facts["fixed"]
         goes_on = "step_kind" in fixed
         kind: StepKind = fixed["step_kind"] if goes_on else self._quickest_kind()
-        if kind == "fused" and not fused.available(self.model, self.device):
-            why = fused.library()[1]
+        if kind == "fused" and not (self._whole and fused.available(self.model, self.device)):
+            why = fused.library()[1] if self._whole else "no process has all of the weights at once"
             self.console.warn(f"this run began with compiled parts that are not to be had here ({why}): {ROUNDING}")
             kind = "plain"
         self.plain_step, self.step_module = build_step_module(
@@ -147,7 +146,7 @@ class Machinery(ABC):
         """Memory, weights and an optimizer; in company for one's own part of them alone."""
         hollow = self.model.token_embedding.weight.is_meta
         if self.world.size > 1:
-            self.world.share(self.plain_step, self.training.parallel, self.settings.bf16, self.device)
+            share(self.world, self.plain_step, self.training.parallel, self.settings.bf16, self.device)
         elif hollow:
             self.model.to_empty(device=self.device)
             self.model.tabulate()
@@ -155,12 +154,12 @@ class Machinery(ABC):
         if self.checkpoint is not None:
             self._take_weights(self.checkpoint)
         elif hollow:
-            fill(self.model, self.first_weights())
+            fill(self.model, self.first_weights(), self.world)
 
     def _take_weights(self, path: Path) -> None:
         """Take the weights and the optimizer's state from a checkpoint; where they are shared, one's own rows."""
         weights, optimizer = checkpoint.load(path, dict(self.model.named_parameters()))
-        fill(self.model, weights.items())
+        fill(self.model, weights.items(), self.world)
         self.state.optimizer.load_state_tensors(optimizer)
 
     def _take_facts(self, path: Path) -> dict[str, Any]:
@@ -170,11 +169,15 @@ class Machinery(ABC):
         self.state.detours = saved.get("detours", 0)
         return saved
 
+    @property
+    def _whole(self) -> bool:
+        """Whether a process has all of the weights at once in a step, as our own compiled parts want them."""
+        return self.world.size == 1 or (self.training.parallel == "data" and self.world.tensor_size == 1)
+
     def _quickest_kind(self) -> StepKind:
-        """The kind of step that costs no time to begin with. Our own compiled parts want the whole model's weights at once, and
-        keep what they need for the backward pass."""
+        """The kind of step that costs no time to begin with. Our own compiled parts keep what the backward pass needs."""
         t = self.training
-        fitting = (self.world.size == 1 or t.parallel == "data") and not t.checkpoint_activations and t.compile != "yes"
+        fitting = self._whole and not t.checkpoint_activations and t.compile != "yes"
         return "fused" if fitting and fused.available(self.model, self.device) else "plain"
 
     def _fix(self, kind: StepKind) -> StepKind:

@@ -25,10 +25,10 @@ from nextword.recipes import Recipe
 from nextword.runs import RunFolder, differences
 from nextword.text.batches import TokenDataset, seed_for
 from nextword.text.corpus import Corpus
-from nextword.training.distributed import fill, whole
 from nextword.training.objectives import next_word
 from nextword.training.pace import Pace
 from nextword.training.plan import Plan
+from nextword.training.sharing import between_steps, fill, refuse_uneven, whole
 from nextword.training.train import precision
 
 
@@ -53,10 +53,13 @@ class Pretraining(Job):
         train = self.corpus.tokens("train")
         if len(train) < 2:
             raise UsageError(f"{self.corpus.path}: the training part has {len(train)} tokens, too few to learn from")
+        self.world.form_groups(self.recipe.training.tensor)
         plan = self.choose_model()
+        refuse_uneven(self.config, self.world.tensor_size)
         t = self.recipe.training
         assert t.batch_tokens is not None
-        rows = self.world.size * max(1, round(t.batch_tokens / self.config.context_length / self.world.size))
+        shares = self.world.data_size
+        rows = shares * max(1, round(t.batch_tokens / self.config.context_length / shares))
         if plan is not None and (self.recipe.tokens is not None or self.recipe.flops is not None):
             self.recipe = replace(self.recipe, steps=-(-plan.tokens // (rows * self.config.context_length)))
         self._build(seed, rows, threads=torch.get_num_threads())
@@ -90,11 +93,15 @@ class Pretraining(Job):
                 + "\n  ".join(changed)
                 + "\nBegin a new one with another --out"
             )
-        fixed = self.facts["fixed"]
-        if fixed["rows"] % self.world.size:
-            raise UsageError(
-                f"{self.run.path}: a step of {fixed['rows']} windows cannot be shared equally by {self.world.size} processes"
+        wanted = self.recipe.training.tensor
+        self.world.form_groups(math.gcd(wanted, self.world.size))
+        if (found := self.world.tensor_size) != wanted:
+            self.console.warn(
+                f"--training.tensor {wanted} does not divide {self.world.size} processes: {found} in its place"
             )
+        fixed, shares = self.facts["fixed"], self.world.data_size
+        if fixed["rows"] % shares:
+            raise UsageError(f"{self.run.path}: a step of {fixed['rows']} windows cannot be shared equally by {shares}")
         self._build(self.facts["seed"], fixed["rows"], self.threads())
         self.find_checkpoint()
 
@@ -154,18 +161,18 @@ class Pretraining(Job):
 
     def measure(self, windows: int | None = None) -> Likelihood:
         """The model's loss on the validation part, the whole of it or evenly spread windows; by all processes together."""
-        with self.world.between_steps(self.plain_step) as model:
+        with between_steps(self.world, self.plain_step) as model:
             return self.measure_alike(model, windows)
 
     def measure_alike(self, model: GPT, windows: int | None = None) -> Likelihood:
         """The same of any model that all processes have."""
         n_bytes = self.corpus.validation.bytes
         company = self.world if self.world.size > 1 else None
-        with precision(self.device, self.settings.bf16 and self.world.in_step):
+        with precision(self.device, self.settings.bf16 and self.world.by_block):
             return likelihood(model, self.corpus.tokens("validation"), n_bytes, limit_windows=windows, company=company)
 
     def keep(self, facts: dict[str, Any]) -> None:
-        with self.world.between_steps(self.plain_step) as model:
+        with between_steps(self.world, self.plain_step) as model:
             self.run.save_model(model, self.corpus.tokenizer, facts, gather=whole)
 
     def documents(self, index: int) -> list[str]:
@@ -197,7 +204,7 @@ class Pretraining(Job):
         if self.world.in_step:
             return
         tokenizer, start = self.corpus.tokenizer, self._opening()
-        with self.world.between_steps(self.plain_step) as model:
+        with between_steps(self.world, self.plain_step) as model:
             if not self.world.leads:
                 return
             engine = Engine(model, tokenizer, seed=0)
@@ -218,7 +225,7 @@ class Pretraining(Job):
         """Measure the kept weights on the whole validation part, and write result, card and report."""
         if self.world.leads:
             check_seal(self.run.model)
-        fill(self.model, weights_in(self.run.model, self.config))
+        fill(self.model, weights_in(self.run.model, self.config), self.world)
         result: dict[str, Any] = {
             "parameters": self.config.parameters,
             "prompt": self.corpus.tokenizer.decode(self._opening()).strip().partition("\n")[0],

@@ -47,6 +47,11 @@ class Training:
         "How several processes share the weights: whole in each during a step (data), a block at a time (full), or that within "
         "each machine and a copy in each (hybrid).",
     )
+    tensor: int = setting(
+        1,
+        "So many processes work on the same windows and on each matrix together: for a model so wide that a block's weights or "
+        "its activations are too much for one. Divides the heads and the feed-forward width.",
+    )
     checkpoint_activations: bool = setting(
         False,
         "Keep only what goes into each block for the backward pass, and make the rest again: less memory, a third more work.",
@@ -269,6 +274,7 @@ def check_training(t: Training) -> None:
         "patience": t.patience is None or t.patience >= 1, "save_every": t.save_every is None or t.save_every >= 1,
         "optimizer": t.optimizer in ("muon", "adamw"), "schedule": t.schedule in ("cosine", "wsd", "linear", "constant"),
         "compile": t.compile in ("auto", "yes", "no"), "parallel": t.parallel in ("data", "full", "hybrid"),
+        "tensor": t.tensor >= 1,
     }  # fmt: skip
     refuse_out_of_range("training", t, ranges)
 

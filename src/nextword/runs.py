@@ -35,6 +35,7 @@ from nextword.model.stock import save_model, stock_tensors
 from nextword.text.tokenizer import Tokenizer
 
 OWN = ("run.json", "data", ".data.partial", ".data.lock", "checkpoints", "lock", "holder.json")
+ROUNDING = "equal within rounding, not bit for bit"  # of a run that goes on otherwise than it began
 
 
 class RunFolder:

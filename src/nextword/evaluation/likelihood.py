@@ -48,19 +48,22 @@ class Likelihood:
 
 
 class Company(Protocol):
-    """Processes that do something together, as one of them sees them; `in_step` where the model's forward pass takes all of
-    them at the same time."""
+    """Processes that do something together, as one of them sees them: which equal part of the work is its, of how many; and
+    `in_step` where the model's forward pass takes several of them at the same time."""
 
-    rank: int
-    size: int
-    in_step: bool
+    @property
+    def data_rank(self) -> int: ...
+    @property
+    def data_size(self) -> int: ...
+    @property
+    def in_step(self) -> bool: ...
 
     def most(self, values: Sequence[float]) -> list[float]:
         """Of each number the greatest that any of them has."""
         ...
 
     def summed(self, tensor: Tensor) -> Tensor:
-        """The sum over all of them, in the tensor itself."""
+        """The sum over all parts of the work, in the tensor itself."""
         ...
 
 
@@ -102,7 +105,7 @@ def likelihood(
     count = 1 + max(0, -(-(len(tokens) - 1 - context_length) // stride))
     chosen = _spread(count, limit_windows)
     if company is not None:
-        chosen = chosen[company.rank :: company.size]
+        chosen = chosen[company.data_rank :: company.data_size]
     sums, counts = torch.zeros(context_length, dtype=torch.float64), torch.zeros(context_length, dtype=torch.int64)
     alone = (count - 1,) if stride == context_length else (0, count - 1)
     groups = list(_batches(chosen, batch_rows or max(1, BATCH_TOKENS // context_length), alone))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from nextword.errors import CorruptFile, NextwordError
@@ -296,12 +296,25 @@ def find_weights(directory: Path) -> dict[str, Path]:
 
 def read_parts(directory: Path, kind: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """The tensors of a checkpoint's "weights" or "optimizer": of one file, or put together from the parts of several processes,
-    the rows of a tensor being in the order of the files' names."""
-    rows: dict[str, list[Tensor]] = {}
-    for file in sorted(directory.glob(f"{kind}*.safetensors")):
-        for name, tensor in load_file(file, device=str(device)).items():
-            rows.setdefault(name, []).append(tensor)
-    return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in rows.items()}
+    each of which says where in the whole tensor it begins."""
+    parts: dict[str, list[tuple[list[int], Tensor]]] = {}
+    for path in sorted(directory.glob(f"{kind}*.safetensors")):
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            begins = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+            for name in file.keys():  # noqa: SIM118
+                parts.setdefault(name, []).append((begins[name]["saved_offsets"], file.get_tensor(name)))
+    return {name: put_together(found) for name, found in parts.items()}
+
+
+def put_together(parts: list[tuple[list[int], Tensor]]) -> Tensor:
+    """A tensor of parts, each with the place where it begins in every dimension."""
+    if len(parts) == 1:
+        return parts[0][1]
+    ends = [[begin + length for begin, length in zip(begins, part.shape, strict=True)] for begins, part in parts]
+    tensor = parts[0][1].new_empty([max(end) for end in zip(*ends, strict=True)])
+    for (begins, part), end in zip(parts, ends, strict=True):
+        tensor[tuple(slice(*both) for both in zip(begins, end, strict=True))] = part
+    return tensor
 
 
 def weights_in(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:

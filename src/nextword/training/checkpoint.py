@@ -2,12 +2,12 @@
 
 A checkpoint is written aside, sealed, moved into place, and only then named by `latest`; only then is an older one removed,
 and two are kept. So a crash at any moment leaves a whole one. A thread writes it, from a copy, while training goes on; each
-process of a run writes the rows that it keeps.
+process of a run writes what it keeps of the weights.
 
 Where there are several parts, they are those of PyTorch's own distributed checkpoints in safetensors
-(`torch.distributed.checkpoint`, HuggingFaceStorageWriter): a part's header says at which row each of its tensors begins. That
-package reads them, in any number of processes. It does not write them: its writer sends pickles between processes, talks in
-its thread while the steps do the same, and all that it wrote would be read again to be hashed.
+(`torch.distributed.checkpoint`, HuggingFaceStorageWriter): a part's header says where each of its tensors begins in the whole
+one. That package reads them, in any number of processes. It does not write them: its writer sends pickles between processes,
+talks in its thread while the steps do the same, and all that it wrote would be read again to be hashed.
 """
 
 import hashlib
@@ -27,7 +27,8 @@ from torch import Tensor
 from nextword.errors import CorruptFile, NextwordError
 from nextword.files import check_seal, flush_to_disk, read_json, read_manifest, seal, to_json, write_durably, writing
 from nextword.model.stock import read_parts
-from nextword.training.distributed import ALONE, World, part, rows_before
+from nextword.training.distributed import ALONE, World
+from nextword.training.sharing import block_of, is_first, part
 
 KEPT = 2
 SECONDS = 60.0  # from one save to the next, by the clock
@@ -36,40 +37,36 @@ TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
 }  # fmt: skip
 
-Rows = tuple[int, Tensor]  # the first row of a part of a tensor, and the part
+Block = tuple[tuple[int, ...], Tensor]  # where in a tensor a part of it begins, in each dimension, and the part
 Hashes = dict[str, dict[str, Any]]  # of each file its size and SHA-256
 
 
 # ---------------------------------------------------------------- one process's part
 
 
-def snapshot(tensors: Mapping[str, Tensor], world: World = ALONE) -> dict[str, Rows]:
+def snapshot(tensors: Mapping[str, Tensor], world: World = ALONE) -> dict[str, Block]:
     """A copy, in the machine's memory, of what this process has to write; no later step changes it.
 
-    Of a weight that is shared, those are its own rows; of several copies of the same rows, the first is written. What every
-    process has as a whole goes into the first part.
+    Of a weight that is shared, those are its own numbers; of several equal copies, the first is written. What every process
+    has as a whole goes into the first part.
     """
-    if world.copy:
-        return {}
     found = {}
     for name, tensor in tensors.items():
-        shared, own = hasattr(tensor, "placements"), part(tensor.detach())
-        if own.numel() and (shared or world.part == 0):
-            first = rows_before(tensor.shape[0], world.part, world.parts) if shared else 0
-            found[name] = first, own.to("cpu", copy=True).contiguous()
+        own = part(tensor.detach())
+        if own.numel() and is_first(tensor, world):
+            begins = tuple(one.start for one in block_of(tensor, world))
+            found[name] = begins, own.to("cpu", copy=True).contiguous()
     return found
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Rows], beside: Executor) -> Future[tuple[dict[str, Any], float]]:
+def write_tensors(path: Path, tensors: Mapping[str, Block], beside: Executor) -> Future[tuple[dict[str, Any], float]]:
     """Write a safetensors file, and return when it is on the disk; what is to come is what `digest` says of it.
 
     The format has the length of a header in 8 bytes, the header in JSON, padded with spaces, and the tensors without a gap,
     those of the widest numbers first. The same memory is hashed `beside`, while this file is written and the next one.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))
-    places = {
-        name: {"saved_offsets": [first, *[0] * part.ndim][: part.ndim]} for name, (first, part) in tensors.items()
-    }
+    places = {name: {"saved_offsets": begins} for name, (begins, _) in tensors.items()}
     said = {"format": "pt", "DCP_SHARDING_INFO": json.dumps({name: places[name] for name in names})}
     header: dict[str, Any] = {"__metadata__": said}
     end = 0
@@ -201,9 +198,9 @@ class Saver:
     def _aside(self, step: int) -> Path:
         return self.folder / f".{name_of(step)}.partial"
 
-    def _write(self, step: int, held: dict[str, dict[str, Rows]], facts: dict[str, Any]) -> None:
+    def _write(self, step: int, held: dict[str, dict[str, Block]], facts: dict[str, Any]) -> None:
         """This process's part; and the seal, where there is no other."""
-        number = f"-{self.world.part + 1:05d}-of-{self.world.parts:05d}" if self.world.parts > 1 else ""
+        number = f"-{self.world.place + 1:05d}-of-{self.world.places:05d}" if self.world.places > 1 else ""
         aside, self.hashes = self._aside(step), {}
         with writing(aside):
             aside.mkdir(parents=True, exist_ok=True)
@@ -229,8 +226,8 @@ class Saver:
         begin = time.thread_time()
         aside, final = self._aside(step), self.folder / name_of(step)
         hashes = dict(self.hashes)
-        for number in range(2, self.world.parts + 1):
-            others = aside / f"hashes-{number:05d}-of-{self.world.parts:05d}.json"
+        for number in range(2, self.world.places + 1):
+            others = aside / f"hashes-{number:05d}-of-{self.world.places:05d}.json"
             hashes |= read_json(others) if others.is_file() else {}
         with writing(final):
             for path in aside.iterdir():
@@ -301,19 +298,19 @@ def load(path: Path, parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
     several.
 
     Args:
-        parameters: the model's own. Where they are shared among processes, so is what is read, row by row: no process reads
-            or holds more than its part.
+        parameters: the model's own. Where they are shared among processes, so is what is read, and no process reads or holds
+            more than its part.
     """
     if not any(hasattr(p, "placements") for p in parameters.values()):
         device = next(iter(parameters.values())).device
         return read_parts(path, "weights", device), read_parts(path, "optimizer", device)
-    tensors = own_rows(path, parameters)
+    tensors = own_parts(path, parameters)
     weights = {name: tensors.pop(name) for name in parameters if name in tensors}
     return weights, tensors
 
 
-def own_rows(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """This process's rows of every tensor of a checkpoint, by PyTorch's own reader, whatever files they are in. What has the
+def own_parts(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This process's part of every tensor of a checkpoint, by PyTorch's own reader, whatever files they are in. What has the
     shape of the parameter that it is, or that its name ends with, is shared as that is; the rest is read as a whole."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata

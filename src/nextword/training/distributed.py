@@ -1,28 +1,24 @@
-"""Several processes, one run: who they are, what they agree on, and how they share the weights.
+"""Several processes, one run: who they are, and what they agree on.
 
 The process of rank 0 leads. It alone holds the run folder, follows the clock, measures the machine and speaks to a person; the
 others take from it what was decided, and do their part of every step. torchrun (or whoever sets RANK, WORLD_SIZE, MASTER_ADDR
-and MASTER_PORT) starts them. The weights are PyTorch's own to share: `fully_shard` (FSDP2).
+and MASTER_PORT) starts them. How they share the weights is said in `sharing`.
 """
 
 import json
 import math
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from nextword.errors import NextwordError, UsageError
-
-if TYPE_CHECKING:
-    from nextword.model.gpt import GPT
-    from nextword.training.objectives import Step
 
 Parallel = Literal["data", "full", "hybrid"]
 PATIENCE = 30 * 60.0  # seconds that one waits for another, as in the preparation of a text
@@ -40,15 +36,48 @@ class World:
         size: how many there are.
         local_size: how many of them are on this machine.
         again: whether torchrun started them anew after one had failed.
-        part, parts: which part of every weight this process keeps, from 0, of how many; the whole, where it is the only one.
+        tensor_rank, tensor_size: which one this is, of how many that work on the same windows, and on each matrix together.
+        part, parts: which part of the rows of every weight this process keeps, from 0, of how many.
         copy: which of several equal copies of that part, from 0, where the weights are shared within each machine only.
-        in_step: whether the model's forward pass takes all processes at the same time, since none ever has all of the weights.
+        keepers: the group of processes that have one copy of all weights among them.
+        by_block: whether the weights are gathered a block at a time, so that no process ever has all of them.
     """
 
-    part, parts, copy, in_step = 0, 1, 0, False
+    tensor_rank, tensor_size, part, parts, copy, by_block = 0, 1, 0, 1, 0, False
+    keepers: Any = None
 
     def __init__(self, rank: int = 0, size: int = 1, local_size: int = 1, again: bool = False):
         self.rank, self.size, self.local_size, self.again = rank, size, local_size, again
+
+    def form_groups(self, tensor_size: int) -> None:
+        """Let each `tensor_size` processes in a row work together on the same windows. Raises `UsageError` if some are left."""
+        if self.size % tensor_size:
+            there = "there is one: torchrun starts several" if self.size == 1 else f"there are {self.size}"
+            raise UsageError(f"--training.tensor {tensor_size} must divide the number of processes, and {there}")
+        self.tensor_rank, self.tensor_size = self.rank % tensor_size, tensor_size
+
+    @property
+    def data_rank(self) -> int:
+        """Which equal part of a batch is this process's, of `data_size`."""
+        return self.rank // self.tensor_size
+
+    @property
+    def data_size(self) -> int:
+        return self.size // self.tensor_size
+
+    @property
+    def place(self) -> int:
+        """Which of the `keepers` this one is, of `places`."""
+        return self.part * self.tensor_size + self.tensor_rank
+
+    @property
+    def places(self) -> int:
+        return self.parts * self.tensor_size
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a forward pass of the model takes several processes at the same time."""
+        return self.by_block or self.tensor_size > 1
 
     @property
     def leads(self) -> bool:
@@ -81,8 +110,10 @@ class World:
         return numbers.tolist()
 
     def summed(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, in the tensor itself."""
+        """The sum over all processes, in the tensor itself; those that work on the same windows count once."""
         if self.size > 1:
+            if self.tensor_rank:
+                tensor.zero_()
             with finding_others():
                 dist.all_reduce(tensor)
         return tensor
@@ -91,58 +122,6 @@ class World:
         with finding_others():
             dist.broadcast(tensor, src=0)
         return tensor
-
-    # ------------------------------------------------------------ weights
-
-    def share(self, step: "Step", parallel: Parallel, bf16: bool, device: torch.device) -> None:
-        """Give each process its part of every weight, and of its gradient: the sums over all processes, not their mean, for
-        each loss is divided by its count over the whole batch already. A hollow model gets its memory on `device` thereby, and
-        never more than a part of it.
-
-        Args:
-            parallel: "data": the whole step is one unit, whose weights are gathered once a step and are whole until the
-                backward pass is done, so that several micro-batches cost no more communication than one. "full": each block
-                is one, gathered when it works. "hybrid": the same, among the processes of one machine, with a copy in each.
-            bf16: gather the blocks' weights in bfloat16, in which their products are made then; gradients stay in float32.
-        """
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-
-        shape, names = ((self.size,), ("parts",))
-        if parallel == "hybrid":
-            shape, names = (self.size // self.local_size, self.local_size), ("copies", "parts")
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-        *copies, self.part = mesh.get_coordinate() or [0]
-        self.parts, self.copy = shape[-1], copies[0] if copies else 0
-        self.in_step = parallel != "data"
-        if self.in_step:
-            policy = MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-            )
-            for block in step.model.blocks:
-                fully_shard(block, mesh=mesh, mp_policy=policy if bf16 else MixedPrecisionPolicy())
-        root = step.model if self.in_step else step  # which runs by itself too, between two steps
-        fully_shard(root, mesh=mesh, reshard_after_forward=False)
-        for module in step.modules():
-            if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
-        if step.model.token_embedding.weight.is_meta:
-            root.to_empty(device=device)
-            step.model.tabulate()
-
-    @contextmanager
-    def between_steps(self, step: "Step") -> Iterator["GPT"]:
-        """The model of a step as it can be used between two steps, in all processes together: with all of its weights, or where
-        none ever has them all (`in_step`) with those that it runs by, and then all have to run it at the same time."""
-        units = [module for module in (step, step.model) if hasattr(module, "reshard")]
-        for unit in [] if self.in_step else units:
-            unit.unshard()  # pyright: ignore[reportCallIssue]
-        try:
-            yield step.model
-        finally:
-            for unit in units:
-                unit.reshard()  # pyright: ignore[reportCallIssue]
 
 
 ALONE = World()
@@ -158,102 +137,6 @@ def patience() -> timedelta:
     if not 1 <= seconds <= 10**6:
         raise UsageError(f"{VARIABLE}={said}: how long a process waits for another is a number of seconds, from 1")
     return timedelta(seconds=seconds)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor with the parts that the other processes have; all of them ask together."""
-    if not hasattr(tensor, "full_tensor"):
-        return tensor
-    with finding_others():
-        return tensor.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def part(tensor: Tensor) -> Tensor:
-    """This process's own part of a tensor, or the tensor itself where it is whole."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def rows_before(rows: int, process: int, size: int) -> int:
-    """How many of a tensor's rows lie with the processes before this one, as `fully_shard` (torch.chunk) deals them out."""
-    return min(rows, process * -(-rows // size))
-
-
-@torch.no_grad()
-def fill(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Put weights, whole or shared as the model's own are, in the place of those that are trained."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name, tensor in weights:
-        if (parameter := parameters.get(name)) is not None:
-            part(parameter).copy_(part(tensor) if hasattr(tensor, "placements") else own_rows(parameter, tensor))
-
-
-def own_rows(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """Of a whole tensor what this process keeps of it, if it is shared as the parameter is."""
-    if not hasattr(parameter, "placements"):
-        return tensor
-    mesh = parameter.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
-    first = rows_before(len(tensor), mesh.get_coordinate()[-1], mesh.size(-1))
-    return tensor[first : first + len(part(parameter))]
-
-
-def accumulating(step: nn.Module, model: nn.Module, more: bool) -> None:
-    """Before a micro-batch: whether others of the same step follow, so that its gradients need not be sent yet."""
-    for unit in (step, model):
-        if hasattr(unit, "set_requires_gradient_sync"):
-            unit.set_requires_gradient_sync(not more)  # pyright: ignore[reportCallIssue]
-
-
-def at_owners(shared: Sequence[Tensor], parts: Sequence[Tensor], change: Any) -> list[Tensor]:
-    """Let each matrix be changed as a whole by one process, its owner, and give back this process's part of each.
-
-    A part holds the rows that `fully_shard` gave to this process. Owners are chosen so that all have about the same work. Two
-    exchanges of as many numbers as the matrices have, and nobody ever holds more than their own.
-
-    Args:
-        shared: the weights [R, C] that say how a matrix is shared.
-        parts: this process's rows of each matrix.
-        change: from a list of whole matrices to a list of as many.
-    """
-    shapes = [weight.shape for weight in shared]
-    group = shared[0].device_mesh.get_group(-1)  # pyright: ignore[reportAttributeAccessIssue]
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
-    owners = spread_evenly([rows * columns * min(rows, columns) for rows, columns in shapes], size)
-    theirs = [[i for i, owner in enumerate(owners) if owner == process] for process in range(size)]
-    own = theirs[rank]
-
-    def rows_of(i: int, process: int) -> int:
-        return rows_before(shapes[i][0], process + 1, size) - rows_before(shapes[i][0], process, size)
-
-    def exchanged(pieces: list[list[Tensor]], counts: list[int]) -> list[Tensor]:
-        """Send a list of tensors to each process; what each has sent, as one row of numbers."""
-        outgoing = [torch.cat([p.flatten() for p in some]) if some else parts[0].new_zeros(0) for some in pieces]
-        incoming = parts[0].new_empty(sum(counts))
-        with finding_others():
-            dist.all_to_all_single(incoming, torch.cat(outgoing), counts, [len(one) for one in outgoing], group)
-        return list(incoming.split(counts))
-
-    sent = [[parts[i] for i in some] for some in theirs]
-    heard = exchanged(sent, [sum(rows_of(i, process) * shapes[i][1] for i in own) for process in range(size)])
-    pieces = [list(row.split([rows_of(i, p) * shapes[i][1] for i in own])) for p, row in enumerate(heard)]
-    matrices = [torch.cat([pieces[p][k] for p in range(size)]).view(shapes[i]) for k, i in enumerate(own)]
-    changed = change(matrices)
-    rows = [c.split([rows_of(i, process) for process in range(size)]) for c, i in zip(changed, own, strict=True)]
-    sent = [[of_one[process] for of_one in rows] for process in range(size)]
-    heard = exchanged(sent, [sum(parts[i].numel() for i in some) for some in theirs])
-    found: dict[int, Tensor] = {}
-    for some, row in zip(theirs, heard, strict=True):
-        for i, numbers in zip(some, row.split([parts[i].numel() for i in some]), strict=True):
-            found[i] = numbers.view(parts[i].shape)
-    return [found[i] for i in range(len(parts))]
-
-
-def spread_evenly(costs: Sequence[float], size: int) -> list[int]:
-    """Which of `size` processes takes each piece of work: the costliest first, each to the one that has least."""
-    loads, owners = [0.0] * size, [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        owners[i] = min(range(size), key=lambda process: (loads[process], process))
-        loads[owners[i]] += costs[i]
-    return owners
 
 
 # ---------------------------------------------------------------- coming together

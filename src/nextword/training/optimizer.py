@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from nextword.training.distributed import at_owners, part
+from nextword.training.distributed import ALONE, World
+from nextword.training.sharing import at_owners, part
 
 Schedule = Literal["cosine", "wsd", "linear", "constant"]
 
@@ -63,8 +64,15 @@ class Muon:
     (Liu et al. 2025, "Muon is scalable", equation 4). Weight decay is decoupled.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], *, momentum: float = 0.9, weight_decay: float = 0.0):
-        self.parameters = list(parameters)
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        world: World = ALONE,
+    ):
+        self.parameters, self.world = list(parameters), world
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.buffers = [torch.zeros_like(p) for p in self.parameters]
@@ -78,8 +86,8 @@ class Muon:
                 gradient, mean = part(p.grad), part(buffer)
                 mean.lerp_(gradient, 1 - self.momentum)
                 directions.append(torch.lerp(gradient, mean, self.momentum))  # Nesterov's look ahead
-        shared = any(hasattr(p, "placements") for p in moved)
-        updates = at_owners(moved, directions, turned) if shared else turned(directions)
+        alone = self.world.size == 1
+        updates = turned(directions) if alone else at_owners(moved, directions, turned, self.world)
         for p, update in zip(moved, updates, strict=True):
             own = part(p)
             own.mul_(1 - lr * self.weight_decay)
@@ -120,14 +128,14 @@ class AdamW:
     def step(self, lr: float) -> None:
         for parameters, decay in self.groups:
             gradients = {p: p.grad for p in parameters if p.grad is not None}
-            moved = list[Tensor](gradients)
             for p in gradients:
                 if p not in self.state:
                     self.state[p] = self._begun(p)
-            held = [self.state[p] for p in moved]
-            counts, means, squares = ([one[name] for one in held] for name in ("step", "exp_avg", "exp_avg_sq"))
+            held = [self.state[p] for p in gradients]
+            counts, means, squares = ([part(one[name]) for one in held] for name in ("step", "exp_avg", "exp_avg_sq"))
+            weights, slopes = ([part(one) for one in some] for some in (gradients, gradients.values()))
             adamw(
-                moved, list(gradients.values()), means, squares, [], counts, fused=self.fused, amsgrad=False,
+                weights, slopes, means, squares, [], counts, fused=self.fused, amsgrad=False,
                 beta1=self.betas[0], beta2=self.betas[1], lr=lr, weight_decay=decay, eps=self.eps, maximize=False,
             )  # fmt: skip
 
@@ -157,6 +165,7 @@ class Optimizer:
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.1,
         momentum: float = 0.9,
+        world: World = ALONE,
     ):
         self.lr, self.matrix_lr = lr, lr if matrix_lr is None else matrix_lr
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -167,7 +176,7 @@ class Optimizer:
         groups = [([p for p in rest if p.ndim >= 2], weight_decay), ([p for p in rest if p.ndim < 2], 0.0)]
         device = next(model.parameters()).device.type
         self.adamw = AdamW(groups, betas=betas, eps=1e-8, fused=device in ("cpu", "cuda"))
-        self.muon = Muon(matrices, momentum=momentum, weight_decay=weight_decay) if matrices else None
+        self.muon = Muon(matrices, momentum=momentum, weight_decay=weight_decay, world=world) if matrices else None
 
     def step(self, factor: float) -> None:
         """Apply the gradients at `factor` times the peak learning rate."""

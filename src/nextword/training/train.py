@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from nextword.errors import Diverged
 from nextword.model.gpt import GPT, dropout_masks
 from nextword.text.batches import Batch, places, seed_for
-from nextword.training.distributed import ALONE, World, accumulating, part, whole
+from nextword.training.distributed import ALONE, World
 from nextword.training.objectives import Inputs, LabelTensors, Loss, Objective, Step
 from nextword.training.optimizer import Optimizer, Schedule, learning_rate
 from nextword.training.pace import Clock, Pace, SharedClock
+from nextword.training.sharing import accumulating, clip, part
 
 # How a step's operations are done: PyTorch's one by one; with our own compiled parts (see `fused`); by torch.compile.
 StepKind = Literal["plain", "fused", "compiled"]
@@ -128,8 +129,8 @@ def train_step(
         weighed = weigh(losses, batch.counts)
         weighed.backward()
         total += weighed.detach()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip if settings.clip > 0 else math.inf)
-    loss, gradient_norm = float(world.summed(total)), float(whole(norm))
+    gradient_norm = float(clip(model, settings.clip if settings.clip > 0 else math.inf, world))
+    loss = float(world.summed(total))
     finite = math.isfinite(loss) and math.isfinite(gradient_norm)
     factor = learning_rate(progress, settings.schedule, settings.warmup, settings.final_lr)
     if finite:
@@ -177,7 +178,7 @@ def steps(
                 half = len(times) // 2
                 seconds_per_step = (times[-1] - times[half]) / (len(times) - 1 - half)
             clock.decide(pace, state.step, seconds_per_step)
-        batch = dataset.batch(index_of(state.step), world.rank, world.size)
+        batch = dataset.batch(index_of(state.step), world.data_rank, world.data_size)
         yield train_step(state, step_module, batch, settings, pace.progress(state.step), world)
         if state.bad >= BAD_STEPS_IN_A_ROW:
             raise Diverged(
@@ -207,7 +208,7 @@ def bytes_per_row(step_module: Step, dataset: Dataset, settings: StepSettings) -
     kept: dict[int, torch.UntypedStorage] = {}
 
     def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
+        storage = part(tensor).untyped_storage()
         kept[storage._cdata] = storage
         return tensor
 
@@ -223,13 +224,14 @@ def bytes_per_row(step_module: Step, dataset: Dataset, settings: StepSettings) -
 
 def bytes_of_weights(model: GPT, world: World = ALONE) -> int:
     """Weights, and of what is trained gradients and two averages: they are there whatever the batch. In company a part of them,
-    and of what a step gathers, weights and gradients: all, or two blocks and what is in none."""
+    and of what a step gathers, weights and gradients: all blocks or two of them, or a slice of these, and what is in none."""
     own = sum((16 if p.requires_grad else 4) * part(p).numel() for p in model.parameters())
     if world.size == 1:
         return own
     blocks = sum(p.numel() for block in model.blocks for p in block.parameters())
     rest = sum(p.numel() for p in model.parameters()) - blocks
-    return own + 8 * (rest + (2 * blocks // model.config.n_layers if world.in_step else blocks))
+    gathered = (2 * blocks // model.config.n_layers if world.by_block else blocks) // world.tensor_size
+    return own + 8 * (rest + gathered)
 
 
 def fit_micro_batch(step_module: Step, dataset: Dataset, settings: StepSettings, world: World = ALONE) -> int:
@@ -239,7 +241,7 @@ def fit_micro_batch(step_module: Step, dataset: Dataset, settings: StepSettings,
     device = model.token_embedding.weight.device
     neighbours = world.local_size if device.type == "cpu" else 1
     room = 0.5 * available_memory(device) / neighbours - bytes_of_weights(model, world)
-    wanted = len(dataset.batch(0, world.rank, world.size).rows)
+    wanted = len(dataset.batch(0, world.data_rank, world.data_size).rows)
     rows = max(1, min(wanted, int(room / max(1, bytes_per_row(step_module, dataset, settings)))))
     return -(-wanted // -(-wanted // rows))
 
@@ -248,7 +250,7 @@ def probe(
     state: TrainState, step_module: nn.Module, dataset: Dataset, settings: StepSettings, world: World = ALONE
 ) -> float:
     """Seconds of one step, measured on gradients that are thrown away; the fastest of three. All processes do it together."""
-    batch = dataset.batch(state.step, world.rank, world.size)
+    batch = dataset.batch(state.step, world.data_rank, world.data_size)
     device = state.model.token_embedding.weight.device
     seconds = math.inf
     for _ in range(3):
@@ -285,7 +287,7 @@ def failure_to_compile(
     What it makes for one part of a batch, whose gradients are thrown away, the steps then use."""
     from torch._dynamo.exc import TorchDynamoException  # of all that fails on the way to compiled code
 
-    batch = dataset.batch(state.step, world.rank, world.size)
+    batch = dataset.batch(state.step, world.data_rank, world.data_size)
     micro_batch = next(iter(batch.split(settings.micro_batch_rows)))
     try:
         with precision(state.model.unembedding.device, settings.bf16):

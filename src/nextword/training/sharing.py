@@ -1,0 +1,297 @@
+"""How the processes of a run share its weights, gradients and the optimizer's state: which numbers each keeps, and the few
+moments when somebody needs those of the others.
+
+It is PyTorch's own sharing: `fully_shard` (FSDP2) deals out the rows of every weight, and `parallelize_module` splits the
+blocks' matrices between processes that work on them together (tensor parallelism: Shoeybi et al. 2019, section 3).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nextword.errors import UsageError
+from nextword.training.distributed import ALONE, Parallel, World, finding_others
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from nextword.model.config import ModelConfig
+    from nextword.model.gpt import GPT, Block
+    from nextword.training.objectives import Step
+
+
+def share(world: World, step: "Step", parallel: Parallel, bf16: bool, device: torch.device) -> None:
+    """Give each process its part of every weight, and of its gradient: the sums over all processes, not their mean, for
+    each loss is divided by its count over the whole batch already. A hollow model gets its memory on `device` thereby, and
+    never more than a part of it.
+
+    Args:
+        parallel: "data": the whole step is one unit, whose weights are gathered once a step and are whole until the
+            backward pass is done, so that several micro-batches cost no more communication than one. "full": each block
+            is one, gathered when it works. "hybrid": the same, among the processes of one machine, with a copy in each.
+            Where several processes work on each matrix together, what is gathered is their slice of it.
+        bf16: gather the blocks' weights in bfloat16, in which their products are made then; gradients stay in float32.
+
+    Raises:
+        UsageError: the processes of a machine cannot be grouped as the run wants it.
+    """
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    mesh = arrange(world, parallel, device)
+    if world.tensor_size > 1:
+        for block in step.model.blocks:
+            split_matrices(block, mesh["tensor"])
+        mesh = mesh["copies", "parts"] if parallel == "hybrid" else mesh["parts"]
+    world.by_block = parallel != "data"
+    if world.by_block:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in step.model.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy if bf16 else MixedPrecisionPolicy())
+    root = step.model if world.by_block else step  # which runs by itself too, between two steps
+    fully_shard(root, mesh=mesh, reshard_after_forward=False)
+    for module in step.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    if step.model.token_embedding.weight.is_meta:
+        root.to_empty(device=device)
+        step.model.tabulate()
+
+
+def arrange(world: World, parallel: Parallel, device: torch.device) -> "DeviceMesh":
+    """Let the processes stand in rows: those that work on a matrix together side by side (`tensor`), then those that have
+    different parts of the weights (`parts`), then those that have equal ones (`copies`)."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    among = world.local_size if parallel == "hybrid" else world.size
+    if among % world.tensor_size:
+        raise UsageError(f"--training.tensor {world.tensor_size} does not divide the {among} processes of a machine")
+    copies, world.parts = world.size // among, among // world.tensor_size
+    world.copy, world.part = divmod(world.data_rank, world.parts)
+    lengths = {"parts": world.parts}
+    if parallel == "hybrid":
+        lengths = {"copies": copies, **lengths}
+    if world.tensor_size > 1:
+        lengths["tensor"] = world.tensor_size
+    mesh = init_device_mesh(device.type, tuple(lengths.values()), mesh_dim_names=tuple(lengths))
+    if world.tensor_size == 1:
+        world.keepers = mesh.get_group("parts")
+    else:
+        world.keepers = init_device_mesh(device.type, (copies, among), mesh_dim_names=("copies", "all")).get_group(
+            "all"
+        )
+    return mesh
+
+
+# ---------------------------------------------------------------- matrices that several work on
+
+
+def split_matrices(block: "Block", mesh: "DeviceMesh") -> None:
+    """Let the processes of a mesh work on a block's matrices together: each has some of its heads and of its feed-forward
+    width, and what comes out of attention and of feed-forward is added up, forward, and what went in, backward."""
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    def entered(*others: None) -> PrepareModuleInput:
+        """Taken as the same in all at the door, so that gradients are added up there, once for all matrices behind it."""
+        layouts = (Replicate(), *others)
+        return PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
+
+    plan: dict[str, Any] = {"attention": entered(None, None, None), "feed_forward": entered()}
+    plan |= {f"attention.{name}": ColwiseParallel() for name in ("query", "key", "value")}
+    plan |= {f"feed_forward.{name}": ColwiseParallel() for name in ("up", "gate") if hasattr(block.feed_forward, name)}
+    plan |= {"attention.output": RowwiseParallel(), "feed_forward.down": RowwiseParallel()}
+    for name in ("query_norm", "key_norm"):
+        if list(getattr(block.attention, name).parameters()):  # of each head by itself, and heads are dimension 1
+            plan[f"attention.{name}"] = SequenceParallel(sequence_dim=1, use_local_output=True)
+    parallelize_module(block, mesh, plan)
+
+
+def refuse_uneven(config: "ModelConfig", tensor_size: int) -> None:
+    """Raises `UsageError` where a model's matrices cannot be split equally between so many processes."""
+    widths = {"n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads, "d_ff": config.d_ff}
+    for name, width in widths.items():
+        if width % tensor_size:
+            raise UsageError(
+                f"--training.tensor {tensor_size} does not divide the model's {name}, {width}: say another number of "
+                f"processes, or another --model.{name.replace('_', '-')}"
+            )
+
+
+def split_dimension(weight: Tensor) -> int | None:
+    """In which dimension a weight is split between processes that work on it together; None where each has all of it."""
+    placements = getattr(weight, "placements", ())
+    if not placements or weight.device_mesh.mesh_dim_names[-1] != "tensor":  # pyright: ignore[reportAttributeAccessIssue]
+        return None
+    return placements[-1].dim if placements[-1].is_shard() else None
+
+
+# ---------------------------------------------------------------- whose numbers
+
+
+def part(tensor: Tensor) -> Tensor:
+    """This process's own part of a tensor, or the tensor itself where it is whole."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with the parts that the other processes have; all of them ask together."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    with finding_others():
+        if (
+            split_dimension(tensor) is not None
+        ):  # the rows of each slice, then the slices: in one go PyTorch warns of it
+            rows = [Replicate()] * (len(tensor.placements) - 1)  # pyright: ignore[reportAttributeAccessIssue]
+            tensor = tensor.redistribute(placements=[*rows, tensor.placements[-1]])  # pyright: ignore[reportAttributeAccessIssue]
+        return tensor.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def chunk(length: int, place: int, size: int) -> tuple[int, int]:
+    """Where one of `size` parts of so many rows begins, and how long it is: as torch.chunk, and so PyTorch, deals them out."""
+    most = -(-length // size)
+    begin = min(length, place * most)
+    return begin, min(most, length - begin)
+
+
+def block_of(weight: Tensor, world: World, process: int | None = None) -> tuple[slice, ...]:
+    """Which of a weight's numbers this process keeps, or another one by its place among `world.keepers`: a slice for each
+    dimension."""
+    if not hasattr(weight, "placements"):
+        return tuple(slice(0, length) for length in weight.shape)
+    return block(weight.shape, split_dimension(weight), world, world.place if process is None else process)
+
+
+def block(shape: Sequence[int], split: int | None, world: World, place: int) -> tuple[slice, ...]:
+    """The same of a weight of this shape that is split in that dimension: of its slice, a part of the rows."""
+    row_part, tensor_rank = divmod(place, world.tensor_size)
+    begins, lengths = [0] * len(shape), list(shape)
+    if split is not None:
+        begins[split], lengths[split] = chunk(lengths[split], tensor_rank, world.tensor_size)
+    before, length = chunk(lengths[0], row_part, world.parts)
+    begins[0], lengths[0] = begins[0] + before, length
+    return tuple(slice(begin, begin + length) for begin, length in zip(begins, lengths, strict=True))
+
+
+def is_first(tensor: Tensor, world: World) -> bool:
+    """Whether this process is the first of those that keep the same part of a tensor."""
+    if not hasattr(tensor, "placements"):
+        return world.leads
+    return not world.copy and (not world.tensor_rank or split_dimension(tensor) is not None)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, weights: Iterable[tuple[str, Tensor]], world: World = ALONE) -> None:
+    """Put weights, whole or shared as the model's own are, in the place of those that are trained."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, tensor in weights:
+        if (parameter := parameters.get(name)) is not None:
+            own = part(tensor) if hasattr(tensor, "placements") else tensor[block_of(parameter, world)]
+            part(parameter).copy_(own)
+
+
+# ---------------------------------------------------------------- in a step, and between two
+
+
+def accumulating(step: nn.Module, model: nn.Module, more: bool) -> None:
+    """Before a micro-batch: whether others of the same step follow, so that its gradients need not be sent yet."""
+    for unit in (step, model):
+        if hasattr(unit, "set_requires_gradient_sync"):
+            unit.set_requires_gradient_sync(not more)  # pyright: ignore[reportCallIssue]
+
+
+@torch.no_grad()
+def clip(model: nn.Module, limit: float, world: World = ALONE) -> Tensor:
+    """Scale all gradients down to a norm of `limit`, where it is more; the norm as it was, the same in every process."""
+    if world.size == 1:
+        return nn.utils.clip_grad_norm_(model.parameters(), limit)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    square = nn.utils.get_total_norm([part(g) for g in gradients if is_first(g, world)]).square()
+    with finding_others():
+        dist.all_reduce(square)
+    norm = square.sqrt()
+    for gradient in gradients:
+        part(gradient).mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+@contextmanager
+def between_steps(world: World, step: "Step") -> Iterator["GPT"]:
+    """The model of a step as it can be used between two steps, in all processes together: with all of its weights (or this
+    process's slices of them), or where they are gathered by block, with those that it runs by."""
+    units = [module for module in (step, step.model) if hasattr(module, "reshard")]
+    for unit in [] if world.by_block else units:
+        unit.unshard()  # pyright: ignore[reportCallIssue]
+    try:
+        yield step.model
+    finally:
+        for unit in units:
+            unit.reshard()  # pyright: ignore[reportCallIssue]
+
+
+def at_owners(
+    shared: Sequence[Tensor], parts: Sequence[Tensor], change: Callable[[list[Tensor]], list[Tensor]], world: World
+) -> list[Tensor]:
+    """Let each matrix be changed as a whole by one process, its owner, and give back this process's part of each.
+
+    Owners are chosen so that all have about the same work. Two exchanges of as many numbers as the matrices have, and nobody
+    ever holds more than their own.
+
+    Args:
+        shared: the weights [R, C] that say how a matrix is shared.
+        parts: this process's block of each matrix.
+        change: from a list of whole matrices to a list of as many.
+    """
+    shapes = [weight.shape for weight in shared]
+    size = world.places
+    owners = spread_evenly([rows * columns * min(rows, columns) for rows, columns in shapes], size)
+    theirs = [[i for i, owner in enumerate(owners) if owner == process] for process in range(size)]
+    own = theirs[world.place]
+    blocks = [[block_of(shared[i], world, process) for i in own] for process in range(size)]
+    counts = [[math.prod(s.stop - s.start for s in block) for block in some] for some in blocks]
+
+    def exchanged(pieces: list[list[Tensor]], counts: list[list[int]]) -> list[tuple[Tensor, ...]]:
+        """Send a list of tensors to each process; what each has sent, as rows of so many numbers."""
+        outgoing = [torch.cat([p.flatten() for p in some]) if some else parts[0].new_zeros(0) for some in pieces]
+        totals = [sum(some) for some in counts]
+        incoming = parts[0].new_empty(sum(totals))
+        with finding_others():
+            dist.all_to_all_single(incoming, torch.cat(outgoing), totals, [len(one) for one in outgoing], world.keepers)
+        return [row.split(some) for row, some in zip(incoming.split(totals), counts, strict=True)]
+
+    heard = exchanged([[parts[i] for i in some] for some in theirs], counts)
+    matrices = [parts[0].new_empty(shapes[i]) for i in own]
+    for of_one, numbers in zip(blocks, heard, strict=True):
+        for matrix, block, row in zip(matrices, of_one, numbers, strict=True):
+            matrix[block] = row.view(matrix[block].shape)
+    changed = change(matrices)
+    sent = [[matrix[block] for matrix, block in zip(changed, some, strict=True)] for some in blocks]
+    heard = exchanged(sent, [[parts[i].numel() for i in some] for some in theirs])
+    found = {
+        i: row.view(parts[i].shape)
+        for some, numbers in zip(theirs, heard, strict=True)
+        for i, row in zip(some, numbers, strict=True)
+    }
+    return [found[i] for i in range(len(parts))]
+
+
+def spread_evenly(costs: Sequence[float], size: int) -> list[int]:
+    """Which of `size` processes takes each piece of work: the costliest first, each to the one that has least."""
+    loads, owners = [0.0] * size, [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        owners[i] = min(range(size), key=lambda process: (loads[process], process))
+        loads[owners[i]] += costs[i]
+    return owners
