@@ -1,7 +1,7 @@
 """Several processes beside one: `python -m benchmarks.scaling`, on a machine that does nothing else.
 
-The same run, in turn: one process with two threads, two processes with one thread each (torchrun). A step's seconds are the
-middle of a run's, looks at held-out text and checkpoints left out.
+The same run, in turn: one process with two threads, two processes with one thread each (torchrun), and two such that work on
+each matrix together. A step's seconds are the middle of a run's, looks at held-out text and checkpoints left out.
 """
 
 import json
@@ -17,9 +17,10 @@ from benchmarks.run import DATA, KEPT, cell, spread
 TIMES = 3
 STEPS = 60
 SIZES = ("tiny", "mini")
+WAYS = ((1, 1), (2, 1), (2, 2))  # processes, and how many of them work on each matrix together
 
 
-def step_seconds(run: Path, shards: Path, size: str, processes: int) -> float:
+def step_seconds(run: Path, shards: Path, size: str, processes: int, tensor: int) -> float:
     """Train anew in `run`; the middle of its steps' seconds."""
     shutil.rmtree(run, ignore_errors=True)
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
@@ -30,6 +31,7 @@ def step_seconds(run: Path, shards: Path, size: str, processes: int) -> float:
         "training.batch-tokens": 8192,
         "training.evaluations": 1,
         "training.compile": "no",
+        "training.tensor": tensor,
     }
     environment = {**os.environ, "OMP_NUM_THREADS": str(2 // processes)}
     words = [*program, *(f"--{name}={value}" for name, value in settings.items())]
@@ -44,17 +46,16 @@ def measure(size: str) -> list[list[float]]:
     if not shards.exists():
         text = DATA / "small_languages" / "swahili"
         subprocess.run([sys.executable, "-m", "nextword", "prepare", str(text), "--out", str(shards)], check=True)
-    return [[step_seconds(run, shards, size, processes) for processes in (1, 2)] for _ in range(TIMES)]
+    return [[step_seconds(run, shards, size, *way) for way in WAYS] for _ in range(TIMES)]
 
 
 def main() -> None:
-    print(
-        "\n| size | one process, two threads: seconds a step | two processes | rate of two, of one |\n|---|---|---|---|"
-    )
-    for size in SIZES:
-        pairs = cell(f"scaling-{size}", lambda size=size: measure(size))
-        one, two = ([pair[i] for pair in pairs] for i in range(2))
-        print(f"| {size} | {spread(one)} | {spread(two)} | {spread([a / b for a, b in pairs], 2)} |")
+    print("\n| size | one process: seconds a step | two | rate | two to a matrix | rate |\n|---|---|---|---|---|---|")
+    for size in sys.argv[1:] or SIZES:
+        times = cell(f"sharing-{size}", lambda size=size: measure(size))
+        one, *others = zip(*times, strict=True)
+        columns = [f"{spread(o)} | {spread([a / b for a, b in zip(one, o, strict=True)], 2)}" for o in others]
+        print(f"| {size} | {spread(one)} | {' | '.join(columns)} |")
 
 
 if __name__ == "__main__":

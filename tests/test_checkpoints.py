@@ -1,9 +1,11 @@
 """Checkpoints beside the steps: what is saved is the state at its step, `latest` names only what is on the disk, the parts of
 several processes are the whole, and what goes wrong in the thread is heard. Real files, real kills, real processes."""
 
+import contextlib
 import errno
 import hashlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -33,6 +35,16 @@ from nextword.training.objectives import Step, next_word
 from nextword.training.optimizer import Optimizer
 from nextword.training.sharing import block, block_of, chunk, fill, part, share, whole
 from test_pretraining import SETTINGS, state_hashes
+
+
+def free_port() -> int:
+    """One that nothing listens at, and that the system gives to no connection meanwhile, as it does with higher ones."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as opened, contextlib.suppress(OSError):
+            opened.bind(("127.0.0.1", port))
+            return port
+
 
 SIZES: dict[str, Any] = {"n_layers": 1, "n_heads": 2, "d_model": 16, "context_length": 8, "vocab_size": 35}
 
@@ -309,15 +321,12 @@ def in_several(
     folder: Path, way: str, local: int, what: Any = all_one_all, codes: tuple[int, ...] = (0, 0)
 ) -> list[str]:
     """As many processes as there are exit codes, which do the same; what they say on their way out."""
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port = opened.getsockname()[1]
     code = (
         f"import sys, pathlib; from test_checkpoints import *; {what.__name__}(pathlib.Path(sys.argv[1]), sys.argv[2])"
     )
     environment = {
         **os.environ, "WORLD_SIZE": str(len(codes)), "LOCAL_WORLD_SIZE": str(local), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+        "MASTER_PORT": str(free_port()), "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
     }  # fmt: skip
     program = [sys.executable, "-W", "error::UserWarning:nextword", "-c", code, str(folder), way]
     processes = [

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from nextword.text.batches import TokenDataset
 from nextword.training import checkpoint
 from nextword.training.sharing import spread_evenly
 from test_batches import Row
+from test_checkpoints import free_port
 from test_pretraining import state_hashes
 
 STEPS = 40
@@ -65,12 +65,6 @@ def test_work_is_spread_evenly(costs, size):
 
 
 # ---------------------------------------------------------------- runs
-
-
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return opened.getsockname()[1]
 
 
 def start(world: int, *arguments: str | Path, restarts: int = 0) -> "subprocess.Popen[str]":
@@ -173,6 +167,7 @@ def test_processes_that_work_on_each_matrix_together_make_the_model_that_one_mak
     weights = load_file(checkpoint.checkpoints(split)[-1] / "weights-00002-of-00002.safetensors")
     assert weights["blocks.0.attention.query.weight"].shape == (16, 32), "one head of two"
     assert weights["blocks.0.attention.output.weight"].shape == (32, 16)
+    assert weights["token_embedding.weight"].shape == (200, 32), "half of the vocabulary"
 
 
 def test_four_processes_as_two_pairs_make_it_too(shards, alone, tmp_path):

@@ -12,13 +12,13 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nextword.errors import NextwordError, UsageError
 from nextword.model.gpt import GPT
 from nextword.text.batches import TokenSource
 from nextword.training import fused
 from nextword.training.fused import FusedGPT
+from nextword.training.objectives import cross_entropies
 
 BATCH_TOKENS = 8192  # tokens that go through the model at once
 LOGITS = 2**24  # logits that are held at once: 64 MB of float32
@@ -201,7 +201,7 @@ def token_losses(model: GPT, windows: np.ndarray) -> Tensor:
     hidden = forward(ids[:, :-1]).flatten(0, 1)  # [B·T, D]
     rows = max(1, LOGITS // model.config.vocab_size)
     losses = [
-        F.cross_entropy(model.unembed(part).float(), target, reduction="none")
+        cross_entropies(part, model.unembedding, target)
         for part, target in zip(hidden.split(rows), ids[:, 1:].flatten().split(rows), strict=True)
     ]
     return torch.cat(losses).cpu().double().view(ids.shape[0], -1)

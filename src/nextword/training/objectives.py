@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from nextword.model.gpt import GPT
 from nextword.text.batches import IGNORE
 from nextword.training.fused import FusedGPT
+from nextword.training.sharing import split_cross_entropies
 
 LOGIT_BYTES = 2**28  # logits beyond this are made in pieces, and made again in the backward pass
 
@@ -72,8 +73,7 @@ def negative_log_likelihoods(hidden: Tensor, unembedding: Tensor, targets: Tenso
     """
 
     def piece(hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = F.linear(hidden, unembedding).float()
-        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+        return cross_entropies(hidden, unembedding, targets)
 
     rows = max(1, LOGIT_BYTES // (4 * unembedding.shape[0]))
     if len(hidden) <= rows:
@@ -84,6 +84,14 @@ def negative_log_likelihoods(hidden: Tensor, unembedding: Tensor, targets: Tenso
             for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
         ]
     )
+
+
+def cross_entropies(hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
+    """The same, all logits made at once; of an unembedding that several processes have among them, by all of these together."""
+    if hasattr(unembedding, "placements"):
+        return split_cross_entropies(hidden, unembedding, targets, IGNORE)
+    logits = F.linear(hidden, unembedding).float()
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
 
 
 # ---------------------------------------------------------------- labelled examples

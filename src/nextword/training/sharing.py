@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from nextword.model.config import ModelConfig
-    from nextword.model.gpt import GPT, Block
+    from nextword.model.gpt import GPT
     from nextword.training.objectives import Step
 
 
@@ -44,8 +44,7 @@ def share(world: World, step: "Step", parallel: Parallel, bf16: bool, device: to
 
     mesh = arrange(world, parallel, device)
     if world.tensor_size > 1:
-        for block in step.model.blocks:
-            split_matrices(block, mesh["tensor"])
+        split_matrices(step.model, mesh["tensor"])
         mesh = mesh["copies", "parts"] if parallel == "hybrid" else mesh["parts"]
     world.by_block = parallel != "data"
     if world.by_block:
@@ -91,9 +90,10 @@ def arrange(world: World, parallel: Parallel, device: torch.device) -> "DeviceMe
 # ---------------------------------------------------------------- matrices that several work on
 
 
-def split_matrices(block: "Block", mesh: "DeviceMesh") -> None:
-    """Let the processes of a mesh work on a block's matrices together: each has some of its heads and of its feed-forward
-    width, and what comes out of attention and of feed-forward is added up, forward, and what went in, backward."""
+def split_matrices(model: "GPT", mesh: "DeviceMesh") -> None:
+    """Let the processes of a mesh work on a model's matrices together: each has some of a block's heads and of its feed-forward
+    width, and some of the vocabulary. What comes out of attention, of feed-forward and of the embedding is added up, forward,
+    and what went in, backward; the logits stay where they are made, see `split_cross_entropies`."""
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -110,12 +110,39 @@ def split_matrices(block: "Block", mesh: "DeviceMesh") -> None:
 
     plan: dict[str, Any] = {"attention": entered(None, None, None), "feed_forward": entered()}
     plan |= {f"attention.{name}": ColwiseParallel() for name in ("query", "key", "value")}
-    plan |= {f"feed_forward.{name}": ColwiseParallel() for name in ("up", "gate") if hasattr(block.feed_forward, name)}
     plan |= {"attention.output": RowwiseParallel(), "feed_forward.down": RowwiseParallel()}
-    for name in ("query_norm", "key_norm"):
-        if list(getattr(block.attention, name).parameters()):  # of each head by itself, and heads are dimension 1
-            plan[f"attention.{name}"] = SequenceParallel(sequence_dim=1, use_local_output=True)
-    parallelize_module(block, mesh, plan)
+    plan |= {"feed_forward.up": ColwiseParallel()}
+    if model.config.activation == "swiglu":
+        plan["feed_forward.gate"] = ColwiseParallel()
+    if model.config.qk_norm:  # of each head by itself, and heads are dimension 1
+        plan |= {
+            f"attention.{name}_norm": SequenceParallel(sequence_dim=1, use_local_output=True)
+            for name in ("query", "key")
+        }
+    for block in model.blocks:
+        parallelize_module(block, mesh, plan)
+    ends: dict[str, Any] = {"token_embedding": RowwiseParallel(input_layouts=Replicate())}
+    parallelize_module(model, mesh, ends if model.head is None else {**ends, "head": ColwiseParallel()})
+
+
+def split_cross_entropies(hidden: Tensor, unembedding: Tensor, targets: Tensor, ignored: int) -> Tensor:
+    """−log softmax(hidden · unembeddingᵀ)[target] at each position [N], 0 where it is the one `ignored`, in every process of
+    those that have some rows each of the unembedding [V, D]; none makes more than its columns of the logits [N, V].
+
+    log Σ exp over the vocabulary is that of each process's own log Σ exp. The target's logit is known to one of them.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    assert isinstance(unembedding, DTensor)
+    mesh, own = unembedding.device_mesh, unembedding.to_local()
+    hidden = DTensor.from_local(hidden, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+    logits = nn.functional.linear(hidden, own).float()  # [N, V / processes]
+    sums = DTensor.from_local(logits.logsumexp(1)[None], mesh, [Shard(0)], run_check=False).full_tensor()
+    places = targets - chunk(len(unembedding), mesh.get_local_rank(), mesh.size())[0]
+    here = (places >= 0) & (places < len(own))
+    found = logits.gather(1, places.clamp(0, len(own) - 1)[:, None])[:, 0].where(here, 0.0)
+    found = DTensor.from_local(found, mesh, [Partial()], run_check=False).full_tensor()
+    return (sums.logsumexp(0) - found).where(targets != ignored, 0.0)
 
 
 def refuse_uneven(config: "ModelConfig", tensor_size: int) -> None:

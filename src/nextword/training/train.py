@@ -230,8 +230,8 @@ def bytes_of_weights(model: GPT, world: World = ALONE) -> int:
         return own
     blocks = sum(p.numel() for block in model.blocks for p in block.parameters())
     rest = sum(p.numel() for p in model.parameters()) - blocks
-    gathered = (2 * blocks // model.config.n_layers if world.by_block else blocks) // world.tensor_size
-    return own + 8 * (rest + gathered)
+    gathered = rest + (2 * blocks // model.config.n_layers if world.by_block else blocks)
+    return own + 8 * gathered // world.tensor_size
 
 
 def fit_micro_batch(step_module: Step, dataset: Dataset, settings: StepSettings, world: World = ALONE) -> int:
