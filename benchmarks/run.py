@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def nextword(*arguments: str | Path, threads: int | None = None) -> dict[str, An
     return {**json.loads(done["out"]), "wall": done["wall"], "peak_mb": done["peak_mb"]}
 
 
-def spread(values: list[float], digits: int = 3) -> str:
+def spread(values: Sequence[float], digits: int = 3) -> str:
     """The middle, and from where to where."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 

@@ -26,9 +26,10 @@ from test_checkpoints import free_port
 from test_pretraining import state_hashes
 
 STEPS = 40
+FITTED = "as many windows at once as memory holds"
 SIZES = [
     "--model.n-layers", "2", "--model.n-heads", "2", "--model.d-model", "32", "--model.context-length", "32",
-    "--training.batch-tokens", "256", "--training.micro-batch-rows", "2", "--training.save-every", "5", "--seed", "3",
+    "--training.batch-tokens", "256", "--training.save-every", "5", "--seed", "3",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------- who does what
@@ -78,7 +79,10 @@ def start(world: int, *arguments: str | Path, restarts: int = 0) -> "subprocess.
 
 
 def pretrain(run: Path, shards: Path, world: int, *more: str, restarts: int = 0) -> "subprocess.Popen[str]":
-    return start(world, "pretrain", shards, "--out", run, "--steps", str(STEPS), *SIZES, *more, restarts=restarts)
+    """A run of a small model; two windows at a time, or as many as fit where `more` says so."""
+    rows = [] if FITTED in more else ["--training.micro-batch-rows", "2"]
+    said = [*SIZES, *rows, *(one for one in more if one != FITTED)]
+    return start(world, "pretrain", shards, "--out", run, "--steps", str(STEPS), *said, restarts=restarts)
 
 
 def end(process: "subprocess.Popen[str]", code: int = 0) -> tuple[str, str]:
@@ -171,9 +175,9 @@ def test_processes_that_work_on_each_matrix_together_make_the_model_that_one_mak
 
 
 def test_four_processes_as_two_pairs_make_it_too(shards, alone, tmp_path):
-    """The weights gathered by block, and the blocks' activations made again."""
+    """The weights gathered by block, the blocks' activations made again, and a micro-batch that is fitted to memory."""
     run = tmp_path / "run"
-    end(pretrain(run, shards, 4, *SPLIT, "--training.parallel", "full", "--training.checkpoint-activations"))
+    end(pretrain(run, shards, 4, *SPLIT, FITTED, "--training.parallel", "full", "--training.checkpoint-activations"))
     assert_alike(run, alone)
 
 

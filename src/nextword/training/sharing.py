@@ -169,7 +169,8 @@ def split_dimension(weight: Tensor) -> int | None:
 
 def part(tensor: Tensor) -> Tensor:
     """This process's own part of a tensor, or the tensor itself where it is whole."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
+    own: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
+    return own.wait() if hasattr(own, "wait") else own  # a sum may be under way
 
 
 def whole(tensor: Tensor) -> Tensor:
