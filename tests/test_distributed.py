@@ -251,6 +251,52 @@ with joined() as world:
 """
 
 
+KEEPING = """
+import torch
+import numpy as np
+from nextword.model.config import build_config
+from nextword.model.gpt import GPT
+from nextword.text.batches import TokenDataset
+from nextword.training.distributed import joined, ALONE
+from nextword.training.objectives import Step, next_word
+from nextword.training.sharing import share
+from nextword.training.train import StepSettings, bytes_of_weights, bytes_per_row
+
+class Row:
+    def __len__(self): return 4096
+    def read(self, begin, end): return np.arange(begin, end, dtype=np.uint16) % 512
+
+config = build_config("modern", d_model=512, n_layers=2, n_heads=8, vocab_size=512, context_length=64)
+data = TokenDataset(Row(), 64, 4, seed=0)
+kept, weights = [], []
+with joined() as world:
+    for tensor_size in (1, 2):
+        step = Step(GPT.hollow(config), next_word)
+        world.form_groups(tensor_size)
+        share(world, step, "full", False, torch.device("cpu"))
+        kept.append(bytes_per_row(step, data, StepSettings()))
+        weights.append(bytes_of_weights(step.model, world))
+    if world.leads:
+        print(f"{kept[1] / kept[0]:.2f} {weights[1] / weights[0]:.2f}")
+"""
+
+
+def test_who_works_on_half_of_each_matrix_keeps_less(tmp_path):
+    """Of 34 numbers that a block keeps of each of the residual stream's, 24 are within the matrices (Korthikanti et al. 2022,
+    equation 2): two processes have 22 / 34 = 0.65 each. What is gathered of the weights is half; one's own part is the same."""
+    program = tmp_path / "keeping.py"
+    program.write_text(KEEPING)
+    command = ["torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, str(free_port()), program], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    kept, weights = map(float, done.stdout.split())
+    print(f"\n{kept} of what is kept for the backward pass, {weights} of the weights")
+    assert kept < 0.7
+    assert 0.5 < weights < 0.85
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems count a process's memory otherwise")
 def test_no_process_begins_with_more_than_its_part(tmp_path):
     program = tmp_path / "beginning.py"
