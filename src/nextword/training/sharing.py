@@ -81,9 +81,8 @@ def arrange(world: World, parallel: Parallel, device: torch.device) -> "DeviceMe
     if world.tensor_size == 1:
         world.keepers = mesh.get_group("parts")
     else:
-        world.keepers = init_device_mesh(device.type, (copies, among), mesh_dim_names=("copies", "all")).get_group(
-            "all"
-        )
+        flat = init_device_mesh(device.type, (copies, among), mesh_dim_names=("copies", "keepers"))
+        world.keepers = flat.get_group("keepers")
     return mesh
 
 
@@ -146,7 +145,8 @@ def split_cross_entropies(hidden: Tensor, unembedding: Tensor, targets: Tensor, 
 
 
 def refuse_uneven(config: "ModelConfig", tensor_size: int) -> None:
-    """Raises `UsageError` where a model's matrices cannot be split equally between so many processes."""
+    """Raises `UsageError` where a model's matrices cannot be split between so many processes: heads and feed-forward width
+    equally, and of the vocabulary something for each."""
     widths = {"n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads, "d_ff": config.d_ff}
     for name, width in widths.items():
         if width % tensor_size:
@@ -154,6 +154,10 @@ def refuse_uneven(config: "ModelConfig", tensor_size: int) -> None:
                 f"--training.tensor {tensor_size} does not divide the model's {name}, {width}: say another number of "
                 f"processes, or another --model.{name.replace('_', '-')}"
             )
+    if not chunk(config.vocab_size, tensor_size - 1, tensor_size)[1]:
+        raise UsageError(
+            f"--training.tensor {tensor_size} leaves nothing for some of a vocabulary of {config.vocab_size}"
+        )
 
 
 def split_dimension(weight: Tensor) -> int | None:
@@ -180,9 +184,8 @@ def whole(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import Replicate
 
     with finding_others():
-        if (
-            split_dimension(tensor) is not None
-        ):  # the rows of each slice, then the slices: in one go PyTorch warns of it
+        # The rows of each slice, then the slices: in one go PyTorch does it too, and warns of what it costs.
+        if split_dimension(tensor) is not None:
             rows = [Replicate()] * (len(tensor.placements) - 1)  # pyright: ignore[reportAttributeAccessIssue]
             tensor = tensor.redistribute(placements=[*rows, tensor.placements[-1]])  # pyright: ignore[reportAttributeAccessIssue]
         return tensor.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
