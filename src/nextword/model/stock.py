@@ -296,13 +296,15 @@ def find_weights(directory: Path) -> dict[str, Path]:
 
 def read_parts(directory: Path, kind: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """The tensors of a checkpoint's "weights" or "optimizer": of one file, or put together from the parts of several processes,
-    each of which says where in the whole tensor it begins."""
+    each of which says where in the whole tensor it begins; at its beginning, where a file says nothing."""
     parts: dict[str, list[tuple[list[int], Tensor]]] = {}
     for path in sorted(directory.glob(f"{kind}*.safetensors")):
         with safe_open(path, framework="pt", device=str(device)) as file:
-            begins = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+            said = json.loads((file.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
             for name in file.keys():  # noqa: SIM118
-                parts.setdefault(name, []).append((begins[name]["saved_offsets"], file.get_tensor(name)))
+                tensor = file.get_tensor(name)
+                begins = said[name]["saved_offsets"] if name in said else [0] * tensor.ndim
+                parts.setdefault(name, []).append((begins, tensor))
     return {name: put_together(found) for name, found in parts.items()}
 
 
