@@ -9,6 +9,7 @@ import json
 import math
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +24,7 @@ from nextword.errors import NextwordError, UsageError
 Parallel = Literal["data", "full", "hybrid"]
 PATIENCE = 30 * 60.0  # seconds that one waits for another, as in the preparation of a text
 VARIABLE = "NEXTWORD_PATIENCE"  # of the environment: another number of seconds
+REST = 0.1  # seconds that a process leaves to the library's threads, once it has left the others
 NAMED = 8  # so many others at most are named where one does not answer
 others: list[str] = []  # "process 1 on its host", of every other process of the run
 LOST = "another process of this run is gone, or does not answer"
@@ -180,6 +182,9 @@ def joined() -> Iterator[World]:
     finally:
         others.clear()
         dist.destroy_process_group()
+        # Gloo's threads live on, as PyTorch's caches hold the groups. One that has not let go of its last tensor when a
+        # caller's script ends would abort the process (the program itself ends otherwise: see `__main__`).
+        time.sleep(REST)
 
 
 @contextmanager
