@@ -18,9 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from nextword.errors import UsageError
+from nextword.model.config import build_config
 from nextword.text.batches import TokenDataset
 from nextword.training import checkpoint
-from nextword.training.sharing import spread_evenly
+from nextword.training.distributed import World
+from nextword.training.sharing import arrange, refuse_uneven, spread_evenly
 from test_batches import Row
 from test_checkpoints import free_port
 from test_pretraining import state_hashes
@@ -91,6 +94,11 @@ def end(process: "subprocess.Popen[str]", code: int = 0) -> tuple[str, str]:
     out, err = process.communicate(timeout=200)
     assert process.returncode == code, err
     return out, err
+
+
+def written(path: Path, program: str) -> str:
+    path.write_text(program)
+    return str(path)
 
 
 def records(run: Path) -> list[dict]:
@@ -203,24 +211,96 @@ def test_matrices_that_cannot_be_split_are_refused(shards, tmp_path, world, sett
     assert not re.search(r'File ".*src/nextword', err), "no traceback of ours"
 
 
-@pytest.mark.parametrize("parallel", ["full", "hybrid"])
-def test_however_the_weights_are_shared(shards, alone, tmp_path, parallel):
-    """Hybrid as two machines of one process each, which have a copy of the weights each."""
-    run, port = tmp_path / "run", str(free_port())
-    if parallel == "full":
-        processes = [pretrain(run, shards, 2, "--training.parallel", "full")]
+@given(st.integers(2, 9), st.integers(1, 20))
+def test_a_vocabulary_is_split_so_that_each_has_some_or_refused(tensor_size, vocab_size):
+    width = 2520  # what all of them divide
+    config = build_config("gpt2", n_layers=1, n_heads=width, d_model=width, context_length=8, vocab_size=vocab_size)
+    rows = [len(part) for part in torch.arange(vocab_size).chunk(tensor_size)]
+    if len(rows) == tensor_size:
+        refuse_uneven(config, tensor_size)
     else:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--master-addr",
-                  "127.0.0.1", "--master-port", port]  # fmt: skip
-        program = ["-m", "nextword", "pretrain", str(shards), "--out", str(run), "--steps", str(STEPS), *SIZES]
-        processes = [
-            subprocess.Popen([*launch, "--node-rank", rank, *program, "--training.parallel", "hybrid"], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True, encoding="utf-8")
-            for rank in ("0", "1")
-        ]  # fmt: skip
+        with pytest.raises(UsageError, match=f"leaves nothing for some of a vocabulary of {vocab_size}"):
+            refuse_uneven(config, tensor_size)
+
+
+def test_the_processes_of_a_matrix_are_on_one_machine_where_each_has_a_copy():
+    world = World(rank=0, size=6, local_size=3)
+    world.form_groups(2)
+    with pytest.raises(UsageError, match="does not divide the 3 processes of a machine"):
+        arrange(world, "hybrid", torch.device("cpu"))
+
+
+def test_weights_that_are_gathered_by_block(shards, alone, tmp_path):
+    run = tmp_path / "run"
+    end(pretrain(run, shards, 2, "--training.parallel", "full"))
+    assert_alike(run, alone)
+
+
+@pytest.mark.parametrize("more", [(), SPLIT])
+def test_two_machines_that_have_a_copy_of_the_weights_each(shards, alone, tmp_path, more):
+    """Of one process each, or of two that work on each matrix together."""
+    run, port, each = tmp_path / "run", str(free_port()), "2" if more else "1"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", each, "--master-addr",
+              "127.0.0.1", "--master-port", port]  # fmt: skip
+    program = ["-m", "nextword", "pretrain", str(shards), "--out", str(run), "--steps", str(STEPS), *SIZES]
+    processes = [
+        subprocess.Popen([*launch, "--node-rank", rank, *program, "--training.parallel", "hybrid", *more],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+        for rank in ("0", "1")
+    ]  # fmt: skip
     for process in processes:
         end(process)
     assert_alike(run, alone)
+
+
+SHAPES = """
+import numpy as np, torch
+from nextword.model.config import build_config
+from nextword.model.gpt import GPT
+from nextword.training.distributed import joined
+from nextword.training.objectives import Inputs, Step, next_word
+from nextword.training.sharing import fill, share, whole
+
+def loss_of(step):
+    loss = sum(loss.total for loss in step(inputs).values())
+    loss.backward()
+    return loss
+
+torch.manual_seed(7)
+with joined() as world:
+    world.form_groups(2)
+    for preset, heads in [("tutorial", {}), ("gpt1", {}), ("gpt2", {}), ("modern", {}), ("modern", {"n_kv_heads": 2})]:
+        config = build_config(preset, n_layers=2, n_heads=4, d_model=32, vocab_size=61, context_length=16, **heads)
+        tokens = torch.randint(config.vocab_size, (2, 3, 16))
+        inputs = Inputs(tokens[0], tokens[1], None, None, None, None)
+        alone = Step(GPT(config), next_word)
+        with torch.no_grad():  # what begins as nothing or as one would hide what is left out
+            for parameter in alone.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        split = Step(GPT.hollow(config), next_word)
+        share(world, split, "data", False, torch.device("cpu"))
+        fill(split.model, alone.model.named_parameters(), world)
+        torch.testing.assert_close(loss_of(split), loss_of(alone), rtol=1e-5, atol=0)
+        gradients = {name: p.grad for name, p in alone.model.named_parameters()}
+        for name, parameter in split.model.named_parameters():
+            torch.testing.assert_close(whole(parameter.grad), gradients[name], rtol=1e-4, atol=1e-5, msg=f"{preset} {name}")
+"""
+
+
+def test_a_model_of_every_preset_has_the_same_loss_and_gradients_where_its_matrices_are_split(tmp_path):
+    """An uneven vocabulary, a head of its own, biases or none, and as few heads for keys as there are processes."""
+    end(start(2, program=[written(tmp_path / "shapes.py", SHAPES)]))
+
+
+def test_pre_training_that_goes_on_from_a_model_is_shared_too(base, tmp_path):
+    text = tmp_path / "more.txt"
+    text.write_text("\n\n".join(f"The {n}th ship came home, and {n * n} people saw it." for n in range(400)))
+    runs = [tmp_path / "alone", tmp_path / "split"]
+    said = ["--task", "continue", "--steps", "6", "--training.batch-tokens", "256"]
+    end(start(1, "finetune", base, text, "--out", runs[0], *said))
+    end(start(2, "finetune", base, text, "--out", runs[1], *said, *SPLIT))
+    assert len(losses(runs[0])) == 6
+    assert_alike(runs[1], runs[0])
 
 
 BEGINNING = """
@@ -286,14 +366,8 @@ with joined() as world:
 def test_who_works_on_half_of_each_matrix_keeps_less(tmp_path):
     """Of 34 numbers that a block keeps of each of the residual stream's, 24 are within the matrices (Korthikanti et al. 2022,
     equation 2): two processes have 22 / 34 = 0.65 each. What is gathered of the weights is half; one's own part is the same."""
-    program = tmp_path / "keeping.py"
-    program.write_text(KEEPING)
-    command = ["torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port"]
-    done = subprocess.run(
-        [sys.executable, "-m", *command, str(free_port()), program], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    kept, weights = map(float, done.stdout.split())
+    out, _ = end(start(2, program=[written(tmp_path / "keeping.py", KEEPING)]))
+    kept, weights = map(float, out.split())
     print(f"\n{kept} of what is kept for the backward pass, {weights} of the weights")
     assert kept < 0.7
     assert 0.5 < weights < 0.85
@@ -301,19 +375,7 @@ def test_who_works_on_half_of_each_matrix_keeps_less(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems count a process's memory otherwise")
 def test_no_process_begins_with_more_than_its_part(tmp_path):
-    program = tmp_path / "beginning.py"
-    program.write_text(BEGINNING)
-    command = [
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-addr",
-        "127.0.0.1",
-        "--master-port",
-        str(free_port()),
-    ]
-    done = subprocess.run([sys.executable, "-m", *command, program], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    end(start(2, program=[written(tmp_path / "beginning.py", BEGINNING)]))
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="this system does not tell who is who")
@@ -353,6 +415,7 @@ def test_a_process_whose_threads_are_late_ends_well(shards, tmp_path, more):
         ((2, *SPLIT), (1,), "--training.tensor 2 does not divide 1 processes: 1 in its place"),
         ((2, *SPLIT), (4, "--training.parallel", "full"), "--training.parallel data → full"),
         ((1,), (2, *SPLIT), "--training.tensor 1 → 2"),
+        ((1,), (2, "--training.parallel", "full"), "--training.parallel data → full"),
     ],
 )
 def test_a_checkpoint_of_one_world_opens_in_another(shards, alone, tmp_path, first, second, anew):
