@@ -256,7 +256,7 @@ def test_two_machines_that_have_a_copy_of_the_weights_each(shards, alone, tmp_pa
 SHAPES = """
 import numpy as np, torch
 from nextword.model.config import build_config
-from nextword.model.gpt import GPT
+from nextword.model.gpt import GPT, dropout_masks
 from nextword.training.distributed import joined
 from nextword.training.objectives import Inputs, Step, next_word
 from nextword.training.sharing import fill, share, whole
@@ -270,9 +270,10 @@ torch.manual_seed(7)
 with joined() as world:
     world.form_groups(2)
     for preset, heads in [("tutorial", {}), ("gpt1", {}), ("gpt2", {}), ("modern", {}), ("modern", {"n_kv_heads": 2})]:
-        config = build_config(preset, n_layers=2, n_heads=4, d_model=32, vocab_size=61, context_length=16, **heads)
-        tokens = torch.randint(config.vocab_size, (2, 3, 16))
-        inputs = Inputs(tokens[0], tokens[1], None, None, None, None)
+        sizes = {"n_layers": 2, "n_heads": 4, "d_model": 32, "vocab_size": 61, "context_length": 15, "dropout": 0.1}
+        config = build_config(preset, **sizes, **heads)
+        tokens = torch.randint(config.vocab_size, (2, 3, 15))
+        inputs = Inputs(tokens[0], tokens[1], dropout_masks(config, [1, 2, 3], 15, "cpu"))
         alone = Step(GPT(config), next_word)
         with torch.no_grad():  # what begins as nothing or as one would hide what is left out
             for parameter in alone.parameters():
@@ -288,7 +289,8 @@ with joined() as world:
 
 
 def test_a_model_of_every_preset_has_the_same_loss_and_gradients_where_its_matrices_are_split(tmp_path):
-    """An uneven vocabulary, a head of its own, biases or none, and as few heads for keys as there are processes."""
+    """An uneven vocabulary, an uneven window, a head of its own, biases or none, as few heads for keys as there are processes,
+    and dropout."""
     end(start(2, program=[written(tmp_path / "shapes.py", SHAPES)]))
 
 
@@ -364,12 +366,13 @@ with joined() as world:
 
 
 def test_who_works_on_half_of_each_matrix_keeps_less(tmp_path):
-    """Of 34 numbers that a block keeps of each of the residual stream's, 24 are within the matrices (Korthikanti et al. 2022,
-    equation 2): two processes have 22 / 34 = 0.65 each. What is gathered of the weights is half; one's own part is the same."""
+    """Of 34 bytes that a block keeps for each number of the residual stream (Korthikanti et al. 2022, equation 4) two processes
+    have half each, but for the 4 of what goes into attention and into feed-forward: 19 / 34 = 0.56. What is gathered of the
+    weights is half; one's own part is the same."""
     out, _ = end(start(2, program=[written(tmp_path / "keeping.py", KEEPING)]))
     kept, weights = map(float, out.split())
     print(f"\n{kept} of what is kept for the backward pass, {weights} of the weights")
-    assert kept < 0.7
+    assert kept < 0.6
     assert 0.5 < weights < 0.85
 
 

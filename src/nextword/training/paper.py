@@ -120,8 +120,9 @@ def batch_for(tokens: float, context_length: int, size: int) -> int:
 
 def memory_of(config: ModelConfig, cluster: Cluster, way: Way) -> float:
     """Bytes in one GPU: weights, gradients and two averages in float32, shared; what is gathered of them in bfloat16, with its
-    gradients; what the backward pass needs (Korthikanti et al. 2022, equation 2, without the attention matrices that are never
-    held: 34 bytes a number of the residual stream); the logits. Of a matrix that several work on each has its part."""
+    gradients; what the backward pass needs (Korthikanti et al. 2022, equation 4, without the attention matrices that are never
+    held: 34 bytes a number of the residual stream); the logits. Of a matrix that several work on each has its part, and of
+    those 34 bytes all but what goes into attention and into feed-forward, 2 each."""
     n = config.parameters
     embeddings = config.vocab_size * config.d_model * (1 if config.tied else 2)
     block = (n - embeddings) / config.n_layers
@@ -130,8 +131,9 @@ def memory_of(config: ModelConfig, cluster: Cluster, way: Way) -> float:
         6 * n if way.parallel == "data" else 6 * embeddings + 8 * block
     )  # the next block's weights are fetched ahead
     stream = way.windows * config.context_length * config.d_model
-    kept = 34 * stream * config.n_layers if not way.recompute else (2 * config.n_layers + 34) * stream
-    return 16 * n / shards + (gathered + kept) / way.tensor + LOGITS
+    one = (4 + 30 / way.tensor) * stream  # block's, with nothing made again
+    kept = one * config.n_layers if not way.recompute else one + 2 * stream / way.tensor * config.n_layers
+    return 16 * n / shards + gathered / way.tensor + kept + LOGITS
 
 
 class Sent(NamedTuple):

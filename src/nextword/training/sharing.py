@@ -8,6 +8,7 @@ blocks' matrices between processes that work on them together (tensor parallelis
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from nextword.model.config import ModelConfig
-    from nextword.model.gpt import GPT
+    from nextword.model.gpt import GPT, Cache
     from nextword.training.objectives import Step
 
 
@@ -90,10 +91,12 @@ def arrange(world: World, parallel: Parallel, device: torch.device) -> "DeviceMe
 
 
 def split_matrices(model: "GPT", mesh: "DeviceMesh") -> None:
-    """Let the processes of a mesh work on a model's matrices together: each has some of a block's heads and of its feed-forward
-    width, and some of the vocabulary. What comes out of attention, of feed-forward and of the embedding is added up, forward,
-    and what went in, backward; the logits stay where they are made, see `split_cross_entropies`."""
-    from torch.distributed.tensor import Replicate
+    """Let the processes of a mesh work on a model together: each has some of a block's heads and of its feed-forward width, and
+    some of the vocabulary; and between the matrices some of the positions, so that of all that a block keeps each has a part
+    (sequence parallelism: Korthikanti et al. 2022, section 4.2.2). All positions are gathered at the door of attention and of
+    feed-forward, and what comes out is added up and dealt out again. The logits stay where they are made, see
+    `split_cross_entropies`."""
+    from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
         PrepareModuleInput,
@@ -102,26 +105,62 @@ def split_matrices(model: "GPT", mesh: "DeviceMesh") -> None:
         parallelize_module,
     )
 
-    def entered(*others: None) -> PrepareModuleInput:
-        """Taken as the same in all at the door, so that gradients are added up there, once for all matrices behind it."""
-        layouts = (Replicate(), *others)
-        return PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
+    def gathered(*others: None) -> PrepareModuleInput:
+        return PrepareModuleInput(input_layouts=(Shard(1), *others), desired_input_layouts=(Replicate(), *others))
 
-    plan: dict[str, Any] = {"attention": entered(None, None, None), "feed_forward": entered()}
+    dealt, norm = RowwiseParallel(output_layouts=Shard(1)), SequenceParallel(use_local_output=True)
+    plan: dict[str, Any] = {"attention_norm": norm, "feed_forward_norm": norm}
+    plan |= {"attention": gathered(None, None, None), "feed_forward": gathered()}
     plan |= {f"attention.{name}": ColwiseParallel() for name in ("query", "key", "value")}
-    plan |= {"attention.output": RowwiseParallel(), "feed_forward.down": RowwiseParallel()}
-    plan |= {"feed_forward.up": ColwiseParallel()}
+    plan |= {"attention.output": dealt, "feed_forward.down": dealt, "feed_forward.up": ColwiseParallel()}
     if model.config.activation == "swiglu":
         plan["feed_forward.gate"] = ColwiseParallel()
     if model.config.qk_norm:  # of each head by itself, and heads are dimension 1
-        plan |= {
-            f"attention.{name}_norm": SequenceParallel(sequence_dim=1, use_local_output=True)
-            for name in ("query", "key")
-        }
+        plan |= {f"attention.{name}_norm": norm for name in ("query", "key")}
     for block in model.blocks:
         parallelize_module(block, mesh, plan)
-    ends: dict[str, Any] = {"token_embedding": RowwiseParallel(input_layouts=Replicate())}
-    parallelize_module(model, mesh, ends if model.head is None else {**ends, "head": ColwiseParallel()})
+    ends: dict[str, Any] = {"token_embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))}
+    if model.config.positions == "learned":
+        ends["position_embedding"] = SequenceParallel(sequence_dim=0, use_local_output=True)
+    if model.config.norm_position == "pre":
+        ends["final_norm"] = norm
+    if model.head is not None:
+        ends["head"] = ColwiseParallel()
+    parallelize_module(model, mesh, ends)
+    model.forward = partial(forward_by_positions, model.forward, model.config.positions, mesh)
+
+
+def forward_by_positions(
+    forward: Callable[..., Tensor],
+    kind: str,
+    mesh: "DeviceMesh",
+    tokens: Tensor,
+    *,
+    positions: Tensor | None = None,
+    segments: Tensor | None = None,
+    cache: "Cache | None" = None,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """Hidden states [B, T, D] of tokens [B, T] that all processes of a mesh have, by the `forward` of a model of which each has
+    T / processes positions between the matrices. Each gets all hidden states, and gives its part of their gradient.
+
+    Where T is no multiple of the processes there is more at the end, which none before it sees.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    assert positions is None and segments is None and cache is None, "a row is a window of one text"
+    length, size = tokens.shape[1], mesh.size()
+    own = -(-length // size)
+    tokens = nn.functional.pad(tokens, (0, own * size - length))
+    here = slice(own * mesh.get_local_rank(), own * (mesh.get_local_rank() + 1))
+    if keep is not None:
+        keep = nn.functional.pad(keep, (0, 0, 0, own * size - length))[..., here, :]
+    positions = torch.arange(own * size, device=tokens.device).clamp(max=length - 1)
+    if kind != "rope":  # else attention turns by them, where all are
+        positions = positions[here]
+    hidden = forward(tokens, positions=positions, keep=keep)  # [B, T / processes, D]
+    hidden = DTensor.from_local(hidden, mesh, [Shard(1)], run_check=False).redistribute(placements=[Replicate()])
+    return hidden.to_local(grad_placements=[Partial()])[:, :length]
 
 
 def split_cross_entropies(hidden: Tensor, unembedding: Tensor, targets: Tensor, ignored: int) -> Tensor:
@@ -130,11 +169,10 @@ def split_cross_entropies(hidden: Tensor, unembedding: Tensor, targets: Tensor, 
 
     log Σ exp over the vocabulary is that of each process's own log Σ exp. The target's logit is known to one of them.
     """
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Partial, Shard
 
     assert isinstance(unembedding, DTensor)
     mesh, own = unembedding.device_mesh, unembedding.to_local()
-    hidden = DTensor.from_local(hidden, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
     logits = nn.functional.linear(hidden, own).float()  # [N, V / processes]
     sums = DTensor.from_local(logits.logsumexp(1)[None], mesh, [Shard(0)], run_check=False).full_tensor()
     places = targets - chunk(len(unembedding), mesh.get_local_rank(), mesh.size())[0]
