@@ -366,7 +366,7 @@ with joined() as world:
 
 
 def test_who_works_on_half_of_each_matrix_keeps_less(tmp_path):
-    """Of 34 bytes that a block keeps for each number of the residual stream (Korthikanti et al. 2022, equation 4) two processes
+    """Of 34 bytes that a block keeps for each number of the residual stream (Korthikanti et al. 2022, table 2) two processes
     have half each, but for the 4 of what goes into attention and into feed-forward: 19 / 34 = 0.56. What is gathered of the
     weights is half; one's own part is the same."""
     out, _ = end(start(2, program=[written(tmp_path / "keeping.py", KEEPING)]))

@@ -120,7 +120,7 @@ def batch_for(tokens: float, context_length: int, size: int) -> int:
 
 def memory_of(config: ModelConfig, cluster: Cluster, way: Way) -> float:
     """Bytes in one GPU: weights, gradients and two averages in float32, shared; what is gathered of them in bfloat16, with its
-    gradients; what the backward pass needs (Korthikanti et al. 2022, equation 4, without the attention matrices that are never
+    gradients; what the backward pass needs (Korthikanti et al. 2022, table 2, without the attention matrices that are never
     held: 34 bytes a number of the residual stream); the logits. Of a matrix that several work on each has its part, and of
     those 34 bytes all but what goes into attention and into feed-forward, 2 each."""
     n = config.parameters
