@@ -2,10 +2,12 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch.distributed as dist
 
 from nextword.__main__ import main
+from nextword.training import distributed
 
 
 def lag() -> None:
@@ -24,6 +26,7 @@ def lagging(collective):
 
 for one in ("broadcast", "all_reduce"):
     setattr(dist, one, lagging(getattr(dist, one)))
+distributed.time = SimpleNamespace(sleep=lambda seconds: None)  # no rest for the threads: the program has no need of it
 cores = sorted(os.sched_getaffinity(0))
 os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"]) % len(cores)]})
 main()

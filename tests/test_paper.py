@@ -81,6 +81,10 @@ def test_what_is_sent_and_held_by_hand():
     assert sent == pytest.approx((1 / 2 * 8 * n / 4 + sums, 1 / 2 * 8 * n / 4 / 50e9, sums / 450e9))
     whole = memory_of(config, Cluster(GPUS["h100"], 1, 1), Way("data", False, 1))
     assert whole == pytest.approx(16 * n + 6 * n + 34 * 1024 * 768 * 12 + 2**29)
+    quarter = memory_of(config, cluster, Way("data", False, 1, tensor=4))  # 4 + 30 / 4 bytes a number
+    assert quarter == pytest.approx(16 * n / 8 + 6 * n / 4 + 11.5 * 1024 * 768 * 12 + 2**29)
+    again = memory_of(config, cluster, Way("data", True, 1, tensor=4))  # 2 / 4 a block, and one block's all
+    assert again == pytest.approx(16 * n / 8 + 6 * n / 4 + (11.5 + 0.5 * 12) * 1024 * 768 + 2**29)
 
 
 def test_what_does_not_fit_says_how_many_would():

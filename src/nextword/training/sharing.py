@@ -167,7 +167,8 @@ def split_cross_entropies(hidden: Tensor, unembedding: Tensor, targets: Tensor, 
     """−log softmax(hidden · unembeddingᵀ)[target] at each position [N], 0 where it is the one `ignored`, in every process of
     those that have some rows each of the unembedding [V, D]; none makes more than its columns of the logits [N, V].
 
-    log Σ exp over the vocabulary is that of each process's own log Σ exp. The target's logit is known to one of them.
+    log Σ exp over the vocabulary is that of each process's own log Σ exp. The target's logit is known to one of them. All have
+    the same hidden states [N, D]; the gradient that each gives them is its part of a sum, see `forward_by_positions`.
     """
     from torch.distributed.tensor import DTensor, Partial, Shard
 
