@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.run import DATA, KEPT, books, cell, process
-from nextword.auditing.index import Index, build_index
+from nextword.audit.text_index import Index, build_index
 
 INDEX = KEPT / "index"
 LENGTHS = (50, 100, 200, 500, 1000, 2000)
@@ -92,7 +92,7 @@ def index() -> None:
     made = [cell(f"auditing-{name}", lambda name=name: in_a_process(name)) for name in ("build-part", "build")]
     opened = cell("auditing-open", lambda: in_a_process("reopen"))
     bare = cell("auditing-bare", lambda: process([sys.executable, "-c", "pass"]))
-    loaded = cell("auditing-loaded", lambda: process([sys.executable, "-c", "import nextword.auditing.index"]))
+    loaded = cell("auditing-loaded", lambda: process([sys.executable, "-c", "import nextword.audit.text_index"]))
     print("\n| documents | text, MB | seconds | of the processor | index on disk, MB | peak MB above the interpreter |")
     print("|---|---|---|---|---|---|")
     for one in made:
@@ -112,7 +112,7 @@ def index() -> None:
 
 
 def audit() -> dict[str, Any]:
-    from nextword.auditing.corpus import audit_corpus
+    from nextword.audit.corpus import audit_corpus
 
     start, used = time.perf_counter(), time.process_time()
     found = audit_corpus([books()], index=build_index([books()], INDEX))
@@ -131,9 +131,9 @@ def corpus() -> None:
 
 def overlaps() -> dict[str, Any]:
     from benchmarks.judging import FILES
-    from nextword.auditing.corpus import overlap
-    from nextword.console import Console
-    from nextword.evaluation.declarations import find_suite
+    from nextword.audit.corpus import overlap
+    from nextword.common.console import Console
+    from nextword.tasks.benchmark_spec import find_suite
 
     index = build_index([books()], INDEX)
     found = [overlap(index, find_suite(f"{name}={DATA / FILES[name]}"), Console(quiet=True)) for name in SUITES]

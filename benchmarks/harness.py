@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.run import DATA
 from benchmarks.serving_client import Served
 from benchmarks.speed import interpreter
-from nextword.text.tokenizer import Tokenizer
+from nextword.data.tokenizer import Tokenizer
 
 TASK = {
     "task": "minimal_pairs", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",

@@ -27,12 +27,12 @@ import torch
 from benchmarks import tuning_data
 from benchmarks.run import DATA, cell, nextword, spread
 from benchmarks.tuning_data import QUICK
-from nextword.evaluation.declarations import find_suite
-from nextword.evaluation.likelihood import evaluating
-from nextword.evaluation.suites import Question, question_of, read_items, sample
-from nextword.judging.scoring import BATCH_TOKENS, Scorer, Tree, batches
-from nextword.loading import Model, load
-from nextword.text.streams import Problems
+from nextword.data.decoding import Problems
+from nextword.inference.loglikelihood import BATCH_TOKENS, Scorer, Tree, batches
+from nextword.inference.perplexity import evaluating
+from nextword.pipeline.language_model import Model, load
+from nextword.tasks.benchmark_items import Question, question_of, read_items, sample
+from nextword.tasks.benchmark_spec import find_suite
 
 FILES = {
     "blimp": "blimp.tar.xz",

@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks.recipe import corpora as recipe_corpora
 from benchmarks.recipe import environment
 from benchmarks.run import DATA, KEPT, nextword
-from nextword.recipes import Training
+from nextword.training.config import Training
 
 WORK = KEPT / "laws"
 RUNS = Path(__file__).with_suffix(".jsonl")
@@ -120,8 +120,8 @@ def shards(names: tuple[str, ...]) -> dict[str, Path]:
 
 def features(one: dict[str, Any], path: Path) -> dict[str, float]:
     """What the law knows of a run: parameters of the blocks, tokens in bytes, the text's bytes and its difficulty."""
-    from nextword.text.corpus import Corpus
-    from nextword.training.laws import difficulty
+    from nextword.data.corpus import Corpus
+    from nextword.planning.scaling_law import difficulty
 
     corpus = Corpus.open(path)
     per_token = corpus.train.bytes / corpus.train.tokens
@@ -152,7 +152,7 @@ def run(path: Path, corpus: str, size: str, tokens: int, keeping: Lock) -> None:
 
 def batch_tokens(tokens: int) -> int:
     """As the program chooses it."""
-    from nextword.training.plan import batch_tokens as chosen
+    from nextword.planning.size_selection import batch_tokens as chosen
 
     return chosen(tokens)
 
@@ -173,7 +173,7 @@ def runs() -> None:
 def fit() -> None:
     from scipy.optimize import least_squares
 
-    from nextword.training.laws import Law
+    from nextword.planning.scaling_law import Law
 
     data = [(corpus, one) for (corpus, _, _), one in known_runs().items()]
 
@@ -210,8 +210,8 @@ def fit() -> None:
 
 def planned(run: Path) -> dict[str, Any]:
     """What a plan knew of its run, by which the law can be asked again."""
-    from nextword.text.corpus import Corpus
-    from nextword.training.laws import difficulty
+    from nextword.data.corpus import Corpus
+    from nextword.planning.scaling_law import difficulty
 
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
     plan, unique = facts["plan"], facts["data"]["train"]["bytes"]
@@ -234,8 +234,8 @@ def held(corpus: str, budget: str, keeping: Lock) -> None:
 
 
 def hold() -> None:
-    from nextword.recipes import seconds
-    from nextword.training.plan import LAW as law  # noqa: N811
+    from nextword.planning.size_selection import LAW as law  # noqa: N811
+    from nextword.training.config import seconds
 
     jobs, keeping = [(corpus, budget) for budget in BUDGETS for corpus in HELD_OUT], Lock()
     jobs += [(corpus, budget) for budget in FRESH_BUDGETS for corpus in FRESH]

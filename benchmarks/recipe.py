@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.run import DATA, KEPT, books, nextword
-from nextword.training.plan import batch_tokens
+from nextword.planning.size_selection import batch_tokens
 
 WORK = KEPT / "recipe"
 # Tokens: about 15 s of two cores at this size, and 4 and 30 min of one.

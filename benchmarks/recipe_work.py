@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 
-from nextword.evaluation.likelihood import likelihood
+from nextword.data.corpus import Corpus
+from nextword.data.dataset import Batch, TokenDataset, seed_for
+from nextword.inference.perplexity import likelihood
+from nextword.model import fused
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.text.batches import Batch, TokenDataset, seed_for
-from nextword.text.corpus import Corpus
-from nextword.training import fused
-from nextword.training.objectives import next_word
+from nextword.planning.size_selection import dropout_for, peak_lr
+from nextword.training.losses import next_word
 from nextword.training.optimizer import Optimizer
-from nextword.training.plan import dropout_for, peak_lr
-from nextword.training.train import StepSettings, TrainState, build_step_module, train_step
+from nextword.training.step import StepSettings, TrainState, build_step_module, train_step
 
 DEFAULTS: dict[str, Any] = {
     "preset": "modern", "size": "tiny", "model": {}, "seed": 0, "tokens": 1_000_000, "batch_tokens": 8192,

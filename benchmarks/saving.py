@@ -15,7 +15,7 @@ import torch
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
 from nextword.training import checkpoint
-from nextword.training.objectives import Inputs, Step, next_word
+from nextword.training.losses import Inputs, Step, next_word
 from nextword.training.optimizer import Optimizer
 
 SIZES = {

@@ -30,7 +30,7 @@ from typing import Any
 from benchmarks.run import KEPT
 from benchmarks.serving_client import Body, Running, Seen, Served, free_port, send, status_of, talk
 from benchmarks.speed import THREADS, interpreter
-from nextword.base import model_path
+from nextword.pipeline.base_model import model_path
 
 WORDS = " ".join(path.read_text(encoding="utf-8") for path in sorted(Path("docs").glob("*.md"))).split()
 ENDLESS = {"logit_bias": {"0": -100}, "temperature": 1.0}  # does not end by itself, as far as our own tokenizers go
@@ -236,8 +236,8 @@ async def at(port: int, model: str, clients: int, given: argparse.Namespace) -> 
 
 
 async def throughput(given: argparse.Namespace) -> bool:
-    from nextword.exporting.gguf import write_gguf
-    from nextword.text.tokenizer import Tokenizer
+    from nextword.data.tokenizer import Tokenizer
+    from nextword.export.gguf import write_gguf
 
     directory = model_path(given.model).resolve()
     tokenizer = Tokenizer.open(directory)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.run import KEPT
-from nextword.base import model_path
+from nextword.pipeline.base_model import model_path
 
 Body = dict[str, Any]
 COMPLETIONS = "/v1/completions"

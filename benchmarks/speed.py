@@ -86,10 +86,10 @@ def model_directory(name: str) -> dict[str, Any]:
     if not (folder / "model" / "config.json").exists():
         import torch
 
+        from nextword.data.tokenizer import train_bpe
         from nextword.model.config import build_config
         from nextword.model.gpt import GPT
-        from nextword.model.stock import save_model
-        from nextword.text.tokenizer import train_bpe
+        from nextword.model.hf import save_model
 
         texts = [path.read_text(encoding="utf-8") for path in sorted(Path("docs").glob("*.md"))]
         tokenizer = train_bpe(texts, min(8192, shape["vocab_size"]))
@@ -98,7 +98,7 @@ def model_directory(name: str) -> dict[str, Any]:
         (folder / "model").mkdir(parents=True, exist_ok=True)
         tokenizer.save(folder / "model", shape["context_length"])
         save_model(model, folder / "model", end_of_text=tokenizer.end_of_text, pad=tokenizer.pad)
-    from nextword.exporting.gguf import write_gguf
+    from nextword.export.gguf import write_gguf
 
     for precision in ("float32", "int8", "int4"):
         if not (folder / f"{precision}.gguf").exists():

@@ -92,13 +92,13 @@ def train(who: str, s: Settings) -> dict[str, Any]:
 def train_ours(s: Settings, x: Any, y: Any) -> dict[str, Any]:
     import numpy as np
 
+    from nextword.data.dataset import Batch
+    from nextword.model import fused
     from nextword.model.config import build_config
     from nextword.model.gpt import GPT
-    from nextword.text.batches import Batch
-    from nextword.training import fused
-    from nextword.training.objectives import next_word
+    from nextword.training.losses import next_word
     from nextword.training.optimizer import Optimizer
-    from nextword.training.train import StepSettings, TrainState, build_step_module, train_step
+    from nextword.training.step import StepSettings, TrainState, build_step_module, train_step
 
     sizes = {name: s[name] for name in ("vocab_size", "context_length", "n_layers", "n_heads", "d_model")}
     model = GPT(build_config(s.get("preset", "gpt2"), **sizes))
@@ -119,9 +119,9 @@ def train_ours(s: Settings, x: Any, y: Any) -> dict[str, Any]:
 
 def opened(who: str, s: Settings) -> tuple[Any, Any]:
     """What reads pieces with the model, and its cache: ours, or PyTorch's dynamic int8 in the same engine."""
-    from nextword.inference.cache import KeyValueCache
-    from nextword.inference.reading import PlainReader, reader_of
-    from nextword.model.stock import load_model
+    from nextword.inference.kv_cache import KeyValueCache
+    from nextword.inference.model_runner import PlainReader, reader_of
+    from nextword.model.hf import load_model
 
     model = load_model(Path(s["model"])).eval()
     if who == "nextword":
@@ -143,7 +143,7 @@ def prompts(s: Settings, length: int) -> list[list[int]]:
 def write_ours(who: str, s: Settings) -> dict[str, Any]:
     import torch
 
-    from nextword.inference.reading import Piece
+    from nextword.inference.model_runner import Piece
 
     reader, cache = opened(who, s)
 
@@ -165,7 +165,7 @@ def write_ours(who: str, s: Settings) -> dict[str, Any]:
 def prompt_ours(who: str, s: Settings) -> dict[str, Any]:
     import torch
 
-    from nextword.inference.reading import Piece
+    from nextword.inference.model_runner import Piece
 
     reader, cache = opened(who, s)
     text = prompts(s, s["prompt"])[0]

@@ -65,10 +65,10 @@ MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"
 
 def judge(run: str, file: str, task: str) -> None:
     """Print, as JSON, how likely a run finds the answers in a file: bits per byte, and the share of pairs preferred."""
-    from nextword import api
-    from nextword.prediction import Predictor
+    from nextword.commands import api
+    from nextword.data.documents import Problems
+    from nextword.pipeline.predictor import Predictor
     from nextword.tasks.examples import read_examples
-    from nextword.text.documents import Problems
 
     loaded, problems = api.load(run), Problems()
     form = replace(loaded.predictor.form, task=task, kind="preference" if task == "prefer" else "answer")
@@ -83,7 +83,7 @@ def without_model(name: str, seed: int) -> dict[str, float]:
     """What simple rules score on the test part, learned from the very examples that the runs of this seed see."""
 
     def measure() -> dict[str, float]:
-        from nextword.prediction import baseline_scores
+        from nextword.pipeline.predictor import baseline_scores
 
         files, data = parts(name), SETS[name]
         known = gathered(name, files["train"], files["test"], 64 if QUICK else data.limit, seed)
@@ -94,7 +94,7 @@ def without_model(name: str, seed: int) -> dict[str, float]:
 
 
 def ablation() -> None:
-    from nextword.tasks.scores import over_seeds
+    from nextword.tasks.metrics import over_seeds
 
     base()
     for name in SETS:
@@ -147,7 +147,7 @@ def ablation() -> None:
 
 def written(name: str, run: Path, metrics: Sequence[str], kinds: dict[str, Callable[[str], bool]]) -> dict[str, Any]:
     """Scores of a run's answers to the test part, and of simple rules', for each kind of source."""
-    from nextword.prediction import baseline_answers, score_answers
+    from nextword.pipeline.predictor import baseline_answers, score_answers
 
     files = parts(name)
     data = gathered(name, files["train"], files["test"])
@@ -218,7 +218,7 @@ def summaries() -> None:
 
 
 def preference() -> None:
-    from nextword.tasks.scores import over_seeds
+    from nextword.tasks.metrics import over_seeds
 
     def measure(seed: int) -> dict[str, Any]:
         chat, pairs = parts("instructions"), parts("preferences")
@@ -261,8 +261,8 @@ def preference() -> None:
 
 def chat() -> None:
     def measure() -> dict[str, Any]:
-        from nextword.text.chat import encode_conversation
-        from nextword.text.tokenizer import Tokenizer
+        from nextword.data.chat_format import encode_conversation
+        from nextword.data.tokenizer import Tokenizer
 
         tuned("dialogues", "full", 0)
         run = run_of("dialogues", "full", 0)

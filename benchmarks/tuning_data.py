@@ -153,8 +153,8 @@ def parts(name: str) -> dict[str, Path]:
     paths = {part: folder / f"{part}.jsonl" for part in PARTS}
     if all(path.exists() for path in paths.values()):
         return paths
+    from nextword.data.documents import Problems
     from nextword.tasks.examples import read_examples
-    from nextword.text.documents import Problems
 
     columns = {"prompt": "english", "completion": "french"} if name == "english_french" else None
     found: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
@@ -183,9 +183,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def gathered(name: str, train: Path, test: Path, limit: int | None = None, seed: int = 0) -> Any:
     """What the program reads: the form of the task, and the examples of two files."""
-    from nextword.tasks.data import Request, gather
-    from nextword.text.documents import Problems
-    from nextword.text.tokenizer import Tokenizer
+    from nextword.data.documents import Problems
+    from nextword.data.tokenizer import Tokenizer
+    from nextword.tasks.task_data import Request, gather
 
     asked = Request([str(train)], SETS[name].task, None, [str(test)], limit, seed)
     return gather(asked, Tokenizer.open(base() / "model"), None, 512, Problems())

@@ -101,7 +101,7 @@ def peers() -> None:
 
 def beside(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[str]:
     """The columns of `peers`: two programs' processes of the same seeds."""
-    from nextword.tasks.scores import over_seeds
+    from nextword.tasks.metrics import over_seeds
 
     def both(key: str, digits: int) -> list[str]:
         return [f"{statistics.median(one[key] for one in runs):.{digits}f}" for runs in (ours, theirs)]
@@ -118,7 +118,7 @@ def beside(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[str
 
 def timed(name: str, method: str, program: str, seed: int) -> dict[str, Any]:
     """One whole process that fine-tunes, on two threads: seconds, memory, and the score on the test part."""
-    from nextword.prediction import score_predictions
+    from nextword.pipeline.predictor import score_predictions
 
     count, epochs = PEERS[name]
     files = parts(name)

@@ -26,11 +26,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 import nextword
-from nextword.evaluation.figures import smoothed
-from nextword.files import read_json, read_json_lines
+from nextword.common.fs import read_json, read_json_lines
 from nextword.inference.sampling import Sampling, probabilities
 from nextword.model.gpt import GPT, Attention, Block, rotate, sinusoidal_table
-from nextword.recipes import RECIPES
+from nextword.reporting.charts import smoothed
+from nextword.training.config import RECIPES
 from nextword.training.optimizer import learning_rate
 
 SENTENCE = "Return the value of the key if the key is in the dictionary, and None if the key is not."

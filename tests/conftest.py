@@ -36,7 +36,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from nextword.text.corpus import prepare
+    from nextword.data.corpus import prepare
 
     out = tmp_path_factory.mktemp("prepared") / "shards"
     prepare([texts], out, vocab_size=400)
@@ -46,7 +46,7 @@ def shards(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def base(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a tiny pre-trained model, for fine-tuning to begin with."""
-    from nextword import api
+    from nextword.commands import api
 
     out = tmp_path_factory.mktemp("base") / "run"
     sizes = {"n_layers": 2, "n_heads": 2, "d_model": 32, "context_length": 64}
@@ -78,14 +78,14 @@ def nextword() -> Run:
 def without_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine on which nothing can be compiled."""
 
-    from nextword import compiled
-    from nextword.inference import native
+    from nextword.common import native_build
+    from nextword.inference import native_runner
 
     def clear() -> None:
-        compiled.library.cache_clear()
-        native.library.cache_clear()
+        native_build.library.cache_clear()
+        native_runner.library.cache_clear()
 
-    monkeypatch.setenv(compiled.OFF, "0")
+    monkeypatch.setenv(native_build.OFF, "0")
     clear()
     yield
     monkeypatch.undo()

@@ -19,14 +19,14 @@ from urllib.parse import urlsplit
 import torch
 
 from conftest import command
-from nextword.console import Console
+from nextword.common.console import Console
+from nextword.data.tokenizer import Tokenizer
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.model.stock import save_model
-from nextword.serving.guard import Guard
-from nextword.serving.server import Place, configured, run
+from nextword.model.hf import save_model
+from nextword.serving.app import Place, configured, run
+from nextword.serving.security import Guard
 from nextword.serving.service import Service, Settings
-from nextword.text.tokenizer import Tokenizer
 
 
 class Answer:

@@ -13,24 +13,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nextword
-from nextword.auditing.audit import Asked, own_text
-from nextword.auditing.fairness import audit_flips, audit_rates, audit_swaps
-from nextword.auditing.findings import Finding
-from nextword.auditing.groups import Groups, read_groups
-from nextword.cli import run as run_command
-from nextword.errors import MissingExtra, NextwordError, UsageError
-from nextword.files import read_json
+from nextword.audit.audit import Asked, own_text
+from nextword.audit.fairness import audit_flips, audit_rates, audit_swaps
+from nextword.audit.findings import Finding
+from nextword.audit.group_templates import Groups, read_groups
+from nextword.commands.audit import audit_in_words
+from nextword.commands.cli import run as run_command
+from nextword.common.errors import MissingExtra, NextwordError, UsageError
+from nextword.common.fs import read_json
+from nextword.common.run_dir import RunFolder
+from nextword.data.documents import Problems
+from nextword.data.tokenizer import Tokenizer, train_bpe
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.model.stock import save_model
-from nextword.prediction import Predictor
-from nextword.runs import RunFolder
-from nextword.tasks.encoding import Form
+from nextword.model.hf import save_model
+from nextword.pipeline.predictor import Predictor
+from nextword.tasks.dataset import Form
 from nextword.tasks.examples import Example
-from nextword.text.documents import Problems
-from nextword.text.tokenizer import Tokenizer, train_bpe
-from nextword.training.objectives import example_logits
-from nextword.verbs.audited import audit_in_words
+from nextword.training.losses import example_logits
 
 GROUPS = """\
 groups:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextword.errors import UsageError
+from nextword.common.errors import UsageError
 from nextword.tasks.baselines import (
     NaiveBayes,
     compared,
@@ -26,7 +26,7 @@ from nextword.tasks.baselines import (
     overlap_choice,
     words,
 )
-from nextword.tasks.scores import choices, classification, similarity, writing
+from nextword.tasks.metrics import choices, classification, similarity, writing
 
 # The library compared with, whose own types do not say what it gives.
 sklearn_text: Any = importlib.import_module("sklearn.feature_extraction.text")

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextword.text.batches import IGNORE, TokenDataset, permute, seed_for
+from nextword.data.dataset import IGNORE, TokenDataset, permute, seed_for
 
 
 class Row:

@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nextword.auditing.bias import FEWEST, audit_suite, leans, scored
-from nextword.auditing.findings import Finding
-from nextword.auditing.gaps import audit_gaps
-from nextword.auditing.groups import read_groups
-from nextword.errors import UsageError
-from nextword.judging.scoring import Scorer
-from nextword.loading import Model, load
+from nextword.audit.bias import FEWEST, audit_suite, leans, scored
+from nextword.audit.findings import Finding
+from nextword.audit.group_gaps import audit_gaps
+from nextword.audit.group_templates import read_groups
+from nextword.common.errors import UsageError
+from nextword.data.tokenizer import Tokenizer, train_bpe
+from nextword.inference.loglikelihood import Scorer
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.model.stock import save_model
-from nextword.tasks.scores import Score
-from nextword.text.tokenizer import Tokenizer, train_bpe
+from nextword.model.hf import save_model
+from nextword.pipeline.language_model import Model, load
+from nextword.tasks.metrics import Score
 
 STEPS = 120  # of a training
 DATA = Path(os.environ.get("NEXTWORD_DATA", Path(__file__).parents[2] / "shared" / "data"))

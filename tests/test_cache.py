@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nextword.inference.cache import KeyValueCache
+from nextword.inference.kv_cache import KeyValueCache
 from nextword.model.config import PRESETS, build_config
 from nextword.model.gpt import GPT
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import nextword as package
-from nextword.evaluation.card import without_paths
-from nextword.evaluation.outcome import name_of
-from nextword.text.chat import encode_conversation
+from nextword.data.chat_format import encode_conversation
+from nextword.reporting.card import without_paths
+from nextword.reporting.task_results import name_of
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")

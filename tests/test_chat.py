@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
-from nextword.errors import UsageError
-from nextword.text.chat import (
+from nextword.common.errors import UsageError
+from nextword.data.chat_format import (
     ASSISTANT,
     CHAT_MARKERS,
     ROLES,
@@ -24,7 +24,7 @@ from nextword.text.chat import (
     save_template,
     turn_ends,
 )
-from nextword.text.tokenizer import END_OF_TEXT, END_OF_TURN, Tokenizer, train_bpe, train_char
+from nextword.data.tokenizer import END_OF_TEXT, END_OF_TURN, Tokenizer, train_bpe, train_char
 
 CONVERSATIONS = {
     "short": [("user", "Hi"), ("assistant", "Hello.")],

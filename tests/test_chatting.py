@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from nextword.chatting import GREETING, HELP, chat, terminal_reader
-from nextword.errors import NextwordError, UsageError
+from nextword.commands.chat import GREETING, HELP, chat, terminal_reader
+from nextword.common.errors import NextwordError, UsageError
+from nextword.data.chat_format import ASSISTANT, CHAT_MARKERS, USER, encode_conversation
+from nextword.data.tokenizer import END_OF_TEXT, END_OF_TURN, Tokenizer, train_bpe
 from nextword.inference import engine as engine_module
 from nextword.inference.engine import Engine
 from nextword.inference.sampling import Sampling
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.text.chat import ASSISTANT, CHAT_MARKERS, USER, encode_conversation
-from nextword.text.tokenizer import END_OF_TEXT, END_OF_TURN, Tokenizer, train_bpe
 
 TEXT = "The house on the hill. Wër, ñu ngi dem ca àll ba. 🙂 is text too, isn't it?\n"
 Lines = list[str | type[BaseException]]

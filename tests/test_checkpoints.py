@@ -23,17 +23,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import nextword as package
-from nextword import files
-from nextword.errors import CorruptFile, DiskFull, NextwordError
+from nextword.common import fs
+from nextword.common.errors import CorruptFile, DiskFull, NextwordError
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.model.stock import read_parts
+from nextword.model.hf import read_parts
 from nextword.training import checkpoint
 from nextword.training.checkpoint import Saver, checkpoints, newest_whole, write_tensors
 from nextword.training.distributed import LOST, World, joined
-from nextword.training.objectives import Step, next_word
+from nextword.training.losses import Step, next_word
 from nextword.training.optimizer import Optimizer
-from nextword.training.sharing import block, block_of, chunk, fill, part, share, whole
+from nextword.training.parallel import block, block_of, chunk, fill, part, share, whole
 from test_pretraining import SETTINGS, state_hashes
 
 
@@ -79,7 +79,7 @@ def test_what_is_written_is_read_by_safetensors_and_its_hash_is_the_files(tmp_pa
         known, _ = write_tensors(
             path, {name: ((0,) * tensor.ndim, tensor) for name, tensor in tensors.items()}, beside
         ).result()
-    assert known == {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+    assert known == {"bytes": path.stat().st_size, "sha256": fs.sha256(path)}
     found = load_file(path)
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -196,7 +196,7 @@ def test_a_kill_inside_a_save_beside_the_steps_leaves_the_last_one_whole(tmp_pat
     (folder / ".step-00000003.partial").mkdir()
     again = saved(tmp_path, 2)
     assert newest_whole(tmp_path) == again
-    assert {path.name for path in again.iterdir()} == {"weights.safetensors", "optimizer.safetensors", files.MANIFEST}
+    assert {path.name for path in again.iterdir()} == {"weights.safetensors", "optimizer.safetensors", fs.MANIFEST}
     assert not list(folder.glob(".*")), "what the killed one left is gone"
 
 
@@ -206,7 +206,7 @@ def test_a_full_disk_in_the_thread_ends_the_run_with_its_code_and_the_resume_is_
 
     def full(path: Path, tensors: Any, beside: Any) -> Any:
         if path.parent.name != ".step-00000005.partial":
-            with files.writing(path):
+            with fs.writing(path):
                 raise OSError(errno.ENOSPC, "No space left on device")
         return write_tensors(path, tensors, beside)
 
@@ -349,7 +349,7 @@ def test_each_process_writes_its_rows_and_they_open_in_one_process_and_in_severa
     last = newest_whole(shared / "all")
     assert last is not None
     names = {f"{kind}-0000{part}-of-00002.safetensors" for kind in ("weights", "optimizer") for part in (1, 2)}
-    assert {path.name for path in last.iterdir()} == {*names, files.MANIFEST}
+    assert {path.name for path in last.iterdir()} == {*names, fs.MANIFEST}
     first, second = (load_file(last / f"weights-0000{part}-of-00002.safetensors") for part in (1, 2))
     embedding = "token_embedding.weight"
     assert (len(first[embedding]), len(second[embedding])) == (18, 17), "nobody wrote more than their rows"

@@ -136,8 +136,8 @@ def test_errors_say_what_and_what_to_do(nextword: Run, run, texts, tmp_path, arg
 
 
 def test_times_and_counts_as_people_write_them():
-    from nextword.errors import UsageError
-    from nextword.recipes import count, seconds
+    from nextword.common.errors import UsageError
+    from nextword.training.config import count, seconds
 
     assert [seconds(t) for t in ("90", "90s", "30m", "2h", "1h30m", "1.5h", 45, "2d")] == [
         90, 90, 1800, 7200, 5400, 5400, 45, 172800,
@@ -162,7 +162,7 @@ def test_times_and_counts_as_people_write_them():
 def test_recipes_build(texts):
     """Every named recipe makes a model, at every preset."""
     from nextword.model.config import PRESETS, build_config
-    from nextword.recipes import RECIPES, Recipe, recipe_named
+    from nextword.training.config import RECIPES, Recipe, recipe_named
 
     for name in RECIPES:
         for preset in PRESETS:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nextword import compiled
+from nextword.common import native_build
 
 SOURCE = '#include "vectors.h"\nextern "C" int answer() { return 42; }\n'
 
@@ -13,8 +13,8 @@ SOURCE = '#include "vectors.h"\nextern "C" int answer() { return 42; }\n'
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file to build, and an empty cache folder."""
-    monkeypatch.delenv(compiled.OFF, raising=False)
-    monkeypatch.setattr(compiled, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.delenv(native_build.OFF, raising=False)
+    monkeypatch.setattr(native_build, "cache_folder", lambda: tmp_path / "cache")
     path = tmp_path / "answer.cpp"
     path.write_text(SOURCE)
     return path
@@ -22,16 +22,16 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="this processor has no AVX2")
 def test_built_once_and_anew_for_another_source(source: Path, tmp_path: Path) -> None:
-    loaded, why = compiled.library(source)
+    loaded, why = native_build.library(source)
     assert loaded is not None, why
     assert loaded.answer() == 42
-    assert compiled.library(source)[0] is loaded
+    assert native_build.library(source)[0] is loaded
     (built,) = (tmp_path / "cache").iterdir()
     before = built.stat().st_mtime_ns
-    compiled.library.__wrapped__(source)  # as another process would ask
+    native_build.library.__wrapped__(source)  # as another process would ask
     assert built.stat().st_mtime_ns == before
     source.write_text(SOURCE.replace("42", "43"))
-    again, _ = compiled.library.__wrapped__(source)
+    again, _ = native_build.library.__wrapped__(source)
     assert again is not None
     assert again.answer() == 43
     assert len(list((tmp_path / "cache").iterdir())) == 2
@@ -48,7 +48,7 @@ def test_without_a_compiler_that_works_it_says_why(
     if compiler is not None:
         (folder / "g++").write_text(compiler)
         (folder / "g++").chmod(0o755)
-    loaded, why = compiled.library(source)
+    loaded, why = native_build.library(source)
     assert loaded is None
     assert ("no such header" if compiler else "no C++ compiler was found") in why
 
@@ -57,16 +57,16 @@ def test_a_cache_folder_that_cannot_be_written_is_no_reason_to_fail(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.setattr(compiled.shutil, "which", lambda name: "/usr/bin/c++")
+    monkeypatch.setattr(native_build.shutil, "which", lambda name: "/usr/bin/c++")
     (tmp_path / "cache").write_text("a file, not a folder")
-    loaded, why = compiled.library(source)
+    loaded, why = native_build.library(source)
     assert loaded is None
     assert "cache" in why
 
 
 def test_other_processors_and_the_switch(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NEON")
-    assert compiled.library(source) == (None, "this processor has no AVX2 (NEON)")
-    compiled.library.cache_clear()
-    monkeypatch.setenv(compiled.OFF, "0")
-    assert compiled.library(source) == (None, "NEXTWORD_NATIVE=0 is set")
+    assert native_build.library(source) == (None, "this processor has no AVX2 (NEON)")
+    native_build.library.cache_clear()
+    monkeypatch.setenv(native_build.OFF, "0")
+    assert native_build.library(source) == (None, "NEXTWORD_NATIVE=0 is set")

@@ -7,12 +7,12 @@ import os
 import numpy as np
 import pytest
 
-from nextword.errors import CorruptFile, NextwordError, UsageError
-from nextword.files import read_json_lines
-from nextword.text import corpus as corpus_module
-from nextword.text import shards
-from nextword.text.corpus import Corpus, prepare
-from nextword.text.tokenizer import Tokenizer
+from nextword.common.errors import CorruptFile, NextwordError, UsageError
+from nextword.common.fs import read_json_lines
+from nextword.data import corpus as corpus_module
+from nextword.data import shards
+from nextword.data.corpus import Corpus, prepare
+from nextword.data.tokenizer import Tokenizer
 
 
 def article(i, length=40):

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextword.auditing import copies, corpus
-from nextword.auditing.corpus import Lines, audit_corpus, overlap, run_in
-from nextword.auditing.findings import Finding
-from nextword.auditing.index import Index, build_index
-from nextword.auditing.personal import KINDS, data_in, luhn, masked, mod97
-from nextword.console import Console
-from nextword.evaluation.declarations import find_suite
+from nextword.audit import corpus, near_duplicates
+from nextword.audit.corpus import Lines, audit_corpus, overlap, run_in
+from nextword.audit.findings import Finding
+from nextword.audit.pii import KINDS, data_in, luhn, masked, mod97
+from nextword.audit.text_index import Index, build_index
+from nextword.common.console import Console
+from nextword.tasks.benchmark_spec import find_suite
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrst"]
 
@@ -138,18 +138,18 @@ def test_resemblance_is_that_of_sets_of_runs(tmp_path, changed):
     index = indexed(tmp_path, {"a.txt": " ".join(words), "b.txt": " ".join(other) + " end"})
     a, b = ({tuple(one[i : i + 5]) for i in range(len(one) - 4)} for one in (words, [*other, "end"]))
     share = len(a & b) / len(a | b)
-    assert copies.resemblance(index, 0, 1) == pytest.approx(share)
+    assert near_duplicates.resemblance(index, 0, 1) == pytest.approx(share)
     assert (named(audit_corpus([], index=index))["documents that are nearly copies"].value > 0) == (share >= 0.8)
 
 
 def test_pieces_change_no_signature(tmp_path, monkeypatch):
     index = indexed(tmp_path, {"a.txt": prose(1), "b.txt": prose(2, 5000)})
-    whole = [copies._runs_of(index, i) for i in (0, 1)]
+    whole = [near_duplicates._runs_of(index, i) for i in (0, 1)]
     pieces = [[text for _, text in index.pieces(i)] for i in (0, 1)]
     cut = [[text[i : i + 50] for text in several for i in range(0, len(text), 50)] for several in pieces]
     monkeypatch.setattr(Index, "pieces", lambda self, i: enumerate("".join(part) for part in (cut[i],)))
-    assert all((copies._runs_of(index, i) == whole[i]).all() for i in (0, 1))
-    reader = copies.NearCopies(index, tmp_path)
+    assert all((near_duplicates._runs_of(index, i) == whole[i]).all() for i in (0, 1))
+    reader = near_duplicates.NearCopies(index, tmp_path)
     signatures = []
     for several in (pieces[1], [" ".join(pieces[1][0].split()[i : i + 7]) for i in range(0, 5000, 7)]):
         for text in several:

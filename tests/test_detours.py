@@ -19,18 +19,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nextword
-from nextword.console import Console
-from nextword.errors import CorruptFile, Diverged
-from nextword.files import read_json_lines
-from nextword.job import Job
-from nextword.runs import Interrupted
-from nextword.text.batches import TokenDataset
-from nextword.text.corpus import Corpus
-from nextword.text.origins import NAME
+from nextword.common.console import Console
+from nextword.common.errors import CorruptFile, Diverged
+from nextword.common.fs import read_json_lines
+from nextword.common.run_dir import Interrupted
+from nextword.data.corpus import Corpus
+from nextword.data.dataset import TokenDataset
+from nextword.data.provenance import NAME
 from nextword.training import checkpoint
-from nextword.training.detours import HIGH_IN_A_ROW, SPAN, Detour, Detours, Watch, read_detours, write_detours
-from nextword.training.objectives import Inputs, Loss, next_word
-from nextword.training.pace import Clock, Decision, Pace, read_decisions
+from nextword.training.losses import Inputs, Loss, next_word
+from nextword.training.skipped_ranges import HIGH_IN_A_ROW, SPAN, Detour, Detours, Watch, read_detours, write_detours
+from nextword.training.step_budget import Clock, Decision, Pace, read_decisions
+from nextword.training.trainer import Job
 from test_distributed import free_port
 from test_pretraining import state_hashes
 
@@ -105,7 +105,7 @@ def replay(run: Path, again: Path) -> None:
 def astray(shards, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("astray") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nextword.pretraining.next_word", poisoned(shards, ASTRAY))
+        patch.setattr("nextword.commands.pretrain.next_word", poisoned(shards, ASTRAY))
         pretrain(run, shards)
     return run
 
@@ -259,7 +259,7 @@ def test_and_is_the_run_that_never_saw_it(astray, tmp_path):
 
 def test_a_save_that_is_under_way_is_what_a_turn_goes_back_to(astray, shards, tmp_path, monkeypatch):
     """As where it was done before the loss went astray."""
-    monkeypatch.setattr("nextword.pretraining.next_word", poisoned(shards, ASTRAY))
+    monkeypatch.setattr("nextword.commands.pretrain.next_word", poisoned(shards, ASTRAY))
     stages = hold(monkeypatch.setattr)
     pretrain(tmp_path / "run", shards)
     assert stages == [1], "it is written when the run turns back"
@@ -270,11 +270,11 @@ def test_a_save_that_is_under_way_is_what_a_turn_goes_back_to(astray, shards, tm
 PROGRAM = """
 import os, signal, sys
 from pathlib import Path
-import nextword.pretraining, nextword.runs, nextword.job
+import nextword.commands.pretrain, nextword.common.run_dir, nextword.training.trainer
 from test_detours import ASTRAY, hold, poisoned, pretrain
 
 run, shards, moment = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-nextword.pretraining.next_word = poisoned(shards, ASTRAY)
+nextword.commands.pretrain.next_word = poisoned(shards, ASTRAY)
 
 def dying(function):
     def until_now(self, *args):
@@ -292,8 +292,8 @@ def counting(function):
 
 if moment == "saving":
     hold(setattr)
-nextword.runs.RunFolder.cut_back = dying(nextword.runs.RunFolder.cut_back)
-nextword.runs.RunFolder.append = counting(nextword.runs.RunFolder.append)
+nextword.common.run_dir.RunFolder.cut_back = dying(nextword.common.run_dir.RunFolder.cut_back)
+nextword.common.run_dir.RunFolder.append = counting(nextword.common.run_dir.RunFolder.append)
 pretrain(run, shards)
 """
 
@@ -320,14 +320,14 @@ def test_killed_on_the_way_back_and_resumed_equals_uninterrupted(astray, shards,
     assert len([line for line in read_json_lines(run / "metrics.jsonl") if "loss" in line]) == (
         27 if moment == "turning" else 23
     )
-    monkeypatch.setattr("nextword.pretraining.next_word", poisoned(shards, ASTRAY))
+    monkeypatch.setattr("nextword.commands.pretrain.next_word", poisoned(shards, ASTRAY))
     pretrain(run, shards)
     assert state_hashes(run) == state_hashes(astray)
 
 
 def test_without_a_checkpoint_the_run_goes_on_from_its_last_sound_step(shards, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    monkeypatch.setattr("nextword.pretraining.next_word", poisoned(shards, range(3, 8)))
+    monkeypatch.setattr("nextword.commands.pretrain.next_word", poisoned(shards, range(3, 8)))
     pretrain(run, shards, steps=12, save_every=50)
     [made] = read_detours(run / "detours.jsonl").made
     assert (made.back, made.begin, made.end) == (3, 3, 8)
@@ -341,7 +341,7 @@ def test_without_a_checkpoint_the_run_goes_on_from_its_last_sound_step(shards, t
 
 def test_a_spike_is_gone_past_with_what_came_before_it(shards, tmp_path, monkeypatch):
     """Without a checkpoint to go back to, it is only said."""
-    monkeypatch.setattr("nextword.pretraining.next_word", poisoned(shards, range(118, 123), tripled))
+    monkeypatch.setattr("nextword.commands.pretrain.next_word", poisoned(shards, range(118, 123), tripled))
     pretrain(tmp_path / "run", shards, steps=130, save_every=50)
     [made] = read_detours(tmp_path / "run" / "detours.jsonl").made
     assert (made.reason, made.back, made.begin, made.end) == ("spike", 100, 113, 123)
@@ -369,7 +369,7 @@ def test_a_single_bad_step_is_left_out_named_and_not_saved(shards, tmp_path, mon
         save(self)
 
     monkeypatch.setattr(Job, "_save", noting)
-    monkeypatch.setattr("nextword.pretraining.next_word", poisoned(shards, [4, 5]))
+    monkeypatch.setattr("nextword.commands.pretrain.next_word", poisoned(shards, [4, 5]))
     pretrain(tmp_path / "run", shards, steps=10, save_every=5)
     assert saved == [(7, 0), (10, 0)], "what was due at step 5 has waited"
     assert not (tmp_path / "run" / "detours.jsonl").exists()
@@ -386,14 +386,14 @@ def test_a_signal_in_doubt_saves_nothing_and_says_so(shards, tmp_path, monkeypat
         os.kill(os.getpid(), signal.SIGTERM)
         return infinite(loss)
 
-    monkeypatch.setattr("nextword.pretraining.next_word", poisoned(shards, [12], stopping))
+    monkeypatch.setattr("nextword.commands.pretrain.next_word", poisoned(shards, [12], stopping))
     with pytest.raises(Interrupted, match=r"step 13, .* the last checkpoint stands.*--resume"):
         pretrain(tmp_path / "run", shards)
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "run")] == ["step-00000010"]
 
 
 def test_what_stays_bad_after_three_detours_ends_the_run(shards, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("nextword.pretraining.next_word", poisoned(shards, range(22, 80)))
+    monkeypatch.setattr("nextword.commands.pretrain.next_word", poisoned(shards, range(22, 80)))
     with pytest.raises(Diverged, match=r"not a finite number in 5 steps in a row, the last of them step 27\."):
         nextword.pretrain(
             shards, tmp_path / "run", steps=60, model=MODEL, training=TRAINING, seed=SEED, console=Console()

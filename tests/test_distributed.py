@@ -18,12 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from nextword.errors import UsageError
+from nextword.common.errors import UsageError
+from nextword.data.dataset import TokenDataset
 from nextword.model.config import build_config
-from nextword.text.batches import TokenDataset
 from nextword.training import checkpoint
 from nextword.training.distributed import World
-from nextword.training.sharing import arrange, refuse_uneven, spread_evenly
+from nextword.training.parallel import arrange, refuse_uneven, spread_evenly
 from test_batches import Row
 from test_checkpoints import free_port
 from test_pretraining import state_hashes
@@ -258,8 +258,8 @@ import numpy as np, torch
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT, dropout_masks
 from nextword.training.distributed import joined
-from nextword.training.objectives import Inputs, Step, next_word
-from nextword.training.sharing import fill, share, whole
+from nextword.training.losses import Inputs, Step, next_word
+from nextword.training.parallel import fill, share, whole
 
 def loss_of(step):
     loss = sum(loss.total for loss in step(inputs).values())
@@ -310,8 +310,8 @@ import resource, torch
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
 from nextword.training.distributed import joined
-from nextword.training.objectives import Step, next_word
-from nextword.training.sharing import fill, part, share, whole
+from nextword.training.losses import Step, next_word
+from nextword.training.parallel import fill, part, share, whole
 
 def begun(config):
     step = Step(GPT.hollow(config), next_word)
@@ -340,11 +340,11 @@ import torch
 import numpy as np
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.text.batches import TokenDataset
+from nextword.data.dataset import TokenDataset
 from nextword.training.distributed import joined, ALONE
-from nextword.training.objectives import Step, next_word
-from nextword.training.sharing import share
-from nextword.training.train import StepSettings, bytes_of_weights, bytes_per_row
+from nextword.training.losses import Step, next_word
+from nextword.training.parallel import share
+from nextword.training.step import StepSettings, bytes_of_weights, bytes_per_row
 
 class Row:
     def __len__(self): return 4096

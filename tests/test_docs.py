@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import nextword
-from nextword.cli import app
-from nextword.evaluation.declarations import read_declarations
+from nextword.commands.cli import app
 from nextword.model.config import PRESETS, build_config
 from nextword.model.gpt import GPT
+from nextword.tasks.benchmark_spec import read_declarations
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [

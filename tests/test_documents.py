@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nextword.errors import MissingExtra, NextwordError, UsageError
-from nextword.text import documents, records, streams
-from nextword.text.documents import Problems, find_files, pieces, read_documents
+from nextword.common.errors import MissingExtra, NextwordError, UsageError
+from nextword.data import decoding, documents, readers
+from nextword.data.documents import Problems, find_files, pieces, read_documents
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -160,7 +160,7 @@ def test_a_broken_stream_keeps_what_came_before(tmp_path):
 
 
 def test_a_long_line_is_skipped_in_tables_and_kept_in_texts(tmp_path, monkeypatch):
-    for module in (streams, documents, records):
+    for module in (decoding, documents, readers):
         monkeypatch.setattr(module, "LONGEST_LINE", 300_000)
     long = "word " * 200_000
     texts, problems = read(tmp_path / "a.jsonl", f'{{"text": "a"}}\n{{"text": "{long}"}}\n{{"text": "b"}}\n')
@@ -184,7 +184,7 @@ def test_memory_stays_flat(tmp_path):
 
 
 def test_a_quote_that_never_closes_costs_one_line_however_late_it_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(readers, "LONGEST_LINE", 1000)
     rows = "".join(f"row {i} of many\n" for i in range(500))
     texts, problems = read(tmp_path / "a.csv", f'text\n"open\n{rows}')
     assert [t for _, t in texts] == rows.splitlines() and problems.found[0].line == 2
@@ -200,7 +200,7 @@ def test_pieces_are_the_text_whatever_the_chunks(text, limit, size):
 
 
 def test_pieces_have_the_tokens_of_the_whole():
-    from nextword.text.tokenizer import train_bpe
+    from nextword.data.tokenizer import train_bpe
 
     text = "It's a line of words.\nAnother, indented:\n\n    with code()  \n\tand tabs 123\n" * 30
     tokenizer = train_bpe([text], 400)

@@ -6,14 +6,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nextword.data.corpus import Corpus
+from nextword.data.dataset import IGNORE, places
+from nextword.data.documents import Problems
+from nextword.data.tokenizer import DELIMITER, EXTRACT, START
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.tasks.encoding import Encoded, Encoder, Form, TaskDataset, Text, answer_room, fit
+from nextword.tasks.dataset import Encoded, Encoder, Form, TaskDataset, Text, answer_room, fit
 from nextword.tasks.examples import Example
-from nextword.text.batches import IGNORE, places
-from nextword.text.corpus import Corpus
-from nextword.text.documents import Problems
-from nextword.text.tokenizer import DELIMITER, EXTRACT, START
 
 FORMS = {
     "classify": Form("classify", "label", ("no", "yes")),

@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
-from nextword.errors import NextwordError, UsageError
-from nextword.inference import native
-from nextword.inference.cache import KeyValueCache
+from nextword.common.errors import NextwordError, UsageError
+from nextword.data.tokenizer import Tokenizer, train_bpe, train_char
+from nextword.inference import native_runner
+from nextword.inference.detokenizer import TextStream
 from nextword.inference.engine import Engine, Event
-from nextword.inference.reading import CompiledReader, Piece, PlainReader, Reader
+from nextword.inference.kv_cache import KeyValueCache
+from nextword.inference.model_runner import CompiledReader, Piece, PlainReader, Reader
 from nextword.inference.sampling import Sampling, draw
-from nextword.inference.stream import TextStream
 from nextword.model.config import PRESETS, build_config
 from nextword.model.gpt import GPT
-from nextword.text.tokenizer import Tokenizer, train_bpe, train_char
 
 CONTEXT = 16
 TEXT = "The house on the hill. Wër, ñu ngi dem ca àll ba. 日本語の文 🙂🙂 is text too, isn't it?\n"
@@ -346,8 +346,8 @@ LONG = "The house on the hill, the house on the hill. 日本語の文 🙂🙂 i
 
 def reader_for(kind: str, model: GPT) -> Reader:
     if kind == "compiled":
-        if native.library()[0] is None:
-            pytest.skip(f"no compiled code: {native.library()[1]}")
+        if native_runner.library()[0] is None:
+            pytest.skip(f"no compiled code: {native_runner.library()[1]}")
         return CompiledReader(model)
     return PlainReader(model, apart=kind == "apart")
 

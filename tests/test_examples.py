@@ -8,17 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nextword.errors import NextwordError, UsageError
-from nextword.tasks.columns import choice_columns, find_columns
-from nextword.tasks.examples import (
-    Example,
-    Examples,
-    guess_task,
-    inputs_of,
-    label_names,
-    read_examples,
-)
-from nextword.text.streams import Problems
+from nextword.common.errors import NextwordError, UsageError
+from nextword.data.decoding import Problems
+from nextword.tasks.examples import Example, Examples, guess_task, inputs_of, label_names, read_examples
+from nextword.tasks.schema import choice_columns, find_columns
 
 DATA = Path(os.environ.get("NEXTWORD_DATA", Path(__file__).parents[1] / "../shared/data"))
 

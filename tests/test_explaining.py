@@ -14,20 +14,21 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nextword import api, load
-from nextword.cli import run as run_command
-from nextword.errors import UsageError
-from nextword.explaining.explain import explain, of_word
-from nextword.explaining.gradients import average_word, leaning
-from nextword.explaining.inside import embedded_as, look_inside, most_tokens, said_by_layer
-from nextword.explaining.page import direction, policy, resource, write_page
-from nextword.files import seal
-from nextword.loading import Model
+from nextword import load
+from nextword.commands import api
+from nextword.commands.cli import run as run_command
+from nextword.common.errors import UsageError
+from nextword.common.fs import seal
+from nextword.data.tokenizer import Tokenizer, train_bpe
+from nextword.interpretability.activations import embedded_as, look_inside, most_tokens, said_by_layer
+from nextword.interpretability.attribution import average_word, leaning
+from nextword.interpretability.explain import explain, of_word
 from nextword.model.config import PRESETS, build_config
 from nextword.model.gpt import GPT, with_head, with_vocabulary
-from nextword.model.stock import save_model
-from nextword.tasks.encoding import HEADS, Form
-from nextword.text.tokenizer import Tokenizer, train_bpe
+from nextword.model.hf import save_model
+from nextword.pipeline.language_model import Model
+from nextword.reporting.explain_page import direction, policy, resource, write_page
+from nextword.tasks.dataset import HEADS, Form
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()

@@ -14,16 +14,16 @@ import pytest
 import torch
 
 import nextword
-from nextword import cli
-from nextword.errors import MissingExtra, NextwordError, UsageError
-from nextword.exporting import proof
-from nextword.exporting.gguf import write_gguf
-from nextword.exporting.onnx import write_onnx
-from nextword.inference.quantize import pack
+from nextword.commands import cli
+from nextword.common.errors import MissingExtra, NextwordError, UsageError
+from nextword.data.tokenizer import Tokenizer, train_bpe, train_char
+from nextword.export import verification
+from nextword.export.gguf import write_gguf
+from nextword.export.onnx import write_onnx
+from nextword.inference.quantization import pack
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.model.stock import save_model
-from nextword.text.tokenizer import Tokenizer, train_bpe, train_char
+from nextword.model.hf import save_model
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 TEXT = ["The house on the hill. Wër, ñu ngi dem ca àll ba. 日本語 🙂\n"] * 3
@@ -158,7 +158,7 @@ def test_onnx_runtime_reads_the_models_own_logits(tmp_path: Path, preset: str, o
 def test_a_file_that_is_not_the_model_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
-    from nextword.exporting import onnx
+    from nextword.export import onnx
 
     model = directory(tmp_path / "model", "gpt2")
 
@@ -170,14 +170,14 @@ def test_a_file_that_is_not_the_model_is_not_left(tmp_path: Path, monkeypatch: p
     with pytest.raises(NextwordError, match="is not the model: read back by ONNX Runtime"):
         nextword.export(model, "onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert proof.difference(torch.zeros(2), torch.tensor([0.0, torch.nan])) == float("inf")
+    assert verification.difference(torch.zeros(2), torch.tensor([0.0, torch.nan])) == float("inf")
 
 
 def test_where_nothing_can_read_it_the_proof_is_owing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = directory(tmp_path / "model", "gpt2")
-    monkeypatch.setattr("nextword.exporting.gguf.find_spec", lambda name: None)
+    monkeypatch.setattr("nextword.export.gguf.find_spec", lambda name: None)
     assert cli.run(["export", str(model)]) == 0
     assert "the proof that it says the same is owing: install llama-cpp-python" in capsys.readouterr().out
     assert cli.run(["export", str(model), "--json"]) == 0
@@ -187,8 +187,8 @@ def test_where_nothing_can_read_it_the_proof_is_owing(
 
 
 def test_lines_are_of_many_scripts_and_the_same_ones_each_time() -> None:
-    lines = proof.lines(1000)
-    assert len(lines) == 1000 and len(set(lines)) > 950 and lines == proof.lines(1000)
+    lines = verification.lines(1000)
+    assert len(lines) == 1000 and len(set(lines)) > 950 and lines == verification.lines(1000)
     scripts = (
         "LATIN", "GREEK", "CYRILLIC", "ARABIC", "HEBREW", "DEVANAGARI", "CJK", "HIRAGANA", "HANGUL", "THAI", "GEORGIAN",
         "ARMENIAN", "ETHIOPIC",
@@ -233,7 +233,7 @@ def test_the_comparison_with_llama_cpp_finds_what_is_not_equal(tmp_path: Path, m
     from types import SimpleNamespace
 
     model = directory(tmp_path / "model", "gpt2")
-    monkeypatch.setattr("nextword.exporting.gguf.find_spec", lambda name: object())
+    monkeypatch.setattr("nextword.export.gguf.find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=FakeLlama, GGML_TYPE_F32=0))
     for precision in ("float32", "int8"):
         made = nextword.export(model, out=tmp_path / "a.gguf", precision=precision)
@@ -246,7 +246,7 @@ def test_the_comparison_with_llama_cpp_finds_what_is_not_equal(tmp_path: Path, m
             with pytest.raises(NextwordError, match=words):
                 nextword.export(model, out=tmp_path / "b.gguf")
     with monkeypatch.context() as patch:  # a difference that GELU in half precision explains, and nothing else would
-        patch.setattr(FakeLlama, "mode", proof.HalfGelu)
+        patch.setattr(FakeLlama, "mode", verification.HalfGelu)
         with pytest.raises(NextwordError, match=r"rounds GELU to half precision .*--tolerance \de-0\d"):
             nextword.export(model, out=tmp_path / "b.gguf", tolerance=1e-5)
         made = nextword.export(model, out=tmp_path / "c.gguf")
@@ -263,7 +263,7 @@ def test_gelu_is_rounded_as_llama_cpp_does_it() -> None:
         gelu = (0.5 * table * (1 + np.tanh(np.sqrt(2 / np.pi) * (table + 0.044715 * table**3)))).astype(np.float16)
     expected = gelu[x.numpy().astype(np.float16).view(np.uint16)].astype(np.float32)
     expected = np.where(x <= -10, 0, np.where(x >= 10, x, expected))
-    with proof.HalfGelu():
+    with verification.HalfGelu():
         found = torch.nn.functional.gelu(x, approximate="tanh")
         assert torch.equal(torch.relu(x), x.clamp(min=0)), "nothing else is changed"
     np.testing.assert_allclose(

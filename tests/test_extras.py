@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import nextword
-from nextword.errors import MissingExtra
+from nextword.common.errors import MissingExtra
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.training.objectives import Inputs, next_word
-from nextword.training.train import build_step_module
+from nextword.training.losses import Inputs, next_word
+from nextword.training.step import build_step_module
 
 SETTINGS: dict[str, Any] = {
     "model": {"n_layers": 1, "n_heads": 2, "d_model": 32, "context_length": 32},

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 
 import nextword as package
 from conftest import Run, command
-from nextword import files
-from nextword.errors import CorruptFile, DiskFull, NextwordError, UsageError
+from nextword.common import fs
+from nextword.common.errors import CorruptFile, DiskFull, NextwordError, UsageError
 from nextword.training import checkpoint
 from nextword.training.distributed import patience
 from test_pretraining import start, state_hashes, steps_of, wait_for
@@ -74,15 +74,15 @@ def test_every_flipped_bit_and_every_cut_of_a_checkpoint_and_of_shards_is_found(
     rng = random.Random(int(cut))
     folders = [shutil.copytree(checkpoint.checkpoints(whole)[-1], tmp_path / "checkpoint")]
     folders.append(shutil.copytree(shards, tmp_path / "shards"))
-    paths = [path for folder in folders for path in sorted(folder.iterdir()) if path.name != files.MANIFEST]
+    paths = [path for folder in folders for path in sorted(folder.iterdir()) if path.name != fs.MANIFEST]
     assert len(paths) >= 5
     for n in range(FLIPS):
         path = paths[n % len(paths)]
         with damaged(path, rng, cut), pytest.raises(CorruptFile) as error:
-            files.check_seal(path.parent)
+            fs.check_seal(path.parent)
         assert str(path) in str(error.value)
     for folder in folders:
-        files.check_seal(folder)
+        fs.check_seal(folder)
     print(f"\n{FLIPS} of {FLIPS} found, over {len(paths)} files")
 
 
@@ -91,11 +91,11 @@ def test_damage_to_a_manifest_is_found_or_changes_nothing_that_it_says(whole, tm
     """White space and the name of its own hash may change, and nothing else."""
     folder = shutil.copytree(checkpoint.checkpoints(whole)[-1], tmp_path / "checkpoint")
     rng, found = random.Random(2 + cut), 0
-    facts = files.check_seal(folder)
+    facts = fs.check_seal(folder)
     for _ in range(FLIPS):
-        with damaged(folder / files.MANIFEST, rng, cut):
+        with damaged(folder / fs.MANIFEST, rng, cut):
             try:
-                assert files.check_seal(folder) == facts, "a change that is neither found nor harmless"
+                assert fs.check_seal(folder) == facts, "a change that is neither found nor harmless"
             except CorruptFile as error:
                 assert str(folder) in str(error)
                 found += 1
@@ -140,7 +140,7 @@ class Fails:
         self.counting = threading.Lock()  # checkpoints are written by a thread
         for owner, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (os, "mkdir"), (Path, "open")):
             monkeypatch.setattr(owner, name, self.guarded(getattr(owner, name)))
-        monkeypatch.setattr("nextword.model.stock.save_file", self.guarded(save_file))
+        monkeypatch.setattr("nextword.model.hf.save_file", self.guarded(save_file))
 
     def guarded(self, call: Any) -> Any:
         opens = call is Path.open
@@ -178,7 +178,7 @@ def test_a_write_that_fails_leaves_the_last_checkpoint_whole(whole, shards, tmp_
             break
         tried += 1
         for left in checkpoint.checkpoints(run):
-            files.check_seal(left)
+            fs.check_seal(left)
         if not (run / "run.json").exists():  # not begun: the same command begins it
             package.pretrain(shards, run, steps=STEPS, resume=True, **SETTINGS)
         package.pretrain(out=run, resume=True)
@@ -224,7 +224,7 @@ def test_a_disk_that_fills_up_on_the_way(shards, tmp_path):
         assert "Traceback" not in err
         assert checkpoint.checkpoints(run)
         for left in checkpoint.checkpoints(run):
-            files.check_seal(left)
+            fs.check_seal(left)
         (disk / "other").unlink()
         process = start(run, shards, "--steps", "100000")
         stopped = steps_of(run)
@@ -237,7 +237,7 @@ def test_a_disk_that_fills_up_on_the_way(shards, tmp_path):
 
 
 def test_another_text_or_tokenizer_is_refused_and_harmless_settings_are_not(whole, texts, tmp_path):
-    from nextword.text.corpus import prepare
+    from nextword.data.corpus import prepare
 
     run = unfinished(whole, tmp_path / "run")
     facts = json.loads((run / "run.json").read_text())
@@ -263,7 +263,7 @@ def test_another_text_or_tokenizer_is_refused_and_harmless_settings_are_not(whol
 def test_a_second_signal_leaves_at_once(tmp_path):
     """While the first is waited for, whatever the process is at."""
     code = (
-        "import time\nfrom nextword.runs import catching_signals\n"
+        "import time\nfrom nextword.common.run_dir import catching_signals\n"
         "with catching_signals() as caught:\n    print('on', flush=True)\n"
         "    while not caught: time.sleep(0.01)\n    print('first', flush=True)\n    time.sleep(60)"
     )

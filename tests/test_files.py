@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextword import files
-from nextword.errors import CorruptFile, DiskFull, NextwordError
+from nextword.common import fs
+from nextword.common.errors import CorruptFile, DiskFull, NextwordError
 
 
 def test_a_manifest_finds_every_flipped_bit_and_every_cut(tmp_path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "a.bin").write_bytes(random.Random(0).randbytes(300))
     (tmp_path / "inner" / "b.txt").write_text("text")
-    files.seal(tmp_path, {"fact": 1})
-    assert files.check_seal(tmp_path)["fact"] == 1
+    fs.seal(tmp_path, {"fact": 1})
+    assert fs.check_seal(tmp_path)["fact"] == 1
     rng = random.Random(1)
     for path in (tmp_path / "a.bin", tmp_path / "inner" / "b.txt"):
         whole = path.read_bytes()
@@ -31,59 +31,59 @@ def test_a_manifest_finds_every_flipped_bit_and_every_cut(tmp_path):
                 del data[rng.randrange(len(data)) :]
             path.write_bytes(bytes(data))
             with pytest.raises(CorruptFile, match=path.name):
-                files.check_seal(tmp_path)
+                fs.check_seal(tmp_path)
         path.write_bytes(whole)
-    files.check_seal(tmp_path)
+    fs.check_seal(tmp_path)
     (tmp_path / "a.bin").unlink()
     with pytest.raises(CorruptFile, match=r"a\.bin: missing"):
-        files.check_seal(tmp_path)
+        fs.check_seal(tmp_path)
 
 
 def test_a_manifest_cannot_point_outside(tmp_path):
     inside = tmp_path / "inside"
     inside.mkdir()
     (tmp_path / "secret").write_text("x")
-    files.write_durably(inside / files.MANIFEST, '{"files": {"../secret": {"bytes": 1, "sha256": "0"}}}')
+    fs.write_durably(inside / fs.MANIFEST, '{"files": {"../secret": {"bytes": 1, "sha256": "0"}}}')
     with pytest.raises(CorruptFile, match="outside of its directory"):
-        files.check_seal(inside)
+        fs.check_seal(inside)
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_as_a_manifest_or_log_are_a_clear_error(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp()
-    (folder / files.MANIFEST).write_bytes(data)
-    for read in (lambda: files.check_seal(folder), lambda: files.read_json_lines(folder / files.MANIFEST)):
+    (folder / fs.MANIFEST).write_bytes(data)
+    for read in (lambda: fs.check_seal(folder), lambda: fs.read_json_lines(folder / fs.MANIFEST)):
         try:
             read()
         except NextwordError as error:
-            assert files.MANIFEST in str(error)
+            assert fs.MANIFEST in str(error)
 
 
 def test_a_line_that_was_never_finished_is_left_out(tmp_path):
     path = tmp_path / "log.jsonl"
-    files.append_durably(path, '{"a": 1}')
+    fs.append_durably(path, '{"a": 1}')
     with path.open("a") as file:
         file.write('{"a": ')
-    assert files.read_json_lines(path) == [{"a": 1}]
-    assert files.read_json_lines(tmp_path / "none") == []
+    assert fs.read_json_lines(path) == [{"a": 1}]
+    assert fs.read_json_lines(tmp_path / "none") == []
 
 
 def test_a_full_disk_has_its_own_error_and_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    files.write_durably(path, "old")
+    fs.write_durably(path, "old")
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(DiskFull, match=r"the disk is full \([\d,]+ bytes free\)"):
-        files.write_durably(path, "new")
+        fs.write_durably(path, "new")
     assert path.read_text() == "old"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full, where every write finds no room, is not here")
 def test_a_real_full_device():
-    with pytest.raises(DiskFull), files.writing(Path("/dev/full")), Path("/dev/full").open("w") as file:
+    with pytest.raises(DiskFull), fs.writing(Path("/dev/full")), Path("/dev/full").open("w") as file:
         file.write("x")
         file.flush()
 
@@ -95,13 +95,13 @@ def test_an_interrupted_move_is_settled(tmp_path):
         aside = tmp_path / "aside"
         aside.mkdir()
         (aside / "x").write_text(content)
-        files.move_into_place(aside, final)
+        fs.move_into_place(aside, final)
     assert (final / "x").read_text() == "second"
     final.rename(tmp_path / ".model.old")
-    files.settle(final)
+    fs.settle(final)
     assert (final / "x").read_text() == "second"
     (tmp_path / ".model.old").mkdir()
-    files.settle(final)
+    fs.settle(final)
     assert not (tmp_path / ".model.old").exists()
     assert (final / "x").read_text() == "second"
 
@@ -110,7 +110,7 @@ def test_write_durably_survives_a_kill(tmp_path):
     """A process that writes without end, killed: what is left is one whole content or the other."""
     path = tmp_path / "file"
     code = (
-        "import sys, pathlib; from nextword.files import write_durably\n"
+        "import sys, pathlib; from nextword.common.fs import write_durably\n"
         "p = pathlib.Path(sys.argv[1]); write_durably(p, 'a' * 100000); print('on', flush=True)\n"
         "while True:\n  write_durably(p, 'a' * 100000); write_durably(p, 'b' * 100000)"
     )

@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from conftest import command
-from nextword import api
-from nextword.base import Base
-from nextword.cli import run
-from nextword.errors import CorruptFile, NextwordError, UsageError
-from nextword.files import read_json, read_json_lines
-from nextword.tasks.data import label_weights
-from nextword.tasks.encoding import Form
+from nextword.commands import api
+from nextword.commands.cli import run
+from nextword.common.errors import CorruptFile, NextwordError, UsageError
+from nextword.common.fs import read_json, read_json_lines
+from nextword.pipeline.base_model import Base
+from nextword.tasks.dataset import Form
 from nextword.tasks.examples import Example
+from nextword.tasks.task_data import label_weights
 
 WORDS = [
     "the",

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 
 import nextword as package
 from conftest import Run
-from nextword import files
-from nextword.errors import CorruptFile, NextwordError
+from nextword.common import fs
+from nextword.common.errors import CorruptFile, NextwordError
+from nextword.data.shards import Tokens
+from nextword.data.tokenizer import Tokenizer, train_bpe
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.model.stock import load_model, save_model
-from nextword.text.shards import Tokens
-from nextword.text.tokenizer import Tokenizer, train_bpe
+from nextword.model.hf import load_model, save_model
 
 try:
     import resource
@@ -131,10 +131,10 @@ def sealed(model: Any = None, entries: Any = None) -> Callable[[Path], None]:
     """A manifest of ours that says so of the model, and so of its files."""
 
     def change(directory: Path) -> None:
-        files.seal(directory, {} if model is None else {"model": model})
+        fs.seal(directory, {} if model is None else {"model": model})
         if entries is not None:
             said = {"files": entries}
-            (directory / files.MANIFEST).write_text(json.dumps({**said, "sha256": files.own_hash(said)}))
+            (directory / fs.MANIFEST).write_text(json.dumps({**said, "sha256": fs.own_hash(said)}))
 
     return change
 
@@ -309,8 +309,8 @@ def test_any_values_in_a_manifest_are_a_clear_error(tmp_path_factory, entries, m
     directory = tmp_path_factory.getbasetemp() / "manifest-fuzz"
     directory.mkdir(exist_ok=True)
     said = {"model": model, "files": entries}
-    (directory / files.MANIFEST).write_text(json.dumps({**said, "sha256": files.own_hash(said)}))
+    (directory / fs.MANIFEST).write_text(json.dumps({**said, "sha256": fs.own_hash(said)}))
     try:
-        files.check_seal(directory)
+        fs.check_seal(directory)
     except CorruptFile as error:
         assert str(directory) in str(error)

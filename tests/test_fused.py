@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from nextword.data.dataset import IGNORE
+from nextword.model import fused
 from nextword.model.config import PRESETS, build_config
+from nextword.model.fused import FusedGPT
 from nextword.model.gpt import GPT, dropout_masks
-from nextword.text.batches import IGNORE
-from nextword.training import fused
-from nextword.training.fused import FusedGPT
-from nextword.training.objectives import Inputs, Step, answer, next_word, row_log_likelihoods
+from nextword.training.losses import Inputs, Step, answer, next_word, row_log_likelihoods
 
 VOCABULARY = 61
 WHY = fused.library()[1]  # a build that fails is a test that fails

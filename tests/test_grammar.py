@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
-from nextword.errors import NextwordError, UsageError
+from nextword.common.errors import NextwordError, UsageError
+from nextword.data.tokenizer import Tokenizer, train_bpe, train_char
+from nextword.inference.constrained import Grammars, Held
 from nextword.inference.engine import Engine
-from nextword.inference.grammar import Grammars, Held
 from nextword.inference.sampling import Sampling
-from nextword.text.tokenizer import Tokenizer, train_bpe, train_char
 from test_engine import TEXT, tiny
 
 pytest.importorskip("llguidance", reason="needs llguidance: pip install nextword[json]")

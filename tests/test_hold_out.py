@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextword.errors import UsageError
+from nextword.common.errors import UsageError
+from nextword.data.decoding import Problems
 from nextword.tasks.examples import Example, Examples, hold_out, inputs_of, keep_known_labels, label_names
-from nextword.text.streams import Problems
 
 
 def labelled(*labels):

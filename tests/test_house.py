@@ -202,7 +202,7 @@ def test_public_names():
 
 def test_importing_nextword_is_light():
     heavy = {"torch", "numpy", "matplotlib", "tokenizers"}
-    code = f"import sys, nextword, nextword.cli; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, nextword, nextword.commands.cli; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout.strip() == "[]"
 
@@ -210,7 +210,7 @@ def test_importing_nextword_is_light():
 def test_a_model_opens_without_what_only_training_and_drawing_need(base):
     """Each of these takes a good part of the time to the first word."""
     script = (
-        "import sys; from nextword.cli import run; run(['generate', sys.argv[1], 'The', '--max-tokens', '1']); "
+        "import sys; from nextword.commands.cli import run; run(['generate', sys.argv[1], 'The', '--max-tokens', '1']); "
         "print([name for name in ('torch._dynamo', 'matplotlib', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script, str(base)], capture_output=True, text=True, check=True)

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nextword.auditing import index as index_module
-from nextword.auditing import suffixes
-from nextword.auditing.index import Index, build_index, whole
-from nextword.errors import CorruptFile, NextwordError, UsageError
-from nextword.text.corpus import Corpus, prepare
+from nextword.audit import suffix_array
+from nextword.audit import text_index as index_module
+from nextword.audit.text_index import Index, build_index, whole
+from nextword.common.errors import CorruptFile, NextwordError, UsageError
+from nextword.data.corpus import Corpus, prepare
 
 # Small alphabets and repetitions, so that everything stands in several places; characters of one to four bytes.
 WORDS = st.text(alphabet="ab é語🙂\n", min_size=1, max_size=6)
@@ -47,8 +47,8 @@ def by_hand(texts, query, least):
     st.sampled_from([1, 5]),
 )  # fmt: skip
 def test_matches_are_those_of_a_search_by_hand(tmp_path, monkeypatch, texts, data, limit, many, least):
-    monkeypatch.setattr(suffixes, "LIMIT", limit)  # regions that are parted on disk
-    monkeypatch.setattr(suffixes, "MANY", many)  # runs
+    monkeypatch.setattr(suffix_array, "LIMIT", limit)  # regions that are parted on disk
+    monkeypatch.setattr(suffix_array, "MANY", many)  # runs
     texts = ["a", *texts]
     index = build(tmp_path, texts)
     kept = [text for text in texts if text.strip()]
@@ -82,12 +82,12 @@ def test_long_runs_of_spaces_cost_nothing(tmp_path):
 def test_the_table_is_in_order_whatever_fits_in_memory(tmp_path, monkeypatch):
     texts = [(f"the {i % 7} words of a text, " * 40)[i:] for i in range(12)]
     index = build(tmp_path / "a", texts)
-    monkeypatch.setattr(suffixes, "LIMIT", 100)
-    monkeypatch.setattr(suffixes, "CHUNK", 64)
+    monkeypatch.setattr(suffix_array, "LIMIT", 100)
+    monkeypatch.setattr(suffix_array, "CHUNK", 64)
     parted = build(tmp_path / "b", texts)
     assert np.array_equal(index.suffixes.table, parted.suffixes.table)
     text = index.text.bytes.tobytes()
-    keys = [text[at : at + suffixes.DEPTH] for at in index.suffixes.table.tolist()]
+    keys = [text[at : at + suffix_array.DEPTH] for at in index.suffixes.table.tolist()]
     assert keys == sorted(keys) and len(keys) == sum(map(len, texts))
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nextword.errors import NextwordError, UsageError
-from nextword.evaluation import likelihood as module
-from nextword.evaluation.likelihood import context_use, likelihood
+from nextword.common.errors import NextwordError, UsageError
+from nextword.inference import perplexity as module
+from nextword.inference.perplexity import context_use, likelihood
 from nextword.model.config import PRESETS, build_config
 from nextword.model.gpt import GPT
 

@@ -11,8 +11,8 @@ import torch
 
 from nextword.model.config import PRESETS, ConfigError, ModelConfig, build_config
 from nextword.model.gpt import GPT, with_head, with_vocabulary
+from nextword.model.hf import save_model
 from nextword.model.lora import LoraConfig, LoraLinear, TrainedRows, adapter_off, add_lora, merge_lora, save_adapter
-from nextword.model.stock import save_model
 
 OLD, NEW = 61, 64  # tokens before and after a task has added its markers
 

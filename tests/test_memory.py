@@ -8,16 +8,16 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models
 
-from nextword import api
-from nextword.auditing import memory
-from nextword.auditing.cost import audit_cost
-from nextword.auditing.index import Index, build_index
-from nextword.auditing.memory import PASSAGE, audit_memory, copied, draw_passages, find_passage, lengths, shown
-from nextword.auditing.personal import data_of
-from nextword.errors import NextwordError, UsageError
-from nextword.loading import load
-from nextword.text.corpus import Corpus
-from nextword.text.tokenizer import Tokenizer
+from nextword.audit import memorization
+from nextword.audit.cost import audit_cost
+from nextword.audit.memorization import PASSAGE, audit_memory, copied, draw_passages, find_passage, lengths, shown
+from nextword.audit.pii import data_of
+from nextword.audit.text_index import Index, build_index
+from nextword.commands import api
+from nextword.common.errors import NextwordError, UsageError
+from nextword.data.corpus import Corpus
+from nextword.data.tokenizer import Tokenizer
+from nextword.pipeline.language_model import load
 
 SIZES = {"n_layers": 2, "n_heads": 2, "d_model": 48, "context_length": 64}
 TRAINING = {"batch_tokens": 512, "evaluations": 1}
@@ -117,9 +117,9 @@ def test_tokens_of_a_foreign_tokenizer_end_where_their_text_does():
     )
     foreign = Tokenizer(backend, {"eos_token": "</s>"})
     ids = [names.index(name) for name in ("▁the", "<0xE2>", "<0x82>", "<0xAC>", "▁cat", "s")]
-    data, ends = memory._bytes_of(foreign, ids)
+    data, ends = memorization._bytes_of(foreign, ids)
     assert (data.decode(), ends.tolist()) == ("the€ cats", [3, 3, 3, 6, 10, 11])
-    assert memory._bytes_of(foreign, [])[1].tolist() == []
+    assert memorization._bytes_of(foreign, [])[1].tolist() == []
 
 
 def test_without_held_out_documents_there_is_no_reference(corpora, runs, tmp_path):

@@ -15,8 +15,8 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 import nextword as package
-from nextword import mirror
-from nextword.errors import NextwordError, UsageError
+from nextword.common.errors import NextwordError, UsageError
+from nextword.training import remote_sync
 from test_pretraining import SETTINGS, state_hashes, steps_of
 
 STEPS = 60
@@ -26,8 +26,8 @@ EVERY = {**SETTINGS, "training": {**SETTINGS["training"], "save_every": 10}, "st
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
     """A copy of every save that finds the one before done."""
-    monkeypatch.setattr(mirror, "SECONDS", 0.0)
-    monkeypatch.setattr(mirror, "REST", 0.0)
+    monkeypatch.setattr(remote_sync, "SECONDS", 0.0)
+    monkeypatch.setattr(remote_sync, "REST", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_what_no_commit_names_is_removed(texts, tmp_path):
     place = tmp_path / "place"
     pretrain(texts, tmp_path / "run", place)
     kept = commits(place)
-    assert len(kept) <= mirror.KEPT
+    assert len(kept) <= remote_sync.KEPT
     steps = {commit["checkpoint"] for commit in kept}
     assert {path.name for path in (place / "checkpoints").iterdir() if any(path.iterdir())} == steps
     assert {path.name for path in (place / "logs").iterdir() if any(path.iterdir())} == steps
@@ -139,7 +139,7 @@ def test_damage_there_is_found_and_the_commit_before_is_taken(texts, plain, tmp_
     assert not (tmp_path / "third").exists()
     newest = sorted((place / "commits").iterdir())[-1]
     newest.write_bytes(newest.read_bytes()[:-20])
-    assert mirror.Mirror(str(place), package.api.Console(quiet=True))._commits()[0][1] == before, (
+    assert remote_sync.Mirror(str(place), package.api.Console(quiet=True))._commits()[0][1] == before, (
         "cut short: never made"
     )
 

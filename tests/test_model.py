@@ -11,16 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nextword.model.config import PRESETS, SIZES, ConfigError, ModelConfig, build_config
-from nextword.model.gpt import (
-    GPT,
-    FeedForward,
-    Norm,
-    attention,
-    dropout_masks,
-    rotary_angles,
-    rotate,
-    sinusoidal_table,
-)
+from nextword.model.gpt import GPT, FeedForward, Norm, attention, dropout_masks, rotary_angles, rotate, sinusoidal_table
 from nextword.model.gpt import Attention as MultiHead
 
 
@@ -157,7 +148,7 @@ def test_rotary_positions_know_only_the_distance():
 
 def test_loss_is_its_formula():
     """L(θ) = −Σ log P(x_t | x_<t; θ), by the softmax written out."""
-    from nextword.training.objectives import Inputs, next_word
+    from nextword.training.losses import Inputs, next_word
 
     model = random_model(small("tutorial"))
     row = torch.randint(0, 61, (1, 11))

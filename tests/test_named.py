@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from nextword.errors import NextwordError, UsageError
-from nextword.text import named
-from nextword.text.documents import Problems
-from nextword.text.named import NAMED, named_sources
+from nextword.common.errors import NextwordError, UsageError
+from nextword.data import builtin_datasets
+from nextword.data.builtin_datasets import NAMED, named_sources
+from nextword.data.documents import Problems
 
 
 def texts_of(sources, problems):
@@ -29,13 +29,15 @@ def test_python_docs_reads_like_documentation(monkeypatch):
     assert "# json\n" in texts["python-docs/json/__init__.py"][0]
     assert len(texts["python-docs/pydoc_data/topics.py"]) > 50
     assert not any("/test/" in name or "/tests/" in name or "site-packages" in name for name in texts)
-    monkeypatch.setattr(named, "_parse", None)  # a second reading is of what was kept; this would fail if it parsed
+    monkeypatch.setattr(
+        builtin_datasets, "_parse", None
+    )  # a second reading is of what was kept; this would fail if it parsed
     assert texts_of(named_sources("python-docs", problems), problems) == texts
 
 
 def test_python_docs_imports_nothing_of_what_it_reads():
     program = (
-        "import sys; from nextword.text.named import named_sources; from nextword.text.documents import Problems\n"
+        "import sys; from nextword.data.builtin_datasets import named_sources; from nextword.data.documents import Problems\n"
         "[list(d.pieces) for s in named_sources('python-docs', Problems()) for d in s.read(Problems())]\n"
         "assert not {'antigravity', 'turtle', 'idlelib', 'this', 'pydoc_data.topics', 'torch'} & set(sys.modules)"
     )
@@ -52,7 +54,7 @@ def test_a_source_that_does_not_parse_is_reported(tmp_path, monkeypatch):
     (tmp_path / "silent.py").write_text("x = 1\n")
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/test_good.py").write_text('"""A test."""')
-    monkeypatch.setattr(named.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(builtin_datasets.sysconfig, "get_path", lambda name: str(tmp_path))
     problems = Problems()
     texts = texts_of(named_sources("python-docs", problems), problems)
     assert {name: t for name, t in texts.items() if t} == {
@@ -78,7 +80,7 @@ def test_a_hub_corpus_is_its_parquet_files(name, file, tmp_path, monkeypatch):
     write_parquet(tmp_path / file, ["One day, a girl.", "Once upon a time."])
     write_parquet(tmp_path / "data/validation-00000.parquet", ["not this"])
     asked = []
-    monkeypatch.setattr(named, "_download", lambda *what: asked.append(what) or tmp_path)
+    monkeypatch.setattr(builtin_datasets, "_download", lambda *what: asked.append(what) or tmp_path)
     problems = Problems()
     assert texts_of(named_sources(name, problems), problems) == {
         f"{name}/{file}": ["One day, a girl.", "Once upon a time."]
@@ -89,7 +91,7 @@ def test_a_hub_corpus_is_its_parquet_files(name, file, tmp_path, monkeypatch):
 def test_rows_of_wikitext_become_articles(tmp_path, monkeypatch):
     rows = ["", " = Valkyria = \n", "", " It is a game . \n", " = = Plot = = \n", "\n", " It goes on . \n"]
     write_parquet(tmp_path / "wikitext-103-raw-v1/train-00000.parquet", [*rows, " = Robert = \n", " An actor . \n"])
-    monkeypatch.setattr(named, "_download", lambda *what: tmp_path)
+    monkeypatch.setattr(builtin_datasets, "_download", lambda *what: tmp_path)
     problems = Problems()
     [articles] = texts_of(named_sources("wikitext", problems), problems).values()
     assert articles == [

@@ -6,8 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from nextword.text.batches import TokenRow
-from nextword.text.ngrams import DISCOUNT, PIECE, evenly, ngram_bits
+from nextword.data.dataset import TokenRow
+from nextword.data.ngrams import DISCOUNT, PIECE, evenly, ngram_bits
 
 
 def by_hand(train: list[int], context: tuple[int, ...], word: int, vocabulary: int, order: int = 3) -> float:

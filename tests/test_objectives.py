@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from nextword.data.dataset import IGNORE
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.tasks.encoding import Encoded, TaskDataset, Text
-from nextword.text.batches import IGNORE
-from nextword.training.objectives import answer, labelled, preference
+from nextword.tasks.dataset import Encoded, TaskDataset, Text
+from nextword.training.losses import answer, labelled, preference
 from nextword.training.optimizer import Optimizer
-from nextword.training.train import StepSettings, TrainState, build_step_module, to_inputs, train_step, weigh
+from nextword.training.step import StepSettings, TrainState, build_step_module, to_inputs, train_step, weigh
 
 
 def model(n_labels=0, dropout=0.0):

@@ -702,8 +702,8 @@ def test_a_key_is_asked_for(open_page: Open, server: PageServer) -> None:
 
 
 def test_save_is_what_finetune_reads_and_load_brings_it_back(open_page: Open, tmp_path: Path) -> None:
+    from nextword.data.documents import Problems
     from nextword.tasks.examples import read_examples
-    from nextword.text.documents import Problems
 
     j = open_page(viewport=WIDE)
     j.button("Save").click()
@@ -770,11 +770,11 @@ def test_copy_and_reload(open_page: Open) -> None:
 def test_with_a_model_behind_it(browser: "Browser", base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same journeys in short, against the real server; whose policy is the one that the stand-in has."""
     pytest.importorskip("fastapi", reason="the real server needs fastapi")
-    from nextword.serving import guard
-    from nextword.serving.server import Place
+    from nextword.serving import security
+    from nextword.serving.app import Place
     from served import served, until
 
-    assert dict(guard.HEADERS)[b"content-security-policy"].decode() == POLICY
+    assert dict(security.HEADERS)[b"content-security-policy"].decode() == POLICY
     with served(base, Place(port=0, key="a secret"), name="small") as server:
         stand_in: Any = SimpleNamespace(script=None, address=f"{server.url}/")
         j = Journey(browser.new_context(viewport=WIDE), stand_in)

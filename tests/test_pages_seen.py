@@ -10,12 +10,13 @@ import pytest
 
 from browsing import LOOKS, SHOTS, Opened
 from browsing import browser as browser
-from nextword import api, load
-from nextword.explaining.explain import explain
-from nextword.explaining.page import write_page
-from nextword.loading import Model
-from nextword.tasks.encoding import Form
-from nextword.text.tokenizer import Tokenizer, train_bpe
+from nextword import load
+from nextword.commands import api
+from nextword.data.tokenizer import Tokenizer, train_bpe
+from nextword.interpretability.explain import explain
+from nextword.pipeline.language_model import Model
+from nextword.reporting.explain_page import write_page
+from nextword.tasks.dataset import Form
 from test_explaining import HOSTILE, TEXT, random_model, saved
 from test_report import make, measured, records
 

@@ -5,10 +5,19 @@ import json
 import pytest
 
 import nextword
-from nextword import cli
-from nextword.errors import UsageError
+from nextword.commands import cli
+from nextword.common.errors import UsageError
 from nextword.model.config import ModelConfig, build_config
-from nextword.training.paper import GPUS, Cluster, Way, batch_for, memory_of, on_paper, sent_of, shape_for
+from nextword.planning.cluster_estimate import (
+    GPUS,
+    Cluster,
+    Way,
+    batch_for,
+    memory_of,
+    on_paper,
+    sent_of,
+    shape_for,
+)
 
 
 def llama(

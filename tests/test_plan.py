@@ -11,20 +11,19 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from nextword import api, energy, planning
-from nextword.errors import UsageError
-from nextword.evaluation.report import write_report
+from nextword.commands import api
+from nextword.common import energy
+from nextword.common.errors import UsageError
+from nextword.data.corpus import find_sources, prepare
+from nextword.data.dataset import TokenRow
+from nextword.data.documents import Problems
+from nextword.data.ngrams import ngram_bits
+from nextword.data.tokenizer import train_bpe
 from nextword.model.config import SIZES, build_config
 from nextword.model.gpt import GPT
-from nextword.recipes import change, default
-from nextword.text.batches import TokenRow
-from nextword.text.corpus import find_sources, prepare
-from nextword.text.documents import Problems
-from nextword.text.ngrams import ngram_bits
-from nextword.text.tokenizer import train_bpe
-from nextword.training import laws
-from nextword.training.laws import Law, counted, difficulty
-from nextword.training.plan import (
+from nextword.planning import planner, scaling_law
+from nextword.planning.scaling_law import Law, counted, difficulty
+from nextword.planning.size_selection import (
     OVERHEAD,
     Length,
     Plan,
@@ -36,6 +35,8 @@ from nextword.training.plan import (
     flops_of,
     peak_lr,
 )
+from nextword.reporting.report import write_report
+from nextword.training.config import change, default
 
 LADDER = {size: build_config("modern", size, vocab_size=4096) for size in ("micro", "tiny", "mini", "small", "midi")}
 # Fixed, so that these tests do not hang on what was fitted last.
@@ -205,7 +206,7 @@ def test_a_short_text_is_as_hard_as_a_long_one_of_its_kind(monkeypatch):
     for seed in range(8):
         order = np.random.default_rng(seed).permutation(200)
         train, held_out = (np.concatenate([pieces[i] for i in some]) for some in (order[:180], order[180:]))
-        monkeypatch.setattr(laws, "COUNTED", len(train))
+        monkeypatch.setattr(scaling_law, "COUNTED", len(train))
         whole = counted(TokenRow(train), TokenRow(held_out), 1024)
         assert whole == (ngram_bits(TokenRow(train), TokenRow(held_out), 1024), 0.0)
         for short in (2, 4):
@@ -261,7 +262,7 @@ def test_plan_says_what_a_run_will_be(texts):
 
 def test_a_large_text_is_sampled_evenly_and_counted_up(texts, monkeypatch):
     whole = api.plan(texts, tokens=50_000)["text"]
-    monkeypatch.setattr(planning, "SAMPLE", whole["bytes"] // 3)
+    monkeypatch.setattr(planner, "SAMPLE", whole["bytes"] // 3)
     sampled = api.plan(texts, tokens=50_000, vocab_size=512)["text"]
     assert sampled["sampled"] and sampled["vocab_size"] <= 512
     assert sampled["bytes"] == pytest.approx(whole["bytes"], rel=0.1)
@@ -269,9 +270,9 @@ def test_a_large_text_is_sampled_evenly_and_counted_up(texts, monkeypatch):
 
 def test_a_sample_has_its_share_of_every_file(texts, tmp_path, monkeypatch):
     sources = find_sources([texts], Problems())
-    size = sum(map(planning.text_bytes, sources))
-    monkeypatch.setattr(planning, "SAMPLE", size // 4)
-    written = planning.write_sample(sources, size, tmp_path / "sample.jsonl")
+    size = sum(map(planner.text_bytes, sources))
+    monkeypatch.setattr(planner, "SAMPLE", size // 4)
+    written = planner.write_sample(sources, size, tmp_path / "sample.jsonl")
     lines = [json.loads(line)["text"] for line in (tmp_path / "sample.jsonl").read_text().splitlines()]
     assert written == sum(len(line.encode()) for line in lines) == pytest.approx(size / 4, rel=0.02)
     assert len(lines) == 40, "a part of each file, not some files whole"
@@ -280,8 +281,8 @@ def test_a_sample_has_its_share_of_every_file(texts, tmp_path, monkeypatch):
 def test_the_machine_is_tried_with_real_steps(texts, tmp_path):
     corpus = prepare([texts], tmp_path / "shards", tokenizer="char")
     recipe = change(default(), model={}, training={})
-    machine = planning.Trials(corpus.tokens("train"), recipe, torch.device("cpu"), bf16=False)
-    sizes = planning.sizes_for(recipe, corpus.tokenizer.vocab_size, torch.device("cpu"))
+    machine = planner.Trials(corpus.tokens("train"), recipe, torch.device("cpu"), bf16=False)
+    sizes = planner.sizes_for(recipe, corpus.tokenizer.vocab_size, torch.device("cpu"))
     assert set(sizes) <= set(SIZES) and "175b" not in sizes, "none that does not fit into memory"
     small, large = machine.speed(sizes["micro"], 2048), machine.speed(sizes["mini"], 2048)
     assert 0 < small.seconds < large.seconds and 0 < small.memory < large.memory
@@ -290,7 +291,7 @@ def test_the_machine_is_tried_with_real_steps(texts, tmp_path):
 def test_settings_that_make_no_model_are_refused_in_words():
     recipe = replace(default(), model={"d_model": 100, "n_heads": 7})
     with pytest.raises(UsageError, match="multiple of n_heads"):
-        planning.sizes_for(recipe, 300, torch.device("cpu"))
+        planner.sizes_for(recipe, 300, torch.device("cpu"))
 
 
 def test_a_run_follows_its_plan_and_its_report_sets_the_outcome_beside_it(texts, tmp_path):

@@ -16,9 +16,9 @@ import torch
 
 import nextword as package
 from conftest import TINY, Run, command
-from nextword.errors import CorruptFile, NextwordError, RunLocked, UsageError
-from nextword.files import read_json_lines
-from nextword.runs import open_run
+from nextword.common.errors import CorruptFile, NextwordError, RunLocked, UsageError
+from nextword.common.fs import read_json_lines
+from nextword.common.run_dir import open_run
 from nextword.training import checkpoint
 
 SETTINGS: dict[str, Any] = {
@@ -77,7 +77,7 @@ def test_the_result_is_the_loss_of_the_kept_weights_on_all_of_the_held_out_text(
     """Computed once more, with the stock class, window by window."""
     import transformers
 
-    from nextword.text.corpus import Corpus
+    from nextword.data.corpus import Corpus
 
     result = json.loads((finished / "result.json").read_text())
     corpus = Corpus.open(finished / "data")
@@ -269,7 +269,7 @@ def test_two_processes_on_one_run(shards, tmp_path, nextword: Run):
         for verb in ("pretrain", "finetune"):
             arguments = ["-X", "importtime", "-m", "nextword", verb, "--out", str(run), "--resume"]
             told = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
-            assert told.returncode == RunLocked.exit_code and "nextword.cli" in told.stderr, told.stderr
+            assert told.returncode == RunLocked.exit_code and "nextword.commands.cli" in told.stderr, told.stderr
             assert "torch" not in told.stderr, "it leaves before anything heavy is imported"
     finally:
         process.kill()
@@ -294,7 +294,7 @@ def test_a_budget_is_kept_and_its_decisions_replay(shards, tmp_path, monkeypatch
     shutil.copy(run / "run.json", again)
     shutil.copy(run / "decisions.jsonl", again)
     assert facts["shards"] == str(shards.resolve())
-    monkeypatch.setattr("nextword.training.pace.Clock.decide", lambda *_: None)  # the log alone
+    monkeypatch.setattr("nextword.training.step_budget.Clock.decide", lambda *_: None)  # the log alone
     package.pretrain(out=again, resume=True)
     assert state_hashes(again) == state_hashes(run)
 

@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nextword.inference import native
-from nextword.inference.cache import KeyValueCache
-from nextword.inference.quantize import Precision, pack
-from nextword.inference.reading import CompiledReader, Piece, PlainReader, reader_of, rounded
+from nextword.inference import native_runner
+from nextword.inference.kv_cache import KeyValueCache
+from nextword.inference.model_runner import CompiledReader, Piece, PlainReader, reader_of, rounded
+from nextword.inference.quantization import Precision, pack
 from nextword.model.config import PRESETS, build_config
 from nextword.model.gpt import GPT
 
 CONTEXT, VOCABULARY = 40, 61
-WHY = native.library()[1]  # a build that fails is a test that fails
+WHY = native_runner.library()[1]  # a build that fails is a test that fails
 compiled = pytest.mark.skipif(WHY.startswith(("no C++ compiler", "this processor")), reason=f"no compiled code: {WHY}")
 
 
@@ -152,8 +152,8 @@ def test_what_does_not_fit_is_read_plainly(without_compiled: None) -> None:
 
 def test_widths_of_parts_of_vectors_are_read_plainly() -> None:
     assert isinstance(reader_of(tiny(d_model=36, head_dim=6, d_ff=24)), PlainReader)
-    with pytest.raises(RuntimeError, match=re.escape(native.library()[1] or "multiples of 8")):
-        native.Native(tiny(d_model=36, head_dim=6, d_ff=24))
+    with pytest.raises(RuntimeError, match=re.escape(native_runner.library()[1] or "multiples of 8")):
+        native_runner.Native(tiny(d_model=36, head_dim=6, d_ff=24))
 
 
 @settings(deadline=None, max_examples=30)

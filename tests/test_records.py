@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nextword.errors import NextwordError
-from nextword.text import records
-from nextword.text.records import NoColumn, read_records
-from nextword.text.streams import Problems
+from nextword.common.errors import NextwordError
+from nextword.data import readers
+from nextword.data.decoding import Problems
+from nextword.data.readers import NoColumn, read_records
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -132,7 +132,7 @@ def test_flaws_of_a_json_file(content, kept, line, what, tmp_path):
 
 
 def test_a_json_file_too_long_to_hold_is_read_as_far_as_may_be(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "LONGEST_JSON", 40)
+    monkeypatch.setattr(readers, "LONGEST_JSON", 40)
     found, problems = read(tmp_path / "a.json", json.dumps([{"a": i} for i in range(50)]))
     assert [row["a"] for _, row in found] == [0, 1, 2, 3] and "Make a .jsonl" in problems.lines()[0]
 
@@ -182,9 +182,9 @@ def test_only_the_chosen_columns_are_read(tmp_path, monkeypatch):
         asked.append(seen)
     assert asked == [[["a", "b", "c"]], [["a", "b", "c"]], [["a", "b"], ["b", "a"]], [["a", "b"], ["b"]]]
     read_cells = []
-    cells = records._cells
+    cells = readers._cells
     monkeypatch.setattr(
-        records, "_cells", lambda column, pyarrow: read_cells.append(column.type) or cells(column, pyarrow)
+        readers, "_cells", lambda column, pyarrow: read_cells.append(column.type) or cells(column, pyarrow)
     )
     read(tmp_path / "a.parquet", columns=lambda names: ["b"])
     assert read_cells == [pa.string()]

@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextword import api
-from nextword.auditing.findings import Finding
-from nextword.cli import run as run_command
-from nextword.errors import CorruptFile, NextwordError, UsageError
-from nextword.evaluation.comparison import apart
-from nextword.evaluation.figures import smoothed, thinned
-from nextword.evaluation.measurements import AUDIT, EVALUATION, Measurements, When, keep
-from nextword.evaluation.report import refresh, write_card, write_report
-from nextword.files import seal
+from nextword.audit.findings import Finding
+from nextword.commands import api
+from nextword.commands.cli import run as run_command
+from nextword.common.errors import CorruptFile, NextwordError, UsageError
+from nextword.common.fs import seal
+from nextword.common.results import AUDIT, EVALUATION, Measurements, When, keep
+from nextword.reporting.charts import smoothed, thinned
+from nextword.reporting.comparison import apart
+from nextword.reporting.report import refresh, write_card, write_report
 
 FACTS: dict[str, Any] = {
     "command": 'nextword pretrain "my texts" --out runs/a',
@@ -399,7 +399,7 @@ def test_any_change_to_what_was_measured_is_refused_or_shown_as_text(
     except CorruptFile as error:
         assert file.name in str(error)
         return
-    from nextword.evaluation.measured_parts import measured_sections
+    from nextword.reporting.results_sections import measured_sections
 
     (run / "parts.html").write_text(f"<div>{measured_sections(found)}</div>", encoding="utf-8")
     assert "script" not in Page(run / "parts.html").tags

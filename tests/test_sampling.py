@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from nextword.errors import NextwordError, UsageError
+from nextword.common.errors import NextwordError, UsageError
 from nextword.inference.sampling import Sampling, adjust, draw, probabilities
 
 PLAIN = Sampling(temperature=1.0)

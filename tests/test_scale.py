@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nextword import api
+from nextword.commands import api
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT, dropout_masks
-from nextword.training.objectives import Inputs, next_word
-from nextword.training.train import build_step_module
+from nextword.training.losses import Inputs, next_word
+from nextword.training.step import build_step_module
 from test_distributed import end, losses, start
 
 SIZES = {"n_layers": 2, "n_heads": 2, "d_model": 32, "context_length": 32}

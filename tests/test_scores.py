@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from nextword.errors import MissingExtra, UsageError
-from nextword.tasks import scores
-from nextword.tasks.scores import (
+from nextword.common.errors import MissingExtra, UsageError
+from nextword.tasks import metrics as task_metrics
+from nextword.tasks.metrics import (
     Score,
     choices,
     classification,
@@ -55,8 +55,8 @@ def approx(value: float) -> object:
 
 def few_resamples(n: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     """Makes the resamples few, and tells which examples each one holds."""
-    monkeypatch.setattr(scores, "RESAMPLES", FEW)
-    drawn = np.concatenate([*scores._weights(n, seed)])[1:].astype(int)
+    monkeypatch.setattr(task_metrics, "RESAMPLES", FEW)
+    drawn = np.concatenate([*task_metrics._weights(n, seed)])[1:].astype(int)
     assert drawn.shape == (FEW, n)
     assert (drawn.sum(1) == n).all()
     return [np.repeat(np.arange(n), one) for one in drawn]
@@ -159,9 +159,9 @@ def test_similarity_is_ranked_anew_in_each_resample(monkeypatch):
 
 
 def test_resamples_do_not_depend_on_the_block(monkeypatch):
-    whole = np.concatenate([*scores._weights(300, 5)])
-    monkeypatch.setattr(scores, "DRAWS", 300 * 7)
-    blocks = [*scores._weights(300, 5)]
+    whole = np.concatenate([*task_metrics._weights(300, 5)])
+    monkeypatch.setattr(task_metrics, "DRAWS", 300 * 7)
+    blocks = [*task_metrics._weights(300, 5)]
     assert max(len(block) for block in blocks) == 7
     assert np.array_equal(np.concatenate(blocks), whole)
 

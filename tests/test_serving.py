@@ -16,12 +16,12 @@ import pytest
 import torch
 from openai import AsyncOpenAI, OpenAI
 
-from nextword import api, cli
-from nextword.errors import MissingExtra
+from nextword.commands import api, cli
+from nextword.common.errors import MissingExtra
+from nextword.data.tokenizer import END_OF_TEXT, train_bpe
 from nextword.inference.engine import Engine
 from nextword.inference.sampling import Sampling
-from nextword.loading import Model, load
-from nextword.text.tokenizer import END_OF_TEXT, train_bpe
+from nextword.pipeline.language_model import Model, load
 from served import Process, directory, served
 
 FREE = {"temperature": 1.5, "seed": 5}
@@ -552,7 +552,7 @@ def test_paths_and_methods_that_are_not_there(server: Process) -> None:
 
 
 def test_help_needs_nothing_heavy() -> None:
-    code = "import sys; from nextword.cli import run; run(['serve', '--help'])"
+    code = "import sys; from nextword.commands.cli import run; run(['serve', '--help'])"
     code += "; print(sorted({'torch', 'fastapi', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]") and "--api-key" in done.stdout
@@ -597,7 +597,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, base: Path)
     real = builtins.__import__
 
     def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith(("fastapi", "nextword.serving.server")):
+        if name.startswith(("fastapi", "nextword.serving.app")):
             raise ModuleNotFoundError(f"No module named {name!r}", name="fastapi")
         return real(name, *args, **kwargs)
 

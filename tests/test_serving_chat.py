@@ -16,14 +16,15 @@ import pytest
 from openai import OpenAI
 from transformers import AutoTokenizer
 
-from nextword import api, compiled
-from nextword.errors import CorruptFile
-from nextword.loading import load
-from nextword.serving import renderer, templates
+from nextword.commands import api
+from nextword.common import native_build
+from nextword.common.errors import CorruptFile
+from nextword.data.chat_format import CHAT_MARKERS, encode_conversation, save_template
+from nextword.data.tokenizer import END_OF_TEXT, END_OF_TURN, Tokenizer, train_bpe
+from nextword.pipeline.language_model import load
+from nextword.serving import chat_templates, template_worker
+from nextword.serving.chat_templates import OwnChat, PlainChat, TemplateChat, chat_of
 from nextword.serving.protocol import Refusal
-from nextword.serving.templates import OwnChat, PlainChat, TemplateChat, chat_of
-from nextword.text.chat import CHAT_MARKERS, encode_conversation, save_template
-from nextword.text.tokenizer import END_OF_TEXT, END_OF_TURN, Tokenizer, train_bpe
 from served import Threaded, directory, served, until
 from test_engine import sentencepiece
 
@@ -198,7 +199,7 @@ def test_where_templates_are_found(tmp_path: Path, tokenizer: Tokenizer) -> None
     assert chat_of(made, configured).template == "z"
     spoken = tokenizer.with_markers(CHAT_MARKERS)
     assert isinstance(chat_of(made, spoken), TemplateChat)  # the markers alone do not make it ours
-    (made / "chat_template.jinja").write_text("z" * (templates.LONGEST_TEMPLATE + 1))
+    (made / "chat_template.jinja").write_text("z" * (chat_templates.LONGEST_TEMPLATE + 1))
     with pytest.raises(CorruptFile, match="chat template"):
         chat_of(made, tokenizer)
 
@@ -245,7 +246,7 @@ def test_others_are_served_while_a_template_is_at_it(tmp_path: Path, tokenizer: 
 
 def test_the_renderer_ends_with_its_parent_and_is_bounded() -> None:
     made = subprocess.Popen(
-        [sys.executable, "-P", renderer.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-P", template_worker.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     said, _ = made.communicate(json.dumps({"template": "{{ a }}", "values": {"a": "é"}}) + "\n", timeout=20)
     assert json.loads(said) == {"text": "é"} and made.returncode == 0  # its input has ended, so it has
@@ -292,7 +293,7 @@ def test_a_text_in_company_is_the_text_alone(
     """Token for token, and log-probabilities bit for bit, with compiled code and without."""
     if native == "0":
         request.getfixturevalue("without_compiled")
-    monkeypatch.setenv(compiled.OFF, native)
+    monkeypatch.setenv(native_build.OFF, native)
     bodies: list[dict[str, Any]] = [
         {"prompt": "The list" * (i % 4 + 1), "max_tokens": 25, "temperature": 1.2, "seed": i, "logprobs": 5}
         for i in range(10)

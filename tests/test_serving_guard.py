@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from nextword import cli
-from nextword.errors import NextwordError
-from nextword.serving import guard
-from nextword.serving import server as server_module
-from nextword.serving.guard import Rules
-from nextword.serving.server import Place
-from nextword.serving.worker import Worker
+from nextword.commands import cli
+from nextword.common.errors import NextwordError
+from nextword.serving import app as server_module
+from nextword.serving import security
+from nextword.serving.app import Place
+from nextword.serving.engine_worker import Worker
+from nextword.serving.security import Rules
 from served import Process, Server, Threaded, served, until
 
 ON = {"logit_bias": {"0": -100}, "temperature": 1.0}  # a text that does not end by itself
@@ -76,7 +76,7 @@ def test_every_route_but_health_and_the_page_needs_the_key(locked: Threaded) -> 
 
 def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
     asked: dict[str, Any] = {}
-    monkeypatch.setattr("nextword.api.serve", lambda model, **settings: asked.update(settings))
+    monkeypatch.setattr("nextword.commands.api.serve", lambda model, **settings: asked.update(settings))
     monkeypatch.setenv("NEXTWORD_API_KEY", "a secret")
     for arguments, key in (([], "a secret"), (["--api-key", "other"], "other")):
         assert (
@@ -127,7 +127,7 @@ def test_its_own_names_are_known(locked: Threaded, open_: Threaded) -> None:
     assert open_.get("/health", Host="0.0.0.0").status == 403
     scope = {"type": "http", "headers": [(b"host", b"10.1.2.3:80")], "server": ("10.1.2.3", 80)}
     Rules(any_address=True)._check_host(scope)  # the address that it was reached at
-    with pytest.raises(guard.Refusal, match="--allowed-host"):
+    with pytest.raises(security.Refusal, match="--allowed-host"):
         Rules()._check_host(scope)
 
 
@@ -193,16 +193,16 @@ def test_a_body_that_is_too_large_is_refused(open_: Threaded) -> None:
 
 
 def test_bodies_together_have_a_limit(monkeypatch: pytest.MonkeyPatch, open_: Threaded) -> None:
-    monkeypatch.setattr(guard, "MAX_BODIES", 5_000_000)
+    monkeypatch.setattr(security, "MAX_BODIES", 5_000_000)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4000000\r\n\r\n"
     with socket.create_connection((open_.host, open_.port), timeout=10) as half:
         half.sendall(head + b"x" * 3_000_000)
         until(lambda: open_.guard.held == 3_000_000)
         answer = open_.post("/v1/completions", b"x" * 3_000_000)
         assert answer.status == 429 and answer.headers["Retry-After"]
-        monkeypatch.setattr(guard, "MAX_BODIES", 1)
+        monkeypatch.setattr(security, "MAX_BODIES", 1)
         assert open_.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status == 200  # small ones are let in
-        monkeypatch.setattr(guard, "MAX_BODIES", 5_000_000)
+        monkeypatch.setattr(security, "MAX_BODIES", 5_000_000)
     until(lambda: open_.guard.held == 0)
     assert open_.post("/v1/completions", b"x" * 3_000_000).status == 400
     until(lambda: open_.guard.held == 0)
@@ -227,8 +227,8 @@ def test_headers_that_are_too_many_or_too_large_are_refused(open_: Threaded) -> 
 
 def test_who_sends_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, open_: Threaded) -> None:
     monkeypatch.setattr(server_module, "HEADER_SECONDS", 0.3)
-    monkeypatch.setattr(guard, "BODY_SECONDS", 0.3)
-    monkeypatch.setattr(guard, "DISCARD_SECONDS", 0.2)
+    monkeypatch.setattr(security, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(security, "DISCARD_SECONDS", 0.2)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
     silent, slow, half = (socket.create_connection((open_.host, open_.port), timeout=10) for _ in range(3))
     slow.sendall(b"GET /health HTTP/1.1\r\nHost: loc")
@@ -348,7 +348,7 @@ def test_a_slow_reader_holds_up_nobody(base: Path) -> None:
 
 def test_what_is_unread_has_a_limit(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
     """The slowest of all loses its answer, and the others' go on."""
-    monkeypatch.setattr("nextword.serving.worker.MAX_UNREAD", 700)
+    monkeypatch.setattr("nextword.serving.engine_worker.MAX_UNREAD", 700)
     with served(base) as server:
         body = {"prompt": "The", "max_tokens": 1500, "logprobs": 20, "stream": True, **ON}
         with server.begin(body, room=4096) as unread:
@@ -362,7 +362,7 @@ def test_what_is_unread_has_a_limit(monkeypatch: pytest.MonkeyPatch, base: Path)
 
 
 def test_who_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
-    monkeypatch.setattr("nextword.serving.writing.STALL", 0.3)
+    monkeypatch.setattr("nextword.serving.streaming.STALL", 0.3)
     with served(base) as server:
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         with server.begin({"prompt": "The", "max_tokens": 1500, "logprobs": 20, "stream": True, **ON}, room=4096):

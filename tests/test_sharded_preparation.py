@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 import nextword as package
 from conftest import command
-from nextword.errors import MissingExtra, NextwordError, UsageError
-from nextword.files import MANIFEST, sha256
-from nextword.text import corpus as corpus_module
-from nextword.text import shards as shards_module
-from nextword.text import tokenizer as tokenizer_module
-from nextword.text.corpus import Corpus
-from nextword.text.together import cut, prepare, shard_of
+from nextword.common.errors import MissingExtra, NextwordError, UsageError
+from nextword.common.fs import MANIFEST, sha256
+from nextword.data import corpus as corpus_module
+from nextword.data import shards as shards_module
+from nextword.data import tokenizer as tokenizer_module
+from nextword.data.corpus import Corpus
+from nextword.data.prepare import cut, prepare, shard_of
 from test_corpus import article, write
 
 

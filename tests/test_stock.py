@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from nextword.errors import CorruptFile, NextwordError
-from nextword.files import seal
-from nextword.model import stock
+from nextword.common.errors import CorruptFile, NextwordError
+from nextword.common.fs import seal
+from nextword.model import hf
 from nextword.model.config import PRESETS, ModelConfig, build_config
 from nextword.model.gpt import GPT
-from nextword.model.stock import load_model, read_labels, save_model
+from nextword.model.hf import load_model, read_labels, save_model
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -145,7 +145,7 @@ def test_a_stock_directory_opens_here(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3-tied"])
 def test_a_large_model_is_written_in_several_files(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(stock, "LARGEST_FILE", 20_000)
+    monkeypatch.setattr(hf, "LARGEST_FILE", 20_000)
     theirs = random_stock(name, tmp_path)
     tokens = torch.randint(0, 61, (2, 24))
     back = tmp_path / "back"

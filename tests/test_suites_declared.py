@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextword.errors import CorruptFile, NextwordError, UsageError
-from nextword.evaluation import suites as module
-from nextword.evaluation.declarations import KINDS, find_suite, read_declarations
-from nextword.evaluation.repetition import distinct, repeated, words
-from nextword.evaluation.suites import Item, question_of, read_items, sample, shuffled, wanted_of
-from nextword.text.streams import Problems
+from nextword.common.errors import CorruptFile, NextwordError, UsageError
+from nextword.data.decoding import Problems
+from nextword.tasks import benchmark_items as module
+from nextword.tasks.benchmark_items import Item, question_of, read_items, sample, shuffled, wanted_of
+from nextword.tasks.benchmark_spec import KINDS, find_suite, read_declarations
+from nextword.tasks.text_diversity import distinct, repeated, words
 
 BLIMP = [
     {

@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
-from nextword import api, judging
-from nextword.errors import MissingExtra, UsageError
-from nextword.evaluation.declarations import find_suite
-from nextword.evaluation.suites import read_items
-from nextword.judging.harness import Answers, adapter, run_task
-from nextword.judging.marks import marks
-from nextword.loading import load
-from nextword.text.streams import Problems
+from nextword import judging
+from nextword.commands import api
+from nextword.common.errors import MissingExtra, UsageError
+from nextword.data.decoding import Problems
+from nextword.evaluation.lm_eval_adapter import Answers, adapter, run_task
+from nextword.pipeline.item_scores import marks
+from nextword.pipeline.language_model import load
+from nextword.tasks.benchmark_items import read_items
+from nextword.tasks.benchmark_spec import find_suite
 from test_suites_declared import HELLASWAG
 from test_suites_scoring import directory
 

@@ -10,20 +10,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextword import api
-from nextword.errors import NextwordError, UsageError
-from nextword.evaluation.declarations import find_suite
-from nextword.evaluation.suites import Question, question_of, read_items
-from nextword.judging import scoring
-from nextword.judging.marks import marks
-from nextword.judging.scoring import Scorer, Text, batches, tree
-from nextword.loading import load
+from nextword.commands import api
+from nextword.common.errors import NextwordError, UsageError
+from nextword.data.decoding import Problems
+from nextword.data.tokenizer import Tokenizer
+from nextword.inference import loglikelihood
+from nextword.inference.loglikelihood import Scorer, Text, batches, tree
+from nextword.model import fused
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.model.stock import save_model
-from nextword.text.streams import Problems
-from nextword.text.tokenizer import Tokenizer
-from nextword.training import fused
+from nextword.model.hf import save_model
+from nextword.pipeline.item_scores import marks
+from nextword.pipeline.language_model import load
+from nextword.tasks.benchmark_items import Question, question_of, read_items
+from nextword.tasks.benchmark_spec import find_suite
 
 PRESETS = ("gpt1", "gpt2", "modern", "tutorial")
 CONTEXT = 128
@@ -188,8 +188,8 @@ def test_perplexity_is_the_stock_classs(model_path: Path, texts: Path) -> None:
 def test_batched_is_single(model_path: Path, suite_files: dict[str, Path], compiled: bool, monkeypatch) -> None:
     """Packed into rows, with what they share read once, as if each text were alone; with compiled parts and without."""
     if not compiled:
-        monkeypatch.setattr(scoring.fused, "available", lambda model: False)
-        monkeypatch.setattr(scoring.fused, "library", lambda: (None, "not here"))
+        monkeypatch.setattr(loglikelihood.fused, "available", lambda model: False)
+        monkeypatch.setattr(loglikelihood.fused, "library", lambda: (None, "not here"))
     elif not fused.available(load(model_path).gpt):
         pytest.skip(f"no compiled code: {fused.library()[1]}")
     model = load(model_path)

@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from conftest import Run
-from nextword import api
-from nextword.errors import CorruptFile, NextwordError, UsageError
-from nextword.evaluation.declarations import find_suite
-from nextword.evaluation.suites import read_items
-from nextword.files import seal
-from nextword.judging import marks as marks_module
-from nextword.judging.marks import Marks, ahead, marks
-from nextword.judging.scoring import Likely
-from nextword.judging.verdict import Panel, compared, described, judge_suite, scrambled
-from nextword.loading import load
-from nextword.tasks.scores import average, mcnemar, noise_floor, of_sums, share, writing, writing_difference
-from nextword.text.streams import Problems
-from nextword.verbs.judged import evaluation_in_words
+from nextword.commands import api
+from nextword.commands.evaluate_output import evaluation_in_words
+from nextword.common.errors import CorruptFile, NextwordError, UsageError
+from nextword.common.fs import seal
+from nextword.data.decoding import Problems
+from nextword.evaluation.significance import Panel, compared, described, judge_suite, scrambled
+from nextword.inference.loglikelihood import Likely
+from nextword.pipeline import item_scores as marks_module
+from nextword.pipeline.item_scores import Marks, ahead, marks
+from nextword.pipeline.language_model import load
+from nextword.tasks.benchmark_items import read_items
+from nextword.tasks.benchmark_spec import find_suite
+from nextword.tasks.metrics import average, mcnemar, noise_floor, of_sums, share, writing, writing_difference
 
 WORDS = "the a cat dog house tree sees likes finds small old green".split()  # noqa: SIM905
 
@@ -259,7 +259,7 @@ def test_the_result_of_a_suite(base, files):
 
 
 def test_whatever_is_scrambled_stays_a_sample(base, files, monkeypatch):
-    monkeypatch.setattr("nextword.judging.verdict.LIMIT", 10)
+    monkeypatch.setattr("nextword.evaluation.significance.LIMIT", 10)
     result = judge_suite(Panel(load(base)), find_suite(f"arc={files / 'quiz.jsonl'}"), limit=None)
     assert (result["n"], result["scrambled"]["n"]) == (40, 10)
 

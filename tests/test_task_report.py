@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nextword.evaluation.report import write_card, write_report
+from nextword.reporting.report import write_card, write_report
 from test_report import FACTS, HOSTILE, RESULT, Page, make, records
 
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from nextword.errors import CorruptFile, NextwordError, UsageError
-from nextword.text import tokenizer as tokenizer_module
-from nextword.text.tokenizer import (
+from nextword.common.errors import CorruptFile, NextwordError, UsageError
+from nextword.data import tokenizer as tokenizer_module
+from nextword.data.tokenizer import (
     BYTES,
     DELIMITER,
     END_OF_TEXT,
@@ -138,7 +138,7 @@ def test_training_is_deterministic(bpe):
     again = train_bpe(list(SCRIPTS.values()) * 3 + LOOKALIKES * 5, 800)
     assert again.backend.to_str() == bpe.backend.to_str()
     program = (
-        "import hashlib, sys; from nextword.text.tokenizer import train_bpe;"
+        "import hashlib, sys; from nextword.data.tokenizer import train_bpe;"
         "texts = ['%d words of %d' % (i * 7919 % 1000, i * i % 611) for i in range(5000)];"
         "print(hashlib.sha256(train_bpe(texts, 600).backend.to_str().encode()).hexdigest())"
     )

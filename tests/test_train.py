@@ -13,15 +13,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from nextword.errors import CorruptFile, Diverged
+from nextword.common.errors import CorruptFile, Diverged
+from nextword.data.dataset import IGNORE, Batch, TokenDataset, TokenRow
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.text.batches import IGNORE, Batch, TokenDataset, TokenRow
-from nextword.training import objectives
-from nextword.training.objectives import Inputs, next_word
+from nextword.training import losses as loss_functions
+from nextword.training.losses import Inputs, next_word
 from nextword.training.optimizer import Optimizer, learning_rate
-from nextword.training.pace import Clock, Decision, Pace, read_decisions
-from nextword.training.train import (
+from nextword.training.step import (
     StepSettings,
     TrainState,
     build_step_module,
@@ -30,6 +29,7 @@ from nextword.training.train import (
     steps,
     worth_compiling,
 )
+from nextword.training.step_budget import Clock, Decision, Pace, read_decisions
 
 
 def text_like(length: int = 3000) -> TokenRow:
@@ -131,10 +131,10 @@ def test_logits_in_pieces_are_the_whole(monkeypatch):
     hidden, matrix = torch.randn(50, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
     targets = torch.randint(0, 30, (50,))
     targets[::7] = IGNORE
-    whole = objectives.negative_log_likelihoods(hidden, matrix, targets).sum()
+    whole = loss_functions.negative_log_likelihoods(hidden, matrix, targets).sum()
     gradients = torch.autograd.grad(whole, (hidden, matrix))
-    monkeypatch.setattr(objectives, "LOGIT_BYTES", 4 * 30 * 8)
-    pieces = objectives.negative_log_likelihoods(hidden, matrix, targets).sum()
+    monkeypatch.setattr(loss_functions, "LOGIT_BYTES", 4 * 30 * 8)
+    pieces = loss_functions.negative_log_likelihoods(hidden, matrix, targets).sum()
     assert pieces.item() == pytest.approx(whole.item(), rel=1e-6)
     for a, b in zip(gradients, torch.autograd.grad(pieces, (hidden, matrix)), strict=True):
         torch.testing.assert_close(a, b)
@@ -287,10 +287,10 @@ def test_the_micro_batch_fits_itself_to_memory(monkeypatch):
     assert fit_micro_batch(step_module, dataset, settings_) == 12
     rng = torch.get_rng_state()
     before = [p.detach().clone() for p in state.model.parameters()]
-    monkeypatch.setattr("nextword.training.train.available_memory", lambda device: 3_000_000)
+    monkeypatch.setattr("nextword.training.step.available_memory", lambda device: 3_000_000)
     fitted = fit_micro_batch(step_module, dataset, settings_)
     assert 1 <= fitted < 12
-    monkeypatch.setattr("nextword.training.train.available_memory", lambda device: 0)
+    monkeypatch.setattr("nextword.training.step.available_memory", lambda device: 0)
     assert fit_micro_batch(step_module, dataset, settings_) == 1
     assert probe(state, step_module, dataset, settings_) > 0
     assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))

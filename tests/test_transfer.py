@@ -8,10 +8,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from nextword import api
-from nextword.errors import NextwordError, UsageError
-from nextword.files import read_json, read_json_lines
-from nextword.transferring import labels_worth, sentence
+from nextword.commands import api
+from nextword.common.errors import NextwordError, UsageError
+from nextword.common.fs import read_json, read_json_lines
+from nextword.evaluation.label_efficiency import labels_worth, sentence
 
 
 def test_worth_is_read_off_the_curve_from_scratch():

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from nextword.errors import NextwordError
-from nextword.evaluation.figures import Line, transfer_plot
-from nextword.evaluation.report import write_report
-from nextword.evaluation.transfer_page import transfer_page
+from nextword.common.errors import NextwordError
+from nextword.reporting.charts import Line, transfer_plot
+from nextword.reporting.label_efficiency_page import transfer_page
+from nextword.reporting.report import write_report
 from test_report import HOSTILE, Page
 
 

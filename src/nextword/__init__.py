@@ -16,32 +16,32 @@ STARTED = time.time()  # a budget counts from here when nextword is the program
 __version__ = "0.1.0"
 
 PUBLIC = {
-    "demo": "nextword.demonstrating",
-    "plan": "nextword.api",
-    "prepare": "nextword.api",
-    "pretrain": "nextword.api",
-    "finetune": "nextword.api",
-    "predict": "nextword.api",
-    "transfer": "nextword.api",
-    "generate": "nextword.api",
-    "evaluate": "nextword.api",
-    "audit": "nextword.api",
-    "explain": "nextword.api",
-    "export": "nextword.api",
-    "report": "nextword.api",
-    "serve": "nextword.api",
-    "verify": "nextword.api",
-    "load": "nextword.loading",
-    "Model": "nextword.loading",
+    "demo": "nextword.commands.demo",
+    "plan": "nextword.commands.api",
+    "prepare": "nextword.commands.api",
+    "pretrain": "nextword.commands.api",
+    "finetune": "nextword.commands.api",
+    "predict": "nextword.commands.api",
+    "transfer": "nextword.commands.api",
+    "generate": "nextword.commands.api",
+    "evaluate": "nextword.commands.api",
+    "audit": "nextword.commands.api",
+    "explain": "nextword.commands.api",
+    "export": "nextword.commands.api",
+    "report": "nextword.commands.api",
+    "serve": "nextword.commands.api",
+    "verify": "nextword.commands.api",
+    "load": "nextword.pipeline.language_model",
+    "Model": "nextword.pipeline.language_model",
     "Completion": "nextword.inference.engine",
     "Sampling": "nextword.inference.sampling",
-    "Likelihood": "nextword.evaluation.likelihood",
+    "Likelihood": "nextword.inference.perplexity",
     "GPT": "nextword.model.gpt",
     "ModelConfig": "nextword.model.config",
     "build_config": "nextword.model.config",
-    "Tokenizer": "nextword.text.tokenizer",
-    "Corpus": "nextword.text.corpus",
-    "NextwordError": "nextword.errors",
+    "Tokenizer": "nextword.data.tokenizer",
+    "Corpus": "nextword.data.corpus",
+    "NextwordError": "nextword.common.errors",
 }
 __all__ = [
     "GPT",
@@ -74,32 +74,32 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from nextword.api import audit as audit
-    from nextword.api import evaluate as evaluate
-    from nextword.api import explain as explain
-    from nextword.api import export as export
-    from nextword.api import finetune as finetune
-    from nextword.api import generate as generate
-    from nextword.api import plan as plan
-    from nextword.api import predict as predict
-    from nextword.api import prepare as prepare
-    from nextword.api import pretrain as pretrain
-    from nextword.api import report as report
-    from nextword.api import serve as serve
-    from nextword.api import transfer as transfer
-    from nextword.api import verify as verify
-    from nextword.demonstrating import demo as demo
-    from nextword.errors import NextwordError as NextwordError
-    from nextword.evaluation.likelihood import Likelihood as Likelihood
+    from nextword.commands.api import audit as audit
+    from nextword.commands.api import evaluate as evaluate
+    from nextword.commands.api import explain as explain
+    from nextword.commands.api import export as export
+    from nextword.commands.api import finetune as finetune
+    from nextword.commands.api import generate as generate
+    from nextword.commands.api import plan as plan
+    from nextword.commands.api import predict as predict
+    from nextword.commands.api import prepare as prepare
+    from nextword.commands.api import pretrain as pretrain
+    from nextword.commands.api import report as report
+    from nextword.commands.api import serve as serve
+    from nextword.commands.api import transfer as transfer
+    from nextword.commands.api import verify as verify
+    from nextword.commands.demo import demo as demo
+    from nextword.common.errors import NextwordError as NextwordError
+    from nextword.data.corpus import Corpus as Corpus
+    from nextword.data.tokenizer import Tokenizer as Tokenizer
     from nextword.inference.engine import Completion as Completion
+    from nextword.inference.perplexity import Likelihood as Likelihood
     from nextword.inference.sampling import Sampling as Sampling
-    from nextword.loading import Model as Model
-    from nextword.loading import load as load
     from nextword.model.config import ModelConfig as ModelConfig
     from nextword.model.config import build_config as build_config
     from nextword.model.gpt import GPT as GPT
-    from nextword.text.corpus import Corpus as Corpus
-    from nextword.text.tokenizer import Tokenizer as Tokenizer
+    from nextword.pipeline.language_model import Model as Model
+    from nextword.pipeline.language_model import load as load
 
 
 def __getattr__(name: str) -> Any:

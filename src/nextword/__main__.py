@@ -22,7 +22,7 @@ def main() -> None:
         # Gloo's threads outlive `destroy_process_group`, as PyTorch's caches hold the groups. One that lets go of a tensor
         # while Python is taken down aborts the process. What registers first is called last: there we end, before that.
         atexit.register(end)
-    from nextword.cli import run
+    from nextword.commands.cli import run
 
     code = run()
     sys.exit(code)

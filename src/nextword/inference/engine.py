@@ -18,13 +18,13 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from nextword.errors import NextwordError, UsageError
-from nextword.inference.cache import KeyValueCache
-from nextword.inference.reading import Piece, Reader, reader_of
+from nextword.common.errors import NextwordError, UsageError
+from nextword.data.tokenizer import Tokenizer
+from nextword.inference.detokenizer import TextStream
+from nextword.inference.kv_cache import KeyValueCache
+from nextword.inference.model_runner import Piece, Reader, reader_of
 from nextword.inference.sampling import Choice, Sampling, draw, likeliest
-from nextword.inference.stream import TextStream
 from nextword.model.gpt import GPT
-from nextword.text.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "error"]
 Prompt = str | Sequence[int]

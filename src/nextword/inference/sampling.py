@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nextword.errors import NextwordError, UsageError
+from nextword.common.errors import NextwordError, UsageError
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,13 @@
-"""A model judged: suites of questions, texts, and lm-eval's tasks, each score beside what it is worth.
+"""Deprecated: `LMEval` is in `nextword.evaluation`."""
 
-`LMEval` is a class of lm-eval's, made where that package is installed: `lm_eval.simple_evaluate(LMEval(model), tasks=[…])`.
-"""
-
+import warnings
 from typing import Any
 
 
 def __getattr__(name: str) -> Any:
     if name == "LMEval":
-        from nextword.judging.harness import adapter
+        from nextword.evaluation.lm_eval_adapter import adapter
 
+        warnings.warn("nextword.judging is deprecated: import LMEval from nextword.evaluation", DeprecationWarning, 2)
         return adapter()
     raise AttributeError(f"module 'nextword.judging' has no attribute {name!r}")

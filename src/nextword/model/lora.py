@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nextword.files import to_json, write_durably
+from nextword.common.fs import to_json, write_durably
 from nextword.model.config import ConfigError
 from nextword.model.gpt import GPT
-from nextword.model.stock import PREFIX, name_table
+from nextword.model.hf import PREFIX, name_table
 
 # Every linear layer of a block, by the last part of its name. A model without the gate of SwiGLU has one less.
 TARGETS = ("query", "key", "value", "output", "up", "gate", "down")

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from starlette.responses import JSONResponse
 
-from nextword.errors import UsageError
+from nextword.common.errors import UsageError
 from nextword.inference.sampling import Sampling
 
 MAX_BODY = 4 * 2**20  # bytes of a request's body

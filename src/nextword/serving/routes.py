@@ -8,8 +8,8 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import PlainTextResponse
 from starlette.responses import Response
 
-from nextword.serving import described
-from nextword.serving.answers import ChatForm, Form, usage_of
+from nextword.serving import openapi
+from nextword.serving.engine_worker import Ask
 from nextword.serving.protocol import (
     JSON,
     MAX_TOKENS_IN_ALL,
@@ -22,11 +22,11 @@ from nextword.serving.protocol import (
     Refusal,
     TokenizeRequest,
 )
+from nextword.serving.responses import ChatForm, Form, usage_of
 from nextword.serving.service import Service
-from nextword.serving.worker import Ask
-from nextword.serving.writing import Writing, watching
+from nextword.serving.streaming import Writing, watching
 
-router = APIRouter(default_response_class=JSON, responses=described.ERRORS)
+router = APIRouter(default_response_class=JSON, responses=openapi.ERRORS)
 COMPLETION_TOKENS = 16  # what max_tokens is where it is not said, as in OpenAI's API
 TEMPLATE_HEADER = "X-Nextword-Chat-Template"
 
@@ -51,7 +51,7 @@ def checked(asked: Generation, n: int, best_of: int, texts: int, max_tokens: int
         raise Refusal(400, "stream_options: only with stream", param="stream_options")
 
 
-@router.post("/v1/completions", responses=described.COMPLETION)
+@router.post("/v1/completions", responses=openapi.COMPLETION)
 async def completions(asked: CompletionRequest, request: Request, service: Served) -> Response:
     """Text that goes on from a prompt, a list of them, or token ids. It may run past the context length: the window slides."""
     service.named(asked.model)
@@ -83,7 +83,7 @@ async def completions(asked: CompletionRequest, request: Request, service: Serve
         return await writing.respond(asked, request.receive, {})
 
 
-@router.post("/v1/chat/completions", responses=described.CHAT)
+@router.post("/v1/chat/completions", responses=openapi.CHAT)
 async def chat(asked: ChatRequest, request: Request, service: Served) -> Response:
     """An assistant's answer to a conversation. A model that has learned none is shown a plain dialogue, and the field
     `nextword.chat_template` and a header say so. No answer slides out of the context: it is as long as there is room."""
@@ -110,21 +110,21 @@ async def chat(asked: ChatRequest, request: Request, service: Served) -> Respons
         return await writing.respond(asked, request.receive, {TEMPLATE_HEADER: service.chat.name})
 
 
-@router.get("/v1/models", responses=described.MODELS)
+@router.get("/v1/models", responses=openapi.MODELS)
 async def models(service: Served) -> Response:
     """The one model that is served, and what it can."""
     service.ready()
     return JSON({"object": "list", "data": [service.facts()]})
 
 
-@router.get("/v1/models/{name:path}", responses=described.MODEL)
+@router.get("/v1/models/{name:path}", responses=openapi.MODEL)
 async def model(name: str, service: Served) -> Response:
     """The same, by its name."""
     service.named(name)
     return JSON(service.facts())
 
 
-@router.post("/v1/embeddings", responses=described.EMBEDDINGS)
+@router.post("/v1/embeddings", responses=openapi.EMBEDDINGS)
 async def embeddings(asked: EmbeddingRequest, request: Request, service: Served) -> Response:
     """A vector for each text: the mean of the model's final hidden states over its tokens, scaled to length 1."""
     service.named(asked.model)
@@ -150,7 +150,7 @@ async def embeddings(asked: EmbeddingRequest, request: Request, service: Served)
     return JSON({"object": "list", "data": data, "model": service.name, "usage": usage_of(tokens, 0), "nextword": more})
 
 
-@router.post("/v1/classify", responses=described.CLASSES)
+@router.post("/v1/classify", responses=openapi.CLASSES)
 async def classify(asked: ClassifyRequest, request: Request, service: Served) -> Response:
     """What a fine-tuned model says of each text: `label`, `labels` or `score`, and `probabilities`."""
     service.named(asked.model)
@@ -163,7 +163,7 @@ async def classify(asked: ClassifyRequest, request: Request, service: Served) ->
     return JSON({"object": "list", "data": data, "model": service.name})
 
 
-@router.post("/tokenize", responses=described.TOKENS)
+@router.post("/tokenize", responses=openapi.TOKENS)
 async def tokenize(asked: TokenizeRequest, service: Served) -> Response:
     """The ids of a text, or of a conversation. Markers in a text are text; a prompt that is nothing but a marker is asked for
     its id (so lm-eval learns which one ends a text)."""
@@ -183,7 +183,7 @@ async def tokenize(asked: TokenizeRequest, service: Served) -> Response:
     return JSON({"count": len(ids), "max_model_len": service.context_length, "tokens": ids, "token_strs": strings})
 
 
-@router.post("/detokenize", responses=described.PROMPT)
+@router.post("/detokenize", responses=openapi.PROMPT)
 async def detokenize(asked: DetokenizeRequest, service: Served) -> Response:
     """The text of ids, special tokens left out."""
     service.ready()
@@ -193,7 +193,7 @@ async def detokenize(asked: DetokenizeRequest, service: Served) -> Response:
     return JSON({"prompt": tokenizer.decode(asked.tokens)})
 
 
-@router.get("/tokenizer_info", responses=described.TOKENIZER)
+@router.get("/tokenizer_info", responses=openapi.TOKENIZER)
 async def tokenizer_info(service: Served) -> Response:
     """What lm-eval's remote tokenizer asks for, as vLLM gives it: the tokenizer's configuration and its special tokens."""
     service.ready()
@@ -213,14 +213,14 @@ async def tokenizer_info(service: Served) -> Response:
     )
 
 
-@router.get("/health", responses=described.HEALTH)
+@router.get("/health", responses=openapi.HEALTH)
 async def health(service: Served) -> Response:
     """200 while requests are let in, else 503."""
     state = service.worker.state
     return JSON({"status": state, "model": service.name}, 200 if state == "ready" else 503)
 
 
-@router.get("/metrics", response_class=PlainTextResponse, responses=described.METRICS)
+@router.get("/metrics", response_class=PlainTextResponse, responses=openapi.METRICS)
 async def metrics(service: Served) -> Response:
     """Counters for Prometheus."""
     return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -11,24 +11,24 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from nextword.base import form_of, model_path
-from nextword.console import Console
-from nextword.errors import MissingExtra, NextwordError, UsageError
+from nextword.common.console import Console
+from nextword.common.errors import MissingExtra, NextwordError, UsageError
+from nextword.data.documents import Problems
+from nextword.inference.constrained import Grammars, Held
 from nextword.inference.engine import Engine
-from nextword.inference.grammar import Grammars, Held
-from nextword.inference.quantize import Precision
-from nextword.inference.reading import reader_of
-from nextword.loading import Model, load
+from nextword.inference.model_runner import reader_of
+from nextword.inference.quantization import Precision
 from nextword.model.gpt import GPT
-from nextword.prediction import Predictor
-from nextword.serving.answers import Words
+from nextword.pipeline.base_model import form_of, model_path
+from nextword.pipeline.language_model import Model, load
+from nextword.pipeline.predictor import Predictor
+from nextword.serving.chat_templates import Chat, chat_of
+from nextword.serving.engine_worker import Worker
 from nextword.serving.metrics import Metrics
 from nextword.serving.protocol import MAX_SCHEMA, Refusal
-from nextword.serving.templates import Chat, chat_of
-from nextword.serving.worker import Worker
-from nextword.tasks.data import example_of
-from nextword.tasks.encoding import HEADS, Form
-from nextword.text.documents import Problems
+from nextword.serving.responses import Words
+from nextword.tasks.dataset import HEADS, Form
+from nextword.tasks.task_data import example_of
 
 LONG = 4096  # characters that are encoded in a thread, since the event loop would be held up
 SCHEMA_SECONDS = 5.0  # for making a grammar

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from nextword.errors import UsageError
+from nextword.common.errors import UsageError
 
 BLOCK = 256  # texts that Naive Bayes scores at once
 TIE = 1e-9  # cosines nearer than this are equal: rounding must not choose

@@ -8,9 +8,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nextword.errors import UsageError
-from nextword.tasks.columns import GIVEN, GOLD, find_columns, guess_task, listed
-from nextword.tasks.rows import (
+from nextword.common.errors import UsageError
+from nextword.data.decoding import Problems, suffixes
+from nextword.data.readers import TABLES, NoColumn, read_records
+from nextword.tasks.parsing import (
     TEXTS,
     Flaw,
     Reading,
@@ -22,8 +23,7 @@ from nextword.tasks.rows import (
     reading_of,
     what_is_given,
 )
-from nextword.text.records import TABLES, NoColumn, read_records
-from nextword.text.streams import Problems, suffixes
+from nextword.tasks.schema import GIVEN, GOLD, find_columns, guess_task, listed
 
 __all__ = [
     "Example",

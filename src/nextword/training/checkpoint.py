@@ -24,11 +24,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextword.errors import CorruptFile, NextwordError
-from nextword.files import check_seal, flush_to_disk, read_json, read_manifest, seal, to_json, write_durably, writing
-from nextword.model.stock import read_parts
+from nextword.common.errors import CorruptFile, NextwordError
+from nextword.common.fs import (
+    check_seal,
+    flush_to_disk,
+    read_json,
+    read_manifest,
+    seal,
+    to_json,
+    write_durably,
+    writing,
+)
+from nextword.model.hf import read_parts
 from nextword.training.distributed import ALONE, World
-from nextword.training.sharing import block_of, is_first, part
+from nextword.training.parallel import block_of, is_first, part
 
 KEPT = 2
 SECONDS = 60.0  # from one save to the next, by the clock

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nextword.errors import NextwordError, UsageError
+from nextword.common.errors import NextwordError, UsageError
 
 Parallel = Literal["data", "full", "hybrid"]
 PATIENCE = 30 * 60.0  # seconds that one waits for another, as in the preparation of a text

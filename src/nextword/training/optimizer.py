@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from nextword.training.distributed import ALONE, World
-from nextword.training.sharing import at_owners, part
+from nextword.training.parallel import at_owners, part
 
 Schedule = Literal["cosine", "wsd", "linear", "constant"]
 

@@ -1,0 +1,81 @@
+"""The verb that explains a text by a model's own numbers, and its short answer in words."""
+
+from pathlib import Path
+from typing import Any
+
+from nextword.commands.options import Common, show
+
+
+def explain(
+    model: Path,
+    texts: list[str],
+    /,
+    *,
+    out: Path = Path("explanation.html"),
+    word: str | None = None,
+    label: str | None = None,
+    common: Common = Common(),
+) -> None:
+    """Show what happens inside a model as it reads a text: which words surprise it, where each head looks, what each layer
+    would already say, and which words the prediction leans on.
+
+    Parameters
+    ----------
+    model
+        A run folder or a model directory, ours or stock.
+    texts
+        A text to go on with, in quotation marks; of a fine-tuned model the texts of one example, as for nextword predict.
+    out
+        The page, which needs nothing outside of itself.
+    word
+        Explain the probability of this next word instead of the likeliest one.
+    label
+        Explain this label (or choice, from 0) instead of the one that the model gives.
+    """
+    from nextword.commands import api
+
+    found = api.explain(model, texts, word=word, label=label, out=out, device=common.device)
+    show(found, common, lambda: explained_in_words(found))
+
+
+def explained_in_words(found: dict[str, Any]) -> str:
+    """The answer, what was surprising, what the answer leans on, and where the page is."""
+    leaning, tokens = found["leaning"], found["tokens"]
+    lines = [f"note: {note}" for note in found["notes"]]
+    if found["answer"] is not None:
+        lines.append(f"answer: {answer_in_words(found['answer'])}")
+    elif "next" in tokens[-1]:
+        lines.append(
+            "next: " + ", ".join(f"{quoted(one)} {100 * one['probability']:.1f} %" for one in tokens[-1]["next"][:5])
+        )
+    predicted = [one for one in tokens if one.get("surprisal") is not None]
+    if predicted:
+        most = sorted(predicted, key=lambda one: -one["surprisal"])[:3]
+        mean = sum(one["surprisal"] for one in predicted) / len(predicted)
+        told = ", ".join(f"{quoted(one)} {one['surprisal']:.1f}" for one in most)
+        lines.append(f"surprising: {told} bits; {mean:.1f} on average")
+    parts = sorted(zip(leaning["parts"], tokens, strict=True), key=lambda pair: -abs(pair[0]))[:5]
+    told = ", ".join(f"{quoted(one)} {part:+.2f}" for part, one in parts)
+    lines.append(f"{shown(leaning['target'])} leans on: {told} {leaning['unit']}".replace("-", "−"))
+    exact = f"the parts add up within {100 * leaning['relative_error']:.2g} %, {leaning['steps']} steps"
+    return "\n".join([*lines, f"  of {leaning['difference']:+.2f}; {exact}", f"page: {found['page']}"])
+
+
+def answer_in_words(answer: dict[str, Any]) -> str:
+    if "score" in answer:
+        return f"{answer['score']:.3f}"
+    chances = answer["probabilities"]
+    if "labels" in answer:
+        return ", ".join(f"{label} {100 * chances[label]:.1f} %" for label in answer["labels"]) or "no label"
+    said = answer.get("text", answer["label"])
+    return f"{said} {100 * chances[answer['label']]:.1f} %"
+
+
+def quoted(token: dict[str, Any]) -> str:
+    return f"“{shown(token['text'])}”"
+
+
+def shown(text: str) -> str:
+    """A token in a line of the terminal: what would move its cursor is seen and does nothing."""
+    plain = text.replace("\n", "↵").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else "\ufffd" for c in plain.strip(" ") or "␣" * len(plain))

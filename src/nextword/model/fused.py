@@ -1,0 +1,332 @@
+"""The model's forward pass for training on a CPU, with everything between its large matrix products in compiled code.
+
+The same mathematics and the same weights as `GPT.forward`, which stays the definition: `tests/test_fused.py` holds the two and
+their gradients equal. What PyTorch does in some forty passes over memory a block does here in four, forward and backward.
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from nextword.common import native_build
+from nextword.model.config import ModelConfig
+from nextword.model.gpt import GPT, Block, Norm, drop, rotary_angles
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+ACTIVATIONS = {"swiglu": 0, "relu": 1, "gelu": 2}
+PIECE = 2**22  # logits that are held at once: 16 MB, about what the last cache holds
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("B", "T", "H", "G", "K", "turns")),
+        *((name, ctypes.c_void_p) for name in ("query_weight", "key_weight", "cosines", "sines", "starts", "holes")),
+        ("eps", ctypes.c_float), ("unused", ctypes.c_float),
+    ]  # fmt: skip
+
+
+@cache
+def library() -> tuple[Any, str]:
+    """The compiled code, its functions' types declared; or None and why not, in words for the person."""
+    loaded, why = native_build.library(SOURCE)
+    if loaded is not None:
+        whole, real, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+        for name, arguments in {
+            "attend": [pointer, whole, *[pointer] * 3],
+            "attend_backward": [pointer, whole, *[pointer] * 7],
+            "norm": [whole, whole, whole, real, *[pointer] * 6],
+            "norm_backward": [whole, whole, whole, real, *[pointer] * 8],
+            "activate": [whole, whole, whole, whole, *[pointer] * 2],
+            "activate_backward": [whole, whole, whole, whole, *[pointer] * 3],
+            "cross_entropy": [whole, whole, whole, *[pointer] * 3],
+            "log_sums": [whole, whole, whole, *[pointer] * 2],
+        }.items():
+            function = getattr(loaded, f"nextword_{name}")
+            function.argtypes, function.restype = arguments, None
+    return loaded, why
+
+
+def fits(model: GPT, device: torch.device | None = None) -> bool:
+    """Whether the model can be trained here: float32 on a CPU, widths of whole vectors of eight; a hollow one, once it is on
+    this device."""
+    config, weight = model.config, model.token_embedding.weight
+    widths = (config.d_model, config.head_dim, config.d_ff)
+    on_cpu = (device or weight.device).type == "cpu"
+    return on_cpu and weight.dtype == torch.float32 and all(width % 8 == 0 for width in widths)
+
+
+def available(model: GPT, device: torch.device | None = None) -> bool:
+    return fits(model, device) and library()[0] is not None
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+# ---------------------------------------------------------------- the parts, each with its gradient
+
+
+class Places(NamedTuple):
+    """Where a row's tokens stand: cosines and sines of their rotations [T or B·T, K/2], and where several texts share a
+    row, the first position that each one sees [B, T]; where several go on from one beginning, also the hole between that
+    beginning and a text's own part [B, T, 2] (without gradients)."""
+
+    cosines: Tensor | None = None
+    sines: Tensor | None = None
+    starts: Tensor | None = None
+    holes: Tensor | None = None
+
+
+class Attend(Function):
+    """Heads [N, H·K] from queries, keys and values side by side [N, (H + 2G)·K]: normed, rotated, attended to causally."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, places: Places, config: ModelConfig,
+        length: int,
+    ) -> Tensor:  # fmt: skip
+        inner, rows = config.n_heads * config.head_dim, qkv.shape[0]
+        qkv = qkv.contiguous()
+        out = qkv.new_empty(rows, inner)
+        logsum = qkv.new_empty(rows, config.n_heads)  # as [B, H, T]
+        heads = _Heads(
+            rows // length, length, config.n_heads, config.n_kv_heads, config.head_dim,
+            length if places.cosines is None else len(places.cosines),
+            *map(_at, (query_weight, key_weight, *places)), config.norm_eps, 0.0,
+        )  # fmt: skip
+        library()[0].nextword_attend(ctypes.byref(heads), native_build.threads(), _at(qkv), _at(out), _at(logsum))
+        ctx.save_for_backward(qkv, out, logsum, query_weight, key_weight)
+        ctx.heads, ctx.places = heads, places
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        assert ctx.places.holes is None
+        (dout,) = grad_outputs
+        qkv, out, logsum, query_weight, key_weight = ctx.saved_tensors
+        dqkv, dout = torch.empty_like(qkv), dout.contiguous()
+        dquery, dkey = (None if weight is None else torch.empty_like(weight) for weight in (query_weight, key_weight))
+        library()[0].nextword_attend_backward(
+            ctypes.byref(ctx.heads), native_build.threads(), *map(_at, (qkv, out, logsum, dout, dqkv, dquery, dkey))
+        )
+        return dqkv, dquery, dkey, None, None, None
+
+
+class AddNorm(Function):
+    """x + added, and its norm: both [N, D]. Without `added` x itself, and its norm."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        rows, width = x.shape
+        total, y = x if added is None else torch.empty_like(x), torch.empty_like(x)
+        library()[0].nextword_norm(
+            native_build.threads(), rows, width, eps, *map(_at, (x, added, weight, bias, total, y))
+        )  # fmt: skip
+        ctx.save_for_backward(total, weight, bias)
+        ctx.eps, ctx.added = eps, added is not None
+        ctx.set_materialize_grads(False)
+        return (total if ctx.added else x.view_as(x)), y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dtotal, dy = grad_outputs
+        total, weight, bias = ctx.saved_tensors
+        if dy is None:
+            return dtotal, dtotal if ctx.added else None, None, None, None
+        dx, dweight = torch.empty_like(total), torch.empty_like(weight)
+        dbias = None if bias is None else torch.empty_like(bias)
+        dtotal, dy = None if dtotal is None else dtotal.contiguous(), dy.contiguous()
+        library()[0].nextword_norm_backward(
+            native_build.threads(),
+            *total.shape,
+            ctx.eps,
+            *map(_at, (total, weight, bias, dy, dtotal, dx, dweight, dbias)),
+        )
+        return dx, dx if ctx.added else None, dweight, dbias, None
+
+
+class Activate(Function):
+    """What stands between the feed-forward matrices: of gate and up side by side [N, 2F] for SwiGLU, else of [N, F]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.kind = ACTIVATIONS[activation]
+        ctx.width = x.shape[1] // (2 if activation == "swiglu" else 1)
+        y = x.new_empty(x.shape[0], ctx.width)
+        library()[0].nextword_activate(native_build.threads(), ctx.kind, len(x), ctx.width, _at(x), _at(y))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (dy,) = grad_outputs
+        (x,) = ctx.saved_tensors
+        dx, dy = torch.empty_like(x), dy.contiguous()
+        library()[0].nextword_activate_backward(
+            native_build.threads(), ctx.kind, len(x), ctx.width, _at(x), _at(dy), _at(dx)
+        )  # fmt: skip
+        return dx, None
+
+
+class SummedLoss(Function):
+    """Σ −log softmax(hidden · unembeddingᵀ)[target] in nats; hidden [N, D], targets [N], those below 0 left out.
+
+    A piece of the logits at a time is made, and at once turned into gradients: they are never held whole, nor made twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
+        hidden, wanted = hidden.contiguous(), ctx.needs_input_grad
+        losses = hidden.new_empty(len(hidden))
+        dhidden = torch.empty_like(hidden) if wanted[0] else None
+        dunembedding = torch.zeros_like(unembedding) if wanted[1] else None
+        rows = max(1, PIECE // len(unembedding))
+        for first in range(0, len(hidden), rows):
+            piece, part = hidden[first : first + rows], targets[first : first + rows]
+            logits = F.linear(piece, unembedding)
+            library()[0].nextword_cross_entropy(
+                native_build.threads(), *logits.shape, _at(part), _at(logits), _at(losses[first : first + rows])
+            )
+            if dhidden is not None:
+                torch.mm(logits, unembedding, out=dhidden[first : first + rows])
+            if dunembedding is not None:
+                dunembedding.addmm_(logits.T, piece)
+        ctx.save_for_backward(dhidden)
+        ctx.dunembedding = dunembedding  # not a row's, so not what a micro-batch is measured by
+        return losses.double().sum().float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (dloss,) = grad_outputs
+        kept = (*ctx.saved_tensors, ctx.dunembedding)
+        return *(None if gradient is None else gradient.mul_(dloss) for gradient in kept), None
+
+
+def log_sums(logits: Tensor) -> Tensor:
+    """log Σ exp of each row of logits [N, V], without gradients; where nothing is compiled, by PyTorch."""
+    loaded = library()[0] if logits.device.type == "cpu" and logits.dtype == torch.float32 else None
+    if loaded is None:
+        return torch.logsumexp(logits, dim=1)
+    logits, sums = logits.contiguous(), logits.new_empty(len(logits))
+    loaded.nextword_log_sums(native_build.threads(), *logits.shape, _at(logits), _at(sums))
+    return sums
+
+
+# ---------------------------------------------------------------- the model
+
+
+class FusedGPT:
+    """A GPT as an objective sees it, its forward pass made of the parts above."""
+
+    def __init__(self, model: GPT):
+        self.model = model
+        self.config = model.config
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        keep: Tensor | None = None,
+        holes: Tensor | None = None,
+        only: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [B, T, D], as `GPT.forward` gives them; `holes` as in `Places`. With `only`, places [P] among all B · T
+        tokens, those of these alone [P, D]: the last block needs no more of the others than their keys and values."""
+        model, config, (rows, length) = self.model, self.config, tokens.shape
+        if positions is None and length > config.context_length:
+            raise ValueError(f"{length} tokens are more than the context length of {config.context_length}")
+        x = model.token_embedding(tokens)
+        at = torch.arange(length) if positions is None else positions  # [T] or [B, T]
+        if config.positions == "learned":
+            x = x + model.position_embedding(at)
+        elif config.positions == "sinusoidal":
+            x = x + model.get_buffer("position_table")[at]
+        places = self.places(at, segments)._replace(holes=holes)
+        kept = None if keep is None else keep.flatten(1, 2)  # [1 + 2·n_layers, N, D]
+        x = drop(x.flatten(0, 1), None if kept is None else kept[0], config.dropout)  # [N, D]
+        added: Tensor | None = None
+        for layer, block in enumerate(model.blocks):
+            masks = (None, None) if kept is None else (kept[1 + 2 * layer], kept[2 + 2 * layer])
+            wanted = only if layer == len(model.blocks) - 1 else None
+            if config.norm_position == "post":
+                attended = drop(self.attention(block, x, places, length, wanted), masks[0], config.dropout)
+                x = self.add_norm(_some(x, wanted), attended, block.attention_norm)[1]
+                x = self.add_norm(
+                    x, drop(self.feed_forward(block, x), masks[1], config.dropout), block.feed_forward_norm
+                )[1]
+            else:
+                x, normed = self.add_norm(x, added, block.attention_norm)
+                attended = drop(self.attention(block, normed, places, length, wanted), masks[0], config.dropout)
+                x, normed = self.add_norm(_some(x, wanted), attended, block.feed_forward_norm)
+                added = drop(self.feed_forward(block, normed), masks[1], config.dropout)
+        if config.norm_position == "pre":
+            x = self.add_norm(x, added, model.final_norm)[1]
+        return x.view(rows, length, -1) if only is None else x
+
+    def add_norm(self, x: Tensor, added: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+        assert isinstance(norm, Norm)
+        return AddNorm.apply(x, added, norm.weight, norm.bias, norm.eps)  # pyright: ignore[reportReturnType]
+
+    def places(self, positions: Tensor, segments: Tensor | None) -> Places:
+        starts = None
+        if segments is not None:  # where a segment begins, carried on to its end
+            at = torch.arange(segments.shape[1]).expand_as(segments)
+            begins = torch.ones_like(segments, dtype=torch.bool)
+            begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+            starts = torch.where(begins, at, 0).cummax(1).values.contiguous()
+        if self.config.positions != "rope":
+            return Places(starts=starts)
+        cosines, sines = rotary_angles(positions.flatten(), self.config.head_dim, self.config.rope_theta)
+        return Places(cosines.contiguous(), sines.contiguous(), starts)
+
+    def attention(self, block: Block, x: Tensor, places: Places, length: int, wanted: Tensor | None) -> Tensor:
+        a = block.attention
+        qkv = side_by_side(x, (a.query, a.key, a.value))
+        norms = (a.query_norm, a.key_norm)
+        query, key = (norm.weight if isinstance(norm, Norm) else None for norm in norms)
+        return a.output(_some(Attend.apply(qkv, query, key, places, self.config, length), wanted))
+
+    def feed_forward(self, block: Block, x: Tensor) -> Tensor:
+        f = block.feed_forward
+        inside = side_by_side(x, (f.gate, f.up)) if f.activation == "swiglu" else f.up(x)
+        return f.down(Activate.apply(inside, f.activation))
+
+    # What objectives ask beside the hidden states.
+
+    def summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return SummedLoss.apply(hidden, self.unembedding, targets.contiguous())  # pyright: ignore[reportReturnType]
+
+    @property
+    def unembedding(self) -> Tensor:
+        return self.model.unembedding
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        return self.model.classify(hidden)
+
+
+def _some(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x[rows]
+
+
+def side_by_side(x: Tensor, layers: tuple[Any, ...]) -> Tensor:
+    """The outputs of several linear layers of the same input, in one product; an adapted layer (LoRA) has its own."""
+    if any(type(layer) is not torch.nn.Linear for layer in layers):
+        return torch.cat([layer(x) for layer in layers], dim=1)
+    biases = [layer.bias for layer in layers]
+    bias = None if any(one is None for one in biases) else torch.cat(biases)
+    return F.linear(x, torch.cat([layer.weight for layer in layers]), bias)
