@@ -14,16 +14,18 @@ else:
     playwright = pytest.importorskip("playwright.sync_api", reason="pages are tested with playwright")
     expect, sync_playwright, Browser = playwright.expect, playwright.sync_playwright, playwright.Browser
 
-WIDE: "ViewportSize" = {"width": 1280, "height": 800}
-PHONE: "ViewportSize" = {"width": 390, "height": 844}
-LOOKS: "dict[str, tuple[str, ViewportSize]]" = {
-    "light-wide": ("light", WIDE),
-    "dark-phone": ("dark", PHONE),
-    "light-phone": ("light", PHONE),
-    "dark-wide": ("dark", WIDE),
+DESKTOP_VIEWPORT: "ViewportSize" = {"width": 1280, "height": 800}
+PHONE_VIEWPORT: "ViewportSize" = {"width": 390, "height": 844}
+DISPLAY_VARIANTS: "dict[str, tuple[str, ViewportSize]]" = {
+    "light-wide": ("light", DESKTOP_VIEWPORT),
+    "dark-phone": ("dark", PHONE_VIEWPORT),
+    "light-phone": ("light", PHONE_VIEWPORT),
+    "dark-wide": ("dark", DESKTOP_VIEWPORT),
 }
-SHOTS = os.environ.get("NEXTWORD_PAGE_SHOTS")  # a folder, where pictures of every state are wanted
-WATCH = "window.broken = []; addEventListener('securitypolicyviolation', (e) => broken.push(e.violatedDirective));"
+SCREENSHOT_DIR = os.environ.get("NEXTWORD_PAGE_SHOTS")  # a folder, where pictures of every state are wanted
+CSP_VIOLATION_SCRIPT = (
+    "window.broken = []; addEventListener('securitypolicyviolation', (e) => broken.push(e.violatedDirective));"
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,33 +41,33 @@ def browser() -> "Iterator[Browser]":
         browser.close()
 
 
-class Opened:
+class OpenedPage:
     """A file that is open as a page, and whatever it did beside what can be seen."""
 
-    def __init__(self, browser: "Browser", file: Path, look: str):
-        theme, viewport = LOOKS[look]
+    def __init__(self, browser: "Browser", file: Path, variant: str):
+        theme, viewport = DISPLAY_VARIANTS[variant]
         self.context = browser.new_context(viewport=viewport, color_scheme=theme, reduced_motion="reduce")  # type: ignore[arg-type]
-        self.context.add_init_script(WATCH)
+        self.context.add_init_script(CSP_VIOLATION_SCRIPT)
         self.page: Page = self.context.new_page()
         self.page.set_default_timeout(60_000)
-        self.told: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", lambda message: self.told.append(message.text))
-        self.page.on("pageerror", lambda error: self.told.append(f"error: {error}"))
-        self.context.on("request", lambda request: self.asked.append(request.url))
-        self.address = file.resolve().as_uri()
-        self.page.goto(self.address)
+        self.console_messages: list[str] = []
+        self.requested_urls: list[str] = []
+        self.page.on("console", lambda message: self.console_messages.append(message.text))
+        self.page.on("pageerror", lambda error: self.console_messages.append(f"error: {error}"))
+        self.context.on("request", lambda request: self.requested_urls.append(request.url))
+        self.url = file.resolve().as_uri()
+        self.page.goto(self.url)
 
-    def holds(self, name: str) -> None:
+    def check_invariants(self, name: str) -> None:
         """What is true of every page of ours: no finding of axe-core's rules, nothing wider than the window, nothing asked of
         anybody, no word on the console, and a policy that nothing has broken."""
         axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
-        if SHOTS:
+        if SCREENSHOT_DIR:
             self.page.screenshot(path=f"{SHOTS}/{name}.png", full_page=True)
-        found = axe.Axe().run(self.page).response["violations"]
-        assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
-        wide, there = self.page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
-        assert wide <= there
-        assert self.told == []
-        assert self.asked == [self.address]
+        violations = axe.Axe().run(self.page).response["violations"]
+        assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in violations] == []
+        scroll_width, window_width = self.page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+        assert scroll_width <= window_width
+        assert self.console_messages == []
+        assert self.requested_urls == [self.url]
         assert self.page.evaluate("window.broken") == []

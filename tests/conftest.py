@@ -17,7 +17,7 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)  # a bu
 settings.register_profile("explore", max_examples=1000, deadline=None)
 settings.load_profile("repeatable")
 
-TINY = [
+TINY_MODEL_ARGS = [
     "--model.n-layers", "2", "--model.n-heads", "2", "--model.d-model", "32", "--model.context-length", "32",
     "--vocab-size", "400", "--training.batch-tokens", "256",
 ]  # fmt: skip
@@ -54,20 +54,20 @@ def base(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def command(*arguments: str | Path) -> list[str]:
+def nextword_command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "nextword", *map(str, arguments)]
 
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
+CLIRunner = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def nextword() -> Run:
+def nextword() -> CLIRunner:
     """Run the program in a process of its own; its output as text."""
 
     def run(*arguments: str | Path, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command(*arguments), capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment},
+            nextword_command(*arguments), capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment},
             encoding="utf-8",
         )  # fmt: skip
 
@@ -75,7 +75,7 @@ def nextword() -> Run:
 
 
 @pytest.fixture
-def without_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def without_native_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine on which nothing can be compiled."""
 
     from nextword.common import native_build

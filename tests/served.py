@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from conftest import command
+from conftest import nextword_command
 from nextword.common.console import Console
 from nextword.data.tokenizer import Tokenizer
 from nextword.model.config import build_config
@@ -29,7 +29,7 @@ from nextword.serving.security import Guard
 from nextword.serving.service import Service, Settings
 
 
-class Answer:
+class HTTPResult:
     """A response, read whole."""
 
     def __init__(self, response: http.client.HTTPResponse):
@@ -46,14 +46,14 @@ class Answer:
         return error
 
     @property
-    def events(self) -> list[Any]:
+    def sse_events(self) -> list[Any]:
         """What a stream has said, without its last word."""
         lines = [line for line in self.body.decode().split("\n\n") if line]
         assert lines[-1] == "data: [DONE]"
         return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
-class Server:
+class ServerClient:
     """What can be asked of a server by hand."""
 
     def __init__(self, url: str):
@@ -63,17 +63,17 @@ class Server:
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(self.host, self.port, timeout=60)
 
-    def ask(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
+    def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> HTTPResult:
         with contextlib.closing(self.connect()) as connection:
             data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
             connection.request(method, path, data, {"Content-Type": "application/json", **(headers or {})})
-            return Answer(connection.getresponse())
+            return HTTPResult(connection.getresponse())
 
-    def get(self, path: str, **headers: str) -> Answer:
-        return self.ask("GET", path, headers=headers)
+    def get(self, path: str, **headers: str) -> HTTPResult:
+        return self.request("GET", path, headers=headers)
 
-    def post(self, path: str, body: Any, **headers: str) -> Answer:
-        return self.ask("POST", path, body, headers)
+    def post(self, path: str, body: Any, **headers: str) -> HTTPResult:
+        return self.request("POST", path, body, headers)
 
     def complete(self, prompt: Any = "The", **settings: Any) -> Any:
         """The answer of /v1/completions, which is expected to be one."""
@@ -85,39 +85,39 @@ class Server:
         lines = [line for line in self.get("/metrics").body.decode().splitlines() if line.startswith(name + " ")]
         return float(lines[0].split()[1])
 
-    def begin(self, body: Any, room: int | None = None) -> socket.socket:
+    def start_completion(self, body: Any, receive_buffer: int | None = None) -> socket.socket:
         """Ask for a completion and read nothing of the answer, for which the connection has so much room."""
         data = json.dumps(body).encode()
         head = f"Host: {self.host}:{self.port}\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-        made = socket.socket()
-        if room is not None:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
-        made.settimeout(60)
-        made.connect((self.host, self.port))
-        made.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}".encode() + data)
-        return made
+        connection = socket.socket()
+        if receive_buffer is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        connection.settimeout(60)
+        connection.connect((self.host, self.port))
+        connection.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}".encode() + data)
+        return connection
 
 
-class Process(Server):
+class ServerProcess(ServerClient):
     """`nextword serve` in a process of its own, on a free port."""
 
     def __init__(self, *arguments: str | Path, **environment: str):
         self.process = subprocess.Popen(
-            command("serve", *arguments, "--port", "0", "--json"),
+            nextword_command("serve", *arguments, "--port", "0", "--json"),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
         )  # fmt: skip
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(self.process.communicate()[1])
-        self.facts = json.loads(line)
-        super().__init__(self.facts["url"])
+        self.server_info = json.loads(line)
+        super().__init__(self.server_info["url"])
 
-    def signal(self, number: int = signal.SIGTERM) -> None:
+    def send_signal(self, number: int = signal.SIGTERM) -> None:
         self.process.send_signal(number)
 
     def wait(self, timeout: float = 20) -> int:
-        self.out, self.err = self.process.communicate(timeout=timeout)
+        self.stdout, self.stderr = self.process.communicate(timeout=timeout)
         return self.process.returncode
 
     def __enter__(self) -> "Process":
@@ -129,16 +129,16 @@ class Process(Server):
             self.process.communicate()
 
 
-class Threaded(Server):
+class ThreadedServer(ServerClient):
     """A server in a thread of this process."""
 
-    def __init__(self, url: str, service: Service, guard: Guard, told: "queue.Queue[Any]"):
+    def __init__(self, url: str, service: Service, middleware: Guard, outcomes: "queue.Queue[Any]"):
         super().__init__(url)
-        self.service, self.guard, self.told = service, guard, told
+        self.service, self.middleware, self.outcomes = service, middleware, outcomes
 
-    def failure(self) -> BaseException:
+    def exit_error(self) -> BaseException:
         """The error that the server has ended with."""
-        return self.told.get(timeout=20)
+        return self.outcomes.get(timeout=20)
 
     @property
     def engine(self) -> Any:
@@ -146,42 +146,42 @@ class Threaded(Server):
 
 
 @contextlib.contextmanager
-def served(model: Path, place: Place | None = None, **settings: Any) -> Iterator[Threaded]:
-    place = place or Place(port=0)
-    service, told = Service(Settings(model, **settings), Console(quiet=True)), queue.Queue()
-    server = configured(service, place)
-    with contextlib.closing(place.listen()) as listening:
+def running_server(model: Path, listen_config: Place | None = None, **settings: Any) -> Iterator[ThreadedServer]:
+    listen_config = listen_config or Place(port=0)
+    service, outcomes = Service(Settings(model, **settings), Console(quiet=True)), queue.Queue()
+    server = configured(service, listen_config)
+    with contextlib.closing(listen_config.listen()) as listen_socket:
         # Connections have little room, so that it shows when somebody does not read.
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)
+        listen_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)
 
-        def work() -> None:
+        def run_in_thread() -> None:
             try:
-                asyncio.run(run(service, place, server, listening, Console(quiet=True), told.put))
+                asyncio.run(run(service, listen_config, server, listen_socket, Console(quiet=True), outcomes.put))
             except BaseException as error:
-                told.put(error)
+                outcomes.put(error)
 
-        thread = threading.Thread(target=work)
+        thread = threading.Thread(target=run_in_thread)
         thread.start()
         try:
-            facts = told.get(timeout=60)
-            if isinstance(facts, BaseException):
-                raise facts
-            yield Threaded(facts["url"], service, server.config.app, told)  # pyright: ignore[reportArgumentType]
+            server_info = outcomes.get(timeout=60)
+            if isinstance(server_info, BaseException):
+                raise server_info
+            yield ThreadedServer(server_info["url"], service, server.config.app, outcomes)  # pyright: ignore[reportArgumentType]
         finally:
             server.should_exit = True
             thread.join(30)
     assert not thread.is_alive()
 
 
-def until(true: Callable[[], bool], seconds: float = 10) -> None:
+def wait_until(condition: Callable[[], bool], timeout: float = 10) -> None:
     """Wait for something to be so."""
-    end = time.monotonic() + seconds
-    while not true():
+    end = time.monotonic() + timeout
+    while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
 
 
-def directory(path: Path, tokenizer: Tokenizer, preset: str = "modern", **sizes: int) -> Path:
+def make_model_dir(path: Path, tokenizer: Tokenizer, preset: str = "modern", **sizes: int) -> Path:
     """A model directory with random weights."""
     torch.manual_seed(0)
     sizes = {"n_layers": 1, "n_heads": 2, "d_model": 16, "context_length": 128, **sizes}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import TINY, Run
+from conftest import TINY_MODEL_ARGS, CLIRunner
 
 VERBS = ["demo", "plan", "prepare", "pretrain", "generate", "evaluate", "audit", "export", "report", "verify"]
 
@@ -25,7 +25,7 @@ def run(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
-def test_help_is_worth_reading_and_there_at_once(nextword: Run, verb):
+def test_help_is_worth_reading_and_there_at_once(nextword: CLIRunner, verb):
     arguments = [verb, "--help"] if verb else ["--help"]
     before = os.times()
     done = nextword(*arguments)
@@ -40,8 +40,8 @@ def test_help_is_worth_reading_and_there_at_once(nextword: Run, verb):
     assert done.stderr == ""
 
 
-def test_pretrain_from_text_to_json(nextword: Run, texts, tmp_path):
-    done = nextword("pretrain", texts, "--out", tmp_path / "run", "--steps", "25", "--json", *TINY)
+def test_pretrain_from_text_to_json(nextword: CLIRunner, texts, tmp_path):
+    done = nextword("pretrain", texts, "--out", tmp_path / "run", "--steps", "25", "--json", *TINY_MODEL_ARGS)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)  # one object and nothing else
     assert {"run", "model", "steps", "seconds", "loss", "bits_per_byte"} <= set(result)
@@ -50,14 +50,14 @@ def test_pretrain_from_text_to_json(nextword: Run, texts, tmp_path):
     assert "validation loss" in done.stderr
 
 
-def test_quiet_is_quiet(nextword: Run, texts, tmp_path):
-    done = nextword("pretrain", texts, "--out", tmp_path / "run", "--steps", "5", "--quiet", *TINY)
+def test_quiet_is_quiet(nextword: CLIRunner, texts, tmp_path):
+    done = nextword("pretrain", texts, "--out", tmp_path / "run", "--steps", "5", "--quiet", *TINY_MODEL_ARGS)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "5 steps in" in done.stdout
 
 
-def test_generate(nextword: Run, run):
+def test_generate(nextword: CLIRunner, run):
     done = nextword("generate", run, "The", "A list", "--max-tokens", "12", "--seed", "3", "--json")
     assert done.returncode == 0, done.stderr
     completions = json.loads(done.stdout)["completions"]
@@ -69,7 +69,7 @@ def test_generate(nextword: Run, run):
     assert streamed.stdout == "The" + completions[0]["text"] + "\n"
 
 
-def test_evaluate_says_the_runs_own_loss_and_that_of_files(nextword: Run, run, texts):
+def test_evaluate_says_the_runs_own_loss_and_that_of_files(nextword: CLIRunner, run, texts):
     own = json.loads(nextword("evaluate", run, "--json").stdout)
     assert own["loss"] == pytest.approx(json.loads((run / "result.json").read_text())["loss"], abs=1e-6)
     assert {"loss", "perplexity", "bits_per_byte", "tokens", "bytes", "stride", "interval"} == set(own)
@@ -77,7 +77,7 @@ def test_evaluate_says_the_runs_own_loss_and_that_of_files(nextword: Run, run, t
     assert whole["bytes"] == sum(len(p.read_bytes()) for p in texts.iterdir())
 
 
-def test_report_and_verify(nextword: Run, run, tmp_path):
+def test_report_and_verify(nextword: CLIRunner, run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     (copy / "report.html").unlink()
@@ -126,7 +126,7 @@ def test_report_and_verify(nextword: Run, run, tmp_path):
         (["prepare", "{texts}"], 2, "--out"),
     ],
 )
-def test_errors_say_what_and_what_to_do(nextword: Run, run, texts, tmp_path, arguments, code, message):
+def test_errors_say_what_and_what_to_do(nextword: CLIRunner, run, texts, tmp_path, arguments, code, message):
     filled = [a.format(tmp=tmp_path, texts=texts, run=run) for a in arguments]
     done = nextword(*filled)
     assert done.returncode == code, done.stderr

@@ -21,7 +21,7 @@ import pytest
 from safetensors.torch import save_file
 
 import nextword as package
-from conftest import Run, command
+from conftest import CLIRunner, nextword_command
 from nextword.common import fs
 from nextword.common.errors import CorruptFile, DiskFull, NextwordError, UsageError
 from nextword.training import checkpoint
@@ -102,7 +102,7 @@ def test_damage_to_a_manifest_is_found_or_changes_nothing_that_it_says(whole, tm
     assert found >= FLIPS // 2
 
 
-def test_strict_stops_where_else_the_checkpoint_before_is_used(whole, tmp_path, nextword: Run):
+def test_strict_stops_where_else_the_checkpoint_before_is_used(whole, tmp_path, nextword: CLIRunner):
     run = unfinished(whole, tmp_path / "run")
     newest = checkpoint.checkpoints(run)[-1]
     (newest / "weights.safetensors").write_bytes(b"cut")
@@ -327,7 +327,7 @@ def test_a_cut_link_ends_both_sides_and_a_restart_goes_on(shards, tmp_path):
         return [
             subprocess.Popen(
                 ["ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', host,
-                 *command(*arguments)],
+                 *nextword_command(*arguments)],
                 env={**os.environ, **variables, "RANK": str(rank), "GLOO_SOCKET_IFNAME": "wire"}, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
             )
@@ -359,7 +359,7 @@ def test_a_cut_link_ends_both_sides_and_a_restart_goes_on(shards, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the broken compiler is a shell script")
-def test_a_compiler_that_is_broken_costs_speed_alone(shards, tmp_path, nextword: Run):
+def test_a_compiler_that_is_broken_costs_speed_alone(shards, tmp_path, nextword: CLIRunner):
     """torch.compile fails, from the start or at a resume; the run is that of PyTorch's own operations."""
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho 'no such header' >&2; exit 1\n")

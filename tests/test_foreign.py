@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nextword as package
-from conftest import Run
+from conftest import CLIRunner
 from nextword.common import fs
 from nextword.common.errors import CorruptFile, NextwordError
 from nextword.data.shards import Tokens
@@ -216,7 +216,7 @@ def test_a_hostile_directory_is_refused_at_once(honest, tmp_path, monkeypatch, n
     assert sorted(tmp_path.rglob("*")) == before, "nothing was run"
 
 
-def test_the_program_says_so_without_a_traceback(honest, tmp_path, nextword: Run):
+def test_the_program_says_so_without_a_traceback(honest, tmp_path, nextword: CLIRunner):
     directory = tmp_path / "model"
     shutil.copytree(honest, directory)
     config(num_hidden_layers=10**9)(directory)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from browsing import LOOKS, PHONE, SHOTS, WATCH, WIDE
+from browsing import CSP_VIOLATION_SCRIPT, DESKTOP_VIEWPORT, DISPLAY_VARIANTS, PHONE_VIEWPORT, SCREENSHOT_DIR
 from browsing import browser as browser
-from page_server import EMOJI, HTML, PAGE, POLICY, RTL, STORY, PageServer
+from page_server import CONTENT_SECURITY_POLICY, EMOJI, HTML, PAGE_DIR, RTL, STORY, PageServer
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Locator, Page, ViewportSize, expect
@@ -47,19 +47,19 @@ class Journey:
         self.told: list[str] = []
         self.elsewhere: list[str] = []
         self.troubles = False  # whether requests fail in this journey by intent, which the browser tells on its console
-        context.add_init_script(WATCH)
+        context.add_init_script(CSP_VIOLATION_SCRIPT)
         self.page: Page = context.new_page()
         self.page.set_default_timeout(15_000)
         self.page.on("console", lambda message: self.told.append(message.text))
         self.page.on("pageerror", lambda error: self.told.append(f"error: {error}"))
         context.on("request", lambda request: self.elsewhere.append(request.url))
-        self.page.goto(server.address)
+        self.page.goto(server.url)
 
     def close(self) -> None:
         assert self.page.evaluate("broken") == []
         told = [text for text in self.told if not (self.troubles and text.startswith("Failed to load resource"))]
         assert told == []
-        assert [url for url in self.elsewhere if not url.startswith((self.server.address, "blob:null", "data:"))] == []
+        assert [url for url in self.elsewhere if not url.startswith((self.server.url, "blob:null", "data:"))] == []
         self.context.close()
 
     # What people look for, by the names that assistive technology gives it
@@ -90,7 +90,7 @@ class Journey:
 
     def asked(self) -> dict[str, Any]:
         """The last request for an answer."""
-        return self.script.asked[-1][1]
+        return self.script.requests[-1][1]
 
     def focused(self) -> str:
         return self.page.evaluate("document.activeElement.id || document.activeElement.className")
@@ -129,10 +129,10 @@ def test_a_conversation_is_streamed_and_goes_on(open_page: Open) -> None:
         window.heard = [];
         new MutationObserver(() => window.heard.push(said.textContent)).observe(said, all);
     }""")
-    j.script.writes.clear()
+    j.script.may_write.clear()
     j.say("Tell me\nof the sea", done=False)
     expect(j.button("Stop")).to_be_visible()
-    j.script.writes.set()
+    j.script.may_write.set()
     expect(j.answers).to_have_text(TOLD)
     expect(j.at("#say")).to_have_text(f"The model wrote: {TOLD}")
     # What is being written is not read out, token by token.
@@ -155,7 +155,7 @@ def test_a_conversation_is_streamed_and_goes_on(open_page: Open) -> None:
 
 
 def test_settings_are_sent_and_wrong_ones_are_shown(open_page: Open) -> None:
-    j = open_page(viewport=WIDE)
+    j = open_page(viewport=DESKTOP_VIEWPORT)
     j.field("System message").fill("Be brief.")
     j.field("Temperature").fill("0")
     expect(j.at("output[for=temperature]")).to_have_text("0")
@@ -173,7 +173,7 @@ def test_settings_are_sent_and_wrong_ones_are_shown(open_page: Open) -> None:
     j.field("Your message").fill("wrong")
     j.button("Settings").click()  # closed, and opened again by what is wrong in it
     j.button("Send").click()
-    assert len(j.script.asked) == 1
+    assert len(j.script.requests) == 1
     assert j.focused() == "max_tokens"
     assert j.field("Your message").input_value() == "wrong"
     j.button("Back to the defaults").click()
@@ -195,10 +195,10 @@ def test_stop(open_page: Open) -> None:
     first = j.answers.inner_text()
     assert "tick150" not in first
     for _ in range(40):
-        if j.script.left:
+        if j.script.client_disconnects:
             break
         j.page.wait_for_timeout(50)
-    assert j.script.left == 1  # the server has seen it
+    assert j.script.client_disconnects == 1  # the server has seen it
     j.say("slow again", done=False)
     expect(j.answers.last).to_contain_text("tick1")
     j.button("Stop").click()
@@ -302,7 +302,7 @@ def test_a_token_tells_its_probability_and_alternatives(open_page: Open) -> None
 
 
 def test_underlines_tell_probability_by_thickness_too(open_page: Open) -> None:
-    j = open_page(viewport=WIDE)
+    j = open_page(viewport=DESKTOP_VIEWPORT)
     j.say("unsure")
     style = "e => [getComputedStyle(e).textDecorationLine, parseFloat(getComputedStyle(e).textDecorationThickness)]"
     by_chance = [4, 1, 2, 3, 5]  # 97, 62, 31, 12 and 2 %
@@ -449,7 +449,7 @@ def test_the_whole_way_by_keyboard(open_page: Open) -> None:
     assert j.page.evaluate("document.activeElement.ariaLabel") == "Regenerate this answer"
     press("Enter")
     j.done()
-    assert len(j.script.asked) == 2
+    assert len(j.script.requests) == 2
     assert focused() == "text model"  # the Stop button is gone, the focus is not
     tab_to("open-settings", back=True)
     press("Enter")
@@ -479,7 +479,7 @@ def test_the_whole_way_by_keyboard(open_page: Open) -> None:
 
 
 def test_on_a_phone(open_page: Open) -> None:
-    j = open_page(viewport=PHONE, has_touch=True, is_mobile=True, device_scale_factor=2)
+    j = open_page(viewport=PHONE_VIEWPORT, has_touch=True, is_mobile=True, device_scale_factor=2)
     j.no_sideways()
     j.field("Your message").fill("long")
     j.button("Send").tap()
@@ -514,7 +514,7 @@ def test_on_a_phone(open_page: Open) -> None:
     j.no_sideways()
 
 
-@pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])
+@pytest.mark.parametrize("viewport", [DESKTOP_VIEWPORT, PHONE_VIEWPORT], ids=["wide", "phone"])
 def test_closing_the_settings_takes_nobody_away_from_a_field(open_page: Open, viewport: Any) -> None:
     """The browser tells of it a moment later: back to the button, but not from a field that one has gone on to by then."""
     j = open_page(viewport=viewport)
@@ -562,23 +562,23 @@ def states(j: Journey) -> Iterator[str]:
     j.button("Continue").click()
     j.done()
     yield "completion"
-    j.script.away = True
+    j.script.is_offline = True
     j.button("Continue").click()
     expect(j.page.get_by_role("alert")).to_be_visible()
     yield "away"
-    j.script.away = False
+    j.script.is_offline = False
     expect(j.page.get_by_role("alert")).to_be_hidden()
 
 
-@pytest.mark.parametrize("look", list(LOOKS) if SHOTS else ["light-wide", "dark-phone"])
+@pytest.mark.parametrize("look", list(DISPLAY_VARIANTS) if SCREENSHOT_DIR else ["light-wide", "dark-phone"])
 def test_assistive_technology_can_use_it(open_page: Open, look: str) -> None:
     """No finding of axe-core's rules (WCAG 2.2 A and AA and best practices), in any state, light and dark."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
-    theme, viewport = LOOKS[look]
+    theme, viewport = DISPLAY_VARIANTS[look]
     j = open_page(viewport=viewport, color_scheme=theme, reduced_motion="reduce")
     j.troubles = True
     for state in states(j):
-        if SHOTS:
+        if SCREENSHOT_DIR:
             j.page.screenshot(path=f"{SHOTS}/{look}-{state}.png")
         found = axe.Axe().run(j.page).response["violations"]
         assert [(finding["id"], [node["html"] for node in finding["nodes"]]) for finding in found] == [], state
@@ -610,15 +610,15 @@ def test_the_server_goes_away_and_comes_back(open_page: Open) -> None:
     j.troubles = True
     j.say("slow", done=False)
     expect(j.answers).to_contain_text("tick1")
-    j.script.away = True
+    j.script.is_offline = True
     expect(j.page.get_by_role("alert")).to_contain_text("cannot be reached")
     expect(j.at(".exchange .note")).to_contain_text("broke off")
     j.field("Your message").fill("written meanwhile")
     j.page.keyboard.press("Enter")
     j.page.wait_for_timeout(300)
     assert j.field("Your message").input_value() == "written meanwhile"
-    assert len(j.script.asked) == 1
-    j.script.away = False
+    assert len(j.script.requests) == 1
+    j.script.is_offline = False
     expect(j.page.get_by_role("alert")).to_be_hidden()  # by itself
     expect(j.at("#notice")).to_contain_text("The server is back")
     expect(j.answers).to_contain_text("tick1")  # as far as it had come
@@ -626,12 +626,12 @@ def test_the_server_goes_away_and_comes_back(open_page: Open) -> None:
     expect(j.answers).to_contain_text("tick1")
     j.page.keyboard.press("Escape")
     j.say("written later")
-    j.script.away = True
+    j.script.is_offline = True
     j.page.clock.install()
     j.page.clock.pause_at("2100-01-01")  # from here on the page does not look by itself
     j.page.evaluate("dispatchEvent(new Event('online'))")  # a look that needs no message
     expect(j.page.get_by_role("alert")).to_be_visible()
-    j.script.away = False
+    j.script.is_offline = False
     j.button("Try now").click()
     expect(j.page.get_by_role("alert")).to_be_hidden()
 
@@ -652,7 +652,7 @@ def test_a_busy_server_and_errors_in_words(open_page: Open) -> None:
     j.say("busy", done=False)
     expect(j.at(".exchange .note")).to_contain_text("Eight others are being answered. Trying again")
     expect(j.answers).to_have_text(TOLD)
-    assert len(j.script.asked) == 3
+    assert len(j.script.requests) == 3
     j.say("refuse")
     expect(j.at(".exchange .note").last).to_have_text("The conversation has 300 tokens, and this model reads 256.")
     j.say("fail")
@@ -705,7 +705,7 @@ def test_save_is_what_finetune_reads_and_load_brings_it_back(open_page: Open, tm
     from nextword.data.documents import Problems
     from nextword.tasks.examples import read_examples
 
-    j = open_page(viewport=WIDE)
+    j = open_page(viewport=DESKTOP_VIEWPORT)
     j.button("Save").click()
     expect(j.at("#notice")).to_contain_text("nothing to save")
     j.field("System message").fill("Be kind.")
@@ -772,12 +772,12 @@ def test_with_a_model_behind_it(browser: "Browser", base: Path, monkeypatch: pyt
     pytest.importorskip("fastapi", reason="the real server needs fastapi")
     from nextword.serving import security
     from nextword.serving.app import Place
-    from served import served, until
+    from served import running_server, wait_until
 
-    assert dict(security.HEADERS)[b"content-security-policy"].decode() == POLICY
-    with served(base, Place(port=0, key="a secret"), name="small") as server:
+    assert dict(security.HEADERS)[b"content-security-policy"].decode() == CONTENT_SECURITY_POLICY
+    with running_server(base, Place(port=0, key="a secret"), name="small") as server:
         stand_in: Any = SimpleNamespace(script=None, address=f"{server.url}/")
-        j = Journey(browser.new_context(viewport=WIDE), stand_in)
+        j = Journey(browser.new_context(viewport=DESKTOP_VIEWPORT), stand_in)
         j.troubles = True  # it is refused until it has the key
         j.field("Key").fill("a secret")
         j.page.keyboard.press("Enter")
@@ -808,15 +808,15 @@ def test_with_a_model_behind_it(browser: "Browser", base: Path, monkeypatch: pyt
         expect(j.answers.last.locator(".token").first).to_be_visible()
         j.page.keyboard.press("Escape")
         j.done()
-        until(lambda: left[()] == 1 and not server.engine.busy)
+        wait_until(lambda: left[()] == 1 and not server.engine.busy)
         j.close()
 
 
 def test_the_page_is_small_and_whole() -> None:
     """Nothing inline, nothing from elsewhere, and no way by which a model's text could become HTML."""
-    html = (PAGE / "index.html").read_text(encoding="utf-8")
+    html = (PAGE_DIR / "index.html").read_text(encoding="utf-8")
     assert "style=" not in html and "http" not in html and " on" + "click" not in html
-    scripts = "".join(path.read_text(encoding="utf-8") for path in PAGE.glob("*.js"))
+    scripts = "".join(path.read_text(encoding="utf-8") for path in PAGE_DIR.glob("*.js"))
     for forbidden in ("innerHTML", "outerHTML", "insertAdjacentHTML", "eval(", "document.write", "://"):
         assert forbidden not in scripts
-    assert sum(path.stat().st_size for path in PAGE.iterdir()) < 100_000
+    assert sum(path.stat().st_size for path in PAGE_DIR.iterdir()) < 100_000

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from browsing import LOOKS, SHOTS, Opened
+from browsing import DISPLAY_VARIANTS, SCREENSHOT_DIR, OpenedPage
 from browsing import browser as browser
 from nextword import load
 from nextword.commands import api
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 else:
     expect = pytest.importorskip("playwright.sync_api", reason="pages are tested with playwright").expect
 
-SEEN = list(LOOKS) if SHOTS else ["light-wide", "dark-phone"]
+SEEN = list(DISPLAY_VARIANTS) if SCREENSHOT_DIR else ["light-wide", "dark-phone"]
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def page(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def opened(browser: "Browser") -> Iterator[list[Opened]]:
-    pages: list[Opened] = []
+def opened(browser: "Browser") -> Iterator[list[OpenedPage]]:
+    pages: list[OpenedPage] = []
     yield pages
     for one in pages:
         one.context.close()
@@ -53,21 +53,21 @@ def opened(browser: "Browser") -> Iterator[list[Opened]]:
 
 @pytest.mark.parametrize("look", SEEN)
 def test_an_explanation_can_be_used_by_everybody(
-    browser: "Browser", opened: list[Opened], page: Path, look: str
+    browser: "Browser", opened: list[OpenedPage], page: Path, look: str
 ) -> None:
-    opened.append(Opened(browser, page, look))
+    opened.append(OpenedPage(browser, page, look))
     [one] = opened
     expect(one.page.locator("#chosen")).to_contain_text("doctor")
     one.page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     expect(one.page.locator("#weights tbody tr")).to_have_count(int(one.page.locator("#strip .token").count()))
-    one.holds(f"explained-{look}")
+    one.check_invariants(f"explained-{look}")
 
 
 def test_the_keys_go_through_tokens_layers_and_heads(
-    browser: "Browser", opened: list[Opened], page: Path, model: Model
+    browser: "Browser", opened: list[OpenedPage], page: Path, model: Model
 ) -> None:
     told = explain(model, [TEXT])
-    opened.append(Opened(browser, page, "light-wide"))
+    opened.append(OpenedPage(browser, page, "light-wide"))
     [one] = opened
     keys, strip = one.page.keyboard, one.page.locator("#strip")
     last = len(told["tokens"]) - 1
@@ -117,12 +117,14 @@ def test_the_keys_go_through_tokens_layers_and_heads(
 
 @pytest.mark.parametrize("look", ["dark-phone"])
 def test_hostile_text_stays_text(
-    browser: "Browser", opened: list[Opened], model: Model, tmp_path: Path, look: str
+    browser: "Browser", opened: list[OpenedPage], model: Model, tmp_path: Path, look: str
 ) -> None:
     told = explain(model, [HOSTILE[-60:]])
-    opened.append(Opened(browser, write_page(told, tmp_path / "page.html"), look))
-    opened[0].holds("hostile")
-    opened.append(Opened(browser, write_page(explain(model, ["שלום </script><b>" * 2]), tmp_path / "rtl.html"), look))
+    opened.append(OpenedPage(browser, write_page(told, tmp_path / "page.html"), look))
+    opened[0].check_invariants("hostile")
+    opened.append(
+        OpenedPage(browser, write_page(explain(model, ["שלום </script><b>" * 2]), tmp_path / "rtl.html"), look)
+    )
     one = opened[1]
     assert one.page.locator("#strip").get_attribute("dir") == "rtl"
     one.page.locator("#strip [tabindex='0']").focus()
@@ -130,34 +132,34 @@ def test_hostile_text_stays_text(
     expect(one.page.locator("#chosen")).to_contain_text(re.compile(r"Token (\d+) of (?!\1)\d+"))
     assert one.page.title() != "owned"
     assert one.page.locator("#strip b, h1 b").count() == 0
-    one.holds("rtl")
+    one.check_invariants("rtl")
 
 
 def test_a_task_is_explained_by_its_labels(
-    browser: "Browser", opened: list[Opened], tokenizer: Tokenizer, tmp_path: Path
+    browser: "Browser", opened: list[OpenedPage], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     form = Form("classify", "label", ("bad", "good", "<b>so so</b>"))
     model = saved(random_model("tutorial", tokenizer.vocab_size), tokenizer, tmp_path / "m", form)
     told = explain(model, ["the nurse was tired"])
-    opened.append(Opened(browser, write_page(told, tmp_path / "page.html"), "light-phone"))
+    opened.append(OpenedPage(browser, write_page(told, tmp_path / "page.html"), "light-phone"))
     [one] = opened
     expect(one.page.locator("#answer")).to_contain_text(f"The answer is {told['answer']['label']}")
     expect(one.page.locator("#outputs tbody tr")).to_have_count(3)
     expect(one.page.locator("#outputs")).to_contain_text("<b>so so</b>")
     expect(one.page.locator("#next")).to_be_hidden()
-    one.holds("task")
+    one.check_invariants("task")
 
 
 @pytest.mark.parametrize("look", SEEN)
 def test_a_report_and_a_comparison_can_be_used_by_everybody(
-    browser: "Browser", opened: list[Opened], tmp_path: Path, look: str
+    browser: "Browser", opened: list[OpenedPage], tmp_path: Path, look: str
 ) -> None:
     runs = [measured(tmp_path / "one"), make(tmp_path / "two", lines=records())]
-    opened.append(Opened(browser, api.report(runs[0]), look))
-    opened.append(Opened(browser, api.report(runs, tmp_path / "compared.html"), look))
+    opened.append(OpenedPage(browser, api.report(runs[0]), look))
+    opened.append(OpenedPage(browser, api.report(runs, tmp_path / "compared.html"), look))
     for name, one in zip(("report", "compared"), opened, strict=True):
         one.page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
-        one.holds(f"{name}-{look}")
+        one.check_invariants(f"{name}-{look}")
     compared = opened[1].page
     compared.get_by_role("radio", name="by tokens").check()
     expect(compared.locator(".by-tokens")).to_be_visible()

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import nextword as package
-from conftest import TINY, Run, command
+from conftest import TINY_MODEL_ARGS, CLIRunner, nextword_command
 from nextword.common.errors import CorruptFile, NextwordError, RunLocked, UsageError
 from nextword.common.fs import read_json_lines
 from nextword.common.run_dir import open_run
@@ -182,9 +182,9 @@ SAVED = 7  # steps between saves
 
 
 def start(run: Path, shards: Path, *more: str) -> subprocess.Popen[str]:
-    arguments = command(
+    arguments = nextword_command(
         "pretrain", shards, "--out", run, "--resume", "--training.save-every", str(SAVED), "--model.dropout", "0.1",
-        *[a for a in TINY if a not in ("--vocab-size", "400")], *more,
+        *[a for a in TINY_MODEL_ARGS if a not in ("--vocab-size", "400")], *more,
     )  # fmt: skip
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
 
@@ -258,7 +258,7 @@ def test_a_signal_saves_and_says_how_to_go_on(shards, tmp_path, number, code):
     assert not (run / "holder.json").exists()
 
 
-def test_two_processes_on_one_run(shards, tmp_path, nextword: Run):
+def test_two_processes_on_one_run(shards, tmp_path, nextword: CLIRunner):
     run = tmp_path / "run"
     process = start(run, shards, "--steps", "100000")
     try:
@@ -311,11 +311,11 @@ def test_early_stop_keeps_the_best(texts, tmp_path):
         assert result["steps"] - result["best_step"] == 200
 
 
-def test_divergence_ends_with_its_own_code_and_saves_nothing_bad(shards, tmp_path, nextword: Run, monkeypatch):
+def test_divergence_ends_with_its_own_code_and_saves_nothing_bad(shards, tmp_path, nextword: CLIRunner, monkeypatch):
     """A learning rate of 1e30 makes the weights too large for any finite loss."""
     done = nextword(
         "pretrain", shards, "--out", tmp_path / "run", "--steps", "60", "--training.lr", "1e30", "--training.warmup", "0",
-        "--training.optimizer", "adamw", "--preset", "gpt2", *[a for a in TINY if a not in ("--vocab-size", "400")],
+        "--training.optimizer", "adamw", "--preset", "gpt2", *[a for a in TINY_MODEL_ARGS if a not in ("--vocab-size", "400")],
     )  # fmt: skip
     assert done.returncode == 5, done.stderr
     assert "not a finite number in 5 steps in a row" in done.stderr

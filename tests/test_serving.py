@@ -22,19 +22,19 @@ from nextword.data.tokenizer import END_OF_TEXT, train_bpe
 from nextword.inference.engine import Engine
 from nextword.inference.sampling import Sampling
 from nextword.pipeline.language_model import Model, load
-from served import Process, directory, served
+from served import ServerProcess, make_model_dir, running_server
 
 FREE = {"temperature": 1.5, "seed": 5}
 
 
 @pytest.fixture(scope="module")
-def server(base: Path) -> Iterator[Process]:
-    with Process(base, "--max-batch", "4", "--model-name", "small") as server:
+def server(base: Path) -> Iterator[ServerProcess]:
+    with ServerProcess(base, "--max-batch", "4", "--model-name", "small") as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def client(server: Process) -> Iterator[OpenAI]:
+def client(server: ServerProcess) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
@@ -95,7 +95,7 @@ def test_a_stream_is_the_same_text_in_pieces(client: OpenAI) -> None:
     assert all(piece.usage is None for piece in without)
 
 
-def test_the_asynchronous_client(server: Process) -> None:
+def test_the_asynchronous_client(server: ServerProcess) -> None:
     async def talk() -> list[str]:
         async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
 
@@ -111,7 +111,7 @@ def test_the_asynchronous_client(server: Process) -> None:
     assert texts[:3] == texts[3:] and len(set(texts)) == 3
 
 
-def test_several_texts_of_a_prompt_and_several_prompts(server: Process) -> None:
+def test_several_texts_of_a_prompt_and_several_prompts(server: ServerProcess) -> None:
     several = server.complete("The", n=3, max_tokens=8, **FREE)
     texts = [choice["text"] for choice in several["choices"]]
     assert len(set(texts)) == 3 and [choice["index"] for choice in several["choices"]] == [0, 1, 2]
@@ -122,11 +122,11 @@ def test_several_texts_of_a_prompt_and_several_prompts(server: Process) -> None:
         server.complete(p, max_tokens=0)["usage"]["prompt_tokens"] for p in ("A list", "The")
     )
     streamed = server.post("/v1/completions", {"prompt": "The", "n": 3, "max_tokens": 8, "stream": True, **FREE})
-    parts = [choice for event in streamed.events for choice in event["choices"]]
+    parts = [choice for event in streamed.sse_events for choice in event["choices"]]
     assert ["".join(part["text"] for part in parts if part["index"] == i) for i in range(3)] == texts
 
 
-def test_the_best_are_the_likeliest_by_token(server: Process) -> None:
+def test_the_best_are_the_likeliest_by_token(server: ServerProcess) -> None:
     settings = {"max_tokens": 8, "seed": 3, "temperature": 2.0}
     every = server.complete("The", n=6, logprobs=0, **settings)["choices"]
 
@@ -140,7 +140,7 @@ def test_the_best_are_the_likeliest_by_token(server: Process) -> None:
     assert [choice["logprobs"] for choice in best] == [None, None]
 
 
-def test_stop_strings_end_a_text_before_them(server: Process, characters: dict[str, float]) -> None:
+def test_stop_strings_end_a_text_before_them(server: ServerProcess, characters: dict[str, float]) -> None:
     settings = {"max_tokens": 40, "logit_bias": characters, **FREE}
     free = server.complete("The", **settings)["choices"][0]["text"]
     stop = free[len(free) // 2 :][:2]
@@ -152,12 +152,12 @@ def test_stop_strings_end_a_text_before_them(server: Process, characters: dict[s
         assert all(offset < max(1, len(choice["text"])) for offset in choice["logprobs"]["text_offset"])
 
 
-def test_characters_are_never_cut(server: Process) -> None:
+def test_characters_are_never_cut(server: ServerProcess) -> None:
     """A byte-level model at a high temperature writes many bytes that are no characters; what is one comes whole."""
     bias = {str(id): 5 for id in range(130, 258)}
     body = {"prompt": "é🙂", "max_tokens": 200, "temperature": 2, "seed": 1, "logit_bias": bias, "stream": True}
     answer = server.post("/v1/completions", body)
-    streamed = [choice["text"] for event in answer.events for choice in event["choices"]]
+    streamed = [choice["text"] for event in answer.sse_events for choice in event["choices"]]
     whole = server.complete(**{**body, "stream": False})["choices"][0]["text"]
     assert "".join(streamed) == whole
     assert any(ord(character) > 127 and character != "\ufffd" for character in whole)
@@ -165,7 +165,7 @@ def test_characters_are_never_cut(server: Process) -> None:
         piece.encode()  # no half surrogate
 
 
-def test_penalties_and_biases_take_effect(server: Process) -> None:
+def test_penalties_and_biases_take_effect(server: ServerProcess) -> None:
     ids = server.post("/tokenize", {"prompt": "The"}).json["tokens"]
     always = server.complete("The", max_tokens=5, temperature=0, logit_bias={str(ids[0]): 100}, logprobs=0)
     assert always["choices"][0]["logprobs"]["tokens"] == ["The"] * 5
@@ -185,7 +185,7 @@ def test_penalties_and_biases_take_effect(server: Process) -> None:
 # ---------------------------------------------------------------- log-probabilities
 
 
-def test_logprobs_are_the_models_own(server: Process, loaded: Model, characters: dict[str, float]) -> None:
+def test_logprobs_are_the_models_own(server: ServerProcess, loaded: Model, characters: dict[str, float]) -> None:
     ids = loaded.tokenizer.encode("The list of")
     made = server.complete(ids, max_tokens=6, logprobs=3, logit_bias=characters, **FREE)["choices"][0]["logprobs"]
     text = "".join(made["tokens"])
@@ -200,7 +200,7 @@ def test_logprobs_are_the_models_own(server: Process, loaded: Model, characters:
     assert text == server.complete(ids, max_tokens=6, logit_bias=characters, **FREE)["choices"][0]["text"]
 
 
-def test_echo_tells_the_prompt_and_how_likely_it_was(server: Process, loaded: Model) -> None:
+def test_echo_tells_the_prompt_and_how_likely_it_was(server: ServerProcess, loaded: Model) -> None:
     prompt = "The list of é🙂"
     ids = loaded.tokenizer.encode(prompt)
     for max_tokens in (0, 3):
@@ -214,13 +214,13 @@ def test_echo_tells_the_prompt_and_how_likely_it_was(server: Process, loaded: Mo
         assert told["token_logprobs"][1 : len(ids)] == pytest.approx(expected, abs=1e-4)
         assert told["tokens"][-1 - max_tokens].startswith("bytes:") or "🙂" in told["tokens"][-1 - max_tokens]
     body = {"prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": 3, "stream": True, **FREE}
-    streamed = [choice for event in server.post("/v1/completions", body).events for choice in event["choices"]]
+    streamed = [choice for event in server.post("/v1/completions", body).sse_events for choice in event["choices"]]
     assert "".join(part["text"] for part in streamed) == choice["text"]
     assert [token for part in streamed for token in part["logprobs"]["tokens"]] == told["tokens"]
     assert server.complete(prompt, echo=True, max_tokens=0)["choices"][0]["logprobs"] is None
 
 
-def test_lm_eval_gets_what_it_computes_with(server: Process, loaded: Model) -> None:
+def test_lm_eval_gets_what_it_computes_with(server: ServerProcess, loaded: Model) -> None:
     """Its requests and its reading of the answers, as in lm_eval/models/openai_completions.py (0.4.13)."""
     contexts, continuations = ["The value of", "A list"], [" the object", " is"]
     both = [
@@ -241,7 +241,7 @@ def test_lm_eval_gets_what_it_computes_with(server: Process, loaded: Model) -> N
         assert greedy == bool((table.argmax(1) == torch.tensor(ids[length:])).all())
 
 
-def test_lm_evals_remote_tokenizer(server: Process, loaded: Model) -> None:
+def test_lm_evals_remote_tokenizer(server: ServerProcess, loaded: Model) -> None:
     """What its RemoteTokenizer asks for, and in what form (lm_eval/utils.py)."""
     info = server.get("/tokenizer_info").json
     assert info["eos_token"] == END_OF_TEXT and "bos_token" in info and "pad_token" in info and "chat_template" in info
@@ -260,7 +260,7 @@ def test_lm_evals_remote_tokenizer(server: Process, loaded: Model) -> None:
 # ---------------------------------------------------------------- conversations
 
 
-def test_a_model_that_has_learned_no_conversation_answers_and_says_so(client: OpenAI, server: Process) -> None:
+def test_a_model_that_has_learned_no_conversation_answers_and_says_so(client: OpenAI, server: ServerProcess) -> None:
     messages: Any = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
     raw = client.chat.completions.with_raw_response.create(
         model="small", messages=messages, max_tokens=12, logprobs=True, top_logprobs=3, n=2, seed=4
@@ -339,7 +339,7 @@ def test_text_that_is_held_to_a_schema_always_fits_it(client: OpenAI) -> None:
     assert len({choice.message.content for choice in made.choices}) == 6
 
 
-def test_a_completion_is_held_to_json_too_and_ends_there(server: Process) -> None:
+def test_a_completion_is_held_to_json_too_and_ends_there(server: ServerProcess) -> None:
     form = {"type": "json_schema", "json_schema": {"schema": SCHEMA}}
     for seed in range(12):
         made = server.complete("x", response_format=form, max_tokens=300, temperature=2, seed=seed)["choices"][0]
@@ -359,14 +359,14 @@ def test_a_completion_is_held_to_json_too_and_ends_there(server: Process) -> Non
         {"oneOf": [{"const": 1}, {"const": 2}]}, {"not": {}},
     ],
 )  # fmt: skip
-def test_a_schema_that_cannot_be_held_to_is_refused_soon(server: Process, schema: Any) -> None:
+def test_a_schema_that_cannot_be_held_to_is_refused_soon(server: ServerProcess, schema: Any) -> None:
     form = {"type": "json_schema", "json_schema": {"schema": schema}}
     answer = server.post("/v1/completions", {"prompt": "x", "response_format": form, "max_tokens": 300})
     assert answer.status == 400 and answer.error["param"] == "response_format"
     assert len(answer.error["message"]) < 600
 
 
-def test_a_schema_nested_beyond_reason_is_refused(server: Process) -> None:
+def test_a_schema_nested_beyond_reason_is_refused(server: ServerProcess) -> None:
     nested = b'{"items":' * 900 + b"{}" + b"}" * 900
     head = b'{"prompt":"x","response_format":{"type":"json_schema","json_schema":{"schema":'
     assert server.post("/v1/completions", head + nested + b"}}}").status == 400
@@ -378,7 +378,7 @@ def test_a_schema_nested_beyond_reason_is_refused(server: Process) -> None:
 # ---------------------------------------------------------------- other routes
 
 
-def test_embeddings_are_means_of_length_one(client: OpenAI, server: Process, loaded: Model) -> None:
+def test_embeddings_are_means_of_length_one(client: OpenAI, server: ServerProcess, loaded: Model) -> None:
     texts = ["The list", "A value of é🙂"]
     made = client.embeddings.create(model="small", input=texts)  # this client asks for base64
     for text, one in zip(texts, made.data, strict=True):
@@ -396,7 +396,7 @@ def test_embeddings_are_means_of_length_one(client: OpenAI, server: Process, loa
         assert server.post("/v1/embeddings", wrong).status == 400, wrong
 
 
-def test_the_list_of_models(client: OpenAI, server: Process) -> None:
+def test_the_list_of_models(client: OpenAI, server: ServerProcess) -> None:
     [model] = client.models.list().data
     assert model.id == "small" and client.models.retrieve("small").id == "small"
     facts = model.model_dump()["nextword"]
@@ -408,7 +408,7 @@ def test_the_list_of_models(client: OpenAI, server: Process) -> None:
     assert server.post("/v1/classify", {"input": "x"}).status == 400  # fine-tuned for no task
 
 
-def test_metrics_are_prometheus(server: Process) -> None:
+def test_metrics_are_prometheus(server: ServerProcess) -> None:
     prometheus = pytest.importorskip("prometheus_client.parser")
     before = server.metric("nextword_generated_tokens_total")
     server.complete("The", max_tokens=7, logit_bias={"0": -100})
@@ -476,7 +476,9 @@ WRONG: list[tuple[str, dict[str, Any], str | None]] = [
 
 
 @pytest.mark.parametrize(("path", "body", "param"), WRONG, ids=lambda value: str(value)[:40])
-def test_what_is_wrong_is_refused_by_name(server: Process, path: str, body: dict[str, Any], param: str | None) -> None:
+def test_what_is_wrong_is_refused_by_name(
+    server: ServerProcess, path: str, body: dict[str, Any], param: str | None
+) -> None:
     answer = server.post(path, body)
     assert answer.status == 400, answer.body
     assert answer.error["param"] == param and answer.error["type"] == "invalid_request_error"
@@ -485,11 +487,11 @@ def test_what_is_wrong_is_refused_by_name(server: Process, path: str, body: dict
 
 @pytest.mark.parametrize("body", [b"{", b"", b"[]", b'"x"', b"\xff\xfe", b'{"temperature": NaN}', b'{"seed": 1e400}',
                                   b'{"seed": ' + b"9" * 5000 + b"}", b"[" * 100_000])  # fmt: skip
-def test_a_body_that_is_no_request_is_refused(server: Process, body: bytes) -> None:
+def test_a_body_that_is_no_request_is_refused(server: ServerProcess, body: bytes) -> None:
     assert server.post("/v1/completions", body).status == 400
 
 
-def test_unknown_fields_and_nulls_are_passed_over(server: Process) -> None:
+def test_unknown_fields_and_nulls_are_passed_over(server: ServerProcess) -> None:
     names = (
         "temperature",
         "top_p",
@@ -508,7 +510,7 @@ def test_unknown_fields_and_nulls_are_passed_over(server: Process) -> None:
     assert answer.status == 200, answer.body
 
 
-def test_a_prompt_longer_than_the_context_is_refused_and_not_cut(client: OpenAI, server: Process) -> None:
+def test_a_prompt_longer_than_the_context_is_refused_and_not_cut(client: OpenAI, server: ServerProcess) -> None:
     fits, over = server.post("/v1/completions", {"prompt": [5] * 64}), [5] * 65
     assert fits.status == 200
     for prompt in (over, "word " * 100, "x" * 500_000):
@@ -520,7 +522,7 @@ def test_a_prompt_longer_than_the_context_is_refused_and_not_cut(client: OpenAI,
     assert refused.value.code == "context_length_exceeded"
 
 
-def test_of_a_longer_prompt_the_end_is_kept_where_that_is_asked_for(server: Process, loaded: Model) -> None:
+def test_of_a_longer_prompt_the_end_is_kept_where_that_is_asked_for(server: ServerProcess, loaded: Model) -> None:
     long = "The list of values is long, " * 30
     ids = loaded.tokenizer.encode(long)
     for keep, prompt in ((-1, long), (-1, ids), (10**9, long), (5, long), (0, long)):
@@ -533,7 +535,7 @@ def test_of_a_longer_prompt_the_end_is_kept_where_that_is_asked_for(server: Proc
     assert server.post("/v1/completions", {"prompt": "x", "truncate_prompt_tokens": -2}).status == 400
 
 
-def test_half_surrogates_are_no_text(server: Process) -> None:
+def test_half_surrogates_are_no_text(server: ServerProcess) -> None:
     assert server.post("/v1/completions", b'{"prompt": "a\\ud800b"}').error["param"] == "prompt"
     form = (
         b'{"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"schema": {"const": "\\ud800"}}}}'
@@ -541,7 +543,7 @@ def test_half_surrogates_are_no_text(server: Process) -> None:
     assert server.post("/v1/completions", form).status == 400
 
 
-def test_paths_and_methods_that_are_not_there(server: Process) -> None:
+def test_paths_and_methods_that_are_not_there(server: ServerProcess) -> None:
     assert (server.get("/nothing").status, server.get("/nothing").error["type"]) == (404, "invalid_request_error")
     assert server.get("/v1/completions").status == 405
     assert server.get("/docs").status == 404  # FastAPI's page would load scripts from elsewhere
@@ -559,7 +561,7 @@ def test_help_needs_nothing_heavy() -> None:
 
 
 def test_precisions_and_the_seed_of_the_server(base: Path) -> None:
-    with served(base, precision="int8", seed=3) as one:
+    with running_server(base, precision="int8", seed=3) as one:
         assert one.get("/v1/models").json["data"][0]["nextword"]["precision"] == "int8"
         first = one.complete("The", max_tokens=20, temperature=1.5)["choices"][0]["text"]
     expected = load(base, precision="int8")
@@ -570,7 +572,7 @@ def test_precisions_and_the_seed_of_the_server(base: Path) -> None:
 def test_a_model_that_cannot_be_opened_ends_the_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["serve", str(tmp_path / "nowhere"), "--port", "0"]) == 1
     assert "neither a model directory nor a run folder" in capsys.readouterr().err
-    made = directory(tmp_path / "model", train_bpe(["The house"] * 3, 300))
+    made = make_model_dir(tmp_path / "model", train_bpe(["The house"] * 3, 300))
     (made / "model.safetensors").write_bytes(b"broken")
     assert cli.run(["serve", str(made), "--port", "0"]) in (1, 3)
     assert "model.safetensors" in capsys.readouterr().err
@@ -610,7 +612,7 @@ def test_without_llguidance_a_schema_is_refused_and_the_rest_goes_on(
     monkeypatch: pytest.MonkeyPatch, base: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with served(base) as one:
+    with running_server(base) as one:
         answer = one.post("/v1/completions", {"prompt": "x", "response_format": {"type": "json_object"}})
         assert answer.status == 400 and "nextword[json]" in answer.error["message"]
         one.complete("x", max_tokens=2)

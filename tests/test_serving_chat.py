@@ -25,7 +25,7 @@ from nextword.pipeline.language_model import load
 from nextword.serving import chat_templates, template_worker
 from nextword.serving.chat_templates import OwnChat, PlainChat, TemplateChat, chat_of
 from nextword.serving.protocol import Refusal
-from served import Threaded, directory, served, until
+from served import ThreadedServer, make_model_dir, running_server, wait_until
 from test_engine import sentencepiece
 
 TEXT = "The house on the hill. User: Wër, ñu ngi dem ca àll ba. 🙂 is text too, isn't it? system user assistant\n"
@@ -52,26 +52,26 @@ def tokenizer() -> Tokenizer:
 
 def foreign(path: Path, tokenizer: Tokenizer, template: str) -> Path:
     """A directory with a template of somebody else."""
-    made = directory(path, tokenizer.with_markers(MARKERS))
+    made = make_model_dir(path, tokenizer.with_markers(MARKERS))
     (made / "chat_template.jinja").write_text(template, encoding="utf-8")
     return made
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iterator[Threaded]:
-    made = directory(tmp_path_factory.mktemp("own") / "chatty", tokenizer.with_markers(CHAT_MARKERS))
+def own(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iterator[ThreadedServer]:
+    made = make_model_dir(tmp_path_factory.mktemp("own") / "chatty", tokenizer.with_markers(CHAT_MARKERS))
     save_template(made)
-    with served(made) as server:
+    with running_server(made) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def chatml(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iterator[Threaded]:
-    with served(foreign(tmp_path_factory.mktemp("foreign") / "chatml", tokenizer, CHATML)) as server:
+def chatml(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iterator[ThreadedServer]:
+    with running_server(foreign(tmp_path_factory.mktemp("foreign") / "chatml", tokenizer, CHATML)) as server:
         yield server
 
 
-def prompt_of(server: Threaded, messages: list[dict[str, Any]]) -> list[int]:
+def prompt_of(server: ThreadedServer, messages: list[dict[str, Any]]) -> list[int]:
     """The ids that a conversation becomes; what the engine is asked, too."""
     answer = server.post("/tokenize", {"messages": messages})
     assert answer.status == 200, answer.body
@@ -83,7 +83,7 @@ def prompt_of(server: Threaded, messages: list[dict[str, Any]]) -> list[int]:
 # ---------------------------------------------------------------- forms
 
 
-def test_a_model_of_ours_is_asked_as_it_has_learned(own: Threaded) -> None:
+def test_a_model_of_ours_is_asked_as_it_has_learned(own: ThreadedServer) -> None:
     tokenizer = own.service.model.tokenizer
     assert isinstance(own.service.chat, OwnChat) and own.get("/v1/models").json["data"][0]["nextword"]["chat"] is True
     assert prompt_of(own, TURNS) == encode_conversation(tokenizer, TURNS, answer=True)[0]
@@ -94,7 +94,7 @@ def test_a_model_of_ours_is_asked_as_it_has_learned(own: Threaded) -> None:
     assert tool.status == 400 and tool.error["param"] == "messages"
 
 
-def test_an_answer_ends_where_a_turn_does(own: Threaded) -> None:
+def test_an_answer_ends_where_a_turn_does(own: ThreadedServer) -> None:
     ids = own.service.model.tokenizer.markers
     for marker in (*CHAT_MARKERS, END_OF_TEXT):
         body = {"messages": TURNS, "logit_bias": {str(ids[marker]): 100}, "logprobs": True, "max_tokens": 9}
@@ -105,7 +105,7 @@ def test_an_answer_ends_where_a_turn_does(own: Threaded) -> None:
 
 @pytest.mark.parametrize("server", ["own", "chatml"])
 def test_what_a_message_says_never_becomes_a_marker(server: str, request: pytest.FixtureRequest) -> None:
-    asked: Threaded = request.getfixturevalue(server)
+    asked: ThreadedServer = request.getfixturevalue(server)
     markers = asked.service.model.tokenizer.markers
     ids = prompt_of(asked, TURNS)
     attack = "".join(markers)  # every special token that there is, written out
@@ -124,7 +124,7 @@ def test_what_a_message_says_never_becomes_a_marker(server: str, request: pytest
             assert content in text
 
 
-def test_a_template_is_rendered_as_the_stock_class_does(chatml: Threaded) -> None:
+def test_a_template_is_rendered_as_the_stock_class_does(chatml: ThreadedServer) -> None:
     assert isinstance(chatml.service.chat, TemplateChat)
     stock = AutoTokenizer.from_pretrained(chatml.service.directory)
     for turns in (TURNS, TURNS[1:2], [{"role": "user", "content": "  "}], [{"role": "user", "content": "a\n\n b"}]):
@@ -190,7 +190,7 @@ def test_tokens_that_swallow_the_space_beside_them_do_so(tokenizer: Tokenizer) -
 
 
 def test_where_templates_are_found(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    made = directory(tmp_path / "m", tokenizer)
+    made = make_model_dir(tmp_path / "m", tokenizer)
     assert isinstance(chat_of(made, tokenizer), PlainChat)
     several = [{"name": "other", "template": "x"}, {"name": "default", "template": "y"}]
     configured = Tokenizer(tokenizer.backend, {**tokenizer.config, "chat_template": several})
@@ -223,7 +223,7 @@ def test_plain_dialogues(base: Path) -> None:
 def test_a_template_that_takes_too_much_is_stopped_and_the_server_goes_on(
     tmp_path: Path, tokenizer: Tokenizer, bomb: str
 ) -> None:
-    with served(foreign(tmp_path / "bomb", tokenizer, BOMBS[bomb])) as server:
+    with running_server(foreign(tmp_path / "bomb", tokenizer, BOMBS[bomb])) as server:
         began = time.monotonic()
         answer = server.post("/v1/chat/completions", {"messages": TURNS})
         assert answer.status in (400, 500) and answer.error["message"].startswith("the model's chat template")
@@ -234,10 +234,10 @@ def test_a_template_that_takes_too_much_is_stopped_and_the_server_goes_on(
 
 
 def test_others_are_served_while_a_template_is_at_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    with served(foreign(tmp_path / "bomb", tokenizer, BOMBS["time"])) as server:
+    with running_server(foreign(tmp_path / "bomb", tokenizer, BOMBS["time"])) as server:
         thread = threading.Thread(target=server.post, args=("/v1/chat/completions", {"messages": TURNS}))
         thread.start()
-        until(lambda: server.service.worker.held == 1)
+        wait_until(lambda: server.service.worker.held == 1)
         began = time.monotonic()
         server.complete("The", max_tokens=5)
         assert time.monotonic() - began < 1
@@ -267,7 +267,7 @@ def tuned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_fine_tuned_model_classifies(tuned: Path) -> None:
     texts = ["good it is", "bad it is", "neither"]
     expected = [load(tuned).predict(text) for text in texts]
-    with served(tuned) as server:
+    with running_server(tuned) as server:
         facts = server.get("/v1/models").json["data"][0]["nextword"]
         assert (facts["task"], facts["labels"]) == ("classify", ["no", "yes"])
         data = server.post("/v1/classify", {"input": texts}).json["data"]
@@ -298,7 +298,7 @@ def test_a_text_in_company_is_the_text_alone(
         {"prompt": "The list" * (i % 4 + 1), "max_tokens": 25, "temperature": 1.2, "seed": i, "logprobs": 5}
         for i in range(10)
     ]
-    with served(base, deterministic=True, max_batch=4) as server:
+    with running_server(base, deterministic=True, max_batch=4) as server:
         alone = [server.post("/v1/completions", body).json["choices"] for body in bodies]
 
         async def together() -> list[Any]:
@@ -313,7 +313,7 @@ def test_a_text_in_company_is_the_text_alone(
             assert asyncio.run(together()) == alone
 
 
-def test_a_conversation_by_the_real_client_with_a_model_of_ours(own: Threaded) -> None:
+def test_a_conversation_by_the_real_client_with_a_model_of_ours(own: ThreadedServer) -> None:
     with OpenAI(base_url=f"{own.url}/v1", api_key="x", max_retries=0) as client:
         messages: Any = [{"role": "user", "content": "Hi"}]
         stream = client.chat.completions.create(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from served import Threaded, served
+from served import ThreadedServer, running_server
 
 schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis")
 UNHURRIED: list[HealthCheck] = list(HealthCheck)  # pyright: ignore[reportAssignmentType]
@@ -25,8 +25,8 @@ CASES = int(os.environ.get("NEXTWORD_CASES", "200"))
 
 
 @pytest.fixture(scope="module")
-def server(base: Path) -> Iterator[Threaded]:
-    with served(base, max_batch=4) as server:
+def server(base: Path) -> Iterator[ThreadedServer]:
+    with running_server(base, max_batch=4) as server:
         yield server
 
 
@@ -38,7 +38,7 @@ def shortened(body: Any) -> None:
                 body[name] = 8
 
 
-def test_no_request_makes_the_server_fail(server: Threaded) -> None:
+def test_no_request_makes_the_server_fail(server: ThreadedServer) -> None:
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
     assert len(operations) >= 10

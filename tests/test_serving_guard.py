@@ -23,7 +23,7 @@ from nextword.serving import security
 from nextword.serving.app import Place
 from nextword.serving.engine_worker import Worker
 from nextword.serving.security import Rules
-from served import Process, Server, Threaded, served, until
+from served import ServerClient, ServerProcess, ThreadedServer, running_server, wait_until
 
 ON = {"logit_bias": {"0": -100}, "temperature": 1.0}  # a text that does not end by itself
 POLICY = (
@@ -33,28 +33,28 @@ POLICY = (
 
 
 @pytest.fixture(scope="module")
-def locked(base: Path) -> Iterator[Threaded]:
+def locked(base: Path) -> Iterator[ThreadedServer]:
     """All of the machine's addresses, with a key."""
-    with served(base, Place("0.0.0.0", 0, key="a secret", hosts=("model.example",))) as server:
+    with running_server(base, Place("0.0.0.0", 0, key="a secret", hosts=("model.example",))) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def open_(base: Path) -> Iterator[Threaded]:
-    with served(base) as server:
+def open_(base: Path) -> Iterator[ThreadedServer]:
+    with running_server(base) as server:
         yield server
 
 
 # ---------------------------------------------------------------- keys
 
 
-def test_every_route_but_health_and_the_page_needs_the_key(locked: Threaded) -> None:
-    local = Server(f"http://127.0.0.1:{locked.port}")
+def test_every_route_but_health_and_the_page_needs_the_key(locked: ThreadedServer) -> None:
+    local = ServerClient(f"http://127.0.0.1:{locked.port}")
     paths = local.get("/openapi.json", Authorization="Bearer a secret").json["paths"]
     assert len(paths) >= 10
     for path, methods in paths.items():
         for method in methods:
-            answer = local.ask(method.upper(), path.replace("{name}", "x"))
+            answer = local.request(method.upper(), path.replace("{name}", "x"))
             assert answer.status == (200 if path == "/health" else 401), path
             if path != "/health":
                 assert answer.error["code"] == "invalid_api_key" and answer.headers["WWW-Authenticate"] == "Bearer"
@@ -86,7 +86,7 @@ def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, 
         assert (asked["api_key"], asked["allowed_hosts"], asked["host"]) == (key, ["a", "b"], "0.0.0.0")
 
 
-def test_the_key_is_said_once(locked: Threaded) -> None:
+def test_the_key_is_said_once(locked: ThreadedServer) -> None:
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", locked.port)) as connection:
         connection.putrequest("GET", "/v1/models")
         for key in ("a secret", "other"):
@@ -112,15 +112,15 @@ def test_another_address_needs_a_key_or_a_clear_word(host: str, fine: bool) -> N
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:{port}", "127.0.0.1.evil.example", "", "a b", "localhost@evil",
                                   "169.254.169.254", "model.example.evil.example:{port}", "localhost:x"])  # fmt: skip
-def test_a_request_for_another_name_is_refused(locked: Threaded, host: str) -> None:
+def test_a_request_for_another_name_is_refused(locked: ThreadedServer, host: str) -> None:
     for path in ("/", "/health", "/v1/models"):
-        answer = Server(f"http://127.0.0.1:{locked.port}").get(path, Host=host.format(port=locked.port))
+        answer = ServerClient(f"http://127.0.0.1:{locked.port}").get(path, Host=host.format(port=locked.port))
         assert answer.status in (400, 403), path
         answer.error  # noqa: B018  # it has OpenAI's form
 
 
-def test_its_own_names_are_known(locked: Threaded, open_: Threaded) -> None:
-    local = Server(f"http://127.0.0.1:{locked.port}")
+def test_its_own_names_are_known(locked: ThreadedServer, open_: ThreadedServer) -> None:
+    local = ServerClient(f"http://127.0.0.1:{locked.port}")
     for host in ("127.0.0.1", "LocalHost:1", "[::1]:8000", "model.example", "MODEL.example.:443", "0.0.0.0"):
         assert local.get("/health", Host=host).status == 200, host
     assert open_.get("/health", Host="model.example").status == 403
@@ -131,18 +131,20 @@ def test_its_own_names_are_known(locked: Threaded, open_: Threaded) -> None:
         Rules()._check_host(scope)
 
 
-def test_pages_of_other_places_are_refused(open_: Threaded) -> None:
+def test_pages_of_other_places_are_refused(open_: ThreadedServer) -> None:
     own = f"http://127.0.0.1:{open_.port}"
     assert open_.get("/v1/models", Origin=own).status == 200
     for origin in ("http://evil.example", "null", f"http://127.0.0.1:{open_.port + 1}", "http://127.0.0.1"):
         assert open_.get("/v1/models", Origin=origin).status == 403, origin
-    answer = open_.ask("OPTIONS", "/v1/completions", headers={"Origin": own, "Access-Control-Request-Method": "POST"})
+    answer = open_.request(
+        "OPTIONS", "/v1/completions", headers={"Origin": own, "Access-Control-Request-Method": "POST"}
+    )
     assert answer.status == 405 and not any("access-control" in name.lower() for name in answer.headers)
-    plain = open_.ask("POST", "/v1/completions", b'{"prompt": "x"}', {"Content-Type": "text/plain"})
+    plain = open_.request("POST", "/v1/completions", b'{"prompt": "x"}', {"Content-Type": "text/plain"})
     assert plain.status == 400  # what a page may send unasked is not taken
 
 
-def test_every_answer_has_strict_headers(open_: Threaded) -> None:
+def test_every_answer_has_strict_headers(open_: ThreadedServer) -> None:
     for path in ("/", "/health", "/nothing", "/v1/models", "/page.js"):
         answer = open_.get(path)
         assert answer.headers["Content-Security-Policy"] == POLICY, path
@@ -151,7 +153,7 @@ def test_every_answer_has_strict_headers(open_: Threaded) -> None:
         assert "Server" not in answer.headers
 
 
-def test_the_page_is_served_as_it_lies_there(open_: Threaded) -> None:
+def test_the_page_is_served_as_it_lies_there(open_: ThreadedServer) -> None:
     files = [file for file in server_module.PAGE.glob("*") if file.is_file()]
     if not files:
         pytest.skip("the page is not there yet")
@@ -161,7 +163,7 @@ def test_the_page_is_served_as_it_lies_there(open_: Threaded) -> None:
         kinds = {".js": "text/javascript", ".css": "text/css", ".html": "text/html", ".svg": "image/svg+xml"}
         assert answer.headers["Content-Type"].startswith(kinds[file.suffix])
     assert open_.get("/").body == (server_module.PAGE / "index.html").read_bytes()
-    assert open_.ask("HEAD", "/").body == b""
+    assert open_.request("HEAD", "/").body == b""
     for path in ("/../service.py", "/%2e%2e/service.py", "/page/index.html", "//index.html"):
         assert open_.get(path).status == 404
 
@@ -169,7 +171,7 @@ def test_the_page_is_served_as_it_lies_there(open_: Threaded) -> None:
 # ---------------------------------------------------------------- sizes
 
 
-def test_a_body_that_is_too_large_is_refused(open_: Threaded) -> None:
+def test_a_body_that_is_too_large_is_refused(open_: ThreadedServer) -> None:
     large = b'{"prompt": "' + b"x" * 20_000_000 + b'"}'
     assert open_.post("/v1/completions", large).status == 413
 
@@ -192,23 +194,23 @@ def test_a_body_that_is_too_large_is_refused(open_: Threaded) -> None:
     assert open_.get("/health").status == 200
 
 
-def test_bodies_together_have_a_limit(monkeypatch: pytest.MonkeyPatch, open_: Threaded) -> None:
+def test_bodies_together_have_a_limit(monkeypatch: pytest.MonkeyPatch, open_: ThreadedServer) -> None:
     monkeypatch.setattr(security, "MAX_BODIES", 5_000_000)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4000000\r\n\r\n"
     with socket.create_connection((open_.host, open_.port), timeout=10) as half:
         half.sendall(head + b"x" * 3_000_000)
-        until(lambda: open_.guard.held == 3_000_000)
+        wait_until(lambda: open_.middleware.held == 3_000_000)
         answer = open_.post("/v1/completions", b"x" * 3_000_000)
         assert answer.status == 429 and answer.headers["Retry-After"]
         monkeypatch.setattr(security, "MAX_BODIES", 1)
         assert open_.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status == 200  # small ones are let in
         monkeypatch.setattr(security, "MAX_BODIES", 5_000_000)
-    until(lambda: open_.guard.held == 0)
+    wait_until(lambda: open_.middleware.held == 0)
     assert open_.post("/v1/completions", b"x" * 3_000_000).status == 400
-    until(lambda: open_.guard.held == 0)
+    wait_until(lambda: open_.middleware.held == 0)
 
 
-def test_headers_that_are_too_many_or_too_large_are_refused(open_: Threaded) -> None:
+def test_headers_that_are_too_many_or_too_large_are_refused(open_: ThreadedServer) -> None:
     many = open_.get("/health", **{f"X-{i}": "y" for i in range(200)})
     assert many.status == 431 and many.error
     for size in (17_000, 60_000, 1_000_000):
@@ -225,7 +227,7 @@ def test_headers_that_are_too_many_or_too_large_are_refused(open_: Threaded) -> 
     assert open_.get("/health").status == 200
 
 
-def test_who_sends_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, open_: Threaded) -> None:
+def test_who_sends_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, open_: ThreadedServer) -> None:
     monkeypatch.setattr(server_module, "HEADER_SECONDS", 0.3)
     monkeypatch.setattr(security, "BODY_SECONDS", 0.3)
     monkeypatch.setattr(security, "DISCARD_SECONDS", 0.2)
@@ -239,7 +241,7 @@ def test_who_sends_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, op
         connection.close()
 
 
-def test_there_are_only_so_many_connections(monkeypatch: pytest.MonkeyPatch, open_: Threaded) -> None:
+def test_there_are_only_so_many_connections(monkeypatch: pytest.MonkeyPatch, open_: ThreadedServer) -> None:
     monkeypatch.setattr(server_module, "MAX_CONNECTIONS", 5)
     with contextlib.ExitStack() as stack:
         made = [stack.enter_context(socket.create_connection((open_.host, open_.port), timeout=10)) for _ in range(12)]
@@ -252,13 +254,13 @@ def test_there_are_only_so_many_connections(monkeypatch: pytest.MonkeyPatch, ope
                 except ConnectionResetError:
                     turned_away += 1
         assert turned_away >= 7
-    until(lambda: open_.get("/health").status == 200)
+    wait_until(lambda: open_.get("/health").status == 200)
 
 
 # ---------------------------------------------------------------- the queue
 
 
-def slowly(monkeypatch: pytest.MonkeyPatch, server: Threaded, seconds: float) -> None:
+def slowly(monkeypatch: pytest.MonkeyPatch, server: ThreadedServer, seconds: float) -> None:
     """Make every step of the engine take so long."""
     read = server.engine.reader.read
 
@@ -270,11 +272,11 @@ def slowly(monkeypatch: pytest.MonkeyPatch, server: Threaded, seconds: float) ->
 
 
 def test_beyond_the_queue_clients_are_told_to_come_again(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
-    with served(base, max_batch=1, queue=1) as server:
+    with running_server(base, max_batch=1, queue=1) as server:
         slowly(monkeypatch, server, 0.02)
         body = {"prompt": "The", "max_tokens": 30000, **ON}
-        with server.begin(body), server.begin(body):
-            until(lambda: server.metric("nextword_texts_waiting") == 1)
+        with server.start_completion(body), server.start_completion(body):
+            wait_until(lambda: server.metric("nextword_texts_waiting") == 1)
             assert (server.metric("nextword_texts_running"), server.metric("nextword_texts_held")) == (1, 2)
             answer = server.post("/v1/completions", body)
             assert answer.status == 429 and answer.error["code"] == "queue_full"
@@ -282,7 +284,7 @@ def test_beyond_the_queue_clients_are_told_to_come_again(monkeypatch: pytest.Mon
             assert server.post("/v1/embeddings", {"input": "x"}).status == 429
             assert server.post("/v1/completions", {**body, "n": 3}).status == 400  # never possible
             assert server.get("/health").status == 200
-        until(lambda: server.metric("nextword_texts_held") == 0)  # both have left
+        wait_until(lambda: server.metric("nextword_texts_held") == 0)  # both have left
         assert server.complete("The", max_tokens=2)["choices"]
 
 
@@ -290,51 +292,51 @@ def test_beyond_the_queue_clients_are_told_to_come_again(monkeypatch: pytest.Mon
 def test_a_client_that_leaves_stops_its_work_within_two_tokens(
     monkeypatch: pytest.MonkeyPatch, base: Path, stream: bool
 ) -> None:
-    with served(base) as server:
+    with running_server(base) as server:
         slowly(monkeypatch, server, 0.02)
         drawn = server.service.metrics.generated_tokens.values
-        with server.begin({"prompt": "The", "max_tokens": 30000, "stream": stream, **ON}):
-            until(lambda: drawn[()] >= 5)
+        with server.start_completion({"prompt": "The", "max_tokens": 30000, "stream": stream, **ON}):
+            wait_until(lambda: drawn[()] >= 5)
             left_at = drawn[()]
         time.sleep(0.4)
         assert drawn[()] <= left_at + 2
-        until(lambda: not server.engine.busy and not server.service.worker.tickets)
+        wait_until(lambda: not server.engine.busy and not server.service.worker.tickets)
         assert server.metric("nextword_clients_left_total") == 1
 
 
 def test_a_client_that_leaves_is_heard_by_a_quick_model_too(base: Path) -> None:
     """The loop has its turns, however quickly steps follow each other."""
-    with served(base) as server:
+    with running_server(base) as server:
         drawn = server.service.metrics.generated_tokens.values
         for stream in (True, False):
-            with server.begin({"prompt": "The", "max_tokens": 30000, "stream": stream, **ON}):
-                until(lambda: drawn[()] >= 20)
-            until(lambda: not server.service.worker.tickets, 1)
-            until(lambda: not server.engine.busy, 1)
+            with server.start_completion({"prompt": "The", "max_tokens": 30000, "stream": stream, **ON}):
+                wait_until(lambda: drawn[()] >= 20)
+            wait_until(lambda: not server.service.worker.tickets, 1)
+            wait_until(lambda: not server.engine.busy, 1)
             drawn[()] = 0
 
 
 def test_leaving_while_waiting_takes_nothing_from_others(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
-    with served(base, max_batch=1) as server:
+    with running_server(base, max_batch=1) as server:
         alone = server.complete("The", max_tokens=40, seed=1)["choices"][0]["text"]
         slowly(monkeypatch, server, 0.01)
         made: list[Any] = []
         thread = threading.Thread(target=lambda: made.append(server.complete("The", max_tokens=40, seed=1)))
         thread.start()
-        until(lambda: server.service.worker.running == 1)
-        with server.begin({"prompt": "x", "max_tokens": 3000, **ON}):
-            until(lambda: server.service.worker.waiting == 1)
-        until(lambda: server.service.worker.waiting == 0)
+        wait_until(lambda: server.service.worker.running == 1)
+        with server.start_completion({"prompt": "x", "max_tokens": 3000, **ON}):
+            wait_until(lambda: server.service.worker.waiting == 1)
+        wait_until(lambda: server.service.worker.waiting == 0)
         thread.join()
         assert made[0]["choices"][0]["text"] == alone
 
 
 def test_a_slow_reader_holds_up_nobody(base: Path) -> None:
-    with served(base, max_batch=1, queue=0) as server:  # one place in all
+    with running_server(base, max_batch=1, queue=0) as server:  # one place in all
         body = {"prompt": "The", "max_tokens": 1500, "logprobs": 20, "stream": True, **ON}
-        with server.begin(body, room=4096) as unread:  # some 2 MB
-            until(lambda: server.service.worker.held == 1)
-            until(lambda: server.service.worker.held == 0)  # it was written to its end, though nobody reads
+        with server.start_completion(body, receive_buffer=4096) as unread:  # some 2 MB
+            wait_until(lambda: server.service.worker.held == 1)
+            wait_until(lambda: server.service.worker.held == 0)  # it was written to its end, though nobody reads
             assert server.service.worker.unread > 500
             quick = server.complete("A", max_tokens=50, **ON)
             assert quick["usage"]["completion_tokens"] == 50
@@ -343,18 +345,18 @@ def test_a_slow_reader_holds_up_nobody(base: Path) -> None:
             while b"data: [DONE]" not in read[-100:]:
                 read += unread.recv(2**20)
             assert len(read) > 1_000_000
-        until(lambda: not server.service.worker.tickets)
+        wait_until(lambda: not server.service.worker.tickets)
 
 
 def test_what_is_unread_has_a_limit(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
     """The slowest of all loses its answer, and the others' go on."""
     monkeypatch.setattr("nextword.serving.engine_worker.MAX_UNREAD", 700)
-    with served(base) as server:
+    with running_server(base) as server:
         body = {"prompt": "The", "max_tokens": 1500, "logprobs": 20, "stream": True, **ON}
-        with server.begin(body, room=4096) as unread:
-            read = server.post("/v1/completions", {**body, "seed": 1}).events
+        with server.start_completion(body, receive_buffer=4096) as unread:
+            read = server.post("/v1/completions", {**body, "seed": 1}).sse_events
             assert read[-1]["choices"][0]["finish_reason"] == "length"
-            until(lambda: not server.service.worker.tickets or server.service.worker.unread == 0)
+            wait_until(lambda: not server.service.worker.tickets or server.service.worker.unread == 0)
             said = b""
             while piece := unread.recv(2**20):
                 said += piece
@@ -363,11 +365,13 @@ def test_what_is_unread_has_a_limit(monkeypatch: pytest.MonkeyPatch, base: Path)
 
 def test_who_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
     monkeypatch.setattr("nextword.serving.streaming.STALL", 0.3)
-    with served(base) as server:
+    with running_server(base) as server:
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-        with server.begin({"prompt": "The", "max_tokens": 1500, "logprobs": 20, "stream": True, **ON}, room=4096):
-            until(lambda: bool(server.service.worker.tickets))
-            until(lambda: not server.service.worker.tickets)
+        with server.start_completion(
+            {"prompt": "The", "max_tokens": 1500, "logprobs": 20, "stream": True, **ON}, receive_buffer=4096
+        ):
+            wait_until(lambda: bool(server.service.worker.tickets))
+            wait_until(lambda: not server.service.worker.tickets)
 
 
 # ---------------------------------------------------------------- faults
@@ -376,7 +380,7 @@ def test_who_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch, base: Path
 def test_an_exception_in_a_step_ends_those_it_touched_and_the_server_goes_on(
     monkeypatch: pytest.MonkeyPatch, base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with served(base, max_batch=1) as server:
+    with running_server(base, max_batch=1) as server:
         expected = server.complete("The", max_tokens=20, seed=1)["choices"][0]["text"]
         slowly(monkeypatch, server, 0.005)
         calls, read = itertools.count(), server.engine.reader.read
@@ -394,7 +398,7 @@ def test_an_exception_in_a_step_ends_those_it_touched_and_the_server_goes_on(
 
         first = threading.Thread(target=ask, args=("touched",), kwargs={"max_tokens": 100, **ON})
         first.start()
-        until(lambda: server.service.worker.running == 1)
+        wait_until(lambda: server.service.worker.running == 1)
         second = threading.Thread(target=ask, args=("waiting",))
         second.start()
         for thread in (first, second):
@@ -408,7 +412,7 @@ def test_an_exception_in_a_step_ends_those_it_touched_and_the_server_goes_on(
 
 
 def test_an_error_in_the_middle_of_a_stream_is_its_last_event(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
-    with served(base) as server:
+    with running_server(base) as server:
         calls, read = itertools.count(), server.engine.reader.read
 
         def failing(*arguments: Any) -> Any:
@@ -429,10 +433,10 @@ def test_an_engine_that_is_gone_ends_the_server(monkeypatch: pytest.MonkeyPatch,
         raise SystemError("the thread is lost")
 
     monkeypatch.setattr(Worker, "_step", broken)
-    with served(base) as server:
+    with running_server(base) as server:
         with contextlib.suppress(http.client.HTTPException, OSError):
             assert server.post("/v1/completions", {"prompt": "x"}).status == 503
-        failure = server.failure()
+        failure = server.exit_error()
         assert isinstance(failure, NextwordError) and "the thread is lost" in str(failure)
 
 
@@ -441,14 +445,14 @@ def test_memory_is_kept_for_so_many_texts_as_there_is_room_for(
 ) -> None:
     one = 2 * 2 * 64 * 32 * 4  # keys and values, layers, context, width, bytes
     monkeypatch.setattr("nextword.serving.service.free_memory", lambda device: 7 * one)
-    with served(base, max_batch=16) as server:
+    with running_server(base, max_batch=16) as server:
         assert len(server.engine.free) == 3 and server.service.cache_bytes == 3 * one
         kept = server.engine.cache.keys.data_ptr()
         server.complete("The", n=3, max_tokens=100, **ON)
         assert server.engine.cache.keys.data_ptr() == kept  # it never grows
     assert "3 texts at once and not 16" in capsys.readouterr().err
     monkeypatch.setattr("nextword.serving.service.free_memory", lambda device: one)
-    with pytest.raises(NextwordError, match="make room"), served(base):
+    with pytest.raises(NextwordError, match="make room"), running_server(base):
         pass
 
 
@@ -473,8 +477,8 @@ def test_while_loading_it_says_so(monkeypatch: pytest.MonkeyPatch, base: Path) -
     monkeypatch.setattr(Place, "listen", noted)
 
     def look() -> None:
-        until(lambda: bool(ports))
-        server = Server(f"http://127.0.0.1:{ports[0]}")
+        wait_until(lambda: bool(ports))
+        server = ServerClient(f"http://127.0.0.1:{ports[0]}")
         try:
             found.extend(
                 [server.get("/health"), server.post("/v1/completions", {"prompt": "x"}), server.get("/v1/models")]
@@ -485,7 +489,7 @@ def test_while_loading_it_says_so(monkeypatch: pytest.MonkeyPatch, base: Path) -
     found: list[Any] = []
     thread = threading.Thread(target=look)
     thread.start()
-    with served(base, place) as server:
+    with running_server(base, place) as server:
         thread.join()
         assert [answer.status for answer in found] == [503] * 3
         assert found[1].error["code"] == "loading" and found[1].headers["Retry-After"]
@@ -493,13 +497,13 @@ def test_while_loading_it_says_so(monkeypatch: pytest.MonkeyPatch, base: Path) -
 
 
 def test_sigterm_lets_texts_be_finished_and_a_second_one_does_not(base: Path) -> None:
-    with Process(base, "--grace", "200") as server:
-        with server.begin({"prompt": "The", "max_tokens": 2000, "stream": True, **ON}) as stream:
+    with ServerProcess(base, "--grace", "200") as server:
+        with server.start_completion({"prompt": "The", "max_tokens": 2000, "stream": True, **ON}) as stream:
             assert b"200 OK" in stream.recv(100)
             kept = server.connect()  # a connection from before
             kept.connect()
-            server.signal(signal.SIGTERM)
-            until(lambda: server.get("/health").status == 503)
+            server.send_signal(signal.SIGTERM)
+            wait_until(lambda: server.get("/health").status == 503)
             kept.request("POST", "/v1/completions", b'{"prompt": "x"}', {"Content-Type": "application/json"})
             refused = kept.getresponse()
             assert refused.status == 503 and json.loads(refused.read())["error"]["code"] == "draining"
@@ -509,17 +513,23 @@ def test_sigterm_lets_texts_be_finished_and_a_second_one_does_not(base: Path) ->
                 read += piece
             assert b'"finish_reason":"length"' in read and b"data: [DONE]" in read
         assert server.wait() == 0
-        assert server.out == "" and "stopping: 1 answers are finished first" in server.err
-    with Process(base, "--grace", "60") as server, server.begin({"prompt": "The", "max_tokens": 30000, **ON}):
-        until(lambda: server.metric("nextword_texts_running") == 1)
-        server.signal(signal.SIGTERM)
-        until(lambda: server.get("/health").status == 503)
-        server.signal(signal.SIGTERM)
+        assert server.stdout == "" and "stopping: 1 answers are finished first" in server.stderr
+    with (
+        ServerProcess(base, "--grace", "60") as server,
+        server.start_completion({"prompt": "The", "max_tokens": 30000, **ON}),
+    ):
+        wait_until(lambda: server.metric("nextword_texts_running") == 1)
+        server.send_signal(signal.SIGTERM)
+        wait_until(lambda: server.get("/health").status == 503)
+        server.send_signal(signal.SIGTERM)
         assert server.wait(5) == 143
 
 
 def test_the_grace_has_an_end(base: Path) -> None:
-    with served(base) as server, server.begin({"prompt": "The", "max_tokens": 30000, "stream": True, **ON}) as stream:
+    with (
+        running_server(base) as server,
+        server.start_completion({"prompt": "The", "max_tokens": 30000, "stream": True, **ON}) as stream,
+    ):
         assert b"200 OK" in stream.recv(100)
         worker = server.service.worker
         asyncio.run_coroutine_threadsafe(worker.drain(0.3), worker.loop).result()

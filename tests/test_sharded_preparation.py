@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nextword as package
-from conftest import command
+from conftest import nextword_command
 from nextword.common.errors import MissingExtra, NextwordError, UsageError
 from nextword.common.fs import MANIFEST, sha256
 from nextword.data import corpus as corpus_module
@@ -150,7 +150,7 @@ def alone(large: Path) -> dict[str, str]:
 
 def start(texts: Path, out: Path, shard: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        command("prepare", texts, "--out", out, "--vocab-size", "600", "--shard", shard), text=True,
+        nextword_command("prepare", texts, "--out", out, "--vocab-size", "600", "--shard", shard), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from conftest import Run
+from conftest import CLIRunner
 from nextword.commands import api
 from nextword.commands.evaluate_output import evaluation_in_words
 from nextword.common.errors import CorruptFile, NextwordError, UsageError
@@ -355,7 +355,7 @@ def test_a_checkpoint_is_a_model_too(base, files, tmp_path):
         load(folder)
 
 
-def test_the_command_line(nextword: Run, base, files):
+def test_the_command_line(nextword: CLIRunner, base, files):
     done = nextword(
         "evaluate", base, "--suite", f"blimp={files / 'pairs.jsonl'}", "--suite", f"arc={files / 'quiz.jsonl'}",
         "--limit", "12", "--json", "--quiet",
@@ -384,7 +384,7 @@ def test_the_command_line(nextword: Run, base, files):
         (["{f}/write.jsonl", "--stride", "0"], "the stride must be between 1"),
     ],
 )
-def test_wrong_use_is_said(nextword: Run, base, files, arguments, message):
+def test_wrong_use_is_said(nextword: CLIRunner, base, files, arguments, message):
     done = nextword("evaluate", base, *(one.format(f=files) for one in arguments))
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr

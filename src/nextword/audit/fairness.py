@@ -17,135 +17,148 @@ from pathlib import Path
 
 import numpy as np
 
-from nextword.audit.bias import scored
+from nextword.audit.bias import score_finding
 from nextword.audit.findings import Finding
-from nextword.audit.group_templates import Groups
+from nextword.audit.group_templates import GroupTemplates
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError
-from nextword.data.decoding import Problems
-from nextword.data.readers import NoColumn, read_records
-from nextword.pipeline.predictor import Predictor, has_gold
+from nextword.data.decoding import IssueLog
+from nextword.data.readers import MissingColumnError, read_records
+from nextword.pipeline.predictor import Predictor, has_target
 from nextword.tasks import metrics
-from nextword.tasks.dataset import Form
+from nextword.tasks.dataset import TaskSpec
 from nextword.tasks.examples import Example, read_examples
-from nextword.tasks.parsing import TEXTS
-from nextword.tasks.schema import listed
-from nextword.tasks.task_data import example_of
+from nextword.tasks.parsing import TEXT_FIELDS
+from nextword.tasks.task_data import example_from_texts
 
-KINDS = ("label", "labels")  # of answers that can flip
-SHOWN = 5  # of the texts whose answer changes
-MOST = 12  # groups that are compared each with each
+CLASSIFICATION_KINDS = ("label", "labels")  # of answers that can flip
+MAX_EXAMPLES = 5  # of the texts whose answer changes
+MAX_GROUPS = 12  # groups that are compared each with each
 
-Answer = tuple[str, ...]  # the labels given
+PredictedLabels = tuple[str, ...]  # the labels given
 
 
-def takes_templates(form: Form) -> bool:
+def supports_templates(task_spec: TaskSpec) -> bool:
     """Whether a fine-tuned model gives labels to single texts, as templates are."""
-    return form.kind in KINDS and TEXTS.get(form.task) == ("text",)
+    return task_spec.kind in CLASSIFICATION_KINDS and TEXT_FIELDS.get(task_spec.task) == ("text",)
 
 
-def read_labelled(predictor: Predictor, data: str | Path, console: Console) -> list[Example]:
+def read_labeled_examples(predictor: Predictor, path: str | Path, console: Console) -> list[Example]:
     """The examples of a table for the task that a model was fine-tuned for.
 
     Raises:
         UsageError: the model answers with something else than labels.
         NextwordError: there is no example in it.
     """
-    form, problems = predictor.form, Problems()
-    if form.kind not in KINDS:
+    task_spec, problems = predictor.task_spec, IssueLog()
+    if task_spec.kind not in CLASSIFICATION_KINDS:
         raise UsageError(f"--data is for a model that answers with labels; this one was fine-tuned for {form.task}")
-    items = read_examples([data], form.task, problems, dict(form.columns), gold=False).items
-    if not items:
-        raise NextwordError("\n".join([f"{data}: no example to be answered", *problems.lines()]))
-    for line in problems.lines() if problems.total else []:  # a column that is not read may be the groups'
+    examples = read_examples([path], task_spec.task, problems, dict(task_spec.columns), gold=False).items
+    if not examples:
+        raise NextwordError("\n".join([f"{data}: no example to be answered", *problems.summary_lines()]))
+    for line in problems.summary_lines() if problems.total else []:  # a column that is not read may be the groups'
         console.warn(line)
-    return items
+    return examples
 
 
 # ---------------------------------------------------------------- when only the group changes
 
 
-def audit_flips(predictor: Predictor, groups: Groups, console: Console | None = None) -> list[Finding]:
+def audit_template_flips(predictor: Predictor, groups: GroupTemplates, console: Console | None = None) -> list[Finding]:
     """How often the answer to a template depends on whose words are in it, and which label then goes to whom. The model is one
     that `takes_templates`."""
-    form = predictor.form
+    task_spec = predictor.task_spec
     texts = [sentence.texts[name] for name in groups.names for sentence in groups.sentences]
-    each = _answers(predictor, [example_of(form.task, (text,)) for text in texts], console)
-    count = len(groups.sentences)
-    said = {name: each[i * count : (i + 1) * count] for i, name in enumerate(groups.names)}
-    found = []
-    for one, other in groups.pairs:
-        changed = [i for i in range(count) if said[one][i] != said[other][i]]
+    predictions = _predict_labels(predictor, [example_from_texts(task_spec.task, (text,)) for text in texts], console)
+    num_templates = len(groups.sentences)
+    predictions_by_group = {
+        name: predictions[i * num_templates : (i + 1) * num_templates] for i, name in enumerate(groups.names)
+    }
+    findings = []
+    for group_a, group_b in groups.pairs:
+        changed = [
+            i for i in range(num_templates) if predictions_by_group[group_a][i] != predictions_by_group[group_b][i]
+        ]
         examples = [
-            {one: f"{groups.sentences[i].texts[one]} → {_shown(said[one][i])}",
-             other: f"{groups.sentences[i].texts[other]} → {_shown(said[other][i])}"}
-            for i in changed[:SHOWN]
+            {group_a: f"{groups.sentences[i].texts[one]} → {_shown(said[one][i])}",
+             group_b: f"{groups.sentences[i].texts[other]} → {_shown(said[other][i])}"}
+            for i in changed[:MAX_EXAMPLES]
         ]  # fmt: skip
         note = "templates whose answer changes with the group's words alone"
-        found.append(_flipped(f"{one}, {other}: answers that flip", changed, count, note, examples))
-        for label in sorted({label for name in (one, other) for several in said[name] for label in several}):
-            rates = [[float(label in several) for several in said[name]] for name in (one, other)]
+        findings.append(
+            _flip_rate_finding(f"{one}, {other}: answers that flip", changed, num_templates, note, examples)
+        )
+        for label in sorted(
+            {label for name in (group_a, group_b) for several in predictions_by_group[name] for label in several}
+        ):
+            rates = [[float(label in several) for several in predictions_by_group[name]] for name in (group_a, group_b)]
             note = f"templates with {one}'s words answered so, less those with {other}'s"
-            found.append(scored(f"{one}, {other}: answered {label}", metrics.difference(*rates), 0.0, note=note))
-    return found
+            findings.append(
+                score_finding(f"{one}, {other}: answered {label}", metrics.difference(*rates), 0.0, note=note)
+            )
+    return findings
 
 
-def audit_swaps(
-    predictor: Predictor, groups: Groups, examples: Sequence[Example], console: Console | None = None
+def audit_swap_flips(
+    predictor: Predictor, groups: GroupTemplates, examples: Sequence[Example], console: Console | None = None
 ) -> list[Finding]:
     """How often the answer to a labelled text changes where the words of two groups in it change places. A pair of groups of
     whose words none stands in the texts has no finding."""
-    before = _answers(predictor, examples, console)
-    found = []
-    for one, other in groups.pairs:
-        swap = groups.swap(one, other)
-        swapped = [_swapped(predictor, example, swap) for example in examples]
-        places = [i for i, example in enumerate(examples) if swapped[i].fields != example.fields]
-        if not places:
+    original_labels = _predict_labels(predictor, examples, console)
+    findings = []
+    for group_a, group_b in groups.pairs:
+        swap = groups.make_swapper(group_a, group_b)
+        swapped_examples = [_swap_groups(predictor, example, swap) for example in examples]
+        affected = [i for i, example in enumerate(examples) if swapped_examples[i].fields != example.fields]
+        if not affected:
             continue
-        after = _answers(predictor, [swapped[i] for i in places], console)
-        changed = [k for k, i in enumerate(places) if after[k] != before[i]]
-        shown = [
-            {"text": f"{_texts(predictor, swapped[places[k]])} → {_shown(after[k])}", "before": _shown(before[places[k]]),
+        swapped_labels = _predict_labels(predictor, [swapped_examples[i] for i in affected], console)
+        changed = [k for k, i in enumerate(affected) if swapped_labels[k] != original_labels[i]]
+        example_rows = [
+            {"text": f"{_texts(predictor, swapped[places[k]])} → {_shown(after[k])}", "before": _format_labels(original_labels[affected[k]]),
              "where": f"{examples[places[k]].path} line {examples[places[k]].line}"}
-            for k in changed[:SHOWN]
+            for k in changed[:MAX_EXAMPLES]
         ]  # fmt: skip
         note = "texts of the data with such a word, whose answer changes where the groups' words change places"
         name = f"{one}, {other}: answers that flip in the data"
-        found.append(_flipped(name, changed, len(places), note, shown))
-    return found
+        findings.append(_flip_rate_finding(name, changed, len(affected), note, example_rows))
+    return findings
 
 
-def _swapped(predictor: Predictor, example: Example, swap: Callable[[str], str]) -> Example:
-    roles = TEXTS[predictor.form.task]
+def _swap_groups(predictor: Predictor, example: Example, swap: Callable[[str], str]) -> Example:
+    roles = TEXT_FIELDS[predictor.task_spec.task]
     return replace(example, fields={k: swap(v) if k in roles else v for k, v in example.fields.items()})
 
 
-def _texts(predictor: Predictor, example: Example) -> str:
-    return " | ".join(example.fields[role] for role in TEXTS[predictor.form.task])
+def _joined_texts(predictor: Predictor, example: Example) -> str:
+    return " | ".join(example.fields[role] for role in TEXT_FIELDS[predictor.task_spec.task])
 
 
-def _answers(predictor: Predictor, examples: Sequence[Example], console: Console | None) -> list[Answer]:
-    said = console or Console(quiet=True)
-    found = predictor.predict(examples, progress=lambda i, n: said.progress("answers", i, n))
-    return [(one["label"],) if "label" in one else tuple(one["labels"]) for one in found]
+def _predict_labels(
+    predictor: Predictor, examples: Sequence[Example], console: Console | None
+) -> list[PredictedLabels]:
+    progress_console = console or Console(quiet=True)
+    predictions = predictor.predict(examples, progress=lambda i, n: progress_console.progress("answers", i, n))
+    return [(one["label"],) if "label" in one else tuple(one["labels"]) for one in predictions]
 
 
-def _shown(answer: Answer) -> str:
-    return ", ".join(answer) or "no label"
+def _format_labels(labels: PredictedLabels) -> str:
+    return ", ".join(labels) or "no label"
 
 
-def _flipped(name: str, changed: Sequence[int], count: int, note: str, examples: list[dict[str, str]]) -> Finding:
+def _flip_rate_finding(
+    name: str, changed: Sequence[int], count: int, note: str, examples: list[dict[str, str]]
+) -> Finding:
     flips = [0.0] * count
     for i in changed:
         flips[i] = 1.0
-    return scored(name, metrics.share(flips), 0.0, note=note, examples=examples)
+    return score_finding(name, metrics.share(flips), 0.0, note=note, examples=examples)
 
 
 # ---------------------------------------------------------------- groups that the data name
 
 
-def audit_rates(
+def audit_group_rates(
     predictor: Predictor, examples: Sequence[Example], column: str, console: Console | None = None
 ) -> list[Finding]:
     """Accuracy, selection, true and false positives of each group that a column of the data names, and their differences.
@@ -154,50 +167,60 @@ def audit_rates(
         UsageError: no such column; fewer than two groups in it; or the model gives several labels.
         NextwordError: not one example says what is right.
     """
-    form = predictor.form
-    if form.kind != "label":
+    task_spec = predictor.task_spec
+    if task_spec.kind != "label":
         raise UsageError("--group compares the rates of one label a text; this model gives several")
-    known = [example for example in examples if has_gold(form, example)]
-    if not known:
+    labeled_examples = [example for example in examples if has_target(task_spec, example)]
+    if not labeled_examples:
         raise NextwordError(f"{examples[0].path}: no example says which label is right, so no rates can be told")
-    whose = np.array(_group_of(known, column))
-    names = sorted(set(whose))
-    if not 2 <= len(names) <= MOST:
-        few = "one alone" if len(names) == 1 else f"{len(names):,}, and more than {MOST} are not compared"
+    group_ids = np.array(_group_labels(labeled_examples, column))
+    group_names = sorted(set(group_ids))
+    if not 2 <= len(group_names) <= MAX_GROUPS:
+        problem = "one alone" if len(group_names) == 1 else f"{len(names):,}, and more than {MOST} are not compared"
         raise UsageError(f"{examples[0].path}: the groups of column {column} are {few} ({listed(names)})")
-    said = np.array([answer for (answer,) in _answers(predictor, known, console)])
-    gold = np.array([example.fields["label"] for example in known])
-    found = _rates("accuracy", said == gold, np.ones(len(known), bool), whose, names, "")
+    predicted = np.array([answer for (answer,) in _predict_labels(predictor, labeled_examples, console)])
+    gold = np.array([example.fields["label"] for example in labeled_examples])
+    findings = _rate_findings(
+        "accuracy", predicted == gold, np.ones(len(labeled_examples), bool), group_ids, group_names, ""
+    )
     # Of two labels either says what the other does.
-    for label in form.labels[-1:] if len(form.labels) == 2 else form.labels:
-        is_said, is_gold = said == label, gold == label
-        everyone = np.ones(len(known), bool)
-        found += _rates(f"selected as {label}", is_said, everyone, whose, names, "0 where all are selected alike")
-        found += _rates(f"true positives of {label}", is_said, is_gold, whose, names, "0 where odds are equal")
-        found += _rates(f"false positives of {label}", is_said, ~is_gold, whose, names, "0 where odds are equal")
-    return found
+    for label in task_spec.labels[-1:] if len(task_spec.labels) == 2 else task_spec.labels:
+        is_predicted, is_gold = predicted == label, gold == label
+        all_examples = np.ones(len(labeled_examples), bool)
+        findings += _rate_findings(
+            f"selected as {label}", is_predicted, all_examples, group_ids, group_names, "0 where all are selected alike"
+        )
+        findings += _rate_findings(
+            f"true positives of {label}", is_predicted, is_gold, group_ids, group_names, "0 where odds are equal"
+        )
+        findings += _rate_findings(
+            f"false positives of {label}", is_predicted, ~is_gold, group_ids, group_names, "0 where odds are equal"
+        )
+    return findings
 
 
-def _rates(
-    what: str, hits: np.ndarray, among: np.ndarray, whose: np.ndarray, names: Sequence[str], even: str
+def _rate_findings(
+    metric: str, hits: np.ndarray, mask: np.ndarray, group_ids: np.ndarray, group_names: Sequence[str], parity_note: str
 ) -> list[Finding]:
     """The share of hits [n] among some [n] of each group, and the differences of every two groups that have any."""
-    having = [name for name in names if (among & (whose == name)).any()]
-    found = [
-        scored(f"{name}: {what}", metrics.share(hits[among & (whose == name)].astype(float).tolist()))
-        for name in having
+    nonempty_groups = [name for name in group_names if (mask & (group_ids == name)).any()]
+    findings = [
+        score_finding(f"{name}: {what}", metrics.share(hits[mask & (group_ids == name)].astype(float).tolist()))
+        for name in nonempty_groups
     ]  # fmt: skip
-    for one, other in combinations(having, 2):
-        parts = [among & (whose == name) for name in (one, other)]
-        n = int((parts[0] | parts[1]).sum())
-        columns = np.stack([column for part in parts for column in (part & hits, part)], 1)[parts[0] | parts[1]]
-        score = replace(metrics.of_sums(columns, _difference), n=min(int(part.sum()) for part in parts))
-        note = f"over {n:,} examples, n the smaller group's" + (f"; {even}" if even else "")
-        found.append(scored(f"{one} less {other}: {what}", score, 0.0, note=note))
-    return found
+    for group_a, group_b in combinations(nonempty_groups, 2):
+        group_masks = [mask & (group_ids == name) for name in (group_a, group_b)]
+        n = int((group_masks[0] | group_masks[1]).sum())
+        columns = np.stack([column for part in group_masks for column in (part & hits, part)], 1)[
+            group_masks[0] | group_masks[1]
+        ]
+        score = replace(metrics.of_sums(columns, _rate_difference), n=min(int(part.sum()) for part in group_masks))
+        note = f"over {n:,} examples, n the smaller group's" + (f"; {even}" if parity_note else "")
+        findings.append(score_finding(f"{one} less {other}: {what}", score, 0.0, note=note))
+    return findings
 
 
-def _difference(sums: np.ndarray) -> np.ndarray:
+def _rate_difference(sums: np.ndarray) -> np.ndarray:
     """[R] of hits and counts of two groups [R, 4]; a resample without one of the groups says nothing of it: 0."""
     first, second = (
         np.divide(sums[:, i], sums[:, i + 1], out=np.zeros(len(sums)), where=sums[:, i + 1] > 0) for i in (0, 2)
@@ -205,20 +228,20 @@ def _difference(sums: np.ndarray) -> np.ndarray:
     return np.where((sums[:, 1] > 0) & (sums[:, 3] > 0), first - second, 0.0)
 
 
-def _group_of(examples: Sequence[Example], column: str) -> list[str]:
+def _group_labels(examples: Sequence[Example], column: str) -> list[str]:
     """What a column says of each example, in the file and line that it was read from."""
-    found: dict[tuple[str, int], str] = {}
+    group_by_line: dict[tuple[str, int], str] = {}
 
-    def only(names: list[str]) -> list[str]:
+    def select_group_column(names: list[str]) -> list[str]:
         if column not in names:
-            raise NoColumn(f"no column {column}", f"found {listed(names)}")
+            raise MissingColumnError(f"no column {column}", f"found {listed(names)}")
         return [column]
 
     for path in dict.fromkeys(example.path for example in examples):
-        problems = Problems()
-        for record in read_records(Path(path), problems, only):
+        problems = IssueLog()
+        for record in read_records(Path(path), problems, select_group_column):
             value = record.values.get(column)
-            found[path, record.line] = "" if value is None else str(value).strip()
-        if not any(place[0] == path for place in found):
-            raise UsageError("\n".join([f"--group {column}: {path} names no groups so", *problems.lines()]))
-    return [found.get((example.path, example.line), "") or "(none)" for example in examples]
+            group_by_line[path, record.line] = "" if value is None else str(value).strip()
+        if not any(place[0] == path for place in group_by_line):
+            raise UsageError("\n".join([f"--group {column}: {path} names no groups so", *problems.summary_lines()]))
+    return [group_by_line.get((example.path, example.line), "") or "(none)" for example in examples]

@@ -23,29 +23,36 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
 
-from nextword.common.errors import MissingExtra, UsageError
-from nextword.data.decoding import reason
-from nextword.tasks.schema import listed
+from nextword.common.errors import MissingDependencyError, UsageError
 
-LARGEST, DEEPEST = 2**18, 8  # bytes of such a file, and lists in lists: reading takes their product
-SCALARS = {"str", "int", "float", "bool", "null", "timestamp", "merge", "value"}  # YAML's guesses; all are texts here
-TAG = "tag:yaml.org,2002:"
+MAX_FILE_BYTES, MAX_NESTING_DEPTH = 2**18, 8  # bytes of such a file, and lists in lists: reading takes their product
+YAML_SCALAR_TAGS = {
+    "str",
+    "int",
+    "float",
+    "bool",
+    "null",
+    "timestamp",
+    "merge",
+    "value",
+}  # YAML's guesses; all are texts here
+YAML_TAG_PREFIX = "tag:yaml.org,2002:"
 
-Entry = tuple[Any, Any]  # a key's node and its value's
+KeyValueNodes = tuple[Any, Any]  # a key's node and its value's
 
 
-class Sentence(NamedTuple):
+class TemplateSentence(NamedTuple):
     """A template with the words of each group in it, and with what may follow, by what stands in the file for it. `place` is
     that of the words in their lists."""
 
     template: str
-    place: int
+    word_index: int
     texts: dict[str, str]
     continuations: dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True)
-class Groups:
+class GroupTemplates:
     """The groups of a file.
 
     Attributes:
@@ -57,57 +64,59 @@ class Groups:
 
     path: Path
     names: tuple[str, ...]
-    words: tuple[dict[str, str], ...]
-    sentences: tuple[Sentence, ...]
+    slot_words: tuple[dict[str, str], ...]
+    sentences: tuple[TemplateSentence, ...]
     delimiter: str
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
         return list(combinations(self.names, 2))
 
-    def swap(self, one: str, other: str) -> Callable[[str], str]:
+    def make_swapper(self, group_a: str, group_b: str) -> Callable[[str], str]:
         """What puts the words of one group in the place of the other's in a text, and the other's in the place of the one's.
 
         Whole words, upper case as it was. A word of several slots (her: his, him) is taken for the first that has it.
         """
-        table: dict[str, tuple[str, str]] = {}
-        for words in self.words:
-            for mine, theirs in ((words[one], words[other]), (words[other], words[one])):
-                if mine.strip() and mine.lower() != theirs.lower():
-                    table.setdefault(mine.lower(), (mine, theirs))
-        if not table:
+        replacements: dict[str, tuple[str, str]] = {}
+        for words in self.slot_words:
+            for source_word, target_word in ((words[group_a], words[group_b]), (words[group_b], words[group_a])):
+                if source_word.strip() and source_word.lower() != target_word.lower():
+                    replacements.setdefault(source_word.lower(), (source_word, target_word))
+        if not replacements:
             return lambda text: text
-        longest = sorted(table, key=len, reverse=True)
+        longest_first = sorted(replacements, key=len, reverse=True)
         pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest))})(?!\w)", re.IGNORECASE)
 
-        def word(match: re.Match[str]) -> str:
-            found = match[0]
-            written, new = table.get(found.lower(), (found, found))
-            if found == written:
-                return new
-            if found.isupper() and len(found) > 1:
-                return new.upper()
-            return new[:1].upper() + new[1:] if found[:1].isupper() else new
+        def replace_word(match: re.Match[str]) -> str:
+            matched = match[0]
+            spelling, replacement = replacements.get(matched.lower(), (matched, matched))
+            if matched == spelling:
+                return replacement
+            if matched.isupper() and len(matched) > 1:
+                return replacement.upper()
+            return replacement[:1].upper() + replacement[1:] if matched[:1].isupper() else replacement
 
-        return lambda text: pattern.sub(word, text)
+        return lambda text: pattern.sub(replace_word, text)
 
 
-def read_groups(path: Path) -> Groups:
+def read_group_templates(path: Path) -> GroupTemplates:
     """The groups and sentences of a file.
 
     Raises:
         UsageError: no such file, or something in it is wrong, by its line.
         MissingExtra: there is no package here that reads YAML.
     """
-    root = _composed(path)
-    file = _File(path)
-    entries = file.mapping(root, "the file", ("groups", "templates", "delimiter"), ("groups", "templates"))
-    words, places = _words(file, entries["groups"])
-    delimiter = file.text(entries["delimiter"][1], "delimiter", blank=True) if "delimiter" in entries else " "
-    filling = _Filling(file, {name: entry[0] for name, entry in file.mapping(entries["groups"][1]).items()}, words)
+    root = _compose_yaml(path)
+    reader = _NodeReader(path)
+    entries = reader.mapping(root, "the file", ("groups", "templates", "delimiter"), ("groups", "templates"))
+    words, num_word_indices = _read_slot_words(reader, entries["groups"])
+    delimiter = reader.string(entries["delimiter"][1], "delimiter", allow_blank=True) if "delimiter" in entries else " "
+    filler = _TemplateFiller(
+        reader, {name: entry[0] for name, entry in reader.mapping(entries["groups"][1]).items()}, words
+    )
     sentences = tuple(
-        sentence for node in file.items(entries["templates"][1], "templates")
-        for sentence in _sentences(file, filling, node, places)
+        sentence for node in reader.sequence(entries["templates"][1], "templates")
+        for sentence in _expand_template(reader, filler, node, num_word_indices)
     )  # fmt: skip
     slots = list(dict.fromkeys(slot for group in words.values() for slot in group))
     rows = [
@@ -115,20 +124,20 @@ def read_groups(path: Path) -> Groups:
         for slot in slots if all(slot in group for group in words.values())
         for place in range(max(len(group[slot]) for group in words.values()))
     ]  # fmt: skip
-    return Groups(path, tuple(words), tuple(rows), sentences, delimiter)
+    return GroupTemplates(path, tuple(words), tuple(rows), sentences, delimiter)
 
 
 # ---------------------------------------------------------------- the file
 
 
-def _composed(path: Path) -> Any:
+def _compose_yaml(path: Path) -> Any:
     """The file's root node."""
     try:
         import yaml
     except ImportError as error:
-        raise MissingExtra(f"{path}: YAML", "audit") from error
+        raise MissingDependencyError(f"{path}: YAML", "audit") from error
     try:
-        if path.stat().st_size > LARGEST:
+        if path.stat().st_size > MAX_FILE_BYTES:
             raise UsageError(f"{path}: more than {LARGEST:,} bytes, which no file of groups needs")
         text = path.read_text(encoding="utf-8")
         depth = 0
@@ -137,11 +146,11 @@ def _composed(path: Path) -> Any:
             line = event.start_mark.line + 1
             if isinstance(event, yaml.AliasEvent):
                 raise UsageError(f"{path} line {line}: the alias *{event.anchor}: write out what it stands for")
-            if depth > DEEPEST:
+            if depth > MAX_NESTING_DEPTH:
                 raise UsageError(f"{path} line {line}: nested deeper than a file of groups is")
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        where = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        location = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UsageError(f"{path}{where}: not YAML: {error.problem}") from error
     except OSError as error:
         raise UsageError(f"{path}: {reason(error)}") from error
@@ -149,135 +158,151 @@ def _composed(path: Path) -> Any:
         raise UsageError(f"{path}: not YAML in UTF-8: {reason(error).splitlines()[0]}") from error
 
 
-class _File:
+class _NodeReader:
     """Reads the nodes of a file; whatever is wrong is told by the line that it stands in."""
 
     def __init__(self, path: Path):
         self.path = path
 
-    def wrong(self, node: Any, what: str) -> UsageError:
+    def error_at(self, node: Any, message: str) -> UsageError:
         line = node.start_mark.line + 1 if node is not None else 1
         return UsageError(f"{self.path} line {line}: {what}")
 
     def mapping(
-        self, node: Any, what: str = "it", known: tuple[str, ...] = (), needed: tuple[str, ...] = ()
-    ) -> dict[str, Entry]:
+        self,
+        node: Any,
+        description: str = "it",
+        allowed_keys: tuple[str, ...] = (),
+        required_keys: tuple[str, ...] = (),
+    ) -> dict[str, KeyValueNodes]:
         """The entries of a mapping by their keys; where `known` are given, no others."""
-        self._check(node, "map", f"{what} must be a mapping, NAME: VALUE")
-        entries: dict[str, Entry] = {}
+        self._check_node(node, "map", f"{what} must be a mapping, NAME: VALUE")
+        entries: dict[str, KeyValueNodes] = {}
         for key, value in node.value:
-            name = self.text(key, "a key")
+            name = self.string(key, "a key")
             if name in entries:
-                raise self.wrong(key, f"{name} stands twice")
-            if known and name not in known:
-                raise self.wrong(key, f"{what} has {name[:40]!r}, which is none of: {', '.join(known)}")
+                raise self.error_at(key, f"{name} stands twice")
+            if allowed_keys and name not in allowed_keys:
+                raise self.error_at(key, f"{what} has {name[:40]!r}, which is none of: {', '.join(known)}")
             entries[name] = (key, value)
-        if missing := [name for name in needed if name not in entries]:
-            raise self.wrong(node, f"{what} says no {missing[0]}")
+        if missing := [name for name in required_keys if name not in entries]:
+            raise self.error_at(node, f"{what} says no {missing[0]}")
         return entries
 
-    def items(self, node: Any, what: str) -> list[Any]:
-        self._check(node, "seq", f"{what} must be a list")
+    def sequence(self, node: Any, description: str) -> list[Any]:
+        self._check_node(node, "seq", f"{what} must be a list")
         if not node.value:
-            raise self.wrong(node, f"{what}: the list is empty")
+            raise self.error_at(node, f"{what}: the list is empty")
         return node.value
 
-    def text(self, node: Any, what: str, blank: bool = False) -> str:
+    def string(self, node: Any, description: str, allow_blank: bool = False) -> str:
         """A text; with `blank` it may be empty, in quotation marks."""
-        self._check(node, "str", f"{what} must be a text")
-        if not (node.value.strip() or (blank and node.style in ("'", '"'))):
-            raise self.wrong(node, f"{what} is empty")
+        self._check_node(node, "str", f"{what} must be a text")
+        if not (node.value.strip() or (allow_blank and node.style in ("'", '"'))):
+            raise self.error_at(node, f"{what} is empty")
         if re.search("[\ud800-\udfff]", node.value):
-            raise self.wrong(node, f"{what} has half a surrogate pair, which is no character")
+            raise self.error_at(node, f"{what} has half a surrogate pair, which is no character")
         return node.value
 
-    def texts(self, node: Any, what: str, blank: bool = False) -> list[str]:
+    def strings(self, node: Any, description: str, allow_blank: bool = False) -> list[str]:
         """A text, or a list of texts."""
-        nodes = self.items(node, what) if node is not None and node.tag == f"{TAG}seq" else [node]
-        return [self.text(one, what, blank) for one in nodes]
+        nodes = self.sequence(node, description) if node is not None and node.tag == f"{TAG}seq" else [node]
+        return [self.string(one, description, allow_blank) for one in nodes]
 
-    def _check(self, node: Any, kind: str, what: str) -> None:
+    def _check_node(self, node: Any, expected_tag: str, message: str) -> None:
         if node is None:
-            raise self.wrong(node, "the file is empty" if what.startswith("the file") else what)
-        tag = node.tag.removeprefix(TAG)
-        if tag not in SCALARS | {"map", "seq"}:
-            raise self.wrong(node, f"the tag {'!!' if node.tag.startswith(TAG) else ''}{tag}: only texts are read here")
-        if (tag if tag in ("map", "seq") else "str") != kind or isinstance(node.value, list) != (kind != "str"):
-            raise self.wrong(node, what)
+            raise self.error_at(node, "the file is empty" if message.startswith("the file") else message)
+        tag = node.tag.removeprefix(YAML_TAG_PREFIX)
+        if tag not in YAML_SCALAR_TAGS | {"map", "seq"}:
+            raise self.error_at(
+                node, f"the tag {'!!' if node.tag.startswith(TAG) else ''}{tag}: only texts are read here"
+            )
+        if (tag if tag in ("map", "seq") else "str") != expected_tag or isinstance(node.value, list) != (
+            expected_tag != "str"
+        ):
+            raise self.error_at(node, message)
 
 
 # ---------------------------------------------------------------- groups and sentences
 
 
-def _words(file: _File, entry: Entry) -> tuple[dict[str, dict[str, list[str]]], int]:
+def _read_slot_words(reader: _NodeReader, entry: KeyValueNodes) -> tuple[dict[str, dict[str, list[str]]], int]:
     """Of every group the words of its slots, each as often as the lists are long (one word for every place); and how long."""
     groups: dict[str, dict[str, list[str]]] = {}
-    length, first = 1, ""
-    found = file.mapping(entry[1], "groups")
-    for name, (_, node) in found.items():
+    length, first_list = 1, ""
+    group_entries = reader.mapping(entry[1], "groups")
+    for name, (_, node) in group_entries.items():
         groups[name] = {}
-        for slot, (key, value) in file.mapping(node, f"the group {name}").items():
-            words = groups[name][slot] = file.texts(value, f"{name}: {slot}", blank=True)
+        for slot, (key, value) in reader.mapping(node, f"the group {name}").items():
+            words = groups[name][slot] = reader.strings(value, f"{name}: {slot}", allow_blank=True)
             if len(words) > 1 and length not in (1, len(words)):
-                raise file.wrong(key, f"{name}: {slot} has {len(words)} words, and {first} has {length}")
+                raise reader.error_at(key, f"{name}: {slot} has {len(words)} words, and {first} has {length}")
             if len(words) > 1 and length == 1:
-                length, first = len(words), f"{name}: {slot}"
+                length, first_list = len(words), f"{name}: {slot}"
     if len(groups) < 2:
-        raise file.wrong(entry[0], "one group has none to be compared with: name two or more")
+        raise reader.error_at(entry[0], "one group has none to be compared with: name two or more")
     return groups, length
 
 
-def _sentences(file: _File, filling: "_Filling", node: Any, places: int) -> Iterator[Sentence]:
+def _expand_template(
+    reader: _NodeReader, filler: "_Filling", node: Any, num_word_indices: int
+) -> Iterator[TemplateSentence]:
     """A template's sentences: one, or one for each place of the lists of words that it asks for."""
     entries = {"text": (node, node)}
     if node.tag == f"{TAG}map":
-        entries = file.mapping(node, "a template", ("text", "continuations", "instead"), ("text",))
-    instead = file.mapping(entries["instead"][1], "instead", tuple(filling.groups)) if "instead" in entries else {}
-    own = {name: file.text(value, f"instead of {name}'s") for name, (_, value) in instead.items()}
-    after = file.texts(entries["continuations"][1], "continuations") if "continuations" in entries else []
-    for text in file.texts(entries["text"][1], "a template"):
-        seen: list[Sentence] = []
-        for place in range(places):
-            made = Sentence(
-                text, place, {name: filling(own.get(name, text), name, place, node) for name in filling.groups},
-                {one: {name: filling(one, name, place, node) for name in filling.groups} for one in after},
+        entries = reader.mapping(node, "a template", ("text", "continuations", "instead"), ("text",))
+    override_entries = (
+        reader.mapping(entries["instead"][1], "instead", tuple(filler.groups)) if "instead" in entries else {}
+    )
+    overrides = {name: reader.string(value, f"instead of {name}'s") for name, (_, value) in override_entries.items()}
+    continuations = reader.strings(entries["continuations"][1], "continuations") if "continuations" in entries else []
+    for text in reader.strings(entries["text"][1], "a template"):
+        unique_sentences: list[TemplateSentence] = []
+        for word_index in range(num_word_indices):
+            sentence = TemplateSentence(
+                text, word_index, {name: filler(overrides.get(name, text), name, word_index, node) for name in filler.groups},
+                {one: {name: filler(one, name, word_index, node) for name in filler.groups} for one in continuations},
             )  # fmt: skip
-            if all(made[2:] != other[2:] for other in seen):
-                seen.append(made)
-        if all(len(set(one.texts.values())) == 1 for one in seen):
-            raise file.wrong(node, f"says the same of every group: {text!r} has no slot such as {{{filling.slots[0]}}}")
-        yield from seen
+            if all(sentence[2:] != other[2:] for other in unique_sentences):
+                unique_sentences.append(sentence)
+        if all(len(set(one.texts.values())) == 1 for one in unique_sentences):
+            raise reader.error_at(
+                node, f"says the same of every group: {text!r} has no slot such as {{{filling.slots[0]}}}"
+            )
+        yield from unique_sentences
 
 
-class _Filling:
+class _TemplateFiller:
     """Puts a group's words into a template."""
 
-    def __init__(self, file: _File, keys: dict[str, Any], words: dict[str, dict[str, list[str]]]):
-        self.file, self.keys, self.words = file, keys, words
+    def __init__(self, reader: _NodeReader, group_keys: dict[str, Any], words: dict[str, dict[str, list[str]]]):
+        self.reader, self.group_keys, self.words = reader, group_keys, words
         self.groups = list(words)
         self.slots = list(dict.fromkeys(slot for group in words.values() for slot in group)) or ["slot"]
 
-    def __call__(self, text: str, group: str, place: int, node: Any) -> str:
+    def __call__(self, text: str, group: str, word_index: int, node: Any) -> str:
         parts = []
         try:
-            pieces = list(Formatter().parse(text))
+            template_fields = list(Formatter().parse(text))
         except ValueError as error:
-            raise self.file.wrong(node, f"{text!r} is not well formed: {error}") from error
-        for literal, slot, change, conversion in pieces:
+            raise self.reader.error_at(node, f"{text!r} is not well formed: {error}") from error
+        for literal, slot, format_spec, conversion in template_fields:
             parts.append(literal)
             if slot is None:
                 continue
-            if conversion or change not in ("", "capitalize"):
-                raise self.file.wrong(node, f"in {text!r}: write {{{slot}}} or {{{slot}:capitalize}}")
-            word = self._word(slot, group, place, node)
-            parts.append(word[:1].upper() + word[1:] if change else word)
+            if conversion or format_spec not in ("", "capitalize"):
+                raise self.reader.error_at(node, f"in {text!r}: write {{{slot}}} or {{{slot}:capitalize}}")
+            word = self._lookup_word(slot, group, word_index, node)
+            parts.append(word[:1].upper() + word[1:] if format_spec else word)
         return "".join(parts)
 
-    def _word(self, slot: str, group: str, place: int, node: Any) -> str:
+    def _lookup_word(self, slot: str, group: str, word_index: int, node: Any) -> str:
         if slot not in self.slots:
-            raise self.file.wrong(node, f"{{{slot}}} is no slot that a group has a word for: {listed(self.slots)}")
+            raise self.reader.error_at(node, f"{{{slot}}} is no slot that a group has a word for: {listed(self.slots)}")
         if slot not in self.words[group]:
-            needed = f"which the template in line {node.start_mark.line + 1} needs"
-            raise self.file.wrong(self.keys[group], f"the group {group} has no word for {{{slot}}}, {needed}")
+            requirement = f"which the template in line {node.start_mark.line + 1} needs"
+            raise self.reader.error_at(
+                self.group_keys[group], f"the group {group} has no word for {{{slot}}}, {needed}"
+            )
         words = self.words[group][slot]
-        return words[place % len(words)]
+        return words[word_index % len(words)]

@@ -22,29 +22,37 @@ import numpy as np
 from filelock import FileLock
 
 from nextword.audit.suffix_array import (
-    DEPTH,
-    END,
+    DOCUMENT_END,
     PADDING,
+    SORT_DEPTH,
+    MappedText,
     Query,
-    Suffixes,
-    Text,
-    longest,
-    shared_bytes,
+    SuffixArray,
+    common_prefix_bytes,
+    longest_matches,
     sort_suffixes,
-    write_signposts,
+    write_sparse_index,
 )
 from nextword.common.console import Console
-from nextword.common.errors import CorruptFile, NextwordError, UsageError
-from nextword.common.fs import MANIFEST, check_seal, move_into_place, read_manifest, seal, settle, writing
+from nextword.common.errors import CorruptFileError, NextwordError, UsageError
+from nextword.common.fs import (
+    MANIFEST,
+    atomic_replace_dir,
+    map_disk_errors,
+    read_manifest,
+    recover_interrupted_swap,
+    verify_manifest,
+    write_manifest,
+)
 from nextword.data.corpus import Corpus, find_sources
-from nextword.data.documents import Document, Problems, Source
-from nextword.data.scan import Survey, survey, unchanged
+from nextword.data.documents import Document, IssueLog, SourceFile
+from nextword.data.scan import CorpusScan, is_unchanged, scan_corpus
 
 VERSION = 1
-LEAST = 24  # bytes of a match that is told of, where nothing else is asked for
-PIECE = 2**20  # bytes of a document read at once
+MIN_MATCH_BYTES = 24  # bytes of a match that is told of, where nothing else is asked for
+CHUNK_BYTES = 2**20  # bytes of a document read at once
 # "learned": up to which byte of the text a document is trained on: its end, its begin (held out), or a cut in between.
-ROW = np.dtype(
+DOCUMENT_DTYPE = np.dtype(
     [("begin", "<u8"), ("end", "<u8"), ("learned", "<u8"), ("key", "S32"), ("source", "<u4"), ("line", "<u4")]
 )
 
@@ -58,7 +66,7 @@ class Match(NamedTuple):
     offset: int
 
 
-class Index:
+class CorpusIndex:
     """A corpus that can be searched. Made by `build_index`, opened by `Index.open`.
 
     Attributes:
@@ -67,17 +75,17 @@ class Index:
         problems: what was wrong with the corpus's files, by kind.
     """
 
-    def __init__(self, path: Path, facts: dict[str, Any]):
-        self.path, self.facts = path, facts
-        self.text = Text(path / "text.bin")
+    def __init__(self, path: Path, metadata: dict[str, Any]):
+        self.path, self.metadata = path, metadata
+        self.text = MappedText(path / "text.bin")
         self.documents = np.asarray(np.load(path / "documents.npy", mmap_mode="r", allow_pickle=False))
         table, signposts = (
             np.asarray(np.memmap(path / name, dtype=np.dtype(kind), mode="r"))
-            for name, kind in (("suffixes.bin", facts["places"]), ("signposts.bin", "<u8"))
+            for name, kind in (("suffixes.bin", metadata["places"]), ("signposts.bin", "<u8"))
         )
-        self.suffixes = Suffixes(self.text, table, signposts)
-        self.held_out: bool = facts["held_out"]
-        self.problems: dict[str, int] = facts["problems"]
+        self.suffix_array = SuffixArray(self.text, table, signposts)
+        self.has_held_out: bool = metadata["held_out"]
+        self.problems: dict[str, int] = metadata["problems"]
 
     @classmethod
     def open(cls, path: Path) -> "Index":
@@ -88,104 +96,104 @@ class Index:
         path = Path(path)
         if read_manifest(path).get("kind") != "index":
             raise NextwordError(f"{path}: not an index of a corpus; name another place")
-        facts = check_seal(path)
+        facts = verify_manifest(path)
         if facts.get("version") != VERSION:
             raise NextwordError(f"{path}: made by another version of nextword; remove it, and it is made anew")
         try:
             return cls(path, facts)
         except (KeyError, TypeError, ValueError, OSError) as error:
-            raise CorruptFile(f"{path}: not an index that can be read ({error})") from error
+            raise CorruptFileError(f"{path}: not an index that can be read ({error})") from error
 
     def __len__(self) -> int:
         return len(self.documents)
 
     @property
-    def size(self) -> int:
+    def num_text_bytes(self) -> int:
         """Bytes of text, in UTF-8."""
         return len(self.text) - len(self)
 
     # ------------------------------------------------------------ documents
 
-    def name(self, document: int) -> str:
+    def document_name(self, document: int) -> str:
         """The file that a document was read from, and in a table its line."""
         row = self.documents[document]
-        name = self.facts["sources"][row["source"]]["name"]
+        name = self.metadata["sources"][row["source"]]["name"]
         return f"{name} line {row['line']:,}" if row["line"] else name
 
-    def read(self, document: int, start: int = 0, count: int | None = None) -> bytes:
+    def read_bytes(self, document: int, start: int = 0, count: int | None = None) -> bytes:
         """Bytes of a document, from `start` on; to its end where no count is said."""
         begin, end = (int(self.documents[document][side]) for side in ("begin", "end"))
         start = begin + max(0, start)
         return self.text.bytes[start : end if count is None else min(end, start + count)].tobytes()
 
-    def pieces(self, document: int) -> Iterator[tuple[int, str]]:
+    def iter_chunks(self, document: int) -> Iterator[tuple[int, str]]:
         """A document as texts of at most `PIECE` bytes, each with where it begins; cut after a line or else between words,
         where that can be."""
-        at, size = 0, int(self.documents[document]["end"] - self.documents[document]["begin"])
-        while at < size:
-            data = self.read(document, at, PIECE)
-            if at + len(data) < size:
+        offset, size = 0, int(self.documents[document]["end"] - self.documents[document]["begin"])
+        while offset < size:
+            data = self.read_bytes(document, offset, CHUNK_BYTES)
+            if offset + len(data) < size:
                 cut = max(data.rfind(b"\n"), data.rfind(b" ")) + 1
-                data = data[:cut] if cut > len(data) // 2 else whole(data)
-            yield at, data.decode("utf-8", "replace")
-            at += len(data)
+                data = data[:cut] if cut > len(data) // 2 else trim_partial_character(data)
+            yield offset, data.decode("utf-8", "replace")
+            offset += len(data)
 
     # ------------------------------------------------------------ look-ups
 
-    def matches(self, text: bytes | str, least: int = LEAST) -> list[Match]:
+    def find_matches(self, text: bytes | str, min_bytes: int = MIN_MATCH_BYTES) -> list[Match]:
         """What of a text stands in the corpus, `least` bytes or more together: every passage that cannot be made longer.
 
         For each character of the text the longest passage that covers it is among these, and none lies inside another. Of a
         passage that stands in several places, one is told. Passages begin and end between characters.
         """
-        query = Query(as_bytes(text))
+        query = Query(encode_text(text))
         data = np.frombuffer(query.data, np.uint8)
         starts = np.flatnonzero((data & 0xC0) != 0x80)  # a byte 10xxxxxx goes on with a character
-        if not len(starts) or not len(self.suffixes):
+        if not len(starts) or not len(self.suffix_array):
             return []
-        lengths, where = longest(self.suffixes, query, starts)
+        lengths, positions = longest_matches(self.suffix_array, query, starts)
         for _ in range(3):  # the bytes of a character that is another one in the corpus
-            lengths -= (lengths > 0) & ((self.text.bytes[where + lengths] & 0xC0) == 0x80)
+            lengths -= (lengths > 0) & ((self.text.bytes[positions + lengths] & 0xC0) == 0x80)
         ends = starts + lengths
-        further = ends > np.maximum.accumulate(np.append(-1, ends[:-1]))
-        found = np.flatnonzero(further & (lengths >= max(1, least)))
-        documents = self._documents_of(where[found])
-        offsets = where[found] - self.documents["begin"][documents].astype(np.int64)
-        columns = (starts[found], ends[found], documents, offsets)
+        is_maximal = ends > np.maximum.accumulate(np.append(-1, ends[:-1]))
+        selected = np.flatnonzero(is_maximal & (lengths >= max(1, min_bytes)))
+        documents = self._document_ids_at(positions[selected])
+        offsets = positions[selected] - self.documents["begin"][documents].astype(np.int64)
+        columns = (starts[selected], ends[selected], documents, offsets)
         return [Match(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
-    def longest(self, text: bytes | str) -> Match | None:
+    def longest_match(self, text: bytes | str) -> Match | None:
         """The longest passage of a text that stands in the corpus; None where not one character does."""
-        return max(self.matches(text, 1), key=lambda match: match.end - match.start, default=None)
+        return max(self.find_matches(text, 1), key=lambda match: match.end - match.start, default=None)
 
-    def find(self, passage: bytes | str) -> list[int]:
+    def find_documents(self, passage: bytes | str) -> list[int]:
         """The documents in which a passage stands whole, letter for letter, in their order."""
-        query = Query(as_bytes(passage))
+        query = Query(encode_text(passage))
         if not query.data:
             return []
-        low, high = self.suffixes.range_of(query.data)
-        found: set[int] = set()
+        low, high = self.suffix_array.prefix_range(query.data)
+        document_ids: set[int] = set()
         for begin in range(low, high, 2**16):
-            places = self.suffixes.table[begin : min(high, begin + 2**16)].astype(np.int64)
-            if len(query.data) > DEPTH:
-                places = places[shared_bytes(self.text, query, places, 0) >= len(query.data)]
-            found.update(np.unique(self._documents_of(places)).tolist())
-        return sorted(found)
+            positions = self.suffix_array.positions[begin : min(high, begin + 2**16)].astype(np.int64)
+            if len(query.data) > SORT_DEPTH:
+                positions = positions[common_prefix_bytes(self.text, query, positions, 0) >= len(query.data)]
+            document_ids.update(np.unique(self._document_ids_at(positions)).tolist())
+        return sorted(document_ids)
 
-    def _documents_of(self, places: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self.documents["begin"], places.astype(np.uint64), side="right") - 1
+    def _document_ids_at(self, positions: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.documents["begin"], positions.astype(np.uint64), side="right") - 1
 
 
-def as_bytes(text: bytes | str) -> bytes:
+def encode_text(text: bytes | str) -> bytes:
     return text.encode("utf-8", "replace") if isinstance(text, str) else text
 
 
-def whole(data: bytes) -> bytes:
+def trim_partial_character(data: bytes) -> bytes:
     """Bytes of UTF-8 without a character at their end that is not whole."""
-    cut = next((k for k in range(1, min(4, len(data)) + 1) if data[-k] & 0xC0 != 0x80), 0)
-    lead = data[-cut] if cut else 0
-    size = 1 if lead < 0x80 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-    return data[: len(data) - cut] if cut and size > cut else data
+    tail_length = next((k for k in range(1, min(4, len(data)) + 1) if data[-k] & 0xC0 != 0x80), 0)
+    lead_byte = data[-tail_length] if tail_length else 0
+    character_length = 1 if lead_byte < 0x80 else 2 if lead_byte < 0xE0 else 3 if lead_byte < 0xF0 else 4
+    return data[: len(data) - tail_length] if tail_length and character_length > tail_length else data
 
 
 # ---------------------------------------------------------------- building
@@ -195,10 +203,10 @@ def build_index(
     corpora: Sequence[str | Path],
     out: Path,
     *,
-    prepared: Corpus | None = None,
+    training_corpus: Corpus | None = None,
     text_column: str | None = None,
     console: Console | None = None,
-) -> Index:
+) -> CorpusIndex:
     """The index of files, folders and named corpora at `out`; where it is there already and they are unchanged, that one.
 
     `prepared` are the tokens that a model was trained on. Where they were made of this very text, the documents that were
@@ -210,154 +218,169 @@ def build_index(
         NextwordError: there is no text in the corpora.
     """
     out, console = Path(out), console or Console(quiet=True)
-    learned = None if prepared is None else sha256(json.dumps(_texts(prepared.facts["sources"])).encode()).hexdigest()
-    asked = {"text_column": text_column, "prepared": learned}  # every run on one text can use one index
-    problems = Problems()
-    with writing(out):
+    training_text_hash = (
+        None
+        if training_corpus is None
+        else sha256(json.dumps(_text_hashes(training_corpus.manifest["sources"])).encode()).hexdigest()
+    )
+    build_settings = {
+        "text_column": text_column,
+        "prepared": training_text_hash,
+    }  # every run on one text can use one index
+    problems = IssueLog()
+    with map_disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(out.with_name(f".{out.name}.lock")).acquire()
-    with held:
-        settle(out)
-        sources = find_sources(corpora, problems, text_column, leave_out=out)
-        index = _reusable(out, asked, sources, console.say)
+        lock = FileLock(out.with_name(f".{out.name}.lock")).acquire()
+    with lock:
+        recover_interrupted_swap(out)
+        sources = find_sources(corpora, problems, text_column, exclude=out)
+        index = _open_if_unchanged(out, build_settings, sources, console.info)
         if index is not None:
             return index
-        aside = out.with_name(f".{out.name}.partial")
+        partial = out.with_name(f".{out.name}.partial")
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-            with writing(aside):
-                aside.mkdir()
-            facts = _build(sources, aside, prepared, problems, console)
-            with writing(aside):
-                seal(aside, {"kind": "index", "version": VERSION, "asked": asked, **facts})
-            move_into_place(aside, out)
+            shutil.rmtree(partial, ignore_errors=True)
+            with map_disk_errors(partial):
+                partial.mkdir()
+            metadata = _build_files(sources, partial, training_corpus, problems, console)
+            with map_disk_errors(partial):
+                write_manifest(partial, {"kind": "index", "version": VERSION, "asked": build_settings, **metadata})
+            atomic_replace_dir(partial, out)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    return Index.open(out)
+            shutil.rmtree(partial, ignore_errors=True)
+    return CorpusIndex.open(out)
 
 
-def _reusable(out: Path, asked: dict[str, Any], sources: list[Source], say: Callable[[str], None]) -> Index | None:
+def _open_if_unchanged(
+    out: Path, build_settings: dict[str, Any], sources: list[SourceFile], log: Callable[[str], None]
+) -> CorpusIndex | None:
     """The index at `out` where it was made of the same text in the same way. Raises `UsageError` where `out` holds something
     else, which is not ours to replace."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST).is_file() or read_manifest(out).get("kind") != "index":
         raise UsageError(f"{out}: exists and is not an index; name another place for it")
-    facts = read_manifest(out)
-    if facts.get("version") != VERSION or facts.get("asked") != asked:
+    manifest = read_manifest(out)
+    if manifest.get("version") != VERSION or manifest.get("asked") != build_settings:
         return None
-    known = facts["sources"]
-    if len(known) != len(sources) or not all(map(unchanged, sources, known)):
-        say(f"{out}: the text has changed, so the index is made anew")
+    known_sources = manifest["sources"]
+    if len(known_sources) != len(sources) or not all(map(is_unchanged, sources, known_sources)):
+        log(f"{out}: the text has changed, so the index is made anew")
         return None
     try:
-        return Index.open(out)
-    except CorruptFile as error:
-        say(f"{error}\nThe index is damaged, so it is made anew")
+        return CorpusIndex.open(out)
+    except CorruptFileError as error:
+        log(f"{error}\nThe index is damaged, so it is made anew")
         return None
 
 
-class _Writer:
+class _IndexWriter:
     """Writes the documents as they go by, and a row of facts for each."""
 
     def __init__(self, directory: Path):
         self._text, self._rows = (directory / "text.bin").open("wb"), (directory / "rows.bin").open("wb")
-        self._row = np.zeros(1, ROW)
-        self.size = self.count = 0
+        self._row = np.zeros(1, DOCUMENT_DTYPE)
+        self.num_bytes = self.num_documents = 0
 
     def begin(self, source: int, document: Document) -> None:
-        self._row["begin"], self._row["source"], self._row["line"] = self.size, source, document.line or 0
+        self._row["begin"], self._row["source"], self._row["line"] = self.num_bytes, source, document.line or 0
 
     def add(self, piece: str) -> None:
-        self.size += self._text.write(piece.encode())
+        self.num_bytes += self._text.write(piece.encode())
 
     def end(self, key: bytes) -> None:
-        self._row["end"], self._row["key"] = self.size, key.hex()
+        self._row["end"], self._row["key"] = self.num_bytes, key.hex()
         self._rows.write(self._row.tobytes())
-        self.size += self._text.write(bytes([END]))
-        self.count += 1
+        self.num_bytes += self._text.write(bytes([DOCUMENT_END]))
+        self.num_documents += 1
 
     def close(self) -> None:
-        self._text.write(bytes([END]) * PADDING)
+        self._text.write(bytes([DOCUMENT_END]) * PADDING)
         self._text.close()
         self._rows.close()
 
 
-def _build(
-    sources: list[Source], directory: Path, prepared: Corpus | None, problems: Problems, console: Console
+def _build_files(
+    sources: list[SourceFile], directory: Path, training_corpus: Corpus | None, problems: IssueLog, console: Console
 ) -> dict[str, Any]:
     """Fill a directory; what its manifest is to say."""
-    with writing(directory), closing(_Writer(directory)) as writer:
-        found = survey(sources, directory, problems, console.progress, console.say, writer)
-    held_out = prepared is not None and _texts(prepared.facts["sources"]) == _texts(found.sources)
-    if prepared is not None and not held_out:
-        console.say(
+    with map_disk_errors(directory), closing(_IndexWriter(directory)) as writer:
+        scan = scan_corpus(sources, directory, problems, console.progress, console.info, writer)
+    held_out = training_corpus is not None and _text_hashes(training_corpus.manifest["sources"]) == _text_hashes(
+        scan.sources
+    )
+    if training_corpus is not None and not held_out:
+        console.info(
             "the corpus is not the text that the model was trained on, so all of it is searched, "
             "and none of it is known to be held out"
         )
-    text = Text(directory / "text.bin")
-    kind = np.dtype("<u4" if len(text) < 2**32 else "<u8")
-    with writing(directory):
-        rows = _documents(directory, text, writer.count, found if held_out else None)
-        count = _places(directory / "suffixes.bin", text, rows, kind)
+    text = MappedText(directory / "text.bin")
+    position_dtype = np.dtype("<u4" if len(text) < 2**32 else "<u8")
+    with map_disk_errors(directory):
+        document_table = _write_documents(directory, text, writer.num_documents, scan if held_out else None)
+        num_suffixes = _write_suffix_starts(directory / "suffixes.bin", text, document_table, position_dtype)
         sort_suffixes(
-            text, directory / "suffixes.bin", count, kind, lambda done, of: console.progress("indexing", done, of)
+            text,
+            directory / "suffixes.bin",
+            num_suffixes,
+            position_dtype,
+            lambda done, of: console.progress("indexing", done, of),
         )
-        write_signposts(text, directory / "suffixes.bin", directory / "signposts.bin", kind)
+        write_sparse_index(text, directory / "suffixes.bin", directory / "signposts.bin", position_dtype)
     return {
-        "held_out": held_out, "documents": writer.count, "bytes": found.size, "places": kind.str,
-        "problems": dict(problems.kinds), "sources": found.sources,
+        "held_out": held_out, "documents": writer.num_documents, "bytes": scan.size, "places": position_dtype.str,
+        "problems": dict(problems.counts_by_kind), "sources": scan.sources,
     }  # fmt: skip
 
 
-def _texts(sources: list[dict[str, Any]]) -> list[str]:
+def _text_hashes(sources: list[dict[str, Any]]) -> list[str]:
     return [source["texts"] for source in sources]
 
 
-def _documents(directory: Path, text: Text, count: int, split: Survey | None) -> np.ndarray:
+def _write_documents(directory: Path, text: MappedText, count: int, split: CorpusScan | None) -> np.ndarray:
     """The table of documents, with how far each is learned from: to its end where no split is given."""
-    spooled = directory / "rows.bin"
-    rows = np.lib.format.open_memmap(directory / "documents.npy", mode="w+", dtype=ROW, shape=(count,))
-    rows[:] = np.memmap(spooled, dtype=ROW, mode="r")
+    rows_path = directory / "rows.bin"
+    rows = np.lib.format.open_memmap(directory / "documents.npy", mode="w+", dtype=DOCUMENT_DTYPE, shape=(count,))
+    rows[:] = np.memmap(rows_path, dtype=DOCUMENT_DTYPE, mode="r")
     rows["learned"] = rows["end"]
     if split is not None:
         for row in rows:
-            where = split.split_by(bytes.fromhex(row["key"].decode()))
-            if where == "both":
-                row["learned"] = _nine_tenths(text, int(row["begin"]), int(row["end"]))
-            elif where == "validation":
+            assigned_split = split.split_for_key(bytes.fromhex(row["key"].decode()))
+            if assigned_split == "both":
+                row["learned"] = _last_tenth_start(text, int(row["begin"]), int(row["end"]))
+            elif assigned_split == "validation":
                 row["learned"] = row["begin"]
     rows.flush()
-    spooled.unlink()
+    rows_path.unlink()
     return rows
 
 
-def _begins(text: Text, start: int, end: int) -> Iterator[np.ndarray]:
+def _iter_character_starts(text: MappedText, start: int, end: int) -> Iterator[np.ndarray]:
     """Where the characters of a stretch of text begin, part by part; the ends of documents are none."""
-    for at in range(start, end, PIECE):
-        part = text.bytes[at : min(end, at + PIECE)]
-        yield at + np.flatnonzero(((part & 0xC0) != 0x80) & (part != END))
+    for chunk_start in range(start, end, CHUNK_BYTES):
+        part = text.bytes[chunk_start : min(end, chunk_start + CHUNK_BYTES)]
+        yield chunk_start + np.flatnonzero(((part & 0xC0) != 0x80) & (part != DOCUMENT_END))
 
 
-def _nine_tenths(text: Text, begin: int, end: int) -> int:
+def _last_tenth_start(text: MappedText, begin: int, end: int) -> int:
     """Where the last tenth of a document's characters begins, which is held out where there are few documents."""
-    left = sum(len(part) for part in _begins(text, begin, end)) * 9 // 10
-    for part in _begins(text, begin, end):
-        if left < len(part):
-            return int(part[left])
-        left -= len(part)
+    remaining = sum(len(part) for part in _iter_character_starts(text, begin, end)) * 9 // 10
+    for part in _iter_character_starts(text, begin, end):
+        if remaining < len(part):
+            return int(part[remaining])
+        remaining -= len(part)
     return end
 
 
-def _places(path: Path, text: Text, rows: np.ndarray, kind: np.dtype) -> int:
+def _write_suffix_starts(path: Path, text: MappedText, rows: np.ndarray, position_dtype: np.dtype) -> int:
     """Write where each character begins that is learned from, in the order of the text; how many."""
     count = 0
     with path.open("wb") as file:
         begin = 0
-        outside = np.flatnonzero(rows["learned"] < rows["end"])
-        for start, end in [*rows[outside][["learned", "end"]].tolist(), (len(text), len(text))]:
-            for part in _begins(text, begin, start):
-                file.write(part.astype(kind).tobytes())
+        held_out_rows = np.flatnonzero(rows["learned"] < rows["end"])
+        for start, end in [*rows[held_out_rows][["learned", "end"]].tolist(), (len(text), len(text))]:
+            for part in _iter_character_starts(text, begin, start):
+                file.write(part.astype(position_dtype).tobytes())
                 count += len(part)
             begin = end
     return count

@@ -7,40 +7,48 @@ from typing import Any, Literal
 
 import torch
 
-from nextword.audit.audit import Asked, audit_model
-from nextword.commands.arguments import chosen_recipe, describe, gather, lengths, said, tables, whole_paths
-from nextword.commands.continued_pretraining import Continuing
-from nextword.commands.finetune import Finetuning
-from nextword.commands.pretrain import Pretraining
+from nextword.audit.audit import AuditConfig, audit_model
+from nextword.commands.arguments import (
+    drop_none,
+    format_corpus_summary,
+    open_or_prepare_corpus,
+    parse_run_length,
+    resolve_corpus_paths,
+    resolve_data_paths,
+    resolve_recipe,
+)
+from nextword.commands.continued_pretraining import ContinuedPretrainTrainer
+from nextword.commands.finetune import FinetuneTrainer
+from nextword.commands.pretrain import PretrainTrainer
 from nextword.common import fs
 from nextword.common.console import Console
-from nextword.common.errors import MissingExtra, NextwordError, UsageError
-from nextword.common.run_dir import RunFolder, choose_device, command_line
+from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
+from nextword.common.run_dir import RunDir, command_line, resolve_device
 from nextword.data import prepare as preparation
 from nextword.data.corpus import Corpus
-from nextword.data.documents import Problems
-from nextword.evaluation.lm_eval_adapter import run_task
-from nextword.evaluation.results_store import keep_in_run, refuse_damaged
-from nextword.evaluation.significance import LIMIT, Panel, judge_suite
-from nextword.evaluation.text_evaluation import judge_text, text_for
+from nextword.data.documents import IssueLog
+from nextword.evaluation.lm_eval_adapter import run_lm_eval_task
+from nextword.evaluation.results_store import check_results_readable, save_results_to_run
+from nextword.evaluation.significance import DEFAULT_ITEM_LIMIT, EvalModels, evaluate_benchmark
+from nextword.evaluation.text_evaluation import evaluate_text, load_eval_text
 from nextword.export.gguf import write_gguf
 from nextword.export.onnx import write_onnx
-from nextword.export.verification import TOLERANCE, Exported
+from nextword.export.verification import TOLERANCE, ExportResult
 from nextword.inference.engine import Completion
 from nextword.inference.quantization import Precision
 from nextword.interpretability.explain import explain as explain_text
-from nextword.pipeline.base_model import Base
+from nextword.pipeline.base_model import BaseModel
 from nextword.pipeline.language_model import Paths, as_list, load
-from nextword.pipeline.predictor import score_predictions
-from nextword.planning.planner import plan_on_paper, plan_text
-from nextword.reporting.explain_page import write_page
-from nextword.tasks.benchmark_spec import find_suites
+from nextword.pipeline.predictor import compute_labelled_metrics
+from nextword.planning.planner import estimate_cluster_run, plan_run
+from nextword.reporting.explain_page import write_explanation_page
+from nextword.tasks.benchmark_spec import find_benchmarks
 from nextword.tasks.examples import read_examples
 from nextword.tasks.metrics import Score
 from nextword.training import config
-from nextword.training.config import change, seconds
-from nextword.training.launch import carry_out
-from nextword.training.trainer import Job
+from nextword.training.config import parse_duration, with_overrides
+from nextword.training.launch import run_training
+from nextword.training.trainer import Trainer
 
 # ---------------------------------------------------------------- verbs
 
@@ -67,9 +75,11 @@ def prepare(
                 raise UsageError("--shard and --engine ray exclude each other: Ray gives each process its part")
             from nextword.data.ray_prepare import prepare_on_ray
 
-            return prepare_on_ray(whole_paths(corpora, begun=False), Path(out).resolve(), settings, console)
+            return prepare_on_ray(
+                resolve_corpus_paths(corpora, run_exists=False), Path(out).resolve(), settings, console
+            )
         return preparation.prepare(
-            as_list(corpora), Path(out), shard, **settings, progress=console.progress, say=console.say
+            as_list(corpora), Path(out), shard, **settings, progress=console.progress, log=console.info
         )
 
 
@@ -105,19 +115,19 @@ def plan(
     """
     request = {
         "recipe": recipe, "preset": preset, "size": size, "tokenizer": tokenizer, "vocab_size": vocab_size,
-        **lengths(budget, steps, tokens, flops), "model": model, "training": training,
+        **parse_run_length(budget, steps, tokens, flops), "model": model, "training": training,
     }  # fmt: skip
     if gpu is not None:
         if as_list(corpora):
             raise UsageError("--gpu plans on paper, without a text: leave the text out, and say --tokens")
-        return plan_on_paper(
-            chosen_recipe(request), gpu, machines=machines, gpus_per_machine=gpus_per_machine, parameters=parameters,
-            price=price,
+        return estimate_cluster_run(
+            resolve_recipe(request), gpu, machines=machines, gpus_per_machine=gpus_per_machine, parameters=parameters,
+            price_per_gpu_hour=price,
         )  # fmt: skip
-    paths = whole_paths(corpora, begun=False)
+    paths = resolve_corpus_paths(corpora, run_exists=False)
     with console or Console(quiet=True) as console:
-        return plan_text(
-            paths, chosen_recipe(request), choose_device(device), text_column=text_column, strict=strict, console=console
+        return plan_run(
+            paths, resolve_recipe(request), resolve_device(device), text_column=text_column, strict=strict, console=console
         )  # fmt: skip
 
 
@@ -158,24 +168,28 @@ def pretrain(
     if not str(out):
         raise UsageError("say where the run folder is to be: --out RUN")
     request = {
-        "corpora": whole_paths(corpora, begun=RunFolder(Path(out)).begun), "recipe": recipe, "preset": preset, "size": size,
+        "corpora": resolve_corpus_paths(corpora, run_exists=RunDir(Path(out)).exists), "recipe": recipe, "preset": preset, "size": size,
         "tokenizer": tokenizer, "vocab_size": vocab_size, "text_column": text_column, "seed": seed,
-        **lengths(budget, steps, tokens, flops), "model": said(model), "training": said(training),
+        **parse_run_length(budget, steps, tokens, flops), "model": drop_none(model), "training": drop_none(training),
     }  # fmt: skip
-    chosen = chosen_recipe(request)
-    where = choose_device(device)
+    chosen = resolve_recipe(request)
+    torch_device = resolve_device(device)
 
-    def job(run: RunFolder, request: dict[str, Any], console: Console) -> Pretraining:
-        if run.begun:
-            corpus = Corpus.open(run.path / run.facts()["shards"])
+    def build_trainer(run: RunDir, request: dict[str, Any], console: Console) -> PretrainTrainer:
+        if run.exists:
+            corpus = Corpus.open(run.path / run.metadata()["shards"])
         else:
-            corpus = gather(request["corpora"], run, chosen.tokenizer, chosen.vocab_size, text_column, strict, console)
-            console.say(describe(corpus))
-        pretraining = Pretraining(run, corpus, chosen, console, where, started)
-        pretraining.strict = strict
+            corpus = open_or_prepare_corpus(
+                request["corpora"], run, chosen.tokenizer, chosen.vocab_size, text_column, strict, console
+            )
+            console.info(format_corpus_summary(corpus))
+        pretraining = PretrainTrainer(run, corpus, chosen, console, torch_device, started)
+        pretraining.fail_on_corrupt_checkpoint = strict
         return pretraining
 
-    return carry_out(job, Path(out), request, resume=resume, tensorboard=tensorboard, console=console, mirror=mirror)
+    return run_training(
+        build_trainer, Path(out), request, resume=resume, tensorboard=tensorboard, console=console, mirror_url=mirror
+    )
 
 
 def finetune(
@@ -211,52 +225,54 @@ def finetune(
     started = time.time() if started is None else started
     if not str(out):
         raise UsageError("say where the run folder is to be: --out RUN")
-    begun = RunFolder(Path(out)).begun
-    if not str(model) and not begun:
+    run_exists = RunDir(Path(out)).exists
+    if not str(model) and not run_exists:
         raise UsageError("say which model to begin with: nextword finetune MODEL DATA --out RUN")
     request = {
-        "model": str(Path(model).resolve()) if str(model) else None, "data": tables(data, begun), "task": task,
-        "validation": tables(validation, True), "columns": columns or None, "lora": lora or None,
+        "model": str(Path(model).resolve()) if str(model) else None, "data": resolve_data_paths(data, run_exists), "task": task,
+        "validation": resolve_data_paths(validation, True), "columns": columns or None, "lora": lora or None,
         "scratch": scratch or None, "limit": limit, "seed": seed, "strict": strict or None, "steps": steps,
-        "budget": None if budget is None else seconds(budget),
-        "training": said(training), "tuning": said(tuning),
+        "budget": None if budget is None else parse_duration(budget),
+        "training": drop_none(training), "tuning": drop_none(tuning),
     }  # fmt: skip
-    where = choose_device(device)
+    torch_device = resolve_device(device)
 
-    def job(run: RunFolder, request: dict[str, Any], console: Console) -> Job:
-        return tuning_job(run, request, console, where, started)
+    def build_trainer(run: RunDir, request: dict[str, Any], console: Console) -> Trainer:
+        return build_finetune_trainer(run, request, console, torch_device, started)
 
-    return carry_out(job, Path(out), request, resume=resume, tensorboard=tensorboard, console=console, mirror=mirror)
+    return run_training(
+        build_trainer, Path(out), request, resume=resume, tensorboard=tensorboard, console=console, mirror_url=mirror
+    )
 
 
-def tuning_job(
-    run: RunFolder, request: dict[str, Any], console: Console, device: torch.device, started: float
-) -> Finetuning | Continuing:
+def build_finetune_trainer(
+    run_dir: RunDir, request: dict[str, Any], console: Console, device: torch.device, start_time: float
+) -> FinetuneTrainer | ContinuedPretrainTrainer:
     """The run that a request asks for: more text to go on with, or labelled examples of a task."""
-    base = Base.open(Path(request["model"]))
+    base_model = BaseModel.open(Path(request["model"]))
     settings = {name: request[name] for name in ("steps", "budget", "training")}
-    task = request["task"] or read_examples(request["data"], None, Problems(), request["columns"]).task
+    task = request["task"] or read_examples(request["data"], None, IssueLog(), request["columns"]).task
     if task != "continue":
         recipe = config.finetune(
             task=task, lora=request["lora"], scratch=request["scratch"], tuning=request["tuning"], **settings
         )
-        return Finetuning(run, base, recipe, console, device, started)
+        return FinetuneTrainer(run_dir, base_model, recipe, console, device, start_time)
     for name in ("lora", "scratch", "limit", "validation"):
         if request[name]:
             raise UsageError(f"--{name} is not for --task continue, which goes on with pre-training")
     tuning = request["tuning"]
     if unknown := set(tuning) - {"dropout"}:
         raise UsageError(f"--tuning.{min(unknown).replace('_', '-')} is not for --task continue")
-    recipe = change(config.continuing(), model=tuning, tokens=None, **settings)
-    if (run.data / fs.MANIFEST).is_file():
-        corpus = Corpus.open(run.data)
+    recipe = with_overrides(config.continuing(), model=tuning, tokens=None, **settings)
+    if (run_dir.data_dir / fs.MANIFEST).is_file():
+        corpus = Corpus.open(run_dir.data_dir)
     else:
         column = (request["columns"] or {}).get("text")
-        corpus = gather(
-            request["data"], run, str(base.directory), None, column, bool(request["strict"]), console
+        corpus = open_or_prepare_corpus(
+            request["data"], run_dir, str(base_model.directory), None, column, bool(request["strict"]), console
         )  # fmt: skip
-    console.say(f"task continue: {describe(corpus)}")
-    return Continuing(run, base, corpus, recipe, console, device, started)
+    console.info(f"task continue: {describe(corpus)}")
+    return ContinuedPretrainTrainer(run_dir, base_model, corpus, recipe, console, device, start_time)
 
 
 def transfer(
@@ -275,20 +291,20 @@ def transfer(
     examples, several seeds each; points with their intervals, and one sentence. `settings` are `finetune`'s."""
     if seeds < 1 or any(count < 1 for count in counts or ()):
         raise UsageError("--seeds and --counts must be at least 1")
-    given = {name: value for name, value in settings.items() if value not in (None, (), [], {}, False)}
+    finetune_options = {name: value for name, value in settings.items() if value not in (None, (), [], {}, False)}
     request = {
-        "model": str(Path(model).resolve()), "data": tables(data, False), "seeds": seeds,
+        "model": str(Path(model).resolve()), "data": resolve_data_paths(data, False), "seeds": seeds,
         "counts": sorted(counts) if counts else None,
-        "settings": {name: tables(v, True) if name == "validation" else v for name, v in given.items()},
+        "settings": {name: resolve_data_paths(v, True) if name == "validation" else v for name, v in finetune_options.items()},
     }  # fmt: skip
-    choose_device(device)
-    from nextword.evaluation.label_efficiency import run_transfer  # what draws takes half a second to import
+    resolve_device(device)
+    from nextword.evaluation.label_efficiency import run_study  # what draws takes half a second to import
 
-    def tune(**cell: Any) -> dict[str, Any]:
-        return finetune(model, data, device=device, **given, **cell)
+    def run_finetune(**cell: Any) -> dict[str, Any]:
+        return finetune(model, data, device=device, **finetune_options, **cell)
 
     with console or Console(quiet=True) as console:
-        return run_transfer(tune, Path(out), request, command_line(), resume=resume, console=console)
+        return run_study(run_finetune, Path(out), request, command_line(), resume=resume, console=console)
 
 
 def predict(
@@ -306,15 +322,15 @@ def predict(
         loaded = load(model, device)
         if not isinstance(data, (str, Path)):
             return [loaded.predict(*data)], {}
-        predictor, problems = loaded.predictor, Problems()
-        form = predictor.form
-        items = read_examples([data], form.task, problems, dict(form.columns), gold=False).items
+        predictor, problems = loaded.predictor, IssueLog()
+        task_spec = predictor.task_spec
+        items = read_examples([data], task_spec.task, problems, dict(task_spec.columns), gold=False).items
         if not items:
-            raise NextwordError("\n".join([f"{data}: no example to answer", *problems.lines()]))
+            raise NextwordError("\n".join([f"{data}: no example to answer", *problems.summary_lines()]))
         answers = predictor.predict(items, problems, lambda i, n: console.progress("predicting", i, n))
-        for line in problems.lines():
+        for line in problems.summary_lines():
             console.warn(line)
-        return answers, score_predictions(form, items, answers)
+        return answers, compute_labelled_metrics(task_spec, items, answers)
 
 
 def generate(
@@ -351,15 +367,15 @@ def serve(
         UsageError: anybody could connect, and neither a key nor `insecure` was given.
     """
     try:
-        from nextword.serving.app import Place, serve_model
+        from nextword.serving.app import ListenConfig, serve_model
         from nextword.serving.service import Settings
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("nextword"):
             raise
-        raise MissingExtra("nextword serve", "serve") from error
-    place = Place(host, port, api_key, insecure, tuple(allowed_hosts), grace)
+        raise MissingDependencyError("nextword serve", "serve") from error
+    listen_config = ListenConfig(host, port, api_key, insecure, tuple(allowed_hosts), grace)
     with console or Console(quiet=True) as console:
-        serve_model(Settings(Path(model), **settings), place, console, ready)
+        serve_model(Settings(Path(model), **settings), listen_config, console, ready)
 
 
 def evaluate(
@@ -390,29 +406,39 @@ def evaluate(
     """
     if limit is not None and (limit < 1 or whole):
         raise UsageError("--limit must be at least 1, and does not go together with --whole")
-    asked = find_suites(suites)
-    refuse_damaged(model)
+    benchmarks = find_benchmarks(suites)
+    check_results_readable(model)
     with console or Console(quiet=True) as console:
-        panel = Panel(
+        models = EvalModels(
             load(model, device, precision),
             None if against is None else load(against, device, precision),
             [load(one, device, precision) for one in noise],
             None if judge is None else load(judge, device),
         )
         result: dict[str, Any] = {}
-        if as_list(texts) or not asked:
-            read, stride = text_for(panel, model, texts, text_column, stride, console)
-            result |= judge_text(panel, read, stride=stride, use=context_use, console=console)
-        items = None if whole else limit or LIMIT
-        for name, suite in asked.items():
-            found = result.setdefault("suites", {})
+        if as_list(texts) or not benchmarks:
+            eval_text, stride = load_eval_text(models, model, texts, text_column, stride, console)
+            result |= evaluate_text(models, eval_text, stride=stride, with_context_use=context_use, console=console)
+        max_items = None if whole else limit or DEFAULT_ITEM_LIMIT
+        for name, suite in benchmarks.items():
+            suite_results = result.setdefault("suites", {})
             if suite is None:
-                found[name] = run_task(panel.model, name.removeprefix("lm-eval:"), items, console)
+                suite_results[name] = run_lm_eval_task(models.model, name.removeprefix("lm-eval:"), max_items, console)
             else:
-                found[name] = judge_suite(panel, suite, limit=items, seed=seed or 0, console=console)
-        about = {"precision": None if precision == "float32" else precision, "against": against and Path(against).name}
-        keep_in_run(
-            model, result, texts, console, of_text={"stride": stride, **about}, of_suites={"seed": seed, **about}
+                suite_results[name] = evaluate_benchmark(
+                    models, suite, limit=max_items, seed=seed or 0, console=console
+                )
+        run_settings = {
+            "precision": None if precision == "float32" else precision,
+            "against": against and Path(against).name,
+        }
+        save_results_to_run(
+            model,
+            result,
+            texts,
+            console,
+            text_settings={"stride": stride, **run_settings},
+            benchmark_settings={"seed": seed, **run_settings},
         )
         return result
 
@@ -426,9 +452,9 @@ def audit(
     `corpus` is what the model was trained on; of a run its own where it is still there. `settings` are those of
     `auditing.audit.Asked`: templates, suites, data, group, passages, index, texts, prefixes, limit, price, intensity, seed.
     """
-    asked = Asked(corpora=tuple(whole_paths(corpus, begun=True)), **settings)
+    audit_config = AuditConfig(corpora=tuple(resolve_corpus_paths(corpus, run_exists=True)), **settings)
     with console or Console(quiet=True) as console:
-        return audit_model(Path(model), asked, device=device, console=console)
+        return audit_model(Path(model), audit_config, device=device, console=console)
 
 
 def explain(
@@ -437,10 +463,10 @@ def explain(
 ) -> dict[str, Any]:  # fmt: skip
     """What happens inside a model as it reads a text (or an example of its task): see `explaining.explain.explain`. With `out`
     it is written as a page as well."""
-    found = explain_text(
+    explanation = explain_text(
         load(model, device), [texts] if isinstance(texts, str) else list(texts), word=word, label=label
     )
-    return found if out is None else {**found, "page": str(write_page(found, Path(out)))}
+    return explanation if out is None else {**explanation, "page": str(write_explanation_page(explanation, Path(out)))}
 
 
 def export(
@@ -449,7 +475,7 @@ def export(
     out: str | Path | None = None,
     precision: Precision = "float32",
     tolerance: float = TOLERANCE,
-) -> Exported:
+) -> ExportResult:
     """Write a model as one file for other programs, by default `MODEL.gguf` or `MODEL.onnx` beside the run or the directory.
     It is read back by the program that it is for where that is installed (llama-cpp-python, onnxruntime), and no number may be
     further off than `tolerance` (of log-probabilities in nats, of logits).
@@ -475,14 +501,14 @@ def report(runs: Paths, out: str | Path | None = None) -> Path:
     """Write RUN/report.html and the model card anew from what the run folder holds, measurements included; of several runs a
     page that sets them side by side, `comparison.html` where `out` says nothing else."""
     from nextword.reporting.comparison import write_comparison  # what draws takes half a second to import
-    from nextword.reporting.report import renew
+    from nextword.reporting.report import regenerate
 
     folders = [Path(run) for run in as_list(runs)]
     if len(folders) > 1:
         return write_comparison(folders, Path(out or "comparison.html"))
     if out is not None:
         raise UsageError(f"--out is for the page of several runs; that of one is {folders[0] / 'report.html'}")
-    return renew(folders[0])
+    return regenerate(folders[0])
 
 
 def verify(path: str | Path) -> dict[str, str]:
@@ -491,4 +517,4 @@ def verify(path: str | Path) -> dict[str, str]:
     Raises:
         CorruptFile: with every damaged file by name.
     """
-    return fs.verify(Path(path))
+    return fs.verify_tree(Path(path))

@@ -6,60 +6,60 @@ from typing import Any
 from nextword.common import fs
 from nextword.common.console import Console
 from nextword.common.errors import UsageError
-from nextword.common.run_dir import RunFolder
+from nextword.common.run_dir import RunDir
 from nextword.data import corpus as corpora_module
-from nextword.data.builtin_datasets import NAMED
+from nextword.data.builtin_datasets import BUILTIN_DATASETS
 from nextword.data.corpus import Corpus
 from nextword.pipeline.language_model import Paths, as_list
 from nextword.training import config
-from nextword.training.config import change, count, number, recipe_named, seconds
+from nextword.training.config import get_recipe, parse_count, parse_duration, parse_float, with_overrides
 
 
-def lengths(
+def parse_run_length(
     budget: str | float | None, steps: int | None, tokens: str | int | None, flops: str | float | None
 ) -> dict[str, Any]:
     """How long a run is to be, as people write it, in numbers. Raises `UsageError` for what is none."""
     return {
-        "steps": steps, "budget": None if budget is None else seconds(budget),
-        "tokens": None if tokens is None else count(tokens), "flops": None if flops is None else number(flops),
+        "steps": steps, "budget": None if budget is None else parse_duration(budget),
+        "tokens": None if tokens is None else parse_count(tokens), "flops": None if flops is None else parse_float(flops),
     }  # fmt: skip
 
 
-def chosen_recipe(request: dict[str, Any]) -> config.Recipe:
+def resolve_recipe(request: dict[str, Any]) -> config.Recipe:
     """The recipe that a request names, with the settings that it changes."""
     names = ("model", "training", "size", "tokenizer", "vocab_size", *config.LENGTHS)
-    return change(recipe_named(request["recipe"], request["preset"]), **{name: request[name] for name in names})
+    return with_overrides(get_recipe(request["recipe"], request["preset"]), **{name: request[name] for name in names})
 
 
-def said(settings: dict[str, Any] | None) -> dict[str, Any]:
+def drop_none(settings: dict[str, Any] | None) -> dict[str, Any]:
     """The settings that were given."""
     return {name: value for name, value in (settings or {}).items() if value is not None}
 
 
-def whole_paths(corpora: Paths, begun: bool) -> list[str]:
+def resolve_corpus_paths(corpora: Paths, run_exists: bool) -> list[str]:
     """Corpora by their full paths, so that a resume may come from another folder; names stay names.
 
     Raises:
         UsageError: none is given for a run that is not begun yet, or one is not there.
     """
-    given = as_list(corpora)
-    if not given and not begun:
+    corpus_paths = as_list(corpora)
+    if not corpus_paths and not run_exists:
         raise UsageError("say what to learn from: a file, a folder, shards, or a named corpus such as python-docs")
-    if missing := [path for path in given if str(path) not in NAMED and not Path(path).exists()]:
+    if missing := [path for path in corpus_paths if str(path) not in BUILTIN_DATASETS and not Path(path).exists()]:
         raise UsageError(f"{missing[0]}: no such file or folder, and no named corpus ({', '.join(NAMED)})")
-    return [str(path) if str(path) in NAMED else str(Path(path).resolve()) for path in given]
+    return [str(path) if str(path) in BUILTIN_DATASETS else str(Path(path).resolve()) for path in corpus_paths]
 
 
-def tables(paths: Paths, begun: bool) -> list[str]:
+def resolve_data_paths(paths: Paths, run_exists: bool) -> list[str]:
     """Files or folders by their full paths. Raises `UsageError` where one is missing, or none is given to begin with."""
-    given = as_list(paths)
-    if not given and not begun:
+    data_paths = as_list(paths)
+    if not data_paths and not run_exists:
         raise UsageError("say what to learn from: a table of examples (CSV, TSV, JSONL, JSON, Parquet)")
-    return whole_paths(given, begun=True)
+    return resolve_corpus_paths(data_paths, run_exists=True)
 
 
-def gather(
-    corpora: list[str], run: RunFolder, tokenizer: str, vocab_size: int | None, text_column: str | None, strict: bool,
+def open_or_prepare_corpus(
+    corpora: list[str], run_dir: RunDir, tokenizer: str, vocab_size: int | None, text_column: str | None, strict: bool,
     console: Console,
 ) -> Corpus:  # fmt: skip
     """Prepared shards where they are given, else the text made into shards inside the run folder."""
@@ -69,12 +69,12 @@ def gather(
             raise UsageError(f"{prepared[0]}: prepared shards stand alone; prepare the other texts together with them")
         return Corpus.open(Path(prepared[0]))
     return corpora_module.prepare(
-        corpora, run.data, tokenizer=tokenizer, vocab_size=vocab_size, text_column=text_column, strict=strict,
-        progress=console.progress, say=console.say,
+        corpora, run_dir.data_dir, tokenizer=tokenizer, vocab_size=vocab_size, text_column=text_column, strict=strict,
+        progress=console.progress, log=console.info,
     )  # fmt: skip
 
 
-def describe(corpus: Corpus) -> str:
+def format_corpus_summary(corpus: Corpus) -> str:
     train, held_out = corpus.train, corpus.validation
     return (
         f"{corpus.documents:,} documents ({corpus.duplicates:,} duplicates left out) · {train.tokens:,} tokens to learn from, "

@@ -5,14 +5,14 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from nextword.commands.options import Common, show
-from nextword.common.console import duration
+from nextword.commands.options import CommonOptions, print_result
+from nextword.common.console import format_duration
 
-MARK = "!"  # before what is to be read first
-LINES = 30  # of a section's findings; of more those that are not marked are left out
-EXAMPLES = 3  # of a finding
+FLAG_MARK = "!"  # before what is to be read first
+MAX_SECTION_FINDINGS = 30  # of a section's findings; of more those that are not marked are left out
+MAX_EXAMPLES = 3  # of a finding
 
-TITLES = {"bias": "Bias", "memory": "Memory", "corpus": "The corpus", "cost": "The cost"}
+SECTION_TITLES = {"bias": "Bias", "memory": "Memory", "corpus": "The corpus", "cost": "The cost"}
 # What to do where something of a section is marked. docs/audit.md says what each does and what it does not.
 REMEDIES = {
     "bias": (
@@ -47,7 +47,7 @@ def audit(
     price: float | None = None,
     intensity: float | None = None,
     text_column: str | None = None,
-    common: Common = Common(),
+    common: CommonOptions = CommonOptions(),
 ) -> None:
     """Look at a model before others use it: whom it favours, what of its text it knows by heart, what that text holds, and what
     the run took. Every figure has its interval and stands beside what it would be if nothing were amiss; what is to be read
@@ -94,71 +94,72 @@ def audit(
         index=index, texts=texts, prefixes=prefixes, limit=limit, price=price, intensity=intensity,
         text_column=text_column, seed=common.seed or 0, device=common.device, console=common.console(),
     )  # fmt: skip
-    show(result, common, lambda: audit_in_words(result))
+    print_result(result, common, lambda: format_audit(result))
 
 
 # ---------------------------------------------------------------- in words
 
 
-def audit_in_words(result: dict[str, Any]) -> str:
+def format_audit(result: dict[str, Any]) -> str:
     """A section for each kind of findings, a line a finding, what was not looked at, and what to do."""
     findings = result["findings"]
     lines: list[str] = []
-    for section, title in TITLES.items():
-        own = [one for one in findings if one["section"] == section]
-        if own:
-            lines += [title, *section_in_words(own), ""]
+    for section, title in SECTION_TITLES.items():
+        section_findings = [one for one in findings if one["section"] == section]
+        if section_findings:
+            lines += [title, *format_section(section_findings), ""]
     if result["left_out"]:
         lines += ["Not looked at", *(f"  {line}" for line in result["left_out"]), ""]
-    marked = [one for one in findings if one["notable"]]
-    if marked:
+    flagged = [one for one in findings if one["notable"]]
+    if flagged:
         lines += [
             f"{len(marked):,} of {len(findings):,} findings are marked {MARK}. What to do (docs/audit.md):",
-            *(f"  {text}" for section, text in REMEDIES.items() if any(one["section"] == section for one in marked)),
+            *(f"  {text}" for section, text in REMEDIES.items() if any(one["section"] == section for one in flagged)),
         ]
     elif findings:
         lines.append(f"None of {len(findings):,} findings is marked: nothing amiss is seen in what was measured.")
-    return "\n".join([*lines, duration(result["seconds"])])
+    return "\n".join([*lines, format_duration(result["seconds"])])
 
 
-def section_in_words(findings: list[dict[str, Any]]) -> list[str]:
+def format_section(findings: list[dict[str, Any]]) -> list[str]:
     """The findings of a section in their order; where they are very many, those that are marked and as many others as fit."""
-    room = max(0, LINES - sum(one["notable"] for one in findings))
+    remaining = max(0, MAX_SECTION_FINDINGS - sum(finding["notable"] for finding in findings))
     lines: list[str] = []
     left_out, note = 0, ""
-    for one in findings:
-        if not one["notable"] and room <= 0:
+    for finding in findings:
+        if not finding["notable"] and remaining <= 0:
             left_out += 1
             continue
-        room -= not one["notable"]
-        lines += finding_in_words(one, note)
-        note = one["note"]
+        remaining -= not finding["notable"]
+        lines += format_finding(finding, note)
+        note = finding["note"]
     return lines + ([f"  … {left_out:,} more that are not marked; --json has them"] if left_out else [])
 
 
-def finding_in_words(one: dict[str, Any], before: str) -> list[str]:
+def format_finding(finding: dict[str, Any], previous_note: str) -> list[str]:
     """ "! CrowS-Pairs, gender: 58.4 % (52.1 to 64.0), n = 262; nothing amiss: 50.0"; what it means, where the finding before it
     has not said so; and what was found."""
-    interval = "" if one["low"] is None else f" ({number(one['low'], one)} to {number(one['high'], one)})"
-    unit = f" {one['unit']}" if one["unit"] not in ("", "r", "ρ") else ""
-    count = "" if one["n"] is None else f", n = {one['n']:,}"
-    count += ", too few for an interval" if one["section"] == "bias" and one["low"] is None else ""
-    even = "" if one["reference"] is None else f"; nothing amiss: {number(one['reference'], one)}"
-    mark = MARK if one["notable"] else " "
+    interval = "" if finding["low"] is None else f" ({number(one['low'], one)} to {number(one['high'], one)})"
+    unit = f" {one['unit']}" if finding["unit"] not in ("", "r", "ρ") else ""
+    count = "" if finding["n"] is None else f", n = {one['n']:,}"
+    count += ", too few for an interval" if finding["section"] == "bias" and finding["low"] is None else ""
+    reference = "" if finding["reference"] is None else f"; nothing amiss: {number(one['reference'], one)}"
+    mark = FLAG_MARK if finding["notable"] else " "
     lines = [f"{mark} {one['name']}: {number(one['value'], one)}{unit}{interval}{count}{even}"]
-    if one["note"] and one["note"] != before:
+    if finding["note"] and finding["note"] != previous_note:
         lines.append(f"    {one['note']}")
-    if one["notable"] or one["section"] != "bias":  # what was found in a text is told, marked or not
+    if finding["notable"] or finding["section"] != "bias":  # what was found in a text is told, marked or not
         shown = (
-            "; ".join(f"{key}: {value}" for key, value in example.items()) for example in one["examples"][:EXAMPLES]
+            "; ".join(f"{key}: {value}" for key, value in example.items())
+            for example in finding["examples"][:MAX_EXAMPLES]
         )
         lines += [f"    · {line}" for line in shown]
     return lines
 
 
-def number(value: float, one: dict[str, Any]) -> str:
+def format_value(value: float, finding: dict[str, Any]) -> str:
     """A figure of a finding with as many digits as it deserves."""
-    if one["unit"] == "%":
+    if finding["unit"] == "%":
         return f"{value:.1f}"
     if value == round(value) and abs(value) < 1e15:
         return f"{value:,.0f}"

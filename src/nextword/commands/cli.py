@@ -22,11 +22,11 @@ app = App(
     help_format="plaintext",  # a parser of Markdown would take longer to import than all the rest
     result_action="return_value",
 )
-for verb in (
+for command in (
     text_commands.demo, text_commands.plan, text_commands.prepare, text_commands.pretrain, task_commands.finetune, task_commands.transfer, task_commands.predict, task_commands.chat,
     text_commands.generate, serve.serve, text_commands.evaluate, audit.audit, explain.explain, text_commands.export, text_commands.report, text_commands.verify,
 ):  # fmt: skip
-    app.command(verb)
+    app.command(command)
 
 
 def run(arguments: list[str] | None = None) -> int:

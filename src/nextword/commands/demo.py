@@ -7,12 +7,12 @@ from typing import Any
 
 from nextword.commands.api import finetune, pretrain
 from nextword.common.console import Console
-from nextword.data.demo_data import write_examples
+from nextword.data.demo_data import write_demo_data
 from nextword.pipeline.language_model import load
-from nextword.training.config import seconds
+from nextword.training.config import parse_duration
 
 # The demo's time: for its pre-training, for each of its two fine-tunings; what is left over, it spends on what it shows.
-DEMO_SHARES = {"pretrain": 0.55, "packages": 0.17, "assistant": 0.25}
+BUDGET_SHARES = {"pretrain": 0.55, "packages": 0.17, "assistant": 0.25}
 
 
 def demo(
@@ -21,11 +21,19 @@ def demo(
 ) -> dict[str, Any]:  # fmt: skip
     """The whole life of a small GPT on the documentation inside your own Python, in so much time: prepared, trained, sampled,
     reported, and fine-tuned twice: to tell which package speaks, and to answer what something does."""
-    parts = {name: share * seconds(budget) for name, share in DEMO_SHARES.items()}
+    stage_seconds = {name: share * parse_duration(budget) for name, share in BUDGET_SHARES.items()}
     with console or Console(quiet=True) as console:
-        console.say("This trains a GPT on the documentation inside your Python, and then on two tasks.\n", style="bold")
+        console.info(
+            "This trains a GPT on the documentation inside your Python, and then on two tasks.\n", style="bold"
+        )
         result = pretrain(
-            "python-docs", out, budget=parts["pretrain"], resume=True, console=console, started=started, **settings
+            "python-docs",
+            out,
+            budget=stage_seconds["pretrain"],
+            resume=True,
+            console=console,
+            started=started,
+            **settings,
         )
         loaded = load(out)
         prompts = ["Return a new", "The following example", "Raises ValueError if"]
@@ -33,16 +41,16 @@ def demo(
         result = {**result, "completions": [asdict(c) for c in completions]}
         folder = Path(out) / "tasks"
         folder.mkdir(exist_ok=True)
-        for name, data in zip(("packages", "assistant"), write_examples(folder), strict=True):
-            console.say(f"\n{name}: fine-tuning the same model, {parts[name]:.0f} s", style="bold")
+        for name, data in zip(("packages", "assistant"), write_demo_data(folder), strict=True):
+            console.info(f"\n{name}: fine-tuning the same model, {parts[name]:.0f} s", style="bold")
             result[name] = finetune(
-                out, data, folder / name, budget=parts[name], resume=True, console=console, started=time.time(), **settings
+                out, data, folder / name, budget=stage_seconds[name], resume=True, console=console, started=time.time(), **settings
             )  # fmt: skip
         texts = ["Run a coroutine in the event loop until it is done.", "Draw a line on the canvas."]
-        asked = ["What does get_event_loop in asyncio.events do?", "What does set_title in tkinter.Window do?"]
+        questions = ["What does get_event_loop in asyncio.events do?", "What does set_title in tkinter.Window do?"]
         answers = [
             {"asked": text, "answered": load(folder / name).predict(text)}
-            for name, several in (("packages", texts), ("assistant", asked))
+            for name, several in (("packages", texts), ("assistant", questions))
             for text in several
         ]
         return {**result, "answers": answers}

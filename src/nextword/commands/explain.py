@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from nextword.commands.options import Common, show
+from nextword.commands.options import CommonOptions, print_result
 
 
 def explain(
@@ -14,7 +14,7 @@ def explain(
     out: Path = Path("explanation.html"),
     word: str | None = None,
     label: str | None = None,
-    common: Common = Common(),
+    common: CommonOptions = CommonOptions(),
 ) -> None:
     """Show what happens inside a model as it reads a text: which words surprise it, where each head looks, what each layer
     would already say, and which words the prediction leans on.
@@ -34,15 +34,15 @@ def explain(
     """
     from nextword.commands import api
 
-    found = api.explain(model, texts, word=word, label=label, out=out, device=common.device)
-    show(found, common, lambda: explained_in_words(found))
+    explanation = api.explain(model, texts, word=word, label=label, out=out, device=common.device)
+    print_result(explanation, common, lambda: format_explanation(explanation))
 
 
-def explained_in_words(found: dict[str, Any]) -> str:
+def format_explanation(explanation: dict[str, Any]) -> str:
     """The answer, what was surprising, what the answer leans on, and where the page is."""
-    leaning, tokens = found["leaning"], found["tokens"]
-    lines = [f"note: {note}" for note in found["notes"]]
-    if found["answer"] is not None:
+    attribution, tokens = explanation["leaning"], explanation["tokens"]
+    lines = [f"note: {note}" for note in explanation["notes"]]
+    if explanation["answer"] is not None:
         lines.append(f"answer: {answer_in_words(found['answer'])}")
     elif "next" in tokens[-1]:
         lines.append(
@@ -50,32 +50,32 @@ def explained_in_words(found: dict[str, Any]) -> str:
         )
     predicted = [one for one in tokens if one.get("surprisal") is not None]
     if predicted:
-        most = sorted(predicted, key=lambda one: -one["surprisal"])[:3]
+        most_surprising = sorted(predicted, key=lambda one: -one["surprisal"])[:3]
         mean = sum(one["surprisal"] for one in predicted) / len(predicted)
-        told = ", ".join(f"{quoted(one)} {one['surprisal']:.1f}" for one in most)
+        token_list = ", ".join(f"{quoted(one)} {one['surprisal']:.1f}" for one in most_surprising)
         lines.append(f"surprising: {told} bits; {mean:.1f} on average")
-    parts = sorted(zip(leaning["parts"], tokens, strict=True), key=lambda pair: -abs(pair[0]))[:5]
-    told = ", ".join(f"{quoted(one)} {part:+.2f}" for part, one in parts)
+    parts = sorted(zip(attribution["parts"], tokens, strict=True), key=lambda pair: -abs(pair[0]))[:5]
+    token_list = ", ".join(f"{quoted(one)} {part:+.2f}" for part, one in parts)
     lines.append(f"{shown(leaning['target'])} leans on: {told} {leaning['unit']}".replace("-", "−"))
     exact = f"the parts add up within {100 * leaning['relative_error']:.2g} %, {leaning['steps']} steps"
     return "\n".join([*lines, f"  of {leaning['difference']:+.2f}; {exact}", f"page: {found['page']}"])
 
 
-def answer_in_words(answer: dict[str, Any]) -> str:
+def format_answer(answer: dict[str, Any]) -> str:
     if "score" in answer:
         return f"{answer['score']:.3f}"
-    chances = answer["probabilities"]
+    probabilities = answer["probabilities"]
     if "labels" in answer:
         return ", ".join(f"{label} {100 * chances[label]:.1f} %" for label in answer["labels"]) or "no label"
-    said = answer.get("text", answer["label"])
+    answer_text = answer.get("text", answer["label"])
     return f"{said} {100 * chances[answer['label']]:.1f} %"
 
 
-def quoted(token: dict[str, Any]) -> str:
+def quote_token(token: dict[str, Any]) -> str:
     return f"“{shown(token['text'])}”"
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
     """A token in a line of the terminal: what would move its cursor is seen and does nothing."""
     plain = text.replace("\n", "↵").replace("\t", "⇥")
     return "".join(c if c.isprintable() else "\ufffd" for c in plain.strip(" ") or "␣" * len(plain))

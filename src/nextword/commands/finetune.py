@@ -13,198 +13,212 @@ import numpy as np
 import torch
 
 from nextword.common.console import Console
-from nextword.common.errors import MissingExtra, NextwordError, UsageError
-from nextword.common.run_dir import RunFolder
-from nextword.data.chat_format import save_template
-from nextword.data.dataset import seed_for
-from nextword.data.documents import Problems
+from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
+from nextword.common.run_dir import RunDir
+from nextword.data.chat_format import save_chat_template
+from nextword.data.dataset import derive_seed
+from nextword.data.documents import IssueLog
 from nextword.model.gpt import GPT, with_head, with_vocabulary
 from nextword.model.hf import load_model
 from nextword.model.lora import LoraConfig, add_lora, merge_lora, save_adapter
-from nextword.pipeline.base_model import OLD_TOKENS, Base, forgetting
-from nextword.pipeline.predictor import METRIC, Judged, Predictor, baseline_scores
-from nextword.tasks.dataset import HEADS, Encoded, Encoder, Form, TaskDataset
+from nextword.pipeline.base_model import FORGETTING_TOKENS, BaseModel, evaluate_forgetting
+from nextword.pipeline.predictor import SELECTION_METRIC, EvaluationResult, Predictor, baseline_scores
+from nextword.tasks.dataset import HEAD_KINDS, EncodedExample, ExampleEncoder, TaskDataset, TaskSpec
 from nextword.tasks.examples import Example, inputs_of
 from nextword.tasks.metrics import Score
-from nextword.tasks.task_data import Request, gather, label_weights
+from nextword.tasks.task_data import DataRequest, compute_sample_weights, load_task_data
 from nextword.training import losses
-from nextword.training.config import Finetune
-from nextword.training.losses import Objective
-from nextword.training.step_budget import Pace
-from nextword.training.trainer import FINISHING_SECONDS, Job, Look
+from nextword.training.config import FinetuneConfig
+from nextword.training.losses import LossFn
+from nextword.training.step_budget import StepSchedule
+from nextword.training.trainer import FINALIZE_SECONDS, Trainer, ValidationResult
 
-LOOKED_AT = (100, 500)  # held-out examples at each look: at least, at most
-WRITTEN_AT = 64  # and how many of those are answered in words, fewer where answers are long
-WRITTEN_TOKENS = 4096  # of those answers together
-WRITTEN_AT_END = 500
-LORA_LR = 3.0  # how many times an adapter's learning rate is that of full weights
-LEAST_STEPS = 300  # a fine-tuning of few examples goes over them more often
+EVAL_EXAMPLES = (100, 500)  # held-out examples at each look: at least, at most
+GENERATED_EVAL_EXAMPLES = 64  # and how many of those are answered in words, fewer where answers are long
+GENERATED_EVAL_TOKENS = 4096  # of those answers together
+FINAL_GENERATED_EXAMPLES = 500
+LORA_LR_MULTIPLIER = 3.0  # how many times an adapter's learning rate is that of full weights
+MIN_STEPS = 300  # a fine-tuning of few examples goes over them more often
 
 
-class Finetuning(Job):
+class FinetuneTrainer(Trainer):
     """From a model to one that does a task. `begin` or `go_on` first, then `train`, then `finish`."""
 
-    rows_differ = True
+    dynamic_shapes = True
 
     def __init__(
-        self, run: RunFolder, base: Base, recipe: Finetune, console: Console, device: torch.device, started: float
+        self,
+        run_dir: RunDir,
+        base_model: BaseModel,
+        config: FinetuneConfig,
+        console: Console,
+        device: torch.device,
+        start_time: float,
     ):
-        super().__init__(run, console, device, started)
-        self.base, self.recipe = base, recipe
-        self.judging_seconds = math.inf  # of all that is held out, the fastest so far
+        super().__init__(run_dir, console, device, start_time)
+        self.base_model, self.config = base_model, config
+        self.evaluation_seconds = math.inf  # of all that is held out, the fastest so far
 
     # ------------------------------------------------------------ begin, or go on
 
-    def begin(self, command: list[str], request: dict[str, Any]) -> None:
+    def initialize(self, command: list[str], request: dict[str, Any]) -> None:
         seed = request["seed"] or 0
-        start = self._read(request)
-        self._choose(start.config.d_model)
-        data_hash = self._build(start, seed, torch.get_num_threads())
-        form, data = self.form, self.task_data
-        self.facts = {
+        base = self._load_data(request)
+        self._resolve_hyperparameters(base.config.d_model)
+        data_hash = self._build(base, seed, torch.get_num_threads())
+        task_spec, data = self.task_spec, self.task_data
+        self.run_metadata = {
             "command": " ".join(command),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "request": request,
-            "recipe": self.recipe.to_dict(),
-            "task": form.to_dict(),
-            **self.base.facts(),
+            "recipe": self.config.to_dict(),
+            "task": task_spec.to_dict(),
+            **self.base_model.metadata(),
             "model": self.model.config.to_dict(),
             "parameters": self.model.config.parameters,
             "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "training": asdict(self.training),
-            "tuning": asdict(self.recipe.tuning),
+            "tuning": asdict(self.config.tuning),
             "metric": self.metric,
             "seed": seed,
             "data": {
                 "fingerprint": data_hash,
                 "train": {"examples": len(data.train)},
                 "validation": {"examples": len(data.validation)},
-                "available": data.available,
-                "labels": self.frequent,
-                "problems": self.problems.total,
+                "available": data.num_available,
+                "labels": self.label_counts,
+                "problems": self.issue_log.total,
             },
-            "fixed": self.placed(),
-            **self.common_facts(),
+            "fixed": self.reproducibility_metadata(),
+            **self.environment_metadata(),
         }
 
-    def go_on(self) -> None:
-        self.facts = self.run.facts()
-        self.recipe = Finetune.from_dict(self.facts["recipe"])
-        if self.facts["base"]["weights"] != self.base.fingerprint():
+    def resume(self) -> None:
+        self.run_metadata = self.run_dir.metadata()
+        self.config = FinetuneConfig.from_dict(self.run_metadata["recipe"])
+        if self.run_metadata["base"]["weights"] != self.base_model.fingerprint():
             raise UsageError(
                 f"{self.base.given}: not the model that this run began with. Begin a new run with another --out"
             )
-        start = self._read(self.facts["request"])
-        fixed = self.facts["fixed"]
-        if self._build(start, self.facts["seed"], fixed["threads"]) != self.facts["data"]["fingerprint"]:
+        base = self._load_data(self.run_metadata["request"])
+        fixed = self.run_metadata["fixed"]
+        if self._build(base, self.run_metadata["seed"], fixed["threads"]) != self.run_metadata["data"]["fingerprint"]:
             raise UsageError(
                 f"{self.run.path}: the examples are not those that this run began with, so going on would mix two runs. "
                 "Begin a new one with another --out"
             )
-        self.find_checkpoint()
+        self.select_checkpoint()
 
-    def _read(self, request: dict[str, Any]) -> GPT:
+    def _load_data(self, request: dict[str, Any]) -> GPT:
         """The data, the tokenizer and the encoder; the model as it begins, without what the task adds."""
-        model = load_model(self.base.directory, self.device)
-        if self.recipe.scratch:
-            torch.manual_seed(seed_for(request["seed"] or 0, 3))
+        model = load_model(self.base_model.directory, self.device)
+        if self.config.scratch:
+            torch.manual_seed(derive_seed(request["seed"] or 0, 3))
             model = GPT(replace(model.config, n_labels=0)).to(self.device)
-        self.problems = problems = Problems(strict=bool(request["strict"]))
-        asked = Request(
+        self.issue_log = issue_log = IssueLog(strict=bool(request["strict"]))
+        data_request = DataRequest(
             request["data"], request["task"], request["columns"], request["validation"], request["limit"],
             request["seed"] or 0,
         )  # fmt: skip
-        self.task_data = gather(asked, self.base.tokenizer, self.base.form, model.config.context_length, problems)
-        self.form = self.task_data.form
-        self.tokenizer = self.form.with_markers(self.base.tokenizer)
-        encoder = Encoder(self.form, self.tokenizer, model.config.context_length)
-        self.encoded: dict[str, list[Encoded]] = {}
-        for part in ("train", "validation"):
-            examples: list[Example] = getattr(self.task_data, part)
-            both = [(example, encoder.encode(example, problems)) for example in examples]
-            examples[:] = [example for example, encoded in both if encoded is not None]
-            self.encoded[part] = [encoded for _, encoded in both if encoded is not None]
-        for line in problems.lines():
+        self.task_data = load_task_data(
+            data_request, self.base_model.tokenizer, self.base_model.task_spec, model.config.context_length, issue_log
+        )
+        self.task_spec = self.task_data.task_spec
+        self.tokenizer = self.task_spec.with_special_tokens(self.base_model.tokenizer)
+        encoder = ExampleEncoder(self.task_spec, self.tokenizer, model.config.context_length)
+        self.encoded_examples: dict[str, list[EncodedExample]] = {}
+        for split in ("train", "validation"):
+            examples: list[Example] = getattr(self.task_data, split)
+            pairs = [(example, encoder.encode(example, issue_log)) for example in examples]
+            examples[:] = [example for example, encoded in pairs if encoded is not None]
+            self.encoded_examples[split] = [encoded for _, encoded in pairs if encoded is not None]
+        for line in issue_log.summary_lines():
             self.console.warn(line)
-        if not self.encoded["train"]:
+        if not self.encoded_examples["train"]:
             raise NextwordError("no example is left to learn from")
         return model
 
-    def _choose(self, width: int) -> None:
+    def _resolve_hyperparameters(self, d_model: int) -> None:
         """What the recipe leaves open and the data does not decide alone: the learning rate and the batch."""
-        recipe, n = self.recipe, len(self.encoded["train"])
-        batch = recipe.tuning.batch_examples or min(32, max(4, n // 8))
-        if self.form.task == "chat" and recipe.tuning.batch_examples is None:
-            batch = min(8, batch)  # rows, which are packed full
-        lr = recipe.training.lr or chosen_lr(width, recipe.lora)
-        self.recipe = replace(
-            recipe, training=replace(recipe.training, lr=lr), tuning=replace(recipe.tuning, batch_examples=batch)
+        recipe, num_examples = self.config, len(self.encoded_examples["train"])
+        batch_size = recipe.tuning.batch_examples or min(32, max(4, num_examples // 8))
+        if self.task_spec.task == "chat" and recipe.tuning.batch_examples is None:
+            batch_size = min(8, batch_size)  # rows, which are packed full
+        lr = recipe.training.lr or default_lr(d_model, recipe.lora)
+        self.config = replace(
+            recipe, training=replace(recipe.training, lr=lr), tuning=replace(recipe.tuning, batch_examples=batch_size)
         )
 
-    def _choose_length(self) -> None:
+    def _resolve_run_length(self) -> None:
         """As many steps as the epochs take, where the person has not said a length."""
-        recipe = self.recipe
+        recipe = self.config
         if recipe.steps is None and recipe.budget is None:
-            whole = self.data.steps_per_epoch
-            epochs = recipe.tuning.epochs or min(30.0, max(3.0, LEAST_STEPS / whole))
-            steps = max(1, math.ceil(epochs * whole))
-            self.recipe = replace(recipe, steps=steps, tuning=replace(recipe.tuning, epochs=epochs))
-        self.steps_wanted, self.budget = self.recipe.steps, self.recipe.budget
+            steps_per_epoch = self.dataset.steps_per_epoch
+            epochs = recipe.tuning.epochs or min(30.0, max(3.0, MIN_STEPS / steps_per_epoch))
+            steps = max(1, math.ceil(epochs * steps_per_epoch))
+            self.config = replace(recipe, steps=steps, tuning=replace(recipe.tuning, epochs=epochs))
+        self.target_steps, self.budget_seconds = self.config.steps, self.config.budget
 
-    def _build(self, start: GPT, seed: int, threads: int) -> str:
+    def _build(self, base: GPT, seed: int, num_threads: int) -> str:
         """Model, data and settings, all of them functions of the base, the data, the recipe and the seed; a fingerprint of the
         data."""
-        torch.set_num_threads(threads)
-        recipe, form = self.recipe, self.form
+        torch.set_num_threads(num_threads)
+        recipe, task_spec = self.config, self.task_spec
         tuning = recipe.tuning
         assert tuning.batch_examples is not None
         self.training = recipe.training
-        self.weights, self.frequent = label_weights(form, self.task_data.train, tuning.balance)
-        model = with_vocabulary(start, max(start.config.vocab_size, self.tokenizer.vocab_size), seed_for(seed, 7))
-        model = with_head(model, form.n_labels, seed_for(seed, 8))
+        self.example_weights, self.label_counts = compute_sample_weights(
+            task_spec, self.task_data.train, tuning.balance
+        )
+        model = with_vocabulary(base, max(base.config.vocab_size, self.tokenizer.vocab_size), derive_seed(seed, 7))
+        model = with_head(model, task_spec.n_labels, derive_seed(seed, 8))
         # A preference is measured against the model as it was, and would be noise beside it under dropout.
-        dropout = 0.0 if form.kind == "preference" else tuning.dropout
+        dropout = 0.0 if task_spec.kind == "preference" else tuning.dropout
         model = GPT.from_weights(replace(model.config, dropout=dropout), model.state_dict())
-        self.lora = LoraConfig(rank=tuning.rank, alpha=tuning.alpha) if recipe.lora else None
-        if self.lora is not None:
-            new_rows = model.config.vocab_size - min(start.config.vocab_size, self.base.tokenizer.vocab_size)
-            add_lora(model, self.lora, seed_for(seed, 9), trained_rows=new_rows)
-        self.predictor = Predictor(model, self.tokenizer, form)
-        reference = self.predictor.log_likelihoods(self.encoded["train"]) if form.kind == "preference" else None
-        assert self.tokenizer.pad is not None
-        self.data: TaskDataset = TaskDataset(
-            self.encoded["train"], tuning.batch_examples, seed, pad=self.tokenizer.pad, kind=form.kind,
-            weights=self.weights, reference=None if reference is None else reference.astype(np.float32),
-            packed=model.config.context_length if form.task == "chat" else None,
+        self.lora_config = LoraConfig(rank=tuning.rank, alpha=tuning.alpha) if recipe.lora else None
+        if self.lora_config is not None:
+            num_new_tokens = model.config.vocab_size - min(base.config.vocab_size, self.base_model.tokenizer.vocab_size)
+            add_lora(model, self.lora_config, derive_seed(seed, 9), trained_rows=num_new_tokens)
+        self.predictor = Predictor(model, self.tokenizer, task_spec)
+        reference_logprobs = (
+            self.predictor.log_likelihoods(self.encoded_examples["train"]) if task_spec.kind == "preference" else None
+        )
+        assert self.tokenizer.pad_id is not None
+        self.dataset: TaskDataset = TaskDataset(
+            self.encoded_examples["train"], tuning.batch_examples, seed, pad_token_id=self.tokenizer.pad_id, kind=task_spec.kind,
+            sample_weights=self.example_weights, reference_logprobs=None if reference_logprobs is None else reference_logprobs.astype(np.float32),
+            pack_length=model.config.context_length if task_spec.task == "chat" else None,
         )  # fmt: skip
-        self._choose_length()
+        self._resolve_run_length()
         self.model = model
-        self.settings = self.make_settings(seed)
-        self.objective = make_objective(form, recipe)
-        self.console.say(self.describe())
-        return fingerprint([*self.encoded["train"], *self.encoded["validation"]])
+        self.step_settings = self.build_step_settings(seed)
+        self.loss_fn = build_loss_fn(task_spec, recipe)
+        self.console.info(self.summary())
+        return fingerprint_examples([*self.encoded_examples["train"], *self.encoded_examples["validation"]])
 
     @property
     def metric(self) -> str:
         """The score that decides which weights are kept: macro-F1 where labels are balanced; a conversation's is its loss."""
-        if self.form.task == "chat":
+        if self.task_spec.task == "chat":
             return "bits_per_byte"
-        return "macro_f1" if self.weights is not None else METRIC[self.form.kind]
+        return "macro_f1" if self.example_weights is not None else SELECTION_METRIC[self.task_spec.kind]
 
-    def describe(self) -> str:
-        form, data, tuning = self.form, self.task_data, self.recipe.tuning
-        columns = " · ".join(f"{role}: {column}" for role, column in form.columns)
+    def summary(self) -> str:
+        task_spec, data, tuning = self.task_spec, self.task_data, self.config.tuning
+        columns = " · ".join(f"{role}: {column}" for role, column in task_spec.columns)
         lines = [
             f"task {form.task} ({columns}): {len(data.train):,} examples to learn from, {len(data.validation):,} held out",
         ]
-        if form.labels:
-            shown = ", ".join(f"{name} {self.frequent[name]:,}" if self.frequent else name for name in form.labels[:12])
-            lines.append(f"{len(form.labels)} labels: {shown}" + (", …" if len(form.labels) > 12 else ""))
-        if self.weights is not None:
+        if task_spec.labels:
+            label_list = ", ".join(
+                f"{name} {self.frequent[name]:,}" if self.label_counts else name for name in task_spec.labels[:12]
+            )
+            lines.append(f"{len(form.labels)} labels: {shown}" + (", …" if len(task_spec.labels) > 12 else ""))
+        if self.example_weights is not None:
             lines.append(
                 "labels are unevenly frequent, so rare ones count more and macro-F1 decides (--tuning.balance no)"
             )
-        length = f"{self.steps_wanted:,} steps" if self.steps_wanted else f"{self.budget:.0f} s"
+        run_length = f"{self.steps_wanted:,} steps" if self.target_steps else f"{self.budget:.0f} s"
         lines.append(
             f"{'LoRA' if self.lora else 'all weights'}{' from scratch' if self.recipe.scratch else ''}: {length} of "
             f"{tuning.batch_examples} {'rows' if form.task == 'chat' else 'examples'}, learning rate {self.training.lr:.2g}"
@@ -213,165 +227,190 @@ class Finetuning(Job):
 
     # ------------------------------------------------------------ what the loop asks for
 
-    def judge(self, predictor: Predictor, limit: int | None, written: int) -> Judged:
+    def evaluate(self, predictor: Predictor, max_examples: int | None, max_generated: int) -> EvaluationResult:
         """Scores on the held-out examples, or on evenly spread ones; the same at each call."""
-        examples, encoded = self.task_data.validation, self.encoded["validation"]
-        chosen = spread(len(examples), limit)
-        if self.form.kind != "answer":
-            return predictor.judge([examples[i] for i in chosen], [encoded[i] for i in chosen])
-        measured = predictor.judge([examples[i] for i in chosen], [encoded[i] for i in chosen], write=False)
-        if self.form.task == "chat" or not written:
-            return measured
-        some = spread(len(examples), written)
-        metrics = ("chrf",) if limit is not None else ("chrf", "bleu", "rouge1", "rouge2", "rougeL")
-        told = predictor.judge([examples[i] for i in some], [encoded[i] for i in some], metrics=metrics)
-        return replace(measured, scores=told.scores, predictions=told.predictions)
+        examples, encoded = self.task_data.validation, self.encoded_examples["validation"]
+        indices = evenly_spaced(len(examples), max_examples)
+        if self.task_spec.kind != "answer":
+            return predictor.evaluate([examples[i] for i in indices], [encoded[i] for i in indices])
+        result = predictor.evaluate([examples[i] for i in indices], [encoded[i] for i in indices], generate=False)
+        if self.task_spec.task == "chat" or not max_generated:
+            return result
+        generated_indices = evenly_spaced(len(examples), max_generated)
+        metrics = ("chrf",) if max_examples is not None else ("chrf", "bleu", "rouge1", "rouge2", "rougeL")
+        generated = predictor.evaluate(
+            [examples[i] for i in generated_indices], [encoded[i] for i in generated_indices], metrics=metrics
+        )
+        return replace(result, scores=generated.scores, predictions=generated.predictions)
 
-    def look(self, pace: Pace) -> Look | None:
+    def validate(self, step_schedule: StepSchedule) -> ValidationResult | None:
         """Evenly spread held-out examples: as many as cost about a tenth of the steps between two looks."""
         if not self.task_data.validation:
             return None
-        trained = pace.decisions[0].total_steps / self.looks(pace) * self.data.per_batch
-        limit = max(LOOKED_AT[0], min(LOOKED_AT[1], int(0.3 * trained)))  # an example costs a third of one in training
-        written = max(16, min(WRITTEN_AT, WRITTEN_TOKENS // max(1, self.form.answer_tokens)))
-        begin = time.perf_counter()
-        judged = self._judge_if_possible(self.predictor, limit, written)
-        seconds = time.perf_counter() - begin
-        at_end = len(self.task_data.validation) / min(limit, len(self.task_data.validation))
-        if judged.scores and self.form.kind == "answer":
-            at_end = max(at_end, min(WRITTEN_AT_END, len(self.task_data.validation)) / written)
-        self.judging_seconds = min(self.judging_seconds, seconds * at_end)
-        record: dict[str, Any] = {"loss": judged.loss, **{name: s.value for name, s in judged.scores.items()}}
-        if judged.bits_per_byte is not None:
-            record["bits_per_byte"] = judged.bits_per_byte
-        known = judged.scores.get(self.metric)
-        score = -judged.loss if known is None else known.value
-        shown = [f"validation loss {judged.loss:.4f}"]
-        shown += [f"{name.replace('_', ' ')} {s.value:.3f}" for name, s in list(judged.scores.items())[:3]]
-        if judged.bits_per_byte is not None:
-            shown.append(f"{judged.bits_per_byte:.3f} bits/byte of the answers")
-        return Look(score, record, ", ".join(shown))
+        examples_between_validations = (
+            step_schedule.decisions[0].total_steps / self.num_validations(step_schedule) * self.dataset.batch_size
+        )
+        max_examples = max(
+            EVAL_EXAMPLES[0], min(EVAL_EXAMPLES[1], int(0.3 * examples_between_validations))
+        )  # an example costs a third of one in training
+        max_generated = max(
+            16, min(GENERATED_EVAL_EXAMPLES, GENERATED_EVAL_TOKENS // max(1, self.task_spec.answer_tokens))
+        )
+        eval_start = time.perf_counter()
+        result = self._evaluate_or_loss_only(self.predictor, max_examples, max_generated)
+        seconds = time.perf_counter() - eval_start
+        final_cost_ratio = len(self.task_data.validation) / min(max_examples, len(self.task_data.validation))
+        if result.scores and self.task_spec.kind == "answer":
+            final_cost_ratio = max(
+                final_cost_ratio, min(FINAL_GENERATED_EXAMPLES, len(self.task_data.validation)) / max_generated
+            )
+        self.evaluation_seconds = min(self.evaluation_seconds, seconds * final_cost_ratio)
+        record: dict[str, Any] = {"loss": result.loss, **{name: s.value for name, s in result.scores.items()}}
+        if result.bits_per_byte is not None:
+            record["bits_per_byte"] = result.bits_per_byte
+        selection_score = result.scores.get(self.metric)
+        score = -result.loss if selection_score is None else selection_score.value
+        summary_parts = [f"validation loss {judged.loss:.4f}"]
+        summary_parts += [f"{name.replace('_', ' ')} {s.value:.3f}" for name, s in list(result.scores.items())[:3]]
+        if result.bits_per_byte is not None:
+            summary_parts.append(f"{judged.bits_per_byte:.3f} bits/byte of the answers")
+        return ValidationResult(score, record, ", ".join(summary_parts))
 
-    def finishing_seconds(self) -> float:
+    def estimate_finalize_seconds(self) -> float:
         """Scores on all that is held out, the rules beside them, and what was forgotten; never more than a third of the
         budget: a slow moment of the machine must not end a run."""
-        judging = 0.0 if math.isinf(self.judging_seconds) else self.judging_seconds
-        seconds = FINISHING_SECONDS + judging
-        if self.form.kind not in HEADS and self.base.old_text is not None:
-            tokens = sum(one.length * len(one.texts) for one in self.encoded["train"]) / self.data.steps_per_epoch
-            seconds += 2 * OLD_TOKENS / max(1.0, tokens) * self.seconds_per_step / 3  # a step is three passes
-        return min(seconds, (self.budget or math.inf) / 3)
+        evaluation_seconds = 0.0 if math.isinf(self.evaluation_seconds) else self.evaluation_seconds
+        seconds = FINALIZE_SECONDS + evaluation_seconds
+        if self.task_spec.kind not in HEAD_KINDS and self.base_model.pretraining_corpus is not None:
+            tokens_per_step = (
+                sum(one.max_length * len(one.sequences) for one in self.encoded_examples["train"])
+                / self.dataset.steps_per_epoch
+            )
+            seconds += (
+                2 * FORGETTING_TOKENS / max(1.0, tokens_per_step) * self.seconds_per_step / 3
+            )  # a step is three passes
+        return min(seconds, (self.budget_seconds or math.inf) / 3)
 
-    def _judge_if_possible(self, predictor: Predictor, limit: int | None, written: int) -> Judged:
+    def _evaluate_or_loss_only(
+        self, predictor: Predictor, max_examples: int | None, max_generated: int
+    ) -> EvaluationResult:
         """As `judge`; without the package that scores texts, by the loss alone."""
         try:
-            return self.judge(predictor, limit, written)
-        except MissingExtra as error:
+            return self.evaluate(predictor, max_examples, max_generated)
+        except MissingDependencyError as error:
             self.console.warn(f"{error}. Until then the loss decides which weights are kept")
-            return self.judge(predictor, limit, written=0)
+            return self.evaluate(predictor, max_examples, max_generated=0)
 
-    def keep(self, facts: dict[str, Any]) -> None:
+    def save_best_model(self, metadata: dict[str, Any]) -> None:
         """RUN/model, a stock directory with everything merged, and under LoRA RUN/adapter in PEFT's format."""
-        form, model = self.form, self.model
-        names = form.labels or (("score",) if form.n_labels else None)
+        task_spec, model = self.task_spec, self.model
+        label_names = task_spec.labels or (("score",) if task_spec.n_labels else None)
 
-        def more(directory: Path) -> None:
-            if form.chat:
-                save_template(directory)
+        def write_extra_files(directory: Path) -> None:
+            if task_spec.chat:
+                save_chat_template(directory)
 
-        self.run.save_model(
-            merge_lora(model) if self.lora else model, self.tokenizer, {**facts, "task": form.to_dict()},
-            labels=names, problem_type=form.problem_type, more=more,
+        self.run_dir.save_model(
+            merge_lora(model) if self.lora_config else model, self.tokenizer, {**metadata, "task": task_spec.to_dict()},
+            labels=label_names, problem_type=task_spec.problem_type, write_extra_files=write_extra_files,
         )  # fmt: skip
-        if self.lora is not None:
-            lora = self.lora
-            self.run.save_folder(
-                self.run.adapter,
-                facts,
-                lambda aside: save_adapter(model, lora, aside, str(self.base.directory.resolve())),
+        if self.lora_config is not None:
+            lora = self.lora_config
+            self.run_dir.save_dir(
+                self.run_dir.adapter_dir,
+                metadata,
+                lambda aside: save_adapter(model, lora, aside, str(self.base_model.directory.resolve())),
             )
 
-    def sample(self, step: int) -> None:
+    def log_sample(self, step: int) -> None:
         """Let the model answer the first held-out example, where answers are words."""
-        if self.form.kind != "answer" or not self.task_data.validation:
+        if self.task_spec.kind != "answer" or not self.task_data.validation:
             return
         example = self.task_data.validation[0]
-        text = self.predictor.write([example])[0]
-        prompt = inputs_of(self.form.task, example)[-1]
-        self.run.append({"step": step, "sample": {"prompt": f"{prompt}\n→ ", "text": text}})
-        self.console.sample(step, f"{prompt} → ", text)
+        text = self.predictor.generate_answers([example])[0]
+        prompt = inputs_of(self.task_spec.task, example)[-1]
+        self.run_dir.append_metrics({"step": step, "sample": {"prompt": f"{prompt}\n→ ", "text": text}})
+        self.console.log_sample(step, f"{prompt} → ", text)
 
-    def documents(self, index: int) -> list[str]:
-        examples = [self.task_data.train[i] for i in self.data.examples_of(index)]
+    def documents_in_batch(self, batch_index: int) -> list[str]:
+        examples = [self.task_data.train[i] for i in self.dataset.examples_in_batch(batch_index)]
         return [f"{example.path} line {example.line}" for example in examples]
 
-    def got_worse(self, step: int, look: Look) -> None:
+    def on_no_improvement(self, step: int, result: ValidationResult) -> None:
         """Nothing is said: a look that is not the best is no news, and patience ends what gets no better."""
 
     # ------------------------------------------------------------ finish
 
-    def finish(self) -> dict[str, Any]:
+    def finalize(self) -> dict[str, Any]:
         """Score the kept weights on all that is held out, beside what needs no model; write result, card and report."""
-        model = load_model(self.run.model, self.device)
-        predictor = Predictor(model, self.tokenizer, self.form)
+        model = load_model(self.run_dir.model_dir, self.device)
+        predictor = Predictor(model, self.tokenizer, self.task_spec)
         result: dict[str, Any] = {
-            "task": self.form.task, "metric": self.metric, "parameters": model.config.parameters,
-            "trained_parameters": self.facts["trained_parameters"], "labels": list(self.form.labels),
+            "task": self.task_spec.task, "metric": self.metric, "parameters": model.config.parameters,
+            "trained_parameters": self.run_metadata["trained_parameters"], "labels": list(self.task_spec.labels),
         }  # fmt: skip
         if self.task_data.validation:
-            judged = self._judge_if_possible(predictor, None, WRITTEN_AT_END)
-            result |= {"loss": judged.loss, "bits_per_byte": judged.bits_per_byte, "scores": as_dicts(judged.scores)}
-            result |= {name: score.value for name, score in judged.scores.items() if name not in result}
-            some = self.task_data.validation
-            if self.form.kind == "answer":
-                some = [some[i] for i in spread(len(some), WRITTEN_AT_END)]
+            evaluation = self._evaluate_or_loss_only(predictor, None, FINAL_GENERATED_EXAMPLES)
+            result |= {
+                "loss": evaluation.loss,
+                "bits_per_byte": evaluation.bits_per_byte,
+                "scores": scores_to_dict(evaluation.scores),
+            }
+            result |= {name: score.value for name, score in evaluation.scores.items() if name not in result}
+            baseline_examples = self.task_data.validation
+            if self.task_spec.kind == "answer":
+                baseline_examples = [
+                    baseline_examples[i] for i in evenly_spaced(len(baseline_examples), FINAL_GENERATED_EXAMPLES)
+                ]
             try:
-                found = baseline_scores(self.form, self.task_data.train, some)
-            except MissingExtra:  # said already, when the scores were to be made
-                found = {}
-            result["baselines"] = {name: as_dicts(scores) for name, scores in found.items()}
-            if self.form.kind == "preference":
-                result["before"] = as_dicts(self.before(predictor.encoder).scores)
-        if self.form.kind not in HEADS:
-            result["forgetting"] = forgetting(self.base, model)
-        return self.conclude(result)
+                baselines = baseline_scores(self.task_spec, self.task_data.train, baseline_examples)
+            except MissingDependencyError:  # said already, when the scores were to be made
+                baselines = {}
+            result["baselines"] = {name: scores_to_dict(scores) for name, scores in baselines.items()}
+            if self.task_spec.kind == "preference":
+                result["before"] = scores_to_dict(self.evaluate_base(predictor.encoder).scores)
+        if self.task_spec.kind not in HEAD_KINDS:
+            result["forgetting"] = evaluate_forgetting(self.base_model, model)
+        return self.write_results(result)
 
-    def before(self, encoder: Encoder) -> Judged:
+    def evaluate_base(self, encoder: ExampleEncoder) -> EvaluationResult:
         """The scores of the model that the run began with."""
-        start = load_model(self.base.directory, self.device)
-        start = with_vocabulary(start, self.facts["model"]["vocab_size"], seed_for(self.facts["seed"], 7))
-        return self.judge(Predictor(with_head(start, 0, 0), self.tokenizer, self.form), None, 0)
+        base = load_model(self.base_model.directory, self.device)
+        base = with_vocabulary(
+            base, self.run_metadata["model"]["vocab_size"], derive_seed(self.run_metadata["seed"], 7)
+        )
+        return self.evaluate(Predictor(with_head(base, 0, 0), self.tokenizer, self.task_spec), None, 0)
 
 
-def make_objective(form: Form, recipe: Finetune) -> Objective:
-    if form.kind in HEADS:
-        return losses.labelled(form.kind, recipe.tuning.auxiliary)
-    return losses.preference(recipe.tuning.beta) if form.kind == "preference" else losses.answer
+def build_loss_fn(task_spec: TaskSpec, config: FinetuneConfig) -> LossFn:
+    if task_spec.kind in HEAD_KINDS:
+        return losses.labelled(task_spec.kind, config.tuning.auxiliary)
+    return losses.preference(config.tuning.beta) if task_spec.kind == "preference" else losses.answer
 
 
-def chosen_lr(width: int, lora: bool) -> float:
+def default_lr(d_model: int, use_lora: bool) -> float:
     """GPT-1's 6.25e-5 at its width of 768 (Radford et al. 2018, section 4.1), 1.5e-3 at 128 (the best of four on two data
     sets), and a straight line between them on logarithmic axes. An adapter takes more."""
-    lr = 6.25e-5 * (768 / width) ** (math.log(24) / math.log(6))
-    return min(1.5e-3, lr) * (LORA_LR if lora else 1)
+    lr = 6.25e-5 * (768 / d_model) ** (math.log(24) / math.log(6))
+    return min(1.5e-3, lr) * (LORA_LR_MULTIPLIER if use_lora else 1)
 
 
-def spread(count: int, limit: int | None) -> list[int]:
+def evenly_spaced(count: int, limit: int | None) -> list[int]:
     """All of `count` places, or the middle one of each of `limit` equal parts."""
     if limit is None or limit >= count:
         return list(range(count))
     return [(2 * i + 1) * count // (2 * limit) for i in range(limit)]
 
 
-def fingerprint(examples: Sequence[Encoded]) -> str:
+def fingerprint_examples(examples: Sequence[EncodedExample]) -> str:
     """A hash of all tokens and golds, in order."""
     digest = hashlib.sha256()
     for example in examples:
-        for text in example.texts:
-            digest.update(text.ids.astype("<i8").tobytes() + text.learned.tobytes() + b"\0")
-        digest.update(repr(np.asarray(example.gold).tolist()).encode())
+        for text in example.sequences:
+            digest.update(text.ids.astype("<i8").tobytes() + text.loss_mask.tobytes() + b"\0")
+        digest.update(repr(np.asarray(example.target).tolist()).encode())
     return digest.hexdigest()
 
 
-def as_dicts(scores: dict[str, Score]) -> dict[str, Any]:
+def scores_to_dict(scores: dict[str, Score]) -> dict[str, Any]:
     return {name: score.to_dict() for name, score in scores.items()}

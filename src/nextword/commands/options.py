@@ -9,15 +9,15 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from cyclopts import Parameter
 
-from nextword.common.console import Console, duration
+from nextword.common.console import Console, format_duration
 from nextword.common.errors import UsageError
 from nextword.model.config import PRESETS, SIZES, ModelConfig
-from nextword.training.config import RECIPES, Training, Tuning
+from nextword.training.config import RECIPES, FinetuneHyperparameters, TrainingConfig
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class Common:
+class CommonOptions:
     """What every verb takes."""
 
     json: Annotated[
@@ -33,26 +33,28 @@ class Common:
         return Console(quiet=self.quiet)
 
 
-def optional(cls: type, name: str, leave_out: tuple[str, ...] = ()) -> Any:
+def make_optional_fields_class(cls: type, name: str, exclude: tuple[str, ...] = ()) -> Any:
     """A settings class with every field optional, for options such as --training.lr; what is not said is None."""
     hints = get_type_hints(cls)
-    made = make_dataclass(
+    options_class = make_dataclass(
         name,
         [
             (f.name, Annotated[hints[f.name] | None, Parameter(help=f.metadata["help"], show_default=False)], None)
             for f in fields(cls)
-            if f.name not in leave_out
+            if f.name not in exclude
         ],
         frozen=True,
     )
-    made.__module__ = __name__  # without a module of its own, Cyclopts takes it for a type of the standard library
-    return made
+    options_class.__module__ = (
+        __name__  # without a module of its own, Cyclopts takes it for a type of the standard library
+    )
+    return options_class
 
 
-ModelOptions: Any = optional(ModelConfig, "ModelOptions", leave_out=("vocab_size", "n_labels"))
-TrainingOptions: Any = optional(Training, "TrainingOptions")
-TuningOptions: Any = optional(Tuning, "TuningOptions", leave_out=("epochs",))
-Precisions = Annotated[
+ModelOptions: Any = make_optional_fields_class(ModelConfig, "ModelOptions", exclude=("vocab_size", "n_labels"))
+TrainingOptions: Any = make_optional_fields_class(TrainingConfig, "TrainingOptions")
+TuningOptions: Any = make_optional_fields_class(FinetuneHyperparameters, "TuningOptions", exclude=("epochs",))
+PrecisionOption = Annotated[
     Literal["float32", "int8", "int4"],
     Parameter(help="Of the weights: fewer bits are faster and take less memory, and cost a little quality."),
 ]
@@ -120,25 +122,25 @@ class TaskOptions:
         ),
     ] = False
 
-    def said(self) -> dict[str, Any]:
+    def to_kwargs(self) -> dict[str, Any]:
         """As the functions of the package take them."""
         return {
-            "task": self.task, "validation": self.validation or [], "columns": roles(self.column or []), "lora": self.lora
+            "task": self.task, "validation": self.validation or [], "columns": parse_columns(self.column or []), "lora": self.lora
         }  # fmt: skip
 
 
-def said(options: Any) -> dict[str, Any]:
+def given_options(options: Any) -> dict[str, Any]:
     """The options that were given."""
     return {f.name: value for f in fields(options) if (value := getattr(options, f.name)) is not None}
 
 
-def show(result: dict[str, Any], common: Common, text: Callable[[], str]) -> None:
+def print_result(result: dict[str, Any], options: CommonOptions, format_text: Callable[[], str]) -> None:
     """One JSON object, or lines for a person; nothing of an empty result, for which another process speaks."""
     if result:
-        print(json_module.dumps(result, ensure_ascii=False) if common.json else text())
+        print(json_module.dumps(result, ensure_ascii=False) if options.json else format_text())
 
 
-def summary(result: dict[str, Any]) -> str:
+def format_pretrain_summary(result: dict[str, Any]) -> str:
     lines = [f"{result['steps']:,} steps in {duration(result['seconds'])}: {result['model']}"]
     if "loss" in result:
         lines.append(
@@ -149,7 +151,7 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join([*lines, f"report: {Path(result['run']) / 'report.html'}"])
 
 
-def plan_in_words(plan: dict[str, Any]) -> str:
+def format_plan(plan: dict[str, Any]) -> str:
     """What was chosen and why, and what to expect, for a person."""
     text, energy = plan["text"], plan["energy"]
     watt_hours = f"{energy['watt_hours']:.3g} Wh, {'measured' if energy['measured'] else 'estimated'}"
@@ -163,7 +165,7 @@ def plan_in_words(plan: dict[str, Any]) -> str:
         f"context {plan['model']['context_length']:,}",
         "training": f"{plan['tokens']:,} tokens, {plan['epochs']:.1f} times over the text · {plan['steps']:,} steps of "
         f"{plan['batch_tokens']:,}",
-        "time": duration(plan["seconds"]) + prepared,
+        "time": format_duration(plan["seconds"]) + prepared,
         "memory": f"{plan['memory_bytes'] / 1e9:.1f} GB",
         "energy": watt_hours,
         "operations": f"{plan['flops']:.2g}",
@@ -172,24 +174,24 @@ def plan_in_words(plan: dict[str, Any]) -> str:
     return "\n".join([*plan["why"], "", *(f"{name:<11}{value}" for name, value in rows.items())])
 
 
-def paper_in_words(plan: dict[str, Any]) -> str:
+def format_cluster_estimate(plan: dict[str, Any]) -> str:
     """A plan on paper, for a person."""
     model = plan["model"]
-    shared = {
+    sharding = {
         "data": "weights whole in each while it works, state shared by all",
         "full": "each block's weights gathered as it works",
         "hybrid": "weights shared inside a machine, and a copy in each",
     }[plan["parallel"]]
-    shared += f"; {plan['tensor']} GPUs to a matrix" if plan["tensor"] > 1 else ""
-    shared += "; activations made again" if plan["recompute"] else ""
+    sharding += f"; {plan['tensor']} GPUs to a matrix" if plan["tensor"] > 1 else ""
+    sharding += "; activations made again" if plan["recompute"] else ""
     times = [plan[key] for key in ("seconds", "low_seconds", "high_seconds")]
-    times = [f"{t / 86400:,.3g} days" if times[0] > 2 * 86400 else duration(t) for t in times]
+    times = [f"{t / 86400:,.3g} days" if times[0] > 2 * 86400 else format_duration(t) for t in times]
     rows = {
         "machines": f"{plan['machines']:,} with {plan['gpus'] // plan['machines']} × {plan['gpu']}",
         "model": f"{plan['parameters'] / 1e9:,.3g} billion parameters · {model['n_layers']} layers of {model['d_model']:,} · "
         f"context {model['context_length']:,} · vocabulary {model['vocab_size']:,}",
         "training": f"{plan['tokens'] / 1e9:,.4g} billion tokens · {plan['steps']:,} steps of {plan['batch_tokens']:,}",
-        "sharing": shared,
+        "sharing": sharding,
         "memory": f"{plan['memory_bytes'] / 1e9:,.1f} GB of a GPU",
         "sending": f"{plan['sent_bytes'] / 1e9:,.3g} GB a GPU and step, {duration(plan['sending_seconds'])} of "
         f"{duration(plan['step_seconds'])}",
@@ -203,11 +205,11 @@ def paper_in_words(plan: dict[str, Any]) -> str:
     return "\n".join(f"{name:<11}{value}" for name, value in rows.items())
 
 
-def next_commands(result: dict[str, Any]) -> str:
+def suggest_generate_command(result: dict[str, Any]) -> str:
     return f"nextword generate {result['run']} {shlex.quote(result['prompt'])}"
 
 
-def roles(columns: list[str]) -> dict[str, str]:
+def parse_columns(columns: list[str]) -> dict[str, str]:
     """ROLE=NAME, as --column has it. Raises `UsageError` for anything else."""
     pairs = [column.partition("=") for column in columns]
     if wrong := [column for column, (role, _, name) in zip(columns, pairs, strict=True) if not role or not name]:
@@ -215,7 +217,7 @@ def roles(columns: list[str]) -> dict[str, str]:
     return {role: name for role, _, name in pairs}
 
 
-def tuned_summary(result: dict[str, Any]) -> str:
+def format_finetune_summary(result: dict[str, Any]) -> str:
     """What a fine-tuning has come to, with what needs no model beside it."""
     lines = [f"{result['steps']:,} steps in {duration(result['seconds'])}: {result['model']}"]
     metric = result.get("metric", "")
@@ -230,13 +232,13 @@ def tuned_summary(result: dict[str, Any]) -> str:
             f"{result['bits_per_byte']:.4f} bits/byte of the held-out {'text' if result['task'] == 'continue' else 'answers'}"
             + (f" ({before:.4f} before)" if isinstance(before, float) else "")
         )
-    if forgotten := result.get("forgetting"):
+    if forgetting := result.get("forgetting"):
         lines.append(f"{forgotten['after']:.4f} bits/byte on the old text ({forgotten['before']:.4f} before)")
     lines.append(f"report: {Path(result['run']) / 'report.html'}")
     return "\n".join([*lines, f"Try it: {next_for(result)}"])
 
 
-def transfer_summary(result: dict[str, Any]) -> str:
+def format_transfer_summary(result: dict[str, Any]) -> str:
     """A line for each number of examples, and the sentence."""
     name = result["metric"].replace("_", " ")
     lines = [f"{'examples':>10}  {name + ', pre-trained':>30}  {'from scratch':>26}"]
@@ -249,18 +251,18 @@ def transfer_summary(result: dict[str, Any]) -> str:
     return "\n".join([*lines, result["sentence"], f"page: {Path(result['run']) / 'report.html'}"])
 
 
-def next_for(result: dict[str, Any]) -> str:
+def suggest_next_command(result: dict[str, Any]) -> str:
     task, run = result["task"], result["run"]
     if task in ("chat", "prefer"):
         return f"nextword chat {run}"
     if task == "continue":
-        return next_commands(result)
+        return suggest_generate_command(result)
     texts = {"classify": "a text", "rewrite": "a text", "entail": "premise|hypothesis", "similarity": "one|the other"}
     words = texts.get(task, "question|one choice|another").split("|")
     return f"nextword predict {run} {' '.join(map(shlex.quote, words))}"
 
 
-def in_words(score: dict[str, Any]) -> str:
+def format_metric(score: dict[str, Any]) -> str:
     """0.898 (0.870 to 0.922; 500)."""
     digits = 1 if score["value"] > 1 else 3
     value, low, high = (f"{score[name]:.{digits}f}" for name in ("value", "low", "high"))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from nextword.commands.options import Common, Flag, Precisions
+from nextword.commands.options import CommonOptions, Flag, PrecisionOption
 
 
 def serve(
@@ -19,12 +19,12 @@ def serve(
     insecure: Flag = False,
     allowed_host: Annotated[list[str] | None, Parameter(negative="")] = None,
     model_name: str | None = None,
-    precision: Precisions = "float32",
+    precision: PrecisionOption = "float32",
     max_batch: int = 8,
     queue: int = 64,
     deterministic: Flag = False,
     grace: float = 30.0,
-    common: Common = Common(),
+    common: CommonOptions = CommonOptions(),
 ) -> None:
     """Serve a model over HTTP: OpenAI's API, and a page to try it. Ctrl-C or SIGTERM ends it when the texts that are being
     written are finished; a second one at once.
@@ -56,12 +56,12 @@ def serve(
     """
     from nextword.commands import api
 
-    def ready(facts: dict[str, Any]) -> None:
+    def on_ready(facts: dict[str, Any]) -> None:
         if common.json:
             print(json_module.dumps(facts, ensure_ascii=False), flush=True)
 
     api.serve(
         model, host=host, port=port, api_key=api_key, insecure=insecure, allowed_hosts=allowed_host or (), grace=grace,
         name=model_name, precision=precision, max_batch=max_batch, queue=queue, deterministic=deterministic,
-        seed=common.seed, device=common.device, console=common.console(), ready=ready,
+        seed=common.seed, device=common.device, console=common.console(), ready=on_ready,
     )  # fmt: skip

@@ -9,21 +9,20 @@ from cyclopts import Parameter
 
 from nextword import STARTED
 from nextword.commands.options import (
-    Common,
+    CommonOptions,
     Flag,
-    Precisions,
+    PrecisionOption,
     TaskOptions,
     TrainingGroup,
     TrainingOptions,
     TuningGroup,
     TuningOptions,
-    in_words,
-    said,
-    show,
-    transfer_summary,
-    tuned_summary,
+    format_finetune_summary,
+    format_transfer_summary,
+    given_options,
+    print_result,
 )
-from nextword.common.run_lock import refuse_held
+from nextword.common.run_lock import fail_if_locked
 
 
 def finetune(
@@ -32,7 +31,7 @@ def finetune(
     /,
     *,
     out: Path,
-    about: TaskOptions = TaskOptions(),
+    task_options: TaskOptions = TaskOptions(),
     scratch: Flag = False,
     limit: int | None = None,
     epochs: float | None = None,
@@ -44,7 +43,7 @@ def finetune(
     mirror: str | None = None,
     training: TrainingGroup = TrainingOptions(),  # pyright: ignore[reportInvalidTypeForm]
     tuning: TuningGroup = TuningOptions(),  # pyright: ignore[reportInvalidTypeForm]
-    common: Common = Common(),
+    common: CommonOptions = CommonOptions(),
 ) -> None:
     """Adapt a model to a task by labelled examples, and score it beside what needs no model.
 
@@ -80,16 +79,16 @@ def finetune(
         A place beyond this machine (s3://bucket/run, gs://…, a folder elsewhere) that checkpoints are copied to while the run
         goes on. With --resume the run is brought from there where its folder is gone.
     """
-    refuse_held(out)
+    fail_if_locked(out)
     from nextword.commands import api
 
-    tuned = said(tuning) | ({} if epochs is None else {"epochs": epochs})
+    tuning_settings = given_options(tuning) | ({} if epochs is None else {"epochs": epochs})
     result = api.finetune(
-        model or "", data or [], out, **about.said(), scratch=scratch, limit=limit, budget=budget, steps=steps,
-        resume=resume, training=said(training), tuning=tuned, strict=strict, seed=common.seed, device=common.device,
+        model or "", data or [], out, **task_options.to_kwargs(), scratch=scratch, limit=limit, budget=budget, steps=steps,
+        resume=resume, training=given_options(training), tuning=tuning_settings, strict=strict, seed=common.seed, device=common.device,
         tensorboard=tensorboard, mirror=mirror, console=common.console(), started=STARTED,
     )  # fmt: skip
-    show(result, common, lambda: tuned_summary(result))
+    print_result(result, common, lambda: format_finetune_summary(result))
 
 
 def transfer(
@@ -98,11 +97,11 @@ def transfer(
     /,
     *,
     out: Path,
-    about: TaskOptions = TaskOptions(),
+    task_options: TaskOptions = TaskOptions(),
     counts: Annotated[list[int] | None, Parameter(negative="")] = None,
     seeds: int = 3,
     resume: Flag = False,
-    common: Common = Common(),
+    common: CommonOptions = CommonOptions(),
 ) -> None:
     """Measure what pre-training is worth on a task: the model fine-tuned and trained from scratch, by number of labels.
 
@@ -124,10 +123,10 @@ def transfer(
     from nextword.commands import api
 
     result = api.transfer(
-        model, data, out, **about.said(), counts=counts, seeds=seeds, resume=resume, device=common.device,
+        model, data, out, **task_options.to_kwargs(), counts=counts, seeds=seeds, resume=resume, device=common.device,
         console=common.console(),
     )  # fmt: skip
-    show(result, common, lambda: transfer_summary(result))
+    print_result(result, common, lambda: format_transfer_summary(result))
 
 
 def predict(
@@ -136,7 +135,7 @@ def predict(
     /,
     *,
     out: Path | None = None,
-    common: Common = Common(),
+    common: CommonOptions = CommonOptions(),
 ) -> None:
     """Ask a fine-tuned model: a label, a score, a choice or a text for each example, one JSON object a line.
 
@@ -151,23 +150,23 @@ def predict(
         A file for the answers; standard output where not given.
     """
     from nextword.commands import api
-    from nextword.common.fs import write_durably
+    from nextword.common.fs import atomic_write
 
-    one = Path(inputs[0]) if len(inputs) == 1 and Path(inputs[0]).is_file() else inputs
-    answers, found = api.predict(model, one, device=common.device, console=common.console())
-    scores = {name: score.to_dict() for name, score in found.items()}
+    examples = Path(inputs[0]) if len(inputs) == 1 and Path(inputs[0]).is_file() else inputs
+    answers, metrics = api.predict(model, examples, device=common.device, console=common.console())
+    scores = {name: score.to_dict() for name, score in metrics.items()}
     lines = "".join(json_module.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
     if out is not None:
-        write_durably(out, lines)
-    said = "\n".join(f"{name.replace('_', ' ')} {in_words(score)}" for name, score in scores.items())
+        atomic_write(out, lines)
+    score_text = "\n".join(f"{name.replace('_', ' ')} {in_words(score)}" for name, score in scores.items())
     if common.json:
         result = {"predictions": answers if out is None else str(out), "scores": scores}
         print(json_module.dumps(result, ensure_ascii=False))
     elif out is None:
         print(lines, end="")
-        print(said, end="\n" if said else "", file=sys.stderr)
+        print(score_text, end="\n" if score_text else "", file=sys.stderr)
     else:
-        print("\n".join(filter(None, [f"{len(answers):,} answers: {out}", said])))
+        print("\n".join(filter(None, [f"{len(answers):,} answers: {out}", score_text])))
 
 
 def chat(
@@ -179,8 +178,8 @@ def chat(
     temperature: float = 0.7,
     top_k: int | None = None,
     top_p: float | None = 0.95,
-    precision: Precisions = "float32",
-    common: Common = Common(),
+    precision: PrecisionOption = "float32",
+    common: CommonOptions = CommonOptions(),
 ) -> None:
     """Talk with a model that was fine-tuned on conversations. /help shows the commands, Ctrl-D leaves.
 
@@ -208,8 +207,8 @@ def chat(
     loaded = api.load(model, common.device, precision)
     stream = sys.stderr if common.json else sys.stdout
     messages = chat.chat(
-        loaded.gpt, loaded.tokenizer, sampling, reader=loaded.reader, read=chat.terminal_reader(), system=system,
-        write=lambda text: print(text, end="", flush=True, file=stream),
+        loaded.gpt, loaded.tokenizer, sampling, runner=loaded.runner, read_line=chat.make_terminal_reader(), system=system,
+        write_text=lambda text: print(text, end="", flush=True, file=stream),
         greeting=None if common.quiet else chat.GREETING,
     )  # fmt: skip
     if common.json:

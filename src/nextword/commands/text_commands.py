@@ -7,26 +7,25 @@ from cyclopts import Parameter
 
 from nextword import STARTED
 from nextword.commands.options import (
-    Common,
+    CommonOptions,
     Flag,
     ModelGroup,
     ModelOptions,
-    Precisions,
+    PrecisionOption,
     RunOptions,
     TrainingGroup,
     TrainingOptions,
-    in_words,
-    next_commands,
-    paper_in_words,
-    plan_in_words,
-    said,
-    show,
-    summary,
+    format_cluster_estimate,
+    format_plan,
+    format_pretrain_summary,
+    given_options,
+    print_result,
+    suggest_generate_command,
 )
-from nextword.common.run_lock import refuse_held
+from nextword.common.run_lock import fail_if_locked
 
 
-def demo(*, out: Path = Path("nextword-demo"), budget: str = "3m", common: Common = Common()) -> None:
+def demo(*, out: Path = Path("nextword-demo"), budget: str = "3m", common: CommonOptions = CommonOptions()) -> None:
     """The whole life of a small GPT on the documentation inside your own Python: trained on text, then fine-tuned to classify
     and to answer.
 
@@ -57,9 +56,9 @@ def demo(*, out: Path = Path("nextword-demo"), budget: str = "3m", common: Commo
         )
         run = result["run"]
         more = f"nextword predict {run}/tasks/packages 'a text', nextword chat {run}/tasks/assistant"
-        return "\n".join([*lines, summary(result), "", f"Go on: {next_commands(result)}, {more}"])
+        return "\n".join([*lines, format_pretrain_summary(result), "", f"Go on: {next_commands(result)}, {more}"])
 
-    show(result, common, text)
+    print_result(result, common, text)
 
 
 def prepare(
@@ -73,7 +72,7 @@ def prepare(
     strict: Flag = False,
     shard: str | None = None,
     engine: Literal["local", "ray"] = "local",
-    common: Common = Common(),
+    common: CommonOptions = CommonOptions(),
 ) -> None:
     """Turn text into shards of tokens, which any number of runs can share.
 
@@ -104,15 +103,15 @@ def prepare(
         corpora, out, tokenizer=tokenizer, vocab_size=vocab_size, text_column=text_column, strict=strict, shard=shard,
         engine=engine, console=common.console(),
     )  # fmt: skip
-    result = {"shards": str(out), **{k: v for k, v in corpus.facts.items() if k not in ("files", "sources")}}
-    show(result, common, lambda: f"{out}: {api.describe(corpus)}")
+    result = {"shards": str(out), **{k: v for k, v in corpus.manifest.items() if k not in ("files", "sources")}}
+    print_result(result, common, lambda: f"{out}: {api.describe(corpus)}")
 
 
 def plan(
     corpora: list[str] | None = None,
     /,
     *,
-    run: RunOptions = RunOptions(),
+    run_options: RunOptions = RunOptions(),
     gpu: str | None = None,
     machines: int = 1,
     gpus_per_machine: int = 8,
@@ -120,7 +119,7 @@ def plan(
     price: float | None = None,
     model: ModelGroup = ModelOptions(),  # pyright: ignore[reportInvalidTypeForm]
     training: TrainingGroup = TrainingOptions(),  # pyright: ignore[reportInvalidTypeForm]
-    common: Common = Common(),
+    common: CommonOptions = CommonOptions(),
 ) -> None:
     """Say what a pre-training would be before it is begun: size, tokens, time, memory, energy, and what it will reach.
 
@@ -144,11 +143,11 @@ def plan(
     """
     from nextword.commands import api
 
-    found = api.plan(
-        corpora or [], **said(run), model=said(model), training=said(training), device=common.device, gpu=gpu,
+    estimate = api.plan(
+        corpora or [], **given_options(run_options), model=given_options(model), training=given_options(training), device=common.device, gpu=gpu,
         machines=machines, gpus_per_machine=gpus_per_machine, parameters=parameters, price=price, console=common.console(),
     )  # fmt: skip
-    show(found, common, lambda: paper_in_words(found) if gpu else plan_in_words(found))
+    print_result(estimate, common, lambda: format_cluster_estimate(estimate) if gpu else format_plan(estimate))
 
 
 def pretrain(
@@ -157,13 +156,13 @@ def pretrain(
     *,
     corpus: Annotated[list[str] | None, Parameter(negative="")] = None,
     out: Path,
-    run: RunOptions = RunOptions(),
+    run_options: RunOptions = RunOptions(),
     resume: Flag = False,
     tensorboard: Flag = False,
     mirror: str | None = None,
     model: ModelGroup = ModelOptions(),  # pyright: ignore[reportInvalidTypeForm]
     training: TrainingGroup = TrainingOptions(),  # pyright: ignore[reportInvalidTypeForm]
-    common: Common = Common(),
+    common: CommonOptions = CommonOptions(),
 ) -> None:
     """Train a GPT on your own text, from nothing to a model that generates.
 
@@ -183,15 +182,17 @@ def pretrain(
         A place beyond this machine (s3://bucket/run, gs://…, a folder elsewhere) that checkpoints are copied to while the run
         goes on. With --resume the run is brought from there where its folder is gone.
     """
-    refuse_held(out)
+    fail_if_locked(out)
     from nextword.commands import api
 
     result = api.pretrain(
-        [*(corpora or []), *(corpus or [])], out, **said(run), resume=resume, model=said(model), training=said(training),
+        [*(corpora or []), *(corpus or [])], out, **given_options(run_options), resume=resume, model=given_options(model), training=given_options(training),
         seed=common.seed, device=common.device, tensorboard=tensorboard, mirror=mirror, console=common.console(),
         started=STARTED,
     )  # fmt: skip
-    show(result, common, lambda: summary(result) + "\nTry it: " + next_commands(result))
+    print_result(
+        result, common, lambda: format_pretrain_summary(result) + "\nTry it: " + suggest_generate_command(result)
+    )
 
 
 def generate(
@@ -206,8 +207,8 @@ def generate(
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
     stop: Annotated[list[str] | None, Parameter(negative="")] = None,
-    precision: Precisions = "float32",
-    common: Common = Common(),
+    precision: PrecisionOption = "float32",
+    common: CommonOptions = CommonOptions(),
 ) -> None:
     """Let a model go on from a text.
 
@@ -243,15 +244,15 @@ def generate(
     prompts = prompts or [""]
     if len(prompts) == 1 and not common.json:  # one text is shown as it is made
         print(prompts[0], end="", flush=True)
-        for piece in loaded.stream(prompts[0], sampling):
-            print(piece, end="", flush=True)
+        for text_chunk in loaded.stream(prompts[0], sampling):
+            print(text_chunk, end="", flush=True)
         print()
         return
     completions = loaded.generate(prompts, sampling)
     result = {
         "completions": [{"prompt": c.prompt, "text": c.text, "finish_reason": c.finish_reason} for c in completions]
     }
-    show(result, common, lambda: "\n\n".join(f"{c.prompt}{c.text}" for c in completions))
+    print_result(result, common, lambda: "\n\n".join(f"{c.prompt}{c.text}" for c in completions))
 
 
 def evaluate(
@@ -268,8 +269,8 @@ def evaluate(
     stride: int | None = None,
     context_use: Flag = False,
     text_column: str | None = None,
-    precision: Precisions = "float32",
-    common: Common = Common(),
+    precision: PrecisionOption = "float32",
+    common: CommonOptions = CommonOptions(),
 ) -> None:
     """Measure a model: how well it predicts a text, and what it scores on suites of questions, each score beside chance and
     beside the same questions with their words scrambled.
@@ -303,14 +304,14 @@ def evaluate(
         The column of tables that holds the text.
     """
     from nextword.commands import api
-    from nextword.commands.evaluate_output import evaluation_in_words
+    from nextword.commands.evaluate_output import format_evaluation
 
     result = api.evaluate(
         model, texts or [], suites=suite or [], limit=limit, whole=whole, against=against, noise=noise or [], judge=judge,
         stride=stride, context_use=context_use, text_column=text_column, seed=common.seed, device=common.device,
         precision=precision, console=common.console(),
     )  # fmt: skip
-    show(result, common, lambda: evaluation_in_words(result))
+    print_result(result, common, lambda: format_evaluation(result))
 
 
 def export(
@@ -319,9 +320,9 @@ def export(
     *,
     to: Literal["gguf", "onnx"] = "gguf",
     out: Path | None = None,
-    precision: Precisions = "float32",
+    precision: PrecisionOption = "float32",
     tolerance: float = 1e-3,
-    common: Common = Common(),
+    common: CommonOptions = CommonOptions(),
 ) -> None:
     """Write a model as one file for another program: gguf, for llama.cpp and everything that is built on it, or onnx, for ONNX
     Runtime. Where that program's library is installed (llama-cpp-python, onnxruntime), it reads the file back, and no file is
@@ -341,10 +342,10 @@ def export(
     from nextword.commands import api
 
     written = api.export(model, to, out, precision, tolerance)
-    show(written.facts, common, lambda: str(written))
+    print_result(written.summary, common, lambda: str(written))
 
 
-def report(runs: list[Path], /, *, out: Path | None = None, common: Common = Common()) -> None:
+def report(runs: list[Path], /, *, out: Path | None = None, common: CommonOptions = CommonOptions()) -> None:
     """Draw the report of a run anew, with all that was measured on it; or set several runs side by side on one page: what they
     reached, how they learned, what differs between their settings, what was measured, and what they write.
 
@@ -358,10 +359,10 @@ def report(runs: list[Path], /, *, out: Path | None = None, common: Common = Com
     from nextword.commands import api
 
     page = str(api.report(list(runs), out))
-    show({"reports": [page]}, common, lambda: page)
+    print_result({"reports": [page]}, common, lambda: page)
 
 
-def verify(paths: list[Path], /, *, common: Common = Common()) -> None:
+def verify(paths: list[Path], /, *, common: CommonOptions = CommonOptions()) -> None:
     """Check every file of a run, a model or shards against its SHA-256.
 
     Parameters
@@ -371,7 +372,9 @@ def verify(paths: list[Path], /, *, common: Common = Common()) -> None:
     """
     from nextword.commands import api
 
-    whole = {directory: kind for path in paths for directory, kind in api.verify(path).items()}
-    show(
-        {"whole": whole}, common, lambda: "\n".join(f"{directory}: {kind}, whole" for directory, kind in whole.items())
+    verified = {directory: kind for path in paths for directory, kind in api.verify(path).items()}
+    print_result(
+        {"whole": verified},
+        common,
+        lambda: "\n".join(f"{directory}: {kind}, whole" for directory, kind in verified.items()),
     )

@@ -17,32 +17,32 @@ class UsageError(NextwordError):
     exit_code = 2
 
 
-class CorruptFile(NextwordError):
+class CorruptFileError(NextwordError):
     """A file is not what its manifest or its format says. Exit code 3."""
 
     exit_code = 3
 
 
-class DiskFull(NextwordError):
+class DiskFullError(NextwordError):
     """A write found no room; what was there before is whole. Exit code 4."""
 
     exit_code = 4
 
 
-class Diverged(NextwordError):
+class TrainingDivergedError(NextwordError):
     """The loss stopped being a finite number; the weights saved before it are whole. Exit code 5."""
 
     exit_code = 5
 
 
-class RunLocked(NextwordError):
+class RunLockedError(NextwordError):
     """Another process works on this run folder. Exit code 6."""
 
     exit_code = 6
 
 
-class MissingExtra(NextwordError):
+class MissingDependencyError(NextwordError):
     """An optional dependency is needed and not installed. Exit code 1."""
 
-    def __init__(self, need: str, extra: str):
+    def __init__(self, feature: str, extra: str):
         super().__init__(f"{need} needs an optional package. Install it with: pip install 'nextword[{extra}]'")

@@ -17,30 +17,30 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from nextword.common.errors import CorruptFile, DiskFull, NextwordError
+from nextword.common.errors import CorruptFileError, DiskFullError, NextwordError
 
 MANIFEST = "nextword.json"
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def map_disk_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's "no space left" into a `DiskFull` that says how much room there is."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number = error.errno if isinstance(error, OSError) else number_in_words(str(error))
-        if number not in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-            words = getattr(error, "strerror", None) or error
+        error_number = error.errno if isinstance(error, OSError) else parse_errno(str(error))
+        if error_number not in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+            reason = getattr(error, "strerror", None) or error
             raise NextwordError(f"{path}: cannot write: {words}") from error
         free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
-        raise DiskFull(
+        raise DiskFullError(
             f"{path}: the disk is full ({free:,} bytes free). What was saved before is whole: "
             "make room and run the same command again with --resume."
         ) from error
 
 
 @contextlib.contextmanager
-def with_room(path: Path, needed: int, refuse: bool = True) -> Iterator[None]:
+def require_free_space(path: Path, required_bytes: int, check_now: bool = True) -> Iterator[None]:
     """Refuse at once what the disk of `path` has no room for, unless somebody else does; and say how much was wanted where it
     fills up meanwhile.
 
@@ -48,30 +48,30 @@ def with_room(path: Path, needed: int, refuse: bool = True) -> Iterator[None]:
         needed: bytes, besides those that are used already.
     """
     free = shutil.disk_usage(path).free
-    if refuse and free < needed:
-        raise DiskFull(
+    if check_now and free < required_bytes:
+        raise DiskFullError(
             f"{path}: this needs up to {needed:,} bytes, and the disk has {free:,} free. Nothing was written over: make room, "
             "or name another place"
         )
     try:
         yield
-    except DiskFull as error:
-        raise DiskFull(f"{error} (of up to {needed:,} bytes that this needed at its start)") from error
+    except DiskFullError as error:
+        raise DiskFullError(f"{error} (of up to {needed:,} bytes that this needed at its start)") from error
 
 
-def used(*directories: Path) -> int:
+def directory_size(*directories: Path) -> int:
     """Bytes of all files below some directories, as far as they are there."""
     paths = (path for directory in directories for path in directory.rglob("*"))
     return sum(path.stat().st_size for path in paths if path.is_file())
 
 
-def number_in_words(message: str) -> int | None:
+def parse_errno(message: str) -> int | None:
     """The system's error number in what safetensors says of it: "No space left on device (os error 28)"."""
     match = re.search(r"os error (\d+)", message)
     return int(match[1]) if match else None
 
 
-def flush_to_disk(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """fsync a file, or a directory where the system lets one be opened (Windows does not)."""
     if path.is_dir() and os.name == "nt":
         return
@@ -82,26 +82,26 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_durably(path: Path, content: str | bytes) -> None:
+def atomic_write(path: Path, content: str | bytes) -> None:
     """Write a whole file so that a crash leaves either the old content or the new one."""
     data = content.encode() if isinstance(content, str) else content
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with writing(path):
+    temp_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with map_disk_errors(path):
         try:
-            with aside.open("wb") as file:
+            with temp_path.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            aside.replace(path)
+            temp_path.replace(path)
         except OSError:  # what is left takes room, where there may be none
-            aside.unlink(missing_ok=True)
+            temp_path.unlink(missing_ok=True)
             raise
-        flush_to_disk(path.parent)
+        fsync_path(path.parent)
 
 
-def append_durably(path: Path, line: str) -> None:
+def append_line_durably(path: Path, line: str) -> None:
     """Append one line and return when it is on the disk."""
-    with writing(path), path.open("a", encoding="utf-8") as file:
+    with map_disk_errors(path), path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -111,24 +111,24 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def read_json(path: Path, most: int | None = None) -> Any:
+def read_json(path: Path, max_bytes: int | None = None) -> Any:
     """Parse a JSON file. Raises `CorruptFile` with path and line where it is not JSON.
 
     Args:
         most: bytes that a file which is not ours may have; a larger one is refused before it is read.
     """
     try:
-        if most is not None and path.stat().st_size > most:
-            raise CorruptFile(f"{path}: {path.stat().st_size:,} bytes, where no file of this kind needs {most:,}")
+        if max_bytes is not None and path.stat().st_size > max_bytes:
+            raise CorruptFileError(f"{path}: {path.stat().st_size:,} bytes, where no file of this kind needs {most:,}")
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise NextwordError(f"{path}: no such file") from error
     except (ValueError, RecursionError) as error:
         where = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise CorruptFile(f"{path}{where}: not valid JSON ({error})") from error
+        raise CorruptFileError(f"{path}{where}: not valid JSON ({error})") from error
 
 
-def read_json_lines(path: Path) -> list[Any]:
+def read_jsonl(path: Path) -> list[Any]:
     """The records of a line-per-record file of ours; a last line that a crash cut short is left out."""
     if not path.exists():
         return []
@@ -138,62 +138,66 @@ def read_json_lines(path: Path) -> list[Any]:
         try:
             records.append(json.loads(line))
         except (ValueError, RecursionError) as error:
-            raise CorruptFile(f"{path} line {number}: not valid JSON ({error})") from error
+            raise CorruptFileError(f"{path} line {number}: not valid JSON ({error})") from error
     return records
 
 
-def sha256(path: Path) -> str:
+def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def seal(directory: Path, facts: dict[str, Any], known: Mapping[str, dict[str, Any]] | None = None) -> None:
+def write_manifest(
+    directory: Path, metadata: dict[str, Any], known_hashes: Mapping[str, dict[str, Any]] | None = None
+) -> None:
     """Write the manifest of a finished directory: `facts`, and the size and SHA-256 of every file in it.
 
     Args:
         known: by name, size and SHA-256 of files that were hashed while they were written, and are on the disk already.
     """
-    known = known or {}
+    known_hashes = known_hashes or {}
     paths = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
     files = {
-        name: known.get(name) or {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        name: known_hashes.get(name) or {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         for name, path in paths.items()
         if path.name != MANIFEST
     }
-    with writing(directory):
+    with map_disk_errors(directory):
         for name in files:
-            if name not in known:
-                flush_to_disk(directory / name)
-    sealed = {**facts, "files": files}
-    write_durably(directory / MANIFEST, to_json({**sealed, "sha256": own_hash(sealed)}))
+            if name not in known_hashes:
+                fsync_path(directory / name)
+    manifest = {**metadata, "files": files}
+    atomic_write(directory / MANIFEST, to_json({**manifest, "sha256": manifest_digest(manifest)}))
 
 
-def own_hash(sealed: dict[str, Any]) -> str:
+def manifest_digest(manifest: dict[str, Any]) -> str:
     """What a manifest ends with: the SHA-256 of all that it says before."""
-    return hashlib.sha256(json.dumps(sealed).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The facts a directory was sealed with. Raises `CorruptFile` where the manifest is missing or not one."""
-    return parted_manifest(directory)[0]
+    return split_manifest(directory)[0]
 
 
-def parted_manifest(directory: Path) -> tuple[dict[str, Any], str | None]:
+def split_manifest(directory: Path) -> tuple[dict[str, Any], str | None]:
     """A manifest's facts, and the hash of them that it says; None where it was written without one."""
     if not (directory / MANIFEST).is_file():
-        raise CorruptFile(f"{directory}: no {MANIFEST}, so this was never finished or is no directory of nextword's")
+        raise CorruptFileError(
+            f"{directory}: no {MANIFEST}, so this was never finished or is no directory of nextword's"
+        )
     manifest = read_json(directory / MANIFEST)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise CorruptFile(f"{directory / MANIFEST}: not a manifest")
+        raise CorruptFileError(f"{directory / MANIFEST}: not a manifest")
     # What follows the files is the hash of the rest, whatever damage has made of its name.
-    said = None if next(reversed(manifest)) == "files" else str(manifest.popitem()[1])
+    recorded_digest = None if next(reversed(manifest)) == "files" else str(manifest.popitem()[1])
     for name, file in manifest["files"].items():
-        whole = isinstance(file, dict) and type(file.get("bytes")) is int and isinstance(file.get("sha256"), str)
-        if "\0" in name or not whole:
-            raise CorruptFile(
+        is_valid = isinstance(file, dict) and type(file.get("bytes")) is int and isinstance(file.get("sha256"), str)
+        if "\0" in name or not is_valid:
+            raise CorruptFileError(
                 f"{directory / MANIFEST}: not a manifest (what it says of {name[:80]!r} is no size and hash)"
             )
-    return manifest, said
+    return manifest, recorded_digest
 
 
 def is_inside(path: Path, directory: Path) -> bool:
@@ -204,10 +208,10 @@ def is_inside(path: Path, directory: Path) -> bool:
         return False
 
 
-def damage(directory: Path) -> Iterable[str]:
+def iter_integrity_errors(directory: Path) -> Iterable[str]:
     """Every way in which a sealed directory differs from its manifest, one sentence a file."""
-    manifest, said = parted_manifest(directory)
-    if said not in (None, own_hash(manifest)):
+    manifest, recorded_digest = split_manifest(directory)
+    if recorded_digest not in (None, manifest_digest(manifest)):
         yield f"{directory / MANIFEST}: the content does not match its SHA-256"
     for name, expected in manifest["files"].items():
         path = directory / name
@@ -217,19 +221,19 @@ def damage(directory: Path) -> Iterable[str]:
             yield f"{path}: missing"
         elif path.stat().st_size != expected["bytes"]:
             yield f"{path}: {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
-        elif sha256(path) != expected["sha256"]:
+        elif sha256_file(path) != expected["sha256"]:
             yield f"{path}: the content does not match its SHA-256"
 
 
-def check_seal(directory: Path) -> dict[str, Any]:
+def verify_manifest(directory: Path) -> dict[str, Any]:
     """Read the manifest and check every file against it; the facts it holds. Raises `CorruptFile` naming each file."""
-    problems = list(damage(directory))
+    problems = list(iter_integrity_errors(directory))
     if problems:
-        raise CorruptFile("\n".join(problems))
+        raise CorruptFileError("\n".join(problems))
     return read_manifest(directory)
 
 
-def verify(path: Path) -> dict[str, str]:
+def verify_tree(path: Path) -> dict[str, str]:
     """Check every sealed directory below a path, or the path itself; each that is whole, and what it is.
 
     Raises:
@@ -237,41 +241,41 @@ def verify(path: Path) -> dict[str, str]:
     """
     if not path.is_dir():
         raise NextwordError(f"{path}: no such directory")
-    found = path.rglob(MANIFEST)
-    sealed = sorted(one.parent for one in found if ".partial" not in str(one.relative_to(path)))
-    if not sealed:
-        raise CorruptFile(f"{path}: no {MANIFEST} in it, so there is nothing to check it against")
-    problems = [line for directory in sealed for line in damage(directory)]
+    manifest_paths = path.rglob(MANIFEST)
+    directories = sorted(one.parent for one in manifest_paths if ".partial" not in str(one.relative_to(path)))
+    if not directories:
+        raise CorruptFileError(f"{path}: no {MANIFEST} in it, so there is nothing to check it against")
+    problems = [line for directory in directories for line in iter_integrity_errors(directory)]
     if problems:
-        raise CorruptFile("\n".join(problems))
+        raise CorruptFileError("\n".join(problems))
     kinds = {"state": "checkpoint", "model": "model", "settings": "shards", "places": "index"}
     return {
         str(directory): next((kind for key, kind in kinds.items() if key in read_manifest(directory)), "directory")
-        for directory in sealed
+        for directory in directories
     }
 
 
-def move_into_place(aside: Path, final: Path) -> None:
+def atomic_replace_dir(staging_dir: Path, target: Path) -> None:
     """Put a finished directory where another one may stand. A crash in between leaves one of the two whole.
 
     `settle` completes a move that a crash interrupted.
     """
-    retired = final.with_name(f".{final.name}.old")
-    with writing(final):
+    retired = target.with_name(f".{final.name}.old")
+    with map_disk_errors(target):
         if retired.exists():
             shutil.rmtree(retired)
-        if final.exists():
-            final.rename(retired)
-        aside.rename(final)
-        flush_to_disk(final.parent)
+        if target.exists():
+            target.rename(retired)
+        staging_dir.rename(target)
+        fsync_path(target.parent)
         if retired.exists():
             shutil.rmtree(retired)
 
 
-def settle(final: Path) -> None:
+def recover_interrupted_swap(target: Path) -> None:
     """After a crash inside `move_into_place`: bring the old directory back, or clear it away."""
-    retired = final.with_name(f".{final.name}.old")
-    if retired.exists() and not final.exists():
-        retired.rename(final)
+    retired = target.with_name(f".{final.name}.old")
+    if retired.exists() and not target.exists():
+        retired.rename(target)
     elif retired.exists():
         shutil.rmtree(retired)

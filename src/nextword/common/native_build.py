@@ -15,13 +15,29 @@ from pathlib import Path
 
 import torch
 
-HEADER = Path(__file__).with_name("vectors.h")
-FLAGS = ("-O3", "-std=c++17", "-mavx2", "-mfma", "-mf16c", "-fopenmp", "-fPIC", "-shared", f"-I{HEADER.parent}")
-WIDER = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")  # where the processor has all of them
-OFF = "NEXTWORD_NATIVE"  # set to 0 in the environment, nothing is compiled
+VECTOR_HEADER = Path(__file__).with_name("vectors.h")
+COMPILER_FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "-mavx2",
+    "-mfma",
+    "-mf16c",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+    f"-I{HEADER.parent}",
+)
+AVX512_FLAGS = (
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-mavx512vnni",
+)  # where the processor has all of them
+NATIVE_ENV_VAR = "NEXTWORD_NATIVE"  # set to 0 in the environment, nothing is compiled
 
 
-def cache_folder() -> Path:
+def cache_dir() -> Path:
     """Where compiled code is kept: the system's folder for what a program can make again."""
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "nextword"
@@ -29,9 +45,9 @@ def cache_folder() -> Path:
 
 
 @cache
-def library(source: Path) -> tuple[ctypes.CDLL | None, str]:
+def load_native_library(source: Path) -> tuple[ctypes.CDLL | None, str]:
     """The compiled code of a file, built where it is not there yet; or None and why not, in words for the person."""
-    if os.environ.get(OFF) == "0":
+    if os.environ.get(NATIVE_ENV_VAR) == "0":
         return None, f"{OFF}=0 is set"
     capability = torch.backends.cpu.get_cpu_capability()
     if not capability.startswith("AVX"):
@@ -40,26 +56,26 @@ def library(source: Path) -> tuple[ctypes.CDLL | None, str]:
     if compiler is None:
         return None, "no C++ compiler was found (g++ or clang++)"
     # torch's own functions know the processor, and what a person asks of them (ATEN_CPU_CAPABILITY) goes here as well.
-    wide = capability == "AVX512" and torch.cpu._is_vnni_supported()
-    flags = (*FLAGS, *WIDER) if wide else FLAGS
-    files = [source, HEADER, *sorted(source.parent.glob("*.h"))]
+    has_avx512 = capability == "AVX512" and torch.cpu._is_vnni_supported()
+    flags = (*COMPILER_FLAGS, *AVX512_FLAGS) if has_avx512 else COMPILER_FLAGS
+    files = [source, VECTOR_HEADER, *sorted(source.parent.glob("*.h"))]
     content = b"".join(path.read_bytes() for path in files) + " ".join((compiler, *flags)).encode()
     try:
-        path = cache_folder() / f"{source.stem}-{hashlib.sha256(content).hexdigest()[:16]}.so"
+        path = cache_dir() / f"{source.stem}-{hashlib.sha256(content).hexdigest()[:16]}.so"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryDirectory(dir=path.parent) as aside:
-                built = Path(aside) / path.name
-                command = [compiler, *flags, str(source), "-o", str(built)]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
+            with tempfile.TemporaryDirectory(dir=path.parent) as build_dir:
+                built_path = Path(build_dir) / path.name
+                command = [compiler, *flags, str(source), "-o", str(built_path)]
+                completed = subprocess.run(command, capture_output=True, text=True)
+                if completed.returncode:
                     return None, f"{' '.join(command)} failed:\n{done.stderr.strip()[-2000:]}"
-                built.replace(path)
+                built_path.replace(path)
         return ctypes.CDLL(str(path)), ""
     except (OSError, RuntimeError) as error:  # RuntimeError: the system names no home folder
         return None, str(error)
 
 
-def threads() -> int:
+def num_threads() -> int:
     """How many threads compiled code uses: as many as PyTorch."""
     return torch.get_num_threads()

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nextword.common.errors import CorruptFile
-from nextword.common.fs import MANIFEST, read_json, read_manifest, write_durably
+from nextword.common.errors import CorruptFileError
+from nextword.common.fs import MANIFEST, atomic_write, read_json, read_manifest
 from nextword.reporting.run_data import is_number
 
-EVALUATION, AUDIT = Path("measured") / "evaluation.json", Path("measured") / "audit.json"
+EVALUATION_FILE, AUDIT_FILE = Path("measured") / "evaluation.json", Path("measured") / "audit.json"
 
 
 @dataclass(frozen=True)
-class Mark:
+class ScoreWithCI:
     """A number with its 95 % interval and on how much it rests, as far as these are known."""
 
     value: float
@@ -32,7 +32,7 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class When:
+class Provenance:
     """When something was measured (an ISO date), and by which arguments."""
 
     date: str
@@ -40,19 +40,19 @@ class When:
 
 
 @dataclass(frozen=True)
-class TextMeasured:
+class TextResult:
     """How well a text was predicted: bits per byte with their interval, nats per token, tokens and bytes."""
 
     name: str
-    bits_per_byte: Mark
+    bits_per_byte: ScoreWithCI
     loss: float
     tokens: int
     bytes: int
-    when: When
+    provenance: Provenance
 
 
 @dataclass(frozen=True)
-class SuiteMeasured:
+class BenchmarkResult:
     """A suite's score by its first metric.
 
     Attributes:
@@ -64,51 +64,57 @@ class SuiteMeasured:
 
     name: str
     metric: str
-    score: Mark
-    of: int | None
+    score: ScoreWithCI
+    total_items: int | None
     chance: float | None
-    side: str | None
-    scrambled: Mark | None
+    chance_side: str | None
+    shuffled_control: ScoreWithCI | None
     order_matters: bool
-    groups: Mapping[str, Mark]
-    when: When
+    groups: Mapping[str, ScoreWithCI]
+    provenance: Provenance
 
 
 @dataclass(frozen=True)
-class FindingMeasured:
+class AuditFinding:
     """One finding of an audit, as `auditing.findings.Finding` has it."""
 
     section: str
     name: str
-    mark: Mark
+    score: ScoreWithCI
     unit: str
     reference: float | None
-    notable: bool
+    flagged: bool
     note: str
     examples: tuple[Mapping[str, str], ...]
 
 
 @dataclass(frozen=True)
-class Measurements:
+class StoredResults:
     """Everything that was measured on a run's model; `stale` where the texts and suites were measured on other weights than
     those that the run has now."""
 
-    texts: tuple[TextMeasured, ...] = ()
-    suites: tuple[SuiteMeasured, ...] = ()
-    findings: tuple[FindingMeasured, ...] = ()
+    texts: tuple[TextResult, ...] = ()
+    benchmarks: tuple[BenchmarkResult, ...] = ()
+    findings: tuple[AuditFinding, ...] = ()
     stale: bool = False
 
     @classmethod
-    def read(cls, run: Path) -> "Measurements":
+    def load(cls, run_dir: Path) -> "Measurements":
         """Raises `CorruptFile` where one of the files is not what was written."""
-        texts, suites, stale = _evaluation(run)
-        return cls(texts, suites, _findings(run / AUDIT), stale)
+        texts, suites, stale = _load_evaluation(run_dir)
+        return cls(texts, suites, _load_findings(run_dir / AUDIT_FILE), stale)
 
 
 # ---------------------------------------------------------------- keeping
 
 
-def keep(run: Path, result: Mapping[str, Any], text: str, of_text: When, of_suites: When) -> None:
+def save_results(
+    run_dir: Path,
+    result: Mapping[str, Any],
+    text_name: str,
+    text_provenance: Provenance,
+    benchmark_provenance: Provenance,
+) -> None:
     """Put a result of `nextword evaluate` into the run folder, in place of an older one of the same name. What was measured on
     other weights than the run's present ones goes.
 
@@ -119,153 +125,161 @@ def keep(run: Path, result: Mapping[str, Any], text: str, of_text: When, of_suit
     Raises:
         CorruptFile: what is there already is not what was written.
     """
-    before = read_json(run / EVALUATION) if (run / EVALUATION).is_file() else {}
-    _evaluation(run)  # refuses what is damaged, rather than writing over it
-    weights = weights_of(run)
-    kept = before if before.get("weights") == weights else {}
-    texts, suites = dict(kept.get("texts", {})), dict(kept.get("suites", {}))
+    previous = read_json(run_dir / EVALUATION_FILE) if (run_dir / EVALUATION_FILE).is_file() else {}
+    _load_evaluation(run_dir)  # refuses what is damaged, rather than writing over it
+    weights = weights_digest(run_dir)
+    retained = previous if previous.get("weights") == weights else {}
+    texts, suites = dict(retained.get("texts", {})), dict(retained.get("suites", {}))
     if "loss" in result:
-        texts[text] = {key: value for key, value in result.items() if key != "suites"} | _told(of_text)
-    suites |= {name: suite | _told(of_suites) for name, suite in result.get("suites", {}).items()}
-    (run / EVALUATION).parent.mkdir(exist_ok=True)
-    whole = {"weights": weights, "texts": texts, "suites": suites}
-    write_durably(run / EVALUATION, json.dumps(whole, indent=2) + "\n")  # in ASCII: names of files may hold any bytes
+        texts[text_name] = {key: value for key, value in result.items() if key != "suites"} | _provenance_to_dict(
+            text_provenance
+        )
+    suites |= {
+        name: suite | _provenance_to_dict(benchmark_provenance) for name, suite in result.get("suites", {}).items()
+    }
+    (run_dir / EVALUATION_FILE).parent.mkdir(exist_ok=True)
+    document = {"weights": weights, "texts": texts, "suites": suites}
+    atomic_write(
+        run_dir / EVALUATION_FILE, json.dumps(document, indent=2) + "\n"
+    )  # in ASCII: names of files may hold any bytes
 
 
-def _told(when: When) -> dict[str, Any]:
-    return {"measured": {"date": when.date, "arguments": dict(when.arguments)}}
+def _provenance_to_dict(provenance: Provenance) -> dict[str, Any]:
+    return {"measured": {"date": provenance.date, "arguments": dict(provenance.arguments)}}
 
 
-def weights_of(run: Path) -> str | None:
+def weights_digest(run_dir: Path) -> str | None:
     """The SHA-256 of the run's weights, by their manifest."""
-    if not (run / "model" / MANIFEST).is_file():
+    if not (run_dir / "model" / MANIFEST).is_file():
         return None
-    files = read_manifest(run / "model")["files"]
+    files = read_manifest(run_dir / "model")["files"]
     return next((one["sha256"] for name, one in files.items() if name.endswith(".safetensors")), None)
 
 
 # ---------------------------------------------------------------- reading
 
 
-class Place:
+class JSONReader:
     """A table inside a JSON file that knows its way there, so that what is wrong in it can be named."""
 
-    def __init__(self, file: Path, value: Any, way: str = ""):
-        self.file, self.way = file, way
+    def __init__(self, file: Path, value: Any, json_path: str = ""):
+        self.file, self.json_path = file, json_path
         if not isinstance(value, dict):
-            raise CorruptFile(f"{file}: {way or 'the whole'} is not an object")
+            raise CorruptFileError(f"{file}: {way or 'the whole'} is not an object")
         self.values: dict[str, Any] = value
 
-    def wrong(self, name: str, what: str) -> CorruptFile:
-        return CorruptFile(f"{self.file}: {f'{self.way}.{name}'.lstrip('.')} is not {what}")
+    def field_error(self, name: str, expected: str) -> CorruptFileError:
+        return CorruptFileError(f"{self.file}: {f'{self.way}.{name}'.lstrip('.')} is not {what}")
 
-    def number(self, name: str) -> float:
+    def get_number(self, name: str) -> float:
         value = self.values.get(name)
         if not is_number(value) or not math.isfinite(value):
-            raise self.wrong(name, "a number")
+            raise self.field_error(name, "a number")
         return value
 
-    def perhaps(self, name: str) -> float | None:
-        return None if self.values.get(name) is None else self.number(name)
+    def get_optional_number(self, name: str) -> float | None:
+        return None if self.values.get(name) is None else self.get_number(name)
 
-    def count(self, name: str) -> int | None:
-        value = self.perhaps(name)
+    def get_count(self, name: str) -> int | None:
+        value = self.get_optional_number(name)
         if value is not None and (value < 0 or value != int(value)):
-            raise self.wrong(name, "a count")
+            raise self.field_error(name, "a count")
         return None if value is None else int(value)
 
-    def text(self, name: str, default: str | None = None) -> str:
+    def get_string(self, name: str, default: str | None = None) -> str:
         value = self.values.get(name, default)
         if not isinstance(value, str):
-            raise self.wrong(name, "a text")
+            raise self.field_error(name, "a text")
         return value
 
-    def flag(self, name: str) -> bool:
+    def get_bool(self, name: str) -> bool:
         value = self.values.get(name)
         if value is not None and not isinstance(value, bool):
-            raise self.wrong(name, "true or false")
+            raise self.field_error(name, "true or false")
         return bool(value)
 
-    def inside(self, name: str) -> "Place":
-        return Place(self.file, self.values.get(name), f"{self.way}.{name}".lstrip("."))
+    def get_object(self, name: str) -> "Place":
+        return JSONReader(self.file, self.values.get(name), f"{self.way}.{name}".lstrip("."))
 
-    def tables(self, name: str) -> Iterator[tuple[str, "Place"]]:
+    def iter_objects(self, name: str) -> Iterator[tuple[str, "Place"]]:
         """The tables of a table by their names; none where it is not there."""
         if self.values.get(name) is None:
             return
-        inner = self.inside(name)
+        inner = self.get_object(name)
         for key in inner.values:
-            yield key, inner.inside(key)
+            yield key, inner.get_object(key)
 
-    def list(self, name: str) -> "list[Place]":
+    def get_list(self, name: str) -> "list[Place]":
         value = self.values.get(name)
         if not isinstance(value, list | tuple):
-            raise self.wrong(name, "a list")
-        return [Place(self.file, one, f"{self.way}.{name}[{i}]".lstrip(".")) for i, one in enumerate(value)]
+            raise self.field_error(name, "a list")
+        return [JSONReader(self.file, one, f"{self.way}.{name}[{i}]".lstrip(".")) for i, one in enumerate(value)]
 
-    def mark(self, value: str = "score") -> Mark:
-        low, high = self.perhaps("low"), self.perhaps("high")
+    def get_score(self, value_key: str = "score") -> ScoreWithCI:
+        low, high = self.get_optional_number("low"), self.get_optional_number("high")
         if low is not None and high is not None and low > high:
-            raise self.wrong("low", "below high")
-        return Mark(self.number(value), low, high, self.count("n"))
+            raise self.field_error("low", "below high")
+        return ScoreWithCI(self.get_number(value_key), low, high, self.get_count("n"))
 
-    def when(self) -> When:
-        measured = self.inside("measured")
-        return When(measured.text("date"), measured.inside("arguments").values)
+    def get_provenance(self) -> Provenance:
+        measured = self.get_object("measured")
+        return Provenance(measured.get_string("date"), measured.get_object("arguments").values)
 
 
-def _evaluation(run: Path) -> tuple[tuple[TextMeasured, ...], tuple[SuiteMeasured, ...], bool]:
-    file = run / EVALUATION
+def _load_evaluation(run_dir: Path) -> tuple[tuple[TextResult, ...], tuple[BenchmarkResult, ...], bool]:
+    file = run_dir / EVALUATION_FILE
     if not file.is_file():
         return (), (), False
-    whole = Place(file, read_json(file))
+    root = JSONReader(file, read_json(file))
     texts, suites = [], []
-    for name, one in whole.tables("texts"):
-        interval = one.inside("interval")
-        bits = Mark(one.number("bits_per_byte"), interval.perhaps("low"), interval.perhaps("high"))
-        sizes = one.count("tokens") or 0, one.count("bytes") or 0
-        texts.append(TextMeasured(name, bits, one.number("loss"), *sizes, one.when()))
-    for name, one in whole.tables("suites"):
-        suites.append(_suite(name, one))
-    weights = whole.values.get("weights")
-    return tuple(texts), tuple(suites), weights is not None and weights != weights_of(run)
+    for name, entry in root.iter_objects("texts"):
+        interval = entry.get_object("interval")
+        bits = ScoreWithCI(
+            entry.get_number("bits_per_byte"), interval.get_optional_number("low"), interval.get_optional_number("high")
+        )
+        sizes = entry.get_count("tokens") or 0, entry.get_count("bytes") or 0
+        texts.append(TextResult(name, bits, entry.get_number("loss"), *sizes, entry.get_provenance()))
+    for name, entry in root.iter_objects("suites"):
+        suites.append(_parse_benchmark_result(name, entry))
+    weights = root.values.get("weights")
+    return tuple(texts), tuple(suites), weights is not None and weights != weights_digest(run_dir)
 
 
-def _suite(name: str, one: Place) -> SuiteMeasured:
-    mixed = one.inside("scrambled") if one.values.get("scrambled") is not None else None
-    return SuiteMeasured(
+def _parse_benchmark_result(name: str, entry: JSONReader) -> BenchmarkResult:
+    shuffled = entry.get_object("scrambled") if entry.values.get("scrambled") is not None else None
+    return BenchmarkResult(
         name=name,
-        metric=one.text("metric"),
-        score=one.mark(),
-        of=one.count("of"),
-        chance=one.perhaps("chance"),
-        side="above" if one.flag("above_chance") else "below" if one.flag("below_chance") else None,
-        scrambled=mixed and mixed.mark(),
-        order_matters=bool(mixed and mixed.flag("order_matters")),
-        groups={group: place.mark() for group, place in one.tables("groups")},
-        when=one.when(),
+        metric=entry.get_string("metric"),
+        score=entry.get_score(),
+        total_items=entry.get_count("of"),
+        chance=entry.get_optional_number("chance"),
+        chance_side="above" if entry.get_bool("above_chance") else "below" if entry.get_bool("below_chance") else None,
+        shuffled_control=shuffled and shuffled.get_score(),
+        order_matters=bool(shuffled and shuffled.get_bool("order_matters")),
+        groups={group: place.get_score() for group, place in entry.iter_objects("groups")},
+        provenance=entry.get_provenance(),
     )
 
 
-def _findings(file: Path) -> tuple[FindingMeasured, ...]:
+def _load_findings(file: Path) -> tuple[AuditFinding, ...]:
     if not file.is_file():
         return ()
-    found = []
-    for one in Place(file, read_json(file)).list("findings"):
-        examples = one.list("examples") if one.values.get("examples") is not None else []
+    findings = []
+    for entry in JSONReader(file, read_json(file)).get_list("findings"):
+        examples = entry.get_list("examples") if entry.values.get("examples") is not None else []
         for example in examples:
             for name in example.values:
-                example.text(name)
-        found.append(
-            FindingMeasured(
-                section=one.text("section"),
-                name=one.text("name"),
-                mark=one.mark("value"),
-                unit=one.text("unit", ""),
-                reference=one.perhaps("reference"),
-                notable=one.flag("notable"),
-                note=one.text("note", ""),
+                example.get_string(name)
+        findings.append(
+            AuditFinding(
+                section=entry.get_string("section"),
+                name=entry.get_string("name"),
+                score=entry.get_score("value"),
+                unit=entry.get_string("unit", ""),
+                reference=entry.get_optional_number("reference"),
+                flagged=entry.get_bool("notable"),
+                note=entry.get_string("note", ""),
                 examples=tuple(example.values for example in examples),
             )
         )
-    return tuple(found)
+    return tuple(findings)

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nextword.common.errors import UsageError
-from nextword.common.fs import write_durably
-from nextword.data.tokenizer import END_OF_TURN, Tokenizer
+from nextword.common.fs import atomic_write
+from nextword.data.tokenizer import END_OF_TURN_TOKEN, Tokenizer
 
-SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
-ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
-CHAT_MARKERS = (SYSTEM, USER, ASSISTANT, END_OF_TURN)
+SYSTEM_TOKEN, USER_TOKEN, ASSISTANT_TOKEN = "<|system|>", "<|user|>", "<|assistant|>"
+ROLE_TOKENS = {"system": SYSTEM_TOKEN, "user": USER_TOKEN, "assistant": ASSISTANT_TOKEN}
+CHAT_SPECIAL_TOKENS = (SYSTEM_TOKEN, USER_TOKEN, ASSISTANT_TOKEN, END_OF_TURN_TOKEN)
 
 Message = Mapping[str, Any]
 
-TEMPLATE = """\
+CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] not in ['system', 'user', 'assistant'] -%}
 {{- raise_exception('a role is system, user or assistant, not ' + message['role'] | string) -}}
@@ -34,7 +34,7 @@ TEMPLATE = """\
 """
 
 
-class Fitted(NamedTuple):
+class Truncated(NamedTuple):
     """What of a conversation fits.
 
     Attributes:
@@ -44,22 +44,22 @@ class Fitted(NamedTuple):
     """
 
     messages: list[dict[str, Any]]
-    left_out: int
-    cut: int
+    num_dropped_turns: int
+    num_dropped_tokens: int
 
 
-def can_chat(tokenizer: Tokenizer) -> bool:
+def supports_chat(tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer has all the markers of a conversation."""
-    return tokenizer.markers.keys() >= set(CHAT_MARKERS)
+    return tokenizer.special_tokens.keys() >= set(CHAT_SPECIAL_TOKENS)
 
 
-def turn_ends(tokenizer: Tokenizer) -> frozenset[int]:
+def stop_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """The ids at which a turn that is being written is finished: those that end a text, and another turn's beginning."""
-    return tokenizer.ends | {tokenizer.markers[name] for name in CHAT_MARKERS}
+    return tokenizer.eos_ids | {tokenizer.special_tokens[name] for name in CHAT_SPECIAL_TOKENS}
 
 
 def encode_conversation(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, answer: bool = False
+    tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False
 ) -> tuple[list[int], list[bool]]:
     """The ids [T] of a conversation, and for each whether it is learned: what an assistant says, and that it ends there.
 
@@ -69,27 +69,27 @@ def encode_conversation(
     Raises:
         UsageError: a role or a content that is none, or a tokenizer without the markers.
     """
-    if not can_chat(tokenizer):
+    if not supports_chat(tokenizer):
         raise UsageError("the tokenizer lacks the markers of a conversation: add them by with_markers(CHAT_MARKERS)")
-    ids = [] if tokenizer.begin_of_text is None else [tokenizer.begin_of_text]
-    learned = [False] * len(ids)
+    ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    loss_mask = [False] * len(ids)
     for number, message in enumerate(messages, start=1):
         role, content = message.get("role"), message.get("content")
-        if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
+        if not isinstance(role, str) or role not in ROLE_TOKENS or not isinstance(content, str):
             raise UsageError(
                 f"message {number}: a message has a role (system, user or assistant) and a content, which is a text; "
                 f"this one has the role {role!r} and a content of type {type(content).__name__}"
             )
-        said = [*tokenizer.after_marker.encode(content), tokenizer.markers[END_OF_TURN]]
-        ids += [tokenizer.markers[ROLES[role]], *said]
-        learned += [False, *[role == "assistant"] * len(said)]
-    if answer:
-        ids.append(tokenizer.markers[ASSISTANT])
-        learned.append(False)
-    return ids, learned
+        content_ids = [*tokenizer.mid_text.encode(content), tokenizer.special_tokens[END_OF_TURN_TOKEN]]
+        ids += [tokenizer.special_tokens[ROLE_TOKENS[role]], *content_ids]
+        loss_mask += [False, *[role == "assistant"] * len(content_ids)]
+    if add_generation_prompt:
+        ids.append(tokenizer.special_tokens[ASSISTANT_TOKEN])
+        loss_mask.append(False)
+    return ids, loss_mask
 
 
-def fit(tokenizer: Tokenizer, messages: Sequence[Message], room: int) -> Fitted:
+def truncate_conversation(tokenizer: Tokenizer, messages: Sequence[Message], max_tokens: int) -> Truncated:
     """As many of the newest turns as fit: `encode_conversation(tokenizer, fitted, answer=True)` has at most `room` ids.
 
     The system turn, where the conversation begins with one, is kept. What is kept after it begins with a user's turn,
@@ -101,47 +101,47 @@ def fit(tokenizer: Tokenizer, messages: Sequence[Message], room: int) -> Fitted:
     system = [dict(m) for m in messages[:1] if m.get("role") == "system"]
     turns = [dict(m) for m in messages[len(system) :]]
 
-    def size(some: list[dict[str, Any]]) -> int:
-        return len(encode_conversation(tokenizer, some, answer=True)[0])
+    def num_tokens(some: list[dict[str, Any]]) -> int:
+        return len(encode_conversation(tokenizer, some, add_generation_prompt=True)[0])
 
-    left = room - size(system)
-    sizes = [size([turn]) - size([]) for turn in turns]
-    first = len(turns)
-    while first > 0 and sum(sizes[first - 1 :]) <= left:
-        first -= 1
+    remaining = max_tokens - num_tokens(system)
+    turn_lengths = [num_tokens([turn]) - num_tokens([]) for turn in turns]
+    first_kept = len(turns)
+    while first_kept > 0 and sum(turn_lengths[first_kept - 1 :]) <= remaining:
+        first_kept -= 1
     # An answer whose question is gone goes with it.
-    while 0 < first < len(turns) - 1 and turns[first]["role"] == "assistant":
-        first += 1
-    if first < len(turns) or (not turns and left >= 0):
-        return Fitted([*system, *turns[first:]], first, 0)
-    left -= 2  # the markers of the newest turn's role and of its end
-    if not turns or left < 1:
+    while 0 < first_kept < len(turns) - 1 and turns[first_kept]["role"] == "assistant":
+        first_kept += 1
+    if first_kept < len(turns) or (not turns and remaining >= 0):
+        return Truncated([*system, *turns[first_kept:]], first_kept, 0)
+    remaining -= 2  # the markers of the newest turn's role and of its end
+    if not turns or remaining < 1:
         raise UsageError(
             f"the system turn takes {size(system):,} of the {room:,} tokens that there are for a conversation, and leaves "
             "no room for a turn: shorten it"
         )
-    content, text = turns[-1]["content"], _end_of(tokenizer, turns[-1]["content"], left)
-    encode = tokenizer.after_marker.encode
-    cut = len(encode(content)) - len(encode(text))
-    return Fitted([*system, {**turns[-1], "content": text}], len(turns) - 1, cut)
+    content, text = turns[-1]["content"], _truncate_left(tokenizer, turns[-1]["content"], remaining)
+    encode = tokenizer.mid_text.encode
+    num_dropped_tokens = len(encode(content)) - len(encode(text))
+    return Truncated([*system, {**turns[-1], "content": text}], len(turns) - 1, num_dropped_tokens)
 
 
-def _end_of(tokenizer: Tokenizer, text: str, size: int) -> str:
+def _truncate_left(tokenizer: Tokenizer, text: str, max_tokens: int) -> str:
     """A long end of a text that has at most `size` tokens after a marker."""
-    tokenizer = tokenizer.after_marker
-    end = tokenizer.decode(tokenizer.encode(text)[-size:])
+    tokenizer = tokenizer.mid_text
+    suffix = tokenizer.decode(tokenizer.encode(text)[-max_tokens:])
     # A cut may part a character's bytes; what a foreign tokenizer decodes need not be the text's own end.
-    end = text[-len(end) :] if end else ""
-    while (over := len(tokenizer.encode(end)) - size) > 0:
-        end = end[over:]
-    return end
+    suffix = text[-len(suffix) :] if suffix else ""
+    while (excess := len(tokenizer.encode(suffix)) - max_tokens) > 0:
+        suffix = suffix[excess:]
+    return suffix
 
 
-def template(tokenizer: Tokenizer) -> str:
+def build_chat_template(tokenizer: Tokenizer) -> str:
     """The Jinja text that makes the stock class give the ids of `encode_conversation` for this tokenizer."""
-    return ("" if tokenizer.begin_of_text is None else "{{- bos_token -}}\n") + TEMPLATE
+    return ("" if tokenizer.bos_id is None else "{{- bos_token -}}\n") + CHAT_TEMPLATE
 
 
-def save_template(directory: Path) -> None:
+def save_chat_template(directory: Path) -> None:
     """Write `chat_template.jinja` beside a tokenizer that is saved there. Raises as `Tokenizer.open` does."""
-    write_durably(directory / "chat_template.jinja", template(Tokenizer.open(directory)))
+    atomic_write(directory / "chat_template.jinja", build_chat_template(Tokenizer.open(directory)))

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-IGNORE = -100  # a target that is not counted; the value that torch's cross entropy skips
+IGNORE_INDEX = -100  # a target that is not counted; the value that torch's cross entropy skips
 
 
 class TokenSource(Protocol):
@@ -20,7 +20,7 @@ class TokenSource(Protocol):
     def read(self, start: int, count: int) -> np.ndarray: ...
 
 
-class TokenRow:
+class InMemoryTokens:
     """Tokens in memory, read like those of a corpus."""
 
     def __init__(self, tokens: np.ndarray):
@@ -41,19 +41,23 @@ class Labels:
     [E] or [E, n_labels]; weight [E], how much each example counts; reference [R], log-probabilities under a frozen model.
     """
 
-    ends: np.ndarray
-    example: np.ndarray
-    gold: np.ndarray
-    weight: np.ndarray
-    reference: np.ndarray | None = None
+    pool_positions: np.ndarray
+    example_ids: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    reference_logprobs: np.ndarray | None = None
 
-    def of_rows(self, rows: slice) -> "Labels":
+    def slice_rows(self, rows: slice) -> "Labels":
         """Those of whole examples, their rows cut out of the batch's."""
-        first, last = self.example[rows][0], self.example[rows][-1]
+        first, last = self.example_ids[rows][0], self.example_ids[rows][-1]
         examples = slice(first, last + 1)
-        reference = None if self.reference is None else self.reference[rows]
+        reference = None if self.reference_logprobs is None else self.reference_logprobs[rows]
         return Labels(
-            self.ends[rows], self.example[rows] - first, self.gold[examples], self.weight[examples], reference
+            self.pool_positions[rows],
+            self.example_ids[rows] - first,
+            self.targets[examples],
+            self.weights[examples],
+            reference,
         )
 
 
@@ -69,33 +73,35 @@ class Batch:
 
     tokens: np.ndarray
     targets: np.ndarray
-    rows: list[int]
-    counts: dict[str, float]
+    row_ids: list[int]
+    loss_denominators: dict[str, float]
     n_tokens: int
-    segments: np.ndarray | None = None
+    segment_ids: np.ndarray | None = None
     labels: Labels | None = None
 
-    def split(self, size: int) -> "list[Batch]":
+    def split_micro_batches(self, max_rows: int) -> "list[Batch]":
         """The same rows in micro-batches of at most `size` rows; the rows of one example are never parted."""
-        borders, end = [0], len(self.rows)
-        starts = list(range(end)) if self.labels is None else np.flatnonzero(np.diff(self.labels.example, prepend=-1))
+        borders, end = [0], len(self.row_ids)
+        starts = (
+            list(range(end)) if self.labels is None else np.flatnonzero(np.diff(self.labels.example_ids, prepend=-1))
+        )
         for start, after in zip(starts, [*starts[1:], end], strict=True):
-            if after - borders[-1] > size and start > borders[-1]:
+            if after - borders[-1] > max_rows and start > borders[-1]:
                 borders.append(int(start))
-        return [self._part(slice(i, j)) for i, j in zip(borders, [*borders[1:], end], strict=True)]
+        return [self._slice_rows(slice(i, j)) for i, j in zip(borders, [*borders[1:], end], strict=True)]
 
-    def _part(self, rows: slice) -> "Batch":
+    def _slice_rows(self, rows: slice) -> "Batch":
         return replace(
             self,
             tokens=self.tokens[rows],
             targets=self.targets[rows],
-            rows=self.rows[rows],
-            segments=None if self.segments is None else self.segments[rows],
-            labels=None if self.labels is None else self.labels.of_rows(rows),
+            rows=self.row_ids[rows],
+            segments=None if self.segment_ids is None else self.segment_ids[rows],
+            labels=None if self.labels is None else self.labels.slice_rows(rows),
         )
 
 
-def seed_for(seed: int, *what: int) -> int:
+def derive_seed(seed: int, *purpose: int) -> int:
     """A seed of 63 bits for one purpose, from the run's seed and the numbers that name the purpose."""
     digest = hashlib.blake2b(",".join(map(str, (seed, *what))).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -109,7 +115,7 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
-    keys = [np.uint64(seed_for(key, r)) for r in range(4)]
+    keys = [np.uint64(derive_seed(key, r)) for r in range(4)]
     result = index.astype(np.uint64)
     outside = np.ones(len(result), dtype=bool)
     while outside.any():
@@ -125,11 +131,11 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     return result.astype(np.int64)
 
 
-def places(segments: np.ndarray) -> np.ndarray:
+def segment_positions(segment_ids: np.ndarray) -> np.ndarray:
     """The place of each token in its own text: segments [B, T] → [B, T], counted from 0 where a segment begins."""
-    place = np.arange(segments.shape[1])
-    begins = np.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
-    return place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+    positions = np.arange(segment_ids.shape[1])
+    is_segment_start = np.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
+    return positions - np.maximum.accumulate(np.where(is_segment_start, positions, 0), axis=1)
 
 
 class TokenDataset:
@@ -139,66 +145,70 @@ class TokenDataset:
     one position an epoch, and the last window may be short.
     """
 
-    def __init__(self, tokens: TokenSource, context_length: int, rows_per_batch: int, seed: int):
+    def __init__(self, tokens: TokenSource, context_length: int, batch_size: int, seed: int):
         if len(tokens) < 2:
             raise ValueError(f"{len(tokens)} tokens are too few to predict one from another")
         self.tokens = tokens
         self.context_length = context_length
-        self.rows_per_batch = rows_per_batch
+        self.batch_size = batch_size
         self.seed = seed
-        self.windows = -(-len(tokens) // context_length)
+        self.num_windows = -(-len(tokens) // context_length)
 
     @property
-    def longest(self) -> int:
+    def max_length(self) -> int:
         """Tokens of the longest row."""
         return self.context_length
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
         """The rows of step `step` (from 0) that process `rank` of `world` works on: an equal part, in order.
 
         Raises:
             ValueError: the rows of a step are no multiple of `world`.
         """
-        share, rest = divmod(self.rows_per_batch, world)
+        local_batch_size, rest = divmod(self.batch_size, world_size)
         if rest:
             raise ValueError(f"{self.rows_per_batch} rows cannot be shared equally by {world} processes")
-        every = np.arange(step * self.rows_per_batch, (step + 1) * self.rows_per_batch)
-        count = int(sum(self.length_of(window) for window in self.windows_of(every)))
-        rows = every[rank * share : (rank + 1) * share]
-        tokens = np.zeros((share, self.context_length), dtype=np.int64)
-        targets = np.full((share, self.context_length), IGNORE, dtype=np.int64)
-        for i, (row, window) in enumerate(zip(rows.tolist(), self.windows_of(rows).tolist(), strict=True)):
-            ids = self.ring(self.start_of(row, window), self.length_of(window) + 1)
+        global_rows = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        num_tokens = int(sum(self.window_length(window) for window in self.permuted_windows(global_rows)))
+        rows = global_rows[rank * local_batch_size : (rank + 1) * local_batch_size]
+        tokens = np.zeros((local_batch_size, self.context_length), dtype=np.int64)
+        targets = np.full((local_batch_size, self.context_length), IGNORE_INDEX, dtype=np.int64)
+        for i, (row, window) in enumerate(zip(rows.tolist(), self.permuted_windows(rows).tolist(), strict=True)):
+            ids = self.read_wrapping(self.window_start(row, window), self.window_length(window) + 1)
             tokens[i, : len(ids) - 1] = ids[:-1]
             targets[i, : len(ids) - 1] = ids[1:]
-        return Batch(tokens, targets, rows.tolist(), {"next_word": count}, count)
+        return Batch(tokens, targets, rows.tolist(), {"next_word": num_tokens}, num_tokens)
 
-    def spans(self, step: int) -> list[tuple[int, int]]:
+    def token_spans(self, step: int) -> list[tuple[int, int]]:
         """Which tokens step `step` reads, the last targets included: the first and the number of each window, in two where it
         goes round the ring."""
-        every, found = np.arange(step * self.rows_per_batch, (step + 1) * self.rows_per_batch), []
-        for row, window in zip(every.tolist(), self.windows_of(every).tolist(), strict=True):
-            start, count = self.start_of(row, window) % len(self.tokens), self.length_of(window) + 1
-            inside = min(count, len(self.tokens) - start)
-            found += [(start, inside)] if inside == count else [(start, inside), (0, count - inside)]
-        return found
+        global_rows, ranges = np.arange(step * self.batch_size, (step + 1) * self.batch_size), []
+        for row, window in zip(global_rows.tolist(), self.permuted_windows(global_rows).tolist(), strict=True):
+            start, count = self.window_start(row, window) % len(self.tokens), self.window_length(window) + 1
+            count_before_wrap = min(count, len(self.tokens) - start)
+            ranges += (
+                [(start, count_before_wrap)]
+                if count_before_wrap == count
+                else [(start, count_before_wrap), (0, count - count_before_wrap)]
+            )
+        return ranges
 
-    def start_of(self, row: int, window: int) -> int:
+    def window_start(self, row: int, window: int) -> int:
         """Where on the ring a window begins, which every epoch cuts from another place."""
-        return seed_for(self.seed, 0, row // self.windows) % len(self.tokens) + window * self.context_length
+        return derive_seed(self.seed, 0, row // self.num_windows) % len(self.tokens) + window * self.context_length
 
-    def windows_of(self, rows: np.ndarray) -> np.ndarray:
+    def permuted_windows(self, rows: np.ndarray) -> np.ndarray:
         """Which window each row of the run is, the rows given in order: each epoch in an order of its own."""
         parts = []
-        for epoch in range(rows[0] // self.windows, rows[-1] // self.windows + 1):
-            here = rows[rows // self.windows == epoch]
-            parts.append(permute(here % self.windows, self.windows, seed_for(self.seed, 1, epoch)))
+        for epoch in range(rows[0] // self.num_windows, rows[-1] // self.num_windows + 1):
+            epoch_rows = rows[rows // self.num_windows == epoch]
+            parts.append(permute(epoch_rows % self.num_windows, self.num_windows, derive_seed(self.seed, 1, epoch)))
         return np.concatenate(parts)
 
-    def length_of(self, window: int) -> int:
+    def window_length(self, window: int) -> int:
         return min(self.context_length, len(self.tokens) - window * self.context_length)
 
-    def ring(self, start: int, count: int) -> np.ndarray:
+    def read_wrapping(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from `start` on, where the first token follows the last."""
         start %= len(self.tokens)
         parts = []

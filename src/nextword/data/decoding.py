@@ -11,16 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nextword.common.errors import MissingExtra, NextwordError
+from nextword.common.errors import MissingDependencyError, NextwordError
 
-COMPRESSED = (".gz", ".zst")
-PIECE = 2**16  # characters
-LONGEST_LINE = 2**25  # characters a table's row may have; it has to be held in memory whole
-SHOWN = 20
-KEPT = 1000  # different problems remembered one by one; beyond them only the counts grow
+COMPRESSION_SUFFIXES = (".gz", ".zst")
+CHUNK_CHARS = 2**16  # characters
+MAX_LINE_CHARS = 2**25  # characters a table's row may have; it has to be held in memory whole
+MAX_SHOWN_ISSUES = 20
+MAX_STORED_ISSUES = 1000  # different problems remembered one by one; beyond them only the counts grow
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_MARKS = (  # UTF-32 first: its little-endian mark begins with UTF-16's
+_BOMS = (  # UTF-32 first: its little-endian mark begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -28,13 +28,13 @@ _MARKS = (  # UTF-32 first: its little-endian mark begins with UTF-16's
 )
 
 
-def without_surrogates(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """The text with every half surrogate, which UTF-8 cannot hold, replaced by U+FFFD."""
     return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
 
 
 @dataclass
-class Problem:
+class Issue:
     """One kind of flaw in one file: where it is first met, and how often."""
 
     path: str
@@ -47,7 +47,7 @@ class Problem:
         return f"{where}: {self.what}" + (f" ({self.count:,} in all)" if self.count > 1 else "")
 
 
-class Problems:
+class IssueLog:
     """Collects what was wrong with the input. With `strict` the first problem is a `NextwordError`; a notice never
     is.
 
@@ -55,77 +55,77 @@ class Problems:
     kind, in order. `on_problem` is called with each of those when it is first met.
     """
 
-    def __init__(self, strict: bool = False, on_problem: Callable[[Problem], None] | None = None):
-        self.strict, self.on_problem = strict, on_problem
+    def __init__(self, strict: bool = False, on_issue: Callable[[Issue], None] | None = None):
+        self.strict, self.on_issue = strict, on_issue
         self.total = 0
-        self.kinds: Counter[str] = Counter()
-        self._found: dict[tuple[str, str], Problem] = {}
+        self.counts_by_kind: Counter[str] = Counter()
+        self._issues: dict[tuple[str, str], Issue] = {}
 
     def add(self, path: Path | str, line: int | None, kind: str, detail: str = "", count: int = 1) -> None:
         """Something of the input was lost or changed."""
         self.total += count
-        problem = self._note(path, line, kind, detail, count)
+        issue = self._record(path, line, kind, detail, count)
         if self.strict:
             raise NextwordError(f"{problem}. Mend it, or leave out --strict to go on without it")
 
-    def notice(self, path: Path | str, line: int | None, kind: str, detail: str = "", count: int = 1) -> None:
+    def info(self, path: Path | str, line: int | None, kind: str, detail: str = "", count: int = 1) -> None:
         """Something that its owner may want to know, and that is no fault: a picture beside the texts."""
-        self._note(path, line, kind, detail, count)
+        self._record(path, line, kind, detail, count)
 
-    def _note(self, path: Path | str, line: int | None, kind: str, detail: str, count: int) -> Problem:
-        self.kinds[kind] += count
-        name = without_surrogates(str(path))  # a file's name may be no UTF-8
-        known = self._found.get((name, kind))
-        if known is not None:
-            known.count += count
-            return known
-        problem = Problem(name, line, f"{kind}: {without_surrogates(detail)}" if detail else kind, count)
-        if len(self._found) < KEPT:
-            self._found[name, kind] = problem
-            if self.on_problem is not None:
-                self.on_problem(problem)
-        return problem
+    def _record(self, path: Path | str, line: int | None, kind: str, detail: str, count: int) -> Issue:
+        self.counts_by_kind[kind] += count
+        name = replace_surrogates(str(path))  # a file's name may be no UTF-8
+        existing = self._issues.get((name, kind))
+        if existing is not None:
+            existing.count += count
+            return existing
+        issue = Issue(name, line, f"{kind}: {without_surrogates(detail)}" if detail else kind, count)
+        if len(self._issues) < MAX_STORED_ISSUES:
+            self._issues[name, kind] = issue
+            if self.on_issue is not None:
+                self.on_issue(issue)
+        return issue
 
     @property
-    def found(self) -> list[Problem]:
-        return list(self._found.values())
+    def issues(self) -> list[Issue]:
+        return list(self._issues.values())
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """All of it as JSON holds it, for `take_over`."""
-        found = [{"kind": kind, **asdict(problem)} for (_, kind), problem in self._found.items()]
-        return {"total": self.total, "kinds": dict(self.kinds), "found": found}
+        issues = [{"kind": kind, **asdict(problem)} for (_, kind), problem in self._issues.items()]
+        return {"total": self.total, "kinds": dict(self.counts_by_kind), "found": issues}
 
-    def take_over(self, facts: dict[str, Any]) -> None:
+    def merge(self, state: dict[str, Any]) -> None:
         """Add what another reading has found, as if it were met now."""
-        self.total += facts["total"]
-        self.kinds.update(facts["kinds"])
-        for one in facts["found"]:
-            problem = Problem(one["path"], one["line"], one["what"], one["count"])
-            known = self._found.get((problem.path, one["kind"]))
-            if known is not None:
-                known.count += problem.count
-            elif len(self._found) < KEPT:
-                self._found[problem.path, one["kind"]] = problem
+        self.total += state["total"]
+        self.counts_by_kind.update(state["kinds"])
+        for entry in state["found"]:
+            issue = Issue(entry["path"], entry["line"], entry["what"], entry["count"])
+            existing = self._issues.get((issue.path, entry["kind"]))
+            if existing is not None:
+                existing.count += issue.count
+            elif len(self._issues) < MAX_STORED_ISSUES:
+                self._issues[issue.path, entry["kind"]] = issue
 
-    def lines(self) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """What to show a person: the first of them, and how many more there are."""
-        found = self.found
-        more = [f"… and {len(found) - SHOWN:,} more like these"] if len(found) > SHOWN else []
-        return [str(problem) for problem in found[:SHOWN]] + more
+        issues = self.issues
+        more = [f"… and {len(found) - SHOWN:,} more like these"] if len(issues) > MAX_SHOWN_ISSUES else []
+        return [str(problem) for problem in issues[:MAX_SHOWN_ISSUES]] + more
 
 
-def suffixes(path: Path) -> tuple[str, str]:
+def file_format(path: Path) -> tuple[str, str]:
     """The format's suffix and the compression's ("" for none), as in (".jsonl", ".gz")."""
     suffix = path.suffix.lower()
-    return (Path(path.stem).suffix.lower(), suffix) if suffix in COMPRESSED else (suffix, "")
+    return (Path(path.stem).suffix.lower(), suffix) if suffix in COMPRESSION_SUFFIXES else (suffix, "")
 
 
-def reason(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """What an error says, without its number and its path."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
 
 
-class Lines:
+class LineReader:
     """The lines of decoded chunks, each with its newline, one too long to hold skipped and reported.
 
     `number` is that of the line last given, `first` that of the row's first, after `begin_row` has said that a row
@@ -133,69 +133,69 @@ class Lines:
     and none was left.
     """
 
-    def __init__(self, path: Path, chunks: Iterator[str], problems: Problems):
+    def __init__(self, path: Path, chunks: Iterator[str], problems: IssueLog):
         self._path, self._problems = path, problems
-        self._lines = self._split(chunks)
-        self._row: list[tuple[int, str]] = []
-        self._again: list[tuple[int, str]] = []  # the next one last
-        self.number, self.ended = 0, False
+        self._lines = self._split_lines(chunks)
+        self._row_lines: list[tuple[int, str]] = []
+        self._pushed_back: list[tuple[int, str]] = []  # the next one last
+        self.line_number, self.exhausted = 0, False
 
     def __iter__(self) -> "Lines":
         return self
 
     def __next__(self) -> str:
-        line = self._again.pop() if self._again else next(self._lines, None)
+        line = self._pushed_back.pop() if self._pushed_back else next(self._lines, None)
         if line is None:
-            self.ended = True
+            self.exhausted = True
             raise StopIteration
-        self.number = line[0]
-        self._row.append(line)
+        self.line_number = line[0]
+        self._row_lines.append(line)
         return line[1]
 
     @property
-    def first(self) -> int:
-        return self._row[0][0]
+    def first_line_number(self) -> int:
+        return self._row_lines[0][0]
 
-    def begin_row(self) -> None:
-        self._row.clear()
+    def start_row(self) -> None:
+        self._row_lines.clear()
 
-    def back_to_second(self) -> int:
+    def rewind_to_second_line(self) -> int:
         """Give the lines of this row again, all but the first; the first one's number."""
-        first, *others = self._row
-        self._again += reversed(others)
-        self.ended = False
+        first, *others = self._row_lines
+        self._pushed_back += reversed(others)
+        self.exhausted = False
         return first[0]
 
-    def _split(self, chunks: Iterator[str]) -> Iterator[tuple[int, str]]:
+    def _split_lines(self, chunks: Iterator[str]) -> Iterator[tuple[int, str]]:
         number, parts, length = 1, [], 0
         for chunk in chunks:
             *lines, rest = chunk.split("\n")
             for line in lines:
-                if length + len(line) <= LONGEST_LINE:
+                if length + len(line) <= MAX_LINE_CHARS:
                     yield number, "".join([*parts, line, "\n"])
                 else:
-                    self._too_long(number)
+                    self._report_too_long(number)
                 number, parts, length = number + 1, [], 0
             length += len(rest)
-            parts = [*parts, rest] if length <= LONGEST_LINE else []
-        if length > LONGEST_LINE:
-            self._too_long(number)
+            parts = [*parts, rest] if length <= MAX_LINE_CHARS else []
+        if length > MAX_LINE_CHARS:
+            self._report_too_long(number)
         elif length:
             yield number, "".join(parts)
 
-    def _too_long(self, number: int) -> None:
+    def _report_too_long(self, line_number: int) -> None:
         what = f"a line of more than {LONGEST_LINE:,} characters; left out"
-        self._problems.add(self._path, number, what)
+        self._problems.add(self._path, line_number, what)
 
 
-def pieces(chunks: Iterable[str], limit: int = PIECE) -> Iterator[str]:
+def rechunk(chunks: Iterable[str], max_chars: int = CHUNK_CHARS) -> Iterator[str]:
     """The same text cut anew into pieces of at most `limit` characters, where a tokenizer minds it least (`_cut`)."""
     rest = ""
     for chunk in chunks:
         rest += chunk
         start = 0
-        while len(rest) - start > limit:
-            end = _cut(rest, start, start + limit)
+        while len(rest) - start > max_chars:
+            end = _find_split(rest, start, start + max_chars)
             yield rest[start:end]
             start = end
         rest = rest[start:]
@@ -203,7 +203,7 @@ def pieces(chunks: Iterable[str], limit: int = PIECE) -> Iterator[str]:
         yield rest
 
 
-def _cut(text: str, start: int, limit: int) -> int:
+def _find_split(text: str, start: int, limit: int) -> int:
     """Where to end a piece of text[start:limit], given that text goes on at `limit`.
 
     A word is never cut where this can be helped: after a single newline between two lines, else before a single
@@ -222,27 +222,29 @@ def _cut(text: str, start: int, limit: int) -> int:
     return text.rfind("\n", start, limit) + 1 or limit
 
 
-def _blocks(path: Path, problems: Problems) -> Iterator[bytes]:
+def _read_blocks(path: Path, problems: IssueLog) -> Iterator[bytes]:
     """The bytes of a file, unpacked, in blocks. A stream that breaks off is reported; what came before is kept."""
-    compression = suffixes(path)[1]
+    compression = file_format(path)[1]
     try:
         if compression == ".zst":
-            yield from _zstd_blocks(path, problems)
+            yield from _read_zstd_blocks(path, problems)
             return
         with gzip.open(path) if compression == ".gz" else path.open("rb") as file:
             while block := file.read(2**18):
                 yield block
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        problems.add(path, None, "the compressed stream is broken; what came before the break is kept", reason(error))
+        problems.add(
+            path, None, "the compressed stream is broken; what came before the break is kept", error_text(error)
+        )
     except OSError as error:
-        problems.add(path, None, "cannot be read", reason(error))
+        problems.add(path, None, "cannot be read", error_text(error))
 
 
-def _zstd_blocks(path: Path, problems: Problems) -> Iterator[bytes]:
+def _read_zstd_blocks(path: Path, problems: IssueLog) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError as error:
-        raise MissingExtra(f"{path}: a .zst file", "zstd") from error
+        raise MissingDependencyError(f"{path}: a .zst file", "zstd") from error
     frame = None
     try:
         with path.open("rb") as file:
@@ -259,26 +261,26 @@ def _zstd_blocks(path: Path, problems: Problems) -> Iterator[bytes]:
         problems.add(path, None, "the compressed stream is broken; what came before the break is kept", "it ends early")
 
 
-def decoded(path: Path, problems: Problems, blocks: Iterator[bytes] | None = None) -> Iterator[str]:
+def decode_chunks(path: Path, problems: IssueLog, blocks: Iterator[bytes] | None = None) -> Iterator[str]:
     """The text of a file in chunks, line ends made "\\n". A binary file is reported and gives nothing.
 
     `blocks` are its bytes where they are not to be read from the path: those of a file in an archive.
     """
-    blocks = _blocks(path, problems) if blocks is None else blocks
+    blocks = _read_blocks(path, problems) if blocks is None else blocks
     head = b""
     for block in blocks:
         head += block
         if len(head) >= 2**16:
             break
-    codec = next((codec for mark, codec in _MARKS if head.startswith(mark)), "utf-8")
+    codec = next((codec for mark, codec in _BOMS if head.startswith(mark)), "utf-8")
     head = head.removeprefix(codecs.BOM_UTF8)
-    if codec == "utf-8" and (why := _binary(head[: 2**16])):
-        problems.add(path, None, "not text; left out", why)
+    if codec == "utf-8" and (binary_reason := _why_binary(head[: 2**16])):
+        problems.add(path, None, "not text; left out", binary_reason)
         return
     decoder = codecs.getincrementaldecoder(codec)("strict")
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     line = 1
-    for data in _and_an_end(head, blocks):
+    for data in _with_final_empty_block(head, blocks):
         invalid = 0
         try:
             text = decoder.decode(data, final=not data)
@@ -289,14 +291,14 @@ def decoded(path: Path, problems: Problems, blocks: Iterator[bytes] | None = Non
             invalid = invalid or text.count("\ufffd")
         text = newlines.decode(text, final=not data)
         if invalid:
-            where = line + text.count("\n", 0, max(0, text.find("\ufffd")))
-            problems.add(path, where, f"not valid {codec.upper()}; replaced by U+FFFD", count=invalid)
+            issue_line = line + text.count("\n", 0, max(0, text.find("\ufffd")))
+            problems.add(path, issue_line, f"not valid {codec.upper()}; replaced by U+FFFD", count=invalid)
         line += text.count("\n")
         if text:
             yield text
 
 
-def _and_an_end(head: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
+def _with_final_empty_block(head: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
     """All blocks, and an empty one that says that they are over."""
     if head:
         yield head
@@ -304,7 +306,7 @@ def _and_an_end(head: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
     yield b""
 
 
-def _binary(head: bytes) -> str:
+def _why_binary(head: bytes) -> str:
     """Why these first bytes of a file are no text, or ""."""
     if b"\0" in head:
         return "it has NUL bytes (a binary file, or UTF-16 without its mark)"

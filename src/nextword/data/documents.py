@@ -13,16 +13,14 @@ from pathlib import Path
 from nextword.common.errors import UsageError
 from nextword.common.fs import MANIFEST
 from nextword.data.decoding import (
-    LONGEST_LINE,
-    Problem,
-    Problems,
-    decoded,
-    pieces,
-    reason,
-    suffixes,
-    without_surrogates,
+    MAX_LINE_CHARS,
+    IssueLog,
+    decode_chunks,
+    error_text,
+    file_format,
+    rechunk,
 )
-from nextword.data.readers import NoColumn, read_records
+from nextword.data.readers import MissingColumnError, read_records
 
 __all__ = [
     "FORMATS",
@@ -37,8 +35,8 @@ __all__ = [
     "without_surrogates",
 ]
 
-FORMATS = (".txt", ".md", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-ARCHIVES = (".tar", ".tgz", ".tbz", ".txz", ".zip", ".xz", ".bz2", ".7z", ".rar", ".lz4", ".br")
+TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+ARCHIVE_SUFFIXES = (".tar", ".tgz", ".tbz", ".txz", ".zip", ".xz", ".bz2", ".7z", ".rar", ".lz4", ".br")
 TEXT_COLUMNS = ("text", "content", "document", "body", "article", "story")
 
 
@@ -48,152 +46,156 @@ class Document:
 
     path: Path
     line: int | None
-    pieces: Iterator[str]
+    chunks: Iterator[str]
 
 
 @dataclass
-class Source:
+class SourceFile:
     """One file of a corpus: its name in the corpus, and how its documents are read, as often as one likes."""
 
     name: str
     path: Path
-    read: Callable[[Problems], Iterator[Document]]
+    read: Callable[[IssueLog], Iterator[Document]]
 
 
 def find_files(
-    corpora: Iterable[Path], problems: Problems, text_column: str | None = None, leave_out: Path | None = None
-) -> list[Source]:
+    corpora: Iterable[Path], problems: IssueLog, text_column: str | None = None, exclude: Path | None = None
+) -> list[SourceFile]:
     """The text files under each path, in the order of their names, the same on every machine.
 
     A linked folder is entered once. What is not read is reported: other suffixes by count, links that lead nowhere or
     back, hidden files, and folders that nextword made (`leave_out` is one in the making). Raises `UsageError` for a
     missing path.
     """
-    sources: list[Source] = []
-    left_out = None if leave_out is None else leave_out.resolve()
+    sources: list[SourceFile] = []
+    excluded_dir = None if exclude is None else exclude.resolve()
     for corpus in corpora:
         corpus = Path(corpus)
         if not corpus.exists():
             raise UsageError(f"{corpus}: no such file or folder")
-        others: Counter[str] = Counter()
-        for path in _walk(corpus, problems, others, left_out) if corpus.is_dir() else [corpus]:
-            suffix = suffixes(path)[0]
-            if suffix in FORMATS:
+        skipped_counts: Counter[str] = Counter()
+        for path in _walk_files(corpus, problems, skipped_counts, excluded_dir) if corpus.is_dir() else [corpus]:
+            suffix = file_format(path)[0]
+            if suffix in TEXT_SUFFIXES:
                 name = path.relative_to(corpus).as_posix() if path != corpus else path.name
-                sources.append(Source(name, path, lambda found, path=path: read_documents(path, found, text_column)))
-            elif suffix in ARCHIVES:
+                sources.append(
+                    SourceFile(name, path, lambda found, path=path: read_documents(path, found, text_column))
+                )
+            elif suffix in ARCHIVE_SUFFIXES:
                 problems.add(path, None, "an archive or a compression that is not read; unpack it first")
             elif path == corpus:
                 problems.add(path, None, f"not a format that is read ({', '.join(FORMATS)}, plain, .gz or .zst)")
             else:
-                others["with the suffix " + suffix if suffix else "without a suffix"] += 1
-        for kind, count in sorted(others.items()):
-            problems.notice(corpus, None, f"left out: files {kind}", count=count)
+                skipped_counts["with the suffix " + suffix if suffix else "without a suffix"] += 1
+        for kind, count in sorted(skipped_counts.items()):
+            problems.info(corpus, None, f"left out: files {kind}", count=count)
     return sources
 
 
-def _walk(root: Path, problems: Problems, others: Counter[str], left_out: Path | None) -> Iterator[Path]:
+def _walk_files(
+    root: Path, problems: IssueLog, skipped_counts: Counter[str], excluded_dir: Path | None
+) -> Iterator[Path]:
     """Every plain file under a folder, depth first, by name."""
-    entered: set[Path] = set()
-    waiting = [root]
-    while waiting:
-        path = waiting.pop()
+    visited: set[Path] = set()
+    pending = [root]
+    while pending:
+        path = pending.pop()
         try:
             if path.is_dir():
-                real = path.resolve()
-                if real in entered:
+                resolved = path.resolve()
+                if resolved in visited:
                     problems.add(path, None, "a link to a folder that was entered already; not followed again")
-                elif real == left_out or (path / MANIFEST).is_file():
-                    problems.notice(path, None, "left out: a folder that nextword makes")
+                elif resolved == excluded_dir or (path / MANIFEST).is_file():
+                    problems.info(path, None, "left out: a folder that nextword makes")
                 else:
-                    entered.add(real)
-                    inside = sorted(path.iterdir(), key=lambda p: p.name, reverse=True)
-                    shown = [p for p in inside if not p.name.startswith(".")]
+                    visited.add(resolved)
+                    entries = sorted(path.iterdir(), key=lambda p: p.name, reverse=True)
+                    visible = [p for p in entries if not p.name.startswith(".")]
                     # What is made beside `left_out`, a lock and the like, is no text of anybody's.
-                    own = [p for p in inside if left_out and p.name.startswith(f".{left_out.name}.")]
-                    if hidden := len({*inside} - {*shown} - {*own}):
-                        others["or folders that are hidden"] += hidden
-                    waiting += shown
+                    partials = [p for p in entries if excluded_dir and p.name.startswith(f".{left_out.name}.")]
+                    if hidden := len({*entries} - {*visible} - {*partials}):
+                        skipped_counts["or folders that are hidden"] += hidden
+                    pending += visible
             elif path.is_file():
                 yield path
             else:
                 problems.add(path, None, "not a file: a link that leads nowhere or round in a circle, or a device")
         except (OSError, RuntimeError) as error:  # pathlib says of some loops that they are a RuntimeError
-            problems.add(path, None, "cannot be read", reason(error))
+            problems.add(path, None, "cannot be read", error_text(error))
 
 
-def read_documents(path: Path, problems: Problems, text_column: str | None = None) -> Iterator[Document]:
+def read_documents(path: Path, problems: IssueLog, text_column: str | None = None) -> Iterator[Document]:
     """The documents of one file. Whatever is wrong with it goes to `problems`, and the rest is read all the same.
 
     `text_column` names the column of a table that holds the text; without it the first of `TEXT_COLUMNS` is taken.
     Raises `MissingExtra` for a `.parquet` or a `.zst` without its package, and under strict `NextwordError` at the
     first problem.
     """
-    if suffixes(path)[0] in (".txt", ".md"):
-        documents = _read_text(path, decoded(path, problems), problems)
+    if file_format(path)[0] in (".txt", ".md"):
+        documents = _text_document(path, decode_chunks(path, problems), problems)
     else:
-        documents = _documents(path, text_rows(path, problems, text_column), problems)
-    found, before = False, problems.total
+        documents = _row_documents(path, read_text_rows(path, problems, text_column), problems)
+    has_documents, problems_before = False, problems.total
     for document in documents:
-        found = True
+        has_documents = True
         yield document
-    if not found and problems.total == before:  # else it has been said already why there is nothing
+    if not has_documents and problems.total == problems_before:  # else it has been said already why there is nothing
         problems.add(path, None, "there is no text in the file")
 
 
-def _documents(path: Path, rows: Iterable[tuple[int, str]], problems: Problems) -> Iterator[Document]:
+def _row_documents(path: Path, rows: Iterable[tuple[int, str]], problems: IssueLog) -> Iterator[Document]:
     """A document for each row, by its line and text."""
     for line, text in rows:
         if text.strip():
-            yield Document(path, line, pieces([text]))
+            yield Document(path, line, rechunk([text]))
         else:
             problems.add(path, line, "the text is empty")
 
 
-def _read_text(path: Path, chunks: Iterable[str], problems: Problems) -> Iterator[Document]:
+def _text_document(path: Path, chunks: Iterable[str], problems: IssueLog) -> Iterator[Document]:
     """A text file: one document."""
 
-    def watched() -> Iterator[str]:
+    def report_long_lines() -> Iterator[str]:
         """The chunks, with a word where a line is so long that it is no line."""
         line, length = 1, 0
         for chunk in chunks:
             before = length
             breaks = chunk.count("\n")
             length = len(chunk) - 1 - chunk.rfind("\n") if breaks else length + len(chunk)
-            if length > LONGEST_LINE >= before:
+            if length > MAX_LINE_CHARS >= before:
                 what = f"a line of more than {LONGEST_LINE:,} characters; kept, and read in pieces"
-                problems.notice(path, line + breaks, what)
+                problems.info(path, line + breaks, what)
             line += breaks
             yield chunk
 
-    text = pieces(watched())
+    text = rechunk(report_long_lines())
     first, second = next(text, ""), next(text, "")
     if first.strip() or second:
         yield Document(path, None, (piece for part in ((first, second), text) for piece in part if piece))
 
 
-def _column(columns: Iterable[str], wanted: str | None) -> str | None:
+def _find_text_column(columns: Iterable[str], text_column: str | None) -> str | None:
     """The column that holds the text."""
     names = list(columns)
-    return next((name for name in ((wanted,) if wanted else TEXT_COLUMNS) if name in names), None)
+    return next((name for name in ((text_column,) if text_column else TEXT_COLUMNS) if name in names), None)
 
 
-def _no_column(columns: Iterable[str], wanted: str | None) -> str:
+def _missing_column_detail(columns: Iterable[str], text_column: str | None) -> str:
     names = list(columns)
-    found = ", ".join(map(str, names[:12])) + (", …" if len(names) > 12 else "") or "none"
+    available = ", ".join(map(str, names[:12])) + (", …" if len(names) > 12 else "") or "none"
     return f"looked for {wanted or ', '.join(TEXT_COLUMNS)}; found {found}. Name one with --text-column"
 
 
-def text_rows(path: Path, problems: Problems, wanted: str | None = None) -> Iterator[tuple[int, str]]:
+def read_text_rows(path: Path, problems: IssueLog, text_column: str | None = None) -> Iterator[tuple[int, str]]:
     """The line (in Parquet the number, from 1) and the text of each row of a table, blank ones included."""
 
-    def column(names: list[str]) -> list[str]:
-        name = _column(names, wanted)
+    def select_text_column(names: list[str]) -> list[str]:
+        name = _find_text_column(names, text_column)
         if name is None:
-            raise NoColumn("no text column", _no_column(names, wanted))
+            raise MissingColumnError("no text column", _missing_column_detail(names, text_column))
         return [name]
 
-    for record in read_records(path, problems, column):
+    for record in read_records(path, problems, select_text_column):
         [(name, text)] = record.values.items()
         if isinstance(text, str):
             yield record.line, text

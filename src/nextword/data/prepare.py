@@ -20,64 +20,75 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nextword.common.errors import CorruptFile, NextwordError, UsageError
+from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.fs import (
     MANIFEST,
-    check_seal,
-    move_into_place,
-    read_json_lines,
-    seal,
+    atomic_replace_dir,
+    atomic_write,
+    map_disk_errors,
+    read_jsonl,
     to_json,
-    write_durably,
-    writing,
+    verify_manifest,
+    write_manifest,
 )
 from nextword.data import corpus as corpus_module
 from nextword.data.corpus import (
-    PLAN,
-    VERSION,
+    FORMAT_VERSION,
+    PLAN_FILE,
     Corpus,
-    clear_parts,
-    encode,
+    build_atomically,
     find_sources,
-    finish,
-    holding,
-    put_together,
-    reusable,
-    settings_of,
+    fingerprint_settings,
+    prepare_lock,
+    remove_partials,
+    reuse_if_unchanged,
+    write_corpus_manifest,
+    write_shards,
 )
-from nextword.data.documents import Problems, Source, without_surrogates
-from nextword.data.provenance import Origin, OriginWriter
-from nextword.data.scan import Bar, Progress, Survey, Text, read_source, seen, size_and_time, split_texts
-from nextword.data.shards import Part, ShardWriter, Split, Tokens
+from nextword.data.documents import IssueLog, SourceFile, replace_surrogates
+from nextword.data.provenance import DocumentSource, ProvenanceWriter
+from nextword.data.scan import (
+    ByteProgress,
+    CorpusScan,
+    HashedDocument,
+    ProgressCallback,
+    dedup_index,
+    file_size_and_mtime,
+    iter_split_texts,
+    scan_source,
+)
+from nextword.data.shards import ShardedTokens, ShardWriter, Split, SplitStats
 from nextword.data.tokenizer import (
-    DRAWS,
+    HASH_RANGE,
     Tokenizer,
     check_vocab_size,
-    drawn,
-    number_of,
-    train_bpe_on,
+    hash_sample,
+    sample_key,
+    train_bpe_from_sample,
     train_char,
     vocab_size_for,
 )
 
-MOST = 10_000  # parts; each is a few files
-POLL = 0.2  # seconds between two looks at a lock that another process holds
-RECORD = struct.Struct("<16sQQII")  # of a document: hash, characters, bytes, pieces, pieces in its first nine tenths
+MAX_SHARDS = 10_000  # parts; each is a few files
+LOCK_POLL_SECONDS = 0.2  # seconds between two looks at a lock that another process holds
+DOCUMENT_RECORD = struct.Struct(
+    "<16sQQII"
+)  # of a document: hash, characters, bytes, pieces, pieces in its first nine tenths
 
 
-class Gone(Exception):
+class JobAborted(Exception):
     """The work was thrown away by another process, which has put the corpus together; or a piece of it was damaged."""
 
 
-def shard_of(shard: str) -> tuple[int, int]:
+def parse_shard(shard: str) -> tuple[int, int]:
     """The 3 and the 64 of "3/64". Raises `UsageError` for what is no part of so many."""
     found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", shard)
-    number, parts = map(int, found.groups()) if found else (0, 0)
-    if not 1 <= number <= parts <= MOST:
+    number, num_shards = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= number <= num_shards <= MAX_SHARDS:
         raise UsageError(
             f"--shard {shard}: write which part of how many, as in 3/64 (from 1/64 to 64/64, {MOST:,} at most)"
         )
-    return number, parts
+    return number, num_shards
 
 
 def prepare(
@@ -89,8 +100,8 @@ def prepare(
     vocab_size: int | None = None,
     text_column: str | None = None,
     strict: bool = False,
-    progress: Progress | None = None,
-    say: Callable[[str], None] | None = None,
+    progress: ProgressCallback | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> Corpus:
     """Prepare a corpus together with other processes that are given the same, and another `shard`; return when it is there.
 
@@ -102,217 +113,226 @@ def prepare(
     if shard is None:
         return corpus_module.prepare(
             corpora, out, tokenizer=tokenizer, vocab_size=vocab_size, text_column=text_column, strict=strict,
-            progress=progress, say=say,
+            progress=progress, log=log,
         )  # fmt: skip
-    number, parts = shard_of(shard)
-    out, say, progress = Path(out), say or (lambda line: None), progress or (lambda stage, done, total: None)
-    settings, ready = settings_of(tokenizer, vocab_size, text_column)
+    number, num_shards = parse_shard(shard)
+    out, log, progress = Path(out), log or (lambda line: None), progress or (lambda stage, done, total: None)
+    settings, existing_tokenizer = fingerprint_settings(tokenizer, vocab_size, text_column)
     if vocab_size is not None:
         check_vocab_size(vocab_size)
-    corpora, worked = list(corpora), False
+    corpora, has_run = list(corpora), False
     while True:
-        problems = Problems(strict)
-        with holding(out):
-            sources = find_sources(corpora, problems, text_column, leave_out=out)
-            corpus = reusable(out, settings, sources, strict, (lambda line: None) if worked else say)
+        problems = IssueLog(strict)
+        with prepare_lock(out):
+            sources = find_sources(corpora, problems, text_column, exclude=out)
+            corpus = reuse_if_unchanged(out, settings, sources, strict, (lambda line: None) if has_run else log)
             if corpus is not None:
-                clear_parts(out)
+                remove_partials(out)
                 return corpus
-            work = Work(out, sources, settings, ready, problems, (number, parts), progress, say)
-            work.begin()
-        worked = True
+            job = PreparationJob(
+                out, sources, settings, existing_tokenizer, problems, (number, num_shards), progress, log
+            )
+            job.initialize()
+        has_run = True
         try:
-            work.do()
-            with holding(out):
-                work.check()
-                put_together(out, work.join)
-        except Gone:
+            job.run()
+            with prepare_lock(out):
+                job.raise_if_aborted()
+                build_atomically(out, job.assemble)
+        except JobAborted:
             continue
         except (NextwordError, OSError):
-            if work.is_on:
+            if job.is_active:
                 raise
 
 
-class Work:
+class PreparationJob:
     """What is done already, and what one process does of the rest."""
 
     def __init__(
-        self, out: Path, sources: list[Source], settings: dict[str, Any], ready: Tokenizer | None, problems: Problems,
-        shard: tuple[int, int], progress: Progress, say: Callable[[str], None],
+        self, out: Path, sources: list[SourceFile], settings: dict[str, Any], existing_tokenizer: Tokenizer | None, problems: IssueLog,
+        shard: tuple[int, int], progress: ProgressCallback, log: Callable[[str], None],
     ):  # fmt: skip
         """`problems` are those of finding the sources; `shard` is a number from 1, and how many parts there are."""
-        self.settings, self.ready, self.problems = settings, ready, problems
-        self.progress, self.say = progress, say
-        self.number, self.parts = shard
-        stats = [size_and_time(source.path) for source in sources]
-        names = [without_surrogates(source.name) for source in sources]
-        identity = [VERSION, self.parts, settings, problems.strict, names, stats]
+        self.settings, self.existing_tokenizer, self.problems = settings, existing_tokenizer, problems
+        self.progress, self.log = progress, log
+        self.shard_number, self.num_shards = shard
+        stats = [file_size_and_mtime(source.path) for source in sources]
+        names = [replace_surrogates(source.name) for source in sources]
+        identity = [FORMAT_VERSION, self.num_shards, settings, problems.strict, names, stats]
         name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-        self.folder = out.with_name(f".{out.name}.parts-{name}")
-        self.bounds = cut([0 if stat is None else stat[0] for stat in stats], self.parts)
-        self.sources = [sources[i:j] for i, j in zip(self.bounds, self.bounds[1:], strict=False)]
+        self.work_dir = out.with_name(f".{out.name}.parts-{name}")
+        self.shard_bounds = partition_by_size([0 if stat is None else stat[0] for stat in stats], self.num_shards)
+        self.shard_sources = [sources[i:j] for i, j in zip(self.shard_bounds, self.shard_bounds[1:], strict=False)]
 
     # ------------------------------------------------------------ pieces of work
 
     @property
-    def is_on(self) -> bool:
+    def is_active(self) -> bool:
         """Whether nobody has thrown the work away, as is done when the corpus is there."""
-        return (self.folder / PLAN).is_file()
+        return (self.work_dir / PLAN_FILE).is_file()
 
-    def check(self) -> None:
-        if not self.is_on:
-            raise Gone
+    def raise_if_aborted(self) -> None:
+        if not self.is_active:
+            raise JobAborted
 
-    def begin(self) -> None:
-        with writing(self.folder):
-            self.folder.mkdir(exist_ok=True)
-        if not self.is_on:
-            write_durably(
-                self.folder / PLAN, to_json({"kind": "parts", "parts": self.parts, "settings": self.settings})
+    def initialize(self) -> None:
+        with map_disk_errors(self.work_dir):
+            self.work_dir.mkdir(exist_ok=True)
+        if not self.is_active:
+            atomic_write(
+                self.work_dir / PLAN_FILE,
+                to_json({"kind": "parts", "parts": self.num_shards, "settings": self.settings}),
             )
 
-    def do(self) -> None:
+    def run(self) -> None:
         """Do, or see done, all but putting the parts together."""
-        self._in_parts("reading", self._read)
-        self._make("survey", self._survey, wait=True)
-        if self.ready is None:
-            self._in_parts("sample", self._sample)
-            self._make("tokenizer", self._train, wait=True)
-        self._in_parts("encoding", self._encode)
+        self._run_stage("reading", self._scan_shard)
+        self._build_artifact("survey", self._merge_scans, wait=True)
+        if self.existing_tokenizer is None:
+            self._run_stage("sample", self._sample_shard)
+            self._build_artifact("tokenizer", self._train_tokenizer, wait=True)
+        self._run_stage("encoding", self._encode_shard)
 
-    def _in_parts(self, stage: str, fill: Callable[[int, Path], dict[str, Any]]) -> None:
+    def _run_stage(self, stage: str, build: Callable[[int, Path], dict[str, Any]]) -> None:
         """All parts of one reading: this process's own first, then each that nobody has, then those that others leave."""
-        order = [(self.number - 1 + i) % self.parts for i in range(self.parts)]
-        if self._is_there(_name(stage, order[0])):
-            self.say(f"part {self.number:,} of {self.parts:,}: {stage} is done already")
-        while missing := [i for i in order if not self._is_there(_name(stage, i))]:
-            taken = [self._make(_name(stage, i), partial(fill, i)) for i in missing]
-            if not any(taken):
-                self.say(f"{stage}: what is left is being done by others; waiting for part {missing[0] + 1:,}")
-                self._make(_name(stage, missing[0]), partial(fill, missing[0]), wait=True)
+        order = [(self.shard_number - 1 + i) % self.num_shards for i in range(self.num_shards)]
+        if self._is_complete(_artifact_name(stage, order[0])):
+            self.log(f"part {self.number:,} of {self.parts:,}: {stage} is done already")
+        while missing := [i for i in order if not self._is_complete(_artifact_name(stage, i))]:
+            built = [self._build_artifact(_artifact_name(stage, i), partial(build, i)) for i in missing]
+            if not any(built):
+                self.log(f"{stage}: what is left is being done by others; waiting for part {missing[0] + 1:,}")
+                self._build_artifact(_artifact_name(stage, missing[0]), partial(build, missing[0]), wait=True)
 
-    def _is_there(self, name: str) -> bool:
-        return (self.folder / name / MANIFEST).is_file()
+    def _is_complete(self, name: str) -> bool:
+        return (self.work_dir / name / MANIFEST).is_file()
 
-    def _make(self, name: str, fill: Callable[[Path], dict[str, Any]], wait: bool = False) -> bool:
+    def _build_artifact(self, name: str, build: Callable[[Path], dict[str, Any]], wait: bool = False) -> bool:
         """See to it that a piece is there. False where another process has it in hand, and `wait` is not said."""
-        aside = self.folder / f".{name}.partial"
+        temp_dir = self.work_dir / f".{name}.partial"
         try:
-            held = FileLock(self.folder / f".{name}.lock").acquire(-1 if wait else 0, poll_interval=POLL)
+            lock = FileLock(self.work_dir / f".{name}.lock").acquire(-1 if wait else 0, poll_interval=LOCK_POLL_SECONDS)
         except Timeout:
             return False
-        with held:
-            self.check()
-            if not self._is_there(name):
-                self.say(f"{name} of {self.parts:,}")
-                shutil.rmtree(aside, ignore_errors=True)  # of one that was killed
-                with writing(aside):
-                    aside.mkdir()
-                seal(aside, {"kind": "part", **fill(aside)})
-                move_into_place(aside, self.folder / name)
+        with lock:
+            self.raise_if_aborted()
+            if not self._is_complete(name):
+                self.log(f"{name} of {self.parts:,}")
+                shutil.rmtree(temp_dir, ignore_errors=True)  # of one that was killed
+                with map_disk_errors(temp_dir):
+                    temp_dir.mkdir()
+                write_manifest(temp_dir, {"kind": "part", **build(temp_dir)})
+                atomic_replace_dir(temp_dir, self.work_dir / name)
         return True
 
-    def _facts(self, name: str) -> dict[str, Any]:
+    def _load_manifest(self, name: str) -> dict[str, Any]:
         """What a piece was sealed with, its files checked. One that was damaged is taken away, to be made anew."""
         try:
-            return check_seal(self.folder / name)
-        except CorruptFile as error:
-            self.check()
-            self.say(f"{error}\n{name} is damaged, so it is made anew")
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-            raise Gone from error
+            return verify_manifest(self.work_dir / name)
+        except CorruptFileError as error:
+            self.raise_if_aborted()
+            self.log(f"{error}\n{name} is damaged, so it is made anew")
+            shutil.rmtree(self.work_dir / name, ignore_errors=True)
+            raise JobAborted from error
 
     # ------------------------------------------------------------ to see what is there
 
-    def _read(self, i: int, aside: Path) -> dict[str, Any]:
-        bar = Bar("reading", self.sources[i], self.progress)
+    def _scan_shard(self, shard: int, temp_dir: Path) -> dict[str, Any]:
+        byte_progress = ByteProgress("reading", self.shard_sources[shard], self.progress)
         with (
-            writing(aside),
-            (aside / "documents").open("wb") as documents,
-            _lines(aside / "sources.jsonl", "w") as lines,
+            map_disk_errors(temp_dir),
+            (temp_dir / "documents").open("wb") as documents,
+            _open_text(temp_dir / "sources.jsonl", "w") as lines,
         ):
 
-            def add(key: bytes, text: Text) -> None:
-                documents.write(RECORD.pack(key, text.characters, text.bytes, *text.pieces()))
+            def add(key: bytes, text: HashedDocument) -> None:
+                documents.write(DOCUMENT_RECORD.pack(key, text.num_characters, text.num_bytes, *text.chunk_counts()))
 
-            for source in self.sources[i]:
-                problems = Problems(self.problems.strict)
-                facts = read_source(source, problems, bar, add)
-                lines.write(json.dumps({"facts": facts, "problems": problems.facts()}, ensure_ascii=False) + "\n")
+            for source in self.shard_sources[shard]:
+                problems = IssueLog(self.problems.strict)
+                source_info = scan_source(source, problems, byte_progress, add)
+                lines.write(
+                    json.dumps({"facts": source_info, "problems": problems.to_dict()}, ensure_ascii=False) + "\n"
+                )
         return {}
 
-    def _documents(self) -> Iterator[tuple[int, bytes, int, int, int, int]]:
+    def _iter_document_records(self) -> Iterator[tuple[int, bytes, int, int, int, int]]:
         """Of every document the part it is in, and its record."""
-        for i in range(self.parts):
-            with (self.folder / _name("reading", i) / "documents").open("rb") as file:
-                while block := file.read(RECORD.size * 2**14):
-                    for record in RECORD.iter_unpack(block):
+        for i in range(self.num_shards):
+            with (self.work_dir / _artifact_name("reading", i) / "documents").open("rb") as file:
+                while block := file.read(DOCUMENT_RECORD.size * 2**14):
+                    for record in DOCUMENT_RECORD.iter_unpack(block):
                         yield i, *record
 
-    def _survey(self, aside: Path) -> dict[str, Any]:
+    def _merge_scans(self, temp_dir: Path) -> dict[str, Any]:
         """What only all parts together show: which documents are new, and which split each belongs to."""
-        found, problems = Survey(), Problems()
-        problems.take_over(self.problems.facts())
-        for i in range(self.parts):
-            self._facts(_name("reading", i))
-            for line in read_json_lines(self.folder / _name("reading", i) / "sources.jsonl"):
-                found.sources.append(line["facts"])
-                problems.take_over(line["problems"])
-        with seen(aside / "seen.sqlite") as is_new:
-            for _, key, characters, size, _, _ in self._documents():
-                found.add(key, is_new(key), characters, size)
-        found.tell(problems, self.say)
-        documents, pieces = [0] * self.parts, [0] * self.parts
-        for place, (i, *_, every, first) in enumerate(self._documents()):
-            documents[i] += 1
-            pieces[i] += {"train": every, "both": first}.get(found.split_of(place), 0)
-        with writing(aside):
-            (aside / "levels").write_bytes(found.levels)
-        known = {name: value for name, value in vars(found).items() if name != "levels"}
-        starts = [(sum(documents[:i]), sum(pieces[:i])) for i in range(self.parts)]
-        return {"survey": known, "starts": starts, "problems": problems.facts()}
+        scan, problems = CorpusScan(), IssueLog()
+        problems.merge(self.problems.to_dict())
+        for i in range(self.num_shards):
+            self._load_manifest(_artifact_name("reading", i))
+            for line in read_jsonl(self.work_dir / _artifact_name("reading", i) / "sources.jsonl"):
+                scan.sources.append(line["facts"])
+                problems.merge(line["problems"])
+        with dedup_index(temp_dir / "seen.sqlite") as is_new:
+            for _, key, characters, size, _, _ in self._iter_document_records():
+                scan.add(key, is_new(key), characters, size)
+        scan.report(problems, self.log)
+        documents_per_shard, chunks_per_shard = [0] * self.num_shards, [0] * self.num_shards
+        for place, (i, *_, all_chunks, train_chunks) in enumerate(self._iter_document_records()):
+            documents_per_shard[i] += 1
+            chunks_per_shard[i] += {"train": all_chunks, "both": train_chunks}.get(scan.split_for_index(place), 0)
+        with map_disk_errors(temp_dir):
+            (temp_dir / "levels").write_bytes(scan.levels)
+        scan_state = {name: value for name, value in vars(scan).items() if name != "levels"}
+        starts = [(sum(documents_per_shard[:i]), sum(chunks_per_shard[:i])) for i in range(self.num_shards)]
+        return {"survey": scan_state, "starts": starts, "problems": problems.to_dict()}
 
     @cached_property
-    def _known(self) -> dict[str, Any]:
-        return self._facts("survey")
+    def _scan_manifest(self) -> dict[str, Any]:
+        return self._load_manifest("survey")
 
     @cached_property
-    def _found(self) -> Survey:
-        known = self._known["survey"] | {"smallest": tuple(self._known["survey"]["smallest"])}
-        return Survey(**known, levels=bytearray((self.folder / "survey" / "levels").read_bytes()))
+    def _scan(self) -> CorpusScan:
+        scan_state = self._scan_manifest["survey"] | {"smallest": tuple(self._scan_manifest["survey"]["smallest"])}
+        return CorpusScan(**scan_state, levels=bytearray((self.work_dir / "survey" / "levels").read_bytes()))
 
     # ------------------------------------------------------------ the tokenizer
 
-    def _texts(self, i: int, stage: str) -> Iterator[tuple[Split, str | Origin]]:
-        place, _ = self._known["starts"][i]
-        return split_texts(self.sources[i], self._found, stage, self.progress, self.bounds[i], place)
+    def _iter_texts(self, shard: int, stage: str) -> Iterator[tuple[Split, str | DocumentSource]]:
+        first_document, _ = self._scan_manifest["starts"][shard]
+        return iter_split_texts(
+            self.shard_sources[shard], self._scan, stage, self.progress, self.shard_bounds[shard], first_document
+        )
 
-    def _sample(self, i: int, aside: Path) -> dict[str, Any]:
+    def _sample_shard(self, shard: int, temp_dir: Path) -> dict[str, Any]:
         """What the tokenizer has to see of a part: the characters in it, or the texts that draw a small number."""
-        texts = (text for split, text in self._texts(i, "tokenizer") if split == "train" and isinstance(text, str))
+        texts = (
+            text for split, text in self._iter_texts(shard, "tokenizer") if split == "train" and isinstance(text, str)
+        )
         if self.settings["tokenizer"] == "char":
-            return {"characters": sorted({character for text in texts for character in without_surrogates(text)})}
-        _, start = self._known["starts"][i]
-        kept, limit = drawn(((number_of(place), text) for place, text in enumerate(texts, start)), DRAWS)
-        with writing(aside), _lines(aside / "texts.jsonl", "w") as lines:
-            lines.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in kept)
+            return {"characters": sorted({character for text in texts for character in replace_surrogates(text)})}
+        _, start = self._scan_manifest["starts"][shard]
+        sampled, limit = hash_sample(((sample_key(place), text) for place, text in enumerate(texts, start)), HASH_RANGE)
+        with map_disk_errors(temp_dir), _open_text(temp_dir / "texts.jsonl", "w") as lines:
+            lines.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in sampled)
         return {"limit": limit}
 
-    def _train(self, aside: Path) -> dict[str, Any]:
-        names = [_name("sample", i) for i in range(self.parts)]
-        facts = [self._facts(name) for name in names]
+    def _train_tokenizer(self, temp_dir: Path) -> dict[str, Any]:
+        names = [_artifact_name("sample", i) for i in range(self.num_shards)]
+        manifests = [self._load_manifest(name) for name in names]
         if self.settings["tokenizer"] == "char":
-            tokenizer = train_char("".join(one["characters"]) for one in facts)
+            tokenizer = train_char("".join(one["characters"]) for one in manifests)
         else:
-            size = self.settings["vocab_size"] or vocab_size_for(self._found.size)
-            kept, _ = drawn(self._sampled(names), min(one["limit"] for one in facts))
-            tokenizer = train_bpe_on([text for _, text in kept], size)
-        tokenizer.save(aside)
+            size = self.settings["vocab_size"] or vocab_size_for(self._scan.size)
+            sampled, _ = hash_sample(self._iter_sampled(names), min(one["limit"] for one in manifests))
+            tokenizer = train_bpe_from_sample([text for _, text in sampled], size)
+        tokenizer.save(temp_dir)
         return {}
 
-    def _sampled(self, names: list[str]) -> Iterator[tuple[int, str]]:
+    def _iter_sampled(self, names: list[str]) -> Iterator[tuple[int, str]]:
         for name in names:
-            with _lines(self.folder / name / "texts.jsonl", "r") as lines:
+            with _open_text(self.work_dir / name / "texts.jsonl", "r") as lines:
                 for line in lines:
                     number, text = json.loads(line)
                     yield number, text
@@ -321,49 +341,53 @@ class Work:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        if self.ready is None:
-            self._facts("tokenizer")
-        return self.ready or Tokenizer.open(self.folder / "tokenizer")
+        if self.existing_tokenizer is None:
+            self._load_manifest("tokenizer")
+        return self.existing_tokenizer or Tokenizer.open(self.work_dir / "tokenizer")
 
-    def _encode(self, i: int, aside: Path) -> dict[str, Any]:
-        rows = encode(self._texts(i, "encoding"), self._tokenizer, aside)
-        return {"rows": {split: asdict(part) for split, part in rows.items()}}
+    def _encode_shard(self, shard: int, temp_dir: Path) -> dict[str, Any]:
+        stats = write_shards(self._iter_texts(shard, "encoding"), self._tokenizer, temp_dir)
+        return {"rows": {split: asdict(part) for split, part in stats.items()}}
 
-    def join(self, aside: Path) -> None:
+    def assemble(self, output_dir: Path) -> None:
         """Fill and seal an empty folder with what one process alone would have made."""
-        names = [_name("encoding", i) for i in range(self.parts)]
-        facts = [self._facts(name)["rows"] for name in names]
-        self._tokenizer.save(aside)
-        rows: dict[Split, Part] = {}
+        artifact_names = [_artifact_name("encoding", i) for i in range(self.num_shards)]
+        shard_stats = [self._load_manifest(name)["rows"] for name in artifact_names]
+        self._tokenizer.save(output_dir)
+        split_stats: dict[Split, SplitStats] = {}
         for split in ("train", "validation"):
-            row = ShardWriter(aside, split, self._tokenizer)
-            for name in names:
-                row.copy(Tokens(sorted((self.folder / name).glob(f"{split}-*.npy"))))
-            row.close()
-            rows[split] = Part(**{key: sum(one[split][key] for one in facts) for key in asdict(Part())})
-        origins, before = OriginWriter(aside), 0
-        for name, one in zip(names, facts, strict=True):
-            origins.copy(self.folder / name, before)
-            before += one["train"]["tokens"]
-        problems = Problems()
-        problems.take_over(self._known["problems"])
-        finish(aside, self.settings, self._found, rows, self._tokenizer.vocab_size, problems, self.say)
+            writer = ShardWriter(output_dir, split, self._tokenizer)
+            for name in artifact_names:
+                writer.append_from(ShardedTokens(sorted((self.work_dir / name).glob(f"{split}-*.npy"))))
+            writer.close()
+            split_stats[split] = SplitStats(
+                **{key: sum(stats[split][key] for stats in shard_stats) for key in asdict(SplitStats())}
+            )
+        provenance, token_offset = ProvenanceWriter(output_dir), 0
+        for name, stats in zip(artifact_names, shard_stats, strict=True):
+            provenance.append_from(self.work_dir / name, token_offset)
+            token_offset += stats["train"]["tokens"]
+        problems = IssueLog()
+        problems.merge(self._scan_manifest["problems"])
+        write_corpus_manifest(
+            output_dir, self.settings, self._scan, split_stats, self._tokenizer.vocab_size, problems, self.log
+        )
 
 
-def _name(stage: str, part: int) -> str:
+def _artifact_name(stage: str, shard: int) -> str:
     """A piece's name: parts are counted from 1, as a person counts them."""
     return f"{stage}-{part + 1:05d}"
 
 
-def _lines(path: Path, mode: str) -> Any:
+def _open_text(path: Path, mode: str) -> Any:
     return path.open(mode, encoding="utf-8", newline="\n")
 
 
-def cut(sizes: list[int], parts: int) -> list[int]:
+def partition_by_size(sizes: list[int], num_parts: int) -> list[int]:
     """Where each part of a row of files begins, and where the last one ends: about as many bytes in each."""
     total, before, bounds = sum(sizes) + len(sizes), 0, [0]
     for i, size in enumerate(sizes):
-        part = (2 * before + size + 1) * parts // (2 * total)  # the one that the middle of the file falls into
+        part = (2 * before + size + 1) * num_parts // (2 * total)  # the one that the middle of the file falls into
         bounds += [i] * (part + 1 - len(bounds))
         before += size + 1
-    return bounds + [len(sizes)] * (parts + 1 - len(bounds))
+    return bounds + [len(sizes)] * (num_parts + 1 - len(bounds))

@@ -10,97 +10,97 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nextword.common.errors import CorruptFile
-from nextword.common.fs import writing
-from nextword.data.shards import Tokens
+from nextword.common.errors import CorruptFileError
+from nextword.common.fs import map_disk_errors
+from nextword.data.shards import ShardedTokens
 from nextword.data.tokenizer import Tokenizer
 
-NAME = "train-documents.bin"
+PROVENANCE_FILE = "train-documents.bin"
 # The document's tokens, its end-of-text token the last of them, stand before "end"; line 0: the file is one document.
-ROW = np.dtype([("end", "<u8"), ("source", "<u4"), ("line", "<u4")])
-FIRST_WORDS = 12  # tokens that a document without a name is called by
-BLOCK = 2**16  # tokens read at once on the way back to where a document begins
+ROW_DTYPE = np.dtype([("end", "<u8"), ("source", "<u4"), ("line", "<u4")])
+PREVIEW_TOKENS = 12  # tokens that a document without a name is called by
+SEARCH_BLOCK_TOKENS = 2**16  # tokens read at once on the way back to where a document begins
 
-Span = tuple[int, int]  # the first token, and how many
+TokenSpan = tuple[int, int]  # the first token, and how many
 
 
-class Origin(NamedTuple):
+class DocumentSource(NamedTuple):
     """Where a document was read: the number of its source, and its line there (None: the source is one document)."""
 
     source: int
     line: int | None
 
 
-class OriginWriter:
+class ProvenanceWriter:
     """Writes a row at the end of each document of the training part."""
 
     def __init__(self, directory: Path):
-        self._path = directory / NAME
-        self._waiting: list[tuple[int, int, int]] = []
+        self._path = directory / PROVENANCE_FILE
+        self._pending: list[tuple[int, int, int]] = []
 
-    def add(self, end: int, origin: Origin) -> None:
-        self._waiting.append((end, origin.source, origin.line or 0))
+    def add(self, end: int, document_source: DocumentSource) -> None:
+        self._pending.append((end, document_source.source, document_source.line or 0))
 
-    def copy(self, directory: Path, before: int) -> None:
+    def append_from(self, directory: Path, token_offset: int) -> None:
         """The rows of a part of the corpus, which stands after so many tokens."""
-        rows = np.fromfile(directory / NAME, ROW)
-        rows["end"] += before
-        self._append(rows)
+        rows = np.fromfile(directory / PROVENANCE_FILE, ROW_DTYPE)
+        rows["end"] += token_offset
+        self._append_rows(rows)
 
-    def write(self) -> None:
+    def flush(self) -> None:
         """Put on disk what was added."""
-        self._append(np.array(self._waiting, ROW))
-        self._waiting = []
+        self._append_rows(np.array(self._pending, ROW_DTYPE))
+        self._pending = []
 
-    def _append(self, rows: np.ndarray) -> None:
-        with writing(self._path), self._path.open("ab") as file:
+    def _append_rows(self, rows: np.ndarray) -> None:
+        with map_disk_errors(self._path), self._path.open("ab") as file:
             file.write(rows.tobytes())
 
 
-def names_in(
-    directory: Path, sources: Sequence[str], tokens: Tokens, tokenizer: Tokenizer, spans: Iterable[Span]
+def document_names(
+    directory: Path, sources: Sequence[str], tokens: ShardedTokens, tokenizer: Tokenizer, spans: Iterable[TokenSpan]
 ) -> list[str]:
     """What the documents are called that have a token in one of the spans, each once, in the order of the tokens.
 
     Raises:
         CorruptFile: the table is no table of these documents.
     """
-    path = directory / NAME
+    path = directory / PROVENANCE_FILE
     if not path.exists():
-        begins = sorted({begin for span in spans for begin in _begins(tokens, tokenizer.end_of_text, span)})
-        return [_first_words(tokens, tokenizer, begin) for begin in begins]
-    if not path.stat().st_size or path.stat().st_size % ROW.itemsize:
-        raise CorruptFile(f"{path}: not a table of documents; prepare the text anew")
-    table = np.memmap(path, ROW, mode="r")
-    found: set[int] = set()
+        starts = sorted({begin for span in spans for begin in _document_starts(tokens, tokenizer.eos_id, span)})
+        return [_document_preview(tokens, tokenizer, begin) for begin in starts]
+    if not path.stat().st_size or path.stat().st_size % ROW_DTYPE.itemsize:
+        raise CorruptFileError(f"{path}: not a table of documents; prepare the text anew")
+    table = np.memmap(path, ROW_DTYPE, mode="r")
+    document_indices: set[int] = set()
     for start, count in spans:
         first, last = np.searchsorted(table["end"], [start, start + count - 1], side="right").tolist()
-        found |= set(range(first, last + 1))
-    rows = [table[number] for number in sorted(found) if number < len(table)]
-    if len(rows) < len(found) or any(row["source"] >= len(sources) for row in rows):
-        raise CorruptFile(f"{path}: does not fit the tokens beside it; prepare the text anew")
-    places = [(int(row["source"]), int(row["line"])) for row in rows]
-    return [sources[source] + (f" line {line}" if line else "") for source, line in places]
+        document_indices |= set(range(first, last + 1))
+    rows = [table[number] for number in sorted(document_indices) if number < len(table)]
+    if len(rows) < len(document_indices) or any(row["source"] >= len(sources) for row in rows):
+        raise CorruptFileError(f"{path}: does not fit the tokens beside it; prepare the text anew")
+    locations = [(int(row["source"]), int(row["line"])) for row in rows]
+    return [sources[source] + (f" line {line}" if line else "") for source, line in locations]
 
 
-def _begins(tokens: Tokens, end_of_text: int, span: Span) -> Iterator[int]:
+def _document_starts(tokens: ShardedTokens, eos_id: int, span: TokenSpan) -> Iterator[int]:
     """Where the documents of a span begin, the first of them perhaps long before it."""
     start, count = span
-    begin = start
-    while begin:
-        low = max(0, begin - BLOCK)
-        ends = np.flatnonzero(tokens.read(low, begin - low) == end_of_text)
-        begin = low if not len(ends) else low + int(ends[-1]) + 1
+    document_start = start
+    while document_start:
+        block_start = max(0, document_start - SEARCH_BLOCK_TOKENS)
+        ends = np.flatnonzero(tokens.read(block_start, document_start - block_start) == eos_id)
+        document_start = block_start if not len(ends) else block_start + int(ends[-1]) + 1
         if len(ends):
             break
-    yield begin
-    for place in np.flatnonzero(tokens.read(start, count - 1) == end_of_text).tolist():
-        yield start + place + 1
+    yield document_start
+    for offset in np.flatnonzero(tokens.read(start, count - 1) == eos_id).tolist():
+        yield start + offset + 1
 
 
-def _first_words(tokens: Tokens, tokenizer: Tokenizer, begin: int) -> str:
-    ids = tokens.read(begin, min(FIRST_WORDS, len(tokens) - begin)).tolist()
-    if tokenizer.end_of_text in ids:
-        ids = ids[: ids.index(tokenizer.end_of_text)]
+def _document_preview(tokens: ShardedTokens, tokenizer: Tokenizer, start: int) -> str:
+    ids = tokens.read(start, min(PREVIEW_TOKENS, len(tokens) - start)).tolist()
+    if tokenizer.eos_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_id)]
     words = " ".join(tokenizer.decode(ids).split())
     return f'the document that begins with "{words}" (token {begin:,})'

@@ -13,22 +13,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from nextword.common.errors import DiskFull, NextwordError
-from nextword.common.fs import sha256
-from nextword.data.documents import Document, Problems, Source, without_surrogates
-from nextword.data.provenance import Origin
+from nextword.common.errors import DiskFullError, NextwordError
+from nextword.common.fs import sha256_file
+from nextword.data.documents import Document, IssueLog, SourceFile, replace_surrogates
+from nextword.data.provenance import DocumentSource
 from nextword.data.shards import Split
 
-Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
+ProgressCallback = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
 
-FEW = 20  # documents; with fewer the validation part is the last tenth of each
+MIN_DOCUMENTS_TO_SPLIT = 20  # documents; with fewer the validation part is the last tenth of each
 
 # By its hash, a document is in the last 10 %, 5 % and 1 %, or in none of them; the parts are nested, so that a
 # growing corpus only ever moves documents from validation to training.
-DUPLICATE, TRAIN, TENTH, TWENTIETH, HUNDREDTH = range(5)
+DUPLICATE, TRAIN, HASH_10_PERCENT, HASH_5_PERCENT, HASH_1_PERCENT = range(5)
 
 
-def size_and_time(path: Path) -> tuple[int, int] | None:
+def file_size_and_mtime(path: Path) -> tuple[int, int] | None:
     """Size and time of the last change; None where the file cannot be had."""
     try:
         status = path.stat()
@@ -37,16 +37,18 @@ def size_and_time(path: Path) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def unchanged(source: Source, known: dict[str, Any]) -> bool:
+def is_unchanged(source: SourceFile, recorded: dict[str, Any]) -> bool:
     """Whether a file is the one that a survey wrote these facts of."""
-    now = size_and_time(source.path)
-    if now is None or source.name != known["name"] or now[0] != known["bytes"]:
+    now = file_size_and_mtime(source.path)
+    if now is None or source.name != recorded["name"] or now[0] != recorded["bytes"]:
         return False
-    return now[1] == known["mtime_ns"] or (known["sha256"] is not None and sha256(source.path) == known["sha256"])
+    return now[1] == recorded["mtime_ns"] or (
+        recorded["sha256"] is not None and sha256_file(source.path) == recorded["sha256"]
+    )
 
 
 @dataclass
-class Survey:
+class CorpusScan:
     """What the first reading found: `levels` has a byte for every document, `lengths` a number for the first few."""
 
     sources: list[dict[str, Any]] = field(default_factory=list)
@@ -57,61 +59,67 @@ class Survey:
     size: int = 0  # bytes of text, duplicates left out
     smallest: tuple[int, int] = (2**64, 0)  # the hash of the document that has the smallest, and its place
 
-    def add(self, key: bytes, is_new: bool, characters: int, size: int) -> None:
+    def add(self, key: bytes, is_new: bool, num_characters: int, num_bytes: int) -> None:
         if not is_new:
             self.levels.append(DUPLICATE)
             self.duplicates += 1
             return
-        self.smallest = min(self.smallest, (_number(key), len(self.levels)))
-        self.levels.append(_level(key))
+        self.smallest = min(self.smallest, (_key_to_int(key), len(self.levels)))
+        self.levels.append(_split_level(key))
         self.unique += 1
-        self.size += size
-        if len(self.lengths) < FEW:
-            self.lengths.append(characters)
+        self.size += num_bytes
+        if len(self.lengths) < MIN_DOCUMENTS_TO_SPLIT:
+            self.lengths.append(num_characters)
 
-    def tell(self, problems: Problems, say: Callable[[str], None]) -> None:
+    def report(self, problems: IssueLog, log: Callable[[str], None]) -> None:
         """Say what was wrong with the text. Raises `NextwordError` where there is none at all, with what was there."""
-        for line in problems.lines():
-            say(line)
+        for line in problems.summary_lines():
+            log(line)
         if not self.unique:
             raise NextwordError(
                 "no text was found. "
-                + "\n".join(["What was there:", *problems.lines()] if problems.found else [])
+                + "\n".join(["What was there:", *problems.summary_lines()] if problems.issues else [])
                 + "\nName files or folders of .txt, .md, .jsonl, .csv, .tsv or .parquet, plain, .gz or .zst"
             )
 
-    def split_of(self, place: int) -> Split | Literal["both", "neither"]:
+    def split_for_index(self, index: int) -> Split | Literal["both", "neither"]:
         """Where a document goes, by its place in the corpus."""
-        level = self.levels[place]
+        level = self.levels[index]
         if level == DUPLICATE:
             return "neither"
-        if self.unique < FEW:
+        if self.unique < MIN_DOCUMENTS_TO_SPLIT:
             return "both"
         # The smallest hash is in validation already, unless nothing is.
-        return "validation" if level >= self.held_out or place == self.smallest[1] else "train"
+        return "validation" if level >= self.validation_level or index == self.smallest[1] else "train"
 
-    def split_by(self, key: bytes) -> Split | Literal["both"]:
+    def split_for_key(self, key: bytes) -> Split | Literal["both"]:
         """Where the text of a hash goes, whichever of its copies it is."""
-        if self.unique < FEW:
+        if self.unique < MIN_DOCUMENTS_TO_SPLIT:
             return "both"
-        return "validation" if _level(key) >= self.held_out or _number(key) == self.smallest[0] else "train"
+        return (
+            "validation"
+            if _split_level(key) >= self.validation_level or _key_to_int(key) == self.smallest[0]
+            else "train"
+        )
 
     @property
-    def held_out(self) -> int:
+    def validation_level(self) -> int:
         """From which level on a document is held out."""
-        return TENTH if self.size < 10_000_000 else TWENTIETH if self.size < 100_000_000 else HUNDREDTH
+        return (
+            HASH_10_PERCENT if self.size < 10_000_000 else HASH_5_PERCENT if self.size < 100_000_000 else HASH_1_PERCENT
+        )
 
 
-def _number(key: bytes) -> int:
+def _key_to_int(key: bytes) -> int:
     """The hash of a document as a number, by which it is drawn."""
     return int.from_bytes(key[:8], "big")
 
 
-def _level(key: bytes) -> int:
-    return TRAIN + sum(_number(key) < 2**64 * share // 100 for share in (10, 5, 1))
+def _split_level(key: bytes) -> int:
+    return TRAIN + sum(_key_to_int(key) < 2**64 * share // 100 for share in (10, 5, 1))
 
 
-class Watcher(Protocol):
+class DocumentObserver(Protocol):
     """Sees the documents go by at the first reading."""
 
     def begin(self, source: int, document: Document) -> None: ...
@@ -121,63 +129,67 @@ class Watcher(Protocol):
     def end(self, key: bytes) -> None: ...
 
 
-class Bar:
+class ByteProgress:
     """Tells how far one reading of the sources has come, in bytes of their files."""
 
-    def __init__(self, stage: str, sources: Sequence[Source], progress: Progress):
+    def __init__(self, stage: str, sources: Sequence[SourceFile], progress: ProgressCallback):
         self._stage, self._progress = stage, progress
-        self._sizes = [(size_and_time(source.path) or (0, 0))[0] for source in sources]
-        self._total = sum(self._sizes)
-        self._file = self._before = self._inside = self._told = 0
+        self._file_sizes = [(file_size_and_mtime(source.path) or (0, 0))[0] for source in sources]
+        self._total_bytes = sum(self._file_sizes)
+        self._file_index = self._finished_bytes = self._file_bytes = self._reported_bytes = 0
 
-    def advance(self, count: int) -> None:
+    def advance(self, num_bytes: int) -> None:
         """So many bytes of text went by. A compressed file holds more than its size, and is not counted past that."""
-        self._inside = min(self._inside + count, self._sizes[self._file])
-        if self._before + self._inside >= self._told + 2**20:
-            self._tell()
+        self._file_bytes = min(self._file_bytes + num_bytes, self._file_sizes[self._file_index])
+        if self._finished_bytes + self._file_bytes >= self._reported_bytes + 2**20:
+            self._report()
 
     def end_file(self) -> None:
-        self._before, self._inside, self._file = self._before + self._sizes[self._file], 0, self._file + 1
-        if self._file == len(self._sizes):
-            self._tell()
+        self._finished_bytes, self._file_bytes, self._file_index = (
+            self._finished_bytes + self._file_sizes[self._file_index],
+            0,
+            self._file_index + 1,
+        )
+        if self._file_index == len(self._file_sizes):
+            self._report()
 
-    def _tell(self) -> None:
-        self._told = self._before + self._inside
-        self._progress(self._stage, self._told, self._total)
+    def _report(self) -> None:
+        self._reported_bytes = self._finished_bytes + self._file_bytes
+        self._progress(self._stage, self._reported_bytes, self._total_bytes)
 
 
-class Text:
+class HashedDocument:
     """A document's pieces, hashed and measured as they go by."""
 
-    def __init__(self, document: Document, bar: Bar):
-        self._document, self._bar = document, bar
+    def __init__(self, document: Document, byte_progress: ByteProgress):
+        self._document, self._byte_progress = document, byte_progress
         self._hash = hashlib.blake2b(digest_size=16)
-        self._begins: list[int] = []  # of each piece, in characters
-        self.characters = self.bytes = 0
+        self._chunk_starts: list[int] = []  # of each piece, in characters
+        self.num_characters = self.num_bytes = 0
 
     def __iter__(self) -> Iterator[str]:
-        for piece in self._document.pieces:
+        for piece in self._document.chunks:
             data = piece.encode()
             self._hash.update(data)
-            self._begins.append(self.characters)
-            self.characters += len(piece)
-            self.bytes += len(data)
-            self._bar.advance(len(data))
+            self._chunk_starts.append(self.num_characters)
+            self.num_characters += len(piece)
+            self.num_bytes += len(data)
+            self._byte_progress.advance(len(data))
             yield piece
 
-    def finish(self) -> bytes:
+    def finalize(self) -> bytes:
         """Read what is left; the hash of the whole text."""
         for _ in self:
             pass
         return self._hash.digest()
 
-    def pieces(self) -> tuple[int, int]:
+    def chunk_counts(self) -> tuple[int, int]:
         """How many pieces the text has, and how many begin in its first nine tenths."""
-        return len(self._begins), bisect.bisect_left(self._begins, self.characters * 9 // 10)
+        return len(self._chunk_starts), bisect.bisect_left(self._chunk_starts, self.num_characters * 9 // 10)
 
 
 @contextlib.contextmanager
-def seen(path: Path) -> Iterator[Callable[[bytes], bool]]:
+def dedup_index(path: Path) -> Iterator[Callable[[bytes], bool]]:
     """Tells of each key whether it is new. The keys lie on disk, so that memory stays flat however many there are."""
     try:
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as table:
@@ -189,97 +201,104 @@ def seen(path: Path) -> Iterator[Callable[[bytes], bool]]:
         path.unlink()
     except sqlite3.Error as error:
         free = shutil.disk_usage(path.parent).free
-        kind = DiskFull if "full" in str(error) else NextwordError
+        kind = DiskFullError if "full" in str(error) else NextwordError
         raise kind(f"{path}: {error} ({free:,} bytes free). Make room, and run the same command again") from error
 
 
-def read_source(
-    source: Source, problems: Problems, bar: Bar, add: Callable[[bytes, Text], None], number: int = 0,
-    watcher: Watcher | None = None,
+def scan_source(
+    source: SourceFile, problems: IssueLog, byte_progress: ByteProgress, on_document: Callable[[bytes, HashedDocument], None], source_index: int = 0,
+    observer: DocumentObserver | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Read one source for the first time, and `add` the hash and the measures of each document; the source's facts."""
-    size, time = size_and_time(source.path) or (None, None)
-    texts = hashlib.blake2b(digest_size=16)
+    size, mtime_ns = file_size_and_mtime(source.path) or (None, None)
+    texts_hash = hashlib.blake2b(digest_size=16)
     for document in source.read(problems):
-        text = Text(document, bar)
-        if watcher is not None:
-            watcher.begin(number, document)
-            for piece in text:
-                watcher.add(piece)
-        key = text.finish()
-        if watcher is not None:
-            watcher.end(key)
-        texts.update(key)
-        add(key, text)
-    bar.end_file()
+        hashed = HashedDocument(document, byte_progress)
+        if observer is not None:
+            observer.begin(source_index, document)
+            for piece in hashed:
+                observer.add(piece)
+        key = hashed.finalize()
+        if observer is not None:
+            observer.end(key)
+        texts_hash.update(key)
+        on_document(key, hashed)
+    byte_progress.end_file()
     try:
-        content = sha256(source.path)
+        file_hash = sha256_file(source.path)
     except OSError:  # its reader has reported it
-        content = None
-    facts = {"name": without_surrogates(source.name), "bytes": size, "mtime_ns": time, "sha256": content}
-    return {**facts, "texts": texts.hexdigest()}
+        file_hash = None
+    source_info = {"name": replace_surrogates(source.name), "bytes": size, "mtime_ns": mtime_ns, "sha256": file_hash}
+    return {**source_info, "texts": texts_hash.hexdigest()}
 
 
-def survey(
-    sources: list[Source], directory: Path, problems: Problems, progress: Progress, say: Callable[[str], None],
-    watcher: Watcher | None = None,
-) -> Survey:  # fmt: skip
+def scan_corpus(
+    sources: list[SourceFile], directory: Path, problems: IssueLog, progress: ProgressCallback, log: Callable[[str], None],
+    observer: DocumentObserver | None = None,
+) -> CorpusScan:  # fmt: skip
     """The first reading: what is there, what of it is new, and which split each document belongs to.
 
     Raises:
         NextwordError: there is no text at all; with what was there.
     """
-    found, bar = Survey(), Bar("reading", sources, progress)
-    with seen(directory / "seen.sqlite") as is_new:
-        for number, source in enumerate(sources):
-            facts = read_source(
-                source, problems, bar, lambda key, text: found.add(key, is_new(key), text.characters, text.bytes), number,
-                watcher,
+    scan, byte_progress = CorpusScan(), ByteProgress("reading", sources, progress)
+    with dedup_index(directory / "seen.sqlite") as is_new:
+        for source_index, source in enumerate(sources):
+            source_info = scan_source(
+                source, problems, byte_progress, lambda key, text: scan.add(key, is_new(key), text.num_characters, text.num_bytes), source_index,
+                observer,
             )  # fmt: skip
-            found.sources.append(facts)
-    found.tell(problems, say)
-    return found
+            scan.sources.append(source_info)
+    scan.report(problems, log)
+    return scan
 
 
-def split_texts(
-    sources: Sequence[Source], survey: Survey, stage: str, progress: Progress, first: int = 0, place: int = 0
-) -> Iterator[tuple[Split, str | Origin]]:
+def iter_split_texts(
+    sources: Sequence[SourceFile],
+    scan: CorpusScan,
+    stage: str,
+    progress: ProgressCallback,
+    first_source: int = 0,
+    document_index: int = 0,
+) -> Iterator[tuple[Split, str | DocumentSource]]:
     """A later reading: each new document's pieces with the split they belong to, and its origin where it ends.
 
     `sources` are those of the survey from the one numbered `first` on, whose first document has the number `place`.
     Raises `NextwordError` where a file no longer holds the texts that the survey found.
     """
-    bar = Bar(stage, sources, progress)
-    lengths = iter(survey.lengths[place - survey.levels.count(DUPLICATE, 0, place) :])
-    facts = survey.sources[first : first + len(sources)]
-    for number, (source, known) in enumerate(zip(sources, facts, strict=True), start=first):
-        texts = hashlib.blake2b(digest_size=16)
-        for document in source.read(Problems()):  # what is wrong was told the first time
-            text = Text(document, bar)
-            where = survey.split_of(place) if place < len(survey.levels) else "neither"
-            origin = Origin(number, document.line)
-            if where == "both":
-                yield from _last_tenth_held_out(text, next(lengths), origin)
-            elif where != "neither":
-                for piece in text:
-                    yield where, piece
-                yield where, origin
-            texts.update(text.finish())
-            place += 1
-        bar.end_file()
-        if texts.hexdigest() != known["texts"]:
+    byte_progress = ByteProgress(stage, sources, progress)
+    lengths = iter(scan.lengths[document_index - scan.levels.count(DUPLICATE, 0, document_index) :])
+    recorded_sources = scan.sources[first_source : first_source + len(sources)]
+    for source_index, (source, recorded) in enumerate(zip(sources, recorded_sources, strict=True), start=first_source):
+        texts_hash = hashlib.blake2b(digest_size=16)
+        for document in source.read(IssueLog()):  # what is wrong was told the first time
+            hashed = HashedDocument(document, byte_progress)
+            split = scan.split_for_index(document_index) if document_index < len(scan.levels) else "neither"
+            document_source = DocumentSource(source_index, document.line)
+            if split == "both":
+                yield from _hold_out_last_tenth(hashed, next(lengths), document_source)
+            elif split != "neither":
+                for piece in hashed:
+                    yield split, piece
+                yield split, document_source
+            texts_hash.update(hashed.finalize())
+            document_index += 1
+        byte_progress.end_file()
+        if texts_hash.hexdigest() != recorded["texts"]:
             raise NextwordError(f"{source.path}: changed while it was read; run the same command again when it rests")
 
 
-def _last_tenth_held_out(text: Iterable[str], length: int, origin: Origin) -> Iterator[tuple[Split, str | Origin]]:
+def _hold_out_last_tenth(
+    chunks: Iterable[str], num_characters: int, document_source: DocumentSource
+) -> Iterator[tuple[Split, str | DocumentSource]]:
     """The pieces of a document of so many characters, cut at nine tenths of them."""
-    left = length * 9 // 10
-    for piece in text:
-        if left > 0:
-            yield "train", piece[:left]
-            if left <= len(piece):
-                yield "train", origin
-        if left < len(piece):
-            yield "validation", piece[max(left, 0) :]
-        left -= len(piece)
-    yield "validation", origin
+    train_remaining = num_characters * 9 // 10
+    for piece in chunks:
+        if train_remaining > 0:
+            yield "train", piece[:train_remaining]
+            if train_remaining <= len(piece):
+                yield "train", document_source
+        if train_remaining < len(piece):
+            yield "validation", piece[max(train_remaining, 0) :]
+        train_remaining -= len(piece)
+    yield "validation", document_source

@@ -9,7 +9,7 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     if name == "LMEval":
-        from nextword.evaluation.lm_eval_adapter import adapter
+        from nextword.evaluation.lm_eval_adapter import lm_eval_model_class
 
-        return adapter()
+        return lm_eval_model_class()
     raise AttributeError(f"module 'nextword.evaluation' has no attribute {name!r}")

@@ -12,21 +12,27 @@ from typing import Any
 from nextword.common import fs
 from nextword.common.console import Console
 from nextword.common.errors import UsageError
-from nextword.common.run_dir import Interrupted, RunFolder, catching_signals, open_run, versions
-from nextword.pipeline.predictor import METRIC
-from nextword.reporting.label_efficiency_page import transfer_page
-from nextword.reporting.task_results import name_of
-from nextword.tasks.metrics import over_seeds
-from nextword.training.launch import refuse_changes
+from nextword.common.run_dir import RunDir, RunInterruptedError, catch_signals, library_versions, open_run
+from nextword.pipeline.predictor import SELECTION_METRIC
+from nextword.reporting.label_efficiency_page import write_label_efficiency_page
+from nextword.reporting.task_results import short_path_name
+from nextword.tasks.metrics import seed_interval
+from nextword.training.launch import check_resume_config
 
-COUNTS = (32, 128, 512, 2048)  # examples to learn from, and then all of them
+DEFAULT_EXAMPLE_COUNTS = (32, 128, 512, 2048)  # examples to learn from, and then all of them
 LOWER_IS_BETTER = ("bits_per_byte", "loss")
 
-Tune = Callable[..., dict[str, Any]]
+FinetuneFunction = Callable[..., dict[str, Any]]
 
 
-def run_transfer(
-    tune: Tune, out: Path, request: dict[str, Any], command: list[str], *, resume: bool, console: Console
+def run_study(
+    finetune: FinetuneFunction,
+    out: Path,
+    request: dict[str, Any],
+    command: list[str],
+    *,
+    resume: bool,
+    console: Console,
 ) -> dict[str, Any]:
     """Fill the grid of (examples, seed, pre-trained or not), cell by cell, and say what it shows.
 
@@ -38,99 +44,101 @@ def run_transfer(
         request: what the person said: `model`, `data`, `counts`, `seeds` and the settings of the runs.
     """
     started = time.time()
-    with open_run(out, resume=resume) as run, catching_signals() as caught:
-        if run.begun:
-            refuse_changes(run, request)
-            request = run.facts()["request"]
-            if run.finished:
-                return fs.read_json(run.result)
+    with open_run(out, resume=resume) as run, catch_signals() as caught:
+        if run.exists:
+            check_resume_config(run, request)
+            request = run.metadata()["request"]
+            if run.is_complete:
+                return fs.read_json(run.result_path)
         else:
-            facts = {
+            metadata = {
                 "recipe": {},
                 "task": "transfer",
                 "request": request,
                 "command": " ".join(command),
-                "versions": versions(),
+                "versions": library_versions(),
             }
-            run.write_facts(facts)
-            fs.write_durably(run.metrics, "")
-        cells: list[dict[str, Any]] = fs.read_json_lines(run.metrics)
+            run.write_metadata(metadata)
+            fs.atomic_write(run.metrics_path, "")
+        runs: list[dict[str, Any]] = fs.read_jsonl(run.metrics_path)
         grid = [
             (count, seed, pretrained)
-            for count in [*(request["counts"] or COUNTS), None]
+            for count in [*(request["counts"] or DEFAULT_EXAMPLE_COUNTS), None]
             for seed in range(request["seeds"])
             for pretrained in (True, False)
         ]
-        done = {(cell["asked"], cell["seed"], cell["pretrained"]) for cell in cells}
+        done = {(cell["asked"], cell["seed"], cell["pretrained"]) for cell in runs}
         for number, cell in enumerate(grid):
-            if cell in done or (cells and cell[0] is not None and cell[0] >= cells[0]["available"]):
+            if cell in done or (runs and cell[0] is not None and cell[0] >= runs[0]["available"]):
                 continue
             console.progress("transfer", number, len(grid))
-            cells.append(fill(tune, run, *cell))
-            console.say(in_words(cells[-1]))
+            runs.append(run_cell(finetune, run, *cell))
+            console.info(format_cell(runs[-1]))
             if caught:
-                raise Interrupted(
+                raise RunInterruptedError(
                     f"stopped after {len(cells)} of {len(grid)} cells, and kept. Go on with --resume", caught[0]
                 )
-        result = conclude(cells) | {
+        result = summarize(runs) | {
             "run": str(out), "model": request["model"], "data": request["data"], "seconds": round(time.time() - started, 3),
         }  # fmt: skip
-        page = {**result, "model": name_of(request["model"]), "data": name_of(request["data"][0])}
-        transfer_page(out, {**page, "command": run.facts()["command"]})
-        fs.write_durably(run.result, fs.to_json(result))
+        page = {**result, "model": short_path_name(request["model"]), "data": short_path_name(request["data"][0])}
+        write_label_efficiency_page(out, {**page, "command": run.metadata()["command"]})
+        fs.atomic_write(run.result_path, fs.to_json(result))
         return result
 
 
-def fill(tune: Tune, run: RunFolder, asked: int | None, seed: int, pretrained: bool) -> dict[str, Any]:
+def run_cell(finetune: FinetuneFunction, run: RunDir, limit: int | None, seed: int, pretrained: bool) -> dict[str, Any]:
     """One cell: its run, its score, on disk."""
     folder = run.path / "cells" / f"{asked or 'all'}-{seed}-{'pretrained' if pretrained else 'scratch'}"
     folder.parent.mkdir(exist_ok=True)
-    result = tune(out=folder, limit=asked, seed=seed, scratch=not pretrained, resume=True, console=Console(quiet=True))
-    facts = RunFolder(folder).facts()
-    metric = METRIC[facts["task"]["kind"]]
+    result = finetune(
+        out=folder, limit=limit, seed=seed, scratch=not pretrained, resume=True, console=Console(quiet=True)
+    )
+    metadata = RunDir(folder).metadata()
+    metric = SELECTION_METRIC[metadata["task"]["kind"]]
     metric = metric if metric in result else "bits_per_byte"
     if result.get(metric) is None:
         raise UsageError("transfer needs held-out examples to be scored on: give some by --validation")
-    train = facts["data"]["train"]["examples"]
+    train = metadata["data"]["train"]["examples"]
     cell = {
-        "asked": asked, "examples": train, "available": facts["data"]["available"], "seed": seed, "pretrained": pretrained,
-        "task": facts["task"]["task"], "metric": metric, "score": result[metric], "seconds": result["seconds"],
+        "asked": limit, "examples": train, "available": metadata["data"]["available"], "seed": seed, "pretrained": pretrained,
+        "task": metadata["task"]["task"], "metric": metric, "score": result[metric], "seconds": result["seconds"],
         "baselines": {name: scores[metric] for name, scores in result.get("baselines", {}).items() if metric in scores},
     }  # fmt: skip
-    fs.append_durably(run.metrics, json.dumps(cell))
+    fs.append_line_durably(run.metrics_path, json.dumps(cell))
     shutil.rmtree(folder)
     return cell
 
 
-def in_words(cell: dict[str, Any]) -> str:
+def format_cell(cell: dict[str, Any]) -> str:
     kind = "pre-trained" if cell["pretrained"] else "from scratch"
     return f"{cell['examples']:,} examples, seed {cell['seed']}, {kind}: {cell['metric']} {cell['score']:.3f}"
 
 
-def conclude(cells: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The two curves with their intervals over seeds, and the sentence."""
-    metric = cells[0]["metric"]
+    metric = runs[0]["metric"]
     points = []
-    for count in sorted({cell["examples"] for cell in cells}):
+    for count in sorted({cell["examples"] for cell in runs}):
         by_kind = {
-            kind: over_seeds(
-                [c["score"] for c in cells if c["examples"] == count and c["pretrained"] == pretrained]
+            kind: seed_interval(
+                [c["score"] for c in runs if c["examples"] == count and c["pretrained"] == pretrained]
             ).to_dict()
             for kind, pretrained in (("pretrained", True), ("scratch", False))
         }
         points.append({"examples": count, **by_kind})
     higher = metric not in LOWER_IS_BETTER
-    worth = labels_worth(
+    label_ratio = equivalent_label_ratio(
         [(p["examples"], p["pretrained"]["value"], p["scratch"]["value"]) for p in points], 1 if higher else -1
     )
     return {
-        "task": cells[0]["task"], "metric": metric, "higher_is_better": higher, "points": points,
-        "baselines": max(cells, key=lambda cell: cell["examples"])["baselines"], "worth": worth,
-        "sentence": sentence(worth), "cells": [{k: v for k, v in cell.items() if k != "baselines"} for cell in cells],
+        "task": runs[0]["task"], "metric": metric, "higher_is_better": higher, "points": points,
+        "baselines": max(runs, key=lambda cell: cell["examples"])["baselines"], "worth": label_ratio,
+        "sentence": headline(label_ratio), "cells": [{k: v for k, v in cell.items() if k != "baselines"} for cell in runs],
     }  # fmt: skip
 
 
-def labels_worth(points: list[tuple[int, float, float]], sign: int = 1) -> dict[str, Any]:
+def equivalent_label_ratio(points: list[tuple[int, float, float]], sign: int = 1) -> dict[str, Any]:
     """How many labels from scratch it takes to reach what pre-training reaches with fewer.
 
     points: (examples, score pre-trained, score from scratch), by examples; sign −1 where lower is better. For each number
@@ -163,11 +171,11 @@ def labels_worth(points: list[tuple[int, float, float]], sign: int = 1) -> dict[
     return {"ratio": None, "examples": None, "at_least": False, "ratios": []}
 
 
-def sentence(worth: dict[str, Any]) -> str:
-    ratio, n = worth["ratio"], worth["examples"]
+def headline(label_ratio: dict[str, Any]) -> str:
+    ratio, n = label_ratio["ratio"], label_ratio["examples"]
     if ratio is None:
         return "Pre-training is not worth any labels here: from scratch the fewest do as well."
-    if worth["at_least"]:
+    if label_ratio["at_least"]:
         if ratio <= 1:
             return f"With all {n:,} labels pre-training is ahead; what it is worth in labels lies beyond the data."
         return (

@@ -6,31 +6,36 @@ from dataclasses import dataclass
 from typing import Any
 
 from nextword.common.console import Console
-from nextword.data.decoding import Problems
-from nextword.pipeline.item_scores import WRITTEN, Marks, free_text, marks
+from nextword.data.decoding import IssueLog
+from nextword.pipeline.item_scores import GENERATION_METRICS, ItemScores, evaluate_free_text, score_items
 from nextword.pipeline.language_model import Model
 from nextword.tasks import metrics
-from nextword.tasks.benchmark_items import Item, read_items, sample
-from nextword.tasks.benchmark_spec import Suite
+from nextword.tasks.benchmark_items import BenchmarkRow, load_rows, sample_indices
+from nextword.tasks.benchmark_spec import Benchmark
 from nextword.tasks.metrics import Score
 
-LIMIT = 1000  # items of a suite, where not all are asked for
-SURE = 0.05  # what chance alone does less often than this is taken for real
+DEFAULT_ITEM_LIMIT = 1000  # items of a suite, where not all are asked for
+SIGNIFICANCE_LEVEL = 0.05  # what chance alone does less often than this is taken for real
 
 
 @dataclass(frozen=True)
-class Panel:
+class EvalModels:
     """The models that are looked at together: the one that is judged; another that it is compared with; others of its kind that
     the seed alone tells apart; and a stronger one that reads what it writes."""
 
     model: Model
-    against: Model | None = None
-    seeds: Sequence[Model] = ()
+    compare_to: Model | None = None
+    seed_runs: Sequence[Model] = ()
     judge: Model | None = None
 
 
-def judge_suite(
-    panel: Panel, suite: Suite, *, limit: int | None = LIMIT, seed: int = 0, console: Console | None = None
+def evaluate_benchmark(
+    eval_models: EvalModels,
+    benchmark: Benchmark,
+    *,
+    limit: int | None = DEFAULT_ITEM_LIMIT,
+    seed: int = 0,
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """A suite's result, as `nextword evaluate --json` prints it.
 
@@ -43,105 +48,118 @@ def judge_suite(
         NextwordError: not one item can be used.
     """
     console = console or Console(quiet=True)
-    problems = Problems()
-    everything = read_items(suite, problems)
-    for line in problems.lines():
+    problems = IssueLog()
+    all_items = load_rows(benchmark, problems)
+    for line in problems.summary_lines():
         console.warn(line)
-    items = [everything[i] for i in sample(everything, limit)]
+    items = [all_items[i] for i in sample_indices(all_items, limit)]
 
     def progress(what: str) -> Callable[[int, int], None]:
         return lambda done, total: console.progress(f"{suite.name}{what}", done, total)
 
     started = time.monotonic()
-    if suite.kind == "free text":
-        result = free_text(panel.model, suite, items, seed=seed, judge=panel.judge, progress=progress(""))
+    if benchmark.kind == "free text":
+        result = evaluate_free_text(
+            eval_models.model, benchmark, items, seed=seed, judge=eval_models.judge, progress=progress("")
+        )
         return {**result, "seconds": round(time.monotonic() - started, 3)}
-    own = marks(panel.model, suite, items, progress=progress(""))
+    item_scores = score_items(eval_models.model, benchmark, items, progress=progress(""))
     seconds = time.monotonic() - started
-    result = described(suite, own, items) | {"of": len(everything), "seconds": round(seconds, 3)}
-    some = sample(items, LIMIT)
-    mixed = marks(panel.model, suite, [items[i] for i in some], scrambled=True, progress=progress(", scrambled"))
-    result["scrambled"] = scrambled(suite.metrics[0], own.part(some), mixed)
-    if panel.seeds:
-        others = [marks(model, suite, items, progress=progress(f", {model.path}")) for model in panel.seeds]
-        result["noise"] = noise([each.score(suite.metrics[0]).value for each in (own, *others)])
-    if panel.against is not None:
-        other = marks(panel.against, suite, items, progress=progress(f", {panel.against.path}"))
-        result["against"] = compared(suite.metrics[0], own, other, str(panel.against.path))
-        if panel.seeds:
+    result = summarize_item_scores(benchmark, item_scores, items) | {"of": len(all_items), "seconds": round(seconds, 3)}
+    sampled = sample_indices(items, DEFAULT_ITEM_LIMIT)
+    shuffled_scores = score_items(
+        eval_models.model, benchmark, [items[i] for i in sampled], shuffled=True, progress=progress(", scrambled")
+    )
+    result["scrambled"] = shuffled_control(benchmark.metrics[0], item_scores.select(sampled), shuffled_scores)
+    if eval_models.seed_runs:
+        others = [
+            score_items(model, benchmark, items, progress=progress(f", {model.path}"))
+            for model in eval_models.seed_runs
+        ]
+        result["noise"] = seed_variance([each.aggregate(benchmark.metrics[0]).value for each in (item_scores, *others)])
+    if eval_models.compare_to is not None:
+        other = score_items(eval_models.compare_to, benchmark, items, progress=progress(f", {panel.against.path}"))
+        result["against"] = compare_models(benchmark.metrics[0], item_scores, other, str(eval_models.compare_to.path))
+        if eval_models.seed_runs:
             apart = abs(result["against"]["difference"]["value"])
             result["against"]["beyond_noise"] = apart > result["noise"]["floor"]
     return result
 
 
-def described(suite: Suite, own: Marks, items: Sequence[Item]) -> dict[str, Any]:
+def summarize_item_scores(
+    benchmark: Benchmark, item_scores: ItemScores, items: Sequence[BenchmarkRow]
+) -> dict[str, Any]:
     """A model's scores on a suite: the one that counts, of all items and of each group, and the others."""
-    metric = suite.metrics[0]
+    metric = benchmark.metrics[0]
     names = sorted({item.group for item in items})
-    places = {name: [i for i, item in enumerate(items) if item.group == name] for name in names if len(names) > 1}
+    group_indices = {
+        name: [i for i, item in enumerate(items) if item.group == name] for name in names if len(names) > 1
+    }
     return {
-        "metric": metric, **_beside_chance(metric, own), "ties": own.ties,
-        "others": {name: told(own.score(name)) for name in own.others(suite)},
-        "groups": {name: _beside_chance(metric, own.part(chosen)) for name, chosen in places.items()},
+        "metric": metric, **_score_against_chance(metric, item_scores), "ties": item_scores.ties,
+        "others": {name: to_dict(item_scores.aggregate(name)) for name in item_scores.secondary_metrics(benchmark)},
+        "groups": {name: _score_against_chance(metric, item_scores.select(chosen)) for name, chosen in group_indices.items()},
     }  # fmt: skip
 
 
-def _beside_chance(metric: str, own: Marks) -> dict[str, Any]:
+def _score_against_chance(metric: str, item_scores: ItemScores) -> dict[str, Any]:
     """A score, and on which side of chance its whole interval lies, if on any."""
-    score, chance = own.score(metric), own.chance
+    score, chance = item_scores.aggregate(metric), item_scores.chance
     sides = (None, None) if chance is None else (score.low > chance, score.high < chance)
-    return {**told(score), "chance": chance, "above_chance": sides[0], "below_chance": sides[1]}
+    return {**to_dict(score), "chance": chance, "above_chance": sides[0], "below_chance": sides[1]}
 
 
-def scrambled(metric: str, own: Marks, mixed: Marks) -> dict[str, Any]:
+def shuffled_control(metric: str, original: ItemScores, shuffled: ItemScores) -> dict[str, Any]:
     """The score with the words in another order, and how much less it is: what their order is worth to the model."""
-    lost = difference(metric, own, mixed)
+    score_drop = score_difference(metric, original, shuffled)
     # Of what is right, order can only be worth something; a leaning it can change either way.
-    matters = lost.low > 0 or (metric == "stereotyped" and lost.high < 0)
-    return {**told(mixed.score(metric)), "lost": interval(lost), "order_matters": matters}
+    matters = score_drop.low > 0 or (metric == "stereotyped" and score_drop.high < 0)
+    return {**to_dict(shuffled.aggregate(metric)), "lost": interval_to_dict(score_drop), "order_matters": matters}
 
 
-def difference(metric: str, a: Marks, b: Marks) -> Score:
+def score_difference(metric: str, a: ItemScores, b: ItemScores) -> Score:
     """How much a is above b by a score, with its paired interval."""
-    if metric in WRITTEN:
-        return metrics.writing_difference(a.references, a.texts, b.texts, metric)
-    return metrics.difference(a.values[metric].tolist(), b.values[metric].tolist())
+    if metric in GENERATION_METRICS:
+        return metrics.writing_difference(a.references, a.predictions, b.predictions, metric)
+    return metrics.difference(a.item_values[metric].tolist(), b.item_values[metric].tolist())
 
 
-def compared(metric: str, own: Marks, other: Marks, name: str) -> dict[str, Any]:
+def compare_models(metric: str, item_scores: ItemScores, other_scores: ItemScores, model_name: str) -> dict[str, Any]:
     """Another model on the same items: whether the two differ, and only then which is ahead.
 
     A difference is real where its paired interval leaves out 0 and, of scores that count what is right, McNemar's exact
     test says so as well.
     """
-    result: dict[str, Any] = {"model": name, **told(other.score(metric))}
-    result["difference"] = interval(difference(metric, own, other))
-    if metric not in WRITTEN:
-        a, b = own.values[metric], other.values[metric]
+    result: dict[str, Any] = {"model": model_name, **to_dict(other_scores.aggregate(metric))}
+    result["difference"] = interval_to_dict(score_difference(metric, item_scores, other_scores))
+    if metric not in GENERATION_METRICS:
+        a, b = item_scores.item_values[metric], other_scores.item_values[metric]
         result["p"] = metrics.mcnemar(a.tolist(), b.tolist())
         result["only_this"], result["only_other"] = int((a > b).sum()), int((a < b).sum())
     better = result["difference"]["value"] > 0
     if metric == "stereotyped":  # of which a half is best
-        better = abs(own.score(metric).value - 0.5) < abs(result["score"] - 0.5)
-    return decided(result, better)
+        better = abs(item_scores.aggregate(metric).value - 0.5) < abs(result["score"] - 0.5)
+    return compare_significance(result, better)
 
 
-def decided(result: dict[str, Any], better: bool) -> dict[str, Any]:
+def compare_significance(result: dict[str, Any], better: bool) -> dict[str, Any]:
     """Whether a difference is real, and then which of the two is ahead: "this" (where it is the better one) or "other"."""
-    apart = result["difference"]
-    result["real"] = (apart["low"] > 0 or apart["high"] < 0) and result.get("p", 0.0) < SURE
+    difference_interval = result["difference"]
+    result["real"] = (difference_interval["low"] > 0 or difference_interval["high"] < 0) and result.get(
+        "p", 0.0
+    ) < SIGNIFICANCE_LEVEL
     result["ahead"] = ("this" if better else "other") if result["real"] else None
     return result
 
 
-def noise(values: Sequence[float]) -> dict[str, Any]:
+def seed_variance(values: Sequence[float]) -> dict[str, Any]:
     """What the seed alone does to a score."""
     return {"models": len(values), "scores": list(values), "floor": metrics.noise_floor(values)}
 
 
-def interval(score: Score) -> dict[str, float]:
+def interval_to_dict(score: Score) -> dict[str, float]:
     return {"value": score.value, "low": score.low, "high": score.high}
 
 
-def told(score: Score) -> dict[str, Any]:
+def to_dict(score: Score) -> dict[str, Any]:
     return {"score": score.value, "low": score.low, "high": score.high, "n": score.n}

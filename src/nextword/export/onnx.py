@@ -14,18 +14,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nextword.common.errors import MissingExtra, NextwordError
+from nextword.common.errors import MissingDependencyError, NextwordError
 from nextword.data.tokenizer import Tokenizer
-from nextword.export.verification import TOLERANCE, Exported, aside, by_onnxruntime
+from nextword.export.verification import TOLERANCE, ExportResult, temp_output, verify_with_onnxruntime
 from nextword.model.gpt import GPT
 from nextword.model.hf import load_model
-from nextword.pipeline.base_model import model_path
+from nextword.pipeline.base_model import resolve_model_dir
 
-OPSET = 18
-LARGEST = 2**31 - 2**20  # bytes; one file of this format has less than 2 GiB
+OPSET_VERSION = 18
+MAX_FILE_BYTES = 2**31 - 2**20  # bytes; one file of this format has less than 2 GiB
 
 
-class Logits(nn.Module):
+class LogitsModel(nn.Module):
     """input_ids [B, T] → logits [B, T, V]."""
 
     def __init__(self, gpt: GPT):
@@ -36,7 +36,7 @@ class Logits(nn.Module):
         return self.gpt.unembed(self.gpt(input_ids))
 
 
-def write_onnx(model: str | Path, out: str | Path, tolerance: float = TOLERANCE) -> Exported:
+def write_onnx(model: str | Path, out: str | Path, tolerance: float = TOLERANCE) -> ExportResult:
     """Write a model directory as one ONNX file: `input_ids`, int64 [batch, sequence], to `logits`, float32
     [batch, sequence, vocabulary], for any batch and up to the context length.
 
@@ -48,32 +48,34 @@ def write_onnx(model: str | Path, out: str | Path, tolerance: float = TOLERANCE)
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise MissingExtra("--to onnx", "onnx") from error
-    directory, out = model_path(model), Path(out)
+        raise MissingDependencyError("--to onnx", "onnx") from error
+    directory, out = resolve_model_dir(model), Path(out)
     gpt, tokenizer = load_model(directory).eval().float(), Tokenizer.open(directory)
     if gpt.config.n_labels:
         raise NextwordError(f"{directory}: a classifier, and ONNX is for models that write; predict with nextword")
-    if (size := 4 * sum(parameter.numel() for parameter in gpt.parameters())) > LARGEST:
+    if (size := 4 * sum(parameter.numel() for parameter in gpt.parameters())) > MAX_FILE_BYTES:
         raise NextwordError(f"{directory}: its weights take {size:,} bytes, and one ONNX file has less than 2 GiB")
     sizes = {"batch": None, "sequence": gpt.config.context_length}
     shape = {i: torch.export.Dim(name, min=1, max=most) for i, (name, most) in enumerate(sizes.items())}
     example = torch.zeros(2, min(2, gpt.config.context_length), dtype=torch.int64)
-    with aside(out) as partial:
-        with quietly():
+    with temp_output(out) as partial:
+        with suppress_warnings():
             program = torch.onnx.export(
-                Logits(gpt).eval(), (example,), dynamo=True, input_names=["input_ids"], output_names=["logits"],
-                dynamic_shapes={"input_ids": shape}, opset_version=OPSET, verbose=False,
+                LogitsModel(gpt).eval(), (example,), dynamo=True, input_names=["input_ids"], output_names=["logits"],
+                dynamic_shapes={"input_ids": shape}, opset_version=OPSET_VERSION, verbose=False,
             )  # fmt: skip
         assert program is not None
         for node in program.model.graph.all_nodes():  # lines and paths of this program's source
             node.metadata_props.clear()
         program.save(partial, external_data=False)
-        difference = by_onnxruntime(partial, gpt, tokenizer, tolerance) if find_spec("onnxruntime") else None
-        return Exported(out, "onnxruntime", difference)
+        max_difference = (
+            verify_with_onnxruntime(partial, gpt, tokenizer, tolerance) if find_spec("onnxruntime") else None
+        )
+        return ExportResult(out, "onnxruntime", max_difference)
 
 
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
+def suppress_warnings() -> Iterator[None]:
     """Without the exporter's warnings: of packages that it looks for, and of PyTorch's own old calls."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -10,25 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextword.common.errors import MissingExtra, NextwordError, UsageError
+from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
 from nextword.data.tokenizer import Tokenizer
 
 # At most one space between the parts: where white space is free, a small model may go on with nothing else.
-WHITESPACE = " ?"
+WHITESPACE_PATTERN = " ?"
 # "Fuel" is llguidance's measure of work: 50,000 a millisecond before the text begins, 14,000 a millisecond at a token.
-LIMITS = {
+PARSER_LIMITS = {
     "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 100_000, "step_max_items": 20_000, "max_lexer_states": 50_000,
     "max_grammar_size": 100_000, "max_items_in_row": 2000, "verbose_errors": False,
 }  # fmt: skip
 
 
-class Held:
+class JSONConstraint:
     """A text in progress that fits a schema; a `Constraint` of the engine."""
 
-    def __init__(self, matcher: Any, unknown: int | None):
-        self.matcher, self.unknown = matcher, unknown
+    def __init__(self, matcher: Any, unk_id: int | None):
+        self.matcher, self.unk_id = matcher, unk_id
 
-    def allowed(self) -> Tensor:
+    def allowed_mask(self) -> Tensor:
         """Boolean [V].
 
         Raises:
@@ -37,21 +37,21 @@ class Held:
         mask = torch.frombuffer(bytearray(self.matcher.compute_logit_bias()), dtype=torch.uint8).bool()
         if self.matcher.is_error():
             raise NextwordError(f"the text cannot be held to the schema any longer: {_first_line(self.matcher)}")
-        if self.unknown is not None:  # what a tokenizer makes of a character that it does not have stands for none
-            mask[self.unknown] = False
+        if self.unk_id is not None:  # what a tokenizer makes of a character that it does not have stands for none
+            mask[self.unk_id] = False
         if not mask.any():
             raise NextwordError("the text cannot be held to the schema: the vocabulary has no token that could follow")
         return mask
 
-    def accept(self, token: int) -> None:
+    def accept_token(self, token: int) -> None:
         self.matcher.consume_token(token)  # where it fails, `allowed` says so
 
     def copy(self) -> "Held":
         """Another text, at the same place."""
-        return Held(self.matcher.deep_copy(), self.unknown)
+        return JSONConstraint(self.matcher.deep_copy(), self.unk_id)
 
 
-class Grammars:
+class ConstraintCompiler:
     """Schemas for the texts of one tokenizer.
 
     Args:
@@ -61,50 +61,55 @@ class Grammars:
         MissingExtra: llguidance is not installed.
     """
 
-    def __init__(self, tokenizer: Tokenizer, ends: frozenset[int]):
+    def __init__(self, tokenizer: Tokenizer, eos_ids: frozenset[int]):
         try:
             import llguidance
         except ImportError as error:
-            raise MissingExtra("text that is held to a JSON schema", "json") from error
+            raise MissingDependencyError("text that is held to a JSON schema", "json") from error
         self.library: Any = llguidance
-        self.unknown = tokenizer.unknown
-        wrapped = llguidance.TokenizerWrapper(_Vocabulary(tokenizer, min(ends)))
+        self.unk_id = tokenizer.unk_id
+        tokenizer_wrapper = llguidance.TokenizerWrapper(_LLGuidanceTokenizer(tokenizer, min(eos_ids)))
         self.tokenizer: Any = llguidance.LLTokenizer(
-            wrapped, n_vocab=tokenizer.vocab_size, eos_token=sorted(ends), slices=llguidance.LLTokenizer.json_slices()
+            tokenizer_wrapper,
+            n_vocab=tokenizer.vocab_size,
+            eos_token=sorted(eos_ids),
+            slices=llguidance.LLTokenizer.json_slices(),
         )
-        self.limits = llguidance.LLParserLimits(**LIMITS)
+        self.limits = llguidance.LLParserLimits(**PARSER_LIMITS)
 
-    def json(self, schema: dict[str, Any]) -> Held:
+    def compile_json_schema(self, schema: dict[str, Any]) -> JSONConstraint:
         """A text that begins, and is to be JSON that fits a schema.
 
         Raises:
             UsageError: the schema is none, is too complex, or says what cannot be held to.
         """
-        matcher = self.library.LLMatcher
+        matcher_class = self.library.LLMatcher
         try:
-            grammar = matcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_pattern": WHITESPACE})
+            grammar = matcher_class.grammar_from_json_schema(
+                json.dumps(schema), overrides={"whitespace_pattern": WHITESPACE_PATTERN}
+            )
         except (ValueError, RecursionError) as error:
             raise UsageError(f"the schema cannot be read: {error}") from error
-        made = matcher(self.tokenizer, grammar, log_level=0, limits=self.limits)
-        if made.is_error():
+        matcher = matcher_class(self.tokenizer, grammar, log_level=0, limits=self.limits)
+        if matcher.is_error():
             raise UsageError(f"no text can be held to this schema: {_first_line(made)}")
-        return Held(made, self.unknown)
+        return JSONConstraint(matcher, self.unk_id)
 
 
-class _Vocabulary:
+class _LLGuidanceTokenizer:
     """A tokenizer as llguidance asks for it: special tokens by their names, all others by their bytes."""
 
-    def __init__(self, tokenizer: Tokenizer, end: int):
-        names = {id: name.encode() for name, id in tokenizer.markers.items()}
-        self.eos_token_id, self.bos_token_id = end, None
+    def __init__(self, tokenizer: Tokenizer, eos_id: int):
+        names = {id: name.encode() for name, id in tokenizer.special_tokens.items()}
+        self.eos_token_id, self.bos_token_id = eos_id, None
         self.special_token_ids = sorted(names)
-        self.tokens = [names.get(id) or tokenizer.spelling(id) for id in range(tokenizer.vocab_size)]
+        self.tokens = [names.get(id) or tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
         self.encode = tokenizer.encode
 
     def __call__(self, text: bytes) -> list[int]:
         return self.encode(text)
 
 
-def _first_line(matcher: Any) -> str:
+def _error_summary(matcher: Any) -> str:
     """What is wrong, without the pages that may follow."""
     return matcher.get_error().strip().partition("\n")[0][:300]

@@ -20,25 +20,25 @@ from torch import Tensor
 
 from nextword.common.errors import NextwordError, UsageError
 from nextword.data.tokenizer import Tokenizer
-from nextword.inference.detokenizer import TextStream
+from nextword.inference.detokenizer import StreamingDetokenizer
 from nextword.inference.kv_cache import KeyValueCache
-from nextword.inference.model_runner import Piece, Reader, reader_of
+from nextword.inference.model_runner import ModelRunner, TokenChunk, build_runner
 from nextword.inference.sampling import Choice, Sampling, draw, likeliest
 from nextword.model.gpt import GPT
 
 FinishReason = Literal["stop", "length", "error"]
 Prompt = str | Sequence[int]
-WORTH = 16  # tokens of a common beginning that are worth waiting for
+MIN_PREFIX_WAIT = 16  # tokens of a common beginning that are worth waiting for
 
 
 class Constraint(Protocol):
     """What a text may go on with, token by token: a grammar in progress. Each request has one of its own."""
 
-    def allowed(self) -> Tensor:
+    def allowed_mask(self) -> Tensor:
         """Boolean [V]: which tokens may follow."""
         ...
 
-    def accept(self, token: int) -> None: ...
+    def accept_token(self, token: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class Event:
             `Sampling.prompt_logprobs` asks.
     """
 
-    id: int
+    request_id: int
     text: str
     token: int | None
     finish_reason: FinishReason | None = None
     error: str | None = None
-    choice: Choice | None = None
-    prompt: list[Choice | None] | None = None
+    token_logprob: Choice | None = None
+    prompt_logprobs: list[Choice | None] | None = None
 
     @property
     def finished(self) -> bool:
@@ -88,30 +88,32 @@ class Completion:
 
 @dataclass
 class _Request:
-    id: int
+    request_id: int
     tokens: list[int]  # the prompt as far as it fits, then what was drawn
     sampling: Sampling
     generator: torch.Generator
-    stream: TextStream
+    detokenizer: StreamingDetokenizer
     constraint: Constraint | None
     truncated: int
-    shown: int  # how many of the tokens have become text; before it, from `context` on, those that the next depends on
-    context: int = 0
+    read_offset: (
+        int  # how many of the tokens have become text; before it, from `context` on, those that the next depends on
+    )
+    prefix_offset: int = 0
     slot: int = -1
-    begin: int = 0  # which of the tokens stands at the slot's first position
-    read: int = 0  # how many positions of the slot are filled
-    drawn: list[int] = field(default_factory=list)
-    prompt: list[Choice | None] = field(default_factory=list)
+    window_start: int = 0  # which of the tokens stands at the slot's first position
+    num_cached_tokens: int = 0  # how many positions of the slot are filled
+    generated: list[int] = field(default_factory=list)
+    prompt_logprobs: list[Choice | None] = field(default_factory=list)
 
     @property
-    def unread(self) -> list[int]:
+    def uncached_tokens(self) -> list[int]:
         """The tokens at its end that are not in the cache yet."""
-        return self.tokens[self.begin + self.read :]
+        return self.tokens[self.window_start + self.num_cached_tokens :]
 
     @property
-    def held(self) -> list[int]:
+    def cached_tokens(self) -> list[int]:
         """The tokens whose keys and values are in its slot."""
-        return self.tokens[self.begin : self.begin + self.read]
+        return self.tokens[self.window_start : self.window_start + self.num_cached_tokens]
 
 
 class Engine:
@@ -139,8 +141,8 @@ class Engine:
         *,
         max_batch: int = 8,
         seed: int | None = None,
-        ends: Collection[int] | None = None,
-        reader: Reader | None = None,
+        eos_ids: Collection[int] | None = None,
+        runner: ModelRunner | None = None,
         step_tokens: int = 256,
     ):
         if max_batch < 1 or step_tokens < 1:
@@ -151,26 +153,26 @@ class Engine:
                 "this is not the tokenizer that the model was trained with"
             )
         self.model = model
-        self.reader = reader or reader_of(model)
+        self.runner = runner or build_runner(model)
         self.tokenizer = tokenizer
-        self.ends = tokenizer.ends if ends is None else frozenset(ends)
+        self.eos_ids = tokenizer.eos_ids if eos_ids is None else frozenset(eos_ids)
         self.seed = secrets.randbits(63) if seed is None else seed
         self.step_tokens = step_tokens
         self.cache = KeyValueCache(model.config)
-        self.free = list(range(max_batch))  # the one that was left first stands first
-        self.left: dict[int, list[int]] = {slot: [] for slot in self.free}  # what free slots still hold
+        self.free_slots = list(range(max_batch))  # the one that was left first stands first
+        self.freed_slots: dict[int, list[int]] = {slot: [] for slot in self.free_slots}  # what free slots still hold
         self.waiting: deque[_Request] = deque()
         self.running: list[_Request] = []
-        self.added = 0
+        self.num_added = 0
 
     # ---------------------------------------------------------------- one request
 
-    def add(
+    def add_request(
         self,
         prompt: Prompt,
         sampling: Sampling | None = None,
         *,
-        index: int | None = None,
+        sample_index: int | None = None,
         constraint: Constraint | None = None,
     ) -> int:
         """Queue a text to be continued; the id that its events carry.
@@ -187,42 +189,42 @@ class Engine:
         Raises:
             UsageError: a token id that the tokenizer does not have.
         """
-        self.waiting.append(self._request(prompt, sampling or Sampling(), index, constraint))
-        return self.waiting[-1].id
+        self.waiting.append(self._make_request(prompt, sampling or Sampling(), sample_index, constraint))
+        return self.waiting[-1].request_id
 
-    def _request(
-        self, prompt: Prompt, sampling: Sampling, index: int | None, constraint: Constraint | None = None
+    def _make_request(
+        self, prompt: Prompt, sampling: Sampling, sample_index: int | None, constraint: Constraint | None = None
     ) -> _Request:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if isinstance(prompt, str) and self.tokenizer.begin_of_text is not None:
-            ids = [self.tokenizer.begin_of_text, *ids]
-        ids = ids or [self.tokenizer.end_of_text]
+        if isinstance(prompt, str) and self.tokenizer.bos_id is not None:
+            ids = [self.tokenizer.bos_id, *ids]
+        ids = ids or [self.tokenizer.eos_id]
         if not all(0 <= token < self.tokenizer.vocab_size for token in ids):
             raise UsageError(f"a prompt's token ids must be between 0 and {self.tokenizer.vocab_size - 1}")
-        window = ids[-self.model.config.context_length :]
-        if index is None:
-            index = self.added if sampling.seed is None else 0
-        generator = _generator(self.seed if sampling.seed is None else sampling.seed, index)
-        self.added += 1
+        window_ids = ids[-self.model.config.context_length :]
+        if sample_index is None:
+            sample_index = self.num_added if sampling.seed is None else 0
+        generator = _make_generator(self.seed if sampling.seed is None else sampling.seed, sample_index)
+        self.num_added += 1
         return _Request(
-            id=self.added - 1,
-            tokens=window,
+            request_id=self.num_added - 1,
+            tokens=window_ids,
             sampling=sampling,
             generator=generator,
-            stream=TextStream(sampling.stop),
+            detokenizer=StreamingDetokenizer(sampling.stop),
             constraint=constraint,
-            truncated=len(ids) - len(window),
-            shown=len(window),
+            truncated=len(ids) - len(window_ids),
+            read_offset=len(window_ids),
         )
 
-    def cancel(self, id: int) -> None:
+    def cancel(self, request_id: int) -> None:
         """End a request without further events and free its slot. One that has ended already is left alone."""
-        self.waiting = deque(request for request in self.waiting if request.id != id)
-        for request in [request for request in self.running if request.id == id]:
-            self._leave(request)
+        self.waiting = deque(request for request in self.waiting if request.request_id != request_id)
+        for request in [request for request in self.running if request.request_id == request_id]:
+            self._release_slot(request)
 
     @property
-    def busy(self) -> bool:
+    def has_unfinished_requests(self) -> bool:
         """Whether any request runs or waits, so that a step has something to do."""
         return bool(self.running or self.waiting)
 
@@ -236,113 +238,127 @@ class Engine:
         An error of one request (logits that are not finite) ends it with an event and leaves the others running.
         After an exception of the model (out of memory) nothing has been drawn yet: the step can be repeated.
         """
-        self._admit()
-        chosen = self._pieces()
-        rows = self.reader.read(self.cache, [piece for _, piece in chosen])
-        events = [self._take(request, piece, logits) for (request, piece), logits in zip(chosen, rows, strict=True)]
+        self._admit_requests()
+        scheduled = self._schedule_chunks()
+        chunk_logits = self.runner.forward(self.cache, [piece for _, piece in scheduled])
+        events = [
+            self._process_chunk(request, piece, logits)
+            for (request, piece), logits in zip(scheduled, chunk_logits, strict=True)
+        ]
         return [event for event in events if event is not None]
 
-    def _admit(self) -> None:
+    def _admit_requests(self) -> None:
         """Give free slots to those who wait, in order, each the slot that holds the most of its prompt's beginning."""
-        later: list[_Request] = []
-        while self.waiting and self.free:
+        deferred: list[_Request] = []
+        while self.waiting and self.free_slots:
             request = self.waiting.popleft()
             prompt = request.tokens
-            reading = [other for other in self.running if len(other.unread) > 1]
-            soon = max((common(prompt, other.tokens) for other in reading), default=0)
-            slots = {**self.left, **{other.slot: other.held for other in self.running}}
-            shared = {slot: common(prompt, held) for slot, held in slots.items()}
-            source = max(shared, key=lambda slot: (shared[slot], slot in self.left))
-            if soon >= shared[source] + WORTH:  # another is about to read the same beginning
-                later.append(request)
+            prefilling = [other for other in self.running if len(other.uncached_tokens) > 1]
+            pending_prefix = max((common_prefix_length(prompt, other.tokens) for other in prefilling), default=0)
+            slot_tokens = {**self.freed_slots, **{other.slot: other.cached_tokens for other in self.running}}
+            shared_prefix = {slot: common_prefix_length(prompt, held) for slot, held in slot_tokens.items()}
+            source = max(shared_prefix, key=lambda slot: (shared_prefix[slot], slot in self.freed_slots))
+            if pending_prefix >= shared_prefix[source] + MIN_PREFIX_WAIT:  # another is about to read the same beginning
+                deferred.append(request)
                 continue
-            length = 0 if request.sampling.prompt_logprobs is not None else min(shared[source], len(prompt) - 1)
-            length = self.reader.whole(length, self.step_tokens)
-            slot = source if source in self.left and length else self.free[0]
+            length = 0 if request.sampling.prompt_logprobs is not None else min(shared_prefix[source], len(prompt) - 1)
+            length = self.runner.reusable_prefix(length, self.step_tokens)
+            slot = source if source in self.freed_slots and length else self.free_slots[0]
             if length and source != slot:
-                self.cache.copy(source, slot, length)
-            self.free.remove(slot)
-            del self.left[slot]
-            request.slot, request.read = slot, length
+                self.cache.copy_prefix(source, slot, length)
+            self.free_slots.remove(slot)
+            del self.freed_slots[slot]
+            request.slot, request.num_cached_tokens = slot, length
             self.running.append(request)
-        self.waiting.extendleft(reversed(later))
+        self.waiting.extendleft(reversed(deferred))
 
-    def _pieces(self) -> list[tuple[_Request, Piece]]:
+    def _schedule_chunks(self) -> list[tuple[_Request, TokenChunk]]:
         """What is read in this step: the one new token of each text, and of prompts as many pieces as fit."""
-        pieces, room = [], self.step_tokens
+        chunks, token_budget = [], self.step_tokens
         for request in self.running:
-            if len(request.tokens) - request.begin > self.model.config.context_length:  # a new window: the newer half
-                request.begin, request.read = len(request.tokens) - max(1, self.model.config.context_length // 2), 0
-            unread = request.unread
+            if (
+                len(request.tokens) - request.window_start > self.model.config.context_length
+            ):  # a new window: the newer half
+                request.window_start, request.num_cached_tokens = (
+                    len(request.tokens) - max(1, self.model.config.context_length // 2),
+                    0,
+                )
+            unread = request.uncached_tokens
             if len(unread) > 1:
                 # Cut at the same places whatever else is read.
-                unread = unread[: self.step_tokens - request.read % self.step_tokens]
-                if len(unread) > room and room < self.step_tokens:
+                unread = unread[: self.step_tokens - request.num_cached_tokens % self.step_tokens]
+                if len(unread) > token_budget and token_budget < self.step_tokens:
                     continue
-                room -= len(unread)
-            every = request.sampling.prompt_logprobs is not None and not request.drawn
-            pieces.append((request, Piece(request.slot, request.read, unread, every)))
-        return pieces
+                token_budget -= len(unread)
+            all_logits = request.sampling.prompt_logprobs is not None and not request.generated
+            chunks.append((request, TokenChunk(request.slot, request.num_cached_tokens, unread, all_logits)))
+        return chunks
 
-    def _take(self, request: _Request, piece: Piece, logits: Tensor) -> Event | None:
+    def _process_chunk(self, request: _Request, chunk: TokenChunk, logits: Tensor) -> Event | None:
         """Go on with what was read; no event where the prompt goes on. logits [1 or len(tokens), V]"""
         # Ids that only the embedding has (padding) and not the tokenizer are cut off, so that they are never drawn.
         logits = logits[:, : self.tokenizer.vocab_size]
-        if piece.every:
-            following = request.tokens[request.begin + piece.start + 1 :]
+        if chunk.all_logits:
+            next_tokens = request.tokens[request.window_start + chunk.start + 1 :]
             count = request.sampling.prompt_logprobs or 0
-            request.prompt += [likeliest(row, token, count) for row, token in zip(logits, following, strict=False)]
-        request.read += len(piece.tokens)
-        return self._advance(request, logits[-1]) if not request.unread else None
+            request.prompt_logprobs += [
+                likeliest(row, token, count) for row, token in zip(logits, next_tokens, strict=False)
+            ]
+        request.num_cached_tokens += len(chunk.tokens)
+        return self._sample_next_token(request, logits[-1]) if not request.uncached_tokens else None
 
-    def _advance(self, request: _Request, logits: Tensor) -> Event:
+    def _sample_next_token(self, request: _Request, logits: Tensor) -> Event:
         sampling = request.sampling
-        prompt = [None, *request.prompt] if sampling.prompt_logprobs is not None and not request.drawn else None
+        prompt_logprobs = (
+            [None, *request.prompt_logprobs] if sampling.prompt_logprobs is not None and not request.generated else None
+        )
         if sampling.max_tokens == 0:
-            self._leave(request)
-            return Event(request.id, "", None, "length", prompt=prompt)
+            self._release_slot(request)
+            return Event(request.request_id, "", None, "length", prompt_logprobs=prompt_logprobs)
         try:
-            allowed = None if request.constraint is None else request.constraint.allowed()
-            token = draw(logits, sampling, request.tokens, request.drawn, request.generator, allowed)
+            allowed_mask = None if request.constraint is None else request.constraint.allowed_mask()
+            token = draw(logits, sampling, request.tokens, request.generated, request.generator, allowed_mask)
         except NextwordError as error:
-            self._leave(request, whole=False)
-            return Event(request.id, "", None, "error", str(error))
-        choice = None if sampling.logprobs is None else likeliest(logits, token, sampling.logprobs)
+            self._release_slot(request, keep_cache=False)
+            return Event(request.request_id, "", None, "error", str(error))
+        token_logprob = None if sampling.logprobs is None else likeliest(logits, token, sampling.logprobs)
         if request.constraint is not None:
-            request.constraint.accept(token)
-        ended = token in self.ends
-        if not ended:
+            request.constraint.accept_token(token)
+        is_eos = token in self.eos_ids
+        if not is_eos:
             request.tokens.append(token)
-            request.drawn.append(token)
-        last = ended or len(request.drawn) == sampling.max_tokens
-        text = request.stream.push(self._new_bytes(request, last), last)
-        reason = "stop" if ended or request.stream.stopped else "length" if last else None
-        if reason:
-            self._leave(request)
-        return Event(request.id, text, token, reason, choice=choice, prompt=prompt)
+            request.generated.append(token)
+        is_last = is_eos or len(request.generated) == sampling.max_tokens
+        text = request.detokenizer.push(self._pending_bytes(request, is_last), is_last)
+        finish_reason = "stop" if is_eos or request.detokenizer.stopped else "length" if is_last else None
+        if finish_reason:
+            self._release_slot(request)
+        return Event(
+            request.request_id, text, token, finish_reason, token_logprob=token_logprob, prompt_logprobs=prompt_logprobs
+        )
 
-    def _new_bytes(self, request: _Request, last: bool) -> bytes:
+    def _pending_bytes(self, request: _Request, is_last: bool) -> bytes:
         """The bytes of the tokens that are no text yet; of a foreign tokenizer's, only when they are characters."""
-        new = request.tokens[request.shown :]
+        new = request.tokens[request.read_offset :]
         if self.tokenizer.kind != "foreign":
             data = self.tokenizer.decode_bytes(new)
         else:  # its text of a token may depend on the tokens before (SentencePiece drops the space of a first word)
-            before = self.tokenizer.decode(request.tokens[request.context : request.shown])
-            text = self.tokenizer.decode(request.tokens[request.context :])
-            if text.endswith("\ufffd") and not last:
+            prefix_text = self.tokenizer.decode(request.tokens[request.prefix_offset : request.read_offset])
+            text = self.tokenizer.decode(request.tokens[request.prefix_offset :])
+            if text.endswith("\ufffd") and not is_last:
                 return b""
-            data = text[len(before) :].encode()
-            request.context = request.shown
-        request.shown = len(request.tokens)
+            data = text[len(prefix_text) :].encode()
+            request.prefix_offset = request.read_offset
+        request.read_offset = len(request.tokens)
         return data
 
-    def _leave(self, request: _Request, whole: bool = True) -> None:
+    def _release_slot(self, request: _Request, keep_cache: bool = True) -> None:
         """Free a request's slot, and keep what it holds for a prompt that begins alike; not what may be no numbers."""
         self.running.remove(request)
-        if not whole:
-            self.cache.release(request.slot)
-        self.left[request.slot] = request.held if whole else []
-        self.free.append(request.slot)
+        if not keep_cache:
+            self.cache.clear_slot(request.slot)
+        self.freed_slots[request.slot] = request.cached_tokens if keep_cache else []
+        self.free_slots.append(request.slot)
 
     # ---------------------------------------------------------------- for those who want the whole
 
@@ -357,19 +373,25 @@ class Engine:
         """
         if isinstance(prompts, str):
             raise UsageError("prompts must be a list of prompts, not one string")
-        self._refuse_company()
+        self._require_idle()
         sampling = sampling or Sampling()
-        own = sampling.seed is not None
-        requests = [self._request(prompt, sampling, i if own else None) for i, prompt in enumerate(prompts)]
+        has_seed = sampling.seed is not None
+        requests = [self._make_request(prompt, sampling, i if has_seed else None) for i, prompt in enumerate(prompts)]
         self.waiting.extend(requests)
-        texts = {request.id: "" for request in requests}
-        ended: dict[int, FinishReason] = {}
-        for event in self._events(list(texts)):
-            texts[event.id] += event.text
+        texts = {request.request_id: "" for request in requests}
+        finish_reasons: dict[int, FinishReason] = {}
+        for event in self._iter_events(list(texts)):
+            texts[event.request_id] += event.text
             if event.finish_reason:
-                ended[event.id] = event.finish_reason
+                finish_reasons[event.request_id] = event.finish_reason
         return [
-            Completion(prompt, texts[request.id], ended[request.id], request.drawn, request.truncated)
+            Completion(
+                prompt,
+                texts[request.request_id],
+                finish_reasons[request.request_id],
+                request.generated,
+                request.truncated,
+            )
             for prompt, request in zip(prompts, requests, strict=True)
         ]
 
@@ -378,37 +400,37 @@ class Engine:
     ) -> Generator[str, None, Literal["stop", "length"]]:
         """Continue one prompt; the pieces together are its completion's text, and the generator's own value (what
         `yield from` gives) is why it ended. Raises as `generate` does."""
-        self._refuse_company()
-        reason: FinishReason | None = None
-        for event in self._events([self.add(prompt, sampling)]):
-            reason = event.finish_reason
+        self._require_idle()
+        finish_reason: FinishReason | None = None
+        for event in self._iter_events([self.add_request(prompt, sampling)]):
+            finish_reason = event.finish_reason
             if event.text:
                 yield event.text
-        return "length" if reason == "length" else "stop"
+        return "length" if finish_reason == "length" else "stop"
 
-    def _events(self, ids: list[int]) -> Iterator[Event]:
+    def _iter_events(self, request_ids: list[int]) -> Iterator[Event]:
         try:
-            while self.busy:
+            while self.has_unfinished_requests:
                 for event in self.step():
                     if event.error:
                         raise NextwordError(event.error)
                     yield event
         finally:  # also when the caller stops listening
-            for id in ids:
+            for id in request_ids:
                 self.cancel(id)
 
-    def _refuse_company(self) -> None:
-        if self.busy:
+    def _require_idle(self) -> None:
+        if self.has_unfinished_requests:
             raise UsageError("other requests are under way in this engine: add this one with `add` and call `step`")
 
 
-def common(one: Sequence[int], other: Sequence[int]) -> int:
+def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two texts have in common at their beginning."""
-    length = min(len(one), len(other))
-    return next((i for i in range(length) if one[i] != other[i]), length)
+    length = min(len(a), len(b))
+    return next((i for i in range(length) if a[i] != b[i]), length)
 
 
-def _generator(seed: int, index: int) -> torch.Generator:
+def _make_generator(seed: int, index: int) -> torch.Generator:
     """A generator for each (seed, index); hashed, so that neighbouring numbers have nothing in common."""
     digest = hashlib.sha256(f"{seed} {index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -49,51 +49,53 @@ class Sampling:
     frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        def check(name: str, fine: bool, range_: str) -> None:
+        def require(name: str, fine: bool, range_: str) -> None:
             if not fine:
                 raise UsageError(f"{name} must be {range_}, not {getattr(self, name)!r}")
 
-        whole = {name: isinstance(getattr(self, name), int) for name in ("top_k", "max_tokens", "seed")}
-        check("temperature", 0 <= self.temperature < math.inf, "0 (always the likeliest token) or more")
-        check("top_k", self.top_k is None or (whole["top_k"] and self.top_k >= 1), "a whole number of at least 1")
-        check("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1")
-        check("min_p", self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1")
-        check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 changes nothing)")
-        check("max_tokens", whole["max_tokens"] and self.max_tokens >= 0, "a whole number of at least 0")
+        is_integer = {name: isinstance(getattr(self, name), int) for name in ("top_k", "max_tokens", "seed")}
+        require("temperature", 0 <= self.temperature < math.inf, "0 (always the likeliest token) or more")
+        require(
+            "top_k", self.top_k is None or (is_integer["top_k"] and self.top_k >= 1), "a whole number of at least 1"
+        )
+        require("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1")
+        require("min_p", self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1")
+        require("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 changes nothing)")
+        require("max_tokens", is_integer["max_tokens"] and self.max_tokens >= 0, "a whole number of at least 0")
         for name in ("presence_penalty", "frequency_penalty"):
-            check(name, math.isfinite(getattr(self, name)), "a finite number")
+            require(name, math.isfinite(getattr(self, name)), "a finite number")
         finite = all(math.isfinite(value) for value in (self.logit_bias or {}).values())
-        check("logit_bias", finite, "finite numbers by token id")
+        require("logit_bias", finite, "finite numbers by token id")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
-            check(name, value is None or (isinstance(value, int) and value >= 0), "a whole number of at least 0")
-        check("seed", self.seed is None or whole["seed"], "a whole number")
+            require(name, value is None or (isinstance(value, int) and value >= 0), "a whole number of at least 0")
+        require("seed", self.seed is None or is_integer["seed"], "a whole number")
         strings = isinstance(self.stop, tuple) and all(isinstance(string, str) and string for string in self.stop)
-        check("stop", strings, "a tuple of strings that are not empty")
+        require("stop", strings, "a tuple of strings that are not empty")
 
 
 @dataclass(frozen=True)
-class Choice:
+class TokenLogprob:
     """How likely a token was, of the model's own distribution: its log-probability, and the likeliest tokens with theirs."""
 
     token: int
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
-def likeliest(logits: Tensor, token: int, count: int) -> Choice:
+def top_logprobs(logits: Tensor, token: int, count: int) -> TokenLogprob:
     """A token's log-probability, and the `count` likeliest ones', under logits [V] before anything is done to them."""
     logprobs = logits.double().log_softmax(0)
     values, ids = logprobs.topk(min(max(0, count), len(logprobs)))
-    return Choice(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+    return TokenLogprob(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
-def score(
+def apply_penalties(
     logits: Tensor,
     sampling: Sampling,
     history: Sequence[int] = (),
-    drawn: Sequence[int] = (),
-    allowed: Tensor | None = None,
+    generated: Sequence[int] = (),
+    allowed_mask: Tensor | None = None,
 ) -> Tensor:
     """The logits [V] with biases and penalties, in float64.
 
@@ -115,25 +117,25 @@ def score(
         ids, values = zip(*sampling.logit_bias.items(), strict=True)
         logits = logits.index_add(0, torch.tensor(ids), torch.tensor(values, dtype=torch.float64))
     if sampling.repetition_penalty != 1 and len(history):
-        seen = torch.tensor(sorted(set(history)), device=logits.device)
-        scores, penalty = logits[seen], sampling.repetition_penalty
-        logits = logits.index_copy(0, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
-    if (sampling.presence_penalty or sampling.frequency_penalty) and len(drawn):
-        ids, counts = torch.tensor(list(drawn)).unique(return_counts=True)
+        seen_ids = torch.tensor(sorted(set(history)), device=logits.device)
+        scores, penalty = logits[seen_ids], sampling.repetition_penalty
+        logits = logits.index_copy(0, seen_ids, torch.where(scores > 0, scores / penalty, scores * penalty))
+    if (sampling.presence_penalty or sampling.frequency_penalty) and len(generated):
+        ids, counts = torch.tensor(list(generated)).unique(return_counts=True)
         logits = logits.index_add(0, ids, -(sampling.presence_penalty + sampling.frequency_penalty * counts.double()))
-    return logits if allowed is None else logits.masked_fill(~allowed, -math.inf)
+    return logits if allowed_mask is None else logits.masked_fill(~allowed_mask, -math.inf)
 
 
-def adjust(
+def filter_logits(
     logits: Tensor,
     sampling: Sampling,
     history: Sequence[int] = (),
-    drawn: Sequence[int] = (),
-    allowed: Tensor | None = None,
+    generated: Sequence[int] = (),
+    allowed_mask: Tensor | None = None,
 ) -> Tensor:
     """The logits [V] that are drawn from, in float64; what is ruled out is minus infinity, and the largest is 0. Arguments
     and errors are those of `score`."""
-    logits = score(logits, sampling, history, drawn, allowed)
+    logits = apply_penalties(logits, sampling, history, generated, allowed_mask)
     if sampling.temperature == 0:
         return torch.full_like(logits, -math.inf).index_fill(0, logits.argmax(), 0.0)
     # The largest becomes 0 before the division, so that no temperature makes it infinite.
@@ -142,8 +144,10 @@ def adjust(
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -math.inf)
     if sampling.top_p is not None and sampling.top_p < 1:
         probability, order = logits.softmax(0).sort(descending=True, stable=True)
-        before = probability.cumsum(0) - probability  # the mass of all likelier tokens; 0 for the first, so it stays
-        logits = logits.index_fill(0, order[before >= sampling.top_p], -math.inf)
+        likelier_mass = (
+            probability.cumsum(0) - probability
+        )  # the mass of all likelier tokens; 0 for the first, so it stays
+        logits = logits.index_fill(0, order[likelier_mass >= sampling.top_p], -math.inf)
     if sampling.min_p:
         # p < min_p · max p, as logits: the largest of them is 0
         logits = logits.masked_fill(logits < math.log(sampling.min_p), -math.inf)
@@ -154,20 +158,20 @@ def probabilities(
     logits: Tensor,
     sampling: Sampling,
     history: Sequence[int] = (),
-    drawn: Sequence[int] = (),
-    allowed: Tensor | None = None,
+    generated: Sequence[int] = (),
+    allowed_mask: Tensor | None = None,
 ) -> Tensor:
     """The probability [V], float64, with which each token is drawn. Arguments and errors are those of `score`."""
-    return adjust(logits, sampling, history, drawn, allowed).softmax(0)
+    return filter_logits(logits, sampling, history, generated, allowed_mask).softmax(0)
 
 
-def draw(
+def sample(
     logits: Tensor,
     sampling: Sampling,
     history: Sequence[int],
-    drawn: Sequence[int],
+    generated: Sequence[int],
     generator: torch.Generator,
-    allowed: Tensor | None = None,
+    allowed_mask: Tensor | None = None,
 ) -> int:
     """The id of the next token. Arguments and errors are those of `score`.
 
@@ -175,7 +179,7 @@ def draw(
     Greedy sampling needs none.
     """
     if sampling.temperature == 0:
-        return int(score(logits, sampling, history, drawn, allowed).argmax())
-    summed = probabilities(logits, sampling, history, drawn, allowed).cumsum(0)
+        return int(apply_penalties(logits, sampling, history, generated, allowed_mask).argmax())
+    cumulative = probabilities(logits, sampling, history, generated, allowed_mask).cumsum(0)
     uniform = torch.rand((), generator=generator, dtype=torch.float64)
-    return int(torch.searchsorted(summed, uniform * summed[-1], right=True))
+    return int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))

@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nextword.interpretability.activations import embedded_as
+from nextword.interpretability.activations import override_embeddings
 from nextword.model.gpt import GPT
 
-TOLERANCE = 0.01  # how far the parts' sum may be from what they are parts of
-FIRST_STEPS, MOST_STEPS = 16, 1024
-TOKENS_AT_ONCE = 2048
+COMPLETENESS_TOLERANCE = 0.01  # how far the parts' sum may be from what they are parts of
+INITIAL_STEPS, MAX_STEPS = 16, 1024
+BATCH_TOKENS = 2048
 
-Output = Callable[[Tensor], Tensor]  # hidden states [B, T, D] → a number each [B]
+OutputFunction = Callable[[Tensor], Tensor]  # hidden states [B, T, D] → a number each [B]
 
 
 @dataclass(frozen=True)
-class Leaning:
+class Attributions:
     """What each token has added to an output.
 
     Attributes:
@@ -32,68 +32,70 @@ class Leaning:
         steps: points at which the gradient was taken.
     """
 
-    parts: list[float]
-    output: float
-    at_baseline: float
+    per_token: list[float]
+    target_output: float
+    baseline_output: float
     steps: int
 
     @property
-    def difference(self) -> float:
-        return self.output - self.at_baseline
+    def output_difference(self) -> float:
+        return self.target_output - self.baseline_output
 
     @property
-    def sum(self) -> float:
-        return float(np.sum(self.parts))
+    def total(self) -> float:
+        return float(np.sum(self.per_token))
 
     @property
-    def relative_error(self) -> float:
+    def completeness_error(self) -> float:
         """|Σ parts − difference| / |difference|; where nothing differs, the parts' own size takes its place."""
-        apart = abs(self.sum - self.difference)
-        scale = abs(self.difference) or float(np.abs(self.parts).sum())
-        return apart / scale if scale else 0.0
+        gap = abs(self.total - self.output_difference)
+        scale = abs(self.output_difference) or float(np.abs(self.per_token).sum())
+        return gap / scale if scale else 0.0
 
 
-def average_word(model: GPT) -> Tensor:
+def mean_token_embedding(model: GPT) -> Tensor:
     """The baseline [D]: the mean of all token embeddings, a word that is no word in particular."""
     return model.token_embedding.weight.detach().mean(0)
 
 
-def leaning(model: GPT, ids: Sequence[int], output: Output, fixed: Sequence[int] = ()) -> Leaning:
+def integrated_gradients(
+    model: GPT, input_ids: Sequence[int], output_function: OutputFunction, fixed_positions: Sequence[int] = ()
+) -> Attributions:
     """Integrated gradients of an output on a text's token embeddings, from the average word at every place but the `fixed`
     ones (a task's markers, which no text is without); positions stay as they are.
 
     The integral is taken by Gauss and Legendre's rule with 16 points, and with twice as many until the parts add up within
     1 % or there are 1,024.
     """
-    tokens = torch.tensor([list(ids)], device=model.unembedding.device)  # [1, T]
-    embedded = model.token_embedding.weight.detach()[tokens[0]]  # [T, D]
-    baseline = average_word(model).repeat(len(ids), 1)  # [T, D]
-    baseline[list(fixed)] = embedded[list(fixed)]
+    tokens = torch.tensor([list(input_ids)], device=model.unembedding.device)  # [1, T]
+    embeddings = model.token_embedding.weight.detach()[tokens[0]]  # [T, D]
+    baseline = mean_token_embedding(model).repeat(len(input_ids), 1)  # [T, D]
+    baseline[list(fixed_positions)] = embeddings[list(fixed_positions)]
 
-    def value(points: Tensor) -> Tensor:
-        with embedded_as(model, points):
-            return output(model(tokens.expand(len(points), -1)))
+    def output_at(points: Tensor) -> Tensor:
+        with override_embeddings(model, points):
+            return output_function(model(tokens.expand(len(points), -1)))
 
     with torch.no_grad():
-        ends = value(torch.stack((embedded, baseline))).double().tolist()
-    steps = FIRST_STEPS
+        endpoint_outputs = output_at(torch.stack((embeddings, baseline))).double().tolist()
+    steps = INITIAL_STEPS
     while True:
-        parts = _parts(value, embedded, baseline, steps)
-        found = Leaning(parts, ends[0], ends[1], steps)
-        if found.relative_error < TOLERANCE or steps >= MOST_STEPS:
-            return found
+        token_attributions = _integrate_path(output_at, embeddings, baseline, steps)
+        attributions = Attributions(token_attributions, endpoint_outputs[0], endpoint_outputs[1], steps)
+        if attributions.completeness_error < COMPLETENESS_TOLERANCE or steps >= MAX_STEPS:
+            return attributions
         steps *= 2
 
 
-def _parts(value: Output, embedded: Tensor, baseline: Tensor, steps: int) -> list[float]:
+def _integrate_path(output_function: OutputFunction, embeddings: Tensor, baseline: Tensor, steps: int) -> list[float]:
     """The parts [T] by so many points of the path."""
     nodes, weights = np.polynomial.legendre.leggauss(steps)  # on −1 to 1
-    rows = max(1, TOKENS_AT_ONCE // len(embedded))
-    gradient = torch.zeros(embedded.shape, dtype=torch.float64)
+    rows = max(1, BATCH_TOKENS // len(embeddings))
+    gradient = torch.zeros(embeddings.shape, dtype=torch.float64)
     for start in range(0, steps, rows):
-        chosen = slice(start, start + rows)
-        alpha = torch.as_tensor((nodes[chosen] + 1) / 2).to(embedded)[:, None, None]
-        points = (baseline + alpha * (embedded - baseline)).requires_grad_()  # [B, T, D]
-        (each,) = torch.autograd.grad(value(points).sum(), points)
-        gradient += (each.cpu().double() * torch.as_tensor(weights[chosen] / 2)[:, None, None]).sum(0)
-    return ((embedded - baseline).cpu().double() * gradient).sum(-1).tolist()
+        batch = slice(start, start + rows)
+        alpha = torch.as_tensor((nodes[batch] + 1) / 2).to(embeddings)[:, None, None]
+        points = (baseline + alpha * (embeddings - baseline)).requires_grad_()  # [B, T, D]
+        (batch_gradient,) = torch.autograd.grad(output_function(points).sum(), points)
+        gradient += (batch_gradient.cpu().double() * torch.as_tensor(weights[batch] / 2)[:, None, None]).sum(0)
+    return ((embeddings - baseline).cpu().double() * gradient).sum(-1).tolist()

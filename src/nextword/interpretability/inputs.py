@@ -8,22 +8,22 @@ import torch
 
 from nextword.common.errors import UsageError
 from nextword.common.fs import read_json
-from nextword.data.documents import Problems
+from nextword.data.documents import IssueLog
 from nextword.data.tokenizer import Tokenizer
-from nextword.interpretability.activations import most_tokens
-from nextword.model.hf_config import labels_of
+from nextword.interpretability.activations import max_explained_tokens
+from nextword.model.hf_config import parse_labels
 from nextword.pipeline.language_model import Model
 from nextword.pipeline.predictor import Predictor
-from nextword.tasks.dataset import HEADS, Encoded, Encoder, Form, Text
-from nextword.tasks.task_data import example_of
+from nextword.tasks.dataset import HEAD_KINDS, EncodedExample, ExampleEncoder, TaskSpec, TokenSequence
+from nextword.tasks.task_data import example_from_texts
 
 # The kinds of head in a stock directory that no task of ours is known for, in its config's words.
-KINDS: dict[str, Any] = {"multi_label_classification": "labels", "regression": "score"}
-LONG = 10**9  # a context that nothing is cut for
+PROBLEM_TYPES: dict[str, Any] = {"multi_label_classification": "labels", "regression": "score"}
+UNLIMITED_CONTEXT = 10**9  # a context that nothing is cut for
 
 
 @dataclass(frozen=True)
-class Reading:
+class ModelInput:
     """One sequence as a model reads it.
 
     Attributes:
@@ -35,121 +35,134 @@ class Reading:
         notes: what a reader has to know, a sentence each.
     """
 
-    ids: list[int]
+    input_ids: list[int]
     task: str | None = None
-    outputs: tuple[str, ...] = ()
-    chosen: int = 0
-    answer: dict[str, Any] | None = None
+    output_names: tuple[str, ...] = ()
+    target_index: int = 0
+    prediction: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
 
-def read(model: Model, texts: Sequence[str], label: str | None) -> Reading:
+def prepare_input(model: Model, texts: Sequence[str], label: str | None) -> ModelInput:
     """The sequence that is explained: of a language model its text, of a task's model the example in its template.
 
     Raises:
         UsageError: too few or too many texts for the task, or a label that the model does not have.
     """
-    form, limit = _form(model), most_tokens(model.gpt)
-    if form is not None and form.kind in HEADS:
-        return _example(model, form, texts, label, limit)
+    task_spec, max_tokens = _resolve_task_spec(model), max_explained_tokens(model.gpt)
+    if task_spec is not None and task_spec.kind in HEAD_KINDS:
+        return _prepare_example(model, task_spec, texts, label, max_tokens)
     if label is not None:
         raise UsageError("--label is for models that give labels; this one goes on with a text: --word WORD")
-    if form is None:
+    if task_spec is None:
         if len(texts) != 1:
             raise UsageError(
                 f"this model goes on with one text, and {len(texts)} were given: put it in quotation marks"
             )
-        ids = model.tokenizer.encode(texts[0])
-        if model.tokenizer.begin_of_text is not None:
-            ids = [model.tokenizer.begin_of_text, *ids]
-        ids = ids or [model.tokenizer.end_of_text]
+        input_ids = model.tokenizer.encode(texts[0])
+        if model.tokenizer.bos_id is not None:
+            input_ids = [model.tokenizer.bos_id, *input_ids]
+        input_ids = input_ids or [model.tokenizer.eos_id]
     else:
-        example = example_of(form.task, texts)
-        ids = Encoder(form, model.tokenizer, LONG).prompt(example)
-        if len(ids) > limit:
-            short = Encoder(form, model.tokenizer, limit + max(1, form.answer_tokens)).prompt(example)
+        example = example_from_texts(task_spec.task, texts)
+        input_ids = ExampleEncoder(task_spec, model.tokenizer, UNLIMITED_CONTEXT).encode_prompt(example)
+        if len(input_ids) > max_tokens:
+            truncated_ids = ExampleEncoder(
+                task_spec, model.tokenizer, max_tokens + max(1, task_spec.answer_tokens)
+            ).encode_prompt(example)
             note = f"The text has {len(ids):,} tokens with its markers; it is cut to {len(short):,}."
-            return Reading(short, form.task, notes=(note,))
+            return ModelInput(truncated_ids, task_spec.task, notes=(note,))
     note = f"The text has {len(ids):,} tokens; the last {limit:,} of them are read and shown."
-    return Reading(ids[-limit:], form and form.task, notes=(note,) if len(ids) > limit else ())
-
-
-def _form(model: Model) -> Form | None:
-    """How examples are given to the model; of a stock directory with a classification head, as bare texts."""
-    form = model.form
-    if form is not None or not model.gpt.config.n_labels:
-        return form
-    path = model.directory / "config.json"
-    raw = read_json(path)
-    kind = KINDS.get(str(raw.get("problem_type")), "label" if model.gpt.config.n_labels > 1 else "score")
-    return Form("classify", kind, tuple(labels_of(raw, path) or ()))
-
-
-def _example(model: Model, form: Form, texts: Sequence[str], label: str | None, limit: int) -> Reading:
-    """A task's example, and what the head says of it."""
-    example, problems = example_of(form.task, texts), Problems()
-    if model.form is None:  # a stock class's head reads at the last token of the bare text
-        encoded = _bare(model.tokenizer, texts[0], limit)
-    else:
-        found = Encoder(form, model.tokenizer, limit).encode(example, problems, gold=False)
-        if found is None:
-            raise UsageError(f"this example cannot be read: {problems.found[-1]}")
-        encoded = found
-    predictor = Predictor(model.gpt, model.tokenizer, form)
-    (row,) = predictor.logits([encoded])
-    (answer,) = predictor.answers([row], [example])
-    outputs = ("score",) if form.kind in ("score", "choice") else form.labels
-    names = [str(i) for i in range(len(row))] if form.kind == "choice" else list(outputs)
-    chosen = int(row.argmax()) if label is None else _place(names, label)
-    notes = [f"Longer than the {limit:,} tokens that are shown: it is cut."] if problems.found else []
-    if form.task == "similarity":
-        notes.append("The score is the sum over both orders of the texts; what is shown is the order as given.")
-    if form.kind == "choice":
-        notes.append(f"Each choice is read by itself behind the question; what is shown is choice {chosen}.")
-    sequence = encoded.texts[chosen if form.kind == "choice" else 0]
-    return Reading(
-        sequence.ids.tolist(), form.task, outputs, 0 if form.kind == "choice" else chosen, answer, tuple(notes)
+    return ModelInput(
+        input_ids[-max_tokens:], task_spec and task_spec.task, notes=(note,) if len(input_ids) > max_tokens else ()
     )
 
 
-def _bare(tokenizer: Tokenizer, text: str, limit: int) -> Encoded:
-    ids = tokenizer.encode(text)
-    if tokenizer.begin_of_text is not None:
-        ids = [tokenizer.begin_of_text, *ids]
-    kept = torch.tensor((ids or [tokenizer.end_of_text])[:limit]).numpy()
-    return Encoded((Text(kept, kept >= 0),))
+def _resolve_task_spec(model: Model) -> TaskSpec | None:
+    """How examples are given to the model; of a stock directory with a classification head, as bare texts."""
+    task_spec = model.task_spec
+    if task_spec is not None or not model.gpt.config.n_labels:
+        return task_spec
+    path = model.directory / "config.json"
+    config = read_json(path)
+    kind = PROBLEM_TYPES.get(str(config.get("problem_type")), "label" if model.gpt.config.n_labels > 1 else "score")
+    return TaskSpec("classify", kind, tuple(parse_labels(config, path) or ()))
 
 
-def _place(names: Sequence[str], label: str) -> int:
+def _prepare_example(
+    model: Model, task_spec: TaskSpec, texts: Sequence[str], label: str | None, max_tokens: int
+) -> ModelInput:
+    """A task's example, and what the head says of it."""
+    example, problems = example_from_texts(task_spec.task, texts), IssueLog()
+    if model.task_spec is None:  # a stock class's head reads at the last token of the bare text
+        encoded = _encode_plain_text(model.tokenizer, texts[0], max_tokens)
+    else:
+        encoded_or_none = ExampleEncoder(task_spec, model.tokenizer, max_tokens).encode(
+            example, problems, with_target=False
+        )
+        if encoded_or_none is None:
+            raise UsageError(f"this example cannot be read: {problems.found[-1]}")
+        encoded = encoded_or_none
+    predictor = Predictor(model.gpt, model.tokenizer, task_spec)
+    (logits,) = predictor.logits([encoded])
+    (prediction,) = predictor.predictions_from_logits([logits], [example])
+    output_names = ("score",) if task_spec.kind in ("score", "choice") else task_spec.labels
+    option_names = [str(i) for i in range(len(logits))] if task_spec.kind == "choice" else list(output_names)
+    target_index = int(logits.argmax()) if label is None else _label_index(option_names, label)
+    notes = [f"Longer than the {limit:,} tokens that are shown: it is cut."] if problems.issues else []
+    if task_spec.task == "similarity":
+        notes.append("The score is the sum over both orders of the texts; what is shown is the order as given.")
+    if task_spec.kind == "choice":
+        notes.append(f"Each choice is read by itself behind the question; what is shown is choice {chosen}.")
+    sequence = encoded.sequences[target_index if task_spec.kind == "choice" else 0]
+    return ModelInput(
+        sequence.ids.tolist(),
+        task_spec.task,
+        output_names,
+        0 if task_spec.kind == "choice" else target_index,
+        prediction,
+        tuple(notes),
+    )
+
+
+def _encode_plain_text(tokenizer: Tokenizer, text: str, max_tokens: int) -> EncodedExample:
+    input_ids = tokenizer.encode(text)
+    if tokenizer.bos_id is not None:
+        input_ids = [tokenizer.bos_id, *input_ids]
+    kept_ids = torch.tensor((input_ids or [tokenizer.eos_id])[:max_tokens]).numpy()
+    return EncodedExample((TokenSequence(kept_ids, kept_ids >= 0),))
+
+
+def _label_index(names: Sequence[str], label: str) -> int:
     if label not in names:
         raise UsageError(f"--label {label!r}: this model has {', '.join(names)}")
     return names.index(label)
 
 
-def speaks(model: Model) -> bool:
+def has_lm_head(model: Model) -> bool:
     """Whether the model predicts words: a classification model does not where it had a matrix of its own for them, which its
     stock class has no place for."""
     if not model.gpt.config.n_labels:
         return True
-    shared = read_json(model.directory / "config.json").get("tie_word_embeddings")
-    return model.gpt.config.family in ("gpt1", "gpt2") if shared is None else shared is True
+    tied_embeddings = read_json(model.directory / "config.json").get("tie_word_embeddings")
+    return model.gpt.config.family in ("gpt1", "gpt2") if tied_embeddings is None else tied_embeddings is True
 
 
-def following(model: Model, ids: Sequence[int], word: str) -> tuple[int, str | None]:
+def next_token_id(model: Model, input_ids: Sequence[int], word: str) -> tuple[int, str | None]:
     """The token that a word begins with where it follows a text: with a space before it or without, whichever is the likelier;
     and a note where the word has more tokens.
 
     Raises:
         UsageError: there is nothing in the word.
     """
-    spelled = {tuple(model.tokenizer.encode(one)) for one in (word, f" {word}")} - {()}
-    if not word or not spelled:
+    tokenizations = {tuple(model.tokenizer.encode(one)) for one in (word, f" {word}")} - {()}
+    if not word or not tokenizations:
         raise UsageError("--word: name a word, such as --word doctor")
     with torch.no_grad():
-        hidden = model.gpt(torch.tensor([list(ids)], device=model.gpt.unembedding.device))
+        hidden = model.gpt(torch.tensor([list(input_ids)], device=model.gpt.unembedding.device))
         logits = model.gpt.unembed(hidden[0, -1])
-    best = max(spelled, key=lambda tokens: (float(logits[tokens[0]]), tokens))
-    if len(best) == 1:
-        return best[0], None
-    first = model.tokenizer.spelling(best[0]).decode("utf-8", "replace").strip()
-    return best[0], f"“{word}” is {len(best)} tokens; what is explained is the first, “{first}”."
+    best_tokens = max(tokenizations, key=lambda tokens: (float(logits[tokens[0]]), tokens))
+    if len(best_tokens) == 1:
+        return best_tokens[0], None
+    first = model.tokenizer.token_bytes(best_tokens[0]).decode("utf-8", "replace").strip()
+    return best_tokens[0], f"“{word}” is {len(best)} tokens; what is explained is the first, “{first}”."

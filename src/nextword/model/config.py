@@ -10,7 +10,7 @@ from typing import Any, Literal
 Family = Literal["gpt1", "gpt2", "qwen3", "llama"]
 
 # `model_type` in config.json, the stock class of the language model, and the one with a classification head.
-STOCK_CLASSES: dict[Family, tuple[str, str, str]] = {
+HF_CLASSES: dict[Family, tuple[str, str, str]] = {
     "gpt1": ("openai-gpt", "OpenAIGPTLMHeadModel", "OpenAIGPTForSequenceClassification"),
     "gpt2": ("gpt2", "GPT2LMHeadModel", "GPT2ForSequenceClassification"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM", "Qwen3ForSequenceClassification"),
@@ -22,11 +22,11 @@ class ConfigError(ValueError):
     """These sizes or choices make no model, or none that a stock class can hold."""
 
 
-def size(help: str) -> Any:
+def required_setting(help: str) -> Any:
     return field(metadata={"help": help})
 
 
-def choice(default: Any, help: str) -> Any:
+def setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
@@ -35,25 +35,25 @@ class ModelConfig:
     """The whole shape of a model. Every field is a number of things, or a choice named as in the field's papers."""
 
     vocab_size: int
-    context_length: int = size("Tokens of a window: how far the model looks back.")
-    n_layers: int = size("Blocks, one above the other.")
-    n_heads: int = size("Attention heads of a layer.")
-    n_kv_heads: int = size("Key-value heads, each shared by n_heads / n_kv_heads query heads.")
-    head_dim: int = size("Width of a head; d_model / n_heads where not given.")
-    d_model: int = size("Width of the residual stream.")
-    d_ff: int = size("Width of the feed-forward layer.")
-    norm: Literal["layernorm", "rmsnorm"] = choice("layernorm", "Layer normalisation, or RMSNorm.")
-    norm_position: Literal["pre", "post"] = choice("pre", "Norms before each part, or after each sum.")
-    norm_eps: float = choice(1e-5, "What keeps a norm from dividing by zero.")
-    positions: Literal["learned", "sinusoidal", "rope"] = choice("learned", "How a token knows its place.")
-    rope_theta: float = choice(10_000.0, "Base of the rotary angles.")
-    activation: Literal["relu", "gelu", "swiglu"] = choice("gelu", "Between the feed-forward matrices.")
-    qk_norm: bool = choice(False, "Normalise each head's queries and keys.")
-    attention_bias: bool = choice(True, "Biases in the attention's projections.")
-    feed_forward_bias: bool = choice(True, "Biases in the feed-forward layer.")
-    tied: bool = choice(True, "One matrix for the token embedding and the head.")
-    dropout: float = choice(0.0, "Share of the residual stream that is dropped in training.")
-    n_labels: int = choice(0, "Outputs of the classification head; none for a language model.")
+    context_length: int = required_setting("Tokens of a window: how far the model looks back.")
+    n_layers: int = required_setting("Blocks, one above the other.")
+    n_heads: int = required_setting("Attention heads of a layer.")
+    n_kv_heads: int = required_setting("Key-value heads, each shared by n_heads / n_kv_heads query heads.")
+    head_dim: int = required_setting("Width of a head; d_model / n_heads where not given.")
+    d_model: int = required_setting("Width of the residual stream.")
+    d_ff: int = required_setting("Width of the feed-forward layer.")
+    norm: Literal["layernorm", "rmsnorm"] = setting("layernorm", "Layer normalisation, or RMSNorm.")
+    norm_position: Literal["pre", "post"] = setting("pre", "Norms before each part, or after each sum.")
+    norm_eps: float = setting(1e-5, "What keeps a norm from dividing by zero.")
+    positions: Literal["learned", "sinusoidal", "rope"] = setting("learned", "How a token knows its place.")
+    rope_theta: float = setting(10_000.0, "Base of the rotary angles.")
+    activation: Literal["relu", "gelu", "swiglu"] = setting("gelu", "Between the feed-forward matrices.")
+    qk_norm: bool = setting(False, "Normalise each head's queries and keys.")
+    attention_bias: bool = setting(True, "Biases in the attention's projections.")
+    feed_forward_bias: bool = setting(True, "Biases in the feed-forward layer.")
+    tied: bool = setting(True, "One matrix for the token embedding and the head.")
+    dropout: float = setting(0.0, "Share of the residual stream that is dropped in training.")
+    n_labels: int = setting(0, "Outputs of the classification head; none for a language model.")
 
     def __post_init__(self) -> None:
         for name in (

@@ -44,14 +44,14 @@ def sinusoidal_table(context_length: int, d_model: int) -> Tensor:
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).float()
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def compute_rotary_cos_sin(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of pos / theta^(2i/K), each [..., T, K/2], in float32. Su et al. 2021, equation 15."""
     frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angle = positions[..., None].float() * frequency
     return angle.cos(), angle.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x_i, x_{i + K/2}) by its position's angle. x [B, H, T, K]; cos, sin [B or 1, 1, T, K/2]."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -94,11 +94,11 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
-        inner, shared = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.query = nn.Linear(config.d_model, inner, bias=config.attention_bias)
-        self.key = nn.Linear(config.d_model, shared, bias=config.attention_bias)
-        self.value = nn.Linear(config.d_model, shared, bias=config.attention_bias)
-        self.output = nn.Linear(inner, config.d_model, bias=config.attention_bias)
+        query_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.query = nn.Linear(config.d_model, query_width, bias=config.attention_bias)
+        self.key = nn.Linear(config.d_model, kv_width, bias=config.attention_bias)
+        self.value = nn.Linear(config.d_model, kv_width, bias=config.attention_bias)
+        self.output = nn.Linear(query_width, config.d_model, bias=config.attention_bias)
         if config.qk_norm:
             self.query_norm = Norm(config.head_dim, config.norm, config.norm_eps)
             self.key_norm = Norm(config.head_dim, config.norm, config.norm_eps)
@@ -106,19 +106,19 @@ class Attention(nn.Module):
             self.query_norm, self.key_norm = nn.Identity(), nn.Identity()
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: Cache | None
+        self, x: Tensor, rotary_cos_sin: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: Cache | None
     ) -> Tensor:
-        query = self.query_norm(self.heads(self.query(x)))  # [B, H, T, K]
-        key = self.key_norm(self.heads(self.key(x)))  # [B, G, T, K]
-        value = self.heads(self.value(x))  # [B, G, T, K]
-        if rotation is not None:
-            query, key = rotate(query, *rotation), rotate(key, *rotation)
+        query = self.query_norm(self.split_heads(self.query(x)))  # [B, H, T, K]
+        key = self.key_norm(self.split_heads(self.key(x)))  # [B, G, T, K]
+        value = self.split_heads(self.value(x))  # [B, G, T, K]
+        if rotary_cos_sin is not None:
+            query, key = apply_rotary_embedding(query, *rotary_cos_sin), apply_rotary_embedding(key, *rotary_cos_sin)
         if cache is not None:
             key, value, mask = cache.update(self.layer, key, value)  # [B, G, S, K]
         heads = attention(query, key, value, mask)  # [B, H, T, K]
         return self.output(heads.transpose(1, 2).flatten(2))  # [B, T, D]
 
-    def heads(self, x: Tensor) -> Tensor:
+    def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, T, H·K] → [B, H, T, K]
 
 
@@ -151,7 +151,7 @@ class Block(nn.Module):
     With `recompute` it keeps nothing but its input for the backward pass, which makes the rest again (Chen et al. 2016).
     """
 
-    recompute = False
+    activation_checkpointing = False
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -165,42 +165,46 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotation: tuple[Tensor, Tensor] | None,
+        rotary_cos_sin: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
         cache: Cache | None,
-        keep: Tensor | None,
+        dropout_masks: Tensor | None,
     ) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():  # in here, so that the weights may be gathered around it
+        if (
+            self.activation_checkpointing and torch.is_grad_enabled()
+        ):  # in here, so that the weights may be gathered around it
             settings = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn in a block
-            return partial(checkpoint, self.added, **settings)(x, rotation, mask, cache, keep)
-        return self.added(x, rotation, mask, cache, keep)
+            return partial(checkpoint, self._forward, **settings)(x, rotary_cos_sin, mask, cache, dropout_masks)
+        return self._forward(x, rotary_cos_sin, mask, cache, dropout_masks)
 
-    def added(
+    def _forward(
         self,
         x: Tensor,
-        rotation: tuple[Tensor, Tensor] | None,
+        rotary_cos_sin: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
         cache: Cache | None,
-        keep: Tensor | None,
+        dropout_masks: Tensor | None,
     ) -> Tensor:
-        keep_attention, keep_feed_forward = (None, None) if keep is None else keep.unbind()
+        attention_mask, feed_forward_mask = (None, None) if dropout_masks is None else dropout_masks.unbind()
         if self.post_norm:
-            x = self.attention_norm(x + drop(self.attention(x, rotation, mask, cache), keep_attention, self.dropout))
-            return self.feed_forward_norm(x + drop(self.feed_forward(x), keep_feed_forward, self.dropout))
-        attended = self.attention(self.attention_norm(x), rotation, mask, cache)
-        x = x + drop(attended, keep_attention, self.dropout)
-        return x + drop(self.feed_forward(self.feed_forward_norm(x)), keep_feed_forward, self.dropout)
+            x = self.attention_norm(
+                x + apply_dropout(self.attention(x, rotary_cos_sin, mask, cache), attention_mask, self.dropout)
+            )
+            return self.feed_forward_norm(x + apply_dropout(self.feed_forward(x), feed_forward_mask, self.dropout))
+        attended = self.attention(self.attention_norm(x), rotary_cos_sin, mask, cache)
+        x = x + apply_dropout(attended, attention_mask, self.dropout)
+        return x + apply_dropout(self.feed_forward(self.feed_forward_norm(x)), feed_forward_mask, self.dropout)
 
 
-def drop(x: Tensor, keep: Tensor | None, probability: float) -> Tensor:
+def apply_dropout(x: Tensor, mask: Tensor | None, probability: float) -> Tensor:
     """Residual dropout (Vaswani et al. 2017, section 5.4) with a mask [B, T, D] that was drawn before the step."""
-    return x if keep is None else x * keep / (1 - probability)
+    return x if mask is None else x * mask / (1 - probability)
 
 
 # ---------------------------------------------------------------- the model
 
 
-class Undrawn(TorchFunctionMode):
+class SkipInit(TorchFunctionMode):
     """Inside, modules get no first numbers: where there is no memory to hold them, drawing them would import a compiler."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -218,12 +222,12 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        with Undrawn():
-            self._furnish()
+        with SkipInit():
+            self._build()
         if not self.token_embedding.weight.is_meta:
-            self.initialise()
+            self.init_weights()
 
-    def _furnish(self) -> None:
+    def _build(self) -> None:
         """Every part, without its first numbers."""
         config = self.config
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
@@ -241,7 +245,7 @@ class GPT(nn.Module):
         self.score = nn.Linear(config.d_model, config.n_labels, bias=False) if config.n_labels else None
 
     @classmethod
-    def hollow(cls, config: ModelConfig) -> "GPT":
+    def on_meta(cls, config: ModelConfig) -> "GPT":
         """A model of this configuration without numbers and without the memory for them."""
         with torch.device("meta"):
             return cls(config)
@@ -249,12 +253,12 @@ class GPT(nn.Module):
     @classmethod
     def from_weights(cls, config: ModelConfig, weights: dict[str, Tensor]) -> "GPT":
         """The model of this configuration whose `state_dict` is `weights`; the tensors are taken as they are, not copied."""
-        model = cls.hollow(config)
+        model = cls.on_meta(config)
         model.load_state_dict(weights, assign=True)
-        model.tabulate()
+        model.init_buffers()
         return model
 
-    def tabulate(self) -> None:
+    def init_buffers(self) -> None:
         """Compute what is no parameter, on the weights' device and in their precision."""
         if self.config.positions == "sinusoidal":
             table = sinusoidal_table(self.config.context_length, self.config.d_model)
@@ -267,7 +271,7 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         segments: Tensor | None = None,
         cache: Cache | None = None,
-        keep: Tensor | None = None,
+        dropout_masks: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [B, T, D] of token ids [B, T]; `unembed` turns them into logits.
 
@@ -290,17 +294,23 @@ class GPT(nn.Module):
             positions = torch.arange(length, device=tokens.device)
         mask = None if segments is None else document_mask(segments)  # [B, 1, T, T]
         x = self.token_embedding(tokens)  # [B, T, D]
-        rotation = None
+        rotary_cos_sin = None
         if self.config.positions == "rope":
-            cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)  # [(B,) T, K/2]
-            rotation = (cos.unsqueeze(-3), sin.unsqueeze(-3))  # one for all heads: [(B,) 1, T, K/2]
+            cos, sin = compute_rotary_cos_sin(positions, self.config.head_dim, self.config.rope_theta)  # [(B,) T, K/2]
+            rotary_cos_sin = (cos.unsqueeze(-3), sin.unsqueeze(-3))  # one for all heads: [(B,) 1, T, K/2]
         elif self.config.positions == "learned":
             x = x + self.position_embedding(positions)
         else:
             x = x + self.get_buffer("position_table")[positions]
-        x = drop(x, None if keep is None else keep[0], self.config.dropout)
+        x = apply_dropout(x, None if dropout_masks is None else dropout_masks[0], self.config.dropout)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotation, mask, cache, None if keep is None else keep[1 + 2 * layer : 3 + 2 * layer])
+            x = block(
+                x,
+                rotary_cos_sin,
+                mask,
+                cache,
+                None if dropout_masks is None else dropout_masks[1 + 2 * layer : 3 + 2 * layer],
+            )
         return self.final_norm(x)
 
     def unembed(self, hidden: Tensor) -> Tensor:
@@ -323,18 +333,18 @@ class GPT(nn.Module):
         return self.score(hidden)
 
     @torch.no_grad()
-    def initialise(self) -> None:
+    def init_weights(self) -> None:
         """Draw the weights, see `first_numbers`."""
-        for name, draw in self.first_numbers():
+        for name, draw in self.initializers():
             draw(self.get_parameter(name))
 
     @torch.no_grad()
-    def first_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def iter_init_weights(self) -> Iterator[tuple[str, Tensor]]:
         """What `initialise` would draw, one tensor after the other, for those who keep a part of each."""
-        for name, draw in self.first_numbers():
+        for name, draw in self.initializers():
             yield name, draw(torch.empty(self.get_parameter(name).shape))
 
-    def first_numbers(self) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    def initializers(self) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
         """Each parameter's name and how it is drawn, in order, as the preset's source has it.
 
         GPT-1 (section 4.1) and the stock classes of all families: N(0, 0.02). GPT-2 (section 2.3): what is added to the
@@ -344,23 +354,25 @@ class GPT(nn.Module):
         """
         config = self.config
         glorot = config.positions == "sinusoidal"
-        for place, module in self.named_modules():
-            draw: Callable[[Tensor], Tensor] = nn.init.ones_
+        for module_name, module in self.named_modules():
+            initializer: Callable[[Tensor], Tensor] = nn.init.ones_
             if isinstance(module, nn.Linear):
-                residual = place.endswith(("attention.output", "feed_forward.down")) and config.norm_position == "pre"
-                draw = partial(nn.init.normal_, std=0.02 / math.sqrt(2 * config.n_layers) if residual else 0.02)
+                residual = (
+                    module_name.endswith(("attention.output", "feed_forward.down")) and config.norm_position == "pre"
+                )
+                initializer = partial(nn.init.normal_, std=0.02 / math.sqrt(2 * config.n_layers) if residual else 0.02)
                 if glorot and module is not self.head and module is not self.score:
-                    draw = nn.init.xavier_uniform_
+                    initializer = nn.init.xavier_uniform_
             elif isinstance(module, nn.Embedding):
-                draw = partial(nn.init.normal_, std=math.sqrt(0.5) if glorot and not config.tied else 0.02)
-            for name, _ in module.named_parameters(prefix=place, recurse=False):
-                yield name, nn.init.zeros_ if name.endswith("bias") else draw
+                initializer = partial(nn.init.normal_, std=math.sqrt(0.5) if glorot and not config.tied else 0.02)
+            for name, _ in module.named_parameters(prefix=module_name, recurse=False):
+                yield name, nn.init.zeros_ if name.endswith("bias") else initializer
 
 
 # ---------------------------------------------------------------- a model made from another
 
 
-def with_vocabulary(model: GPT, vocab_size: int, seed: int) -> GPT:
+def with_resized_vocabulary(model: GPT, vocab_size: int, seed: int) -> GPT:
     """A copy of the model that knows more tokens: rows added below the token embedding and below an untied head.
 
     Each new row is the mean of the old ones plus N(0, 0.02) noise drawn under `seed`, so that a token never seen starts as
@@ -369,21 +381,21 @@ def with_vocabulary(model: GPT, vocab_size: int, seed: int) -> GPT:
     Raises:
         ValueError: the new vocabulary is smaller than the old one.
     """
-    new = vocab_size - model.config.vocab_size
-    if new < 0:
+    num_new = vocab_size - model.config.vocab_size
+    if num_new < 0:
         raise ValueError(f"a vocabulary only grows: {vocab_size} tokens are fewer than {model.config.vocab_size}")
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device gets the same numbers
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     for name in ("token_embedding.weight", "head.weight"):
-        if name in weights and new:
-            old = weights[name]
-            noise = 0.02 * torch.randn(new, old.shape[1], generator=generator)
-            rows = old.float().mean(0) + noise.to(old.device)  # [new, D]
-            weights[name] = torch.cat((old, rows.to(old.dtype)))
+        if name in weights and num_new:
+            old_weight = weights[name]
+            noise = 0.02 * torch.randn(num_new, old_weight.shape[1], generator=generator)
+            rows = old_weight.float().mean(0) + noise.to(old_weight.device)  # [new, D]
+            weights[name] = torch.cat((old_weight, rows.to(old_weight.dtype)))
     return GPT.from_weights(replace(model.config, vocab_size=vocab_size), weights).train(model.training)
 
 
-def with_head(model: GPT, n_labels: int, seed: int) -> GPT:
+def with_classification_head(model: GPT, n_labels: int, seed: int) -> GPT:
     """A copy of the model with a fresh classification head, N(0, 0.02) under `seed`; one that was there is left out.
 
     Everything else is equal; precision and device are kept. `n_labels` 0 takes the head away.
@@ -405,7 +417,9 @@ def document_mask(segments: Tensor) -> Tensor:
     return same.tril()[:, None]
 
 
-def dropout_masks(config: ModelConfig, seeds: list[int], length: int, device: torch.device | str) -> Tensor | None:
+def sample_dropout_masks(
+    config: ModelConfig, seeds: list[int], length: int, device: torch.device | str
+) -> Tensor | None:
     """Which numbers dropout keeps, [1 + 2·n_layers, B, T, D] booleans; None without dropout.
 
     Each row of the batch is drawn from its own seed, so that the masks do not depend on how a batch is cut into

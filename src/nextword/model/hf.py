@@ -19,11 +19,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nextword.common.errors import CorruptFile, NextwordError
-from nextword.common.fs import MANIFEST, check_seal, read_manifest, to_json, write_durably
+from nextword.common.errors import CorruptFileError, NextwordError
+from nextword.common.fs import MANIFEST, atomic_write, read_manifest, to_json, verify_manifest
 from nextword.model.config import Family, ModelConfig
 from nextword.model.gpt import GPT, sinusoidal_table
-from nextword.model.hf_config import config_of, label_config, read_object, read_stock_config, stock_config
+from nextword.model.hf_config import (
+    parse_model_config,
+    read_hf_config,
+    read_json_object,
+    to_hf_config,
+    to_hf_label_config,
+)
 from nextword.model.hf_config import read_labels as read_labels
 
 # ---------------------------------------------------------------- names
@@ -55,8 +61,8 @@ LLAMA_BLOCK = {
     "layers.{i}.mlp.up_proj.weight": ["blocks.{i}.feed_forward.up.weight"],
     "layers.{i}.mlp.down_proj.weight": ["blocks.{i}.feed_forward.down.weight"],
 }
-LLAMA_REST = {"embed_tokens.weight": ["token_embedding.weight"], "norm.weight": ["final_norm.weight"]}
-NAMES: dict[Family, dict[str, list[str]]] = {
+LLAMA_NON_BLOCK = {"embed_tokens.weight": ["token_embedding.weight"], "norm.weight": ["final_norm.weight"]}
+HF_NAME_TEMPLATES: dict[Family, dict[str, list[str]]] = {
     "gpt1": {
         "tokens_embed.weight": ["token_embedding.weight"],
         "positions_embed.weight": ["position_embedding.weight"],
@@ -68,24 +74,24 @@ NAMES: dict[Family, dict[str, list[str]]] = {
         **CONV1D_BLOCK,
         "ln_f.{p}": ["final_norm.{p}"],
     },
-    "qwen3": {**LLAMA_REST, **LLAMA_BLOCK},
-    "llama": {**LLAMA_REST, **{name: ours for name, ours in LLAMA_BLOCK.items() if "_norm.weight" not in name}},
+    "qwen3": {**LLAMA_NON_BLOCK, **LLAMA_BLOCK},
+    "llama": {**LLAMA_NON_BLOCK, **{name: ours for name, ours in LLAMA_BLOCK.items() if "_norm.weight" not in name}},
 }
-PREFIX: dict[Family, str] = {"gpt1": "transformer.", "gpt2": "transformer.", "qwen3": "model.", "llama": "model."}
-MOST_HEADER = 2**22  # bytes: some thirty thousand tensors
-LARGEST_FILE = 5 * 10**9  # bytes of weights in one file
-INDEX = "model.safetensors.index.json"
+HF_PREFIXES: dict[Family, str] = {"gpt1": "transformer.", "gpt2": "transformer.", "qwen3": "model.", "llama": "model."}
+MAX_HEADER_BYTES = 2**22  # bytes: some thirty thousand tensors
+MAX_SHARD_BYTES = 5 * 10**9  # bytes of weights in one file
+INDEX_FILENAME = "model.safetensors.index.json"
 # Buffers that older files carry: causal masks and rotary frequencies, all of them computed here.
-BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+IGNORED_BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
-def name_table(config: ModelConfig) -> dict[str, list[str]]:
+def hf_name_map(config: ModelConfig) -> dict[str, list[str]]:
     """Every stock tensor of this model by its full name → the names of ours in it, in order."""
     table: dict[str, list[str]] = {}
-    for stock, ours in NAMES[config.family].items():
+    for stock, ours in HF_NAME_TEMPLATES[config.family].items():
         for i in range(config.n_layers) if "{i}" in stock else [0]:
             for p in ("weight", "bias") if "{p}" in stock else [""]:
-                table[PREFIX[config.family] + stock.format(i=i, p=p)] = [name.format(i=i, p=p) for name in ours]
+                table[HF_PREFIXES[config.family] + stock.format(i=i, p=p)] = [name.format(i=i, p=p) for name in ours]
     if config.n_labels:  # these stock classes have no other head
         table["score.weight"] = ["score.weight"]
     elif not config.tied:
@@ -93,12 +99,12 @@ def name_table(config: ModelConfig) -> dict[str, list[str]]:
     return table
 
 
-def to_stock(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_hf(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors under the stock class's names and layouts; zeros where it has a bias that our mathematics has not."""
-    return dict(stock_tensors(config, weights, lambda tensor: tensor))
+    return dict(iter_hf_tensors(config, weights, lambda tensor: tensor))
 
 
-def stock_tensors(
+def iter_hf_tensors(
     config: ModelConfig, weights: Mapping[str, Tensor], gather: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """As `to_stock`, one tensor after the other; each of ours is asked for by `gather` when its turn comes."""
@@ -111,21 +117,21 @@ def stock_tensors(
         weight = weights[name.replace(".bias", ".weight")]  # anything else missing is a KeyError, and a mistake of ours
         return torch.zeros(weight.shape[0], dtype=weight.dtype)
 
-    for name, parts in name_table(config).items():
-        found = [ours(part) for part in parts]
-        whole = torch.cat(found) if len(found) > 1 else found[0]
-        yield name.removesuffix("ᵀ"), (whole.T if name.endswith("ᵀ") else whole).contiguous()
+    for name, parts in hf_name_map(config).items():
+        tensors = [ours(part) for part in parts]
+        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        yield name.removesuffix("ᵀ"), (tensor.T if name.endswith("ᵀ") else tensor).contiguous()
 
 
-def from_stock(
-    config: ModelConfig, name: str, ours: list[str], tensor: Tensor, shapes: dict[str, torch.Size]
+def from_hf(
+    config: ModelConfig, hf_name: str, our_names: list[str], tensor: Tensor, shapes: dict[str, torch.Size]
 ) -> dict[str, Tensor]:
     """One stock tensor taken apart into ours; what our mathematics has not (a zero bias, the position table) is left out."""
-    whole = tensor.T if name.endswith("ᵀ") else tensor
-    rows = [shapes[our][0] if our in shapes else 0 for our in ours]
+    oriented = tensor.T if hf_name.endswith("ᵀ") else tensor
+    rows = [shapes[our][0] if our in shapes else 0 for our in our_names]
     if not any(rows):
         return {}
-    return {our: part.contiguous() for our, part in zip(ours, whole.split(rows), strict=True) if our in shapes}
+    return {our: part.contiguous() for our, part in zip(our_names, oriented.split(rows), strict=True) if our in shapes}
 
 
 # ---------------------------------------------------------------- directories
@@ -135,9 +141,9 @@ def save_model(
     model: GPT,
     directory: Path,
     *,
-    end_of_text: int | None = None,
-    pad: int | None = None,
-    ends: Sequence[int] | None = None,
+    end_of_text_id: int | None = None,
+    pad_token_id: int | None = None,
+    eos_token_ids: Sequence[int] | None = None,
     labels: Sequence[str] | None = None,
     problem_type: str | None = None,
     gather: Callable[[Tensor], Tensor] = Tensor.detach,
@@ -159,18 +165,18 @@ def save_model(
             token.
     """
     config = model.config
-    if config.n_labels and pad is None:
+    if config.n_labels and pad_token_id is None:
         raise ValueError("a model with a classification head is saved with its pad token: its stock class needs one")
-    described = stock_config(config, end_of_text, pad) | label_config(config, labels, problem_type)
-    write_durably(directory / "config.json", to_json(described))
+    hf_config = to_hf_config(config, end_of_text_id, pad_token_id) | to_hf_label_config(config, labels, problem_type)
+    atomic_write(directory / "config.json", to_json(hf_config))
     for path in write_weights(directory, config, model.state_dict(), lambda tensor: gather(tensor).float().cpu()):
         shutil.copymode(directory / "config.json", path)  # which is made for its owner alone
     if config.n_labels:
         return
-    stops = [end_of_text] if ends is None else list(ends)
-    eos = stops if len(stops) > 1 else next(iter(stops), None)
-    generation = {"bos_token_id": end_of_text, "eos_token_id": eos, "pad_token_id": pad, "do_sample": True}
-    write_durably(directory / "generation_config.json", to_json(generation))
+    stop_ids = [end_of_text_id] if eos_token_ids is None else list(eos_token_ids)
+    eos = stop_ids if len(stop_ids) > 1 else next(iter(stop_ids), None)
+    generation = {"bos_token_id": end_of_text_id, "eos_token_id": eos, "pad_token_id": pad_token_id, "do_sample": True}
+    atomic_write(directory / "generation_config.json", to_json(generation))
 
 
 def write_weights(
@@ -179,27 +185,27 @@ def write_weights(
     """Write model.safetensors, or of a large model several files under an index, as the stock classes do; those files. No more
     than one of them is held in memory."""
     files: list[Path] = []
-    held: dict[str, Tensor] = {}
-    places: dict[str, int] = {}  # of each tensor the file
+    shard: dict[str, Tensor] = {}
+    file_indices: dict[str, int] = {}  # of each tensor the file
     size = total = 0
 
-    def write() -> None:
+    def flush_shard() -> None:
         files.append(directory / f".{len(files)}.safetensors")
-        save_file(held, files[-1], metadata={"format": "pt"})
-        held.clear()
+        save_file(shard, files[-1], metadata={"format": "pt"})
+        shard.clear()
 
-    for name, tensor in stock_tensors(config, weights, gather):
-        if held and size + tensor.nbytes > LARGEST_FILE:
-            write()
+    for name, tensor in iter_hf_tensors(config, weights, gather):
+        if shard and size + tensor.nbytes > MAX_SHARD_BYTES:
+            flush_shard()
             size = 0
-        held[name], places[name] = tensor, len(files)
+        shard[name], file_indices[name] = tensor, len(files)
         size, total = size + tensor.nbytes, total + tensor.nbytes
-    write()
+    flush_shard()
     names = ["model.safetensors"]
     if len(files) > 1:
         names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
-        index = {name: names[place] for name, place in places.items()}
-        write_durably(directory / INDEX, to_json({"metadata": {"total_size": total}, "weight_map": index}))
+        index = {name: names[place] for name, place in file_indices.items()}
+        atomic_write(directory / INDEX_FILENAME, to_json({"metadata": {"total_size": total}, "weight_map": index}))
     return [path.rename(directory / name) for path, name in zip(files, names, strict=True)]
 
 
@@ -210,22 +216,22 @@ def load_model(directory: Path, device: torch.device | str = "cpu") -> GPT:
         CorruptFile: a hash, a shape or a file that is not as it should be.
         NextwordError: no model here, or one with something that nextword does not do, by name.
     """
-    config = described(directory, check_seal)
-    return GPT.from_weights(config, dict(weights_in(directory, config))).to(device)
+    config = load_config(directory, verify_manifest)
+    return GPT.from_weights(config, dict(iter_weights(directory, config))).to(device)
 
 
-def described(directory: Path, manifest: Callable[[Path], dict[str, Any]] = read_manifest) -> ModelConfig:
+def load_config(directory: Path, load_manifest: Callable[[Path], dict[str, Any]] = read_manifest) -> ModelConfig:
     """What a directory says of its model's shape. Raises as `load_model`."""
     if not (directory / "config.json").is_file():
         raise NextwordError(f"{directory}: no config.json, so this is no model directory")
-    config = read_stock_config(directory / "config.json")
+    config = read_hf_config(directory / "config.json")
     if (directory / MANIFEST).is_file():
-        facts = manifest(directory)
-        if "model" in facts:  # what the stock format has no place for: the sinusoids, and biases that do not exist
+        metadata = load_manifest(directory)
+        if "model" in metadata:  # what the stock format has no place for: the sinusoids, and biases that do not exist
             try:
-                config = config_of(facts["model"])
+                config = parse_model_config(metadata["model"])
             except (ValueError, TypeError, OverflowError) as error:
-                raise CorruptFile(f"{directory / MANIFEST}: {error}") from error
+                raise CorruptFileError(f"{directory / MANIFEST}: {error}") from error
             config = replace(config, tied=config.tied or config.n_labels > 0)  # as in `read_stock_config`
     return config
 
@@ -240,96 +246,100 @@ def weight_shapes(directory: Path, config: ModelConfig, n_tensors: int) -> dict[
         CorruptFile: more layers than a directory of `n_tensors` tensors can have, or sizes that no tensor can have.
     """
     try:
-        one = GPT.hollow(replace(config, n_layers=1)).state_dict()
+        one_layer_weights = GPT.hollow(replace(config, n_layers=1)).state_dict()
     except RuntimeError as error:  # torch's: more bytes than a number of bytes can be
-        raise CorruptFile(f"{directory}: its sizes are larger than any model's") from error
-    block = [stock for stock, ours in NAMES[config.family].items() if ours[0].format(i=0, p="weight") in one]
+        raise CorruptFileError(f"{directory}: its sizes are larger than any model's") from error
+    block = [
+        stock
+        for stock, ours in HF_NAME_TEMPLATES[config.family].items()
+        if ours[0].format(i=0, p="weight") in one_layer_weights
+    ]
     if config.n_layers * sum("{i}" in stock for stock in block) > n_tensors:
-        raise CorruptFile(
+        raise CorruptFileError(
             f"{directory}: config.json says {config.n_layers:,} layers, of which a tensor is missing: {n_tensors:,} are here"
         )
     shapes = {}
-    for name, tensor in one.items():
+    for name, tensor in one_layer_weights.items():
         layers = range(config.n_layers) if name.startswith("blocks.0.") else [0]
         shapes |= {name.replace("blocks.0.", f"blocks.{i}.", 1): tensor.shape for i in layers}
     return shapes
 
 
-def refuse_header(path: Path) -> None:
+def check_header(path: Path) -> None:
     """A safetensors file says first how long its header is. Raises `CorruptFile` where that cannot be so, before it is read."""
     if not path.is_file():
-        raise CorruptFile(f"{path}: missing, or no file")
+        raise CorruptFileError(f"{path}: missing, or no file")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-    if length > min(MOST_HEADER, path.stat().st_size - 8):
-        raise CorruptFile(
+    if length > min(MAX_HEADER_BYTES, path.stat().st_size - 8):
+        raise CorruptFileError(
             f"{path}: not a safetensors file (a header of {length:,} bytes, in a file of {path.stat().st_size:,})"
         )
 
 
-def find_weights(directory: Path) -> dict[str, Path]:
+def find_weight_files(directory: Path) -> dict[str, Path]:
     """Tensor name → the safetensors file that has it, in one file or in shards under an index."""
-    index = directory / INDEX
+    index = directory / INDEX_FILENAME
     if index.is_file():
-        weight_map = read_object(index).get("weight_map", {})
+        weight_map = read_json_object(index).get("weight_map", {})
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise CorruptFile(f"{index}: weight_map does not give a file name for each tensor")
+            raise CorruptFileError(f"{index}: weight_map does not give a file name for each tensor")
         files = sorted(set(weight_map.values()))
         if outside := [name for name in files if Path(name).name != name]:
-            raise CorruptFile(f"{index}: {outside[0]!r} is no file of this directory")
+            raise CorruptFileError(f"{index}: {outside[0]!r} is no file of this directory")
     elif (directory / "model.safetensors").is_file():
         files = ["model.safetensors"]
     else:
         other = sorted(p.name for p in directory.glob("*.bin")) + sorted(p.name for p in directory.glob("*.pt*"))
         hint = f"; {other[0]} is a pickle, which nextword does not open: convert it to safetensors" if other else ""
         raise NextwordError(f"{directory}: no model.safetensors{hint}")
-    found = {}
+    paths = {}
     for name in files:
-        refuse_header(directory / name)
+        check_header(directory / name)
         try:
             with safe_open(directory / name, framework="pt") as file:
-                found.update(dict.fromkeys(file.keys(), directory / name))
+                paths.update(dict.fromkeys(file.keys(), directory / name))
         except (SafetensorError, OSError, struct.error, json.JSONDecodeError) as error:
-            raise CorruptFile(f"{directory / name}: not a safetensors file ({error})") from error
-    return found
+            raise CorruptFileError(f"{directory / name}: not a safetensors file ({error})") from error
+    return paths
 
 
-def read_parts(directory: Path, kind: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def load_shards(directory: Path, kind: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """The tensors of a checkpoint's "weights" or "optimizer": of one file, or put together from the parts of several processes,
     each of which says where in the whole tensor it begins; at its beginning, where a file says nothing."""
-    parts: dict[str, list[tuple[list[int], Tensor]]] = {}
+    shards: dict[str, list[tuple[list[int], Tensor]]] = {}
     for path in sorted(directory.glob(f"{kind}*.safetensors")):
         with safe_open(path, framework="pt", device=str(device)) as file:
-            said = json.loads((file.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+            sharding_info = json.loads((file.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
             for name in file.keys():  # noqa: SIM118
                 tensor = file.get_tensor(name)
-                begins = said[name]["saved_offsets"] if name in said else [0] * tensor.ndim
-                parts.setdefault(name, []).append((begins, tensor))
-    return {name: put_together(found) for name, found in parts.items()}
+                offsets = sharding_info[name]["saved_offsets"] if name in sharding_info else [0] * tensor.ndim
+                shards.setdefault(name, []).append((offsets, tensor))
+    return {name: assemble_shards(found) for name, found in shards.items()}
 
 
-def put_together(parts: list[tuple[list[int], Tensor]]) -> Tensor:
+def assemble_shards(shards: list[tuple[list[int], Tensor]]) -> Tensor:
     """A tensor of parts, each with the place where it begins in every dimension."""
-    if len(parts) == 1:
-        return parts[0][1]
-    ends = [[begin + length for begin, length in zip(begins, part.shape, strict=True)] for begins, part in parts]
-    tensor = parts[0][1].new_empty([max(end) for end in zip(*ends, strict=True)])
-    for (begins, part), end in zip(parts, ends, strict=True):
+    if len(shards) == 1:
+        return shards[0][1]
+    shard_ends = [[begin + length for begin, length in zip(begins, part.shape, strict=True)] for begins, part in shards]
+    tensor = shards[0][1].new_empty([max(end) for end in zip(*shard_ends, strict=True)])
+    for (begins, part), end in zip(shards, shard_ends, strict=True):
         tensor[tuple(slice(*both) for both in zip(begins, end, strict=True))] = part
     return tensor
 
 
-def weights_in(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def iter_weights(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """Our tensors out of a directory's files, in float32, one after the other. Every shape is checked in its file's header
     before the tensor is read. Raises as `load_model`."""
-    sources = find_weights(directory)
+    sources = find_weight_files(directory)
     shapes = weight_shapes(directory, config, len(sources))
-    prefix = PREFIX[config.family]
-    table = name_table(config)
+    prefix = HF_PREFIXES[config.family]
+    table = hf_name_map(config)
     known = {name.removesuffix("ᵀ") for name in table} | {name.removesuffix("ᵀ").removeprefix(prefix) for name in table}
     known |= {"lm_head.weight"}  # a tied head may be written out as well
-    extra = [name for name in sources if name not in known and not name.endswith(BUFFERS)]
-    if extra:
+    unexpected = [name for name in sources if name not in known and not name.endswith(IGNORED_BUFFERS)]
+    if unexpected:
         raise NextwordError(
             f"{directory}: tensors that this kind of model does not have: {', '.join(sorted(extra)[:5])}"
         )
@@ -339,25 +349,25 @@ def weights_in(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Tens
         key = stock if stock in sources else bare
         if key not in sources:
             if any(our in shapes for our in ours) or "position_embedding.weight" in ours:  # which the sinusoids fill
-                raise CorruptFile(f"{directory}: the tensor {stock} is missing")
+                raise CorruptFileError(f"{directory}: the tensor {stock} is missing")
             continue
         expected = expected_shape(config, name, ours, shapes)
         with safe_open(sources[key], framework="pt") as file:
-            part = file.get_slice(key)
-            if list(part.get_shape()) != expected:
-                raise CorruptFile(
+            tensor_slice = file.get_slice(key)
+            if list(tensor_slice.get_shape()) != expected:
+                raise CorruptFileError(
                     f"{sources[key]}: {key} has the shape {part.get_shape()}; config.json says {expected}"
                 )
-            if part.get_dtype() not in ("F32", "F16", "BF16", "F64"):
+            if tensor_slice.get_dtype() not in ("F32", "F16", "BF16", "F64"):
                 raise NextwordError(f"{sources[key]}: {key} holds {part.get_dtype()}, which nextword does not open")
-            yield from from_stock(config, name, ours, part[:].float(), shapes).items()
+            yield from from_hf(config, name, ours, tensor_slice[:].float(), shapes).items()
 
 
-def expected_shape(config: ModelConfig, name: str, ours: list[str], shapes: dict[str, torch.Size]) -> list[int]:
+def expected_shape(config: ModelConfig, hf_name: str, our_names: list[str], shapes: dict[str, torch.Size]) -> list[int]:
     """The shape a stock tensor must have for the model that config.json describes."""
-    if not any(our in shapes for our in ours):
-        if "positions_embed" in name or "wpe" in name:
+    if not any(our in shapes for our in our_names):
+        if "positions_embed" in hf_name or "wpe" in hf_name:
             return [config.context_length, config.d_model]
-        return [sum(shapes[our.replace(".bias", ".weight")][0] for our in ours)]
-    whole = [sum(shapes[our][0] for our in ours), *shapes[ours[0]][1:]]
-    return whole[::-1] if name.endswith("ᵀ") else whole
+        return [sum(shapes[our.replace(".bias", ".weight")][0] for our in our_names)]
+    shape = [sum(shapes[our][0] for our in our_names), *shapes[our_names[0]][1:]]
+    return shape[::-1] if hf_name.endswith("ᵀ") else shape

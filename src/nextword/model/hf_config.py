@@ -4,18 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nextword.common.errors import CorruptFile, NextwordError
+from nextword.common.errors import CorruptFileError, NextwordError
 from nextword.common.fs import read_json
 from nextword.model.config import STOCK_CLASSES, ConfigError, ModelConfig
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-MOST_LABELS = 1_000_000  # a count above this is a damaged file
-MOST_CONTEXT = 2**21  # tokens: with rotary positions no tensor bears this number out, and tables are made of it
-MOST = 10**15  # of any other number in a config.json; what is above is nobody's model
-MOST_JSON = 2**24  # bytes of a foreign config.json or of an index of shards
+MAX_LABELS = 1_000_000  # a count above this is a damaged file
+MAX_CONTEXT_LENGTH = 2**21  # tokens: with rotary positions no tensor bears this number out, and tables are made of it
+MAX_CONFIG_VALUE = 10**15  # of any other number in a config.json; what is above is nobody's model
+MAX_JSON_BYTES = 2**24  # bytes of a foreign config.json or of an index of shards
 
 
-def stock_config(config: ModelConfig, end_of_text: int | None, pad: int | None) -> dict[str, Any]:
+def to_hf_config(config: ModelConfig, end_of_text_id: int | None, pad_token_id: int | None) -> dict[str, Any]:
     """What config.json says of this model, the names of its labels left out."""
     model_type, language_model, classifier = STOCK_CLASSES[config.family]
     common: dict[str, Any] = {
@@ -25,13 +25,13 @@ def stock_config(config: ModelConfig, end_of_text: int | None, pad: int | None) 
         "tie_word_embeddings": config.tied,
         "initializer_range": 0.02,
         "dtype": "float32",
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
-        "pad_token_id": pad,
+        "bos_token_id": end_of_text_id,
+        "eos_token_id": end_of_text_id,
+        "pad_token_id": pad_token_id,
     }
     if config.family in ("gpt1", "gpt2"):
         activation = "relu" if config.activation == "relu" else ("gelu" if config.family == "gpt1" else "gelu_new")
-        own = {
+        family_config = {
             "n_positions": config.context_length,
             "n_embd": config.d_model,
             "n_layer": config.n_layers,
@@ -43,9 +43,9 @@ def stock_config(config: ModelConfig, end_of_text: int | None, pad: int | None) 
             "attn_pdrop": 0.0,
         }
         if config.family == "gpt2":
-            own["n_inner"] = config.d_ff
+            family_config["n_inner"] = config.d_ff
     else:
-        own = {
+        family_config = {
             "max_position_embeddings": config.context_length,
             "hidden_size": config.d_model,
             "intermediate_size": config.d_ff,
@@ -62,11 +62,11 @@ def stock_config(config: ModelConfig, end_of_text: int | None, pad: int | None) 
             "attention_dropout": 0.0,
         }
         if config.family == "llama":
-            own["mlp_bias"] = False
-    return {**common, **own}
+            family_config["mlp_bias"] = False
+    return {**common, **family_config}
 
 
-def label_config(config: ModelConfig, labels: Sequence[str] | None, problem_type: str | None) -> dict[str, Any]:
+def to_hf_label_config(config: ModelConfig, labels: Sequence[str] | None, problem_type: str | None) -> dict[str, Any]:
     """What config.json says of the labels. Without names they are LABEL_0, LABEL_1 …, as in the stock classes.
 
     Raises:
@@ -100,10 +100,10 @@ def read_labels(directory: Path) -> list[str] | None:
         CorruptFile: it is not JSON, or its id2label is not a name for each of 0, 1, 2 …
     """
     path = directory / "config.json"
-    return labels_of(read_object(path), path)
+    return parse_labels(read_json_object(path), path)
 
 
-def labels_of(raw: dict[str, Any], path: Path) -> list[str] | None:
+def parse_labels(raw: dict[str, Any], path: Path) -> list[str] | None:
     architectures = raw.get("architectures")
     if not isinstance(architectures, list) or not any(
         str(a).endswith("ForSequenceClassification") for a in architectures
@@ -112,29 +112,29 @@ def labels_of(raw: dict[str, Any], path: Path) -> list[str] | None:
     names = raw.get("id2label")
     if names is None:  # a count alone, or nothing, where it is the stock classes' default of two
         count = raw.get("num_labels", 2)
-        if not isinstance(count, int) or not 1 <= count <= MOST_LABELS:
-            raise CorruptFile(f"{path}: num_labels is {count!r}, not a number of labels")
+        if not isinstance(count, int) or not 1 <= count <= MAX_LABELS:
+            raise CorruptFileError(f"{path}: num_labels is {count!r}, not a number of labels")
         return [f"LABEL_{i}" for i in range(count)]
     if not isinstance(names, dict) or not names or set(names) != {str(i) for i in range(len(names))}:
-        raise CorruptFile(f"{path}: id2label does not name the outputs 0, 1, 2 …")
+        raise CorruptFileError(f"{path}: id2label does not name the outputs 0, 1, 2 …")
     return [str(names[str(i)]) for i in range(len(names))]
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    raw = read_json(path, MOST_JSON)
+def read_json_object(path: Path) -> dict[str, Any]:
+    raw = read_json(path, MAX_JSON_BYTES)
     if not isinstance(raw, dict):
-        raise CorruptFile(f"{path}: not a JSON object")
+        raise CorruptFileError(f"{path}: not a JSON object")
     return raw
 
 
-def read_stock_config(path: Path) -> ModelConfig:
+def read_hf_config(path: Path) -> ModelConfig:
     """The model that a stock config.json describes. With a classification head it opens as tied: no other head is there.
 
     Raises:
         NextwordError: a family or a feature that nextword does not have, by name.
         CorruptFile: no JSON object, a number missing or of another kind.
     """
-    raw = read_object(path)
+    raw = read_json_object(path)
     families = {model_type: family for family, (model_type, *_) in STOCK_CLASSES.items()}
     if str(raw.get("model_type")) not in families:
         raise NextwordError(
@@ -148,19 +148,19 @@ def read_stock_config(path: Path) -> ModelConfig:
         raise NextwordError(f"{path}: quantised weights (quantization_config) are not opened")
     family = families[raw["model_type"]]
     try:
-        values = read_gpt_fields(raw, family) if family in ("gpt1", "gpt2") else read_llama_fields(raw, family)
-        if labels := labels_of(raw, path):
+        values = parse_gpt_config(raw, family) if family in ("gpt1", "gpt2") else parse_llama_config(raw, family)
+        if labels := parse_labels(raw, path):
             values |= {"n_labels": len(labels), "tied": True}
-        return config_of(values)
+        return parse_model_config(values)
     except KeyError as error:
-        raise CorruptFile(f"{path}: {error.args[0]} is missing") from error
+        raise CorruptFileError(f"{path}: {error.args[0]} is missing") from error
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise CorruptFile(f"{path}: {error}") from error
-    except Unsupported as error:
+        raise CorruptFileError(f"{path}: {error}") from error
+    except UnsupportedFeatureError as error:
         raise NextwordError(f"{path}: {error}") from error
 
 
-def config_of(values: Any) -> ModelConfig:
+def parse_model_config(values: Any) -> ModelConfig:
     """The model of settings that somebody wrote down.
 
     Raises:
@@ -170,29 +170,29 @@ def config_of(values: Any) -> ModelConfig:
     if not isinstance(values, dict):
         raise TypeError("the settings of a model are not a JSON object")
     for name, value in values.items():
-        most = MOST_CONTEXT if name == "context_length" else MOST
-        if isinstance(value, (int, float)) and not -most <= value <= most:
+        limit = MAX_CONTEXT_LENGTH if name == "context_length" else MAX_CONFIG_VALUE
+        if isinstance(value, (int, float)) and not -limit <= value <= limit:
             raise ConfigError(f"{name} is larger than any model has it ({most:,})")
     return ModelConfig.from_dict(values)
 
 
-class Unsupported(Exception):
+class UnsupportedFeatureError(Exception):
     """A feature of a stock family that nextword does not have."""
 
 
-def read_gpt_fields(raw: dict[str, Any], family: str) -> dict[str, Any]:
+def parse_gpt_config(raw: dict[str, Any], family: str) -> dict[str, Any]:
     name = raw.get("afn", "gelu") if family == "gpt1" else raw.get("activation_function", "gelu_new")
     # In GPT-1's class "gelu" is the tanh form; in GPT-2's that is "gelu_new".
     activations = {"relu": "relu", "gelu": "gelu"} if family == "gpt1" else {
         "relu": "relu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu",
     }  # fmt: skip
     if name not in activations:
-        raise Unsupported(f"the activation {name!r} is not one that nextword has")
+        raise UnsupportedFeatureError(f"the activation {name!r} is not one that nextword has")
     for flag in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"):
         if raw.get(flag):
-            raise Unsupported(f"{flag} is not something that nextword does")
+            raise UnsupportedFeatureError(f"{flag} is not something that nextword does")
     if raw.get("scale_attn_weights") is False:
-        raise Unsupported("attention without its scale of 1/√d_k is not something that nextword does")
+        raise UnsupportedFeatureError("attention without its scale of 1/√d_k is not something that nextword does")
     width, heads = raw["n_embd"], raw["n_head"]
     return {
         "vocab_size": raw["vocab_size"],
@@ -212,22 +212,22 @@ def read_gpt_fields(raw: dict[str, Any], family: str) -> dict[str, Any]:
     }
 
 
-def read_llama_fields(raw: dict[str, Any], family: str) -> dict[str, Any]:
+def parse_llama_config(raw: dict[str, Any], family: str) -> dict[str, Any]:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise Unsupported(
+        raise UnsupportedFeatureError(
             f"RoPE scaling ({rope.get('rope_type', rope.get('type'))}) is not something that nextword does"
         )
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise Unsupported("partial rotary positions are not something that nextword does")
+        raise UnsupportedFeatureError("partial rotary positions are not something that nextword does")
     sliding = raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or [])
     if sliding:
-        raise Unsupported("sliding windows are not something that nextword does")
+        raise UnsupportedFeatureError("sliding windows are not something that nextword does")
     for bias in ("attention_bias", "mlp_bias"):
         if raw.get(bias):
-            raise Unsupported(f"{bias} is not something that nextword's {family} has")
+            raise UnsupportedFeatureError(f"{bias} is not something that nextword's {family} has")
     if raw.get("hidden_act", "silu") != "silu":
-        raise Unsupported(f"the activation {raw['hidden_act']!r} is not one that nextword has")
+        raise UnsupportedFeatureError(f"the activation {raw['hidden_act']!r} is not one that nextword has")
     heads, width = raw["num_attention_heads"], raw["hidden_size"]
     head_dim = raw.get("head_dim") or (128 if family == "qwen3" else width // heads if heads else 0)
     return {

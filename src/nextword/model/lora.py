@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nextword.common.fs import to_json, write_durably
+from nextword.common.fs import atomic_write, to_json
 from nextword.model.config import ConfigError
 from nextword.model.gpt import GPT
-from nextword.model.hf import PREFIX, name_table
+from nextword.model.hf import HF_PREFIXES, hf_name_map
 
 # Every linear layer of a block, by the last part of its name. A model without the gate of SwiGLU has one less.
-TARGETS = ("query", "key", "value", "output", "up", "gate", "down")
+TARGET_MODULES = ("query", "key", "value", "output", "up", "gate", "down")
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class LoraConfig:
 
     rank: int = 8
     alpha: float = 16
-    targets: tuple[str, ...] = TARGETS
+    target_modules: tuple[str, ...] = TARGET_MODULES
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise ConfigError(f"the rank of an adapter must be a whole number of at least 1, not {self.rank!r}")
         if not 0 < self.alpha < math.inf:
             raise ConfigError(f"the alpha of an adapter must be above 0, not {self.alpha}")
-        unknown = [name for name in self.targets if name not in TARGETS]
-        if unknown or not self.targets:
+        unknown = [name for name in self.target_modules if name not in TARGET_MODULES]
+        if unknown or not self.target_modules:
             raise ConfigError(
                 f"an adapter's targets are among {', '.join(TARGETS)}, not {', '.join(unknown) or 'none'}"
             )
@@ -63,41 +63,41 @@ class LoraLinear(nn.Linear):
     def __init__(self, linear: nn.Linear, config: LoraConfig, generator: torch.Generator):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        drawn = torch.empty(config.rank, linear.in_features)  # on the CPU, so that every device gets the same numbers
-        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-        self.lora_a = nn.Parameter(drawn.to(linear.weight))
+        lora_a = torch.empty(config.rank, linear.in_features)  # on the CPU, so that every device gets the same numbers
+        nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5), generator=generator)
+        self.lora_a = nn.Parameter(lora_a.to(linear.weight))
         self.lora_b = nn.Parameter(linear.weight.new_zeros(linear.out_features, config.rank))
-        self.scale = config.alpha / config.rank
+        self.scaling = config.alpha / config.rank
         self.enabled = True
 
     def forward(self, input: Tensor) -> Tensor:
         plain = super().forward(input)
         if not self.enabled:
             return plain
-        return plain + F.linear(self.scale * F.linear(input, self.lora_a), self.lora_b)
+        return plain + F.linear(self.scaling * F.linear(input, self.lora_a), self.lora_b)
 
-    def merged(self) -> Tensor:
+    def merged_weight(self) -> Tensor:
         """W + (α/r) B A, [out, in]."""
-        return torch.addmm(self.weight, self.lora_b, self.lora_a, alpha=self.scale)
+        return torch.addmm(self.weight, self.lora_b, self.lora_a, alpha=self.scaling)
 
 
-class TrainedRows(nn.Module):
+class TrainableRowsEmbedding(nn.Module):
     """An embedding [V, D] whose last rows alone are trained: the markers that a task has added to the vocabulary.
 
     `weight` is the whole matrix as it now is; `base` is the frozen one with its rows as they were, `rows` [n, D] the trained.
     """
 
-    def __init__(self, weight: Tensor, trained: int):
+    def __init__(self, weight: Tensor, num_trainable_rows: int):
         super().__init__()
         self.base = nn.Parameter(weight.detach(), requires_grad=False)
-        self.rows = nn.Parameter(weight.detach()[-trained:].clone())
+        self.rows = nn.Parameter(weight.detach()[-num_trainable_rows:].clone())
         self.enabled = True
 
     @property
     def weight(self) -> Tensor:
-        return self.merged() if self.enabled else self.base
+        return self.merged_weight() if self.enabled else self.base
 
-    def merged(self) -> Tensor:
+    def merged_weight(self) -> Tensor:
         return torch.cat((self.base[: -len(self.rows)], self.rows))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class TrainedRows(nn.Module):
 # ---------------------------------------------------------------- a model with an adapter, and without it again
 
 
-def add_lora(model: GPT, config: LoraConfig, seed: int, trained_rows: int = 0) -> GPT:
+def add_lora(model: GPT, config: LoraConfig, seed: int, num_trainable_rows: int = 0) -> GPT:
     """Freeze the model and put an adapter beside each targeted layer, drawn under `seed`; changes the model and returns it.
 
     What stays trainable: the adapter, a classification head, and the last `trained_rows` rows of the token embedding and
@@ -123,14 +123,14 @@ def add_lora(model: GPT, config: LoraConfig, seed: int, trained_rows: int = 0) -
         ConfigError: the model has none of the targets, or has an adapter already.
         ValueError: more trained rows than tokens.
     """
-    if any(isinstance(module, LoraLinear | TrainedRows) for module in model.modules()):
+    if any(isinstance(module, LoraLinear | TrainableRowsEmbedding) for module in model.modules()):
         raise ConfigError("this model has an adapter already; merge_lora makes it part of the model")
-    if not 0 <= trained_rows <= model.config.vocab_size:
+    if not 0 <= num_trainable_rows <= model.config.vocab_size:
         raise ValueError(f"{trained_rows} trained rows in a vocabulary of {model.config.vocab_size}")
     targets = [
         (name, module)
         for name, module in model.get_submodule("blocks").named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in config.targets
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in config.target_modules
     ]
     if not targets:
         raise ConfigError(f"this model has none of the layers {', '.join(config.targets)}")
@@ -140,11 +140,11 @@ def add_lora(model: GPT, config: LoraConfig, seed: int, trained_rows: int = 0) -
         model.get_submodule("blocks").set_submodule(name, LoraLinear(linear, config, generator))
     if model.score is not None:
         model.score.requires_grad_(True)
-    if trained_rows:
+    if num_trainable_rows:
         for name in ("token_embedding", "head"):
             matrix = getattr(model, name)
             if matrix is not None:
-                model.set_submodule(name, TrainedRows(matrix.weight, trained_rows))
+                model.set_submodule(name, TrainableRowsEmbedding(matrix.weight, num_trainable_rows))
     return model
 
 
@@ -158,35 +158,35 @@ def merge_lora(model: GPT) -> GPT:
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
             del weights[f"{name}.lora_a"], weights[f"{name}.lora_b"]
-            weights[f"{name}.weight"] = module.merged()
-        elif isinstance(module, TrainedRows):
+            weights[f"{name}.weight"] = module.merged_weight()
+        elif isinstance(module, TrainableRowsEmbedding):
             del weights[f"{name}.base"], weights[f"{name}.rows"]
-            weights[f"{name}.weight"] = module.merged()
+            weights[f"{name}.weight"] = module.merged_weight()
     plain = GPT.from_weights(model.config, {name: tensor.detach().clone() for name, tensor in weights.items()})
     return plain.train(model.training)
 
 
 @contextmanager
-def adapter_off(model: GPT) -> Iterator[GPT]:
+def disable_adapter(model: GPT) -> Iterator[GPT]:
     """The model as it was before `add_lora`, while the context lasts: the frozen reference of a preference objective.
 
     A classification head is not part of the adapter and stays as trained.
     """
-    parts = [module for module in model.modules() if isinstance(module, LoraLinear | TrainedRows)]
-    before = [part.enabled for part in parts]
+    adapter_modules = [module for module in model.modules() if isinstance(module, LoraLinear | TrainableRowsEmbedding)]
+    was_enabled = [part.enabled for part in adapter_modules]
     try:
-        for part in parts:
+        for part in adapter_modules:
             part.enabled = False
         yield model
     finally:
-        for part, enabled in zip(parts, before, strict=True):
+        for part, enabled in zip(adapter_modules, was_enabled, strict=True):
             part.enabled = enabled
 
 
 # ---------------------------------------------------------------- PEFT's format
 
 
-def save_adapter(model: GPT, config: LoraConfig, directory: Path, base: str) -> None:
+def save_adapter(model: GPT, config: LoraConfig, directory: Path, base_model_name: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors, in float32, into an existing directory.
 
     `peft.PeftModel.from_pretrained(model, directory)` opens it over the stock base model, whose embeddings were first
@@ -201,31 +201,31 @@ def save_adapter(model: GPT, config: LoraConfig, directory: Path, base: str) -> 
     """
     modules = dict(model.named_modules())
     tensors: dict[str, Tensor] = {}
-    parts_of: dict[str, int] = {}  # target → how many of our layers it holds
-    for stock, ours in name_table(model.config).items():
+    layers_per_target: dict[str, int] = {}  # target → how many of our layers it holds
+    for stock, ours in hf_name_map(model.config).items():
         layers = [modules.get(our.removesuffix(".weight")) for our in ours]
-        pairs = [layer for layer in layers if isinstance(layer, LoraLinear)]
-        if pairs:
+        lora_layers = [layer for layer in layers if isinstance(layer, LoraLinear)]
+        if lora_layers:
             path = stock.removesuffix("ᵀ").removesuffix(".weight")
             target = ".".join(path.split(".")[-2:])  # "attn.c_attn": the same in every block
-            parts_of[target] = len(pairs)
-            tensors[f"{path}.lora_A.weight"] = torch.cat([pair.lora_a for pair in pairs])
-            tensors[f"{path}.lora_B.weight"] = torch.block_diag(*(output_factor(layer) for layer in layers))
+            layers_per_target[target] = len(lora_layers)
+            tensors[f"{path}.lora_A.weight"] = torch.cat([pair.lora_a for pair in lora_layers])
+            tensors[f"{path}.lora_B.weight"] = torch.block_diag(*(stacked_lora_b(layer) for layer in layers))
     if not tensors:
         raise ValueError("this model has no adapter to save; add_lora gives it one")
-    rows = trained_tokens(model)
-    tensors |= {f"{path}.token_adapter.trainable_tokens_delta": part.rows for path, part in rows.items()}
+    trainable_tokens = trainable_token_modules(model)
+    tensors |= {f"{path}.token_adapter.trainable_tokens_delta": part.rows for path, part in trainable_tokens.items()}
     if model.score is not None:
         tensors["score.weight"] = model.score.weight
-    written = {f"base_model.model.{name}": t.detach().float().cpu().contiguous() for name, t in tensors.items()}
-    save_file(written, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    described = peft_config(model, config, base, parts_of, rows)
-    write_durably(directory / "adapter_config.json", to_json(described))
+    state_dict = {f"base_model.model.{name}": t.detach().float().cpu().contiguous() for name, t in tensors.items()}
+    save_file(state_dict, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    adapter_config = peft_config(model, config, base_model_name, layers_per_target, trainable_tokens)
+    atomic_write(directory / "adapter_config.json", to_json(adapter_config))
     # safetensors makes its file for its owner alone.
     shutil.copymode(directory / "adapter_config.json", directory / "adapter_model.safetensors")
 
 
-def output_factor(layer: nn.Module | None) -> Tensor:
+def stacked_lora_b(layer: nn.Module | None) -> Tensor:
     """B [out, r] of a layer; [out, 0] of one without an adapter, which shares a stock matrix with layers that have one.
 
     Where a stock layer holds query, key and value, its A is theirs, one below the other, and its B is block-diagonal.
@@ -234,38 +234,42 @@ def output_factor(layer: nn.Module | None) -> Tensor:
     return layer.lora_b if isinstance(layer, LoraLinear) else layer.weight.new_zeros(layer.out_features, 0)
 
 
-def trained_tokens(model: GPT) -> dict[str, TrainedRows]:
+def trainable_token_modules(model: GPT) -> dict[str, TrainableRowsEmbedding]:
     """The stock module that has trained rows → those rows. A classifier's stock class has no language-model head."""
     modules = dict(model.named_modules())
     parts = {
         stock.removesuffix(".weight"): modules.get(ours[0].removesuffix(".weight"))
-        for stock, ours in name_table(model.config).items()
+        for stock, ours in hf_name_map(model.config).items()
     }
-    return {path: part for path, part in parts.items() if isinstance(part, TrainedRows)}
+    return {path: part for path, part in parts.items() if isinstance(part, TrainableRowsEmbedding)}
 
 
 def peft_config(
-    model: GPT, config: LoraConfig, base: str, parts_of: dict[str, int], rows: dict[str, TrainedRows]
+    model: GPT,
+    config: LoraConfig,
+    base_model_name: str,
+    layers_per_target: dict[str, int],
+    trainable_tokens: dict[str, TrainableRowsEmbedding],
 ) -> dict[str, Any]:
     """What adapter_config.json says. A target of n parts has the rank n·r, and n·α keeps its scale at α/r."""
-    first = {path: len(part.base) - len(part.rows) for path, part in rows.items()}
+    first_trainable_row = {path: len(part.base) - len(part.rows) for path, part in trainable_tokens.items()}
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if model.score is not None else "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base_model_name,
         "inference_mode": True,
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(parts_of),
-        "rank_pattern": {target: n * config.rank for target, n in parts_of.items() if n > 1},
-        "alpha_pattern": {target: n * config.alpha for target, n in parts_of.items() if n > 1},
+        "target_modules": sorted(layers_per_target),
+        "rank_pattern": {target: n * config.rank for target, n in layers_per_target.items() if n > 1},
+        "alpha_pattern": {target: n * config.alpha for target, n in layers_per_target.items() if n > 1},
         "fan_in_fan_out": model.config.family in ("gpt1", "gpt2"),
         "modules_to_save": ["score"] if model.score is not None else None,
         "trainable_token_indices": {
-            path.removeprefix(PREFIX[model.config.family]): list(range(first[path], len(part.base)))
-            for path, part in rows.items()
+            path.removeprefix(HF_PREFIXES[model.config.family]): list(range(first_trainable_row[path], len(part.base)))
+            for path, part in trainable_tokens.items()
         }
         or None,
     }

@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from nextword.common import fs
-from nextword.common.errors import CorruptFile, NextwordError
+from nextword.common.errors import CorruptFileError, NextwordError
 from nextword.data.corpus import Corpus
 from nextword.data.tokenizer import Tokenizer
-from nextword.inference.perplexity import likelihood
+from nextword.inference.perplexity import evaluate_perplexity
 from nextword.model.gpt import GPT
 from nextword.model.hf import load_model
-from nextword.tasks.dataset import Form
+from nextword.tasks.dataset import TaskSpec
 
-OLD_TOKENS = 2**14  # of the text that a model was pre-trained on, to see what it has forgotten
+FORGETTING_TOKENS = 2**14  # of the text that a model was pre-trained on, to see what it has forgotten
 
 
-def model_path(path: str | Path) -> Path:
+def resolve_model_dir(path: str | Path) -> Path:
     """The model directory that a path means: itself, or the one in a run folder."""
     path = Path(path)
     if (path / "config.json").is_file():
@@ -32,69 +32,75 @@ def model_path(path: str | Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseModel:
     """A model directory as a beginning: its tokenizer, the task it was made for, and the shards it was pre-trained on,
     where its run folder tells."""
 
-    given: Path
+    source_path: Path
     directory: Path
     tokenizer: Tokenizer
-    form: Form | None
-    old_text: Path | None
+    task_spec: TaskSpec | None
+    pretraining_corpus: Path | None
 
     @classmethod
-    def open(cls, given: Path) -> "Base":
-        directory = model_path(given)
-        run = next((path for path in (given, directory.parent) if (path / "run.json").is_file()), None)
-        return cls(given, directory, Tokenizer.open(directory), form_of(directory), old_text_of(run) if run else None)
+    def open(cls, source_path: Path) -> "Base":
+        directory = resolve_model_dir(source_path)
+        run_path = next((path for path in (source_path, directory.parent) if (path / "run.json").is_file()), None)
+        return cls(
+            source_path,
+            directory,
+            Tokenizer.open(directory),
+            load_task_spec(directory),
+            pretraining_corpus_of(run_path) if run_path else None,
+        )
 
     def fingerprint(self) -> str:
         """A hash of every weight file."""
         weights = sorted(self.directory.glob("*.safetensors"))
-        return hashlib.sha256("".join(fs.sha256(path) for path in weights).encode()).hexdigest()
+        return hashlib.sha256("".join(fs.sha256_file(path) for path in weights).encode()).hexdigest()
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What run.json says of it."""
         return {
-            "base": {"model": str(self.given.resolve()), "weights": self.fingerprint()},
-            "old_text": None if self.old_text is None else str(self.old_text.resolve()),
+            "base": {"model": str(self.source_path.resolve()), "weights": self.fingerprint()},
+            "old_text": None if self.pretraining_corpus is None else str(self.pretraining_corpus.resolve()),
         }
 
 
-def old_text_of(run: Path) -> Path | None:
+def pretraining_corpus_of(run_path: Path) -> Path | None:
     """The shards that a run's model was pre-trained on, by itself or by the run it began with; None where they are gone."""
-    facts = fs.read_json(run / "run.json")
-    named = (facts.get("old_text") or facts.get("shards")) if isinstance(facts, dict) else None
-    if not isinstance(named, str):  # not a run of nextword's
+    metadata = fs.read_json(run_path / "run.json")
+    corpus_path = (metadata.get("old_text") or metadata.get("shards")) if isinstance(metadata, dict) else None
+    if not isinstance(corpus_path, str):  # not a run of nextword's
         return None
-    return run / named if (run / named / fs.MANIFEST).is_file() else None
+    return run_path / corpus_path if (run_path / corpus_path / fs.MANIFEST).is_file() else None
 
 
-def form_of(directory: Path) -> Form | None:
+def load_task_spec(directory: Path) -> TaskSpec | None:
     """What task a model directory was fine-tuned for, where it was. Raises `CorruptFile` where that cannot be read."""
     if not (directory / fs.MANIFEST).is_file():
         return None
-    facts = fs.read_manifest(directory).get("task")
-    if facts is None:
+    task_metadata = fs.read_manifest(directory).get("task")
+    if task_metadata is None:
         return None
     try:
-        return Form.from_dict(facts)
+        return TaskSpec.from_dict(task_metadata)
     except (TypeError, ValueError, AttributeError) as error:
-        raise CorruptFile(f"{directory / fs.MANIFEST}: says of no task that nextword knows ({error})") from error
+        raise CorruptFileError(f"{directory / fs.MANIFEST}: says of no task that nextword knows ({error})") from error
 
 
-def forgetting(base: Base, model: GPT) -> dict[str, Any] | None:
+def evaluate_forgetting(base_model: BaseModel, model: GPT) -> dict[str, Any] | None:
     """Bits per byte on the text that the base was pre-trained on, its held-out part, before and after; None where that
     text is not known. It is part of the text, evenly spread, and the same windows both times."""
-    if base.old_text is None:
+    if base_model.pretraining_corpus is None:
         return None
-    corpus = Corpus.open(base.old_text)
+    corpus = Corpus.open(base_model.pretraining_corpus)
     held_out = corpus.tokens("validation")
     if len(held_out) < 2:
         return None
-    windows = max(1, OLD_TOKENS // model.config.context_length)
+    windows = max(1, FORGETTING_TOKENS // model.config.context_length)
     before, after = (
-        likelihood(one, held_out, corpus.validation.bytes, limit_windows=windows).bits_per_byte
-        for one in (load_model(base.directory, model.unembedding.device), model)
+        evaluate_perplexity(one, held_out, corpus.validation.bytes, max_windows=windows).bits_per_byte
+        for one in (load_model(base_model.directory, model.unembedding.device), model)
     )
-    return {"text": str(base.old_text), "before": before, "after": after, "windows": windows}
+    return {"text": str(base_model.pretraining_corpus), "before": before, "after": after, "windows": windows}

@@ -7,24 +7,24 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from nextword.inference.engine import Completion, Engine, Prompt
-from nextword.inference.loglikelihood import Likely, Scorer
+from nextword.inference.loglikelihood import ContinuationScore, LoglikelihoodScorer
 from nextword.inference.sampling import Sampling
 from nextword.pipeline.language_model import Model
 from nextword.tasks import metrics
-from nextword.tasks.benchmark_items import Item, Question, question_of, wanted_of
-from nextword.tasks.benchmark_spec import Suite
+from nextword.tasks.benchmark_items import BenchmarkRow, LoglikelihoodItem, generation_item, loglikelihood_item
+from nextword.tasks.benchmark_spec import Benchmark
 from nextword.tasks.metrics import Score
-from nextword.tasks.text_diversity import distinct, repeated, words
+from nextword.tasks.text_diversity import distinct_n, repeated_ngram_fraction, split_words
 
-AT_ONCE = 32  # texts that are written side by side
-TEXTS = 64  # of the model's own, where no prompts are given
-WRITTEN = ("chrf", "bleu", "rouge1", "rouge2", "rougeL")  # scores from 0 to 100; all others go from 0 to 1
+GENERATION_BATCH_SIZE = 32  # texts that are written side by side
+DEFAULT_NUM_TEXTS = 64  # of the model's own, where no prompts are given
+GENERATION_METRICS = ("chrf", "bleu", "rouge1", "rouge2", "rougeL")  # scores from 0 to 100; all others go from 0 to 1
 
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Marks:
+class ItemScores:
     """A model's items, marked.
 
     Attributes:
@@ -35,94 +35,106 @@ class Marks:
         texts, references: what was written, and what should be.
     """
 
-    values: dict[str, np.ndarray]
+    item_values: dict[str, np.ndarray]
     chance: float | None = None
-    guesses: np.ndarray | None = None
+    item_chance: np.ndarray | None = None
     ties: int = 0
-    texts: list[str] = field(default_factory=list)
+    predictions: list[str] = field(default_factory=list)
     references: list[tuple[str, ...]] = field(default_factory=list)
 
     @property
-    def n(self) -> int:
-        return len(self.texts) or len(next(iter(self.values.values())))
+    def num_items(self) -> int:
+        return len(self.predictions) or len(next(iter(self.item_values.values())))
 
-    def part(self, places: Sequence[int] | np.ndarray) -> "Marks":
+    def select(self, indices: Sequence[int] | np.ndarray) -> "Marks":
         """Those of some of the items."""
-        chosen = np.asarray(places, dtype=np.int64)
-        values = {name: value[chosen] for name, value in self.values.items()}
-        found = replace(self, values=values)
-        if self.guesses is not None:
-            guesses = self.guesses[chosen]
-            found = replace(found, guesses=guesses, chance=float(guesses.mean()))
-        if self.texts:
-            texts, references = [self.texts[i] for i in places], [self.references[i] for i in places]
-            found = replace(found, texts=texts, references=references)
-        return found
+        chosen = np.asarray(indices, dtype=np.int64)
+        values = {name: value[chosen] for name, value in self.item_values.items()}
+        selected = replace(self, values=values)
+        if self.item_chance is not None:
+            item_chance = self.item_chance[chosen]
+            selected = replace(selected, guesses=item_chance, chance=float(item_chance.mean()))
+        if self.predictions:
+            texts, references = [self.predictions[i] for i in indices], [self.references[i] for i in indices]
+            selected = replace(selected, texts=texts, references=references)
+        return selected
 
-    def score(self, name: str) -> Score:
+    def aggregate(self, metric: str) -> Score:
         """A score of all items, with its interval."""
-        if name in WRITTEN:
-            return metrics.writing(self.references, self.texts, [name])[name]
-        if name == "perplexity":
-            nats = np.stack([self.values["nats"], np.ones(self.n)], axis=1)
+        if metric in GENERATION_METRICS:
+            return metrics.writing(self.references, self.predictions, [metric])[metric]
+        if metric == "perplexity":
+            nats = np.stack([self.item_values["nats"], np.ones(self.num_items)], axis=1)
             return metrics.of_sums(nats, lambda sums: np.exp(np.minimum(sums[:, 0] / sums[:, 1], 700)))
-        if name == "icat":
-            both = [self.values["stereotyped"], self.values["meaningful"], np.ones(self.n)]
+        if metric == "icat":
+            both = [self.item_values["stereotyped"], self.item_values["meaningful"], np.ones(self.num_items)]
             return metrics.of_sums(np.stack(both, axis=1), _icat)
-        return metrics.share(self.values[name].tolist())
+        return metrics.share(self.item_values[metric].tolist())
 
-    def others(self, suite: Suite) -> list[str]:
+    def secondary_metrics(self, benchmark: Benchmark) -> list[str]:
         """The scores there are beside the one that counts."""
         more = {"cloze": ["perplexity"], "stereotypes": ["meaningful", "icat"]}
-        return [*suite.metrics[1:], *more.get(suite.kind, [])]
+        return [*benchmark.metrics[1:], *more.get(benchmark.kind, [])]
 
 
-def marks(
-    model: Model, suite: Suite, items: Sequence[Item], *, scrambled: bool = False, progress: Progress | None = None
-) -> Marks:
+def score_items(
+    model: Model,
+    benchmark: Benchmark,
+    items: Sequence[BenchmarkRow],
+    *,
+    shuffled: bool = False,
+    progress: ProgressCallback | None = None,
+) -> ItemScores:
     """Put a suite's items to a model.
 
     Args:
         scrambled: with the words in another order; see `question_of`.
     """
-    if suite.kind == "writing":
-        return _written(model, suite, items, scrambled, progress)
-    questions = [question_of(suite, item, scrambled) for item in items]
-    found = Scorer(model.weights, model.tokenizer, greedy=suite.kind == "cloze").ask(
-        [question.asked for question in questions], progress
-    )
-    if suite.kind == "cloze":
-        values = {"acc": np.array([float(one.greedy) for [one] in found])}
-        values["nats"] = np.array([-one.nats for [one] in found])
-        guesses = np.array([float(model.gpt.config.vocab_size) ** -one.tokens for [one] in found])
-        return Marks(values, float(guesses.mean()), guesses)
-    if suite.kind == "stereotypes":
-        each = [[one.nats / one.tokens for one in likely] for likely in found]  # as StereoSet's authors compare GPT-2's
-        stereotyped = np.array([ahead(one, other) for one, other, _ in each])
-        meaningful = np.array([(ahead(a, none) + ahead(b, none)) / 2 for a, b, none in each])
-        return Marks({"stereotyped": stereotyped, "meaningful": meaningful}, chance=0.5)
-    values = {name: np.array([_right(name, q, likely) for q, likely in zip(questions, found, strict=True)])
-              for name in suite.metrics}  # fmt: skip
-    ties = sum(_best([one.nats for one in likely]).sum() > 1 for likely in found)
-    guesses = np.array([1 / len(question.asked) for question in questions])
-    return Marks(values, float(guesses.mean()), guesses, ties=int(ties))
+    if benchmark.kind == "writing":
+        return _score_generations(model, benchmark, items, shuffled, progress)
+    questions = [loglikelihood_item(benchmark, item, shuffled) for item in items]
+    continuation_scores = LoglikelihoodScorer(
+        model.dequantized, model.tokenizer, check_greedy=benchmark.kind == "cloze"
+    ).score_pairs([question.requests for question in questions], progress)
+    if benchmark.kind == "cloze":
+        values = {"acc": np.array([float(one.is_greedy) for [one] in continuation_scores])}
+        values["nats"] = np.array([-one.logprob for [one] in continuation_scores])
+        item_chance = np.array([float(model.gpt.config.vocab_size) ** -one.num_tokens for [one] in continuation_scores])
+        return ItemScores(values, float(item_chance.mean()), item_chance)
+    if benchmark.kind == "stereotypes":
+        each = [
+            [one.logprob / one.num_tokens for one in likely] for likely in continuation_scores
+        ]  # as StereoSet's authors compare GPT-2's
+        stereotyped = np.array([win_score(one, other) for one, other, _ in each])
+        meaningful = np.array([(win_score(a, none) + win_score(b, none)) / 2 for a, b, none in each])
+        return ItemScores({"stereotyped": stereotyped, "meaningful": meaningful}, chance=0.5)
+    values = {name: np.array([_item_accuracy(name, q, likely) for q, likely in zip(questions, continuation_scores, strict=True)])
+              for name in benchmark.metrics}  # fmt: skip
+    ties = sum(_is_max([one.logprob for one in likely]).sum() > 1 for likely in continuation_scores)
+    item_chance = np.array([1 / len(question.requests) for question in questions])
+    return ItemScores(values, float(item_chance.mean()), item_chance, ties=int(ties))
 
 
-def ahead(one: float, other: float) -> float:
+def win_score(score: float, other_score: float) -> float:
     """1 where one is larger, 0 where the other is, and half where they are equal."""
-    return (1 + (one > other) - (one < other)) / 2
+    return (1 + (score > other_score) - (score < other_score)) / 2
 
 
-def _right(name: str, question: Question, likely: Sequence[Likely]) -> float:
+def _item_accuracy(metric: str, question: LoglikelihoodItem, continuation_scores: Sequence[ContinuationScore]) -> float:
     """1 where the right answer is the likeliest, by lm-eval's rules: of all its tokens ("acc"), per character ("acc_norm"),
     per byte ("acc_bytes"). Answers that are exactly equally likely share it; lm-eval gives it to the first."""
-    sizes = {"acc_norm": [len(answer) for answer in question.answers]}
-    sizes["acc_bytes"] = [len(answer.encode("utf-8", "replace")) for answer in question.answers]
-    best = _best([one.nats / size for one, size in zip(likely, sizes.get(name, [1] * len(likely)), strict=True)])
-    return float(best[question.gold]) / float(best.sum())
+    sizes = {"acc_norm": [len(answer) for answer in question.choices]}
+    sizes["acc_bytes"] = [len(answer.encode("utf-8", "replace")) for answer in question.choices]
+    best = _is_max(
+        [
+            one.logprob / size
+            for one, size in zip(continuation_scores, sizes.get(metric, [1] * len(continuation_scores)), strict=True)
+        ]
+    )
+    return float(best[question.gold_index]) / float(best.sum())
 
 
-def _best(values: Sequence[float]) -> np.ndarray:
+def _is_max(values: Sequence[float]) -> np.ndarray:
     return np.asarray(values) == max(values)
 
 
@@ -135,53 +147,68 @@ def _icat(sums: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- what is written
 
 
-def _written(model: Model, suite: Suite, items: Sequence[Item], scrambled: bool, progress: Progress | None) -> Marks:
+def _score_generations(
+    model: Model, benchmark: Benchmark, items: Sequence[BenchmarkRow], shuffled: bool, progress: ProgressCallback | None
+) -> ItemScores:
     """Answers in words, always the likeliest token. Chance is what they score as answers to the next item."""
-    wanted = [wanted_of(suite, item, scrambled) for item in items]
-    sampling = Sampling(temperature=0.0, max_tokens=suite.max_tokens, stop=suite.stop)
-    texts = write(model, [one.prompt for one in wanted], sampling, progress)
-    found = _answers(suite, texts, [one.references for one in wanted])
+    generation_items = [generation_item(benchmark, item, shuffled) for item in items]
+    sampling = Sampling(temperature=0.0, max_tokens=benchmark.max_tokens, stop=benchmark.stop)
+    texts = generate_texts(model, [one.prompt for one in generation_items], sampling, progress)
+    item_scores = _exact_match_scores(benchmark, texts, [one.references for one in generation_items])
     if len(items) < 2:
-        return found
-    other = _answers(suite, texts, [wanted[i - 1].references for i in range(len(wanted))])
-    return Marks(found.values, chance=other.score(suite.metrics[0]).value, texts=texts, references=found.references)
+        return item_scores
+    mismatched_scores = _exact_match_scores(
+        benchmark, texts, [generation_items[i - 1].references for i in range(len(generation_items))]
+    )
+    return ItemScores(
+        item_scores.item_values,
+        chance=mismatched_scores.aggregate(benchmark.metrics[0]).value,
+        predictions=texts,
+        references=item_scores.references,
+    )
 
 
-def _answers(suite: Suite, texts: list[str], references: list[tuple[str, ...]]) -> Marks:
+def _exact_match_scores(benchmark: Benchmark, texts: list[str], references: list[tuple[str, ...]]) -> ItemScores:
     exact = [
         float(any(text.strip() == one.strip() for one in several))
         for text, several in zip(texts, references, strict=True)
     ]
-    return Marks({"exact_match": np.array(exact)}, texts=texts, references=references)
+    return ItemScores({"exact_match": np.array(exact)}, predictions=texts, references=references)
 
 
-def write(model: Model, prompts: Sequence[str], sampling: Sampling, progress: Progress | None = None) -> list[str]:
+def generate_texts(
+    model: Model, prompts: Sequence[str], sampling: Sampling, progress: ProgressCallback | None = None
+) -> list[str]:
     """What a model goes on with after each prompt; of a long one the end is read, so that there is room for the text."""
-    return [one.text for one in complete(model, prompts, sampling, progress)]
+    return [one.text for one in generate_completions(model, prompts, sampling, progress)]
 
 
-def complete(
-    model: Model, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
+def generate_completions(
+    model: Model, prompts: Sequence[Prompt], sampling: Sampling, progress: ProgressCallback | None = None
 ) -> list[Completion]:
     """The same as completions, of prompts that are texts or tokens."""
-    room = max(1, model.gpt.config.context_length - sampling.max_tokens)
-    begin = [] if model.tokenizer.begin_of_text is None else [model.tokenizer.begin_of_text]
-    given = [model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-    ids = [[*begin, *one][-room:] for one in given]
-    engine = Engine(model.gpt, model.tokenizer, max_batch=AT_ONCE, seed=sampling.seed or 0, reader=model.reader)
-    found: list[Completion] = []
-    for start in range(0, len(ids), AT_ONCE):
+    max_prompt_tokens = max(1, model.gpt.config.context_length - sampling.max_tokens)
+    begin = [] if model.tokenizer.bos_id is None else [model.tokenizer.bos_id]
+    encoded_prompts = [
+        model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts
+    ]
+    ids = [[*begin, *one][-max_prompt_tokens:] for one in encoded_prompts]
+    engine = Engine(
+        model.gpt, model.tokenizer, max_batch=GENERATION_BATCH_SIZE, seed=sampling.seed or 0, reader=model.runner
+    )
+    completions: list[Completion] = []
+    for start in range(0, len(ids), GENERATION_BATCH_SIZE):
         # Other draws for each group of texts than for the one before.
-        own = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + start)
-        found += engine.generate(ids[start : start + AT_ONCE], own)
+        batch_sampling = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + start)
+        completions += engine.generate(ids[start : start + GENERATION_BATCH_SIZE], batch_sampling)
         if progress is not None:
-            progress(len(found), len(ids))
-    return found
+            progress(len(completions), len(ids))
+    return completions
 
 
-def free_text(
-    model: Model, suite: Suite, items: Sequence[Item], *, seed: int, judge: Model | None = None,
-    progress: Progress | None = None,
+def evaluate_free_text(
+    model: Model, benchmark: Benchmark, items: Sequence[BenchmarkRow], *, seed: int, judge: Model | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, object]:  # fmt: skip
     """How much a model's own texts repeat themselves, beside what people wrote where the items have it.
 
@@ -189,36 +216,42 @@ def free_text(
         items: what it goes on from; nothing, that is a new document, where there are none.
         judge: a stronger model, under which the texts' bits per byte are told.
     """
-    wanted = [wanted_of(suite, item) for item in items]
-    prompts = [one.prompt for one in wanted] or [""] * TEXTS
-    sampling = Sampling(max_tokens=suite.max_tokens, seed=seed)
-    texts = write(model, prompts, sampling, progress)
-    own = [words(text) for text in texts]
+    generation_items = [generation_item(benchmark, item) for item in items]
+    prompts = [one.prompt for one in generation_items] or [""] * DEFAULT_NUM_TEXTS
+    sampling = Sampling(max_tokens=benchmark.max_tokens, seed=seed)
+    texts = generate_texts(model, prompts, sampling, progress)
+    generated_words = [split_words(text) for text in texts]
     result: dict[str, object] = {
-        **_repetition(own), "chance": None, "above_chance": None, "temperature": sampling.temperature,
-        "max_tokens": suite.max_tokens, "examples": texts[:3],
+        **_repetition_scores(generated_words), "chance": None, "above_chance": None, "temperature": sampling.temperature,
+        "max_tokens": benchmark.max_tokens, "examples": texts[:3],
     }  # fmt: skip
-    both = [(words(one.references[0]), text) for one, text in zip(wanted, own, strict=False) if one.references]
-    if both:  # as many words of the one as of the other, since shares of distinct n-grams fall with the amount
-        result["people"] = _repetition([theirs[: len(text)] for theirs, text in both])
-        result["beside_people"] = _repetition([text[: len(theirs)] for theirs, text in both])
+    human_and_generated = [
+        (split_words(one.references[0]), text)
+        for one, text in zip(generation_items, generated_words, strict=False)
+        if one.references
+    ]
+    if (
+        human_and_generated
+    ):  # as many words of the one as of the other, since shares of distinct n-grams fall with the amount
+        result["people"] = _repetition_scores([theirs[: len(text)] for theirs, text in human_and_generated])
+        result["beside_people"] = _repetition_scores([text[: len(theirs)] for theirs, text in human_and_generated])
     if judge is not None and any(texts):
-        result["judge"] = {"model": str(judge.path), **_bits(judge, prompts, texts).to_dict()}
+        result["judge"] = {"model": str(judge.path), **_bits_per_byte(judge, prompts, texts).to_dict()}
     return result
 
 
-def _repetition(texts: Sequence[Sequence[str]]) -> dict[str, object]:
-    score = metrics.average([repeated(text, 4) for text in texts])
+def _repetition_scores(texts: Sequence[Sequence[str]]) -> dict[str, object]:
+    score = metrics.average([repeated_ngram_fraction(text, 4) for text in texts])
     return {
         "metric": "repeated_4grams", "score": score.value, "low": score.low, "high": score.high, "n": score.n,
-        "others": {f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)},
+        "others": {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2, 3)},
     }  # fmt: skip
 
 
-def _bits(judge: Model, prompts: Sequence[str], texts: Sequence[str]) -> Score:
+def _bits_per_byte(judge: Model, prompts: Sequence[str], texts: Sequence[str]) -> Score:
     """Bits per byte of texts, each after its prompt, under a model: of all of them together."""
-    both = [(prompt, text) for prompt, text in zip(prompts, texts, strict=True) if text]
-    found = Scorer(judge.weights, judge.tokenizer).ask([[one] for one in both])
-    counts = np.array([[-one.nats / math.log(2), len(text.encode("utf-8", "replace"))]
-                       for [one], (_, text) in zip(found, both, strict=True)])  # fmt: skip
+    prompts_and_texts = [(prompt, text) for prompt, text in zip(prompts, texts, strict=True) if text]
+    found = LoglikelihoodScorer(judge.dequantized, judge.tokenizer).score_pairs([[one] for one in prompts_and_texts])
+    counts = np.array([[-one.logprob / math.log(2), len(text.encode("utf-8", "replace"))]
+                       for [one], (_, text) in zip(found, prompts_and_texts, strict=True)])  # fmt: skip
     return metrics.of_sums(counts, lambda sums: sums[:, 0] / sums[:, 1])

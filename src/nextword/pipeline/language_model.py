@@ -10,23 +10,23 @@ import torch
 
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError
-from nextword.common.fs import check_seal
-from nextword.common.run_dir import choose_device
+from nextword.common.fs import verify_manifest
+from nextword.common.run_dir import resolve_device
 from nextword.data.corpus import find_sources
-from nextword.data.dataset import TokenRow, TokenSource
-from nextword.data.documents import Problems
+from nextword.data.dataset import InMemoryTokens, TokenSource
+from nextword.data.documents import IssueLog
 from nextword.data.tokenizer import Tokenizer
 from nextword.inference.engine import Completion, Engine
-from nextword.inference.model_runner import Reader, reader_of, rounded
-from nextword.inference.perplexity import Likelihood, likelihood
-from nextword.inference.quantization import KINDS, Precision
+from nextword.inference.model_runner import ModelRunner, build_runner, fake_quantize
+from nextword.inference.perplexity import Likelihood, evaluate_perplexity
+from nextword.inference.quantization import PRECISION_CODES, Precision
 from nextword.inference.sampling import Sampling
 from nextword.model.gpt import GPT
-from nextword.model.hf import load_model, read_parts
-from nextword.pipeline.base_model import form_of, model_path
+from nextword.model.hf import load_model, load_shards
+from nextword.pipeline.base_model import load_task_spec, resolve_model_dir
 from nextword.pipeline.predictor import Predictor
-from nextword.tasks.dataset import Form
-from nextword.tasks.task_data import example_of
+from nextword.tasks.dataset import TaskSpec
+from nextword.tasks.task_data import example_from_texts
 
 Paths = str | Path | Sequence[str | Path]
 
@@ -46,23 +46,23 @@ class Model:
 
     def __init__(self, path: Path, device: torch.device, precision: Precision = "float32"):
         self.path = self.directory = path
-        form_of(path)  # a task that is none is said by name, before the hashes are compared
+        load_task_spec(path)  # a task that is none is said by name, before the hashes are compared
         self.gpt = load_model(path, device).eval()
         self.tokenizer = Tokenizer.open(path)
         self.precision: Precision = precision
 
     @cached_property
-    def reader(self) -> Reader:
-        return reader_of(self.gpt, self.precision)
+    def runner(self) -> ModelRunner:
+        return build_runner(self.gpt, self.precision)
 
     @cached_property
-    def weights(self) -> GPT:
+    def dequantized(self) -> GPT:
         """The model with its weights as the precision has them."""
-        return self.gpt if self.precision == "float32" else rounded(self.gpt, self.precision)
+        return self.gpt if self.precision == "float32" else fake_quantize(self.gpt, self.precision)
 
     @property
     def engine(self) -> Engine:
-        return Engine(self.gpt, self.tokenizer, reader=self.reader)
+        return Engine(self.gpt, self.tokenizer, reader=self.runner)
 
     def generate(
         self, prompts: str | Sequence[str], sampling: Sampling | None = None, **settings: Any
@@ -75,22 +75,22 @@ class Model:
         """What a fine-tuned model answers to one example, given as its texts: one to classify or rewrite, two to compare, a
         question and its choices. `label`, `labels`, `score` or `text`, and `probabilities`."""
         predictor = self.predictor
-        return predictor.predict([example_of(predictor.form.task, texts)])[0]
+        return predictor.predict([example_from_texts(predictor.task_spec.task, texts)])[0]
 
     @property
-    def form(self) -> Form | None:
+    def task_spec(self) -> TaskSpec | None:
         """The task that it was fine-tuned for, and how a text is given to it; None where it goes on with texts."""
-        return form_of(self.directory)
+        return load_task_spec(self.directory)
 
     @property
     def predictor(self) -> Predictor:
-        form = self.form
-        if form is None:
+        task_spec = self.task_spec
+        if task_spec is None:
             raise UsageError(
                 f"{self.path}: a model that was fine-tuned for no task, so it has nothing to predict; let it go on from a "
                 f"text by nextword generate, or fine-tune it: nextword finetune {self.path} DATA --out RUN"
             )
-        return Predictor(self.gpt, self.tokenizer, form)
+        return Predictor(self.gpt, self.tokenizer, task_spec)
 
     def stream(self, prompt: str, sampling: Sampling | None = None, **settings: Any) -> Iterator[str]:
         """The continuation of one prompt, as it is made."""
@@ -101,33 +101,33 @@ class Model:
     ) -> Likelihood:
         """The loss on files, folders or named corpora, as one row of documents."""
         console = console or Console(quiet=True)
-        tokens, n_bytes = self.read(texts, text_column, console)
-        return self.likelihood(tokens, n_bytes, console, stride)
+        tokens, n_bytes = self.read_tokens(texts, text_column, console)
+        return self.evaluate_tokens(tokens, n_bytes, console, stride)
 
-    def read(self, texts: Paths, text_column: str | None, console: Console) -> tuple[TokenRow, int]:
+    def read_tokens(self, texts: Paths, text_column: str | None, console: Console) -> tuple[InMemoryTokens, int]:
         """Files, folders or named corpora as one row of tokens, and how many bytes of text they stand for.
 
         Raises:
             NextwordError: there is no text in them.
         """
-        problems = Problems()
+        problems = IssueLog()
         row: list[np.ndarray] = []
         n_bytes = 0
         for source in find_sources(as_list(texts), problems, text_column):
             for document in source.read(problems):
-                for piece in document.pieces:
+                for piece in document.chunks:
                     row.append(np.asarray(self.tokenizer.encode(piece), dtype=np.int64))
                     n_bytes += len(piece.encode())
-                row.append(np.asarray([self.tokenizer.end_of_text], dtype=np.int64))
-        for line in problems.lines():
+                row.append(np.asarray([self.tokenizer.eos_id], dtype=np.int64))
+        for line in problems.summary_lines():
             console.warn(line)
         if not row:
             raise NextwordError(f"no text was found in {', '.join(map(str, as_list(texts)))}")
-        return TokenRow(np.concatenate(row)), n_bytes
+        return InMemoryTokens(np.concatenate(row)), n_bytes
 
-    def likelihood(
+    def evaluate_tokens(
         self, tokens: TokenSource, n_bytes: int, console: Console, stride: int | None = None,
-        each: np.ndarray | None = None,
+        token_nll_out: np.ndarray | None = None,
     ) -> Likelihood:  # fmt: skip
         """The loss on tokens that stand for so many bytes, with the weights as the precision has them. Windows overlap by
         half where no stride is said."""
@@ -136,7 +136,9 @@ class Model:
         def progress(done: int, total: int) -> None:
             console.progress("evaluating", done, total)
 
-        return likelihood(self.weights, tokens, n_bytes, stride=stride, progress=progress, each=each)
+        return evaluate_perplexity(
+            self.dequantized, tokens, n_bytes, stride=stride, progress=progress, token_nll_out=token_nll_out
+        )
 
 
 def load(path: str | Path, device: str = "auto", precision: Precision = "float32") -> Model:
@@ -146,20 +148,20 @@ def load(path: str | Path, device: str = "auto", precision: Precision = "float32
         UsageError: there is no such precision.
         NextwordError: there is no model here, or a checkpoint that is none by itself.
     """
-    if precision not in KINDS:
+    if precision not in PRECISION_CODES:
         raise UsageError(f"there is no precision {precision!r}, only {', '.join(KINDS)}")
     path = Path(path)
     if path.parent.name == "checkpoints" and any(path.glob("weights*.safetensors")):
-        return _checkpoint(path, choose_device(device), precision)
-    return Model(model_path(path), choose_device(device), precision)
+        return _load_checkpoint(path, resolve_device(device), precision)
+    return Model(resolve_model_dir(path), resolve_device(device), precision)
 
 
-def _checkpoint(path: Path, device: torch.device, precision: Precision) -> Model:
+def _load_checkpoint(path: Path, device: torch.device, precision: Precision) -> Model:
     """The model of a run as it was at a checkpoint."""
-    check_seal(path)
-    model = Model(model_path(path.resolve().parents[1]), device, precision)
-    weights, own = read_parts(path, "weights", device), model.gpt.state_dict()
-    if {name: tensor.shape for name, tensor in weights.items()} != {name: own[name].shape for name in own}:
+    verify_manifest(path)
+    model = Model(resolve_model_dir(path.resolve().parents[1]), device, precision)
+    weights, expected = load_shards(path, "weights", device), model.gpt.state_dict()
+    if {name: tensor.shape for name, tensor in weights.items()} != {name: expected[name].shape for name in expected}:
         raise NextwordError(f"{path}: not a whole model's weights (a LoRA's checkpoint is none); name the run folder")
     model.gpt.load_state_dict(weights)
     model.path = path

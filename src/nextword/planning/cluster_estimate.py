@@ -10,37 +10,37 @@ from typing import Any, NamedTuple
 
 from nextword.common.errors import UsageError
 from nextword.model.config import ModelConfig
-from nextword.planning.size_selection import flops_of
+from nextword.planning.size_selection import flops_per_token
 
 # Of a GPU's datasheet rate, what training reaches where nothing waits: between these ends in the runs that were published.
-UTILISATION, LEAST, MOST = 0.42, 0.30, 0.55
-MEMORY_SHARE = 0.9  # of a GPU's memory, what may be planned with: the rest is lost between the pieces
-LOGITS = 2**29  # bytes of logits and their gradients, which are made a piece at a time
-PER_PARAMETER = 20  # tokens a parameter, where no length is said (Hoffmann et al. 2022, table A3)
-OVERHEAD_POWER = 1.1  # cooling and supply, beside the GPUs' own
+TYPICAL_MFU, LOW_MFU, HIGH_MFU = 0.42, 0.30, 0.55
+USABLE_MEMORY_FRACTION = 0.9  # of a GPU's memory, what may be planned with: the rest is lost between the pieces
+LOGIT_CHUNK_BYTES = 2**29  # bytes of logits and their gradients, which are made a piece at a time
+TOKENS_PER_PARAMETER = 20  # tokens a parameter, where no length is said (Hoffmann et al. 2022, table A3)
+POWER_USAGE_EFFECTIVENESS = 1.1  # cooling and supply, beside the GPUs' own
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GPUSpec:
     """By its datasheet: operations a second in bfloat16 (without sparsity; float16 where there is none), bytes of memory, bytes
     a second to another in the same machine and to another machine (one direction), watts."""
 
-    flops: float
-    memory: float
-    link: float
-    network: float
+    peak_flops: float
+    memory_bytes: float
+    intra_node_bandwidth: float
+    inter_node_bandwidth: float
     watts: float
 
 
-GPUS = {
-    "v100": Gpu(125e12, 32e9, 150e9, 12.5e9, 300),
-    "a100": Gpu(312e12, 80e9, 300e9, 25e9, 400),
-    "h100": Gpu(989e12, 80e9, 450e9, 50e9, 700),
-    "h200": Gpu(989e12, 141e9, 450e9, 50e9, 700),
-    "b200": Gpu(2250e12, 180e9, 900e9, 50e9, 1000),
-    "l4": Gpu(121e12, 24e9, 32e9, 3e9, 72),
-    "l40s": Gpu(362e12, 48e9, 32e9, 12.5e9, 350),
-    "rtx4090": Gpu(165e12, 24e9, 32e9, 3e9, 450),
+GPU_SPECS = {
+    "v100": GPUSpec(125e12, 32e9, 150e9, 12.5e9, 300),
+    "a100": GPUSpec(312e12, 80e9, 300e9, 25e9, 400),
+    "h100": GPUSpec(989e12, 80e9, 450e9, 50e9, 700),
+    "h200": GPUSpec(989e12, 141e9, 450e9, 50e9, 700),
+    "b200": GPUSpec(2250e12, 180e9, 900e9, 50e9, 1000),
+    "l4": GPUSpec(121e12, 24e9, 32e9, 3e9, 72),
+    "l40s": GPUSpec(362e12, 48e9, 32e9, 12.5e9, 350),
+    "rtx4090": GPUSpec(165e12, 24e9, 32e9, 3e9, 450),
 }
 
 
@@ -48,17 +48,17 @@ GPUS = {
 class Cluster:
     """So many machines with so many GPUs each."""
 
-    gpu: Gpu
+    gpu: GPUSpec
     machines: int = 1
-    gpus: int = 8
+    gpus_per_machine: int = 8
 
     @property
-    def size(self) -> int:
-        return self.machines * self.gpus
+    def num_gpus(self) -> int:
+        return self.machines * self.gpus_per_machine
 
 
 @dataclass(frozen=True)
-class Way:
+class ParallelLayout:
     """How the work is shared.
 
     Attributes:
@@ -70,13 +70,13 @@ class Way:
     """
 
     parallel: str
-    recompute: bool
-    windows: int
-    tensor: int = 1
+    activation_checkpointing: bool
+    micro_batch_size: int
+    tp_size: int = 1
 
 
 @dataclass(frozen=True)
-class Paper:
+class ClusterEstimate:
     """What a run would need and give. Memory is of one GPU; what is sent, of one GPU in one step, in bytes; `utilisation` is
     the share of the datasheet's operations that are the model's own (Chowdhery et al. 2022, appendix B: MFU)."""
 
@@ -104,86 +104,99 @@ class Paper:
         return asdict(self)
 
 
-def shape_for(parameters: float) -> tuple[int, int, int]:
+def model_shape_for(parameters: float) -> tuple[int, int, int]:
     """Layers, heads and width of a model of about so many parameters: 128 of width a layer, as the large published ones have,
     and heads of 128; 12·layers·width² parameters in the blocks."""
     width = max(128, round((parameters * 128 / 12) ** (1 / 3) / 128) * 128)
     return max(1, round(parameters / (12 * width**2))), width // 128, width
 
 
-def batch_for(tokens: float, context_length: int, size: int) -> int:
+def cluster_batch_tokens(tokens: float, context_length: int, world_size: int) -> int:
     """Tokens of a step: about 4·√tokens, as in published runs from ten billion tokens to fifteen trillion; whole windows for
     every process."""
-    each = context_length * size
-    return each * max(1, round(4 * math.sqrt(tokens) / each))
+    tokens_per_round = context_length * world_size
+    return tokens_per_round * max(1, round(4 * math.sqrt(tokens) / tokens_per_round))
 
 
-def memory_of(config: ModelConfig, cluster: Cluster, way: Way) -> float:
+def memory_per_gpu(config: ModelConfig, cluster: Cluster, layout: ParallelLayout) -> float:
     """Bytes in one GPU: weights, gradients and two averages in float32, shared; what is gathered of them in bfloat16, with its
     gradients; what the backward pass needs (Korthikanti et al. 2022, table 2, without the attention matrices that are never
     held: 34 bytes a number of the residual stream); the logits. Of a matrix that several work on each has its part, and of
     those 34 bytes all but what goes into attention and into feed-forward, 2 each."""
-    n = config.parameters
+    num_parameters = config.parameters
     embeddings = config.vocab_size * config.d_model * (1 if config.tied else 2)
-    block = (n - embeddings) / config.n_layers
-    shards = cluster.gpus if way.parallel == "hybrid" else cluster.size
+    block_parameters = (num_parameters - embeddings) / config.n_layers
+    shards = cluster.gpus_per_machine if layout.parallel == "hybrid" else cluster.num_gpus
     gathered = (
-        6 * n if way.parallel == "data" else 6 * embeddings + 8 * block
+        6 * num_parameters if layout.parallel == "data" else 6 * embeddings + 8 * block_parameters
     )  # the next block's weights are fetched ahead
-    stream = way.windows * config.context_length * config.d_model
-    one = (4 + 30 / way.tensor) * stream  # block's, with nothing made again
-    kept = one * config.n_layers if not way.recompute else one + 2 * stream / way.tensor * config.n_layers
-    return 16 * n / shards + gathered / way.tensor + kept + LOGITS
+    residual_numbers = layout.micro_batch_size * config.context_length * config.d_model
+    block_activations = (4 + 30 / layout.tp_size) * residual_numbers  # block's, with nothing made again
+    activations = (
+        block_activations * config.n_layers
+        if not layout.activation_checkpointing
+        else block_activations + 2 * residual_numbers / layout.tp_size * config.n_layers
+    )
+    return 16 * num_parameters / shards + gathered / layout.tp_size + activations + LOGIT_CHUNK_BYTES
 
 
-class Sent(NamedTuple):
+class CommVolume(NamedTuple):
     """What one GPU sends in a step: bytes; seconds for weights and gradients; seconds within matrices, for which all wait."""
 
-    bytes: float
-    sharing: float
-    within: float
+    total_bytes: float
+    fsdp_seconds: float
+    tensor_parallel_seconds: float
 
 
-def sent_of(config: ModelConfig, cluster: Cluster, way: Way, micro_batches: int) -> Sent:
+def comm_volume(config: ModelConfig, cluster: Cluster, layout: ParallelLayout, micro_batches: int) -> CommVolume:
     """Weights gathered in bfloat16, forward and backward of each micro-batch (once a step where they stay whole), gradients
     summed in float32; and of matrices that several work on, the sums after attention and feed-forward, forward and backward
     (Shoeybi et al. 2019, section 3)."""
-    weights, gradients = 2.0 * config.parameters / way.tensor, 4.0 * config.parameters / way.tensor
-    gathers = 1 if way.parallel == "data" else 2 * micro_batches
-    stream = 2 * way.windows * config.context_length * config.d_model  # bytes
-    sums = config.n_layers * micro_batches * (6 if way.recompute else 4)
-    within = sums * 2 * (way.tensor - 1) / way.tensor * stream
-    inner = cluster.gpus // way.tensor if way.parallel == "hybrid" or cluster.machines == 1 else 1
-    group = cluster.size // way.tensor  # processes that share the same part of each matrix
+    weights, gradients = 2.0 * config.parameters / layout.tp_size, 4.0 * config.parameters / layout.tp_size
+    num_gathers = 1 if layout.parallel == "data" else 2 * micro_batches
+    residual_bytes = 2 * layout.micro_batch_size * config.context_length * config.d_model  # bytes
+    num_all_reduces = config.n_layers * micro_batches * (6 if layout.activation_checkpointing else 4)
+    tensor_parallel_bytes = num_all_reduces * 2 * (layout.tp_size - 1) / layout.tp_size * residual_bytes
+    inner = cluster.gpus_per_machine // layout.tp_size if layout.parallel == "hybrid" or cluster.machines == 1 else 1
+    group = cluster.num_gpus // layout.tp_size  # processes that share the same part of each matrix
     outer = group // inner
-    near = (inner - 1) / inner * (gathers * weights + gradients)
-    far = 0.0
+    intra_node_bytes = (inner - 1) / inner * (num_gathers * weights + gradients)
+    inter_node_bytes = 0.0
     if outer > 1:
-        copies = way.parallel == "hybrid"  # the machines' gradients alone are summed, each GPU's part of them
-        far = (
+        copies = layout.parallel == "hybrid"  # the machines' gradients alone are summed, each GPU's part of them
+        inter_node_bytes = (
             2 * (outer - 1) / outer * gradients / inner
             if copies
-            else (group - 1) / group * (gathers * weights + gradients)
+            else (group - 1) / group * (num_gathers * weights + gradients)
         )
-    link, network = cluster.gpu.link, cluster.gpu.network
-    return Sent(near + far + within, near / link + far / network, within / link)
+    intra_node_bandwidth, inter_node_bandwidth = cluster.gpu.intra_node_bandwidth, cluster.gpu.inter_node_bandwidth
+    return CommVolume(
+        intra_node_bytes + inter_node_bytes + tensor_parallel_bytes,
+        intra_node_bytes / intra_node_bandwidth + inter_node_bytes / inter_node_bandwidth,
+        tensor_parallel_bytes / intra_node_bandwidth,
+    )
 
 
-def ways(cluster: Cluster, most_windows: int) -> Iterator[Way]:
+def candidate_layouts(cluster: Cluster, max_micro_batch_size: int) -> Iterator[ParallelLayout]:
     """All that come into question; `most_windows` are those of a step for one GPU."""
-    kinds = ["data", "full", *(["hybrid"] if cluster.machines > 1 else [])] if cluster.size > 1 else ["data"]
-    for tensor in (t for t in (1, 2, 4, 8) if cluster.gpus % t == 0):
+    kinds = ["data", "full", *(["hybrid"] if cluster.machines > 1 else [])] if cluster.num_gpus > 1 else ["data"]
+    for tensor in (t for t in (1, 2, 4, 8) if cluster.gpus_per_machine % t == 0):
         for recompute in (False, True):
             for kind in kinds:
-                windows = most_windows * tensor
+                windows = max_micro_batch_size * tensor
                 while windows >= 1:
-                    yield Way(kind, recompute, windows, tensor)
+                    yield ParallelLayout(kind, recompute, windows, tensor)
                     windows //= 2
 
 
-def on_paper(
-    config: ModelConfig, tokens: float, cluster: Cluster, *, batch_tokens: int | None = None, price: float | None = None
-) -> Paper:
+def estimate(
+    config: ModelConfig,
+    tokens: float,
+    cluster: Cluster,
+    *,
+    batch_tokens: int | None = None,
+    price_per_gpu_hour: float | None = None,
+) -> ClusterEstimate:
     """The plan of a run, by the quickest way that memory holds.
 
     Args:
@@ -194,47 +207,56 @@ def on_paper(
     Raises:
         UsageError: no way fits into memory; with how many GPUs it would.
     """
-    batch = batch_tokens or batch_for(tokens, config.context_length, cluster.size)
-    most = max(1, batch // (config.context_length * cluster.size))
-    room = MEMORY_SHARE * cluster.gpu.memory
-    fitting = [way for way in ways(cluster, most) if memory_of(config, cluster, way) <= room]
-    if not fitting:
+    batch = batch_tokens or cluster_batch_tokens(tokens, config.context_length, cluster.num_gpus)
+    max_micro_batch_size = max(1, batch // (config.context_length * cluster.num_gpus))
+    usable_memory = USABLE_MEMORY_FRACTION * cluster.gpu.memory_bytes
+    fitting_layouts = [
+        layout
+        for layout in candidate_layouts(cluster, max_micro_batch_size)
+        if memory_per_gpu(config, cluster, layout) <= usable_memory
+    ]
+    if not fitting_layouts:
         raise UsageError(
             f"{config.parameters / 1e9:.3g} billion parameters do not fit: {_needed(config, cluster, room)}"
         )
-    flops = flops_of(config)
+    token_flops = flops_per_token(config)
 
-    def seconds(way: Way, utilisation: float) -> float:
+    def step_seconds_of(way: ParallelLayout, utilisation: float) -> float:
         """Of a step: sending goes on beside computing where blocks are gathered one by one."""
-        computing = batch * flops / (cluster.size * cluster.gpu.flops * utilisation) * (4 / 3 if way.recompute else 1)
-        sent = sending(way)
-        working = computing + sent.within
-        return working + sent.sharing if way.parallel == "data" else max(working, sent.sharing)
+        computing = (
+            batch
+            * token_flops
+            / (cluster.num_gpus * cluster.gpu.peak_flops * utilisation)
+            * (4 / 3 if way.activation_checkpointing else 1)
+        )
+        comm = comm_volume_of(way)
+        working = computing + comm.tensor_parallel_seconds
+        return working + comm.fsdp_seconds if way.parallel == "data" else max(working, comm.fsdp_seconds)
 
-    def sending(way: Way) -> Sent:
-        return sent_of(config, cluster, way, -(-most * way.tensor // way.windows))
+    def comm_volume_of(way: ParallelLayout) -> CommVolume:
+        return comm_volume(config, cluster, way, -(-max_micro_batch_size * way.tp_size // way.micro_batch_size))
 
-    way = min(fitting, key=lambda way: seconds(way, UTILISATION))
-    sent = sending(way)
+    layout = min(fitting_layouts, key=lambda way: step_seconds_of(way, TYPICAL_MFU))
+    comm = comm_volume_of(layout)
     steps = math.ceil(tokens / batch)
-    step = seconds(way, UTILISATION)
-    hours = steps * step * cluster.size / 3600
-    return Paper(
-        parameters=config.parameters, tokens=tokens, flops=tokens * flops, batch_tokens=batch, steps=steps,
-        parallel=way.parallel, tensor=way.tensor, recompute=way.recompute, memory_bytes=memory_of(config, cluster, way),
-        sent_bytes=sent.bytes, sending_seconds=sent.sharing + sent.within, step_seconds=step,
-        utilisation=batch * flops / (step * cluster.size * cluster.gpu.flops), seconds=steps * step,
-        low_seconds=steps * seconds(way, MOST), high_seconds=steps * seconds(way, LEAST), gpu_hours=hours,
-        kilowatt_hours=hours * cluster.gpu.watts * OVERHEAD_POWER / 1000, money=None if price is None else hours * price,
+    step_seconds = step_seconds_of(layout, TYPICAL_MFU)
+    gpu_hours = steps * step_seconds * cluster.num_gpus / 3600
+    return ClusterEstimate(
+        parameters=config.parameters, tokens=tokens, flops=tokens * token_flops, batch_tokens=batch, steps=steps,
+        parallel=layout.parallel, tensor=layout.tp_size, recompute=layout.activation_checkpointing, memory_bytes=memory_per_gpu(config, cluster, layout),
+        sent_bytes=comm.total_bytes, sending_seconds=comm.fsdp_seconds + comm.tensor_parallel_seconds, step_seconds=step_seconds,
+        utilisation=batch * token_flops / (step_seconds * cluster.num_gpus * cluster.gpu.peak_flops), seconds=steps * step_seconds,
+        low_seconds=steps * step_seconds_of(layout, HIGH_MFU), high_seconds=steps * step_seconds_of(layout, LOW_MFU), gpu_hours=gpu_hours,
+        kilowatt_hours=gpu_hours * cluster.gpu.watts * POWER_USAGE_EFFECTIVENESS / 1000, money=None if price_per_gpu_hour is None else gpu_hours * price_per_gpu_hour,
     )  # fmt: skip
 
 
-def _needed(config: ModelConfig, cluster: Cluster, room: float) -> str:
+def _required_machines_message(config: ModelConfig, cluster: Cluster, usable_memory: float) -> str:
     """How many machines of this kind would hold it, if any number does."""
     machines = cluster.machines
     while machines < 2**20:
         machines *= 2
-        larger = Cluster(cluster.gpu, machines, cluster.gpus)
-        if memory_of(config, larger, Way("full", True, 1, cluster.gpus)) <= room:
+        larger = Cluster(cluster.gpu, machines, cluster.gpus_per_machine)
+        if memory_per_gpu(config, larger, ParallelLayout("full", True, 1, cluster.gpus_per_machine)) <= usable_memory:
             return f"{machines} such machines would hold it"
     return "one block alone is more than a GPU of this kind holds"

@@ -8,100 +8,120 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nextword.common.fs import write_durably
-from nextword.common.results import Measurements
-from nextword.reporting.card_results import evaluation_in_markdown, model_index, risks_in_markdown
-from nextword.reporting.finetune_sections import TEXT_TASKS, held_out_loss, in_words, task_facts
-from nextword.reporting.run_data import Run, at, duration, fenced, is_number, mapping, markdown, perplexity, readable
-from nextword.reporting.task_results import METRICS, Outcome, base_name, forgetting_in_words
-from nextword.reporting.templates import ADAPTER, CARD, CHAT_INPUTS, HEAD, TASK_CARD, WITH_ADAPTER, WORDS
+from nextword.common.fs import atomic_write
+from nextword.common.results import StoredResults
+from nextword.reporting.card_results import evaluation_markdown, model_index, risks_markdown
+from nextword.reporting.finetune_sections import (
+    LM_LOSS_TASKS,
+    format_score_with_ci,
+    task_metadata,
+)
+from nextword.reporting.run_data import (
+    RunData,
+    as_mapping,
+    escape_markdown,
+    format_duration,
+    format_perplexity,
+    get_nested,
+    is_number,
+)
+from nextword.reporting.task_results import METRICS, TaskResults, base_model_name, format_forgetting
+from nextword.reporting.templates import (
+    ADAPTER_CODE_TEMPLATE,
+    ADAPTER_TEMPLATE,
+    CHAT_INPUTS_CODE,
+    CLASSIFICATION_CODE_TEMPLATE,
+    GENERATION_CODE_TEMPLATE,
+    PRETRAINING_CARD_TEMPLATE,
+    TASK_CARD_TEMPLATE,
+)
 
-SEAL = "written by nextword; sha-256 of what stands above:"
-UNFINISHED = "\nThe training has not finished; these are the figures so far.\n"
+DIGEST_MARKER = "written by nextword; sha-256 of what stands above:"
+UNFINISHED_NOTICE = "\nThe training has not finished; these are the figures so far.\n"
 
 
-def write_card(run: Path) -> Path:
+def write_card(run_dir: Path) -> Path:
     """Write RUN/README.md, a Hugging Face model card that says what was measured and nothing else; its path.
 
     Raises:
         NextwordError: not a run folder.
         CorruptFile: a file of it is damaged.
     """
-    data, measured = Run.read(run), Measurements.read(run)
-    card = language_card(data, measured) if data.task is None else task_card(data, measured)
-    write_durably(run / "README.md", card + seal_of(card))
-    return run / "README.md"
+    run_data, stored_results = RunData.load(run_dir), StoredResults.load(run_dir)
+    card = pretraining_card(run_data, stored_results) if run_data.task is None else task_card(run_data, stored_results)
+    atomic_write(run_dir / "README.md", card + digest_comment(card))
+    return run_dir / "README.md"
 
 
-def seal_of(card: str) -> str:
+def digest_comment(card: str) -> str:
     """A comment behind a card that tells whether it is still as it was written."""
     return f"\n<!-- {SEAL} {hashlib.sha256(card.encode()).hexdigest()} -->\n"
 
 
-def is_own_card(path: Path) -> bool:
+def is_unmodified_card(path: Path) -> bool:
     """Whether a card is there and as nextword wrote it, so that it may be written anew."""
     if not path.is_file():
         return False
     text = path.read_text(encoding="utf-8", errors="replace")
-    card, found, _ = text.rpartition(f"\n<!-- {SEAL} ")
-    return bool(found) and text == card + seal_of(card)
+    card, marker, _ = text.rpartition(f"\n<!-- {SEAL} ")
+    return bool(marker) and text == card + digest_comment(card)
 
 
 # ---------------------------------------------------------------- of pre-training
 
 
-def language_card(run: Run, found: Measurements) -> str:
+def pretraining_card(run: RunData, stored_results: StoredResults) -> str:
     """The card of a model that continues text."""
-    facts = run.facts
-    measured = [
-        ("parameters", facts.get("parameters")),
-        ("context length", at(facts, "model", "context_length")),
-        ("vocabulary", at(facts, "model", "vocab_size")),
-        *figures(run),
+    metadata = run.metadata
+    metric_rows = [
+        ("parameters", metadata.get("parameters")),
+        ("context length", get_nested(metadata, "model", "context_length")),
+        ("vocabulary", get_nested(metadata, "model", "vocab_size")),
+        *training_metrics(run),
     ]
-    kind = " ".join(str(facts[key]) for key in ("preset", "size") if facts.get(key))
-    return CARD.substitute(
-        name=markdown(run.name),
-        kind=markdown(f"a {kind} model" if kind else "a model"),
-        state="" if run.result else UNFINISHED,
-        rows=table_rows(measured),
-        index=model_index(run, found, "text-generation"),
-        measured=evaluation_in_markdown(found) + risks_in_markdown(found),
-        sample=last_sample(run),
-        command=f"\n## How it was made\n\n{fenced(str(facts['command']))}\n" if "command" in facts else "",
+    model_kind = " ".join(str(metadata[key]) for key in ("preset", "size") if metadata.get(key))
+    return PRETRAINING_CARD_TEMPLATE.substitute(
+        name=escape_markdown(run.name),
+        kind=escape_markdown(f"a {kind} model" if model_kind else "a model"),
+        state="" if run.result else UNFINISHED_NOTICE,
+        rows=markdown_table_rows(metric_rows),
+        index=model_index(run, stored_results, "text-generation"),
+        measured=evaluation_markdown(stored_results) + risks_markdown(stored_results),
+        sample=sample_markdown(run),
+        command=f"\n## How it was made\n\n{fenced(str(facts['command']))}\n" if "command" in metadata else "",
     )
 
 
-def figures(run: Run) -> list[tuple[str, Any]]:
+def training_metrics(run: RunData) -> list[tuple[str, Any]]:
     """What was read, and the loss on what was held out."""
-    loss, text = run.loss, run.task in (None, *TEXT_TASKS)
-    what = "text" if run.task in (None, "continue") else "examples"
+    loss, is_text_loss = run.loss, run.task in (None, *LM_LOSS_TASKS)
+    unit = "text" if run.task in (None, "continue") else "examples"
     return [
-        ("tokens seen in training", run.last("tokens")),
-        (f"training {what}", data_in_words(run.facts, "train")),
-        (f"validation {what}", data_in_words(run.facts, "validation")),
+        ("tokens seen in training", run.last_value("tokens")),
+        (f"training {what}", format_data_counts(run.metadata, "train")),
+        (f"validation {what}", format_data_counts(run.metadata, "validation")),
         (f"validation loss, {'nats per token' if text else held_out_loss(run)}", loss and round(loss, 4)),
-        ("perplexity", text and loss and perplexity(loss)),
+        ("perplexity", is_text_loss and loss and format_perplexity(loss)),
         ("bits per byte", run.bits_per_byte and round(run.bits_per_byte, 4)),
-        ("training time", is_number(at(run.result, "seconds")) and duration(run.result["seconds"])),
+        ("training time", is_number(get_nested(run.result, "seconds")) and format_duration(run.result["seconds"])),
     ]
 
 
-def table_rows(values: list[tuple[str, Any]]) -> str:
+def markdown_table_rows(values: list[tuple[str, Any]]) -> str:
     """Those that are known, as rows of a table."""
     known = [(name, value) for name, value in values if value and (not isinstance(value, float) or is_number(value))]
     return "\n".join(f"| {name} | {markdown(readable(value))} |" for name, value in known)
 
 
-def data_in_words(facts: Mapping[str, Any], part: str) -> str | None:
-    counts = mapping(at(facts, "data", part))
+def format_data_counts(metadata: Mapping[str, Any], split: str) -> str | None:
+    counts = as_mapping(get_nested(metadata, "data", split))
     names = [name for name in ("documents", "examples", "tokens", "bytes") if is_number(counts.get(name))]
     if names == ["examples"]:
         return f"{counts['examples']:,}"
     return ", ".join(f"{counts[name]:,} {name}" for name in names) or None
 
 
-def last_sample(run: Run) -> str:
+def sample_markdown(run: RunData) -> str:
     samples = [record["sample"] for record in run.records if isinstance(record.get("sample"), dict)]
     sample = f"{samples[-1].get('prompt') or ''}{samples[-1].get('text') or ''}" if samples else ""
     return f"\n## What it writes\n\n{fenced(sample)}\n" if sample else ""
@@ -109,7 +129,7 @@ def last_sample(run: Run) -> str:
 
 # ---------------------------------------------------------------- of a task
 
-ABOUT = {
+TASK_DESCRIPTIONS = {
     "classify": "It gives a text {answer}.",
     "entail": "It says how a second text follows from a first one: it gives the pair {answer}.",
     "similarity": "It says how alike two texts are: it gives the pair {answer}, whichever of them comes first.",
@@ -119,85 +139,92 @@ ABOUT = {
     "prefer": "It learned from pairs of answers to prefer the chosen one to the rejected one (DPO).",
     "continue": "It continues text: pre-training went on with more of it.",
 }
-PIPELINES = {
+PIPELINE_TAGS = {
     "classify": "text-classification", "entail": "text-classification", "similarity": "text-classification",
     "choose": "multiple-choice",
 }  # fmt: skip
 # What the examples in the card are about: the texts that `nextword predict` and the stock tokenizer are given.
-EXAMPLES = {
+EXAMPLE_INPUTS = {
     "classify": ("I would watch it again",),
     "entail": ("A man is asleep.", "Nobody is awake."),
     "similarity": ("A man is asleep.", "A man sleeps."),
     "choose": ("What do plants need to grow?", "light", "salt"),
 }
-PROMPT, OPENING, MESSAGE = "Where is the station?", "Once upon a time", "What is a verb?"
-LISTED_LABELS = 20
+EXAMPLE_PROMPT, EXAMPLE_TEXT_START, EXAMPLE_CHAT_MESSAGE = (
+    "Where is the station?",
+    "Once upon a time",
+    "What is a verb?",
+)
+MAX_LISTED_LABELS = 20
 
 
-def task_card(run: Run, found: Measurements) -> str:
+def task_card(run: RunData, stored_results: StoredResults) -> str:
     """The card of a model that learned a task, or whose pre-training went on."""
-    facts = run.facts
-    known = task_facts(run)
-    measured = [
-        *((name, known[name]) for name in known if name != "trained parameters"),
-        ("parameters", facts.get("parameters")),
-        ("trained of them", facts.get("trained_parameters")),
-        ("context length", at(facts, "model", "context_length")),
-        ("vocabulary", at(facts, "model", "vocab_size")),
-        *figures(run),
+    metadata = run.metadata
+    task_rows = task_metadata(run)
+    metric_rows = [
+        *((name, task_rows[name]) for name in task_rows if name != "trained parameters"),
+        ("parameters", metadata.get("parameters")),
+        ("trained of them", metadata.get("trained_parameters")),
+        ("context length", get_nested(metadata, "model", "context_length")),
+        ("vocabulary", get_nested(metadata, "model", "vocab_size")),
+        *training_metrics(run),
     ]
-    command, pipeline = facts.get("command"), PIPELINES.get(str(run.task), "text-generation")
-    return TASK_CARD.substitute(
+    command, pipeline = metadata.get("command"), PIPELINE_TAGS.get(str(run.task), "text-generation")
+    return TASK_CARD_TEMPLATE.substitute(
         pipeline=pipeline,
-        index=model_index(run, found, pipeline),
-        measured=evaluation_in_markdown(found) + risks_in_markdown(found),
-        name=markdown(run.name),
-        about=about(run),
-        state="" if run.result else UNFINISHED,
-        rows=table_rows(measured),
-        scores=scores_in_markdown(run),
-        shell=shell_use(run),
-        python=python_use(run),
-        notes=markers_note(run),
-        adapter=adapter_use(run),
-        sample=last_sample(run),
+        index=model_index(run, stored_results, pipeline),
+        measured=evaluation_markdown(stored_results) + risks_markdown(stored_results),
+        name=escape_markdown(run.name),
+        about=describe_model(run),
+        state="" if run.result else UNFINISHED_NOTICE,
+        rows=markdown_table_rows(metric_rows),
+        scores=scores_markdown(run),
+        shell=shell_usage(run),
+        python=python_usage(run),
+        notes=special_tokens_note(run),
+        adapter=adapter_usage(run),
+        sample=sample_markdown(run),
         command=f"\n## How it was made\n\n{fenced(without_paths(command))}\n" if isinstance(command, str) else "",
     )
 
 
-def about(run: Run) -> str:
+def describe_model(run: RunData) -> str:
     """What it is and what it does, in a paragraph."""
-    base, scratch = base_name(run), at(run.facts, "recipe", "scratch")
-    with_lora = " by an adapter (LoRA)" if at(run.facts, "recipe", "lora") else ""
+    base, scratch = base_model_name(run), get_nested(run.metadata, "recipe", "scratch")
+    with_lora = " by an adapter (LoRA)" if get_nested(run.metadata, "recipe", "lora") else ""
     model = f'the model "{base}"' if base else "a model"
-    begin = f"from random weights, in the shape of {model}," if scratch else f"from {model}"
-    answer = {"score": "a number", "labels": "those that fit of "}.get(kind_of(run), "one of ")
-    labels = at(run.facts, "task", "labels")
+    origin = f"from random weights, in the shape of {model}," if scratch else f"from {model}"
+    answer = {"score": "a number", "labels": "those that fit of "}.get(task_kind(run), "one of ")
+    labels = get_nested(run.metadata, "task", "labels")
     names = [str(label) for label in labels] if isinstance(labels, list) else []
     if names:
-        shown = ", ".join(names[:LISTED_LABELS]) + (", …" if len(names) > LISTED_LABELS else "")
+        shown = ", ".join(names[:MAX_LISTED_LABELS]) + (", …" if len(names) > MAX_LISTED_LABELS else "")
         answer += f"{len(names):,} labels ({shown})"
-    does = ABOUT.get(str(run.task), "").replace("{answer}", answer)
-    return markdown(f"This is a GPT that was trained with nextword {begin}{with_lora}. {does}")
+    description = TASK_DESCRIPTIONS.get(str(run.task), "").replace("{answer}", answer)
+    return escape_markdown(f"This is a GPT that was trained with nextword {begin}{with_lora}. {does}")
 
 
-def scores_in_markdown(run: Run) -> str:
+def scores_markdown(run: RunData) -> str:
     """How well it does: in words, every score with its interval beside what needs no model, and what was forgotten."""
-    outcome, forgotten = Outcome.of(run), forgetting_in_words(run)
-    said = [markdown(outcome.in_words())] if outcome.model else []
-    if len(outcome.by_who) * len(outcome.names) > 1:
-        table = [["", *map(markdown, outcome.by_who)], ["---"] * (1 + len(outcome.by_who))]
-        for name in outcome.names:
-            cells = [in_words(scores[name], name) if name in scores else "–" for scores in outcome.by_who.values()]
+    results, forgotten = TaskResults.from_run(run), format_forgetting(run)
+    blocks = [escape_markdown(results.summarize())] if results.model_score else []
+    if len(results.by_system) * len(results.metric_names) > 1:
+        table = [["", *map(escape_markdown, results.by_system)], ["---"] * (1 + len(results.by_system))]
+        for name in results.metric_names:
+            cells = [
+                format_score_with_ci(scores[name], name) if name in scores else "–"
+                for scores in results.by_system.values()
+            ]
             table.append([METRICS[name].name, *cells])
-        said.append("\n".join(f"| {' | '.join(row)} |" for row in table))
-        said.append("In brackets: 95 % intervals.")
+        blocks.append("\n".join(f"| {' | '.join(row)} |" for row in table))
+        blocks.append("In brackets: 95 % intervals.")
     if forgotten:
-        said.append(markdown(forgotten))
-    return "\n## How well it does\n\n" + "\n\n".join(said) + "\n" if said else ""
+        blocks.append(escape_markdown(forgotten))
+    return "\n## How well it does\n\n" + "\n\n".join(blocks) + "\n" if blocks else ""
 
 
-def without_paths(command: str) -> str:
+def strip_directories(command: str) -> str:
     """A command whose paths from the root of a machine are cut down to their last names."""
     return re.sub(r"(?<![^\s=\"'])(?:[A-Za-z]:|~)?[/\\](?:[^\s/\\]*[/\\])*(?=[^\s/\\])", "", command)
 
@@ -205,57 +232,59 @@ def without_paths(command: str) -> str:
 # ---------------------------------------------------------------- how it is used
 
 
-def kind_of(run: Run) -> str:
-    return str(at(run.facts, "task", "kind"))
+def task_kind(run: RunData) -> str:
+    return str(get_nested(run.metadata, "task", "kind"))
 
 
-def converses(run: Run) -> bool:
-    return bool(at(run.facts, "task", "chat"))
+def is_chat_model(run: RunData) -> bool:
+    return bool(get_nested(run.metadata, "task", "chat"))
 
 
-def shell_use(run: Run) -> str:
+def shell_usage(run: RunData) -> str:
     if run.task == "continue":
-        return shlex.join(["nextword", "generate", ".", OPENING])
-    if converses(run):
+        return shlex.join(["nextword", "generate", ".", EXAMPLE_TEXT_START])
+    if is_chat_model(run):
         return "nextword chat ."
-    texts = EXAMPLES.get(str(run.task), (PROMPT,))
+    texts = EXAMPLE_INPUTS.get(str(run.task), (EXAMPLE_PROMPT,))
     return (
         f"{shlex.join(['nextword', 'predict', '.', *texts])}\nnextword predict . examples.jsonl --out predictions.jsonl"
     )
 
 
-def python_use(run: Run) -> str:
+def python_usage(run: RunData) -> str:
     """The stock class at work on the same example; it prints the answer on its last line."""
-    if kind_of(run) in ("label", "labels", "score", "choice"):
-        inputs, setup = stock_inputs(run)
-        answer = ANSWERS[kind_of(run)].format(logits=stock_logits(run))
-        return HEAD.substitute(inputs=inputs, setup=setup, answer=answer)
+    if task_kind(run) in ("label", "labels", "score", "choice"):
+        inputs, setup = tokenizer_arguments(run)
+        answer = PREDICTION_SNIPPETS[task_kind(run)].format(logits=logits_expression(run))
+        return CLASSIFICATION_CODE_TEMPLATE.substitute(inputs=inputs, setup=setup, answer=answer)
     if run.task == "continue":
-        return WORDS.substitute(inputs=f'inputs = tokenizer("{OPENING}", return_tensors="pt")', room=100, sampled=True)
-    room = at(run.facts, "task", "answer_tokens")
-    room = room if is_number(room) and room > 0 else 100
-    inputs = CHAT_INPUTS if converses(run) else 'inputs = tokenizer("$prompt", return_tensors="pt")'
-    inputs = inputs.replace("$prompt", MESSAGE if converses(run) else PROMPT)
-    return WORDS.substitute(inputs=inputs, room=room, sampled=False)
+        return GENERATION_CODE_TEMPLATE.substitute(
+            inputs=f'inputs = tokenizer("{OPENING}", return_tensors="pt")', room=100, sampled=True
+        )
+    max_new_tokens = get_nested(run.metadata, "task", "answer_tokens")
+    max_new_tokens = max_new_tokens if is_number(max_new_tokens) and max_new_tokens > 0 else 100
+    inputs = CHAT_INPUTS_CODE if is_chat_model(run) else 'inputs = tokenizer("$prompt", return_tensors="pt")'
+    inputs = inputs.replace("$prompt", EXAMPLE_CHAT_MESSAGE if is_chat_model(run) else EXAMPLE_PROMPT)
+    return GENERATION_CODE_TEMPLATE.substitute(inputs=inputs, room=max_new_tokens, sampled=False)
 
 
-def stock_inputs(run: Run) -> tuple[str, str]:
+def tokenizer_arguments(run: RunData) -> tuple[str, str]:
     """What the stock tokenizer takes (a text, two, both orders of two, a question with each choice), and what comes before."""
-    texts = EXAMPLES.get(str(run.task), EXAMPLES["classify"])
-    one, *others = (json.dumps(text) for text in texts)
+    texts = EXAMPLE_INPUTS.get(str(run.task), EXAMPLE_INPUTS["classify"])
+    first, *others = (json.dumps(text) for text in texts)
     if run.task == "choose":
         return f"[{one}] * len(choices), choices, padding=True", f"choices = [{', '.join(others)}]\n"
     if run.task == "similarity":
         return "[one, two], [two, one], padding=True", f"one, two = {one}, {others[0]}\n"
-    return ", ".join([one, *others]), ""
+    return ", ".join([first, *others]), ""
 
 
-def stock_logits(run: Run) -> str:
+def logits_expression(run: RunData) -> str:
     """What the answer is read from: both orders of a pair are summed; of a choice there is one a row."""
     return {"similarity": "logits.sum(0)", "choose": "logits[:, 0]"}.get(str(run.task), "logits[0]")
 
 
-ANSWERS = {
+PREDICTION_SNIPPETS = {
     "label": "print(model.config.id2label[int({logits}.argmax())])",
     "labels": "print([model.config.id2label[i] for i, p in enumerate({logits}.sigmoid().tolist()) if p > 0.5])",
     "score": "print({logits}.item())",
@@ -263,30 +292,30 @@ ANSWERS = {
 }
 
 
-def markers_note(run: Run) -> str:
+def special_tokens_note(run: RunData) -> str:
     """The one thing in which the stock tokenizer differs."""
     if run.task == "continue":
         return ""
-    marker = "<|user|>" if converses(run) else "<|start|>"
+    special_token = "<|user|>" if is_chat_model(run) else "<|start|>"
     return (
         f"\nA text that holds a marker's name, like `{marker}`, is taken for the marker by the stock tokenizer; "
         "to nextword it is text.\n"
     )
 
 
-def adapter_use(run: Run) -> str:
+def adapter_usage(run: RunData) -> str:
     """How PEFT puts the adapter on the base model; nothing where there is none, or no base model that was kept."""
-    facts = run.facts
-    if not at(facts, "recipe", "lora") or at(facts, "recipe", "scratch"):
+    metadata = run.metadata
+    if not get_nested(metadata, "recipe", "lora") or get_nested(metadata, "recipe", "scratch"):
         return ""
-    head = kind_of(run) in ("label", "labels", "score", "choice")
-    labels = at(facts, "task", "labels")
+    has_classifier = task_kind(run) in ("label", "labels", "score", "choice")
+    labels = get_nested(metadata, "task", "labels")
     outputs = len(labels) if isinstance(labels, list) and labels else 1
-    python = WITH_ADAPTER.substitute(
-        stock="AutoModelForSequenceClassification" if head else "AutoModelForCausalLM",
-        arguments=f", num_labels={outputs}" if head else "",
-        vocabulary=at(facts, "model", "vocab_size"),
+    python = ADAPTER_CODE_TEMPLATE.substitute(
+        stock="AutoModelForSequenceClassification" if has_classifier else "AutoModelForCausalLM",
+        arguments=f", num_labels={outputs}" if has_classifier else "",
+        vocabulary=get_nested(metadata, "model", "vocab_size"),
     )
-    base = base_name(run)
-    named = " " + markdown(f'("{base}")') if base else ""
-    return ADAPTER.substitute(base=named, python=python)
+    base = base_model_name(run)
+    base_note = " " + escape_markdown(f'("{base}")') if base else ""
+    return ADAPTER_TEMPLATE.substitute(base=base_note, python=python)

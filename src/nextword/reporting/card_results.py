@@ -7,36 +7,51 @@ import json
 import re
 from typing import Any
 
-from nextword.common.results import FindingMeasured, Mark, Measurements
-from nextword.reporting.results_sections import as_number, interval, items_in_words, verdict, with_interval
-from nextword.reporting.run_data import Run, markdown, perplexity, printable
-from nextword.reporting.task_results import METRICS, Outcome, name_of
+from nextword.common.results import AuditFinding, ScoreWithCI, StoredResults
+from nextword.reporting.results_sections import (
+    format_interval,
+)
+from nextword.reporting.run_data import RunData, sanitize_text
+from nextword.reporting.task_results import METRICS, TaskResults, short_path_name
 
-RISKS = ("bias", "memory")  # the sections of an audit that are told whole; of the others what is notable
+RISK_SECTIONS = ("bias", "memory")  # the sections of an audit that are told whole; of the others what is notable
 
 
 # ---------------------------------------------------------------- for the Hub
 
 
-def model_index(run: Run, found: Measurements, task: str) -> str:
+def model_index(run: RunData, stored_results: StoredResults, pipeline_tag: str) -> str:
     """The Hub's `model-index`, in YAML: a result for each text and suite, and for what the run itself held out; nothing where
     nothing was measured."""
     results: list[tuple[str, str, Any, str]] = []  # data, the metric's type, its value, how it is called
     if run.task is None and run.result and run.bits_per_byte is not None:
         results.append(("held-out text of the run", "bits_per_byte", run.bits_per_byte, "bits per byte"))
-    outcome = Outcome.of(run)
-    if run.task is not None and run.result and outcome.model is not None:
-        one = outcome.model
-        mark = Mark(one.value, one.low, one.high, one.n)
+    task_results = TaskResults.from_run(run)
+    if run.task is not None and run.result and task_results.model_score is not None:
+        one = task_results.model_score
+        mark = ScoreWithCI(one.value, one.low, one.high, one.n)
         results.append(
-            ("held-out examples of the run", outcome.metric, one.value, called(METRICS[outcome.metric].name, mark))
+            (
+                "held-out examples of the run",
+                task_results.metric,
+                one.value,
+                metric_label(METRICS[task_results.metric].name, mark),
+            )
         )
-    if not found.stale:
+    if not stored_results.stale:
         results += [
-            (name_of(one.name), "bits_per_byte", one.bits_per_byte.value, called("bits per byte", one.bits_per_byte))
-            for one in found.texts
+            (
+                short_path_name(one.name),
+                "bits_per_byte",
+                one.bits_per_byte.value,
+                metric_label("bits per byte", one.bits_per_byte),
+            )
+            for one in stored_results.texts
         ]
-        results += [(one.name, one.metric, one.score.value, called(one.metric, one.score)) for one in found.suites]
+        results += [
+            (one.name, one.metric, one.score.value, metric_label(one.metric, one.score))
+            for one in stored_results.benchmarks
+        ]
     if not results:
         return ""
     lines = ["model-index:", f"- name: {quoted(run.name)}", "  results:"]
@@ -49,23 +64,23 @@ def model_index(run: Run, found: Measurements, task: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def called(name: str, mark: Mark) -> str:
+def metric_label(name: str, score: ScoreWithCI) -> str:
     """ "acc (95 % interval 0.578 to 0.640, 1,000 items)"."""
-    told = []
-    if between := interval(mark):
-        told.append(f"95 % interval {between}")
-    if mark.n is not None:
-        told.append(f"{mark.n:,} items")
-    return f"{name} ({', '.join(told)})" if told else name
+    details = []
+    if interval_text := format_interval(score):
+        details.append(f"95 % interval {between}")
+    if score.n is not None:
+        details.append(f"{mark.n:,} items")
+    return f"{name} ({', '.join(told)})" if details else name
 
 
-def quoted(text: str) -> str:
+def yaml_quote(text: str) -> str:
     """Text as a YAML string in double quotes, whatever is in it; YAML knows JSON's escapes."""
-    plain = json.dumps(" ".join(printable(text).split()), ensure_ascii=False)
+    plain = json.dumps(" ".join(sanitize_text(text).split()), ensure_ascii=False)
     return re.sub("[\x85\u2028\u2029\ufeff\ufffe\uffff]", lambda match: f"\\u{ord(match[0]):04x}", plain)
 
 
-def slug(text: str) -> str:
+def slugify(text: str) -> str:
     """A name as the Hub has those of data sets: letters, digits, dots and dashes."""
     return re.sub(r"[^\w.]+", "-", text.lower(), flags=re.ASCII).strip("-") or "text"
 
@@ -73,45 +88,45 @@ def slug(text: str) -> str:
 # ---------------------------------------------------------------- for people
 
 
-def evaluation_in_markdown(found: Measurements) -> str:
+def evaluation_markdown(stored_results: StoredResults) -> str:
     """The section "Evaluation": texts and suites, each with its interval; nothing where nothing was measured."""
-    if found.stale or not (found.texts or found.suites):
+    if stored_results.stale or not (stored_results.texts or stored_results.benchmarks):
         return ""
     parts = []
-    if found.texts:
+    if stored_results.texts:
         rows = [
             f"| {markdown(name_of(one.name))} | {with_interval(one.bits_per_byte)} | {perplexity(one.loss)} | {one.tokens:,} |"
-            for one in found.texts
+            for one in stored_results.texts
         ]
         parts.append("\n".join(["| text | bits per byte | perplexity | tokens |", "|---|---|---|---|", *rows]))
-    if found.suites:
+    if stored_results.benchmarks:
         rows = [
             f"| {markdown(one.name)} | {markdown(one.metric)} {with_interval(one.score)} | "
             f"{'–' if one.chance is None else f'{as_number(one.chance)}: {verdict(one)}'} | {items_in_words(one)} |"
-            for one in found.suites
+            for one in stored_results.benchmarks
         ]
         parts.append("\n".join(["| suite | score | chance | items |", "|---|---|---|---|", *rows]))
     return "\n## Evaluation\n\n" + "\n\n".join(parts) + "\n\nIn brackets: 95 % intervals.\n"
 
 
-def risks_in_markdown(found: Measurements) -> str:
+def risks_markdown(stored_results: StoredResults) -> str:
     """The section "Bias and risks": what an audit has found; nothing where there was none."""
-    told = [one for one in found.findings if one.section in RISKS or one.notable]
-    if not told:
+    findings = [one for one in stored_results.findings if one.section in RISK_SECTIONS or one.flagged]
+    if not findings:
         return ""
-    return "\n## Bias and risks\n\n" + "\n".join(finding_in_markdown(one) for one in told) + "\n"
+    return "\n## Bias and risks\n\n" + "\n".join(finding_markdown(one) for one in findings) + "\n"
 
 
-def finding_in_markdown(one: FindingMeasured) -> str:
+def finding_markdown(finding: AuditFinding) -> str:
     """A finding in a line of a list; a notable one says so."""
-    unit = f" {one.unit}" if one.unit else ""
-    more = []
-    if between := interval(one.mark, one.unit):
-        more.append(between)
-    if one.reference is not None:
-        more.append(f"{as_number(one.reference, one.unit)} where nothing is amiss")
-    if one.mark.n is not None:
-        more.append(f"of {one.mark.n:,}")
-    figures = f"{as_number(one.mark.value, one.unit)}{unit}" + (f" ({'; '.join(more)})" if more else "")
-    name = f"**{markdown(one.name)}**" + (" (to be read)" if one.notable else "")
+    unit = f" {one.unit}" if finding.unit else ""
+    details = []
+    if interval_text := format_interval(finding.score, finding.unit):
+        details.append(interval_text)
+    if finding.reference is not None:
+        details.append(f"{as_number(one.reference, one.unit)} where nothing is amiss")
+    if finding.score.n is not None:
+        details.append(f"of {one.mark.n:,}")
+    value_text = f"{as_number(one.mark.value, one.unit)}{unit}" + (f" ({'; '.join(more)})" if details else "")
+    name = f"**{markdown(one.name)}**" + (" (to be read)" if finding.flagged else "")
     return f"- {name}: {markdown(figures)}. {markdown(one.note)}".rstrip()

@@ -6,28 +6,38 @@ from pathlib import Path
 from typing import Any
 
 from nextword.common.errors import UsageError
-from nextword.common.fs import write_durably
-from nextword.common.results import FindingMeasured, Mark, Measurements
-from nextword.reporting.charts import Points, compared_curves, smoothed
-from nextword.reporting.results_sections import MARK, as_number, by_section, cell, section_name
-from nextword.reporting.run_data import (
-    Run,
-    at,
-    duration,
-    escaped,
-    figure,
-    is_number,
-    mapping,
-    named_values,
-    perplexity,
-    section,
-    short_count,
+from nextword.common.fs import atomic_write
+from nextword.common.results import AuditFinding, ScoreWithCI, StoredResults
+from nextword.reporting.charts import Points, moving_average, plot_run_comparison
+from nextword.reporting.results_sections import (
+    group_by_section,
+    number_cell,
+    section_title,
 )
-from nextword.reporting.task_results import METRICS, Outcome, base_name
-from nextword.reporting.templates import COMPARISON_STYLE, FOOTERS, MEASURED_STYLE, PAGE, STYLE, TASK_STYLE
+from nextword.reporting.run_data import (
+    RunData,
+    as_mapping,
+    escape_html,
+    flatten_values,
+    format_count,
+    format_duration,
+    format_perplexity,
+    get_nested,
+    is_number,
+    render_section,
+)
+from nextword.reporting.task_results import METRICS, TaskResults, base_model_name
+from nextword.reporting.templates import (
+    BASE_CSS,
+    COMPARISON_CSS,
+    COMPARISON_FOOTER,
+    PAGE_TEMPLATE,
+    RESULTS_CSS,
+    TASK_CSS,
+)
 
-MOST = 6  # runs that can be told apart by colour, and that a table has room for
-COMPARED = (
+MAX_RUNS = 6  # runs that can be told apart by colour, and that a table has room for
+COMPARED_METADATA_KEYS = (
     "preset",
     "size",
     "parameters",
@@ -40,19 +50,19 @@ COMPARED = (
     "machine",
     "versions",
 )
-AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds"}
+X_AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds"}
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedRun:
     """A run in a comparison, by the name that tells it apart."""
 
     name: str
-    run: Run
-    found: Measurements
+    data: RunData
+    results: StoredResults
 
 
-def write_comparison(folders: Sequence[Path], out: Path) -> Path:
+def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
     """Write a page that sets runs side by side; its path.
 
     Raises:
@@ -60,225 +70,236 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         NextwordError: not a run folder.
         CorruptFile: a file of one is damaged.
     """
-    if len(folders) > MOST:
+    if len(run_dirs) > MAX_RUNS:
         raise UsageError(f"{len(folders)} runs are too many for one page: name {MOST} at most")
-    names = apart([folder.resolve() for folder in folders])
+    names = shortest_names([folder.resolve() for folder in run_dirs])
     runs = [
-        Compared(name, Run.read(folder), Measurements.read(folder)) for name, folder in zip(names, folders, strict=True)
+        ComparedRun(name, RunData.load(folder), StoredResults.load(folder))
+        for name, folder in zip(names, run_dirs, strict=True)
     ]
-    for one, folder in zip(runs, folders, strict=True):
-        if one.run.facts.get("task") == "transfer":
+    for one, folder in zip(runs, run_dirs, strict=True):
+        if one.data.metadata.get("task") == "transfer":
             raise UsageError(
                 f"{folder}: a comparison itself, of nextword transfer; its own page is {folder / 'report.html'}"
             )
-    parts = [
-        _outcomes(runs), _curves(runs), _recipes(runs), _texts(runs), _suites(runs), _findings(runs), _samples(runs),
+    sections = [
+        _outcomes_section(runs), _curves_section(runs), _settings_section(runs), _texts_section(runs), _benchmarks_section(runs), _audit_section(runs), _samples_section(runs),
     ]  # fmt: skip
-    page = PAGE.substitute(
-        title=escaped(" · ".join(names)), kind="runs compared", heading=f"{len(runs)} runs, side by side",
-        subtitle=_legend(runs), headline="", parts="\n".join(parts), footer=FOOTERS,
-        style=STYLE + TASK_STYLE + MEASURED_STYLE + COMPARISON_STYLE,
+    page = PAGE_TEMPLATE.substitute(
+        title=escape_html(" · ".join(names)), kind="runs compared", heading=f"{len(runs)} runs, side by side",
+        subtitle=_legend(runs), headline="", parts="\n".join(sections), footer=COMPARISON_FOOTER,
+        style=BASE_CSS + TASK_CSS + RESULTS_CSS + COMPARISON_CSS,
     )  # fmt: skip
-    write_durably(out, page)
+    atomic_write(out, page)
     return out
 
 
-def apart(folders: Sequence[Path]) -> list[str]:
+def shortest_names(paths: Sequence[Path]) -> list[str]:
     """The shortest names that tell folders apart: their last parts, as many as that takes."""
-    if len(set(folders)) < len(folders):
+    if len(set(paths)) < len(paths):
         raise UsageError("the same run is named twice")
-    for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
-        names = ["/".join(folder.parts[-depth:]) for folder in folders]
+    for depth in range(1, max(len(folder.parts) for folder in paths) + 1):
+        names = ["/".join(folder.parts[-depth:]) for folder in paths]
         if len(set(names)) == len(names):
             return names
-    return [str(folder) for folder in folders]
+    return [str(folder) for folder in paths]
 
 
 # ---------------------------------------------------------------- tables with a column a run
 
 
-def _table(caption: str, runs: Sequence[Compared], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+def _comparison_table(caption: str, runs: Sequence[ComparedRun], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
     """Rows of (what, in HTML; a cell for each run, whole)."""
-    head = "".join(f'<th scope="col">{_dot(i)}{escaped(one.name)}</th>' for i, one in enumerate(runs))
+    header_cells = "".join(f'<th scope="col">{_dot(i)}{escaped(one.name)}</th>' for i, one in enumerate(runs))
     body = "".join(f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>' for name, cells in rows)
-    table = (
+    table_html = (
         f'<table class="scores several of{len(runs)}"><caption>{escaped(caption)}</caption>'
         f"<thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>"
     )
     return f'<div class="sideways" tabindex="0" role="group" aria-label="{escaped(caption)}">{table}</div>'
 
 
-def _dot(number: int) -> str:
+def _color_dot(index: int) -> str:
     return f'<span class="dot s{number + 1}"></span>'
 
 
-def _legend(runs: Sequence[Compared]) -> str:
+def _legend(runs: Sequence[ComparedRun]) -> str:
     return " ".join(f'<span class="name">{_dot(i)}{escaped(one.name)}</span>' for i, one in enumerate(runs))
 
 
-def _cells(values: Sequence[Any], form: Callable[[Any], str]) -> list[str]:
+def _number_cells(values: Sequence[Any], formatter: Callable[[Any], str]) -> list[str]:
     return [f"<td>{escaped(form(value)) if is_number(value) else '–'}</td>" for value in values]
 
 
-def _outcomes(runs: Sequence[Compared]) -> str:
+def _outcomes_section(runs: Sequence[ComparedRun]) -> str:
     """What each run has reached; the metrics of their tasks with intervals."""
-    outcomes = [Outcome.of(one.run) for one in runs]
+    task_results = [TaskResults.from_run(one.data) for one in runs]
     rows: list[tuple[str, Sequence[str]]] = []
-    for metric in dict.fromkeys(name for outcome in outcomes for name in outcome.names):
-        marks = [mapping(outcome.by_who.get("this model")).get(metric) for outcome in outcomes]
-        shown = [None if one is None else Mark(one.value, one.low, one.high) for one in marks]
-        rows.append((METRICS[metric].name, [cell(one) for one in shown]))
-    text = [one.run.loss if one.run.task in (None, "continue", "chat", "rewrite") else None for one in runs]
-    figures: list[tuple[str, list[Any], Callable[[Any], str]]] = [
-        ("validation loss", [one.run.loss for one in runs], lambda x: f"{x:.3f}"),
-        ("perplexity", text, perplexity),
-        ("parameters", [one.run.facts.get("parameters") for one in runs], short_count),
-        ("tokens seen", [one.run.last("tokens") for one in runs], short_count),
-        ("steps", [one.run.result.get("steps") or one.run.last("step") for one in runs], lambda x: f"{x:,.0f}"),
-        ("time", [one.run.result.get("seconds") or one.run.last("seconds") for one in runs], duration),
-        ("energy, Wh", [at(one.run.result, "energy", "watt_hours") for one in runs], lambda x: f"{x:.3g}"),
+    for metric in dict.fromkeys(name for outcome in task_results for name in outcome.metric_names):
+        scores = [as_mapping(outcome.by_system.get("this model")).get(metric) for outcome in task_results]
+        shown = [None if one is None else ScoreWithCI(one.value, one.low, one.high) for one in scores]
+        rows.append((METRICS[metric].name, [number_cell(one) for one in shown]))
+    lm_losses = [one.data.loss if one.data.task in (None, "continue", "chat", "rewrite") else None for one in runs]
+    numeric_rows: list[tuple[str, list[Any], Callable[[Any], str]]] = [
+        ("validation loss", [one.data.loss for one in runs], lambda x: f"{x:.3f}"),
+        ("perplexity", lm_losses, format_perplexity),
+        ("parameters", [one.data.metadata.get("parameters") for one in runs], format_count),
+        ("tokens seen", [one.data.last_value("tokens") for one in runs], format_count),
+        ("steps", [one.data.result.get("steps") or one.data.last_value("step") for one in runs], lambda x: f"{x:,.0f}"),
+        ("time", [one.data.result.get("seconds") or one.data.last_value("seconds") for one in runs], format_duration),
+        ("energy, Wh", [get_nested(one.data.result, "energy", "watt_hours") for one in runs], lambda x: f"{x:.3g}"),
     ]
-    rows += [(name, _cells(values, form)) for name, values, form in figures if any(map(is_number, values))]
-    prints = {at(one.run.facts, "data", "fingerprint") for one in runs}
-    said = "" if len(prints) == 1 else "<p>They learned from different texts, so their held-out texts differ too.</p>"
-    return section("What they reached", said + _table("Outcome", runs, rows), bool(rows))
+    rows += [(name, _number_cells(values, form)) for name, values, form in numeric_rows if any(map(is_number, values))]
+    fingerprints = {get_nested(one.data.metadata, "data", "fingerprint") for one in runs}
+    note = (
+        ""
+        if len(fingerprints) == 1
+        else "<p>They learned from different texts, so their held-out texts differ too.</p>"
+    )
+    return render_section("What they reached", note + _comparison_table("Outcome", runs, rows), bool(rows))
 
 
 # ---------------------------------------------------------------- curves
 
 
-def _curves(runs: Sequence[Compared]) -> str:
+def _curves_section(runs: Sequence[ComparedRun]) -> str:
     """The held-out text's bits per byte (or the loss) of all runs in one figure, against steps, tokens or seconds."""
-    what = next(
-        (name for name in ("bits_per_byte", "loss") if all(one.run.series("validation", name) for one in runs)), None
+    metric = next(
+        (name for name in ("bits_per_byte", "loss") if all(one.data.series("validation", name) for one in runs)), None
     )
-    found = [one.run.series("validation", what) if what else smoothed(one.run.series("loss")) for one in runs]
-    if not any(found):
+    curves = [
+        one.data.series("validation", metric) if metric else moving_average(one.data.series("loss")) for one in runs
+    ]
+    if not any(curves):
         return ""
-    label = {"bits_per_byte": "bits per byte", "loss": "held-out loss"}.get(str(what), "training loss")
-    pictures, controls = [], []
-    for number, (axis, axis_name) in enumerate(AXES.items()):
-        lines = [(one.name, against(one.run, points, axis)) for one, points in zip(runs, found, strict=True)]
+    label = {"bits_per_byte": "bits per byte", "loss": "held-out loss"}.get(str(metric), "training loss")
+    figures, controls = [], []
+    for number, (axis, axis_name) in enumerate(X_AXES.items()):
+        lines = [(one.name, curve_over_axis(one.data, points, axis)) for one, points in zip(runs, curves, strict=True)]
         if not any(points for _, points in lines):
             continue
-        wide, narrow = (compared_curves(lines, axis_name, label, f"by-{axis}", wide=wide) for wide in (True, False))
+        wide, narrow = (plot_run_comparison(lines, axis_name, label, f"by-{axis}", wide=wide) for wide in (True, False))
         checked = "" if number else " checked"
         controls.append(
             f'<input type="radio" name="axis" id="axis-{axis}"{checked}><label for="axis-{axis}">by {axis_name}</label>'
         )
-        ends = "; ".join(f"{name} ends at {points[-1][1]:.3f}" for name, points in lines if points)
+        end_values = "; ".join(f"{name} ends at {points[-1][1]:.3f}" for name, points in lines if points)
         picture = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
         caption = f"{label[0].upper()}{label[1:]} by {axis_name}. Lower is better."
-        pictures.append(f'<div class="by by-{axis}">{figure(picture, f"{caption} {ends}.", caption)}</div>')
+        figures.append(f'<div class="by by-{axis}">{figure(picture, f"{caption} {ends}.", caption)}</div>')
     choice = f'<legend class="unseen">Against what</legend>{"".join(controls)}{"".join(pictures)}'
-    return section("How they learned", f'<fieldset class="axes">{choice}</fieldset>')
+    return render_section("How they learned", f'<fieldset class="axes">{choice}</fieldset>')
 
 
-def against(run: Run, points: Points, axis: str) -> list[tuple[float, float]]:
+def curve_over_axis(run: RunData, points: Points, axis: str) -> list[tuple[float, float]]:
     """(step, y) as (what `axis` was at that step, y); points for which that is not known are left out."""
     if axis == "step":
         return list(points)
-    known = dict(run.series(axis))
-    return [(known[step], y) for step, y in points if step in known]
+    axis_by_step = dict(run.series(axis))
+    return [(axis_by_step[step], y) for step, y in points if step in axis_by_step]
 
 
 # ---------------------------------------------------------------- recipes
 
 
-def flat(run: Run) -> dict[str, str]:
+def flatten_settings(run: RunData) -> dict[str, str]:
     """Everything that was decided of a run, a name a value; what only tells where its files lay is left out."""
-    facts = run.facts
-    data = {key: value for key, value in mapping(facts.get("data")).items() if key != "fingerprint"}
-    chosen: dict[str, Any] = {name: facts.get(name) for name in COMPARED} | {"data": data}
-    chosen["fingerprint of the text"] = str(at(facts, "data", "fingerprint") or "")[:12] or None
-    chosen["began with"] = base_name(run)
-    chosen |= {name: at(facts, "recipe", name) for name in ("budget", "steps", "tokens", "lora", "scratch")}
-    chosen["seed"] = facts.get("seed")
-    return dict(named_values(chosen))
+    metadata = run.metadata
+    data = {key: value for key, value in as_mapping(metadata.get("data")).items() if key != "fingerprint"}
+    settings: dict[str, Any] = {name: metadata.get(name) for name in COMPARED_METADATA_KEYS} | {"data": data}
+    settings["fingerprint of the text"] = str(get_nested(metadata, "data", "fingerprint") or "")[:12] or None
+    settings["began with"] = base_model_name(run)
+    settings |= {
+        name: get_nested(metadata, "recipe", name) for name in ("budget", "steps", "tokens", "lora", "scratch")
+    }
+    settings["seed"] = metadata.get("seed")
+    return dict(flatten_values(settings))
 
 
-def _recipes(runs: Sequence[Compared]) -> str:
+def _settings_section(runs: Sequence[ComparedRun]) -> str:
     """What differs between the runs' settings, a row each."""
-    settings = [flat(one.run) for one in runs]
+    settings = [flatten_settings(one.data) for one in runs]
     names = list(dict.fromkeys(name for one in settings for name in one))
     differing = [name for name in names if len({one.get(name) for one in settings}) > 1]
     same = f"<p>The other {len(names) - len(differing):,} settings and facts are the same.</p>"
     if not differing:
-        return section(
+        return render_section(
             "What differs", f"<p>Nothing: all {len(names):,} settings and facts are the same.</p>", bool(names)
         )
-    rows = [(escaped(name), [f"<td>{escaped(one.get(name, '–'))}</td>" for one in settings]) for name in differing]
-    return section("What differs", _table("Settings and facts that differ", runs, rows) + same)
+    rows = [(escape_html(name), [f"<td>{escaped(one.get(name, '–'))}</td>" for one in settings]) for name in differing]
+    return render_section("What differs", _comparison_table("Settings and facts that differ", runs, rows) + same)
 
 
 # ---------------------------------------------------------------- what was measured
 
 
-def _texts(runs: Sequence[Compared]) -> str:
-    by_run = [{one.name: one.bits_per_byte for one in run.found.texts} for run in runs]
+def _texts_section(runs: Sequence[ComparedRun]) -> str:
+    by_run = [{one.name: one.bits_per_byte for one in run.results.texts} for run in runs]
     names = dict.fromkeys(name for found in by_run for name in found)
-    rows = [(escaped(name), [cell(found.get(name)) for found in by_run]) for name in names]
-    return section("Texts", _table("Bits per byte, with 95 % intervals", runs, rows), bool(rows))
+    rows = [(escape_html(name), [number_cell(found.get(name)) for found in by_run]) for name in names]
+    return render_section("Texts", _comparison_table("Bits per byte, with 95 % intervals", runs, rows), bool(rows))
 
 
-def _suites(runs: Sequence[Compared]) -> str:
+def _benchmarks_section(runs: Sequence[ComparedRun]) -> str:
     """A row a suite and metric; a score that rests on another number of items than the others' says so."""
-    by_run = [{(one.name, one.metric): one for one in run.found.suites} for run in runs]
+    by_run = [{(one.name, one.metric): one for one in run.results.benchmarks} for run in runs]
     rows: list[tuple[str, Sequence[str]]] = []
     for name, metric in dict.fromkeys(key for found in by_run for key in found):
-        suites = [found.get((name, metric)) for found in by_run]
-        counts = {one.score.n for one in suites if one is not None}
-        chance = next((one.chance for one in suites if one is not None and one.chance is not None), None)
-        told = [metric, *([f"chance {as_number(chance)}"] if chance is not None else [])]
+        benchmarks = [found.get((name, metric)) for found in by_run]
+        counts = {one.score.n for one in benchmarks if one is not None}
+        chance = next((one.chance for one in benchmarks if one is not None and one.chance is not None), None)
+        details = [metric, *([f"chance {as_number(chance)}"] if chance is not None else [])]
         if len(counts) > 1:
-            told.append("items: " + ", ".join("–" if one is None else f"{one.score.n}" for one in suites))
+            details.append("items: " + ", ".join("–" if one is None else f"{one.score.n}" for one in benchmarks))
         label = f"{escaped(name)}<small>{escaped(' · '.join(told))}</small>"
-        rows.append((label, [cell(None if one is None else one.score) for one in suites]))
+        rows.append((label, [number_cell(None if one is None else one.score) for one in benchmarks]))
     test = "<code>nextword evaluate RUN --against OTHER</code>"
     note = f"<p>Intervals that overlap do not yet say that two runs are equal: {test} puts it to the test.</p>"
-    return section("Suites", _table("Scores, with 95 % intervals", runs, rows) + note, bool(rows))
+    return render_section("Suites", _comparison_table("Scores, with 95 % intervals", runs, rows) + note, bool(rows))
 
 
-def _findings(runs: Sequence[Compared]) -> str:
-    by_run = [{(one.section, one.name): one for one in run.found.findings} for run in runs]
-    parts = []
-    for name in by_section([one for run in runs for one in run.found.findings]):
+def _audit_section(runs: Sequence[ComparedRun]) -> str:
+    by_run = [{(one.section, one.name): one for one in run.results.findings} for run in runs]
+    tables = []
+    for name in group_by_section([one for run in runs for one in run.results.findings]):
         keys = dict.fromkeys(key for found in by_run for key in found if key[0] == name)
         rows = []
         for key in keys:
-            ones = [found.get(key) for found in by_run]
-            known = next(one for one in ones if one is not None)
+            findings = [found.get(key) for found in by_run]
+            first_finding = next(one for one in findings if one is not None)
             reference = (
-                None if known.reference is None else f"{as_number(known.reference, known.unit)} where nothing is amiss"
+                None
+                if first_finding.reference is None
+                else f"{as_number(known.reference, known.unit)} where nothing is amiss"
             )
-            under = "" if reference is None else f"<small>{reference}</small>"
-            rows.append((f"{escaped(key[1])}{under}", [_finding(one) for one in ones]))
-        parts.append(_table(section_name(name), runs, rows))
-    marked = "<p>What is marked <span class='mark'>▲</span> is to be read before that model is used.</p>"
-    return section("Audits", marked + "".join(parts), bool(parts))
+            reference_html = "" if reference is None else f"<small>{reference}</small>"
+            rows.append((f"{escaped(key[1])}{under}", [_finding_cell(one) for one in findings]))
+        tables.append(_comparison_table(section_title(name), runs, rows))
+    flagged_note = "<p>What is marked <span class='mark'>▲</span> is to be read before that model is used.</p>"
+    return render_section("Audits", flagged_note + "".join(tables), bool(tables))
 
 
-def _finding(one: FindingMeasured | None) -> str:
-    shown = cell(None) if one is None else cell(one.mark, one.unit)
-    return shown.replace("<td>", f"<td>{MARK}", 1) if one is not None and one.notable else shown
+def _finding_cell(finding: AuditFinding | None) -> str:
+    cell_html = number_cell(None) if finding is None else number_cell(finding.score, finding.unit)
+    return cell_html.replace("<td>", f"<td>{MARK}", 1) if finding is not None and finding.flagged else cell_html
 
 
-def _samples(runs: Sequence[Compared]) -> str:
+def _samples_section(runs: Sequence[ComparedRun]) -> str:
     """The last sample of each run to each prompt, beside each other."""
-    last: list[Mapping[str, str]] = []
+    last_samples: list[Mapping[str, str]] = []
     for one in runs:
-        samples = [record["sample"] for record in one.run.records if isinstance(record.get("sample"), dict)]
-        last.append({str(sample.get("prompt") or ""): str(sample.get("text") or "") for sample in samples})
-    prompts = list(dict.fromkeys(prompt for found in last for prompt in found))
+        samples = [record["sample"] for record in one.data.records if isinstance(record.get("sample"), dict)]
+        last_samples.append({str(sample.get("prompt") or ""): str(sample.get("text") or "") for sample in samples})
+    prompts = list(dict.fromkeys(prompt for found in last_samples for prompt in found))
     blocks = []
     for prompt in prompts:
         cells = "".join(
             f'<div><h4>{_dot(i)}{escaped(one.name)}</h4><blockquote dir="auto"><b>{escaped(prompt)}</b>{escaped(found[prompt])}'
             "</blockquote></div>"
-            for i, (one, found) in enumerate(zip(runs, last, strict=True))
+            for i, (one, found) in enumerate(zip(runs, last_samples, strict=True))
             if prompt in found
         )
-        title = escaped(" ".join(prompt.split())[:80]) or "From nothing"
+        title = escape_html(" ".join(prompt.split())[:80]) or "From nothing"
         blocks.append(f'<h3>{title}</h3><div class="beside">{cells}</div>')
     intro = "<p>What each wrote last, at the end of its training.</p>"
-    return section("What they write", intro + "".join(blocks), bool(blocks))
+    return render_section("What they write", intro + "".join(blocks), bool(blocks))

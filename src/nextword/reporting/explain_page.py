@@ -12,44 +12,44 @@ from typing import Any
 
 import numpy as np
 
-from nextword.common.fs import write_durably
-from nextword.reporting.run_data import escaped, short_count
-from nextword.reporting.task_results import name_of
+from nextword.common.fs import atomic_write
+from nextword.reporting.run_data import escape_html
+from nextword.reporting.task_results import short_path_name
 
-HEADING, MOST_HEADING = 90, 500  # characters that are set large, and that are set at all
-LENS = {
+LARGE_HEADING_CHARS, MAX_HEADING_CHARS = 90, 500  # characters that are set large, and that are set at all
+LOGIT_LENS_NOTES = {
     "pre": "Each layer adds to a stream that becomes the answer after the last one. Here the final norm and {matrix} are put "
     "to it after every layer already.",
     "post": "Each layer of this model ends with its own norm, so {matrix} is put to what each layer gives, as it is after the "
     "last one.",
 }
-MARKED = " What is marked ✓ is what the text really goes on with."
+ACTUAL_TOKEN_NOTE = " What is marked ✓ is what the text really goes on with."
 
 
-def write_page(explained: dict[str, Any], path: Path) -> Path:
+def write_explanation_page(explanation: dict[str, Any], path: Path) -> Path:
     """Write what `explain` gives as a page of its own; its path."""
-    parts = {name: resource(f"explain.{name}") for name in ("html", "css", "js")}
-    text = "\n".join(explained["texts"]) or "Nothing yet"
-    heading = text if len(text) <= MOST_HEADING else f"{text[:MOST_HEADING]} …"
-    pre = explained["about"]["norms"] == "pre"
-    page = Template(parts["html"]).substitute(
-        policy=policy(parts["css"], parts["js"]), style=parts["css"], script=parts["js"],
-        title=escaped(" ".join(text.split())[:60]), heading=escaped(heading),
-        long=' class="long"' if len(text) > HEADING else "",
-        about=escaped(about_in_words(explained)), lens=lens_in_words(explained),
-        notes="".join(f'<p class="note">{escaped(note)}</p>' for note in explained["notes"]),
-        norm_open="<mi>norm</mi><mo>(</mo>" if pre else "", norm_close="<mo>)</mo>" if pre else "",
-        leaning=escaped(leaning_in_words(explained)), numbers=in_script(numbers_of(explained)),
+    resources_by_type = {name: read_resource(f"explain.{name}") for name in ("html", "css", "js")}
+    text = "\n".join(explanation["texts"]) or "Nothing yet"
+    heading = text if len(text) <= MAX_HEADING_CHARS else f"{text[:MOST_HEADING]} …"
+    is_pre_norm = explanation["about"]["norms"] == "pre"
+    page = Template(resources_by_type["html"]).substitute(
+        policy=content_security_policy(resources_by_type["css"], resources_by_type["js"]), style=resources_by_type["css"], script=resources_by_type["js"],
+        title=escape_html(" ".join(text.split())[:60]), heading=escape_html(heading),
+        long=' class="long"' if len(text) > LARGE_HEADING_CHARS else "",
+        about=escape_html(format_model_summary(explanation)), lens=format_logit_lens_note(explanation),
+        notes="".join(f'<p class="note">{escaped(note)}</p>' for note in explanation["notes"]),
+        norm_open="<mi>norm</mi><mo>(</mo>" if is_pre_norm else "", norm_close="<mo>)</mo>" if is_pre_norm else "",
+        leaning=escape_html(format_attribution_note(explanation)), numbers=script_safe_json(page_data(explanation)),
     )  # fmt: skip
-    write_durably(path, page)
+    atomic_write(path, page)
     return path
 
 
-def resource(name: str) -> str:
+def read_resource(name: str) -> str:
     return (resources.files("nextword.reporting") / "explain" / name).read_text(encoding="utf-8")
 
 
-def policy(style: str, script: str) -> str:
+def content_security_policy(style: str, script: str) -> str:
     """A policy under which this style sheet and this script alone have any effect, and no text can become markup."""
     style_hash, script_hash = (
         base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (style, script)
@@ -60,34 +60,39 @@ def policy(style: str, script: str) -> str:
     )
 
 
-def in_script(value: Any) -> str:
+def script_safe_json(value: Any) -> str:
     """JSON that can stand inside a script element: no "<" is in it, so that no text ends the element."""
-    whole = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
-    return whole.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    json_text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+    return json_text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 # ---------------------------------------------------------------- words
 
 
-def about_in_words(explained: dict[str, Any]) -> str:
-    about = explained["about"]
+def format_model_summary(explanation: dict[str, Any]) -> str:
+    about = explanation["about"]
     sizes = f"{about['layers']} layers of {about['heads']} heads, width {about['width']:,}"
-    parts = (name_of(explained["model"]), explained["task"], sizes, f"{short_count(about['parameters'])} parameters")
+    parts = (
+        short_path_name(explanation["model"]),
+        explanation["task"],
+        sizes,
+        f"{short_count(about['parameters'])} parameters",
+    )
     return " · ".join(part for part in parts if part)
 
 
-def lens_in_words(explained: dict[str, Any]) -> str:
-    words = "next" in explained["tokens"][0]
-    matrix = "the vocabulary's matrix" if words else "the task's head"
-    said = LENS[explained["about"]["norms"]].format(matrix=matrix)
+def format_logit_lens_note(explanation: dict[str, Any]) -> str:
+    predicts_tokens = "next" in explanation["tokens"][0]
+    matrix = "the vocabulary's matrix" if predicts_tokens else "the task's head"
+    note = LOGIT_LENS_NOTES[explanation["about"]["norms"]].format(matrix=matrix)
     return f"{said} Read from top to bottom how the answer forms.{MARKED if words else ''}"
 
 
-def leaning_in_words(explained: dict[str, Any]) -> str:
-    leaning = explained["leaning"]
-    what = (
+def format_attribution_note(explanation: dict[str, Any]) -> str:
+    attributions = explanation["leaning"]
+    target_text = (
         f"the log-probability of “{shown(leaning['target'])}” as the next word, in nats"
-        if leaning["kind"] == "word"
+        if attributions["kind"] == "word"
         else f"the model's number for “{shown(leaning['target'])}” (its logit)"
     )
     return (
@@ -96,37 +101,39 @@ def leaning_in_words(explained: dict[str, Any]) -> str:
     )
 
 
-def shown(text: str) -> str:
+def show_whitespace(text: str) -> str:
     """A token as it stands in a sentence: line ends and spaces that are all of it by their signs."""
     plain = text.replace("\n", "↵").replace("\t", "⇥")
     return plain.strip(" ") or "␣" * len(plain)
 
 
-def answer_in_parts(explained: dict[str, Any]) -> list[Any]:
+def answer_segments(explanation: dict[str, Any]) -> list[Any]:
     """The page's first sentence, its tokens as [text, kind]."""
-    answer = explained["answer"]
+    answer = explanation["answer"]
     if answer is None:
-        first, second, *_ = [*explained["tokens"][-1]["next"], None]
-        told: list[Any] = [
+        first, second, *_ = [*explanation["tokens"][-1]["next"], None]
+        segments: list[Any] = [
             "The likeliest next token is ",
             [first["text"], first["kind"]],
             f", {100 * first['probability']:.1f} %",
         ]
         if second:
-            told += ["; then ", [second["text"], second["kind"]], f", {100 * second['probability']:.1f} %"]
-        return [*told, "."]
+            segments += ["; then ", [second["text"], second["kind"]], f", {100 * second['probability']:.1f} %"]
+        return [*segments, "."]
     if "score" in answer:
         return [f"The score is {answer['score']:.3f}."]
-    chances = answer["probabilities"]
+    probabilities = answer["probabilities"]
     if "labels" in answer:
-        named = [x for label in answer["labels"] for x in ([label, "label"], f" ({100 * chances[label]:.1f} %) ")]
-        return ["The labels are ", *named] if named else ["None of the labels fits."]
+        label_segments = [
+            x for label in answer["labels"] for x in ([label, "label"], f" ({100 * chances[label]:.1f} %) ")
+        ]
+        return ["The labels are ", *label_segments] if label_segments else ["None of the labels fits."]
     if "text" in answer:
         return ["The answer is ", [answer["text"], "label"], f", {100 * chances[answer['label']]:.1f} %."]
     return ["The answer is ", [answer["label"], "label"], f", {100 * chances[answer['label']]:.1f} %."]
 
 
-def direction(texts: Iterable[str]) -> str:
+def text_direction(texts: Iterable[str]) -> str:
     """Which way a text runs: as its first letter that has a direction does."""
     for character in "".join(texts):
         kind = unicodedata.bidirectional(character)
@@ -138,44 +145,48 @@ def direction(texts: Iterable[str]) -> str:
 # ---------------------------------------------------------------- numbers
 
 
-def numbers_of(explained: dict[str, Any]) -> dict[str, Any]:
+def page_data(explanation: dict[str, Any]) -> dict[str, Any]:
     """The same numbers, each token's text said once and each attention weight in two bytes (of 65,535)."""
-    words: dict[tuple[str, str], int] = {}
+    vocabulary: dict[tuple[str, str], int] = {}
 
-    def place(token: dict[str, Any]) -> int:
-        return words.setdefault((token["text"], token["kind"]), len(words))
+    def word_index(token: dict[str, Any]) -> int:
+        return vocabulary.setdefault((token["text"], token["kind"]), len(vocabulary))
 
-    def pair(token: dict[str, Any]) -> list[Any]:
-        return [place(token), float(f"{token['probability']:.4g}")]
+    def token_probability_pair(token: dict[str, Any]) -> list[Any]:
+        return [word_index(token), float(f"{token['probability']:.4g}")]
 
     tokens = []
-    for token in explained["tokens"]:
-        one = {key: token[key] for key in ("probability", "rank", "surprisal") if key in token} | {"word": place(token)}
-        tokens.append(one | ({"next": [pair(other) for other in token["next"]]} if "next" in token else {}))
+    for token in explanation["tokens"]:
+        entry = {key: token[key] for key in ("probability", "rank", "surprisal") if key in token} | {
+            "word": word_index(token)
+        }
+        tokens.append(
+            entry | ({"next": [token_probability_pair(other) for other in token["next"]]} if "next" in token else {})
+        )
     layers = [
-        {**({"says": [pair(one) for one in layer["says"]]} if "says" in layer else {}),
+        {**({"says": [token_probability_pair(entry) for entry in layer["says"]]} if "says" in layer else {}),
          **({"outputs": layer["outputs"]} if "outputs" in layer else {})}
-        for layer in explained["layers"]
+        for layer in explanation["layers"]
     ]  # fmt: skip
-    weights = [x for layer in explained["attention"] for head in layer for row in head for x in row]
+    weights = [x for layer in explanation["attention"] for head in layer for row in head for x in row]
     packed = np.round(65535 * np.array(weights)).astype("<u2").tobytes()
-    layer, head = telling_head(explained["heads"])
+    layer, head = most_informative_head(explanation["heads"])
     return {
-        "about": explained["about"], "tokens": tokens, "layers": layers, "words": [list(word) for word in words],
-        "attention": base64.b64encode(packed).decode(), "layer": layer, "head": head, "leaning": explained["leaning"],
-        "direction": direction(explained["texts"]), "answer": answer_in_parts(explained),
-        "shares": isinstance((explained["answer"] or {}).get("probabilities"), dict),
+        "about": explanation["about"], "tokens": tokens, "layers": layers, "words": [list(word) for word in vocabulary],
+        "attention": base64.b64encode(packed).decode(), "layer": layer, "head": head, "leaning": explanation["leaning"],
+        "direction": text_direction(explanation["texts"]), "answer": answer_segments(explanation),
+        "shares": isinstance((explanation["answer"] or {}).get("probabilities"), dict),
     }  # fmt: skip
 
 
-def telling_head(heads: list[Any]) -> tuple[int, int]:
+def most_informative_head(heads: list[Any]) -> tuple[int, int]:
     """The head that is shown first: of the upper half of the layers the one that looks elsewhere most, neither at the token
     itself nor at the first one nor the one before."""
-    lowest = len(heads) // 2
-    plain = [
+    first_layer = len(heads) // 2
+    candidates = [
         (sum(share or 0.0 for share in head.values()), layer, place)
         for layer, several in enumerate(heads)
         for place, head in enumerate(several)
-        if layer >= lowest
+        if layer >= first_layer
     ]
-    return min(plain)[1:]
+    return min(candidates)[1:]

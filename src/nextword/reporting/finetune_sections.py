@@ -5,92 +5,103 @@ from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
-from nextword.reporting.charts import Points, score_curve, small_curve, training_curve
+from nextword.reporting.charts import Points, plot_metric, plot_score, plot_training_loss
 from nextword.reporting.run_data import (
-    Run,
-    at,
-    duration,
-    escaped,
-    figure,
-    headline,
+    RunData,
+    as_mapping,
+    flatten_values,
+    format_count,
+    format_duration,
+    get_nested,
     is_number,
-    mapping,
-    named_values,
-    section,
-    short_count,
-    table,
+    render_figure,
+    render_headline,
+    render_section,
+    render_table,
 )
 from nextword.reporting.task_results import (
     METRICS,
-    MODEL,
-    Measured,
-    Outcome,
-    base_name,
-    columns_in_words,
-    forgetting_in_words,
+    THIS_MODEL,
+    ScoreWithCI,
+    TaskResults,
+    base_model_name,
+    format_columns,
+    format_forgetting,
 )
 
-TEXT_TASKS = ("continue", "chat", "rewrite")  # those whose training and validation loss are one quantity
-UNEVEN = 2.0  # labels are shown one by one where the commonest is so many times as common as the rarest
-SHOWN_LABELS = 20
+LM_LOSS_TASKS = ("continue", "chat", "rewrite")  # those whose training and validation loss are one quantity
+IMBALANCE_RATIO = 2.0  # labels are shown one by one where the commonest is so many times as common as the rarest
+MAX_SHOWN_LABELS = 20
 
 
-def tuned_headline(run: Run) -> str:
+def finetune_headline(run: RunData) -> str:
     """The largest numbers: the task's score beside the best rule's, and how little it took."""
-    outcome, facts = Outcome.of(run), run.facts
-    metric, model = METRICS[outcome.metric], outcome.model
-    on = f" on {model.n:,} examples" if model and model.n else ""
-    interval = model and model.interval(outcome.metric)
-    note = f"{interval}{on} (95 % interval)" if interval else metric.meaning
-    numbers: list[tuple[str, Any, Any]] = [(metric.name, model and model.shown(outcome.metric), note)]
-    if outcome.best_rule is not None:
-        name, rule = outcome.best_rule
-        between = rule.interval(outcome.metric)
-        numbers.append(("without a model", rule.shown(outcome.metric), f"{name}{f', {between}' if between else ''}"))
-    if outcome.before is not None:
-        between = outcome.before.interval(outcome.metric)
-        numbers.append(("before", outcome.before.shown(outcome.metric), between or "the model that it began with"))
-    examples, held_out = (at(facts, "data", part, "examples") for part in ("train", "validation"))
+    results, metadata = TaskResults.from_run(run), run.metadata
+    metric, model_score = METRICS[results.metric], results.model_score
+    sample_text = f" on {model.n:,} examples" if model_score and model_score.n else ""
+    interval = model_score and model_score.format_interval(results.metric)
+    note = f"{interval}{on} (95 % interval)" if interval else metric.description
+    numbers: list[tuple[str, Any, Any]] = [
+        (metric.name, model_score and model_score.format_value(results.metric), note)
+    ]
+    if results.best_baseline is not None:
+        name, baseline = results.best_baseline
+        interval_text = baseline.format_interval(results.metric)
+        numbers.append(
+            ("without a model", baseline.format_value(results.metric), f"{name}{f', {between}' if between else ''}")
+        )
+    if results.score_before is not None:
+        interval_text = results.score_before.format_interval(results.metric)
+        numbers.append(
+            (
+                "before",
+                results.score_before.format_value(results.metric),
+                interval_text or "the model that it began with",
+            )
+        )
+    examples, validation_examples = (get_nested(metadata, "data", part, "examples") for part in ("train", "validation"))
     if is_number(examples):
-        apart = f"; {held_out:,} held out" if is_number(held_out) else ""
+        held_out_note = f"; {held_out:,} held out" if is_number(validation_examples) else ""
         numbers.append(("examples", f"{examples:,}", f"to learn from{apart}"))
-    elif tokens := run.last("tokens"):
-        numbers.append(("tokens seen", short_count(tokens), "in training, repeats counted"))
-    parameters, trained = facts.get("parameters"), facts.get("trained_parameters", facts.get("parameters"))
+    elif tokens := run.last_value("tokens"):
+        numbers.append(("tokens seen", format_count(tokens), "in training, repeats counted"))
+    parameters, trained = metadata.get("parameters"), metadata.get("trained_parameters", metadata.get("parameters"))
     if is_number(parameters) and is_number(trained):
         note = "all of them trained" if trained == parameters else f"were trained, of {short_count(parameters)}"
-        numbers.append(("parameters", short_count(trained), note))
-    seconds = at(run.result, "seconds")
-    seconds = seconds if is_number(seconds) else run.last("seconds")
-    numbers.append(("time", seconds and duration(seconds), "from start to end"))
-    return headline(numbers)
+        numbers.append(("parameters", format_count(trained), note))
+    seconds = get_nested(run.result, "seconds")
+    seconds = seconds if is_number(seconds) else run.last_value("seconds")
+    numbers.append(("time", seconds and format_duration(seconds), "from start to end"))
+    return render_headline(numbers)
 
 
 # ---------------------------------------------------------------- the scores
 
 
-def tuned_scores(run: Run) -> str:
+def finetune_scores_section(run: RunData) -> str:
     """How well it does the task: in words, drawn and as numbers; what was forgotten; the labels where they are uneven."""
-    outcome = Outcome.of(run)
-    metric = METRICS[outcome.metric]
-    words = (
-        f"{outcome.in_words()} {metric.name[0].upper()}{metric.name[1:]} is {metric.meaning}." if outcome.model else ""
+    results = TaskResults.from_run(run)
+    metric = METRICS[results.metric]
+    summary = (
+        f"{outcome.in_words()} {metric.name[0].upper()}{metric.name[1:]} is {metric.meaning}."
+        if results.model_score
+        else ""
     )
-    forgotten = forgetting_in_words(run)
+    forgotten = format_forgetting(run)
     parts = [
-        f"<p>{escaped(words)}</p>" if words else "",
-        dot_plot(outcome),
-        scores_table(outcome),
+        f"<p>{escaped(words)}</p>" if summary else "",
+        dot_plot(results),
+        scores_table(results),
         f"<p>{escaped(forgotten)}</p>" if forgotten else "",
     ]
-    return section("How well it does", "".join(parts), any(parts)) + labels_section(run)
+    return render_section("How well it does", "".join(parts), any(parts)) + labels_section(run)
 
 
-def dot_plot(outcome: Outcome) -> str:
+def dot_plot(results: TaskResults) -> str:
     """The metric as dots on one axis, each with its interval: the model, before, the rules. Nothing where it would be one
     dot without an interval."""
-    rows = outcome.rows
-    ends = [x for _, one in rows for x in (one.value, one.low, one.high) if x is not None]
+    rows = results.metric_scores
+    ends = [x for _, score in rows for x in (score.value, score.low, score.high) if x is not None]
     if len(ends) < 2:
         return ""
     low, high = min(ends), max(ends)
@@ -99,42 +110,42 @@ def dot_plot(outcome: Outcome) -> str:
     ticks = [float(x) for x in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high)]
     first, last = ticks[0], ticks[-1]
 
-    def place(value: float) -> str:
+    def to_percent(value: float) -> str:
         return f"{100 * (value - first) / (last - first):.2f}%"
 
-    lines = "".join(f'<u style="left:{place(tick)}"></u>' for tick in ticks)
-    drawn = []
-    for who, one in rows:
+    gridlines = "".join(f'<u style="left:{place(tick)}"></u>' for tick in ticks)
+    plot_rows = []
+    for system, score in rows:
         bar = ""
-        if one.low is not None and one.high is not None:
+        if score.low is not None and score.high is not None:
             width = f"{100 * (one.high - one.low) / (last - first):.2f}%"
             bar = f'<i style="left:{place(one.low)};width:{width}"></i>'
         strip = f'<span class="strip">{lines}{bar}<b style="left:{place(one.value)}"></b></span>'
-        kind = ' class="own"' if who == MODEL else ""
-        drawn.append(
+        kind = ' class="own"' if system == THIS_MODEL else ""
+        plot_rows.append(
             f'<div{kind}><span>{escaped(who)}</span>{strip}<span class="number">{one.shown(outcome.metric)}</span></div>'
         )
     axis = "".join(f'<em style="left:{place(tick)}">{tick + 0.0:g}</em>' for tick in ticks)
-    drawn.append(f'<div class="axis"><span></span><span class="strip">{axis}</span><span></span></div>')
-    said = "; ".join(f"{who} {in_words(one, outcome.metric)}" for who, one in rows)
-    name = METRICS[outcome.metric].name
+    plot_rows.append(f'<div class="axis"><span></span><span class="strip">{axis}</span><span></span></div>')
+    alt_text = "; ".join(f"{who} {in_words(one, outcome.metric)}" for system, score in rows)
+    name = METRICS[results.metric].name
     picture = f'<div class="dots">{"".join(drawn)}</div>'
-    return figure(picture, f"{name}: {said}.", f"{escaped(name)} on held-out examples, with 95 % intervals")
+    return render_figure(picture, f"{name}: {said}.", f"{escaped(name)} on held-out examples, with 95 % intervals")
 
 
-def in_words(one: Measured, metric: str) -> str:
-    interval = one.interval(metric)
-    return f"{one.shown(metric)} ({interval})" if interval else one.shown(metric)
+def format_score_with_ci(score: ScoreWithCI, metric: str) -> str:
+    interval = score.format_interval(metric)
+    return f"{one.shown(metric)} ({interval})" if interval else score.format_value(metric)
 
 
-def scores_table(outcome: Outcome) -> str:
+def scores_table(results: TaskResults) -> str:
     """All scores of all who were scored: a row a score, a column for the model, before, and each rule."""
-    if len(outcome.by_who) * len(outcome.names) < 2:
+    if len(results.by_system) * len(results.metric_names) < 2:
         return ""
-    head = "".join(f'<th scope="col">{escaped(who)}</th>' for who in outcome.by_who)
+    head = "".join(f'<th scope="col">{escaped(who)}</th>' for who in results.by_system)
     rows = []
-    for name in outcome.names:
-        cells = (score_cell(scores.get(name), name) for scores in outcome.by_who.values())
+    for name in results.metric_names:
+        cells = (score_cell(scores.get(name), name) for scores in results.by_system.values())
         rows.append(f'<tr><th scope="row">{escaped(METRICS[name].name)}</th>{"".join(cells)}</tr>')
     return (
         f'<table class="scores"><caption>Every score, and its 95 % interval</caption><thead><tr><th></th>{head}</tr></thead>'
@@ -142,27 +153,31 @@ def scores_table(outcome: Outcome) -> str:
     )
 
 
-def score_cell(one: Measured | None, metric: str) -> str:
+def score_cell(score: ScoreWithCI | None, metric: str) -> str:
     """A table's cell with a score and its interval under it."""
-    if one is None:
+    if score is None:
         return "<td>–</td>"
-    interval = one.interval(metric)
+    interval = score.format_interval(metric)
     return f"<td>{one.shown(metric)}{f'<small>{interval}</small>' if interval else ''}</td>"
 
 
-def label_counts(run: Run) -> list[tuple[str, int]]:
+def label_counts(run: RunData) -> list[tuple[str, int]]:
     """How often each label occurs in the examples to learn from, the commonest first."""
-    counts = [(str(label), int(n)) for label, n in mapping(at(run.facts, "data", "labels")).items() if is_number(n)]
+    counts = [
+        (str(label), int(n))
+        for label, n in as_mapping(get_nested(run.metadata, "data", "labels")).items()
+        if is_number(n)
+    ]
     return sorted((one for one in counts if one[1] >= 0), key=lambda one: (-one[1], one[0]))
 
 
-def uneven(counts: Sequence[tuple[str, int]]) -> bool:
-    return len(counts) > 1 and counts[0][1] >= UNEVEN * counts[-1][1]
+def is_imbalanced(counts: Sequence[tuple[str, int]]) -> bool:
+    return len(counts) > 1 and counts[0][1] >= IMBALANCE_RATIO * counts[-1][1]
 
 
-def labels_section(run: Run) -> str:
+def labels_section(run: RunData) -> str:
     counts = label_counts(run)
-    if not uneven(counts):
+    if not is_imbalanced(counts):
         return ""
     widest = max(1, counts[0][1])
     rows = [
@@ -170,19 +185,19 @@ def labels_section(run: Run) -> str:
         f'<td><span style="width:{100 * n / widest:.1f}%"></span></td><td>{n:,}</td></tr>'
         for label, n in counts
     ]
-    shown, others = rows[:SHOWN_LABELS], rows[SHOWN_LABELS:]
-    balanced = run.facts.get("metric") == "macro_f1"
+    shown, others = rows[:MAX_SHOWN_LABELS], rows[MAX_SHOWN_LABELS:]
+    uses_macro_f1 = run.metadata.get("metric") == "macro_f1"
     (common, most), (rare, least) = counts[0], counts[-1]
-    said = f"The commonest label, {common}, has {most:,} examples; the rarest, {rare}, has {least:,}."
-    if balanced:
-        said += " So rare labels counted more in training, and macro-F1 decided which weights were kept."
+    summary = f"The commonest label, {common}, has {most:,} examples; the rarest, {rare}, has {least:,}."
+    if uses_macro_f1:
+        summary += " So rare labels counted more in training, and macro-F1 decided which weights were kept."
     content = f"<p>{escaped(said)}</p>{bars(shown)}"
     if others:
         content += f"<details><summary>{len(others):,} more labels</summary>{bars(others)}</details>"
-    return section("The labels", content)
+    return render_section("The labels", content)
 
 
-def bars(rows: Sequence[str]) -> str:
+def label_bars_table(rows: Sequence[str]) -> str:
     caption = "Examples to learn from, by label"
     return f'<table class="bars"><caption>{caption}</caption><tbody>{"".join(rows)}</tbody></table>'
 
@@ -190,34 +205,36 @@ def bars(rows: Sequence[str]) -> str:
 # ---------------------------------------------------------------- the curves
 
 
-def task_curves(run: Run) -> list[str]:
+def finetune_curves(run: RunData) -> list[str]:
     """The score by step and, where they are two quantities, the loss on held-out examples and the one in training."""
-    outcome, curves = Outcome.of(run), []
-    points = run.series("validation", outcome.metric)
-    if len(points) > 1 and outcome.metric not in ("loss", "bits_per_byte"):
-        name = METRICS[outcome.metric].name
-        words = (
+    results, curves = TaskResults.from_run(run), []
+    points = run.series("validation", results.metric)
+    if len(points) > 1 and results.metric not in ("loss", "bits_per_byte"):
+        name = METRICS[results.metric].name
+        alt_text = (
             f"{name}: {points[0][1]:.3g} at step {points[0][0]:,.0f}, {points[-1][1]:.3g} at step {points[-1][0]:,.0f}."
         )
         caption = f"{escaped(name)} on the held-out examples that were looked at on the way"
-        rule = outcome.best_rule and (outcome.best_rule[0], outcome.best_rule[1].value)
-        curves.append(figure(score_curve(points, rule, "small-score"), words, caption))
-    if run.task in TEXT_TASKS:
+        baseline = results.best_baseline and (results.best_baseline[0], results.best_baseline[1].value)
+        curves.append(render_figure(plot_score(points, baseline, "small-score"), alt_text, caption))
+    if run.task in LM_LOSS_TASKS:
         return curves
     if len(points := run.series("validation", "loss")) > 1:
         caption = f"Loss on held-out examples: {held_out_loss(run)}"
-        curves.append(figure(small_curve(points, "small-validation"), ends_in_words(caption, points), caption))
+        curves.append(render_figure(plot_metric(points, "small-validation"), describe_range(caption, points), caption))
     if len(points := run.series("loss")) > 1:
         caption = f"Loss in training: {training_loss(run)}"
-        curves.append(figure(training_curve(points, "small-training"), ends_in_words(caption, points), caption))
+        curves.append(
+            render_figure(plot_training_loss(points, "small-training"), describe_range(caption, points), caption)
+        )
     return curves
 
 
-def ends_in_words(caption: str, points: Points) -> str:
+def describe_range(caption: str, points: Points) -> str:
     return f"{caption}: from {points[0][1]:.3g} to {points[-1][1]:.3g}."
 
 
-def held_out_loss(run: Run) -> str:
+def validation_loss_unit(run: RunData) -> str:
     """What the loss on held-out examples is, by the kind of the task."""
     return {
         "label": "nats per example",
@@ -225,22 +242,22 @@ def held_out_loss(run: Run) -> str:
         "score": "squared error",
         "choice": "nats per example",
         "preference": "nats per token of the chosen answer",
-    }.get(str(at(run.facts, "task", "kind")), "nats per token")
+    }.get(str(get_nested(run.metadata, "task", "kind")), "nats per token")
 
 
-def training_loss(run: Run) -> str:
+def training_loss_name(run: RunData) -> str:
     """What the training minimised; it may hold the next-word loss too, so that it is no longer that of held-out examples."""
-    if at(run.facts, "task", "kind") == "preference":
+    if get_nested(run.metadata, "task", "kind") == "preference":
         return "DPO's, which begins at ln 2 = 0.693"
-    weight = at(run.facts, "tuning", "auxiliary")
+    weight = get_nested(run.metadata, "tuning", "auxiliary")
     if is_number(weight) and weight > 0:
         return f"the task's and {weight:g} of the next-word loss"
     return "the task's"
 
 
-def looks_table(run: Run) -> str:
+def validation_table(run: RunData) -> str:
     """The numbers of the looks at held-out examples: step, score, loss."""
-    metric = Outcome.of(run).metric
+    metric = TaskResults.from_run(run).metric
     scores, losses = dict(run.series("validation", metric)), dict(run.series("validation", "loss"))
     names = [metric] if metric != "loss" and scores else []
     rows = "".join(
@@ -259,45 +276,45 @@ def looks_table(run: Run) -> str:
 # ---------------------------------------------------------------- the facts
 
 
-def task_facts(run: Run) -> dict[str, Any]:
+def task_metadata(run: RunData) -> dict[str, Any]:
     """What was learned, from what and how, a value a name; what is not known is left out."""
-    facts, labels = run.facts, at(run.facts, "task", "labels")
+    metadata, labels = run.metadata, get_nested(run.metadata, "task", "labels")
     counts = label_counts(run)
-    columns = mapping(at(facts, "task", "columns"))
-    rank = at(facts, "tuning", "rank")
-    lora = f"LoRA of rank {int(rank)}" if is_number(rank) else "LoRA"
-    weights = lora if at(facts, "recipe", "lora") else "all weights"
-    known: dict[str, Any] = {
+    columns = as_mapping(get_nested(metadata, "task", "columns"))
+    rank = get_nested(metadata, "tuning", "rank")
+    adapter_text = f"LoRA of rank {int(rank)}" if is_number(rank) else "LoRA"
+    trained_weights = adapter_text if get_nested(metadata, "recipe", "lora") else "all weights"
+    rows: dict[str, Any] = {
         "task": run.task,
-        "began with": base_name(run),
-        "columns": columns_in_words(columns) if columns else None,
+        "began with": base_model_name(run),
+        "columns": format_columns(columns) if columns else None,
         "labels": len(labels) if isinstance(labels, list) and labels else None,
-        "trained": f"{weights}, from scratch" if at(facts, "recipe", "scratch") else weights,
-        "trained parameters": facts.get("trained_parameters"),
+        "trained": f"{weights}, from scratch" if get_nested(metadata, "recipe", "scratch") else trained_weights,
+        "trained parameters": metadata.get("trained_parameters"),
     }
-    if counts and not uneven(counts):
-        known["examples of a label"] = f"{counts[-1][1]:,} to {counts[0][1]:,}"
-    return {name: value for name, value in known.items() if value is not None}
+    if counts and not is_imbalanced(counts):
+        rows["examples of a label"] = f"{counts[-1][1]:,} to {counts[0][1]:,}"
+    return {name: value for name, value in rows.items() if value is not None}
 
 
-def tuned_tables(run: Run) -> str:
+def finetune_metadata_section(run: RunData) -> str:
     """The facts; scores, labels and forgetting, which have their own place, left out, and paths of the machine too."""
-    facts = run.facts
-    kept = ("steps", "best_step", "tokens", "loss", "perplexity", "bits_per_byte", "validation_tokens")
-    outcome = {key: run.result[key] for key in kept if is_number(run.result.get(key))}
+    metadata = run.metadata
+    result_keys = ("steps", "best_step", "tokens", "loss", "perplexity", "bits_per_byte", "validation_tokens")
+    outcome = {key: run.result[key] for key in result_keys if is_number(run.result.get(key))}
     if is_number(seconds := run.result.get("seconds")):
-        outcome["time"] = duration(seconds)
-    data: Mapping[str, Any] = mapping(facts.get("data"))
+        outcome["time"] = format_duration(seconds)
+    data: Mapping[str, Any] = as_mapping(metadata.get("data"))
     tables = {
         "Outcome": outcome,
-        "Task": task_facts(run),
+        "Task": task_metadata(run),
         "Data": {key: value for key, value in data.items() if key != "labels"},
-        "Model": {"parameters": facts.get("parameters"), **mapping(facts.get("model"))},
-        "Training": mapping(facts.get("training")),
-        "Fine-tuning": mapping(facts.get("tuning")),
-        "Machine": mapping(facts.get("machine")),
-        "Versions": mapping(facts.get("versions")),
+        "Model": {"parameters": metadata.get("parameters"), **as_mapping(metadata.get("model"))},
+        "Training": as_mapping(metadata.get("training")),
+        "Fine-tuning": as_mapping(metadata.get("tuning")),
+        "Machine": as_mapping(metadata.get("machine")),
+        "Versions": as_mapping(metadata.get("versions")),
     }
-    rows = {caption: named_values(values) for caption, values in tables.items()}
-    parts = [table(caption, some) for caption, some in rows.items() if some]
-    return section("The facts", f'<div class="tables">{"".join(parts)}</div>', bool(parts))
+    rows = {caption: flatten_values(values) for caption, values in tables.items()}
+    parts = [render_table(caption, some) for caption, some in rows.items() if some]
+    return render_section("The facts", f'<div class="tables">{"".join(parts)}</div>', bool(parts))

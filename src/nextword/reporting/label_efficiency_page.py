@@ -5,17 +5,24 @@ from pathlib import Path
 from typing import Any
 
 from nextword.common.errors import NextwordError
-from nextword.common.fs import write_durably
-from nextword.reporting.charts import Line, transfer_plot
-from nextword.reporting.finetune_sections import in_words, score_cell
-from nextword.reporting.run_data import at, duration, escaped, figure, is_number, mapping, section
-from nextword.reporting.task_results import LOWER_IS_BETTER, METRICS, Measured, as_score
-from nextword.reporting.templates import FOOTER, PAGE, STYLE, TASK_STYLE
+from nextword.common.fs import atomic_write
+from nextword.reporting.charts import ScoreCurve, plot_label_efficiency
+from nextword.reporting.finetune_sections import score_cell
+from nextword.reporting.run_data import (
+    as_mapping,
+    escape_html,
+    get_nested,
+    is_number,
+    render_figure,
+    render_section,
+)
+from nextword.reporting.task_results import LOWER_IS_BETTER_METRICS, METRICS, ScoreWithCI
+from nextword.reporting.templates import BASE_CSS, PAGE_TEMPLATE, RUN_FOOTER, TASK_CSS
 
-KINDS = {"pretrained": "pre-trained", "scratch": "from scratch"}
+INITIALIZATIONS = {"pretrained": "pre-trained", "scratch": "from scratch"}
 
 
-def transfer_page(folder: Path, facts: dict[str, Any]) -> Path:
+def write_label_efficiency_page(run_dir: Path, study: dict[str, Any]) -> Path:
     """Write FOLDER/report.html; its path.
 
     Args:
@@ -27,123 +34,126 @@ def transfer_page(folder: Path, facts: dict[str, Any]) -> Path:
     Raises:
         NextwordError: no point with its two scores, or a score that has no name here.
     """
-    metric, points = facts.get("metric"), read_points(facts)
+    metric, points = study.get("metric"), parse_points(study)
     if metric not in METRICS or not points:
         raise NextwordError(f"{folder}: this comparison has no scores to be drawn (of {metric}); run it once more")
-    sentence = str(facts.get("sentence") or "What pre-training is worth")
-    named = [f"{facts[key]}" for key in ("task", "model", "data") if facts.get(key)]
-    page = PAGE.substitute(
-        title=escaped(folder.resolve().name),
+    sentence = str(study.get("sentence") or "What pre-training is worth")
+    subtitle_parts = [f"{facts[key]}" for key in ("task", "model", "data") if study.get(key)]
+    page = PAGE_TEMPLATE.substitute(
+        title=escape_html(run_dir.resolve().name),
         kind="what pre-training is worth",
-        footer=FOOTER,
+        footer=RUN_FOOTER,
         heading=f'<span class="sentence">{escaped(sentence)}</span>',
-        subtitle=" · ".join(escaped(part) for part in named),
+        subtitle=" · ".join(escape_html(part) for part in subtitle_parts),
         headline="",
         parts="\n".join(
             [
-                plot_section(facts, metric, points),
-                table_section(facts, metric, points),
-                section(
+                plot_section(study, metric, points),
+                table_section(study, metric, points),
+                render_section(
                     "The command",
                     f"<pre><code>{escaped(facts.get('command'))}</code></pre>",
-                    bool(facts.get("command")),
+                    bool(study.get("command")),
                 ),
             ]
         ),
-        style=STYLE + TASK_STYLE,
+        style=BASE_CSS + TASK_CSS,
     )
-    write_durably(folder / "report.html", page)
-    return folder / "report.html"
+    atomic_write(run_dir / "report.html", page)
+    return run_dir / "report.html"
 
 
-Points = list[tuple[int, dict[str, Measured]]]
+StudyPoints = list[tuple[int, dict[str, ScoreWithCI]]]
 
 
-def read_points(facts: Mapping[str, Any]) -> Points:
+def parse_points(study: Mapping[str, Any]) -> StudyPoints:
     """(examples, {"pretrained": …, "scratch": …}) by the number of examples; those without both scores left out."""
-    found: Points = []
-    for point in facts.get("points") or []:
-        count = at(point, "examples")
-        scores = {kind: Measured.read(at(point, kind)) for kind in KINDS}
-        both = {kind: one for kind, one in scores.items() if one is not None}
-        if is_number(count) and count > 0 and len(both) == len(KINDS):
-            found.append((int(count), both))
-    return sorted(found, key=lambda point: point[0])
+    parsed: StudyPoints = []
+    for point in study.get("points") or []:
+        count = get_nested(point, "examples")
+        scores = {kind: ScoreWithCI.parse(get_nested(point, kind)) for kind in INITIALIZATIONS}
+        valid_scores = {kind: one for kind, one in scores.items() if one is not None}
+        if is_number(count) and count > 0 and len(valid_scores) == len(INITIALIZATIONS):
+            parsed.append((int(count), valid_scores))
+    return sorted(parsed, key=lambda point: point[0])
 
 
-def read_rules(facts: Mapping[str, Any]) -> list[tuple[str, Measured]]:
-    found = [(str(name), Measured.read(value)) for name, value in mapping(facts.get("baselines")).items()]
-    return [(name, one) for name, one in found if one is not None]
+def parse_baselines(study: Mapping[str, Any]) -> list[tuple[str, ScoreWithCI]]:
+    parsed = [(str(name), ScoreWithCI.parse(value)) for name, value in as_mapping(study.get("baselines")).items()]
+    return [(name, one) for name, one in parsed if one is not None]
 
 
-def read_cells(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    cells = [mapping(cell) for cell in facts.get("cells") or []]
-    return [cell for cell in cells if is_number(cell.get("score")) and is_number(cell.get("examples"))]
+def parse_runs(study: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    runs = [as_mapping(cell) for cell in study.get("cells") or []]
+    return [cell for cell in runs if is_number(cell.get("score")) and is_number(cell.get("examples"))]
 
 
-def higher_is_better(facts: Mapping[str, Any], metric: str) -> bool:
-    told = facts.get("higher_is_better")
-    return told if isinstance(told, bool) else metric not in LOWER_IS_BETTER
+def is_higher_better(study: Mapping[str, Any], metric: str) -> bool:
+    declared = study.get("higher_is_better")
+    return declared if isinstance(declared, bool) else metric not in LOWER_IS_BETTER_METRICS
 
 
-def plot_section(facts: Mapping[str, Any], metric: str, points: Points) -> str:
-    cells, rules = read_cells(facts), read_rules(facts)
-    lines = []
-    for kind, name in KINDS.items():
-        dots = [
+def plot_section(study: Mapping[str, Any], metric: str, points: StudyPoints) -> str:
+    runs, baselines = parse_runs(study), parse_baselines(study)
+    curves = []
+    for kind, name in INITIALIZATIONS.items():
+        run_scores = [
             (float(c["examples"]), float(c["score"]))
-            for c in cells
+            for c in runs
             if bool(c.get("pretrained")) == (kind == "pretrained")
         ]
-        measured = [(float(count), scores[kind]) for count, scores in points]
-        ends = [
+        pretraining_scores = [(float(count), scores[kind]) for count, scores in points]
+        mean_points = [
             (x, one.value, *((one.value, one.value) if one.low is None or one.high is None else (one.low, one.high)))
-            for x, one in measured
+            for x, one in pretraining_scores
         ]
-        lines.append(Line(name, ends, dots))
-    values = [(name, rule.value) for name, rule in rules]
+        curves.append(ScoreCurve(name, mean_points, run_scores))
+    values = [(name, rule.value) for name, rule in baselines]
     label = METRICS[metric].name
-    wide, narrow = (transfer_plot(lines[0], lines[1], values, label, wide=wide) for wide in (True, False))
+    wide, narrow = (plot_label_efficiency(curves[0], curves[1], values, label, wide=wide) for wide in (True, False))
     picture = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
     seeds = max(one.n or 1 for _, scores in points for one in scores.values())
-    of = f", the mean of {seeds} seeds with its 95 % interval. Each dot is one run" if seeds > 1 else ""
-    better = "Higher is better" if higher_is_better(facts, metric) else "Lower is better"
+    aggregation_note = f", the mean of {seeds} seeds with its 95 % interval. Each dot is one run" if seeds > 1 else ""
+    better = "Higher is better" if is_higher_better(study, metric) else "Lower is better"
     caption = f"{label[0].upper()}{label[1:]}: {METRICS[metric].meaning}{of}. {better}."
-    said = [
+    descriptions = [
         f"{count:,} examples: {', '.join(f'{KINDS[kind]} {in_words(one, metric)}' for kind, one in scores.items())}"
         for count, scores in points
     ]
-    said += [f"{name}, without a model: {in_words(rule, metric)}" for name, rule in rules]
-    return section("By number of labels", figure(picture, f"{label}. {'; '.join(said)}.", escaped(caption)))
+    descriptions += [f"{name}, without a model: {in_words(rule, metric)}" for name, rule in baselines]
+    return render_section(
+        "By number of labels", render_figure(picture, f"{label}. {'; '.join(said)}.", escape_html(caption))
+    )
 
 
-def table_section(facts: Mapping[str, Any], metric: str, points: Points) -> str:
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("labels", *KINDS.values(), "ahead by"))
-    sign = 1 if higher_is_better(facts, metric) else -1
+def table_section(study: Mapping[str, Any], metric: str, points: StudyPoints) -> str:
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("labels", *INITIALIZATIONS.values(), "ahead by"))
+    sign = 1 if is_higher_better(study, metric) else -1
     rows = []
     for count, scores in points:
-        ahead = sign * (scores["pretrained"].value - scores["scratch"].value)
-        cells = "".join(score_cell(scores[kind], metric) for kind in KINDS)
+        advantage = sign * (scores["pretrained"].value - scores["scratch"].value)
+        cells = "".join(score_cell(scores[kind], metric) for kind in INITIALIZATIONS)
         rows.append(f'<tr><th scope="row">{count:,}</th>{cells}<td>{as_score(ahead, metric, "+")}</td></tr>')
-    rules = "".join(
-        f'<tr><th scope="row">{escaped(name)}</th>{score_cell(rule, metric)}</tr>' for name, rule in read_rules(facts)
+    baseline_rows = "".join(
+        f'<tr><th scope="row">{escaped(name)}</th>{score_cell(rule, metric)}</tr>'
+        for name, rule in parse_baselines(study)
     )
-    tables = numbers(f"{METRICS[metric].name}, by labels to learn from", head, "".join(rows))
-    if rules:
-        tables += numbers(
-            "Without a model", f'<th scope="col">rule</th><th scope="col">{METRICS[metric].name}</th>', rules
+    tables = render_scores_table(f"{METRICS[metric].name}, by labels to learn from", head, "".join(rows))
+    if baseline_rows:
+        tables += render_scores_table(
+            "Without a model", f'<th scope="col">rule</th><th scope="col">{METRICS[metric].name}</th>', baseline_rows
         )
-    return section("The numbers", tables + every_run(facts, metric))
+    return render_section("The numbers", tables + runs_table(study, metric))
 
 
-def every_run(facts: Mapping[str, Any], metric: str) -> str:
-    cells = sorted(read_cells(facts), key=lambda c: (c["examples"], not c.get("pretrained"), str(c.get("seed"))))
+def runs_table(study: Mapping[str, Any], metric: str) -> str:
+    runs = sorted(parse_runs(study), key=lambda c: (c["examples"], not c.get("pretrained"), str(c.get("seed"))))
     rows = "".join(
         f'<tr><th scope="row">{int(cell["examples"]):,}</th><td>{escaped(cell.get("seed", "–"))}</td>'
         f"<td>{KINDS['pretrained' if cell.get('pretrained') else 'scratch']}</td>"
         f"<td>{Measured(float(cell['score'])).shown(metric)}</td>"
         f"<td>{duration(cell['seconds']) if is_number(cell.get('seconds')) else '–'}</td></tr>"
-        for cell in cells
+        for cell in runs
     )
     if not rows:
         return ""
@@ -153,7 +163,7 @@ def every_run(facts: Mapping[str, Any], metric: str) -> str:
     return f"<details><summary>Each of the {len(cells)} runs</summary>{numbers('Every run', head, rows)}</details>"
 
 
-def numbers(caption: str, head: str, rows: str) -> str:
+def render_scores_table(caption: str, head: str, rows: str) -> str:
     return (
         f'<table class="scores"><caption>{escaped(caption)}</caption><thead><tr>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table>"

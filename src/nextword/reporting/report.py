@@ -10,147 +10,148 @@ from pathlib import Path
 from typing import Any
 
 from nextword.common.errors import NextwordError
-from nextword.common.fs import write_durably
-from nextword.common.results import Measurements
-from nextword.reporting.card import is_own_card, write_card
-from nextword.reporting.charts import Points, loss_curve, small_curve, smoothed
+from nextword.common.fs import atomic_write
+from nextword.common.results import StoredResults
+from nextword.reporting.card import is_unmodified_card, write_card
+from nextword.reporting.charts import Points, plot_loss, plot_metric
 from nextword.reporting.finetune_sections import (
-    TEXT_TASKS,
-    looks_table,
-    task_curves,
-    tuned_headline,
-    tuned_scores,
-    tuned_tables,
+    LM_LOSS_TASKS,
+    finetune_curves,
+    finetune_metadata_section,
+    finetune_scores_section,
+    validation_table,
 )
-from nextword.reporting.label_efficiency_page import transfer_page
-from nextword.reporting.results_sections import measured_sections
+from nextword.reporting.label_efficiency_page import write_label_efficiency_page
+from nextword.reporting.results_sections import results_sections
 from nextword.reporting.run_data import (
-    Run,
-    at,
-    duration,
-    escaped,
-    figure,
-    headline,
+    RunData,
+    as_mapping,
+    escape_html,
+    flatten_values,
+    format_count,
+    format_duration,
+    get_nested,
     is_number,
-    mapping,
-    named_values,
-    perplexity,
-    readable,
-    section,
-    short_count,
-    table,
+    render_figure,
+    render_headline,
+    render_section,
+    render_table,
 )
-from nextword.reporting.task_results import base_name, name_of
-from nextword.reporting.templates import FOOTER, MEASURED_STYLE, PAGE, STYLE, TASK_STYLE
+from nextword.reporting.task_results import base_model_name, short_path_name
+from nextword.reporting.templates import BASE_CSS, PAGE_TEMPLATE, RESULTS_CSS, RUN_FOOTER, TASK_CSS
 
 __all__ = ["refresh", "renew", "write_card", "write_report"]
 
-SHOWN_SAMPLES = 8  # steps whose samples are shown at once; the others can be unfolded
+MAX_SAMPLES = 8  # steps whose samples are shown at once; the others can be unfolded
 
 
-def write_report(run: Path) -> Path:
+def write_report(run_dir: Path) -> Path:
     """Write RUN/report.html from RUN/run.json, metrics.jsonl, result.json and measured/; its path.
 
     Raises:
         NextwordError: not a run folder, or a `transfer` that is not finished.
         CorruptFile: a file of it is damaged.
     """
-    data = Run.read(run)
-    if data.facts.get("task") == "transfer":
-        return _transfer_report(run, data)
-    command, tuned = data.facts.get("command"), data.task is not None
-    measured = measured_sections(Measurements.read(run))
-    parts = [
-        _learning(data),
-        "" if tuned else _plan(data),
-        measured,
-        _samples(data),
-        tuned_tables(data) if tuned else _tables(data),
-        section("The command", f"<pre><code>{escaped(command)}</code></pre>", bool(command)),
-        _messages(data),
+    run_data = RunData.load(run_dir)
+    if run_data.metadata.get("task") == "transfer":
+        return _label_efficiency_report(run_dir, run_data)
+    command, is_finetuned = run_data.metadata.get("command"), run_data.task is not None
+    results_html = results_sections(StoredResults.load(run_dir))
+    sections = [
+        _training_section(run_data),
+        "" if is_finetuned else _plan_section(run_data),
+        results_html,
+        _samples_section(run_data),
+        finetune_metadata_section(run_data) if is_finetuned else _metadata_section(run_data),
+        render_section("The command", f"<pre><code>{escaped(command)}</code></pre>", bool(command)),
+        _log_section(run_data),
     ]
-    page = PAGE.substitute(
-        title=escaped(data.name),
-        footer=FOOTER,
+    page = PAGE_TEMPLATE.substitute(
+        title=escape_html(run_data.name),
+        footer=RUN_FOOTER,
         kind="training report",
-        heading=escaped(data.name),
-        subtitle=_subtitle(data),
+        heading=escape_html(run_data.name),
+        subtitle=_subtitle(run_data),
         headline=f"<dl>\n{tuned_headline(data) if tuned else _headline(data)}\n</dl>\n",
-        parts="\n".join([tuned_scores(data), *parts] if tuned else parts),
-        style=STYLE + (TASK_STYLE if tuned or measured else "") + (MEASURED_STYLE if measured else ""),
+        parts="\n".join([finetune_scores_section(run_data), *sections] if is_finetuned else sections),
+        style=BASE_CSS + (TASK_CSS if is_finetuned or results_html else "") + (RESULTS_CSS if results_html else ""),
     )
-    write_durably(run / "report.html", page)
-    return run / "report.html"
+    atomic_write(run_dir / "report.html", page)
+    return run_dir / "report.html"
 
 
-def renew(run: Path) -> Path:
+def regenerate(run_dir: Path) -> Path:
     """Write the report anew, and the card with it where it is ours or gone; the report's path."""
-    page = write_report(run)
-    data = Run.read(run)
-    if data.facts.get("task") != "transfer" and (is_own_card(run / "README.md") or not (run / "README.md").exists()):
-        write_card(run)
-    return page
+    report_path = write_report(run_dir)
+    run_data = RunData.load(run_dir)
+    if run_data.metadata.get("task") != "transfer" and (
+        is_unmodified_card(run_dir / "README.md") or not (run_dir / "README.md").exists()
+    ):
+        write_card(run_dir)
+    return report_path
 
 
-def refresh(run: Path, say: Callable[[str], None]) -> None:
+def refresh_unmodified(run_dir: Path, info: Callable[[str], None]) -> None:
     """Draw a run's report and card anew after something was measured on it. One that a person has changed, or has taken away,
     stays so; what is changed is said."""
-    if (run / "report.html").is_file() and FOOTER in (run / "report.html").read_text(
+    if (run_dir / "report.html").is_file() and RUN_FOOTER in (run_dir / "report.html").read_text(
         encoding="utf-8", errors="replace"
     ):
-        write_report(run)
-    card = run / "README.md"
-    if is_own_card(card):
-        write_card(run)
-    elif card.is_file():
-        say(
+        write_report(run_dir)
+    card_path = run_dir / "README.md"
+    if is_unmodified_card(card_path):
+        write_card(run_dir)
+    elif card_path.is_file():
+        info(
             f"{card}: somebody has changed it, so it stays as it is; without it, nextword report {run} writes a new one"
         )
 
 
-def _transfer_report(folder: Path, run: Run) -> Path:
+def _label_efficiency_report(run_dir: Path, run: RunData) -> Path:
     """The page of `nextword transfer`, once more."""
-    result, facts = run.result, mapping(run.facts.get("request"))
+    result, request = run.result, as_mapping(run.metadata.get("request"))
     if not result:
         raise NextwordError(
             f"{folder}: this comparison is not finished, and its page comes with its end. Go on with it by --resume"
         )
-    data = facts.get("data")
-    names = {"model": facts.get("model"), "data": data[0] if isinstance(data, list) and data else None}
-    shown_names = {key: name_of(value) if isinstance(value, str) else key for key, value in names.items()}
-    return transfer_page(folder, {**result, **shown_names, "command": str(run.facts.get("command") or "")})
+    data = request.get("data")
+    names = {"model": request.get("model"), "data": data[0] if isinstance(data, list) and data else None}
+    shown_names = {key: short_path_name(value) if isinstance(value, str) else key for key, value in names.items()}
+    return write_label_efficiency_page(
+        run_dir, {**result, **shown_names, "command": str(run.metadata.get("command") or "")}
+    )
 
 
 # ---------------------------------------------------------------- the parts of the page
 
 
-def _subtitle(run: Run) -> str:
+def _subtitle(run: RunData) -> str:
     steps = max((step for step, _ in run.series("loss")), default=0)
     state = "finished" if run.result else f"not finished: at step {steps:,.0f}" if steps else "not started"
-    created = str(run.facts.get("created") or "")[:16].replace("T", " ")
-    base = base_name(run) if run.task else None
-    what = (run.task, base and f"from {base}") if run.task else (run.facts.get("preset"), run.facts.get("size"))
+    created = str(run.metadata.get("created") or "")[:16].replace("T", " ")
+    base = base_model_name(run) if run.task else None
+    what = (run.task, base and f"from {base}") if run.task else (run.metadata.get("preset"), run.metadata.get("size"))
     parts = (*what, state, created)
-    return " · ".join(escaped(part) for part in parts if part)
+    return " · ".join(escape_html(part) for part in parts if part)
 
 
-def _headline(run: Run) -> str:
-    loss, seconds, tokens = run.loss, at(run.result, "seconds"), run.last("tokens")
-    seconds = seconds if is_number(seconds) else run.last("seconds")
-    parameters = run.facts.get("parameters")
+def _headline_numbers(run: RunData) -> str:
+    loss, seconds, tokens = run.loss, get_nested(run.result, "seconds"), run.last_value("tokens")
+    seconds = seconds if is_number(seconds) else run.last_value("seconds")
+    parameters = run.metadata.get("parameters")
     numbers = [
         ("validation loss", loss and f"{loss:.3f}", loss and f"nats per token · perplexity {perplexity(loss)}"),
         ("bits per byte", run.bits_per_byte and f"{run.bits_per_byte:.3f}", "of the validation text"),
-        ("parameters", is_number(parameters) and short_count(parameters), "numbers that were trained"),
-        ("tokens seen", tokens and short_count(tokens), "in training, repeats counted"),
-        ("time", seconds and duration(seconds), "from start to end"),
+        ("parameters", is_number(parameters) and format_count(parameters), "numbers that were trained"),
+        ("tokens seen", tokens and format_count(tokens), "in training, repeats counted"),
+        ("time", seconds and format_duration(seconds), "from start to end"),
     ]
-    return headline(numbers)
+    return render_headline(numbers)
 
 
-def _learning(run: Run) -> str:
-    tuned = run.task not in (None, *TEXT_TASKS)
-    whole, small = "" if tuned else _loss_figure(run), task_curves(run) if run.task else []
+def _training_section(run: RunData) -> str:
+    is_finetuned = run.task not in (None, *LM_LOSS_TASKS)
+    loss_figure, small_figures = "" if is_finetuned else _loss_figure(run), finetune_curves(run) if run.task else []
     for name, caption in (
         ("lr", "Learning rate"),
         ("gradient_norm", "Gradient norm, before it is clipped"),
@@ -159,34 +160,42 @@ def _learning(run: Run) -> str:
         if points := run.series(name):
             low, high, end = min(y for _, y in points), max(y for _, y in points), points[-1][1]
             words = f"{caption}: between {low:.3g} and {high:.3g}, {end:.3g} at the end."
-            small.append(figure(small_curve(points, f"small-{name}", zero=True), words, caption))
-    by_position = run.result.get("by_position") or at(run.facts, "evaluation", "by_position")
+            small_figures.append(
+                render_figure(plot_metric(points, f"small-{name}", start_at_zero=True), words, caption)
+            )
+    by_position = run.result.get("by_position") or get_nested(run.metadata, "evaluation", "by_position")
     if isinstance(by_position, list) and len(by_position) > 1 and all(map(is_number, by_position)):
         points = [(float(position), loss) for position, loss in enumerate(by_position, start=1)]
         words = (
             f"Validation loss by position: {points[0][1]:.2f} at the first, {smoothed(points)[-1][1]:.2f} at the last."
         )
-        picture = small_curve(points, "small-position", x_label="position in the window", log=True)
-        small.append(figure(picture, words, "Validation loss by position: how much the words before help"))
-    grid = f'<div class="grid">{"".join(small)}</div>' if small else ""
-    return section("How it learned", whole + grid + (looks_table(run) if tuned else ""), bool(whole or small))
+        picture = plot_metric(points, "small-position", x_label="position in the window", log_x=True)
+        small_figures.append(
+            render_figure(picture, words, "Validation loss by position: how much the words before help")
+        )
+    grid = f'<div class="grid">{"".join(small)}</div>' if small_figures else ""
+    return render_section(
+        "How it learned",
+        loss_figure + grid + (validation_table(run) if is_finetuned else ""),
+        bool(loss_figure or small_figures),
+    )
 
 
-def _loss_figure(run: Run) -> str:
+def _loss_figure(run: RunData) -> str:
     train, validation = run.series("loss"), run.series("validation", "loss")
     if not train and not validation:
         return ""
     bits = dict(run.series("validation", "bits_per_byte"))
     ratio = next((bits[step] / loss for step, loss in validation if loss and bits.get(step)), None)
-    wide, narrow = (loss_curve(train, validation, ratio, wide=wide) for wide in (True, False))
+    wide, narrow = (plot_loss(train, validation, ratio, wide=wide) for wide in (True, False))
     picture = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
     caption = (
         "Training loss at each step (faint) and smoothed, and the loss on text that was held out. Lower is better."
     )
-    return figure(picture, _loss_in_words(train, validation), caption) + _validation_table(run)
+    return render_figure(picture, _describe_loss(train, validation), caption) + _validation_loss_table(run)
 
 
-def _loss_in_words(train: Points, validation: Points) -> str:
+def _describe_loss(train: Points, validation: Points) -> str:
     sentences = []
     if train:
         sentences.append(f"The training loss goes from {train[0][1]:.2f} to {smoothed(train)[-1][1]:.2f}.")
@@ -196,7 +205,7 @@ def _loss_in_words(train: Points, validation: Points) -> str:
     return " ".join(sentences)
 
 
-def _validation_table(run: Run) -> str:
+def _validation_loss_table(run: RunData) -> str:
     validation, bits = run.series("validation", "loss"), dict(run.series("validation", "bits_per_byte"))
     if not validation:
         return ""
@@ -209,38 +218,38 @@ def _validation_table(run: Run) -> str:
     return f"<details><summary>The numbers of the validation curve</summary>{table}</details>"
 
 
-def _plan(run: Run) -> str:
+def _plan_section(run: RunData) -> str:
     """What was expected, and what came."""
-    plan, result = mapping(run.facts.get("plan")), run.result
+    plan, result = as_mapping(run.metadata.get("plan")), run.result
     if not plan or not result:
         return ""
     low, high, bits = (plan.get(name) for name in ("low", "high", "bits_per_byte"))
-    came = result.get("bits_per_byte")
-    budget = at(run.facts, "recipe", "budget")
+    actual_bits = result.get("bits_per_byte")
+    budget = get_nested(run.metadata, "recipe", "budget")
     rows: list[tuple[str, Any, Any, Callable[[float], str]]] = [
-        ("bits per byte", bits, came, lambda value: f"{value:.3f}"),
-        ("tokens", plan.get("tokens"), result.get("tokens"), short_count),
-        ("time", budget if is_number(budget) else plan.get("seconds"), result.get("seconds"), duration),
+        ("bits per byte", bits, actual_bits, lambda value: f"{value:.3f}"),
+        ("tokens", plan.get("tokens"), result.get("tokens"), format_count),
+        ("time", budget if is_number(budget) else plan.get("seconds"), result.get("seconds"), format_duration),
         ("memory", plan.get("memory_bytes"), result.get("memory_bytes"), lambda value: f"{value / 1e9:.2f} GB"),
     ]
     shown = "".join(
         f'<tr><th scope="row">{name}</th><td>{form(before)}</td><td>{form(after)}</td>'
         f"<td>{100 * (after / before - 1):+.1f} %</td></tr>".replace("-", "−")
-        for name, before, after, form in rows
+        for name, before, after, formatter in rows
         if is_number(before) and is_number(after) and before > 0
     )
-    why = "".join(f"<li>{escaped(line)}</li>" for line in plan.get("why") or () if isinstance(line, str))
-    said = ""
-    if is_number(low) and is_number(high) and is_number(came):
-        inside = "inside" if low <= came <= high else "outside"
+    rationale_items = "".join(f"<li>{escaped(line)}</li>" for line in plan.get("why") or () if isinstance(line, str))
+    range_note = ""
+    if is_number(low) and is_number(high) and is_number(actual_bits):
+        inside = "inside" if low <= actual_bits <= high else "outside"
         expected = f"between {low:.3f} and {high:.3f} bits per byte"
-        said = f"<p>Four runs in five were expected to end {expected}; this one is {inside}.</p>"
+        range_note = f"<p>Four runs in five were expected to end {expected}; this one is {inside}.</p>"
     head = "".join(f'<th scope="col">{name}</th>' for name in ("", "planned", "came", "off by"))
     table = f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{shown}</tbody></table>'
-    return section("The plan, and what came of it", f"<ul>{why}</ul>{table}{said}", bool(shown))
+    return render_section("The plan, and what came of it", f"<ul>{why}</ul>{table}{said}", bool(shown))
 
 
-def _samples(run: Run) -> str:
+def _samples_section(run: RunData) -> str:
     by_step: dict[Any, list[dict[str, Any]]] = {}
     for record in run.records:
         if isinstance(record.get("sample"), dict):
@@ -248,47 +257,47 @@ def _samples(run: Run) -> str:
     items = [
         f"<li><h3>{escaped(readable(step))}</h3><div>{_quotes(samples)}</div></li>" for step, samples in by_step.items()
     ]
-    spread = {round(i * (len(items) - 1) / (SHOWN_SAMPLES - 1)) for i in range(SHOWN_SAMPLES)}
+    spread = {round(i * (len(items) - 1) / (MAX_SAMPLES - 1)) for i in range(MAX_SAMPLES)}
     shown = [item for i, item in enumerate(items) if i in spread]
     others = [item for i, item in enumerate(items) if i not in spread]
     more = f"<details><summary>{len(others)} more</summary><ol>{''.join(others)}</ol></details>" if others else ""
-    what = "How the model went on" if run.task in (None, "continue") else "What the model answered"
+    description = "How the model went on" if run.task in (None, "continue") else "What the model answered"
     intro = f"<p>{what} as it learned. The number is the step; the prompt is set in bold.</p>"
-    return section("What it wrote", f'{intro}<ol class="samples">{"".join(shown)}</ol>{more}', bool(items))
+    return render_section("What it wrote", f'{intro}<ol class="samples">{"".join(shown)}</ol>{more}', bool(items))
 
 
-def _quotes(samples: Iterable[Mapping[str, Any]]) -> str:
+def _sample_quotes(samples: Iterable[Mapping[str, Any]]) -> str:
     return "".join(
         f'<blockquote dir="auto"><b>{escaped(sample.get("prompt") or "")}</b>{escaped(sample.get("text") or "")}</blockquote>'
         for sample in samples
     )
 
 
-def _tables(run: Run) -> str:
-    facts = run.facts
-    about = {key: facts[key] for key in ("preset", "size", "parameters") if key in facts}
+def _metadata_section(run: RunData) -> str:
+    metadata = run.metadata
+    model_summary = {key: metadata[key] for key in ("preset", "size", "parameters") if key in metadata}
     outcome = {key: value for key, value in run.result.items() if key not in ("by_position", "seconds")}
     if is_number(seconds := run.result.get("seconds")):
-        outcome["time"] = duration(seconds)
+        outcome["time"] = format_duration(seconds)
     if is_number(memory := outcome.pop("memory_bytes", None)):
         outcome["memory"] = f"{memory / 1e9:.2f} GB"
-    if energy := mapping(outcome.pop("energy", None)):
+    if energy := as_mapping(outcome.pop("energy", None)):
         outcome["energy"] = f"{energy.get('watt_hours')} Wh, {'measured' if energy.get('measured') else 'estimated'}"
-    if not outcome and run.best:
-        outcome = {"best validation loss": run.best[1], "best step": run.best[0]}
+    if not outcome and run.best_validation:
+        outcome = {"best validation loss": run.best_validation[1], "best step": run.best_validation[0]}
     tables = {
         "Outcome": outcome,
-        "Model": {**about, **mapping(facts.get("model"))},
-        "Data": mapping(facts.get("data")),
-        "Training": mapping(facts.get("training")),
-        "Machine": mapping(facts.get("machine")),
-        "Versions": mapping(facts.get("versions")),
+        "Model": {**model_summary, **as_mapping(metadata.get("model"))},
+        "Data": as_mapping(metadata.get("data")),
+        "Training": as_mapping(metadata.get("training")),
+        "Machine": as_mapping(metadata.get("machine")),
+        "Versions": as_mapping(metadata.get("versions")),
     }
-    parts = [table(caption, named_values(values)) for caption, values in tables.items() if values]
-    return section("The facts", f'<div class="tables">{"".join(parts)}</div>', bool(parts))
+    parts = [render_table(caption, flatten_values(values)) for caption, values in tables.items() if values]
+    return render_section("The facts", f'<div class="tables">{"".join(parts)}</div>', bool(parts))
 
 
-def _messages(run: Run) -> str:
+def _log_section(run: RunData) -> str:
     lines = [(record.get("step"), record["message"]) for record in run.records if "message" in record]
     items = "".join(f"<li><b>{escaped(readable(step))}</b> {escaped(message)}</li>" for step, message in lines)
-    return section("What was said on the way", f'<ul class="messages">{items}</ul>', bool(lines))
+    return render_section("What was said on the way", f'<ul class="messages">{items}</ul>', bool(lines))

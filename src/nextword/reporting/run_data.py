@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from nextword.common.errors import CorruptFile, NextwordError
-from nextword.common.fs import read_json, read_json_lines
+from nextword.common.errors import CorruptFileError, NextwordError
+from nextword.common.fs import read_json, read_jsonl
 
 if TYPE_CHECKING:
     from nextword.reporting.charts import Points  # what draws takes half a second to import
 
 
 @dataclass(frozen=True)
-class Run:
+class RunData:
     """What a run folder says; any part may be missing but `facts` (run.json).
 
     Attributes:
@@ -29,57 +29,57 @@ class Run:
     """
 
     name: str
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     records: list[dict[str, Any]]
     result: dict[str, Any]
 
     @classmethod
-    def read(cls, folder: Path) -> "Run":
+    def load(cls, run_dir: Path) -> "Run":
         """Raises `NextwordError` where this is no run folder, `CorruptFile` where a file of it is damaged."""
-        if not (folder / "run.json").is_file():
+        if not (run_dir / "run.json").is_file():
             raise NextwordError(
                 f"{folder}: not a run folder (it has no run.json). Name one that `nextword pretrain` wrote"
             )
-        facts = read_json(folder / "run.json")
-        result = read_json(folder / "result.json") if (folder / "result.json").exists() else {}
+        facts = read_json(run_dir / "run.json")
+        result = read_json(run_dir / "result.json") if (run_dir / "result.json").exists() else {}
         for name, value in (("run.json", facts), ("result.json", result)):
             if not isinstance(value, dict):
-                raise CorruptFile(f"{folder / name}: not an object")
-        records = read_json_lines(folder / "metrics.jsonl")
+                raise CorruptFileError(f"{folder / name}: not an object")
+        records = read_jsonl(run_dir / "metrics.jsonl")
         for number, record in enumerate(records, start=1):
             if not isinstance(record, dict):
-                raise CorruptFile(f"{folder / 'metrics.jsonl'} line {number}: not an object")
-        return cls(folder.resolve().name, facts, records, result)
+                raise CorruptFileError(f"{folder / 'metrics.jsonl'} line {number}: not an object")
+        return cls(run_dir.resolve().name, facts, records, result)
 
     def series(self, *keys: str) -> "Points":
         """(step, number) of every record that has a finite number there, as in series("validation", "loss")."""
-        values = ((record.get("step"), at(record, *keys)) for record in self.records)
+        values = ((record.get("step"), get_nested(record, *keys)) for record in self.records)
         return [(float(step), float(value)) for step, value in values if is_number(step) and is_number(value)]
 
     @property
-    def best(self) -> tuple[float, float] | None:
+    def best_validation(self) -> tuple[float, float] | None:
         """Step and loss of the lowest validation loss."""
         return min(self.series("validation", "loss"), key=lambda point: point[1], default=None)
 
     @property
     def bits_per_byte(self) -> float | None:
-        value = at(self.result, "bits_per_byte")
+        value = get_nested(self.result, "bits_per_byte")
         return (
             value if is_number(value) else min((y for _, y in self.series("validation", "bits_per_byte")), default=None)
         )
 
     @property
     def loss(self) -> float | None:
-        value = at(self.result, "loss")
-        return value if is_number(value) else self.best[1] if self.best else None
+        value = get_nested(self.result, "loss")
+        return value if is_number(value) else self.best_validation[1] if self.best_validation else None
 
     @property
     def task(self) -> str | None:
         """The task that the run learned from examples, or "continue"; None of pre-training."""
-        task = at(self.facts, "task", "task")
+        task = get_nested(self.metadata, "task", "task")
         return task if isinstance(task, str) else None
 
-    def last(self, key: str) -> float | None:
+    def last_value(self, key: str) -> float | None:
         """The last finite number of that name in the records."""
         return next((y for _, y in reversed(self.series(key))), None)
 
@@ -87,12 +87,12 @@ class Run:
 # ---------------------------------------------------------------- blocks of a page
 
 
-def section(heading: str, content: str, present: bool = True) -> str:
+def render_section(heading: str, content: str, visible: bool = True) -> str:
     """A part of the page under its heading; nothing where it is not `present`."""
-    return f"<section><h2>{heading}</h2>{content}</section>" if present else ""
+    return f"<section><h2>{heading}</h2>{content}</section>" if visible else ""
 
 
-def headline(numbers: Iterable[tuple[str, Any, Any]]) -> str:
+def render_headline(numbers: Iterable[tuple[str, Any, Any]]) -> str:
     """The page's largest numbers: (label, value, note); those without a value are left out."""
     return "\n".join(
         f"<div><dt>{label}</dt><dd>{escaped(value)}<small>{escaped(note)}</small></dd></div>"
@@ -101,54 +101,54 @@ def headline(numbers: Iterable[tuple[str, Any, Any]]) -> str:
     )
 
 
-def figure(picture: str, words: str, caption: str) -> str:
+def render_figure(content: str, alt_text: str, caption: str) -> str:
     """A picture under its caption, and in words for whoever does not see it."""
     described = f'<div role="img" aria-label="{escaped(words)}">{picture}</div>'
     return f"<figure><figcaption>{caption}</figcaption>{described}</figure>"
 
 
-def table(caption: str, rows: list[tuple[str, str]]) -> str:
+def render_table(caption: str, rows: list[tuple[str, str]]) -> str:
     """Two columns: names and values."""
     body = "".join(f'<tr><th scope="row">{escaped(name)}</th><td>{escaped(value)}</td></tr>' for name, value in rows)
     return f"<table><caption>{caption}</caption><tbody>{body}</tbody></table>"
 
 
-def fenced(text: str) -> str:
+def code_block(text: str) -> str:
     """A block of code whose fence is longer than any run of backticks in it."""
-    text, fence = printable(text), "```"
+    text, fence = sanitize_text(text), "```"
     while fence in text:
         fence += "`"
     return f"{fence}text\n{text}\n{fence}"
 
 
-def markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Text as itself: nothing in it is HTML, a table's border, emphasis or a link."""
-    plain = html.escape(" ".join(printable(text).split()), quote=False)
+    plain = html.escape(" ".join(sanitize_text(text).split()), quote=False)
     return "".join(f"\\{character}" if character in "\\`*_[]|#~" else character for character in plain)
 
 
 # ---------------------------------------------------------------- values as text
 
 
-def escaped(value: Any) -> str:
+def escape_html(value: Any) -> str:
     """A value as text that is no HTML, in an attribute too."""
-    return html.escape(printable(str(value)), quote=True)
+    return html.escape(sanitize_text(str(value)), quote=True)
 
 
-def printable(text: str) -> str:
+def sanitize_text(text: str) -> str:
     """Text without what no file of text can hold: control characters and half characters become U+FFFD."""
-    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return "".join(c if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f") else "\ufffd" for c in whole)
+    decoded = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return "".join(c if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f") else "\ufffd" for c in decoded)
 
 
-def at(value: Any, *keys: str) -> Any:
+def get_nested(value: Any, *keys: str) -> Any:
     """value[key][key]…, or None where that is not there."""
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
 
 
-def mapping(value: Any) -> Mapping[str, Any]:
+def as_mapping(value: Any) -> Mapping[str, Any]:
     """The value, or an empty table where it is none."""
     return value if isinstance(value, Mapping) else {}
 
@@ -158,19 +158,19 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e100 <= value <= 1e100
 
 
-def named_values(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def flatten_values(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Names and values of a table, what is inside of what written as "train tokens"; what is None or not finite is left out."""
     rows = []
     for key, value in values.items():
         name = f"{prefix}{key}".replace("_", " ")
         if isinstance(value, Mapping):
-            rows += named_values(value, f"{name} ")
+            rows += flatten_values(value, f"{name} ")
         elif value is not None and (not isinstance(value, float) or math.isfinite(value)):
-            rows.append((name, readable(value)))
+            rows.append((name, format_value(value)))
     return rows
 
 
-def readable(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as a person reads it: digits grouped, five of a fraction."""
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -181,7 +181,7 @@ def readable(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def short_count(value: float) -> str:
+def format_count(value: float) -> str:
     """1,234,567 as 1.23 M."""
     for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
         if value >= size:
@@ -189,7 +189,7 @@ def short_count(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """259 as 4 min 19 s."""
     minutes, hours = round(seconds) // 60, round(seconds) // 3600
     if hours:
@@ -197,6 +197,6 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {round(seconds) % 60} s" if minutes else f"{seconds:z.1f} s"
 
 
-def perplexity(loss: float) -> str:
+def format_perplexity(loss: float) -> str:
     """exp(loss), for a loss in nats per token."""
     return f"{math.exp(loss):,.4g}" if loss < 14 else f"{math.exp(min(loss, 700)):.2e}"

@@ -2,7 +2,7 @@
 
 from string import Template
 
-CARD = Template("""\
+PRETRAINING_CARD_TEMPLATE = Template("""\
 ---
 library_name: transformers
 pipeline_tag: text-generation
@@ -33,7 +33,7 @@ print(tokenizer.decode(ids[0]))
 ```
 $sample$command""")
 
-TASK_CARD = Template("""\
+TASK_CARD_TEMPLATE = Template("""\
 ---
 library_name: transformers
 pipeline_tag: $pipeline
@@ -64,7 +64,7 @@ $python
 ```
 $notes$adapter$sample$command""")
 
-ADAPTER = Template("""
+ADAPTER_TEMPLATE = Template("""
 The folder `adapter` holds what was trained, for PEFT; it goes on top of the model that this one began with$base:
 
 ```python
@@ -73,7 +73,7 @@ $python
 """)
 
 # How the stock classes answer, by the kind of the task. Each prints its answer on the last line.
-HEAD = Template("""\
+CLASSIFICATION_CODE_TEMPLATE = Template("""\
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -84,7 +84,7 @@ with torch.no_grad():
     logits = model(**inputs).logits
 $answer""")
 
-WORDS = Template("""\
+GENERATION_CODE_TEMPLATE = Template("""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("model")
@@ -93,11 +93,11 @@ $inputs
 ids = model.generate(**inputs, max_new_tokens=$room, do_sample=$sampled)
 print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))""")
 
-CHAT_INPUTS = """\
+CHAT_INPUTS_CODE = """\
 messages = [{"role": "user", "content": "$prompt"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)"""
 
-WITH_ADAPTER = Template("""\
+ADAPTER_CODE_TEMPLATE = Template("""\
 from peft import PeftConfig, PeftModel
 from transformers import $stock
 
@@ -106,7 +106,7 @@ model = $stock.from_pretrained(base$arguments)
 model.resize_token_embeddings($vocabulary, mean_resizing=False)
 model = PeftModel.from_pretrained(model, "adapter")""")
 
-STYLE = """\
+BASE_CSS = """\
 :root { color-scheme: light dark; --paper: #fbfaf7; --ink: #24231f; --soft: #6a675f; --line: #e4e0d6; --tint: #f3f0e8;
   --train: #c0672f; --validation: #1f628f; }
 @media (prefers-color-scheme: dark) { :root { --paper: #17181b; --ink: #e9e6df; --soft: #a09d95; --line: #313339;
@@ -156,7 +156,7 @@ footer { margin-top: 4rem; color: var(--soft); font-size: 0.85rem; }
   dl { grid-template-columns: 1fr 1fr; gap: 1.2rem; } dd { font-size: 1.6rem; } section { margin-top: 2.5rem; } }
 """
 
-TASK_STYLE = """\
+TASK_CSS = """\
 .dots { max-width: 42rem; margin: 1.5rem 0; }
 .dots > div { display: grid; grid-template-columns: minmax(5.5rem, 11rem) 1fr 3.6rem; gap: 0.8rem; align-items: center;
   padding: 0.3rem 0; font-size: 0.92rem; line-height: 1.3; color: var(--soft); }
@@ -185,7 +185,7 @@ p + .grid, .grid + details, .grid + p { margin-top: 2.5rem; }
 .sentence { display: block; font-size: clamp(1.6rem, 4.4vw, 2.3rem); line-height: 1.2; max-width: 48rem; }
 """
 
-MEASURED_STYLE = """\
+RESULTS_CSS = """\
 .unseen { position: absolute; width: 1px; height: 1px; margin: -1px; overflow: hidden; clip-path: inset(50%); }
 .scores th small { margin-top: 0.1rem; }
 .dots.suites > div { color: var(--soft); }
@@ -211,7 +211,7 @@ MEASURED_STYLE = """\
 section > details { max-width: 48rem; }
 """
 
-COMPARISON_STYLE = """\
+COMPARISON_CSS = """\
 :root { --s1: #1f628f; --s2: #c0672f; --s3: #5f7f4f; --s4: #8a4f93; --s5: #a07a1c; --s6: #4a5560; }
 @media (prefers-color-scheme: dark) {
   :root { --s1: #7fbce6; --s2: #e59c6b; --s3: #9dc489; --s4: #cf9bd8; --s5: #d9b75f; --s6: #aab4c0; } }
@@ -237,10 +237,10 @@ section > h3 { margin: 1.6rem 0 0.6rem; color: var(--ink); font-weight: 600; }
 .beside blockquote { font-size: 0.98rem; }
 """
 
-FOOTER = "Made by nextword from the files of the run folder."
-FOOTERS = "Made by nextword from the files of the run folders."
+RUN_FOOTER = "Made by nextword from the files of the run folder."
+COMPARISON_FOOTER = "Made by nextword from the files of the run folders."
 
-PAGE = Template("""\
+PAGE_TEMPLATE = Template("""\
 <!doctype html>
 <html lang="en">
 <head>

@@ -15,19 +15,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from nextword.common.errors import CorruptFile, UsageError
-from nextword.data.chat_format import can_chat, encode_conversation, template, turn_ends
+from nextword.common.errors import CorruptFileError, UsageError
+from nextword.data.chat_format import build_chat_template, encode_conversation, stop_token_ids, supports_chat
 from nextword.data.tokenizer import Tokenizer
 from nextword.serving import template_worker
 from nextword.serving.protocol import Refusal
 
-LONGEST_TEMPLATE = 2**18  # characters
-GRACE = 0.5  # seconds more than the renderer gives itself, for starting it and reading it
+MAX_TEMPLATE_CHARS = 2**18  # characters
+RENDER_GRACE = 0.5  # seconds more than the renderer gives itself, for starting it and reading it
 
 Conversation = Sequence[Mapping[str, str]]
 
 
-class Chat(Protocol):
+class ChatEncoder(Protocol):
     """How a model is talked with.
 
     Attributes:
@@ -38,8 +38,8 @@ class Chat(Protocol):
     """
 
     name: str
-    stops: tuple[str, ...]
-    ends: frozenset[int]
+    stop_strings: tuple[str, ...]
+    stop_token_ids: frozenset[int]
     template: str | None
 
     async def encode(self, conversation: Conversation) -> list[int]:
@@ -49,39 +49,43 @@ class Chat(Protocol):
     async def close(self) -> None: ...
 
 
-def chat_of(directory: Path, tokenizer: Tokenizer) -> Chat:
+def make_chat_encoder(directory: Path, tokenizer: Tokenizer) -> ChatEncoder:
     """How the model in a directory is talked with. Raises `CorruptFile` for a template that is none."""
-    given = given_template(directory, tokenizer)
-    if can_chat(tokenizer) and given in (None, template(tokenizer)):
-        return OwnChat(tokenizer)
-    return PlainChat(tokenizer) if given is None else TemplateChat(tokenizer, given)
+    chat_template = load_chat_template(directory, tokenizer)
+    if supports_chat(tokenizer) and chat_template in (None, build_chat_template(tokenizer)):
+        return NativeChatEncoder(tokenizer)
+    return PlainChatEncoder(tokenizer) if chat_template is None else JinjaChatEncoder(tokenizer, chat_template)
 
 
-def given_template(directory: Path, tokenizer: Tokenizer) -> str | None:
+def load_chat_template(directory: Path, tokenizer: Tokenizer) -> str | None:
     """`chat_template.jinja`, or what tokenizer_config.json has; of several the one called default."""
     file = directory / "chat_template.jinja"
-    given = file.read_text(encoding="utf-8") if file.is_file() else tokenizer.config.get("chat_template")
-    if isinstance(given, list):
-        named = {one.get("name"): one.get("template") for one in given if isinstance(one, dict)}
-        given = named.get("default")
-    if given is not None and not (isinstance(given, str) and len(given) <= LONGEST_TEMPLATE):
-        raise CorruptFile(f"{directory}: its chat template is no text of at most {LONGEST_TEMPLATE:,} characters")
-    return given
+    chat_template = file.read_text(encoding="utf-8") if file.is_file() else tokenizer.config.get("chat_template")
+    if isinstance(chat_template, list):
+        templates_by_name = {one.get("name"): one.get("template") for one in chat_template if isinstance(one, dict)}
+        chat_template = templates_by_name.get("default")
+    if chat_template is not None and not (isinstance(chat_template, str) and len(chat_template) <= MAX_TEMPLATE_CHARS):
+        raise CorruptFileError(f"{directory}: its chat template is no text of at most {LONGEST_TEMPLATE:,} characters")
+    return chat_template
 
 
-class OwnChat:
+class NativeChatEncoder:
     """The form that nextword teaches: markers by id, contents encoded apart from them."""
 
     name: str = "nextword"
-    stops: tuple[str, ...] = ()
+    stop_strings: tuple[str, ...] = ()
     template: str | None
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.ends, self.template = tokenizer, turn_ends(tokenizer), template(tokenizer)
+        self.tokenizer, self.stop_token_ids, self.template = (
+            tokenizer,
+            stop_token_ids(tokenizer),
+            build_chat_template(tokenizer),
+        )
 
     async def encode(self, conversation: Conversation) -> list[int]:
         try:
-            return encode_conversation(self.tokenizer, conversation, answer=True)[0]
+            return encode_conversation(self.tokenizer, conversation, add_generation_prompt=True)[0]
         except UsageError as error:
             raise Refusal(400, f"messages: {error}", param="messages") from error
 
@@ -89,41 +93,41 @@ class OwnChat:
         pass
 
 
-class PlainChat:
+class PlainChatEncoder:
     """A dialogue in plain words, for a model that has learned none. What a message says can look like another's turn here:
     there are no markers that could prevent it."""
 
     name: str = "plain"
-    stops: tuple[str, ...] = ("\nUser:",)
+    stop_strings: tuple[str, ...] = ("\nUser:",)
     template: str | None = None
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.ends = tokenizer, tokenizer.ends
+        self.tokenizer, self.stop_token_ids = tokenizer, tokenizer.eos_ids
 
     async def encode(self, conversation: Conversation) -> list[int]:
         names = {"user": "User: ", "assistant": "Assistant: ", "system": "", "tool": "Tool: "}
         turns = [names[message["role"]] + message["content"] for message in conversation]
         ids = self.tokenizer.encode("\n".join([*turns, "Assistant:"]))
-        return ids if self.tokenizer.begin_of_text is None else [self.tokenizer.begin_of_text, *ids]
+        return ids if self.tokenizer.bos_id is None else [self.tokenizer.bos_id, *ids]
 
     async def close(self) -> None:
         pass
 
 
-class TemplateChat:
+class JinjaChatEncoder:
     """The template that came with a model, rendered in a process of its own (see `renderer`)."""
 
     name: str = "model"
-    stops: tuple[str, ...] = ()
+    stop_strings: tuple[str, ...] = ()
     template: str | None
 
     def __init__(self, tokenizer: Tokenizer, template: str):
-        self.tokenizer, self.template, self.ends = tokenizer, template, tokenizer.ends
+        self.tokenizer, self.template, self.stop_token_ids = tokenizer, template, tokenizer.eos_ids
         roles = ("bos_token", "eos_token", "unk_token", "pad_token")
         tokens = {role: tokenizer.config.get(role) for role in roles}
         contents = {role: t.get("content") if isinstance(t, dict) else t for role, t in tokens.items()}
-        self.tokens = {role: content for role, content in contents.items() if content is not None}
-        self.process: asyncio.subprocess.Process | None = None
+        self.special_tokens = {role: content for role, content in contents.items() if content is not None}
+        self.renderer_process: asyncio.subprocess.Process | None = None
         self.lock = asyncio.Lock()
 
     async def encode(self, conversation: Conversation) -> list[int]:
@@ -137,35 +141,35 @@ class TemplateChat:
         messages = []
         for number, message in enumerate(conversation):
             content = message["content"]
-            inside = content.strip()
+            stripped = content.strip()
             key = f"{nonce}{number:06}"
-            contents[key] = inside
+            contents[key] = stripped
             # White space around it is left for the template to trim; an empty content it may want to see as such.
-            begin = content.index(inside)
-            shown = content[:begin] + key + content[begin + len(inside) :] if inside else content
-            messages.append({**message, "content": shown})
+            begin = content.index(stripped)
+            placeholder_content = content[:begin] + key + content[begin + len(stripped) :] if stripped else content
+            messages.append({**message, "content": placeholder_content})
         text = await self.render(messages)
-        ids = self._ids(text, nonce, contents)
+        ids = self._encode_rendered(text, nonce, contents)
         if not ids:
             raise Refusal(400, "messages: the model's template makes nothing of this conversation", param="messages")
         return ids
 
-    def _ids(self, text: str, nonce: str, contents: dict[str, str]) -> list[int]:
+    def _encode_rendered(self, text: str, nonce: str, contents: dict[str, str]) -> list[int]:
         for token in self.tokenizer.backend.get_added_tokens_decoder().values():  # some swallow the space beside them
             if token.special and (token.lstrip or token.rstrip):
                 name, before, after = re.escape(token.content), r"\s*" * token.lstrip, r"\s*" * token.rstrip
                 text = re.sub(before + name + after, lambda match: match[0].strip(), text)
-        markers = self.tokenizer.markers
+        markers = self.tokenizer.special_tokens
         names = sorted(markers, key=len, reverse=True)
         ids: list[int] = []
         for i, part in enumerate(re.split("(" + "|".join(map(re.escape, names)) + ")", text)):
             if i % 2:
                 ids.append(markers[part])
                 continue
-            said = re.sub(f"{nonce}[0-9]{{6}}", lambda match: contents[match[0]], part)
-            if nonce[:12] in said or nonce[-12:] in said:
+            segment = re.sub(f"{nonce}[0-9]{{6}}", lambda match: contents[match[0]], part)
+            if nonce[:12] in segment or nonce[-12:] in segment:
                 raise Refusal(500, "the model's chat template takes messages apart, which cannot be done safely")
-            ids += (self.tokenizer.after_marker if i else self.tokenizer).encode(said) if said else []
+            ids += (self.tokenizer.mid_text if i else self.tokenizer).encode(segment) if segment else []
         return ids
 
     async def render(self, messages: list[dict[str, str]]) -> str:
@@ -174,13 +178,19 @@ class TemplateChat:
         Raises:
             Refusal: the template refuses it, or takes too much time or memory.
         """
-        values = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None, **self.tokens}
+        values = {
+            "messages": messages,
+            "add_generation_prompt": True,
+            "tools": None,
+            "documents": None,
+            **self.special_tokens,
+        }
         line = json.dumps({"template": self.template, "values": values}).encode() + b"\n"
         async with self.lock:
-            process = await self._started()
+            process = await self._ensure_process()
             assert process.stdin is not None and process.stdout is not None
             try:
-                async with asyncio.timeout(template_worker.SECONDS + GRACE):
+                async with asyncio.timeout(template_worker.SECONDS + RENDER_GRACE):
                     process.stdin.write(line)
                     await process.stdin.drain()
                     answer = await process.stdout.readline()
@@ -189,24 +199,24 @@ class TemplateChat:
             if not answer.endswith(b"\n"):
                 await self.close()
                 raise Refusal(500, "the model's chat template takes too much time or memory, and was stopped")
-        said = json.loads(answer)
-        if "error" in said:
+        response = json.loads(answer)
+        if "error" in response:
             raise Refusal(400, f"the model's chat template refuses this conversation: {said['error'][:500]}")
-        return said["text"]
+        return response["text"]
 
-    async def _started(self) -> asyncio.subprocess.Process:
-        if self.process is None or self.process.returncode is not None:
-            self.process = await asyncio.create_subprocess_exec(
+    async def _ensure_process(self) -> asyncio.subprocess.Process:
+        if self.renderer_process is None or self.renderer_process.returncode is not None:
+            self.renderer_process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", template_worker.__file__, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.DEVNULL, limit=8 * template_worker.LONGEST, start_new_session=True,
                 env={name: value for name, value in os.environ.items() if not name.startswith("NEXTWORD_")},
             )  # fmt: skip
-        return self.process
+        return self.renderer_process
 
     async def close(self) -> None:
         """End the process."""
-        if self.process is not None:
-            if self.process.returncode is None:
-                self.process.kill()
-            await self.process.wait()
-            self.process = None
+        if self.renderer_process is not None:
+            if self.renderer_process.returncode is None:
+                self.renderer_process.kill()
+            await self.renderer_process.wait()
+            self.renderer_process = None

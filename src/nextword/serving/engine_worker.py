@@ -22,19 +22,19 @@ from nextword.serving.metrics import Metrics
 from nextword.serving.protocol import Refusal
 
 # The loop takes this many turns over a client's leaving: its socket is read, the connection is closed, the request hears of it.
-TURNS = 3
-PATIENCE = 0.25  # seconds that the thread waits for those turns
-MAX_UNREAD = 2**17  # events, of all clients together
+LOOP_TURNS = 3
+LOOP_TURNS_TIMEOUT = 0.25  # seconds that the thread waits for those turns
+MAX_UNREAD_EVENTS = 2**17  # events, of all clients together
 logger = logging.getLogger("nextword.serving")
 Result = TypeVar("Result")
 
 
-class Left(Exception):
+class ClientDisconnected(Exception):
     """The client has left: nobody waits for the answer."""
 
 
 @dataclass(frozen=True)
-class Ask:
+class GenerationRequest:
     """One text that is asked for, as `Engine.add` takes it."""
 
     prompt: list[int]
@@ -43,7 +43,7 @@ class Ask:
     constraint: Constraint | None = None
 
 
-class Ticket:
+class RequestHandle:
     """A request, from when it is let in until it leaves. Iterating gives its texts' events, each with the number of its text,
     until all have ended.
 
@@ -56,14 +56,14 @@ class Ticket:
         Refusal: the server stops, the engine has failed, or the client reads too slowly.
     """
 
-    def __init__(self, worker: "Worker", places: int):
-        self.worker, self.places = worker, places
+    def __init__(self, worker: "Worker", num_sequences: int):
+        self.worker, self.num_sequences = worker, num_sequences
         self.events: asyncio.Queue[tuple[int, Event] | Exception] = asyncio.Queue()
-        self.unfinished = 0
-        self.held = True
+        self.num_unfinished = 0
+        self.is_active = True
         self.error: Exception | None = None
-        self.began = time.monotonic()
-        self.last: dict[int, float] = {}
+        self.start_time = time.monotonic()
+        self.last_token_times: dict[int, float] = {}
 
     def __enter__(self) -> "Ticket":
         return self
@@ -71,42 +71,42 @@ class Ticket:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """What goes wrong before there is an answer gives the places back; an answer does so itself, at its end."""
         if kind is not None:
-            self.leave()
+            self.release()
 
-    def begin(self, asks: list[Ask]) -> None:
+    def submit(self, requests: list[GenerationRequest]) -> None:
         """Put the texts into the engine's queue. Raises as iterating does."""
-        self.check()
-        self.unfinished = len(asks)
-        self.worker.add(self, asks)
+        self.raise_if_failed()
+        self.num_unfinished = len(requests)
+        self.worker.submit(self, requests)
 
-    def end(self, error: Exception) -> None:
+    def abort(self, error: Exception) -> None:
         """Give up: whoever waits for the next event gets the error instead."""
         self.error = self.error or error
         self.events.put_nowait(error)
-        self.leave()
+        self.release()
 
-    def check(self) -> None:
+    def raise_if_failed(self) -> None:
         """Raise the error that has ended this, if one has."""
         if self.error is not None:
             raise self.error
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Stop what is unfinished and give its places to others. May be said more than once."""
-        if self.held:
-            self.held = False
+        if self.is_active:
+            self.is_active = False
             self.worker.release(self)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
-        while self.unfinished:
+        while self.num_unfinished:
             item = await self.events.get()
             if isinstance(item, Exception):
                 raise item
             if item[1].finished:
-                self.unfinished -= 1
+                self.num_unfinished -= 1
             yield item
 
 
-class Worker:
+class EngineWorker:
     """Runs an engine.
 
     Args:
@@ -114,22 +114,24 @@ class Worker:
         queue: how many texts may wait beside those that run.
     """
 
-    def __init__(self, open: Callable[[], Engine], queue: int, metrics: Metrics):
-        self.open, self.queue, self.metrics = open, queue, metrics
+    def __init__(self, make_engine: Callable[[], Engine], max_queued: int, metrics: Metrics):
+        self.make_engine, self.max_queued, self.metrics = make_engine, max_queued, metrics
         self.state: Literal["loading", "ready", "draining", "stopped"] = "loading"
         self.error: BaseException | None = None  # why it stopped
-        self.tickets: set[Ticket] = set()
-        self.text_seconds = 1.0  # how long a text takes, of late
+        self.handles: set[RequestHandle] = set()
+        self.avg_sequence_seconds = 1.0  # how long a text takes, of late
         self.loaded = asyncio.Event()
-        self.finished = asyncio.Event()  # all have left, after it was said that the server is to stop
-        self.ended = asyncio.Event()
+        self.drained = asyncio.Event()  # all have left, after it was said that the server is to stop
+        self.stopped = asyncio.Event()
         # ---- the thread's own
         self.engine: Engine | None = None
         self.commands: SimpleQueue[Callable[[Engine], None] | None] = SimpleQueue()
         self.jobs: deque[Callable[[], None]] = deque()
-        self.asked: dict[int, tuple[Ticket, int]] = {}  # by the engine's number: whose text it is, and its place there
-        self.caught_up = threading.Event()
-        self.caught_up.set()
+        self.sequence_owners: dict[
+            int, tuple[RequestHandle, int]
+        ] = {}  # by the engine's number: whose text it is, and its place there
+        self.loop_caught_up = threading.Event()
+        self.loop_caught_up.set()
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # ---------------------------------------------------------------- for the event loop
@@ -139,97 +141,101 @@ class Worker:
         self.thread.start()
 
     @property
-    def slots(self) -> int:
+    def num_slots(self) -> int:
         return 0 if self.engine is None else len(self.engine.free) + len(self.engine.running)
 
     @property
-    def running(self) -> int:
+    def num_running(self) -> int:
         return 0 if self.engine is None else len(self.engine.running)
 
     @property
-    def waiting(self) -> int:
+    def num_waiting(self) -> int:
         return 0 if self.engine is None else len(self.engine.waiting)
 
     @property
-    def held(self) -> int:
+    def num_active(self) -> int:
         """Texts that run or wait."""
-        return sum(ticket.places for ticket in self.tickets)
+        return sum(ticket.num_sequences for ticket in self.handles)
 
     @property
-    def unread(self) -> int:
+    def num_unread_events(self) -> int:
         """Events that wait for their clients to read them."""
-        return sum(ticket.events.qsize() for ticket in self.tickets)
+        return sum(ticket.events.qsize() for ticket in self.handles)
 
-    def enter(self, size: int) -> Ticket:
+    def admit(self, num_sequences: int) -> RequestHandle:
         """A place for a request of so many texts.
 
         Raises:
             Refusal: there is none, now or ever.
         """
         if self.state != "ready":
-            why = {"loading": "the model is still being loaded", "draining": "the server is about to stop"}
-            raise Refusal(503, why.get(self.state, "the server has stopped"), code=self.state, headers=retry_after(1))
-        room = self.slots + self.queue
-        if size > room:
+            reasons = {"loading": "the model is still being loaded", "draining": "the server is about to stop"}
+            raise Refusal(
+                503, reasons.get(self.state, "the server has stopped"), code=self.state, headers=retry_after_header(1)
+            )
+        capacity = self.num_slots + self.max_queued
+        if num_sequences > capacity:
             raise Refusal(400, f"{size} texts are more than the {room} that this server holds at once: ask for fewer")
-        if self.held + size > room:
-            seconds = self.text_seconds * (self.held + size - self.queue) / max(1, self.slots)
+        if self.num_active + num_sequences > capacity:
+            seconds = (
+                self.avg_sequence_seconds * (self.num_active + num_sequences - self.max_queued) / max(1, self.num_slots)
+            )
             message = f"the queue is full ({self.held} texts run or wait): try again later"
-            raise Refusal(429, message, code="queue_full", headers=retry_after(seconds))
-        ticket = Ticket(self, size)
-        self.tickets.add(ticket)
-        return ticket
+            raise Refusal(429, message, code="queue_full", headers=retry_after_header(seconds))
+        handle = RequestHandle(self, num_sequences)
+        self.handles.add(handle)
+        return handle
 
-    def add(self, ticket: Ticket, asks: list[Ask]) -> None:
-        self.metrics.prompt_tokens.add(sum(len(ask.prompt) for ask in asks))
+    def submit(self, handle: RequestHandle, requests: list[GenerationRequest]) -> None:
+        self.metrics.prompt_tokens.add(sum(len(ask.prompt) for ask in requests))
 
         def command(engine: Engine) -> None:
-            for number, ask in enumerate(asks):
+            for number, ask in enumerate(requests):
                 try:
                     id = engine.add(ask.prompt, ask.sampling, index=ask.index, constraint=ask.constraint)
                 except NextwordError as error:
-                    self._post([(ticket, number, Event(-1, "", None, "error", str(error)))])
+                    self._post_events([(handle, number, Event(-1, "", None, "error", str(error)))])
                 else:
-                    self.asked[id] = (ticket, number)
+                    self.sequence_owners[id] = (handle, number)
 
         self.commands.put(command)
 
-    def release(self, ticket: Ticket) -> None:
-        self.tickets.discard(ticket)
+    def release(self, handle: RequestHandle) -> None:
+        self.handles.discard(handle)
 
         def command(engine: Engine) -> None:
-            for id in [id for id, (other, _) in self.asked.items() if other is ticket]:
+            for id in [id for id, (other, _) in self.sequence_owners.items() if other is handle]:
                 engine.cancel(id)
-                del self.asked[id]
+                del self.sequence_owners[id]
 
         self.commands.put(command)
-        if self.state == "draining" and not self.tickets:
-            self.finished.set()
+        if self.state == "draining" and not self.handles:
+            self.drained.set()
 
-    async def call(self, function: Callable[[], Result]) -> Result:
+    async def run_in_engine_thread(self, function: Callable[[], Result]) -> Result:
         """What a function gives that is run in the engine's thread, between two steps."""
         future: asyncio.Future[Result] = self.loop.create_future()
 
         def job() -> None:
             try:
-                self.loop.call_soon_threadsafe(_settle, future, function(), None)
+                self.loop.call_soon_threadsafe(_resolve_future, future, function(), None)
             except Exception as error:
-                self.loop.call_soon_threadsafe(_settle, future, None, error)
+                self.loop.call_soon_threadsafe(_resolve_future, future, None, error)
 
         self.commands.put(lambda engine: self.jobs.append(job))
         return await future
 
-    async def drain(self, grace: float) -> None:
+    async def drain(self, timeout: float) -> None:
         """Let nobody in any more, and wait until all have left; those who have not after `grace` seconds are sent away."""
         if self.state in ("draining", "stopped"):
             return
         self.state = "draining"
-        if self.tickets:
+        if self.handles:
             try:
-                await asyncio.wait_for(self.finished.wait(), grace)
+                await asyncio.wait_for(self.drained.wait(), timeout)
             except TimeoutError:
-                for ticket in list(self.tickets):
-                    ticket.end(Refusal(503, "the server has stopped", code="stopped"))
+                for ticket in list(self.handles):
+                    ticket.abort(Refusal(503, "the server has stopped", code="stopped"))
 
     async def stop(self) -> None:
         """End the thread, after the step that it is at."""
@@ -243,19 +249,19 @@ class Worker:
         """Make the engine and run it. Whatever ends this for good is kept as `error`."""
         error: BaseException | None = None
         try:
-            self.engine = self.open()
-            self.loop.call_soon_threadsafe(self._opened)
-            while self._commands(self.engine):
+            self.engine = self.make_engine()
+            self.loop.call_soon_threadsafe(self._on_loaded)
+            while self._process_commands(self.engine):
                 if self.jobs:
                     self.jobs.popleft()()
                 if self.engine.busy:
-                    self._post(self._step(self.engine))
+                    self._post_events(self._step(self.engine))
         except BaseException as caught:
             error = caught
         if not self.loop.is_closed():  # a model that takes long to load may come when all is over
-            self.loop.call_soon_threadsafe(self._ended, error)
+            self.loop.call_soon_threadsafe(self._on_stopped, error)
 
-    def _commands(self, engine: Engine) -> bool:
+    def _process_commands(self, engine: Engine) -> bool:
         """Carry out what has come in, and wait for something where there is nothing else to do; False when it is to end."""
         wait = not (engine.busy or self.jobs)
         while True:
@@ -268,83 +274,85 @@ class Worker:
             command(engine)
             wait = False
 
-    def _step(self, engine: Engine) -> list[tuple[Ticket, int, Event]]:
+    def _step(self, engine: Engine) -> list[tuple[RequestHandle, int, Event]]:
         """What a step has brought. An exception in it ends every text that it may have touched, and those alone."""
         try:
             events = engine.step()
         except Exception as error:
             logger.exception("the engine failed at a step")
-            said = f"the engine failed while it wrote this text ({type(error).__name__}); the server goes on"
+            message = f"the engine failed while it wrote this text ({type(error).__name__}); the server goes on"
             untouched = {request.id for request in engine.waiting}
-            events = [Event(id, "", None, "error", said) for id in self.asked if id not in untouched]
+            events = [Event(id, "", None, "error", message) for id in self.sequence_owners if id not in untouched]
             for event in events:
                 engine.cancel(event.id)
-        told = [(*self.asked[event.id], event) for event in events if event.id in self.asked]
+        addressed_events = [
+            (*self.sequence_owners[event.id], event) for event in events if event.id in self.sequence_owners
+        ]
         for event in events:
             if event.finished:
-                self.asked.pop(event.id, None)
-        return told
+                self.sequence_owners.pop(event.id, None)
+        return addressed_events
 
-    def _post(self, told: list[tuple[Ticket, int, Event]]) -> None:
+    def _post_events(self, events: list[tuple[RequestHandle, int, Event]]) -> None:
         """Hand events over, when the loop has had its turns since the last ones.
 
         So a loop that is kept busy by a quick model still hears of a client that has left, within two tokens.
         """
-        self.caught_up.wait(PATIENCE)
-        self.caught_up.clear()
-        self.loop.call_soon_threadsafe(self._deliver, told)
+        self.loop_caught_up.wait(LOOP_TURNS_TIMEOUT)
+        self.loop_caught_up.clear()
+        self.loop.call_soon_threadsafe(self._deliver_events, events)
 
     # ---------------------------------------------------------------- from the thread, in the loop
 
-    def _opened(self) -> None:
+    def _on_loaded(self) -> None:
         if self.state == "loading":
             self.state = "ready"
         self.loaded.set()
 
-    def _ended(self, error: BaseException | None) -> None:
+    def _on_stopped(self, error: BaseException | None) -> None:
         self.error = error
         self.state = "stopped"
         self.loaded.set()
-        for ticket in list(self.tickets):
-            ticket.end(Refusal(503, "the server has stopped", code="stopped"))
-        self.finished.set()
-        self.ended.set()
+        for ticket in list(self.handles):
+            ticket.abort(Refusal(503, "the server has stopped", code="stopped"))
+        self.drained.set()
+        self.stopped.set()
 
-    def _deliver(self, told: list[tuple[Ticket, int, Event]]) -> None:
+    def _deliver_events(self, events: list[tuple[RequestHandle, int, Event]]) -> None:
         now = time.monotonic()
-        for ticket, number, event in told:
+        for ticket, number, event in events:
             if event.token is not None:
                 self.metrics.generated_tokens.add()
-                if number in ticket.last:
-                    self.metrics.between_tokens.see(now - ticket.last[number])
+                if number in ticket.last_token_times:
+                    self.metrics.between_tokens.see(now - ticket.last_token_times[number])
                 else:
-                    self.metrics.first_token.see(now - ticket.began)
-                ticket.last[number] = now
+                    self.metrics.first_token.see(now - ticket.start_time)
+                ticket.last_token_times[number] = now
             if event.finished:
-                self.text_seconds += 0.2 * (now - ticket.began - self.text_seconds)
-                ticket.places -= 1
-            if ticket.held:
+                self.avg_sequence_seconds += 0.2 * (now - ticket.start_time - self.avg_sequence_seconds)
+                ticket.num_sequences -= 1
+            if ticket.is_active:
                 ticket.events.put_nowait((number, event))
-        while self.unread > MAX_UNREAD:
-            slowest = max(self.tickets, key=lambda ticket: ticket.events.qsize())
+        while self.num_unread_events > MAX_UNREAD_EVENTS:
+            slowest = max(self.handles, key=lambda ticket: ticket.events.qsize())
             slowest.events = asyncio.Queue()
-            slowest.end(
+            slowest.abort(
                 Refusal(503, "this answer was read too slowly, and others need the memory", code="read_too_slowly")
             )
-        self._turn(TURNS)
+        self._count_loop_turn(LOOP_TURNS)
 
-    def _turn(self, left: int) -> None:
-        if left:
-            self.loop.call_soon(self._turn, left - 1)
+    def _count_loop_turn(self, remaining: int) -> None:
+        if remaining:
+            self.loop.call_soon(self._count_loop_turn, remaining - 1)
         else:
-            self.caught_up.set()
+            self.loop_caught_up.set()
 
 
-def retry_after(seconds: float) -> dict[str, str]:
+def retry_after_header(seconds: float) -> dict[str, str]:
     return {"Retry-After": str(min(60, max(1, math.ceil(seconds))))}
 
 
-def _settle(future: "asyncio.Future[Any]", result: Any, error: Exception | None) -> None:
+def _resolve_future(future: "asyncio.Future[Any]", result: Any, error: Exception | None) -> None:
     """Give a future its result, unless nobody waits for it any more."""
     if future.done():
         return

@@ -3,102 +3,111 @@
 from typing import Any
 
 Schema = dict[str, Any]
-TEXT: Schema = {"type": "string"}
-WHOLE: Schema = {"type": "integer"}
+STRING: Schema = {"type": "string"}
+INTEGER: Schema = {"type": "integer"}
 NUMBER: Schema = {"type": "number"}
-NOTHING: Schema = {"type": "null"}
-JSON_TYPE = "application/json"
+NULL: Schema = {"type": "null"}
+JSON_MEDIA_TYPE = "application/json"
 
 
-def either(*schemas: Schema) -> Schema:
+def any_of(*schemas: Schema) -> Schema:
     return {"anyOf": [*schemas]}
 
 
-def some(schema: Schema) -> Schema:
+def array_of(schema: Schema) -> Schema:
     return {"type": "array", "items": schema}
 
 
-def by_name(schema: Schema) -> Schema:
+def map_of(schema: Schema) -> Schema:
     return {"type": "object", "additionalProperties": schema}
 
 
-def thing(**fields: Schema) -> Schema:
+def object_of(**fields: Schema) -> Schema:
     """An object that has all of these fields, and may have others."""
     return {"type": "object", "properties": fields, "required": [*fields]}
 
 
-def always(value: str) -> Schema:
+def const(value: str) -> Schema:
     return {"const": value}
 
 
-def answered(
+def response(
     schema: Schema, description: str = "The answer.", status: int = 200, stream: bool = False
 ) -> dict[Any, Any]:
     """What `responses` of a route says."""
-    content: dict[str, Any] = {JSON_TYPE: {"schema": schema}}
+    content: dict[str, Any] = {JSON_MEDIA_TYPE: {"schema": schema}}
     if stream:
-        content["text/event-stream"] = {"itemSchema": thing(data=TEXT)}
+        content["text/event-stream"] = {"itemSchema": object_of(data=STRING)}
     return {status: {"description": description, "content": content}}
 
 
-MAYBE_TEXT = either(TEXT, NOTHING)
-ERROR = thing(error=thing(message=TEXT, type=TEXT, param=MAYBE_TEXT, code=MAYBE_TEXT))
-ERRORS: dict[Any, Any] = {
-    "default": {"description": "An error, in OpenAI's form.", "content": {JSON_TYPE: {"schema": ERROR}}}
+NULLABLE_STRING = any_of(STRING, NULL)
+ERROR_SCHEMA = object_of(error=object_of(message=STRING, type=STRING, param=NULLABLE_STRING, code=NULLABLE_STRING))
+ERROR_RESPONSES: dict[Any, Any] = {
+    "default": {"description": "An error, in OpenAI's form.", "content": {JSON_MEDIA_TYPE: {"schema": ERROR_SCHEMA}}}
 }
-USAGE = thing(prompt_tokens=WHOLE, completion_tokens=WHOLE, total_tokens=WHOLE)
-FINISHED = {"enum": ["stop", "length"]}
+USAGE_SCHEMA = object_of(prompt_tokens=INTEGER, completion_tokens=INTEGER, total_tokens=INTEGER)
+FINISH_REASON = {"enum": ["stop", "length"]}
 
 
-def texts(kind: str, **choice: Schema) -> Schema:
-    return thing(
-        id=TEXT, object=always(kind), created=WHOLE, model=TEXT, system_fingerprint=NOTHING, usage=USAGE,
-        choices=some(thing(index=WHOLE, finish_reason=FINISHED, **choice)),
+def completion_schema(object_type: str, **choice_fields: Schema) -> Schema:
+    return object_of(
+        id=STRING, object=const(object_type), created=INTEGER, model=STRING, system_fingerprint=NULL, usage=USAGE_SCHEMA,
+        choices=array_of(object_of(index=INTEGER, finish_reason=FINISH_REASON, **choice)),
     )  # fmt: skip
 
 
-COMPLETION = answered(
-    texts(
-        "text_completion", text=TEXT,
-        logprobs=either(
-            NOTHING,
-            thing(tokens=some(TEXT), token_logprobs=some(either(NUMBER, NOTHING)),
-                  top_logprobs=some(either(by_name(NUMBER), NOTHING)), text_offset=some(WHOLE)),
+COMPLETION_RESPONSE = response(
+    completion_schema(
+        "text_completion", text=STRING,
+        logprobs=any_of(
+            NULL,
+            object_of(tokens=array_of(STRING), token_logprobs=array_of(any_of(NUMBER, NULL)),
+                  top_logprobs=array_of(any_of(map_of(NUMBER), NULL)), text_offset=array_of(INTEGER)),
         ),
     ),
     "The texts; with `stream`, events whose data are such objects in parts.", stream=True,
 )  # fmt: skip
-LIKELY = {"token": TEXT, "logprob": NUMBER, "bytes": some(WHOLE)}
-CHAT = answered(
-    texts(
-        "chat.completion", message=thing(role=always("assistant"), content=TEXT, refusal=NOTHING),
-        logprobs=either(
-            NOTHING, thing(content=some(thing(**LIKELY, top_logprobs=some(thing(**LIKELY)))), refusal=NOTHING)
+TOKEN_LOGPROB_FIELDS = {"token": STRING, "logprob": NUMBER, "bytes": array_of(INTEGER)}
+CHAT_COMPLETION_RESPONSE = response(
+    completion_schema(
+        "chat.completion", message=object_of(role=const("assistant"), content=STRING, refusal=NULL),
+        logprobs=any_of(
+            NULL, object_of(content=array_of(object_of(**TOKEN_LOGPROB_FIELDS, top_logprobs=array_of(object_of(**TOKEN_LOGPROB_FIELDS)))), refusal=NULL)
         ),
     ),
     "The answers; with `stream`, events whose data are such objects in parts.", stream=True,
 )  # fmt: skip
-MODEL_FACTS = thing(
-    id=TEXT, object=always("model"), created=WHOLE, owned_by=TEXT, max_model_len=WHOLE, nextword=thing()
+MODEL_SCHEMA = object_of(
+    id=STRING, object=const("model"), created=INTEGER, owned_by=STRING, max_model_len=INTEGER, nextword=object_of()
 )
-MODEL = answered(MODEL_FACTS)
-MODELS = answered(thing(object=always("list"), data=some(MODEL_FACTS)))
-EMBEDDINGS = answered(
-    thing(
-        object=always("list"), model=TEXT, usage=USAGE,
-        data=some(thing(object=always("embedding"), index=WHOLE, embedding=either(some(NUMBER), TEXT))),
+MODEL_RESPONSE = response(MODEL_SCHEMA)
+MODEL_LIST_RESPONSE = response(object_of(object=const("list"), data=array_of(MODEL_SCHEMA)))
+EMBEDDINGS_RESPONSE = response(
+    object_of(
+        object=const("list"), model=STRING, usage=USAGE_SCHEMA,
+        data=array_of(object_of(object=const("embedding"), index=INTEGER, embedding=any_of(array_of(NUMBER), STRING))),
     )
 )  # fmt: skip
-CLASSES = answered(thing(object=always("list"), model=TEXT, data=some(thing(index=WHOLE))))
-TOKENS = answered(
-    thing(count=WHOLE, max_model_len=WHOLE, tokens=some(WHOLE), token_strs=either(some(TEXT), NOTHING))
+CLASSIFY_RESPONSE = response(object_of(object=const("list"), model=STRING, data=array_of(object_of(index=INTEGER))))
+TOKENIZE_RESPONSE = response(
+    object_of(count=INTEGER, max_model_len=INTEGER, tokens=array_of(INTEGER), token_strs=any_of(array_of(STRING), NULL))
 )  # fmt: skip
-PROMPT = answered(thing(prompt=TEXT))
-TOKENIZER = answered(
-    thing(eos_token=TEXT, bos_token=MAYBE_TEXT, pad_token=MAYBE_TEXT, chat_template=MAYBE_TEXT, model_max_length=WHOLE)
+DETOKENIZE_RESPONSE = response(object_of(prompt=STRING))
+TOKENIZER_INFO_RESPONSE = response(
+    object_of(
+        eos_token=STRING,
+        bos_token=NULLABLE_STRING,
+        pad_token=NULLABLE_STRING,
+        chat_template=NULLABLE_STRING,
+        model_max_length=INTEGER,
+    )
 )
-STATE = thing(status=TEXT, model=TEXT)
-HEALTH = {**answered(STATE), **answered(STATE, "No requests are let in: it is loading, or about to stop.", 503)}
-METRICS: dict[Any, Any] = {
-    200: {"description": "Numbers in Prometheus's form.", "content": {"text/plain": {"schema": TEXT}}}
+HEALTH_SCHEMA = object_of(status=STRING, model=STRING)
+HEALTH_RESPONSE = {
+    **response(HEALTH_SCHEMA),
+    **response(HEALTH_SCHEMA, "No requests are let in: it is loading, or about to stop.", 503),
+}
+METRICS_RESPONSE: dict[Any, Any] = {
+    200: {"description": "Numbers in Prometheus's form.", "content": {"text/plain": {"schema": STRING}}}
 }

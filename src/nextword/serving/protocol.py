@@ -15,22 +15,22 @@ from starlette.responses import JSONResponse
 from nextword.common.errors import UsageError
 from nextword.inference.sampling import Sampling
 
-MAX_BODY = 4 * 2**20  # bytes of a request's body
-MAX_BODIES = 32 * 2**20  # bytes of the bodies of all requests that are being answered
-MAX_TEXT = 2**20  # characters of one text
-MAX_TOKENS = 2**15  # tokens that one text may be asked for
-MAX_TOKENS_IN_ALL = 2**17  # … and all texts of a request together
+MAX_BODY_BYTES = 4 * 2**20  # bytes of a request's body
+MAX_TOTAL_BODY_BYTES = 32 * 2**20  # bytes of the bodies of all requests that are being answered
+MAX_TEXT_CHARS = 2**20  # characters of one text
+MAX_COMPLETION_TOKENS = 2**15  # tokens that one text may be asked for
+MAX_REQUEST_TOKENS = 2**17  # … and all texts of a request together
 MAX_CHOICES = 128  # n and best_of
 MAX_PROMPTS = 1024  # texts in one request
 MAX_MESSAGES = 1024
-MAX_STOPS, MAX_STOP_TEXT = 4, 500
+MAX_STOP_STRINGS, MAX_STOP_STRING_CHARS = 4, 500
 MAX_LOGPROBS = 20
-MAX_BIASES = 1024
-MAX_SCHEMA = 2**16  # characters of a JSON schema
-SMALLEST_TOP_P = 1e-12  # what stands for 0, which OpenAI's API takes for the likeliest token alone
+MAX_LOGIT_BIASES = 1024
+MAX_SCHEMA_CHARS = 2**16  # characters of a JSON schema
+MIN_TOP_P = 1e-12  # what stands for 0, which OpenAI's API takes for the likeliest token alone
 
 
-class Refusal(Exception):
+class APIError(Exception):
     """An answer other than the one that was asked for, with its status, in OpenAI's form."""
 
     def __init__(
@@ -42,49 +42,49 @@ class Refusal(Exception):
         self.headers = dict(headers or {})
 
     @property
-    def kind(self) -> str:
+    def error_type(self) -> str:
         kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
         return kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
 
     @property
     def body(self) -> dict[str, Any]:
-        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        error = {"message": self.message, "type": self.error_type, "param": self.param, "code": self.code}
         return {"error": error}
 
 
-def to_bytes(value: Any) -> bytes:
+def encode_json(value: Any) -> bytes:
     """JSON in UTF-8. Half surrogates, which JSON can say and UTF-8 cannot, stay escaped."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.encode("utf-8", "backslashreplace")
 
 
-class JSON(JSONResponse):
+class UTF8JSONResponse(JSONResponse):
     def render(self, content: Any) -> bytes:
-        return to_bytes(content)
+        return encode_json(content)
 
 
-def refused(refusal: Refusal) -> JSON:
-    return JSON(refusal.body, refusal.status, refusal.headers)
+def error_response(error: APIError) -> UTF8JSONResponse:
+    return UTF8JSONResponse(error.body, error.status, error.headers)
 
 
 # ---------------------------------------------------------------- what is asked
 
-Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
+TextInput = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 # The first thing that is wrong is enough: a wrong list of a million numbers would be a million errors.
-Ids = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
-Texts = Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
-ManyIds = Annotated[list[Ids], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_TEXT)]
-Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
+TextInputs = Annotated[list[TextInput], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
+TokenIdsList = Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_STRING_CHARS)]
+StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Bias = Annotated[float, Field(ge=-100, le=100)]
-Count = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
-Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
-Length = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+LogitBias = Annotated[float, Field(ge=-100, le=100)]
+ChoiceCount = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
+LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+TokenLimit = Annotated[int, Field(ge=0, le=MAX_COMPLETION_TOKENS)]
 
 
-class Asked(BaseModel):
+class RequestModel(BaseModel):
     """Types are taken as they are said: "5" is no number and 1 is not true. `model` may be left out."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, populate_by_name=True)
@@ -92,21 +92,21 @@ class Asked(BaseModel):
     model: str | None = None
 
 
-class StreamOptions(Asked):
+class StreamOptions(RequestModel):
     include_usage: bool | None = None
 
 
-class JSONSchema(Asked):
+class JSONSchema(RequestModel):
     name: str | None = None
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
 
 
-class ResponseFormat(Asked):
+class ResponseFormat(RequestModel):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchema | None = None
 
 
-class Generation(Asked):
+class BaseCompletionRequest(RequestModel):
     """What completions and conversations have in common."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -116,72 +116,72 @@ class Generation(Asked):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None  # what is smaller makes logits infinite
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, Bias] | None = None
-    max_tokens: Length | None = None
-    n: Count | None = None
-    stop: Stop | Stops | None = None
+    logit_bias: dict[str, LogitBias] | None = None
+    max_tokens: TokenLimit | None = None
+    n: ChoiceCount | None = None
+    stop: StopString | StopStrings | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
 
     @property
-    def stops(self) -> tuple[str, ...]:
+    def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def schema_of_answer(self) -> dict[str, Any] | None:
+    def response_schema(self) -> dict[str, Any] | None:
         """The JSON schema that the text is held to; None where it is free. Raises `Refusal` where none is given."""
-        form = self.response_format
-        if form is None or form.type == "text":
+        response_format = self.response_format
+        if response_format is None or response_format.type == "text":
             return None
-        if form.type == "json_object":
+        if response_format.type == "json_object":
             return {"type": "object"}
-        if form.json_schema is None or form.json_schema.schema_ is None:
-            raise Refusal(
+        if response_format.json_schema is None or response_format.json_schema.schema_ is None:
+            raise APIError(
                 400, "response_format: json_schema needs a schema", param="response_format.json_schema.schema"
             )
-        return form.json_schema.schema_
+        return response_format.json_schema.schema_
 
-    def biases(self, vocab_size: int) -> dict[int, float] | None:
+    def parse_logit_bias(self, vocab_size: int) -> dict[int, float] | None:
         """The logit biases by token id. Raises `Refusal` for one that is none, or for too many."""
-        if len(self.logit_bias or {}) > MAX_BIASES:
-            raise Refusal(400, f"logit_bias: at most {MAX_BIASES} tokens", param="logit_bias")
+        if len(self.logit_bias or {}) > MAX_LOGIT_BIASES:
+            raise APIError(400, f"logit_bias: at most {MAX_BIASES} tokens", param="logit_bias")
         for token in self.logit_bias or {}:
             if not (token.isascii() and token.isdecimal() and len(token) < 10 and int(token) < vocab_size):
                 message = f"logit_bias: {token[:20]!r} is no token id; they are 0 to {vocab_size - 1}"
-                raise Refusal(400, message, param="logit_bias")
+                raise APIError(400, message, param="logit_bias")
         return {int(token): value for token, value in (self.logit_bias or {}).items()} or None
 
-    def sampling(self, vocab_size: int, **settings: Any) -> Sampling:
+    def to_sampling(self, vocab_size: int, **overrides: Any) -> Sampling:
         """As the engine has it; what is not said is OpenAI's default. `settings` are those in which the two routes differ."""
         try:
             return Sampling(
                 temperature=1.0 if self.temperature is None else self.temperature,
                 top_k=self.top_k if self.top_k is not None and self.top_k > 0 else None,
-                top_p=None if self.top_p is None else max(self.top_p, SMALLEST_TOP_P),
+                top_p=None if self.top_p is None else max(self.top_p, MIN_TOP_P),
                 min_p=self.min_p,
                 repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
                 seed=self.seed,
-                logit_bias=self.biases(vocab_size),
+                logit_bias=self.parse_logit_bias(vocab_size),
                 presence_penalty=self.presence_penalty or 0.0,
                 frequency_penalty=self.frequency_penalty or 0.0,
                 **settings,
             )
         except UsageError as error:
-            raise Refusal(400, str(error)) from error
+            raise APIError(400, str(error)) from error
 
 
-class CompletionRequest(Generation):
-    prompt: Text | Ids | Texts | ManyIds = ""
-    best_of: Count | None = None
+class CompletionRequest(BaseCompletionRequest):
+    prompt: TextInput | TokenIds | TextInputs | TokenIdsList = ""
+    best_of: ChoiceCount | None = None
     # As in vLLM: of a longer prompt so many tokens of its end are kept, -1 for as many as fit. Else it is refused.
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     echo: bool | None = None
-    logprobs: Logprobs | None = None
+    logprobs: LogprobCount | None = None
     suffix: str | None = None
 
     def prompts(self) -> Sequence[str | list[int]]:
@@ -190,36 +190,36 @@ class CompletionRequest(Generation):
         return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt  # pyright: ignore[reportReturnType]
 
 
-class Part(Asked):
+class Part(RequestModel):
     type: Literal["text"]
-    text: Text
+    text: TextInput
 
 
-class Message(Asked):
+class Message(RequestModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[Part], Field(max_length=MAX_MESSAGES)] | None = None
+    content: TextInput | Annotated[list[Part], Field(max_length=MAX_MESSAGES)] | None = None
 
-    def to_dict(self, number: int) -> dict[str, str]:
+    def to_dict(self, index: int) -> dict[str, str]:
         """Role and text. A developer's message is a system's; an assistant's may be without a text."""
         content = self.content
         if content is None and self.role != "assistant":
-            raise Refusal(400, "messages: a message has a content", param=f"messages[{number}].content")
+            raise APIError(400, "messages: a message has a content", param=f"messages[{number}].content")
         text = content if isinstance(content, str) else "\n".join(part.text for part in content or ())
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ChatRequest(Generation):
+class ChatRequest(BaseCompletionRequest):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     logprobs: bool | None = None
-    top_logprobs: Logprobs | None = None
-    max_completion_tokens: Length | None = None
+    top_logprobs: LogprobCount | None = None
+    max_completion_tokens: TokenLimit | None = None
 
-    def conversation(self) -> list[dict[str, str]]:
+    def to_messages(self) -> list[dict[str, str]]:
         return [message.to_dict(number) for number, message in enumerate(self.messages)]
 
 
-class EmbeddingRequest(Asked):
-    input: Text | Ids | Texts | ManyIds
+class EmbeddingRequest(RequestModel):
+    input: TextInput | TokenIds | TextInputs | TokenIdsList
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
 
@@ -229,31 +229,35 @@ class EmbeddingRequest(Asked):
         return [self.input] if isinstance(self.input[0], int) else self.input  # pyright: ignore[reportReturnType]
 
 
-class ClassifyRequest(Asked):
+class ClassifyRequest(RequestModel):
     """One text, several, or several examples of several texts each (a premise and a hypothesis; a question and choices)."""
 
-    input: Text | Texts | Annotated[list[Texts], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
+    input: (
+        TextInput
+        | TextInputs
+        | Annotated[list[TextInputs], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
+    )
 
     def examples(self) -> list[list[str]]:
         texts = [self.input] if isinstance(self.input, str) else self.input
         return [[text] if isinstance(text, str) else text for text in texts]
 
 
-class TokenizeRequest(Asked):
-    prompt: Text | None = None
+class TokenizeRequest(RequestModel):
+    prompt: TextInput | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
 
-class DetokenizeRequest(Asked):
+class DetokenizeRequest(RequestModel):
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 # ---------------------------------------------------------------- what was wrong
 
 
-def where(location: Sequence[Any]) -> str:
+def field_path(location: Sequence[Any]) -> str:
     """The field's name, as in messages[0].content, from where pydantic says it is."""
     name = ""
     for step in location[1:]:
@@ -266,20 +270,20 @@ def where(location: Sequence[Any]) -> str:
     return name
 
 
-def refusal_of(errors: Sequence[Any]) -> Refusal:
+def validation_api_error(errors: Sequence[Any]) -> APIError:
     """What pydantic found wrong, as one refusal: the first thing, or that none of a field's possible types fits."""
-    first = errors[0]
-    param = where(first["loc"]) or None
-    if first["type"] == "json_invalid":
-        return Refusal(400, f"the body is not JSON: {first.get('ctx', {}).get('error', 'it cannot be read')}")
+    first_error = errors[0]
+    param = field_path(first_error["loc"]) or None
+    if first_error["type"] == "json_invalid":
+        return APIError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', 'it cannot be read')}")
     if not param:
-        return Refusal(400, "the body is a JSON object, sent with Content-Type: application/json")
-    said = dict.fromkeys(error["msg"] for error in errors if (where(error["loc"]) or None) == param)
-    return Refusal(400, f"{param}: {'; or: '.join(said)}", param=param)
+        return APIError(400, "the body is a JSON object, sent with Content-Type: application/json")
+    messages = dict.fromkeys(error["msg"] for error in errors if (field_path(error["loc"]) or None) == param)
+    return APIError(400, f"{param}: {'; or: '.join(said)}", param=param)
 
 
-def finite(logprob: float) -> float:
+def finite_logprob(logprob: float) -> float:
     """A log-probability as JSON can say it; what is impossible is -9999, as in OpenAI's API."""
     if math.isnan(logprob):
-        raise Refusal(500, "the model's logits are not finite numbers: its weights are damaged. See nextword verify")
+        raise APIError(500, "the model's logits are not finite numbers: its weights are damaged. See nextword verify")
     return max(logprob, -9999.0)

@@ -13,47 +13,47 @@ from nextword.inference.sampling import Choice
 from nextword.serving.protocol import Refusal, finite
 
 
-class Words:
+class TokenText:
     """Single tokens as text."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self.names = {id: name for name, id in tokenizer.markers.items()}
-        self.bytes = lru_cache(2**16)(tokenizer.spelling)
+        self.special_token_names = {id: name for name, id in tokenizer.special_tokens.items()}
+        self.token_bytes = lru_cache(2**16)(tokenizer.token_bytes)
 
-    def text(self, id: int) -> str:
+    def decode(self, token_id: int) -> str:
         """A token by itself. One that is no whole characters is spelt in bytes, so that two never look alike."""
-        data = self.bytes(id)
+        data = self.token_bytes(token_id)
         try:
-            return data.decode() if data else self.names.get(id, "")
+            return data.decode() if data else self.special_token_names.get(token_id, "")
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-class Entry(NamedTuple):
+class LogprobEntry(NamedTuple):
     """A token of a text, how likely it was (None for the first of a prompt), and how many characters stand before it."""
 
-    token: int
-    choice: Choice | None
-    offset: int
+    token_id: int
+    token_logprob: Choice | None
+    text_offset: int
 
 
-class Text:
+class ChoiceState:
     """One text as it comes.
 
     Log-probabilities are told with the text they belong to: those of a token that may become part of a stop string wait
     as its characters do.
     """
 
-    def __init__(self, words: Words, ends: frozenset[int] = frozenset(), offset: int = 0):
-        self.words, self.ends = words, ends
+    def __init__(self, token_text: TokenText, stop_token_ids: frozenset[int] = frozenset(), offset: int = 0):
+        self.token_text, self.stop_token_ids = token_text, stop_token_ids
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.offset = self.shown = offset  # characters of the tokens so far, and of what can be shown of them
-        self.pending: list[Entry] = []
-        self.tokens = 0
+        self.offset = self.emitted_offset = offset  # characters of the tokens so far, and of what can be shown of them
+        self.pending: list[LogprobEntry] = []
+        self.num_tokens = 0
         self.logprobs: list[float] = []
         self.finish_reason: Literal["stop", "length"] | None = None
 
-    def push(self, event: Event) -> tuple[str, list[Entry]]:
+    def process_event(self, event: Event) -> tuple[str, list[LogprobEntry]]:
         """What can be shown now.
 
         Raises:
@@ -62,28 +62,30 @@ class Text:
         if event.finish_reason == "error":
             raise Refusal(500, event.error or "the engine failed")
         if event.token is not None:
-            self.tokens += 1
-            self.add(event.token, event.choice)
+            self.num_tokens += 1
+            self.append_token(event.token, event.choice)
             if event.choice is not None:
                 self.logprobs.append(event.choice.logprob)
-        self.shown += len(event.text)
+        self.emitted_offset += len(event.text)
         self.finish_reason = event.finish_reason
-        ended = event.finished and (event.token is None or event.token in self.ends or event.finish_reason == "length")
-        ready = [entry for entry in self.pending if ended or entry.offset < self.shown]
+        ended = event.finished and (
+            event.token is None or event.token in self.stop_token_ids or event.finish_reason == "length"
+        )
+        ready = [entry for entry in self.pending if ended or entry.text_offset < self.emitted_offset]
         self.pending = [] if event.finished else self.pending[len(ready) :]
         return event.text, ready
 
-    def add(self, token: int, choice: Choice | None) -> None:
-        self.pending.append(Entry(token, choice, self.offset))
-        self.offset += len(self.decoder.decode(self.words.bytes(token)))
+    def append_token(self, token_id: int, token_logprob: Choice | None) -> None:
+        self.pending.append(LogprobEntry(token_id, token_logprob, self.offset))
+        self.offset += len(self.decoder.decode(self.token_text.token_bytes(token_id)))
 
-    def prompt(self, tokens: Sequence[int], choices: Sequence[Choice | None]) -> list[Entry]:
+    def add_prompt(self, token_ids: Sequence[int], token_logprobs: Sequence[Choice | None]) -> list[LogprobEntry]:
         """The entries of a prompt, which the text then follows."""
-        for token, choice in zip(tokens, choices, strict=True):
-            self.add(token, choice)
+        for token, choice in zip(token_ids, token_logprobs, strict=True):
+            self.append_token(token, choice)
         self.offset += len(self.decoder.decode(b"", final=True))
         self.decoder.reset()
-        entries, self.pending, self.shown = self.pending, [], self.offset
+        entries, self.pending, self.emitted_offset = self.pending, [], self.offset
         return entries
 
     @property
@@ -94,35 +96,44 @@ class Text:
 # ---------------------------------------------------------------- log-probabilities
 
 
-def completion_logprobs(words: Words, entries: Sequence[Entry], count: int) -> dict[str, Any]:
+def format_completion_logprobs(
+    token_text: TokenText, entries: Sequence[LogprobEntry], num_logprobs: int
+) -> dict[str, Any]:
     """The form of /v1/completions. Each token that was drawn is among its alternatives."""
     top: list[dict[str, float] | None] = []
     for entry in entries:
-        if entry.choice is None or count == 0:
-            top.append(None if entry.choice is None else {})
+        if entry.token_logprob is None or num_logprobs == 0:
+            top.append(None if entry.token_logprob is None else {})
             continue
-        found: dict[str, float] = {}
-        for id, logprob in (*entry.choice.top[:count], (entry.token, entry.choice.logprob)):
-            found.setdefault(words.text(id), finite(logprob))
-        top.append(found)
+        alternatives: dict[str, float] = {}
+        for id, logprob in (*entry.token_logprob.top[:num_logprobs], (entry.token_id, entry.token_logprob.logprob)):
+            alternatives.setdefault(token_text.decode(id), finite(logprob))
+        top.append(alternatives)
     return {
-        "tokens": [words.text(entry.token) for entry in entries],
-        "token_logprobs": [None if entry.choice is None else finite(entry.choice.logprob) for entry in entries],
+        "tokens": [token_text.decode(entry.token_id) for entry in entries],
+        "token_logprobs": [
+            None if entry.token_logprob is None else finite(entry.token_logprob.logprob) for entry in entries
+        ],
         "top_logprobs": top,
-        "text_offset": [entry.offset for entry in entries],
+        "text_offset": [entry.text_offset for entry in entries],
     }
 
 
-def chat_logprobs(words: Words, entries: Sequence[Entry], ends: frozenset[int]) -> dict[str, Any]:
+def format_chat_logprobs(
+    token_text: TokenText, entries: Sequence[LogprobEntry], stop_token_ids: frozenset[int]
+) -> dict[str, Any]:
     """The form of /v1/chat/completions. The token that ends an answer is not part of it."""
 
-    def one(id: int, logprob: float) -> dict[str, Any]:
-        return {"token": words.text(id), "logprob": finite(logprob), "bytes": list(words.bytes(id))}
+    def format_token(id: int, logprob: float) -> dict[str, Any]:
+        return {"token": token_text.decode(id), "logprob": finite(logprob), "bytes": list(token_text.token_bytes(id))}
 
     content = [
-        {**one(entry.token, entry.choice.logprob), "top_logprobs": [one(id, value) for id, value in entry.choice.top]}
+        {
+            **format_token(entry.token_id, entry.token_logprob.logprob),
+            "top_logprobs": [format_token(id, value) for id, value in entry.token_logprob.top],
+        }
         for entry in entries
-        if entry.choice is not None and entry.token not in ends
+        if entry.token_logprob is not None and entry.token_id not in stop_token_ids
     ]
     return {"content": content, "refusal": None}
 
@@ -130,7 +141,7 @@ def chat_logprobs(words: Words, entries: Sequence[Entry], ends: frozenset[int]) 
 # ---------------------------------------------------------------- objects
 
 
-class Form:
+class CompletionFormatter:
     """How /v1/completions tells a text: whole, or in chunks.
 
     Args:
@@ -138,60 +149,102 @@ class Form:
         echoes: the prompt that each text is to begin with, where it is asked for.
     """
 
-    kind, prefix, chunk = "text_completion", "cmpl", "text_completion"
-    ends_apart = False  # whether the reason why a streamed text has ended comes after its last part
+    object_type, id_prefix, chunk_object_type = "text_completion", "cmpl", "text_completion"
+    separate_finish_chunk = False  # whether the reason why a streamed text has ended comes after its last part
 
-    def __init__(self, words: Words, ends: frozenset[int], logprobs: int | None, echoes: Sequence[str] = ()):
-        self.words, self.ends, self.logprobs, self.echoes = words, ends, logprobs, echoes
+    def __init__(
+        self,
+        token_text: TokenText,
+        stop_token_ids: frozenset[int],
+        num_logprobs: int | None,
+        echoed_prompts: Sequence[str] = (),
+    ):
+        self.token_text, self.stop_token_ids, self.num_logprobs, self.echoed_prompts = (
+            token_text,
+            stop_token_ids,
+            num_logprobs,
+            echoed_prompts,
+        )
 
-    def heading(self, model: str) -> dict[str, Any]:
+    def common_fields(self, model: str) -> dict[str, Any]:
         """What every object of one answer begins with."""
         return {
-            "id": f"{self.prefix}-{secrets.token_hex(12)}", "object": self.kind, "created": int(time.time()), "model": model,
+            "id": f"{self.prefix}-{secrets.token_hex(12)}", "object": self.object_type, "created": int(time.time()), "model": model,
             "system_fingerprint": None,
         }  # fmt: skip
 
-    def whole(self, index: int, number: int, text: str, entries: Sequence[Entry], reason: str | None) -> dict[str, Any]:
+    def format_choice(
+        self, index: int, sequence_index: int, text: str, entries: Sequence[LogprobEntry], finish_reason: str | None
+    ) -> dict[str, Any]:
         """The choice `index` of an answer, which is the text `number` of those that were asked for."""
-        text = (self.echoes[number] if self.echoes else "") + text
-        return {"index": index, "text": text, "logprobs": self._logprobs(entries), "finish_reason": reason}
+        text = (self.echoed_prompts[sequence_index] if self.echoed_prompts else "") + text
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": self._format_logprobs(entries),
+            "finish_reason": finish_reason,
+        }
 
-    def first(self, index: int) -> dict[str, Any] | None:
+    def format_first_chunk(self, index: int) -> dict[str, Any] | None:
         """What a stream says of a choice before anything else."""
-        return self.part(index, self.echoes[index], []) if self.echoes else None
+        return self.format_chunk(index, self.echoed_prompts[index], []) if self.echoed_prompts else None
 
-    def part(self, index: int, text: str, entries: Sequence[Entry], reason: str | None = None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": self._logprobs(entries), "finish_reason": reason}
+    def format_chunk(
+        self, index: int, text: str, entries: Sequence[LogprobEntry], finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": self._format_logprobs(entries),
+            "finish_reason": finish_reason,
+        }
 
-    def _logprobs(self, entries: Sequence[Entry]) -> dict[str, Any] | None:
-        return None if self.logprobs is None else completion_logprobs(self.words, entries, self.logprobs)
+    def _format_logprobs(self, entries: Sequence[LogprobEntry]) -> dict[str, Any] | None:
+        return (
+            None
+            if self.num_logprobs is None
+            else format_completion_logprobs(self.token_text, entries, self.num_logprobs)
+        )
 
 
-class ChatForm(Form):
+class ChatCompletionFormatter(CompletionFormatter):
     """How /v1/chat/completions does."""
 
-    kind, prefix, chunk = "chat.completion", "chatcmpl", "chat.completion.chunk"
-    ends_apart = True
+    object_type, id_prefix, chunk_object_type = "chat.completion", "chatcmpl", "chat.completion.chunk"
+    separate_finish_chunk = True
 
-    def whole(self, index: int, number: int, text: str, entries: Sequence[Entry], reason: str | None) -> dict[str, Any]:
+    def format_choice(
+        self, index: int, sequence_index: int, text: str, entries: Sequence[LogprobEntry], finish_reason: str | None
+    ) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": self._logprobs(entries), "finish_reason": reason}
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self._format_logprobs(entries),
+            "finish_reason": finish_reason,
+        }
 
-    def first(self, index: int) -> dict[str, Any] | None:
-        return self._part(index, {"role": "assistant", "content": ""}, [], None)
+    def format_first_chunk(self, index: int) -> dict[str, Any] | None:
+        return self._format_delta(index, {"role": "assistant", "content": ""}, [], None)
 
-    def part(self, index: int, text: str, entries: Sequence[Entry], reason: str | None = None) -> dict[str, Any]:
-        return self._part(index, {"content": text} if text or entries else {}, entries, reason)
+    def format_chunk(
+        self, index: int, text: str, entries: Sequence[LogprobEntry], finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        return self._format_delta(index, {"content": text} if text or entries else {}, entries, finish_reason)
 
-    def _part(self, index: int, delta: dict[str, str], entries: Sequence[Entry], reason: str | None) -> dict[str, Any]:
-        logprobs = self._logprobs(entries) if entries else None
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+    def _format_delta(
+        self, index: int, delta: dict[str, str], entries: Sequence[LogprobEntry], finish_reason: str | None
+    ) -> dict[str, Any]:
+        logprobs = self._format_logprobs(entries) if entries else None
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def _logprobs(self, entries: Sequence[Entry]) -> dict[str, Any] | None:
-        return None if self.logprobs is None else chat_logprobs(self.words, entries, self.ends)
+    def _format_logprobs(self, entries: Sequence[LogprobEntry]) -> dict[str, Any] | None:
+        return (
+            None if self.num_logprobs is None else format_chat_logprobs(self.token_text, entries, self.stop_token_ids)
+        )
 
 
-def usage_of(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+def make_usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     return {
         "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,

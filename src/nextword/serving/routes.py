@@ -9,7 +9,7 @@ from fastapi.responses import PlainTextResponse
 from starlette.responses import Response
 
 from nextword.serving import openapi
-from nextword.serving.engine_worker import Ask
+from nextword.serving.engine_worker import GenerationRequest
 from nextword.serving.protocol import (
     JSON,
     MAX_TOKENS_IN_ALL,
@@ -22,179 +22,207 @@ from nextword.serving.protocol import (
     Refusal,
     TokenizeRequest,
 )
-from nextword.serving.responses import ChatForm, Form, usage_of
+from nextword.serving.responses import ChatCompletionFormatter, CompletionFormatter, make_usage
 from nextword.serving.service import Service
-from nextword.serving.streaming import Writing, watching
+from nextword.serving.streaming import ResponseWriter, cancel_on_disconnect
 
 router = APIRouter(default_response_class=JSON, responses=openapi.ERRORS)
-COMPLETION_TOKENS = 16  # what max_tokens is where it is not said, as in OpenAI's API
-TEMPLATE_HEADER = "X-Nextword-Chat-Template"
+DEFAULT_MAX_TOKENS = 16  # what max_tokens is where it is not said, as in OpenAI's API
+CHAT_TEMPLATE_HEADER = "X-Nextword-Chat-Template"
 
 
-async def service_of(request: Request) -> Service:
+async def get_service(request: Request) -> Service:
     return request.app.state.service
 
 
-Served = Annotated[Service, Depends(service_of)]
+ServiceDep = Annotated[Service, Depends(get_service)]
 
 
-def checked(asked: Generation, n: int, best_of: int, texts: int, max_tokens: int) -> None:
+def validate_request(body: Generation, n: int, best_of: int, num_sequences: int, max_tokens: int) -> None:
     """Raises `Refusal` for settings that exclude each other, or ask for too much together."""
-    if texts * max_tokens > MAX_TOKENS_IN_ALL:
+    if num_sequences * max_tokens > MAX_TOKENS_IN_ALL:
         message = f"{texts} texts of {max_tokens:,} tokens are more than the {MAX_TOKENS_IN_ALL:,} of one request"
         raise Refusal(400, message, param="max_tokens")
     if best_of < n:
         raise Refusal(400, f"best_of: {best_of} texts cannot give the best {n}", param="best_of")
-    if asked.stream and best_of > n:
+    if body.stream and best_of > n:
         raise Refusal(400, "best_of: a stream cannot take back what it has shown; leave out stream", param="best_of")
-    if asked.stream_options is not None and not asked.stream:
+    if body.stream_options is not None and not body.stream:
         raise Refusal(400, "stream_options: only with stream", param="stream_options")
 
 
 @router.post("/v1/completions", responses=openapi.COMPLETION)
-async def completions(asked: CompletionRequest, request: Request, service: Served) -> Response:
+async def completions(body: CompletionRequest, request: Request, service: ServiceDep) -> Response:
     """Text that goes on from a prompt, a list of them, or token ids. It may run past the context length: the window slides."""
-    service.named(asked.model)
-    prompts, n = asked.prompts(), asked.n or 1
-    each = n if asked.best_of is None else asked.best_of
-    max_tokens = COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
-    checked(asked, n, each, len(prompts) * each, max_tokens)
-    if asked.suffix:
+    service.named(body.model)
+    prompts, n = body.prompts(), body.n or 1
+    samples_per_prompt = n if body.best_of is None else body.best_of
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    validate_request(body, n, samples_per_prompt, len(prompts) * samples_per_prompt, max_tokens)
+    if body.suffix:
         raise Refusal(400, "suffix: this model cannot write what stands before a text", param="suffix")
-    with service.worker.enter(len(prompts) * each) as ticket:
+    with service.worker.enter(len(prompts) * samples_per_prompt) as handle:
         # The log-probability of what is drawn decides which texts are the best.
-        logprobs = 0 if asked.logprobs is None and each > n else asked.logprobs
-        sampling = asked.sampling(
-            service.model.tokenizer.vocab_size, stop=asked.stops, logprobs=logprobs, max_tokens=max_tokens,
-            prompt_logprobs=asked.logprobs if asked.echo else None,
+        logprobs = 0 if body.logprobs is None and samples_per_prompt > n else body.logprobs
+        sampling = body.sampling(
+            service.model.tokenizer.vocab_size, stop=body.stops, logprobs=logprobs, max_tokens=max_tokens,
+            prompt_logprobs=body.logprobs if body.echo else None,
         )  # fmt: skip
-        keep = asked.truncate_prompt_tokens
-        ids = [await service.prompt_ids(prompt, keep=keep) for prompt in prompts]
-        held = await service.constraints(asked.schema_of_answer(), len(ids) * each)
-        index = [None if asked.seed is None else i % each for i in range(len(held))]
-        asks = [Ask(ids[i // each], sampling, index[i], held[i]) for i in range(len(held))]
-        echoes = []
-        if asked.echo:
+        truncate_to = body.truncate_prompt_tokens
+        ids = [await service.prompt_ids(prompt, keep=truncate_to) for prompt in prompts]
+        constraints = await service.constraints(body.schema_of_answer(), len(ids) * samples_per_prompt)
+        index = [None if body.seed is None else i % samples_per_prompt for i in range(len(constraints))]
+        generation_requests = [
+            GenerationRequest(ids[i // samples_per_prompt], sampling, index[i], constraints[i])
+            for i in range(len(constraints))
+        ]
+        echoed_prompts = []
+        if body.echo:
             decode = service.model.tokenizer.decode
-            said = [p if isinstance(p, str) and keep is None else decode(i) for p, i in zip(prompts, ids, strict=True)]
-            echoes = [said[i // each] for i in range(len(held))]
-        form = Form(service.words, service.chat.ends, asked.logprobs, echoes)
-        writing = Writing(ticket, asks, form, service.name, prompts=len(ids), choices=n, more={})
-        return await writing.respond(asked, request.receive, {})
+            prompt_texts = [
+                p if isinstance(p, str) and truncate_to is None else decode(i)
+                for p, i in zip(prompts, ids, strict=True)
+            ]
+            echoed_prompts = [prompt_texts[i // samples_per_prompt] for i in range(len(constraints))]
+        formatter = CompletionFormatter(service.words, service.chat.ends, body.logprobs, echoed_prompts)
+        writer = ResponseWriter(
+            handle, generation_requests, formatter, service.name, num_prompts=len(ids), num_choices=n, extra_fields={}
+        )
+        return await writer.respond(body, request.receive, {})
 
 
 @router.post("/v1/chat/completions", responses=openapi.CHAT)
-async def chat(asked: ChatRequest, request: Request, service: Served) -> Response:
+async def chat(body: ChatRequest, request: Request, service: ServiceDep) -> Response:
     """An assistant's answer to a conversation. A model that has learned none is shown a plain dialogue, and the field
     `nextword.chat_template` and a header say so. No answer slides out of the context: it is as long as there is room."""
-    service.named(asked.model)
-    n = asked.n or 1
-    wanted = asked.max_completion_tokens if asked.max_completion_tokens is not None else asked.max_tokens
-    wanted = service.context_length if wanted is None else min(wanted, service.context_length)
-    checked(asked, n, n, n, wanted)
-    if asked.top_logprobs is not None and not asked.logprobs:
+    service.named(body.model)
+    n = body.n or 1
+    requested_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    requested_tokens = (
+        service.context_length if requested_tokens is None else min(requested_tokens, service.context_length)
+    )
+    validate_request(body, n, n, n, requested_tokens)
+    if body.top_logprobs is not None and not body.logprobs:
         raise Refusal(400, "top_logprobs: only with logprobs", param="top_logprobs")
-    with service.worker.enter(n) as ticket:
-        ids = service.fitting(await service.chat.encode(asked.conversation()), "messages")
-        room = max(1, service.context_length - len(ids))
-        logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-        sampling = asked.sampling(
-            service.model.tokenizer.vocab_size, stop=(*asked.stops, *service.chat.stops), logprobs=logprobs,
-            max_tokens=min(room, wanted),
+    with service.worker.enter(n) as handle:
+        ids = service.fitting(await service.chat.encode(body.conversation()), "messages")
+        available_tokens = max(1, service.context_length - len(ids))
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        sampling = body.sampling(
+            service.model.tokenizer.vocab_size, stop=(*body.stops, *service.chat.stops), logprobs=logprobs,
+            max_tokens=min(available_tokens, requested_tokens),
         )  # fmt: skip
-        held = await service.constraints(asked.schema_of_answer(), n)
-        asks = [Ask(ids, sampling, None if asked.seed is None else i, held[i]) for i in range(n)]
-        form = ChatForm(service.words, service.chat.ends, logprobs)
-        more = {"nextword": {"chat_template": service.chat.name}}
-        writing = Writing(ticket, asks, form, service.name, prompts=1, choices=n, more=more)
-        return await writing.respond(asked, request.receive, {TEMPLATE_HEADER: service.chat.name})
+        constraints = await service.constraints(body.schema_of_answer(), n)
+        generation_requests = [
+            GenerationRequest(ids, sampling, None if body.seed is None else i, constraints[i]) for i in range(n)
+        ]
+        formatter = ChatCompletionFormatter(service.words, service.chat.ends, logprobs)
+        extra_fields = {"nextword": {"chat_template": service.chat.name}}
+        writer = ResponseWriter(
+            handle,
+            generation_requests,
+            formatter,
+            service.name,
+            num_prompts=1,
+            num_choices=n,
+            extra_fields=extra_fields,
+        )
+        return await writer.respond(body, request.receive, {CHAT_TEMPLATE_HEADER: service.chat.name})
 
 
 @router.get("/v1/models", responses=openapi.MODELS)
-async def models(service: Served) -> Response:
+async def models(service: ServiceDep) -> Response:
     """The one model that is served, and what it can."""
     service.ready()
     return JSON({"object": "list", "data": [service.facts()]})
 
 
 @router.get("/v1/models/{name:path}", responses=openapi.MODEL)
-async def model(name: str, service: Served) -> Response:
+async def model(name: str, service: ServiceDep) -> Response:
     """The same, by its name."""
     service.named(name)
     return JSON(service.facts())
 
 
 @router.post("/v1/embeddings", responses=openapi.EMBEDDINGS)
-async def embeddings(asked: EmbeddingRequest, request: Request, service: Served) -> Response:
+async def embeddings(body: EmbeddingRequest, request: Request, service: ServiceDep) -> Response:
     """A vector for each text: the mean of the model's final hidden states over its tokens, scaled to length 1."""
-    service.named(asked.model)
-    width = service.model.gpt.config.d_model
-    if asked.dimensions not in (None, width):
+    service.named(body.model)
+    embedding_dim = service.model.gpt.config.d_model
+    if body.dimensions not in (None, embedding_dim):
         raise Refusal(400, f"dimensions: this model's vectors have {width}, no fewer and no more", param="dimensions")
-    if "" in asked.inputs():
+    if "" in body.inputs():
         raise Refusal(400, "input: an empty text has no vector", param="input")
     data: list[dict[str, Any]] = []
     tokens = 0
-    ticket = service.worker.enter(1)
-    async with watching(request.receive, ticket):
-        for index, prompt in enumerate(asked.inputs()):
+    handle = service.worker.enter(1)
+    async with cancel_on_disconnect(request.receive, handle):
+        for index, prompt in enumerate(body.inputs()):
             ids = await service.prompt_ids(prompt, "input")
-            ticket.check()
+            handle.check()
             vector = await service.embed(ids)
             tokens += len(ids)
             packed = base64.b64encode(struct.pack(f"<{width}f", *vector)).decode()
-            told = packed if asked.encoding_format == "base64" else vector
-            data.append({"object": "embedding", "index": index, "embedding": told})
+            encoded = packed if body.encoding_format == "base64" else vector
+            data.append({"object": "embedding", "index": index, "embedding": encoded})
     service.metrics.prompt_tokens.add(tokens)
-    more = {"pooling": "mean of the final hidden states", "normalised": True}
-    return JSON({"object": "list", "data": data, "model": service.name, "usage": usage_of(tokens, 0), "nextword": more})
+    extra_fields = {"pooling": "mean of the final hidden states", "normalised": True}
+    return JSON(
+        {
+            "object": "list",
+            "data": data,
+            "model": service.name,
+            "usage": make_usage(tokens, 0),
+            "nextword": extra_fields,
+        }
+    )
 
 
 @router.post("/v1/classify", responses=openapi.CLASSES)
-async def classify(asked: ClassifyRequest, request: Request, service: Served) -> Response:
+async def classify(body: ClassifyRequest, request: Request, service: ServiceDep) -> Response:
     """What a fine-tuned model says of each text: `label`, `labels` or `score`, and `probabilities`."""
-    service.named(asked.model)
+    service.named(body.model)
     data = []
-    ticket = service.worker.enter(1)
-    async with watching(request.receive, ticket):
-        for index, texts in enumerate(asked.examples()):
-            ticket.check()
+    handle = service.worker.enter(1)
+    async with cancel_on_disconnect(request.receive, handle):
+        for index, texts in enumerate(body.examples()):
+            handle.check()
             data.append({"index": index, **await service.classify(texts, index)})
     return JSON({"object": "list", "data": data, "model": service.name})
 
 
 @router.post("/tokenize", responses=openapi.TOKENS)
-async def tokenize(asked: TokenizeRequest, service: Served) -> Response:
+async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
     """The ids of a text, or of a conversation. Markers in a text are text; a prompt that is nothing but a marker is asked for
     its id (so lm-eval learns which one ends a text)."""
     service.ready()
     tokenizer = service.model.tokenizer
-    if (asked.prompt is None) == (asked.messages is None):
+    if (body.prompt is None) == (body.messages is None):
         raise Refusal(400, "say either prompt or messages", param="prompt")
-    if asked.messages is not None:
-        ids = await service.chat.encode([message.to_dict(i) for i, message in enumerate(asked.messages)])
-    elif asked.prompt in tokenizer.markers:
-        ids = [tokenizer.markers[asked.prompt]]
+    if body.messages is not None:
+        ids = await service.chat.encode([message.to_dict(i) for i, message in enumerate(body.messages)])
+    elif body.prompt in tokenizer.markers:
+        ids = [tokenizer.markers[body.prompt]]
     else:
-        ids = await service.text_ids(asked.prompt or "")
-        if tokenizer.begin_of_text is not None and asked.add_special_tokens is not False:
+        ids = await service.text_ids(body.prompt or "")
+        if tokenizer.begin_of_text is not None and body.add_special_tokens is not False:
             ids = [tokenizer.begin_of_text, *ids]
-    strings = [service.words.text(id) for id in ids] if asked.return_token_strs else None
+    strings = [service.words.text(id) for id in ids] if body.return_token_strs else None
     return JSON({"count": len(ids), "max_model_len": service.context_length, "tokens": ids, "token_strs": strings})
 
 
 @router.post("/detokenize", responses=openapi.PROMPT)
-async def detokenize(asked: DetokenizeRequest, service: Served) -> Response:
+async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Response:
     """The text of ids, special tokens left out."""
     service.ready()
     tokenizer = service.model.tokenizer
-    if asked.tokens and (largest := max(asked.tokens)) >= tokenizer.vocab_size:
+    if body.tokens and (largest := max(body.tokens)) >= tokenizer.vocab_size:
         raise Refusal(400, f"tokens: {largest} is no token id; there are {tokenizer.vocab_size}", param="tokens")
-    return JSON({"prompt": tokenizer.decode(asked.tokens)})
+    return JSON({"prompt": tokenizer.decode(body.tokens)})
 
 
 @router.get("/tokenizer_info", responses=openapi.TOKENIZER)
-async def tokenizer_info(service: Served) -> Response:
+async def tokenizer_info(service: ServiceDep) -> Response:
     """What lm-eval's remote tokenizer asks for, as vLLM gives it: the tokenizer's configuration and its special tokens."""
     service.ready()
     tokenizer = service.model.tokenizer
@@ -214,13 +242,13 @@ async def tokenizer_info(service: Served) -> Response:
 
 
 @router.get("/health", responses=openapi.HEALTH)
-async def health(service: Served) -> Response:
+async def health(service: ServiceDep) -> Response:
     """200 while requests are let in, else 503."""
     state = service.worker.state
     return JSON({"status": state, "model": service.name}, 200 if state == "ready" else 503)
 
 
 @router.get("/metrics", response_class=PlainTextResponse, responses=openapi.METRICS)
-async def metrics(service: Served) -> Response:
+async def metrics(service: ServiceDep) -> Response:
     """Counters for Prometheus."""
     return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

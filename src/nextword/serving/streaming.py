@@ -8,36 +8,36 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from nextword.serving.engine_worker import Ask, Left, Ticket
+from nextword.serving.engine_worker import ClientDisconnected, GenerationRequest, RequestHandle
 from nextword.serving.protocol import JSON, Generation, Refusal, refused, to_bytes
-from nextword.serving.responses import Entry, Form, Text, usage_of
+from nextword.serving.responses import ChoiceState, CompletionFormatter, LogprobEntry, make_usage
 
-STALL = 60.0  # seconds that a client may take to read what the connection has room for
+SEND_TIMEOUT = 60.0  # seconds that a client may take to read what the connection has room for
 
 
 @contextlib.asynccontextmanager
-async def watching(receive: Receive, ticket: Ticket) -> AsyncIterator[None]:
+async def cancel_on_disconnect(receive: Receive, handle: RequestHandle) -> AsyncIterator[None]:
     """End a request's work as soon as its client leaves, and in any case at the end of the block.
 
     FastAPI does not: a handler that does not stream runs on for nobody.
     """
 
-    async def watch() -> None:
+    async def wait_for_disconnect() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        if ticket.unfinished:
-            ticket.worker.metrics.left.add()
-        ticket.end(Left())
+        if handle.num_unfinished:
+            handle.worker.metrics.left.add()
+        handle.abort(ClientDisconnected())
 
-    task = asyncio.create_task(watch())
+    task = asyncio.create_task(wait_for_disconnect())
     try:
         yield
     finally:
         task.cancel()
-        ticket.leave()
+        handle.release()
 
 
-class Writing:
+class ResponseWriter:
     """The texts of one request.
 
     Args:
@@ -47,78 +47,88 @@ class Writing:
     """
 
     def __init__(
-        self, ticket: Ticket, asks: Sequence[Ask], form: Form, model: str, *, prompts: int, choices: int,
-        more: dict[str, Any],
+        self, handle: RequestHandle, requests: Sequence[GenerationRequest], formatter: CompletionFormatter, model: str, *, num_prompts: int, num_choices: int,
+        extra_fields: dict[str, Any],
     ):  # fmt: skip
-        self.ticket, self.asks, self.form, self.choices, self.more = ticket, list(asks), form, choices, more
-        self.heading = form.heading(model)
-        self.texts = [Text(form.words, form.ends) for _ in asks]
-        self.each = len(self.asks) // prompts
-        self.prompt_tokens = sum(len(ask.prompt) for ask in self.asks[:: self.each])
+        self.handle, self.requests, self.formatter, self.num_choices, self.extra_fields = (
+            handle,
+            list(requests),
+            formatter,
+            num_choices,
+            extra_fields,
+        )
+        self.common_fields = formatter.common_fields(model)
+        self.choice_states = [ChoiceState(formatter.token_text, formatter.stop_token_ids) for _ in requests]
+        self.samples_per_prompt = len(self.requests) // num_prompts
+        self.prompt_tokens = sum(len(ask.prompt) for ask in self.requests[:: self.samples_per_prompt])
 
     @property
     def usage(self) -> dict[str, int]:
-        return usage_of(self.prompt_tokens, sum(text.tokens for text in self.texts))
+        return make_usage(self.prompt_tokens, sum(text.num_tokens for text in self.choice_states))
 
-    async def parts(self) -> AsyncIterator[tuple[int, str, list[Entry]]]:
+    async def iter_deltas(self) -> AsyncIterator[tuple[int, str, list[LogprobEntry]]]:
         """What can be shown, as it comes: the number of the text, and what is new of it. Raises as `Ticket` and `Text` do."""
-        self.ticket.begin(self.asks)
-        async for number, event in self.ticket:
-            text = self.texts[number]
-            before = [] if event.prompt is None else text.prompt(self.asks[number].prompt, event.prompt)
-            new, entries = text.push(event)
-            yield number, new, before + entries
+        self.handle.submit(self.requests)
+        async for number, event in self.handle:
+            text = self.choice_states[number]
+            prompt_entries = [] if event.prompt is None else text.add_prompt(self.requests[number].prompt, event.prompt)
+            delta, entries = text.process_event(event)
+            yield number, delta, prompt_entries + entries
 
-    async def whole(self) -> dict[str, Any]:
+    async def complete_response(self) -> dict[str, Any]:
         """All of it, in one object."""
-        said: list[list[str]] = [[] for _ in self.asks]
-        entries: list[list[Entry]] = [[] for _ in self.asks]
-        async for number, new, more in self.parts():
-            said[number].append(new)
+        deltas: list[list[str]] = [[] for _ in self.requests]
+        entries: list[list[LogprobEntry]] = [[] for _ in self.requests]
+        async for number, new, more in self.iter_deltas():
+            deltas[number].append(new)
             entries[number] += more
-        told = []
-        for first in range(0, len(self.asks), self.each):
-            numbers = range(first, first + self.each)
-            if self.each > self.choices:
-                numbers = sorted(numbers, key=lambda number: -self.texts[number].mean_logprob)[: self.choices]
-            told += numbers
+        selected = []
+        for first in range(0, len(self.requests), self.samples_per_prompt):
+            numbers = range(first, first + self.samples_per_prompt)
+            if self.samples_per_prompt > self.num_choices:
+                numbers = sorted(numbers, key=lambda number: -self.choice_states[number].mean_logprob)[
+                    : self.num_choices
+                ]
+            selected += numbers
         choices = [
-            self.form.whole(index, number, "".join(said[number]), entries[number], self.texts[number].finish_reason)
-            for index, number in enumerate(told)
+            self.formatter.format_choice(
+                index, number, "".join(deltas[number]), entries[number], self.choice_states[number].finish_reason
+            )
+            for index, number in enumerate(selected)
         ]
-        return {**self.heading, "choices": choices, "usage": self.usage, **self.more}
+        return {**self.common_fields, "choices": choices, "usage": self.usage, **self.extra_fields}
 
-    async def chunks(self, with_usage: bool) -> AsyncGenerator[dict[str, Any]]:
+    async def iter_chunks(self, include_usage: bool) -> AsyncGenerator[dict[str, Any]]:
         """The objects of a stream. Where usage is asked for, each has the field, and the last one its value."""
-        heading = {**self.heading, "object": self.form.chunk}
-        usage: dict[str, Any] = {"usage": None} if with_usage else {}
+        common_fields = {**self.common_fields, "object": self.formatter.chunk_object_type}
+        usage: dict[str, Any] = {"usage": None} if include_usage else {}
 
-        def one(choice: dict[str, Any]) -> dict[str, Any]:
-            return {**heading, "choices": [choice], **usage, **self.more}
+        def make_chunk(choice: dict[str, Any]) -> dict[str, Any]:
+            return {**common_fields, "choices": [choice], **usage, **self.extra_fields}
 
-        begun: set[int] = set()
-        async for number, new, entries in self.parts():
-            if number not in begun and (first := self.form.first(number)):
-                yield one(first)
-            begun.add(number)
-            reason = self.texts[number].finish_reason
-            if self.form.ends_apart and reason and (new or entries):
-                yield one(self.form.part(number, new, entries))
+        started: set[int] = set()
+        async for number, new, entries in self.iter_deltas():
+            if number not in started and (first := self.formatter.format_first_chunk(number)):
+                yield make_chunk(first)
+            started.add(number)
+            reason = self.choice_states[number].finish_reason
+            if self.formatter.separate_finish_chunk and reason and (new or entries):
+                yield make_chunk(self.formatter.format_chunk(number, new, entries))
                 new, entries = "", []
             if new or entries or reason:
-                yield one(self.form.part(number, new, entries, reason))
-        if with_usage:
-            yield {**heading, "choices": [], "usage": self.usage, **self.more}
+                yield make_chunk(self.formatter.format_chunk(number, new, entries, reason))
+        if include_usage:
+            yield {**common_fields, "choices": [], "usage": self.usage, **self.extra_fields}
 
-    async def respond(self, asked: Generation, receive: Receive, headers: dict[str, str]) -> Response:
+    async def respond(self, request: Generation, receive: Receive, headers: dict[str, str]) -> Response:
         """The answer, whole or as a stream. Raises as `parts` does, a stream only when it is sent."""
-        if asked.stream:
-            return Stream(self, asked.include_usage, headers)
-        async with watching(receive, self.ticket):
-            return JSON(await self.whole(), headers=headers)
+        if request.stream:
+            return EventStreamResponse(self, request.include_usage, headers)
+        async with cancel_on_disconnect(receive, self.handle):
+            return JSON(await self.complete_response(), headers=headers)
 
 
-class Stream(Response):
+class EventStreamResponse(Response):
     """Server-sent events. What goes wrong before the first has a status of its own; later it is the last event.
 
     A client that reads slowly holds up nobody: the engine goes on, and what it writes waits in the ticket's queue.
@@ -126,39 +136,39 @@ class Stream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, writing: Writing, with_usage: bool, headers: dict[str, str]):
+    def __init__(self, writer: ResponseWriter, include_usage: bool, headers: dict[str, str]):
         super().__init__(headers={**headers, "Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self.writing, self.with_usage = writing, with_usage
+        self.writer, self.include_usage = writer, include_usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def put(body: bytes, more: bool = True) -> None:
-            async with asyncio.timeout(STALL):
+        async def send_body(body: bytes, more: bool = True) -> None:
+            async with asyncio.timeout(SEND_TIMEOUT):
                 await send({"type": "http.response.body", "body": body, "more_body": more})
 
         async with (
-            watching(receive, self.writing.ticket),
-            contextlib.aclosing(self.writing.chunks(self.with_usage)) as chunks,
+            cancel_on_disconnect(receive, self.writer.handle),
+            contextlib.aclosing(self.writer.iter_chunks(self.include_usage)) as chunks,
         ):
             try:
                 first = await anext(chunks)
             except Refusal as refusal:
                 await refused(refusal)(scope, receive, send)
                 return
-            except Left:
+            except ClientDisconnected:
                 return
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
-                await put(event(first))
+                await send_body(format_sse(first))
                 async for chunk in chunks:
-                    await put(event(chunk))
-                await put(b"data: [DONE]\n\n", more=False)
+                    await send_body(format_sse(chunk))
+                await send_body(b"data: [DONE]\n\n", more=False)
             except Refusal as refusal:
-                await put(event(refusal.body), more=False)
-            except (Left, TimeoutError):
+                await send_body(format_sse(refusal.body), more=False)
+            except (ClientDisconnected, TimeoutError):
                 # Nobody reads. An answer that is not ended makes uvicorn close the connection, where it is still there.
                 return
 
 
-def event(value: dict[str, Any]) -> bytes:
+def format_sse(value: dict[str, Any]) -> bytes:
     return b"data: " + to_bytes(value) + b"\n\n"

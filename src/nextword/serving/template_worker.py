@@ -16,12 +16,12 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS = 2.0
-MEMORY = 256 * 2**20  # bytes of address space
-LONGEST = 2**21  # characters of what is rendered
+RENDER_TIMEOUT = 2.0
+MAX_MEMORY_BYTES = 256 * 2**20  # bytes of address space
+MAX_OUTPUT_CHARS = 2**21  # characters of what is rendered
 
 
-class Generation(Extension):
+class GenerationExtension(Extension):
     """{% generation %} … {% endgeneration %}, which templates put around what is learned; here it is only its content."""
 
     tags = {"generation"}  # noqa: RUF012  # as Jinja has it
@@ -31,50 +31,52 @@ class Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def refuse(message: str) -> NoReturn:
+def raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def environment() -> ImmutableSandboxedEnvironment:
+def create_environment() -> ImmutableSandboxedEnvironment:
     """As the templates of Hugging Face's models expect it."""
-    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    made.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    made.globals["raise_exception"] = refuse
-    made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return made
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationExtension, loopcontrols]
+    )
+    env.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    env.globals["raise_exception"] = raise_exception
+    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return env
 
 
-def bound() -> None:
+def set_resource_limits() -> None:
     if sys.platform != "win32":
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def watch(seconds: float) -> None:
+def set_timeout(seconds: float) -> None:
     """End this process after so many seconds, whatever it is at; 0 takes it back. Where the system has no such alarm, the
     parent's own patience is all there is."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
-def render(request: dict[str, Any]) -> dict[str, str]:
+def render_template(request: dict[str, Any]) -> dict[str, str]:
     try:
-        text = environment().from_string(request["template"]).render(**request["values"])
+        text = create_environment().from_string(request["template"]).render(**request["values"])
     except TemplateError as error:
         return {"error": f"the template says: {error}"}
     except Exception as error:  # a template can raise anything that Python can
         return {"error": f"{type(error).__name__}: {error}"}
-    return {"text": text} if len(text) <= LONGEST else {"error": f"more than {LONGEST:,} characters"}
+    return {"text": text} if len(text) <= MAX_OUTPUT_CHARS else {"error": f"more than {LONGEST:,} characters"}
 
 
 def main() -> None:
-    bound()
+    set_resource_limits()
     for line in sys.stdin:
-        watch(SECONDS)
-        answer = json.dumps(render(json.loads(line)))
-        watch(0)
+        set_timeout(RENDER_TIMEOUT)
+        answer = json.dumps(render_template(json.loads(line)))
+        set_timeout(0)
         print(answer, flush=True)
 
 

@@ -17,43 +17,47 @@ import numpy as np
 
 from nextword.common.errors import UsageError
 
-BLOCK = 256  # texts that Naive Bayes scores at once
-TIE = 1e-9  # cosines nearer than this are equal: rounding must not choose
+SCORING_BATCH_SIZE = 256  # texts that Naive Bayes scores at once
+TIE_TOLERANCE = 1e-9  # cosines nearer than this are equal: rounding must not choose
 # Words before a full stop that does not end a sentence; a single letter is one too, which covers "e.g." and "U.S.".
 ABBREVIATIONS = {"al", "cf", "dr", "eq", "eqs", "fig", "figs", "mr", "mrs", "ms", "prof", "resp", "sec", "st", "vs"}
-_END = re.compile(r"""(?<![.?!])(?P<sign>[.?!]++)["'”’»)\]]*+\s++(?=(?P<next>["'“‘«(\[]*+\w))""")
+_SENTENCE_END = re.compile(r"""(?<![.?!])(?P<sign>[.?!]++)["'”’»)\]]*+\s++(?=(?P<next>["'“‘«(\[]*+\w))""")
 
 T = TypeVar("T", bound=Hashable)
-Text = str | Sequence[str]  # one text, or several that belong together, such as premise and hypothesis
-Features = Callable[..., list[str]]
+TextInput = str | Sequence[str]  # one text, or several that belong together, such as premise and hypothesis
+FeatureExtractor = Callable[..., list[str]]
 
 
-def majority(train_labels: Sequence[T], n: int) -> list[T]:
+def majority(train_labels: Sequence[T], num_predictions: int) -> list[T]:
     """The most frequent training label, n times; of equally frequent ones the first met. Labels may be tuples.
 
     Raises:
         UsageError: no training labels.
     """
-    _same_length("label", train_labels)
-    return [Counter(train_labels).most_common(1)[0][0]] * n
+    _check_same_length("label", train_labels)
+    return [Counter(train_labels).most_common(1)[0][0]] * num_predictions
 
 
-def words(*texts: str) -> list[str]:
+def ngram_features(*texts: str) -> list[str]:
     """The features of an example: words and pairs of neighbouring words ("the", "film", "the film").
 
     With several texts each feature is marked with its side ("1:film", "2:the film"), and a word that all of them hold
     is a feature of its own ("=film").
     """
-    sides = [_tokens(text) for text in texts]
-    if len(sides) == 1:
-        return [*sides[0], *_pairs(sides[0])]
-    marked = [f"{i}:{word}" for i, side in enumerate(sides, 1) for word in (*side, *_pairs(side))]
-    rest = [set(side) for side in sides[1:]]
-    shared = [word for word in dict.fromkeys(sides[0]) if word[0].isalnum() and all(word in side for side in rest)]
-    return [*marked, *(f"={word}" for word in shared)]
+    tokens_per_text = [_tokenize(text) for text in texts]
+    if len(tokens_per_text) == 1:
+        return [*tokens_per_text[0], *_bigrams(tokens_per_text[0])]
+    prefixed_features = [
+        f"{i}:{word}" for i, side in enumerate(tokens_per_text, 1) for word in (*side, *_bigrams(side))
+    ]
+    rest = [set(side) for side in tokens_per_text[1:]]
+    shared = [
+        word for word in dict.fromkeys(tokens_per_text[0]) if word[0].isalnum() and all(word in side for side in rest)
+    ]
+    return [*prefixed_features, *(f"={word}" for word in shared)]
 
 
-def compared(premise: str, hypothesis: str) -> list[str]:
+def pair_features(premise: str, hypothesis: str) -> list[str]:
     """The features of a pair whose second text is judged by the first: the words of the second, told apart by whether
     the first holds them ("=film") or not ("-film").
 
@@ -61,8 +65,8 @@ def compared(premise: str, hypothesis: str) -> list[str]:
     that they say less about the label than which labels were already given (compare the hypothesis-only baseline of
     Gururangan et al. 2018).
     """
-    held = set(_tokens(premise))
-    return [f"{'=' if word in held else '-'}{word}" for word in _tokens(hypothesis)]
+    premise_tokens = set(_tokenize(premise))
+    return [f"{'=' if word in held else '-'}{word}" for word in _tokenize(hypothesis)]
 
 
 class NaiveBayes:
@@ -75,78 +79,87 @@ class NaiveBayes:
     Source: McCallum and Nigam (1998), section 2, "Multinomial model"; word pairs after Wang and Manning (2012).
     """
 
-    def __init__(self, texts: Sequence[Text], labels: Sequence[str], features: Features = words):
+    def __init__(
+        self, texts: Sequence[TextInput], labels: Sequence[str], feature_extractor: FeatureExtractor = ngram_features
+    ):
         """`texts`: strings, or tuples of strings for pairs of texts; `labels`: one a text; `features`: what a text, or
         the texts of a tuple, give: `words`, or `compared` for premise and hypothesis.
 
         Raises:
             UsageError: no texts, or not as many labels as texts.
         """
-        _same_length("text", texts, labels)
+        _check_same_length("text", texts, labels)
         self.labels = sorted(set(labels))
-        self._index: dict[str, int] = {}
-        self._features = features
-        rows, ids = _encode(texts, self._index, features, grow=True)
-        place = {label: i for i, label in enumerate(self.labels)}
-        targets = np.array([place[label] for label in labels])
-        self._counts = _Counts(rows, ids, targets, len(self.labels), len(self._index))
+        self._vocabulary: dict[str, int] = {}
+        self._feature_extractor = feature_extractor
+        rows, ids = _encode_features(texts, self._vocabulary, feature_extractor, update_vocabulary=True)
+        label_to_id = {label: i for i, label in enumerate(self.labels)}
+        targets = np.array([label_to_id[label] for label in labels])
+        self._log_counts = _SparseLogCounts(rows, ids, targets, len(self.labels), len(self._vocabulary))
 
-    def predict(self, texts: Sequence[Text]) -> list[str]:
+    def predict(self, texts: Sequence[TextInput]) -> list[str]:
         """The label of each text."""
         return [
             self.labels[best]
-            for start in range(0, len(texts), BLOCK)
-            for best in self._scores(texts[start : start + BLOCK]).argmax(1)
+            for start in range(0, len(texts), SCORING_BATCH_SIZE)
+            for best in self._log_joint(texts[start : start + SCORING_BATCH_SIZE]).argmax(1)
         ]
 
-    def _scores(self, texts: Sequence[Text]) -> np.ndarray:
-        return self._counts.scores(*_encode(texts, self._index, self._features), len(texts))
+    def _log_joint(self, texts: Sequence[TextInput]) -> np.ndarray:
+        return self._log_counts.log_joint(
+            *_encode_features(texts, self._vocabulary, self._feature_extractor), len(texts)
+        )
 
 
-def naive_bayes_several(
-    texts: Sequence[Text], labels: Sequence[Collection[str]], inputs: Sequence[Text]
+def naive_bayes_multilabel(
+    train_texts: Sequence[TextInput], train_labels: Sequence[Collection[str]], test_texts: Sequence[TextInput]
 ) -> list[tuple[str, ...]]:
     """Several labels at once: one yes-or-no Naive Bayes for each label that occurs. Labels of each input, in order.
 
     Raises:
         UsageError: no texts, or not as many sets of labels as texts.
     """
-    _same_length("text", texts, labels)
-    index: dict[str, int] = {}
-    rows, ids = _encode(texts, index, grow=True)
-    names = sorted({label for several in labels for label in several})
+    _check_same_length("text", train_texts, train_labels)
+    vocabulary: dict[str, int] = {}
+    rows, ids = _encode_features(train_texts, vocabulary, update_vocabulary=True)
+    names = sorted({label for several in train_labels for label in several})
     models = [
-        _Counts(rows, ids, np.array([int(name in several) for several in labels]), 2, len(index)) for name in names
+        _SparseLogCounts(rows, ids, np.array([int(name in several) for several in train_labels]), 2, len(vocabulary))
+        for name in names
     ]
-    found: list[tuple[str, ...]] = []
-    for start in range(0, len(inputs), BLOCK):
-        block = inputs[start : start + BLOCK]
-        rows, ids = _encode(block, index)
-        yes = [model.scores(rows, ids, len(block)).argmax(1) for model in models]
-        found += [tuple(name for name, one in zip(names, yes, strict=True) if one[i]) for i in range(len(block))]
-    return found
+    predictions: list[tuple[str, ...]] = []
+    for start in range(0, len(test_texts), SCORING_BATCH_SIZE):
+        block = test_texts[start : start + SCORING_BATCH_SIZE]
+        rows, ids = _encode_features(block, vocabulary)
+        decisions = [model.log_joint(rows, ids, len(block)).argmax(1) for model in models]
+        predictions += [
+            tuple(name for name, one in zip(names, decisions, strict=True) if one[i]) for i in range(len(block))
+        ]
+    return predictions
 
 
-def overlap(pairs: Sequence[tuple[str, str]]) -> list[float]:
+def tfidf_similarity(pairs: Sequence[tuple[str, str]]) -> list[float]:
     """How alike two sentences are: the cosine of their tf-idf words, 0 to 1. An empty sentence is like nothing: 0.
 
     idf(w) = ln((1 + n) / (1 + df_w)) + 1, over the 2 × len(pairs) sentences given.
     """
     if not pairs:
         return []
-    index: dict[str, int] = {}
-    rows, ids = _flat([_tokens(text) for pair in pairs for text in pair], index, grow=True)
-    rows, ids, weights, _ = _tf_idf(rows, ids, 2 * len(pairs), len(index))
-    keys = (rows // 2) * max(1, len(index)) + ids
+    vocabulary: dict[str, int] = {}
+    rows, ids = _flatten_features(
+        [_tokenize(text) for pair in pairs for text in pair], vocabulary, update_vocabulary=True
+    )
+    rows, ids, weights, _ = _tf_idf(rows, ids, 2 * len(pairs), len(vocabulary))
+    keys = (rows // 2) * max(1, len(vocabulary)) + ids
     left = rows % 2 == 0
     shared, first, second = np.intersect1d(keys[left], keys[~left], assume_unique=True, return_indices=True)
     cosines = np.bincount(
-        shared // max(1, len(index)), weights[left][first] * weights[~left][second], minlength=len(pairs)
+        shared // max(1, len(vocabulary)), weights[left][first] * weights[~left][second], minlength=len(pairs)
     )
     return [min(1.0, float(x)) for x in cosines]
 
 
-def overlap_choice(questions: Sequence[str], choices: Sequence[Sequence[str]]) -> list[int]:
+def most_similar_choice(questions: Sequence[str], choices: Sequence[Sequence[str]]) -> list[int]:
     """For each question the choice (from 0) that shares most with it: the greatest cosine of their tf-idf words.
 
     idf(w) = ln((1 + n) / (1 + df_w)) over the n questions and choices given; a word counts once a text. Ties go to the
@@ -157,27 +170,30 @@ def overlap_choice(questions: Sequence[str], choices: Sequence[Sequence[str]]) -
     """
     if not questions:
         return []
-    _same_length("question", questions, choices)
-    asked = [set(_tokens(question)) for question in questions]
-    offered = [[set(_tokens(choice)) for choice in several] for several in choices]
-    frequency = Counter(word for one in (*asked, *itertools.chain(*offered)) for word in one)
-    n = len(asked) + sum(map(len, offered))
-    weight = {word: math.log((1 + n) / (1 + found)) ** 2 for word, found in frequency.items()}
+    _check_same_length("question", questions, choices)
+    question_words = [set(_tokenize(question)) for question in questions]
+    choice_words = [[set(_tokenize(choice)) for choice in several] for several in choices]
+    document_frequency = Counter(word for one in (*question_words, *itertools.chain(*choice_words)) for word in one)
+    n = len(question_words) + sum(map(len, choice_words))
+    squared_idf = {word: math.log((1 + n) / (1 + found)) ** 2 for word, found in document_frequency.items()}
     answers = []
-    for i, (question, several) in enumerate(zip(asked, offered, strict=True)):
+    for i, (question, several) in enumerate(zip(question_words, choice_words, strict=True)):
         if not several:
             raise UsageError(f"question {i + 1} has no choices: give two or more")
-        ranked = [(_share(question, one, weight), len(text)) for one, text in zip(several, choices[i], strict=True)]
+        ranked = [
+            (_scaled_cosine(question, one, squared_idf), len(text))
+            for one, text in zip(several, choices[i], strict=True)
+        ]
         answers.append(ranked.index(max(ranked)))
     return answers
 
 
-def copying(sources: Sequence[str]) -> list[str]:
+def copy_source(sources: Sequence[str]) -> list[str]:
     """Each source as it is."""
     return list(sources)
 
 
-def first_sentence(texts: Sequence[str], count: int = 1) -> list[str]:
+def lead_sentences(texts: Sequence[str], count: int = 1) -> list[str]:
     """The first `count` sentences of each text, without the white space around them.
 
     A sentence ends at a full stop, question mark or exclamation mark, closing quotes and brackets after it included,
@@ -189,10 +205,12 @@ def first_sentence(texts: Sequence[str], count: int = 1) -> list[str]:
     """
     if count < 1:
         raise UsageError(f"{count} sentences cannot be taken: ask for one or more")
-    return [_first(text.strip(), count) for text in texts]
+    return [_first_sentences(text.strip(), count) for text in texts]
 
 
-def nearest(train_sources: Sequence[str], train_targets: Sequence[str], sources: Sequence[str]) -> list[str]:
+def nearest_neighbor_targets(
+    train_sources: Sequence[str], train_targets: Sequence[str], sources: Sequence[str]
+) -> list[str]:
     """For each source the target of the training source that is nearest to it: the greatest cosine of tf-idf `words`.
 
     idf(f) = ln((1 + n) / (1 + df_f)) + 1 over the training sources. Ties go to the first training source, which is
@@ -201,113 +219,127 @@ def nearest(train_sources: Sequence[str], train_targets: Sequence[str], sources:
     Raises:
         UsageError: no training sources, or not as many targets as sources.
     """
-    _same_length("training source", train_sources, train_targets)
-    n, index = len(train_sources), dict[str, int]()
-    rows, ids = _encode(train_sources, index, grow=True)
-    rows, ids, weights, idf = _tf_idf(rows, ids, n, len(index))
-    starts = np.searchsorted(ids, np.arange(len(index) + 1))  # the inverted index: feature → its training sources
-    found = []
+    _check_same_length("training source", train_sources, train_targets)
+    n, vocabulary = len(train_sources), dict[str, int]()
+    rows, ids = _encode_features(train_sources, vocabulary, update_vocabulary=True)
+    rows, ids, weights, idf = _tf_idf(rows, ids, n, len(vocabulary))
+    starts = np.searchsorted(ids, np.arange(len(vocabulary) + 1))  # the inverted index: feature → its training sources
+    predictions = []
     for source in sources:
-        seen, counts = np.unique(_encode([source], index)[1], return_counts=True)
-        entries, lengths = _entries(starts, seen)
-        cosines = np.bincount(rows[entries], weights[entries] * np.repeat(counts * idf[seen], lengths), minlength=n)
+        feature_ids, counts = np.unique(_encode_features([source], vocabulary)[1], return_counts=True)
+        entries, lengths = _sparse_entries(starts, feature_ids)
+        cosines = np.bincount(
+            rows[entries], weights[entries] * np.repeat(counts * idf[feature_ids], lengths), minlength=n
+        )
         scale = max(float(cosines.max()), 1e-300)  # the source's own length is left out: it changes no order
-        found.append(train_targets[int(np.argmax(cosines >= scale * (1 - TIE)))])
-    return found
+        predictions.append(train_targets[int(np.argmax(cosines >= scale * (1 - TIE_TOLERANCE)))])
+    return predictions
 
 
-class _Counts:
+class _SparseLogCounts:
     """Log counts of features by label, as a sparse table: log(N_yf + 1) is zero where feature and label never met."""
 
-    def __init__(self, rows: np.ndarray, ids: np.ndarray, targets: np.ndarray, n_labels: int, n_features: int):
+    def __init__(
+        self, rows: np.ndarray, feature_ids: np.ndarray, targets: np.ndarray, num_labels: int, num_features: int
+    ):
         """`rows`, `ids`: [tokens], the text and the feature of each; `targets`: [texts], the label of each."""
-        keys, counts = np.unique(ids * n_labels + targets[rows], return_counts=True)
-        self.n_labels = n_labels
-        self.of_label = keys % n_labels
-        self.values = np.log1p(counts)
-        self.starts = np.searchsorted(keys // n_labels, np.arange(n_features + 1))
+        keys, counts = np.unique(feature_ids * num_labels + targets[rows], return_counts=True)
+        self.num_labels = num_labels
+        self.label_ids = keys % num_labels
+        self.log_counts = np.log1p(counts)
+        self.feature_offsets = np.searchsorted(keys // num_labels, np.arange(num_features + 1))
         with np.errstate(divide="ignore"):  # a yes-or-no question that all answer alike: −∞ for the other answer
-            self.prior = np.log(np.bincount(targets, minlength=n_labels) / len(targets))
-        totals = np.bincount(targets[rows], minlength=n_labels)
-        self.normal = np.log(np.maximum(totals + n_features, 1))
+            self.log_prior = np.log(np.bincount(targets, minlength=num_labels) / len(targets))
+        totals = np.bincount(targets[rows], minlength=num_labels)
+        self.log_normalizer = np.log(np.maximum(totals + num_features, 1))
 
-    def scores(self, rows: np.ndarray, ids: np.ndarray, n: int) -> np.ndarray:
+    def log_joint(self, rows: np.ndarray, feature_ids: np.ndarray, num_texts: int) -> np.ndarray:
         """[n, labels]: the log joint probability of each text and label."""
-        entries, lengths = _entries(self.starts, ids)
-        cells = np.repeat(rows, lengths) * self.n_labels + self.of_label[entries]
-        sums = np.bincount(cells, self.values[entries], minlength=n * self.n_labels).reshape(n, self.n_labels)
-        return self.prior + sums - np.bincount(rows, minlength=n)[:, None] * self.normal
+        entries, lengths = _sparse_entries(self.feature_offsets, feature_ids)
+        cells = np.repeat(rows, lengths) * self.num_labels + self.label_ids[entries]
+        sums = np.bincount(cells, self.log_counts[entries], minlength=num_texts * self.num_labels).reshape(
+            num_texts, self.num_labels
+        )
+        return self.log_prior + sums - np.bincount(rows, minlength=num_texts)[:, None] * self.log_normalizer
 
 
 @functools.cache
-def _word() -> re.Pattern[str]:
+def _word_pattern() -> re.Pattern[str]:
     """What a word is. `\\w` alone would cut Indic and Arabic words at their combining marks."""
     marks = "".join(c for c in map(chr, range(0x300, 0x2100)) if unicodedata.category(c).startswith("M"))
     return re.compile(rf"[\w{marks}]+(?:['’][\w{marks}]+)*|[^\w\s{marks}]")
 
 
-def _tokens(text: str) -> list[str]:
-    return _word().findall(text.lower())
+def _tokenize(text: str) -> list[str]:
+    return _word_pattern().findall(text.lower())
 
 
-def _pairs(tokens: Sequence[str]) -> list[str]:
+def _bigrams(tokens: Sequence[str]) -> list[str]:
     return [f"{a} {b}" for a, b in itertools.pairwise(tokens)]
 
 
-def _encode(
-    texts: Iterable[Text], index: dict[str, int], features: Features = words, *, grow: bool = False
+def _encode_features(
+    texts: Iterable[TextInput],
+    vocabulary: dict[str, int],
+    feature_extractor: FeatureExtractor = ngram_features,
+    *,
+    update_vocabulary: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    return _flat((features(text) if isinstance(text, str) else features(*text) for text in texts), index, grow=grow)
+    return _flatten_features(
+        (feature_extractor(text) if isinstance(text, str) else feature_extractor(*text) for text in texts),
+        vocabulary,
+        update_vocabulary=update_vocabulary,
+    )
 
 
-def _flat(
-    documents: Iterable[Sequence[str]], index: dict[str, int], *, grow: bool = False
+def _flatten_features(
+    documents: Iterable[Sequence[str]], vocabulary: dict[str, int], *, update_vocabulary: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """[tokens] and [tokens]: the document and the id of each feature. What the index lacks is added or left out."""
     rows: list[int] = []
     ids: list[int] = []
     for row, features in enumerate(documents):
-        if grow:
-            found = [index.setdefault(feature, len(index)) for feature in features]
+        if update_vocabulary:
+            feature_ids = [vocabulary.setdefault(feature, len(vocabulary)) for feature in features]
         else:
-            found = [index[feature] for feature in features if feature in index]
-        ids += found
-        rows += [row] * len(found)
+            feature_ids = [vocabulary[feature] for feature in features if feature in vocabulary]
+        ids += feature_ids
+        rows += [row] * len(feature_ids)
     return np.array(rows, dtype=np.int64), np.array(ids, dtype=np.int64)
 
 
 def _tf_idf(
-    rows: np.ndarray, ids: np.ndarray, n: int, n_features: int
+    rows: np.ndarray, feature_ids: np.ndarray, num_documents: int, num_features: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Rows, ids and weights of the entries of an [n, features] table whose rows have length one, sorted by feature and
     then row; and the idf, [features]."""
-    keys, counts = np.unique(ids * n + rows, return_counts=True)
-    rows, ids = keys % n, keys // n
-    idf = np.log((1 + n) / (1 + np.bincount(ids, minlength=n_features))) + 1
-    weights = counts * idf[ids]
-    lengths = np.sqrt(np.bincount(rows, weights**2, minlength=n))
-    return rows, ids, weights / lengths[rows], idf
+    keys, counts = np.unique(feature_ids * num_documents + rows, return_counts=True)
+    rows, feature_ids = keys % num_documents, keys // num_documents
+    idf = np.log((1 + num_documents) / (1 + np.bincount(feature_ids, minlength=num_features))) + 1
+    weights = counts * idf[feature_ids]
+    lengths = np.sqrt(np.bincount(rows, weights**2, minlength=num_documents))
+    return rows, feature_ids, weights / lengths[rows], idf
 
 
-def _entries(starts: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _sparse_entries(offsets: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where the entries of each id lie in a table that is sorted by id, one after the other; and how many each has."""
-    lengths = starts[ids + 1] - starts[ids]
+    lengths = offsets[ids + 1] - offsets[ids]
     before = np.cumsum(lengths) - lengths
-    return np.repeat(starts[ids] - before, lengths) + np.arange(int(lengths.sum())), lengths
+    return np.repeat(offsets[ids] - before, lengths) + np.arange(int(lengths.sum())), lengths
 
 
-def _share(question: set[str], choice: set[str], weight: dict[str, float]) -> float:
+def _scaled_cosine(question: set[str], choice: set[str], squared_idf: dict[str, float]) -> float:
     """Their cosine, times the question's length, which is the same for all its choices."""
-    length = math.sqrt(math.fsum(weight[word] for word in choice))  # fsum: the same in whatever order a set comes
-    return math.fsum(weight[word] for word in question & choice) / length if length else 0.0
+    length = math.sqrt(math.fsum(squared_idf[word] for word in choice))  # fsum: the same in whatever order a set comes
+    return math.fsum(squared_idf[word] for word in question & choice) / length if length else 0.0
 
 
-def _first(text: str, count: int) -> str:
-    for end in _END.finditer(text):
+def _first_sentences(text: str, count: int) -> str:
+    for end in _SENTENCE_END.finditer(text):
         if not end["next"][-1].isupper():
             continue
         before = re.search(r"\w+$", text[max(0, end.start() - 8) : end.start()])  # no abbreviation is longer
-        if end["sign"] == "." and before and (_single(before[0]) or before[0].lower() in ABBREVIATIONS):
+        if end["sign"] == "." and before and (_is_single_letter(before[0]) or before[0].lower() in ABBREVIATIONS):
             continue
         count -= 1
         if count == 0:
@@ -315,11 +347,11 @@ def _first(text: str, count: int) -> str:
     return text
 
 
-def _single(word: str) -> bool:
+def _is_single_letter(word: str) -> bool:
     return len(word) == 1 and word.isalpha()
 
 
-def _same_length(what: str, first: Sequence[object], *others: Sequence[object]) -> None:
+def _check_same_length(item_name: str, first: Sequence[object], *others: Sequence[object]) -> None:
     if not first:
         raise UsageError(f"there is no {what} to learn from: give one or more")
     for other in others:

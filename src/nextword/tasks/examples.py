@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from nextword.common.errors import UsageError
-from nextword.data.decoding import Problems, suffixes
-from nextword.data.readers import TABLES, NoColumn, read_records
+from nextword.data.decoding import IssueLog, file_format
+from nextword.data.readers import TABLE_SUFFIXES, MissingColumnError, read_records
 from nextword.tasks.parsing import (
-    TEXTS,
-    Flaw,
-    Reading,
+    TEXT_FIELDS,
+    AnswerFormat,
     Row,
-    gold_of,
-    labels_are_scores,
-    labels_are_several,
-    number,
-    reading_of,
-    what_is_given,
+    RowError,
+    infer_answer_format,
+    is_multilabel_column,
+    is_score_column,
+    parse_float,
+    parse_inputs,
+    parse_targets,
 )
-from nextword.tasks.schema import GIVEN, GOLD, find_columns, guess_task, listed
+from nextword.tasks.schema import INPUT_ROLES, TARGET_ROLES, infer_task, join_names, resolve_columns
 
 __all__ = [
     "Example",
@@ -36,8 +36,8 @@ __all__ = [
     "read_examples",
 ]
 
-_PEEKED = 1000  # records of JSON whose columns are looked at before the columns are chosen
-_TEXTS = (".txt", ".md")
+_MAX_PEEKED_RECORDS = 1000  # records of JSON whose columns are looked at before the columns are chosen
+_TEXT_SUFFIXES = (".txt", ".md")
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Example:
 
 
 @dataclass
-class Examples:
+class ExampleSet:
     """Examples of one task, and the column that each role was read from.
 
     Give `columns` of the training data to `read_examples` for the validation data, and both are read alike.
@@ -76,10 +76,10 @@ class Examples:
 def read_examples(
     paths: Path | str | Iterable[Path | str],
     task: str | None,
-    problems: Problems,
+    problems: IssueLog,
     columns: Mapping[str, str] | None = None,
-    gold: bool = True,
-) -> Examples:
+    require_targets: bool = True,
+) -> ExampleSet:
     """The labelled examples in some files, or in those of a folder in the order of their names.
 
     Without a task it is guessed from the columns of the first file that has any. `columns` names columns by hand,
@@ -96,33 +96,33 @@ def read_examples(
     Bad rows go to `problems` and are left out. Raises `UsageError` for a missing path, and where the task or a column
     cannot be told; `MissingExtra` for a format without its package.
     """
-    files = _files([paths] if isinstance(paths, Path | str) else paths, problems)
-    first, names = _first_columns(files)
+    files = _resolve_files([paths] if isinstance(paths, Path | str) else paths, problems)
+    first, names = _peek_columns(files)
     if first is None:
-        task = task or _guess_without_columns(files)
+        task = task or _infer_task_without_columns(files)
         if task != "continue":
-            _say_why_there_is_nothing(files, problems)
-        return Examples(task, {}, [])
+            _report_empty_files(files, problems)
+        return ExampleSet(task, {}, [])
     try:
         others = [name for name in names if name not in (columns or {}).values()]
-        task = task or guess_task([*(columns or {}), *others])
-        mapping = find_columns(task, names, columns, gold)
+        task = task or infer_task([*(columns or {}), *others])
+        mapping = resolve_columns(task, names, columns, require_targets)
     except UsageError as error:
         raise UsageError(f"{first}: {error}") from error
     if task == "continue":
-        return Examples(task, mapping, [])
+        return ExampleSet(task, mapping, [])
     if unread := [name for name in names if name not in mapping.values()]:
-        problems.notice(first, None, "columns that are not read", listed(unread))
+        problems.info(first, None, "columns that are not read", join_names(unread))
     rows: list[Row] = []
     for path in files:
-        rows += _rows(path, task, mapping, gold, problems)
-    mapping = _settle_labels(task, mapping, rows)
-    reading = reading_of(rows) if task == "choose" else None
-    items = [item for row in rows if (item := _example(row, task, reading, gold, problems))]
-    return Examples(task, mapping, items)
+        rows += _iter_rows(path, task, mapping, require_targets, problems)
+    mapping = _resolve_label_role(task, mapping, rows)
+    answer_format = infer_answer_format(rows) if task == "choose" else None
+    items = [item for row in rows if (item := _parse_example(row, task, answer_format, require_targets, problems))]
+    return ExampleSet(task, mapping, items)
 
 
-def _files(paths: Iterable[Path | str], problems: Problems) -> list[Path]:
+def _resolve_files(paths: Iterable[Path | str], problems: IssueLog) -> list[Path]:
     """The files, and those of each folder that are tables (or texts, where it has no tables), in the order of names."""
     files: list[Path] = []
     for path in map(Path, paths):
@@ -131,17 +131,17 @@ def _files(paths: Iterable[Path | str], problems: Problems) -> list[Path]:
         if not path.is_dir():
             files.append(path)
             continue
-        inside = sorted((p for p in path.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
-        tables = [p for p in inside if suffixes(p)[0] in TABLES and p.is_file()]
-        taken = tables or [p for p in inside if suffixes(p)[0] in _TEXTS and p.is_file()]
-        if len(inside) > len(taken):
+        entries = sorted((p for p in path.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
+        tables = [p for p in entries if file_format(p)[0] in TABLE_SUFFIXES and p.is_file()]
+        selected = tables or [p for p in entries if file_format(p)[0] in _TEXT_SUFFIXES and p.is_file()]
+        if len(entries) > len(selected):
             what = "left out: what is no table in the folder, and the folders in it"
-            problems.notice(path, None, what, count=len(inside) - len(taken))
-        files += taken
+            problems.info(path, None, what, count=len(entries) - len(selected))
+        files += selected
     return files
 
 
-def _first_columns(files: Iterable[Path]) -> tuple[Path | None, list[str]]:
+def _peek_columns(files: Iterable[Path]) -> tuple[Path | None, list[str]]:
     """The first file that has columns, and they in order; None and [] where none has."""
     names: dict[str, None] = {}
 
@@ -150,24 +150,24 @@ def _first_columns(files: Iterable[Path]) -> tuple[Path | None, list[str]]:
         return []
 
     for path in files:
-        if suffixes(path)[0] in TABLES:
-            for _ in islice(read_records(path, Problems(), note), _PEEKED):
+        if file_format(path)[0] in TABLE_SUFFIXES:
+            for _ in islice(read_records(path, IssueLog(), note), _MAX_PEEKED_RECORDS):
                 pass  # what is wrong with the file is said when it is read for good
         if names:
             return path, list(names)
     return None, []
 
 
-def _guess_without_columns(files: Sequence[Path]) -> str:
+def _infer_task_without_columns(files: Sequence[Path]) -> str:
     """`continue` where there are texts alone. Raises `UsageError` with what is wrong with the tables else."""
-    if files and all(suffixes(path)[0] in _TEXTS for path in files):
+    if files and all(file_format(path)[0] in _TEXT_SUFFIXES for path in files):
         return "continue"
-    found = Problems()
-    _say_why_there_is_nothing(files, found)
-    raise UsageError("\n".join(["there are no examples and no texts to guess a task from", *found.lines()]))
+    problems = IssueLog()
+    _report_empty_files(files, problems)
+    raise UsageError("\n".join(["there are no examples and no texts to guess a task from", *problems.summary_lines()]))
 
 
-def _say_why_there_is_nothing(files: Iterable[Path], problems: Problems) -> None:
+def _report_empty_files(files: Iterable[Path], problems: IssueLog) -> None:
     for path in files:
         before = problems.total
         for _ in read_records(path, problems):
@@ -176,15 +176,17 @@ def _say_why_there_is_nothing(files: Iterable[Path], problems: Problems) -> None
             problems.add(path, None, "there is no example in the file")
 
 
-def _rows(path: Path, task: str, mapping: dict[str, str], gold: bool, problems: Problems) -> Iterator[Row]:
+def _iter_rows(
+    path: Path, task: str, mapping: dict[str, str], require_targets: bool, problems: IssueLog
+) -> Iterator[Row]:
     """The rows of one file, by role. A table, or a record, without a column that it needs is a problem."""
-    needed = GIVEN[task] + (GOLD[task] if gold else ())
+    required_roles = INPUT_ROLES[task] + (TARGET_ROLES[task] if require_targets else ())
 
     def choose(names: list[str]) -> list[str]:
-        for group in needed:
+        for group in required_roles:
             known = [mapping[role] for role in group if role in mapping]
             if not any(column in names for column in known):
-                raise NoColumn(f"no column {' or '.join(known)}", f"found {listed(names)}")
+                raise MissingColumnError(f"no column {' or '.join(known)}", f"found {listed(names)}")
         return [column for column in mapping.values() if column in names]
 
     before, found = problems.total, False
@@ -196,12 +198,12 @@ def _rows(path: Path, task: str, mapping: dict[str, str], gold: bool, problems: 
         problems.add(path, None, "there is no example in the file")
 
 
-def _settle_labels(task: str, mapping: dict[str, str], rows: Sequence[Row]) -> dict[str, str]:
+def _resolve_label_role(task: str, mapping: dict[str, str], rows: Sequence[Row]) -> dict[str, str]:
     """The mapping, and the rows' values with it, with the label column called what its values are."""
     labels = [row.values.get("label") for row in rows]
-    if task == "classify" and labels_are_several(labels):
+    if task == "classify" and is_multilabel_column(labels):
         role = "labels"
-    elif task == "similarity" and labels_are_scores(labels):
+    elif task == "similarity" and is_score_column(labels):
         role = "score"
     else:
         return mapping
@@ -210,27 +212,29 @@ def _settle_labels(task: str, mapping: dict[str, str], rows: Sequence[Row]) -> d
     return {role if name == "label" else name: column for name, column in mapping.items()}
 
 
-def _example(row: Row, task: str, reading: Reading | None, gold: bool, problems: Problems) -> Example | None:
+def _parse_example(
+    row: Row, task: str, answer_format: AnswerFormat | None, require_targets: bool, problems: IssueLog
+) -> Example | None:
     """A row's example; None, and a problem, where it cannot be had."""
     try:
-        fields = what_is_given(task, row.values)
-    except Flaw as flaw:
+        fields = parse_inputs(task, row.values)
+    except RowError as flaw:
         problems.add(row.path, row.line, f"{flaw.kind}; left out", flaw.detail)
         return None
-    learned = [row.values.get(role) for group in GOLD[task] for role in group]
-    if gold or any(value is not None and value != "" for value in learned):
+    target_values = [row.values.get(role) for group in TARGET_ROLES[task] for role in group]
+    if require_targets or any(value is not None and value != "" for value in target_values):
         try:
-            fields |= gold_of(task, row.values, fields, reading)
-        except Flaw as flaw:
-            if gold:
+            fields |= parse_targets(task, row.values, fields, answer_format)
+        except RowError as flaw:
+            if require_targets:
                 problems.add(row.path, row.line, f"{flaw.kind}; left out", flaw.detail)
                 return None
             if "messages" not in row.values:  # a conversation that ends with the user is what is asked for
-                problems.notice(row.path, row.line, f"{flaw.kind}; read without it", flaw.detail)
+                problems.info(row.path, row.line, f"{flaw.kind}; read without it", flaw.detail)
     return Example(str(row.path), row.line, fields)
 
 
-def inputs_of(task: str, example: Example) -> tuple[str, ...]:
+def input_texts(task: str, example: Example) -> tuple[str, ...]:
     """The texts that are given, without the gold: of a conversation all turns but the last answer."""
     fields = example.fields
     if task == "choose":
@@ -239,28 +243,28 @@ def inputs_of(task: str, example: Example) -> tuple[str, ...]:
         messages = fields["messages"]
         answered = task == "chat" and messages[-1]["role"] == "assistant"
         return tuple(message["content"] for message in (messages[:-1] if answered else messages))
-    if task not in TEXTS:
+    if task not in TEXT_FIELDS:
         raise UsageError(f"{task}: no task with labelled examples; there are {', '.join(GOLD)}")
-    return tuple(fields[role] for role in TEXTS[task])
+    return tuple(fields[role] for role in TEXT_FIELDS[task])
 
 
 def label_names(examples: Iterable[Example]) -> list[str]:
     """The labels that occur: in the order of numbers where all are numbers, else by code point."""
-    names = sorted({name for example in examples for name in _labels_of(example)})
-    numbers = {name: value for name in names if (value := number(name)) is not None}
+    names = sorted({name for example in examples for name in _example_labels(example)})
+    numbers = {name: value for name in names if (value := parse_float(name)) is not None}
     return sorted(names, key=lambda name: numbers[name]) if len(numbers) == len(names) else names
 
 
-def _labels_of(example: Example) -> tuple[str, ...]:
+def _example_labels(example: Example) -> tuple[str, ...]:
     fields = example.fields
     return (fields["label"],) if "label" in fields else fields.get("labels", ())
 
 
-def keep_known_labels(examples: Iterable[Example], names: Iterable[str], problems: Problems) -> list[Example]:
+def filter_known_labels(examples: Iterable[Example], known_labels: Iterable[str], problems: IssueLog) -> list[Example]:
     """The examples whose labels are among `names`; each other one is a problem. One without a label is kept."""
-    known, kept = set(names), []
+    known, kept = set(known_labels), []
     for example in examples:
-        unknown = [name for name in _labels_of(example) if name not in known]
+        unknown = [name for name in _example_labels(example) if name not in known]
         if unknown:
             what = "a label that the training data does not have; left out"
             problems.add(example.path, example.line, what, ", ".join(unknown))
@@ -269,7 +273,9 @@ def keep_known_labels(examples: Iterable[Example], names: Iterable[str], problem
     return kept
 
 
-def hold_out(examples: Examples, share: float = 0.1) -> tuple[list[Example], list[Example]]:
+def train_validation_split(
+    examples: ExampleSet, validation_fraction: float = 0.1
+) -> tuple[list[Example], list[Example]]:
     """The examples to train on and those to validate on, about `share` of the inputs, each in the order as read.
 
     A hash of the input decides, so that one input is never on both sides, whatever its gold, and the order of the
@@ -277,21 +283,21 @@ def hold_out(examples: Examples, share: float = 0.1) -> tuple[list[Example], lis
     decides, since data sets ask several things of one. Each side has one input at least, where there are two or more.
     Raises `UsageError` for a share that is not between 0 and 1.
     """
-    if not 0 < share < 1:
+    if not 0 < validation_fraction < 1:
         raise UsageError(f"a share of {share} cannot be held out; it is between 0 and 1")
-    places = [_place(examples.task, example) for example in examples]
-    distinct = sorted(set(places))
+    hashes = [_hash_inputs(examples.task, example) for example in examples]
+    distinct = sorted(set(hashes))
     if len(distinct) < 2:
         return list(examples), []
-    held = {place for place in distinct if place < share * 2**64} or {distinct[0]}
-    held -= {distinct[-1]} if len(held) == len(distinct) else set()
-    train = [example for example, place in zip(examples, places, strict=True) if place not in held]
-    return train, [example for example, place in zip(examples, places, strict=True) if place in held]
+    held_out_hashes = {place for place in distinct if place < validation_fraction * 2**64} or {distinct[0]}
+    held_out_hashes -= {distinct[-1]} if len(held_out_hashes) == len(distinct) else set()
+    train = [example for example, place in zip(examples, hashes, strict=True) if place not in held_out_hashes]
+    return train, [example for example, place in zip(examples, hashes, strict=True) if place in held_out_hashes]
 
 
-def _place(task: str, example: Example) -> int:
+def _hash_inputs(task: str, example: Example) -> int:
     """A number below 2⁶⁴ that an input always has."""
-    texts = inputs_of(task, example)
+    texts = input_texts(task, example)
     texts = {"similarity": tuple(sorted(texts)), "entail": texts[:1]}.get(task, texts)
     data = json.dumps(texts).encode()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")

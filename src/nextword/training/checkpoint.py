@@ -24,90 +24,96 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextword.common.errors import CorruptFile, NextwordError
+from nextword.common.errors import CorruptFileError, NextwordError
 from nextword.common.fs import (
-    check_seal,
-    flush_to_disk,
+    atomic_write,
+    fsync_path,
+    map_disk_errors,
     read_json,
     read_manifest,
-    seal,
     to_json,
-    write_durably,
-    writing,
+    verify_manifest,
+    write_manifest,
 )
-from nextword.model.hf import read_parts
+from nextword.model.hf import load_shards
 from nextword.training.distributed import ALONE, World
-from nextword.training.parallel import block_of, is_first, part
+from nextword.training.parallel import is_shard_owner, local_slices, to_local
 
-KEPT = 2
-SECONDS = 60.0  # from one save to the next, by the clock
-REST = 40.0  # and at least so many times what a save takes from the steps
-TYPES = {
+MAX_TO_KEEP = 2
+SAVE_INTERVAL_SECONDS = 60.0  # from one save to the next, by the clock
+MIN_INTERVAL_PER_SAVE_COST = 40.0  # and at least so many times what a save takes from the steps
+SAFETENSORS_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
 }  # fmt: skip
 
-Block = tuple[tuple[int, ...], Tensor]  # where in a tensor a part of it begins, in each dimension, and the part
-Hashes = dict[str, dict[str, Any]]  # of each file its size and SHA-256
+TensorShard = tuple[tuple[int, ...], Tensor]  # where in a tensor a part of it begins, in each dimension, and the part
+FileHashes = dict[str, dict[str, Any]]  # of each file its size and SHA-256
 
 
 # ---------------------------------------------------------------- one process's part
 
 
-def snapshot(tensors: Mapping[str, Tensor], world: World = ALONE) -> dict[str, Block]:
+def copy_shards_to_cpu(tensors: Mapping[str, Tensor], world: World = ALONE) -> dict[str, TensorShard]:
     """A copy, in the machine's memory, of what this process has to write; no later step changes it.
 
     Of a weight that is shared, those are its own numbers; of several equal copies, the first is written. What every process
     has as a whole goes into the first part.
     """
-    found = {}
+    shards = {}
     for name, tensor in tensors.items():
-        own = part(tensor.detach())
-        if own.numel() and is_first(tensor, world):
-            begins = tuple(one.start for one in block_of(tensor, world))
-            found[name] = begins, own.to("cpu", copy=True).contiguous()
-    return found
+        local = to_local(tensor.detach())
+        if local.numel() and is_shard_owner(tensor, world):
+            offsets = tuple(one.start for one in local_slices(tensor, world))
+            shards[name] = offsets, local.to("cpu", copy=True).contiguous()
+    return shards
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Block], beside: Executor) -> Future[tuple[dict[str, Any], float]]:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, TensorShard], hash_executor: Executor
+) -> Future[tuple[dict[str, Any], float]]:
     """Write a safetensors file, and return when it is on the disk; what is to come is what `digest` says of it.
 
     The format has the length of a header in 8 bytes, the header in JSON, padded with spaces, and the tensors without a gap,
     those of the widest numbers first. The same memory is hashed `beside`, while this file is written and the next one.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))
-    places = {name: {"saved_offsets": begins} for name, (begins, _) in tensors.items()}
-    said = {"format": "pt", "DCP_SHARDING_INFO": json.dumps({name: places[name] for name in names})}
-    header: dict[str, Any] = {"__metadata__": said}
-    end = 0
+    offsets_by_name = {name: {"saved_offsets": begins} for name, (begins, _) in tensors.items()}
+    metadata = {"format": "pt", "DCP_SHARDING_INFO": json.dumps({name: offsets_by_name[name] for name in names})}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end_offset = 0
     for name in names:
         tensor = tensors[name][1]
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin, end_offset = end_offset, end_offset + tensor.nbytes
+        header[name] = {
+            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end_offset],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    blocks = [memoryview(len(text).to_bytes(8, "little") + text)]
-    blocks += [tensors[name][1].reshape(-1).view(torch.uint8).numpy().data for name in names]
-    hashed = beside.submit(digest, blocks)
-    with writing(path), path.open("wb") as file:
-        for block in blocks:
+    buffers = [memoryview(len(text).to_bytes(8, "little") + text)]
+    buffers += [tensors[name][1].reshape(-1).view(torch.uint8).numpy().data for name in names]
+    pending_hash = hash_executor.submit(hash_buffers, buffers)
+    with map_disk_errors(path), path.open("wb") as file:
+        for block in buffers:
             file.write(block)
         file.flush()
-        flush_to_disk(path)
-    return hashed
+        fsync_path(path)
+    return pending_hash
 
 
-def digest(blocks: list[memoryview]) -> tuple[dict[str, Any], float]:
+def hash_buffers(buffers: list[memoryview]) -> tuple[dict[str, Any], float]:
     """Size and SHA-256 of blocks of memory in a row, and the seconds of the processor that the hash took."""
     begin, found = time.thread_time(), hashlib.sha256()
-    for block in blocks:
+    for block in buffers:
         found.update(block)
-    return {"bytes": sum(map(len, blocks)), "sha256": found.hexdigest()}, time.thread_time() - begin
+    return {"bytes": sum(map(len, buffers)), "sha256": found.hexdigest()}, time.thread_time() - begin
 
 
 # ---------------------------------------------------------------- a save
 
 
-class Saver:
+class AsyncCheckpointer:
     """Saves of a run, one at a time, written while its steps go on; and in each process of a run one of these.
 
     The processes compare their `stage` after every step, which they do anyway to stop together, and tell it to `go_on`: once
@@ -122,42 +128,44 @@ class Saver:
         sealed: the checkpoint that was finished last, for who leads.
     """
 
-    def __init__(self, run: Path, world: World = ALONE, every: int | None = None):
-        self.folder, self.world, self.every, self.cost = run / "checkpoints", world, every, 0.0
-        self.begun, self.late = time.monotonic(), False
-        self.threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self.work: Future[None] | None = None  # of the last save, until it was waited for
-        self.unsealed: tuple[int, dict[str, Any]] | None = None  # step and facts of parts that wait for the others
-        self.hashes: Hashes = {}
-        self.sealed: Path | None = None
+    def __init__(self, run: Path, world: World = ALONE, save_every: int | None = None):
+        self.directory, self.world, self.save_every, self.overhead_seconds = run / "checkpoints", world, save_every, 0.0
+        self.last_save_time, self.overdue = time.monotonic(), False
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending_write: Future[None] | None = None  # of the last save, until it was waited for
+        self.uncommitted: tuple[int, dict[str, Any]] | None = None  # step and facts of parts that wait for the others
+        self.file_hashes: FileHashes = {}
+        self.last_committed: Path | None = None
 
     def __enter__(self) -> "Saver":
         return self
 
     def __exit__(self, *_: object) -> None:
         """Let this process's own work come to its end; nobody waits for a process that may be gone."""
-        self.threads.shutdown()
+        self.executor.shutdown()
 
-    def is_due(self, step: int) -> bool:
+    def should_save(self, step: int) -> bool:
         """Whether the state after `step` steps is to be saved, which is the leader's to say. What is due and is put off remains
         so until a save begins or the run turns back."""
-        if self.every is not None:
-            due = step % self.every == 0
+        if self.save_every is not None:
+            due = step % self.save_every == 0
         else:  # while one is under way its cost is not known yet
-            due = self.stage == 0 and time.monotonic() - self.begun > max(SECONDS, REST * self.cost)
-        self.late = self.world.leads and (self.late or due)
-        return self.late
+            due = self.status == 0 and time.monotonic() - self.last_save_time > max(
+                SAVE_INTERVAL_SECONDS, MIN_INTERVAL_PER_SAVE_COST * self.overhead_seconds
+            )
+        self.overdue = self.world.leads and (self.overdue or due)
+        return self.overdue
 
     @property
-    def stage(self) -> int:
+    def status(self) -> int:
         """0: nothing is under way here; 1: something is; above: it failed, with the exit code that is one less."""
-        if self.work is None or not self.work.done():
-            return int(self.work is not None)
-        error = self.work.exception()
+        if self.pending_write is None or not self.pending_write.done():
+            return int(self.pending_write is not None)
+        error = self.pending_write.exception()
         return 0 if error is None else 1 + getattr(error, "exit_code", 1)
 
-    def begin(
-        self, step: int, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], facts: dict[str, Any]
+    def save_async(
+        self, step: int, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor], metadata: dict[str, Any]
     ) -> None:
         """Save the state after `step` steps; return when it is copied, and an earlier save is done.
 
@@ -166,25 +174,28 @@ class Saver:
         """
         self.wait()
         begin = time.perf_counter()
-        held = {"weights": snapshot(weights, self.world), "optimizer": snapshot(optimizer, self.world)}
-        self.cost, self.begun = time.perf_counter() - begin, time.monotonic()
-        self.work = self.threads.submit(self._write, step, held, facts)
+        tensors_by_kind = {
+            "weights": copy_shards_to_cpu(weights, self.world),
+            "optimizer": copy_shards_to_cpu(optimizer_state, self.world),
+        }
+        self.overhead_seconds, self.last_save_time = time.perf_counter() - begin, time.monotonic()
+        self.pending_write = self.executor.submit(self._write_shards, step, tensors_by_kind, metadata)
         if self.world.size > 1:
-            self.unsealed = step, facts
+            self.uncommitted = step, metadata
 
-    def go_on(self, stage: int) -> None:
+    def advance(self, status: int) -> None:
         """The latest stage of any process is known now: seal what all have written, or raise what went wrong."""
-        if stage > 1:
-            work, self.work, self.unsealed = self.work, None, None
+        if status > 1:
+            work, self.pending_write, self.uncommitted = self.pending_write, None, None
             if work is not None and work.done():
                 work.result()
             error = NextwordError("another process could not write its part of a checkpoint, and says why")
-            error.exit_code = stage - 1
+            error.exit_code = status - 1
             raise error
-        if stage == 0 and self.unsealed is not None:
+        if status == 0 and self.uncommitted is not None:
             if self.world.leads:
-                self.work = self.threads.submit(self._seal, *self.unsealed)
-            self.unsealed = None
+                self.pending_write = self.executor.submit(self._commit, *self.uncommitted)
+            self.uncommitted = None
 
     def wait(self) -> None:
         """Until the last save is in its place, and `latest` names it; nothing is late then. All processes wait together.
@@ -192,112 +203,116 @@ class Saver:
         Raises:
             NextwordError: that save failed, here or in another process.
         """
-        self.late = False
+        self.overdue = False
         for _ in range(2 if self.world.size > 1 else 1):  # for the parts, then for the seal
-            if self.work is None:
+            if self.pending_write is None:
                 return
-            wait_for([self.work])
-            self.go_on(int(self.world.most([self.stage])[0]))
-        if self.work is not None:
-            wait_for([self.work])
-        self.work = None
+            wait_for([self.pending_write])
+            self.advance(int(self.world.most([self.status])[0]))
+        if self.pending_write is not None:
+            wait_for([self.pending_write])
+        self.pending_write = None
 
     # ------------------------------------------------------------ in the thread
 
-    def _aside(self, step: int) -> Path:
-        return self.folder / f".{name_of(step)}.partial"
+    def _partial_path(self, step: int) -> Path:
+        return self.directory / f".{name_of(step)}.partial"
 
-    def _write(self, step: int, held: dict[str, dict[str, Block]], facts: dict[str, Any]) -> None:
+    def _write_shards(
+        self, step: int, tensors_by_kind: dict[str, dict[str, TensorShard]], metadata: dict[str, Any]
+    ) -> None:
         """This process's part; and the seal, where there is no other."""
-        number = f"-{self.world.place + 1:05d}-of-{self.world.places:05d}" if self.world.places > 1 else ""
-        aside, self.hashes = self._aside(step), {}
-        with writing(aside):
-            aside.mkdir(parents=True, exist_ok=True)
+        shard_suffix = f"-{self.world.place + 1:05d}-of-{self.world.places:05d}" if self.world.places > 1 else ""
+        partial_path, self.file_hashes = self._partial_path(step), {}
+        with map_disk_errors(partial_path):
+            partial_path.mkdir(parents=True, exist_ok=True)
             # What processes that were killed have left would take the room of this one.
-            for left in self.folder.glob(".step-*.partial") if self.world.leads else ():
-                if left != aside:
+            for left in self.directory.glob(".step-*.partial") if self.world.leads else ():
+                if left != partial_path:
                     shutil.rmtree(left)
         begin = time.thread_time()
         with ThreadPoolExecutor(1) as beside:
-            names = {f"{kind}{number}.safetensors": tensors for kind, tensors in held.items() if tensors}
-            hashed = {name: write_tensors(aside / name, tensors, beside) for name, tensors in names.items()}
-        for name, found in hashed.items():
-            self.hashes[name], seconds = found.result()
-            self.cost += seconds
-        self.cost += time.thread_time() - begin
+            names = {f"{kind}{number}.safetensors": tensors for kind, tensors in tensors_by_kind.items() if tensors}
+            pending_hashes = {
+                name: write_safetensors(partial_path / name, tensors, beside) for name, tensors in names.items()
+            }
+        for name, found in pending_hashes.items():
+            self.file_hashes[name], seconds = found.result()
+            self.overhead_seconds += seconds
+        self.overhead_seconds += time.thread_time() - begin
         if self.world.size == 1:
-            self._seal(step, facts)
-        elif self.hashes and not self.world.leads:
-            write_durably(aside / f"hashes{number}.json", to_json(self.hashes))
+            self._commit(step, metadata)
+        elif self.file_hashes and not self.world.leads:
+            atomic_write(partial_path / f"hashes{number}.json", to_json(self.file_hashes))
 
-    def _seal(self, step: int, facts: dict[str, Any]) -> None:
+    def _commit(self, step: int, metadata: dict[str, Any]) -> None:
         """Make a checkpoint of parts that are on the disk, name it, and only then remove what is older."""
         begin = time.thread_time()
-        aside, final = self._aside(step), self.folder / name_of(step)
-        hashes = dict(self.hashes)
+        partial_path, final = self._partial_path(step), self.directory / checkpoint_name(step)
+        hashes = dict(self.file_hashes)
         for number in range(2, self.world.places + 1):
-            others = aside / f"hashes-{number:05d}-of-{self.world.places:05d}.json"
-            hashes |= read_json(others) if others.is_file() else {}
-        with writing(final):
-            for path in aside.iterdir():
+            shard_hashes = partial_path / f"hashes-{number:05d}-of-{self.world.places:05d}.json"
+            hashes |= read_json(shard_hashes) if shard_hashes.is_file() else {}
+        with map_disk_errors(final):
+            for path in partial_path.iterdir():
                 if path.name not in hashes:  # and what a process left here that was killed
                     path.unlink()
-        seal(aside, {"step": step, "state": facts}, hashes)
-        with writing(final):
+        write_manifest(partial_path, {"step": step, "state": metadata}, hashes)
+        with map_disk_errors(final):
             shutil.rmtree(final, ignore_errors=True)  # the same step, saved by a process that was then killed
-            aside.rename(final)
-            flush_to_disk(self.folder)
-        write_durably(self.folder / "latest", final.name + "\n")
-        for old in checkpoints(self.folder.parent)[:-KEPT]:
+            partial_path.rename(final)
+            fsync_path(self.directory)
+        atomic_write(self.directory / "latest", final.name + "\n")
+        for old in list_checkpoints(self.directory.parent)[:-MAX_TO_KEEP]:
             shutil.rmtree(old)
-        self.cost += time.thread_time() - begin
-        self.sealed = final
+        self.overhead_seconds += time.thread_time() - begin
+        self.last_committed = final
 
 
 # ---------------------------------------------------------------- what was saved
 
 
-def name_of(step: int) -> str:
+def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def checkpoints(run: Path) -> list[Path]:
+def list_checkpoints(run: Path) -> list[Path]:
     """Every finished checkpoint of a run, the oldest first."""
     return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
 
 
-def newest_whole(run: Path, say: Any = None, strict: bool = False) -> Path | None:
+def latest_valid(run: Path, warn: Any = None, fail_on_corrupt: bool = False) -> Path | None:
     """The newest checkpoint that is whole, None where there is none at all.
 
     Raises:
         CorruptFile: there are checkpoints, and each of them is damaged; every file is named. With `strict` the newest alone.
     """
-    found = checkpoints(run)[::-1]
-    damage = []
-    for path in found:
+    newest_first = list_checkpoints(run)[::-1]
+    errors = []
+    for path in newest_first:
         try:
-            check(path)
+            verify(path)
             return path
-        except CorruptFile as error:
-            if strict:
+        except CorruptFileError as error:
+            if fail_on_corrupt:
                 raise
-            damage.append(str(error))
-            if say is not None:
-                say(f"{path.name} is damaged and passed over:\n{error}")
-    if damage:
-        raise CorruptFile("every checkpoint is damaged:\n" + "\n".join(damage))
+            errors.append(str(error))
+            if warn is not None:
+                warn(f"{path.name} is damaged and passed over:\n{error}")
+    if errors:
+        raise CorruptFileError("every checkpoint is damaged:\n" + "\n".join(errors))
     return None
 
 
-def check(path: Path) -> None:
+def verify(path: Path) -> None:
     """Raises `CorruptFile` where a checkpoint is not what was sealed: each file that differs, and tensors that nobody sealed,
     which would be read with the others."""
-    sealed = check_seal(path)["files"]
-    if strange := sorted(str(file) for file in path.glob("*.safetensors") if file.name not in sealed):
-        raise CorruptFile("\n".join(f"{file}: is not of this checkpoint" for file in strange))
+    listed_files = verify_manifest(path)["files"]
+    if unlisted := sorted(str(file) for file in path.glob("*.safetensors") if file.name not in listed_files):
+        raise CorruptFileError("\n".join(f"{file}: is not of this checkpoint" for file in unlisted))
 
 
-def facts_of(path: Path) -> dict[str, Any]:
+def load_metadata(path: Path) -> dict[str, Any]:
     """What a checkpoint says of the run beside its tensors: steps, tokens, the best look."""
     return read_manifest(path)["state"]
 
@@ -312,13 +327,13 @@ def load(path: Path, parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
     """
     if not any(hasattr(p, "placements") for p in parameters.values()):
         device = next(iter(parameters.values())).device
-        return read_parts(path, "weights", device), read_parts(path, "optimizer", device)
-    tensors = own_parts(path, parameters)
+        return load_shards(path, "weights", device), load_shards(path, "optimizer", device)
+    tensors = load_local_shards(path, parameters)
     weights = {name: tensors.pop(name) for name in parameters if name in tensors}
     return weights, tensors
 
 
-def own_parts(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def load_local_shards(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """This process's part of every tensor of a checkpoint, by PyTorch's own reader, whatever files they are in. What has the
     shape of the parameter that it is, or that its name ends with, is shared as that is; the rest is read as a whole."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -329,9 +344,9 @@ def own_parts(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]
     tensors = {}
     for name, stored in reader.read_metadata().state_dict_metadata.items():
         assert isinstance(stored, TensorStorageMetadata)
-        own = parameters.get(name, parameters.get(name.split(".", 2)[-1]))  # "adamw.exp_avg.NAME"
-        if own is not None and own.shape == stored.size:
-            tensors[name] = torch.zeros_like(own.detach())
+        parameter = parameters.get(name, parameters.get(name.split(".", 2)[-1]))  # "adamw.exp_avg.NAME"
+        if parameter is not None and parameter.shape == stored.size:
+            tensors[name] = torch.zeros_like(parameter.detach())
         else:
             tensors[name] = torch.zeros(stored.size)
     with warnings.catch_warnings():  # of what is meant here: each process reads for itself

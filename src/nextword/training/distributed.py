@@ -21,16 +21,16 @@ from torch import Tensor
 
 from nextword.common.errors import NextwordError, UsageError
 
-Parallel = Literal["data", "full", "hybrid"]
-PATIENCE = 30 * 60.0  # seconds that one waits for another, as in the preparation of a text
-VARIABLE = "NEXTWORD_PATIENCE"  # of the environment: another number of seconds
-REST = 0.1  # seconds that a process leaves to the library's threads, once it has left the others
-NAMED = 8  # so many others at most are named where one does not answer
-others: list[str] = []  # "process 1 on its host", of every other process of the run
-LOST = "another process of this run is gone, or does not answer"
+ParallelStrategy = Literal["data", "full", "hybrid"]
+DEFAULT_COLLECTIVE_TIMEOUT = 30 * 60.0  # seconds that one waits for another, as in the preparation of a text
+TIMEOUT_ENV_VAR = "NEXTWORD_PATIENCE"  # of the environment: another number of seconds
+SHUTDOWN_GRACE_SECONDS = 0.1  # seconds that a process leaves to the library's threads, once it has left the others
+MAX_PEERS_NAMED = 8  # so many others at most are named where one does not answer
+peers: list[str] = []  # "process 1 on its host", of every other process of the run
+PEER_LOST = "another process of this run is gone, or does not answer"
 
 
-class World:
+class DistContext:
     """The processes of a run, as one of them sees them; alone, where it is the only one.
 
     Attributes:
@@ -45,95 +45,104 @@ class World:
         by_block: whether the weights are gathered a block at a time, so that no process ever has all of them.
     """
 
-    tensor_rank, tensor_size, part, parts, copy, by_block = 0, 1, 0, 1, 0, False
-    keepers: Any = None
+    tp_rank, tp_size, row_shard, row_shard_count, replica_rank, fsdp_per_block = 0, 1, 0, 1, 0, False
+    shard_group: Any = None
 
-    def __init__(self, rank: int = 0, size: int = 1, local_size: int = 1, again: bool = False):
-        self.rank, self.size, self.local_size, self.again = rank, size, local_size, again
+    def __init__(self, rank: int = 0, world_size: int = 1, local_world_size: int = 1, restarted: bool = False):
+        self.rank, self.world_size, self.local_world_size, self.restarted = (
+            rank,
+            world_size,
+            local_world_size,
+            restarted,
+        )
 
-    def form_groups(self, tensor_size: int) -> None:
+    def init_tensor_parallel(self, tp_size: int) -> None:
         """Let each `tensor_size` processes in a row work together on the same windows. Raises `UsageError` if some are left."""
-        if self.size % tensor_size:
-            there = "there is one: torchrun starts several" if self.size == 1 else f"there are {self.size}"
+        if self.world_size % tp_size:
+            there = "there is one: torchrun starts several" if self.world_size == 1 else f"there are {self.size}"
             raise UsageError(f"--training.tensor {tensor_size} must divide the number of processes, and {there}")
-        self.tensor_rank, self.tensor_size = self.rank % tensor_size, tensor_size
+        self.tp_rank, self.tp_size = self.rank % tp_size, tp_size
 
     @property
-    def data_rank(self) -> int:
+    def dp_rank(self) -> int:
         """Which equal part of a batch is this process's, of `data_size`."""
-        return self.rank // self.tensor_size
+        return self.rank // self.tp_size
 
     @property
-    def data_size(self) -> int:
-        return self.size // self.tensor_size
+    def dp_size(self) -> int:
+        return self.world_size // self.tp_size
 
     @property
-    def place(self) -> int:
+    def shard_index(self) -> int:
         """Which of the `keepers` this one is, of `places`."""
-        return self.part * self.tensor_size + self.tensor_rank
+        return self.row_shard * self.tp_size + self.tp_rank
 
     @property
-    def places(self) -> int:
-        return self.parts * self.tensor_size
+    def shard_count(self) -> int:
+        return self.row_shard_count * self.tp_size
 
     @property
-    def in_step(self) -> bool:
+    def forward_is_collective(self) -> bool:
         """Whether a forward pass of the model takes several processes at the same time."""
-        return self.by_block or self.tensor_size > 1
+        return self.fsdp_per_block or self.tp_size > 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def told(self, value: Any = None) -> Any:
+    def broadcast_object(self, value: Any = None) -> Any:
         """What the leader says, anything that JSON holds; the others wait for it."""
-        if self.size == 1:
+        if self.world_size == 1:
             return value
-        text = json.dumps(value).encode() if self.leads else b""
-        length = self._from_leader(torch.tensor([len(text)]))
-        letters = (
+        text = json.dumps(value).encode() if self.is_main else b""
+        length = self._broadcast_from_main(torch.tensor([len(text)]))
+        payload = (
             torch.frombuffer(bytearray(text), dtype=torch.uint8)
             if text
             else torch.zeros(int(length), dtype=torch.uint8)
         )
-        return json.loads(bytes(self._from_leader(letters).numpy()))
+        return json.loads(bytes(self._broadcast_from_main(payload).numpy()))
 
-    def numbers(self, values: Sequence[float]) -> list[float]:
+    def broadcast_floats(self, values: Sequence[float]) -> list[float]:
         """A few numbers as the leader has them."""
-        return list(values) if self.size == 1 else self._from_leader(torch.tensor(values, dtype=torch.float64)).tolist()
+        return (
+            list(values)
+            if self.world_size == 1
+            else self._broadcast_from_main(torch.tensor(values, dtype=torch.float64)).tolist()
+        )
 
-    def most(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_max(self, values: Sequence[float]) -> list[float]:
         """Of each number the greatest that any process has."""
-        if self.size == 1:
+        if self.world_size == 1:
             return list(values)
         numbers = torch.tensor(values, dtype=torch.float64)
-        with finding_others():
+        with translate_dist_errors():
             dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return numbers.tolist()
 
-    def summed(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in the tensor itself; those that work on the same windows count once."""
-        if self.size > 1:
-            if self.tensor_rank:
+        if self.world_size > 1:
+            if self.tp_rank:
                 tensor.zero_()
-            with finding_others():
+            with translate_dist_errors():
                 dist.all_reduce(tensor)
         return tensor
 
-    def _from_leader(self, tensor: Tensor) -> Tensor:
-        with finding_others():
+    def _broadcast_from_main(self, tensor: Tensor) -> Tensor:
+        with translate_dist_errors():
             dist.broadcast(tensor, src=0)
         return tensor
 
 
-ALONE = World()
+SINGLE_PROCESS = DistContext()
 
 
-def patience() -> timedelta:
+def collective_timeout() -> timedelta:
     """How long one waits for another. Raises `UsageError` where the environment says no number of seconds."""
-    said = os.environ.get(VARIABLE, str(PATIENCE))
+    value = os.environ.get(TIMEOUT_ENV_VAR, str(DEFAULT_COLLECTIVE_TIMEOUT))
     try:
-        seconds = float(said)
+        seconds = float(value)
     except ValueError:
         seconds = math.nan
     if not 1 <= seconds <= 10**6:
@@ -145,7 +154,7 @@ def patience() -> timedelta:
 
 
 @contextmanager
-def joined() -> Iterator[World]:
+def init_distributed() -> Iterator[DistContext]:
     """The world that this process was started in; it is left at the end.
 
     Raises:
@@ -153,56 +162,60 @@ def joined() -> Iterator[World]:
     """
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if dist.is_initialized():  # whoever started us has brought us together already, as Ray does
-        yield World(dist.get_rank(), dist.get_world_size(), local_size) if dist.get_world_size() > 1 else ALONE
+        yield (
+            DistContext(dist.get_rank(), dist.get_world_size(), local_size)
+            if dist.get_world_size() > 1
+            else SINGLE_PROCESS
+        )
         return
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun keeps the store that they meet at
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    wait = patience()
-    with finding_others():
+    timeout = collective_timeout()
+    with translate_dist_errors():
         store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             size,
             is_master=rank == 0 and not agent,
-            timeout=wait,
+            timeout=timeout,
         )
         # Keys of an earlier attempt are still there after a restart, and must not be taken for this one's.
-        own = dist.PrefixStore(f"nextword/{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=wait)
-        own.set(f"host/{rank}", socket.gethostname())
-        ranks = [other for other in range(size) if other != rank][:NAMED]
-        others[:] = [f"process {other} on {own.get(f'host/{other}').decode()}" for other in ranks]
+        run_store = dist.PrefixStore(f"nextword/{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=run_store, rank=rank, world_size=size, timeout=timeout)
+        run_store.set(f"host/{rank}", socket.gethostname())
+        ranks = [other for other in range(size) if other != rank][:MAX_PEERS_NAMED]
+        peers[:] = [f"process {other} on {own.get(f'host/{other}').decode()}" for other in ranks]
     try:
-        yield World(rank, size, local_size, attempt > 0)
+        yield DistContext(rank, size, local_size, attempt > 0)
     finally:
-        others.clear()
+        peers.clear()
         dist.destroy_process_group()
         # Gloo's threads live on, as PyTorch's caches hold the groups. One that has not let go of its last tensor when a
         # caller's script ends would abort the process (the program itself ends otherwise: see `__main__`).
-        time.sleep(REST)
+        time.sleep(SHUTDOWN_GRACE_SECONDS)
 
 
 @contextmanager
-def finding_others() -> Iterator[None]:
+def translate_dist_errors() -> Iterator[None]:
     """What goes wrong between processes, said to a person."""
     try:
         yield
     except dist.DistError as error:
-        raise NextwordError(lost(error)) from error
+        raise NextwordError(peer_lost_message(error)) from error
     except RuntimeError as error:  # gloo's own
         if "gloo" not in str(error) and "Connection" not in str(error):
             raise
-        raise NextwordError(lost(error)) from error
+        raise NextwordError(peer_lost_message(error)) from error
 
 
-def lost(error: Exception) -> str:
+def peer_lost_message(error: Exception) -> str:
     """What a person is told: which process it may be, what the library says of it, and how to go on."""
-    which = f" ({' or '.join(others)})" if others else ""
+    which = f" ({' or '.join(others)})" if peers else ""
     return (
         f"{LOST}{which}: {str(error).splitlines()[0]}. What was saved is whole: start all of them again by the same command "
         "and --resume"

@@ -7,27 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from nextword.common import fs
-from nextword.common.console import Console, Mute
+from nextword.common.console import Console, NullConsole
 from nextword.common.errors import NextwordError, UsageError
-from nextword.common.run_dir import ROUNDING, Onlooker, RunFolder, command_line, differences, open_run
+from nextword.common.run_dir import RunDir, WorkerRunDir, command_line, diff_settings, open_run
 from nextword.training import checkpoint
 from nextword.training.distributed import World, finding_others, joined
-from nextword.training.remote_sync import Mirror
-from nextword.training.trainer import REPORT, Job, draw
+from nextword.training.remote_sync import CheckpointUploader
+from nextword.training.trainer import REPORT_MODULE, Trainer, write_reports
 
-REST = 2**22  # bytes of records, of samples, of the tokenizer, of the report
-SHARING = ("parallel", "tensor")  # of the settings of training, those that say how processes share it
+OTHER_FILES_BYTES = 2**22  # bytes of records, of samples, of the tokenizer, of the report
+PARALLELISM_FIELDS = ("parallel", "tensor")  # of the settings of training, those that say how processes share it
 
 
-def carry_out(
-    make: Callable[[RunFolder, dict[str, Any], Console], Job],
+def run_training(
+    build_trainer: Callable[[RunDir, dict[str, Any], Console], Trainer],
     out: Path,
     request: dict[str, Any],
     *,
     resume: bool,
     tensorboard: bool,
     console: Console | None,
-    mirror: str | None = None,
+    mirror_url: str | None = None,
 ) -> dict[str, Any]:
     """Begin a run or go on with it, and see it through; its result.
 
@@ -38,139 +38,156 @@ def carry_out(
     """
     with console or Console(quiet=True) as console, joined() as world:
         if not world.leads:
-            return follow(make, out, world)
-        with reporting_failure(world) as tell:
-            place = None if mirror is None else Mirror(mirror, console)
-            if place is not None:
-                place.bring(out, resume or world.again)
+            return run_worker_rank(build_trainer, out, world)
+        with broadcast_failure(world) as broadcast_start:
+            uploader = None if mirror_url is None else CheckpointUploader(mirror_url, console)
+            if uploader is not None:
+                uploader.restore(out, resume or world.again)
             with open_run(out, resume=resume or world.again) as run:
-                return lead(make, run, request, world, tell, place, console=console, tensorboard=tensorboard)
+                return run_main_rank(
+                    build_trainer,
+                    run,
+                    request,
+                    world,
+                    broadcast_start,
+                    uploader,
+                    console=console,
+                    tensorboard=tensorboard,
+                )
 
 
-def lead(
-    make: Callable[[RunFolder, dict[str, Any], Console], Job],
-    run: RunFolder,
+def run_main_rank(
+    build_trainer: Callable[[RunDir, dict[str, Any], Console], Trainer],
+    run: RunDir,
     request: dict[str, Any],
     world: World,
-    tell: Callable[[dict[str, Any]], None],
-    place: Mirror | None,
+    broadcast_start: Callable[[dict[str, Any]], None],
+    uploader: CheckpointUploader | None,
     *,
     console: Console,
     tensorboard: bool,
 ) -> dict[str, Any]:
     """A run in its folder, by the process that holds it; the others begin when `tell` tells them."""
-    if run.begun:
-        refuse_changes(run, request, free=SHARING)
-        if run.finished:
-            console.say(f"{run.path}: this run is finished")
-            draw(run.path)  # a kill may have come between the result and its report
-            if place is not None:
-                place.close(run)
-            return fs.read_json(run.result)
-        share_anew(run, request, console)
-        job = make(run, run.facts()["request"], console)
-        refuse_company(job, world)
-        job.go_on()
+    if run.exists:
+        check_resume_config(run, request, mutable_fields=PARALLELISM_FIELDS)
+        if run.is_complete:
+            console.info(f"{run.path}: this run is finished")
+            write_reports(run.path)  # a kill may have come between the result and its report
+            if uploader is not None:
+                uploader.upload_final(run)
+            return fs.read_json(run.result_path)
+        update_parallelism(run, request, console)
+        trainer = build_trainer(run, run.metadata()["request"], console)
+        require_single_process(trainer, world)
+        trainer.resume()
     else:
-        job = make(run, request, console)
-        refuse_company(job, world)
-        job.begin(command_line(), request)
-    job.mirror = place
-    with fs.with_room(run.path, room(job)), finding_others():
-        tell({"facts": job.facts, "checkpoint": job.checkpoint and str(job.checkpoint)})
-        import_module(REPORT)  # what draws takes a second to import: now, and not when the time is up
-        job.settle()
-        job.train(tensorboard=tensorboard)
+        trainer = build_trainer(run, request, console)
+        require_single_process(trainer, world)
+        trainer.initialize(command_line(), request)
+    trainer.checkpoint_uploader = uploader
+    with fs.require_free_space(run.path, required_disk_bytes(trainer)), finding_others():
+        broadcast_start(
+            {"facts": trainer.run_metadata, "checkpoint": trainer.resume_checkpoint and str(trainer.resume_checkpoint)}
+        )
+        import_module(REPORT_MODULE)  # what draws takes a second to import: now, and not when the time is up
+        trainer.setup_training()
+        trainer.train(tensorboard=tensorboard)
         console.close()
-        result = job.finish()
-    if place is not None:
-        place.close(run)
+        result = trainer.finalize()
+    if uploader is not None:
+        uploader.upload_final(run)
     return result
 
 
-def follow(make: Callable[[RunFolder, dict[str, Any], Console], Job], out: Path, world: World) -> dict[str, Any]:
+def run_worker_rank(
+    build_trainer: Callable[[RunDir, dict[str, Any], Console], Trainer], out: Path, world: World
+) -> dict[str, Any]:
     """Do one's part of a run that another process leads. Raises `NextwordError` where that one could not begin."""
-    said = world.told()
-    if "failed" in said:
+    start_message = world.told()
+    if "failed" in start_message:
         raise NextwordError(f"process {world.rank}: {said['failed']}")
-    if said["facts"] is None:
+    if start_message["facts"] is None:
         return {}
-    run = Onlooker(out, said["facts"])
-    job = make(run, run.facts()["request"], Mute())
-    job.world, job.checkpoint = world, said["checkpoint"] and Path(said["checkpoint"])
-    job.go_on()
-    with fs.with_room(out, room(job), refuse=False), finding_others():
-        job.settle()
-        job.train()
-        return job.finish()
+    run = WorkerRunDir(out, start_message["facts"])
+    trainer = build_trainer(run, run.metadata()["request"], NullConsole())
+    trainer.world, trainer.resume_checkpoint = world, start_message["checkpoint"] and Path(start_message["checkpoint"])
+    trainer.resume()
+    with fs.require_free_space(out, required_disk_bytes(trainer), refuse=False), finding_others():
+        trainer.setup_training()
+        trainer.train()
+        return trainer.finalize()
 
 
-def room(job: Job) -> int:
+def required_disk_bytes(trainer: Trainer) -> int:
     """Bytes that a run's folder still wants at most: the checkpoints that are kept and one aside (and one that is
     copied elsewhere), the model and one aside, the rest, less what is there of them.
 
     A checkpoint has the weights that are trained and two averages of each, or Muon's one.
     """
-    parameters = list(job.model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    model = sum(4 * p.numel() for p in parameters)
-    held = checkpoint.KEPT + 1 + (job.mirror is not None)
-    most = held * 3 * trained + 2 * model + REST
-    return max(0, most - fs.used(job.run.path / "checkpoints", job.run.model))
+    parameters = list(trainer.model.parameters())
+    trainable_bytes = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    model_bytes = sum(4 * p.numel() for p in parameters)
+    num_checkpoints = checkpoint.KEPT + 1 + (trainer.checkpoint_uploader is not None)
+    peak_bytes = num_checkpoints * 3 * trainable_bytes + 2 * model_bytes + OTHER_FILES_BYTES
+    return max(0, peak_bytes - fs.directory_size(trainer.run_dir.path / "checkpoints", trainer.run_dir.model_dir))
 
 
 @contextmanager
-def reporting_failure(world: World) -> Iterator[Callable[[dict[str, Any]], None]]:
+def broadcast_failure(world: World) -> Iterator[Callable[[dict[str, Any]], None]]:
     """For a leader: `tell` lets the others begin. Where that is never reached, they are told that there is nothing to do."""
-    begun = False
+    started = False
 
-    def tell(said: dict[str, Any]) -> None:
-        nonlocal begun
-        begun = True
+    def broadcast_start(said: dict[str, Any]) -> None:
+        nonlocal started
+        started = True
         world.told(said)
 
     try:
-        yield tell
+        yield broadcast_start
     except NextwordError as error:
-        if not begun:
+        if not started:
             world.told({"failed": str(error).splitlines()[0]})
         raise
-    if not begun:
+    if not started:
         world.told({"facts": None})
 
 
-def refuse_company(job: Job, world: World) -> None:
+def require_single_process(trainer: Trainer, world: World) -> None:
     """Give a run its world. Raises `UsageError` where it cannot be shared."""
-    if world.size > 1 and not job.in_company:
+    if world.size > 1 and not trainer.supports_distributed:
         raise UsageError("this verb runs in one process: start it without torchrun (pretrain is what runs in several)")
-    job.world = world
+    trainer.world = world
 
 
-def refuse_changes(run: RunFolder, request: dict[str, Any], free: Sequence[str] = ()) -> None:
+def check_resume_config(run: RunDir, request: dict[str, Any], mutable_fields: Sequence[str] = ()) -> None:
     """A resume takes everything from the run; what is said anew must be the same, but for the settings of training that are
     `free`. Raises `UsageError` with what differs."""
-    before, changed = run.facts()["request"], []
+    original_request, mismatches = run.metadata()["request"], []
     for name, value in request.items():
-        was = before.get(name)
-        if isinstance(value, dict) and isinstance(was, dict | None):  # what is not said in it stays as it was
-            value = {key: one for key, one in value.items() if name != "training" or key not in free}
-            was = {key: (was or {}).get(key) for key in value}
-        changed += [] if value in (None, [], {}) else differences(was, value, name)
-    if changed:
+        previous = original_request.get(name)
+        if isinstance(value, dict) and isinstance(previous, dict | None):  # what is not said in it stays as it was
+            value = {key: one for key, one in value.items() if name != "training" or key not in mutable_fields}
+            previous = {key: (previous or {}).get(key) for key in value}
+        mismatches += [] if value in (None, [], {}) else diff_settings(previous, value, name)
+    if mismatches:
         raise UsageError(
             f"{run.path}: this run was begun with other settings, and a resume does not change them:\n  "
-            + "\n  ".join(changed)
+            + "\n  ".join(mismatches)
             + "\nLeave them out to go on, or begin a new run with another --out"
         )
 
 
-def share_anew(run: RunFolder, request: dict[str, Any], console: Console) -> None:
+def update_parallelism(run: RunDir, request: dict[str, Any], console: Console) -> None:
     """How its processes share a run changes what it computes by rounding alone: what is said anew of it holds from here on."""
-    facts, said = run.facts(), request.get("training") or {}
-    before = facts["recipe"].get("training", {})
-    anew = {name: said[name] for name in SHARING if name in before and said.get(name) not in (None, before[name])}
-    if anew:
-        changes = ", ".join(f"--training.{name} {before[name]} → {value}" for name, value in anew.items())
+    metadata, requested = run.metadata(), request.get("training") or {}
+    original = metadata["recipe"].get("training", {})
+    updates = {
+        name: requested[name]
+        for name in PARALLELISM_FIELDS
+        if name in original and requested.get(name) not in (None, original[name])
+    }
+    if updates:
+        changes = ", ".join(f"--training.{name} {before[name]} → {value}" for name, value in updates.items())
         console.warn(f"{changes}: {ROUNDING} from here on")
-        before.update(anew)
-        run.write_facts(facts)
+        original.update(updates)
+        run.write_metadata(metadata)

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nextword.data.dataset import IGNORE
+from nextword.data.dataset import IGNORE_INDEX
 from nextword.model.fused import FusedGPT
 from nextword.model.gpt import GPT
-from nextword.training.parallel import split_cross_entropies
+from nextword.training.parallel import vocab_parallel_cross_entropy
 
-LOGIT_BYTES = 2**28  # logits beyond this are made in pieces, and made again in the backward pass
+MAX_LOGIT_BYTES = 2**28  # logits beyond this are made in pieces, and made again in the backward pass
 
 
-class Loss(NamedTuple):
+class LossTerm(NamedTuple):
     """A term's sum (of nats over tokens, of losses over examples), and how much the term weighs beside the others."""
 
     total: Tensor
@@ -36,36 +36,36 @@ class LabelTensors(NamedTuple):
     reference: Tensor | None
 
 
-class Inputs(NamedTuple):
+class DeviceBatch(NamedTuple):
     """A micro-batch on the device: tokens and targets [B, T], what dropout keeps (None without dropout), segments [B, T]
     where several texts share a row, positions [B, T] then, and what labelled examples have beside their tokens."""
 
     tokens: Tensor
     targets: Tensor
-    keep: Tensor | None = None
+    dropout_masks: Tensor | None = None
     segments: Tensor | None = None
     positions: Tensor | None = None
     labels: LabelTensors | None = None
 
 
-Model = GPT | FusedGPT
-Objective = Callable[[Model, Inputs], dict[str, Loss]]
+TrainableModel = GPT | FusedGPT
+LossFn = Callable[[TrainableModel, DeviceBatch], dict[str, LossTerm]]
 
 
-def next_word(model: Model, inputs: Inputs) -> dict[str, Loss]:
+def causal_lm_loss(model: TrainableModel, batch: DeviceBatch) -> dict[str, LossTerm]:
     """L(θ) = −Σ log P(x_t | x_<t; θ), summed over every position that has a target."""
-    hidden = model(inputs.tokens, keep=inputs.keep)  # [B, T, D]
-    return {"next_word": Loss(summed_loss(model, hidden.flatten(0, 1), inputs.targets.flatten()))}
+    hidden = model(batch.tokens, keep=batch.dropout_masks)  # [B, T, D]
+    return {"next_word": LossTerm(nll_sum(model, hidden.flatten(0, 1), batch.targets.flatten()))}
 
 
-def summed_loss(model: Model, hidden: Tensor, targets: Tensor) -> Tensor:
+def nll_sum(model: TrainableModel, hidden: Tensor, targets: Tensor) -> Tensor:
     """Σ −log softmax(hidden · unembeddingᵀ)[target] over the positions [N] that have a target."""
     if isinstance(model, FusedGPT):
-        return model.summed_loss(hidden, targets)
-    return negative_log_likelihoods(hidden, model.unembedding, targets).sum()
+        return model.nll_sum(hidden, targets)
+    return token_nll(hidden, model.unembedding, targets).sum()
 
 
-def negative_log_likelihoods(hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
+def token_nll(hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
     """−log softmax(hidden · unembeddingᵀ)[target] at each position [N], in float32; 0 where the target is `IGNORE`.
 
     hidden [N, D], unembedding [V, D], targets [N]. Where the logits [N, V] would be large they are made a piece at a
@@ -73,9 +73,9 @@ def negative_log_likelihoods(hidden: Tensor, unembedding: Tensor, targets: Tenso
     """
 
     def piece(hidden: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropies(hidden, unembedding, targets)
+        return dense_token_nll(hidden, unembedding, targets)
 
-    rows = max(1, LOGIT_BYTES // (4 * unembedding.shape[0]))
+    rows = max(1, MAX_LOGIT_BYTES // (4 * unembedding.shape[0]))
     if len(hidden) <= rows:
         return piece(hidden, targets)
     return torch.cat(
@@ -86,47 +86,47 @@ def negative_log_likelihoods(hidden: Tensor, unembedding: Tensor, targets: Tenso
     )
 
 
-def cross_entropies(hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
+def dense_token_nll(hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
     """The same, all logits made at once; of an unembedding that several processes have among them, by all of these together."""
     if hasattr(unembedding, "placements"):
-        return split_cross_entropies(hidden, unembedding, targets, IGNORE)
+        return vocab_parallel_cross_entropy(hidden, unembedding, targets, IGNORE_INDEX)
     logits = F.linear(hidden, unembedding).float()
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
 
 
 # ---------------------------------------------------------------- labelled examples
 
 
-def hidden_states(model: Model, inputs: Inputs) -> tuple[Tensor, Tensor]:
+def hidden_states(model: TrainableModel, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
     """Hidden states [B, T, D], and which positions have a target [B, T].
 
     Logits are made for those positions alone: in fine-tuning they are often a small part.
     """
-    hidden = model(inputs.tokens, keep=inputs.keep, segments=inputs.segments, positions=inputs.positions)
-    return hidden, inputs.targets != IGNORE
+    hidden = model(batch.tokens, keep=batch.dropout_masks, segments=batch.segments, positions=batch.positions)
+    return hidden, batch.targets != IGNORE_INDEX
 
 
-def answer(model: Model, inputs: Inputs) -> dict[str, Loss]:
+def completion_loss(model: TrainableModel, batch: DeviceBatch) -> dict[str, LossTerm]:
     """The next word again, where only some positions are learned: those of the answer, not those of the question."""
-    hidden, learned = hidden_states(model, inputs)
-    return {"next_word": Loss(summed_loss(model, hidden[learned], inputs.targets[learned]))}
+    hidden, has_target = hidden_states(model, batch)
+    return {"next_word": LossTerm(nll_sum(model, hidden[has_target], batch.targets[has_target]))}
 
 
-def row_log_likelihoods(model: Model, inputs: Inputs) -> Tensor:
+def sequence_logprobs(model: TrainableModel, batch: DeviceBatch) -> Tensor:
     """Σ log P(x_t | x_<t; θ) over the targets of each row; [B]."""
-    hidden, learned = hidden_states(model, inputs)
-    losses = negative_log_likelihoods(hidden[learned], model.unembedding, inputs.targets[learned])
-    rows = learned.nonzero()[:, 0]
-    return -losses.new_zeros(len(inputs.tokens)).index_add(0, rows, losses)
+    hidden, has_target = hidden_states(model, batch)
+    losses = token_nll(hidden[has_target], model.unembedding, batch.targets[has_target])
+    rows = has_target.nonzero()[:, 0]
+    return -losses.new_zeros(len(batch.tokens)).index_add(0, rows, losses)
 
 
-def example_logits(model: Model, hidden: Tensor, labels: LabelTensors) -> Tensor:
+def example_logits(model: TrainableModel, hidden: Tensor, labels: LabelTensors) -> Tensor:
     """The head's logits [E, n_labels] at each row's end, those of an example's rows summed (Radford et al. 2018, 3.3)."""
     rows = model.classify(hidden[torch.arange(len(hidden), device=hidden.device), labels.ends]).float()
     return rows.new_zeros(int(labels.weight.shape[0]), rows.shape[1]).index_add(0, labels.example, rows)
 
 
-def choice_logits(model: Model, hidden: Tensor, labels: LabelTensors) -> Tensor:
+def multiple_choice_logits(model: TrainableModel, hidden: Tensor, labels: LabelTensors) -> Tensor:
     """One logit a row, as [E, C]: those of an example's choices side by side, −∞ where it has fewer than C."""
     rows = model.classify(hidden[torch.arange(len(hidden), device=hidden.device), labels.ends]).float()[:, 0]
     first = torch.searchsorted(labels.example, labels.example)  # the first row of the same example
@@ -135,7 +135,7 @@ def choice_logits(model: Model, hidden: Tensor, labels: LabelTensors) -> Tensor:
     return table.index_put((labels.example, place), rows)
 
 
-def labelled(kind: str, auxiliary: float = 0.0) -> Objective:
+def classification_loss(kind: str, auxiliary_weight: float = 0.0) -> LossFn:
     """L₃ = L₂ + λ L₁: a head's loss over the examples, and λ times the next word's over their tokens.
 
     Radford et al. 2018, equation 5; each term is divided by its own count. `kind` is "label" (cross entropy), "labels"
@@ -143,47 +143,47 @@ def labelled(kind: str, auxiliary: float = 0.0) -> Objective:
     example's rows).
     """
 
-    def objective(model: Model, inputs: Inputs) -> dict[str, Loss]:
+    def objective(model: TrainableModel, inputs: DeviceBatch) -> dict[str, LossTerm]:
         labels = inputs.labels
         assert labels is not None
         hidden, learned = hidden_states(model, inputs)
-        logits = (choice_logits if kind == "choice" else example_logits)(model, hidden, labels)
+        logits = (multiple_choice_logits if kind == "choice" else example_logits)(model, hidden, labels)
         if kind == "score":
             each = (logits[:, 0] - labels.gold) ** 2
         elif kind == "labels":
             each = F.binary_cross_entropy_with_logits(logits, labels.gold, reduction="none").mean(1)
         else:
             each = F.cross_entropy(logits, labels.gold, reduction="none")
-        terms = {"task": Loss((each * labels.weight).sum())}
-        if auxiliary:
-            terms["next_word"] = Loss(summed_loss(model, hidden[learned], inputs.targets[learned]), auxiliary)
+        terms = {"task": LossTerm((each * labels.weight).sum())}
+        if auxiliary_weight:
+            terms["next_word"] = LossTerm(nll_sum(model, hidden[learned], inputs.targets[learned]), auxiliary_weight)
         return terms
 
     return objective
 
 
-def preference(beta: float) -> Objective:
+def dpo_loss(beta: float) -> LossFn:
     """DPO: −log σ(β [(log π(y₊|x) − log π₀(y₊|x)) − (log π(y₋|x) − log π₀(y₋|x))]). Rafailov et al. 2023, equation 7.
 
     A pair's rows are the chosen answer and the rejected one, in this order; `reference` holds log π₀.
     """
 
-    def objective(model: Model, inputs: Inputs) -> dict[str, Loss]:
+    def objective(model: TrainableModel, inputs: DeviceBatch) -> dict[str, LossTerm]:
         assert inputs.labels is not None and inputs.labels.reference is not None
-        gained = row_log_likelihoods(model, inputs) - inputs.labels.reference
-        return {"task": Loss(-F.logsigmoid(beta * (gained[0::2] - gained[1::2])).sum())}
+        gained = sequence_logprobs(model, inputs) - inputs.labels.reference
+        return {"task": LossTerm(-F.logsigmoid(beta * (gained[0::2] - gained[1::2])).sum())}
 
     return objective
 
 
-class Step(nn.Module):
+class LossModule(nn.Module):
     """The model with its loss: the one module that is compiled, or made of compiled parts (see `fused`)."""
 
-    def __init__(self, model: GPT, objective: Objective, fused: bool = False):
+    def __init__(self, model: GPT, loss_fn: LossFn, fused: bool = False):
         super().__init__()
         self.model = model
-        self.objective = objective
+        self.loss_fn = loss_fn
         self.fused = FusedGPT(model) if fused else None
 
-    def forward(self, inputs: Inputs) -> dict[str, Loss]:
-        return self.objective(self.fused or self.model, inputs)
+    def forward(self, batch: DeviceBatch) -> dict[str, LossTerm]:
+        return self.loss_fn(self.fused or self.model, batch)

@@ -19,240 +19,245 @@ from typing import Any
 from nextword.common import fs
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError
-from nextword.common.run_dir import RunFolder
+from nextword.common.run_dir import RunDir
 
-SECONDS = 60.0  # from one copy to the next
-REST = 10.0  # and at least so many times what a copy takes
-KEPT = 2  # commits
-LOGS = ("metrics.jsonl", "decisions.jsonl", "detours.jsonl")
-RESULTS = ("result.json", "report.html", "README.md")
+UPLOAD_INTERVAL_SECONDS = 60.0  # from one copy to the next
+MIN_INTERVAL_RATIO = 10.0  # and at least so many times what a copy takes
+KEPT_COMMITS = 2  # commits
+LOG_FILES = ("metrics.jsonl", "decisions.jsonl", "detours.jsonl")
+RESULT_FILES = ("result.json", "report.html", "README.md")
 
 
-class Mirror:
+class CheckpointUploader:
     """The place, as the process sees it that leads the run.
 
     Raises:
         UsageError: no such kind of storage, or the package for it is not installed.
     """
 
-    def __init__(self, place: str, console: Console):
+    def __init__(self, url: str, console: Console):
         from fsspec.core import url_to_fs
 
-        self.place, self.console = place, console
+        self.url, self.console = url, console
         try:
-            self.fs, self.root = url_to_fs(place)
+            self.fs, self.root = url_to_fs(url)
         except (ImportError, ValueError) as error:
             raise UsageError(f"--mirror {place}: {error}") from error
-        self.threads = ThreadPoolExecutor(1, thread_name_prefix="mirror")
-        self.work: Future[None] | None = None
-        self.copied: Path | None = None  # the checkpoint that was copied last, or is being copied
-        self.begun, self.pause = -float("inf"), SECONDS
-        self.trouble: str | None = None  # what went wrong with the last copy
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="mirror")
+        self.pending_upload: Future[None] | None = None
+        self.last_uploaded: Path | None = None  # the checkpoint that was copied last, or is being copied
+        self.last_upload_start, self.upload_interval = -float("inf"), UPLOAD_INTERVAL_SECONDS
+        self.last_error: str | None = None  # what went wrong with the last copy
 
     # ------------------------------------------------------------ there
 
-    def offer(self, run: RunFolder, checkpoint: Path | None, urgent: bool = False) -> None:
+    def maybe_upload(self, run_dir: RunDir, checkpoint: Path | None, force: bool = False) -> None:
         """Copy a checkpoint and what belongs to it, unless that was done, the one before is under way or was just made; with
         `urgent` return when it is there."""
         now = time.monotonic()
-        idle = self.work is None or self.work.done()
+        is_idle = self.pending_upload is None or self.pending_upload.done()
         if checkpoint is not None and (
-            urgent or (idle and checkpoint != self.copied and now >= self.begun + self.pause)
+            force
+            or (is_idle and checkpoint != self.last_uploaded and now >= self.last_upload_start + self.upload_interval)
         ):
-            if self.work is not None:
-                self.work.result()
-            self.begun, self.copied = now, checkpoint
-            self.work = self.threads.submit(self._copy, run, hold(run, checkpoint))
-        if urgent and self.work is not None:
-            self.work.result()
+            if self.pending_upload is not None:
+                self.pending_upload.result()
+            self.last_upload_start, self.last_uploaded = now, checkpoint
+            self.pending_upload = self.executor.submit(self._upload, run_dir, snapshot(run_dir, checkpoint))
+        if force and self.pending_upload is not None:
+            self.pending_upload.result()
 
-    def close(self, run: RunFolder) -> None:
+    def upload_final(self, run_dir: RunDir) -> None:
         """Copy what a finished run has besides. Raises `NextwordError` where the place does not have all of the run then."""
-        self.offer(run, max((run.path / "checkpoints").glob("step-*"), default=None), urgent=True)
-        if self.trouble is not None:
+        self.maybe_upload(run_dir, max((run_dir.path / "checkpoints").glob("step-*"), default=None), force=True)
+        if self.last_error is not None:
             raise NextwordError(
                 f"{run.path}: the run is finished and whole, and {self.place} has no copy of its end: {self.trouble}"
             )
 
-    def _copy(self, run: RunFolder, held: Path) -> None:
+    def _upload(self, run_dir: RunDir, snapshot_dir: Path) -> None:
         """In the thread: everything, then the commit, then what no commit names is removed."""
-        begin = time.monotonic()
+        upload_start = time.monotonic()
         try:
-            step = next((held / "checkpoints").iterdir()).name
-            commit: dict[str, Any] = {"checkpoint": step, "run": fs.sha256(held / "run.json"), "folders": {}}
-            self._put(held / "run.json", "run.json")
-            if (run.data / fs.MANIFEST).is_file():
-                commit["folders"]["data"] = self._put_folder(run.data, "data")
-            commit["folders"][f"checkpoints/{step}"] = self._put_folder(
-                held / "checkpoints" / step, f"checkpoints/{step}"
+            step = next((snapshot_dir / "checkpoints").iterdir()).name
+            commit: dict[str, Any] = {
+                "checkpoint": step,
+                "run": fs.sha256_file(snapshot_dir / "run.json"),
+                "folders": {},
+            }
+            self._upload_file(snapshot_dir / "run.json", "run.json")
+            if (run_dir.data_dir / fs.MANIFEST).is_file():
+                commit["folders"]["data"] = self._upload_dir(run_dir.data_dir, "data")
+            commit["folders"][f"checkpoints/{step}"] = self._upload_dir(
+                snapshot_dir / "checkpoints" / step, f"checkpoints/{step}"
             )
             for name in ("model", "adapter"):
-                if (held / name / fs.MANIFEST).is_file():
-                    there = f"models/{fs.sha256(held / name / fs.MANIFEST)[:16]}"
-                    commit["folders"][name] = self._put_folder(held / name, there)
-            logs = [path for path in sorted(held.iterdir()) if path.name in (*LOGS, *RESULTS)]
+                if (snapshot_dir / name / fs.MANIFEST).is_file():
+                    remote_path = f"models/{fs.sha256(held / name / fs.MANIFEST)[:16]}"
+                    commit["folders"][name] = self._upload_dir(snapshot_dir / name, remote_path)
+            logs = [path for path in sorted(snapshot_dir.iterdir()) if path.name in (*LOG_FILES, *RESULT_FILES)]
             for path in logs:
-                self._put(path, f"logs/{step}/{path.name}")
+                self._upload_file(path, f"logs/{step}/{path.name}")
             commit["logs"] = [path.name for path in logs]
             text = json.dumps(commit)
-            sealed = {"commit": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-            self._parent(f"commits/{step}.json")
-            self.fs.pipe_file(self._at(f"commits/{step}.json"), fs.to_json(sealed).encode())
-            self._prune()
-            self.trouble = None
+            signed_commit = {"commit": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+            self._make_parent_dir(f"commits/{step}.json")
+            self.fs.pipe_file(self._absolute_path(f"commits/{step}.json"), fs.to_json(signed_commit).encode())
+            self._prune_old_commits()
+            self.last_error = None
         except Exception as error:  # each kind of storage has errors of its own; the run goes on, and it is tried again
-            self.trouble = f"{type(error).__name__}: {error}"
+            self.last_error = f"{type(error).__name__}: {error}"
             self.console.warn(f"no copy to {self.place} ({self.trouble}); the run goes on, and the next one is tried")
         finally:
-            shutil.rmtree(held, ignore_errors=True)
-            self.pause = max(SECONDS, REST * (time.monotonic() - begin))
+            shutil.rmtree(snapshot_dir, ignore_errors=True)
+            self.upload_interval = max(UPLOAD_INTERVAL_SECONDS, MIN_INTERVAL_RATIO * (time.monotonic() - upload_start))
 
-    def _put_folder(self, folder: Path, there: str) -> str:
+    def _upload_dir(self, directory: Path, remote_path: str) -> str:
         """A sealed folder, its manifest last; nothing where it is there already. Where it is."""
-        manifest = (folder / fs.MANIFEST).read_bytes()
-        if self._read(f"{there}/{fs.MANIFEST}") != manifest:
-            paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != fs.MANIFEST]
-            for path in [*paths, folder / fs.MANIFEST]:
-                self._put(path, f"{there}/{path.relative_to(folder).as_posix()}")
-        return there
+        manifest = (directory / fs.MANIFEST).read_bytes()
+        if self._read_bytes(f"{there}/{fs.MANIFEST}") != manifest:
+            paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != fs.MANIFEST]
+            for path in [*paths, directory / fs.MANIFEST]:
+                self._upload_file(path, f"{there}/{path.relative_to(folder).as_posix()}")
+        return remote_path
 
-    def _put(self, path: Path, there: str) -> None:
-        self._parent(there)
-        self.fs.put_file(str(path), self._at(there))
+    def _upload_file(self, path: Path, remote_path: str) -> None:
+        self._make_parent_dir(remote_path)
+        self.fs.put_file(str(path), self._absolute_path(remote_path))
 
-    def _parent(self, there: str) -> None:
-        self.fs.makedirs(self._at(there).rpartition("/")[0], exist_ok=True)
+    def _make_parent_dir(self, remote_path: str) -> None:
+        self.fs.makedirs(self._absolute_path(remote_path).rpartition("/")[0], exist_ok=True)
 
-    def _at(self, there: str) -> str:
+    def _absolute_path(self, remote_path: str) -> str:
         return f"{self.root.rstrip('/')}/{there}"
 
-    def _prune(self) -> None:
+    def _prune_old_commits(self) -> None:
         """Remove older commits, and then what none of the others names."""
-        commits = self._commits()
-        for name, _ in commits[KEPT:]:
-            self.fs.rm_file(self._at(name))
-        named = {there for _, commit in commits[:KEPT] for there in commit["folders"].values()}
-        named |= {f"logs/{commit['checkpoint']}" for _, commit in commits[:KEPT]}
+        commits = self._list_commits()
+        for name, _ in commits[KEPT_COMMITS:]:
+            self.fs.rm_file(self._absolute_path(name))
+        referenced_paths = {there for _, commit in commits[:KEPT_COMMITS] for there in commit["folders"].values()}
+        referenced_paths |= {f"logs/{commit['checkpoint']}" for _, commit in commits[:KEPT_COMMITS]}
         for kind in ("checkpoints", "models", "logs"):
-            for path in self._files(kind):
-                if "/".join(path.split("/")[:2]) not in named:
-                    self.fs.rm_file(self._at(path))
+            for path in self._list_files(kind):
+                if "/".join(path.split("/")[:2]) not in referenced_paths:
+                    self.fs.rm_file(self._absolute_path(path))
 
     # ------------------------------------------------------------ and back
 
-    def bring(self, out: Path, resume: bool) -> None:
+    def restore(self, run_path: Path, resume: bool) -> None:
         """Before a run begins or goes on: bring it here where it is there alone.
 
         Raises:
             UsageError: the place has another run, or one that is further, or one that `resume` was not said for.
             NextwordError: the place cannot be read, or what it has is damaged.
         """
-        if "file" in self.fs.protocol and fs.is_inside(Path(self.root), out):
+        if "file" in self.fs.protocol and fs.is_inside(Path(self.root), run_path):
             raise UsageError(f"--mirror {self.place}: is in the run folder itself. Choose a place elsewhere")
         try:
-            commits = self._commits()
+            commits = self._list_commits()
             if not commits:
                 return
-            run, commit = RunFolder(out), commits[0][1]
-            if run.begun:
-                self._refuse_other(run, commit)
+            run_dir, commit = RunDir(run_path), commits[0][1]
+            if run_dir.exists:
+                self._check_same_run(run_dir, commit)
             elif not resume:
                 raise UsageError(
                     f"--mirror {self.place}: holds a run already. Go on with it by --resume, or choose another place"
                 )
-            elif not out.exists() or not any(out.iterdir()):
-                self._fetch_newest(commits, out)
+            elif not run_path.exists() or not any(run_path.iterdir()):
+                self._restore_newest(commits, run_path)
         except (OSError, ValueError) as error:
             raise NextwordError(f"--mirror {self.place}: cannot be read: {error}") from error
 
-    def _refuse_other(self, run: RunFolder, commit: dict[str, Any]) -> None:
-        if commit["run"] != fs.sha256(run.path / "run.json"):
+    def _check_same_run(self, run_dir: RunDir, commit: dict[str, Any]) -> None:
+        if commit["run"] != fs.sha256_file(run_dir.path / "run.json"):
             raise UsageError(f"--mirror {self.place}: holds another run than {run.path}. Choose another place")
-        here = max((path.name for path in (run.path / "checkpoints").glob("step-*")), default="")
-        if commit["checkpoint"] > here:
+        local_checkpoint = max((path.name for path in (run_dir.path / "checkpoints").glob("step-*")), default="")
+        if commit["checkpoint"] > local_checkpoint:
             raise UsageError(
                 f"--mirror {self.place}: is further ({commit['checkpoint']}) than {run.path} ({here or 'no checkpoint'}): move "
                 "that folder away, and the same command goes on from there"
             )
 
-    def _fetch_newest(self, commits: list[tuple[str, dict[str, Any]]], out: Path) -> None:
+    def _restore_newest(self, commits: list[tuple[str, dict[str, Any]]], run_path: Path) -> None:
         """Bring the newest commit that is whole, in one move."""
-        aside = out.with_name(f".{out.name}.{os.getpid()}.partial")
-        damage = ""
+        staging_dir = run_path.with_name(f".{out.name}.{os.getpid()}.partial")
+        integrity_error = ""
         for name, commit in commits:
-            shutil.rmtree(aside, ignore_errors=True)
-            with fs.writing(out):
-                self._fetch(commit, aside)
+            shutil.rmtree(staging_dir, ignore_errors=True)
+            with fs.map_disk_errors(run_path):
+                self._download(commit, staging_dir)
             try:
-                fs.verify(aside)
+                fs.verify_tree(staging_dir)
             except NextwordError as error:
-                damage = str(error).replace(str(aside), self.place)
+                integrity_error = str(error).replace(str(staging_dir), self.url)
                 self.console.warn(f"{self.place}: {name} is damaged and passed over:\n{damage}")
                 continue
-            if out.exists():
-                out.rmdir()
-            aside.rename(out)
-            self.console.say(f"{out}: brought from {self.place}, as it was at {commit['checkpoint']}")
+            if run_path.exists():
+                run_path.rmdir()
+            staging_dir.rename(run_path)
+            self.console.info(f"{out}: brought from {self.place}, as it was at {commit['checkpoint']}")
             return
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staging_dir, ignore_errors=True)
         raise NextwordError(f"--mirror {self.place}: every copy is damaged:\n{damage}")
 
-    def _fetch(self, commit: dict[str, Any], aside: Path) -> None:
-        wanted = [("run.json", "run.json")]
-        for here, there in commit["folders"].items():
-            wanted += [(path, here + path.removeprefix(there)) for path in self._files(there)]
-        wanted += [(f"logs/{commit['checkpoint']}/{name}", name) for name in commit["logs"]]
-        for number, (there, here) in enumerate(wanted, start=1):
-            path = aside / here
-            if not fs.is_inside(path, aside):
+    def _download(self, commit: dict[str, Any], staging_dir: Path) -> None:
+        downloads = [("run.json", "run.json")]
+        for local_name, remote_path in commit["folders"].items():
+            downloads += [(path, local_name + path.removeprefix(remote_path)) for path in self._list_files(remote_path)]
+        downloads += [(f"logs/{commit['checkpoint']}/{name}", name) for name in commit["logs"]]
+        for number, (remote_path, local_name) in enumerate(downloads, start=1):
+            path = staging_dir / local_name
+            if not fs.is_inside(path, staging_dir):
                 raise NextwordError(f"--mirror {self.place}: names a file outside of the run folder: {here}")
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.fs.get_file(self._at(there), str(path))
-            self.console.progress("bringing the run", number, len(wanted))
+            self.fs.get_file(self._absolute_path(remote_path), str(path))
+            self.console.progress("bringing the run", number, len(downloads))
         self.console.close()
-        (aside / "checkpoints" / "latest").write_text(commit["checkpoint"] + "\n")
+        (staging_dir / "checkpoints" / "latest").write_text(commit["checkpoint"] + "\n")
 
-    def _commits(self) -> list[tuple[str, dict[str, Any]]]:
+    def _list_commits(self) -> list[tuple[str, dict[str, Any]]]:
         """Every whole commit by its name, the newest first."""
-        found = []
-        for name in sorted(self._files("commits"), reverse=True):
+        commits = []
+        for name in sorted(self._list_files("commits"), reverse=True):
             try:
-                sealed = json.loads(self._read(name) or b"")
+                sealed = json.loads(self._read_bytes(name) or b"")
                 if hashlib.sha256(sealed["commit"].encode()).hexdigest() == sealed["sha256"]:
-                    found.append((name, json.loads(sealed["commit"])))
+                    commits.append((name, json.loads(sealed["commit"])))
             except (ValueError, KeyError, TypeError, AttributeError):  # cut short by a kill: never committed
                 continue
-        return found
+        return commits
 
-    def _files(self, there: str) -> Iterator[str]:
+    def _list_files(self, remote_path: str) -> Iterator[str]:
         """Every file below a folder of the place, by its path from the root of it."""
-        for path in self.fs.find(self._at(there)):
+        for path in self.fs.find(self._absolute_path(remote_path)):
             yield str(path)[len(self.root.rstrip("/")) + 1 :]
 
-    def _read(self, there: str) -> bytes | None:
+    def _read_bytes(self, remote_path: str) -> bytes | None:
         """A small file's bytes, None where it is not there."""
         try:
-            return self.fs.cat_file(self._at(there))
+            return self.fs.cat_file(self._absolute_path(remote_path))
         except FileNotFoundError:
             return None
 
 
-def hold(run: RunFolder, checkpoint: Path) -> Path:
+def snapshot(run_dir: RunDir, checkpoint: Path) -> Path:
     """A folder of the run's present state that stays as it is: links to what is never changed, copies of what grows."""
-    held = run.path / ".mirror"
-    shutil.rmtree(held, ignore_errors=True)
-    with fs.writing(held):
-        shutil.copytree(checkpoint, held / "checkpoints" / checkpoint.name, copy_function=link)
-        for folder in (run.model, run.adapter):
+    snapshot_dir = run_dir.path / ".mirror"
+    shutil.rmtree(snapshot_dir, ignore_errors=True)
+    with fs.map_disk_errors(snapshot_dir):
+        shutil.copytree(checkpoint, snapshot_dir / "checkpoints" / checkpoint.name, copy_function=hardlink_or_copy)
+        for folder in (run_dir.model_dir, run_dir.adapter_dir):
             if folder.is_dir():
-                shutil.copytree(folder, held / folder.name, copy_function=link)
-        for name in ("run.json", *LOGS, *RESULTS):
-            if (run.path / name).is_file():
-                shutil.copy(run.path / name, held / name)
-    return held
+                shutil.copytree(folder, snapshot_dir / folder.name, copy_function=hardlink_or_copy)
+        for name in ("run.json", *LOG_FILES, *RESULT_FILES):
+            if (run_dir.path / name).is_file():
+                shutil.copy(run_dir.path / name, snapshot_dir / name)
+    return snapshot_dir
 
 
-def link(source: str, target: str) -> None:
+def hardlink_or_copy(source: str, target: str) -> None:
     """A second name of a file; a copy where the system has no such thing."""
     try:
         os.link(source, target)

@@ -12,61 +12,61 @@ import torch
 from torch import Tensor, nn
 
 from nextword.common import fs
-from nextword.common.console import Console, duration
-from nextword.common.run_dir import ROUNDING, RunFolder, machine, versions
+from nextword.common.console import Console
+from nextword.common.run_dir import RunDir, library_versions, machine_info
 from nextword.model import fused
 from nextword.model.gpt import GPT
 from nextword.training import checkpoint
-from nextword.training.config import Training
+from nextword.training.config import TrainingConfig
 from nextword.training.distributed import ALONE, World
-from nextword.training.losses import Objective, Step
+from nextword.training.losses import LossFn, LossModule
 from nextword.training.optimizer import Optimizer
-from nextword.training.parallel import fill, share
+from nextword.training.parallel import apply_parallelism, load_weights_
 from nextword.training.step import (
     StepKind,
     StepSettings,
     TrainState,
-    build_step_module,
-    failure_to_compile,
-    fit_micro_batch,
-    probe,
-    worth_compiling,
+    build_loss_module,
+    fit_micro_batch_rows,
+    should_compile,
+    time_step,
+    try_compile,
 )
 
 
-class Machinery(ABC):
+class TrainingSetup(ABC):
     """The part of a run that its subclasses do not tell apart by what they learn."""
 
-    rows_differ = False  # in length, so that compiled code would be made anew again and again
-    in_company = False  # whether several processes can do it together
-    strict = False  # whether a damaged checkpoint stops a resume, instead of being passed over
+    dynamic_shapes = False  # in length, so that compiled code would be made anew again and again
+    supports_distributed = False  # whether several processes can do it together
+    fail_on_corrupt_checkpoint = False  # whether a damaged checkpoint stops a resume, instead of being passed over
     world: World = ALONE
-    checkpoint: Path | None = None  # where the run stood when this process took it up
+    resume_checkpoint: Path | None = None  # where the run stood when this process took it up
 
     # Set by the subclass when it begins or goes on.
-    training: Training
-    steps_wanted: int | None
-    budget: float | None
+    training: TrainingConfig
+    target_steps: int | None
+    budget_seconds: float | None
     model: GPT  # hollow, where `first_weights` says what it begins with
-    objective: Objective
-    data: Any  # a Dataset, of a kind that the subclass knows
-    settings: StepSettings
-    facts: dict[str, Any]
+    loss_fn: LossFn
+    dataset: Any  # a Dataset, of a kind that the subclass knows
+    step_settings: StepSettings
+    run_metadata: dict[str, Any]
     seconds_per_step: float = 0.0  # of one step, as far as it is known; the leader's to know
     # Set by `settle`.
     state: TrainState
-    plain_step: Step
+    eager_step: LossModule
     step_module: nn.Module
 
-    def __init__(self, run: RunFolder, console: Console, device: torch.device, started: float):
-        self.run, self.console, self.device, self.started = run, console, device, started
-        self.spent = 0.0
+    def __init__(self, run_dir: RunDir, console: Console, device: torch.device, start_time: float):
+        self.run_dir, self.console, self.device, self.start_time = run_dir, console, device, start_time
+        self.seconds_before_resume = 0.0
 
-    def first_weights(self) -> Iterable[tuple[str, Tensor]]:
+    def iter_init_weights(self) -> Iterable[tuple[str, Tensor]]:
         """What a model that is hollow begins with, one tensor after the other."""
         return ()
 
-    def make_optimizer(self) -> Optimizer:
+    def build_optimizer(self) -> Optimizer:
         t = self.training
         assert t.lr is not None, "a run settles its learning rate before it begins"
         return Optimizer(
@@ -74,142 +74,152 @@ class Machinery(ABC):
             weight_decay=t.weight_decay, momentum=t.momentum, world=self.world,
         )  # fmt: skip
 
-    def make_settings(self, seed: int) -> StepSettings:
+    def build_step_settings(self, seed: int) -> StepSettings:
         t = self.training
         return StepSettings(
-            seed=seed, clip=t.clip, schedule=t.schedule, warmup=t.warmup, final_lr=t.final_lr,
+            seed=seed, max_grad_norm=t.clip, schedule=t.schedule, warmup=t.warmup, final_lr=t.final_lr,
             bf16=self.device.type == "cuda" and torch.cuda.is_bf16_supported(),
         )  # fmt: skip
 
     # ------------------------------------------------------------ what is decided beforehand
 
-    def placed(self) -> dict[str, Any]:
+    def reproducibility_metadata(self) -> dict[str, Any]:
         """What run.json says is fixed, before anything is measured."""
         return {"threads": torch.get_num_threads(), "world_size": self.world.size, "device": self.device.type}
 
-    def common_facts(self) -> dict[str, Any]:
-        return {"versions": versions(), "machine": machine(self.device)}
+    def environment_metadata(self) -> dict[str, Any]:
+        return {"versions": library_versions(), "machine": machine_info(self.device)}
 
-    def threads(self) -> int:
+    def resume_num_threads(self) -> int:
         """As many as the run began with, where it goes on in as many processes."""
-        fixed = self.facts["fixed"]
+        fixed = self.run_metadata["fixed"]
         return fixed["threads"] if fixed["world_size"] == self.world.size else torch.get_num_threads()
 
-    def find_checkpoint(self) -> None:
+    def select_checkpoint(self) -> None:
         """For who leads a run that goes on: its newest whole checkpoint, and what will not be as it was."""
-        fixed = self.facts["fixed"]
+        fixed = self.run_metadata["fixed"]
         if fixed["device"] != self.device.type:
             self.console.warn(f"this run began on {fixed['device']} and goes on on {self.device.type}: {ROUNDING}")
-        if (begun := self.facts["versions"]["torch"]) != torch.__version__:
+        if (original := self.run_metadata["versions"]["torch"]) != torch.__version__:
             self.console.warn(f"this run began with torch {begun} and goes on with {torch.__version__}: {ROUNDING}")
-        if (begun := fixed["world_size"]) != self.world.size:
+        if (original := fixed["world_size"]) != self.world.size:
             self.console.warn(
                 f"this run began in a world of {begun} and goes on in one of {self.world.size}: {ROUNDING}"
             )
         if self.world.leads:
-            self.checkpoint = checkpoint.newest_whole(self.run.path, self.console.warn, self.strict)
+            self.resume_checkpoint = checkpoint.newest_whole(
+                self.run_dir.path, self.console.warn, self.fail_on_corrupt_checkpoint
+            )
 
     # ------------------------------------------------------------ all processes of a run together
 
-    def settle(self) -> None:
+    def setup_training(self) -> None:
         """Take one's part of the weights and stand where the run stands; then, in a run that begins, measure what stays
         the same for the whole run (bit-equality is promised where it does), and write down what it is."""
-        fixed = self.facts["fixed"]
-        goes_on = "step_kind" in fixed
-        kind: StepKind = fixed["step_kind"] if goes_on else self._quickest_kind()
-        if kind == "fused" and not (self._whole and fused.available(self.model, self.device)):
-            why = fused.library()[1] if self._whole else "no process has all of the weights at once"
+        fixed = self.run_metadata["fixed"]
+        is_resume = "step_kind" in fixed
+        step_kind: StepKind = fixed["step_kind"] if is_resume else self._default_step_kind()
+        if step_kind == "fused" and not (self._has_full_weights and fused.available(self.model, self.device)):
+            reason = fused.library()[1] if self._has_full_weights else "no process has all of the weights at once"
             self.console.warn(f"this run began with compiled parts that are not to be had here ({why}): {ROUNDING}")
-            kind = "plain"
-        self.plain_step, self.step_module = build_step_module(
-            self.model, self.objective, "fused" if kind == "fused" else "plain", self.training.checkpoint_activations
+            step_kind = "plain"
+        self.eager_step, self.step_module = build_loss_module(
+            self.model, self.loss_fn, "fused" if step_kind == "fused" else "plain", self.training.checkpoint_activations
         )
-        self._furnish()
-        if self.checkpoint is not None:
-            self._take_facts(self.checkpoint)
-        if goes_on:
-            self.settings = replace(self.settings, micro_batch_rows=fixed["micro_batch_rows"])
-            self.spent = self.run.cut_back(self.state.step)
+        self._materialize()
+        if self.resume_checkpoint is not None:
+            self._restore_metadata(self.resume_checkpoint)
+        if is_resume:
+            self.step_settings = replace(self.step_settings, micro_batch_rows=fixed["micro_batch_rows"])
+            self.seconds_before_resume = self.run_dir.truncate_metrics(self.state.step)
         else:
-            kind = self._fix(kind)
-        if kind == "compiled":
-            kind = self._compile()
-        if goes_on:
-            self.seconds_per_step = self._measured_seconds(self.step_module)
-            self.console.say(f"going on from step {self.state.step:,}, {duration(self.spent)} in")
+            step_kind = self._autotune(step_kind)
+        if step_kind == "compiled":
+            step_kind = self._compile_step()
+        if is_resume:
+            self.seconds_per_step = self._time_step(self.step_module)
+            self.console.info(f"going on from step {self.state.step:,}, {duration(self.spent)} in")
             return
-        self.facts["fixed"] = {**fixed, "micro_batch_rows": self.settings.micro_batch_rows, "step_kind": kind}
+        self.run_metadata["fixed"] = {
+            **fixed,
+            "micro_batch_rows": self.step_settings.micro_batch_rows,
+            "step_kind": step_kind,
+        }
         if self.world.leads:
-            self.run.write_facts(self.facts)
-            fs.write_durably(self.run.metrics, "")
+            self.run_dir.write_metadata(self.run_metadata)
+            fs.atomic_write(self.run_dir.metrics_path, "")
 
-    def _furnish(self) -> None:
+    def _materialize(self) -> None:
         """Memory, weights and an optimizer; in company for one's own part of them alone."""
-        hollow = self.model.token_embedding.weight.is_meta
+        on_meta = self.model.token_embedding.weight.is_meta
         if self.world.size > 1:
-            share(self.world, self.plain_step, self.training.parallel, self.settings.bf16, self.device)
-        elif hollow:
+            apply_parallelism(self.world, self.eager_step, self.training.parallel, self.step_settings.bf16, self.device)
+        elif on_meta:
             self.model.to_empty(device=self.device)
             self.model.tabulate()
-        self.state = TrainState(self.model, self.make_optimizer())
-        if self.checkpoint is not None:
-            self._take_weights(self.checkpoint)
-        elif hollow:
-            fill(self.model, self.first_weights(), self.world)
+        self.state = TrainState(self.model, self.build_optimizer())
+        if self.resume_checkpoint is not None:
+            self._restore_weights(self.resume_checkpoint)
+        elif on_meta:
+            load_weights_(self.model, self.iter_init_weights(), self.world)
 
-    def _take_weights(self, path: Path) -> None:
+    def _restore_weights(self, path: Path) -> None:
         """Take the weights and the optimizer's state from a checkpoint; where they are shared, one's own rows."""
         weights, optimizer = checkpoint.load(path, dict(self.model.named_parameters()))
-        fill(self.model, weights.items(), self.world)
+        load_weights_(self.model, weights.items(), self.world)
         self.state.optimizer.load_state_tensors(optimizer)
 
-    def _take_facts(self, path: Path) -> dict[str, Any]:
+    def _restore_metadata(self, path: Path) -> dict[str, Any]:
         """Take from a checkpoint what it says beside its tensors; all that it says."""
         saved = checkpoint.facts_of(path)
-        self.state.step, self.state.tokens, self.state.bad = saved["step"], saved["tokens"], saved["bad"]
-        self.state.detours = saved.get("detours", 0)
+        self.state.step, self.state.tokens, self.state.nonfinite_streak = saved["step"], saved["tokens"], saved["bad"]
+        self.state.num_rollbacks = saved.get("detours", 0)
         return saved
 
     @property
-    def _whole(self) -> bool:
+    def _has_full_weights(self) -> bool:
         """Whether a process has all of the weights at once in a step, as our own compiled parts want them."""
         return self.world.size == 1 or (self.training.parallel == "data" and self.world.tensor_size == 1)
 
-    def _quickest_kind(self) -> StepKind:
+    def _default_step_kind(self) -> StepKind:
         """The kind of step that costs no time to begin with. Our own compiled parts keep what the backward pass needs."""
         t = self.training
-        fitting = self._whole and not t.checkpoint_activations and t.compile != "yes"
+        fitting = self._has_full_weights and not t.checkpoint_activations and t.compile != "yes"
         return "fused" if fitting and fused.available(self.model, self.device) else "plain"
 
-    def _fix(self, kind: StepKind) -> StepKind:
+    def _autotune(self, step_kind: StepKind) -> StepKind:
         """How many rows go through the model at once, and whether a plain step is to be compiled: the leader says."""
         t = self.training
-        rows = t.micro_batch_rows or fit_micro_batch(self.plain_step, self.data, self.settings, self.world)
-        self.settings = replace(self.settings, micro_batch_rows=-int(self.world.most([-rows])[0]))
-        [guess] = self.world.numbers([self.seconds_per_step])
-        self.seconds_per_step = guess or self._measured_seconds(self.plain_step)
-        length = self.budget if self.budget is not None else (self.steps_wanted or 0) * self.seconds_per_step
-        if kind == "plain" and self.device.type == "cpu" and (why := fused.library()[1]):
-            self.console.say(f"trained by PyTorch's own operations: {why}")
+        micro_batch_rows = t.micro_batch_rows or fit_micro_batch_rows(
+            self.eager_step, self.dataset, self.step_settings, self.world
+        )
+        self.step_settings = replace(self.step_settings, micro_batch_rows=-int(self.world.most([-micro_batch_rows])[0]))
+        [estimated_seconds] = self.world.numbers([self.seconds_per_step])
+        self.seconds_per_step = estimated_seconds or self._time_step(self.eager_step)
+        run_seconds = (
+            self.budget_seconds if self.budget_seconds is not None else (self.target_steps or 0) * self.seconds_per_step
+        )
+        if step_kind == "plain" and self.device.type == "cpu" and (reason := fused.library()[1]):
+            self.console.info(f"trained by PyTorch's own operations: {why}")
         if t.compile == "yes":
-            kind = "compiled"
-        elif t.compile == "auto" and kind == "plain" and not self.rows_differ:
-            compiled, why = worth_compiling(self.device, length)
-            kind = "compiled" if compiled else "plain"
-            self.console.say(why)
-        return self.world.told(kind)
+            step_kind = "compiled"
+        elif t.compile == "auto" and step_kind == "plain" and not self.dynamic_shapes:
+            compiled, reason = should_compile(self.device, run_seconds)
+            step_kind = "compiled" if compiled else "plain"
+            self.console.info(reason)
+        return self.world.told(step_kind)
 
-    def _compile(self) -> StepKind:
+    def _compile_step(self) -> StepKind:
         """Let the steps be compiled, or plain where that fails here, which is said; the kind that they are."""
-        compiled = torch.compile(self.plain_step)
+        compiled = torch.compile(self.eager_step)
         assert isinstance(compiled, nn.Module)
         self.step_module = compiled
-        if why := failure_to_compile(self.state, self.step_module, self.data, self.settings, self.world):
+        if error := try_compile(self.state, self.step_module, self.dataset, self.step_settings, self.world):
             self.console.warn(f"trained by PyTorch's own operations, since torch.compile fails here: {why}")
-            self.step_module = self.plain_step
+            self.step_module = self.eager_step
             return "plain"
         return "compiled"
 
-    def _measured_seconds(self, step_module: nn.Module) -> float:
+    def _time_step(self, step_module: nn.Module) -> float:
         """Of one step, by gradients that are thrown away."""
-        return probe(self.state, step_module, self.data, self.settings, self.world)
+        return time_step(self.state, step_module, self.dataset, self.step_settings, self.world)

@@ -14,18 +14,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from nextword.common.errors import CorruptFile
-from nextword.common.fs import read_json_lines, write_durably
+from nextword.common.errors import CorruptFileError
+from nextword.common.fs import atomic_write, read_jsonl
 
-SPAN = 100  # recent losses that a new one is held against; before there are so many, none is called high
-HIGH_IN_A_ROW = 5  # so many high losses, one after the other, are a spike
-FACTOR, DEVIATIONS = 1.5, 10.0  # a high one is above both: so many medians, and the median and so many deviations
-NEAR = 100  # batches: what begins so soon after a detour has not got past it
-TRIES = 3  # detours at one place
+LOSS_WINDOW = 100  # recent losses that a new one is held against; before there are so many, none is called high
+SPIKE_STREAK = 5  # so many high losses, one after the other, are a spike
+SPIKE_MEDIAN_RATIO, SPIKE_DEVIATIONS = (
+    1.5,
+    10.0,
+)  # a high one is above both: so many medians, and the median and so many deviations
+NEARBY_BATCHES = 100  # batches: what begins so soon after a detour has not got past it
+MAX_ATTEMPTS = 3  # detours at one place
 
 
 @dataclass(frozen=True)
-class Detour:
+class SkippedRange:
     """Batches that a run goes past, and why.
 
     Attributes:
@@ -49,16 +52,16 @@ class Detour:
     documents: list[str]
 
 
-class Detours:
+class SkippedRanges:
     """The detours of a run, the oldest first."""
 
-    def __init__(self, made: Iterable[Detour] = ()):
-        self.made = list(made)
+    def __init__(self, entries: Iterable[SkippedRange] = ()):
+        self.entries = list(entries)
 
-    def index_of(self, step: int) -> int:
+    def batch_index(self, step: int) -> int:
         """The batch that step `step` takes, both from 0: the one at that place among those that no detour leaves out."""
         index, passed = step, 0
-        for begin, end in sorted((detour.begin, detour.end) for detour in self.made):
+        for begin, end in sorted((detour.begin, detour.end) for detour in self.entries):
             begin = max(begin, passed)  # what an earlier one leaves out already
             if index < begin:
                 break
@@ -66,74 +69,76 @@ class Detours:
             passed = max(passed, end)
         return index
 
-    def tries(self, index: int) -> int:
+    def attempts_near(self, index: int) -> int:
         """How many of the last detours were at the place of batch `index`: each less than `NEAR` batches before the next."""
         count = 0
-        for detour in reversed(self.made):
-            if index - detour.end >= NEAR:
+        for detour in reversed(self.entries):
+            if index - detour.end >= NEARBY_BATCHES:
                 break
             count, index = count + 1, detour.begin
         return count
 
 
-class Watch:
+class LossSpikeDetector:
     """Tells a spike from noise: `HIGH_IN_A_ROW` losses, each above 1.5 times the median of the `SPAN` before it, and above
     that median by ten standard deviations, which are taken as 1.4826 times the median distance from the median, as for a
     normal distribution. A function of the losses alone, so that a resume sees what the run saw."""
 
     def __init__(self, losses: Iterable[float] = ()):
-        self.recent: deque[float] = deque(maxlen=SPAN)
-        self.high = 0  # how many of the last losses, one after the other, were high
+        self.recent_losses: deque[float] = deque(maxlen=LOSS_WINDOW)
+        self.high_streak = 0  # how many of the last losses, one after the other, were high
         for loss in losses:
-            self.add(loss)
+            self.update(loss)
 
-    def add(self, loss: float) -> None:
+    def update(self, loss: float) -> None:
         """One more loss; one that is no number is none of ours."""
         if math.isfinite(loss):
-            self.high = self.high + 1 if self.is_high(loss) else 0
-            self.recent.append(loss)
+            self.high_streak = self.high_streak + 1 if self.is_high(loss) else 0
+            self.recent_losses.append(loss)
 
     def is_high(self, loss: float) -> bool:
-        if len(self.recent) < SPAN:
+        if len(self.recent_losses) < LOSS_WINDOW:
             return False
-        middle = median(self.recent)
-        if loss <= FACTOR * middle:
+        median_loss = median(self.recent_losses)
+        if loss <= SPIKE_MEDIAN_RATIO * median_loss:
             return False
-        return loss > middle + DEVIATIONS * 1.4826 * median(abs(other - middle) for other in self.recent)
+        return loss > median_loss + SPIKE_DEVIATIONS * 1.4826 * median(
+            abs(other - median_loss) for other in self.recent_losses
+        )
 
     @property
-    def doubts(self) -> bool:
+    def is_suspicious(self) -> bool:
         """Whether this may become a spike. A long one is told of once, and what follows it is the run's new course."""
-        return 0 < self.high < HIGH_IN_A_ROW
+        return 0 < self.high_streak < SPIKE_STREAK
 
     @property
-    def spikes(self) -> bool:
-        return self.high == HIGH_IN_A_ROW
+    def is_spiking(self) -> bool:
+        return self.high_streak == SPIKE_STREAK
 
 
-def write_detours(log: Path, detours: Detours) -> None:
+def write_skipped_ranges(log: Path, skipped: SkippedRanges) -> None:
     """Put all of them on disk, as a whole: a crash leaves the old ones or the new ones."""
-    write_durably(log, "".join(json.dumps(asdict(detour), ensure_ascii=False) + "\n" for detour in detours.made))
+    atomic_write(log, "".join(json.dumps(asdict(detour), ensure_ascii=False) + "\n" for detour in skipped.entries))
 
 
-def read_detours(log: Path) -> Detours:
+def read_skipped_ranges(log: Path) -> SkippedRanges:
     """The detours of a run so far. Raises `CorruptFile` where the log is not one."""
-    made = []
-    for number, record in enumerate(read_json_lines(log), start=1):
+    entries = []
+    for number, record in enumerate(read_jsonl(log), start=1):
         try:
-            detour = Detour(**record)
-            numbers = (detour.first, detour.last, detour.begin, detour.end, detour.back)
-            sound = all(type(value) is int and value >= 0 for value in numbers) and detour.begin < detour.end
-            sound = sound and math.isfinite(detour.seconds)
+            entry = SkippedRange(**record)
+            numbers = (entry.first, entry.last, entry.begin, entry.end, entry.back)
+            is_valid = all(type(value) is int and value >= 0 for value in numbers) and entry.begin < entry.end
+            is_valid = is_valid and math.isfinite(entry.seconds)
         except TypeError as error:
-            raise CorruptFile(f"{log} line {number}: not a detour ({error})") from error
-        if not sound:
-            raise CorruptFile(f"{log} line {number}: not a detour: batches {detour.begin} to {detour.end}")
-        made.append(detour)
-    return Detours(made)
+            raise CorruptFileError(f"{log} line {number}: not a detour ({error})") from error
+        if not is_valid:
+            raise CorruptFileError(f"{log} line {number}: not a detour: batches {detour.begin} to {detour.end}")
+        entries.append(entry)
+    return SkippedRanges(entries)
 
 
-def in_words(names: list[str], shown: int = 3) -> str:
+def summarize_names(names: list[str], limit: int = 3) -> str:
     """The first few of many names, and how many more there are."""
-    more = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {more:,} more" if more > 0 else "")
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more:,} more" if more > 0 else "")

@@ -5,25 +5,25 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from nextword.common.console import Console
-from nextword.common.errors import Diverged
-from nextword.common.fs import read_json_lines, read_manifest
-from nextword.common.run_dir import RunFolder
+from nextword.common.errors import TrainingDivergedError
+from nextword.common.fs import read_jsonl, read_manifest
+from nextword.common.run_dir import RunDir
 from nextword.training import checkpoint
 from nextword.training.distributed import World
 from nextword.training.skipped_ranges import (
-    HIGH_IN_A_ROW,
-    TRIES,
-    Detour,
-    Detours,
-    Watch,
-    in_words,
-    read_detours,
-    write_detours,
+    MAX_ATTEMPTS,
+    SPIKE_STREAK,
+    LossSpikeDetector,
+    SkippedRange,
+    SkippedRanges,
+    read_skipped_ranges,
+    summarize_names,
+    write_skipped_ranges,
 )
 from nextword.training.step import StepMetrics, TrainState
 
 
-class Course:
+class RollbackManager:
     """The detours of a run in progress, the same in each of its processes, and the leader's watch for spikes.
 
     Args:
@@ -32,33 +32,40 @@ class Course:
     """
 
     def __init__(
-        self, run: RunFolder, console: Console, world: World, watching: bool, documents: Callable[[int], list[str]]
+        self,
+        run_dir: RunDir,
+        console: Console,
+        world: World,
+        detect_spikes: bool,
+        documents_in_batch: Callable[[int], list[str]],
     ):
-        self.run, self.console, self.world, self.documents = run, console, world, documents
-        self.watching = watching and world.leads
-        known = read_detours(run.detours).made if world.leads else []
-        self.detours = Detours(Detour(**said) for said in world.told([asdict(replace(d, documents=[])) for d in known]))
-        self.detours.made = known if world.leads else self.detours.made
-        self.watch = self._watch()
+        self.run_dir, self.console, self.world, self.documents_in_batch = run_dir, console, world, documents_in_batch
+        self.detect_spikes = detect_spikes and world.leads
+        logged_ranges = read_skipped_ranges(run_dir.skipped_ranges_path).entries if world.leads else []
+        self.skipped_ranges = SkippedRanges(
+            SkippedRange(**said) for said in world.told([asdict(replace(d, documents=[])) for d in logged_ranges])
+        )
+        self.skipped_ranges.entries = logged_ranges if world.leads else self.skipped_ranges.entries
+        self.spike_detector = self._build_spike_detector()
 
-    def _watch(self) -> Watch:
+    def _build_spike_detector(self) -> LossSpikeDetector:
         """As it stands after the steps that the run's lines tell of."""
-        if not self.watching:
-            return Watch()
-        records = read_json_lines(self.run.metrics)
-        return Watch(record["loss"] for record in records if "loss" in record)
+        if not self.detect_spikes:
+            return LossSpikeDetector()
+        records = read_jsonl(self.run_dir.metrics_path)
+        return LossSpikeDetector(record["loss"] for record in records if "loss" in record)
 
-    def see(self, metrics: StepMetrics) -> str:
+    def observe(self, metrics: StepMetrics) -> str:
         """What a step did; words for the person where it was left out."""
-        if self.watching:
-            self.watch.add(metrics.loss)
+        if self.detect_spikes:
+            self.spike_detector.update(metrics.loss)
         if not (metrics.skipped and self.world.leads):
             return ""
-        names = in_words(self.documents(self.detours.index_of(metrics.step - 1)))
+        document_names = summarize_names(self.documents_in_batch(self.skipped_ranges.batch_index(metrics.step - 1)))
         return f"step {metrics.step:,}: the loss is not finite; this step is left out. In its batch: {names}"
 
-    def turn(
-        self, state: TrainState, spike: bool, sound: int, best: int, seconds: float
+    def plan_rollback(
+        self, state: TrainState, is_spike: bool, last_finite_step: int, best_step: int, elapsed_seconds: float
     ) -> tuple[Path | None, int] | None:
         """Decide on a detour, and write it down before anything is undone.
 
@@ -74,49 +81,58 @@ class Course:
         Raises:
             Diverged: a spike that comes back, however many batches are left out.
         """
-        first = state.step - (HIGH_IN_A_ROW if spike else state.bad)
-        if self.detours.tries(self.detours.index_of(first)) >= TRIES:
-            if not spike:
+        last_good_step = state.step - (SPIKE_STREAK if is_spike else state.nonfinite_streak)
+        if self.skipped_ranges.attempts_near(self.skipped_ranges.batch_index(last_good_step)) >= MAX_ATTEMPTS:
+            if not is_spike:
                 return None
-            raise Diverged(
+            raise TrainingDivergedError(
                 f"the loss rises far above what it was, after {TRIES} detours at one place once more, at step {state.step}. "
                 "What was saved before it is whole. A lower --training.lr or a longer --training.warmup may help."
             )
-        found = checkpoint.newest_whole(self.run.path, self.console.warn) if self.world.leads else None
-        said = self.world.told(None if found is None else str(found))
-        if said is None and spike:
+        latest_checkpoint = checkpoint.newest_whole(self.run_dir.path, self.console.warn) if self.world.leads else None
+        checkpoint_path = self.world.told(None if latest_checkpoint is None else str(latest_checkpoint))
+        if checkpoint_path is None and is_spike:
             text = (
                 f"the loss is far above what it was since step {first + 1:,}, and no checkpoint is there to go back to"
             )
-            self._say(state.step, text)
+            self._log_event(state.step, text)
             return None
-        back: int = sound if said is None else read_manifest(Path(said))["step"]
+        rollback_step: int = (
+            last_finite_step if checkpoint_path is None else read_manifest(Path(checkpoint_path))["step"]
+        )
         # What makes the loss rise was learned before the loss shows it.
-        from_step = max(back, first - HIGH_IN_A_ROW if spike else first)
-        begin, end = self.detours.index_of(from_step), self.detours.index_of(state.step - 1) + 1
-        names = [name for index in range(begin, end) for name in self.documents(index)] if self.world.leads else []
-        self.detours.made.append(
-            Detour(
-                first=first + 1, last=state.step, begin=begin, end=end, back=back, reason="spike" if spike else "not finite",
-                forgets=spike and best > from_step, seconds=round(seconds, 3), documents=list(dict.fromkeys(names)),
+        first_skipped_step = max(rollback_step, last_good_step - SPIKE_STREAK if is_spike else last_good_step)
+        first_batch, end_batch = (
+            self.skipped_ranges.batch_index(first_skipped_step),
+            self.skipped_ranges.batch_index(state.step - 1) + 1,
+        )
+        document_names = (
+            [name for index in range(first_batch, end_batch) for name in self.documents_in_batch(index)]
+            if self.world.leads
+            else []
+        )
+        self.skipped_ranges.entries.append(
+            SkippedRange(
+                first=last_good_step + 1, last=state.step, begin=first_batch, end=end_batch, back=rollback_step, reason="spike" if is_spike else "not finite",
+                forgets=is_spike and best_step > first_skipped_step, seconds=round(elapsed_seconds, 3), documents=list(dict.fromkeys(document_names)),
             )
         )  # fmt: skip
         if self.world.leads:
-            write_detours(self.run.detours, self.detours)
-        return (None if said is None else Path(said)), back
+            write_skipped_ranges(self.run_dir.skipped_ranges_path, self.skipped_ranges)
+        return (None if checkpoint_path is None else Path(checkpoint_path)), rollback_step
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """After the turn: see only what is left of the run, and say what was done."""
-        self.watch = self._watch()
-        detour = self.detours.made[-1]
-        what = "was not a finite number" if detour.reason == "not finite" else "was far above what it had been"
-        self._say(
-            detour.back,
+        self.spike_detector = self._build_spike_detector()
+        skipped_range = self.skipped_ranges.entries[-1]
+        reason = "was not a finite number" if skipped_range.reason == "not finite" else "was far above what it had been"
+        self._log_event(
+            skipped_range.back,
             f"steps {detour.first:,} to {detour.last:,}: the loss {what}. The run goes back to step {detour.back:,} and from "
             f"there past the batches that led to it. In them: {in_words(detour.documents)}. {self.run.detours} names them all: "
             "look at them, and take what is no text out of what a next run learns from",
         )
 
-    def _say(self, step: int, text: str) -> None:
-        self.run.append({"step": step, "message": text})
+    def _log_event(self, step: int, text: str) -> None:
+        self.run_dir.append_metrics({"step": step, "message": text})
         self.console.warn(text)

@@ -15,31 +15,43 @@ import torch
 
 from nextword.common import fs
 from nextword.common.console import Console
-from nextword.common.energy import Meter
-from nextword.common.run_dir import Interrupted, RunFolder, catching_signals, open_tensorboard, peak_memory
+from nextword.common.energy import EnergyMeter
+from nextword.common.run_dir import (
+    RunDir,
+    RunInterruptedError,
+    catch_signals,
+    open_tensorboard_writer,
+    peak_memory_bytes,
+)
 from nextword.training.checkpoint import Saver
-from nextword.training.remote_sync import Mirror
-from nextword.training.setup import Machinery
-from nextword.training.spike_recovery import Course
-from nextword.training.step import BAD_STEPS_IN_A_ROW, StepMetrics, steps
-from nextword.training.step_budget import Clock, Decision, Pace, SharedClock, read_decisions
+from nextword.training.remote_sync import CheckpointUploader
+from nextword.training.setup import TrainingSetup
+from nextword.training.spike_recovery import RollbackManager
+from nextword.training.step import MAX_NONFINITE_STEPS, StepMetrics, training_steps
+from nextword.training.step_budget import (
+    DistributedTimeBudgetController,
+    StepBudgetDecision,
+    StepSchedule,
+    TimeBudgetController,
+    read_decisions,
+)
 
-SAMPLED = (1, 2, 4, 8, 12, 16, 20)  # of twenty evaluations, those after which the model writes something
-REPORT = "nextword.reporting.report"
-FINISHING_SECONDS = 2.5  # the report, the card and the last files
+SAMPLE_AT_VALIDATIONS = (1, 2, 4, 8, 12, 16, 20)  # of twenty evaluations, those after which the model writes something
+REPORT_MODULE = "nextword.reporting.report"
+FINALIZE_SECONDS = 2.5  # the report, the card and the last files
 
 
 @dataclass(frozen=True)
-class Look:
+class ValidationResult:
     """A look at held-out data: what decides which weights are kept (higher is better), and what is told of it."""
 
     score: float
-    record: dict[str, Any]  # goes into metrics.jsonl as "validation"
-    text: str
+    metrics: dict[str, Any]  # goes into metrics.jsonl as "validation"
+    summary: str
 
 
 @dataclass
-class Best:
+class BestCheckpoint:
     """The best look so far; `since` counts the ones after it."""
 
     score: float | None = None
@@ -47,88 +59,95 @@ class Best:
     since: int = 0
 
 
-class Job(Machinery):
+class Trainer(TrainingSetup):
     """One run in progress: begun or gone on with by its subclass, settled, then `train`, then `finish`."""
 
-    can_spike = False  # whether a loss far above the recent ones means that the run goes astray
+    detects_loss_spikes = False  # whether a loss far above the recent ones means that the run goes astray
     batch_tokens: int  # of a step, about; the subclass sets it
-    mirror: Mirror | None = None  # where checkpoints are copied to, beyond this machine
-    course: Course
-    saver: Saver
-    sound: tuple[int, int, Best, bool]  # step, tokens, best and stopped after the last step whose loss was a number
+    checkpoint_uploader: CheckpointUploader | None = None  # where checkpoints are copied to, beyond this machine
+    rollback_manager: RollbackManager
+    checkpointer: Saver
+    last_finite_state: tuple[
+        int, int, BestCheckpoint, bool
+    ]  # step, tokens, best and stopped after the last step whose loss was a number
 
-    def __init__(self, run: RunFolder, console: Console, device: torch.device, started: float):
-        super().__init__(run, console, device, started)
-        self.meter = Meter(device)
-        self.best = Best()
-        self.clock: Clock | None = None
-        self.stopped = False
-        self.curves: Any = None  # TensorBoard's writer, where it is asked for
+    def __init__(self, run_dir: RunDir, console: Console, device: torch.device, start_time: float):
+        super().__init__(run_dir, console, device, start_time)
+        self.energy_meter = EnergyMeter(device)
+        self.best = BestCheckpoint()
+        self.budget_controller: TimeBudgetController | None = None
+        self.stopped_early = False
+        self.tensorboard: Any = None  # TensorBoard's writer, where it is asked for
 
     # ------------------------------------------------------------ what a subclass says
 
     @abstractmethod
-    def begin(self, command: list[str], request: dict[str, Any]) -> None:
+    def initialize(self, command: list[str], request: dict[str, Any]) -> None:
         """Decide once what the run fixes: `facts`, which `settle` completes and writes down."""
 
     @abstractmethod
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Take everything from the run folder; `settle` then stands where its newest whole checkpoint stands."""
 
     @abstractmethod
-    def finish(self) -> dict[str, Any]:
+    def finalize(self) -> dict[str, Any]:
         """Measure the kept weights; the result, written down with the card and the report."""
 
     @abstractmethod
-    def look(self, pace: Pace) -> Look | None:
+    def validate(self, step_schedule: StepSchedule) -> ValidationResult | None:
         """The model as it stands, on held-out data; None where nothing is held out. The same data at each look."""
 
     @abstractmethod
-    def keep(self, facts: dict[str, Any]) -> None:
+    def save_best_model(self, metadata: dict[str, Any]) -> None:
         """Write the model as it stands to RUN/model."""
 
     @abstractmethod
-    def sample(self, step: int) -> None:
+    def log_sample(self, step: int) -> None:
         """Let the model show what it can, where it can write."""
 
-    def finishing_seconds(self) -> float:
+    def estimate_finalize_seconds(self) -> float:
         """How long what follows the last step will take."""
-        return FINISHING_SECONDS
+        return FINALIZE_SECONDS
 
-    def bits_per_byte(self, loss: float) -> float | None:
+    def loss_to_bits_per_byte(self, loss: float) -> float | None:
         """A training loss in bits per byte of the text, where it means that."""
         return None
 
     @abstractmethod
-    def documents(self, index: int) -> list[str]:
+    def documents_in_batch(self, batch_index: int) -> list[str]:
         """What the batch of an index is made of: a name for each text, by which a person finds it."""
 
     @abstractmethod
-    def got_worse(self, step: int, look: Look) -> None:
+    def on_no_improvement(self, step: int, result: ValidationResult) -> None:
         """After a look that was not the best: a word to the person, where one is due."""
 
     # ------------------------------------------------------------ train
 
-    def _take_facts(self, path: Path) -> dict[str, Any]:
-        saved = super()._take_facts(path)
-        self.best, self.stopped = Best(**saved["best"]), saved["stopped"]
+    def _restore_metadata(self, path: Path) -> dict[str, Any]:
+        saved = super()._restore_metadata(path)
+        self.best, self.stopped_early = BestCheckpoint(**saved["best"]), saved["stopped"]
         return saved
 
-    def seconds(self) -> float:
+    def elapsed_seconds(self) -> float:
         """Wall time that the run has used, in all of its processes."""
-        return time.time() - self.started + self.spent
+        return time.time() - self.start_time + self.seconds_before_resume
 
-    def make_pace(self) -> Pace:
+    def build_step_schedule(self) -> StepSchedule:
         """The run's length: said beforehand, or the clock's decisions so far."""
-        if self.steps_wanted is not None:
-            return Pace([Decision(0, self.steps_wanted)])
-        assert self.budget is not None
+        if self.target_steps is not None:
+            return StepSchedule([StepBudgetDecision(0, self.target_steps)])
+        assert self.budget_seconds is not None
         decisions = []
         if self.world.leads:
-            self.clock = Clock(self.budget, self.run.decisions, started=self.started, spent=self.spent)
-            self.clock.reserve = self.finishing_seconds()
-            decisions = [asdict(decision) for decision in read_decisions(self.run.decisions)]
-        return Pace([Decision(**decision) for decision in self.world.told(decisions)])
+            self.budget_controller = TimeBudgetController(
+                self.budget_seconds,
+                self.run_dir.decisions_path,
+                started=self.start_time,
+                seconds_before_resume=self.seconds_before_resume,
+            )
+            self.budget_controller.reserved_seconds = self.estimate_finalize_seconds()
+            decisions = [asdict(decision) for decision in read_decisions(self.run_dir.decisions_path)]
+        return StepSchedule([StepBudgetDecision(**decision) for decision in self.world.told(decisions)])
 
     def train(self, tensorboard: bool = False) -> None:
         """The loop: a step, its line, and now and then a look at held-out data, a sample, a checkpoint.
@@ -137,188 +156,206 @@ class Job(Machinery):
             Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
             Diverged: see `steps` and `Course.turn`.
         """
-        self.course = Course(self.run, self.console, self.world, self.can_spike, self.documents)
-        self._take_up_detours()
-        self.curves = open_tensorboard(self.run.path) if tensorboard and self.world.leads else None
-        pace = self.make_pace()
-        shared = self.world.size > 1 and self.budget is not None
-        clock = SharedClock(self.world, self.clock) if shared else self.clock
-        before, tokens_before = time.monotonic(), self.state.tokens
-        with catching_signals() as caught, Saver(self.run.path, self.world, self.training.save_every) as self.saver:
-            if self.stopped:
+        self.rollback_manager = RollbackManager(
+            self.run_dir, self.console, self.world, self.detects_loss_spikes, self.documents_in_batch
+        )
+        self._apply_skipped_ranges()
+        self.tensorboard = open_tensorboard_writer(self.run_dir.path) if tensorboard and self.world.leads else None
+        step_schedule = self.build_step_schedule()
+        is_shared_budget = self.world.size > 1 and self.budget_seconds is not None
+        step_budget = (
+            DistributedTimeBudgetController(self.world, self.budget_controller)
+            if is_shared_budget
+            else self.budget_controller
+        )
+        interval_start, interval_start_tokens = time.monotonic(), self.state.tokens
+        with (
+            catch_signals() as caught_signals,
+            Saver(self.run_dir.path, self.world, self.training.save_every) as self.checkpointer,
+        ):
+            if self.stopped_early:
                 return
-            loop = steps(
-                self.state, self.data, self.step_module, self.settings, pace, clock, self.seconds_per_step, self.world,
-                self.course.detours.index_of,
+            step_iterator = training_steps(
+                self.state, self.dataset, self.step_module, self.step_settings, step_schedule, step_budget, self.seconds_per_step, self.world,
+                self.rollback_manager.skipped_ranges.batch_index,
             )  # fmt: skip
-            for metrics in loop:
-                rate = (self.state.tokens - tokens_before) / max(1e-9, time.monotonic() - before)
-                self._record(metrics, rate)
-                self._look_when_due(metrics, pace)
-                last = metrics.progress >= 1 or self.stopped
-                watch, saver = self.course.watch, self.saver
-                due, signal, spike, doubt, stage = map(int, self.world.most([
-                    saver.is_due(metrics.step), caught[0] if caught else 0, watch.spikes, watch.doubts or self.state.bad > 0,
-                    saver.stage,
+            for metrics in step_iterator:
+                rate = (self.state.tokens - interval_start_tokens) / max(1e-9, time.monotonic() - interval_start)
+                self._log_step(metrics, rate)
+                self._validate_if_due(metrics, step_schedule)
+                is_last_step = metrics.progress >= 1 or self.stopped_early
+                spike_detector, checkpointer = self.rollback_manager.spike_detector, self.checkpointer
+                checkpoint_due, signal, spike, is_suspicious, stage = map(int, self.world.most([
+                    checkpointer.is_due(metrics.step), caught_signals[0] if caught_signals else 0, spike_detector.is_spiking, spike_detector.is_suspicious or self.state.nonfinite_streak > 0,
+                    checkpointer.stage,
                 ]))  # fmt: skip
-                saver.go_on(stage)
-                if self.mirror is not None:
-                    self.mirror.offer(self.run, saver.sealed)
-                astray = spike or self.state.bad >= BAD_STEPS_IN_A_ROW
-                if astray and self._turn_back(pace, bool(spike)):
-                    before, tokens_before = time.monotonic(), self.state.tokens
+                checkpointer.go_on(stage)
+                if self.checkpoint_uploader is not None:
+                    self.checkpoint_uploader.maybe_upload(self.run_dir, checkpointer.sealed)
+                should_rollback = spike or self.state.nonfinite_streak >= MAX_NONFINITE_STEPS
+                if should_rollback and self._rollback(step_schedule, bool(spike)):
+                    interval_start, interval_start_tokens = time.monotonic(), self.state.tokens
                     continue
-                if (due or last or signal) and not doubt:  # what is in doubt is not saved
-                    self._save()
-                if last or signal:
-                    saver.wait()
-                if signal and self.mirror is not None:
-                    self.mirror.offer(self.run, saver.sealed, urgent=True)
-                if signal and not last:
-                    kept = "its loss is in doubt, so that the last checkpoint stands" if doubt else "and saved"
-                    raise Interrupted(
+                if (checkpoint_due or is_last_step or signal) and not is_suspicious:  # what is in doubt is not saved
+                    self._save_checkpoint()
+                if is_last_step or signal:
+                    checkpointer.wait()
+                if signal and self.checkpoint_uploader is not None:
+                    self.checkpoint_uploader.maybe_upload(self.run_dir, checkpointer.sealed, force=True)
+                if signal and not is_last_step:
+                    checkpoint_note = (
+                        "its loss is in doubt, so that the last checkpoint stands" if is_suspicious else "and saved"
+                    )
+                    raise RunInterruptedError(
                         f"stopped at step {metrics.step:,}, {kept}. Go on with the same command and --resume", signal
                     )
-                if self.stopped:
+                if self.stopped_early:
                     break
-                if not self.state.bad:
-                    self._remember()
-                before, tokens_before = time.monotonic(), self.state.tokens
+                if not self.state.nonfinite_streak:
+                    self._record_finite_state()
+                interval_start, interval_start_tokens = time.monotonic(), self.state.tokens
 
-    def _turn_back(self, pace: Pace, spike: bool) -> bool:
+    def _rollback(self, step_schedule: StepSchedule, is_spike: bool) -> bool:
         """Undo the steps that went astray, and go past their batches from where the run stands then; False where it
         cannot be. Raises `Diverged` as `Course.turn`."""
-        self.saver.wait()  # what is under way may be what to go back to
-        turn = self.course.turn(self.state, spike, self.sound[0], self.best.step, self.seconds())
-        if turn is None:
+        self.checkpointer.wait()  # what is under way may be what to go back to
+        rollback = self.rollback_manager.plan_rollback(
+            self.state, is_spike, self.last_finite_state[0], self.best.step, self.elapsed_seconds()
+        )
+        if rollback is None:
             return False
-        path, step = turn
+        path, step = rollback
         if path is None:
-            self.state.step, self.state.tokens, self.best, self.stopped = self.sound
-            self.state.bad = 0
+            self.state.step, self.state.tokens, self.best, self.stopped_early = self.last_finite_state
+            self.state.nonfinite_streak = 0
         else:
-            self._take_weights(path)
-            self._take_facts(path)
-        self._take_up_detours()
-        pace.cut_back(step)
-        if self.clock is not None:
-            self.clock.begin_anew(pace)
-        self.run.cut_back(step)
-        self.course.go_on()
+            self._restore_weights(path)
+            self._restore_metadata(path)
+        self._apply_skipped_ranges()
+        step_schedule.rollback(step)
+        if self.budget_controller is not None:
+            self.budget_controller.reset(step_schedule)
+        self.run_dir.truncate_metrics(step)
+        self.rollback_manager.resume()
         return True
 
-    def _take_up_detours(self) -> None:
+    def _apply_skipped_ranges(self) -> None:
         """What those detours change that the state does not know of: weights that a spike may be in are no measure."""
-        made = self.course.detours.made
-        if any(detour.forgets for detour in made[self.state.detours :]):
-            self.best = Best()
-        self.state.detours = len(made)
-        self._remember()
+        skipped_ranges = self.rollback_manager.skipped_ranges.entries
+        if any(detour.forgets for detour in skipped_ranges[self.state.num_rollbacks :]):
+            self.best = BestCheckpoint()
+        self.state.num_rollbacks = len(skipped_ranges)
+        self._record_finite_state()
 
-    def _remember(self) -> None:
+    def _record_finite_state(self) -> None:
         """Where the run stands: what to go back to where there is no checkpoint yet."""
-        self.sound = self.state.step, self.state.tokens, replace(self.best), self.stopped
+        self.last_finite_state = self.state.step, self.state.tokens, replace(self.best), self.stopped_early
 
-    def _record(self, metrics: StepMetrics, rate: float) -> None:
-        seconds = self.seconds()
-        self.run.append(
+    def _log_step(self, metrics: StepMetrics, tokens_per_second: float) -> None:
+        seconds = self.elapsed_seconds()
+        self.run_dir.append_metrics(
             {
                 "step": metrics.step,
                 "loss": metrics.loss,
                 "lr": metrics.lr,
                 "tokens": metrics.tokens,
                 "seconds": round(seconds, 3),
-                "tokens_per_second": round(rate, 1),
+                "tokens_per_second": round(tokens_per_second, 1),
                 "gradient_norm": metrics.gradient_norm,
                 "skipped": metrics.skipped,
             }
         )
-        if self.curves is not None:
+        if self.tensorboard is not None:
             for name in ("loss", "lr", "gradient_norm"):
-                self.curves.add_scalar(f"training/{name}", getattr(metrics, name), metrics.step)
-        if words := self.course.see(metrics):
-            self.message(metrics.step, words)
-        whole = seconds / metrics.progress if self.budget is None else self.budget
-        bits = self.bits_per_byte(metrics.loss)
-        self.console.training(
-            metrics, bits_per_byte=bits, tokens_per_second=rate, seconds_left=max(0.0, whole - seconds)
+                self.tensorboard.add_scalar(f"training/{name}", getattr(metrics, name), metrics.step)
+        if warning := self.rollback_manager.observe(metrics):
+            self.log_event(metrics.step, warning)
+        estimated_total = seconds / metrics.progress if self.budget_seconds is None else self.budget_seconds
+        bits_per_byte = self.loss_to_bits_per_byte(metrics.loss)
+        self.console.training_progress(
+            metrics,
+            bits_per_byte=bits_per_byte,
+            tokens_per_second=tokens_per_second,
+            seconds_left=max(0.0, estimated_total - seconds),
         )
 
-    def looks(self, pace: Pace) -> int:
+    def num_validations(self, step_schedule: StepSchedule) -> int:
         """How many looks at held-out data: as many as the recipe says, but at least ten steps apart."""
-        return min(self.training.evaluations, max(1, pace.decisions[0].total_steps // 10))
+        return min(self.training.evaluations, max(1, step_schedule.decisions[0].total_steps // 10))
 
-    def _look_when_due(self, metrics: StepMetrics, pace: Pace) -> None:
+    def _validate_if_due(self, metrics: StepMetrics, step_schedule: StepSchedule) -> None:
         """A look at equal parts of the run; the best weights are kept as RUN/model."""
-        wanted = self.looks(pace)
+        total_validations = self.num_validations(step_schedule)
         index = metrics.step - 1
-        number = math.floor(metrics.progress * wanted + 1e-9)
-        if number == math.floor((pace.progress(index - 1) if index else 0.0) * wanted + 1e-9):
+        validation_index = math.floor(metrics.progress * total_validations + 1e-9)
+        if validation_index == math.floor(
+            (step_schedule.progress(index - 1) if index else 0.0) * total_validations + 1e-9
+        ):
             return
-        look = self.look(pace)
-        if look is None:  # nothing is held out: the newest weights are the ones that are kept
-            self._keep_best(metrics.step, None)
+        result = self.validate(step_schedule)
+        if result is None:  # nothing is held out: the newest weights are the ones that are kept
+            self._update_best(metrics.step, None)
             return
-        if self.clock is not None:
-            self.clock.reserve = self.finishing_seconds()
-        self.run.append({"step": metrics.step, "validation": look.record})
-        if self.curves is not None:
-            for name, value in look.record.items():
+        if self.budget_controller is not None:
+            self.budget_controller.reserved_seconds = self.estimate_finalize_seconds()
+        self.run_dir.append_metrics({"step": metrics.step, "validation": result.metrics})
+        if self.tensorboard is not None:
+            for name, value in result.metrics.items():
                 if isinstance(value, (int, float)):
-                    self.curves.add_scalar(f"validation/{name}", value, metrics.step)
-        self.console.say(f"step {metrics.step:,}: {look.text}")
-        better = self.best.score is None or (look.score > self.best.score and not self.state.bad)
-        if math.isfinite(look.score) and better:
-            self._keep_best(metrics.step, look)
+                    self.tensorboard.add_scalar(f"validation/{name}", value, metrics.step)
+        self.console.info(f"step {metrics.step:,}: {look.text}")
+        is_better = self.best.score is None or (result.score > self.best.score and not self.state.nonfinite_streak)
+        if math.isfinite(result.score) and is_better:
+            self._update_best(metrics.step, result)
         else:
             self.best.since += 1
             patience = self.training.patience
             if patience is not None and self.best.since >= patience:
-                self.stopped = True
-                self.message(
+                self.stopped_early = True
+                self.log_event(
                     metrics.step,
                     f"no better evaluation in {self.best.since}: stopped early, step {self.best.step:,} is kept",
                 )
             else:
-                self.got_worse(metrics.step, look)
-        if round(20 * number / wanted) in SAMPLED:
-            self.sample(metrics.step)
+                self.on_no_improvement(metrics.step, result)
+        if round(20 * validation_index / total_validations) in SAMPLE_AT_VALIDATIONS:
+            self.log_sample(metrics.step)
 
-    def _keep_best(self, step: int, look: Look | None) -> None:
-        self.best = Best(None if look is None else look.score, step)
-        self.keep({"step": step, "validation": None if look is None else look.record})
+    def _update_best(self, step: int, result: ValidationResult | None) -> None:
+        self.best = BestCheckpoint(None if result is None else result.score, step)
+        self.save_best_model({"step": step, "validation": None if result is None else result.metrics})
 
-    def message(self, step: int, text: str) -> None:
-        self.run.append({"step": step, "message": text})
-        self.console.say(text)
+    def log_event(self, step: int, text: str) -> None:
+        self.run_dir.append_metrics({"step": step, "message": text})
+        self.console.info(text)
 
-    def _save(self) -> None:
+    def _save_checkpoint(self) -> None:
         state = self.state
-        facts = {**state.facts(), "best": asdict(self.best), "stopped": self.stopped}
+        metadata = {**state.to_dict(), "best": asdict(self.best), "stopped": self.stopped_early}
         weights = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
-        self.saver.begin(state.step, weights, state.optimizer.state_tensors(), facts)
+        self.checkpointer.begin(state.step, weights, state.optimizer.state_tensors(), metadata)
 
     # ------------------------------------------------------------ finish
 
-    def conclude(self, result: dict[str, Any]) -> dict[str, Any]:
+    def write_results(self, result: dict[str, Any]) -> dict[str, Any]:
         """Write the result, the card and the report; the result as it was written, and nothing where another process leads."""
         if not self.world.leads:
             return {}
-        whole = {
-            "run": str(self.run.path), "model": str(self.run.model), "steps": self.state.step,
-            "tokens": self.state.tokens, "best_step": self.best.step, **result, "seconds": round(self.seconds(), 3),
-            "memory_bytes": peak_memory(self.device), "energy": self.meter.power().to_dict(self.seconds()),
+        full_result = {
+            "run": str(self.run_dir.path), "model": str(self.run_dir.model_dir), "steps": self.state.step,
+            "tokens": self.state.tokens, "best_step": self.best.step, **result, "seconds": round(self.elapsed_seconds(), 3),
+            "memory_bytes": peak_memory_bytes(self.device), "energy": self.energy_meter.mean_power().to_dict(self.elapsed_seconds()),
         }  # fmt: skip
-        fs.write_durably(self.run.result, fs.to_json(whole))
-        draw(self.run.path, anew=True)
-        return whole
+        fs.atomic_write(self.run_dir.result_path, fs.to_json(full_result))
+        write_reports(self.run_dir.path, overwrite=True)
+        return full_result
 
 
-def draw(run: Path, anew: bool = False) -> None:
+def write_reports(run_path: Path, overwrite: bool = False) -> None:
     """The report and the card of a finished run; where they are there already, only if they are to be made anew."""
     from nextword.reporting.report import write_card, write_report
 
-    if anew or not (run / "README.md").is_file():
-        write_card(run)
-    if anew or not (run / "report.html").is_file():
-        write_report(run)
+    if overwrite or not (run_path / "README.md").is_file():
+        write_card(run_path)
+    if overwrite or not (run_path / "report.html").is_file():
+        write_report(run_path)
