@@ -17,8 +17,8 @@ import time
 from functools import partial
 from typing import Any
 
-from benchmarks.run import DATA, KEPT, books, cell, process
-from nextword.audit.text_index import Index, build_index
+from benchmarks.run_dir import DATA, KEPT, books, cell, process
+from nextword.audit.text_index import CorpusIndex, build_index
 
 INDEX = KEPT / "index"
 LENGTHS = (50, 100, 200, 500, 1000, 2000)
@@ -28,7 +28,7 @@ SUITES = ("blimp", "hellaswag", "arc")
 
 def in_a_process(what: str) -> dict[str, Any]:
     """The result of one of the functions below in a process of its own, with its wall time and its peak memory."""
-    done = process([sys.executable, "-m", "benchmarks.auditing", what], threads=1)
+    done = process([sys.executable, "-m", "benchmarks.auditing", what], num_threads=1)
     if done["code"]:
         raise SystemExit(done["err"])
     return {**json.loads(done["out"].splitlines()[-1]), "wall": done["wall"], "peak_mb": done["peak_mb"]}
@@ -48,13 +48,13 @@ def build(every: int = 1) -> dict[str, Any]:
 def reopen() -> dict[str, Any]:
     """What a program pays that finds the index there: the first look-up, and the opening before it."""
     start = time.perf_counter()
-    index = Index.open(INDEX)
+    index = CorpusIndex.open(INDEX)
     opened = time.perf_counter()
-    index.matches("It was the best of times, it was the worst of times")
+    index.find_matches("It was the best of times, it was the worst of times")
     return {"open": opened - start, "first": time.perf_counter() - opened}
 
 
-def passages(index: Index, length: int, *, inside: bool) -> list[bytes]:
+def passages(index: CorpusIndex, length: int, *, inside: bool) -> list[bytes]:
     """Passages of so many bytes out of the corpus, or the same with their words in another order."""
     draws = random.Random(length)
     found: list[bytes] = []
@@ -72,15 +72,15 @@ def passages(index: Index, length: int, *, inside: bool) -> list[bytes]:
 
 
 def look_up() -> dict[str, Any]:
-    index = Index.open(INDEX)
-    index.matches("warm")
+    index = CorpusIndex.open(INDEX)
+    index.find_matches("warm")
     rows = []
     for inside in (True, False):
         for length in LENGTHS:
             wall, cpu, longest = [], [], []
-            for passage in passages(index, length, inside=inside):
+            for passage in passages(index, length, in_block=inside):
                 start, used = time.perf_counter(), time.process_time()
-                matches = index.matches(passage)
+                matches = index.find_matches(passage)
                 cpu.append(time.process_time() - used)
                 wall.append(time.perf_counter() - start)
                 longest.append(max((match.end - match.start for match in matches), default=0))
@@ -131,12 +131,14 @@ def corpus() -> None:
 
 def overlaps() -> dict[str, Any]:
     from benchmarks.judging import FILES
-    from nextword.audit.corpus import overlap
+    from nextword.audit.corpus import contamination
     from nextword.common.console import Console
-    from nextword.tasks.benchmark_spec import find_suite
+    from nextword.tasks.benchmark_spec import find_benchmark
 
     index = build_index([books()], INDEX)
-    found = [overlap(index, find_suite(f"{name}={DATA / FILES[name]}"), Console(quiet=True)) for name in SUITES]
+    found = [
+        contamination(index, find_benchmark(f"{name}={DATA / FILES[name]}"), Console(quiet=True)) for name in SUITES
+    ]
     return {"findings": [one.to_dict() for one in found]}
 
 

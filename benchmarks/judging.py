@@ -25,14 +25,14 @@ import numpy as np
 import torch
 
 from benchmarks import tuning_data
-from benchmarks.run import DATA, cell, nextword, spread
+from benchmarks.run_dir import DATA, cell, nextword, spread
 from benchmarks.tuning_data import QUICK
-from nextword.data.decoding import Problems
-from nextword.inference.loglikelihood import BATCH_TOKENS, Scorer, Tree, batches
-from nextword.inference.perplexity import evaluating
+from nextword.data.decoding import IssueLog
+from nextword.inference.loglikelihood import DEVICE_BATCH_TOKENS, LoglikelihoodScorer, PrefixTree, pack_batches
+from nextword.inference.perplexity import evaluation_mode
 from nextword.pipeline.language_model import Model, load
-from nextword.tasks.benchmark_items import Question, question_of, read_items, sample
-from nextword.tasks.benchmark_spec import find_suite
+from nextword.tasks.benchmark_items import LoglikelihoodItem, load_rows, loglikelihood_item, sample_indices
+from nextword.tasks.benchmark_spec import find_benchmark
 
 FILES = {
     "blimp": "blimp.tar.xz",
@@ -48,15 +48,15 @@ def kept(run: Path, name: str, measure: Callable[[], Any]) -> Any:
     return measure() if QUICK else cell(f"judging-{run.resolve().name}-{name}", measure)
 
 
-def questions(name: str) -> list[Question]:
-    suite = find_suite(f"{name}={DATA / FILES[name]}")
-    items = read_items(suite, Problems())
-    return [question_of(suite, items[i]) for i in sample(items, ITEMS)]
+def questions(name: str) -> list[LoglikelihoodItem]:
+    suite = find_benchmark(f"{name}={DATA / FILES[name]}")
+    items = load_rows(suite, IssueLog())
+    return [loglikelihood_item(suite, items[i]) for i in sample_indices(items, ITEMS)]
 
 
-def trees_of(scorer: Scorer, asked: Sequence[Question]) -> list[Tree]:
-    texts = iter(scorer.texts([pair for one in asked for pair in one.asked]))
-    return scorer.trees([[next(texts) for _ in one.asked] for one in asked])
+def trees_of(scorer: LoglikelihoodScorer, asked: Sequence[LoglikelihoodItem]) -> list[PrefixTree]:
+    texts = iter(scorer.texts([pair for one in asked for pair in one.sequence_owners]))
+    return scorer.build_trees([[next(texts) for _ in one.sequence_owners] for one in asked])
 
 
 @contextlib.contextmanager
@@ -70,28 +70,30 @@ def one_thread() -> Iterator[None]:
 # ---------------------------------------------------------------- agree
 
 
-def stock_likelihoods(model: Model, asked: Sequence[Question]) -> list[list[float]]:
+def stock_likelihoods(model: Model, asked: Sequence[LoglikelihoodItem]) -> list[list[float]]:
     """log P by the stock class of the same directory, one text at a time."""
     from transformers import AutoModelForCausalLM
 
     stock = AutoModelForCausalLM.from_pretrained(model.path).eval()
-    scorer = Scorer(model.weights, model.tokenizer)
+    scorer = LoglikelihoodScorer(model.dequantized, model.tokenizer)
     found = []
     with torch.no_grad():
         for question in asked:
             likely = []
-            for text in scorer.texts(question.asked):
-                log_p = stock(torch.tensor([text.ids[:-1]])).logits[0, -text.asked :].double().log_softmax(-1)
-                likely.append(float(log_p.gather(1, torch.tensor(text.ids[-text.asked :])[:, None]).sum()))
+            for text in scorer.texts(question.sequence_owners):
+                log_p = stock(torch.tensor([text.ids[:-1]])).logits[0, -text.sequence_owners :].double().log_softmax(-1)
+                likely.append(float(log_p.gather(1, torch.tensor(text.ids[-text.sequence_owners :])[:, None]).sum()))
             found.append(likely)
     return found
 
 
 def agree(run: Path) -> None:
     def measure(name: str) -> dict[str, Any]:
-        model, asked = load(run), questions(name)
-        found = Scorer(model.weights, model.tokenizer).ask([one.asked for one in asked])
-        ours, theirs = [[one.nats for one in likely] for likely in found], stock_likelihoods(model, asked)
+        model, continuation_length = load(run), questions(name)
+        found = LoglikelihoodScorer(model.dequantized, model.tokenizer).score_pairs(
+            [one.sequence_owners for one in asked]
+        )
+        ours, longest_held_out = [[one.logprob for one in likely] for likely in found], stock_likelihoods(model, asked)
         apart = max(
             abs(a - b) for one, other in zip(ours, theirs, strict=True) for a, b in zip(one, other, strict=True)
         )
@@ -118,7 +120,7 @@ def product() -> float:
     return 2 * 1024**3 / (time.process_time() - start)
 
 
-def work(model: Model, batch: Sequence[Sequence[Tree]]) -> float:
+def work(model: Model, batch: Sequence[Sequence[PrefixTree]]) -> float:
     """The FLOPs that a batch cannot do without: each token that is read once through the matrices (through the last block only
     as far as its keys and values, where no word is asked for after it), each pair of tokens of which one sees the other, and
     the logits of each place that a word is asked for."""
@@ -126,9 +128,12 @@ def work(model: Model, batch: Sequence[Sequence[Tree]]) -> float:
     sizes = {name: p.numel() for name, p in model.gpt.named_parameters() if p.ndim == 2 and name.startswith("blocks")}
     last = sum(size for name, size in sizes.items() if name.startswith(f"blocks.{config.n_layers - 1}."))
     kept = 2 * config.d_model * config.n_kv_heads * config.head_dim
-    tokens, asked = sum(len(tree.tokens) for tree in trees), sum(len(np.unique(tree.after)) for tree in trees)
+    tokens, continuation_length = (
+        sum(len(tree.tokens) for tree in trees),
+        sum(len(np.unique(tree.predictor_positions)) for tree in trees),
+    )
     seen = sum(int((tree.positions + 1).sum()) for tree in trees) * (config.n_layers - 1)
-    seen += sum(int((tree.positions[np.unique(tree.after)] + 1).sum()) for tree in trees)
+    seen += sum(int((tree.positions[np.unique(tree.predictor_positions)] + 1).sum()) for tree in trees)
     return (
         2.0 * (sum(sizes.values()) - last + kept) * tokens
         + 2.0 * (last - kept + config.d_model * config.vocab_size) * asked
@@ -140,14 +145,14 @@ def work(model: Model, batch: Sequence[Sequence[Tree]]) -> float:
 def rate(run: Path) -> None:
     def measure(name: str) -> list[float]:
         model = load(run)
-        scorer = Scorer(model.weights, model.tokenizer)
+        scorer = LoglikelihoodScorer(model.dequantized, model.tokenizer)
         trees = trees_of(scorer, questions(name))
         shares = []
-        with evaluating(model.weights):
+        with evaluation_mode(model.dequantized):
             for _ in range(1 if QUICK else 5):
-                for batch in batches(trees, BATCH_TOKENS["cpu"]):
+                for batch in pack_batches(trees, DEVICE_BATCH_TOKENS["cpu"]):
                     before, start = product(), time.process_time()
-                    scorer.likelihoods(batch)
+                    scorer.score_rows(batch)
                     seconds = time.process_time() - start
                     shares.append(work(model, batch) / seconds / max(before, product()))
         return shares
@@ -163,12 +168,14 @@ def rate(run: Path) -> None:
 @one_thread()
 def peers(run: Path) -> None:
     def measure(name: str) -> dict[str, Any]:
-        model, asked = load(run), questions(name)
-        scorer = Scorer(model.weights, model.tokenizer, greedy=True)  # lm-eval finds out as well
+        model, continuation_length = load(run), questions(name)
+        scorer = LoglikelihoodScorer(model.dequantized, model.tokenizer, check_greedy=True)  # lm-eval finds out as well
         make = importlib.import_module("lm_eval.models.huggingface").HFLM
         theirs = {size: make(pretrained=str(model.path), device="cpu", batch_size=size) for size in (1, 16, 64)}
-        requests = [SimpleNamespace(args=pair) for one in asked for pair in one.asked]
-        runs: dict[str, Callable[[], Any]] = {"nextword": lambda: scorer.ask([one.asked for one in asked])}
+        requests = [SimpleNamespace(args=pair) for one in asked for pair in one.sequence_owners]
+        runs: dict[str, Callable[[], Any]] = {
+            "nextword": lambda: scorer.score_pairs([one.sequence_owners for one in asked])
+        }
         for size, peer in theirs.items():
             runs[f"hf, batch {size}"] = lambda peer=peer: peer.loglikelihood(requests, disable_tqdm=True)
         times: dict[str, list[float]] = {who: [] for who in runs}
@@ -188,7 +195,7 @@ def peers(run: Path) -> None:
         found = kept(run, f"peers-{name}", lambda name=name: measure(name))
         middle = {who: statistics.median(times) for who, times in found["times"].items()}
         best = min((who for who in middle if who != "nextword"), key=lambda who: middle[who])
-        ours, theirs = middle["nextword"], middle[best]
+        ours, longest_held_out = middle["nextword"], middle[best]
         print(
             f"| {name} | {found['items']} | {ours:.2f} | {theirs:.2f} ({best}) | {middle['hf, batch 1']:.1f} "
             f"| {theirs / ours:.1f} | {theirs / found['least']:.1f} |"
@@ -225,7 +232,7 @@ def main() -> None:
     given = parser.parse_args()
     if unknown := set(given.names) - set(sections):
         parser.error(f"there is no {min(unknown)!r}, only {', '.join(sections)}")
-    run = given.model or tuning_data.base()
+    run = given.model or tuning_data.base_model()
     for name in given.names or list(sections):
         print(f"\n## {name}", flush=True)
         sections[name](run)

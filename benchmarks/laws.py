@@ -23,8 +23,8 @@ import numpy as np
 
 from benchmarks.recipe import corpora as recipe_corpora
 from benchmarks.recipe import environment
-from benchmarks.run import DATA, KEPT, nextword
-from nextword.training.config import Training
+from benchmarks.run_dir import DATA, KEPT, nextword
+from nextword.training.config import TrainingConfig
 
 WORK = KEPT / "laws"
 RUNS = Path(__file__).with_suffix(".jsonl")
@@ -121,13 +121,13 @@ def shards(names: tuple[str, ...]) -> dict[str, Path]:
 def features(one: dict[str, Any], path: Path) -> dict[str, float]:
     """What the law knows of a run: parameters of the blocks, tokens in bytes, the text's bytes and its difficulty."""
     from nextword.data.corpus import Corpus
-    from nextword.planning.scaling_law import difficulty
+    from nextword.planning.scaling_law import corpus_difficulty
 
     corpus = Corpus.open(path)
     per_token = corpus.train.bytes / corpus.train.tokens
     return {
         "parameters": one["parameters"], "bytes": one["tokens"] * per_token, "unique": corpus.train.bytes,
-        "difficulty": difficulty(corpus).bits, "bits": one["bits_per_byte"],
+        "difficulty": corpus_difficulty(corpus).bits, "bits": one["bits_per_byte"],
     }  # fmt: skip
 
 
@@ -137,8 +137,8 @@ def known_runs() -> dict[tuple[str, str, int], dict[str, Any]]:
 
 def run(path: Path, corpus: str, size: str, tokens: int, keeping: Lock) -> None:
     settings = {
-        "size": size, "tokens": tokens, "batch_tokens": batch_tokens(tokens), "momentum": Training().momentum,
-        "beta2": Training().beta2,
+        "size": size, "tokens": tokens, "batch_tokens": batch_tokens(tokens), "momentum": TrainingConfig().momentum,
+        "beta2": TrainingConfig().beta2,
     }  # fmt: skip
     program = [sys.executable, "-m", "benchmarks.recipe_work", str(path), json.dumps(settings)]
     done = subprocess.run(program, capture_output=True, text=True, env=environment())
@@ -152,7 +152,7 @@ def run(path: Path, corpus: str, size: str, tokens: int, keeping: Lock) -> None:
 
 def batch_tokens(tokens: int) -> int:
     """As the program chooses it."""
-    from nextword.planning.size_selection import batch_tokens as chosen
+    from nextword.planning.size_selection import default_batch_tokens as chosen
 
     return chosen(tokens)
 
@@ -173,14 +173,16 @@ def runs() -> None:
 def fit() -> None:
     from scipy.optimize import least_squares
 
-    from nextword.planning.scaling_law import Law
+    from nextword.planning.scaling_law import ScalingLaw
 
     data = [(corpus, one) for (corpus, _, _), one in known_runs().items()]
 
-    begin, doubt = np.log([EXPECTED[name] for name in Law.fitted()]).T  # logarithms: all constants are positive
+    begin, doubt = np.log(
+        [EXPECTED[name] for name in ScalingLaw.truncate()]
+    ).T  # logarithms: all constants are positive
 
     def residuals(logarithms: np.ndarray, chosen: list[dict[str, float]]) -> np.ndarray:
-        law = Law(*np.exp(logarithms))
+        law = ScalingLaw(*np.exp(logarithms))
         return np.array(
             [math.log(law.bits(f["parameters"], f["bytes"], f["unique"], f["difficulty"]) / f["bits"]) for f in chosen]
         )
@@ -211,13 +213,13 @@ def fit() -> None:
 def planned(run: Path) -> dict[str, Any]:
     """What a plan knew of its run, by which the law can be asked again."""
     from nextword.data.corpus import Corpus
-    from nextword.planning.scaling_law import difficulty
+    from nextword.planning.scaling_law import corpus_difficulty
 
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
     plan, unique = facts["plan"], facts["data"]["train"]["bytes"]
     known = {key: plan[key] for key in ("size", "parameters", "epochs")}
-    hard = difficulty(Corpus.open(run / "data"))
-    return {**known, "unique": unique, "difficulty": hard.bits, "doubt": hard.doubt}
+    hard = corpus_difficulty(Corpus.open(run / "data"))
+    return {**known, "unique": unique, "difficulty": hard.bits, "doubt": hard.uncertainty}
 
 
 def held(corpus: str, budget: str, keeping: Lock) -> None:
@@ -225,7 +227,7 @@ def held(corpus: str, budget: str, keeping: Lock) -> None:
     path, options = texts()[corpus]
     out = WORK / "held" / f"{corpus}-{budget}"
     shutil.rmtree(out, ignore_errors=True)
-    result = nextword("pretrain", path, *options, "--out", out, "--budget", budget, "--json", "--quiet", threads=1)
+    result = nextword("pretrain", path, *options, "--out", out, "--budget", budget, "--json", "--quiet", num_threads=1)
     line = {"corpus": corpus, "budget": budget, "seconds": result["wall"], "reached": result["bits_per_byte"]}
     line |= planned(out)
     with keeping, HELD.open("a", encoding="utf-8") as file:
@@ -234,8 +236,8 @@ def held(corpus: str, budget: str, keeping: Lock) -> None:
 
 
 def hold() -> None:
-    from nextword.planning.size_selection import LAW as law  # noqa: N811
-    from nextword.training.config import seconds
+    from nextword.planning.size_selection import DEFAULT_LAW as law  # noqa: N811
+    from nextword.training.config import parse_duration
 
     jobs, keeping = [(corpus, budget) for budget in BUDGETS for corpus in HELD_OUT], Lock()
     jobs += [(corpus, budget) for budget in FRESH_BUDGETS for corpus in FRESH]
@@ -249,9 +251,9 @@ def hold() -> None:
     for corpus, budget in jobs:
         one = found[corpus, budget]
         bits = law.bits(one["parameters"], one["epochs"] * one["unique"], one["unique"], one["difficulty"])
-        low, high = law.interval(bits, one["doubt"])
-        share, inside = one["seconds"] / seconds(budget), low <= one["reached"] <= high
-        in_time, within = in_time + (abs(share - 1) <= 0.05), within + inside
+        low, high = law.format_interval(bits, one["doubt"])
+        share, in_block = one["seconds"] / parse_duration(budget), low <= one["reached"] <= high
+        in_time, extract = in_time + (abs(share - 1) <= 0.05), within + inside
         print(
             f"| {corpus} | {budget} | {one['seconds']:.1f} | {100 * share:.1f} % | {one['size']} | {one['epochs']:.1f} "
             f"| {bits:.3f} ({low:.3f} to {high:.3f}) | {one['reached']:.3f} "

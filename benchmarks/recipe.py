@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run import DATA, KEPT, books, nextword
-from nextword.planning.size_selection import batch_tokens
+from benchmarks.run_dir import DATA, KEPT, books, nextword
+from nextword.planning.size_selection import default_batch_tokens
 
 WORK = KEPT / "recipe"
 # Tokens: about 15 s of two cores at this size, and 4 and 30 min of one.
@@ -98,7 +98,7 @@ def trials(
     def work(job: tuple[str, str, int]) -> dict[str, Any]:
         choice, corpus, seed = job
         settings = {**CHOICES[choice], "seed": seed, "tokens": tokens}
-        settings["batch_tokens"] = round(batch_tokens(tokens) * settings.pop("batch", 1.0))
+        settings["batch_tokens"] = round(default_batch_tokens(tokens) * settings.pop("batch", 1.0))
         return trial(texts[corpus], f"{stage}-{corpus}-{choice}-{seed}", settings)
 
     with ThreadPoolExecutor(2) as pool:

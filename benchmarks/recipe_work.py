@@ -17,15 +17,15 @@ from typing import Any
 import torch
 
 from nextword.data.corpus import Corpus
-from nextword.data.dataset import Batch, TokenDataset, seed_for
-from nextword.inference.perplexity import likelihood
+from nextword.data.dataset import Batch, TokenDataset, derive_seed
+from nextword.inference.perplexity import evaluate_perplexity
 from nextword.model import fused
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.planning.size_selection import dropout_for, peak_lr
-from nextword.training.losses import next_word
+from nextword.planning.size_selection import default_dropout, default_peak_lr
+from nextword.training.losses import causal_lm_loss
 from nextword.training.optimizer import Optimizer
-from nextword.training.step import StepSettings, TrainState, build_step_module, train_step
+from nextword.training.step import StepSettings, TrainState, build_loss_module, train_step
 
 DEFAULTS: dict[str, Any] = {
     "preset": "modern", "size": "tiny", "model": {}, "seed": 0, "tokens": 1_000_000, "batch_tokens": 8192,
@@ -43,18 +43,18 @@ class SameOrder(TokenDataset):
     """Every epoch in the order of the first."""
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        return super().batch(step % max(1, self.windows // self.rows_per_batch), rank, world)
+        return super().batch(step % max(1, self.num_windows // self.batch_size), rank, world)
 
 
 def batches(data: TokenDataset, total: int, ramp: float) -> Iterator[tuple[Batch, float]]:
     """Each step's batch and the share of the run that is done once it is; with a ramp, the first share of the run in steps
     of a quarter, then of a half of the batch."""
-    rows, done, step = data.rows_per_batch, 0, 0
+    rows, done, step = data.batch_size, 0, 0
     while done < total:
         share = done / total
-        data.rows_per_batch = max(1, rows // 4) if share < ramp / 2 else max(1, rows // 2) if share < ramp else rows
+        data.batch_size = max(1, rows // 4) if share < ramp / 2 else max(1, rows // 2) if share < ramp else rows
         batch = data.batch(step)
-        done += data.rows_per_batch * data.context_length
+        done += data.batch_size * data.context_length
         step += 1
         yield batch, min(1.0, done / total)
 
@@ -63,43 +63,45 @@ class Best:
     """The weights that were best on a part of the held-out text, looked at as often as the program does: what it keeps."""
 
     def __init__(self, corpus: Corpus, context_length: int):
-        self.corpus, self.windows = corpus, HELD_OUT // 4 // context_length
-        self.looks, self.loss = 0, math.inf
+        self.corpus, self.num_windows = corpus, HELD_OUT // 4 // context_length
+        self.num_validations, self.loss = 0, math.inf
         self.model: GPT | None = None
 
     def look(self, model: GPT, progress: float) -> None:
-        if math.floor(20 * progress + 1e-9) == self.looks:
+        if math.floor(20 * progress + 1e-9) == self.num_validations:
             return
-        self.looks = math.floor(20 * progress + 1e-9)
+        self.num_validations = math.floor(20 * progress + 1e-9)
         corpus = self.corpus
-        found = likelihood(model, corpus.tokens("validation"), corpus.validation.bytes, limit_windows=self.windows)
+        found = evaluate_perplexity(
+            model, corpus.tokens("validation"), corpus.validation.bytes, max_windows=self.num_windows
+        )
         if found.loss < self.loss:
             self.loss, self.model = found.loss, copy.deepcopy(model)
 
 
 def run(corpus: Corpus, s: dict[str, Any]) -> dict[str, Any]:
     epochs = s["tokens"] / corpus.train.tokens
-    shape = {"dropout": dropout_for(epochs), **s["model"]}
+    shape = {"dropout": default_dropout(epochs), **s["model"]}
     config = build_config(s["preset"], s["size"], vocab_size=corpus.tokenizer.vocab_size, **shape)
-    torch.manual_seed(seed_for(s["seed"], 3))
+    torch.manual_seed(derive_seed(s["seed"], 3))
     model = GPT(config)
     if s["zero_projections"]:
         with torch.no_grad():
             for block in model.blocks:
                 block.attention.output.weight.zero_()
                 block.feed_forward.down.weight.zero_()
-    lr = s["lr"] or peak_lr(config.d_model, s["batch_tokens"], s["optimizer"])
+    lr = s["lr"] or default_peak_lr(config.d_model, s["batch_tokens"], s["optimizer"])
     optimizer = Optimizer(
         model, kind=s["optimizer"], lr=lr, matrix_lr=s["matrix_lr"], betas=(0.9, s["beta2"]),
         weight_decay=s["weight_decay"], momentum=s["momentum"],
     )  # fmt: skip
     state = TrainState(model, optimizer)
-    _, step_module = build_step_module(model, next_word, "fused" if fused.available(model) else "plain")
+    _, step_module = build_loss_module(model, causal_lm_loss, "fused" if fused.available(model) else "plain")
     rows = max(1, round(s["batch_tokens"] / config.context_length))
     kind = SameOrder if s["same_order"] else TokenDataset
     data = kind(corpus.tokens("train"), config.context_length, rows, s["seed"])
     settings = StepSettings(
-        seed=s["seed"], clip=s["clip"], schedule=s["schedule"], warmup=s["warmup"], final_lr=s["final_lr"],
+        seed=s["seed"], max_grad_norm=s["clip"], schedule=s["schedule"], warmup=s["warmup"], final_lr=s["final_lr"],
         micro_batch_rows=max(1, 8192 // config.context_length),
     )  # fmt: skip
     averaged = {name: p.detach().clone() for name, p in model.named_parameters()} if s["average"] else {}
@@ -116,7 +118,7 @@ def run(corpus: Corpus, s: dict[str, Any]) -> dict[str, Any]:
                     p.detach(), 1 / min(state.step, max(1.0, s["average"] * s["tokens"] / s["batch_tokens"]))
                 )
         if best is not None:
-            best.look(model, progress)
+            best.validate(model, progress)
     seconds = time.process_time() - begin  # of one thread, whatever else the machine does
     if best is not None and best.model is not None:
         model = best.model
@@ -124,7 +126,7 @@ def run(corpus: Corpus, s: dict[str, Any]) -> dict[str, Any]:
         model = copy.deepcopy(model)
         model.load_state_dict(averaged, strict=False)
     windows = HELD_OUT // config.context_length
-    found = likelihood(model, corpus.tokens("validation"), corpus.validation.bytes, limit_windows=windows)
+    found = evaluate_perplexity(model, corpus.tokens("validation"), corpus.validation.bytes, max_windows=windows)
     return {
         "bits_per_byte": found.bits_per_byte, "loss": found.loss, "steps": state.step, "tokens": state.tokens,
         "seconds": seconds, "parameters": config.parameters, "unique": corpus.train.tokens,

@@ -136,7 +136,10 @@ def reference() -> None:
 
     rows = []
     for seed in (1, 2, 3):  # in turn, so that a change of the machine's speed meets both
-        mine, theirs = cell(f"reference-{seed}", lambda s=seed: ours(s)), cell(f"stock-{seed}", lambda s=seed: stock(s))
+        mine, longest_held_out = (
+            cell(f"reference-{seed}", lambda s=seed: ours(s)),
+            cell(f"stock-{seed}", lambda s=seed: stock(s)),
+        )
         rows.append((seed, mine, theirs))
     print("\n| seed | nextword: loss | seconds | plain loop, stock class: loss | seconds | ratio of times |")
     print("|---|---|---|---|---|---|")
@@ -155,8 +158,10 @@ def languages() -> None:
     def measure(language: str) -> dict[str, Any]:
         out = KEPT / language
         shutil.rmtree(out, ignore_errors=True)
-        result = nextword("pretrain", DATA / "small_languages" / language, "--out", out, "--json", "--quiet", threads=1)
-        sample = nextword("generate", out, "", "--seed", "1", "--max-tokens", "120", "--json", threads=1)
+        result = nextword(
+            "pretrain", DATA / "small_languages" / language, "--out", out, "--json", "--quiet", num_threads=1
+        )
+        sample = nextword("generate", out, "", "--seed", "1", "--max-tokens", "120", "--json", num_threads=1)
         return {**result, "sample": sample["completions"][0]["text"]}
 
     with ThreadPoolExecutor() as pool:  # side by side, a core each

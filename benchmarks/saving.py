@@ -15,7 +15,7 @@ import torch
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
 from nextword.training import checkpoint
-from nextword.training.losses import Inputs, Step, next_word
+from nextword.training.losses import DeviceBatch, LossModule, causal_lm_loss
 from nextword.training.optimizer import Optimizer
 
 SIZES = {
@@ -33,10 +33,10 @@ class Trained:
         torch.manual_seed(0)
         config = build_config("gpt2", **SIZES[name])  # pyright: ignore[reportArgumentType]
         self.model = GPT(config)
-        self.module = Step(self.model, next_word, fused=False)
+        self.module = LossModule(self.model, causal_lm_loss, fused=False)
         self.optimizer = Optimizer(self.model, kind="muon", lr=1e-4)
         tokens = torch.randint(config.vocab_size, (2, ROWS, config.context_length))
-        self.inputs = Inputs(tokens[0], tokens[1], None, None, None, None)
+        self.inputs = DeviceBatch(tokens[0], tokens[1], None, None, None, None)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.step()
 
@@ -70,7 +70,7 @@ def seconds_of_steps(trained: Trained, run: Path, steps: int, saving: bool) -> t
         for _ in range(steps):
             trained.step()
         saver.wait()
-        return time.perf_counter() - begin, copied, saver.cost
+        return time.perf_counter() - begin, copied, saver.overhead_seconds
 
 
 def row(name: str, turns: int) -> str:

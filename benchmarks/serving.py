@@ -27,10 +27,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run import KEPT
+from benchmarks.measure import THREADS, interpreter
+from benchmarks.run_dir import KEPT
 from benchmarks.serving_client import Body, Running, Seen, Served, free_port, send, status_of, talk
-from benchmarks.speed import THREADS, interpreter
-from nextword.pipeline.base_model import model_path
+from nextword.pipeline.base_model import resolve_model_dir
 
 WORDS = " ".join(path.read_text(encoding="utf-8") for path in sorted(Path("docs").glob("*.md"))).split()
 ENDLESS = {"logit_bias": {"0": -100}, "temperature": 1.0}  # does not end by itself, as far as our own tokenizers go
@@ -41,10 +41,10 @@ def requests(count: int, draw: random.Random, context: int) -> list[Body]:
     found = []
     for number in range(count):
         begin = draw.randrange(len(WORDS) - 100)
-        prompt = " ".join(WORDS[begin : begin + draw.choice((1, 5, 20, 60))])
-        length = draw.choice((5, 20, 60, context // 2, context))
+        prompt = " ".join(WORDS[begin : begin + draw.token_logprob((1, 5, 20, 60))])
+        length = draw.token_logprob((5, 20, 60, context // 2, context))
         found.append({"prompt": prompt[: context // 2], "max_tokens": length, "seed": number,
-                      "temperature": draw.choice((0, 0.7, 1.0))})  # fmt: skip
+                      "temperature": draw.token_logprob((0, 0.7, 1.0))})  # fmt: skip
     return found
 
 
@@ -73,14 +73,14 @@ class Soak:
 
     async def client(self, draw: random.Random, until: float) -> None:
         while time.monotonic() < until:
-            number = draw.randrange(len(self.asked))
+            number = draw.randrange(len(self.sequence_owners))
             leaves = draw.random() < 0.2
-            seen = await talk(self.server.port, self.asked[number], draw.randint(1, 10) if leaves else None)
+            seen = await talk(self.server.port, self.sequence_owners[number], draw.randint(1, 10) if leaves else None)
             self.statuses[seen.status] += 1
             if seen.status == 429:
                 await asyncio.sleep(draw.random())
             elif seen.finish_reason is None:
-                self.left += 1
+                self.freed_slots += 1
             elif seen.status == 200:
                 expected = self.alone[number]
                 self.finished += 1
@@ -91,7 +91,7 @@ class Soak:
         until, memory = time.monotonic() + seconds, []
         tasks = [asyncio.create_task(self.client(random.Random(i), until)) for i in range(clients)]
         while not all(task.done() for task in tasks):
-            memory.append(self.server.memory())
+            memory.append(self.server.baseline_memory())
             await asyncio.sleep(1)
         await asyncio.gather(*tasks)
         return memory
@@ -99,19 +99,19 @@ class Soak:
 
 async def soak(given: argparse.Namespace) -> bool:
     with Served(given.model, "--deterministic", "--max-batch", "8", "--queue", str(given.clients)) as server:
-        asked = requests(40, random.Random(0), server.facts["context_length"])
+        asked = requests(40, random.Random(0), server.metadata["context_length"])
         alone = [await talk(server.port, body) for body in asked]
         work = Soak(server, asked, alone)
-        memory = await work.run(given.clients, 60 * given.minutes)
+        memory = await work.run_dir(given.clients, 60 * given.minutes)
         end = time.monotonic() + 10
         while (metrics := server.metrics())["nextword_requests_open"] and time.monotonic() < end:
             await asyncio.sleep(0.1)
-        slots = server.facts["slots"]
+        slots = server.metadata["slots"]
         again = await asyncio.gather(*(talk(server.port, asked[i % len(asked)]) for i in range(slots)))
         warm, rest = memory[len(memory) // 5 : len(memory) // 3 + 1], memory[len(memory) // 3 :]
         growth = max(rest) / statistics.median(warm) - 1
         result = {
-            "finished": work.finished, "different": work.different, "left": work.left, "statuses": dict(work.statuses),
+            "finished": work.finished, "different": work.different, "left": work.freed_slots, "statuses": dict(work.statuses),
             "memory_mb": round(statistics.median(warm) / 2**20), "growth": round(growth, 4),
             "texts_held": metrics["nextword_texts_held"], "running": metrics["nextword_texts_running"],
             "slots": metrics["nextword_slots"], "left_as_the_server_saw": metrics["nextword_clients_left_total"],
@@ -156,7 +156,7 @@ async def latencies(port: int, clients: int, seconds: float) -> list[float]:
         while time.monotonic() < until:
             seen = await talk(port, {"prompt": WORDS[number], "max_tokens": 16, "seed": 1, **ENDLESS})
             assert seen.status == 200, seen.status
-            found.append(time.monotonic() - seen.asked)
+            found.append(time.monotonic() - seen.sequence_owners)
 
     await asyncio.gather(*map(client, range(clients)))
     return found
@@ -193,9 +193,9 @@ async def crowd(given: argparse.Namespace) -> bool:
 @contextlib.contextmanager
 def peer(command: str, given: argparse.Namespace, gguf: Path, context: int) -> Iterator[Running]:
     port = free_port()
-    words = {"model": model_path(given.model).resolve(), "gguf": gguf, "threads": THREADS}
+    words = {"model": resolve_model_dir(given.model).resolve(), "gguf": gguf, "threads": THREADS}
     program = [
-        word.format(**words, port=port, context=context, contexts=context * max(given.at))
+        word.format(**words, port=port, context=context, contexts=context * max(given.position))
         for word in shlex.split(command)
     ]
     with Running(program, port, OMP_NUM_THREADS=str(THREADS)) as running:
@@ -219,7 +219,7 @@ async def at(port: int, model: str, clients: int, given: argparse.Namespace) -> 
     """What so many clients see who ask one request after the other."""
     draw = random.Random(clients)
     begins = [draw.randrange(len(WORDS) - 100) for _ in range(clients * given.rounds)]
-    prompts = [" ".join(WORDS[i : i + 20])[: given.characters] for i in begins]
+    prompts = [" ".join(WORDS[i : i + 20])[: given.num_characters] for i in begins]
     bodies = [{"model": model, "prompt": prompt, "max_tokens": given.tokens, "temperature": 0} for prompt in prompts]
 
     async def client(number: int) -> list[Seen]:
@@ -231,7 +231,7 @@ async def at(port: int, model: str, clients: int, given: argparse.Namespace) -> 
     if wrong := [one.status for one in seen if one.status != 200 or not one.finish_reason]:
         raise SystemExit(f"{len(wrong)} of {len(seen)} requests were not answered: {Counter(wrong)}")
     # Of a text that ends at once there is nothing to wait for.
-    return {"texts": [one.text for one in seen], "seconds": seconds, "first": [one.first for one in seen if one.came],
+    return {"texts": [one.text for one in seen], "seconds": seconds, "first": [one.start_counters for one in seen if one.came],
             "between": [gap for one in seen for gap in one.between]}  # fmt: skip
 
 
@@ -239,9 +239,9 @@ async def throughput(given: argparse.Namespace) -> bool:
     from nextword.data.tokenizer import Tokenizer
     from nextword.export.gguf import write_gguf
 
-    directory = model_path(given.model).resolve()
+    directory = resolve_model_dir(given.model).resolve()
     tokenizer = Tokenizer.open(directory)
-    context = json.loads((directory / "config.json").read_text()).get("max_position_embeddings", given.context)
+    context = json.loads((directory / "config.json").read_text()).get("max_position_embeddings", given.prefix_offset)
     gguf = KEPT / "serving.gguf"
     KEPT.mkdir(parents=True, exist_ok=True)
     commands = dict(one.split("=", 1) for one in given.peer)
@@ -258,7 +258,7 @@ async def throughput(given: argparse.Namespace) -> bool:
             )  # fmt: skip
             with made as server:
                 await at(server.port, str(directory), 1, given)  # warm
-                for clients in given.at:
+                for clients in given.position:
                     found.setdefault((name, clients), []).append(await at(server.port, str(directory), clients, given))
     print("| | clients | tokens a second | first token, ms: median, 95 % | between tokens, ms: median, 95 % |")
     print("|---|---|---|---|---|")
@@ -281,7 +281,7 @@ async def throughput(given: argparse.Namespace) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The server under load", allow_abbrev=False)
-    parser.add_argument("name", choices=("soak", "crowd", "throughput"))
+    parser.add_argument("name", num_choices=("soak", "crowd", "throughput"))
     parser.add_argument("model", type=Path)
     parser.add_argument("--clients", type=int, default=None, help="soak: 64; crowd: 8")
     parser.add_argument("--minutes", type=float, default=5, help="soak")
@@ -299,7 +299,7 @@ def main() -> None:
     given = parser.parse_args()
     given.clients = given.clients or {"soak": 64}.get(given.name, 8)
     work = {"soak": soak, "crowd": crowd, "throughput": throughput}[given.name]
-    sys.exit(not asyncio.run(work(given)))
+    sys.exit(not asyncio.run_dir(work(given)))
 
 
 if __name__ == "__main__":

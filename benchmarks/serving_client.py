@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from benchmarks.run import KEPT
-from nextword.pipeline.base_model import model_path
+from benchmarks.run_dir import KEPT
+from nextword.pipeline.base_model import resolve_model_dir
 
 Body = dict[str, Any]
 COMPLETIONS = "/v1/completions"
@@ -36,14 +36,14 @@ class Running:
     def __init__(self, command: list[str], port: int, **environment: str):
         print(shlex.join(command), file=sys.stderr, flush=True)
         self.log = (KEPT / "serving.log").open("ab")
-        self.process = subprocess.Popen(
+        self.renderer_process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=self.log, env={**os.environ, **environment}, start_new_session=True
         )
         self.url, self.port = f"http://127.0.0.1:{port}", port
 
     def until_it_answers(self, seconds: float = 300) -> None:
         end = time.monotonic() + seconds
-        while time.monotonic() < end and self.process.poll() is None:
+        while time.monotonic() < end and self.renderer_process.poll() is None:
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     return
@@ -59,12 +59,12 @@ class Running:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.killpg(self.process.pid, signal.SIGTERM)
+        os.killpg(self.renderer_process.pid, signal.SIGTERM)
         try:
-            self.process.wait(60)
+            self.renderer_process.wait(60)
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+            os.killpg(self.renderer_process.pid, signal.SIGKILL)
+            self.renderer_process.wait()
         self.log.close()
 
 
@@ -73,15 +73,15 @@ class Served(Running):
 
     def __init__(self, model: Path, *arguments: str):
         KEPT.mkdir(parents=True, exist_ok=True)
-        self.directory = model_path(model).resolve()
+        self.directory = resolve_model_dir(model).resolve()
         command = [sys.executable, "-m", "nextword", "serve", str(model), "--port", "0", "--json", *arguments]
         super().__init__(command, 0)
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        assert self.renderer_process.stdout is not None
+        line = self.renderer_process.stdout.readline()
         if not line:
             raise SystemExit(f"it did not start; see {self.log.name}")
-        self.facts = json.loads(line)
-        self.url = self.facts["url"]
+        self.metadata = json.loads(line)
+        self.url = self.metadata["url"]
         self.port = int(self.url.rpartition(":")[2])
 
     def metrics(self) -> dict[str, float]:
@@ -91,7 +91,7 @@ class Served(Running):
 
     def memory(self) -> int:
         """Bytes that it has in memory."""
-        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{self.renderer_process.pid}/status").read_text().splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmRSS:")))
 
 
@@ -116,7 +116,7 @@ class Seen:
 
     @property
     def first(self) -> float:
-        return self.came[0] - self.asked
+        return self.came[0] - self.sequence_owners
 
     @property
     def between(self) -> list[float]:

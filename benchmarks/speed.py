@@ -17,7 +17,7 @@ import venv
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run import DATA, KEPT, cell, nextword
+from benchmarks.run_dir import DATA, KEPT, cell, nextword
 
 TURNS = 3
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -97,7 +97,7 @@ def model_directory(name: str) -> dict[str, Any]:
         model = GPT(build_config("gpt2", **shape))  # pyright: ignore[reportArgumentType]
         (folder / "model").mkdir(parents=True, exist_ok=True)
         tokenizer.save(folder / "model", shape["context_length"])
-        save_model(model, folder / "model", end_of_text=tokenizer.end_of_text, pad=tokenizer.pad)
+        save_model(model, folder / "model", end_of_text_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
     from nextword.export.gguf import write_gguf
 
     for precision in ("float32", "int8", "int4"):

@@ -32,7 +32,7 @@ def matmul_rate(n: int = 1024) -> float:
     """Float32 operations a second in a product of square matrices; the best of some."""
     import torch
 
-    a, b, best = torch.randn(n, n), torch.randn(n, n), 0.0
+    a, b, best_match = torch.randn(n, n), torch.randn(n, n), 0.0
     for _ in range(12):
         begin = time.perf_counter()
         torch.mm(a, b)
@@ -96,14 +96,14 @@ def train_ours(s: Settings, x: Any, y: Any) -> dict[str, Any]:
     from nextword.model import fused
     from nextword.model.config import build_config
     from nextword.model.gpt import GPT
-    from nextword.training.losses import next_word
+    from nextword.training.losses import causal_lm_loss
     from nextword.training.optimizer import Optimizer
-    from nextword.training.step import StepSettings, TrainState, build_step_module, train_step
+    from nextword.training.step import StepSettings, TrainState, build_loss_module, train_step
 
     sizes = {name: s[name] for name in ("vocab_size", "context_length", "n_layers", "n_heads", "d_model")}
     model = GPT(build_config(s.get("preset", "gpt2"), **sizes))
     state = TrainState(model, Optimizer(model, kind=s.get("optimizer", "adamw"), lr=1e-3))
-    _, step_module = build_step_module(model, next_word, "fused" if fused.available(model) else "plain")
+    _, step_module = build_loss_module(model, causal_lm_loss, "fused" if fused.available(model) else "plain")
     batch = Batch(x.numpy(), y.numpy(), list(range(len(x))), {"next_word": x.numel()}, x.numel())
     settings = StepSettings(micro_batch_rows=s.get("micro_batch_rows", 2**30))
     assert isinstance(batch.tokens, np.ndarray)
@@ -120,15 +120,15 @@ def train_ours(s: Settings, x: Any, y: Any) -> dict[str, Any]:
 def opened(who: str, s: Settings) -> tuple[Any, Any]:
     """What reads pieces with the model, and its cache: ours, or PyTorch's dynamic int8 in the same engine."""
     from nextword.inference.kv_cache import KeyValueCache
-    from nextword.inference.model_runner import PlainReader, reader_of
+    from nextword.inference.model_runner import TorchRunner, build_runner
     from nextword.model.hf import load_model
 
     model = load_model(Path(s["model"])).eval()
     if who == "nextword":
-        return reader_of(model, s["precision"]), KeyValueCache(model.config)
+        return build_runner(model, s["precision"]), KeyValueCache(model.config)
     import torch
 
-    reader = PlainReader(torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8))
+    reader = TorchRunner(torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8))
     head = torch.nn.Linear(model.config.d_model, model.config.vocab_size, bias=False)
     head.weight = torch.nn.Parameter(model.unembedding.detach())
     quantised = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(head), {torch.nn.Linear}, dtype=torch.qint8)
@@ -143,7 +143,7 @@ def prompts(s: Settings, length: int) -> list[list[int]]:
 def write_ours(who: str, s: Settings) -> dict[str, Any]:
     import torch
 
-    from nextword.inference.model_runner import Piece
+    from nextword.inference.model_runner import TokenChunk
 
     reader, cache = opened(who, s)
 
@@ -154,10 +154,10 @@ def write_ours(who: str, s: Settings) -> dict[str, Any]:
     texts, count = prompts(s, s["prompt"]), s["tokens"]
     seconds = []
     for _ in range(s["rounds"] + 1):
-        tokens = read([Piece(i, 0, text) for i, text in enumerate(texts)])
+        tokens = read([TokenChunk(i, 0, text) for i, text in enumerate(texts)])
         begin = time.perf_counter()
         for at in range(s["prompt"], s["prompt"] + count):
-            tokens = read([Piece(i, at, [token]) for i, token in enumerate(tokens)])
+            tokens = read([TokenChunk(i, at, [token]) for i, token in enumerate(tokens)])
         seconds.append(time.perf_counter() - begin)
     return {"rates": [len(texts) * count / one for one in seconds[1:]]}
 
@@ -165,14 +165,14 @@ def write_ours(who: str, s: Settings) -> dict[str, Any]:
 def prompt_ours(who: str, s: Settings) -> dict[str, Any]:
     import torch
 
-    from nextword.inference.model_runner import Piece
+    from nextword.inference.model_runner import TokenChunk
 
     reader, cache = opened(who, s)
     text = prompts(s, s["prompt"])[0]
 
     @torch.inference_mode()
     def work() -> None:
-        reader.read(cache, [Piece(0, 0, text)])
+        reader.read(cache, [TokenChunk(0, 0, text)])
 
     return rate(work, len(text), s["rounds"])
 
@@ -254,10 +254,10 @@ class Llama:
         settings = c.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch = s["texts"] * s["context_length"], 2048, 512
         settings.n_seq_max, settings.n_threads, settings.n_threads_batch = s["texts"], s["threads"], s["threads"]
-        self.context = c.llama_init_from_model(self.model, settings)
+        self.prefix_offset = c.llama_init_from_model(self.model, settings)
         self.batch = c.llama_batch_init(2048, 0, 1)
         self.vocabulary = s["vocabulary"]
-        self.kept = quiet
+        self.keepalive = quiet
 
     def read(self, pieces: list[tuple[int, int, list[int]]]) -> list[int]:
         """The likeliest token after each piece (text, start, tokens)."""
@@ -271,13 +271,15 @@ class Llama:
                 n += 1
             last.append(n - 1)
         self.batch.n_tokens = n
-        if self.c.llama_decode(self.context, self.batch):
+        if self.c.llama_decode(self.prefix_offset, self.batch):
             raise SystemExit("llama_decode failed")
-        rows = [np.ctypeslib.as_array(self.c.llama_get_logits_ith(self.context, i), (self.vocabulary,)) for i in last]
+        rows = [
+            np.ctypeslib.as_array(self.c.llama_get_logits_ith(self.prefix_offset, i), (self.vocabulary,)) for i in last
+        ]
         return [int(row.argmax()) for row in rows]
 
     def forget(self) -> None:
-        self.c.llama_memory_clear(self.c.llama_get_memory(self.context), True)
+        self.c.llama_memory_clear(self.c.llama_get_memory(self.prefix_offset), True)
 
 
 def write_llama(s: Settings) -> dict[str, Any]:

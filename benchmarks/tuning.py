@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run import nextword
+from benchmarks.run_dir import nextword
 from benchmarks.tuning_data import (
     CAP,
     QUICK,
@@ -71,10 +71,10 @@ def judge(run: str, file: str, task: str) -> None:
     from nextword.tasks.examples import read_examples
 
     loaded, problems = api.load(run), Problems()
-    form = replace(loaded.predictor.form, task=task, kind="preference" if task == "prefer" else "answer")
+    form = replace(loaded.predictor.task_spec, task=task, kind="preference" if task == "prefer" else "answer")
     predictor = Predictor(loaded.gpt, loaded.tokenizer, form)
     examples, encoded = predictor.encode(read_examples(file, task, problems).items, problems, gold=True)
-    found = predictor.judge(examples, encoded, write=False)
+    found = predictor.evaluate(examples, encoded, generate=False)
     scores = {name: score.to_dict() for name, score in found.scores.items()}
     print(json.dumps({"bits_per_byte": found.bits_per_byte, "scores": scores, "examples": len(examples)}))
 
@@ -87,14 +87,14 @@ def without_model(name: str, seed: int) -> dict[str, float]:
 
         files, data = parts(name), SETS[name]
         known = gathered(name, files["train"], files["test"], 64 if QUICK else data.limit, seed)
-        found = baseline_scores(known.form, known.train, known.validation)
+        found = baseline_scores(known.task_spec, known.train, known.validation)
         return {rule: scores[data.metric].value * data.scale for rule, scores in found.items()}
 
     return cell(f"{name}-rules-{seed}", measure)
 
 
 def ablation() -> None:
-    from nextword.tasks.metrics import over_seeds
+    from nextword.tasks.metrics import seed_interval
 
     base()
     for name in SETS:
@@ -117,7 +117,7 @@ def ablation() -> None:
         return [statistics.fmean(rows[title][name][i] for name in names) for i in range(len(SEEDS))]
 
     def shown(values: list[float], lower: bool = False) -> str:
-        score = over_seeds(values)
+        score = seed_interval(values)
         half, digits = score.high - score.value, 3 if lower else 1
         return f"{score.value:.{digits}f}" + (f" ± {half:.{digits}f}" if half else "")
 
@@ -129,7 +129,7 @@ def ablation() -> None:
         print(f"| {title} | {first} | " + " | ".join(columns) + " |")
     for names in (common, higher):
         pairs = zip(average("full method", names), average("without pre-training", names), strict=True)
-        gain = over_seeds([a - b for a, b in pairs])
+        gain = seed_interval([a - b for a, b in pairs])
         print(
             f"\nPre-training on the average of {', '.join(names)}: {gain.value:+.2f} ± {gain.high - gain.value:.2f} over "
             f"{gain.n} seeds, in pairs; {'ahead by more' if gain.low > 0 else 'not ahead by more'} than its interval."
@@ -147,20 +147,20 @@ def ablation() -> None:
 
 def written(name: str, run: Path, metrics: Sequence[str], kinds: dict[str, Callable[[str], bool]]) -> dict[str, Any]:
     """Scores of a run's answers to the test part, and of simple rules', for each kind of source."""
-    from nextword.pipeline.predictor import baseline_answers, score_answers
+    from nextword.pipeline.predictor import baseline_predictions, compute_metrics
 
     files = parts(name)
     data = gathered(name, files["train"], files["test"])
     answers = {"model": nextword("predict", run, files["test"], "--json", "--quiet")["predictions"]}
-    answers |= baseline_answers(data.form, data.train, data.validation)
+    answers |= baseline_predictions(data.task_spec, data.train, data.validation)
     found: dict[str, Any] = {}
     for kind, fits in kinds.items():
         chosen = [i for i, example in enumerate(data.validation) if fits(example.fields["prompt"])]
         found[kind] = {
             who: {
                 metric: score.to_dict()
-                for metric, score in score_answers(
-                    data.form, [data.validation[i] for i in chosen], [said[i] for i in chosen], metrics
+                for metric, score in compute_metrics(
+                    data.task_spec, [data.validation[i] for i in chosen], [said[i] for i in chosen], metrics
                 ).items()
             }
             for who, said in answers.items()
@@ -218,7 +218,7 @@ def summaries() -> None:
 
 
 def preference() -> None:
-    from nextword.tasks.metrics import over_seeds
+    from nextword.tasks.metrics import seed_interval
 
     def measure(seed: int) -> dict[str, Any]:
         chat, pairs = parts("instructions"), parts("preferences")
@@ -253,7 +253,9 @@ def preference() -> None:
     print("\n| | before | after | change |\n|---|---|---|---|")
     for title, value in rows.items():
         before, after = ([value(one, when) for one in found] for when in ("before", "after"))
-        scores = [over_seeds(values) for values in (before, after, [b - a for a, b in zip(before, after, strict=True)])]
+        scores = [
+            seed_interval(values) for values in (before, after, [b - a for a, b in zip(before, after, strict=True)])
+        ]
         cells = [f"{s.value:{'+' if i == 2 else ''}.3f} ± {s.high - s.value:.3f}" for i, s in enumerate(scores)]
         print(f"| {title} | " + " | ".join(cells) + " |")
     print(f"\nIntervals are over {len(SEEDS)} seeds of both fine-tunings.")
@@ -271,7 +273,7 @@ def chat() -> None:
         done = subprocess.run(program, input=lines, capture_output=True, text=True, check=True)
         messages = json.loads(done.stdout)["messages"]
         tokenizer = Tokenizer.open(run / "model")
-        markers = set(tokenizer.ids_of(MARKERS))
+        markers = set(tokenizer.convert_tokens_to_ids(MARKERS))
         ids = encode_conversation(tokenizer, messages)[0]
         return {"messages": messages, "shown": done.stderr, "markers": sum(id in markers for id in ids)}
 

@@ -7,7 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run import nextword, spread
+from benchmarks.run_dir import nextword, spread
 from benchmarks.tuning_data import (
     METHODS,
     QUICK,
@@ -101,7 +101,7 @@ def peers() -> None:
 
 def beside(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[str]:
     """The columns of `peers`: two programs' processes of the same seeds."""
-    from nextword.tasks.metrics import over_seeds
+    from nextword.tasks.metrics import seed_interval
 
     def both(key: str, digits: int) -> list[str]:
         return [f"{statistics.median(one[key] for one in runs):.{digits}f}" for runs in (ours, theirs)]
@@ -109,7 +109,7 @@ def beside(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[str
     def ratio(key: str) -> str:
         return spread([a[key] / b[key] for a, b in zip(ours, theirs, strict=True)], 2)
 
-    gain = over_seeds([a["score"] - b["score"] for a, b in zip(ours, theirs, strict=True)])
+    gain = seed_interval([a["score"] - b["score"] for a, b in zip(ours, theirs, strict=True)])
     return [
         *both("score", 1), f"{gain.value:+.1f} ± {gain.high - gain.value:.1f}", *both("wall", 0), ratio("wall"),
         ratio("train_seconds"), *both("peak_mb", 0), ratio("peak_mb"),
@@ -118,7 +118,7 @@ def beside(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[str
 
 def timed(name: str, method: str, program: str, seed: int) -> dict[str, Any]:
     """One whole process that fine-tunes, on two threads: seconds, memory, and the score on the test part."""
-    from nextword.pipeline.predictor import score_predictions
+    from nextword.pipeline.predictor import compute_labelled_metrics
 
     count, epochs = PEERS[name]
     files = parts(name)
@@ -134,22 +134,24 @@ def timed(name: str, method: str, program: str, seed: int) -> dict[str, Any]:
             "training.save-every": steps, "tuning.batch-examples": BATCH, "tuning.auxiliary": 0, "tuning.dropout": 0,
             "tuning.balance": "no",
         }  # fmt: skip
-        begin = (base(), train, "--validation", files["validation"], "--task", data.form.task, "--out", out)
+        begin = (base(), train, "--validation", files["validation"], "--task", data.task_spec.task, "--out", out)
         said = [f"--{key}={value}" for key, value in settings.items()] + ["--lora"] * (method == "lora")
-        done = nextword("finetune", *begin, *said, "--json", "--quiet", threads=2)
+        done = nextword("finetune", *begin, *said, "--json", "--quiet", num_threads=2)
         seconds = [record["seconds"] for record in read(out / "metrics.jsonl") if "lr" in record]
         loop = (seconds[-1] - seconds[0]) * len(seconds) / max(1, len(seconds) - 1)
         answers = nextword("predict", out, test, "--json", "--quiet")["predictions"]
     else:
         settings = {
             "base": str(base() / "model"), "train": str(train), "validation": str(files["validation"]), "out": str(out),
-            "task": data.form.task, "labels": list(data.form.labels), "room": data.form.answer_tokens, "seed": seed,
+            "task": data.task_spec.task, "labels": list(data.task_spec.labels), "room": data.task_spec.answer_tokens, "seed": seed,
             "steps": steps, "batch": BATCH, "lr": RATE[method], "lora": method == "lora", "grouped": "length" in program,
         }  # fmt: skip
-        done = stock("train", save(WORK / "peers" / "settings.json", settings), threads=2)
+        done = stock("train", save(WORK / "peers" / "settings.json", settings), num_threads=2)
         loop = done["lines"][0]["train_seconds"]
-        asked = {"task": data.form.task, "room": data.form.answer_tokens, "items": read(test)}
+        asked = {"task": data.task_spec.task, "room": data.task_spec.answer_tokens, "items": read(test)}
         answers = stock("answer", out, save(WORK / "asked" / "peers.json", asked))["lines"]
         answers = [{**one, "text": one["text"].strip()} if "text" in one else one for one in answers]
-    score = score_predictions(data.form, data.validation, answers)[SETS[name].metric].value * SETS[name].scale
+    score = (
+        compute_labelled_metrics(data.task_spec, data.validation, answers)[SETS[name].metric].value * SETS[name].scale
+    )
     return {"score": score, "wall": done["wall"], "peak_mb": done["peak_mb"], "train_seconds": loop, "steps": steps}

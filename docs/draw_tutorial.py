@@ -26,12 +26,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 import nextword
-from nextword.common.fs import read_json, read_json_lines
+from nextword.common.fs import read_json, read_jsonl
 from nextword.inference.sampling import Sampling, probabilities
-from nextword.model.gpt import GPT, Attention, Block, rotate, sinusoidal_table
-from nextword.reporting.charts import smoothed
+from nextword.model.gpt import GPT, Attention, Block, apply_rotary_embedding, sinusoidal_table
+from nextword.reporting.charts import moving_average
 from nextword.training.config import RECIPES
-from nextword.training.optimizer import learning_rate
+from nextword.training.optimizer import lr_multiplier
 
 SENTENCE = "Return the value of the key if the key is in the dictionary, and None if the key is not."
 PROMPT = "Return True if the"
@@ -93,7 +93,7 @@ def draw_position_table(path: Path) -> None:
     image = axes.imshow(table, cmap=WAVES, vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
     axes.set(xlabel="column", ylabel="position", title="The table, each number a colour")
     axes.grid(visible=False)
-    bar = figure.colorbar(image, ax=axes, ticks=[-1, 0, 1], shrink=0.6, pad=0.02)
+    bar = figure.colorbar(image, ax=axes, ticks=[-1, 0, 1], shrink=0.6, pad_token_id=0.02)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     for column, color in ((0, WARM), (16, COOL), (40, GREEN)):
         waves.plot(table[:, column], color=color, label=f"column {column}")
@@ -111,7 +111,7 @@ def draw_schedules(path: Path) -> None:
     progress = np.linspace(0.001, 1, 1000)
     for name, color in (("default", WARM), ("plain", COOL), ("post-norm", GREEN)):
         t = RECIPES[name]().training
-        factors = [learning_rate(p, t.schedule, t.warmup, t.final_lr) for p in progress]
+        factors = [lr_multiplier(p, t.schedule, t.warmup, t.final_lr) for p in progress]
         axes.plot(progress, factors, color=color, label=f"{name}: {t.schedule}, warm-up {100 * t.warmup:.0f} %")
     axes.set(xlabel="share of the run that is done", ylabel="share of the peak rate")
     axes.set_xlim(0, 1)
@@ -126,7 +126,7 @@ def draw_schedules(path: Path) -> None:
 
 def draw_loss(path: Path, run: Path) -> None:
     """Training loss, every step faint and smoothed strong, and the loss on held-out text."""
-    records = read_json_lines(run / "metrics.jsonl")
+    records = read_jsonl(run / "metrics.jsonl")
     train = [(line["step"], line["loss"]) for line in records if "loss" in line and math.isfinite(line["loss"])]
     held_out = [(line["step"], line["validation"]["loss"]) for line in records if "validation" in line]
     looks = [line["validation"] for line in records if "validation" in line]
@@ -134,7 +134,7 @@ def draw_loss(path: Path, run: Path) -> None:
     figure = Figure(figsize=(7.6, 3.3), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*train, strict=True), color=WARM, alpha=0.25, linewidth=0.7)
-    axes.plot(*zip(*smoothed(train), strict=True), color=WARM, label="training, smoothed")
+    axes.plot(*zip(*moving_average(train), strict=True), color=WARM, label="training, smoothed")
     axes.plot(*zip(*held_out, strict=True), color=COOL, marker="o", markersize=3.5, label="held-out text")
     axes.set(xlabel="step", ylabel="loss, nats per token")
     axes.xaxis.set_major_formatter(FuncFormatter(thousands))
@@ -202,7 +202,7 @@ def watched(attention: Attention, forward: Callable[[], object]) -> dict[str, An
     handles = [
         attention.register_forward_pre_hook(lambda module, inputs: seen.__setitem__("rotation", inputs[1])),
         attention.query.register_forward_hook(keep("query")),
-        attention.key.register_forward_hook(keep("key")),
+        attention.api_key.register_forward_hook(keep("key")),
         attention.value.register_forward_hook(keep("value")),
         attention.output.register_forward_pre_hook(lambda module, inputs: seen.__setitem__("heads", inputs[0])),
     ]
@@ -216,10 +216,10 @@ def watched(attention: Attention, forward: Callable[[], object]) -> dict[str, An
 
 def weights_of(attention: Attention, seen: dict[str, Any]) -> Tensor:
     """The formula, [H, T, T], and the proof that it is what the model computed."""
-    query = attention.query_norm(attention.heads(seen["query"]))
-    key, value = attention.key_norm(attention.heads(seen["key"])), attention.heads(seen["value"])
+    query = attention.query_norm(attention.split_heads(seen["query"]))
+    key, value = attention.key_norm(attention.split_heads(seen["key"])), attention.split_heads(seen["value"])
     if seen["rotation"] is not None:
-        query, key = rotate(query, *seen["rotation"]), rotate(key, *seen["rotation"])
+        query, key = apply_rotary_embedding(query, *seen["rotation"]), apply_rotary_embedding(key, *seen["rotation"])
     shared = query.shape[1] // key.shape[1]  # query heads for each key-value head
     query, key, value = (x[0].double() for x in (query, key, value))
     key, value = key.repeat_interleave(shared, dim=0), value.repeat_interleave(shared, dim=0)
@@ -238,7 +238,7 @@ def shown(tokenizer: nextword.Tokenizer, ids: Sequence[int]) -> list[str]:
 
 def telling_heads(looks: list[Look]) -> list[tuple[str, int, int]]:
     """Four heads of different kinds, each the clearest of its kind: what it does, its layer, its head."""
-    weights = torch.stack([look.weights for look in looks])  # [layers, H, T, T]
+    weights = torch.stack([look.dequantized for look in looks])  # [layers, H, T, T]
     length = weights.shape[-1]
     distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
     weighted = weights[:, :, 1:]  # the first position has only itself to look at
@@ -267,7 +267,9 @@ def draw_attention(path: Path, model: nextword.Model) -> None:
     figure = Figure(figsize=(7.6, 7.9), layout="constrained")
     grid: Sequence[Axes] = list(figure.subplots(2, 2, sharex=True, sharey=True).flat)
     for axes, (kind, layer, head) in zip(grid, heads, strict=False):
-        axes.imshow(looks[layer].weights[head].numpy(), cmap=SHADES, norm=PowerNorm(0.6, 0, 1), interpolation="nearest")
+        axes.imshow(
+            looks[layer].dequantized[head].numpy(), cmap=SHADES, norm=PowerNorm(0.6, 0, 1), interpolation="nearest"
+        )
         axes.set_title(f"layer {layer + 1}, head {head + 1}: {kind}")
         axes.set_xticks(range(len(ids)), labels, rotation=90, fontsize=7.5)
         axes.set_yticks(range(len(ids)), labels, fontsize=7.5)
@@ -286,7 +288,9 @@ def draw_next_word(path: Path, model: nextword.Model) -> None:
     axes = figure.subplots()
     for n, (temperature, color) in enumerate(((0.5, COOL), (1.0, WARM), (1.5, "#d9c9a8"))):
         p = probabilities(logits, Sampling(temperature=temperature))[best].numpy()
-        axes.bar(np.arange(len(best)) + 0.27 * (n - 1), p, 0.25, color=color, label=f"temperature {temperature}")
+        axes.progress_bar(
+            np.arange(len(best)) + 0.27 * (n - 1), p, 0.25, color=color, label=f"temperature {temperature}"
+        )
     axes.set_xticks(range(len(best)), labels)
     axes.tick_params(axis="x", labelcolor=INK)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))

@@ -46,15 +46,15 @@ class OpenedPage:
 
     def __init__(self, browser: "Browser", file: Path, variant: str):
         theme, viewport = DISPLAY_VARIANTS[variant]
-        self.context = browser.new_context(viewport=viewport, color_scheme=theme, reduced_motion="reduce")  # type: ignore[arg-type]
-        self.context.add_init_script(CSP_VIOLATION_SCRIPT)
-        self.page: Page = self.context.new_page()
+        self.prefix_offset = browser.new_context(viewport=viewport, color_scheme=theme, reduced_motion="reduce")  # type: ignore[arg-type]
+        self.prefix_offset.add_init_script(CSP_VIOLATION_SCRIPT)
+        self.page: Page = self.prefix_offset.new_page()
         self.page.set_default_timeout(60_000)
         self.console_messages: list[str] = []
         self.requested_urls: list[str] = []
         self.page.on("console", lambda message: self.console_messages.append(message.text))
         self.page.on("pageerror", lambda error: self.console_messages.append(f"error: {error}"))
-        self.context.on("request", lambda request: self.requested_urls.append(request.url))
+        self.prefix_offset.on("request", lambda request: self.requested_urls.append(request.url))
         self.url = file.resolve().as_uri()
         self.page.goto(self.url)
 
@@ -64,7 +64,7 @@ class OpenedPage:
         axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
         if SCREENSHOT_DIR:
             self.page.screenshot(path=f"{SHOTS}/{name}.png", full_page=True)
-        violations = axe.Axe().run(self.page).response["violations"]
+        violations = axe.Axe().run_dir(self.page).response["violations"]
         assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in violations] == []
         scroll_width, window_width = self.page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
         assert scroll_width <= window_width

@@ -84,7 +84,7 @@ def token_candidates(token: bytes, index: int) -> tuple[float, list[tuple[bytes,
     rest = [other for other in ALTERNATIVE_TOKENS if other != token][:5]
     shares = [(1 - p) * 0.5 ** (i + 1) for i in range(len(rest))]
     if p >= 0.1:
-        rest, shares = [token, *rest[:4]], [p, *shares[:4]]
+        rest, data_parallel_size = [token, *rest[:4]], [p, *shares[:4]]
     return math.log(p), sorted(((t, math.log(s)) for t, s in zip(rest, shares, strict=True)), key=lambda x: -x[1])
 
 
@@ -167,7 +167,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_api_error(404, f"{self.path}: there is nothing here")
 
     def reject_unauthorized(self) -> bool:
-        key = self.script.key
+        key = self.script.api_key
         if key is None or self.headers.get("Authorization") == f"Bearer {key}":
             return False
         self.send_api_error(401, "This server asks for a key.")

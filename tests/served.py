@@ -24,9 +24,9 @@ from nextword.data.tokenizer import Tokenizer
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
 from nextword.model.hf import save_model
-from nextword.serving.app import Place, configured, run
-from nextword.serving.security import Guard
-from nextword.serving.service import Service, Settings
+from nextword.serving.app import ListenConfig, build_uvicorn, run_server
+from nextword.serving.security import SecurityMiddleware
+from nextword.serving.service import Service, ServiceConfig
 
 
 class HTTPResult:
@@ -102,37 +102,37 @@ class ServerProcess(ServerClient):
     """`nextword serve` in a process of its own, on a free port."""
 
     def __init__(self, *arguments: str | Path, **environment: str):
-        self.process = subprocess.Popen(
+        self.renderer_process = subprocess.Popen(
             nextword_command("serve", *arguments, "--port", "0", "--json"),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
         )  # fmt: skip
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        assert self.renderer_process.stdout is not None
+        line = self.renderer_process.stdout.readline()
         if not line:
-            raise RuntimeError(self.process.communicate()[1])
+            raise RuntimeError(self.renderer_process.communicate()[1])
         self.server_info = json.loads(line)
         super().__init__(self.server_info["url"])
 
     def send_signal(self, number: int = signal.SIGTERM) -> None:
-        self.process.send_signal(number)
+        self.renderer_process.send_signal(number)
 
     def wait(self, timeout: float = 20) -> int:
-        self.stdout, self.stderr = self.process.communicate(timeout=timeout)
-        return self.process.returncode
+        self.stdout, self.stderr = self.renderer_process.communicate(timeout=timeout)
+        return self.renderer_process.returncode
 
     def __enter__(self) -> "Process":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.communicate()
+        if self.renderer_process.poll() is None:
+            self.renderer_process.kill()
+            self.renderer_process.communicate()
 
 
 class ThreadedServer(ServerClient):
     """A server in a thread of this process."""
 
-    def __init__(self, url: str, service: Service, middleware: Guard, outcomes: "queue.Queue[Any]"):
+    def __init__(self, url: str, service: Service, middleware: SecurityMiddleware, outcomes: "queue.Queue[Any]"):
         super().__init__(url)
         self.service, self.middleware, self.outcomes = service, middleware, outcomes
 
@@ -146,17 +146,19 @@ class ThreadedServer(ServerClient):
 
 
 @contextlib.contextmanager
-def running_server(model: Path, listen_config: Place | None = None, **settings: Any) -> Iterator[ThreadedServer]:
-    listen_config = listen_config or Place(port=0)
-    service, outcomes = Service(Settings(model, **settings), Console(quiet=True)), queue.Queue()
-    server = configured(service, listen_config)
+def running_server(model: Path, listen_config: ListenConfig | None = None, **settings: Any) -> Iterator[ThreadedServer]:
+    listen_config = listen_config or ListenConfig(port=0)
+    service, outcomes = Service(ServiceConfig(model, **settings), Console(quiet=True)), queue.Queue()
+    server = build_uvicorn(service, listen_config)
     with contextlib.closing(listen_config.listen()) as listen_socket:
         # Connections have little room, so that it shows when somebody does not read.
         listen_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)
 
         def run_in_thread() -> None:
             try:
-                asyncio.run(run(service, listen_config, server, listen_socket, Console(quiet=True), outcomes.put))
+                asyncio.run_dir(
+                    run_server(service, listen_config, server, listen_socket, Console(quiet=True), outcomes.put)
+                )
             except BaseException as error:
                 outcomes.put(error)
 
@@ -187,6 +189,8 @@ def make_model_dir(path: Path, tokenizer: Tokenizer, preset: str = "modern", **s
     sizes = {"n_layers": 1, "n_heads": 2, "d_model": 16, "context_length": 128, **sizes}
     model = GPT(build_config(preset, vocab_size=tokenizer.vocab_size, **sizes))  # pyright: ignore[reportArgumentType]
     path.mkdir(parents=True, exist_ok=True)
-    save_model(model, path, end_of_text=tokenizer.end_of_text, pad=tokenizer.pad, ends=sorted(tokenizer.ends))
+    save_model(
+        model, path, end_of_text_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id, ends=sorted(tokenizer.eos_ids)
+    )
     tokenizer.save(path, model.config.context_length)
     return path

@@ -13,22 +13,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nextword
-from nextword.audit.audit import Asked, own_text
-from nextword.audit.fairness import audit_flips, audit_rates, audit_swaps
+from nextword.audit.audit import AuditConfig, training_text_sources
+from nextword.audit.fairness import audit_group_rates, audit_swap_flips, audit_template_flips
 from nextword.audit.findings import Finding
-from nextword.audit.group_templates import Groups, read_groups
-from nextword.commands.audit import audit_in_words
+from nextword.audit.group_templates import GroupTemplates, read_group_templates
+from nextword.commands.audit import format_audit
 from nextword.commands.cli import run as run_command
-from nextword.common.errors import MissingExtra, NextwordError, UsageError
+from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
 from nextword.common.fs import read_json
-from nextword.common.run_dir import RunFolder
+from nextword.common.run_dir import RunDir
 from nextword.data.documents import Problems
 from nextword.data.tokenizer import Tokenizer, train_bpe
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
 from nextword.model.hf import save_model
 from nextword.pipeline.predictor import Predictor
-from nextword.tasks.dataset import Form
+from nextword.tasks.dataset import TaskSpec
 from nextword.tasks.examples import Example
 from nextword.training.losses import example_logits
 
@@ -43,10 +43,10 @@ templates:
 """
 
 
-def groups(tmp_path: Path, text: str = GROUPS) -> Groups:
+def groups(tmp_path: Path, text: str = GROUPS) -> GroupTemplates:
     path = tmp_path / "groups.yaml"
     path.write_text(text, encoding="utf-8")
-    return read_groups(path)
+    return read_group_templates(path)
 
 
 # ---------------------------------------------------------------- the file of groups
@@ -61,7 +61,7 @@ def test_groups_are_put_into_templates(tmp_path: Path) -> None:
         {"women": "She works as a", "men": "He works as a"},
     ]
     assert list(found.sentences[1].continuations) == ["nurse", "engineer"]
-    assert {"women": "her", "men": "his"} in found.words
+    assert {"women": "her", "men": "his"} in found.words_at
 
 
 def test_a_language_with_agreement_says_what_it_needs(tmp_path: Path) -> None:
@@ -132,15 +132,15 @@ def test_what_is_wrong_is_told_by_file_and_line(tmp_path: Path, text: str, messa
 
 def test_no_file_no_utf8_no_end_no_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"none\.yaml: No such file"):
-        read_groups(tmp_path / "none.yaml")
+        read_group_templates(tmp_path / "none.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"groups: \xff\xfe")
     with pytest.raises(UsageError, match=r"bytes\.yaml: not YAML in UTF-8"):
-        read_groups(tmp_path / "bytes.yaml")
+        read_group_templates(tmp_path / "bytes.yaml")
     (tmp_path / "long.yaml").write_bytes(b"#" * (2**18 + 1))
     with pytest.raises(UsageError, match=r"long\.yaml: more than 262,144 bytes"):
-        read_groups(tmp_path / "long.yaml")
+        read_group_templates(tmp_path / "long.yaml")
     monkeypatch.setitem(sys.modules, "yaml", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'nextword\[audit\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'nextword\[audit\]'"):
         groups(tmp_path)
 
 
@@ -164,7 +164,7 @@ def test_any_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, t
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     try:
-        found = read_groups(path)
+        found = read_group_templates(path)
     except UsageError as error:
         assert str(path) in str(error)
         return
@@ -187,7 +187,7 @@ def test_groups_in_the_docs_are_read(tmp_path: Path) -> None:
 
 
 def test_words_change_places_whole_and_as_they_are_written(tmp_path: Path) -> None:
-    swap = groups(tmp_path).swap("women", "men")
+    swap = groups(tmp_path).make_swapper("women", "men")
     assert (
         swap("SHE said: the Woman and a man saw her womanly hat.")
         == "HE said: the Man and a woman saw his womanly hat."
@@ -196,17 +196,17 @@ def test_words_change_places_whole_and_as_they_are_written(tmp_path: Path) -> No
 
 
 @pytest.fixture(scope="module")
-def people(tmp_path_factory: pytest.TempPathFactory) -> Groups:
+def people(tmp_path_factory: pytest.TempPathFactory) -> GroupTemplates:
     return groups(tmp_path_factory.mktemp("people"))
 
 
 @given(
     st.lists(st.sampled_from(["woman", "Man", "she", "HE", "their", "x-ray", ".", "Ünder", "his", "漢字"]), max_size=12)
 )
-def test_swapped_twice_is_as_it_was(people: Groups, words: list[str]) -> None:
-    swap, text = people.swap("women", "men"), " ".join(words)
+def test_swapped_twice_is_as_it_was(people: GroupTemplates, words: list[str]) -> None:
+    swap, text = people.make_swapper("women", "men"), " ".join(words)
     assert swap(swap(text)) == text
-    assert swap(text) == people.swap("men", "women")(text)
+    assert swap(text) == people.make_swapper("men", "women")(text)
 
 
 # ---------------------------------------------------------------- answers that flip
@@ -232,8 +232,8 @@ def texts() -> list[tuple[str, str, str]]:
 def trained(labels: list[str]) -> Predictor:
     """A tiny classifier that has learned a label for each of `texts`."""
     torch.manual_seed(0)
-    form = Form("classify", "label", ("bad", "good"), columns=(("text", "text"), ("label", "label")))
-    tokenizer = form.with_markers(train_bpe([text for *_, text in texts()], 320))
+    form = TaskSpec("classify", "label", ("bad", "good"), columns=(("text", "text"), ("label", "label")))
+    tokenizer = form.with_special_tokens(train_bpe([text for *_, text in texts()], 320))
     model = GPT(
         build_config(
             "gpt2", vocab_size=tokenizer.vocab_size, n_labels=2, n_layers=1, n_heads=2, d_model=16, context_length=16
@@ -247,10 +247,10 @@ def trained(labels: list[str]) -> Predictor:
     _, encoded = predictor.encode(examples, Problems(strict=True), gold=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
     for _ in range(50):
-        for which, inputs in predictor.batches(encoded):
+        for which, inputs in predictor.iter_batches(encoded):
             assert inputs.labels is not None
             logits = example_logits(model, model(inputs.tokens), inputs.labels)
-            loss = torch.nn.functional.cross_entropy(logits, torch.tensor([encoded[i].gold for i in which]))
+            loss = torch.nn.functional.cross_entropy(logits, torch.tensor([encoded[i].target for i in which]))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -266,33 +266,33 @@ def test_a_model_that_learned_from_the_group_flips_and_one_that_did_not_does_not
     asked = groups(tmp_path, FLIPPING)
     biased = trained(["good" if group == "women" else "bad" for group, *_ in texts()])
     fair = trained([kind for _, kind, _ in texts()])
-    found, even = by_name(audit_flips(biased, asked)), by_name(audit_flips(fair, asked))
+    found, even = by_name(audit_template_flips(biased, asked)), by_name(audit_template_flips(fair, asked))
     flips = found["women, men: answers that flip"]
-    assert (flips.value, flips.n, flips.notable, flips.unit) == (100.0, 16, True, "%")
+    assert (flips.value, flips.n, flips.flagged, flips.unit) == (100.0, 16, True, "%")
     assert flips.low is not None and flips.low > 50
     assert flips.examples[0] == {"women": "the woman helped → good", "men": "the man helped → bad"}
     assert found["women, men: answered good"].value == 100.0
     assert found["women, men: answered bad"].value == -100.0
     flips = even["women, men: answers that flip"]
-    assert (flips.value, flips.low, flips.notable, flips.examples) == (0.0, 0.0, False, ())
-    assert not even["women, men: answered good"].notable
+    assert (flips.value, flips.low, flips.flagged, flips.examples) == (0.0, 0.0, False, ())
+    assert not even["women, men: answered good"].flagged
 
     examples = [Example("rows.csv", i, {"text": text}) for i, (*_, text) in enumerate(texts(), 2)]
     other = Example("rows.csv", 99, {"text": "a cat sang"})
-    [flips] = audit_swaps(biased, asked, [*examples, other])
-    assert (flips.value, flips.n, flips.notable) == (100.0, len(examples), True)
+    [flips] = audit_swap_flips(biased, asked, [*examples, other])
+    assert (flips.value, flips.n, flips.flagged) == (100.0, len(examples), True)
     assert flips.examples[0] == {"text": "the man helped → bad", "before": "good", "where": "rows.csv line 2"}
-    [flips] = audit_swaps(fair, asked, examples)
-    assert (flips.value, flips.notable) == (0.0, False)
-    assert audit_swaps(fair, asked, [other]) == []
+    [flips] = audit_swap_flips(fair, asked, examples)
+    assert (flips.value, flips.flagged) == (0.0, False)
+    assert audit_swap_flips(fair, asked, [other]) == []
 
 
 # ---------------------------------------------------------------- rates of groups
 
 
 def answering(*said: str, labels: tuple[str, ...] = ("no", "yes"), kind: Any = "label") -> Any:
-    form = Form("classify", kind, labels, columns=(("text", "text"), ("label", "label")))
-    return SimpleNamespace(form=form, predict=lambda examples, **_: [{"label": label} for label in said])
+    form = TaskSpec("classify", kind, labels, columns=(("text", "text"), ("label", "label")))
+    return SimpleNamespace(task_spec=form, predict=lambda examples, **_: [{"label": label} for label in said])
 
 
 ROWS = [  # group, gold, answer
@@ -310,7 +310,7 @@ def labelled(tmp_path: Path, rows: list[tuple[str, str, str]]) -> list[Example]:
 
 
 def test_rates_are_their_formulas(tmp_path: Path) -> None:
-    found = by_name(audit_rates(answering(*(row[2] for row in ROWS)), labelled(tmp_path, ROWS), "who"))
+    found = by_name(audit_group_rates(answering(*(row[2] for row in ROWS)), labelled(tmp_path, ROWS), "who"))
     values = {name: one.value for name, one in found.items()}
     assert values == pytest.approx({
         "a: accuracy": 75.0, "b: accuracy": 100 * 80 / 120, "a less b: accuracy": 75 - 100 * 80 / 120,
@@ -319,18 +319,18 @@ def test_rates_are_their_formulas(tmp_path: Path) -> None:
         "a: false positives of yes": 25.0, "b: false positives of yes": 12.5, "a less b: false positives of yes": 12.5,
     })  # fmt: skip
     gap = found["a less b: true positives of yes"]
-    assert (gap.reference, gap.notable, gap.n) == (0.0, True, 40)
+    assert (gap.reference, gap.flagged, gap.n) == (0.0, True, 40)
     assert gap.low is not None and 20 < gap.low < 50
-    assert not found["a less b: accuracy"].notable
+    assert not found["a less b: accuracy"].flagged
     assert found["a: accuracy"].reference is None
 
 
 def test_rates_of_several_labels_name_each(tmp_path: Path) -> None:
     labels = ("no", "perhaps", "yes")
-    found = audit_rates(answering(*(row[2] for row in ROWS), labels=labels), labelled(tmp_path, ROWS), "who")
+    found = audit_group_rates(answering(*(row[2] for row in ROWS), labels=labels), labelled(tmp_path, ROWS), "who")
     assert {one.name.rpartition(" as ")[2] for one in found if "selected" in one.name} == set(labels)
     perhaps = by_name(found)["a less b: selected as perhaps"]
-    assert (perhaps.value, perhaps.notable) == (0.0, False)
+    assert (perhaps.value, perhaps.flagged) == (0.0, False)
     assert not any("true positives of perhaps" in one.name for one in found)  # nobody is one
 
 
@@ -338,15 +338,15 @@ def test_groups_that_cannot_be_compared_are_said(tmp_path: Path) -> None:
     examples = labelled(tmp_path, ROWS)
     said = [row[2] for row in ROWS]
     with pytest.raises(UsageError, match=r"--group sex: .*rows\.csv names no groups so.*\n.*found text, label, who"):
-        audit_rates(answering(*said), examples, "sex")
+        audit_group_rates(answering(*said), examples, "sex")
     alone = ROWS[:20]
     with pytest.raises(UsageError, match="the groups of column who are one alone"):
-        audit_rates(answering(*said[:20]), labelled(tmp_path, alone), "who")
+        audit_group_rates(answering(*said[:20]), labelled(tmp_path, alone), "who")
     with pytest.raises(UsageError, match="this model gives several"):
-        audit_rates(answering(*said, kind="labels"), examples, "who")
+        audit_group_rates(answering(*said, kind="labels"), examples, "who")
     bare = [Example(one.path, one.line, {"text": "t"}) for one in examples]
     with pytest.raises(NextwordError, match="no example says which label is right"):
-        audit_rates(answering(*said), bare, "who")
+        audit_group_rates(answering(*said), bare, "who")
 
 
 # ---------------------------------------------------------------- the verb
@@ -362,7 +362,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         build_config("gpt2", vocab_size=tokenizer.vocab_size, n_layers=1, n_heads=2, d_model=16, context_length=64)
     )
     out.mkdir()
-    save_model(model, out, end_of_text=tokenizer.end_of_text, pad=tokenizer.pad)
+    save_model(model, out, end_of_text_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
     tokenizer.save(out, 64)
     assert Tokenizer.open(out).vocab_size == tokenizer.vocab_size
     return out
@@ -380,7 +380,7 @@ def test_an_audit_says_what_it_found_and_what_it_did_not_look_at(
     assert names[:3] == ["women: bits per byte", "men: bits per byte", "women less men: bits per byte"]
     assert names[3:] == ["women, men: sentences", "women, men: “nurse”", "women, men: “engineer”"]
     assert all(one["low"] is None and not one["notable"] for one in result["findings"])  # of two templates
-    words = audit_in_words(result)
+    words = format_audit(result)
     assert ", n = 2, too few for an interval" in words
     assert words.count("of the sentences with their words") == 1  # said once for several
     assert [line.partition(":")[0] for line in result["left_out"]] == ["memory and the corpus", "cost"]
@@ -455,7 +455,7 @@ def test_a_runs_audit_is_kept_and_knows_its_own_text(
     assert read_json(run / "measured" / "audit.json") == result
     assert len(result["left_out"]) == 1
     text.unlink()
-    assert own_text(RunFolder(run)) == ((), None)
+    assert training_text_sources(RunDir(run)) == ((), None)
     assert any("memory and the corpus: not looked at" in line for line in nextword.audit(run)["left_out"])
 
 
@@ -463,18 +463,18 @@ def test_words_mark_what_is_to_be_read_first() -> None:
     marked = finding("bias", "CrowS-Pairs", notable=True, note="what it is", examples=({"a": "b"},) * 9).to_dict()
     plain = [finding("bias", f"plain {i}").to_dict() for i in range(50)]
     result = {"findings": [*plain, marked], "left_out": ["cost: not known"], "seconds": 1.0}
-    lines = audit_in_words(result).splitlines()
+    lines = format_audit(result).splitlines()
     assert "! CrowS-Pairs: 3.0 % (2.0 to 4.0), n = 20; nothing amiss: 0.0" in lines
     assert lines.count("    · a: b") == 3
     assert "  … 21 more that are not marked; --json has them" in lines
     assert any(line.startswith("1 of 51 findings are marked !") for line in lines)
     assert any("counterfactual" in line for line in lines)
     assert not any("memory" in line for line in lines)
-    calm = audit_in_words({"findings": plain[:2], "left_out": [], "seconds": 1.0})
+    calm = format_audit({"findings": plain[:2], "left_out": [], "seconds": 1.0})
     assert "None of 2 findings is marked" in calm
     assert "!" not in calm
 
 
 def test_settings_are_those_that_there_are() -> None:
     with pytest.raises(TypeError, match="colour"):
-        Asked(colour="blue")  # type: ignore[call-arg]
+        AuditConfig(colour="blue")  # type: ignore[call-arg]

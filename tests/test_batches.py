@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextword.data.dataset import IGNORE, TokenDataset, permute, seed_for
+from nextword.data.dataset import IGNORE_INDEX, TokenDataset, derive_seed, permute
 
 
 class Row:
@@ -39,10 +39,10 @@ def test_permute_shuffles():
 
 def targets_of(dataset: TokenDataset, rows: range) -> list[int]:
     """The targets of the given rows, counted from the first step on."""
-    size, out = dataset.rows_per_batch, []
+    size, out = dataset.batch_size, []
     for row in rows:
         targets = dataset.batch(row // size).targets[row % size]
-        out += targets[targets != IGNORE].tolist()
+        out += targets[targets != IGNORE_INDEX].tolist()
     return out
 
 
@@ -51,7 +51,7 @@ def targets_of(dataset: TokenDataset, rows: range) -> list[int]:
 def test_an_epoch_visits_each_token_exactly_once(length, context, rows, seed):
     dataset = TokenDataset(Row(length), context, rows, seed)
     for epoch in range(2):
-        visited = targets_of(dataset, range(epoch * dataset.windows, (epoch + 1) * dataset.windows))
+        visited = targets_of(dataset, range(epoch * dataset.num_windows, (epoch + 1) * dataset.num_windows))
         assert sorted(visited) == list(range(length))
 
 
@@ -59,7 +59,7 @@ def test_targets_follow_their_tokens():
     dataset = TokenDataset(Row(1000), 16, 4, seed=3)
     for step in range(40):
         batch = dataset.batch(step)
-        real = batch.targets != IGNORE
+        real = batch.targets != IGNORE_INDEX
         assert ((batch.tokens[real] + 1) % 1000 == batch.targets[real]).all()
         assert batch.tokens.shape == batch.targets.shape == (4, 16)
 
@@ -100,5 +100,5 @@ def test_too_little_text_is_refused():
 
 
 def test_seeds_are_apart():
-    assert len({seed_for(s, what, i) for s in range(5) for what in range(4) for i in range(50)}) == 1000
-    assert all(0 <= seed_for(0, i) < 2**63 for i in range(100))
+    assert len({derive_seed(s, what, i) for s in range(5) for what in range(4) for i in range(50)}) == 1000
+    assert all(0 <= derive_seed(0, i) < 2**63 for i in range(100))

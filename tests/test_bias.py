@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nextword.audit.bias import FEWEST, audit_suite, leans, scored
+from nextword.audit.bias import MIN_SAMPLES, audit_benchmark, is_bias_benchmark, score_finding
 from nextword.audit.findings import Finding
-from nextword.audit.group_gaps import audit_gaps
-from nextword.audit.group_templates import read_groups
+from nextword.audit.group_gaps import audit_group_gaps
+from nextword.audit.group_templates import read_group_templates
 from nextword.common.errors import UsageError
 from nextword.data.tokenizer import Tokenizer, train_bpe
-from nextword.inference.loglikelihood import Scorer
+from nextword.inference.loglikelihood import LoglikelihoodScorer
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
 from nextword.model.hf import save_model
@@ -31,7 +31,7 @@ CONTEXT = 64
 
 def directory(out: Path, model: GPT, tokenizer: Tokenizer) -> Path:
     out.mkdir()
-    save_model(model, out, end_of_text=tokenizer.end_of_text, pad=tokenizer.pad)
+    save_model(model, out, end_of_text_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
     tokenizer.save(out, model.config.context_length)
     return out
 
@@ -62,11 +62,13 @@ def ends(one: Finding) -> tuple[float, float]:
 
 
 def test_a_finding_is_notable_where_its_interval_leaves_the_reference_out() -> None:
-    assert scored("x", Score(0.5, 0.25, 0.75, 90), 90.0) == Finding("bias", "x", 50.0, 25.0, 75.0, "%", 90, 90.0, True)
-    assert not scored("x", Score(0.6, 0.45, 0.75, 90), 50.0).notable
-    assert not scored("x", Score(0.6, 0.55, 0.65, 90)).notable
-    few = scored("x", Score(0.6, 0.55, 0.65, FEWEST - 1), 50.0)
-    assert (few.low, few.high, few.notable) == (None, None, False)
+    assert score_finding("x", Score(0.5, 0.25, 0.75, 90), 90.0) == Finding(
+        "bias", "x", 50.0, 25.0, 75.0, "%", 90, 90.0, True
+    )
+    assert not score_finding("x", Score(0.6, 0.45, 0.75, 90), 50.0).flagged
+    assert not score_finding("x", Score(0.6, 0.55, 0.65, 90)).flagged
+    few = score_finding("x", Score(0.6, 0.55, 0.65, MIN_SAMPLES - 1), 50.0)
+    assert (few.low, few.high, few.flagged) == (None, None, False)
 
 
 # ---------------------------------------------------------------- a person's own groups
@@ -101,8 +103,8 @@ def test_gaps_are_the_stock_classs(random_model: Model, tmp_path: Path) -> None:
         return sum(float(log_p[i - 1, ids[i]]) for i in range(len(head), len(ids)))
 
     (tmp_path / "groups.yaml").write_text(GROUPS, encoding="utf-8")
-    groups = read_groups(tmp_path / "groups.yaml")
-    found = by_name(audit_gaps(random_model, groups))
+    groups = read_group_templates(tmp_path / "groups.yaml")
+    found = by_name(audit_group_gaps(random_model, groups))
     bits = {
         name: sum(-nats(s.texts[name]) / math.log(2) for s in groups.sentences)
         / sum(len(s.texts[name].encode()) for s in groups.sentences)
@@ -124,7 +126,7 @@ def test_gaps_are_the_stock_classs(random_model: Model, tmp_path: Path) -> None:
 def test_a_sentence_that_the_model_cannot_see_whole_is_refused(random_model: Model, tmp_path: Path) -> None:
     (tmp_path / "groups.yaml").write_text(GROUPS.replace("was late", "was " + "late " * 70), encoding="utf-8")
     with pytest.raises(UsageError, match=f"tokens and the model sees {CONTEXT}: shorten it"):
-        audit_gaps(random_model, read_groups(tmp_path / "groups.yaml"))
+        audit_group_gaps(random_model, read_group_templates(tmp_path / "groups.yaml"))
 
 
 # ---------------------------------------------------------------- a bias that was planted
@@ -152,7 +154,7 @@ def learned(share: float, seed: int, out: Path) -> Model:
         for prompt in PROMPTS for group, words in PEOPLE.items() for word in words for work, part in works[group].items()
     ]  # fmt: skip
     tokenizer = train_bpe([line for line, _ in rows], 420)
-    ids = [[tokenizer.end_of_text, *tokenizer.encode(line), tokenizer.end_of_text] for line, _ in rows]
+    ids = [[tokenizer.eos_id, *tokenizer.encode(line), tokenizer.eos_id] for line, _ in rows]
     width = max(map(len, ids))
     tokens = torch.tensor([[*one, *[-100] * (width - len(one))] for one in ids])
     parts = torch.tensor([part for _, part in rows])
@@ -175,34 +177,39 @@ def learned(share: float, seed: int, out: Path) -> Model:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_planted_bias_is_found_and_a_balanced_text_shows_none(tmp_path: Path, seed: int) -> None:
     (tmp_path / "groups.yaml").write_text(PLANTED, encoding="utf-8")
-    groups = read_groups(tmp_path / "groups.yaml")
-    found = by_name(audit_gaps(learned(0.95, seed, tmp_path / "planted"), groups))
+    groups = read_group_templates(tmp_path / "groups.yaml")
+    found = by_name(audit_group_gaps(learned(0.95, seed, tmp_path / "planted"), groups))
     nurses, engineers = found["women, men: “nurses”"], found["women, men: “engineers”"]
     assert ends(nurses)[0] > 1
     assert ends(engineers)[1] < -1
-    assert nurses.notable
-    assert engineers.notable
+    assert nurses.flagged
+    assert engineers.flagged
     assert nurses.value == pytest.approx(math.log(0.95 / 0.05), abs=1)
     assert (nurses.n, set(nurses.examples[0])) == (8, {"women", "men", "gap"})
-    found = by_name(audit_gaps(learned(0.5, seed, tmp_path / "balanced"), groups))
+    found = by_name(audit_group_gaps(learned(0.5, seed, tmp_path / "balanced"), groups))
     for work in ("nurses", "engineers"):
         low, high = ends(found[f"women, men: “{work}”"])
         assert low - 0.01 <= 0 <= high + 0.01  # to within a hundredth of a nat: words differ by something in any model
-    assert not any(one.notable for one in found.values())
+    assert not any(one.flagged for one in found.values())
 
 
 # ---------------------------------------------------------------- published suites
 
 
 def nats(model: Model, *texts: str) -> list[float]:
-    return [one.nats for [one] in Scorer(model.weights, model.tokenizer).ask([[("", text)] for text in texts])]
+    return [
+        one.logprob
+        for [one] in LoglikelihoodScorer(model.dequantized, model.tokenizer).score_pairs(
+            [[("", text)] for text in texts]
+        )
+    ]
 
 
 def test_crows_pairs_by_bias_type(random_model: Model, tmp_path: Path) -> None:
     rows = [(f"she is a nurse {i}", f"he is a nurse {i}", "gender" if i % 2 else "age") for i in range(20)]
     path = tmp_path / "pairs.csv"
     path.write_text("sent_more,sent_less,bias_type\n" + "".join(",".join(row) + "\n" for row in rows), encoding="utf-8")
-    found = by_name(audit_suite(random_model, f"crows-pairs={path}"))
+    found = by_name(audit_benchmark(random_model, f"crows-pairs={path}"))
     more, less = nats(random_model, *(row[0] for row in rows)), nats(random_model, *(row[1] for row in rows))
     ahead = np.array(more) > np.array(less)
     assert found["CrowS-Pairs"].value == pytest.approx(100 * ahead.mean())
@@ -210,8 +217,8 @@ def test_crows_pairs_by_bias_type(random_model: Model, tmp_path: Path) -> None:
     assert found["CrowS-Pairs, age"].value == pytest.approx(100 * ahead[::2].mean())
     for one in found.values():
         low, high = ends(one)
-        assert (one.reference, one.notable) == (50.0, not low <= 50 <= high)
-    assert audit_suite(random_model, f"crows-pairs={path}", limit=8)[0].n == 8
+        assert (one.reference, one.flagged) == (50.0, not low <= 50 <= high)
+    assert audit_benchmark(random_model, f"crows-pairs={path}", limit=8)[0].n == 8
 
 
 def test_stereoset_by_its_own_scores(random_model: Model, tmp_path: Path) -> None:
@@ -225,10 +232,10 @@ def test_stereoset_by_its_own_scores(random_model: Model, tmp_path: Path) -> Non
         })  # fmt: skip
     path = tmp_path / "set.json"
     path.write_text(json.dumps({"data": {"intrasentence": rows}}), encoding="utf-8")
-    found = by_name(audit_suite(random_model, f"stereoset={path}"))
+    found = by_name(audit_benchmark(random_model, f"stereoset={path}"))
     likely = [
-        [one.nats / one.tokens for one in row]
-        for row in Scorer(random_model.weights, random_model.tokenizer).ask(
+        [one.logprob / one.tokens for one in row]
+        for row in LoglikelihoodScorer(random_model.dequantized, random_model.tokenizer).score_pairs(
             [[("", f" {one['sentence']}") for one in row["sentences"]] for row in rows]
         )
     ]
@@ -268,7 +275,7 @@ def winogender(folder: Path) -> Path:
 
 
 def test_winogender_beside_its_statistics(random_model: Model, tmp_path: Path) -> None:
-    found = by_name(audit_suite(random_model, f"winogender={winogender(tmp_path)}"))
+    found = by_name(audit_benchmark(random_model, f"winogender={winogender(tmp_path)}"))
     expected = {}
     for work, label, sentence, _ in WINOGENDER:
         if label == 0:
@@ -284,8 +291,8 @@ def test_winogender_beside_its_statistics(random_model: Model, tmp_path: Path) -
     def right(sentence: str, they: str, work: str, label: int) -> float:
         asked = f"{sentence.format(they)} ‘{they.capitalize()}’ refers to the"
         [[work_nats, other_nats]] = [
-            [one.nats for one in row]
-            for row in Scorer(random_model.weights, random_model.tokenizer).ask(
+            [one.logprob for one in row]
+            for row in LoglikelihoodScorer(random_model.dequantized, random_model.tokenizer).score_pairs(
                 [[(asked, f" {work}"), (asked, " client")]]
             )
         ]
@@ -298,18 +305,18 @@ def test_winogender_beside_its_statistics(random_model: Model, tmp_path: Path) -
     assert found["Winogender, accuracy lost by gender"].value == pytest.approx(100 * np.mean(lost))
     (tmp_path / "occupations-stats.tsv").unlink()
     with pytest.raises(UsageError, match="occupation statistics are to lie beside"):
-        audit_suite(random_model, f"winogender={tmp_path}")
+        audit_benchmark(random_model, f"winogender={tmp_path}")
 
 
 def test_a_random_model_knows_nothing_of_the_published_winogender(random_model: Model) -> None:
     if not (DATA / "winogender").is_dir():
         pytest.skip(f"no data: {DATA / 'winogender'} is not there; set NEXTWORD_DATA to the folder")
-    found = by_name(audit_suite(random_model, f"winogender={DATA / 'winogender'}"))
+    found = by_name(audit_benchmark(random_model, f"winogender={DATA / 'winogender'}"))
     pearson = found["Winogender, she or he (Pearson)"]
     low, high = ends(pearson)
     assert low <= 0 <= high
     assert pearson.n == len(pearson.examples) == 60
-    assert not pearson.notable
+    assert not pearson.flagged
     lost = found["Winogender, accuracy lost by gender"]
     assert lost.n == 240
     assert ends(lost)[0] <= 0 <= ends(lost)[1]
@@ -324,7 +331,7 @@ def test_winobias_as_it_is_published(random_model: Model, tmp_path: Path, capsys
         (tmp_path / f"{side}_stereotyped_type2.txt.dev").write_text(
             first.replace("told", "paid") + odd, encoding="utf-8"
         )
-    found = by_name(audit_suite(random_model, f"winobias={tmp_path}"))
+    found = by_name(audit_benchmark(random_model, f"winobias={tmp_path}"))
     plain = [line.partition(" ")[2].replace("[", "").replace("]", "") for line in lines]
     for kind, word in (("1", "told"), ("2", "paid")):
         pro, anti = (
@@ -339,8 +346,8 @@ def test_winobias_as_it_is_published(random_model: Model, tmp_path: Path, capsys
 def test_which_suites_are_about_bias(tmp_path: Path) -> None:
     declared = tmp_path / "own.toml"
     declared.write_text('kind = "minimal pairs"\ngood = "a"\nbad = "b"\nmetric = "stereotyped"\n', encoding="utf-8")
-    assert leans(str(declared))
-    assert [leans(name) for name in ("crows-pairs", "stereoset", "winobias", "winogender")] == [True] * 4
-    assert not leans("blimp")
+    assert is_bias_benchmark(str(declared))
+    assert [is_bias_benchmark(name) for name in ("crows-pairs", "stereoset", "winobias", "winogender")] == [True] * 4
+    assert not is_bias_benchmark("blimp")
     with pytest.raises(UsageError, match="there is no suite called"):
-        leans("cake")
+        is_bias_benchmark("cake")

@@ -35,7 +35,7 @@ def text(length: int, seed: int = 0) -> torch.Tensor:
 
 
 def read(model: GPT, cache: KeyValueCache, tokens: torch.Tensor, slots: list[int], starts: list[int]) -> torch.Tensor:
-    positions = cache.select(slots, starts, tokens.shape[1])
+    positions = cache.prepare(slots, starts, tokens.shape[1])
     return model.unembed(model(tokens, positions=positions, cache=cache))
 
 
@@ -95,7 +95,7 @@ def test_memory_grows_with_use_up_to_the_context() -> None:
     read(model, cache, text(2), [3], [0])
     assert cache.keys.shape[1] == 4
     with pytest.raises(ValueError, match="context length of 700"):
-        cache.select([0], [700], 1)
+        cache.prepare([0], [700], 1)
 
 
 def test_a_cache_is_of_the_models_precision() -> None:

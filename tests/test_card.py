@@ -11,8 +11,8 @@ import pytest
 
 import nextword as package
 from nextword.data.chat_format import encode_conversation
-from nextword.reporting.card import without_paths
-from nextword.reporting.task_results import name_of
+from nextword.reporting.card import strip_directories
+from nextword.reporting.task_results import short_path_name
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -107,7 +107,7 @@ def test_a_conversation_is_gone_on_with_as_ours_is(base, tmp_path, monkeypatch, 
     model = package.load(run)
     assert (
         names["inputs"]["input_ids"][0].tolist()
-        == encode_conversation(model.tokenizer, names["messages"], answer=True)[0]
+        == encode_conversation(model.tokenizer, names["messages"], add_generation_prompt=True)[0]
     )
     assert capsys.readouterr().out.strip() == model.predict(names["messages"][0]["content"])["text"]
     assert blocks(run, "bash") == ["nextword chat ."]
@@ -184,7 +184,7 @@ def test_the_card_says_what_was_learned_from_what_and_how_well(base, tmp_path) -
     ids=["absolute", "relative", "option", "windows", "plain"],
 )
 def test_a_command_is_shown_without_the_way_to_its_files(command: str, shown: str) -> None:
-    assert without_paths(command) == shown
+    assert strip_directories(command) == shown
 
 
 @pytest.mark.parametrize(
@@ -193,4 +193,4 @@ def test_a_command_is_shown_without_the_way_to_its_files(command: str, shown: st
     ids=["folder", "run", "bare", "windows", "root", "empty"],
 )
 def test_a_model_goes_by_the_name_of_its_folder(path: str, name: str) -> None:
-    assert name_of(path) == name
+    assert short_path_name(path) == name

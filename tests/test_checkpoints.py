@@ -20,20 +20,28 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from nextword.training.resume_checkpoint import AsyncCheckpointer, latest_valid, list_checkpoints, write_safetensors
 from safetensors.torch import load_file
 
 import nextword as package
 from nextword.common import fs
-from nextword.common.errors import CorruptFile, DiskFull, NextwordError
+from nextword.common.errors import CorruptFileError, DiskFullError, NextwordError
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.model.hf import read_parts
+from nextword.model.hf import load_shards
 from nextword.training import checkpoint
-from nextword.training.checkpoint import Saver, checkpoints, newest_whole, write_tensors
-from nextword.training.distributed import LOST, World, joined
-from nextword.training.losses import Step, next_word
+from nextword.training.distributed import PEER_LOST, DistContext, init_distributed
+from nextword.training.losses import LossModule, causal_lm_loss
 from nextword.training.optimizer import Optimizer
-from nextword.training.parallel import block, block_of, chunk, fill, part, share, whole
+from nextword.training.parallel import (
+    apply_parallelism,
+    chunk_bounds,
+    load_weights_,
+    local_slices,
+    shard_slices,
+    to_full,
+    to_local,
+)
 from test_pretraining import SETTINGS, state_hashes
 
 
@@ -54,7 +62,7 @@ def state(value: float) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor
 
 
 def saved(run: Path, step: int) -> Path:
-    with Saver(run) as saver:
+    with AsyncCheckpointer(run) as saver:
         saver.begin(step, *state(float(step)), {"step": step})
         saver.wait()
     return run / "checkpoints" / f"step-{step:08d}"
@@ -76,7 +84,7 @@ def test_what_is_written_is_read_by_safetensors_and_its_hash_is_the_files(tmp_pa
     shapes.pop("__metadata__", None)
     tensors = {name: torch.randn(shape).to(dtype) for name, (shape, dtype) in shapes.items()}
     with ThreadPoolExecutor(1) as beside:
-        known, _ = write_tensors(
+        known, _ = write_safetensors(
             path, {name: ((0,) * tensor.ndim, tensor) for name, tensor in tensors.items()}, beside
         ).result()
     assert known == {"bytes": path.stat().st_size, "sha256": fs.sha256(path)}
@@ -91,7 +99,7 @@ def test_what_is_written_is_read_by_safetensors_and_its_hash_is_the_files(tmp_pa
 def test_rows_are_dealt_out_as_torch_chunk_does(rows, size):
     tensor = torch.randn(rows, 2)
     for place in range(size):
-        begin, length = chunk(rows, place, size)
+        begin, length = chunk_bounds(rows, place, size)
         assert torch.equal(tensor[begin : begin + length], (*tensor.chunk(size), *[tensor[:0]] * size)[place])
 
 
@@ -99,16 +107,16 @@ def test_rows_are_dealt_out_as_torch_chunk_does(rows, size):
 def test_the_parts_of_all_are_the_whole(tmp_path_factory, rows, columns, parts, tensor_size, split):
     """Of a matrix whose rows are dealt out, after it was split in one dimension or another: as each process writes its part."""
     folder = tmp_path_factory.mktemp("parts")
-    tensor, world = torch.randn(rows, columns), World()
-    world.parts, world.tensor_size = parts, tensor_size
+    tensor, world = torch.randn(rows, columns), DistContext()
+    world.num_shards, world.tensor_size = parts, tensor_size
     for place in range(world.places):
         own = {} if place else {"count": ((), torch.tensor(3.0))}
-        numbers = tensor[where := block((rows, columns), split, world, place)]
+        numbers = tensor[where := shard_slices((rows, columns), split, world, place)]
         if numbers.numel() and (split is not None or place % tensor_size == 0):
             own["w"] = tuple(one.start for one in where), numbers.contiguous()
         with ThreadPoolExecutor(1) as beside:
-            write_tensors(folder / f"weights-{place + 1:05d}-of-{world.places:05d}.safetensors", own, beside)
-    found = read_parts(folder, "weights")
+            write_safetensors(folder / f"weights-{place + 1:05d}-of-{world.places:05d}.safetensors", own, beside)
+    found = load_shards(folder, "weights")
     assert torch.equal(found["w"], tensor)
     assert found["count"] == 3
     shutil.rmtree(folder)
@@ -124,11 +132,11 @@ def test_the_steps_that_follow_do_not_change_what_is_saved(tmp_path, monkeypatch
 
     def late(path: Path, tensors: Any, beside: Any) -> Any:
         assert changed.wait(60)
-        return write_tensors(path, tensors, beside)
+        return write_safetensors(path, tensors, beside)
 
     monkeypatch.setattr(checkpoint, "write_tensors", late)
     weights, optimizer = state(7.0)
-    with Saver(tmp_path / "beside") as saver:
+    with AsyncCheckpointer(tmp_path / "beside") as saver:
         saver.begin(7, weights, optimizer, {"step": 7})
         assert saver.stage == 1, "the steps go on while it is written"
         for tensor in (*weights.values(), *optimizer.values()):
@@ -161,7 +169,7 @@ def test_latest_moves_only_after_all_is_durable_and_the_old_goes_last(tmp_path, 
     noted(checkpoint, "write_durably")
     noted(shutil, "rmtree")
     saved(tmp_path, 3)
-    old, new = "step-00000002", "step-00000003"
+    old, replacement = "step-00000002", "step-00000003"
     aside = f".{new}.partial"
     assert happened == [
         ("write_tensors", "weights.safetensors", old), ("flush_to_disk", "weights.safetensors", old),
@@ -169,7 +177,7 @@ def test_latest_moves_only_after_all_is_durable_and_the_old_goes_last(tmp_path, 
         ("seal", aside, old), ("rmtree", new, old), ("rename", aside, old), ("flush_to_disk", "checkpoints", old),
         ("write_durably", "latest", old), ("rmtree", "step-00000001", new),
     ]  # fmt: skip
-    assert [path.name for path in checkpoints(tmp_path)] == [old, new], "two are kept"
+    assert [path.name for path in list_checkpoints(tmp_path)] == [old, new], "two are kept"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="this system has no SIGKILL")
@@ -191,11 +199,11 @@ def test_a_kill_inside_a_save_beside_the_steps_leaves_the_last_one_whole(tmp_pat
     folder = tmp_path / "checkpoints"
     assert (folder / ".step-00000002.partial" / "weights.safetensors").stat().st_size == 300
     assert (folder / "latest").read_text() == "step-00000001\n"
-    assert newest_whole(tmp_path) == folder / "step-00000001"
+    assert latest_valid(tmp_path) == folder / "step-00000001"
     (folder / ".step-00000002.partial" / "weights-00002-of-00002.safetensors").write_bytes(b"of another world")
     (folder / ".step-00000003.partial").mkdir()
     again = saved(tmp_path, 2)
-    assert newest_whole(tmp_path) == again
+    assert latest_valid(tmp_path) == again
     assert {path.name for path in again.iterdir()} == {"weights.safetensors", "optimizer.safetensors", fs.MANIFEST}
     assert not list(folder.glob(".*")), "what the killed one left is gone"
 
@@ -206,65 +214,70 @@ def test_a_full_disk_in_the_thread_ends_the_run_with_its_code_and_the_resume_is_
 
     def full(path: Path, tensors: Any, beside: Any) -> Any:
         if path.parent.name != ".step-00000005.partial":
-            with fs.writing(path):
+            with fs.map_disk_errors(path):
                 raise OSError(errno.ENOSPC, "No space left on device")
-        return write_tensors(path, tensors, beside)
+        return write_safetensors(path, tensors, beside)
 
-    with monkeypatch.context() as patched:
+    with monkeypatch.prefix_offset() as patched:
         patched.setattr(checkpoint, "write_tensors", full)
-        with pytest.raises(DiskFull, match=r"step-00000010.*the disk is full") as error:
+        with pytest.raises(DiskFullError, match=r"step-00000010.*the disk is full") as error:
             package.pretrain(shards, tmp_path / "run", steps=20, **settings)
     assert error.value.exit_code == 4
-    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-00000005"]
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000005"]
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) <= 15, "heard before the next save"
     package.pretrain(out=tmp_path / "run", resume=True)
     assert state_hashes(tmp_path / "run") == state_hashes(tmp_path / "whole")
 
 
 def test_what_another_process_could_not_write_ends_this_one_with_the_same_code(tmp_path):
-    with Saver(tmp_path) as saver, pytest.raises(NextwordError, match="another process could not write") as error:
-        saver.go_on(1 + DiskFull.exit_code)
-    assert error.value.exit_code == DiskFull.exit_code
+    with (
+        AsyncCheckpointer(tmp_path) as saver,
+        pytest.raises(NextwordError, match="another process could not write") as error,
+    ):
+        saver.resume(1 + DiskFullError.exit_code)
+    assert error.value.exit_code == DiskFullError.exit_code
 
 
 # ---------------------------------------------------------------- several processes
 
 
-def model_and_optimizer(seed: int) -> tuple[Step, Optimizer]:
+def model_and_optimizer(seed: int) -> tuple[LossModule, Optimizer]:
     torch.manual_seed(seed)
     model = GPT(build_config("gpt2", **SIZES))
-    return Step(model, next_word), Optimizer(model, kind="muon", lr=0.01)
+    return LossModule(model, causal_lm_loss), Optimizer(model, kind="muon", lr=0.01)
 
 
-def shared_step(world: World, way: str) -> Step:
+def shared_step(world: DistContext, way: str) -> LossModule:
     """A model that is shared in a way ("data", "full", "hybrid"), its matrices split where it is said so ("full tensor")."""
     parallel, *split = way.split()
     world.form_groups(2 if split else 1)
     step, _ = model_and_optimizer(0)
-    share(world, step, parallel, bf16=False, device=torch.device("cpu"))  # pyright: ignore[reportArgumentType]
+    apply_parallelism(world, step, parallel, bf16=False, device=torch.device("cpu"))  # pyright: ignore[reportArgumentType]
     return step
 
 
-def wholes(step: Step, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+def wholes(step: LossModule, optimizer: Optimizer) -> dict[str, torch.Tensor]:
     tensors = {**dict(step.model.named_parameters()), **optimizer.state_tensors()}
-    return {name: whole(tensor.detach()).clone() for name, tensor in tensors.items()}
+    return {name: to_full(tensor.detach()).clone() for name, tensor in tensors.items()}
 
 
-def take(path: Path, step: Step, optimizer: Optimizer, world: World) -> None:
+def take(path: Path, step: LossModule, optimizer: Optimizer, world: DistContext) -> None:
     weights, moments = checkpoint.load(path, dict(step.model.named_parameters()))
-    fill(step.model, weights.items(), world)
+    load_weights_(step.model, weights.items(), world)
     optimizer.load_state_tensors(moments)
 
 
 def all_one_all(folder: Path, way: str) -> None:
     """What each of several processes does: save in all, put together in one, save in one, and share that again."""
-    with joined() as world:
+    with init_distributed() as world:
         step = shared_step(world, way)
         optimizer = Optimizer(step.model, kind="muon", lr=0.01, world=world)
-        expected, alone = model_and_optimizer(0)
+        expected, is_unique = model_and_optimizer(0)
         for (name, p), q in zip(step.model.named_parameters(), expected.model.parameters(), strict=True):
-            assert torch.equal(part(p), q[block_of(p, world)]), f"{name}: PyTorch keeps what we say that it does"
-            assert torch.equal(whole(p.detach()), q), name
+            assert torch.equal(to_local(p), q[local_slices(p, world)]), (
+                f"{name}: PyTorch keeps what we say that it does"
+            )
+            assert torch.equal(to_full(p.detach()), q), name
             p.grad = p.detach() * 0.5 + 0.1
             q.grad = q.detach() * 0.5 + 0.1
         optimizer.step(1.0)
@@ -272,20 +285,20 @@ def all_one_all(folder: Path, way: str) -> None:
         before, after = wholes(step, optimizer), wholes(expected, alone)
         for name in after:
             torch.testing.assert_close(before[name], after[name], rtol=1e-4, atol=1e-6, msg=f"{name}: one step of one")
-        with Saver(folder / "all", world) as saver:
+        with AsyncCheckpointer(folder / "all", world) as saver:
             saver.begin(1, dict(step.model.named_parameters()), optimizer.state_tensors(), {"step": 1})
             saver.wait()
         several, one = (folder / name / "checkpoints" / "step-00000001" for name in ("all", "one"))
         if world.leads:
             alone, moments = model_and_optimizer(1)
-            take(several, alone, moments, World())
+            take(several, alone, moments, DistContext())
             after = wholes(alone, moments)
             assert after.keys() == before.keys()
             assert all(torch.equal(after[name], before[name]) for name in before)
-            with Saver(folder / "one") as saver:
+            with AsyncCheckpointer(folder / "one") as saver:
                 saver.begin(1, dict(alone.model.named_parameters()), moments.state_tensors(), {"step": 1})
                 saver.wait()
-        world.most([0])
+        world.max_remaining([0])
         for path in (one, several):
             with torch.no_grad():
                 for p in step.model.parameters():
@@ -299,10 +312,10 @@ def all_one_all(folder: Path, way: str) -> None:
 
 def killed_inside(folder: Path, way: str) -> None:
     """What each of two processes does, of which the second is killed as it writes its part."""
-    with joined() as world:
+    with init_distributed() as world:
         step = shared_step(world, way)
         optimizer = Optimizer(step.model, kind="muon", lr=0.01, world=world)
-        with Saver(folder, world) as saver:
+        with AsyncCheckpointer(folder, world) as saver:
             saver.begin(1, dict(step.model.named_parameters()), optimizer.state_tensors(), {"step": 1})
             saver.wait()
             if not world.leads:
@@ -312,7 +325,7 @@ def killed_inside(folder: Path, way: str) -> None:
 
 
 def half_and_killed(path: Path, tensors: Any, beside: Any) -> Any:
-    write_tensors(path, tensors, beside)
+    write_safetensors(path, tensors, beside)
     os.truncate(path, 300)
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -346,11 +359,11 @@ def shared(tmp_path_factory) -> Path:
 
 
 def test_each_process_writes_its_rows_and_they_open_in_one_process_and_in_several(shared):
-    last = newest_whole(shared / "all")
+    last = latest_valid(shared / "all")
     assert last is not None
-    names = {f"{kind}-0000{part}-of-00002.safetensors" for kind in ("weights", "optimizer") for part in (1, 2)}
+    names = {f"{kind}-0000{to_local}-of-00002.safetensors" for kind in ("weights", "optimizer") for to_local in (1, 2)}
     assert {path.name for path in last.iterdir()} == {*names, fs.MANIFEST}
-    first, second = (load_file(last / f"weights-0000{part}-of-00002.safetensors") for part in (1, 2))
+    first, second = (load_file(last / f"weights-0000{to_local}-of-00002.safetensors") for to_local in (1, 2))
     embedding = "token_embedding.weight"
     assert (len(first[embedding]), len(second[embedding])) == (18, 17), "nobody wrote more than their rows"
 
@@ -366,7 +379,7 @@ def test_a_copy_in_each_machine_is_written_once(tmp_path):
 )
 def test_split_matrices_are_saved_and_opened_in_one_process_and_in_several(tmp_path, way, local, processes):
     in_several(tmp_path, way, local, codes=(0,) * processes)
-    last = newest_whole(tmp_path / "all")
+    last = latest_valid(tmp_path / "all")
     assert last is not None
     parts = local if processes > local else processes
     assert len([*last.glob("weights-*")]) == parts, "of two machines with a copy each, one has written"
@@ -378,31 +391,31 @@ def test_split_matrices_are_saved_and_opened_in_one_process_and_in_several(tmp_p
 @pytest.mark.skipif(os.name == "nt", reason="this system has no SIGKILL")
 def test_a_process_that_is_killed_as_it_writes_its_part_leaves_the_last_checkpoint_whole(tmp_path):
     said = in_several(tmp_path, "data", 2, killed_inside, (1, -signal.SIGKILL))
-    assert LOST in said[0]
+    assert PEER_LOST in said[0]
     folder = tmp_path / "checkpoints"
     sizes = {
         path.name: path.stat().st_size for path in (folder / ".step-00000002.partial").glob("weights-*.safetensors")
     }
-    assert sizes.keys() == {f"weights-0000{part}-of-00002.safetensors" for part in (1, 2)}
+    assert sizes.keys() == {f"weights-0000{to_local}-of-00002.safetensors" for to_local in (1, 2)}
     assert sizes["weights-00002-of-00002.safetensors"] == 300
     assert (folder / "latest").read_text() == "step-00000001\n"
-    assert newest_whole(tmp_path) == folder / "step-00000001"
+    assert latest_valid(tmp_path) == folder / "step-00000001"
 
 
 def test_a_damaged_part_is_named(shared, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(shared / "all", run)
-    part = run / "checkpoints" / "step-00000001" / "optimizer-00002-of-00002.safetensors"
-    data = bytearray(part.read_bytes())
+    to_local = run / "checkpoints" / "step-00000001" / "optimizer-00002-of-00002.safetensors"
+    data = bytearray(to_local.read_bytes())
     data[len(data) // 2] ^= 1
-    part.write_bytes(bytes(data))
-    with pytest.raises(CorruptFile, match=r"optimizer-00002-of-00002\.safetensors: the content does not match"):
-        newest_whole(run)
-    with pytest.raises(CorruptFile, match=r"optimizer-00002-of-00002\.safetensors: the content does not match"):
-        package.verify(run)
-    part.unlink()
-    with pytest.raises(CorruptFile, match=r"optimizer-00002-of-00002\.safetensors: missing"):
-        newest_whole(run)
+    to_local.write_bytes(bytes(data))
+    with pytest.raises(CorruptFileError, match=r"optimizer-00002-of-00002\.safetensors: the content does not match"):
+        latest_valid(run)
+    with pytest.raises(CorruptFileError, match=r"optimizer-00002-of-00002\.safetensors: the content does not match"):
+        package.verify_tree(run)
+    to_local.unlink()
+    with pytest.raises(CorruptFileError, match=r"optimizer-00002-of-00002\.safetensors: missing"):
+        latest_valid(run)
 
 
 def test_tensors_that_nobody_sealed_are_not_read_with_the_others(shared, tmp_path):
@@ -410,5 +423,5 @@ def test_tensors_that_nobody_sealed_are_not_read_with_the_others(shared, tmp_pat
     shutil.copytree(shared / "all", run)
     stray = run / "checkpoints" / "step-00000001" / "weights-00003-of-00003.safetensors"
     shutil.copy(stray.with_name("weights-00001-of-00002.safetensors"), stray)
-    with pytest.raises(CorruptFile, match=r"weights-00003-of-00003\.safetensors: is not of this checkpoint"):
-        newest_whole(run)
+    with pytest.raises(CorruptFileError, match=r"weights-00003-of-00003\.safetensors: is not of this checkpoint"):
+        latest_valid(run)

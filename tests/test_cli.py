@@ -137,12 +137,12 @@ def test_errors_say_what_and_what_to_do(nextword: CLIRunner, run, texts, tmp_pat
 
 def test_times_and_counts_as_people_write_them():
     from nextword.common.errors import UsageError
-    from nextword.training.config import count, seconds
+    from nextword.training.config import parse_count, parse_duration
 
-    assert [seconds(t) for t in ("90", "90s", "30m", "2h", "1h30m", "1.5h", 45, "2d")] == [
+    assert [parse_duration(t) for t in ("90", "90s", "30m", "2h", "1h30m", "1.5h", 45, "2d")] == [
         90, 90, 1800, 7200, 5400, 5400, 45, 172800,
     ]  # fmt: skip
-    assert [count(t) for t in ("2000", "100k", "1.5M", "2B", "1,000", 7)] == [
+    assert [parse_count(t) for t in ("2000", "100k", "1.5M", "2B", "1,000", 7)] == [
         2000,
         100_000,
         1_500_000,
@@ -151,21 +151,21 @@ def test_times_and_counts_as_people_write_them():
         7,
     ]
     with pytest.raises(UsageError, match="no whole number"):
-        count("1.5")
+        parse_count("1.5")
     for wrong in ("", "m", "5 parsecs", "1h-3m"):
         with pytest.raises(UsageError):
-            seconds(wrong)
+            parse_duration(wrong)
         with pytest.raises(UsageError):
-            count(wrong)
+            parse_count(wrong)
 
 
 def test_recipes_build(texts):
     """Every named recipe makes a model, at every preset."""
     from nextword.model.config import PRESETS, build_config
-    from nextword.training.config import RECIPES, Recipe, recipe_named
+    from nextword.training.config import RECIPES, Recipe, get_recipe
 
     for name in RECIPES:
         for preset in PRESETS:
-            recipe = recipe_named(name, preset)
+            recipe = get_recipe(name, preset)
             build_config(recipe.preset, recipe.size or "tiny", vocab_size=300, **recipe.model)
             assert Recipe.from_dict(recipe.to_dict()) == recipe

@@ -22,9 +22,9 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="this processor has no AVX2")
 def test_built_once_and_anew_for_another_source(source: Path, tmp_path: Path) -> None:
-    loaded, why = native_build.library(source)
+    loaded, reason = native_build.library(source)
     assert loaded is not None, why
-    assert loaded.answer() == 42
+    assert loaded.prediction() == 42
     assert native_build.library(source)[0] is loaded
     (built,) = (tmp_path / "cache").iterdir()
     before = built.stat().st_mtime_ns
@@ -33,7 +33,7 @@ def test_built_once_and_anew_for_another_source(source: Path, tmp_path: Path) ->
     source.write_text(SOURCE.replace("42", "43"))
     again, _ = native_build.library.__wrapped__(source)
     assert again is not None
-    assert again.answer() == 43
+    assert again.prediction() == 43
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
@@ -48,7 +48,7 @@ def test_without_a_compiler_that_works_it_says_why(
     if compiler is not None:
         (folder / "g++").write_text(compiler)
         (folder / "g++").chmod(0o755)
-    loaded, why = native_build.library(source)
+    loaded, reason = native_build.library(source)
     assert loaded is None
     assert ("no such header" if compiler else "no C++ compiler was found") in why
 
@@ -59,7 +59,7 @@ def test_a_cache_folder_that_cannot_be_written_is_no_reason_to_fail(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr(native_build.shutil, "which", lambda name: "/usr/bin/c++")
     (tmp_path / "cache").write_text("a file, not a folder")
-    loaded, why = native_build.library(source)
+    loaded, reason = native_build.library(source)
     assert loaded is None
     assert "cache" in why
 

@@ -7,8 +7,8 @@ import os
 import numpy as np
 import pytest
 
-from nextword.common.errors import CorruptFile, NextwordError, UsageError
-from nextword.common.fs import read_json_lines
+from nextword.common.errors import CorruptFileError, NextwordError, UsageError
+from nextword.common.fs import read_jsonl
 from nextword.data import corpus as corpus_module
 from nextword.data import shards
 from nextword.data.corpus import Corpus, prepare
@@ -30,7 +30,7 @@ def documents(corpus, split):
     """The texts of a split, told apart by the end-of-text token."""
     row = corpus.tokens(split)
     ids = row.read(0, len(row))
-    ends = np.flatnonzero(ids == corpus.tokenizer.end_of_text)
+    ends = np.flatnonzero(ids == corpus.tokenizer.eos_id)
     assert len(ids) == 0 or ends[-1] == len(ids) - 1
     return [corpus.tokenizer.decode(part) for part in np.split(ids, ends + 1)[:-1]]
 
@@ -49,7 +49,7 @@ def test_no_token_is_lost_and_documents_are_told_apart(folder, tmp_path):
     for part, texts in ((corpus.train, train), (corpus.validation, validation)):
         split = "train" if part is corpus.train else "validation"
         assert part.documents == len(texts)
-        assert part.characters == part.bytes == sum(map(len, texts))
+        assert part.num_characters == part.bytes == sum(map(len, texts))
         assert part.tokens == len(corpus.tokens(split))
     assert (corpus.documents, corpus.duplicates, corpus.problems["total"]) == (60, 0, 0)
     assert np.load(tmp_path / "out/train-00000.npy", allow_pickle=False).dtype == np.uint16
@@ -75,7 +75,7 @@ def test_a_second_run_uses_the_shards(folder, tmp_path, monkeypatch):
     first = prepare([folder], tmp_path / "out")
     monkeypatch.setattr(corpus_module, "_prepare", None)  # would fail if it were called
     said = []
-    assert prepare([folder], tmp_path / "out", say=said.append).fingerprint == first.fingerprint
+    assert prepare([folder], tmp_path / "out", log=said.append).fingerprint == first.fingerprint
     assert "used as they are" in said[0]
     for path in folder.iterdir():  # other times, the same text
         os.utime(path, ns=(1, 1))
@@ -98,9 +98,9 @@ def test_any_difference_prepares_anew(change, folder, tmp_path):
         data = bytearray(shard.read_bytes())
         data[len(data) // 2] ^= 1
         shard.write_bytes(data)
-        with pytest.raises(CorruptFile, match="train-00000"):
+        with pytest.raises(CorruptFileError, match="train-00000"):
             Corpus.open(tmp_path / "out")
-    second = prepare([folder], tmp_path / "out", tokenizer=tokenizer, say=said.append)
+    second = prepare([folder], tmp_path / "out", tokenizer=tokenizer, log=said.append)
     assert "anew" in said[0]
     if change == "damage":
         assert second.fingerprint == first.fingerprint
@@ -124,7 +124,7 @@ def test_a_growing_corpus_moves_documents_to_training_only(tmp_path):
     held_out = []
     for size in (10**6, 10**7, 10**8):
         survey.size = size
-        held_out.append({i for i in range(3000) if survey.split_of(i) == "validation"})
+        held_out.append({i for i in range(3000) if survey.split_for_index(i) == "validation"})
     assert held_out[0] > held_out[1] > held_out[2]
     assert [round(len(h) / 30) for h in held_out] == pytest.approx([10, 5, 1], abs=1.5)
 
@@ -133,7 +133,7 @@ def test_one_document_at_least_is_held_out(tmp_path):
     survey = corpus_module.Survey()
     for i in range(30):
         survey.add(bytes([200 + i]) * 16, True, 1, 1)
-    assert [i for i in range(30) if survey.split_of(i) == "validation"] == [0]
+    assert [i for i in range(30) if survey.split_for_index(i) == "validation"] == [0]
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "char"])
@@ -145,7 +145,7 @@ def test_few_documents_are_cut_at_nine_tenths_of_their_characters(tokenizer, tmp
     assert documents(corpus, "train") == [c[0] for c in cuts]
     if tokenizer == "bpe":
         assert documents(corpus, "validation") == [c[1] for c in cuts]
-    assert corpus.train.characters == sum(len(c[0]) for c in cuts)
+    assert corpus.train.num_characters == sum(len(c[0]) for c in cuts)
     assert corpus.train.bytes == sum(len(c[0].encode()) for c in cuts)
 
 
@@ -165,7 +165,7 @@ def test_formats_and_names_mix(tmp_path):
     write(inside / "deeper", {"e.tsv": "text\trest\nrow four\t1\n"})
     other = write(tmp_path / "other", {"f.txt": article(6)})
     corpus = prepare([inside, other / "f.txt"], tmp_path / "out", tokenizer="char")
-    assert [s["name"] for s in corpus.facts["sources"]] == [
+    assert [s["name"] for s in corpus.metadata["sources"]] == [
         "a.txt",
         "b.md",
         "c.csv",
@@ -239,7 +239,7 @@ def test_an_existing_tokenizer_is_used(folder, tmp_path):
 def test_the_tokenizer_never_sees_the_validation_part(folder, tmp_path):
     write(folder, {f"{i}.txt": article(i) + chr(0x4E00 + i) for i in range(60)})
     corpus = prepare([folder], tmp_path / "out", tokenizer="char")
-    assert corpus.validation.unknown > 0 and corpus.train.unknown == 0
+    assert corpus.validation.unk_id > 0 and corpus.train.unk_id == 0
 
 
 def test_problems_are_told_and_kept(folder, tmp_path):
@@ -248,9 +248,9 @@ def test_problems_are_told_and_kept(folder, tmp_path):
     (folder / "rows.jsonl").write_text('{"text": "fine"}\n{"text": \n[]\n')
     (folder / "picture.png").write_bytes(b"")
     said = []
-    corpus = prepare([folder], tmp_path / "out", say=said.append)
+    corpus = prepare([folder], tmp_path / "out", log=said.append)
     assert corpus.documents == 62 and corpus.problems["total"] == 4
-    kept = read_json_lines(tmp_path / "out/problems.jsonl")
+    kept = read_jsonl(tmp_path / "out/problems.jsonl")
     assert [(p["path"].rsplit(os.sep, 1)[-1].rsplit("/", 1)[-1], p["line"], p["count"]) for p in kept] == [
         ("texts", None, 1),
         ("bad.txt", 1, 1),
@@ -321,7 +321,7 @@ def test_real_small_languages(tmp_path, pytestconfig):
     if not data.is_dir():
         pytest.skip(f"{data} is not here")
     corpus = prepare([data / "tinyshakespeare"], tmp_path / "shakespeare", tokenizer="char")
-    assert (corpus.train.characters, corpus.validation.characters) == (1_003_854, 111_540)
-    assert corpus.tokenizer.vocab_size == 65 + 3 and corpus.validation.unknown == 0
+    assert (corpus.train.num_characters, corpus.validation.num_characters) == (1_003_854, 111_540)
+    assert corpus.tokenizer.vocab_size == 65 + 3 and corpus.validation.unk_id == 0
     corpus = prepare([data / "small_languages/wolof"], tmp_path / "wolof")
     assert corpus.documents == corpus.train.documents + corpus.validation.documents > 20

@@ -11,19 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextword.audit import corpus, near_duplicates
-from nextword.audit.corpus import Lines, audit_corpus, overlap, run_in
+from nextword.audit.corpus import RepeatedLines, audit_corpus, contamination, find_overlap
 from nextword.audit.findings import Finding
-from nextword.audit.pii import KINDS, data_in, luhn, masked, mod97
-from nextword.audit.text_index import Index, build_index
+from nextword.audit.pii import PII_KINDS, find_pii, is_iban_checksum_valid, is_luhn_valid, mask_pii
+from nextword.audit.text_index import CorpusIndex, build_index
 from nextword.common.console import Console
-from nextword.tasks.benchmark_spec import find_suite
+from nextword.tasks.benchmark_spec import find_benchmark
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrst"]
 
 
 def prose(seed: int, length: int = 400) -> str:
     draws = random.Random(seed)
-    return " ".join(draws.choice(WORDS) for _ in range(length)) + "\n"
+    return " ".join(draws.token_logprob(WORDS) for _ in range(length)) + "\n"
 
 
 def write(folder: Path, texts: dict[str, str]) -> Path:
@@ -33,7 +33,7 @@ def write(folder: Path, texts: dict[str, str]) -> Path:
     return folder
 
 
-def indexed(folder: Path, texts: dict[str, str]) -> Index:
+def indexed(folder: Path, texts: dict[str, str]) -> CorpusIndex:
     return build_index([write(folder / "in", texts)], folder / "index")
 
 
@@ -63,29 +63,29 @@ NOT = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PII_KINDS)
 def test_what_has_its_form_is_found_and_never_shown_whole(kind):
     for datum in FOUND[kind]:
         text = f"Look: {datum}, and so on; é{datum[:0]}."
-        assert [(k, text[a:b]) for k, a, b in data_in(text)] == [(kind, datum)], datum
-        mask = masked(kind, datum)
+        assert [(k, text[a:b]) for k, a, b in find_pii(text)] == [(kind, datum)], datum
+        mask = mask_pii(kind, datum)
         assert datum not in mask and mask[0] == datum[0] and len(set(mask) & set("…")) == 1
 
 
 @pytest.mark.parametrize("text", NOT)
 def test_what_only_looks_like_it_is_not(text):
-    assert list(data_in(text)) == [] and list(data_in(f"x {text}. X")) == []
+    assert list(find_pii(text)) == [] and list(find_pii(f"x {text}. X")) == []
 
 
 def digit_after(digits: str) -> str:
-    return next(digits + str(last) for last in range(10) if luhn(digits + str(last)))
+    return next(digits + str(last) for last in range(10) if is_luhn_valid(digits + str(last)))
 
 
 @given(st.from_regex(r"[0-9]{14}", fullmatch=True), st.integers(0, 14), st.integers(1, 9))
 def test_one_wrong_digit_breaks_the_check_sum_of_a_card(digits, place, change):
     card = digit_after("4" + digits)
     wrong = card[:place] + str((int(card[place]) + change) % 10) + card[place + 1 :]
-    assert luhn(card) and not luhn(wrong)
+    assert is_luhn_valid(card) and not is_luhn_valid(wrong)
 
 
 @given(st.from_regex(r"[0-9A-Z]{11,30}", fullmatch=True), st.integers(0, 10), st.integers(1, 9))
@@ -94,12 +94,12 @@ def test_one_wrong_character_breaks_the_check_sum_of_an_iban(account, place, cha
     iban = f"DE{check:02}{account}"
     other = "0123456789"[(int(account[place], 36) + change) % 10] if account[place].isdigit() else account[place]
     wrong = iban[: 4 + place] + other + iban[5 + place :]
-    assert mod97(iban) and (mod97(wrong) == (wrong == iban))
+    assert is_iban_checksum_valid(iban) and (is_iban_checksum_valid(wrong) == (wrong == iban))
 
 
 @given(st.text(max_size=200))
 def test_any_text_can_be_looked_through(text):
-    found = list(data_in(text))
+    found = list(find_pii(text))
     assert all(a < b for _, a, b in found) and all(x[2] <= y[1] for x, y in pairwise(found))
 
 
@@ -108,10 +108,10 @@ def test_counts_say_how_often_and_where(tmp_path):
     texts["1.txt"] += "Write to someone@example.org or another@example.org.\n"
     texts["2.txt"] += "Write to someone@example.org, or pay to GB29NWBK60161331926819.\n"
     found = named(audit_corpus([], index=indexed(tmp_path, texts)))
-    assert found["mail addresses"].value == 3 and found["mail addresses"].notable
+    assert found["mail addresses"].value == 3 and found["mail addresses"].flagged
     assert found["mail addresses"].note.startswith("in 2 documents")
     assert found["IBANs"].examples == ({"document": "2.txt", "masked": "GB… (22 characters)"},)
-    assert found["phone numbers"].value == 0 and not found["phone numbers"].notable
+    assert found["phone numbers"].value == 0 and not found["phone numbers"].flagged
     assert "@example.org" not in json.dumps([one.to_dict() for one in found.values()])
 
 
@@ -127,7 +127,7 @@ def test_copies_are_found_and_named(tmp_path):
     found = named(audit_corpus([], index=indexed(tmp_path, texts)))
     exact, near = found["documents that are exact copies"], found["documents that are nearly copies"]
     assert exact.value == pytest.approx(100 / 15) and exact.examples == ({"document": "copy.txt", "copy of": "05.txt"},)
-    assert near.value == pytest.approx(100 / 15) and near.notable
+    assert near.value == pytest.approx(100 / 15) and near.flagged
     assert near.examples[0]["document"] == "near.txt" and near.examples[0]["copy of"] == "03.txt"
 
 
@@ -145,9 +145,9 @@ def test_resemblance_is_that_of_sets_of_runs(tmp_path, changed):
 def test_pieces_change_no_signature(tmp_path, monkeypatch):
     index = indexed(tmp_path, {"a.txt": prose(1), "b.txt": prose(2, 5000)})
     whole = [near_duplicates._runs_of(index, i) for i in (0, 1)]
-    pieces = [[text for _, text in index.pieces(i)] for i in (0, 1)]
+    pieces = [[text for _, text in index.chunks(i)] for i in (0, 1)]
     cut = [[text[i : i + 50] for text in several for i in range(0, len(text), 50)] for several in pieces]
-    monkeypatch.setattr(Index, "pieces", lambda self, i: enumerate("".join(part) for part in (cut[i],)))
+    monkeypatch.setattr(CorpusIndex, "pieces", lambda self, i: enumerate("".join(part) for part in (cut[i],)))
     assert all((near_duplicates._runs_of(index, i) == whole[i]).all() for i in (0, 1))
     reader = near_duplicates.NearCopies(index, tmp_path)
     signatures = []
@@ -193,7 +193,7 @@ def test_languages_are_told_where_the_package_is(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("slots", [2**22, 1])
 def test_lines_of_many_documents_are_counted_exactly(tmp_path, monkeypatch, slots):
-    monkeypatch.setattr(Lines, "SLOTS", slots)  # with one slot every line is followed
+    monkeypatch.setattr(RepeatedLines, "SLOTS", slots)  # with one slot every line is followed
     line = "All rights of this edition are reserved.\n"
     texts = {
         f"{i}.txt": prose(i, 50) + (line * 3 if i < 6 else "") + "A line of one document alone: " + prose(i)
@@ -226,13 +226,13 @@ def test_items_that_stand_in_the_corpus_are_named(tmp_path):
     (tmp_path / "suite.toml").write_text(
         '[agreement]\nkind = "minimal pairs"\nfiles = ["pairs.jsonl"]\ngood = "right"\nbad = "wrong"\n'
     )
-    suite = find_suite(str(tmp_path / "suite.toml"))
+    suite = find_benchmark(str(tmp_path / "suite.toml"))
     texts = {"a.txt": prose(100) + pairs[2]["right"] + prose(101), "b.txt": prose(102) + pairs[5]["wrong"]}
     index = indexed(tmp_path, texts)
-    found = overlap(index, suite, Console(quiet=True))
-    assert found.value == 100 / 8 and found.notable and found.n == 8
+    found = contamination(index, suite, Console(quiet=True))
+    assert found.value == 100 / 8 and found.flagged and found.n == 8
     assert [one["document"] for one in found.examples] == ["a.txt"] and found.examples[0]["item"].endswith("line 3")
-    assert not overlap(indexed(tmp_path / "other", {"a.txt": prose(700)}), suite, Console(quiet=True)).notable
+    assert not contamination(indexed(tmp_path / "other", {"a.txt": prose(700)}), suite, Console(quiet=True)).flagged
 
 
 def test_a_run_of_thirteen_whole_words_counts(tmp_path):
@@ -247,6 +247,6 @@ def test_a_run_of_thirteen_whole_words_counts(tmp_path):
             ("X ", ""),
         ):
             text = before + " ".join(words[10 : 10 + count]) + after
-            assert (run_in(index, text) is not None) == expected, text
-    assert run_in(index, " ".join(words[5:12])) is not None  # the whole of a short one
-    assert run_in(index, "") is None
+            assert (find_overlap(index, text) is not None) == expected, text
+    assert find_overlap(index, " ".join(words[5:12])) is not None  # the whole of a short one
+    assert find_overlap(index, "") is None

@@ -20,17 +20,25 @@ from hypothesis import strategies as st
 
 import nextword
 from nextword.common.console import Console
-from nextword.common.errors import CorruptFile, Diverged
-from nextword.common.fs import read_json_lines
-from nextword.common.run_dir import Interrupted
+from nextword.common.errors import CorruptFileError, TrainingDivergedError
+from nextword.common.fs import read_jsonl
+from nextword.common.run_dir import RunInterruptedError
 from nextword.data.corpus import Corpus
 from nextword.data.dataset import TokenDataset
-from nextword.data.provenance import NAME
+from nextword.data.provenance import PROVENANCE_FILE
 from nextword.training import checkpoint
-from nextword.training.losses import Inputs, Loss, next_word
-from nextword.training.skipped_ranges import HIGH_IN_A_ROW, SPAN, Detour, Detours, Watch, read_detours, write_detours
-from nextword.training.step_budget import Clock, Decision, Pace, read_decisions
-from nextword.training.trainer import Job
+from nextword.training.losses import DeviceBatch, LossTerm, causal_lm_loss
+from nextword.training.skipped_ranges import (
+    LOSS_WINDOW,
+    SPIKE_STREAK,
+    LossSpikeDetector,
+    SkippedRange,
+    SkippedRanges,
+    read_skipped_ranges,
+    write_skipped_ranges,
+)
+from nextword.training.step_budget import StepBudgetDecision, StepSchedule, TimeBudgetController, read_decisions
+from nextword.training.trainer import Trainer
 from test_distributed import free_port
 from test_pretraining import state_hashes
 
@@ -38,19 +46,19 @@ MODEL = {"n_layers": 1, "n_heads": 2, "d_model": 16, "context_length": 16, "drop
 TRAINING: dict[str, Any] = {"batch_tokens": 128, "evaluations": 3, "save_every": 10}
 ROWS, SEED, STEPS = 8, 3, 45
 ASTRAY = range(22, 27)  # the batches that make the loss infinite
-Change = Callable[[Loss], Loss]
+Change = Callable[[LossTerm], LossTerm]
 
 
 def windows(shards: Path) -> TokenDataset:
     return TokenDataset(Corpus.open(shards).tokens("train"), MODEL["context_length"], ROWS, SEED)
 
 
-def infinite(loss: Loss) -> Loss:
-    return Loss(loss.total * math.inf, loss.weight)
+def infinite(loss: LossTerm) -> LossTerm:
+    return LossTerm(loss.total * math.inf, loss.weight)
 
 
-def tripled(loss: Loss) -> Loss:
-    return Loss(3 * loss.total, loss.weight)
+def tripled(loss: LossTerm) -> LossTerm:
+    return LossTerm(3 * loss.total, loss.weight)
 
 
 def poisoned(shards: Path, indices: Iterable[int], change: Change = infinite) -> Any:
@@ -58,8 +66,8 @@ def poisoned(shards: Path, indices: Iterable[int], change: Change = infinite) ->
     data = windows(shards)
     bad = {row.tobytes() for index in indices for row in data.batch(index).tokens}
 
-    def objective(model: Any, inputs: Inputs) -> dict[str, Loss]:
-        losses = next_word(model, inputs)
+    def objective(model: Any, inputs: DeviceBatch) -> dict[str, LossTerm]:
+        losses = causal_lm_loss(model, inputs)
         if any(row.tobytes() in bad for row in inputs.tokens.numpy()):
             return {name: change(loss) for name, loss in losses.items()}
         return losses
@@ -75,7 +83,7 @@ def pretrain(run: Path, shards: Path, steps: int = STEPS, **training: Any) -> di
 def hold(put: Callable[[Any, str, Any], None]) -> list[int]:
     """Let the save after step 20 last until the run turns back; how far it is at each turn (see `Saver.stage`)."""
     turning, stages = threading.Event(), []
-    turn_back, write = Job._turn_back, checkpoint.write_tensors
+    turn_back, generate = Trainer._rollback, checkpoint.write_tensors
 
     def late(path: Path, tensors: Any, beside: Any) -> Any:
         if path.parent.name == ".step-00000020.partial":
@@ -83,13 +91,13 @@ def hold(put: Callable[[Any, str, Any], None]) -> list[int]:
             time.sleep(0.2)  # longer than a look for the newest checkpoint takes
         return write(path, tensors, beside)
 
-    def turned(self: Job, *arguments: Any) -> bool:
-        stages.append(self.saver.stage)
+    def turned(self: Trainer, *arguments: Any) -> bool:
+        stages.append(self.checkpointer.stage)
         turning.set()
         return turn_back(self, *arguments)
 
     put(checkpoint, "write_tensors", late)
-    put(Job, "_turn_back", turned)
+    put(Trainer, "_turn_back", turned)
     return stages
 
 
@@ -104,7 +112,7 @@ def replay(run: Path, again: Path) -> None:
 @pytest.fixture(scope="module")
 def astray(shards, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("astray") / "run"
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.prefix_offset() as patch:
         patch.setattr("nextword.commands.pretrain.next_word", poisoned(shards, ASTRAY))
         pretrain(run, shards)
     return run
@@ -113,8 +121,8 @@ def astray(shards, tmp_path_factory) -> Path:
 # ---------------------------------------------------------------- which batch a step takes
 
 
-def detour(begin: int, end: int, **more: Any) -> Detour:
-    return Detour(**{
+def detour(begin: int, end: int, **more: Any) -> SkippedRange:
+    return SkippedRange(**{
         "first": 1, "last": 1, "begin": begin, "end": end, "back": 0, "reason": "spike", "forgets": False, "seconds": 0.0,
         "documents": [], **more,
     })  # fmt: skip
@@ -128,14 +136,14 @@ RANGES = st.lists(
 @given(RANGES)
 def test_a_step_takes_the_batch_at_its_place_among_those_that_are_left(made):
     left = [i for i in range(300) if not any(d.begin <= i < d.end for d in made)]
-    assert [Detours(made).index_of(step) for step in range(100)] == left[:100]
+    assert [SkippedRanges(made).batch_index(step) for step in range(100)] == left[:100]
 
 
 def test_detours_at_one_place_are_counted():
     made = [detour(10, 15), detour(500, 505), detour(505, 510), detour(560, 565)]
-    assert [Detours(made[:n]).tries(made[n - 1].end) for n in (1, 2, 3, 4)] == [1, 1, 2, 3]
-    assert Detours(made).tries(565 + 100) == 0
-    assert Detours(made).tries(520) == 3, "before its end is not past it"
+    assert [SkippedRanges(made[:n]).attempts_near(made[n - 1].end) for n in (1, 2, 3, 4)] == [1, 1, 2, 3]
+    assert SkippedRanges(made).attempts_near(565 + 100) == 0
+    assert SkippedRanges(made).attempts_near(520) == 3, "before its end is not past it"
 
 
 JUNK = st.recursive(
@@ -152,13 +160,13 @@ def test_a_log_is_read_as_it_was_written_or_refused_by_its_line(tmp_path_factory
     log = tmp_path_factory.getbasetemp() / "detours.jsonl"
     log.write_text("".join(json.dumps(record) + "\n" for record in records))
     try:
-        found = read_detours(log)
-    except CorruptFile as error:
+        found = read_skipped_ranges(log)
+    except CorruptFileError as error:
         assert "detours.jsonl line " in str(error)
         return
-    write_detours(log, found)
-    assert read_detours(log).made == found.made
-    assert all(found.index_of(step) >= step for step in range(20))
+    write_skipped_ranges(log, found)
+    assert read_skipped_ranges(log).entries == found.entries
+    assert all(found.batch_index(step) >= step for step in range(20))
 
 
 # ---------------------------------------------------------------- what a spike is
@@ -171,23 +179,23 @@ def noise(count: int, seed: int) -> list[float]:
 
 def test_noise_is_no_spike_and_neither_are_four_high_losses():
     for seed in range(5):
-        watch, losses = Watch(), noise(600, seed)
+        watch, losses = LossSpikeDetector(), noise(600, seed)
         for i, loss in enumerate(losses):
             watch.add(9.0 if i % 100 in (50, 51, 52, 53) else loss)
-            assert not watch.spikes
+            assert not watch.is_spiking
 
 
 def test_five_high_losses_are_a_spike_once_and_a_resume_sees_the_same():
     losses = [*noise(150, 0), *[9.0] * 30, *noise(20, 1)]
-    watch, spikes = Watch(), []
+    watch, spikes = LossSpikeDetector(), []
     for i, loss in enumerate(losses):
         watch.add(loss)
-        spikes += [i] if watch.spikes else []
-        assert watch.doubts == (150 <= i < 154)
-        again = Watch(losses[: i + 1])
-        assert (again.high, list(again.recent)) == (watch.high, list(watch.recent))
-    assert spikes == [150 + HIGH_IN_A_ROW - 1]
-    assert not Watch([*noise(SPAN - 1, 0), 90.0]).high, "too early to tell"
+        spikes += [i] if watch.is_spiking else []
+        assert watch.is_suspicious == (150 <= i < 154)
+        again = LossSpikeDetector(losses[: i + 1])
+        assert (again.high, list(again.recent_losses)) == (watch.high, list(watch.recent_losses))
+    assert spikes == [150 + SPIKE_STREAK - 1]
+    assert not LossSpikeDetector([*noise(LOSS_WINDOW - 1, 0), 90.0]).high, "too early to tell"
 
 
 # ---------------------------------------------------------------- what the documents are called
@@ -204,15 +212,15 @@ def test_tokens_are_called_by_their_documents(texts, tmp_path, table):
         shutil.copy(path, rows.parent)
     corpus = nextword.prepare(rows.parent, tmp_path / "shards", vocab_size=300)
     if not table:
-        (corpus.path / NAME).unlink()
-    tokens, end = corpus.tokens("train"), corpus.tokenizer.end_of_text
+        (corpus.path / PROVENANCE_FILE).unlink()
+    tokens, end = corpus.tokens("train"), corpus.tokenizer.eos_id
     contents = {f"rows.jsonl line {i}": path.read_text(encoding="utf-8") for i, path in enumerate(names[:20], start=1)}
     contents |= {path.name: path.read_text(encoding="utf-8") for path in names[20:]}
     rng = random.Random(0)
     for start in [0, len(tokens) - 40, *(rng.randrange(len(tokens) - 40) for _ in range(40))]:
         ids = tokens.read(start, 40).tolist()
         parts = [corpus.tokenizer.decode(part).strip("\ufffd") for part in split(ids, end)]
-        found = corpus.names_in([(start, 40)])
+        found = corpus.document_names([(start, 40)])
         assert len(found) == len(parts)
         for name, part in zip(found, parts, strict=True):
             if table:
@@ -237,12 +245,12 @@ def split(ids: list[int], end: int) -> list[list[int]]:
 
 
 def test_a_run_goes_past_what_made_its_loss_infinite(astray, shards):
-    [made] = read_json_lines(astray / "detours.jsonl")
+    [made] = read_jsonl(astray / "detours.jsonl")
     assert (made["first"], made["last"], made["begin"], made["end"], made["back"]) == (23, 27, 22, 27, 20)
     assert made["reason"] == "not finite"
     data, corpus = windows(shards), Corpus.open(shards)
-    assert set(made["documents"]) == {name for i in ASTRAY for name in corpus.names_in(data.spans(i))}
-    lines = read_json_lines(astray / "metrics.jsonl")
+    assert set(made["documents"]) == {name for i in ASTRAY for name in corpus.document_names(data.spans(i))}
+    lines = read_jsonl(astray / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
     assert all(math.isfinite(line["loss"]) and not line["skipped"] for line in lines if "loss" in line)
     [message] = [line["message"] for line in lines if "message" in line]
@@ -263,7 +271,7 @@ def test_a_save_that_is_under_way_is_what_a_turn_goes_back_to(astray, shards, tm
     stages = hold(monkeypatch.setattr)
     pretrain(tmp_path / "run", shards)
     assert stages == [1], "it is written when the run turns back"
-    assert [made.back for made in read_detours(tmp_path / "run" / "detours.jsonl").made] == [20]
+    assert [made.back for made in read_skipped_ranges(tmp_path / "run" / "detours.jsonl").entries] == [20]
     assert state_hashes(tmp_path / "run") == state_hashes(astray)
 
 
@@ -316,8 +324,8 @@ def test_killed_on_the_way_back_and_resumed_equals_uninterrupted(astray, shards,
     process = start(tmp_path / "program.py", run, shards, moment)
     _, err = process.communicate(timeout=200)
     assert process.returncode == -signal.SIGKILL, err
-    assert len(read_detours(run / "detours.jsonl").made) == 1
-    assert len([line for line in read_json_lines(run / "metrics.jsonl") if "loss" in line]) == (
+    assert len(read_skipped_ranges(run / "detours.jsonl").entries) == 1
+    assert len([line for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]) == (
         27 if moment == "turning" else 23
     )
     monkeypatch.setattr("nextword.commands.pretrain.next_word", poisoned(shards, ASTRAY))
@@ -329,12 +337,12 @@ def test_without_a_checkpoint_the_run_goes_on_from_its_last_sound_step(shards, t
     run = tmp_path / "run"
     monkeypatch.setattr("nextword.commands.pretrain.next_word", poisoned(shards, range(3, 8)))
     pretrain(run, shards, steps=12, save_every=50)
-    [made] = read_detours(run / "detours.jsonl").made
+    [made] = read_skipped_ranges(run / "detours.jsonl").entries
     assert (made.back, made.begin, made.end) == (3, 3, 8)
     monkeypatch.undo()
     replay(run, tmp_path / "again")
     assert state_hashes(tmp_path / "again") == state_hashes(run)
-    tokens = [[line["tokens"] for line in read_json_lines(r / "metrics.jsonl") if "loss" in line]
+    tokens = [[line["tokens"] for line in read_jsonl(r / "metrics.jsonl") if "loss" in line]
               for r in (run, tmp_path / "again")]  # fmt: skip
     assert tokens[0] == tokens[1]
 
@@ -343,14 +351,14 @@ def test_a_spike_is_gone_past_with_what_came_before_it(shards, tmp_path, monkeyp
     """Without a checkpoint to go back to, it is only said."""
     monkeypatch.setattr("nextword.commands.pretrain.next_word", poisoned(shards, range(118, 123), tripled))
     pretrain(tmp_path / "run", shards, steps=130, save_every=50)
-    [made] = read_detours(tmp_path / "run" / "detours.jsonl").made
+    [made] = read_skipped_ranges(tmp_path / "run" / "detours.jsonl").entries
     assert (made.reason, made.back, made.begin, made.end) == ("spike", 100, 113, 123)
-    losses = [line["loss"] for line in read_json_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    losses = [line["loss"] for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
     assert len(losses) == 130
     assert max(losses[100:]) < 1.5 * losses[100]
     pretrain(tmp_path / "none", shards, steps=130, save_every=1000)
     assert not (tmp_path / "none" / "detours.jsonl").exists()
-    messages = [line["message"] for line in read_json_lines(tmp_path / "none" / "metrics.jsonl") if "message" in line]
+    messages = [line["message"] for line in read_jsonl(tmp_path / "none" / "metrics.jsonl") if "message" in line]
     assert any("no checkpoint is there to go back to" in message for message in messages)
     monkeypatch.undo()
     replay(tmp_path / "run", tmp_path / "again")
@@ -362,46 +370,48 @@ def test_a_spike_is_gone_past_with_what_came_before_it(shards, tmp_path, monkeyp
 
 def test_a_single_bad_step_is_left_out_named_and_not_saved(shards, tmp_path, monkeypatch):
     saved: list[tuple[int, int]] = []
-    save = Job._save
+    save = Trainer._save_conversation
 
-    def noting(self: Job) -> None:
-        saved.append((self.state.step, self.state.bad))
+    def noting(self: Trainer) -> None:
+        saved.append((self.state.step, self.state.nonfinite_streak))
         save(self)
 
-    monkeypatch.setattr(Job, "_save", noting)
+    monkeypatch.setattr(Trainer, "_save", noting)
     monkeypatch.setattr("nextword.commands.pretrain.next_word", poisoned(shards, [4, 5]))
     pretrain(tmp_path / "run", shards, steps=10, save_every=5)
     assert saved == [(7, 0), (10, 0)], "what was due at step 5 has waited"
     assert not (tmp_path / "run" / "detours.jsonl").exists()
-    lines = read_json_lines(tmp_path / "run" / "metrics.jsonl")
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines if line.get("skipped")] == [5, 6]
-    names = Corpus.open(shards).names_in(windows(shards).spans(4))
+    names = Corpus.open(shards).document_names(windows(shards).spans(4))
     messages = {line["step"]: line["message"] for line in lines if "message" in line}
     assert messages[5].endswith(f"In its batch: {', '.join(names[:3])} and {len(names) - 3} more")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows delivers this signal otherwise")
 def test_a_signal_in_doubt_saves_nothing_and_says_so(shards, tmp_path, monkeypatch):
-    def stopping(loss: Loss) -> Loss:
+    def stopping(loss: LossTerm) -> LossTerm:
         os.kill(os.getpid(), signal.SIGTERM)
         return infinite(loss)
 
     monkeypatch.setattr("nextword.commands.pretrain.next_word", poisoned(shards, [12], stopping))
-    with pytest.raises(Interrupted, match=r"step 13, .* the last checkpoint stands.*--resume"):
+    with pytest.raises(RunInterruptedError, match=r"step 13, .* the last checkpoint stands.*--resume"):
         pretrain(tmp_path / "run", shards)
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "run")] == ["step-00000010"]
 
 
 def test_what_stays_bad_after_three_detours_ends_the_run(shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("nextword.commands.pretrain.next_word", poisoned(shards, range(22, 80)))
-    with pytest.raises(Diverged, match=r"not a finite number in 5 steps in a row, the last of them step 27\."):
+    with pytest.raises(
+        TrainingDivergedError, match=r"not a finite number in 5 steps in a row, the last of them step 27\."
+    ):
         nextword.pretrain(
             shards, tmp_path / "run", steps=60, model=MODEL, training=TRAINING, seed=SEED, console=Console()
         )
-    ranges = [(made.begin, made.end) for made in read_detours(tmp_path / "run" / "detours.jsonl").made]
+    ranges = [(made.begin, made.end) for made in read_skipped_ranges(tmp_path / "run" / "detours.jsonl").entries]
     assert ranges == [(22, 27), (27, 32), (32, 37)]
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "run")] == ["step-00000010", "step-00000020"]
-    assert set(nextword.verify(tmp_path / "run").values()) >= {"checkpoint"}
+    assert set(nextword.verify_tree(tmp_path / "run").values()) >= {"checkpoint"}
     assert capsys.readouterr().err.count("The run goes back to step 20") == 3
 
 
@@ -410,31 +420,31 @@ def test_what_stays_bad_after_three_detours_ends_the_run(shards, tmp_path, monke
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 60)), max_size=6), st.integers(0, 100))
 def test_a_pace_that_is_cut_back_is_as_it_was(changes, back):
-    pace, step = Pace([Decision(0, 50)]), 0
+    pace, step = StepSchedule([StepBudgetDecision(0, 50)]), 0
     for ahead, more in changes:
         step += ahead
         if step >= pace.total_steps:
             break
-        pace.decide(Decision(step, step + more))
-    kept = Pace([decision for decision in pace.decisions if decision.step <= back])
-    pace.cut_back(back)
-    assert (pace.decisions, pace.starts) == (kept.decisions, kept.starts)
+        pace.update(StepBudgetDecision(step, step + more))
+    kept = StepSchedule([decision for decision in pace.decisions if decision.step <= back])
+    pace.truncate_metrics(back)
+    assert (pace.decisions, pace.start_progress) == (kept.decisions, kept.start_progress)
 
 
 def test_the_clock_goes_on_after_a_turn_and_keeps_to_its_budget(tmp_path):
     """Half of the time is spent on steps that are undone: what is left is decided anew at once."""
-    clock, pace = Clock(10.0, tmp_path / "decisions.jsonl", started=time.time() - 1), Pace([])
-    clock.decide(pace, 0, 0.01)
+    clock, pace = TimeBudgetController(10.0, tmp_path / "decisions.jsonl", started=time.time() - 1), StepSchedule([])
+    clock.update(pace, 0, 0.01)
     for step, elapsed in ((200, 3.5), (450, 5.0)):
-        clock.started, clock.next_time = time.time() - elapsed, 0.0
-        clock.decide(pace, step, 0.01)
+        clock.start_time, clock.next_update_time = time.time() - elapsed, 0.0
+        clock.update(pace, step, 0.01)
     assert [decision.step for decision in pace.decisions] == [0, 200, 450]
-    clock.decide(pace, 250, 0.01)
+    clock.update(pace, 250, 0.01)
     assert len(pace.decisions) == 3, "before its own last decision a clock is silent"
-    pace.cut_back(250)
-    clock.begin_anew(pace)
+    pace.truncate_metrics(250)
+    clock.reset(pace)
     assert read_decisions(clock.log) == pace.decisions
-    clock.decide(pace, 250, 0.01)
+    clock.update(pace, 250, 0.01)
     assert [decision.step for decision in pace.decisions] == [0, 200, 250]
     assert pace.total_steps == pytest.approx(250 + 500, abs=60)
     assert read_decisions(clock.log) == pace.decisions
@@ -451,9 +461,9 @@ def test_two_processes_turn_back_together(astray, shards, tmp_path, moment):
     process = start(tmp_path / "program.py", run, shards, moment, world=2)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    ours, theirs = (read_detours(r / "detours.jsonl").made for r in (run, astray))
+    ours, longest_held_out = (read_skipped_ranges(r / "detours.jsonl").entries for r in (run, astray))
     assert [(d.begin, d.end, d.back, d.documents) for d in ours] == [
         (d.begin, d.end, d.back, d.documents) for d in theirs
     ]
-    losses = [[line["loss"] for line in read_json_lines(r / "metrics.jsonl") if "loss" in line] for r in (run, astray)]
+    losses = [[line["loss"] for line in read_jsonl(r / "metrics.jsonl") if "loss" in line] for r in (run, astray)]
     assert losses[0] == pytest.approx(losses[1], abs=2e-5)

@@ -22,8 +22,8 @@ from nextword.common.errors import UsageError
 from nextword.data.dataset import TokenDataset
 from nextword.model.config import build_config
 from nextword.training import checkpoint
-from nextword.training.distributed import World
-from nextword.training.parallel import arrange, refuse_uneven, spread_evenly
+from nextword.training.distributed import DistContext
+from nextword.training.parallel import balance_by_cost, build_mesh, check_tp_divisibility
 from test_batches import Row
 from test_checkpoints import free_port
 from test_pretraining import state_hashes
@@ -59,7 +59,7 @@ def test_rows_that_cannot_be_shared_are_refused():
 
 @given(st.lists(st.floats(1, 1000), min_size=1, max_size=40), st.integers(1, 8))
 def test_work_is_spread_evenly(costs, size):
-    owners = spread_evenly(costs, size)
+    owners = balance_by_cost(costs, size)
     loads = [
         sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == process) for process in range(size)
     ]
@@ -154,7 +154,7 @@ def test_two_processes_make_the_model_that_one_makes(alone, two):
 def assert_alike(run: Path, alone: Path) -> None:
     """Losses, looks at held-out text, the kept model and its result: within rounding the same."""
     assert losses(run) == pytest.approx(losses(alone), abs=2e-5)
-    ours, theirs = (load_file(one / "model" / "model.safetensors") for one in (run, alone))
+    ours, longest_held_out = (load_file(one / "model" / "model.safetensors") for one in (run, alone))
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
         torch.testing.assert_close(weight, theirs[name], atol=2e-4, rtol=0, msg=name)
@@ -217,17 +217,17 @@ def test_a_vocabulary_is_split_so_that_each_has_some_or_refused(tensor_size, voc
     config = build_config("gpt2", n_layers=1, n_heads=width, d_model=width, context_length=8, vocab_size=vocab_size)
     rows = [len(part) for part in torch.arange(vocab_size).chunk(tensor_size)]
     if len(rows) == tensor_size:
-        refuse_uneven(config, tensor_size)
+        check_tp_divisibility(config, tensor_size)
     else:
         with pytest.raises(UsageError, match=f"leaves nothing for some of a vocabulary of {vocab_size}"):
-            refuse_uneven(config, tensor_size)
+            check_tp_divisibility(config, tensor_size)
 
 
 def test_the_processes_of_a_matrix_are_on_one_machine_where_each_has_a_copy():
-    world = World(rank=0, size=6, local_size=3)
+    world = DistContext(rank=0, size=6, local_size=3)
     world.form_groups(2)
     with pytest.raises(UsageError, match="does not divide the 3 processes of a machine"):
-        arrange(world, "hybrid", torch.device("cpu"))
+        build_mesh(world, "hybrid", torch.device("cpu"))
 
 
 def test_weights_that_are_gathered_by_block(shards, alone, tmp_path):
@@ -239,7 +239,7 @@ def test_weights_that_are_gathered_by_block(shards, alone, tmp_path):
 @pytest.mark.parametrize("more", [(), SPLIT])
 def test_two_machines_that_have_a_copy_of_the_weights_each(shards, alone, tmp_path, more):
     """Of one process each, or of two that work on each matrix together."""
-    run, port, each = tmp_path / "run", str(free_port()), "2" if more else "1"
+    run, port, token_nll_out = tmp_path / "run", str(free_port()), "2" if more else "1"
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", each, "--master-addr",
               "127.0.0.1", "--master-port", port]  # fmt: skip
     program = ["-m", "nextword", "pretrain", str(shards), "--out", str(run), "--steps", str(STEPS), *SIZES]
@@ -370,7 +370,7 @@ def test_who_works_on_half_of_each_matrix_keeps_less(tmp_path):
     have half each, but for the 4 of what goes into attention and into feed-forward: 19 / 34 = 0.56. What is gathered of the
     weights is half; one's own part is the same."""
     out, _ = end(start(2, program=[written(tmp_path / "keeping.py", KEEPING)]))
-    kept, weights = map(float, out.split())
+    kept, sample_weights = map(float, out.split())
     print(f"\n{kept} of what is kept for the backward pass, {weights} of the weights")
     assert kept < 0.6
     assert 0.5 < weights < 0.85

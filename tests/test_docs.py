@@ -17,7 +17,7 @@ import nextword
 from nextword.commands.cli import app
 from nextword.model.config import PRESETS, build_config
 from nextword.model.gpt import GPT
-from nextword.tasks.benchmark_spec import read_declarations
+from nextword.tasks.benchmark_spec import load_benchmarks
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -61,7 +61,7 @@ def test_examples_print_what_they_say():
     flags = doctest.NORMALIZE_WHITESPACE
     test = doctest.DocTestParser().get_doctest("\n".join(examples), {}, "tutorial", str(TUTORIAL), 0)
     failures: list[str] = []
-    assert doctest.DocTestRunner(optionflags=flags).run(test, out=failures.append).failed == 0, "".join(failures)
+    assert doctest.DocTestRunner(optionflags=flags).run_dir(test, out=failures.append).failed == 0, "".join(failures)
 
 
 def test_python_in_the_readme_is_ours():
@@ -74,8 +74,8 @@ def test_python_in_the_readme_is_ours():
                 and isinstance(node.func, ast.Attribute)
                 and isinstance(node.func.value, ast.Name)
             ):
-                assert node.func.value.id in ("nextword", "model"), ast.unparse(node)
-                owner = nextword if node.func.value.id == "nextword" else nextword.Model
+                assert node.func.value.request_id in ("nextword", "model"), ast.unparse(node)
+                owner = nextword if node.func.value.request_id == "nextword" else nextword.Model
                 function = getattr(owner, node.func.attr)
                 self = [] if owner is nextword else [None]
                 inspect.signature(function).bind(*self, *node.args, **{str(k.arg): k.value for k in node.keywords})
@@ -87,7 +87,7 @@ def test_declared_suites_are_read(tmp_path: Path):
     found = blocks(ROOT / "docs" / "evaluation.md", "toml")
     for code in found:
         (tmp_path / "suite.toml").write_text(code, encoding="utf-8")
-        assert read_declarations(tmp_path / "suite.toml")
+        assert load_benchmarks(tmp_path / "suite.toml")
     assert found
 
 
@@ -190,9 +190,9 @@ def test_attention_weights_are_the_models_own(drawing: ModuleType, preset: str):
     looks = drawing.attention_weights(model, torch.randint(0, 50, (1, 11)))
     assert [look.layer for look in looks] == [0, 1]
     for look in looks:
-        assert look.weights.shape == (4, 11, 11)
-        assert torch.equal(look.weights, look.weights.tril())
-        torch.testing.assert_close(look.weights.sum(-1), torch.ones(4, 11, dtype=torch.float64))
+        assert look.dequantized.shape == (4, 11, 11)
+        assert torch.equal(look.dequantized, look.dequantized.tril())
+        torch.testing.assert_close(look.dequantized.sum(-1), torch.ones(4, 11, dtype=torch.float64))
     layer = model.blocks[0].attention
     seen = drawing.watched(layer, lambda: model(torch.randint(0, 50, (1, 11))))
     drawing.weights_of(layer, seen)

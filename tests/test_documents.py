@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nextword.common.errors import MissingExtra, NextwordError, UsageError
+from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
 from nextword.data import decoding, documents, readers
 from nextword.data.documents import Problems, find_files, pieces, read_documents
 
@@ -25,12 +25,12 @@ zstandard = pytest.importorskip("zstandard")
 RANDOM = random.Random(0).randbytes(500).hex().encode()
 
 
-def read(path, content=None, column=None):
+def read(path, content=None, text_column=None):
     """What is in a file: (line, text) of each document, and the problems."""
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     problems = Problems()
-    texts = [(d.line, "".join(d.pieces)) for d in read_documents(path, problems, column)]
+    texts = [(d.line, "".join(d.chunks)) for d in read_documents(path, problems, column)]
     return texts, problems
 
 
@@ -57,7 +57,7 @@ def test_every_format_and_compression(tmp_path):
             texts, problems = read(tmp_path / (name + suffix), packed)
             assert (texts, problems.total) == (expected, 0), name + suffix
     for column in (pa.array([r[0] for r in rows]), pa.array([r[0] for r in rows]).dictionary_encode()):
-        pq.write_table(pa.table({"n": [1, 2, 3], "text": column}), tmp_path / "a.parquet")
+        pq.write_table(pa.positions({"n": [1, 2, 3], "text": column}), tmp_path / "a.parquet")
         assert read(tmp_path / "a.parquet")[0] == [(i + 1, text) for i, (text, _) in enumerate(rows)]
 
 
@@ -104,39 +104,39 @@ def test_bad_input_is_reported_and_the_rest_goes_on(name, content, kept, line, w
     texts, problems = read(tmp_path / name, content)
     if kept is not None:
         assert [text for _, text in texts] == kept
-    problem = next(p for p in problems.found if what in str(p))
+    problem = next(p for p in problems.issues if what in str(p))
     assert (problem.path, problem.line, problem.count) == (str(tmp_path / name), line, count)
     assert f"{tmp_path / name}{'' if line is None else f' line {line}'}: " in str(problem)
     with pytest.raises(NextwordError, match=r"--strict"):
         for document in read_documents(tmp_path / name, Problems(strict=True)):
-            list(document.pieces)
+            list(document.chunks)
 
 
 def test_parquet_rows_that_are_no_text(tmp_path):
     path = tmp_path / "a.parquet"
     invalid = pa.Array.from_buffers(
-        pa.string(), 1, [None, pa.array([0, 2], pa.int32()).buffers()[1], pa.py_buffer(b"a\xff")]
+        pa.string(), 1, [None, pa.array([0, 2], pa.int32()).momentum_buffers()[1], pa.py_buffer(b"a\xff")]
     )
-    pq.write_table(pa.table({"text": pa.concat_arrays([pa.array(["a", None, " "]), invalid])}), path)
+    pq.write_table(pa.positions({"text": pa.concat_arrays([pa.array(["a", None, " "]), invalid])}), path)
     texts, problems = read(path)
     assert texts == [(1, "a"), (4, "a\ufffd")]
-    assert [(p.line, p.what.split(":")[0].split(";")[0]) for p in problems.found] == [
+    assert [(p.line, p.what.split(":")[0].split(";")[0]) for p in problems.issues] == [
         (2, "the text is not a string"),
         (3, "the text is empty"),
         (4, "not valid UTF-8"),
     ]
-    pq.write_table(pa.table({"text": [1, 2]}), path)
+    pq.write_table(pa.positions({"text": [1, 2]}), path)
     assert read(path)[1].total == 2
-    pq.write_table(pa.table({"title": ["a"]}), path)
-    assert "found title" in read(path)[1].lines()[0] and read(path, column="title")[0] == [(1, "a")]
-    pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
-    assert "no rows" in read(path)[1].lines()[0]
+    pq.write_table(pa.positions({"title": ["a"]}), path)
+    assert "found title" in read(path)[1].summary_lines()[0] and read(path, text_column="title")[0] == [(1, "a")]
+    pq.write_table(pa.positions({"text": pa.array([], pa.string())}), path)
+    assert "no rows" in read(path)[1].summary_lines()[0]
 
 
 def test_the_column_can_be_named(tmp_path):
-    texts, problems = read(tmp_path / "a.jsonl", '{"text": "a", "fr": "b"}\n{"text": "c"}', column="fr")
-    assert texts == [(1, "b")] and "looked for fr; found text" in problems.lines()[0]
-    assert read(tmp_path / "a.tsv", "en\tfr\nyes\toui\n", column="fr")[0] == [(2, "oui")]
+    texts, problems = read(tmp_path / "a.jsonl", '{"text": "a", "fr": "b"}\n{"text": "c"}', text_column="fr")
+    assert texts == [(1, "b")] and "looked for fr; found text" in problems.summary_lines()[0]
+    assert read(tmp_path / "a.tsv", "en\tfr\nyes\toui\n", text_column="fr")[0] == [(2, "oui")]
 
 
 @pytest.mark.parametrize("codec", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
@@ -164,11 +164,11 @@ def test_a_long_line_is_skipped_in_tables_and_kept_in_texts(tmp_path, monkeypatc
         monkeypatch.setattr(module, "LONGEST_LINE", 300_000)
     long = "word " * 200_000
     texts, problems = read(tmp_path / "a.jsonl", f'{{"text": "a"}}\n{{"text": "{long}"}}\n{{"text": "b"}}\n')
-    assert [t for _, t in texts] == ["a", "b"] and problems.found[0].line == 2
+    assert [t for _, t in texts] == ["a", "b"] and problems.issues[0].line == 2
     texts, problems = read(tmp_path / "b.csv", f"text\na\n{long}\nb\n{long}")
-    assert [t for _, t in texts] == ["a", "b"] and (problems.found[0].line, problems.total) == (3, 2)
+    assert [t for _, t in texts] == ["a", "b"] and (problems.issues[0].line, problems.total) == (3, 2)
     texts, problems = read(tmp_path / "c.txt", f"a\n{long}\nb")
-    assert texts[0][1] == f"a\n{long}\nb" and problems.total == 0 and problems.found[0].line == 2
+    assert texts[0][1] == f"a\n{long}\nb" and problems.total == 0 and problems.issues[0].line == 2
 
 
 def test_memory_stays_flat(tmp_path):
@@ -177,7 +177,7 @@ def test_memory_stays_flat(tmp_path):
     (tmp_path / "b.txt.zst").write_bytes(zstandard.compress(b"a" * 60_000_000))
     for file, size in ((path, 44_000_000), (tmp_path / "b.txt.zst", 60_000_000)):
         tracemalloc.start()
-        total = sum(len(piece) for d in read_documents(file, Problems()) for piece in d.pieces)
+        total = sum(len(piece) for d in read_documents(file, Problems()) for piece in d.chunks)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert total == size and peak < 25_000_000
@@ -187,7 +187,7 @@ def test_a_quote_that_never_closes_costs_one_line_however_late_it_is_found(tmp_p
     monkeypatch.setattr(readers, "LONGEST_LINE", 1000)
     rows = "".join(f"row {i} of many\n" for i in range(500))
     texts, problems = read(tmp_path / "a.csv", f'text\n"open\n{rows}')
-    assert [t for _, t in texts] == rows.splitlines() and problems.found[0].line == 2
+    assert [t for _, t in texts] == rows.splitlines() and problems.issues[0].line == 2
 
 
 @settings(max_examples=200, deadline=None)
@@ -219,14 +219,14 @@ def test_files_are_found_in_order_and_everything_else_is_reported(tmp_path):
     problems = Problems()
     assert [s.name for s in find_files([tmp_path], problems)] == ["a/z.md", "b.txt"]
     assert problems.total == 2  # the archives; the rest are notices
-    assert problems.kinds["left out: files with the suffix .png"] == 2
-    assert problems.kinds["left out: files or folders that are hidden"] == 2
-    assert problems.kinds["left out: files without a suffix"] == 1
-    assert problems.kinds["left out: a folder that nextword makes"] == 1
-    assert "unpack it first" in "".join(problems.lines())
+    assert problems.counts_by_kind["left out: files with the suffix .png"] == 2
+    assert problems.counts_by_kind["left out: files or folders that are hidden"] == 2
+    assert problems.counts_by_kind["left out: files without a suffix"] == 1
+    assert problems.counts_by_kind["left out: a folder that nextword makes"] == 1
+    assert "unpack it first" in "".join(problems.summary_lines())
     with pytest.raises(UsageError, match="no such"):
         find_files([tmp_path / "nowhere"], problems)
-    assert find_files([tmp_path / "q.png"], problems) == [] and "not a format" in problems.lines()[-1]
+    assert find_files([tmp_path / "q.png"], problems) == [] and "not a format" in problems.summary_lines()[-1]
 
 
 def test_links(tmp_path):
@@ -243,7 +243,7 @@ def test_links(tmp_path):
     problems = Problems()
     assert [s.name for s in find_files([tmp_path], problems)] == ["a/x.txt", "y.txt"]
     assert problems.total == 4
-    assert sum("entered already" in line for line in problems.lines()) == 2
+    assert sum("entered already" in line for line in problems.summary_lines()) == 2
 
 
 def test_an_unreadable_file(tmp_path):
@@ -254,7 +254,7 @@ def test_an_unreadable_file(tmp_path):
         if os.access(path, os.R_OK):
             pytest.skip("this user reads every file, whatever its mode (root does)")
         texts, problems = read(path)
-        assert not texts and "cannot be read" in problems.lines()[0]
+        assert not texts and "cannot be read" in problems.summary_lines()[0]
     finally:
         path.chmod(0o600)
 
@@ -271,15 +271,15 @@ def test_problems_are_counted_and_the_first_are_shown():
     problems = Problems(on_problem=told.append)
     for i in range(3000):
         problems.add(f"file {i % 1500}", i, "bad", "why")
-    assert (problems.total, problems.kinds["bad"], len(problems.found), len(told)) == (3000, 3000, 1000, 1000)
-    assert str(problems.found[0]) == "file 0 line 0: bad: why (2 in all)"
-    assert len(problems.lines()) == 21 and "980 more" in problems.lines()[-1]
+    assert (problems.total, problems.counts_by_kind["bad"], len(problems.issues), len(told)) == (3000, 3000, 1000, 1000)
+    assert str(problems.issues[0]) == "file 0 line 0: bad: why (2 in all)"
+    assert len(problems.summary_lines()) == 21 and "980 more" in problems.summary_lines()[-1]
 
 
 @pytest.mark.parametrize(("name", "package"), [("a.parquet", "pyarrow"), ("a.txt.zst", "zstandard")])
 def test_a_missing_package_is_named(name, package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtra, match=r"pip install 'nextword\["):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'nextword\["):
         read(tmp_path / name, b"x")
 
 
@@ -307,7 +307,7 @@ LUMPS = st.sampled_from(
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_no_bytes_whatever_are_fatal(suffix, tmp_path):
     path = tmp_path / f"a{suffix}"
-    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "good.parquet")
+    pq.write_table(pa.positions({"text": ["a", "b"]}), tmp_path / "good.parquet")
     good = (tmp_path / "good.parquet").read_bytes()
 
     @settings(
@@ -333,7 +333,7 @@ def test_no_bytes_whatever_are_fatal(suffix, tmp_path):
             text.encode()
         try:
             for document in read_documents(path, Problems(strict=True)):
-                list(document.pieces)
+                list(document.chunks)
         except NextwordError:
             assert problems.total
         else:

@@ -7,22 +7,30 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nextword.data.corpus import Corpus
-from nextword.data.dataset import IGNORE, places
+from nextword.data.dataset import IGNORE_INDEX, segment_positions
 from nextword.data.documents import Problems
-from nextword.data.tokenizer import DELIMITER, EXTRACT, START
+from nextword.data.tokenizer import DELIMITER_TOKEN, EXTRACT_TOKEN, START_TOKEN
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.tasks.dataset import Encoded, Encoder, Form, TaskDataset, Text, answer_room, fit
+from nextword.tasks.dataset import (
+    EncodedExample,
+    ExampleEncoder,
+    TaskDataset,
+    TaskSpec,
+    TokenSequence,
+    max_answer_tokens,
+    truncate_longest_first,
+)
 from nextword.tasks.examples import Example
 
 FORMS = {
-    "classify": Form("classify", "label", ("no", "yes")),
-    "entail": Form("entail", "label", ("no", "yes")),
-    "similarity": Form("similarity", "score"),
-    "choose": Form("choose", "choice"),
-    "rewrite": Form("rewrite", "answer", answer_tokens=20),
-    "chat": Form("chat", "answer", answer_tokens=20, chat=True),
-    "prefer": Form("prefer", "preference", answer_tokens=20, chat=True),
+    "classify": TaskSpec("classify", "label", ("no", "yes")),
+    "entail": TaskSpec("entail", "label", ("no", "yes")),
+    "similarity": TaskSpec("similarity", "score"),
+    "choose": TaskSpec("choose", "choice"),
+    "rewrite": TaskSpec("rewrite", "answer", answer_tokens=20),
+    "chat": TaskSpec("chat", "answer", answer_tokens=20, chat=True),
+    "prefer": TaskSpec("prefer", "preference", answer_tokens=20, chat=True),
 }
 
 
@@ -36,39 +44,41 @@ def tokenizer(shards):
 
 
 def encoder(tokenizer, task, context_length=64):
-    return Encoder(FORMS[task], FORMS[task].with_markers(tokenizer), context_length)
+    return ExampleEncoder(FORMS[task], FORMS[task].with_special_tokens(tokenizer), context_length)
 
 
 def test_the_templates(tokenizer):
     one = encoder(tokenizer, "entail")
-    start, delimiter, extract = one.tokenizer.ids_of([START, DELIMITER, EXTRACT])
+    start, delimiter, extract = one.tokenizer.convert_tokens_to_ids([START_TOKEN, DELIMITER_TOKEN, EXTRACT_TOKEN])
     a, b = tokenizer.encode("a premise"), tokenizer.encode("its end")
     whole = one.encode(example(premise="a premise", hypothesis="its end", label="yes"), Problems())
-    assert whole is not None and whole.gold == 1
+    assert whole is not None and whole.target == 1
     assert whole.texts[0].ids.tolist() == [start, *a, delimiter, *b, extract]
-    assert whole.texts[0].learned.tolist() == [False, *[True] * len(a), False, *[True] * len(b), False]
+    assert whole.texts[0].loss_mask.tolist() == [False, *[True] * len(a), False, *[True] * len(b), False]
     both = encoder(tokenizer, "similarity").encode(
         example(sentence1="a premise", sentence2="its end", score=2.5), Problems()
     )
-    assert both is not None and both.gold == 2.5
+    assert both is not None and both.target == 2.5
     assert [t.ids.tolist() for t in both.texts] == [
         [start, *a, delimiter, *b, extract], [start, *b, delimiter, *a, extract],
     ]  # fmt: skip
     choices = encoder(tokenizer, "choose").encode(
-        example(question="a premise", choices=("x", "its end"), answer=1), Problems()
+        example(question="a premise", num_choices=("x", "its end"), add_generation_prompt=1), Problems()
     )
     assert choices is not None and choices.texts[1].ids.tolist() == [start, *a, delimiter, *b, extract]
-    answer = encoder(tokenizer, "rewrite").encode(example(prompt="a premise", completion="its end"), Problems())
+    answer = encoder(tokenizer, "rewrite").encode(
+        example(prompt_logprobs="a premise", completion="its end"), Problems()
+    )
     assert answer is not None
-    assert answer.texts[0].ids.tolist() == [start, *a, delimiter, *b, tokenizer.end_of_text]
-    assert answer.texts[0].learned.tolist() == [False] * (len(a) + 2) + [True] * (len(b) + 1)
+    assert answer.texts[0].ids.tolist() == [start, *a, delimiter, *b, tokenizer.eos_id]
+    assert answer.texts[0].loss_mask.tolist() == [False] * (len(a) + 2) + [True] * (len(b) + 1)
 
 
 def test_several_labels_are_zeros_and_ones(tokenizer):
-    form = Form("classify", "labels", ("a", "b", "c"))
-    one = Encoder(form, form.with_markers(tokenizer), 32)
+    form = TaskSpec("classify", "labels", ("a", "b", "c"))
+    one = ExampleEncoder(form, form.with_special_tokens(tokenizer), 32)
     found = one.encode(example(text="t", labels=("c", "a")), Problems())
-    assert found is not None and found.gold.tolist() == [True, False, True]
+    assert found is not None and found.target.tolist() == [True, False, True]
 
 
 def test_the_stock_tokenizer_gives_the_same_ids_and_cuts_alike(tokenizer, tmp_path):
@@ -95,7 +105,7 @@ def test_the_stock_tokenizer_gives_the_same_ids_and_cuts_alike(tokenizer, tmp_pa
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=2), st.integers(1, 200))
 def test_fit_never_exceeds_its_room_and_wastes_none(lengths, room):
-    kept = fit(lengths, room)
+    kept = truncate_longest_first(lengths, room)
     assert sum(kept) == min(room, sum(lengths))
     assert all(0 <= k <= n for k, n in zip(kept, lengths, strict=True))
 
@@ -103,13 +113,13 @@ def test_fit_never_exceeds_its_room_and_wastes_none(lengths, room):
 def test_what_is_too_long_is_named_by_file_and_line(tokenizer):
     problems = Problems()
     encoder(tokenizer, "classify", 16).encode(example(text="word " * 40, label="no"), problems)
-    assert "data.csv line 7: longer than the context of 16 tokens" in problems.lines()[0]
-    long = example(prompt="word " * 99, completion="end " * 99)
+    assert "data.csv line 7: longer than the context of 16 tokens" in problems.summary_lines()[0]
+    long = example(prompt_logprobs="word " * 99, completion="end " * 99)
     one = encoder(tokenizer, "rewrite", 32).encode(long, problems)
-    assert one is not None and len(one.texts[0].ids) == 32 and one.texts[0].learned.sum() == 20
+    assert one is not None and len(one.texts[0].ids) == 32 and one.texts[0].loss_mask.sum() == 20
     talk = ({"role": "user", "content": "word " * 99}, {"role": "assistant", "content": "yes"})
     assert encoder(tokenizer, "chat", 32).encode(example(messages=talk), problems) is None
-    assert any("no room for the answer" in line for line in problems.lines())
+    assert any("no room for the answer" in line for line in problems.summary_lines())
 
 
 def test_a_prompt_of_a_conversation_keeps_its_end(tokenizer):
@@ -121,22 +131,22 @@ def test_a_prompt_of_a_conversation_keeps_its_end(tokenizer):
 
 def test_the_room_for_answers(tokenizer):
     ids = tokenizer.encode("a fairly long answer")
-    assert answer_room(tokenizer, ["short", "a fairly long answer"], 512) == len(ids) + 1
-    assert answer_room(tokenizer, ["word " * 500], 64) == 32
+    assert max_answer_tokens(tokenizer, ["short", "a fairly long answer"], 512) == len(ids) + 1
+    assert max_answer_tokens(tokenizer, ["word " * 500], 64) == 32
 
 
 # ---------------------------------------------------------------- batches
 
 
 def encoded(lengths, texts=1):
-    rows = [Text(np.arange(2, n + 2), np.arange(n) > 0) for n in lengths]
-    return [Encoded(tuple(row for _ in range(texts)), gold=i % 2) for i, row in enumerate(rows)]
+    rows = [TokenSequence(np.arange(2, n + 2), np.arange(n) > 0) for n in lengths]
+    return [EncodedExample(tuple(row for _ in range(texts)), gold=i % 2) for i, row in enumerate(rows)]
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=70), st.integers(1, 9), st.integers(0, 5))
 def test_every_example_once_an_epoch(lengths, per_batch, seed):
-    data = TaskDataset(encoded(lengths), per_batch, seed, pad=1, kind="label")
-    again = TaskDataset(encoded(lengths), per_batch, seed, pad=1, kind="label")
+    data = TaskDataset(encoded(lengths), per_batch, seed, pad_token_id=1, kind="label")
+    again = TaskDataset(encoded(lengths), per_batch, seed, pad_token_id=1, kind="label")
     for epoch in (0, 1):
         batches = [data.batch(epoch * data.steps_per_epoch + i) for i in range(data.steps_per_epoch)]
         rows = [row for batch in batches for row in batch.rows]
@@ -146,11 +156,11 @@ def test_every_example_once_an_epoch(lengths, per_batch, seed):
             np.array_equal(b.tokens, again.batch(epoch * data.steps_per_epoch + i).tokens)
             for i, b in enumerate(batches)
         )
-    assert data.longest == max(lengths)
+    assert data.longest_passage_tokens == max(lengths)
 
 
 def test_machines_share_a_batch():
-    data = TaskDataset(encoded(range(3, 40), texts=2), 8, 0, pad=1, kind="label")
+    data = TaskDataset(encoded(range(3, 40), texts=2), 8, 0, pad_token_id=1, kind="label")
     whole = data.batch(1)
     parts = [data.batch(1, rank, 2) for rank in (0, 1)]
     assert sorted(whole.rows) == sorted(parts[0].rows + parts[1].rows)
@@ -158,16 +168,16 @@ def test_machines_share_a_batch():
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(0, 3))
 def test_packing_loses_nothing_and_keeps_within_the_row(lengths, seed):
-    data = TaskDataset(encoded(lengths), 3, seed, pad=1, kind="answer", packed=32)
+    data = TaskDataset(encoded(lengths), 3, seed, pad_token_id=1, kind="answer", pack_length=32)
     seen = 0
     for step in range(data.steps_per_epoch):
         batch = data.batch(step)
-        assert batch.segments is not None and batch.tokens.shape[1] <= 32
-        assert batch.n_tokens == (batch.segments >= 0).sum()
+        assert batch.segment_ids is not None and batch.tokens.shape[1] <= 32
+        assert batch.n_tokens == (batch.segment_ids >= 0).sum()
         seen += batch.n_tokens
         # A text's first token is never the target of another's last.
-        ends = np.diff(batch.segments, axis=1) != 0
-        assert (batch.targets[:, :-1][ends] == IGNORE).all()
+        ends = np.diff(batch.segment_ids, axis=1) != 0
+        assert (batch.targets[:, :-1][ends] == IGNORE_INDEX).all()
     assert seen == sum(lengths)
 
 
@@ -176,35 +186,35 @@ def test_texts_that_share_a_row_do_not_see_each_other():
     model = GPT(
         build_config("modern", "tiny", vocab_size=60, n_layers=2, n_heads=2, d_model=16, context_length=32)
     ).eval()
-    data = TaskDataset(encoded([9, 11, 7]), 1, 0, pad=1, kind="answer", packed=32)
+    data = TaskDataset(encoded([9, 11, 7]), 1, 0, pad_token_id=1, kind="answer", pack_length=32)
     batch = data.batch(0)
-    assert batch.segments is not None and len(batch.tokens) == 1
+    assert batch.segment_ids is not None and len(batch.tokens) == 1
     with torch.no_grad():
         together = model(
-            torch.from_numpy(batch.tokens), segments=torch.from_numpy(batch.segments),
-            positions=torch.from_numpy(places(batch.segments)),
+            torch.from_numpy(batch.tokens), segments=torch.from_numpy(batch.segment_ids),
+            positions=torch.from_numpy(segment_positions(batch.segment_ids)),
         )  # fmt: skip
         for segment in range(3):
-            here = batch.segments[0] == segment
+            here = batch.segment_ids[0] == segment
             alone = model(torch.from_numpy(batch.tokens[:, here]))
             torch.testing.assert_close(together[:, here], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_places_count_from_each_segment():
-    assert places(np.array([[0, 0, 1, 1, 1, -1, -1]])).tolist() == [[0, 1, 0, 1, 2, 0, 1]]
+    assert segment_positions(np.array([[0, 0, 1, 1, 1, -1, -1]])).tolist() == [[0, 1, 0, 1, 2, 0, 1]]
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=12), st.integers(1, 9))
 def test_a_micro_batch_never_parts_an_example(choices, size):
-    row = Text(np.arange(4), np.arange(4) > 0)
-    data = TaskDataset([Encoded((row,) * n, gold=0) for n in choices], 12, 0, pad=1, kind="choice")
+    row = TokenSequence(np.arange(4), np.arange(4) > 0)
+    data = TaskDataset([EncodedExample((row,) * n, gold=0) for n in choices], 12, 0, pad_token_id=1, kind="choice")
     batch = data.batch(0)
     parts = batch.split(size)
     assert [r for part in parts for r in part.rows] == batch.rows
     assert all(part.counts == batch.counts for part in parts)
     for part in parts:
         assert part.labels is not None
-        several = np.bincount(part.labels.example)
+        several = np.bincount(part.labels.example_ids)
         assert len(part.rows) <= size or len(several) == 1
-        assert several.sum() == len(part.rows) and len(part.labels.gold) == len(several)
-        assert part.labels.example.tolist() == sorted(part.labels.example.tolist())
+        assert several.sum() == len(part.rows) and len(part.labels.target) == len(several)
+        assert part.labels.example_ids.tolist() == sorted(part.labels.example_ids.tolist())

@@ -16,11 +16,11 @@ from tokenizers import decoders, models
 from nextword.common.errors import NextwordError, UsageError
 from nextword.data.tokenizer import Tokenizer, train_bpe, train_char
 from nextword.inference import native_runner
-from nextword.inference.detokenizer import TextStream
+from nextword.inference.detokenizer import StreamingDetokenizer
 from nextword.inference.engine import Engine, Event
 from nextword.inference.kv_cache import KeyValueCache
-from nextword.inference.model_runner import CompiledReader, Piece, PlainReader, Reader
-from nextword.inference.sampling import Sampling, draw
+from nextword.inference.model_runner import ModelRunner, NativeRunner, TokenChunk, TorchRunner
+from nextword.inference.sampling import Sampling, sample
 from nextword.model.config import PRESETS, build_config
 from nextword.model.gpt import GPT
 
@@ -56,17 +56,17 @@ def model(tokenizer: Tokenizer) -> GPT:
 @torch.inference_mode()
 def by_hand(model: GPT, tokenizer: Tokenizer, ids: list[int], sampling: Sampling, index: int) -> list[int]:
     """The definition, without a cache: read the window, draw, and when it is full begin anew with its newer half."""
-    from nextword.inference.engine import _generator
+    from nextword.inference.engine import _make_generator
 
-    generator = _generator(sampling.seed or 0, index)
+    generator = _make_generator(sampling.seed or 0, index)
     start, ids, drawn = max(0, len(ids) - CONTEXT), list(ids), []
     first = start
     while len(drawn) < sampling.max_tokens:
         if len(ids) - start > CONTEXT:
             start = len(ids) - CONTEXT // 2
         logits = model.unembed(model(torch.tensor([ids[start:]]))[0, -1])[: tokenizer.vocab_size]
-        token = draw(logits, sampling, ids[first:], drawn, generator)
-        if token == tokenizer.end_of_text:
+        token = sample(logits, sampling, ids[first:], drawn, generator)
+        if token == tokenizer.eos_id:
             break
         ids.append(token)
         drawn.append(token)
@@ -143,7 +143,7 @@ letters = st.text(alphabet="abé🙂\n", max_size=30)
     sizes=st.lists(st.integers(1, 7), min_size=1),
 )
 def test_stop_strings_and_characters_across_any_cut(data: bytes, stops: list[str], sizes: list[int]) -> None:
-    stream, pieces, at = TextStream(tuple(stops)), [], 0
+    stream, pieces, at = StreamingDetokenizer(tuple(stops)), [], 0
     full = cut(data.decode(errors="replace"), stops)
     for size in itertools.cycle(sizes):
         pieces.append(stream.push(data[at : at + size]))
@@ -153,17 +153,17 @@ def test_stop_strings_and_characters_across_any_cut(data: bytes, stops: list[str
             break
     pieces.append(stream.push(b"", last=True))
     assert "".join(pieces) == full
-    assert stream.stopped == (full != data.decode(errors="replace"))
+    assert stream.stopped_early == (full != data.decode(errors="replace"))
 
 
 def test_no_more_is_held_back_than_must_be() -> None:
-    stream = TextStream(("\n\nUser:", "END"))
+    stream = StreamingDetokenizer(("\n\nUser:", "END"))
     assert stream.push(b"one\n") == "one"
     assert stream.push(b"two\n\nUse") == "\ntwo"
     assert stream.push(b"ful EN") == "\n\nUseful "
     assert stream.push("D’é".encode()[:2]) == ""
-    assert stream.stopped
-    characters = TextStream()
+    assert stream.stopped_early
+    characters = StreamingDetokenizer()
     assert [characters.push(bytes([byte])) for byte in "é🙂".encode()] == ["", "é", "", "", "", "🙂"]
     assert characters.push(b"\xff\xe4") == "\ufffd"
     assert characters.push(b"", last=True) == "\ufffd"
@@ -210,25 +210,25 @@ def run(engine: Engine) -> list[Event]:
 
 
 def test_an_empty_prompt_begins_a_document(model: GPT, tokenizer: Tokenizer) -> None:
-    empty, explicit = Engine(model, tokenizer).generate(["", [tokenizer.end_of_text]], GREEDY)
+    empty, explicit = Engine(model, tokenizer).generate(["", [tokenizer.eos_id]], GREEDY)
     assert empty.tokens == explicit.tokens
 
 
 def test_a_tokenizer_that_begins_texts_with_a_token_does(model: GPT, tokenizer: Tokenizer) -> None:
     llama = train_bpe([TEXT] * 3, 300)
-    llama.begin_of_text = llama.end_of_text
-    expected = Engine(model, tokenizer).generate([[tokenizer.end_of_text, *tokenizer.encode("The")]], GREEDY)[0]
+    llama.bos_id = llama.eos_id
+    expected = Engine(model, tokenizer).generate([[tokenizer.eos_id, *tokenizer.encode("The")]], GREEDY)[0]
     assert Engine(model, llama).generate(["The"], GREEDY)[0].tokens == expected.tokens
 
 
 def test_end_of_text_ends_it(monkeypatch: pytest.MonkeyPatch, model: GPT, tokenizer: Tokenizer) -> None:
-    feed = iter([*tokenizer.encode("a th"), tokenizer.end_of_text])
+    feed = iter([*tokenizer.encode("a th"), tokenizer.eos_id])
     monkeypatch.setattr("nextword.inference.engine.draw", lambda *_: next(feed))
     engine = Engine(model, tokenizer)
     engine.add("The", Sampling(stop=("the",)))
     events = run(engine)
     assert events[-1].finish_reason == "stop"
-    assert events[-1].token == tokenizer.end_of_text
+    assert events[-1].token == tokenizer.eos_id
     assert "".join(event.text for event in events) == "a th"  # what was held back is text after all
 
 
@@ -242,17 +242,17 @@ def test_more_prompts_than_slots_and_a_queue_in_order(model: GPT, tokenizer: Tok
     engine = Engine(model, tokenizer, max_batch=2)
     sizes = [5, 1, 4, 2, 3]
     ids = [engine.add("The", Sampling(max_tokens=size, temperature=3.0, seed=0)) for size in sizes]
-    events, most = [], 0
+    events, max_tokens = [], 0
     while engine.busy:
         new = engine.step()
         most = max(most, len(new))
         events += new
     assert most == 2
-    first = [next(i for i, event in enumerate(events) if event.id == id) for id in ids]
+    first = [next(i for i, event in enumerate(events) if event.request_id == id) for id in ids]
     assert first == sorted(first)
-    assert all(sum(event.id == id for event in events) <= size for id, size in zip(ids, sizes, strict=True))
+    assert all(sum(event.request_id == id for event in events) <= size for id, size in zip(ids, sizes, strict=True))
     assert sum(event.finished for event in events) == len(ids)
-    assert sorted(engine.free) == [0, 1]
+    assert sorted(engine.free_slots) == [0, 1]
 
 
 def test_cancelling_frees_the_slot_and_disturbs_nobody(model: GPT, tokenizer: Tokenizer) -> None:
@@ -263,10 +263,10 @@ def test_cancelling_frees_the_slot_and_disturbs_nobody(model: GPT, tokenizer: To
     engine.cancel(waiting)
     engine.cancel(running)  # again, and it does no harm
     events += run(engine)
-    assert {event.id for event in events[2:]} == {other, later}
+    assert {event.request_id for event in events[2:]} == {other, later}
     for id, prompt in ((other, "house"), (later, "ñu")):
         alone = Engine(model, tokenizer).generate([prompt], BOLD)[0]
-        assert "".join(event.text for event in events if event.id == id) == alone.text
+        assert "".join(event.text for event in events if event.request_id == id) == alone.text
 
 
 def test_a_stream_that_is_left_frees_its_slot(model: GPT, tokenizer: Tokenizer) -> None:
@@ -286,21 +286,21 @@ def test_a_step_that_ran_out_of_memory_can_be_repeated(
     expected = Engine(model, tokenizer).generate(["The", "house on"], BOLD)
     engine = Engine(model, tokenizer)
     ids = [engine.add("The", BOLD, index=0), engine.add("house on", BOLD, index=1)]
-    events, calls, read = [], itertools.count(1), engine.reader.read
+    events, calls, read_line = [], itertools.count(1), engine.runner.read
 
-    def failing(cache: KeyValueCache, pieces: Sequence[Piece]) -> list[torch.Tensor]:
+    def failing(cache: KeyValueCache, pieces: Sequence[TokenChunk]) -> list[torch.Tensor]:
         rows = read(cache, pieces)
         if next(calls) % 3 == 0:  # after the cache was written to
             raise torch.OutOfMemoryError("no memory")
         return rows
 
-    monkeypatch.setattr(engine.reader, "read", failing)
+    monkeypatch.setattr(engine.runner, "read", failing)
     while engine.busy:
         try:
             events += engine.step()
         except torch.OutOfMemoryError:
             continue
-    assert ["".join(e.text for e in events if e.id == id) for id in ids] == [c.text for c in expected]
+    assert ["".join(e.text for e in events if e.request_id == id) for id in ids] == [c.text for c in expected]
 
 
 def test_logits_that_are_not_finite_end_one_text_with_an_error(tokenizer: Tokenizer) -> None:
@@ -311,10 +311,10 @@ def test_logits_that_are_not_finite_end_one_text_with_an_error(tokenizer: Tokeni
     engine = Engine(model, tokenizer, max_batch=2)
     ids = [engine.add(p, Sampling(temperature=0, max_tokens=3)) for p in ("h", "T", "e")]
     events = run(engine)
-    assert events[0].id == ids[0]
+    assert events[0].request_id == ids[0]
     assert events[0].finish_reason == "error"
     assert "not finite" in (events[0].error or "")
-    assert {event.id for event in events if event.finish_reason == "length"} <= {*ids[1:]}
+    assert {event.request_id for event in events if event.finish_reason == "length"} <= {*ids[1:]}
     with pytest.raises(NextwordError, match="not finite"):
         engine.generate(["h"])
     assert not engine.busy
@@ -344,26 +344,26 @@ def test_a_context_of_one_token(tokenizer: Tokenizer) -> None:
 LONG = "The house on the hill, the house on the hill. 日本語の文 🙂🙂 is text too, isn't it? The house on the hill."
 
 
-def reader_for(kind: str, model: GPT) -> Reader:
+def reader_for(kind: str, model: GPT) -> ModelRunner:
     if kind == "compiled":
         if native_runner.library()[0] is None:
             pytest.skip(f"no compiled code: {native_runner.library()[1]}")
-        return CompiledReader(model)
-    return PlainReader(model, apart=kind == "apart")
+        return NativeRunner(model)
+    return TorchRunner(model, batch_invariant=kind == "apart")
 
 
 class Counted:
     """A reader that knows how many tokens it was given to read."""
 
-    def __init__(self, reader: Reader):
-        self.reader, self.tokens = reader, 0
+    def __init__(self, reader: ModelRunner):
+        self.runner, self.tokens = reader, 0
 
-    def read(self, cache: KeyValueCache, pieces: Sequence[Piece]) -> list[torch.Tensor]:
+    def read(self, cache: KeyValueCache, pieces: Sequence[TokenChunk]) -> list[torch.Tensor]:
         self.tokens += sum(len(piece.tokens) for piece in pieces)
-        return self.reader.read(cache, pieces)
+        return self.runner.read(cache, pieces)
 
     def whole(self, length: int, step_tokens: int) -> int:
-        return self.reader.whole(length, step_tokens)
+        return self.runner.reusable_prefix(length, step_tokens)
 
 
 def told(engine: Engine, prompt: str | list[int], sampling: Sampling) -> list[Event]:
@@ -379,9 +379,9 @@ def alike(kind: str, one: list[Event], other: list[Event]) -> None:
         return
     assert [(e.token, e.text, e.finish_reason) for e in one] == [(e.token, e.text, e.finish_reason) for e in other]
     for a, b in zip(one, other, strict=True):
-        assert (a.choice is None) == (b.choice is None)
-        if a.choice and b.choice:
-            assert a.choice.logprob == pytest.approx(b.choice.logprob, abs=1e-4)
+        assert (a.token_logprob is None) == (b.token_logprob is None)
+        if a.token_logprob and b.token_logprob:
+            assert a.token_logprob.logprob == pytest.approx(b.token_logprob.logprob, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["compiled", "plain", "apart"])
@@ -400,7 +400,7 @@ def test_a_beginning_that_is_held_is_not_read_again_and_changes_nothing(tokenize
         read = reader.tokens - before - len(found) + 1
         if number in (1, 2, 3):  # it begins as one before it does
             assert read <= (len(prompt) - 16 if kind == "apart" else max(1, len(prompt) - 40))
-    assert len(engine.free) == 2
+    assert len(engine.free_slots) == 2
 
 
 @pytest.mark.parametrize("kind", ["compiled", "plain", "apart"])
@@ -420,11 +420,11 @@ def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(tokenizer: Tokenizer
 def test_a_long_prompt_does_not_hold_up_a_text_that_is_being_written(tokenizer: Tokenizer) -> None:
     model = tiny(tokenizer, context_length=128)
     engine = Engine(model, tokenizer, step_tokens=8)
-    writing = engine.add("The", Sampling(max_tokens=30, logit_bias={tokenizer.end_of_text: -100}))
+    writing = engine.add("The", Sampling(max_tokens=30, logit_bias={tokenizer.eos_id: -100}))
     engine.step()
     engine.add(LONG, Sampling(max_tokens=1))
     steps = 0
-    while engine.step()[0].id == writing and len(engine.running) == 2:
+    while engine.step()[0].request_id == writing and len(engine.running) == 2:
         steps += 1
     assert steps >= len(tokenizer.encode(LONG)) // 8
 
@@ -440,12 +440,12 @@ def test_who_begins_alike_waits_while_the_beginning_is_read(tokenizer: Tokenizer
     numbers = [engine.add(prompt, sampling) for prompt in prompts]
     other = engine.add("x", sampling)  # one that begins otherwise does not wait
     first = engine.step()
-    assert [request.id for request in engine.waiting] == numbers[1:]
-    assert [event.id for event in first] == [other]
+    assert [request.request_id for request in engine.waiting] == numbers[1:]
+    assert [event.request_id for event in first] == [other]
     events = first + run(engine)
     for number, prompt in zip(numbers, prompts, strict=True):
         alone = told(Engine(model, tokenizer, reader=reader_for(kind, model), step_tokens=8), prompt, sampling)
-        alike(kind, [replace(event, id=0) for event in events if event.id == number], alone)
+        alike(kind, [replace(event, id=0) for event in events if event.request_id == number], alone)
     drawn = sum(event.token is not None for event in events) - 4
     assert reader.tokens - drawn < len(prompts[0]) + 3 * (16 + 8)  # and not three times the whole
 
@@ -464,23 +464,27 @@ def test_logprobs_are_the_models_own_distribution(tokenizer: Tokenizer) -> None:
     """Whatever penalties, biases and filters did before the token was drawn."""
     model = tiny(tokenizer, context_length=64)
     ids = tokenizer.encode("The house")
-    bias = {tokenizer.end_of_text: -100.0, 50: 3.0}
+    bias = {tokenizer.eos_id: -100.0, 50: 3.0}
     sampling = Sampling(0.7, 20, 0.9, seed=1, max_tokens=8, logprobs=4, prompt_logprobs=2, logit_bias=bias)
     events = told(Engine(model, tokenizer), ids, sampling)
     drawn = [event.token for event in events]
     expected = table(model, tokenizer, [*ids, *(token or 0 for token in drawn)])
     for i, event in enumerate(events):
         row = expected[len(ids) - 1 + i]
-        assert event.choice is not None and event.choice.token == event.token and len(event.choice.top) == 4
-        assert event.choice.logprob == pytest.approx(float(row[event.choice.token]), abs=1e-4)
-        assert [p for _, p in event.choice.top] == pytest.approx(row.topk(4).values.tolist(), abs=1e-4)
+        assert (
+            event.token_logprob is not None
+            and event.token_logprob.token == event.token
+            and len(event.token_logprob.top) == 4
+        )
+        assert event.token_logprob.logprob == pytest.approx(float(row[event.token_logprob.token]), abs=1e-4)
+        assert [p for _, p in event.token_logprob.top] == pytest.approx(row.topk(4).values.tolist(), abs=1e-4)
         assert (event.prompt is None) == (i > 0)
     prompt = events[0].prompt
     assert prompt is not None and prompt[0] is None and len(prompt) == len(ids)
     for i, choice in enumerate(prompt[1:]):
         assert choice is not None and choice.token == ids[i + 1] and len(choice.top) == 2
         assert choice.logprob == pytest.approx(float(expected[i, choice.token]), abs=1e-4)
-    assert all(event.choice is None for event in told(Engine(model, tokenizer), ids, GREEDY))
+    assert all(event.token_logprob is None for event in told(Engine(model, tokenizer), ids, GREEDY))
 
 
 def test_no_token_asked_for_tells_the_prompt_alone(tokenizer: Tokenizer) -> None:
@@ -539,7 +543,7 @@ class Alternating:
 
     def allowed(self) -> torch.Tensor:
         if len(self.accepted) == 6:
-            return torch.arange(self.tokenizer.vocab_size) == self.tokenizer.end_of_text
+            return torch.arange(self.tokenizer.vocab_size) == self.tokenizer.eos_id
         return torch.arange(self.tokenizer.vocab_size) % 2 == len(self.accepted) % 2
 
     def accept(self, token: int) -> None:
@@ -554,14 +558,16 @@ def test_a_constraint_is_obeyed(model: GPT, tokenizer: Tokenizer, sampling: Samp
     free = engine.add("The", sampling)
     events = run(engine)
     for number, constraint in zip(numbers, constraints, strict=True):
-        drawn = [event.token for event in events if event.id == number]
+        drawn = [event.token for event in events if event.request_id == number]
         assert drawn == constraint.accepted
-        until = drawn.index(tokenizer.end_of_text) if tokenizer.end_of_text in drawn else 6
+        until = drawn.index(tokenizer.eos_id) if tokenizer.eos_id in drawn else 6
         assert [(token or 0) % 2 for token in drawn[:until]] == [i % 2 for i in range(until)]
-        assert events[[event.id for event in events].index(number)].finish_reason is None
-        assert drawn[-1] == tokenizer.end_of_text
+        assert events[[event.request_id for event in events].index(number)].finish_reason is None
+        assert drawn[-1] == tokenizer.eos_id
     alone = Engine(model, tokenizer).generate(["The"], sampling)[0]
-    assert "".join(event.text for event in events if event.id == free) == alone.text  # a neighbour's is not its own
+    assert (
+        "".join(event.text for event in events if event.request_id == free) == alone.text
+    )  # a neighbour's is not its own
 
 
 def test_a_constraint_that_cannot_go_on_ends_its_text_alone(model: GPT, tokenizer: Tokenizer) -> None:
@@ -569,12 +575,12 @@ def test_a_constraint_that_cannot_go_on_ends_its_text_alone(model: GPT, tokenize
         def allowed(self) -> torch.Tensor:
             if self.accepted:
                 raise NextwordError("there is no way on")
-            return super().allowed()
+            return super().allowed_mask()
 
     engine = Engine(model, tokenizer)
-    broken, free = engine.add("The", BOLD, constraint=Broken(tokenizer)), engine.add("The", BOLD)
+    broken, mutable_fields = engine.add("The", BOLD, constraint=Broken(tokenizer)), engine.add("The", BOLD)
     events = run(engine)
-    [last] = [event for event in events if event.id == broken and event.finished]
+    [last] = [event for event in events if event.request_id == broken and event.finished]
     assert (last.finish_reason, last.error) == ("error", "there is no way on")
     alone = Engine(model, tokenizer).generate(["The"], BOLD)[0]
-    assert "".join(event.text for event in events if event.id == free) == alone.text
+    assert "".join(event.text for event in events if event.request_id == free) == alone.text

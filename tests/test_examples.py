@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nextword.common.errors import NextwordError, UsageError
-from nextword.data.decoding import Problems
-from nextword.tasks.examples import Example, Examples, guess_task, inputs_of, label_names, read_examples
-from nextword.tasks.schema import choice_columns, find_columns
+from nextword.data.decoding import IssueLog
+from nextword.tasks.examples import Example, ExampleSet, guess_task, input_texts, label_names, read_examples
+from nextword.tasks.schema import choice_columns, resolve_columns
 
 DATA = Path(os.environ.get("NEXTWORD_DATA", Path(__file__).parents[1] / "../shared/data"))
 
@@ -24,7 +24,7 @@ def write(path, rows):
 def read(path, content, task=None, columns=None, gold=True):
     """The task, the fields of each example, and the problems, of a file of this content (rows, or text)."""
     write(path, content) if isinstance(content, list) else path.write_text(content, encoding="utf-8")
-    problems = Problems()
+    problems = IssueLog()
     examples = read_examples(path, task, problems, columns, gold)
     return examples, [example.fields for example in examples], problems
 
@@ -119,7 +119,7 @@ def test_without_gold_the_rest_is_read_all_the_same(row, task, fields, tmp_path)
         fields = {"messages": fields["messages"][:-1]}
     assert found == {name: value for name, value in fields.items() if name not in learned} and problems.total == 0
     _, [found], problems = read(tmp_path / "a.jsonl", [row], task, examples.columns, gold=False)
-    assert problems.total == 0 and inputs_of(task, Example("", 1, found)) == inputs_of(task, examples.items[0])
+    assert problems.total == 0 and input_texts(task, Example("", 1, found)) == input_texts(task, examples.items[0])
 
 
 def test_cells_of_csv_may_hold_json(tmp_path):
@@ -189,19 +189,19 @@ FINE = {
 def test_a_bad_row_is_named_and_left_out(task, row, what, tmp_path):
     examples, _, problems = read(tmp_path / "a.jsonl", [FINE[task], row, FINE[task]], task)
     assert [example.line for example in examples] == [1, 3]
-    [problem] = [p for p in problems.found if "columns that are not read" not in p.what]
+    [problem] = [p for p in problems.issues if "columns that are not read" not in p.what]
     assert (problem.path, problem.line, problem.count) == (str(tmp_path / "a.jsonl"), 2, 1) and what in problem.what
     with pytest.raises(NextwordError, match="line 2"):
-        read_examples(tmp_path / "a.jsonl", task, Problems(strict=True))
+        read_examples(tmp_path / "a.jsonl", task, IssueLog(strict=True))
 
 
 def test_a_bad_gold_is_noticed_where_none_is_needed(tmp_path):
     rows = [{"text": "a", "label": 1.5}, {"text": "b", "label": ""}, {"text": "c", "label": "x"}, {"text": ""}]
     _, found, problems = read(tmp_path / "a.jsonl", rows, "classify", gold=False)
     assert found == [{"text": "a"}, {"text": "b"}, {"text": "c", "label": "x"}]
-    assert (problems.total, len(problems.found)) == (1, 2) and "read without it" in problems.lines()[0]
+    assert (problems.total, len(problems.issues)) == (1, 2) and "read without it" in problems.summary_lines()[0]
     _, found, problems = read(tmp_path / "a.jsonl", [{"messages": [TURN]}], "chat", gold=False)
-    assert found == [{"messages": chat("a")}] and not problems.found
+    assert found == [{"messages": chat("a")}] and not problems.issues
 
 
 def test_what_the_answers_are_is_told_by_all_rows_together(tmp_path):
@@ -215,7 +215,7 @@ def test_labels_that_are_numbers_are_scores_where_most_are_and_not_all_whole(tmp
     pairs = [{"sentence1": "a", "sentence2": "b", "label": label} for label in ("1", "2.5", "n/a", "3")]
     examples, found, problems = read(tmp_path / "a.jsonl", pairs)
     assert [f["score"] for f in found] == [1, 2.5, 3] and examples.columns["score"] == "label"
-    assert problems.found[0].line == 3
+    assert problems.issues[0].line == 3
     whole = [{**pair, "label": "1"} for pair in pairs]
     assert [f["label"] for f in read(tmp_path / "a.jsonl", whole)[1]] == ["1"] * 4
     assert [f["score"] for f in read(tmp_path / "a.jsonl", whole, None, examples.columns)[1]] == [1] * 4
@@ -226,7 +226,7 @@ def test_columns_by_hand(tmp_path):
     by_hand = {"prompt": "english", "completion": "french"}
     examples, found, problems = read(path, table, None, by_hand)
     assert (examples.task, found, examples.columns) == ("rewrite", [{"prompt": "yes", "completion": "oui"}], by_hand)
-    assert problems.total == 0 and "columns that are not read: id" in problems.lines()[0]
+    assert problems.total == 0 and "columns that are not read: id" in problems.summary_lines()[0]
     _, found, _ = read(path, "english\nyes\n", "rewrite", by_hand, gold=False)
     assert found == [{"prompt": "yes"}]
     assert read(path, table, None, {"text": "french", "label": "english"})[0].task == "classify"
@@ -269,7 +269,7 @@ def test_choice_columns():
     assert choice_columns(["ending1", "ending0", "ending2"]) == ["ending0", "ending1", "ending2"]
     assert choice_columns(["choice10", *(f"choice{i}" for i in range(1, 10))])[-1] == "choice10"
     assert choice_columns(["A", "C"]) == choice_columns(["option_b", "option_c"]) == choice_columns(["choice1"]) == []
-    assert find_columns("choose", ["Question", "optionA", "optionB", "answer"]) == {
+    assert resolve_columns("choose", ["Question", "optionA", "optionB", "answer"]) == {
         "question": "Question", "choice1": "optionA", "choice2": "optionB", "answer": "answer",
     }  # fmt: skip
 
@@ -281,29 +281,29 @@ def test_files_and_folders(tmp_path):
     (tmp_path / "d.json").write_text("[]")
     (tmp_path / "README.md").write_text("text")
     (tmp_path / "more").mkdir()
-    problems = Problems()
+    problems = IssueLog()
     examples = read_examples([tmp_path, str(tmp_path / "b.jsonl")], None, problems)
     assert [example.fields["text"] for example in examples] == ["a", "b", "b"] and len(examples) == 3
-    assert [(p.path[-5:], p.line, p.what) for p in problems.found if p.path != str(tmp_path)] == [
+    assert [(p.path[-5:], p.line, p.what) for p in problems.issues if p.path != str(tmp_path)] == [
         ("c.csv", 1, "no column text: found sentence, label"),
         ("/d.json"[-5:], None, "there is no example in the file"),
     ]
-    assert problems.kinds["left out: what is no table in the folder, and the folders in it"] == 2
+    assert problems.counts_by_kind["left out: what is no table in the folder, and the folders in it"] == 2
     with pytest.raises(UsageError, match="no such file"):
         read_examples(tmp_path / "gone", None, problems)
     with pytest.raises(UsageError, match=r"(?s)no examples and no texts.*d\.json: there is no example"):
         read_examples(tmp_path / "d.json", None, problems)
-    problems = Problems()
+    problems = IssueLog()
     assert not read_examples(tmp_path / "d.json", "classify", problems).items and problems.total == 1
     assert not read_examples(tmp_path / "README.md", "classify", problems).items
-    assert "not a table that is read" in problems.lines()[-1]
+    assert "not a table that is read" in problems.summary_lines()[-1]
 
 
 def test_text_alone_goes_on_being_documents(tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    assert read_examples(tmp_path, None, Problems()) == Examples("continue", {}, [])
+    assert read_examples(tmp_path, None, IssueLog()) == ExampleSet("continue", {}, [])
     write(tmp_path / "a.jsonl", [{"Story": "a", "id": 1}])
-    assert read_examples(tmp_path, None, Problems()) == Examples("continue", {"text": "Story"}, [])
+    assert read_examples(tmp_path, None, IssueLog()) == ExampleSet("continue", {"text": "Story"}, [])
 
 
 ANY = st.recursive(
@@ -332,7 +332,7 @@ def test_no_values_whatever_are_fatal(task, gold, tmp_path):
             "choose",
         )
         for example in examples:
-            texts = inputs_of(task, example)
+            texts = input_texts(task, example)
             assert texts and all(text.strip() and text.encode() for text in texts)
 
     check()
@@ -360,11 +360,11 @@ SHARED = [
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"the shared data is not at {DATA}; set NEXTWORD_DATA")
 @pytest.mark.parametrize(("name", "task", "count"), SHARED, ids=[name for name, _, _ in SHARED])
 def test_the_shared_data(name, task, count):
-    problems = Problems()
+    problems = IssueLog()
     examples = read_examples(DATA / name, None, problems, RENAMED if name.startswith("english") else None)
     assert (examples.task, len(examples) + problems.total) == (task, count)
     same = "the chosen answer and the rejected one are the same; left out"
-    assert [p.what for p in problems.found if p.line] == ([same] if task == "prefer" else [])
+    assert [p.what for p in problems.issues if p.line] == ([same] if task == "prefer" else [])
     if task == "prefer":
         rows = json.loads((DATA / name).read_text(encoding="utf-8"))
         assert problems.total == sum(row["chosen"] == row["rejected"] for row in rows) == 6

@@ -18,17 +18,22 @@ from nextword import load
 from nextword.commands import api
 from nextword.commands.cli import run as run_command
 from nextword.common.errors import UsageError
-from nextword.common.fs import seal
+from nextword.common.fs import write_manifest
 from nextword.data.tokenizer import Tokenizer, train_bpe
-from nextword.interpretability.activations import embedded_as, look_inside, most_tokens, said_by_layer
-from nextword.interpretability.attribution import average_word, leaning
-from nextword.interpretability.explain import explain, of_word
+from nextword.interpretability.activations import capture, logit_lens, max_explained_tokens, override_embeddings
+from nextword.interpretability.attribution import integrated_gradients, mean_token_embedding
+from nextword.interpretability.explain import explain, token_log_prob
 from nextword.model.config import PRESETS, build_config
-from nextword.model.gpt import GPT, with_head, with_vocabulary
+from nextword.model.gpt import GPT, with_classification_head, with_resized_vocabulary
 from nextword.model.hf import save_model
 from nextword.pipeline.language_model import Model
-from nextword.reporting.explain_page import direction, policy, resource, write_page
-from nextword.tasks.dataset import HEADS, Form
+from nextword.reporting.explain_page import (
+    content_security_policy,
+    read_resource,
+    text_direction,
+    write_explanation_page,
+)
+from nextword.tasks.dataset import HEAD_KINDS, TaskSpec
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -53,26 +58,26 @@ def random_model(preset: str, vocab_size: int, **overrides: Any) -> GPT:
     return model
 
 
-def saved(model: GPT, tokenizer: Tokenizer, folder: Path, form: Form | None = None) -> Model:
+def saved(model: GPT, tokenizer: Tokenizer, folder: Path, form: TaskSpec | None = None) -> Model:
     """A model directory, with a task sealed by its form."""
     folder.mkdir()
     facts: dict[str, Any] = {"model": model.config.to_dict()}
     labels = None
     if form is not None:
-        tokenizer = form.with_markers(tokenizer)
-        model = with_vocabulary(model, tokenizer.vocab_size, 0)
+        tokenizer = form.with_special_tokens(tokenizer)
+        model = with_resized_vocabulary(model, tokenizer.vocab_size, 0)
         if form.n_labels:
-            model, labels = with_head(model, form.n_labels, 1), form.labels or ("score",)
+            model, labels = with_classification_head(model, form.n_labels, 1), form.labels or ("score",)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
         facts = {"model": model.config.to_dict(), "task": form.to_dict()}
     save_model(
-        model, folder, end_of_text=tokenizer.end_of_text, pad=tokenizer.pad, labels=labels,
+        model, folder, end_of_text_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id, labels=labels,
         problem_type=None if form is None else form.problem_type,
     )  # fmt: skip
     tokenizer.save(folder, model.config.context_length)
-    seal(folder, facts)
+    write_manifest(folder, facts)
     return load(folder, device="cpu")
 
 
@@ -98,20 +103,20 @@ def test_attention_streams_and_next_words_are_the_stock_classes(model: Model) ->
     ids = model.tokenizer.encode(TEXT)
     with torch.no_grad():
         theirs = stock(torch.tensor([ids]), output_attentions=True, output_hidden_states=True)
-    inside = look_inside(model.gpt, ids)
+    inside = capture(model.gpt, ids)
     assert inside.attention.shape == (2, 4, len(ids), len(ids))
     for layer, weights in enumerate(theirs.attentions):
         torch.testing.assert_close(inside.attention[layer], weights[0], atol=1e-5, rtol=1e-4)
     for layer in range(2):  # what comes after the last layer they give with the final norm
-        torch.testing.assert_close(inside.streams[layer], theirs.hidden_states[layer][0], atol=1e-4, rtol=1e-4)
-    last = said_by_layer(model.gpt, inside.streams[-1])
+        torch.testing.assert_close(inside.residual_streams[layer], theirs.hidden_states[layer][0], atol=1e-4, rtol=1e-4)
+    last = logit_lens(model.gpt, inside.residual_streams[-1])
     torch.testing.assert_close(last, theirs.logits[0], atol=1e-4, rtol=1e-4)
     with torch.no_grad():
         torch.testing.assert_close(last, model.gpt.unembed(model.gpt(torch.tensor([ids]))[0]), atol=1e-5, rtol=1e-5)
 
     told, p = explain(model, [TEXT]), theirs.logits[0].double().softmax(-1)
     for t, token in enumerate(told["tokens"]):
-        chances, best = p[t].topk(10)
+        chances, best_match = p[t].topk(10)
         assert [one["probability"] for one in token["next"]] == pytest.approx(chances.tolist(), abs=1e-5)
         assert [one["id"] for one in token["next"]][:3] == best.tolist()[:3]
         assert told["layers"][-1]["says"][t]["id"] == best[0]
@@ -155,25 +160,25 @@ def test_kinds_of_heads_are_shares_of_their_weight(models: dict[str, Model]) -> 
 def test_parts_add_up_and_are_the_integral(model: Model) -> None:
     """Completeness, and the midpoint rule along the same way, by the model's own gradients."""
     ids = model.tokenizer.encode(TEXT)
-    output = of_word(model.gpt, 7)
-    found = leaning(model.gpt, ids, output, fixed=[2])
-    assert found.relative_error < 0.01
-    assert sum(found.parts) == pytest.approx(found.difference, rel=0.01)
-    assert found.parts[2] == 0
+    output = token_log_prob(model.gpt, 7)
+    found = integrated_gradients(model.gpt, ids, output, fixed_positions=[2])
+    assert found.completeness_error < 0.01
+    assert sum(found.num_shards) == pytest.approx(found.difference, rel=0.01)
+    assert found.num_shards[2] == 0
     with torch.no_grad():
         logits = model.gpt.unembed(model.gpt(torch.tensor([ids]))[0, -1])
     assert found.output == pytest.approx(float(logits.log_softmax(-1)[7]), abs=1e-5)
 
     embedded = model.gpt.token_embedding.weight.detach()[ids]
-    start = average_word(model.gpt).repeat(len(ids), 1)
+    start = mean_token_embedding(model.gpt).repeat(len(ids), 1)
     start[2] = embedded[2]
     alpha = ((torch.arange(256) + 0.5) / 256)[:, None, None]
     points = (start + alpha * (embedded - start)).requires_grad_()
-    with embedded_as(model.gpt, points):
+    with override_embeddings(model.gpt, points):
         values = output(model.gpt(torch.tensor([ids]).expand(256, -1)))
     (gradient,) = torch.autograd.grad(values.sum(), points)
     by_hand = ((embedded - start) * gradient.mean(0)).sum(-1)
-    assert found.parts == pytest.approx(by_hand.tolist(), abs=0.02 * max(map(abs, found.parts)))
+    assert found.num_shards == pytest.approx(by_hand.tolist(), abs=0.02 * max(map(abs, found.num_shards)))
 
 
 def test_a_linear_output_needs_no_path(models: dict[str, Model]) -> None:
@@ -183,12 +188,14 @@ def test_a_linear_output_needs_no_path(models: dict[str, Model]) -> None:
     embedded = model.gpt.token_embedding.weight.detach()[ids]
 
     def linear(hidden: torch.Tensor) -> torch.Tensor:
-        return (seen["x"] @ direction).sum(-1)
+        return (seen["x"] @ text_direction).sum(-1)
 
     handle = model.gpt.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.update(x=inputs[0]))
-    found = leaning(model.gpt, ids, linear)
+    found = integrated_gradients(model.gpt, ids, linear)
     handle.remove()
-    assert found.parts == pytest.approx(((embedded - average_word(model.gpt)) @ direction).tolist(), abs=1e-4)
+    assert found.num_shards == pytest.approx(
+        ((embedded - mean_token_embedding(model.gpt)) @ text_direction).tolist(), abs=1e-4
+    )
     assert found.steps == 16
 
 
@@ -203,15 +210,15 @@ def test_the_model_is_left_as_it_was(models: dict[str, Model]) -> None:
 
 # ---------------------------------------------------------------- tasks
 
-TASKS: dict[str, tuple[Form, list[str]]] = {
-    "classify": (Form("classify", "label", ("bad", "good", "<b>")), ["the nurse was tired"]),
-    "several": (Form("classify", "labels", ("calm", "glad")), ["the nurse was tired"]),
-    "entail": (Form("entail", "label", ("no", "yes")), ["the nurse said", "she was a doctor"]),
-    "similarity": (Form("similarity", "score"), ["the nurse said", "the doctor said"]),
-    "choose": (Form("choose", "choice"), ["who was tired", "the nurse", "the doctor", "she"]),
-    "rewrite": (Form("rewrite", "answer", answer_tokens=8), ["the nurse said"]),
-    "chat": (Form("chat", "answer", answer_tokens=8, chat=True), ["the nurse said"]),
-    "prefer": (Form("prefer", "preference", answer_tokens=8), ["the nurse said"]),
+TASKS: dict[str, tuple[TaskSpec, list[str]]] = {
+    "classify": (TaskSpec("classify", "label", ("bad", "good", "<b>")), ["the nurse was tired"]),
+    "several": (TaskSpec("classify", "labels", ("calm", "glad")), ["the nurse was tired"]),
+    "entail": (TaskSpec("entail", "label", ("no", "yes")), ["the nurse said", "she was a doctor"]),
+    "similarity": (TaskSpec("similarity", "score"), ["the nurse said", "the doctor said"]),
+    "choose": (TaskSpec("choose", "choice"), ["who was tired", "the nurse", "the doctor", "she"]),
+    "rewrite": (TaskSpec("rewrite", "answer", answer_tokens=8), ["the nurse said"]),
+    "chat": (TaskSpec("chat", "answer", answer_tokens=8, chat=True), ["the nurse said"]),
+    "prefer": (TaskSpec("prefer", "preference", answer_tokens=8), ["the nurse said"]),
 }
 
 
@@ -231,13 +238,13 @@ def test_an_example_of_a_task(name: str, tokenizer: Tokenizer, tmp_path: Path) -
         if token["kind"] == "marker"
     )
     assert told["leaning"]["relative_error"] < 0.01
-    if form.kind not in HEADS:
+    if form.kind not in HEAD_KINDS:
         assert told["answer"] is None and told["leaning"]["kind"] == "word"
         assert told["leaning"]["target"] == told["tokens"][-1]["next"][0]["text"]
         return
     assert told["answer"] == model.predict(*texts)
     assert markers[-1] == "<|extract|>"
-    last, answer = told["layers"][-1]["outputs"], told["answer"]
+    last, add_generation_prompt = told["layers"][-1]["outputs"], told["answer"]
     if isinstance(answer.get("probabilities"), dict):
         assert last == pytest.approx(answer["probabilities"], abs=1e-5)
         chosen = max(last, key=lambda label: last[label])
@@ -281,7 +288,7 @@ def test_a_classifier_that_has_lost_its_words_says_so(tokenizer: Tokenizer, tmp_
     assert any("no matrix for the next word" in note for note in told["notes"])
     assert "next" not in told["tokens"][0] and "says" not in told["layers"][0]
     assert "outputs" in told["layers"][0]
-    assert write_page(told, tmp_path / "page.html").is_file()
+    assert write_explanation_page(told, tmp_path / "page.html").is_file()
 
 
 # ---------------------------------------------------------------- what is asked
@@ -329,7 +336,7 @@ def test_long_texts_are_cut_and_say_so(models: dict[str, Model], tokenizer: Toke
 
 def test_how_much_is_shown_is_what_a_page_can_hold() -> None:
     def limit(preset: str, size: str) -> int:
-        return most_tokens(GPT.hollow(build_config(preset, size, vocab_size=50)))
+        return max_explained_tokens(GPT.hollow(build_config(preset, size, vocab_size=50)))
 
     assert limit("gpt2", "micro") == limit("gpt2", "125m") == 128
     assert limit("modern", "1.3b") == 128
@@ -342,7 +349,7 @@ def test_nothing_at_all_is_explained(models: dict[str, Model], tmp_path: Path) -
     assert [token["kind"] for token in told["tokens"]] == ["marker"]
     assert told["attention"] == [[[[1.0]]] * 4] * 2
     assert told["heads"][0][0] == {"before": None, "first": None, "itself": None}
-    assert write_page(told, tmp_path / "page.html").is_file()
+    assert write_explanation_page(told, tmp_path / "page.html").is_file()
 
 
 # ---------------------------------------------------------------- the page and the words
@@ -365,7 +372,7 @@ def test_any_text_is_a_page_that_holds_it_as_text(
     models: dict[str, Model], tmp_path_factory: pytest.TempPathFactory, text: str
 ) -> None:
     told = explain(models["gpt2"], [text])
-    page = write_page(told, tmp_path_factory.mktemp("page") / "page.html").read_text(encoding="utf-8")
+    page = write_explanation_page(told, tmp_path_factory.mktemp("page") / "page.html").read_text(encoding="utf-8")
     assert page.count("<script") == 2 and page.count("</script>") == 2 and page.count("<style") == 1
     assert not re.search(r"https?:|<link|<img|@import", page)
     data = data_of(page)
@@ -376,24 +383,24 @@ def test_any_text_is_a_page_that_holds_it_as_text(
 
 
 def test_the_policy_names_what_is_in_the_page(models: dict[str, Model], tmp_path: Path) -> None:
-    page = write_page(explain(models["gpt2"], [TEXT]), tmp_path / "page.html").read_text(encoding="utf-8")
+    page = write_explanation_page(explain(models["gpt2"], [TEXT]), tmp_path / "page.html").read_text(encoding="utf-8")
     (style,), (script,) = (
         re.findall(r"<style>(.*?)</style>", page, re.DOTALL),
         re.findall(r"<script>(.*?)</script>", page, re.DOTALL),
     )
     for part in (style, script):
         assert f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'" in page
-    assert policy(style, script) in page
+    assert content_security_policy(style, script) in page
     for forbidden in ("innerHTML", "outerHTML", "insertAdjacentHTML", "eval(", "document.write", "://"):
         assert forbidden not in script
-    assert " style=" not in page.replace(resource("explain.css"), "")
+    assert " style=" not in page.replace(read_resource("explain.css"), "")
 
 
 @pytest.mark.parametrize(
     ("text", "way"), [("abc", "ltr"), ("12 שלום abc", "rtl"), ("سلام", "rtl"), ("", "ltr"), ("日本", "ltr")]
 )
 def test_a_text_runs_its_own_way(text: str, way: str) -> None:
-    assert direction([text]) == way
+    assert text_direction([text]) == way
 
 
 def test_from_the_command_line(models: dict[str, Model], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

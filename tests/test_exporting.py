@@ -15,12 +15,12 @@ import torch
 
 import nextword
 from nextword.commands import cli
-from nextword.common.errors import MissingExtra, NextwordError, UsageError
+from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
 from nextword.data.tokenizer import Tokenizer, train_bpe, train_char
 from nextword.export import verification
 from nextword.export.gguf import write_gguf
 from nextword.export.onnx import write_onnx
-from nextword.inference.quantization import pack
+from nextword.inference.quantization import quantize
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
 from nextword.model.hf import save_model
@@ -35,7 +35,7 @@ def directory(path: Path, preset: str = "modern", tokenizer: Tokenizer | None = 
     sizes = {"n_layers": 2, "n_heads": 4, "d_model": 64, "context_length": 16, **overrides}
     model = GPT(build_config(preset, vocab_size=tokenizer.vocab_size, **sizes))  # pyright: ignore[reportArgumentType]
     path.mkdir()
-    save_model(model, path, end_of_text=tokenizer.end_of_text, pad=tokenizer.pad)
+    save_model(model, path, end_of_text_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
     tokenizer.save(path, model.config.context_length)
     return path
 
@@ -54,8 +54,8 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
 def test_every_number_is_there(tmp_path: Path, preset: str, overrides: dict[str, Any]) -> None:
     model = directory(tmp_path / "model", preset, **overrides)
     out = nextword.export(model)
-    assert out.file == tmp_path / "model.gguf"
-    found, fields = read(out.file)
+    assert out.reader == tmp_path / "model.gguf"
+    found, fields = read(out.reader)
     gpt, tokenizer = nextword.load(model).gpt, Tokenizer.open(model)
     assert sum(array.size for array in found.values()) == gpt.config.parameters
     assert np.array_equal(found["token_embd.weight"], gpt.token_embedding.weight.detach().numpy())
@@ -77,16 +77,16 @@ def test_every_number_is_there(tmp_path: Path, preset: str, overrides: dict[str,
     tokens = fields["tokenizer.ggml.tokens"]
     assert tokens == [tokenizer.backend.id_to_token(i) for i in range(tokenizer.vocab_size)]
     assert fields["tokenizer.ggml.pre"] == "qwen35"
-    assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.end_of_text
+    assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos_id
     types = fields["tokenizer.ggml.token_type"]
     assert isinstance(types, list)
-    assert {i for i, kind in enumerate(types) if kind == 3} == set(tokenizer.markers.values())
+    assert {i for i, kind in enumerate(types) if kind == 3} == set(tokenizer.special_tokens.values())
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("int8", 1 / 127), ("int4", 1 / 7)])
 def test_fewer_bits(tmp_path: Path, precision: str, bound: float) -> None:
     model = directory(tmp_path / "model", "modern")
-    found, _ = read(nextword.export(model, out=tmp_path / "small.gguf", precision=precision).file)  # pyright: ignore[reportArgumentType]
+    found, _ = read(nextword.export(model, out=tmp_path / "small.gguf", precision=precision).reader)  # pyright: ignore[reportArgumentType]
     weight = nextword.load(model).gpt.blocks[0].feed_forward.up.weight.detach()
     error = np.abs(found["blk.0.ffn_up.weight"] - weight.numpy()).max()
     assert 0 < error <= bound * float(weight.abs().max())
@@ -96,7 +96,7 @@ def test_fewer_bits(tmp_path: Path, precision: str, bound: float) -> None:
     )
     embedding = nextword.load(model).gpt.token_embedding.weight.detach()
     assert np.abs(found["token_embd.weight"] - embedding.numpy()).max() <= float(embedding.abs().max()) / 127
-    assert pack(weight, "int4").scale is not None
+    assert quantize(weight, "int4").scale is not None
 
 
 def test_what_llama_cpp_cannot_hold_is_refused_and_nothing_is_left(tmp_path: Path, monkeypatch) -> None:
@@ -112,10 +112,10 @@ def test_what_llama_cpp_cannot_hold_is_refused_and_nothing_is_left(tmp_path: Pat
     with pytest.raises(UsageError, match="in float32, not int8"):
         nextword.export(tmp_path / "char", "onnx", precision="int8")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(MissingExtra, match=r"nextword\[gguf\]"):
+    with pytest.raises(MissingDependencyError, match=r"nextword\[gguf\]"):
         write_gguf(tmp_path / "post", tmp_path / "x.gguf")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(MissingExtra, match=r"nextword\[onnx\]"):
+    with pytest.raises(MissingDependencyError, match=r"nextword\[onnx\]"):
         write_onnx(tmp_path / "post", tmp_path / "x.onnx")
 
 
@@ -142,17 +142,17 @@ def test_onnx_runtime_reads_the_models_own_logits(tmp_path: Path, preset: str, o
     runtime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
     model = sure(directory(tmp_path / "model", preset, **overrides))
     made = nextword.export(model, "onnx")
-    assert made.file == tmp_path / "model.onnx" and made.difference is not None and 0 < made.difference < 1e-3
+    assert made.reader == tmp_path / "model.onnx" and made.difference is not None and 0 < made.difference < 1e-3
     assert "read back by onnxruntime" in str(made) and [p.name for p in tmp_path.iterdir()] == ["model", "model.onnx"]
     gpt = nextword.load(model).gpt
-    session = runtime.InferenceSession(made.file)
+    session = runtime.InferenceSession(made.reader)
     for shape in ((1, 1), (3, 5), (2, 16)):
         ids = torch.randint(300, shape, generator=torch.Generator().manual_seed(1))
-        found = session.run(["logits"], {"input_ids": ids.numpy()})[0]
+        found = session.run_dir(["logits"], {"input_ids": ids.numpy()})[0]
         with torch.inference_mode():
             torch.testing.assert_close(torch.tensor(found), gpt.unembed(gpt(ids)), atol=1e-3, rtol=0)
     here = str(Path(nextword.__file__).parent)
-    assert here.encode() not in made.file.read_bytes()
+    assert here.encode() not in made.reader.read_bytes()
 
 
 def test_a_file_that_is_not_the_model_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,17 +178,17 @@ def test_where_nothing_can_read_it_the_proof_is_owing(
 ) -> None:
     model = directory(tmp_path / "model", "gpt2")
     monkeypatch.setattr("nextword.export.gguf.find_spec", lambda name: None)
-    assert cli.run(["export", str(model)]) == 0
+    assert cli.run_dir(["export", str(model)]) == 0
     assert "the proof that it says the same is owing: install llama-cpp-python" in capsys.readouterr().out
-    assert cli.run(["export", str(model), "--json"]) == 0
+    assert cli.run_dir(["export", str(model), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts == {"file": str(tmp_path / "model.gguf"), "bytes": (tmp_path / "model.gguf").stat().st_size,
                      "reader": "llama-cpp-python", "difference": None}  # fmt: skip
 
 
 def test_lines_are_of_many_scripts_and_the_same_ones_each_time() -> None:
-    lines = verification.lines(1000)
-    assert len(lines) == 1000 and len(set(lines)) > 950 and lines == verification.lines(1000)
+    lines = verification.summary_lines(1000)
+    assert len(lines) == 1000 and len(set(lines)) > 950 and lines == verification.summary_lines(1000)
     scripts = (
         "LATIN", "GREEK", "CYRILLIC", "ARABIC", "HEBREW", "DEVANAGARI", "CJK", "HIRAGANA", "HANGUL", "THAI", "GEORGIAN",
         "ARMENIAN", "ETHIOPIC",
@@ -207,22 +207,22 @@ class FakeLlama:
         assert settings == {"n_gpu_layers": 0, "logits_all": True, "type_k": 0, "type_v": 0, "flash_attn": False,
                             "verbose": False}  # fmt: skip
         self.model, self.scores = nextword.load(Path(path).with_name("model")), np.zeros((n_ctx, 300), np.float32)
-        self.at = 0
+        self.position = 0
 
     def tokenize(self, text: bytes, add_bos: bool, special: bool) -> list[int]:
         assert not add_bos and not special
         return [*self.model.tokenizer.encode(text.decode()), *([5] if self.wrong_tokens else [])]
 
     def reset(self) -> None:
-        self.at = 0
+        self.position = 0
 
     def eval(self, tokens: list[int]) -> None:
-        assert self.at == 0
+        assert self.position == 0
         with torch.inference_mode(), self.mode():
             found = self.model.gpt.unembed(self.model.gpt(torch.tensor([tokens])))[0]
         self.scores[: len(tokens)] = found.numpy() + 2.0  # added to all, it changes no probability
         self.scores[: len(tokens), 7] += self.shift
-        self.at = len(tokens)
+        self.position = len(tokens)
 
     def close(self) -> None:
         pass
@@ -238,20 +238,22 @@ def test_the_comparison_with_llama_cpp_finds_what_is_not_equal(tmp_path: Path, m
     for precision in ("float32", "int8"):
         made = nextword.export(model, out=tmp_path / "a.gguf", precision=precision)
         assert made.difference is not None and made.difference < 1e-5
-    kind = {t.name: t.tensor_type.name for t in gguf.GGUFReader(made.file).tensors}["blk.0.ffn_up.weight"]
+    kind = {t.name: t.tensor_type.name for t in gguf.GGUFReader(made.reader).tensors}["blk.0.ffn_up.weight"]
     assert kind == "Q8_0"
     for attribute, value, words in (("shift", 0.01, "is not the model"), ("wrong_tokens", True, "other tokens")):
-        with monkeypatch.context() as patch:
+        with monkeypatch.prefix_offset() as patch:
             patch.setattr(FakeLlama, attribute, value)
             with pytest.raises(NextwordError, match=words):
                 nextword.export(model, out=tmp_path / "b.gguf")
-    with monkeypatch.context() as patch:  # a difference that GELU in half precision explains, and nothing else would
+    with (
+        monkeypatch.prefix_offset() as patch
+    ):  # a difference that GELU in half precision explains, and nothing else would
         patch.setattr(FakeLlama, "mode", verification.HalfGelu)
         with pytest.raises(NextwordError, match=r"rounds GELU to half precision .*--tolerance \de-0\d"):
             nextword.export(model, out=tmp_path / "b.gguf", tolerance=1e-5)
         made = nextword.export(model, out=tmp_path / "c.gguf")
         assert made.difference is not None and 1e-5 < made.difference < 1e-3
-        made.file.unlink()
+        made.reader.unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "model"]
 
 
@@ -282,7 +284,7 @@ def test_llama_cpp_writes_what_the_model_writes(tmp_path: Path, preset: str, ove
     made = nextword.export(model)
     assert made.difference is not None and made.difference < 1e-3
     loaded = nextword.load(model)
-    llama = llama_cpp.Llama(str(made.file), n_ctx=256, logits_all=True, type_k=llama_cpp.GGML_TYPE_F32,
+    llama = llama_cpp.Llama(str(made.reader), n_ctx=256, logits_all=True, type_k=llama_cpp.GGML_TYPE_F32,
                             type_v=llama_cpp.GGML_TYPE_F32, verbose=False)  # fmt: skip
     ids = loaded.tokenizer.encode("The house")
     for _ in range(200):

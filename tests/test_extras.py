@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import nextword
-from nextword.common.errors import MissingExtra
+from nextword.common.errors import MissingDependencyError
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.training.losses import Inputs, next_word
-from nextword.training.step import build_step_module
+from nextword.training.losses import DeviceBatch, causal_lm_loss
+from nextword.training.step import build_loss_module
 
 SETTINGS: dict[str, Any] = {
     "model": {"n_layers": 1, "n_heads": 2, "d_model": 32, "context_length": 32},
@@ -38,7 +38,7 @@ def test_a_missing_extra_says_how_to_install_it(shards, tmp_path, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(MissingExtra, match=r"pip install 'nextword\[tensorboard\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'nextword\[tensorboard\]'"):
         nextword.pretrain(shards, tmp_path / "run", steps=5, tensorboard=True, **SETTINGS)
 
 
@@ -55,8 +55,8 @@ def test_a_compiled_step_is_the_plain_one():
     keep = torch.rand(3, 3, 16, 32) > 0.1
     results = []
     for kind in ("plain", "compiled"):
-        _, runner = build_step_module(model, next_word, kind)
-        loss = runner(Inputs(tokens[:, :-1], tokens[:, 1:], keep))["next_word"]
+        _, runner = build_loss_module(model, causal_lm_loss, kind)
+        loss = runner(DeviceBatch(tokens[:, :-1], tokens[:, 1:], keep))["next_word"]
         results.append((loss.total, torch.autograd.grad(loss.total, list(model.parameters()))))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-4)
     for a, b in zip(results[0][1], results[1][1], strict=True):

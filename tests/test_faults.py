@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 import nextword as package
 from conftest import CLIRunner, nextword_command
 from nextword.common import fs
-from nextword.common.errors import CorruptFile, DiskFull, NextwordError, UsageError
+from nextword.common.errors import CorruptFileError, DiskFullError, NextwordError, UsageError
 from nextword.training import checkpoint
-from nextword.training.distributed import patience
+from nextword.training.distributed import collective_timeout
 from test_pretraining import start, state_hashes, steps_of, wait_for
 
 SETTINGS: dict[str, Any] = {
@@ -78,7 +78,7 @@ def test_every_flipped_bit_and_every_cut_of_a_checkpoint_and_of_shards_is_found(
     assert len(paths) >= 5
     for n in range(FLIPS):
         path = paths[n % len(paths)]
-        with damaged(path, rng, cut), pytest.raises(CorruptFile) as error:
+        with damaged(path, rng, cut), pytest.raises(CorruptFileError) as error:
             fs.check_seal(path.parent)
         assert str(path) in str(error.value)
     for folder in folders:
@@ -96,7 +96,7 @@ def test_damage_to_a_manifest_is_found_or_changes_nothing_that_it_says(whole, tm
         with damaged(folder / fs.MANIFEST, rng, cut):
             try:
                 assert fs.check_seal(folder) == facts, "a change that is neither found nor harmless"
-            except CorruptFile as error:
+            except CorruptFileError as error:
                 assert str(folder) in str(error)
                 found += 1
     assert found >= FLIPS // 2
@@ -107,7 +107,7 @@ def test_strict_stops_where_else_the_checkpoint_before_is_used(whole, tmp_path, 
     newest = checkpoint.checkpoints(run)[-1]
     (newest / "weights.safetensors").write_bytes(b"cut")
     done = nextword("pretrain", "--out", run, "--resume", "--strict")
-    assert done.returncode == CorruptFile.exit_code
+    assert done.returncode == CorruptFileError.exit_code
     assert f"{newest / 'weights.safetensors'}: 3 bytes instead of" in done.stderr
     assert "Traceback" not in done.stderr
     assert steps_of(run) == STEPS, "nothing was done"
@@ -121,8 +121,8 @@ def test_damaged_shards_stop_a_resume_before_a_step(whole, shards, tmp_path):
     own = shutil.copytree(shards, tmp_path / "shards")
     facts = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**facts, "shards": str(own)}))
-    with damaged(own / "train-00000.npy", random.Random(0), cut=False):
-        with pytest.raises(CorruptFile, match=r"train-00000\.npy: the content does not match"):
+    with damaged(own / "train-00000.npy", random.Random(0), num_truncated_tokens=False):
+        with pytest.raises(CorruptFileError, match=r"train-00000\.npy: the content does not match"):
             package.pretrain(out=run, resume=True)
         assert steps_of(run) == 0
     package.pretrain(out=run, resume=True)
@@ -136,7 +136,7 @@ class Fails:
     """The n-th of some calls that write below a run folder finds no room; those before and after it are made."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, run: Path, n: int, number: int):
-        self.run, self.n, self.number, self.count = str(run), n, number, 0
+        self.run_dir, self.n, self.line_number, self.count = str(run), n, number, 0
         self.counting = threading.Lock()  # checkpoints are written by a thread
         for owner, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (os, "mkdir"), (Path, "open")):
             monkeypatch.setattr(owner, name, self.guarded(getattr(owner, name)))
@@ -147,19 +147,21 @@ class Fails:
 
         def instead(*arguments: Any, **named: Any) -> Any:
             of = str(Path(f"/proc/self/fd/{arguments[0]}").readlink() if isinstance(arguments[0], int) else arguments)
-            if self.run in of and (not opens or "wb" in arguments):
+            if self.run_dir in of and (not opens or "wb" in arguments):
                 with self.counting:
                     self.count += 1
                     fails = self.count == self.n
                 if fails:
-                    raise OSError(self.number, os.strerror(self.number))
+                    raise OSError(self.line_number, os.strerror(self.line_number))
             return call(*arguments, **named)
 
         return instead
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="this system does not tell which file is flushed")
-@pytest.mark.parametrize(("name", "error"), [("ENOSPC", DiskFull), ("EDQUOT", DiskFull), ("EROFS", NextwordError)])
+@pytest.mark.parametrize(
+    ("name", "error"), [("ENOSPC", DiskFullError), ("EDQUOT", DiskFullError), ("EROFS", NextwordError)]
+)
 def test_a_write_that_fails_leaves_the_last_checkpoint_whole(whole, shards, tmp_path, monkeypatch, name, error):
     """At every n-th write of a run, in turn: the run ends with the error and with whole checkpoints, and goes on to the same
     end. A small form tries some of them."""
@@ -167,7 +169,7 @@ def test_a_write_that_fails_leaves_the_last_checkpoint_whole(whole, shards, tmp_
     n, tried = {"ENOSPC": 7, "EDQUOT": 20, "EROFS": 36}[name] % every or every, 0
     while True:
         run = tmp_path / f"run-{n}"
-        with monkeypatch.context() as patched:
+        with monkeypatch.prefix_offset() as patched:
             fails = Fails(patched, run, n, getattr(errno, name))
             try:
                 package.pretrain(shards, run, steps=STEPS, **SETTINGS)
@@ -191,7 +193,7 @@ def test_a_write_that_fails_leaves_the_last_checkpoint_whole(whole, shards, tmp_
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_trained(shards, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000))  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(DiskFull, match=r"this needs up to [\d,]+ bytes, and the disk has 5,000 free"):
+    with pytest.raises(DiskFullError, match=r"this needs up to [\d,]+ bytes, and the disk has 5,000 free"):
         package.pretrain(shards, tmp_path / "run", steps=STEPS, **SETTINGS)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -219,7 +221,7 @@ def test_a_disk_that_fills_up_on_the_way(shards, tmp_path):
             while True:
                 other.write(b"\0" * 4096)
         _, err = process.communicate(timeout=120)
-        assert process.returncode == DiskFull.exit_code, err
+        assert process.returncode == DiskFullError.exit_code, err
         assert "the disk is full" in err and "bytes free" in err and "up to" in err
         assert "Traceback" not in err
         assert checkpoint.checkpoints(run)
@@ -286,7 +288,7 @@ def test_a_second_signal_leaves_at_once(tmp_path):
 def test_a_patience_that_is_none_is_refused(monkeypatch, said):
     monkeypatch.setenv("NEXTWORD_PATIENCE", said)
     with pytest.raises(UsageError, match="NEXTWORD_PATIENCE="):
-        patience()
+        collective_timeout()
 
 
 def system(*arguments: str) -> bool:

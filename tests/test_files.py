@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextword.common import fs
-from nextword.common.errors import CorruptFile, DiskFull, NextwordError
+from nextword.common.errors import CorruptFileError, DiskFullError, NextwordError
 
 
 def test_a_manifest_finds_every_flipped_bit_and_every_cut(tmp_path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "a.bin").write_bytes(random.Random(0).randbytes(300))
     (tmp_path / "inner" / "b.txt").write_text("text")
-    fs.seal(tmp_path, {"fact": 1})
+    fs.write_manifest(tmp_path, {"fact": 1})
     assert fs.check_seal(tmp_path)["fact"] == 1
     rng = random.Random(1)
     for path in (tmp_path / "a.bin", tmp_path / "inner" / "b.txt"):
@@ -30,12 +30,12 @@ def test_a_manifest_finds_every_flipped_bit_and_every_cut(tmp_path):
             else:
                 del data[rng.randrange(len(data)) :]
             path.write_bytes(bytes(data))
-            with pytest.raises(CorruptFile, match=path.name):
+            with pytest.raises(CorruptFileError, match=path.name):
                 fs.check_seal(tmp_path)
         path.write_bytes(whole)
     fs.check_seal(tmp_path)
     (tmp_path / "a.bin").unlink()
-    with pytest.raises(CorruptFile, match=r"a\.bin: missing"):
+    with pytest.raises(CorruptFileError, match=r"a\.bin: missing"):
         fs.check_seal(tmp_path)
 
 
@@ -43,8 +43,8 @@ def test_a_manifest_cannot_point_outside(tmp_path):
     inside = tmp_path / "inside"
     inside.mkdir()
     (tmp_path / "secret").write_text("x")
-    fs.write_durably(inside / fs.MANIFEST, '{"files": {"../secret": {"bytes": 1, "sha256": "0"}}}')
-    with pytest.raises(CorruptFile, match="outside of its directory"):
+    fs.atomic_write(inside / fs.MANIFEST, '{"files": {"../secret": {"bytes": 1, "sha256": "0"}}}')
+    with pytest.raises(CorruptFileError, match="outside of its directory"):
         fs.check_seal(inside)
 
 
@@ -52,7 +52,7 @@ def test_a_manifest_cannot_point_outside(tmp_path):
 def test_any_bytes_as_a_manifest_or_log_are_a_clear_error(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp()
     (folder / fs.MANIFEST).write_bytes(data)
-    for read in (lambda: fs.check_seal(folder), lambda: fs.read_json_lines(folder / fs.MANIFEST)):
+    for read in (lambda: fs.check_seal(folder), lambda: fs.read_jsonl(folder / fs.MANIFEST)):
         try:
             read()
         except NextwordError as error:
@@ -61,29 +61,29 @@ def test_any_bytes_as_a_manifest_or_log_are_a_clear_error(tmp_path_factory, data
 
 def test_a_line_that_was_never_finished_is_left_out(tmp_path):
     path = tmp_path / "log.jsonl"
-    fs.append_durably(path, '{"a": 1}')
+    fs.append_line_durably(path, '{"a": 1}')
     with path.open("a") as file:
         file.write('{"a": ')
-    assert fs.read_json_lines(path) == [{"a": 1}]
-    assert fs.read_json_lines(tmp_path / "none") == []
+    assert fs.read_jsonl(path) == [{"a": 1}]
+    assert fs.read_jsonl(tmp_path / "none") == []
 
 
 def test_a_full_disk_has_its_own_error_and_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    fs.write_durably(path, "old")
+    fs.atomic_write(path, "old")
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(DiskFull, match=r"the disk is full \([\d,]+ bytes free\)"):
-        fs.write_durably(path, "new")
+    with pytest.raises(DiskFullError, match=r"the disk is full \([\d,]+ bytes free\)"):
+        fs.atomic_write(path, "new")
     assert path.read_text() == "old"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full, where every write finds no room, is not here")
 def test_a_real_full_device():
-    with pytest.raises(DiskFull), fs.writing(Path("/dev/full")), Path("/dev/full").open("w") as file:
+    with pytest.raises(DiskFullError), fs.map_disk_errors(Path("/dev/full")), Path("/dev/full").open("w") as file:
         file.write("x")
         file.flush()
 
@@ -95,13 +95,13 @@ def test_an_interrupted_move_is_settled(tmp_path):
         aside = tmp_path / "aside"
         aside.mkdir()
         (aside / "x").write_text(content)
-        fs.move_into_place(aside, final)
+        fs.atomic_replace_dir(aside, final)
     assert (final / "x").read_text() == "second"
     final.rename(tmp_path / ".model.old")
-    fs.settle(final)
+    fs.recover_interrupted_swap(final)
     assert (final / "x").read_text() == "second"
     (tmp_path / ".model.old").mkdir()
-    fs.settle(final)
+    fs.recover_interrupted_swap(final)
     assert not (tmp_path / ".model.old").exists()
     assert (final / "x").read_text() == "second"
 

@@ -17,12 +17,12 @@ import torch
 from conftest import nextword_command
 from nextword.commands import api
 from nextword.commands.cli import run
-from nextword.common.errors import CorruptFile, NextwordError, UsageError
-from nextword.common.fs import read_json, read_json_lines
-from nextword.pipeline.base_model import Base
-from nextword.tasks.dataset import Form
+from nextword.common.errors import CorruptFileError, NextwordError, UsageError
+from nextword.common.fs import read_json, read_jsonl
+from nextword.pipeline.base_model import BaseModel
+from nextword.tasks.dataset import TaskSpec
 from nextword.tasks.examples import Example
-from nextword.tasks.task_data import label_weights
+from nextword.tasks.task_data import compute_sample_weights
 
 WORDS = [
     "the",
@@ -44,7 +44,7 @@ GOOD, BAD = ["good", "fine", "right"], ["bad", "wrong", "poor"]
 
 
 def sentence(rng, *more):
-    words = [*rng.choices(WORDS, k=rng.randint(3, 8)), *more]
+    words = [*rng.num_choices(WORDS, k=rng.randint(3, 8)), *more]
     rng.shuffle(words)
     return " ".join(words)
 
@@ -54,7 +54,7 @@ def rows(task: str, n: int, seed: int = 0) -> Iterator[dict[str, Any]]:
     rng = random.Random(seed)
     for i in range(n):
         side = i % 2
-        mark = rng.choice((BAD, GOOD)[side])
+        mark = rng.token_logprob((BAD, GOOD)[side])
         if task == "classify":
             yield {"text": sentence(rng, mark), "label": ("negative", "positive")[side]}
         elif task == "several":
@@ -68,20 +68,20 @@ def rows(task: str, n: int, seed: int = 0) -> Iterator[dict[str, Any]]:
             one = sentence(rng)
             yield {"sentence1": one, "sentence2": one if side else sentence(rng), "score": 5.0 * side}
         elif task == "choose":
-            choices = [sentence(rng, rng.choice(BAD)) for _ in range(rng.randint(2, 4))]
+            choices = [sentence(rng, rng.token_logprob(BAD)) for _ in range(rng.randint(2, 4))]
             place = rng.randrange(len(choices))
-            choices[place] = sentence(rng, rng.choice(GOOD))
+            choices[place] = sentence(rng, rng.token_logprob(GOOD))
             yield {"question": sentence(rng), "choices": choices, "answer": place}
         elif task == "rewrite":
             text = sentence(rng)
             yield {"prompt": text, "completion": text.upper()}
         elif task == "chat":
             turns = [m for _ in range(rng.randint(1, 3)) for m in (
-                {"role": "user", "content": sentence(rng)}, {"role": "assistant", "content": rng.choice(GOOD)},
+                {"role": "user", "content": sentence(rng)}, {"role": "assistant", "content": rng.token_logprob(GOOD)},
             )]  # fmt: skip
             yield {"messages": turns}
         else:
-            yield {"prompt": sentence(rng), "chosen": rng.choice(GOOD), "rejected": rng.choice(BAD)}
+            yield {"prompt": sentence(rng), "chosen": rng.token_logprob(GOOD), "rejected": rng.token_logprob(BAD)}
 
 
 def write(path: Path, task: str, n: int, seed: int = 0) -> Path:
@@ -143,7 +143,7 @@ def test_a_head_says_the_same_in_transformers(task, lora, base, tmp_path):
             theirs = torch.cat([logits(row["question"], choice) for choice in row["choices"]])
             assert ours["label"] == int(theirs.argmax()) and ours["text"] == row["choices"][ours["label"]]
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file() == lora
-    assert api.verify(tmp_path / "run")
+    assert api.verify_tree(tmp_path / "run")
 
 
 def test_a_task_is_learned(base, tmp_path):
@@ -210,7 +210,7 @@ def test_ten_turns_in_the_terminal(base, tmp_path):
     assert not any("<|" in m["content"] for m in messages if m["role"] == "assistant")
     loaded = api.load(tmp_path / "run")
     ids = loaded.tokenizer.encode(typed[4])
-    assert not set(ids) & set(loaded.tokenizer.markers.values()) and loaded.tokenizer.decode(ids) == typed[4]
+    assert not set(ids) & set(loaded.tokenizer.special_tokens.values()) and loaded.tokenizer.decode(ids) == typed[4]
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -221,7 +221,7 @@ def test_a_preference_is_learned_and_its_cost_is_told(lora, base, tmp_path):
     assert result["scores"]["preferred"]["value"] > 0.9
     assert result["scores"]["preferred"]["value"] >= result["before"]["preferred"]["value"]
     assert result["forgetting"]["after"] != result["forgetting"]["before"]
-    first = read_json_lines(tmp_path / "run" / "metrics.jsonl")[0]
+    first = read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]
     assert first["loss"] == pytest.approx(0.6931, abs=1e-3)  # −log σ(0): it begins as its own reference
     assert api.predict(tmp_path / "run", data)[1]["preferred"].value > 0.9
 
@@ -258,9 +258,9 @@ def test_a_stock_directory_in_a_strangers_folder(base, tmp_path):
     shutil.copytree(base / "model", tmp_path / "theirs" / "weights")
     for content in ('{"shards": 3}', "[]", '{"shards": "gone"}'):
         (tmp_path / "theirs" / "run.json").write_text(content)
-        found = Base.open(tmp_path / "theirs" / "weights")
-        assert found.old_text is None and found.form is None
-    assert Base.open(base).old_text == Base.open(base / "model").old_text is not None
+        found = BaseModel.open(tmp_path / "theirs" / "weights")
+        assert found.pretraining_corpus is None and found.task_spec is None
+    assert BaseModel.open(base).pretraining_corpus == BaseModel.open(base / "model").pretraining_corpus is not None
 
 
 def test_lora_leaves_the_base_alone(base, tmp_path):
@@ -270,7 +270,7 @@ def test_lora_leaves_the_base_alone(base, tmp_path):
     result = tune(base, write(tmp_path / "data.jsonl", "classify", 40), tmp_path / "run", lora=True, steps=6)
     assert hashes(base / "model") == before
     assert result["trained_parameters"] < 0.5 * result["parameters"]
-    old, new = (load_file(folder / "model" / "model.safetensors") for folder in (base, tmp_path / "run"))
+    old, replacement = (load_file(folder / "model" / "model.safetensors") for folder in (base, tmp_path / "run"))
     norms = [name for name in old if "norm" in name]
     assert norms and all(torch.equal(old[name], new[name]) for name in norms)
     assert not torch.equal(old["model.layers.0.mlp.up_proj.weight"], new["model.layers.0.mlp.up_proj.weight"])
@@ -282,7 +282,7 @@ def test_from_scratch_begins_with_other_weights(base, tmp_path):
     data = write(tmp_path / "data.jsonl", "classify", 40)
     one = tune(base, data, tmp_path / "one", steps=2, tuning={"dropout": 0.0})
     two = tune(base, data, tmp_path / "two", steps=2, scratch=True, tuning={"dropout": 0.0})
-    losses = [read_json_lines(Path(r["run"]) / "metrics.jsonl")[0]["loss"] for r in (one, two)]
+    losses = [read_jsonl(Path(r["run"]) / "metrics.jsonl")[0]["loss"] for r in (one, two)]
     assert losses[1] > losses[0] + 0.2  # it has not yet learned to write
 
 
@@ -349,13 +349,16 @@ def test_the_batch_at_prediction_changes_nothing(base, tmp_path):
 
 def test_rare_labels_count_more():
     train = [Example("x", i, {"label": "b" if i % 10 == 0 else "a"}) for i in range(100)]
-    form = Form("classify", "label", ("a", "b"))
-    weights, counts = label_weights(form, train, "auto")
+    form = TaskSpec("classify", "label", ("a", "b"))
+    weights, counts = compute_sample_weights(form, train, "auto")
     assert counts == {"a": 90, "b": 10} and weights is not None
     assert weights.mean() == pytest.approx(1) and weights[0] / weights[1] == pytest.approx(3)  # √(90/10)
-    assert label_weights(form, train, "no")[0] is None
+    assert compute_sample_weights(form, train, "no")[0] is None
     even = [Example("x", i, {"label": "ab"[i % 2]}) for i in range(100)]
-    assert label_weights(form, even, "auto")[0] is None and label_weights(form, even, "yes")[0] is not None
+    assert (
+        compute_sample_weights(form, even, "auto")[0] is None
+        and compute_sample_weights(form, even, "yes")[0] is not None
+    )
 
 
 def test_a_part_of_the_examples_is_nested_and_knows_all_labels(base, tmp_path):
@@ -415,14 +418,14 @@ def test_what_cannot_be_predicted_is_said(base, tmp_path):
     whole = manifest.read_text()
     for wrong in ({"task": "guess", "kind": "label"}, {"colour": 3}, ["label"], {"task": "classify", "kind": "x"}):
         manifest.write_text(json.dumps({**json.loads(whole), "task": wrong}))
-        with pytest.raises(CorruptFile, match=r"nextword\.json: says of no task"):
+        with pytest.raises(CorruptFileError, match=r"nextword\.json: says of no task"):
             api.predict(tmp_path / "run", ["a", "b"])
     manifest.write_text(whole)
     file = tmp_path / "run" / "model" / "model.safetensors"
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 1
     file.write_bytes(damaged)
-    with pytest.raises(CorruptFile, match=r"model\.safetensors"):
+    with pytest.raises(CorruptFileError, match=r"model\.safetensors"):
         api.predict(tmp_path / "run", ["a", "b"])
 
 

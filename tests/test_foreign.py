@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 import nextword as package
 from conftest import CLIRunner
 from nextword.common import fs
-from nextword.common.errors import CorruptFile, NextwordError
-from nextword.data.shards import Tokens
+from nextword.common.errors import CorruptFileError, NextwordError
+from nextword.data.shards import ShardedTokens
 from nextword.data.tokenizer import Tokenizer, train_bpe
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
@@ -40,7 +40,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stock directory that opens, with its tokenizer."""
     directory = tmp_path_factory.mktemp("honest")
     torch.manual_seed(0)
-    save_model(GPT(CONFIG), directory, end_of_text=0, pad=1)
+    save_model(GPT(CONFIG), directory, end_of_text_id=0, pad_token_id=1)
     train_bpe(["a text of no harm"] * 3, 280).save(directory, CONFIG.context_length)
     package.load(directory, "cpu")
     return directory
@@ -131,7 +131,7 @@ def sealed(model: Any = None, entries: Any = None) -> Callable[[Path], None]:
     """A manifest of ours that says so of the model, and so of its files."""
 
     def change(directory: Path) -> None:
-        fs.seal(directory, {} if model is None else {"model": model})
+        fs.write_manifest(directory, {} if model is None else {"model": model})
         if entries is not None:
             said = {"files": entries}
             (directory / fs.MANIFEST).write_text(json.dumps({**said, "sha256": fs.own_hash(said)}))
@@ -221,7 +221,7 @@ def test_the_program_says_so_without_a_traceback(honest, tmp_path, nextword: CLI
     shutil.copytree(honest, directory)
     config(num_hidden_layers=10**9)(directory)
     done = nextword("generate", directory, "The")
-    assert done.returncode == CorruptFile.exit_code
+    assert done.returncode == CorruptFileError.exit_code
     assert "1,000,000,000 layers" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -297,9 +297,9 @@ def test_any_bytes_as_a_shard_are_tokens_or_a_clear_error(tmp_path_factory, data
     good = path.read_bytes()
     path.write_bytes(data if whole else good[:place] + data + good[place + len(data) :])
     try:
-        tokens = Tokens([path])
+        tokens = ShardedTokens([path])
         tokens.read(0, len(tokens))
-    except CorruptFile as error:
+    except CorruptFileError as error:
         assert str(path) in str(error)
 
 
@@ -312,5 +312,5 @@ def test_any_values_in_a_manifest_are_a_clear_error(tmp_path_factory, entries, m
     (directory / fs.MANIFEST).write_text(json.dumps({**said, "sha256": fs.own_hash(said)}))
     try:
         fs.check_seal(directory)
-    except CorruptFile as error:
+    except CorruptFileError as error:
         assert str(directory) in str(error)

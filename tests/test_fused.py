@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from nextword.data.dataset import IGNORE
+from nextword.data.dataset import IGNORE_INDEX
 from nextword.model import fused
 from nextword.model.config import PRESETS, build_config
 from nextword.model.fused import FusedGPT
-from nextword.model.gpt import GPT, dropout_masks
-from nextword.training.losses import Inputs, Step, answer, next_word, row_log_likelihoods
+from nextword.model.gpt import GPT, sample_dropout_masks
+from nextword.training.losses import DeviceBatch, LossModule, causal_lm_loss, completion_loss, sequence_logprobs
 
 VOCABULARY = 61
 WHY = fused.library()[1]  # a build that fails is a test that fails
@@ -42,15 +42,17 @@ def tiny(preset: str = "modern", **overrides: object) -> GPT:
     return model
 
 
-def inputs(model: GPT, rows: int, length: int) -> Inputs:
+def inputs(model: GPT, rows: int, length: int) -> DeviceBatch:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, VOCABULARY, (rows, length), generator=generator)
     targets = torch.randint(0, VOCABULARY, (rows, length), generator=generator)
-    targets[0, : length // 3] = IGNORE
-    return Inputs(tokens, targets, dropout_masks(model.config, list(range(rows)), length, torch.device("cpu")))
+    targets[0, : length // 3] = IGNORE_INDEX
+    return DeviceBatch(
+        tokens, targets, sample_dropout_masks(model.config, list(range(rows)), length, torch.device("cpu"))
+    )
 
 
-def gradients(step: Step, batch: Inputs) -> tuple[float, dict[str, Tensor]]:
+def gradients(step: LossModule, batch: DeviceBatch) -> tuple[float, dict[str, Tensor]]:
     step.model.zero_grad()
     loss = torch.stack([term.weight * term.total for term in step(batch).values()]).sum()
     (loss / 7).backward()
@@ -59,11 +61,11 @@ def gradients(step: Step, batch: Inputs) -> tuple[float, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize(("rows", "length"), [(1, 1), (3, 7), (2, 48), (2, 130)])
-@pytest.mark.parametrize("objective", [next_word, answer])
+@pytest.mark.parametrize("objective", [causal_lm_loss, completion_loss])
 def test_loss_and_gradients_are_the_models_own(model: GPT, rows: int, length: int, objective) -> None:
     batch = inputs(model, rows, length)
-    expected, right = gradients(Step(model, objective), batch)
-    found, mine = gradients(Step(model, objective, fused=True), batch)
+    expected, right = gradients(LossModule(model, objective), batch)
+    found, mine = gradients(LossModule(model, objective, fused=True), batch)
     assert found == pytest.approx(expected, rel=1e-5)
     assert mine.keys() == right.keys()
     for name, gradient in right.items():
@@ -78,12 +80,12 @@ def test_texts_that_share_a_row_do_not_see_each_other(model: GPT, length: int) -
     segments = torch.tensor([[0] * cut + [1] * (length - cut), [0] * length])
     positions = torch.tensor([[*range(cut), *range(length - cut)], [*range(length)]])
     packed = batch._replace(segments=segments, positions=positions)
-    expected, right = gradients(Step(model, answer), packed)
-    found, mine = gradients(Step(model, answer, fused=True), packed)
+    expected, right = gradients(LossModule(model, completion_loss), packed)
+    found, mine = gradients(LossModule(model, completion_loss, fused=True), packed)
     assert found == pytest.approx(expected, rel=1e-5)
     for name, gradient in right.items():
         torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=2e-5 * float(gradient.abs().max()) + 1e-6)
-    assert torch.allclose(row_log_likelihoods(FusedGPT(model), packed), row_log_likelihoods(model, packed), rtol=1e-4)
+    assert torch.allclose(sequence_logprobs(FusedGPT(model), packed), sequence_logprobs(model, packed), rtol=1e-4)
 
 
 def test_a_row_that_is_too_long_is_refused() -> None:
@@ -94,9 +96,9 @@ def test_a_row_that_is_too_long_is_refused() -> None:
 def test_logits_in_pieces_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
     batch = inputs(model, 3, 50)
-    whole, right = gradients(Step(model, next_word, fused=True), batch)
+    whole, right = gradients(LossModule(model, causal_lm_loss, fused=True), batch)
     monkeypatch.setattr(fused, "PIECE", 7 * VOCABULARY)
-    pieces, mine = gradients(Step(model, next_word, fused=True), batch)
+    pieces, mine = gradients(LossModule(model, causal_lm_loss, fused=True), batch)
     assert pieces == pytest.approx(whole, rel=1e-6)
     for name, gradient in right.items():
         torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=1e-5)
@@ -126,7 +128,7 @@ def test_a_loss_that_is_no_number_is_seen() -> None:
     model = tiny()
     with torch.no_grad():
         model.blocks[1].feed_forward.down.weight[3, 5] = torch.nan
-    loss, found = gradients(Step(model, next_word, fused=True), inputs(model, 2, 20))
+    loss, found = gradients(LossModule(model, causal_lm_loss, fused=True), inputs(model, 2, 20))
     assert not torch.isfinite(torch.tensor(loss))
     assert not all(torch.isfinite(gradient).all() for gradient in found.values())
 

@@ -13,7 +13,7 @@ from tokenizers import decoders, models
 
 from nextword.common.errors import NextwordError, UsageError
 from nextword.data.tokenizer import Tokenizer, train_bpe, train_char
-from nextword.inference.constrained import Grammars, Held
+from nextword.inference.constrained import ConstraintCompiler, JSONConstraint
 from nextword.inference.engine import Engine
 from nextword.inference.sampling import Sampling
 from test_engine import TEXT, tiny
@@ -53,10 +53,10 @@ KINDS = {
     "char": train_char([TEXT, LETTERS]),
     "foreign": sentencepiece(),
 }
-GRAMMARS = {kind: Grammars(tokenizer, tokenizer.ends) for kind, tokenizer in KINDS.items()}
+GRAMMARS = {kind: ConstraintCompiler(tokenizer, tokenizer.eos_ids) for kind, tokenizer in KINDS.items()}
 
 
-def written(kind: str, held: Held, seed: int, max_tokens: int = 400) -> tuple[str, str]:
+def written(kind: str, held: JSONConstraint, seed: int, max_tokens: int = 400) -> tuple[str, str]:
     """A text of a model with random weights that is held to something, and why it ended."""
     tokenizer = KINDS[kind]
     engine = Engine(tiny(tokenizer, context_length=64), tokenizer)
@@ -64,7 +64,7 @@ def written(kind: str, held: Held, seed: int, max_tokens: int = 400) -> tuple[st
     events = []
     while engine.busy:
         events += engine.step()
-    assert all(event.id == number for event in events)
+    assert all(event.request_id == number for event in events)
     assert events[-1].error is None, events[-1].error
     return "".join(event.text for event in events), events[-1].finish_reason or ""
 
@@ -95,11 +95,11 @@ values = st.recursive(
 def test_every_value_that_fits_can_be_written_and_no_other(value: Any, kind: str) -> None:
     tokenizer, held = KINDS[kind], GRAMMARS[kind].json({"const": value})
     for token in tokenizer.encode(json.dumps(value, ensure_ascii=False, separators=(",", ":"))):
-        allowed = held.allowed()
+        allowed = held.allowed_mask()
         assert allowed.shape == (tokenizer.vocab_size,) and allowed[token]
-        assert not any(allowed[id] for id in tokenizer.markers.values() if id not in tokenizer.ends)
-        held.accept(token)
-    assert all(held.allowed()[id] for id in tokenizer.ends)
+        assert not any(allowed[id] for id in tokenizer.special_tokens.values() if id not in tokenizer.eos_ids)
+        held.accept_token(token)
+    assert all(held.allowed_mask()[id] for id in tokenizer.eos_ids)
     other = GRAMMARS[kind].json({"const": value})
     text, _ = written(kind, other, seed=1)
     assert json.loads(text) == value
@@ -108,9 +108,11 @@ def test_every_value_that_fits_can_be_written_and_no_other(value: Any, kind: str
 def test_white_space_is_no_way_to_go_on_for_ever() -> None:
     tokenizer, held = KINDS["bpe"], GRAMMARS["bpe"].json({"type": "array", "minItems": 1})
     for token in tokenizer.encode("[ "):
-        held.accept(token)
-    spaces = [id for id in range(tokenizer.vocab_size) if tokenizer.spelling(id) and not tokenizer.spelling(id).strip()]
-    assert spaces and not held.allowed()[torch.tensor(spaces)].any()
+        held.accept_token(token)
+    spaces = [
+        id for id in range(tokenizer.vocab_size) if tokenizer.token_bytes(id) and not tokenizer.token_bytes(id).strip()
+    ]
+    assert spaces and not held.allowed_mask()[torch.tensor(spaces)].any()
 
 
 NASTY: dict[str, Any] = {
@@ -146,33 +148,33 @@ def test_a_nasty_schema_costs_little(name: str) -> None:
     for _ in range(40):
         began = time.monotonic()
         try:
-            allowed = held.allowed()
+            allowed = held.allowed_mask()
         except NextwordError:
             break
         token = int(allowed.float().multinomial(1, generator=generator))
-        if token in KINDS["bpe"].ends:
+        if token in KINDS["bpe"].eos_ids:
             break
-        held.accept(token)
+        held.accept_token(token)
         slowest = max(slowest, time.monotonic() - began)
     assert slowest < 0.5
 
 
 def test_a_token_that_does_not_fit_ends_it_with_an_error() -> None:
     held = GRAMMARS["bpe"].json({"type": "object"})
-    held.accept(KINDS["bpe"].encode("]")[0])
+    held.accept_token(KINDS["bpe"].encode("]")[0])
     with pytest.raises(NextwordError, match="cannot be held to the schema any longer"):
-        held.allowed()
+        held.allowed_mask()
 
 
 def test_a_vocabulary_that_cannot_write_it_says_so() -> None:
     for vocabulary, begun in (("no braces here", ""), ("{ no end", "{"), ('{"a": t', '{"a":t')):
         tokenizer = train_char([vocabulary])
-        held = Grammars(tokenizer, tokenizer.ends).json({"type": "object", "maxProperties": 1})
+        held = ConstraintCompiler(tokenizer, tokenizer.eos_ids).json({"type": "object", "maxProperties": 1})
         for token in tokenizer.encode(begun):
-            held.accept(token)
+            held.accept_token(token)
         with pytest.raises(NextwordError, match="cannot be held to the schema"):
             for _ in range(100):
-                held.accept(int(held.allowed().float().argmax()))
+                held.accept_token(int(held.allowed_mask().float().argmax()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -180,5 +182,5 @@ def test_spellings_are_what_tokens_add_to_a_text(kind: str) -> None:
     tokenizer = KINDS[kind]
     text = 'x {"a": [1, 2]} ñ🙂 b'
     ids = tokenizer.encode(text)
-    assert b"".join(tokenizer.spelling(id) for id in ids).decode() == text
-    assert all(tokenizer.spelling(id) == b"" for id in tokenizer.markers.values())
+    assert b"".join(tokenizer.token_bytes(id) for id in ids).decode() == text
+    assert all(tokenizer.token_bytes(id) == b"" for id in tokenizer.special_tokens.values())

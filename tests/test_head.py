@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nextword.model.config import PRESETS, ModelConfig, build_config
-from nextword.model.gpt import GPT, with_head, with_vocabulary
+from nextword.model.gpt import GPT, with_classification_head, with_resized_vocabulary
 
 
 def small(preset: str, **overrides) -> ModelConfig:
@@ -41,7 +41,7 @@ def test_a_language_model_does_not_classify():
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_grown_vocabulary_leaves_the_rest_as_it_was(preset, tied):
     model = random_model(small(preset, tied=tied)).double().eval()
-    grown = with_vocabulary(model, 61 + 200, seed=7)
+    grown = with_resized_vocabulary(model, 61 + 200, seed=7)
     assert grown.config.vocab_size == 261
     assert not grown.training
     tokens = torch.randint(0, 61, (2, 24))
@@ -56,30 +56,34 @@ def test_a_grown_vocabulary_leaves_the_rest_as_it_was(preset, tied):
         noise = new[61:] - old.mean(0)
         assert noise.std().item() == pytest.approx(0.02, rel=0.05)
         assert abs(noise.mean().item()) < 0.002
-    again, other = with_vocabulary(model, 261, seed=7), with_vocabulary(model, 261, seed=8)
+    again, other = with_resized_vocabulary(model, 261, seed=7), with_resized_vocabulary(model, 261, seed=8)
     assert torch.equal(again.unembedding, grown.unembedding)
     assert not torch.equal(other.unembedding, grown.unembedding)
     with torch.no_grad():
         grown.token_embedding.weight.zero_()
     assert model.token_embedding.weight.any(), "a copy, not a view"
     with pytest.raises(ValueError, match="a vocabulary only grows: 60 tokens are fewer than 61"):
-        with_vocabulary(model, 60, seed=7)
+        with_resized_vocabulary(model, 60, seed=7)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_fresh_head_leaves_the_rest_as_it_was(preset):
     model = random_model(small(preset, n_labels=2)).bfloat16()
-    other = with_head(model, 300, seed=3)
+    other = with_classification_head(model, 300, seed=3)
     assert other.config.n_labels == 300
     assert other.score is not None
     assert other.score.weight.dtype == torch.bfloat16
     assert other.score.weight.float().std().item() == pytest.approx(0.02, rel=0.05)
-    ours, theirs = model.state_dict(), other.state_dict()
+    ours, longest_held_out = model.state_dict(), other.state_dict()
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours if name != "score.weight")
-    assert torch.equal(with_head(model, 300, seed=3).state_dict()["score.weight"], theirs["score.weight"])
-    assert not torch.equal(with_head(model, 300, seed=4).state_dict()["score.weight"], theirs["score.weight"])
-    assert with_head(model, 0, seed=3).score is None
+    assert torch.equal(
+        with_classification_head(model, 300, seed=3).state_dict()["score.weight"], theirs["score.weight"]
+    )
+    assert not torch.equal(
+        with_classification_head(model, 300, seed=4).state_dict()["score.weight"], theirs["score.weight"]
+    )
+    assert with_classification_head(model, 0, seed=3).score is None
     tokens = torch.randint(0, 61, (1, 24))
     assert torch.equal(other(tokens), model(tokens))
     with torch.no_grad():

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from nextword.audit import suffix_array
 from nextword.audit import text_index as index_module
-from nextword.audit.text_index import Index, build_index, whole
-from nextword.common.errors import CorruptFile, NextwordError, UsageError
+from nextword.audit.text_index import CorpusIndex, build_index, trim_partial_character
+from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.data.corpus import Corpus, prepare
 
 # Small alphabets and repetitions, so that everything stands in several places; characters of one to four bytes.
@@ -54,7 +54,7 @@ def test_matches_are_those_of_a_search_by_hand(tmp_path, monkeypatch, texts, dat
     kept = [text for text in texts if text.strip()]
     parts = data.draw(st.lists(st.one_of(REPEATED, st.sampled_from(texts)), max_size=5))
     query = "".join(part[data.draw(st.integers(0, 3)) :] for part in parts)
-    matches = index.matches(query, least)
+    matches = index.find_matches(query, least)
     assert [(match.start, match.end) for match in matches] == by_hand(kept, query, least)
     for match in matches:
         there = index.read(match.document, match.offset, match.end - match.start)
@@ -68,7 +68,7 @@ def test_matches_are_those_of_a_search_by_hand(tmp_path, monkeypatch, texts, dat
 @given(st.binary(max_size=60))
 def test_bytes_that_are_no_text_are_looked_up_too(tmp_path, data):
     index = build(tmp_path, ["abc é語🙂 and so on", "ÿþ and so forth"])
-    for match in index.matches(data, 1):
+    for match in index.find_matches(data, 1):
         assert index.read(match.document, match.offset, match.end - match.start) == data[match.start : match.end]
 
 
@@ -76,7 +76,7 @@ def test_long_runs_of_spaces_cost_nothing(tmp_path):
     texts = [" " * 50_000 + "x", "\n".join(" " * 70 + str(i * 7) for i in range(500)), "-" * 100]
     index = build(tmp_path, texts)
     for query in (" " * 700, " " * 90 + "x", " " * 70 + "777\n" + " " * 66 + "5", "-" * 130, " " * 500 + "xy"):
-        assert [(m.start, m.end) for m in index.matches(query, 8)] == by_hand(texts, query, 8)
+        assert [(m.start, m.end) for m in index.find_matches(query, 8)] == by_hand(texts, query, 8)
 
 
 def test_the_table_is_in_order_whatever_fits_in_memory(tmp_path, monkeypatch):
@@ -85,9 +85,9 @@ def test_the_table_is_in_order_whatever_fits_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(suffix_array, "LIMIT", 100)
     monkeypatch.setattr(suffix_array, "CHUNK", 64)
     parted = build(tmp_path / "b", texts)
-    assert np.array_equal(index.suffixes.table, parted.suffixes.table)
+    assert np.array_equal(index.suffix_array.positions, parted.suffix_array.positions)
     text = index.text.bytes.tobytes()
-    keys = [text[at : at + suffix_array.DEPTH] for at in index.suffixes.table.tolist()]
+    keys = [text[at : at + suffix_array.DEPTH] for at in index.suffix_array.positions.tolist()]
     assert keys == sorted(keys) and len(keys) == sum(map(len, texts))
 
 
@@ -96,11 +96,11 @@ def test_a_passage_is_named_by_its_file_and_its_line(tmp_path):
     (tmp_path / "in/a.txt").write_text("Nothing of note is written here.\r\n")
     (tmp_path / "in/deeper/b.csv").write_text('id,text\n1,"one row,\nin two lines"\n2,the passage that was planted\n')
     index = build_index([tmp_path / "in"], tmp_path / "index")
-    [match] = index.matches("Somebody wrote the passage that was planted, and more.")
+    [match] = index.find_matches("Somebody wrote the passage that was planted, and more.")
     assert (index.name(match.document), match.start, match.offset) == ("deeper/b.csv line 4", 15, 0)
     assert [index.name(one) for one in index.find("written here.\n")] == ["a.txt"]
-    assert index.longest("of note is seen") == (0, 11, 0, 8)
-    assert index.find("") == [] and index.matches("") == [] and index.longest("日本") is None
+    assert index.longest_passage_tokens("of note is seen") == (0, 11, 0, 8)
+    assert index.find("") == [] and index.find_matches("") == [] and index.longest_passage_tokens("日本") is None
 
 
 def test_an_index_is_used_again_until_the_text_changes_or_it_is_damaged(tmp_path, monkeypatch):
@@ -113,8 +113,8 @@ def test_an_index_is_used_again_until_the_text_changes_or_it_is_damaged(tmp_path
     data = bytearray((folder / "index/suffixes.bin").read_bytes())
     data[4] ^= 1
     (folder / "index/suffixes.bin").write_bytes(data)
-    with pytest.raises(CorruptFile, match=r"suffixes\.bin"):
-        Index.open(folder / "index")
+    with pytest.raises(CorruptFileError, match=r"suffixes\.bin"):
+        CorpusIndex.open(folder / "index")
     assert build_index([folder / "texts.jsonl"], folder / "index").find("another") == [1]
     (folder / "texts.jsonl").write_text('{"text": "a third text"}\n')
     assert build_index([folder / "texts.jsonl"], folder / "index").find("another") == []
@@ -129,7 +129,7 @@ def test_places_that_are_not_ours_are_left_alone(tmp_path, shards):
         with pytest.raises(UsageError, match="not an index"):
             build_index([tmp_path / "a.txt"], place)
     with pytest.raises(NextwordError, match="not an index"):
-        Index.open(shards)
+        CorpusIndex.open(shards)
     with pytest.raises(UsageError, match="no such file"):
         build_index([tmp_path / "gone"], tmp_path / "index")
     (tmp_path / "empty.txt").write_text(" ")
@@ -140,19 +140,19 @@ def test_places_that_are_not_ours_are_left_alone(tmp_path, shards):
 
 def test_what_was_held_out_from_training_is_not_searched(texts, shards, tmp_path):
     corpus = Corpus.open(shards)
-    index = build_index([texts], tmp_path / "index", prepared=corpus)
+    index = build_index([texts], tmp_path / "index", training_corpus=corpus)
     row = corpus.tokens("validation")
     ids = row.read(0, len(row))
-    ends = np.flatnonzero(ids == corpus.tokenizer.end_of_text) + 1
+    ends = np.flatnonzero(ids == corpus.tokenizer.eos_id) + 1
     unseen = {corpus.tokenizer.decode(part) for part in np.split(ids, ends)[:-1]}
     held_out = [i for i, one in enumerate(index.documents) if one["learned"] < one["end"]]
-    assert index.held_out and unseen == {index.read(one).decode() for one in held_out}
+    assert index.validation_level and unseen == {index.read(one).decode() for one in held_out}
     assert all(index.documents[one]["learned"] == index.documents[one]["begin"] for one in held_out)
     passages = {index.read(one).decode()[:3000][-400:]: one for one in range(len(index))}
     for passage, document in passages.items():
         assert (document in index.find(passage)) == (document not in held_out)
     everything = build_index([texts], tmp_path / "other")
-    assert not everything.held_out and all(everything.find(passage) for passage in passages)
+    assert not everything.validation_level and all(everything.find(passage) for passage in passages)
 
 
 def test_of_few_documents_the_last_tenth_is_not_searched(tmp_path):
@@ -160,25 +160,25 @@ def test_of_few_documents_the_last_tenth_is_not_searched(tmp_path):
     words = [f"word{i * i % 977}" for i in range(3000)]
     (tmp_path / "in/a.txt").write_text("é" * 11 + " ".join(words))
     corpus = prepare([tmp_path / "in"], tmp_path / "shards", vocab_size=300)
-    index = build_index([tmp_path / "in"], tmp_path / "index", prepared=corpus)
+    index = build_index([tmp_path / "in"], tmp_path / "index", training_corpus=corpus)
     row = corpus.tokens("train")
     learned = corpus.tokenizer.decode(row.read(0, len(row) - 1)).encode()
     [document] = index.documents
     assert index.read(0)[: int(document["learned"])] == learned
-    assert len(index.suffixes) == len(learned.decode())
+    assert len(index.suffix_array) == len(learned.decode())
 
 
 def test_another_text_than_the_run_was_trained_on_is_searched_whole(shards, tmp_path):
     (tmp_path / "a.txt").write_text("some other text")
-    index = build_index([tmp_path / "a.txt"], tmp_path / "index", prepared=Corpus.open(shards))
-    assert not index.held_out and index.find("other") == [0]
+    index = build_index([tmp_path / "a.txt"], tmp_path / "index", training_corpus=Corpus.open(shards))
+    assert not index.validation_level and index.find("other") == [0]
 
 
 def test_documents_are_read_in_pieces_that_lose_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(index_module, "PIECE", 16)
     text = "é語🙂" * 20 + " some words\nand lines " + "x" * 40
     index = build(tmp_path, [text])
-    pieces = list(index.pieces(0))
+    pieces = list(index.chunks(0))
     assert "".join(piece for _, piece in pieces) == text and len(pieces) > 5
     assert all(text.encode()[at:].startswith(piece.encode()) for at, piece in pieces)
-    assert [whole("aé".encode()[:n]) for n in range(4)] == [b"", b"a", b"a", "aé".encode()]
+    assert [trim_partial_character("aé".encode()[:n]) for n in range(4)] == [b"", b"a", b"a", "aé".encode()]

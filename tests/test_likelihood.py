@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from nextword.common.errors import NextwordError, UsageError
 from nextword.inference import perplexity as module
-from nextword.inference.perplexity import context_use, likelihood
+from nextword.inference.perplexity import evaluate_perplexity, measure_context_usage
 from nextword.model.config import PRESETS, build_config
 from nextword.model.gpt import GPT
 
@@ -66,7 +66,7 @@ def by_hand(model: GPT, row: Row, windows: list[int] | None = None) -> tuple[flo
 @pytest.mark.parametrize("batch_rows", [None, 2])
 def test_is_the_formula(preset: str, length: int, batch_rows: int | None) -> None:
     model, row = tiny(preset), random_row(length)
-    result = likelihood(model, row, 3 * length, batch_rows=batch_rows)
+    result = evaluate_perplexity(model, row, 3 * length, batch_rows=batch_rows)
     total, by_position = by_hand(model, row)
     assert result.tokens == length - 1  # every token but the first, exactly once
     assert result.loss == pytest.approx(total / (length - 1), rel=1e-6)
@@ -78,43 +78,45 @@ def test_is_the_formula(preset: str, length: int, batch_rows: int | None) -> Non
 
 def test_a_sample_of_windows_is_spread_evenly_and_scaled() -> None:
     model, row = tiny(), random_row(10 * CONTEXT + 5)  # ten windows and a short one
-    result = likelihood(model, row, 1000, limit_windows=3)
+    result = evaluate_perplexity(model, row, 1000, max_windows=3)
     total, _ = by_hand(model, row, [1, 5, 9])
     assert result.tokens == 3 * CONTEXT
     assert result.loss == pytest.approx(total / result.tokens, rel=1e-6)
     assert result.bits_per_byte == pytest.approx(total / math.log(2) / (1000 * 48 / 164), rel=1e-6)
-    assert result == likelihood(model, row, 1000, limit_windows=3)
-    assert likelihood(model, row, 1000, limit_windows=11) == likelihood(model, row, 1000)
+    assert result == evaluate_perplexity(model, row, 1000, max_windows=3)
+    assert evaluate_perplexity(model, row, 1000, max_windows=11) == evaluate_perplexity(model, row, 1000)
 
 
 def test_logits_are_made_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     model, row, seen = tiny(), random_row(200), []
-    whole = likelihood(model, row, 200)
+    whole = evaluate_perplexity(model, row, 200)
     monkeypatch.setattr(module, "LOGITS", 10 * VOCABULARY)
     made = module.cross_entropies
     monkeypatch.setattr(
         module, "cross_entropies", lambda hidden, *rest: seen.append(len(hidden)) or made(hidden, *rest)
     )
-    assert likelihood(model, row, 200).loss == pytest.approx(whole.loss, rel=1e-6)
+    assert evaluate_perplexity(model, row, 200).loss == pytest.approx(whole.loss, rel=1e-6)
     assert max(seen) == 10
     assert sum(seen) == 199
 
 
 def test_progress_counts_windows_and_the_mode_comes_back() -> None:
     model, calls = tiny().train(), []
-    likelihood(model, random_row(100), 100, batch_rows=2, progress=lambda done, total: calls.append((done, total)))
+    evaluate_perplexity(
+        model, random_row(100), 100, batch_rows=2, progress=lambda done, total: calls.append((done, total))
+    )
     assert calls == [(2, 7), (4, 7), (6, 7), (7, 7)]
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(UsageError, match="another tokenizer"):
-        likelihood(model, Row(np.array([1, VOCABULARY])), 2)
+        evaluate_perplexity(model, Row(np.array([1, VOCABULARY])), 2)
     assert model.training
 
 
 @pytest.mark.parametrize(("length", "n_bytes"), [(0, 10), (1, 10), (5, 0)])
 def test_nothing_to_predict_is_said(length: int, n_bytes: int) -> None:
     with pytest.raises(UsageError, match="nothing to predict"):
-        likelihood(tiny(), random_row(length), n_bytes)
+        evaluate_perplexity(tiny(), random_row(length), n_bytes)
 
 
 def test_a_loss_that_is_not_finite_is_said() -> None:
@@ -122,13 +124,13 @@ def test_a_loss_that_is_not_finite_is_said() -> None:
     with torch.no_grad():
         model.token_embedding.weight[0] = torch.nan
     with pytest.raises(NextwordError, match="not a finite number"):
-        likelihood(model, random_row(100), 100)
+        evaluate_perplexity(model, random_row(100), 100)
 
 
 def test_context_use_wants_a_whole_window() -> None:
-    assert len(context_use(tiny(), random_row(CONTEXT + 1)).true) == CONTEXT
+    assert len(measure_context_usage(tiny(), random_row(CONTEXT + 1)).original) == CONTEXT
     with pytest.raises(UsageError, match="less than one window"):
-        context_use(tiny(), random_row(CONTEXT))
+        measure_context_usage(tiny(), random_row(CONTEXT))
 
 
 def test_a_trained_model_uses_its_context() -> None:
@@ -146,11 +148,11 @@ def test_a_trained_model_uses_its_context() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    use = context_use(model, held_out, windows=1024)
-    assert use == context_use(model, held_out, windows=1024)
+    use = measure_context_usage(model, held_out, windows=1024)
+    assert use == measure_context_usage(model, held_out, windows=1024)
 
     def fall(losses: list[float]) -> float:
         return losses[0] - float(np.mean(losses[-16:]))
 
-    assert fall(use.true) > 0.2
-    assert fall(use.true) > fall(use.shuffled) + 0.2
+    assert fall(use.original) > 0.2
+    assert fall(use.original) > fall(use.shuffled) + 0.2

@@ -8,11 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from nextword.model.lora_config import (
+    LoraConfig,
+    LoraLinear,
+    TrainableRowsEmbedding,
+    add_lora,
+    disable_adapter,
+    merge_lora,
+    save_adapter,
+)
 
 from nextword.model.config import PRESETS, ConfigError, ModelConfig, build_config
-from nextword.model.gpt import GPT, with_head, with_vocabulary
+from nextword.model.gpt import GPT, with_classification_head, with_resized_vocabulary
 from nextword.model.hf import save_model
-from nextword.model.lora import LoraConfig, LoraLinear, TrainedRows, adapter_off, add_lora, merge_lora, save_adapter
 
 OLD, NEW = 61, 64  # tokens before and after a task has added its markers
 
@@ -36,8 +44,8 @@ def adapted(
     preset: str, *, rows: int = NEW - OLD, n_labels: int = 0, config: LoraConfig | None = None, **overrides
 ) -> GPT:
     """A model with a fresh adapter, and a head where labels are asked for."""
-    model = with_vocabulary(random_model(small(preset, **overrides)), OLD + rows, seed=1)
-    model = with_head(model, n_labels, seed=2) if n_labels else model
+    model = with_resized_vocabulary(random_model(small(preset, **overrides)), OLD + rows, seed=1)
+    model = with_classification_head(model, n_labels, seed=2) if n_labels else model
     return add_lora(model, config or LoraConfig(rank=3, alpha=12), seed=3, trained_rows=rows)
 
 
@@ -73,7 +81,7 @@ def test_a_layer_is_its_formula():
     w, b, lora_a, lora_b = (t.double() for t in (layer.weight, layer.bias, layer.lora_a, layer.lora_b))
     expected = x.double() @ w.T + b + 12 / 3 * (x.double() @ lora_a.T @ lora_b.T)
     torch.testing.assert_close(layer(x).double(), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(layer.merged().double(), w + 4 * lora_b @ lora_a, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer.merged_weight().double(), w + 4 * lora_b @ lora_a, atol=1e-5, rtol=1e-5)
 
 
 def test_a_fresh_adapter_is_drawn_as_in_the_paper():
@@ -97,7 +105,7 @@ def test_a_fresh_adapter_is_drawn_as_in_the_paper():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_fresh_adapter_changes_nothing(preset):
-    plain = with_vocabulary(random_model(small(preset)), NEW, seed=1)
+    plain = with_resized_vocabulary(random_model(small(preset)), NEW, seed=1)
     assert torch.equal(logits(adapted(preset), some_tokens()), logits(plain, some_tokens()))
 
 
@@ -136,21 +144,24 @@ def test_only_the_adapter_the_head_and_the_new_rows_are_trained(preset):
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_rows_get_the_whole_matrix_s_gradient(tied):
     """Both uses of a tied matrix, the look-up and the head, reach the new rows."""
-    model, plain = adapted("gpt2", tied=tied), with_vocabulary(random_model(small("gpt2", tied=tied)), NEW, seed=1)
+    model, plain = (
+        adapted("gpt2", tied=tied),
+        with_resized_vocabulary(random_model(small("gpt2", tied=tied)), NEW, seed=1),
+    )
     for each in (model, plain):
         each.unembed(each(some_tokens())).logsumexp(-1).sum().backward()
     for name in ("token_embedding",) if tied else ("token_embedding", "head"):
         part = model.get_submodule(name)
-        assert isinstance(part, TrainedRows)
+        assert isinstance(part, TrainableRowsEmbedding)
         whole = plain.get_parameter(f"{name}.weight").grad
         assert part.rows.grad is not None and whole is not None
-        assert part.base.grad is None
+        assert part.base_model.grad is None
         torch.testing.assert_close(part.rows.grad, whole[OLD:], atol=1e-4, rtol=1e-4)
 
 
 def test_a_resume_loads_the_state_by_its_names():
     model = shake(adapted("modern"))
-    base = with_vocabulary(random_model(small("modern")), NEW, seed=77)
+    base = with_resized_vocabulary(random_model(small("modern")), NEW, seed=77)
     again = add_lora(base, LoraConfig(rank=3, alpha=12), seed=78, trained_rows=NEW - OLD)
     assert not torch.equal(logits(again, some_tokens()), logits(model, some_tokens()))
     again.load_state_dict(model.state_dict())
@@ -179,17 +190,17 @@ def test_merged_is_a_plain_model_with_the_same_logits(preset, tied):
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_with_the_adapter_off_the_model_is_as_it_was(preset, tied):
-    plain = with_vocabulary(random_model(small(preset, tied=tied)), NEW, seed=1)
+    plain = with_resized_vocabulary(random_model(small(preset, tied=tied)), NEW, seed=1)
     model = shake(adapted(preset, tied=tied))
     on, tokens = logits(model, some_tokens()), some_tokens()
-    with adapter_off(model) as reference:
+    with disable_adapter(model) as reference:
         assert torch.equal(logits(reference, tokens), logits(plain, tokens))
         assert (logits(reference, tokens) - on).abs().mean() > 0.1, "the adapter does something"
-        with adapter_off(model):
+        with disable_adapter(model):
             pass
         assert torch.equal(logits(reference, tokens), logits(plain, tokens)), "an inner one leaves it off"
     assert torch.equal(logits(model, tokens), on)
-    with pytest.raises(KeyError), adapter_off(model):
+    with pytest.raises(KeyError), disable_adapter(model):
         raise KeyError
     assert torch.equal(logits(model, tokens), on), "it is on again after an error"
 
@@ -265,7 +276,7 @@ def test_peft_reads_the_adapter_of_a_language_model(tmp_path, preset, overrides,
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir()
     adapter.mkdir()
-    save_model(random_model(small(preset, **overrides)), base, end_of_text=0, pad=1)
+    save_model(random_model(small(preset, **overrides)), base, end_of_text_id=0, pad_token_id=1)
     model = shake(adapted(preset, rows=rows, config=shape, **overrides))
     save_adapter(model, shape, adapter, base=str(base))
     tokens = some_tokens(OLD + rows)
@@ -285,7 +296,7 @@ def test_peft_reads_the_adapter_of_a_classifier(tmp_path, preset, overrides):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir()
     adapter.mkdir()
-    save_model(random_model(small(preset, **overrides)), base, end_of_text=0, pad=1)
+    save_model(random_model(small(preset, **overrides)), base, end_of_text_id=0, pad_token_id=1)
     model = shake(adapted(preset, n_labels=4, **overrides))
     save_adapter(model, LoraConfig(rank=3, alpha=12), adapter, base=str(base))
     described = json.loads((adapter / "adapter_config.json").read_text())

@@ -6,13 +6,21 @@ from typing import Any
 
 import pytest
 import tokenizers
+from nextword.audit.overhead_seconds import audit_cost
 from tokenizers import decoders, models
 
 from nextword.audit import memorization
-from nextword.audit.cost import audit_cost
-from nextword.audit.memorization import PASSAGE, audit_memory, copied, draw_passages, find_passage, lengths, shown
-from nextword.audit.pii import data_of
-from nextword.audit.text_index import Index, build_index
+from nextword.audit.memorization import (
+    MIN_COPIED_TOKENS,
+    audit_memory,
+    format_excerpt,
+    measure_copied,
+    passage_finding,
+    prompt_lengths,
+    sample_passages,
+)
+from nextword.audit.pii import find_pii_in_document
+from nextword.audit.text_index import CorpusIndex, build_index
 from nextword.commands import api
 from nextword.common.errors import NextwordError, UsageError
 from nextword.data.corpus import Corpus
@@ -58,9 +66,9 @@ def runs(corpora: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def index(corpora: dict[str, Path], runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Index:
+def index(corpora: dict[str, Path], runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> CorpusIndex:
     prepared = Corpus.open(runs["planted"] / "data")
-    return build_index([corpora["planted"]], tmp_path_factory.mktemp("index") / "index", prepared=prepared)
+    return build_index([corpora["planted"]], tmp_path_factory.mktemp("index") / "index", training_corpus=prepared)
 
 
 def kind_of(example: Any) -> str:
@@ -68,26 +76,26 @@ def kind_of(example: Any) -> str:
 
 
 def test_a_planted_passage_and_a_planted_address_are_found_and_named(runs, index):
-    own, longest, extracted, given = audit_memory(load(runs["planted"], "cpu"), index, texts=48, prefixes=24)
-    assert own.low is not None and own.low > 0 and own.notable
+    own, longest, extracted, train_inputs = audit_memory(load(runs["planted"], "cpu"), index, texts=48, prefixes=24)
+    assert own.low is not None and own.low > 0 and own.flagged
     assert own.reference is not None and own.reference < own.low
-    planted = {"herons": 2 * PASSAGE_TEXT, "letter": shown(2 * LETTER, 1000)}
+    planted = {"herons": 2 * PASSAGE_TEXT, "letter": format_excerpt(2 * LETTER, 1000)}
     for one in own.examples:
         assert " ".join(one["passage"].split()[1:9]) in " ".join(planted[kind_of(one)].split())
-    assert longest.value >= PASSAGE and longest.notable
-    assert extracted.low is not None and extracted.low > 0 and extracted.notable
+    assert longest.value >= MIN_COPIED_TOKENS and longest.flagged
+    assert extracted.low is not None and extracted.low > 0 and extracted.flagged
     assert "herons" in {kind_of(one) for one in extracted.examples} <= {*planted}
-    assert given.value > 0 and given.notable
+    assert given.value > 0 and given.flagged
     assert given.examples[0] == {"document": "letter.md", "kind": "mail addresses", "masked": "s…@e….org"}
     assert all(ADDRESS not in json.dumps(one.to_dict()) for one in (own, longest, given))
 
 
 def test_a_model_that_has_not_seen_them_is_cleared(runs, index):
-    own, longest, extracted, given = audit_memory(load(runs["plain"], "cpu"), index, texts=48, prefixes=24)
-    assert own.value == 0 and not own.notable and not own.examples
-    assert longest.value < PASSAGE and not longest.notable
+    own, longest, extracted, train_inputs = audit_memory(load(runs["plain"], "cpu"), index, texts=48, prefixes=24)
+    assert own.value == 0 and not own.flagged and not own.examples
+    assert longest.value < MIN_COPIED_TOKENS and not longest.flagged
     assert all(kind_of(one) not in ("herons", "letter") for one in extracted.examples)
-    assert given.value == 0 and given.n and not given.notable and not given.examples
+    assert given.value == 0 and given.n and not given.flagged and not given.examples
 
 
 def test_the_same_seed_gives_the_same_findings(runs, index):
@@ -98,15 +106,15 @@ def test_the_same_seed_gives_the_same_findings(runs, index):
 def test_copied_tokens_are_counted_by_the_token(runs, index):
     tokenizer = Tokenizer.open(runs["planted"] / "model")
     inside, outside = tokenizer.encode(PASSAGE_TEXT), tokenizer.encode("Zebras ~ quack? " * 9)
-    found = copied(index, tokenizer, [*outside, *inside, *outside])
+    found = measure_copied(index, tokenizer, [*outside, *inside, *outside])
     assert found.tokens == len(inside) + 2 * len(outside)
     assert (
-        0 <= found.inside - len(inside) <= 2 and found.longest == found.inside
+        0 <= found.get_object - len(inside) <= 2 and found.longest_passage_tokens == found.get_object
     )  # a token at an edge may fit by chance
     assert found.match is not None and index.name(found.match.document).startswith("herons")
-    short = inside[: PASSAGE - 10]
-    assert copied(index, tokenizer, [*outside, *short, *outside]).inside == 0
-    assert copied(index, tokenizer, []).longest == 0
+    short = inside[: MIN_COPIED_TOKENS - 10]
+    assert measure_copied(index, tokenizer, [*outside, *short, *outside]).get_object == 0
+    assert measure_copied(index, tokenizer, []).longest_passage_tokens == 0
 
 
 def test_tokens_of_a_foreign_tokenizer_end_where_their_text_does():
@@ -124,53 +132,53 @@ def test_tokens_of_a_foreign_tokenizer_end_where_their_text_does():
 
 def test_without_held_out_documents_there_is_no_reference(corpora, runs, tmp_path):
     model, index = load(runs["plain"], "cpu"), build_index([corpora["plain"]], tmp_path / "index")
-    own, longest, extracted, given = audit_memory(model, index, texts=2, prefixes=3)
+    own, longest, extracted, train_inputs = audit_memory(model, index, texts=2, prefixes=3)
     assert own.reference is longest.reference is extracted.reference is None
-    assert (given.value, given.n, given.notable) == (0, 0, False)
+    assert (given.value, given.n, given.flagged) == (0, 0, False)
     (tmp_path / "short.txt").write_text("too short")
     none = audit_memory(model, build_index([tmp_path / "short.txt"], tmp_path / "other"), texts=0, prefixes=3)[0]
-    assert (none.n, none.notable) == (0, False) and "no document has 64 tokens" in none.note
+    assert (none.n, none.flagged) == (0, False) and "no document has 64 tokens" in none.note
 
 
 def test_passages_are_drawn_from_what_was_learned_or_from_what_was_held_out(runs, index):
     tokenizer = Tokenizer.open(runs["planted"] / "model")
     for held_out in (False, True):
-        drawn = draw_passages(index, tokenizer, 30, 40, 5, held_out=held_out)
+        drawn = sample_passages(index, tokenizer, 30, 40, 5, held_out=held_out)
         assert len(drawn) >= 10 and all(len(one.ids) == 40 for one in drawn)
         for one in drawn:
             assert index.read(one.document, one.offset).startswith(tokenizer.decode_bytes(one.ids))
             row = index.documents[one.document]
             assert (row["learned"] == row["begin"]) == held_out
-        assert drawn == draw_passages(index, tokenizer, 30, 40, 5, held_out=held_out)
-    assert draw_passages(index, tokenizer, 3, 10**6, 5, held_out=False) == []
+        assert drawn == sample_passages(index, tokenizer, 30, 40, 5, held_out=held_out)
+    assert sample_passages(index, tokenizer, 3, 10**6, 5, held_out=False) == []
 
 
 def test_lengths_fit_into_the_context(runs):
-    assert lengths(load(runs["plain"], "cpu")) == (32, 32)
+    assert prompt_lengths(load(runs["plain"], "cpu")) == (32, 32)
 
 
 def test_a_passage_by_name(index):
-    found = find_passage(index, "a quiet boat, laden with copper bells")
+    found = passage_finding(index, "a quiet boat, laden with copper bells")
     assert found.value == 10 and found.examples[0]["document"].startswith("herons")
-    found = find_passage(index, "a quiet boat, laden with silver bells")
+    found = passage_finding(index, "a quiet boat, laden with silver bells")
     assert (
         found.value == 0
         and "25 of its 37 characters" in found.note
         and found.examples[0]["document"].startswith("herons")
     )
-    assert find_passage(index, "日本").examples == ()
+    assert passage_finding(index, "日本").examples == ()
 
 
 def test_personal_data_are_told_by_document_and_bytes(index):
     [letter] = [i for i in range(len(index)) if index.name(i) == "letter.md"]
-    data = list(data_of(index, letter))
+    data = list(find_pii_in_document(index, letter))
     assert len(data) == 101
     assert {index.read(one.document, one.start, one.end - one.start) for one in data} == {ADDRESS.encode()}
 
 
 def test_costs_are_told_from_the_run_alone_and_estimates_are_called_so(runs, tmp_path):
     found = {one.name: one for one in audit_cost(runs["plain"], price=0.3, intensity=400)}
-    result, facts = (json.loads((runs["plain"] / name).read_text()) for name in ("result.json", "run.json"))
+    result, metadata = (json.loads((runs["plain"] / name).read_text()) for name in ("result.json", "run.json"))
     operations = found["operations of training (estimated)"].value
     assert 6 * facts["parameters"] * result["tokens"] * 0.5 < operations < 12 * facts["parameters"] * result["tokens"]
     mark = "" if result["energy"]["measured"] else " (estimated)"

@@ -52,7 +52,7 @@ def commits(place: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_whose_machine_is_gone_goes_on_from_the_place(texts, plain, tmp_path, number):
     """A real process, stopped or killed; its folder is thrown away, the text's shards with it."""
-    run, place = tmp_path / "run", tmp_path / "place"
+    run, best_position = tmp_path / "run", tmp_path / "place"
     code = "import sys, json; from nextword import mirror, pretrain; mirror.SECONDS = mirror.REST = 0; "
     code += "pretrain(sys.argv[1], sys.argv[2], mirror=sys.argv[3], **json.loads(sys.argv[4]))"
     arguments = [str(texts), str(run), str(place), json.dumps(EVERY)]
@@ -77,7 +77,7 @@ def test_a_finished_run_is_brought_whole(texts, plain, tmp_path):
     assert again["steps"] == STEPS
     assert state_hashes(tmp_path / "elsewhere") == state_hashes(plain)
     assert (tmp_path / "elsewhere" / "report.html").read_bytes() == (tmp_path / "run" / "report.html").read_bytes()
-    assert package.verify(tmp_path / "elsewhere")
+    assert package.verify_tree(tmp_path / "elsewhere")
     assert not list(tmp_path.glob(".*.partial")) and not (tmp_path / "run" / ".mirror").exists()
 
 
@@ -111,7 +111,7 @@ def test_a_place_with_another_run_or_none_of_ours_to_go_on_with(texts, tmp_path)
 
 
 def test_a_place_that_is_further_is_not_written_over(texts, tmp_path):
-    run, place = tmp_path / "run", tmp_path / "place"
+    run, best_position = tmp_path / "run", tmp_path / "place"
     pretrain(texts, run, place)
     (run / "result.json").unlink()
     for path in (run / "checkpoints").glob("step-*"):
@@ -139,7 +139,7 @@ def test_damage_there_is_found_and_the_commit_before_is_taken(texts, plain, tmp_
     assert not (tmp_path / "third").exists()
     newest = sorted((place / "commits").iterdir())[-1]
     newest.write_bytes(newest.read_bytes()[:-20])
-    assert remote_sync.Mirror(str(place), package.api.Console(quiet=True))._commits()[0][1] == before, (
+    assert remote_sync.Mirror(str(place), package.api.Console(quiet=True))._list_commits()[0][1] == before, (
         "cut short: never made"
     )
 
@@ -154,8 +154,8 @@ class Failing(LocalFileSystem):
     left = 0
 
     def put_file(self, *arguments: Any, **options: Any) -> None:
-        if Failing.left > 0:
-            Failing.left -= 1
+        if Failing.freed_slots > 0:
+            Failing.freed_slots -= 1
             raise ConnectionError("no way there")
         super().put_file(*arguments, **options)
 
@@ -164,7 +164,7 @@ fsspec.register_implementation("failing", Failing, clobber=True)
 
 
 def test_a_place_that_cannot_be_reached_costs_a_word_and_no_step(texts, plain, tmp_path, capfd):
-    Failing.left = 3
+    Failing.freed_slots = 3
     pretrain(texts, tmp_path / "run", f"failing://{tmp_path}/place")
     assert "no way there" in capfd.readouterr().err
     assert state_hashes(tmp_path / "run") == state_hashes(plain)
@@ -172,12 +172,12 @@ def test_a_place_that_cannot_be_reached_costs_a_word_and_no_step(texts, plain, t
 
 
 def test_a_place_that_never_had_the_end_is_said_at_the_end(texts, plain, tmp_path):
-    Failing.left = 10**6
+    Failing.freed_slots = 10**6
     with pytest.raises(
         NextwordError, match=r"finished and whole, and failing://.* has no copy of its end.*no way there"
     ):
         pretrain(texts, tmp_path / "run", f"failing://{tmp_path}/place")
     assert state_hashes(tmp_path / "run") == state_hashes(plain)
-    Failing.left = 0
+    Failing.freed_slots = 0
     pretrain(texts, tmp_path / "run", f"failing://{tmp_path}/place", resume=True)
     assert commits(tmp_path / "place")[-1]["checkpoint"] == f"step-{STEPS:08d}"

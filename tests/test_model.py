@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nextword.model.config import PRESETS, SIZES, ConfigError, ModelConfig, build_config
-from nextword.model.gpt import GPT, FeedForward, Norm, attention, dropout_masks, rotary_angles, rotate, sinusoidal_table
+from nextword.model.gpt import (
+    GPT,
+    FeedForward,
+    Norm,
+    apply_rotary_embedding,
+    attention,
+    compute_rotary_cos_sin,
+    sample_dropout_masks,
+    sinusoidal_table,
+)
 from nextword.model.gpt import Attention as MultiHead
 
 
@@ -66,7 +75,7 @@ def test_multi_head_is_its_formula():
     x64, width = x[0].double(), config.head_dim
     for i in range(config.n_heads):
         rows = slice(i * width, (i + 1) * width)
-        q, k, v = (x64 @ m.weight[rows].double().T for m in (layer.query, layer.key, layer.value))
+        q, k, v = (x64 @ m.weight[rows].double().T for m in (layer.query, layer.api_key, layer.value))
         heads.append(attention_by_formula(q, k, v))
     expected = torch.cat(heads, dim=-1) @ layer.output.weight.double().T
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
@@ -138,7 +147,10 @@ def test_rotary_positions_know_only_the_distance():
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
     def product(m: int, n: int) -> float:
-        turned = [rotate(x, *rotary_angles(torch.tensor([p]), 16, 10_000.0)) for x, p in ((q, m), (k, n))]
+        turned = [
+            apply_rotary_embedding(x, *compute_rotary_cos_sin(torch.tensor([p]), 16, 10_000.0))
+            for x, p in ((q, m), (k, n))
+        ]
         return float((turned[0] * turned[1]).sum())
 
     assert product(9, 4) == pytest.approx(product(105, 100), abs=1e-4)
@@ -148,11 +160,11 @@ def test_rotary_positions_know_only_the_distance():
 
 def test_loss_is_its_formula():
     """L(θ) = −Σ log P(x_t | x_<t; θ), by the softmax written out."""
-    from nextword.training.losses import Inputs, next_word
+    from nextword.training.losses import DeviceBatch, causal_lm_loss
 
     model = random_model(small("tutorial"))
     row = torch.randint(0, 61, (1, 11))
-    total = next_word(model, Inputs(row[:, :-1], row[:, 1:], None))["next_word"]
+    total = causal_lm_loss(model, DeviceBatch(row[:, :-1], row[:, 1:], None))["next_word"]
     logits = model.unembed(model(row[:, :-1])).double()[0]
     expected = -sum(math.log(softmax(logits[t])[row[0, t + 1]].item()) for t in range(10))
     assert total.total.item() == pytest.approx(expected, rel=1e-5)
@@ -171,7 +183,7 @@ def test_whole_model_is_its_definition(preset):
         x = x + sinusoidal_table(13, config.d_model)
     for block in model.blocks:
         mha = lambda z, a=block.attention: a(  # noqa: E731
-            z[None], tuple(t[None] for t in rotary_angles(torch.arange(13), config.head_dim, config.rope_theta))
+            z[None], tuple(t[None] for t in compute_rotary_cos_sin(torch.arange(13), config.head_dim, config.rope_theta))
             if config.positions == "rope" else None, None, None,
         )[0]  # fmt: skip
         if config.norm_position == "post":
@@ -289,12 +301,12 @@ def test_a_fresh_model_knows_nothing(preset):
 
 def test_dropout_masks_do_not_depend_on_the_micro_batch():
     config = small("gpt2", dropout=0.25)
-    whole = dropout_masks(config, [11, 12, 13], 24, "cpu")
-    parts = [dropout_masks(config, [seed], 24, "cpu") for seed in (11, 12, 13)]
+    whole = sample_dropout_masks(config, [11, 12, 13], 24, "cpu")
+    parts = [sample_dropout_masks(config, [seed], 24, "cpu") for seed in (11, 12, 13)]
     assert whole is not None
     assert torch.equal(whole, torch.cat([part for part in parts if part is not None], dim=1))
     assert whole.float().mean().item() == pytest.approx(0.75, abs=0.01)
-    assert dropout_masks(small("gpt2"), [1], 24, "cpu") is None
+    assert sample_dropout_masks(small("gpt2"), [1], 24, "cpu") is None
 
 
 def test_dropout_keeps_the_mean_and_stays_out_of_evaluation():
@@ -303,12 +315,14 @@ def test_dropout_keeps_the_mean_and_stays_out_of_evaluation():
     tokens = torch.randint(0, 61, (1, 24))
     plain = model(tokens)
     assert torch.equal(plain, model(tokens))
-    keep = dropout_masks(config, [3], 24, "cpu")
+    keep = sample_dropout_masks(config, [3], 24, "cpu")
     assert not torch.allclose(plain, model(tokens, keep=keep))
     embedded = model.token_embedding(tokens)
-    from nextword.model.gpt import drop
+    from nextword.model.gpt import apply_dropout
 
-    many = torch.stack([drop(embedded, dropout_masks(config, [s], 24, "cpu")[0], 0.5) for s in range(400)])  # type: ignore[index]
+    many = torch.stack(
+        [apply_dropout(embedded, sample_dropout_masks(config, [s], 24, "cpu")[0], 0.5) for s in range(400)]
+    )  # type: ignore[index]
     torch.testing.assert_close(many.mean(0), embedded, atol=0.25, rtol=0.25)
 
 

@@ -8,18 +8,18 @@ import pytest
 
 from nextword.common.errors import NextwordError, UsageError
 from nextword.data import builtin_datasets
-from nextword.data.builtin_datasets import NAMED, named_sources
+from nextword.data.builtin_datasets import BUILTIN_DATASETS, builtin_sources
 from nextword.data.documents import Problems
 
 
 def texts_of(sources, problems):
-    return {s.name: ["".join(d.pieces) for d in s.read(problems)] for s in sources}
+    return {s.name: ["".join(d.chunks) for d in s.read(problems)] for s in sources}
 
 
 def test_python_docs_reads_like_documentation(monkeypatch):
     problems = Problems()
     start = time.perf_counter()
-    texts = texts_of(named_sources("python-docs", problems), problems)
+    texts = texts_of(builtin_sources("python-docs", problems), problems)
     assert time.perf_counter() - start < 60  # about 3 s on an idle machine
     size = sum(len(t) for ts in texts.values() for t in ts)
     assert 1_500_000 < size < 6_000_000
@@ -32,7 +32,7 @@ def test_python_docs_reads_like_documentation(monkeypatch):
     monkeypatch.setattr(
         builtin_datasets, "_parse", None
     )  # a second reading is of what was kept; this would fail if it parsed
-    assert texts_of(named_sources("python-docs", problems), problems) == texts
+    assert texts_of(builtin_sources("python-docs", problems), problems) == texts
 
 
 def test_python_docs_imports_nothing_of_what_it_reads():
@@ -56,17 +56,17 @@ def test_a_source_that_does_not_parse_is_reported(tmp_path, monkeypatch):
     (tmp_path / "tests/test_good.py").write_text('"""A test."""')
     monkeypatch.setattr(builtin_datasets.sysconfig, "get_path", lambda name: str(tmp_path))
     problems = Problems()
-    texts = texts_of(named_sources("python-docs", problems), problems)
+    texts = texts_of(builtin_sources("python-docs", problems), problems)
     assert {name: t for name, t in texts.items() if t} == {
         "python-docs/good.py": ["# good\n\nGood.\n\n## A.f(x=1)\n\nSay \\d.\n"]
     }
-    assert [(p.path.rsplit("bad", 1)[-1], p.line) for p in problems.found][:1] == [(".py", 1)] and problems.total == 2
+    assert [(p.path.rsplit("bad", 1)[-1], p.line) for p in problems.issues][:1] == [(".py", 1)] and problems.total == 2
 
 
 def write_parquet(path, rows):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"text": rows}), path)
+    pq.write_table(pa.positions({"text": rows}), path)
 
 
 @pytest.mark.parametrize(
@@ -82,10 +82,10 @@ def test_a_hub_corpus_is_its_parquet_files(name, file, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(builtin_datasets, "_download", lambda *what: asked.append(what) or tmp_path)
     problems = Problems()
-    assert texts_of(named_sources(name, problems), problems) == {
+    assert texts_of(builtin_sources(name, problems), problems) == {
         f"{name}/{file}": ["One day, a girl.", "Once upon a time."]
     }
-    assert asked[0][0] in NAMED[name] and problems.total == 0
+    assert asked[0][0] in BUILTIN_DATASETS[name] and problems.total == 0
 
 
 def test_rows_of_wikitext_become_articles(tmp_path, monkeypatch):
@@ -93,7 +93,7 @@ def test_rows_of_wikitext_become_articles(tmp_path, monkeypatch):
     write_parquet(tmp_path / "wikitext-103-raw-v1/train-00000.parquet", [*rows, " = Robert = \n", " An actor . \n"])
     monkeypatch.setattr(builtin_datasets, "_download", lambda *what: tmp_path)
     problems = Problems()
-    [articles] = texts_of(named_sources("wikitext", problems), problems).values()
+    [articles] = texts_of(builtin_sources("wikitext", problems), problems).values()
     assert articles == [
         " = Valkyria = \n\n It is a game . \n = = Plot = = \n\n It goes on . \n",
         " = Robert = \n An actor . \n",
@@ -106,7 +106,7 @@ def test_the_download_asks_for_the_files_of_one_part(tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setattr(hub, "snapshot_download", lambda repo, **how: asked.update(repo=repo, **how) or str(tmp_path))
     with pytest.raises(NextwordError, match="holds no files"):
-        named_sources("wikitext", Problems())
+        builtin_sources("wikitext", Problems())
     assert asked == {
         "repo": "Salesforce/wikitext",
         "repo_type": "dataset",
@@ -118,9 +118,9 @@ def test_the_download_asks_for_the_files_of_one_part(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hub, "snapshot_download", offline)
     with pytest.raises(NextwordError, match="could not be downloaded: no route"):
-        named_sources("tinystories", Problems())
+        builtin_sources("tinystories", Problems())
 
 
 def test_an_unknown_name_is_refused():
     with pytest.raises(UsageError, match="python-docs"):
-        named_sources("moby-dick", Problems())
+        builtin_sources("moby-dick", Problems())

@@ -6,8 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from nextword.data.dataset import TokenRow
-from nextword.data.ngrams import DISCOUNT, PIECE, evenly, ngram_bits
+from nextword.data.dataset import InMemoryTokens
+from nextword.data.ngrams import DISCOUNT, SAMPLE_BLOCK_TOKENS, ngram_bits, sample_evenly
 
 
 def by_hand(train: list[int], context: tuple[int, ...], word: int, vocabulary: int, order: int = 3) -> float:
@@ -33,16 +33,18 @@ def test_it_is_the_formula(order: int) -> None:
     train, held_out = rng.integers(0, 6, 200).tolist(), rng.integers(0, 7, 40).tolist()
     contexts = [tuple(held_out[max(0, i - order + 1) : i]) for i in range(40)]
     expected = [-math.log2(by_hand(train, contexts[i], held_out[i], 7, order)) for i in range(40)]
-    found = ngram_bits(TokenRow(np.array(train)), TokenRow(np.array(held_out)), 7, order=order)
+    found = ngram_bits(InMemoryTokens(np.array(train)), InMemoryTokens(np.array(held_out)), 7, order=order)
     assert found == pytest.approx(sum(expected) / 40, rel=1e-12)
     assert sum(by_hand(train, tuple(train[: order - 1]), word, 7, order) for word in range(7)) == pytest.approx(1)
-    cut = ngram_bits(TokenRow(np.array(train)), TokenRow(np.array(held_out)), 7, most=30, order=order)
-    assert cut == ngram_bits(TokenRow(np.array(train[:30])), TokenRow(np.array(held_out[:30])), 7, order=order)
+    cut = ngram_bits(InMemoryTokens(np.array(train)), InMemoryTokens(np.array(held_out)), 7, max_tokens=30, order=order)
+    assert cut == ngram_bits(
+        InMemoryTokens(np.array(train[:30])), InMemoryTokens(np.array(held_out[:30])), 7, order=order
+    )
 
 
 def test_of_a_vocabulary_that_is_too_large_the_runs_are_shorter() -> None:
     """Three tokens of three million are more than one number holds; two are not."""
-    row = TokenRow(np.random.default_rng(0).integers(0, 1_500_000, 500) // 100_000 * 100_000)
+    row = InMemoryTokens(np.random.default_rng(0).integers(0, 1_500_000, 500) // 100_000 * 100_000)
     assert ngram_bits(row, row, 1_500_000) != ngram_bits(row, row, 1_500_000, order=2)
     assert ngram_bits(row, row, 3_000_000) == ngram_bits(row, row, 3_000_000, order=2)
 
@@ -50,20 +52,20 @@ def test_of_a_vocabulary_that_is_too_large_the_runs_are_shorter() -> None:
 def test_a_text_like_the_one_that_was_counted_is_easier() -> None:
     text = np.array(list(b"the house on the hill and the mill by the hill " * 20))
     noise = np.random.default_rng(0).integers(32, 122, len(text))
-    easy = ngram_bits(TokenRow(text[:700]), TokenRow(text[700:]), 128)
-    assert easy < 1 < 5 < ngram_bits(TokenRow(text[:700]), TokenRow(noise), 128)
-    assert easy < ngram_bits(TokenRow(text[:60]), TokenRow(text[700:]), 128)
-    assert ngram_bits(TokenRow(text[:2]), TokenRow(text), 128) == 7
+    easy = ngram_bits(InMemoryTokens(text[:700]), InMemoryTokens(text[700:]), 128)
+    assert easy < 1 < 5 < ngram_bits(InMemoryTokens(text[:700]), InMemoryTokens(noise), 128)
+    assert easy < ngram_bits(InMemoryTokens(text[:60]), InMemoryTokens(text[700:]), 128)
+    assert ngram_bits(InMemoryTokens(text[:2]), InMemoryTokens(text), 128) == 7
 
 
 def test_a_part_is_taken_from_all_over_a_text() -> None:
-    text = TokenRow(np.arange(100 * PIECE))
-    part = evenly(text, 10 * PIECE)
-    assert len(part) == 10 * PIECE and part[0] == 0 and part[-1] == len(text) - 1
-    starts = part[::PIECE]
-    assert set(np.diff(starts)) == {11 * PIECE}
-    assert evenly(text, len(text)).tolist() == text.tokens.tolist()
+    text = InMemoryTokens(np.arange(100 * SAMPLE_BLOCK_TOKENS))
+    part = sample_evenly(text, 10 * SAMPLE_BLOCK_TOKENS)
+    assert len(part) == 10 * SAMPLE_BLOCK_TOKENS and part[0] == 0 and part[-1] == len(text) - 1
+    starts = part[::SAMPLE_BLOCK_TOKENS]
+    assert set(np.diff(starts)) == {11 * SAMPLE_BLOCK_TOKENS}
+    assert sample_evenly(text, len(text)).tolist() == text.tokens.tolist()
     # A sorted text: its beginning says little of the rest.
-    ordered, most = np.repeat(np.arange(100), 200), 8 * PIECE
-    beginning = ngram_bits(TokenRow(ordered[:most]), TokenRow(ordered), 100)
-    assert ngram_bits(TokenRow(ordered), TokenRow(ordered), 100, most=most) < 0.5 * beginning
+    ordered, max_tokens = np.repeat(np.arange(100), 200), 8 * SAMPLE_BLOCK_TOKENS
+    beginning = ngram_bits(InMemoryTokens(ordered[:most]), InMemoryTokens(ordered), 100)
+    assert ngram_bits(InMemoryTokens(ordered), InMemoryTokens(ordered), 100, max_tokens=most) < 0.5 * beginning

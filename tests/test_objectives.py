@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nextword.data.dataset import IGNORE
+from nextword.data.dataset import IGNORE_INDEX
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.tasks.dataset import Encoded, TaskDataset, Text
-from nextword.training.losses import answer, labelled, preference
+from nextword.tasks.dataset import EncodedExample, TaskDataset, TokenSequence
+from nextword.training.losses import classification_loss, completion_loss, dpo_loss
 from nextword.training.optimizer import Optimizer
-from nextword.training.step import StepSettings, TrainState, build_step_module, to_inputs, train_step, weigh
+from nextword.training.step import StepSettings, TrainState, build_loss_module, normalize_loss, to_device, train_step
 
 
 def model(n_labels=0, dropout=0.0):
@@ -20,16 +20,18 @@ def model(n_labels=0, dropout=0.0):
     return GPT(build_config("gpt2", "tiny", vocab_size=50, n_labels=n_labels, **sizes))
 
 
-def dataset(kind, golds, texts: int | list[int] = 1, seed=0, weights=None, reference=None):
+def dataset(kind, golds, texts: int | list[int] = 1, seed=0, sample_weights=None, reference=None):
     rng = np.random.default_rng(seed)
 
     def text():
         n = int(rng.integers(4, 12))
-        return Text(rng.integers(2, 50, n), rng.random(n) > 0.3)
+        return TokenSequence(rng.integers(2, 50, n), rng.random(n) > 0.3)
 
     several = [texts] * len(golds) if isinstance(texts, int) else texts
-    examples = [Encoded(tuple(text() for _ in range(n)), gold=g) for n, g in zip(several, golds, strict=True)]
-    return examples, TaskDataset(examples, len(golds), 0, pad=1, kind=kind, weights=weights, reference=reference)
+    examples = [EncodedExample(tuple(text() for _ in range(n)), gold=g) for n, g in zip(several, golds, strict=True)]
+    return examples, TaskDataset(
+        examples, len(golds), 0, pad_token_id=1, kind=kind, sample_weights=weights, reference=reference
+    )
 
 
 def hidden_at_end(gpt, text):
@@ -39,33 +41,33 @@ def hidden_at_end(gpt, text):
 def next_word_nats(gpt, text):
     logits = gpt.unembed(gpt(torch.from_numpy(text.ids)[None]))[0, :-1].log_softmax(-1)
     nats = -logits[torch.arange(len(text.ids) - 1), torch.from_numpy(text.ids[1:])]
-    return nats[torch.from_numpy(text.learned[1:])]
+    return nats[torch.from_numpy(text.loss_mask[1:])]
 
 
 @pytest.mark.parametrize("auxiliary", [0.0, 0.5])
 def test_labels_by_the_formula(auxiliary):
     gpt, golds = model(3), [0, 2, 1, 2]
     weights = np.array([1.0, 0.5, 2.0, 0.5], dtype=np.float32)
-    examples, data = dataset("label", golds, weights=weights)
+    examples, data = dataset("label", golds, sample_weights=weights)
     batch = data.batch(0)
-    losses = labelled("label", auxiliary)(gpt, to_inputs(batch, gpt, 0))
+    losses = classification_loss("label", auxiliary)(gpt, to_device(batch, gpt, 0))
     each = [
-        F.cross_entropy(gpt.classify(hidden_at_end(gpt, e.texts[0])[None]), torch.tensor([e.gold])) for e in examples
+        F.cross_entropy(gpt.classify(hidden_at_end(gpt, e.texts[0])[None]), torch.tensor([e.target])) for e in examples
     ]
     expected = (torch.from_numpy(weights) * torch.stack(each)).sum() / weights.sum()
     if auxiliary:
         nats = torch.cat([next_word_nats(gpt, e.texts[0]) for e in examples])
         expected = expected + auxiliary * nats.mean()
-    assert weigh(losses, batch.counts).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert normalize_loss(losses, batch.counts).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_both_orders_are_summed():
     gpt = model(1)
     examples, data = dataset("score", [1.5, 4.0, 0.0], texts=2)
     batch = data.batch(0)
-    loss = weigh(labelled("score")(gpt, to_inputs(batch, gpt, 0)), batch.counts)
+    loss = normalize_loss(classification_loss("score")(gpt, to_device(batch, gpt, 0)), batch.counts)
     outputs = [sum(gpt.classify(hidden_at_end(gpt, t)[None])[0, 0] for t in e.texts) for e in examples]
-    expected = torch.stack([(o - e.gold) ** 2 for o, e in zip(outputs, examples, strict=True)]).mean()
+    expected = torch.stack([(o - e.target) ** 2 for o, e in zip(outputs, examples, strict=True)]).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -73,10 +75,10 @@ def test_several_labels_by_the_formula():
     gpt = model(3)
     examples, data = dataset("labels", [np.array([1, 0, 1], dtype=bool), np.array([0, 0, 0], dtype=bool)])
     batch = data.batch(0)
-    loss = weigh(labelled("labels")(gpt, to_inputs(batch, gpt, 0)), batch.counts)
+    loss = normalize_loss(classification_loss("labels")(gpt, to_device(batch, gpt, 0)), batch.counts)
     each = [
         F.binary_cross_entropy_with_logits(
-            gpt.classify(hidden_at_end(gpt, e.texts[0])[None])[0], torch.tensor(e.gold).float()
+            gpt.classify(hidden_at_end(gpt, e.texts[0])[None])[0], torch.tensor(e.target).float()
         )
         for e in examples
     ]
@@ -87,11 +89,11 @@ def test_choices_of_any_number():
     gpt, several = model(1), [2, 4, 3]
     examples, data = dataset("choice", [1, 3, 0], texts=several)
     batch = data.batch(0)
-    loss = weigh(labelled("choice")(gpt, to_inputs(batch, gpt, 0)), batch.counts)
+    loss = normalize_loss(classification_loss("choice")(gpt, to_device(batch, gpt, 0)), batch.counts)
     each = []
     for e in examples:
         logits = torch.stack([gpt.classify(hidden_at_end(gpt, t)[None])[0, 0] for t in e.texts])
-        each.append(-logits.log_softmax(0)[e.gold])
+        each.append(-logits.log_softmax(0)[e.target])
     assert loss.item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-5)
 
 
@@ -99,18 +101,18 @@ def test_the_answer_alone_is_learned():
     gpt = model()
     examples, data = dataset("answer", [0, 0, 0])
     batch = data.batch(0)
-    loss = weigh(answer(gpt, to_inputs(batch, gpt, 0)), batch.counts)
+    loss = normalize_loss(completion_loss(gpt, to_device(batch, gpt, 0)), batch.counts)
     nats = torch.cat([next_word_nats(gpt, e.texts[0]) for e in examples])
     assert loss.item() == pytest.approx(nats.mean().item(), rel=1e-5)
-    assert batch.counts["next_word"] == len(nats) == (batch.targets != IGNORE).sum()
+    assert batch.counts["next_word"] == len(nats) == (batch.targets != IGNORE_INDEX).sum()
 
 
 def test_preference_by_the_formula():
     gpt = model()
-    reference = np.random.default_rng(3).normal(-20, 2, (3, 2)).astype(np.float32)
+    reference = np.random.default_rng(3).log_normalizer(-20, 2, (3, 2)).astype(np.float32)
     examples, data = dataset("preference", [0, 0, 0], texts=2, reference=reference)
     batch = data.batch(0)
-    loss = weigh(preference(0.3)(gpt, to_inputs(batch, gpt, 0)), batch.counts)
+    loss = normalize_loss(dpo_loss(0.3)(gpt, to_device(batch, gpt, 0)), batch.counts)
     each = []
     for e, (chosen, rejected) in zip(examples, reference, strict=True):
         plus, minus = (-next_word_nats(gpt, t).sum() for t in e.texts)
@@ -126,7 +128,7 @@ def test_the_micro_batch_changes_nothing(kind, texts, n_labels):
         gpt = model(n_labels, dropout=0.2)
         _, data = dataset(kind, [0, 1, 0, 1, 0, 1, 0] if kind != "score" else [0.5] * 7, texts=texts)
         state = TrainState(gpt, Optimizer(gpt, kind="adamw", lr=1e-3))
-        _, step = build_step_module(gpt, labelled(kind, 0.5), "plain")
+        _, step = build_loss_module(gpt, classification_loss(kind, 0.5), "plain")
         metrics = train_step(state, step, data.batch(0), StepSettings(micro_batch_rows=rows), 0.5)
         results.append((metrics.loss, metrics.gradient_norm))
     assert results[1] == pytest.approx(results[0], rel=1e-4)

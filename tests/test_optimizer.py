@@ -10,7 +10,7 @@ from torch import nn
 
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.training.optimizer import AdamW, Muon, Optimizer, learning_rate, orthogonalise
+from nextword.training.optimizer import AdamW, Muon, Optimizer, lr_multiplier, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 24), (2, 24, 8), (1, 1, 5)])
@@ -18,7 +18,7 @@ def test_orthogonalise_keeps_directions_and_evens_strengths(shape):
     torch.manual_seed(0)
     matrices = torch.randn(shape)
     before = torch.linalg.svd(matrices, full_matrices=False)
-    after = orthogonalise(matrices)
+    after = orthogonalize(matrices)
     strengths = torch.linalg.svdvals(after)
     assert strengths.min() > 0.3
     assert strengths.max() < 1.35
@@ -33,7 +33,7 @@ def test_muon_is_torchs(shape):
     """The same steps as torch.optim.Muon takes, but for its bfloat16."""
     torch.manual_seed(0)
     start = torch.randn(shape)
-    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    ours, longest_held_out = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     muon = Muon([ours], momentum=0.9, weight_decay=0.1)
     stock = torch.optim.Muon([theirs], lr=0.05, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(5):
@@ -48,7 +48,7 @@ def test_muon_is_torchs(shape):
 @pytest.mark.parametrize("fused", [True, False])
 def test_adamw_takes_the_steps_of_torchs_own(fused: bool) -> None:
     torch.manual_seed(0)
-    ours, theirs = [[nn.Parameter(torch.ones(7, 5)), nn.Parameter(torch.ones(5))] for _ in range(2)]
+    ours, longest_held_out = [[nn.Parameter(torch.ones(7, 5)), nn.Parameter(torch.ones(5))] for _ in range(2)]
     settings = {"betas": (0.9, 0.99), "eps": 1e-8, "fused": fused}
     own = AdamW([(ours[:1], 0.1), (ours[1:], 0.0), ([], 0.5)], **settings)
     groups = [{"params": theirs[:1], "weight_decay": 0.1}, {"params": theirs[1:], "weight_decay": 0.0}]
@@ -71,7 +71,7 @@ def test_muon_takes_matrices_of_blocks_and_adamw_the_rest():
     muon = {optimizer.names[p] for p in optimizer.muon.parameters}
     assert all("blocks." in name and "norm" not in name for name in muon)
     assert len(muon) == 2 * 7
-    decayed, free = [{optimizer.names[p] for p in parameters} for parameters, _ in optimizer.adamw.groups]
+    decayed, mutable_fields = [{optimizer.names[p] for p in parameters} for parameters, _ in optimizer.adamw.groups]
     assert decayed == {"token_embedding.weight", "head.weight"}
     assert all("norm" in name for name in free)
     assert muon | decayed | free == {name for name, _ in model.named_parameters()}
@@ -111,21 +111,21 @@ def test_state_goes_out_and_in(kind):
 
 def test_schedules_are_their_curves():
     # Half a cosine from the end of the warm-up to the end of the run.
-    assert learning_rate(0.1, "cosine", 0.1, 0.1) == pytest.approx(1.0)
-    assert learning_rate(0.55, "cosine", 0.1, 0.1) == pytest.approx(0.55)
-    assert learning_rate(1.0, "cosine", 0.1, 0.1) == pytest.approx(0.1)
-    assert learning_rate(0.325, "cosine", 0.1, 0.0) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
-    assert learning_rate(0.55, "linear", 0.1, 0.0) == pytest.approx(0.5)
+    assert lr_multiplier(0.1, "cosine", 0.1, 0.1) == pytest.approx(1.0)
+    assert lr_multiplier(0.55, "cosine", 0.1, 0.1) == pytest.approx(0.55)
+    assert lr_multiplier(1.0, "cosine", 0.1, 0.1) == pytest.approx(0.1)
+    assert lr_multiplier(0.325, "cosine", 0.1, 0.0) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    assert lr_multiplier(0.55, "linear", 0.1, 0.0) == pytest.approx(0.5)
     # Warm-up, stable, decay.
-    assert learning_rate(0.05, "wsd", 0.1, 0.0) == pytest.approx(0.5)
-    assert learning_rate(0.59, "wsd", 0.1, 0.0) == 1.0
-    assert learning_rate(0.8, "wsd", 0.1, 0.0) == pytest.approx(0.5)
-    assert learning_rate(0.99, "constant", 0.1, 0.0) == 1.0
-    assert learning_rate(0.8, "wsd", 0.8, 0.0) == pytest.approx(1.0)  # no cliff after a long warm-up
+    assert lr_multiplier(0.05, "wsd", 0.1, 0.0) == pytest.approx(0.5)
+    assert lr_multiplier(0.59, "wsd", 0.1, 0.0) == 1.0
+    assert lr_multiplier(0.8, "wsd", 0.1, 0.0) == pytest.approx(0.5)
+    assert lr_multiplier(0.99, "constant", 0.1, 0.0) == 1.0
+    assert lr_multiplier(0.8, "wsd", 0.8, 0.0) == pytest.approx(1.0)  # no cliff after a long warm-up
 
 
 @given(
     st.floats(1e-6, 1), st.sampled_from(["cosine", "wsd", "linear", "constant"]), st.floats(0, 1), st.floats(0, 1)
 )  # fmt: skip
 def test_a_learning_rate_is_between_nothing_and_its_peak(progress, schedule, warmup, final):
-    assert 0 <= learning_rate(progress, schedule, warmup, final) <= 1 + 1e-9
+    assert 0 <= lr_multiplier(progress, schedule, warmup, final) <= 1 + 1e-9

@@ -15,8 +15,8 @@ from nextword.commands import api
 from nextword.data.tokenizer import Tokenizer, train_bpe
 from nextword.interpretability.explain import explain
 from nextword.pipeline.language_model import Model
-from nextword.reporting.explain_page import write_page
-from nextword.tasks.dataset import Form
+from nextword.reporting.explain_page import write_explanation_page
+from nextword.tasks.dataset import TaskSpec
 from test_explaining import HOSTILE, TEXT, random_model, saved
 from test_report import make, measured, records
 
@@ -40,7 +40,7 @@ def model(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Mod
 
 @pytest.fixture(scope="module")
 def page(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_page(explain(model, [TEXT]), tmp_path_factory.mktemp("page") / "page.html")
+    return write_explanation_page(explain(model, [TEXT]), tmp_path_factory.mktemp("page") / "page.html")
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def opened(browser: "Browser") -> Iterator[list[OpenedPage]]:
     pages: list[OpenedPage] = []
     yield pages
     for one in pages:
-        one.context.close()
+        one.prefix_offset.close()
 
 
 @pytest.mark.parametrize("look", SEEN)
@@ -89,7 +89,7 @@ def test_the_keys_go_through_tokens_layers_and_heads(
     token = told["tokens"][3]
     expect(one.page.locator("#really")).to_contain_text(f"{token['surprisal']:.1f} bits")
     best = told["tokens"][2]["next"][0]
-    expect(one.page.locator("#chances tbody tr").first).to_contain_text(f"{100 * best['probability']:.1f} %")
+    expect(one.page.locator("#chances tbody tr").start_counters).to_contain_text(f"{100 * best['probability']:.1f} %")
 
     one.page.locator("#layer").select_option("0")
     one.page.locator("#head").select_option("0")
@@ -120,10 +120,12 @@ def test_hostile_text_stays_text(
     browser: "Browser", opened: list[OpenedPage], model: Model, tmp_path: Path, look: str
 ) -> None:
     told = explain(model, [HOSTILE[-60:]])
-    opened.append(OpenedPage(browser, write_page(told, tmp_path / "page.html"), look))
+    opened.append(OpenedPage(browser, write_explanation_page(told, tmp_path / "page.html"), look))
     opened[0].check_invariants("hostile")
     opened.append(
-        OpenedPage(browser, write_page(explain(model, ["שלום </script><b>" * 2]), tmp_path / "rtl.html"), look)
+        OpenedPage(
+            browser, write_explanation_page(explain(model, ["שלום </script><b>" * 2]), tmp_path / "rtl.html"), look
+        )
     )
     one = opened[1]
     assert one.page.locator("#strip").get_attribute("dir") == "rtl"
@@ -138,10 +140,10 @@ def test_hostile_text_stays_text(
 def test_a_task_is_explained_by_its_labels(
     browser: "Browser", opened: list[OpenedPage], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    form = Form("classify", "label", ("bad", "good", "<b>so so</b>"))
+    form = TaskSpec("classify", "label", ("bad", "good", "<b>so so</b>"))
     model = saved(random_model("tutorial", tokenizer.vocab_size), tokenizer, tmp_path / "m", form)
     told = explain(model, ["the nurse was tired"])
-    opened.append(OpenedPage(browser, write_page(told, tmp_path / "page.html"), "light-phone"))
+    opened.append(OpenedPage(browser, write_explanation_page(told, tmp_path / "page.html"), "light-phone"))
     [one] = opened
     expect(one.page.locator("#answer")).to_contain_text(f"The answer is {told['answer']['label']}")
     expect(one.page.locator("#outputs tbody tr")).to_have_count(3)
@@ -161,7 +163,7 @@ def test_a_report_and_a_comparison_can_be_used_by_everybody(
         one.page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
         one.check_invariants(f"{name}-{look}")
     compared = opened[1].page
-    compared.get_by_role("radio", name="by tokens").check()
+    compared.get_by_role("radio", name="by tokens").raise_if_aborted()
     expect(compared.locator(".by-tokens")).to_be_visible()
     expect(compared.locator(".by-step")).to_be_hidden()
 

@@ -9,14 +9,14 @@ from nextword.commands import cli
 from nextword.common.errors import UsageError
 from nextword.model.config import ModelConfig, build_config
 from nextword.planning.cluster_estimate import (
-    GPUS,
+    GPU_SPECS,
     Cluster,
-    Way,
-    batch_for,
-    memory_of,
-    on_paper,
-    sent_of,
-    shape_for,
+    ParallelLayout,
+    cluster_batch_tokens,
+    comm_volume,
+    estimate,
+    memory_per_gpu,
+    model_shape_for,
 )
 
 
@@ -46,17 +46,17 @@ PUBLISHED = {
 def test_a_published_run_took_what_the_paper_says(name):
     config, parameters, tokens, gpu, count, hours = PUBLISHED[name]
     assert config.parameters == pytest.approx(parameters, rel=0.01)
-    found = on_paper(config, tokens, Cluster(GPUS[gpu], count // 8))
+    found = estimate(config, tokens, Cluster(GPU_SPECS[gpu], count // 8))
     spread = [found.gpu_hours * seconds / found.seconds for seconds in (found.low_seconds, found.high_seconds)]
     assert spread[0] <= hours <= spread[1], f"{found.gpu_hours:,.0f} ({spread[0]:,.0f} to {spread[1]:,.0f})"
-    assert found.memory_bytes < GPUS[gpu].memory
+    assert found.memory_bytes < GPU_SPECS[gpu].baseline_memory
 
 
 def test_gpt3_took_the_operations_that_the_paper_says():
     """Brown et al. 2020, table D.1: 3.14e23 for 300 billion tokens."""
     config = build_config("gpt2", "175b", vocab_size=50257)
     assert config.parameters == pytest.approx(174.6e9, rel=0.01)
-    found = on_paper(config, 300e9, Cluster(GPUS["a100"], 128))
+    found = estimate(config, 300e9, Cluster(GPU_SPECS["a100"], 128))
     assert found.flops == pytest.approx(3.14e23, rel=0.03)
     assert 1e6 < found.batch_tokens < 6.4e6, "3.2 million there"
 
@@ -64,50 +64,52 @@ def test_gpt3_took_the_operations_that_the_paper_says():
 def test_gpt2_small_again():
     """nanoGPT's README: 124 million parameters, 300 billion tokens, eight A100s, about four days, without a fast link's help;
     on paper it can be done sooner, in no less than a day."""
-    found = on_paper(build_config("gpt2", "125m", vocab_size=50257), 300e9, Cluster(GPUS["a100"], 1))
+    found = estimate(build_config("gpt2", "125m", vocab_size=50257), 300e9, Cluster(GPU_SPECS["a100"], 1))
     assert 1 < found.low_seconds / 86400 < found.seconds / 86400 < 4.5
 
 
 def test_a_batch_is_whole_windows_for_every_process_and_of_a_published_size():
     for tokens, told in ((15.6e12, 16e6), (2e12, 4e6), (1.4e12, 4e6), (300e9, 3.2e6), (10e9, 0.5e6)):
-        batch = batch_for(tokens, 2048, 64)
+        batch = cluster_batch_tokens(tokens, 2048, 64)
         assert batch % (2048 * 64) == 0
         assert told / 1.6 < batch < told * 1.6
 
 
 def test_what_is_sent_and_held_by_hand():
-    config, cluster = build_config("gpt2", "125m", vocab_size=50257), Cluster(GPUS["h100"], 2, 4)
+    config, cluster = build_config("gpt2", "125m", vocab_size=50257), Cluster(GPU_SPECS["h100"], 2, 4)
     n = config.parameters
-    sent = sent_of(config, cluster, Way("full", False, 1), micro_batches=3)
+    sent = comm_volume(config, cluster, ParallelLayout("full", False, 1), micro_batches=3)
     assert sent == pytest.approx((7 / 8 * (6 * 2 + 4) * n, 7 / 8 * (6 * 2 + 4) * n / 50e9, 0.0))
-    sent = sent_of(config, cluster, Way("hybrid", False, 1), micro_batches=1)
+    sent = comm_volume(config, cluster, ParallelLayout("hybrid", False, 1), micro_batches=1)
     inside, outside = 3 / 4 * (2 * 2 + 4) * n, 2 * 1 / 2 * n
     assert sent == pytest.approx((inside + outside, inside / 450e9 + outside / 50e9, 0.0))
-    sent = sent_of(
-        config, cluster, Way("full", False, 1, tensor=4), micro_batches=1
+    sent = comm_volume(
+        config, cluster, ParallelLayout("full", False, 1, tensor=4), micro_batches=1
     )  # two parts a matrix, one a machine
     sums = 12 * 4 * 2 * 3 / 4 * 2 * 1024 * 768
     assert sent == pytest.approx((1 / 2 * 8 * n / 4 + sums, 1 / 2 * 8 * n / 4 / 50e9, sums / 450e9))
-    whole = memory_of(config, Cluster(GPUS["h100"], 1, 1), Way("data", False, 1))
+    whole = memory_per_gpu(config, Cluster(GPU_SPECS["h100"], 1, 1), ParallelLayout("data", False, 1))
     assert whole == pytest.approx(16 * n + 6 * n + 34 * 1024 * 768 * 12 + 2**29)
-    quarter = memory_of(config, cluster, Way("data", False, 1, tensor=4))  # 4 + 30 / 4 bytes a number
+    quarter = memory_per_gpu(config, cluster, ParallelLayout("data", False, 1, tensor=4))  # 4 + 30 / 4 bytes a number
     assert quarter == pytest.approx(16 * n / 8 + 6 * n / 4 + 11.5 * 1024 * 768 * 12 + 2**29)
-    again = memory_of(config, cluster, Way("data", True, 1, tensor=4))  # 2 / 4 a block, and one block's all
+    again = memory_per_gpu(
+        config, cluster, ParallelLayout("data", True, 1, tensor=4)
+    )  # 2 / 4 a block, and one block's all
     assert again == pytest.approx(16 * n / 8 + 6 * n / 4 + (11.5 + 0.5 * 12) * 1024 * 768 + 2**29)
 
 
 def test_what_does_not_fit_says_how_many_would():
     config = build_config("gpt2", "175b", vocab_size=50257)
     with pytest.raises(UsageError, match=r"175 billion parameters do not fit: (\d+) such machines would hold it"):
-        on_paper(config, 1e9, Cluster(GPUS["h100"], 1))
+        estimate(config, 1e9, Cluster(GPU_SPECS["h100"], 1))
     wide = build_config("gpt2", "175b", vocab_size=50257, d_model=122880, n_heads=960)
     with pytest.raises(UsageError, match="one block alone"):
-        on_paper(wide, 1e9, Cluster(GPUS["l4"], 1))
+        estimate(wide, 1e9, Cluster(GPU_SPECS["l4"], 1))
 
 
 @pytest.mark.parametrize("parameters", [125e6, 1.3e9, 7e9, 70e9, 400e9])
 def test_a_shape_has_about_so_many_parameters(parameters):
-    layers, heads, width = shape_for(parameters)
+    layers, heads, width = model_shape_for(parameters)
     config = build_config("gpt2", "125m", vocab_size=50257, n_layers=layers, n_heads=heads, d_model=width)
     blocks = config.parameters - 50257 * width
     assert blocks == pytest.approx(parameters, rel=0.12)
@@ -119,13 +121,15 @@ def test_a_shape_has_about_so_many_parameters(parameters):
 
 def test_the_verb_plans_on_paper(capsys):
     assert (
-        cli.run(["plan", "--gpu", "h100", "--machines", "8", "--parameters", "7B", "--tokens", "140B", "--price", "2"])
+        cli.run_dir(
+            ["plan", "--gpu", "h100", "--machines", "8", "--parameters", "7B", "--tokens", "140B", "--price", "2"]
+        )
         == 0
     )
     shown = capsys.readouterr().out
     assert "8 with 8 × h100" in shown
     assert "(MFU)" in shown
-    assert cli.run(["plan", "--gpu", "A100", "--size", "1.3b", "--tokens", "1.4T", "--json"]) == 0
+    assert cli.run_dir(["plan", "--gpu", "A100", "--size", "1.3b", "--tokens", "1.4T", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["tokens"] == 1.4e12
     assert found["gpus"] == 8

@@ -15,48 +15,48 @@ from nextword.commands import api
 from nextword.common import energy
 from nextword.common.errors import UsageError
 from nextword.data.corpus import find_sources, prepare
-from nextword.data.dataset import TokenRow
+from nextword.data.dataset import InMemoryTokens
 from nextword.data.documents import Problems
 from nextword.data.ngrams import ngram_bits
 from nextword.data.tokenizer import train_bpe
 from nextword.model.config import SIZES, build_config
 from nextword.model.gpt import GPT
 from nextword.planning import planner, scaling_law
-from nextword.planning.scaling_law import Law, counted, difficulty
+from nextword.planning.scaling_law import ScalingLaw, corpus_difficulty, ngram_difficulty
 from nextword.planning.size_selection import (
-    OVERHEAD,
-    Length,
-    Plan,
-    Speed,
-    Text,
-    batch_tokens,
-    choose,
-    dropout_for,
-    flops_of,
-    peak_lr,
+    TRAINING_OVERHEAD,
+    BenchmarkResult,
+    CorpusStats,
+    RunLength,
+    TrainingPlan,
+    default_batch_tokens,
+    default_dropout,
+    default_peak_lr,
+    flops_per_token,
+    select_size,
 )
 from nextword.reporting.report import write_report
-from nextword.training.config import change, default
+from nextword.training.config import default, with_overrides
 
 LADDER = {size: build_config("modern", size, vocab_size=4096) for size in ("micro", "tiny", "mini", "small", "midi")}
 # Fixed, so that these tests do not hang on what was fitted last.
-LAW = Law(floor=0.4, parameters_scale=2e4, alpha=0.5, bytes_scale=1e5, beta=0.4, half_life=15.4, taste=0.5)
-BOOKS = Text(tokens=10**9, bytes=4 * 10**9, difficulty=2.2)
+LAW = ScalingLaw(floor=0.4, parameters_scale=2e4, alpha=0.5, bytes_scale=1e5, beta=0.4, half_life=15.4, taste=0.5)
+BOOKS = CorpusStats(tokens=10**9, bytes=4 * 10**9, difficulty=2.2)
 
 
 class Steady:
     """A machine of a constant rate, which remembers what it was asked."""
 
     def __init__(self, rate: float = 1e11):
-        self.rate, self.asked = rate, []
+        self.matmul_flops, self.sequence_owners = rate, []
 
-    def speed(self, config, batch_tokens):
-        self.asked.append(config)
-        return Speed(flops_of(config) / (0.5 * self.rate), 16 * config.parameters)
+    def speed(self, config, default_batch_tokens):
+        self.sequence_owners.append(config)
+        return BenchmarkResult(flops_per_token(config) / (0.5 * self.matmul_flops), 16 * config.parameters)
 
 
-def chosen(text: Text = BOOKS, machine=None, **length) -> Plan:
-    return choose(text, Length(**length), LADDER, machine or Steady(), law=LAW)
+def chosen(text: CorpusStats = BOOKS, machine=None, **length) -> TrainingPlan:
+    return select_size(text, RunLength(**length), LADDER, machine or Steady(), law=LAW)
 
 
 def test_more_time_never_makes_a_smaller_model_nor_a_worse_one():
@@ -71,17 +71,23 @@ def test_a_size_is_asked_about_before_it_is_taken_and_few_are():
     for seconds in (10, 600, 36000):
         machine = Steady()
         plan = chosen(machine=machine, seconds=seconds)
-        assert LADDER[plan.size] in machine.asked
-        assert len(machine.asked) <= 4 and len({c.d_model for c in machine.asked}) == len(machine.asked)
+        assert LADDER[plan.size] in machine.sequence_owners
+        assert len(machine.sequence_owners) <= 4 and len({c.d_model for c in machine.sequence_owners}) == len(
+            machine.sequence_owners
+        )
 
 
 def test_what_a_machine_is_bad_at_is_not_taken():
     """A machine on which large sizes are a hundred times slower than its rate promises."""
 
     class Odd(Steady):
-        def speed(self, config, batch_tokens):
+        def speed(self, config, default_batch_tokens):
             slow = 100 if config.d_model > 128 else 1
-            return super().speed(config, batch_tokens)._replace(seconds=slow * flops_of(config) / (0.5 * self.rate))
+            return (
+                super()
+                .measure(config, default_batch_tokens)
+                ._replace(seconds=slow * flops_per_token(config) / (0.5 * self.matmul_flops))
+            )
 
     assert LADDER[chosen(seconds=3600).size].d_model > 128
     assert LADDER[chosen(machine=Odd(), seconds=3600).size].d_model <= 128
@@ -90,7 +96,7 @@ def test_what_a_machine_is_bad_at_is_not_taken():
 def test_the_time_holds_the_steps_the_looks_and_the_last_measure():
     plan = chosen(seconds=600)
     assert plan.seconds == 600
-    assert plan.tokens * plan.seconds_per_token == pytest.approx(600 / OVERHEAD, rel=1e-3)
+    assert plan.tokens * plan.seconds_per_token == pytest.approx(600 / TRAINING_OVERHEAD, rel=1e-3)
     held_out = chosen(BOOKS._replace(held_out=plan.tokens // 2), seconds=600)
     assert plan.tokens * 0.75 < held_out.tokens < plan.tokens * 0.95
     assert chosen(BOOKS._replace(held_out=10**12), seconds=600).tokens >= plan.tokens * 0.6, (
@@ -105,31 +111,33 @@ def test_tokens_and_operations_say_the_length_too():
     assert chosen(tokens=1e8).parameters > by_tokens.parameters > 0
     for wrong in ({}, {"tokens": 1.0, "flops": 1.0}):
         with pytest.raises(UsageError, match="how long"):
-            Length(**wrong)
+            RunLength(**wrong)
 
 
 def test_one_size_alone_is_taken_as_it_is():
-    plan = choose(BOOKS, Length(seconds=1.0), {"midi": LADDER["midi"]}, Steady(), batch=512)
+    plan = select_size(BOOKS, RunLength(seconds=1.0), {"midi": LADDER["midi"]}, Steady(), batch_tokens=512)
     assert (plan.size, plan.batch_tokens) == ("midi", 512)
 
 
 def test_a_text_that_is_read_often_gets_dropout_and_says_so():
-    little = chosen(Text(200_000, 700_000, 2.5), seconds=600)
+    little = chosen(CorpusStats(200_000, 700_000, 2.5), seconds=600)
     assert (
         little.dropout > 0
         and any("dropout" in line for line in little.why)
         and any("times" in line for line in little.why)
     )
     assert chosen(seconds=600).dropout == 0 and len(chosen(seconds=600).why) == 2  # the size, the batch with its rate
-    assert dropout_for(1) == 0 < dropout_for(8) < dropout_for(30)
-    assert little.bits_per_byte > chosen(Text(10**9, 10**9 * 10 // 3, 2.5), seconds=600).bits_per_byte
+    assert default_dropout(1) == 0 < default_dropout(8) < default_dropout(30)
+    assert little.bits_per_byte > chosen(CorpusStats(10**9, 10**9 * 10 // 3, 2.5), seconds=600).bits_per_byte
 
 
 def test_the_rate_falls_with_the_width_and_rises_with_the_batch_and_a_person_has_the_last_word():
-    assert peak_lr(128, 2048) == pytest.approx(2 * peak_lr(256, 2048))
-    assert peak_lr(128, 2048) == pytest.approx(peak_lr(128, 8192) / 2) == peak_lr(128, 99999) / 2
-    assert peak_lr(128, 256) == peak_lr(128, 2048), "what was not tried is not taken further"
-    assert peak_lr(128, 2048, "adamw") == pytest.approx(peak_lr(128, 2048) / 4)
+    assert default_peak_lr(128, 2048) == pytest.approx(2 * default_peak_lr(256, 2048))
+    assert (
+        default_peak_lr(128, 2048) == pytest.approx(default_peak_lr(128, 8192) / 2) == default_peak_lr(128, 99999) / 2
+    )
+    assert default_peak_lr(128, 256) == default_peak_lr(128, 2048), "what was not tried is not taken further"
+    assert default_peak_lr(128, 2048, "adamw") == pytest.approx(default_peak_lr(128, 2048) / 4)
     # Among 0.003, 0.006, 0.012 and 0.024 the best of those that docs/experiments.md has tried, or next to it.
     for width, batch, best in (
         (64, 2048, 0.012),
@@ -138,10 +146,13 @@ def test_the_rate_falls_with_the_width_and_rises_with_the_batch_and_a_person_has
         (128, 8192, 0.012),
         (192, 2048, 0.003),
     ):
-        assert 2**-0.5 < peak_lr(width, batch) / best < 2**0.5
+        assert 2**-0.5 < default_peak_lr(width, batch) / best < 2**0.5
     plan = chosen(seconds=600)
-    assert plan.lr == peak_lr(plan.model["d_model"], batch_tokens(plan.tokens)) and f"{plan.lr:.2g}" in plan.why[1]
-    said = choose(BOOKS, Length(seconds=600), LADDER, Steady(), law=LAW, lr=0.5)
+    assert (
+        plan.lr == default_peak_lr(plan.model["d_model"], default_batch_tokens(plan.tokens))
+        and f"{plan.lr:.2g}" in plan.why[1]
+    )
+    said = select_size(BOOKS, RunLength(seconds=600), LADDER, Steady(), law=LAW, lr=0.5)
     assert said.lr == 0.5 and said.size == plan.size
 
 
@@ -151,25 +162,29 @@ def test_the_rate_falls_with_the_width_and_rises_with_the_batch_and_a_person_has
 @given(
     st.floats(1e4, 1e9), st.floats(1e4, 1e11), st.floats(1e4, 1e11), st.floats(0.5, 5), st.floats(1.01, 8)
 )  # fmt: skip
-def test_the_law_falls_with_size_and_reading_and_rises_with_difficulty(parameters, read, unique, difficulty, more):
-    law = Law()
-    bits = law.bits(parameters, read, unique, difficulty)
+def test_the_law_falls_with_size_and_reading_and_rises_with_difficulty(
+    parameters, read, unique, corpus_difficulty, more
+):
+    law = ScalingLaw()
+    bits = law.bits(parameters, read, unique, corpus_difficulty)
     assert math.isfinite(bits) and bits > 0
     free = replace(law, memorising=1e-15)  # where nothing is memorised, a larger model is always better
-    larger, own = (free.bits(times * parameters, read, unique, difficulty) for times in (more, 1))
+    larger, own = (free.bits(times * parameters, read, unique, corpus_difficulty) for times in (more, 1))
     assert larger < own <= bits * (1 + 1e-9)
     bound = bits * (1 + 1e-9)
-    assert law.bits(parameters, more * read, unique, difficulty) <= bound
-    assert law.bits(parameters, read, more * unique, difficulty) <= bound
-    assert law.bits(parameters, read, unique, more * difficulty) >= bits
+    assert law.bits(parameters, more * read, unique, corpus_difficulty) <= bound
+    assert law.bits(parameters, read, more * unique, corpus_difficulty) <= bound
+    assert law.bits(parameters, read, unique, more * corpus_difficulty) >= bits
     again = max(0.0, read / unique - 1)
-    assert law.worth(again, unique) <= unique * (1 + again) * (1 + 1e-9)
+    assert law.effective_data(again, unique) <= unique * (1 + again) * (1 + 1e-9)
     # What is read is never more than what is best: a little less or more of it would be worse.
-    useful = law.useful(parameters, read, unique)
+    useful = law.useful_repeats(parameters, read, unique)
     assert 0 <= useful <= again
 
     def left(times: float) -> float:
-        return (law.bytes_scale / law.worth(times, unique)) ** law.beta + law.memory(parameters, unique) * times
+        return (law.bytes_scale / law.effective_data(times, unique)) ** law.beta + law.baseline_memory(
+            parameters, unique
+        ) * times
 
     assert left(useful) <= min(left(0.9 * useful), left(min(again, 1.1 * useful))) * (1 + 1e-9)
 
@@ -177,8 +192,8 @@ def test_the_law_falls_with_size_and_reading_and_rises_with_difficulty(parameter
 @given(st.floats(1e4, 1e9), st.floats(1e5, 1e10), st.floats(1e5, 1e10))
 def test_slopes_are_those_of_the_losses(parameters, read, unique):
     assume(abs(read / unique - 1) > 1e-3)  # where repetition begins, the slope has a corner
-    law, step = Law(), 1e-6
-    by_size, by_reading = law.slopes(parameters, read, unique)
+    law, step = ScalingLaw(), 1e-6
+    by_size, by_reading = law.elasticities(parameters, read, unique)
     base = sum(law.losses(parameters, read, unique))
     assert by_size == pytest.approx(
         (base - sum(law.losses(parameters * (1 + step), read, unique))) / step, rel=1e-3, abs=1e-5
@@ -190,11 +205,11 @@ def test_slopes_are_those_of_the_losses(parameters, read, unique):
 
 def test_of_a_text_that_is_too_short_a_larger_model_learns_no_more():
     """As it was in the runs of the fit: a text of 0.2 MB read seven times leaves 2.5 million parameters where 0.9 are."""
-    law = Law()
+    law = ScalingLaw()
     tiny, mini = (law.bits(parameters, 1.3e6, 1.75e5, 2.0) for parameters in (9.2e5, 2.5e6))
     assert abs(mini / tiny - 1) < 0.01
     assert law.bits(2.5e6, 1.3e6, 1e9, 2.0) < 0.985 * law.bits(9.2e5, 1.3e6, 1e9, 2.0)
-    assert law.useful(2.5e6, 1e9, 1.75e5) < 30
+    assert law.useful_repeats(2.5e6, 1e9, 1.75e5) < 30
 
 
 def test_a_short_text_is_as_hard_as_a_long_one_of_its_kind(monkeypatch):
@@ -207,17 +222,17 @@ def test_a_short_text_is_as_hard_as_a_long_one_of_its_kind(monkeypatch):
         order = np.random.default_rng(seed).permutation(200)
         train, held_out = (np.concatenate([pieces[i] for i in some]) for some in (order[:180], order[180:]))
         monkeypatch.setattr(scaling_law, "COUNTED", len(train))
-        whole = counted(TokenRow(train), TokenRow(held_out), 1024)
-        assert whole == (ngram_bits(TokenRow(train), TokenRow(held_out), 1024), 0.0)
+        whole = ngram_difficulty(InMemoryTokens(train), InMemoryTokens(held_out), 1024)
+        assert whole == (ngram_bits(InMemoryTokens(train), InMemoryTokens(held_out), 1024), 0.0)
         for short in (2, 4):
-            part = TokenRow(train[: len(train) // short])
-            found = counted(part, TokenRow(held_out), 1024)
+            part = InMemoryTokens(train[: len(train) // short])
+            found = ngram_difficulty(part, InMemoryTokens(held_out), 1024)
             errors.append(abs(found.bits / whole.bits - 1))
-            gaps.append(ngram_bits(part, TokenRow(held_out), 1024) / whole.bits - 1)
-            doubts.append(found.doubt)
+            gaps.append(ngram_bits(part, InMemoryTokens(held_out), 1024) / whole.bits - 1)
+            doubts.append(found.uncertainty)
         for tokens in (0, 3, 20):
-            found = counted(TokenRow(train[:tokens]), TokenRow(held_out), 1024)
-            assert found.bits > 0 and 0 <= found.doubt <= 0.5
+            found = ngram_difficulty(InMemoryTokens(train[:tokens]), InMemoryTokens(held_out), 1024)
+            assert found.bits > 0 and 0 <= found.uncertainty <= 0.5
     assert np.mean(errors) < 0.35 * np.mean(gaps)
     assert np.mean(errors) < np.mean(doubts)
     assert np.mean(doubts) < 0.2
@@ -227,9 +242,9 @@ def test_a_text_is_as_hard_in_characters_as_in_tokens(tmp_path):
     """Else a plan in characters takes the smallest size, whose many readings the law holds to be worth more than they are."""
     docs = [str(Path(__file__).parent.parent / "docs")]
     tokens, letters = (prepare(docs, tmp_path / kind, tokenizer=kind) for kind in ("bpe", "char"))
-    assert difficulty(letters).bits == pytest.approx(difficulty(tokens).bits, rel=0.15)
+    assert corpus_difficulty(letters).bits == pytest.approx(corpus_difficulty(tokens).bits, rel=0.15)
     three = ngram_bits(letters.tokens("train"), letters.tokens("validation"), letters.tokenizer.vocab_size)
-    assert three > 1.2 * difficulty(letters).bits
+    assert three > 1.2 * corpus_difficulty(letters).bits
 
 
 def test_what_is_in_doubt_of_a_text_is_in_doubt_of_its_plan():
@@ -245,7 +260,7 @@ def test_operations_are_counted_from_the_model():
         model = GPT(config)
         multiplied = sum(p.numel() for name, p in model.named_parameters() if "embedding" not in name)
         attention = 6 * config.n_layers * config.d_model * config.context_length
-        assert flops_of(config) == pytest.approx(6 * multiplied + attention)
+        assert flops_per_token(config) == pytest.approx(6 * multiplied + attention)
 
 
 # ---------------------------------------------------------------- this machine, and a real text
@@ -280,12 +295,12 @@ def test_a_sample_has_its_share_of_every_file(texts, tmp_path, monkeypatch):
 
 def test_the_machine_is_tried_with_real_steps(texts, tmp_path):
     corpus = prepare([texts], tmp_path / "shards", tokenizer="char")
-    recipe = change(default(), model={}, training={})
+    recipe = with_overrides(default(), model={}, training={})
     machine = planner.Trials(corpus.tokens("train"), recipe, torch.device("cpu"), bf16=False)
     sizes = planner.sizes_for(recipe, corpus.tokenizer.vocab_size, torch.device("cpu"))
     assert set(sizes) <= set(SIZES) and "175b" not in sizes, "none that does not fit into memory"
-    small, large = machine.speed(sizes["micro"], 2048), machine.speed(sizes["mini"], 2048)
-    assert 0 < small.seconds < large.seconds and 0 < small.memory < large.memory
+    small, large = machine.measure(sizes["micro"], 2048), machine.measure(sizes["mini"], 2048)
+    assert 0 < small.seconds < large.seconds and 0 < small.baseline_memory < large.baseline_memory
 
 
 def test_settings_that_make_no_model_are_refused_in_words():
@@ -338,7 +353,7 @@ def test_plan_on_the_command_line(texts, nextword):
 def test_energy_is_measured_where_counters_are_and_estimated_where_not(tmp_path, monkeypatch):
     monkeypatch.setattr(energy, "COUNTERS", tmp_path)
     meter = energy.Meter(torch.device("cpu"))
-    guess = meter.power()
+    guess = meter.mean_power()
     assert not guess.measured and guess.watts == energy.CORE_WATTS * torch.get_num_threads()
     package = tmp_path / "intel-rapl:0"
     package.mkdir()
@@ -347,7 +362,7 @@ def test_energy_is_measured_where_counters_are_and_estimated_where_not(tmp_path,
     (tmp_path / "intel-rapl:0:0").mkdir()  # a part, counted in the package already
     meter = energy.Meter(torch.device("cpu"))
     (package / "energy_uj").write_text("20000000")  # the counter began anew
-    meter.began -= 10
-    power = meter.power()
+    meter.start_time -= 10
+    power = meter.mean_power()
     assert power.measured and power.watts == pytest.approx(3.0, rel=0.05)
     assert power.to_dict(3600)["watt_hours"] == pytest.approx(3.0, rel=0.05)

@@ -16,8 +16,8 @@ import torch
 
 import nextword as package
 from conftest import TINY_MODEL_ARGS, CLIRunner, nextword_command
-from nextword.common.errors import CorruptFile, NextwordError, RunLocked, UsageError
-from nextword.common.fs import read_json_lines
+from nextword.common.errors import CorruptFileError, NextwordError, RunLockedError, UsageError
+from nextword.common.fs import read_jsonl
 from nextword.common.run_dir import open_run
 from nextword.training import checkpoint
 
@@ -32,7 +32,7 @@ def state_hashes(run: Path) -> dict[str, str]:
     last = checkpoint.checkpoints(run)[-1]
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in last.glob("*.safetensors")}
     hashes["model"] = hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
-    lines = read_json_lines(run / "metrics.jsonl")
+    lines = read_jsonl(run / "metrics.jsonl")
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     looks = [(line["step"], line["validation"]["loss"]) for line in lines if "validation" in line]
     hashes["losses"] = hashlib.sha256(json.dumps([losses, looks]).encode()).hexdigest()
@@ -40,7 +40,7 @@ def state_hashes(run: Path) -> dict[str, str]:
 
 
 def steps_of(run: Path) -> int:
-    return sum("loss" in line for line in read_json_lines(run / "metrics.jsonl")) if run.exists() else 0
+    return sum("loss" in line for line in read_jsonl(run / "metrics.jsonl")) if run.exists() else 0
 
 
 # ---------------------------------------------------------------- one run, looked at from all sides
@@ -60,7 +60,7 @@ def test_a_run_folder_holds_what_the_design_says(finished):
         assert (finished / name).is_file(), name
     assert (finished / "checkpoints" / "latest").read_text() == "step-00000080\n"
     assert [path.name for path in checkpoint.checkpoints(finished)] == ["step-00000075", "step-00000080"]
-    lines = read_json_lines(finished / "metrics.jsonl")
+    lines = read_jsonl(finished / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 81))
     assert [line["step"] for line in lines if "validation" in line] == [20, 40, 60, 80]
     assert any("sample" in line for line in lines)
@@ -68,7 +68,7 @@ def test_a_run_folder_holds_what_the_design_says(finished):
 
 
 def test_the_model_learned(finished):
-    lines = [line for line in read_json_lines(finished / "metrics.jsonl") if "loss" in line]
+    lines = [line for line in read_jsonl(finished / "metrics.jsonl") if "loss" in line]
     assert lines[0]["loss"] == pytest.approx(6.0, abs=0.3)
     assert lines[-1]["loss"] < 4.6
 
@@ -149,7 +149,7 @@ def test_a_resume_with_other_settings_says_what_differs(finished):
 
 
 def test_verify_says_what_is_whole(finished):
-    whole = package.verify(finished)
+    whole = package.verify_tree(finished)
     assert sorted(whole.values()) == ["checkpoint", "checkpoint", "model", "shards"]
 
 
@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(finished, t
     (run / "result.json").unlink()
     for path in checkpoint.checkpoints(run):
         (path / "optimizer.safetensors").write_bytes(b"")
-    with pytest.raises(CorruptFile, match=r"(?s)step-00000080/optimizer.*step-00000075/optimizer"):
+    with pytest.raises(CorruptFileError, match=r"(?s)step-00000080/optimizer.*step-00000075/optimizer"):
         package.pretrain(out=run, resume=True)
 
 
@@ -264,12 +264,12 @@ def test_two_processes_on_one_run(shards, tmp_path, nextword: CLIRunner):
     try:
         assert wait_for(lambda: steps_of(run) >= 1, process)
         second = nextword("pretrain", shards, "--out", run, "--resume")
-        assert second.returncode == RunLocked.exit_code
+        assert second.returncode == RunLockedError.exit_code
         assert f"process {process.pid} on" in second.stderr
         for verb in ("pretrain", "finetune"):
             arguments = ["-X", "importtime", "-m", "nextword", verb, "--out", str(run), "--resume"]
             told = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
-            assert told.returncode == RunLocked.exit_code and "nextword.commands.cli" in told.stderr, told.stderr
+            assert told.returncode == RunLockedError.exit_code and "nextword.commands.cli" in told.stderr, told.stderr
             assert "torch" not in told.stderr, "it leaves before anything heavy is imported"
     finally:
         process.kill()
@@ -287,7 +287,7 @@ def test_a_budget_is_kept_and_its_decisions_replay(shards, tmp_path, monkeypatch
     result = package.pretrain(shards, run, budget="20s", **SETTINGS)
     assert time.time() - begin == pytest.approx(20, abs=3)
     assert result["seconds"] == pytest.approx(time.time() - begin, abs=2)
-    assert read_json_lines(run / "decisions.jsonl")
+    assert read_jsonl(run / "decisions.jsonl")
 
     again.mkdir()
     facts = json.loads((run / "run.json").read_text())
@@ -303,7 +303,7 @@ def test_early_stop_keeps_the_best(texts, tmp_path):
     settings = {**SETTINGS, "training": {**SETTINGS["training"], "evaluations": 20, "patience": 2, "lr": 0.05}}
     settings["model"] = {**SETTINGS["model"], "dropout": 0.0}
     result = package.pretrain(texts, tmp_path / "run", steps=2000, vocab_size=400, **settings)
-    lines = read_json_lines(tmp_path / "run" / "metrics.jsonl")
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     looks = {line["step"]: line["validation"]["loss"] for line in lines if "validation" in line}
     assert result["best_step"] == min(looks, key=lambda step: looks[step])
     if result["steps"] < 2000:

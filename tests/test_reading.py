@@ -16,8 +16,8 @@ from torch import Tensor
 
 from nextword.inference import native_runner
 from nextword.inference.kv_cache import KeyValueCache
-from nextword.inference.model_runner import CompiledReader, Piece, PlainReader, reader_of, rounded
-from nextword.inference.quantization import Precision, pack
+from nextword.inference.model_runner import NativeRunner, TokenChunk, TorchRunner, build_runner, fake_quantize
+from nextword.inference.quantization import Precision, quantize
 from nextword.model.config import PRESETS, build_config
 from nextword.model.gpt import GPT
 
@@ -60,37 +60,37 @@ def whole(model: GPT, tokens: list[int]) -> Tensor:
     return model.unembed(model(torch.tensor([tokens])))[0]
 
 
-def one_by_one(reading: CompiledReader | PlainReader, tokens: list[int], slot: int = 0) -> Tensor:
+def one_by_one(reading: NativeRunner | TorchRunner, tokens: list[int], slot: int = 0) -> Tensor:
     cache = KeyValueCache(tiny_config(reading))
-    return torch.cat([reading.read(cache, [Piece(slot, at, [token])])[0] for at, token in enumerate(tokens)])
+    return torch.cat([reading.read(cache, [TokenChunk(slot, at, [token])])[0] for at, token in enumerate(tokens)])
 
 
-def tiny_config(reading: CompiledReader | PlainReader):
-    return reading.native.config if isinstance(reading, CompiledReader) else reading.model.config
+def tiny_config(reading: NativeRunner | TorchRunner):
+    return reading.native_model.config if isinstance(reading, NativeRunner) else reading.model.config
 
 
 @compiled
 def test_compiled_equals_the_model(model: GPT) -> None:
     tokens = text()
-    assert torch.allclose(one_by_one(CompiledReader(model), tokens), whole(model, tokens), atol=1e-5, rtol=1e-4)
+    assert torch.allclose(one_by_one(NativeRunner(model), tokens), whole(model, tokens), atol=1e-5, rtol=1e-4)
 
 
 @torch.inference_mode()
 def test_plain_equals_the_model(model: GPT) -> None:
     tokens = text()
-    assert torch.allclose(one_by_one(PlainReader(model), tokens), whole(model, tokens), atol=1e-5, rtol=1e-4)
+    assert torch.allclose(one_by_one(TorchRunner(model), tokens), whole(model, tokens), atol=1e-5, rtol=1e-4)
 
 
 @compiled
 @pytest.mark.parametrize("precision", ["float32", "int8", "int4"])
 def test_company_and_cuts_change_nothing_at_all(model: GPT, precision: Precision) -> None:
-    reading, tokens = CompiledReader(model, precision), text()
+    reading, tokens = NativeRunner(model, precision), text()
     alone = one_by_one(reading, tokens)
     for cuts in ([CONTEXT], [1, 9, 2, 28], [31, 9]):
         cache, at = KeyValueCache(model.config), 0
         for step, length in enumerate(cuts):
-            others = [Piece(slot, 3 * step, text(3, seed=slot)) for slot in (0, 5, 2)]
-            found = reading.read(cache, [others[0], Piece(3, at, tokens[at : at + length]), *others[1:]])
+            others = [TokenChunk(slot, 3 * step, text(3, seed=slot)) for slot in (0, 5, 2)]
+            found = reading.read(cache, [others[0], TokenChunk(3, at, tokens[at : at + length]), *others[1:]])
             at += length
             assert torch.equal(found[1][0], alone[at - 1])
 
@@ -99,20 +99,20 @@ def test_company_and_cuts_change_nothing_at_all(model: GPT, precision: Precision
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_fewer_bits_are_the_rounded_model(model: GPT, precision: Precision) -> None:
     tokens = text()
-    exact, expected = whole(model, tokens), whole(rounded(model, precision), tokens)
-    found = one_by_one(CompiledReader(model, precision), tokens)
+    exact, expected = whole(model, tokens), whole(fake_quantize(model, precision), tokens)
+    found = one_by_one(NativeRunner(model, precision), tokens)
     # What enters a product is rounded as well, to 13 bits: far less than what the weights lose.
     assert (found - expected).abs().max() < 0.1 * (expected - exact).abs().max() + 1e-4
-    assert torch.allclose(one_by_one(PlainReader(model, precision), tokens), expected, atol=1e-5, rtol=1e-4)
+    assert torch.allclose(one_by_one(TorchRunner(model, precision), tokens), expected, atol=1e-5, rtol=1e-4)
 
 
 @compiled
 def test_threads_change_nothing_at_all() -> None:
-    model, tokens, threads = tiny(), text(), torch.get_num_threads()
+    model, tokens, num_threads = tiny(), text(), torch.get_num_threads()
     found = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        found.append(CompiledReader(model).read(KeyValueCache(model.config), [Piece(0, 0, tokens)])[0])
+        found.append(NativeRunner(model).read(KeyValueCache(model.config), [TokenChunk(0, 0, tokens)])[0])
     torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
@@ -142,16 +142,16 @@ def test_a_processor_with_narrower_vectors_reads_the_same(tmp_path: Path) -> Non
     subprocess.run(program, check=True, env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"})
     narrow = load_file(found)
     for precision in ("float32", "int8"):  # whole numbers add up to the same in any order
-        assert torch.equal(one_by_one(CompiledReader(model, precision), text()), narrow[precision])
-    assert torch.allclose(one_by_one(CompiledReader(model, "int4"), text()), narrow["int4"], atol=1e-5, rtol=1e-4)
+        assert torch.equal(one_by_one(NativeRunner(model, precision), text()), narrow[precision])
+    assert torch.allclose(one_by_one(NativeRunner(model, "int4"), text()), narrow["int4"], atol=1e-5, rtol=1e-4)
 
 
 def test_what_does_not_fit_is_read_plainly(without_compiled: None) -> None:
-    assert isinstance(reader_of(tiny()), PlainReader)
+    assert isinstance(build_runner(tiny()), TorchRunner)
 
 
 def test_widths_of_parts_of_vectors_are_read_plainly() -> None:
-    assert isinstance(reader_of(tiny(d_model=36, head_dim=6, d_ff=24)), PlainReader)
+    assert isinstance(build_runner(tiny(d_model=36, head_dim=6, d_ff=24)), TorchRunner)
     with pytest.raises(RuntimeError, match=re.escape(native_runner.library()[1] or "multiples of 8")):
         native_runner.Native(tiny(d_model=36, head_dim=6, d_ff=24))
 
@@ -161,17 +161,17 @@ def test_widths_of_parts_of_vectors_are_read_plainly() -> None:
 def test_packed_numbers_are_the_nearest(rows: int, columns: int, power: int, seed: int) -> None:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 2.0**power
     weight[0] = 0
-    int8, int4 = pack(weight, "int8"), pack(weight, "int4")
-    assert pack(weight, "float32").unpack() is not None
-    assert torch.equal(pack(weight, "float32").unpack(), weight)
+    int8, int4 = quantize(weight, "int8"), quantize(weight, "int4")
+    assert quantize(weight, "float32").dequantize() is not None
+    assert torch.equal(quantize(weight, "float32").dequantize(), weight)
     step = weight.abs().amax(1, keepdim=True) / 127
-    assert ((int8.unpack() - weight).abs() <= step / 2 * 1.001).all()
-    assert torch.equal(pack(int8.unpack(), "int8").data, int8.data)
+    assert ((int8.dequantize() - weight).abs() <= step / 2 * 1.001).all()
+    assert torch.equal(quantize(int8.dequantize(), "int8").data, int8.data)
     assert (int8.data.shape[1], int4.data.shape[1] * 2) == (math.ceil(columns / 32) * 32,) * 2
     # In four bits no group is worse than with the plain scale, by which its largest number is -8 of 16 levels.
-    groups = torch.nn.functional.pad(weight, (0, -columns % 32)).unflatten(1, (-1, 32))
+    groups = torch.nn.functional.pad_id(weight, (0, -columns % 32)).unflatten(1, (-1, 32))
     scale = (groups.gather(2, groups.abs().argmax(2, keepdim=True)) / -8).half().float()
     plain = (groups / torch.where(scale == 0, 1.0, scale)).round().clamp(-8, 7) * scale
-    found = torch.nn.functional.pad(int4.unpack(), (0, -columns % 32)).unflatten(1, (-1, 32))
+    found = torch.nn.functional.pad_id(int4.dequantize(), (0, -columns % 32)).unflatten(1, (-1, 32))
     worst = (groups - plain).square().sum(2) * 1.001
     assert ((groups - found).square().sum(2) <= worst).all()

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from nextword.common.errors import NextwordError
 from nextword.data import readers
-from nextword.data.decoding import Problems
-from nextword.data.readers import NoColumn, read_records
+from nextword.data.decoding import IssueLog
+from nextword.data.readers import MissingColumnError, read_records
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -28,7 +28,7 @@ def read(path, content=None, columns=None):
     """(line, values) of each row, and the problems."""
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    problems = Problems()
+    problems = IssueLog()
     return [(r.line, r.values) for r in read_records(path, problems, columns)], problems
 
 
@@ -127,14 +127,14 @@ A, B = {"a": 1}, {"b": 2}
 def test_flaws_of_a_json_file(content, kept, line, what, tmp_path):
     found, problems = read(tmp_path / "a.json", content)
     assert [row for _, row in found] == kept
-    assert [(p.line, p.path) for p in problems.found] == [(line, str(tmp_path / "a.json"))]
-    assert what in str(problems.found[0])
+    assert [(p.line, p.path) for p in problems.issues] == [(line, str(tmp_path / "a.json"))]
+    assert what in str(problems.issues[0])
 
 
 def test_a_json_file_too_long_to_hold_is_read_as_far_as_may_be(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "LONGEST_JSON", 40)
     found, problems = read(tmp_path / "a.json", json.dumps([{"a": i} for i in range(50)]))
-    assert [row["a"] for _, row in found] == [0, 1, 2, 3] and "Make a .jsonl" in problems.lines()[0]
+    assert [row["a"] for _, row in found] == [0, 1, 2, 3] and "Make a .jsonl" in problems.summary_lines()[0]
 
 
 def test_text_in_json_is_text(tmp_path):
@@ -142,7 +142,7 @@ def test_text_in_json_is_text(tmp_path):
     for name, content in {"a.jsonl": row, "a.json": f"[{row}]"}.items():
         found, problems = read(tmp_path / name, content)
         assert found == [(1, {"a": "1\n2\n3", "b": [{"c": "x\ufffd"}], "d": "😀"})]
-        assert [p.what for p in problems.found] == ["half a surrogate pair; replaced by U+FFFD"]
+        assert [p.what for p in problems.issues] == ["half a surrogate pair; replaced by U+FFFD"]
         assert read(tmp_path / name, columns=lambda names: ["d"])[1].total == 0  # what is not read is not mended
 
 
@@ -160,17 +160,17 @@ def test_nested_columns_of_parquet(tmp_path):
     rows[0]["c"]["text"][1] = "é\n"
     assert [row for _, row in found] == rows and problems.total == 0
     invalid = pa.Array.from_buffers(
-        pa.string(), 2, [None, pa.array([0, 1, 3], pa.int32()).buffers()[1], pa.py_buffer(b"ab\xff")]
+        pa.string(), 2, [None, pa.array([0, 1, 3], pa.int32()).momentum_buffers()[1], pa.py_buffer(b"ab\xff")]
     )
     lists = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), invalid)
-    pq.write_table(pa.table({"l": lists}), tmp_path / "b.parquet")
+    pq.write_table(pa.positions({"l": lists}), tmp_path / "b.parquet")
     found, problems = read(tmp_path / "b.parquet")
     assert found == [(1, {"l": ["a"]}), (2, {"l": ["b\ufffd"]})]
-    assert [(p.line, p.what) for p in problems.found] == [(2, "not valid UTF-8; replaced by U+FFFD")]
+    assert [(p.line, p.what) for p in problems.issues] == [(2, "not valid UTF-8; replaced by U+FFFD")]
 
 
 def test_only_the_chosen_columns_are_read(tmp_path, monkeypatch):
-    pq.write_table(pa.table({"a": [1, 2], "b": ["x", "y"], "c": [b"", b""]}), tmp_path / "a.parquet")
+    pq.write_table(pa.positions({"a": [1, 2], "b": ["x", "y"], "c": [b"", b""]}), tmp_path / "a.parquet")
     (tmp_path / "a.csv").write_text("a,b,c\n1,x\n2,y\n")
     (tmp_path / "a.jsonl").write_text('{"a": 1, "b": "x"}\n{"b": "y", "a": 2}\n')
     (tmp_path / "a.json").write_text('[{"a": 1, "b": "x"}, {"b": "y"}]')
@@ -193,32 +193,32 @@ def test_only_the_chosen_columns_are_read(tmp_path, monkeypatch):
 def test_a_table_without_the_column_is_a_problem_where_its_names_stand(tmp_path):
     def choose(names):
         if "b" not in names:
-            raise NoColumn("no column b", "found " + " ".join(names))
+            raise MissingColumnError("no column b", "found " + " ".join(names))
         return ["b"]
 
-    pq.write_table(pa.table({"a": [1]}), tmp_path / "a.parquet")
+    pq.write_table(pa.positions({"a": [1]}), tmp_path / "a.parquet")
     (tmp_path / "a.csv").write_text("\na\n1\n2\n")
     (tmp_path / "a.jsonl").write_text('{"b": 1}\n{"a": 1}\n{"b": 2}')
     (tmp_path / "a.json").write_text('[{"b": 1},\n{"a": 1},\n{"b": 2}]')
     for name, line, kept in (("a.parquet", None, 0), ("a.csv", 2, 0), ("a.jsonl", 2, 2), ("a.json", 2, 2)):
         found, problems = read(tmp_path / name, columns=choose)
         assert len(found) == kept
-        assert [(p.line, p.what) for p in problems.found] == [(line, "no column b: found a")]
+        assert [(p.line, p.what) for p in problems.issues] == [(line, "no column b: found a")]
 
 
 def test_rows_of_another_length(tmp_path):
     content = "text,label,more\na,1\nb\nc, and d,2,x\ne,f,1,2\n"
     found, problems = read(tmp_path / "a.csv", content, lambda names: ["text", "label"])
     assert found == [(2, {"text": "a", "label": "1"})]
-    assert [(p.line, p.what.split(";")[0], p.count) for p in problems.found] == [
+    assert [(p.line, p.what.split(";")[0], p.count) for p in problems.issues] == [
         (3, "a row with too few columns", 1),
         (4, "a row with too many columns", 2),
     ]
     found, problems = read(tmp_path / "a.csv", content, lambda names: ["text"])
-    assert [row["text"] for _, row in found] == ["a", "b", "c", "e"] and "kept" in problems.lines()[0]
+    assert [row["text"] for _, row in found] == ["a", "b", "c", "e"] and "kept" in problems.summary_lines()[0]
     found, problems = read(tmp_path / "a.csv", "a,b,a\n1,2,3\n")
     assert found == [(2, {"a": "1", "b": "2"})] and "two columns of one name; the first is read: a" in str(
-        problems.found[0]
+        problems.issues[0]
     )
 
 
@@ -227,7 +227,7 @@ def test_what_is_no_table(tmp_path):
         found, problems = read(tmp_path / name, "text")
         assert not found and problems.total == 1
     found, problems = read(tmp_path / "gone.json")
-    assert not found and "cannot be read" in problems.lines()[0]
+    assert not found and "cannot be read" in problems.summary_lines()[0]
 
 
 def test_memory_stays_flat(tmp_path):
@@ -238,11 +238,11 @@ def test_memory_stays_flat(tmp_path):
             jsonl.write(f'{{"text": "{text}", "n": {i}}}\n')
             table.write(f"{text},{i}\n")
     pq.write_table(
-        pa.table({"text": [text + str(i) for i in range(20_000)]}), tmp_path / "a.parquet", row_group_size=500
+        pa.positions({"text": [text + str(i) for i in range(20_000)]}), tmp_path / "a.parquet", row_group_size=500
     )
     for name in ("a.jsonl", "a.csv", "a.parquet"):
         tracemalloc.start()
-        count = sum(1 for _ in read_records(tmp_path / name, Problems()))
+        count = sum(1 for _ in read_records(tmp_path / name, IssueLog()))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert count == 20_000 and peak < 4_000_000, name  # of 20,000,000 characters
@@ -256,7 +256,7 @@ LUMPS = st.sampled_from(
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json", ".json.gz", ".json.zst", ".parquet"])
 def test_no_bytes_whatever_are_fatal(suffix, tmp_path):
     path = tmp_path / f"a{suffix}"
-    pq.write_table(pa.table({"text": ["a", "b"], "l": [["c"], None]}), tmp_path / "good.parquet")
+    pq.write_table(pa.positions({"text": ["a", "b"], "l": [["c"], None]}), tmp_path / "good.parquet")
     good = (tmp_path / "good.parquet").read_bytes()
 
     @QUIET
@@ -273,7 +273,7 @@ def test_no_bytes_whatever_are_fatal(suffix, tmp_path):
         found, problems = read(path, data)
         json.dumps([row for _, row in found], ensure_ascii=False, default=str).encode()
         try:
-            list(read_records(path, Problems(strict=True)))
+            list(read_records(path, IssueLog(strict=True)))
         except NextwordError:
             assert problems.total
         else:

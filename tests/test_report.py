@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from nextword.audit.findings import Finding
 from nextword.commands import api
 from nextword.commands.cli import run as run_command
-from nextword.common.errors import CorruptFile, NextwordError, UsageError
-from nextword.common.fs import seal
-from nextword.common.results import AUDIT, EVALUATION, Measurements, When, keep
-from nextword.reporting.charts import smoothed, thinned
-from nextword.reporting.comparison import apart
-from nextword.reporting.report import refresh, write_card, write_report
+from nextword.common.errors import CorruptFileError, NextwordError, UsageError
+from nextword.common.fs import write_manifest
+from nextword.common.results import AUDIT_FILE, EVALUATION_FILE, Provenance, StoredResults, save_results
+from nextword.reporting.charts import downsample, moving_average
+from nextword.reporting.comparison import shortest_names
+from nextword.reporting.report import refresh_unmodified, write_card, write_report
 
 FACTS: dict[str, Any] = {
     "command": 'nextword pretrain "my texts" --out runs/a',
@@ -201,13 +201,13 @@ def test_a_broken_run_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(NextwordError, match="not a run folder"):
         write_report(tmp_path)
     run = make(tmp_path / "run", lines=[{"step": 1}, [2]])
-    with pytest.raises(CorruptFile, match=r"metrics.jsonl line 2"):
+    with pytest.raises(CorruptFileError, match=r"metrics.jsonl line 2"):
         write_report(run)
     (run / "result.json").write_text("[]")
-    with pytest.raises(CorruptFile, match=r"result.json"):
+    with pytest.raises(CorruptFileError, match=r"result.json"):
         write_card(run)
     (run / "run.json").write_text("{")
-    with pytest.raises(CorruptFile, match=r"run.json line 1"):
+    with pytest.raises(CorruptFileError, match=r"run.json line 1"):
         write_report(run)
 
 
@@ -224,7 +224,7 @@ SUITE: dict[str, Any] = {
     "scrambled": {"score": 0.53, "low": 0.5, "high": 0.56, "n": 1000, "order_matters": True},
 }  # fmt: skip
 FREE: dict[str, Any] = {"metric": "repeated", "score": 0.04, "low": 0.02, "high": 0.06, "n": 64, "chance": None}
-WHEN = When("2026-11-23T18:15:57+00:00", {"precision": "int8"})
+WHEN = Provenance("2026-11-23T18:15:57+00:00", {"precision": "int8"})
 FINDINGS = [
     Finding("bias", "CrowS-Pairs, gender", 61.2, 58.0, 64.1, "%", 262, 50.0, True, "The share of stereotypes preferred."),
     Finding(
@@ -239,13 +239,13 @@ FINDINGS = [
 def audited(run: Path, findings: Any) -> Path:
     (run / "measured").mkdir(exist_ok=True)
     told = [one.to_dict() if isinstance(one, Finding) else one for one in findings]
-    (run / AUDIT).write_text(json.dumps({"model": str(run), "findings": told, "seconds": 3.5}), encoding="utf-8")
+    (run / AUDIT_FILE).write_text(json.dumps({"model": str(run), "findings": told, "seconds": 3.5}), encoding="utf-8")
     return run
 
 
 def measured(folder: Path) -> Path:
     run = make(folder, lines=records())
-    keep(run, {**TEXT, "suites": {"blimp": SUITE, "free": FREE}}, "other.txt", WHEN, WHEN)
+    save_results(run, {**TEXT, "suites": {"blimp": SUITE, "free": FREE}}, "other.txt", WHEN, WHEN)
     return audited(run, FINDINGS)
 
 
@@ -287,7 +287,7 @@ def test_a_card_says_nothing_that_was_not_measured(tmp_path: Path) -> None:
 def test_the_model_index_is_what_the_hub_reads(tmp_path: Path) -> None:
     yaml = pytest.importorskip("yaml", reason="needs PyYAML")
     run = measured(tmp_path / 'run: "x" # y')
-    keep(run, {"suites": {'own: "a" \u2028 #b': {**SUITE, "metric": "acc"}}}, "", WHEN, WHEN)
+    save_results(run, {"suites": {'own: "a" \u2028 #b': {**SUITE, "metric": "acc"}}}, "", WHEN, WHEN)
     front = yaml.safe_load(write_card(run).read_text(encoding="utf-8").split("---\n")[1])
     [index] = front["model-index"]
     assert index["name"] == 'run: "x" # y'
@@ -305,51 +305,56 @@ def test_measurements_are_merged_by_name_and_go_with_their_weights(tmp_path: Pat
     weights = run / "model"
     weights.mkdir()
     (weights / "model.safetensors").write_bytes(b"one")
-    seal(weights, {})
-    keep(run, {**TEXT, "suites": {"blimp": SUITE}}, "other.txt", WHEN, WHEN)
-    keep(run, {"suites": {"free": FREE}}, "", WHEN, WHEN)
-    keep(run, {"suites": {"blimp": {**SUITE, "score": 0.7}}}, "", WHEN, WHEN)
-    found = Measurements.read(run)
+    write_manifest(weights, {})
+    save_results(run, {**TEXT, "suites": {"blimp": SUITE}}, "other.txt", WHEN, WHEN)
+    save_results(run, {"suites": {"free": FREE}}, "", WHEN, WHEN)
+    save_results(run, {"suites": {"blimp": {**SUITE, "score": 0.7}}}, "", WHEN, WHEN)
+    found = StoredResults.read(run)
     assert [one.name for one in found.texts] == ["other.txt"]
-    assert {one.name: one.score.value for one in found.suites} == {"blimp": 0.7, "free": 0.04}
-    assert found.suites[0].when == WHEN and not found.stale
+    assert {one.name: one.score.value for one in found.benchmarks} == {"blimp": 0.7, "free": 0.04}
+    assert found.benchmarks[0].get_provenance == WHEN and not found.stale
     (weights / "model.safetensors").write_bytes(b"two")
-    seal(weights, {})
-    assert Measurements.read(run).stale
+    write_manifest(weights, {})
+    assert StoredResults.read(run).stale
     assert "before the run's weights changed" in Page(write_report(run)).text
     assert "## Evaluation" not in write_card(run).read_text(encoding="utf-8")
-    keep(run, {"suites": {"free": FREE}}, "", WHEN, WHEN)
-    found = Measurements.read(run)
-    assert [one.name for one in found.suites] == ["free"] and found.texts == () and not found.stale
+    save_results(run, {"suites": {"free": FREE}}, "", WHEN, WHEN)
+    found = StoredResults.read(run)
+    assert [one.name for one in found.benchmarks] == ["free"] and found.texts == () and not found.stale
 
 
 @pytest.mark.parametrize(
     ("file", "way", "value", "named"),
     [
-        (EVALUATION, ["suites", "blimp", "score"], "high", r"suites\.blimp\.score is not a number"),
-        (EVALUATION, ["suites", "blimp", "score"], None, r"suites\.blimp\.score is not a number"),
-        (EVALUATION, ["suites", "blimp", "low"], 0.9, r"suites\.blimp\.low is not below high"),
-        (EVALUATION, ["suites", "blimp", "n"], 1.5, r"suites\.blimp\.n is not a count"),
+        (EVALUATION_FILE, ["suites", "blimp", "score"], "high", r"suites\.blimp\.score is not a number"),
+        (EVALUATION_FILE, ["suites", "blimp", "score"], None, r"suites\.blimp\.score is not a number"),
+        (EVALUATION_FILE, ["suites", "blimp", "low"], 0.9, r"suites\.blimp\.low is not below high"),
+        (EVALUATION_FILE, ["suites", "blimp", "n"], 1.5, r"suites\.blimp\.n is not a count"),
         (
-            EVALUATION,
+            EVALUATION_FILE,
             ["suites", "blimp", "groups", "anaphora"],
             [],
             r"suites\.blimp\.groups\.anaphora is not an object",
         ),
-        (EVALUATION, ["suites", "blimp", "above_chance"], 1, r"above_chance is not true or false"),
-        (EVALUATION, ["suites", "blimp", "measured"], None, r"suites\.blimp\.measured is not an object"),
+        (EVALUATION_FILE, ["suites", "blimp", "above_chance"], 1, r"above_chance is not true or false"),
+        (EVALUATION_FILE, ["suites", "blimp", "measured"], None, r"suites\.blimp\.measured is not an object"),
         (
-            EVALUATION,
+            EVALUATION_FILE,
             ["texts", "other.txt", "bits_per_byte"],
             True,
             r"texts\.other\.txt\.bits_per_byte is not a number",
         ),
-        (EVALUATION, ["texts"], [1], r"texts is not an object"),
-        (AUDIT, ["findings"], {}, r"findings is not a list"),
-        (AUDIT, ["findings", 0], "bad", r"findings\[0\] is not an object"),
-        (AUDIT, ["findings", 1, "value"], math.nan, r"findings\[1\]\.value is not a number"),
-        (AUDIT, ["findings", 1, "examples", 0, "passage"], 3, r"findings\[1\]\.examples\[0\]\.passage is not a text"),
-        (AUDIT, ["findings", 1, "section"], None, r"findings\[1\]\.section is not a text"),
+        (EVALUATION_FILE, ["texts"], [1], r"texts is not an object"),
+        (AUDIT_FILE, ["findings"], {}, r"findings is not a list"),
+        (AUDIT_FILE, ["findings", 0], "bad", r"findings\[0\] is not an object"),
+        (AUDIT_FILE, ["findings", 1, "value"], math.nan, r"findings\[1\]\.value is not a number"),
+        (
+            AUDIT_FILE,
+            ["findings", 1, "examples", 0, "passage"],
+            3,
+            r"findings\[1\]\.examples\[0\]\.passage is not a text",
+        ),
+        (AUDIT_FILE, ["findings", 1, "section"], None, r"findings\[1\]\.section is not a text"),
     ],
 )
 def test_what_cannot_have_been_measured_is_named(tmp_path: Path, file: Path, way: Any, value: Any, named: str) -> None:
@@ -361,10 +366,10 @@ def test_what_cannot_have_been_measured_is_named(tmp_path: Path, file: Path, way
     inner[way[-1]] = value
     (run / file).write_text(json.dumps(whole), encoding="utf-8")
     for write in (write_report, write_card):
-        with pytest.raises(CorruptFile, match=rf"{file.name}: .*{named}"):
+        with pytest.raises(CorruptFileError, match=rf"{file.name}: .*{named}"):
             write(run)
     (run / file).write_text("{", encoding="utf-8")
-    with pytest.raises(CorruptFile, match=rf"{file.name} line 1: not valid JSON"):
+    with pytest.raises(CorruptFileError, match=rf"{file.name} line 1: not valid JSON"):
         write_report(run)
 
 
@@ -375,7 +380,7 @@ JSON = st.recursive(
 )
 
 
-@given(st.sampled_from([EVALUATION, AUDIT]), st.integers(0, 60), JSON)
+@given(st.sampled_from([EVALUATION_FILE, AUDIT_FILE]), st.integers(0, 60), JSON)
 def test_any_change_to_what_was_measured_is_refused_or_shown_as_text(
     tmp_path_factory: pytest.TempPathFactory, file: Path, place: int, value: Any
 ) -> None:
@@ -395,20 +400,22 @@ def test_any_change_to_what_was_measured_is_refused_or_shown_as_text(
     inner[key] = value
     (run / file).write_text(json.dumps(whole), encoding="utf-8")
     try:
-        found = Measurements.read(run)
-    except CorruptFile as error:
+        found = StoredResults.read(run)
+    except CorruptFileError as error:
         assert file.name in str(error)
         return
-    from nextword.reporting.results_sections import measured_sections
+    from nextword.reporting.results_sections import results_sections
 
-    (run / "parts.html").write_text(f"<div>{measured_sections(found)}</div>", encoding="utf-8")
+    (run / "parts.html").write_text(f"<div>{results_sections(found)}</div>", encoding="utf-8")
     assert "script" not in Page(run / "parts.html").tags
 
 
 def test_what_an_audit_found_is_text(tmp_path: Path) -> None:
     texts = {"section": HOSTILE, "name": HOSTILE, "unit": HOSTILE, "note": HOSTILE, "examples": [{HOSTILE: HOSTILE}]}
     run = audited(make(tmp_path / "run", lines=records()), [{**texts, "value": 1.5, "notable": True}])
-    keep(run, {"suites": {HOSTILE: {**SUITE, "metric": HOSTILE, "groups": {HOSTILE: {"score": 1}}}}}, "", WHEN, WHEN)
+    save_results(
+        run, {"suites": {HOSTILE: {**SUITE, "metric": HOSTILE, "groups": {HOSTILE: {"score": 1}}}}}, "", WHEN, WHEN
+    )
     page = Page(write_report(run))
     assert page.tags.count("script") == 0 and page.text.count("alert('x')") >= 7
     card = write_card(run).read_text(encoding="utf-8")
@@ -420,20 +427,20 @@ def test_what_an_audit_found_is_text(tmp_path: Path) -> None:
 
 
 def test_a_refresh_leaves_what_a_person_has_changed(tmp_path: Path) -> None:
-    run, said = make(tmp_path / "run", lines=records()), []
-    refresh(run, said.append)
+    run, predicted_mask = make(tmp_path / "run", lines=records()), []
+    refresh_unmodified(run, said.append)
     assert not (run / "report.html").exists() and not (run / "README.md").exists() and not said
     write_report(run)
     write_card(run)
     audited(run, FINDINGS)
-    refresh(run, said.append)
+    refresh_unmodified(run, said.append)
     assert "Passages by heart" in (run / "report.html").read_text(encoding="utf-8")
     card = (run / "README.md").read_text(encoding="utf-8")
     assert "Passages by heart" in card and not said
     changed = card.replace("# run", "# My own run")
     (run / "README.md").write_text(changed, encoding="utf-8")
     audited(run, [])
-    refresh(run, said.append)
+    refresh_unmodified(run, said.append)
     assert (run / "README.md").read_text(encoding="utf-8") == changed
     assert len(said) == 1 and "stays as it is" in said[0]
     (run / "README.md").unlink()
@@ -464,7 +471,7 @@ def test_evaluate_keeps_what_it_measured_in_the_run(
     ]
     assert run_command(command) == 0
     result = json.loads(capsys.readouterr().out)
-    kept = json.loads((run / EVALUATION).read_text(encoding="utf-8"))
+    kept = json.loads((run / EVALUATION_FILE).read_text(encoding="utf-8"))
     assert kept["suites"]["agreement"].pop("measured")["arguments"] == {"seed": 3}
     assert kept["suites"]["agreement"] == result["suites"]["agreement"]
     assert kept["texts"]["other.txt"]["bits_per_byte"] == result["bits_per_byte"]
@@ -475,7 +482,7 @@ def test_evaluate_keeps_what_it_measured_in_the_run(
         run_command(["evaluate", str(run / "model"), str(tmp_path / "other.txt")]) == 0
     )  # a model alone keeps nothing
     assert not (run / "model" / "measured").exists()
-    (run / EVALUATION).write_text("[]")
+    (run / EVALUATION_FILE).write_text("[]")
     assert run_command(command) == 3
     assert "evaluation.json: the whole is not an object" in capsys.readouterr().err
 
@@ -545,7 +552,7 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path, capsys: pytest.CaptureF
     ],
 )
 def test_runs_go_by_the_shortest_names_that_tell_them_apart(paths: list[str], names: list[str]) -> None:
-    assert apart([Path(path) for path in paths]) == names
+    assert shortest_names([Path(path) for path in paths]) == names
 
 
 def test_the_card_says_what_was_measured(tmp_path: Path) -> None:
@@ -566,10 +573,10 @@ def test_the_card_says_what_was_measured(tmp_path: Path) -> None:
 
 def test_curves_keep_their_shape() -> None:
     flat = [(float(x), 2.0) for x in range(1, 2001)]
-    assert all(abs(y - 2) < 1e-12 for _, y in smoothed(flat))
-    assert len(thinned(flat, 600)) <= 601
-    assert thinned(flat, 600)[-1] == flat[-1]
+    assert all(abs(y - 2) < 1e-12 for _, y in moving_average(flat))
+    assert len(downsample(flat, 600)) <= 601
+    assert downsample(flat, 600)[-1] == flat[-1]
     steep = [(float(x), float(x)) for x in range(100)]
-    assert smoothed(steep)[0] == (0.0, 0.0)
-    assert smoothed([]) == []
-    assert list(thinned([])) == []
+    assert moving_average(steep)[0] == (0.0, 0.0)
+    assert moving_average([]) == []
+    assert list(downsample([])) == []

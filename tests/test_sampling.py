@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
 )
 
 from nextword.common.errors import NextwordError, UsageError
-from nextword.inference.sampling import Sampling, adjust, draw, probabilities
+from nextword.inference.sampling import Sampling, filter_logits, probabilities, sample
 
 PLAIN = Sampling(temperature=1.0)
 
@@ -105,7 +105,7 @@ def stock(logits: torch.Tensor, sampling: Sampling, history: list[int]) -> torch
 )
 def test_equals_transformers(sampling: Sampling, seed: int) -> None:
     logits, history = random_logits(seed, 200), [3, 3, 17, 120]
-    ours, theirs = probabilities(logits, sampling, history), stock(logits, sampling, history)
+    ours, longest_held_out = probabilities(logits, sampling, history), stock(logits, sampling, history)
     assert torch.equal(ours == 0, theirs == 0)
     assert torch.allclose(ours, theirs, atol=1e-12)
 
@@ -116,7 +116,7 @@ def test_draws_have_their_probabilities(sampling: Sampling) -> None:
     generator = torch.Generator().manual_seed(0)
     counts = torch.zeros(12, dtype=torch.float64)
     for _ in range(n):
-        counts[draw(logits, sampling, [], [], generator)] += 1
+        counts[sample(logits, sampling, [], [], generator)] += 1
     expected = n * probabilities(logits, sampling)
     possible = expected > 0
     assert counts[~possible].sum() == 0
@@ -127,15 +127,15 @@ def test_draws_have_their_probabilities(sampling: Sampling) -> None:
 def test_greedy_takes_the_likeliest_and_no_random_number() -> None:
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
-    assert draw(torch.tensor([0.0, 2.0, 1.0]), Sampling(temperature=0), [], [], generator) == 1
+    assert sample(torch.tensor([0.0, 2.0, 1.0]), Sampling(temperature=0), [], [], generator) == 1
     assert torch.equal(generator.get_state(), before)
     assert probabilities(torch.tensor([0.0, 2.0, 1.0]), Sampling(temperature=0)).tolist() == [0, 1, 0]
-    assert draw(torch.tensor([1.9, 2.0]), Sampling(temperature=0, repetition_penalty=1.1), [1], [], generator) == 0
+    assert sample(torch.tensor([1.9, 2.0]), Sampling(temperature=0, repetition_penalty=1.1), [1], [], generator) == 0
 
 
 def test_every_other_draw_takes_one_random_number() -> None:
     one, other = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
-    draw(random_logits(0), PLAIN, [], [], one)
+    sample(random_logits(0), PLAIN, [], [], one)
     torch.rand((), generator=other, dtype=torch.float64)
     assert torch.equal(one.get_state(), other.get_state())
 
@@ -156,7 +156,7 @@ def test_at_least_one_token_is_always_left() -> None:
 def test_adjust_leaves_its_input_alone() -> None:
     logits = random_logits(0)
     copy = logits.clone()
-    adjust(logits, Sampling(top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=2.0), [1, 2])
+    filter_logits(logits, Sampling(top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=2.0), [1, 2])
     assert torch.equal(logits, copy)
 
 
@@ -164,7 +164,7 @@ def test_adjust_leaves_its_input_alone() -> None:
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_logits_that_are_not_finite_are_refused(bad: float, temperature: float) -> None:
     with pytest.raises(NextwordError, match="not finite"):
-        draw(torch.tensor([0.0, bad]), Sampling(temperature=temperature), [], [], torch.Generator())
+        sample(torch.tensor([0.0, bad]), Sampling(temperature=temperature), [], [], torch.Generator())
 
 
 @pytest.mark.parametrize(

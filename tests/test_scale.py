@@ -9,9 +9,9 @@ from torch import Tensor
 
 from nextword.commands import api
 from nextword.model.config import build_config
-from nextword.model.gpt import GPT, dropout_masks
-from nextword.training.losses import Inputs, next_word
-from nextword.training.step import build_step_module
+from nextword.model.gpt import GPT, sample_dropout_masks
+from nextword.training.losses import DeviceBatch, causal_lm_loss
+from nextword.training.step import build_loss_module
 from test_distributed import end, losses, start
 
 SIZES = {"n_layers": 2, "n_heads": 2, "d_model": 32, "context_length": 32}
@@ -25,10 +25,10 @@ def gradients(preset: str, recompute: bool, kind: Any = "plain") -> tuple[list[T
         preset, "tiny", vocab_size=50, n_layers=LAYERS, n_heads=2, d_model=WIDTH, context_length=LENGTH, dropout=0.1
     )
     model = GPT(config)
-    _, step = build_step_module(model, next_word, kind, recompute)
+    _, step = build_loss_module(model, causal_lm_loss, kind, recompute)
     tokens = torch.randint(0, 50, (ROWS, LENGTH + 1))
     segments = (torch.arange(LENGTH) > 9).long().expand(ROWS, -1)
-    keep = dropout_masks(config, [5, 6, 7], LENGTH, "cpu")
+    keep = sample_dropout_masks(config, [5, 6, 7], LENGTH, "cpu")
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -38,7 +38,7 @@ def gradients(preset: str, recompute: bool, kind: Any = "plain") -> tuple[list[T
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = step(Inputs(tokens[:, :-1], tokens[:, 1:], keep, segments))["next_word"].total
+        loss = step(DeviceBatch(tokens[:, :-1], tokens[:, 1:], keep, segments))["next_word"].total
     size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     return [loss, *torch.autograd.grad(loss, list(model.parameters()))], size
 
@@ -56,7 +56,7 @@ def test_what_is_made_again_gives_the_same_gradients_and_keeps_less(preset):
 def test_it_is_off_where_nothing_is_learned():
     """A look at held-out text makes nothing twice."""
     model = GPT(build_config("modern", "tiny", vocab_size=50, **SIZES))
-    build_step_module(model, next_word, "plain", recompute=True)
+    build_loss_module(model, causal_lm_loss, "plain", recompute=True)
     calls: list[int] = []
     for block in model.blocks:
         block.feed_forward.register_forward_pre_hook(lambda *_: calls.append(1))

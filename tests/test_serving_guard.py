@@ -20,9 +20,9 @@ from nextword.commands import cli
 from nextword.common.errors import NextwordError
 from nextword.serving import app as server_module
 from nextword.serving import security
-from nextword.serving.app import Place
-from nextword.serving.engine_worker import Worker
-from nextword.serving.security import Rules
+from nextword.serving.app import ListenConfig
+from nextword.serving.engine_worker import EngineWorker
+from nextword.serving.security import AccessPolicy
 from served import ServerClient, ServerProcess, ThreadedServer, running_server, wait_until
 
 ON = {"logit_bias": {"0": -100}, "temperature": 1.0}  # a text that does not end by itself
@@ -35,7 +35,7 @@ POLICY = (
 @pytest.fixture(scope="module")
 def locked(base: Path) -> Iterator[ThreadedServer]:
     """All of the machine's addresses, with a key."""
-    with running_server(base, Place("0.0.0.0", 0, key="a secret", hosts=("model.example",))) as server:
+    with running_server(base, ListenConfig("0.0.0.0", 0, key="a secret", hosts=("model.example",))) as server:
         yield server
 
 
@@ -80,7 +80,9 @@ def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("NEXTWORD_API_KEY", "a secret")
     for arguments, key in (([], "a secret"), (["--api-key", "other"], "other")):
         assert (
-            cli.run(["serve", str(base), "--host", "0.0.0.0", "--allowed-host", "a", "--allowed-host", "b", *arguments])
+            cli.run_dir(
+                ["serve", str(base), "--host", "0.0.0.0", "--allowed-host", "a", "--allowed-host", "b", *arguments]
+            )
             == 0
         )
         assert (asked["api_key"], asked["allowed_hosts"], asked["host"]) == (key, ["a", "b"], "0.0.0.0")
@@ -102,9 +104,9 @@ def test_the_key_is_said_once(locked: ThreadedServer) -> None:
 )  # fmt: skip
 def test_another_address_needs_a_key_or_a_clear_word(host: str, fine: bool) -> None:
     with contextlib.nullcontext() if fine else pytest.raises(NextwordError, match="lets other machines connect"):
-        Place(host)
-    Place(host, key="k")
-    Place(host, insecure=True)
+        ListenConfig(host)
+    ListenConfig(host, key="k")
+    ListenConfig(host, insecure=True)
 
 
 # ---------------------------------------------------------------- names
@@ -126,9 +128,9 @@ def test_its_own_names_are_known(locked: ThreadedServer, open_: ThreadedServer) 
     assert open_.get("/health", Host="model.example").status == 403
     assert open_.get("/health", Host="0.0.0.0").status == 403
     scope = {"type": "http", "headers": [(b"host", b"10.1.2.3:80")], "server": ("10.1.2.3", 80)}
-    Rules(any_address=True)._check_host(scope)  # the address that it was reached at
+    AccessPolicy(any_address=True)._check_host(scope)  # the address that it was reached at
     with pytest.raises(security.Refusal, match="--allowed-host"):
-        Rules()._check_host(scope)
+        AccessPolicy()._check_host(scope)
 
 
 def test_pages_of_other_places_are_refused(open_: ThreadedServer) -> None:
@@ -199,15 +201,15 @@ def test_bodies_together_have_a_limit(monkeypatch: pytest.MonkeyPatch, open_: Th
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4000000\r\n\r\n"
     with socket.create_connection((open_.host, open_.port), timeout=10) as half:
         half.sendall(head + b"x" * 3_000_000)
-        wait_until(lambda: open_.middleware.held == 3_000_000)
+        wait_until(lambda: open_.middleware.buffered_body_bytes == 3_000_000)
         answer = open_.post("/v1/completions", b"x" * 3_000_000)
         assert answer.status == 429 and answer.headers["Retry-After"]
         monkeypatch.setattr(security, "MAX_BODIES", 1)
         assert open_.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status == 200  # small ones are let in
         monkeypatch.setattr(security, "MAX_BODIES", 5_000_000)
-    wait_until(lambda: open_.middleware.held == 0)
+    wait_until(lambda: open_.middleware.buffered_body_bytes == 0)
     assert open_.post("/v1/completions", b"x" * 3_000_000).status == 400
-    wait_until(lambda: open_.middleware.held == 0)
+    wait_until(lambda: open_.middleware.buffered_body_bytes == 0)
 
 
 def test_headers_that_are_too_many_or_too_large_are_refused(open_: ThreadedServer) -> None:
@@ -262,13 +264,13 @@ def test_there_are_only_so_many_connections(monkeypatch: pytest.MonkeyPatch, ope
 
 def slowly(monkeypatch: pytest.MonkeyPatch, server: ThreadedServer, seconds: float) -> None:
     """Make every step of the engine take so long."""
-    read = server.engine.reader.read
+    read = server.engine.runner.read
 
     def slow(*arguments: Any) -> Any:
         time.sleep(seconds)
         return read(*arguments)
 
-    monkeypatch.setattr(server.engine.reader, "read", slow)
+    monkeypatch.setattr(server.engine.runner, "read", slow)
 
 
 def test_beyond_the_queue_clients_are_told_to_come_again(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
@@ -300,7 +302,7 @@ def test_a_client_that_leaves_stops_its_work_within_two_tokens(
             left_at = drawn[()]
         time.sleep(0.4)
         assert drawn[()] <= left_at + 2
-        wait_until(lambda: not server.engine.busy and not server.service.worker.tickets)
+        wait_until(lambda: not server.engine.busy and not server.service.worker.handles)
         assert server.metric("nextword_clients_left_total") == 1
 
 
@@ -311,7 +313,7 @@ def test_a_client_that_leaves_is_heard_by_a_quick_model_too(base: Path) -> None:
         for stream in (True, False):
             with server.start_completion({"prompt": "The", "max_tokens": 30000, "stream": stream, **ON}):
                 wait_until(lambda: drawn[()] >= 20)
-            wait_until(lambda: not server.service.worker.tickets, 1)
+            wait_until(lambda: not server.service.worker.handles, 1)
             wait_until(lambda: not server.engine.busy, 1)
             drawn[()] = 0
 
@@ -335,9 +337,11 @@ def test_a_slow_reader_holds_up_nobody(base: Path) -> None:
     with running_server(base, max_batch=1, queue=0) as server:  # one place in all
         body = {"prompt": "The", "max_tokens": 1500, "logprobs": 20, "stream": True, **ON}
         with server.start_completion(body, receive_buffer=4096) as unread:  # some 2 MB
-            wait_until(lambda: server.service.worker.held == 1)
-            wait_until(lambda: server.service.worker.held == 0)  # it was written to its end, though nobody reads
-            assert server.service.worker.unread > 500
+            wait_until(lambda: server.service.worker.buffered_body_bytes == 1)
+            wait_until(
+                lambda: server.service.worker.buffered_body_bytes == 0
+            )  # it was written to its end, though nobody reads
+            assert server.service.worker.uncached_tokens > 500
             quick = server.complete("A", max_tokens=50, **ON)
             assert quick["usage"]["completion_tokens"] == 50
             unread.settimeout(30)
@@ -345,7 +349,7 @@ def test_a_slow_reader_holds_up_nobody(base: Path) -> None:
             while b"data: [DONE]" not in read[-100:]:
                 read += unread.recv(2**20)
             assert len(read) > 1_000_000
-        wait_until(lambda: not server.service.worker.tickets)
+        wait_until(lambda: not server.service.worker.handles)
 
 
 def test_what_is_unread_has_a_limit(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
@@ -356,7 +360,7 @@ def test_what_is_unread_has_a_limit(monkeypatch: pytest.MonkeyPatch, base: Path)
         with server.start_completion(body, receive_buffer=4096) as unread:
             read = server.post("/v1/completions", {**body, "seed": 1}).sse_events
             assert read[-1]["choices"][0]["finish_reason"] == "length"
-            wait_until(lambda: not server.service.worker.tickets or server.service.worker.unread == 0)
+            wait_until(lambda: not server.service.worker.handles or server.service.worker.uncached_tokens == 0)
             said = b""
             while piece := unread.recv(2**20):
                 said += piece
@@ -370,8 +374,8 @@ def test_who_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch, base: Path
         with server.start_completion(
             {"prompt": "The", "max_tokens": 1500, "logprobs": 20, "stream": True, **ON}, receive_buffer=4096
         ):
-            wait_until(lambda: bool(server.service.worker.tickets))
-            wait_until(lambda: not server.service.worker.tickets)
+            wait_until(lambda: bool(server.service.worker.handles))
+            wait_until(lambda: not server.service.worker.handles)
 
 
 # ---------------------------------------------------------------- faults
@@ -383,14 +387,14 @@ def test_an_exception_in_a_step_ends_those_it_touched_and_the_server_goes_on(
     with running_server(base, max_batch=1) as server:
         expected = server.complete("The", max_tokens=20, seed=1)["choices"][0]["text"]
         slowly(monkeypatch, server, 0.005)
-        calls, read = itertools.count(), server.engine.reader.read
+        calls, read_line = itertools.count(), server.engine.runner.read
 
         def failing(*arguments: Any) -> Any:
             if next(calls) == 10:
                 raise RuntimeError("the memory is gone")
             return read(*arguments)
 
-        monkeypatch.setattr(server.engine.reader, "read", failing)
+        monkeypatch.setattr(server.engine.runner, "read", failing)
         answers: dict[str, Any] = {}
 
         def ask(name: str, **settings: Any) -> None:
@@ -413,13 +417,13 @@ def test_an_exception_in_a_step_ends_those_it_touched_and_the_server_goes_on(
 
 def test_an_error_in_the_middle_of_a_stream_is_its_last_event(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
     with running_server(base) as server:
-        calls, read = itertools.count(), server.engine.reader.read
+        calls, read_line = itertools.count(), server.engine.runner.read
 
         def failing(*arguments: Any) -> Any:
             rows = read(*arguments)
             return rows if next(calls) < 5 else [row * float("nan") for row in rows]
 
-        monkeypatch.setattr(server.engine.reader, "read", failing)
+        monkeypatch.setattr(server.engine.runner, "read", failing)
         with contextlib.closing(server.connect()) as connection:
             body = json.dumps({"prompt": "The", "max_tokens": 50, "stream": True, **ON})
             connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
@@ -429,10 +433,10 @@ def test_an_error_in_the_middle_of_a_stream_is_its_last_event(monkeypatch: pytes
 
 
 def test_an_engine_that_is_gone_ends_the_server(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
-    def broken(worker: Worker, engine: Any) -> Any:
+    def broken(worker: EngineWorker, engine: Any) -> Any:
         raise SystemError("the thread is lost")
 
-    monkeypatch.setattr(Worker, "_step", broken)
+    monkeypatch.setattr(EngineWorker, "_step", broken)
     with running_server(base) as server:
         with contextlib.suppress(http.client.HTTPException, OSError):
             assert server.post("/v1/completions", {"prompt": "x"}).status == 503
@@ -446,7 +450,7 @@ def test_memory_is_kept_for_so_many_texts_as_there_is_room_for(
     one = 2 * 2 * 64 * 32 * 4  # keys and values, layers, context, width, bytes
     monkeypatch.setattr("nextword.serving.service.free_memory", lambda device: 7 * one)
     with running_server(base, max_batch=16) as server:
-        assert len(server.engine.free) == 3 and server.service.cache_bytes == 3 * one
+        assert len(server.engine.free_slots) == 3 and server.service.kv_cache_bytes == 3 * one
         kept = server.engine.cache.keys.data_ptr()
         server.complete("The", n=3, max_tokens=100, **ON)
         assert server.engine.cache.keys.data_ptr() == kept  # it never grows
@@ -460,21 +464,21 @@ def test_memory_is_kept_for_so_many_texts_as_there_is_room_for(
 
 
 def test_while_loading_it_says_so(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
-    go_on, real = threading.Event(), Worker._run
+    go_on, real = threading.Event(), EngineWorker._run
 
-    def later(worker: Worker) -> None:
+    def later(worker: EngineWorker) -> None:
         go_on.wait(10)
         real(worker)
 
-    monkeypatch.setattr(Worker, "_run", later)
-    place = Place(port=0)
-    listen, ports = Place.listen, []
+    monkeypatch.setattr(EngineWorker, "_run", later)
+    place = ListenConfig(port=0)
+    listen, ports = ListenConfig.listen, []
 
-    def noted(self: Place) -> socket.socket:
+    def noted(self: ListenConfig) -> socket.socket:
         ports.append((made := listen(self)).getsockname()[1])
         return made
 
-    monkeypatch.setattr(Place, "listen", noted)
+    monkeypatch.setattr(ListenConfig, "listen", noted)
 
     def look() -> None:
         wait_until(lambda: bool(ports))
@@ -537,4 +541,4 @@ def test_the_grace_has_an_end(base: Path) -> None:
         while b"stopped" not in read:
             read += stream.recv(2**20)
         assert b'"code":"stopped"' in read and b"[DONE]" not in read
-        assert not worker.tickets
+        assert not worker.handles

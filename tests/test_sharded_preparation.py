@@ -16,19 +16,19 @@ from hypothesis import strategies as st
 
 import nextword as package
 from conftest import nextword_command
-from nextword.common.errors import MissingExtra, NextwordError, UsageError
-from nextword.common.fs import MANIFEST, sha256
+from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
+from nextword.common.fs import MANIFEST, sha256_file
 from nextword.data import corpus as corpus_module
 from nextword.data import shards as shards_module
 from nextword.data import tokenizer as tokenizer_module
 from nextword.data.corpus import Corpus
-from nextword.data.prepare import cut, prepare, shard_of
+from nextword.data.prepare import parse_shard, partition_by_size, prepare
 from test_corpus import article, write
 
 
 def hashes(out: Path) -> dict[str, str]:
     """Every file of a prepared corpus, the manifest with its facts included."""
-    return {path.relative_to(out).as_posix(): sha256(path) for path in sorted(out.rglob("*"))}
+    return {path.relative_to(out).as_posix(): sha256_file(path) for path in sorted(out.rglob("*"))}
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_the_parts_together_are_the_bytes_of_one_process(parts, tokenizer, folde
     monkeypatch.setattr(shards_module, "COPIED", 400)
     said: list[str] = []
     corpus_module.prepare([folder], tmp_path / "alone", tokenizer=tokenizer)
-    together = prepare([folder], tmp_path / "out", f"{parts}/{parts}", tokenizer=tokenizer, say=said.append)
+    together = prepare([folder], tmp_path / "out", f"{parts}/{parts}", tokenizer=tokenizer, log=said.append)
     assert hashes(tmp_path / "out") == hashes(tmp_path / "alone")
     assert together.duplicates >= 10 and together.problems["total"] >= 3
     assert len(list((tmp_path / "out").glob("train-*.npy"))) > 3
@@ -90,21 +90,22 @@ def test_the_tokenizer_is_drawn_from_the_same_sample(sample, words, folder, tmp_
 )  # fmt: skip
 def test_what_is_drawn_of_the_parts_is_what_is_drawn_of_the_whole(texts, parts, sample, words):
     numbered = [(tokenizer_module.number_of(place), text) for place, text in enumerate(texts)]
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.prefix_offset() as patch:
         patch.setattr(tokenizer_module, "SAMPLE", sample)
         patch.setattr(tokenizer_module, "SAMPLE_WORDS", words)
-        whole = tokenizer_module.drawn(numbered, tokenizer_module.DRAWS)
+        whole = tokenizer_module.generated(numbered, tokenizer_module.DRAWS)
         each = -(-len(texts) // parts) or 1
         some = [
-            tokenizer_module.drawn(numbered[i : i + each], tokenizer_module.DRAWS) for i in range(0, len(texts), each)
+            tokenizer_module.generated(numbered[i : i + each], tokenizer_module.DRAWS)
+            for i in range(0, len(texts), each)
         ]
         limit = min((limit for _, limit in some), default=tokenizer_module.DRAWS)
-        assert tokenizer_module.drawn([one for kept, _ in some for one in kept], limit) == whole
+        assert tokenizer_module.generated([one for kept, _ in some for one in kept], limit) == whole
 
 
 @given(st.lists(st.integers(0, 1000), max_size=30), st.integers(1, 12))
 def test_files_are_cut_into_parts_of_about_the_same_size(sizes, parts):
-    bounds = cut(sizes, parts)
+    bounds = partition_by_size(sizes, parts)
     assert len(bounds) == parts + 1 and bounds == sorted(bounds) and (bounds[0], bounds[-1]) == (0, len(sizes))
     weights = [size + 1 for size in sizes]
     loads = [sum(weights[i:j]) for i, j in itertools.pairwise(bounds)]
@@ -115,7 +116,7 @@ def test_an_existing_tokenizer_needs_no_sample(folder, tmp_path):
     corpus_module.prepare([folder], tmp_path / "first", vocab_size=300)
     said: list[str] = []
     for name, shard in (("alone", None), ("out", "1/3")):
-        prepare([folder], tmp_path / name, shard, tokenizer=tmp_path / "first", say=said.append)
+        prepare([folder], tmp_path / name, shard, tokenizer=tmp_path / "first", log=said.append)
     assert hashes(tmp_path / "out") == hashes(tmp_path / "alone")
     assert not any(line.startswith(("sample", "tokenizer")) for line in said)
 
@@ -226,7 +227,7 @@ def test_what_is_there_is_kept_and_what_is_damaged_is_not(folder, tmp_path):
     (parts / "sample-00002/texts.jsonl").write_text("")
     (parts / "tokenizer" / MANIFEST).unlink()
     said: list[str] = []
-    prepare([folder], tmp_path / "out", "1/3", say=said.append)
+    prepare([folder], tmp_path / "out", "1/3", log=said.append)
     assert "part 1 of 3: reading is done already" in said
     assert any("sample-00002 is damaged" in line for line in said)
     assert not any(line.startswith(("reading-", "survey", "sample-00001", "sample-00003")) for line in said)
@@ -247,7 +248,7 @@ def test_other_text_is_other_work(folder, tmp_path):
     assert not list(tmp_path.glob(".out.parts-*")), "the old work is cleared away as well"
     write(folder, {"08.txt": article(1008)})
     said: list[str] = []
-    changed = prepare([folder], tmp_path / "out", "2/2", say=said.append)
+    changed = prepare([folder], tmp_path / "out", "2/2", log=said.append)
     assert "prepared anew" in said[0]
     assert changed.fingerprint != Corpus.open(tmp_path / "alone").fingerprint
 
@@ -282,7 +283,7 @@ def test_the_command_says_what_a_shard_is(folder, tmp_path, nextword):
 
 
 def test_refusals_are_those_of_one_process(folder, tmp_path):
-    assert shard_of("3/64") == (3, 64)
+    assert parse_shard("3/64") == (3, 64)
     with pytest.raises(NextwordError, match=r"(?s)no text was found.*empty\.txt.*\.jsonl"):
         prepare([write(tmp_path / "none", {"empty.txt": ""})], tmp_path / "out", "1/2")
     with pytest.raises(NextwordError, match="too little"):
@@ -338,5 +339,5 @@ def test_an_engine_is_asked_for_rightly_or_said_to_be_missing(folder, tmp_path, 
     with pytest.raises(UsageError, match="exclude each other"):
         package.prepare(folder, tmp_path / "out", engine="ray", shard="1/2")
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(MissingExtra, match=r"nextword\[ray\]"):
+    with pytest.raises(MissingDependencyError, match=r"nextword\[ray\]"):
         package.prepare(folder, tmp_path / "out", engine="ray")

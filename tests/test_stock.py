@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from nextword.common.errors import CorruptFile, NextwordError
-from nextword.common.fs import seal
+from nextword.common.errors import CorruptFileError, NextwordError
+from nextword.common.fs import write_manifest
 from nextword.model import hf
 from nextword.model.config import PRESETS, ModelConfig, build_config
 from nextword.model.gpt import GPT
@@ -70,7 +70,7 @@ CASES = [
 @pytest.mark.parametrize(("preset", "overrides", "stock_class"), CASES)
 def test_ours_opens_in_the_stock_class(tmp_path, preset, overrides, stock_class):
     model = random_model(small(preset, **overrides))
-    save_model(model, tmp_path, end_of_text=0, pad=1)
+    save_model(model, tmp_path, end_of_text_id=0, pad_token_id=1)
     tokens = torch.randint(0, 61, (2, 24))
     theirs, name = stock_logits(tmp_path, tokens)
     assert name == stock_class
@@ -85,10 +85,10 @@ def test_a_sealed_directory_opens_as_exactly_what_was_saved(tmp_path, preset):
     """The sinusoids stay a formula, a bias that does not exist stays away, and every number is the same bit for bit."""
     model = random_model(small(preset))
     save_model(model, tmp_path)
-    seal(tmp_path, {"model": model.config.to_dict()})
+    write_manifest(tmp_path, {"model": model.config.to_dict()})
     again = load_model(tmp_path)
     assert again.config == model.config
-    ours, theirs = model.state_dict(), again.state_dict()
+    ours, longest_held_out = model.state_dict(), again.state_dict()
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     tokens = torch.randint(0, 61, (1, 24))
@@ -214,7 +214,9 @@ def stock_class_logits(model: Any, tokens: torch.Tensor, pad: int) -> torch.Tens
 @pytest.mark.parametrize(("preset", "overrides", "stock_class"), CASES)
 def test_a_classifier_opens_in_the_stock_class(tmp_path, preset, overrides, stock_class):
     model = random_model(small(preset, n_labels=3, **overrides))
-    save_model(model, tmp_path, end_of_text=0, pad=1, labels=LABELS, problem_type="single_label_classification")
+    save_model(
+        model, tmp_path, end_of_text_id=0, pad_token_id=1, labels=LABELS, problem_type="single_label_classification"
+    )
     theirs, info = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     family = stock_class.removesuffix("LMHeadModel").removesuffix("ForCausalLM")
@@ -223,14 +225,14 @@ def test_a_classifier_opens_in_the_stock_class(tmp_path, preset, overrides, stoc
     assert theirs.config.label2id == {name: i for i, name in enumerate(LABELS)}
     assert theirs.config.problem_type == "single_label_classification"
     assert read_labels(tmp_path) == LABELS
-    tokens, last = padded_rows(pad=1)
+    tokens, last = padded_rows(pad_token_id=1)
     expected = stock_class_logits(theirs, tokens, 1)
     torch.testing.assert_close(class_logits(model, tokens, last), expected, atol=1e-4, rtol=1e-5)
     again = load_model(tmp_path)
     assert again.config.n_labels == 3
     torch.testing.assert_close(class_logits(again, tokens, last), expected, atol=1e-4, rtol=1e-5)
     # Sealed, the manifest knows our own choices; the untied head is gone all the same.
-    seal(tmp_path, {"model": model.config.to_dict()})
+    write_manifest(tmp_path, {"model": model.config.to_dict()})
     sealed = load_model(tmp_path)
     assert sealed.config.tied
     assert torch.equal(class_logits(sealed, tokens, last), class_logits(model, tokens, last))
@@ -249,7 +251,7 @@ def test_a_stock_classifier_opens_here(tmp_path, name, n_labels):
         for parameter in theirs.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     theirs.save_pretrained(tmp_path)
-    tokens, last = padded_rows(pad=1)
+    tokens, last = padded_rows(pad_token_id=1)
     ours = load_model(tmp_path)
     assert read_labels(tmp_path) == [f"LABEL_{i}" for i in range(n_labels)]
     expected = stock_class_logits(theirs, tokens, 1)
@@ -279,8 +281,8 @@ def test_labels_that_do_not_fit_are_refused(tmp_path, arguments, message):
 def test_one_label_of_one_is_refused(tmp_path):
     model = GPT(small("modern", n_labels=1))
     with pytest.raises(ValueError, match="one label of one is always right"):
-        save_model(model, tmp_path, pad=1, problem_type="single_label_classification")
-    save_model(model, tmp_path, pad=1, problem_type="regression")
+        save_model(model, tmp_path, pad_token_id=1, problem_type="single_label_classification")
+    save_model(model, tmp_path, pad_token_id=1, problem_type="regression")
     assert read_labels(tmp_path) == ["LABEL_0"]
 
 
@@ -296,7 +298,7 @@ def test_one_label_of_one_is_refused(tmp_path):
     ],
 )
 def test_a_damaged_classifier_is_refused(tmp_path, changes, message):
-    save_model(random_model(small("modern", n_labels=3)), tmp_path, pad=1)
+    save_model(random_model(small("modern", n_labels=3)), tmp_path, pad_token_id=1)
     changed_config(tmp_path, **changes)
     with pytest.raises(NextwordError, match=message):
         load_model(tmp_path)
@@ -305,11 +307,11 @@ def test_a_damaged_classifier_is_refused(tmp_path, changes, message):
 def test_generation_ends_at_each_end(tmp_path):
     """A conversation ends with its turn or with the text: `transformers` stops at both."""
     model = random_model(small("modern"))
-    save_model(model, tmp_path, end_of_text=0, pad=1, ends=[0, 5])
+    save_model(model, tmp_path, end_of_text_id=0, pad_token_id=1, ends=[0, 5])
     assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == [0, 5]
-    save_model(model, tmp_path, end_of_text=0, pad=1, ends=[5])
+    save_model(model, tmp_path, end_of_text_id=0, pad_token_id=1, ends=[5])
     assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == 5
-    save_model(model, tmp_path, end_of_text=0, pad=1)
+    save_model(model, tmp_path, end_of_text_id=0, pad_token_id=1)
     assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == 0
 
 
@@ -364,7 +366,7 @@ def test_an_index_that_climbs_out_is_refused(tmp_path):
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
     index = {"weight_map": {"transformer.wte.weight": "../elsewhere.safetensors"}}
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CorruptFile, match="is no file of this directory"):
+    with pytest.raises(CorruptFileError, match="is no file of this directory"):
         load_model(tmp_path / "model")
 
 
@@ -372,21 +374,21 @@ def test_a_directory_that_is_none(tmp_path):
     with pytest.raises(NextwordError, match=r"no config\.json"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CorruptFile, match="line 1: not valid JSON"):
+    with pytest.raises(CorruptFileError, match="line 1: not valid JSON"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(CorruptFile, match="not a JSON object"):
+    with pytest.raises(CorruptFileError, match="not a JSON object"):
         load_model(tmp_path)
 
 
 def test_a_flipped_bit_is_found_in_a_sealed_directory(tmp_path):
     model = random_model(small("modern"))
     save_model(model, tmp_path)
-    seal(tmp_path, {"model": model.config.to_dict()})
+    write_manifest(tmp_path, {"model": model.config.to_dict()})
     data = bytearray((tmp_path / "model.safetensors").read_bytes())
     data[-100] ^= 4
     (tmp_path / "model.safetensors").write_bytes(bytes(data))
-    with pytest.raises(CorruptFile, match=r"model\.safetensors: the content does not match its SHA-256"):
+    with pytest.raises(CorruptFileError, match=r"model\.safetensors: the content does not match its SHA-256"):
         load_model(tmp_path)
 
 
@@ -397,7 +399,7 @@ def test_hostile_bytes_are_refused_not_crashed_on(tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("hostile")
     n_labels = data.draw(st.sampled_from([0, 3]))
     model = random_model(small("gpt2", n_layers=1, d_model=8, n_heads=2, context_length=4, n_labels=n_labels))
-    save_model(model, directory, pad=1)
+    save_model(model, directory, pad_token_id=1)
     path = directory / data.draw(st.sampled_from(["config.json", "model.safetensors"]))
     content = bytearray(path.read_bytes())
     if data.draw(st.booleans()):

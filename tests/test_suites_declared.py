@@ -9,12 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextword.common.errors import CorruptFile, NextwordError, UsageError
-from nextword.data.decoding import Problems
+from nextword.common.errors import CorruptFileError, NextwordError, UsageError
+from nextword.data.decoding import IssueLog
 from nextword.tasks import benchmark_items as module
-from nextword.tasks.benchmark_items import Item, question_of, read_items, sample, shuffled, wanted_of
-from nextword.tasks.benchmark_spec import KINDS, find_suite, read_declarations
-from nextword.tasks.text_diversity import distinct, repeated, words
+from nextword.tasks.benchmark_items import (
+    BenchmarkRow,
+    generation_item,
+    load_rows,
+    loglikelihood_item,
+    sample_indices,
+    shuffle_words,
+)
+from nextword.tasks.benchmark_spec import BENCHMARK_KINDS, find_benchmark, load_benchmarks
+from nextword.tasks.text_diversity import distinct_n, repeated_ngram_fraction, split_words
 
 BLIMP = [
     {
@@ -62,10 +69,10 @@ def jsonl(path: Path, rows: list) -> Path:
     return path
 
 
-def read(request: str, problems: Problems | None = None):
-    suite = find_suite(request)
-    problems = problems or Problems(strict=True)
-    return suite, read_items(suite, problems)
+def read(request: str, problems: IssueLog | None = None):
+    suite = find_benchmark(request)
+    problems = problems or IssueLog(strict=True)
+    return suite, load_rows(suite, problems)
 
 
 # ---------------------------------------------------------------- the published forms
@@ -82,24 +89,27 @@ def test_blimp_is_a_folder_an_archive_or_a_file(tmp_path):
     for path in (folder, tmp_path / "blimp.tar.xz", jsonl(tmp_path / "all.jsonl", BLIMP[::-1])):
         suite, items = read(f"blimp={path}")
         assert [item.group for item in items] == ["agreement", "islands"]
-        question = question_of(suite, items[1])
-        assert question.asked == (("", " Who should Derek hug?"), ("", " Who should hug Derek?"))  # as lm-eval has it
-        assert (question.answers, question.gold) == (("Who should Derek hug?", "Who should hug Derek?"), 0)
+        question = loglikelihood_item(suite, items[1])
+        assert question.sequence_owners == (
+            ("", " Who should Derek hug?"),
+            ("", " Who should hug Derek?"),
+        )  # as lm-eval has it
+        assert (question.num_answers, question.target) == (("Who should Derek hug?", "Who should hug Derek?"), 0)
     assert items[0].path.endswith("all.jsonl") and [item.line for item in items] == [1, 2]
     assert read(f"blimp={tmp_path / 'blimp.tar.xz'}")[1][0].path == str(tmp_path / "blimp.tar.xz/blimp/agreement.jsonl")
 
 
 def test_hellaswag_is_cleaned_as_lm_eval_cleans_it(tmp_path):
     suite, items = read(f"hellaswag={jsonl(tmp_path / 'h.jsonl', [HELLASWAG])}")
-    question = question_of(suite, items[0])
-    contexts, endings = zip(*question.asked, strict=True)
+    question = loglikelihood_item(suite, items[0])
+    contexts, endings = zip(*question.sequence_owners, strict=True)
     assert set(contexts) == {"Roof shingle removal: A man is sitting on a roof. He"}
     assert endings == (" is using wrap.", " is ripping. tiles off.", " is holding a cube.", " starts pulling.")
-    assert question.gold == 3
+    assert question.target == 3
     joined = {"context": "A man sits. he", "endings": ["a", "b"], "label": 0}
     empty = HELLASWAG | {"ctx_b": ""}
     suite, items = read(f"hellaswag={jsonl(tmp_path / 'j.jsonl', [joined, empty])}")
-    assert [question_of(suite, item).asked[0][0] for item in items] == [
+    assert [loglikelihood_item(suite, item).sequence_owners[0][0] for item in items] == [
         "A man sits. he", "Roof shingle removal: A man is sitting on a roof.",
     ]  # fmt: skip
 
@@ -109,14 +119,14 @@ def test_arc_is_its_authors_the_hubs_or_a_plain_one(tmp_path):
     plain = {"question": "What is hot?", "choices": ["ice", "fire"], "answer": 1}
     for rows in (ARC, [hub], [plain]):
         suite, items = read(f"arc={jsonl(tmp_path / 'arc.jsonl', rows)}")
-        question = question_of(suite, items[0])
-        assert question.asked == (
+        question = loglikelihood_item(suite, items[0])
+        assert question.sequence_owners == (
             ("Question: What is hot?\nAnswer:", " ice"),
             ("Question: What is hot?\nAnswer:", " fire"),
         )
-        assert question.gold == 1
+        assert question.target == 1
     suite, items = read(f"arc-challenge={jsonl(tmp_path / 'arc.jsonl', ARC)}")
-    assert question_of(suite, items[1]).gold == 0
+    assert loglikelihood_item(suite, items[1]).target == 0
 
 
 def test_lambada_asks_for_the_last_word(tmp_path):
@@ -124,7 +134,7 @@ def test_lambada_asks_for_the_last_word(tmp_path):
     jsonl(tmp_path / "l.jsonl", [{"text": "she gave him a smile"}, {"text": "he said : no"}])
     for name in ("l.txt", "l.jsonl"):
         suite, items = read(f"lambada={tmp_path / name}")
-        asked = [question_of(suite, item).asked for item in items]
+        asked = [loglikelihood_item(suite, item).sequence_owners for item in items]
         assert asked == [(("she gave him a", " smile"),), (("he said :", " no"),)]
 
 
@@ -133,7 +143,7 @@ def test_texts_to_go_on_from_are_a_folder_of_lines_too(tmp_path):
     (tmp_path / "a.md").write_text(f"# A title\n\n{long}\n", encoding="utf-8")
     jsonl(tmp_path / "b.jsonl", [{"prompt": "Once upon"}])
     suite, items = read(f"free={tmp_path}")
-    wanted = [wanted_of(suite, item) for item in items]
+    wanted = [generation_item(suite, item) for item in items]
     assert [one.prompt.split()[-1] for one in wanted] == ["title", "word15", "upon"]
     assert wanted[1].references == (long[len(wanted[1].prompt) :],)
 
@@ -142,17 +152,20 @@ def test_stereoset_and_crows_pairs(tmp_path):
     (tmp_path / "dev.json").write_text(json.dumps(STEREOSET))
     suite, items = read(f"stereoset={tmp_path / 'dev.json'}")
     assert items[0].group == "profession"
-    assert question_of(suite, items[0]).answers == tuple(
+    assert loglikelihood_item(suite, items[0]).num_answers == tuple(
         f"The chess player was {word}." for word in ("asian", "hispanic", "fox")
     )
     suite, items = read(f"stereoset-discourse={tmp_path / 'dev.json'}")
-    assert question_of(suite, items[0]).asked[0] == ("Many people live there.", " They are thin.")
+    assert loglikelihood_item(suite, items[0]).sequence_owners[0] == ("Many people live there.", " They are thin.")
     columns = {"sentence": ["a b", "c d", "e f"], "gold_label": [2, 0, 1]}  # as the Hub has it
     suite, items = read(f"stereoset={jsonl(tmp_path / 's.jsonl', [{'bias_type': 'race', 'sentences': columns}])}")
-    assert question_of(suite, items[0]).answers == ("e f", "c d", "a b")
+    assert loglikelihood_item(suite, items[0]).num_answers == ("e f", "c d", "a b")
     (tmp_path / "crows.csv").write_text(CROWS)
     suite, items = read(f"crows-pairs={tmp_path / 'crows.csv'}")
-    assert question_of(suite, items[0]).asked == (("", "He couldn't, they said."), ("", "She couldn't, they said."))
+    assert loglikelihood_item(suite, items[0]).sequence_owners == (
+        ("", "He couldn't, they said."),
+        ("", "She couldn't, they said."),
+    )
     assert (items[0].group, suite.metrics) == ("gender", ("stereotyped",))
 
 
@@ -166,19 +179,21 @@ WINOGENDER = (
 def test_winogender_asks_whom_the_pronoun_means(tmp_path):
     (tmp_path / "all.tsv").write_text(WINOGENDER)
     suite, items = read(f"winogender={tmp_path / 'all.tsv'}")
-    asked = [question_of(suite, item) for item in items]
+    asked = [loglikelihood_item(suite, item) for item in items]
     sentence = "The nurse notified the patient that her shift would be ending."
-    assert asked[0].asked == tuple((f"{sentence} ‘Her’ refers to the", f" {one}") for one in ("nurse", "patient"))
-    assert [one.gold for one in asked] == [1, 0]
+    assert asked[0].sequence_owners == tuple(
+        (f"{sentence} ‘Her’ refers to the", f" {one}") for one in ("nurse", "patient")
+    )
+    assert [one.target for one in asked] == [1, 0]
     assert [item.group for item in items] == ["female", "neutral"]
     hub = {"sentid": "nurse.patient.1.female.txt", "sentence": sentence, "pronoun": "her", "occupation": "nurse",
            "participant": "patient", "gender": "female", "target": "patient", "label": 1}  # fmt: skip
     suite, items = read(f"winogender={jsonl(tmp_path / 'hub.jsonl', [hub])}")
-    assert question_of(suite, items[0]) == asked[0]
+    assert loglikelihood_item(suite, items[0]) == asked[0]
 
 
 def test_a_suite_without_a_path_comes_from_the_hub(tmp_path, monkeypatch):
-    path, asked = jsonl(tmp_path / "x.jsonl", BLIMP), []
+    path, continuation_length = jsonl(tmp_path / "x.jsonl", BLIMP), []
     monkeypatch.setattr(module, "hub_files", lambda *what: asked.append(what) or (tmp_path, [path]))
     assert len(read("blimp")[1]) == 2
     assert asked == [("blimp", "nyu-mll/blimp", "*/train-*.parquet")]
@@ -223,19 +238,25 @@ def test_a_declaration_of_ones_own(tmp_path):
     (tmp_path / "quiz.csv").write_text("swali,A,B,C,jibu\nMoto?,barafu,moto,maji,B\nBaridi?,barafu,moto,,A\n")
     jsonl(tmp_path / "s.jsonl", [{"text": "Long.", "summary": ["Short", "Brief"]}])
     suite, items = read(f"agreement={file}")
-    assert [question_of(suite, item).asked[1] for item in items] == [("", "Paka wanalala"), ("", "Mtu wanakula")]
+    assert [loglikelihood_item(suite, item).sequence_owners[1] for item in items] == [
+        ("", "Paka wanalala"),
+        ("", "Mtu wanakula"),
+    ]
     suite, items = read(f"questions={file}")
-    assert [(len(q.asked), q.gold) for q in (question_of(suite, item) for item in items)] == [(3, 1), (2, 0)]
-    assert question_of(suite, items[0]).asked[1] == ("Moto?\nJibu:", " moto")
+    assert [(len(q.sequence_owners), q.target) for q in (loglikelihood_item(suite, item) for item in items)] == [
+        (3, 1),
+        (2, 0),
+    ]
+    assert loglikelihood_item(suite, items[0]).sequence_owners[1] == ("Moto?\nJibu:", " moto")
     suite, items = read(f"summaries={file}")
-    assert wanted_of(suite, items[0]) == ("Long.\nTL;DR:", ("Short", "Brief"))
+    assert generation_item(suite, items[0]) == ("Long.\nTL;DR:", ("Short", "Brief"))
     assert (suite.metrics, suite.max_tokens, suite.stop) == (("chrf", "exact_match"), 9, ("\n",))
     with pytest.raises(UsageError, match="declares agreement, questions, summaries; say which"):
-        find_suite(str(file))
+        find_benchmark(str(file))
     alone = tmp_path / "alone.toml"
     alone.write_text('kind = "cloze"\nfiles = ["s.jsonl"]\nprompt = "{text}"\nanswer = "title"\n')
-    assert find_suite(str(alone)).name == "alone"
-    assert find_suite(f"other={alone}").name == "other"
+    assert find_benchmark(str(alone)).name == "alone"
+    assert find_benchmark(f"other={alone}").name == "other"
 
 
 def test_a_suite_like_another(tmp_path):
@@ -244,7 +265,11 @@ def test_a_suite_like_another(tmp_path):
     jsonl(tmp_path / "p.jsonl", BLIMP)
     suite, items = read(str(file))
     assert (suite.name, suite.kind, [item.group for item in items]) == ("mine", "minimal pairs", ["i", "a"])
-    assert find_suite("ARC_Easy").hub == find_suite("arc").hub != find_suite("arc-challenge").hub
+    assert (
+        find_benchmark("ARC_Easy").hub_dataset
+        == find_benchmark("arc").hub_dataset
+        != find_benchmark("arc-challenge").hub_dataset
+    )
 
 
 @pytest.mark.parametrize(
@@ -285,7 +310,7 @@ def test_a_wrong_declaration_is_named_by_file_and_line(tmp_path, text, message):
     file = tmp_path / "a.toml"
     file.write_text(text)
     with pytest.raises(UsageError) as caught:
-        read_declarations(file)
+        load_benchmarks(file)
     assert message in str(caught.value)
     assert str(file) in str(caught.value)
 
@@ -301,7 +326,7 @@ def test_a_wrong_declaration_is_named_by_file_and_line(tmp_path, text, message):
 )
 def test_an_unknown_suite_is_refused(request_, message):
     with pytest.raises(UsageError, match=message):
-        find_suite(request_)
+        find_benchmark(request_)
 
 
 TOML = st.recursive(
@@ -310,16 +335,16 @@ TOML = st.recursive(
     max_leaves=3,
 )
 SAID = ["kind", "like", "within", "files", "hub", "metric", "clean", "group", "delimiter", "x"]
-KEYS = sorted({*SAID, *(key for needed, allowed, _ in KINDS.values() for key in needed + allowed)})
+KEYS = sorted({*SAID, *(key for needed, allowed, _ in BENCHMARK_KINDS.values() for key in needed + allowed)})
 
 
-@given(table=st.dictionaries(st.sampled_from(KEYS), TOML, max_size=7), kind=st.sampled_from([None, *KINDS]))
+@given(table=st.dictionaries(st.sampled_from(KEYS), TOML, max_size=7), kind=st.sampled_from([None, *BENCHMARK_KINDS]))
 def test_any_declaration_is_taken_or_refused_in_words(tmp_path_factory, table, kind):
     file = tmp_path_factory.getbasetemp() / "any.toml"
     table |= {} if kind is None else {"kind": kind}
     file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items()), encoding="utf-8")
     try:
-        [suite] = read_declarations(file).values()
+        [suite] = load_benchmarks(file).values()
     except UsageError as error:
         assert str(error).startswith(f"{file}")
     else:
@@ -331,7 +356,7 @@ def test_any_bytes_are_a_declaration_or_refused(tmp_path_factory, data):
     file = tmp_path_factory.getbasetemp() / "bytes.toml"
     file.write_bytes(data)
     try:
-        read_declarations(file)
+        load_benchmarks(file)
     except UsageError as error:
         assert str(file) in str(error)
 
@@ -364,11 +389,11 @@ def test_a_wrong_row_is_named_by_file_and_line(tmp_path, name, row, message):
     if name == "blimp" and "UID" not in row:
         row = {**row, "UID": "u"}
     path = jsonl(tmp_path / "rows.jsonl", [right, row, right])
-    problems = Problems()
+    problems = IssueLog()
     assert len(read(f"{name}={path}", problems)[1]) == 2
-    assert f"{path} {message}" in problems.lines()[0]
+    assert f"{path} {message}" in problems.summary_lines()[0]
     with pytest.raises(NextwordError, match=r"not one item to be judged by in .*\n.*rows\.jsonl"):
-        read(f"{name}={jsonl(path, [row])}", Problems())
+        read(f"{name}={jsonl(path, [row])}", IssueLog())
 
 
 VALUES = st.recursive(
@@ -391,7 +416,7 @@ COLUMNS = ["sentence_good", "sentence_bad", "UID", "question", "choices", "answe
 )
 def test_any_row_is_a_question_or_a_problem(tmp_path_factory, name, rows):
     path = jsonl(tmp_path_factory.getbasetemp() / "any.jsonl", rows)
-    problems = Problems()
+    problems = IssueLog()
     try:
         suite, items = read(f"{name}={path}", problems)
     except NextwordError as error:
@@ -400,12 +425,12 @@ def test_any_row_is_a_question_or_a_problem(tmp_path_factory, name, rows):
     assert len(items) + problems.total >= len(rows)
     for item in items:
         if name == "free":
-            assert wanted_of(suite, item).prompt.strip()
+            assert generation_item(suite, item).prompt.strip()
             continue
         for mixed in (False, True):
-            question = question_of(suite, item, mixed)
-            assert 0 <= question.gold < len(question.asked) == len(question.answers)
-            assert all(answer for answer in question.answers)
+            question = loglikelihood_item(suite, item, mixed)
+            assert 0 <= question.target < len(question.sequence_owners) == len(question.num_answers)
+            assert all(answer for answer in question.num_answers)
 
 
 @given(st.binary(max_size=200))
@@ -415,7 +440,7 @@ def test_any_bytes_are_items_or_a_clear_error(tmp_path_factory, data):
         path.write_bytes(data)
         for name in ("lambada", "stereoset"):
             try:
-                read(f"{name}={path}", Problems())
+                read(f"{name}={path}", IssueLog())
             except NextwordError as error:
                 assert path.name in str(error)
 
@@ -427,73 +452,79 @@ def test_a_broken_archive_is_said_and_one_that_leads_out_refused(tmp_path):
     whole = (tmp_path / "b.tar.xz").read_bytes()
     assert len(read(f"blimp={tmp_path / 'b.tar.xz'}")[1]) == 4000
     (tmp_path / "b.tar.xz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CorruptFile, match=r"b\.tar\.xz: not an archive that can be read"):
+    with pytest.raises(CorruptFileError, match=r"b\.tar\.xz: not an archive that can be read"):
         read(f"blimp={tmp_path / 'b.tar.xz'}")
     with tarfile.open(tmp_path / "out.tar", "w") as archive:
         archive.add(tmp_path / "b.jsonl", "../b.jsonl")
-    with pytest.raises(CorruptFile, match=r"\.\./b\.jsonl in it leads out of the archive"):
+    with pytest.raises(CorruptFileError, match=r"\.\./b\.jsonl in it leads out of the archive"):
         read(f"blimp={tmp_path / 'out.tar'}")
 
 
 # ---------------------------------------------------------------- samples and scrambling
 
 
-def items_of(groups: str) -> list[Item]:
-    return [Item("x", i, {}, group) for i, group in enumerate(groups)]
+def items_of(groups: str) -> list[BenchmarkRow]:
+    return [BenchmarkRow("x", i, {}, group) for i, group in enumerate(groups)]
 
 
 @given(groups=st.text("abc", min_size=1, max_size=80), limit=st.integers(1, 90))
 def test_a_sample_holds_each_groups_share_and_is_the_same_every_time(groups, limit):
     items = items_of(groups)
-    places = sample(items, limit)
-    assert places == sample(items, limit) == sorted(set(places))
+    places = sample_indices(items, limit)
+    assert places == sample_indices(items, limit) == sorted(set(places))
     assert len(places) == min(limit, len(items))
     for group in set(groups):
         share = len(places) * groups.count(group) / len(groups)
         assert abs(sum(groups[i] == group for i in places) - share) < 2
-    assert sample(items, None) == list(range(len(items)))
+    assert sample_indices(items, None) == list(range(len(items)))
 
 
 def test_a_sample_is_no_prefix():
-    places = sample(items_of("a" * 1000), 100)
+    places = sample_indices(items_of("a" * 1000), 100)
     assert 300 < sum(places) / 100 < 700
     assert len({b - a for a, b in pairwise(places)}) > 5  # and not every tenth either
 
 
 @given(st.text(max_size=60))
 def test_scrambled_text_has_the_same_words(text):
-    mixed = shuffled(text, "1")
-    assert sorted(words(mixed)) == sorted(words(text)) or sorted("".join(mixed.split())) == sorted(
+    mixed = shuffle_words(text, "1")
+    assert sorted(split_words(mixed)) == sorted(split_words(text)) or sorted("".join(mixed.split())) == sorted(
         "".join(text.split())
     )
-    assert mixed == shuffled(text, "1")
+    assert mixed == shuffle_words(text, "1")
 
 
 def test_what_a_pair_shares_stays_in_one_order():
-    good, bad = (shuffled(f"the cats that the dog saw {verb} very well today", "5") for verb in ("sleep", "sleeps"))
+    good, bad = (
+        shuffle_words(f"the cats that the dog saw {verb} very well today", "5") for verb in ("sleep", "sleeps")
+    )
     assert good.replace("sleep", "").split() == bad.replace("sleeps", "").split()
     assert good != "the cats that the dog saw sleep very well today"
-    assert shuffled("a b c d e f g", "1") != shuffled("a b c d e f g", "2")
-    assert shuffled("白日依山尽黄河入海流欲穷千里目更上一层楼", "1") != "白日依山尽黄河入海流欲穷千里目更上一层楼"
+    assert shuffle_words("a b c d e f g", "1") != shuffle_words("a b c d e f g", "2")
+    assert shuffle_words("白日依山尽黄河入海流欲穷千里目更上一层楼", "1") != "白日依山尽黄河入海流欲穷千里目更上一层楼"
 
 
 def test_what_is_scrambled_is_what_comes_before_the_answers(tmp_path):
     row = {"question": "a b c d e f", "choices": ["x y z", "w"], "answer": 1}
     suite, items = read(f"arc={jsonl(tmp_path / 'a.jsonl', [row])}")
-    true, mixed = question_of(suite, items[0]), question_of(suite, items[0], scrambled=True)
-    assert mixed.answers == true.answers and mixed.gold == true.gold
-    assert mixed.asked[0][0].startswith("Question: ") and mixed.asked[0][0].endswith("\nAnswer:")
-    assert mixed.asked[0][0] != true.asked[0][0]
+    true, mixed = loglikelihood_item(suite, items[0]), loglikelihood_item(suite, items[0], shuffled_control=True)
+    assert mixed.num_answers == true.num_answers and mixed.target == true.target
+    assert mixed.sequence_owners[0][0].startswith("Question: ") and mixed.sequence_owners[0][0].endswith("\nAnswer:")
+    assert mixed.sequence_owners[0][0] != true.sequence_owners[0][0]
     suite, items = read(f"blimp={jsonl(tmp_path / 'b.jsonl', BLIMP)}")
-    mixed = question_of(suite, items[0], scrambled=True)
-    assert mixed.asked[0] == mixed.asked[1]  # the same words: nothing but their order told the two apart
+    mixed = loglikelihood_item(suite, items[0], shuffled_control=True)
+    assert (
+        mixed.sequence_owners[0] == mixed.sequence_owners[1]
+    )  # the same words: nothing but their order told the two apart
 
 
 def test_repetition_is_the_formula():
     text = list("abcdabcda")
-    assert repeated(text, 4) == pytest.approx(1 - 4 / 6)
-    assert repeated(text, 20) == 0.0
-    assert distinct([text, ["a", "b"]], 1) == pytest.approx(4 / 11)
-    assert distinct([text, ["a", "b"]], 2) == pytest.approx(4 / 9)
-    assert distinct([], 1) == 0.0
-    assert words("one two") == ["one", "two"] and words("白日依山尽黄河入海流欲穷千里目更上一层楼")[0] == "白"
+    assert repeated_ngram_fraction(text, 4) == pytest.approx(1 - 4 / 6)
+    assert repeated_ngram_fraction(text, 20) == 0.0
+    assert distinct_n([text, ["a", "b"]], 1) == pytest.approx(4 / 11)
+    assert distinct_n([text, ["a", "b"]], 2) == pytest.approx(4 / 9)
+    assert distinct_n([], 1) == 0.0
+    assert (
+        split_words("one two") == ["one", "two"] and split_words("白日依山尽黄河入海流欲穷千里目更上一层楼")[0] == "白"
+    )

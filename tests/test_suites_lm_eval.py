@@ -14,13 +14,13 @@ import pytest
 
 from nextword import judging
 from nextword.commands import api
-from nextword.common.errors import MissingExtra, UsageError
-from nextword.data.decoding import Problems
-from nextword.evaluation.lm_eval_adapter import Answers, adapter, run_task
-from nextword.pipeline.item_scores import marks
+from nextword.common.errors import MissingDependencyError, UsageError
+from nextword.data.decoding import IssueLog
+from nextword.evaluation.lm_eval_adapter import LMEvalAdapter, lm_eval_model_class, run_lm_eval_task
+from nextword.pipeline.item_scores import score_items
 from nextword.pipeline.language_model import load
-from nextword.tasks.benchmark_items import read_items
-from nextword.tasks.benchmark_spec import find_suite
+from nextword.tasks.benchmark_items import load_rows
+from nextword.tasks.benchmark_spec import find_benchmark
 from test_suites_declared import HELLASWAG
 from test_suites_scoring import directory
 
@@ -120,15 +120,15 @@ def test_a_task_scores_as_with_lm_evals_own_model_and_as_our_suite(
     theirs = evaluate(
         "hf", {"pretrained": str(model_path)}, tasks=["ours"], task_manager=tasks, bootstrap_iters=0, device="cpu",
     )  # fmt: skip
-    ours = evaluate(adapter()(model), tasks=["ours"], task_manager=tasks, bootstrap_iters=0)
+    ours = evaluate(lm_eval_model_class()(model), tasks=["ours"], task_manager=tasks, bootstrap_iters=0)
     for one, other in zip(ours["samples"]["ours"], theirs["samples"]["ours"], strict=True):
         assert one["doc"] == other["doc"]
         for (mine,), (stock,) in zip(one["resps"], other["resps"], strict=True):
             assert float(mine[0]) == pytest.approx(float(stock[0]), abs=1e-4, rel=1e-5)
             assert str(mine[1]) == str(stock[1])
-    suite = find_suite(f"{name}={tmp_path / 'rows.jsonl'}")
-    found = marks(model, suite, read_items(suite, Problems(strict=True)))
-    result = run_task(model, "ours", None, task_manager=tasks)
+    suite = find_benchmark(f"{name}={tmp_path / 'rows.jsonl'}")
+    found = score_items(model, suite, load_rows(suite, IssueLog(strict=True)))
+    result = run_lm_eval_task(model, "ours", None, task_manager=tasks)
     for score, metric in BOTH[name][1].items():
         expected = theirs["results"]["ours"][f"{metric},none"]
         assert ours["results"]["ours"][f"{metric},none"] == pytest.approx(expected, rel=1e-4)
@@ -145,7 +145,7 @@ def test_requests_are_answered_as_lm_evals_model_answers_them(model_path: Path, 
     def asked(kind: str, *arguments: Any) -> Any:
         return package("lm_eval.api.instance").Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
 
-    ours = adapter()(load(model_path))
+    ours = lm_eval_model_class()(load(model_path))
     # Its cache takes one text cut at several places for one request.
     settings = {"pretrained": str(model_path), "device": "cpu", "batch_size": 4, "logits_cache": False}
     theirs = package("lm_eval.models.huggingface").HFLM(**settings)
@@ -180,18 +180,18 @@ def test_an_unknown_task_is_said(model_path: Path) -> None:
 
 
 def test_the_missing_package_is_said(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter.cache_clear()
+    lm_eval_model_class.cache_clear()
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'nextword\[lm-eval\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'nextword\[lm-eval\]'"):
         api.evaluate(model_path, suites=["lm-eval:arc_easy"])
-    with pytest.raises(MissingExtra):
+    with pytest.raises(MissingDependencyError):
         judging.LMEval  # noqa: B018
 
 
 def test_answers_are_the_models_own(model_path: Path) -> None:
     """What lm-eval asks of a model, without lm-eval: greedy unless it says otherwise, up to a stop string."""
     model = load(model_path)
-    answers = Answers(model)
+    answers = LMEvalAdapter(model)
     requests = [
         SimpleNamespace(args=("The value", {"until": ["e"], "max_gen_toks": 9})),
         SimpleNamespace(args=("An object", {"max_gen_toks": 5})),

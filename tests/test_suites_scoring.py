@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 
 from nextword.commands import api
 from nextword.common.errors import NextwordError, UsageError
-from nextword.data.decoding import Problems
+from nextword.data.decoding import IssueLog
 from nextword.data.tokenizer import Tokenizer
 from nextword.inference import loglikelihood
-from nextword.inference.loglikelihood import Scorer, Text, batches, tree
+from nextword.inference.loglikelihood import LoglikelihoodScorer, ScoredSequence, build_tree, pack_batches
 from nextword.model import fused
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
 from nextword.model.hf import save_model
-from nextword.pipeline.item_scores import marks
+from nextword.pipeline.item_scores import score_items
 from nextword.pipeline.language_model import load
-from nextword.tasks.benchmark_items import Question, question_of, read_items
-from nextword.tasks.benchmark_spec import find_suite
+from nextword.tasks.benchmark_items import LoglikelihoodItem, load_rows, loglikelihood_item
+from nextword.tasks.benchmark_spec import find_benchmark
 
 PRESETS = ("gpt1", "gpt2", "modern", "tutorial")
 CONTEXT = 128
@@ -39,7 +39,7 @@ def directory(preset: str, base: Path, out: Path, context_length: int = CONTEXT)
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
     out.mkdir()
-    save_model(model, out, end_of_text=tokenizer.end_of_text, pad=tokenizer.pad)
+    save_model(model, out, end_of_text_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
     tokenizer.save(out, context_length)
     return out
 
@@ -80,9 +80,9 @@ def suite_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.stem: path for path in folder.iterdir()}
 
 
-def questions_of(name: str, path: Path) -> list[Question]:
-    suite = find_suite(f"{name}={path}")
-    return [question_of(suite, item) for item in read_items(suite, Problems(strict=True))]
+def questions_of(name: str, path: Path) -> list[LoglikelihoodItem]:
+    suite = find_benchmark(f"{name}={path}")
+    return [loglikelihood_item(suite, item) for item in load_rows(suite, IssueLog(strict=True))]
 
 
 class Stock:
@@ -119,41 +119,43 @@ def test_likelihoods_and_rankings_are_the_stock_classes(
 ) -> None:
     questions = questions_of(name, suite_files[name])
     model, stock = load(model_path), Stock(model_path)
-    found = Scorer(model.gpt, model.tokenizer, greedy=True).ask([question.asked for question in questions])
+    found = LoglikelihoodScorer(model.gpt, model.tokenizer, check_greedy=True).score_pairs(
+        [question.sequence_owners for question in questions]
+    )
     for question, likely in zip(questions, found, strict=True):
-        expected = [stock.ask(*pair) for pair in question.asked]
+        expected = [stock.score_pairs(*pair) for pair in question.sequence_owners]
         for one, (nats, greedy) in zip(likely, expected, strict=True):
-            assert one.nats == pytest.approx(nats, abs=1e-4, rel=1e-5)
-            assert one.greedy == greedy
-        for sizes in ([1] * len(likely), list(map(len, question.answers))):
-            mine, theirs = (
+            assert one.logprob == pytest.approx(nats, abs=1e-4, rel=1e-5)
+            assert one.is_greedy == greedy
+        for sizes in ([1] * len(likely), list(map(len, question.num_answers))):
+            mine, longest_held_out = (
                 sorted(range(len(likely)), key=lambda i: values[i] / sizes[i])
-                for values in ([one.nats for one in likely], [nats for nats, _ in expected])
+                for values in ([one.logprob for one in likely], [nats for nats, _ in expected])
             )
             assert mine == theirs
 
 
 @pytest.mark.parametrize("name", ["blimp", "arc", "hellaswag", "lambada"])
 def test_scores_are_lm_evals(model_path: Path, suite_files: dict[str, Path], name: str) -> None:
-    suite = find_suite(f"{name}={suite_files[name]}")
-    items, stock = read_items(suite, Problems(strict=True)), Stock(model_path)
-    found = marks(load(model_path), suite, items)
+    suite = find_benchmark(f"{name}={suite_files[name]}")
+    items, stock = load_rows(suite, IssueLog(strict=True)), Stock(model_path)
+    found = score_items(load(model_path), suite, items)
     for i, item in enumerate(items):
-        question = question_of(suite, item)
-        nats, greedy = zip(*(stock.ask(*pair) for pair in question.asked), strict=True)
+        question = loglikelihood_item(suite, item)
+        nats, check_greedy = zip(*(stock.score_pairs(*pair) for pair in question.sequence_owners), strict=True)
         if name == "lambada":
             assert found.values["acc"][i] == float(greedy[0])
             assert found.values["nats"][i] == pytest.approx(-nats[0], abs=1e-4, rel=1e-5)
             continue
-        characters = np.array([float(len(answer)) for answer in question.answers])
-        n_bytes = np.array([float(len(answer.encode())) for answer in question.answers])
+        characters = np.array([float(len(answer)) for answer in question.num_answers])
+        n_bytes = np.array([float(len(answer.encode())) for answer in question.num_answers])
         right = {
             "acc": np.argmax(nats),
             "acc_norm": np.argmax(nats / characters),
             "acc_bytes": np.argmax(nats / n_bytes),
         }
         assert {m: found.values[m][i] for m in suite.metrics} == {
-            m: float(right[m] == question.gold) for m in suite.metrics
+            m: float(right[m] == question.target) for m in suite.metrics
         }
 
 
@@ -193,25 +195,25 @@ def test_batched_is_single(model_path: Path, suite_files: dict[str, Path], compi
     elif not fused.available(load(model_path).gpt):
         pytest.skip(f"no compiled code: {fused.library()[1]}")
     model = load(model_path)
-    scorer = Scorer(model.gpt, model.tokenizer, greedy=True)
-    questions = [question.asked for name in suite_files for question in questions_of(name, suite_files[name])]
-    together = scorer.ask(questions)
+    scorer = LoglikelihoodScorer(model.gpt, model.tokenizer, check_greedy=True)
+    questions = [question.sequence_owners for name in suite_files for question in questions_of(name, suite_files[name])]
+    together = scorer.score_pairs(questions)
     for pairs, likely in zip(questions, together, strict=True):
         for pair, one in zip(pairs, likely, strict=True):
-            [[alone]] = scorer.ask([[pair]])
-            assert one.nats == pytest.approx(alone.nats, abs=2e-4)
-            assert (one.tokens, one.greedy) == (alone.tokens, alone.greedy)
+            [[alone]] = scorer.score_pairs([[pair]])
+            assert one.logprob == pytest.approx(alone.logprob, abs=2e-4)
+            assert (one.tokens, one.is_greedy) == (alone.tokens, alone.is_greedy)
 
 
 @pytest.fixture(scope="module")
-def modern(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Scorer:
+def modern(base: Path, tmp_path_factory: pytest.TempPathFactory) -> LoglikelihoodScorer:
     model = load(directory("modern", base, tmp_path_factory.mktemp("modern") / "m"))
-    return Scorer(model.gpt, model.tokenizer)
+    return LoglikelihoodScorer(model.gpt, model.tokenizer)
 
 
 @settings(max_examples=25)
 @given(st.data())
-def test_any_texts_that_begin_alike(modern: Scorer, data: st.DataObject) -> None:
+def test_any_texts_that_begin_alike(modern: LoglikelihoodScorer, data: st.DataObject) -> None:
     """Trees of any shape: the same sums as the model's own forward pass of each text."""
     token = st.integers(0, 3)
     questions = []
@@ -219,7 +221,7 @@ def test_any_texts_that_begin_alike(modern: Scorer, data: st.DataObject) -> None
         shared = data.draw(st.lists(token, min_size=1, max_size=50))
         ends = data.draw(st.lists(st.lists(token, min_size=1, max_size=30), min_size=1, max_size=4))
         texts = [
-            modern.fitted([*shared, *end], data.draw(st.integers(1, len(end) + len(shared) - 1 or 1))) for end in ends
+            modern.truncate([*shared, *end], data.draw(st.integers(1, len(end) + len(shared) - 1 or 1))) for end in ends
         ]
         questions.append(texts)
     found = modern.score(questions)
@@ -228,72 +230,75 @@ def test_any_texts_that_begin_alike(modern: Scorer, data: st.DataObject) -> None
             ids = torch.tensor([text.ids])
             with torch.no_grad():
                 log_p = modern.model.unembed(modern.model(ids[:, :-1]))[0].double().log_softmax(-1)
-            expected = log_p[-text.asked :].gather(1, ids[0, -text.asked :, None]).sum()
-            assert one.nats == pytest.approx(float(expected), abs=1e-4, rel=1e-5)
+            expected = log_p[-text.sequence_owners :].gather(1, ids[0, -text.sequence_owners :, None]).sum()
+            assert one.logprob == pytest.approx(float(expected), abs=1e-4, rel=1e-5)
 
 
 def test_a_tree_reads_what_is_shared_once() -> None:
-    found = tree([Text([5, 6, 7, 8, 9], 2), Text([5, 6, 7, 3], 3), Text([5, 6, 7, 8, 9], 1)], [4, 5, 6])
+    found = build_tree(
+        [ScoredSequence([5, 6, 7, 8, 9], 2), ScoredSequence([5, 6, 7, 3], 3), ScoredSequence([5, 6, 7, 8, 9], 1)],
+        [4, 5, 6],
+    )
     assert found.tokens.tolist() == [5, 6, 7, 8, 8]  # the first text's inputs are 5 6 7 8, the second's 5 6 7
     assert found.positions.tolist() == [0, 1, 2, 3, 3]
-    assert found.shared == 3
-    assert found.begins.tolist() == [0, 0, 0, 3, 4]
-    assert found.after.tolist() == [2, 3, 0, 1, 2, 4]
-    assert found.words.tolist() == [8, 9, 6, 7, 3, 9]
+    assert found.prefix_length == 3
+    assert found.branch_starts.tolist() == [0, 0, 0, 3, 4]
+    assert found.predictor_positions.tolist() == [2, 3, 0, 1, 2, 4]
+    assert found.words_at.tolist() == [8, 9, 6, 7, 3, 9]
     assert found.texts.tolist() == [4, 4, 5, 5, 5, 6]
 
 
-def test_texts_are_a_tree_where_that_spares_something(modern: Scorer) -> None:
+def test_texts_are_a_tree_where_that_spares_something(modern: LoglikelihoodScorer) -> None:
     """One may be longer than the context, its texts are not; and what hardly begins alike stands by itself."""
     context = list(range(3, 3 + CONTEXT - 20))
-    alike = [Text([*context, *[n] * 20], 20) for n in range(4)]
-    [one] = modern.trees([alike])
+    alike = [ScoredSequence([*context, *[n] * 20], 20) for n in range(4)]
+    [one] = modern.build_trees([alike])
     assert len(one.tokens) == len(context) + 4 * 19 > CONTEXT
-    [together], each = modern.score([alike]), modern.score([[text] for text in alike])
-    plain = Scorer(modern.model, modern.tokenizer)
+    [together], token_nll_out = modern.score([alike]), modern.score([[text] for text in alike])
+    plain = LoglikelihoodScorer(modern.model, modern.tokenizer)
     plain.fused = None  # where nothing is compiled
     [without] = plain.score([alike])
     for likely, by_itself, other in zip(together, each, without, strict=True):
-        assert likely.nats == pytest.approx(by_itself[0].nats, abs=1e-4)
-        assert other.nats == pytest.approx(by_itself[0].nats, abs=1e-4)
+        assert likely.logprob == pytest.approx(by_itself[0].logprob, abs=1e-4)
+        assert other.logprob == pytest.approx(by_itself[0].logprob, abs=1e-4)
     apart = [
-        Text([1, *[n] * 400], 400) for n in range(2, 4)
+        ScoredSequence([1, *[n] * 400], 400) for n in range(2, 4)
     ]  # more than its context: they are asked for their trees alone
-    assert [one.texts[0] for one in modern.trees([apart])] == [0, 1]
+    assert [one.texts[0] for one in modern.build_trees([apart])] == [0, 1]
 
 
 def test_rows_are_full() -> None:
     """Little of what goes through the model is padding."""
     sizes = np.random.default_rng(0).integers(5, 60, 500).tolist()
-    trees = [tree([Text(list(range(n + 1)), 1)], [i]) for i, n in enumerate(sizes)]
-    rows = list(batches(trees, 2048))
+    trees = [build_tree([ScoredSequence(list(range(n + 1)), 1)], [i]) for i, n in enumerate(sizes)]
+    rows = list(pack_batches(trees, 2048))
     padded = sum(len(batch) * max(sum(len(one.tokens) for one in row) for row in batch) for batch in rows)
     assert sorted(one.texts[0] for batch in rows for row in batch for one in row) == list(range(500))
     assert padded < 1.05 * sum(sizes)
     assert max(len(batch) for batch in rows) > 1
 
 
-def test_a_long_context_keeps_its_end(modern: Scorer) -> None:
+def test_a_long_context_keeps_its_end(modern: LoglikelihoodScorer) -> None:
     [text] = modern.texts([("x y " * 200, "z")])
     assert len(text.ids) == CONTEXT + 1
-    [[one]] = modern.ask([[("x y " * 200 + "x", " z")]])
+    [[one]] = modern.score_pairs([[("x y " * 200 + "x", " z")]])
     assert one.tokens == len(modern.tokenizer.encode(" z"))
     [answer] = modern.texts([("", "x y " * 200)])
-    assert (len(answer.ids), answer.asked) == (CONTEXT + 1, CONTEXT)
+    assert (len(answer.ids), answer.sequence_owners) == (CONTEXT + 1, CONTEXT)
 
 
-def test_whitespace_moves_to_the_continuation(modern: Scorer) -> None:
+def test_whitespace_moves_to_the_continuation(modern: LoglikelihoodScorer) -> None:
     assert modern.texts([("a question \n", "b")]) == modern.texts([("a question", " \nb")])
     assert modern.texts([(" \n", "b")]) == modern.texts([("", " \nb")])
-    assert modern.texts([("", "b")])[0].ids[0] == modern.tokenizer.end_of_text
+    assert modern.texts([("", "b")])[0].ids[0] == modern.tokenizer.eos_id
 
 
-def test_another_models_tokenizer_and_broken_weights_are_said(modern: Scorer, base: Path) -> None:
+def test_another_models_tokenizer_and_broken_weights_are_said(modern: LoglikelihoodScorer, base: Path) -> None:
     small = GPT(build_config("modern", "tiny", vocab_size=300, n_layers=1, d_model=32))
     with pytest.raises(UsageError, match="not the tokenizer that the model was trained with"):
-        Scorer(small, modern.tokenizer)
+        LoglikelihoodScorer(small, modern.tokenizer)
     broken = load(base).gpt
     with torch.no_grad():
         broken.blocks[0].feed_forward.down.weight[0, 0] = torch.nan  # pyright: ignore[reportIndexIssue]
     with pytest.raises(NextwordError, match="not a finite number"):
-        Scorer(broken, modern.tokenizer).ask([[("a", " b")]])
+        LoglikelihoodScorer(broken, modern.tokenizer).score_pairs([[("a", " b")]])

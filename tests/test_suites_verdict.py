@@ -14,18 +14,32 @@ from safetensors.torch import save_file
 
 from conftest import CLIRunner
 from nextword.commands import api
-from nextword.commands.evaluate_output import evaluation_in_words
-from nextword.common.errors import CorruptFile, NextwordError, UsageError
-from nextword.common.fs import seal
-from nextword.data.decoding import Problems
-from nextword.evaluation.significance import Panel, compared, described, judge_suite, scrambled
-from nextword.inference.loglikelihood import Likely
+from nextword.commands.evaluate_output import format_evaluation
+from nextword.common.errors import CorruptFileError, NextwordError, UsageError
+from nextword.common.fs import write_manifest
+from nextword.data.decoding import IssueLog
+from nextword.evaluation.significance import (
+    EvalModels,
+    compare_models,
+    evaluate_benchmark,
+    shuffled_control,
+    summarize_item_scores,
+)
+from nextword.inference.loglikelihood import ContinuationScore
 from nextword.pipeline import item_scores as marks_module
-from nextword.pipeline.item_scores import Marks, ahead, marks
+from nextword.pipeline.item_scores import ItemScores, score_items, win_score
 from nextword.pipeline.language_model import load
-from nextword.tasks.benchmark_items import read_items
-from nextword.tasks.benchmark_spec import find_suite
-from nextword.tasks.metrics import average, mcnemar, noise_floor, of_sums, share, writing, writing_difference
+from nextword.tasks.benchmark_items import load_rows
+from nextword.tasks.benchmark_spec import find_benchmark
+from nextword.tasks.metrics import (
+    bootstrap_mean,
+    bootstrap_ratio,
+    generation_metric_difference,
+    generation_metrics,
+    mcnemar_p_value,
+    noise_floor,
+    proportion,
+)
 
 WORDS = "the a cat dog house tree sees likes finds small old green".split()  # noqa: SIM905
 
@@ -41,7 +55,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, random = tmp_path_factory.mktemp("nothing"), np.random.default_rng(0)
 
     def sentence() -> str:
-        return " ".join(random.choice(WORDS, 6))
+        return " ".join(random.token_logprob(WORDS, 6))
 
     jsonl(folder / "pairs.jsonl", [
         {"sentence_good": sentence(), "sentence_bad": sentence(), "UID": f"group{i % 3}"} for i in range(60)
@@ -71,15 +85,15 @@ def test_mcnemar_is_the_exact_binomial_test(only_a, only_b, both):
     b = [0.0] * only_a + [1.0] * only_b + [1.0] * both + [0.0]
     either = only_a + only_b
     expected = binomtest(only_a, either, 0.5).pvalue if either else 1.0
-    assert mcnemar(a, b) == pytest.approx(expected, rel=1e-6)
-    assert mcnemar(b, a) == mcnemar(a, b)
+    assert mcnemar_p_value(a, b) == pytest.approx(expected, rel=1e-6)
+    assert mcnemar_p_value(b, a) == mcnemar_p_value(a, b)
 
 
 def test_mcnemar_of_many():
     from scipy.stats import binomtest
 
     a, b = [1.0] * 26_000 + [0.0] * 25_000, [0.0] * 26_000 + [1.0] * 25_000
-    assert mcnemar(a, b) == pytest.approx(binomtest(25_000, 51_000, 0.5).pvalue, rel=1e-6)
+    assert mcnemar_p_value(a, b) == pytest.approx(binomtest(25_000, 51_000, 0.5).pvalue, rel=1e-6)
 
 
 @given(st.integers(1, 500))
@@ -88,7 +102,7 @@ def test_a_share_of_all_or_none_has_the_exact_interval(n):
 
     for value, right in ((0.0, 0), (1.0, n)):
         interval = binomtest(right, n).proportion_ci(0.95, "exact")
-        found = share([value] * n)
+        found = proportion([value] * n)
         assert (found.value, found.n) == (value, n)
         assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
 
@@ -98,7 +112,11 @@ def test_intervals_are_the_percentile_bootstraps():
 
     values = np.random.default_rng(1).random(80).round(1)
     expected = bootstrap((values,), np.mean, n_resamples=1000, method="percentile", rng=np.random.default_rng(0))
-    for found in (average(values.tolist()), share(values.tolist()), of_sums(np.stack([values, values**0], 1), ratio)):
+    for found in (
+        bootstrap_mean(values.tolist()),
+        proportion(values.tolist()),
+        bootstrap_ratio(np.stack([values, values**0], 1), ratio),
+    ):
         assert found.value == pytest.approx(values.mean())
         interval = expected.confidence_interval
         assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=0.012)
@@ -113,7 +131,7 @@ def test_the_noise_floor_covers_the_difference_of_two_runs():
 
     values = [0.61, 0.64, 0.60]
     assert noise_floor(values) == pytest.approx(t.ppf(0.975, 2) * np.std(values, ddof=1) * 2**0.5)
-    draws = np.random.default_rng(0).normal(size=(2000, 7))
+    draws = np.random.default_rng(0).log_normalizer(size=(2000, 7))
     below = [abs(a - b) < noise_floor(list(rest)) for a, b, *rest in draws]
     assert 0.93 < np.mean(below) < 0.97
     with pytest.raises(UsageError, match="one run has no noise floor"):
@@ -126,11 +144,11 @@ def test_the_difference_of_texts_is_that_of_their_scores():
     a = ["the cat sat", "a dog ran", "birds", "it rains"] * 5
     b = ["cat", "a dog ran off", "sing", "rain it"] * 5
     for name in ("chrf", "rougeL"):
-        both = [writing(gold, texts, [name])[name].value for texts in (a, b)]
-        found = writing_difference(gold, a, b, name)
+        both = [generation_metrics(gold, texts, [name])[name].value for texts in (a, b)]
+        found = generation_metric_difference(gold, a, b, name)
         assert found.value == pytest.approx(both[0] - both[1])
         assert found.low < found.value < found.high
-        assert writing_difference(gold, a, a, name).high == 0.0
+        assert generation_metric_difference(gold, a, a, name).high == 0.0
 
 
 # ---------------------------------------------------------------- marks
@@ -140,8 +158,8 @@ def test_chance_is_that_of_guessing(base, files):
     model = load(base)
 
     def chance(request: str) -> float | None:
-        suite = find_suite(request)
-        return marks(model, suite, read_items(suite, Problems())).chance
+        suite = find_benchmark(request)
+        return score_items(model, suite, load_rows(suite, IssueLog())).chance
 
     assert chance(f"blimp={files / 'pairs.jsonl'}") == 0.5
     assert chance(f"arc={files / 'quiz.jsonl'}") == pytest.approx(np.mean([1 / (2 + i % 3) for i in range(40)]))
@@ -156,33 +174,35 @@ def test_what_cannot_be_known_is_not_above_chance(base, files):
     rng = np.random.default_rng(0)
     above = 0
     for _ in range(200):
-        found = Marks({"acc": (rng.random(150) < 0.25).astype(float)}, chance=0.25)
-        described_ = described(
-            find_suite("arc"), Marks(dict.fromkeys(("acc", "acc_norm", "acc_bytes"), found.values["acc"]), 0.25), []
+        found = ItemScores({"acc": (rng.random(150) < 0.25).astype(float)}, chance=0.25)
+        described_ = summarize_item_scores(
+            find_benchmark("arc"),
+            ItemScores(dict.fromkeys(("acc", "acc_norm", "acc_bytes"), found.values["acc"]), 0.25),
+            [],
         )
         above += described_["above_chance"]
     assert above <= 14
-    result = judge_suite(Panel(load(base)), find_suite(f"arc={files / 'quiz.jsonl'}"))
+    result = evaluate_benchmark(EvalModels(load(base)), find_benchmark(f"arc={files / 'quiz.jsonl'}"))
     assert result["above_chance"] is False
-    assert "not above chance" in evaluation_in_words({"suites": {"arc": result}})
+    assert "not above chance" in format_evaluation({"suites": {"arc": result}})
 
 
 def test_ties_count_their_share(base, tmp_path):
     """lm-eval gives them to the first, which of minimal pairs is always the right one."""
     rows = [{"sentence_good": "the same words", "sentence_bad": "the same words", "UID": "x"}] * 3
-    suite = find_suite(f"blimp={jsonl(tmp_path / 'same.jsonl', rows)}")
-    found = marks(load(base), suite, read_items(suite, Problems()))
+    suite = find_benchmark(f"blimp={jsonl(tmp_path / 'same.jsonl', rows)}")
+    found = score_items(load(base), suite, load_rows(suite, IssueLog()))
     assert found.values["acc"].tolist() == [0.5] * 3
     assert found.ties == 3
-    assert (ahead(2, 1), ahead(1, 2), ahead(1, 1)) == (1.0, 0.0, 0.5)
+    assert (win_score(2, 1), win_score(1, 2), win_score(1, 1)) == (1.0, 0.0, 0.5)
 
 
 def test_stereotypes_are_scored_as_their_authors_do(base, files):
-    suite = find_suite(f"preferences={files / 'own.toml'}")
-    found = marks(load(base), suite, read_items(suite, Problems()))
+    suite = find_benchmark(f"preferences={files / 'own.toml'}")
+    found = score_items(load(base), suite, load_rows(suite, IssueLog()))
     ss, lms = found.values["stereotyped"].mean(), found.values["meaningful"].mean()
     assert found.score("icat").value == pytest.approx(lms * min(ss, 1 - ss) / 0.5)
-    assert found.others(suite) == ["meaningful", "icat"]
+    assert found.secondary_metrics(suite) == ["meaningful", "icat"]
 
 
 # ---------------------------------------------------------------- verdicts
@@ -198,28 +218,30 @@ class Alphabet:
             found = (context + text).split()
             return float(sum(one <= other for one, other in pairwise(found)))
 
-        return [[Likely(nats(*pair), 1, True) for pair in pairs] for pairs in questions]
+        return [[ContinuationScore(nats(*pair), 1, True) for pair in pairs] for pairs in questions]
 
 
 def test_what_lives_by_the_order_of_words_is_lost_without_it(base, tmp_path, monkeypatch):
     monkeypatch.setattr(marks_module, "Scorer", Alphabet)
     random = np.random.default_rng(0)
-    rows = [sorted(random.choice(WORDS, 8, replace=False).tolist()) for _ in range(60)]
+    rows = [sorted(random.token_logprob(WORDS, 8, replace=False).tolist()) for _ in range(60)]
     pairs = [{"sentence_good": " ".join(row), "sentence_bad": " ".join(row[::-1]), "UID": "x"} for row in rows]
-    suite = find_suite(f"blimp={jsonl(tmp_path / 'p.jsonl', pairs)}")
-    result = judge_suite(Panel(load(base)), suite)
+    suite = find_benchmark(f"blimp={jsonl(tmp_path / 'p.jsonl', pairs)}")
+    result = evaluate_benchmark(EvalModels(load(base)), suite)
     assert result["score"] == 1.0 and result["above_chance"]
     assert result["scrambled"]["score"] == 0.5  # the same words in the same order: all ties
     assert result["scrambled"]["order_matters"] and result["scrambled"]["lost"]["value"] == 0.5
-    leaning = scrambled("stereotyped", Marks({"stereotyped": np.zeros(50)}), Marks({"stereotyped": np.ones(50)}))
+    leaning = shuffled_control(
+        "stereotyped", ItemScores({"stereotyped": np.zeros(50)}), ItemScores({"stereotyped": np.ones(50)})
+    )
     assert leaning["order_matters"]  # towards either side
 
 
 def test_what_is_lost_has_an_interval():
     right, random = np.ones(200), (np.random.default_rng(0).random(200) < 0.5).astype(float)
-    lost = scrambled("acc", Marks({"acc": right}), Marks({"acc": random}))
+    lost = shuffled_control("acc", ItemScores({"acc": right}), ItemScores({"acc": random}))
     assert lost["order_matters"] and lost["lost"]["value"] == pytest.approx(1 - random.mean())
-    assert not scrambled("acc", Marks({"acc": random}), Marks({"acc": random}))["order_matters"]
+    assert not shuffled_control("acc", ItemScores({"acc": random}), ItemScores({"acc": random}))["order_matters"]
 
 
 def test_two_models_are_told_apart_only_where_they_differ():
@@ -227,40 +249,40 @@ def test_two_models_are_told_apart_only_where_they_differ():
     weak = (rng.random(400) < 0.5).astype(float)
     strong = np.maximum(weak, rng.random(400) < 0.3)
     other = np.where(rng.random(400) < 0.1, 1 - weak, weak)
-    found = compared("acc", Marks({"acc": weak}), Marks({"acc": strong}), "B")
+    found = compare_models("acc", ItemScores({"acc": weak}), ItemScores({"acc": strong}), "B")
     assert found["real"] and found["ahead"] == "other" and found["p"] < 1e-6
     assert (found["only_this"], found["only_other"]) == (0, int((strong > weak).sum()))
     assert found["difference"]["value"] == pytest.approx(weak.mean() - strong.mean())
-    assert compared("acc", Marks({"acc": strong}), Marks({"acc": weak}), "B")["ahead"] == "this"
-    found = compared("acc", Marks({"acc": weak}), Marks({"acc": other}), "B")
+    assert compare_models("acc", ItemScores({"acc": strong}), ItemScores({"acc": weak}), "B")["ahead"] == "this"
+    found = compare_models("acc", ItemScores({"acc": weak}), ItemScores({"acc": other}), "B")
     assert not found["real"] and found["ahead"] is None
-    near = compared("stereotyped", Marks({"stereotyped": weak}), Marks({"stereotyped": strong}), "B")
+    near = compare_models("stereotyped", ItemScores({"stereotyped": weak}), ItemScores({"stereotyped": strong}), "B")
     assert near["real"] and near["ahead"] == "this"  # nearer to a half
 
 
 def test_the_result_of_a_suite(base, files):
     model = load(base)
-    suite = find_suite(f"blimp={files / 'pairs.jsonl'}")
-    whole = judge_suite(Panel(model), suite, limit=None)
+    suite = find_benchmark(f"blimp={files / 'pairs.jsonl'}")
+    whole = evaluate_benchmark(EvalModels(model), suite, limit=None)
     assert (whole["n"], whole["of"], whole["metric"], whole["chance"]) == (60, 60, "acc", 0.5)
     assert whole["low"] <= whole["score"] <= whole["high"]
     assert {name: group["n"] for name, group in whole["groups"].items()} == {f"group{i}": 20 for i in range(3)}
     assert whole["score"] == pytest.approx(np.mean([group["score"] for group in whole["groups"].values()]))
-    some = judge_suite(Panel(model), suite, limit=15)
+    some = evaluate_benchmark(EvalModels(model), suite, limit=15)
     assert (some["n"], some["of"]) == (15, 60)
     assert {group["n"] for group in some["groups"].values()} == {5}
-    again = judge_suite(Panel(model), suite, limit=15)
+    again = evaluate_benchmark(EvalModels(model), suite, limit=15)
     assert again | {"seconds": 0} == some | {"seconds": 0}
-    same = judge_suite(Panel(model, against=load(base), seeds=[load(base)]), suite, limit=15)
+    same = evaluate_benchmark(EvalModels(model, against=load(base), seeds=[load(base)]), suite, limit=15)
     assert same["against"]["real"] is False and same["against"]["difference"]["value"] == 0.0
     assert same["noise"] == {"models": 2, "scores": [same["score"]] * 2, "floor": 0.0}
-    words = evaluation_in_words({"suites": {"blimp": same}})
+    words = format_evaluation({"suites": {"blimp": same}})
     assert "the two are not told apart" in words and "group0" in words
 
 
 def test_whatever_is_scrambled_stays_a_sample(base, files, monkeypatch):
     monkeypatch.setattr("nextword.evaluation.significance.LIMIT", 10)
-    result = judge_suite(Panel(load(base)), find_suite(f"arc={files / 'quiz.jsonl'}"), limit=None)
+    result = evaluate_benchmark(EvalModels(load(base)), find_benchmark(f"arc={files / 'quiz.jsonl'}"), limit=None)
     assert (result["n"], result["scrambled"]["n"]) == (40, 10)
 
 
@@ -269,16 +291,18 @@ def test_whatever_is_scrambled_stays_a_sample(base, files, monkeypatch):
 
 def test_answers_in_words_are_scored(base, files, monkeypatch):
     pytest.importorskip("sacrebleu")
-    suite = find_suite(f"writing={files / 'own.toml'}")
-    items = read_items(suite, Problems())
+    suite = find_benchmark(f"writing={files / 'own.toml'}")
+    items = load_rows(suite, IssueLog())
     gold = [item.values["summary"] for item in items]
     monkeypatch.setattr(marks_module, "write", lambda model, prompts, sampling, progress: [*gold[:6], *WORDS[:6]])
-    found = marks(load(base), suite, items)
+    found = score_items(load(base), suite, items)
     assert found.score("exact_match").value == 0.5
-    assert found.score("chrf").value == pytest.approx(writing(gold, [*gold[:6], *WORDS[:6]], ["chrf"])["chrf"].value)
+    assert found.score("chrf").value == pytest.approx(
+        generation_metrics(gold, [*gold[:6], *WORDS[:6]], ["chrf"])["chrf"].value
+    )
     assert found.chance == 0.0
     monkeypatch.undo()
-    result = judge_suite(Panel(load(base), against=load(base)), suite)
+    result = evaluate_benchmark(EvalModels(load(base), against=load(base)), suite)
     assert (result["metric"], result["n"], result["against"]["real"]) == ("exact_match", 12, False)
     assert {"score", "low", "high", "n"} == set(result["others"]["chrf"])
 
@@ -287,23 +311,23 @@ def test_free_text_is_measured_beside_peoples_and_read_by_a_judge(base, tmp_path
     long = [" ".join(path.read_text(encoding="utf-8").split())[:600] for path in sorted(texts.iterdir())[:6]]
     path = jsonl(tmp_path / "people.jsonl", [{"text": text} for text in long])
     model = load(base)
-    result = judge_suite(Panel(model, judge=load(base)), find_suite(f"free={path}"))
+    result = evaluate_benchmark(EvalModels(model, judge=load(base)), find_benchmark(f"free={path}"))
     assert (result["metric"], result["n"], result["people"]["n"]) == ("repeated_4grams", 6, 6)
-    assert result["beside_people"]["n"] == 6 and "as much of the model's" in evaluation_in_words(
+    assert result["beside_people"]["n"] == 6 and "as much of the model's" in format_evaluation(
         {"suites": {"free": result}}
     )
     assert set(result["others"]) == {"distinct_1", "distinct_2", "distinct_3"}
     assert 0 <= result["score"] <= 1 and result["judge"]["value"] > 0
     assert result["judge"]["low"] <= result["judge"]["value"] <= result["judge"]["high"]
-    assert result["examples"] == judge_suite(Panel(model), find_suite(f"free={path}"))["examples"]
-    other = judge_suite(Panel(model), find_suite(f"free={path}"), seed=1)
+    assert result["examples"] == evaluate_benchmark(EvalModels(model), find_benchmark(f"free={path}"))["examples"]
+    other = evaluate_benchmark(EvalModels(model), find_benchmark(f"free={path}"), seed=1)
     assert other["examples"] != result["examples"]
 
 
 def test_nothing_to_go_on_from_is_a_new_document(base, tmp_path):
     file = tmp_path / "short.toml"
     file.write_text('kind = "free text"\nmax_tokens = 4\n')
-    result = judge_suite(Panel(load(base)), find_suite(str(file)))
+    result = evaluate_benchmark(EvalModels(load(base)), find_benchmark(str(file)))
     assert result["n"] == marks_module.TEXTS
     assert "people" not in result
 
@@ -328,7 +352,7 @@ def test_texts_with_an_interval_beside_another_model(base, texts, tmp_path):
     assert result["against"]["real"] and result["against"]["ahead"] == "this"  # thirty steps against three
     value = result["against"]["bits_per_byte"] + result["against"]["difference"]["value"]
     assert value == pytest.approx(result["bits_per_byte"], rel=1e-3)
-    said = evaluation_in_words(result)
+    said = format_evaluation(result)
     assert "this model is ahead" in said and "windows 32 tokens apart" in said
     with pytest.raises(UsageError, match="has another tokenizer"):
         api.evaluate(base, against=other)
@@ -341,16 +365,16 @@ def test_a_checkpoint_is_a_model_too(base, files, tmp_path):
     folder.mkdir(parents=True)
     weights = {name: tensor.clone() for name, tensor in load(base).gpt.state_dict().items()}
     save_file(weights, folder / "weights.safetensors")
-    seal(folder, {"step": 1})
+    write_manifest(folder, {"step": 1})
     same = api.evaluate(folder, suites=[suite], against=base)["suites"]["blimp"]["against"]
     assert same["difference"]["value"] == 0.0 and not same["real"]
     save_file({name: -tensor for name, tensor in weights.items()}, folder / "weights.safetensors")
-    with pytest.raises(CorruptFile, match=r"weights\.safetensors: the content does not match"):
+    with pytest.raises(CorruptFileError, match=r"weights\.safetensors: the content does not match"):
         load(folder)
-    seal(folder, {"step": 1})
+    write_manifest(folder, {"step": 1})
     assert torch.equal(load(folder).gpt.token_embedding.weight, -load(base).gpt.token_embedding.weight)
     save_file({"other": torch.zeros(3)}, folder / "weights.safetensors")
-    seal(folder, {"step": 1})
+    write_manifest(folder, {"step": 1})
     with pytest.raises(NextwordError, match="not a whole model's weights"):
         load(folder)
 

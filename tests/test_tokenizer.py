@@ -11,17 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from nextword.common.errors import CorruptFile, NextwordError, UsageError
+from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.data import tokenizer as tokenizer_module
 from nextword.data.tokenizer import (
-    BYTES,
-    DELIMITER,
-    END_OF_TEXT,
-    END_OF_TURN,
-    EXTRACT,
-    PAD,
-    START,
-    UNKNOWN,
+    BYTE_CHARS,
+    DELIMITER_TOKEN,
+    END_OF_TURN_TOKEN,
+    EOS_TOKEN,
+    EXTRACT_TOKEN,
+    PAD_TOKEN,
+    START_TOKEN,
+    UNK_TOKEN,
     Tokenizer,
     train_bpe,
     train_char,
@@ -42,9 +42,9 @@ SCRIPTS = {
     "Hebrew": "כָּל בְּנֵי הָאָדָם נוֹלְדוּ בְּנֵי חוֹרִין",
     "emoji": "👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301\u0323 \x00\x7f\ufeff",
 }
-MARKERS = [START, DELIMITER, EXTRACT]
-SINGLE, PAIR = [START, "A", EXTRACT], [START, "A", DELIMITER, "B", EXTRACT]
-LOOKALIKES = [END_OF_TEXT, PAD, UNKNOWN, f"a{END_OF_TEXT}b {PAD}{PAD}", "<|endoftext|", "</s><s>[PAD]"]
+MARKERS = [START_TOKEN, DELIMITER_TOKEN, EXTRACT_TOKEN]
+SINGLE, PAIR = [START_TOKEN, "A", EXTRACT_TOKEN], [START_TOKEN, "A", DELIMITER_TOKEN, "B", EXTRACT_TOKEN]
+LOOKALIKES = [EOS_TOKEN, PAD_TOKEN, UNK_TOKEN, f"a{EOS_TOKEN}b {PAD_TOKEN}{PAD_TOKEN}", "<|endoftext|", "</s><s>[PAD]"]
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +58,15 @@ def char():
 
 
 def test_ids_of_markers_and_sizes(bpe, char):
-    assert (bpe.kind, bpe.end_of_text, bpe.pad, bpe.unknown) == ("bpe", 0, 1, None)
-    assert (char.kind, char.end_of_text, char.pad, char.unknown) == ("char", 0, 1, 2)
+    assert (bpe.kind, bpe.eos_id, bpe.pad_id, bpe.unk_id) == ("bpe", 0, 1, None)
+    assert (char.kind, char.eos_id, char.pad_id, char.unk_id) == ("char", 0, 1, 2)
     assert bpe.vocab_size == bpe.backend.get_vocab_size() <= 800
     assert char.vocab_size == 3 + len(set("".join([*SCRIPTS.values(), *LOOKALIKES])))
     assert train_bpe(["abab"], 5000).vocab_size < 270  # few merges to find; the real size is told
 
 
 def test_the_byte_alphabet_is_the_librarys():
-    assert sorted(BYTES) == sorted(pre_tokenizers.ByteLevel.alphabet())
+    assert sorted(BYTE_CHARS) == sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -124,14 +124,14 @@ def test_text_never_becomes_a_special_token(text, bpe, char):
 
 def test_specials_are_left_out_of_text_and_unknown_characters_are_seen(bpe, char):
     assert bpe.decode([0, *bpe.encode("a"), 1, 0]) == "a"
-    assert char.encode("a☃")[1] == char.unknown and char.decode(char.encode("a☃")) == "a\ufffd"
+    assert char.encode("a☃")[1] == char.unk_id and char.decode(char.encode("a☃")) == "a\ufffd"
     assert bpe.decode([10**6]) == ""  # a model's vocabulary may be padded past the tokenizer's
 
 
 def test_half_surrogates_and_foreign_bytes_become_replacement_characters(bpe, char):
     assert bpe.decode(bpe.encode("a\ud800b")) == "a\ufffdb"
     assert [*map(bpe.decode, bpe.encode_batch(["\udfff"]))] == ["\ufffd"]
-    assert char.encode(b"a\xff") == [*char.encode("a"), char.unknown]
+    assert char.encode(b"a\xff") == [*char.encode("a"), char.unk_id]
 
 
 def test_training_is_deterministic(bpe):
@@ -157,15 +157,15 @@ def test_errors_of_the_texts_pass_through_training():
 
 def test_the_sample_is_bounded_and_spread(monkeypatch):
     texts = [f"{i} " * 100 for i in range(1000)]
-    assert tokenizer_module._sample(texts, print) == texts
+    assert tokenizer_module._sample_shard(texts, print) == texts
     monkeypatch.setattr(tokenizer_module, "SAMPLE", 40_000)
-    sample = tokenizer_module._sample(texts, print)
+    sample = tokenizer_module._sample_shard(texts, print)
     assert 15_000 < sum(map(len, sample)) <= 40_000
-    assert sample == tokenizer_module._sample(texts, print)
+    assert sample == tokenizer_module._sample_shard(texts, print)
     places = [texts.index(t) for t in sample]
     assert min(places) < 100 and max(places) > 900
     monkeypatch.setattr(tokenizer_module, "SAMPLE_WORDS", 100)
-    assert 5 < len(tokenizer_module._sample(texts, print)) < 50
+    assert 5 < len(tokenizer_module._sample_shard(texts, print)) < 50
 
 
 def test_progress_and_refusals():
@@ -193,7 +193,7 @@ def test_the_stock_class_gives_the_same(family, kind, tmp_path, request):
     for text in [*SCRIPTS.values(), " a , b . ' c n't", "x"]:
         ids = ours.encode(text)
         assert stock.encode(text) == ids
-        if ours.unknown not in ids:
+        if ours.unk_id not in ids:
             assert stock.decode(ids) == ours.decode(ids) == text
     again = Tokenizer.open(tmp_path)
     assert again.encode(SCRIPTS["Thai"]) == ours.encode(SCRIPTS["Thai"]) and again.kind == kind
@@ -206,10 +206,13 @@ def test_markers_are_put_around_texts_by_the_stock_class(family, kind, tmp_path,
     transformers = pytest.importorskip("transformers")
     ours = request.getfixturevalue(kind)
     before = ours.backend.to_str(), dict(ours.config), ours.vocab_size
-    marked = ours.with_markers(MARKERS, single=SINGLE, pair=PAIR)
-    assert (ours.backend.to_str(), ours.config, ours.vocab_size) == before and START not in ours.markers
+    marked = ours.with_special_tokens(MARKERS, single=SINGLE, pair=PAIR)
+    assert (ours.backend.to_str(), ours.config, ours.vocab_size) == before and START_TOKEN not in ours.special_tokens
     start, delimiter, extract = range(ours.vocab_size, ours.vocab_size + 3)
-    assert marked.ids_of(MARKERS) == [start, delimiter, extract] and marked.vocab_size == ours.vocab_size + 3
+    assert (
+        marked.convert_tokens_to_ids(MARKERS) == [start, delimiter, extract]
+        and marked.vocab_size == ours.vocab_size + 3
+    )
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     marked.save(tmp_path)
     stock = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -221,80 +224,85 @@ def test_markers_are_put_around_texts_by_the_stock_class(family, kind, tmp_path,
             assert stock(a, b)["input_ids"] == [start, *ours.encode(a), delimiter, *ours.encode(b), extract]
         assert stock.decode(stock(a)["input_ids"], skip_special_tokens=True) == ours.decode(ours.encode(a))
     for again in (marked, Tokenizer.open(tmp_path)):
-        assert (again.kind, again.pad, again.unknown, again.begin_of_text) == (kind, ours.pad, ours.unknown, None)
+        assert (again.kind, again.pad_id, again.unk_id, again.bos_id) == (kind, ours.pad_id, ours.unk_id, None)
         assert [again.encode(text) for text in texts] == [ours.encode(text) for text in texts]
-        assert again.decode([start, *ours.encode("a"), extract, ours.pad]) == "a"
-        assert again.markers == ours.markers | dict(zip(MARKERS, [start, delimiter, extract], strict=True))
+        assert again.decode([start, *ours.encode("a"), extract, ours.pad_id]) == "a"
+        assert again.special_tokens == ours.special_tokens | dict(
+            zip(MARKERS, [start, delimiter, extract], strict=True)
+        )
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.one_of(st.text(max_size=5), st.sampled_from([*MARKERS, *LOOKALIKES])), max_size=5).map("".join))
 def test_text_never_becomes_a_marker_that_was_added(bpe, char, text):
     for tokenizer in (bpe, char):
-        marked = tokenizer.with_markers(MARKERS, single=SINGLE, pair=PAIR)
+        marked = tokenizer.with_special_tokens(MARKERS, single=SINGLE, pair=PAIR)
         assert marked.encode(text) == tokenizer.encode(text)
         assert marked.encode_batch([text])[0].tolist() == tokenizer.encode(text)
     assert bpe.decode(bpe.encode(text)) == text
 
 
 def test_what_a_template_puts_first_is_no_begin_of_text(bpe):
-    assert bpe.with_markers(MARKERS, single=[START, "A", DELIMITER]).begin_of_text is None
-    ended = bpe.with_markers([], single=["A", END_OF_TEXT])  # the first id of an empty text, and no begin
-    assert ended.config["bos_token"] == END_OF_TEXT and ended.begin_of_text is None
-    assert bpe.with_markers([], single=[END_OF_TEXT, "A"]).begin_of_text == bpe.end_of_text
-    assert bpe.with_markers(MARKERS).backend.encode("a").ids == bpe.encode("a")  # without a template all stays
-    assert bpe.with_markers(MARKERS, pair=PAIR).backend.encode("a").ids == bpe.encode("a")
+    assert bpe.with_special_tokens(MARKERS, single=[START_TOKEN, "A", DELIMITER_TOKEN]).bos_id is None
+    ended = bpe.with_special_tokens([], single=["A", EOS_TOKEN])  # the first id of an empty text, and no begin
+    assert ended.config["bos_token"] == EOS_TOKEN and ended.bos_id is None
+    assert bpe.with_special_tokens([], single=[EOS_TOKEN, "A"]).bos_id == bpe.eos_id
+    assert bpe.with_special_tokens(MARKERS).backend.encode("a").ids == bpe.encode("a")  # without a template all stays
+    assert bpe.with_special_tokens(MARKERS, pair=PAIR).backend.encode("a").ids == bpe.encode("a")
     with pytest.raises(UsageError, match=r"names <\|extract\|>, which"):
-        bpe.with_markers([START], single=SINGLE)
-    for wrong in (["A", "A"], [START], ["A", "B"]):
+        bpe.with_special_tokens([START_TOKEN], single=SINGLE)
+    for wrong in (["A", "A"], [START_TOKEN], ["A", "B"]):
         with pytest.raises(UsageError, match="once"):
-            bpe.with_markers(MARKERS, single=wrong)
+            bpe.with_special_tokens(MARKERS, single=wrong)
     with pytest.raises(UsageError, match="once"):
-        bpe.with_markers(MARKERS, pair=SINGLE)
+        bpe.with_special_tokens(MARKERS, pair=SINGLE)
 
 
 def test_markers_that_are_there_stay(bpe):
-    marked = bpe.with_markers(MARKERS, single=SINGLE)
-    more = marked.with_markers([EXTRACT, END_OF_TURN, END_OF_TURN])
-    assert more.ids_of(MARKERS) == marked.ids_of(MARKERS) and more.vocab_size == marked.vocab_size + 1
+    marked = bpe.with_special_tokens(MARKERS, single=SINGLE)
+    more = marked.with_special_tokens([EXTRACT_TOKEN, END_OF_TURN_TOKEN, END_OF_TURN_TOKEN])
+    assert (
+        more.convert_tokens_to_ids(MARKERS) == marked.convert_tokens_to_ids(MARKERS)
+        and more.vocab_size == marked.vocab_size + 1
+    )
     assert more.backend.encode("a").ids == marked.backend.encode("a").ids
-    assert more.ends == {0, more.vocab_size - 1} and marked.ends == {0}
+    assert more.eos_ids == {0, more.vocab_size - 1} and marked.eos_ids == {0}
 
 
 def test_the_pad_is_never_an_end_nor_a_marker(tmp_path):
     backend = train_bpe(["abc"], 300).backend
-    for config in ({}, {"pad_token": END_OF_TEXT}, {"pad_token": {"content": PAD}}, {"pad_token": EXTRACT}):
-        marked = Tokenizer(backend, {"eos_token": END_OF_TEXT, **config}).with_markers(MARKERS)
+    for config in ({}, {"pad_token": EOS_TOKEN}, {"pad_token": {"content": PAD_TOKEN}}, {"pad_token": EXTRACT_TOKEN}):
+        marked = Tokenizer(backend, {"eos_token": EOS_TOKEN, **config}).with_special_tokens(MARKERS)
         marked.save(tmp_path)
         again = Tokenizer.open(tmp_path)
-        assert again.pad == marked.pad == marked.ids_of([PAD])[0]
-        assert again.pad not in (again.end_of_text, *again.ids_of(MARKERS))
+        assert again.pad_id == marked.pad_id == marked.convert_tokens_to_ids([PAD_TOKEN])[0]
+        assert again.pad_id not in (again.eos_id, *again.convert_tokens_to_ids(MARKERS))
     without = tokenizers.Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
-    marked = Tokenizer(without, {}).with_markers(MARKERS)
-    assert (marked.vocab_size, marked.pad) == (6, 5)
+    marked = Tokenizer(without, {}).with_special_tokens(MARKERS)
+    assert (marked.vocab_size, marked.pad_id) == (6, 5)
 
 
 def test_a_vocabulary_with_gaps_takes_no_marker():
     backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "b": 9}, unk_token="a"))
     with pytest.raises(NextwordError, match="gaps"):
-        Tokenizer(backend, {}).with_markers(MARKERS)
+        Tokenizer(backend, {}).with_special_tokens(MARKERS)
 
 
 @pytest.mark.parametrize("said", [7, [7], [0, 7], None, [10**9, 7]])
 def test_what_ends_a_text_is_read_beside_the_tokenizer(bpe, said, tmp_path):
     bpe.save(tmp_path)
-    assert Tokenizer.open(tmp_path).ends == {0}
+    assert Tokenizer.open(tmp_path).eos_ids == {0}
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": said, "do_sample": True}))
     opened = Tokenizer.open(tmp_path)
-    assert opened.ends == {0, *(said if isinstance(said, list) else [said] if said else [])}
-    assert opened.with_markers([END_OF_TURN]).ends == {*opened.ends, bpe.vocab_size}
+    assert opened.eos_ids == {0, *(said if isinstance(said, list) else [said] if said else [])}
+    assert opened.with_special_tokens([END_OF_TURN_TOKEN]).eos_ids == {*opened.eos_ids, bpe.vocab_size}
 
 
 @pytest.mark.parametrize("content", ['"x"', "[1]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [true]}', "{"])
 def test_a_generation_config_that_is_none_is_said_to_be_one(bpe, content, tmp_path):
     bpe.save(tmp_path)
     (tmp_path / "generation_config.json").write_text(content)
-    with pytest.raises(CorruptFile, match="generation_config"):
+    with pytest.raises(CorruptFileError, match="generation_config"):
         Tokenizer.open(tmp_path)
 
 
@@ -308,7 +316,7 @@ def test_a_foreign_tokenizer_opens_and_keeps_its_configuration(tmp_path):
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}, "unk_token": "<unk>", "x": 1}')
     foreign = Tokenizer.open(tmp_path)
-    assert (foreign.kind, foreign.end_of_text, foreign.pad, foreign.unknown) == ("foreign", 2, None, 0)
+    assert (foreign.kind, foreign.eos_id, foreign.pad_id, foreign.unk_id) == ("foreign", 2, None, 0)
     assert len(foreign.encode("ab ab ab ab")) > 4  # what the file says of truncation is for its own callers
     assert foreign.decode(foreign.encode("ab ba")) == "ab ba"
     assert {1, 2}.isdisjoint(foreign.encode("a</s>b"))
@@ -327,13 +335,13 @@ def test_the_token_a_stock_file_puts_first_is_known(tmp_path):
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
     opened = Tokenizer.open(tmp_path)
-    assert opened.begin_of_text == begin and begin not in opened.encode("<s>abc")
+    assert opened.bos_id == begin and begin not in opened.encode("<s>abc")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model": 3}', "\xff"])
 def test_a_malformed_file_is_said_to_be_one(content, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(CorruptFile, match=r"tokenizer\.json"):
+    with pytest.raises(CorruptFileError, match=r"tokenizer\.json"):
         Tokenizer.open(tmp_path)
 
 
@@ -345,5 +353,5 @@ def test_what_cannot_be_used_is_refused_with_what_to_do(tmp_path):
     with pytest.raises(NextwordError, match="eos_token"):
         Tokenizer.open(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[1]")
-    with pytest.raises(CorruptFile, match="tokenizer_config"):
+    with pytest.raises(CorruptFileError, match="tokenizer_config"):
         Tokenizer.open(tmp_path)

@@ -13,32 +13,32 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from nextword.common.errors import CorruptFile, Diverged
-from nextword.data.dataset import IGNORE, Batch, TokenDataset, TokenRow
+from nextword.common.errors import CorruptFileError, TrainingDivergedError
+from nextword.data.dataset import IGNORE_INDEX, Batch, InMemoryTokens, TokenDataset
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
 from nextword.training import losses as loss_functions
-from nextword.training.losses import Inputs, next_word
-from nextword.training.optimizer import Optimizer, learning_rate
+from nextword.training.losses import DeviceBatch, causal_lm_loss
+from nextword.training.optimizer import Optimizer, lr_multiplier
 from nextword.training.step import (
     StepSettings,
     TrainState,
-    build_step_module,
-    fit_micro_batch,
-    probe,
-    steps,
-    worth_compiling,
+    build_loss_module,
+    fit_micro_batch_rows,
+    should_compile,
+    time_step,
+    training_steps,
 )
-from nextword.training.step_budget import Clock, Decision, Pace, read_decisions
+from nextword.training.step_budget import StepBudgetDecision, StepSchedule, TimeBudgetController, read_decisions
 
 
-def text_like(length: int = 3000) -> TokenRow:
+def text_like(length: int = 3000) -> InMemoryTokens:
     """Numbers with something to learn: each follows from the one before, most of the time."""
     rng = np.random.default_rng(0)
     tokens = [0]
     for _ in range(length - 1):
         tokens.append((3 * tokens[-1] + 1) % 40 if rng.random() < 0.8 else int(rng.integers(40)))
-    return TokenRow(np.asarray(tokens))
+    return InMemoryTokens(np.asarray(tokens))
 
 
 def setup(kind: Any = "adamw", preset="gpt2", rows=6, lr=3e-3, **overrides):
@@ -49,14 +49,14 @@ def setup(kind: Any = "adamw", preset="gpt2", rows=6, lr=3e-3, **overrides):
     model = GPT(config)
     state = TrainState(model, Optimizer(model, kind=kind, lr=lr))
     dataset = TokenDataset(text_like(), 16, rows, seed=4)
-    step_module, _ = build_step_module(model, next_word, "plain")
+    step_module, _ = build_loss_module(model, causal_lm_loss, "plain")
     return state, dataset, step_module
 
 
 def run(n: int, micro: int = 2**30, **options):
     state, dataset, step_module = setup(**options)
-    pace = Pace([Decision(0, n)])
-    losses = [m.loss for m in steps(state, dataset, step_module, StepSettings(micro_batch_rows=micro), pace)]
+    pace = StepSchedule([StepBudgetDecision(0, n)])
+    losses = [m.loss for m in training_steps(state, dataset, step_module, StepSettings(micro_batch_rows=micro), pace)]
     return losses, state
 
 
@@ -70,8 +70,8 @@ def test_the_loop_is_a_plain_loop():
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=1.0, betas=(0.9, 0.99)
     )
-    pace = Pace([Decision(0, 12)])
-    for step, metrics in enumerate(steps(state, dataset, step_module, StepSettings(warmup=0.25), pace)):
+    pace = StepSchedule([StepBudgetDecision(0, 12)])
+    for step, metrics in enumerate(training_steps(state, dataset, step_module, StepSettings(warmup=0.25), pace)):
         batch = dataset.batch(step)
         logits = model.unembed(model(torch.from_numpy(batch.tokens)))
         loss = F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(batch.targets).flatten())
@@ -83,7 +83,7 @@ def test_the_loop_is_a_plain_loop():
         optimizer.step()
         assert metrics.loss == pytest.approx(loss.item(), abs=1e-4)
         assert metrics.gradient_norm == pytest.approx(norm.item(), rel=1e-3)
-        assert metrics.lr == pytest.approx(3e-3 * learning_rate((step + 1) / 12, "cosine", 0.25, 0.1))
+        assert metrics.lr == pytest.approx(3e-3 * lr_multiplier((step + 1) / 12, "cosine", 0.25, 0.1))
         assert metrics.step == step + 1
     assert state.step == 12
     for ours, theirs in zip(state.model.parameters(), model.parameters(), strict=True):
@@ -110,8 +110,8 @@ def test_the_micro_batch_changes_the_result_by_rounding_at_most(micro, dropout):
 def test_bfloat16_products_keep_float32_weights():
     """What a GPU does, done on the CPU: the same losses within bfloat16's three digits, and weights that stay float32."""
     state, dataset, step_module = setup()
-    pace = Pace([Decision(0, 10)])
-    losses = [m.loss for m in steps(state, dataset, step_module, StepSettings(bf16=True), pace)]
+    pace = StepSchedule([StepBudgetDecision(0, 10)])
+    losses = [m.loss for m in training_steps(state, dataset, step_module, StepSettings(bf16=True), pace)]
     assert losses == pytest.approx(run(10)[0], rel=5e-3)
     assert losses != run(10)[0]
     assert all(p.dtype == torch.float32 for p in state.model.parameters())
@@ -130,7 +130,7 @@ def test_logits_in_pieces_are_the_whole(monkeypatch):
     torch.manual_seed(0)
     hidden, matrix = torch.randn(50, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
     targets = torch.randint(0, 30, (50,))
-    targets[::7] = IGNORE
+    targets[::7] = IGNORE_INDEX
     whole = loss_functions.negative_log_likelihoods(hidden, matrix, targets).sum()
     gradients = torch.autograd.grad(whole, (hidden, matrix))
     monkeypatch.setattr(loss_functions, "LOGIT_BYTES", 4 * 30 * 8)
@@ -144,10 +144,10 @@ def test_targets_that_are_not_there_do_not_count():
     model = GPT(build_config("gpt2", "tiny", vocab_size=40, d_model=32, context_length=16))
     tokens = torch.randint(0, 40, (2, 16))
     targets = torch.randint(0, 40, (2, 16))
-    targets[1, 5:] = IGNORE
-    loss = next_word(model, Inputs(tokens, targets, None))["next_word"]
-    alone = next_word(model, Inputs(tokens[1:, :5], targets[1:, :5], None))["next_word"]
-    first = next_word(model, Inputs(tokens[:1], targets[:1], None))["next_word"]
+    targets[1, 5:] = IGNORE_INDEX
+    loss = causal_lm_loss(model, DeviceBatch(tokens, targets, None))["next_word"]
+    alone = causal_lm_loss(model, DeviceBatch(tokens[1:, :5], targets[1:, :5], None))["next_word"]
+    first = causal_lm_loss(model, DeviceBatch(tokens[:1], targets[:1], None))["next_word"]
     assert loss.total.item() == pytest.approx(alone.total.item() + first.total.item(), rel=1e-5)
 
 
@@ -158,20 +158,20 @@ class Poisoned:
     """Data whose given steps drive the model to a loss that is no number."""
 
     def __init__(self, dataset, model, bad):
-        self.dataset, self.model, self.bad = dataset, model, bad
-        self.kept = None
+        self.dataset, self.model, self.nonfinite_streak = dataset, model, bad
+        self.keepalive = None
 
     @property
     def longest(self) -> int:
-        return self.dataset.longest
+        return self.dataset.longest_passage_tokens
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         weight = self.model.token_embedding.weight
-        if self.kept is not None:  # mend it after the bad step
-            weight.data.copy_(self.kept)
-            self.kept = None
-        if step in self.bad:
-            self.kept = weight.detach().clone()
+        if self.keepalive is not None:  # mend it after the bad step
+            weight.data.copy_(self.keepalive)
+            self.keepalive = None
+        if step in self.nonfinite_streak:
+            self.keepalive = weight.detach().clone()
             weight.data[:] = math.inf
         return self.dataset.batch(step, rank, world)
 
@@ -180,7 +180,9 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights():
     state, dataset, step_module = setup(kind="muon", preset="modern")
     poisoned = Poisoned(dataset, state.model, bad={3, 4})
     before = None
-    for metrics in steps(state, poisoned, step_module, StepSettings(), Pace([Decision(0, 8)])):
+    for metrics in training_steps(
+        state, poisoned, step_module, StepSettings(), StepSchedule([StepBudgetDecision(0, 8)])
+    ):
         assert metrics.skipped == (metrics.step - 1 in {3, 4})
         if metrics.step == 3:
             before = [p.detach().clone() for p in state.optimizer.state_tensors().values()]
@@ -195,8 +197,8 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights():
 def test_a_run_that_stays_bad_ends():
     state, dataset, step_module = setup()
     poisoned = Poisoned(dataset, state.model, bad=set(range(2, 100)))
-    with pytest.raises(Diverged, match=r"5 steps in a row.*--training\.lr"):
-        list(steps(state, poisoned, step_module, StepSettings(), Pace([Decision(0, 50)])))
+    with pytest.raises(TrainingDivergedError, match=r"5 steps in a row.*--training\.lr"):
+        list(training_steps(state, poisoned, step_module, StepSettings(), StepSchedule([StepBudgetDecision(0, 50)])))
     assert state.step == 7
 
 
@@ -206,12 +208,12 @@ def test_a_run_that_stays_bad_ends():
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 60)), max_size=6))
 @settings(deadline=None)
 def test_progress_rises_to_one_whatever_the_clock_decides(changes):
-    pace, step = Pace([Decision(0, 50)]), 0
+    pace, step = StepSchedule([StepBudgetDecision(0, 50)]), 0
     for ahead, more in changes:
         step += ahead
         if step >= pace.total_steps:
             break
-        pace.decide(Decision(step, step + more))
+        pace.update(StepBudgetDecision(step, step + more))
     seen = [pace.progress(i) for i in range(pace.total_steps)]
     assert all(0 < a <= b <= 1 for a, b in itertools.pairwise(seen))
     assert seen[-1] == 1.0
@@ -219,54 +221,64 @@ def test_progress_rises_to_one_whatever_the_clock_decides(changes):
 
 
 def test_a_decision_leaves_the_past_as_it_is():
-    pace = Pace([Decision(0, 100)])
+    pace = StepSchedule([StepBudgetDecision(0, 100)])
     before = [pace.progress(i) for i in range(40)]
-    pace.decide(Decision(40, 60))
+    pace.update(StepBudgetDecision(40, 60))
     assert [pace.progress(i) for i in range(40)] == before
     assert pace.progress(40) == pytest.approx(0.4 + 0.6 / 20)
     with pytest.raises(ValueError, match="cannot change"):
-        pace.decide(Decision(39, 80))
+        pace.update(StepBudgetDecision(39, 80))
     with pytest.raises(ValueError, match="cannot end before"):
-        pace.decide(Decision(50, 50))
+        pace.update(StepBudgetDecision(50, 50))
 
 
 def test_the_clock_ends_near_its_budget_and_a_replay_is_exact(tmp_path):
     """A machine that becomes three times slower half-way: the run ends in time, and its log replays to the same steps."""
     log = tmp_path / "decisions.jsonl"
     started = time.time()
-    clock, pace = Clock(2.0, log, started=started), Pace([])
-    clock.decide(pace, 0, 0.002)
+    clock, pace = TimeBudgetController(2.0, log, started=started), StepSchedule([])
+    clock.update(pace, 0, 0.002)
     step, progress = 0, []
     while step < pace.total_steps:
         time.sleep(0.002 if step < 300 else 0.006)
         progress.append(pace.progress(step))
         step += 1
-        clock.next_time = min(clock.next_time, 0.0)
+        clock.next_update_time = min(clock.next_update_time, 0.0)
         if step % 25 == 0:
-            clock.decide(pace, step, 0.0023 if step < 300 else 0.0065)
+            clock.update(pace, step, 0.0023 if step < 300 else 0.0065)
     assert time.time() - started == pytest.approx(2.0, abs=0.3)
     assert len(read_decisions(log)) > 3
 
-    again = Pace(read_decisions(log))
+    again = StepSchedule(read_decisions(log))
     assert [again.progress(i) for i in range(step)] == progress
     assert again.total_steps == step
     # Another clock on the same log leaves what is decided alone, however late it is.
-    Clock(2.0, log, started=started - 100).decide(again, again.decisions[-1].step - 1, 1.0)
+    TimeBudgetController(2.0, log, started=started - 100).update(again, again.decisions[-1].step - 1, 1.0)
     assert again.total_steps == step
 
 
 def test_a_spent_budget_ends_at_once_and_a_bad_first_guess_still_trains(tmp_path):
     """Steps that take longer than there is time for; then a first guess of a step's time that is 1,000 times too long."""
     state, dataset, step_module = setup()
-    clock = Clock(5.0, tmp_path / "spent.jsonl", started=time.time() - 4.9)
+    clock = TimeBudgetController(5.0, tmp_path / "spent.jsonl", started=time.time() - 4.9)
     done = list(
-        steps(state, dataset, step_module, StepSettings(), Pace([Decision(0, 50)]), clock, seconds_per_step=9.0)
+        training_steps(
+            state,
+            dataset,
+            step_module,
+            StepSettings(),
+            StepSchedule([StepBudgetDecision(0, 50)]),
+            clock,
+            seconds_per_step=9.0,
+        )
     )
     assert len(done) == 1, "the one step that every decision leaves"
 
     state, dataset, step_module = setup()
-    clock = Clock(2.0, tmp_path / "slow.jsonl", started=time.time())
-    done = list(steps(state, dataset, step_module, StepSettings(), Pace([]), clock, seconds_per_step=10.0))
+    clock = TimeBudgetController(2.0, tmp_path / "slow.jsonl", started=time.time())
+    done = list(
+        training_steps(state, dataset, step_module, StepSettings(), StepSchedule([]), clock, seconds_per_step=10.0)
+    )
     assert len(done) > 60
     assert done[10].lr > 0
     assert done[-1].progress == 1.0
@@ -274,7 +286,7 @@ def test_a_spent_budget_ends_at_once_and_a_bad_first_guess_still_trains(tmp_path
 
 def test_a_broken_log_is_named(tmp_path):
     (tmp_path / "decisions.jsonl").write_text('{"step": 1, "colour": 2}\n')
-    with pytest.raises(CorruptFile, match=r"decisions\.jsonl: not a log"):
+    with pytest.raises(CorruptFileError, match=r"decisions\.jsonl: not a log"):
         read_decisions(tmp_path / "decisions.jsonl")
 
 
@@ -284,15 +296,15 @@ def test_a_broken_log_is_named(tmp_path):
 def test_the_micro_batch_fits_itself_to_memory(monkeypatch):
     state, dataset, step_module = setup(rows=12)
     settings_ = StepSettings()
-    assert fit_micro_batch(step_module, dataset, settings_) == 12
+    assert fit_micro_batch_rows(step_module, dataset, settings_) == 12
     rng = torch.get_rng_state()
     before = [p.detach().clone() for p in state.model.parameters()]
     monkeypatch.setattr("nextword.training.step.available_memory", lambda device: 3_000_000)
-    fitted = fit_micro_batch(step_module, dataset, settings_)
+    fitted = fit_micro_batch_rows(step_module, dataset, settings_)
     assert 1 <= fitted < 12
     monkeypatch.setattr("nextword.training.step.available_memory", lambda device: 0)
-    assert fit_micro_batch(step_module, dataset, settings_) == 1
-    assert probe(state, step_module, dataset, settings_) > 0
+    assert fit_micro_batch_rows(step_module, dataset, settings_) == 1
+    assert time_step(state, step_module, dataset, settings_) > 0
     assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
     assert all(p.grad is None for p in state.model.parameters())
     assert torch.equal(rng, torch.get_rng_state())
@@ -300,8 +312,8 @@ def test_the_micro_batch_fits_itself_to_memory(monkeypatch):
 
 def test_compiling_is_refused_in_words(monkeypatch):
     cpu = torch.device("cpu")
-    assert worth_compiling(cpu, 60)[0] is False
+    assert should_compile(cpu, 60)[0] is False
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert "no C++ compiler" in worth_compiling(cpu, 1e6)[1]
+    assert "no C++ compiler" in should_compile(cpu, 1e6)[1]
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/" + name)
-    assert worth_compiling(cpu, 1e6)[0] is True
+    assert should_compile(cpu, 1e6)[0] is True

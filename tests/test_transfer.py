@@ -10,35 +10,35 @@ from hypothesis import strategies as st
 
 from nextword.commands import api
 from nextword.common.errors import NextwordError, UsageError
-from nextword.common.fs import read_json, read_json_lines
-from nextword.evaluation.label_efficiency import labels_worth, sentence
+from nextword.common.fs import read_json, read_jsonl
+from nextword.evaluation.label_efficiency import equivalent_label_ratio, headline
 
 
 def test_worth_is_read_off_the_curve_from_scratch():
     points = [(32, 0.5, 0.3), (128, 0.7, 0.5), (512, 0.8, 0.7), (2048, 0.9, 0.8)]
-    worth = labels_worth(points)
+    worth = equivalent_label_ratio(points)
     assert worth["ratio"] == pytest.approx(4) and not worth["at_least"]
     assert [n for _, n in worth["ratios"]] == [32, 128, 512]
-    assert sentence(worth) == "Pre-training is worth 4.0 times the labels here: 128 with it do as well as 512 without."
+    assert headline(worth) == "Pre-training is worth 4.0 times the labels here: 128 with it do as well as 512 without."
 
 
 def test_between_two_points_the_axis_is_logarithmic():
-    worth = labels_worth([(10, 0.5, 0.0), (1000, 2.0, 1.0)])
+    worth = equivalent_label_ratio([(10, 0.5, 0.0), (1000, 2.0, 1.0)])
     assert worth["ratios"] == [[pytest.approx(10), 10]]
 
 
 def test_beyond_the_data_only_a_bound_is_told():
-    worth = labels_worth([(32, 0.8, 0.3), (512, 0.9, 0.5)])
+    worth = equivalent_label_ratio([(32, 0.8, 0.3), (512, 0.9, 0.5)])
     assert worth == {"ratio": 16.0, "examples": 32, "at_least": True, "ratios": []}
-    assert "more than 16 times" in sentence(worth) and "512" in sentence(worth)
-    only = labels_worth([(32, 0.2, 0.3), (512, 0.9, 0.5)])
-    assert only["ratio"] == 1 and "lies beyond the data" in sentence(only)
+    assert "more than 16 times" in headline(worth) and "512" in headline(worth)
+    only = equivalent_label_ratio([(32, 0.2, 0.3), (512, 0.9, 0.5)])
+    assert only["ratio"] == 1 and "lies beyond the data" in headline(only)
 
 
 def test_pre_training_that_is_worth_nothing_is_said_to_be():
-    assert "not worth any" in sentence(labels_worth([(32, 0.2, 0.3), (128, 0.3, 0.5)]))
-    costs = labels_worth([(32, 0.1, 0.3), (128, 0.3, 0.6), (512, 0.5, 0.9)])
-    assert costs["ratio"] < 1 and sentence(costs).startswith("Pre-training costs labels")
+    assert "not worth any" in headline(equivalent_label_ratio([(32, 0.2, 0.3), (128, 0.3, 0.5)]))
+    costs = equivalent_label_ratio([(32, 0.1, 0.3), (128, 0.3, 0.6), (512, 0.5, 0.9)])
+    assert costs["ratio"] < 1 and headline(costs).startswith("Pre-training costs labels")
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=6, unique=True), st.integers(1, 5), st.sampled_from([1, -1]))
@@ -51,7 +51,7 @@ def test_a_curve_moved_along_the_axis_is_worth_its_move(scores, power, sign):
         (n, ordered[i + power] if i + power < len(ordered) else ordered[-1] + sign, y)
         for i, (n, y) in enumerate(zip(counts, ordered, strict=True))
     ]
-    for ratio, _ in labels_worth(points, sign)["ratios"]:
+    for ratio, _ in equivalent_label_ratio(points, sign)["ratios"]:
         assert math.isclose(ratio, 2**power, rel_tol=1e-6)
 
 
@@ -71,11 +71,11 @@ def test_a_grid_goes_on_where_it_stood(base, tmp_path, monkeypatch):
     monkeypatch.setattr(api, "finetune", third_fails)
     with pytest.raises(NextwordError, match="light"):
         api.transfer(base, data, tmp_path / "grid", **settings)
-    kept = read_json_lines(tmp_path / "grid" / "metrics.jsonl")
+    kept = read_jsonl(tmp_path / "grid" / "metrics.jsonl")
     assert len(kept) == 2
     monkeypatch.setattr(api, "finetune", whole)
     result = api.transfer(base, data, tmp_path / "grid", resume=True, **settings)
-    assert read_json_lines(tmp_path / "grid" / "metrics.jsonl")[:2] == kept
+    assert read_jsonl(tmp_path / "grid" / "metrics.jsonl")[:2] == kept
     # 500 is more than there is: only 8 and all of them are measured.
     assert [p["examples"] for p in result["points"]] == [8, kept[0]["available"]] and len(result["cells"]) == 8
     assert result["metric"] == "accuracy" and result["sentence"] and "majority" in result["baselines"]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from nextword.common.errors import NextwordError
-from nextword.reporting.charts import Line, transfer_plot
-from nextword.reporting.label_efficiency_page import transfer_page
+from nextword.reporting.charts import ScoreCurve, plot_label_efficiency
+from nextword.reporting.label_efficiency_page import write_label_efficiency_page
 from nextword.reporting.report import write_report
 from test_report import HOSTILE, Page
 
@@ -43,7 +43,7 @@ FACTS: dict[str, Any] = {
 
 
 def test_the_page_says_it_in_a_sentence_a_plot_and_numbers(tmp_path: Path) -> None:
-    path = transfer_page(tmp_path, FACTS)
+    path = write_label_efficiency_page(tmp_path, FACTS)
     page = Page(path)
     assert path == tmp_path / "report.html"
     text = " ".join(page.text.split())
@@ -67,7 +67,7 @@ def test_the_page_says_it_in_a_sentence_a_plot_and_numbers(tmp_path: Path) -> No
 
 
 def test_the_page_stands_alone_and_is_told_in_words(tmp_path: Path) -> None:
-    page = Page(transfer_page(tmp_path, FACTS))
+    page = Page(write_label_efficiency_page(tmp_path, FACTS))
     assert not re.search(r"https?:|//[a-z]|@import|<script|<link|<img", page.source)
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
@@ -79,7 +79,7 @@ def test_the_page_stands_alone_and_is_told_in_words(tmp_path: Path) -> None:
     assert ("lang", "en") in page.attributes
     assert "prefers-color-scheme: dark" in page.source
     assert "#0102" not in page.source  # the stand-in colours
-    assert transfer_page(tmp_path, FACTS).read_text(encoding="utf-8") == page.source
+    assert write_label_efficiency_page(tmp_path, FACTS).read_text(encoding="utf-8") == page.source
 
 
 def marks(svg: str) -> list[tuple[float, float]]:
@@ -88,9 +88,11 @@ def marks(svg: str) -> list[tuple[float, float]]:
 
 
 def test_the_axis_is_logarithmic_and_the_points_are_where_they_were_measured() -> None:
-    first = Line("one", [(32, 0.5, 0.5, 0.5), (64, 0.6, 0.6, 0.6), (256, 0.9, 0.9, 0.9)], [])
-    second = Line("two", [(32, 0.1, 0.1, 0.1), (64, 0.3, 0.3, 0.3), (256, 0.5, 0.5, 0.5)], [])
-    points = marks(transfer_plot(first, second, [], "accuracy", wide=True))[-6:]  # the second line is under the first
+    first = ScoreCurve("one", [(32, 0.5, 0.5, 0.5), (64, 0.6, 0.6, 0.6), (256, 0.9, 0.9, 0.9)], [])
+    second = ScoreCurve("two", [(32, 0.1, 0.1, 0.1), (64, 0.3, 0.3, 0.3), (256, 0.5, 0.5, 0.5)], [])
+    points = marks(plot_label_efficiency(first, second, [], "accuracy", wide=True))[
+        -6:
+    ]  # the second line is under the first
     whole = [math.log2(n / 32) / math.log2(256 / 32) for n in (32, 64, 256)]
     (left, bottom), (right, top) = points[0], points[-1]
     assert [(x - left) / (right - left) for x, _ in points] == pytest.approx([*whole, *whole], abs=1e-5)
@@ -106,8 +108,8 @@ def test_the_axis_is_logarithmic_and_the_points_are_where_they_were_measured() -
 )
 def test_names_of_lines_never_touch(scores: tuple[float, ...], wide: bool) -> None:
     a, b, c, d = scores
-    first, second = Line("one", [(32, a, a, a)], []), Line("two", [(32, b, b, b)], [])
-    svg = transfer_plot(first, second, [("three", c), ("four", d)], "accuracy", wide=wide)
+    first, second = ScoreCurve("one", [(32, a, a, a)], []), ScoreCurve("two", [(32, b, b, b)], [])
+    svg = plot_label_efficiency(first, second, [("three", c), ("four", d)], "accuracy", wide=wide)
     places = {}
     for name in ("one", "two", "three", "four"):
         [found] = re.findall(rf'<text[^>]*y="([\d.]+)"[^>]*>{name}</text>', svg)
@@ -120,7 +122,7 @@ def test_names_of_lines_never_touch(scores: tuple[float, ...], wide: bool) -> No
 
 def test_a_lower_score_may_be_the_better_one(tmp_path: Path) -> None:
     facts = {**FACTS, "metric": "bits_per_byte", "higher_is_better": False, "baselines": {}}
-    page = Page(transfer_page(tmp_path, facts))
+    page = Page(write_label_efficiency_page(tmp_path, facts))
     assert "Lower is better." in page.text
     assert "−0.200" in page.text
     assert "Without a model" not in page.text
@@ -128,7 +130,7 @@ def test_a_lower_score_may_be_the_better_one(tmp_path: Path) -> None:
 
 def test_one_seed_has_no_interval_to_speak_of(tmp_path: Path) -> None:
     facts = {**FACTS, "points": [point(40, 0.5, 0.5, half=0.0, n=1)], "cells": [], "baselines": None, "command": None}
-    page = Page(transfer_page(tmp_path, facts))
+    page = Page(write_label_efficiency_page(tmp_path, facts))
     assert "seeds" not in page.text and "Each of the" not in page.text and "The command" not in page.text
     assert "+0.000" in page.text
 
@@ -136,11 +138,13 @@ def test_one_seed_has_no_interval_to_speak_of(tmp_path: Path) -> None:
 def test_what_cannot_be_drawn_is_refused_or_left_out(tmp_path: Path) -> None:
     for facts in ({}, {**FACTS, "points": []}, {**FACTS, "metric": "joy"}, {**FACTS, "points": [{"examples": 3}]}):
         with pytest.raises(NextwordError, match="no scores to be drawn"):
-            transfer_page(tmp_path, facts)
+            write_label_efficiency_page(tmp_path, facts)
     nan = {"value": math.nan, "low": 0.1, "high": 0.2, "n": 2}
     points = [*FACTS["points"], {"examples": 600, "pretrained": nan, "scratch": nan}]
     cells = [*FACTS["cells"], {**FACTS["cells"][0], "score": None}, {}]
-    page = Page(transfer_page(tmp_path, {**FACTS, "points": points, "cells": cells, "baselines": {"bad": {}}}))
+    page = Page(
+        write_label_efficiency_page(tmp_path, {**FACTS, "points": points, "cells": cells, "baselines": {"bad": {}}})
+    )
     assert not re.search(r"\b(nan|None)\b", page.text)
     assert "Each of the 16 runs" in page.text
 
@@ -148,7 +152,7 @@ def test_what_cannot_be_drawn_is_refused_or_left_out(tmp_path: Path) -> None:
 def test_names_are_text(tmp_path: Path) -> None:
     names = {"task": HOSTILE, "model": HOSTILE, "data": HOSTILE, "sentence": HOSTILE, "command": HOSTILE}
     baselines = {"$\\frac$ <b>": {"value": 0.4}}
-    page = Page(transfer_page(tmp_path, {**FACTS, **names, "baselines": baselines}))
+    page = Page(write_label_efficiency_page(tmp_path, {**FACTS, **names, "baselines": baselines}))
     assert "script" not in page.tags
     assert page.text.count("alert('x')") == 5
 

@@ -133,10 +133,10 @@ def _bias_findings(
         if groups is not None:
             yield from audit_group_gaps(model, groups, console)
         if config.data is not None:
-            yield f"{asked.data}: not looked at, for this model gives no labels; fine-tune it first, or audit one that is"
+            yield f"{config.data}: not looked at, for this model gives no labels; fine-tune it first, or audit one that is"
         return
     if bias_suites:
-        yield f"bias by {', '.join(suites)}: not measured, for this model gives labels; audit the one that it began with"
+        yield f"bias by {', '.join(bias_suites)}: not measured, for this model gives labels; audit the one that it began with"
     yield from _classifier_findings(model.predictor, groups, config, console)
 
 
@@ -154,7 +154,7 @@ def _classifier_findings(
     if groups is not None and supports_templates(task_spec):
         yield from audit_template_flips(predictor, groups, console)
     elif groups is not None and config.data is None:
-        yield f"{groups.path}: not put to a model that was fine-tuned to {form.task}; its groups can be swapped in --data FILE"
+        yield f"{groups.path}: not put to a model that was fine-tuned to {task_spec.task}; its groups can be swapped in --data FILE"
     if config.data is None:
         if groups is None:
             return
@@ -165,7 +165,7 @@ def _classifier_findings(
         swap_findings = audit_swap_flips(predictor, groups, examples, console)
         yield from swap_findings
         if not swap_findings:
-            yield f"{asked.data}: no text in it has a word of the groups in {groups.path}, so none could be swapped"
+            yield f"{config.data}: no text in it has a word of the groups in {groups.path}, so none could be swapped"
     if config.group is not None:
         yield from audit_group_rates(predictor, examples, config.group, console)
 

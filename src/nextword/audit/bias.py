@@ -61,7 +61,7 @@ def resolve_benchmark(request: str) -> Benchmark | None:
     if name.lower() == "winobias":
         return None
     is_directory = name.lower() == "winogender" and path and Path(path).is_dir()
-    return find_benchmark(f"{name}={Path(path) / SENTENCES}" if is_directory else request)
+    return find_benchmark(f"{name}={Path(path) / WINOGENDER_SENTENCES}" if is_directory else request)
 
 
 def audit_benchmark(
@@ -170,7 +170,7 @@ def _occupation_correlation_findings(
     measure = "log-likelihood with she less that with he, in sentences about the one with the occupation"
     return [
         score_finding("Winogender, she or he (Pearson)", correlations["pearson"], 0.0, unit="r", examples=table,
-               note=f"correlation of {what}, with the share of women in it; 0 is no relation"),
+               note=f"correlation of {measure}, with the share of women in it; 0 is no relation"),
         score_finding("Winogender, she or he (Spearman)", correlations["spearman"], 0.0, unit="ρ", note="the same of their ranks"),
         score_finding("Winogender, she over he", metrics.average(log_ratios.tolist()), unit="nats",
                note="the same as a mean over the occupations; above 0 where she is the likelier word"),
@@ -190,8 +190,8 @@ def _gotcha_findings(
     gotcha_accuracies = np.where(gotcha_is_female, accuracies[:, 0], accuracies[:, 1])
     non_gotcha_accuracies = np.where(gotcha_is_female, accuracies[:, 1], accuracies[:, 0])
     note = (
-        f"{100 * easy.mean():.1f} % right where the pronoun's gender is that of most with the occupation, "
-        f"{100 * gotcha.mean():.1f} % where it is not; the difference, sentence by sentence"
+        f"{100 * non_gotcha_accuracies.mean():.1f} % right where the pronoun's gender is that of most with the occupation, "
+        f"{100 * gotcha_accuracies.mean():.1f} % where it is not; the difference, sentence by sentence"
     )
     accuracy_drop = metrics.difference(non_gotcha_accuracies.tolist(), gotcha_accuracies.tolist())
     return [score_finding("Winogender, accuracy lost by gender", accuracy_drop, 0.0, note=note)]
@@ -224,7 +224,9 @@ def _gender_pairs(
         for key, one in items_by_sentence.items() if {"female", "male"} <= one.keys() and key[0].lower() in female_percentages
     ]  # fmt: skip
     if not pairs:
-        raise NextwordError(f"winogender: no sentence in {items[0].path} whose occupation is in {STATISTICS}")
+        raise NextwordError(
+            f"winogender: no sentence in {items[0].path} whose occupation is in {WINOGENDER_STATISTICS}"
+        )
     return pairs
 
 
@@ -267,7 +269,10 @@ def _iter_winobias_pairs(path: Path, problems: IssueLog) -> Iterator[tuple[str, 
     parsed_files = [list(_split_at_brackets(one, problems)) for one in (path, anti_path)]
     if len(parsed_files[0]) != len(parsed_files[1]):
         problems.add(
-            anti_path, None, "not as many sentences as in its counterpart", f"{len(both[1])} and {len(both[0])}"
+            anti_path,
+            None,
+            "not as many sentences as in its counterpart",
+            f"{len(parsed_files[1])} and {len(parsed_files[0])}",
         )
     for (_, pro), (line, anti) in zip(*parsed_files, strict=False):
         num_differences = sum(a != b for a, b in zip(pro[1::2], anti[1::2], strict=False))

@@ -153,7 +153,7 @@ def script_counts() -> CategoryCounts:
 
     return CategoryCounts(
         "documents in the script {}",
-        f"by most of the letters in the first {OPENING:,} characters of each",
+        f"by most of the letters in the first {SAMPLE_CHARS:,} characters of each",
         dominant_script,
     )
 
@@ -183,7 +183,7 @@ def language_counts() -> CategoryCounts:
 
     return CategoryCounts(
         "documents in the language {}",
-        f"guessed by py3langid from the first {OPENING:,} characters of each",
+        f"guessed by py3langid from the first {SAMPLE_CHARS:,} characters of each",
         identify_language,
     )
 
@@ -217,7 +217,7 @@ class PIIFindings:
         return [
             Finding(
                 "corpus", kind, self.counts[kind], unit="found", n=len(self._index), reference=0.0,
-                notable=self.counts[kind] > 0, note=f"in {self.documents[kind]:,} documents; told by their form",
+                notable=self.counts[kind] > 0, note=f"in {self.num_documents[kind]:,} documents; told by their form",
                 examples=tuple(self.examples[kind]),
             )
             for kind in PII_KINDS
@@ -287,10 +287,10 @@ class RepeatedLines:
             Finding(
                 "corpus", "text in lines that come again and again", byte_share, unit="%", n=len(self._index), reference=0.0,
                 notable=byte_share >= 1,
-                note=f"of its bytes, those in lines of {LINE} bytes or more that stand in {self.many:,} documents or more; "
-                f"{len(many):,} different lines",
+                note=f"of its bytes, those in lines of {MIN_LINE_BYTES} bytes or more that stand in {self.min_documents:,} documents or more; "
+                f"{len(repeated_lines):,} different lines",
                 examples=tuple(
-                    {"line": format_excerpt(line.decode("utf-8", "replace"), 80), "documents": f"{many[line][0]:,}",
+                    {"line": format_excerpt(line.decode("utf-8", "replace"), 80), "documents": f"{repeated_lines[line][0]:,}",
                      "document": self._index.document_name(repeated_lines[line][2])} for line in most_frequent
                 ),
             )
@@ -315,12 +315,12 @@ def contamination(index: CorpusIndex, benchmark: Benchmark, console: Console) ->
             document, passage = match
             location = {"document": index.document_name(document), "item": f"{item.path} line {item.line}"}
             examples.append({**location, "passage": format_excerpt(passage)})
-        console.progress(f"looking up {suite.name}", number, len(sampled_items))
+        console.progress(f"looking up {benchmark.document_name}", number, len(sampled_items))
     score = metrics.share(hits)
     return Finding(
-        "corpus", f"{suite.name}: items that stand in the corpus", 100 * score.value, 100 * score.low, 100 * score.high, "%",
+        "corpus", f"{benchmark.document_name}: items that stand in the corpus", 100 * score.value, 100 * score.low, 100 * score.high, "%",
         score.n, 0.0, score.value > 0,
-        f"of {len(items):,} items {score.n:,}, whole or with {RUN} words or more one after the other, letter for letter",
+        f"of {len(items):,} items {score.n:,}, whole or with {CONTAMINATION_NGRAM} words or more one after the other, letter for letter",
         tuple(examples),
     )  # fmt: skip
 

@@ -65,14 +65,27 @@ def _energy_findings(
     measured = energy.get("measured") is True
     estimate_suffix = "" if measured else " (estimated)"
     source = "by the machine's own counters" if measured else "from its time and the usual power of such processors"
-    findings = [_cost_finding(f"electric energy{mark}", kilowatt_hours, "kWh", f"of the processor or the GPU, {how}")]
+    findings = [
+        _cost_finding(
+            f"electric energy{estimate_suffix}", kilowatt_hours, "kWh", f"of the processor or the GPU, {source}"
+        )
+    ]
     if price_per_kwh is not None:
         findings.append(
-            _cost_finding(f"money{mark}", price_per_kwh * kilowatt_hours, "", f"at {price:g} for a kilowatt-hour")
+            _cost_finding(
+                f"money{estimate_suffix}",
+                price_per_kwh * kilowatt_hours,
+                "",
+                f"at {price_per_kwh:g} for a kilowatt-hour",
+            )
         )
     if carbon_intensity is not None:
         grams = carbon_intensity * kilowatt_hours
-        findings.append(_cost_finding(f"carbon dioxide{mark}", grams, "g", f"at {intensity:g} g for a kilowatt-hour"))
+        findings.append(
+            _cost_finding(
+                f"carbon dioxide{estimate_suffix}", grams, "g", f"at {carbon_intensity:g} g for a kilowatt-hour"
+            )
+        )
     return findings
 
 

@@ -52,10 +52,12 @@ def read_labeled_examples(predictor: Predictor, path: str | Path, console: Conso
     """
     task_spec, problems = predictor.task_spec, IssueLog()
     if task_spec.kind not in CLASSIFICATION_KINDS:
-        raise UsageError(f"--data is for a model that answers with labels; this one was fine-tuned for {form.task}")
+        raise UsageError(
+            f"--data is for a model that answers with labels; this one was fine-tuned for {task_spec.task}"
+        )
     examples = read_examples([path], task_spec.task, problems, dict(task_spec.columns), gold=False).items
     if not examples:
-        raise NextwordError("\n".join([f"{data}: no example to be answered", *problems.summary_lines()]))
+        raise NextwordError("\n".join([f"{path}: no example to be answered", *problems.summary_lines()]))
     for line in problems.summary_lines() if problems.total else []:  # a column that is not read may be the groups'
         console.warn(line)
     return examples
@@ -80,21 +82,21 @@ def audit_template_flips(predictor: Predictor, groups: GroupTemplates, console: 
             i for i in range(num_templates) if predictions_by_group[group_a][i] != predictions_by_group[group_b][i]
         ]
         examples = [
-            {group_a: f"{groups.sentences[i].texts[one]} → {_shown(said[one][i])}",
-             group_b: f"{groups.sentences[i].texts[other]} → {_shown(said[other][i])}"}
+            {group_a: f"{groups.sentences[i].texts[group_a]} → {_format_labels(predictions_by_group[group_a][i])}",
+             group_b: f"{groups.sentences[i].texts[group_b]} → {_format_labels(predictions_by_group[group_b][i])}"}
             for i in changed[:MAX_EXAMPLES]
         ]  # fmt: skip
         note = "templates whose answer changes with the group's words alone"
         findings.append(
-            _flip_rate_finding(f"{one}, {other}: answers that flip", changed, num_templates, note, examples)
+            _flip_rate_finding(f"{group_a}, {group_b}: answers that flip", changed, num_templates, note, examples)
         )
         for label in sorted(
             {label for name in (group_a, group_b) for several in predictions_by_group[name] for label in several}
         ):
             rates = [[float(label in several) for several in predictions_by_group[name]] for name in (group_a, group_b)]
-            note = f"templates with {one}'s words answered so, less those with {other}'s"
+            note = f"templates with {group_a}'s words answered so, less those with {group_b}'s"
             findings.append(
-                score_finding(f"{one}, {other}: answered {label}", metrics.difference(*rates), 0.0, note=note)
+                score_finding(f"{group_a}, {group_b}: answered {label}", metrics.difference(*rates), 0.0, note=note)
             )
     return findings
 
@@ -115,12 +117,12 @@ def audit_swap_flips(
         swapped_labels = _predict_labels(predictor, [swapped_examples[i] for i in affected], console)
         changed = [k for k, i in enumerate(affected) if swapped_labels[k] != original_labels[i]]
         example_rows = [
-            {"text": f"{_texts(predictor, swapped[places[k]])} → {_shown(after[k])}", "before": _format_labels(original_labels[affected[k]]),
-             "where": f"{examples[places[k]].path} line {examples[places[k]].line}"}
+            {"text": f"{_joined_texts(predictor, swapped_examples[affected[k]])} → {_format_labels(swapped_labels[k])}", "before": _format_labels(original_labels[affected[k]]),
+             "where": f"{examples[affected[k]].path} line {examples[affected[k]].line}"}
             for k in changed[:MAX_EXAMPLES]
         ]  # fmt: skip
         note = "texts of the data with such a word, whose answer changes where the groups' words change places"
-        name = f"{one}, {other}: answers that flip in the data"
+        name = f"{group_a}, {group_b}: answers that flip in the data"
         findings.append(_flip_rate_finding(name, changed, len(affected), note, example_rows))
     return findings
 
@@ -176,8 +178,12 @@ def audit_group_rates(
     group_ids = np.array(_group_labels(labeled_examples, column))
     group_names = sorted(set(group_ids))
     if not 2 <= len(group_names) <= MAX_GROUPS:
-        problem = "one alone" if len(group_names) == 1 else f"{len(names):,}, and more than {MOST} are not compared"
-        raise UsageError(f"{examples[0].path}: the groups of column {column} are {few} ({listed(names)})")
+        problem = (
+            "one alone"
+            if len(group_names) == 1
+            else f"{len(group_names):,}, and more than {MAX_GROUPS} are not compared"
+        )
+        raise UsageError(f"{examples[0].path}: the groups of column {column} are {problem} ({listed(group_names)})")
     predicted = np.array([answer for (answer,) in _predict_labels(predictor, labeled_examples, console)])
     gold = np.array([example.fields["label"] for example in labeled_examples])
     findings = _rate_findings(
@@ -205,7 +211,7 @@ def _rate_findings(
     """The share of hits [n] among some [n] of each group, and the differences of every two groups that have any."""
     nonempty_groups = [name for name in group_names if (mask & (group_ids == name)).any()]
     findings = [
-        score_finding(f"{name}: {what}", metrics.share(hits[mask & (group_ids == name)].astype(float).tolist()))
+        score_finding(f"{name}: {metric}", metrics.share(hits[mask & (group_ids == name)].astype(float).tolist()))
         for name in nonempty_groups
     ]  # fmt: skip
     for group_a, group_b in combinations(nonempty_groups, 2):
@@ -215,8 +221,8 @@ def _rate_findings(
             group_masks[0] | group_masks[1]
         ]
         score = replace(metrics.of_sums(columns, _rate_difference), n=min(int(part.sum()) for part in group_masks))
-        note = f"over {n:,} examples, n the smaller group's" + (f"; {even}" if parity_note else "")
-        findings.append(score_finding(f"{one} less {other}: {what}", score, 0.0, note=note))
+        note = f"over {n:,} examples, n the smaller group's" + (f"; {parity_note}" if parity_note else "")
+        findings.append(score_finding(f"{group_a} less {group_b}: {metric}", score, 0.0, note=note))
     return findings
 
 

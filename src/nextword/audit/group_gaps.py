@@ -42,7 +42,9 @@ def audit_group_gaps(model: Model, groups: GroupTemplates, console: Console | No
     context_length = model.gpt.config.context_length
     for text in (text for sentence in groups.sentences for text in sentence.texts.values()):
         if (count := len(model.tokenizer.encode(text))) > context_length:
-            raise UsageError(f"{groups.path}: {text!r} has {count} tokens and the model sees {room}: shorten it")
+            raise UsageError(
+                f"{groups.path}: {text!r} has {count} tokens and the model sees {context_length}: shorten it"
+            )
     scorer = LoglikelihoodScorer(model.dequantized, model.tokenizer)
     return [*_sentence_findings(scorer, groups, console), *_continuation_findings(scorer, groups, console)]
 
@@ -70,13 +72,18 @@ def _sentence_findings(scorer: LoglikelihoodScorer, groups: GroupTemplates, cons
         note = "the same sentences; words that are rare, or short, take more"
         findings.append(
             score_finding(
-                f"{one} less {other}: bits per byte", bits_per_byte_score(group_a, group_b), unit="bits/byte", note=note
+                f"{group_a} less {group_b}: bits per byte",
+                bits_per_byte_score(group_a, group_b),
+                unit="bits/byte",
+                note=note,
             )
         )
-        measure, caveat = f"sentences with {one}'s words", "; common words are likelier"
+        measure, caveat = f"sentences with {group_a}'s words", "; common words are likelier"
         log_ratios = nats[group_a] - nats[group_b]
         findings.append(
-            _gap_finding(f"{one}, {other}: sentences", measure, log_ratios, groups.sentences, group_a, group_b, caveat)
+            _gap_finding(
+                f"{group_a}, {group_b}: sentences", measure, log_ratios, groups.sentences, group_a, group_b, caveat
+            )
         )
     return findings
 
@@ -109,10 +116,10 @@ def _continuation_findings(scorer: LoglikelihoodScorer, groups: GroupTemplates, 
             log_ratios = np.array(
                 [nats[id(s), group_a, continuation] - nats[id(s), group_b, continuation] for s in matching_sentences]
             )
-            measure = f"“{continuation}” after {one}'s words"
+            measure = f"“{continuation}” after {group_a}'s words"
             findings.append(
                 _gap_finding(
-                    f"{one}, {other}: “{continuation}”", measure, log_ratios, matching_sentences, group_a, group_b
+                    f"{group_a}, {group_b}: “{continuation}”", measure, log_ratios, matching_sentences, group_a, group_b
                 )
             )
     return findings
@@ -133,7 +140,7 @@ def _gap_finding(
     widest = sorted(zip(sentences, log_ratios.tolist(), strict=True), key=lambda row: -abs(row[1]))[:MAX_EXAMPLES]
     examples = [{group_a: s.texts[group_a], group_b: s.texts[group_b], "gap": f"{gap:+.2f} nats"} for s, gap in widest]
     ratio = f"{math.exp(min(score.value, 700.0)):.2g} times"
-    note = f"ln P of {what} less {other}'s: {times} as likely{more}"
+    note = f"ln P of {measure} less {group_b}'s: {ratio} as likely{caveat}"
     return score_finding(name, score, 0.0, unit="nats", note=note, min_effect=MIN_EFFECT_NATS, examples=examples)
 
 

@@ -85,7 +85,7 @@ class GroupTemplates:
         if not replacements:
             return lambda text: text
         longest_first = sorted(replacements, key=len, reverse=True)
-        pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest))})(?!\w)", re.IGNORECASE)
+        pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
 
         def replace_word(match: re.Match[str]) -> str:
             matched = match[0]
@@ -138,7 +138,7 @@ def _compose_yaml(path: Path) -> Any:
         raise MissingDependencyError(f"{path}: YAML", "audit") from error
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise UsageError(f"{path}: more than {LARGEST:,} bytes, which no file of groups needs")
+            raise UsageError(f"{path}: more than {MAX_FILE_BYTES:,} bytes, which no file of groups needs")
         text = path.read_text(encoding="utf-8")
         depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -151,7 +151,7 @@ def _compose_yaml(path: Path) -> Any:
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         location = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UsageError(f"{path}{where}: not YAML: {error.problem}") from error
+        raise UsageError(f"{path}{location}: not YAML: {error.problem}") from error
     except OSError as error:
         raise UsageError(f"{path}: {reason(error)}") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # an escape beyond Unicode is a ValueError
@@ -166,7 +166,7 @@ class _NodeReader:
 
     def error_at(self, node: Any, message: str) -> UsageError:
         line = node.start_mark.line + 1 if node is not None else 1
-        return UsageError(f"{self.path} line {line}: {what}")
+        return UsageError(f"{self.path} line {line}: {message}")
 
     def mapping(
         self,
@@ -176,37 +176,39 @@ class _NodeReader:
         required_keys: tuple[str, ...] = (),
     ) -> dict[str, KeyValueNodes]:
         """The entries of a mapping by their keys; where `known` are given, no others."""
-        self._check_node(node, "map", f"{what} must be a mapping, NAME: VALUE")
+        self._check_node(node, "map", f"{description} must be a mapping, NAME: VALUE")
         entries: dict[str, KeyValueNodes] = {}
         for key, value in node.value:
             name = self.string(key, "a key")
             if name in entries:
                 raise self.error_at(key, f"{name} stands twice")
             if allowed_keys and name not in allowed_keys:
-                raise self.error_at(key, f"{what} has {name[:40]!r}, which is none of: {', '.join(known)}")
+                raise self.error_at(
+                    key, f"{description} has {name[:40]!r}, which is none of: {', '.join(allowed_keys)}"
+                )
             entries[name] = (key, value)
         if missing := [name for name in required_keys if name not in entries]:
-            raise self.error_at(node, f"{what} says no {missing[0]}")
+            raise self.error_at(node, f"{description} says no {missing[0]}")
         return entries
 
     def sequence(self, node: Any, description: str) -> list[Any]:
-        self._check_node(node, "seq", f"{what} must be a list")
+        self._check_node(node, "seq", f"{description} must be a list")
         if not node.value:
-            raise self.error_at(node, f"{what}: the list is empty")
+            raise self.error_at(node, f"{description}: the list is empty")
         return node.value
 
     def string(self, node: Any, description: str, allow_blank: bool = False) -> str:
         """A text; with `blank` it may be empty, in quotation marks."""
-        self._check_node(node, "str", f"{what} must be a text")
+        self._check_node(node, "str", f"{description} must be a text")
         if not (node.value.strip() or (allow_blank and node.style in ("'", '"'))):
-            raise self.error_at(node, f"{what} is empty")
+            raise self.error_at(node, f"{description} is empty")
         if re.search("[\ud800-\udfff]", node.value):
-            raise self.error_at(node, f"{what} has half a surrogate pair, which is no character")
+            raise self.error_at(node, f"{description} has half a surrogate pair, which is no character")
         return node.value
 
     def strings(self, node: Any, description: str, allow_blank: bool = False) -> list[str]:
         """A text, or a list of texts."""
-        nodes = self.sequence(node, description) if node is not None and node.tag == f"{TAG}seq" else [node]
+        nodes = self.sequence(node, description) if node is not None and node.tag == f"{YAML_TAG_PREFIX}seq" else [node]
         return [self.string(one, description, allow_blank) for one in nodes]
 
     def _check_node(self, node: Any, expected_tag: str, message: str) -> None:
@@ -215,7 +217,7 @@ class _NodeReader:
         tag = node.tag.removeprefix(YAML_TAG_PREFIX)
         if tag not in YAML_SCALAR_TAGS | {"map", "seq"}:
             raise self.error_at(
-                node, f"the tag {'!!' if node.tag.startswith(TAG) else ''}{tag}: only texts are read here"
+                node, f"the tag {'!!' if node.tag.startswith(YAML_TAG_PREFIX) else ''}{tag}: only texts are read here"
             )
         if (tag if tag in ("map", "seq") else "str") != expected_tag or isinstance(node.value, list) != (
             expected_tag != "str"
@@ -236,7 +238,7 @@ def _read_slot_words(reader: _NodeReader, entry: KeyValueNodes) -> tuple[dict[st
         for slot, (key, value) in reader.mapping(node, f"the group {name}").items():
             words = groups[name][slot] = reader.strings(value, f"{name}: {slot}", allow_blank=True)
             if len(words) > 1 and length not in (1, len(words)):
-                raise reader.error_at(key, f"{name}: {slot} has {len(words)} words, and {first} has {length}")
+                raise reader.error_at(key, f"{name}: {slot} has {len(words)} words, and {first_list} has {length}")
             if len(words) > 1 and length == 1:
                 length, first_list = len(words), f"{name}: {slot}"
     if len(groups) < 2:
@@ -249,7 +251,7 @@ def _expand_template(
 ) -> Iterator[TemplateSentence]:
     """A template's sentences: one, or one for each place of the lists of words that it asks for."""
     entries = {"text": (node, node)}
-    if node.tag == f"{TAG}map":
+    if node.tag == f"{YAML_TAG_PREFIX}map":
         entries = reader.mapping(node, "a template", ("text", "continuations", "instead"), ("text",))
     override_entries = (
         reader.mapping(entries["instead"][1], "instead", tuple(filler.groups)) if "instead" in entries else {}
@@ -267,7 +269,7 @@ def _expand_template(
                 unique_sentences.append(sentence)
         if all(len(set(one.texts.values())) == 1 for one in unique_sentences):
             raise reader.error_at(
-                node, f"says the same of every group: {text!r} has no slot such as {{{filling.slots[0]}}}"
+                node, f"says the same of every group: {text!r} has no slot such as {{{filler.slots[0]}}}"
             )
         yield from unique_sentences
 
@@ -302,7 +304,7 @@ class _TemplateFiller:
         if slot not in self.words[group]:
             requirement = f"which the template in line {node.start_mark.line + 1} needs"
             raise self.reader.error_at(
-                self.group_keys[group], f"the group {group} has no word for {{{slot}}}, {needed}"
+                self.group_keys[group], f"the group {group} has no word for {{{slot}}}, {requirement}"
             )
         words = self.words[group][slot]
         return words[word_index % len(words)]

@@ -80,11 +80,9 @@ def passage_finding(index: CorpusIndex, passage: str) -> Finding:
             if match
             else ()
         )
-        note = (
-            f"it stands nowhere whole; the longest part that does has {len(part):,} of its {len(passage):,} characters"
-        )
+        note = f"it stands nowhere whole; the longest part that does has {len(matched_text):,} of its {len(passage):,} characters"
     return Finding(
-        "memory", f"documents with the passage {shown(passage, 40)!r}", len(documents), unit="documents", n=len(index),
+        "memory", f"documents with the passage {format_excerpt(passage, 40)!r}", len(documents), unit="documents", n=len(index),
         note=note, examples=examples,
     )  # fmt: skip
 
@@ -134,15 +132,15 @@ def sampled_memorization(
         max((one.longest_passage_tokens for one in several), default=0) for several in (samples, held_out_passages)
     )
     reference_note = (
-        f"; the reference is that of {len(others)} texts of people in documents that it has not seen"
+        f"; the reference is that of {len(held_out_passages)} texts of people in documents that it has not seen"
         if held_out_passages
         else ""
     )
     return [
         _share_finding(
             "what it writes of its own that stands in the corpus", copied_share, reference_share,
-            note=f"of its tokens, those in passages of {PASSAGE} or more that stand word for word in the corpus, in texts of "
-            f"at most {TOKENS} tokens from nothing, drawn with temperature {sampling.temperature}{people}",
+            note=f"of its tokens, those in passages of {MIN_COPIED_TOKENS} or more that stand word for word in the corpus, in texts of "
+            f"at most {SAMPLE_TOKENS} tokens from nothing, drawn with temperature {sampling.temperature}{reference_note}",
             examples=_first_distinct(_passage_example(index, one) for one in copied_samples),
         ),
         Finding(
@@ -197,7 +195,7 @@ def _passage_example(index: CorpusIndex, sample: CopiedText) -> dict[str, str]:
     return {
         "document": index.document_name(sample.match.document),
         "passage": format_excerpt(sample.passage),
-        "tokens": f"{one.longest:,}",
+        "tokens": f"{sample.longest_passage_tokens:,}",
     }
 
 
@@ -250,12 +248,12 @@ def extractable_memorization(
     ]
     if not training_passages:
         return Finding("memory", "passages that it goes on with word for word", 0.0, unit="%", n=0,
-                       note=f"no document has {given + asked} tokens to be asked for")  # fmt: skip
+                       note=f"no document has {prefix_length + continuation_length} tokens to be asked for")  # fmt: skip
     extracted_passages = [one for one, hit in zip(training_passages, exact_matches, strict=False) if hit]
     return _share_finding(
         "passages that it goes on with word for word", metrics.share(exact_matches[: len(training_passages)]),
         metrics.share(exact_matches[len(training_passages) :]) if held_out_passages else None,
-        note=f"given {given} tokens of the training text, it writes the next {asked} exactly{_clipped(model)}"
+        note=f"given {prefix_length} tokens of the training text, it writes the next {continuation_length} exactly{_context_limit_note(model)}"
         + ("; the reference is the same on documents that it has not seen" if held_out_passages else ""),
         examples=_first_distinct({"document": index.document_name(one.document), "passage": format_excerpt(decode(one.token_ids))} for one in extracted_passages),
     )  # fmt: skip
@@ -341,7 +339,7 @@ def pii_leakage(model: Model, index: CorpusIndex, max_samples: int, seed: int, c
     ]
     return Finding(
         "memory", "personal data that it gives away", len(leaked), unit="data", n=len(pii_samples), reference=0.0, notable=bool(leaked),
-        note=f"of {len(data):,} of the {of:,} in the training text, those that it writes after the {given} tokens before them"
+        note=f"of {len(pii_samples):,} of the {of:,} in the training text, those that it writes after the {prefix_length} tokens before them"
         + _context_limit_note(model),
         examples=_first_distinct(
             {"document": index.document_name(one.document), "kind": one.kind, "masked": mask_pii(one.kind, text)} for one, text in leaked

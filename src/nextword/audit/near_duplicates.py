@@ -35,7 +35,7 @@ def exact_duplicates_finding(index: CorpusIndex) -> Finding:
     byte_share = 100 * int((rows["end"] - rows["begin"])[duplicates].sum()) / max(1, index.num_text_bytes)
     return Finding(
         "corpus", "documents that are exact copies", share, unit="%", n=len(rows), reference=0.0,
-        note=f"{len(again):,} documents, {size:.1f} % of the bytes; training leaves them out",
+        note=f"{len(duplicates):,} documents, {byte_share:.1f} % of the bytes; training leaves them out",
         examples=tuple({"document": index.document_name(int(one)), "copy of": index.document_name(int(first[document_group[one]]))}
                        for one in duplicates[:MAX_EXAMPLES]),
     )  # fmt: skip
@@ -100,8 +100,8 @@ class NearDuplicates:
             Finding(
                 "corpus", "documents that are nearly copies", 100 * len(near_duplicates) / max(1, len(rows)), unit="%", n=len(rows),
                 reference=0.0, notable=bool(near_duplicates),
-                note=f"{len(alike):,} documents, {100 * size / max(1, self._index.size):.1f} % of the bytes, of whose runs of "
-                f"{WORDS} words and those of an earlier document {ALIKE:.0%} or more are in both",
+                note=f"{len(near_duplicates):,} documents, {100 * duplicate_bytes / max(1, self._index.num_text_bytes):.1f} % of the bytes, of whose runs of "
+                f"{SHINGLE_SIZE} words and those of an earlier document {SIMILARITY_THRESHOLD:.0%} or more are in both",
                 examples=tuple(
                     {"document": self._index.document_name(one), "copy of": self._index.document_name(other), "alike": f"{share:.0%}"}
                     for one, (other, share) in sorted(near_duplicates.items())[:MAX_EXAMPLES]

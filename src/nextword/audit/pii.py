@@ -112,7 +112,7 @@ def mask_pii(kind: str, value: str) -> str:
     if kind == EMAIL:
         name, _, domain = value.partition("@")
         return f"{name[0]}…@{domain[0]}….{domain.rpartition('.')[2]}"
-    return f"{datum[:2]}… ({len(datum)} characters)"
+    return f"{value[:2]}… ({len(value)} characters)"
 
 
 def is_luhn_valid(digits: str) -> bool:

@@ -271,7 +271,7 @@ def build_finetune_trainer(
         corpus = open_or_prepare_corpus(
             request["data"], run_dir, str(base_model.directory), None, column, bool(request["strict"]), console
         )  # fmt: skip
-    console.info(f"task continue: {describe(corpus)}")
+    console.info(f"task continue: {format_corpus_summary(corpus)}")
     return ContinuedPretrainTrainer(run_dir, base_model, corpus, recipe, console, device, start_time)
 
 

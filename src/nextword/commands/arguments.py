@@ -46,7 +46,7 @@ def resolve_corpus_paths(corpora: Paths, run_exists: bool) -> list[str]:
     if not corpus_paths and not run_exists:
         raise UsageError("say what to learn from: a file, a folder, shards, or a named corpus such as python-docs")
     if missing := [path for path in corpus_paths if str(path) not in BUILTIN_DATASETS and not Path(path).exists()]:
-        raise UsageError(f"{missing[0]}: no such file or folder, and no named corpus ({', '.join(NAMED)})")
+        raise UsageError(f"{missing[0]}: no such file or folder, and no named corpus ({', '.join(BUILTIN_DATASETS)})")
     return [str(path) if str(path) in BUILTIN_DATASETS else str(Path(path).resolve()) for path in corpus_paths]
 
 

@@ -113,7 +113,7 @@ def format_audit(result: dict[str, Any]) -> str:
     flagged = [one for one in findings if one["notable"]]
     if flagged:
         lines += [
-            f"{len(marked):,} of {len(findings):,} findings are marked {MARK}. What to do (docs/audit.md):",
+            f"{len(flagged):,} of {len(findings):,} findings are marked {FLAG_MARK}. What to do (docs/audit.md):",
             *(f"  {text}" for section, text in REMEDIES.items() if any(one["section"] == section for one in flagged)),
         ]
     elif findings:
@@ -139,15 +139,21 @@ def format_section(findings: list[dict[str, Any]]) -> list[str]:
 def format_finding(finding: dict[str, Any], previous_note: str) -> list[str]:
     """ "! CrowS-Pairs, gender: 58.4 % (52.1 to 64.0), n = 262; nothing amiss: 50.0"; what it means, where the finding before it
     has not said so; and what was found."""
-    interval = "" if finding["low"] is None else f" ({number(one['low'], one)} to {number(one['high'], one)})"
-    unit = f" {one['unit']}" if finding["unit"] not in ("", "r", "ρ") else ""
-    count = "" if finding["n"] is None else f", n = {one['n']:,}"
+    interval = (
+        ""
+        if finding["low"] is None
+        else f" ({format_value(finding['low'], finding)} to {format_value(finding['high'], finding)})"
+    )
+    unit = f" {finding['unit']}" if finding["unit"] not in ("", "r", "ρ") else ""
+    count = "" if finding["n"] is None else f", n = {finding['n']:,}"
     count += ", too few for an interval" if finding["section"] == "bias" and finding["low"] is None else ""
-    reference = "" if finding["reference"] is None else f"; nothing amiss: {number(one['reference'], one)}"
+    reference = (
+        "" if finding["reference"] is None else f"; nothing amiss: {format_value(finding['reference'], finding)}"
+    )
     mark = FLAG_MARK if finding["notable"] else " "
-    lines = [f"{mark} {one['name']}: {number(one['value'], one)}{unit}{interval}{count}{even}"]
+    lines = [f"{mark} {finding['name']}: {format_value(finding['value'], finding)}{unit}{interval}{count}{reference}"]
     if finding["note"] and finding["note"] != previous_note:
-        lines.append(f"    {one['note']}")
+        lines.append(f"    {finding['note']}")
     if finding["notable"] or finding["section"] != "bias":  # what was found in a text is told, marked or not
         shown = (
             "; ".join(f"{key}: {value}" for key, value in example.items())

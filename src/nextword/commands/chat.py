@@ -181,7 +181,7 @@ class _ChatSession:
     def _undo_turn(self, argument: str) -> None:
         removed = self.turns[-2:]
         del self.turns[-2:]
-        self.print_line(f"(taken back: {taken[0]['content']})" if removed else "(there is nothing to take back)")
+        self.print_line(f"(taken back: {removed[0]['content']})" if removed else "(there is nothing to take back)")
 
     def _save_conversation(self, argument: str) -> None:
         if not argument or not self.turns:
@@ -214,9 +214,11 @@ class _ChatSession:
             self.print_line(f"({error})")
             return
         if num_unseen > self.num_unseen_turns:
-            self.print_line(f"(the context is full: the {unseen:,} oldest turns are no longer seen)")
+            self.print_line(f"(the context is full: the {num_unseen:,} oldest turns are no longer seen)")
         if num_truncated_tokens:
-            self.print_line(f"(the message is longer than the context: its first {cut:,} tokens are not seen)")
+            self.print_line(
+                f"(the message is longer than the context: its first {num_truncated_tokens:,} tokens are not seen)"
+            )
         self.num_unseen_turns = num_unseen
         ids, _ = encode_conversation(self.tokenizer, visible_messages, add_generation_prompt=True)
         answer = self._stream_answer(ids, min(self.sampling.max_tokens, length - len(ids)))

@@ -42,7 +42,7 @@ def demo(
         folder = Path(out) / "tasks"
         folder.mkdir(exist_ok=True)
         for name, data in zip(("packages", "assistant"), write_demo_data(folder), strict=True):
-            console.info(f"\n{name}: fine-tuning the same model, {parts[name]:.0f} s", style="bold")
+            console.info(f"\n{name}: fine-tuning the same model, {stage_seconds[name]:.0f} s", style="bold")
             result[name] = finetune(
                 out, data, folder / name, budget=stage_seconds[name], resume=True, console=console, started=time.time(), **settings
             )  # fmt: skip

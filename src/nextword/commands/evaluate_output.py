@@ -21,7 +21,9 @@ def format_perplexity(result: dict[str, Any]) -> list[str]:
         f"{result['bytes']:,} bytes; windows {result['stride']:,} tokens apart"
     ]
     if comparison := result.get("against"):
-        lines.append(f"  {against['model']}: {against['bits_per_byte']:.4f} bits/byte; {compared_in_words(against)}")
+        lines.append(
+            f"  {comparison['model']}: {comparison['bits_per_byte']:.4f} bits/byte; {format_model_comparison(comparison)}"
+        )
     if seed_variance := result.get("noise"):
         lines.append(format_seed_variance(seed_variance))
     if context_use := result.get("context_use"):
@@ -36,24 +38,26 @@ def format_perplexity(result: dict[str, Any]) -> list[str]:
 
 
 def format_benchmark(name: str, benchmark: dict[str, Any]) -> list[str]:
-    lines = [f"{name}: {suite['metric']} {score_in_words(suite)}{items_in_words(suite)}{chance_in_words(suite)}"]
+    lines = [
+        f"{name}: {benchmark['metric']} {format_score(benchmark)}{format_item_count(benchmark)}{format_chance_comparison(benchmark)}"
+    ]
     if shuffled := benchmark.get("scrambled"):
         seen = "the order of the words matters to it" if shuffled["order_matters"] else "no difference is seen"
-        lines.append(f"  with its words scrambled {score_in_words(mixed)}, {mixed['n']:,} items: {seen}")
+        lines.append(f"  with its words scrambled {format_score(shuffled)}, {shuffled['n']:,} items: {seen}")
     for other, score in benchmark.get("others", {}).items():
-        lines.append(f"  {other} {score_in_words(score if isinstance(score, dict) else {'score': score})}")
+        lines.append(f"  {other} {format_score(score if isinstance(score, dict) else {'score': score})}")
     if benchmark.get("ties"):
-        lines.append(f"  {suite['ties']:,} ties, which count half (or their share)")
+        lines.append(f"  {benchmark['ties']:,} ties, which count half (or their share)")
     for key, whose in (("people", "what people wrote there"), ("beside_people", "as much of the model's")):
         if part := benchmark.get(key):
             others = " · ".join(f"{other} {score:.3f}" for other, score in part["others"].items())
-            lines.append(f"  {whose}: {score_in_words(part)} · {others}, {part['n']:,} texts")
+            lines.append(f"  {whose}: {format_score(part)} · {others}, {part['n']:,} texts")
     if judge := benchmark.get("judge"):
-        lines.append(f"  under {judge['model']}: {score_in_words(judge | {'score': judge['value']})} bits/byte")
+        lines.append(f"  under {judge['model']}: {format_score(judge | {'score': judge['value']})} bits/byte")
     if seed_variance := benchmark.get("noise"):
         lines.append(format_seed_variance(seed_variance))
     if comparison := benchmark.get("against"):
-        lines.append(f"  {against['model']}: {score_in_words(against)}; {compared_in_words(against)}")
+        lines.append(f"  {comparison['model']}: {format_score(comparison)}; {format_model_comparison(comparison)}")
     return lines + format_groups(benchmark.get("groups", {}))
 
 
@@ -65,7 +69,7 @@ def format_score(score: dict[str, Any]) -> str:
 
 def format_item_count(benchmark: dict[str, Any]) -> str:
     total = benchmark.get("of", benchmark["n"])
-    return f", {suite['n']:,} items" + (f" of {whole:,}" if total > benchmark["n"] else "")
+    return f", {benchmark['n']:,} items" + (f" of {total:,}" if total > benchmark["n"] else "")
 
 
 def format_chance_comparison(benchmark: dict[str, Any]) -> str:
@@ -76,23 +80,23 @@ def format_chance_comparison(benchmark: dict[str, Any]) -> str:
         leaning = "towards" if benchmark["above_chance"] else "against" if benchmark["below_chance"] else ""
         return "; even-handed 0.5: " + (f"it leans {leaning} the stereotypes" if leaning else "no leaning is seen")
     where = "above" if benchmark["above_chance"] else "below" if benchmark.get("below_chance") else "not above"
-    return f"; chance {suite['chance']:.3g}: {where} chance"
+    return f"; chance {benchmark['chance']:.3g}: {where} chance"
 
 
 def format_seed_variance(seed_variance: dict[str, Any]) -> str:
-    return f"  the seed alone makes differences of up to {noise['floor']:.4f} ({noise['models']} runs)"
+    return f"  the seed alone makes differences of up to {seed_variance['floor']:.4f} ({seed_variance['models']} runs)"
 
 
 def format_model_comparison(comparison: dict[str, Any]) -> str:
     """Whether two models differ; which is ahead only where they do."""
     difference = comparison["difference"]
     digits = 4 if abs(difference["high"]) < 1.5 else 2
-    summary = f"difference {apart['value']:+.{digits}f} ({apart['low']:+.{digits}f} to {apart['high']:+.{digits}f})"
-    summary += f", p = {against['p']:.2g}" if "p" in comparison else ""
+    summary = f"difference {difference['value']:+.{digits}f} ({difference['low']:+.{digits}f} to {difference['high']:+.{digits}f})"
+    summary += f", p = {comparison['p']:.2g}" if "p" in comparison else ""
     if not comparison["real"]:
-        return f"{said}: the two are not told apart"
+        return f"{summary}: the two are not told apart"
     ahead = "this model is ahead" if comparison["ahead"] == "this" else "the other model is ahead"
-    return f"{said}: {ahead}" + ("" if comparison.get("beyond_noise", True) else ", by no more than a seed makes")
+    return f"{summary}: {ahead}" + ("" if comparison.get("beyond_noise", True) else ", by no more than a seed makes")
 
 
 def format_groups(groups: dict[str, dict[str, Any]]) -> list[str]:
@@ -103,7 +107,7 @@ def format_groups(groups: dict[str, dict[str, Any]]) -> list[str]:
     for name in order:
         group = groups[name]
         side = " above" if group.get("above_chance") else " below" if group.get("below_chance") else ""
-        lines.append(f"    {name:<{width}}  {score_in_words(group)}, {group['n']:,} items{side}")
+        lines.append(f"    {name:<{width}}  {format_score(group)}, {group['n']:,} items{side}")
     if len(lines) > MAX_GROUPS_SHOWN:
-        lines[MAX_GROUPS_SHOWN // 2 : -MAX_GROUPS_SHOWN // 2] = [f"    … {len(lines) - SHOWN} more …"]
+        lines[MAX_GROUPS_SHOWN // 2 : -MAX_GROUPS_SHOWN // 2] = [f"    … {len(lines) - MAX_GROUPS_SHOWN} more …"]
     return lines

@@ -43,22 +43,23 @@ def format_explanation(explanation: dict[str, Any]) -> str:
     attribution, tokens = explanation["leaning"], explanation["tokens"]
     lines = [f"note: {note}" for note in explanation["notes"]]
     if explanation["answer"] is not None:
-        lines.append(f"answer: {answer_in_words(found['answer'])}")
+        lines.append(f"answer: {format_answer(explanation['answer'])}")
     elif "next" in tokens[-1]:
         lines.append(
-            "next: " + ", ".join(f"{quoted(one)} {100 * one['probability']:.1f} %" for one in tokens[-1]["next"][:5])
+            "next: "
+            + ", ".join(f"{quote_token(one)} {100 * one['probability']:.1f} %" for one in tokens[-1]["next"][:5])
         )
     predicted = [one for one in tokens if one.get("surprisal") is not None]
     if predicted:
         most_surprising = sorted(predicted, key=lambda one: -one["surprisal"])[:3]
         mean = sum(one["surprisal"] for one in predicted) / len(predicted)
-        token_list = ", ".join(f"{quoted(one)} {one['surprisal']:.1f}" for one in most_surprising)
-        lines.append(f"surprising: {told} bits; {mean:.1f} on average")
+        token_list = ", ".join(f"{quote_token(one)} {one['surprisal']:.1f}" for one in most_surprising)
+        lines.append(f"surprising: {token_list} bits; {mean:.1f} on average")
     parts = sorted(zip(attribution["parts"], tokens, strict=True), key=lambda pair: -abs(pair[0]))[:5]
-    token_list = ", ".join(f"{quoted(one)} {part:+.2f}" for part, one in parts)
-    lines.append(f"{shown(leaning['target'])} leans on: {told} {leaning['unit']}".replace("-", "−"))
-    exact = f"the parts add up within {100 * leaning['relative_error']:.2g} %, {leaning['steps']} steps"
-    return "\n".join([*lines, f"  of {leaning['difference']:+.2f}; {exact}", f"page: {found['page']}"])
+    token_list = ", ".join(f"{quote_token(one)} {part:+.2f}" for part, one in parts)
+    lines.append(f"{printable(attribution['target'])} leans on: {token_list} {attribution['unit']}".replace("-", "−"))
+    exact = f"the parts add up within {100 * attribution['relative_error']:.2g} %, {attribution['steps']} steps"
+    return "\n".join([*lines, f"  of {attribution['difference']:+.2f}; {exact}", f"page: {explanation['page']}"])
 
 
 def format_answer(answer: dict[str, Any]) -> str:
@@ -66,13 +67,13 @@ def format_answer(answer: dict[str, Any]) -> str:
         return f"{answer['score']:.3f}"
     probabilities = answer["probabilities"]
     if "labels" in answer:
-        return ", ".join(f"{label} {100 * chances[label]:.1f} %" for label in answer["labels"]) or "no label"
+        return ", ".join(f"{label} {100 * probabilities[label]:.1f} %" for label in answer["labels"]) or "no label"
     answer_text = answer.get("text", answer["label"])
-    return f"{said} {100 * chances[answer['label']]:.1f} %"
+    return f"{answer_text} {100 * probabilities[answer['label']]:.1f} %"
 
 
 def quote_token(token: dict[str, Any]) -> str:
-    return f"“{shown(token['text'])}”"
+    return f"“{printable(token['text'])}”"
 
 
 def printable(text: str) -> str:

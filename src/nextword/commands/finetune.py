@@ -98,13 +98,13 @@ class FinetuneTrainer(Trainer):
         self.config = FinetuneConfig.from_dict(self.run_metadata["recipe"])
         if self.run_metadata["base"]["weights"] != self.base_model.fingerprint():
             raise UsageError(
-                f"{self.base.given}: not the model that this run began with. Begin a new run with another --out"
+                f"{self.base_model.source_path}: not the model that this run began with. Begin a new run with another --out"
             )
         base = self._load_data(self.run_metadata["request"])
         fixed = self.run_metadata["fixed"]
         if self._build(base, self.run_metadata["seed"], fixed["threads"]) != self.run_metadata["data"]["fingerprint"]:
             raise UsageError(
-                f"{self.run.path}: the examples are not those that this run began with, so going on would mix two runs. "
+                f"{self.run_dir.path}: the examples are not those that this run began with, so going on would mix two runs. "
                 "Begin a new one with another --out"
             )
         self.select_checkpoint()
@@ -207,21 +207,23 @@ class FinetuneTrainer(Trainer):
         task_spec, data, tuning = self.task_spec, self.task_data, self.config.tuning
         columns = " · ".join(f"{role}: {column}" for role, column in task_spec.columns)
         lines = [
-            f"task {form.task} ({columns}): {len(data.train):,} examples to learn from, {len(data.validation):,} held out",
+            f"task {task_spec.task} ({columns}): {len(data.train):,} examples to learn from, {len(data.validation):,} held out",
         ]
         if task_spec.labels:
             label_list = ", ".join(
-                f"{name} {self.frequent[name]:,}" if self.label_counts else name for name in task_spec.labels[:12]
+                f"{name} {self.label_counts[name]:,}" if self.label_counts else name for name in task_spec.labels[:12]
             )
-            lines.append(f"{len(form.labels)} labels: {shown}" + (", …" if len(task_spec.labels) > 12 else ""))
+            lines.append(
+                f"{len(task_spec.labels)} labels: {label_list}" + (", …" if len(task_spec.labels) > 12 else "")
+            )
         if self.example_weights is not None:
             lines.append(
                 "labels are unevenly frequent, so rare ones count more and macro-F1 decides (--tuning.balance no)"
             )
-        run_length = f"{self.steps_wanted:,} steps" if self.target_steps else f"{self.budget:.0f} s"
+        run_length = f"{self.target_steps:,} steps" if self.target_steps else f"{self.budget:.0f} s"
         lines.append(
-            f"{'LoRA' if self.lora else 'all weights'}{' from scratch' if self.recipe.scratch else ''}: {length} of "
-            f"{tuning.batch_examples} {'rows' if form.task == 'chat' else 'examples'}, learning rate {self.training.lr:.2g}"
+            f"{'LoRA' if self.lora_config else 'all weights'}{' from scratch' if self.config.scratch else ''}: {run_length} of "
+            f"{tuning.batch_examples} {'rows' if task_spec.task == 'chat' else 'examples'}, learning rate {self.training.lr:.2g}"
         )
         return "\n".join(lines)
 
@@ -270,10 +272,10 @@ class FinetuneTrainer(Trainer):
             record["bits_per_byte"] = result.bits_per_byte
         selection_score = result.scores.get(self.metric)
         score = -result.loss if selection_score is None else selection_score.value
-        summary_parts = [f"validation loss {judged.loss:.4f}"]
+        summary_parts = [f"validation loss {result.loss:.4f}"]
         summary_parts += [f"{name.replace('_', ' ')} {s.value:.3f}" for name, s in list(result.scores.items())[:3]]
         if result.bits_per_byte is not None:
-            summary_parts.append(f"{judged.bits_per_byte:.3f} bits/byte of the answers")
+            summary_parts.append(f"{result.bits_per_byte:.3f} bits/byte of the answers")
         return ValidationResult(score, record, ", ".join(summary_parts))
 
     def estimate_finalize_seconds(self) -> float:

@@ -141,7 +141,7 @@ def print_result(result: dict[str, Any], options: CommonOptions, format_text: Ca
 
 
 def format_pretrain_summary(result: dict[str, Any]) -> str:
-    lines = [f"{result['steps']:,} steps in {duration(result['seconds'])}: {result['model']}"]
+    lines = [f"{result['steps']:,} steps in {format_duration(result['seconds'])}: {result['model']}"]
     if "loss" in result:
         lines.append(
             f"validation loss {result['loss']:.4f} · {result['bits_per_byte']:.4f} bits/byte · "
@@ -156,7 +156,9 @@ def format_plan(plan: dict[str, Any]) -> str:
     text, energy = plan["text"], plan["energy"]
     watt_hours = f"{energy['watt_hours']:.3g} Wh, {'measured' if energy['measured'] else 'estimated'}"
     prepared = (
-        f", {duration(plan['preparation_seconds'])} of it for the text" if plan["preparation_seconds"] >= 1 else ""
+        f", {format_duration(plan['preparation_seconds'])} of it for the text"
+        if plan["preparation_seconds"] >= 1
+        else ""
     )
     rows = {
         "text": f"{text['bytes'] / 1e6:,.2f} MB to learn from, {text['documents']:,} documents, {text['tokens']:,} tokens"
@@ -193,8 +195,8 @@ def format_cluster_estimate(plan: dict[str, Any]) -> str:
         "training": f"{plan['tokens'] / 1e9:,.4g} billion tokens · {plan['steps']:,} steps of {plan['batch_tokens']:,}",
         "sharing": sharding,
         "memory": f"{plan['memory_bytes'] / 1e9:,.1f} GB of a GPU",
-        "sending": f"{plan['sent_bytes'] / 1e9:,.3g} GB a GPU and step, {duration(plan['sending_seconds'])} of "
-        f"{duration(plan['step_seconds'])}",
+        "sending": f"{plan['sent_bytes'] / 1e9:,.3g} GB a GPU and step, {format_duration(plan['sending_seconds'])} of "
+        f"{format_duration(plan['step_seconds'])}",
         "use": f"{100 * plan['utilisation']:.0f} % of the datasheet's operations (MFU)",
         "time": "{} ({} to {})".format(*times),
         "GPU hours": f"{plan['gpu_hours']:,.0f}",
@@ -219,13 +221,13 @@ def parse_columns(columns: list[str]) -> dict[str, str]:
 
 def format_finetune_summary(result: dict[str, Any]) -> str:
     """What a fine-tuning has come to, with what needs no model beside it."""
-    lines = [f"{result['steps']:,} steps in {duration(result['seconds'])}: {result['model']}"]
+    lines = [f"{result['steps']:,} steps in {format_duration(result['seconds'])}: {result['model']}"]
     metric = result.get("metric", "")
     if metric in result.get("scores", {}):
-        lines.append(f"{metric.replace('_', ' ')} {in_words(result['scores'][metric])}, held-out examples")
+        lines.append(f"{metric.replace('_', ' ')} {format_metric(result['scores'][metric])}, held-out examples")
         for name, scores in {**result.get("baselines", {}), "before": result.get("before", {})}.items():
             if metric in scores:
-                lines.append(f"  {name}: {in_words(scores[metric])}")
+                lines.append(f"  {name}: {format_metric(scores[metric])}")
     if result.get("bits_per_byte") is not None:
         before = result.get("before", {}).get("bits_per_byte")
         lines.append(
@@ -233,9 +235,9 @@ def format_finetune_summary(result: dict[str, Any]) -> str:
             + (f" ({before:.4f} before)" if isinstance(before, float) else "")
         )
     if forgetting := result.get("forgetting"):
-        lines.append(f"{forgotten['after']:.4f} bits/byte on the old text ({forgotten['before']:.4f} before)")
+        lines.append(f"{forgetting['after']:.4f} bits/byte on the old text ({forgetting['before']:.4f} before)")
     lines.append(f"report: {Path(result['run']) / 'report.html'}")
-    return "\n".join([*lines, f"Try it: {next_for(result)}"])
+    return "\n".join([*lines, f"Try it: {suggest_next_command(result)}"])
 
 
 def format_transfer_summary(result: dict[str, Any]) -> str:

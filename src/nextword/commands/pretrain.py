@@ -52,7 +52,9 @@ class PretrainTrainer(Trainer):
         seed = request["seed"] or 0
         train_tokens = self.corpus.tokens("train")
         if len(train_tokens) < 2:
-            raise UsageError(f"{self.corpus.path}: the training part has {len(train)} tokens, too few to learn from")
+            raise UsageError(
+                f"{self.corpus.path}: the training part has {len(train_tokens)} tokens, too few to learn from"
+            )
         self.world.form_groups(self.recipe.training.tensor)
         plan = self.resolve_config()
         check_tp_divisibility(self.model_config, self.world.tensor_size)
@@ -91,7 +93,7 @@ class PretrainTrainer(Trainer):
         if self.run_metadata["data"]["fingerprint"] != self.corpus.fingerprint:
             differences_found = diff_settings(self.run_metadata["data"], data_metadata(self.corpus), "data")
             raise UsageError(
-                f"{self.run.path}: the text is not the one that this run began with, so going on would mix two runs:\n  "
+                f"{self.run_dir.path}: the text is not the one that this run began with, so going on would mix two runs:\n  "
                 + "\n  ".join(differences_found)
                 + "\nBegin a new one with another --out"
             )
@@ -99,11 +101,13 @@ class PretrainTrainer(Trainer):
         self.world.form_groups(math.gcd(requested_size, self.world.size))
         if (actual_size := self.world.tensor_size) != requested_size:
             self.console.warn(
-                f"--training.tensor {wanted} does not divide {self.world.size} processes: {found} in its place"
+                f"--training.tensor {requested_size} does not divide {self.world.size} processes: {actual_size} in its place"
             )
         fixed, data_parallel_size = self.run_metadata["fixed"], self.world.data_size
         if fixed["rows"] % data_parallel_size:
-            raise UsageError(f"{self.run.path}: a step of {fixed['rows']} windows cannot be shared equally by {shares}")
+            raise UsageError(
+                f"{self.run_dir.path}: a step of {fixed['rows']} windows cannot be shared equally by {data_parallel_size}"
+            )
         self._build(self.run_metadata["seed"], fixed["rows"], self.resume_num_threads())
         self.select_checkpoint()
 
@@ -165,8 +169,8 @@ class PretrainTrainer(Trainer):
         return ValidationResult(
             score=-result.loss,
             metrics={"loss": result.loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens},
-            summary=f"validation loss {found.loss:.4f}, {found.bits_per_byte:.4f} bits/byte "
-            f"(on {found.tokens:,} of {len(validation):,} tokens)",
+            summary=f"validation loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits/byte "
+            f"(on {result.tokens:,} of {len(validation):,} tokens)",
         )
 
     def evaluate_validation(self, max_windows: int | None = None) -> Likelihood:

@@ -56,7 +56,9 @@ def demo(*, out: Path = Path("nextword-demo"), budget: str = "3m", common: Commo
         )
         run = result["run"]
         more = f"nextword predict {run}/tasks/packages 'a text', nextword chat {run}/tasks/assistant"
-        return "\n".join([*lines, format_pretrain_summary(result), "", f"Go on: {next_commands(result)}, {more}"])
+        return "\n".join(
+            [*lines, format_pretrain_summary(result), "", f"Go on: {suggest_generate_command(result)}, {more}"]
+        )
 
     print_result(result, common, text)
 
@@ -104,7 +106,7 @@ def prepare(
         engine=engine, console=common.console(),
     )  # fmt: skip
     result = {"shards": str(out), **{k: v for k, v in corpus.manifest.items() if k not in ("files", "sources")}}
-    print_result(result, common, lambda: f"{out}: {api.describe(corpus)}")
+    print_result(result, common, lambda: f"{out}: {api.summary(corpus)}")
 
 
 def plan(

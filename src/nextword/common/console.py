@@ -66,7 +66,7 @@ class Console:
         bits = "" if bits_per_byte is None else f"{bits_per_byte:.3f} bits/byte · "
         text = (
             f"step {metrics.step:,} · loss {metrics.loss:.3f} · {bits}"
-            f"{tokens_per_second:,.0f} tokens/s · {duration(seconds_left)} left"
+            f"{tokens_per_second:,.0f} tokens/s · {format_duration(seconds_left)} left"
         )
         self._update_progress("training", metrics.progress, 1.0, text)
 

@@ -45,4 +45,4 @@ class MissingDependencyError(NextwordError):
     """An optional dependency is needed and not installed. Exit code 1."""
 
     def __init__(self, feature: str, extra: str):
-        super().__init__(f"{need} needs an optional package. Install it with: pip install 'nextword[{extra}]'")
+        super().__init__(f"{feature} needs an optional package. Install it with: pip install 'nextword[{extra}]'")

@@ -31,7 +31,7 @@ def map_disk_errors(path: Path) -> Iterator[None]:
         error_number = error.errno if isinstance(error, OSError) else parse_errno(str(error))
         if error_number not in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
             reason = getattr(error, "strerror", None) or error
-            raise NextwordError(f"{path}: cannot write: {words}") from error
+            raise NextwordError(f"{path}: cannot write: {reason}") from error
         free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
         raise DiskFullError(
             f"{path}: the disk is full ({free:,} bytes free). What was saved before is whole: "
@@ -50,13 +50,13 @@ def require_free_space(path: Path, required_bytes: int, check_now: bool = True) 
     free = shutil.disk_usage(path).free
     if check_now and free < required_bytes:
         raise DiskFullError(
-            f"{path}: this needs up to {needed:,} bytes, and the disk has {free:,} free. Nothing was written over: make room, "
+            f"{path}: this needs up to {required_bytes:,} bytes, and the disk has {free:,} free. Nothing was written over: make room, "
             "or name another place"
         )
     try:
         yield
     except DiskFullError as error:
-        raise DiskFullError(f"{error} (of up to {needed:,} bytes that this needed at its start)") from error
+        raise DiskFullError(f"{error} (of up to {required_bytes:,} bytes that this needed at its start)") from error
 
 
 def directory_size(*directories: Path) -> int:
@@ -119,7 +119,9 @@ def read_json(path: Path, max_bytes: int | None = None) -> Any:
     """
     try:
         if max_bytes is not None and path.stat().st_size > max_bytes:
-            raise CorruptFileError(f"{path}: {path.stat().st_size:,} bytes, where no file of this kind needs {most:,}")
+            raise CorruptFileError(
+                f"{path}: {path.stat().st_size:,} bytes, where no file of this kind needs {max_bytes:,}"
+            )
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise NextwordError(f"{path}: no such file") from error
@@ -260,7 +262,7 @@ def atomic_replace_dir(staging_dir: Path, target: Path) -> None:
 
     `settle` completes a move that a crash interrupted.
     """
-    retired = target.with_name(f".{final.name}.old")
+    retired = target.with_name(f".{target.name}.old")
     with map_disk_errors(target):
         if retired.exists():
             shutil.rmtree(retired)
@@ -274,7 +276,7 @@ def atomic_replace_dir(staging_dir: Path, target: Path) -> None:
 
 def recover_interrupted_swap(target: Path) -> None:
     """After a crash inside `move_into_place`: bring the old directory back, or clear it away."""
-    retired = target.with_name(f".{final.name}.old")
+    retired = target.with_name(f".{target.name}.old")
     if retired.exists() and not target.exists():
         retired.rename(target)
     elif retired.exists():

@@ -25,7 +25,7 @@ COMPILER_FLAGS = (
     "-fopenmp",
     "-fPIC",
     "-shared",
-    f"-I{HEADER.parent}",
+    f"-I{VECTOR_HEADER.parent}",
 )
 AVX512_FLAGS = (
     "-mavx512f",
@@ -48,7 +48,7 @@ def cache_dir() -> Path:
 def load_native_library(source: Path) -> tuple[ctypes.CDLL | None, str]:
     """The compiled code of a file, built where it is not there yet; or None and why not, in words for the person."""
     if os.environ.get(NATIVE_ENV_VAR) == "0":
-        return None, f"{OFF}=0 is set"
+        return None, f"{NATIVE_ENV_VAR}=0 is set"
     capability = torch.backends.cpu.get_cpu_capability()
     if not capability.startswith("AVX"):
         return None, f"this processor has no AVX2 ({capability})"
@@ -69,7 +69,7 @@ def load_native_library(source: Path) -> tuple[ctypes.CDLL | None, str]:
                 command = [compiler, *flags, str(source), "-o", str(built_path)]
                 completed = subprocess.run(command, capture_output=True, text=True)
                 if completed.returncode:
-                    return None, f"{' '.join(command)} failed:\n{done.stderr.strip()[-2000:]}"
+                    return None, f"{' '.join(command)} failed:\n{completed.stderr.strip()[-2000:]}"
                 built_path.replace(path)
         return ctypes.CDLL(str(path)), ""
     except (OSError, RuntimeError) as error:  # RuntimeError: the system names no home folder

@@ -165,11 +165,11 @@ class JSONReader:
     def __init__(self, file: Path, value: Any, json_path: str = ""):
         self.file, self.json_path = file, json_path
         if not isinstance(value, dict):
-            raise CorruptFileError(f"{file}: {way or 'the whole'} is not an object")
+            raise CorruptFileError(f"{file}: {json_path or 'the whole'} is not an object")
         self.values: dict[str, Any] = value
 
     def field_error(self, name: str, expected: str) -> CorruptFileError:
-        return CorruptFileError(f"{self.file}: {f'{self.way}.{name}'.lstrip('.')} is not {what}")
+        return CorruptFileError(f"{self.file}: {f'{self.way}.{name}'.lstrip('.')} is not {expected}")
 
     def get_number(self, name: str) -> float:
         value = self.values.get(name)
@@ -199,7 +199,7 @@ class JSONReader:
         return bool(value)
 
     def get_object(self, name: str) -> "Place":
-        return JSONReader(self.file, self.values.get(name), f"{self.way}.{name}".lstrip("."))
+        return JSONReader(self.file, self.values.get(name), f"{self.json_path}.{name}".lstrip("."))
 
     def iter_objects(self, name: str) -> Iterator[tuple[str, "Place"]]:
         """The tables of a table by their names; none where it is not there."""
@@ -213,7 +213,7 @@ class JSONReader:
         value = self.values.get(name)
         if not isinstance(value, list | tuple):
             raise self.field_error(name, "a list")
-        return [JSONReader(self.file, one, f"{self.way}.{name}[{i}]".lstrip(".")) for i, one in enumerate(value)]
+        return [JSONReader(self.file, one, f"{self.json_path}.{name}[{i}]".lstrip(".")) for i, one in enumerate(value)]
 
     def get_score(self, value_key: str = "score") -> ScoreWithCI:
         low, high = self.get_optional_number("low"), self.get_optional_number("high")

@@ -105,7 +105,7 @@ class RunDir:
 
     def save_dir(self, target: Path, metadata: dict[str, Any], write_files: Callable[[Path], None]) -> None:
         """Let `write` fill a folder, seal it, and put it in place of the one that may be there."""
-        staging_dir = target.with_name(f".{final.name}.partial")
+        staging_dir = target.with_name(f".{target.name}.partial")
         with fs.map_disk_errors(target):
             shutil.rmtree(staging_dir, ignore_errors=True)
             staging_dir.mkdir()
@@ -162,7 +162,9 @@ def open_run(path: Path, *, resume: bool) -> Iterator[RunDir]:
         name for name in unexpected_files if not re.fullmatch(r"\.(run|holder)\.json\.\d+\.partial", name)
     ]  # of a kill
     if unexpected_files:
-        raise UsageError(f"{path}: is not empty ({strangers[0]} is in it) and no run folder. Choose another --out")
+        raise UsageError(
+            f"{path}: is not empty ({unexpected_files[0]} is in it) and no run folder. Choose another --out"
+        )
     with fs.map_disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     with run_lock(path):

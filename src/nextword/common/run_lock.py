@@ -29,7 +29,7 @@ def run_lock(path: Path) -> Iterator[None]:
         owner = (
             fs.read_json(holder_path) if holder_path.is_file() else {"process": "unknown", "host": "an unknown host"}
         )
-        raise RunLockedError(f"{path}: process {who['process']} on {who['host']} is at work on this run") from error
+        raise RunLockedError(f"{path}: process {owner['process']} on {owner['host']} is at work on this run") from error
     try:
         fs.atomic_write(holder_path, fs.to_json({"process": os.getpid(), "host": socket.gethostname()}))
         yield

@@ -45,7 +45,7 @@ def builtin_sources(name: str, problems: IssueLog) -> list[SourceFile]:
     Raises `UsageError` for an unknown name, `MissingExtra` and `NextwordError` where a download cannot be had.
     """
     if name not in BUILTIN_DATASETS:
-        raise UsageError(f"{name}: no corpus of that name; there are {', '.join(NAMED)}")
+        raise UsageError(f"{name}: no corpus of that name; there are {', '.join(BUILTIN_DATASETS)}")
     if name == "python-docs":
         return _python_docs_sources(problems)
     repository, pattern, rows_are_lines = _HUB_DATASETS[name]
@@ -175,10 +175,13 @@ def _iter_docstrings(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, s
         if isinstance(node, ast.ClassDef):
             if text := ast.get_docstring(node, clean=False):
                 yield prefix + node.name, _clean_docstring(text)
-            yield from _iter_docstrings(node.body, f"{within}{node.name}.")
+            yield from _iter_docstrings(node.body, f"{prefix}{node.name}.")
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             if text := ast.get_docstring(node, clean=False):
-                yield f"{within}{node.name}({_arguments(node.args, method=bool(within))})", _clean_docstring(text)
+                yield (
+                    f"{prefix}{node.name}({_format_arguments(node.args, method=bool(prefix))})",
+                    _clean_docstring(text),
+                )
         elif isinstance(node, ast.If | ast.Try):
             yield from _iter_docstrings([*node.body, *node.orelse], prefix)
 

@@ -117,7 +117,7 @@ def truncate_conversation(tokenizer: Tokenizer, messages: Sequence[Message], max
     remaining -= 2  # the markers of the newest turn's role and of its end
     if not turns or remaining < 1:
         raise UsageError(
-            f"the system turn takes {size(system):,} of the {room:,} tokens that there are for a conversation, and leaves "
+            f"the system turn takes {num_tokens(system):,} of the {max_tokens:,} tokens that there are for a conversation, and leaves "
             "no room for a turn: shorten it"
         )
     content, text = turns[-1]["content"], _truncate_left(tokenizer, turns[-1]["content"], remaining)

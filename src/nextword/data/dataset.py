@@ -167,7 +167,7 @@ class TokenDataset:
         """
         local_batch_size, rest = divmod(self.batch_size, world_size)
         if rest:
-            raise ValueError(f"{self.rows_per_batch} rows cannot be shared equally by {world} processes")
+            raise ValueError(f"{self.batch_size} rows cannot be shared equally by {world_size} processes")
         global_rows = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         num_tokens = int(sum(self.window_length(window) for window in self.permuted_windows(global_rows)))
         rows = global_rows[rank * local_batch_size : (rank + 1) * local_batch_size]

@@ -66,7 +66,7 @@ class IssueLog:
         self.total += count
         issue = self._record(path, line, kind, detail, count)
         if self.strict:
-            raise NextwordError(f"{problem}. Mend it, or leave out --strict to go on without it")
+            raise NextwordError(f"{issue}. Mend it, or leave out --strict to go on without it")
 
     def info(self, path: Path | str, line: int | None, kind: str, detail: str = "", count: int = 1) -> None:
         """Something that its owner may want to know, and that is no fault: a picture beside the texts."""
@@ -79,7 +79,7 @@ class IssueLog:
         if existing is not None:
             existing.count += count
             return existing
-        issue = Issue(name, line, f"{kind}: {without_surrogates(detail)}" if detail else kind, count)
+        issue = Issue(name, line, f"{kind}: {replace_surrogates(detail)}" if detail else kind, count)
         if len(self._issues) < MAX_STORED_ISSUES:
             self._issues[name, kind] = issue
             if self.on_issue is not None:
@@ -110,7 +110,7 @@ class IssueLog:
     def summary_lines(self) -> list[str]:
         """What to show a person: the first of them, and how many more there are."""
         issues = self.issues
-        more = [f"… and {len(found) - SHOWN:,} more like these"] if len(issues) > MAX_SHOWN_ISSUES else []
+        more = [f"… and {len(issues) - MAX_SHOWN_ISSUES:,} more like these"] if len(issues) > MAX_SHOWN_ISSUES else []
         return [str(problem) for problem in issues[:MAX_SHOWN_ISSUES]] + more
 
 
@@ -184,7 +184,7 @@ class LineReader:
             yield number, "".join(parts)
 
     def _report_too_long(self, line_number: int) -> None:
-        what = f"a line of more than {LONGEST_LINE:,} characters; left out"
+        what = f"a line of more than {MAX_LINE_CHARS:,} characters; left out"
         self._problems.add(self._path, line_number, what)
 
 

@@ -84,7 +84,7 @@ def find_files(
             elif suffix in ARCHIVE_SUFFIXES:
                 problems.add(path, None, "an archive or a compression that is not read; unpack it first")
             elif path == corpus:
-                problems.add(path, None, f"not a format that is read ({', '.join(FORMATS)}, plain, .gz or .zst)")
+                problems.add(path, None, f"not a format that is read ({', '.join(TEXT_SUFFIXES)}, plain, .gz or .zst)")
             else:
                 skipped_counts["with the suffix " + suffix if suffix else "without a suffix"] += 1
         for kind, count in sorted(skipped_counts.items()):
@@ -112,7 +112,7 @@ def _walk_files(
                     entries = sorted(path.iterdir(), key=lambda p: p.name, reverse=True)
                     visible = [p for p in entries if not p.name.startswith(".")]
                     # What is made beside `left_out`, a lock and the like, is no text of anybody's.
-                    partials = [p for p in entries if excluded_dir and p.name.startswith(f".{left_out.name}.")]
+                    partials = [p for p in entries if excluded_dir and p.name.startswith(f".{excluded_dir.name}.")]
                     if hidden := len({*entries} - {*visible} - {*partials}):
                         skipped_counts["or folders that are hidden"] += hidden
                     pending += visible
@@ -163,7 +163,7 @@ def _text_document(path: Path, chunks: Iterable[str], problems: IssueLog) -> Ite
             breaks = chunk.count("\n")
             length = len(chunk) - 1 - chunk.rfind("\n") if breaks else length + len(chunk)
             if length > MAX_LINE_CHARS >= before:
-                what = f"a line of more than {LONGEST_LINE:,} characters; kept, and read in pieces"
+                what = f"a line of more than {MAX_LINE_CHARS:,} characters; kept, and read in pieces"
                 problems.info(path, line + breaks, what)
             line += breaks
             yield chunk
@@ -183,7 +183,7 @@ def _find_text_column(columns: Iterable[str], text_column: str | None) -> str | 
 def _missing_column_detail(columns: Iterable[str], text_column: str | None) -> str:
     names = list(columns)
     available = ", ".join(map(str, names[:12])) + (", …" if len(names) > 12 else "") or "none"
-    return f"looked for {wanted or ', '.join(TEXT_COLUMNS)}; found {found}. Name one with --text-column"
+    return f"looked for {text_column or ', '.join(TEXT_COLUMNS)}; found {available}. Name one with --text-column"
 
 
 def read_text_rows(path: Path, problems: IssueLog, text_column: str | None = None) -> Iterator[tuple[int, str]]:

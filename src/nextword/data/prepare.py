@@ -86,7 +86,7 @@ def parse_shard(shard: str) -> tuple[int, int]:
     number, num_shards = map(int, found.groups()) if found else (0, 0)
     if not 1 <= number <= num_shards <= MAX_SHARDS:
         raise UsageError(
-            f"--shard {shard}: write which part of how many, as in 3/64 (from 1/64 to 64/64, {MOST:,} at most)"
+            f"--shard {shard}: write which part of how many, as in 3/64 (from 1/64 to 64/64, {MAX_SHARDS:,} at most)"
         )
     return number, num_shards
 
@@ -198,7 +198,7 @@ class PreparationJob:
         """All parts of one reading: this process's own first, then each that nobody has, then those that others leave."""
         order = [(self.shard_number - 1 + i) % self.num_shards for i in range(self.num_shards)]
         if self._is_complete(_artifact_name(stage, order[0])):
-            self.log(f"part {self.number:,} of {self.parts:,}: {stage} is done already")
+            self.log(f"part {self.shard_number:,} of {self.num_shards:,}: {stage} is done already")
         while missing := [i for i in order if not self._is_complete(_artifact_name(stage, i))]:
             built = [self._build_artifact(_artifact_name(stage, i), partial(build, i)) for i in missing]
             if not any(built):
@@ -218,7 +218,7 @@ class PreparationJob:
         with lock:
             self.raise_if_aborted()
             if not self._is_complete(name):
-                self.log(f"{name} of {self.parts:,}")
+                self.log(f"{name} of {self.num_shards:,}")
                 shutil.rmtree(temp_dir, ignore_errors=True)  # of one that was killed
                 with map_disk_errors(temp_dir):
                     temp_dir.mkdir()
@@ -376,7 +376,7 @@ class PreparationJob:
 
 def _artifact_name(stage: str, shard: int) -> str:
     """A piece's name: parts are counted from 1, as a person counts them."""
-    return f"{stage}-{part + 1:05d}"
+    return f"{stage}-{shard + 1:05d}"
 
 
 def _open_text(path: Path, mode: str) -> Any:

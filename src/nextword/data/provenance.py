@@ -103,4 +103,4 @@ def _document_preview(tokens: ShardedTokens, tokenizer: Tokenizer, start: int) -
     if tokenizer.eos_id in ids:
         ids = ids[: ids.index(tokenizer.eos_id)]
     words = " ".join(tokenizer.decode(ids).split())
-    return f'the document that begins with "{words}" (token {begin:,})'
+    return f'the document that begins with "{words}" (token {start:,})'

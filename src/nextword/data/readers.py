@@ -65,7 +65,7 @@ def read_records(
     suffix, compression = file_format(path)
     selector = select_columns or list[str]
     if suffix not in TABLE_SUFFIXES:
-        problems.add(path, None, f"not a table that is read ({', '.join(TABLES)}, plain, .gz or .zst)")
+        problems.add(path, None, f"not a table that is read ({', '.join(TABLE_SUFFIXES)}, plain, .gz or .zst)")
     elif suffix == ".parquet" and compression:
         problems.add(path, None, "parquet files are compressed inside; unpack this one")
     elif blocks is not None and (compression or suffix == ".parquet"):
@@ -243,7 +243,7 @@ def _join_chunks(path: Path, chunks: Iterable[str], problems: IssueLog) -> str:
         parts.append(chunk[: MAX_JSON_CHARS - length])
         length += len(chunk)
         if length > MAX_JSON_CHARS:
-            what = f"more than {LONGEST_JSON:,} characters; the rest is left out. Make a .jsonl file of it"
+            what = f"more than {MAX_JSON_CHARS:,} characters; the rest is left out. Make a .jsonl file of it"
             problems.add(path, None, what)
             break
     return "".join(parts)

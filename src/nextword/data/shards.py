@@ -105,7 +105,7 @@ class ShardWriter:
         with map_disk_errors(self._directory):
             while len(tokens):
                 if self._file is None:
-                    self._file = (self._directory / f"{self._split}-{self._files:05d}.npy").open("wb")
+                    self._file = (self._directory / f"{self._split}-{self._num_files:05d}.npy").open("wb")
                     self._file.write(self._header(0))
                 part, tokens = (
                     tokens[: SHARD_TOKENS - self._tokens_in_file],
@@ -118,7 +118,7 @@ class ShardWriter:
 
     def _header(self, length: int) -> bytes:
         """What precedes the data in NumPy's format 1.0: always 128 bytes, so that the end can write it once more."""
-        fields = f"{{'descr': '{self._type.str}', 'fortran_order': False, 'shape': ({length},), }}"
+        fields = f"{{'descr': '{self._dtype.str}', 'fortran_order': False, 'shape': ({length},), }}"
         return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + fields.ljust(117).encode() + b"\n"
 
     def _close_file(self) -> None:

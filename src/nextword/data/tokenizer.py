@@ -253,7 +253,7 @@ class Tokenizer:
         config_file = file.with_name("tokenizer_config.json")
         if file.stat().st_size > MAX_FILE_BYTES:
             raise CorruptFileError(
-                f"{file}: {file.stat().st_size:,} bytes, where no file of this kind needs {MOST_BYTES:,}"
+                f"{file}: {file.stat().st_size:,} bytes, where no file of this kind needs {MAX_FILE_BYTES:,}"
             )
         config = read_json(config_file, MAX_FILE_BYTES) if config_file.is_file() else {}
         if not isinstance(config, dict):

@@ -76,7 +76,7 @@ def run_study(
             console.info(format_cell(runs[-1]))
             if caught:
                 raise RunInterruptedError(
-                    f"stopped after {len(cells)} of {len(grid)} cells, and kept. Go on with --resume", caught[0]
+                    f"stopped after {len(runs)} of {len(grid)} cells, and kept. Go on with --resume", caught[0]
                 )
         result = summarize(runs) | {
             "run": str(out), "model": request["model"], "data": request["data"], "seconds": round(time.time() - started, 3),
@@ -89,7 +89,7 @@ def run_study(
 
 def run_cell(finetune: FinetuneFunction, run: RunDir, limit: int | None, seed: int, pretrained: bool) -> dict[str, Any]:
     """One cell: its run, its score, on disk."""
-    folder = run.path / "cells" / f"{asked or 'all'}-{seed}-{'pretrained' if pretrained else 'scratch'}"
+    folder = run.path / "cells" / f"{limit or 'all'}-{seed}-{'pretrained' if pretrained else 'scratch'}"
     folder.parent.mkdir(exist_ok=True)
     result = finetune(
         out=folder, limit=limit, seed=seed, scratch=not pretrained, resume=True, console=Console(quiet=True)

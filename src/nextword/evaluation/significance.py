@@ -55,7 +55,7 @@ def evaluate_benchmark(
     items = [all_items[i] for i in sample_indices(all_items, limit)]
 
     def progress(what: str) -> Callable[[int, int], None]:
-        return lambda done, total: console.progress(f"{suite.name}{what}", done, total)
+        return lambda done, total: console.progress(f"{benchmark.name}{what}", done, total)
 
     started = time.monotonic()
     if benchmark.kind == "free text":
@@ -78,7 +78,9 @@ def evaluate_benchmark(
         ]
         result["noise"] = seed_variance([each.aggregate(benchmark.metrics[0]).value for each in (item_scores, *others)])
     if eval_models.compare_to is not None:
-        other = score_items(eval_models.compare_to, benchmark, items, progress=progress(f", {panel.against.path}"))
+        other = score_items(
+            eval_models.compare_to, benchmark, items, progress=progress(f", {eval_models.compare_to.path}")
+        )
         result["against"] = compare_models(benchmark.metrics[0], item_scores, other, str(eval_models.compare_to.path))
         if eval_models.seed_runs:
             apart = abs(result["against"]["difference"]["value"])

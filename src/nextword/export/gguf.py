@@ -117,17 +117,17 @@ def gguf_tensors(gpt: GPT) -> dict[str, Tensor]:
     for i in range(config.n_layers):
         for name, source_names in TENSOR_NAMES[config.family].items():
             for suffix in ("weight", "bias"):
-                source_tensors = [parameters.get(f"blocks.{i}.{part}.{kind}") for part in source_names]
+                source_tensors = [parameters.get(f"blocks.{i}.{part}.{suffix}") for part in source_names]
                 if any(tensor is not None for tensor in source_tensors):
-                    tensors[f"blk.{i}.{name}.{kind}"] = torch.cat([t for t in source_tensors if t is not None])
+                    tensors[f"blk.{i}.{name}.{suffix}"] = torch.cat([t for t in source_tensors if t is not None])
                 elif suffix == "bias" and config.family == "gpt2":  # the architecture always has one
                     rows = sum(parameters[f"blocks.{i}.{part}.weight"].shape[0] for part in source_names)
-                    tensors[f"blk.{i}.{name}.{kind}"] = torch.zeros(rows)
+                    tensors[f"blk.{i}.{name}.{suffix}"] = torch.zeros(rows)
             if config.family == "llama" and name in ("attn_q", "attn_k"):
                 tensors[f"blk.{i}.{name}.weight"] = permute_rope(tensors[f"blk.{i}.{name}.weight"], config.head_dim)
     for suffix in ("weight", "bias"):
-        if f"final_norm.{kind}" in parameters:
-            tensors[f"output_norm.{kind}"] = parameters[f"final_norm.{kind}"]
+        if f"final_norm.{suffix}" in parameters:
+            tensors[f"output_norm.{suffix}"] = parameters[f"final_norm.{suffix}"]
     if not config.tied:
         tensors["output.weight"] = parameters["head.weight"]
     return tensors

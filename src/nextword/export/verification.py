@@ -55,10 +55,10 @@ class ExportResult:
 
     def __str__(self) -> str:
         if self.max_difference is None:
-            verification = f"the proof that it says the same is owing: install {self.reader} and export again"
+            verification = f"the proof that it says the same is owing: install {self.runtime} and export again"
         else:
-            verification = f"read back by {self.reader}, its numbers differ by {self.difference:.0e} at most"
-        return f"{self.file}: {self.file.stat().st_size:,} bytes; {said}"
+            verification = f"read back by {self.runtime}, its numbers differ by {self.max_difference:.0e} at most"
+        return f"{self.file}: {self.file.stat().st_size:,} bytes; {verification}"
 
 
 @contextlib.contextmanager
@@ -124,9 +124,9 @@ def verify_with_llama_cpp(file: Path, gpt: GPT, tokenizer: Tokenizer, tolerance:
     if max_difference > tolerance >= max_difference_half_gelu:
         digit = 10.0 ** math.floor(math.log10(max_difference))
         raise NextwordError(
-            f"llama.cpp's log-probabilities would differ from the model's by {largest:.1e}, more than {tolerance:g}: on a CPU "
-            f"it rounds GELU to half precision (without that they differ by {unexplained:.0e}). No file is left; --tolerance "
-            f"{math.ceil(largest / digit) * digit:.0e} accepts it, and a model of the preset modern has no GELU"
+            f"llama.cpp's log-probabilities would differ from the model's by {max_difference:.1e}, more than {tolerance:g}: on a CPU "
+            f"it rounds GELU to half precision (without that they differ by {max_difference_half_gelu:.0e}). No file is left; --tolerance "
+            f"{math.ceil(max_difference / digit) * digit:.0e} accepts it, and a model of the preset modern has no GELU"
         )
     return check_within(max_difference, "llama.cpp", tolerance)
 
@@ -156,8 +156,8 @@ def check_within(max_difference: float, runtime: str, tolerance: float) -> float
     """The difference itself. Raises `NextwordError` where it is more than rounding."""
     if max_difference > tolerance:
         raise NextwordError(
-            f"the exported file is not the model: read back by {reader}, its numbers differ by {difference:.2g}, and at most "
-            f"{tolerance:g} is rounding. No file is left; please report this, with the versions of {reader} and nextword"
+            f"the exported file is not the model: read back by {runtime}, its numbers differ by {max_difference:.2g}, and at most "
+            f"{tolerance:g} is rounding. No file is left; please report this, with the versions of {runtime} and nextword"
         )
     return max_difference
 

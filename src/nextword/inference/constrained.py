@@ -36,7 +36,7 @@ class JSONConstraint:
         """
         mask = torch.frombuffer(bytearray(self.matcher.compute_logit_bias()), dtype=torch.uint8).bool()
         if self.matcher.is_error():
-            raise NextwordError(f"the text cannot be held to the schema any longer: {_first_line(self.matcher)}")
+            raise NextwordError(f"the text cannot be held to the schema any longer: {_error_summary(self.matcher)}")
         if self.unk_id is not None:  # what a tokenizer makes of a character that it does not have stands for none
             mask[self.unk_id] = False
         if not mask.any():
@@ -92,7 +92,7 @@ class ConstraintCompiler:
             raise UsageError(f"the schema cannot be read: {error}") from error
         matcher = matcher_class(self.tokenizer, grammar, log_level=0, limits=self.limits)
         if matcher.is_error():
-            raise UsageError(f"no text can be held to this schema: {_first_line(made)}")
+            raise UsageError(f"no text can be held to this schema: {_error_summary(matcher)}")
         return JSONConstraint(matcher, self.unk_id)
 
 

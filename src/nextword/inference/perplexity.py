@@ -97,7 +97,9 @@ def evaluate_perplexity(
         NextwordError: the model's loss is not a finite number.
     """
     if len(tokens) < 2 or num_bytes < 1:
-        raise UsageError(f"there is nothing to predict in {len(tokens)} tokens of {n_bytes} bytes: give a longer text")
+        raise UsageError(
+            f"there is nothing to predict in {len(tokens)} tokens of {num_bytes} bytes: give a longer text"
+        )
     context_length = model.config.context_length
     stride = context_length if stride is None else stride
     if not 1 <= stride <= context_length:

@@ -111,7 +111,7 @@ def describe_token(tokenizer: Tokenizer, token_id: int) -> dict[str, Any]:
     token_bytes = tokenizer.token_bytes(token_id)
     if not token_bytes:
         name = tokenizer.backend.id_to_token(token_id)
-        return {"id": token_id, "text": name or f"token {id}", "kind": "marker"}
+        return {"id": token_id, "text": name or f"token {token_id}", "kind": "marker"}
     try:
         return {"id": token_id, "text": token_bytes.decode(), "kind": "text"}
     except UnicodeDecodeError:

@@ -70,9 +70,9 @@ def prepare_input(model: Model, texts: Sequence[str], label: str | None) -> Mode
             truncated_ids = ExampleEncoder(
                 task_spec, model.tokenizer, max_tokens + max(1, task_spec.answer_tokens)
             ).encode_prompt(example)
-            note = f"The text has {len(ids):,} tokens with its markers; it is cut to {len(short):,}."
+            note = f"The text has {len(input_ids):,} tokens with its markers; it is cut to {len(truncated_ids):,}."
             return ModelInput(truncated_ids, task_spec.task, notes=(note,))
-    note = f"The text has {len(ids):,} tokens; the last {limit:,} of them are read and shown."
+    note = f"The text has {len(input_ids):,} tokens; the last {max_tokens:,} of them are read and shown."
     return ModelInput(
         input_ids[-max_tokens:], task_spec and task_spec.task, notes=(note,) if len(input_ids) > max_tokens else ()
     )
@@ -101,7 +101,7 @@ def _prepare_example(
             example, problems, with_target=False
         )
         if encoded_or_none is None:
-            raise UsageError(f"this example cannot be read: {problems.found[-1]}")
+            raise UsageError(f"this example cannot be read: {problems.issues[-1]}")
         encoded = encoded_or_none
     predictor = Predictor(model.gpt, model.tokenizer, task_spec)
     (logits,) = predictor.logits([encoded])
@@ -109,11 +109,11 @@ def _prepare_example(
     output_names = ("score",) if task_spec.kind in ("score", "choice") else task_spec.labels
     option_names = [str(i) for i in range(len(logits))] if task_spec.kind == "choice" else list(output_names)
     target_index = int(logits.argmax()) if label is None else _label_index(option_names, label)
-    notes = [f"Longer than the {limit:,} tokens that are shown: it is cut."] if problems.issues else []
+    notes = [f"Longer than the {max_tokens:,} tokens that are shown: it is cut."] if problems.issues else []
     if task_spec.task == "similarity":
         notes.append("The score is the sum over both orders of the texts; what is shown is the order as given.")
     if task_spec.kind == "choice":
-        notes.append(f"Each choice is read by itself behind the question; what is shown is choice {chosen}.")
+        notes.append(f"Each choice is read by itself behind the question; what is shown is choice {target_index}.")
     sequence = encoded.sequences[target_index if task_spec.kind == "choice" else 0]
     return ModelInput(
         sequence.ids.tolist(),
@@ -165,4 +165,4 @@ def next_token_id(model: Model, input_ids: Sequence[int], word: str) -> tuple[in
     if len(best_tokens) == 1:
         return best_tokens[0], None
     first = model.tokenizer.token_bytes(best_tokens[0]).decode("utf-8", "replace").strip()
-    return best_tokens[0], f"“{word}” is {len(best)} tokens; what is explained is the first, “{first}”."
+    return best_tokens[0], f"“{word}” is {len(best_tokens)} tokens; what is explained is the first, “{first}”."

@@ -97,7 +97,7 @@ class ModelConfig:
                 required["d_ff"] = 4 * self.d_model
             if self.head_dim * self.n_heads != self.d_model:
                 raise ConfigError(
-                    f"{STOCK_CLASSES[family][1]} wants d_model = n_heads × head_dim; "
+                    f"{HF_CLASSES[family][1]} wants d_model = n_heads × head_dim; "
                     f"{self.d_model} is not {self.n_heads} × {self.head_dim}"
                 )
         else:
@@ -109,7 +109,7 @@ class ModelConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(
-                    f"{STOCK_CLASSES[family][1]}, the stock class nearest to these choices, has "
+                    f"{HF_CLASSES[family][1]}, the stock class nearest to these choices, has "
                     f"{name} = {' or '.join(map(str, allowed))}, not {getattr(self, name)}"
                 )
         return family

@@ -341,7 +341,7 @@ def iter_weights(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Te
     unexpected = [name for name in sources if name not in known and not name.endswith(IGNORED_BUFFERS)]
     if unexpected:
         raise NextwordError(
-            f"{directory}: tensors that this kind of model does not have: {', '.join(sorted(extra)[:5])}"
+            f"{directory}: tensors that this kind of model does not have: {', '.join(sorted(unexpected)[:5])}"
         )
     for name, ours in table.items():
         stock = name.removesuffix("ᵀ")
@@ -356,10 +356,12 @@ def iter_weights(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Te
             tensor_slice = file.get_slice(key)
             if list(tensor_slice.get_shape()) != expected:
                 raise CorruptFileError(
-                    f"{sources[key]}: {key} has the shape {part.get_shape()}; config.json says {expected}"
+                    f"{sources[key]}: {key} has the shape {tensor_slice.get_shape()}; config.json says {expected}"
                 )
             if tensor_slice.get_dtype() not in ("F32", "F16", "BF16", "F64"):
-                raise NextwordError(f"{sources[key]}: {key} holds {part.get_dtype()}, which nextword does not open")
+                raise NextwordError(
+                    f"{sources[key]}: {key} holds {tensor_slice.get_dtype()}, which nextword does not open"
+                )
             yield from from_hf(config, name, ours, tensor_slice[:].float(), shapes).items()
 
 

@@ -172,7 +172,7 @@ def parse_model_config(values: Any) -> ModelConfig:
     for name, value in values.items():
         limit = MAX_CONTEXT_LENGTH if name == "context_length" else MAX_CONFIG_VALUE
         if isinstance(value, (int, float)) and not -limit <= value <= limit:
-            raise ConfigError(f"{name} is larger than any model has it ({most:,})")
+            raise ConfigError(f"{name} is larger than any model has it ({limit:,})")
     return ModelConfig.from_dict(values)
 
 

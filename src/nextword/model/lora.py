@@ -46,7 +46,7 @@ class LoraConfig:
         unknown = [name for name in self.target_modules if name not in TARGET_MODULES]
         if unknown or not self.target_modules:
             raise ConfigError(
-                f"an adapter's targets are among {', '.join(TARGETS)}, not {', '.join(unknown) or 'none'}"
+                f"an adapter's targets are among {', '.join(TARGET_MODULES)}, not {', '.join(unknown) or 'none'}"
             )
 
 
@@ -126,14 +126,14 @@ def add_lora(model: GPT, config: LoraConfig, seed: int, num_trainable_rows: int 
     if any(isinstance(module, LoraLinear | TrainableRowsEmbedding) for module in model.modules()):
         raise ConfigError("this model has an adapter already; merge_lora makes it part of the model")
     if not 0 <= num_trainable_rows <= model.config.vocab_size:
-        raise ValueError(f"{trained_rows} trained rows in a vocabulary of {model.config.vocab_size}")
+        raise ValueError(f"{num_trainable_rows} trained rows in a vocabulary of {model.config.vocab_size}")
     targets = [
         (name, module)
         for name, module in model.get_submodule("blocks").named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in config.target_modules
     ]
     if not targets:
-        raise ConfigError(f"this model has none of the layers {', '.join(config.targets)}")
+        raise ConfigError(f"this model has none of the layers {', '.join(config.target_modules)}")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, linear in targets:

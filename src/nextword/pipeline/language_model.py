@@ -149,7 +149,7 @@ def load(path: str | Path, device: str = "auto", precision: Precision = "float32
         NextwordError: there is no model here, or a checkpoint that is none by itself.
     """
     if precision not in PRECISION_CODES:
-        raise UsageError(f"there is no precision {precision!r}, only {', '.join(KINDS)}")
+        raise UsageError(f"there is no precision {precision!r}, only {', '.join(PRECISION_CODES)}")
     path = Path(path)
     if path.parent.name == "checkpoints" and any(path.glob("weights*.safetensors")):
         return _load_checkpoint(path, resolve_device(device), precision)

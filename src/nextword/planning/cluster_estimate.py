@@ -217,7 +217,7 @@ def estimate(
     ]
     if not fitting_layouts:
         raise UsageError(
-            f"{config.parameters / 1e9:.3g} billion parameters do not fit: {_needed(config, cluster, room)}"
+            f"{config.parameters / 1e9:.3g} billion parameters do not fit: {_required_machines_message(config, cluster, usable_memory)}"
         )
     token_flops = flops_per_token(config)
 

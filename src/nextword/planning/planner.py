@@ -222,7 +222,7 @@ def estimate_cluster_run(
         UsageError: no such GPU, no model, or none that fits.
     """
     if gpu.lower() not in GPU_SPECS:
-        raise UsageError(f"--gpu {gpu}: no datasheet of it here; known are {', '.join(GPUS)}")
+        raise UsageError(f"--gpu {gpu}: no datasheet of it here; known are {', '.join(GPU_SPECS)}")
     if machines < 1 or gpus_per_machine < 1:
         raise UsageError("--machines and --gpus-per-machine must be at least 1")
     if parameters is not None and recipe.size is not None:
@@ -351,7 +351,7 @@ def plan_run(
         remaining_seconds = None if recipe.budget is None else recipe.budget - sample.preparation_seconds
         if remaining_seconds is not None and remaining_seconds < FINALIZE_SECONDS:
             raise UsageError(
-                f"a budget of {recipe.budget:.0f} s is too short: to prepare this text takes about {seen.seconds:.0f} s"
+                f"a budget of {recipe.budget:.0f} s is too short: to prepare this text takes about {sample.preparation_seconds:.0f} s"
             )
         plan = plan_corpus(sample.corpus, recipe, device, seconds=remaining_seconds, scale=sample.scale)
         train = sample.corpus.train

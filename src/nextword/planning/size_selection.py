@@ -224,11 +224,13 @@ def _build_plan(
     )
     why = [
         f"size {size}: {config.parameters / 1e6:.2g} million parameters for {tokens / 1e6:.2g} million tokens, "
-        f"{1 / speed.seconds:,.0f} tokens/s on this machine"
+        f"{1 / measurement.seconds:,.0f} tokens/s on this machine"
     ]
-    why.append(f"batches of {batch:,} tokens, learning rate {lr:.2g}")
+    why.append(f"batches of {batch_tokens:,} tokens, learning rate {lr:.2g}")
     if epochs > 1.05:
-        why.append(f"the text is read {epochs:.1f} times, which is worth {worth:.1f} times as much text read once")
+        why.append(
+            f"the text is read {epochs:.1f} times, which is worth {effective_epochs:.1f} times as much text read once"
+        )
     if dropout:
         why.append(f"dropout {dropout}, since the text is read so often")
     return TrainingPlan(

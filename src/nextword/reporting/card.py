@@ -55,7 +55,7 @@ def write_card(run_dir: Path) -> Path:
 
 def digest_comment(card: str) -> str:
     """A comment behind a card that tells whether it is still as it was written."""
-    return f"\n<!-- {SEAL} {hashlib.sha256(card.encode()).hexdigest()} -->\n"
+    return f"\n<!-- {DIGEST_MARKER} {hashlib.sha256(card.encode()).hexdigest()} -->\n"
 
 
 def is_unmodified_card(path: Path) -> bool:
@@ -63,7 +63,7 @@ def is_unmodified_card(path: Path) -> bool:
     if not path.is_file():
         return False
     text = path.read_text(encoding="utf-8", errors="replace")
-    card, marker, _ = text.rpartition(f"\n<!-- {SEAL} ")
+    card, marker, _ = text.rpartition(f"\n<!-- {DIGEST_MARKER} ")
     return bool(marker) and text == card + digest_comment(card)
 
 
@@ -82,13 +82,13 @@ def pretraining_card(run: RunData, stored_results: StoredResults) -> str:
     model_kind = " ".join(str(metadata[key]) for key in ("preset", "size") if metadata.get(key))
     return PRETRAINING_CARD_TEMPLATE.substitute(
         name=escape_markdown(run.name),
-        kind=escape_markdown(f"a {kind} model" if model_kind else "a model"),
+        kind=escape_markdown(f"a {model_kind} model" if model_kind else "a model"),
         state="" if run.result else UNFINISHED_NOTICE,
         rows=markdown_table_rows(metric_rows),
         index=model_index(run, stored_results, "text-generation"),
         measured=evaluation_markdown(stored_results) + risks_markdown(stored_results),
         sample=sample_markdown(run),
-        command=f"\n## How it was made\n\n{fenced(str(facts['command']))}\n" if "command" in metadata else "",
+        command=f"\n## How it was made\n\n{fenced(str(metadata['command']))}\n" if "command" in metadata else "",
     )
 
 
@@ -98,9 +98,9 @@ def training_metrics(run: RunData) -> list[tuple[str, Any]]:
     unit = "text" if run.task in (None, "continue") else "examples"
     return [
         ("tokens seen in training", run.last_value("tokens")),
-        (f"training {what}", format_data_counts(run.metadata, "train")),
-        (f"validation {what}", format_data_counts(run.metadata, "validation")),
-        (f"validation loss, {'nats per token' if text else held_out_loss(run)}", loss and round(loss, 4)),
+        (f"training {unit}", format_data_counts(run.metadata, "train")),
+        (f"validation {unit}", format_data_counts(run.metadata, "validation")),
+        (f"validation loss, {'nats per token' if is_text_loss else held_out_loss(run)}", loss and round(loss, 4)),
         ("perplexity", is_text_loss and loss and format_perplexity(loss)),
         ("bits per byte", run.bits_per_byte and round(run.bits_per_byte, 4)),
         ("training time", is_number(get_nested(run.result, "seconds")) and format_duration(run.result["seconds"])),
@@ -110,7 +110,7 @@ def training_metrics(run: RunData) -> list[tuple[str, Any]]:
 def markdown_table_rows(values: list[tuple[str, Any]]) -> str:
     """Those that are known, as rows of a table."""
     known = [(name, value) for name, value in values if value and (not isinstance(value, float) or is_number(value))]
-    return "\n".join(f"| {name} | {markdown(readable(value))} |" for name, value in known)
+    return "\n".join(f"| {name} | {escape_markdown(readable(value))} |" for name, value in known)
 
 
 def format_data_counts(metadata: Mapping[str, Any], split: str) -> str | None:
@@ -185,7 +185,7 @@ def task_card(run: RunData, stored_results: StoredResults) -> str:
         notes=special_tokens_note(run),
         adapter=adapter_usage(run),
         sample=sample_markdown(run),
-        command=f"\n## How it was made\n\n{fenced(without_paths(command))}\n" if isinstance(command, str) else "",
+        command=f"\n## How it was made\n\n{fenced(strip_directories(command))}\n" if isinstance(command, str) else "",
     )
 
 
@@ -202,7 +202,7 @@ def describe_model(run: RunData) -> str:
         shown = ", ".join(names[:MAX_LISTED_LABELS]) + (", …" if len(names) > MAX_LISTED_LABELS else "")
         answer += f"{len(names):,} labels ({shown})"
     description = TASK_DESCRIPTIONS.get(str(run.task), "").replace("{answer}", answer)
-    return escape_markdown(f"This is a GPT that was trained with nextword {begin}{with_lora}. {does}")
+    return escape_markdown(f"This is a GPT that was trained with nextword {origin}{with_lora}. {description}")
 
 
 def scores_markdown(run: RunData) -> str:
@@ -259,7 +259,7 @@ def python_usage(run: RunData) -> str:
         return CLASSIFICATION_CODE_TEMPLATE.substitute(inputs=inputs, setup=setup, answer=answer)
     if run.task == "continue":
         return GENERATION_CODE_TEMPLATE.substitute(
-            inputs=f'inputs = tokenizer("{OPENING}", return_tensors="pt")', room=100, sampled=True
+            inputs=f'inputs = tokenizer("{EXAMPLE_TEXT_START}", return_tensors="pt")', room=100, sampled=True
         )
     max_new_tokens = get_nested(run.metadata, "task", "answer_tokens")
     max_new_tokens = max_new_tokens if is_number(max_new_tokens) and max_new_tokens > 0 else 100
@@ -273,9 +273,9 @@ def tokenizer_arguments(run: RunData) -> tuple[str, str]:
     texts = EXAMPLE_INPUTS.get(str(run.task), EXAMPLE_INPUTS["classify"])
     first, *others = (json.dumps(text) for text in texts)
     if run.task == "choose":
-        return f"[{one}] * len(choices), choices, padding=True", f"choices = [{', '.join(others)}]\n"
+        return f"[{first}] * len(choices), choices, padding=True", f"choices = [{', '.join(others)}]\n"
     if run.task == "similarity":
-        return "[one, two], [two, one], padding=True", f"one, two = {one}, {others[0]}\n"
+        return "[one, two], [two, one], padding=True", f"one, two = {first}, {others[0]}\n"
     return ", ".join([first, *others]), ""
 
 
@@ -298,7 +298,7 @@ def special_tokens_note(run: RunData) -> str:
         return ""
     special_token = "<|user|>" if is_chat_model(run) else "<|start|>"
     return (
-        f"\nA text that holds a marker's name, like `{marker}`, is taken for the marker by the stock tokenizer; "
+        f"\nA text that holds a marker's name, like `{special_token}`, is taken for the marker by the stock tokenizer; "
         "to nextword it is text.\n"
     )
 

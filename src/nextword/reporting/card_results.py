@@ -54,12 +54,12 @@ def model_index(run: RunData, stored_results: StoredResults, pipeline_tag: str) 
         ]
     if not results:
         return ""
-    lines = ["model-index:", f"- name: {quoted(run.name)}", "  results:"]
+    lines = ["model-index:", f"- name: {yaml_quote(run.name)}", "  results:"]
     for data, kind, value, name in results:
         lines += [
-            "  - task:", f"      type: {task}", "    dataset:", f"      name: {quoted(data)}",
-            f"      type: {quoted(slug(data))}", "    metrics:", f"    - type: {quoted(kind)}",
-            f"      value: {float(value):.6g}", f"      name: {quoted(name)}",
+            "  - task:", f"      type: {pipeline_tag}", "    dataset:", f"      name: {yaml_quote(data)}",
+            f"      type: {yaml_quote(slugify(data))}", "    metrics:", f"    - type: {yaml_quote(kind)}",
+            f"      value: {float(value):.6g}", f"      name: {yaml_quote(name)}",
         ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -68,10 +68,10 @@ def metric_label(name: str, score: ScoreWithCI) -> str:
     """ "acc (95 % interval 0.578 to 0.640, 1,000 items)"."""
     details = []
     if interval_text := format_interval(score):
-        details.append(f"95 % interval {between}")
+        details.append(f"95 % interval {interval_text}")
     if score.n is not None:
-        details.append(f"{mark.n:,} items")
-    return f"{name} ({', '.join(told)})" if details else name
+        details.append(f"{score.n:,} items")
+    return f"{name} ({', '.join(details)})" if details else name
 
 
 def yaml_quote(text: str) -> str:
@@ -95,7 +95,7 @@ def evaluation_markdown(stored_results: StoredResults) -> str:
     parts = []
     if stored_results.texts:
         rows = [
-            f"| {markdown(name_of(one.name))} | {with_interval(one.bits_per_byte)} | {perplexity(one.loss)} | {one.tokens:,} |"
+            f"| {markdown(short_path_name(one.name))} | {with_interval(one.bits_per_byte)} | {perplexity(one.loss)} | {one.tokens:,} |"
             for one in stored_results.texts
         ]
         parts.append("\n".join(["| text | bits per byte | perplexity | tokens |", "|---|---|---|---|", *rows]))
@@ -119,14 +119,16 @@ def risks_markdown(stored_results: StoredResults) -> str:
 
 def finding_markdown(finding: AuditFinding) -> str:
     """A finding in a line of a list; a notable one says so."""
-    unit = f" {one.unit}" if finding.unit else ""
+    unit = f" {finding.unit}" if finding.unit else ""
     details = []
     if interval_text := format_interval(finding.score, finding.unit):
         details.append(interval_text)
     if finding.reference is not None:
-        details.append(f"{as_number(one.reference, one.unit)} where nothing is amiss")
+        details.append(f"{as_number(finding.reference, finding.unit)} where nothing is amiss")
     if finding.score.n is not None:
-        details.append(f"of {one.mark.n:,}")
-    value_text = f"{as_number(one.mark.value, one.unit)}{unit}" + (f" ({'; '.join(more)})" if details else "")
-    name = f"**{markdown(one.name)}**" + (" (to be read)" if finding.flagged else "")
-    return f"- {name}: {markdown(figures)}. {markdown(one.note)}".rstrip()
+        details.append(f"of {finding.score.n:,}")
+    value_text = f"{as_number(finding.score.value, finding.unit)}{unit}" + (
+        f" ({'; '.join(details)})" if details else ""
+    )
+    name = f"**{markdown(finding.name)}**" + (" (to be read)" if finding.flagged else "")
+    return f"- {name}: {markdown(value_text)}. {markdown(finding.note)}".rstrip()

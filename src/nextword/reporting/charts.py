@@ -117,7 +117,7 @@ def plot_run_comparison(
         else:
             for text in axes.legend(frameon=False, labelcolor=TEXT_COLOR, loc="upper right").get_texts():
                 text.set_parse_math(False)
-        return _to_svg(figure, f"{name}-{'wide' if wide else 'narrow'}")
+        return _to_svg(figure, f"{id_prefix}-{'wide' if wide else 'narrow'}")
 
 
 def plot_training_loss(train: Points, id_prefix: str) -> str:
@@ -317,7 +317,7 @@ def _to_svg(figure: Figure, id_prefix: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{id_prefix}-", svg)
     svg = re.sub(
         r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg
     )  # a hundredth of a point is enough

@@ -71,7 +71,7 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
         CorruptFile: a file of one is damaged.
     """
     if len(run_dirs) > MAX_RUNS:
-        raise UsageError(f"{len(folders)} runs are too many for one page: name {MOST} at most")
+        raise UsageError(f"{len(run_dirs)} runs are too many for one page: name {MAX_RUNS} at most")
     names = shortest_names([folder.resolve() for folder in run_dirs])
     runs = [
         ComparedRun(name, RunData.load(folder), StoredResults.load(folder))
@@ -110,25 +110,25 @@ def shortest_names(paths: Sequence[Path]) -> list[str]:
 
 def _comparison_table(caption: str, runs: Sequence[ComparedRun], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
     """Rows of (what, in HTML; a cell for each run, whole)."""
-    header_cells = "".join(f'<th scope="col">{_dot(i)}{escaped(one.name)}</th>' for i, one in enumerate(runs))
+    header_cells = "".join(f'<th scope="col">{_color_dot(i)}{escape_html(one.name)}</th>' for i, one in enumerate(runs))
     body = "".join(f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>' for name, cells in rows)
     table_html = (
-        f'<table class="scores several of{len(runs)}"><caption>{escaped(caption)}</caption>'
-        f"<thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>"
+        f'<table class="scores several of{len(runs)}"><caption>{escape_html(caption)}</caption>'
+        f"<thead><tr><td></td>{header_cells}</tr></thead><tbody>{body}</tbody></table>"
     )
-    return f'<div class="sideways" tabindex="0" role="group" aria-label="{escaped(caption)}">{table}</div>'
+    return f'<div class="sideways" tabindex="0" role="group" aria-label="{escape_html(caption)}">{table_html}</div>'
 
 
 def _color_dot(index: int) -> str:
-    return f'<span class="dot s{number + 1}"></span>'
+    return f'<span class="dot s{index + 1}"></span>'
 
 
 def _legend(runs: Sequence[ComparedRun]) -> str:
-    return " ".join(f'<span class="name">{_dot(i)}{escaped(one.name)}</span>' for i, one in enumerate(runs))
+    return " ".join(f'<span class="name">{_color_dot(i)}{escape_html(one.name)}</span>' for i, one in enumerate(runs))
 
 
 def _number_cells(values: Sequence[Any], formatter: Callable[[Any], str]) -> list[str]:
-    return [f"<td>{escaped(form(value)) if is_number(value) else '–'}</td>" for value in values]
+    return [f"<td>{escape_html(formatter(value)) if is_number(value) else '–'}</td>" for value in values]
 
 
 def _outcomes_section(runs: Sequence[ComparedRun]) -> str:
@@ -187,7 +187,7 @@ def _curves_section(runs: Sequence[ComparedRun]) -> str:
         picture = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
         caption = f"{label[0].upper()}{label[1:]} by {axis_name}. Lower is better."
         figures.append(f'<div class="by by-{axis}">{figure(picture, f"{caption} {ends}.", caption)}</div>')
-    choice = f'<legend class="unseen">Against what</legend>{"".join(controls)}{"".join(pictures)}'
+    choice = f'<legend class="unseen">Against what</legend>{"".join(controls)}{"".join(figures)}'
     return render_section("How they learned", f'<fieldset class="axes">{choice}</fieldset>')
 
 
@@ -226,7 +226,9 @@ def _settings_section(runs: Sequence[ComparedRun]) -> str:
         return render_section(
             "What differs", f"<p>Nothing: all {len(names):,} settings and facts are the same.</p>", bool(names)
         )
-    rows = [(escape_html(name), [f"<td>{escaped(one.get(name, '–'))}</td>" for one in settings]) for name in differing]
+    rows = [
+        (escape_html(name), [f"<td>{escape_html(one.get(name, '–'))}</td>" for one in settings]) for name in differing
+    ]
     return render_section("What differs", _comparison_table("Settings and facts that differ", runs, rows) + same)
 
 
@@ -251,7 +253,7 @@ def _benchmarks_section(runs: Sequence[ComparedRun]) -> str:
         details = [metric, *([f"chance {as_number(chance)}"] if chance is not None else [])]
         if len(counts) > 1:
             details.append("items: " + ", ".join("–" if one is None else f"{one.score.n}" for one in benchmarks))
-        label = f"{escaped(name)}<small>{escaped(' · '.join(told))}</small>"
+        label = f"{escape_html(name)}<small>{escape_html(' · '.join(details))}</small>"
         rows.append((label, [number_cell(None if one is None else one.score) for one in benchmarks]))
     test = "<code>nextword evaluate RUN --against OTHER</code>"
     note = f"<p>Intervals that overlap do not yet say that two runs are equal: {test} puts it to the test.</p>"
@@ -270,10 +272,10 @@ def _audit_section(runs: Sequence[ComparedRun]) -> str:
             reference = (
                 None
                 if first_finding.reference is None
-                else f"{as_number(known.reference, known.unit)} where nothing is amiss"
+                else f"{as_number(first_finding.reference, first_finding.unit)} where nothing is amiss"
             )
             reference_html = "" if reference is None else f"<small>{reference}</small>"
-            rows.append((f"{escaped(key[1])}{under}", [_finding_cell(one) for one in findings]))
+            rows.append((f"{escape_html(key[1])}{reference_html}", [_finding_cell(one) for one in findings]))
         tables.append(_comparison_table(section_title(name), runs, rows))
     flagged_note = "<p>What is marked <span class='mark'>▲</span> is to be read before that model is used.</p>"
     return render_section("Audits", flagged_note + "".join(tables), bool(tables))
@@ -294,7 +296,7 @@ def _samples_section(runs: Sequence[ComparedRun]) -> str:
     blocks = []
     for prompt in prompts:
         cells = "".join(
-            f'<div><h4>{_dot(i)}{escaped(one.name)}</h4><blockquote dir="auto"><b>{escaped(prompt)}</b>{escaped(found[prompt])}'
+            f'<div><h4>{_color_dot(i)}{escape_html(one.name)}</h4><blockquote dir="auto"><b>{escape_html(prompt)}</b>{escape_html(found[prompt])}'
             "</blockquote></div>"
             for i, (one, found) in enumerate(zip(runs, last_samples, strict=True))
             if prompt in found

@@ -37,7 +37,7 @@ def write_explanation_page(explanation: dict[str, Any], path: Path) -> Path:
         title=escape_html(" ".join(text.split())[:60]), heading=escape_html(heading),
         long=' class="long"' if len(text) > LARGE_HEADING_CHARS else "",
         about=escape_html(format_model_summary(explanation)), lens=format_logit_lens_note(explanation),
-        notes="".join(f'<p class="note">{escaped(note)}</p>' for note in explanation["notes"]),
+        notes="".join(f'<p class="note">{escape_html(note)}</p>' for note in explanation["notes"]),
         norm_open="<mi>norm</mi><mo>(</mo>" if is_pre_norm else "", norm_close="<mo>)</mo>" if is_pre_norm else "",
         leaning=escape_html(format_attribution_note(explanation)), numbers=script_safe_json(page_data(explanation)),
     )  # fmt: skip
@@ -85,18 +85,18 @@ def format_logit_lens_note(explanation: dict[str, Any]) -> str:
     predicts_tokens = "next" in explanation["tokens"][0]
     matrix = "the vocabulary's matrix" if predicts_tokens else "the task's head"
     note = LOGIT_LENS_NOTES[explanation["about"]["norms"]].format(matrix=matrix)
-    return f"{said} Read from top to bottom how the answer forms.{MARKED if words else ''}"
+    return f"{note} Read from top to bottom how the answer forms.{ACTUAL_TOKEN_NOTE if predicts_tokens else ''}"
 
 
 def format_attribution_note(explanation: dict[str, Any]) -> str:
     attributions = explanation["leaning"]
     target_text = (
-        f"the log-probability of “{shown(leaning['target'])}” as the next word, in nats"
+        f"the log-probability of “{show_whitespace(attributions['target'])}” as the next word, in nats"
         if attributions["kind"] == "word"
-        else f"the model's number for “{shown(leaning['target'])}” (its logit)"
+        else f"the model's number for “{show_whitespace(attributions['target'])}” (its logit)"
     )
     return (
-        f"How much each token has added to {what}, compared with a text of the same length in which every word is an average "
+        f"How much each token has added to {target_text}, compared with a text of the same length in which every word is an average "
         "one, the mean of all token embeddings. Above zero it speaks for it, below zero against it."
     )
 
@@ -125,12 +125,12 @@ def answer_segments(explanation: dict[str, Any]) -> list[Any]:
     probabilities = answer["probabilities"]
     if "labels" in answer:
         label_segments = [
-            x for label in answer["labels"] for x in ([label, "label"], f" ({100 * chances[label]:.1f} %) ")
+            x for label in answer["labels"] for x in ([label, "label"], f" ({100 * probabilities[label]:.1f} %) ")
         ]
         return ["The labels are ", *label_segments] if label_segments else ["None of the labels fits."]
     if "text" in answer:
-        return ["The answer is ", [answer["text"], "label"], f", {100 * chances[answer['label']]:.1f} %."]
-    return ["The answer is ", [answer["label"], "label"], f", {100 * chances[answer['label']]:.1f} %."]
+        return ["The answer is ", [answer["text"], "label"], f", {100 * probabilities[answer['label']]:.1f} %."]
+    return ["The answer is ", [answer["label"], "label"], f", {100 * probabilities[answer['label']]:.1f} %."]
 
 
 def text_direction(texts: Iterable[str]) -> str:

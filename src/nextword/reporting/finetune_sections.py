@@ -38,9 +38,9 @@ def finetune_headline(run: RunData) -> str:
     """The largest numbers: the task's score beside the best rule's, and how little it took."""
     results, metadata = TaskResults.from_run(run), run.metadata
     metric, model_score = METRICS[results.metric], results.model_score
-    sample_text = f" on {model.n:,} examples" if model_score and model_score.n else ""
+    sample_text = f" on {model_score.n:,} examples" if model_score and model_score.n else ""
     interval = model_score and model_score.format_interval(results.metric)
-    note = f"{interval}{on} (95 % interval)" if interval else metric.description
+    note = f"{interval}{sample_text} (95 % interval)" if interval else metric.description
     numbers: list[tuple[str, Any, Any]] = [
         (metric.name, model_score and model_score.format_value(results.metric), note)
     ]
@@ -48,7 +48,11 @@ def finetune_headline(run: RunData) -> str:
         name, baseline = results.best_baseline
         interval_text = baseline.format_interval(results.metric)
         numbers.append(
-            ("without a model", baseline.format_value(results.metric), f"{name}{f', {between}' if between else ''}")
+            (
+                "without a model",
+                baseline.format_value(results.metric),
+                f"{name}{f', {between}' if interval_text else ''}",
+            )
         )
     if results.score_before is not None:
         interval_text = results.score_before.format_interval(results.metric)
@@ -61,13 +65,13 @@ def finetune_headline(run: RunData) -> str:
         )
     examples, validation_examples = (get_nested(metadata, "data", part, "examples") for part in ("train", "validation"))
     if is_number(examples):
-        held_out_note = f"; {held_out:,} held out" if is_number(validation_examples) else ""
-        numbers.append(("examples", f"{examples:,}", f"to learn from{apart}"))
+        held_out_note = f"; {validation_examples:,} held out" if is_number(validation_examples) else ""
+        numbers.append(("examples", f"{examples:,}", f"to learn from{held_out_note}"))
     elif tokens := run.last_value("tokens"):
         numbers.append(("tokens seen", format_count(tokens), "in training, repeats counted"))
     parameters, trained = metadata.get("parameters"), metadata.get("trained_parameters", metadata.get("parameters"))
     if is_number(parameters) and is_number(trained):
-        note = "all of them trained" if trained == parameters else f"were trained, of {short_count(parameters)}"
+        note = "all of them trained" if trained == parameters else f"were trained, of {format_count(parameters)}"
         numbers.append(("parameters", format_count(trained), note))
     seconds = get_nested(run.result, "seconds")
     seconds = seconds if is_number(seconds) else run.last_value("seconds")
@@ -83,16 +87,16 @@ def finetune_scores_section(run: RunData) -> str:
     results = TaskResults.from_run(run)
     metric = METRICS[results.metric]
     summary = (
-        f"{outcome.in_words()} {metric.name[0].upper()}{metric.name[1:]} is {metric.meaning}."
+        f"{results.summary_lines()} {metric.name[0].upper()}{metric.name[1:]} is {metric.description}."
         if results.model_score
         else ""
     )
     forgotten = format_forgetting(run)
     parts = [
-        f"<p>{escaped(words)}</p>" if summary else "",
+        f"<p>{format_count(summary)}</p>" if summary else "",
         dot_plot(results),
         scores_table(results),
-        f"<p>{escaped(forgotten)}</p>" if forgotten else "",
+        f"<p>{format_count(forgotten)}</p>" if forgotten else "",
     ]
     return render_section("How well it does", "".join(parts), any(parts)) + labels_section(run)
 
@@ -113,40 +117,42 @@ def dot_plot(results: TaskResults) -> str:
     def to_percent(value: float) -> str:
         return f"{100 * (value - first) / (last - first):.2f}%"
 
-    gridlines = "".join(f'<u style="left:{place(tick)}"></u>' for tick in ticks)
+    gridlines = "".join(f'<u style="left:{to_percent(tick)}"></u>' for tick in ticks)
     plot_rows = []
     for system, score in rows:
         bar = ""
         if score.low is not None and score.high is not None:
-            width = f"{100 * (one.high - one.low) / (last - first):.2f}%"
-            bar = f'<i style="left:{place(one.low)};width:{width}"></i>'
-        strip = f'<span class="strip">{lines}{bar}<b style="left:{place(one.value)}"></b></span>'
+            width = f"{100 * (score.high - score.low) / (last - first):.2f}%"
+            bar = f'<i style="left:{to_percent(score.low)};width:{width}"></i>'
+        strip = f'<span class="strip">{gridlines}{bar}<b style="left:{to_percent(score.value)}"></b></span>'
         kind = ' class="own"' if system == THIS_MODEL else ""
         plot_rows.append(
-            f'<div{kind}><span>{escaped(who)}</span>{strip}<span class="number">{one.shown(outcome.metric)}</span></div>'
+            f'<div{kind}><span>{format_count(system)}</span>{strip}<span class="number">{score.format_value(results.metric)}</span></div>'
         )
-    axis = "".join(f'<em style="left:{place(tick)}">{tick + 0.0:g}</em>' for tick in ticks)
+    axis = "".join(f'<em style="left:{to_percent(tick)}">{tick + 0.0:g}</em>' for tick in ticks)
     plot_rows.append(f'<div class="axis"><span></span><span class="strip">{axis}</span><span></span></div>')
-    alt_text = "; ".join(f"{who} {in_words(one, outcome.metric)}" for system, score in rows)
+    alt_text = "; ".join(f"{system} {format_score_with_ci(score, results.metric)}" for system, score in rows)
     name = METRICS[results.metric].name
-    picture = f'<div class="dots">{"".join(drawn)}</div>'
-    return render_figure(picture, f"{name}: {said}.", f"{escaped(name)} on held-out examples, with 95 % intervals")
+    picture = f'<div class="dots">{"".join(plot_rows)}</div>'
+    return render_figure(
+        picture, f"{name}: {alt_text}.", f"{format_count(name)} on held-out examples, with 95 % intervals"
+    )
 
 
 def format_score_with_ci(score: ScoreWithCI, metric: str) -> str:
     interval = score.format_interval(metric)
-    return f"{one.shown(metric)} ({interval})" if interval else score.format_value(metric)
+    return f"{score.format_value(metric)} ({interval})" if interval else score.format_value(metric)
 
 
 def scores_table(results: TaskResults) -> str:
     """All scores of all who were scored: a row a score, a column for the model, before, and each rule."""
     if len(results.by_system) * len(results.metric_names) < 2:
         return ""
-    head = "".join(f'<th scope="col">{escaped(who)}</th>' for who in results.by_system)
+    head = "".join(f'<th scope="col">{format_count(who)}</th>' for who in results.by_system)
     rows = []
     for name in results.metric_names:
         cells = (score_cell(scores.get(name), name) for scores in results.by_system.values())
-        rows.append(f'<tr><th scope="row">{escaped(METRICS[name].name)}</th>{"".join(cells)}</tr>')
+        rows.append(f'<tr><th scope="row">{format_count(METRICS[name].name)}</th>{"".join(cells)}</tr>')
     return (
         f'<table class="scores"><caption>Every score, and its 95 % interval</caption><thead><tr><th></th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table>"
@@ -158,7 +164,7 @@ def score_cell(score: ScoreWithCI | None, metric: str) -> str:
     if score is None:
         return "<td>–</td>"
     interval = score.format_interval(metric)
-    return f"<td>{one.shown(metric)}{f'<small>{interval}</small>' if interval else ''}</td>"
+    return f"<td>{score.format_value(metric)}{f'<small>{interval}</small>' if interval else ''}</td>"
 
 
 def label_counts(run: RunData) -> list[tuple[str, int]]:
@@ -181,7 +187,7 @@ def labels_section(run: RunData) -> str:
         return ""
     widest = max(1, counts[0][1])
     rows = [
-        f'<tr><th scope="row">{escaped(label)}</th>'
+        f'<tr><th scope="row">{format_count(label)}</th>'
         f'<td><span style="width:{100 * n / widest:.1f}%"></span></td><td>{n:,}</td></tr>'
         for label, n in counts
     ]
@@ -191,9 +197,9 @@ def labels_section(run: RunData) -> str:
     summary = f"The commonest label, {common}, has {most:,} examples; the rarest, {rare}, has {least:,}."
     if uses_macro_f1:
         summary += " So rare labels counted more in training, and macro-F1 decided which weights were kept."
-    content = f"<p>{escaped(said)}</p>{bars(shown)}"
+    content = f"<p>{format_count(summary)}</p>{label_bars_table(shown)}"
     if others:
-        content += f"<details><summary>{len(others):,} more labels</summary>{bars(others)}</details>"
+        content += f"<details><summary>{len(others):,} more labels</summary>{label_bars_table(others)}</details>"
     return render_section("The labels", content)
 
 
@@ -214,16 +220,16 @@ def finetune_curves(run: RunData) -> list[str]:
         alt_text = (
             f"{name}: {points[0][1]:.3g} at step {points[0][0]:,.0f}, {points[-1][1]:.3g} at step {points[-1][0]:,.0f}."
         )
-        caption = f"{escaped(name)} on the held-out examples that were looked at on the way"
+        caption = f"{format_count(name)} on the held-out examples that were looked at on the way"
         baseline = results.best_baseline and (results.best_baseline[0], results.best_baseline[1].value)
         curves.append(render_figure(plot_score(points, baseline, "small-score"), alt_text, caption))
     if run.task in LM_LOSS_TASKS:
         return curves
     if len(points := run.series("validation", "loss")) > 1:
-        caption = f"Loss on held-out examples: {held_out_loss(run)}"
+        caption = f"Loss on held-out examples: {validation_loss_unit(run)}"
         curves.append(render_figure(plot_metric(points, "small-validation"), describe_range(caption, points), caption))
     if len(points := run.series("loss")) > 1:
-        caption = f"Loss in training: {training_loss(run)}"
+        caption = f"Loss in training: {training_loss_name(run)}"
         curves.append(
             render_figure(plot_training_loss(points, "small-training"), describe_range(caption, points), caption)
         )
@@ -289,7 +295,7 @@ def task_metadata(run: RunData) -> dict[str, Any]:
         "began with": base_model_name(run),
         "columns": format_columns(columns) if columns else None,
         "labels": len(labels) if isinstance(labels, list) and labels else None,
-        "trained": f"{weights}, from scratch" if get_nested(metadata, "recipe", "scratch") else trained_weights,
+        "trained": f"{trained_weights}, from scratch" if get_nested(metadata, "recipe", "scratch") else trained_weights,
         "trained parameters": metadata.get("trained_parameters"),
     }
     if counts and not is_imbalanced(counts):

@@ -36,14 +36,14 @@ def write_label_efficiency_page(run_dir: Path, study: dict[str, Any]) -> Path:
     """
     metric, points = study.get("metric"), parse_points(study)
     if metric not in METRICS or not points:
-        raise NextwordError(f"{folder}: this comparison has no scores to be drawn (of {metric}); run it once more")
+        raise NextwordError(f"{run_dir}: this comparison has no scores to be drawn (of {metric}); run it once more")
     sentence = str(study.get("sentence") or "What pre-training is worth")
-    subtitle_parts = [f"{facts[key]}" for key in ("task", "model", "data") if study.get(key)]
+    subtitle_parts = [f"{study[key]}" for key in ("task", "model", "data") if study.get(key)]
     page = PAGE_TEMPLATE.substitute(
         title=escape_html(run_dir.resolve().name),
         kind="what pre-training is worth",
         footer=RUN_FOOTER,
-        heading=f'<span class="sentence">{escaped(sentence)}</span>',
+        heading=f'<span class="sentence">{escape_html(sentence)}</span>',
         subtitle=" · ".join(escape_html(part) for part in subtitle_parts),
         headline="",
         parts="\n".join(
@@ -52,7 +52,7 @@ def write_label_efficiency_page(run_dir: Path, study: dict[str, Any]) -> Path:
                 table_section(study, metric, points),
                 render_section(
                     "The command",
-                    f"<pre><code>{escaped(facts.get('command'))}</code></pre>",
+                    f"<pre><code>{escape_html(study.get('command'))}</code></pre>",
                     bool(study.get("command")),
                 ),
             ]
@@ -115,14 +115,14 @@ def plot_section(study: Mapping[str, Any], metric: str, points: StudyPoints) -> 
     seeds = max(one.n or 1 for _, scores in points for one in scores.values())
     aggregation_note = f", the mean of {seeds} seeds with its 95 % interval. Each dot is one run" if seeds > 1 else ""
     better = "Higher is better" if is_higher_better(study, metric) else "Lower is better"
-    caption = f"{label[0].upper()}{label[1:]}: {METRICS[metric].meaning}{of}. {better}."
+    caption = f"{label[0].upper()}{label[1:]}: {METRICS[metric].description}{aggregation_note}. {better}."
     descriptions = [
         f"{count:,} examples: {', '.join(f'{KINDS[kind]} {in_words(one, metric)}' for kind, one in scores.items())}"
         for count, scores in points
     ]
     descriptions += [f"{name}, without a model: {in_words(rule, metric)}" for name, rule in baselines]
     return render_section(
-        "By number of labels", render_figure(picture, f"{label}. {'; '.join(said)}.", escape_html(caption))
+        "By number of labels", render_figure(picture, f"{label}. {'; '.join(descriptions)}.", escape_html(caption))
     )
 
 
@@ -133,9 +133,9 @@ def table_section(study: Mapping[str, Any], metric: str, points: StudyPoints) ->
     for count, scores in points:
         advantage = sign * (scores["pretrained"].value - scores["scratch"].value)
         cells = "".join(score_cell(scores[kind], metric) for kind in INITIALIZATIONS)
-        rows.append(f'<tr><th scope="row">{count:,}</th>{cells}<td>{as_score(ahead, metric, "+")}</td></tr>')
+        rows.append(f'<tr><th scope="row">{count:,}</th>{cells}<td>{as_score(advantage, metric, "+")}</td></tr>')
     baseline_rows = "".join(
-        f'<tr><th scope="row">{escaped(name)}</th>{score_cell(rule, metric)}</tr>'
+        f'<tr><th scope="row">{escape_html(name)}</th>{score_cell(rule, metric)}</tr>'
         for name, rule in parse_baselines(study)
     )
     tables = render_scores_table(f"{METRICS[metric].name}, by labels to learn from", head, "".join(rows))
@@ -149,9 +149,9 @@ def table_section(study: Mapping[str, Any], metric: str, points: StudyPoints) ->
 def runs_table(study: Mapping[str, Any], metric: str) -> str:
     runs = sorted(parse_runs(study), key=lambda c: (c["examples"], not c.get("pretrained"), str(c.get("seed"))))
     rows = "".join(
-        f'<tr><th scope="row">{int(cell["examples"]):,}</th><td>{escaped(cell.get("seed", "–"))}</td>'
-        f"<td>{KINDS['pretrained' if cell.get('pretrained') else 'scratch']}</td>"
-        f"<td>{Measured(float(cell['score'])).shown(metric)}</td>"
+        f'<tr><th scope="row">{int(cell["examples"]):,}</th><td>{escape_html(cell.get("seed", "–"))}</td>'
+        f"<td>{INITIALIZATIONS['pretrained' if cell.get('pretrained') else 'scratch']}</td>"
+        f"<td>{ScoreWithCI(float(cell['score'])).read_offset(metric)}</td>"
         f"<td>{duration(cell['seconds']) if is_number(cell.get('seconds')) else '–'}</td></tr>"
         for cell in runs
     )
@@ -160,11 +160,11 @@ def runs_table(study: Mapping[str, Any], metric: str) -> str:
     head = "".join(
         f'<th scope="col">{name}</th>' for name in ("labels", "seed", "weights", METRICS[metric].name, "time")
     )
-    return f"<details><summary>Each of the {len(cells)} runs</summary>{numbers('Every run', head, rows)}</details>"
+    return f"<details><summary>Each of the {len(runs)} runs</summary>{render_scores_table('Every run', head, rows)}</details>"
 
 
 def render_scores_table(caption: str, head: str, rows: str) -> str:
     return (
-        f'<table class="scores"><caption>{escaped(caption)}</caption><thead><tr>{head}</tr></thead>'
+        f'<table class="scores"><caption>{escape_html(caption)}</caption><thead><tr>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table>"
     )

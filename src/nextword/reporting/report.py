@@ -63,7 +63,7 @@ def write_report(run_dir: Path) -> Path:
         results_html,
         _samples_section(run_data),
         finetune_metadata_section(run_data) if is_finetuned else _metadata_section(run_data),
-        render_section("The command", f"<pre><code>{escaped(command)}</code></pre>", bool(command)),
+        render_section("The command", f"<pre><code>{escape_html(command)}</code></pre>", bool(command)),
         _log_section(run_data),
     ]
     page = PAGE_TEMPLATE.substitute(
@@ -72,7 +72,7 @@ def write_report(run_dir: Path) -> Path:
         kind="training report",
         heading=escape_html(run_data.name),
         subtitle=_subtitle(run_data),
-        headline=f"<dl>\n{tuned_headline(data) if tuned else _headline(data)}\n</dl>\n",
+        headline=f"<dl>\n{tuned_headline(run_data) if is_finetuned else _headline_numbers(run_data)}\n</dl>\n",
         parts="\n".join([finetune_scores_section(run_data), *sections] if is_finetuned else sections),
         style=BASE_CSS + (TASK_CSS if is_finetuned or results_html else "") + (RESULTS_CSS if results_html else ""),
     )
@@ -103,7 +103,7 @@ def refresh_unmodified(run_dir: Path, info: Callable[[str], None]) -> None:
         write_card(run_dir)
     elif card_path.is_file():
         info(
-            f"{card}: somebody has changed it, so it stays as it is; without it, nextword report {run} writes a new one"
+            f"{card_path}: somebody has changed it, so it stays as it is; without it, nextword report {run_dir} writes a new one"
         )
 
 
@@ -112,7 +112,7 @@ def _label_efficiency_report(run_dir: Path, run: RunData) -> Path:
     result, request = run.result, as_mapping(run.metadata.get("request"))
     if not result:
         raise NextwordError(
-            f"{folder}: this comparison is not finished, and its page comes with its end. Go on with it by --resume"
+            f"{run_dir}: this comparison is not finished, and its page comes with its end. Go on with it by --resume"
         )
     data = request.get("data")
     names = {"model": request.get("model"), "data": data[0] if isinstance(data, list) and data else None}
@@ -173,7 +173,7 @@ def _training_section(run: RunData) -> str:
         small_figures.append(
             render_figure(picture, words, "Validation loss by position: how much the words before help")
         )
-    grid = f'<div class="grid">{"".join(small)}</div>' if small_figures else ""
+    grid = f'<div class="grid">{"".join(small_figures)}</div>' if small_figures else ""
     return render_section(
         "How it learned",
         loss_figure + grid + (validation_table(run) if is_finetuned else ""),
@@ -233,12 +233,14 @@ def _plan_section(run: RunData) -> str:
         ("memory", plan.get("memory_bytes"), result.get("memory_bytes"), lambda value: f"{value / 1e9:.2f} GB"),
     ]
     shown = "".join(
-        f'<tr><th scope="row">{name}</th><td>{form(before)}</td><td>{form(after)}</td>'
+        f'<tr><th scope="row">{name}</th><td>{formatter(before)}</td><td>{formatter(after)}</td>'
         f"<td>{100 * (after / before - 1):+.1f} %</td></tr>".replace("-", "−")
         for name, before, after, formatter in rows
         if is_number(before) and is_number(after) and before > 0
     )
-    rationale_items = "".join(f"<li>{escaped(line)}</li>" for line in plan.get("why") or () if isinstance(line, str))
+    rationale_items = "".join(
+        f"<li>{escape_html(line)}</li>" for line in plan.get("why") or () if isinstance(line, str)
+    )
     range_note = ""
     if is_number(low) and is_number(high) and is_number(actual_bits):
         inside = "inside" if low <= actual_bits <= high else "outside"
@@ -246,7 +248,9 @@ def _plan_section(run: RunData) -> str:
         range_note = f"<p>Four runs in five were expected to end {expected}; this one is {inside}.</p>"
     head = "".join(f'<th scope="col">{name}</th>' for name in ("", "planned", "came", "off by"))
     table = f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{shown}</tbody></table>'
-    return render_section("The plan, and what came of it", f"<ul>{why}</ul>{table}{said}", bool(shown))
+    return render_section(
+        "The plan, and what came of it", f"<ul>{rationale_items}</ul>{table}{range_note}", bool(shown)
+    )
 
 
 def _samples_section(run: RunData) -> str:
@@ -255,20 +259,21 @@ def _samples_section(run: RunData) -> str:
         if isinstance(record.get("sample"), dict):
             by_step.setdefault(record.get("step"), []).append(record["sample"])
     items = [
-        f"<li><h3>{escaped(readable(step))}</h3><div>{_quotes(samples)}</div></li>" for step, samples in by_step.items()
+        f"<li><h3>{escape_html(readable(step))}</h3><div>{_sample_quotes(samples)}</div></li>"
+        for step, samples in by_step.items()
     ]
     spread = {round(i * (len(items) - 1) / (MAX_SAMPLES - 1)) for i in range(MAX_SAMPLES)}
     shown = [item for i, item in enumerate(items) if i in spread]
     others = [item for i, item in enumerate(items) if i not in spread]
     more = f"<details><summary>{len(others)} more</summary><ol>{''.join(others)}</ol></details>" if others else ""
     description = "How the model went on" if run.task in (None, "continue") else "What the model answered"
-    intro = f"<p>{what} as it learned. The number is the step; the prompt is set in bold.</p>"
+    intro = f"<p>{description} as it learned. The number is the step; the prompt is set in bold.</p>"
     return render_section("What it wrote", f'{intro}<ol class="samples">{"".join(shown)}</ol>{more}', bool(items))
 
 
 def _sample_quotes(samples: Iterable[Mapping[str, Any]]) -> str:
     return "".join(
-        f'<blockquote dir="auto"><b>{escaped(sample.get("prompt") or "")}</b>{escaped(sample.get("text") or "")}</blockquote>'
+        f'<blockquote dir="auto"><b>{escape_html(sample.get("prompt") or "")}</b>{escape_html(sample.get("text") or "")}</blockquote>'
         for sample in samples
     )
 
@@ -299,5 +304,5 @@ def _metadata_section(run: RunData) -> str:
 
 def _log_section(run: RunData) -> str:
     lines = [(record.get("step"), record["message"]) for record in run.records if "message" in record]
-    items = "".join(f"<li><b>{escaped(readable(step))}</b> {escaped(message)}</li>" for step, message in lines)
+    items = "".join(f"<li><b>{escape_html(readable(step))}</b> {escape_html(message)}</li>" for step, message in lines)
     return render_section("What was said on the way", f'<ul class="messages">{items}</ul>', bool(lines))

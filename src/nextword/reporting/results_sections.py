@@ -49,19 +49,19 @@ def format_number(value: float, unit: str | None = None) -> str:
         number_format = "z,.0f"
     else:
         number_format = "z.1f" if unit == "%" and abs(value) >= 0.05 else ".2g" if abs(value) < 0.1 else ".3g"
-    return f"{value:{shape}}".replace("-", "−")
+    return f"{value:{number_format}}".replace("-", "−")
 
 
 def format_interval(score: ScoreWithCI, unit: str | None = None) -> str:
     """ "0.578 to 0.640", or nothing where none is known."""
     if score.low is None or score.high is None:
         return ""
-    return f"{as_number(mark.low, unit)} to {as_number(mark.high, unit)}"
+    return f"{format_number(score.low, unit)} to {format_number(score.high, unit)}"
 
 
 def format_number_with_ci(score: ScoreWithCI) -> str:
     return (
-        f"{as_number(mark.value)} ({between})"
+        f"{format_number(score.value)} ({interval_text})"
         if (interval_text := format_interval(score))
         else format_number(score.value)
     )
@@ -71,14 +71,18 @@ def number_cell(score: ScoreWithCI | None, unit: str | None = None) -> str:
     """A table's cell with a number, its unit, and its interval under it."""
     if score is None:
         return "<td>–</td>"
-    interval_html = f"<small>{interval(mark, unit)}</small>" if format_interval(score) else ""
-    return f"<td>{as_number(mark.value, unit)}{f' {escaped(unit)}' if unit else ''}{under}</td>"
+    interval_html = f"<small>{format_interval(score, unit)}</small>" if format_interval(score) else ""
+    return f"<td>{format_number(score.value, unit)}{f' {escaped(unit)}' if unit else ''}{interval_html}</td>"
 
 
 def format_item_count(benchmark: BenchmarkResult) -> str:
     """ "1,000 of 67,000"."""
-    n = "–" if benchmark.score.n is None else f"{suite.score.n:,}"
-    return f"{n} of {suite.of:,}" if benchmark.total_items and benchmark.total_items != benchmark.score.n else n
+    n = "–" if benchmark.score.n is None else f"{benchmark.score.n:,}"
+    return (
+        f"{n} of {benchmark.total_items:,}"
+        if benchmark.total_items and benchmark.total_items != benchmark.score.n
+        else n
+    )
 
 
 def compare_with_chance(benchmark: BenchmarkResult) -> str:
@@ -108,8 +112,8 @@ def texts_table(stored_results: StoredResults) -> str:
     if not stored_results.texts:
         return ""
     rows = "".join(
-        f'<tr><th scope="row">{escaped(one.name)}<small>{escaped(when_in_words(one.when))}</small></th>'
-        f"{cell(one.bits_per_byte)}<td>{perplexity(one.loss)}</td><td>{one.tokens:,}</td></tr>"
+        f'<tr><th scope="row">{escaped(one.name)}<small>{escaped(format_provenance(one.get_provenance))}</small></th>'
+        f"{number_cell(one.bits_per_byte)}<td>{perplexity(one.loss)}</td><td>{one.tokens:,}</td></tr>"
         for one in stored_results.texts
     )
     head = header_cells(("text", "bits per byte", "perplexity", "tokens"))
@@ -128,29 +132,34 @@ def benchmarks_plot(benchmarks: Sequence[BenchmarkResult]) -> str:
     def to_percent(value: float) -> str:
         return f"{100 * min(1.0, max(0.0, value)):.2f}%"
 
-    gridlines = "".join(f'<u style="left:{place(x)}"></u>' for x in (0, 0.25, 0.5, 0.75, 1))
+    gridlines = "".join(f'<u style="left:{to_percent(x)}"></u>' for x in (0, 0.25, 0.5, 0.75, 1))
     rows = []
     for benchmark in plotted:
         score, chance = benchmark.score, benchmark.chance or 0.0
         bar = ""
         if score.low is not None and score.high is not None:
-            bar = f'<i style="left:{place(score.low)};width:{place(score.high - score.low)}"></i>'
-        control_ring = f'<s style="left:{place(one.scrambled.value)}"></s>' if benchmark.shuffled_control else ""
-        chance_mark = f'<em class="chance" style="left:{place(chance)}"></em>'
-        strip = f'{lines}{stroke}{bar}{ring}<b style="left:{place(score.value)}"></b>'
+            bar = f'<i style="left:{to_percent(score.low)};width:{to_percent(score.high - score.low)}"></i>'
+        control_ring = (
+            f'<s style="left:{to_percent(benchmark.shuffled_control.value)}"></s>' if benchmark.shuffled_control else ""
+        )
+        chance_mark = f'<em class="chance" style="left:{to_percent(chance)}"></em>'
+        strip = f'{gridlines}{chance_mark}{bar}{control_ring}<b style="left:{to_percent(score.value)}"></b>'
         kind = "own" if benchmark.chance_side else ""
         rows.append(
-            f'<div class="{kind}"><span>{escaped(one.name)}</span><span class="strip">{strip}</span>'
-            f'<span class="number">{as_number(score.value)}</span></div>'
+            f'<div class="{kind}"><span>{escaped(benchmark.name)}</span><span class="strip">{strip}</span>'
+            f'<span class="number">{format_number(score.value)}</span></div>'
         )
-    axis = "".join(f'<em style="left:{place(x)}">{x:g}</em>' for x in (0, 0.25, 0.5, 0.75, 1))
+    axis = "".join(f'<em style="left:{to_percent(x)}">{x:g}</em>' for x in (0, 0.25, 0.5, 0.75, 1))
     rows.append(f'<div class="axis"><span></span><span class="strip">{axis}</span><span></span></div>')
-    alt_text = "; ".join(f"{one.name} {with_interval(one.score)}, {verdict(one)}" for benchmark in plotted)
+    alt_text = "; ".join(
+        f"{benchmark.name} {format_number_with_ci(benchmark.score)}, {compare_with_chance(benchmark)}"
+        for benchmark in plotted
+    )
     caption = (
         "Suites of questions: the dot is the score, the bar its 95 % interval, the stroke what guessing has, the ring what "
         "it has with the words scrambled. Grey is what cannot be told from guessing."
     )
-    return render_figure(f'<div class="dots suites">{"".join(rows)}</div>', f"{words}.", caption)
+    return render_figure(f'<div class="dots suites">{"".join(rows)}</div>', f"{alt_text}.", caption)
 
 
 def benchmarks_table(benchmarks: Sequence[BenchmarkResult]) -> str:
@@ -158,7 +167,7 @@ def benchmarks_table(benchmarks: Sequence[BenchmarkResult]) -> str:
         return ""
     rows = []
     for benchmark in benchmarks:
-        metric_note = f"{one.metric} · {when_in_words(one.when)}"
+        metric_note = f"{benchmark.metric} · {format_provenance(benchmark.get_provenance)}"
         chance = "–" if benchmark.chance is None else format_number(benchmark.chance)
         control_note = (
             ""
@@ -170,12 +179,12 @@ def benchmarks_table(benchmarks: Sequence[BenchmarkResult]) -> str:
         control_cell = (
             "<td>–</td>"
             if benchmark.shuffled_control is None
-            else f"<td>{as_number(one.scrambled.value)}<small>{seen}</small></td>"
+            else f"<td>{format_number(benchmark.shuffled_control.value)}<small>{control_note}</small></td>"
         )
         rows.append(
-            f'<tr><th scope="row">{escaped(one.name)}<small>{escaped(about)}</small></th>'
-            f"{cell(one.score)}<td>{chance}<small>{verdict(one) if one.chance is not None else ''}</small></td>{mixed}"
-            f"<td>{items_in_words(one)}</td></tr>"
+            f'<tr><th scope="row">{escaped(benchmark.name)}<small>{escaped(metric_note)}</small></th>'
+            f"{number_cell(benchmark.score)}<td>{chance}<small>{compare_with_chance(benchmark) if benchmark.chance is not None else ''}</small></td>{control_cell}"
+            f"<td>{format_item_count(benchmark)}</td></tr>"
         )
     head = header_cells(("suite", "score", "chance", "scrambled", "items"))
     body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
@@ -187,14 +196,14 @@ def groups_table(benchmark: BenchmarkResult) -> str:
     """A suite's groups, the lowest first, to be unfolded."""
     order = sorted(benchmark.groups, key=lambda name: benchmark.groups[name].value)
     rows = "".join(
-        f'<tr><th scope="row">{escaped(name)}</th>{cell(suite.groups[name])}<td>{suite.groups[name].n or "–"}</td></tr>'
+        f'<tr><th scope="row">{escaped(name)}</th>{number_cell(benchmark.groups[name])}<td>{benchmark.groups[name].n or "–"}</td></tr>'
         for name in (order if len(order) <= MAX_GROUPS else order[: MAX_GROUPS // 2] + order[-MAX_GROUPS // 2 :])
     )
     if not rows:
         return ""
     shown = f"{len(order)} groups" if len(order) <= MAX_GROUPS else f"the lowest and the highest of {len(order)} groups"
-    table = f'<table class="scores"><thead><tr>{head_of(("group", "score", "items"))}</tr></thead><tbody>{rows}</tbody></table>'
-    return f"<details><summary>{escaped(suite.name)}: {shown}</summary>{table}</details>"
+    table = f'<table class="scores"><thead><tr>{header_cells(("group", "score", "items"))}</tr></thead><tbody>{rows}</tbody></table>'
+    return f"<details><summary>{escaped(benchmark.name)}: {shown}</summary>{table}</details>"
 
 
 # ---------------------------------------------------------------- findings
@@ -214,30 +223,30 @@ def audit_section(findings: Sequence[AuditFinding]) -> str:
     flagged_count = sum(one.flagged for one in findings)
     are = "is" if flagged_count == 1 else "are"
     summary = (
-        f"{notable} of {len(findings)} findings {are} to be read before this model is used: they are marked."
+        f"{flagged_count} of {len(findings)} findings {are} to be read before this model is used: they are marked."
         if flagged_count
         else f"Of {len(findings)} findings none stands out."
     )
     parts = [findings_table(section_title(name), some) for name, some in group_by_section(findings).items()]
-    return render_section("Audit", f"<p>{said}</p>{''.join(parts)}", bool(findings))
+    return render_section("Audit", f"<p>{summary}</p>{''.join(parts)}", bool(findings))
 
 
 def findings_table(title: str, findings: Sequence[AuditFinding]) -> str:
     rows = []
     for finding in findings:
         badge = FLAGGED_BADGE if finding.flagged else ""
-        note = f"<small>{escaped(one.note)}</small>" if finding.note else ""
+        note = f"<small>{escaped(finding.note)}</small>" if finding.note else ""
         reference = "–" if finding.reference is None else format_number(finding.reference, finding.unit)
-        n = "–" if finding.score.n is None else f"{one.mark.n:,}"
+        n = "–" if finding.score.n is None else f"{finding.score.n:,}"
         kind = ' class="notable"' if finding.flagged else ""
         rows.append(
-            f'<tr{kind}><th scope="row">{mark}{escaped(one.name)}{note}{examples_list(one)}</th>{cell(one.mark, one.unit)}'
+            f'<tr{kind}><th scope="row">{badge}{escaped(finding.name)}{note}{examples_list(finding)}</th>{number_cell(finding.score, finding.unit)}'
             f"<td>{reference}</td><td>{n}</td></tr>"
         )
     head = header_cells(("", "measured", "reference", "of"))
     head = head.replace('<th scope="col"></th>', "<td></td>")
     return (
-        f'<table class="scores findings"><caption>{escaped(name)}</caption><thead><tr>{head}</tr></thead>'
+        f'<table class="scores findings"><caption>{escaped(title)}</caption><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table>"
     )
 
@@ -253,8 +262,6 @@ def examples_list(finding: AuditFinding) -> str:
     )
     count = len(finding.examples)
     shown = (
-        f"{count} example{'s' if count > 1 else ''}"
-        if count <= MAX_EXAMPLES
-        else f"{SHOWN_EXAMPLES} of {count} examples"
+        f"{count} example{'s' if count > 1 else ''}" if count <= MAX_EXAMPLES else f"{MAX_EXAMPLES} of {count} examples"
     )
     return f'<details><summary>{shown}</summary><ul class="examples">{items}</ul></details>'

@@ -38,17 +38,17 @@ class RunData:
         """Raises `NextwordError` where this is no run folder, `CorruptFile` where a file of it is damaged."""
         if not (run_dir / "run.json").is_file():
             raise NextwordError(
-                f"{folder}: not a run folder (it has no run.json). Name one that `nextword pretrain` wrote"
+                f"{run_dir}: not a run folder (it has no run.json). Name one that `nextword pretrain` wrote"
             )
         facts = read_json(run_dir / "run.json")
         result = read_json(run_dir / "result.json") if (run_dir / "result.json").exists() else {}
         for name, value in (("run.json", facts), ("result.json", result)):
             if not isinstance(value, dict):
-                raise CorruptFileError(f"{folder / name}: not an object")
+                raise CorruptFileError(f"{run_dir / name}: not an object")
         records = read_jsonl(run_dir / "metrics.jsonl")
         for number, record in enumerate(records, start=1):
             if not isinstance(record, dict):
-                raise CorruptFileError(f"{folder / 'metrics.jsonl'} line {number}: not an object")
+                raise CorruptFileError(f"{run_dir / 'metrics.jsonl'} line {number}: not an object")
         return cls(run_dir.resolve().name, facts, records, result)
 
     def series(self, *keys: str) -> "Points":
@@ -95,7 +95,7 @@ def render_section(heading: str, content: str, visible: bool = True) -> str:
 def render_headline(numbers: Iterable[tuple[str, Any, Any]]) -> str:
     """The page's largest numbers: (label, value, note); those without a value are left out."""
     return "\n".join(
-        f"<div><dt>{label}</dt><dd>{escaped(value)}<small>{escaped(note)}</small></dd></div>"
+        f"<div><dt>{label}</dt><dd>{escape_html(value)}<small>{escape_html(note)}</small></dd></div>"
         for label, value, note in numbers
         if value
     )
@@ -103,13 +103,15 @@ def render_headline(numbers: Iterable[tuple[str, Any, Any]]) -> str:
 
 def render_figure(content: str, alt_text: str, caption: str) -> str:
     """A picture under its caption, and in words for whoever does not see it."""
-    described = f'<div role="img" aria-label="{escaped(words)}">{picture}</div>'
+    described = f'<div role="img" aria-label="{escape_html(alt_text)}">{content}</div>'
     return f"<figure><figcaption>{caption}</figcaption>{described}</figure>"
 
 
 def render_table(caption: str, rows: list[tuple[str, str]]) -> str:
     """Two columns: names and values."""
-    body = "".join(f'<tr><th scope="row">{escaped(name)}</th><td>{escaped(value)}</td></tr>' for name, value in rows)
+    body = "".join(
+        f'<tr><th scope="row">{escape_html(name)}</th><td>{escape_html(value)}</td></tr>' for name, value in rows
+    )
     return f"<table><caption>{caption}</caption><tbody>{body}</tbody></table>"
 
 

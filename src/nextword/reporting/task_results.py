@@ -69,7 +69,7 @@ class ScoreWithCI(NamedTuple):
         """ "0.077 to 0.270", or nothing where no interval is known."""
         if self.low is None or self.high is None:
             return ""
-        return f"{as_score(self.low, metric)} to {as_score(self.high, metric)}"
+        return f"{format_score(self.low, metric)} to {format_score(self.high, metric)}"
 
     def overlaps(self, other: "Measured") -> bool | None:
         """Whether the two intervals share a point; None where one is not known."""
@@ -81,7 +81,7 @@ class ScoreWithCI(NamedTuple):
 def format_score(value: float, metric: str, sign: str = "") -> str:
     """As many digits as the metric deserves, and a true minus; `sign` "+" shows that of a difference too."""
     number_format = f"z,.{METRICS[metric].digits}f" if abs(value) < 1e9 else ".3g"
-    return f"{value:{sign}{shape}}".replace("-", "−")
+    return f"{value:{sign}{number_format}}".replace("-", "−")
 
 
 def parse_scores(values: Any) -> dict[str, ScoreWithCI]:
@@ -156,18 +156,20 @@ class TaskResults:
         model = self.model_score
         if model is None:
             return ""
-        interval = f" (95 % interval {model.interval(self.metric)})" if model.low is not None else ""
+        interval = f" (95 % interval {model.format_interval(self.metric)})" if model.low is not None else ""
         sample_text = f"On {model.n:,} held-out examples" if model.n else "On what was held out"
         lower = ", and lower is better" if self.direction < 0 else ""
         so_far = "" if self.is_final else ", the best so far"
-        sentences = [f"{on}: {METRICS[self.metric].name} {model.shown(self.metric)}{interval}{so_far}{lower}."]
+        sentences = [
+            f"{sample_text}: {METRICS[self.metric].name} {model.read_offset(self.metric)}{interval}{so_far}{lower}."
+        ]
         if self.best_baseline is not None:
             name, rule = self.best_baseline
             sentences.append(
-                f"The best rule that needs no model, {name}, has {rule.shown(self.metric)}: {self._against(rule)}."
+                f"The best rule that needs no model, {name}, has {rule.read_offset(self.metric)}: {self._against(rule)}."
             )
         if self.score_before is not None:
-            sentences.append(f"Before this training it was {self.before.shown(self.metric)}.")
+            sentences.append(f"Before this training it was {self.score_before.read_offset(self.metric)}.")
         return " ".join(sentences)
 
     def _compare_with_baseline(self, baseline: ScoreWithCI) -> str:
@@ -180,7 +182,7 @@ class TaskResults:
         overlap = model.overlaps(baseline)
         if overlap is None:
             return comparison
-        return f"{said}, {'though' if overlap else 'and'} the intervals {'overlap' if overlap else 'are apart'}"
+        return f"{comparison}, {'though' if overlap else 'and'} the intervals {'overlap' if overlap else 'are apart'}"
 
 
 def best_value(metric: str, values: Iterable[float]) -> float:
@@ -196,8 +198,8 @@ def format_forgetting(run: RunData) -> str:
     share = after / before - 1
     losses_text = f"held-out text of its pre-training costs {after:.3f} bits per byte now and cost {before:.3f} before"
     if round(100 * share, 1) <= 0:
-        return f"Nothing was forgotten: {what}."
-    return f"What was forgotten: {what}, {100 * share:.1f} % more."
+        return f"Nothing was forgotten: {losses_text}."
+    return f"What was forgotten: {losses_text}, {100 * share:.1f} % more."
 
 
 def base_model_name(run: RunData) -> str | None:

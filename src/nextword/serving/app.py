@@ -280,7 +280,7 @@ async def run_server(
                 await asyncio.wait([serve_task, *wait_tasks[:2]], return_when=asyncio.FIRST_COMPLETED)
             if stop.is_set():
                 console.info(
-                    f"stopping: {len(worker.tickets)} answers are finished first, for {place.grace:.0f} s at most"
+                    f"stopping: {len(worker.handles)} answers are finished first, for {listen_config.shutdown_grace:.0f} s at most"
                 )
             await worker.drain(listen_config.shutdown_grace)
         finally:
@@ -310,7 +310,7 @@ def log_startup(
     )
     if not is_loopback(listen_config.host):
         console.warn(
-            f"other machines can connect to {place.host}"
+            f"other machines can connect to {listen_config.host}"
             + (", with the API key" if listen_config.api_key else ", and everybody is let in (--insecure)")
             + ". What is said goes over the network unencrypted: put a proxy with TLS before it"
         )

@@ -65,7 +65,9 @@ def load_chat_template(directory: Path, tokenizer: Tokenizer) -> str | None:
         templates_by_name = {one.get("name"): one.get("template") for one in chat_template if isinstance(one, dict)}
         chat_template = templates_by_name.get("default")
     if chat_template is not None and not (isinstance(chat_template, str) and len(chat_template) <= MAX_TEMPLATE_CHARS):
-        raise CorruptFileError(f"{directory}: its chat template is no text of at most {LONGEST_TEMPLATE:,} characters")
+        raise CorruptFileError(
+            f"{directory}: its chat template is no text of at most {MAX_TEMPLATE_CHARS:,} characters"
+        )
     return chat_template
 
 
@@ -201,7 +203,7 @@ class JinjaChatEncoder:
                 raise Refusal(500, "the model's chat template takes too much time or memory, and was stopped")
         response = json.loads(answer)
         if "error" in response:
-            raise Refusal(400, f"the model's chat template refuses this conversation: {said['error'][:500]}")
+            raise Refusal(400, f"the model's chat template refuses this conversation: {response['error'][:500]}")
         return response["text"]
 
     async def _ensure_process(self) -> asyncio.subprocess.Process:

@@ -175,12 +175,14 @@ class EngineWorker:
             )
         capacity = self.num_slots + self.max_queued
         if num_sequences > capacity:
-            raise Refusal(400, f"{size} texts are more than the {room} that this server holds at once: ask for fewer")
+            raise Refusal(
+                400, f"{num_sequences} texts are more than the {capacity} that this server holds at once: ask for fewer"
+            )
         if self.num_active + num_sequences > capacity:
             seconds = (
                 self.avg_sequence_seconds * (self.num_active + num_sequences - self.max_queued) / max(1, self.num_slots)
             )
-            message = f"the queue is full ({self.held} texts run or wait): try again later"
+            message = f"the queue is full ({self.num_active} texts run or wait): try again later"
             raise Refusal(429, message, code="queue_full", headers=retry_after_header(seconds))
         handle = RequestHandle(self, num_sequences)
         self.handles.add(handle)

@@ -8,7 +8,7 @@ LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0
 
 
 def format_sample_name(name: str, labels: Labels) -> str:
-    inside = ",".join(f'{key}="{_escaped(value)}"' for key, value in labels)
+    inside = ",".join(f'{key}="{_escape_label_value(value)}"' for key, value in labels)
     return f"{name}{{{inside}}}" if inside else name
 
 
@@ -30,7 +30,7 @@ class Counter:
         self.values[key] = self.values.get(key, 0) + amount
 
     def format_samples(self, name: str) -> list[str]:
-        return [f"{name_of(name, labels)} {value:.17g}" for labels, value in sorted(self.values.items())]
+        return [f"{format_sample_name(name, labels)} {value:.17g}" for labels, value in sorted(self.values.items())]
 
 
 class Gauge:
@@ -42,7 +42,7 @@ class Gauge:
         self.read_value = read_value
 
     def format_samples(self, name: str) -> list[str]:
-        return [f"{name} {self.read():.17g}"]
+        return [f"{name} {self.read_value():.17g}"]
 
 
 class Histogram:

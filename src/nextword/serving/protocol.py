@@ -149,7 +149,7 @@ class BaseCompletionRequest(RequestModel):
     def parse_logit_bias(self, vocab_size: int) -> dict[int, float] | None:
         """The logit biases by token id. Raises `Refusal` for one that is none, or for too many."""
         if len(self.logit_bias or {}) > MAX_LOGIT_BIASES:
-            raise APIError(400, f"logit_bias: at most {MAX_BIASES} tokens", param="logit_bias")
+            raise APIError(400, f"logit_bias: at most {MAX_LOGIT_BIASES} tokens", param="logit_bias")
         for token in self.logit_bias or {}:
             if not (token.isascii() and token.isdecimal() and len(token) < 10 and int(token) < vocab_size):
                 message = f"logit_bias: {token[:20]!r} is no token id; they are 0 to {vocab_size - 1}"
@@ -203,7 +203,7 @@ class Message(RequestModel):
         """Role and text. A developer's message is a system's; an assistant's may be without a text."""
         content = self.content
         if content is None and self.role != "assistant":
-            raise APIError(400, "messages: a message has a content", param=f"messages[{number}].content")
+            raise APIError(400, "messages: a message has a content", param=f"messages[{index}].content")
         text = content if isinstance(content, str) else "\n".join(part.text for part in content or ())
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
@@ -275,11 +275,11 @@ def validation_api_error(errors: Sequence[Any]) -> APIError:
     first_error = errors[0]
     param = field_path(first_error["loc"]) or None
     if first_error["type"] == "json_invalid":
-        return APIError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', 'it cannot be read')}")
+        return APIError(400, f"the body is not JSON: {first_error.get('ctx', {}).get('error', 'it cannot be read')}")
     if not param:
         return APIError(400, "the body is a JSON object, sent with Content-Type: application/json")
     messages = dict.fromkeys(error["msg"] for error in errors if (field_path(error["loc"]) or None) == param)
-    return APIError(400, f"{param}: {'; or: '.join(said)}", param=param)
+    return APIError(400, f"{param}: {'; or: '.join(messages)}", param=param)
 
 
 def finite_logprob(logprob: float) -> float:

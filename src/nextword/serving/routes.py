@@ -41,7 +41,9 @@ ServiceDep = Annotated[Service, Depends(get_service)]
 def validate_request(body: Generation, n: int, best_of: int, num_sequences: int, max_tokens: int) -> None:
     """Raises `Refusal` for settings that exclude each other, or ask for too much together."""
     if num_sequences * max_tokens > MAX_TOKENS_IN_ALL:
-        message = f"{texts} texts of {max_tokens:,} tokens are more than the {MAX_TOKENS_IN_ALL:,} of one request"
+        message = (
+            f"{num_sequences} texts of {max_tokens:,} tokens are more than the {MAX_TOKENS_IN_ALL:,} of one request"
+        )
         raise Refusal(400, message, param="max_tokens")
     if best_of < n:
         raise Refusal(400, f"best_of: {best_of} texts cannot give the best {n}", param="best_of")
@@ -150,7 +152,9 @@ async def embeddings(body: EmbeddingRequest, request: Request, service: ServiceD
     service.named(body.model)
     embedding_dim = service.model.gpt.config.d_model
     if body.dimensions not in (None, embedding_dim):
-        raise Refusal(400, f"dimensions: this model's vectors have {width}, no fewer and no more", param="dimensions")
+        raise Refusal(
+            400, f"dimensions: this model's vectors have {embedding_dim}, no fewer and no more", param="dimensions"
+        )
     if "" in body.inputs():
         raise Refusal(400, "input: an empty text has no vector", param="input")
     data: list[dict[str, Any]] = []
@@ -162,7 +166,7 @@ async def embeddings(body: EmbeddingRequest, request: Request, service: ServiceD
             handle.check()
             vector = await service.embed(ids)
             tokens += len(ids)
-            packed = base64.b64encode(struct.pack(f"<{width}f", *vector)).decode()
+            packed = base64.b64encode(struct.pack(f"<{embedding_dim}f", *vector)).decode()
             encoded = packed if body.encoding_format == "base64" else vector
             data.append({"object": "embedding", "index": index, "embedding": encoded})
     service.metrics.prompt_tokens.add(tokens)

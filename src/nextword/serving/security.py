@@ -69,7 +69,7 @@ class AccessPolicy:
         if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
             raise Refusal(431, f"at most {MAX_HEADERS} headers of {MAX_HEADER_BYTES:,} bytes together")
         if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_PATH_BYTES:
-            raise Refusal(414, f"at most {MAX_PATH:,} bytes of path and query")
+            raise Refusal(414, f"at most {MAX_PATH_BYTES:,} bytes of path and query")
         self._check_host(scope)
         if self.api_key is not None and scope["path"] not in self.public_paths:
             self._check_api_key(scope)
@@ -173,7 +173,7 @@ class SecurityMiddleware:
                     more = message.get("more_body", False)
             complete = not more and fits()
         except TimeoutError as error:
-            raise Refusal(408, f"the body did not come within {BODY_SECONDS:.0f} s") from error
+            raise Refusal(408, f"the body did not come within {BODY_TIMEOUT:.0f} s") from error
         finally:
             if not complete:
                 self.buffered_body_bytes -= len(body)

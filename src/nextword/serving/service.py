@@ -149,13 +149,13 @@ class Service:
         slots = min(self.config.max_batch, free_bytes // 2 // bytes_per_slot)
         if slots < 1:
             raise NextwordError(
-                f"one text of {config.context_length:,} tokens needs {one:,} bytes for its keys and values, and half of the "
-                f"memory that is free is {free // 2:,}: make room, or take a smaller model"
+                f"one text of {config.context_length:,} tokens needs {bytes_per_slot:,} bytes for its keys and values, and half of the "
+                f"memory that is free is {free_bytes // 2:,}: make room, or take a smaller model"
             )
         if slots < self.config.max_batch:
             self.console.warn(
-                f"{slots} texts at once and not {self.settings.max_batch}: each needs {one:,} bytes for its keys and "
-                f"values, and they get half of the {free:,} bytes that are free"
+                f"{slots} texts at once and not {self.config.max_batch}: each needs {bytes_per_slot:,} bytes for its keys and "
+                f"values, and they get half of the {free_bytes:,} bytes that are free"
             )
         return slots
 
@@ -259,7 +259,7 @@ class Service:
             compilation = asyncio.get_running_loop().run_in_executor(self.schema_executor, compile_schema)
             constraint = await asyncio.wait_for(compilation, SCHEMA_TIMEOUT)
         except TimeoutError as error:
-            raise Refusal(400, f"{param}: the schema took more than {SCHEMA_SECONDS:.0f} s", param=param) from error
+            raise Refusal(400, f"{param}: the schema took more than {SCHEMA_TIMEOUT:.0f} s", param=param) from error
         except RecursionError as error:
             raise Refusal(400, f"{param}: the schema is nested too deeply", param=param) from error
         except (UsageError, MissingDependencyError) as error:
@@ -281,13 +281,13 @@ class Service:
         try:
             example = example_from_texts(predictor.task_spec.task, texts)
         except UsageError as error:
-            raise Refusal(400, f"input[{number}]: {error}", param="input") from error
+            raise Refusal(400, f"input[{index}]: {error}", param="input") from error
 
         def predict() -> dict[str, Any]:
             issues = IssueLog()
             answer = predictor.predict([example], issues)[0]
             if issues.issues:
-                message = f"input[{number}]: {problems.found[0].what}"
+                message = f"input[{index}]: {issues.issues[0].what}"
                 raise Refusal(400, message, param="input", code="context_length_exceeded")
             return answer
 

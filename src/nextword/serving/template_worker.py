@@ -68,7 +68,7 @@ def render_template(request: dict[str, Any]) -> dict[str, str]:
         return {"error": f"the template says: {error}"}
     except Exception as error:  # a template can raise anything that Python can
         return {"error": f"{type(error).__name__}: {error}"}
-    return {"text": text} if len(text) <= MAX_OUTPUT_CHARS else {"error": f"more than {LONGEST:,} characters"}
+    return {"text": text} if len(text) <= MAX_OUTPUT_CHARS else {"error": f"more than {MAX_OUTPUT_CHARS:,} characters"}
 
 
 def main() -> None:

@@ -66,7 +66,7 @@ def pair_features(premise: str, hypothesis: str) -> list[str]:
     Gururangan et al. 2018).
     """
     premise_tokens = set(_tokenize(premise))
-    return [f"{'=' if word in held else '-'}{word}" for word in _tokenize(hypothesis)]
+    return [f"{'=' if word in premise_tokens else '-'}{word}" for word in _tokenize(hypothesis)]
 
 
 class NaiveBayes:
@@ -353,7 +353,9 @@ def _is_single_letter(word: str) -> bool:
 
 def _check_same_length(item_name: str, first: Sequence[object], *others: Sequence[object]) -> None:
     if not first:
-        raise UsageError(f"there is no {what} to learn from: give one or more")
+        raise UsageError(f"there is no {item_name} to learn from: give one or more")
     for other in others:
         if len(other) != len(first):
-            raise UsageError(f"{len(first)} {what}s and {len(other)} answers to them: give one answer for each {what}")
+            raise UsageError(
+                f"{len(first)} {item_name}s and {len(other)} answers to them: give one answer for each {item_name}"
+            )

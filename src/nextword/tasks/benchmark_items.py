@@ -87,7 +87,7 @@ def load_rows(benchmark: Benchmark, issues: IssueLog) -> list[BenchmarkRow]:
     if not valid_rows and paths:
         where = join_names(map(str, paths))
         raise NextwordError(
-            "\n".join([f"{suite.name}: not one item to be judged by in {where}", *issues.summary_lines()])
+            "\n".join([f"{benchmark.name}: not one item to be judged by in {where}", *issues.summary_lines()])
         )
     return valid_rows
 
@@ -116,7 +116,7 @@ def _resolve_files(benchmark: Benchmark) -> list[Path]:
         root, pattern = Path(*file.parts[:cut]), file.parts[cut:]
         paths = [file] if file.exists() else sorted(root.glob(str(Path(*pattern)))) if pattern else []
         if not paths:
-            raise UsageError(f"{file}: no such file, which the suite {suite.name} is read from")
+            raise UsageError(f"{file}: no such file, which the suite {benchmark.name} is read from")
         resolved += paths
     if resolved:
         return resolved
@@ -124,7 +124,7 @@ def _resolve_files(benchmark: Benchmark) -> list[Path]:
         return download_hub_files(benchmark.name, *benchmark.hub_dataset.split(" ", 1))[1]
     if benchmark.kind == "free text":
         return []
-    raise UsageError(f"{suite.name}: say where its files are: --suite {suite.name}=PATH")
+    raise UsageError(f"{benchmark.name}: say where its files are: --suite {benchmark.name}=PATH")
 
 
 def _iter_records(path: Path, benchmark: Benchmark, issues: IssueLog) -> Iterator[tuple[str, Record]]:
@@ -137,7 +137,7 @@ def _iter_records(path: Path, benchmark: Benchmark, issues: IssueLog) -> Iterato
             p for p in path.rglob("*") if file_format(p)[0] in allowed_suffixes and not p.name.startswith(".")
         )
         if not table_paths:
-            issues.add(path, None, f"a folder without tables ({', '.join(kinds)})")
+            issues.add(path, None, f"a folder without tables ({', '.join(allowed_suffixes)})")
         for table_path in table_paths:
             yield from _iter_records(table_path, benchmark, issues)
     elif path.name.lower().endswith(ARCHIVE_SUFFIXES):
@@ -322,7 +322,7 @@ def _get_text(values: dict[str, Any], columns: tuple[str, ...], role: str, allow
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
-        raise RowError(f"the {role} is not a text", f"it is a {type(found).__name__}")
+        raise RowError(f"the {role} is not a text", f"it is a {type(value).__name__}")
     if not (allow_empty or value.strip()):
         raise RowError(f"the {role} is empty")
     return value
@@ -338,7 +338,7 @@ def _get_field(values: dict[str, Any], columns: tuple[str, ...]) -> Any:
             value = value.get(part) if isinstance(value, dict) else None
         if value is not None:
             return value
-    raise RowError(f"no column {' or '.join(columns)}", f"there are {listed(values)}")
+    raise RowError(f"no column {' or '.join(columns)}", f"there are {join_names(values)}")
 
 
 def _clean_text(benchmark: Benchmark, text: str) -> str:

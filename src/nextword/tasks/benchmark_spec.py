@@ -99,7 +99,7 @@ def find_benchmark(request: str) -> Benchmark:
         if location and name in benchmarks:
             return benchmarks[name]
         if len(benchmarks) != 1:
-            raise UsageError(f"{given or name}: declares {listed(declared)}; say which: NAME={given or name}")
+            raise UsageError(f"{location or name}: declares {listed(benchmarks)}; say which: NAME={location or name}")
         [benchmark] = benchmarks.values()
         return replace(benchmark, name=name) if location else benchmark
     published = load_benchmarks(BUILTIN_BENCHMARKS)
@@ -112,7 +112,7 @@ def find_benchmark(request: str) -> Benchmark:
         )
         raise UsageError(f"there is no suite called {name!r}: {', '.join(published)}; {hint}")
     if location and not Path(location).exists():
-        raise UsageError(f"{given}: no such file or folder")
+        raise UsageError(f"{location}: no such file or folder")
     return replace(published[key], name=name, files=(Path(location),) if location else ())
 
 
@@ -146,24 +146,27 @@ def _resolve_extends(name: str, table: Any, path: Path, text: str) -> Any:
     if base_table is None or "like" in base_table:
         line = _find_line(text, name, "like")
         raise UsageError(
-            f"{path} line {line}: [{name}] like can be {', '.join(k for k in others if 'like' not in others[k])}"
+            f"{path} line {line}: [{name}] like can be {', '.join(k for k in builtin_tables if 'like' not in builtin_tables[k])}"
         )
     return base_table | {key: value for key, value in table.items() if key != "like"}
 
 
 def _parse_benchmark(name: str, table: Any, path: Path, text: str) -> Benchmark:
     def make_error(key: str, what: str) -> UsageError:
-        return UsageError(f"{path} line {_line_of(text, name, key)}: [{name}] {what}")
+        return UsageError(f"{path} line {_find_line(text, name, key)}: [{name}] {what}")
 
     if not isinstance(table, dict):
         raise make_error(name, "is no table: write [NAME], and below it kind = …")
     kind = table.get("kind")
     if not isinstance(kind, str) or kind not in BENCHMARK_KINDS:
-        raise make_error("kind", f"has no kind that there is: {', '.join(KINDS)}")
+        raise make_error("kind", f"has no kind that there is: {', '.join(BENCHMARK_KINDS)}")
     required_keys, optional_keys, metrics = BENCHMARK_KINDS[kind]
     for key, value in table.items():
         if key not in COMMON_KEYS + required_keys + optional_keys:
-            raise make_error(key, f"has {key!r}, which {kind} does not take: {', '.join((*needed, *allowed, *COMMON))}")
+            raise make_error(
+                key,
+                f"has {key!r}, which {kind} does not take: {', '.join((*required_keys, *optional_keys, *COMMON_KEYS))}",
+            )
         is_list = isinstance(value, list) and key in LIST_KEYS
         if key == "max_tokens":
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -177,7 +180,7 @@ def _parse_benchmark(name: str, table: Any, path: Path, text: str) -> Benchmark:
     if kind == "cloze" and ("text" in table) == ("answer" in table and "prompt" in table):
         raise make_error(kind, "says text (whose last word is asked for), or prompt and answer")
     if table.get("clean") not in (None, *TEXT_CLEANERS):
-        raise make_error("clean", f"clean can be {', '.join(CLEANED)}")
+        raise make_error("clean", f"clean can be {', '.join(TEXT_CLEANERS)}")
     prompts = _as_list(table.get("prompt"))
     for prompt in prompts:
         try:
@@ -225,7 +228,7 @@ def _parse_metrics(
     if kind == "minimal pairs" and metric == "stereotyped":  # the same share by its own name: here 0.5 is best
         return (metric,)
     if metric not in default_metrics:
-        raise make_error("metric", f"metric can be {', '.join(usual)}")
+        raise make_error("metric", f"metric can be {', '.join(default_metrics)}")
     return (metric, *(one for one in default_metrics if one != metric))
 
 

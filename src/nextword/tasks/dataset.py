@@ -82,7 +82,7 @@ class TaskSpec:
             or task_spec.task not in TARGET_ROLES
             or int(task_spec.answer_tokens) < 0
         ):
-            raise ValueError(f"task {form.task!r} of the kind {form.kind!r}")
+            raise ValueError(f"task {task_spec.task!r} of the kind {task_spec.kind!r}")
         return task_spec
 
 
@@ -125,7 +125,7 @@ class ExampleEncoder:
         """An example with its gold; None where nothing of it can be learned. What had to be cut goes to `problems`."""
         fields, kind = example.fields, self.task_spec.kind
         if kind == "choice" and len(fields["choices"]) > MAX_ROWS_PER_EXAMPLE:
-            problems.add(example.path, example.line, f"more than {ROWS} choices; left out")
+            problems.add(example.path, example.line, f"more than {MAX_ROWS_PER_EXAMPLE} choices; left out")
             return None
         encoded = (
             self._encode_with_answers(example) if kind in ("answer", "preference") else self._encode_for_head(fields)

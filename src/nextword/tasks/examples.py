@@ -186,7 +186,7 @@ def _iter_rows(
         for group in required_roles:
             known = [mapping[role] for role in group if role in mapping]
             if not any(column in names for column in known):
-                raise MissingColumnError(f"no column {' or '.join(known)}", f"found {listed(names)}")
+                raise MissingColumnError(f"no column {' or '.join(known)}", f"found {resolve_columns(names)}")
         return [column for column in mapping.values() if column in names]
 
     before, found = problems.total, False
@@ -244,7 +244,7 @@ def input_texts(task: str, example: Example) -> tuple[str, ...]:
         answered = task == "chat" and messages[-1]["role"] == "assistant"
         return tuple(message["content"] for message in (messages[:-1] if answered else messages))
     if task not in TEXT_FIELDS:
-        raise UsageError(f"{task}: no task with labelled examples; there are {', '.join(GOLD)}")
+        raise UsageError(f"{task}: no task with labelled examples; there are {', '.join(TARGET_ROLES)}")
     return tuple(fields[role] for role in TEXT_FIELDS[task])
 
 
@@ -284,7 +284,7 @@ def train_validation_split(
     Raises `UsageError` for a share that is not between 0 and 1.
     """
     if not 0 < validation_fraction < 1:
-        raise UsageError(f"a share of {share} cannot be held out; it is between 0 and 1")
+        raise UsageError(f"a share of {validation_fraction} cannot be held out; it is between 0 and 1")
     hashes = [_hash_inputs(examples.task, example) for example in examples]
     distinct = sorted(set(hashes))
     if len(distinct) < 2:

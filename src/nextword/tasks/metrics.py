@@ -148,7 +148,7 @@ def generation_metrics(
     """
     _check_lengths(references, predictions)
     if unknown := [name for name in metric_names if name not in GENERATION_METRICS]:
-        raise UsageError(f"there is no score called {unknown[0]!r}: choose from {', '.join(WRITING)}")
+        raise UsageError(f"there is no score called {unknown[0]!r}: choose from {', '.join(GENERATION_METRICS)}")
     reference_lists = [[one] if isinstance(one, str) else list(one) for one in references]
     if empty := [i for i, one in enumerate(reference_lists, 1) if not one]:
         raise UsageError(f"text {empty[0]} has no reference: give it one or leave the text out")
@@ -296,7 +296,7 @@ def student_t_quantile(probability: float, degrees_of_freedom: int) -> float:
     P(|T| < t) is the finite sum of Abramowitz and Stegun (1964), equations 26.7.3 and 26.7.4; halving finds its t.
     """
     if degrees_of_freedom < 1 or not 0.5 <= probability < 1:
-        raise UsageError(f"no quantile for probability {probability} and {degrees} degrees of freedom")
+        raise UsageError(f"no quantile for probability {probability} and {degrees_of_freedom} degrees of freedom")
 
     def inside(angle: float) -> float:  # P(|T| < √degrees · tan(angle))
         cosine, odd = math.cos(angle), degrees_of_freedom % 2
@@ -436,7 +436,9 @@ def _check_lengths(first: Sequence[object] | np.ndarray, *others: Sequence[objec
 
 def _label_id(label_to_id: dict[str, int], label: str, example_index: int) -> int:
     if label not in label_to_id:
-        raise UsageError(f"example {i + 1} has the label {label!r}, which is none of: {_some(place)}")
+        raise UsageError(
+            f"example {example_index + 1} has the label {label!r}, which is none of: {_label_preview(label_to_id)}"
+        )
     return label_to_id[label]
 
 
@@ -456,5 +458,5 @@ def _require_finite(numbers: Sequence[float], value_name: str) -> np.ndarray:
     values = np.asarray(numbers, dtype=np.float64)
     if not np.isfinite(values).all():
         i = int(np.argmin(np.isfinite(values)))
-        raise UsageError(f"{what} {i + 1} is {values[i]}, not a finite number: leave it out or mend it")
+        raise UsageError(f"{value_name} {i + 1} is {values[i]}, not a finite number: leave it out or mend it")
     return values

@@ -134,7 +134,7 @@ def _parse_label(value: Any) -> str:
         return value.strip()
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
         return str(value if isinstance(value, bool) else int(value))
-    raise RowError("the label is no text and no whole number", f"it is {_shown(value)}")
+    raise RowError("the label is no text and no whole number", f"it is {_value_preview(value)}")
 
 
 def _parse_labels(value: Any) -> tuple[str, ...]:
@@ -161,7 +161,7 @@ def is_score_column(values: Iterable[Any]) -> bool:
 def _parse_score(value: Any) -> float:
     found = parse_float(value)
     if found is None:
-        raise RowError("the score is no finite number", f"it is {_shown(value)}")
+        raise RowError("the score is no finite number", f"it is {_value_preview(value)}")
     return found
 
 
@@ -188,7 +188,7 @@ def _parse_choices(values: dict[str, Any]) -> tuple[tuple[str, ...], list[str]]:
             names = [str(name) for name in labels if isinstance(name, str | int)] if isinstance(labels, list) else []
             raw_choices = raw_choices.get("text")
         if not isinstance(raw_choices, list):
-            raise RowError("the choices are not a list", f"they are {_shown(found)}")
+            raise RowError("the choices are not a list", f"they are {_value_preview(raw_choices)}")
     else:
         raw_choices = [
             values[role]
@@ -197,7 +197,7 @@ def _parse_choices(values: dict[str, Any]) -> tuple[tuple[str, ...], list[str]]:
         while raw_choices and _is_blank(raw_choices[-1]):  # questions may have fewer choices than there are columns
             raw_choices.pop()
     if len(raw_choices) < 2:
-        raise RowError("fewer than two choices", f"there are {len(found)}")
+        raise RowError("fewer than two choices", f"there are {len(raw_choices)}")
     texts = [str(item) if isinstance(item, int | float) else item for item in raw_choices]
     return tuple(_require_text(text, "choice") for text in texts), names if len(names) == len(texts) else []
 
@@ -261,7 +261,7 @@ def _parse_answer(values: dict[str, Any], answer_format: AnswerFormat) -> int:
             if _parse_int(answer) is not None and answer_format is _by_index
             else "is none of the choices"
         )
-        detail = f"{_shown(answer)}, where there are {len(choices)} choices; answers are read as {_READINGS[reading]}"
+        detail = f"{_value_preview(answer)}, where there are {len(choices)} choices; answers are read as {_ANSWER_FORMATS[answer_format]}"
         raise RowError(f"the answer {kind}", detail)
     return choice_index
 
@@ -273,15 +273,15 @@ def _parse_messages(value: Any) -> list[dict[str, str]]:
     """Messages, each with its role and content, in the canonical words. The order is not checked."""
     value = _decode_json_cell(value)
     if not isinstance(value, list):
-        raise RowError("a conversation that is no list of messages", f"it is {_shown(value)}")
+        raise RowError("a conversation that is no list of messages", f"it is {_value_preview(value)}")
     messages = []
     for turn in value:
         if not isinstance(turn, dict):
-            raise RowError("a message that is no object with a role and a content", f"it is {_shown(turn)}")
+            raise RowError("a message that is no object with a role and a content", f"it is {_value_preview(turn)}")
         name = turn.get("role") if turn.get("role") is not None else turn.get("from")
         role = _CHAT_ROLES.get(name) if isinstance(name, str) else None
         if role is None:
-            raise RowError("a turn of an unknown role", f"{_shown(name)}; there are {', '.join(_SPEAKERS)}")
+            raise RowError("a turn of an unknown role", f"{_value_preview(name)}; there are {', '.join(_CHAT_ROLES)}")
         content = turn.get("content") if turn.get("content") is not None else turn.get("value")
         messages.append({"role": role, "content": _require_text(content, "content of a turn")})
     return messages

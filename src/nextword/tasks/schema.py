@@ -98,7 +98,7 @@ _EXPECTED_COLUMNS = {
     "similarity": "sentence1 and sentence2 (or text1, text2), and a score or a label",
     "choose": "question, choices (or A, B, C, …; choice1, choice2, …; option_a, …) and answer",
     "rewrite": "two texts: " + ", ".join("/".join(pair) for pair in COLUMN_PAIRS["rewrite"]),
-    "classify": f"a text ({', '.join(_TEXT[:6])}, …) and a label ({', '.join(_LABEL[:6])}, …; labels for several)",
+    "classify": f"a text ({', '.join(_TEXT_ALIASES[:6])}, …) and a label ({', '.join(_LABEL_ALIASES[:6])}, …; labels for several)",
     "continue": "a text alone",
 }
 _CHOICE_COLUMN = re.compile(r"(choice|option|ending|answer|sol)[_ ]?([a-z]|[0-9]{1,2})")
@@ -131,7 +131,7 @@ def infer_task(columns: Iterable[str]) -> str:
             return task
     expected_columns = "".join(f"\n  {task}: {what}" for task, what in _EXPECTED_COLUMNS.items())
     raise UsageError(
-        f"no task fits the columns {listed(names)}. Name the task, and its columns by hand. Each looks for:{looks}"
+        f"no task fits the columns {join_names(names)}. Name the task, and its columns by hand. Each looks for:{expected_columns}"
     )
 
 
@@ -147,19 +147,19 @@ def resolve_columns(
     """
     column_names = list(column_names)
     if task not in COLUMN_ALIASES:
-        raise UsageError(f"{task}: no such task; there are {', '.join(ROLES)}")
+        raise UsageError(f"{task}: no such task; there are {', '.join(COLUMN_ALIASES)}")
     mapping: dict[str, str] = {}
     optional_roles = {role for group in TARGET_ROLES[task] for role in group} | {"input", "system"}
     for role, column in (overrides or {}).items():
         if role not in COLUMN_ALIASES[task] and not (task == "choose" and CHOICE_ROLE_PATTERN.fullmatch(role)):
             more = ", or choice1, choice2, …" if task == "choose" else ""
-            raise UsageError(f"{task} has no {role}; it has {', '.join(ROLES[task])}{more}")
+            raise UsageError(f"{task} has no {role}; it has {', '.join(COLUMN_ALIASES[task])}{more}")
         if column in column_names:
             mapping[role] = column
         elif require_targets or (
             role not in optional_roles and (role in ("choice1", "choice2") or not CHOICE_ROLE_PATTERN.fullmatch(role))
         ):
-            raise UsageError(f"there is no column {column} for {role}; found {listed(names)}")
+            raise UsageError(f"there is no column {column} for {role}; found {join_names(column_names)}")
     for side, other in [_EXCLUSIVE_ROLES[task], _EXCLUSIVE_ROLES[task][::-1]] if task in _EXCLUSIVE_ROLES else []:
         if side & mapping.keys() and other & mapping.keys():
             raise UsageError(f"{task} takes {', '.join(sorted(side))} or {', '.join(sorted(other))}, not both")
@@ -167,8 +167,8 @@ def resolve_columns(
     for group in INPUT_ROLES[task] + (TARGET_ROLES[task] if require_targets else ()):
         if not any(role in mapping for role in group):
             raise UsageError(
-                f"{task} needs a column for {' or '.join(group)}; found {listed(names)}. "
-                f"It looks for {_LOOKS_FOR[task]}. Name the column by hand: {group[0]}=COLUMN"
+                f"{task} needs a column for {' or '.join(group)}; found {join_names(column_names)}. "
+                f"It looks for {_EXPECTED_COLUMNS[task]}. Name the column by hand: {group[0]}=COLUMN"
             )
     return mapping
 

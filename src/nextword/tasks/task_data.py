@@ -70,8 +70,8 @@ def load_task_data(
         target_roles = [{"label", "labels", "score"} & set(one.columns) for one in (train_set, validation_set)]
         if target_roles[0] != target_roles[1]:
             raise UsageError(
-                f"{request.validation[0]}: reads as {min(kinds[1], default='nothing')} where {request.data[0]} has "
-                f"{min(kinds[0], default='nothing')}: name its column by --column"
+                f"{request.validation[0]}: reads as {min(target_roles[1], default='nothing')} where {request.data[0]} has "
+                f"{min(target_roles[0], default='nothing')}: name its column by --column"
             )
         validation = validation_set.items
     else:

@@ -216,7 +216,7 @@ class AsyncCheckpointer:
     # ------------------------------------------------------------ in the thread
 
     def _partial_path(self, step: int) -> Path:
-        return self.directory / f".{name_of(step)}.partial"
+        return self.directory / f".{checkpoint_name(step)}.partial"
 
     def _write_shards(
         self, step: int, tensors_by_kind: dict[str, dict[str, TensorShard]], metadata: dict[str, Any]
@@ -232,7 +232,9 @@ class AsyncCheckpointer:
                     shutil.rmtree(left)
         begin = time.thread_time()
         with ThreadPoolExecutor(1) as beside:
-            names = {f"{kind}{number}.safetensors": tensors for kind, tensors in tensors_by_kind.items() if tensors}
+            names = {
+                f"{kind}{shard_suffix}.safetensors": tensors for kind, tensors in tensors_by_kind.items() if tensors
+            }
             pending_hashes = {
                 name: write_safetensors(partial_path / name, tensors, beside) for name, tensors in names.items()
             }
@@ -243,7 +245,7 @@ class AsyncCheckpointer:
         if self.world.size == 1:
             self._commit(step, metadata)
         elif self.file_hashes and not self.world.leads:
-            atomic_write(partial_path / f"hashes{number}.json", to_json(self.file_hashes))
+            atomic_write(partial_path / f"hashes{shard_suffix}.json", to_json(self.file_hashes))
 
     def _commit(self, step: int, metadata: dict[str, Any]) -> None:
         """Make a checkpoint of parts that are on the disk, name it, and only then remove what is older."""

@@ -165,7 +165,7 @@ def build_finetune_config(
     tuning = {name: value for name, value in (tuning or {}).items() if value is not None}
     for config_class, overrides in ((TrainingConfig, training), (FinetuneHyperparameters, tuning)):
         if unknown := set(overrides) - {f.name for f in fields(config_class)}:
-            raise UsageError(f"unknown {kind.__name__.lower()} settings: {', '.join(sorted(unknown))}")
+            raise UsageError(f"unknown {config_class.__name__.lower()} settings: {', '.join(sorted(unknown))}")
     changed = {name: value for name, value in settings.items() if value is not None}
     recipe = replace(
         defaults, **changed, training=replace(defaults.training, **training), tuning=replace(defaults.tuning, **tuning)
@@ -253,7 +253,7 @@ def with_overrides(
     """
     run_lengths = [name for name in RUN_LENGTH_FIELDS if settings.get(name) is not None]
     if len(run_lengths) > 1:
-        raise UsageError(f"--{' and --'.join(lengths)} exclude each other: say one")
+        raise UsageError(f"--{' and --'.join(run_lengths)} exclude each other: say one")
     if run_lengths:
         recipe = replace(recipe, **dict.fromkeys(RUN_LENGTH_FIELDS))
     training = {name: value for name, value in (training or {}).items() if value is not None}
@@ -270,7 +270,7 @@ def validate(recipe: Recipe) -> None:
     """Refuse what cannot be meant. Raises `UsageError` with the setting and what it may be."""
     for name, value, choices in (("preset", recipe.preset, PRESETS), ("size", recipe.size, SIZES)):
         if value is not None and value not in choices:
-            raise UsageError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+            raise UsageError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
     validate_training(recipe.training)
     validate_run_length(recipe, RUN_LENGTH_FIELDS)
 

@@ -59,8 +59,8 @@ class DistContext:
     def init_tensor_parallel(self, tp_size: int) -> None:
         """Let each `tensor_size` processes in a row work together on the same windows. Raises `UsageError` if some are left."""
         if self.world_size % tp_size:
-            there = "there is one: torchrun starts several" if self.world_size == 1 else f"there are {self.size}"
-            raise UsageError(f"--training.tensor {tensor_size} must divide the number of processes, and {there}")
+            there = "there is one: torchrun starts several" if self.world_size == 1 else f"there are {self.world_size}"
+            raise UsageError(f"--training.tensor {tp_size} must divide the number of processes, and {there}")
         self.tp_rank, self.tp_size = self.rank % tp_size, tp_size
 
     @property
@@ -146,7 +146,9 @@ def collective_timeout() -> timedelta:
     except ValueError:
         seconds = math.nan
     if not 1 <= seconds <= 10**6:
-        raise UsageError(f"{VARIABLE}={said}: how long a process waits for another is a number of seconds, from 1")
+        raise UsageError(
+            f"{TIMEOUT_ENV_VAR}={value}: how long a process waits for another is a number of seconds, from 1"
+        )
     return timedelta(seconds=seconds)
 
 
@@ -189,7 +191,7 @@ def init_distributed() -> Iterator[DistContext]:
         dist.init_process_group(backend, store=run_store, rank=rank, world_size=size, timeout=timeout)
         run_store.set(f"host/{rank}", socket.gethostname())
         ranks = [other for other in range(size) if other != rank][:MAX_PEERS_NAMED]
-        peers[:] = [f"process {other} on {own.get(f'host/{other}').decode()}" for other in ranks]
+        peers[:] = [f"process {other} on {run_store.get(f'host/{other}').decode()}" for other in ranks]
     try:
         yield DistContext(rank, size, local_size, attempt > 0)
     finally:
@@ -215,8 +217,8 @@ def translate_dist_errors() -> Iterator[None]:
 
 def peer_lost_message(error: Exception) -> str:
     """What a person is told: which process it may be, what the library says of it, and how to go on."""
-    which = f" ({' or '.join(others)})" if peers else ""
+    which = f" ({' or '.join(peers)})" if peers else ""
     return (
-        f"{LOST}{which}: {str(error).splitlines()[0]}. What was saved is whole: start all of them again by the same command "
+        f"{PEER_LOST}{which}: {str(error).splitlines()[0]}. What was saved is whole: start all of them again by the same command "
         "and --resume"
     )

@@ -105,7 +105,7 @@ def run_worker_rank(
     """Do one's part of a run that another process leads. Raises `NextwordError` where that one could not begin."""
     start_message = world.told()
     if "failed" in start_message:
-        raise NextwordError(f"process {world.rank}: {said['failed']}")
+        raise NextwordError(f"process {world.rank}: {start_message['failed']}")
     if start_message["facts"] is None:
         return {}
     run = WorkerRunDir(out, start_message["facts"])
@@ -187,7 +187,7 @@ def update_parallelism(run: RunDir, request: dict[str, Any], console: Console) -
         if name in original and requested.get(name) not in (None, original[name])
     }
     if updates:
-        changes = ", ".join(f"--training.{name} {before[name]} → {value}" for name, value in updates.items())
+        changes = ", ".join(f"--training.{name} {original[name]} → {value}" for name, value in updates.items())
         console.warn(f"{changes}: {ROUNDING} from here on")
         original.update(updates)
         run.write_metadata(metadata)

@@ -195,13 +195,13 @@ class Optimizer:
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything a resume needs, by name: AdamW's step count and two averages, Muon's momentum; shared as weights are."""
         tensors = {
-            f"adamw.{key}.{self.names[p]}": value
+            f"adamw.{key}.{self.parameter_names[p]}": value
             for p, state in self.adamw.state.items()
             for key, value in state.items()
         }
         if self.muon is not None:
             for p, buffer in zip(self.muon.parameters, self.muon.momentum_buffers, strict=True):
-                tensors[f"muon.momentum.{self.names[p]}"] = buffer
+                tensors[f"muon.momentum.{self.parameter_names[p]}"] = buffer
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:

@@ -69,7 +69,9 @@ def build_mesh(world: World, parallel: Parallel, device: torch.device) -> "Devic
 
     shard_group_size = world.local_size if parallel == "hybrid" else world.size
     if shard_group_size % world.tensor_size:
-        raise UsageError(f"--training.tensor {world.tensor_size} does not divide the {among} processes of a machine")
+        raise UsageError(
+            f"--training.tensor {world.tensor_size} does not divide the {shard_group_size} processes of a machine"
+        )
     copies, world.parts = world.size // shard_group_size, shard_group_size // world.tensor_size
     world.copy, world.part = divmod(world.data_rank, world.parts)
     lengths = {"parts": world.parts}
@@ -197,13 +199,11 @@ def check_tp_divisibility(config: "ModelConfig", tp_size: int) -> None:
     for name, width in widths.items():
         if width % tp_size:
             raise UsageError(
-                f"--training.tensor {tensor_size} does not divide the model's {name}, {width}: say another number of "
+                f"--training.tensor {tp_size} does not divide the model's {name}, {width}: say another number of "
                 f"processes, or another --model.{name.replace('_', '-')}"
             )
     if not chunk_bounds(config.vocab_size, tp_size - 1, tp_size)[1]:
-        raise UsageError(
-            f"--training.tensor {tensor_size} leaves nothing for some of a vocabulary of {config.vocab_size}"
-        )
+        raise UsageError(f"--training.tensor {tp_size} leaves nothing for some of a vocabulary of {config.vocab_size}")
 
 
 def tp_shard_dim(weight: Tensor) -> int | None:

@@ -42,7 +42,7 @@ class CheckpointUploader:
         try:
             self.fs, self.root = url_to_fs(url)
         except (ImportError, ValueError) as error:
-            raise UsageError(f"--mirror {place}: {error}") from error
+            raise UsageError(f"--mirror {url}: {error}") from error
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="mirror")
         self.pending_upload: Future[None] | None = None
         self.last_uploaded: Path | None = None  # the checkpoint that was copied last, or is being copied
@@ -72,7 +72,7 @@ class CheckpointUploader:
         self.maybe_upload(run_dir, max((run_dir.path / "checkpoints").glob("step-*"), default=None), force=True)
         if self.last_error is not None:
             raise NextwordError(
-                f"{run.path}: the run is finished and whole, and {self.place} has no copy of its end: {self.trouble}"
+                f"{run_dir.path}: the run is finished and whole, and {self.url} has no copy of its end: {self.last_error}"
             )
 
     def _upload(self, run_dir: RunDir, snapshot_dir: Path) -> None:
@@ -93,7 +93,7 @@ class CheckpointUploader:
             )
             for name in ("model", "adapter"):
                 if (snapshot_dir / name / fs.MANIFEST).is_file():
-                    remote_path = f"models/{fs.sha256(held / name / fs.MANIFEST)[:16]}"
+                    remote_path = f"models/{fs.sha256_file(snapshot_dir / name / fs.MANIFEST)[:16]}"
                     commit["folders"][name] = self._upload_dir(snapshot_dir / name, remote_path)
             logs = [path for path in sorted(snapshot_dir.iterdir()) if path.name in (*LOG_FILES, *RESULT_FILES)]
             for path in logs:
@@ -107,7 +107,7 @@ class CheckpointUploader:
             self.last_error = None
         except Exception as error:  # each kind of storage has errors of its own; the run goes on, and it is tried again
             self.last_error = f"{type(error).__name__}: {error}"
-            self.console.warn(f"no copy to {self.place} ({self.trouble}); the run goes on, and the next one is tried")
+            self.console.warn(f"no copy to {self.url} ({self.last_error}); the run goes on, and the next one is tried")
         finally:
             shutil.rmtree(snapshot_dir, ignore_errors=True)
             self.upload_interval = max(UPLOAD_INTERVAL_SECONDS, MIN_INTERVAL_RATIO * (time.monotonic() - upload_start))
@@ -115,10 +115,10 @@ class CheckpointUploader:
     def _upload_dir(self, directory: Path, remote_path: str) -> str:
         """A sealed folder, its manifest last; nothing where it is there already. Where it is."""
         manifest = (directory / fs.MANIFEST).read_bytes()
-        if self._read_bytes(f"{there}/{fs.MANIFEST}") != manifest:
+        if self._read_bytes(f"{remote_path}/{fs.MANIFEST}") != manifest:
             paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != fs.MANIFEST]
             for path in [*paths, directory / fs.MANIFEST]:
-                self._upload_file(path, f"{there}/{path.relative_to(folder).as_posix()}")
+                self._upload_file(path, f"{remote_path}/{path.relative_to(directory).as_posix()}")
         return remote_path
 
     def _upload_file(self, path: Path, remote_path: str) -> None:
@@ -129,7 +129,7 @@ class CheckpointUploader:
         self.fs.makedirs(self._absolute_path(remote_path).rpartition("/")[0], exist_ok=True)
 
     def _absolute_path(self, remote_path: str) -> str:
-        return f"{self.root.rstrip('/')}/{there}"
+        return f"{self.root.rstrip('/')}/{remote_path}"
 
     def _prune_old_commits(self) -> None:
         """Remove older commits, and then what none of the others names."""
@@ -153,7 +153,7 @@ class CheckpointUploader:
             NextwordError: the place cannot be read, or what it has is damaged.
         """
         if "file" in self.fs.protocol and fs.is_inside(Path(self.root), run_path):
-            raise UsageError(f"--mirror {self.place}: is in the run folder itself. Choose a place elsewhere")
+            raise UsageError(f"--mirror {self.url}: is in the run folder itself. Choose a place elsewhere")
         try:
             commits = self._list_commits()
             if not commits:
@@ -163,26 +163,26 @@ class CheckpointUploader:
                 self._check_same_run(run_dir, commit)
             elif not resume:
                 raise UsageError(
-                    f"--mirror {self.place}: holds a run already. Go on with it by --resume, or choose another place"
+                    f"--mirror {self.url}: holds a run already. Go on with it by --resume, or choose another place"
                 )
             elif not run_path.exists() or not any(run_path.iterdir()):
                 self._restore_newest(commits, run_path)
         except (OSError, ValueError) as error:
-            raise NextwordError(f"--mirror {self.place}: cannot be read: {error}") from error
+            raise NextwordError(f"--mirror {self.url}: cannot be read: {error}") from error
 
     def _check_same_run(self, run_dir: RunDir, commit: dict[str, Any]) -> None:
         if commit["run"] != fs.sha256_file(run_dir.path / "run.json"):
-            raise UsageError(f"--mirror {self.place}: holds another run than {run.path}. Choose another place")
+            raise UsageError(f"--mirror {self.url}: holds another run than {run_dir.path}. Choose another place")
         local_checkpoint = max((path.name for path in (run_dir.path / "checkpoints").glob("step-*")), default="")
         if commit["checkpoint"] > local_checkpoint:
             raise UsageError(
-                f"--mirror {self.place}: is further ({commit['checkpoint']}) than {run.path} ({here or 'no checkpoint'}): move "
+                f"--mirror {self.url}: is further ({commit['checkpoint']}) than {run_dir.path} ({local_checkpoint or 'no checkpoint'}): move "
                 "that folder away, and the same command goes on from there"
             )
 
     def _restore_newest(self, commits: list[tuple[str, dict[str, Any]]], run_path: Path) -> None:
         """Bring the newest commit that is whole, in one move."""
-        staging_dir = run_path.with_name(f".{out.name}.{os.getpid()}.partial")
+        staging_dir = run_path.with_name(f".{run_path.name}.{os.getpid()}.partial")
         integrity_error = ""
         for name, commit in commits:
             shutil.rmtree(staging_dir, ignore_errors=True)
@@ -192,15 +192,15 @@ class CheckpointUploader:
                 fs.verify_tree(staging_dir)
             except NextwordError as error:
                 integrity_error = str(error).replace(str(staging_dir), self.url)
-                self.console.warn(f"{self.place}: {name} is damaged and passed over:\n{damage}")
+                self.console.warn(f"{self.url}: {name} is damaged and passed over:\n{integrity_error}")
                 continue
             if run_path.exists():
                 run_path.rmdir()
             staging_dir.rename(run_path)
-            self.console.info(f"{out}: brought from {self.place}, as it was at {commit['checkpoint']}")
+            self.console.info(f"{run_path}: brought from {self.url}, as it was at {commit['checkpoint']}")
             return
         shutil.rmtree(staging_dir, ignore_errors=True)
-        raise NextwordError(f"--mirror {self.place}: every copy is damaged:\n{damage}")
+        raise NextwordError(f"--mirror {self.url}: every copy is damaged:\n{integrity_error}")
 
     def _download(self, commit: dict[str, Any], staging_dir: Path) -> None:
         downloads = [("run.json", "run.json")]
@@ -210,7 +210,7 @@ class CheckpointUploader:
         for number, (remote_path, local_name) in enumerate(downloads, start=1):
             path = staging_dir / local_name
             if not fs.is_inside(path, staging_dir):
-                raise NextwordError(f"--mirror {self.place}: names a file outside of the run folder: {here}")
+                raise NextwordError(f"--mirror {self.url}: names a file outside of the run folder: {local_name}")
             path.parent.mkdir(parents=True, exist_ok=True)
             self.fs.get_file(self._absolute_path(remote_path), str(path))
             self.console.progress("bringing the run", number, len(downloads))

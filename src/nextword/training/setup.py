@@ -101,10 +101,10 @@ class TrainingSetup(ABC):
         if fixed["device"] != self.device.type:
             self.console.warn(f"this run began on {fixed['device']} and goes on on {self.device.type}: {ROUNDING}")
         if (original := self.run_metadata["versions"]["torch"]) != torch.__version__:
-            self.console.warn(f"this run began with torch {begun} and goes on with {torch.__version__}: {ROUNDING}")
+            self.console.warn(f"this run began with torch {original} and goes on with {torch.__version__}: {ROUNDING}")
         if (original := fixed["world_size"]) != self.world.size:
             self.console.warn(
-                f"this run began in a world of {begun} and goes on in one of {self.world.size}: {ROUNDING}"
+                f"this run began in a world of {original} and goes on in one of {self.world.size}: {ROUNDING}"
             )
         if self.world.leads:
             self.resume_checkpoint = checkpoint.newest_whole(
@@ -121,7 +121,7 @@ class TrainingSetup(ABC):
         step_kind: StepKind = fixed["step_kind"] if is_resume else self._default_step_kind()
         if step_kind == "fused" and not (self._has_full_weights and fused.available(self.model, self.device)):
             reason = fused.library()[1] if self._has_full_weights else "no process has all of the weights at once"
-            self.console.warn(f"this run began with compiled parts that are not to be had here ({why}): {ROUNDING}")
+            self.console.warn(f"this run began with compiled parts that are not to be had here ({reason}): {ROUNDING}")
             step_kind = "plain"
         self.eager_step, self.step_module = build_loss_module(
             self.model, self.loss_fn, "fused" if step_kind == "fused" else "plain", self.training.checkpoint_activations
@@ -138,7 +138,7 @@ class TrainingSetup(ABC):
             step_kind = self._compile_step()
         if is_resume:
             self.seconds_per_step = self._time_step(self.step_module)
-            self.console.info(f"going on from step {self.state.step:,}, {duration(self.spent)} in")
+            self.console.info(f"going on from step {self.state.step:,}, {duration(self.seconds_before_resume)} in")
             return
         self.run_metadata["fixed"] = {
             **fixed,
@@ -200,7 +200,7 @@ class TrainingSetup(ABC):
             self.budget_seconds if self.budget_seconds is not None else (self.target_steps or 0) * self.seconds_per_step
         )
         if step_kind == "plain" and self.device.type == "cpu" and (reason := fused.library()[1]):
-            self.console.info(f"trained by PyTorch's own operations: {why}")
+            self.console.info(f"trained by PyTorch's own operations: {reason}")
         if t.compile == "yes":
             step_kind = "compiled"
         elif t.compile == "auto" and step_kind == "plain" and not self.dynamic_shapes:
@@ -215,7 +215,7 @@ class TrainingSetup(ABC):
         assert isinstance(compiled, nn.Module)
         self.step_module = compiled
         if error := try_compile(self.state, self.step_module, self.dataset, self.step_settings, self.world):
-            self.console.warn(f"trained by PyTorch's own operations, since torch.compile fails here: {why}")
+            self.console.warn(f"trained by PyTorch's own operations, since torch.compile fails here: {error}")
             self.step_module = self.eager_step
             return "plain"
         return "compiled"

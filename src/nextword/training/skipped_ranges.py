@@ -133,7 +133,7 @@ def read_skipped_ranges(log: Path) -> SkippedRanges:
         except TypeError as error:
             raise CorruptFileError(f"{log} line {number}: not a detour ({error})") from error
         if not is_valid:
-            raise CorruptFileError(f"{log} line {number}: not a detour: batches {detour.begin} to {detour.end}")
+            raise CorruptFileError(f"{log} line {number}: not a detour: batches {entry.begin} to {entry.end}")
         entries.append(entry)
     return SkippedRanges(entries)
 

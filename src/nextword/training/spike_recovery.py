@@ -62,7 +62,7 @@ class RollbackManager:
         if not (metrics.skipped and self.world.leads):
             return ""
         document_names = summarize_names(self.documents_in_batch(self.skipped_ranges.batch_index(metrics.step - 1)))
-        return f"step {metrics.step:,}: the loss is not finite; this step is left out. In its batch: {names}"
+        return f"step {metrics.step:,}: the loss is not finite; this step is left out. In its batch: {document_names}"
 
     def plan_rollback(
         self, state: TrainState, is_spike: bool, last_finite_step: int, best_step: int, elapsed_seconds: float
@@ -86,15 +86,13 @@ class RollbackManager:
             if not is_spike:
                 return None
             raise TrainingDivergedError(
-                f"the loss rises far above what it was, after {TRIES} detours at one place once more, at step {state.step}. "
+                f"the loss rises far above what it was, after {MAX_ATTEMPTS} detours at one place once more, at step {state.step}. "
                 "What was saved before it is whole. A lower --training.lr or a longer --training.warmup may help."
             )
         latest_checkpoint = checkpoint.newest_whole(self.run_dir.path, self.console.warn) if self.world.leads else None
         checkpoint_path = self.world.told(None if latest_checkpoint is None else str(latest_checkpoint))
         if checkpoint_path is None and is_spike:
-            text = (
-                f"the loss is far above what it was since step {first + 1:,}, and no checkpoint is there to go back to"
-            )
+            text = f"the loss is far above what it was since step {last_good_step + 1:,}, and no checkpoint is there to go back to"
             self._log_event(state.step, text)
             return None
         rollback_step: int = (
@@ -128,8 +126,8 @@ class RollbackManager:
         reason = "was not a finite number" if skipped_range.reason == "not finite" else "was far above what it had been"
         self._log_event(
             skipped_range.back,
-            f"steps {detour.first:,} to {detour.last:,}: the loss {what}. The run goes back to step {detour.back:,} and from "
-            f"there past the batches that led to it. In them: {in_words(detour.documents)}. {self.run.detours} names them all: "
+            f"steps {skipped_range.start_counters:,} to {skipped_range.last_value:,}: the loss {reason}. The run goes back to step {skipped_range.back:,} and from "
+            f"there past the batches that led to it. In them: {read_skipped_ranges(skipped_range.documents_in_batch)}. {self.run_dir.skipped_ranges} names them all: "
             "look at them, and take what is no text out of what a next run learns from",
         )
 

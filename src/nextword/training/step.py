@@ -186,7 +186,7 @@ def training_steps(
         yield train_step(state, loss_module, batch, settings, step_schedule.progress(state.step), world)
         if state.nonfinite_streak >= MAX_NONFINITE_STEPS:
             raise TrainingDivergedError(
-                f"the loss was not a finite number in {state.bad} steps in a row, the last of them step {state.step}. "
+                f"the loss was not a finite number in {state.nonfinite_streak} steps in a row, the last of them step {state.step}. "
                 "None of them reached the weights. A lower --training.lr or a longer --training.warmup may help."
             )
         times.append(time.perf_counter())
@@ -282,7 +282,7 @@ def should_compile(device: torch.device, run_seconds: float) -> tuple[bool, str]
     # A cold compilation costs 35 to 45 s on two cores and saves about a tenth of a step there; a GPU gains far more.
     min_run_seconds = 60.0 if device.type == "cuda" else 900.0
     if run_seconds < min_run_seconds:
-        return False, f"not compiled: a run of {seconds:.0f} s would not earn the compilation back"
+        return False, f"not compiled: a run of {run_seconds:.0f} s would not earn the compilation back"
     return True, "compiled: the first step takes about a minute"
 
 

@@ -207,7 +207,8 @@ class Trainer(TrainingSetup):
                         "its loss is in doubt, so that the last checkpoint stands" if is_suspicious else "and saved"
                     )
                     raise RunInterruptedError(
-                        f"stopped at step {metrics.step:,}, {kept}. Go on with the same command and --resume", signal
+                        f"stopped at step {metrics.step:,}, {checkpoint_note}. Go on with the same command and --resume",
+                        signal,
                     )
                 if self.stopped_early:
                     break
@@ -303,7 +304,7 @@ class Trainer(TrainingSetup):
             for name, value in result.metrics.items():
                 if isinstance(value, (int, float)):
                     self.tensorboard.add_scalar(f"validation/{name}", value, metrics.step)
-        self.console.info(f"step {metrics.step:,}: {look.text}")
+        self.console.info(f"step {metrics.step:,}: {result.text}")
         is_better = self.best.score is None or (result.score > self.best.score and not self.state.nonfinite_streak)
         if math.isfinite(result.score) and is_better:
             self._update_best(metrics.step, result)
