@@ -32,7 +32,7 @@ def browser() -> "Iterator[Browser]":
         path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
         if path is None and not Path(play.chromium.executable_path).exists():
             pytest.skip("pages are tested in a Chromium: apt-get install chromium, or playwright install chromium")
-        expect.set_options(timeout=15_000)
+        expect.set_options(timeout=120_000)
         sandbox = os.name != "posix" or os.geteuid() != 0  # Chromium has none for root
         browser = play.chromium.launch(executable_path=path, chromium_sandbox=sandbox, args=["--disable-gpu"])
         yield browser
@@ -47,7 +47,7 @@ class Opened:
         self.context = browser.new_context(viewport=viewport, color_scheme=theme, reduced_motion="reduce")  # type: ignore[arg-type]
         self.context.add_init_script(WATCH)
         self.page: Page = self.context.new_page()
-        self.page.set_default_timeout(60_000)
+        self.page.set_default_timeout(120_000)
         self.told: list[str] = []
         self.asked: list[str] = []
         self.page.on("console", lambda message: self.told.append(message.text))

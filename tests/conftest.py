@@ -1,5 +1,6 @@
 """Small real text, and real processes."""
 
+import atexit
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings
+
+from processes import PATIENCE, kill_all
 
 # The same examples at every run; `pytest --hypothesis-profile=explore` looks for new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None)  # a busy machine is no failure
@@ -65,7 +68,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def nextword() -> Run:
     """Run the program in a process of its own; its output as text."""
 
-    def run(*arguments: str | Path, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str | Path, timeout: float = PATIENCE, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command(*arguments), capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment},
             encoding="utf-8",
@@ -90,3 +93,14 @@ def without_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     monkeypatch.undo()
     clear()
+
+
+# ---------------------------------------------------------------- processes end with their test
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown() -> None:
+    kill_all()
+
+
+atexit.register(kill_all)  # where pytest itself is interrupted

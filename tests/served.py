@@ -10,8 +10,7 @@ import signal
 import socket
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,6 +26,7 @@ from nextword.serving.guard import Guard
 from nextword.serving.server import Place, configured, run
 from nextword.serving.service import Service, Settings
 from nextword.text.tokenizer import Tokenizer
+from processes import PATIENCE, kill, launch
 
 
 class Answer:
@@ -61,7 +61,7 @@ class Server:
         self.host, self.port = urlsplit(url).hostname or "", urlsplit(url).port or 0
 
     def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection(self.host, self.port, timeout=60)
+        return http.client.HTTPConnection(self.host, self.port, timeout=PATIENCE)
 
     def ask(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
         with contextlib.closing(self.connect()) as connection:
@@ -92,7 +92,7 @@ class Server:
         made = socket.socket()
         if room is not None:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
-        made.settimeout(60)
+        made.settimeout(PATIENCE)
         made.connect((self.host, self.port))
         made.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}".encode() + data)
         return made
@@ -102,31 +102,32 @@ class Process(Server):
     """`nextword serve` in a process of its own, on a free port."""
 
     def __init__(self, *arguments: str | Path, **environment: str):
-        self.process = subprocess.Popen(
+        self.process = launch(
             command("serve", *arguments, "--port", "0", "--json"),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
         )  # fmt: skip
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(self.process.communicate()[1])
-        self.facts = json.loads(line)
+        try:
+            line = self.process.stdout.readline()
+            if not line:
+                raise RuntimeError(self.process.communicate()[1])
+            self.facts = json.loads(line)
+        except BaseException:
+            kill(self.process)
+            raise
         super().__init__(self.facts["url"])
 
     def signal(self, number: int = signal.SIGTERM) -> None:
         self.process.send_signal(number)
 
-    def wait(self, timeout: float = 20) -> int:
-        self.out, self.err = self.process.communicate(timeout=timeout)
+    def wait(self) -> int:
+        self.out, self.err = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode
 
     def __enter__(self) -> "Process":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.communicate()
+        kill(self.process)
 
 
 class Threaded(Server):
@@ -138,7 +139,7 @@ class Threaded(Server):
 
     def failure(self) -> BaseException:
         """The error that the server has ended with."""
-        return self.told.get(timeout=20)
+        return self.told.get(timeout=PATIENCE)
 
     @property
     def engine(self) -> Any:
@@ -163,22 +164,14 @@ def served(model: Path, place: Place | None = None, **settings: Any) -> Iterator
         thread = threading.Thread(target=work)
         thread.start()
         try:
-            facts = told.get(timeout=60)
+            facts = told.get(timeout=PATIENCE)
             if isinstance(facts, BaseException):
                 raise facts
             yield Threaded(facts["url"], service, server.config.app, told)  # pyright: ignore[reportArgumentType]
         finally:
             server.should_exit = True
-            thread.join(30)
+            thread.join(PATIENCE)
     assert not thread.is_alive()
-
-
-def until(true: Callable[[], bool], seconds: float = 10) -> None:
-    """Wait for something to be so."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
 
 
 def directory(path: Path, tokenizer: Tokenizer, preset: str = "modern", **sizes: int) -> Path:

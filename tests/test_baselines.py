@@ -211,10 +211,10 @@ def test_sentences_are_a_beginning_of_the_text(text, count):
     assert len(found) >= len(first_sentence([text], 1)[0])
 
 
-@pytest.mark.timeout(10)
 @pytest.mark.parametrize("sign", [".", " ", ". ", "a", "a. ", '"', ".) "])
-def test_a_sentence_is_found_in_time_whatever_the_text(sign: str) -> None:
-    assert first_sentence([f"A{sign * 200_000}b"], 3) == [f"A{sign * 200_000}b"]
+def test_a_sentence_is_found_in_linear_time_whatever_the_text(sign: str) -> None:
+    """In quadratic time a million of them would take hours."""
+    assert first_sentence([f"A{sign * 1_000_000}b"], 3) == [f"A{sign * 1_000_000}b"]
 
 
 @settings(deadline=None)

@@ -34,6 +34,7 @@ from nextword.training.distributed import LOST, World, joined
 from nextword.training.objectives import Step, next_word
 from nextword.training.optimizer import Optimizer
 from nextword.training.sharing import block, block_of, chunk, fill, part, share, whole
+from processes import PATIENCE, kill, start_process
 from test_pretraining import SETTINGS, state_hashes
 
 
@@ -178,16 +179,15 @@ def test_a_kill_inside_a_save_beside_the_steps_leaves_the_last_one_whole(tmp_pat
         "import sys, time, pathlib; from test_checkpoints import *\n"
         "saved(pathlib.Path(sys.argv[1]), 1)\n"
         "def half(path, tensors, beside):\n"
-        "    write_tensors(path, tensors, beside); os.truncate(path, 300); print('inside', flush=True); time.sleep(100)\n"
+        "    write_tensors(path, tensors, beside); os.truncate(path, 300); print('inside', flush=True); time.sleep(100_000)\n"
         "checkpoint.write_tensors = half\n"
         "saved(pathlib.Path(sys.argv[1]), 2)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     program = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(program, stdout=subprocess.PIPE, env=environment) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"inside\n"
-        process.kill()
+    process = start_process(program, stdout=subprocess.PIPE, env=environment)
+    assert process.stdout.readline() == b"inside\n"
+    kill(process)
     folder = tmp_path / "checkpoints"
     assert (folder / ".step-00000002.partial" / "weights.safetensors").stat().st_size == 300
     assert (folder / "latest").read_text() == "step-00000001\n"
@@ -330,10 +330,10 @@ def in_several(
     }  # fmt: skip
     program = [sys.executable, "-W", "error::UserWarning:nextword", "-c", code, str(folder), way]
     processes = [
-        subprocess.Popen(program, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        start_process(program, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(len(codes))
     ]
-    said = [process.communicate(timeout=240)[1] for process in processes]
+    said = [process.communicate(timeout=PATIENCE)[1] for process in processes]
     assert tuple(process.returncode for process in processes) == codes, said
     return said
 

@@ -31,6 +31,7 @@ from nextword.training import checkpoint
 from nextword.training.detours import HIGH_IN_A_ROW, SPAN, Detour, Detours, Watch, read_detours, write_detours
 from nextword.training.objectives import Inputs, Loss, next_word
 from nextword.training.pace import Clock, Decision, Pace, read_decisions
+from processes import PATIENCE, start_process
 from test_distributed import free_port
 from test_pretraining import state_hashes
 
@@ -79,7 +80,7 @@ def hold(put: Callable[[Any, str, Any], None]) -> list[int]:
 
     def late(path: Path, tensors: Any, beside: Any) -> Any:
         if path.parent.name == ".step-00000020.partial":
-            assert turning.wait(100)
+            assert turning.wait(PATIENCE)
             time.sleep(0.2)  # longer than a look for the newest checkpoint takes
         return write(path, tensors, beside)
 
@@ -303,7 +304,7 @@ def start(program: Path, *arguments: str | Path, world: int = 1) -> "subprocess.
     paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-addr", "127.0.0.1", "--master-port",
               str(free_port())] if world > 1 else []  # fmt: skip
-    return subprocess.Popen(
+    return start_process(
         [sys.executable, *launch, str(program), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, encoding="utf-8", env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )  # fmt: skip
@@ -314,7 +315,7 @@ def start(program: Path, *arguments: str | Path, world: int = 1) -> "subprocess.
 def test_killed_on_the_way_back_and_resumed_equals_uninterrupted(astray, shards, tmp_path, monkeypatch, moment):
     run = tmp_path / "run"
     process = start(tmp_path / "program.py", run, shards, moment)
-    _, err = process.communicate(timeout=200)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == -signal.SIGKILL, err
     assert len(read_detours(run / "detours.jsonl").made) == 1
     assert len([line for line in read_json_lines(run / "metrics.jsonl") if "loss" in line]) == (
@@ -423,10 +424,10 @@ def test_a_pace_that_is_cut_back_is_as_it_was(changes, back):
 
 def test_the_clock_goes_on_after_a_turn_and_keeps_to_its_budget(tmp_path):
     """Half of the time is spent on steps that are undone: what is left is decided anew at once."""
-    clock, pace = Clock(10.0, tmp_path / "decisions.jsonl", started=time.time() - 1), Pace([])
+    clock, pace = Clock(10.0, tmp_path / "decisions.jsonl", started=-1.0, now=lambda: 0.0), Pace([])
     clock.decide(pace, 0, 0.01)
     for step, elapsed in ((200, 3.5), (450, 5.0)):
-        clock.started, clock.next_time = time.time() - elapsed, 0.0
+        clock.started, clock.next_time = -elapsed, 0.0
         clock.decide(pace, step, 0.01)
     assert [decision.step for decision in pace.decisions] == [0, 200, 450]
     clock.decide(pace, 250, 0.01)
@@ -449,7 +450,7 @@ def test_two_processes_turn_back_together(astray, shards, tmp_path, moment):
     Also where neither has written its part of the checkpoint yet."""
     run = tmp_path / "run"
     process = start(tmp_path / "program.py", run, shards, moment, world=2)
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     ours, theirs = (read_detours(r / "detours.jsonl").made for r in (run, astray))
     assert [(d.begin, d.end, d.back, d.documents) for d in ours] == [

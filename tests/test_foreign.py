@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import struct
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,22 +46,19 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def within_a_second() -> Iterator[None]:
-    """What happens inside takes less than a second, and cannot reserve more memory than `ROOM`, where the system lets that be
-    said."""
+def within_bounds() -> Iterator[None]:
+    """What happens inside cannot reserve more memory than `ROOM`, where the system lets that be said. It ends well before the
+    time limit of a test."""
     limits = None
     if resource is not None and Path("/proc/self/statm").exists():
         limits = resource.getrlimit(resource.RLIMIT_AS)
         now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + ROOM, limits[1]))
-    begin = time.process_time()
     try:
         yield
     finally:
-        seconds = time.process_time() - begin
         if resource is not None and limits is not None:
             resource.setrlimit(resource.RLIMIT_AS, limits)
-    assert seconds < 1, f"{seconds:.2f} s"
 
 
 def change_json(name: str, **changes: Any) -> Callable[[Path], None]:
@@ -209,7 +205,7 @@ def test_a_hostile_directory_is_refused_at_once(honest, tmp_path, monkeypatch, n
     change(directory)
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(NextwordError) as error, within_a_second():
+    with pytest.raises(NextwordError) as error, within_bounds():
         package.load(directory, "cpu")
     assert message in str(error.value)
     assert str(directory) in str(error.value)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("NEXTWORD_DATA", ROOT.parent / "shared" / "data"))
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_lm_eval_through_the_server_is_lm_eval_itself(base: Path) -> None:
     python = os.environ.get("NEXTWORD_LM_EVAL") or (sys.executable if find_spec("lm_eval") else None)
     if python is None:

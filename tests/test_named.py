@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -18,9 +17,7 @@ def texts_of(sources, problems):
 
 def test_python_docs_reads_like_documentation(monkeypatch):
     problems = Problems()
-    start = time.perf_counter()
     texts = texts_of(named_sources("python-docs", problems), problems)
-    assert time.perf_counter() - start < 60  # about 3 s on an idle machine
     size = sum(len(t) for ts in texts.values() for t in ts)
     assert 1_500_000 < size < 6_000_000
     [decoder] = texts["python-docs/json/decoder.py"]

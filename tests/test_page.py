@@ -49,7 +49,7 @@ class Journey:
         self.troubles = False  # whether requests fail in this journey by intent, which the browser tells on its console
         context.add_init_script(WATCH)
         self.page: Page = context.new_page()
-        self.page.set_default_timeout(15_000)
+        self.page.set_default_timeout(120_000)
         self.page.on("console", lambda message: self.told.append(message.text))
         self.page.on("pageerror", lambda error: self.told.append(f"error: {error}"))
         context.on("request", lambda request: self.elsewhere.append(request.url))
@@ -194,11 +194,7 @@ def test_stop(open_page: Open) -> None:
     expect(j.at("#say")).to_contain_text("Stopped.")
     first = j.answers.inner_text()
     assert "tick150" not in first
-    for _ in range(40):
-        if j.script.left:
-            break
-        j.page.wait_for_timeout(50)
-    assert j.script.left == 1  # the server has seen it
+    wait_until(lambda: j.script.left == 1)  # the server has seen it
     j.say("slow again", done=False)
     expect(j.answers.last).to_contain_text("tick1")
     j.button("Stop").click()
@@ -772,7 +768,7 @@ def test_with_a_model_behind_it(browser: "Browser", base: Path, monkeypatch: pyt
     pytest.importorskip("fastapi", reason="the real server needs fastapi")
     from nextword.serving import guard
     from nextword.serving.server import Place
-    from served import served, until
+    from served import served
 
     assert dict(guard.HEADERS)[b"content-security-policy"].decode() == POLICY
     with served(base, Place(port=0, key="a secret"), name="small") as server:
@@ -808,7 +804,7 @@ def test_with_a_model_behind_it(browser: "Browser", base: Path, monkeypatch: pyt
         expect(j.answers.last.locator(".token").first).to_be_visible()
         j.page.keyboard.press("Escape")
         j.done()
-        until(lambda: left[()] == 1 and not server.engine.busy)
+        wait_until(lambda: left[()] == 1 and not server.engine.busy)
         j.close()
 
 

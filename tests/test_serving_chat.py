@@ -24,7 +24,8 @@ from nextword.serving.protocol import Refusal
 from nextword.serving.templates import OwnChat, PlainChat, TemplateChat, chat_of
 from nextword.text.chat import CHAT_MARKERS, encode_conversation, save_template
 from nextword.text.tokenizer import END_OF_TEXT, END_OF_TURN, Tokenizer, train_bpe
-from served import Threaded, directory, served, until
+from processes import PATIENCE, start_process, wait_until
+from served import Threaded, directory, served
 from test_engine import sentencepiece
 
 TEXT = "The house on the hill. User: Wër, ñu ngi dem ca àll ba. 🙂 is text too, isn't it? system user assistant\n"
@@ -42,6 +43,14 @@ BOMBS = {
 }
 TURNS = [{"role": "system", "content": " Be kind. "}, {"role": "user", "content": "Hi ñu\n"}, {"role": "assistant",
          "content": "The 🙂"}, {"role": "user", "content": "Why?"}]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def slow_machine() -> Iterator[None]:
+    """A template has as long as it needs, where a test does not say otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(renderer, "SECONDS", PATIENCE)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -220,13 +229,13 @@ def test_plain_dialogues(base: Path) -> None:
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_template_that_takes_too_much_is_stopped_and_the_server_goes_on(
-    tmp_path: Path, tokenizer: Tokenizer, bomb: str
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, bomb: str
 ) -> None:
+    if bomb == "time":
+        monkeypatch.setattr(renderer, "SECONDS", 1.0)
     with served(foreign(tmp_path / "bomb", tokenizer, BOMBS[bomb])) as server:
-        began = time.monotonic()
         answer = server.post("/v1/chat/completions", {"messages": TURNS})
         assert answer.status in (400, 500) and answer.error["message"].startswith("the model's chat template")
-        assert time.monotonic() - began < 3.5
         assert server.get("/health").status == 200
         assert server.complete("The", max_tokens=2)["choices"]
         assert server.service.worker.held == 0
@@ -236,18 +245,18 @@ def test_others_are_served_while_a_template_is_at_it(tmp_path: Path, tokenizer: 
     with served(foreign(tmp_path / "bomb", tokenizer, BOMBS["time"])) as server:
         thread = threading.Thread(target=server.post, args=("/v1/chat/completions", {"messages": TURNS}))
         thread.start()
-        until(lambda: server.service.worker.held == 1)
-        began = time.monotonic()
+        wait_until(lambda: server.service.worker.held == 1)
         server.complete("The", max_tokens=5)
-        assert time.monotonic() - began < 1
+        assert server.service.worker.held == 1, "the template is still being rendered"
+        asyncio.run_coroutine_threadsafe(server.service.chat.close(), server.service.worker.loop).result(PATIENCE)
         thread.join()
 
 
 def test_the_renderer_ends_with_its_parent_and_is_bounded() -> None:
-    made = subprocess.Popen(
+    made = start_process(
         [sys.executable, "-P", renderer.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    said, _ = made.communicate(json.dumps({"template": "{{ a }}", "values": {"a": "é"}}) + "\n", timeout=20)
+    said, _ = made.communicate(json.dumps({"template": "{{ a }}", "values": {"a": "é"}}) + "\n", timeout=PATIENCE)
     assert json.loads(said) == {"text": "é"} and made.returncode == 0  # its input has ended, so it has
 
 

@@ -23,7 +23,8 @@ from nextword.serving import server as server_module
 from nextword.serving.guard import Rules
 from nextword.serving.server import Place
 from nextword.serving.worker import Worker
-from served import Process, Server, Threaded, served, until
+from processes import PATIENCE, wait_until
+from served import Process, Server, Threaded, served
 
 ON = {"logit_bias": {"0": -100}, "temperature": 1.0}  # a text that does not end by itself
 POLICY = (
@@ -186,7 +187,7 @@ def test_a_body_that_is_too_large_is_refused(open_: Threaded) -> None:
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000\r\nExpect: 100-continue\r\n\r\n"
     )
-    with socket.create_connection((open_.host, open_.port), timeout=10) as connection:
+    with socket.create_connection((open_.host, open_.port), timeout=PATIENCE) as connection:
         connection.sendall(head.encode())
         assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
     assert open_.get("/health").status == 200
@@ -195,30 +196,30 @@ def test_a_body_that_is_too_large_is_refused(open_: Threaded) -> None:
 def test_bodies_together_have_a_limit(monkeypatch: pytest.MonkeyPatch, open_: Threaded) -> None:
     monkeypatch.setattr(guard, "MAX_BODIES", 5_000_000)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4000000\r\n\r\n"
-    with socket.create_connection((open_.host, open_.port), timeout=10) as half:
+    with socket.create_connection((open_.host, open_.port), timeout=PATIENCE) as half:
         half.sendall(head + b"x" * 3_000_000)
-        until(lambda: open_.guard.held == 3_000_000)
+        wait_until(lambda: open_.guard.held == 3_000_000)
         answer = open_.post("/v1/completions", b"x" * 3_000_000)
         assert answer.status == 429 and answer.headers["Retry-After"]
         monkeypatch.setattr(guard, "MAX_BODIES", 1)
         assert open_.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status == 200  # small ones are let in
         monkeypatch.setattr(guard, "MAX_BODIES", 5_000_000)
-    until(lambda: open_.guard.held == 0)
+    wait_until(lambda: open_.guard.held == 0)
     assert open_.post("/v1/completions", b"x" * 3_000_000).status == 400
-    until(lambda: open_.guard.held == 0)
+    wait_until(lambda: open_.guard.held == 0)
 
 
 def test_headers_that_are_too_many_or_too_large_are_refused(open_: Threaded) -> None:
     many = open_.get("/health", **{f"X-{i}": "y" for i in range(200)})
     assert many.status == 431 and many.error
     for size in (17_000, 60_000, 1_000_000):
-        with socket.create_connection((open_.host, open_.port), timeout=10) as connection:
+        with socket.create_connection((open_.host, open_.port), timeout=PATIENCE) as connection:
             with contextlib.suppress(ConnectionError):
                 connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * size + b"\r\n\r\n")
             if size < 1_000_000:  # beyond, the connection may be gone before the client has read the answer
                 assert connection.recv(1000).startswith(b"HTTP/1.1 431 "), size
     assert open_.get("/v1/models/" + "x" * 9000).status == 414
-    with socket.create_connection((open_.host, open_.port), timeout=10) as connection:
+    with socket.create_connection((open_.host, open_.port), timeout=PATIENCE) as connection:
         connection.sendall(b"\x00\x01 this is no HTTP\r\n\r\n")
         said = b"".join(iter(lambda: connection.recv(1000), b""))
         assert said.startswith(b"HTTP/1.1 400 ") and b'"invalid_request_error"' in said
@@ -226,11 +227,11 @@ def test_headers_that_are_too_many_or_too_large_are_refused(open_: Threaded) -> 
 
 
 def test_who_sends_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, open_: Threaded) -> None:
-    monkeypatch.setattr(server_module, "HEADER_SECONDS", 0.3)
-    monkeypatch.setattr(guard, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(server_module, "HEADER_SECONDS", 2)
+    monkeypatch.setattr(guard, "BODY_SECONDS", 2)
     monkeypatch.setattr(guard, "DISCARD_SECONDS", 0.2)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
-    silent, slow, half = (socket.create_connection((open_.host, open_.port), timeout=10) for _ in range(3))
+    silent, slow, half = (socket.create_connection((open_.host, open_.port), timeout=PATIENCE) for _ in range(3))
     slow.sendall(b"GET /health HTTP/1.1\r\nHost: loc")
     half.sendall(head)
     assert silent.recv(10) == b"" and slow.recv(10) == b""
@@ -239,20 +240,25 @@ def test_who_sends_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, op
         connection.close()
 
 
+def closed(connection: socket.socket) -> bool:
+    """Whether the server has closed a connection on which nothing was said."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
 def test_there_are_only_so_many_connections(monkeypatch: pytest.MonkeyPatch, open_: Threaded) -> None:
     monkeypatch.setattr(server_module, "MAX_CONNECTIONS", 5)
     with contextlib.ExitStack() as stack:
-        made = [stack.enter_context(socket.create_connection((open_.host, open_.port), timeout=10)) for _ in range(12)]
-        turned_away = 0
-        for connection in made:
-            connection.settimeout(0.3)
-            with contextlib.suppress(TimeoutError):
-                try:
-                    turned_away += connection.recv(1) == b""
-                except ConnectionResetError:
-                    turned_away += 1
-        assert turned_away >= 7
-    until(lambda: open_.get("/health").status == 200)
+        made = [
+            stack.enter_context(socket.create_connection((open_.host, open_.port), timeout=PATIENCE)) for _ in range(12)
+        ]
+        wait_until(lambda: sum(map(closed, made)) >= 7)
+    wait_until(lambda: open_.get("/health").status == 200)
 
 
 # ---------------------------------------------------------------- the queue
@@ -269,12 +275,46 @@ def slowly(monkeypatch: pytest.MonkeyPatch, server: Threaded, seconds: float) ->
     monkeypatch.setattr(server.engine.reader, "read", slow)
 
 
+class Gate:
+    """Steps of the engine begin only when the test lets them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, server: Threaded):
+        self.permits, self.waiting, self.is_open = threading.Semaphore(0), threading.Event(), False
+        read = server.engine.reader.read
+
+        def gated(*arguments: Any) -> Any:
+            if not self.is_open:
+                self.waiting.set()
+                assert self.permits.acquire(timeout=PATIENCE)
+            return read(*arguments)
+
+        monkeypatch.setattr(server.engine.reader, "read", gated)
+
+    def let_through(self, steps: int) -> None:
+        """So many steps; on return the engine waits at the next."""
+        for _ in range(steps):
+            assert self.waiting.wait(PATIENCE)
+            self.waiting.clear()
+            self.permits.release()
+        assert self.waiting.wait(PATIENCE)
+
+    def open(self) -> None:
+        self.is_open = True
+        self.permits.release()
+
+    def __enter__(self) -> "Gate":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.open()
+
+
 def test_beyond_the_queue_clients_are_told_to_come_again(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
     with served(base, max_batch=1, queue=1) as server:
         slowly(monkeypatch, server, 0.02)
         body = {"prompt": "The", "max_tokens": 30000, **ON}
         with server.begin(body), server.begin(body):
-            until(lambda: server.metric("nextword_texts_waiting") == 1)
+            wait_until(lambda: server.metric("nextword_texts_waiting") == 1)
             assert (server.metric("nextword_texts_running"), server.metric("nextword_texts_held")) == (1, 2)
             answer = server.post("/v1/completions", body)
             assert answer.status == 429 and answer.error["code"] == "queue_full"
@@ -282,7 +322,7 @@ def test_beyond_the_queue_clients_are_told_to_come_again(monkeypatch: pytest.Mon
             assert server.post("/v1/embeddings", {"input": "x"}).status == 429
             assert server.post("/v1/completions", {**body, "n": 3}).status == 400  # never possible
             assert server.get("/health").status == 200
-        until(lambda: server.metric("nextword_texts_held") == 0)  # both have left
+        wait_until(lambda: server.metric("nextword_texts_held") == 0)  # both have left
         assert server.complete("The", max_tokens=2)["choices"]
 
 
@@ -290,15 +330,15 @@ def test_beyond_the_queue_clients_are_told_to_come_again(monkeypatch: pytest.Mon
 def test_a_client_that_leaves_stops_its_work_within_two_tokens(
     monkeypatch: pytest.MonkeyPatch, base: Path, stream: bool
 ) -> None:
-    with served(base) as server:
-        slowly(monkeypatch, server, 0.02)
-        drawn = server.service.metrics.generated_tokens.values
+    with served(base) as server, Gate(monkeypatch, server) as gate:
+        drawn, left = server.service.metrics.generated_tokens.values, server.service.metrics.left.values
         with server.begin({"prompt": "The", "max_tokens": 30000, "stream": stream, **ON}):
-            until(lambda: drawn[()] >= 5)
+            gate.let_through(5)
             left_at = drawn[()]
-        time.sleep(0.4)
-        assert drawn[()] <= left_at + 2
-        until(lambda: not server.engine.busy and not server.service.worker.tickets)
+        wait_until(lambda: left[()] == 1)  # the server has noticed, while the engine is at a step
+        gate.open()
+        wait_until(lambda: not server.engine.busy and not server.service.worker.tickets)
+        assert 0 < left_at <= drawn[()] <= left_at + 2
         assert server.metric("nextword_clients_left_total") == 1
 
 
@@ -308,9 +348,10 @@ def test_a_client_that_leaves_is_heard_by_a_quick_model_too(base: Path) -> None:
         drawn = server.service.metrics.generated_tokens.values
         for stream in (True, False):
             with server.begin({"prompt": "The", "max_tokens": 30000, "stream": stream, **ON}):
-                until(lambda: drawn[()] >= 20)
-            until(lambda: not server.service.worker.tickets, 1)
-            until(lambda: not server.engine.busy, 1)
+                wait_until(lambda: drawn[()] >= 20)
+            wait_until(lambda: not server.service.worker.tickets)
+            wait_until(lambda: not server.engine.busy)
+            assert drawn[()] < 30000, "it was stopped before its end"
             drawn[()] = 0
 
 
@@ -321,10 +362,10 @@ def test_leaving_while_waiting_takes_nothing_from_others(monkeypatch: pytest.Mon
         made: list[Any] = []
         thread = threading.Thread(target=lambda: made.append(server.complete("The", max_tokens=40, seed=1)))
         thread.start()
-        until(lambda: server.service.worker.running == 1)
+        wait_until(lambda: server.service.worker.running == 1)
         with server.begin({"prompt": "x", "max_tokens": 3000, **ON}):
-            until(lambda: server.service.worker.waiting == 1)
-        until(lambda: server.service.worker.waiting == 0)
+            wait_until(lambda: server.service.worker.waiting == 1)
+        wait_until(lambda: server.service.worker.waiting == 0)
         thread.join()
         assert made[0]["choices"][0]["text"] == alone
 
@@ -333,17 +374,17 @@ def test_a_slow_reader_holds_up_nobody(base: Path) -> None:
     with served(base, max_batch=1, queue=0) as server:  # one place in all
         body = {"prompt": "The", "max_tokens": 1500, "logprobs": 20, "stream": True, **ON}
         with server.begin(body, room=4096) as unread:  # some 2 MB
-            until(lambda: server.service.worker.held == 1)
-            until(lambda: server.service.worker.held == 0)  # it was written to its end, though nobody reads
+            wait_until(lambda: server.service.worker.held == 1)
+            wait_until(lambda: server.service.worker.held == 0)  # it was written to its end, though nobody reads
             assert server.service.worker.unread > 500
             quick = server.complete("A", max_tokens=50, **ON)
             assert quick["usage"]["completion_tokens"] == 50
-            unread.settimeout(30)
+            unread.settimeout(PATIENCE)
             read = b""
             while b"data: [DONE]" not in read[-100:]:
                 read += unread.recv(2**20)
             assert len(read) > 1_000_000
-        until(lambda: not server.service.worker.tickets)
+        wait_until(lambda: not server.service.worker.tickets)
 
 
 def test_what_is_unread_has_a_limit(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
@@ -354,7 +395,7 @@ def test_what_is_unread_has_a_limit(monkeypatch: pytest.MonkeyPatch, base: Path)
         with server.begin(body, room=4096) as unread:
             read = server.post("/v1/completions", {**body, "seed": 1}).events
             assert read[-1]["choices"][0]["finish_reason"] == "length"
-            until(lambda: not server.service.worker.tickets or server.service.worker.unread == 0)
+            wait_until(lambda: not server.service.worker.tickets or server.service.worker.unread == 0)
             said = b""
             while piece := unread.recv(2**20):
                 said += piece
@@ -366,8 +407,8 @@ def test_who_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch, base: Path
     with served(base) as server:
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         with server.begin({"prompt": "The", "max_tokens": 1500, "logprobs": 20, "stream": True, **ON}, room=4096):
-            until(lambda: bool(server.service.worker.tickets))
-            until(lambda: not server.service.worker.tickets)
+            wait_until(lambda: bool(server.service.worker.tickets))
+            wait_until(lambda: not server.service.worker.tickets)
 
 
 # ---------------------------------------------------------------- faults
@@ -394,7 +435,7 @@ def test_an_exception_in_a_step_ends_those_it_touched_and_the_server_goes_on(
 
         first = threading.Thread(target=ask, args=("touched",), kwargs={"max_tokens": 100, **ON})
         first.start()
-        until(lambda: server.service.worker.running == 1)
+        wait_until(lambda: server.service.worker.running == 1)
         second = threading.Thread(target=ask, args=("waiting",))
         second.start()
         for thread in (first, second):
@@ -473,7 +514,7 @@ def test_while_loading_it_says_so(monkeypatch: pytest.MonkeyPatch, base: Path) -
     monkeypatch.setattr(Place, "listen", noted)
 
     def look() -> None:
-        until(lambda: bool(ports))
+        wait_until(lambda: bool(ports))
         server = Server(f"http://127.0.0.1:{ports[0]}")
         try:
             found.extend(
@@ -493,13 +534,13 @@ def test_while_loading_it_says_so(monkeypatch: pytest.MonkeyPatch, base: Path) -
 
 
 def test_sigterm_lets_texts_be_finished_and_a_second_one_does_not(base: Path) -> None:
-    with Process(base, "--grace", "200") as server:
+    with Process(base, "--grace", "1000") as server:
         with server.begin({"prompt": "The", "max_tokens": 2000, "stream": True, **ON}) as stream:
             assert b"200 OK" in stream.recv(100)
             kept = server.connect()  # a connection from before
             kept.connect()
             server.signal(signal.SIGTERM)
-            until(lambda: server.get("/health").status == 503)
+            wait_until(lambda: server.get("/health").status == 503)
             kept.request("POST", "/v1/completions", b'{"prompt": "x"}', {"Content-Type": "application/json"})
             refused = kept.getresponse()
             assert refused.status == 503 and json.loads(refused.read())["error"]["code"] == "draining"
@@ -510,12 +551,12 @@ def test_sigterm_lets_texts_be_finished_and_a_second_one_does_not(base: Path) ->
             assert b'"finish_reason":"length"' in read and b"data: [DONE]" in read
         assert server.wait() == 0
         assert server.out == "" and "stopping: 1 answers are finished first" in server.err
-    with Process(base, "--grace", "60") as server, server.begin({"prompt": "The", "max_tokens": 30000, **ON}):
-        until(lambda: server.metric("nextword_texts_running") == 1)
+    with Process(base, "--grace", "1000") as server, server.begin({"prompt": "The", "max_tokens": 30000, **ON}):
+        wait_until(lambda: server.metric("nextword_texts_running") == 1)
         server.signal(signal.SIGTERM)
-        until(lambda: server.get("/health").status == 503)
+        wait_until(lambda: server.get("/health").status == 503)
         server.signal(signal.SIGTERM)
-        assert server.wait(5) == 143
+        assert server.wait() == 143
 
 
 def test_the_grace_has_an_end(base: Path) -> None:

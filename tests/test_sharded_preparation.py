@@ -5,9 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from nextword.text import shards as shards_module
 from nextword.text import tokenizer as tokenizer_module
 from nextword.text.corpus import Corpus
 from nextword.text.together import cut, prepare, shard_of
+from processes import PATIENCE, start_process, wait_until
 from test_corpus import article, write
 
 
@@ -149,29 +148,21 @@ def alone(large: Path) -> dict[str, str]:
 
 
 def start(texts: Path, out: Path, shard: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
+    return start_process(
         command("prepare", texts, "--out", out, "--vocab-size", "600", "--shard", shard), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
 def ended(process: "subprocess.Popen[str]") -> str:
-    told, _ = process.communicate(timeout=120)
+    told, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, told
     return told
 
 
-def meet(process: "subprocess.Popen[str]", condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 100
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until, "nothing happened"
-        time.sleep(0.001)
-
-
 def stopped_at(process: "subprocess.Popen[str]", folder: Path, stage: str) -> "subprocess.Popen[str]":
     """The process, stopped in the middle of its first piece of a stage, whose lock it goes on holding."""
-    meet(process, lambda: bool(list(folder.glob(f".out.parts-*/.{stage}-*.partial"))))
+    wait_until(lambda: bool(list(folder.glob(f".out.parts-*/.{stage}-*.partial"))), process)
     os.kill(process.pid, signal.SIGSTOP)
     return process
 
@@ -186,7 +177,7 @@ def pieces(told: str) -> Counter[str]:
 def test_processes_side_by_side_each_do_what_nobody_else_does(large, alone, tmp_path):
     first = stopped_at(start(large, tmp_path / "out", "2/5"), tmp_path, "reading")
     others = [start(large, tmp_path / "out", shard) for shard in ("2/5", "4/5")]  # one of them on the same part
-    meet(others[0], lambda: len(list(tmp_path.glob(".out.parts-*/reading-*"))) == 4)
+    wait_until(lambda: len(list(tmp_path.glob(".out.parts-*/reading-*"))) == 4, others[0])
     assert not list(tmp_path.glob(".out.parts-*/survey")), "the part that is stopped is waited for"
     os.kill(first.pid, signal.SIGCONT)
     made = [pieces(ended(process)) for process in (first, *others)]
@@ -202,7 +193,7 @@ def test_processes_side_by_side_each_do_what_nobody_else_does(large, alone, tmp_
 def test_a_killed_part_is_done_again_by_another(stage, large, alone, tmp_path):
     first = stopped_at(start(large, tmp_path / "out", "2/3"), tmp_path, stage)
     second = start(large, tmp_path / "out", "1/3")
-    meet(second, lambda: len(list(tmp_path.glob(f".out.parts-*/{stage}-*"))) == 2)
+    wait_until(lambda: len(list(tmp_path.glob(f".out.parts-*/{stage}-*"))) == 2, second)
     assert second.poll() is None and not (tmp_path / "out").exists()
     os.kill(first.pid, signal.SIGKILL)
     before = pieces(first.communicate()[0])

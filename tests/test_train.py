@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import time
 from typing import Any
 
 import numpy as np
@@ -233,40 +232,41 @@ def test_a_decision_leaves_the_past_as_it_is():
 def test_the_clock_ends_near_its_budget_and_a_replay_is_exact(tmp_path):
     """A machine that becomes three times slower half-way: the run ends in time, and its log replays to the same steps."""
     log = tmp_path / "decisions.jsonl"
-    started = time.time()
-    clock, pace = Clock(2.0, log, started=started), Pace([])
+    time = 0.0
+    clock, pace = Clock(2.0, log, started=0.0, now=lambda: time), Pace([])
     clock.decide(pace, 0, 0.002)
     step, progress = 0, []
     while step < pace.total_steps:
-        time.sleep(0.002 if step < 300 else 0.006)
+        time += 0.002 if step < 300 else 0.006
         progress.append(pace.progress(step))
         step += 1
         clock.next_time = min(clock.next_time, 0.0)
         if step % 25 == 0:
             clock.decide(pace, step, 0.0023 if step < 300 else 0.0065)
-    assert time.time() - started == pytest.approx(2.0, abs=0.3)
+    assert time == pytest.approx(2.0, abs=0.1)
     assert len(read_decisions(log)) > 3
 
     again = Pace(read_decisions(log))
     assert [again.progress(i) for i in range(step)] == progress
     assert again.total_steps == step
     # Another clock on the same log leaves what is decided alone, however late it is.
-    Clock(2.0, log, started=started - 100).decide(again, again.decisions[-1].step - 1, 1.0)
+    Clock(2.0, log, started=-100.0, now=lambda: time).decide(again, again.decisions[-1].step - 1, 1.0)
     assert again.total_steps == step
 
 
 def test_a_spent_budget_ends_at_once_and_a_bad_first_guess_still_trains(tmp_path):
     """Steps that take longer than there is time for; then a first guess of a step's time that is 1,000 times too long."""
     state, dataset, step_module = setup()
-    clock = Clock(5.0, tmp_path / "spent.jsonl", started=time.time() - 4.9)
+    clock = Clock(5.0, tmp_path / "spent.jsonl", started=-4.9, now=lambda: 0.0)
     done = list(
         steps(state, dataset, step_module, StepSettings(), Pace([Decision(0, 50)]), clock, seconds_per_step=9.0)
     )
     assert len(done) == 1, "the one step that every decision leaves"
 
     state, dataset, step_module = setup()
-    clock = Clock(2.0, tmp_path / "slow.jsonl", started=time.time())
-    done = list(steps(state, dataset, step_module, StepSettings(), Pace([]), clock, seconds_per_step=10.0))
+    time = itertools.count(0, 0.01).__next__  # it goes on each time that it is read
+    clock = Clock(2.0, tmp_path / "slow.jsonl", started=0.0, now=time)
+    done = list(steps(state, dataset, step_module, StepSettings(), Pace([]), clock, seconds_per_step=10.0, now=time))
     assert len(done) > 60
     assert done[10].lr > 0
     assert done[-1].progress == 1.0

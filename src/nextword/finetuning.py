@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -234,9 +233,9 @@ class Finetuning(Job):
         trained = pace.decisions[0].total_steps / self.looks(pace) * self.data.per_batch
         limit = max(LOOKED_AT[0], min(LOOKED_AT[1], int(0.3 * trained)))  # an example costs a third of one in training
         written = max(16, min(WRITTEN_AT, WRITTEN_TOKENS // max(1, self.form.answer_tokens)))
-        begin = time.perf_counter()
+        begin = self.now()
         judged = self._judge_if_possible(self.predictor, limit, written)
-        seconds = time.perf_counter() - begin
+        seconds = self.now() - begin
         at_end = len(self.task_data.validation) / min(limit, len(self.task_data.validation))
         if judged.scores and self.form.kind == "answer":
             at_end = max(at_end, min(WRITTEN_AT_END, len(self.task_data.validation)) / written)

@@ -52,6 +52,7 @@ class Job(Machinery):
 
     can_spike = False  # whether a loss far above the recent ones means that the run goes astray
     batch_tokens: int  # of a step, about; the subclass sets it
+    now = staticmethod(time.time)  # reads the time of a run with a budget, in seconds
     mirror: Mirror | None = None  # where checkpoints are copied to, beyond this machine
     course: Course
     saver: Saver
@@ -116,7 +117,7 @@ class Job(Machinery):
 
     def seconds(self) -> float:
         """Wall time that the run has used, in all of its processes."""
-        return time.time() - self.started + self.spent
+        return self.now() - self.started + self.spent
 
     def make_pace(self) -> Pace:
         """The run's length: said beforehand, or the clock's decisions so far."""
@@ -125,7 +126,7 @@ class Job(Machinery):
         assert self.budget is not None
         decisions = []
         if self.world.leads:
-            self.clock = Clock(self.budget, self.run.decisions, started=self.started, spent=self.spent)
+            self.clock = Clock(self.budget, self.run.decisions, started=self.started, spent=self.spent, now=self.now)
             self.clock.reserve = self.finishing_seconds()
             decisions = [asdict(decision) for decision in read_decisions(self.run.decisions)]
         return Pace([Decision(**decision) for decision in self.world.told(decisions)])
@@ -149,7 +150,7 @@ class Job(Machinery):
                 return
             loop = steps(
                 self.state, self.data, self.step_module, self.settings, pace, clock, self.seconds_per_step, self.world,
-                self.course.detours.index_of,
+                self.course.detours.index_of, self.now,
             )  # fmt: skip
             for metrics in loop:
                 rate = (self.state.tokens - tokens_before) / max(1e-9, time.monotonic() - before)

@@ -1,7 +1,6 @@
 """A pre-training run from its recipe to its report: what it trains, on which text, and how it looks at held-out text."""
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -108,7 +107,7 @@ class Pretraining(Job):
     def choose_model(self) -> Plan | None:
         """Settle what the recipe leaves open, size, batch, learning rate and dropout, by the plan that is given back."""
         recipe = self.recipe
-        left = None if recipe.budget is None else recipe.budget - (time.time() - self.started)
+        left = None if recipe.budget is None else recipe.budget - (self.now() - self.started)
         plan = plan_corpus(self.corpus, recipe, self.device, seconds=left, processes=self.world.size)
         for line in plan.in_words():
             self.console.say(line)
@@ -148,9 +147,9 @@ class Pretraining(Job):
             return None
         trained = pace.decisions[0].total_steps / self.looks(pace) * self.batch_tokens
         windows = max(8, int(0.15 * trained / self.config.context_length))  # a token costs a third of one in training
-        begin = time.perf_counter()
+        begin = self.now()
         found = self.measure(windows)
-        seconds = (time.perf_counter() - begin) / found.tokens * self.batch_tokens
+        seconds = (self.now() - begin) / found.tokens * self.batch_tokens
         self.forward_seconds = min(self.forward_seconds, seconds)
         return Look(
             score=-found.loss,

@@ -72,8 +72,9 @@ def render(request: dict[str, Any]) -> dict[str, str]:
 def main() -> None:
     bound()
     for line in sys.stdin:
-        watch(SECONDS)
-        answer = json.dumps(render(json.loads(line)))
+        request = json.loads(line)
+        watch(request.get("seconds", SECONDS))
+        answer = json.dumps(render(request))
         watch(0)
         print(answer, flush=True)
 

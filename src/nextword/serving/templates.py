@@ -175,7 +175,7 @@ class TemplateChat:
             Refusal: the template refuses it, or takes too much time or memory.
         """
         values = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None, **self.tokens}
-        line = json.dumps({"template": self.template, "values": values}).encode() + b"\n"
+        line = json.dumps({"template": self.template, "values": values, "seconds": renderer.SECONDS}).encode() + b"\n"
         async with self.lock:
             process = await self._started()
             assert process.stdin is not None and process.stdout is not None

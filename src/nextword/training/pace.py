@@ -7,6 +7,7 @@ on disk, so that a run that followed the clock resumes exactly all the same.
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -70,12 +71,16 @@ class Clock:
     """Decides how many steps fit into a budget of wall time, again and again while the run goes on.
 
     Each decision is appended durably to `log` before it is applied. A resume takes up the whole log, and the clock speaks
-    again only from the last decision on. `spent` is the time that earlier processes of the same run have used.
+    again only from the last decision on. `spent` is the time that earlier processes of the same run have used; `now` reads
+    the time, in seconds.
     """
 
-    def __init__(self, budget: float, log: Path, *, started: float, spent: float = 0.0):
+    def __init__(
+        self, budget: float, log: Path, *, started: float, spent: float = 0.0, now: Callable[[], float] = time.time
+    ):
         self.budget = budget
         self.log = log
+        self.now = now
         self.started = started - spent
         self.next_time = 0.0
         self.first_time = math.inf
@@ -83,7 +88,7 @@ class Clock:
 
     def elapsed(self) -> float:
         """Seconds of the budget that are used, preparation and earlier processes included."""
-        return time.time() - self.started
+        return self.now() - self.started
 
     def decide(self, pace: Pace, step: int, seconds_per_step: float) -> None:
         """Before step `step`: decide anew, where it is time to."""

@@ -160,6 +160,7 @@ def steps(
     seconds_per_step: float = 0.0,
     world: World = ALONE,
     index_of: Callable[[int], int] = int,
+    now: Callable[[], float] = time.perf_counter,
 ) -> Iterator[StepMetrics]:
     """Train from where `state` is to the end of the pace. What the caller does between two steps counts on the clock. A caller
     may set the state back between two steps, and it goes on from there.
@@ -167,16 +168,17 @@ def steps(
     Args:
         index_of: the batch that a step takes; the batch of its own number where no detour is taken.
         seconds_per_step: a first guess, for a run that follows the clock.
+        now: reads the time, in seconds.
 
     Raises:
         Diverged: the loss was not finite for several steps in a row. None of them reached the weights.
     """
-    times = [time.perf_counter()]
+    times = [now()]
     while not pace.decisions or state.step < pace.total_steps:
         if clock is not None:
             if len(times) > 4:  # the younger half of this process's steps, evaluations and saves between them included
                 half = len(times) // 2
-                seconds_per_step = (times[-1] - times[half]) / (len(times) - 1 - half)
+                seconds_per_step = max(1e-9, (times[-1] - times[half]) / (len(times) - 1 - half))
             clock.decide(pace, state.step, seconds_per_step)
         batch = dataset.batch(index_of(state.step), world.data_rank, world.data_size)
         yield train_step(state, step_module, batch, settings, pace.progress(state.step), world)
@@ -185,7 +187,7 @@ def steps(
                 f"the loss was not a finite number in {state.bad} steps in a row, the last of them step {state.step}. "
                 "None of them reached the weights. A lower --training.lr or a longer --training.warmup may help."
             )
-        times.append(time.perf_counter())
+        times.append(now())
 
 
 # ---------------------------------------------------------------- what a run fixes once, at its start
