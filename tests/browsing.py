@@ -1,17 +1,18 @@
 """A real Chromium for the tests of pages: the browser, and what every page has to hold."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from needs import chromium
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, ViewportSize, expect, sync_playwright
 else:
-    playwright = pytest.importorskip("playwright.sync_api", reason="pages are tested with playwright")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs Chromium: playwright is not installed")
     expect, sync_playwright, Browser = playwright.expect, playwright.sync_playwright, playwright.Browser
 
 WIDE: "ViewportSize" = {"width": 1280, "height": 800}
@@ -28,10 +29,8 @@ WATCH = "window.broken = []; addEventListener('securitypolicyviolation', (e) => 
 
 @pytest.fixture(scope="module")
 def browser() -> "Iterator[Browser]":
+    path = chromium()
     with sync_playwright() as play:
-        path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-        if path is None and not Path(play.chromium.executable_path).exists():
-            pytest.skip("pages are tested in a Chromium: apt-get install chromium, or playwright install chromium")
         expect.set_options(timeout=120_000)
         sandbox = os.name != "posix" or os.geteuid() != 0  # Chromium has none for root
         browser = play.chromium.launch(executable_path=path, chromium_sandbox=sandbox, args=["--disable-gpu"])
@@ -59,7 +58,9 @@ class Opened:
     def holds(self, name: str) -> None:
         """What is true of every page of ours: no finding of axe-core's rules, nothing wider than the window, nothing asked of
         anybody, no word on the console, and a policy that nothing has broken."""
-        axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
+        axe = pytest.importorskip(
+            "axe_playwright_python.sync_playwright", reason="needs Chromium: no axe-playwright-python"
+        )
         if SHOTS:
             self.page.screenshot(path=f"{SHOTS}/{name}.png", full_page=True)
         found = axe.Axe().run(self.page).response["violations"]

@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from hypothesis import settings
 
+import needs
 from processes import PATIENCE, kill_all
 
 # The same examples at every run; `pytest --hypothesis-profile=explore` looks for new ones.
@@ -104,3 +105,33 @@ def pytest_runtest_teardown() -> None:
 
 
 atexit.register(kill_all)  # where pytest itself is interrupted
+
+
+# ---------------------------------------------------------------- what is not tested
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-needs", action="store_true", help="fail, instead of skipping, where something is not installed"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.needs("Chromium"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("needs"):
+        if name := needs.missing(marker.args):
+            reason = f"needs {name}: make test-all"
+            if item.config.getoption("--all-needs"):
+                pytest.fail(reason, pytrace=False)
+            pytest.skip(reason)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reasons = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", ()) if report.longrepr]
+    if line := needs.not_tested(reasons):
+        terminalreporter.write_line(line)

@@ -3,9 +3,7 @@
 import csv
 import importlib
 import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from needs import DATA
 from nextword.errors import UsageError
 from nextword.tasks.baselines import (
     NaiveBayes,
@@ -32,7 +31,6 @@ from nextword.tasks.scores import choices, classification, similarity, writing
 sklearn_text: Any = importlib.import_module("sklearn.feature_extraction.text")
 MultinomialNB: Any = importlib.import_module("sklearn.naive_bayes").MultinomialNB
 
-DATA = Path(os.environ.get("NEXTWORD_DATA", Path(__file__).parents[2] / "shared" / "data"))
 WORDS = st.lists(st.sampled_from(["good", "Bad", "film", "the", "!", "it's"]), max_size=8).map(" ".join)
 SOME = st.lists(WORDS, min_size=1, max_size=12)
 
@@ -40,7 +38,7 @@ SOME = st.lists(WORDS, min_size=1, max_size=12)
 def data(name: str, split: str) -> list[dict[str, Any]]:
     found = sorted((DATA / name).glob(f"{split}.*"))
     if not found:
-        pytest.skip(f"no data: {DATA / name} is not there; set NEXTWORD_DATA to the folder")
+        pytest.skip(f"needs data: {DATA / name} is not there; set NEXTWORD_DATA to the folder")
     with found[0].open(encoding="utf-8", newline="") as file:
         if found[0].suffix == ".jsonl":
             return [json.loads(line) for line in file]

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from needs import DATA
 from nextword.auditing.bias import FEWEST, audit_suite, leans, scored
 from nextword.auditing.findings import Finding
 from nextword.auditing.gaps import audit_gaps
@@ -25,7 +25,6 @@ from nextword.tasks.scores import Score
 from nextword.text.tokenizer import Tokenizer, train_bpe
 
 STEPS = 120  # of a training
-DATA = Path(os.environ.get("NEXTWORD_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CONTEXT = 64
 
 
@@ -303,7 +302,7 @@ def test_winogender_beside_its_statistics(random_model: Model, tmp_path: Path) -
 
 def test_a_random_model_knows_nothing_of_the_published_winogender(random_model: Model) -> None:
     if not (DATA / "winogender").is_dir():
-        pytest.skip(f"no data: {DATA / 'winogender'} is not there; set NEXTWORD_DATA to the folder")
+        pytest.skip(f"needs data: {DATA / 'winogender'} is not there; set NEXTWORD_DATA to the folder")
     found = by_name(audit_suite(random_model, f"winogender={DATA / 'winogender'}"))
     pearson = found["Winogender, she or he (Pearson)"]
     low, high = ends(pearson)

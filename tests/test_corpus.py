@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 
+from needs import DATA
 from nextword.errors import CorruptFile, NextwordError, UsageError
 from nextword.files import read_json_lines
 from nextword.text import corpus as corpus_module
@@ -316,12 +317,11 @@ def test_progress_runs_to_the_end_of_each_stage(folder, tmp_path):
     assert all(done <= of for _, done, of in told)
 
 
-def test_real_small_languages(tmp_path, pytestconfig):
-    data = pytestconfig.rootpath.parent / "shared/data"
-    if not data.is_dir():
-        pytest.skip(f"{data} is not here")
-    corpus = prepare([data / "tinyshakespeare"], tmp_path / "shakespeare", tokenizer="char")
+def test_real_small_languages(tmp_path):
+    if not DATA.is_dir():
+        pytest.skip(f"needs data: {DATA} is not there; set NEXTWORD_DATA")
+    corpus = prepare([DATA / "tinyshakespeare"], tmp_path / "shakespeare", tokenizer="char")
     assert (corpus.train.characters, corpus.validation.characters) == (1_003_854, 111_540)
     assert corpus.tokenizer.vocab_size == 65 + 3 and corpus.validation.unknown == 0
-    corpus = prepare([data / "small_languages/wolof"], tmp_path / "wolof")
+    corpus = prepare([DATA / "small_languages/wolof"], tmp_path / "wolof")
     assert corpus.documents == corpus.train.documents + corpus.validation.documents > 20

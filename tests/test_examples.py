@@ -1,13 +1,12 @@
 """Labelled rows to examples: what the columns mean, what is wrong with a row, and what is held out."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from needs import DATA
 from nextword.errors import NextwordError, UsageError
 from nextword.tasks.columns import choice_columns, find_columns
 from nextword.tasks.examples import (
@@ -19,8 +18,6 @@ from nextword.tasks.examples import (
     read_examples,
 )
 from nextword.text.streams import Problems
-
-DATA = Path(os.environ.get("NEXTWORD_DATA", Path(__file__).parents[1] / "../shared/data"))
 
 
 def write(path, rows):
@@ -364,7 +361,7 @@ SHARED = [
 ]  # fmt: skip
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"the shared data is not at {DATA}; set NEXTWORD_DATA")
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"needs data: {DATA} is not there; set NEXTWORD_DATA")
 @pytest.mark.parametrize(("name", "task", "count"), SHARED, ids=[name for name, _, _ in SHARED])
 def test_the_shared_data(name, task, count):
     problems = Problems()

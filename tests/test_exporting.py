@@ -272,10 +272,12 @@ def test_gelu_is_rounded_as_llama_cpp_does_it() -> None:
     assert (found != torch.nn.functional.gelu(x, approximate="tanh")).any()
 
 
+@pytest.mark.needs("llama.cpp")
 @pytest.mark.parametrize(("preset", "overrides"), SPOKEN[2:], ids=["gpt2", "qwen3", "llama"])
 def test_llama_cpp_writes_what_the_model_writes(tmp_path: Path, preset: str, overrides: dict[str, Any]) -> None:
     """Greedily, over 200 tokens; where two are as likely as each other, to within 1e-3, either."""
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    import llama_cpp  # pyright: ignore[reportMissingImports]
+
     model = directory(tmp_path / "model", preset, context_length=256, **overrides)
     if preset != "gpt2":  # whose GELU llama.cpp rounds: the test below
         model = sure(model)
@@ -297,8 +299,8 @@ def test_llama_cpp_writes_what_the_model_writes(tmp_path: Path, preset: str, ove
     llama.close()
 
 
+@pytest.mark.needs("llama.cpp")
 def test_what_llama_cpp_rounds_is_refused_by_its_cause_or_accepted_by_a_persons_word(tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     model = sure(directory(tmp_path / "model", "gpt2", context_length=256))
     with pytest.raises(
         NextwordError, match="rounds GELU to half precision"

@@ -17,11 +17,12 @@ import pytest
 from browsing import LOOKS, PHONE, SHOTS, WATCH, WIDE
 from browsing import browser as browser
 from page_server import EMOJI, HTML, PAGE, POLICY, RTL, STORY, PageServer
+from processes import wait_until
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Locator, Page, ViewportSize, expect
 else:
-    playwright = pytest.importorskip("playwright.sync_api", reason="the page's journeys need playwright")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs Chromium: playwright is not installed")
     expect, Browser = playwright.expect, playwright.Browser
 
 NARROW: "ViewportSize" = {"width": 900, "height": 800}
@@ -569,7 +570,9 @@ def states(j: Journey) -> Iterator[str]:
 @pytest.mark.parametrize("look", list(LOOKS) if SHOTS else ["light-wide", "dark-phone"])
 def test_assistive_technology_can_use_it(open_page: Open, look: str) -> None:
     """No finding of axe-core's rules (WCAG 2.2 A and AA and best practices), in any state, light and dark."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
+    axe = pytest.importorskip(
+        "axe_playwright_python.sync_playwright", reason="needs Chromium: no axe-playwright-python"
+    )
     theme, viewport = LOOKS[look]
     j = open_page(viewport=viewport, color_scheme=theme, reduced_motion="reduce")
     j.troubles = True

@@ -22,7 +22,7 @@ from test_report import make, measured, records
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, expect
 else:
-    expect = pytest.importorskip("playwright.sync_api", reason="pages are tested with playwright").expect
+    expect = pytest.importorskip("playwright.sync_api", reason="needs Chromium: playwright is not installed").expect
 
 SEEN = list(LOOKS) if SHOTS else ["light-wide", "dark-phone"]
 

@@ -303,12 +303,14 @@ def test_a_file_that_changes_meanwhile_is_named(folder, tmp_path):
 @pytest.fixture(scope="module")
 def cluster():
     """A real one, of this machine's processors."""
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'nextword[ray]'")
+    import ray
+
     ray.init(num_cpus=3, log_to_driver=False, logging_level="error")
     yield
     ray.shutdown()
 
 
+@pytest.mark.needs("Ray")
 def test_a_ray_cluster_makes_the_bytes_of_one_process(cluster, folder, tmp_path):
     corpus_module.prepare([folder], tmp_path / "alone")
     corpus = package.prepare(folder, tmp_path / "out", engine="ray")
@@ -317,6 +319,7 @@ def test_a_ray_cluster_makes_the_bytes_of_one_process(cluster, folder, tmp_path)
     assert {path.name for path in tmp_path.iterdir() if ".parts" in path.name or ".partial" in path.name} == set()
 
 
+@pytest.mark.needs("Ray")
 def test_what_a_part_ends_with_is_said_with_its_exit_code(cluster, folder, tmp_path):
     with pytest.raises(NextwordError, match=r"a\.jsonl line 41|broken\.txt") as caught:
         package.prepare(folder, tmp_path / "out", engine="ray", strict=True)

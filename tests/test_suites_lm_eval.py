@@ -23,9 +23,7 @@ from nextword.text.streams import Problems
 from test_suites_declared import HELLASWAG
 from test_suites_scoring import directory
 
-installed = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'nextword[lm-eval]'"
-)
+installed = pytest.mark.needs("lm-eval")
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and its packages' own
 
 
