@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,9 +55,11 @@ def within_bounds() -> Iterator[None]:
         limits = resource.getrlimit(resource.RLIMIT_AS)
         now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + ROOM, limits[1]))
+    begin = time.process_time()
     try:
         yield
     finally:
+        print(f"\n{time.process_time() - begin:.2f} s of the processor's time")
         if resource is not None and limits is not None:
             resource.setrlimit(resource.RLIMIT_AS, limits)
 
