@@ -60,6 +60,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.laws hold
 	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.limits
 
 soak: setup
 	NEXTWORD_KILLS=50 NEXTWORD_KILL_STEPS=3000 $(BIN)/python -m pytest -n 0 -s tests/test_pretraining.py -k test_killed_and_resumed --timeout 7200

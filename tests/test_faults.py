@@ -317,7 +317,7 @@ def test_a_cut_link_ends_both_sides_and_a_restart_goes_on(shards, tmp_path):
         "--model.n-layers", "1", "--model.n-heads", "2", "--model.d-model", "16", "--model.context-length", "16",
         "--training.batch-tokens", "64",
     ]  # fmt: skip
-    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "10.213.0.1", "MASTER_PORT": "29512", "NEXTWORD_PATIENCE": "30"}
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "10.213.0.1", "MASTER_PORT": "29512", "NEXTWORD_PATIENCE": "20"}
 
     def begin(hosts: tuple[str, str]) -> list["subprocess.Popen[str]"]:
         return [

@@ -303,7 +303,7 @@ def test_a_file_that_changes_meanwhile_is_named(folder, tmp_path):
 @pytest.fixture(scope="module")
 def cluster():
     """A real one, of this machine's processors."""
-    import ray
+    import ray  # pyright: ignore[reportMissingImports]
 
     ray.init(num_cpus=3, log_to_driver=False, logging_level="error")
     yield
