@@ -5,11 +5,12 @@ PIP_ARGS ?=
 BIN := $(if $(filter Windows_NT,$(OS)),.venv/Scripts,.venv/bin)
 DEMO ?= nextword-demo
 
-.PHONY: help setup demo test check bench soak clean
+.PHONY: help setup demo test test-all chromium check bench soak clean
 
 help:
 	@echo "make demo    the whole life of a small GPT, offline, in under 5 minutes"
-	@echo "make test    every test"
+	@echo "make test    the tests; one line at the end says what was not tested"
+	@echo "make test-all    the same with Chromium, lm-eval, Ray and llama.cpp, which it installs: nothing that they need is skipped"
 	@echo "make check   lint, types, tests"
 	@echo "make bench   the figures of docs/benchmarks.md (some three hours)"
 	@echo "make soak    fifty kills of a longer run, half inside a save; every fault of docs/reliability.md; odd requests to the server"
@@ -30,6 +31,25 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+test-all: .venv/ready-for-all chromium
+	$(BIN)/python -m pytest --all-needs
+
+# llama.cpp is built for AVX2 only: AMX, which a native build uses, crashes where the system does not permit it.
+LLAMA_FLAGS := -DGGML_NATIVE=OFF -DGGML_AMX_TILE=OFF -DGGML_AMX_INT8=OFF -DGGML_AMX_BF16=OFF
+ifneq ($(filter x86_64 amd64 AMD64,$(shell uname -m)),)
+LLAMA_FLAGS += -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=OFF
+endif
+
+.venv/ready-for-all: .venv/ready
+	CMAKE_ARGS="$(LLAMA_FLAGS)" $(BIN)/python -m pip install --quiet --group test-all $(PIP_ARGS)
+	touch .venv/ready-for-all
+
+# The browser for the tests of pages: from the system's packages where this may install them, and else by hand.
+chromium: setup
+	@cd tests && ../$(BIN)/python -c "import sys, needs; sys.exit(not needs.chromium())" || \
+	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -qy chromium; \
+	else echo "Install a Chromium first: sudo apt-get install chromium, or $(BIN)/playwright install --with-deps chromium"; exit 1; fi
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,6 +60,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.laws hold
 	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.limits
 
 soak: setup
 	NEXTWORD_KILLS=50 NEXTWORD_KILL_STEPS=3000 $(BIN)/python -m pytest -n 0 -s tests/test_pretraining.py -k test_killed_and_resumed --timeout 7200

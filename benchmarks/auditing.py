@@ -17,7 +17,7 @@ import time
 from functools import partial
 from typing import Any
 
-from benchmarks.run_dir import DATA, KEPT, books, cell, process
+from benchmarks.run import DATA, KEPT, books, cell, process
 from nextword.audit.text_index import CorpusIndex, build_index
 
 INDEX = KEPT / "index"
@@ -28,7 +28,7 @@ SUITES = ("blimp", "hellaswag", "arc")
 
 def in_a_process(what: str) -> dict[str, Any]:
     """The result of one of the functions below in a process of its own, with its wall time and its peak memory."""
-    done = process([sys.executable, "-m", "benchmarks.auditing", what], num_threads=1)
+    done = process([sys.executable, "-m", "benchmarks.auditing", what], threads=1)
     if done["code"]:
         raise SystemExit(done["err"])
     return {**json.loads(done["out"].splitlines()[-1]), "wall": done["wall"], "peak_mb": done["peak_mb"]}
@@ -42,7 +42,7 @@ def build(every: int = 1) -> dict[str, Any]:
     index = build_index([books()] if every == 1 else sorted(books().rglob("*.md"))[::every], place)
     seconds, cpu = time.perf_counter() - start, time.process_time() - used
     disk = sum(path.stat().st_size for path in place.iterdir())
-    return {"seconds": seconds, "cpu": cpu, "documents": len(index), "text": index.size, "disk": disk}
+    return {"seconds": seconds, "cpu": cpu, "documents": len(index), "text": index.num_text_bytes, "disk": disk}
 
 
 def reopen() -> dict[str, Any]:
@@ -61,7 +61,7 @@ def passages(index: CorpusIndex, length: int, *, inside: bool) -> list[bytes]:
     while len(found) < PASSAGES:
         document = draws.randrange(len(index))
         size = int(index.documents[document]["end"] - index.documents[document]["begin"])
-        data = index.read(document, draws.randrange(max(1, size - length)), length)
+        data = index.read_bytes(document, draws.randrange(max(1, size - length)), length)
         if len(data) == length and not inside:
             words = data.split(b" ")
             draws.shuffle(words)
@@ -78,7 +78,7 @@ def look_up() -> dict[str, Any]:
     for inside in (True, False):
         for length in LENGTHS:
             wall, cpu, longest = [], [], []
-            for passage in passages(index, length, in_block=inside):
+            for passage in passages(index, length, inside=inside):
                 start, used = time.perf_counter(), time.process_time()
                 matches = index.find_matches(passage)
                 cpu.append(time.process_time() - used)

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import interpreter
-from benchmarks.run_dir import DATA
+from benchmarks.harness import interpreter
+from benchmarks.run import DATA
 from benchmarks.serving_client import Served
 from nextword.data.tokenizer import Tokenizer
 

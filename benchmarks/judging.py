@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from benchmarks import tuning_data
-from benchmarks.run_dir import DATA, cell, nextword, spread
+from benchmarks.run import DATA, cell, nextword, spread
 from benchmarks.tuning_data import QUICK
 from nextword.data.decoding import IssueLog
 from nextword.inference.loglikelihood import DEVICE_BATCH_TOKENS, LoglikelihoodScorer, PrefixTree, pack_batches
@@ -55,7 +55,7 @@ def questions(name: str) -> list[LoglikelihoodItem]:
 
 
 def trees_of(scorer: LoglikelihoodScorer, asked: Sequence[LoglikelihoodItem]) -> list[PrefixTree]:
-    texts = iter(scorer.texts([pair for one in asked for pair in one.sequence_owners]))
+    texts = iter(scorer.encode_pairs([pair for one in asked for pair in one.sequence_owners]))
     return scorer.build_trees([[next(texts) for _ in one.sequence_owners] for one in asked])
 
 
@@ -80,9 +80,16 @@ def stock_likelihoods(model: Model, asked: Sequence[LoglikelihoodItem]) -> list[
     with torch.no_grad():
         for question in asked:
             likely = []
-            for text in scorer.texts(question.sequence_owners):
-                log_p = stock(torch.tensor([text.ids[:-1]])).logits[0, -text.sequence_owners :].double().log_softmax(-1)
-                likely.append(float(log_p.gather(1, torch.tensor(text.ids[-text.sequence_owners :])[:, None]).sum()))
+            for text in scorer.encode_pairs(question.sequence_owners):
+                log_p = (
+                    stock(torch.tensor([text.token_ids[:-1]]))
+                    .logits[0, -text.sequence_owners :]
+                    .double()
+                    .log_softmax(-1)
+                )
+                likely.append(
+                    float(log_p.gather(1, torch.tensor(text.token_ids[-text.sequence_owners :])[:, None]).sum())
+                )
             found.append(likely)
     return found
 
@@ -232,7 +239,7 @@ def main() -> None:
     given = parser.parse_args()
     if unknown := set(given.names) - set(sections):
         parser.error(f"there is no {min(unknown)!r}, only {', '.join(sections)}")
-    run = given.model or tuning_data.base_model()
+    run = given.model or tuning_data.base()
     for name in given.names or list(sections):
         print(f"\n## {name}", flush=True)
         sections[name](run)

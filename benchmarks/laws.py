@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.recipe import corpora as recipe_corpora
 from benchmarks.recipe import environment
-from benchmarks.run_dir import DATA, KEPT, nextword
+from benchmarks.run import DATA, KEPT, nextword
 from nextword.training.config import TrainingConfig
 
 WORK = KEPT / "laws"
@@ -184,7 +184,10 @@ def fit() -> None:
     def residuals(logarithms: np.ndarray, chosen: list[dict[str, float]]) -> np.ndarray:
         law = ScalingLaw(*np.exp(logarithms))
         return np.array(
-            [math.log(law.bits(f["parameters"], f["bytes"], f["unique"], f["difficulty"]) / f["bits"]) for f in chosen]
+            [
+                math.log(law.bits_per_byte(f["parameters"], f["bytes"], f["unique"], f["difficulty"]) / f["bits"])
+                for f in chosen
+            ]
         )
 
     def fitted(chosen: list[dict[str, float]]) -> np.ndarray:
@@ -227,7 +230,7 @@ def held(corpus: str, budget: str, keeping: Lock) -> None:
     path, options = texts()[corpus]
     out = WORK / "held" / f"{corpus}-{budget}"
     shutil.rmtree(out, ignore_errors=True)
-    result = nextword("pretrain", path, *options, "--out", out, "--budget", budget, "--json", "--quiet", num_threads=1)
+    result = nextword("pretrain", path, *options, "--out", out, "--budget", budget, "--json", "--quiet", threads=1)
     line = {"corpus": corpus, "budget": budget, "seconds": result["wall"], "reached": result["bits_per_byte"]}
     line |= planned(out)
     with keeping, HELD.open("a", encoding="utf-8") as file:
@@ -250,7 +253,7 @@ def hold() -> None:
     in_time = within = 0
     for corpus, budget in jobs:
         one = found[corpus, budget]
-        bits = law.bits(one["parameters"], one["epochs"] * one["unique"], one["unique"], one["difficulty"])
+        bits = law.bits_per_byte(one["parameters"], one["epochs"] * one["unique"], one["unique"], one["difficulty"])
         low, high = law.format_interval(bits, one["doubt"])
         share, in_block = one["seconds"] / parse_duration(budget), low <= one["reached"] <= high
         in_time, extract = in_time + (abs(share - 1) <= 0.05), within + inside

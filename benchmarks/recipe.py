@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run_dir import DATA, KEPT, books, nextword
+from benchmarks.run import DATA, KEPT, books, nextword
 from nextword.planning.size_selection import default_batch_tokens
 
 WORK = KEPT / "recipe"

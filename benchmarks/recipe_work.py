@@ -96,7 +96,7 @@ def run(corpus: Corpus, s: dict[str, Any]) -> dict[str, Any]:
         weight_decay=s["weight_decay"], momentum=s["momentum"],
     )  # fmt: skip
     state = TrainState(model, optimizer)
-    _, step_module = build_loss_module(model, causal_lm_loss, "fused" if fused.available(model) else "plain")
+    _, step_module = build_loss_module(model, causal_lm_loss, "fused" if fused.is_available(model) else "plain")
     rows = max(1, round(s["batch_tokens"] / config.context_length))
     kind = SameOrder if s["same_order"] else TokenDataset
     data = kind(corpus.tokens("train"), config.context_length, rows, s["seed"])
@@ -118,7 +118,7 @@ def run(corpus: Corpus, s: dict[str, Any]) -> dict[str, Any]:
                     p.detach(), 1 / min(state.step, max(1.0, s["average"] * s["tokens"] / s["batch_tokens"]))
                 )
         if best is not None:
-            best.validate(model, progress)
+            best.look(model, progress)
     seconds = time.process_time() - begin  # of one thread, whatever else the machine does
     if best is not None and best.model is not None:
         model = best.model

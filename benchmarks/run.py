@@ -158,10 +158,8 @@ def languages() -> None:
     def measure(language: str) -> dict[str, Any]:
         out = KEPT / language
         shutil.rmtree(out, ignore_errors=True)
-        result = nextword(
-            "pretrain", DATA / "small_languages" / language, "--out", out, "--json", "--quiet", num_threads=1
-        )
-        sample = nextword("generate", out, "", "--seed", "1", "--max-tokens", "120", "--json", num_threads=1)
+        result = nextword("pretrain", DATA / "small_languages" / language, "--out", out, "--json", "--quiet", threads=1)
+        sample = nextword("generate", out, "", "--seed", "1", "--max-tokens", "120", "--json", threads=1)
         return {**result, "sample": sample["completions"][0]["text"]}
 
     with ThreadPoolExecutor() as pool:  # side by side, a core each

@@ -23,7 +23,7 @@ SIZES = {
     "medium": {"n_layers": 8, "n_heads": 8, "d_model": 512, "context_length": 256, "vocab_size": 8192},
 }
 ROWS = 4
-digest = checkpoint.digest
+digest = checkpoint.hash_buffers
 
 
 class Trained:
@@ -45,24 +45,24 @@ class Trained:
         self.optimizer.step(1.0)
         self.model.zero_grad(set_to_none=True)
 
-    def begin(self, saver: checkpoint.Saver) -> None:
-        saver.begin(1, dict(self.model.named_parameters()), self.optimizer.state_tensors(), {"step": 1})
+    def begin(self, saver: checkpoint.AsyncCheckpointer) -> None:
+        saver.save_async(1, dict(self.model.named_parameters()), self.optimizer.state_tensors(), {"step": 1})
 
 
 def seconds_of_a_save(trained: Trained, run: Path, hashed: bool) -> float:
     """By itself, from its beginning to the end."""
-    checkpoint.digest = digest if hashed else lambda blocks: ({"bytes": 0, "sha256": ""}, 0.0)
+    checkpoint.hash_buffers = digest if hashed else lambda blocks: ({"bytes": 0, "sha256": ""}, 0.0)
     begin = time.perf_counter()
-    with checkpoint.Saver(run) as saver:
+    with checkpoint.AsyncCheckpointer(run) as saver:
         trained.begin(saver)
         saver.wait()
-    checkpoint.digest = digest
+    checkpoint.hash_buffers = digest
     return time.perf_counter() - begin
 
 
 def seconds_of_steps(trained: Trained, run: Path, steps: int, saving: bool) -> tuple[float, float, float]:
     """So many steps, with a save beside them or without; what of it the steps waited for the copy, and a save's cost."""
-    with checkpoint.Saver(run) as saver:
+    with checkpoint.AsyncCheckpointer(run) as saver:
         begin = time.perf_counter()
         if saving:
             trained.begin(saver)
@@ -90,7 +90,10 @@ def row(name: str, turns: int) -> str:
         found = [[seconds_of_steps(trained, run, steps, saving) for saving in (True, False)] for _ in range(turns)]
     lost = statistics.median(saving[0] - alone[0] for saving, alone in found)
     copied = statistics.median(saving[1] for saving, _ in found)
-    rest = max(checkpoint.SECONDS, checkpoint.REST * statistics.median(saving[2] for saving, _ in found))
+    rest = max(
+        checkpoint.SAVE_INTERVAL_SECONDS,
+        checkpoint.MIN_INTERVAL_PER_SAVE_COST * statistics.median(saving[2] for saving, _ in found),
+    )
     return (
         f"| {trained.parameters / 1e6:.1f} M | {with_hash:.2f} | {100 * hashing:.0f} % "
         f"| {copied:.3f} | {lost:.2f} | {rest:.0f} | {100 * lost / rest:.2f} % |"

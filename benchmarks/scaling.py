@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.run_dir import DATA, KEPT, cell, spread
+from benchmarks.run import DATA, KEPT, cell, spread
 
 TIMES = 3
 STEPS = 60

@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import THREADS, interpreter
-from benchmarks.run_dir import KEPT
+from benchmarks.harness import THREADS, interpreter
+from benchmarks.run import KEPT
 from benchmarks.serving_client import Body, Running, Seen, Served, free_port, send, status_of, talk
 from nextword.pipeline.base_model import resolve_model_dir
 
@@ -41,10 +41,10 @@ def requests(count: int, draw: random.Random, context: int) -> list[Body]:
     found = []
     for number in range(count):
         begin = draw.randrange(len(WORDS) - 100)
-        prompt = " ".join(WORDS[begin : begin + draw.token_logprob((1, 5, 20, 60))])
-        length = draw.token_logprob((5, 20, 60, context // 2, context))
+        prompt = " ".join(WORDS[begin : begin + draw.choice((1, 5, 20, 60))])
+        length = draw.choice((5, 20, 60, context // 2, context))
         found.append({"prompt": prompt[: context // 2], "max_tokens": length, "seed": number,
-                      "temperature": draw.token_logprob((0, 0.7, 1.0))})  # fmt: skip
+                      "temperature": draw.choice((0, 0.7, 1.0))})  # fmt: skip
     return found
 
 
@@ -73,9 +73,9 @@ class Soak:
 
     async def client(self, draw: random.Random, until: float) -> None:
         while time.monotonic() < until:
-            number = draw.randrange(len(self.sequence_owners))
+            number = draw.randrange(len(self.asked))
             leaves = draw.random() < 0.2
-            seen = await talk(self.server.port, self.sequence_owners[number], draw.randint(1, 10) if leaves else None)
+            seen = await talk(self.server.port, self.asked[number], draw.randint(1, 10) if leaves else None)
             self.statuses[seen.status] += 1
             if seen.status == 429:
                 await asyncio.sleep(draw.random())
@@ -91,7 +91,7 @@ class Soak:
         until, memory = time.monotonic() + seconds, []
         tasks = [asyncio.create_task(self.client(random.Random(i), until)) for i in range(clients)]
         while not all(task.done() for task in tasks):
-            memory.append(self.server.baseline_memory())
+            memory.append(self.server.memory())
             await asyncio.sleep(1)
         await asyncio.gather(*tasks)
         return memory
@@ -102,7 +102,7 @@ async def soak(given: argparse.Namespace) -> bool:
         asked = requests(40, random.Random(0), server.metadata["context_length"])
         alone = [await talk(server.port, body) for body in asked]
         work = Soak(server, asked, alone)
-        memory = await work.run_dir(given.clients, 60 * given.minutes)
+        memory = await work.run(given.clients, 60 * given.minutes)
         end = time.monotonic() + 10
         while (metrics := server.metrics())["nextword_requests_open"] and time.monotonic() < end:
             await asyncio.sleep(0.1)
@@ -156,7 +156,7 @@ async def latencies(port: int, clients: int, seconds: float) -> list[float]:
         while time.monotonic() < until:
             seen = await talk(port, {"prompt": WORDS[number], "max_tokens": 16, "seed": 1, **ENDLESS})
             assert seen.status == 200, seen.status
-            found.append(time.monotonic() - seen.sequence_owners)
+            found.append(time.monotonic() - seen.asked)
 
     await asyncio.gather(*map(client, range(clients)))
     return found
@@ -231,7 +231,7 @@ async def at(port: int, model: str, clients: int, given: argparse.Namespace) -> 
     if wrong := [one.status for one in seen if one.status != 200 or not one.finish_reason]:
         raise SystemExit(f"{len(wrong)} of {len(seen)} requests were not answered: {Counter(wrong)}")
     # Of a text that ends at once there is nothing to wait for.
-    return {"texts": [one.text for one in seen], "seconds": seconds, "first": [one.start_counters for one in seen if one.came],
+    return {"texts": [one.text for one in seen], "seconds": seconds, "first": [one.first for one in seen if one.came],
             "between": [gap for one in seen for gap in one.between]}  # fmt: skip
 
 
@@ -299,7 +299,7 @@ def main() -> None:
     given = parser.parse_args()
     given.clients = given.clients or {"soak": 64}.get(given.name, 8)
     work = {"soak": soak, "crowd": crowd, "throughput": throughput}[given.name]
-    sys.exit(not asyncio.run_dir(work(given)))
+    sys.exit(not asyncio.run(work(given)))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from benchmarks.run_dir import KEPT
+from benchmarks.run import KEPT
 from nextword.pipeline.base_model import resolve_model_dir
 
 Body = dict[str, Any]
@@ -116,7 +116,7 @@ class Seen:
 
     @property
     def first(self) -> float:
-        return self.came[0] - self.sequence_owners
+        return self.came[0] - self.asked
 
     @property
     def between(self) -> list[float]:

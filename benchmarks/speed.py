@@ -17,7 +17,7 @@ import venv
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run_dir import DATA, KEPT, cell, nextword
+from benchmarks.run import DATA, KEPT, cell, nextword
 
 TURNS = 3
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

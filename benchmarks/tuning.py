@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run_dir import nextword
+from benchmarks.run import nextword
 from benchmarks.tuning_data import (
     CAP,
     QUICK,
@@ -66,14 +66,14 @@ MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"
 def judge(run: str, file: str, task: str) -> None:
     """Print, as JSON, how likely a run finds the answers in a file: bits per byte, and the share of pairs preferred."""
     from nextword.commands import api
-    from nextword.data.documents import Problems
+    from nextword.data.documents import IssueLog
     from nextword.pipeline.predictor import Predictor
     from nextword.tasks.examples import read_examples
 
-    loaded, problems = api.load(run), Problems()
+    loaded, problems = api.load(run), IssueLog()
     form = replace(loaded.predictor.task_spec, task=task, kind="preference" if task == "prefer" else "answer")
     predictor = Predictor(loaded.gpt, loaded.tokenizer, form)
-    examples, encoded = predictor.encode(read_examples(file, task, problems).items, problems, gold=True)
+    examples, encoded = predictor.encode_examples(read_examples(file, task, problems).items, problems, gold=True)
     found = predictor.evaluate(examples, encoded, generate=False)
     scores = {name: score.to_dict() for name, score in found.scores.items()}
     print(json.dumps({"bits_per_byte": found.bits_per_byte, "scores": scores, "examples": len(examples)}))

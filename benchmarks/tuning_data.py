@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run_dir import DATA, books, nextword, process
+from benchmarks.run import DATA, books, nextword, process
 
 QUICK = os.environ.get("NEXTWORD_BENCH_QUICK") == "1"
 WORK = Path("build/bench-quick" if QUICK else "build/bench") / "tuning"
@@ -114,7 +114,7 @@ def save(path: Path, value: Any) -> Path:
 
 def stock(*arguments: str | Path, threads: int | None = None) -> dict[str, Any]:
     """One run of `benchmarks.tuning_peers`: what it printed, a line an object, and its wall time and peak memory."""
-    return python("benchmarks.tuning_peers", *arguments, num_threads=threads)
+    return python("benchmarks.tuning_peers", *arguments, threads=threads)
 
 
 def python(module: str, *arguments: str | Path, threads: int | None = None) -> dict[str, Any]:
@@ -153,13 +153,13 @@ def parts(name: str) -> dict[str, Path]:
     paths = {part: folder / f"{part}.jsonl" for part in PARTS}
     if all(path.exists() for path in paths.values()):
         return paths
-    from nextword.data.documents import Problems
+    from nextword.data.documents import IssueLog
     from nextword.tasks.examples import read_examples
 
     columns = {"prompt": "english", "completion": "french"} if name == "english_french" else None
     found: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
     for file, (train, validation, _) in SETS[name].sources.items():
-        for example in read_examples(DATA / file, SETS[name].task, Problems(), columns):
+        for example in read_examples(DATA / file, SETS[name].task, IssueLog(), columns):
             at = place(example.fields)
             found["train" if at < train else "validation" if at < train + validation else "test"].append(example.fields)
     found["validation"] = few(found["validation"], 100 if name in WORDS else 500)
@@ -183,12 +183,12 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def gathered(name: str, train: Path, test: Path, limit: int | None = None, seed: int = 0) -> Any:
     """What the program reads: the form of the task, and the examples of two files."""
-    from nextword.data.documents import Problems
+    from nextword.data.documents import IssueLog
     from nextword.data.tokenizer import Tokenizer
     from nextword.tasks.task_data import DataRequest, load_task_data
 
     asked = DataRequest([str(train)], SETS[name].task, None, [str(test)], limit, seed)
-    return load_task_data(asked, Tokenizer.open(base() / "model"), None, 512, Problems())
+    return load_task_data(asked, Tokenizer.open(base() / "model"), None, 512, IssueLog())
 
 
 # ---------------------------------------------------------------- runs
@@ -205,11 +205,11 @@ def tuned(name: str, variant: str, seed: int) -> dict[str, Any]:
         settings += [*VARIANTS[variant][1], "--seed", seed, "--training.compile", "no"]
         settings += ["--training.evaluations", 3 if name in WORDS else 5]
         begin = (base(), files["train"], "--task", data.task, "--validation", files["validation"], "--out", out)
-        result = nextword("finetune", *begin, *map(str, settings), "--resume", "--json", "--quiet", num_threads=1)
+        result = nextword("finetune", *begin, *map(str, settings), "--resume", "--json", "--quiet", threads=1)
         if data.task == "chat":
-            found = judged(out, files["test"], "chat", num_threads=1)
+            found = judged(out, files["test"], "chat", threads=1)
         else:
-            answered = nextword("predict", out, files["test"], "--json", "--quiet", num_threads=1)
+            answered = nextword("predict", out, files["test"], "--json", "--quiet", threads=1)
             found = {metric: score["value"] for metric, score in answered["scores"].items()}
         examples = json.loads((out / "run.json").read_text(encoding="utf-8"))["data"]["train"]["examples"]
         shutil.rmtree(out / "checkpoints" if seed == 0 and variant in METHODS else out)
@@ -230,4 +230,4 @@ def has(name: str, variant: str) -> bool:
 
 def judged(run: Path, file: Path, task: str, threads: int | None = None) -> dict[str, Any]:
     """`judge` in a process of its own."""
-    return python("benchmarks.tuning", "judge", run, file, task, num_threads=threads)["lines"][0]
+    return python("benchmarks.tuning", "judge", run, file, task, threads=threads)["lines"][0]

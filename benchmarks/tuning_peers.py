@@ -187,9 +187,9 @@ def prepare_tokenizer(base: str, task: str) -> Any:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    names = [START, DELIMITER] if task == "rewrite" else [START, DELIMITER, EXTRACT]
+    names = [START, DELIMITER] if task == "rewrite" else [START, DELIMITER, EXTRACT_TOKEN]
     tokenizer.add_special_tokens({"additional_special_tokens": names})
-    end = DELIMITER if task == "rewrite" else EXTRACT
+    end = DELIMITER if task == "rewrite" else EXTRACT_TOKEN
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{START} $A {end}", pair=f"{START} $A {DELIMITER} $B:0 {end}:0",
         special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in names],
@@ -286,7 +286,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         answers(model, tokenizer, task, settings["room"], held_out, explained=False)
     model.save_pretrained(settings["out"])
     tokenizer.save_pretrained(settings["out"])
-    return {"train_seconds": times.reusable_prefix(), "loss": loss, "steps": trainer.state.global_step}
+    return {"train_seconds": times.whole(), "loss": loss, "steps": trainer.state.global_step}
 
 
 def read(path: str) -> list[Item]:

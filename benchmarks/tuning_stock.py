@@ -7,7 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run_dir import nextword, spread
+from benchmarks.run import nextword, spread
 from benchmarks.tuning_data import (
     METHODS,
     QUICK,
@@ -136,7 +136,7 @@ def timed(name: str, method: str, program: str, seed: int) -> dict[str, Any]:
         }  # fmt: skip
         begin = (base(), train, "--validation", files["validation"], "--task", data.task_spec.task, "--out", out)
         said = [f"--{key}={value}" for key, value in settings.items()] + ["--lora"] * (method == "lora")
-        done = nextword("finetune", *begin, *said, "--json", "--quiet", num_threads=2)
+        done = nextword("finetune", *begin, *said, "--json", "--quiet", threads=2)
         seconds = [record["seconds"] for record in read(out / "metrics.jsonl") if "lr" in record]
         loop = (seconds[-1] - seconds[0]) * len(seconds) / max(1, len(seconds) - 1)
         answers = nextword("predict", out, test, "--json", "--quiet")["predictions"]
@@ -146,7 +146,7 @@ def timed(name: str, method: str, program: str, seed: int) -> dict[str, Any]:
             "task": data.task_spec.task, "labels": list(data.task_spec.labels), "room": data.task_spec.answer_tokens, "seed": seed,
             "steps": steps, "batch": BATCH, "lr": RATE[method], "lora": method == "lora", "grouped": "length" in program,
         }  # fmt: skip
-        done = stock("train", save(WORK / "peers" / "settings.json", settings), num_threads=2)
+        done = stock("train", save(WORK / "peers" / "settings.json", settings), threads=2)
         loop = done["lines"][0]["train_seconds"]
         asked = {"task": data.task_spec.task, "room": data.task_spec.answer_tokens, "items": read(test)}
         answers = stock("answer", out, save(WORK / "asked" / "peers.json", asked))["lines"]

@@ -238,7 +238,7 @@ def shown(tokenizer: nextword.Tokenizer, ids: Sequence[int]) -> list[str]:
 
 def telling_heads(looks: list[Look]) -> list[tuple[str, int, int]]:
     """Four heads of different kinds, each the clearest of its kind: what it does, its layer, its head."""
-    weights = torch.stack([look.dequantized for look in looks])  # [layers, H, T, T]
+    weights = torch.stack([look.weights for look in looks])  # [layers, H, T, T]
     length = weights.shape[-1]
     distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
     weighted = weights[:, :, 1:]  # the first position has only itself to look at
@@ -267,9 +267,7 @@ def draw_attention(path: Path, model: nextword.Model) -> None:
     figure = Figure(figsize=(7.6, 7.9), layout="constrained")
     grid: Sequence[Axes] = list(figure.subplots(2, 2, sharex=True, sharey=True).flat)
     for axes, (kind, layer, head) in zip(grid, heads, strict=False):
-        axes.imshow(
-            looks[layer].dequantized[head].numpy(), cmap=SHADES, norm=PowerNorm(0.6, 0, 1), interpolation="nearest"
-        )
+        axes.imshow(looks[layer].weights[head].numpy(), cmap=SHADES, norm=PowerNorm(0.6, 0, 1), interpolation="nearest")
         axes.set_title(f"layer {layer + 1}, head {head + 1}: {kind}")
         axes.set_xticks(range(len(ids)), labels, rotation=90, fontsize=7.5)
         axes.set_yticks(range(len(ids)), labels, fontsize=7.5)
@@ -288,9 +286,7 @@ def draw_next_word(path: Path, model: nextword.Model) -> None:
     axes = figure.subplots()
     for n, (temperature, color) in enumerate(((0.5, COOL), (1.0, WARM), (1.5, "#d9c9a8"))):
         p = probabilities(logits, Sampling(temperature=temperature))[best].numpy()
-        axes.progress_bar(
-            np.arange(len(best)) + 0.27 * (n - 1), p, 0.25, color=color, label=f"temperature {temperature}"
-        )
+        axes.bar(np.arange(len(best)) + 0.27 * (n - 1), p, 0.25, color=color, label=f"temperature {temperature}")
     axes.set_xticks(range(len(best)), labels)
     axes.tick_params(axis="x", labelcolor=INK)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))

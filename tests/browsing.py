@@ -1,17 +1,18 @@
 """A real Chromium for the tests of pages: the browser, and what every page has to hold."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from needs import chromium
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, ViewportSize, expect, sync_playwright
 else:
-    playwright = pytest.importorskip("playwright.sync_api", reason="pages are tested with playwright")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs Chromium: playwright is not installed")
     expect, sync_playwright, Browser = playwright.expect, playwright.sync_playwright, playwright.Browser
 
 DESKTOP_VIEWPORT: "ViewportSize" = {"width": 1280, "height": 800}
@@ -30,11 +31,9 @@ CSP_VIOLATION_SCRIPT = (
 
 @pytest.fixture(scope="module")
 def browser() -> "Iterator[Browser]":
+    path = chromium()
     with sync_playwright() as play:
-        path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-        if path is None and not Path(play.chromium.executable_path).exists():
-            pytest.skip("pages are tested in a Chromium: apt-get install chromium, or playwright install chromium")
-        expect.set_options(timeout=15_000)
+        expect.set_options(timeout=120_000)
         sandbox = os.name != "posix" or os.geteuid() != 0  # Chromium has none for root
         browser = play.chromium.launch(executable_path=path, chromium_sandbox=sandbox, args=["--disable-gpu"])
         yield browser
@@ -49,7 +48,7 @@ class OpenedPage:
         self.prefix_offset = browser.new_context(viewport=viewport, color_scheme=theme, reduced_motion="reduce")  # type: ignore[arg-type]
         self.prefix_offset.add_init_script(CSP_VIOLATION_SCRIPT)
         self.page: Page = self.prefix_offset.new_page()
-        self.page.set_default_timeout(60_000)
+        self.page.set_default_timeout(120_000)
         self.console_messages: list[str] = []
         self.requested_urls: list[str] = []
         self.page.on("console", lambda message: self.console_messages.append(message.text))
@@ -61,9 +60,11 @@ class OpenedPage:
     def check_invariants(self, name: str) -> None:
         """What is true of every page of ours: no finding of axe-core's rules, nothing wider than the window, nothing asked of
         anybody, no word on the console, and a policy that nothing has broken."""
-        axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
+        axe = pytest.importorskip(
+            "axe_playwright_python.sync_playwright", reason="needs Chromium: no axe-playwright-python"
+        )
         if SCREENSHOT_DIR:
-            self.page.screenshot(path=f"{SHOTS}/{name}.png", full_page=True)
+            self.page.screenshot(path=f"{SCREENSHOT_DIR}/{name}.png", full_page=True)
         violations = axe.Axe().run_dir(self.page).response["violations"]
         assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in violations] == []
         scroll_width, window_width = self.page.evaluate("[document.documentElement.scrollWidth, innerWidth]")

@@ -1,5 +1,6 @@
 """Small real text, and real processes."""
 
+import atexit
 import os
 import subprocess
 import sys
@@ -11,6 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings
+
+import needs
+from processes import PATIENCE, kill_all
 
 # The same examples at every run; `pytest --hypothesis-profile=explore` looks for new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None)  # a busy machine is no failure
@@ -65,7 +69,7 @@ CLIRunner = Callable[..., subprocess.CompletedProcess[str]]
 def nextword() -> CLIRunner:
     """Run the program in a process of its own; its output as text."""
 
-    def run(*arguments: str | Path, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str | Path, timeout: float = PATIENCE, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             nextword_command(*arguments), capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment},
             encoding="utf-8",
@@ -82,11 +86,52 @@ def without_native_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from nextword.inference import native_runner
 
     def clear() -> None:
-        native_build.library.cache_clear()
-        native_runner.library.cache_clear()
+        native_build.load_native_library.cache_clear()
+        native_runner.load_library.cache_clear()
 
-    monkeypatch.setenv(native_build.OFF, "0")
+    monkeypatch.setenv(native_build.NATIVE_ENV_VAR, "0")
     clear()
     yield
     monkeypatch.undo()
     clear()
+
+
+# ---------------------------------------------------------------- processes end with their test
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown() -> None:
+    kill_all()
+
+
+atexit.register(kill_all)  # where pytest itself is interrupted
+
+
+# ---------------------------------------------------------------- what is not tested
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-needs", action="store_true", help="fail, instead of skipping, where something is not installed"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.needs("Chromium"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("needs"):
+        if name := needs.missing(marker.args):
+            reason = f"needs {name}: make test-all"
+            if item.config.getoption("--all-needs"):
+                pytest.fail(reason, pytrace=False)
+            pytest.skip(reason)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reasons = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", ()) if report.longrepr]
+    if line := needs.not_tested(reasons):
+        terminalreporter.write_line(line)

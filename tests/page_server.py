@@ -167,7 +167,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_api_error(404, f"{self.path}: there is nothing here")
 
     def reject_unauthorized(self) -> bool:
-        key = self.script.api_key
+        key = self.script.key
         if key is None or self.headers.get("Authorization") == f"Bearer {key}":
             return False
         self.send_api_error(401, "This server asks for a key.")
@@ -256,6 +256,6 @@ class PageServer(ThreadingHTTPServer):
 
 if __name__ == "__main__":
     server = PageServer(int(sys.argv[1]) if len(sys.argv) > 1 else 8000)
-    print(f"The page, without a model: {server.address}", flush=True)
+    print(f"The page, without a model: {server.url}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()

@@ -10,23 +10,24 @@ import signal
 import socket
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+from nextword.model.stock import save_model
+from nextword.serving.middleware import SecurityMiddleware
+from nextword.serving.server import ListenConfig, build_uvicorn, run_server
+from nextword.text.tokenizer import Tokenizer
 
 from conftest import nextword_command
 from nextword.common.console import Console
 from nextword.data.tokenizer import Tokenizer
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.model.hf import save_model
-from nextword.serving.app import ListenConfig, build_uvicorn, run_server
-from nextword.serving.security import SecurityMiddleware
 from nextword.serving.service import Service, ServiceConfig
+from processes import PATIENCE, kill, launch
 
 
 class HTTPResult:
@@ -61,7 +62,7 @@ class ServerClient:
         self.host, self.port = urlsplit(url).hostname or "", urlsplit(url).port or 0
 
     def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection(self.host, self.port, timeout=60)
+        return http.client.HTTPConnection(self.host, self.port, timeout=PATIENCE)
 
     def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> HTTPResult:
         with contextlib.closing(self.connect()) as connection:
@@ -92,7 +93,7 @@ class ServerClient:
         connection = socket.socket()
         if receive_buffer is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        connection.settimeout(60)
+        connection.settimeout(PATIENCE)
         connection.connect((self.host, self.port))
         connection.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}".encode() + data)
         return connection
@@ -102,31 +103,32 @@ class ServerProcess(ServerClient):
     """`nextword serve` in a process of its own, on a free port."""
 
     def __init__(self, *arguments: str | Path, **environment: str):
-        self.renderer_process = subprocess.Popen(
+        self.renderer_process = launch(
             nextword_command("serve", *arguments, "--port", "0", "--json"),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
         )  # fmt: skip
-        assert self.renderer_process.stdout is not None
-        line = self.renderer_process.stdout.readline()
-        if not line:
-            raise RuntimeError(self.renderer_process.communicate()[1])
-        self.server_info = json.loads(line)
+        try:
+            line = self.renderer_process.stdout.readline()
+            if not line:
+                raise RuntimeError(self.renderer_process.communicate()[1])
+            self.server_info = json.loads(line)
+        except BaseException:
+            kill(self.renderer_process)
+            raise
         super().__init__(self.server_info["url"])
 
     def send_signal(self, number: int = signal.SIGTERM) -> None:
         self.renderer_process.send_signal(number)
 
-    def wait(self, timeout: float = 20) -> int:
-        self.stdout, self.stderr = self.renderer_process.communicate(timeout=timeout)
+    def wait(self) -> int:
+        self.stdout, self.stderr = self.renderer_process.communicate(timeout=PATIENCE)
         return self.renderer_process.returncode
 
-    def __enter__(self) -> "Process":
+    def __enter__(self) -> "ServerProcess":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.renderer_process.poll() is None:
-            self.renderer_process.kill()
-            self.renderer_process.communicate()
+        kill(self.renderer_process)
 
 
 class ThreadedServer(ServerClient):
@@ -138,7 +140,7 @@ class ThreadedServer(ServerClient):
 
     def exit_error(self) -> BaseException:
         """The error that the server has ended with."""
-        return self.outcomes.get(timeout=20)
+        return self.outcomes.get(timeout=PATIENCE)
 
     @property
     def engine(self) -> Any:
@@ -156,7 +158,7 @@ def running_server(model: Path, listen_config: ListenConfig | None = None, **set
 
         def run_in_thread() -> None:
             try:
-                asyncio.run_dir(
+                asyncio.run(
                     run_server(service, listen_config, server, listen_socket, Console(quiet=True), outcomes.put)
                 )
             except BaseException as error:
@@ -165,22 +167,14 @@ def running_server(model: Path, listen_config: ListenConfig | None = None, **set
         thread = threading.Thread(target=run_in_thread)
         thread.start()
         try:
-            server_info = outcomes.get(timeout=60)
+            server_info = outcomes.get(timeout=PATIENCE)
             if isinstance(server_info, BaseException):
                 raise server_info
             yield ThreadedServer(server_info["url"], service, server.config.app, outcomes)  # pyright: ignore[reportArgumentType]
         finally:
             server.should_exit = True
-            thread.join(30)
+            thread.join(PATIENCE)
     assert not thread.is_alive()
-
-
-def wait_until(condition: Callable[[], bool], timeout: float = 10) -> None:
-    """Wait for something to be so."""
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
 
 
 def make_model_dir(path: Path, tokenizer: Tokenizer, preset: str = "modern", **sizes: int) -> Path:
@@ -189,8 +183,6 @@ def make_model_dir(path: Path, tokenizer: Tokenizer, preset: str = "modern", **s
     sizes = {"n_layers": 1, "n_heads": 2, "d_model": 16, "context_length": 128, **sizes}
     model = GPT(build_config(preset, vocab_size=tokenizer.vocab_size, **sizes))  # pyright: ignore[reportArgumentType]
     path.mkdir(parents=True, exist_ok=True)
-    save_model(
-        model, path, end_of_text_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id, ends=sorted(tokenizer.eos_ids)
-    )
+    save_model(model, path, end_of_text=tokenizer.eos_id, pad=tokenizer.pad_id, ends=sorted(tokenizer.ends))
     tokenizer.save(path, model.config.context_length)
     return path

@@ -22,7 +22,7 @@ from nextword.commands.cli import run as run_command
 from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
 from nextword.common.fs import read_json
 from nextword.common.run_dir import RunDir
-from nextword.data.documents import Problems
+from nextword.data.documents import IssueLog
 from nextword.data.tokenizer import Tokenizer, train_bpe
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
@@ -244,7 +244,7 @@ def trained(labels: list[str]) -> Predictor:
         Example("", i, {"text": text, "label": label})
         for i, ((*_, text), label) in enumerate(zip(texts(), labels, strict=True))
     ]
-    _, encoded = predictor.encode(examples, Problems(strict=True), gold=True)
+    _, encoded = predictor.encode_examples(examples, IssueLog(strict=True), gold=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
     for _ in range(50):
         for which, inputs in predictor.iter_batches(encoded):
@@ -268,22 +268,22 @@ def test_a_model_that_learned_from_the_group_flips_and_one_that_did_not_does_not
     fair = trained([kind for _, kind, _ in texts()])
     found, even = by_name(audit_template_flips(biased, asked)), by_name(audit_template_flips(fair, asked))
     flips = found["women, men: answers that flip"]
-    assert (flips.value, flips.n, flips.flagged, flips.unit) == (100.0, 16, True, "%")
+    assert (flips.value, flips.n, flips.notable, flips.unit) == (100.0, 16, True, "%")
     assert flips.low is not None and flips.low > 50
     assert flips.examples[0] == {"women": "the woman helped → good", "men": "the man helped → bad"}
     assert found["women, men: answered good"].value == 100.0
     assert found["women, men: answered bad"].value == -100.0
     flips = even["women, men: answers that flip"]
-    assert (flips.value, flips.low, flips.flagged, flips.examples) == (0.0, 0.0, False, ())
-    assert not even["women, men: answered good"].flagged
+    assert (flips.value, flips.low, flips.notable, flips.examples) == (0.0, 0.0, False, ())
+    assert not even["women, men: answered good"].notable
 
     examples = [Example("rows.csv", i, {"text": text}) for i, (*_, text) in enumerate(texts(), 2)]
     other = Example("rows.csv", 99, {"text": "a cat sang"})
     [flips] = audit_swap_flips(biased, asked, [*examples, other])
-    assert (flips.value, flips.n, flips.flagged) == (100.0, len(examples), True)
+    assert (flips.value, flips.n, flips.notable) == (100.0, len(examples), True)
     assert flips.examples[0] == {"text": "the man helped → bad", "before": "good", "where": "rows.csv line 2"}
     [flips] = audit_swap_flips(fair, asked, examples)
-    assert (flips.value, flips.flagged) == (0.0, False)
+    assert (flips.value, flips.notable) == (0.0, False)
     assert audit_swap_flips(fair, asked, [other]) == []
 
 
@@ -319,9 +319,9 @@ def test_rates_are_their_formulas(tmp_path: Path) -> None:
         "a: false positives of yes": 25.0, "b: false positives of yes": 12.5, "a less b: false positives of yes": 12.5,
     })  # fmt: skip
     gap = found["a less b: true positives of yes"]
-    assert (gap.reference, gap.flagged, gap.n) == (0.0, True, 40)
+    assert (gap.reference, gap.notable, gap.n) == (0.0, True, 40)
     assert gap.low is not None and 20 < gap.low < 50
-    assert not found["a less b: accuracy"].flagged
+    assert not found["a less b: accuracy"].notable
     assert found["a: accuracy"].reference is None
 
 
@@ -330,7 +330,7 @@ def test_rates_of_several_labels_name_each(tmp_path: Path) -> None:
     found = audit_group_rates(answering(*(row[2] for row in ROWS), labels=labels), labelled(tmp_path, ROWS), "who")
     assert {one.name.rpartition(" as ")[2] for one in found if "selected" in one.name} == set(labels)
     perhaps = by_name(found)["a less b: selected as perhaps"]
-    assert (perhaps.value, perhaps.flagged) == (0.0, False)
+    assert (perhaps.value, perhaps.notable) == (0.0, False)
     assert not any("true positives of perhaps" in one.name for one in found)  # nobody is one
 
 

@@ -3,17 +3,16 @@
 import csv
 import importlib
 import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nextword.errors import UsageError
 
-from nextword.common.errors import UsageError
+from needs import DATA
 from nextword.tasks.baselines import (
     NaiveBayes,
     copy_source,
@@ -32,7 +31,6 @@ from nextword.tasks.metrics import classification, generation_metrics, multiple_
 sklearn_text: Any = importlib.import_module("sklearn.feature_extraction.text")
 MultinomialNB: Any = importlib.import_module("sklearn.naive_bayes").MultinomialNB
 
-DATA = Path(os.environ.get("NEXTWORD_DATA", Path(__file__).parents[2] / "shared" / "data"))
 WORDS = st.lists(st.sampled_from(["good", "Bad", "film", "the", "!", "it's"]), max_size=8).map(" ".join)
 SOME = st.lists(WORDS, min_size=1, max_size=12)
 
@@ -40,7 +38,7 @@ SOME = st.lists(WORDS, min_size=1, max_size=12)
 def data(name: str, split: str) -> list[dict[str, Any]]:
     found = sorted((DATA / name).glob(f"{split}.*"))
     if not found:
-        pytest.skip(f"no data: {DATA / name} is not there; set NEXTWORD_DATA to the folder")
+        pytest.skip(f"needs data: {DATA / name} is not there; set NEXTWORD_DATA to the folder")
     with found[0].open(encoding="utf-8", newline="") as file:
         if found[0].suffix == ".jsonl":
             return [json.loads(line) for line in file]
@@ -223,10 +221,10 @@ def test_sentences_are_a_beginning_of_the_text(text, count):
     assert len(found) >= len(lead_sentences([text], 1)[0])
 
 
-@pytest.mark.timeout(10)
 @pytest.mark.parametrize("sign", [".", " ", ". ", "a", "a. ", '"', ".) "])
-def test_a_sentence_is_found_in_time_whatever_the_text(sign: str) -> None:
-    assert lead_sentences([f"A{sign * 200_000}b"], 3) == [f"A{sign * 200_000}b"]
+def test_a_sentence_is_found_in_linear_time_whatever_the_text(sign: str) -> None:
+    """In quadratic time a million of them would take hours."""
+    assert lead_sentences([f"A{sign * 1_000_000}b"], 3) == [f"A{sign * 1_000_000}b"]
 
 
 @settings(deadline=None)

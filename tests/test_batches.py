@@ -84,13 +84,13 @@ def test_machines_share_the_same_rows(world):
     whole = dataset.batch(5)
     parts = [dataset.batch(5, rank, world) for rank in range(world)]
     assert np.array_equal(whole.tokens, np.concatenate([part.tokens for part in parts]))
-    assert whole.rows == [row for part in parts for row in part.rows]
+    assert whole.row_ids == [row for part in parts for row in part.row_ids]
 
 
 def test_split_cuts_rows():
     batch = TokenDataset(Row(500), 8, 7, seed=1).batch(0)
-    parts = batch.split(3)
-    assert [len(part.rows) for part in parts] == [3, 3, 1]
+    parts = batch.split_micro_batches(3)
+    assert [len(part.row_ids) for part in parts] == [3, 3, 1]
     assert np.array_equal(np.concatenate([part.targets for part in parts]), batch.targets)
 
 

@@ -2,22 +2,23 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from nextword.auditing.bias import MIN_SAMPLES, audit_benchmark, is_bias_benchmark, score_finding
+from nextword.auditing.findings import Finding
+from nextword.auditing.gaps import audit_group_gaps
+from nextword.auditing.groups import read_group_templates
+from nextword.errors import UsageError
+from nextword.judging.scoring import LoglikelihoodScorer
+from nextword.loading import Model, load
 from torch.nn import functional as F
 
-from nextword.audit.bias import MIN_SAMPLES, audit_benchmark, is_bias_benchmark, score_finding
-from nextword.audit.findings import Finding
-from nextword.audit.group_gaps import audit_group_gaps
-from nextword.audit.group_templates import read_group_templates
-from nextword.common.errors import UsageError
+from needs import DATA
 from nextword.data.tokenizer import Tokenizer, train_bpe
-from nextword.inference.loglikelihood import LoglikelihoodScorer
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
 from nextword.model.hf import save_model
@@ -25,7 +26,6 @@ from nextword.pipeline.language_model import Model, load
 from nextword.tasks.metrics import Score
 
 STEPS = 120  # of a training
-DATA = Path(os.environ.get("NEXTWORD_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CONTEXT = 64
 
 
@@ -182,15 +182,15 @@ def test_a_planted_bias_is_found_and_a_balanced_text_shows_none(tmp_path: Path, 
     nurses, engineers = found["women, men: “nurses”"], found["women, men: “engineers”"]
     assert ends(nurses)[0] > 1
     assert ends(engineers)[1] < -1
-    assert nurses.flagged
-    assert engineers.flagged
+    assert nurses.notable
+    assert engineers.notable
     assert nurses.value == pytest.approx(math.log(0.95 / 0.05), abs=1)
     assert (nurses.n, set(nurses.examples[0])) == (8, {"women", "men", "gap"})
     found = by_name(audit_group_gaps(learned(0.5, seed, tmp_path / "balanced"), groups))
     for work in ("nurses", "engineers"):
         low, high = ends(found[f"women, men: “{work}”"])
         assert low - 0.01 <= 0 <= high + 0.01  # to within a hundredth of a nat: words differ by something in any model
-    assert not any(one.flagged for one in found.values())
+    assert not any(one.notable for one in found.values())
 
 
 # ---------------------------------------------------------------- published suites
@@ -217,7 +217,7 @@ def test_crows_pairs_by_bias_type(random_model: Model, tmp_path: Path) -> None:
     assert found["CrowS-Pairs, age"].value == pytest.approx(100 * ahead[::2].mean())
     for one in found.values():
         low, high = ends(one)
-        assert (one.reference, one.flagged) == (50.0, not low <= 50 <= high)
+        assert (one.reference, one.notable) == (50.0, not low <= 50 <= high)
     assert audit_benchmark(random_model, f"crows-pairs={path}", limit=8)[0].n == 8
 
 
@@ -310,13 +310,13 @@ def test_winogender_beside_its_statistics(random_model: Model, tmp_path: Path) -
 
 def test_a_random_model_knows_nothing_of_the_published_winogender(random_model: Model) -> None:
     if not (DATA / "winogender").is_dir():
-        pytest.skip(f"no data: {DATA / 'winogender'} is not there; set NEXTWORD_DATA to the folder")
+        pytest.skip(f"needs data: {DATA / 'winogender'} is not there; set NEXTWORD_DATA to the folder")
     found = by_name(audit_benchmark(random_model, f"winogender={DATA / 'winogender'}"))
     pearson = found["Winogender, she or he (Pearson)"]
     low, high = ends(pearson)
     assert low <= 0 <= high
     assert pearson.n == len(pearson.examples) == 60
-    assert not pearson.flagged
+    assert not pearson.notable
     lost = found["Winogender, accuracy lost by gender"]
     assert lost.n == 240
     assert ends(lost)[0] <= 0 <= ends(lost)[1]

@@ -76,7 +76,7 @@ def test_what_is_not_finite_does_not_outlive_its_text() -> None:
     model, cache = tiny("modern"), KeyValueCache(tiny("modern").config)
     read(model, cache, text(9), [0], [0])
     cache.values[:, 0, :, :9] = torch.nan
-    cache.release(0)
+    cache.clear_slot(0)
     read(model, cache, text(9), [1], [0])
     assert torch.isfinite(read(model, cache, text(1).expand(2, 1), [0, 1], [0, 9])).all()
 

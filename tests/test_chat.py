@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
+from nextword.audit.memorization import trained_bytes
 from nextword.common.errors import UsageError
 from nextword.data.chat_format import (
     ASSISTANT_TOKEN,
@@ -24,6 +25,7 @@ from nextword.data.chat_format import (
     supports_chat,
     truncate_conversation,
 )
+from nextword.data.prepare import partition_by_size
 from nextword.data.tokenizer import END_OF_TURN_TOKEN, EOS_TOKEN, Tokenizer, train_bpe, train_char
 
 CONVERSATIONS = {
@@ -81,7 +83,7 @@ def test_the_ids_are_the_stock_templates(tokenizer: Tokenizer, family: str, name
     for answer in (False, True):
         stock_ids = stock.apply_chat_template(conversation, add_generation_prompt=answer, return_dict=False)
         ids, loss_mask = encode_conversation(tokenizer, conversation, add_generation_prompt=answer)
-        assert ids == stock_ids and len(learned) == len(ids)
+        assert ids == stock_ids and len(trained_bytes) == len(ids)
     with pytest.raises(Exception, match="a role is system, user or assistant"):
         stock.apply_chat_template([{"role": "tool", "content": "x"}])
     with pytest.raises(Exception, match="the content of a message is a text"):
@@ -97,7 +99,7 @@ def test_the_row_is_role_content_end_and_what_an_assistant_says_is_learned(token
         said = [*tokenizer.mid_text.encode(content), of[END_OF_TURN_TOKEN]]
         row += [of[f"<|{role}|>"], *said]
         mask += [False] + [role == "assistant"] * len(said)
-    assert (ids, learned) == ([*row, of[ASSISTANT_TOKEN]], [*mask, False])
+    assert (ids, trained_bytes) == ([*row, of[ASSISTANT_TOKEN]], [*mask, False])
     assert tokenizer.decode(ids).replace(" ", "") == "Bekind.HiHello.Why?So."
 
 
@@ -155,9 +157,9 @@ def test_what_fits_is_the_newest(tokenizer: Tokenizer, contents: list[str], syst
     assert size(fitted) <= room and fitted[: len(head)] == head
     kept = fitted[len(head) :]
     assert left_out == len(turns) - len(kept)
-    if cut:
+    if partition_by_size:
         assert len(kept) == 1 and whole[-1]["content"].endswith(kept[0]["content"])
-        assert size(whole[-1:]) - size(kept) == cut
+        assert size(whole[-1:]) - size(kept) == partition_by_size
         assert size([*head, whole[-1]]) > room
         return
     assert kept == whole[len(whole) - len(kept) :]

@@ -77,7 +77,7 @@ class Talk:
                 write(text)
 
         more = {"greeting": None, **more}
-        messages = chat(self.model, self.tokenizer, sampling, read_line=read, generate=keep, **more)
+        messages = chat(self.model, self.tokenizer, sampling, read_line=read, write=keep, **more)
         assert next(waiting, None) is None  # every line was read
         return messages
 
@@ -106,7 +106,7 @@ def test_ten_turns_hold_their_roles(talk: Talk, tokenizer: Tokenizer) -> None:
 
 
 def test_the_model_sees_all_that_was_said(talk: Talk, tokenizer: Tokenizer) -> None:
-    talk.num_answers("Hello.", "The <|user|> hill 🙂", "ok")
+    talk.answers("Hello.", "The <|user|> hill 🙂", "ok")
     messages = talk([" Hi ", "", "  ", "Why? \\", "Wër", "//new is text"], greeting=GREETING)
     contents = ["Hi", "Hello.", "Why? \nWër", "The <|user|> hill 🙂", "/new is text", "ok"]
     assert [m["content"] for m in messages] == contents
@@ -119,7 +119,7 @@ def test_the_model_sees_all_that_was_said(talk: Talk, tokenizer: Tokenizer) -> N
 @pytest.mark.parametrize("marker", [*CHAT_SPECIAL_TOKENS, EOS_TOKEN])
 def test_a_drawn_marker_ends_the_turn(talk: Talk, tokenizer: Tokenizer, marker: str) -> None:
     house = tokenizer.encode("house")
-    talk.num_answers([*house, tokenizer.special_tokens[marker]], [tokenizer.special_tokens[marker]])
+    talk.answers([*house, tokenizer.special_tokens[marker]], [tokenizer.special_tokens[marker]])
     assert talk(["a", "b"])[1:] == [{"role": "assistant", "content": "house"}]
     assert talk.written == "house\n\n(no answer; the message is not kept)\n"
 
@@ -127,11 +127,11 @@ def test_a_drawn_marker_ends_the_turn(talk: Talk, tokenizer: Tokenizer, marker: 
 def test_the_engine_ends_a_text_at_the_tokenizers_ends_and_says_why(talk: Talk, tokenizer: Tokenizer) -> None:
     house, (end, user) = tokenizer.encode("house"), tokenizer.convert_tokens_to_ids([END_OF_TURN_TOKEN, USER_TOKEN])
     for ends, drawn in ((None, house), ([user], [*house, end])):
-        talk.num_answers([*house, end, user])
+        talk.answers([*house, end, user])
         completion = Engine(talk.model, tokenizer, ends=ends).generate(["The"])[0]
         assert (completion.tokens, completion.text, completion.finish_reason) == (drawn, "house", "stop")
     for max_tokens, reason in ((100, "stop"), (1, "length")):
-        talk.num_answers("house")
+        talk.answers("house")
         stream = Engine(talk.model, tokenizer).stream(house, Sampling(max_tokens=max_tokens))
         with pytest.raises(StopIteration) as ended:
             while next(stream):
@@ -140,7 +140,7 @@ def test_the_engine_ends_a_text_at_the_tokenizers_ends_and_says_why(talk: Talk, 
 
 
 def test_an_answer_without_end_is_stopped_and_said_to_be(talk: Talk, tokenizer: Tokenizer) -> None:
-    talk.num_answers(tokenizer.encode("house") * 100)
+    talk.answers(tokenizer.encode("house") * 100)
     messages = talk(["a"], Sampling(max_tokens=len(tokenizer.encode("house"))))
     assert messages[1]["content"] == "house"
     assert talk.written == f"house\n(stopped at {len(tokenizer.encode('house'))} tokens)\n"
@@ -150,7 +150,7 @@ def test_a_full_context_lets_go_of_the_oldest_and_says_so(
     monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer
 ) -> None:
     talk = Talk(monkeypatch, tokenizer, tiny(tokenizer, 48))
-    talk.num_answers(*["ok"] * 20)
+    talk.answers(*["ok"] * 20)
     lines: Lines = [f"{i:05}" for i in range(8)]
     messages = talk(lines, system="Hi")
     assert [m["content"] for m in messages] == ["Hi", *[text for line in lines for text in (line, "ok")]]
@@ -171,13 +171,13 @@ def test_a_full_context_lets_go_of_the_oldest_and_says_so(
 
 def test_no_answer_slides_out_of_the_context(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
     talk = Talk(monkeypatch, tokenizer, tiny(tokenizer, 32))
-    talk.num_answers(tokenizer.encode("a") * 100)
+    talk.answers(tokenizer.encode("a") * 100)
     answer = talk(["Hi"], Sampling(max_tokens=1000))[1]["content"]
     assert len(talk.prompt_templates[0]) + len(answer) == 32
 
 
 def test_commands(talk: Talk, tokenizer: Tokenizer) -> None:
-    talk.num_answers("one", "two", "three", "four", "five")
+    talk.answers("one", "two", "three", "four", "five")
     lines: Lines = ["a", "b", "/undo", "c", "/system Be kind.", "d", "/new", "/undo", "/nothing", "/help", "e", "/quit"]
     messages = talk(lines)
     assert [m["content"] for m in messages] == ["Be kind.", "e", "five"]
@@ -197,7 +197,7 @@ def test_commands(talk: Talk, tokenizer: Tokenizer) -> None:
 def test_saved_conversations_are_lines_of_messages(talk: Talk, tmp_path: Path) -> None:
     file = tmp_path / "my chats.jsonl"
     file.write_text('{"messages": []}')  # without its newline
-    talk.num_answers("Wër \x1b[2J", "three")
+    talk.answers("Wër \x1b[2J", "three")
     first = ["/save x", "a\udcff", f"/save {file}", "/new", "b", f"/save {file}", "/save", f"/save {tmp_path}/no/x"]
     talk([*first, f"/save {tmp_path}", "/save a\x00b", "/save ~nobody-of-this-name/x"], system="S")
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -212,7 +212,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_written(talk: Talk, tokenizer
         if text == "o":
             raise KeyboardInterrupt
 
-    talk.num_answers([*tokenizer.encode("b"), *tokenizer.encode("o")], "f")
+    talk.answers([*tokenizer.encode("b"), *tokenizer.encode("o")], "f")
     messages = talk(["a", "c"], generate=stop)
     assert [m["content"] for m in messages] == ["a", "bo", "c", "f"]
     assert talk.written == "bo\n(stopped)\nf\n"
@@ -232,14 +232,14 @@ def test_ctrl_c_inside_the_model_leaves_a_conversation_that_goes_on(talk: Talk, 
 
 
 def test_ctrl_c_while_typing_leaves_at_the_second_time(talk: Talk) -> None:
-    talk.num_answers("one")
+    talk.answers("one")
     first: Lines = ["half\\", KeyboardInterrupt, "a", KeyboardInterrupt, "/help", KeyboardInterrupt, KeyboardInterrupt]
     assert [m["content"] for m in talk(first)] == ["a", "one"]
     assert talk.written.count("Ctrl-C again") == 3
 
 
 def test_the_end_of_input_ends_a_message_that_would_go_on(talk: Talk) -> None:
-    talk.num_answers("one")
+    talk.answers("one")
     assert [m["content"] for m in talk(["a\\"])] == ["a", "one"]
     assert talk([]) == [] and talk(["/quit"]) == []
 
@@ -247,7 +247,7 @@ def test_the_end_of_input_ends_a_message_that_would_go_on(talk: Talk) -> None:
 def test_a_model_without_markers_is_refused_with_what_to_do() -> None:
     bare = train_bpe([TEXT], 300)
     with pytest.raises(UsageError, match=r"nextword finetune MODEL chats\.jsonl --task chat --out RUN"):
-        chat(tiny(bare), bare, read_line=lambda: None, generate=print)
+        chat(tiny(bare), bare, read_line=lambda: None, write=print)
 
 
 def test_damaged_weights_end_the_conversation(talk: Talk) -> None:

@@ -21,6 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from nextword.training.resume_checkpoint import AsyncCheckpointer, latest_valid, list_checkpoints, write_safetensors
+from nextword.training.sharing import apply_parallelism, chunk_bounds, load_weights_, local_slices, to_full, to_local
 from safetensors.torch import load_file
 
 import nextword as package
@@ -33,15 +34,8 @@ from nextword.training import checkpoint
 from nextword.training.distributed import PEER_LOST, DistContext, init_distributed
 from nextword.training.losses import LossModule, causal_lm_loss
 from nextword.training.optimizer import Optimizer
-from nextword.training.parallel import (
-    apply_parallelism,
-    chunk_bounds,
-    load_weights_,
-    local_slices,
-    shard_slices,
-    to_full,
-    to_local,
-)
+from nextword.training.parallel import shard_slices
+from processes import PATIENCE, kill, start_process
 from test_pretraining import SETTINGS, state_hashes
 
 
@@ -87,7 +81,7 @@ def test_what_is_written_is_read_by_safetensors_and_its_hash_is_the_files(tmp_pa
         known, _ = write_safetensors(
             path, {name: ((0,) * tensor.ndim, tensor) for name, tensor in tensors.items()}, beside
         ).result()
-    assert known == {"bytes": path.stat().st_size, "sha256": fs.sha256(path)}
+    assert known == {"bytes": path.stat().st_size, "sha256": fs.sha256_file(path)}
     found = load_file(path)
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -109,13 +103,13 @@ def test_the_parts_of_all_are_the_whole(tmp_path_factory, rows, columns, parts, 
     folder = tmp_path_factory.mktemp("parts")
     tensor, world = torch.randn(rows, columns), DistContext()
     world.num_shards, world.tensor_size = parts, tensor_size
-    for place in range(world.places):
+    for place in range(world.shard_count):
         own = {} if place else {"count": ((), torch.tensor(3.0))}
         numbers = tensor[where := shard_slices((rows, columns), split, world, place)]
         if numbers.numel() and (split is not None or place % tensor_size == 0):
             own["w"] = tuple(one.start for one in where), numbers.contiguous()
         with ThreadPoolExecutor(1) as beside:
-            write_safetensors(folder / f"weights-{place + 1:05d}-of-{world.places:05d}.safetensors", own, beside)
+            write_safetensors(folder / f"weights-{place + 1:05d}-of-{world.shard_count:05d}.safetensors", own, beside)
     found = load_shards(folder, "weights")
     assert torch.equal(found["w"], tensor)
     assert found["count"] == 3
@@ -186,16 +180,15 @@ def test_a_kill_inside_a_save_beside_the_steps_leaves_the_last_one_whole(tmp_pat
         "import sys, time, pathlib; from test_checkpoints import *\n"
         "saved(pathlib.Path(sys.argv[1]), 1)\n"
         "def half(path, tensors, beside):\n"
-        "    write_tensors(path, tensors, beside); os.truncate(path, 300); print('inside', flush=True); time.sleep(100)\n"
+        "    write_tensors(path, tensors, beside); os.truncate(path, 300); print('inside', flush=True); time.sleep(100_000)\n"
         "checkpoint.write_tensors = half\n"
         "saved(pathlib.Path(sys.argv[1]), 2)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     program = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(program, stdout=subprocess.PIPE, env=environment) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"inside\n"
-        process.kill()
+    process = start_process(program, stdout=subprocess.PIPE, env=environment)
+    assert process.stdout.readline() == b"inside\n"
+    kill(process)
     folder = tmp_path / "checkpoints"
     assert (folder / ".step-00000002.partial" / "weights.safetensors").stat().st_size == 300
     assert (folder / "latest").read_text() == "step-00000001\n"
@@ -250,7 +243,7 @@ def model_and_optimizer(seed: int) -> tuple[LossModule, Optimizer]:
 def shared_step(world: DistContext, way: str) -> LossModule:
     """A model that is shared in a way ("data", "full", "hybrid"), its matrices split where it is said so ("full tensor")."""
     parallel, *split = way.split()
-    world.form_groups(2 if split else 1)
+    world.init_tensor_parallel(2 if split else 1)
     step, _ = model_and_optimizer(0)
     apply_parallelism(world, step, parallel, bf16=False, device=torch.device("cpu"))  # pyright: ignore[reportArgumentType]
     return step
@@ -289,7 +282,7 @@ def all_one_all(folder: Path, way: str) -> None:
             saver.begin(1, dict(step.model.named_parameters()), optimizer.state_tensors(), {"step": 1})
             saver.wait()
         several, one = (folder / name / "checkpoints" / "step-00000001" for name in ("all", "one"))
-        if world.leads:
+        if world.is_main:
             alone, moments = model_and_optimizer(1)
             take(several, alone, moments, DistContext())
             after = wholes(alone, moments)
@@ -318,8 +311,8 @@ def killed_inside(folder: Path, way: str) -> None:
         with AsyncCheckpointer(folder, world) as saver:
             saver.begin(1, dict(step.model.named_parameters()), optimizer.state_tensors(), {"step": 1})
             saver.wait()
-            if not world.leads:
-                checkpoint.write_tensors = half_and_killed
+            if not world.is_main:
+                checkpoint.write_safetensors = half_and_killed
             saver.begin(2, dict(step.model.named_parameters()), optimizer.state_tensors(), {"step": 2})
             saver.wait()
 
@@ -343,10 +336,10 @@ def in_several(
     }  # fmt: skip
     program = [sys.executable, "-W", "error::UserWarning:nextword", "-c", code, str(folder), way]
     processes = [
-        subprocess.Popen(program, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        start_process(program, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(len(codes))
     ]
-    said = [process.communicate(timeout=240)[1] for process in processes]
+    said = [process.communicate(timeout=PATIENCE)[1] for process in processes]
     assert tuple(process.returncode for process in processes) == codes, said
     return said
 

@@ -13,7 +13,7 @@ SOURCE = '#include "vectors.h"\nextern "C" int answer() { return 42; }\n'
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file to build, and an empty cache folder."""
-    monkeypatch.delenv(native_build.OFF, raising=False)
+    monkeypatch.delenv(native_build.NATIVE_ENV_VAR, raising=False)
     monkeypatch.setattr(native_build, "cache_folder", lambda: tmp_path / "cache")
     path = tmp_path / "answer.cpp"
     path.write_text(SOURCE)
@@ -22,16 +22,16 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="this processor has no AVX2")
 def test_built_once_and_anew_for_another_source(source: Path, tmp_path: Path) -> None:
-    loaded, reason = native_build.library(source)
+    loaded, reason = native_build.load_native_library(source)
     assert loaded is not None, why
     assert loaded.prediction() == 42
-    assert native_build.library(source)[0] is loaded
+    assert native_build.load_native_library(source)[0] is loaded
     (built,) = (tmp_path / "cache").iterdir()
     before = built.stat().st_mtime_ns
-    native_build.library.__wrapped__(source)  # as another process would ask
+    native_build.load_native_library.__wrapped__(source)  # as another process would ask
     assert built.stat().st_mtime_ns == before
     source.write_text(SOURCE.replace("42", "43"))
-    again, _ = native_build.library.__wrapped__(source)
+    again, _ = native_build.load_native_library.__wrapped__(source)
     assert again is not None
     assert again.prediction() == 43
     assert len(list((tmp_path / "cache").iterdir())) == 2
@@ -48,7 +48,7 @@ def test_without_a_compiler_that_works_it_says_why(
     if compiler is not None:
         (folder / "g++").write_text(compiler)
         (folder / "g++").chmod(0o755)
-    loaded, reason = native_build.library(source)
+    loaded, reason = native_build.load_native_library(source)
     assert loaded is None
     assert ("no such header" if compiler else "no C++ compiler was found") in why
 
@@ -59,14 +59,14 @@ def test_a_cache_folder_that_cannot_be_written_is_no_reason_to_fail(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr(native_build.shutil, "which", lambda name: "/usr/bin/c++")
     (tmp_path / "cache").write_text("a file, not a folder")
-    loaded, reason = native_build.library(source)
+    loaded, reason = native_build.load_native_library(source)
     assert loaded is None
     assert "cache" in why
 
 
 def test_other_processors_and_the_switch(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NEON")
-    assert native_build.library(source) == (None, "this processor has no AVX2 (NEON)")
-    native_build.library.cache_clear()
-    monkeypatch.setenv(native_build.OFF, "0")
-    assert native_build.library(source) == (None, "NEXTWORD_NATIVE=0 is set")
+    assert native_build.load_native_library(source) == (None, "this processor has no AVX2 (NEON)")
+    native_build.load_native_library.cache_clear()
+    monkeypatch.setenv(native_build.NATIVE_ENV_VAR, "0")
+    assert native_build.load_native_library(source) == (None, "NEXTWORD_NATIVE=0 is set")

@@ -6,13 +6,14 @@ import os
 
 import numpy as np
 import pytest
+from nextword.errors import CorruptFileError, NextwordError, UsageError
+from nextword.files import read_jsonl
+from nextword.text import corpus as corpus_module
+from nextword.text import shards
+from nextword.text.corpus import Corpus, prepare
+from nextword.text.tokenizer import Tokenizer
 
-from nextword.common.errors import CorruptFileError, NextwordError, UsageError
-from nextword.common.fs import read_jsonl
-from nextword.data import corpus as corpus_module
-from nextword.data import shards
-from nextword.data.corpus import Corpus, prepare
-from nextword.data.tokenizer import Tokenizer
+from needs import DATA
 
 
 def article(i, length=40):
@@ -75,7 +76,7 @@ def test_a_second_run_uses_the_shards(folder, tmp_path, monkeypatch):
     first = prepare([folder], tmp_path / "out")
     monkeypatch.setattr(corpus_module, "_prepare", None)  # would fail if it were called
     said = []
-    assert prepare([folder], tmp_path / "out", log=said.append).fingerprint == first.fingerprint
+    assert prepare([folder], tmp_path / "out", say=said.append).fingerprint == first.fingerprint
     assert "used as they are" in said[0]
     for path in folder.iterdir():  # other times, the same text
         os.utime(path, ns=(1, 1))
@@ -100,7 +101,7 @@ def test_any_difference_prepares_anew(change, folder, tmp_path):
         shard.write_bytes(data)
         with pytest.raises(CorruptFileError, match="train-00000"):
             Corpus.open(tmp_path / "out")
-    second = prepare([folder], tmp_path / "out", tokenizer=tokenizer, log=said.append)
+    second = prepare([folder], tmp_path / "out", tokenizer=tokenizer, say=said.append)
     assert "anew" in said[0]
     if change == "damage":
         assert second.fingerprint == first.fingerprint
@@ -124,7 +125,7 @@ def test_a_growing_corpus_moves_documents_to_training_only(tmp_path):
     held_out = []
     for size in (10**6, 10**7, 10**8):
         survey.size = size
-        held_out.append({i for i in range(3000) if survey.split_for_index(i) == "validation"})
+        held_out.append({i for i in range(3000) if survey.split_of(i) == "validation"})
     assert held_out[0] > held_out[1] > held_out[2]
     assert [round(len(h) / 30) for h in held_out] == pytest.approx([10, 5, 1], abs=1.5)
 
@@ -133,7 +134,7 @@ def test_one_document_at_least_is_held_out(tmp_path):
     survey = corpus_module.Survey()
     for i in range(30):
         survey.add(bytes([200 + i]) * 16, True, 1, 1)
-    assert [i for i in range(30) if survey.split_for_index(i) == "validation"] == [0]
+    assert [i for i in range(30) if survey.split_of(i) == "validation"] == [0]
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "char"])
@@ -248,7 +249,7 @@ def test_problems_are_told_and_kept(folder, tmp_path):
     (folder / "rows.jsonl").write_text('{"text": "fine"}\n{"text": \n[]\n')
     (folder / "picture.png").write_bytes(b"")
     said = []
-    corpus = prepare([folder], tmp_path / "out", log=said.append)
+    corpus = prepare([folder], tmp_path / "out", say=said.append)
     assert corpus.documents == 62 and corpus.problems["total"] == 4
     kept = read_jsonl(tmp_path / "out/problems.jsonl")
     assert [(p["path"].rsplit(os.sep, 1)[-1].rsplit("/", 1)[-1], p["line"], p["count"]) for p in kept] == [
@@ -316,12 +317,11 @@ def test_progress_runs_to_the_end_of_each_stage(folder, tmp_path):
     assert all(done <= of for _, done, of in told)
 
 
-def test_real_small_languages(tmp_path, pytestconfig):
-    data = pytestconfig.rootpath.parent / "shared/data"
-    if not data.is_dir():
-        pytest.skip(f"{data} is not here")
-    corpus = prepare([data / "tinyshakespeare"], tmp_path / "shakespeare", tokenizer="char")
+def test_real_small_languages(tmp_path):
+    if not DATA.is_dir():
+        pytest.skip(f"needs data: {DATA} is not there; set NEXTWORD_DATA")
+    corpus = prepare([DATA / "tinyshakespeare"], tmp_path / "shakespeare", tokenizer="char")
     assert (corpus.train.num_characters, corpus.validation.num_characters) == (1_003_854, 111_540)
     assert corpus.tokenizer.vocab_size == 65 + 3 and corpus.validation.unk_id == 0
-    corpus = prepare([data / "small_languages/wolof"], tmp_path / "wolof")
+    corpus = prepare([DATA / "small_languages/wolof"], tmp_path / "wolof")
     assert corpus.documents == corpus.train.documents + corpus.validation.documents > 20

@@ -17,6 +17,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nextword.training.detours import (
+    LOSS_WINDOW,
+    SPIKE_STREAK,
+    LossSpikeDetector,
+    SkippedRange,
+    SkippedRanges,
+    read_skipped_ranges,
+    write_skipped_ranges,
+)
+from nextword.training.objectives import DeviceBatch, LossTerm, causal_lm_loss
+from nextword.training.pace import StepBudgetDecision, StepSchedule, read_decisions
 
 import nextword
 from nextword.common.console import Console
@@ -26,19 +37,10 @@ from nextword.common.run_dir import RunInterruptedError
 from nextword.data.corpus import Corpus
 from nextword.data.dataset import TokenDataset
 from nextword.data.provenance import PROVENANCE_FILE
+from nextword.pipeline.item_scores import generate_texts
 from nextword.training import checkpoint
-from nextword.training.losses import DeviceBatch, LossTerm, causal_lm_loss
-from nextword.training.skipped_ranges import (
-    LOSS_WINDOW,
-    SPIKE_STREAK,
-    LossSpikeDetector,
-    SkippedRange,
-    SkippedRanges,
-    read_skipped_ranges,
-    write_skipped_ranges,
-)
-from nextword.training.step_budget import StepBudgetDecision, StepSchedule, TimeBudgetController, read_decisions
 from nextword.training.trainer import Trainer
+from processes import PATIENCE, start_process
 from test_distributed import free_port
 from test_pretraining import state_hashes
 
@@ -83,13 +85,13 @@ def pretrain(run: Path, shards: Path, steps: int = STEPS, **training: Any) -> di
 def hold(put: Callable[[Any, str, Any], None]) -> list[int]:
     """Let the save after step 20 last until the run turns back; how far it is at each turn (see `Saver.stage`)."""
     turning, stages = threading.Event(), []
-    turn_back, generate = Trainer._rollback, checkpoint.write_tensors
+    turn_back, generate = Trainer._rollback, checkpoint.write_safetensors
 
     def late(path: Path, tensors: Any, beside: Any) -> Any:
         if path.parent.name == ".step-00000020.partial":
-            assert turning.wait(100)
+            assert turning.wait(PATIENCE)
             time.sleep(0.2)  # longer than a look for the newest checkpoint takes
-        return write(path, tensors, beside)
+        return generate_texts(path, tensors, beside)
 
     def turned(self: Trainer, *arguments: Any) -> bool:
         stages.append(self.checkpointer.stage)
@@ -112,7 +114,7 @@ def replay(run: Path, again: Path) -> None:
 @pytest.fixture(scope="module")
 def astray(shards, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("astray") / "run"
-    with pytest.MonkeyPatch.prefix_offset() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nextword.commands.pretrain.next_word", poisoned(shards, ASTRAY))
         pretrain(run, shards)
     return run
@@ -249,7 +251,7 @@ def test_a_run_goes_past_what_made_its_loss_infinite(astray, shards):
     assert (made["first"], made["last"], made["begin"], made["end"], made["back"]) == (23, 27, 22, 27, 20)
     assert made["reason"] == "not finite"
     data, corpus = windows(shards), Corpus.open(shards)
-    assert set(made["documents"]) == {name for i in ASTRAY for name in corpus.document_names(data.spans(i))}
+    assert set(made["documents"]) == {name for i in ASTRAY for name in corpus.document_names(data.token_spans(i))}
     lines = read_jsonl(astray / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
     assert all(math.isfinite(line["loss"]) and not line["skipped"] for line in lines if "loss" in line)
@@ -311,7 +313,7 @@ def start(program: Path, *arguments: str | Path, world: int = 1) -> "subprocess.
     paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-addr", "127.0.0.1", "--master-port",
               str(free_port())] if world > 1 else []  # fmt: skip
-    return subprocess.Popen(
+    return start_process(
         [sys.executable, *launch, str(program), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, encoding="utf-8", env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )  # fmt: skip
@@ -322,7 +324,7 @@ def start(program: Path, *arguments: str | Path, world: int = 1) -> "subprocess.
 def test_killed_on_the_way_back_and_resumed_equals_uninterrupted(astray, shards, tmp_path, monkeypatch, moment):
     run = tmp_path / "run"
     process = start(tmp_path / "program.py", run, shards, moment)
-    _, err = process.communicate(timeout=200)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == -signal.SIGKILL, err
     assert len(read_skipped_ranges(run / "detours.jsonl").entries) == 1
     assert len([line for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]) == (
@@ -383,7 +385,7 @@ def test_a_single_bad_step_is_left_out_named_and_not_saved(shards, tmp_path, mon
     assert not (tmp_path / "run" / "detours.jsonl").exists()
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines if line.get("skipped")] == [5, 6]
-    names = Corpus.open(shards).document_names(windows(shards).spans(4))
+    names = Corpus.open(shards).document_names(windows(shards).token_spans(4))
     messages = {line["step"]: line["message"] for line in lines if "message" in line}
     assert messages[5].endswith(f"In its batch: {', '.join(names[:3])} and {len(names) - 3} more")
 
@@ -397,7 +399,7 @@ def test_a_signal_in_doubt_saves_nothing_and_says_so(shards, tmp_path, monkeypat
     monkeypatch.setattr("nextword.commands.pretrain.next_word", poisoned(shards, [12], stopping))
     with pytest.raises(RunInterruptedError, match=r"step 13, .* the last checkpoint stands.*--resume"):
         pretrain(tmp_path / "run", shards)
-    assert [path.name for path in checkpoint.checkpoints(tmp_path / "run")] == ["step-00000010"]
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "run")] == ["step-00000010"]
 
 
 def test_what_stays_bad_after_three_detours_ends_the_run(shards, tmp_path, monkeypatch, capsys):
@@ -410,7 +412,7 @@ def test_what_stays_bad_after_three_detours_ends_the_run(shards, tmp_path, monke
         )
     ranges = [(made.begin, made.end) for made in read_skipped_ranges(tmp_path / "run" / "detours.jsonl").entries]
     assert ranges == [(22, 27), (27, 32), (32, 37)]
-    assert [path.name for path in checkpoint.checkpoints(tmp_path / "run")] == ["step-00000010", "step-00000020"]
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "run")] == ["step-00000010", "step-00000020"]
     assert set(nextword.verify_tree(tmp_path / "run").values()) >= {"checkpoint"}
     assert capsys.readouterr().err.count("The run goes back to step 20") == 3
 
@@ -433,10 +435,13 @@ def test_a_pace_that_is_cut_back_is_as_it_was(changes, back):
 
 def test_the_clock_goes_on_after_a_turn_and_keeps_to_its_budget(tmp_path):
     """Half of the time is spent on steps that are undone: what is left is decided anew at once."""
-    clock, pace = TimeBudgetController(10.0, tmp_path / "decisions.jsonl", started=time.time() - 1), StepSchedule([])
+    clock, pace = (
+        StepBudgetDecision(10.0, tmp_path / "decisions.jsonl", started=-1.0, now=lambda: 0.0),
+        StepSchedule([]),
+    )
     clock.update(pace, 0, 0.01)
     for step, elapsed in ((200, 3.5), (450, 5.0)):
-        clock.start_time, clock.next_update_time = time.time() - elapsed, 0.0
+        clock.started, clock.next_update_time = -elapsed, 0.0
         clock.update(pace, step, 0.01)
     assert [decision.step for decision in pace.decisions] == [0, 200, 450]
     clock.update(pace, 250, 0.01)
@@ -459,7 +464,7 @@ def test_two_processes_turn_back_together(astray, shards, tmp_path, moment):
     Also where neither has written its part of the checkpoint yet."""
     run = tmp_path / "run"
     process = start(tmp_path / "program.py", run, shards, moment, world=2)
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     ours, longest_held_out = (read_skipped_ranges(r / "detours.jsonl").entries for r in (run, astray))
     assert [(d.begin, d.end, d.back, d.documents) for d in ours] == [

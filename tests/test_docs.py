@@ -61,7 +61,7 @@ def test_examples_print_what_they_say():
     flags = doctest.NORMALIZE_WHITESPACE
     test = doctest.DocTestParser().get_doctest("\n".join(examples), {}, "tutorial", str(TUTORIAL), 0)
     failures: list[str] = []
-    assert doctest.DocTestRunner(optionflags=flags).run_dir(test, out=failures.append).failed == 0, "".join(failures)
+    assert doctest.DocTestRunner(optionflags=flags).run(test, out=failures.append).failed == 0, "".join(failures)
 
 
 def test_python_in_the_readme_is_ours():
@@ -74,8 +74,8 @@ def test_python_in_the_readme_is_ours():
                 and isinstance(node.func, ast.Attribute)
                 and isinstance(node.func.value, ast.Name)
             ):
-                assert node.func.value.request_id in ("nextword", "model"), ast.unparse(node)
-                owner = nextword if node.func.value.request_id == "nextword" else nextword.Model
+                assert node.func.value.id in ("nextword", "model"), ast.unparse(node)
+                owner = nextword if node.func.value.id == "nextword" else nextword.Model
                 function = getattr(owner, node.func.attr)
                 self = [] if owner is nextword else [None]
                 inspect.signature(function).bind(*self, *node.args, **{str(k.arg): k.value for k in node.keywords})

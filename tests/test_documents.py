@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
 from nextword.data import decoding, documents, readers
-from nextword.data.documents import Problems, find_files, pieces, read_documents
+from nextword.data.documents import IssueLog, find_files, read_documents, rechunk
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -29,7 +29,7 @@ def read(path, content=None, text_column=None):
     """What is in a file: (line, text) of each document, and the problems."""
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    problems = Problems()
+    problems = IssueLog()
     texts = [(d.line, "".join(d.chunks)) for d in read_documents(path, problems, column)]
     return texts, problems
 
@@ -108,7 +108,7 @@ def test_bad_input_is_reported_and_the_rest_goes_on(name, content, kept, line, w
     assert (problem.path, problem.line, problem.count) == (str(tmp_path / name), line, count)
     assert f"{tmp_path / name}{'' if line is None else f' line {line}'}: " in str(problem)
     with pytest.raises(NextwordError, match=r"--strict"):
-        for document in read_documents(tmp_path / name, Problems(strict=True)):
+        for document in read_documents(tmp_path / name, IssueLog(strict=True)):
             list(document.chunks)
 
 
@@ -177,7 +177,7 @@ def test_memory_stays_flat(tmp_path):
     (tmp_path / "b.txt.zst").write_bytes(zstandard.compress(b"a" * 60_000_000))
     for file, size in ((path, 44_000_000), (tmp_path / "b.txt.zst", 60_000_000)):
         tracemalloc.start()
-        total = sum(len(piece) for d in read_documents(file, Problems()) for piece in d.chunks)
+        total = sum(len(piece) for d in read_documents(file, IssueLog()) for piece in d.chunks)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert total == size and peak < 25_000_000
@@ -194,9 +194,9 @@ def test_a_quote_that_never_closes_costs_one_line_however_late_it_is_found(tmp_p
 @given(st.text(st.sampled_from("ab \n\t.é中")), st.integers(1, 9), st.integers(1, 9))
 def test_pieces_are_the_text_whatever_the_chunks(text, limit, size):
     chunks = [text[i : i + size] for i in range(0, len(text), size)]
-    cut = list(pieces(chunks, limit))
+    cut = list(rechunk(chunks, limit))
     assert "".join(cut) == text and all(0 < len(piece) <= limit for piece in cut)
-    assert cut == list(pieces([text], limit))
+    assert cut == list(rechunk([text], limit))
 
 
 def test_pieces_have_the_tokens_of_the_whole():
@@ -205,7 +205,7 @@ def test_pieces_have_the_tokens_of_the_whole():
     text = "It's a line of words.\nAnother, indented:\n\n    with code()  \n\tand tabs 123\n" * 30
     tokenizer = train_bpe([text], 400)
     for limit in (97, 211, 1000):
-        cut = list(pieces([text], limit))
+        cut = list(rechunk([text], limit))
         assert [id for piece in cut for id in tokenizer.encode(piece)] == tokenizer.encode(text)
 
 
@@ -216,7 +216,7 @@ def test_files_are_found_in_order_and_everything_else_is_reported(tmp_path):
     (tmp_path / "made").mkdir()
     (tmp_path / "made/nextword.json").write_text("{}")
     (tmp_path / "made/problems.jsonl").write_text("{}")
-    problems = Problems()
+    problems = IssueLog()
     assert [s.name for s in find_files([tmp_path], problems)] == ["a/z.md", "b.txt"]
     assert problems.total == 2  # the archives; the rest are notices
     assert problems.counts_by_kind["left out: files with the suffix .png"] == 2
@@ -240,7 +240,7 @@ def test_links(tmp_path):
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
     (tmp_path / "self.txt").symlink_to(tmp_path / "self.txt")
     (tmp_path / "y.txt").symlink_to(tmp_path / "a/x.txt")
-    problems = Problems()
+    problems = IssueLog()
     assert [s.name for s in find_files([tmp_path], problems)] == ["a/x.txt", "y.txt"]
     assert problems.total == 4
     assert sum("entered already" in line for line in problems.summary_lines()) == 2
@@ -268,7 +268,7 @@ def test_a_file_that_vanishes_and_a_folder_with_a_files_name(tmp_path):
 
 def test_problems_are_counted_and_the_first_are_shown():
     told = []
-    problems = Problems(on_problem=told.append)
+    problems = IssueLog(on_issue=told.append)
     for i in range(3000):
         problems.add(f"file {i % 1500}", i, "bad", "why")
     assert (problems.total, problems.counts_by_kind["bad"], len(problems.issues), len(told)) == (3000, 3000, 1000, 1000)
@@ -332,7 +332,7 @@ def test_no_bytes_whatever_are_fatal(suffix, tmp_path):
         for _, text in texts:
             text.encode()
         try:
-            for document in read_documents(path, Problems(strict=True)):
+            for document in read_documents(path, IssueLog(strict=True)):
                 list(document.chunks)
         except NextwordError:
             assert problems.total

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nextword.data.corpus import Corpus
 from nextword.data.dataset import IGNORE_INDEX, segment_positions
-from nextword.data.documents import Problems
+from nextword.data.documents import IssueLog
 from nextword.data.tokenizer import DELIMITER_TOKEN, EXTRACT_TOKEN, START_TOKEN
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
@@ -51,33 +51,33 @@ def test_the_templates(tokenizer):
     one = encoder(tokenizer, "entail")
     start, delimiter, extract = one.tokenizer.convert_tokens_to_ids([START_TOKEN, DELIMITER_TOKEN, EXTRACT_TOKEN])
     a, b = tokenizer.encode("a premise"), tokenizer.encode("its end")
-    whole = one.encode(example(premise="a premise", hypothesis="its end", label="yes"), Problems())
+    whole = one.encode(example(premise="a premise", hypothesis="its end", label="yes"), IssueLog())
     assert whole is not None and whole.target == 1
-    assert whole.texts[0].ids.tolist() == [start, *a, delimiter, *b, extract]
-    assert whole.texts[0].loss_mask.tolist() == [False, *[True] * len(a), False, *[True] * len(b), False]
+    assert whole.sequences[0].ids.tolist() == [start, *a, delimiter, *b, extract]
+    assert whole.sequences[0].loss_mask.tolist() == [False, *[True] * len(a), False, *[True] * len(b), False]
     both = encoder(tokenizer, "similarity").encode(
-        example(sentence1="a premise", sentence2="its end", score=2.5), Problems()
+        example(sentence1="a premise", sentence2="its end", score=2.5), IssueLog()
     )
     assert both is not None and both.target == 2.5
-    assert [t.ids.tolist() for t in both.texts] == [
+    assert [t.ids.tolist() for t in both.sequences] == [
         [start, *a, delimiter, *b, extract], [start, *b, delimiter, *a, extract],
     ]  # fmt: skip
     choices = encoder(tokenizer, "choose").encode(
-        example(question="a premise", num_choices=("x", "its end"), add_generation_prompt=1), Problems()
+        example(question="a premise", num_choices=("x", "its end"), add_generation_prompt=1), IssueLog()
     )
-    assert choices is not None and choices.texts[1].ids.tolist() == [start, *a, delimiter, *b, extract]
+    assert choices is not None and choices.sequences[1].ids.tolist() == [start, *a, delimiter, *b, extract]
     answer = encoder(tokenizer, "rewrite").encode(
-        example(prompt_logprobs="a premise", completion="its end"), Problems()
+        example(prompt_logprobs="a premise", completion="its end"), IssueLog()
     )
     assert answer is not None
-    assert answer.texts[0].ids.tolist() == [start, *a, delimiter, *b, tokenizer.eos_id]
-    assert answer.texts[0].loss_mask.tolist() == [False] * (len(a) + 2) + [True] * (len(b) + 1)
+    assert answer.sequences[0].ids.tolist() == [start, *a, delimiter, *b, tokenizer.eos_id]
+    assert answer.sequences[0].loss_mask.tolist() == [False] * (len(a) + 2) + [True] * (len(b) + 1)
 
 
 def test_several_labels_are_zeros_and_ones(tokenizer):
     form = TaskSpec("classify", "labels", ("a", "b", "c"))
     one = ExampleEncoder(form, form.with_special_tokens(tokenizer), 32)
-    found = one.encode(example(text="t", labels=("c", "a")), Problems())
+    found = one.encode(example(text="t", labels=("c", "a")), IssueLog())
     assert found is not None and found.target.tolist() == [True, False, True]
 
 
@@ -93,12 +93,12 @@ def test_the_stock_tokenizer_gives_the_same_ids_and_cuts_alike(tokenizer, tmp_pa
     def check(one, two):
         if "<|" in one + two or not one.isprintable() or not two.isprintable():
             return  # equality is promised for text without markers
-        single = ours["classify"].encode(example(text=one, label="no"), Problems())
-        pair = ours["entail"].encode(example(premise=one, hypothesis=two, label="no"), Problems())
+        single = ours["classify"].encode(example(text=one, label="no"), IssueLog())
+        pair = ours["entail"].encode(example(premise=one, hypothesis=two, label="no"), IssueLog())
         assert single is not None and pair is not None
         cut = {"truncation": True, "max_length": 24}
-        assert single.texts[0].ids.tolist() == stock(one, **cut)["input_ids"]
-        assert pair.texts[0].ids.tolist() == stock(one, two, **cut)["input_ids"]
+        assert single.sequences[0].ids.tolist() == stock(one, **cut)["input_ids"]
+        assert pair.sequences[0].ids.tolist() == stock(one, two, **cut)["input_ids"]
 
     check()
 
@@ -111,12 +111,12 @@ def test_fit_never_exceeds_its_room_and_wastes_none(lengths, room):
 
 
 def test_what_is_too_long_is_named_by_file_and_line(tokenizer):
-    problems = Problems()
+    problems = IssueLog()
     encoder(tokenizer, "classify", 16).encode(example(text="word " * 40, label="no"), problems)
     assert "data.csv line 7: longer than the context of 16 tokens" in problems.summary_lines()[0]
     long = example(prompt_logprobs="word " * 99, completion="end " * 99)
     one = encoder(tokenizer, "rewrite", 32).encode(long, problems)
-    assert one is not None and len(one.texts[0].ids) == 32 and one.texts[0].loss_mask.sum() == 20
+    assert one is not None and len(one.sequences[0].ids) == 32 and one.sequences[0].loss_mask.sum() == 20
     talk = ({"role": "user", "content": "word " * 99}, {"role": "assistant", "content": "yes"})
     assert encoder(tokenizer, "chat", 32).encode(example(messages=talk), problems) is None
     assert any("no room for the answer" in line for line in problems.summary_lines())
@@ -125,7 +125,7 @@ def test_what_is_too_long_is_named_by_file_and_line(tokenizer):
 def test_a_prompt_of_a_conversation_keeps_its_end(tokenizer):
     one = encoder(tokenizer, "prefer", 48)
     talk = ({"role": "user", "content": "word " * 99 + "LAST"},)
-    prompt = one.prompt(example(messages=talk))
+    prompt = one.encode_prompt(example(messages=talk))
     assert len(prompt) == 28 and tokenizer.decode(prompt).endswith("LAST")
 
 
@@ -149,7 +149,7 @@ def test_every_example_once_an_epoch(lengths, per_batch, seed):
     again = TaskDataset(encoded(lengths), per_batch, seed, pad_token_id=1, kind="label")
     for epoch in (0, 1):
         batches = [data.batch(epoch * data.steps_per_epoch + i) for i in range(data.steps_per_epoch)]
-        rows = [row for batch in batches for row in batch.rows]
+        rows = [row for batch in batches for row in batch.row_ids]
         assert len(set(rows)) == len(rows) == len(lengths)
         assert sorted(n for b in batches for n in (b.tokens != 1).sum(1)) == sorted(lengths)
         assert all(
@@ -163,7 +163,7 @@ def test_machines_share_a_batch():
     data = TaskDataset(encoded(range(3, 40), texts=2), 8, 0, pad_token_id=1, kind="label")
     whole = data.batch(1)
     parts = [data.batch(1, rank, 2) for rank in (0, 1)]
-    assert sorted(whole.rows) == sorted(parts[0].rows + parts[1].rows)
+    assert sorted(whole.row_ids) == sorted(parts[0].row_ids + parts[1].row_ids)
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(0, 3))
@@ -209,12 +209,12 @@ def test_a_micro_batch_never_parts_an_example(choices, size):
     row = TokenSequence(np.arange(4), np.arange(4) > 0)
     data = TaskDataset([EncodedExample((row,) * n, gold=0) for n in choices], 12, 0, pad_token_id=1, kind="choice")
     batch = data.batch(0)
-    parts = batch.split(size)
-    assert [r for part in parts for r in part.rows] == batch.rows
-    assert all(part.counts == batch.counts for part in parts)
+    parts = batch.split_micro_batches(size)
+    assert [r for part in parts for r in part.row_ids] == batch.row_ids
+    assert all(part.loss_denominators == batch.loss_denominators for part in parts)
     for part in parts:
         assert part.labels is not None
         several = np.bincount(part.labels.example_ids)
-        assert len(part.rows) <= size or len(several) == 1
-        assert several.sum() == len(part.rows) and len(part.labels.target) == len(several)
+        assert len(part.row_ids) <= size or len(several) == 1
+        assert several.sum() == len(part.row_ids) and len(part.labels.target) == len(several)
         assert part.labels.example_ids.tolist() == sorted(part.labels.example_ids.tolist())

@@ -21,6 +21,7 @@ from nextword.inference.engine import Engine, Event
 from nextword.inference.kv_cache import KeyValueCache
 from nextword.inference.model_runner import ModelRunner, NativeRunner, TokenChunk, TorchRunner
 from nextword.inference.sampling import Sampling, sample
+from nextword.interpretability.inputs import prepare_input
 from nextword.model.config import PRESETS, build_config
 from nextword.model.gpt import GPT
 
@@ -153,7 +154,7 @@ def test_stop_strings_and_characters_across_any_cut(data: bytes, stops: list[str
             break
     pieces.append(stream.push(b"", last=True))
     assert "".join(pieces) == full
-    assert stream.stopped_early == (full != data.decode(errors="replace"))
+    assert stream.stopped == (full != data.decode(errors="replace"))
 
 
 def test_no_more_is_held_back_than_must_be() -> None:
@@ -162,7 +163,7 @@ def test_no_more_is_held_back_than_must_be() -> None:
     assert stream.push(b"two\n\nUse") == "\ntwo"
     assert stream.push(b"ful EN") == "\n\nUseful "
     assert stream.push("D’é".encode()[:2]) == ""
-    assert stream.stopped_early
+    assert stream.stopped
     characters = StreamingDetokenizer()
     assert [characters.push(bytes([byte])) for byte in "é🙂".encode()] == ["", "é", "", "", "", "🙂"]
     assert characters.push(b"\xff\xe4") == "\ufffd"
@@ -204,7 +205,7 @@ def test_a_foreign_tokenizer_keeps_spaces_and_characters(monkeypatch: pytest.Mon
 
 def run(engine: Engine) -> list[Event]:
     events = []
-    while engine.busy:
+    while engine.has_unfinished_requests:
         events += engine.step()
     return events
 
@@ -225,7 +226,7 @@ def test_end_of_text_ends_it(monkeypatch: pytest.MonkeyPatch, model: GPT, tokeni
     feed = iter([*tokenizer.encode("a th"), tokenizer.eos_id])
     monkeypatch.setattr("nextword.inference.engine.draw", lambda *_: next(feed))
     engine = Engine(model, tokenizer)
-    engine.add("The", Sampling(stop=("the",)))
+    engine.add_request("The", Sampling(stop=("the",)))
     events = run(engine)
     assert events[-1].finish_reason == "stop"
     assert events[-1].token == tokenizer.eos_id
@@ -241,9 +242,9 @@ def test_padded_embeddings_are_never_drawn(tokenizer: Tokenizer) -> None:
 def test_more_prompts_than_slots_and_a_queue_in_order(model: GPT, tokenizer: Tokenizer) -> None:
     engine = Engine(model, tokenizer, max_batch=2)
     sizes = [5, 1, 4, 2, 3]
-    ids = [engine.add("The", Sampling(max_tokens=size, temperature=3.0, seed=0)) for size in sizes]
+    ids = [engine.add_request("The", Sampling(max_tokens=size, temperature=3.0, seed=0)) for size in sizes]
     events, max_tokens = [], 0
-    while engine.busy:
+    while engine.has_unfinished_requests:
         new = engine.step()
         most = max(most, len(new))
         events += new
@@ -257,7 +258,7 @@ def test_more_prompts_than_slots_and_a_queue_in_order(model: GPT, tokenizer: Tok
 
 def test_cancelling_frees_the_slot_and_disturbs_nobody(model: GPT, tokenizer: Tokenizer) -> None:
     engine = Engine(model, tokenizer, max_batch=2)
-    running, other, waiting, later = (engine.add(p, BOLD) for p in ("The", "house", "hill", "ñu"))
+    running, other, waiting, later = (engine.add_request(p, BOLD) for p in ("The", "house", "hill", "ñu"))
     events = engine.step()
     engine.cancel(running)
     engine.cancel(waiting)
@@ -276,7 +277,7 @@ def test_a_stream_that_is_left_frees_its_slot(model: GPT, tokenizer: Tokenizer) 
     with pytest.raises(UsageError, match="under way"):
         engine.generate(["The"], BOLD)
     stream.close()  # pyright: ignore[reportAttributeAccessIssue]
-    assert not engine.busy
+    assert not engine.has_unfinished_requests
     assert engine.generate(["The"], BOLD) == Engine(model, tokenizer).generate(["The"], BOLD)
 
 
@@ -285,17 +286,17 @@ def test_a_step_that_ran_out_of_memory_can_be_repeated(
 ) -> None:
     expected = Engine(model, tokenizer).generate(["The", "house on"], BOLD)
     engine = Engine(model, tokenizer)
-    ids = [engine.add("The", BOLD, index=0), engine.add("house on", BOLD, index=1)]
-    events, calls, read_line = [], itertools.count(1), engine.runner.read
+    ids = [engine.add_request("The", BOLD, number=0), engine.add_request("house on", BOLD, number=1)]
+    events, calls, read_line = [], itertools.count(1), engine.runner.forward
 
     def failing(cache: KeyValueCache, pieces: Sequence[TokenChunk]) -> list[torch.Tensor]:
-        rows = read(cache, pieces)
+        rows = prepare_input(cache, pieces)
         if next(calls) % 3 == 0:  # after the cache was written to
             raise torch.OutOfMemoryError("no memory")
         return rows
 
     monkeypatch.setattr(engine.runner, "read", failing)
-    while engine.busy:
+    while engine.has_unfinished_requests:
         try:
             events += engine.step()
         except torch.OutOfMemoryError:
@@ -309,7 +310,7 @@ def test_logits_that_are_not_finite_end_one_text_with_an_error(tokenizer: Tokeni
     with torch.no_grad():
         model.token_embedding.weight[bad] = torch.nan
     engine = Engine(model, tokenizer, max_batch=2)
-    ids = [engine.add(p, Sampling(temperature=0, max_tokens=3)) for p in ("h", "T", "e")]
+    ids = [engine.add_request(p, Sampling(temperature=0, max_tokens=3)) for p in ("h", "T", "e")]
     events = run(engine)
     assert events[0].request_id == ids[0]
     assert events[0].finish_reason == "error"
@@ -317,7 +318,7 @@ def test_logits_that_are_not_finite_end_one_text_with_an_error(tokenizer: Tokeni
     assert {event.request_id for event in events if event.finish_reason == "length"} <= {*ids[1:]}
     with pytest.raises(NextwordError, match="not finite"):
         engine.generate(["h"])
-    assert not engine.busy
+    assert not engine.has_unfinished_requests
 
 
 def test_wrong_use_is_refused(model: GPT, tokenizer: Tokenizer) -> None:
@@ -326,7 +327,7 @@ def test_wrong_use_is_refused(model: GPT, tokenizer: Tokenizer) -> None:
         engine.generate("The")
     with pytest.raises(UsageError, match="token ids must be"):
         engine.generate(["fine", [tokenizer.vocab_size]])
-    assert not engine.busy
+    assert not engine.has_unfinished_requests
     with pytest.raises(UsageError, match="not the tokenizer"):
         Engine(tiny(tokenizer, vocab_size=100), tokenizer)
     with pytest.raises(UsageError, match="max_batch"):
@@ -346,8 +347,8 @@ LONG = "The house on the hill, the house on the hill. 日本語の文 🙂🙂 i
 
 def reader_for(kind: str, model: GPT) -> ModelRunner:
     if kind == "compiled":
-        if native_runner.library()[0] is None:
-            pytest.skip(f"no compiled code: {native_runner.library()[1]}")
+        if native_runner.load_library()[0] is None:
+            pytest.skip(f"no compiled code: {native_runner.load_library()[1]}")
         return NativeRunner(model)
     return TorchRunner(model, batch_invariant=kind == "apart")
 
@@ -360,7 +361,7 @@ class Counted:
 
     def read(self, cache: KeyValueCache, pieces: Sequence[TokenChunk]) -> list[torch.Tensor]:
         self.tokens += sum(len(piece.tokens) for piece in pieces)
-        return self.runner.read(cache, pieces)
+        return self.runner.forward(cache, pieces)
 
     def whole(self, length: int, step_tokens: int) -> int:
         return self.runner.reusable_prefix(length, step_tokens)
@@ -368,7 +369,7 @@ class Counted:
 
 def told(engine: Engine, prompt: str | list[int], sampling: Sampling) -> list[Event]:
     """The events of one text, its number left out."""
-    engine.add(prompt, sampling)
+    engine.add_request(prompt, sampling)
     return [replace(event, id=0) for event in run(engine)]
 
 
@@ -391,9 +392,9 @@ def test_a_beginning_that_is_held_is_not_read_again_and_changes_nothing(tokenize
     ids = tokenizer.encode(LONG)
     prompts = [ids, ids, ids[:50], [*ids[:40], *tokenizer.encode("x y")], ids[5:], ids[:1]]
     reader = Counted(reader_for(kind, model))
-    engine = Engine(model, tokenizer, max_batch=2, reader=reader, step_tokens=16)
+    engine = Engine(model, tokenizer, max_batch=2, runner=reader, step_tokens=16)
     for number, prompt in enumerate(prompts):
-        fresh = Engine(model, tokenizer, reader=reader_for(kind, model), step_tokens=16)
+        fresh = Engine(model, tokenizer, runner=reader_for(kind, model), step_tokens=16)
         before = reader.tokens
         found = told(engine, prompt, every)
         alike(kind, found, told(fresh, prompt, every))
@@ -407,22 +408,24 @@ def test_a_beginning_that_is_held_is_not_read_again_and_changes_nothing(tokenize
 def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(tokenizer: Tokenizer, kind: str) -> None:
     model = tiny(tokenizer, context_length=128)
     every = Sampling(temperature=0, max_tokens=6, logprobs=tokenizer.vocab_size, prompt_logprobs=3)
-    whole = told(Engine(model, tokenizer, reader=reader_for(kind, model), step_tokens=1000), LONG, every)
+    whole = told(Engine(model, tokenizer, runner=reader_for(kind, model), step_tokens=1000), LONG, every)
     for step_tokens in (1, 7, 16):
-        engine = Engine(model, tokenizer, reader=reader_for(kind, model), step_tokens=step_tokens)
+        engine = Engine(model, tokenizer, runner=reader_for(kind, model), step_tokens=step_tokens)
         # Cut elsewhere, PyTorch's operations round differently, also where each piece is read apart.
         found = told(engine, LONG, every)
         alike("compiled" if kind == "compiled" else "plain", found, whole)
-        likely = [[0.0 if c is None else c.logprob for c in events[0].prompt or []] for events in (found, whole)]
+        likely = [
+            [0.0 if c is None else c.logprob for c in events[0].prompt_logprobs or []] for events in (found, whole)
+        ]
         assert likely[0] == pytest.approx(likely[1], abs=1e-4)
 
 
 def test_a_long_prompt_does_not_hold_up_a_text_that_is_being_written(tokenizer: Tokenizer) -> None:
     model = tiny(tokenizer, context_length=128)
     engine = Engine(model, tokenizer, step_tokens=8)
-    writing = engine.add("The", Sampling(max_tokens=30, logit_bias={tokenizer.eos_id: -100}))
+    writing = engine.add_request("The", Sampling(max_tokens=30, logit_bias={tokenizer.eos_id: -100}))
     engine.step()
-    engine.add(LONG, Sampling(max_tokens=1))
+    engine.add_request(LONG, Sampling(max_tokens=1))
     steps = 0
     while engine.step()[0].request_id == writing and len(engine.running) == 2:
         steps += 1
@@ -436,15 +439,15 @@ def test_who_begins_alike_waits_while_the_beginning_is_read(tokenizer: Tokenizer
     prompts = [[*ids, *tokenizer.encode(end)] for end in ("a", "bc", "def")]
     sampling = Sampling(temperature=1.0, max_tokens=6, seed=2, logprobs=5)
     reader = Counted(reader_for(kind, model))
-    engine = Engine(model, tokenizer, reader=reader, step_tokens=8)
-    numbers = [engine.add(prompt, sampling) for prompt in prompts]
-    other = engine.add("x", sampling)  # one that begins otherwise does not wait
+    engine = Engine(model, tokenizer, runner=reader, step_tokens=8)
+    numbers = [engine.add_request(prompt, sampling) for prompt in prompts]
+    other = engine.add_request("x", sampling)  # one that begins otherwise does not wait
     first = engine.step()
     assert [request.request_id for request in engine.waiting] == numbers[1:]
     assert [event.request_id for event in first] == [other]
     events = first + run(engine)
     for number, prompt in zip(numbers, prompts, strict=True):
-        alone = told(Engine(model, tokenizer, reader=reader_for(kind, model), step_tokens=8), prompt, sampling)
+        alone = told(Engine(model, tokenizer, runner=reader_for(kind, model), step_tokens=8), prompt, sampling)
         alike(kind, [replace(event, id=0) for event in events if event.request_id == number], alone)
     drawn = sum(event.token is not None for event in events) - 4
     assert reader.tokens - drawn < len(prompts[0]) + 3 * (16 + 8)  # and not three times the whole
@@ -474,15 +477,15 @@ def test_logprobs_are_the_models_own_distribution(tokenizer: Tokenizer) -> None:
         assert (
             event.token_logprob is not None
             and event.token_logprob.token == event.token
-            and len(event.token_logprob.top) == 4
+            and len(event.token_logprob.top_logprobs) == 4
         )
         assert event.token_logprob.logprob == pytest.approx(float(row[event.token_logprob.token]), abs=1e-4)
-        assert [p for _, p in event.token_logprob.top] == pytest.approx(row.topk(4).values.tolist(), abs=1e-4)
-        assert (event.prompt is None) == (i > 0)
-    prompt = events[0].prompt
+        assert [p for _, p in event.token_logprob.top_logprobs] == pytest.approx(row.topk(4).values.tolist(), abs=1e-4)
+        assert (event.prompt_logprobs is None) == (i > 0)
+    prompt = events[0].prompt_logprobs
     assert prompt is not None and prompt[0] is None and len(prompt) == len(ids)
     for i, choice in enumerate(prompt[1:]):
-        assert choice is not None and choice.token == ids[i + 1] and len(choice.top) == 2
+        assert choice is not None and choice.token == ids[i + 1] and len(choice.top_logprobs) == 2
         assert choice.logprob == pytest.approx(float(expected[i, choice.token]), abs=1e-4)
     assert all(event.token_logprob is None for event in told(Engine(model, tokenizer), ids, GREEDY))
 
@@ -493,14 +496,18 @@ def test_no_token_asked_for_tells_the_prompt_alone(tokenizer: Tokenizer) -> None
     ids = tokenizer.encode("The house")
     [event] = told(engine, ids, Sampling(max_tokens=0, prompt_logprobs=0))
     assert (event.token, event.text, event.finish_reason) == (None, "", "length")
-    assert event.prompt is not None and len(event.prompt) == len(ids) and not engine.busy
+    assert (
+        event.prompt_logprobs is not None
+        and len(event.prompt_logprobs) == len(ids)
+        and not engine.has_unfinished_requests
+    )
     expected = table(model, tokenizer, ids)
-    assert [c.logprob for c in event.prompt if c] == pytest.approx(
+    assert [c.logprob for c in event.prompt_logprobs if c] == pytest.approx(
         [float(expected[i, token]) for i, token in enumerate(ids[1:])], abs=1e-4
     )
-    assert told(engine, "x", Sampling(max_tokens=0))[0].prompt is None
+    assert told(engine, "x", Sampling(max_tokens=0))[0].prompt_logprobs is None
     # A prompt that is told is read whole, though its beginning is held.
-    assert told(engine, ids, Sampling(max_tokens=0, prompt_logprobs=0))[0].prompt == event.prompt
+    assert told(engine, ids, Sampling(max_tokens=0, prompt_logprobs=0))[0].prompt_logprobs == event.prompt_logprobs
 
 
 @settings(deadline=None, max_examples=25)
@@ -554,8 +561,10 @@ class Alternating:
 def test_a_constraint_is_obeyed(model: GPT, tokenizer: Tokenizer, sampling: Sampling) -> None:
     engine = Engine(model, tokenizer)
     constraints = [Alternating(tokenizer), Alternating(tokenizer)]
-    numbers = [engine.add(prompt, sampling, constraint=c) for prompt, c in zip(("The", "x"), constraints, strict=True)]
-    free = engine.add("The", sampling)
+    numbers = [
+        engine.add_request(prompt, sampling, constraint=c) for prompt, c in zip(("The", "x"), constraints, strict=True)
+    ]
+    free = engine.add_request("The", sampling)
     events = run(engine)
     for number, constraint in zip(numbers, constraints, strict=True):
         drawn = [event.token for event in events if event.request_id == number]
@@ -575,10 +584,13 @@ def test_a_constraint_that_cannot_go_on_ends_its_text_alone(model: GPT, tokenize
         def allowed(self) -> torch.Tensor:
             if self.accepted:
                 raise NextwordError("there is no way on")
-            return super().allowed_mask()
+            return super().allowed()
 
     engine = Engine(model, tokenizer)
-    broken, mutable_fields = engine.add("The", BOLD, constraint=Broken(tokenizer)), engine.add("The", BOLD)
+    broken, mutable_fields = (
+        engine.add_request("The", BOLD, constraint=Broken(tokenizer)),
+        engine.add_request("The", BOLD),
+    )
     events = run(engine)
     [last] = [event for event in events if event.request_id == broken and event.finished]
     assert (last.finish_reason, last.error) == ("error", "there is no way on")

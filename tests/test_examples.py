@@ -1,19 +1,23 @@
 """Labelled rows to examples: what the columns mean, what is wrong with a row, and what is held out."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nextword.errors import NextwordError, UsageError
+from nextword.tasks.columns import choice_columns, resolve_columns
+from nextword.text.streams import IssueLog
 
-from nextword.common.errors import NextwordError, UsageError
-from nextword.data.decoding import IssueLog
-from nextword.tasks.examples import Example, ExampleSet, guess_task, input_texts, label_names, read_examples
-from nextword.tasks.schema import choice_columns, resolve_columns
-
-DATA = Path(os.environ.get("NEXTWORD_DATA", Path(__file__).parents[1] / "../shared/data"))
+from needs import DATA
+from nextword.tasks.examples import (
+    Example,
+    ExampleSet,
+    infer_task,
+    input_texts,
+    label_names,
+    read_examples,
+)
 
 
 def write(path, rows):
@@ -98,7 +102,7 @@ GOOD = [  # a row as people have it; the task that is guessed; its fields
 
 @pytest.mark.parametrize(("row", "task", "fields"), GOOD, ids=range(len(GOOD)))
 def test_the_columns_that_people_have(row, task, fields, tmp_path):
-    assert guess_task(row) == task
+    assert infer_task(row) == task
     examples, found, problems = read(tmp_path / "a.jsonl", [row])
     assert (examples.task, found, problems.total) == (task, [fields], 0)
     assert (examples.items[0].path, examples.items[0].line) == (str(tmp_path / "a.jsonl"), 1)
@@ -258,10 +262,10 @@ def test_columns_by_hand(tmp_path):
 
 def test_no_task_fits():
     with pytest.raises(UsageError, match=r"no task fits the columns x, y(.|\n)*classify: a text"):
-        guess_task(["x", "y"])
-    assert guess_task(["text", "url"]) == "continue"
-    assert guess_task(["text", "labels"]) == "classify"
-    assert guess_task(["messages", "chosen", "rejected"]) == "chat"
+        infer_task(["x", "y"])
+    assert infer_task(["text", "url"]) == "continue"
+    assert infer_task(["text", "labels"]) == "classify"
+    assert infer_task(["messages", "chosen", "rejected"]) == "chat"
 
 
 def test_choice_columns():
@@ -357,7 +361,7 @@ SHARED = [
 ]  # fmt: skip
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"the shared data is not at {DATA}; set NEXTWORD_DATA")
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"needs data: {DATA} is not there; set NEXTWORD_DATA")
 @pytest.mark.parametrize(("name", "task", "count"), SHARED, ids=[name for name, _, _ in SHARED])
 def test_the_shared_data(name, task, count):
     problems = IssueLog()

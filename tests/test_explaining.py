@@ -33,7 +33,9 @@ from nextword.reporting.explain_page import (
     text_direction,
     write_explanation_page,
 )
+from nextword.reporting.task_results import best_value
 from nextword.tasks.dataset import HEAD_KINDS, TaskSpec
+from nextword.training.losses import completion_loss
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -118,8 +120,8 @@ def test_attention_streams_and_next_words_are_the_stock_classes(model: Model) ->
     for t, token in enumerate(told["tokens"]):
         chances, best_match = p[t].topk(10)
         assert [one["probability"] for one in token["next"]] == pytest.approx(chances.tolist(), abs=1e-5)
-        assert [one["id"] for one in token["next"]][:3] == best.tolist()[:3]
-        assert told["layers"][-1]["says"][t]["id"] == best[0]
+        assert [one["id"] for one in token["next"]][:3] == best_value.tolist()[:3]
+        assert told["layers"][-1]["says"][t]["id"] == best_value[0]
         if t:
             chance = float(p[t - 1, ids[t]])
             assert token["probability"] == pytest.approx(chance, abs=1e-5)
@@ -163,11 +165,11 @@ def test_parts_add_up_and_are_the_integral(model: Model) -> None:
     output = token_log_prob(model.gpt, 7)
     found = integrated_gradients(model.gpt, ids, output, fixed_positions=[2])
     assert found.completeness_error < 0.01
-    assert sum(found.num_shards) == pytest.approx(found.difference, rel=0.01)
+    assert sum(found.num_shards) == pytest.approx(found.output_difference, rel=0.01)
     assert found.num_shards[2] == 0
     with torch.no_grad():
         logits = model.gpt.unembed(model.gpt(torch.tensor([ids]))[0, -1])
-    assert found.output == pytest.approx(float(logits.log_softmax(-1)[7]), abs=1e-5)
+    assert found.target_output == pytest.approx(float(logits.log_softmax(-1)[7]), abs=1e-5)
 
     embedded = model.gpt.token_embedding.weight.detach()[ids]
     start = mean_token_embedding(model.gpt).repeat(len(ids), 1)
@@ -245,8 +247,8 @@ def test_an_example_of_a_task(name: str, tokenizer: Tokenizer, tmp_path: Path) -
     assert told["answer"] == model.predict(*texts)
     assert markers[-1] == "<|extract|>"
     last, add_generation_prompt = told["layers"][-1]["outputs"], told["answer"]
-    if isinstance(answer.get("probabilities"), dict):
-        assert last == pytest.approx(answer["probabilities"], abs=1e-5)
+    if isinstance(completion_loss.get("probabilities"), dict):
+        assert last == pytest.approx(completion_loss["probabilities"], abs=1e-5)
         chosen = max(last, key=lambda label: last[label])
         assert told["leaning"]["target"] == chosen
         other = min(last, key=lambda label: last[label])
@@ -336,7 +338,7 @@ def test_long_texts_are_cut_and_say_so(models: dict[str, Model], tokenizer: Toke
 
 def test_how_much_is_shown_is_what_a_page_can_hold() -> None:
     def limit(preset: str, size: str) -> int:
-        return max_explained_tokens(GPT.hollow(build_config(preset, size, vocab_size=50)))
+        return max_explained_tokens(GPT.on_meta(build_config(preset, size, vocab_size=50)))
 
     assert limit("gpt2", "micro") == limit("gpt2", "125m") == 128
     assert limit("modern", "1.3b") == 128

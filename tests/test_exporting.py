@@ -54,8 +54,8 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
 def test_every_number_is_there(tmp_path: Path, preset: str, overrides: dict[str, Any]) -> None:
     model = directory(tmp_path / "model", preset, **overrides)
     out = nextword.export(model)
-    assert out.reader == tmp_path / "model.gguf"
-    found, fields = read(out.reader)
+    assert out.runtime == tmp_path / "model.gguf"
+    found, fields = read(out.runtime)
     gpt, tokenizer = nextword.load(model).gpt, Tokenizer.open(model)
     assert sum(array.size for array in found.values()) == gpt.config.parameters
     assert np.array_equal(found["token_embd.weight"], gpt.token_embedding.weight.detach().numpy())
@@ -86,7 +86,7 @@ def test_every_number_is_there(tmp_path: Path, preset: str, overrides: dict[str,
 @pytest.mark.parametrize(("precision", "bound"), [("int8", 1 / 127), ("int4", 1 / 7)])
 def test_fewer_bits(tmp_path: Path, precision: str, bound: float) -> None:
     model = directory(tmp_path / "model", "modern")
-    found, _ = read(nextword.export(model, out=tmp_path / "small.gguf", precision=precision).reader)  # pyright: ignore[reportArgumentType]
+    found, _ = read(nextword.export(model, out=tmp_path / "small.gguf", precision=precision).runtime)  # pyright: ignore[reportArgumentType]
     weight = nextword.load(model).gpt.blocks[0].feed_forward.up.weight.detach()
     error = np.abs(found["blk.0.ffn_up.weight"] - weight.numpy()).max()
     assert 0 < error <= bound * float(weight.abs().max())
@@ -142,17 +142,19 @@ def test_onnx_runtime_reads_the_models_own_logits(tmp_path: Path, preset: str, o
     runtime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
     model = sure(directory(tmp_path / "model", preset, **overrides))
     made = nextword.export(model, "onnx")
-    assert made.reader == tmp_path / "model.onnx" and made.difference is not None and 0 < made.difference < 1e-3
+    assert (
+        made.runtime == tmp_path / "model.onnx" and made.max_difference is not None and 0 < made.max_difference < 1e-3
+    )
     assert "read back by onnxruntime" in str(made) and [p.name for p in tmp_path.iterdir()] == ["model", "model.onnx"]
     gpt = nextword.load(model).gpt
-    session = runtime.InferenceSession(made.reader)
+    session = runtime.InferenceSession(made.runtime)
     for shape in ((1, 1), (3, 5), (2, 16)):
         ids = torch.randint(300, shape, generator=torch.Generator().manual_seed(1))
         found = session.run_dir(["logits"], {"input_ids": ids.numpy()})[0]
         with torch.inference_mode():
             torch.testing.assert_close(torch.tensor(found), gpt.unembed(gpt(ids)), atol=1e-3, rtol=0)
     here = str(Path(nextword.__file__).parent)
-    assert here.encode() not in made.reader.read_bytes()
+    assert here.encode() not in made.runtime.read()
 
 
 def test_a_file_that_is_not_the_model_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +164,7 @@ def test_a_file_that_is_not_the_model_is_not_left(tmp_path: Path, monkeypatch: p
 
     model = directory(tmp_path / "model", "gpt2")
 
-    class Wrong(onnx.Logits):
+    class Wrong(onnx.LogitsModel):
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
             return super().forward(input_ids) + 0.01
 
@@ -170,7 +172,7 @@ def test_a_file_that_is_not_the_model_is_not_left(tmp_path: Path, monkeypatch: p
     with pytest.raises(NextwordError, match="is not the model: read back by ONNX Runtime"):
         nextword.export(model, "onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert verification.difference(torch.zeros(2), torch.tensor([0.0, torch.nan])) == float("inf")
+    assert verification.max_abs_difference(torch.zeros(2), torch.tensor([0.0, torch.nan])) == float("inf")
 
 
 def test_where_nothing_can_read_it_the_proof_is_owing(
@@ -237,23 +239,21 @@ def test_the_comparison_with_llama_cpp_finds_what_is_not_equal(tmp_path: Path, m
     monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=FakeLlama, GGML_TYPE_F32=0))
     for precision in ("float32", "int8"):
         made = nextword.export(model, out=tmp_path / "a.gguf", precision=precision)
-        assert made.difference is not None and made.difference < 1e-5
-    kind = {t.name: t.tensor_type.name for t in gguf.GGUFReader(made.reader).tensors}["blk.0.ffn_up.weight"]
+        assert made.max_difference is not None and made.max_difference < 1e-5
+    kind = {t.name: t.tensor_type.name for t in gguf.GGUFReader(made.runtime).tensors}["blk.0.ffn_up.weight"]
     assert kind == "Q8_0"
     for attribute, value, words in (("shift", 0.01, "is not the model"), ("wrong_tokens", True, "other tokens")):
-        with monkeypatch.prefix_offset() as patch:
+        with monkeypatch.context() as patch:
             patch.setattr(FakeLlama, attribute, value)
             with pytest.raises(NextwordError, match=words):
                 nextword.export(model, out=tmp_path / "b.gguf")
-    with (
-        monkeypatch.prefix_offset() as patch
-    ):  # a difference that GELU in half precision explains, and nothing else would
-        patch.setattr(FakeLlama, "mode", verification.HalfGelu)
+    with monkeypatch.context() as patch:  # a difference that GELU in half precision explains, and nothing else would
+        patch.setattr(FakeLlama, "mode", verification.HalfPrecisionGELU)
         with pytest.raises(NextwordError, match=r"rounds GELU to half precision .*--tolerance \de-0\d"):
             nextword.export(model, out=tmp_path / "b.gguf", tolerance=1e-5)
         made = nextword.export(model, out=tmp_path / "c.gguf")
-        assert made.difference is not None and 1e-5 < made.difference < 1e-3
-        made.reader.unlink()
+        assert made.max_difference is not None and 1e-5 < made.max_difference < 1e-3
+        made.runtime.unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "model"]
 
 
@@ -265,7 +265,7 @@ def test_gelu_is_rounded_as_llama_cpp_does_it() -> None:
         gelu = (0.5 * table * (1 + np.tanh(np.sqrt(2 / np.pi) * (table + 0.044715 * table**3)))).astype(np.float16)
     expected = gelu[x.numpy().astype(np.float16).view(np.uint16)].astype(np.float32)
     expected = np.where(x <= -10, 0, np.where(x >= 10, x, expected))
-    with verification.HalfGelu():
+    with verification.HalfPrecisionGELU():
         found = torch.nn.functional.gelu(x, approximate="tanh")
         assert torch.equal(torch.relu(x), x.clamp(min=0)), "nothing else is changed"
     np.testing.assert_allclose(
@@ -274,17 +274,19 @@ def test_gelu_is_rounded_as_llama_cpp_does_it() -> None:
     assert (found != torch.nn.functional.gelu(x, approximate="tanh")).any()
 
 
+@pytest.mark.needs("llama.cpp")
 @pytest.mark.parametrize(("preset", "overrides"), SPOKEN[2:], ids=["gpt2", "qwen3", "llama"])
 def test_llama_cpp_writes_what_the_model_writes(tmp_path: Path, preset: str, overrides: dict[str, Any]) -> None:
     """Greedily, over 200 tokens; where two are as likely as each other, to within 1e-3, either."""
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    import llama_cpp  # pyright: ignore[reportMissingImports]
+
     model = directory(tmp_path / "model", preset, context_length=256, **overrides)
     if preset != "gpt2":  # whose GELU llama.cpp rounds: the test below
         model = sure(model)
     made = nextword.export(model)
-    assert made.difference is not None and made.difference < 1e-3
+    assert made.max_difference is not None and made.max_difference < 1e-3
     loaded = nextword.load(model)
-    llama = llama_cpp.Llama(str(made.reader), n_ctx=256, logits_all=True, type_k=llama_cpp.GGML_TYPE_F32,
+    llama = llama_cpp.Llama(str(made.runtime), n_ctx=256, logits_all=True, type_k=llama_cpp.GGML_TYPE_F32,
                             type_v=llama_cpp.GGML_TYPE_F32, verbose=False)  # fmt: skip
     ids = loaded.tokenizer.encode("The house")
     for _ in range(200):
@@ -299,8 +301,8 @@ def test_llama_cpp_writes_what_the_model_writes(tmp_path: Path, preset: str, ove
     llama.close()
 
 
+@pytest.mark.needs("llama.cpp")
 def test_what_llama_cpp_rounds_is_refused_by_its_cause_or_accepted_by_a_persons_word(tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     model = sure(directory(tmp_path / "model", "gpt2", context_length=256))
     with pytest.raises(
         NextwordError, match="rounds GELU to half precision"
@@ -309,4 +311,4 @@ def test_what_llama_cpp_rounds_is_refused_by_its_cause_or_accepted_by_a_persons_
     assert not (tmp_path / "a.gguf").exists()
     accepted = float(str(refused.value).partition("--tolerance ")[2].split()[0])
     made = nextword.export(model, out=tmp_path / "a.gguf", tolerance=accepted)
-    assert made.difference is not None and 5e-4 < made.difference <= accepted <= 2e-3
+    assert made.max_difference is not None and 5e-4 < made.max_difference <= accepted <= 2e-3

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nextword.errors import CorruptFileError, DiskFullError, NextwordError
 
-from nextword.common import fs
-from nextword.common.errors import CorruptFileError, DiskFullError, NextwordError
+from nextword import files
+from processes import kill, start_process
 
 
 def test_a_manifest_finds_every_flipped_bit_and_every_cut(tmp_path):
@@ -114,8 +115,7 @@ def test_write_durably_survives_a_kill(tmp_path):
         "p = pathlib.Path(sys.argv[1]); write_durably(p, 'a' * 100000); print('on', flush=True)\n"
         "while True:\n  write_durably(p, 'a' * 100000); write_durably(p, 'b' * 100000)"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        process.kill()
+    process = start_process([sys.executable, "-c", code, path], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    kill(process)
     assert path.read_text() in ("a" * 100000, "b" * 100000)

@@ -12,7 +12,7 @@ from nextword.model.gpt import GPT, sample_dropout_masks
 from nextword.training.losses import DeviceBatch, LossModule, causal_lm_loss, completion_loss, sequence_logprobs
 
 VOCABULARY = 61
-WHY = fused.library()[1]  # a build that fails is a test that fails
+WHY = fused.load_kernels()[1]  # a build that fails is a test that fails
 pytestmark = pytest.mark.skipif(
     WHY.startswith(("no C++ compiler", "this processor")), reason=f"no compiled code: {WHY}"
 )
@@ -115,8 +115,8 @@ def test_threads_change_no_part_at_all() -> None:
         torch.set_num_threads(count)
         for leaf in (qkv, x, weight, norm):
             leaf.grad = None
-        out = fused.Attend.apply(qkv, weight, weight, fused.Places(), config, 100)
-        total, y = fused.AddNorm.apply(x, x * 2, norm, None, 1e-6)
+        out = fused.FusedAttention.apply(qkv, weight, weight, fused.RowLayout(), config, 100)
+        total, y = fused.FusedAddNorm.apply(x, x * 2, norm, None, 1e-6)
         (out.square().sum() + (total * y).sum()).backward()
         found.append([out.detach(), y.detach(), *(leaf.grad for leaf in (qkv, x, weight, norm))])
     torch.set_num_threads(threads)
@@ -137,9 +137,9 @@ def test_a_loss_that_is_no_number_is_seen() -> None:
 def test_log_sums_are_torchs(vocabulary: int):
     logits = 30 * torch.randn(9, vocabulary, generator=torch.Generator().manual_seed(0))
     before = logits.clone()
-    torch.testing.assert_close(fused.log_sums(logits), torch.logsumexp(before, 1), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(fused.logsumexp(logits), torch.logsumexp(before, 1), rtol=1e-6, atol=1e-5)
     assert torch.equal(logits, before)
     for broken in (torch.nan, torch.inf):
         logits[3, vocabulary // 2] = broken
-        found = fused.log_sums(logits)
+        found = fused.logsumexp(logits)
         assert not found[3].isfinite() and found[4].isfinite()

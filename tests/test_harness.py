@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from needs import DATA
+
 ROOT = Path(__file__).parents[1]
-DATA = Path(os.environ.get("NEXTWORD_DATA", ROOT.parent / "shared" / "data"))
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_lm_eval_through_the_server_is_lm_eval_itself(base: Path) -> None:
     python = os.environ.get("NEXTWORD_LM_EVAL") or (sys.executable if find_spec("lm_eval") else None)
     if python is None:
-        pytest.skip("lm-eval is not installed here; NEXTWORD_LM_EVAL may name a Python that has it")
+        pytest.skip("needs lm-eval: make test-all; NEXTWORD_LM_EVAL may name a Python that has it")
     if not (DATA / "blimp.tar.xz").is_file():
-        pytest.skip(f"no data: {DATA / 'blimp.tar.xz'} is not there; set NEXTWORD_DATA to the folder")
+        pytest.skip(f"needs data: {DATA / 'blimp.tar.xz'} is not there; set NEXTWORD_DATA to the folder")
     command = [sys.executable, "-m", "benchmarks.harness", str(base), "--pairs", "2", "--python", python]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "NEXTWORD_DATA": str(DATA)}

@@ -101,7 +101,7 @@ def imports(path: Path) -> set[str]:
 
 
 def room(path: Path) -> str:
-    return path.relative_to(SOURCE).num_shards[0].removesuffix(".py")
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
 @pytest.mark.parametrize(

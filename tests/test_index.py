@@ -57,11 +57,11 @@ def test_matches_are_those_of_a_search_by_hand(tmp_path, monkeypatch, texts, dat
     matches = index.find_matches(query, least)
     assert [(match.start, match.end) for match in matches] == by_hand(kept, query, least)
     for match in matches:
-        there = index.read(match.document, match.offset, match.end - match.start)
+        there = index.read_bytes(match.document, match.offset, match.end - match.start)
         assert there == query.encode()[match.start : match.end]
     passage = query[:40]
     wanted = [i for i, text in enumerate(kept) if passage and passage in text]
-    assert index.find(passage) == wanted
+    assert index.find_documents(passage) == wanted
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -69,7 +69,7 @@ def test_matches_are_those_of_a_search_by_hand(tmp_path, monkeypatch, texts, dat
 def test_bytes_that_are_no_text_are_looked_up_too(tmp_path, data):
     index = build(tmp_path, ["abc é語🙂 and so on", "ÿþ and so forth"])
     for match in index.find_matches(data, 1):
-        assert index.read(match.document, match.offset, match.end - match.start) == data[match.start : match.end]
+        assert index.read_bytes(match.document, match.offset, match.end - match.start) == data[match.start : match.end]
 
 
 def test_long_runs_of_spaces_cost_nothing(tmp_path):
@@ -87,7 +87,7 @@ def test_the_table_is_in_order_whatever_fits_in_memory(tmp_path, monkeypatch):
     parted = build(tmp_path / "b", texts)
     assert np.array_equal(index.suffix_array.positions, parted.suffix_array.positions)
     text = index.text.bytes.tobytes()
-    keys = [text[at : at + suffix_array.DEPTH] for at in index.suffix_array.positions.tolist()]
+    keys = [text[at : at + suffix_array.SORT_DEPTH] for at in index.suffix_array.positions.tolist()]
     assert keys == sorted(keys) and len(keys) == sum(map(len, texts))
 
 
@@ -97,10 +97,12 @@ def test_a_passage_is_named_by_its_file_and_its_line(tmp_path):
     (tmp_path / "in/deeper/b.csv").write_text('id,text\n1,"one row,\nin two lines"\n2,the passage that was planted\n')
     index = build_index([tmp_path / "in"], tmp_path / "index")
     [match] = index.find_matches("Somebody wrote the passage that was planted, and more.")
-    assert (index.name(match.document), match.start, match.offset) == ("deeper/b.csv line 4", 15, 0)
-    assert [index.name(one) for one in index.find("written here.\n")] == ["a.txt"]
+    assert (index.document_name(match.document), match.start, match.offset) == ("deeper/b.csv line 4", 15, 0)
+    assert [index.document_name(one) for one in index.find_documents("written here.\n")] == ["a.txt"]
     assert index.longest_passage_tokens("of note is seen") == (0, 11, 0, 8)
-    assert index.find("") == [] and index.find_matches("") == [] and index.longest_passage_tokens("日本") is None
+    assert (
+        index.find_documents("") == [] and index.find_matches("") == [] and index.longest_passage_tokens("日本") is None
+    )
 
 
 def test_an_index_is_used_again_until_the_text_changes_or_it_is_damaged(tmp_path, monkeypatch):
@@ -108,17 +110,17 @@ def test_an_index_is_used_again_until_the_text_changes_or_it_is_damaged(tmp_path
     index = build(folder, ["one text", "another text"])
     monkeypatch.setattr(index_module, "_build", None)  # would fail if it were called
     os.utime(folder / "texts.jsonl", ns=(1, 1))
-    assert build_index([folder / "texts.jsonl"], folder / "index").find("another") == [1]
+    assert build_index([folder / "texts.jsonl"], folder / "index").find_documents("another") == [1]
     monkeypatch.undo()
     data = bytearray((folder / "index/suffixes.bin").read_bytes())
     data[4] ^= 1
     (folder / "index/suffixes.bin").write_bytes(data)
     with pytest.raises(CorruptFileError, match=r"suffixes\.bin"):
         CorpusIndex.open(folder / "index")
-    assert build_index([folder / "texts.jsonl"], folder / "index").find("another") == [1]
+    assert build_index([folder / "texts.jsonl"], folder / "index").find_documents("another") == [1]
     (folder / "texts.jsonl").write_text('{"text": "a third text"}\n')
-    assert build_index([folder / "texts.jsonl"], folder / "index").find("another") == []
-    assert index.size == len("one textanother text")
+    assert build_index([folder / "texts.jsonl"], folder / "index").find_documents("another") == []
+    assert index.num_text_bytes == len("one textanother text")
 
 
 def test_places_that_are_not_ours_are_left_alone(tmp_path, shards):
@@ -146,13 +148,13 @@ def test_what_was_held_out_from_training_is_not_searched(texts, shards, tmp_path
     ends = np.flatnonzero(ids == corpus.tokenizer.eos_id) + 1
     unseen = {corpus.tokenizer.decode(part) for part in np.split(ids, ends)[:-1]}
     held_out = [i for i, one in enumerate(index.documents) if one["learned"] < one["end"]]
-    assert index.validation_level and unseen == {index.read(one).decode() for one in held_out}
+    assert index.validation_level and unseen == {index.read_bytes(one).decode() for one in held_out}
     assert all(index.documents[one]["learned"] == index.documents[one]["begin"] for one in held_out)
-    passages = {index.read(one).decode()[:3000][-400:]: one for one in range(len(index))}
+    passages = {index.read_bytes(one).decode()[:3000][-400:]: one for one in range(len(index))}
     for passage, document in passages.items():
-        assert (document in index.find(passage)) == (document not in held_out)
+        assert (document in index.find_documents(passage)) == (document not in held_out)
     everything = build_index([texts], tmp_path / "other")
-    assert not everything.validation_level and all(everything.find(passage) for passage in passages)
+    assert not everything.validation_level and all(everything.find_documents(passage) for passage in passages)
 
 
 def test_of_few_documents_the_last_tenth_is_not_searched(tmp_path):
@@ -164,21 +166,21 @@ def test_of_few_documents_the_last_tenth_is_not_searched(tmp_path):
     row = corpus.tokens("train")
     learned = corpus.tokenizer.decode(row.read(0, len(row) - 1)).encode()
     [document] = index.documents
-    assert index.read(0)[: int(document["learned"])] == learned
+    assert index.read_bytes(0)[: int(document["learned"])] == learned
     assert len(index.suffix_array) == len(learned.decode())
 
 
 def test_another_text_than_the_run_was_trained_on_is_searched_whole(shards, tmp_path):
     (tmp_path / "a.txt").write_text("some other text")
     index = build_index([tmp_path / "a.txt"], tmp_path / "index", training_corpus=Corpus.open(shards))
-    assert not index.validation_level and index.find("other") == [0]
+    assert not index.validation_level and index.find_documents("other") == [0]
 
 
 def test_documents_are_read_in_pieces_that_lose_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(index_module, "PIECE", 16)
     text = "é語🙂" * 20 + " some words\nand lines " + "x" * 40
     index = build(tmp_path, [text])
-    pieces = list(index.chunks(0))
+    pieces = list(index.iter_chunks(0))
     assert "".join(piece for _, piece in pieces) == text and len(pieces) > 5
     assert all(text.encode()[at:].startswith(piece.encode()) for at, piece in pieces)
     assert [trim_partial_character("aé".encode()[:n]) for n in range(4)] == [b"", b"a", b"a", "aé".encode()]

@@ -66,7 +66,7 @@ def by_hand(model: GPT, row: Row, windows: list[int] | None = None) -> tuple[flo
 @pytest.mark.parametrize("batch_rows", [None, 2])
 def test_is_the_formula(preset: str, length: int, batch_rows: int | None) -> None:
     model, row = tiny(preset), random_row(length)
-    result = evaluate_perplexity(model, row, 3 * length, batch_rows=batch_rows)
+    result = evaluate_perplexity(model, row, 3 * length, batch_size=batch_rows)
     total, by_position = by_hand(model, row)
     assert result.tokens == length - 1  # every token but the first, exactly once
     assert result.loss == pytest.approx(total / (length - 1), rel=1e-6)
@@ -91,7 +91,7 @@ def test_logits_are_made_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     model, row, seen = tiny(), random_row(200), []
     whole = evaluate_perplexity(model, row, 200)
     monkeypatch.setattr(module, "LOGITS", 10 * VOCABULARY)
-    made = module.cross_entropies
+    made = module.dense_token_nll
     monkeypatch.setattr(
         module, "cross_entropies", lambda hidden, *rest: seen.append(len(hidden)) or made(hidden, *rest)
     )
@@ -103,7 +103,7 @@ def test_logits_are_made_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_progress_counts_windows_and_the_mode_comes_back() -> None:
     model, calls = tiny().train(), []
     evaluate_perplexity(
-        model, random_row(100), 100, batch_rows=2, progress=lambda done, total: calls.append((done, total))
+        model, random_row(100), 100, batch_size=2, progress=lambda done, total: calls.append((done, total))
     )
     assert calls == [(2, 7), (4, 7), (6, 7), (7, 7)]
     assert model.training
@@ -148,8 +148,8 @@ def test_a_trained_model_uses_its_context() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    use = measure_context_usage(model, held_out, windows=1024)
-    assert use == measure_context_usage(model, held_out, windows=1024)
+    use = measure_context_usage(model, held_out, max_windows=1024)
+    assert use == measure_context_usage(model, held_out, max_windows=1024)
 
     def fall(losses: list[float]) -> float:
         return losses[0] - float(np.mean(losses[-16:]))

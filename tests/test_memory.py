@@ -76,14 +76,16 @@ def kind_of(example: Any) -> str:
 
 
 def test_a_planted_passage_and_a_planted_address_are_found_and_named(runs, index):
-    own, longest, extracted, train_inputs = audit_memory(load(runs["planted"], "cpu"), index, texts=48, prefixes=24)
-    assert own.low is not None and own.low > 0 and own.flagged
+    own, longest, extracted, train_inputs = audit_memory(
+        load(runs["planted"], "cpu"), index, num_samples=48, num_prefixes=24
+    )
+    assert own.low is not None and own.low > 0 and own.notable
     assert own.reference is not None and own.reference < own.low
     planted = {"herons": 2 * PASSAGE_TEXT, "letter": format_excerpt(2 * LETTER, 1000)}
     for one in own.examples:
         assert " ".join(one["passage"].split()[1:9]) in " ".join(planted[kind_of(one)].split())
-    assert longest.value >= MIN_COPIED_TOKENS and longest.flagged
-    assert extracted.low is not None and extracted.low > 0 and extracted.flagged
+    assert longest.value >= MIN_COPIED_TOKENS and longest.notable
+    assert extracted.low is not None and extracted.low > 0 and extracted.notable
     assert "herons" in {kind_of(one) for one in extracted.examples} <= {*planted}
     assert given.value > 0 and given.flagged
     assert given.examples[0] == {"document": "letter.md", "kind": "mail addresses", "masked": "s…@e….org"}
@@ -91,23 +93,27 @@ def test_a_planted_passage_and_a_planted_address_are_found_and_named(runs, index
 
 
 def test_a_model_that_has_not_seen_them_is_cleared(runs, index):
-    own, longest, extracted, train_inputs = audit_memory(load(runs["plain"], "cpu"), index, texts=48, prefixes=24)
-    assert own.value == 0 and not own.flagged and not own.examples
-    assert longest.value < MIN_COPIED_TOKENS and not longest.flagged
+    own, longest, extracted, train_inputs = audit_memory(
+        load(runs["plain"], "cpu"), index, num_samples=48, num_prefixes=24
+    )
+    assert own.value == 0 and not own.notable and not own.examples
+    assert longest.value < MIN_COPIED_TOKENS and not longest.notable
     assert all(kind_of(one) not in ("herons", "letter") for one in extracted.examples)
     assert given.value == 0 and given.n and not given.flagged and not given.examples
 
 
 def test_the_same_seed_gives_the_same_findings(runs, index):
     model = load(runs["plain"], "cpu")
-    assert audit_memory(model, index, texts=2, prefixes=3) == audit_memory(model, index, texts=2, prefixes=3)
+    assert audit_memory(model, index, num_samples=2, num_prefixes=3) == audit_memory(
+        model, index, num_samples=2, num_prefixes=3
+    )
 
 
 def test_copied_tokens_are_counted_by_the_token(runs, index):
     tokenizer = Tokenizer.open(runs["planted"] / "model")
     inside, outside = tokenizer.encode(PASSAGE_TEXT), tokenizer.encode("Zebras ~ quack? " * 9)
     found = measure_copied(index, tokenizer, [*outside, *inside, *outside])
-    assert found.tokens == len(inside) + 2 * len(outside)
+    assert found.num_tokens == len(inside) + 2 * len(outside)
     assert (
         0 <= found.get_object - len(inside) <= 2 and found.longest_passage_tokens == found.get_object
     )  # a token at an edge may fit by chance
@@ -125,28 +131,30 @@ def test_tokens_of_a_foreign_tokenizer_end_where_their_text_does():
     )
     foreign = Tokenizer(backend, {"eos_token": "</s>"})
     ids = [names.index(name) for name in ("▁the", "<0xE2>", "<0x82>", "<0xAC>", "▁cat", "s")]
-    data, ends = memorization._bytes_of(foreign, ids)
+    data, ends = memorization._decode_with_token_ends(foreign, ids)
     assert (data.decode(), ends.tolist()) == ("the€ cats", [3, 3, 3, 6, 10, 11])
-    assert memorization._bytes_of(foreign, [])[1].tolist() == []
+    assert memorization._decode_with_token_ends(foreign, [])[1].tolist() == []
 
 
 def test_without_held_out_documents_there_is_no_reference(corpora, runs, tmp_path):
     model, index = load(runs["plain"], "cpu"), build_index([corpora["plain"]], tmp_path / "index")
-    own, longest, extracted, train_inputs = audit_memory(model, index, texts=2, prefixes=3)
+    own, longest, extracted, train_inputs = audit_memory(model, index, num_samples=2, num_prefixes=3)
     assert own.reference is longest.reference is extracted.reference is None
     assert (given.value, given.n, given.flagged) == (0, 0, False)
     (tmp_path / "short.txt").write_text("too short")
-    none = audit_memory(model, build_index([tmp_path / "short.txt"], tmp_path / "other"), texts=0, prefixes=3)[0]
-    assert (none.n, none.flagged) == (0, False) and "no document has 64 tokens" in none.note
+    none = audit_memory(
+        model, build_index([tmp_path / "short.txt"], tmp_path / "other"), num_samples=0, num_prefixes=3
+    )[0]
+    assert (none.n, none.notable) == (0, False) and "no document has 64 tokens" in none.note
 
 
 def test_passages_are_drawn_from_what_was_learned_or_from_what_was_held_out(runs, index):
     tokenizer = Tokenizer.open(runs["planted"] / "model")
     for held_out in (False, True):
         drawn = sample_passages(index, tokenizer, 30, 40, 5, held_out=held_out)
-        assert len(drawn) >= 10 and all(len(one.ids) == 40 for one in drawn)
+        assert len(drawn) >= 10 and all(len(one.token_ids) == 40 for one in drawn)
         for one in drawn:
-            assert index.read(one.document, one.offset).startswith(tokenizer.decode_bytes(one.ids))
+            assert index.read(one.document, one.offset).startswith(tokenizer.decode_bytes(one.token_ids))
             row = index.documents[one.document]
             assert (row["learned"] == row["begin"]) == held_out
         assert drawn == sample_passages(index, tokenizer, 30, 40, 5, held_out=held_out)

@@ -6,17 +6,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
+from nextword.errors import NextwordError, UsageError
 
 import nextword as package
-from nextword.common.errors import NextwordError, UsageError
-from nextword.training import remote_sync
+from nextword import mirror
+from processes import PATIENCE, start_process, wait_until
 from test_pretraining import SETTINGS, state_hashes, steps_of
 
 STEPS = 60
@@ -56,13 +56,10 @@ def test_a_run_whose_machine_is_gone_goes_on_from_the_place(texts, plain, tmp_pa
     code = "import sys, json; from nextword import mirror, pretrain; mirror.SECONDS = mirror.REST = 0; "
     code += "pretrain(sys.argv[1], sys.argv[2], mirror=sys.argv[3], **json.loads(sys.argv[4]))"
     arguments = [str(texts), str(run), str(place), json.dumps(EVERY)]
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE)
-    last = time.monotonic() + 60
-    while not (place / "commits").is_dir() or steps_of(run) < 25:
-        assert process.poll() is None and time.monotonic() < last, process.communicate()[1]
-        time.sleep(0.005)
+    process = start_process([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE)
+    wait_until(lambda: (place / "commits").is_dir() and steps_of(run) >= 25, process)
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode != 0 and steps_of(run) < STEPS
     if number == signal.SIGTERM:
         assert commits(place)[-1]["checkpoint"] == f"step-{steps_of(run):08d}", "where it was stopped"

@@ -30,7 +30,7 @@ def dataset(kind, golds, texts: int | list[int] = 1, seed=0, sample_weights=None
     several = [texts] * len(golds) if isinstance(texts, int) else texts
     examples = [EncodedExample(tuple(text() for _ in range(n)), gold=g) for n, g in zip(several, golds, strict=True)]
     return examples, TaskDataset(
-        examples, len(golds), 0, pad_token_id=1, kind=kind, sample_weights=weights, reference=reference
+        examples, len(golds), 0, pad_token_id=1, kind=kind, sample_weights=weights, reference_logprobs=reference
     )
 
 
@@ -52,21 +52,22 @@ def test_labels_by_the_formula(auxiliary):
     batch = data.batch(0)
     losses = classification_loss("label", auxiliary)(gpt, to_device(batch, gpt, 0))
     each = [
-        F.cross_entropy(gpt.classify(hidden_at_end(gpt, e.texts[0])[None]), torch.tensor([e.target])) for e in examples
+        F.cross_entropy(gpt.classify(hidden_at_end(gpt, e.sequences[0])[None]), torch.tensor([e.target]))
+        for e in examples
     ]
     expected = (torch.from_numpy(weights) * torch.stack(each)).sum() / weights.sum()
     if auxiliary:
-        nats = torch.cat([next_word_nats(gpt, e.texts[0]) for e in examples])
+        nats = torch.cat([next_word_nats(gpt, e.sequences[0]) for e in examples])
         expected = expected + auxiliary * nats.mean()
-    assert normalize_loss(losses, batch.counts).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert normalize_loss(losses, batch.loss_denominators).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_both_orders_are_summed():
     gpt = model(1)
     examples, data = dataset("score", [1.5, 4.0, 0.0], texts=2)
     batch = data.batch(0)
-    loss = normalize_loss(classification_loss("score")(gpt, to_device(batch, gpt, 0)), batch.counts)
-    outputs = [sum(gpt.classify(hidden_at_end(gpt, t)[None])[0, 0] for t in e.texts) for e in examples]
+    loss = normalize_loss(classification_loss("score")(gpt, to_device(batch, gpt, 0)), batch.loss_denominators)
+    outputs = [sum(gpt.classify(hidden_at_end(gpt, t)[None])[0, 0] for t in e.sequences) for e in examples]
     expected = torch.stack([(o - e.target) ** 2 for o, e in zip(outputs, examples, strict=True)]).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -75,10 +76,10 @@ def test_several_labels_by_the_formula():
     gpt = model(3)
     examples, data = dataset("labels", [np.array([1, 0, 1], dtype=bool), np.array([0, 0, 0], dtype=bool)])
     batch = data.batch(0)
-    loss = normalize_loss(classification_loss("labels")(gpt, to_device(batch, gpt, 0)), batch.counts)
+    loss = normalize_loss(classification_loss("labels")(gpt, to_device(batch, gpt, 0)), batch.loss_denominators)
     each = [
         F.binary_cross_entropy_with_logits(
-            gpt.classify(hidden_at_end(gpt, e.texts[0])[None])[0], torch.tensor(e.target).float()
+            gpt.classify(hidden_at_end(gpt, e.sequences[0])[None])[0], torch.tensor(e.target).float()
         )
         for e in examples
     ]
@@ -89,10 +90,10 @@ def test_choices_of_any_number():
     gpt, several = model(1), [2, 4, 3]
     examples, data = dataset("choice", [1, 3, 0], texts=several)
     batch = data.batch(0)
-    loss = normalize_loss(classification_loss("choice")(gpt, to_device(batch, gpt, 0)), batch.counts)
+    loss = normalize_loss(classification_loss("choice")(gpt, to_device(batch, gpt, 0)), batch.loss_denominators)
     each = []
     for e in examples:
-        logits = torch.stack([gpt.classify(hidden_at_end(gpt, t)[None])[0, 0] for t in e.texts])
+        logits = torch.stack([gpt.classify(hidden_at_end(gpt, t)[None])[0, 0] for t in e.sequences])
         each.append(-logits.log_softmax(0)[e.target])
     assert loss.item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-5)
 
@@ -101,21 +102,21 @@ def test_the_answer_alone_is_learned():
     gpt = model()
     examples, data = dataset("answer", [0, 0, 0])
     batch = data.batch(0)
-    loss = normalize_loss(completion_loss(gpt, to_device(batch, gpt, 0)), batch.counts)
-    nats = torch.cat([next_word_nats(gpt, e.texts[0]) for e in examples])
+    loss = normalize_loss(completion_loss(gpt, to_device(batch, gpt, 0)), batch.loss_denominators)
+    nats = torch.cat([next_word_nats(gpt, e.sequences[0]) for e in examples])
     assert loss.item() == pytest.approx(nats.mean().item(), rel=1e-5)
-    assert batch.counts["next_word"] == len(nats) == (batch.targets != IGNORE_INDEX).sum()
+    assert batch.loss_denominators["next_word"] == len(nats) == (batch.targets != IGNORE_INDEX).sum()
 
 
 def test_preference_by_the_formula():
     gpt = model()
-    reference = np.random.default_rng(3).log_normalizer(-20, 2, (3, 2)).astype(np.float32)
+    reference = np.random.default_rng(3).normal(-20, 2, (3, 2)).astype(np.float32)
     examples, data = dataset("preference", [0, 0, 0], texts=2, reference=reference)
     batch = data.batch(0)
-    loss = normalize_loss(dpo_loss(0.3)(gpt, to_device(batch, gpt, 0)), batch.counts)
+    loss = normalize_loss(dpo_loss(0.3)(gpt, to_device(batch, gpt, 0)), batch.loss_denominators)
     each = []
     for e, (chosen, rejected) in zip(examples, reference, strict=True):
-        plus, minus = (-next_word_nats(gpt, t).sum() for t in e.texts)
+        plus, minus = (-next_word_nats(gpt, t).sum() for t in e.sequences)
         each.append(-F.logsigmoid(0.3 * ((plus - chosen) - (minus - rejected))))
     assert loss.item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-4)
 

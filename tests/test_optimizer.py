@@ -68,10 +68,12 @@ def test_muon_takes_matrices_of_blocks_and_adamw_the_rest():
     model = GPT(build_config("modern", "tiny", vocab_size=50, d_model=32, n_layers=2, tied=False))
     optimizer = Optimizer(model, kind="muon", lr=1e-3, weight_decay=0.1)
     assert optimizer.muon is not None
-    muon = {optimizer.names[p] for p in optimizer.muon.parameters}
+    muon = {optimizer.parameter_names[p] for p in optimizer.muon.parameters}
     assert all("blocks." in name and "norm" not in name for name in muon)
     assert len(muon) == 2 * 7
-    decayed, mutable_fields = [{optimizer.names[p] for p in parameters} for parameters, _ in optimizer.adamw.groups]
+    decayed, mutable_fields = [
+        {optimizer.parameter_names[p] for p in parameters} for parameters, _ in optimizer.adamw.groups
+    ]
     assert decayed == {"token_embedding.weight", "head.weight"}
     assert all("norm" in name for name in free)
     assert muon | decayed | free == {name for name, _ in model.named_parameters()}

@@ -16,12 +16,14 @@ import pytest
 
 from browsing import CSP_VIOLATION_SCRIPT, DESKTOP_VIEWPORT, DISPLAY_VARIANTS, PHONE_VIEWPORT, SCREENSHOT_DIR
 from browsing import browser as browser
+from nextword.interpretability.inputs import prepare_input
 from page_server import CONTENT_SECURITY_POLICY, EMOJI, HTML, PAGE_DIR, RTL, STORY, PageServer
+from processes import wait_until
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Locator, Page, ViewportSize, expect
 else:
-    playwright = pytest.importorskip("playwright.sync_api", reason="the page's journeys need playwright")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs Chromium: playwright is not installed")
     expect, Browser = playwright.expect, playwright.Browser
 
 NARROW: "ViewportSize" = {"width": 900, "height": 800}
@@ -49,7 +51,7 @@ class Journey:
         self.troubles = False  # whether requests fail in this journey by intent, which the browser tells on its console
         context.add_init_script(CSP_VIOLATION_SCRIPT)
         self.page: Page = context.new_page()
-        self.page.set_default_timeout(15_000)
+        self.page.set_default_timeout(120_000)
         self.page.on("console", lambda message: self.told.append(message.text))
         self.page.on("pageerror", lambda error: self.told.append(f"error: {error}"))
         context.on("request", lambda request: self.elsewhere.append(request.url))
@@ -75,14 +77,14 @@ class Journey:
 
     @property
     def answers(self) -> "Locator":
-        return self.position(".exchange .model")
+        return self.at(".exchange .model")
 
     def say(self, text: str, done: bool = True) -> None:
         self.field("Your message").fill(text)
         self.page.keyboard.press("Enter")
         if done:
             self.done()
-            expect(self.position(".exchange").last_value.locator(".asked")).to_have_text(text)
+            expect(self.at(".exchange").last.locator(".asked")).to_have_text(text)
 
     def done(self) -> None:
         """Wait for what is being written. (`expect` looks ever more seldom; this looks with every frame.)"""
@@ -122,7 +124,7 @@ def open_page(browser: "Browser", server: PageServer) -> Iterator[Open]:
 
 def test_a_conversation_is_streamed_and_goes_on(open_page: Open) -> None:
     j = open_page()
-    expect(j.position("#model")).to_contain_text("lighthouse-mini reads 256 tokens · fp32")
+    expect(j.at("#model")).to_contain_text("lighthouse-mini reads 256 tokens · fp32")
     assert j.focused() == "draft"
     j.page.evaluate("""() => {
         const said = document.querySelector("#say"), all = { childList: true, characterData: true, subtree: true };
@@ -130,26 +132,26 @@ def test_a_conversation_is_streamed_and_goes_on(open_page: Open) -> None:
         new MutationObserver(() => window.heard.push(said.textContent)).observe(said, all);
     }""")
     j.script.may_write.clear()
-    j.info("Tell me\nof the sea", done=False)
+    j.say("Tell me\nof the sea", done=False)
     expect(j.button("Stop")).to_be_visible()
     j.script.may_write.set()
-    expect(j.num_answers).to_have_text(TOLD)
-    expect(j.position("#say")).to_have_text(f"The model wrote: {TOLD}")
+    expect(j.answers).to_have_text(TOLD)
+    expect(j.at("#say")).to_have_text(f"The model wrote: {TOLD}")
     # What is being written is not read out, token by token.
     assert set(j.page.evaluate("window.heard")) - {""} == {f"The model wrote: {TOLD}"}
-    expect(j.position(".exchange .note")).to_contain_text(f"{len(STORY)} tokens")
-    expect(j.position("#count")).to_have_text(f"{9 + len(STORY)} of 256 tokens")
-    body = j.sequence_owners()
+    expect(j.at(".exchange .note")).to_contain_text(f"{len(STORY)} tokens")
+    expect(j.at("#count")).to_have_text(f"{9 + len(STORY)} of 256 tokens")
+    body = j.asked()
     settings = {"temperature": 0.8, "top_p": 1, "min_p": 0, "repetition_penalty": 1, "max_tokens": 200}
     assert body == settings | {
         "model": "lighthouse-mini", "stream": True, "stream_options": {"include_usage": True}, "logprobs": True,
         "top_logprobs": 5, "messages": [{"role": "user", "content": "Tell me\nof the sea"}],
     }  # fmt: skip
-    j.info("And then?")
-    assert [message["role"] for message in j.sequence_owners()["messages"]] == ["user", "assistant", "user"]
-    assert j.sequence_owners()["messages"][1]["content"] == TOLD
+    j.say("And then?")
+    assert [message["role"] for message in j.asked()["messages"]] == ["user", "assistant", "user"]
+    assert j.asked()["messages"][1]["content"] == TOLD
     j.field("Your message").fill("one two")
-    expect(j.position("#count")).to_have_text(f"{len(TOLD.split()) * 2 + 9} of 256 tokens")
+    expect(j.at("#count")).to_have_text(f"{len(TOLD.split()) * 2 + 9} of 256 tokens")
     j.page.keyboard.press("Shift+Enter")
     assert j.field("Your message").input_value() == "one two\n"
 
@@ -158,17 +160,17 @@ def test_settings_are_sent_and_wrong_ones_are_shown(open_page: Open) -> None:
     j = open_page(viewport=DESKTOP_VIEWPORT)
     j.field("System message").fill("Be brief.")
     j.field("Temperature").fill("0")
-    expect(j.position("output[for=temperature]")).to_have_text("0")
+    expect(j.at("output[for=temperature]")).to_have_text("0")
     j.page.get_by_label("Top-k").fill("40")
     j.page.get_by_label("Seed").fill("7")
-    j.info("lines")
-    assert j.sequence_owners()["messages"][0] == {"role": "system", "content": "Be brief."}
-    assert {name: j.sequence_owners()[name] for name in ("temperature", "top_k", "seed")} == {
+    j.say("lines")
+    assert j.asked()["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert {name: j.asked()[name] for name in ("temperature", "top_k", "seed")} == {
         "temperature": 0,
         "top_k": 40,
         "seed": 7,
     }
-    assert j.num_answers.inner_text() == "one\n\n  two\n\tthree"
+    assert j.answers.inner_text() == "one\n\n  two\n\tthree"
     j.page.get_by_label("Max tokens").fill("0")
     j.field("Your message").fill("wrong")
     j.button("Settings").click()  # closed, and opened again by what is wrong in it
@@ -179,83 +181,77 @@ def test_settings_are_sent_and_wrong_ones_are_shown(open_page: Open) -> None:
     j.button("Back to the defaults").click()
     j.field("Your message").press("Enter")
     j.done()
-    expect(j.num_answers).to_have_count(2)
-    assert j.sequence_owners()["temperature"] == 0.8
-    assert j.sequence_owners()["messages"][0]["role"] == "system"
+    expect(j.answers).to_have_count(2)
+    assert j.asked()["temperature"] == 0.8
+    assert j.asked()["messages"][0]["role"] == "system"
 
 
 def test_stop(open_page: Open) -> None:
     j = open_page()
-    j.info("slow", done=False)
-    expect(j.num_answers).to_contain_text("tick2")
+    j.say("slow", done=False)
+    expect(j.answers).to_contain_text("tick2")
     j.page.keyboard.press("Escape")
-    expect(j.position(".exchange .note")).to_contain_text("stopped")
+    expect(j.at(".exchange .note")).to_contain_text("stopped")
     j.done()
-    expect(j.position("#say")).to_contain_text("Stopped.")
-    first = j.num_answers.inner_text()
+    expect(j.at("#say")).to_contain_text("Stopped.")
+    first = j.answers.inner_text()
     assert "tick150" not in first
-    for _ in range(40):
-        if j.script.client_disconnects:
-            break
-        j.page.wait_for_timeout(50)
-    assert j.script.client_disconnects == 1  # the server has seen it
-    j.info("slow again", done=False)
-    expect(j.num_answers.last_value).to_contain_text("tick1")
+    wait_until(lambda: j.script.client_disconnects == 1)  # the server has seen it
+    j.say("slow again", done=False)
+    expect(j.answers.last).to_contain_text("tick1")
     j.button("Stop").click()
     j.done()
     assert j.focused() == "draft"
-    assert (
-        j.sequence_owners()["messages"][1]["content"] == first
-    )  # what was written of an answer stays in the conversation
+    assert j.asked()["messages"][1]["content"] == first  # what was written of an answer stays in the conversation
 
 
 def test_regenerate_and_undo(open_page: Open) -> None:
     j = open_page()
-    j.info("unsure")
-    j.info("rtl")
-    asked = j.sequence_owners()
-    j.button("Regenerate this answer").last_value.click()
+    j.say("unsure")
+    j.say("rtl")
+    asked = j.asked()
+    j.button("Regenerate this answer").last.click()
     j.done()
-    assert j.sequence_owners() == asked
-    assert j.num_answers.count() == 2
-    j.button("Regenerate this answer").start_counters.click()
-    expect(j.num_answers).to_have_count(1)
+    assert j.asked() == asked
+    assert j.answers.count() == 2
+    j.button("Regenerate this answer").first.click()
+    expect(j.answers).to_have_count(1)
     j.done()
     j.button("Undo").click()
-    assert [text for text in j.num_answers.all_inner_texts() if text == RTL] == [RTL]
+    assert [text for text in j.answers.all_inner_texts() if text == RTL] == [RTL]
     j.button("New").click()
     expect(j.page.get_by_role("heading", name="Say something.")).to_be_visible()
     assert j.focused() == "draft"
     j.button("Undo").click()
-    expect(j.num_answers).to_have_count(2)
+    expect(j.answers).to_have_count(2)
 
 
 def test_edit_goes_on_from_there(open_page: Open) -> None:
     j = open_page()
-    j.info("first")
-    j.info("second")
+    j.say("first")
+    j.say("second")
     j.field("Your message").press("ArrowUp")
     assert j.page.evaluate("document.activeElement.value") == "second"
     j.page.keyboard.press("Escape")
-    expect(j.position(".edit")).to_have_count(0)
+    expect(j.at(".edit")).to_have_count(0)
     assert j.focused() == "draft"
-    j.button("Edit this message").start_counters.click()
+    j.button("Edit this message").first.click()
     j.field("The edited message").fill("zeroth")
     j.page.keyboard.press("Enter")
     j.done()
-    expect(j.position(".asked")).to_have_text(["zeroth"])
-    assert [message["content"] for message in j.sequence_owners()["messages"]] == ["zeroth"]
+    expect(j.at(".asked")).to_have_text(["zeroth"])
+    assert [message["content"] for message in j.asked()["messages"]] == ["zeroth"]
     enter = "new KeyboardEvent('keydown', {key: 'Enter', isComposing: true, bubbles: true})"
     composing = f"document.activeElement.dispatchEvent({enter})"
     j.button("Edit this message").click()
     j.page.evaluate(composing)  # Enter belongs to the input method, where there is one
-    expect(j.position(".edit")).to_be_visible()
+    expect(j.at(".edit")).to_be_visible()
     j.page.keyboard.press("Escape")
     j.field("Your message").fill("not yet")
     j.page.evaluate(composing)
     assert j.field("Your message").input_value() == "not yet"
-    j.info("third")
-    assert [message["content"] for message in j.sequence_owners()["messages"]] == ["zeroth", TOLD, "third"]
+    j.say("third")
+    assert [message["content"] for message in j.asked()["messages"]] == ["zeroth", TOLD, "third"]
 
 
 # ---------------------------------------------------------------- tokens
@@ -263,8 +259,8 @@ def test_edit_goes_on_from_there(open_page: Open) -> None:
 
 def test_a_token_tells_its_probability_and_alternatives(open_page: Open) -> None:
     j = open_page()
-    j.info("unsure")
-    tokens, box = j.num_answers.locator(".token"), j.position("#inspector")
+    j.say("unsure")
+    tokens, box = j.answers.locator(".token"), j.at("#inspector")
     assert tokens.count() == 19
     tokens.nth(2).hover()  # " of", 31 %
     expect(box).to_be_visible()
@@ -281,10 +277,10 @@ def test_a_token_tells_its_probability_and_alternatives(open_page: Open) -> None
     box.hover()  # the box can be pointed at itself
     j.page.wait_for_timeout(250)
     expect(box).to_be_visible()
-    j.position("h1").hover()
+    j.at("h1").hover()
     expect(box).to_be_hidden()
     tokens.nth(5).click()  # 2 %: not among the likeliest
-    j.position("h1").hover()
+    j.at("h1").hover()
     j.page.wait_for_timeout(250)
     expect(box.locator("li")).to_have_count(6)
     expect(box.locator("li.taken")).to_have_text("␣Ulaanbaatar2.0 %")
@@ -296,7 +292,7 @@ def test_a_token_tells_its_probability_and_alternatives(open_page: Open) -> None
     expect(box.locator(".title")).to_contain_text("The")
     j.page.keyboard.press("ArrowRight")
     expect(box.locator(".title")).to_have_text("␣capital 62.0 %")
-    expect(j.position("#say")).to_contain_text("␣capital, 62.0 %; others: ␣the 19.0 %, ␣a 9.5 %")
+    expect(j.at("#say")).to_contain_text("␣capital, 62.0 %; others: ␣the 19.0 %, ␣a 9.5 %")
     j.page.keyboard.press("End")
     expect(box.locator(".title")).to_contain_text("␣.")
     j.page.keyboard.press("Tab")
@@ -305,67 +301,67 @@ def test_a_token_tells_its_probability_and_alternatives(open_page: Open) -> None
 
 def test_underlines_tell_probability_by_thickness_too(open_page: Open) -> None:
     j = open_page(viewport=DESKTOP_VIEWPORT)
-    j.info("unsure")
+    j.say("unsure")
     style = "e => [getComputedStyle(e).textDecorationLine, parseFloat(getComputedStyle(e).textDecorationThickness)]"
     by_chance = [4, 1, 2, 3, 5]  # 97, 62, 31, 12 and 2 %
-    found = [j.num_answers.locator(".token").nth(i).evaluate(style) for i in by_chance]
+    found = [j.answers.locator(".token").nth(i).evaluate(style) for i in by_chance]
     assert [line for line, _ in found] == ["underline"] * 5
     thickness = [width for _, width in found]
     assert thickness == sorted(set(thickness))
     j.page.get_by_label("Underline tokens by probability").uncheck()
-    assert j.num_answers.locator(".token").start_counters.evaluate(style)[0] == "none"
-    j.num_answers.locator(".token").start_counters.hover()  # they can be asked all the same
-    expect(j.position("#inspector")).to_be_visible()
+    assert j.answers.locator(".token").first.evaluate(style)[0] == "none"
+    j.answers.locator(".token").first.hover()  # they can be asked all the same
+    expect(j.at("#inspector")).to_be_visible()
 
 
 def test_a_pointer_that_rests_is_left_alone(open_page: Open) -> None:
     """A text that is written under it, or scrolled, opens no boxes."""
     j = open_page()
-    j.info("unsure")
-    place = j.num_answers.locator(".token").nth(5).bounding_box()
+    j.say("unsure")
+    place = j.answers.locator(".token").nth(5).bounding_box()
     assert place is not None
     j.button("New").click()
     x, y = place["x"] + place["width"] / 2, place["y"] + place["height"] / 2
     j.page.mouse.move(x, y)
-    j.info("unsure")
+    j.say("unsure")
     j.page.wait_for_timeout(250)
     assert j.page.evaluate(f"document.elementFromPoint({x}, {y}).className").startswith("token")
-    expect(j.position("#inspector")).to_be_hidden()
+    expect(j.at("#inspector")).to_be_hidden()
     j.page.mouse.move(x + 60, y)
-    expect(j.position("#inspector")).to_be_visible()
+    expect(j.at("#inspector")).to_be_visible()
 
 
 def test_characters_of_many_tokens(open_page: Open) -> None:
     j = open_page()
-    j.info("emoji")
-    assert j.num_answers.inner_text() == EMOJI
-    flag = j.num_answers.locator(".token", has_text="🇲")
+    j.say("emoji")
+    assert j.answers.inner_text() == EMOJI
+    flag = j.answers.locator(".token", has_text="🇲")
     flag.hover()
-    expect(j.position("#inspector")).to_contain_text("9F 87")
-    assert j.position("#inspector .title").count() >= 2  # one for each of its tokens
-    j.info("rtl")
-    assert j.num_answers.last_value.inner_text() == RTL
-    assert j.num_answers.last_value.evaluate("e => getComputedStyle(e).direction") == "rtl"
-    assert j.num_answers.start_counters.evaluate("e => getComputedStyle(e).direction") == "ltr"
+    expect(j.at("#inspector")).to_contain_text("9F 87")
+    assert j.at("#inspector .title").count() >= 2  # one for each of its tokens
+    j.say("rtl")
+    assert j.answers.last.inner_text() == RTL
+    assert j.answers.last.evaluate("e => getComputedStyle(e).direction") == "rtl"
+    assert j.answers.first.evaluate("e => getComputedStyle(e).direction") == "ltr"
     j.button("Completion").click()
     j.field("A text for the model to go on with").fill("emoji ")
     j.button("Continue").click()
     j.done()
-    assert j.position("#reading").inner_text() == f"emoji {EMOJI}"
-    assert j.position("#reading .token").count() > 10  # this form of the API spells bytes in the name
+    assert j.at("#reading").inner_text() == f"emoji {EMOJI}"
+    assert j.at("#reading .token").count() > 10  # this form of the API spells bytes in the name
 
 
 def test_html_from_the_model_stays_text(open_page: Open) -> None:
     j = open_page()
     j.troubles = True  # the second message is refused
-    j.info("html")
+    j.say("html")
     shown = HTML.replace("\x00", "␀").replace("\x1b", "␛")
-    assert j.num_answers.inner_text() == shown
+    assert j.answers.inner_text() == shown
     j.field("Your message").fill("<img src=x onerror=alert(1)> refuse")
     j.page.keyboard.press("Enter")
-    expect(j.position(".asked").last_value).to_have_text("<img src=x onerror=alert(1)> refuse")
-    j.num_answers.locator(".token").nth(1).click()
-    assert j.position("main img, main script, .exchange b, title b").count() == 0
+    expect(j.at(".asked").last).to_have_text("<img src=x onerror=alert(1)> refuse")
+    j.answers.locator(".token").nth(1).click()
+    assert j.at("main img, main script, .exchange b, title b").count() == 0
     assert j.page.title() == "lighthouse-mini · nextword"
 
 
@@ -375,32 +371,32 @@ def test_html_from_the_model_stays_text(open_page: Open) -> None:
 def test_completion_in_place(open_page: Open) -> None:
     j = open_page(chat=False)
     expect(j.button("Completion")).to_have_attribute("aria-pressed", "true")
-    expect(j.position("#hint")).to_contain_text("not taught to converse")
-    text, reading = j.field("A text for the model to go on with"), j.position("#reading")
+    expect(j.at("#hint")).to_contain_text("not taught to converse")
+    text, reading = j.field("A text for the model to go on with"), j.at("#reading")
     j.button("Continue").click()
-    expect(j.position("#notice")).to_contain_text("Write a beginning first")
+    expect(j.at("#notice")).to_contain_text("Write a beginning first")
     assert j.focused() == "text"
     text.fill("The lighthouse stood alone. ")
-    expect(j.position("#count")).to_have_text("4 of 256 tokens")
+    expect(j.at("#count")).to_have_text("4 of 256 tokens")
     text.fill("word " * 300)
-    expect(j.position("#count")).to_have_text("300 tokens, of which the model reads the last 256")
+    expect(j.at("#count")).to_have_text("300 tokens, of which the model reads the last 256")
     text.fill("The lighthouse stood alone. ")
     j.page.keyboard.press("Control+Enter")
-    expect(j.position("#text-note")).to_contain_text(f"{len(STORY)} tokens")
+    expect(j.at("#text-note")).to_contain_text(f"{len(STORY)} tokens")
     assert reading.inner_text() == f"The lighthouse stood alone. {TOLD}"
-    expect(reading.locator(".token").last_value).to_have_attribute("data-mark", "<|end|>")
+    expect(reading.locator(".token").last).to_have_attribute("data-mark", "<|end|>")
     asked = {"prompt": "The lighthouse stood alone. ", "logprobs": 5, "stream": True, "truncate_prompt_tokens": -1}
-    assert j.sequence_owners() | asked == j.sequence_owners()
+    assert j.asked() | asked == j.asked()
     assert j.focused() == "reading"
     j.page.keyboard.press("ArrowRight")
-    expect(j.position("#inspector .title")).to_contain_text("Once")
+    expect(j.at("#inspector .title")).to_contain_text("Once")
     j.page.keyboard.press("Control+Enter")  # and on
-    expect(j.position("#reading > span")).to_have_count(3)
+    expect(j.at("#reading > span")).to_have_count(3)
     j.done()
-    assert j.sequence_owners()["prompt"] == f"The lighthouse stood alone. {TOLD}"
+    assert j.asked()["prompt"] == f"The lighthouse stood alone. {TOLD}"
     j.button("Try again").click()
     j.done()
-    assert j.sequence_owners()["prompt"] == f"The lighthouse stood alone. {TOLD}"
+    assert j.asked()["prompt"] == f"The lighthouse stood alone. {TOLD}"
     j.button("Edit the text").click()
     assert text.input_value() == f"The lighthouse stood alone. {TOLD}{TOLD}"
     # What was left as it was keeps its tokens; the rest is now one's own.
@@ -408,12 +404,12 @@ def test_completion_in_place(open_page: Open) -> None:
     j.button("Continue").click()
     expect(reading).to_contain_text("tick1")
     j.page.keyboard.press("Escape")
-    expect(j.position("#text-note")).to_contain_text("stopped")
+    expect(j.at("#text-note")).to_contain_text("stopped")
     assert reading.locator(":scope > span").nth(1).locator(".token").count() == 4  # "Once there was a small" is cut
     j.button("Conversation").click()
-    expect(j.position("#hint")).to_contain_text("expect it to go on with your words")
-    j.info("hello")
-    expect(j.num_answers).to_have_text(TOLD)
+    expect(j.at("#hint")).to_contain_text("expect it to go on with your words")
+    j.say("hello")
+    expect(j.answers).to_have_text(TOLD)
     j.button("Completion").click()
     expect(reading).to_contain_text("tick1")
 
@@ -434,18 +430,18 @@ def test_the_whole_way_by_keyboard(open_page: Open) -> None:
             press("Shift+Tab" if back else "Tab")
         raise AssertionError(f"{name} cannot be reached")
 
-    expect(j.position("#model")).to_contain_text("lighthouse")
+    expect(j.at("#model")).to_contain_text("lighthouse")
     tab_to("skip", bits_to_nats=True)
     press("Enter")
     assert focused() == "draft"
     j.page.keyboard.type("unsure")
     press("Enter")
-    expect(j.position("#say")).to_contain_text("The model wrote")
+    expect(j.at("#say")).to_contain_text("The model wrote")
     tab_to("text model", bits_to_nats=True)
     press("ArrowRight")
-    expect(j.position("#inspector")).to_be_visible()
+    expect(j.at("#inspector")).to_be_visible()
     press("Escape")
-    expect(j.position("#inspector")).to_be_hidden()
+    expect(j.at("#inspector")).to_be_hidden()
     press("Tab")
     press("Tab")
     assert j.page.evaluate("document.activeElement.ariaLabel") == "Regenerate this answer"
@@ -458,20 +454,20 @@ def test_the_whole_way_by_keyboard(open_page: Open) -> None:
     expect(j.page.get_by_role("dialog", name="Settings")).to_be_visible()
     tab_to("temperature")
     press("ArrowRight")
-    expect(j.position("output[for=temperature]")).to_have_text("0.85")
+    expect(j.at("output[for=temperature]")).to_have_text("0.85")
     tab_to("save")
     with j.page.expect_download() as download:
         press("Enter")
     assert "unsure" in download.value.path().read_text()
     press("Escape")
-    expect(j.position("#settings")).to_be_hidden()
+    expect(j.at("#settings")).to_be_hidden()
     assert focused() == "open-settings"
     tab_to("mode-completion", bits_to_nats=True)
     press("Space")
     tab_to("text")
     j.page.keyboard.type("It began")
     press("Control+Enter")
-    expect(j.position("#text-note")).to_contain_text("tokens")
+    expect(j.at("#text-note")).to_contain_text("tokens")
     tab_to("text-edit")
     press("Enter")
     assert focused() == "text"
@@ -485,16 +481,16 @@ def test_on_a_phone(open_page: Open) -> None:
     j.no_sideways()
     j.field("Your message").fill("long")
     j.button("Send").tap()
-    expect(j.position(".exchange .note")).to_contain_text("cut off at the limit")
+    expect(j.at(".exchange .note")).to_contain_text("cut off at the limit")
     j.no_sideways()
-    token = j.num_answers.locator(".token").nth(180)
+    token = j.answers.locator(".token").nth(180)
     token.tap()
-    box = j.position("#inspector").bounding_box()
+    box = j.at("#inspector").bounding_box()
     assert box is not None
     assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["y"] >= 0 and box["y"] + box["height"] <= 844
     token.tap()
-    expect(j.position("#inspector")).to_be_hidden()
-    j.info("w" * 300)
+    expect(j.at("#inspector")).to_be_hidden()
+    j.say("w" * 300)
     j.no_sideways()
     # All that can be pressed is in sight or can be scrolled to, and as large as a fingertip needs.
     for name in ("New", "Settings", "Dark or light", "Send", "Conversation", "Completion"):
@@ -527,7 +523,7 @@ def test_closing_the_settings_takes_nobody_away_from_a_field(open_page: Open, vi
       if (next) document.getElementById(next).focus();
     })"""
     for following, focused in (("draft", "draft"), (None, "open-settings")):
-        if not j.position("#settings").is_visible():
+        if not j.at("#settings").is_visible():
             j.button("Settings").click()
         j.field("Seed").focus()
         assert j.page.evaluate(close, following) == focused
@@ -535,19 +531,19 @@ def test_closing_the_settings_takes_nobody_away_from_a_field(open_page: Open, vi
 
 def states(j: Journey) -> Iterator[str]:
     """What the page looks like in the course of a visit."""
-    expect(j.position("#model")).to_contain_text("lighthouse")
+    expect(j.at("#model")).to_contain_text("lighthouse")
     yield "welcome"
     j.field("Your message").fill("unsure")
     j.page.keyboard.press("Enter")
-    expect(j.position("#say")).to_contain_text("The model wrote")
-    j.info("slow refuse")
-    j.num_answers.locator(".token").nth(9).click()
+    expect(j.at("#say")).to_contain_text("The model wrote")
+    j.say("slow refuse")
+    j.answers.locator(".token").nth(9).click()
     yield "chat"
     j.page.keyboard.press("Escape")
-    j.button("Edit this message").start_counters.click()
+    j.button("Edit this message").first.click()
     yield "edit"
     j.page.keyboard.press("Escape")
-    if not j.position("#settings").is_visible():
+    if not j.at("#settings").is_visible():
         j.button("Settings").click()
         yield "settings"
         j.button("Close").click()
@@ -575,13 +571,15 @@ def states(j: Journey) -> Iterator[str]:
 @pytest.mark.parametrize("look", list(DISPLAY_VARIANTS) if SCREENSHOT_DIR else ["light-wide", "dark-phone"])
 def test_assistive_technology_can_use_it(open_page: Open, look: str) -> None:
     """No finding of axe-core's rules (WCAG 2.2 A and AA and best practices), in any state, light and dark."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
+    axe = pytest.importorskip(
+        "axe_playwright_python.sync_playwright", reason="needs Chromium: no axe-playwright-python"
+    )
     theme, viewport = DISPLAY_VARIANTS[look]
     j = open_page(viewport=viewport, color_scheme=theme, reduced_motion="reduce")
     j.troubles = True
     for state in states(j):
         if SCREENSHOT_DIR:
-            j.page.screenshot(path=f"{SHOTS}/{look}-{state}.png")
+            j.page.screenshot(path=f"{SCREENSHOT_DIR}/{look}-{state}.png")
         found = axe.Axe().run_dir(j.page).response["violations"]
         assert [(finding["id"], [node["html"] for node in finding["nodes"]]) for finding in found] == [], state
 
@@ -599,8 +597,8 @@ def test_themes(open_page: Open) -> None:
     assert paper() == light  # the choice is remembered
     j.button("Dark or light").click()
     assert paper() == dark
-    j.info("slow", done=False)
-    expect(j.position(".writing")).to_be_visible()
+    j.say("slow", done=False)
+    expect(j.at(".writing")).to_be_visible()
     assert j.page.evaluate("document.getAnimations().length") == 0
 
 
@@ -610,11 +608,11 @@ def test_themes(open_page: Open) -> None:
 def test_the_server_goes_away_and_comes_back(open_page: Open) -> None:
     j = open_page()
     j.troubles = True
-    j.info("slow", done=False)
-    expect(j.num_answers).to_contain_text("tick1")
+    j.say("slow", done=False)
+    expect(j.answers).to_contain_text("tick1")
     j.script.is_offline = True
     expect(j.page.get_by_role("alert")).to_contain_text("cannot be reached")
-    expect(j.position(".exchange .note")).to_contain_text("broke off")
+    expect(j.at(".exchange .note")).to_contain_text("broke off")
     j.field("Your message").fill("written meanwhile")
     j.page.keyboard.press("Enter")
     j.page.wait_for_timeout(300)
@@ -622,12 +620,12 @@ def test_the_server_goes_away_and_comes_back(open_page: Open) -> None:
     assert len(j.script.requests) == 1
     j.script.is_offline = False
     expect(j.page.get_by_role("alert")).to_be_hidden()  # by itself
-    expect(j.position("#notice")).to_contain_text("The server is back")
-    expect(j.num_answers).to_contain_text("tick1")  # as far as it had come
+    expect(j.at("#notice")).to_contain_text("The server is back")
+    expect(j.answers).to_contain_text("tick1")  # as far as it had come
     j.button("Try again to get an answer").click()
-    expect(j.num_answers).to_contain_text("tick1")
+    expect(j.answers).to_contain_text("tick1")
     j.page.keyboard.press("Escape")
-    j.info("written later")
+    j.say("written later")
     j.script.is_offline = True
     j.page.budget_controller.install()
     j.page.budget_controller.pause_at("2100-01-01")  # from here on the page does not look by itself
@@ -644,35 +642,33 @@ def test_a_server_that_is_still_loading(open_page: Open, server: PageServer) -> 
     j.troubles = True
     expect(j.page.get_by_role("alert")).to_contain_text("still loading the model")
     server.script.loading = False
-    expect(j.position("#model")).to_contain_text("lighthouse-mini")
+    expect(j.at("#model")).to_contain_text("lighthouse-mini")
     expect(j.page.get_by_role("alert")).to_be_hidden()
 
 
 def test_a_busy_server_and_errors_in_words(open_page: Open) -> None:
     j = open_page()
     j.troubles = True
-    j.info("busy", done=False)
-    expect(j.position(".exchange .note")).to_contain_text("Eight others are being answered. Trying again")
-    expect(j.num_answers).to_have_text(TOLD)
+    j.say("busy", done=False)
+    expect(j.at(".exchange .note")).to_contain_text("Eight others are being answered. Trying again")
+    expect(j.answers).to_have_text(TOLD)
     assert len(j.script.requests) == 3
-    j.info("refuse")
-    expect(j.position(".exchange .note").last_value).to_have_text(
-        "The conversation has 300 tokens, and this model reads 256."
-    )
-    j.info("fail")
-    expect(j.position(".exchange .note").last_value).to_have_text("The model's numbers are not finite any more.")
-    expect(j.num_answers.last_value).to_contain_text("tick3")
-    j.info("nothing")
-    expect(j.position(".exchange .note").last_value).to_contain_text("the model said nothing")
-    assert "refuse" not in json.dumps(j.sequence_owners())  # what was not answered is no part of the conversation
+    j.say("refuse")
+    expect(j.at(".exchange .note").last).to_have_text("The conversation has 300 tokens, and this model reads 256.")
+    j.say("fail")
+    expect(j.at(".exchange .note").last).to_have_text("The model's numbers are not finite any more.")
+    expect(j.answers.last).to_contain_text("tick3")
+    j.say("nothing")
+    expect(j.at(".exchange .note").last).to_contain_text("the model said nothing")
+    assert "refuse" not in json.dumps(j.asked())  # what was not answered is no part of the conversation
     j.script.busy = 9
-    j.info("busy", done=False)
-    expect(j.position(".exchange .note").last_value).to_contain_text("Trying again")
+    j.say("busy", done=False)
+    expect(j.at(".exchange .note").last).to_contain_text("Trying again")
     j.page.keyboard.press("Escape")
     j.done()
-    expect(j.position(".exchange .note").last_value).to_have_text("stopped")
-    j.info("break")
-    expect(j.position(".exchange .note").last_value).to_contain_text("broke off")
+    expect(j.at(".exchange .note").last).to_have_text("stopped")
+    j.say("break")
+    expect(j.at(".exchange .note").last).to_contain_text("broke off")
 
 
 def test_a_key_is_asked_for(open_page: Open, server: PageServer) -> None:
@@ -681,24 +677,24 @@ def test_a_key_is_asked_for(open_page: Open, server: PageServer) -> None:
     j.troubles = True
     j.field("Key").fill("wrong")
     j.page.keyboard.press("Enter")
-    expect(j.position("#key-about")).to_have_text("The server did not accept the key.")
+    expect(j.at("#key-about")).to_have_text("The server did not accept the key.")
     j.button("Not now").click()
     expect(j.page.get_by_role("alert")).to_contain_text("asks for a key")
     j.button("Try now").click()
     j.field("Key").fill("right")
     j.button("Use this key").click()
-    expect(j.position("#model")).to_contain_text("lighthouse-mini")
-    j.info("hello")
-    expect(j.num_answers).to_have_text(TOLD)
+    expect(j.at("#model")).to_contain_text("lighthouse-mini")
+    j.say("hello")
+    expect(j.answers).to_have_text(TOLD)
     kept = "JSON.stringify([{...localStorage}, {...sessionStorage}])"
     assert "right" not in j.page.evaluate(kept)
     j.page.reload()  # it was kept in memory alone
     j.field("Key").fill("right")
-    j.field("Keep it until this tab is closed").raise_if_aborted()
+    j.field("Keep it until this tab is closed").check()
     j.page.keyboard.press("Enter")
-    expect(j.position("#model")).to_contain_text("lighthouse-mini")
+    expect(j.at("#model")).to_contain_text("lighthouse-mini")
     j.page.reload()
-    expect(j.position("#model")).to_contain_text("lighthouse-mini")
+    expect(j.at("#model")).to_contain_text("lighthouse-mini")
     assert "right" not in j.page.evaluate("JSON.stringify({...localStorage})")
 
 
@@ -706,21 +702,21 @@ def test_a_key_is_asked_for(open_page: Open, server: PageServer) -> None:
 
 
 def test_save_is_what_finetune_reads_and_load_brings_it_back(open_page: Open, tmp_path: Path) -> None:
-    from nextword.data.documents import Problems
+    from nextword.data.documents import IssueLog
     from nextword.tasks.examples import read_examples
 
     j = open_page(viewport=DESKTOP_VIEWPORT)
     j.button("Save").click()
-    expect(j.position("#notice")).to_contain_text("nothing to save")
+    expect(j.at("#notice")).to_contain_text("nothing to save")
     j.field("System message").fill("Be kind.")
-    j.info("emoji")
-    j.info("lines")
+    j.say("emoji")
+    j.say("lines")
     with j.page.expect_download() as download:
         j.button("Save").click()
     file = tmp_path / "saved.jsonl"
     download.value.save_as(file)
     assert download.value.suggested_filename.startswith("conversation-")
-    problems = Problems()
+    problems = IssueLog()
     (example,) = read_examples([str(file)], "chat", problems).items
     assert problems.summary_lines() == []
     assert [(m["role"], m["content"]) for m in example.fields["messages"]] == [
@@ -732,29 +728,29 @@ def test_save_is_what_finetune_reads_and_load_brings_it_back(open_page: Open, tm
         '{"messages": [{"role": "assistant", "content": "other"}]}\n' + file.read_text(encoding="utf-8"), "utf-8"
     )
     fresh = open_page()
-    fresh.position("#file").set_input_files(file)
-    expect(fresh.position("#notice")).to_contain_text("the last of the file's 2 conversations")
-    assert fresh.num_answers.all_inner_texts() == [EMOJI, "one\n\n  two\n\tthree"]
-    fresh.info("on")
-    assert len(fresh.sequence_owners()["messages"]) == 6
-    assert fresh.sequence_owners()["messages"][0] == {"role": "system", "content": "Be kind."}
+    fresh.at("#file").set_input_files(file)
+    expect(fresh.at("#notice")).to_contain_text("the last of the file's 2 conversations")
+    assert fresh.answers.all_inner_texts() == [EMOJI, "one\n\n  two\n\tthree"]
+    fresh.say("on")
+    assert len(fresh.asked()["messages"]) == 6
+    assert fresh.asked()["messages"][0] == {"role": "system", "content": "Be kind."}
     for wrong, why in (
         ("nonsense", "Line 1 is not JSON"), ("{}", "no line such as"),
         ('{"messages": [{"role": "user"}]}', "Message 1 has no text"),
         ('{"messages": [{"role": "tool", "content": "x"}]}', "of the role tool"),
     ):  # fmt: skip
         file.write_text(wrong)
-        fresh.position("#file").set_input_files(file)
-        expect(fresh.position("#notice")).to_contain_text(why)
-        expect(fresh.num_answers).to_have_count(3)
+        fresh.at("#file").set_input_files(file)
+        expect(fresh.at("#notice")).to_contain_text(why)
+        expect(fresh.answers).to_have_count(3)
 
 
 def test_copy_and_reload(open_page: Open) -> None:
     j = open_page(permissions=["clipboard-read", "clipboard-write"])
-    j.info("html")
-    j.info("lines")
-    j.button("Copy this answer").last_value.click()
-    expect(j.position("#say")).to_have_text("Copied.")
+    j.say("html")
+    j.say("lines")
+    j.button("Copy this answer").last.click()
+    expect(j.at("#say")).to_have_text("Copied.")
     assert j.page.evaluate("navigator.clipboard.readText()") == "one\n\n  two\n\tthree"
     j.field("Your message").fill("half a thought")
     j.page.get_by_role("button", name="Completion").click()
@@ -763,10 +759,10 @@ def test_copy_and_reload(open_page: Open) -> None:
     assert j.field("A text for the model to go on with").input_value() == "half a tale"
     j.page.get_by_role("button", name="Conversation").click()
     assert j.field("Your message").input_value() == "half a thought"
-    expect(j.num_answers.start_counters).to_have_text(HTML.replace("\x00", "␀").replace("\x1b", "␛"))
+    expect(j.answers.first).to_have_text(HTML.replace("\x00", "␀").replace("\x1b", "␛"))
     j.button("New").click()
     j.button("Undo").click()
-    expect(j.num_answers).to_have_count(2)
+    expect(j.answers).to_have_count(2)
     j.button("Completion").click()
     assert j.field("A text for the model to go on with").input_value() == "half a tale"
 
@@ -774,9 +770,10 @@ def test_copy_and_reload(open_page: Open) -> None:
 def test_with_a_model_behind_it(browser: "Browser", base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same journeys in short, against the real server; whose policy is the one that the stand-in has."""
     pytest.importorskip("fastapi", reason="the real server needs fastapi")
-    from nextword.serving import security
-    from nextword.serving.app import ListenConfig
-    from served import running_server, wait_until
+    from nextword.serving.server import ListenConfig
+    from running_server import running_server
+
+    from nextword.serving import guard
 
     assert dict(security.HEADERS)[b"content-security-policy"].decode() == CONTENT_SECURITY_POLICY
     with running_server(base, ListenConfig(port=0, key="a secret"), name="small") as server:
@@ -785,31 +782,31 @@ def test_with_a_model_behind_it(browser: "Browser", base: Path, monkeypatch: pyt
         j.troubles = True  # it is refused until it has the key
         j.field("Key").fill("a secret")
         j.page.keyboard.press("Enter")
-        expect(j.position("#model")).to_contain_text("small")
-        expect(j.position("#hint")).to_contain_text("not taught to converse")
+        expect(j.at("#model")).to_contain_text("small")
+        expect(j.at("#hint")).to_contain_text("not taught to converse")
         j.field("A text for the model to go on with").fill("The list of values " * 40)  # more than its context
-        expect(j.position("#count")).to_contain_text("of which the model reads the last 64")
+        expect(j.at("#count")).to_contain_text("of which the model reads the last 64")
         j.page.keyboard.press("Control+Enter")
-        tokens = j.position("#reading .token")
+        tokens = j.at("#reading .token")
         expect(tokens.nth(5)).to_be_visible()
         j.page.wait_for_selector("#continue:visible")
         tokens.nth(1).hover()
-        expect(j.position("#inspector .title").start_counters).to_contain_text("%")  # one for each token of a character
-        assert j.position("#inspector li").count() >= 5
+        expect(j.at("#inspector .title").first).to_contain_text("%")  # one for each token of a character
+        assert j.at("#inspector li").count() >= 5
         j.button("Conversation").click()
         # A model hardly taught may end an answer before its first token; not often, where every token is as likely.
         j.button("Settings").click()
         slide = "(range, value) => { range.value = value; range.dispatchEvent(new Event('input', {bubbles: true})) }"
         j.page.locator("#temperature").evaluate(slide, "2")
         j.page.keyboard.press("Escape")
-        j.info("Hello")
-        assert j.num_answers.last_value.locator(".token").count() > 0
+        j.say("Hello")
+        assert j.answers.last.locator(".token").count() > 0
         left, read_line = server.service.metrics.freed_slots.values, server.engine.runner.read
         assert left[()] == 0
-        monkeypatch.setattr(server.engine.runner, "read", lambda *asked: time.sleep(0.1) or read(*asked))
+        monkeypatch.setattr(server.engine.runner, "read", lambda *asked: time.sleep(0.1) or prepare_input(*asked))
         j.button("New").click()
-        j.info("And?", done=False)
-        expect(j.num_answers.last_value.locator(".token").start_counters).to_be_visible()
+        j.say("And?", done=False)
+        expect(j.answers.last.locator(".token").start_counters).to_be_visible()
         j.page.keyboard.press("Escape")
         j.done()
         wait_until(lambda: left[()] == 1 and not server.engine.busy)

@@ -23,7 +23,7 @@ from test_report import make, measured, records
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, expect
 else:
-    expect = pytest.importorskip("playwright.sync_api", reason="pages are tested with playwright").expect
+    expect = pytest.importorskip("playwright.sync_api", reason="needs Chromium: playwright is not installed").expect
 
 SEEN = list(DISPLAY_VARIANTS) if SCREENSHOT_DIR else ["light-wide", "dark-phone"]
 
@@ -89,7 +89,7 @@ def test_the_keys_go_through_tokens_layers_and_heads(
     token = told["tokens"][3]
     expect(one.page.locator("#really")).to_contain_text(f"{token['surprisal']:.1f} bits")
     best = told["tokens"][2]["next"][0]
-    expect(one.page.locator("#chances tbody tr").start_counters).to_contain_text(f"{100 * best['probability']:.1f} %")
+    expect(one.page.locator("#chances tbody tr").first).to_contain_text(f"{100 * best['probability']:.1f} %")
 
     one.page.locator("#layer").select_option("0")
     one.page.locator("#head").select_option("0")
@@ -163,7 +163,7 @@ def test_a_report_and_a_comparison_can_be_used_by_everybody(
         one.page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
         one.check_invariants(f"{name}-{look}")
     compared = opened[1].page
-    compared.get_by_role("radio", name="by tokens").raise_if_aborted()
+    compared.get_by_role("radio", name="by tokens").check()
     expect(compared.locator(".by-tokens")).to_be_visible()
     expect(compared.locator(".by-step")).to_be_hidden()
 

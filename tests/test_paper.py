@@ -84,16 +84,16 @@ def test_what_is_sent_and_held_by_hand():
     inside, outside = 3 / 4 * (2 * 2 + 4) * n, 2 * 1 / 2 * n
     assert sent == pytest.approx((inside + outside, inside / 450e9 + outside / 50e9, 0.0))
     sent = comm_volume(
-        config, cluster, ParallelLayout("full", False, 1, tensor=4), micro_batches=1
+        config, cluster, ParallelLayout("full", False, 1, tp_size=4), micro_batches=1
     )  # two parts a matrix, one a machine
     sums = 12 * 4 * 2 * 3 / 4 * 2 * 1024 * 768
     assert sent == pytest.approx((1 / 2 * 8 * n / 4 + sums, 1 / 2 * 8 * n / 4 / 50e9, sums / 450e9))
     whole = memory_per_gpu(config, Cluster(GPU_SPECS["h100"], 1, 1), ParallelLayout("data", False, 1))
     assert whole == pytest.approx(16 * n + 6 * n + 34 * 1024 * 768 * 12 + 2**29)
-    quarter = memory_per_gpu(config, cluster, ParallelLayout("data", False, 1, tensor=4))  # 4 + 30 / 4 bytes a number
+    quarter = memory_per_gpu(config, cluster, ParallelLayout("data", False, 1, tp_size=4))  # 4 + 30 / 4 bytes a number
     assert quarter == pytest.approx(16 * n / 8 + 6 * n / 4 + 11.5 * 1024 * 768 * 12 + 2**29)
     again = memory_per_gpu(
-        config, cluster, ParallelLayout("data", True, 1, tensor=4)
+        config, cluster, ParallelLayout("data", True, 1, tp_size=4)
     )  # 2 / 4 a block, and one block's all
     assert again == pytest.approx(16 * n / 8 + 6 * n / 4 + (11.5 + 0.5 * 12) * 1024 * 768 + 2**29)
 

@@ -16,7 +16,7 @@ from nextword.common import energy
 from nextword.common.errors import UsageError
 from nextword.data.corpus import find_sources, prepare
 from nextword.data.dataset import InMemoryTokens
-from nextword.data.documents import Problems
+from nextword.data.documents import IssueLog
 from nextword.data.ngrams import ngram_bits
 from nextword.data.tokenizer import train_bpe
 from nextword.model.config import SIZES, build_config
@@ -40,7 +40,15 @@ from nextword.training.config import default, with_overrides
 
 LADDER = {size: build_config("modern", size, vocab_size=4096) for size in ("micro", "tiny", "mini", "small", "midi")}
 # Fixed, so that these tests do not hang on what was fitted last.
-LAW = ScalingLaw(floor=0.4, parameters_scale=2e4, alpha=0.5, bytes_scale=1e5, beta=0.4, half_life=15.4, taste=0.5)
+LAW = ScalingLaw(
+    irreducible_loss=0.4,
+    parameters_scale=2e4,
+    alpha=0.5,
+    bytes_scale=1e5,
+    beta=0.4,
+    repeat_half_life=15.4,
+    difficulty_exponent=0.5,
+)
 BOOKS = CorpusStats(tokens=10**9, bytes=4 * 10**9, difficulty=2.2)
 
 
@@ -85,7 +93,7 @@ def test_what_a_machine_is_bad_at_is_not_taken():
             slow = 100 if config.d_model > 128 else 1
             return (
                 super()
-                .measure(config, default_batch_tokens)
+                .speed(config, default_batch_tokens)
                 ._replace(seconds=slow * flops_per_token(config) / (0.5 * self.matmul_flops))
             )
 
@@ -166,15 +174,15 @@ def test_the_law_falls_with_size_and_reading_and_rises_with_difficulty(
     parameters, read, unique, corpus_difficulty, more
 ):
     law = ScalingLaw()
-    bits = law.bits(parameters, read, unique, corpus_difficulty)
+    bits = law.bits_per_byte(parameters, read, unique, corpus_difficulty)
     assert math.isfinite(bits) and bits > 0
     free = replace(law, memorising=1e-15)  # where nothing is memorised, a larger model is always better
-    larger, own = (free.bits(times * parameters, read, unique, corpus_difficulty) for times in (more, 1))
+    larger, own = (free.bits_per_byte(times * parameters, read, unique, corpus_difficulty) for times in (more, 1))
     assert larger < own <= bits * (1 + 1e-9)
     bound = bits * (1 + 1e-9)
-    assert law.bits(parameters, more * read, unique, corpus_difficulty) <= bound
-    assert law.bits(parameters, read, more * unique, corpus_difficulty) <= bound
-    assert law.bits(parameters, read, unique, more * corpus_difficulty) >= bits
+    assert law.bits_per_byte(parameters, more * read, unique, corpus_difficulty) <= bound
+    assert law.bits_per_byte(parameters, read, more * unique, corpus_difficulty) <= bound
+    assert law.bits_per_byte(parameters, read, unique, more * corpus_difficulty) >= bits
     again = max(0.0, read / unique - 1)
     assert law.effective_data(again, unique) <= unique * (1 + again) * (1 + 1e-9)
     # What is read is never more than what is best: a little less or more of it would be worse.
@@ -194,21 +202,21 @@ def test_slopes_are_those_of_the_losses(parameters, read, unique):
     assume(abs(read / unique - 1) > 1e-3)  # where repetition begins, the slope has a corner
     law, step = ScalingLaw(), 1e-6
     by_size, by_reading = law.elasticities(parameters, read, unique)
-    base = sum(law.losses(parameters, read, unique))
+    base = sum(law.loss_terms(parameters, read, unique))
     assert by_size == pytest.approx(
-        (base - sum(law.losses(parameters * (1 + step), read, unique))) / step, rel=1e-3, abs=1e-5
+        (base - sum(law.loss_terms(parameters * (1 + step), read, unique))) / step, rel=1e-3, abs=1e-5
     )
     assert by_reading == pytest.approx(
-        (base - sum(law.losses(parameters, read * (1 + step), unique))) / step, rel=1e-3, abs=1e-5
+        (base - sum(law.loss_terms(parameters, read * (1 + step), unique))) / step, rel=1e-3, abs=1e-5
     )
 
 
 def test_of_a_text_that_is_too_short_a_larger_model_learns_no_more():
     """As it was in the runs of the fit: a text of 0.2 MB read seven times leaves 2.5 million parameters where 0.9 are."""
     law = ScalingLaw()
-    tiny, mini = (law.bits(parameters, 1.3e6, 1.75e5, 2.0) for parameters in (9.2e5, 2.5e6))
+    tiny, mini = (law.bits_per_byte(parameters, 1.3e6, 1.75e5, 2.0) for parameters in (9.2e5, 2.5e6))
     assert abs(mini / tiny - 1) < 0.01
-    assert law.bits(2.5e6, 1.3e6, 1e9, 2.0) < 0.985 * law.bits(9.2e5, 1.3e6, 1e9, 2.0)
+    assert law.bits_per_byte(2.5e6, 1.3e6, 1e9, 2.0) < 0.985 * law.bits_per_byte(9.2e5, 1.3e6, 1e9, 2.0)
     assert law.useful_repeats(2.5e6, 1e9, 1.75e5) < 30
 
 
@@ -284,8 +292,8 @@ def test_a_large_text_is_sampled_evenly_and_counted_up(texts, monkeypatch):
 
 
 def test_a_sample_has_its_share_of_every_file(texts, tmp_path, monkeypatch):
-    sources = find_sources([texts], Problems())
-    size = sum(map(planner.text_bytes, sources))
+    sources = find_sources([texts], IssueLog())
+    size = sum(map(planner.estimate_text_bytes, sources))
     monkeypatch.setattr(planner, "SAMPLE", size // 4)
     written = planner.write_sample(sources, size, tmp_path / "sample.jsonl")
     lines = [json.loads(line)["text"] for line in (tmp_path / "sample.jsonl").read_text().splitlines()]
@@ -296,17 +304,17 @@ def test_a_sample_has_its_share_of_every_file(texts, tmp_path, monkeypatch):
 def test_the_machine_is_tried_with_real_steps(texts, tmp_path):
     corpus = prepare([texts], tmp_path / "shards", tokenizer="char")
     recipe = with_overrides(default(), model={}, training={})
-    machine = planner.Trials(corpus.tokens("train"), recipe, torch.device("cpu"), bf16=False)
-    sizes = planner.sizes_for(recipe, corpus.tokenizer.vocab_size, torch.device("cpu"))
+    machine = planner.ThroughputBenchmark(corpus.tokens("train"), recipe, torch.device("cpu"), bf16=False)
+    sizes = planner.candidate_configs(recipe, corpus.tokenizer.vocab_size, torch.device("cpu"))
     assert set(sizes) <= set(SIZES) and "175b" not in sizes, "none that does not fit into memory"
     small, large = machine.measure(sizes["micro"], 2048), machine.measure(sizes["mini"], 2048)
-    assert 0 < small.seconds < large.seconds and 0 < small.baseline_memory < large.baseline_memory
+    assert 0 < small.seconds_per_token < large.seconds_per_token and 0 < small.baseline_memory < large.baseline_memory
 
 
 def test_settings_that_make_no_model_are_refused_in_words():
     recipe = replace(default(), model={"d_model": 100, "n_heads": 7})
     with pytest.raises(UsageError, match="multiple of n_heads"):
-        planner.sizes_for(recipe, 300, torch.device("cpu"))
+        planner.candidate_configs(recipe, 300, torch.device("cpu"))
 
 
 def test_a_run_follows_its_plan_and_its_report_sets_the_outcome_beside_it(texts, tmp_path):
@@ -352,15 +360,15 @@ def test_plan_on_the_command_line(texts, nextword):
 
 def test_energy_is_measured_where_counters_are_and_estimated_where_not(tmp_path, monkeypatch):
     monkeypatch.setattr(energy, "COUNTERS", tmp_path)
-    meter = energy.Meter(torch.device("cpu"))
+    meter = energy.EnergyMeter(torch.device("cpu"))
     guess = meter.mean_power()
-    assert not guess.measured and guess.watts == energy.CORE_WATTS * torch.get_num_threads()
+    assert not guess.measured and guess.watts == energy.CPU_CORE_WATTS * torch.get_num_threads()
     package = tmp_path / "intel-rapl:0"
     package.mkdir()
     (package / "max_energy_range_uj").write_text("1000000000")
     (package / "energy_uj").write_text("990000000")
     (tmp_path / "intel-rapl:0:0").mkdir()  # a part, counted in the package already
-    meter = energy.Meter(torch.device("cpu"))
+    meter = energy.EnergyMeter(torch.device("cpu"))
     (package / "energy_uj").write_text("20000000")  # the counter began anew
     meter.start_time -= 10
     power = meter.mean_power()

@@ -1,25 +1,29 @@
 """Runs from beginning to end: real processes, really killed, and what is left of them."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from nextword.errors import CorruptFileError, NextwordError, RunLockedError, UsageError
+from nextword.files import read_jsonl
+from nextword.job import FINISHING_SECONDS, Job
+from nextword.runs import open_run
+from nextword.training.objectives import next_word
 
 import nextword as package
 from conftest import TINY_MODEL_ARGS, CLIRunner, nextword_command
-from nextword.common.errors import CorruptFileError, NextwordError, RunLockedError, UsageError
-from nextword.common.fs import read_jsonl
-from nextword.common.run_dir import open_run
 from nextword.training import checkpoint
+from processes import PATIENCE, happens, kill, start_process
 
 SETTINGS: dict[str, Any] = {
     "model": {"n_layers": 2, "n_heads": 2, "d_model": 32, "context_length": 32, "dropout": 0.1},
@@ -29,7 +33,7 @@ SETTINGS: dict[str, Any] = {
 
 def state_hashes(run: Path) -> dict[str, str]:
     """SHA-256 of the last weights, the optimizer, and the loss of every step."""
-    last = checkpoint.checkpoints(run)[-1]
+    last = checkpoint.list_checkpoints(run)[-1]
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in last.glob("*.safetensors")}
     hashes["model"] = hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
     lines = read_jsonl(run / "metrics.jsonl")
@@ -59,7 +63,7 @@ def test_a_run_folder_holds_what_the_design_says(finished):
     for name in ("run.json", "metrics.jsonl", "result.json", "report.html", "README.md", "model/model.safetensors"):
         assert (finished / name).is_file(), name
     assert (finished / "checkpoints" / "latest").read_text() == "step-00000080\n"
-    assert [path.name for path in checkpoint.checkpoints(finished)] == ["step-00000075", "step-00000080"]
+    assert [path.name for path in checkpoint.list_checkpoints(finished)] == ["step-00000075", "step-00000080"]
     lines = read_jsonl(finished / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 81))
     assert [line["step"] for line in lines if "validation" in line] == [20, 40, 60, 80]
@@ -158,8 +162,6 @@ def test_verify_says_what_is_whole(finished):
 
 def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(finished, texts, tmp_path):
     """Step back to step 75 by damaging step 80, and to nothing by damaging both: refused then, every file named."""
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     expected = state_hashes(run)
@@ -172,7 +174,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(finished, t
     assert state_hashes(run) == expected
 
     (run / "result.json").unlink()
-    for path in checkpoint.checkpoints(run):
+    for path in checkpoint.list_checkpoints(run):
         (path / "optimizer.safetensors").write_bytes(b"")
     with pytest.raises(CorruptFileError, match=r"(?s)step-00000080/optimizer.*step-00000075/optimizer"):
         package.pretrain(out=run, resume=True)
@@ -186,18 +188,7 @@ def start(run: Path, shards: Path, *more: str) -> subprocess.Popen[str]:
         "pretrain", shards, "--out", run, "--resume", "--training.save-every", str(SAVED), "--model.dropout", "0.1",
         *[a for a in TINY_MODEL_ARGS if a not in ("--vocab-size", "400")], *more,
     )  # fmt: skip
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
-
-
-def wait_for(condition, process: subprocess.Popen[str], seconds: float = 90) -> bool:
-    """True when it holds; False when the process ended before."""
-    end = time.monotonic() + seconds
-    while process.poll() is None:
-        if condition():
-            return True
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.001)
-    return False
+    return start_process(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
 
 
 def kill_and_resume(run: Path, shards: Path, kills: int, steps: int, seed: int) -> tuple[int, int, int]:
@@ -208,18 +199,18 @@ def kill_and_resume(run: Path, shards: Path, kills: int, steps: int, seed: int) 
     for n in range(kills):
         process = start(run, shards, "--steps", str(steps))
         goal = steps_of(run) + rng.randrange(8, max(9, steps // kills))
-        arrived = wait_for(lambda goal=goal: steps_of(run) >= goal, process)
+        arrived = happens(lambda goal=goal: steps_of(run) >= goal, process)
         if arrived and n % 2:
-            arrived = wait_for(lambda: any((run / "checkpoints").glob(".*.partial")), process)
+            arrived = happens(lambda: any((run / "checkpoints").glob(".*.partial")), process)
             inside += arrived
         if arrived:
             process.send_signal(signal.SIGKILL)
             killed += 1
         process.communicate()
-        saved = checkpoint.checkpoints(run)
+        saved = checkpoint.list_checkpoints(run)
         lost = max(lost, steps_of(run) - (int(saved[-1].name.removeprefix("step-")) if saved else 0))
     process = start(run, shards, "--steps", str(steps))
-    _, err = process.communicate(timeout=200)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     return killed, inside, lost
 
@@ -229,7 +220,7 @@ def test_killed_and_resumed_equals_uninterrupted(shards, tmp_path):
     kills, steps = int(os.environ.get("NEXTWORD_KILLS", "3")), int(os.environ.get("NEXTWORD_KILL_STEPS", "90"))
     whole = tmp_path / "whole"
     process = start(whole, shards, "--steps", str(steps))
-    _, err = process.communicate(timeout=200)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     killed, inside, lost = kill_and_resume(
         tmp_path / "killed", shards, kills, steps, seed=int(os.environ.get("NEXTWORD_SEED", "0"))
@@ -246,14 +237,14 @@ def test_killed_and_resumed_equals_uninterrupted(shards, tmp_path):
 def test_a_signal_saves_and_says_how_to_go_on(shards, tmp_path, number, code):
     run = tmp_path / "run"
     process = start(run, shards, "--steps", "100000")
-    assert wait_for(lambda: steps_of(run) >= 10, process)
+    assert happens(lambda: steps_of(run) >= 10, process)
     process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, err
     assert "--resume" in err
     assert "Traceback" not in err
     assert out == ""
-    last = checkpoint.checkpoints(run)[-1]
+    last = checkpoint.list_checkpoints(run)[-1]
     assert int(last.name.removeprefix("step-")) == steps_of(run)
     assert not (run / "holder.json").exists()
 
@@ -261,33 +252,45 @@ def test_a_signal_saves_and_says_how_to_go_on(shards, tmp_path, number, code):
 def test_two_processes_on_one_run(shards, tmp_path, nextword: CLIRunner):
     run = tmp_path / "run"
     process = start(run, shards, "--steps", "100000")
-    try:
-        assert wait_for(lambda: steps_of(run) >= 1, process)
-        second = nextword("pretrain", shards, "--out", run, "--resume")
-        assert second.returncode == RunLockedError.exit_code
-        assert f"process {process.pid} on" in second.stderr
-        for verb in ("pretrain", "finetune"):
-            arguments = ["-X", "importtime", "-m", "nextword", verb, "--out", str(run), "--resume"]
-            told = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
-            assert told.returncode == RunLockedError.exit_code and "nextword.commands.cli" in told.stderr, told.stderr
-            assert "torch" not in told.stderr, "it leaves before anything heavy is imported"
-    finally:
-        process.kill()
-        process.communicate()
+    assert happens(lambda: steps_of(run) >= 1, process)
+    second = nextword("pretrain", shards, "--out", run, "--resume")
+    assert second.returncode == RunLockedError.exit_code
+    assert f"process {process.pid} on" in second.stderr
+    for verb in ("pretrain", "finetune"):
+        arguments = ["-X", "importtime", "-m", "nextword", verb, "--out", str(run), "--resume"]
+        told = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+        assert told.returncode == RunLockedError.exit_code and "nextword.cli" in told.stderr, told.stderr
+        assert "torch" not in told.stderr, "it leaves before anything heavy is imported"
+    kill(process)
     with open_run(run, resume=True):  # a killed holder leaves no lock behind
         pass
 
 
-def test_a_budget_is_kept_and_its_decisions_replay(shards, tmp_path, monkeypatch):
-    """Wall time from the start to the end; then the same run again from its log alone, bit for bit."""
-    import shutil
+class FakeClock:
+    """A clock that goes on only when the test says so."""
 
-    run, again = tmp_path / "run", tmp_path / "again"
-    begin = time.time()
-    result = package.pretrain(shards, run, budget="20s", **SETTINGS)
-    assert time.time() - begin == pytest.approx(20, abs=3)
-    assert result["seconds"] == pytest.approx(time.time() - begin, abs=2)
-    assert read_jsonl(run / "decisions.jsonl")
+    def __init__(self) -> None:
+        self.time = 1000.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+def test_a_budget_is_kept_and_its_decisions_replay(shards, tmp_path, monkeypatch):
+    """On a machine whose steps become three times slower half-way; then the same run again from its log alone, bit for bit."""
+    run, again, clock, taken = tmp_path / "run", tmp_path / "again", FakeClock(), itertools.count()
+
+    def timed(model: Any, inputs: Any) -> Any:
+        clock.time += 0.05 if next(taken) < 150 else 0.15
+        return next_word(model, inputs)
+
+    monkeypatch.setattr(Job, "now", clock)
+    monkeypatch.setattr("nextword.pretraining.next_word", timed)
+    result = package.pretrain(shards, run, budget="20s", started=1000.0 - 1.5, **SETTINGS)
+    assert result["seconds"] == pytest.approx(clock.time - 1000 + 1.5, abs=1e-3)
+    assert result["seconds"] == pytest.approx(20 - FINISHING_SECONDS, abs=0.3), "what remains is for the report"
+    assert len(read_jsonl(run / "decisions.jsonl")) > 3
+    monkeypatch.setattr("nextword.pretraining.next_word", next_word)
 
     again.mkdir()
     facts = json.loads((run / "run.json").read_text())

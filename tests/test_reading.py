@@ -22,7 +22,7 @@ from nextword.model.config import PRESETS, build_config
 from nextword.model.gpt import GPT
 
 CONTEXT, VOCABULARY = 40, 61
-WHY = native_runner.library()[1]  # a build that fails is a test that fails
+WHY = native_runner.load_library()[1]  # a build that fails is a test that fails
 compiled = pytest.mark.skipif(WHY.startswith(("no C++ compiler", "this processor")), reason=f"no compiled code: {WHY}")
 
 
@@ -62,7 +62,7 @@ def whole(model: GPT, tokens: list[int]) -> Tensor:
 
 def one_by_one(reading: NativeRunner | TorchRunner, tokens: list[int], slot: int = 0) -> Tensor:
     cache = KeyValueCache(tiny_config(reading))
-    return torch.cat([reading.read(cache, [TokenChunk(slot, at, [token])])[0] for at, token in enumerate(tokens)])
+    return torch.cat([reading.forward(cache, [TokenChunk(slot, at, [token])])[0] for at, token in enumerate(tokens)])
 
 
 def tiny_config(reading: NativeRunner | TorchRunner):
@@ -90,7 +90,7 @@ def test_company_and_cuts_change_nothing_at_all(model: GPT, precision: Precision
         cache, at = KeyValueCache(model.config), 0
         for step, length in enumerate(cuts):
             others = [TokenChunk(slot, 3 * step, text(3, seed=slot)) for slot in (0, 5, 2)]
-            found = reading.read(cache, [others[0], TokenChunk(3, at, tokens[at : at + length]), *others[1:]])
+            found = reading.forward(cache, [others[0], TokenChunk(3, at, tokens[at : at + length]), *others[1:]])
             at += length
             assert torch.equal(found[1][0], alone[at - 1])
 
@@ -112,8 +112,8 @@ def test_threads_change_nothing_at_all() -> None:
     found = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        found.append(NativeRunner(model).read(KeyValueCache(model.config), [TokenChunk(0, 0, tokens)])[0])
-    torch.set_num_threads(threads)
+        found.append(NativeRunner(model).forward(KeyValueCache(model.config), [TokenChunk(0, 0, tokens)])[0])
+    torch.set_num_threads(num_threads)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 
@@ -152,8 +152,8 @@ def test_what_does_not_fit_is_read_plainly(without_compiled: None) -> None:
 
 def test_widths_of_parts_of_vectors_are_read_plainly() -> None:
     assert isinstance(build_runner(tiny(d_model=36, head_dim=6, d_ff=24)), TorchRunner)
-    with pytest.raises(RuntimeError, match=re.escape(native_runner.library()[1] or "multiples of 8")):
-        native_runner.Native(tiny(d_model=36, head_dim=6, d_ff=24))
+    with pytest.raises(RuntimeError, match=re.escape(native_runner.load_library()[1] or "multiples of 8")):
+        native_runner.NativeModel(tiny(d_model=36, head_dim=6, d_ff=24))
 
 
 @settings(deadline=None, max_examples=30)
@@ -169,9 +169,9 @@ def test_packed_numbers_are_the_nearest(rows: int, columns: int, power: int, see
     assert torch.equal(quantize(int8.dequantize(), "int8").data, int8.data)
     assert (int8.data.shape[1], int4.data.shape[1] * 2) == (math.ceil(columns / 32) * 32,) * 2
     # In four bits no group is worse than with the plain scale, by which its largest number is -8 of 16 levels.
-    groups = torch.nn.functional.pad_id(weight, (0, -columns % 32)).unflatten(1, (-1, 32))
+    groups = torch.nn.functional.pad(weight, (0, -columns % 32)).unflatten(1, (-1, 32))
     scale = (groups.gather(2, groups.abs().argmax(2, keepdim=True)) / -8).half().float()
     plain = (groups / torch.where(scale == 0, 1.0, scale)).round().clamp(-8, 7) * scale
-    found = torch.nn.functional.pad_id(int4.dequantize(), (0, -columns % 32)).unflatten(1, (-1, 32))
+    found = torch.nn.functional.pad(int4.dequantize(), (0, -columns % 32)).unflatten(1, (-1, 32))
     worst = (groups - plain).square().sum(2) * 1.001
     assert ((groups - found).square().sum(2) <= worst).all()

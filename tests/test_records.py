@@ -182,7 +182,7 @@ def test_only_the_chosen_columns_are_read(tmp_path, monkeypatch):
         asked.append(seen)
     assert asked == [[["a", "b", "c"]], [["a", "b", "c"]], [["a", "b"], ["b", "a"]], [["a", "b"], ["b"]]]
     read_cells = []
-    cells = readers._cells
+    cells = readers._column_values
     monkeypatch.setattr(
         readers, "_cells", lambda column, pyarrow: read_cells.append(column.type) or cells(column, pyarrow)
     )

@@ -309,17 +309,17 @@ def test_measurements_are_merged_by_name_and_go_with_their_weights(tmp_path: Pat
     save_results(run, {**TEXT, "suites": {"blimp": SUITE}}, "other.txt", WHEN, WHEN)
     save_results(run, {"suites": {"free": FREE}}, "", WHEN, WHEN)
     save_results(run, {"suites": {"blimp": {**SUITE, "score": 0.7}}}, "", WHEN, WHEN)
-    found = StoredResults.read(run)
+    found = StoredResults.load(run)
     assert [one.name for one in found.texts] == ["other.txt"]
     assert {one.name: one.score.value for one in found.benchmarks} == {"blimp": 0.7, "free": 0.04}
     assert found.benchmarks[0].get_provenance == WHEN and not found.stale
     (weights / "model.safetensors").write_bytes(b"two")
     write_manifest(weights, {})
-    assert StoredResults.read(run).stale
+    assert StoredResults.load(run).stale
     assert "before the run's weights changed" in Page(write_report(run)).text
     assert "## Evaluation" not in write_card(run).read_text(encoding="utf-8")
     save_results(run, {"suites": {"free": FREE}}, "", WHEN, WHEN)
-    found = StoredResults.read(run)
+    found = StoredResults.load(run)
     assert [one.name for one in found.benchmarks] == ["free"] and found.texts == () and not found.stale
 
 
@@ -400,7 +400,7 @@ def test_any_change_to_what_was_measured_is_refused_or_shown_as_text(
     inner[key] = value
     (run / file).write_text(json.dumps(whole), encoding="utf-8")
     try:
-        found = StoredResults.read(run)
+        found = StoredResults.load(run)
     except CorruptFileError as error:
         assert file.name in str(error)
         return

@@ -56,7 +56,7 @@ def test_what_is_made_again_gives_the_same_gradients_and_keeps_less(preset):
 def test_it_is_off_where_nothing_is_learned():
     """A look at held-out text makes nothing twice."""
     model = GPT(build_config("modern", "tiny", vocab_size=50, **SIZES))
-    build_loss_module(model, causal_lm_loss, "plain", recompute=True)
+    build_loss_module(model, causal_lm_loss, "plain", activation_checkpointing=True)
     calls: list[int] = []
     for block in model.blocks:
         block.feed_forward.register_forward_pre_hook(lambda *_: calls.append(1))

@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nextword.errors import CorruptFileError
+from nextword.loading import load
+from nextword.serving.templates import JinjaChatEncoder, PlainChatEncoder, make_chat_encoder
+from nextword.text.chat import CHAT_SPECIAL_TOKENS, encode_conversation, save_chat_template
+from nextword.text.tokenizer import END_OF_TURN_TOKEN, EOS_TOKEN, Tokenizer, train_bpe
 from openai import OpenAI
+from running_server import ThreadedServer, make_model_dir, running_server
 from transformers import AutoTokenizer
 
-from nextword.commands import api
-from nextword.common import native_build
-from nextword.common.errors import CorruptFileError
-from nextword.data.chat_format import CHAT_SPECIAL_TOKENS, encode_conversation, save_chat_template
-from nextword.data.tokenizer import END_OF_TURN_TOKEN, EOS_TOKEN, Tokenizer, train_bpe
-from nextword.pipeline.language_model import load
-from nextword.serving import chat_templates, template_worker
-from nextword.serving.chat_templates import JinjaChatEncoder, NativeChatEncoder, PlainChatEncoder, make_chat_encoder
+from nextword import api, compiled
+from nextword.serving import renderer, templates
+from nextword.serving.chat_templates import NativeChatEncoder
 from nextword.serving.protocol import APIError
-from served import ThreadedServer, make_model_dir, running_server, wait_until
+from processes import PATIENCE, start_process, wait_until
 from test_engine import sentencepiece
 
 TEXT = "The house on the hill. User: Wër, ñu ngi dem ca àll ba. 🙂 is text too, isn't it? system user assistant\n"
@@ -43,6 +44,14 @@ BOMBS = {
 }
 TURNS = [{"role": "system", "content": " Be kind. "}, {"role": "user", "content": "Hi ñu\n"}, {"role": "assistant",
          "content": "The 🙂"}, {"role": "user", "content": "Why?"}]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def slow_machine() -> Iterator[None]:
+    """A template has as long as it needs, where a test does not say otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(renderer, "SECONDS", PATIENCE)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +98,7 @@ def test_a_model_of_ours_is_asked_as_it_has_learned(own: ThreadedServer) -> None
         isinstance(own.service.chat, NativeChatEncoder)
         and own.get("/v1/models").json["data"][0]["nextword"]["chat"] is True
     )
-    assert prompt_of(own, TURNS) == encode_conversation(tokenizer, TURNS, add_generation_prompt=True)[0]
+    assert prompt_of(own, TURNS) == encode_conversation(tokenizer, TURNS, answer=True)[0]
     answer = own.post("/v1/chat/completions", {"messages": TURNS, "max_tokens": 3})
     assert answer.headers["X-Nextword-Chat-Template"] == "nextword"
     assert answer.json["nextword"] == {"chat_template": "nextword"}
@@ -171,7 +180,7 @@ def test_templates_of_many_kinds(tmp_path: Path, tokenizer: Tokenizer) -> None:
             finally:
                 await chat.close()
 
-    asyncio.run_dir(look())
+    asyncio.run(look())
 
 
 def test_tokens_that_swallow_the_space_beside_them_do_so(tokenizer: Tokenizer) -> None:
@@ -188,8 +197,8 @@ def test_tokens_that_swallow_the_space_beside_them_do_so(tokenizer: Tokenizer) -
         finally:
             await chat.close()
 
-    expected = [*made.encode("a"), made.special_tokens["<x>"], *made.encode("Hi <x> you")]
-    assert asyncio.run_dir(look()) == expected
+    expected = [*made.encode("a"), made.markers["<x>"], *made.encode("Hi <x> you")]
+    assert asyncio.run(look()) == expected
 
 
 def test_where_templates_are_found(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -214,9 +223,9 @@ def test_plain_dialogues(base: Path) -> None:
     said = " Be kind. \nUser: Hi ñu\n\nAssistant: The 🙂\nUser: Why?\nAssistant:"
     llama = sentencepiece()
     llama.bos_id = 0
-    assert asyncio.run_dir(look(llama)) == [0, *llama.encode(said)]
+    assert asyncio.run(look(llama)) == [0, *llama.encode(said)]
     ours = load(base).tokenizer
-    assert asyncio.run_dir(look(ours)) == ours.encode(said)
+    assert asyncio.run(look(ours)) == ours.encode(said)
 
 
 # ---------------------------------------------------------------- templates that do harm
@@ -224,13 +233,13 @@ def test_plain_dialogues(base: Path) -> None:
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_template_that_takes_too_much_is_stopped_and_the_server_goes_on(
-    tmp_path: Path, tokenizer: Tokenizer, bomb: str
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, bomb: str
 ) -> None:
+    if bomb == "time":
+        monkeypatch.setattr(renderer, "SECONDS", 1.0)
     with running_server(foreign(tmp_path / "bomb", tokenizer, BOMBS[bomb])) as server:
-        began = time.monotonic()
         answer = server.post("/v1/chat/completions", {"messages": TURNS})
         assert answer.status in (400, 500) and answer.error["message"].startswith("the model's chat template")
-        assert time.monotonic() - began < 3.5
         assert server.get("/health").status == 200
         assert server.complete("The", max_tokens=2)["choices"]
         assert server.service.worker.buffered_body_bytes == 0
@@ -241,17 +250,17 @@ def test_others_are_served_while_a_template_is_at_it(tmp_path: Path, tokenizer: 
         thread = threading.Thread(target=server.post, args=("/v1/chat/completions", {"messages": TURNS}))
         thread.start()
         wait_until(lambda: server.service.worker.buffered_body_bytes == 1)
-        began = time.monotonic()
         server.complete("The", max_tokens=5)
-        assert time.monotonic() - began < 1
+        assert server.service.worker.held == 1, "the template is still being rendered"
+        asyncio.run_coroutine_threadsafe(server.service.chat.close(), server.service.worker.loop).result(PATIENCE)
         thread.join()
 
 
 def test_the_renderer_ends_with_its_parent_and_is_bounded() -> None:
-    made = subprocess.Popen(
-        [sys.executable, "-P", template_worker.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    made = start_process(
+        [sys.executable, "-P", renderer.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    said, _ = made.communicate(json.dumps({"template": "{{ a }}", "values": {"a": "é"}}) + "\n", timeout=20)
+    said, _ = made.communicate(json.dumps({"template": "{{ a }}", "values": {"a": "é"}}) + "\n", timeout=PATIENCE)
     assert json.loads(said) == {"text": "é"} and made.returncode == 0  # its input has ended, so it has
 
 
@@ -313,7 +322,7 @@ def test_a_text_in_company_is_the_text_alone(
             )
 
         for _ in range(2):  # the second time, beginnings are held already
-            assert asyncio.run_dir(together()) == alone
+            assert asyncio.run(together()) == alone
 
 
 def test_a_conversation_by_the_real_client_with_a_model_of_ours(own: ThreadedServer) -> None:
@@ -324,7 +333,7 @@ def test_a_conversation_by_the_real_client_with_a_model_of_ours(own: ThreadedSer
         )
         text, bytes_ = "", b""
         for part in stream:
-            choice = part.num_choices[0]
+            choice = part.choices[0]
             text += choice.delta.content or ""
             for one in (choice.logprobs.content if choice.logprobs else None) or []:
                 assert len(one.top_logprobs) == 5

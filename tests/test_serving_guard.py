@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nextword.errors import NextwordError
+from nextword.serving.middleware import AccessPolicy
+from nextword.serving.server import ListenConfig
+from nextword.serving.worker import EngineWorker
+from running_server import ServerClient, ServerProcess, ThreadedServer, running_server
 
-from nextword.commands import cli
-from nextword.common.errors import NextwordError
-from nextword.serving import app as server_module
-from nextword.serving import security
-from nextword.serving.app import ListenConfig
-from nextword.serving.engine_worker import EngineWorker
-from nextword.serving.security import AccessPolicy
-from served import ServerClient, ServerProcess, ThreadedServer, running_server, wait_until
+from nextword import cli
+from nextword.interpretability.inputs import prepare_input
+from nextword.serving import middleware
+from nextword.serving import server as server_module
+from processes import PATIENCE, wait_until
 
 ON = {"logit_bias": {"0": -100}, "temperature": 1.0}  # a text that does not end by itself
 POLICY = (
@@ -190,7 +192,7 @@ def test_a_body_that_is_too_large_is_refused(open_: ThreadedServer) -> None:
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000\r\nExpect: 100-continue\r\n\r\n"
     )
-    with socket.create_connection((open_.host, open_.port), timeout=10) as connection:
+    with socket.create_connection((open_.host, open_.port), timeout=PATIENCE) as connection:
         connection.sendall(head.encode())
         assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
     assert open_.get("/health").status == 200
@@ -199,14 +201,14 @@ def test_a_body_that_is_too_large_is_refused(open_: ThreadedServer) -> None:
 def test_bodies_together_have_a_limit(monkeypatch: pytest.MonkeyPatch, open_: ThreadedServer) -> None:
     monkeypatch.setattr(security, "MAX_BODIES", 5_000_000)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4000000\r\n\r\n"
-    with socket.create_connection((open_.host, open_.port), timeout=10) as half:
+    with socket.create_connection((open_.host, open_.port), timeout=PATIENCE) as half:
         half.sendall(head + b"x" * 3_000_000)
         wait_until(lambda: open_.middleware.buffered_body_bytes == 3_000_000)
         answer = open_.post("/v1/completions", b"x" * 3_000_000)
         assert answer.status == 429 and answer.headers["Retry-After"]
         monkeypatch.setattr(security, "MAX_BODIES", 1)
         assert open_.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status == 200  # small ones are let in
-        monkeypatch.setattr(security, "MAX_BODIES", 5_000_000)
+        monkeypatch.setattr(middleware, "MAX_BODIES", 5_000_000)
     wait_until(lambda: open_.middleware.buffered_body_bytes == 0)
     assert open_.post("/v1/completions", b"x" * 3_000_000).status == 400
     wait_until(lambda: open_.middleware.buffered_body_bytes == 0)
@@ -216,13 +218,13 @@ def test_headers_that_are_too_many_or_too_large_are_refused(open_: ThreadedServe
     many = open_.get("/health", **{f"X-{i}": "y" for i in range(200)})
     assert many.status == 431 and many.error
     for size in (17_000, 60_000, 1_000_000):
-        with socket.create_connection((open_.host, open_.port), timeout=10) as connection:
+        with socket.create_connection((open_.host, open_.port), timeout=PATIENCE) as connection:
             with contextlib.suppress(ConnectionError):
                 connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * size + b"\r\n\r\n")
             if size < 1_000_000:  # beyond, the connection may be gone before the client has read the answer
                 assert connection.recv(1000).startswith(b"HTTP/1.1 431 "), size
     assert open_.get("/v1/models/" + "x" * 9000).status == 414
-    with socket.create_connection((open_.host, open_.port), timeout=10) as connection:
+    with socket.create_connection((open_.host, open_.port), timeout=PATIENCE) as connection:
         connection.sendall(b"\x00\x01 this is no HTTP\r\n\r\n")
         said = b"".join(iter(lambda: connection.recv(1000), b""))
         assert said.startswith(b"HTTP/1.1 400 ") and b'"invalid_request_error"' in said
@@ -230,11 +232,11 @@ def test_headers_that_are_too_many_or_too_large_are_refused(open_: ThreadedServe
 
 
 def test_who_sends_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, open_: ThreadedServer) -> None:
-    monkeypatch.setattr(server_module, "HEADER_SECONDS", 0.3)
-    monkeypatch.setattr(security, "BODY_SECONDS", 0.3)
-    monkeypatch.setattr(security, "DISCARD_SECONDS", 0.2)
+    monkeypatch.setattr(server_module, "HEADER_SECONDS", 2)
+    monkeypatch.setattr(middleware, "BODY_SECONDS", 2)
+    monkeypatch.setattr(middleware, "DISCARD_SECONDS", 0.2)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
-    silent, slow, half = (socket.create_connection((open_.host, open_.port), timeout=10) for _ in range(3))
+    silent, slow, half = (socket.create_connection((open_.host, open_.port), timeout=PATIENCE) for _ in range(3))
     slow.sendall(b"GET /health HTTP/1.1\r\nHost: loc")
     half.sendall(head)
     assert silent.recv(10) == b"" and slow.recv(10) == b""
@@ -243,19 +245,24 @@ def test_who_sends_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, op
         connection.close()
 
 
+def closed(connection: socket.socket) -> bool:
+    """Whether the server has closed a connection on which nothing was said."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
 def test_there_are_only_so_many_connections(monkeypatch: pytest.MonkeyPatch, open_: ThreadedServer) -> None:
     monkeypatch.setattr(server_module, "MAX_CONNECTIONS", 5)
     with contextlib.ExitStack() as stack:
-        made = [stack.enter_context(socket.create_connection((open_.host, open_.port), timeout=10)) for _ in range(12)]
-        turned_away = 0
-        for connection in made:
-            connection.settimeout(0.3)
-            with contextlib.suppress(TimeoutError):
-                try:
-                    turned_away += connection.recv(1) == b""
-                except ConnectionResetError:
-                    turned_away += 1
-        assert turned_away >= 7
+        made = [
+            stack.enter_context(socket.create_connection((open_.host, open_.port), timeout=PATIENCE)) for _ in range(12)
+        ]
+        wait_until(lambda: sum(map(closed, made)) >= 7)
     wait_until(lambda: open_.get("/health").status == 200)
 
 
@@ -271,6 +278,40 @@ def slowly(monkeypatch: pytest.MonkeyPatch, server: ThreadedServer, seconds: flo
         return read(*arguments)
 
     monkeypatch.setattr(server.engine.runner, "read", slow)
+
+
+class Gate:
+    """Steps of the engine begin only when the test lets them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, server: ThreadedServer):
+        self.permits, self.waiting, self.is_open = threading.Semaphore(0), threading.Event(), False
+        read = server.engine.reader.read
+
+        def gated(*arguments: Any) -> Any:
+            if not self.is_open:
+                self.waiting.set()
+                assert self.permits.acquire(timeout=PATIENCE)
+            return read(*arguments)
+
+        monkeypatch.setattr(server.engine.reader, "read", gated)
+
+    def let_through(self, steps: int) -> None:
+        """So many steps; on return the engine waits at the next."""
+        for _ in range(steps):
+            assert self.waiting.wait(PATIENCE)
+            self.waiting.clear()
+            self.permits.release()
+        assert self.waiting.wait(PATIENCE)
+
+    def open(self) -> None:
+        self.is_open = True
+        self.permits.release()
+
+    def __enter__(self) -> "Gate":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.open()
 
 
 def test_beyond_the_queue_clients_are_told_to_come_again(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
@@ -294,15 +335,15 @@ def test_beyond_the_queue_clients_are_told_to_come_again(monkeypatch: pytest.Mon
 def test_a_client_that_leaves_stops_its_work_within_two_tokens(
     monkeypatch: pytest.MonkeyPatch, base: Path, stream: bool
 ) -> None:
-    with running_server(base) as server:
-        slowly(monkeypatch, server, 0.02)
-        drawn = server.service.metrics.generated_tokens.values
+    with running_server(base) as server, Gate(monkeypatch, server) as gate:
+        drawn, left = server.service.metrics.generated_tokens.values, server.service.metrics.left.values
         with server.start_completion({"prompt": "The", "max_tokens": 30000, "stream": stream, **ON}):
-            wait_until(lambda: drawn[()] >= 5)
+            gate.let_through(5)
             left_at = drawn[()]
-        time.sleep(0.4)
-        assert drawn[()] <= left_at + 2
+        wait_until(lambda: left[()] == 1)  # the server has noticed, while the engine is at a step
+        gate.open()
         wait_until(lambda: not server.engine.busy and not server.service.worker.handles)
+        assert 0 < left_at <= drawn[()] <= left_at + 2
         assert server.metric("nextword_clients_left_total") == 1
 
 
@@ -313,8 +354,9 @@ def test_a_client_that_leaves_is_heard_by_a_quick_model_too(base: Path) -> None:
         for stream in (True, False):
             with server.start_completion({"prompt": "The", "max_tokens": 30000, "stream": stream, **ON}):
                 wait_until(lambda: drawn[()] >= 20)
-            wait_until(lambda: not server.service.worker.handles, 1)
-            wait_until(lambda: not server.engine.busy, 1)
+            wait_until(lambda: not server.service.worker.handles)
+            wait_until(lambda: not server.engine.busy)
+            assert drawn[()] < 30000, "it was stopped before its end"
             drawn[()] = 0
 
 
@@ -341,10 +383,10 @@ def test_a_slow_reader_holds_up_nobody(base: Path) -> None:
             wait_until(
                 lambda: server.service.worker.buffered_body_bytes == 0
             )  # it was written to its end, though nobody reads
-            assert server.service.worker.uncached_tokens > 500
+            assert server.service.worker.unread > 500
             quick = server.complete("A", max_tokens=50, **ON)
             assert quick["usage"]["completion_tokens"] == 50
-            unread.settimeout(30)
+            unread.settimeout(PATIENCE)
             read = b""
             while b"data: [DONE]" not in read[-100:]:
                 read += unread.recv(2**20)
@@ -360,7 +402,7 @@ def test_what_is_unread_has_a_limit(monkeypatch: pytest.MonkeyPatch, base: Path)
         with server.start_completion(body, receive_buffer=4096) as unread:
             read = server.post("/v1/completions", {**body, "seed": 1}).sse_events
             assert read[-1]["choices"][0]["finish_reason"] == "length"
-            wait_until(lambda: not server.service.worker.handles or server.service.worker.uncached_tokens == 0)
+            wait_until(lambda: not server.service.worker.handles or server.service.worker.unread == 0)
             said = b""
             while piece := unread.recv(2**20):
                 said += piece
@@ -392,7 +434,7 @@ def test_an_exception_in_a_step_ends_those_it_touched_and_the_server_goes_on(
         def failing(*arguments: Any) -> Any:
             if next(calls) == 10:
                 raise RuntimeError("the memory is gone")
-            return read(*arguments)
+            return prepare_input(*arguments)
 
         monkeypatch.setattr(server.engine.runner, "read", failing)
         answers: dict[str, Any] = {}
@@ -420,7 +462,7 @@ def test_an_error_in_the_middle_of_a_stream_is_its_last_event(monkeypatch: pytes
         calls, read_line = itertools.count(), server.engine.runner.read
 
         def failing(*arguments: Any) -> Any:
-            rows = read(*arguments)
+            rows = prepare_input(*arguments)
             return rows if next(calls) < 5 else [row * float("nan") for row in rows]
 
         monkeypatch.setattr(server.engine.runner, "read", failing)
@@ -501,12 +543,12 @@ def test_while_loading_it_says_so(monkeypatch: pytest.MonkeyPatch, base: Path) -
 
 
 def test_sigterm_lets_texts_be_finished_and_a_second_one_does_not(base: Path) -> None:
-    with ServerProcess(base, "--grace", "200") as server:
+    with ServerProcess(base, "--grace", "1000") as server:
         with server.start_completion({"prompt": "The", "max_tokens": 2000, "stream": True, **ON}) as stream:
             assert b"200 OK" in stream.recv(100)
             kept = server.connect()  # a connection from before
             kept.connect()
-            server.send_signal(signal.SIGTERM)
+            server.signal(signal.SIGTERM)
             wait_until(lambda: server.get("/health").status == 503)
             kept.request("POST", "/v1/completions", b'{"prompt": "x"}', {"Content-Type": "application/json"})
             refused = kept.getresponse()
@@ -517,16 +559,16 @@ def test_sigterm_lets_texts_be_finished_and_a_second_one_does_not(base: Path) ->
                 read += piece
             assert b'"finish_reason":"length"' in read and b"data: [DONE]" in read
         assert server.wait() == 0
-        assert server.stdout == "" and "stopping: 1 answers are finished first" in server.stderr
+        assert server.stdout == "" and "stopping: 1 answers are finished first" in server.err
     with (
-        ServerProcess(base, "--grace", "60") as server,
+        ServerProcess(base, "--grace", "1000") as server,
         server.start_completion({"prompt": "The", "max_tokens": 30000, **ON}),
     ):
         wait_until(lambda: server.metric("nextword_texts_running") == 1)
-        server.send_signal(signal.SIGTERM)
+        server.signal(signal.SIGTERM)
         wait_until(lambda: server.get("/health").status == 503)
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(5) == 143
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 143
 
 
 def test_the_grace_has_an_end(base: Path) -> None:

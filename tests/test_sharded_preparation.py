@@ -5,24 +5,23 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nextword.errors import MissingDependencyError, NextwordError, UsageError
+from nextword.files import MANIFEST, sha256_file
+from nextword.text import corpus as corpus_module
+from nextword.text import shards as shards_module
+from nextword.text import tokenizer as tokenizer_module
+from nextword.text.corpus import Corpus
+from nextword.text.together import parse_shard, partition_by_size, prepare
 
 import nextword as package
 from conftest import nextword_command
-from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
-from nextword.common.fs import MANIFEST, sha256_file
-from nextword.data import corpus as corpus_module
-from nextword.data import shards as shards_module
-from nextword.data import tokenizer as tokenizer_module
-from nextword.data.corpus import Corpus
-from nextword.data.prepare import parse_shard, partition_by_size, prepare
+from processes import PATIENCE, start_process, wait_until
 from test_corpus import article, write
 
 
@@ -53,7 +52,7 @@ def test_the_parts_together_are_the_bytes_of_one_process(parts, tokenizer, folde
     monkeypatch.setattr(shards_module, "COPIED", 400)
     said: list[str] = []
     corpus_module.prepare([folder], tmp_path / "alone", tokenizer=tokenizer)
-    together = prepare([folder], tmp_path / "out", f"{parts}/{parts}", tokenizer=tokenizer, log=said.append)
+    together = prepare([folder], tmp_path / "out", f"{parts}/{parts}", tokenizer=tokenizer, say=said.append)
     assert hashes(tmp_path / "out") == hashes(tmp_path / "alone")
     assert together.duplicates >= 10 and together.problems["total"] >= 3
     assert len(list((tmp_path / "out").glob("train-*.npy"))) > 3
@@ -90,7 +89,7 @@ def test_the_tokenizer_is_drawn_from_the_same_sample(sample, words, folder, tmp_
 )  # fmt: skip
 def test_what_is_drawn_of_the_parts_is_what_is_drawn_of_the_whole(texts, parts, sample, words):
     numbered = [(tokenizer_module.number_of(place), text) for place, text in enumerate(texts)]
-    with pytest.MonkeyPatch.prefix_offset() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer_module, "SAMPLE", sample)
         patch.setattr(tokenizer_module, "SAMPLE_WORDS", words)
         whole = tokenizer_module.generated(numbered, tokenizer_module.DRAWS)
@@ -116,7 +115,7 @@ def test_an_existing_tokenizer_needs_no_sample(folder, tmp_path):
     corpus_module.prepare([folder], tmp_path / "first", vocab_size=300)
     said: list[str] = []
     for name, shard in (("alone", None), ("out", "1/3")):
-        prepare([folder], tmp_path / name, shard, tokenizer=tmp_path / "first", log=said.append)
+        prepare([folder], tmp_path / name, shard, tokenizer=tmp_path / "first", say=said.append)
     assert hashes(tmp_path / "out") == hashes(tmp_path / "alone")
     assert not any(line.startswith(("sample", "tokenizer")) for line in said)
 
@@ -150,29 +149,21 @@ def alone(large: Path) -> dict[str, str]:
 
 
 def start(texts: Path, out: Path, shard: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
+    return start_process(
         nextword_command("prepare", texts, "--out", out, "--vocab-size", "600", "--shard", shard), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
 def ended(process: "subprocess.Popen[str]") -> str:
-    told, _ = process.communicate(timeout=120)
+    told, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, told
     return told
 
 
-def meet(process: "subprocess.Popen[str]", condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 100
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until, "nothing happened"
-        time.sleep(0.001)
-
-
 def stopped_at(process: "subprocess.Popen[str]", folder: Path, stage: str) -> "subprocess.Popen[str]":
     """The process, stopped in the middle of its first piece of a stage, whose lock it goes on holding."""
-    meet(process, lambda: bool(list(folder.glob(f".out.parts-*/.{stage}-*.partial"))))
+    wait_until(lambda: bool(list(folder.glob(f".out.parts-*/.{stage}-*.partial"))), process)
     os.kill(process.pid, signal.SIGSTOP)
     return process
 
@@ -187,7 +178,7 @@ def pieces(told: str) -> Counter[str]:
 def test_processes_side_by_side_each_do_what_nobody_else_does(large, alone, tmp_path):
     first = stopped_at(start(large, tmp_path / "out", "2/5"), tmp_path, "reading")
     others = [start(large, tmp_path / "out", shard) for shard in ("2/5", "4/5")]  # one of them on the same part
-    meet(others[0], lambda: len(list(tmp_path.glob(".out.parts-*/reading-*"))) == 4)
+    wait_until(lambda: len(list(tmp_path.glob(".out.parts-*/reading-*"))) == 4, others[0])
     assert not list(tmp_path.glob(".out.parts-*/survey")), "the part that is stopped is waited for"
     os.kill(first.pid, signal.SIGCONT)
     made = [pieces(ended(process)) for process in (first, *others)]
@@ -203,7 +194,7 @@ def test_processes_side_by_side_each_do_what_nobody_else_does(large, alone, tmp_
 def test_a_killed_part_is_done_again_by_another(stage, large, alone, tmp_path):
     first = stopped_at(start(large, tmp_path / "out", "2/3"), tmp_path, stage)
     second = start(large, tmp_path / "out", "1/3")
-    meet(second, lambda: len(list(tmp_path.glob(f".out.parts-*/{stage}-*"))) == 2)
+    wait_until(lambda: len(list(tmp_path.glob(f".out.parts-*/{stage}-*"))) == 2, second)
     assert second.poll() is None and not (tmp_path / "out").exists()
     os.kill(first.pid, signal.SIGKILL)
     before = pieces(first.communicate()[0])
@@ -227,7 +218,7 @@ def test_what_is_there_is_kept_and_what_is_damaged_is_not(folder, tmp_path):
     (parts / "sample-00002/texts.jsonl").write_text("")
     (parts / "tokenizer" / MANIFEST).unlink()
     said: list[str] = []
-    prepare([folder], tmp_path / "out", "1/3", log=said.append)
+    prepare([folder], tmp_path / "out", "1/3", say=said.append)
     assert "part 1 of 3: reading is done already" in said
     assert any("sample-00002 is damaged" in line for line in said)
     assert not any(line.startswith(("reading-", "survey", "sample-00001", "sample-00003")) for line in said)
@@ -248,7 +239,7 @@ def test_other_text_is_other_work(folder, tmp_path):
     assert not list(tmp_path.glob(".out.parts-*")), "the old work is cleared away as well"
     write(folder, {"08.txt": article(1008)})
     said: list[str] = []
-    changed = prepare([folder], tmp_path / "out", "2/2", log=said.append)
+    changed = prepare([folder], tmp_path / "out", "2/2", say=said.append)
     assert "prepared anew" in said[0]
     assert changed.fingerprint != Corpus.open(tmp_path / "alone").fingerprint
 
@@ -313,12 +304,14 @@ def test_a_file_that_changes_meanwhile_is_named(folder, tmp_path):
 @pytest.fixture(scope="module")
 def cluster():
     """A real one, of this machine's processors."""
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'nextword[ray]'")
+    import ray  # pyright: ignore[reportMissingImports]
+
     ray.init(num_cpus=3, log_to_driver=False, logging_level="error")
     yield
     ray.shutdown()
 
 
+@pytest.mark.needs("Ray")
 def test_a_ray_cluster_makes_the_bytes_of_one_process(cluster, folder, tmp_path):
     corpus_module.prepare([folder], tmp_path / "alone")
     corpus = package.prepare(folder, tmp_path / "out", engine="ray")
@@ -327,6 +320,7 @@ def test_a_ray_cluster_makes_the_bytes_of_one_process(cluster, folder, tmp_path)
     assert {path.name for path in tmp_path.iterdir() if ".parts" in path.name or ".partial" in path.name} == set()
 
 
+@pytest.mark.needs("Ray")
 def test_what_a_part_ends_with_is_said_with_its_exit_code(cluster, folder, tmp_path):
     with pytest.raises(NextwordError, match=r"a\.jsonl line 41|broken\.txt") as caught:
         package.prepare(folder, tmp_path / "out", engine="ray", strict=True)

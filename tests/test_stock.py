@@ -225,7 +225,7 @@ def test_a_classifier_opens_in_the_stock_class(tmp_path, preset, overrides, stoc
     assert theirs.config.label2id == {name: i for i, name in enumerate(LABELS)}
     assert theirs.config.problem_type == "single_label_classification"
     assert read_labels(tmp_path) == LABELS
-    tokens, last = padded_rows(pad_token_id=1)
+    tokens, last = padded_rows(pad=1)
     expected = stock_class_logits(theirs, tokens, 1)
     torch.testing.assert_close(class_logits(model, tokens, last), expected, atol=1e-4, rtol=1e-5)
     again = load_model(tmp_path)
@@ -251,7 +251,7 @@ def test_a_stock_classifier_opens_here(tmp_path, name, n_labels):
         for parameter in theirs.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     theirs.save_pretrained(tmp_path)
-    tokens, last = padded_rows(pad_token_id=1)
+    tokens, last = padded_rows(pad=1)
     ours = load_model(tmp_path)
     assert read_labels(tmp_path) == [f"LABEL_{i}" for i in range(n_labels)]
     expected = stock_class_logits(theirs, tokens, 1)

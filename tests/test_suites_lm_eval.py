@@ -24,9 +24,7 @@ from nextword.tasks.benchmark_spec import find_benchmark
 from test_suites_declared import HELLASWAG
 from test_suites_scoring import directory
 
-installed = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'nextword[lm-eval]'"
-)
+installed = pytest.mark.needs("lm-eval")
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and its packages' own
 
 
@@ -132,7 +130,7 @@ def test_a_task_scores_as_with_lm_evals_own_model_and_as_our_suite(
     for score, metric in BOTH[name][1].items():
         expected = theirs["results"]["ours"][f"{metric},none"]
         assert ours["results"]["ours"][f"{metric},none"] == pytest.approx(expected, rel=1e-4)
-        assert found.score(score).value == pytest.approx(expected, rel=1e-4)
+        assert found.aggregate(score).value == pytest.approx(expected, rel=1e-4)
         told = result if result["metric"] == metric else result["others"][metric]
         assert told["score"] == pytest.approx(expected, rel=1e-4)
     assert result["n"] == len(rows[name])

@@ -123,7 +123,7 @@ def test_likelihoods_and_rankings_are_the_stock_classes(
         [question.sequence_owners for question in questions]
     )
     for question, likely in zip(questions, found, strict=True):
-        expected = [stock.score_pairs(*pair) for pair in question.sequence_owners]
+        expected = [stock.ask(*pair) for pair in question.sequence_owners]
         for one, (nats, greedy) in zip(likely, expected, strict=True):
             assert one.logprob == pytest.approx(nats, abs=1e-4, rel=1e-5)
             assert one.is_greedy == greedy
@@ -142,10 +142,10 @@ def test_scores_are_lm_evals(model_path: Path, suite_files: dict[str, Path], nam
     found = score_items(load(model_path), suite, items)
     for i, item in enumerate(items):
         question = loglikelihood_item(suite, item)
-        nats, check_greedy = zip(*(stock.score_pairs(*pair) for pair in question.sequence_owners), strict=True)
+        nats, check_greedy = zip(*(stock.ask(*pair) for pair in question.sequence_owners), strict=True)
         if name == "lambada":
-            assert found.values["acc"][i] == float(greedy[0])
-            assert found.values["nats"][i] == pytest.approx(-nats[0], abs=1e-4, rel=1e-5)
+            assert found.item_values["acc"][i] == float(greedy[0])
+            assert found.item_values["nats"][i] == pytest.approx(-nats[0], abs=1e-4, rel=1e-5)
             continue
         characters = np.array([float(len(answer)) for answer in question.num_answers])
         n_bytes = np.array([float(len(answer.encode())) for answer in question.num_answers])
@@ -154,7 +154,7 @@ def test_scores_are_lm_evals(model_path: Path, suite_files: dict[str, Path], nam
             "acc_norm": np.argmax(nats / characters),
             "acc_bytes": np.argmax(nats / n_bytes),
         }
-        assert {m: found.values[m][i] for m in suite.metrics} == {
+        assert {m: found.item_values[m][i] for m in suite.metrics} == {
             m: float(right[m] == question.target) for m in suite.metrics
         }
 
@@ -192,8 +192,8 @@ def test_batched_is_single(model_path: Path, suite_files: dict[str, Path], compi
     if not compiled:
         monkeypatch.setattr(loglikelihood.fused, "available", lambda model: False)
         monkeypatch.setattr(loglikelihood.fused, "library", lambda: (None, "not here"))
-    elif not fused.available(load(model_path).gpt):
-        pytest.skip(f"no compiled code: {fused.library()[1]}")
+    elif not fused.is_available(load(model_path).gpt):
+        pytest.skip(f"no compiled code: {fused.load_library()[1]}")
     model = load(model_path)
     scorer = LoglikelihoodScorer(model.gpt, model.tokenizer, check_greedy=True)
     questions = [question.sequence_owners for name in suite_files for question in questions_of(name, suite_files[name])]
@@ -202,7 +202,7 @@ def test_batched_is_single(model_path: Path, suite_files: dict[str, Path], compi
         for pair, one in zip(pairs, likely, strict=True):
             [[alone]] = scorer.score_pairs([[pair]])
             assert one.logprob == pytest.approx(alone.logprob, abs=2e-4)
-            assert (one.tokens, one.is_greedy) == (alone.tokens, alone.is_greedy)
+            assert (one.num_tokens, one.is_greedy) == (alone.num_tokens, alone.is_greedy)
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,7 @@ def test_any_texts_that_begin_alike(modern: LoglikelihoodScorer, data: st.DataOb
             modern.truncate([*shared, *end], data.draw(st.integers(1, len(end) + len(shared) - 1 or 1))) for end in ends
         ]
         questions.append(texts)
-    found = modern.score(questions)
+    found = modern.score_sequences(questions)
     for texts, likely in zip(questions, found, strict=True):
         for text, one in zip(texts, likely, strict=True):
             ids = torch.tensor([text.ids])
@@ -245,7 +245,7 @@ def test_a_tree_reads_what_is_shared_once() -> None:
     assert found.branch_starts.tolist() == [0, 0, 0, 3, 4]
     assert found.predictor_positions.tolist() == [2, 3, 0, 1, 2, 4]
     assert found.words_at.tolist() == [8, 9, 6, 7, 3, 9]
-    assert found.texts.tolist() == [4, 4, 5, 5, 5, 6]
+    assert found.sequence_ids.tolist() == [4, 4, 5, 5, 5, 6]
 
 
 def test_texts_are_a_tree_where_that_spares_something(modern: LoglikelihoodScorer) -> None:
@@ -254,17 +254,17 @@ def test_texts_are_a_tree_where_that_spares_something(modern: LoglikelihoodScore
     alike = [ScoredSequence([*context, *[n] * 20], 20) for n in range(4)]
     [one] = modern.build_trees([alike])
     assert len(one.tokens) == len(context) + 4 * 19 > CONTEXT
-    [together], token_nll_out = modern.score([alike]), modern.score([[text] for text in alike])
+    [together], token_nll_out = modern.score_sequences([alike]), modern.score_sequences([[text] for text in alike])
     plain = LoglikelihoodScorer(modern.model, modern.tokenizer)
     plain.fused = None  # where nothing is compiled
-    [without] = plain.score([alike])
+    [without] = plain.score_sequences([alike])
     for likely, by_itself, other in zip(together, each, without, strict=True):
         assert likely.logprob == pytest.approx(by_itself[0].logprob, abs=1e-4)
         assert other.logprob == pytest.approx(by_itself[0].logprob, abs=1e-4)
     apart = [
         ScoredSequence([1, *[n] * 400], 400) for n in range(2, 4)
     ]  # more than its context: they are asked for their trees alone
-    assert [one.texts[0] for one in modern.build_trees([apart])] == [0, 1]
+    assert [one.sequence_ids[0] for one in modern.build_trees([apart])] == [0, 1]
 
 
 def test_rows_are_full() -> None:
@@ -273,24 +273,24 @@ def test_rows_are_full() -> None:
     trees = [build_tree([ScoredSequence(list(range(n + 1)), 1)], [i]) for i, n in enumerate(sizes)]
     rows = list(pack_batches(trees, 2048))
     padded = sum(len(batch) * max(sum(len(one.tokens) for one in row) for row in batch) for batch in rows)
-    assert sorted(one.texts[0] for batch in rows for row in batch for one in row) == list(range(500))
+    assert sorted(one.sequence_ids[0] for batch in rows for row in batch for one in row) == list(range(500))
     assert padded < 1.05 * sum(sizes)
     assert max(len(batch) for batch in rows) > 1
 
 
 def test_a_long_context_keeps_its_end(modern: LoglikelihoodScorer) -> None:
-    [text] = modern.texts([("x y " * 200, "z")])
-    assert len(text.ids) == CONTEXT + 1
+    [text] = modern.encode_pairs([("x y " * 200, "z")])
+    assert len(text.token_ids) == CONTEXT + 1
     [[one]] = modern.score_pairs([[("x y " * 200 + "x", " z")]])
-    assert one.tokens == len(modern.tokenizer.encode(" z"))
-    [answer] = modern.texts([("", "x y " * 200)])
-    assert (len(answer.ids), answer.sequence_owners) == (CONTEXT + 1, CONTEXT)
+    assert one.num_tokens == len(modern.tokenizer.encode(" z"))
+    [answer] = modern.encode_pairs([("", "x y " * 200)])
+    assert (len(answer.token_ids), answer.sequence_owners) == (CONTEXT + 1, CONTEXT)
 
 
 def test_whitespace_moves_to_the_continuation(modern: LoglikelihoodScorer) -> None:
-    assert modern.texts([("a question \n", "b")]) == modern.texts([("a question", " \nb")])
-    assert modern.texts([(" \n", "b")]) == modern.texts([("", " \nb")])
-    assert modern.texts([("", "b")])[0].ids[0] == modern.tokenizer.eos_id
+    assert modern.encode_pairs([("a question \n", "b")]) == modern.encode_pairs([("a question", " \nb")])
+    assert modern.encode_pairs([(" \n", "b")]) == modern.encode_pairs([("", " \nb")])
+    assert modern.encode_pairs([("", "b")])[0].token_ids[0] == modern.tokenizer.eos_id
 
 
 def test_another_models_tokenizer_and_broken_weights_are_said(modern: LoglikelihoodScorer, base: Path) -> None:

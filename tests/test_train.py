@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import time
 from typing import Any
 
 import numpy as np
@@ -131,10 +130,10 @@ def test_logits_in_pieces_are_the_whole(monkeypatch):
     hidden, matrix = torch.randn(50, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
     targets = torch.randint(0, 30, (50,))
     targets[::7] = IGNORE_INDEX
-    whole = loss_functions.negative_log_likelihoods(hidden, matrix, targets).sum()
+    whole = loss_functions.token_nll(hidden, matrix, targets).sum()
     gradients = torch.autograd.grad(whole, (hidden, matrix))
     monkeypatch.setattr(loss_functions, "LOGIT_BYTES", 4 * 30 * 8)
-    pieces = loss_functions.negative_log_likelihoods(hidden, matrix, targets).sum()
+    pieces = loss_functions.token_nll(hidden, matrix, targets).sum()
     assert pieces.item() == pytest.approx(whole.item(), rel=1e-6)
     for a, b in zip(gradients, torch.autograd.grad(pieces, (hidden, matrix)), strict=True):
         torch.testing.assert_close(a, b)
@@ -235,32 +234,32 @@ def test_a_decision_leaves_the_past_as_it_is():
 def test_the_clock_ends_near_its_budget_and_a_replay_is_exact(tmp_path):
     """A machine that becomes three times slower half-way: the run ends in time, and its log replays to the same steps."""
     log = tmp_path / "decisions.jsonl"
-    started = time.time()
-    clock, pace = TimeBudgetController(2.0, log, started=started), StepSchedule([])
+    time = 0.0
+    clock, pace = TimeBudgetController(2.0, log, started=0.0, now=lambda: time), StepSchedule([])
     clock.update(pace, 0, 0.002)
     step, progress = 0, []
     while step < pace.total_steps:
-        time.sleep(0.002 if step < 300 else 0.006)
+        time += 0.002 if step < 300 else 0.006
         progress.append(pace.progress(step))
         step += 1
         clock.next_update_time = min(clock.next_update_time, 0.0)
         if step % 25 == 0:
             clock.update(pace, step, 0.0023 if step < 300 else 0.0065)
-    assert time.time() - started == pytest.approx(2.0, abs=0.3)
+    assert time == pytest.approx(2.0, abs=0.1)
     assert len(read_decisions(log)) > 3
 
     again = StepSchedule(read_decisions(log))
     assert [again.progress(i) for i in range(step)] == progress
     assert again.total_steps == step
     # Another clock on the same log leaves what is decided alone, however late it is.
-    TimeBudgetController(2.0, log, started=started - 100).update(again, again.decisions[-1].step - 1, 1.0)
+    TimeBudgetController(2.0, log, started=-100.0, now=lambda: time).update(again, again.decisions[-1].step - 1, 1.0)
     assert again.total_steps == step
 
 
 def test_a_spent_budget_ends_at_once_and_a_bad_first_guess_still_trains(tmp_path):
     """Steps that take longer than there is time for; then a first guess of a step's time that is 1,000 times too long."""
     state, dataset, step_module = setup()
-    clock = TimeBudgetController(5.0, tmp_path / "spent.jsonl", started=time.time() - 4.9)
+    clock = TimeBudgetController(5.0, tmp_path / "spent.jsonl", started=-4.9, now=lambda: 0.0)
     done = list(
         training_steps(
             state,
@@ -275,9 +274,12 @@ def test_a_spent_budget_ends_at_once_and_a_bad_first_guess_still_trains(tmp_path
     assert len(done) == 1, "the one step that every decision leaves"
 
     state, dataset, step_module = setup()
-    clock = TimeBudgetController(2.0, tmp_path / "slow.jsonl", started=time.time())
+    time = itertools.count(0, 0.01).__next__  # it goes on each time that it is read
+    clock = TimeBudgetController(2.0, tmp_path / "slow.jsonl", started=0.0, now=time)
     done = list(
-        training_steps(state, dataset, step_module, StepSettings(), StepSchedule([]), clock, seconds_per_step=10.0)
+        training_steps(
+            state, dataset, step_module, StepSettings(), StepSchedule([]), clock, seconds_per_step=10.0, now=time
+        )
     )
     assert len(done) > 60
     assert done[10].lr > 0

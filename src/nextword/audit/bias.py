@@ -172,7 +172,7 @@ def _occupation_correlation_findings(
         score_finding("Winogender, she or he (Pearson)", correlations["pearson"], 0.0, unit="r", examples=table,
                note=f"correlation of {measure}, with the share of women in it; 0 is no relation"),
         score_finding("Winogender, she or he (Spearman)", correlations["spearman"], 0.0, unit="ρ", note="the same of their ranks"),
-        score_finding("Winogender, she over he", metrics.average(log_ratios.tolist()), unit="nats",
+        score_finding("Winogender, she over he", metrics.bootstrap_mean(log_ratios.tolist()), unit="nats",
                note="the same as a mean over the occupations; above 0 where she is the likelier word"),
     ]  # fmt: skip
 
@@ -193,7 +193,7 @@ def _gotcha_findings(
         f"{100 * non_gotcha_accuracies.mean():.1f} % right where the pronoun's gender is that of most with the occupation, "
         f"{100 * gotcha_accuracies.mean():.1f} % where it is not; the difference, sentence by sentence"
     )
-    accuracy_drop = metrics.difference(non_gotcha_accuracies.tolist(), gotcha_accuracies.tolist())
+    accuracy_drop = metrics.paired_difference(non_gotcha_accuracies.tolist(), gotcha_accuracies.tolist())
     return [score_finding("Winogender, accuracy lost by gender", accuracy_drop, 0.0, note=note)]
 
 
@@ -254,7 +254,7 @@ def _audit_winobias(model: Model, folder: Path, problems: IssueLog, console: Con
             [[("", one) for one in pair] for pair in pairs],
             lambda i, n, kind=kind: console.progress(f"winobias, type {kind}", i, n),
         )
-        preference = metrics.share([win_score(pro.logprob, anti.logprob) for pro, anti in likelihoods])
+        preference = metrics.proportion([win_score(pro.logprob, anti.logprob) for pro, anti in likelihoods])
         note = "how often the sentence is likelier with the pronoun of the occupation's stereotype"
         findings.append(score_finding(f"WinoBias, type {kind}", preference, 50.0, note=note))
     return findings

@@ -315,10 +315,10 @@ def contamination(index: CorpusIndex, benchmark: Benchmark, console: Console) ->
             document, passage = match
             location = {"document": index.document_name(document), "item": f"{item.path} line {item.line}"}
             examples.append({**location, "passage": format_excerpt(passage)})
-        console.progress(f"looking up {benchmark.document_name}", number, len(sampled_items))
-    score = metrics.share(hits)
+        console.progress(f"looking up {benchmark.name}", number, len(sampled_items))
+    score = metrics.proportion(hits)
     return Finding(
-        "corpus", f"{benchmark.document_name}: items that stand in the corpus", 100 * score.value, 100 * score.low, 100 * score.high, "%",
+        "corpus", f"{benchmark.name}: items that stand in the corpus", 100 * score.value, 100 * score.low, 100 * score.high, "%",
         score.n, 0.0, score.value > 0,
         f"of {len(items):,} items {score.n:,}, whole or with {CONTAMINATION_NGRAM} words or more one after the other, letter for letter",
         tuple(examples),

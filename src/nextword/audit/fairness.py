@@ -29,6 +29,7 @@ from nextword.tasks import metrics
 from nextword.tasks.dataset import TaskSpec
 from nextword.tasks.examples import Example, read_examples
 from nextword.tasks.parsing import TEXT_FIELDS
+from nextword.tasks.schema import join_names
 from nextword.tasks.task_data import example_from_texts
 
 CLASSIFICATION_KINDS = ("label", "labels")  # of answers that can flip
@@ -96,7 +97,9 @@ def audit_template_flips(predictor: Predictor, groups: GroupTemplates, console: 
             rates = [[float(label in several) for several in predictions_by_group[name]] for name in (group_a, group_b)]
             note = f"templates with {group_a}'s words answered so, less those with {group_b}'s"
             findings.append(
-                score_finding(f"{group_a}, {group_b}: answered {label}", metrics.difference(*rates), 0.0, note=note)
+                score_finding(
+                    f"{group_a}, {group_b}: answered {label}", metrics.paired_difference(*rates), 0.0, note=note
+                )
             )
     return findings
 
@@ -154,7 +157,7 @@ def _flip_rate_finding(
     flips = [0.0] * count
     for i in changed:
         flips[i] = 1.0
-    return score_finding(name, metrics.share(flips), 0.0, note=note, examples=examples)
+    return score_finding(name, metrics.proportion(flips), 0.0, note=note, examples=examples)
 
 
 # ---------------------------------------------------------------- groups that the data name
@@ -183,7 +186,7 @@ def audit_group_rates(
             if len(group_names) == 1
             else f"{len(group_names):,}, and more than {MAX_GROUPS} are not compared"
         )
-        raise UsageError(f"{examples[0].path}: the groups of column {column} are {problem} ({listed(group_names)})")
+        raise UsageError(f"{examples[0].path}: the groups of column {column} are {problem} ({join_names(group_names)})")
     predicted = np.array([answer for (answer,) in _predict_labels(predictor, labeled_examples, console)])
     gold = np.array([example.fields["label"] for example in labeled_examples])
     findings = _rate_findings(
@@ -211,7 +214,7 @@ def _rate_findings(
     """The share of hits [n] among some [n] of each group, and the differences of every two groups that have any."""
     nonempty_groups = [name for name in group_names if (mask & (group_ids == name)).any()]
     findings = [
-        score_finding(f"{name}: {metric}", metrics.share(hits[mask & (group_ids == name)].astype(float).tolist()))
+        score_finding(f"{name}: {metric}", metrics.proportion(hits[mask & (group_ids == name)].astype(float).tolist()))
         for name in nonempty_groups
     ]  # fmt: skip
     for group_a, group_b in combinations(nonempty_groups, 2):
@@ -220,7 +223,9 @@ def _rate_findings(
         columns = np.stack([column for part in group_masks for column in (part & hits, part)], 1)[
             group_masks[0] | group_masks[1]
         ]
-        score = replace(metrics.of_sums(columns, _rate_difference), n=min(int(part.sum()) for part in group_masks))
+        score = replace(
+            metrics.bootstrap_ratio(columns, _rate_difference), n=min(int(part.sum()) for part in group_masks)
+        )
         note = f"over {n:,} examples, n the smaller group's" + (f"; {parity_note}" if parity_note else "")
         findings.append(score_finding(f"{group_a} less {group_b}: {metric}", score, 0.0, note=note))
     return findings
@@ -240,7 +245,7 @@ def _group_labels(examples: Sequence[Example], column: str) -> list[str]:
 
     def select_group_column(names: list[str]) -> list[str]:
         if column not in names:
-            raise MissingColumnError(f"no column {column}", f"found {listed(names)}")
+            raise MissingColumnError(f"no column {column}", f"found {join_names(names)}")
         return [column]
 
     for path in dict.fromkeys(example.path for example in examples):

@@ -153,6 +153,6 @@ def _score_with_widest_interval(
     for keys in ([sentence.template for sentence in sentences], [sentence.word_index for sentence in sentences]):
         cluster_ids = np.unique(np.asarray(keys), return_inverse=True)[1]  # [S]
         sums = np.stack([np.bincount(cluster_ids, column) for column in columns.T], 1)  # [templates or places, k]
-        candidates.append(metrics.of_sums(sums, score_fn))
+        candidates.append(metrics.bootstrap_ratio(sums, score_fn))
     sufficient = [one for one in candidates if one.n >= MIN_SAMPLES]
     return max(sufficient or candidates, key=lambda one: (one.high - one.low, one.n))

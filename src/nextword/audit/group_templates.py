@@ -24,6 +24,8 @@ from string import Formatter
 from typing import Any, NamedTuple
 
 from nextword.common.errors import MissingDependencyError, UsageError
+from nextword.data.decoding import error_text
+from nextword.tasks.schema import join_names
 
 MAX_FILE_BYTES, MAX_NESTING_DEPTH = 2**18, 8  # bytes of such a file, and lists in lists: reading takes their product
 YAML_SCALAR_TAGS = {
@@ -153,9 +155,9 @@ def _compose_yaml(path: Path) -> Any:
         location = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UsageError(f"{path}{location}: not YAML: {error.problem}") from error
     except OSError as error:
-        raise UsageError(f"{path}: {reason(error)}") from error
+        raise UsageError(f"{path}: {error_text(error)}") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # an escape beyond Unicode is a ValueError
-        raise UsageError(f"{path}: not YAML in UTF-8: {reason(error).splitlines()[0]}") from error
+        raise UsageError(f"{path}: not YAML in UTF-8: {error_text(error).splitlines()[0]}") from error
 
 
 class _NodeReader:
@@ -247,7 +249,7 @@ def _read_slot_words(reader: _NodeReader, entry: KeyValueNodes) -> tuple[dict[st
 
 
 def _expand_template(
-    reader: _NodeReader, filler: "_Filling", node: Any, num_word_indices: int
+    reader: _NodeReader, filler: "_TemplateFiller", node: Any, num_word_indices: int
 ) -> Iterator[TemplateSentence]:
     """A template's sentences: one, or one for each place of the lists of words that it asks for."""
     entries = {"text": (node, node)}
@@ -300,7 +302,9 @@ class _TemplateFiller:
 
     def _lookup_word(self, slot: str, group: str, word_index: int, node: Any) -> str:
         if slot not in self.slots:
-            raise self.reader.error_at(node, f"{{{slot}}} is no slot that a group has a word for: {listed(self.slots)}")
+            raise self.reader.error_at(
+                node, f"{{{slot}}} is no slot that a group has a word for: {join_names(self.slots)}"
+            )
         if slot not in self.words[group]:
             requirement = f"which the template in line {node.start_mark.line + 1} needs"
             raise self.reader.error_at(

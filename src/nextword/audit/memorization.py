@@ -184,10 +184,10 @@ def _copied_token_share(texts: Sequence[CopiedText]) -> Score:
     """Tokens in copied passages over all tokens, with the bootstrap interval over texts. Where there are none, so many texts
     could still have had some: the bound is that of the share of texts."""
     counts = np.array([[one.copied_tokens, one.num_tokens] for one in texts])
-    score = metrics.of_sums(counts, lambda sums: sums[:, 0] / np.maximum(sums[:, 1], 1))
+    score = metrics.bootstrap_ratio(counts, lambda sums: sums[:, 0] / np.maximum(sums[:, 1], 1))
     if counts[:, 0].any():
         return score
-    return metrics.share([0.0] * len(texts))
+    return metrics.proportion([0.0] * len(texts))
 
 
 def _passage_example(index: CorpusIndex, sample: CopiedText) -> dict[str, str]:
@@ -251,8 +251,8 @@ def extractable_memorization(
                        note=f"no document has {prefix_length + continuation_length} tokens to be asked for")  # fmt: skip
     extracted_passages = [one for one, hit in zip(training_passages, exact_matches, strict=False) if hit]
     return _share_finding(
-        "passages that it goes on with word for word", metrics.share(exact_matches[: len(training_passages)]),
-        metrics.share(exact_matches[len(training_passages) :]) if held_out_passages else None,
+        "passages that it goes on with word for word", metrics.proportion(exact_matches[: len(training_passages)]),
+        metrics.proportion(exact_matches[len(training_passages) :]) if held_out_passages else None,
         note=f"given {prefix_length} tokens of the training text, it writes the next {continuation_length} exactly{_context_limit_note(model)}"
         + ("; the reference is the same on documents that it has not seen" if held_out_passages else ""),
         examples=_first_distinct({"document": index.document_name(one.document), "passage": format_excerpt(decode(one.token_ids))} for one in extracted_passages),

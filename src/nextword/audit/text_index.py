@@ -88,7 +88,7 @@ class CorpusIndex:
         self.problems: dict[str, int] = metadata["problems"]
 
     @classmethod
-    def open(cls, path: Path) -> "Index":
+    def open(cls, path: Path) -> "CorpusIndex":
         """Open what `build_index` wrote, every file checked against its hash.
 
         Raises `CorruptFile` naming each file that differs, `NextwordError` where this is no index.

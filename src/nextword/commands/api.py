@@ -253,7 +253,7 @@ def build_finetune_trainer(
     settings = {name: request[name] for name in ("steps", "budget", "training")}
     task = request["task"] or read_examples(request["data"], None, IssueLog(), request["columns"]).task
     if task != "continue":
-        recipe = config.finetune(
+        recipe = config.build_finetune_config(
             task=task, lora=request["lora"], scratch=request["scratch"], tuning=request["tuning"], **settings
         )
         return FinetuneTrainer(run_dir, base_model, recipe, console, device, start_time)
@@ -263,7 +263,7 @@ def build_finetune_trainer(
     tuning = request["tuning"]
     if unknown := set(tuning) - {"dropout"}:
         raise UsageError(f"--tuning.{min(unknown).replace('_', '-')} is not for --task continue")
-    recipe = with_overrides(config.continuing(), model=tuning, tokens=None, **settings)
+    recipe = with_overrides(config.continued_pretrain(), model=tuning, tokens=None, **settings)
     if (run_dir.data_dir / fs.MANIFEST).is_file():
         corpus = Corpus.open(run_dir.data_dir)
     else:
@@ -368,14 +368,14 @@ def serve(
     """
     try:
         from nextword.serving.app import ListenConfig, serve_model
-        from nextword.serving.service import Settings
+        from nextword.serving.service import ServiceConfig
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("nextword"):
             raise
         raise MissingDependencyError("nextword serve", "serve") from error
     listen_config = ListenConfig(host, port, api_key, insecure, tuple(allowed_hosts), grace)
     with console or Console(quiet=True) as console:
-        serve_model(Settings(Path(model), **settings), listen_config, console, ready)
+        serve_model(ServiceConfig(Path(model), **settings), listen_config, console, ready)
 
 
 def evaluate(

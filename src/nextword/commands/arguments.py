@@ -27,7 +27,7 @@ def parse_run_length(
 
 def resolve_recipe(request: dict[str, Any]) -> config.Recipe:
     """The recipe that a request names, with the settings that it changes."""
-    names = ("model", "training", "size", "tokenizer", "vocab_size", *config.LENGTHS)
+    names = ("model", "training", "size", "tokenizer", "vocab_size", *config.RUN_LENGTH_FIELDS)
     return with_overrides(get_recipe(request["recipe"], request["preset"]), **{name: request[name] for name in names})
 
 

@@ -233,7 +233,7 @@ class _ChatSession:
         self.num_answers += 1
         # An engine for each answer: one that was stopped in the middle of a step is of no more use.
         stop_token_ids = stop_token_ids(self.tokenizer)
-        engine = Engine(self.model, self.tokenizer, max_batch=1, ends=stop_token_ids, reader=self.runner)
+        engine = Engine(self.model, self.tokenizer, max_batch=1, ends=stop_token_ids, runner=self.runner)
         stream = engine.stream(ids, replace(self.sampling, max_tokens=max_tokens, seed=seed))
         answer, end_note = "", ""
         try:

@@ -18,13 +18,13 @@ from nextword.common.run_dir import RunDir
 from nextword.data.chat_format import save_chat_template
 from nextword.data.dataset import derive_seed
 from nextword.data.documents import IssueLog
-from nextword.model.gpt import GPT, with_head, with_vocabulary
+from nextword.model.gpt import GPT, with_classification_head, with_resized_vocabulary
 from nextword.model.hf import load_model
 from nextword.model.lora import LoraConfig, add_lora, merge_lora, save_adapter
 from nextword.pipeline.base_model import FORGETTING_TOKENS, BaseModel, evaluate_forgetting
 from nextword.pipeline.predictor import SELECTION_METRIC, EvaluationResult, Predictor, baseline_scores
 from nextword.tasks.dataset import HEAD_KINDS, EncodedExample, ExampleEncoder, TaskDataset, TaskSpec
-from nextword.tasks.examples import Example, inputs_of
+from nextword.tasks.examples import Example, input_texts
 from nextword.tasks.metrics import Score
 from nextword.tasks.task_data import DataRequest, compute_sample_weights, load_task_data
 from nextword.training import losses
@@ -170,15 +170,17 @@ class FinetuneTrainer(Trainer):
         self.example_weights, self.label_counts = compute_sample_weights(
             task_spec, self.task_data.train, tuning.balance
         )
-        model = with_vocabulary(base, max(base.config.vocab_size, self.tokenizer.vocab_size), derive_seed(seed, 7))
-        model = with_head(model, task_spec.n_labels, derive_seed(seed, 8))
+        model = with_resized_vocabulary(
+            base, max(base.config.vocab_size, self.tokenizer.vocab_size), derive_seed(seed, 7)
+        )
+        model = with_classification_head(model, task_spec.n_labels, derive_seed(seed, 8))
         # A preference is measured against the model as it was, and would be noise beside it under dropout.
         dropout = 0.0 if task_spec.kind == "preference" else tuning.dropout
         model = GPT.from_weights(replace(model.config, dropout=dropout), model.state_dict())
         self.lora_config = LoraConfig(rank=tuning.rank, alpha=tuning.alpha) if recipe.lora else None
         if self.lora_config is not None:
             num_new_tokens = model.config.vocab_size - min(base.config.vocab_size, self.base_model.tokenizer.vocab_size)
-            add_lora(model, self.lora_config, derive_seed(seed, 9), trained_rows=num_new_tokens)
+            add_lora(model, self.lora_config, derive_seed(seed, 9), num_trainable_rows=num_new_tokens)
         self.predictor = Predictor(model, self.tokenizer, task_spec)
         reference_logprobs = (
             self.predictor.log_likelihoods(self.encoded_examples["train"]) if task_spec.kind == "preference" else None
@@ -220,7 +222,7 @@ class FinetuneTrainer(Trainer):
             lines.append(
                 "labels are unevenly frequent, so rare ones count more and macro-F1 decides (--tuning.balance no)"
             )
-        run_length = f"{self.target_steps:,} steps" if self.target_steps else f"{self.budget:.0f} s"
+        run_length = f"{self.target_steps:,} steps" if self.target_steps else f"{self.budget_seconds:.0f} s"
         lines.append(
             f"{'LoRA' if self.lora_config else 'all weights'}{' from scratch' if self.config.scratch else ''}: {run_length} of "
             f"{tuning.batch_examples} {'rows' if task_spec.task == 'chat' else 'examples'}, learning rate {self.training.lr:.2g}"
@@ -258,9 +260,9 @@ class FinetuneTrainer(Trainer):
         max_generated = max(
             16, min(GENERATED_EVAL_EXAMPLES, GENERATED_EVAL_TOKENS // max(1, self.task_spec.answer_tokens))
         )
-        eval_start = time.perf_counter()
+        eval_start = self.now()
         result = self._evaluate_or_loss_only(self.predictor, max_examples, max_generated)
-        seconds = time.perf_counter() - eval_start
+        seconds = self.now() - eval_start
         final_cost_ratio = len(self.task_data.validation) / min(max_examples, len(self.task_data.validation))
         if result.scores and self.task_spec.kind == "answer":
             final_cost_ratio = max(
@@ -330,7 +332,7 @@ class FinetuneTrainer(Trainer):
             return
         example = self.task_data.validation[0]
         text = self.predictor.generate_answers([example])[0]
-        prompt = inputs_of(self.task_spec.task, example)[-1]
+        prompt = input_texts(self.task_spec.task, example)[-1]
         self.run_dir.append_metrics({"step": step, "sample": {"prompt": f"{prompt}\n→ ", "text": text}})
         self.console.log_sample(step, f"{prompt} → ", text)
 
@@ -378,16 +380,16 @@ class FinetuneTrainer(Trainer):
     def evaluate_base(self, encoder: ExampleEncoder) -> EvaluationResult:
         """The scores of the model that the run began with."""
         base = load_model(self.base_model.directory, self.device)
-        base = with_vocabulary(
+        base = with_resized_vocabulary(
             base, self.run_metadata["model"]["vocab_size"], derive_seed(self.run_metadata["seed"], 7)
         )
-        return self.evaluate(Predictor(with_head(base, 0, 0), self.tokenizer, self.task_spec), None, 0)
+        return self.evaluate(Predictor(with_classification_head(base, 0, 0), self.tokenizer, self.task_spec), None, 0)
 
 
 def build_loss_fn(task_spec: TaskSpec, config: FinetuneConfig) -> LossFn:
     if task_spec.kind in HEAD_KINDS:
-        return losses.labelled(task_spec.kind, config.tuning.auxiliary)
-    return losses.preference(config.tuning.beta) if task_spec.kind == "preference" else losses.answer
+        return losses.classification_loss(task_spec.kind, config.tuning.auxiliary)
+    return losses.dpo_loss(config.tuning.beta) if task_spec.kind == "preference" else losses.completion_loss
 
 
 def default_lr(d_model: int, use_lora: bool) -> float:

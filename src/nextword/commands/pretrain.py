@@ -55,12 +55,12 @@ class PretrainTrainer(Trainer):
             raise UsageError(
                 f"{self.corpus.path}: the training part has {len(train_tokens)} tokens, too few to learn from"
             )
-        self.world.form_groups(self.recipe.training.tensor)
+        self.world.init_tensor_parallel(self.recipe.training.tensor)
         plan = self.resolve_config()
-        check_tp_divisibility(self.model_config, self.world.tensor_size)
+        check_tp_divisibility(self.model_config, self.world.tp_size)
         training = self.recipe.training
         assert training.batch_tokens is not None
-        data_parallel_size = self.world.data_size
+        data_parallel_size = self.world.dp_size
         batch_rows = data_parallel_size * max(
             1, round(training.batch_tokens / self.model_config.context_length / data_parallel_size)
         )
@@ -98,12 +98,12 @@ class PretrainTrainer(Trainer):
                 + "\nBegin a new one with another --out"
             )
         requested_size = self.recipe.training.tensor
-        self.world.form_groups(math.gcd(requested_size, self.world.size))
-        if (actual_size := self.world.tensor_size) != requested_size:
+        self.world.init_tensor_parallel(math.gcd(requested_size, self.world.world_size))
+        if (actual_size := self.world.tp_size) != requested_size:
             self.console.warn(
-                f"--training.tensor {requested_size} does not divide {self.world.size} processes: {actual_size} in its place"
+                f"--training.tensor {requested_size} does not divide {self.world.world_size} processes: {actual_size} in its place"
             )
-        fixed, data_parallel_size = self.run_metadata["fixed"], self.world.data_size
+        fixed, data_parallel_size = self.run_metadata["fixed"], self.world.dp_size
         if fixed["rows"] % data_parallel_size:
             raise UsageError(
                 f"{self.run_dir.path}: a step of {fixed['rows']} windows cannot be shared equally by {data_parallel_size}"
@@ -114,8 +114,8 @@ class PretrainTrainer(Trainer):
     def resolve_config(self) -> TrainingPlan | None:
         """Settle what the recipe leaves open, size, batch, learning rate and dropout, by the plan that is given back."""
         recipe = self.recipe
-        seconds_left = None if recipe.budget is None else recipe.budget - (time.time() - self.start_time)
-        plan = plan_corpus(self.corpus, recipe, self.device, seconds=seconds_left, processes=self.world.size)
+        seconds_left = None if recipe.budget is None else recipe.budget - (self.now() - self.start_time)
+        plan = plan_corpus(self.corpus, recipe, self.device, seconds=seconds_left, processes=self.world.world_size)
         for line in plan.summary_lines():
             self.console.info(line)
         training = replace(recipe.training, batch_tokens=plan.batch_tokens, lr=plan.lr)
@@ -139,7 +139,7 @@ class PretrainTrainer(Trainer):
 
     def _build_initial_model(self) -> GPT:
         """The model before its first step; hollow, so that no process of several needs the memory for the whole of it."""
-        return GPT.hollow(self.model_config)
+        return GPT.on_meta(self.model_config)
 
     def iter_init_weights(self) -> Iterator[tuple[str, Tensor]]:
         torch.manual_seed(derive_seed(self.step_settings.seed, 3))
@@ -162,9 +162,9 @@ class PretrainTrainer(Trainer):
         max_windows = max(
             8, int(0.15 * tokens_between_validations / self.model_config.context_length)
         )  # a token costs a third of one in training
-        eval_start = time.perf_counter()
+        eval_start = self.now()
         result = self.evaluate_validation(max_windows)
-        seconds = (time.perf_counter() - eval_start) / result.tokens * self.batch_tokens
+        seconds = (self.now() - eval_start) / result.tokens * self.batch_tokens
         self.forward_seconds_per_batch = min(self.forward_seconds_per_batch, seconds)
         return ValidationResult(
             score=-result.loss,
@@ -181,8 +181,8 @@ class PretrainTrainer(Trainer):
     def evaluate_replicated(self, model: GPT, max_windows: int | None = None) -> Likelihood:
         """The same of any model that all processes have."""
         n_bytes = self.corpus.validation.bytes
-        dist_context = self.world if self.world.size > 1 else None
-        with autocast(self.device, self.step_settings.bf16 and self.world.by_block):
+        dist_context = self.world if self.world.world_size > 1 else None
+        with autocast(self.device, self.step_settings.bf16 and self.world.fsdp_per_block):
             return evaluate_perplexity(
                 model, self.corpus.tokens("validation"), n_bytes, max_windows=max_windows, dist_context=dist_context
             )
@@ -217,11 +217,11 @@ class PretrainTrainer(Trainer):
 
     def log_sample(self, step: int) -> None:
         """Let the model go on from the first words of the held-out text, where a process has the whole of it."""
-        if self.world.in_step:
+        if self.world.forward_is_collective:
             return
         tokenizer, prompt_ids = self.corpus.tokenizer, self._sample_prompt_ids()
         with unsharded(self.world, self.eager_step) as model:
-            if not self.world.leads:
+            if not self.world.is_main:
                 return
             engine = Engine(model, tokenizer, seed=0)
             completion = engine.generate([prompt_ids], Sampling(max_tokens=100 if tokenizer.kind == "char" else 40))[0]
@@ -239,7 +239,7 @@ class PretrainTrainer(Trainer):
 
     def finalize(self) -> dict[str, Any]:
         """Measure the kept weights on the whole validation part, and write result, card and report."""
-        if self.world.leads:
+        if self.world.is_main:
             verify_manifest(self.run_dir.model_dir)
         load_weights_(self.model, iter_weights(self.run_dir.model_dir, self.model_config), self.world)
         result: dict[str, Any] = {

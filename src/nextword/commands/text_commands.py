@@ -106,7 +106,7 @@ def prepare(
         engine=engine, console=common.console(),
     )  # fmt: skip
     result = {"shards": str(out), **{k: v for k, v in corpus.manifest.items() if k not in ("files", "sources")}}
-    print_result(result, common, lambda: f"{out}: {api.summary(corpus)}")
+    print_result(result, common, lambda: f"{out}: {api.format_pretrain_summary(corpus)}")
 
 
 def plan(

@@ -99,7 +99,7 @@ class StoredResults:
     stale: bool = False
 
     @classmethod
-    def load(cls, run_dir: Path) -> "Measurements":
+    def load(cls, run_dir: Path) -> "StoredResults":
         """Raises `CorruptFile` where one of the files is not what was written."""
         texts, suites, stale = _load_evaluation(run_dir)
         return cls(texts, suites, _load_findings(run_dir / AUDIT_FILE), stale)
@@ -169,7 +169,7 @@ class JSONReader:
         self.values: dict[str, Any] = value
 
     def field_error(self, name: str, expected: str) -> CorruptFileError:
-        return CorruptFileError(f"{self.file}: {f'{self.way}.{name}'.lstrip('.')} is not {expected}")
+        return CorruptFileError(f"{self.file}: {f'{self.json_path}.{name}'.lstrip('.')} is not {expected}")
 
     def get_number(self, name: str) -> float:
         value = self.values.get(name)

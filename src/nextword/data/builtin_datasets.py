@@ -179,7 +179,7 @@ def _iter_docstrings(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, s
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             if text := ast.get_docstring(node, clean=False):
                 yield (
-                    f"{prefix}{node.name}({_format_arguments(node.args, method=bool(prefix))})",
+                    f"{prefix}{node.name}({_format_arguments(node.args, is_method=bool(prefix))})",
                     _clean_docstring(text),
                 )
         elif isinstance(node, ast.If | ast.Try):

@@ -66,7 +66,7 @@ class LMEvalAdapter:
     def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
         """What the model writes after each context, up to a stop string."""
         engine = Engine(
-            self.model.gpt, self.model.tokenizer, max_batch=GENERATION_BATCH_SIZE, seed=0, reader=self.model.runner
+            self.model.gpt, self.model.tokenizer, max_batch=GENERATION_BATCH_SIZE, seed=0, runner=self.model.runner
         )  # fmt: skip
         texts = []
         for request in requests:
@@ -75,13 +75,13 @@ class LMEvalAdapter:
             begin = [] if self.model.tokenizer.bos_id is None else [self.model.tokenizer.bos_id]
             room = max(1, self.model.gpt.config.context_length - sampling.max_tokens)
             texts.append(([*begin, *self.model.tokenizer.encode(context)][-room:], sampling))
-        ids = [engine.add(prompt, sampling) for prompt, sampling in texts]
+        ids = [engine.add_request(prompt, sampling) for prompt, sampling in texts]
         texts_by_id = dict.fromkeys(ids, "")
-        while engine.busy:
+        while engine.has_unfinished_requests:
             for event in engine.step():
                 if event.error:
                     raise NextwordError(event.error)
-                texts_by_id[event.id] += event.text
+                texts_by_id[event.request_id] += event.text
         return [texts_by_id[id] for id in ids]
 
     @property
@@ -170,7 +170,7 @@ def _summarize_task(
         name: value for key, value in results.items() if "stderr" not in key for name in [key.partition(",")[0]]
     }
     means = {
-        name: to_dict(metrics.share(list(map(float, of))))
+        name: to_dict(metrics.proportion(list(map(float, of))))
         for name, of in values.items()
         if _is_all_numeric(of) and math.isclose(float(np.mean(of)), reported[name], rel_tol=1e-6, abs_tol=1e-9)
     }

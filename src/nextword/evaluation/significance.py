@@ -122,8 +122,8 @@ def shuffled_control(metric: str, original: ItemScores, shuffled: ItemScores) ->
 def score_difference(metric: str, a: ItemScores, b: ItemScores) -> Score:
     """How much a is above b by a score, with its paired interval."""
     if metric in GENERATION_METRICS:
-        return metrics.writing_difference(a.references, a.predictions, b.predictions, metric)
-    return metrics.difference(a.item_values[metric].tolist(), b.item_values[metric].tolist())
+        return metrics.generation_metric_difference(a.references, a.predictions, b.predictions, metric)
+    return metrics.paired_difference(a.item_values[metric].tolist(), b.item_values[metric].tolist())
 
 
 def compare_models(metric: str, item_scores: ItemScores, other_scores: ItemScores, model_name: str) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def compare_models(metric: str, item_scores: ItemScores, other_scores: ItemScore
     result["difference"] = interval_to_dict(score_difference(metric, item_scores, other_scores))
     if metric not in GENERATION_METRICS:
         a, b = item_scores.item_values[metric], other_scores.item_values[metric]
-        result["p"] = metrics.mcnemar(a.tolist(), b.tolist())
+        result["p"] = metrics.mcnemar_p_value(a.tolist(), b.tolist())
         result["only_this"], result["only_other"] = int((a > b).sum()), int((a < b).sum())
     better = result["difference"]["value"] > 0
     if metric == "stereotyped":  # of which a half is best

@@ -40,7 +40,7 @@ def evaluate_text(
     ]
     found = [_evaluate_blocks(model, *text, stride, console) for model, text in zip(models, token_sources, strict=True)]
     perplexity_result, block_bits = found[0]
-    block_interval = metrics.average(block_bits.tolist())
+    block_interval = metrics.bootstrap_mean(block_bits.tolist())
     result: dict[str, Any] = {
         **{
             name: getattr(perplexity_result, name)
@@ -56,7 +56,7 @@ def evaluate_text(
         result["noise"] = seed_variance([each.bits_per_byte for each, _ in (found[0], *others)])
     if eval_models.compare_to is not None:
         other, other_block_bits = found[1]
-        difference = interval_to_dict(metrics.difference(block_bits.tolist(), other_block_bits.tolist()))
+        difference = interval_to_dict(metrics.paired_difference(block_bits.tolist(), other_block_bits.tolist()))
         against = {
             "model": str(eval_models.compare_to.path),
             "bits_per_byte": other.bits_per_byte,

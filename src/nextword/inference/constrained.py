@@ -46,7 +46,7 @@ class JSONConstraint:
     def accept_token(self, token: int) -> None:
         self.matcher.consume_token(token)  # where it fails, `allowed` says so
 
-    def copy(self) -> "Held":
+    def copy(self) -> "JSONConstraint":
         """Another text, at the same place."""
         return JSONConstraint(self.matcher.deep_copy(), self.unk_id)
 

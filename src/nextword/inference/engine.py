@@ -23,7 +23,7 @@ from nextword.data.tokenizer import Tokenizer
 from nextword.inference.detokenizer import StreamingDetokenizer
 from nextword.inference.kv_cache import KeyValueCache
 from nextword.inference.model_runner import ModelRunner, TokenChunk, build_runner
-from nextword.inference.sampling import Choice, Sampling, draw, likeliest
+from nextword.inference.sampling import Sampling, TokenLogprob, sample, top_logprobs
 from nextword.model.gpt import GPT
 
 FinishReason = Literal["stop", "length", "error"]
@@ -61,8 +61,8 @@ class Event:
     token: int | None
     finish_reason: FinishReason | None = None
     error: str | None = None
-    token_logprob: Choice | None = None
-    prompt_logprobs: list[Choice | None] | None = None
+    token_logprob: TokenLogprob | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
     @property
     def finished(self) -> bool:
@@ -103,7 +103,7 @@ class _Request:
     window_start: int = 0  # which of the tokens stands at the slot's first position
     num_cached_tokens: int = 0  # how many positions of the slot are filled
     generated: list[int] = field(default_factory=list)
-    prompt_logprobs: list[Choice | None] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
 
     @property
     def uncached_tokens(self) -> list[int]:
@@ -302,7 +302,7 @@ class Engine:
             next_tokens = request.tokens[request.window_start + chunk.start + 1 :]
             count = request.sampling.prompt_logprobs or 0
             request.prompt_logprobs += [
-                likeliest(row, token, count) for row, token in zip(logits, next_tokens, strict=False)
+                top_logprobs(row, token, count) for row, token in zip(logits, next_tokens, strict=False)
             ]
         request.num_cached_tokens += len(chunk.tokens)
         return self._sample_next_token(request, logits[-1]) if not request.uncached_tokens else None
@@ -317,11 +317,11 @@ class Engine:
             return Event(request.request_id, "", None, "length", prompt_logprobs=prompt_logprobs)
         try:
             allowed_mask = None if request.constraint is None else request.constraint.allowed_mask()
-            token = draw(logits, sampling, request.tokens, request.generated, request.generator, allowed_mask)
+            token = sample(logits, sampling, request.tokens, request.generated, request.generator, allowed_mask)
         except NextwordError as error:
             self._release_slot(request, keep_cache=False)
             return Event(request.request_id, "", None, "error", str(error))
-        token_logprob = None if sampling.logprobs is None else likeliest(logits, token, sampling.logprobs)
+        token_logprob = None if sampling.logprobs is None else top_logprobs(logits, token, sampling.logprobs)
         if request.constraint is not None:
             request.constraint.accept_token(token)
         is_eos = token in self.eos_ids

@@ -77,7 +77,7 @@ class LoglikelihoodScorer:
                 "this is not the tokenizer that the model was trained with"
             )
         self.model, self.tokenizer, self.check_greedy = model, tokenizer, check_greedy
-        self.fused_model = FusedGPT(model) if fused.available(model) else None
+        self.fused_model = FusedGPT(model) if fused.is_available(model) else None
 
     # ------------------------------------------------------------ text to tokens
 
@@ -210,7 +210,7 @@ class LoglikelihoodScorer:
         device = self.model.unembedding.device
         ids, at, of, without, asked = (torch.from_numpy(array).to(device) for array in arrays)
         if self.fused_model is not None:
-            return self.fused_model(ids, positions=at, segments=of, holes=without, only=asked)
+            return self.fused_model(ids, positions=at, segments=of, attention_gaps=without, output_indices=asked)
         return self.model(ids, positions=at, cache=PrefixTreeMask(of, without)).flatten(0, 1)[asked]
 
     def _target_logprobs(
@@ -244,7 +244,7 @@ class LoglikelihoodScorer:
             chosen[inside] = logits[row_indices[inside], place[inside]]
             if self.check_greedy:
                 most = torch.maximum(most, logits.amax(1)[row_indices])
-            sums.append(fused.log_sums(logits))
+            sums.append(fused.logsumexp(logits))
         return chosen, most, torch.logsumexp(torch.stack(sums), 0)[row_indices]
 
 

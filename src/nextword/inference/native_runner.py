@@ -17,7 +17,7 @@ from torch import Tensor
 from nextword.common import native_build
 from nextword.inference.kv_cache import KeyValueCache
 from nextword.inference.quantization import PRECISION_CODES, Precision, QuantizedTensor, precision_for, quantize
-from nextword.model.gpt import GPT, Norm, rotary_angles
+from nextword.model.gpt import GPT, Norm, compute_rotary_cos_sin
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 ACTIVATION_CODES = {"swiglu": 0, "relu": 1, "gelu": 2}
@@ -137,7 +137,9 @@ class NativeModel:
         )
         position_table = cosines = sines = None
         if config.positions == "rope":
-            cosines, sines = rotary_angles(torch.arange(config.context_length), config.head_dim, config.rope_theta)
+            cosines, sines = compute_rotary_cos_sin(
+                torch.arange(config.context_length), config.head_dim, config.rope_theta
+            )
         elif config.positions == "learned":
             position_table = model.position_embedding.weight
         else:

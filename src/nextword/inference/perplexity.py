@@ -119,7 +119,7 @@ def evaluate_perplexity(
     windows_done = padding_batches = 0
     if dist_context is not None and dist_context.forward_is_collective:
         padding_batches = int(dist_context.all_reduce_max([len(batches)])[0]) - len(batches)
-    with evaluation_mode(model, for_good=dist_context is None or not dist_context.forward_is_collective):
+    with evaluation_mode(model, inference_mode=dist_context is None or not dist_context.forward_is_collective):
         for batch in batches:
             token_nll = compute_token_nll(model, _read_windows(tokens, batch, context_length, stride))  # [B, T]
             scored = slice(context_length - stride if batch[0] else 0, token_nll.shape[1])
@@ -206,7 +206,7 @@ def compute_token_nll(model: GPT, windows: np.ndarray) -> Tensor:
     ids = torch.from_numpy(windows.astype(np.int64)).to(model.unembedding.device)
     # With compiled parts where all weights are here, and not each process has a part of them.
     is_unsharded = not any(hasattr(p, "placements") for p in model.parameters())
-    forward = FusedGPT(model) if is_unsharded and fused.available(model) else model
+    forward = FusedGPT(model) if is_unsharded and fused.is_available(model) else model
     hidden = forward(ids[:, :-1]).flatten(0, 1)  # [B·T, D]
     rows = max(1, MAX_LOGITS // model.config.vocab_size)
     token_nll = [

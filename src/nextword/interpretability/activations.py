@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nextword.model.gpt import GPT, Attention, rotate
+from nextword.model.gpt import GPT, Attention, apply_rotary_embedding
 
 MAX_TOKENS = 128  # tokens that are explained at most: more can be computed, but nobody reads it
 MAX_ATTENTION_WEIGHTS = 4_000_000  # attention weights that a page may hold, 8 MB of them
@@ -74,7 +74,10 @@ def capture(model: GPT, input_ids: Sequence[int]) -> Activations:
             layer_capture["key"],
         )  # [1, H, T, K] and [1, G, T, K], normalised where the model does that
         if layer_capture["rotation"] is not None:
-            query, key = rotate(query, *layer_capture["rotation"]), rotate(key, *layer_capture["rotation"])
+            query, key = (
+                apply_rotary_embedding(query, *layer_capture["rotation"]),
+                apply_rotary_embedding(key, *layer_capture["rotation"]),
+            )
         weights.append(attention_weights(query[0], key[0]).float())
     return Activations(torch.stack(weights), torch.stack(streams))
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from nextword.common import native_build
 from nextword.model.config import ModelConfig
-from nextword.model.gpt import GPT, Block, Norm, drop, rotary_angles
+from nextword.model.gpt import GPT, Block, Norm, apply_dropout, compute_rotary_cos_sin
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 ACTIVATION_CODES = {"swiglu": 0, "relu": 1, "gelu": 2}
@@ -268,26 +268,26 @@ class FusedGPT:
             x = x + model.get_buffer("position_table")[position_ids]
         layout = self.row_layout(position_ids, segments)._replace(holes=attention_gaps)
         flat_masks = None if dropout_masks is None else dropout_masks.flatten(1, 2)  # [1 + 2·n_layers, N, D]
-        x = drop(x.flatten(0, 1), None if flat_masks is None else flat_masks[0], config.dropout)  # [N, D]
+        x = apply_dropout(x.flatten(0, 1), None if flat_masks is None else flat_masks[0], config.dropout)  # [N, D]
         branch_output: Tensor | None = None
         for layer, block in enumerate(model.blocks):
             masks = (None, None) if flat_masks is None else (flat_masks[1 + 2 * layer], flat_masks[2 + 2 * layer])
             layer_output_indices = output_indices if layer == len(model.blocks) - 1 else None
             if config.norm_position == "post":
-                attended = drop(
+                attended = apply_dropout(
                     self.attention(block, x, layout, length, layer_output_indices), masks[0], config.dropout
                 )
                 x = self.add_norm(_select_rows(x, layer_output_indices), attended, block.attention_norm)[1]
                 x = self.add_norm(
-                    x, drop(self.feed_forward(block, x), masks[1], config.dropout), block.feed_forward_norm
+                    x, apply_dropout(self.feed_forward(block, x), masks[1], config.dropout), block.feed_forward_norm
                 )[1]
             else:
                 x, normed = self.add_norm(x, branch_output, block.attention_norm)
-                attended = drop(
+                attended = apply_dropout(
                     self.attention(block, normed, layout, length, layer_output_indices), masks[0], config.dropout
                 )
                 x, normed = self.add_norm(_select_rows(x, layer_output_indices), attended, block.feed_forward_norm)
-                branch_output = drop(self.feed_forward(block, normed), masks[1], config.dropout)
+                branch_output = apply_dropout(self.feed_forward(block, normed), masks[1], config.dropout)
         if config.norm_position == "pre":
             x = self.add_norm(x, branch_output, model.final_norm)[1]
         return x.view(rows, length, -1) if output_indices is None else x
@@ -305,7 +305,7 @@ class FusedGPT:
             starts = torch.where(begins, at, 0).cummax(1).values.contiguous()
         if self.config.positions != "rope":
             return RowLayout(segment_starts=starts)
-        cosines, sines = rotary_angles(positions.flatten(), self.config.head_dim, self.config.rope_theta)
+        cosines, sines = compute_rotary_cos_sin(positions.flatten(), self.config.head_dim, self.config.rope_theta)
         return RowLayout(cosines.contiguous(), sines.contiguous(), starts)
 
     def attention(

@@ -246,7 +246,7 @@ def weight_shapes(directory: Path, config: ModelConfig, n_tensors: int) -> dict[
         CorruptFile: more layers than a directory of `n_tensors` tensors can have, or sizes that no tensor can have.
     """
     try:
-        one_layer_weights = GPT.hollow(replace(config, n_layers=1)).state_dict()
+        one_layer_weights = GPT.on_meta(replace(config, n_layers=1)).state_dict()
     except RuntimeError as error:  # torch's: more bytes than a number of bytes can be
         raise CorruptFileError(f"{directory}: its sizes are larger than any model's") from error
     block = [

@@ -6,7 +6,7 @@ from typing import Any
 
 from nextword.common.errors import CorruptFileError, NextwordError
 from nextword.common.fs import read_json
-from nextword.model.config import STOCK_CLASSES, ConfigError, ModelConfig
+from nextword.model.config import HF_CLASSES, ConfigError, ModelConfig
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 MAX_LABELS = 1_000_000  # a count above this is a damaged file
@@ -17,7 +17,7 @@ MAX_JSON_BYTES = 2**24  # bytes of a foreign config.json or of an index of shard
 
 def to_hf_config(config: ModelConfig, end_of_text_id: int | None, pad_token_id: int | None) -> dict[str, Any]:
     """What config.json says of this model, the names of its labels left out."""
-    model_type, language_model, classifier = STOCK_CLASSES[config.family]
+    model_type, language_model, classifier = HF_CLASSES[config.family]
     common: dict[str, Any] = {
         "architectures": [classifier if config.n_labels else language_model],
         "model_type": model_type,
@@ -135,7 +135,7 @@ def read_hf_config(path: Path) -> ModelConfig:
         CorruptFile: no JSON object, a number missing or of another kind.
     """
     raw = read_json_object(path)
-    families = {model_type: family for family, (model_type, *_) in STOCK_CLASSES.items()}
+    families = {model_type: family for family, (model_type, *_) in HF_CLASSES.items()}
     if str(raw.get("model_type")) not in families:
         raise NextwordError(
             f"{path}: model_type {raw.get('model_type')!r} is not one that nextword opens ({', '.join(families)})"

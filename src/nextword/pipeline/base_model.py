@@ -43,7 +43,7 @@ class BaseModel:
     pretraining_corpus: Path | None
 
     @classmethod
-    def open(cls, source_path: Path) -> "Base":
+    def open(cls, source_path: Path) -> "BaseModel":
         directory = resolve_model_dir(source_path)
         run_path = next((path for path in (source_path, directory.parent) if (path / "run.json").is_file()), None)
         return cls(

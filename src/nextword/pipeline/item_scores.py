@@ -46,7 +46,7 @@ class ItemScores:
     def num_items(self) -> int:
         return len(self.predictions) or len(next(iter(self.item_values.values())))
 
-    def select(self, indices: Sequence[int] | np.ndarray) -> "Marks":
+    def select(self, indices: Sequence[int] | np.ndarray) -> "ItemScores":
         """Those of some of the items."""
         chosen = np.asarray(indices, dtype=np.int64)
         values = {name: value[chosen] for name, value in self.item_values.items()}
@@ -62,14 +62,14 @@ class ItemScores:
     def aggregate(self, metric: str) -> Score:
         """A score of all items, with its interval."""
         if metric in GENERATION_METRICS:
-            return metrics.writing(self.references, self.predictions, [metric])[metric]
+            return metrics.generation_metrics(self.references, self.predictions, [metric])[metric]
         if metric == "perplexity":
             nats = np.stack([self.item_values["nats"], np.ones(self.num_items)], axis=1)
-            return metrics.of_sums(nats, lambda sums: np.exp(np.minimum(sums[:, 0] / sums[:, 1], 700)))
+            return metrics.bootstrap_ratio(nats, lambda sums: np.exp(np.minimum(sums[:, 0] / sums[:, 1], 700)))
         if metric == "icat":
             both = [self.item_values["stereotyped"], self.item_values["meaningful"], np.ones(self.num_items)]
-            return metrics.of_sums(np.stack(both, axis=1), _icat)
-        return metrics.share(self.item_values[metric].tolist())
+            return metrics.bootstrap_ratio(np.stack(both, axis=1), _icat)
+        return metrics.proportion(self.item_values[metric].tolist())
 
     def secondary_metrics(self, benchmark: Benchmark) -> list[str]:
         """The scores there are beside the one that counts."""
@@ -194,7 +194,7 @@ def generate_completions(
     ]
     ids = [[*begin, *one][-max_prompt_tokens:] for one in encoded_prompts]
     engine = Engine(
-        model.gpt, model.tokenizer, max_batch=GENERATION_BATCH_SIZE, seed=sampling.seed or 0, reader=model.runner
+        model.gpt, model.tokenizer, max_batch=GENERATION_BATCH_SIZE, seed=sampling.seed or 0, runner=model.runner
     )
     completions: list[Completion] = []
     for start in range(0, len(ids), GENERATION_BATCH_SIZE):
@@ -241,7 +241,7 @@ def evaluate_free_text(
 
 
 def _repetition_scores(texts: Sequence[Sequence[str]]) -> dict[str, object]:
-    score = metrics.average([repeated_ngram_fraction(text, 4) for text in texts])
+    score = metrics.bootstrap_mean([repeated_ngram_fraction(text, 4) for text in texts])
     return {
         "metric": "repeated_4grams", "score": score.value, "low": score.low, "high": score.high, "n": score.n,
         "others": {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2, 3)},
@@ -254,4 +254,4 @@ def _bits_per_byte(judge: Model, prompts: Sequence[str], texts: Sequence[str]) -
     found = LoglikelihoodScorer(judge.dequantized, judge.tokenizer).score_pairs([[one] for one in prompts_and_texts])
     counts = np.array([[-one.logprob / math.log(2), len(text.encode("utf-8", "replace"))]
                        for [one], (_, text) in zip(found, prompts_and_texts, strict=True)])  # fmt: skip
-    return metrics.of_sums(counts, lambda sums: sums[:, 0] / sums[:, 1])
+    return metrics.bootstrap_ratio(counts, lambda sums: sums[:, 0] / sums[:, 1])

@@ -62,7 +62,7 @@ class Model:
 
     @property
     def engine(self) -> Engine:
-        return Engine(self.gpt, self.tokenizer, reader=self.runner)
+        return Engine(self.gpt, self.tokenizer, runner=self.runner)
 
     def generate(
         self, prompts: str | Sequence[str], sampling: Sampling | None = None, **settings: Any

@@ -20,7 +20,7 @@ from nextword.model.gpt import GPT
 from nextword.tasks import baselines
 from nextword.tasks import metrics as task_metrics
 from nextword.tasks.dataset import HEAD_KINDS, EncodedExample, ExampleEncoder, TaskDataset, TaskSpec
-from nextword.tasks.examples import Example, inputs_of
+from nextword.tasks.examples import Example, input_texts
 from nextword.tasks.metrics import Score
 from nextword.training.losses import DeviceBatch, example_logits, multiple_choice_logits, sequence_logprobs
 from nextword.training.step import to_device
@@ -127,7 +127,7 @@ class Predictor:
             reader = build_runner(self.model)
             for start in range(0, len(distinct), GENERATION_BATCH_SIZE):
                 prompt_batch = distinct[start : start + GENERATION_BATCH_SIZE]
-                engine = Engine(self.model, self.tokenizer, max_batch=GENERATION_BATCH_SIZE, seed=0, reader=reader)
+                engine = Engine(self.model, self.tokenizer, max_batch=GENERATION_BATCH_SIZE, seed=0, runner=reader)
                 completions = engine.generate(prompt_batch, Sampling(temperature=0.0, max_tokens=max_tokens))
                 answers.update(
                     {prompt: one.text.strip() for prompt, one in zip(prompt_batch, completions, strict=True)}
@@ -252,21 +252,21 @@ def compute_metrics(
             [f["label"] for f in fields], [a["label"] for a in predictions], task_spec.labels
         )
     if task_spec.kind == "labels":
-        return task_metrics.several_labels(
+        return task_metrics.multilabel(
             [f["labels"] for f in fields], [a["labels"] for a in predictions], task_spec.labels
         )
     if task_spec.kind == "score":
         return task_metrics.similarity([f["score"] for f in fields], [a["score"] for a in predictions])
     if task_spec.kind == "choice":
-        return task_metrics.choices([f["answer"] for f in fields], [a["label"] for a in predictions])
+        return task_metrics.multiple_choice([f["answer"] for f in fields], [a["label"] for a in predictions])
     # One source may have several references: it is answered once, and counts once.
     references: dict[tuple[str, ...], list[str]] = {}
     texts: dict[tuple[str, ...], str] = {}
     for example, answer in zip(examples, predictions, strict=True):
-        source = inputs_of(task_spec.task, example)
+        source = input_texts(task_spec.task, example)
         references.setdefault(source, []).append(reference_text(example))
         texts[source] = answer["text"]
-    return task_metrics.writing([references[source] for source in texts], list(texts.values()), metrics)
+    return task_metrics.generation_metrics([references[source] for source in texts], list(texts.values()), metrics)
 
 
 def compute_labelled_metrics(
@@ -308,12 +308,12 @@ def baseline_predictions(
 ) -> dict[str, list[dict[str, Any]]]:
     """What simple rules answer that need no model, by the rule's name; learned from the training examples alone."""
     test_inputs, train_inputs = (
-        [inputs_of(task_spec.task, e) for e in test],
-        [inputs_of(task_spec.task, e) for e in train],
+        [input_texts(task_spec.task, e) for e in test],
+        [input_texts(task_spec.task, e) for e in train],
     )
     if task_spec.kind == "label":
         train_labels = [e.fields["label"] for e in train]
-        features = baselines.words if task_spec.task == "classify" else baselines.compared
+        features = baselines.ngram_features if task_spec.task == "classify" else baselines.pair_features
         naive_bayes = baselines.NaiveBayes(
             [one[0] if len(one) == 1 else one for one in train_inputs], train_labels, features
         )
@@ -325,7 +325,7 @@ def baseline_predictions(
         }
     if task_spec.kind == "labels":
         sets = [e.fields["labels"] for e in train]
-        naive_bayes = baselines.naive_bayes_several(
+        naive_bayes = baselines.naive_bayes_multilabel(
             [one[0] for one in train_inputs], sets, [one[0] for one in test_inputs]
         )
         return {
@@ -333,17 +333,21 @@ def baseline_predictions(
             "bag of words": [{"labels": one} for one in naive_bayes],
         }
     if task_spec.kind == "score":
-        return {"shared words": [{"score": x} for x in baselines.overlap([(one[0], one[1]) for one in test_inputs])]}
+        return {
+            "shared words": [
+                {"score": x} for x in baselines.tfidf_similarity([(one[0], one[1]) for one in test_inputs])
+            ]
+        }
     if task_spec.kind == "choice":
         first = baselines.majority([e.fields["answer"] for e in train], len(test))
-        shared = baselines.overlap_choice([one[0] for one in test_inputs], [one[1:] for one in test_inputs])
+        shared = baselines.most_similar_choice([one[0] for one in test_inputs], [one[1:] for one in test_inputs])
         return {"majority": [{"label": i} for i in first], "shared words": [{"label": i} for i in shared]}
     if task_spec.task == "rewrite":
         sources = [one[0] for one in test_inputs]
-        rules = {"copying": baselines.copying(sources), "first sentence": baselines.first_sentence(sources)}
+        rules = {"copying": baselines.copy_source(sources), "first sentence": baselines.lead_sentences(sources)}
         if rules["first sentence"] == rules["copying"]:
             del rules["first sentence"]
-        rules["nearest"] = baselines.nearest(
+        rules["nearest"] = baselines.nearest_neighbor_targets(
             [one[0] for one in train_inputs], [reference_text(e) for e in train], sources
         )
         return {name: [{"text": text} for text in texts] for name, texts in rules.items()}

@@ -78,7 +78,7 @@ class ThroughputBenchmark:
             return self._estimate(config)
         model = GPT(config).to(self.device)
         recompute = self.recipe.training.checkpoint_activations
-        kind = "fused" if fused.available(model) and not recompute else "plain"
+        kind = "fused" if fused.is_available(model) and not recompute else "plain"
         loss_module, _ = build_loss_module(model, causal_lm_loss, kind, recompute)
         dataset = self._dataset(config, batch_tokens)
         settings = StepSettings(bf16=self.bf16)

@@ -224,7 +224,7 @@ def _build_plan(
     )
     why = [
         f"size {size}: {config.parameters / 1e6:.2g} million parameters for {tokens / 1e6:.2g} million tokens, "
-        f"{1 / measurement.seconds:,.0f} tokens/s on this machine"
+        f"{1 / measurement.seconds_per_token:,.0f} tokens/s on this machine"
     ]
     why.append(f"batches of {batch_tokens:,} tokens, learning rate {lr:.2g}")
     if epochs > 1.05:

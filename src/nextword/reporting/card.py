@@ -15,10 +15,12 @@ from nextword.reporting.finetune_sections import (
     LM_LOSS_TASKS,
     format_score_with_ci,
     task_metadata,
+    validation_loss_unit,
 )
 from nextword.reporting.run_data import (
     RunData,
     as_mapping,
+    code_block,
     escape_markdown,
     format_duration,
     format_perplexity,
@@ -88,7 +90,7 @@ def pretraining_card(run: RunData, stored_results: StoredResults) -> str:
         index=model_index(run, stored_results, "text-generation"),
         measured=evaluation_markdown(stored_results) + risks_markdown(stored_results),
         sample=sample_markdown(run),
-        command=f"\n## How it was made\n\n{fenced(str(metadata['command']))}\n" if "command" in metadata else "",
+        command=f"\n## How it was made\n\n{code_block(str(metadata['command']))}\n" if "command" in metadata else "",
     )
 
 
@@ -100,7 +102,10 @@ def training_metrics(run: RunData) -> list[tuple[str, Any]]:
         ("tokens seen in training", run.last_value("tokens")),
         (f"training {unit}", format_data_counts(run.metadata, "train")),
         (f"validation {unit}", format_data_counts(run.metadata, "validation")),
-        (f"validation loss, {'nats per token' if is_text_loss else held_out_loss(run)}", loss and round(loss, 4)),
+        (
+            f"validation loss, {'nats per token' if is_text_loss else validation_loss_unit(run)}",
+            loss and round(loss, 4),
+        ),
         ("perplexity", is_text_loss and loss and format_perplexity(loss)),
         ("bits per byte", run.bits_per_byte and round(run.bits_per_byte, 4)),
         ("training time", is_number(get_nested(run.result, "seconds")) and format_duration(run.result["seconds"])),
@@ -110,7 +115,7 @@ def training_metrics(run: RunData) -> list[tuple[str, Any]]:
 def markdown_table_rows(values: list[tuple[str, Any]]) -> str:
     """Those that are known, as rows of a table."""
     known = [(name, value) for name, value in values if value and (not isinstance(value, float) or is_number(value))]
-    return "\n".join(f"| {name} | {escape_markdown(readable(value))} |" for name, value in known)
+    return "\n".join(f"| {name} | {escape_markdown(format_value(value))} |" for name, value in known)
 
 
 def format_data_counts(metadata: Mapping[str, Any], split: str) -> str | None:
@@ -124,7 +129,7 @@ def format_data_counts(metadata: Mapping[str, Any], split: str) -> str | None:
 def sample_markdown(run: RunData) -> str:
     samples = [record["sample"] for record in run.records if isinstance(record.get("sample"), dict)]
     sample = f"{samples[-1].get('prompt') or ''}{samples[-1].get('text') or ''}" if samples else ""
-    return f"\n## What it writes\n\n{fenced(sample)}\n" if sample else ""
+    return f"\n## What it writes\n\n{code_block(sample)}\n" if sample else ""
 
 
 # ---------------------------------------------------------------- of a task
@@ -185,7 +190,9 @@ def task_card(run: RunData, stored_results: StoredResults) -> str:
         notes=special_tokens_note(run),
         adapter=adapter_usage(run),
         sample=sample_markdown(run),
-        command=f"\n## How it was made\n\n{fenced(strip_directories(command))}\n" if isinstance(command, str) else "",
+        command=f"\n## How it was made\n\n{code_block(strip_directories(command))}\n"
+        if isinstance(command, str)
+        else "",
     )
 
 

@@ -9,9 +9,12 @@ from typing import Any
 
 from nextword.common.results import AuditFinding, ScoreWithCI, StoredResults
 from nextword.reporting.results_sections import (
+    compare_with_chance,
     format_interval,
+    format_number,
+    format_number_with_ci,
 )
-from nextword.reporting.run_data import RunData, sanitize_text
+from nextword.reporting.run_data import RunData, escape_markdown, sanitize_text
 from nextword.reporting.task_results import METRICS, TaskResults, short_path_name
 
 RISK_SECTIONS = ("bias", "memory")  # the sections of an audit that are told whole; of the others what is notable
@@ -95,14 +98,14 @@ def evaluation_markdown(stored_results: StoredResults) -> str:
     parts = []
     if stored_results.texts:
         rows = [
-            f"| {markdown(short_path_name(one.name))} | {with_interval(one.bits_per_byte)} | {perplexity(one.loss)} | {one.tokens:,} |"
+            f"| {escape_markdown(short_path_name(one.name))} | {format_number_with_ci(one.bits_per_byte)} | {format_perplexity(one.loss)} | {one.tokens:,} |"
             for one in stored_results.texts
         ]
         parts.append("\n".join(["| text | bits per byte | perplexity | tokens |", "|---|---|---|---|", *rows]))
     if stored_results.benchmarks:
         rows = [
-            f"| {markdown(one.name)} | {markdown(one.metric)} {with_interval(one.score)} | "
-            f"{'–' if one.chance is None else f'{as_number(one.chance)}: {verdict(one)}'} | {items_in_words(one)} |"
+            f"| {escape_markdown(one.name)} | {escape_markdown(one.metric)} {format_number_with_ci(one.score)} | "
+            f"{'–' if one.chance is None else f'{format_number(one.chance)}: {compare_with_chance(one)}'} | {format_item_count(one)} |"
             for one in stored_results.benchmarks
         ]
         parts.append("\n".join(["| suite | score | chance | items |", "|---|---|---|---|", *rows]))
@@ -124,11 +127,11 @@ def finding_markdown(finding: AuditFinding) -> str:
     if interval_text := format_interval(finding.score, finding.unit):
         details.append(interval_text)
     if finding.reference is not None:
-        details.append(f"{as_number(finding.reference, finding.unit)} where nothing is amiss")
+        details.append(f"{format_number(finding.reference, finding.unit)} where nothing is amiss")
     if finding.score.n is not None:
         details.append(f"of {finding.score.n:,}")
-    value_text = f"{as_number(finding.score.value, finding.unit)}{unit}" + (
+    value_text = f"{format_number(finding.score.value, finding.unit)}{unit}" + (
         f" ({'; '.join(details)})" if details else ""
     )
-    name = f"**{markdown(finding.name)}**" + (" (to be read)" if finding.flagged else "")
-    return f"- {name}: {markdown(value_text)}. {markdown(finding.note)}".rstrip()
+    name = f"**{escape_markdown(finding.name)}**" + (" (to be read)" if finding.flagged else "")
+    return f"- {name}: {escape_markdown(value_text)}. {escape_markdown(finding.note)}".rstrip()

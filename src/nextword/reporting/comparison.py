@@ -10,6 +10,7 @@ from nextword.common.fs import atomic_write
 from nextword.common.results import AuditFinding, ScoreWithCI, StoredResults
 from nextword.reporting.charts import Points, moving_average, plot_run_comparison
 from nextword.reporting.results_sections import (
+    format_number,
     group_by_section,
     number_cell,
     section_title,
@@ -24,6 +25,7 @@ from nextword.reporting.run_data import (
     format_perplexity,
     get_nested,
     is_number,
+    render_figure,
     render_section,
 )
 from nextword.reporting.task_results import METRICS, TaskResults, base_model_name
@@ -186,7 +188,7 @@ def _curves_section(runs: Sequence[ComparedRun]) -> str:
         end_values = "; ".join(f"{name} ends at {points[-1][1]:.3f}" for name, points in lines if points)
         picture = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
         caption = f"{label[0].upper()}{label[1:]} by {axis_name}. Lower is better."
-        figures.append(f'<div class="by by-{axis}">{figure(picture, f"{caption} {ends}.", caption)}</div>')
+        figures.append(f'<div class="by by-{axis}">{render_figure(picture, f"{caption} {ends}.", caption)}</div>')
     choice = f'<legend class="unseen">Against what</legend>{"".join(controls)}{"".join(figures)}'
     return render_section("How they learned", f'<fieldset class="axes">{choice}</fieldset>')
 
@@ -250,7 +252,7 @@ def _benchmarks_section(runs: Sequence[ComparedRun]) -> str:
         benchmarks = [found.get((name, metric)) for found in by_run]
         counts = {one.score.n for one in benchmarks if one is not None}
         chance = next((one.chance for one in benchmarks if one is not None and one.chance is not None), None)
-        details = [metric, *([f"chance {as_number(chance)}"] if chance is not None else [])]
+        details = [metric, *([f"chance {format_number(chance)}"] if chance is not None else [])]
         if len(counts) > 1:
             details.append("items: " + ", ".join("–" if one is None else f"{one.score.n}" for one in benchmarks))
         label = f"{escape_html(name)}<small>{escape_html(' · '.join(details))}</small>"
@@ -272,7 +274,7 @@ def _audit_section(runs: Sequence[ComparedRun]) -> str:
             reference = (
                 None
                 if first_finding.reference is None
-                else f"{as_number(first_finding.reference, first_finding.unit)} where nothing is amiss"
+                else f"{format_number(first_finding.reference, first_finding.unit)} where nothing is amiss"
             )
             reference_html = "" if reference is None else f"<small>{reference}</small>"
             rows.append((f"{escape_html(key[1])}{reference_html}", [_finding_cell(one) for one in findings]))

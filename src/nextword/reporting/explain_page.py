@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from nextword.common.fs import atomic_write
-from nextword.reporting.run_data import escape_html
+from nextword.reporting.run_data import escape_html, format_count
 from nextword.reporting.task_results import short_path_name
 
 LARGE_HEADING_CHARS, MAX_HEADING_CHARS = 90, 500  # characters that are set large, and that are set at all
@@ -30,7 +30,7 @@ def write_explanation_page(explanation: dict[str, Any], path: Path) -> Path:
     """Write what `explain` gives as a page of its own; its path."""
     resources_by_type = {name: read_resource(f"explain.{name}") for name in ("html", "css", "js")}
     text = "\n".join(explanation["texts"]) or "Nothing yet"
-    heading = text if len(text) <= MAX_HEADING_CHARS else f"{text[:MOST_HEADING]} …"
+    heading = text if len(text) <= MAX_HEADING_CHARS else f"{text[:MAX_HEADING_CHARS]} …"
     is_pre_norm = explanation["about"]["norms"] == "pre"
     page = Template(resources_by_type["html"]).substitute(
         policy=content_security_policy(resources_by_type["css"], resources_by_type["js"]), style=resources_by_type["css"], script=resources_by_type["js"],
@@ -76,7 +76,7 @@ def format_model_summary(explanation: dict[str, Any]) -> str:
         short_path_name(explanation["model"]),
         explanation["task"],
         sizes,
-        f"{short_count(about['parameters'])} parameters",
+        f"{format_count(about['parameters'])} parameters",
     )
     return " · ".join(part for part in parts if part)
 

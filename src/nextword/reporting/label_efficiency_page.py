@@ -133,7 +133,7 @@ def table_section(study: Mapping[str, Any], metric: str, points: StudyPoints) ->
     for count, scores in points:
         advantage = sign * (scores["pretrained"].value - scores["scratch"].value)
         cells = "".join(score_cell(scores[kind], metric) for kind in INITIALIZATIONS)
-        rows.append(f'<tr><th scope="row">{count:,}</th>{cells}<td>{as_score(advantage, metric, "+")}</td></tr>')
+        rows.append(f'<tr><th scope="row">{count:,}</th>{cells}<td>{format_score(advantage, metric, "+")}</td></tr>')
     baseline_rows = "".join(
         f'<tr><th scope="row">{escape_html(name)}</th>{score_cell(rule, metric)}</tr>'
         for name, rule in parse_baselines(study)
@@ -152,7 +152,7 @@ def runs_table(study: Mapping[str, Any], metric: str) -> str:
         f'<tr><th scope="row">{int(cell["examples"]):,}</th><td>{escape_html(cell.get("seed", "–"))}</td>'
         f"<td>{INITIALIZATIONS['pretrained' if cell.get('pretrained') else 'scratch']}</td>"
         f"<td>{ScoreWithCI(float(cell['score'])).read_offset(metric)}</td>"
-        f"<td>{duration(cell['seconds']) if is_number(cell.get('seconds')) else '–'}</td></tr>"
+        f"<td>{format_duration(cell['seconds']) if is_number(cell.get('seconds')) else '–'}</td></tr>"
         for cell in runs
     )
     if not rows:

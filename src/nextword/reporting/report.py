@@ -13,10 +13,11 @@ from nextword.common.errors import NextwordError
 from nextword.common.fs import atomic_write
 from nextword.common.results import StoredResults
 from nextword.reporting.card import is_unmodified_card, write_card
-from nextword.reporting.charts import Points, plot_loss, plot_metric
+from nextword.reporting.charts import Points, moving_average, plot_loss, plot_metric
 from nextword.reporting.finetune_sections import (
     LM_LOSS_TASKS,
     finetune_curves,
+    finetune_headline,
     finetune_metadata_section,
     finetune_scores_section,
     validation_table,
@@ -72,7 +73,7 @@ def write_report(run_dir: Path) -> Path:
         kind="training report",
         heading=escape_html(run_data.name),
         subtitle=_subtitle(run_data),
-        headline=f"<dl>\n{tuned_headline(run_data) if is_finetuned else _headline_numbers(run_data)}\n</dl>\n",
+        headline=f"<dl>\n{finetune_headline(run_data) if is_finetuned else _headline_numbers(run_data)}\n</dl>\n",
         parts="\n".join([finetune_scores_section(run_data), *sections] if is_finetuned else sections),
         style=BASE_CSS + (TASK_CSS if is_finetuned or results_html else "") + (RESULTS_CSS if results_html else ""),
     )
@@ -140,7 +141,7 @@ def _headline_numbers(run: RunData) -> str:
     seconds = seconds if is_number(seconds) else run.last_value("seconds")
     parameters = run.metadata.get("parameters")
     numbers = [
-        ("validation loss", loss and f"{loss:.3f}", loss and f"nats per token · perplexity {perplexity(loss)}"),
+        ("validation loss", loss and f"{loss:.3f}", loss and f"nats per token · perplexity {format_perplexity(loss)}"),
         ("bits per byte", run.bits_per_byte and f"{run.bits_per_byte:.3f}", "of the validation text"),
         ("parameters", is_number(parameters) and format_count(parameters), "numbers that were trained"),
         ("tokens seen", tokens and format_count(tokens), "in training, repeats counted"),
@@ -166,9 +167,7 @@ def _training_section(run: RunData) -> str:
     by_position = run.result.get("by_position") or get_nested(run.metadata, "evaluation", "by_position")
     if isinstance(by_position, list) and len(by_position) > 1 and all(map(is_number, by_position)):
         points = [(float(position), loss) for position, loss in enumerate(by_position, start=1)]
-        words = (
-            f"Validation loss by position: {points[0][1]:.2f} at the first, {smoothed(points)[-1][1]:.2f} at the last."
-        )
+        words = f"Validation loss by position: {points[0][1]:.2f} at the first, {moving_average(points)[-1][1]:.2f} at the last."
         picture = plot_metric(points, "small-position", x_label="position in the window", log_x=True)
         small_figures.append(
             render_figure(picture, words, "Validation loss by position: how much the words before help")
@@ -198,7 +197,7 @@ def _loss_figure(run: RunData) -> str:
 def _describe_loss(train: Points, validation: Points) -> str:
     sentences = []
     if train:
-        sentences.append(f"The training loss goes from {train[0][1]:.2f} to {smoothed(train)[-1][1]:.2f}.")
+        sentences.append(f"The training loss goes from {train[0][1]:.2f} to {moving_average(train)[-1][1]:.2f}.")
     if validation:
         step, loss = min(validation, key=lambda point: point[1])
         sentences.append(f"The lowest validation loss is {loss:.3f}, at step {step:,.0f}.")
@@ -259,7 +258,7 @@ def _samples_section(run: RunData) -> str:
         if isinstance(record.get("sample"), dict):
             by_step.setdefault(record.get("step"), []).append(record["sample"])
     items = [
-        f"<li><h3>{escape_html(readable(step))}</h3><div>{_sample_quotes(samples)}</div></li>"
+        f"<li><h3>{escape_html(format_value(step))}</h3><div>{_sample_quotes(samples)}</div></li>"
         for step, samples in by_step.items()
     ]
     spread = {round(i * (len(items) - 1) / (MAX_SAMPLES - 1)) for i in range(MAX_SAMPLES)}
@@ -304,5 +303,7 @@ def _metadata_section(run: RunData) -> str:
 
 def _log_section(run: RunData) -> str:
     lines = [(record.get("step"), record["message"]) for record in run.records if "message" in record]
-    items = "".join(f"<li><b>{escape_html(readable(step))}</b> {escape_html(message)}</li>" for step, message in lines)
+    items = "".join(
+        f"<li><b>{escape_html(format_value(step))}</b> {escape_html(message)}</li>" for step, message in lines
+    )
     return render_section("What was said on the way", f'<ul class="messages">{items}</ul>', bool(lines))

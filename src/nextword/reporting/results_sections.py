@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from nextword.common.results import AuditFinding, BenchmarkResult, Provenance, ScoreWithCI, StoredResults
-from nextword.reporting.run_data import render_figure, render_section
+from nextword.reporting.run_data import escape_html, render_figure, render_section
 
 # What an audit's sections are called on a page; one that is not named here goes by its own name.
 SECTION_TITLES = {
@@ -72,7 +72,7 @@ def number_cell(score: ScoreWithCI | None, unit: str | None = None) -> str:
     if score is None:
         return "<td>–</td>"
     interval_html = f"<small>{format_interval(score, unit)}</small>" if format_interval(score) else ""
-    return f"<td>{format_number(score.value, unit)}{f' {escaped(unit)}' if unit else ''}{interval_html}</td>"
+    return f"<td>{format_number(score.value, unit)}{f' {escape_html(unit)}' if unit else ''}{interval_html}</td>"
 
 
 def format_item_count(benchmark: BenchmarkResult) -> str:
@@ -97,7 +97,7 @@ def compare_with_chance(benchmark: BenchmarkResult) -> str:
 
 
 def format_provenance(provenance: Provenance) -> str:
-    parts = [f"{name.replace('_', ' ')} {readable(value)}" for name, value in provenance.arguments.items()]
+    parts = [f"{name.replace('_', ' ')} {format_value(value)}" for name, value in provenance.arguments.items()]
     return " · ".join([provenance.date[:10], *parts])
 
 
@@ -112,8 +112,8 @@ def texts_table(stored_results: StoredResults) -> str:
     if not stored_results.texts:
         return ""
     rows = "".join(
-        f'<tr><th scope="row">{escaped(one.name)}<small>{escaped(format_provenance(one.get_provenance))}</small></th>'
-        f"{number_cell(one.bits_per_byte)}<td>{perplexity(one.loss)}</td><td>{one.tokens:,}</td></tr>"
+        f'<tr><th scope="row">{escape_html(one.name)}<small>{escape_html(format_provenance(one.get_provenance))}</small></th>'
+        f"{number_cell(one.bits_per_byte)}<td>{format_perplexity(one.loss)}</td><td>{one.tokens:,}</td></tr>"
         for one in stored_results.texts
     )
     head = header_cells(("text", "bits per byte", "perplexity", "tokens"))
@@ -146,7 +146,7 @@ def benchmarks_plot(benchmarks: Sequence[BenchmarkResult]) -> str:
         strip = f'{gridlines}{chance_mark}{bar}{control_ring}<b style="left:{to_percent(score.value)}"></b>'
         kind = "own" if benchmark.chance_side else ""
         rows.append(
-            f'<div class="{kind}"><span>{escaped(benchmark.name)}</span><span class="strip">{strip}</span>'
+            f'<div class="{kind}"><span>{escape_html(benchmark.name)}</span><span class="strip">{strip}</span>'
             f'<span class="number">{format_number(score.value)}</span></div>'
         )
     axis = "".join(f'<em style="left:{to_percent(x)}">{x:g}</em>' for x in (0, 0.25, 0.5, 0.75, 1))
@@ -182,7 +182,7 @@ def benchmarks_table(benchmarks: Sequence[BenchmarkResult]) -> str:
             else f"<td>{format_number(benchmark.shuffled_control.value)}<small>{control_note}</small></td>"
         )
         rows.append(
-            f'<tr><th scope="row">{escaped(benchmark.name)}<small>{escaped(metric_note)}</small></th>'
+            f'<tr><th scope="row">{escape_html(benchmark.name)}<small>{escape_html(metric_note)}</small></th>'
             f"{number_cell(benchmark.score)}<td>{chance}<small>{compare_with_chance(benchmark) if benchmark.chance is not None else ''}</small></td>{control_cell}"
             f"<td>{format_item_count(benchmark)}</td></tr>"
         )
@@ -196,14 +196,14 @@ def groups_table(benchmark: BenchmarkResult) -> str:
     """A suite's groups, the lowest first, to be unfolded."""
     order = sorted(benchmark.groups, key=lambda name: benchmark.groups[name].value)
     rows = "".join(
-        f'<tr><th scope="row">{escaped(name)}</th>{number_cell(benchmark.groups[name])}<td>{benchmark.groups[name].n or "–"}</td></tr>'
+        f'<tr><th scope="row">{escape_html(name)}</th>{number_cell(benchmark.groups[name])}<td>{benchmark.groups[name].n or "–"}</td></tr>'
         for name in (order if len(order) <= MAX_GROUPS else order[: MAX_GROUPS // 2] + order[-MAX_GROUPS // 2 :])
     )
     if not rows:
         return ""
     shown = f"{len(order)} groups" if len(order) <= MAX_GROUPS else f"the lowest and the highest of {len(order)} groups"
     table = f'<table class="scores"><thead><tr>{header_cells(("group", "score", "items"))}</tr></thead><tbody>{rows}</tbody></table>'
-    return f"<details><summary>{escaped(benchmark.name)}: {shown}</summary>{table}</details>"
+    return f"<details><summary>{escape_html(benchmark.name)}: {shown}</summary>{table}</details>"
 
 
 # ---------------------------------------------------------------- findings
@@ -235,18 +235,18 @@ def findings_table(title: str, findings: Sequence[AuditFinding]) -> str:
     rows = []
     for finding in findings:
         badge = FLAGGED_BADGE if finding.flagged else ""
-        note = f"<small>{escaped(finding.note)}</small>" if finding.note else ""
+        note = f"<small>{escape_html(finding.note)}</small>" if finding.note else ""
         reference = "–" if finding.reference is None else format_number(finding.reference, finding.unit)
         n = "–" if finding.score.n is None else f"{finding.score.n:,}"
         kind = ' class="notable"' if finding.flagged else ""
         rows.append(
-            f'<tr{kind}><th scope="row">{badge}{escaped(finding.name)}{note}{examples_list(finding)}</th>{number_cell(finding.score, finding.unit)}'
+            f'<tr{kind}><th scope="row">{badge}{escape_html(finding.name)}{note}{examples_list(finding)}</th>{number_cell(finding.score, finding.unit)}'
             f"<td>{reference}</td><td>{n}</td></tr>"
         )
     head = header_cells(("", "measured", "reference", "of"))
     head = head.replace('<th scope="col"></th>', "<td></td>")
     return (
-        f'<table class="scores findings"><caption>{escaped(title)}</caption><thead><tr>{head}</tr></thead>'
+        f'<table class="scores findings"><caption>{escape_html(title)}</caption><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table>"
     )
 
@@ -256,7 +256,7 @@ def examples_list(finding: AuditFinding) -> str:
         return ""
     items = "".join(
         "<li>"
-        + "".join(f"<div><b>{escaped(name)}</b> {escaped(text)}</div>" for name, text in example.items())
+        + "".join(f"<div><b>{escape_html(name)}</b> {escape_html(text)}</div>" for name, text in example.items())
         + "</li>"
         for example in finding.examples[:MAX_EXAMPLES]
     )

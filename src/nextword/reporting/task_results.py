@@ -52,7 +52,7 @@ class ScoreWithCI(NamedTuple):
     n: int | None = None
 
     @classmethod
-    def parse(cls, value: Any) -> "Measured | None":
+    def parse(cls, value: Any) -> "ScoreWithCI | None":
         """From a number, or {"value", "low", "high", "n"}; None where there is no finite number."""
         if is_number(value):
             return cls(float(value))
@@ -71,7 +71,7 @@ class ScoreWithCI(NamedTuple):
             return ""
         return f"{format_score(self.low, metric)} to {format_score(self.high, metric)}"
 
-    def overlaps(self, other: "Measured") -> bool | None:
+    def overlaps(self, other: "ScoreWithCI") -> bool | None:
         """Whether the two intervals share a point; None where one is not known."""
         if self.low is None or self.high is None or other.low is None or other.high is None:
             return None
@@ -105,7 +105,7 @@ class TaskResults:
     is_final: bool
 
     @classmethod
-    def from_run(cls, run: RunData) -> "Outcome":
+    def from_run(cls, run: RunData) -> "TaskResults":
         model_scores = parse_scores(run.result) | parse_scores(run.result.get("scores"))
         if not run.result:
             validation_values = {name: [y for _, y in run.series("validation", name)] for name in METRICS}
@@ -166,7 +166,7 @@ class TaskResults:
         if self.best_baseline is not None:
             name, rule = self.best_baseline
             sentences.append(
-                f"The best rule that needs no model, {name}, has {rule.read_offset(self.metric)}: {self._against(rule)}."
+                f"The best rule that needs no model, {name}, has {rule.read_offset(self.metric)}: {self._compare_with_baseline(rule)}."
             )
         if self.score_before is not None:
             sentences.append(f"Before this training it was {self.score_before.read_offset(self.metric)}.")

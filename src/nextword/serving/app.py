@@ -33,10 +33,10 @@ from nextword import __version__
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError
 from nextword.serving.engine_worker import ClientDisconnected
-from nextword.serving.protocol import JSON, Refusal, refusal_of, refused, to_bytes
+from nextword.serving.protocol import APIError, UTF8JSONResponse, encode_json, error_response, validation_api_error
 from nextword.serving.routes import router
 from nextword.serving.security import AccessPolicy, SecurityMiddleware, is_loopback
-from nextword.serving.service import Service, Settings
+from nextword.serving.service import Service, ServiceConfig
 
 PAGE_DIR = Path(__file__).with_name("page")
 MIME_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
@@ -137,34 +137,34 @@ def create_app(service: Service, policy: AccessPolicy) -> SecurityMiddleware:
         app.add_api_route(path, _static_file_handler(content, kind), methods=["GET", "HEAD"], include_in_schema=False)
 
     async def handle_api_error(request: Request, refusal: Exception) -> Response:
-        assert isinstance(refusal, Refusal)
-        return refused(refusal)
+        assert isinstance(refusal, APIError)
+        return error_response(refusal)
 
     async def handle_validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return refused(refusal_of(error.errors()))
+        return error_response(validation_api_error(error.errors()))
 
     async def handle_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         said = {404: f"there is no {request.url.path[:200]} here", 405: f"{request.method} is not for this path"}
-        return refused(
-            Refusal(error.status_code, said.get(error.status_code, str(error.detail)), headers=error.headers)
+        return error_response(
+            APIError(error.status_code, said.get(error.status_code, str(error.detail)), headers=error.headers)
         )
 
     async def handle_disconnect(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it; for the metrics
 
     async def handle_internal_error(request: Request, error: Exception) -> Response:
-        return refused(Refusal(500, f"the server failed at this request ({type(error).__name__})"))
+        return error_response(APIError(500, f"the server failed at this request ({type(error).__name__})"))
 
     for kind, handler in (
-        (Refusal, handle_api_error), (RequestValidationError, handle_validation_error), (HTTPException, handle_http_exception), (ClientDisconnected, handle_disconnect), (Exception, handle_internal_error),
+        (APIError, handle_api_error), (RequestValidationError, handle_validation_error), (HTTPException, handle_http_exception), (ClientDisconnected, handle_disconnect), (Exception, handle_internal_error),
     ):  # fmt: skip
         app.add_exception_handler(kind, handler)
 
     def record_request(route: str, status: int, seconds: float) -> None:
-        service.metrics.requests.add(1, route, str(status))
-        service.metrics.request_seconds.see(seconds)
+        service.metrics.requests.inc(1, route, str(status))
+        service.metrics.request_seconds.observe(seconds)
 
     return SecurityMiddleware(app, policy, record_request)
 
@@ -211,8 +211,12 @@ class LimitedHTTPProtocol(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             status = getattr(sys.exc_info()[1], "error_status_hint", 400)  # h11 knows headers that are too large
             message = "the headers are too large" if status == 431 else "this is no HTTP request"
-            body = to_bytes(Refusal(status, message).body)
-            headers = {"Content-Type": JSON.media_type, "Content-Length": str(len(body)), "Connection": "close"}
+            body = encode_json(APIError(status, message).body)
+            headers = {
+                "Content-Type": UTF8JSONResponse.media_type,
+                "Content-Length": str(len(body)),
+                "Connection": "close",
+            }
             head = h11.Response(status_code=status, headers=list(headers.items()), reason=HTTPStatus(status).phrase)
             answer = [self.conn.send(event) for event in (head, h11.Data(data=body), h11.EndOfMessage())]
             self.transport.write(b"".join(data for data in answer if data))
@@ -229,7 +233,7 @@ class UvicornServer(uvicorn.Server):
 
 
 def serve_model(
-    settings: Settings, listen_config: ListenConfig, console: Console, on_ready: ReadyCallback | None = None
+    settings: ServiceConfig, listen_config: ListenConfig, console: Console, on_ready: ReadyCallback | None = None
 ) -> None:
     """Serve a model until a signal comes.
 
@@ -270,7 +274,7 @@ async def run_server(
     with handle_signals(asyncio.get_running_loop(), stop):
         serve_task = asyncio.create_task(server.serve(sockets=[listen_socket]))
         worker.start()
-        wait_tasks = [asyncio.create_task(wait()) for wait in (stop.wait, worker.ended.wait, worker.loaded.wait)]
+        wait_tasks = [asyncio.create_task(wait()) for wait in (stop.wait, worker.stopped.wait, worker.loaded.wait)]
         try:
             await asyncio.wait([serve_task, *wait_tasks], return_when=asyncio.FIRST_COMPLETED)
             if worker.state == "ready":
@@ -302,11 +306,11 @@ def log_startup(
     """Say where and what is served; the same as facts."""
     host, port = listen_socket.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    slots, queue = service.worker.slots, service.settings.queue
+    slots, queue = service.worker.num_slots, service.config.queue
     console.info(f"{service.name}: {url}", style="bold")
     console.info(
         f"{slots} texts at once, {queue} more wait · {service.context_length:,} tokens of context · "
-        f"{service.cache_bytes / 2**20:,.1f} MiB for keys and values · chat template: {service.chat.name}"
+        f"{service.kv_cache_bytes / 2**20:,.1f} MiB for keys and values · chat template: {service.chat_encoder.name}"
     )
     if not is_loopback(listen_config.host):
         console.warn(
@@ -316,7 +320,7 @@ def log_startup(
         )
     return {
         "url": url, "model": service.name, "slots": slots, "queue": queue, "context_length": service.context_length,
-        "key_value_bytes": service.cache_bytes, "chat_template": service.chat.name,
+        "key_value_bytes": service.kv_cache_bytes, "chat_template": service.chat_encoder.name,
     }  # fmt: skip
 
 

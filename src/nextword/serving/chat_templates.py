@@ -19,7 +19,7 @@ from nextword.common.errors import CorruptFileError, UsageError
 from nextword.data.chat_format import build_chat_template, encode_conversation, stop_token_ids, supports_chat
 from nextword.data.tokenizer import Tokenizer
 from nextword.serving import template_worker
-from nextword.serving.protocol import Refusal
+from nextword.serving.protocol import APIError
 
 MAX_TEMPLATE_CHARS = 2**18  # characters
 RENDER_GRACE = 0.5  # seconds more than the renderer gives itself, for starting it and reading it
@@ -89,7 +89,7 @@ class NativeChatEncoder:
         try:
             return encode_conversation(self.tokenizer, conversation, add_generation_prompt=True)[0]
         except UsageError as error:
-            raise Refusal(400, f"messages: {error}", param="messages") from error
+            raise APIError(400, f"messages: {error}", param="messages") from error
 
     async def close(self) -> None:
         pass
@@ -153,7 +153,7 @@ class JinjaChatEncoder:
         text = await self.render(messages)
         ids = self._encode_rendered(text, nonce, contents)
         if not ids:
-            raise Refusal(400, "messages: the model's template makes nothing of this conversation", param="messages")
+            raise APIError(400, "messages: the model's template makes nothing of this conversation", param="messages")
         return ids
 
     def _encode_rendered(self, text: str, nonce: str, contents: dict[str, str]) -> list[int]:
@@ -170,7 +170,7 @@ class JinjaChatEncoder:
                 continue
             segment = re.sub(f"{nonce}[0-9]{{6}}", lambda match: contents[match[0]], part)
             if nonce[:12] in segment or nonce[-12:] in segment:
-                raise Refusal(500, "the model's chat template takes messages apart, which cannot be done safely")
+                raise APIError(500, "the model's chat template takes messages apart, which cannot be done safely")
             ids += (self.tokenizer.mid_text if i else self.tokenizer).encode(segment) if segment else []
         return ids
 
@@ -187,12 +187,17 @@ class JinjaChatEncoder:
             "documents": None,
             **self.special_tokens,
         }
-        line = json.dumps({"template": self.template, "values": values}).encode() + b"\n"
+        line = (
+            json.dumps(
+                {"template": self.template, "values": values, "seconds": template_worker.RENDER_TIMEOUT}
+            ).encode()
+            + b"\n"
+        )
         async with self.lock:
             process = await self._ensure_process()
             assert process.stdin is not None and process.stdout is not None
             try:
-                async with asyncio.timeout(template_worker.SECONDS + RENDER_GRACE):
+                async with asyncio.timeout(template_worker.RENDER_TIMEOUT + RENDER_GRACE):
                     process.stdin.write(line)
                     await process.stdin.drain()
                     answer = await process.stdout.readline()
@@ -200,17 +205,17 @@ class JinjaChatEncoder:
                 answer = b""
             if not answer.endswith(b"\n"):
                 await self.close()
-                raise Refusal(500, "the model's chat template takes too much time or memory, and was stopped")
+                raise APIError(500, "the model's chat template takes too much time or memory, and was stopped")
         response = json.loads(answer)
         if "error" in response:
-            raise Refusal(400, f"the model's chat template refuses this conversation: {response['error'][:500]}")
+            raise APIError(400, f"the model's chat template refuses this conversation: {response['error'][:500]}")
         return response["text"]
 
     async def _ensure_process(self) -> asyncio.subprocess.Process:
         if self.renderer_process is None or self.renderer_process.returncode is not None:
             self.renderer_process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", template_worker.__file__, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.DEVNULL, limit=8 * template_worker.LONGEST, start_new_session=True,
+                stderr=asyncio.subprocess.DEVNULL, limit=8 * template_worker.MAX_OUTPUT_CHARS, start_new_session=True,
                 env={name: value for name, value in os.environ.items() if not name.startswith("NEXTWORD_")},
             )  # fmt: skip
         return self.renderer_process

@@ -19,7 +19,7 @@ from nextword.common.errors import NextwordError
 from nextword.inference.engine import Constraint, Engine, Event
 from nextword.inference.sampling import Sampling
 from nextword.serving.metrics import Metrics
-from nextword.serving.protocol import Refusal
+from nextword.serving.protocol import APIError
 
 # The loop takes this many turns over a client's leaving: its socket is read, the connection is closed, the request hears of it.
 LOOP_TURNS = 3
@@ -56,7 +56,7 @@ class RequestHandle:
         Refusal: the server stops, the engine has failed, or the client reads too slowly.
     """
 
-    def __init__(self, worker: "Worker", num_sequences: int):
+    def __init__(self, worker: "EngineWorker", num_sequences: int):
         self.worker, self.num_sequences = worker, num_sequences
         self.events: asyncio.Queue[tuple[int, Event] | Exception] = asyncio.Queue()
         self.num_unfinished = 0
@@ -65,7 +65,7 @@ class RequestHandle:
         self.start_time = time.monotonic()
         self.last_token_times: dict[int, float] = {}
 
-    def __enter__(self) -> "Ticket":
+    def __enter__(self) -> "RequestHandle":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -142,7 +142,7 @@ class EngineWorker:
 
     @property
     def num_slots(self) -> int:
-        return 0 if self.engine is None else len(self.engine.free) + len(self.engine.running)
+        return 0 if self.engine is None else len(self.engine.free_slots) + len(self.engine.running)
 
     @property
     def num_running(self) -> int:
@@ -170,12 +170,12 @@ class EngineWorker:
         """
         if self.state != "ready":
             reasons = {"loading": "the model is still being loaded", "draining": "the server is about to stop"}
-            raise Refusal(
+            raise APIError(
                 503, reasons.get(self.state, "the server has stopped"), code=self.state, headers=retry_after_header(1)
             )
         capacity = self.num_slots + self.max_queued
         if num_sequences > capacity:
-            raise Refusal(
+            raise APIError(
                 400, f"{num_sequences} texts are more than the {capacity} that this server holds at once: ask for fewer"
             )
         if self.num_active + num_sequences > capacity:
@@ -183,18 +183,18 @@ class EngineWorker:
                 self.avg_sequence_seconds * (self.num_active + num_sequences - self.max_queued) / max(1, self.num_slots)
             )
             message = f"the queue is full ({self.num_active} texts run or wait): try again later"
-            raise Refusal(429, message, code="queue_full", headers=retry_after_header(seconds))
+            raise APIError(429, message, code="queue_full", headers=retry_after_header(seconds))
         handle = RequestHandle(self, num_sequences)
         self.handles.add(handle)
         return handle
 
     def submit(self, handle: RequestHandle, requests: list[GenerationRequest]) -> None:
-        self.metrics.prompt_tokens.add(sum(len(ask.prompt) for ask in requests))
+        self.metrics.prompt_tokens.inc(sum(len(ask.prompt) for ask in requests))
 
         def command(engine: Engine) -> None:
             for number, ask in enumerate(requests):
                 try:
-                    id = engine.add(ask.prompt, ask.sampling, index=ask.index, constraint=ask.constraint)
+                    id = engine.add_request(ask.prompt, ask.sampling, number=ask.index, constraint=ask.constraint)
                 except NextwordError as error:
                     self._post_events([(handle, number, Event(-1, "", None, "error", str(error)))])
                 else:
@@ -237,7 +237,7 @@ class EngineWorker:
                 await asyncio.wait_for(self.drained.wait(), timeout)
             except TimeoutError:
                 for ticket in list(self.handles):
-                    ticket.abort(Refusal(503, "the server has stopped", code="stopped"))
+                    ticket.abort(APIError(503, "the server has stopped", code="stopped"))
 
     async def stop(self) -> None:
         """End the thread, after the step that it is at."""
@@ -256,7 +256,7 @@ class EngineWorker:
             while self._process_commands(self.engine):
                 if self.jobs:
                     self.jobs.popleft()()
-                if self.engine.busy:
+                if self.engine.has_unfinished_requests:
                     self._post_events(self._step(self.engine))
         except BaseException as caught:
             error = caught
@@ -265,7 +265,7 @@ class EngineWorker:
 
     def _process_commands(self, engine: Engine) -> bool:
         """Carry out what has come in, and wait for something where there is nothing else to do; False when it is to end."""
-        wait = not (engine.busy or self.jobs)
+        wait = not (engine.has_unfinished_requests or self.jobs)
         while True:
             try:
                 command = self.commands.get(block=wait)
@@ -283,16 +283,18 @@ class EngineWorker:
         except Exception as error:
             logger.exception("the engine failed at a step")
             message = f"the engine failed while it wrote this text ({type(error).__name__}); the server goes on"
-            untouched = {request.id for request in engine.waiting}
+            untouched = {request.request_id for request in engine.waiting}
             events = [Event(id, "", None, "error", message) for id in self.sequence_owners if id not in untouched]
             for event in events:
-                engine.cancel(event.id)
+                engine.cancel(event.request_id)
         addressed_events = [
-            (*self.sequence_owners[event.id], event) for event in events if event.id in self.sequence_owners
+            (*self.sequence_owners[event.request_id], event)
+            for event in events
+            if event.request_id in self.sequence_owners
         ]
         for event in events:
             if event.finished:
-                self.sequence_owners.pop(event.id, None)
+                self.sequence_owners.pop(event.request_id, None)
         return addressed_events
 
     def _post_events(self, events: list[tuple[RequestHandle, int, Event]]) -> None:
@@ -316,7 +318,7 @@ class EngineWorker:
         self.state = "stopped"
         self.loaded.set()
         for ticket in list(self.handles):
-            ticket.abort(Refusal(503, "the server has stopped", code="stopped"))
+            ticket.abort(APIError(503, "the server has stopped", code="stopped"))
         self.drained.set()
         self.stopped.set()
 
@@ -324,11 +326,11 @@ class EngineWorker:
         now = time.monotonic()
         for ticket, number, event in events:
             if event.token is not None:
-                self.metrics.generated_tokens.add()
+                self.metrics.generated_tokens.inc()
                 if number in ticket.last_token_times:
-                    self.metrics.between_tokens.see(now - ticket.last_token_times[number])
+                    self.metrics.inter_token_latency.observe(now - ticket.last_token_times[number])
                 else:
-                    self.metrics.first_token.see(now - ticket.start_time)
+                    self.metrics.time_to_first_token.observe(now - ticket.start_time)
                 ticket.last_token_times[number] = now
             if event.finished:
                 self.avg_sequence_seconds += 0.2 * (now - ticket.start_time - self.avg_sequence_seconds)
@@ -339,7 +341,7 @@ class EngineWorker:
             slowest = max(self.handles, key=lambda ticket: ticket.events.qsize())
             slowest.events = asyncio.Queue()
             slowest.abort(
-                Refusal(503, "this answer was read too slowly, and others need the memory", code="read_too_slowly")
+                APIError(503, "this answer was read too slowly, and others need the memory", code="read_too_slowly")
             )
         self._count_loop_turn(LOOP_TURNS)
 
@@ -360,8 +362,8 @@ def _resolve_future(future: "asyncio.Future[Any]", result: Any, error: Exception
         return
     if error is None:
         future.set_result(result)
-    elif isinstance(error, (Refusal, NextwordError)):
-        future.set_exception(error if isinstance(error, Refusal) else Refusal(400, str(error)))
+    elif isinstance(error, (APIError, NextwordError)):
+        future.set_exception(error if isinstance(error, APIError) else APIError(400, str(error)))
     else:
         logger.error("a call failed", exc_info=error)
-        future.set_exception(Refusal(500, f"the server failed at this request ({type(error).__name__})"))
+        future.set_exception(APIError(500, f"the server failed at this request ({type(error).__name__})"))

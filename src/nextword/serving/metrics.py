@@ -3,6 +3,8 @@
 import bisect
 from collections.abc import Callable
 
+from nextword.serving.security import header_values
+
 Labels = tuple[tuple[str, str], ...]
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -26,7 +28,7 @@ class Counter:
         self.values: dict[Labels, float] = {} if labels else {(): 0}
 
     def inc(self, amount: float = 1, *label_values: str) -> None:
-        key = tuple(zip(self.label_names, values, strict=True))
+        key = tuple(zip(self.label_names, header_values, strict=True))
         self.values[key] = self.values.get(key, 0) + amount
 
     def format_samples(self, name: str) -> list[str]:
@@ -93,5 +95,5 @@ class Metrics:
     def render(self) -> str:
         lines = []
         for name, (help, metric) in self.registry.items():
-            lines += [f"# HELP {name} {help}", f"# TYPE {name} {metric.kind}", *metric.format_samples(name)]
+            lines += [f"# HELP {name} {help}", f"# TYPE {name} {metric.metric_type}", *metric.format_samples(name)]
         return "\n".join(lines) + "\n"

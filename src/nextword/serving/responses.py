@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 from nextword.data.tokenizer import Tokenizer
 from nextword.inference.engine import Event
-from nextword.inference.sampling import Choice
-from nextword.serving.protocol import Refusal, finite
+from nextword.inference.sampling import TokenLogprob
+from nextword.serving.protocol import APIError, finite_logprob
 
 
 class TokenText:
@@ -33,7 +33,7 @@ class LogprobEntry(NamedTuple):
     """A token of a text, how likely it was (None for the first of a prompt), and how many characters stand before it."""
 
     token_id: int
-    token_logprob: Choice | None
+    token_logprob: TokenLogprob | None
     text_offset: int
 
 
@@ -60,12 +60,12 @@ class ChoiceState:
             Refusal: the text has ended with an error.
         """
         if event.finish_reason == "error":
-            raise Refusal(500, event.error or "the engine failed")
+            raise APIError(500, event.error or "the engine failed")
         if event.token is not None:
             self.num_tokens += 1
-            self.append_token(event.token, event.choice)
-            if event.choice is not None:
-                self.logprobs.append(event.choice.logprob)
+            self.append_token(event.token, event.token_logprob)
+            if event.token_logprob is not None:
+                self.logprobs.append(event.token_logprob.logprob)
         self.emitted_offset += len(event.text)
         self.finish_reason = event.finish_reason
         ended = event.finished and (
@@ -75,11 +75,11 @@ class ChoiceState:
         self.pending = [] if event.finished else self.pending[len(ready) :]
         return event.text, ready
 
-    def append_token(self, token_id: int, token_logprob: Choice | None) -> None:
+    def append_token(self, token_id: int, token_logprob: TokenLogprob | None) -> None:
         self.pending.append(LogprobEntry(token_id, token_logprob, self.offset))
         self.offset += len(self.decoder.decode(self.token_text.token_bytes(token_id)))
 
-    def add_prompt(self, token_ids: Sequence[int], token_logprobs: Sequence[Choice | None]) -> list[LogprobEntry]:
+    def add_prompt(self, token_ids: Sequence[int], token_logprobs: Sequence[TokenLogprob | None]) -> list[LogprobEntry]:
         """The entries of a prompt, which the text then follows."""
         for token, choice in zip(token_ids, token_logprobs, strict=True):
             self.append_token(token, choice)
@@ -106,13 +106,16 @@ def format_completion_logprobs(
             top.append(None if entry.token_logprob is None else {})
             continue
         alternatives: dict[str, float] = {}
-        for id, logprob in (*entry.token_logprob.top[:num_logprobs], (entry.token_id, entry.token_logprob.logprob)):
-            alternatives.setdefault(token_text.decode(id), finite(logprob))
+        for id, logprob in (
+            *entry.token_logprob.top_logprobs[:num_logprobs],
+            (entry.token_id, entry.token_logprob.logprob),
+        ):
+            alternatives.setdefault(token_text.decode(id), finite_logprob(logprob))
         top.append(alternatives)
     return {
         "tokens": [token_text.decode(entry.token_id) for entry in entries],
         "token_logprobs": [
-            None if entry.token_logprob is None else finite(entry.token_logprob.logprob) for entry in entries
+            None if entry.token_logprob is None else finite_logprob(entry.token_logprob.logprob) for entry in entries
         ],
         "top_logprobs": top,
         "text_offset": [entry.text_offset for entry in entries],
@@ -125,12 +128,16 @@ def format_chat_logprobs(
     """The form of /v1/chat/completions. The token that ends an answer is not part of it."""
 
     def format_token(id: int, logprob: float) -> dict[str, Any]:
-        return {"token": token_text.decode(id), "logprob": finite(logprob), "bytes": list(token_text.token_bytes(id))}
+        return {
+            "token": token_text.decode(id),
+            "logprob": finite_logprob(logprob),
+            "bytes": list(token_text.token_bytes(id)),
+        }
 
     content = [
         {
             **format_token(entry.token_id, entry.token_logprob.logprob),
-            "top_logprobs": [format_token(id, value) for id, value in entry.token_logprob.top],
+            "top_logprobs": [format_token(id, value) for id, value in entry.token_logprob.top_logprobs],
         }
         for entry in entries
         if entry.token_logprob is not None and entry.token_id not in stop_token_ids

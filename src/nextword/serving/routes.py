@@ -11,22 +11,22 @@ from starlette.responses import Response
 from nextword.serving import openapi
 from nextword.serving.engine_worker import GenerationRequest
 from nextword.serving.protocol import (
-    JSON,
-    MAX_TOKENS_IN_ALL,
+    MAX_REQUEST_TOKENS,
+    APIError,
+    BaseCompletionRequest,
     ChatRequest,
     ClassifyRequest,
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
-    Generation,
-    Refusal,
     TokenizeRequest,
+    UTF8JSONResponse,
 )
 from nextword.serving.responses import ChatCompletionFormatter, CompletionFormatter, make_usage
 from nextword.serving.service import Service
 from nextword.serving.streaming import ResponseWriter, cancel_on_disconnect
 
-router = APIRouter(default_response_class=JSON, responses=openapi.ERRORS)
+router = APIRouter(default_response_class=UTF8JSONResponse, responses=openapi.ERROR_RESPONSES)
 DEFAULT_MAX_TOKENS = 16  # what max_tokens is where it is not said, as in OpenAI's API
 CHAT_TEMPLATE_HEADER = "X-Nextword-Chat-Template"
 
@@ -38,41 +38,41 @@ async def get_service(request: Request) -> Service:
 ServiceDep = Annotated[Service, Depends(get_service)]
 
 
-def validate_request(body: Generation, n: int, best_of: int, num_sequences: int, max_tokens: int) -> None:
+def validate_request(body: BaseCompletionRequest, n: int, best_of: int, num_sequences: int, max_tokens: int) -> None:
     """Raises `Refusal` for settings that exclude each other, or ask for too much together."""
-    if num_sequences * max_tokens > MAX_TOKENS_IN_ALL:
+    if num_sequences * max_tokens > MAX_REQUEST_TOKENS:
         message = (
-            f"{num_sequences} texts of {max_tokens:,} tokens are more than the {MAX_TOKENS_IN_ALL:,} of one request"
+            f"{num_sequences} texts of {max_tokens:,} tokens are more than the {MAX_REQUEST_TOKENS:,} of one request"
         )
-        raise Refusal(400, message, param="max_tokens")
+        raise APIError(400, message, param="max_tokens")
     if best_of < n:
-        raise Refusal(400, f"best_of: {best_of} texts cannot give the best {n}", param="best_of")
+        raise APIError(400, f"best_of: {best_of} texts cannot give the best {n}", param="best_of")
     if body.stream and best_of > n:
-        raise Refusal(400, "best_of: a stream cannot take back what it has shown; leave out stream", param="best_of")
+        raise APIError(400, "best_of: a stream cannot take back what it has shown; leave out stream", param="best_of")
     if body.stream_options is not None and not body.stream:
-        raise Refusal(400, "stream_options: only with stream", param="stream_options")
+        raise APIError(400, "stream_options: only with stream", param="stream_options")
 
 
-@router.post("/v1/completions", responses=openapi.COMPLETION)
+@router.post("/v1/completions", responses=openapi.COMPLETION_RESPONSE)
 async def completions(body: CompletionRequest, request: Request, service: ServiceDep) -> Response:
     """Text that goes on from a prompt, a list of them, or token ids. It may run past the context length: the window slides."""
-    service.named(body.model)
+    service.check_model(body.model)
     prompts, n = body.prompts(), body.n or 1
     samples_per_prompt = n if body.best_of is None else body.best_of
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     validate_request(body, n, samples_per_prompt, len(prompts) * samples_per_prompt, max_tokens)
     if body.suffix:
-        raise Refusal(400, "suffix: this model cannot write what stands before a text", param="suffix")
-    with service.worker.enter(len(prompts) * samples_per_prompt) as handle:
+        raise APIError(400, "suffix: this model cannot write what stands before a text", param="suffix")
+    with service.worker.admit(len(prompts) * samples_per_prompt) as handle:
         # The log-probability of what is drawn decides which texts are the best.
         logprobs = 0 if body.logprobs is None and samples_per_prompt > n else body.logprobs
-        sampling = body.sampling(
-            service.model.tokenizer.vocab_size, stop=body.stops, logprobs=logprobs, max_tokens=max_tokens,
+        sampling = body.to_sampling(
+            service.model.tokenizer.vocab_size, stop=body.stop_strings, logprobs=logprobs, max_tokens=max_tokens,
             prompt_logprobs=body.logprobs if body.echo else None,
         )  # fmt: skip
         truncate_to = body.truncate_prompt_tokens
-        ids = [await service.prompt_ids(prompt, keep=truncate_to) for prompt in prompts]
-        constraints = await service.constraints(body.schema_of_answer(), len(ids) * samples_per_prompt)
+        ids = [await service.encode_prompt(prompt, keep=truncate_to) for prompt in prompts]
+        constraints = await service.compile_constraints(body.response_schema(), len(ids) * samples_per_prompt)
         index = [None if body.seed is None else i % samples_per_prompt for i in range(len(constraints))]
         generation_requests = [
             GenerationRequest(ids[i // samples_per_prompt], sampling, index[i], constraints[i])
@@ -86,18 +86,20 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
                 for p, i in zip(prompts, ids, strict=True)
             ]
             echoed_prompts = [prompt_texts[i // samples_per_prompt] for i in range(len(constraints))]
-        formatter = CompletionFormatter(service.words, service.chat.ends, body.logprobs, echoed_prompts)
+        formatter = CompletionFormatter(
+            service.words, service.chat_encoder.stop_token_ids, body.logprobs, echoed_prompts
+        )
         writer = ResponseWriter(
             handle, generation_requests, formatter, service.name, num_prompts=len(ids), num_choices=n, extra_fields={}
         )
         return await writer.respond(body, request.receive, {})
 
 
-@router.post("/v1/chat/completions", responses=openapi.CHAT)
+@router.post("/v1/chat/completions", responses=openapi.CHAT_COMPLETION_RESPONSE)
 async def chat(body: ChatRequest, request: Request, service: ServiceDep) -> Response:
     """An assistant's answer to a conversation. A model that has learned none is shown a plain dialogue, and the field
     `nextword.chat_template` and a header say so. No answer slides out of the context: it is as long as there is room."""
-    service.named(body.model)
+    service.check_model(body.model)
     n = body.n or 1
     requested_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     requested_tokens = (
@@ -105,21 +107,21 @@ async def chat(body: ChatRequest, request: Request, service: ServiceDep) -> Resp
     )
     validate_request(body, n, n, n, requested_tokens)
     if body.top_logprobs is not None and not body.logprobs:
-        raise Refusal(400, "top_logprobs: only with logprobs", param="top_logprobs")
-    with service.worker.enter(n) as handle:
-        ids = service.fitting(await service.chat.encode(body.conversation()), "messages")
+        raise APIError(400, "top_logprobs: only with logprobs", param="top_logprobs")
+    with service.worker.admit(n) as handle:
+        ids = service.check_context(await service.chat_encoder.encode(body.to_messages()), "messages")
         available_tokens = max(1, service.context_length - len(ids))
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        sampling = body.sampling(
-            service.model.tokenizer.vocab_size, stop=(*body.stops, *service.chat.stops), logprobs=logprobs,
+        sampling = body.to_sampling(
+            service.model.tokenizer.vocab_size, stop=(*body.stop_strings, *service.chat_encoder.stop_strings), logprobs=logprobs,
             max_tokens=min(available_tokens, requested_tokens),
         )  # fmt: skip
-        constraints = await service.constraints(body.schema_of_answer(), n)
+        constraints = await service.compile_constraints(body.response_schema(), n)
         generation_requests = [
             GenerationRequest(ids, sampling, None if body.seed is None else i, constraints[i]) for i in range(n)
         ]
-        formatter = ChatCompletionFormatter(service.words, service.chat.ends, logprobs)
-        extra_fields = {"nextword": {"chat_template": service.chat.name}}
+        formatter = ChatCompletionFormatter(service.words, service.chat_encoder.stop_token_ids, logprobs)
+        extra_fields = {"nextword": {"chat_template": service.chat_encoder.name}}
         writer = ResponseWriter(
             handle,
             generation_requests,
@@ -129,49 +131,49 @@ async def chat(body: ChatRequest, request: Request, service: ServiceDep) -> Resp
             num_choices=n,
             extra_fields=extra_fields,
         )
-        return await writer.respond(body, request.receive, {CHAT_TEMPLATE_HEADER: service.chat.name})
+        return await writer.respond(body, request.receive, {CHAT_TEMPLATE_HEADER: service.chat_encoder.name})
 
 
-@router.get("/v1/models", responses=openapi.MODELS)
+@router.get("/v1/models", responses=openapi.MODEL_LIST_RESPONSE)
 async def models(service: ServiceDep) -> Response:
     """The one model that is served, and what it can."""
-    service.ready()
-    return JSON({"object": "list", "data": [service.facts()]})
+    service.ensure_ready()
+    return UTF8JSONResponse({"object": "list", "data": [service.facts()]})
 
 
-@router.get("/v1/models/{name:path}", responses=openapi.MODEL)
+@router.get("/v1/models/{name:path}", responses=openapi.MODEL_RESPONSE)
 async def model(name: str, service: ServiceDep) -> Response:
     """The same, by its name."""
-    service.named(name)
-    return JSON(service.facts())
+    service.check_model(name)
+    return UTF8JSONResponse(service.facts())
 
 
-@router.post("/v1/embeddings", responses=openapi.EMBEDDINGS)
+@router.post("/v1/embeddings", responses=openapi.EMBEDDINGS_RESPONSE)
 async def embeddings(body: EmbeddingRequest, request: Request, service: ServiceDep) -> Response:
     """A vector for each text: the mean of the model's final hidden states over its tokens, scaled to length 1."""
-    service.named(body.model)
+    service.check_model(body.model)
     embedding_dim = service.model.gpt.config.d_model
     if body.dimensions not in (None, embedding_dim):
-        raise Refusal(
+        raise APIError(
             400, f"dimensions: this model's vectors have {embedding_dim}, no fewer and no more", param="dimensions"
         )
     if "" in body.inputs():
-        raise Refusal(400, "input: an empty text has no vector", param="input")
+        raise APIError(400, "input: an empty text has no vector", param="input")
     data: list[dict[str, Any]] = []
     tokens = 0
-    handle = service.worker.enter(1)
+    handle = service.worker.admit(1)
     async with cancel_on_disconnect(request.receive, handle):
         for index, prompt in enumerate(body.inputs()):
-            ids = await service.prompt_ids(prompt, "input")
-            handle.check()
+            ids = await service.encode_prompt(prompt, "input")
+            handle.raise_if_failed()
             vector = await service.embed(ids)
             tokens += len(ids)
             packed = base64.b64encode(struct.pack(f"<{embedding_dim}f", *vector)).decode()
             encoded = packed if body.encoding_format == "base64" else vector
             data.append({"object": "embedding", "index": index, "embedding": encoded})
-    service.metrics.prompt_tokens.add(tokens)
+    service.metrics.prompt_tokens.inc(tokens)
     extra_fields = {"pooling": "mean of the final hidden states", "normalised": True}
-    return JSON(
+    return UTF8JSONResponse(
         {
             "object": "list",
             "data": data,
@@ -182,77 +184,79 @@ async def embeddings(body: EmbeddingRequest, request: Request, service: ServiceD
     )
 
 
-@router.post("/v1/classify", responses=openapi.CLASSES)
+@router.post("/v1/classify", responses=openapi.CLASSIFY_RESPONSE)
 async def classify(body: ClassifyRequest, request: Request, service: ServiceDep) -> Response:
     """What a fine-tuned model says of each text: `label`, `labels` or `score`, and `probabilities`."""
-    service.named(body.model)
+    service.check_model(body.model)
     data = []
-    handle = service.worker.enter(1)
+    handle = service.worker.admit(1)
     async with cancel_on_disconnect(request.receive, handle):
         for index, texts in enumerate(body.examples()):
-            handle.check()
+            handle.raise_if_failed()
             data.append({"index": index, **await service.classify(texts, index)})
-    return JSON({"object": "list", "data": data, "model": service.name})
+    return UTF8JSONResponse({"object": "list", "data": data, "model": service.name})
 
 
-@router.post("/tokenize", responses=openapi.TOKENS)
+@router.post("/tokenize", responses=openapi.TOKENIZE_RESPONSE)
 async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
     """The ids of a text, or of a conversation. Markers in a text are text; a prompt that is nothing but a marker is asked for
     its id (so lm-eval learns which one ends a text)."""
-    service.ready()
+    service.ensure_ready()
     tokenizer = service.model.tokenizer
     if (body.prompt is None) == (body.messages is None):
-        raise Refusal(400, "say either prompt or messages", param="prompt")
+        raise APIError(400, "say either prompt or messages", param="prompt")
     if body.messages is not None:
-        ids = await service.chat.encode([message.to_dict(i) for i, message in enumerate(body.messages)])
-    elif body.prompt in tokenizer.markers:
-        ids = [tokenizer.markers[body.prompt]]
+        ids = await service.chat_encoder.encode([message.to_dict(i) for i, message in enumerate(body.messages)])
+    elif body.prompt in tokenizer.special_tokens:
+        ids = [tokenizer.special_tokens[body.prompt]]
     else:
-        ids = await service.text_ids(body.prompt or "")
-        if tokenizer.begin_of_text is not None and body.add_special_tokens is not False:
-            ids = [tokenizer.begin_of_text, *ids]
+        ids = await service.encode_text(body.prompt or "")
+        if tokenizer.bos_id is not None and body.add_special_tokens is not False:
+            ids = [tokenizer.bos_id, *ids]
     strings = [service.words.text(id) for id in ids] if body.return_token_strs else None
-    return JSON({"count": len(ids), "max_model_len": service.context_length, "tokens": ids, "token_strs": strings})
+    return UTF8JSONResponse(
+        {"count": len(ids), "max_model_len": service.context_length, "tokens": ids, "token_strs": strings}
+    )
 
 
-@router.post("/detokenize", responses=openapi.PROMPT)
+@router.post("/detokenize", responses=openapi.DETOKENIZE_RESPONSE)
 async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Response:
     """The text of ids, special tokens left out."""
-    service.ready()
+    service.ensure_ready()
     tokenizer = service.model.tokenizer
     if body.tokens and (largest := max(body.tokens)) >= tokenizer.vocab_size:
-        raise Refusal(400, f"tokens: {largest} is no token id; there are {tokenizer.vocab_size}", param="tokens")
-    return JSON({"prompt": tokenizer.decode(body.tokens)})
+        raise APIError(400, f"tokens: {largest} is no token id; there are {tokenizer.vocab_size}", param="tokens")
+    return UTF8JSONResponse({"prompt": tokenizer.decode(body.tokens)})
 
 
-@router.get("/tokenizer_info", responses=openapi.TOKENIZER)
+@router.get("/tokenizer_info", responses=openapi.TOKENIZER_INFO_RESPONSE)
 async def tokenizer_info(service: ServiceDep) -> Response:
     """What lm-eval's remote tokenizer asks for, as vLLM gives it: the tokenizer's configuration and its special tokens."""
-    service.ready()
+    service.ensure_ready()
     tokenizer = service.model.tokenizer
-    names = {id: name for name, id in tokenizer.markers.items()}
-    begin, pad = tokenizer.begin_of_text, tokenizer.pad
-    return JSON(
+    names = {id: name for name, id in tokenizer.special_tokens.items()}
+    begin, pad = tokenizer.bos_id, tokenizer.pad_id
+    return UTF8JSONResponse(
         {
             **{k: v for k, v in tokenizer.config.items() if k not in ("auto_map", "added_tokens_decoder")},
-            "eos_token": names[tokenizer.end_of_text],
+            "eos_token": names[tokenizer.eos_id],
             "bos_token": None if begin is None else names.get(begin),
             "pad_token": None if pad is None else names.get(pad),
-            "chat_template": service.chat.template,
+            "chat_template": service.chat_encoder.template,
             "model_max_length": service.context_length,
             "vocab_size": tokenizer.vocab_size,
         }
     )
 
 
-@router.get("/health", responses=openapi.HEALTH)
+@router.get("/health", responses=openapi.HEALTH_RESPONSE)
 async def health(service: ServiceDep) -> Response:
     """200 while requests are let in, else 503."""
     state = service.worker.state
-    return JSON({"status": state, "model": service.name}, 200 if state == "ready" else 503)
+    return UTF8JSONResponse({"status": state, "model": service.name}, 200 if state == "ready" else 503)
 
 
-@router.get("/metrics", response_class=PlainTextResponse, responses=openapi.METRICS)
+@router.get("/metrics", response_class=PlainTextResponse, responses=openapi.METRICS_RESPONSE)
 async def metrics(service: ServiceDep) -> Response:
     """Counters for Prometheus."""
-    return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return PlainTextResponse(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

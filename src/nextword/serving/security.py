@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nextword.serving.protocol import MAX_BODIES, MAX_BODY, Refusal, refused
+from nextword.serving.protocol import MAX_BODY_BYTES, MAX_TOTAL_BODY_BYTES, APIError, error_response
 
 MAX_HEADERS, MAX_HEADER_BYTES = 100, 2**14
 MAX_PATH_BYTES = 2**13  # bytes of path and query
@@ -67,9 +67,9 @@ class AccessPolicy:
         """Raises `Refusal` for a request that is not let in. Nothing of its body has been read."""
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
-            raise Refusal(431, f"at most {MAX_HEADERS} headers of {MAX_HEADER_BYTES:,} bytes together")
+            raise APIError(431, f"at most {MAX_HEADERS} headers of {MAX_HEADER_BYTES:,} bytes together")
         if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_PATH_BYTES:
-            raise Refusal(414, f"at most {MAX_PATH_BYTES:,} bytes of path and query")
+            raise APIError(414, f"at most {MAX_PATH_BYTES:,} bytes of path and query")
         self._check_host(scope)
         if self.api_key is not None and scope["path"] not in self.public_paths:
             self._check_api_key(scope)
@@ -78,7 +78,7 @@ class AccessPolicy:
         host_headers = header_values(scope, b"host")
         match = HOST_PATTERN.fullmatch(host_headers[0].lower()) if len(host_headers) == 1 else None
         if match is None:
-            raise Refusal(400, "a request needs one Host header")
+            raise APIError(400, "a request needs one Host header")
         name = match[1].rstrip(".")
         allowed_names = self.allowed_hosts | LOOPBACK_HOSTS
         if self.binds_all_addresses and scope.get("server"):
@@ -86,11 +86,11 @@ class AccessPolicy:
             allowed_names |= {f"[{address}]" if ":" in address else address}
         if "*" not in allowed_names and name not in allowed_names:
             message = f"this server does not go by the name {name[:100]!r}: allow it by --allowed-host"
-            raise Refusal(403, message, code="host_not_allowed")
+            raise APIError(403, message, code="host_not_allowed")
         # Browsers say which page sends a request, unless it only reads; a page of another place has no business here.
         for origin in header_values(scope, b"origin"):
             if origin.lower().partition("://")[2] != host_headers[0].lower():
-                raise Refusal(403, "requests of other pages are refused", code="origin_not_allowed")
+                raise APIError(403, "requests of other pages are refused", code="origin_not_allowed")
 
     def _check_api_key(self, scope: Scope) -> None:
         auth_headers = header_values(scope, b"authorization")
@@ -99,7 +99,7 @@ class AccessPolicy:
         hashes = [hashlib.sha256(one.encode()).digest() for one in (key.strip(), self.api_key or "")]
         if not (hmac.compare_digest(*hashes) and scheme.lower() == "bearer"):
             headers = {"WWW-Authenticate": "Bearer"}
-            raise Refusal(
+            raise APIError(
                 401, "no valid API key: send it as Authorization: Bearer KEY", code="invalid_api_key", headers=headers
             )
 
@@ -128,13 +128,13 @@ class SecurityMiddleware:
             try:
                 try:
                     self.policy.check(scope)
-                except Refusal:
+                except APIError:
                     await discard_body(scope, receive)
                     raise
                 body = await self.read_body(scope, receive)
-            except Refusal as refusal:
+            except APIError as refusal:
                 refusal.headers["Connection"] = "close"
-                await refused(refusal)(scope, receive, send_with_headers)
+                await error_response(refusal)(scope, receive, send_with_headers)
                 return
             if body is not None:
                 await self.app(scope, replay_receive(body, receive), send_with_headers)
@@ -150,16 +150,19 @@ class SecurityMiddleware:
         Raises:
             Refusal: it is too large, or comes too slowly, or there are too many large ones at once.
         """
-        too_large = Refusal(413, f"a body has at most {MAX_BODY:,} bytes", code="body_too_large")
+        too_large = APIError(413, f"a body has at most {MAX_BODY_BYTES:,} bytes", code="body_too_large")
         if any(
-            length.isdecimal() and int(length[:20]) > MAX_BODY for length in header_values(scope, b"content-length")
+            length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES
+            for length in header_values(scope, b"content-length")
         ):
             await discard_body(scope, receive)
             raise too_large
         body, more, complete = bytearray(), True, False
 
         def fits() -> bool:
-            return len(body) <= MAX_BODY and (len(body) <= SMALL_BODY_BYTES or self.buffered_body_bytes <= MAX_BODIES)
+            return len(body) <= MAX_BODY_BYTES and (
+                len(body) <= SMALL_BODY_BYTES or self.buffered_body_bytes <= MAX_TOTAL_BODY_BYTES
+            )
 
         try:
             async with asyncio.timeout(BODY_TIMEOUT):
@@ -173,7 +176,7 @@ class SecurityMiddleware:
                     more = message.get("more_body", False)
             complete = not more and fits()
         except TimeoutError as error:
-            raise Refusal(408, f"the body did not come within {BODY_TIMEOUT:.0f} s") from error
+            raise APIError(408, f"the body did not come within {BODY_TIMEOUT:.0f} s") from error
         finally:
             if not complete:
                 self.buffered_body_bytes -= len(body)
@@ -181,9 +184,9 @@ class SecurityMiddleware:
             return bytes(body)
         if more:
             await discard_body(scope, receive)
-        if len(body) > MAX_BODY:
+        if len(body) > MAX_BODY_BYTES:
             raise too_large
-        raise Refusal(429, "too many large requests at once: try again later", headers={"Retry-After": "1"})
+        raise APIError(429, "too many large requests at once: try again later", headers={"Retry-After": "1"})
 
 
 def header_values(scope: Scope, name: bytes) -> list[str]:

@@ -25,7 +25,7 @@ from nextword.pipeline.predictor import Predictor
 from nextword.serving.chat_templates import ChatEncoder, make_chat_encoder
 from nextword.serving.engine_worker import EngineWorker
 from nextword.serving.metrics import Metrics
-from nextword.serving.protocol import MAX_SCHEMA, Refusal
+from nextword.serving.protocol import MAX_SCHEMA_CHARS, APIError
 from nextword.serving.responses import TokenText
 from nextword.tasks.dataset import HEAD_KINDS, TaskSpec
 from nextword.tasks.task_data import example_from_texts
@@ -105,7 +105,7 @@ class Service:
             ("nextword_slots", "Texts that can run at once.", lambda: self.worker.num_slots),
             ("nextword_key_value_bytes", "Memory that is kept for keys and values.", lambda: self.kv_cache_bytes),
         ):
-            self.metrics.gauge(name, help, read)
+            self.metrics.register_gauge(name, help, read)
 
     # ---------------------------------------------------------------- in the engine's thread
 
@@ -122,7 +122,7 @@ class Service:
         slots = self._fit_slots(gpt)
         engine = Engine(
             gpt, tokenizer, max_batch=slots, seed=settings.seed, ends=chat_encoder.stop_token_ids,
-            reader=build_runner(gpt, settings.precision, batch_invariant=settings.deterministic),
+            runner=build_runner(gpt, settings.precision, batch_invariant=settings.deterministic),
         )  # fmt: skip
         with torch.inference_mode():
             engine.cache.reserve(slots, gpt.config.context_length, gpt.unembedding)
@@ -175,7 +175,7 @@ class Service:
         self.ensure_ready()
         if model and model not in self.accepted_names:
             message = f"there is no model {model[:200]!r} here, only {self.name!r}"
-            raise Refusal(404, message, param="model", code="model_not_found")
+            raise APIError(404, message, param="model", code="model_not_found")
 
     def model_info(self) -> dict[str, Any]:
         """The model as /v1/models lists it."""
@@ -218,7 +218,7 @@ class Service:
             ids = await self.encode_text(prompt)
             ids = ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
         elif (largest := max(prompt, default=0)) >= tokenizer.vocab_size:
-            raise Refusal(400, f"{param}: {largest} is no token id; there are {tokenizer.vocab_size}", param=param)
+            raise APIError(400, f"{param}: {largest} is no token id; there are {tokenizer.vocab_size}", param=param)
         else:
             ids = prompt
         if truncate_to is not None:
@@ -229,7 +229,7 @@ class Service:
     def check_context(self, ids: Any, param: str) -> Any:
         """The ids themselves. Raises `Refusal` where they are more than the context holds."""
         if len(ids) > self.context_length:
-            raise Refusal(
+            raise APIError(
                 400,
                 f"this model's maximum context length is {self.context_length} tokens, and {param} has "
                 f"{'at least ' if isinstance(ids, range) else ''}{len(ids)}: make it shorter",
@@ -248,8 +248,8 @@ class Service:
         param = "response_format"
 
         def compile_schema() -> JSONConstraint:
-            if len(json.dumps(schema)) > MAX_SCHEMA:
-                raise UsageError(f"the schema has more than {MAX_SCHEMA:,} characters")
+            if len(json.dumps(schema)) > MAX_SCHEMA_CHARS:
+                raise UsageError(f"the schema has more than {MAX_SCHEMA_CHARS:,} characters")
             self.constraint_compiler = self.constraint_compiler or ConstraintCompiler(
                 self.model.tokenizer, self.chat_encoder.stop_token_ids
             )
@@ -259,11 +259,11 @@ class Service:
             compilation = asyncio.get_running_loop().run_in_executor(self.schema_executor, compile_schema)
             constraint = await asyncio.wait_for(compilation, SCHEMA_TIMEOUT)
         except TimeoutError as error:
-            raise Refusal(400, f"{param}: the schema took more than {SCHEMA_TIMEOUT:.0f} s", param=param) from error
+            raise APIError(400, f"{param}: the schema took more than {SCHEMA_TIMEOUT:.0f} s", param=param) from error
         except RecursionError as error:
-            raise Refusal(400, f"{param}: the schema is nested too deeply", param=param) from error
+            raise APIError(400, f"{param}: the schema is nested too deeply", param=param) from error
         except (UsageError, MissingDependencyError) as error:
-            raise Refusal(400, f"{param}: {error}", param=param) from error
+            raise APIError(400, f"{param}: {error}", param=param) from error
         return [constraint, *(constraint.copy() for _ in range(count - 1))]
 
     async def embed(self, ids: list[int]) -> list[float]:
@@ -277,18 +277,20 @@ class Service:
         """
         predictor = self.predictor
         if predictor is None:
-            raise Refusal(400, "this model was not fine-tuned to classify: see nextword finetune --help", param="model")
+            raise APIError(
+                400, "this model was not fine-tuned to classify: see nextword finetune --help", param="model"
+            )
         try:
             example = example_from_texts(predictor.task_spec.task, texts)
         except UsageError as error:
-            raise Refusal(400, f"input[{index}]: {error}", param="input") from error
+            raise APIError(400, f"input[{index}]: {error}", param="input") from error
 
         def predict() -> dict[str, Any]:
             issues = IssueLog()
             answer = predictor.predict([example], issues)[0]
             if issues.issues:
                 message = f"input[{index}]: {issues.issues[0].what}"
-                raise Refusal(400, message, param="input", code="context_length_exceeded")
+                raise APIError(400, message, param="input", code="context_length_exceeded")
             return answer
 
         return await self.worker.run_in_engine_thread(predict)

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from nextword.serving.engine_worker import ClientDisconnected, GenerationRequest, RequestHandle
-from nextword.serving.protocol import JSON, Generation, Refusal, refused, to_bytes
+from nextword.serving.protocol import APIError, BaseCompletionRequest, UTF8JSONResponse, encode_json, error_response
 from nextword.serving.responses import ChoiceState, CompletionFormatter, LogprobEntry, make_usage
 
 SEND_TIMEOUT = 60.0  # seconds that a client may take to read what the connection has room for
@@ -26,7 +26,7 @@ async def cancel_on_disconnect(receive: Receive, handle: RequestHandle) -> Async
         while (await receive())["type"] != "http.disconnect":
             pass
         if handle.num_unfinished:
-            handle.worker.metrics.left.add()
+            handle.worker.metrics.client_disconnects.inc()
         handle.abort(ClientDisconnected())
 
     task = asyncio.create_task(wait_for_disconnect())
@@ -71,7 +71,11 @@ class ResponseWriter:
         self.handle.submit(self.requests)
         async for number, event in self.handle:
             text = self.choice_states[number]
-            prompt_entries = [] if event.prompt is None else text.add_prompt(self.requests[number].prompt, event.prompt)
+            prompt_entries = (
+                []
+                if event.prompt_logprobs is None
+                else text.add_prompt(self.requests[number].prompt, event.prompt_logprobs)
+            )
             delta, entries = text.process_event(event)
             yield number, delta, prompt_entries + entries
 
@@ -120,12 +124,12 @@ class ResponseWriter:
         if include_usage:
             yield {**common_fields, "choices": [], "usage": self.usage, **self.extra_fields}
 
-    async def respond(self, request: Generation, receive: Receive, headers: dict[str, str]) -> Response:
+    async def respond(self, request: BaseCompletionRequest, receive: Receive, headers: dict[str, str]) -> Response:
         """The answer, whole or as a stream. Raises as `parts` does, a stream only when it is sent."""
         if request.stream:
             return EventStreamResponse(self, request.include_usage, headers)
         async with cancel_on_disconnect(receive, self.handle):
-            return JSON(await self.complete_response(), headers=headers)
+            return UTF8JSONResponse(await self.complete_response(), headers=headers)
 
 
 class EventStreamResponse(Response):
@@ -152,8 +156,8 @@ class EventStreamResponse(Response):
         ):
             try:
                 first = await anext(chunks)
-            except Refusal as refusal:
-                await refused(refusal)(scope, receive, send)
+            except APIError as refusal:
+                await error_response(refusal)(scope, receive, send)
                 return
             except ClientDisconnected:
                 return
@@ -163,7 +167,7 @@ class EventStreamResponse(Response):
                 async for chunk in chunks:
                     await send_body(format_sse(chunk))
                 await send_body(b"data: [DONE]\n\n", more=False)
-            except Refusal as refusal:
+            except APIError as refusal:
                 await send_body(format_sse(refusal.body), more=False)
             except (ClientDisconnected, TimeoutError):
                 # Nobody reads. An answer that is not ended makes uvicorn close the connection, where it is still there.
@@ -171,4 +175,4 @@ class EventStreamResponse(Response):
 
 
 def format_sse(value: dict[str, Any]) -> bytes:
-    return b"data: " + to_bytes(value) + b"\n\n"
+    return b"data: " + encode_json(value) + b"\n\n"

@@ -74,8 +74,9 @@ def render_template(request: dict[str, Any]) -> dict[str, str]:
 def main() -> None:
     set_resource_limits()
     for line in sys.stdin:
-        set_timeout(RENDER_TIMEOUT)
-        answer = json.dumps(render_template(json.loads(line)))
+        request = json.loads(line)
+        set_timeout(request.get("seconds", RENDER_TIMEOUT))
+        answer = json.dumps(render_template(request))
         set_timeout(0)
         print(answer, flush=True)
 

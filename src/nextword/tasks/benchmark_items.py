@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.data.builtin_datasets import download_hub_files
-from nextword.data.decoding import IssueLog, LineReader, decode_chunks, file_format
+from nextword.data.decoding import IssueLog, LineReader, decode_chunks, error_text, file_format
 from nextword.data.readers import TABLE_SUFFIXES, Record, read_records
 from nextword.tasks.benchmark_spec import Benchmark
 from nextword.tasks.parsing import AnswerFormat, Row, RowError, infer_answer_format, parse_inputs, parse_targets
@@ -168,7 +168,7 @@ def _iter_archive_records(path: Path, issues: IssueLog) -> Iterator[tuple[str, R
                 blocks = iter(partial(stream.read, 2**18), b"")
                 yield from ((str(name), record) for record in read_records(name, issues, blocks=blocks))
     except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
-        raise CorruptFileError(f"{path}: not an archive that can be read ({reason(error)})") from error
+        raise CorruptFileError(f"{path}: not an archive that can be read ({error_text(error)})") from error
 
 
 def _iter_json_records(path: Path, field_path: str, issues: IssueLog) -> Iterator[tuple[str, Record]]:
@@ -177,7 +177,7 @@ def _iter_json_records(path: Path, field_path: str, issues: IssueLog) -> Iterato
         value = json.loads("".join(decode_chunks(path, issues)))
         rows = _get_field(value, (field_path,)) if isinstance(value, dict) else value
     except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{path}: not valid JSON ({reason(error)})") from error
+        raise CorruptFileError(f"{path}: not valid JSON ({error_text(error)})") from error
     except RowError as flaw:
         issues.add(path, 1, flaw.kind, flaw.detail)
         return

@@ -32,6 +32,8 @@ from string import Formatter
 from typing import Any
 
 from nextword.common.errors import UsageError
+from nextword.data.decoding import error_text
+from nextword.tasks.schema import join_names
 
 BUILTIN_BENCHMARKS = Path(__file__).with_name("published.toml")
 # Of each kind what it must say, what it may say, and its scores, the one that counts first.
@@ -99,7 +101,9 @@ def find_benchmark(request: str) -> Benchmark:
         if location and name in benchmarks:
             return benchmarks[name]
         if len(benchmarks) != 1:
-            raise UsageError(f"{location or name}: declares {listed(benchmarks)}; say which: NAME={location or name}")
+            raise UsageError(
+                f"{location or name}: declares {join_names(benchmarks)}; say which: NAME={location or name}"
+            )
         [benchmark] = benchmarks.values()
         return replace(benchmark, name=name) if location else benchmark
     published = load_benchmarks(BUILTIN_BENCHMARKS)
@@ -126,9 +130,9 @@ def load_benchmarks(path: Path) -> dict[str, Benchmark]:
         text = path.read_text(encoding="utf-8")
         tables = tomllib.loads(text)
     except OSError as error:
-        raise UsageError(f"{path}: {reason(error)}") from error
+        raise UsageError(f"{path}: {error_text(error)}") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not TOML: {reason(error)}") from error
+        raise UsageError(f"{path}: not TOML: {error_text(error)}") from error
     if {"kind", "like"} & tables.keys() or not any(isinstance(table, dict) for table in tables.values()):
         tables = {path.stem: tables}
     return {

@@ -12,7 +12,7 @@ from nextword.data.dataset import derive_seed, permute
 from nextword.data.documents import IssueLog
 from nextword.data.tokenizer import Tokenizer
 from nextword.tasks.dataset import TaskSpec, max_answer_tokens
-from nextword.tasks.examples import Example, hold_out, keep_known_labels, label_names, read_examples
+from nextword.tasks.examples import Example, filter_known_labels, label_names, read_examples, train_validation_split
 from nextword.tasks.schema import INPUT_ROLES, TARGET_ROLES
 
 REQUIRED_ROLES = {
@@ -75,7 +75,7 @@ def load_task_data(
             )
         validation = validation_set.items
     else:
-        train, validation = hold_out(train_set)
+        train, validation = train_validation_split(train_set)
     if not train:
         first = "\n".join(problems.summary_lines())
         raise NextwordError(f"{', '.join(request.data)}: no example to learn from\n{first}".rstrip())
@@ -88,7 +88,7 @@ def load_task_data(
         order = permute(np.arange(len(train)), len(train), derive_seed(request.seed, 6))
         train = [train[i] for i in sorted(order[: request.limit].tolist())]
     if task_spec.labels:
-        validation = keep_known_labels(validation, task_spec.labels, problems)
+        validation = filter_known_labels(validation, task_spec.labels, problems)
     return TaskData(task_spec, train, validation, num_available)
 
 

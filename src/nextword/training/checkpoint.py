@@ -36,7 +36,7 @@ from nextword.common.fs import (
     write_manifest,
 )
 from nextword.model.hf import load_shards
-from nextword.training.distributed import ALONE, World
+from nextword.training.distributed import SINGLE_PROCESS, DistContext
 from nextword.training.parallel import is_shard_owner, local_slices, to_local
 
 MAX_TO_KEEP = 2
@@ -53,7 +53,7 @@ FileHashes = dict[str, dict[str, Any]]  # of each file its size and SHA-256
 # ---------------------------------------------------------------- one process's part
 
 
-def copy_shards_to_cpu(tensors: Mapping[str, Tensor], world: World = ALONE) -> dict[str, TensorShard]:
+def copy_shards_to_cpu(tensors: Mapping[str, Tensor], world: DistContext = SINGLE_PROCESS) -> dict[str, TensorShard]:
     """A copy, in the machine's memory, of what this process has to write; no later step changes it.
 
     Of a weight that is shared, those are its own numbers; of several equal copies, the first is written. What every process
@@ -128,7 +128,7 @@ class AsyncCheckpointer:
         sealed: the checkpoint that was finished last, for who leads.
     """
 
-    def __init__(self, run: Path, world: World = ALONE, save_every: int | None = None):
+    def __init__(self, run: Path, world: DistContext = SINGLE_PROCESS, save_every: int | None = None):
         self.directory, self.world, self.save_every, self.overhead_seconds = run / "checkpoints", world, save_every, 0.0
         self.last_save_time, self.overdue = time.monotonic(), False
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -137,7 +137,7 @@ class AsyncCheckpointer:
         self.file_hashes: FileHashes = {}
         self.last_committed: Path | None = None
 
-    def __enter__(self) -> "Saver":
+    def __enter__(self) -> "AsyncCheckpointer":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -153,7 +153,7 @@ class AsyncCheckpointer:
             due = self.status == 0 and time.monotonic() - self.last_save_time > max(
                 SAVE_INTERVAL_SECONDS, MIN_INTERVAL_PER_SAVE_COST * self.overhead_seconds
             )
-        self.overdue = self.world.leads and (self.overdue or due)
+        self.overdue = self.world.is_main and (self.overdue or due)
         return self.overdue
 
     @property
@@ -180,7 +180,7 @@ class AsyncCheckpointer:
         }
         self.overhead_seconds, self.last_save_time = time.perf_counter() - begin, time.monotonic()
         self.pending_write = self.executor.submit(self._write_shards, step, tensors_by_kind, metadata)
-        if self.world.size > 1:
+        if self.world.world_size > 1:
             self.uncommitted = step, metadata
 
     def advance(self, status: int) -> None:
@@ -193,7 +193,7 @@ class AsyncCheckpointer:
             error.exit_code = status - 1
             raise error
         if status == 0 and self.uncommitted is not None:
-            if self.world.leads:
+            if self.world.is_main:
                 self.pending_write = self.executor.submit(self._commit, *self.uncommitted)
             self.uncommitted = None
 
@@ -204,11 +204,11 @@ class AsyncCheckpointer:
             NextwordError: that save failed, here or in another process.
         """
         self.overdue = False
-        for _ in range(2 if self.world.size > 1 else 1):  # for the parts, then for the seal
+        for _ in range(2 if self.world.world_size > 1 else 1):  # for the parts, then for the seal
             if self.pending_write is None:
                 return
             wait_for([self.pending_write])
-            self.advance(int(self.world.most([self.status])[0]))
+            self.advance(int(self.world.all_reduce_max([self.status])[0]))
         if self.pending_write is not None:
             wait_for([self.pending_write])
         self.pending_write = None
@@ -222,12 +222,14 @@ class AsyncCheckpointer:
         self, step: int, tensors_by_kind: dict[str, dict[str, TensorShard]], metadata: dict[str, Any]
     ) -> None:
         """This process's part; and the seal, where there is no other."""
-        shard_suffix = f"-{self.world.place + 1:05d}-of-{self.world.places:05d}" if self.world.places > 1 else ""
+        shard_suffix = (
+            f"-{self.world.shard_index + 1:05d}-of-{self.world.shard_count:05d}" if self.world.shard_count > 1 else ""
+        )
         partial_path, self.file_hashes = self._partial_path(step), {}
         with map_disk_errors(partial_path):
             partial_path.mkdir(parents=True, exist_ok=True)
             # What processes that were killed have left would take the room of this one.
-            for left in self.directory.glob(".step-*.partial") if self.world.leads else ():
+            for left in self.directory.glob(".step-*.partial") if self.world.is_main else ():
                 if left != partial_path:
                     shutil.rmtree(left)
         begin = time.thread_time()
@@ -242,9 +244,9 @@ class AsyncCheckpointer:
             self.file_hashes[name], seconds = found.result()
             self.overhead_seconds += seconds
         self.overhead_seconds += time.thread_time() - begin
-        if self.world.size == 1:
+        if self.world.world_size == 1:
             self._commit(step, metadata)
-        elif self.file_hashes and not self.world.leads:
+        elif self.file_hashes and not self.world.is_main:
             atomic_write(partial_path / f"hashes{shard_suffix}.json", to_json(self.file_hashes))
 
     def _commit(self, step: int, metadata: dict[str, Any]) -> None:
@@ -252,8 +254,8 @@ class AsyncCheckpointer:
         begin = time.thread_time()
         partial_path, final = self._partial_path(step), self.directory / checkpoint_name(step)
         hashes = dict(self.file_hashes)
-        for number in range(2, self.world.places + 1):
-            shard_hashes = partial_path / f"hashes-{number:05d}-of-{self.world.places:05d}.json"
+        for number in range(2, self.world.shard_count + 1):
+            shard_hashes = partial_path / f"hashes-{number:05d}-of-{self.world.shard_count:05d}.json"
             hashes |= read_json(shard_hashes) if shard_hashes.is_file() else {}
         with map_disk_errors(final):
             for path in partial_path.iterdir():

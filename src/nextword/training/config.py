@@ -140,7 +140,7 @@ class FinetuneConfig:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Finetune":
+    def from_dict(cls, values: dict[str, Any]) -> "FinetuneConfig":
         return cls(
             **{
                 **values,

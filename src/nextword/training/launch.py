@@ -9,9 +9,9 @@ from typing import Any
 from nextword.common import fs
 from nextword.common.console import Console, NullConsole
 from nextword.common.errors import NextwordError, UsageError
-from nextword.common.run_dir import RunDir, WorkerRunDir, command_line, diff_settings, open_run
+from nextword.common.run_dir import ROUNDING_NOTE, RunDir, WorkerRunDir, command_line, diff_settings, open_run
 from nextword.training import checkpoint
-from nextword.training.distributed import World, finding_others, joined
+from nextword.training.distributed import DistContext, init_distributed, translate_dist_errors
 from nextword.training.remote_sync import CheckpointUploader
 from nextword.training.trainer import REPORT_MODULE, Trainer, write_reports
 
@@ -36,14 +36,14 @@ def run_training(
         request: what the person said, by name; what was not said is None. A resume takes the request that the run began with.
         mirror: a place beyond this machine that checkpoints are copied to, and brought from where the run is there alone.
     """
-    with console or Console(quiet=True) as console, joined() as world:
-        if not world.leads:
+    with console or Console(quiet=True) as console, init_distributed() as world:
+        if not world.is_main:
             return run_worker_rank(build_trainer, out, world)
         with broadcast_failure(world) as broadcast_start:
             uploader = None if mirror_url is None else CheckpointUploader(mirror_url, console)
             if uploader is not None:
-                uploader.restore(out, resume or world.again)
-            with open_run(out, resume=resume or world.again) as run:
+                uploader.restore(out, resume or world.restarted)
+            with open_run(out, resume=resume or world.restarted) as run:
                 return run_main_rank(
                     build_trainer,
                     run,
@@ -60,7 +60,7 @@ def run_main_rank(
     build_trainer: Callable[[RunDir, dict[str, Any], Console], Trainer],
     run: RunDir,
     request: dict[str, Any],
-    world: World,
+    world: DistContext,
     broadcast_start: Callable[[dict[str, Any]], None],
     uploader: CheckpointUploader | None,
     *,
@@ -85,7 +85,7 @@ def run_main_rank(
         require_single_process(trainer, world)
         trainer.initialize(command_line(), request)
     trainer.checkpoint_uploader = uploader
-    with fs.require_free_space(run.path, required_disk_bytes(trainer)), finding_others():
+    with fs.require_free_space(run.path, required_disk_bytes(trainer)), translate_dist_errors():
         broadcast_start(
             {"facts": trainer.run_metadata, "checkpoint": trainer.resume_checkpoint and str(trainer.resume_checkpoint)}
         )
@@ -100,10 +100,10 @@ def run_main_rank(
 
 
 def run_worker_rank(
-    build_trainer: Callable[[RunDir, dict[str, Any], Console], Trainer], out: Path, world: World
+    build_trainer: Callable[[RunDir, dict[str, Any], Console], Trainer], out: Path, world: DistContext
 ) -> dict[str, Any]:
     """Do one's part of a run that another process leads. Raises `NextwordError` where that one could not begin."""
-    start_message = world.told()
+    start_message = world.broadcast_object()
     if "failed" in start_message:
         raise NextwordError(f"process {world.rank}: {start_message['failed']}")
     if start_message["facts"] is None:
@@ -112,7 +112,7 @@ def run_worker_rank(
     trainer = build_trainer(run, run.metadata()["request"], NullConsole())
     trainer.world, trainer.resume_checkpoint = world, start_message["checkpoint"] and Path(start_message["checkpoint"])
     trainer.resume()
-    with fs.require_free_space(out, required_disk_bytes(trainer), refuse=False), finding_others():
+    with fs.require_free_space(out, required_disk_bytes(trainer), check_now=False), translate_dist_errors():
         trainer.setup_training()
         trainer.train()
         return trainer.finalize()
@@ -127,34 +127,34 @@ def required_disk_bytes(trainer: Trainer) -> int:
     parameters = list(trainer.model.parameters())
     trainable_bytes = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
     model_bytes = sum(4 * p.numel() for p in parameters)
-    num_checkpoints = checkpoint.KEPT + 1 + (trainer.checkpoint_uploader is not None)
+    num_checkpoints = checkpoint.MAX_TO_KEEP + 1 + (trainer.checkpoint_uploader is not None)
     peak_bytes = num_checkpoints * 3 * trainable_bytes + 2 * model_bytes + OTHER_FILES_BYTES
     return max(0, peak_bytes - fs.directory_size(trainer.run_dir.path / "checkpoints", trainer.run_dir.model_dir))
 
 
 @contextmanager
-def broadcast_failure(world: World) -> Iterator[Callable[[dict[str, Any]], None]]:
+def broadcast_failure(world: DistContext) -> Iterator[Callable[[dict[str, Any]], None]]:
     """For a leader: `tell` lets the others begin. Where that is never reached, they are told that there is nothing to do."""
     started = False
 
     def broadcast_start(said: dict[str, Any]) -> None:
         nonlocal started
         started = True
-        world.told(said)
+        world.broadcast_object(said)
 
     try:
         yield broadcast_start
     except NextwordError as error:
         if not started:
-            world.told({"failed": str(error).splitlines()[0]})
+            world.broadcast_object({"failed": str(error).splitlines()[0]})
         raise
     if not started:
-        world.told({"facts": None})
+        world.broadcast_object({"facts": None})
 
 
-def require_single_process(trainer: Trainer, world: World) -> None:
+def require_single_process(trainer: Trainer, world: DistContext) -> None:
     """Give a run its world. Raises `UsageError` where it cannot be shared."""
-    if world.size > 1 and not trainer.supports_distributed:
+    if world.world_size > 1 and not trainer.supports_distributed:
         raise UsageError("this verb runs in one process: start it without torchrun (pretrain is what runs in several)")
     trainer.world = world
 
@@ -188,6 +188,6 @@ def update_parallelism(run: RunDir, request: dict[str, Any], console: Console) -
     }
     if updates:
         changes = ", ".join(f"--training.{name} {original[name]} → {value}" for name, value in updates.items())
-        console.warn(f"{changes}: {ROUNDING} from here on")
+        console.warn(f"{changes}: {ROUNDING_NOTE} from here on")
         original.update(updates)
         run.write_metadata(metadata)

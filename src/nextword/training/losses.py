@@ -54,7 +54,7 @@ LossFn = Callable[[TrainableModel, DeviceBatch], dict[str, LossTerm]]
 
 def causal_lm_loss(model: TrainableModel, batch: DeviceBatch) -> dict[str, LossTerm]:
     """L(θ) = −Σ log P(x_t | x_<t; θ), summed over every position that has a target."""
-    hidden = model(batch.tokens, keep=batch.dropout_masks)  # [B, T, D]
+    hidden = model(batch.tokens, dropout_masks=batch.dropout_masks)  # [B, T, D]
     return {"next_word": LossTerm(nll_sum(model, hidden.flatten(0, 1), batch.targets.flatten()))}
 
 
@@ -102,7 +102,7 @@ def hidden_states(model: TrainableModel, batch: DeviceBatch) -> tuple[Tensor, Te
 
     Logits are made for those positions alone: in fine-tuning they are often a small part.
     """
-    hidden = model(batch.tokens, keep=batch.dropout_masks, segments=batch.segments, positions=batch.positions)
+    hidden = model(batch.tokens, dropout_masks=batch.dropout_masks, segments=batch.segments, positions=batch.positions)
     return hidden, batch.targets != IGNORE_INDEX
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from nextword.training.distributed import ALONE, World
+from nextword.training.distributed import SINGLE_PROCESS, DistContext
 from nextword.training.parallel import run_on_owner_rank, to_local
 
 LRSchedule = Literal["cosine", "wsd", "linear", "constant"]
@@ -72,7 +72,7 @@ class Muon:
         *,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        world: World = ALONE,
+        world: DistContext = SINGLE_PROCESS,
     ):
         self.parameters, self.world = list(parameters), world
         self.momentum = momentum
@@ -88,7 +88,7 @@ class Muon:
                 gradient, mean = to_local(p.grad), to_local(buffer)
                 mean.lerp_(gradient, 1 - self.momentum)
                 directions.append(torch.lerp(gradient, mean, self.momentum))  # Nesterov's look ahead
-        is_single_process = self.world.size == 1
+        is_single_process = self.world.world_size == 1
         updates = (
             orthogonalize_batched(directions)
             if is_single_process
@@ -173,7 +173,7 @@ class Optimizer:
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.1,
         momentum: float = 0.9,
-        world: World = ALONE,
+        world: DistContext = SINGLE_PROCESS,
     ):
         self.lr, self.matrix_lr = lr, lr if matrix_lr is None else matrix_lr
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

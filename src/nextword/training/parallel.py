@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nextword.common.errors import UsageError
-from nextword.training.distributed import ALONE, Parallel, World, finding_others
+from nextword.training.distributed import SINGLE_PROCESS, DistContext, ParallelStrategy, translate_dist_errors
+from nextword.training.losses import LossModule
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from nextword.model.gpt import GPT, Cache
 
 
-def apply_parallelism(world: World, loss_module: "Step", parallel: Parallel, bf16: bool, device: torch.device) -> None:
+def apply_parallelism(
+    world: DistContext, loss_module: "LossModule", parallel: ParallelStrategy, bf16: bool, device: torch.device
+) -> None:
     """Give each process its part of every weight, and of its gradient: the sums over all processes, not their mean, for
     each loss is divided by its count over the whole batch already. A hollow model gets its memory on `device` thereby, and
     never more than a part of it.
@@ -43,15 +46,15 @@ def apply_parallelism(world: World, loss_module: "Step", parallel: Parallel, bf1
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     mesh = build_mesh(world, parallel, device)
-    if world.tensor_size > 1:
+    if world.tp_size > 1:
         apply_tensor_parallel(loss_module.model, mesh["tensor"])
         mesh = mesh["copies", "parts"] if parallel == "hybrid" else mesh["parts"]
     world.by_block = parallel != "data"
-    if world.by_block:
+    if world.fsdp_per_block:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in loss_module.model.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy if bf16 else MixedPrecisionPolicy())
-    root = loss_module.model if world.by_block else loss_module  # which runs by itself too, between two steps
+    root = loss_module.model if world.fsdp_per_block else loss_module  # which runs by itself too, between two steps
     fully_shard(root, mesh=mesh, reshard_after_forward=False)
     for module in loss_module.modules():
         if isinstance(module, FSDPModule):
@@ -62,25 +65,25 @@ def apply_parallelism(world: World, loss_module: "Step", parallel: Parallel, bf1
         loss_module.model.tabulate()
 
 
-def build_mesh(world: World, parallel: Parallel, device: torch.device) -> "DeviceMesh":
+def build_mesh(world: DistContext, parallel: ParallelStrategy, device: torch.device) -> "DeviceMesh":
     """Let the processes stand in rows: those that work on a matrix together side by side (`tensor`), then those that have
     different parts of the weights (`parts`), then those that have equal ones (`copies`)."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    shard_group_size = world.local_size if parallel == "hybrid" else world.size
-    if shard_group_size % world.tensor_size:
+    shard_group_size = world.local_world_size if parallel == "hybrid" else world.world_size
+    if shard_group_size % world.tp_size:
         raise UsageError(
-            f"--training.tensor {world.tensor_size} does not divide the {shard_group_size} processes of a machine"
+            f"--training.tensor {world.tp_size} does not divide the {shard_group_size} processes of a machine"
         )
-    copies, world.parts = world.size // shard_group_size, shard_group_size // world.tensor_size
-    world.copy, world.part = divmod(world.data_rank, world.parts)
-    lengths = {"parts": world.parts}
+    copies, world.parts = world.world_size // shard_group_size, shard_group_size // world.tp_size
+    world.copy, world.part = divmod(world.dp_rank, world.row_shard_count)
+    lengths = {"parts": world.row_shard_count}
     if parallel == "hybrid":
         lengths = {"copies": copies, **lengths}
-    if world.tensor_size > 1:
-        lengths["tensor"] = world.tensor_size
+    if world.tp_size > 1:
+        lengths["tensor"] = world.tp_size
     mesh = init_device_mesh(device.type, tuple(lengths.values()), mesh_dim_names=tuple(lengths))
-    if world.tensor_size == 1:
+    if world.tp_size == 1:
         world.keepers = mesh.get_group("parts")
     else:
         flat = init_device_mesh(device.type, (copies, shard_group_size), mesh_dim_names=("copies", "keepers"))
@@ -229,7 +232,7 @@ def to_full(tensor: Tensor) -> Tensor:
         return tensor
     from torch.distributed.tensor import Replicate
 
-    with finding_others():
+    with translate_dist_errors():
         # The rows of each slice, then the slices: in one go PyTorch does it too, and warns of what it costs.
         if tp_shard_dim(tensor) is not None:
             rows = [Replicate()] * (len(tensor.placements) - 1)  # pyright: ignore[reportAttributeAccessIssue]
@@ -244,34 +247,36 @@ def chunk_bounds(length: int, index: int, num_chunks: int) -> tuple[int, int]:
     return begin, min(chunk_length, length - begin)
 
 
-def local_slices(weight: Tensor, world: World, shard_index: int | None = None) -> tuple[slice, ...]:
+def local_slices(weight: Tensor, world: DistContext, shard_index: int | None = None) -> tuple[slice, ...]:
     """Which of a weight's numbers this process keeps, or another one by its place among `world.keepers`: a slice for each
     dimension."""
     if not hasattr(weight, "placements"):
         return tuple(slice(0, length) for length in weight.shape)
-    return shard_slices(weight.shape, tp_shard_dim(weight), world, world.place if shard_index is None else shard_index)
+    return shard_slices(
+        weight.shape, tp_shard_dim(weight), world, world.shard_index if shard_index is None else shard_index
+    )
 
 
-def shard_slices(shape: Sequence[int], tp_dim: int | None, world: World, shard_index: int) -> tuple[slice, ...]:
+def shard_slices(shape: Sequence[int], tp_dim: int | None, world: DistContext, shard_index: int) -> tuple[slice, ...]:
     """The same of a weight of this shape that is split in that dimension: of its slice, a part of the rows."""
-    row_shard, tensor_rank = divmod(shard_index, world.tensor_size)
+    row_shard, tensor_rank = divmod(shard_index, world.tp_size)
     starts, lengths = [0] * len(shape), list(shape)
     if tp_dim is not None:
-        starts[tp_dim], lengths[tp_dim] = chunk_bounds(lengths[tp_dim], tensor_rank, world.tensor_size)
-    offset, length = chunk_bounds(lengths[0], row_shard, world.parts)
+        starts[tp_dim], lengths[tp_dim] = chunk_bounds(lengths[tp_dim], tensor_rank, world.tp_size)
+    offset, length = chunk_bounds(lengths[0], row_shard, world.row_shard_count)
     starts[0], lengths[0] = starts[0] + offset, length
     return tuple(slice(begin, begin + length) for begin, length in zip(starts, lengths, strict=True))
 
 
-def is_shard_owner(tensor: Tensor, world: World) -> bool:
+def is_shard_owner(tensor: Tensor, world: DistContext) -> bool:
     """Whether this process is the first of those that keep the same part of a tensor."""
     if not hasattr(tensor, "placements"):
-        return world.leads
-    return not world.copy and (not world.tensor_rank or tp_shard_dim(tensor) is not None)
+        return world.is_main
+    return not world.replica_rank and (not world.tp_rank or tp_shard_dim(tensor) is not None)
 
 
 @torch.no_grad()
-def load_weights_(model: nn.Module, weights: Iterable[tuple[str, Tensor]], world: World = ALONE) -> None:
+def load_weights_(model: nn.Module, weights: Iterable[tuple[str, Tensor]], world: DistContext = SINGLE_PROCESS) -> None:
     """Put weights, whole or shared as the model's own are, in the place of those that are trained."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, tensor in weights:
@@ -291,13 +296,13 @@ def set_grad_sync(loss_module: nn.Module, model: nn.Module, more_micro_batches: 
 
 
 @torch.no_grad()
-def clip_grad_norm_(model: nn.Module, max_norm: float, world: World = ALONE) -> Tensor:
+def clip_grad_norm_(model: nn.Module, max_norm: float, world: DistContext = SINGLE_PROCESS) -> Tensor:
     """Scale all gradients down to a norm of `limit`, where it is more; the norm as it was, the same in every process."""
-    if world.size == 1:
+    if world.world_size == 1:
         return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     square = nn.utils.get_total_norm([to_local(g) for g in gradients if is_shard_owner(g, world)]).square()
-    with finding_others():
+    with translate_dist_errors():
         dist.all_reduce(square)
     norm = square.sqrt()
     for gradient in gradients:
@@ -306,11 +311,11 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, world: World = ALONE) -> 
 
 
 @contextmanager
-def unsharded(world: World, loss_module: "Step") -> Iterator["GPT"]:
+def unsharded(world: DistContext, loss_module: "LossModule") -> Iterator["GPT"]:
     """The model of a step as it can be used between two steps, in all processes together: with all of its weights (or this
     process's slices of them), or where they are gathered by block, with those that it runs by."""
     units = [module for module in (loss_module, loss_module.model) if hasattr(module, "reshard")]
-    for unit in [] if world.by_block else units:
+    for unit in [] if world.fsdp_per_block else units:
         unit.unshard()  # pyright: ignore[reportCallIssue]
     try:
         yield loss_module.model
@@ -323,7 +328,7 @@ def run_on_owner_rank(
     weights: Sequence[Tensor],
     local_blocks: Sequence[Tensor],
     transform: Callable[[list[Tensor]], list[Tensor]],
-    world: World,
+    world: DistContext,
 ) -> list[Tensor]:
     """Let each matrix be changed as a whole by one process, its owner, and give back this process's part of each.
 
@@ -336,10 +341,10 @@ def run_on_owner_rank(
         change: from a list of whole matrices to a list of as many.
     """
     shapes = [weight.shape for weight in weights]
-    size = world.places
+    size = world.shard_count
     owners = balance_by_cost([rows * columns * min(rows, columns) for rows, columns in shapes], size)
     indices_by_owner = [[i for i, owner in enumerate(owners) if owner == process] for process in range(size)]
-    owned_indices = indices_by_owner[world.place]
+    owned_indices = indices_by_owner[world.shard_index]
     slices_by_rank = [[local_slices(weights[i], world, process) for i in owned_indices] for process in range(size)]
     counts = [[math.prod(s.stop - s.start for s in block) for block in some] for some in slices_by_rank]
 
@@ -348,8 +353,10 @@ def run_on_owner_rank(
         outgoing = [torch.cat([p.flatten() for p in some]) if some else local_blocks[0].new_zeros(0) for some in pieces]
         totals = [sum(some) for some in counts]
         incoming = local_blocks[0].new_empty(sum(totals))
-        with finding_others():
-            dist.all_to_all_single(incoming, torch.cat(outgoing), totals, [len(one) for one in outgoing], world.keepers)
+        with translate_dist_errors():
+            dist.all_to_all_single(
+                incoming, torch.cat(outgoing), totals, [len(one) for one in outgoing], world.shard_group
+            )
         return [row.split(some) for row, some in zip(incoming.split(totals), counts, strict=True)]
 
     received = all_to_all([[local_blocks[i] for i in some] for some in indices_by_owner], counts)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from nextword.common import fs
 from nextword.common.console import Console
-from nextword.common.run_dir import RunDir, library_versions, machine_info
+from nextword.common.run_dir import ROUNDING_NOTE, RunDir, library_versions, machine_info
 from nextword.model import fused
 from nextword.model.gpt import GPT
 from nextword.training import checkpoint
 from nextword.training.config import TrainingConfig
-from nextword.training.distributed import ALONE, World
+from nextword.training.distributed import SINGLE_PROCESS, DistContext
 from nextword.training.losses import LossFn, LossModule
 from nextword.training.optimizer import Optimizer
 from nextword.training.parallel import apply_parallelism, load_weights_
@@ -40,7 +40,7 @@ class TrainingSetup(ABC):
     dynamic_shapes = False  # in length, so that compiled code would be made anew again and again
     supports_distributed = False  # whether several processes can do it together
     fail_on_corrupt_checkpoint = False  # whether a damaged checkpoint stops a resume, instead of being passed over
-    world: World = ALONE
+    world: DistContext = SINGLE_PROCESS
     resume_checkpoint: Path | None = None  # where the run stood when this process took it up
 
     # Set by the subclass when it begins or goes on.
@@ -85,7 +85,7 @@ class TrainingSetup(ABC):
 
     def reproducibility_metadata(self) -> dict[str, Any]:
         """What run.json says is fixed, before anything is measured."""
-        return {"threads": torch.get_num_threads(), "world_size": self.world.size, "device": self.device.type}
+        return {"threads": torch.get_num_threads(), "world_size": self.world.world_size, "device": self.device.type}
 
     def environment_metadata(self) -> dict[str, Any]:
         return {"versions": library_versions(), "machine": machine_info(self.device)}
@@ -93,21 +93,23 @@ class TrainingSetup(ABC):
     def resume_num_threads(self) -> int:
         """As many as the run began with, where it goes on in as many processes."""
         fixed = self.run_metadata["fixed"]
-        return fixed["threads"] if fixed["world_size"] == self.world.size else torch.get_num_threads()
+        return fixed["threads"] if fixed["world_size"] == self.world.world_size else torch.get_num_threads()
 
     def select_checkpoint(self) -> None:
         """For who leads a run that goes on: its newest whole checkpoint, and what will not be as it was."""
         fixed = self.run_metadata["fixed"]
         if fixed["device"] != self.device.type:
-            self.console.warn(f"this run began on {fixed['device']} and goes on on {self.device.type}: {ROUNDING}")
+            self.console.warn(f"this run began on {fixed['device']} and goes on on {self.device.type}: {ROUNDING_NOTE}")
         if (original := self.run_metadata["versions"]["torch"]) != torch.__version__:
-            self.console.warn(f"this run began with torch {original} and goes on with {torch.__version__}: {ROUNDING}")
-        if (original := fixed["world_size"]) != self.world.size:
             self.console.warn(
-                f"this run began in a world of {original} and goes on in one of {self.world.size}: {ROUNDING}"
+                f"this run began with torch {original} and goes on with {torch.__version__}: {ROUNDING_NOTE}"
             )
-        if self.world.leads:
-            self.resume_checkpoint = checkpoint.newest_whole(
+        if (original := fixed["world_size"]) != self.world.world_size:
+            self.console.warn(
+                f"this run began in a world of {original} and goes on in one of {self.world.world_size}: {ROUNDING_NOTE}"
+            )
+        if self.world.is_main:
+            self.resume_checkpoint = checkpoint.latest_valid(
                 self.run_dir.path, self.console.warn, self.fail_on_corrupt_checkpoint
             )
 
@@ -119,9 +121,11 @@ class TrainingSetup(ABC):
         fixed = self.run_metadata["fixed"]
         is_resume = "step_kind" in fixed
         step_kind: StepKind = fixed["step_kind"] if is_resume else self._default_step_kind()
-        if step_kind == "fused" and not (self._has_full_weights and fused.available(self.model, self.device)):
-            reason = fused.library()[1] if self._has_full_weights else "no process has all of the weights at once"
-            self.console.warn(f"this run began with compiled parts that are not to be had here ({reason}): {ROUNDING}")
+        if step_kind == "fused" and not (self._has_full_weights and fused.is_available(self.model, self.device)):
+            reason = fused.load_kernels()[1] if self._has_full_weights else "no process has all of the weights at once"
+            self.console.warn(
+                f"this run began with compiled parts that are not to be had here ({reason}): {ROUNDING_NOTE}"
+            )
             step_kind = "plain"
         self.eager_step, self.step_module = build_loss_module(
             self.model, self.loss_fn, "fused" if step_kind == "fused" else "plain", self.training.checkpoint_activations
@@ -138,21 +142,23 @@ class TrainingSetup(ABC):
             step_kind = self._compile_step()
         if is_resume:
             self.seconds_per_step = self._time_step(self.step_module)
-            self.console.info(f"going on from step {self.state.step:,}, {duration(self.seconds_before_resume)} in")
+            self.console.info(
+                f"going on from step {self.state.step:,}, {format_duration(self.seconds_before_resume)} in"
+            )
             return
         self.run_metadata["fixed"] = {
             **fixed,
             "micro_batch_rows": self.step_settings.micro_batch_rows,
             "step_kind": step_kind,
         }
-        if self.world.leads:
+        if self.world.is_main:
             self.run_dir.write_metadata(self.run_metadata)
             fs.atomic_write(self.run_dir.metrics_path, "")
 
     def _materialize(self) -> None:
         """Memory, weights and an optimizer; in company for one's own part of them alone."""
         on_meta = self.model.token_embedding.weight.is_meta
-        if self.world.size > 1:
+        if self.world.world_size > 1:
             apply_parallelism(self.world, self.eager_step, self.training.parallel, self.step_settings.bf16, self.device)
         elif on_meta:
             self.model.to_empty(device=self.device)
@@ -171,7 +177,7 @@ class TrainingSetup(ABC):
 
     def _restore_metadata(self, path: Path) -> dict[str, Any]:
         """Take from a checkpoint what it says beside its tensors; all that it says."""
-        saved = checkpoint.facts_of(path)
+        saved = checkpoint.load_metadata(path)
         self.state.step, self.state.tokens, self.state.nonfinite_streak = saved["step"], saved["tokens"], saved["bad"]
         self.state.num_rollbacks = saved.get("detours", 0)
         return saved
@@ -179,13 +185,13 @@ class TrainingSetup(ABC):
     @property
     def _has_full_weights(self) -> bool:
         """Whether a process has all of the weights at once in a step, as our own compiled parts want them."""
-        return self.world.size == 1 or (self.training.parallel == "data" and self.world.tensor_size == 1)
+        return self.world.world_size == 1 or (self.training.parallel == "data" and self.world.tp_size == 1)
 
     def _default_step_kind(self) -> StepKind:
         """The kind of step that costs no time to begin with. Our own compiled parts keep what the backward pass needs."""
         t = self.training
         fitting = self._has_full_weights and not t.checkpoint_activations and t.compile != "yes"
-        return "fused" if fitting and fused.available(self.model, self.device) else "plain"
+        return "fused" if fitting and fused.is_available(self.model, self.device) else "plain"
 
     def _autotune(self, step_kind: StepKind) -> StepKind:
         """How many rows go through the model at once, and whether a plain step is to be compiled: the leader says."""
@@ -193,13 +199,15 @@ class TrainingSetup(ABC):
         micro_batch_rows = t.micro_batch_rows or fit_micro_batch_rows(
             self.eager_step, self.dataset, self.step_settings, self.world
         )
-        self.step_settings = replace(self.step_settings, micro_batch_rows=-int(self.world.most([-micro_batch_rows])[0]))
-        [estimated_seconds] = self.world.numbers([self.seconds_per_step])
+        self.step_settings = replace(
+            self.step_settings, micro_batch_rows=-int(self.world.all_reduce_max([-micro_batch_rows])[0])
+        )
+        [estimated_seconds] = self.world.broadcast_floats([self.seconds_per_step])
         self.seconds_per_step = estimated_seconds or self._time_step(self.eager_step)
         run_seconds = (
             self.budget_seconds if self.budget_seconds is not None else (self.target_steps or 0) * self.seconds_per_step
         )
-        if step_kind == "plain" and self.device.type == "cpu" and (reason := fused.library()[1]):
+        if step_kind == "plain" and self.device.type == "cpu" and (reason := fused.load_kernels()[1]):
             self.console.info(f"trained by PyTorch's own operations: {reason}")
         if t.compile == "yes":
             step_kind = "compiled"
@@ -207,7 +215,7 @@ class TrainingSetup(ABC):
             compiled, reason = should_compile(self.device, run_seconds)
             step_kind = "compiled" if compiled else "plain"
             self.console.info(reason)
-        return self.world.told(step_kind)
+        return self.world.broadcast_object(step_kind)
 
     def _compile_step(self) -> StepKind:
         """Let the steps be compiled, or plain where that fails here, which is said; the kind that they are."""

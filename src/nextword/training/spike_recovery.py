@@ -9,7 +9,7 @@ from nextword.common.errors import TrainingDivergedError
 from nextword.common.fs import read_jsonl, read_manifest
 from nextword.common.run_dir import RunDir
 from nextword.training import checkpoint
-from nextword.training.distributed import World
+from nextword.training.distributed import DistContext
 from nextword.training.skipped_ranges import (
     MAX_ATTEMPTS,
     SPIKE_STREAK,
@@ -35,17 +35,18 @@ class RollbackManager:
         self,
         run_dir: RunDir,
         console: Console,
-        world: World,
+        world: DistContext,
         detect_spikes: bool,
         documents_in_batch: Callable[[int], list[str]],
     ):
         self.run_dir, self.console, self.world, self.documents_in_batch = run_dir, console, world, documents_in_batch
-        self.detect_spikes = detect_spikes and world.leads
-        logged_ranges = read_skipped_ranges(run_dir.skipped_ranges_path).entries if world.leads else []
+        self.detect_spikes = detect_spikes and world.is_main
+        logged_ranges = read_skipped_ranges(run_dir.skipped_ranges_path).entries if world.is_main else []
         self.skipped_ranges = SkippedRanges(
-            SkippedRange(**said) for said in world.told([asdict(replace(d, documents=[])) for d in logged_ranges])
+            SkippedRange(**said)
+            for said in world.broadcast_object([asdict(replace(d, documents=[])) for d in logged_ranges])
         )
-        self.skipped_ranges.entries = logged_ranges if world.leads else self.skipped_ranges.entries
+        self.skipped_ranges.entries = logged_ranges if world.is_main else self.skipped_ranges.entries
         self.spike_detector = self._build_spike_detector()
 
     def _build_spike_detector(self) -> LossSpikeDetector:
@@ -59,7 +60,7 @@ class RollbackManager:
         """What a step did; words for the person where it was left out."""
         if self.detect_spikes:
             self.spike_detector.update(metrics.loss)
-        if not (metrics.skipped and self.world.leads):
+        if not (metrics.skipped and self.world.is_main):
             return ""
         document_names = summarize_names(self.documents_in_batch(self.skipped_ranges.batch_index(metrics.step - 1)))
         return f"step {metrics.step:,}: the loss is not finite; this step is left out. In its batch: {document_names}"
@@ -89,8 +90,10 @@ class RollbackManager:
                 f"the loss rises far above what it was, after {MAX_ATTEMPTS} detours at one place once more, at step {state.step}. "
                 "What was saved before it is whole. A lower --training.lr or a longer --training.warmup may help."
             )
-        latest_checkpoint = checkpoint.newest_whole(self.run_dir.path, self.console.warn) if self.world.leads else None
-        checkpoint_path = self.world.told(None if latest_checkpoint is None else str(latest_checkpoint))
+        latest_checkpoint = (
+            checkpoint.latest_valid(self.run_dir.path, self.console.warn) if self.world.is_main else None
+        )
+        checkpoint_path = self.world.broadcast_object(None if latest_checkpoint is None else str(latest_checkpoint))
         if checkpoint_path is None and is_spike:
             text = f"the loss is far above what it was since step {last_good_step + 1:,}, and no checkpoint is there to go back to"
             self._log_event(state.step, text)
@@ -106,7 +109,7 @@ class RollbackManager:
         )
         document_names = (
             [name for index in range(first_batch, end_batch) for name in self.documents_in_batch(index)]
-            if self.world.leads
+            if self.world.is_main
             else []
         )
         self.skipped_ranges.entries.append(
@@ -115,7 +118,7 @@ class RollbackManager:
                 forgets=is_spike and best_step > first_skipped_step, seconds=round(elapsed_seconds, 3), documents=list(dict.fromkeys(document_names)),
             )
         )  # fmt: skip
-        if self.world.leads:
+        if self.world.is_main:
             write_skipped_ranges(self.run_dir.skipped_ranges_path, self.skipped_ranges)
         return (None if checkpoint_path is None else Path(checkpoint_path)), rollback_step
 
@@ -126,8 +129,8 @@ class RollbackManager:
         reason = "was not a finite number" if skipped_range.reason == "not finite" else "was far above what it had been"
         self._log_event(
             skipped_range.back,
-            f"steps {skipped_range.start_counters:,} to {skipped_range.last_value:,}: the loss {reason}. The run goes back to step {skipped_range.back:,} and from "
-            f"there past the batches that led to it. In them: {read_skipped_ranges(skipped_range.documents_in_batch)}. {self.run_dir.skipped_ranges} names them all: "
+            f"steps {skipped_range.first:,} to {skipped_range.last:,}: the loss {reason}. The run goes back to step {skipped_range.back:,} and from "
+            f"there past the batches that led to it. In them: {read_skipped_ranges(skipped_range.documents)}. {self.run_dir.skipped_ranges} names them all: "
             "look at them, and take what is no text out of what a next run learns from",
         )
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from nextword.common.errors import TrainingDivergedError
 from nextword.data.dataset import Batch, derive_seed, segment_positions
-from nextword.model.gpt import GPT, dropout_masks
-from nextword.training.distributed import ALONE, World
+from nextword.model.gpt import GPT, sample_dropout_masks
+from nextword.training.distributed import SINGLE_PROCESS, DistContext
 from nextword.training.losses import DeviceBatch, LabelTensors, LossFn, LossModule, LossTerm
-from nextword.training.optimizer import Optimizer, Schedule, learning_rate
+from nextword.training.optimizer import LRSchedule, Optimizer, lr_multiplier
 from nextword.training.parallel import clip_grad_norm_, set_grad_sync, to_local
 from nextword.training.step_budget import DistributedTimeBudgetController, StepSchedule, TimeBudgetController
 
@@ -66,7 +66,7 @@ class StepSettings:
 
     seed: int = 0
     max_grad_norm: float = 1.0
-    schedule: Schedule = "cosine"
+    schedule: LRSchedule = "cosine"
     warmup: float = 0.05
     final_lr: float = 0.1
     micro_batch_rows: int = 2**30
@@ -87,7 +87,7 @@ def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextMana
 def to_device(batch: Batch, model: GPT, seed: int) -> DeviceBatch:
     """A micro-batch on the model's device, with its dropout masks."""
     device = model.token_embedding.weight.device
-    masks = dropout_masks(
+    masks = sample_dropout_masks(
         model.config, [derive_seed(seed, 2, row) for row in batch.row_ids], batch.tokens.shape[1], device
     )
 
@@ -113,7 +113,7 @@ def train_step(
     batch: Batch,
     settings: StepSettings,
     progress: float,
-    world: World = ALONE,
+    world: DistContext = SINGLE_PROCESS,
 ) -> StepMetrics:
     """Gradients over all micro-batches and processes, each term divided once by its global count; clipped; applied at the
     step's rate.
@@ -134,9 +134,9 @@ def train_step(
     gradient_norm = float(
         clip_grad_norm_(model, settings.max_grad_norm if settings.max_grad_norm > 0 else math.inf, world)
     )
-    loss = float(world.summed(total))
+    loss = float(world.all_reduce_sum(total))
     finite = math.isfinite(loss) and math.isfinite(gradient_norm)
-    lr_scale = learning_rate(progress, settings.schedule, settings.warmup, settings.final_lr)
+    lr_scale = lr_multiplier(progress, settings.schedule, settings.warmup, settings.final_lr)
     if finite:
         state.optimizer.step(lr_scale)
     model.zero_grad(set_to_none=True)
@@ -162,8 +162,9 @@ def training_steps(
     step_schedule: StepSchedule,
     budget_controller: TimeBudgetController | DistributedTimeBudgetController | None = None,
     seconds_per_step: float = 0.0,
-    world: World = ALONE,
+    world: DistContext = SINGLE_PROCESS,
     batch_index: Callable[[int], int] = int,
+    now: Callable[[], float] = time.perf_counter,
 ) -> Iterator[StepMetrics]:
     """Train from where `state` is to the end of the pace. What the caller does between two steps counts on the clock. A caller
     may set the state back between two steps, and it goes on from there.
@@ -171,25 +172,26 @@ def training_steps(
     Args:
         index_of: the batch that a step takes; the batch of its own number where no detour is taken.
         seconds_per_step: a first guess, for a run that follows the clock.
+        now: reads the time, in seconds.
 
     Raises:
         Diverged: the loss was not finite for several steps in a row. None of them reached the weights.
     """
-    times = [time.perf_counter()]
+    times = [now()]
     while not step_schedule.decisions or state.step < step_schedule.total_steps:
         if budget_controller is not None:
             if len(times) > 4:  # the younger half of this process's steps, evaluations and saves between them included
                 half = len(times) // 2
-                seconds_per_step = (times[-1] - times[half]) / (len(times) - 1 - half)
+                seconds_per_step = max(1e-9, (times[-1] - times[half]) / (len(times) - 1 - half))
             budget_controller.update(step_schedule, state.step, seconds_per_step)
-        batch = dataset.batch(batch_index(state.step), world.data_rank, world.data_size)
+        batch = dataset.batch(batch_index(state.step), world.dp_rank, world.dp_size)
         yield train_step(state, loss_module, batch, settings, step_schedule.progress(state.step), world)
         if state.nonfinite_streak >= MAX_NONFINITE_STEPS:
             raise TrainingDivergedError(
                 f"the loss was not a finite number in {state.nonfinite_streak} steps in a row, the last of them step {state.step}. "
                 "None of them reached the weights. A lower --training.lr or a longer --training.warmup may help."
             )
-        times.append(time.perf_counter())
+        times.append(now())
 
 
 # ---------------------------------------------------------------- what a run fixes once, at its start
@@ -226,37 +228,41 @@ def activation_bytes_per_row(loss_module: LossModule, dataset: Dataset, settings
     return math.ceil(per_row * dataset.max_length / first.tokens.size)
 
 
-def training_state_bytes(model: GPT, world: World = ALONE) -> int:
+def training_state_bytes(model: GPT, world: DistContext = SINGLE_PROCESS) -> int:
     """Weights, and of what is trained gradients and two averages: they are there whatever the batch. In company a part of them,
     and of what a step gathers, weights and gradients: all blocks or two of them, or a slice of these, and what is in none."""
     local_bytes = sum((16 if p.requires_grad else 4) * to_local(p).numel() for p in model.parameters())
-    if world.size == 1:
+    if world.world_size == 1:
         return local_bytes
     blocks = sum(p.numel() for block in model.blocks for p in block.parameters())
     non_block_parameters = sum(p.numel() for p in model.parameters()) - blocks
-    gathered = non_block_parameters + (2 * blocks // model.config.n_layers if world.by_block else blocks)
-    return local_bytes + 8 * gathered // world.tensor_size
+    gathered = non_block_parameters + (2 * blocks // model.config.n_layers if world.fsdp_per_block else blocks)
+    return local_bytes + 8 * gathered // world.tp_size
 
 
 def fit_micro_batch_rows(
-    loss_module: LossModule, dataset: Dataset, settings: StepSettings, world: World = ALONE
+    loss_module: LossModule, dataset: Dataset, settings: StepSettings, world: DistContext = SINGLE_PROCESS
 ) -> int:
     """How many rows go through the model at once: as many as half of the free memory holds, in equal parts of the batch. On
     a CPU the processes of one machine have its memory together."""
     model = loss_module.model
     device = model.token_embedding.weight.device
-    processes_sharing_memory = world.local_size if device.type == "cpu" else 1
+    processes_sharing_memory = world.local_world_size if device.type == "cpu" else 1
     free_bytes = 0.5 * available_memory(device) / processes_sharing_memory - training_state_bytes(model, world)
-    batch_rows = len(dataset.batch(0, world.data_rank, world.data_size).row_ids)
+    batch_rows = len(dataset.batch(0, world.dp_rank, world.dp_size).row_ids)
     rows = max(1, min(batch_rows, int(free_bytes / max(1, activation_bytes_per_row(loss_module, dataset, settings)))))
     return -(-batch_rows // -(-batch_rows // rows))
 
 
 def time_step(
-    state: TrainState, loss_module: nn.Module, dataset: Dataset, settings: StepSettings, world: World = ALONE
+    state: TrainState,
+    loss_module: nn.Module,
+    dataset: Dataset,
+    settings: StepSettings,
+    world: DistContext = SINGLE_PROCESS,
 ) -> float:
     """Seconds of one step, measured on gradients that are thrown away; the fastest of three. All processes do it together."""
-    batch = dataset.batch(state.step, world.data_rank, world.data_size)
+    batch = dataset.batch(state.step, world.dp_rank, world.dp_size)
     device = state.model.token_embedding.weight.device
     seconds = math.inf
     for _ in range(3):
@@ -287,13 +293,17 @@ def should_compile(device: torch.device, run_seconds: float) -> tuple[bool, str]
 
 
 def try_compile(
-    state: TrainState, compiled_module: nn.Module, dataset: Dataset, settings: StepSettings, world: World = ALONE
+    state: TrainState,
+    compiled_module: nn.Module,
+    dataset: Dataset,
+    settings: StepSettings,
+    world: DistContext = SINGLE_PROCESS,
 ) -> str:
     """Why `torch.compile` does not manage a step here (its compiler may be broken, or old), in a line; nothing where it does.
     What it makes for one part of a batch, whose gradients are thrown away, the steps then use."""
     from torch._dynamo.exc import TorchDynamoException  # of all that fails on the way to compiled code
 
-    batch = dataset.batch(state.step, world.data_rank, world.data_size)
+    batch = dataset.batch(state.step, world.dp_rank, world.dp_size)
     micro_batch = next(iter(batch.split_micro_batches(settings.micro_batch_rows)))
     try:
         with autocast(state.model.unembedding.device, settings.bf16):

@@ -7,12 +7,13 @@ on disk, so that a run that followed the clock resumes exactly all the same.
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nextword.common.errors import CorruptFileError
 from nextword.common.fs import append_line_durably, atomic_write, read_jsonl
-from nextword.training.distributed import World
+from nextword.training.distributed import DistContext
 
 MIN_INITIAL_STEPS = 50  # the least that a clock begins with
 
@@ -70,12 +71,22 @@ class TimeBudgetController:
     """Decides how many steps fit into a budget of wall time, again and again while the run goes on.
 
     Each decision is appended durably to `log` before it is applied. A resume takes up the whole log, and the clock speaks
-    again only from the last decision on. `spent` is the time that earlier processes of the same run have used.
+    again only from the last decision on. `spent` is the time that earlier processes of the same run have used; `now` reads
+    the time, in seconds.
     """
 
-    def __init__(self, budget: float, log: Path, *, started: float, seconds_before_resume: float = 0.0):
+    def __init__(
+        self,
+        budget: float,
+        log: Path,
+        *,
+        started: float,
+        seconds_before_resume: float = 0.0,
+        now: Callable[[], float] = time.time,
+    ):
         self.budget = budget
         self.log = log
+        self.now = now
         self.started = started - seconds_before_resume
         self.next_update_time = 0.0
         self.first_update_time = math.inf
@@ -83,7 +94,7 @@ class TimeBudgetController:
 
     def elapsed(self) -> float:
         """Seconds of the budget that are used, preparation and earlier processes included."""
-        return time.time() - self.started
+        return self.now() - self.started
 
     def update(self, schedule: StepSchedule, step: int, seconds_per_step: float) -> None:
         """Before step `step`: decide anew, where it is time to."""
@@ -121,7 +132,7 @@ class TimeBudgetController:
 class DistributedTimeBudgetController:
     """What the leader's clock decides, heard by every process of a run before the same step."""
 
-    def __init__(self, world: World, controller: TimeBudgetController | None):
+    def __init__(self, world: DistContext, controller: TimeBudgetController | None):
         self.world, self.controller = world, controller
 
     def update(self, schedule: StepSchedule, step: int, seconds_per_step: float) -> None:
@@ -134,7 +145,7 @@ class DistributedTimeBudgetController:
             if new_decisions
             else [0.0] * 4
         )
-        has_decision, at_step, total_steps, seconds = self.world.numbers(payload)
+        has_decision, at_step, total_steps, seconds = self.world.broadcast_floats(payload)
         if has_decision and self.controller is None:
             schedule.update(StepBudgetDecision(int(at_step), int(total_steps), seconds))
 

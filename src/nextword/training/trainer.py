@@ -23,7 +23,7 @@ from nextword.common.run_dir import (
     open_tensorboard_writer,
     peak_memory_bytes,
 )
-from nextword.training.checkpoint import Saver
+from nextword.training.checkpoint import AsyncCheckpointer
 from nextword.training.remote_sync import CheckpointUploader
 from nextword.training.setup import TrainingSetup
 from nextword.training.spike_recovery import RollbackManager
@@ -62,11 +62,12 @@ class BestCheckpoint:
 class Trainer(TrainingSetup):
     """One run in progress: begun or gone on with by its subclass, settled, then `train`, then `finish`."""
 
+    now = staticmethod(time.time)  # reads the time of a run with a budget, in seconds
     detects_loss_spikes = False  # whether a loss far above the recent ones means that the run goes astray
     batch_tokens: int  # of a step, about; the subclass sets it
     checkpoint_uploader: CheckpointUploader | None = None  # where checkpoints are copied to, beyond this machine
     rollback_manager: RollbackManager
-    checkpointer: Saver
+    checkpointer: AsyncCheckpointer
     last_finite_state: tuple[
         int, int, BestCheckpoint, bool
     ]  # step, tokens, best and stopped after the last step whose loss was a number
@@ -130,7 +131,7 @@ class Trainer(TrainingSetup):
 
     def elapsed_seconds(self) -> float:
         """Wall time that the run has used, in all of its processes."""
-        return time.time() - self.start_time + self.seconds_before_resume
+        return self.now() - self.start_time + self.seconds_before_resume
 
     def build_step_schedule(self) -> StepSchedule:
         """The run's length: said beforehand, or the clock's decisions so far."""
@@ -138,16 +139,17 @@ class Trainer(TrainingSetup):
             return StepSchedule([StepBudgetDecision(0, self.target_steps)])
         assert self.budget_seconds is not None
         decisions = []
-        if self.world.leads:
+        if self.world.is_main:
             self.budget_controller = TimeBudgetController(
                 self.budget_seconds,
                 self.run_dir.decisions_path,
                 started=self.start_time,
                 seconds_before_resume=self.seconds_before_resume,
+                now=self.now,
             )
             self.budget_controller.reserved_seconds = self.estimate_finalize_seconds()
             decisions = [asdict(decision) for decision in read_decisions(self.run_dir.decisions_path)]
-        return StepSchedule([StepBudgetDecision(**decision) for decision in self.world.told(decisions)])
+        return StepSchedule([StepBudgetDecision(**decision) for decision in self.world.broadcast_object(decisions)])
 
     def train(self, tensorboard: bool = False) -> None:
         """The loop: a step, its line, and now and then a look at held-out data, a sample, a checkpoint.
@@ -160,9 +162,9 @@ class Trainer(TrainingSetup):
             self.run_dir, self.console, self.world, self.detects_loss_spikes, self.documents_in_batch
         )
         self._apply_skipped_ranges()
-        self.tensorboard = open_tensorboard_writer(self.run_dir.path) if tensorboard and self.world.leads else None
+        self.tensorboard = open_tensorboard_writer(self.run_dir.path) if tensorboard and self.world.is_main else None
         step_schedule = self.build_step_schedule()
-        is_shared_budget = self.world.size > 1 and self.budget_seconds is not None
+        is_shared_budget = self.world.world_size > 1 and self.budget_seconds is not None
         step_budget = (
             DistributedTimeBudgetController(self.world, self.budget_controller)
             if is_shared_budget
@@ -171,13 +173,13 @@ class Trainer(TrainingSetup):
         interval_start, interval_start_tokens = time.monotonic(), self.state.tokens
         with (
             catch_signals() as caught_signals,
-            Saver(self.run_dir.path, self.world, self.training.save_every) as self.checkpointer,
+            AsyncCheckpointer(self.run_dir.path, self.world, self.training.save_every) as self.checkpointer,
         ):
             if self.stopped_early:
                 return
             step_iterator = training_steps(
                 self.state, self.dataset, self.step_module, self.step_settings, step_schedule, step_budget, self.seconds_per_step, self.world,
-                self.rollback_manager.skipped_ranges.batch_index,
+                self.rollback_manager.skipped_ranges.batch_index, self.now,
             )  # fmt: skip
             for metrics in step_iterator:
                 rate = (self.state.tokens - interval_start_tokens) / max(1e-9, time.monotonic() - interval_start)
@@ -185,13 +187,13 @@ class Trainer(TrainingSetup):
                 self._validate_if_due(metrics, step_schedule)
                 is_last_step = metrics.progress >= 1 or self.stopped_early
                 spike_detector, checkpointer = self.rollback_manager.spike_detector, self.checkpointer
-                checkpoint_due, signal, spike, is_suspicious, stage = map(int, self.world.most([
-                    checkpointer.is_due(metrics.step), caught_signals[0] if caught_signals else 0, spike_detector.is_spiking, spike_detector.is_suspicious or self.state.nonfinite_streak > 0,
-                    checkpointer.stage,
+                checkpoint_due, signal, spike, is_suspicious, stage = map(int, self.world.all_reduce_max([
+                    checkpointer.should_save(metrics.step), caught_signals[0] if caught_signals else 0, spike_detector.is_spiking, spike_detector.is_suspicious or self.state.nonfinite_streak > 0,
+                    checkpointer.status,
                 ]))  # fmt: skip
-                checkpointer.go_on(stage)
+                checkpointer.advance(stage)
                 if self.checkpoint_uploader is not None:
-                    self.checkpoint_uploader.maybe_upload(self.run_dir, checkpointer.sealed)
+                    self.checkpoint_uploader.maybe_upload(self.run_dir, checkpointer.last_committed)
                 should_rollback = spike or self.state.nonfinite_streak >= MAX_NONFINITE_STEPS
                 if should_rollback and self._rollback(step_schedule, bool(spike)):
                     interval_start, interval_start_tokens = time.monotonic(), self.state.tokens
@@ -201,7 +203,7 @@ class Trainer(TrainingSetup):
                 if is_last_step or signal:
                     checkpointer.wait()
                 if signal and self.checkpoint_uploader is not None:
-                    self.checkpoint_uploader.maybe_upload(self.run_dir, checkpointer.sealed, force=True)
+                    self.checkpoint_uploader.maybe_upload(self.run_dir, checkpointer.last_committed, force=True)
                 if signal and not is_last_step:
                     checkpoint_note = (
                         "its loss is in doubt, so that the last checkpoint stands" if is_suspicious else "and saved"
@@ -304,7 +306,7 @@ class Trainer(TrainingSetup):
             for name, value in result.metrics.items():
                 if isinstance(value, (int, float)):
                     self.tensorboard.add_scalar(f"validation/{name}", value, metrics.step)
-        self.console.info(f"step {metrics.step:,}: {result.text}")
+        self.console.info(f"step {metrics.step:,}: {result.summary}")
         is_better = self.best.score is None or (result.score > self.best.score and not self.state.nonfinite_streak)
         if math.isfinite(result.score) and is_better:
             self._update_best(metrics.step, result)
@@ -334,13 +336,13 @@ class Trainer(TrainingSetup):
         state = self.state
         metadata = {**state.to_dict(), "best": asdict(self.best), "stopped": self.stopped_early}
         weights = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
-        self.checkpointer.begin(state.step, weights, state.optimizer.state_tensors(), metadata)
+        self.checkpointer.save_async(state.step, weights, state.optimizer.state_tensors(), metadata)
 
     # ------------------------------------------------------------ finish
 
     def write_results(self, result: dict[str, Any]) -> dict[str, Any]:
         """Write the result, the card and the report; the result as it was written, and nothing where another process leads."""
-        if not self.world.leads:
+        if not self.world.is_main:
             return {}
         full_result = {
             "run": str(self.run_dir.path), "model": str(self.run_dir.model_dir), "steps": self.state.step,
