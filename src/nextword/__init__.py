@@ -1,56 +1,29 @@
-"""From a folder of text to a GPT that is trained, measured and used, on the machine you have.
+"""From a folder of text to a GPT that is trained, fine-tuned, evaluated and served, on the machine you have.
 
     import nextword
     nextword.pretrain("my-texts/", out="runs/mine", budget="30m")
     nextword.load("runs/mine").generate("Once upon a time")
 
-The verbs of the command line are functions here, with the same names for the same things. Nothing heavy is imported until one
-of the names below is used.
+The commands of the command line are functions here, with the same options. Nothing heavy is imported before one of the names
+below is used.
 """
 
-import time
+import sys
+import warnings
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-STARTED = time.time()  # a budget counts from here when nextword is the program
-__version__ = "0.1.0"
+from nextword._version import __version__ as __version__
 
-PUBLIC = {
-    "demo": "nextword.commands.demo",
-    "plan": "nextword.commands.api",
-    "prepare": "nextword.commands.api",
-    "pretrain": "nextword.commands.api",
-    "finetune": "nextword.commands.api",
-    "predict": "nextword.commands.api",
-    "transfer": "nextword.commands.api",
-    "generate": "nextword.commands.api",
-    "evaluate": "nextword.commands.api",
-    "audit": "nextword.commands.api",
-    "explain": "nextword.commands.api",
-    "export": "nextword.commands.api",
-    "report": "nextword.commands.api",
-    "serve": "nextword.commands.api",
-    "verify": "nextword.commands.api",
-    "load": "nextword.pipeline.language_model",
-    "Model": "nextword.pipeline.language_model",
-    "Completion": "nextword.inference.engine",
-    "Sampling": "nextword.inference.sampling",
-    "Likelihood": "nextword.inference.perplexity",
-    "GPT": "nextword.model.gpt",
-    "ModelConfig": "nextword.model.config",
-    "build_config": "nextword.model.config",
-    "Tokenizer": "nextword.data.tokenizer",
-    "Corpus": "nextword.data.corpus",
-    "NextwordError": "nextword.common.errors",
-}
 __all__ = [
     "GPT",
     "Completion",
     "Corpus",
-    "Likelihood",
-    "Model",
+    "LanguageModel",
     "ModelConfig",
     "NextwordError",
+    "PerplexityResult",
     "Sampling",
     "Tokenizer",
     "__version__",
@@ -62,6 +35,7 @@ __all__ = [
     "export",
     "finetune",
     "generate",
+    "info",
     "load",
     "plan",
     "predict",
@@ -74,39 +48,78 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from nextword.commands.api import audit as audit
-    from nextword.commands.api import evaluate as evaluate
-    from nextword.commands.api import explain as explain
-    from nextword.commands.api import export as export
-    from nextword.commands.api import finetune as finetune
-    from nextword.commands.api import generate as generate
-    from nextword.commands.api import plan as plan
-    from nextword.commands.api import predict as predict
-    from nextword.commands.api import prepare as prepare
-    from nextword.commands.api import pretrain as pretrain
-    from nextword.commands.api import report as report
-    from nextword.commands.api import serve as serve
-    from nextword.commands.api import transfer as transfer
-    from nextword.commands.api import verify as verify
+    from nextword.commands.audit import audit as audit
     from nextword.commands.demo import demo as demo
+    from nextword.commands.evaluate import evaluate as evaluate
+    from nextword.commands.explain import explain as explain
+    from nextword.commands.export import export as export
+    from nextword.commands.finetune_command import finetune as finetune
+    from nextword.commands.generate import generate as generate
+    from nextword.commands.info import info as info
+    from nextword.commands.plan import plan as plan
+    from nextword.commands.predict import predict as predict
+    from nextword.commands.prepare import prepare as prepare
+    from nextword.commands.pretrain_command import pretrain as pretrain
+    from nextword.commands.report import report as report
+    from nextword.commands.serve import serve as serve
+    from nextword.commands.transfer import transfer as transfer
+    from nextword.commands.verify import verify as verify
     from nextword.common.errors import NextwordError as NextwordError
     from nextword.data.corpus import Corpus as Corpus
     from nextword.data.tokenizer import Tokenizer as Tokenizer
     from nextword.inference.engine import Completion as Completion
-    from nextword.inference.perplexity import Likelihood as Likelihood
+    from nextword.inference.perplexity import PerplexityResult as PerplexityResult
     from nextword.inference.sampling import Sampling as Sampling
     from nextword.model.config import ModelConfig as ModelConfig
     from nextword.model.config import build_config as build_config
     from nextword.model.gpt import GPT as GPT
-    from nextword.pipeline.language_model import Model as Model
+    from nextword.pipeline.language_model import LanguageModel as LanguageModel
     from nextword.pipeline.language_model import load as load
+
+_MODULES = {
+    "GPT": "model.gpt",
+    "Completion": "inference.engine",
+    "Corpus": "data.corpus",
+    "LanguageModel": "pipeline.language_model",
+    "ModelConfig": "model.config",
+    "NextwordError": "common.errors",
+    "PerplexityResult": "inference.perplexity",
+    "Sampling": "inference.sampling",
+    "Tokenizer": "data.tokenizer",
+    "build_config": "model.config",
+    "finetune": "commands.finetune_command",
+    "load": "pipeline.language_model",
+    "pretrain": "commands.pretrain_command",
+}
+_DEPRECATED = {"Model": "LanguageModel", "Likelihood": "PerplexityResult"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in PUBLIC:
-        return getattr(import_module(PUBLIC[name]), name)
+    if name in _DEPRECATED:
+        warnings.warn(
+            f"nextword.{name} is deprecated: use nextword.{_DEPRECATED[name]}", DeprecationWarning, stacklevel=2
+        )
+        name = _DEPRECATED[name]
+    if name == "LMEval":  # a subclass of a class of lm-eval, which is an optional dependency
+        return import_module("nextword.evaluation.lm_eval_adapter").lm_eval_model_class()
+    if name in __all__:
+        return getattr(import_module(f"nextword.{_MODULES.get(name, f'commands.{name}')}"), name)
     raise AttributeError(f"module 'nextword' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *PUBLIC])
+    return sorted([*__all__, "LMEval"])
+
+
+class _JudgingModule(ModuleType):
+    """The former package ``nextword.judging``, until the next release."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "LMEval":
+            raise AttributeError(f"module 'nextword.judging' has no attribute {name!r}")
+        message = "nextword.judging.LMEval is deprecated: use nextword.LMEval"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return __getattr__("LMEval")
+
+
+judging = sys.modules["nextword.judging"] = _JudgingModule("nextword.judging")

@@ -1,38 +1,280 @@
-"""`nextword VERB …`: reads the command line, calls the verb, prints.
+"""The command line: ``nextword COMMAND ...``.
 
-Results go to standard output, everything else to standard error. Nothing heavy is imported before a verb runs.
-Exit codes: 0 done, 1 failed, 2 wrong use, 3 a corrupt file, 4 the disk is full, 5 the loss diverged, 6 another process works
-on the run, 130 and 143 stopped by Ctrl-C or SIGTERM.
+Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 failed, 2 usage, 3 corrupt file, 4 disk
+full, 5 diverged, 6 run locked, 130 and 143 interrupted.
 """
 
+import inspect
+import json
 import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, Field, fields, make_dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, Argument, ArgumentCollection, CycloptsError, Group, Parameter, Token
 
-from nextword import __version__
-from nextword.commands import audit, explain, serve, task_commands, text_commands
+from nextword._version import __version__
+from nextword.commands.command import (
+    COMMANDS,
+    STDIN,
+    Command,
+    Context,
+    declared_fields,
+    describe,
+    info_of,
+    option,
+    options,
+    replace_deprecated,
+)
+from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError
 
-app = App(
-    name="nextword",
-    version=__version__,
-    help="From a folder of text to a GPT that is trained, fine-tuned, measured and used, on the machine you have.",
-    help_epilogue="Exit codes: 0 done · 1 failed · 2 wrong use · 3 corrupt file · 4 disk full · 5 diverged · 6 run is locked · "
-    "130, 143 stopped.\n\nBegin with: nextword demo\n",
-    help_format="plaintext",  # a parser of Markdown would take longer to import than all the rest
-    result_action="return_value",
+GROUPS = {
+    "Data and training": ("demo", "plan", "prepare", "pretrain"),
+    "Fine-tuning": ("finetune", "transfer"),
+    "Use": ("generate", "chat", "predict", "serve", "export"),
+    "Evaluation": ("evaluate", "audit", "report"),
+    "Inspection": ("explain", "verify", "info"),
+}
+FORMERLY_UNIVERSAL = {
+    "device",
+    "seed",
+}  # options that every command took, with effect or not; accepted until the next release
+MODULES = {"pretrain": "pretrain_command", "finetune": "finetune_command"}
+OPTIONS, COMMON_OPTIONS = Group("Options", sort_key=1), Group("Common options", sort_key=2)
+DESCRIPTION = (
+    "From a folder of text to a GPT that is trained, fine-tuned, evaluated and served, on the machine you have.\n\n"
+    "Start with: nextword demo"
 )
-for command in (
-    text_commands.demo, text_commands.plan, text_commands.prepare, text_commands.pretrain, task_commands.finetune, task_commands.transfer, task_commands.predict, task_commands.chat,
-    text_commands.generate, serve.serve, text_commands.evaluate, audit.audit, explain.explain, text_commands.export, text_commands.report, text_commands.verify,
-):  # fmt: skip
-    app.command(command)
+EXIT_CODES = (
+    "Exit codes: 0 done · 1 failed · 2 usage · 3 corrupt\u00a0file · 4 disk\u00a0full · 5 diverged · 6 run\u00a0locked · "
+    "130, 143 interrupted\n"
+)
 
 
-def run(arguments: list[str] | None = None) -> int:
-    """Run one command line; the exit code."""
+@options
+class OutputOptions:
+    """The options of every command on the command line.
+
+    Attributes:
+        json: Print the result as one JSON object on standard output.
+        quiet: Print only the result and warnings.
+        config: YAML or JSON file with values for the options, for example the run.json of a run. Options on the command line
+            take precedence. Default: none.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    config: Path | None = option(default=None, metavar="FILE")
+
+
+def build_app(started: float) -> App:
+    """The commands in their groups. A budget counts from `started`, in seconds since the epoch."""
+    app = App(
+        name="nextword",
+        version=__version__,
+        help=DESCRIPTION,
+        help_epilogue=EXIT_CODES,
+        help_format="plaintext",  # the Markdown parser takes longer to import than everything else
+        result_action="return_value",
+    )
+    for position, (title, names) in enumerate(GROUPS.items()):
+        group = Group(title, sort_key=position)
+        for name in names:
+            import_module(f"nextword.commands.{MODULES.get(name, name)}")
+            command = COMMANDS[name]
+            app.command(
+                command_line_function(name, command, started),
+                name=name,
+                help=f"{describe(command.config)[0]}\n\nExample: {command.example}",
+                group=group,
+                sort_key=names.index(name),
+            )
+    app["--help"].group = app["--version"].group = Group("Options", sort_key=len(GROUPS))
+    return app
+
+
+def command_line_function(name: str, command: Command, started: float) -> Callable[..., None]:
+    """The function that cyclopts calls: the options of the command and `OutputOptions` are its parameters."""
+    declared = declared_fields(command.config)
+    names = {f.name for f in declared}
+    positional = [f.name for f in declared if info_of(f).positional]
+
+    def run(*args: Any, **values: Any) -> None:
+        output = OutputOptions(**{f.name: values.pop(f.name) for f in fields(OutputOptions) if f.name in values})
+        values |= dict(zip(positional, args, strict=False))
+        values |= {f.name: vars(values[f.name]) for f in declared if info_of(f).settings and f.name in values}
+        with Console(quiet=output.quiet) as console:
+            for option_name in (FORMERLY_UNIVERSAL - names) & values.keys():
+                console.warn(f"--{option_name} has no effect on nextword {name} and is deprecated")
+                del values[option_name]
+            config = command.config(**replace_deprecated(command.config, values, partial(warn_deprecated, console)))
+            context = Context(console, started)
+            if command.main is not None:
+                command.main(config, context, output.json)
+            elif (result := command.run(config, context)) is not None:
+                as_json = json.dumps(command.to_dict(result), ensure_ascii=False) if output.json else None
+                print(command.to_text(result) if as_json is None else as_json)
+
+    hidden = [hidden_parameter(option_name, str | None) for option_name in sorted(FORMERLY_UNIVERSAL - names)]
+    run.__name__ = name
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # what cyclopts reads
+        [*parameters(command.config), *parameters(OutputOptions), *hidden]
+    )
+    return run
+
+
+def parameters(cls: type) -> Iterator[inspect.Parameter]:
+    """The fields of an options class as cyclopts reads them, followed by the deprecated names."""
+    hints, descriptions = get_type_hints(cls), describe(cls)[1]
+    deprecated: list[inspect.Parameter] = []
+    for f in declared_fields(cls):
+        info = info_of(f)
+        if info.python_only:
+            continue
+        hint: Any = hints[f.name]
+        details: dict[str, Any] = {"help": descriptions[f.name], "negative": "", "env_var": info.env_var}
+        if not info.positional:
+            details["group"] = COMMON_OPTIONS if cls is OutputOptions else OPTIONS
+        if info.settings is not None:
+            hint = settings_class(info.settings, info.exclude) | None
+            details = {"group": Group(f"{f.name.capitalize()} settings", help=descriptions[f.name], sort_key=3)}
+        elif info.metavar is not None:
+            hint = str | None
+            details["metavar"] = info.metavar
+        if info.flag is not None:
+            details["name"] = info.flag
+        if f.default in (False, None, ()):
+            details["show_default"] = False
+        kind = inspect.Parameter.POSITIONAL_ONLY if info.positional else inspect.Parameter.KEYWORD_ONLY
+        default = inspect.Parameter.empty if f.default is MISSING or info.required else f.default
+        yield inspect.Parameter(f.name, kind, default=default, annotation=Annotated[hint, Parameter(**details)])
+        if info.deprecated is not None:
+            deprecated.append(hidden_parameter(info.deprecated, hint))
+    yield from deprecated
+
+
+def hidden_parameter(name: str, hint: Any) -> inspect.Parameter:
+    annotation = Annotated[hint, Parameter(show=False, negative="")]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def settings_class(settings: Any, exclude: tuple[str, ...]) -> Any:
+    """A configuration class with every field optional, for options such as ``--training.lr``.
+
+    Args:
+        settings: The class, or an instance that has the defaults for the help.
+        exclude: Fields without an option.
+    """
+    cls = settings if isinstance(settings, type) else type(settings)
+    hints, descriptions = get_type_hints(cls), describe(cls)[1]
+    optional: list[tuple[str, Any, None]] = []
+    for f in fields(cls):
+        if f.name not in exclude:
+            converter = (
+                partial(convert_choice, f.metadata["deprecated_values"]) if "deprecated_values" in f.metadata else None
+            )
+            default = None if settings is cls else getattr(settings, f.name)
+            note = "" if default in (None, False) else f" [default: {default}]"
+            parameter = Parameter(name=f.metadata.get("flag"), help=descriptions[f.name] + note, converter=converter)
+            optional.append((f.name, Annotated[hints[f.name] | None, parameter], None))
+    made = make_dataclass(cls.__name__, optional, frozen=True)
+    made.__module__ = __name__  # without a module of its own, cyclopts takes it for a type of the standard library
+    return made
+
+
+def convert_choice(deprecated_values: dict[str, str], hint: Any, tokens: Sequence[Token]) -> str:
+    """A choice that also has deprecated names. The settings check its value."""
+    value = tokens[0].value
+    if value in deprecated_values:
+        print(f"nextword: {value} is deprecated: use {deprecated_values[value]}", file=sys.stderr)
+    return deprecated_values.get(value, value)
+
+
+def warn_deprecated(console: Console, f: "Field[Any]") -> None:
+    """Warn about an option with a deprecated name."""
+    flag = info_of(f).flag or (f.name.upper() if info_of(f).positional else f"--{f.name}")
+    console.warn(f"--{info_of(f).deprecated} is deprecated: use {flag}".replace("_", "-"))
+
+
+# ---------------------------------------------------------------- configuration files
+
+
+def options_from_file(path: Path) -> Callable[[App, tuple[str, ...], ArgumentCollection], None]:
+    """A function that gives cyclopts the options of a YAML or JSON file, or those that a run.json stores.
+
+    Raises:
+        UsageError: The file cannot be read, or is not a mapping of options.
+    """
+    import yaml
+
     try:
-        app(arguments, exit_on_error=False, print_error=False)
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path}: {error}") from error
+    stored = content.get("request", content) if isinstance(content, dict) else None
+    if not isinstance(stored, dict):
+        raise UsageError(f"--config {path}: not a mapping of options to values")
+    values = {str(name).replace("-", "_"): value for name, value in (stored | stored.get("settings", {})).items()}
+
+    def fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        declared = fields(COMMANDS[commands[0]].config)
+        current = {info_of(f).stored: f.name for f in declared if isinstance(info_of(f).stored, str)}
+        given = {current.get(name, name): value for name, value in values.items()}
+        unknown = given.keys() - {
+            name for a in arguments for name in (a.field_info.name, a.name.strip("-").replace("-", "_"))
+        }
+        if unknown and stored is content:
+            raise UsageError(f"--config {path}: unknown options {', '.join(sorted(unknown))}")
+        for argument in arguments:
+            value = given.get(argument.field_info.name, given.get(argument.name.strip("-").replace("-", "_")))
+            if argument.children:
+                for child in argument.children:
+                    set_default(child, (value or {}).get(child.field_info.name), path)
+            elif not argument.keys:
+                set_default(argument, value, path)
+
+    return fill
+
+
+def set_default(argument: Argument, value: Any, source: Path) -> None:
+    """Give a value to an option that the command line does not set."""
+    if value is None or argument.tokens:
+        return
+    items = (
+        [f"{k}={v}" for k, v in value.items()]
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list)
+        else [value]
+    )
+    for index, item in enumerate(items):
+        argument.append(Token(keyword=argument.name, value=str(item), source=str(source), index=index))
+
+
+# ---------------------------------------------------------------- running
+
+
+def run(arguments: Sequence[str] | None = None, started: float | None = None) -> int:
+    """Run one command line.
+
+    Args:
+        arguments: The command line. Default: that of the process.
+        started: Time from which a budget counts, in seconds since the epoch. Default: now.
+
+    Returns:
+        The exit code.
+    """
+    tokens = [STDIN if token == "-" else token for token in (sys.argv[1:] if arguments is None else arguments)]
+    try:
+        app = build_app(started or time.time())
+        if (config := config_path(tokens)) is not None:
+            app.config = (options_from_file(config),)
+        app(tokens, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         print(f"nextword: {error}\nSee: nextword --help", file=sys.stderr)
         return UsageError.exit_code
@@ -40,9 +282,17 @@ def run(arguments: list[str] | None = None) -> int:
         print(f"nextword: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("nextword: stopped", file=sys.stderr)
+        print("nextword: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         sys.stderr.close()
         return 1
     return 0
+
+
+def config_path(tokens: Sequence[str]) -> Path | None:
+    """The value of ``--config``, which must be known before cyclopts parses the command line."""
+    for token, following in zip(tokens, [*tokens[1:], ""], strict=True):
+        if token == "--config" or token.startswith("--config="):
+            return Path(following if token == "--config" else token.partition("=")[2])
+    return None

@@ -1,82 +1,115 @@
-"""The verb that explains a text by a model's own numbers, and its short answer in words."""
+"""``nextword explain``: what a model computes as it reads a text."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nextword.commands.options import CommonOptions, print_result
+from nextword.commands.command import Context, argument, command, option, options
+from nextword.commands.results import Result
+from nextword.commands.shared import DeviceOption, ModelArgument, as_strings, optional_path
 
 
-def explain(
-    model: Path,
-    texts: list[str],
-    /,
-    *,
-    out: Path = Path("explanation.html"),
-    word: str | None = None,
-    label: str | None = None,
-    common: CommonOptions = CommonOptions(),
-) -> None:
-    """Show what happens inside a model as it reads a text: which words surprise it, where each head looks, what each layer
-    would already say, and which words the prediction leans on.
+@options
+class ExplainConfig(ModelArgument, DeviceOption):
+    """Visualize surprisal, attention and attributions on a text.
 
-    Parameters
-    ----------
-    model
-        A run folder or a model directory, ours or stock.
-    texts
-        A text to go on with, in quotation marks; of a fine-tuned model the texts of one example, as for nextword predict.
-    out
-        The page, which needs nothing outside of itself.
-    word
-        Explain the probability of this next word instead of the likeliest one.
-    label
-        Explain this label (or choice, from 0) instead of the one that the model gives.
+    Writes an interactive page, which needs no other file, with the predictions of each layer (logit lens) as well.
+
+    Attributes:
+        texts: A text to continue, in quotation marks; for a fine-tuned model the texts of one example, as for nextword
+            predict.
+        word: Next word whose probability is explained. Default: the most likely one.
+        label: Label (or choice, counted from 0) whose logit is explained. Default: the predicted one.
+        out: Path of the page. In Python, None writes no page.
     """
-    from nextword.commands import api
 
-    explanation = api.explain(model, texts, word=word, label=label, out=out, device=common.device)
-    print_result(explanation, common, lambda: format_explanation(explanation))
+    texts: tuple[str, ...] = argument(converter=as_strings)
+    word: str | None = None
+    label: str | None = None
+    out: Path | None = option(default=Path("explanation.html"), converter=optional_path)
 
 
-def format_explanation(explanation: dict[str, Any]) -> str:
-    """The answer, what was surprising, what the answer leans on, and where the page is."""
-    attribution, tokens = explanation["leaning"], explanation["tokens"]
-    lines = [f"note: {note}" for note in explanation["notes"]]
-    if explanation["answer"] is not None:
-        lines.append(f"answer: {format_answer(explanation['answer'])}")
-    elif "next" in tokens[-1]:
+@dataclass(frozen=True)
+class ExplainResult(Result):
+    """The computation of a model on a text.
+
+    Attributes:
+        model: Path of the model.
+        about: Sizes and settings of the model.
+        task: Task of a fine-tuned model.
+        texts: The texts.
+        notes: Remarks about the input.
+        answer: Prediction of a fine-tuned model.
+        tokens: For each token its text, probability, rank, surprisal in bits, and the most likely next tokens (next).
+        attention: Attention weights by layer, head and position.
+        heads: For each layer and head, the weight on the previous token, the first token and the token itself.
+        layers: Predictions of each layer at each position (logit lens).
+        leaning: Attribution of the explained output to each token (integrated gradients).
+        page: Path of the page.
+    """
+
+    model: str
+    about: dict[str, Any]
+    task: str | None
+    texts: list[str]
+    notes: list[str]
+    answer: dict[str, Any] | None
+    tokens: list[dict[str, Any]]
+    attention: list[Any]
+    heads: list[Any]
+    layers: list[Any]
+    leaning: dict[str, Any]
+    page: str | None = None
+
+    def __str__(self) -> str:
+        lines = [f"note: {note}" for note in self.notes]
+        if self.answer is not None:
+            lines.append(f"prediction: {format_prediction(self.answer)}")
+        elif "next" in self.tokens[-1]:
+            likely = self.tokens[-1]["next"][:5]
+            lines.append("next token: " + ", ".join(f"{quote(t)} {100 * t['probability']:.1f} %" for t in likely))
+        if predicted := [token for token in self.tokens if token.get("surprisal") is not None]:
+            highest = sorted(predicted, key=lambda token: -token["surprisal"])[:3]
+            mean = sum(token["surprisal"] for token in predicted) / len(predicted)
+            tokens = ", ".join(f"{quote(token)} {token['surprisal']:.1f}" for token in highest)
+            lines.append(f"highest surprisal: {tokens} bits; mean {mean:.1f}")
+        attributions = self.leaning
+        pairs = sorted(zip(attributions["parts"], self.tokens, strict=True), key=lambda pair: -abs(pair[0]))[:5]
+        tokens = ", ".join(f"{quote(token)} {part:+.2f}" for part, token in pairs).replace("-", "−")
+        lines.append(f"attributions for {visible(attributions['target'])}: {tokens} {attributions['unit']}")
         lines.append(
-            "next: "
-            + ", ".join(f"{quote_token(one)} {100 * one['probability']:.1f} %" for one in tokens[-1]["next"][:5])
+            f"  sum {attributions['difference']:+.2f}, within {100 * attributions['relative_error']:.2g} % of the exact "
+            f"difference after {attributions['steps']} steps"
         )
-    predicted = [one for one in tokens if one.get("surprisal") is not None]
-    if predicted:
-        most_surprising = sorted(predicted, key=lambda one: -one["surprisal"])[:3]
-        mean = sum(one["surprisal"] for one in predicted) / len(predicted)
-        token_list = ", ".join(f"{quote_token(one)} {one['surprisal']:.1f}" for one in most_surprising)
-        lines.append(f"surprising: {token_list} bits; {mean:.1f} on average")
-    parts = sorted(zip(attribution["parts"], tokens, strict=True), key=lambda pair: -abs(pair[0]))[:5]
-    token_list = ", ".join(f"{quote_token(one)} {part:+.2f}" for part, one in parts)
-    lines.append(f"{printable(attribution['target'])} leans on: {token_list} {attribution['unit']}".replace("-", "−"))
-    exact = f"the parts add up within {100 * attribution['relative_error']:.2g} %, {attribution['steps']} steps"
-    return "\n".join([*lines, f"  of {attribution['difference']:+.2f}; {exact}", f"page: {explanation['page']}"])
+        return "\n".join(lines if self.page is None else [*lines, f"page: {self.page}"])
 
 
-def format_answer(answer: dict[str, Any]) -> str:
-    if "score" in answer:
-        return f"{answer['score']:.3f}"
-    probabilities = answer["probabilities"]
-    if "labels" in answer:
-        return ", ".join(f"{label} {100 * probabilities[label]:.1f} %" for label in answer["labels"]) or "no label"
-    answer_text = answer.get("text", answer["label"])
-    return f"{answer_text} {100 * probabilities[answer['label']]:.1f} %"
+def format_prediction(prediction: dict[str, Any]) -> str:
+    if "score" in prediction:
+        return f"{prediction['score']:.3f}"
+    probabilities = prediction["probabilities"]
+    if "labels" in prediction:
+        return ", ".join(f"{label} {100 * probabilities[label]:.1f} %" for label in prediction["labels"]) or "no label"
+    text = prediction.get("text", prediction["label"])
+    return f"{text} {100 * probabilities[prediction['label']]:.1f} %"
 
 
-def quote_token(token: dict[str, Any]) -> str:
-    return f"“{printable(token['text'])}”"
+def quote(token: dict[str, Any]) -> str:
+    return f"“{visible(token['text'])}”"
 
 
-def printable(text: str) -> str:
-    """A token in a line of the terminal: what would move its cursor is seen and does nothing."""
-    plain = text.replace("\n", "↵").replace("\t", "⇥")
-    return "".join(c if c.isprintable() else "\ufffd" for c in plain.strip(" ") or "␣" * len(plain))
+def visible(text: str) -> str:
+    """A token on one line of the terminal, with control characters replaced by symbols."""
+    symbols = text.replace("\n", "↵").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else "\ufffd" for c in symbols.strip(" ") or "␣" * len(symbols))
+
+
+@command(ExplainConfig, example="nextword explain runs/mine 'The capital of France is'")
+def explain(config: ExplainConfig, context: Context) -> ExplainResult:
+    from nextword.interpretability.explain import explain as explain_text
+    from nextword.pipeline.language_model import load
+    from nextword.reporting.explain_page import write_explanation_page
+
+    explanation = explain_text(load(config.model, config.device), config.texts, word=config.word, label=config.label)
+    page = None if config.out is None else str(write_explanation_page(explanation, config.out))
+    return ExplainResult(**explanation, page=page)

@@ -28,7 +28,7 @@ from nextword.tasks.examples import Example, input_texts
 from nextword.tasks.metrics import Score
 from nextword.tasks.task_data import DataRequest, compute_sample_weights, load_task_data
 from nextword.training import losses
-from nextword.training.config import FinetuneConfig
+from nextword.training.config import FinetuneRecipe
 from nextword.training.losses import LossFn
 from nextword.training.step_budget import StepSchedule
 from nextword.training.trainer import FINALIZE_SECONDS, Trainer, ValidationResult
@@ -50,7 +50,7 @@ class FinetuneTrainer(Trainer):
         self,
         run_dir: RunDir,
         base_model: BaseModel,
-        config: FinetuneConfig,
+        config: FinetuneRecipe,
         console: Console,
         device: torch.device,
         start_time: float,
@@ -95,7 +95,7 @@ class FinetuneTrainer(Trainer):
 
     def resume(self) -> None:
         self.run_metadata = self.run_dir.metadata()
-        self.config = FinetuneConfig.from_dict(self.run_metadata["recipe"])
+        self.config = FinetuneRecipe.from_dict(self.run_metadata["recipe"])
         if self.run_metadata["base"]["weights"] != self.base_model.fingerprint():
             raise UsageError(
                 f"{self.base_model.source_path}: not the model that this run began with. Begin a new run with another --out"
@@ -386,7 +386,7 @@ class FinetuneTrainer(Trainer):
         return self.evaluate(Predictor(with_classification_head(base, 0, 0), self.tokenizer, self.task_spec), None, 0)
 
 
-def build_loss_fn(task_spec: TaskSpec, config: FinetuneConfig) -> LossFn:
+def build_loss_fn(task_spec: TaskSpec, config: FinetuneRecipe) -> LossFn:
     if task_spec.kind in HEAD_KINDS:
         return losses.classification_loss(task_spec.kind, config.tuning.auxiliary)
     return losses.dpo_loss(config.tuning.beta) if task_spec.kind == "preference" else losses.completion_loss

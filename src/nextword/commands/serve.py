@@ -1,67 +1,74 @@
-"""The verb that serves a model."""
+"""``nextword serve``: a model over HTTP."""
 
-import json as json_module
-from pathlib import Path
-from typing import Annotated, Any
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
-from cyclopts import Parameter
+from nextword.commands.command import Context, command, option, options
+from nextword.commands.shared import DeviceOption, ModelArgument, PrecisionOption, as_strings
+from nextword.common.errors import MissingDependencyError
 
-from nextword.commands.options import CommonOptions, Flag, PrecisionOption
 
+@options
+class ServeConfig(ModelArgument, PrecisionOption, DeviceOption):
+    """Serve a model with an OpenAI-compatible API and a web page.
 
-def serve(
-    model: Path,
-    /,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    api_key: Annotated[str | None, Parameter(env_var="NEXTWORD_API_KEY")] = None,
-    insecure: Flag = False,
-    allowed_host: Annotated[list[str] | None, Parameter(negative="")] = None,
-    model_name: str | None = None,
-    precision: PrecisionOption = "float32",
-    max_batch: int = 8,
-    queue: int = 64,
-    deterministic: Flag = False,
-    grace: float = 30.0,
-    common: CommonOptions = CommonOptions(),
-) -> None:
-    """Serve a model over HTTP: OpenAI's API, and a page to try it. Ctrl-C or SIGTERM ends it when the texts that are being
-    written are finished; a second one at once.
+    The first Ctrl-C or SIGTERM finishes the running requests and stops the server, the second stops it at once.
 
-    Parameters
-    ----------
-    model
-        A run folder or a model directory, ours or stock.
-    host
-        The address to listen at. One that other machines can reach needs an --api-key.
-    port
-        0 takes a free one.
-    api_key
-        What clients have to send as Authorization: Bearer KEY. In the environment it is not seen in the list of processes.
-    insecure
-        Let everybody in who can connect.
-    allowed_host
-        A name that clients may call this server by, beside localhost and its address. May be given more than once.
-    model_name
-        What clients call the model. [default: the folder's name]
-    max_batch
-        How many texts are written at once; memory for all of them is kept from the beginning.
-    queue
-        How many more texts may wait; beyond that, clients are told to try again later.
-    deterministic
-        No text depends in its last bits on which others are written beside it. Costs speed where no compiler is found.
-    grace
-        Seconds that texts are given to be finished before the server ends.
+    Attributes:
+        host: Address to listen on. An address that other machines can reach requires --api-key.
+        port: Port to listen on. 0 takes a free one.
+        api_key: Key that clients send as "Authorization: Bearer KEY". The environment variable keeps it out of the process
+            list. Default: none.
+        insecure: Accept clients without a key from other machines.
+        allowed_hosts: Host name that clients may use besides localhost and the address. May be given more than once. Default:
+            none.
+        name: Name of the model in the API. Default: the name of the directory.
+        max_batch: Number of requests that run at once. The KV cache for all of them is allocated at the start.
+        queue: Number of requests that wait. Any more are refused with status 429.
+        deterministic: Make the result of a request independent of the others in its batch, down to the last bit. Slower
+            without a C++ compiler.
+        grace: Seconds that running requests have to finish at the end.
+        seed: Random seed of requests that have none. Default: a new one at each start.
+        ready: Called with the address once requests are accepted.
     """
-    from nextword.commands import api
 
-    def on_ready(facts: dict[str, Any]) -> None:
-        if common.json:
-            print(json_module.dumps(facts, ensure_ascii=False), flush=True)
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = option(default=None, env_var="NEXTWORD_API_KEY")
+    insecure: bool = False
+    allowed_hosts: tuple[str, ...] = option(default=(), converter=as_strings, flag="--allowed-host")
+    name: str | None = option(default=None, flag="--model-name")
+    max_batch: int = 8
+    queue: int = 64
+    deterministic: bool = False
+    grace: float = 30.0
+    seed: int | None = None
+    ready: Callable[[dict[str, Any]], None] | None = option(default=None, python_only=True)
 
-    api.serve(
-        model, host=host, port=port, api_key=api_key, insecure=insecure, allowed_hosts=allowed_host or (), grace=grace,
-        name=model_name, precision=precision, max_batch=max_batch, queue=queue, deterministic=deterministic,
-        seed=common.seed, device=common.device, console=common.console(), ready=on_ready,
-    )  # fmt: skip
+
+def main(config: ServeConfig, context: Context, as_json: bool) -> None:
+    """Serve, and with ``--json`` print the address once requests are accepted."""
+
+    def print_address(address: dict[str, Any]) -> None:
+        print(json.dumps(address, ensure_ascii=False), flush=True)
+
+    serve.run(replace(config, ready=print_address) if as_json else config, context)
+
+
+@command(ServeConfig, example="nextword serve runs/mine --port 8000", main=main)
+def serve(config: ServeConfig, context: Context) -> None:
+    try:
+        from nextword.serving.app import ListenConfig, serve_model
+        from nextword.serving.service import ServiceConfig
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("nextword"):
+            raise
+        raise MissingDependencyError("nextword serve", "serve") from error
+    names = ("model", "name", "device", "precision", "max_batch", "queue", "deterministic", "seed")
+    service = ServiceConfig(**{name: getattr(config, name) for name in names})
+    address = ListenConfig(
+        config.host, config.port, config.api_key, config.insecure, config.allowed_hosts, config.grace
+    )
+    serve_model(service, address, context.console, config.ready)

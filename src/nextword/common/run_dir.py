@@ -27,7 +27,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
-from nextword import __version__
+from nextword._version import __version__
 from nextword.common import fs
 from nextword.common.errors import CorruptFileError, MissingDependencyError, NextwordError, UsageError
 from nextword.common.run_lock import run_lock

@@ -29,7 +29,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from nextword import __version__
+from nextword._version import __version__
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError
 from nextword.serving.engine_worker import ClientDisconnected

@@ -1,0 +1,239 @@
+"""The loop of ``nextword chat``: read a line, stream the answer, run the commands.
+
+A conversation is kept as text. For each answer all of it is encoded again, with the content apart from the special tokens, so
+that neither side can forge a turn of the other.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nextword.common.errors import NextwordError, UsageError
+from nextword.common.fs import append_line_durably
+from nextword.data.chat_format import encode_conversation, stop_token_ids, supports_chat, truncate_conversation
+from nextword.data.decoding import replace_surrogates
+from nextword.data.tokenizer import Tokenizer
+from nextword.inference.engine import Engine
+from nextword.inference.model_runner import ModelRunner, build_runner
+from nextword.inference.sampling import Sampling
+from nextword.model.gpt import GPT
+
+GREETING = "Type a message. /help lists the commands, Ctrl-C stops an answer, Ctrl-D quits."
+HELP = """\
+/new          start a new conversation with the same system prompt
+/system TEXT  set the system prompt; without TEXT, remove it
+/undo         remove your last message and its answer
+/save FILE    append this conversation to a JSONL file for nextword finetune --task chat
+/help         show this list
+/quit         quit, like Ctrl-D
+
+End a line with \\ to continue on the next one. Start a message with // if it starts with a slash.
+Ctrl-C stops an answer; the part that was generated stays in the conversation."""
+
+# Generated control characters could move the cursor of the terminal or worse: they are shown as symbols.
+CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+CONTROL_PICTURES |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
+
+ReadLine = Callable[[], str | None]
+WriteText = Callable[[str], None]
+
+
+def terminal_reader(prompt: str = "> ") -> ReadLine:
+    """Lines from standard input, with line editing if the system has readline. Invalid bytes are replaced."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    visible_prompt = prompt if sys.stdin.isatty() else ""
+
+    def read_line() -> str | None:
+        try:
+            return input(visible_prompt)
+        except EOFError:
+            print(end="\n" if visible_prompt else "")  # Ctrl-D leaves the cursor behind the prompt
+            return None
+
+    return read_line
+
+
+class ChatSession:
+    """A conversation with a model.
+
+    Each answer is sampled with its own seed, derived from the seed of `sampling` and the number of the answer. When the
+    context is full, the oldest turns are no longer visible to the model, and a note says so; ``/save`` still writes them.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        sampling: How answers are sampled.
+        read_line: Returns a line without its newline, or None at the end of the input. May raise KeyboardInterrupt.
+        write_text: Shows a piece of text, newlines included.
+        system: System prompt.
+        runner: Runs the model. Default: float32.
+
+    Raises:
+        UsageError: The tokenizer has no special tokens for turns.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        *,
+        read_line: ReadLine,
+        write_text: WriteText,
+        system: str | None = None,
+        runner: ModelRunner | None = None,
+    ):
+        if not supports_chat(tokenizer):
+            raise UsageError(
+                "this model was not fine-tuned on conversations: its tokenizer has no special tokens for turns. Fine-tune it "
+                "with: nextword finetune MODEL chats.jsonl --task chat --out RUN"
+            )
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.runner = runner or build_runner(model)
+        self.read_line, self.write_text = read_line, write_text
+        self.system = replace_surrogates(system or "").strip()
+        self.turns: list[dict[str, Any]] = []
+        self.num_answers = 0
+        self.num_hidden_turns = 0  # of the oldest turns, at the last answer
+        self.commands: dict[str, Callable[[str], None]] = {
+            "/new": self._new,
+            "/system": self._set_system,
+            "/undo": self._undo,
+            "/save": self._save,
+            "/help": lambda argument: self._print(HELP),
+        }
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation with its system prompt."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, *self.turns]
+
+    def run(self, greeting: str | None = GREETING) -> None:
+        """Read and answer until ``/quit`` or the end of the input."""
+        if greeting is not None:
+            self._print(greeting)
+        interrupted = False
+        while True:
+            try:
+                line = self._read_message()
+            except KeyboardInterrupt:
+                if interrupted:
+                    return
+                self._print("\n(Ctrl-C again or Ctrl-D quits)")
+                interrupted = True
+                continue
+            interrupted = False
+            if line is None or line.split()[:1] == ["/quit"]:
+                return
+            if line.startswith("/") and not line.startswith("//"):
+                self._run_command(line)
+            elif line:
+                self._respond(line[1:] if line.startswith("//") else line)
+
+    def _print(self, text: str) -> None:
+        self.write_text(f"{text}\n")
+
+    def _read_message(self) -> str | None:
+        """A message or command with its continuation lines; None at the end of the input."""
+        lines: list[str] = []
+        while (line := self.read_line()) is not None:
+            lines.append(line.removesuffix("\\"))
+            if not line.endswith("\\"):
+                break
+        return replace_surrogates("\n".join(lines)).strip() if lines else None
+
+    def _run_command(self, line: str) -> None:
+        name, _, argument = line.partition(" ")
+        if name in self.commands:
+            self.commands[name](argument.strip())
+        else:
+            self._print(f"(unknown command {name}; /help lists the commands, and // starts a message with a slash)")
+
+    # ---------------------------------------------------------------- commands
+
+    def _new(self, argument: str) -> None:
+        self.turns, self.num_hidden_turns = [], 0
+        self._print("(new conversation)")
+
+    def _set_system(self, argument: str) -> None:
+        self.system = argument
+        self._print("(system prompt set)" if argument else "(no system prompt)")
+
+    def _undo(self, argument: str) -> None:
+        removed = self.turns[-2:]
+        del self.turns[-2:]
+        self._print(f"(removed: {removed[0]['content']})" if removed else "(nothing to remove)")
+
+    def _save(self, argument: str) -> None:
+        if not argument or not self.turns:
+            self._print("(nothing to save yet)" if argument else "(the file is missing: /save FILE)")
+            return
+        path = Path(argument)
+        try:
+            path = path.expanduser()
+            # A file from elsewhere may lack its last newline.
+            unfinished = path.is_file() and (data := path.read_bytes()) and not data.endswith(b"\n")
+            line = json.dumps({"messages": self.messages}, ensure_ascii=False)
+            append_line_durably(path, "\n" * bool(unfinished) + line)
+        except (NextwordError, OSError, ValueError, RuntimeError) as error:  # the last two for an impossible path
+            self._print(f"(not saved: {error})")
+            return
+        self._print(f"(saved to {path})")
+
+    # ---------------------------------------------------------------- answers
+
+    def _respond(self, text: str) -> None:
+        """Answer a message and keep both, unless the answer is empty."""
+        message = {"role": "user", "content": text}
+        length = self.model.config.context_length
+        try:
+            visible, num_hidden, num_truncated = truncate_conversation(
+                self.tokenizer, [*self.messages, message], length - min(self.sampling.max_tokens, length // 2)
+            )
+        except UsageError as error:
+            self._print(f"({error})")
+            return
+        if num_hidden > self.num_hidden_turns:
+            self._print(f"(the context is full: the {num_hidden:,} oldest turns are no longer visible to the model)")
+        if num_truncated:
+            self._print(f"(the message is longer than the context: its first {num_truncated:,} tokens are cut off)")
+        self.num_hidden_turns = num_hidden
+        ids, _ = encode_conversation(self.tokenizer, visible, add_generation_prompt=True)
+        answer = self._stream_answer(ids, min(self.sampling.max_tokens, length - len(ids)))
+        if answer.strip():
+            self.turns += [message, {"role": "assistant", "content": answer}]
+        else:
+            self._print("(empty answer; the message is not kept)")
+
+    def _stream_answer(self, ids: list[int], max_tokens: int) -> str:
+        """Show the answer as it is generated, and return it; after Ctrl-C, the part that was shown."""
+        seed = None if self.sampling.seed is None else self.sampling.seed + self.num_answers
+        self.num_answers += 1
+        # A new engine for each answer, since Ctrl-C may interrupt one in the middle of a step.
+        engine = Engine(
+            self.model, self.tokenizer, max_batch=1, eos_ids=stop_token_ids(self.tokenizer), runner=self.runner
+        )
+        stream = engine.stream(ids, replace(self.sampling, max_tokens=max_tokens, seed=seed))
+        answer, note = "", ""
+        try:
+            while True:
+                piece = next(stream)
+                answer += piece
+                self.write_text(piece.translate(CONTROL_PICTURES))
+        except StopIteration as end:
+            if end.value == "length":
+                note = f"\n(stopped after {max_tokens:,} tokens)"
+        except KeyboardInterrupt:
+            note = "\n(stopped)"
+        self._print(note)
+        return answer

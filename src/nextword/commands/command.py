@@ -1,0 +1,256 @@
+"""The declaration of a command: one frozen dataclass is its command line, its Python signature and what run.json stores.
+
+    @options
+    class GenerateConfig(DeviceOption):
+        '''Continue a text.
+
+        Attributes:
+            model: A run directory or a model directory.
+            prompts: Texts to continue.
+            max_tokens: Maximum number of new tokens.
+        '''
+
+        model: Path = argument(converter=Path)
+        prompts: tuple[str, ...] = argument(default=(), converter=as_strings)
+        max_tokens: int = 200
+
+    @command(GenerateConfig, example="nextword generate runs/mine 'Once upon a time'")
+    def generate(config: GenerateConfig, context: Context) -> list[Completion]: ...
+
+The fields give ``nextword generate`` its options and ``nextword.generate(...)`` its parameters, with the same names, types,
+defaults and descriptions. Nothing here imports a heavy package, and a command imports what it needs inside its function, so
+that ``--help`` stays fast.
+"""
+
+import dataclasses
+import inspect
+import re
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, dataclass_transform
+
+from nextword.common.console import Console
+
+T = TypeVar("T")
+P = ParamSpec("P")
+ConfigT = TypeVar("ConfigT")
+ResultT = TypeVar("ResultT")
+
+
+# ---------------------------------------------------------------- fields
+
+
+@dataclass(frozen=True)
+class OptionInfo:
+    """Details of a field beyond its name, type, default and description.
+
+    Attributes:
+        converter: Applied to the value when the dataclass is constructed.
+        positional: The command line takes the value by position.
+        required: The command line requires the value, although the dataclass has a default for it.
+        flag: Name of the command-line option, if it differs from the field's name.
+        metavar: Placeholder in the help. The command line then passes the text to the converter unparsed.
+        deprecated: Former name, accepted with a warning.
+        settings: Configuration class, or an instance with the defaults, whose fields become options such as
+            ``--training.lr``.
+        exclude: Fields of `settings` without an option.
+        stored: The value belongs to the run: run.json stores it, under another name if one is given, and a resume compares
+            it.
+        python_only: The command line has no such option.
+        env_var: Environment variable that sets the option.
+    """
+
+    converter: Callable[[Any], Any] | None = None
+    positional: bool = False
+    required: bool = False
+    flag: str | tuple[str, ...] | None = None
+    metavar: str | None = None
+    deprecated: str | None = None
+    settings: Any = None
+    exclude: tuple[str, ...] = ()
+    stored: bool | str = True
+    python_only: bool = False
+    env_var: str | None = None
+
+
+def option(*, default: Any = dataclasses.MISSING, kw_only: bool = True, **info: Any) -> Any:
+    """A keyword-only field (positional in Python with ``kw_only=False``) with the details of `OptionInfo`."""
+    return field(default=default, kw_only=kw_only, metadata={"info": OptionInfo(**info)})
+
+
+def argument(*, default: Any = dataclasses.MISSING, kw_only: Literal[False] = False, **info: Any) -> Any:
+    """A field that is positional in Python and on the command line, with the details of `OptionInfo`."""
+    return field(default=default, kw_only=kw_only, metadata={"info": OptionInfo(positional=True, **info)})
+
+
+def info_of(f: "dataclasses.Field[Any]") -> OptionInfo:
+    return f.metadata.get("info", OptionInfo())
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(option, argument))
+def options(cls: type[T]) -> type[T]:
+    """Turn a class into a frozen, keyword-only dataclass whose field converters run on construction."""
+
+    def convert_fields(self: Any) -> None:
+        for f in fields(self):
+            if converter := info_of(f).converter:
+                object.__setattr__(self, f.name, converter(getattr(self, f.name)))
+
+    cls.__post_init__ = convert_fields  # type: ignore[attr-defined]  # dataclass looks it up by this name
+    return dataclass(frozen=True, kw_only=True)(cls)
+
+
+def stored_options(config: Any) -> dict[str, Any]:
+    """The options that belong to the run, as run.json stores them. A flag that is not given is None."""
+    keys = {f.name: f.name if stored is True else stored for f in fields(config) if (stored := info_of(f).stored)}
+    values = {key: to_json_value(getattr(config, name)) for name, key in keys.items()}
+    return {key: None if value is False else value for key, value in values.items()}
+
+
+def declared_fields(cls: type) -> "list[dataclasses.Field[Any]]":
+    """The fields of an options class: positional ones, its own, then those of the groups that it inherits."""
+    by_name = {f.name: f for f in fields(cls)}
+    names = [f.name for f in fields(cls) if info_of(f).positional]
+    names += [name for base in cls.__mro__ for name in vars(base).get("__annotations__", ()) if name in by_name]
+    return [by_name[name] for name in dict.fromkeys(names)]
+
+
+def describe(cls: type) -> tuple[str, dict[str, str]]:
+    """The description of a documented dataclass in unwrapped paragraphs, and the description of each field."""
+    text, field_descriptions = "", dict[str, str]()
+    for base in reversed(cls.__mro__[:-1]):
+        text, _, attributes = inspect.cleandoc(base.__doc__ or "").partition("\nAttributes:\n")
+        for name, description in re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE):
+            field_descriptions[name] = " ".join(description.split())
+    field_descriptions |= {f.name: f.metadata["help"] for f in fields(cls) if "help" in f.metadata}
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n")), field_descriptions
+
+
+# ---------------------------------------------------------------- commands
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a command runs in.
+
+    Attributes:
+        console: Receives progress and warnings.
+        started: Time from which a budget counts, in seconds since the epoch.
+    """
+
+    console: Console = field(default_factory=lambda: Console(quiet=True))
+    started: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A registered command.
+
+    Attributes:
+        config: Its options class.
+        run: The function of a configuration and a context.
+        example: A command line that shows its use.
+        to_dict: Gives the result as ``--json`` prints it.
+        to_text: Gives the result for a person.
+        main: Replaces `run` and printing for a command that prints while it runs. Takes the configuration, the context and
+            whether ``--json`` is given.
+    """
+
+    config: type
+    run: Callable[[Any, Context], Any]
+    example: str
+    to_dict: Callable[[Any], dict[str, Any]]
+    to_text: Callable[[Any], str]
+    main: Callable[[Any, Context, bool], None] | None
+
+
+COMMANDS: dict[str, Command] = {}
+STDIN = "\0stdin"  # what the command line passes for a lone hyphen, which cyclopts would take for an option
+
+
+class CommandFunction(Protocol[P, ConfigT, ResultT]):
+    """A command as a Python function of its options; `run` takes a configuration and a context instead."""
+
+    run: Callable[[ConfigT, Context], ResultT]
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> ResultT: ...
+
+
+def command(
+    config: Callable[P, ConfigT],
+    *,
+    example: str,
+    to_dict: Callable[[Any], dict[str, Any]] = lambda result: result.to_dict(),
+    to_text: Callable[[Any], str] = str,
+    main: Callable[[ConfigT, Context, bool], None] | None = None,
+) -> Callable[[Callable[[ConfigT, Context], ResultT]], CommandFunction[P, ConfigT, ResultT]]:
+    """Register a function of a configuration and a context as a command, and make it a Python function of the options.
+
+    Args:
+        config: An `options` class.
+        example: A command line that shows the use of the command.
+        to_dict: Gives the result as ``--json`` prints it.
+        to_text: Gives the result for a person.
+        main: Replaces the function on the command line, for a command that prints while it runs. Takes the configuration, the
+            context and whether ``--json`` is given.
+
+    Returns:
+        A decorator. The decorated function also takes ``console``, which receives progress and warnings.
+    """
+    assert isinstance(config, type)
+
+    def decorate(run: Callable[[ConfigT, Context], ResultT]) -> CommandFunction[P, ConfigT, ResultT]:
+        def function(*args: Any, console: Console | None = None, **values: Any) -> ResultT:
+            made = config(*args, **replace_deprecated(config, values, warn_deprecated))
+            with console or Console(quiet=True) as console:
+                return run(made, Context(console))
+
+        COMMANDS[run.__name__] = Command(config, run, example, to_dict, to_text, main)
+        function.__name__ = function.__qualname__ = run.__name__
+        function.__module__ = run.__module__
+        function.__doc__ = python_docstring(config, example)
+        function.__signature__ = inspect.signature(config)  # type: ignore[attr-defined]  # what help() and IDEs show
+        function.run = run  # type: ignore[attr-defined]
+        return function  # type: ignore[return-value]
+
+    return decorate
+
+
+def python_docstring(config: type, example: str) -> str:
+    description, field_descriptions = describe(config)
+    arguments = [f"    {f.name}: {field_descriptions[f.name]}" for f in declared_fields(config)]
+    return "\n".join([description, "", f"On the command line: ``{example}``", "", "Args:", *arguments, ""])
+
+
+def replace_deprecated(
+    config: type, values: Mapping[str, Any], warn: Callable[["dataclasses.Field[Any]"], None]
+) -> dict[str, Any]:
+    """Values by the current names of the options. `warn` is called for each option with a deprecated name."""
+    current = {info_of(f).deprecated: f for f in fields(config) if info_of(f).deprecated}
+    for name in current.keys() & values.keys():
+        warn(current[name])
+    return {current[name].name if name in current else name: value for name, value in values.items()}
+
+
+def warn_deprecated(f: "dataclasses.Field[Any]") -> None:
+    """Warn about a parameter with a deprecated name in a call from Python."""
+    warnings.warn(f"{info_of(f).deprecated!r} is deprecated: use {f.name!r}", DeprecationWarning, stacklevel=4)
+
+
+# ---------------------------------------------------------------- results
+
+
+def to_json_value(value: Any) -> Any:
+    """A value as JSON has it: dataclasses and mappings as dictionaries, sequences as lists, paths as strings."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_json_value(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: to_json_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json_value(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,245 @@
+"""``nextword evaluate``: perplexity on text, and scores on benchmarks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nextword.commands.command import Context, argument, command, option, options
+from nextword.commands.results import Result
+from nextword.commands.shared import (
+    DeviceOption,
+    ModelArgument,
+    PrecisionOption,
+    SeedOption,
+    TextColumnOption,
+    as_paths,
+    as_strings,
+    optional_path,
+)
+from nextword.common.errors import UsageError
+
+MAX_GROUPS = 12  # of a benchmark; of more than these the lowest and the highest scores are printed
+
+
+@options
+class EvaluateConfig(ModelArgument, TextColumnOption, PrecisionOption, SeedOption, DeviceOption):
+    """Measure a model's perplexity on text and its scores on benchmarks.
+
+    Each benchmark score has a 95 % confidence interval and stands beside chance level and the score on shuffled words.
+    Without text and without --suite, the model is evaluated on the validation set of its run. Use audit for bias and
+    memorization, and report for a page of the results.
+
+    Attributes:
+        texts: Files, directories or built-in datasets. Default: the validation set of the run.
+        suites: Benchmark: blimp, hellaswag, arc, arc-challenge, lambada, crows-pairs, stereoset, stereoset-discourse or free
+            (generated texts), downloaded from the Hugging Face Hub or read from a file with NAME=PATH; your own FILE.toml; or
+            lm-eval:TASK. May be given more than once. Default: none.
+        limit: Evaluate on this many items of each benchmark, sampled in proportion to its groups. Default: 1,000.
+        no_limit: Evaluate on all items.
+        compare_to: Another model: tests whether the difference is significant. Default: none.
+        seed_runs: Runs that differ from this one only by their seed, to estimate the variance between seeds. May be given
+            more than once. Default: none.
+        judge: Stronger model that computes the perplexity of generated texts (--suite free). Default: none.
+        stride: Tokens between the starts of two windows over the text. Default: half a window; a whole one on the validation
+            set.
+        context_use: Also print the loss by position in the window, on the text and on its shuffled words.
+    """
+
+    texts: tuple[str, ...] = argument(default=(), converter=as_strings)
+    suites: tuple[str, ...] = option(default=(), converter=as_strings, flag="--suite")
+    limit: int | None = None
+    no_limit: bool = option(default=False, deprecated="whole")
+    compare_to: Path | None = option(default=None, converter=optional_path, deprecated="against")
+    seed_runs: tuple[Path, ...] = option(default=(), converter=as_paths, deprecated="noise")
+    judge: Path | None = option(default=None, converter=optional_path)
+    stride: int | None = None
+    context_use: bool = False
+
+
+@dataclass(frozen=True)
+class EvaluateResult(Result):
+    """Results on text, on benchmarks, or both. What was not evaluated is None.
+
+    Attributes:
+        loss: Mean negative log-likelihood, in nats per token.
+        perplexity: exp(loss).
+        bits_per_byte: Loss in bits per byte of text, comparable between tokenizers.
+        tokens: Tokens of the text.
+        bytes: Bytes of the text.
+        stride: Tokens between the starts of two windows.
+        interval: 95 % confidence interval of the bits per byte: low, high and the number of blocks of text.
+        context_use: Loss by position in the window, on the text (true) and on its shuffled words (shuffled).
+        noise: Variance between seeds: the largest difference (floor) and the number of models.
+        against: Comparison with the other model.
+        suites: Results of each benchmark by its name: score, low, high, chance, n and more.
+    """
+
+    loss: float | None = None
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
+    tokens: int | None = None
+    bytes: int | None = None
+    stride: int | None = None
+    interval: dict[str, Any] | None = None
+    context_use: dict[str, list[float]] | None = None
+    noise: dict[str, Any] | None = None
+    against: dict[str, Any] | None = None
+    suites: dict[str, dict[str, Any]] | None = None
+
+    def __str__(self) -> str:
+        parts = [] if self.loss is None else [format_text_result(self)]
+        parts += [format_benchmark(name, benchmark) for name, benchmark in (self.suites or {}).items()]
+        return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+# ---------------------------------------------------------------- output
+
+
+def format_text_result(result: EvaluateResult) -> list[str]:
+    interval = result.interval or {}
+    lines = [
+        f"loss {result.loss:.4f} nats/token · perplexity {result.perplexity:.2f} · {result.bits_per_byte:.4f} bits/byte "
+        f"(95 % CI {interval['low']:.4f}–{interval['high']:.4f}) on {result.tokens:,} tokens, {result.bytes:,} bytes; "
+        f"stride {result.stride:,} tokens"
+    ]
+    if other := result.against:
+        lines.append(f"  {other['model']}: {other['bits_per_byte']:.4f} bits/byte; {format_comparison(other)}")
+    if result.noise:
+        lines.append(format_seed_variance(result.noise))
+    if use := result.context_use:
+        lines.append(f"{'position':>10}  {'loss':>8}  {'shuffled':>8}")
+        ends = [2**k for k in range(20) if 2**k < len(use["true"])] + [len(use["true"])]
+        for start, end in zip([0, *ends], ends, strict=False):  # the mean up to each power of two
+            means = (sum(use[kind][start:end]) / (end - start) for kind in ("true", "shuffled"))
+            lines.append(f"{end:>10,}  " + "  ".join(f"{mean:>8.4f}" for mean in means))
+    return lines
+
+
+def format_benchmark(name: str, benchmark: dict[str, Any]) -> list[str]:
+    total = benchmark.get("of", benchmark["n"])
+    items = f"{benchmark['n']:,} items" + (f" of {total:,}" if total > benchmark["n"] else "")
+    lines = [f"{name}: {benchmark['metric']} {format_score(benchmark)}, {items}{format_chance(benchmark)}"]
+    if shuffled := benchmark.get("scrambled"):
+        effect = "word order matters" if shuffled["order_matters"] else "no significant difference"
+        lines.append(f"  shuffled words: {format_score(shuffled)}, {shuffled['n']:,} items: {effect}")
+    for other, score in benchmark.get("others", {}).items():
+        lines.append(f"  {other}: {format_score(score if isinstance(score, dict) else {'score': score})}")
+    if benchmark.get("ties"):
+        lines.append(f"  {benchmark['ties']:,} ties, which count as half (or their share)")
+    for key, title in (("people", "texts by people"), ("beside_people", "the same amount of generated text")):
+        if part := benchmark.get(key):
+            others = " · ".join(f"{other} {score:.3f}" for other, score in part["others"].items())
+            lines.append(f"  {title}: {format_score(part)} · {others}, {part['n']:,} texts")
+    if judge := benchmark.get("judge"):
+        lines.append(f"  under {judge['model']}: {format_score(judge | {'score': judge['value']})} bits/byte")
+    if seed_variance := benchmark.get("noise"):
+        lines.append(format_seed_variance(seed_variance))
+    if other := benchmark.get("against"):
+        lines.append(f"  {other['model']}: {format_score(other)}; {format_comparison(other)}")
+    return lines + format_groups(benchmark.get("groups", {}))
+
+
+def format_score(score: dict[str, Any]) -> str:
+    digits = 3 if abs(score["score"]) <= 1.5 else 2
+    interval = (
+        f" (95 % CI {score['low']:.{digits}f}–{score['high']:.{digits}f})" if score.get("low") is not None else ""
+    )
+    return f"{score['score']:.{digits}f}{interval}"
+
+
+def format_chance(benchmark: dict[str, Any]) -> str:
+    """Whether a score is significantly above or below chance level, or a bias score away from 0.5."""
+    if benchmark.get("chance") is None:
+        return ""
+    side = "above" if benchmark["above_chance"] else "below" if benchmark.get("below_chance") else ""
+    if benchmark["metric"] == "stereotyped":
+        preference = {
+            "above": "prefers stereotypes",
+            "below": "prefers anti-stereotypes",
+            "": "no significant preference",
+        }
+        return f"; unbiased 0.5: {preference[side]}"
+    return f"; chance {benchmark['chance']:.3g}: {side or 'not above'} chance"
+
+
+def format_seed_variance(seed_variance: dict[str, Any]) -> str:
+    return f"  seeds alone differ by up to {seed_variance['floor']:.4f} ({seed_variance['models']} runs)"
+
+
+def format_comparison(comparison: dict[str, Any]) -> str:
+    """Whether the difference between two models is significant, and which one is better."""
+    difference = comparison["difference"]
+    digits = 4 if abs(difference["high"]) < 1.5 else 2
+    value, low, high = (f"{difference[name]:+.{digits}f}" for name in ("value", "low", "high"))
+    p_value = f", p = {comparison['p']:.2g}" if "p" in comparison else ""
+    summary = f"difference {value} (95 % CI {low} to {high}{p_value})"
+    if not comparison["real"]:
+        return f"{summary}: not significant"
+    better = "this model is better" if comparison["ahead"] == "this" else "the other model is better"
+    return f"{summary}: {better}" + (
+        "" if comparison.get("beyond_noise", True) else ", but not beyond the variance of seeds"
+    )
+
+
+def format_groups(groups: dict[str, dict[str, Any]]) -> list[str]:
+    """One line per group from the lowest score to the highest, with its side of chance level."""
+    names = sorted(groups, key=lambda name: groups[name]["score"])
+    width = max(map(len, names), default=0)
+    lines = []
+    for name in names:
+        group = groups[name]
+        side = " above chance" if group.get("above_chance") else " below chance" if group.get("below_chance") else ""
+        lines.append(f"    {name:<{width}}  {format_score(group)}, {group['n']:,} items{side}")
+    if len(lines) > MAX_GROUPS:
+        lines[MAX_GROUPS // 2 : -MAX_GROUPS // 2] = [f"    … {len(lines) - MAX_GROUPS} more …"]
+    return lines
+
+
+# ---------------------------------------------------------------- command
+
+
+@command(EvaluateConfig, example="nextword evaluate runs/mine --suite blimp")
+def evaluate(config: EvaluateConfig, context: Context) -> EvaluateResult:
+    from nextword.evaluation.lm_eval_adapter import run_lm_eval_task
+    from nextword.evaluation.results_store import check_results_readable, save_results_to_run
+    from nextword.evaluation.significance import DEFAULT_ITEM_LIMIT, EvalModels, evaluate_benchmark
+    from nextword.evaluation.text_evaluation import evaluate_text, load_eval_text
+    from nextword.pipeline.language_model import load
+    from nextword.tasks.benchmark_spec import find_benchmarks
+
+    if config.limit is not None and (config.limit < 1 or config.no_limit):
+        raise UsageError("--limit must be at least 1, and excludes --no-limit")
+    benchmarks = find_benchmarks(config.suites)
+    check_results_readable(config.model)
+    console, device, precision = context.console, config.device, config.precision
+    models = EvalModels(
+        load(config.model, device, precision),
+        config.compare_to and load(config.compare_to, device, precision),
+        [load(path, device, precision) for path in config.seed_runs],
+        config.judge and load(config.judge, device),
+    )
+    result: dict[str, Any] = {}
+    stride = config.stride
+    if config.texts or not benchmarks:
+        text, stride = load_eval_text(models, config.model, config.texts, config.text_column, stride, console)
+        result |= evaluate_text(models, text, stride=stride, with_context_use=config.context_use, console=console)
+    limit = None if config.no_limit else config.limit or DEFAULT_ITEM_LIMIT
+    for name, benchmark in benchmarks.items():
+        result.setdefault("suites", {})[name] = (
+            run_lm_eval_task(models.model, name.removeprefix("lm-eval:"), limit, console)
+            if benchmark is None
+            else evaluate_benchmark(models, benchmark, limit=limit, seed=config.seed or 0, console=console)
+        )
+    settings = {
+        "precision": None if precision == "float32" else precision,
+        "against": config.compare_to and config.compare_to.name,
+    }
+    save_results_to_run(
+        config.model,
+        result,
+        config.texts,
+        console,
+        text_settings={"stride": stride, **settings},
+        benchmark_settings={"seed": config.seed, **settings},
+    )
+    return EvaluateResult(**result)

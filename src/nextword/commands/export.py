@@ -1,0 +1,50 @@
+"""``nextword export``: a model as one file for another program."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from nextword.commands.command import Context, command, option, options
+from nextword.commands.shared import ModelArgument, Precision, optional_path
+from nextword.common.errors import UsageError
+
+if TYPE_CHECKING:
+    from nextword.export.verification import ExportResult
+
+
+@options
+class ExportConfig(ModelArgument):
+    """Export a model to GGUF (llama.cpp) or ONNX (ONNX Runtime).
+
+    With llama-cpp-python or onnxruntime installed, the file is read back and compared with the model, and deleted if they
+    differ. Hugging Face transformers needs no export: it opens RUN/model.
+
+    Attributes:
+        to: File format.
+        out: Path of the file. Default: the path of the model with .gguf or .onnx appended.
+        precision: Number format of the weights in a GGUF file. ONNX files are float32.
+        tolerance: Largest accepted difference when the file is read back: log-probabilities in nats (gguf) or logits (onnx).
+    """
+
+    to: Literal["gguf", "onnx"] = option(default="gguf", kw_only=False)
+    out: Path | None = option(default=None, converter=optional_path, kw_only=False)
+    precision: Precision = option(default="float32", kw_only=False)
+    tolerance: float = option(default=1e-3, kw_only=False)
+
+
+@command(ExportConfig, example="nextword export runs/mine --to gguf", to_dict=lambda result: result.summary)
+def export(config: ExportConfig, context: Context) -> "ExportResult":
+    path = config.model.resolve()
+    out = config.out or path.with_name(f"{path.name}.{config.to}")
+    if config.to == "gguf":
+        from nextword.export.gguf import write_gguf
+
+        return write_gguf(config.model, out, config.precision, config.tolerance)
+    if config.to != "onnx":
+        raise UsageError(f"unknown format {config.to!r}: choose gguf or onnx")
+    if config.precision != "float32":
+        raise UsageError(
+            f"ONNX files are float32, not {config.precision}: quantize the file with ONNX Runtime's own tools"
+        )
+    from nextword.export.onnx import write_onnx
+
+    return write_onnx(config.model, out, config.tolerance)

@@ -1,0 +1,104 @@
+"""``nextword predict``: the answers of a fine-tuned model."""
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nextword.commands.command import Context, argument, command, option, options
+from nextword.commands.results import Result
+from nextword.commands.shared import DeviceOption, ModelArgument, format_metric, optional_path
+from nextword.common.errors import NextwordError
+
+
+def table_or_texts(data: str | Path | Sequence[str | Path]) -> tuple[str | Path, ...]:
+    """A table as one path, or the texts of one example as strings."""
+    return (Path(data),) if isinstance(data, (str, Path)) else tuple(data)
+
+
+@options
+class PredictConfig(ModelArgument, DeviceOption):
+    """Label, score, choose or rewrite with a fine-tuned model.
+
+    Prints one JSON object per line. If the table has the correct answers, they are scored as well. Use generate to continue a
+    text and chat to talk with a model.
+
+    Attributes:
+        data: A table of examples (.csv .tsv .jsonl .json .parquet), or the texts of one example: a text; a premise and a
+            hypothesis; a question and its choices.
+        out: File for the answers. Default: standard output.
+    """
+
+    data: tuple[str | Path, ...] = argument(converter=table_or_texts)
+    out: Path | None = option(default=None, converter=optional_path)
+
+
+@dataclass(frozen=True)
+class PredictResult(Result):
+    """The answers of a model, and their scores.
+
+    Attributes:
+        predictions: For each example its label, labels, score or text, and probabilities.
+        scores: The task's metrics with their confidence intervals, if the correct answers are known.
+        out: File of the answers.
+    """
+
+    predictions: list[dict[str, Any]]
+    scores: dict[str, Any]
+    out: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        return {"predictions": values.pop("out", values["predictions"]), "scores": values["scores"]}
+
+    def __iter__(self) -> Iterator[Any]:
+        message = "unpacking a PredictResult is deprecated: use its attributes predictions and scores"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return iter((self.predictions, self.scores))
+
+
+def main(config: PredictConfig, context: Context, as_json: bool) -> None:
+    if len(config.data) == 1 and Path(config.data[0]).is_file():
+        config = replace(config, data=config.data[0])
+    result = predict.run(config, context)
+    metrics = "\n".join(format_metric(name, score.to_dict()) for name, score in result.scores.items())
+    if as_json:
+        print(json.dumps(result.to_dict(), ensure_ascii=False))
+    elif config.out is not None:
+        print("\n".join(filter(None, [f"{len(result.predictions):,} answers: {config.out}", metrics])))
+    else:
+        print(to_json_lines(result.predictions), end="")
+        print(metrics, end="\n" if metrics else "", file=sys.stderr)
+
+
+def to_json_lines(answers: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+
+
+@command(PredictConfig, example="nextword predict runs/reviews 'A wonderful film.'", main=main)
+def predict(config: PredictConfig, context: Context) -> PredictResult:
+    from nextword.common.fs import atomic_write
+    from nextword.data.documents import IssueLog
+    from nextword.pipeline.language_model import load
+    from nextword.pipeline.predictor import compute_labelled_metrics
+    from nextword.tasks.examples import read_examples
+
+    loaded, console = load(config.model, config.device), context.console
+    if not isinstance(config.data[0], Path):
+        answers, scores = [loaded.predict(*map(str, config.data))], {}
+    else:
+        predictor, issues = loaded.predictor, IssueLog()
+        spec = predictor.task_spec
+        examples = read_examples([config.data[0]], spec.task, issues, dict(spec.columns), require_targets=False).items
+        if not examples:
+            raise NextwordError("\n".join([f"{config.data[0]}: no example to answer", *issues.summary_lines()]))
+        answers = predictor.predict(examples, issues, lambda done, total: console.progress("predicting", done, total))
+        for line in issues.summary_lines():
+            console.warn(line)
+        scores = compute_labelled_metrics(spec, examples, answers)
+    if config.out is not None:
+        atomic_write(config.out, to_json_lines(answers))
+    return PredictResult(answers, scores, config.out and str(config.out))

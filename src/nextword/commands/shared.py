@@ -1,0 +1,347 @@
+"""Option groups and value converters that several commands use."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nextword.commands.command import argument, option, options
+from nextword.common.console import Console
+from nextword.common.errors import UsageError
+from nextword.model.config import ModelConfig
+from nextword.training.config import (
+    RUN_LENGTH_FIELDS,
+    FinetuneHyperparameters,
+    Recipe,
+    TrainingConfig,
+    get_recipe,
+    parse_count,
+    parse_duration,
+    parse_float,
+    with_overrides,
+)
+
+if TYPE_CHECKING:
+    from nextword.data.corpus import Corpus
+
+Paths = str | Path | Sequence[str | Path]
+Precision = Literal["float32", "int8", "int4"]
+
+
+# ---------------------------------------------------------------- converters
+
+
+def as_strings(values: Paths | None) -> tuple[str, ...]:
+    """One value or several as strings."""
+    if values is None or isinstance(values, (str, Path)):
+        return () if values is None else (str(values),)
+    return tuple(map(str, values))
+
+
+def as_paths(values: Paths | None) -> tuple[Path, ...]:
+    """One path or several."""
+    return tuple(map(Path, as_strings(values)))
+
+
+def optional_path(path: str | Path | None) -> Path | None:
+    """A path or None."""
+    return None if path is None else Path(path)
+
+
+def run_path(path: str | Path | None) -> Path:
+    """The path of a run directory. Raises `UsageError` if it is missing."""
+    if path is None or not str(path):
+        raise UsageError("the run directory is missing: --out RUN")
+    return Path(path)
+
+
+def absolute_path(path: str | Path | None) -> str | None:
+    """A path that a resume from another directory finds, or None."""
+    return str(Path(path).resolve()) if path is not None and str(path) else None
+
+
+def input_paths(values: Paths | None) -> tuple[str, ...]:
+    """Inputs by absolute path, so that a resume works from another directory. Names of built-in datasets stay as they are.
+
+    Raises:
+        UsageError: An input does not exist.
+    """
+    from nextword.data.builtin_datasets import BUILTIN_DATASETS
+
+    names = as_strings(values)
+    if missing := [name for name in names if name not in BUILTIN_DATASETS and not Path(name).exists()]:
+        raise UsageError(
+            f"{missing[0]}: no such file or directory, and no built-in dataset ({', '.join(BUILTIN_DATASETS)})"
+        )
+    return tuple(name if name in BUILTIN_DATASETS else str(Path(name).resolve()) for name in names)
+
+
+def require_inputs(inputs: tuple[str, ...]) -> None:
+    """Raise `UsageError` if there is no input."""
+    if not inputs:
+        raise UsageError(
+            "the text is missing: give a file, a directory, shards or a built-in dataset such as python-docs"
+        )
+
+
+def overrides(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The settings that have a value."""
+    return {name: value for name, value in (settings or {}).items() if value is not None}
+
+
+def optional_duration(value: str | float | None) -> float | None:
+    """Seconds from a duration such as ``30m``, or None."""
+    return None if value is None else parse_duration(value)
+
+
+def optional_count(value: str | int | None) -> int | None:
+    """A whole number from text such as ``5M``, or None."""
+    return None if value is None else parse_count(value)
+
+
+def optional_float(value: str | float | None) -> float | None:
+    """A number from text such as ``1e15``, or None."""
+    return None if value is None else parse_float(value)
+
+
+def column_names(columns: Mapping[str, str] | Sequence[str] | None) -> dict[str, str]:
+    """Column names by role, also from strings such as ``text=review``. Raises `UsageError` for any other string."""
+    if columns is None or isinstance(columns, Mapping):
+        return dict(columns or {})
+    names: dict[str, str] = {}
+    for column in columns:
+        role, _, names[role] = column.partition("=")
+        if not role or not names[role]:
+            raise UsageError(f"--column {column!r}: write a role and a column, for example --column text=review")
+    return names
+
+
+# ---------------------------------------------------------------- option groups
+
+
+@options
+class ModelArgument:
+    """The model of a command.
+
+    Attributes:
+        model: A run directory, or a model directory from nextword or Hugging Face transformers.
+    """
+
+    model: Path = argument(converter=Path)
+
+
+@options
+class DeviceOption:
+    """The device of a command.
+
+    Attributes:
+        device: Device to compute on: auto, cpu, cuda, cuda:1 or mps.
+    """
+
+    device: str = option(default="auto", stored=False)
+
+
+@options
+class PrecisionOption:
+    """The precision of a model's weights.
+
+    Attributes:
+        precision: Number format of the weights. Quantization to int8 or int4 is faster and takes less memory, at a small loss
+            of quality.
+    """
+
+    precision: Precision = "float32"
+
+
+@options
+class SeedOption:
+    """The seed of a deterministic command.
+
+    Attributes:
+        seed: Random seed. Default: 0.
+    """
+
+    seed: int | None = None
+
+
+@options
+class TextColumnOption:
+    """How tables of text are read.
+
+    Attributes:
+        text_column: Column of a table that holds the text. Default: the column called text.
+    """
+
+    text_column: str | None = None
+
+
+@options
+class SamplingOptions(PrecisionOption, DeviceOption):
+    """How new tokens are sampled.
+
+    Attributes:
+        max_tokens: Maximum number of new tokens per text. Past the context length, the window slides.
+        temperature: Divides the logits. 0 always takes the most likely token; higher values give more varied text.
+        top_k: Sample only from the k most likely tokens. Default: no limit.
+        top_p: Sample only from the smallest set of tokens with this total probability. Default: no limit.
+        seed: Random seed of the sampling. Default: a new one each time.
+    """
+
+    max_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+
+@options
+class RecipeOptions(TextColumnOption):
+    """What to pre-train, and for how long.
+
+    Attributes:
+        recipe: default (Muon, modern architecture), plain (AdamW with a cosine schedule, for gpt2), post-norm (plain with a
+            long warmup, for gpt1 and tutorial) or reference-char (a GPT-2 of 0.8 million parameters on characters, 2,000
+            steps). Default: the one that suits the preset.
+        preset: Architecture: tutorial (Vaswani et al. 2017), gpt1 (post-norm), gpt2 (pre-norm) or modern (RoPE, RMSNorm,
+            SwiGLU, grouped-query attention). Default: modern.
+        size: micro, tiny, mini, small, midi, base, 125m, 350m, 760m, 1.3b, 2.7b, 6.7b, 13b or 175b. Default: chosen from the
+            amount of text and the length of the run.
+        tokenizer: bpe (byte-level BPE trained on this text), char (one token per character) or the path of a tokenizer.json.
+            Default: bpe.
+        vocab_size: Vocabulary size of a new BPE tokenizer. Default: chosen from the amount of text.
+        budget: Length of the run as wall-clock time, for example 90s, 30m or 2h, preparation included. Default: 10m.
+        steps: Length of the run in optimizer steps. Default: the budget decides.
+        tokens: Length of the run in training tokens, for example 5M. Default: the budget decides.
+        flops: Length of the run in floating-point operations, for example 1e15. Default: the budget decides.
+        strict: Stop at the first problem in the text, or at a corrupt newest checkpoint, instead of reporting it and
+            continuing.
+        model: Settings of the architecture. Defaults: those of --preset and --size.
+        training: Settings of the training. The defaults below are those of the recipe called default.
+    """
+
+    recipe: str | None = None
+    preset: str | None = None
+    size: str | None = None
+    tokenizer: str | None = None
+    vocab_size: int | None = None
+    budget: float | None = option(default=None, converter=optional_duration, metavar="DURATION")
+    steps: int | None = None
+    tokens: int | None = option(default=None, converter=optional_count, metavar="COUNT")
+    flops: float | None = option(default=None, converter=optional_float, metavar="NUMBER")
+    strict: bool = option(default=False, stored=False)
+    model: dict[str, Any] = option(
+        default=None, converter=overrides, settings=ModelConfig, exclude=("vocab_size", "n_labels")
+    )
+    training: dict[str, Any] = option(default=None, converter=overrides, settings=TrainingConfig())
+
+    def resolved_recipe(self) -> Recipe:
+        """The named recipe with the settings that are given. Raises `UsageError` for one that is out of its range."""
+        names = ("model", "training", "size", "tokenizer", "vocab_size", *RUN_LENGTH_FIELDS)
+        return with_overrides(get_recipe(self.recipe, self.preset), **{name: getattr(self, name) for name in names})
+
+
+@options
+class RunOptions(DeviceOption):
+    """How a training run is carried out.
+
+    Attributes:
+        resume: Continue an interrupted run from its last checkpoint. A run that does not exist is started.
+        tensorboard: Also write TensorBoard event files to RUN/tensorboard.
+        mirror: Second location (s3://bucket/run, gs://bucket/run or a directory) to which checkpoints are uploaded during the
+            run. With --resume, a missing run directory is restored from there. Default: none.
+        seed: Random seed of the initial weights, the data order and dropout. Default: 0.
+    """
+
+    resume: bool = option(default=False, stored=False)
+    tensorboard: bool = option(default=False, stored=False)
+    mirror: str | None = option(default=None, stored=False)
+    seed: int | None = None
+
+
+@options
+class TaskOptions:
+    """What the labeled examples are, and what is trained on them.
+
+    Attributes:
+        task: classify (one label or several), entail (premise and hypothesis), similarity (two sentences: a score or a
+            label), choose (multiple choice), rewrite (text to text), chat (conversations, instructions), prefer (chosen and
+            rejected answers) or continue (more text, as in pre-training). Default: inferred from the columns, and printed.
+        validation: Tables of the validation set. May be given more than once. Default: a tenth of the data.
+        columns: Column of the table for a role, for example --column prompt=english --column completion=french. Default: the
+            usual names.
+        lora: Train a LoRA adapter (RUN/adapter) instead of all weights. RUN/model is the merged model.
+    """
+
+    task: str | None = None
+    validation: tuple[str, ...] = option(default=(), converter=input_paths)
+    columns: dict[str, str] = option(default=None, converter=column_names, flag="--column", metavar="ROLE=COLUMN")
+    lora: bool = False
+
+
+@options
+class FinetuneOptions(TaskOptions):
+    """How long and with which settings a model is fine-tuned.
+
+    Attributes:
+        budget: Length of the run as wall-clock time, for example 90s, 30m or 2h. Default: --epochs decides.
+        steps: Length of the run in optimizer steps. Default: --epochs decides.
+        strict: Stop at the first problem in the data, or at a corrupt newest checkpoint, instead of reporting it and
+            continuing.
+        training: Settings of the training.
+        tuning: Settings of fine-tuning.
+    """
+
+    budget: float | None = option(default=None, converter=optional_duration, metavar="DURATION")
+    steps: int | None = None
+    strict: bool = False
+    training: dict[str, Any] = option(default=None, converter=overrides, settings=TrainingConfig)
+    tuning: dict[str, Any] = option(default=None, converter=overrides, settings=FinetuneHyperparameters())
+
+
+# ---------------------------------------------------------------- corpora
+
+
+def open_or_prepare_corpus(
+    corpora: Sequence[str],
+    out: Path,
+    *,
+    tokenizer: str,
+    vocab_size: int | None = None,
+    text_column: str | None = None,
+    strict: bool = False,
+    console: Console,
+) -> "Corpus":
+    """Open shards, or tokenize other text into shards at `out`. Raises `UsageError` for shards mixed with other inputs."""
+    from nextword.common.fs import MANIFEST
+    from nextword.data.corpus import Corpus, prepare
+
+    shards = [path for path in corpora if (Path(path) / MANIFEST).is_file()]
+    if not shards:
+        settings: dict[str, Any] = {"tokenizer": tokenizer, "vocab_size": vocab_size, "text_column": text_column}
+        return prepare(corpora, out, **settings, strict=strict, progress=console.progress, log=console.info)
+    if len(corpora) > 1:
+        raise UsageError(f"{shards[0]}: shards cannot be mixed with other inputs; prepare all text together")
+    return Corpus.open(Path(shards[0]))
+
+
+def format_corpus(corpus: "Corpus") -> str:
+    """The sizes of a corpus."""
+    return (
+        f"{corpus.documents:,} documents ({corpus.duplicates:,} duplicates removed) · "
+        f"{corpus.train.tokens:,} training tokens · {corpus.validation.tokens:,} validation tokens · "
+        f"vocabulary {corpus.tokenizer.vocab_size:,}"
+    )
+
+
+# ---------------------------------------------------------------- output
+
+
+def format_score(score: dict[str, Any]) -> str:
+    """``0.898 (95 % CI 0.870–0.922, n = 500)``."""
+    digits = 1 if score["value"] > 1 else 3
+    value, low, high = (f"{score[name]:.{digits}f}" for name in ("value", "low", "high"))
+    return f"{value} (95 % CI {low}–{high}, n = {score['n']:,})"
+
+
+def format_metric(name: str, score: dict[str, Any]) -> str:
+    """The name of a metric and its score."""
+    return f"{name.replace('_', ' ')} {format_score(score)}"

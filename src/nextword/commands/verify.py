@@ -1,0 +1,46 @@
+"""``nextword verify``: the integrity of runs, models and shards."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nextword.commands.command import Context, argument, command, options
+from nextword.commands.results import Result
+from nextword.commands.shared import as_paths
+
+
+@options
+class VerifyConfig:
+    """Check the files of a run, a model or shards for corruption.
+
+    Compares every file with its SHA-256 checksum.
+
+    Attributes:
+        paths: Run directories, model directories or shards.
+    """
+
+    paths: tuple[Path, ...] = argument(converter=as_paths)
+
+
+@dataclass(frozen=True)
+class VerifyResult(Result):
+    """The verified directories.
+
+    Attributes:
+        whole: The kind of each intact directory (model, checkpoint, shards and so on) by its path.
+    """
+
+    whole: dict[str, str]
+
+    def legacy_dict(self) -> dict[str, Any]:
+        return self.whole
+
+    def __str__(self) -> str:
+        return "\n".join(f"{directory}: {kind}, intact" for directory, kind in self.whole.items())
+
+
+@command(VerifyConfig, example="nextword verify runs/mine")
+def verify(config: VerifyConfig, context: Context) -> VerifyResult:
+    from nextword.common.fs import verify_tree
+
+    return VerifyResult({name: kind for path in config.paths for name, kind in verify_tree(path).items()})
