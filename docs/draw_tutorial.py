@@ -110,7 +110,7 @@ def draw_schedules(path: Path) -> None:
     axes = figure.subplots()
     progress = np.linspace(0.001, 1, 1000)
     for name, color in (("default", WARM), ("plain", COOL), ("post-norm", GREEN)):
-        t = RECIPES[name]().training
+        t = RECIPES[name].training
         factors = [lr_multiplier(p, t.schedule, t.warmup, t.final_lr) for p in progress]
         axes.plot(progress, factors, color=color, label=f"{name}: {t.schedule}, warm-up {100 * t.warmup:.0f} %")
     axes.set(xlabel="share of the run that is done", ylabel="share of the peak rate")

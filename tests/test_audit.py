@@ -17,7 +17,7 @@ from nextword.audit.audit import AuditConfig, training_text_sources
 from nextword.audit.fairness import audit_group_rates, audit_swap_flips, audit_template_flips
 from nextword.audit.findings import Finding
 from nextword.audit.group_templates import GroupTemplates, read_group_templates
-from nextword.commands.audit import format_audit
+from nextword.commands.audit import AuditResult
 from nextword.commands.cli import run as run_command
 from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
 from nextword.common.fs import read_json
@@ -380,13 +380,13 @@ def test_an_audit_says_what_it_found_and_what_it_did_not_look_at(
     assert names[:3] == ["women: bits per byte", "men: bits per byte", "women less men: bits per byte"]
     assert names[3:] == ["women, men: sentences", "women, men: “nurse”", "women, men: “engineer”"]
     assert all(one["low"] is None and not one["notable"] for one in result["findings"])  # of two templates
-    words = format_audit(result)
-    assert ", n = 2, too few for an interval" in words
+    words = str(AuditResult(**result))
+    assert ", n = 2, too few for a confidence interval" in words
     assert words.count("of the sentences with their words") == 1  # said once for several
     assert [line.partition(":")[0] for line in result["left_out"]] == ["memory and the corpus", "cost"]
     assert run_command(["audit", str(directory), "--quiet"]) == 0
     out = capsys.readouterr().out
-    assert "Not looked at" in out
+    assert "Not checked" in out
     assert "bias: not measured. Name suites" in out
     assert not list(directory.parent.glob("**/audit.json"))  # a directory is no run folder
 
@@ -459,19 +459,18 @@ def test_a_runs_audit_is_kept_and_knows_its_own_text(
     assert any("memory and the corpus: not looked at" in line for line in nextword.audit(run)["left_out"])
 
 
-def test_words_mark_what_is_to_be_read_first() -> None:
+def test_the_text_flags_what_needs_attention() -> None:
     marked = finding("bias", "CrowS-Pairs", notable=True, note="what it is", examples=({"a": "b"},) * 9).to_dict()
     plain = [finding("bias", f"plain {i}").to_dict() for i in range(50)]
-    result = {"findings": [*plain, marked], "left_out": ["cost: not known"], "seconds": 1.0}
-    lines = format_audit(result).splitlines()
-    assert "! CrowS-Pairs: 3.0 % (2.0 to 4.0), n = 20; nothing amiss: 0.0" in lines
+    lines = str(AuditResult("run", [*plain, marked], ["cost: not known"], 1.0)).splitlines()
+    assert "! CrowS-Pairs: 3.0 % (95 % CI 2.0–4.0), n = 20; reference: 0.0" in lines
     assert lines.count("    · a: b") == 3
-    assert "  … 21 more that are not marked; --json has them" in lines
-    assert any(line.startswith("1 of 51 findings are marked !") for line in lines)
+    assert "  … 21 more without a flag; --json has all" in lines
+    assert any(line.startswith("1 of 51 findings are flagged with !") for line in lines)
     assert any("counterfactual" in line for line in lines)
     assert not any("memory" in line for line in lines)
-    calm = format_audit({"findings": plain[:2], "left_out": [], "seconds": 1.0})
-    assert "None of 2 findings is marked" in calm
+    calm = str(AuditResult("run", plain[:2], [], 1.0))
+    assert "None of 2 findings is flagged" in calm
     assert "!" not in calm
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import nextword
-from nextword.commands.cli import app
+from nextword.commands.cli import build_app
 from nextword.model.config import PRESETS, build_config
 from nextword.model.gpt import GPT
 from nextword.tasks.benchmark_spec import load_benchmarks
@@ -122,7 +122,7 @@ def test_commands_parse(document: Path):
     for line in lines:
         words = shlex.split(line, comments=True)[1:]
         words = words if len(words) > 1 else [*words, "--help"]  # a verb that is only named
-        app.parse_args(words, exit_on_error=False, print_error=False)
+        build_app(0.0).parse_args(words, exit_on_error=False, print_error=False)
 
 
 def test_make_targets_exist(document: Path):

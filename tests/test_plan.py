@@ -36,7 +36,7 @@ from nextword.planning.size_selection import (
     select_size,
 )
 from nextword.reporting.report import write_report
-from nextword.training.config import default, with_overrides
+from nextword.training.config import RECIPES, with_overrides
 
 LADDER = {size: build_config("modern", size, vocab_size=4096) for size in ("micro", "tiny", "mini", "small", "midi")}
 # Fixed, so that these tests do not hang on what was fitted last.
@@ -303,7 +303,7 @@ def test_a_sample_has_its_share_of_every_file(texts, tmp_path, monkeypatch):
 
 def test_the_machine_is_tried_with_real_steps(texts, tmp_path):
     corpus = prepare([texts], tmp_path / "shards", tokenizer="char")
-    recipe = with_overrides(default(), model={}, training={})
+    recipe = with_overrides(RECIPES["default"], model={}, training={})
     machine = planner.ThroughputBenchmark(corpus.tokens("train"), recipe, torch.device("cpu"), bf16=False)
     sizes = planner.candidate_configs(recipe, corpus.tokenizer.vocab_size, torch.device("cpu"))
     assert set(sizes) <= set(SIZES) and "175b" not in sizes, "none that does not fit into memory"
@@ -312,7 +312,7 @@ def test_the_machine_is_tried_with_real_steps(texts, tmp_path):
 
 
 def test_settings_that_make_no_model_are_refused_in_words():
-    recipe = replace(default(), model={"d_model": 100, "n_heads": 7})
+    recipe = replace(RECIPES["default"], model={"d_model": 100, "n_heads": 7})
     with pytest.raises(UsageError, match="multiple of n_heads"):
         planner.candidate_configs(recipe, 300, torch.device("cpu"))
 

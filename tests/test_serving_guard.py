@@ -77,17 +77,14 @@ def test_every_route_but_health_and_the_page_needs_the_key(locked: ThreadedServe
 
 
 def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
-    asked: dict[str, Any] = {}
-    monkeypatch.setattr("nextword.commands.api.serve", lambda model, **settings: asked.update(settings))
+    listen_configs: list[ListenConfig] = []
+    monkeypatch.setattr("nextword.serving.app.serve_model", lambda service, address, *_: listen_configs.append(address))
     monkeypatch.setenv("NEXTWORD_API_KEY", "a secret")
     for arguments, key in (([], "a secret"), (["--api-key", "other"], "other")):
-        assert (
-            cli.run_dir(
-                ["serve", str(base), "--host", "0.0.0.0", "--allowed-host", "a", "--allowed-host", "b", *arguments]
-            )
-            == 0
-        )
-        assert (asked["api_key"], asked["allowed_hosts"], asked["host"]) == (key, ["a", "b"], "0.0.0.0")
+        hosts = ["--allowed-host", "a", "--allowed-host", "b"]
+        assert cli.run(["serve", str(base), "--host", "0.0.0.0", *hosts, *arguments]) == 0
+        address = listen_configs[-1]
+        assert (address.api_key, address.allowed_hosts, address.host) == (key, ("a", "b"), "0.0.0.0")
 
 
 def test_the_key_is_said_once(locked: ThreadedServer) -> None:

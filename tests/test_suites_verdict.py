@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from conftest import CLIRunner
 from nextword.commands import api
-from nextword.commands.evaluate_output import format_evaluation
+from nextword.commands.evaluate import EvaluateResult
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.fs import write_manifest
 from nextword.data.decoding import IssueLog
@@ -184,7 +184,7 @@ def test_what_cannot_be_known_is_not_above_chance(base, files):
     assert above <= 14
     result = evaluate_benchmark(EvalModels(load(base)), find_benchmark(f"arc={files / 'quiz.jsonl'}"))
     assert result["above_chance"] is False
-    assert "not above chance" in format_evaluation({"suites": {"arc": result}})
+    assert "not above chance" in str(EvaluateResult(suites={"arc": result}))
 
 
 def test_ties_count_their_share(base, tmp_path):
@@ -276,8 +276,8 @@ def test_the_result_of_a_suite(base, files):
     same = evaluate_benchmark(EvalModels(model, against=load(base), seed_runs=[load(base)]), suite, limit=15)
     assert same["against"]["real"] is False and same["against"]["difference"]["value"] == 0.0
     assert same["noise"] == {"models": 2, "scores": [same["score"]] * 2, "floor": 0.0}
-    words = format_evaluation({"suites": {"blimp": same}})
-    assert "the two are not told apart" in words and "group0" in words
+    words = str(EvaluateResult(suites={"blimp": same}))
+    assert ": not significant" in words and "group0" in words
 
 
 def test_whatever_is_scrambled_stays_a_sample(base, files, monkeypatch):
@@ -313,8 +313,8 @@ def test_free_text_is_measured_beside_peoples_and_read_by_a_judge(base, tmp_path
     model = load(base)
     result = evaluate_benchmark(EvalModels(model, judge=load(base)), find_benchmark(f"free={path}"))
     assert (result["metric"], result["n"], result["people"]["n"]) == ("repeated_4grams", 6, 6)
-    assert result["beside_people"]["n"] == 6 and "as much of the model's" in format_evaluation(
-        {"suites": {"free": result}}
+    assert result["beside_people"]["n"] == 6 and "the same amount of generated text" in str(
+        EvaluateResult(suites={"free": result})
     )
     assert set(result["others"]) == {"distinct_1", "distinct_2", "distinct_3"}
     assert 0 <= result["score"] <= 1 and result["judge"]["value"] > 0
@@ -352,8 +352,8 @@ def test_texts_with_an_interval_beside_another_model(base, texts, tmp_path):
     assert result["against"]["real"] and result["against"]["ahead"] == "this"  # thirty steps against three
     value = result["against"]["bits_per_byte"] + result["against"]["difference"]["value"]
     assert value == pytest.approx(result["bits_per_byte"], rel=1e-3)
-    said = format_evaluation(result)
-    assert "this model is ahead" in said and "windows 32 tokens apart" in said
+    said = str(result)
+    assert "this model is better" in said and "stride 32 tokens" in said
     with pytest.raises(UsageError, match="has another tokenizer"):
         api.evaluate(base, against=other)
 

@@ -15,14 +15,13 @@ from functools import partial
 from pathlib import Path
 
 from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
+from nextword.data.decoding import rechunk, replace_surrogates
 from nextword.data.documents import (
     Document,
     IssueLog,
     SourceFile,
     read_documents,
     read_text_rows,
-    rechunk,
-    replace_surrogates,
 )
 
 BUILTIN_DATASETS = {

@@ -45,7 +45,8 @@ from nextword.data.corpus import (
     write_corpus_manifest,
     write_shards,
 )
-from nextword.data.documents import IssueLog, SourceFile, replace_surrogates
+from nextword.data.decoding import replace_surrogates
+from nextword.data.documents import IssueLog, SourceFile
 from nextword.data.provenance import DocumentSource, ProvenanceWriter
 from nextword.data.scan import (
     ByteProgress,

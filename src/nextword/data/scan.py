@@ -15,7 +15,8 @@ from typing import Any, Literal, Protocol
 
 from nextword.common.errors import DiskFullError, NextwordError
 from nextword.common.fs import sha256_file
-from nextword.data.documents import Document, IssueLog, SourceFile, replace_surrogates
+from nextword.data.decoding import replace_surrogates
+from nextword.data.documents import Document, IssueLog, SourceFile
 from nextword.data.provenance import DocumentSource
 from nextword.data.shards import Split
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from nextword.training.config import option_field
 
 Schema = dict[str, Any]
 STRING: Schema = {"type": "string"}
@@ -55,7 +54,7 @@ FINISH_REASON = {"enum": ["stop", "length"]}
 def completion_schema(object_type: str, **choice_fields: Schema) -> Schema:
     return object_of(
         id=STRING, object=const(object_type), created=INTEGER, model=STRING, system_fingerprint=NULL, usage=USAGE_SCHEMA,
-        choices=array_of(object_of(index=INTEGER, finish_reason=FINISH_REASON, **option_field)),
+        choices=array_of(object_of(index=INTEGER, finish_reason=FINISH_REASON, **choice_fields)),
     )  # fmt: skip
 
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from nextword.common.errors import UsageError
 from nextword.training.distributed import SINGLE_PROCESS, DistContext, ParallelStrategy, translate_dist_errors
-from nextword.training.losses import LossModule
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from nextword.model.config import ModelConfig
     from nextword.model.gpt import GPT, Cache
+    from nextword.training.losses import LossModule
 
 
 def apply_parallelism(
