@@ -27,7 +27,7 @@ import torch
 from benchmarks import tuning_data
 from benchmarks.run import DATA, cell, nextword, spread
 from benchmarks.tuning_data import QUICK
-from nextword.data.decoding import IssueLog
+from nextword.data.issues import IssueLog
 from nextword.inference.loglikelihood import DEVICE_BATCH_TOKENS, LoglikelihoodScorer, PrefixTree, pack_batches
 from nextword.inference.perplexity import evaluation_mode
 from nextword.pipeline.language_model import Model, load

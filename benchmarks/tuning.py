@@ -66,7 +66,7 @@ MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"
 def judge(run: str, file: str, task: str) -> None:
     """Print, as JSON, how likely a run finds the answers in a file: bits per byte, and the share of pairs preferred."""
     from nextword.commands import api
-    from nextword.data.documents import IssueLog
+    from nextword.data.issues import IssueLog
     from nextword.pipeline.predictor import Predictor
     from nextword.tasks.examples import read_examples
 

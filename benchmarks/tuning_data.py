@@ -153,7 +153,7 @@ def parts(name: str) -> dict[str, Path]:
     paths = {part: folder / f"{part}.jsonl" for part in PARTS}
     if all(path.exists() for path in paths.values()):
         return paths
-    from nextword.data.documents import IssueLog
+    from nextword.data.issues import IssueLog
     from nextword.tasks.examples import read_examples
 
     columns = {"prompt": "english", "completion": "french"} if name == "english_french" else None
@@ -183,7 +183,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def gathered(name: str, train: Path, test: Path, limit: int | None = None, seed: int = 0) -> Any:
     """What the program reads: the form of the task, and the examples of two files."""
-    from nextword.data.documents import IssueLog
+    from nextword.data.issues import IssueLog
     from nextword.data.tokenizer import Tokenizer
     from nextword.tasks.task_data import DataRequest, load_task_data
 

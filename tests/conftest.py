@@ -40,7 +40,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from nextword.data.corpus import prepare
+    from nextword.data.prepare import prepare
 
     out = tmp_path_factory.mktemp("prepared") / "shards"
     prepare([texts], out, vocab_size=400)

@@ -22,7 +22,7 @@ from nextword.commands.cli import run as run_command
 from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
 from nextword.common.fs import read_json
 from nextword.common.run_dir import RunDir
-from nextword.data.documents import IssueLog
+from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import Tokenizer, train_bpe
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT

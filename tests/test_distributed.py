@@ -20,13 +20,12 @@ from nextword.training.sharing import balance_by_cost, check_tp_divisibility
 from safetensors.torch import load_file
 
 from nextword.common.errors import UsageError
-from nextword.data.dataset import TokenDataset
+from nextword.data.dataset import InMemoryTokens, TokenDataset
 from nextword.model.config import build_config
 from nextword.training import checkpoint
 from nextword.training.distributed import DistContext
 from nextword.training.parallel import build_mesh
 from processes import PATIENCE, start_process, wait_until
-from test_batches import Row
 from test_checkpoints import free_port
 from test_pretraining import state_hashes
 
@@ -42,7 +41,7 @@ SIZES = [
 
 @given(st.integers(2, 300), st.integers(1, 17), st.integers(1, 3), st.integers(0, 30), st.integers(0, 2**32))
 def test_the_processes_together_have_the_batch_of_one(length, context, rows, step, seed):
-    dataset = TokenDataset(Row(length), context, 4 * rows, seed)
+    dataset = TokenDataset(InMemoryTokens(np.arange(length)), context, 4 * rows, seed)
     alone = dataset.batch(step)
     for world in (2, 4):
         parts = [dataset.batch(step, rank, world) for rank in range(world)]
@@ -56,7 +55,7 @@ def test_the_processes_together_have_the_batch_of_one(length, context, rows, ste
 
 def test_rows_that_cannot_be_shared_are_refused():
     with pytest.raises(ValueError, match="3 rows"):
-        TokenDataset(Row(100), 8, 3, seed=0).batch(0, 0, 2)
+        TokenDataset(InMemoryTokens(np.arange(100)), 8, 3, seed=0).batch(0, 0, 2)
 
 
 @given(st.lists(st.floats(1, 1000), min_size=1, max_size=40), st.integers(1, 8))
@@ -334,7 +333,7 @@ import torch
 import numpy as np
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.data.dataset import TokenDataset
+from nextword.data.dataset import InMemoryTokens, TokenDataset
 from nextword.training.distributed import joined, ALONE
 from nextword.training.losses import Step, next_word
 from nextword.training.parallel import share

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nextword.data.corpus import Corpus
 from nextword.data.dataset import IGNORE_INDEX, segment_positions
-from nextword.data.documents import IssueLog
+from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import DELIMITER_TOKEN, EXTRACT_TOKEN, START_TOKEN
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT

@@ -239,7 +239,7 @@ def test_a_disk_that_fills_up_on_the_way(shards, tmp_path):
 
 
 def test_another_text_or_tokenizer_is_refused_and_harmless_settings_are_not(whole, texts, tmp_path):
-    from nextword.data.corpus import prepare
+    from nextword.data.prepare import prepare
 
     run = unfinished(whole, tmp_path / "run")
     facts = json.loads((run / "run.json").read_text())

@@ -12,7 +12,8 @@ from nextword.audit import suffix_array
 from nextword.audit import text_index as index_module
 from nextword.audit.text_index import CorpusIndex, build_index, trim_partial_character
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
-from nextword.data.corpus import Corpus, prepare
+from nextword.data.corpus import Corpus
+from nextword.data.prepare import prepare
 
 # Small alphabets and repetitions, so that everything stands in several places; characters of one to four bytes.
 WORDS = st.text(alphabet="ab é語🙂\n", min_size=1, max_size=6)

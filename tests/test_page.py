@@ -702,7 +702,7 @@ def test_a_key_is_asked_for(open_page: Open, server: PageServer) -> None:
 
 
 def test_save_is_what_finetune_reads_and_load_brings_it_back(open_page: Open, tmp_path: Path) -> None:
-    from nextword.data.documents import IssueLog
+    from nextword.data.issues import IssueLog
     from nextword.tasks.examples import read_examples
 
     j = open_page(viewport=DESKTOP_VIEWPORT)

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from nextword.commands import api
 from nextword.common import energy
 from nextword.common.errors import UsageError
-from nextword.data.corpus import find_sources, prepare
+from nextword.data.builtin_datasets import find_sources
 from nextword.data.dataset import InMemoryTokens
-from nextword.data.documents import IssueLog
+from nextword.data.issues import IssueLog
 from nextword.data.ngrams import ngram_bits
+from nextword.data.prepare import prepare
 from nextword.data.tokenizer import train_bpe
 from nextword.model.config import SIZES, build_config
 from nextword.model.gpt import GPT

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
-from nextword.data.decoding import IssueLog
+from nextword.data.issues import IssueLog
 from nextword.tasks import benchmark_items as module
 from nextword.tasks.benchmark_items import (
     BenchmarkRow,

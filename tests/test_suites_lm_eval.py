@@ -15,7 +15,7 @@ import pytest
 from nextword import judging
 from nextword.commands import api
 from nextword.common.errors import MissingDependencyError, UsageError
-from nextword.data.decoding import IssueLog
+from nextword.data.issues import IssueLog
 from nextword.evaluation.lm_eval_adapter import LMEvalAdapter, lm_eval_model_class, run_lm_eval_task
 from nextword.pipeline.item_scores import score_items
 from nextword.pipeline.language_model import load

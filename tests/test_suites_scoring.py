@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nextword.commands import api
 from nextword.common.errors import NextwordError, UsageError
-from nextword.data.decoding import IssueLog
+from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import Tokenizer
 from nextword.inference import loglikelihood
 from nextword.inference.loglikelihood import LoglikelihoodScorer, ScoredSequence, build_tree, pack_batches

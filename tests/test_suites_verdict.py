@@ -17,7 +17,7 @@ from nextword.commands import api
 from nextword.commands.evaluate import EvaluateResult
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.fs import write_manifest
-from nextword.data.decoding import IssueLog
+from nextword.data.issues import IssueLog
 from nextword.evaluation.significance import (
     EvalModels,
     compare_models,

@@ -1,4 +1,4 @@
-"""Tokenizers: lossless, deterministic, never a special token out of text, and the same as the stock class's."""
+"""Tokenizers: lossless, deterministic, no special tokens from text, and equal to the stock class."""
 
 import json
 import subprocess
@@ -10,6 +10,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.data import tokenizer as tokenizer_module
@@ -23,6 +24,8 @@ from nextword.data.tokenizer import (
     START_TOKEN,
     UNK_TOKEN,
     Tokenizer,
+    hash_sample,
+    sample_key,
     train_bpe,
     train_char,
     vocab_size_for,
@@ -42,9 +45,16 @@ SCRIPTS = {
     "Hebrew": "כָּל בְּנֵי הָאָדָם נוֹלְדוּ בְּנֵי חוֹרִין",
     "emoji": "👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301\u0323 \x00\x7f\ufeff",
 }
-MARKERS = [START_TOKEN, DELIMITER_TOKEN, EXTRACT_TOKEN]
+SPECIAL_TOKENS = [START_TOKEN, DELIMITER_TOKEN, EXTRACT_TOKEN]
 SINGLE, PAIR = [START_TOKEN, "A", EXTRACT_TOKEN], [START_TOKEN, "A", DELIMITER_TOKEN, "B", EXTRACT_TOKEN]
-LOOKALIKES = [EOS_TOKEN, PAD_TOKEN, UNK_TOKEN, f"a{EOS_TOKEN}b {PAD_TOKEN}{PAD_TOKEN}", "<|endoftext|", "</s><s>[PAD]"]
+LOOKALIKES = [
+    EOS_TOKEN,
+    PAD_TOKEN,
+    UNK_TOKEN,
+    f"a{EOS_TOKEN}b {PAD_TOKEN}{PAD_TOKEN}",
+    "<|endoftext|",
+    "</s><s>[PAD_TOKEN]",
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,24 +63,29 @@ def bpe():
 
 
 @pytest.fixture(scope="module")
+def small_bpe():
+    return train_bpe(["abc"], 300)
+
+
+@pytest.fixture(scope="module")
 def char():
     return train_char([*SCRIPTS.values(), *LOOKALIKES])
 
 
-def test_ids_of_markers_and_sizes(bpe, char):
+def test_special_token_ids_and_vocabulary_sizes(bpe, char):
     assert (bpe.kind, bpe.eos_id, bpe.pad_id, bpe.unk_id) == ("bpe", 0, 1, None)
     assert (char.kind, char.eos_id, char.pad_id, char.unk_id) == ("char", 0, 1, 2)
     assert bpe.vocab_size == bpe.backend.get_vocab_size() <= 800
     assert char.vocab_size == 3 + len(set("".join([*SCRIPTS.values(), *LOOKALIKES])))
-    assert train_bpe(["abab"], 5000).vocab_size < 270  # few merges to find; the real size is told
+    assert train_bpe(["abab"], 5000).vocab_size < 270  # a small text has few merges
 
 
-def test_the_byte_alphabet_is_the_librarys():
+def test_the_byte_alphabet_is_that_of_the_library():
     assert sorted(BYTE_CHARS) == sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_script_comes_back(script, bpe, char):
+def test_every_script_is_decoded_exactly(script, bpe, char):
     text = SCRIPTS[script]
     for tokenizer in (bpe, char):
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -78,12 +93,11 @@ def test_every_script_comes_back(script, bpe, char):
 
 
 @pytest.mark.parametrize("word", ["हिन्दी", "ที่นี่", "كِتَاب", "தமிழ்", "e\u0301te\u0301"])
-def test_a_word_is_not_cut_at_its_combining_marks(word, bpe):
-    pieces = bpe.backend.pre_tokenizer.pre_tokenize_str(f"{word} {word}")
-    assert len(pieces) == 2
+def test_a_word_is_not_split_at_combining_marks(word, bpe):
+    assert len(bpe.backend.pre_tokenizer.pre_tokenize_str(f"{word} {word}")) == 2
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text())
 def test_bpe_is_lossless_on_text(bpe, text):
     ids = bpe.encode(text)
@@ -91,7 +105,7 @@ def test_bpe_is_lossless_on_text(bpe, text):
     assert not {0, 1} & set(ids)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     st.one_of(
         st.binary(),
@@ -105,9 +119,9 @@ def test_bpe_is_lossless_on_bytes(bpe, data):
     assert not {0, 1} & set(ids)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.one_of(st.text(), st.sampled_from(LOOKALIKES)), max_size=8))
-def test_batch_equals_single(bpe, char, texts):
+def test_batches_equal_single_texts(bpe, char, texts):
     for tokenizer in (bpe, char):
         batch = tokenizer.encode_batch(texts)
         assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in texts]
@@ -122,13 +136,13 @@ def test_text_never_becomes_a_special_token(text, bpe, char):
             assert tokenizer.decode(ids) == text
 
 
-def test_specials_are_left_out_of_text_and_unknown_characters_are_seen(bpe, char):
+def test_decoding_omits_special_tokens_and_shows_unknown_characters(bpe, char):
     assert bpe.decode([0, *bpe.encode("a"), 1, 0]) == "a"
     assert char.encode("a☃")[1] == char.unk_id and char.decode(char.encode("a☃")) == "a\ufffd"
     assert bpe.decode([10**6]) == ""  # a model's vocabulary may be padded past the tokenizer's
 
 
-def test_half_surrogates_and_foreign_bytes_become_replacement_characters(bpe, char):
+def test_lone_surrogates_and_invalid_bytes_become_replacement_characters(bpe, char):
     assert bpe.decode(bpe.encode("a\ud800b")) == "a\ufffdb"
     assert [*map(bpe.decode, bpe.encode_batch(["\udfff"]))] == ["\ufffd"]
     assert char.encode(b"a\xff") == [*char.encode("a"), char.unk_id]
@@ -146,7 +160,7 @@ def test_training_is_deterministic(bpe):
     assert runs[0].stdout == runs[1].stdout and runs[0].stderr == ""
 
 
-def test_errors_of_the_texts_pass_through_training():
+def test_errors_of_the_texts_are_raised_by_training():
     def texts():
         yield "some text"
         raise NextwordError("the file changed")
@@ -157,33 +171,33 @@ def test_errors_of_the_texts_pass_through_training():
 
 def test_the_sample_is_bounded_and_spread(monkeypatch):
     texts = [f"{i} " * 100 for i in range(1000)]
-    assert tokenizer_module._sample_shard(texts, print) == texts
-    monkeypatch.setattr(tokenizer_module, "SAMPLE", 40_000)
-    sample = tokenizer_module._sample_shard(texts, print)
+    keyed = [(sample_key(index), text) for index, text in enumerate(texts)]
+    assert hash_sample(keyed)[0] == keyed
+    monkeypatch.setattr(tokenizer_module, "MAX_SAMPLE_CHARS", 40_000)
+    sample = [text for _, text in hash_sample(keyed)[0]]
     assert 15_000 < sum(map(len, sample)) <= 40_000
-    assert sample == tokenizer_module._sample_shard(texts, print)
-    places = [texts.index(t) for t in sample]
-    assert min(places) < 100 and max(places) > 900
-    monkeypatch.setattr(tokenizer_module, "SAMPLE_WORDS", 100)
-    assert 5 < len(tokenizer_module._sample_shard(texts, print)) < 50
+    indices = [texts.index(text) for text in sample]
+    assert min(indices) < 100 and max(indices) > 900
+    monkeypatch.setattr(tokenizer_module, "MAX_SAMPLE_WORD_BYTES", 100)
+    assert 5 < len(hash_sample(keyed)[0]) < 50
 
 
-def test_progress_and_refusals():
-    told: list[int] = []
-    train_bpe(["abc", "de"], 300, told.append)
-    assert told == [3, 5]
+def test_training_reports_progress_and_refuses_a_small_vocabulary():
+    updates: list[int] = []
+    train_bpe(["abc", "de"], 300, updates.append)
+    assert updates == [3, 5]
     with pytest.raises(UsageError, match="258"):
         train_bpe(["abc"], 100)
 
 
-def test_vocabulary_suits_the_corpus():
+def test_the_default_vocabulary_size_grows_with_the_corpus():
     sizes = [vocab_size_for(n) for n in (0, 1, 10**6, 2 * 10**6, 36 * 10**6, 10**9, 10**15)]
     assert sizes == [512, 512, 1024, 2048, 8192, 32768, 65536]
 
 
 @pytest.mark.parametrize("family", ["openai-gpt", "gpt2", "qwen3", "llama"])
 @pytest.mark.parametrize("kind", ["bpe", "char"])
-def test_the_stock_class_gives_the_same(family, kind, tmp_path, request):
+def test_the_stock_class_gives_the_same_ids(family, kind, tmp_path, request):
     transformers = pytest.importorskip("transformers")
     ours = request.getfixturevalue(kind)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
@@ -202,111 +216,116 @@ def test_the_stock_class_gives_the_same(family, kind, tmp_path, request):
 
 @pytest.mark.parametrize("family", ["openai-gpt", "gpt2", "qwen3", "llama"])
 @pytest.mark.parametrize("kind", ["bpe", "char"])
-def test_markers_are_put_around_texts_by_the_stock_class(family, kind, tmp_path, request):
+def test_the_stock_class_applies_the_templates(family, kind, tmp_path, request):
     transformers = pytest.importorskip("transformers")
     ours = request.getfixturevalue(kind)
     before = ours.backend.to_str(), dict(ours.config), ours.vocab_size
-    marked = ours.with_special_tokens(MARKERS, single=SINGLE, pair=PAIR)
+    extended = ours.with_special_tokens(SPECIAL_TOKENS, single=SINGLE, pair=PAIR)
     assert (ours.backend.to_str(), ours.config, ours.vocab_size) == before and START_TOKEN not in ours.special_tokens
     start, delimiter, extract = range(ours.vocab_size, ours.vocab_size + 3)
     assert (
-        marked.convert_tokens_to_ids(MARKERS) == [start, delimiter, extract]
-        and marked.vocab_size == ours.vocab_size + 3
+        extended.convert_tokens_to_ids(SPECIAL_TOKENS) == [start, delimiter, extract]
+        and extended.vocab_size == ours.vocab_size + 3
     )
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
-    marked.save(tmp_path)
+    extended.save(tmp_path)
     stock = transformers.AutoTokenizer.from_pretrained(tmp_path)
     texts = [*SCRIPTS.values(), "", " a , b . ' c n't", "x"]
     for a, b in zip(texts, reversed(texts), strict=True):
-        assert set(stock(a)) == {"input_ids", "attention_mask"}  # GPT-2's class adds an embedding of any token type
+        assert set(stock(a)) == {"input_ids", "attention_mask"}  # GPT-2 would embed token type ids
         assert stock(a)["input_ids"] == [start, *ours.encode(a), extract]
-        if b:  # the stock class takes an empty second text for none
+        if b:  # the stock class ignores an empty second text
             assert stock(a, b)["input_ids"] == [start, *ours.encode(a), delimiter, *ours.encode(b), extract]
         assert stock.decode(stock(a)["input_ids"], skip_special_tokens=True) == ours.decode(ours.encode(a))
-    for again in (marked, Tokenizer.open(tmp_path)):
+    for again in (extended, Tokenizer.open(tmp_path)):
         assert (again.kind, again.pad_id, again.unk_id, again.bos_id) == (kind, ours.pad_id, ours.unk_id, None)
         assert [again.encode(text) for text in texts] == [ours.encode(text) for text in texts]
         assert again.decode([start, *ours.encode("a"), extract, ours.pad_id]) == "a"
         assert again.special_tokens == ours.special_tokens | dict(
-            zip(MARKERS, [start, delimiter, extract], strict=True)
+            zip(SPECIAL_TOKENS, [start, delimiter, extract], strict=True)
         )
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.one_of(st.text(max_size=5), st.sampled_from([*MARKERS, *LOOKALIKES])), max_size=5).map("".join))
-def test_text_never_becomes_a_marker_that_was_added(bpe, char, text):
+@settings(max_examples=100)
+@given(
+    st.lists(st.one_of(st.text(max_size=5), st.sampled_from([*SPECIAL_TOKENS, *LOOKALIKES])), max_size=5).map("".join)
+)
+def test_text_never_becomes_an_added_special_token(bpe, char, text):
     for tokenizer in (bpe, char):
-        marked = tokenizer.with_special_tokens(MARKERS, single=SINGLE, pair=PAIR)
-        assert marked.encode(text) == tokenizer.encode(text)
-        assert marked.encode_batch([text])[0].tolist() == tokenizer.encode(text)
+        extended = tokenizer.with_special_tokens(SPECIAL_TOKENS, single=SINGLE, pair=PAIR)
+        assert extended.encode(text) == tokenizer.encode(text)
+        assert extended.encode_batch([text])[0].tolist() == tokenizer.encode(text)
     assert bpe.decode(bpe.encode(text)) == text
 
 
-def test_what_a_template_puts_first_is_no_begin_of_text(bpe):
-    assert bpe.with_special_tokens(MARKERS, single=[START_TOKEN, "A", DELIMITER_TOKEN]).bos_id is None
-    ended = bpe.with_special_tokens([], single=["A", EOS_TOKEN])  # the first id of an empty text, and no begin
+def test_the_first_token_of_a_template_is_not_the_bos_token(bpe):
+    assert bpe.with_special_tokens(SPECIAL_TOKENS, single=[START_TOKEN, "A", DELIMITER_TOKEN]).bos_id is None
+    ended = bpe.with_special_tokens([], single=["A", EOS_TOKEN])  # the first id of an empty text is not the BOS
     assert ended.config["bos_token"] == EOS_TOKEN and ended.bos_id is None
     assert bpe.with_special_tokens([], single=[EOS_TOKEN, "A"]).bos_id == bpe.eos_id
-    assert bpe.with_special_tokens(MARKERS).backend.encode("a").ids == bpe.encode("a")  # without a template all stays
-    assert bpe.with_special_tokens(MARKERS, pair=PAIR).backend.encode("a").ids == bpe.encode("a")
+    assert bpe.with_special_tokens(SPECIAL_TOKENS).backend.encode("a").ids == bpe.encode(
+        "a"
+    )  # without a template nothing changes
+    assert bpe.with_special_tokens(SPECIAL_TOKENS, pair=PAIR).backend.encode("a").ids == bpe.encode("a")
     with pytest.raises(UsageError, match=r"names <\|extract\|>, which"):
         bpe.with_special_tokens([START_TOKEN], single=SINGLE)
     for wrong in (["A", "A"], [START_TOKEN], ["A", "B"]):
         with pytest.raises(UsageError, match="once"):
-            bpe.with_special_tokens(MARKERS, single=wrong)
+            bpe.with_special_tokens(SPECIAL_TOKENS, single=wrong)
     with pytest.raises(UsageError, match="once"):
-        bpe.with_special_tokens(MARKERS, pair=SINGLE)
+        bpe.with_special_tokens(SPECIAL_TOKENS, pair=SINGLE)
 
 
-def test_markers_that_are_there_stay(bpe):
-    marked = bpe.with_special_tokens(MARKERS, single=SINGLE)
-    more = marked.with_special_tokens([EXTRACT_TOKEN, END_OF_TURN_TOKEN, END_OF_TURN_TOKEN])
+def test_existing_special_tokens_keep_their_ids(bpe):
+    extended = bpe.with_special_tokens(SPECIAL_TOKENS, single=SINGLE)
+    more = extended.with_special_tokens([EXTRACT_TOKEN, END_OF_TURN_TOKEN, END_OF_TURN_TOKEN])
     assert (
-        more.convert_tokens_to_ids(MARKERS) == marked.convert_tokens_to_ids(MARKERS)
-        and more.vocab_size == marked.vocab_size + 1
+        more.convert_tokens_to_ids(SPECIAL_TOKENS) == extended.convert_tokens_to_ids(SPECIAL_TOKENS)
+        and more.vocab_size == extended.vocab_size + 1
     )
-    assert more.backend.encode("a").ids == marked.backend.encode("a").ids
-    assert more.eos_ids == {0, more.vocab_size - 1} and marked.eos_ids == {0}
+    assert more.backend.encode("a").ids == extended.backend.encode("a").ids
+    assert more.eos_ids == {0, more.vocab_size - 1} and extended.eos_ids == {0}
 
 
-def test_the_pad_is_never_an_end_nor_a_marker(tmp_path):
-    backend = train_bpe(["abc"], 300).backend
+def test_the_pad_token_is_neither_the_eos_nor_another_special_token(tmp_path, small_bpe):
+    backend = small_bpe.backend
     for config in ({}, {"pad_token": EOS_TOKEN}, {"pad_token": {"content": PAD_TOKEN}}, {"pad_token": EXTRACT_TOKEN}):
-        marked = Tokenizer(backend, {"eos_token": EOS_TOKEN, **config}).with_special_tokens(MARKERS)
-        marked.save(tmp_path)
+        extended = Tokenizer(backend, {"eos_token": EOS_TOKEN, **config}).with_special_tokens(SPECIAL_TOKENS)
+        extended.save(tmp_path)
         again = Tokenizer.open(tmp_path)
-        assert again.pad_id == marked.pad_id == marked.convert_tokens_to_ids([PAD_TOKEN])[0]
-        assert again.pad_id not in (again.eos_id, *again.convert_tokens_to_ids(MARKERS))
+        assert again.pad_id == extended.pad_id == extended.convert_tokens_to_ids([PAD_TOKEN])[0]
+        assert again.pad_id not in (again.eos_id, *again.convert_tokens_to_ids(SPECIAL_TOKENS))
     without = tokenizers.Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
-    marked = Tokenizer(without, {}).with_special_tokens(MARKERS)
-    assert (marked.vocab_size, marked.pad_id) == (6, 5)
+    extended = Tokenizer(without, {}).with_special_tokens(SPECIAL_TOKENS)
+    assert (extended.vocab_size, extended.pad_id) == (6, 5)
 
 
-def test_a_vocabulary_with_gaps_takes_no_marker():
+def test_a_vocabulary_with_gaps_cannot_be_extended():
     backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "b": 9}, unk_token="a"))
     with pytest.raises(NextwordError, match="gaps"):
-        Tokenizer(backend, {}).with_special_tokens(MARKERS)
+        Tokenizer(backend, {}).with_special_tokens(SPECIAL_TOKENS)
 
 
-@pytest.mark.parametrize("said", [7, [7], [0, 7], None, [10**9, 7]])
-def test_what_ends_a_text_is_read_beside_the_tokenizer(bpe, said, tmp_path):
+@pytest.mark.parametrize("eos_token_id", [7, [7], [0, 7], None, [10**9, 7]])
+def test_eos_ids_are_read_from_the_generation_config(bpe, eos_token_id, tmp_path):
     bpe.save(tmp_path)
     assert Tokenizer.open(tmp_path).eos_ids == {0}
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": said, "do_sample": True}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_token_id, "do_sample": True}))
     opened = Tokenizer.open(tmp_path)
-    assert opened.eos_ids == {0, *(said if isinstance(said, list) else [said] if said else [])}
+    ids = eos_token_id if isinstance(eos_token_id, list) else [] if eos_token_id is None else [eos_token_id]
+    assert opened.eos_ids == {0, *ids}
     assert opened.with_special_tokens([END_OF_TURN_TOKEN]).eos_ids == {*opened.eos_ids, bpe.vocab_size}
 
 
 @pytest.mark.parametrize("content", ['"x"', "[1]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [true]}', "{"])
-def test_a_generation_config_that_is_none_is_said_to_be_one(bpe, content, tmp_path):
+def test_a_malformed_generation_config_is_refused(bpe, content, tmp_path):
     bpe.save(tmp_path)
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(CorruptFileError, match="generation_config"):
         Tokenizer.open(tmp_path)
 
 
-def test_a_foreign_tokenizer_opens_and_keeps_its_configuration(tmp_path):
+def test_a_foreign_tokenizer_keeps_its_configuration(tmp_path):
     pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((c, -3.0) for c in "▁ab</s>")]
     backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -317,7 +336,7 @@ def test_a_foreign_tokenizer_opens_and_keeps_its_configuration(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}, "unk_token": "<unk>", "x": 1}')
     foreign = Tokenizer.open(tmp_path)
     assert (foreign.kind, foreign.eos_id, foreign.pad_id, foreign.unk_id) == ("foreign", 2, None, 0)
-    assert len(foreign.encode("ab ab ab ab")) > 4  # what the file says of truncation is for its own callers
+    assert len(foreign.encode("ab ab ab ab")) > 4  # the file's truncation is disabled
     assert foreign.decode(foreign.encode("ab ba")) == "ab ba"
     assert {1, 2}.isdisjoint(foreign.encode("a</s>b"))
     assert {1, 2}.isdisjoint(foreign.encode_batch(["a</s>b"])[0].tolist())
@@ -325,9 +344,7 @@ def test_a_foreign_tokenizer_opens_and_keeps_its_configuration(tmp_path):
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["x"] == 1
 
 
-def test_the_token_a_stock_file_puts_first_is_known(tmp_path):
-    from tokenizers.processors import TemplateProcessing
-
+def test_the_bos_token_of_a_stock_file_is_detected(tmp_path):
     backend = train_bpe(["abc"], 300).backend
     backend.add_special_tokens([AddedToken("<s>", special=True)])
     begin = backend.token_to_id("<s>")
@@ -339,13 +356,13 @@ def test_the_token_a_stock_file_puts_first_is_known(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model": 3}', "\xff"])
-def test_a_malformed_file_is_said_to_be_one(content, tmp_path):
+def test_a_malformed_tokenizer_is_refused(content, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(CorruptFileError, match=r"tokenizer\.json"):
         Tokenizer.open(tmp_path)
 
 
-def test_what_cannot_be_used_is_refused_with_what_to_do(tmp_path):
+def test_unusable_tokenizers_are_refused(tmp_path):
     with pytest.raises(NextwordError, match="no such file"):
         Tokenizer.open(tmp_path)
     backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))

@@ -15,7 +15,8 @@ import numpy as np
 from nextword.audit.findings import Finding
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError
-from nextword.data.decoding import IssueLog, LineReader, decode_chunks
+from nextword.data.decoding import LineReader, decode_chunks
+from nextword.data.issues import IssueLog
 from nextword.data.readers import read_records
 from nextword.evaluation.significance import DEFAULT_ITEM_LIMIT
 from nextword.inference.loglikelihood import LoglikelihoodScorer

@@ -20,7 +20,7 @@ from nextword.audit.pii import PII_KINDS, find_pii, mask_pii
 from nextword.audit.text_index import CorpusIndex, build_index
 from nextword.common.console import Console
 from nextword.common.errors import MissingDependencyError
-from nextword.data.documents import IssueLog
+from nextword.data.issues import IssueLog
 from nextword.tasks import metrics
 from nextword.tasks.benchmark_items import BenchmarkRow, generation_item, load_rows, loglikelihood_item, sample_indices
 from nextword.tasks.benchmark_spec import Benchmark

@@ -22,7 +22,7 @@ from nextword.audit.findings import Finding
 from nextword.audit.group_templates import GroupTemplates
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError
-from nextword.data.decoding import IssueLog
+from nextword.data.issues import IssueLog
 from nextword.data.readers import MissingColumnError, read_records
 from nextword.pipeline.predictor import Predictor, has_target
 from nextword.tasks import metrics

@@ -24,7 +24,7 @@ from string import Formatter
 from typing import Any, NamedTuple
 
 from nextword.common.errors import MissingDependencyError, UsageError
-from nextword.data.decoding import error_text
+from nextword.data.issues import error_text
 from nextword.tasks.schema import join_names
 
 MAX_FILE_BYTES, MAX_NESTING_DEPTH = 2**18, 8  # bytes of such a file, and lists in lists: reading takes their product

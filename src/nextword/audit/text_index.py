@@ -44,9 +44,11 @@ from nextword.common.fs import (
     verify_manifest,
     write_manifest,
 )
-from nextword.data.corpus import Corpus, find_sources
-from nextword.data.documents import Document, IssueLog, SourceFile
-from nextword.data.scan import CorpusScan, is_unchanged, scan_corpus
+from nextword.data.builtin_datasets import find_sources
+from nextword.data.corpus import Corpus
+from nextword.data.documents import SourceFile
+from nextword.data.issues import IssueLog
+from nextword.data.scan import CorpusScan, HashedDocument, is_unchanged, scan_corpus
 
 VERSION = 1
 MIN_MATCH_BYTES = 24  # bytes of a match that is told of, where nothing else is asked for
@@ -282,14 +284,11 @@ class _IndexWriter:
         self._row = np.zeros(1, DOCUMENT_DTYPE)
         self.num_bytes = self.num_documents = 0
 
-    def begin(self, source: int, document: Document) -> None:
-        self._row["begin"], self._row["source"], self._row["line"] = self.num_bytes, source, document.line or 0
-
-    def add(self, piece: str) -> None:
-        self.num_bytes += self._text.write(piece.encode())
-
-    def end(self, key: bytes) -> None:
-        self._row["end"], self._row["key"] = self.num_bytes, key.hex()
+    def add(self, source: int, hashed: HashedDocument) -> None:
+        self._row["begin"], self._row["source"], self._row["line"] = self.num_bytes, source, hashed.document.line or 0
+        for chunk in hashed:
+            self.num_bytes += self._text.write(chunk.encode())
+        self._row["end"], self._row["key"] = self.num_bytes, hashed.finalize().hex()
         self._rows.write(self._row.tobytes())
         self.num_bytes += self._text.write(bytes([DOCUMENT_END]))
         self.num_documents += 1
@@ -305,7 +304,7 @@ def _build_files(
 ) -> dict[str, Any]:
     """Fill a directory; what its manifest is to say."""
     with map_disk_errors(directory), closing(_IndexWriter(directory)) as writer:
-        scan = scan_corpus(sources, directory, problems, console.progress, console.info, writer)
+        scan = scan_corpus(sources, directory, problems, console.progress, console.info, writer.add)
     held_out = training_corpus is not None and _text_hashes(training_corpus.manifest["sources"]) == _text_hashes(
         scan.sources
     )

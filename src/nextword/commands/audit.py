@@ -15,7 +15,7 @@ from nextword.commands.shared import (
     input_paths,
     optional_path,
 )
-from nextword.common.console import format_duration
+from nextword.common.format import format_duration
 
 FLAG = "!"  # before a finding that needs attention
 MAX_FINDINGS = 30  # printed per section; unflagged ones beyond this are left out

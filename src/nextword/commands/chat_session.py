@@ -17,7 +17,7 @@ from typing import Any
 from nextword.common.errors import NextwordError, UsageError
 from nextword.common.fs import append_line_durably
 from nextword.data.chat_format import encode_conversation, stop_token_ids, supports_chat, truncate_conversation
-from nextword.data.decoding import replace_surrogates
+from nextword.data.issues import replace_surrogates
 from nextword.data.tokenizer import Tokenizer
 from nextword.inference.engine import Engine
 from nextword.inference.model_runner import ModelRunner, build_runner

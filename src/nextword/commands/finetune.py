@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -17,7 +16,7 @@ from nextword.common.errors import MissingDependencyError, NextwordError, UsageE
 from nextword.common.run_dir import RunDir
 from nextword.data.chat_format import save_chat_template
 from nextword.data.dataset import derive_seed
-from nextword.data.documents import IssueLog
+from nextword.data.issues import IssueLog
 from nextword.model.gpt import GPT, with_classification_head, with_resized_vocabulary
 from nextword.model.hf import load_model
 from nextword.model.lora import LoraConfig, add_lora, merge_lora, save_adapter

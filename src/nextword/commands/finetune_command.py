@@ -24,7 +24,8 @@ from nextword.commands.shared import (
     open_or_prepare_corpus,
     run_path,
 )
-from nextword.common.console import Console, format_duration
+from nextword.common.console import Console
+from nextword.common.format import format_duration
 from nextword.common.errors import UsageError
 from nextword.training.config import CONTINUED_PRETRAINING, FinetuneRecipe, with_overrides
 
@@ -114,7 +115,7 @@ def build_finetune_trainer(
     from nextword.commands.finetune import FinetuneTrainer
     from nextword.common.fs import MANIFEST
     from nextword.data.corpus import Corpus
-    from nextword.data.documents import IssueLog
+    from nextword.data.issues import IssueLog
     from nextword.pipeline.base_model import BaseModel
     from nextword.tasks.examples import read_examples
 

@@ -81,7 +81,7 @@ def to_json_lines(answers: list[dict[str, Any]]) -> str:
 @command(PredictConfig, example="nextword predict runs/reviews 'A wonderful film.'", main=main)
 def predict(config: PredictConfig, context: Context) -> PredictResult:
     from nextword.common.fs import atomic_write
-    from nextword.data.documents import IssueLog
+    from nextword.data.issues import IssueLog
     from nextword.pipeline.language_model import load
     from nextword.pipeline.predictor import compute_labelled_metrics
     from nextword.tasks.examples import read_examples

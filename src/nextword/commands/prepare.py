@@ -63,5 +63,5 @@ def prepare(config: PrepareConfig, context: Context) -> "Corpus":
 
     console = context.console
     return prepare_locally(
-        config.corpora, config.out, config.shard, **settings, progress=console.progress, log=console.info
+        config.corpora, config.out, shard=config.shard, **settings, progress=console.progress, log=console.info
     )

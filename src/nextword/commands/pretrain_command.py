@@ -19,7 +19,8 @@ from nextword.commands.shared import (
     require_inputs,
     run_path,
 )
-from nextword.common.console import Console, format_duration
+from nextword.common.console import Console
+from nextword.common.format import format_duration
 
 
 @options

@@ -312,7 +312,8 @@ def open_or_prepare_corpus(
 ) -> "Corpus":
     """Open shards, or tokenize other text into shards at `out`. Raises `UsageError` for shards mixed with other inputs."""
     from nextword.common.fs import MANIFEST
-    from nextword.data.corpus import Corpus, prepare
+    from nextword.data.corpus import Corpus
+    from nextword.data.prepare import prepare
 
     shards = [path for path in corpora if (Path(path) / MANIFEST).is_file()]
     if not shards:

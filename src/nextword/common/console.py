@@ -1,119 +1,146 @@
-"""What a person sees while something runs: live on a terminal, plain lines elsewhere, nothing when asked to be quiet.
+"""Messages and progress: a live display on a terminal, plain lines elsewhere, nothing with `--quiet`.
 
-Everything goes to standard error, so that standard output holds results alone.
+Everything goes to standard error, so that standard output holds results only.
 """
 
 import math
 import time
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.console import Console as RichConsole
 from rich.text import Text
 
+from nextword.common.format import format_clock
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-PLAIN_UPDATE_SECONDS = 10.0  # between two plain lines where there is no terminal
+PLAIN_UPDATE_SECONDS = 10.0  # between two progress lines where there is no terminal
+BAR_COLUMNS, DETAIL_COLUMNS = 110, 150  # widths from which the training line has a bar, and all its numbers
 
 
-def format_duration(seconds: float) -> str:
-    """4.2 s, 3:05, 2:00:05."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+@dataclass(frozen=True)
+class TrainingProgress:
+    """The state of a training run as the progress line shows it. Durations are in seconds.
+
+    Attributes:
+        loss: training loss in nats per token.
+        elapsed: time since the start of the run, earlier sessions included.
+        total: expected time of the whole run, or its budget.
+        bits_per_byte: the loss in bits per byte of text, where the ratio of tokens to bytes is known.
+    """
+
+    step: int
+    total_steps: int
+    loss: float
+    elapsed: float
+    total: float
+    tokens_per_second: float
+    bits_per_byte: float | None = None
+
+    def line(self, width: int) -> str:
+        """The progress line for a terminal of `width` columns: at most 80 characters below `DETAIL_COLUMNS`."""
+        parts = [
+            f"step {self.step:,} of {self.total_steps:,}",
+            f"{format_clock(self.elapsed)} of {format_clock(self.total)}",
+            f"loss {self.loss:.3f}",
+        ]
+        if width >= DETAIL_COLUMNS:
+            parts += [] if self.bits_per_byte is None else [f"{self.bits_per_byte:.3f} bits/byte"]
+            parts.append(f"{self.tokens_per_second:,.0f} tokens/s")
+        return " · ".join(parts)
 
 
 class Console:
-    """Says things, and shows how far a long job is. Use it as a context, so that the live display ends cleanly."""
+    """Prints messages and shows the progress of long operations.
+
+    Use it as a context manager, so that the live display is always closed.
+
+    Args:
+        quiet: print warnings only.
+    """
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
         self.rich_console = RichConsole(stderr=True, highlight=False, soft_wrap=True)
         self.is_live = self.rich_console.is_terminal and not quiet
-        self.progress_bar: Progress | None = None
-        self.task_id: TaskID | None = None
-        self.stage = ""
-        self.last_printed_at = -math.inf
+        self._stage = ""
+        self._last_printed_at = -math.inf
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
 
     def __enter__(self) -> "Console":
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def info(self, text: str, style: str | None = None) -> None:
-        """A line of its own. Text is shown as it is: no markup is read from it."""
+        """Print a line, unless quiet. The text is printed as it is, without reading markup."""
         if not self.quiet:
             self.rich_console.print(Text(text, style=style or ""))
 
     def warn(self, text: str) -> None:
-        """A line that even `quiet` does not hide."""
+        """Print a warning, also when quiet."""
         self.rich_console.print(Text(text, style="yellow"))
 
     def progress(self, stage: str, done: float, total: float) -> None:
-        """How far a stage is; a new name begins a new bar."""
-        self._update_progress(stage, done, total, "")
+        """Show the progress of a stage. A new stage name starts a new bar."""
+        self._update(stage, done, total)
 
-    def training_progress(
-        self, metrics: Any, *, bits_per_byte: float | None, tokens_per_second: float, seconds_left: float
-    ) -> None:
-        """The live line of a training run."""
-        bits = "" if bits_per_byte is None else f"{bits_per_byte:.3f} bits/byte · "
-        text = (
-            f"step {metrics.step:,} · loss {metrics.loss:.3f} · {bits}"
-            f"{tokens_per_second:,.0f} tokens/s · {format_duration(seconds_left)} left"
-        )
-        self._update_progress("training", metrics.progress, 1.0, text)
+    def training_progress(self, progress: TrainingProgress) -> None:
+        """Show the progress of a training run: step, time, loss, and more on a wide terminal."""
+        width = self.rich_console.width if self.is_live else DETAIL_COLUMNS
+        self._update("training", progress.step, progress.total_steps, progress.line(width))
 
     def log_sample(self, step: int, prompt: str, text: str) -> None:
-        """What the model writes by now."""
-        if self.quiet:
-            return
-        self.rich_console.print(
-            Text.assemble((f"  step {step:,} writes: ", "dim"), (prompt, "dim italic"), (text, "italic"))
-        )
+        """Print a text that the model has generated during training."""
+        if not self.quiet:
+            sample = Text.assemble((f"  sample at step {step:,}: ", "dim"), (prompt, "dim italic"), (text, "italic"))
+            self.rich_console.print(sample)
 
     def close(self) -> None:
-        if self.progress_bar is not None:
-            self.progress_bar.stop()
-            self.progress_bar = None
-        self.stage = ""
+        """Remove the live display. The next call of `progress` starts a new one."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        self._stage = ""
 
-    def _update_progress(self, stage: str, done: float, total: float, text: str) -> None:
+    def _update(self, stage: str, done: float, total: float, text: str = "") -> None:
         if self.quiet:
             return
-        now = time.monotonic()
-        if not self.is_live:
-            if stage != self.stage or now - self.last_printed_at >= PLAIN_UPDATE_SECONDS or done >= total:
-                if stage != self.stage or done < total or text:
-                    self.rich_console.print(Text(f"{stage} {100 * done / max(total, 1e-9):3.0f} %  {text}".rstrip()))
-                self.last_printed_at, self.stage = now, stage
+        if self.is_live:
+            if stage != self._stage:
+                self.close()
+                self._start_bar(stage, total, text)
+            assert self._bar is not None and self._task is not None
+            self._bar.update(self._task, completed=done, total=total, text=text)
             return
-        if stage != self.stage:
-            self.close()
-            self._start_progress_bar(stage, total, text)
-        assert self.progress_bar is not None and self.task_id is not None
-        self.progress_bar.update(self.task_id, completed=done, total=total, text=text)
+        now, is_new, is_done = time.monotonic(), stage != self._stage, done >= total
+        if is_new or is_done or now - self._last_printed_at >= PLAIN_UPDATE_SECONDS:
+            if is_new or not is_done or text:
+                self.rich_console.print(Text(f"{stage} {100 * done / max(total, 1e-9):3.0f} %  {text}".rstrip()))
+            self._last_printed_at, self._stage = now, stage
 
-    def _start_progress_bar(self, stage: str, total: float, text: str) -> None:
+    def _start_bar(self, stage: str, total: float, text: str) -> None:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-        columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn()]
-        # A training run says its own time left; the other stages leave that to the bar.
-        columns.append(TextColumn("{task.fields[text]}") if text else TimeRemainingColumn())
-        self.progress_bar = Progress(*columns, console=self.rich_console, transient=True)
-        self.task_id = self.progress_bar.add_task(stage, total=total, text=text)
-        self.progress_bar.start()
-        self.stage = stage
+        name, bar, percentage = TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn()
+        if not text:
+            columns = [name, bar, percentage, TimeRemainingColumn()]
+        elif self.rich_console.width < BAR_COLUMNS:
+            columns = [TextColumn("{task.fields[text]}")]
+        else:
+            columns = [name, bar, percentage, TextColumn("{task.fields[text]}")]
+        self._bar = Progress(*columns, console=self.rich_console, transient=True)
+        self._task = self._bar.add_task(stage, total=total, text=text)
+        self._bar.start()
+        self._stage = stage
 
 
 class NullConsole(Console):
-    """Says nothing at all, not even a warning: another process speaks for this one."""
+    """Prints nothing, not even a warning: the main rank prints for all."""
 
     def __init__(self) -> None:
         super().__init__(quiet=True)

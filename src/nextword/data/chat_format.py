@@ -1,8 +1,9 @@
-"""Conversations as token ids: `role content end` for each message, all in one row.
+"""The chat format: `role content end` for each message, in one row of token ids.
 
-A message is {"role": "system", "user" or "assistant", "content": str}. Markers are put in by id and content is encoded
-apart from them, so what a message says can never end its turn or begin another's. `chat_template.jinja` says the same to
-the stock class, which gives the same ids for every content that does not look like a marker.
+A message is `{"role": "system", "user" or "assistant", "content": str}`. Special tokens are inserted by id and content
+is encoded apart from them, so that the content of a message can never end its turn or begin another one.
+`chat_template.jinja` is the same format for the stock class. Both give the same ids for every content that does not
+look like a special token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,12 +36,12 @@ CHAT_TEMPLATE = """\
 
 
 class Truncated(NamedTuple):
-    """What of a conversation fits.
+    """A conversation that fits into the context.
 
     Attributes:
-        messages: the system turn, where there is one, and the newest turns.
-        left_out: how many of the oldest turns are not among them.
-        cut: how many tokens the newest turn has lost at its beginning.
+        messages: the system message, if there is one, and the newest messages.
+        num_dropped_turns: the number of oldest messages that were dropped.
+        num_dropped_tokens: the number of tokens that were cut from the beginning of the newest message.
     """
 
     messages: list[dict[str, Any]]
@@ -49,28 +50,37 @@ class Truncated(NamedTuple):
 
 
 def supports_chat(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer has all the markers of a conversation."""
+    """Whether a tokenizer has all special tokens of the chat format."""
     return tokenizer.special_tokens.keys() >= set(CHAT_SPECIAL_TOKENS)
 
 
 def stop_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids at which a turn that is being written is finished: those that end a text, and another turn's beginning."""
+    """The ids at which the generation of a turn stops: those that end a text, and those that begin another turn."""
     return tokenizer.eos_ids | {tokenizer.special_tokens[name] for name in CHAT_SPECIAL_TOKENS}
 
 
 def encode_conversation(
     tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False
 ) -> tuple[list[int], list[bool]]:
-    """The ids [T] of a conversation, and for each whether it is learned: what an assistant says, and that it ends there.
+    """Encode a conversation. The tokenizer's `bos_id`, if it has one, comes first.
 
-    With `answer` the assistant's marker is put at the end, to be gone on from. What the tokenizer itself puts before a
-    text (`begin_of_text`) comes first.
+    Args:
+        tokenizer: a tokenizer that supports chat.
+        messages: the messages.
+        add_generation_prompt: append the assistant's role token, after which the model answers.
+
+    Returns:
+        The ids [T]; and the loss mask [T], which is True for the content of the assistant's messages and the end of
+        their turn.
 
     Raises:
-        UsageError: a role or a content that is none, or a tokenizer without the markers.
+        UsageError: a role or a content is invalid, or the tokenizer has no chat tokens.
     """
     if not supports_chat(tokenizer):
-        raise UsageError("the tokenizer lacks the markers of a conversation: add them by with_markers(CHAT_MARKERS)")
+        raise UsageError(
+            "the tokenizer lacks the special tokens of a conversation: "
+            "add them by with_special_tokens(CHAT_SPECIAL_TOKENS)"
+        )
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     loss_mask = [False] * len(ids)
     for number, message in enumerate(messages, start=1):
@@ -90,47 +100,51 @@ def encode_conversation(
 
 
 def truncate_conversation(tokenizer: Tokenizer, messages: Sequence[Message], max_tokens: int) -> Truncated:
-    """As many of the newest turns as fit: `encode_conversation(tokenizer, fitted, answer=True)` has at most `room` ids.
+    """The system message and as many of the newest messages as fit.
 
-    The system turn, where the conversation begins with one, is kept. What is kept after it begins with a user's turn,
-    unless the newest turn of all is an assistant's. Where not even the newest turn fits, its end is kept.
+    What follows the system message begins with a user's message, unless the newest one of all is the assistant's. If
+    not even the newest message fits, its end is kept.
+
+    Args:
+        tokenizer: a tokenizer that supports chat.
+        messages: the conversation.
+        max_tokens: the maximum length of `encode_conversation(..., add_generation_prompt=True)`.
 
     Raises:
-        UsageError: the system turn leaves no room for another, or as `encode_conversation` does.
+        UsageError: the system message leaves no room for another one, or as `encode_conversation`.
     """
     system = [dict(m) for m in messages[:1] if m.get("role") == "system"]
     turns = [dict(m) for m in messages[len(system) :]]
 
-    def num_tokens(some: list[dict[str, Any]]) -> int:
-        return len(encode_conversation(tokenizer, some, add_generation_prompt=True)[0])
+    def num_tokens(some_messages: list[dict[str, Any]]) -> int:
+        return len(encode_conversation(tokenizer, some_messages, add_generation_prompt=True)[0])
 
     remaining = max_tokens - num_tokens(system)
     turn_lengths = [num_tokens([turn]) - num_tokens([]) for turn in turns]
     first_kept = len(turns)
     while first_kept > 0 and sum(turn_lengths[first_kept - 1 :]) <= remaining:
         first_kept -= 1
-    # An answer whose question is gone goes with it.
+    # An answer without its question is dropped too.
     while 0 < first_kept < len(turns) - 1 and turns[first_kept]["role"] == "assistant":
         first_kept += 1
     if first_kept < len(turns) or (not turns and remaining >= 0):
         return Truncated([*system, *turns[first_kept:]], first_kept, 0)
-    remaining -= 2  # the markers of the newest turn's role and of its end
+    remaining -= 2  # the role token and the end-of-turn token of the newest message
     if not turns or remaining < 1:
         raise UsageError(
-            f"the system turn takes {num_tokens(system):,} of the {max_tokens:,} tokens that there are for a conversation, and leaves "
-            "no room for a turn: shorten it"
+            f"the system message takes {num_tokens(system):,} of the {max_tokens:,} tokens of a conversation, and leaves "
+            "no room for another message: shorten it"
         )
-    content, text = turns[-1]["content"], _truncate_left(tokenizer, turns[-1]["content"], remaining)
-    encode = tokenizer.mid_text.encode
-    num_dropped_tokens = len(encode(content)) - len(encode(text))
-    return Truncated([*system, {**turns[-1], "content": text}], len(turns) - 1, num_dropped_tokens)
+    content = turns[-1]["content"]
+    text = _truncate_left(tokenizer.mid_text, content, remaining)
+    num_dropped = len(tokenizer.mid_text.encode(content)) - len(tokenizer.mid_text.encode(text))
+    return Truncated([*system, {**turns[-1], "content": text}], len(turns) - 1, num_dropped)
 
 
 def _truncate_left(tokenizer: Tokenizer, text: str, max_tokens: int) -> str:
-    """A long end of a text that has at most `size` tokens after a marker."""
-    tokenizer = tokenizer.mid_text
+    """A long suffix of a text that has at most `max_tokens` tokens."""
     suffix = tokenizer.decode(tokenizer.encode(text)[-max_tokens:])
-    # A cut may part a character's bytes; what a foreign tokenizer decodes need not be the text's own end.
+    # A cut may split the bytes of a character, and a foreign tokenizer need not decode to the text's own suffix.
     suffix = text[-len(suffix) :] if suffix else ""
     while (excess := len(tokenizer.encode(suffix)) - max_tokens) > 0:
         suffix = suffix[excess:]
@@ -138,10 +152,10 @@ def _truncate_left(tokenizer: Tokenizer, text: str, max_tokens: int) -> str:
 
 
 def build_chat_template(tokenizer: Tokenizer) -> str:
-    """The Jinja text that makes the stock class give the ids of `encode_conversation` for this tokenizer."""
+    """The Jinja template with which the stock class gives the ids of `encode_conversation` for this tokenizer."""
     return ("" if tokenizer.bos_id is None else "{{- bos_token -}}\n") + CHAT_TEMPLATE
 
 
 def save_chat_template(directory: Path) -> None:
-    """Write `chat_template.jinja` beside a tokenizer that is saved there. Raises as `Tokenizer.open` does."""
+    """Write `chat_template.jinja` beside a saved tokenizer. Raises as `Tokenizer.open` does."""
     atomic_write(directory / "chat_template.jinja", build_chat_template(Tokenizer.open(directory)))

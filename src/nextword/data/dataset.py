@@ -1,117 +1,137 @@
-"""From one long row of tokens to the batch of a step: a pure function of (seed, step).
+"""From a sequence of tokens to the batch of a step, as a pure function of (seed, step).
 
-Nothing is drawn and nothing is remembered, so that a resume, another number of machines, or a question about the order of the
-data needs no state at all.
+Nothing is drawn and no state is kept, so that a resume, a changed world size, or a question about the order of the data
+needs none.
 """
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-IGNORE_INDEX = -100  # a target that is not counted; the value that torch's cross entropy skips
+IGNORE_INDEX = -100  # a target that has no loss; the default of torch's cross entropy
+
+TokenArray = np.ndarray[Any, np.dtype[Any]]
 
 
 class TokenSource(Protocol):
-    """A long row of token ids, read by place."""
+    """A sequence of token ids with random access."""
 
     def __len__(self) -> int: ...
-    def read(self, start: int, count: int) -> np.ndarray: ...
+    def read(self, start: int, count: int) -> TokenArray: ...
 
 
 class InMemoryTokens:
-    """Tokens in memory, read like those of a corpus."""
+    """Token ids in an array, read like those of a corpus."""
 
-    def __init__(self, tokens: np.ndarray):
+    def __init__(self, tokens: TokenArray):
         self.tokens = tokens
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def read(self, start: int, count: int) -> np.ndarray:
+    def read(self, start: int, count: int) -> TokenArray:
+        """Tokens start … start + count − 1."""
         return self.tokens[start : start + count]
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What a batch of labelled examples has beside its tokens. R rows, E examples; an example's rows stand together.
+    """The labels of a batch of R rows and E examples. The rows of an example are adjacent.
 
-    ends [R], the place in the row that a head reads; example [R], which of the batch's examples a row belongs to; gold
-    [E] or [E, n_labels]; weight [E], how much each example counts; reference [R], log-probabilities under a frozen model.
+    Attributes:
+        pool_positions: [R], the position in the row whose hidden state a classification head reads.
+        example_ids: [R], the example of each row, counted within the batch.
+        targets: [E] or [E, num_labels].
+        weights: [E], the weight of each example in the loss.
+        reference_logprobs: [R], log-probabilities of the rows under the reference model.
     """
 
-    pool_positions: np.ndarray
-    example_ids: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
-    reference_logprobs: np.ndarray | None = None
+    pool_positions: TokenArray
+    example_ids: TokenArray
+    targets: TokenArray
+    weights: TokenArray
+    reference_logprobs: TokenArray | None = None
 
     def slice_rows(self, rows: slice) -> "Labels":
-        """Those of whole examples, their rows cut out of the batch's."""
+        """The labels of some rows, which hold whole examples."""
         first, last = self.example_ids[rows][0], self.example_ids[rows][-1]
         examples = slice(first, last + 1)
-        reference = None if self.reference_logprobs is None else self.reference_logprobs[rows]
         return Labels(
             self.pool_positions[rows],
             self.example_ids[rows] - first,
             self.targets[examples],
             self.weights[examples],
-            reference,
+            None if self.reference_logprobs is None else self.reference_logprobs[rows],
         )
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one step (or of one machine's share of it), in order.
+    """The rows of one step, or of one rank's share of it, in order.
 
-    tokens [B, T] int64; targets [B, T] int64, the token after each, `IGNORE` where there is none; rows, a number for each
-    row that no other row of the run has, from which dropout is seeded; counts, what each term of the loss is divided by,
-    over the whole batch of the step and the same in each micro-batch of it; segments [B, T], where several texts share a
-    row, the text that each token belongs to; n_tokens, how many tokens the step learns from.
+    Attributes:
+        tokens: int64 [B, T].
+        targets: int64 [B, T], the token after each, or `IGNORE_INDEX`.
+        row_ids: a number for each row, unique in the run, from which dropout is seeded.
+        loss_denominators: the divisor of each term of the loss, over the whole batch of the step; the same in each
+            micro-batch.
+        n_tokens: the number of tokens that the step learns from.
+        segment_ids: [B, T], the text that each token belongs to, where several share a row.
+        labels: the labels of the examples, if they have any.
     """
 
-    tokens: np.ndarray
-    targets: np.ndarray
+    tokens: TokenArray
+    targets: TokenArray
     row_ids: list[int]
     loss_denominators: dict[str, float]
     n_tokens: int
-    segment_ids: np.ndarray | None = None
+    segment_ids: TokenArray | None = None
     labels: Labels | None = None
 
     def split_micro_batches(self, max_rows: int) -> "list[Batch]":
-        """The same rows in micro-batches of at most `size` rows; the rows of one example are never parted."""
-        borders, end = [0], len(self.row_ids)
-        starts = (
-            list(range(end)) if self.labels is None else np.flatnonzero(np.diff(self.labels.example_ids, prepend=-1))
-        )
-        for start, after in zip(starts, [*starts[1:], end], strict=True):
-            if after - borders[-1] > max_rows and start > borders[-1]:
-                borders.append(int(start))
-        return [self._slice_rows(slice(i, j)) for i, j in zip(borders, [*borders[1:], end], strict=True)]
+        """The same rows in micro-batches of at most `max_rows` rows; an example is never split."""
+        num_rows = len(self.row_ids)
+        starts = list(range(num_rows))
+        if self.labels is not None:
+            starts = np.flatnonzero(np.diff(self.labels.example_ids, prepend=-1)).tolist()
+        borders = [0]
+        for start, end in zip(starts, [*starts[1:], num_rows], strict=True):
+            if end - borders[-1] > max_rows and start > borders[-1]:
+                borders.append(start)
+        return [self._slice_rows(slice(i, j)) for i, j in zip(borders, [*borders[1:], num_rows], strict=True)]
 
     def _slice_rows(self, rows: slice) -> "Batch":
         return replace(
             self,
             tokens=self.tokens[rows],
             targets=self.targets[rows],
-            rows=self.row_ids[rows],
-            segments=None if self.segment_ids is None else self.segment_ids[rows],
+            row_ids=self.row_ids[rows],
+            segment_ids=None if self.segment_ids is None else self.segment_ids[rows],
             labels=None if self.labels is None else self.labels.slice_rows(rows),
         )
 
 
 def derive_seed(seed: int, *purpose: int) -> int:
-    """A seed of 63 bits for one purpose, from the run's seed and the numbers that name the purpose."""
-    digest = hashlib.blake2b(",".join(map(str, (seed, *what))).encode(), digest_size=8).digest()
+    """A 63-bit seed from the run's seed and the numbers that name its purpose."""
+    digest = hashlib.blake2b(",".join(map(str, (seed, *purpose))).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Where each of `index` (all of them in 0..size-1) goes in a shuffle of 0..size-1 that is named by `key`.
+def permute(index: TokenArray, size: int, key: int) -> TokenArray:
+    """The images of some indices under a pseudo-random permutation of 0 … size − 1.
 
-    A Feistel network (Luby and Rackoff 1988) on the next even power of two, walked on until it lands inside (Black and
-    Rogaway 2002): a permutation of any size, computed where it is asked, without a table.
+    A Feistel network (Luby and Rackoff 1988) on the next even power of two, applied until the result is in range (cycle
+    walking, Black and Rogaway 2002): a permutation of any size without a table.
+
+    Args:
+        index: [N], each in 0 … size − 1.
+        size: the size of the permutation.
+        key: selects the permutation.
+
+    Returns:
+        int64 [N].
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
@@ -131,18 +151,27 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     return result.astype(np.int64)
 
 
-def segment_positions(segment_ids: np.ndarray) -> np.ndarray:
-    """The place of each token in its own text: segments [B, T] → [B, T], counted from 0 where a segment begins."""
+def segment_positions(segment_ids: TokenArray) -> TokenArray:
+    """The position of each token in its own text, from 0: segment_ids [B, T] → [B, T]."""
     positions = np.arange(segment_ids.shape[1])
     is_segment_start = np.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
     return positions - np.maximum.accumulate(np.where(is_segment_start, positions, 0), axis=1)
 
 
 class TokenDataset:
-    """Windows of `context_length` tokens, shuffled anew each epoch.
+    """Windows of `context_length` tokens, shuffled in every epoch.
 
-    The tokens are taken as a ring, cut into windows from another place in every epoch; each token is the target of exactly
-    one position an epoch, and the last window may be short.
+    The tokens are treated as a ring, which every epoch cuts into windows from another position. In an epoch each token
+    is the target of exactly one position. The last window may be short.
+
+    Args:
+        tokens: the token sequence, at least two tokens.
+        context_length: the number of tokens of a window.
+        batch_size: rows of a step, over all ranks.
+        seed: the seed of the order.
+
+    Raises:
+        ValueError: fewer than two tokens.
     """
 
     def __init__(self, tokens: TokenSource, context_length: int, batch_size: int, seed: int):
@@ -160,15 +189,20 @@ class TokenDataset:
         return self.context_length
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """The rows of step `step` (from 0) that process `rank` of `world` works on: an equal part, in order.
+        """The rows of a step that one rank works on: an equal share, in order.
+
+        Args:
+            step: the step, from 0.
+            rank: the process.
+            world_size: the number of processes that share the step.
 
         Raises:
-            ValueError: the rows of a step are no multiple of `world`.
+            ValueError: the batch size is not a multiple of `world_size`.
         """
         local_batch_size, rest = divmod(self.batch_size, world_size)
         if rest:
             raise ValueError(f"{self.batch_size} rows cannot be shared equally by {world_size} processes")
-        global_rows = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        global_rows = self._rows(step)
         num_tokens = int(sum(self.window_length(window) for window in self.permuted_windows(global_rows)))
         rows = global_rows[rank * local_batch_size : (rank + 1) * local_batch_size]
         tokens = np.zeros((local_batch_size, self.context_length), dtype=np.int64)
@@ -179,39 +213,45 @@ class TokenDataset:
             targets[i, : len(ids) - 1] = ids[1:]
         return Batch(tokens, targets, rows.tolist(), {"next_word": num_tokens}, num_tokens)
 
+    def _rows(self, step: int) -> TokenArray:
+        return np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+
     def token_spans(self, step: int) -> list[tuple[int, int]]:
-        """Which tokens step `step` reads, the last targets included: the first and the number of each window, in two where it
-        goes round the ring."""
-        global_rows, ranges = np.arange(step * self.batch_size, (step + 1) * self.batch_size), []
-        for row, window in zip(global_rows.tolist(), self.permuted_windows(global_rows).tolist(), strict=True):
+        """The tokens that a step reads, targets included, as (first token, number of tokens) for each window.
+
+        A window that wraps around the end is two spans.
+        """
+        spans: list[tuple[int, int]] = []
+        rows = self._rows(step)
+        for row, window in zip(rows.tolist(), self.permuted_windows(rows).tolist(), strict=True):
             start, count = self.window_start(row, window) % len(self.tokens), self.window_length(window) + 1
             count_before_wrap = min(count, len(self.tokens) - start)
-            ranges += (
-                [(start, count_before_wrap)]
-                if count_before_wrap == count
-                else [(start, count_before_wrap), (0, count - count_before_wrap)]
-            )
-        return ranges
+            spans.append((start, count_before_wrap))
+            if count > count_before_wrap:
+                spans.append((0, count - count_before_wrap))
+        return spans
 
     def window_start(self, row: int, window: int) -> int:
-        """Where on the ring a window begins, which every epoch cuts from another place."""
-        return derive_seed(self.seed, 0, row // self.num_windows) % len(self.tokens) + window * self.context_length
+        """The position on the ring where a window begins in the epoch of this row."""
+        epoch = row // self.num_windows
+        return derive_seed(self.seed, 0, epoch) % len(self.tokens) + window * self.context_length
 
-    def permuted_windows(self, rows: np.ndarray) -> np.ndarray:
-        """Which window each row of the run is, the rows given in order: each epoch in an order of its own."""
-        parts = []
+    def permuted_windows(self, rows: TokenArray) -> TokenArray:
+        """The window of each row of the run. rows [N], ascending → [N]."""
+        parts: list[TokenArray] = []
         for epoch in range(rows[0] // self.num_windows, rows[-1] // self.num_windows + 1):
             epoch_rows = rows[rows // self.num_windows == epoch]
             parts.append(permute(epoch_rows % self.num_windows, self.num_windows, derive_seed(self.seed, 1, epoch)))
         return np.concatenate(parts)
 
     def window_length(self, window: int) -> int:
+        """Tokens of a window."""
         return min(self.context_length, len(self.tokens) - window * self.context_length)
 
-    def read_wrapping(self, start: int, count: int) -> np.ndarray:
-        """`count` tokens from `start` on, where the first token follows the last."""
+    def read_wrapping(self, start: int, count: int) -> TokenArray:
+        """`count` tokens from `start`; the first token follows the last."""
         start %= len(self.tokens)
-        parts = []
+        parts: list[TokenArray] = []
         while count > 0:
             part = self.tokens.read(start, min(count, len(self.tokens) - start))
             parts.append(part)

@@ -1,4 +1,4 @@
-"""Labelled examples out of the documentation inside every Python: which package speaks, and what something does."""
+"""Labelled examples for the demo, from Python's documentation: which package is described, and what a function does."""
 
 import json
 import re
@@ -8,15 +8,16 @@ from pathlib import Path
 
 from nextword.common.fs import atomic_write
 from nextword.data.builtin_datasets import builtin_sources
-from nextword.data.documents import Document, IssueLog
+from nextword.data.documents import Document
+from nextword.data.issues import IssueLog
 
-NUM_PACKAGES = 8  # those with the most docstrings are told apart
-MAX_SENTENCE_CHARS = 200  # characters of a docstring's first sentence
-PUBLIC_NAME = re.compile(r"[A-Za-z][\w.]*")  # a name that can be asked for; no __init__, nothing private
+NUM_PACKAGES = 8  # the classes: the packages with the most docstrings
+MIN_SENTENCE_CHARS, MAX_SENTENCE_CHARS = 20, 200
+PUBLIC_NAME = re.compile(r"[A-Za-z][\w.]*")
 
 
 def iter_sections(document: Document) -> Iterator[tuple[str, str]]:
-    """Heading and text of each section of a module's document ("# module", then "## name(arguments)" …)."""
+    """Full name and docstring of each section of a module's document ("# module", then "## name(arguments)" …)."""
     first, *rest = "".join(document.chunks).split("\n## ")
     module = first.partition("\n")[0].removeprefix("# ").strip()
     for section in rest:
@@ -25,18 +26,18 @@ def iter_sections(document: Document) -> Iterator[tuple[str, str]]:
 
 
 def first_sentence(text: str) -> str:
-    """The first sentence of a docstring, on one line; "" where it is none, or a long one."""
+    """The first sentence of a docstring, on one line; "" if there is none or its length is unsuitable."""
     paragraph = " ".join(text.split("\n\n")[0].split())
     match = re.match(r".*?[.!?](?=\s|$)", paragraph)
     sentence = match[0] if match else ""
-    return sentence if 20 <= len(sentence) <= MAX_SENTENCE_CHARS else ""
+    return sentence if MIN_SENTENCE_CHARS <= len(sentence) <= MAX_SENTENCE_CHARS else ""
 
 
 def documented_names() -> list[tuple[str, str]]:
-    """(full name, first sentence) of everything public that the standard library describes, each sentence once."""
-    problems, names_by_sentence = IssueLog(), {}
-    for source in builtin_sources("python-docs", problems):
-        for document in source.read(problems):
+    """Full name and first sentence of every public name that the standard library documents, each sentence once."""
+    issues, names_by_sentence = IssueLog(), dict[str, str]()
+    for source in builtin_sources("python-docs", issues):
+        for document in source.read(issues):
             for name, text in iter_sections(document):
                 is_public = all(PUBLIC_NAME.fullmatch(part) and not part.startswith("_") for part in name.split("."))
                 if is_public and (sentence := first_sentence(text)):
@@ -45,28 +46,33 @@ def documented_names() -> list[tuple[str, str]]:
 
 
 def write_demo_data(folder: Path) -> tuple[Path, Path]:
-    """FOLDER/packages.jsonl (text, label: which package says this?) and FOLDER/questions.jsonl (conversations: what does
-    NAME do?), the same for the same Python; their paths."""
+    """Write the examples of the demo: the same files for the same Python.
+
+    Returns:
+        The paths of FOLDER/packages.jsonl (text and label: which package is this?) and of FOLDER/questions.jsonl
+        (conversations: what does NAME do?).
+    """
     descriptions = documented_names()
-    packages = Counter(name.partition(".")[0] for name, _ in descriptions)
-    top_packages = {package for package, _ in packages.most_common(NUM_PACKAGES)}
-    labelled_examples = (
-        {"text": text, "label": name.partition(".")[0]}
-        for name, text in descriptions
-        if name.partition(".")[0] in top_packages
+    packages = [name.partition(".")[0] for name, _ in descriptions]
+    top_packages = {package for package, _ in Counter(packages).most_common(NUM_PACKAGES)}
+    labelled_examples = [
+        {"text": text, "label": package}
+        for package, (_, text) in zip(packages, descriptions, strict=True)
+        if package in top_packages
+    ]
+    conversations = [{"messages": _question_and_answer(name, text)} for name, text in descriptions]
+    return (
+        _write_jsonl(folder / "packages.jsonl", labelled_examples),
+        _write_jsonl(folder / "questions.jsonl", conversations),
     )
-    conversations = (
-        {
-            "messages": [
-                {"role": "user", "content": f"What does {name.rpartition('.')[2]} in {name.rpartition('.')[0]} do?"},
-                {"role": "assistant", "content": text},
-            ]
-        }
-        for name, text in descriptions
-    )
-    return _write_jsonl(folder / "packages.jsonl", labelled_examples), _write_jsonl(
-        folder / "questions.jsonl", conversations
-    )
+
+
+def _question_and_answer(name: str, description: str) -> list[dict[str, str]]:
+    module, _, function = name.rpartition(".")
+    return [
+        {"role": "user", "content": f"What does {function} in {module} do?"},
+        {"role": "assistant", "content": description},
+    ]
 
 
 def _write_jsonl(path: Path, rows: Iterable[object]) -> Path:

@@ -1,39 +1,21 @@
-"""Files to documents: every format read as a stream, every flaw reported, none fatal.
+"""Files to documents. Every flaw goes to an `IssueLog`; none is fatal.
 
-A document is one text file, or one row of a table. It comes in pieces of at most `PIECE` characters, so that memory
-stays flat whatever the size. Line ends become "\\n", an encoding mark (UTF-8, UTF-16, UTF-32) is honoured and
-dropped, bytes that are no UTF-8 become U+FFFD; the text is otherwise kept as it is.
+A document is a text file, or a row of a table. Its text comes in chunks, so that memory use does not depend on its
+length. Line ends become "\\n", a byte order mark is honoured and dropped, bytes that are not valid become U+FFFD;
+otherwise the text is kept as it is.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from nextword.common.errors import UsageError
 from nextword.common.fs import MANIFEST
-from nextword.data.decoding import (
-    MAX_LINE_CHARS,
-    IssueLog,
-    decode_chunks,
-    error_text,
-    file_format,
-    rechunk,
-)
+from nextword.data.decoding import MAX_LINE_CHARS, decode_chunks, file_format, rechunk
+from nextword.data.issues import IssueLog, error_text
 from nextword.data.readers import MissingColumnError, read_records
-
-__all__ = [
-    "FORMATS",
-    "Document",
-    "Problem",
-    "Problems",
-    "Source",
-    "find_files",
-    "pieces",
-    "read_documents",
-    "text_rows",
-    "without_surrogates",
-]
 
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 ARCHIVE_SUFFIXES = (".tar", ".tgz", ".tbz", ".txz", ".zip", ".xz", ".bz2", ".7z", ".rar", ".lz4", ".br")
@@ -42,7 +24,13 @@ TEXT_COLUMNS = ("text", "content", "document", "body", "article", "story")
 
 @dataclass
 class Document:
-    """One text. `pieces` is read once, before the next document is asked for; `line` is that of its row."""
+    """A text of the corpus.
+
+    Attributes:
+        path: the file that it was read from.
+        line: the line of its row (in Parquet the number of the row), from 1; None if the file is one document.
+        chunks: its text. To be read once, before the next document is requested.
+    """
 
     path: Path
     line: int | None
@@ -51,7 +39,7 @@ class Document:
 
 @dataclass
 class SourceFile:
-    """One file of a corpus: its name in the corpus, and how its documents are read, as often as one likes."""
+    """A file of the corpus: its name within the corpus, its path, and a function that reads its documents."""
 
     name: str
     path: Path
@@ -59,43 +47,44 @@ class SourceFile:
 
 
 def find_files(
-    corpora: Iterable[Path], problems: IssueLog, text_column: str | None = None, exclude: Path | None = None
+    corpora: Iterable[Path], issues: IssueLog, text_column: str | None = None, exclude: Path | None = None
 ) -> list[SourceFile]:
-    """The text files under each path, in the order of their names, the same on every machine.
+    """The text files at or below each path, in the order of their names.
 
-    A linked folder is entered once. What is not read is reported: other suffixes by count, links that lead nowhere or
-    back, hidden files, and folders that nextword made (`leave_out` is one in the making). Raises `UsageError` for a
-    missing path.
+    Args:
+        corpora: files and folders. A folder that is reached by several links is read once.
+        issues: where files are recorded that are not read: other formats by count, broken links, hidden files, and the
+            directories that nextword has made.
+        text_column: see `read_documents`.
+        exclude: a directory that is not read, with the hidden files beside it that belong to it.
+
+    Raises:
+        UsageError: a path does not exist.
     """
     sources: list[SourceFile] = []
-    excluded_dir = None if exclude is None else exclude.resolve()
-    for corpus in corpora:
-        corpus = Path(corpus)
+    for corpus in map(Path, corpora):
         if not corpus.exists():
             raise UsageError(f"{corpus}: no such file or folder")
         skipped_counts: Counter[str] = Counter()
-        for path in _walk_files(corpus, problems, skipped_counts, excluded_dir) if corpus.is_dir() else [corpus]:
+        paths = _walk_files(corpus, issues, skipped_counts, exclude and exclude.resolve())
+        for path in paths if corpus.is_dir() else [corpus]:
             suffix = file_format(path)[0]
             if suffix in TEXT_SUFFIXES:
                 name = path.relative_to(corpus).as_posix() if path != corpus else path.name
-                sources.append(
-                    SourceFile(name, path, lambda found, path=path: read_documents(path, found, text_column))
-                )
+                sources.append(SourceFile(name, path, partial(read_documents, path, text_column=text_column)))
             elif suffix in ARCHIVE_SUFFIXES:
-                problems.add(path, None, "an archive or a compression that is not read; unpack it first")
+                issues.add(path, None, "an archive or compression format that is not supported; unpack it first")
             elif path == corpus:
-                problems.add(path, None, f"not a format that is read ({', '.join(TEXT_SUFFIXES)}, plain, .gz or .zst)")
+                issues.add(path, None, f"not a supported format ({', '.join(TEXT_SUFFIXES)}, plain, .gz or .zst)")
             else:
-                skipped_counts["with the suffix " + suffix if suffix else "without a suffix"] += 1
+                skipped_counts["files with the suffix " + suffix if suffix else "files without a suffix"] += 1
         for kind, count in sorted(skipped_counts.items()):
-            problems.info(corpus, None, f"left out: files {kind}", count=count)
+            issues.info(corpus, None, f"left out: {kind}", count=count)
     return sources
 
 
-def _walk_files(
-    root: Path, problems: IssueLog, skipped_counts: Counter[str], excluded_dir: Path | None
-) -> Iterator[Path]:
-    """Every plain file under a folder, depth first, by name."""
+def _walk_files(root: Path, issues: IssueLog, skipped_counts: Counter[str], exclude: Path | None) -> Iterator[Path]:
+    """Every regular file below a folder, depth first, by name."""
     visited: set[Path] = set()
     pending = [root]
     while pending:
@@ -104,100 +93,98 @@ def _walk_files(
             if path.is_dir():
                 resolved = path.resolve()
                 if resolved in visited:
-                    problems.add(path, None, "a link to a folder that was entered already; not followed again")
-                elif resolved == excluded_dir or (path / MANIFEST).is_file():
-                    problems.info(path, None, "left out: a folder that nextword makes")
+                    issues.add(path, None, "a link to a folder that was read already; not followed again")
+                elif resolved == exclude or (path / MANIFEST).is_file():
+                    issues.info(path, None, "left out: a directory made by nextword")
                 else:
                     visited.add(resolved)
                     entries = sorted(path.iterdir(), key=lambda p: p.name, reverse=True)
-                    visible = [p for p in entries if not p.name.startswith(".")]
-                    # What is made beside `left_out`, a lock and the like, is no text of anybody's.
-                    partials = [p for p in entries if excluded_dir and p.name.startswith(f".{excluded_dir.name}.")]
-                    if hidden := len({*entries} - {*visible} - {*partials}):
-                        skipped_counts["or folders that are hidden"] += hidden
-                    pending += visible
+                    pending += [p for p in entries if not p.name.startswith(".")]
+                    # The lock and the temporary directories beside `exclude` are nextword's own.
+                    hidden = [p for p in entries if p.name.startswith(".") and not _belongs_to(p, exclude)]
+                    if hidden:
+                        skipped_counts["files or folders that are hidden"] += len(hidden)
             elif path.is_file():
                 yield path
             else:
-                problems.add(path, None, "not a file: a link that leads nowhere or round in a circle, or a device")
-        except (OSError, RuntimeError) as error:  # pathlib says of some loops that they are a RuntimeError
-            problems.add(path, None, "cannot be read", error_text(error))
+                issues.add(path, None, "not a file: a broken link, a loop of links, or a device")
+        except (OSError, RuntimeError) as error:  # pathlib raises RuntimeError for some loops of links
+            issues.add(path, None, "cannot be read", error_text(error))
 
 
-def read_documents(path: Path, problems: IssueLog, text_column: str | None = None) -> Iterator[Document]:
-    """The documents of one file. Whatever is wrong with it goes to `problems`, and the rest is read all the same.
+def _belongs_to(path: Path, exclude: Path | None) -> bool:
+    return exclude is not None and path.name.startswith(f".{exclude.name}.")
 
-    `text_column` names the column of a table that holds the text; without it the first of `TEXT_COLUMNS` is taken.
-    Raises `MissingExtra` for a `.parquet` or a `.zst` without its package, and under strict `NextwordError` at the
-    first problem.
+
+def read_documents(path: Path, issues: IssueLog, text_column: str | None = None) -> Iterator[Document]:
+    """Read the documents of a file.
+
+    Args:
+        path: a file with one of `TEXT_SUFFIXES`, plain, .gz or .zst.
+        issues: where flaws are recorded; the rest of the file is read all the same.
+        text_column: the column of a table that holds the text. Default: the first of `TEXT_COLUMNS` that exists.
+
+    Raises:
+        MissingDependencyError: a .parquet or .zst file without the package that reads it.
+        NextwordError: at the first issue, if `issues` is strict.
     """
     if file_format(path)[0] in (".txt", ".md"):
-        documents = _text_document(path, decode_chunks(path, problems), problems)
+        documents = _text_document(path, issues)
     else:
-        documents = _row_documents(path, read_text_rows(path, problems, text_column), problems)
-    has_documents, problems_before = False, problems.total
+        documents = _row_documents(path, issues, text_column)
+    has_documents, issues_before = False, issues.total
     for document in documents:
         has_documents = True
         yield document
-    if not has_documents and problems.total == problems_before:  # else it has been said already why there is nothing
-        problems.add(path, None, "there is no text in the file")
+    if not has_documents and issues.total == issues_before:  # no issue explains it
+        issues.add(path, None, "there is no text in the file")
 
 
-def _row_documents(path: Path, rows: Iterable[tuple[int, str]], problems: IssueLog) -> Iterator[Document]:
-    """A document for each row, by its line and text."""
-    for line, text in rows:
+def _row_documents(path: Path, issues: IssueLog, text_column: str | None) -> Iterator[Document]:
+    for line, text in read_text_rows(path, issues, text_column):
         if text.strip():
             yield Document(path, line, rechunk([text]))
         else:
-            problems.add(path, line, "the text is empty")
+            issues.add(path, line, "the text is empty")
 
 
-def _text_document(path: Path, chunks: Iterable[str], problems: IssueLog) -> Iterator[Document]:
-    """A text file: one document."""
-
-    def report_long_lines() -> Iterator[str]:
-        """The chunks, with a word where a line is so long that it is no line."""
-        line, length = 1, 0
-        for chunk in chunks:
-            before = length
-            breaks = chunk.count("\n")
-            length = len(chunk) - 1 - chunk.rfind("\n") if breaks else length + len(chunk)
-            if length > MAX_LINE_CHARS >= before:
-                what = f"a line of more than {MAX_LINE_CHARS:,} characters; kept, and read in pieces"
-                problems.info(path, line + breaks, what)
-            line += breaks
-            yield chunk
-
-    text = rechunk(report_long_lines())
-    first, second = next(text, ""), next(text, "")
+def _text_document(path: Path, issues: IssueLog) -> Iterator[Document]:
+    """The document of a text file; none if it is blank."""
+    chunks = rechunk(_report_long_lines(path, decode_chunks(path, issues), issues))
+    first, second = next(chunks, ""), next(chunks, "")
     if first.strip() or second:
-        yield Document(path, None, (piece for part in ((first, second), text) for piece in part if piece))
+        yield Document(path, None, (chunk for part in ((first, second), chunks) for chunk in part if chunk))
 
 
-def _find_text_column(columns: Iterable[str], text_column: str | None) -> str | None:
-    """The column that holds the text."""
-    names = list(columns)
-    return next((name for name in ((text_column,) if text_column else TEXT_COLUMNS) if name in names), None)
+def _report_long_lines(path: Path, chunks: Iterable[str], issues: IssueLog) -> Iterator[str]:
+    """The chunks, with an issue for a line that is longer than a line of text can be."""
+    line, length = 1, 0
+    for chunk in chunks:
+        length_before = length
+        num_breaks = chunk.count("\n")
+        length = len(chunk) - 1 - chunk.rfind("\n") if num_breaks else length + len(chunk)
+        if length > MAX_LINE_CHARS >= length_before:
+            what = f"a line of more than {MAX_LINE_CHARS:,} characters; kept, and read in chunks"
+            issues.info(path, line + num_breaks, what)
+        line += num_breaks
+        yield chunk
 
 
-def _missing_column_detail(columns: Iterable[str], text_column: str | None) -> str:
-    names = list(columns)
-    available = ", ".join(map(str, names[:12])) + (", …" if len(names) > 12 else "") or "none"
-    return f"looked for {text_column or ', '.join(TEXT_COLUMNS)}; found {available}. Name one with --text-column"
-
-
-def read_text_rows(path: Path, problems: IssueLog, text_column: str | None = None) -> Iterator[tuple[int, str]]:
-    """The line (in Parquet the number, from 1) and the text of each row of a table, blank ones included."""
+def read_text_rows(path: Path, issues: IssueLog, text_column: str | None = None) -> Iterator[tuple[int, str]]:
+    """The line (in Parquet the number of the row), from 1, and the text of each row of a table, blank ones included."""
+    candidates = (text_column,) if text_column else TEXT_COLUMNS
 
     def select_text_column(names: list[str]) -> list[str]:
-        name = _find_text_column(names, text_column)
+        name = next((name for name in candidates if name in names), None)
         if name is None:
-            raise MissingColumnError("no text column", _missing_column_detail(names, text_column))
+            available = ", ".join(names[:12]) + (", …" if len(names) > 12 else "") or "none"
+            detail = f"looked for {', '.join(candidates)}; found {available}. Name one with --text-column"
+            raise MissingColumnError("no text column", detail)
         return [name]
 
-    for record in read_records(path, problems, select_text_column):
+    for record in read_records(path, issues, select_text_column):
         [(name, text)] = record.values.items()
         if isinstance(text, str):
             yield record.line, text
         else:
-            problems.add(path, record.line, "the text is not a string", f"{name} is a {type(text).__name__}")
+            issues.add(path, record.line, "the text is not a string", f"{name} is a {type(text).__name__}")

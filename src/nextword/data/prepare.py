@@ -1,66 +1,51 @@
-"""One corpus that many processes prepare: the work in parts, any of which any of them can do, and the bytes of one alone.
+"""Preparation: text to a corpus of tokens, by one process or by many.
 
-There are three readings, to see what is there, to draw a sample for the tokenizer and to encode, each in n parts of whole
-files; and between them what needs the whole: which documents are new and where each belongs, and the tokenizer. A piece of
-work is a sealed folder that is made aside, under a lock, and renamed into place, so that it is there whole or not at all. Who
-finds a piece locked does another one, and waits only where others do all that is left. The lock of a process that was killed
-is free, and whoever waits does its piece anew. So any number of processes finish the corpus, down to one, in any order.
+The text is read three times: to find out what there is, to sample it for the tokenizer, and to encode it. Each reading
+is done in N shards of whole source files, followed by what needs all of them: deduplication and the split into training
+and validation, the training of the tokenizer, the corpus itself. A single process has one shard. The result does not
+depend on N, byte for byte.
+
+Every step writes an artifact, a directory with a manifest, which is built under a lock and renamed into place: it
+exists whole or not at all. A process whose artifact is locked builds another one, and waits only if all that remain are
+locked. The lock of a killed process is released by the system, and the artifact is built by whoever waits. So any
+number of processes complete the corpus, down to one.
 """
 
+import glob
 import hashlib
 import json
 import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
-from functools import cached_property, partial
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
+from nextword.common import fs
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
-from nextword.common.fs import (
-    MANIFEST,
-    atomic_replace_dir,
-    atomic_write,
-    map_disk_errors,
-    read_jsonl,
-    to_json,
-    verify_manifest,
-    write_manifest,
-)
-from nextword.data import corpus as corpus_module
-from nextword.data.corpus import (
-    FORMAT_VERSION,
-    PLAN_FILE,
-    Corpus,
-    build_atomically,
-    find_sources,
-    fingerprint_settings,
-    prepare_lock,
-    remove_partials,
-    reuse_if_unchanged,
-    write_corpus_manifest,
-    write_shards,
-)
-from nextword.data.decoding import replace_surrogates
-from nextword.data.documents import IssueLog, SourceFile
-from nextword.data.provenance import DocumentSource, ProvenanceWriter
+from nextword.data.builtin_datasets import find_sources
+from nextword.data.corpus import FORMAT_VERSION, Corpus
+from nextword.data.documents import SourceFile
+from nextword.data.issues import IssueLog, replace_surrogates
+from nextword.data.provenance import ProvenanceWriter
 from nextword.data.scan import (
     ByteProgress,
     CorpusScan,
-    HashedDocument,
     ProgressCallback,
+    SourceReading,
+    SplitText,
     dedup_index,
     file_size_and_mtime,
+    is_unchanged,
     iter_split_texts,
-    scan_source,
 )
-from nextword.data.shards import ShardedTokens, ShardWriter, Split, SplitStats
+from nextword.data.shards import SPLITS, ShardedTokens, ShardWriter, Split, SplitStats
 from nextword.data.tokenizer import (
-    HASH_RANGE,
     Tokenizer,
     check_vocab_size,
     hash_sample,
@@ -70,148 +55,286 @@ from nextword.data.tokenizer import (
     vocab_size_for,
 )
 
-MAX_SHARDS = 10_000  # parts; each is a few files
-LOCK_POLL_SECONDS = 0.2  # seconds between two looks at a lock that another process holds
-DOCUMENT_RECORD = struct.Struct(
-    "<16sQQII"
-)  # of a document: hash, characters, bytes, pieces, pieces in its first nine tenths
+MAX_SHARDS = 10_000  # each is a few files
+ARTIFACTS_VERSION = 2
+PLAN_FILE = "plan.json"  # without it the artifacts beside it are not valid
+LOCK_POLL_SECONDS = 0.2
+ENCODE_BATCH_CHARS = 2**21  # each takes about fifty bytes of memory
 
-
-class JobAborted(Exception):
-    """The work was thrown away by another process, which has put the corpus together; or a piece of it was damaged."""
-
-
-def parse_shard(shard: str) -> tuple[int, int]:
-    """The 3 and the 64 of "3/64". Raises `UsageError` for what is no part of so many."""
-    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", shard)
-    number, num_shards = map(int, found.groups()) if found else (0, 0)
-    if not 1 <= number <= num_shards <= MAX_SHARDS:
-        raise UsageError(
-            f"--shard {shard}: write which part of how many, as in 3/64 (from 1/64 to 64/64, {MAX_SHARDS:,} at most)"
-        )
-    return number, num_shards
+Log = Callable[[str], None]
 
 
 def prepare(
     corpora: Iterable[str | Path],
     out: Path,
-    shard: str | None,
     *,
+    shard: str | None = None,
     tokenizer: str | Path = "bpe",
     vocab_size: int | None = None,
     text_column: str | None = None,
     strict: bool = False,
     progress: ProgressCallback | None = None,
-    log: Callable[[str], None] | None = None,
+    log: Log | None = None,
 ) -> Corpus:
-    """Prepare a corpus together with other processes that are given the same, and another `shard`; return when it is there.
+    """Prepare files, folders and built-in datasets as a corpus at `out`. A corpus of the same text and settings is reused.
 
-    `shard` is "3/64": the work is cut into 64 parts, and this process begins with the third, then does whatever nobody else
-    does. All see the same files, and the folder of `out`, whose locks must hold between them. The other arguments, and what
-    is raised, are those of `corpus.prepare`, as are the bytes at `out`; without a shard it is that. Raises `UsageError` for a
-    shard that cannot be.
+    Args:
+        corpora: paths, and names of built-in datasets.
+        out: the directory of the corpus. It may hold another corpus, which is replaced.
+        shard: "3/64" for the third of 64 processes that prepare the corpus together, with the same arguments otherwise.
+            Each begins with its own shard, continues with any that no other process works on, and returns when the
+            corpus is complete. They see the same files at the same paths, and file locks hold between them. Default:
+            this process alone.
+        tokenizer: "bpe", "char", or the path of an existing tokenizer.
+        vocab_size: the size of a new BPE vocabulary. Default: chosen for the size of the corpus.
+        text_column: the column of tables that holds the text. Default: the first of `TEXT_COLUMNS` that exists.
+        strict: raise `NextwordError` at the first issue of the text. By default issues are logged and written to
+            `problems.jsonl`.
+        progress: called with the stage ("reading", "tokenizer", "encoding"), the bytes done and the total bytes.
+        log: called with messages for the user.
+
+    Raises:
+        UsageError: a path does not exist, `out` holds something else, or an option is invalid.
+        NextwordError: there is too little text, or a file has changed while it was read.
     """
-    if shard is None:
-        return corpus_module.prepare(
-            corpora, out, tokenizer=tokenizer, vocab_size=vocab_size, text_column=text_column, strict=strict,
-            progress=progress, log=log,
-        )  # fmt: skip
-    number, num_shards = parse_shard(shard)
-    out, log, progress = Path(out), log or (lambda line: None), progress or (lambda stage, done, total: None)
+    out, log, progress = Path(out), log or _ignore, progress or _ignore
+    shard_number, num_shards = (1, 1) if shard is None else parse_shard(shard)
     settings, existing_tokenizer = fingerprint_settings(tokenizer, vocab_size, text_column)
-    if vocab_size is not None:
-        check_vocab_size(vocab_size)
-    corpora, has_run = list(corpora), False
+    corpora, is_first_attempt = list(corpora), True
     while True:
-        problems = IssueLog(strict)
-        with prepare_lock(out):
-            sources = find_sources(corpora, problems, text_column, exclude=out)
-            corpus = reuse_if_unchanged(out, settings, sources, strict, (lambda line: None) if has_run else log)
+        issues = IssueLog(strict)
+        with fs.output_lock(out):
+            sources = find_sources(corpora, issues, text_column, exclude=out)
+            # Later attempts find what this call, or another process, has made: no news for the user.
+            corpus = reuse_if_unchanged(out, settings, sources, strict, log if is_first_attempt else _ignore)
             if corpus is not None:
-                remove_partials(out)
+                remove_artifacts(out)
                 return corpus
             job = PreparationJob(
-                out, sources, settings, existing_tokenizer, problems, (number, num_shards), progress, log
+                out=out,
+                sources=sources,
+                settings=settings,
+                tokenizer=existing_tokenizer,
+                issues=issues,
+                shard_number=shard_number,
+                num_shards=num_shards,
+                progress=progress,
+                log=log,
             )
             job.initialize()
-        has_run = True
+        is_first_attempt = False
         try:
-            job.run()
-            with prepare_lock(out):
+            assemble = job.run()
+            with fs.output_lock(out):
                 job.raise_if_aborted()
-                build_atomically(out, job.assemble)
+                fs.build_directory(out, assemble)
+                remove_artifacts(out)
+            return Corpus.open(out)
         except JobAborted:
             continue
         except (NextwordError, OSError):
             if job.is_active:
                 raise
+        finally:
+            if shard is None:
+                job.discard()
 
 
+def _ignore(*_: object) -> None:
+    """The default of callbacks."""
+
+
+def parse_shard(shard: str) -> tuple[int, int]:
+    """The shard number and the number of shards: (3, 64) for "3/64". Raises `UsageError` if it is invalid."""
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", shard, re.ASCII)
+    number, num_shards = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= number <= num_shards <= MAX_SHARDS:
+        raise UsageError(
+            f"--shard {shard}: name the shard and the number of shards, as in 3/64 (from 1/64 to 64/64, {MAX_SHARDS:,} at most)"
+        )
+    return number, num_shards
+
+
+def fingerprint_settings(
+    tokenizer: str | Path, vocab_size: int | None, text_column: str | None
+) -> tuple[dict[str, Any], Tokenizer | None]:
+    """The settings that a corpus depends on besides its text, and the tokenizer if it exists already."""
+    if vocab_size is not None:
+        if tokenizer != "bpe":
+            raise UsageError("--vocab-size is for a new BPE: leave it out, or leave out --tokenizer")
+        check_vocab_size(vocab_size)
+    existing = None if tokenizer in ("bpe", "char") else Tokenizer.open(Path(tokenizer))
+    name = str(tokenizer) if existing is None else hashlib.sha256(existing.backend.to_str().encode()).hexdigest()
+    return {"tokenizer": name, "vocab_size": vocab_size, "text_column": text_column}, existing
+
+
+def reuse_if_unchanged(
+    out: Path, settings: dict[str, Any], sources: list[SourceFile], strict: bool, log: Log
+) -> Corpus | None:
+    """The corpus at `out` if it was made from the same text with the same settings.
+
+    Raises:
+        UsageError: `out` holds something else, which must not be replaced.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not (out / fs.MANIFEST).is_file():
+        raise UsageError(f"{out}: exists and is not a prepared corpus; name another place with --out")
+    manifest = fs.read_manifest(out)
+    if manifest.get("kind") != "corpus":
+        raise UsageError(f"{out}: holds something else that nextword made; name another place with --out")
+    if manifest.get("version") != FORMAT_VERSION or manifest.get("settings") != settings:
+        log(f"{out}: prepared with other settings, so it is prepared again")
+        return None
+    recorded = manifest["sources"]
+    if len(recorded) != len(sources) or not all(map(is_unchanged, sources, recorded)):
+        log(f"{out}: the text has changed, so it is prepared again")
+        return None
+    if strict and manifest["problems"]["total"]:
+        return None  # to raise the first issue
+    try:
+        corpus = Corpus.open(out)
+    except CorruptFileError as error:
+        log(f"{error}\nThe shards are damaged, so the corpus is prepared again")
+        return None
+    log(f"{out}: the text and the settings are unchanged, so the existing shards are used")
+    return corpus
+
+
+def remove_artifacts(out: Path) -> None:
+    """Remove the artifacts of every preparation of `out`. Processes that still work on one notice it."""
+    for directory in out.parent.glob(f".{glob.escape(out.name)}.parts-*"):
+        _remove_work_dir(directory)
+
+
+def _remove_work_dir(directory: Path) -> None:
+    (directory / PLAN_FILE).unlink(missing_ok=True)  # first: it makes the others invalid
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+class JobAborted(Exception):
+    """Another process has completed the corpus, or an artifact was damaged: start again."""
+
+
+class _DocumentRecord(NamedTuple):
+    """What the first reading stores for each document."""
+
+    key: bytes
+    num_characters: int
+    num_bytes: int
+    num_chunks: int
+    num_train_chunks: int  # that begin in its first nine tenths
+
+
+_RECORD = struct.Struct("<16sQQII")
+
+
+@dataclass(frozen=True)
+class _MergedScan:
+    """The scan of the whole corpus, and where each shard begins: its first document, and its first training chunk."""
+
+    corpus: CorpusScan
+    shard_starts: list[tuple[int, int]]
+    issues: dict[str, Any]
+
+
+@dataclass
 class PreparationJob:
-    """What is done already, and what one process does of the rest."""
+    """The steps of a preparation, as one process of several takes part in it.
 
-    def __init__(
-        self, out: Path, sources: list[SourceFile], settings: dict[str, Any], existing_tokenizer: Tokenizer | None, problems: IssueLog,
-        shard: tuple[int, int], progress: ProgressCallback, log: Callable[[str], None],
-    ):  # fmt: skip
-        """`problems` are those of finding the sources; `shard` is a number from 1, and how many parts there are."""
-        self.settings, self.existing_tokenizer, self.problems = settings, existing_tokenizer, problems
-        self.progress, self.log = progress, log
-        self.shard_number, self.num_shards = shard
-        stats = [file_size_and_mtime(source.path) for source in sources]
-        names = [replace_surrogates(source.name) for source in sources]
-        identity = [FORMAT_VERSION, self.num_shards, settings, problems.strict, names, stats]
-        name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-        self.work_dir = out.with_name(f".{out.name}.parts-{name}")
-        self.shard_bounds = partition_by_size([0 if stat is None else stat[0] for stat in stats], self.num_shards)
-        self.shard_sources = [sources[i:j] for i, j in zip(self.shard_bounds, self.shard_bounds[1:], strict=False)]
+    Attributes:
+        out: the directory of the corpus.
+        sources: the source files.
+        settings: see `fingerprint_settings`.
+        tokenizer: the existing tokenizer; None to train one.
+        issues: the issues of finding the sources.
+        shard_number: the shard that this process begins with, from 1.
+        num_shards: the number of shards.
+        progress, log: see `prepare`.
+    """
 
-    # ------------------------------------------------------------ pieces of work
+    out: Path
+    sources: list[SourceFile]
+    settings: dict[str, Any]
+    tokenizer: Tokenizer | None
+    issues: IssueLog
+    shard_number: int
+    num_shards: int
+    progress: ProgressCallback
+    log: Log
+
+    def __post_init__(self) -> None:
+        stats = [file_size_and_mtime(source.path) for source in self.sources]
+        names = [replace_surrogates(source.name) for source in self.sources]
+        versions = [FORMAT_VERSION, ARTIFACTS_VERSION]
+        identity = [*versions, self.num_shards, self.settings, self.issues.strict, names, stats]
+        digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        self.work_dir = self.out.with_name(f".{self.out.name}.parts-{digest}")
+        self.bounds = partition_by_size([0 if stat is None else stat[0] for stat in stats], self.num_shards)
+        self.shard_sources = [self.sources[i:j] for i, j in pairwise(self.bounds)]
 
     @property
     def is_active(self) -> bool:
-        """Whether nobody has thrown the work away, as is done when the corpus is there."""
+        """Whether the artifacts are valid: nobody has completed the corpus yet."""
         return (self.work_dir / PLAN_FILE).is_file()
 
     def raise_if_aborted(self) -> None:
+        """Raise `JobAborted` if the job is not active."""
         if not self.is_active:
             raise JobAborted
 
     def initialize(self) -> None:
-        with map_disk_errors(self.work_dir):
+        """Make the directory of the artifacts, unless it exists."""
+        with fs.map_disk_errors(self.work_dir):
             self.work_dir.mkdir(exist_ok=True)
         if not self.is_active:
-            atomic_write(
-                self.work_dir / PLAN_FILE,
-                to_json({"kind": "parts", "parts": self.num_shards, "settings": self.settings}),
-            )
+            plan = {"kind": "parts", "parts": self.num_shards, "settings": self.settings}
+            fs.atomic_write(self.work_dir / PLAN_FILE, fs.to_json(plan))
 
-    def run(self) -> None:
-        """Do, or see done, all but putting the parts together."""
+    def discard(self) -> None:
+        """Remove the artifacts."""
+        _remove_work_dir(self.work_dir)
+
+    def run(self) -> Callable[[Path], None]:
+        """Build all artifacts, or wait until others have built them. Returns the function that writes the corpus."""
         self._run_stage("reading", self._scan_shard)
-        self._build_artifact("survey", self._merge_scans, wait=True)
-        if self.existing_tokenizer is None:
-            self._run_stage("sample", self._sample_shard)
-            self._build_artifact("tokenizer", self._train_tokenizer, wait=True)
-        self._run_stage("encoding", self._encode_shard)
+        self._build("scan", self._merge_scans, wait=True)
+        scan = self._load_scan()
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            self._run_stage("sample", partial(self._sample_shard, scan))
+            self._build("tokenizer", partial(self._train_tokenizer, scan), wait=True)
+            self._verify("tokenizer")
+            tokenizer = Tokenizer.open(self.work_dir / "tokenizer")
+        self._run_stage("encoding", partial(self._encode_shard, scan, tokenizer))
+        return partial(self._assemble, scan, tokenizer)
+
+    # ------------------------------------------------------------ artifacts
+
+    def _log_step(self, message: str) -> None:
+        if self.num_shards > 1:
+            self.log(message)
 
     def _run_stage(self, stage: str, build: Callable[[int, Path], dict[str, Any]]) -> None:
-        """All parts of one reading: this process's own first, then each that nobody has, then those that others leave."""
+        """Build the artifacts of all shards: first this process's own, then those that no other process works on."""
         order = [(self.shard_number - 1 + i) % self.num_shards for i in range(self.num_shards)]
-        if self._is_complete(_artifact_name(stage, order[0])):
-            self.log(f"part {self.shard_number:,} of {self.num_shards:,}: {stage} is done already")
-        while missing := [i for i in order if not self._is_complete(_artifact_name(stage, i))]:
-            built = [self._build_artifact(_artifact_name(stage, i), partial(build, i)) for i in missing]
+        if self._is_complete(_shard_artifact(stage, order[0])):
+            self._log_step(f"shard {self.shard_number:,} of {self.num_shards:,}: {stage} is complete already")
+        while missing := [i for i in order if not self._is_complete(_shard_artifact(stage, i))]:
+            built = [self._build(_shard_artifact(stage, i), partial(build, i)) for i in missing]
             if not any(built):
-                self.log(f"{stage}: what is left is being done by others; waiting for part {missing[0] + 1:,}")
-                self._build_artifact(_artifact_name(stage, missing[0]), partial(build, missing[0]), wait=True)
+                first = missing[0]
+                self._log_step(
+                    f"{stage}: other processes work on the remaining shards; waiting for shard {first + 1:,}"
+                )
+                self._build(_shard_artifact(stage, first), partial(build, first), wait=True)
 
     def _is_complete(self, name: str) -> bool:
-        return (self.work_dir / name / MANIFEST).is_file()
+        return (self.work_dir / name / fs.MANIFEST).is_file()
 
-    def _build_artifact(self, name: str, build: Callable[[Path], dict[str, Any]], wait: bool = False) -> bool:
-        """See to it that a piece is there. False where another process has it in hand, and `wait` is not said."""
-        temp_dir = self.work_dir / f".{name}.partial"
+    def _build(self, name: str, build: Callable[[Path], dict[str, Any]], wait: bool = False) -> bool:
+        """Build an artifact unless it exists. Returns False if another process works on it and `wait` is False."""
+        staging_dir = self.work_dir / f".{name}.partial"
         try:
             lock = FileLock(self.work_dir / f".{name}.lock").acquire(-1 if wait else 0, poll_interval=LOCK_POLL_SECONDS)
         except Timeout:
@@ -219,176 +342,222 @@ class PreparationJob:
         with lock:
             self.raise_if_aborted()
             if not self._is_complete(name):
-                self.log(f"{name} of {self.num_shards:,}")
-                shutil.rmtree(temp_dir, ignore_errors=True)  # of one that was killed
-                with map_disk_errors(temp_dir):
-                    temp_dir.mkdir()
-                write_manifest(temp_dir, {"kind": "part", **build(temp_dir)})
-                atomic_replace_dir(temp_dir, self.work_dir / name)
+                self._log_step(f"{name} of {self.num_shards:,}")
+                shutil.rmtree(staging_dir, ignore_errors=True)  # a killed process may have left it
+                with fs.map_disk_errors(staging_dir):
+                    staging_dir.mkdir()
+                fs.write_manifest(staging_dir, {"kind": "part", **build(staging_dir)})
+                fs.atomic_replace_dir(staging_dir, self.work_dir / name)
         return True
 
-    def _load_manifest(self, name: str) -> dict[str, Any]:
-        """What a piece was sealed with, its files checked. One that was damaged is taken away, to be made anew."""
+    def _verify(self, name: str) -> dict[str, Any]:
+        """The manifest of an artifact, whose files are checked. A damaged artifact is removed, to be built again."""
         try:
-            return verify_manifest(self.work_dir / name)
+            return fs.verify_manifest(self.work_dir / name)
         except CorruptFileError as error:
             self.raise_if_aborted()
-            self.log(f"{error}\n{name} is damaged, so it is made anew")
+            self.log(f"{error}\n{name} is damaged, so it is built again")
             shutil.rmtree(self.work_dir / name, ignore_errors=True)
             raise JobAborted from error
 
-    # ------------------------------------------------------------ to see what is there
+    # ------------------------------------------------------------ first reading
 
-    def _scan_shard(self, shard: int, temp_dir: Path) -> dict[str, Any]:
+    def _scan_shard(self, shard: int, directory: Path) -> dict[str, Any]:
         byte_progress = ByteProgress("reading", self.shard_sources[shard], self.progress)
-        with (
-            map_disk_errors(temp_dir),
-            (temp_dir / "documents").open("wb") as documents,
-            _open_text(temp_dir / "sources.jsonl", "w") as lines,
-        ):
-
-            def add(key: bytes, text: HashedDocument) -> None:
-                documents.write(DOCUMENT_RECORD.pack(key, text.num_characters, text.num_bytes, *text.chunk_counts()))
-
+        issues, sources = IssueLog(self.issues.strict), list[dict[str, Any]]()
+        with fs.map_disk_errors(directory), (directory / "documents").open("wb") as records:
             for source in self.shard_sources[shard]:
-                problems = IssueLog(self.problems.strict)
-                source_info = scan_source(source, problems, byte_progress, add)
-                lines.write(
-                    json.dumps({"facts": source_info, "problems": problems.to_dict()}, ensure_ascii=False) + "\n"
-                )
-        return {}
+                reading = SourceReading(source, byte_progress)
+                for hashed in reading.documents(issues):
+                    key = hashed.finalize()
+                    records.write(_RECORD.pack(key, hashed.num_characters, hashed.num_bytes, *hashed.chunk_counts()))
+                sources.append(reading.source_info())
+        return {"sources": sources, "issues": issues.to_dict()}
 
-    def _iter_document_records(self) -> Iterator[tuple[int, bytes, int, int, int, int]]:
-        """Of every document the part it is in, and its record."""
-        for i in range(self.num_shards):
-            with (self.work_dir / _artifact_name("reading", i) / "documents").open("rb") as file:
-                while block := file.read(DOCUMENT_RECORD.size * 2**14):
-                    for record in DOCUMENT_RECORD.iter_unpack(block):
-                        yield i, *record
+    def _iter_records(self) -> Iterator[tuple[int, _DocumentRecord]]:
+        """The shard and the record of every document."""
+        for shard in range(self.num_shards):
+            with (self.work_dir / _shard_artifact("reading", shard) / "documents").open("rb") as file:
+                while block := file.read(_RECORD.size * 2**14):
+                    for record in _RECORD.iter_unpack(block):
+                        yield shard, _DocumentRecord._make(record)
 
-    def _merge_scans(self, temp_dir: Path) -> dict[str, Any]:
-        """What only all parts together show: which documents are new, and which split each belongs to."""
-        scan, problems = CorpusScan(), IssueLog()
-        problems.merge(self.problems.to_dict())
-        for i in range(self.num_shards):
-            self._load_manifest(_artifact_name("reading", i))
-            for line in read_jsonl(self.work_dir / _artifact_name("reading", i) / "sources.jsonl"):
-                scan.sources.append(line["facts"])
-                problems.merge(line["problems"])
-        with dedup_index(temp_dir / "seen.sqlite") as is_new:
-            for _, key, characters, size, _, _ in self._iter_document_records():
-                scan.add(key, is_new(key), characters, size)
-        scan.report(problems, self.log)
-        documents_per_shard, chunks_per_shard = [0] * self.num_shards, [0] * self.num_shards
-        for place, (i, *_, all_chunks, train_chunks) in enumerate(self._iter_document_records()):
-            documents_per_shard[i] += 1
-            chunks_per_shard[i] += {"train": all_chunks, "both": train_chunks}.get(scan.split_for_index(place), 0)
-        with map_disk_errors(temp_dir):
-            (temp_dir / "levels").write_bytes(scan.levels)
-        scan_state = {name: value for name, value in vars(scan).items() if name != "levels"}
-        starts = [(sum(documents_per_shard[:i]), sum(chunks_per_shard[:i])) for i in range(self.num_shards)]
-        return {"survey": scan_state, "starts": starts, "problems": problems.to_dict()}
+    def _merge_scans(self, directory: Path) -> dict[str, Any]:
+        """Find the unique documents, and the split of each."""
+        scan, issues = CorpusScan(), IssueLog()
+        issues.merge(self.issues.to_dict())
+        for shard in range(self.num_shards):
+            manifest = self._verify(_shard_artifact("reading", shard))
+            scan.sources += manifest["sources"]
+            issues.merge(manifest["issues"])
+        with dedup_index(directory / "seen.sqlite") as is_new:
+            for _, record in self._iter_records():
+                scan.add(record.key, is_new(record.key), record.num_characters, record.num_bytes)
+        scan.report(issues, self.log)
+        num_documents, num_chunks = [0] * self.num_shards, [0] * self.num_shards
+        for index, (shard, record) in enumerate(self._iter_records()):
+            num_documents[shard] += 1
+            chunks = {"train": record.num_chunks, "both": record.num_train_chunks}
+            num_chunks[shard] += chunks.get(scan.split_for_index(index), 0)
+        with fs.map_disk_errors(directory):
+            (directory / "levels").write_bytes(scan.levels)
+        starts = list(zip(accumulate(num_documents, initial=0), accumulate(num_chunks, initial=0), strict=True))
+        state = {name: value for name, value in vars(scan).items() if name != "levels"}
+        return {"scan": state, "shard_starts": starts, "issues": issues.to_dict()}
 
-    @cached_property
-    def _scan_manifest(self) -> dict[str, Any]:
-        return self._load_manifest("survey")
+    def _load_scan(self) -> _MergedScan:
+        manifest = self._verify("scan")
+        state = manifest["scan"] | {"smallest": tuple(manifest["scan"]["smallest"])}
+        scan = CorpusScan(**state, levels=bytearray((self.work_dir / "scan" / "levels").read_bytes()))
+        return _MergedScan(scan, manifest["shard_starts"], manifest["issues"])
 
-    @cached_property
-    def _scan(self) -> CorpusScan:
-        scan_state = self._scan_manifest["survey"] | {"smallest": tuple(self._scan_manifest["survey"]["smallest"])}
-        return CorpusScan(**scan_state, levels=bytearray((self.work_dir / "survey" / "levels").read_bytes()))
+    # ------------------------------------------------------------ second reading
 
-    # ------------------------------------------------------------ the tokenizer
+    def _iter_texts(self, scan: _MergedScan, shard: int, stage: str) -> Iterator[SplitText]:
+        first_document, _ = scan.shard_starts[shard]
+        sources, first_source = self.shard_sources[shard], self.bounds[shard]
+        return iter_split_texts(sources, scan.corpus, stage, self.progress, first_source, first_document)
 
-    def _iter_texts(self, shard: int, stage: str) -> Iterator[tuple[Split, str | DocumentSource]]:
-        first_document, _ = self._scan_manifest["starts"][shard]
-        return iter_split_texts(
-            self.shard_sources[shard], self._scan, stage, self.progress, self.shard_bounds[shard], first_document
-        )
-
-    def _sample_shard(self, shard: int, temp_dir: Path) -> dict[str, Any]:
-        """What the tokenizer has to see of a part: the characters in it, or the texts that draw a small number."""
-        texts = (
-            text for split, text in self._iter_texts(shard, "tokenizer") if split == "train" and isinstance(text, str)
-        )
+    def _sample_shard(self, scan: _MergedScan, shard: int, directory: Path) -> dict[str, Any]:
+        """The shard's characters for a character tokenizer, its sample for a BPE."""
+        items = self._iter_texts(scan, shard, "tokenizer")
+        texts = (text for split, text in items if split == "train" and isinstance(text, str))
         if self.settings["tokenizer"] == "char":
             return {"characters": sorted({character for text in texts for character in replace_surrogates(text)})}
-        _, start = self._scan_manifest["starts"][shard]
-        sampled, limit = hash_sample(((sample_key(place), text) for place, text in enumerate(texts, start)), HASH_RANGE)
-        with map_disk_errors(temp_dir), _open_text(temp_dir / "texts.jsonl", "w") as lines:
-            lines.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in sampled)
+        _, first_chunk = scan.shard_starts[shard]
+        sample, limit = hash_sample((sample_key(index), text) for index, text in enumerate(texts, first_chunk))
+        fs.atomic_write(directory / "texts.json", json.dumps(sample))
         return {"limit": limit}
 
-    def _train_tokenizer(self, temp_dir: Path) -> dict[str, Any]:
-        names = [_artifact_name("sample", i) for i in range(self.num_shards)]
-        manifests = [self._load_manifest(name) for name in names]
+    def _train_tokenizer(self, scan: _MergedScan, directory: Path) -> dict[str, Any]:
+        names = [_shard_artifact("sample", shard) for shard in range(self.num_shards)]
+        manifests = [self._verify(name) for name in names]
         if self.settings["tokenizer"] == "char":
-            tokenizer = train_char("".join(one["characters"]) for one in manifests)
+            tokenizer = train_char("".join(manifest["characters"]) for manifest in manifests)
         else:
-            size = self.settings["vocab_size"] or vocab_size_for(self._scan.size)
-            sampled, _ = hash_sample(self._iter_sampled(names), min(one["limit"] for one in manifests))
-            tokenizer = train_bpe_from_sample([text for _, text in sampled], size)
-        tokenizer.save(temp_dir)
+            vocab_size = self.settings["vocab_size"] or vocab_size_for(scan.corpus.size)
+            sample = chain.from_iterable(fs.read_json(self.work_dir / name / "texts.json") for name in names)
+            if self.num_shards > 1:
+                sample = hash_sample(sample, min(manifest["limit"] for manifest in manifests))[0]
+            tokenizer = train_bpe_from_sample([text for _, text in sample], vocab_size)
+        tokenizer.save(directory)
         return {}
 
-    def _iter_sampled(self, names: list[str]) -> Iterator[tuple[int, str]]:
-        for name in names:
-            with _open_text(self.work_dir / name / "texts.jsonl", "r") as lines:
-                for line in lines:
-                    number, text = json.loads(line)
-                    yield number, text
+    # ------------------------------------------------------------ third reading
 
-    # ------------------------------------------------------------ the tokens
+    def _encode_shard(self, scan: _MergedScan, tokenizer: Tokenizer, shard: int, directory: Path) -> dict[str, Any]:
+        stats = write_shards(self._iter_texts(scan, shard, "encoding"), tokenizer, directory)
+        return {"stats": {split: asdict(split_stats) for split, split_stats in stats.items()}}
 
-    @cached_property
-    def _tokenizer(self) -> Tokenizer:
-        if self.existing_tokenizer is None:
-            self._load_manifest("tokenizer")
-        return self.existing_tokenizer or Tokenizer.open(self.work_dir / "tokenizer")
-
-    def _encode_shard(self, shard: int, temp_dir: Path) -> dict[str, Any]:
-        stats = write_shards(self._iter_texts(shard, "encoding"), self._tokenizer, temp_dir)
-        return {"rows": {split: asdict(part) for split, part in stats.items()}}
-
-    def assemble(self, output_dir: Path) -> None:
-        """Fill and seal an empty folder with what one process alone would have made."""
-        artifact_names = [_artifact_name("encoding", i) for i in range(self.num_shards)]
-        shard_stats = [self._load_manifest(name)["rows"] for name in artifact_names]
-        self._tokenizer.save(output_dir)
-        split_stats: dict[Split, SplitStats] = {}
-        for split in ("train", "validation"):
-            writer = ShardWriter(output_dir, split, self._tokenizer)
-            for name in artifact_names:
-                writer.append_from(ShardedTokens(sorted((self.work_dir / name).glob(f"{split}-*.npy"))))
-            writer.close()
-            split_stats[split] = SplitStats(
-                **{key: sum(stats[split][key] for stats in shard_stats) for key in asdict(SplitStats())}
-            )
-        provenance, token_offset = ProvenanceWriter(output_dir), 0
-        for name, stats in zip(artifact_names, shard_stats, strict=True):
-            provenance.append_from(self.work_dir / name, token_offset)
-            token_offset += stats["train"]["tokens"]
-        problems = IssueLog()
-        problems.merge(self._scan_manifest["problems"])
-        write_corpus_manifest(
-            output_dir, self.settings, self._scan, split_stats, self._tokenizer.vocab_size, problems, self.log
-        )
+    def _assemble(self, scan: _MergedScan, tokenizer: Tokenizer, directory: Path) -> None:
+        """Write the corpus to an empty directory."""
+        parts = [self.work_dir / _shard_artifact("encoding", shard) for shard in range(self.num_shards)]
+        shard_stats = [self._verify(part.name)["stats"] for part in parts]
+        stats: dict[Split, SplitStats] = {}
+        for split in SPLITS:
+            totals = {key: sum(part[split][key] for part in shard_stats) for key in asdict(SplitStats())}
+            stats[split] = SplitStats(**totals)
+        tokenizer.save(directory)
+        if len(parts) == 1:  # moved, not copied: the disk may not have room for both
+            for path in parts[0].iterdir():
+                if path.name != fs.MANIFEST:
+                    path.rename(directory / path.name)
+        else:
+            _concatenate(parts, [part["train"]["tokens"] for part in shard_stats], tokenizer, directory)
+        issues = IssueLog()
+        issues.merge(scan.issues)
+        write_corpus_manifest(directory, self.settings, scan.corpus, stats, tokenizer.vocab_size, issues, self.log)
 
 
-def _artifact_name(stage: str, shard: int) -> str:
-    """A piece's name: parts are counted from 1, as a person counts them."""
+def _concatenate(parts: list[Path], train_tokens: list[int], tokenizer: Tokenizer, directory: Path) -> None:
+    """Copy the encoded shards into one."""
+    for split in SPLITS:
+        writer = ShardWriter(directory, split, tokenizer)
+        for part in parts:
+            writer.append_from(ShardedTokens(sorted(part.glob(f"{split}-*.npy"))))
+        writer.close()
+    provenance = ProvenanceWriter(directory)
+    for part, token_offset in zip(parts, accumulate(train_tokens, initial=0), strict=False):
+        provenance.append_from(part, token_offset)
+
+
+def _shard_artifact(stage: str, shard: int) -> str:
+    """The name of an artifact; shards are numbered from 1."""
     return f"{stage}-{shard + 1:05d}"
 
 
-def _open_text(path: Path, mode: str) -> Any:
-    return path.open(mode, encoding="utf-8", newline="\n")
-
-
 def partition_by_size(sizes: list[int], num_parts: int) -> list[int]:
-    """Where each part of a row of files begins, and where the last one ends: about as many bytes in each."""
+    """Divide a sequence of files into parts of about the same number of bytes.
+
+    Returns:
+        The index of the first file of each part, and the number of files.
+    """
     total, before, bounds = sum(sizes) + len(sizes), 0, [0]
     for i, size in enumerate(sizes):
-        part = (2 * before + size + 1) * num_parts // (2 * total)  # the one that the middle of the file falls into
+        part = (2 * before + size + 1) * num_parts // (2 * total)  # where the middle of the file falls
         bounds += [i] * (part + 1 - len(bounds))
         before += size + 1
     return bounds + [len(sizes)] * (num_parts + 1 - len(bounds))
+
+
+def write_shards(items: Iterable[SplitText], tokenizer: Tokenizer, directory: Path) -> dict[Split, SplitStats]:
+    """Encode texts, and write the tokens of both splits and the sources of the training documents."""
+    writers: dict[Split, ShardWriter] = {split: ShardWriter(directory, split, tokenizer) for split in SPLITS}
+    provenance = ProvenanceWriter(directory)
+    batch: list[SplitText] = []
+    batch_size = 0
+    for item in items:
+        batch.append(item)
+        batch_size += (len(item[1]) if isinstance(item[1], str) else 0) + 64  # short texts take memory too
+        if batch_size >= ENCODE_BATCH_CHARS:
+            _encode_batch(batch, tokenizer, writers, provenance)
+            batch, batch_size = [], 0
+    _encode_batch(batch, tokenizer, writers, provenance)
+    return {split: writer.close() for split, writer in writers.items()}
+
+
+def _encode_batch(
+    batch: list[SplitText], tokenizer: Tokenizer, writers: dict[Split, ShardWriter], provenance: ProvenanceWriter
+) -> None:
+    encoded = iter(tokenizer.encode_batch([text for _, text in batch if isinstance(text, str)]))
+    for split, text in batch:
+        if isinstance(text, str):
+            writers[split].add(text, next(encoded))
+            continue
+        writers[split].end_document()
+        if split == "train":
+            provenance.add(writers[split].tokens_added, text)
+    for writer in (*writers.values(), provenance):
+        writer.flush()
+
+
+def write_corpus_manifest(
+    directory: Path,
+    settings: dict[str, Any],
+    scan: CorpusScan,
+    stats: dict[Split, SplitStats],
+    vocab_size: int,
+    issues: IssueLog,
+    log: Log,
+) -> None:
+    """Write the manifest of a corpus, and its issues. Raises `NextwordError` if a split is empty."""
+    if not all(split_stats.tokens for split_stats in stats.values()):
+        raise NextwordError("there is too little text to hold some of it out for validation; add more")
+    if unknown := sum(split_stats.unknown for split_stats in stats.values()):
+        log(f"{unknown:,} characters are not in the tokenizer's vocabulary; each became its unknown token")
+    if issues.issues:
+        lines = [json.dumps(asdict(issue), ensure_ascii=False) for issue in issues.issues]
+        with fs.map_disk_errors(directory):
+            (directory / "problems.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    manifest = {
+        "kind": "corpus",
+        "version": FORMAT_VERSION,
+        "settings": settings,
+        "documents": scan.unique,
+        "duplicates": scan.duplicates,
+        **{split: asdict(split_stats) for split, split_stats in stats.items()},
+        "vocab_size": vocab_size,
+        "problems": {"total": issues.total, "kinds": dict(issues.counts_by_kind)},
+        "sources": scan.sources,
+    }
+    fs.write_manifest(directory, manifest)

@@ -1,5 +1,6 @@
-"""One text prepared by the processes of a Ray cluster: each begins with another part, and all are given the same."""
+"""Preparation on a Ray cluster: each task is one of the processes that prepare a corpus together."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,33 @@ from nextword.data.corpus import Corpus
 from nextword.data.prepare import MAX_SHARDS, prepare
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """An error in a task: not every exception can be pickled."""
+
+    message: str
+    exit_code: int
+
+
 def prepare_on_ray(corpora: list[str], out: Path, settings: dict[str, Any], console: Console) -> Corpus:
-    """As `together.prepare`, in as many parts as the cluster has processors: the one that RAY_ADDRESS names, or one that is
-    made on this machine. All of it sees the same files. A part that is lost is begun again, three times at most.
+    """Prepare a corpus on a Ray cluster, in a shard for each CPU.
+
+    The cluster is the one at RAY_ADDRESS, or one that is started on this machine. All of its nodes see the same files
+    at the same paths. A task that is lost is started again, at most three times.
+
+    Args:
+        corpora: paths, and names of built-in datasets.
+        out: the directory of the corpus.
+        settings: the other arguments of `prepare`.
+        console: where messages and progress are printed.
 
     Raises:
-        MissingExtra: Ray is not installed.
-        NextwordError: what a part ended with.
+        MissingDependencyError: Ray is not installed.
+        NextwordError: a task has failed; with the exit code of its error.
     """
     try:
-        import ray  # pyright: ignore[reportMissingImports]
-        from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
+        import ray  # pyright: ignore[reportMissingImports] -- an extra without type information
+        from ray.exceptions import RayError  # pyright: ignore[reportMissingImports] -- as above
     except ImportError as error:
         raise MissingDependencyError("--engine ray", "ray") from error
     started_ray = not ray.is_initialized()
@@ -27,17 +44,14 @@ def prepare_on_ray(corpora: list[str], out: Path, settings: dict[str, Any], cons
         ray.init(log_to_driver=False, logging_level="error")
     try:
         count = max(1, min(MAX_SHARDS, int(ray.cluster_resources().get("CPU", 1))))
-        prepare_task = ray.remote(num_cpus=1, max_retries=3)(prepare_shard)
-        tasks = [
-            prepare_task.remote(corpora, str(out), f"{number}/{count}", settings) for number in range(1, count + 1)
-        ]
-        pending = tasks
+        task = ray.remote(num_cpus=1, max_retries=3)(prepare_shard)
+        pending = [task.remote(corpora, str(out), f"{number}/{count}", settings) for number in range(1, count + 1)]
         while pending:
             console.progress("preparing", count - len(pending), count)
             done, pending = ray.wait(pending, timeout=1.0)
             for failure in filter(None, ray.get(done)):
-                error = NextwordError(failure["words"])
-                error.exit_code = failure["exit_code"]
+                error = NextwordError(failure.message)
+                error.exit_code = failure.exit_code
                 raise error
     except RayError as error:
         raise NextwordError(f"--engine ray: {str(error).strip().splitlines()[-1]}") from error
@@ -45,13 +59,13 @@ def prepare_on_ray(corpora: list[str], out: Path, settings: dict[str, Any], cons
         if started_ray:
             ray.shutdown()
     console.close()
-    return prepare(corpora, out, None, **settings, log=console.info)  # which finds it there
+    return prepare(corpora, out, **settings, log=console.info)  # the corpus is complete, and is opened
 
 
-def prepare_shard(corpora: list[str], out: str, shard: str, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """What each process does; what went wrong, in words, since not every error can be sent."""
+def prepare_shard(corpora: list[str], out: str, shard: str, settings: dict[str, Any]) -> _Failure | None:
+    """The task of each process."""
     try:
-        prepare(corpora, Path(out), shard, **settings)
+        prepare(corpora, Path(out), shard=shard, **settings)
     except NextwordError as error:
-        return {"words": str(error), "exit_code": error.exit_code}
+        return _Failure(str(error), error.exit_code)
     return None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nextword.common.console import Console
-from nextword.data.decoding import IssueLog
+from nextword.data.issues import IssueLog
 from nextword.pipeline.item_scores import GENERATION_METRICS, ItemScores, evaluate_free_text, score_items
 from nextword.pipeline.language_model import Model
 from nextword.tasks import metrics

@@ -8,7 +8,7 @@ import torch
 
 from nextword.common.errors import UsageError
 from nextword.common.fs import read_json
-from nextword.data.documents import IssueLog
+from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import Tokenizer
 from nextword.interpretability.activations import max_explained_tokens
 from nextword.model.hf_config import parse_labels

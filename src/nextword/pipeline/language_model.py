@@ -12,9 +12,9 @@ from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError
 from nextword.common.fs import verify_manifest
 from nextword.common.run_dir import resolve_device
-from nextword.data.corpus import find_sources
+from nextword.data.builtin_datasets import find_sources
 from nextword.data.dataset import InMemoryTokens, TokenSource
-from nextword.data.documents import IssueLog
+from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import Tokenizer
 from nextword.inference.engine import Completion, Engine
 from nextword.inference.model_runner import ModelRunner, build_runner, fake_quantize

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nextword.common.errors import NextwordError
 from nextword.data.dataset import IGNORE_INDEX, Batch
-from nextword.data.documents import IssueLog
+from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import Tokenizer
 from nextword.inference.engine import Engine
 from nextword.inference.model_runner import build_runner

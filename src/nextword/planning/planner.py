@@ -16,9 +16,12 @@ from nextword.common.energy import EnergyMeter
 from nextword.common.errors import NextwordError, UsageError
 from nextword.common.fs import MANIFEST
 from nextword.common.run_dir import peak_memory_bytes
-from nextword.data.corpus import Corpus, find_sources, prepare
+from nextword.data.builtin_datasets import find_sources
+from nextword.data.corpus import Corpus
 from nextword.data.dataset import TokenDataset, TokenSource
-from nextword.data.documents import IssueLog, SourceFile
+from nextword.data.documents import SourceFile
+from nextword.data.issues import IssueLog
+from nextword.data.prepare import prepare
 from nextword.data.tokenizer import vocab_size_for
 from nextword.model import fused
 from nextword.model.config import SIZES, ConfigError, ModelConfig, build_config

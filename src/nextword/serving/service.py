@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from nextword.common.console import Console
 from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
-from nextword.data.documents import IssueLog
+from nextword.data.issues import IssueLog
 from nextword.inference.constrained import ConstraintCompiler, JSONConstraint
 from nextword.inference.engine import Engine
 from nextword.inference.model_runner import build_runner

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.data.builtin_datasets import download_hub_files
-from nextword.data.decoding import IssueLog, LineReader, decode_chunks, error_text, file_format
+from nextword.data.decoding import LineReader, decode_chunks, file_format
+from nextword.data.issues import IssueLog, error_text
 from nextword.data.readers import TABLE_SUFFIXES, Record, read_records
 from nextword.tasks.benchmark_spec import Benchmark
 from nextword.tasks.parsing import AnswerFormat, Row, RowError, infer_answer_format, parse_inputs, parse_targets

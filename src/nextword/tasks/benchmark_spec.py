@@ -32,7 +32,7 @@ from string import Formatter
 from typing import Any
 
 from nextword.common.errors import UsageError
-from nextword.data.decoding import error_text
+from nextword.data.issues import error_text
 from nextword.tasks.schema import join_names
 
 BUILTIN_BENCHMARKS = Path(__file__).with_name("published.toml")

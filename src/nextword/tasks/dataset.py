@@ -12,7 +12,7 @@ import numpy as np
 
 from nextword.data.chat_format import CHAT_SPECIAL_TOKENS, encode_conversation
 from nextword.data.dataset import IGNORE_INDEX, Batch, Labels, derive_seed, permute
-from nextword.data.documents import IssueLog
+from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import DELIMITER_TOKEN, END_OF_TURN_TOKEN, EXTRACT_TOKEN, START_TOKEN, Tokenizer
 from nextword.tasks.examples import Example
 from nextword.tasks.schema import TARGET_ROLES

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nextword.common.errors import UsageError
-from nextword.data.decoding import IssueLog, file_format
+from nextword.data.decoding import file_format
+from nextword.data.issues import IssueLog
 from nextword.data.readers import TABLE_SUFFIXES, MissingColumnError, read_records
 from nextword.tasks.parsing import (
     TEXT_FIELDS,

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from nextword.data.decoding import replace_surrogates
+from nextword.data.issues import replace_surrogates
 from nextword.data.readers import map_strings
 from nextword.tasks.schema import CHOICE_ROLE_PATTERN
 

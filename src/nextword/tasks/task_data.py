@@ -9,7 +9,7 @@ import numpy as np
 
 from nextword.common.errors import NextwordError, UsageError
 from nextword.data.dataset import derive_seed, permute
-from nextword.data.documents import IssueLog
+from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import Tokenizer
 from nextword.tasks.dataset import TaskSpec, max_answer_tokens
 from nextword.tasks.examples import Example, filter_known_labels, label_names, read_examples, train_validation_split

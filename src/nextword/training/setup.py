@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nextword.common import fs
 from nextword.common.console import Console
+from nextword.common.format import format_duration
 from nextword.common.run_dir import ROUNDING_NOTE, RunDir, library_versions, machine_info
 from nextword.model import fused
 from nextword.model.gpt import GPT

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from nextword.common import fs
-from nextword.common.console import Console
+from nextword.common.console import Console, TrainingProgress
 from nextword.common.energy import EnergyMeter
 from nextword.common.run_dir import (
     RunDir,
@@ -274,12 +274,16 @@ class Trainer(TrainingSetup):
         if warning := self.rollback_manager.observe(metrics):
             self.log_event(metrics.step, warning)
         estimated_total = seconds / metrics.progress if self.budget_seconds is None else self.budget_seconds
-        bits_per_byte = self.loss_to_bits_per_byte(metrics.loss)
         self.console.training_progress(
-            metrics,
-            bits_per_byte=bits_per_byte,
-            tokens_per_second=tokens_per_second,
-            seconds_left=max(0.0, estimated_total - seconds),
+            TrainingProgress(
+                step=metrics.step,
+                total_steps=round(metrics.step / metrics.progress),
+                loss=metrics.loss,
+                elapsed=seconds,
+                total=estimated_total,
+                tokens_per_second=tokens_per_second,
+                bits_per_byte=self.loss_to_bits_per_byte(metrics.loss),
+            )
         )
 
     def num_validations(self, step_schedule: StepSchedule) -> int:

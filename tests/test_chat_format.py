@@ -1,4 +1,4 @@
-"""Conversations as ids: the stock template's own, learned where an assistant speaks, never a marker out of text."""
+"""The chat format: the ids of the stock template, a loss mask on the assistant, no special tokens from text."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
-from nextword.audit.memorization import trained_bytes
 from nextword.common.errors import UsageError
 from nextword.data.chat_format import (
     ASSISTANT_TOKEN,
@@ -25,7 +24,6 @@ from nextword.data.chat_format import (
     supports_chat,
     truncate_conversation,
 )
-from nextword.data.prepare import partition_by_size
 from nextword.data.tokenizer import END_OF_TURN_TOKEN, EOS_TOKEN, Tokenizer, train_bpe, train_char
 
 CONVERSATIONS = {
@@ -45,7 +43,7 @@ def messages(turns: list[tuple[str, str]]) -> list[dict[str, Any]]:
 
 
 def llama_like(folder: Path, scheme: Literal["always", "first"]) -> Tokenizer:
-    """A stock file that marks the spaces of words, and puts <s> before a text."""
+    """A tokenizer with Metaspace and a BOS token, as in Llama."""
     backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
@@ -54,8 +52,14 @@ def llama_like(folder: Path, scheme: Literal["always", "first"]) -> Tokenizer:
     backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     folder.mkdir()
     backend.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-              "add_bos_token": True, "chat_template": "an older one"}  # fmt: skip
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "chat_template": "an older one",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return Tokenizer.open(folder)
 
@@ -73,60 +77,62 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize("family", ["gpt2", "openai-gpt", "qwen3", "llama"])
-def test_the_ids_are_the_stock_templates(tokenizer: Tokenizer, family: str, name: str, tmp_path: Path) -> None:
+def test_the_ids_are_those_of_the_stock_template(tokenizer: Tokenizer, family: str, name: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     tokenizer.save(tmp_path)
     save_chat_template(tmp_path)
     stock = transformers.AutoTokenizer.from_pretrained(tmp_path)
     conversation = messages(CONVERSATIONS[name])
-    for answer in (False, True):
-        stock_ids = stock.apply_chat_template(conversation, add_generation_prompt=answer, return_dict=False)
-        ids, loss_mask = encode_conversation(tokenizer, conversation, add_generation_prompt=answer)
-        assert ids == stock_ids and len(trained_bytes) == len(ids)
+    for add_generation_prompt in (False, True):
+        stock_ids = stock.apply_chat_template(
+            conversation, add_generation_prompt=add_generation_prompt, return_dict=False
+        )
+        ids, mask = encode_conversation(tokenizer, conversation, add_generation_prompt=add_generation_prompt)
+        assert ids == stock_ids and len(mask) == len(ids)
     with pytest.raises(Exception, match="a role is system, user or assistant"):
         stock.apply_chat_template([{"role": "tool", "content": "x"}])
     with pytest.raises(Exception, match="the content of a message is a text"):
         stock.apply_chat_template([{"role": "user", "content": None}])
 
 
-def test_the_row_is_role_content_end_and_what_an_assistant_says_is_learned(tokenizer: Tokenizer) -> None:
+def test_the_loss_mask_covers_the_assistants_content_and_end_of_turn(tokenizer: Tokenizer) -> None:
     ids, loss_mask = encode_conversation(tokenizer, messages(CONVERSATIONS["system"]), add_generation_prompt=True)
-    of = tokenizer.special_tokens
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    row, mask = list(begin), [False] * len(begin)
+    id_of = tokenizer.special_tokens
+    row = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    mask = [False] * len(row)
     for role, content in CONVERSATIONS["system"]:
-        said = [*tokenizer.mid_text.encode(content), of[END_OF_TURN_TOKEN]]
-        row += [of[f"<|{role}|>"], *said]
-        mask += [False] + [role == "assistant"] * len(said)
-    assert (ids, trained_bytes) == ([*row, of[ASSISTANT_TOKEN]], [*mask, False])
+        content_ids = [*tokenizer.mid_text.encode(content), id_of[END_OF_TURN_TOKEN]]
+        row += [id_of[f"<|{role}|>"], *content_ids]
+        mask += [False] + [role == "assistant"] * len(content_ids)
+    assert (ids, loss_mask) == ([*row, id_of[ASSISTANT_TOKEN]], [*mask, False])
     assert tokenizer.decode(ids).replace(" ", "") == "Bekind.HiHello.Why?So."
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.one_of(st.text(max_size=8), st.sampled_from(LOOKALIKES)), max_size=6).map("".join))
-def test_text_never_becomes_a_marker(tokenizer: Tokenizer, content: str) -> None:
+def test_text_never_becomes_a_special_token(tokenizer: Tokenizer, content: str) -> None:
     ids, _ = encode_conversation(tokenizer, messages([("user", content), ("assistant", content)]))
-    own = [id for id in ids if id in tokenizer.special_tokens.values()]
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    assert own == begin + tokenizer.convert_tokens_to_ids(
+    special_ids = [id for id in ids if id in tokenizer.special_tokens.values()]
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    assert special_ids == bos + tokenizer.convert_tokens_to_ids(
         [USER_TOKEN, END_OF_TURN_TOKEN, ASSISTANT_TOKEN, END_OF_TURN_TOKEN]
     )
     if tokenizer.kind == "bpe":
         assert tokenizer.mid_text is tokenizer and tokenizer.decode(ids) == content * 2
 
 
-def test_what_is_no_message_is_refused(tokenizer: Tokenizer) -> None:
+def test_invalid_messages_are_refused(tokenizer: Tokenizer) -> None:
     for wrong in ({"role": "tool", "content": "x"}, {"role": "user"}, {"role": "user", "content": ["x"]}, {"role": []}):
         with pytest.raises(UsageError, match="message 2: a message has a role"):
             encode_conversation(tokenizer, [{"role": "user", "content": "x"}, wrong])
     bare = train_bpe(["abc"], 300)
     assert supports_chat(tokenizer) and not supports_chat(bare)
-    with pytest.raises(UsageError, match="lacks the markers"):
+    with pytest.raises(UsageError, match="lacks the special tokens"):
         encode_conversation(bare, [])
 
 
-def test_a_turn_ends_with_its_marker_a_role_or_the_text(tokenizer: Tokenizer) -> None:
+def test_generation_stops_at_special_tokens(tokenizer: Tokenizer) -> None:
     expected = {tokenizer.eos_id, *tokenizer.convert_tokens_to_ids(list(CHAT_SPECIAL_TOKENS))}
     assert stop_token_ids(tokenizer) == expected
     assert tokenizer.eos_ids == {tokenizer.eos_id, *tokenizer.convert_tokens_to_ids([END_OF_TURN_TOKEN])}
@@ -136,44 +142,49 @@ def test_a_turn_ends_with_its_marker_a_role_or_the_text(tokenizer: Tokenizer) ->
 TURNS = st.lists(st.text(alphabet="abc é👩‍👧\n<|end|>", max_size=12), min_size=1, max_size=7)
 
 
-@settings(max_examples=300, deadline=None)
-@given(contents=TURNS, system=st.none() | st.text(alphabet="abc ", max_size=6), room=st.integers(0, 60))
-def test_what_fits_is_the_newest(tokenizer: Tokenizer, contents: list[str], system: str | None, room: int) -> None:
+@settings(max_examples=300)
+@given(contents=TURNS, system=st.none() | st.text(alphabet="abc ", max_size=6), max_tokens=st.integers(0, 60))
+def test_truncation_keeps_the_newest_messages(
+    tokenizer: Tokenizer, contents: list[str], system: str | None, max_tokens: int
+) -> None:
     turns = [(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
-    whole = messages([*([] if system is None else [("system", system)]), *turns])
-    head = whole[: len(whole) - len(turns)]
+    conversation = messages([*([] if system is None else [("system", system)]), *turns])
+    head = conversation[: len(conversation) - len(turns)]
 
     def size(some: list[dict[str, Any]]) -> int:
         return len(encode_conversation(tokenizer, some, add_generation_prompt=True)[0])
 
-    if size(head) + 3 > room:  # a role, one token, an end
-        if size([*head, {"role": "user", "content": ""}]) <= room and size([*head, whole[-1]]) <= room:
-            assert truncate_conversation(tokenizer, whole, room).messages[-1] == whole[-1]
+    if size(head) + 3 > max_tokens:  # a role, one token, an end
+        if (
+            size([*head, {"role": "user", "content": ""}]) <= max_tokens
+            and size([*head, conversation[-1]]) <= max_tokens
+        ):
+            assert truncate_conversation(tokenizer, conversation, max_tokens).messages[-1] == conversation[-1]
             return
         with pytest.raises(UsageError, match="shorten it"):
-            truncate_conversation(tokenizer, whole, room)
+            truncate_conversation(tokenizer, conversation, max_tokens)
         return
-    fitted, left_out, num_truncated_tokens = truncate_conversation(tokenizer, whole, room)
-    assert size(fitted) <= room and fitted[: len(head)] == head
-    kept = fitted[len(head) :]
-    assert left_out == len(turns) - len(kept)
-    if partition_by_size:
-        assert len(kept) == 1 and whole[-1]["content"].endswith(kept[0]["content"])
-        assert size(whole[-1:]) - size(kept) == partition_by_size
-        assert size([*head, whole[-1]]) > room
+    truncated, num_dropped_turns, num_dropped_tokens = truncate_conversation(tokenizer, conversation, max_tokens)
+    assert size(truncated) <= max_tokens and truncated[: len(head)] == head
+    kept = truncated[len(head) :]
+    assert num_dropped_turns == len(turns) - len(kept)
+    if num_dropped_tokens:
+        assert len(kept) == 1 and conversation[-1]["content"].endswith(kept[0]["content"])
+        assert size(conversation[-1:]) - size(kept) == num_dropped_tokens
+        assert size([*head, conversation[-1]]) > max_tokens
         return
-    assert kept == whole[len(whole) - len(kept) :]
+    assert kept == conversation[len(conversation) - len(kept) :]
     assert kept[0]["role"] == "user" or len(kept) == 1
-    more = whole[len(head) + max(0, left_out - 2) :]  # one more exchange would be too much
-    assert not left_out or size([*head, *more]) > room
+    more = conversation[len(head) + max(0, num_dropped_turns - 2) :]  # one more exchange would be too much
+    assert not num_dropped_turns or size([*head, *more]) > max_tokens
 
 
-def test_a_turn_that_is_too_long_keeps_its_end() -> None:
+def test_a_message_that_is_too_long_keeps_its_end() -> None:
     tokenizer = train_char(["abcdefgh"]).with_special_tokens(CHAT_SPECIAL_TOKENS)
-    whole = messages([("user", "a"), ("assistant", "b"), ("user", "abcdefgh")])
-    assert truncate_conversation(tokenizer, whole, 20) == (whole, 0, 0)
-    assert truncate_conversation(tokenizer, whole, 11) == (whole[2:], 2, 0)
-    assert truncate_conversation(tokenizer, whole, 10) == (messages([("user", "bcdefgh")]), 2, 1)
+    conversation = messages([("user", "a"), ("assistant", "b"), ("user", "abcdefgh")])
+    assert truncate_conversation(tokenizer, conversation, 20) == (conversation, 0, 0)
+    assert truncate_conversation(tokenizer, conversation, 11) == (conversation[2:], 2, 0)
+    assert truncate_conversation(tokenizer, conversation, 10) == (messages([("user", "bcdefgh")]), 2, 1)
     assert truncate_conversation(tokenizer, [{"role": "system", "content": "ab"}], 5) == (
         [{"role": "system", "content": "ab"}],
         0,
@@ -183,21 +194,21 @@ def test_a_turn_that_is_too_long_keeps_its_end() -> None:
         truncate_conversation(tokenizer, messages([("system", "ab"), ("user", "abc")]), 7)
 
 
-def test_stock_markers_that_are_there_are_taken(tmp_path: Path) -> None:
-    """A file whose markers exist already, one of them swallowing the spaces around it and one that is not special."""
+def test_existing_special_tokens_are_used(tmp_path: Path) -> None:
+    """One of them strips the spaces around it, another one is not special."""
     transformers = pytest.importorskip("transformers")
     backend = train_bpe(TEXTS, 400).backend
     backend.add_special_tokens([AddedToken(END_OF_TURN_TOKEN, lstrip=True, rstrip=True)])
     backend.add_tokens([AddedToken(USER_TOKEN, special=False)])
     backend.save(str(tmp_path / "tokenizer.json"))
     foreign = Tokenizer.open(tmp_path)
-    marked = foreign.with_special_tokens(CHAT_SPECIAL_TOKENS)
-    assert marked.convert_tokens_to_ids([END_OF_TURN_TOKEN, USER_TOKEN]) == foreign.convert_tokens_to_ids(
+    extended = foreign.with_special_tokens(CHAT_SPECIAL_TOKENS)
+    assert extended.convert_tokens_to_ids([END_OF_TURN_TOKEN, USER_TOKEN]) == foreign.convert_tokens_to_ids(
         [END_OF_TURN_TOKEN, USER_TOKEN]
     )
-    assert set(marked.encode(USER_TOKEN)).isdisjoint(marked.special_tokens.values())
-    marked.save(tmp_path)
+    assert set(extended.encode(USER_TOKEN)).isdisjoint(extended.special_tokens.values())
+    extended.save(tmp_path)
     save_chat_template(tmp_path)
     stock = transformers.AutoTokenizer.from_pretrained(tmp_path)
     conversation = messages(CONVERSATIONS["spaces"])
-    assert stock.apply_chat_template(conversation, return_dict=False) == encode_conversation(marked, conversation)[0]
+    assert stock.apply_chat_template(conversation, return_dict=False) == encode_conversation(extended, conversation)[0]

@@ -1,4 +1,4 @@
-"""Tables to records: the same rows from every format, the right line, and every flaw said."""
+"""Tables to records: the same rows from every format, with their lines; every flaw is recorded."""
 
 import csv
 import gzip
@@ -12,24 +12,22 @@ from hypothesis import strategies as st
 
 from nextword.common.errors import NextwordError
 from nextword.data import readers
-from nextword.data.decoding import IssueLog
+from nextword.data.issues import IssueLog
 from nextword.data.readers import MissingColumnError, read_records
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 zstandard = pytest.importorskip("zstandard")
 
-QUIET = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+FUZZING = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
-def read(path, content=None, columns=None):
-    """(line, values) of each row, and the problems."""
+def read(path, content=None, select_columns=None):
+    """(line, values) of each row, and the issues."""
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    problems = IssueLog()
-    return [(r.line, r.values) for r in read_records(path, problems, columns)], problems
+    issues = IssueLog()
+    return [(r.line, r.values) for r in read_records(path, issues, select_columns)], issues
 
 
 def test_every_format_gives_the_same_rows(tmp_path):
@@ -44,11 +42,11 @@ def test_every_format_gives_the_same_rows(tmp_path):
     }
     for name, (content, lines) in contents.items():
         data = content.encode()
-        for suffix, packed in {"": data, ".gz": gzip.compress(data), ".zst": zstandard.compress(data)}.items():
-            found, problems = read(tmp_path / (name + suffix), packed)
-            assert found == list(zip(lines, rows, strict=True)) and problems.total == 0, name + suffix
-    found, problems = read(tmp_path / "a.tsv", 'text\tn\n"open\t1\n')
-    assert (found, problems.total) == ([(2, {"text": '"open', "n": "1"})], 0)
+        for suffix, compressed in {"": data, ".gz": gzip.compress(data), ".zst": zstandard.compress(data)}.items():
+            found, issues = read(tmp_path / (name + suffix), compressed)
+            assert found == list(zip(lines, rows, strict=True)) and issues.total == 0, name + suffix
+    found, issues = read(tmp_path / "a.tsv", 'text\tn\n"open\t1\n')
+    assert (found, issues.total) == ([(2, {"text": '"open', "n": "1"})], 0)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet")[0] == [(1, rows[0]), (2, rows[1])]
 
@@ -64,7 +62,7 @@ ROWS = st.lists(st.tuples(SPACE, st.dictionaries(st.sampled_from("abc"), VALUE),
 
 @pytest.mark.parametrize("around", ["list", "object"])
 def test_the_line_of_an_object_in_a_json_file(around, tmp_path):
-    @QUIET
+    @FUZZING
     @given(SPACE, ROWS)
     def check(head, rows):
         text = head + ('{"version": [1, "[{}]"], "data":\n[' if around == "object" else "[")
@@ -74,29 +72,29 @@ def test_the_line_of_an_object_in_a_json_file(around, tmp_path):
             expected.append((text.count("\n") + 1, row))
             text += json.dumps(row, indent=1 if indented else None, ensure_ascii=indented) + after
         text += '], "more": {"a": [{"b": 1}]}}' if around == "object" else "]\n"
-        found, problems = read(tmp_path / "a.json", text)
-        assert found == expected and problems.total == (around == "object" and not rows)
+        found, issues = read(tmp_path / "a.json", text)
+        assert found == expected and issues.total == (around == "object" and not rows)
 
     check()
 
 
-def test_the_scanner_takes_what_json_takes_and_no_more(tmp_path):
-    lumps = st.sampled_from([*list('[]{},: \n1"'), '"a"', '{"a": 1}', "null", '"\\ud83d\\ude00"'])
+def test_the_json_scanner_accepts_what_json_accepts(tmp_path):
+    fragments = st.sampled_from([*list('[]{},: \n1"'), '"a"', '{"a": 1}', "null", '"\\ud83d\\ude00"'])
 
-    @settings(QUIET, max_examples=300)
-    @given(st.lists(lumps, max_size=12).map("".join))
+    @settings(FUZZING, max_examples=300)
+    @given(st.lists(fragments, max_size=12).map("".join))
     def check(text):
-        found, problems = read(tmp_path / "a.json", text)
+        found, issues = read(tmp_path / "a.json", text)
         try:
             value = json.loads(text)
         except ValueError:
-            assert problems.total or not text.strip()
+            assert issues.total or not text.strip()
             return
         if isinstance(value, list):
             assert [row for _, row in found] == [item for item in value if isinstance(item, dict)]
-            assert problems.total == sum(not isinstance(item, dict) for item in value)
+            assert issues.total == sum(not isinstance(item, dict) for item in value)
         elif not isinstance(value, dict):
-            assert not found and problems.total
+            assert not found and issues.total
 
     check()
 
@@ -124,26 +122,28 @@ A, B = {"a": 1}, {"b": 2}
     ],
     ids=range(14),
 )
-def test_flaws_of_a_json_file(content, kept, line, what, tmp_path):
-    found, problems = read(tmp_path / "a.json", content)
+def test_malformed_json_files(content, kept, line, what, tmp_path):
+    found, issues = read(tmp_path / "a.json", content)
     assert [row for _, row in found] == kept
-    assert [(p.line, p.path) for p in problems.issues] == [(line, str(tmp_path / "a.json"))]
-    assert what in str(problems.issues[0])
+    assert [(issue.line, issue.path) for issue in issues.issues] == [(line, str(tmp_path / "a.json"))]
+    assert what in str(issues.issues[0])
 
 
-def test_a_json_file_too_long_to_hold_is_read_as_far_as_may_be(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "LONGEST_JSON", 40)
-    found, problems = read(tmp_path / "a.json", json.dumps([{"a": i} for i in range(50)]))
-    assert [row["a"] for _, row in found] == [0, 1, 2, 3] and "Make a .jsonl" in problems.summary_lines()[0]
+def test_a_json_file_that_is_too_long_is_read_up_to_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_JSON_CHARS", 40)
+    found, issues = read(tmp_path / "a.json", json.dumps([{"a": i} for i in range(50)]))
+    assert [row["a"] for _, row in found] == [0, 1, 2, 3] and "Make a .jsonl" in issues.summary_lines()[0]
 
 
-def test_text_in_json_is_text(tmp_path):
+def test_line_ends_and_surrogates_in_json(tmp_path):
     row = r'{"a": "1\r\n2\r3", "b": [{"c": "x\ud800"}], "d": "\ud83d\ude00"}'
     for name, content in {"a.jsonl": row, "a.json": f"[{row}]"}.items():
-        found, problems = read(tmp_path / name, content)
+        found, issues = read(tmp_path / name, content)
         assert found == [(1, {"a": "1\n2\n3", "b": [{"c": "x\ufffd"}], "d": "😀"})]
-        assert [p.what for p in problems.issues] == ["half a surrogate pair; replaced by U+FFFD"]
-        assert read(tmp_path / name, columns=lambda names: ["d"])[1].total == 0  # what is not read is not mended
+        assert [issue.what for issue in issues.issues] == ["half a surrogate pair; replaced by U+FFFD"]
+        assert (
+            read(tmp_path / name, select_columns=lambda names: ["d"])[1].total == 0
+        )  # only columns that are read are repaired
 
 
 def test_nested_columns_of_parquet(tmp_path):
@@ -156,127 +156,124 @@ def test_nested_columns_of_parquet(tmp_path):
         {"m": [], "c": None, "l": None},
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    found, problems = read(tmp_path / "a.parquet")
+    found, issues = read(tmp_path / "a.parquet")
     rows[0]["c"]["text"][1] = "é\n"
-    assert [row for _, row in found] == rows and problems.total == 0
+    assert [row for _, row in found] == rows and issues.total == 0
     invalid = pa.Array.from_buffers(
-        pa.string(), 2, [None, pa.array([0, 1, 3], pa.int32()).momentum_buffers()[1], pa.py_buffer(b"ab\xff")]
+        pa.string(), 2, [None, pa.array([0, 1, 3], pa.int32()).buffers()[1], pa.py_buffer(b"ab\xff")]
     )
     lists = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), invalid)
-    pq.write_table(pa.positions({"l": lists}), tmp_path / "b.parquet")
-    found, problems = read(tmp_path / "b.parquet")
+    pq.write_table(pa.table({"l": lists}), tmp_path / "b.parquet")
+    found, issues = read(tmp_path / "b.parquet")
     assert found == [(1, {"l": ["a"]}), (2, {"l": ["b\ufffd"]})]
-    assert [(p.line, p.what) for p in problems.issues] == [(2, "not valid UTF-8; replaced by U+FFFD")]
+    assert [(issue.line, issue.what) for issue in issues.issues] == [(2, "not valid UTF-8; replaced by U+FFFD")]
 
 
-def test_only_the_chosen_columns_are_read(tmp_path, monkeypatch):
-    pq.write_table(pa.positions({"a": [1, 2], "b": ["x", "y"], "c": [b"", b""]}), tmp_path / "a.parquet")
+def test_only_the_selected_columns_are_read(tmp_path):
+    pq.write_table(pa.table({"a": [1, 2], "b": ["x", "y"], "c": [b"", b""]}), tmp_path / "a.parquet")
     (tmp_path / "a.csv").write_text("a,b,c\n1,x\n2,y\n")
     (tmp_path / "a.jsonl").write_text('{"a": 1, "b": "x"}\n{"b": "y", "a": 2}\n')
     (tmp_path / "a.json").write_text('[{"a": 1, "b": "x"}, {"b": "y"}]')
-    asked = []
+    requests = []
     for name in ("a.parquet", "a.csv", "a.jsonl", "a.json"):
         seen: list[list[str]] = []
-        found, problems = read(tmp_path / name, columns=lambda names, seen=seen: seen.append(names) or ["b", "a"][:1])
-        assert [row for _, row in found] == [{"b": "x"}, {"b": "y"}] and problems.total == 0, name
-        asked.append(seen)
-    assert asked == [[["a", "b", "c"]], [["a", "b", "c"]], [["a", "b"], ["b", "a"]], [["a", "b"], ["b"]]]
-    read_cells = []
-    cells = readers._column_values
-    monkeypatch.setattr(
-        readers, "_cells", lambda column, pyarrow: read_cells.append(column.type) or cells(column, pyarrow)
-    )
-    read(tmp_path / "a.parquet", columns=lambda names: ["b"])
-    assert read_cells == [pa.string()]
+        found, issues = read(
+            tmp_path / name, select_columns=lambda names, seen=seen: seen.append(names) or ["b", "a"][:1]
+        )
+        assert [row for _, row in found] == [{"b": "x"}, {"b": "y"}] and issues.total == 0, name
+        requests.append(seen)
+    assert requests == [[["a", "b", "c"]], [["a", "b", "c"]], [["a", "b"], ["b", "a"]], [["a", "b"], ["b"]]]
 
 
-def test_a_table_without_the_column_is_a_problem_where_its_names_stand(tmp_path):
-    def choose(names):
+def test_a_missing_column_is_recorded_with_its_line(tmp_path):
+    def select_b(names):
         if "b" not in names:
             raise MissingColumnError("no column b", "found " + " ".join(names))
         return ["b"]
 
-    pq.write_table(pa.positions({"a": [1]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "a.parquet")
     (tmp_path / "a.csv").write_text("\na\n1\n2\n")
     (tmp_path / "a.jsonl").write_text('{"b": 1}\n{"a": 1}\n{"b": 2}')
     (tmp_path / "a.json").write_text('[{"b": 1},\n{"a": 1},\n{"b": 2}]')
     for name, line, kept in (("a.parquet", None, 0), ("a.csv", 2, 0), ("a.jsonl", 2, 2), ("a.json", 2, 2)):
-        found, problems = read(tmp_path / name, columns=choose)
+        found, issues = read(tmp_path / name, select_columns=select_b)
         assert len(found) == kept
-        assert [(p.line, p.what) for p in problems.issues] == [(line, "no column b: found a")]
+        assert [(issue.line, issue.what) for issue in issues.issues] == [(line, "no column b: found a")]
 
 
-def test_rows_of_another_length(tmp_path):
+def test_rows_with_too_few_or_too_many_columns(tmp_path):
     content = "text,label,more\na,1\nb\nc, and d,2,x\ne,f,1,2\n"
-    found, problems = read(tmp_path / "a.csv", content, lambda names: ["text", "label"])
+    found, issues = read(tmp_path / "a.csv", content, lambda names: ["text", "label"])
     assert found == [(2, {"text": "a", "label": "1"})]
-    assert [(p.line, p.what.split(";")[0], p.count) for p in problems.issues] == [
+    assert [(issue.line, issue.what.split(";")[0], issue.count) for issue in issues.issues] == [
         (3, "a row with too few columns", 1),
         (4, "a row with too many columns", 2),
     ]
-    found, problems = read(tmp_path / "a.csv", content, lambda names: ["text"])
-    assert [row["text"] for _, row in found] == ["a", "b", "c", "e"] and "kept" in problems.summary_lines()[0]
-    found, problems = read(tmp_path / "a.csv", "a,b,a\n1,2,3\n")
+    found, issues = read(tmp_path / "a.csv", content, lambda names: ["text"])
+    assert [row["text"] for _, row in found] == ["a", "b", "c", "e"] and "kept" in issues.summary_lines()[0]
+    found, issues = read(tmp_path / "a.csv", "a,b,a\n1,2,3\n")
     assert found == [(2, {"a": "1", "b": "2"})] and "two columns of one name; the first is read: a" in str(
-        problems.issues[0]
+        issues.issues[0]
     )
 
 
-def test_what_is_no_table(tmp_path):
+def test_files_that_are_not_tables(tmp_path):
     for name in ("a.txt", "a", "a.parquet.gz", "a.xlsx"):
-        found, problems = read(tmp_path / name, "text")
-        assert not found and problems.total == 1
-    found, problems = read(tmp_path / "gone.json")
-    assert not found and "cannot be read" in problems.summary_lines()[0]
+        found, issues = read(tmp_path / name, "text")
+        assert not found and issues.total == 1
+    found, issues = read(tmp_path / "gone.json")
+    assert not found and "cannot be read" in issues.summary_lines()[0]
 
 
-def test_memory_stays_flat(tmp_path):
+def test_memory_use_does_not_depend_on_the_size(tmp_path):
     text = "word " * 200
     with (tmp_path / "a.jsonl").open("w") as jsonl, (tmp_path / "a.csv").open("w") as table:
         table.write("text,n\n")
-        for i in range(20_000):
+        for i in range(8_000):
             jsonl.write(f'{{"text": "{text}", "n": {i}}}\n')
             table.write(f"{text},{i}\n")
     pq.write_table(
-        pa.positions({"text": [text + str(i) for i in range(20_000)]}), tmp_path / "a.parquet", row_group_size=500
+        pa.table({"text": [text + str(i) for i in range(8_000)]}), tmp_path / "a.parquet", row_group_size=500
     )
     for name in ("a.jsonl", "a.csv", "a.parquet"):
         tracemalloc.start()
         count = sum(1 for _ in read_records(tmp_path / name, IssueLog()))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert count == 20_000 and peak < 4_000_000, name  # of 20,000,000 characters
+        assert count == 8_000 and peak < 4_000_000, name  # of 8,000,000 characters
 
 
-LUMPS = st.sampled_from(
+FRAGMENTS = st.sampled_from(
     [b"text", b",", b"\t", b'"', b"\n", b"\r", b'{"text": ', b'"a"', b"}", b"[", b"]", b":", b"\\ud800", b"\xff", b"1"]
 )
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json", ".json.gz", ".json.zst", ".parquet"])
-def test_no_bytes_whatever_are_fatal(suffix, tmp_path):
+def test_no_input_is_fatal(suffix, tmp_path):
     path = tmp_path / f"a{suffix}"
-    pq.write_table(pa.positions({"text": ["a", "b"], "l": [["c"], None]}), tmp_path / "good.parquet")
+    pq.write_table(pa.table({"text": ["a", "b"], "l": [["c"], None]}), tmp_path / "good.parquet")
     good = (tmp_path / "good.parquet").read_bytes()
 
-    @QUIET
+    @FUZZING
     @given(
-        st.binary(max_size=200) | st.lists(LUMPS, max_size=30).map(b"".join), st.booleans(), st.integers(0, len(good))
+        st.binary(max_size=200) | st.lists(FRAGMENTS, max_size=30).map(b"".join),
+        st.booleans(),
+        st.integers(0, len(good)),
     )
-    def check(data, packed, place):
-        if suffix == ".parquet" and packed:
-            data = good[:place] + data[:3] + good[place + 3 :]
-        elif packed and suffix.endswith(".gz"):
+    def check(data, compressed, position):
+        if suffix == ".parquet" and compressed:
+            data = good[:position] + data[:3] + good[position + 3 :]
+        elif compressed and suffix.endswith(".gz"):
             data = gzip.compress(data)
-        elif packed and suffix.endswith(".zst"):
+        elif compressed and suffix.endswith(".zst"):
             data = zstandard.compress(data)
-        found, problems = read(path, data)
+        found, issues = read(path, data)
         json.dumps([row for _, row in found], ensure_ascii=False, default=str).encode()
         try:
             list(read_records(path, IssueLog(strict=True)))
         except NextwordError:
-            assert problems.total
+            assert issues.total
         else:
-            assert not problems.total
+            assert not issues.total
 
     check()

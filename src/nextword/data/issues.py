@@ -1,0 +1,112 @@
+"""What is wrong with input files: counted by kind, with path and line, and shown to the user."""
+
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nextword.common.errors import NextwordError
+
+MAX_SHOWN_ISSUES = 20
+MAX_STORED_ISSUES = 1000  # beyond them only the counts grow
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def replace_surrogates(text: str) -> str:
+    """The text with every lone surrogate, which UTF-8 cannot encode, replaced by U+FFFD."""
+    return text if text.isascii() else SURROGATE.sub("\ufffd", text)
+
+
+def error_text(error: BaseException) -> str:
+    """The message of an exception, without its error number and path."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+
+
+@dataclass
+class Issue:
+    """One kind of issue in one file: where it occurs first, and how often.
+
+    Attributes:
+        path: the file.
+        line: the line (in Parquet the row) of its first occurrence, from 1; None if it concerns the whole file.
+        what: the kind of the issue, with details.
+        count: the number of occurrences.
+    """
+
+    path: str
+    line: int | None
+    what: str
+    count: int = 1
+
+    def __str__(self) -> str:
+        location = self.path if self.line is None else f"{self.path} line {self.line:,}"
+        return f"{location}: {self.what}" + (f" ({self.count:,} in all)" if self.count > 1 else "")
+
+
+class IssueLog:
+    """Collects the issues of input files.
+
+    Args:
+        strict: raise `NextwordError` at the first issue that loses or changes text.
+
+    Attributes:
+        total: the number of issues that lose or change text.
+        counts_by_kind: the number of issues by kind, those of `info` included.
+    """
+
+    def __init__(self, strict: bool = False):
+        self.strict = strict
+        self.total = 0
+        self.counts_by_kind: Counter[str] = Counter()
+        self._issues: dict[tuple[str, str], Issue] = {}
+
+    def add(self, path: Path | str, line: int | None, kind: str, detail: str = "", count: int = 1) -> None:
+        """Record that text was lost or changed. Raises `NextwordError` if the log is strict."""
+        self.total += count
+        issue = self._record(path, line, kind, detail, count)
+        if self.strict:
+            raise NextwordError(f"{issue}. Correct it, or leave out --strict to continue without it")
+
+    def info(self, path: Path | str, line: int | None, kind: str, detail: str = "", count: int = 1) -> None:
+        """Record something that is no error, such as an image among the texts. It is not part of `total`."""
+        self._record(path, line, kind, detail, count)
+
+    def _record(self, path: Path | str, line: int | None, kind: str, detail: str, count: int) -> Issue:
+        self.counts_by_kind[kind] += count
+        what = f"{kind}: {replace_surrogates(detail)}" if detail else kind
+        return self._store(kind, Issue(replace_surrogates(str(path)), line, what, count))
+
+    def _store(self, kind: str, issue: Issue) -> Issue:
+        """Add an issue, or its count to the stored issue of the same file and kind."""
+        existing = self._issues.get((issue.path, kind))
+        if existing is not None:
+            existing.count += issue.count
+        elif len(self._issues) < MAX_STORED_ISSUES:
+            self._issues[issue.path, kind] = issue
+        return existing or issue
+
+    @property
+    def issues(self) -> list[Issue]:
+        """The first `MAX_STORED_ISSUES` issues by file and kind, in order."""
+        return list(self._issues.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole log as JSON can hold it, for `merge`."""
+        found = [{"kind": kind, **asdict(issue)} for (_, kind), issue in self._issues.items()]
+        return {"total": self.total, "kinds": dict(self.counts_by_kind), "found": found}
+
+    def merge(self, state: dict[str, Any]) -> None:
+        """Add the issues of another log, given by its `to_dict()`."""
+        self.total += state["total"]
+        self.counts_by_kind.update(state["kinds"])
+        for entry in state["found"]:
+            self._store(entry["kind"], Issue(**{name: entry[name] for name in ("path", "line", "what", "count")}))
+
+    def summary_lines(self) -> list[str]:
+        """The first `MAX_SHOWN_ISSUES` issues as text, and the number of the others."""
+        issues = self.issues
+        num_hidden = len(issues) - MAX_SHOWN_ISSUES
+        hidden = [f"… and {num_hidden:,} more like these"] if num_hidden > 0 else []
+        return [str(issue) for issue in issues[:MAX_SHOWN_ISSUES]] + hidden
