@@ -1,440 +1,396 @@
-"""Several processes, one run: the same tokens, the same model, and through the loss of one of them. Real processes under
-torchrun, as a person starts them."""
+"""Distributed training: several processes under torchrun train the model that a single process trains.
+
+Ordinary tests start as few processes as the contracts allow. The rest is marked `needs("more time")`: make test-all.
+"""
 
 import json
 import os
 import re
+import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nextword.training.sharing import balance_by_cost, check_tp_divisibility
 from safetensors.torch import load_file
 
+import nextword
 from nextword.common.errors import UsageError
 from nextword.data.dataset import InMemoryTokens, TokenDataset
 from nextword.model.config import build_config
 from nextword.training import checkpoint
 from nextword.training.distributed import DistContext
-from nextword.training.parallel import build_mesh
-from processes import PATIENCE, start_process, wait_until
-from test_checkpoints import free_port
+from nextword.training.parallel import balance_by_cost, build_mesh, check_tp_divisibility
+from processes import PATIENCE, wait_until
 from test_pretraining import state_hashes
+from torchrun import finish, free_port, losses, metrics, start
 
-STEPS = 40
-FITTED = "as many windows at once as memory holds"
-SIZES = [
-    "--model.n-layers", "2", "--model.n-heads", "2", "--model.d-model", "32", "--model.context-length", "32",
-    "--training.batch-tokens", "256", "--training.save-every", "5", "--seed", "3",
-]  # fmt: skip
-
-# ---------------------------------------------------------------- who does what
-
-
-@given(st.integers(2, 300), st.integers(1, 17), st.integers(1, 3), st.integers(0, 30), st.integers(0, 2**32))
-def test_the_processes_together_have_the_batch_of_one(length, context, rows, step, seed):
-    dataset = TokenDataset(InMemoryTokens(np.arange(length)), context, 4 * rows, seed)
-    alone = dataset.batch(step)
-    for world in (2, 4):
-        parts = [dataset.batch(step, rank, world) for rank in range(world)]
-        assert [row for part in parts for row in part.row_ids] == alone.row_ids
-        assert np.array_equal(np.concatenate([part.tokens for part in parts]), alone.tokens)
-        assert np.array_equal(np.concatenate([part.targets for part in parts]), alone.targets)
-        assert {(part.n_tokens, part.loss_denominators["next_word"]) for part in parts} == {
-            (alone.n_tokens, alone.loss_denominators["next_word"])
-        }
+STEPS = 20
+MODEL = {"n_layers": 2, "n_heads": 2, "d_model": 32, "context_length": 32}
+TRAINING = {"batch_tokens": 256, "save_every": 5, "micro_batch_rows": 2}
+TENSOR_PARALLEL = ("--training.tensor", "2")
+FIT_MEMORY = "fit the micro-batch to memory"
+more_time = pytest.mark.needs("more time")
 
 
-def test_rows_that_cannot_be_shared_are_refused():
-    with pytest.raises(ValueError, match="3 rows"):
-        TokenDataset(InMemoryTokens(np.arange(100)), 8, 3, seed=0).batch(0, 0, 2)
-
-
-@given(st.lists(st.floats(1, 1000), min_size=1, max_size=40), st.integers(1, 8))
-def test_work_is_spread_evenly(costs, size):
-    owners = balance_by_cost(costs, size)
-    loads = [
-        sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == process) for process in range(size)
+def options(**settings: dict[str, Any]) -> list[str]:
+    """Settings as command line options: model={"n_layers": 2} is --model.n-layers=2."""
+    return [
+        f"--{group}.{name.replace('_', '-')}={value}"
+        for group, values in settings.items()
+        for name, value in values.items()
     ]
-    assert max(loads) - min(loads) <= max(costs) + 1e-6, (
-        "else the last piece of the fullest would lie with the emptiest"
+
+
+def start_pretraining(num_processes: int, shards: Path, run: Path, *more: str, **launch: Any) -> Any:
+    training = dict(TRAINING)
+    if FIT_MEMORY in more:
+        del training["micro_batch_rows"]
+    arguments = [*options(model=MODEL, training=training), *(option for option in more if option != FIT_MEMORY)]
+    return start(
+        num_processes, "pretrain", shards, "--out", run, "--steps", str(STEPS), "--seed", "3", *arguments, **launch
     )
 
 
-# ---------------------------------------------------------------- runs
-
-
-def start(
-    world: int, *arguments: str | Path, restarts: int = 0, program: Sequence[str] = ("-m", "nextword")
-) -> "subprocess.Popen[str]":
-    """The program under torchrun, or alone in a world of one."""
-    launcher = [
-        "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--max-restarts", str(restarts),
-        "--monitor-interval", "0.1", "--master-addr", "127.0.0.1", "--master-port", str(free_port()),
-    ]  # fmt: skip
-    command = [sys.executable, *(launcher if world > 1 else []), *program, *map(str, arguments)]
-    return start_process(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
-
-
-def pretrain(run: Path, shards: Path, world: int, *more: str, restarts: int = 0) -> "subprocess.Popen[str]":
-    """A run of a small model; two windows at a time, or as many as fit where `more` says so."""
-    rows = [] if FITTED in more else ["--training.micro-batch-rows", "2"]
-    said = [*SIZES, *rows, *(one for one in more if one != FITTED)]
-    return start(world, "pretrain", shards, "--out", run, "--steps", str(STEPS), *said, restarts=restarts)
-
-
-def end(process: "subprocess.Popen[str]", code: int = 0) -> tuple[str, str]:
-    out, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == code, err
-    return out, err
-
-
-def written(path: Path, program: str) -> str:
-    path.write_text(program)
-    return str(path)
-
-
-def records(run: Path) -> list[dict]:
-    path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-
-
-def losses(run: Path) -> list[float]:
-    return [record["loss"] for record in records(run) if "loss" in record]
-
-
-def workers(process: "subprocess.Popen[str]") -> dict[int, int]:
-    """Process numbers of torchrun's children, by rank."""
-    found = {}
-    for task in Path(f"/proc/{process.pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            try:
-                pairs = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-            except (FileNotFoundError, ProcessLookupError):  # it has just ended
-                continue
-            ranks = [pair[5:] for pair in pairs if pair.startswith(b"RANK=")]
-            found |= {int(rank): int(child) for rank in ranks}
-    return found
+def pretrain(num_processes: int, shards: Path, run: Path, *more: str) -> tuple[str, str]:
+    return finish(start_pretraining(num_processes, shards, run, *more))
 
 
 @pytest.fixture(scope="module")
-def alone(shards, tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("alone") / "run"
-    end(pretrain(run, shards, 1))
+def single(shards, tmp_path_factory) -> Path:
+    """The run of a single process."""
+    run = tmp_path_factory.mktemp("single") / "run"
+    nextword.pretrain(shards, run, steps=STEPS, seed=3, model=MODEL, training=TRAINING)
     return run
 
 
 @pytest.fixture(scope="module")
 def two(shards, tmp_path_factory) -> Path:
+    """The same run by two processes, with sharded weights."""
     run = tmp_path_factory.mktemp("two") / "run"
-    out, _ = end(pretrain(run, shards, 2, "--json"))
-    assert json.loads(out)["steps"] == STEPS, "one of the two speaks"
+    out, _ = pretrain(2, shards, run, "--json")
+    assert json.loads(out)["steps"] == STEPS, "only the main process prints"
     return run
 
 
-def test_two_processes_make_the_model_that_one_makes(alone, two):
-    assert_alike(two, alone)
+@pytest.fixture(scope="module")
+def tensor_parallel(shards, tmp_path_factory) -> Path:
+    """The same run by two processes with tensor parallelism."""
+    run = tmp_path_factory.mktemp("tensor_parallel") / "run"
+    pretrain(2, shards, run, *TENSOR_PARALLEL)
+    return run
 
 
-def assert_alike(run: Path, alone: Path) -> None:
-    """Losses, looks at held-out text, the kept model and its result: within rounding the same."""
-    assert losses(run) == pytest.approx(losses(alone), abs=2e-5)
-    ours, longest_held_out = (load_file(one / "model" / "model.safetensors") for one in (run, alone))
-    assert ours.keys() == theirs.keys()
-    for name, weight in ours.items():
-        torch.testing.assert_close(weight, theirs[name], atol=2e-4, rtol=0, msg=name)
-    looks = [[r["validation"]["loss"] for r in records(one) if "validation" in r] for one in (run, alone)]
-    assert looks[0] == pytest.approx(looks[1], abs=2e-5)
-    results = [json.loads((one / "result.json").read_text()) for one in (run, alone)]
+def assert_same_run(run: Path, single: Path) -> None:
+    """Training losses, validation losses, final model and result are equal up to rounding."""
+    assert losses(run) == pytest.approx(losses(single), abs=2e-5)
+    weights, expected = (load_file(path / "model" / "model.safetensors") for path in (run, single))
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], atol=2e-4, rtol=0, msg=name)
+    validation = [[r["validation"]["loss"] for r in metrics(path) if "validation" in r] for path in (run, single)]
+    assert validation[0] == pytest.approx(validation[1], abs=2e-5)
+    results = [json.loads((path / "result.json").read_text()) for path in (run, single)]
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], abs=2e-5)
     assert results[0]["tokens"] == results[1]["tokens"]
 
 
-SPLIT = ("--training.tensor", "2")
+# ---------------------------------------------------------------- division of the work
 
 
-@pytest.fixture(scope="module")
-def split(shards, tmp_path_factory) -> Path:
-    """Two processes that work on each matrix together."""
-    run = tmp_path_factory.mktemp("split") / "run"
-    end(pretrain(run, shards, 2, *SPLIT))
-    return run
+@given(st.integers(2, 300), st.integers(1, 17), st.integers(1, 3), st.integers(0, 30), st.integers(0, 2**32))
+def test_ranks_divide_the_batch_of_a_single_process(length, context, rows, step, seed):
+    dataset = TokenDataset(InMemoryTokens(np.arange(length)), context, 4 * rows, seed)
+    whole = dataset.batch(step)
+    for world_size in (2, 4):
+        parts = [dataset.batch(step, rank, world_size) for rank in range(world_size)]
+        assert [row for part in parts for row in part.row_ids] == whole.row_ids
+        assert np.array_equal(np.concatenate([part.tokens for part in parts]), whole.tokens)
+        assert np.array_equal(np.concatenate([part.targets for part in parts]), whole.targets)
+        assert all(part.n_tokens == whole.n_tokens for part in parts)
+        assert all(part.loss_denominators == whole.loss_denominators for part in parts)
 
 
-def test_processes_that_work_on_each_matrix_together_make_the_model_that_one_makes(alone, split):
-    assert_alike(split, alone)
-    weights = load_file(checkpoint.list_checkpoints(split)[-1] / "weights-00002-of-00002.safetensors")
+def test_a_batch_that_ranks_cannot_divide_is_rejected():
+    with pytest.raises(ValueError, match="3 rows"):
+        TokenDataset(InMemoryTokens(np.arange(100)), 8, 3, seed=0).batch(0, 0, 2)
+
+
+@given(st.lists(st.floats(1, 1000), min_size=1, max_size=40), st.integers(1, 8))
+def test_work_is_balanced_by_cost(costs, num_workers):
+    owners = balance_by_cost(costs, num_workers)
+    loads = [sum(c for c, owner in zip(costs, owners, strict=True) if owner == w) for w in range(num_workers)]
+    assert max(loads) - min(loads) <= max(costs) + 1e-6
+
+
+def test_tensor_parallelism_must_divide_processes_heads_and_width():
+    with pytest.raises(UsageError, match=r"--training\.tensor 2 must divide the number of processes, and there is one"):
+        DistContext().with_tensor_parallel(2)
+    with pytest.raises(UsageError, match="and there are 3"):
+        DistContext(world_size=3).with_tensor_parallel(2)
+    six = DistContext(world_size=6, local_world_size=3, tp_size=2, strategy="hsdp")
+    with pytest.raises(UsageError, match="does not divide the 3 processes of a machine"):
+        build_mesh(six, torch.device("cpu"))
+    config = build_config("modern", "tiny", vocab_size=100, n_heads=4, n_kv_heads=1)
+    with pytest.raises(UsageError, match=r"--training\.tensor 2 does not divide the model's n_kv_heads, 1"):
+        check_tp_divisibility(config, 2)
+
+
+@given(st.integers(2, 9), st.integers(1, 20))
+def test_tensor_parallelism_gives_every_process_a_part_of_the_vocabulary(tp_size, vocab_size):
+    width = 2520  # divisible by every tp_size
+    config = build_config("gpt2", n_layers=1, n_heads=width, d_model=width, context_length=8, vocab_size=vocab_size)
+    if len(torch.arange(vocab_size).chunk(tp_size)) == tp_size:
+        check_tp_divisibility(config, tp_size)
+    else:
+        with pytest.raises(UsageError, match=f"no part of the {vocab_size} tokens"):
+            check_tp_divisibility(config, tp_size)
+
+
+# ---------------------------------------------------------------- the model of a single process
+
+
+def test_sharded_training_equals_training_in_a_single_process(single, two):
+    assert_same_run(two, single)
+
+
+def test_tensor_parallel_training_equals_training_in_a_single_process(single, tensor_parallel):
+    assert_same_run(tensor_parallel, single)
+    weights = load_file(checkpoint.list_checkpoints(tensor_parallel)[-1] / "weights-00002-of-00002.safetensors")
     assert weights["blocks.0.attention.query.weight"].shape == (16, 32), "one head of two"
     assert weights["blocks.0.attention.output.weight"].shape == (32, 16)
     assert weights["token_embedding.weight"].shape == (200, 32), "half of the vocabulary"
 
 
-def test_four_processes_as_two_pairs_make_it_too(shards, alone, tmp_path):
-    """The weights gathered by block, the blocks' activations made again, and a micro-batch that is fitted to memory."""
-    run = tmp_path / "run"
-    end(pretrain(run, shards, 4, *SPLIT, FITTED, "--training.parallel", "full", "--training.checkpoint-activations"))
-    assert_alike(run, alone)
+@more_time
+def test_four_processes_with_fsdp_and_tensor_parallelism(shards, single, tmp_path):
+    """With activation checkpointing and a micro-batch that is fitted to memory."""
+    settings = ("--training.parallel", "fsdp", "--training.checkpoint-activations")
+    pretrain(4, shards, tmp_path / "run", *TENSOR_PARALLEL, FIT_MEMORY, *settings)
+    assert_same_run(tmp_path / "run", single)
 
 
-@pytest.mark.parametrize(
-    ("world", "settings", "word"),
-    [
-        (
-            1,
-            SPLIT,
-            "--training.tensor 2 must divide the number of processes, and there is one: torchrun starts several",
-        ),
-        (3, SPLIT, "--training.tensor 2 must divide the number of processes, and there are 3"),
-        (2, (*SPLIT, "--model.n-kv-heads", "1"), "--training.tensor 2 does not divide the model's n_kv_heads, 1"),
-    ],
-)
-def test_matrices_that_cannot_be_split_are_refused(shards, tmp_path, world, settings, word):
-    process = pretrain(tmp_path / "run", shards, world, *settings)
-    _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode != 0
-    assert word in err
-    assert not re.search(r'File ".*src/nextword', err), "no traceback of ours"
-
-
-@given(st.integers(2, 9), st.integers(1, 20))
-def test_a_vocabulary_is_split_so_that_each_has_some_or_refused(tensor_size, vocab_size):
-    width = 2520  # what all of them divide
-    config = build_config("gpt2", n_layers=1, n_heads=width, d_model=width, context_length=8, vocab_size=vocab_size)
-    rows = [len(part) for part in torch.arange(vocab_size).chunk(tensor_size)]
-    if len(rows) == tensor_size:
-        check_tp_divisibility(config, tensor_size)
-    else:
-        with pytest.raises(UsageError, match=f"leaves nothing for some of a vocabulary of {vocab_size}"):
-            check_tp_divisibility(config, tensor_size)
-
-
-def test_the_processes_of_a_matrix_are_on_one_machine_where_each_has_a_copy():
-    world = DistContext(rank=0, world_size=6, local_world_size=3)
-    world.init_tensor_parallel(2)
-    with pytest.raises(UsageError, match="does not divide the 3 processes of a machine"):
-        build_mesh(world, "hybrid", torch.device("cpu"))
-
-
-def test_weights_that_are_gathered_by_block(shards, alone, tmp_path):
-    run = tmp_path / "run"
-    end(pretrain(run, shards, 2, "--training.parallel", "full"))
-    assert_alike(run, alone)
-
-
-@pytest.mark.parametrize("more", [(), SPLIT])
-def test_two_machines_that_have_a_copy_of_the_weights_each(shards, alone, tmp_path, more):
-    """Of one process each, or of two that work on each matrix together."""
-    run, port, token_nll_out = tmp_path / "run", str(free_port()), "2" if more else "1"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", each, "--master-addr",
-              "127.0.0.1", "--master-port", port]  # fmt: skip
-    program = ["-m", "nextword", "pretrain", str(shards), "--out", str(run), "--steps", str(STEPS), *SIZES]
-    processes = [
-        start_process([*launch, "--node-rank", rank, *program, "--training.parallel", "hybrid", *more],
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+@more_time
+@pytest.mark.parametrize("more", [(), TENSOR_PARALLEL])
+def test_two_machines_with_hsdp(shards, single, tmp_path, more):
+    run, port = tmp_path / "run", str(free_port())
+    nodes = [
+        start_pretraining(
+            2 if more else 1, shards, run, "--training.parallel", "hsdp", *more,
+            torchrun_options=["--nnodes", "2", "--node-rank", rank, "--master-port", port],
+        )
         for rank in ("0", "1")
     ]  # fmt: skip
-    for process in processes:
-        end(process)
-    assert_alike(run, alone)
+    for node in nodes:
+        finish(node)
+    assert_same_run(run, single)
 
 
-SHAPES = """
+@more_time
+def test_continued_pretraining_with_tensor_parallelism(base, tmp_path):
+    text = tmp_path / "more.txt"
+    text.write_text("\n\n".join(f"The {n}th ship came home, and {n * n} people saw it." for n in range(400)))
+    single, parallel = tmp_path / "single", tmp_path / "parallel"
+    arguments = ["--task", "continue", "--steps", "6", "--training.batch-tokens", "256"]
+    finish(start(1, "finetune", base, text, "--out", single, *arguments))
+    finish(start(2, "finetune", base, text, "--out", parallel, *arguments, *TENSOR_PARALLEL))
+    assert len(losses(single)) == 6
+    assert_same_run(parallel, single)
+
+
+# One program for what two processes check without a run: its start-up takes longer than the checks.
+CHECKS = """
+import resource
 import numpy as np, torch
+from nextword.data.dataset import InMemoryTokens, TokenDataset
 from nextword.model.config import build_config
-from nextword.model.gpt import GPT, dropout_masks
-from nextword.training.distributed import joined
-from nextword.training.losses import Inputs, Step, next_word
-from nextword.training.parallel import fill, share, whole
+from nextword.model.gpt import GPT, sample_dropout_masks
+from nextword.training.distributed import init_distributed
+from nextword.training.losses import DeviceBatch, LossModule, causal_lm_loss
+from nextword.training.parallel import load_weights_, parallelize, to_full
+from nextword.training.step import StepSettings, activation_bytes_per_row, training_state_bytes
 
-def loss_of(step):
-    loss = sum(loss.total for loss in step(inputs).values())
+CPU = torch.device("cpu")
+
+def initialized(ctx, config):
+    loss_module = LossModule(GPT.on_meta(config), causal_lm_loss)
+    ctx = parallelize(ctx, loss_module, "fsdp", bf16=False, device=CPU)
+    torch.manual_seed(5)
+    load_weights_(loss_module.model, loss_module.model.iter_init_weights(), ctx)
+    return loss_module
+
+def loss_of(loss_module, batch):
+    loss = sum(term.total for term in loss_module(batch).values())
     loss.backward()
     return loss
 
-torch.manual_seed(7)
-with joined() as world:
-    world.form_groups(2)
-    for preset, heads in [("tutorial", {}), ("gpt1", {}), ("gpt2", {}), ("modern", {}), ("modern", {"n_kv_heads": 2})]:
-        sizes = {"n_layers": 2, "n_heads": 4, "d_model": 32, "vocab_size": 61, "context_length": 15, "dropout": 0.1}
-        config = build_config(preset, **sizes, **heads)
-        tokens = torch.randint(config.vocab_size, (2, 3, 15))
-        inputs = Inputs(tokens[0], tokens[1], dropout_masks(config, [1, 2, 3], 15, "cpu"))
-        alone = Step(GPT(config), next_word)
-        with torch.no_grad():  # what begins as nothing or as one would hide what is left out
-            for parameter in alone.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        split = Step(GPT.hollow(config), next_word)
-        share(world, split, "data", False, torch.device("cpu"))
-        fill(split.model, alone.model.named_parameters(), world)
-        torch.testing.assert_close(loss_of(split), loss_of(alone), rtol=1e-5, atol=0)
-        gradients = {name: p.grad for name, p in alone.model.named_parameters()}
-        for name, parameter in split.model.named_parameters():
-            torch.testing.assert_close(whole(parameter.grad), gradients[name], rtol=1e-4, atol=1e-5, msg=f"{preset} {name}")
-"""
-
-
-def test_a_model_of_every_preset_has_the_same_loss_and_gradients_where_its_matrices_are_split(tmp_path):
-    """An uneven vocabulary, an uneven window, a head of its own, biases or none, as few heads for keys as there are processes,
-    and dropout."""
-    end(start(2, program=[written(tmp_path / "shapes.py", SHAPES)]))
-
-
-def test_pre_training_that_goes_on_from_a_model_is_shared_too(base, tmp_path):
-    text = tmp_path / "more.txt"
-    text.write_text("\n\n".join(f"The {n}th ship came home, and {n * n} people saw it." for n in range(400)))
-    runs = [tmp_path / "alone", tmp_path / "split"]
-    said = ["--task", "continue", "--steps", "6", "--training.batch-tokens", "256"]
-    end(start(1, "finetune", base, text, "--out", runs[0], *said))
-    end(start(2, "finetune", base, text, "--out", runs[1], *said, *SPLIT))
-    assert len(losses(runs[0])) == 6
-    assert_alike(runs[1], runs[0])
-
-
-BEGINNING = """
-import resource, torch
-from nextword.model.config import build_config
-from nextword.model.gpt import GPT
-from nextword.training.distributed import joined
-from nextword.training.losses import Step, next_word
-from nextword.training.parallel import fill, part, share, whole
-
-def begun(config):
-    step = Step(GPT.hollow(config), next_word)
-    share(world, step, "full", False, torch.device("cpu"))
-    torch.manual_seed(5)
-    fill(step.model, step.model.first_weights(), world)
-    return step
-
-small = build_config("modern", d_model=64, n_layers=2, n_heads=2, vocab_size=64, context_length=64)
-config = build_config("modern", d_model=768, n_layers=8, n_heads=12, vocab_size=2048, context_length=64)
-with joined() as world:
-    begun(small)  # all that is imported on the way
+def check_initialization(ctx):
+    small = build_config("modern", d_model=64, n_layers=2, n_heads=2, vocab_size=64, context_length=64)
+    config = build_config("modern", d_model=768, n_layers=8, n_heads=12, vocab_size=2048, context_length=64)
+    initialized(ctx, small)  # all imports
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step = begun(config)
-    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    assert grown < 0.7 * 4 * config.parameters, (grown, 4 * config.parameters)
-    found = {name: whole(p.detach()) for name, p in step.model.named_parameters()}
+    loss_module = initialized(ctx, config)
+    growth = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    assert growth < 0.7 * 4 * config.parameters, (growth, 4 * config.parameters)
+    weights = {name: to_full(p.detach()) for name, p in loss_module.model.named_parameters()}
     torch.manual_seed(5)
     for name, p in GPT(config).named_parameters():
-        assert torch.equal(found[name], p), name
+        assert torch.equal(weights[name], p), name
+
+def check_gradients(ctx, preset, overrides):
+    sizes = {"n_layers": 2, "n_heads": 4, "d_model": 32, "vocab_size": 61, "context_length": 15, "dropout": 0.1}
+    config = build_config(preset, **sizes, **overrides)
+    tokens = torch.randint(config.vocab_size, (2, 3, 15))
+    batch = DeviceBatch(tokens[0], tokens[1], sample_dropout_masks(config, [1, 2, 3], 15, "cpu"))
+    single = LossModule(GPT(config), causal_lm_loss)
+    with torch.no_grad():  # initial zeros and ones would hide errors
+        for parameter in single.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    parallel = LossModule(GPT.on_meta(config), causal_lm_loss)
+    ctx = parallelize(ctx, parallel, "fsdp-no-reshard", bf16=False, device=CPU)
+    load_weights_(parallel.model, single.model.named_parameters(), ctx)
+    torch.testing.assert_close(loss_of(parallel, batch), loss_of(single, batch), rtol=1e-5, atol=0)
+    gradients = {name: p.grad for name, p in single.model.named_parameters()}
+    for name, p in parallel.model.named_parameters():
+        torch.testing.assert_close(to_full(p.grad), gradients[name], rtol=1e-4, atol=1e-5, msg=f"{preset} {name}")
+
+def memory(ctx):
+    config = build_config("modern", d_model=512, n_layers=2, n_heads=8, vocab_size=512, context_length=64)
+    loss_module = LossModule(GPT.on_meta(config), causal_lm_loss)
+    ctx = parallelize(ctx, loss_module, "fsdp", bf16=False, device=CPU)
+    dataset = TokenDataset(InMemoryTokens(np.arange(4096) % 512), 64, 4, seed=0)
+    return (
+        activation_bytes_per_row(loss_module, dataset, StepSettings()),
+        training_state_bytes(loss_module.model, ctx),
+    )
+
+with init_distributed() as ctx:
+    check_initialization(ctx)
+    tensor_parallel = ctx.with_tensor_parallel(2)
+    torch.manual_seed(7)
+    for preset in ("tutorial", "gpt1", "gpt2", "modern"):
+        check_gradients(tensor_parallel, preset, {})
+    check_gradients(tensor_parallel, "modern", {"n_kv_heads": 2})
+    whole, split = memory(ctx), memory(tensor_parallel)
+    if ctx.is_main:
+        print(split[0] / whole[0], split[1] / whole[1])
 """
 
 
-KEEPING = """
-import torch
-import numpy as np
-from nextword.model.config import build_config
-from nextword.model.gpt import GPT
-from nextword.data.dataset import InMemoryTokens, TokenDataset
-from nextword.training.distributed import joined, ALONE
-from nextword.training.losses import Step, next_word
-from nextword.training.parallel import share
-from nextword.training.step import StepSettings, bytes_of_weights, bytes_per_row
-
-class Row:
-    def __len__(self): return 4096
-    def read(self, begin, end): return np.arange(begin, end, dtype=np.uint16) % 512
-
-config = build_config("modern", d_model=512, n_layers=2, n_heads=8, vocab_size=512, context_length=64)
-data = TokenDataset(Row(), 64, 4, seed=0)
-kept, weights = [], []
-with joined() as world:
-    for tensor_size in (1, 2):
-        step = Step(GPT.hollow(config), next_word)
-        world.form_groups(tensor_size)
-        share(world, step, "full", False, torch.device("cpu"))
-        kept.append(bytes_per_row(step, data, StepSettings()))
-        weights.append(bytes_of_weights(step.model, world))
-    if world.leads:
-        print(f"{kept[1] / kept[0]:.2f} {weights[1] / weights[0]:.2f}")
-"""
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count a process's memory in other units")
+def test_initialization_gradients_and_memory_of_two_processes(tmp_path):
+    """A process never has more than its shards of the initial weights. Every preset has the gradients of a single process with
+    tensor parallelism: odd vocabulary and window, untied head, few key-value heads, dropout. And tensor parallelism saves
+    memory: of the 34 bytes per number of the residual stream (Korthikanti et al. 2022, table 2) all but 4 are halved, 19 / 34 =
+    0.56, and what is gathered of the weights is halved."""
+    (tmp_path / "checks.py").write_text(CHECKS)
+    out, _ = finish(start(2, program=[tmp_path / "checks.py"]))
+    activations, state = map(float, out.split())
+    assert activations < 0.6
+    assert 0.5 < state < 0.85
 
 
-def test_who_works_on_half_of_each_matrix_keeps_less(tmp_path):
-    """Of 34 bytes that a block keeps for each number of the residual stream (Korthikanti et al. 2022, table 2) two processes
-    have half each, but for the 4 of what goes into attention and into feed-forward: 19 / 34 = 0.56. What is gathered of the
-    weights is half; one's own part is the same."""
-    out, _ = end(start(2, program=[written(tmp_path / "keeping.py", KEEPING)]))
-    kept, sample_weights = map(float, out.split())
-    print(f"\n{kept} of what is kept for the backward pass, {weights} of the weights")
-    assert kept < 0.6
-    assert 0.5 < weights < 0.85
+# ---------------------------------------------------------------- failures and restarts
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems count a process's memory otherwise")
-def test_no_process_begins_with_more_than_its_part(tmp_path):
-    end(start(2, program=[written(tmp_path / "beginning.py", BEGINNING)]))
+def worker_pids(torchrun: Any) -> dict[int, int]:
+    """The process IDs of torchrun's workers, by rank."""
+    pids = {}
+    for task in Path(f"/proc/{torchrun.pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            try:
+                variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            except (FileNotFoundError, ProcessLookupError):  # just ended
+                continue
+            ranks = [variable[5:] for variable in variables if variable.startswith(b"RANK=")]
+            pids |= {int(rank): int(child) for rank in ranks}
+    return pids
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="this system does not tell who is who")
-@pytest.mark.parametrize(("rank", "settings"), [(0, ()), (1, ()), (1, SPLIT)])
-@pytest.mark.parametrize("time_of_it", range(int(os.environ.get("NEXTWORD_RESTARTS", "2")) // 2))
-def test_one_is_killed_and_torchrun_starts_both_anew(shards, two, split, tmp_path, rank, settings, time_of_it):
-    run = tmp_path / "run"
-    process = pretrain(run, shards, 2, *settings, restarts=1)
-    wait_until(lambda: len(losses(run)) >= 12 + time_of_it, process)
-    before = workers(process)
+def kill_a_worker(shards: Path, run: Path, undisturbed: Path, rank: int, at_step: int, *settings: str) -> None:
+    """Kill one of two workers; torchrun restarts both, and the run ends with the same bits as an undisturbed one."""
+    torchrun = start_pretraining(2, shards, run, *settings, max_restarts=1)
+    wait_until(lambda: len(losses(run)) >= at_step, torchrun)
+    before = set(worker_pids(torchrun).values())
+    os.kill(worker_pids(torchrun)[rank], signal.SIGKILL)
     killed = time.monotonic()
-    os.kill(before[rank], signal.SIGKILL)
-    wait_until(lambda: len(new := workers(process)) == 2 and not {*new.values()} & {*before.values()}, process)
+    wait_until(lambda: len(pids := set(worker_pids(torchrun).values())) == 2 and not pids & before, torchrun)
     last = checkpoint.list_checkpoints(run)[-1].name
-    wait_until(lambda: checkpoint.list_checkpoints(run)[-1].name > last, process)
-    print(f"\na step further, and that saved, {time.monotonic() - killed:.1f} s after the kill")
-    end(process)
-    assert state_hashes(run) == state_hashes(split if settings else two), "as if nothing had happened, bit for bit"
+    wait_until(lambda: checkpoint.list_checkpoints(run)[-1].name > last, torchrun)
+    print(f"\nfrom the kill to the next checkpoint: {time.monotonic() - killed:.1f} s")
+    finish(torchrun)
+    assert state_hashes(run) == state_hashes(undisturbed)
 
 
-@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="this system has no threads that wait for all others")
-@pytest.mark.parametrize("more", [(), SPLIT])
-def test_a_process_whose_threads_are_late_ends_well(shards, tmp_path, more):
-    """PyTorch's communication threads live as long as the process. One that still had to let go of a tensor when Python was
-    taken down aborted it, after all was trained and saved: once in dozens of runs, and here in most."""
-    program = [str(Path(__file__).parent / "lagging_threads.py")]
-    end(start(2, "pretrain", shards, "--out", tmp_path / "run", "--steps", "3", *SIZES, *more, program=program))
+has_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="this system has no /proc")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows delivers this signal otherwise")
+@has_proc
+def test_a_killed_main_process_is_restarted_and_the_run_is_exact(shards, two, tmp_path):
+    kill_a_worker(shards, tmp_path / "run", two, 0, 7)
+
+
+@more_time
+@has_proc
+@pytest.mark.parametrize(("rank", "settings"), [(0, ()), (1, ()), (1, TENSOR_PARALLEL)])
 @pytest.mark.parametrize(
-    ("first", "second", "anew"),
+    "at_step", [6 + n % 8 for n in range(max(1, int(os.environ.get("NEXTWORD_RESTARTS", "2")) // 2))]
+)
+def test_a_killed_process_is_restarted_and_the_run_is_exact(
+    shards, two, tensor_parallel, tmp_path, rank, settings, at_step
+):
+    kill_a_worker(shards, tmp_path / "run", tensor_parallel if settings else two, rank, at_step, *settings)
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="this system has no idle scheduling class")
+@pytest.mark.parametrize("more", [(), pytest.param(TENSOR_PARALLEL, marks=more_time)])
+def test_a_process_with_late_communication_threads_exits_cleanly(shards, tmp_path, more):
+    """PyTorch's communication threads live as long as the process. A thread that still held a tensor at the end of the
+    interpreter aborted the process after training, once in dozens of runs, and in most of these."""
+    program = [Path(__file__).parent / "lagging_threads.py"]
+    arguments = [*options(model=MODEL, training=TRAINING), "--steps", "3", *more]
+    finish(start(2, "pretrain", shards, "--out", tmp_path / "run", *arguments, program=program))
+
+
+@pytest.mark.parametrize(
+    ("fixture", "num_processes", "settings", "message"),
     [
-        ((2,), (1,), ""),
-        ((1,), (2,), ""),
-        ((2, *SPLIT), (1,), "--training.tensor 2 does not divide 1 processes: 1 in its place"),
-        ((2, *SPLIT), (4, "--training.parallel", "full"), "--training.parallel data → full"),
-        ((1,), (2, *SPLIT), "--training.tensor 1 → 2"),
-        ((1,), (2, "--training.parallel", "full"), "--training.parallel data → full"),
+        ("tensor_parallel", 1, (), "--training.tensor 2 does not divide 1 process"),
+        ("single", 2, ("--training.parallel", "fsdp"), "--training.parallel fsdp-no-reshard → fsdp"),
+        pytest.param("two", 1, (), "", marks=more_time),
+        pytest.param("single", 2, TENSOR_PARALLEL, "--training.tensor 1 → 2", marks=more_time),
+        pytest.param(
+            "tensor_parallel", 4, (*TENSOR_PARALLEL, "--training.parallel", "fsdp"), "→ fsdp", marks=more_time
+        ),
     ],
 )
-def test_a_checkpoint_of_one_world_opens_in_another(shards, alone, tmp_path, first, second, anew):
-    """In another number of processes, and shared among them in another way."""
+def test_a_run_resumes_with_other_processes_and_another_strategy(
+    request, shards, single, tmp_path, fixture, num_processes, settings, message
+):
+    finished: Path = request.getfixturevalue(fixture)
     run = tmp_path / "run"
-    process = pretrain(run, shards, *first)
-    wait_until(lambda: len(losses(run)) >= 8, process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=PATIENCE)
-    assert 0 < len(checkpoint.list_checkpoints(run)) < STEPS
-    at = len(losses(run))
-    assert at < STEPS, "it was stopped on the way"
-    _, err = end(pretrain(run, shards, *second, "--resume"))
-    assert f"a world of {first[0]} and goes on in one of {second[0]}" in err
-    assert anew in err
-    assert losses(run) == pytest.approx(losses(alone), abs=2e-5)
+    shutil.copytree(finished, run)
+    (run / "result.json").unlink()
+    shutil.rmtree(checkpoint.list_checkpoints(run)[-1])
+    (run / "checkpoints" / "latest").write_text(checkpoint.list_checkpoints(run)[-1].name + "\n")
+    _, err = pretrain(num_processes, shards, run, "--resume", *settings)
+    assert "going on from step 15" in err or "resuming from step 15" in err, err
+    assert message in err
+    assert losses(run) == pytest.approx(losses(single), abs=2e-5)
 
 
-def test_what_cannot_begin_ends_every_process_with_a_word(shards, base, tmp_path):
+def test_an_error_at_the_start_is_reported_by_every_process(base, tmp_path):
     table = tmp_path / "few.csv"
     table.write_text("text,label\n" + "one,a\ntwo,b\n" * 20)
     process = start(2, "finetune", base, table, "--out", tmp_path / "run", "--task", "classify", "--steps", "3")
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
-    assert "nextword: this verb runs in one process" in err
-    assert "nextword: process 1: this verb runs in one process" in err
+    assert "nextword: process 1: " in err
+    assert len(re.findall("in one process|a single process", err)) >= 2, err
     assert not re.search(r'File ".*src/nextword', err), "no traceback of ours"

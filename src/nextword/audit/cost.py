@@ -9,7 +9,6 @@ from nextword.common import fs
 from nextword.common.errors import NextwordError, UsageError
 from nextword.common.run_dir import RunDir
 from nextword.model.config import ModelConfig
-from nextword.planning.size_selection import flops_per_token
 
 
 def audit_cost(
@@ -37,7 +36,7 @@ def audit_cost(
     tokens, seconds = _as_nonnegative_float(result.get("tokens")), _as_nonnegative_float(result.get("seconds"))
     findings: list[Finding] = []
     if tokens is not None and isinstance(metadata.get("model"), dict):
-        flops = tokens * flops_per_token(ModelConfig.from_dict(metadata["model"]))
+        flops = tokens * ModelConfig.from_dict(metadata["model"]).flops_per_token
         findings.append(
             _cost_finding("operations of training (estimated)", flops, "FLOPs",
                   f"of {tokens:,.0f} tokens, six for each weight and token and those of attention; looks at held-out text "

@@ -185,7 +185,7 @@ class ClusterEstimateResult(Result):
 @command(PlanConfig, example="nextword plan my-texts/ --budget 2h")
 def plan(config: PlanConfig, context: Context) -> PlanResult | ClusterEstimateResult:
     if config.gpu is not None:
-        from nextword.planning.planner import estimate_cluster_run
+        from nextword.planning.cluster_estimate import estimate_cluster_run
 
         if config.corpora:
             raise UsageError("--gpu gives an estimate without text: leave the text out, and give --tokens")

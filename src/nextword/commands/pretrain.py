@@ -1,7 +1,6 @@
 """A pre-training run from its recipe to its report: what it trains, on which text, and how it looks at held-out text."""
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -55,7 +54,7 @@ class PretrainTrainer(Trainer):
             raise UsageError(
                 f"{self.corpus.path}: the training part has {len(train_tokens)} tokens, too few to learn from"
             )
-        self.world.init_tensor_parallel(self.recipe.training.tensor)
+        self.world = self.world.with_tensor_parallel(self.recipe.training.tensor)
         plan = self.resolve_config()
         check_tp_divisibility(self.model_config, self.world.tp_size)
         training = self.recipe.training
@@ -98,7 +97,7 @@ class PretrainTrainer(Trainer):
                 + "\nBegin a new one with another --out"
             )
         requested_size = self.recipe.training.tensor
-        self.world.init_tensor_parallel(math.gcd(requested_size, self.world.world_size))
+        self.world = self.world.with_tensor_parallel(math.gcd(requested_size, self.world.world_size))
         if (actual_size := self.world.tp_size) != requested_size:
             self.console.warn(
                 f"--training.tensor {requested_size} does not divide {self.world.world_size} processes: {actual_size} in its place"
@@ -115,7 +114,7 @@ class PretrainTrainer(Trainer):
         """Settle what the recipe leaves open, size, batch, learning rate and dropout, by the plan that is given back."""
         recipe = self.recipe
         seconds_left = None if recipe.budget is None else recipe.budget - (self.now() - self.start_time)
-        plan = plan_corpus(self.corpus, recipe, self.device, seconds=seconds_left, processes=self.world.world_size)
+        plan = plan_corpus(self.corpus, recipe, self.device, seconds=seconds_left, num_processes=self.world.world_size)
         for line in plan.summary_lines():
             self.console.info(line)
         training = replace(recipe.training, batch_tokens=plan.batch_tokens, lr=plan.lr)

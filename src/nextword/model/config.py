@@ -128,6 +128,17 @@ class ModelConfig:
         final_norm = norm if self.norm_position == "pre" else 0
         return embeddings + self.n_layers * (attention + feed_forward + 2 * norm) + final_norm + self.n_labels * d
 
+    @property
+    def flops_per_token(self) -> float:
+        """Floating-point operations per token in training.
+
+        Six for each parameter of a matrix (Kaplan et al. 2020, section 2.1), and attention over half a window.
+        """
+        lookups = 0 if self.tied else self.vocab_size * self.d_model
+        lookups += self.context_length * self.d_model if self.positions == "learned" else 0
+        attention = 6 * self.n_layers * self.n_heads * self.head_dim * self.context_length
+        return 6.0 * (self.parameters - lookups) + attention
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -1,6 +1,6 @@
-"""A plan on paper: what a run would need and give on machines that are not here, by their datasheets and by arithmetic.
+"""The estimate of a run on a GPU cluster: memory, communication, time and energy, from datasheets and arithmetic.
 
-What it says of published runs is compared with what was published in tests/test_paper.py.
+Nothing is measured. tests/test_cluster_estimate.py compares the estimates with published runs.
 """
 
 import math
@@ -9,21 +9,31 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from nextword.common.errors import UsageError
-from nextword.model.config import ModelConfig
-from nextword.planning.size_selection import flops_per_token
+from nextword.model.config import ConfigError, ModelConfig, build_config
+from nextword.training.config import Recipe, parse_count
+from nextword.training.distributed import ParallelStrategy
 
-# Of a GPU's datasheet rate, what training reaches where nothing waits: between these ends in the runs that were published.
+# Model FLOPs utilisation of published training runs: typical, low, high.
 TYPICAL_MFU, LOW_MFU, HIGH_MFU = 0.42, 0.30, 0.55
-USABLE_MEMORY_FRACTION = 0.9  # of a GPU's memory, what may be planned with: the rest is lost between the pieces
-LOGIT_CHUNK_BYTES = 2**29  # bytes of logits and their gradients, which are made a piece at a time
-TOKENS_PER_PARAMETER = 20  # tokens a parameter, where no length is said (Hoffmann et al. 2022, table A3)
-POWER_USAGE_EFFECTIVENESS = 1.1  # cooling and supply, beside the GPUs' own
+USABLE_MEMORY_FRACTION = 0.9  # the rest is lost to fragmentation
+LOGIT_CHUNK_BYTES = 2**29  # logits and their gradients, computed in chunks
+TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann et al. 2022, table A3)
+POWER_USAGE_EFFECTIVENESS = 1.1  # cooling and power supply
+DEFAULT_VOCAB_SIZE = 50_000
+CONTEXT_LENGTH = 4096
 
 
 @dataclass(frozen=True)
 class GPUSpec:
-    """By its datasheet: operations a second in bfloat16 (without sparsity; float16 where there is none), bytes of memory, bytes
-    a second to another in the same machine and to another machine (one direction), watts."""
+    """The datasheet of a GPU.
+
+    Attributes:
+        peak_flops: dense bfloat16 operations per second (float16 if there is no bfloat16).
+        memory_bytes: memory.
+        intra_node_bandwidth: bytes per second to another GPU of the machine, in one direction.
+        inter_node_bandwidth: bytes per second to another machine, in one direction.
+        watts: power.
+    """
 
     peak_flops: float
     memory_bytes: float
@@ -46,7 +56,7 @@ GPU_SPECS = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """So many machines with so many GPUs each."""
+    """Machines with equal GPUs."""
 
     gpu: GPUSpec
     machines: int = 1
@@ -54,22 +64,22 @@ class Cluster:
 
     @property
     def num_gpus(self) -> int:
+        """The GPUs of all machines."""
         return self.machines * self.gpus_per_machine
 
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How the work is shared.
+    """How the work is divided between GPUs.
 
     Attributes:
-        parallel: "data", the weights are whole in each process while it works; "full", each block's are gathered when it
-            works; "hybrid", full inside a machine, and a copy in each.
-        recompute: what a block keeps for its backward pass is made again.
-        windows: so many go through at once.
-        tensor: so many GPUs of a machine work on each matrix together.
+        strategy: how the weights are sharded, see `nextword.training.parallel.parallelize`.
+        activation_checkpointing: whether the backward pass recomputes the activations of a block.
+        micro_batch_size: windows per forward pass.
+        tp_size: the number of GPUs of a machine that each matrix is split between.
     """
 
-    parallel: str
+    strategy: ParallelStrategy
     activation_checkpointing: bool
     micro_batch_size: int
     tp_size: int = 1
@@ -77,8 +87,29 @@ class ParallelLayout:
 
 @dataclass(frozen=True)
 class ClusterEstimate:
-    """What a run would need and give. Memory is of one GPU; what is sent, of one GPU in one step, in bytes; `utilisation` is
-    the share of the datasheet's operations that are the model's own (Chowdhery et al. 2022, appendix B: MFU)."""
+    """The estimate of a run. Printed by `nextword plan --gpu GPU --json`.
+
+    Attributes:
+        parameters: the number of parameters.
+        tokens: the training tokens.
+        flops: the floating-point operations of the model.
+        batch_tokens: tokens per step.
+        steps: the number of steps.
+        parallel: the sharding strategy.
+        tensor: the tensor-parallel size.
+        recompute: whether activation checkpointing is on.
+        memory_bytes: the memory of one GPU.
+        sent_bytes: what one GPU sends in a step, in bytes.
+        sending_seconds: the time that takes.
+        step_seconds: the time of a step.
+        utilisation: model FLOPs utilisation (MFU; Chowdhery et al. 2022, appendix B).
+        seconds: the time of the run at a typical utilisation.
+        low_seconds: at a high one.
+        high_seconds: at a low one.
+        gpu_hours: GPU hours.
+        kilowatt_hours: energy.
+        money: the price, if a price per GPU hour is given.
+    """
 
     parameters: int
     tokens: float
@@ -101,47 +132,53 @@ class ClusterEstimate:
     money: float | None
 
     def to_dict(self) -> dict[str, Any]:
+        """The estimate as JSON."""
         return asdict(self)
 
 
+# ---------------------------------------------------------------- memory and communication
+
+
 def model_shape_for(parameters: float) -> tuple[int, int, int]:
-    """Layers, heads and width of a model of about so many parameters: 128 of width a layer, as the large published ones have,
-    and heads of 128; 12·layers·width² parameters in the blocks."""
+    """Layers, heads and width of a model with about `parameters` parameters in its blocks.
+
+    A width of 128 per layer, as in large published models, heads of 128, and 12·layers·width² parameters.
+    """
     width = max(128, round((parameters * 128 / 12) ** (1 / 3) / 128) * 128)
     return max(1, round(parameters / (12 * width**2))), width // 128, width
 
 
 def cluster_batch_tokens(tokens: float, context_length: int, world_size: int) -> int:
-    """Tokens of a step: about 4·√tokens, as in published runs from ten billion tokens to fifteen trillion; whole windows for
-    every process."""
+    """Tokens per step: about 4·√tokens, as in published runs on 10 billion to 15 trillion tokens, in whole windows per GPU."""
     tokens_per_round = context_length * world_size
     return tokens_per_round * max(1, round(4 * math.sqrt(tokens) / tokens_per_round))
 
 
 def memory_per_gpu(config: ModelConfig, cluster: Cluster, layout: ParallelLayout) -> float:
-    """Bytes in one GPU: weights, gradients and two averages in float32, shared; what is gathered of them in bfloat16, with its
-    gradients; what the backward pass needs (Korthikanti et al. 2022, table 2, without the attention matrices that are never
-    held: 34 bytes a number of the residual stream); the logits. Of a matrix that several work on each has its part, and of
-    those 34 bytes all but what goes into attention and into feed-forward, 2 each."""
-    num_parameters = config.parameters
+    """The memory of one GPU in bytes.
+
+    Sharded float32 weights, gradients and two moments (16 bytes a parameter); gathered bfloat16 weights with their gradients;
+    activations of 34 bytes per number of the residual stream and block (Korthikanti et al. 2022, table 2, without attention
+    matrices), of which tensor parallelism divides all but the 4 at the inputs of attention and feed-forward; logits.
+    """
+    num_parameters, tp_size = config.parameters, layout.tp_size
     embeddings = config.vocab_size * config.d_model * (1 if config.tied else 2)
     block_parameters = (num_parameters - embeddings) / config.n_layers
-    shards = cluster.gpus_per_machine if layout.parallel == "hybrid" else cluster.num_gpus
-    gathered = (
-        6 * num_parameters if layout.parallel == "data" else 6 * embeddings + 8 * block_parameters
-    )  # the next block's weights are fetched ahead
+    shards = cluster.gpus_per_machine if layout.strategy == "hsdp" else cluster.num_gpus
+    # Block by block, the next block's weights are prefetched.
+    gathered = 6 * embeddings + 8 * block_parameters
+    if layout.strategy == "fsdp-no-reshard":
+        gathered = 6 * num_parameters
     residual_numbers = layout.micro_batch_size * config.context_length * config.d_model
-    block_activations = (4 + 30 / layout.tp_size) * residual_numbers  # block's, with nothing made again
-    activations = (
-        block_activations * config.n_layers
-        if not layout.activation_checkpointing
-        else block_activations + 2 * residual_numbers / layout.tp_size * config.n_layers
-    )
-    return 16 * num_parameters / shards + gathered / layout.tp_size + activations + LOGIT_CHUNK_BYTES
+    block_activations = (4 + 30 / tp_size) * residual_numbers
+    activations = block_activations * config.n_layers
+    if layout.activation_checkpointing:
+        activations = block_activations + 2 * residual_numbers / tp_size * config.n_layers
+    return 16 * num_parameters / shards + gathered / tp_size + activations + LOGIT_CHUNK_BYTES
 
 
 class CommVolume(NamedTuple):
-    """What one GPU sends in a step: bytes; seconds for weights and gradients; seconds within matrices, for which all wait."""
+    """What one GPU sends in a step: bytes, seconds of FSDP, and seconds of tensor parallelism, which nothing overlaps."""
 
     total_bytes: float
     fsdp_seconds: float
@@ -149,44 +186,52 @@ class CommVolume(NamedTuple):
 
 
 def comm_volume(config: ModelConfig, cluster: Cluster, layout: ParallelLayout, micro_batches: int) -> CommVolume:
-    """Weights gathered in bfloat16, forward and backward of each micro-batch (once a step where they stay whole), gradients
-    summed in float32; and of matrices that several work on, the sums after attention and feed-forward, forward and backward
-    (Shoeybi et al. 2019, section 3)."""
-    weights, gradients = 2.0 * config.parameters / layout.tp_size, 4.0 * config.parameters / layout.tp_size
-    num_gathers = 1 if layout.parallel == "data" else 2 * micro_batches
-    residual_bytes = 2 * layout.micro_batch_size * config.context_length * config.d_model  # bytes
-    num_all_reduces = config.n_layers * micro_batches * (6 if layout.activation_checkpointing else 4)
-    tensor_parallel_bytes = num_all_reduces * 2 * (layout.tp_size - 1) / layout.tp_size * residual_bytes
-    inner = cluster.gpus_per_machine // layout.tp_size if layout.parallel == "hybrid" or cluster.machines == 1 else 1
-    group = cluster.num_gpus // layout.tp_size  # processes that share the same part of each matrix
+    """The communication of a step.
+
+    bfloat16 weights are gathered in the forward and backward pass of each micro-batch, or once a step without resharding;
+    float32 gradients are reduced once. Tensor parallelism reduces activations after attention and feed-forward, in both passes
+    (Shoeybi et al. 2019, section 3).
+    """
+    tp_size, is_hsdp = layout.tp_size, layout.strategy == "hsdp"
+    weights, gradients = 2.0 * config.parameters / tp_size, 4.0 * config.parameters / tp_size
+    gathers = 1 if layout.strategy == "fsdp-no-reshard" else 2 * micro_batches
+    residual_bytes = 2 * layout.micro_batch_size * config.context_length * config.d_model
+    all_reduces = config.n_layers * micro_batches * (6 if layout.activation_checkpointing else 4)
+    tensor_parallel_bytes = all_reduces * 2 * (tp_size - 1) / tp_size * residual_bytes
+
+    group = cluster.num_gpus // tp_size  # GPUs that hold the same slices
+    inner = cluster.gpus_per_machine // tp_size if is_hsdp or cluster.machines == 1 else 1
     outer = group // inner
-    intra_node_bytes = (inner - 1) / inner * (num_gathers * weights + gradients)
+    intra_node_bytes = (inner - 1) / inner * (gathers * weights + gradients)
     inter_node_bytes = 0.0
-    if outer > 1:
-        copies = layout.parallel == "hybrid"  # the machines' gradients alone are summed, each GPU's part of them
-        inter_node_bytes = (
-            2 * (outer - 1) / outer * gradients / inner
-            if copies
-            else (group - 1) / group * (num_gathers * weights + gradients)
-        )
-    intra_node_bandwidth, inter_node_bandwidth = cluster.gpu.intra_node_bandwidth, cluster.gpu.inter_node_bandwidth
+    if outer > 1 and is_hsdp:  # machines all-reduce their shards of the gradients
+        inter_node_bytes = 2 * (outer - 1) / outer * gradients / inner
+    elif outer > 1:
+        inter_node_bytes = (group - 1) / group * (gathers * weights + gradients)
     return CommVolume(
         intra_node_bytes + inter_node_bytes + tensor_parallel_bytes,
-        intra_node_bytes / intra_node_bandwidth + inter_node_bytes / inter_node_bandwidth,
-        tensor_parallel_bytes / intra_node_bandwidth,
+        intra_node_bytes / cluster.gpu.intra_node_bandwidth + inter_node_bytes / cluster.gpu.inter_node_bandwidth,
+        tensor_parallel_bytes / cluster.gpu.intra_node_bandwidth,
     )
 
 
+# ---------------------------------------------------------------- the estimate
+
+
 def candidate_layouts(cluster: Cluster, max_micro_batch_size: int) -> Iterator[ParallelLayout]:
-    """All that come into question; `most_windows` are those of a step for one GPU."""
-    kinds = ["data", "full", *(["hybrid"] if cluster.machines > 1 else [])] if cluster.num_gpus > 1 else ["data"]
-    for tensor in (t for t in (1, 2, 4, 8) if cluster.gpus_per_machine % t == 0):
-        for recompute in (False, True):
-            for kind in kinds:
-                windows = max_micro_batch_size * tensor
-                while windows >= 1:
-                    yield ParallelLayout(kind, recompute, windows, tensor)
-                    windows //= 2
+    """All layouts worth considering; `max_micro_batch_size` is the number of windows of a step per GPU."""
+    strategies: list[ParallelStrategy] = ["fsdp-no-reshard"]
+    if cluster.num_gpus > 1:
+        strategies.append("fsdp")
+    if cluster.machines > 1 and cluster.num_gpus > 1:
+        strategies.append("hsdp")
+    for tp_size in (t for t in (1, 2, 4, 8) if cluster.gpus_per_machine % t == 0):
+        for activation_checkpointing in (False, True):
+            for strategy in strategies:
+                micro_batch_size = max_micro_batch_size * tp_size
+                while micro_batch_size >= 1:
+                    yield ParallelLayout(strategy, activation_checkpointing, micro_batch_size, tp_size)
+                    micro_batch_size //= 2
 
 
 def estimate(
@@ -197,66 +242,145 @@ def estimate(
     batch_tokens: int | None = None,
     price_per_gpu_hour: float | None = None,
 ) -> ClusterEstimate:
-    """The plan of a run, by the quickest way that memory holds.
+    """Estimate a run with the fastest layout that fits in memory.
 
     Args:
-        tokens: that the model is trained on.
-        batch_tokens: of one step; `batch_for` where not given.
-        price: of a GPU hour, in any money.
+        config: the model.
+        tokens: the training tokens.
+        cluster: the machines.
+        batch_tokens: tokens per step; None for `cluster_batch_tokens`.
+        price_per_gpu_hour: in any currency.
 
     Raises:
-        UsageError: no way fits into memory; with how many GPUs it would.
+        UsageError: no layout fits in memory; says how many machines would do.
     """
     batch = batch_tokens or cluster_batch_tokens(tokens, config.context_length, cluster.num_gpus)
-    max_micro_batch_size = max(1, batch // (config.context_length * cluster.num_gpus))
+    windows_per_gpu = max(1, batch // (config.context_length * cluster.num_gpus))
     usable_memory = USABLE_MEMORY_FRACTION * cluster.gpu.memory_bytes
-    fitting_layouts = [
-        layout
-        for layout in candidate_layouts(cluster, max_micro_batch_size)
-        if memory_per_gpu(config, cluster, layout) <= usable_memory
-    ]
-    if not fitting_layouts:
-        raise UsageError(
-            f"{config.parameters / 1e9:.3g} billion parameters do not fit: {_required_machines_message(config, cluster, usable_memory)}"
-        )
-    token_flops = flops_per_token(config)
+    layouts = candidate_layouts(cluster, windows_per_gpu)
+    fitting = [layout for layout in layouts if memory_per_gpu(config, cluster, layout) <= usable_memory]
+    if not fitting:
+        size = f"{config.parameters / 1e9:.3g} billion parameters"
+        raise UsageError(f"{size} do not fit: {_required_machines_message(config, cluster, usable_memory)}")
+    batch_flops, cluster_flops = batch * config.flops_per_token, cluster.num_gpus * cluster.gpu.peak_flops
 
-    def step_seconds_of(way: ParallelLayout, utilisation: float) -> float:
-        """Of a step: sending goes on beside computing where blocks are gathered one by one."""
-        computing = (
-            batch
-            * token_flops
-            / (cluster.num_gpus * cluster.gpu.peak_flops * utilisation)
-            * (4 / 3 if way.activation_checkpointing else 1)
-        )
-        comm = comm_volume_of(way)
-        working = computing + comm.tensor_parallel_seconds
-        return working + comm.fsdp_seconds if way.parallel == "data" else max(working, comm.fsdp_seconds)
+    def comm_of(layout: ParallelLayout) -> CommVolume:
+        return comm_volume(config, cluster, layout, -(-windows_per_gpu * layout.tp_size // layout.micro_batch_size))
 
-    def comm_volume_of(way: ParallelLayout) -> CommVolume:
-        return comm_volume(config, cluster, way, -(-max_micro_batch_size * way.tp_size // way.micro_batch_size))
+    def seconds_of(layout: ParallelLayout, mfu: float) -> float:
+        """The time of a step. Gathering block by block overlaps with computation."""
+        comm = comm_of(layout)
+        recompute = 4 / 3 if layout.activation_checkpointing else 1
+        busy = batch_flops / (cluster_flops * mfu) * recompute + comm.tensor_parallel_seconds
+        return busy + comm.fsdp_seconds if layout.strategy == "fsdp-no-reshard" else max(busy, comm.fsdp_seconds)
 
-    layout = min(fitting_layouts, key=lambda way: step_seconds_of(way, TYPICAL_MFU))
-    comm = comm_volume_of(layout)
+    layout = min(fitting, key=lambda layout: seconds_of(layout, TYPICAL_MFU))
+    comm, step_seconds = comm_of(layout), seconds_of(layout, TYPICAL_MFU)
     steps = math.ceil(tokens / batch)
-    step_seconds = step_seconds_of(layout, TYPICAL_MFU)
     gpu_hours = steps * step_seconds * cluster.num_gpus / 3600
     return ClusterEstimate(
-        parameters=config.parameters, tokens=tokens, flops=tokens * token_flops, batch_tokens=batch, steps=steps,
-        parallel=layout.parallel, tensor=layout.tp_size, recompute=layout.activation_checkpointing, memory_bytes=memory_per_gpu(config, cluster, layout),
-        sent_bytes=comm.total_bytes, sending_seconds=comm.fsdp_seconds + comm.tensor_parallel_seconds, step_seconds=step_seconds,
-        utilisation=batch * token_flops / (step_seconds * cluster.num_gpus * cluster.gpu.peak_flops), seconds=steps * step_seconds,
-        low_seconds=steps * step_seconds_of(layout, HIGH_MFU), high_seconds=steps * step_seconds_of(layout, LOW_MFU), gpu_hours=gpu_hours,
-        kilowatt_hours=gpu_hours * cluster.gpu.watts * POWER_USAGE_EFFECTIVENESS / 1000, money=None if price_per_gpu_hour is None else gpu_hours * price_per_gpu_hour,
-    )  # fmt: skip
+        parameters=config.parameters,
+        tokens=tokens,
+        flops=tokens * config.flops_per_token,
+        batch_tokens=batch,
+        steps=steps,
+        parallel=layout.strategy,
+        tensor=layout.tp_size,
+        recompute=layout.activation_checkpointing,
+        memory_bytes=memory_per_gpu(config, cluster, layout),
+        sent_bytes=comm.total_bytes,
+        sending_seconds=comm.fsdp_seconds + comm.tensor_parallel_seconds,
+        step_seconds=step_seconds,
+        utilisation=batch_flops / (step_seconds * cluster_flops),
+        seconds=steps * step_seconds,
+        low_seconds=steps * seconds_of(layout, HIGH_MFU),
+        high_seconds=steps * seconds_of(layout, LOW_MFU),
+        gpu_hours=gpu_hours,
+        kilowatt_hours=gpu_hours * cluster.gpu.watts * POWER_USAGE_EFFECTIVENESS / 1000,
+        money=None if price_per_gpu_hour is None else gpu_hours * price_per_gpu_hour,
+    )
 
 
 def _required_machines_message(config: ModelConfig, cluster: Cluster, usable_memory: float) -> str:
-    """How many machines of this kind would hold it, if any number does."""
+    layout = ParallelLayout("fsdp", True, 1, cluster.gpus_per_machine)
     machines = cluster.machines
     while machines < 2**20:
         machines *= 2
         larger = Cluster(cluster.gpu, machines, cluster.gpus_per_machine)
-        if memory_per_gpu(config, larger, ParallelLayout("full", True, 1, cluster.gpus_per_machine)) <= usable_memory:
-            return f"{machines} such machines would hold it"
-    return "one block alone is more than a GPU of this kind holds"
+        if memory_per_gpu(config, larger, layout) <= usable_memory:
+            return f"{machines} such machines would do"
+    return "a single block needs more memory than a GPU of this type has"
+
+
+# ---------------------------------------------------------------- from a recipe
+
+
+def estimate_cluster_run(
+    recipe: Recipe,
+    gpu: str,
+    *,
+    machines: int = 1,
+    gpus_per_machine: int = 8,
+    parameters: str | None = None,
+    price_per_gpu_hour: float | None = None,
+) -> dict[str, Any]:
+    """Estimate a recipe on GPUs that are known by their datasheets.
+
+    Args:
+        recipe: the recipe. Its length is one of tokens, operations and time.
+        gpu: a key of `GPU_SPECS`, in any case.
+        machines: the number of machines.
+        gpus_per_machine: the number of GPUs of each.
+        parameters: the approximate number of parameters, such as "7B". None for the recipe's size, or for the compute-optimal
+            one.
+        price_per_gpu_hour: in any currency.
+
+    Returns:
+        The estimate as JSON, with the GPUs and the model configuration.
+
+    Raises:
+        UsageError: unknown GPU, no model, or a model that does not fit.
+    """
+    if gpu.lower() not in GPU_SPECS:
+        raise UsageError(f"--gpu {gpu}: unknown; choose one of {', '.join(GPU_SPECS)}")
+    if machines < 1 or gpus_per_machine < 1:
+        raise UsageError("--machines and --gpus-per-machine must be at least 1")
+    if parameters is not None and recipe.size is not None:
+        raise UsageError("--parameters and --size exclude each other")
+    cluster = Cluster(GPU_SPECS[gpu.lower()], machines, gpus_per_machine)
+    flops = recipe.flops
+    if flops is None and recipe.tokens is None and recipe.budget is not None:
+        flops = recipe.budget * cluster.num_gpus * cluster.gpu.peak_flops * TYPICAL_MFU
+    target_parameters = None if parameters is None else float(parse_count(parameters))
+    if target_parameters is None and recipe.size is None:
+        # Compute-optimal: C = 6 N D operations with D = 20 N tokens.
+        target_parameters = (recipe.tokens or 0) / TOKENS_PER_PARAMETER
+        if flops:
+            target_parameters = math.sqrt(flops / 6 / TOKENS_PER_PARAMETER)
+        if target_parameters < 1e5:
+            raise UsageError("set the size of the model (--parameters 7B) or the length of the run (--tokens 2T)")
+    config = cluster_model_config(recipe, target_parameters)
+    tokens = recipe.tokens or (flops / config.flops_per_token if flops else TOKENS_PER_PARAMETER * config.parameters)
+    run = estimate(
+        config, tokens, cluster, batch_tokens=recipe.training.batch_tokens, price_per_gpu_hour=price_per_gpu_hour
+    )
+    gpus = {"gpu": gpu.lower(), "gpus": cluster.num_gpus, "machines": machines}
+    return {**run.to_dict(), **gpus, "model": config.to_dict()}
+
+
+def cluster_model_config(recipe: Recipe, parameters: float | None) -> ModelConfig:
+    """The model of a recipe, with about `parameters` parameters if given.
+
+    Raises:
+        UsageError: the recipe's settings are no valid model.
+    """
+    settings: dict[str, Any] = {}
+    if parameters is not None:
+        n_layers, n_heads, d_model = model_shape_for(parameters)
+        settings = {"n_layers": n_layers, "n_heads": n_heads, "d_model": d_model, "context_length": CONTEXT_LENGTH}
+    settings |= recipe.model
+    vocab_size = recipe.vocab_size or DEFAULT_VOCAB_SIZE
+    try:
+        return build_config(recipe.preset, recipe.size or "125m", vocab_size=vocab_size, **settings)
+    except ConfigError as error:
+        raise UsageError(str(error)) from error

@@ -1,7 +1,7 @@
-"""What a run will reach by its size, its tokens and its text: laws of the literature, their constants fitted to runs made
-here (`python -m benchmarks.laws`): fifty-one, on six texts and parts of three of them.
+"""A scaling law: the bits per byte that a model reaches, from its size, its training data and the difficulty of the text.
 
-Tokens are counted as the bytes that they stand for, so that one law serves every vocabulary.
+The form is from the literature. The constants were fitted to 51 runs on six texts and parts of three of them
+(`python -m benchmarks.laws`). Data is counted in bytes, so that one law holds for every vocabulary.
 """
 
 import math
@@ -12,21 +12,32 @@ from nextword.data.corpus import Corpus
 from nextword.data.dataset import TokenSource
 from nextword.data.ngrams import ORDER, ngram_bits
 
-NGRAM_SAMPLE_TOKENS = (
-    2**18
-)  # tokens that the difficulty of a text is counted in: a second's work, and most texts have them
-# What four times as many tokens gain the next time, of what they gained the last, on the texts of the fit.
+NGRAM_SAMPLE_TOKENS = 2**18  # counted in about a second
+# The gain from four times as many n-gram counts, as a fraction of the gain from the quadrupling before; from the fit's texts.
 NGRAM_GAIN_DECAY = 0.83
 
 
 @dataclass(frozen=True)
 class ScalingLaw:
-    """bits = difficulty^taste · (floor + (N₀ / N)^α + (D₀ / D′)^β + c (N / U)^γ R): Hoffmann et al. 2022, equation 2, relative
-    to how hard the text is for counting alone.
+    """bits = difficulty^δ · (L∞ + (N₀ / N)^α + (D₀ / D′)^β + c (N / U)^γ R).
 
-    D′ = U (1 + R* (1 − e^(−R / R*))) are the bytes that D, read R times beyond the first, are worth (Muennighoff et al.
-    2023, equation 5; R* is `half_life`). What the last term adds is memorised: the more, the larger a model is for its text
-    (c is `memorising`, γ `swelling`). Since the best weights are kept, R is never more than what is best.
+    Hoffmann et al. 2022, equation 2, relative to the difficulty of the text for an n-gram model. U unique bytes that are
+    repeated R times are worth D′ = U (1 + R* (1 − e^(−R / R*))) (Muennighoff et al. 2023, equation 5). The last term is
+    memorisation, which grows with the size of the model relative to the text. R is at most the number of repeats at which
+    the loss is lowest, because training keeps the best weights.
+
+    Attributes:
+        irreducible_loss: L∞.
+        parameters_scale: N₀.
+        alpha: the exponent of the number of parameters.
+        bytes_scale: D₀.
+        beta: the exponent of the training data.
+        repeat_half_life: R*.
+        difficulty_exponent: δ.
+        memorization_coefficient: c.
+        memorization_exponent: γ.
+        relative_error: half the width of the 80 % prediction interval, relative to the prediction. The error of the fit on a
+            text that it has not seen is 0.043; the rest is for the speed of the machine.
     """
 
     irreducible_loss: float = 0.642
@@ -38,116 +49,112 @@ class ScalingLaw:
     difficulty_exponent: float = 0.937
     memorization_coefficient: float = 0.00581
     memorization_exponent: float = 0.344
-    # The share within which four runs of five are expected to end: 0.043 on a text that is left out of the fit, and what a
-    # machine's speed may be off by.
     relative_error: float = 0.06
 
     @classmethod
     def fitted_fields(cls) -> list[str]:
-        """The names of what is fitted, in this order."""
+        """The names of the constants that are fitted, in order."""
         return [field.name for field in fields(cls)][:-1]
 
     def effective_data(self, repeats: float, unique_bytes: float) -> float:
-        """The unread bytes that a text of `unique` bytes is worth, read so many times beyond the first."""
+        """D′: the bytes of unique text that `unique_bytes`, repeated `repeats` times, are worth."""
         return unique_bytes * (1 + self.repeat_half_life * -math.expm1(-repeats / self.repeat_half_life))
 
     def bits_per_byte(self, parameters: float, train_bytes: float, unique_bytes: float, difficulty: float) -> float:
-        """Bits per byte of held-out text: parameters (embeddings included), bytes read in all, bytes of the text, and its
-        difficulty (see `difficulty`)."""
-        return difficulty**self.difficulty_exponent * (
-            self.irreducible_loss + sum(self.loss_terms(parameters, train_bytes, unique_bytes))
-        )
+        """The predicted validation loss in bits per byte.
+
+        Args:
+            parameters: the number of parameters, embeddings included.
+            train_bytes: the bytes trained on, repeats included.
+            unique_bytes: the bytes of the training set.
+            difficulty: bits per byte of an n-gram model, see `corpus_difficulty`.
+        """
+        terms = self.loss_terms(parameters, train_bytes, unique_bytes)
+        return difficulty**self.difficulty_exponent * (self.irreducible_loss + sum(terms))
 
     def prediction_interval(self, bits: float, uncertainty: float) -> tuple[float, float]:
-        """From where to where four runs of five end, of a text whose difficulty is in doubt by this share."""
-        spread = self.relative_error + self.difficulty_exponent * uncertainty
-        return bits * (1 - spread), bits * (1 + spread)
+        """The 80 % prediction interval around `bits`, given the relative uncertainty of the text's difficulty."""
+        error = self.relative_error + self.difficulty_exponent * uncertainty
+        return bits * (1 - error), bits * (1 + error)
 
     def loss_terms(self, parameters: float, train_bytes: float, unique_bytes: float) -> tuple[float, float, float]:
-        """What the model's size and the reading leave to be wished for, and what is memorised, as shares of the difficulty."""
+        """The terms of limited size, limited data and memorisation, relative to the difficulty."""
         repeats = self.useful_repeats(parameters, train_bytes, unique_bytes)
-        effective_bytes = train_bytes if train_bytes <= unique_bytes else self.effective_data(repeats, unique_bytes)
+        effective = train_bytes if train_bytes <= unique_bytes else self.effective_data(repeats, unique_bytes)
         by_size = (self.parameters_scale / parameters) ** self.alpha
-        return (
-            by_size,
-            (self.bytes_scale / effective_bytes) ** self.beta,
-            self.memorization_per_repeat(parameters, unique_bytes) * repeats,
-        )
+        by_data = (self.bytes_scale / effective) ** self.beta
+        return by_size, by_data, self.memorization_per_repeat(parameters, unique_bytes) * repeats
 
     def memorization_per_repeat(self, parameters: float, unique_bytes: float) -> float:
-        """What reading a text once again does harm."""
+        """The loss that each repeat of the text adds by memorisation."""
         return self.memorization_coefficient * (parameters / unique_bytes) ** self.memorization_exponent
 
+    def gain_per_repeat(self, repeats: float, unique_bytes: float) -> float:
+        """The loss that one more repeat of the text removes from the data term (its derivative)."""
+        effective = self.effective_data(repeats, unique_bytes)
+        by_data = (self.bytes_scale / effective) ** self.beta
+        return self.beta * by_data * unique_bytes * math.exp(-repeats / self.repeat_half_life) / effective
+
     def useful_repeats(self, parameters: float, train_bytes: float, unique_bytes: float) -> float:
-        """How many times beyond the first a text is read until the model is at its best, or the reading ends."""
-        low, high, memorization = (
-            0.0,
-            max(0.0, train_bytes / unique_bytes - 1),
-            self.memorization_per_repeat(parameters, unique_bytes),
-        )
+        """The repeats of the text until the loss is lowest, at most those of the run."""
+        low, high = 0.0, max(0.0, train_bytes / unique_bytes - 1)
+        memorization = self.memorization_per_repeat(parameters, unique_bytes)
         if high == 0 or self.gain_per_repeat(high, unique_bytes) >= memorization:
             return high
-        for _ in range(50):  # the gain falls: halve to where it is the harm
+        for _ in range(50):  # bisection: the gain falls monotonically
             middle = (low + high) / 2
-            low, high = (middle, high) if self.gain_per_repeat(middle, unique_bytes) > memorization else (low, middle)
+            if self.gain_per_repeat(middle, unique_bytes) > memorization:
+                low = middle
+            else:
+                high = middle
         return low
 
-    def gain_per_repeat(self, repeats: float, unique_bytes: float) -> float:
-        """How much less reading a text leaves to be wished for, for each time more."""
-        effective_bytes = self.effective_data(repeats, unique_bytes)
-        return (
-            self.beta
-            * (self.bytes_scale / effective_bytes) ** self.beta
-            * unique_bytes
-            * math.exp(-repeats / self.repeat_half_life)
-            / effective_bytes
-        )
-
     def elasticities(self, parameters: float, train_bytes: float, unique_bytes: float) -> tuple[float, float]:
-        """How much less is lost with a small share more of parameters, and of reading."""
-        by_size, by_reading, memorised = self.loss_terms(parameters, train_bytes, unique_bytes)
-        by_size = self.alpha * by_size - self.memorization_exponent * memorised
+        """The decrease of the loss terms per relative increase of the parameters, and of the training data."""
+        by_size, by_data, memorized = self.loss_terms(parameters, train_bytes, unique_bytes)
+        size_elasticity = self.alpha * by_size - self.memorization_exponent * memorized
         if train_bytes <= unique_bytes:
-            return by_size, self.beta * by_reading
-        repeats = train_bytes / unique_bytes - 1
-        return by_size, max(
-            0.0, self.gain_per_repeat(repeats, unique_bytes) - self.memorization_per_repeat(parameters, unique_bytes)
-        ) * train_bytes / unique_bytes
+            return size_elasticity, self.beta * by_data
+        gain = self.gain_per_repeat(train_bytes / unique_bytes - 1, unique_bytes)
+        gain -= self.memorization_per_repeat(parameters, unique_bytes)
+        return size_elasticity, max(0.0, gain) * train_bytes / unique_bytes
 
 
 class NgramDifficulty(NamedTuple):
-    """Bits for trigrams, and the share that these may be off by, since they were not counted in enough of a text."""
+    """The loss of an n-gram model in bits, and its relative uncertainty if it is extrapolated from a short text."""
 
     bits: float
     uncertainty: float = 0.0
 
 
 def corpus_difficulty(corpus: Corpus) -> NgramDifficulty:
-    """Per byte of a corpus's held-out text, for trigrams counted in a part of it; of characters, for as many as have nine
-    bytes, about what three tokens of a vocabulary have."""
-    order, train = ORDER, corpus.train
+    """The bits per byte of an n-gram model on the validation set.
+
+    Trigrams; for a character tokenizer n-grams of about nine bytes, the length of a typical token trigram.
+    """
+    order, train, validation = ORDER, corpus.train, corpus.validation
     if corpus.tokenizer.kind == "char":
         order = max(ORDER, round(9 * train.tokens / max(1, train.bytes)))
-    per_token = ngram_difficulty(
-        corpus.tokens("train"), corpus.tokens("validation"), corpus.tokenizer.vocab_size, order
-    )
-    return per_token._replace(bits=per_token.bits * corpus.validation.tokens / max(1, corpus.validation.bytes))
+    tokens = corpus.tokens("train"), corpus.tokens("validation")
+    per_token = ngram_difficulty(*tokens, corpus.tokenizer.vocab_size, order)
+    return per_token._replace(bits=per_token.bits * validation.tokens / max(1, validation.bytes))
 
 
 def ngram_difficulty(
     train: TokenSource, validation: TokenSource, vocab_size: int, order: int = ORDER
 ) -> NgramDifficulty:
-    """Per token, for runs of `order` tokens counted in `COUNTED` tokens. Of a shorter text, what it would be were it so long:
-    by what its last three quarters gained, and half of that in doubt. For a text is not the harder for being short, and what
-    its length means for a model is in the law by itself."""
+    """The bits per token of an n-gram model that is counted in `NGRAM_SAMPLE_TOKENS` tokens.
+
+    For a shorter text this is extrapolated from the gain of its last three quarters, since the law accounts for the size of
+    the training set by itself. Half of the extrapolated gain is the uncertainty.
+    """
     bits = ngram_bits(train, validation, vocab_size, max_tokens=NGRAM_SAMPLE_TOKENS, order=order)
     if len(train) >= NGRAM_SAMPLE_TOKENS or len(train) < 4:
         return NgramDifficulty(bits)
     bits_on_quarter = ngram_bits(train, validation, vocab_size, max_tokens=len(train) // 4, order=order)
     gain = max(0.0, bits_on_quarter - bits)
     quadruplings = math.log(NGRAM_SAMPLE_TOKENS / len(train), 4)
-    remaining_gain = (
-        NGRAM_GAIN_DECAY * (1 - NGRAM_GAIN_DECAY**quadruplings) / (1 - NGRAM_GAIN_DECAY)
-    )  # SLOWING + SLOWING² + … , `times` of them
-    extrapolated = max(bits / 2, bits - gain * remaining_gain)
+    decay = NGRAM_GAIN_DECAY
+    remaining_gain = gain * decay * (1 - decay**quadruplings) / (1 - decay)  # geometric series
+    extrapolated = max(bits / 2, bits - remaining_gain)
     return NgramDifficulty(extrapolated, (bits - extrapolated) / 2 / extrapolated)

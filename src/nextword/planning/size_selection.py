@@ -1,10 +1,10 @@
-"""From the time there is and the text there is to the size of a model, and what it will reach.
+"""The choice of a model size from the length of the run and the text.
 
-Pure: the law says what a size reaches on so many bytes, the machine is asked how fast it takes a size through them.
+Pure functions: the scaling law predicts the loss of each size, and a `ThroughputEstimator` measures its speed.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -13,16 +13,23 @@ from nextword.model.config import ModelConfig
 from nextword.planning.scaling_law import ScalingLaw
 
 DEFAULT_LAW = ScalingLaw()
-MIN_GAIN = 0.003  # a larger size is taken where it promises so much less loss, as a share
-# What a run takes for each second that the trial's steps would: looks at held-out text, samples and checkpoints add some
-# seven hundredths, and steps that go on for long are an eighth slower than the fastest of a trial.
+MIN_GAIN = 0.003  # the relative decrease of the loss for which a larger size is chosen
+# The time of a run relative to its benchmarked steps: evaluations, samples and checkpoints add 7 %, and steps of a long run
+# take an eighth longer than the fastest one of a benchmark.
 TRAINING_OVERHEAD = 1.2
-MAX_BENCHMARKED_SIZES = 4  # sizes that the machine is asked about at most
+MAX_BENCHMARKED_SIZES = 4
 
 
 class CorpusStats(NamedTuple):
-    """What a plan knows of a text: the tokens to learn from and the bytes they stand for, bits per byte for trigrams, the
-    tokens that are held out, and the share that the difficulty may be off by."""
+    """What the size selection knows of a text.
+
+    Attributes:
+        tokens: tokens of the training set.
+        bytes: bytes of the training set.
+        difficulty: bits per byte of an n-gram model.
+        validation_tokens: tokens of the validation set.
+        uncertainty: the relative uncertainty of `difficulty`.
+    """
 
     tokens: int
     bytes: int
@@ -32,23 +39,25 @@ class CorpusStats(NamedTuple):
 
 
 class BenchmarkResult(NamedTuple):
-    """How a machine trains one size: seconds a token, bytes of memory."""
+    """The training speed in seconds per token, and the peak memory in bytes, of a model on a machine."""
 
     seconds_per_token: float
     memory_bytes: int
 
 
 class ThroughputEstimator(Protocol):
-    matmul_flops: float  # floating-point operations a second, in a product of matrices
+    """A machine. `matmul_flops` is its rate of floating-point operations per second in matrix products."""
+
+    matmul_flops: float
 
     def measure(self, config: ModelConfig, batch_tokens: int) -> BenchmarkResult:
-        """Measured on real steps."""
+        """Measure a model with batches of `batch_tokens` tokens."""
         ...
 
 
 @dataclass(frozen=True)
 class RunLength:
-    """How long a run is: exactly one of seconds (from the first step to the end), tokens, and floating-point operations."""
+    """The length of a run: exactly one of seconds of training, tokens, and floating-point operations."""
 
     seconds: float | None = None
     tokens: float | None = None
@@ -56,21 +65,43 @@ class RunLength:
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in asdict(self).values()) != 1:
-            raise UsageError("say how long the run is to be: by its time, its tokens or its operations")
+            raise UsageError("set the length of the run by exactly one of time, tokens and floating-point operations")
 
     def num_tokens(self, config: ModelConfig, seconds_per_token: float, validation_tokens: int) -> float:
-        """Tokens that are trained on in a run of this length, where one takes so many seconds. At its end the model reads all
-        that was held out, at a third of the cost, which takes a third of the time at most."""
+        """The number of training tokens.
+
+        The evaluation on the whole validation set at the end costs a third of a training step per token, and takes at most a
+        third of the time.
+        """
         if self.seconds is not None:
             tokens = self.seconds / seconds_per_token
             return max(tokens - 0.37 * validation_tokens, tokens * 2 / 3) / TRAINING_OVERHEAD
-        return self.tokens if self.tokens is not None else (self.flops or 0.0) / flops_per_token(config)
+        return self.tokens if self.tokens is not None else (self.flops or 0.0) / config.flops_per_token
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a run would be, and why. Seconds are the training's; bits per byte are of held-out text, with the interval in which
-    four runs of five end."""
+    """The plan of a run and its prediction. Serialised in run.json and printed by `nextword plan --json`.
+
+    Attributes:
+        size: the name of the model size.
+        model: the model configuration.
+        parameters: the number of parameters.
+        batch_tokens: tokens per step.
+        lr: the peak learning rate.
+        dropout: the dropout probability.
+        tokens: the number of training tokens, repeats included.
+        epochs: passes over the training set.
+        steps: the number of steps.
+        seconds: the training time.
+        seconds_per_token: the benchmarked speed.
+        memory_bytes: the expected peak memory.
+        flops: the floating-point operations of the training.
+        bits_per_byte: the predicted validation loss.
+        low: the lower end of the 80 % prediction interval.
+        high: its upper end.
+        why: the reasons for the choice, a sentence each.
+    """
 
     size: str
     model: dict[str, Any]
@@ -91,39 +122,40 @@ class TrainingPlan:
     why: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON."""
         return asdict(self)
 
     def summary_lines(self) -> list[str]:
-        """What was chosen and why, and what is expected, a line each."""
-        expected = f"expected: {self.bits_per_byte:.3f} bits/byte, four times in five {self.low:.3f} to {self.high:.3f}"
-        return [*self.why, expected]
+        """The choice, its reasons and the prediction, as lines of text."""
+        interval = f"80 % prediction interval {self.low:.3f} to {self.high:.3f}"
+        return [*self.why, f"expected: {self.bits_per_byte:.3f} bits/byte ({interval})"]
 
 
-def flops_per_token(config: ModelConfig) -> float:
-    """Floating-point operations of one token in training: six for each number of a matrix (Kaplan et al. 2020, section 2.1),
-    and attention's own products over half a window."""
-    embedding_parameters = 0 if config.tied else config.vocab_size * config.d_model
-    embedding_parameters += config.context_length * config.d_model if config.positions == "learned" else 0
-    attention = 6 * config.n_layers * config.n_heads * config.head_dim * config.context_length
-    return 6.0 * (config.parameters - embedding_parameters) + attention
+# ---------------------------------------------------------------- defaults
 
 
 def default_batch_tokens(tokens: float) -> int:
-    """Tokens of a step: some 1,500 steps, as far as the batch stays between what uses a machine and what still helps."""
+    """Tokens per step: a power of two that gives about 1,500 steps, at least 2,048 and at most 524,288."""
     return 2 ** max(11, min(19, round(math.log2(max(1.0, tokens / 1500)))))
 
 
 def default_peak_lr(width: int, batch_tokens: int, optimizer: str = "muon") -> float:
-    """The peak learning rate: falling with the width (Yang et al. 2022, "Tensor programs V", table 8), rising with the root of
-    the batch (Malladi et al. 2022), and a quarter of Muon's for AdamW. Where the best one lay at widths of 64, 128 and 192, in
-    batches of 2,048 and 8,192 tokens, docs/experiments.md tells; beyond these batches it stays."""
+    """The peak learning rate.
+
+    It falls with the width (Yang et al. 2022, "Tensor Programs V", table 8) and rises with the square root of the batch
+    (Malladi et al. 2022) within the batches that were tried: docs/experiments.md has the best rates at widths of 64, 128 and
+    192 with batches of 2,048 and 8,192 tokens. AdamW's is a quarter of Muon's.
+    """
     lr = 0.75 / max(64, width) * math.sqrt(min(8192, max(2048, batch_tokens)) / 2048)
     return lr if optimizer == "muon" else lr / 4
 
 
 def default_dropout(epochs: float) -> float:
-    """Nothing for a text that is read a few times; more, the more often."""
+    """The dropout probability, which grows with the number of passes over the text."""
     return 0.0 if epochs < 4 else 0.1 if epochs < 16 else 0.2
+
+
+# ---------------------------------------------------------------- selection
 
 
 def select_size(
@@ -137,106 +169,108 @@ def select_size(
     optimizer: str = "muon",
     law: ScalingLaw = DEFAULT_LAW,
 ) -> TrainingPlan:
-    """The size out of `sizes`, in their order from small to large, that promises the least loss in this length; with one
-    size alone, what that will reach.
+    """Choose the size with the lowest predicted loss for a run of a given length.
 
-    Of a time or a number of operations the law of the loss gives each size its share (Hoffmann et al. 2022, section 3.3). Of a
-    number of tokens alone the largest size would always be best; taken is the one that would be best for as many operations.
-    The machine is asked about the sizes that come into question, a few at most.
+    For a given time or number of operations the scaling law weighs size against data (Hoffmann et al. 2022, section 3.3). For a
+    given number of tokens the largest size would always win; the one that is compute-optimal for those tokens is chosen. Only
+    a few sizes are benchmarked; the speed of the others is extrapolated.
 
     Args:
-        batch: tokens of a step, where they are said already.
-        lr: the peak learning rate, where it is; else it is that of the optimizer.
+        corpus_stats: the text.
+        run_length: the length of the run.
+        candidates: model configurations by size, from small to large. With a single one its prediction is returned.
+        benchmark: measures the speed of a size.
+        batch_tokens: tokens per step; None to choose.
+        lr: the peak learning rate; None to choose.
+        optimizer: "muon" or "adamw".
+        law: the scaling law.
     """
     measured: dict[str, BenchmarkResult] = {}
 
     def seconds_per_token(size: str) -> float:
-        """Of one token: as measured, or by its operations and the pace of the nearest size that was measured."""
         if size in measured:
             return measured[size].seconds_per_token
-        own = flops_per_token(candidates[size])
+        flops = candidates[size].flops_per_token
         if not measured:
-            return 2 * own / benchmark.matmul_flops  # half of a product's rate is what a step reaches
-        nearest = min(measured, key=lambda other: abs(math.log(flops_per_token(candidates[other]) / own)))
-        return measured[nearest].seconds_per_token * own / flops_per_token(candidates[nearest])
+            return 2 * flops / benchmark.matmul_flops  # training reaches about half of the rate of matrix products
+        nearest = min(measured, key=lambda other: abs(math.log(candidates[other].flops_per_token / flops)))
+        return measured[nearest].seconds_per_token * flops / candidates[nearest].flops_per_token
 
-    def forecast(size: str) -> tuple[float, float]:
-        tokens = max(
-            1.0, run_length.num_tokens(candidates[size], seconds_per_token(size), corpus_stats.validation_tokens)
-        )
-        return tokens, law.bits_per_byte(
-            candidates[size].parameters,
-            tokens * corpus_stats.bytes / corpus_stats.tokens,
-            corpus_stats.bytes,
-            corpus_stats.difficulty,
-        )
+    def predict(size: str) -> tuple[float, float]:
+        """Training tokens and bits per byte."""
+        config = candidates[size]
+        tokens = max(1.0, run_length.num_tokens(config, seconds_per_token(size), corpus_stats.validation_tokens))
+        train_bytes = tokens * corpus_stats.bytes / corpus_stats.tokens
+        bits = law.bits_per_byte(config.parameters, train_bytes, corpus_stats.bytes, corpus_stats.difficulty)
+        return tokens, bits
 
     while True:
-        best = (
-            _compute_optimal_size(corpus_stats, run_length.tokens, candidates, law)
-            if run_length.tokens
-            else _lowest_loss_size(candidates, forecast)
-        )
+        if run_length.tokens is not None:
+            best = _compute_optimal_size(corpus_stats, run_length.tokens, candidates, law)
+        else:
+            best = _lowest_loss_size(candidates, lambda size: predict(size)[1])
         if best in measured:
             break
         if len(measured) == MAX_BENCHMARKED_SIZES:
-            best = min(measured, key=lambda size: forecast(size)[1])
+            best = min(measured, key=lambda size: predict(size)[1])
             break
-        tokens = forecast(best)[0]
-        measured[best] = benchmark.measure(candidates[best], batch_tokens or default_batch_tokens(tokens))
-    tokens, bits = forecast(best)
+        measured[best] = benchmark.measure(candidates[best], batch_tokens or default_batch_tokens(predict(best)[0]))
+
+    config, result, (tokens, bits) = candidates[best], measured[best], predict(best)
     batch_tokens = batch_tokens or default_batch_tokens(tokens)
-    lr = lr or default_peak_lr(candidates[best].d_model, batch_tokens, optimizer)
-    return _build_plan(
-        best, candidates[best], tokens, bits, corpus_stats, run_length, measured[best], batch_tokens, lr, law
+    lr = lr or default_peak_lr(config.d_model, batch_tokens, optimizer)
+    epochs = tokens / max(1, corpus_stats.tokens)
+    dropout = default_dropout(epochs)
+    low, high = law.prediction_interval(bits, corpus_stats.uncertainty)
+    why = [
+        f"size {best}: {config.parameters / 1e6:.2g} million parameters for {tokens / 1e6:.2g} million tokens, "
+        f"{1 / result.seconds_per_token:,.0f} tokens/s on this machine",
+        f"batch of {batch_tokens:,} tokens, learning rate {lr:.2g}",
+    ]
+    if epochs > 1.05:
+        effective_epochs = law.effective_data(epochs - 1, corpus_stats.bytes) / corpus_stats.bytes
+        why.append(f"{epochs:.1f} epochs, worth {effective_epochs:.1f} times as much unique text")
+    if dropout:
+        why.append(f"dropout {dropout}, because of the many epochs")
+    training_seconds = tokens * result.seconds_per_token * TRAINING_OVERHEAD
+    return TrainingPlan(
+        size=best,
+        model=config.to_dict(),
+        parameters=config.parameters,
+        batch_tokens=batch_tokens,
+        lr=lr,
+        dropout=dropout,
+        tokens=round(tokens),
+        epochs=epochs,
+        steps=max(1, round(tokens / batch_tokens)),
+        seconds=training_seconds if run_length.seconds is None else run_length.seconds,
+        seconds_per_token=result.seconds_per_token,
+        memory_bytes=result.memory_bytes,
+        flops=tokens * config.flops_per_token,
+        bits_per_byte=bits,
+        low=low,
+        high=high,
+        why=tuple(why),
     )
 
 
-def _lowest_loss_size(candidates: Mapping[str, ModelConfig], forecast: Any) -> str:
-    best, least = "", math.inf
+def _lowest_loss_size(candidates: Mapping[str, ModelConfig], bits_of: Callable[[str], float]) -> str:
+    """The size with the lowest loss; a larger one only if it gains at least `MIN_GAIN`."""
+    best, lowest = "", math.inf
     for size in candidates:
-        bits = forecast(size)[1]
-        if bits < (1 - MIN_GAIN) * least:
-            best, least = size, bits
+        bits = bits_of(size)
+        if bits < (1 - MIN_GAIN) * lowest:
+            best, lowest = size, bits
     return best
 
 
 def _compute_optimal_size(
     corpus_stats: CorpusStats, tokens: float, candidates: Mapping[str, ModelConfig], law: ScalingLaw
 ) -> str:
-    """The largest size to which a few more parameters still give more than as many more tokens would."""
+    """The largest size for which more parameters still gain at least as much as equally more data."""
     best, train_bytes = next(iter(candidates)), tokens * corpus_stats.bytes / corpus_stats.tokens
     for size, config in candidates.items():
-        by_size, by_reading = law.elasticities(config.parameters, train_bytes, corpus_stats.bytes)
-        if by_size >= by_reading:
+        by_size, by_data = law.elasticities(config.parameters, train_bytes, corpus_stats.bytes)
+        if by_size >= by_data:
             best = size
     return best
-
-
-def _build_plan(
-    size: str, config: ModelConfig, tokens: float, bits: float, corpus_stats: CorpusStats, run_length: RunLength, measurement: BenchmarkResult, batch_tokens: int, lr: float,
-    law: ScalingLaw,
-) -> TrainingPlan:  # fmt: skip
-    epochs, (low, high) = tokens / max(1, corpus_stats.tokens), law.prediction_interval(bits, corpus_stats.uncertainty)
-    dropout, effective_epochs = (
-        default_dropout(epochs),
-        law.effective_data(max(0.0, epochs - 1), corpus_stats.bytes) / corpus_stats.bytes,
-    )
-    why = [
-        f"size {size}: {config.parameters / 1e6:.2g} million parameters for {tokens / 1e6:.2g} million tokens, "
-        f"{1 / measurement.seconds_per_token:,.0f} tokens/s on this machine"
-    ]
-    why.append(f"batches of {batch_tokens:,} tokens, learning rate {lr:.2g}")
-    if epochs > 1.05:
-        why.append(
-            f"the text is read {epochs:.1f} times, which is worth {effective_epochs:.1f} times as much text read once"
-        )
-    if dropout:
-        why.append(f"dropout {dropout}, since the text is read so often")
-    return TrainingPlan(
-        size=size, model=config.to_dict(), parameters=config.parameters, batch_tokens=batch_tokens, lr=lr, dropout=dropout,
-        tokens=round(tokens), epochs=epochs, steps=max(1, round(tokens / batch_tokens)),
-        seconds=run_length.seconds if run_length.seconds is not None else tokens * measurement.seconds_per_token * TRAINING_OVERHEAD,
-        seconds_per_token=measurement.seconds_per_token, memory_bytes=measurement.memory_bytes, flops=tokens * flops_per_token(config), bits_per_byte=bits,
-        low=low, high=high, why=tuple(why),
-    )  # fmt: skip

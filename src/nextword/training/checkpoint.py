@@ -1,13 +1,13 @@
-"""Checkpoints: the step, the weights and the optimizer's state, sealed under SHA-256, no pickle.
+"""Asynchronous checkpoints: step, weights and optimizer state as safetensors and JSON under a SHA-256 manifest, no pickle.
 
-A checkpoint is written aside, sealed, moved into place, and only then named by `latest`; only then is an older one removed,
-and two are kept. So a crash at any moment leaves a whole one. A thread writes it, from a copy, while training goes on; each
-process of a run writes what it keeps of the weights.
+A background thread writes a checkpoint from a copy in memory while training continues. It writes to a hidden directory, adds
+the manifest, renames the directory, updates `latest`, and only then removes the oldest checkpoint, so that a crash at any
+moment leaves a complete one. Two are kept.
 
-Where there are several parts, they are those of PyTorch's own distributed checkpoints in safetensors
-(`torch.distributed.checkpoint`, HuggingFaceStorageWriter): a part's header says where each of its tensors begins in the whole
-one. That package reads them, in any number of processes. It does not write them: its writer sends pickles between processes,
-talks in its thread while the steps do the same, and all that it wrote would be read again to be hashed.
+In a distributed run each process writes its own shards. The files are those of `torch.distributed.checkpoint` with
+HuggingFaceStorageWriter: the header of a shard has the offsets of its tensors in the whole ones. PyTorch's reader loads them in
+any number of processes. Its writer is not used: it sends pickles between processes, its thread runs collectives at the same
+time as the training steps, and hashing would read every file again.
 """
 
 import hashlib
@@ -15,11 +15,12 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,128 +38,150 @@ from nextword.common.fs import (
 )
 from nextword.model.hf import load_shards
 from nextword.training.distributed import SINGLE_PROCESS, DistContext
-from nextword.training.parallel import is_shard_owner, local_slices, to_local
+from nextword.training.parallel import is_dtensor, is_shard_owner, local_slices, to_local
 
 MAX_TO_KEEP = 2
-SAVE_INTERVAL_SECONDS = 60.0  # from one save to the next, by the clock
-MIN_INTERVAL_PER_SAVE_COST = 40.0  # and at least so many times what a save takes from the steps
+SAVE_INTERVAL_SECONDS = 60.0
+MIN_INTERVAL_PER_SAVE_COST = 40.0  # a save that delays training by a second is followed by 40 seconds without one
 SAFETENSORS_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
-}  # fmt: skip
-
-TensorShard = tuple[tuple[int, ...], Tensor]  # where in a tensor a part of it begins, in each dimension, and the part
-FileHashes = dict[str, dict[str, Any]]  # of each file its size and SHA-256
-
-
-# ---------------------------------------------------------------- one process's part
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+}
 
 
-def copy_shards_to_cpu(tensors: Mapping[str, Tensor], world: DistContext = SINGLE_PROCESS) -> dict[str, TensorShard]:
-    """A copy, in the machine's memory, of what this process has to write; no later step changes it.
+class TensorShard(NamedTuple):
+    """A part of a tensor in CPU memory, and where it starts in the whole tensor, in each dimension."""
 
-    Of a weight that is shared, those are its own numbers; of several equal copies, the first is written. What every process
-    has as a whole goes into the first part.
-    """
+    offsets: tuple[int, ...]
+    data: Tensor
+
+
+class FileHash(NamedTuple):
+    """An entry of a manifest, and the CPU time that hashing took."""
+
+    entry: dict[str, Any]  # {"bytes": size, "sha256": hash}
+    cpu_seconds: float
+
+
+# ---------------------------------------------------------------- the shards of one process
+
+
+def copy_shards_to_cpu(tensors: Mapping[str, Tensor], ctx: DistContext = SINGLE_PROCESS) -> dict[str, TensorShard]:
+    """A copy of what this process has to write: its shards, unless an equal copy on an earlier rank is written instead."""
     shards = {}
     for name, tensor in tensors.items():
         local = to_local(tensor.detach())
-        if local.numel() and is_shard_owner(tensor, world):
-            offsets = tuple(one.start for one in local_slices(tensor, world))
-            shards[name] = offsets, local.to("cpu", copy=True).contiguous()
+        if local.numel() and is_shard_owner(tensor, ctx):
+            offsets = tuple(s.start for s in local_slices(tensor, ctx))
+            shards[name] = TensorShard(offsets, local.to("cpu", copy=True).contiguous())
     return shards
 
 
-def write_safetensors(
-    path: Path, tensors: Mapping[str, TensorShard], hash_executor: Executor
-) -> Future[tuple[dict[str, Any], float]]:
-    """Write a safetensors file, and return when it is on the disk; what is to come is what `digest` says of it.
+def write_safetensors(path: Path, shards: Mapping[str, TensorShard], hash_executor: Executor) -> Future[FileHash]:
+    """Write a safetensors file and flush it to disk.
 
-    The format has the length of a header in 8 bytes, the header in JSON, padded with spaces, and the tensors without a gap,
-    those of the widest numbers first. The same memory is hashed `beside`, while this file is written and the next one.
+    The format: the length of the header in 8 bytes, the header in JSON padded with spaces, and the tensors without gaps, the
+    widest data types first.
+
+    Args:
+        path: the file to write.
+        shards: the tensors by name.
+        hash_executor: runs the hash of the same memory, while this file and the next one are written.
+
+    Returns:
+        The future hash of the file.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))
-    offsets_by_name = {name: {"saved_offsets": begins} for name, (begins, _) in tensors.items()}
-    metadata = {"format": "pt", "DCP_SHARDING_INFO": json.dumps({name: offsets_by_name[name] for name in names})}
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end_offset = 0
+    names = sorted(shards, key=lambda name: (-shards[name].data.itemsize, name))
+    sharding = {name: {"saved_offsets": shards[name].offsets} for name in names}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "DCP_SHARDING_INFO": json.dumps(sharding)}}
+    end = 0
     for name in names:
-        tensor = tensors[name][1]
-        begin, end_offset = end_offset, end_offset + tensor.nbytes
-        header[name] = {
-            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end_offset],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    buffers = [memoryview(len(text).to_bytes(8, "little") + text)]
-    buffers += [tensors[name][1].reshape(-1).view(torch.uint8).numpy().data for name in names]
-    pending_hash = hash_executor.submit(hash_buffers, buffers)
+        data = shards[name].data
+        start, end = end, end + data.nbytes
+        dtype = SAFETENSORS_DTYPES[data.dtype]
+        header[name] = {"dtype": dtype, "shape": list(data.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    buffers = [memoryview(len(encoded).to_bytes(8, "little") + encoded)]
+    buffers += [shards[name].data.reshape(-1).view(torch.uint8).numpy().data for name in names]
+    file_hash = hash_executor.submit(hash_buffers, buffers)
     with map_disk_errors(path), path.open("wb") as file:
-        for block in buffers:
-            file.write(block)
+        for buffer in buffers:
+            file.write(buffer)
         file.flush()
         fsync_path(path)
-    return pending_hash
+    return file_hash
 
 
-def hash_buffers(buffers: list[memoryview]) -> tuple[dict[str, Any], float]:
-    """Size and SHA-256 of blocks of memory in a row, and the seconds of the processor that the hash took."""
-    begin, found = time.thread_time(), hashlib.sha256()
-    for block in buffers:
-        found.update(block)
-    return {"bytes": sum(map(len, buffers)), "sha256": found.hexdigest()}, time.thread_time() - begin
+def hash_buffers(buffers: list[memoryview]) -> FileHash:
+    """The size and SHA-256 of a file that consists of these buffers."""
+    start, digest = time.thread_time(), hashlib.sha256()
+    for buffer in buffers:
+        digest.update(buffer)
+    return FileHash({"bytes": sum(map(len, buffers)), "sha256": digest.hexdigest()}, time.thread_time() - start)
 
 
-# ---------------------------------------------------------------- a save
+# ---------------------------------------------------------------- saving
+
+
+@dataclass(frozen=True)
+class _UncommittedSave:
+    """A save whose shards are complete on this process, and perhaps not yet on the others."""
+
+    step: int
+    metadata: dict[str, Any]
 
 
 class AsyncCheckpointer:
-    """Saves of a run, one at a time, written while its steps go on; and in each process of a run one of these.
+    """Writes checkpoints in the background, one at a time. Every process of a run has one.
 
-    The processes compare their `stage` after every step, which they do anyway to stop together, and tell it to `go_on`: once
-    all have their part on the disk, the leader's thread seals the checkpoint and moves it into place.
+    After each step the processes take the maximum of their `status` and pass it to `advance`. Once all of them have written
+    their shards, the main process commits the checkpoint: manifest, rename, `latest`.
 
     Args:
-        every: steps from one save to the next; by the clock where None.
+        run: the run directory.
+        ctx: the processes.
+        save_every: steps between two saves; None to save by the clock.
 
     Attributes:
-        cost: the seconds that the last save took from the steps: those that they waited, and the processor's in its threads.
-        late: whether a save was due and has not begun.
-        sealed: the checkpoint that was finished last, for who leads.
+        overhead_seconds: what the last save cost training: the time that it waited, and the CPU time of the threads.
+        overdue: whether a save is due and has not started. Only on the main process.
+        last_committed: the latest complete checkpoint. Only on the main process.
     """
 
-    def __init__(self, run: Path, world: DistContext = SINGLE_PROCESS, save_every: int | None = None):
-        self.directory, self.world, self.save_every, self.overhead_seconds = run / "checkpoints", world, save_every, 0.0
-        self.last_save_time, self.overdue = time.monotonic(), False
-        self.executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self.pending_write: Future[None] | None = None  # of the last save, until it was waited for
-        self.uncommitted: tuple[int, dict[str, Any]] | None = None  # step and facts of parts that wait for the others
-        self.file_hashes: FileHashes = {}
+    def __init__(self, run: Path, ctx: DistContext = SINGLE_PROCESS, save_every: int | None = None):
+        self.directory, self.ctx, self.save_every = run / "checkpoints", ctx, save_every
+        self.overhead_seconds, self.last_save_time = 0.0, time.monotonic()
+        self.overdue = False
         self.last_committed: Path | None = None
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending_write: Future[None] | None = None
+        self.uncommitted: _UncommittedSave | None = None
+        self.file_hashes: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> "AsyncCheckpointer":
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let this process's own work come to its end; nobody waits for a process that may be gone."""
+        """Finish the writes of this process. Do not wait for other processes: they may be gone."""
         self.executor.shutdown()
 
     def should_save(self, step: int) -> bool:
-        """Whether the state after `step` steps is to be saved, which is the leader's to say. What is due and is put off remains
-        so until a save begins or the run turns back."""
+        """Whether to save the state after `step` steps. True until a save starts; always False on worker ranks."""
         if self.save_every is not None:
             due = step % self.save_every == 0
-        else:  # while one is under way its cost is not known yet
-            due = self.status == 0 and time.monotonic() - self.last_save_time > max(
-                SAVE_INTERVAL_SECONDS, MIN_INTERVAL_PER_SAVE_COST * self.overhead_seconds
-            )
-        self.overdue = self.world.is_main and (self.overdue or due)
+        else:  # the cost of a save in progress is not known yet
+            interval = max(SAVE_INTERVAL_SECONDS, MIN_INTERVAL_PER_SAVE_COST * self.overhead_seconds)
+            due = self.status == 0 and time.monotonic() - self.last_save_time > interval
+        self.overdue = self.ctx.is_main and (self.overdue or due)
         return self.overdue
 
     @property
     def status(self) -> int:
-        """0: nothing is under way here; 1: something is; above: it failed, with the exit code that is one less."""
+        """0: idle. 1: writing. Above: failed, with the exit code `status` - 1."""
         if self.pending_write is None or not self.pending_write.done():
             return int(self.pending_write is not None)
         error = self.pending_write.exception()
@@ -167,133 +190,148 @@ class AsyncCheckpointer:
     def save_async(
         self, step: int, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor], metadata: dict[str, Any]
     ) -> None:
-        """Save the state after `step` steps; return when it is copied, and an earlier save is done.
+        """Start to save the state after `step` steps. Returns once the earlier save is complete and the tensors are copied.
+
+        Args:
+            step: the number of finished steps.
+            weights: the model's parameters by name.
+            optimizer_state: `Optimizer.state_tensors()`.
+            metadata: anything else that a resume needs, as JSON.
 
         Raises:
-            NextwordError: the earlier save failed; the same error as there.
+            NextwordError: the earlier save failed.
         """
         self.wait()
-        begin = time.perf_counter()
-        tensors_by_kind = {
-            "weights": copy_shards_to_cpu(weights, self.world),
-            "optimizer": copy_shards_to_cpu(optimizer_state, self.world),
+        start = time.perf_counter()
+        shards_by_kind = {
+            "weights": copy_shards_to_cpu(weights, self.ctx),
+            "optimizer": copy_shards_to_cpu(optimizer_state, self.ctx),
         }
-        self.overhead_seconds, self.last_save_time = time.perf_counter() - begin, time.monotonic()
-        self.pending_write = self.executor.submit(self._write_shards, step, tensors_by_kind, metadata)
-        if self.world.world_size > 1:
-            self.uncommitted = step, metadata
+        self.overhead_seconds, self.last_save_time = time.perf_counter() - start, time.monotonic()
+        self.pending_write = self.executor.submit(self._write_shards, step, shards_by_kind, metadata)
+        if self.ctx.world_size > 1:
+            self.uncommitted = _UncommittedSave(step, metadata)
 
     def advance(self, status: int) -> None:
-        """The latest stage of any process is known now: seal what all have written, or raise what went wrong."""
+        """Commit a checkpoint whose shards are complete, given the maximum `status` of all processes.
+
+        Raises:
+            NextwordError: a process failed to write its shards. Its own error is raised on that process.
+        """
         if status > 1:
-            work, self.pending_write, self.uncommitted = self.pending_write, None, None
-            if work is not None and work.done():
-                work.result()
-            error = NextwordError("another process could not write its part of a checkpoint, and says why")
+            failed, self.pending_write, self.uncommitted = self.pending_write, None, None
+            if failed is not None and failed.done():
+                failed.result()
+            error = NextwordError("another process could not write its shards of a checkpoint; see its own message")
             error.exit_code = status - 1
             raise error
         if status == 0 and self.uncommitted is not None:
-            if self.world.is_main:
-                self.pending_write = self.executor.submit(self._commit, *self.uncommitted)
-            self.uncommitted = None
+            save, self.uncommitted = self.uncommitted, None
+            if self.ctx.is_main:
+                self.pending_write = self.executor.submit(self._commit, save.step, save.metadata)
 
     def wait(self) -> None:
-        """Until the last save is in its place, and `latest` names it; nothing is late then. All processes wait together.
+        """Wait until the last save is committed. All processes call this together.
 
         Raises:
-            NextwordError: that save failed, here or in another process.
+            NextwordError: the save failed, here or in another process.
         """
         self.overdue = False
-        for _ in range(2 if self.world.world_size > 1 else 1):  # for the parts, then for the seal
+        for _ in range(2 if self.ctx.world_size > 1 else 1):  # first the shards, then the commit
             if self.pending_write is None:
                 return
             wait_for([self.pending_write])
-            self.advance(int(self.world.all_reduce_max([self.status])[0]))
+            self.advance(int(self.ctx.all_reduce_max([self.status])[0]))
         if self.pending_write is not None:
             wait_for([self.pending_write])
         self.pending_write = None
 
-    # ------------------------------------------------------------ in the thread
+    # ------------------------------------------------------------ in the background thread
 
     def _partial_path(self, step: int) -> Path:
         return self.directory / f".{checkpoint_name(step)}.partial"
 
+    def _shard_suffix(self, index: int) -> str:
+        count = self.ctx.shard_count
+        return f"-{index + 1:05d}-of-{count:05d}" if count > 1 else ""
+
     def _write_shards(
-        self, step: int, tensors_by_kind: dict[str, dict[str, TensorShard]], metadata: dict[str, Any]
+        self, step: int, shards_by_kind: dict[str, dict[str, TensorShard]], metadata: dict[str, Any]
     ) -> None:
-        """This process's part; and the seal, where there is no other."""
-        shard_suffix = (
-            f"-{self.world.shard_index + 1:05d}-of-{self.world.shard_count:05d}" if self.world.shard_count > 1 else ""
-        )
-        partial_path, self.file_hashes = self._partial_path(step), {}
+        """Write the shards of this process; with a single process also commit."""
+        suffix, partial_path = self._shard_suffix(self.ctx.shard_index), self._partial_path(step)
+        self.file_hashes = {}
         with map_disk_errors(partial_path):
             partial_path.mkdir(parents=True, exist_ok=True)
-            # What processes that were killed have left would take the room of this one.
-            for left in self.directory.glob(".step-*.partial") if self.world.is_main else ():
-                if left != partial_path:
-                    shutil.rmtree(left)
-        begin = time.thread_time()
-        with ThreadPoolExecutor(1) as beside:
-            names = {
-                f"{kind}{shard_suffix}.safetensors": tensors for kind, tensors in tensors_by_kind.items() if tensors
-            }
+            for leftover in self.directory.glob(".step-*.partial") if self.ctx.is_main else ():
+                if leftover != partial_path:  # from a killed process
+                    shutil.rmtree(leftover)
+        start = time.thread_time()
+        with ThreadPoolExecutor(1) as hash_executor:
             pending_hashes = {
-                name: write_safetensors(partial_path / name, tensors, beside) for name, tensors in names.items()
+                name: write_safetensors(partial_path / name, shards, hash_executor)
+                for kind, shards in shards_by_kind.items()
+                if shards and (name := f"{kind}{suffix}.safetensors")
             }
-        for name, found in pending_hashes.items():
-            self.file_hashes[name], seconds = found.result()
-            self.overhead_seconds += seconds
-        self.overhead_seconds += time.thread_time() - begin
-        if self.world.world_size == 1:
+        for name, pending_hash in pending_hashes.items():
+            self.file_hashes[name], cpu_seconds = pending_hash.result()
+            self.overhead_seconds += cpu_seconds
+        self.overhead_seconds += time.thread_time() - start
+        if self.ctx.world_size == 1:
             self._commit(step, metadata)
-        elif self.file_hashes and not self.world.is_main:
-            atomic_write(partial_path / f"hashes{shard_suffix}.json", to_json(self.file_hashes))
+        elif self.file_hashes and not self.ctx.is_main:
+            atomic_write(partial_path / f"hashes{suffix}.json", to_json(self.file_hashes))
 
     def _commit(self, step: int, metadata: dict[str, Any]) -> None:
-        """Make a checkpoint of parts that are on the disk, name it, and only then remove what is older."""
-        begin = time.thread_time()
-        partial_path, final = self._partial_path(step), self.directory / checkpoint_name(step)
-        hashes = dict(self.file_hashes)
-        for number in range(2, self.world.shard_count + 1):
-            shard_hashes = partial_path / f"hashes-{number:05d}-of-{self.world.shard_count:05d}.json"
-            hashes |= read_json(shard_hashes) if shard_hashes.is_file() else {}
-        with map_disk_errors(final):
+        """Turn complete shards into a checkpoint, point `latest` to it, then remove the oldest one."""
+        start = time.thread_time()
+        partial_path, final_path = self._partial_path(step), self.directory / checkpoint_name(step)
+        file_hashes = dict(self.file_hashes)
+        for index in range(1, self.ctx.shard_count):
+            shard_hashes = partial_path / f"hashes{self._shard_suffix(index)}.json"
+            file_hashes |= read_json(shard_hashes) if shard_hashes.is_file() else {}
+        with map_disk_errors(final_path):
             for path in partial_path.iterdir():
-                if path.name not in hashes:  # and what a process left here that was killed
+                if path.name not in file_hashes:  # a hash file, or a leftover of a killed process
                     path.unlink()
-        write_manifest(partial_path, {"step": step, "state": metadata}, hashes)
-        with map_disk_errors(final):
-            shutil.rmtree(final, ignore_errors=True)  # the same step, saved by a process that was then killed
-            partial_path.rename(final)
+        write_manifest(partial_path, {"step": step, "state": metadata}, file_hashes)
+        with map_disk_errors(final_path):
+            shutil.rmtree(final_path, ignore_errors=True)  # the same step, saved before a kill
+            partial_path.rename(final_path)
             fsync_path(self.directory)
-        atomic_write(self.directory / "latest", final.name + "\n")
+        atomic_write(self.directory / "latest", final_path.name + "\n")
         for old in list_checkpoints(self.directory.parent)[:-MAX_TO_KEEP]:
             shutil.rmtree(old)
-        self.overhead_seconds += time.thread_time() - begin
-        self.last_committed = final
+        self.overhead_seconds += time.thread_time() - start
+        self.last_committed = final_path
 
 
-# ---------------------------------------------------------------- what was saved
+# ---------------------------------------------------------------- loading
 
 
 def checkpoint_name(step: int) -> str:
+    """The directory name of the checkpoint after `step` steps."""
     return f"step-{step:08d}"
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Every finished checkpoint of a run, the oldest first."""
+    """All complete checkpoints of a run, the oldest first."""
     return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
 
 
-def latest_valid(run: Path, warn: Any = None, fail_on_corrupt: bool = False) -> Path | None:
-    """The newest checkpoint that is whole, None where there is none at all.
+def latest_valid(run: Path, warn: Callable[[str], object] | None = None, fail_on_corrupt: bool = False) -> Path | None:
+    """The latest undamaged checkpoint of a run, or None if there is no checkpoint.
+
+    Args:
+        run: the run directory.
+        warn: called with a message for each damaged checkpoint.
+        fail_on_corrupt: raise at the first damaged checkpoint instead of trying an older one.
 
     Raises:
-        CorruptFile: there are checkpoints, and each of them is damaged; every file is named. With `strict` the newest alone.
+        CorruptFileError: all checkpoints are damaged; names every damaged file.
     """
-    newest_first = list_checkpoints(run)[::-1]
     errors = []
-    for path in newest_first:
+    for path in reversed(list_checkpoints(run)):
         try:
             verify(path)
             return path
@@ -302,34 +340,40 @@ def latest_valid(run: Path, warn: Any = None, fail_on_corrupt: bool = False) -> 
                 raise
             errors.append(str(error))
             if warn is not None:
-                warn(f"{path.name} is damaged and passed over:\n{error}")
+                warn(f"{path.name} is damaged; trying an older checkpoint:\n{error}")
     if errors:
         raise CorruptFileError("every checkpoint is damaged:\n" + "\n".join(errors))
     return None
 
 
 def verify(path: Path) -> None:
-    """Raises `CorruptFile` where a checkpoint is not what was sealed: each file that differs, and tensors that nobody sealed,
-    which would be read with the others."""
+    """Check a checkpoint against its manifest.
+
+    Raises:
+        CorruptFileError: a file differs, or there is a tensor file that the manifest does not list.
+    """
     listed_files = verify_manifest(path)["files"]
     if unlisted := sorted(str(file) for file in path.glob("*.safetensors") if file.name not in listed_files):
-        raise CorruptFileError("\n".join(f"{file}: is not of this checkpoint" for file in unlisted))
+        raise CorruptFileError("\n".join(f"{file}: not listed in the checkpoint's manifest" for file in unlisted))
 
 
 def load_metadata(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of the run beside its tensors: steps, tokens, the best look."""
+    """The `metadata` that the checkpoint was saved with."""
     return read_manifest(path)["state"]
 
 
 def load(path: Path, parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights and optimizer state of a checkpoint that was checked, by name: of one process or of several, opened in one or in
-    several.
+    """Load a verified checkpoint, written by any number of processes.
 
     Args:
-        parameters: the model's own. Where they are shared among processes, so is what is read, and no process reads or holds
-            more than its part.
+        path: the checkpoint.
+        parameters: the model's parameters by name. Where they are sharded, the loaded tensors are sharded alike, and no
+            process reads more than its own shards.
+
+    Returns:
+        Weights and optimizer state, by name.
     """
-    if not any(hasattr(p, "placements") for p in parameters.values()):
+    if not any(is_dtensor(p) for p in parameters.values()):
         device = next(iter(parameters.values())).device
         return load_shards(path, "weights", device), load_shards(path, "optimizer", device)
     tensors = load_local_shards(path, parameters)
@@ -338,11 +382,13 @@ def load(path: Path, parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
 
 
 def load_local_shards(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """This process's part of every tensor of a checkpoint, by PyTorch's own reader, whatever files they are in. What has the
-    shape of the parameter that it is, or that its name ends with, is shared as that is; the rest is read as a whole."""
+    """This process's shards of every tensor of a checkpoint, by PyTorch's own reader.
+
+    A tensor of the shape of its parameter is sharded like it; any other one is loaded whole.
+    """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load as read_into
+    from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
 
     reader = HuggingFaceStorageReader(str(path))
     tensors = {}
@@ -353,7 +399,7 @@ def load_local_shards(path: Path, parameters: Mapping[str, Tensor]) -> dict[str,
             tensors[name] = torch.zeros_like(parameter.detach())
         else:
             tensors[name] = torch.zeros(stored.size)
-    with warnings.catch_warnings():  # of what is meant here: each process reads for itself
+    with warnings.catch_warnings():  # each process reads for itself, as intended
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        read_into(tensors, storage_reader=reader, no_dist=True)
+        load_state_dict(tensors, storage_reader=reader, no_dist=True)
     return tensors

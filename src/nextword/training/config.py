@@ -10,6 +10,7 @@ from nextword.common.errors import UsageError
 from nextword.model.config import PRESETS, SIZES
 
 RUN_LENGTH_FIELDS = ("steps", "tokens", "flops", "budget")  # at most one of them is set
+ParallelStrategy = Literal["fsdp-no-reshard", "fsdp", "hsdp"]
 DEPRECATED_PARALLEL = {"data": "fsdp-no-reshard", "full": "fsdp", "hybrid": "hsdp"}
 SettingsT = TypeVar("SettingsT", "TrainingConfig", "FinetuneHyperparameters")
 
@@ -85,7 +86,7 @@ class TrainingConfig:
     batch_tokens: int | None = None
     micro_batch_rows: int | None = None
     compile: Literal["auto", "yes", "no"] = "auto"
-    parallel: Literal["fsdp-no-reshard", "fsdp", "hsdp"] = field(
+    parallel: ParallelStrategy = field(
         default="fsdp-no-reshard", metadata={"deprecated_values": DEPRECATED_PARALLEL}
     )
     tensor: int = 1

@@ -1,8 +1,7 @@
-"""Several processes, one run: who they are, and what they agree on.
+"""The process group of a distributed run: ranks, collectives and the errors of a lost peer.
 
-The process of rank 0 leads. It alone holds the run folder, follows the clock, measures the machine and speaks to a person; the
-others take from it what was decided, and do their part of every step. torchrun (or whoever sets RANK, WORLD_SIZE, MASTER_ADDR
-and MASTER_PORT) starts them. How they share the weights is said in `sharing`.
+torchrun, or whatever sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, starts the processes. Rank 0 is the main process: it
+alone writes the run directory, follows the clock and logs. `nextword.training.parallel` shards the model among the processes.
 """
 
 import json
@@ -12,116 +11,132 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from nextword.common.errors import NextwordError, UsageError
+from nextword.training.config import ParallelStrategy
 
-ParallelStrategy = Literal["data", "full", "hybrid"]
-DEFAULT_COLLECTIVE_TIMEOUT = 30 * 60.0  # seconds that one waits for another, as in the preparation of a text
-TIMEOUT_ENV_VAR = "NEXTWORD_PATIENCE"  # of the environment: another number of seconds
-SHUTDOWN_GRACE_SECONDS = 0.1  # seconds that a process leaves to the library's threads, once it has left the others
-MAX_PEERS_NAMED = 8  # so many others at most are named where one does not answer
-peers: list[str] = []  # "process 1 on its host", of every other process of the run
-PEER_LOST = "another process of this run is gone, or does not answer"
+DEFAULT_COLLECTIVE_TIMEOUT = 30 * 60.0  # seconds
+TIMEOUT_ENV_VAR = "NEXTWORD_PATIENCE"
+SHUTDOWN_GRACE_SECONDS = 0.1
+MAX_PEERS_NAMED = 8
+PEER_LOST = "a process of this run is gone or does not answer"
+_peers: list[str] = []  # "process 1 on its host", for error messages; filled by `init_distributed`
 
 
+@dataclass(frozen=True)
 class DistContext:
-    """The processes of a run, as one of them sees them; alone, where it is the only one.
+    """The position of this process in a distributed run. The default is a run of a single process.
+
+    The ranks form a grid: first along the tensor-parallel dimension, then along the sharded one, then along the replicas.
 
     Attributes:
-        rank: which one this is, from 0.
-        size: how many there are.
-        local_size: how many of them are on this machine.
-        again: whether torchrun started them anew after one had failed.
-        tensor_rank, tensor_size: which one this is, of how many that work on the same windows, and on each matrix together.
-        part, parts: which part of the rows of every weight this process keeps, from 0, of how many.
-        copy: which of several equal copies of that part, from 0, where the weights are shared within each machine only.
-        keepers: the group of processes that have one copy of all weights among them.
-        by_block: whether the weights are gathered a block at a time, so that no process ever has all of them.
+        rank: the rank of this process, from 0.
+        world_size: the number of processes.
+        local_world_size: the number of processes on this machine.
+        restarted: whether torchrun restarted the processes after a failure.
+        tp_size: the number of processes that hold a slice of each matrix (tensor parallelism).
+        strategy: how the weights are sharded, see `nextword.training.parallel.parallelize`.
+        shard_group: the processes that together hold one copy of all weights. Set by `parallelize`.
     """
 
-    tp_rank, tp_size, row_shard, row_shard_count, replica_rank, fsdp_per_block = 0, 1, 0, 1, 0, False
-    shard_group: Any = None
+    rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    restarted: bool = False
+    tp_size: int = 1
+    strategy: ParallelStrategy = "fsdp-no-reshard"
+    shard_group: dist.ProcessGroup | None = None
 
-    def __init__(self, rank: int = 0, world_size: int = 1, local_world_size: int = 1, restarted: bool = False):
-        self.rank, self.world_size, self.local_world_size, self.restarted = (
-            rank,
-            world_size,
-            local_world_size,
-            restarted,
-        )
+    def with_tensor_parallel(self, tp_size: int) -> "DistContext":
+        """The same processes in groups of `tp_size` consecutive ranks, which train on the same rows.
 
-    def init_tensor_parallel(self, tp_size: int) -> None:
-        """Let each `tensor_size` processes in a row work together on the same windows. Raises `UsageError` if some are left."""
+        Raises:
+            UsageError: `tp_size` does not divide the number of processes.
+        """
         if self.world_size % tp_size:
-            there = "there is one: torchrun starts several" if self.world_size == 1 else f"there are {self.world_size}"
-            raise UsageError(f"--training.tensor {tp_size} must divide the number of processes, and {there}")
-        self.tp_rank, self.tp_size = self.rank % tp_size, tp_size
+            number = (
+                "there is one: start several with torchrun" if self.world_size == 1 else f"there are {self.world_size}"
+            )
+            raise UsageError(f"--training.tensor {tp_size} must divide the number of processes, and {number}")
+        return replace(self, tp_size=tp_size)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes the run directory and logs."""
+        return self.rank == 0
+
+    @property
+    def tp_rank(self) -> int:
+        """The slice of each matrix that this process holds, from 0 to `tp_size` - 1."""
+        return self.rank % self.tp_size
 
     @property
     def dp_rank(self) -> int:
-        """Which equal part of a batch is this process's, of `data_size`."""
+        """The part of each batch that this process trains on, from 0 to `dp_size` - 1."""
         return self.rank // self.tp_size
 
     @property
     def dp_size(self) -> int:
+        """The number of parts that a batch is divided into."""
         return self.world_size // self.tp_size
 
     @property
-    def shard_index(self) -> int:
-        """Which of the `keepers` this one is, of `places`."""
-        return self.row_shard * self.tp_size + self.tp_rank
+    def shard_count(self) -> int:
+        """The number of processes in `shard_group`."""
+        return self.local_world_size if self.strategy == "hsdp" else self.world_size
 
     @property
-    def shard_count(self) -> int:
-        return self.row_shard_count * self.tp_size
+    def shard_index(self) -> int:
+        """The rank of this process in `shard_group`."""
+        return self.rank % self.shard_count
+
+    @property
+    def row_shard_count(self) -> int:
+        """The number of processes that the rows of each weight (or of its slice) are divided between."""
+        return self.shard_count // self.tp_size
+
+    @property
+    def replica_rank(self) -> int:
+        """The copy of the weights that this process holds a shard of; 0 unless the strategy is "hsdp"."""
+        return self.rank // self.shard_count
+
+    @property
+    def fsdp_per_block(self) -> bool:
+        """Whether weights are gathered block by block, so that no process ever holds all of them."""
+        return self.strategy != "fsdp-no-reshard"
 
     @property
     def forward_is_collective(self) -> bool:
-        """Whether a forward pass of the model takes several processes at the same time."""
+        """Whether a forward pass needs several processes at the same time."""
         return self.fsdp_per_block or self.tp_size > 1
 
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
     def broadcast_object(self, value: Any = None) -> Any:
-        """What the leader says, anything that JSON holds; the others wait for it."""
+        """The main process's `value`, which must be JSON, on every rank."""
         if self.world_size == 1:
             return value
-        text = json.dumps(value).encode() if self.is_main else b""
-        length = self._broadcast_from_main(torch.tensor([len(text)]))
-        payload = (
-            torch.frombuffer(bytearray(text), dtype=torch.uint8)
-            if text
-            else torch.zeros(int(length), dtype=torch.uint8)
-        )
-        return json.loads(bytes(self._broadcast_from_main(payload).numpy()))
-
-    def broadcast_floats(self, values: Sequence[float]) -> list[float]:
-        """A few numbers as the leader has them."""
-        return (
-            list(values)
-            if self.world_size == 1
-            else self._broadcast_from_main(torch.tensor(values, dtype=torch.float64)).tolist()
-        )
+        encoded = bytearray(json.dumps(value).encode() if self.is_main else b"")
+        length = int(_broadcast_from_main(torch.tensor([len(encoded)])))
+        buffer = torch.frombuffer(encoded, dtype=torch.uint8) if encoded else torch.zeros(length, dtype=torch.uint8)
+        return json.loads(bytes(_broadcast_from_main(buffer).numpy()))
 
     def all_reduce_max(self, values: Sequence[float]) -> list[float]:
-        """Of each number the greatest that any process has."""
+        """The elementwise maximum of `values` over all ranks."""
         if self.world_size == 1:
             return list(values)
-        numbers = torch.tensor(values, dtype=torch.float64)
+        tensor = torch.tensor(values, dtype=torch.float64)
         with translate_dist_errors():
-            dist.all_reduce(numbers, dist.ReduceOp.MAX)
-        return numbers.tolist()
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, in the tensor itself; those that work on the same windows count once."""
+        """The sum over all parts of the batch, in place. Ranks that train on the same rows count once."""
         if self.world_size > 1:
             if self.tp_rank:
                 tensor.zero_()
@@ -129,96 +144,101 @@ class DistContext:
                 dist.all_reduce(tensor)
         return tensor
 
-    def _broadcast_from_main(self, tensor: Tensor) -> Tensor:
-        with translate_dist_errors():
-            dist.broadcast(tensor, src=0)
-        return tensor
-
 
 SINGLE_PROCESS = DistContext()
 
 
+def _broadcast_from_main(tensor: Tensor) -> Tensor:
+    with translate_dist_errors():
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
+# ---------------------------------------------------------------- start and end
+
+
+@contextmanager
+def init_distributed() -> Iterator[DistContext]:
+    """Join the process group that the environment describes, and leave it at the end.
+
+    Raises:
+        NextwordError: the other processes could not be reached.
+    """
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if dist.is_initialized():  # by the caller, for example Ray Train
+        yield DistContext(dist.get_rank(), dist.get_world_size(), local_world_size)
+        return
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        yield SINGLE_PROCESS
+        return
+    rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    _join_process_group(rank, world_size, attempt)
+    try:
+        yield DistContext(rank, world_size, local_world_size, restarted=attempt > 0)
+    finally:
+        _peers.clear()
+        dist.destroy_process_group()
+        # Gloo's threads outlive the group, since PyTorch's caches keep a reference to it. A thread that still holds a tensor
+        # when the interpreter ends aborts the process. The command line leaves without that (`nextword.__main__`); a script
+        # that calls the Python API gets this pause.
+        time.sleep(SHUTDOWN_GRACE_SECONDS)
+
+
+def _join_process_group(rank: int, world_size: int, attempt: int) -> None:
+    """Initialise torch.distributed and exchange host names."""
+    has_agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun serves the store
+    timeout = collective_timeout()
+    with translate_dist_errors():
+        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]  (public in PyTorch's documentation)
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            world_size,
+            is_master=rank == 0 and not has_agent_store,
+            timeout=timeout,
+        )
+        # The store keeps the keys of earlier attempts after a restart; the prefix keeps them apart.
+        store = dist.PrefixStore(f"nextword/{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]  (as above)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        store.set(f"host/{rank}", socket.gethostname())
+        named = [peer for peer in range(world_size) if peer != rank][:MAX_PEERS_NAMED]
+        _peers[:] = [f"process {peer} on {store.get(f'host/{peer}').decode()}" for peer in named]
+
+
 def collective_timeout() -> timedelta:
-    """How long one waits for another. Raises `UsageError` where the environment says no number of seconds."""
+    """How long a collective waits for the other processes: 30 minutes, or NEXTWORD_PATIENCE in seconds.
+
+    Raises:
+        UsageError: the environment variable is not a number from 1 to a million.
+    """
     value = os.environ.get(TIMEOUT_ENV_VAR, str(DEFAULT_COLLECTIVE_TIMEOUT))
     try:
         seconds = float(value)
     except ValueError:
         seconds = math.nan
     if not 1 <= seconds <= 10**6:
-        raise UsageError(
-            f"{TIMEOUT_ENV_VAR}={value}: how long a process waits for another is a number of seconds, from 1"
-        )
+        raise UsageError(f"{TIMEOUT_ENV_VAR}={value}: must be a number of seconds, at least 1")
     return timedelta(seconds=seconds)
-
-
-# ---------------------------------------------------------------- coming together
-
-
-@contextmanager
-def init_distributed() -> Iterator[DistContext]:
-    """The world that this process was started in; it is left at the end.
-
-    Raises:
-        NextwordError: the others could not be reached.
-    """
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if dist.is_initialized():  # whoever started us has brought us together already, as Ray does
-        yield (
-            DistContext(dist.get_rank(), dist.get_world_size(), local_size)
-            if dist.get_world_size() > 1
-            else SINGLE_PROCESS
-        )
-        return
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        yield SINGLE_PROCESS
-        return
-    rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun keeps the store that they meet at
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    timeout = collective_timeout()
-    with translate_dist_errors():
-        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            size,
-            is_master=rank == 0 and not agent,
-            timeout=timeout,
-        )
-        # Keys of an earlier attempt are still there after a restart, and must not be taken for this one's.
-        run_store = dist.PrefixStore(f"nextword/{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=run_store, rank=rank, world_size=size, timeout=timeout)
-        run_store.set(f"host/{rank}", socket.gethostname())
-        ranks = [other for other in range(size) if other != rank][:MAX_PEERS_NAMED]
-        peers[:] = [f"process {other} on {run_store.get(f'host/{other}').decode()}" for other in ranks]
-    try:
-        yield DistContext(rank, size, local_size, attempt > 0)
-    finally:
-        peers.clear()
-        dist.destroy_process_group()
-        # Gloo's threads live on, as PyTorch's caches hold the groups. One that has not let go of its last tensor when a
-        # caller's script ends would abort the process (the program itself ends otherwise: see `__main__`).
-        time.sleep(SHUTDOWN_GRACE_SECONDS)
 
 
 @contextmanager
 def translate_dist_errors() -> Iterator[None]:
-    """What goes wrong between processes, said to a person."""
+    """Turn errors of torch.distributed into a `NextwordError` that names the processes that may be lost."""
     try:
         yield
     except dist.DistError as error:
         raise NextwordError(peer_lost_message(error)) from error
-    except RuntimeError as error:  # gloo's own
+    except RuntimeError as error:  # raised by gloo
         if "gloo" not in str(error) and "Connection" not in str(error):
             raise
         raise NextwordError(peer_lost_message(error)) from error
 
 
 def peer_lost_message(error: Exception) -> str:
-    """What a person is told: which process it may be, what the library says of it, and how to go on."""
-    which = f" ({' or '.join(peers)})" if peers else ""
+    """The message for a lost process: its rank and host, the library's own error, and how to continue."""
+    names = f" ({' or '.join(_peers)})" if _peers else ""
     return (
-        f"{PEER_LOST}{which}: {str(error).splitlines()[0]}. What was saved is whole: start all of them again by the same command "
-        "and --resume"
+        f"{PEER_LOST}{names}: {str(error).splitlines()[0]}. The checkpoints are complete: restart all processes with the "
+        "same command and --resume"
     )

@@ -27,13 +27,13 @@ class LossTerm(NamedTuple):
 
 
 class LabelTensors(NamedTuple):
-    """`text.batches.Labels` on the device."""
+    """`nextword.data.dataset.Labels` on the device."""
 
-    ends: Tensor
-    example: Tensor
-    gold: Tensor
-    weight: Tensor
-    reference: Tensor | None
+    pool_positions: Tensor
+    example_ids: Tensor
+    targets: Tensor
+    weights: Tensor
+    reference_logprobs: Tensor | None
 
 
 class DeviceBatch(NamedTuple):
@@ -122,17 +122,17 @@ def sequence_logprobs(model: TrainableModel, batch: DeviceBatch) -> Tensor:
 
 def example_logits(model: TrainableModel, hidden: Tensor, labels: LabelTensors) -> Tensor:
     """The head's logits [E, n_labels] at each row's end, those of an example's rows summed (Radford et al. 2018, 3.3)."""
-    rows = model.classify(hidden[torch.arange(len(hidden), device=hidden.device), labels.ends]).float()
-    return rows.new_zeros(int(labels.weight.shape[0]), rows.shape[1]).index_add(0, labels.example, rows)
+    rows = model.classify(hidden[torch.arange(len(hidden), device=hidden.device), labels.pool_positions]).float()
+    return rows.new_zeros(int(labels.weights.shape[0]), rows.shape[1]).index_add(0, labels.example_ids, rows)
 
 
 def multiple_choice_logits(model: TrainableModel, hidden: Tensor, labels: LabelTensors) -> Tensor:
     """One logit a row, as [E, C]: those of an example's choices side by side, −∞ where it has fewer than C."""
-    rows = model.classify(hidden[torch.arange(len(hidden), device=hidden.device), labels.ends]).float()[:, 0]
-    first = torch.searchsorted(labels.example, labels.example)  # the first row of the same example
+    rows = model.classify(hidden[torch.arange(len(hidden), device=hidden.device), labels.pool_positions]).float()[:, 0]
+    first = torch.searchsorted(labels.example_ids, labels.example_ids)  # the first row of the same example
     place = torch.arange(len(rows), device=rows.device) - first
-    table = rows.new_full((int(labels.weight.shape[0]), int(place.max()) + 1), -torch.inf)
-    return table.index_put((labels.example, place), rows)
+    table = rows.new_full((int(labels.weights.shape[0]), int(place.max()) + 1), -torch.inf)
+    return table.index_put((labels.example_ids, place), rows)
 
 
 def classification_loss(kind: str, auxiliary_weight: float = 0.0) -> LossFn:
@@ -149,12 +149,12 @@ def classification_loss(kind: str, auxiliary_weight: float = 0.0) -> LossFn:
         hidden, learned = hidden_states(model, inputs)
         logits = (multiple_choice_logits if kind == "choice" else example_logits)(model, hidden, labels)
         if kind == "score":
-            each = (logits[:, 0] - labels.gold) ** 2
+            each = (logits[:, 0] - labels.targets) ** 2
         elif kind == "labels":
-            each = F.binary_cross_entropy_with_logits(logits, labels.gold, reduction="none").mean(1)
+            each = F.binary_cross_entropy_with_logits(logits, labels.targets, reduction="none").mean(1)
         else:
-            each = F.cross_entropy(logits, labels.gold, reduction="none")
-        terms = {"task": LossTerm((each * labels.weight).sum())}
+            each = F.cross_entropy(logits, labels.targets, reduction="none")
+        terms = {"task": LossTerm((each * labels.weights).sum())}
         if auxiliary_weight:
             terms["next_word"] = LossTerm(nll_sum(model, hidden[learned], inputs.targets[learned]), auxiliary_weight)
         return terms
@@ -169,8 +169,8 @@ def dpo_loss(beta: float) -> LossFn:
     """
 
     def objective(model: TrainableModel, inputs: DeviceBatch) -> dict[str, LossTerm]:
-        assert inputs.labels is not None and inputs.labels.reference is not None
-        gained = sequence_logprobs(model, inputs) - inputs.labels.reference
+        assert inputs.labels is not None and inputs.labels.reference_logprobs is not None
+        gained = sequence_logprobs(model, inputs) - inputs.labels.reference_logprobs
         return {"task": LossTerm(-F.logsigmoid(beta * (gained[0::2] - gained[1::2])).sum())}
 
     return objective

@@ -22,7 +22,7 @@ from nextword.training.config import TrainingConfig
 from nextword.training.distributed import SINGLE_PROCESS, DistContext
 from nextword.training.losses import LossFn, LossModule
 from nextword.training.optimizer import Optimizer
-from nextword.training.parallel import apply_parallelism, load_weights_
+from nextword.training.parallel import load_weights_, parallelize
 from nextword.training.step import (
     StepKind,
     StepSettings,
@@ -72,7 +72,7 @@ class TrainingSetup(ABC):
         assert t.lr is not None, "a run settles its learning rate before it begins"
         return Optimizer(
             self.model, kind=t.optimizer, lr=t.lr, matrix_lr=t.matrix_lr, betas=(t.beta1, t.beta2),
-            weight_decay=t.weight_decay, momentum=t.momentum, world=self.world,
+            weight_decay=t.weight_decay, momentum=t.momentum, ctx=self.world,
         )  # fmt: skip
 
     def build_step_settings(self, seed: int) -> StepSettings:
@@ -160,7 +160,13 @@ class TrainingSetup(ABC):
         """Memory, weights and an optimizer; in company for one's own part of them alone."""
         on_meta = self.model.token_embedding.weight.is_meta
         if self.world.world_size > 1:
-            apply_parallelism(self.world, self.eager_step, self.training.parallel, self.step_settings.bf16, self.device)
+            self.world = parallelize(
+                self.world,
+                self.eager_step,
+                self.training.parallel,
+                bf16=self.step_settings.bf16,
+                device=self.device,
+            )
         elif on_meta:
             self.model.to_empty(device=self.device)
             self.model.tabulate()
@@ -186,7 +192,7 @@ class TrainingSetup(ABC):
     @property
     def _has_full_weights(self) -> bool:
         """Whether a process has all of the weights at once in a step, as our own compiled parts want them."""
-        return self.world.world_size == 1 or (self.training.parallel == "data" and self.world.tp_size == 1)
+        return self.world.world_size == 1 or (self.training.parallel == "fsdp-no-reshard" and self.world.tp_size == 1)
 
     def _default_step_kind(self) -> StepKind:
         """The kind of step that costs no time to begin with. Our own compiled parts keep what the backward pass needs."""
@@ -203,7 +209,7 @@ class TrainingSetup(ABC):
         self.step_settings = replace(
             self.step_settings, micro_batch_rows=-int(self.world.all_reduce_max([-micro_batch_rows])[0])
         )
-        [estimated_seconds] = self.world.broadcast_floats([self.seconds_per_step])
+        estimated_seconds = self.world.broadcast_object(self.seconds_per_step)
         self.seconds_per_step = estimated_seconds or self._time_step(self.eager_step)
         run_seconds = (
             self.budget_seconds if self.budget_seconds is not None else (self.target_steps or 0) * self.seconds_per_step

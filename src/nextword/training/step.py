@@ -1,7 +1,7 @@
-"""One step of training, then the loop.
+"""The training step and the training loop, and what a run measures before its first step.
 
-Batch, learning rate and dropout are computed from (seed, step); what is left as state is the step, the weights and the
-optimizer. A caller iterates over `steps`, and shows, evaluates and saves between two of them.
+Batch, learning rate and dropout are computed from (seed, step). The state is the step, the weights and the optimizer. The
+trainer iterates over `training_steps`, and evaluates and saves between two of them.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -24,17 +24,25 @@ from nextword.training.distributed import SINGLE_PROCESS, DistContext
 from nextword.training.losses import DeviceBatch, LabelTensors, LossFn, LossModule, LossTerm
 from nextword.training.optimizer import LRSchedule, Optimizer, lr_multiplier
 from nextword.training.parallel import clip_grad_norm_, set_grad_sync, to_local
-from nextword.training.step_budget import DistributedTimeBudgetController, StepSchedule, TimeBudgetController
+from nextword.training.step_budget import StepSchedule, TimeBudgetController
 
-# How a step's operations are done: PyTorch's one by one; with our own compiled parts (see `fused`); by torch.compile.
+# "plain": PyTorch's eager operators. "fused": with our CPU kernels. "compiled": torch.compile. Stored in run.json.
 StepKind = Literal["plain", "fused", "compiled"]
-MAX_NONFINITE_STEPS = 5  # so many losses that are no number, one after the other, end a run
+MAX_NONFINITE_STEPS = 5
 
 
 @dataclass
 class TrainState:
-    """All that changes in training; `step` is how many steps are done, `bad` how many of the last ones were skipped,
-    `detours` how many times the run has turned back to go past some batches."""
+    """What changes during training.
+
+    Attributes:
+        model: the model.
+        optimizer: its optimizer.
+        step: the number of finished steps.
+        tokens: the number of tokens trained on.
+        nonfinite_streak: the number of last steps that were skipped because their loss was not finite.
+        num_rollbacks: how often the run was rolled back after a loss spike.
+    """
 
     model: GPT
     optimizer: Optimizer
@@ -44,12 +52,23 @@ class TrainState:
     num_rollbacks: int = 0
 
     def to_dict(self) -> dict[str, int]:
+        """The counters, as a checkpoint stores them."""
         return {"step": self.step, "tokens": self.tokens, "bad": self.nonfinite_streak, "detours": self.num_rollbacks}
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one step did. Loss in nats per token before the step's update, gradient norm before clipping."""
+    """The result of a step.
+
+    Attributes:
+        step: the number of the step, from 1.
+        loss: nats per token, before the update.
+        lr: the learning rate of the update.
+        gradient_norm: the global norm before clipping.
+        tokens: the tokens trained on so far.
+        skipped: whether the update was skipped because loss or gradient were not finite.
+        progress: the fraction of the run that is done.
+    """
 
     step: int
     loss: float
@@ -62,7 +81,15 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What a step needs beside state and data. `seed` is for dropout; rows are windows of the batch."""
+    """The settings of a step.
+
+    Attributes:
+        seed: the seed of dropout.
+        max_grad_norm: the norm that gradients are clipped to; 0 for no clipping.
+        schedule: the learning rate schedule, with `warmup` and `final_lr` as fractions of the run and of the peak.
+        micro_batch_rows: rows per forward pass.
+        bf16: whether matrix products are in bfloat16.
+    """
 
     seed: int = 0
     max_grad_norm: float = 1.0
@@ -74,37 +101,59 @@ class StepSettings:
 
 
 class Dataset(Protocol):
+    """Training data, addressed by step."""
+
     @property
-    def max_length(self) -> int: ...  # tokens of the longest row
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch: ...
+    def max_length(self) -> int:
+        """The tokens of the longest row."""
+        ...
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """The part of a step's batch that one of `world_size` ranks trains on."""
+        ...
 
 
 def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[object]:
-    """bfloat16 for the products on a GPU, float32 weights everywhere."""
+    """Matrix products in bfloat16 if `bf16`; the weights stay in float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
 def to_device(batch: Batch, model: GPT, seed: int) -> DeviceBatch:
     """A micro-batch on the model's device, with its dropout masks."""
     device = model.token_embedding.weight.device
-    masks = sample_dropout_masks(
-        model.config, [derive_seed(seed, 2, row) for row in batch.row_ids], batch.tokens.shape[1], device
-    )
+    row_seeds = [derive_seed(seed, 2, row) for row in batch.row_ids]
 
-    def to_tensor(array: np.ndarray | None) -> Tensor | None:
+    def to_tensor(array: np.ndarray | None) -> Any:
         return None if array is None else torch.from_numpy(array).to(device)
 
-    labels = None
+    labels, positions = None, None
     if batch.labels is not None:
-        labels = LabelTensors(*(to_tensor(getattr(batch.labels, name)) for name in LabelTensors._fields))  # pyright: ignore[reportArgumentType]
-    positions = None if batch.segment_ids is None else torch.from_numpy(segment_positions(batch.segment_ids)).to(device)
-    tokens, targets = torch.from_numpy(batch.tokens).to(device), torch.from_numpy(batch.targets).to(device)
-    return DeviceBatch(tokens, targets, masks, to_tensor(batch.segment_ids), positions, labels)
+        labels = LabelTensors(*(to_tensor(getattr(batch.labels, name)) for name in LabelTensors._fields))
+    if batch.segment_ids is not None:
+        positions = to_tensor(segment_positions(batch.segment_ids))
+    return DeviceBatch(
+        tokens=to_tensor(batch.tokens),
+        targets=to_tensor(batch.targets),
+        dropout_masks=sample_dropout_masks(model.config, row_seeds, batch.tokens.shape[1], device),
+        segments=to_tensor(batch.segment_ids),
+        positions=positions,
+        labels=labels,
+    )
 
 
 def normalize_loss(loss_terms: dict[str, LossTerm], counts: dict[str, float]) -> Tensor:
-    """Σ weight · sum / count: each term divided once, by its count over the whole batch of the step."""
-    return torch.stack([loss.weight * loss.total / max(counts[name], 1e-9) for name, loss in loss_terms.items()]).sum()
+    """The weighted sum of the loss terms, each divided by its count over the global batch."""
+    terms = [term.weight * term.total / max(counts[name], 1e-9) for name, term in loss_terms.items()]
+    return torch.stack(terms).sum()
+
+
+def micro_batch_loss(
+    loss_module: nn.Module, model: GPT, micro_batch: Batch, counts: dict[str, float], settings: StepSettings
+) -> Tensor:
+    """The part of the loss that comes from a micro-batch."""
+    with autocast(model.token_embedding.weight.device, settings.bf16):
+        loss_terms = loss_module(to_device(micro_batch, model, settings.seed))
+    return normalize_loss(loss_terms, counts)
 
 
 def train_step(
@@ -113,43 +162,45 @@ def train_step(
     batch: Batch,
     settings: StepSettings,
     progress: float,
-    world: DistContext = SINGLE_PROCESS,
+    ctx: DistContext = SINGLE_PROCESS,
 ) -> StepMetrics:
-    """Gradients over all micro-batches and processes, each term divided once by its global count; clipped; applied at the
-    step's rate.
+    """One optimizer step: gradient accumulation over micro-batches and processes, clipping, update.
 
-    Where the loss or the gradient is not finite the weights and the optimizer stay as they were, in every process.
+    If the loss or the gradient is not finite, weights and optimizer stay unchanged in every process.
+
+    Args:
+        state: changed in place.
+        loss_module: the model with its loss, perhaps compiled.
+        batch: this process's part of the batch, with the counts of the global batch.
+        settings: the settings.
+        progress: the fraction of the run that is done after this step, for the learning rate.
+        ctx: the processes.
     """
     model = state.model
-    device = model.token_embedding.weight.device
-    total = torch.zeros((), device=device)
+    total_loss = torch.zeros((), device=model.token_embedding.weight.device)
     micro_batches = batch.split_micro_batches(settings.micro_batch_rows)
     for number, micro_batch in enumerate(micro_batches, start=1):
-        set_grad_sync(loss_module, model, number < len(micro_batches))
-        with autocast(device, settings.bf16):
-            loss_terms = loss_module(to_device(micro_batch, model, settings.seed))
-        normalized_loss = normalize_loss(loss_terms, batch.loss_denominators)
-        normalized_loss.backward()
-        total += normalized_loss.detach()
-    gradient_norm = float(
-        clip_grad_norm_(model, settings.max_grad_norm if settings.max_grad_norm > 0 else math.inf, world)
-    )
-    loss = float(world.all_reduce_sum(total))
-    finite = math.isfinite(loss) and math.isfinite(gradient_norm)
+        set_grad_sync(ctx, loss_module, number == len(micro_batches))
+        loss = micro_batch_loss(loss_module, model, micro_batch, batch.loss_denominators, settings)
+        loss.backward()
+        total_loss += loss.detach()
+    gradient_norm = float(clip_grad_norm_(model, settings.max_grad_norm or math.inf, ctx))
+    loss_value = float(ctx.all_reduce_sum(total_loss))
+    is_finite = math.isfinite(loss_value) and math.isfinite(gradient_norm)
     lr_scale = lr_multiplier(progress, settings.schedule, settings.warmup, settings.final_lr)
-    if finite:
+    if is_finite:
         state.optimizer.step(lr_scale)
     model.zero_grad(set_to_none=True)
     state.step += 1
     state.tokens += batch.n_tokens
-    state.nonfinite_streak = 0 if finite else state.nonfinite_streak + 1
+    state.nonfinite_streak = 0 if is_finite else state.nonfinite_streak + 1
     return StepMetrics(
         step=state.step,
-        loss=loss,
+        loss=loss_value,
         lr=state.optimizer.lr * lr_scale,
         gradient_norm=gradient_norm,
         tokens=state.tokens,
-        skipped=not finite,
+        skipped=not is_finite,
         progress=progress,
     )
 
@@ -160,45 +211,54 @@ def training_steps(
     loss_module: nn.Module,
     settings: StepSettings,
     step_schedule: StepSchedule,
-    budget_controller: TimeBudgetController | DistributedTimeBudgetController | None = None,
+    budget_controller: TimeBudgetController | None = None,
     seconds_per_step: float = 0.0,
-    world: DistContext = SINGLE_PROCESS,
+    ctx: DistContext = SINGLE_PROCESS,
     batch_index: Callable[[int], int] = int,
     now: Callable[[], float] = time.perf_counter,
 ) -> Iterator[StepMetrics]:
-    """Train from where `state` is to the end of the pace. What the caller does between two steps counts on the clock. A caller
-    may set the state back between two steps, and it goes on from there.
+    """The training loop: from the step of `state` to the end of the schedule.
+
+    The time between two steps, in which the caller evaluates and saves, counts for the budget. The caller may also roll back
+    `state` between two steps.
 
     Args:
-        index_of: the batch that a step takes; the batch of its own number where no detour is taken.
-        seconds_per_step: a first guess, for a run that follows the clock.
-        now: reads the time, in seconds.
+        state: changed in place.
+        dataset: the training data.
+        loss_module: the model with its loss, perhaps compiled.
+        settings: the settings of each step.
+        step_schedule: the progress at each step.
+        budget_controller: adjusts the schedule to a time budget.
+        seconds_per_step: the first estimate for a time budget.
+        ctx: the processes.
+        batch_index: maps a step to the index of its batch; the identity, except where batches are skipped.
+        now: returns the time in seconds.
 
     Raises:
-        Diverged: the loss was not finite for several steps in a row. None of them reached the weights.
+        TrainingDivergedError: the loss was not finite for several steps in a row. The weights are those before.
     """
     times = [now()]
     while not step_schedule.decisions or state.step < step_schedule.total_steps:
         if budget_controller is not None:
-            if len(times) > 4:  # the younger half of this process's steps, evaluations and saves between them included
+            if len(times) > 4:  # from the second half of the steps so far
                 half = len(times) // 2
-                seconds_per_step = max(1e-9, (times[-1] - times[half]) / (len(times) - 1 - half))
+                seconds_per_step = (times[-1] - times[half]) / (len(times) - 1 - half)
             budget_controller.update(step_schedule, state.step, seconds_per_step)
-        batch = dataset.batch(batch_index(state.step), world.dp_rank, world.dp_size)
-        yield train_step(state, loss_module, batch, settings, step_schedule.progress(state.step), world)
+        batch = dataset.batch(batch_index(state.step), ctx.dp_rank, ctx.dp_size)
+        yield train_step(state, loss_module, batch, settings, step_schedule.progress(state.step), ctx)
         if state.nonfinite_streak >= MAX_NONFINITE_STEPS:
             raise TrainingDivergedError(
-                f"the loss was not a finite number in {state.nonfinite_streak} steps in a row, the last of them step {state.step}. "
-                "None of them reached the weights. A lower --training.lr or a longer --training.warmup may help."
+                f"the loss was not finite for {state.nonfinite_streak} steps in a row, up to step {state.step}. None of them "
+                "changed the weights. A lower --training.lr or a longer --training.warmup may help."
             )
         times.append(now())
 
 
-# ---------------------------------------------------------------- what a run fixes once, at its start
+# ---------------------------------------------------------------- before the first step
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that may be used, by what the device or the system says; 4 GiB where it says nothing."""
+    """The available memory in bytes, as reported by the GPU or the system; 4 GiB if nothing is reported."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     for name, share in (("SC_AVPHYS_PAGES", 1.0), ("SC_PHYS_PAGES", 0.5)):
@@ -208,49 +268,56 @@ def available_memory(device: torch.device) -> int:
 
 
 def activation_bytes_per_row(loss_module: LossModule, dataset: Dataset, settings: StepSettings) -> int:
-    """What one row (of labelled data, one example) takes in training: twice what is kept for the backward pass, once more
-    for the gradients. One is taken through the model, and its bytes are taken to be those of the longest."""
-    model = loss_module.model
-    saved_storages: dict[int, torch.UntypedStorage] = {}
+    """The memory that a row (for labelled data, an example) takes in a training step, in bytes.
+
+    Measured on the first row and extrapolated to the longest one: twice what is saved for the backward pass, to account for
+    the gradients.
+    """
+    model, saved_storages = loss_module.model, dict[int, torch.UntypedStorage]()
 
     def record_storage(tensor: Tensor) -> Tensor:
         storage = to_local(tensor).untyped_storage()
         saved_storages[storage._cdata] = storage
         return tensor
 
-    device = model.token_embedding.weight.device
-    with torch.autograd.graph.saved_tensors_hooks(record_storage, lambda t: t), autocast(device, settings.bf16):
-        first = dataset.batch(0).split_micro_batches(1)[0]
-        loss_module(to_device(first, model, settings.seed))
-    # What was gathered of a shared block is given back by now: its storage is there, with no bytes.
+    row = dataset.batch(0).split_micro_batches(1)[0]
+    with torch.autograd.graph.saved_tensors_hooks(record_storage, lambda tensor: tensor):
+        micro_batch_loss(loss_module, model, row, row.loss_denominators, settings)
+    # Gathered weights of blocks are resharded by now: their storage has no bytes.
     weights = {to_local(p).untyped_storage().data_ptr() for p in model.parameters()}
-    per_row = 2 * sum(storage.nbytes() for storage in saved_storages.values() if storage.data_ptr() not in weights)
-    return math.ceil(per_row * dataset.max_length / first.tokens.size)
+    saved_bytes = sum(storage.nbytes() for storage in saved_storages.values() if storage.data_ptr() not in weights)
+    return math.ceil(2 * saved_bytes * dataset.max_length / row.tokens.size)
 
 
-def training_state_bytes(model: GPT, world: DistContext = SINGLE_PROCESS) -> int:
-    """Weights, and of what is trained gradients and two averages: they are there whatever the batch. In company a part of them,
-    and of what a step gathers, weights and gradients: all blocks or two of them, or a slice of these, and what is in none."""
+def training_state_bytes(model: GPT, ctx: DistContext = SINGLE_PROCESS) -> int:
+    """The memory that does not depend on the batch, in bytes: weights, gradients and moments.
+
+    In a distributed run these are the local shards, and the weights and gradients that are gathered at the same time: all of
+    them, or those of two blocks.
+    """
     local_bytes = sum((16 if p.requires_grad else 4) * to_local(p).numel() for p in model.parameters())
-    if world.world_size == 1:
+    if ctx.world_size == 1:
         return local_bytes
     blocks = sum(p.numel() for block in model.blocks for p in block.parameters())
     non_block_parameters = sum(p.numel() for p in model.parameters()) - blocks
-    gathered = non_block_parameters + (2 * blocks // model.config.n_layers if world.fsdp_per_block else blocks)
-    return local_bytes + 8 * gathered // world.tp_size
+    gathered = non_block_parameters + (2 * blocks // model.config.n_layers if ctx.fsdp_per_block else blocks)
+    return local_bytes + 8 * gathered // ctx.tp_size
 
 
 def fit_micro_batch_rows(
-    loss_module: LossModule, dataset: Dataset, settings: StepSettings, world: DistContext = SINGLE_PROCESS
+    loss_module: LossModule, dataset: Dataset, settings: StepSettings, ctx: DistContext = SINGLE_PROCESS
 ) -> int:
-    """How many rows go through the model at once: as many as half of the free memory holds, in equal parts of the batch. On
-    a CPU the processes of one machine have its memory together."""
+    """The rows per forward pass that fit in half of the free memory, so that the micro-batches of a step are equal.
+
+    On a CPU the processes of a machine share its memory.
+    """
     model = loss_module.model
     device = model.token_embedding.weight.device
-    processes_sharing_memory = world.local_world_size if device.type == "cpu" else 1
-    free_bytes = 0.5 * available_memory(device) / processes_sharing_memory - training_state_bytes(model, world)
-    batch_rows = len(dataset.batch(0, world.dp_rank, world.dp_size).row_ids)
-    rows = max(1, min(batch_rows, int(free_bytes / max(1, activation_bytes_per_row(loss_module, dataset, settings)))))
+    processes_sharing_memory = ctx.local_world_size if device.type == "cpu" else 1
+    free_bytes = 0.5 * available_memory(device) / processes_sharing_memory - training_state_bytes(model, ctx)
+    batch_rows = len(dataset.batch(0, ctx.dp_rank, ctx.dp_size).row_ids)
+    bytes_per_row = max(1, activation_bytes_per_row(loss_module, dataset, settings))
+    rows = max(1, min(batch_rows, int(free_bytes / bytes_per_row)))
     return -(-batch_rows // -(-batch_rows // rows))
 
 
@@ -259,36 +326,32 @@ def time_step(
     loss_module: nn.Module,
     dataset: Dataset,
     settings: StepSettings,
-    world: DistContext = SINGLE_PROCESS,
+    ctx: DistContext = SINGLE_PROCESS,
 ) -> float:
-    """Seconds of one step, measured on gradients that are thrown away; the fastest of three. All processes do it together."""
-    batch = dataset.batch(state.step, world.dp_rank, world.dp_size)
-    device = state.model.token_embedding.weight.device
-    seconds = math.inf
+    """Seconds of forward and backward pass of a step, the fastest of three. All processes call this together."""
+    batch, model, seconds = dataset.batch(state.step, ctx.dp_rank, ctx.dp_size), state.model, []
+    device = model.token_embedding.weight.device
     for _ in range(3):
         start = time.perf_counter()
         for micro_batch in batch.split_micro_batches(settings.micro_batch_rows):
-            with autocast(device, settings.bf16):
-                losses = loss_module(to_device(micro_batch, state.model, settings.seed))
-            normalize_loss(losses, batch.loss_denominators).backward()
+            micro_batch_loss(loss_module, model, micro_batch, batch.loss_denominators, settings).backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds = min(seconds, time.perf_counter() - start)
-        state.model.zero_grad(set_to_none=True)
-    return seconds
+        seconds.append(time.perf_counter() - start)
+        model.zero_grad(set_to_none=True)
+    return min(seconds)
 
 
 def should_compile(device: torch.device, run_seconds: float) -> tuple[bool, str]:
-    """Whether `torch.compile` pays for a run of about `seconds`, and why, in words for the person."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    """Whether `torch.compile` pays off in a run of `run_seconds`, and the reason in words."""
     if device.type == "mps":
-        return False, "not compiled: torch.compile is young on this kind of device"
-    if compiler is None:
-        return False, "not compiled: no C++ compiler was found (install one and long runs gain some speed)"
-    # A cold compilation costs 35 to 45 s on two cores and saves about a tenth of a step there; a GPU gains far more.
+        return False, "not compiled: torch.compile is experimental on this device"
+    if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
+        return False, "not compiled: no C++ compiler was found (with one, long runs are faster)"
+    # A cold compilation takes 35 to 45 s on two cores and makes steps a tenth faster there; a GPU gains far more.
     min_run_seconds = 60.0 if device.type == "cuda" else 900.0
     if run_seconds < min_run_seconds:
-        return False, f"not compiled: a run of {run_seconds:.0f} s would not earn the compilation back"
+        return False, f"not compiled: in a run of {run_seconds:.0f} s the compilation would take longer than it saves"
     return True, "compiled: the first step takes about a minute"
 
 
@@ -297,35 +360,36 @@ def try_compile(
     compiled_module: nn.Module,
     dataset: Dataset,
     settings: StepSettings,
-    world: DistContext = SINGLE_PROCESS,
+    ctx: DistContext = SINGLE_PROCESS,
 ) -> str:
-    """Why `torch.compile` does not manage a step here (its compiler may be broken, or old), in a line; nothing where it does.
-    What it makes for one part of a batch, whose gradients are thrown away, the steps then use."""
-    from torch._dynamo.exc import TorchDynamoException  # of all that fails on the way to compiled code
+    """Compile by running a micro-batch, whose gradients are dropped. Returns the error in one line, or ""."""
+    from torch._dynamo.exc import TorchDynamoException  # the base of all compilation errors
 
-    batch = dataset.batch(state.step, world.dp_rank, world.dp_size)
-    micro_batch = next(iter(batch.split_micro_batches(settings.micro_batch_rows)))
+    batch, model = dataset.batch(state.step, ctx.dp_rank, ctx.dp_size), state.model
+    micro_batch = batch.split_micro_batches(settings.micro_batch_rows)[0]
     try:
-        with autocast(state.model.unembedding.device, settings.bf16):
-            losses = compiled_module(to_device(micro_batch, state.model, settings.seed))
-        normalize_loss(losses, batch.loss_denominators).backward()
+        micro_batch_loss(compiled_module, model, micro_batch, batch.loss_denominators, settings).backward()
     except TorchDynamoException as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return " ".join(lines[:2]) or type(error).__name__
     finally:
-        state.model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
     return ""
 
 
 def build_loss_module(
     model: GPT, loss_fn: LossFn, kind: StepKind, activation_checkpointing: bool = False
 ) -> tuple[LossModule, nn.Module]:
-    """The model with its loss, as it is measured beforehand and as it is run; the same two where it is not compiled.
+    """The model with its loss, and the module that training runs: the same one, or compiled.
 
-    With `recompute` each block's activations are made again in the backward pass, which a fused step knows nothing of.
+    Args:
+        model: the model.
+        loss_fn: the loss.
+        kind: the implementation of a step.
+        activation_checkpointing: whether the backward pass recomputes each block's activations. Not with "fused".
     """
     for block in model.blocks:
-        block.recompute = activation_checkpointing
+        block.activation_checkpointing = activation_checkpointing
     loss_module = LossModule(model, loss_fn, fused=kind == "fused")
     compiled_module = torch.compile(loss_module) if kind == "compiled" else loss_module
     assert isinstance(compiled_module, nn.Module)

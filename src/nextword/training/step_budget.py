@@ -1,26 +1,26 @@
-"""How long a run is, in steps: said beforehand, or decided on the way by the clock and written down before it counts.
+"""The length of a run in steps: fixed in advance, or adjusted to a wall-clock budget while the run goes on.
 
-Everything that follows a schedule asks `Pace.progress(step)`. It is a pure function of the decisions, and the decisions are
-on disk, so that a run that followed the clock resumes exactly all the same.
+Learning rate and evaluations follow `StepSchedule.progress(step)`, a pure function of the decisions so far. Each decision is
+logged durably before it is applied, so that a run with a time budget resumes exactly, too.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nextword.common.errors import CorruptFileError
 from nextword.common.fs import append_line_durably, atomic_write, read_jsonl
-from nextword.training.distributed import DistContext
+from nextword.training.distributed import SINGLE_PROCESS, DistContext
 
-MIN_INITIAL_STEPS = 50  # the least that a clock begins with
+MIN_INITIAL_STEPS = 50
 
 
 @dataclass(frozen=True)
 class StepBudgetDecision:
-    """From `step` on, the run is to end after `total_steps`. `seconds` is when this was decided."""
+    """From `step` on, the run is planned to end after `total_steps`; decided `seconds` after the start of the run."""
 
     step: int
     total_steps: int
@@ -28,18 +28,24 @@ class StepBudgetDecision:
 
 
 class StepSchedule:
-    """The share of the run that is done at each step, from the decisions so far.
+    """The progress of the run at each step, from the decisions so far.
 
-    Between two decisions progress grows by equal parts; a decision changes what is still ahead, never what is behind.
+    Progress is linear between two decisions. A decision changes the progress of the steps from its own on, never of earlier
+    ones.
     """
 
-    def __init__(self, decisions: list[StepBudgetDecision]):
+    def __init__(self, decisions: Iterable[StepBudgetDecision] = ()):
         self.decisions: list[StepBudgetDecision] = []
-        self.start_progress: list[float] = []  # the progress that was reached where each decision begins
+        self.start_progress: list[float] = []  # at the step of each decision
         for decision in decisions:
             self.update(decision)
 
     def update(self, decision: StepBudgetDecision) -> None:
+        """Apply a decision.
+
+        Raises:
+            ValueError: it comes before an earlier decision, or ends the run before its next step.
+        """
         if self.decisions and decision.step < self.decisions[-1].step:
             raise ValueError("a decision cannot change the steps before an earlier one")
         if decision.total_steps <= decision.step:
@@ -48,13 +54,13 @@ class StepSchedule:
         self.decisions.append(decision)
 
     def rollback(self, step: int) -> None:
-        """Forget what was decided after `step`, which the run goes back to. The first decision is never later."""
+        """Drop the decisions after `step`. The first decision is never dropped, because it is made at step 0."""
         while self.decisions[-1].step > step:
             self.decisions.pop()
             self.start_progress.pop()
 
     def progress(self, step: int) -> float:
-        """In (0, 1]: how much of the run is done once step `step` (from 0) is; 1 at the last step."""
+        """The fraction of the run, in (0, 1], that is done after step `step`, counted from 0. The last step has 1."""
         n = max(i for i, decision in enumerate(self.decisions) if decision.step <= step)
         decision, start = self.decisions[n], self.start_progress[n]
         if step + 1 >= decision.total_steps:
@@ -63,16 +69,26 @@ class StepSchedule:
 
     @property
     def total_steps(self) -> int:
-        """The end of the run as the last decision has it."""
+        """The end of the run according to the last decision."""
         return self.decisions[-1].total_steps
 
 
 class TimeBudgetController:
-    """Decides how many steps fit into a budget of wall time, again and again while the run goes on.
+    """Adjusts the number of steps to a wall-clock budget during the run.
 
-    Each decision is appended durably to `log` before it is applied. A resume takes up the whole log, and the clock speaks
-    again only from the last decision on. `spent` is the time that earlier processes of the same run have used; `now` reads
-    the time, in seconds.
+    The main process decides; every process applies the decision before the same step. A resumed run replays the logged
+    decisions and decides again only after the last of them.
+
+    Args:
+        budget: the wall-clock time of the whole run, in seconds.
+        log: the file that the main process appends decisions to.
+        started: when this process started, on the clock `now`.
+        seconds_before_resume: the time that earlier processes of the same run used.
+        ctx: the processes.
+        now: returns the time in seconds.
+
+    Attributes:
+        reserved_seconds: the time that evaluation and reports need after the last step.
     """
 
     def __init__(
@@ -82,77 +98,74 @@ class TimeBudgetController:
         *,
         started: float,
         seconds_before_resume: float = 0.0,
+        ctx: DistContext = SINGLE_PROCESS,
         now: Callable[[], float] = time.time,
     ):
-        self.budget = budget
-        self.log = log
-        self.now = now
+        self.budget, self.log, self.ctx, self.now = budget, log, ctx, now
         self.started = started - seconds_before_resume
         self.next_update_time = 0.0
         self.first_update_time = math.inf
-        self.reserved_seconds = 0.0  # what must still be done after the last step: a last evaluation, the report
+        self.reserved_seconds = 0.0
 
     def elapsed(self) -> float:
-        """Seconds of the budget that are used, preparation and earlier processes included."""
+        """Seconds of the budget used so far, including data preparation and earlier processes of the run."""
         return self.now() - self.started
 
     def update(self, schedule: StepSchedule, step: int, seconds_per_step: float) -> None:
-        """Before step `step`: decide anew, where it is time to."""
+        """Before step `step`: log and apply a new decision if one is due.
+
+        Args:
+            schedule: the schedule to update.
+            step: the next step, from 0.
+            seconds_per_step: the recent speed, everything between two steps included.
+        """
+        decision = self._decide(schedule, step, seconds_per_step) if self.ctx.is_main else None
+        if decision is not None:
+            append_line_durably(self.log, json.dumps(asdict(decision)))
+        if self.ctx.world_size > 1:
+            values = self.ctx.broadcast_object(None if decision is None else asdict(decision))
+            decision = None if values is None else StepBudgetDecision(**values)
+        if decision is not None:
+            schedule.update(decision)
+
+    def _decide(self, schedule: StepSchedule, step: int, seconds_per_step: float) -> StepBudgetDecision | None:
         elapsed = self.elapsed()
         self.first_update_time = min(self.first_update_time, elapsed)
         remaining = self.budget - self.reserved_seconds - elapsed
         if schedule.decisions:
-            # A run that is about to end with time to spare asks as well.
             ends_early = step + 1 >= schedule.total_steps and remaining > 0.03 * self.budget
             if step < schedule.decisions[-1].step or (elapsed < self.next_update_time and not ends_early):
-                return
+                return None
         steps_left = max(1, int(remaining / seconds_per_step))
         if not schedule.decisions:
-            # A first guess that is too long is mended on the way; one that is too short ends the schedule at once.
+            # An estimate that is too long is corrected later; one that is too short would end the schedule at once.
             steps_left = max(steps_left, MIN_INITIAL_STEPS)
         elif remaining > 0.1 * self.budget:
-            # One slow moment does not end a run: what is left is at most halved at a time.
+            # A decision at most halves the remaining steps, so that one slow moment does not end the run.
             steps_left = max(steps_left, (schedule.total_steps - step) // 2, 1)
-        total_steps = step + steps_left
-        # Often at first, when the speed is hardly known, and then each time that a twentieth of what is left has gone by.
+        # Often at first, when the speed is hardly known, and later after each twentieth of the remaining time.
         self.next_update_time = elapsed + max(0.5, min(0.05 * remaining, elapsed - self.first_update_time))
-        if schedule.decisions and total_steps == schedule.total_steps:
-            return
-        decision = StepBudgetDecision(step, total_steps, round(elapsed, 3))
-        append_line_durably(self.log, json.dumps(asdict(decision)))
-        schedule.update(decision)
+        if schedule.decisions and step + steps_left == schedule.total_steps:
+            return None
+        return StepBudgetDecision(step, step + steps_left, round(elapsed, 3))
 
     def reset(self, schedule: StepSchedule) -> None:
-        """After the pace was cut back: its decisions are the log, and the next step is one to decide at. What the undone
-        steps took has been spent."""
-        atomic_write(self.log, "".join(json.dumps(asdict(decision)) + "\n" for decision in schedule.decisions))
+        """After a rollback of the schedule: rewrite the log, and decide again before the next step.
+
+        The time that the undone steps took stays spent.
+        """
+        if self.ctx.is_main:
+            atomic_write(self.log, "".join(json.dumps(asdict(decision)) + "\n" for decision in schedule.decisions))
         self.next_update_time = 0.0
 
 
-class DistributedTimeBudgetController:
-    """What the leader's clock decides, heard by every process of a run before the same step."""
-
-    def __init__(self, world: DistContext, controller: TimeBudgetController | None):
-        self.world, self.controller = world, controller
-
-    def update(self, schedule: StepSchedule, step: int, seconds_per_step: float) -> None:
-        num_known = len(schedule.decisions)
-        if self.controller is not None:
-            self.controller.update(schedule, step, seconds_per_step)
-        new_decisions = schedule.decisions[num_known:]
-        payload = (
-            [1.0, new_decisions[0].step, new_decisions[0].total_steps, new_decisions[0].seconds]
-            if new_decisions
-            else [0.0] * 4
-        )
-        has_decision, at_step, total_steps, seconds = self.world.broadcast_floats(payload)
-        if has_decision and self.controller is None:
-            schedule.update(StepBudgetDecision(int(at_step), int(total_steps), seconds))
-
-
 def read_decisions(log: Path) -> list[StepBudgetDecision]:
-    """The decisions of a run so far. Raises `CorruptFile` where the log is not one."""
+    """The logged decisions of a run.
+
+    Raises:
+        CorruptFileError: the file is not a log of decisions.
+    """
     try:
         return [StepBudgetDecision(**record) for record in read_jsonl(log)]
     except TypeError as error:
-        raise CorruptFileError(f"{log}: not a log of decisions ({error})") from error
+        raise CorruptFileError(f"{log}: not a log of step budget decisions ({error})") from error

@@ -29,7 +29,6 @@ from nextword.training.setup import TrainingSetup
 from nextword.training.spike_recovery import RollbackManager
 from nextword.training.step import MAX_NONFINITE_STEPS, StepMetrics, training_steps
 from nextword.training.step_budget import (
-    DistributedTimeBudgetController,
     StepBudgetDecision,
     StepSchedule,
     TimeBudgetController,
@@ -138,18 +137,18 @@ class Trainer(TrainingSetup):
         if self.target_steps is not None:
             return StepSchedule([StepBudgetDecision(0, self.target_steps)])
         assert self.budget_seconds is not None
-        decisions = []
-        if self.world.is_main:
-            self.budget_controller = TimeBudgetController(
-                self.budget_seconds,
-                self.run_dir.decisions_path,
-                started=self.start_time,
-                seconds_before_resume=self.seconds_before_resume,
-                now=self.now,
-            )
-            self.budget_controller.reserved_seconds = self.estimate_finalize_seconds()
-            decisions = [asdict(decision) for decision in read_decisions(self.run_dir.decisions_path)]
-        return StepSchedule([StepBudgetDecision(**decision) for decision in self.world.broadcast_object(decisions)])
+        self.budget_controller = TimeBudgetController(
+            self.budget_seconds,
+            self.run_dir.decisions_path,
+            started=self.start_time,
+            seconds_before_resume=self.seconds_before_resume,
+            ctx=self.world,
+            now=self.now,
+        )
+        self.budget_controller.reserved_seconds = self.estimate_finalize_seconds()
+        decisions = read_decisions(self.run_dir.decisions_path) if self.world.is_main else []
+        decisions = self.world.broadcast_object([asdict(decision) for decision in decisions])
+        return StepSchedule(StepBudgetDecision(**decision) for decision in decisions)
 
     def train(self, tensorboard: bool = False) -> None:
         """The loop: a step, its line, and now and then a look at held-out data, a sample, a checkpoint.
@@ -164,12 +163,6 @@ class Trainer(TrainingSetup):
         self._apply_skipped_ranges()
         self.tensorboard = open_tensorboard_writer(self.run_dir.path) if tensorboard and self.world.is_main else None
         step_schedule = self.build_step_schedule()
-        is_shared_budget = self.world.world_size > 1 and self.budget_seconds is not None
-        step_budget = (
-            DistributedTimeBudgetController(self.world, self.budget_controller)
-            if is_shared_budget
-            else self.budget_controller
-        )
         interval_start, interval_start_tokens = time.monotonic(), self.state.tokens
         with (
             catch_signals() as caught_signals,
@@ -178,7 +171,7 @@ class Trainer(TrainingSetup):
             if self.stopped_early:
                 return
             step_iterator = training_steps(
-                self.state, self.dataset, self.step_module, self.step_settings, step_schedule, step_budget, self.seconds_per_step, self.world,
+                self.state, self.dataset, self.step_module, self.step_settings, step_schedule, self.budget_controller, self.seconds_per_step, self.world,
                 self.rollback_manager.skipped_ranges.batch_index, self.now,
             )  # fmt: skip
             for metrics in step_iterator:
