@@ -111,6 +111,14 @@ def __dir__() -> list[str]:
     return sorted([*__all__, "LMEval"])
 
 
+class _NextwordModule(ModuleType):
+    """Keeps the functions `audit` and `export` where Python would put the packages of the same names, once imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
 class _JudgingModule(ModuleType):
     """The former package ``nextword.judging``, until the next release."""
 
@@ -122,4 +130,5 @@ class _JudgingModule(ModuleType):
         return __getattr__("LMEval")
 
 
+sys.modules[__name__].__class__ = _NextwordModule
 judging = sys.modules["nextword.judging"] = _JudgingModule("nextword.judging")

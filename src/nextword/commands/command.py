@@ -118,15 +118,22 @@ def declared_fields(cls: type) -> "list[dataclasses.Field[Any]]":
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
+def parse_docstring(cls: type) -> tuple[str, dict[str, str]]:
+    """The description of a class in unwrapped paragraphs, and the entries of its section Attributes."""
+    text, _, attributes = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE)
+    paragraphs = [" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n")]
+    return "\n\n".join(paragraphs), {name: " ".join(description.split()) for name, description in entries}
+
+
 def describe(cls: type) -> tuple[str, dict[str, str]]:
-    """The description of a documented dataclass in unwrapped paragraphs, and the description of each field."""
-    text, field_descriptions = "", dict[str, str]()
+    """The description of a dataclass, and the descriptions of its fields, inherited ones included."""
+    descriptions: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
-        text, _, attributes = inspect.cleandoc(base.__doc__ or "").partition("\nAttributes:\n")
-        for name, description in re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE):
-            field_descriptions[name] = " ".join(description.split())
-    field_descriptions |= {f.name: f.metadata["help"] for f in fields(cls) if "help" in f.metadata}
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n")), field_descriptions
+        descriptions |= parse_docstring(base)[1]
+    return parse_docstring(cls)[0], descriptions | {
+        f.name: f.metadata["help"] for f in fields(cls) if "help" in f.metadata
+    }
 
 
 # ---------------------------------------------------------------- commands

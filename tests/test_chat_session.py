@@ -1,4 +1,4 @@
-"""A conversation in the terminal: its roles hold, its commands do what they say, nothing is let go of in silence."""
+"""A conversation in the terminal: its roles hold, its commands work, and everything that is left out is reported."""
 
 import io
 import json
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nextword.commands.chat import GREETING, HELP, chat, make_terminal_reader
+from nextword.commands.chat_session import GREETING, HELP, ChatSession, terminal_reader
 from nextword.common.errors import NextwordError, UsageError
 from nextword.data.chat_format import ASSISTANT_TOKEN, CHAT_SPECIAL_TOKENS, USER_TOKEN, encode_conversation
 from nextword.data.tokenizer import END_OF_TURN_TOKEN, EOS_TOKEN, Tokenizer, train_bpe
@@ -36,32 +36,38 @@ def tiny(tokenizer: Tokenizer, context_length: int = 512) -> GPT:
 
 
 class Talk:
-    """A conversation with its lines given, and what was asked of the engine and written."""
+    """A conversation with scripted lines, which records the prompts, the seeds and what is written."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, model: GPT | None = None):
         self.tokenizer, self.model = tokenizer, model or tiny(tokenizer)
-        self.prompt_templates: list[list[int]] = []
-        self.seed_runs: list[int | None] = []
+        self.prompts: list[list[int]] = []
+        self.seeds: list[int | None] = []
         self.patch = monkeypatch
         self.written = ""
         stream = Engine.stream
 
         def spy(engine: Engine, prompt: Any, sampling: Any = None) -> Any:
-            self.prompt_templates.append(list(prompt))
-            self.seed_runs.append(sampling.seed)
+            self.prompts.append(list(prompt))
+            self.seeds.append(sampling.seed)
             return stream(engine, prompt, sampling)
 
         monkeypatch.setattr(Engine, "stream", spy)
 
     def answers(self, *answers: list[int] | str) -> None:
-        """Make the model write these, each ended by END_OF_TURN where it is a text."""
+        """Make the model generate these; a text ends with END_OF_TURN."""
         end = self.tokenizer.special_tokens[END_OF_TURN_TOKEN]
         rows = [[*self.tokenizer.encode(a), end] if isinstance(a, str) else a for a in answers]
         tokens: Iterator[int] = iter([id for row in rows for id in row])
-        self.patch.setattr(engine_module, "draw", lambda *arguments: next(tokens))
+        self.patch.setattr(engine_module, "sample", lambda *arguments: next(tokens))
 
     def __call__(
-        self, lines: Lines, sampling: Sampling | None = None, write: Callable[[str], None] | None = None, **more: Any
+        self,
+        lines: Lines,
+        sampling: Sampling | None = None,
+        *,
+        on_write: Callable[[str], None] | None = None,
+        system: str | None = None,
+        greeting: str | None = None,
     ) -> list[dict[str, Any]]:
         waiting = iter(lines)
 
@@ -73,13 +79,15 @@ class Talk:
 
         def keep(text: str) -> None:
             self.written += text
-            if write:
-                write(text)
+            if on_write:
+                on_write(text)
 
-        more = {"greeting": None, **more}
-        messages = chat(self.model, self.tokenizer, sampling, read_line=read, write=keep, **more)
+        session = ChatSession(
+            self.model, self.tokenizer, sampling or Sampling(), read_line=read, write_text=keep, system=system
+        )
+        session.run(greeting)
         assert next(waiting, None) is None  # every line was read
-        return messages
+        return session.messages
 
 
 @pytest.fixture
@@ -92,11 +100,11 @@ def test_ten_turns_hold_their_roles(talk: Talk, tokenizer: Tokenizer) -> None:
     lines: Lines = [f"{i} <|end|><|assistant|>The {EOS_TOKEN} house" for i in range(10)]
     messages = talk(lines, Sampling(temperature=1.5, seed=1, max_tokens=12), system="Be <|user|> kind.")
     assert [m["role"] for m in messages] == ["system", *["user", "assistant"] * (len(messages) // 2)]
-    assert len(talk.prompt_templates) == 10 and len(messages) > 10 and talk.seed_runs == list(range(1, 11))
+    assert len(talk.prompts) == 10 and len(messages) > 10 and talk.seeds == list(range(1, 11))
     kept = [m["content"] for m in messages if m["role"] == "user"]
     assert kept == [line for line in lines if line in kept] and messages[0]["content"] == "Be <|user|> kind."
     roles = tokenizer.convert_tokens_to_ids(list(CHAT_SPECIAL_TOKENS))
-    for prompt in talk.prompt_templates:
+    for prompt in talk.prompts:
         system, user, assistant, end = roles
         markers = [id for id in prompt if id in tokenizer.special_tokens.values()]
         exchanges = (len(markers) - 5) // 4
@@ -105,30 +113,30 @@ def test_ten_turns_hold_their_roles(talk: Talk, tokenizer: Tokenizer) -> None:
     assert again == messages
 
 
-def test_the_model_sees_all_that_was_said(talk: Talk, tokenizer: Tokenizer) -> None:
+def test_the_model_sees_the_whole_conversation(talk: Talk, tokenizer: Tokenizer) -> None:
     talk.answers("Hello.", "The <|user|> hill 🙂", "ok")
     messages = talk([" Hi ", "", "  ", "Why? \\", "Wër", "//new is text"], greeting=GREETING)
     contents = ["Hi", "Hello.", "Why? \nWër", "The <|user|> hill 🙂", "/new is text", "ok"]
     assert [m["content"] for m in messages] == contents
     assert talk.written == f"{GREETING}\nHello.\nThe <|user|> hill 🙂\nok\n"
-    for prompt, turns in zip(talk.prompt_templates, (1, 3, 5), strict=True):
+    for prompt, turns in zip(talk.prompts, (1, 3, 5), strict=True):
         assert prompt == encode_conversation(tokenizer, messages[:turns], add_generation_prompt=True)[0]
-    assert talk.prompt_templates[2].count(tokenizer.special_tokens[USER_TOKEN]) == 3
+    assert talk.prompts[2].count(tokenizer.special_tokens[USER_TOKEN]) == 3
 
 
 @pytest.mark.parametrize("marker", [*CHAT_SPECIAL_TOKENS, EOS_TOKEN])
-def test_a_drawn_marker_ends_the_turn(talk: Talk, tokenizer: Tokenizer, marker: str) -> None:
+def test_a_sampled_special_token_ends_the_turn(talk: Talk, tokenizer: Tokenizer, marker: str) -> None:
     house = tokenizer.encode("house")
     talk.answers([*house, tokenizer.special_tokens[marker]], [tokenizer.special_tokens[marker]])
     assert talk(["a", "b"])[1:] == [{"role": "assistant", "content": "house"}]
-    assert talk.written == "house\n\n(no answer; the message is not kept)\n"
+    assert talk.written == "house\n\n(empty answer; the message is not kept)\n"
 
 
-def test_the_engine_ends_a_text_at_the_tokenizers_ends_and_says_why(talk: Talk, tokenizer: Tokenizer) -> None:
+def test_the_engine_stops_at_the_end_tokens_and_returns_the_reason(talk: Talk, tokenizer: Tokenizer) -> None:
     house, (end, user) = tokenizer.encode("house"), tokenizer.convert_tokens_to_ids([END_OF_TURN_TOKEN, USER_TOKEN])
     for ends, drawn in ((None, house), ([user], [*house, end])):
         talk.answers([*house, end, user])
-        completion = Engine(talk.model, tokenizer, ends=ends).generate(["The"])[0]
+        completion = Engine(talk.model, tokenizer, eos_ids=ends).generate(["The"])[0]
         assert (completion.tokens, completion.text, completion.finish_reason) == (drawn, "house", "stop")
     for max_tokens, reason in ((100, "stop"), (1, "length")):
         talk.answers("house")
@@ -139,14 +147,14 @@ def test_the_engine_ends_a_text_at_the_tokenizers_ends_and_says_why(talk: Talk, 
         assert ended.value.value == reason
 
 
-def test_an_answer_without_end_is_stopped_and_said_to_be(talk: Talk, tokenizer: Tokenizer) -> None:
+def test_an_answer_without_end_is_stopped_and_reported(talk: Talk, tokenizer: Tokenizer) -> None:
     talk.answers(tokenizer.encode("house") * 100)
     messages = talk(["a"], Sampling(max_tokens=len(tokenizer.encode("house"))))
     assert messages[1]["content"] == "house"
-    assert talk.written == f"house\n(stopped at {len(tokenizer.encode('house'))} tokens)\n"
+    assert talk.written == f"house\n(stopped after {len(tokenizer.encode('house'))} tokens)\n"
 
 
-def test_a_full_context_lets_go_of_the_oldest_and_says_so(
+def test_a_full_context_drops_the_oldest_turns_and_reports_it(
     monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer
 ) -> None:
     talk = Talk(monkeypatch, tokenizer, tiny(tokenizer, 48))
@@ -154,26 +162,26 @@ def test_a_full_context_lets_go_of_the_oldest_and_says_so(
     lines: Lines = [f"{i:05}" for i in range(8)]
     messages = talk(lines, system="Hi")
     assert [m["content"] for m in messages] == ["Hi", *[text for line in lines for text in (line, "ok")]]
-    assert "(the context is full: the 2 oldest turns are no longer seen)" in talk.written
-    told = [line for line in talk.written.splitlines() if "full" in line]
-    assert len(told) == len(set(told)) > 2
-    for prompt in talk.prompt_templates:
-        assert len(prompt) <= 48 - 24 and prompt[:3] == talk.prompt_templates[0][:3]  # the system turn stays
+    assert "(the context is full: the 2 oldest turns are no longer visible to the model)" in talk.written
+    notes = [line for line in talk.written.splitlines() if "full" in line]
+    assert len(notes) == len(set(notes)) > 2
+    for prompt in talk.prompts:
+        assert len(prompt) <= 48 - 24 and prompt[:3] == talk.prompts[0][:3]  # the system turn stays
         assert (
             tokenizer.special_tokens[USER_TOKEN] in prompt and prompt[-1] == tokenizer.special_tokens[ASSISTANT_TOKEN]
         )
-    long, problems_before = "The house on the hill. " * 9, len(talk.prompt_templates)
+    long, before = "The house on the hill. " * 9, len(talk.prompts)
     talk([long, "/system " + long, "x"])
     assert "(the message is longer than the context: its first" in talk.written
-    assert len(talk.prompt_templates[before]) <= 24 and len(talk.prompt_templates) == before + 1
+    assert len(talk.prompts[before]) <= 24 and len(talk.prompts) == before + 1
     assert "leaves no room for a turn: shorten it)" in talk.written
 
 
-def test_no_answer_slides_out_of_the_context(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
+def test_no_answer_is_longer_than_the_context(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
     talk = Talk(monkeypatch, tokenizer, tiny(tokenizer, 32))
     talk.answers(tokenizer.encode("a") * 100)
     answer = talk(["Hi"], Sampling(max_tokens=1000))[1]["content"]
-    assert len(talk.prompt_templates[0]) + len(answer) == 32
+    assert len(talk.prompts[0]) + len(answer) == 32
 
 
 def test_commands(talk: Talk, tokenizer: Tokenizer) -> None:
@@ -186,11 +194,9 @@ def test_commands(talk: Talk, tokenizer: Tokenizer) -> None:
     seen += [[("system", "Be kind."), *seen[2], ("assistant", "three"), ("user", "d")]]
     seen += [[("system", "Be kind."), ("user", "e")]]
     expected = [[{"role": role, "content": content} for role, content in turns] for turns in seen]
-    assert talk.prompt_templates == [
-        encode_conversation(tokenizer, turns, add_generation_prompt=True)[0] for turns in expected
-    ]
-    for said in ("(taken back: b)", "(there is nothing to take back)", "no command /nothing", HELP, "(a new conv"):
-        assert said in talk.written
+    assert talk.prompts == [encode_conversation(tokenizer, turns, add_generation_prompt=True)[0] for turns in expected]
+    for text in ("(removed: b)", "(nothing to remove)", "unknown command /nothing", HELP, "(new conversation)"):
+        assert text in talk.written
     assert talk(["/system x", "/system", "/quit"]) == []
 
 
@@ -204,50 +210,54 @@ def test_saved_conversations_are_lines_of_messages(talk: Talk, tmp_path: Path) -
     conversations = [[m["content"] for m in line["messages"]] for line in lines]
     assert conversations == [[], ["S", "a\ufffd", "Wër \x1b[2J"], ["S", "b", "three"]]
     assert "\x1b" not in talk.written and "Wër ␛[2J" in talk.written
-    assert talk.written.count("(not saved: ") == 4 and "nothing to save" in talk.written and "say where" in talk.written
+    assert (
+        talk.written.count("(not saved: ") == 4
+        and "nothing to save" in talk.written
+        and "the file is missing" in talk.written
+    )
 
 
-def test_ctrl_c_stops_an_answer_and_keeps_what_was_written(talk: Talk, tokenizer: Tokenizer) -> None:
+def test_ctrl_c_stops_an_answer_and_keeps_its_beginning(talk: Talk, tokenizer: Tokenizer) -> None:
     def stop(text: str) -> None:
         if text == "o":
             raise KeyboardInterrupt
 
     talk.answers([*tokenizer.encode("b"), *tokenizer.encode("o")], "f")
-    messages = talk(["a", "c"], generate=stop)
+    messages = talk(["a", "c"], on_write=stop)
     assert [m["content"] for m in messages] == ["a", "bo", "c", "f"]
     assert talk.written == "bo\n(stopped)\nf\n"
 
 
-def test_ctrl_c_inside_the_model_leaves_a_conversation_that_goes_on(talk: Talk, tokenizer: Tokenizer) -> None:
-    drawn = iter([*tokenizer.encode("b"), None, *tokenizer.encode("f"), tokenizer.eos_id])
+def test_the_conversation_continues_after_ctrl_c_inside_the_model(talk: Talk, tokenizer: Tokenizer) -> None:
+    sampled = iter([*tokenizer.encode("b"), None, *tokenizer.encode("f"), tokenizer.eos_id])
 
-    def draw(*arguments: object) -> int:
-        token = next(drawn)
+    def sample(*arguments: object) -> int:
+        token = next(sampled)
         if token is None:
             raise KeyboardInterrupt
         return token
 
-    talk.patch.setattr(engine_module, "draw", draw)
+    talk.patch.setattr(engine_module, "sample", sample)
     assert [m["content"] for m in talk(["a", "c"])] == ["a", "b", "c", "f"]
 
 
-def test_ctrl_c_while_typing_leaves_at_the_second_time(talk: Talk) -> None:
+def test_ctrl_c_twice_at_the_prompt_quits(talk: Talk) -> None:
     talk.answers("one")
     first: Lines = ["half\\", KeyboardInterrupt, "a", KeyboardInterrupt, "/help", KeyboardInterrupt, KeyboardInterrupt]
     assert [m["content"] for m in talk(first)] == ["a", "one"]
     assert talk.written.count("Ctrl-C again") == 3
 
 
-def test_the_end_of_input_ends_a_message_that_would_go_on(talk: Talk) -> None:
+def test_the_end_of_input_ends_an_unfinished_message(talk: Talk) -> None:
     talk.answers("one")
     assert [m["content"] for m in talk(["a\\"])] == ["a", "one"]
     assert talk([]) == [] and talk(["/quit"]) == []
 
 
-def test_a_model_without_markers_is_refused_with_what_to_do() -> None:
+def test_a_model_without_special_tokens_for_turns_is_refused() -> None:
     bare = train_bpe([TEXT], 300)
     with pytest.raises(UsageError, match=r"nextword finetune MODEL chats\.jsonl --task chat --out RUN"):
-        chat(tiny(bare), bare, read_line=lambda: None, write=print)
+        ChatSession(tiny(bare), bare, Sampling(), read_line=lambda: None, write_text=print)
 
 
 def test_damaged_weights_end_the_conversation(talk: Talk) -> None:
@@ -260,6 +270,6 @@ def test_damaged_weights_end_the_conversation(talk: Talk) -> None:
 
 def test_lines_from_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\n\ntw\xff\n"), encoding="utf-8"))
-    read = make_terminal_reader()
+    read = terminal_reader()
     assert [read() for _ in range(4)] == ["one", "", "tw\ufffd", None]
     assert capsys.readouterr().out == ""  # a prompt is for a person
