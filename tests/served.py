@@ -16,16 +16,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from nextword.model.stock import save_model
-from nextword.serving.middleware import SecurityMiddleware
-from nextword.serving.server import ListenConfig, build_uvicorn, run_server
-from nextword.text.tokenizer import Tokenizer
 
 from conftest import nextword_command
 from nextword.common.console import Console
 from nextword.data.tokenizer import Tokenizer
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
+from nextword.model.hf import save_model
+from nextword.serving.app import ListenConfig, build_uvicorn, run_server
+from nextword.serving.security import SecurityMiddleware
 from nextword.serving.service import Service, ServiceConfig
 from processes import PATIENCE, kill, launch
 
@@ -183,6 +182,12 @@ def make_model_dir(path: Path, tokenizer: Tokenizer, preset: str = "modern", **s
     sizes = {"n_layers": 1, "n_heads": 2, "d_model": 16, "context_length": 128, **sizes}
     model = GPT(build_config(preset, vocab_size=tokenizer.vocab_size, **sizes))  # pyright: ignore[reportArgumentType]
     path.mkdir(parents=True, exist_ok=True)
-    save_model(model, path, end_of_text=tokenizer.eos_id, pad=tokenizer.pad_id, ends=sorted(tokenizer.ends))
+    save_model(
+        model,
+        path,
+        end_of_text_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id,
+        eos_token_ids=sorted(tokenizer.eos_ids),
+    )
     tokenizer.save(path, model.config.context_length)
     return path

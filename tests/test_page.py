@@ -16,7 +16,6 @@ import pytest
 
 from browsing import CSP_VIOLATION_SCRIPT, DESKTOP_VIEWPORT, DISPLAY_VARIANTS, PHONE_VIEWPORT, SCREENSHOT_DIR
 from browsing import browser as browser
-from nextword.interpretability.inputs import prepare_input
 from page_server import CONTENT_SECURITY_POLICY, EMOJI, HTML, PAGE_DIR, RTL, STORY, PageServer
 from processes import wait_until
 
@@ -431,13 +430,13 @@ def test_the_whole_way_by_keyboard(open_page: Open) -> None:
         raise AssertionError(f"{name} cannot be reached")
 
     expect(j.at("#model")).to_contain_text("lighthouse")
-    tab_to("skip", bits_to_nats=True)
+    tab_to("skip", back=True)
     press("Enter")
     assert focused() == "draft"
     j.page.keyboard.type("unsure")
     press("Enter")
     expect(j.at("#say")).to_contain_text("The model wrote")
-    tab_to("text model", bits_to_nats=True)
+    tab_to("text model", back=True)
     press("ArrowRight")
     expect(j.at("#inspector")).to_be_visible()
     press("Escape")
@@ -449,7 +448,7 @@ def test_the_whole_way_by_keyboard(open_page: Open) -> None:
     j.done()
     assert len(j.script.requests) == 2
     assert focused() == "text model"  # the Stop button is gone, the focus is not
-    tab_to("open-settings", bits_to_nats=True)
+    tab_to("open-settings", back=True)
     press("Enter")
     expect(j.page.get_by_role("dialog", name="Settings")).to_be_visible()
     tab_to("temperature")
@@ -462,7 +461,7 @@ def test_the_whole_way_by_keyboard(open_page: Open) -> None:
     press("Escape")
     expect(j.at("#settings")).to_be_hidden()
     assert focused() == "open-settings"
-    tab_to("mode-completion", bits_to_nats=True)
+    tab_to("mode-completion", back=True)
     press("Space")
     tab_to("text")
     j.page.keyboard.type("It began")
@@ -471,7 +470,7 @@ def test_the_whole_way_by_keyboard(open_page: Open) -> None:
     tab_to("text-edit")
     press("Enter")
     assert focused() == "text"
-    tab_to("theme", bits_to_nats=True)
+    tab_to("theme", back=True)
     press("Enter")
     assert j.page.evaluate("document.documentElement.dataset.theme") == "dark"
 
@@ -547,12 +546,12 @@ def states(j: Journey) -> Iterator[str]:
         j.button("Settings").click()
         yield "settings"
         j.button("Close").click()
-    j.script.api_key = "secret"
+    j.script.key = "secret"
     j.field("Your message").fill("hello")
     j.page.keyboard.press("Enter")
     expect(j.field("Key")).to_be_visible()
     yield "key"
-    j.script.api_key = None
+    j.script.key = None
     j.button("Not now").click()
     j.button("Completion").click()
     j.field("A text for the model to go on with").fill("Once upon a time, far from here, ")
@@ -627,8 +626,8 @@ def test_the_server_goes_away_and_comes_back(open_page: Open) -> None:
     j.page.keyboard.press("Escape")
     j.say("written later")
     j.script.is_offline = True
-    j.page.budget_controller.install()
-    j.page.budget_controller.pause_at("2100-01-01")  # from here on the page does not look by itself
+    j.page.clock.install()
+    j.page.clock.pause_at("2100-01-01")  # from here on the page does not look by itself
     j.page.evaluate("dispatchEvent(new Event('online'))")  # a look that needs no message
     expect(j.page.get_by_role("alert")).to_be_visible()
     j.script.is_offline = False
@@ -672,7 +671,7 @@ def test_a_busy_server_and_errors_in_words(open_page: Open) -> None:
 
 
 def test_a_key_is_asked_for(open_page: Open, server: PageServer) -> None:
-    server.script.api_key = "right"
+    server.script.key = "right"
     j = open_page()
     j.troubles = True
     j.field("Key").fill("wrong")
@@ -770,13 +769,12 @@ def test_copy_and_reload(open_page: Open) -> None:
 def test_with_a_model_behind_it(browser: "Browser", base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same journeys in short, against the real server; whose policy is the one that the stand-in has."""
     pytest.importorskip("fastapi", reason="the real server needs fastapi")
-    from nextword.serving.server import ListenConfig
-    from running_server import running_server
+    from nextword.serving import security
+    from nextword.serving.app import ListenConfig
+    from served import running_server
 
-    from nextword.serving import guard
-
-    assert dict(security.HEADERS)[b"content-security-policy"].decode() == CONTENT_SECURITY_POLICY
-    with running_server(base, ListenConfig(port=0, key="a secret"), name="small") as server:
+    assert dict(security.SECURITY_HEADERS)[b"content-security-policy"].decode() == CONTENT_SECURITY_POLICY
+    with running_server(base, ListenConfig(port=0, api_key="a secret"), name="small") as server:
         stand_in: Any = SimpleNamespace(script=None, address=f"{server.url}/")
         j = Journey(browser.new_context(viewport=DESKTOP_VIEWPORT), stand_in)
         j.troubles = True  # it is refused until it has the key
@@ -801,15 +799,15 @@ def test_with_a_model_behind_it(browser: "Browser", base: Path, monkeypatch: pyt
         j.page.keyboard.press("Escape")
         j.say("Hello")
         assert j.answers.last.locator(".token").count() > 0
-        left, read_line = server.service.metrics.freed_slots.values, server.engine.runner.read
+        left, forward = server.service.metrics.client_disconnects.values, server.engine.runner.forward
         assert left[()] == 0
-        monkeypatch.setattr(server.engine.runner, "read", lambda *asked: time.sleep(0.1) or prepare_input(*asked))
+        monkeypatch.setattr(server.engine.runner, "forward", lambda *args: time.sleep(0.1) or forward(*args))
         j.button("New").click()
         j.say("And?", done=False)
-        expect(j.answers.last.locator(".token").start_counters).to_be_visible()
+        expect(j.answers.last.locator(".token").first).to_be_visible()
         j.page.keyboard.press("Escape")
         j.done()
-        wait_until(lambda: left[()] == 1 and not server.engine.busy)
+        wait_until(lambda: left[()] == 1 and not server.engine.has_unfinished_requests)
         j.close()
 
 

@@ -65,15 +65,15 @@ def logprobs_of(model: Model, ids: list[int]) -> torch.Tensor:
 
 def test_a_completion_is_what_generate_gives(client: OpenAI, loaded: Model) -> None:
     expected = loaded.generate("The", temperature=1.5, seed=5, max_tokens=20)[0]
-    made = client.completions.create(model="small", prompt_logprobs="The", max_tokens=20, **FREE)
-    assert made.num_choices[0].text == expected.text
-    assert made.num_choices[0].finish_reason == expected.finish_reason
+    made = client.completions.create(model="small", prompt="The", max_tokens=20, **FREE)
+    assert made.choices[0].text == expected.text
+    assert made.choices[0].finish_reason == expected.finish_reason
     assert (made.model, made.object) == ("small", "text_completion")
     assert made.usage is not None
     ended = expected.finish_reason == "stop"
     assert made.usage.completion_tokens == len(expected.tokens) + ended
     assert made.usage.total_tokens == made.usage.prompt_tokens + made.usage.completion_tokens
-    default = client.completions.create(model="small", prompt_logprobs="The", logit_bias={"0": -100})
+    default = client.completions.create(model="small", prompt="The", logit_bias={"0": -100})
     assert default.usage is not None and default.usage.completion_tokens == 16
 
 
@@ -81,19 +81,17 @@ def test_a_stream_is_the_same_text_in_pieces(client: OpenAI) -> None:
     settings: dict[str, Any] = {"model": "small", "prompt": "The", "max_tokens": 30, "logprobs": 2, **FREE}
     whole = client.completions.create(**settings)
     pieces = list(client.completions.create(**settings, stream=True, stream_options={"include_usage": True}))
-    assert "".join(choice.text for piece in pieces for choice in piece.num_choices) == whole.num_choices[0].text
-    assert pieces[-1].usage == whole.usage and not pieces[-1].num_choices
+    assert "".join(choice.text for piece in pieces for choice in piece.choices) == whole.choices[0].text
+    assert pieces[-1].usage == whole.usage and not pieces[-1].choices
     assert all(piece.usage is None for piece in pieces[:-1])
-    assert len({piece.request_id for piece in pieces}) == 1
-    assert [c.finish_reason for p in pieces for c in p.num_choices if c.finish_reason] == [
-        whole.num_choices[0].finish_reason
-    ]
-    told = [c.logprobs for p in pieces for c in p.num_choices if c.logprobs]
-    expected = whole.num_choices[0].logprobs
+    assert len({piece.id for piece in pieces}) == 1
+    assert [c.finish_reason for p in pieces for c in p.choices if c.finish_reason] == [whole.choices[0].finish_reason]
+    told = [c.logprobs for p in pieces for c in p.choices if c.logprobs]
+    expected = whole.choices[0].logprobs
     assert expected is not None
     assert [token for one in told for token in one.tokens or []] == expected.tokens
     assert [offset for one in told for offset in one.text_offset or []] == expected.text_offset
-    without = list(client.completions.create(model="small", prompt_logprobs="The", max_tokens=2, stream=True))
+    without = list(client.completions.create(model="small", prompt="The", max_tokens=2, stream=True))
     assert all(piece.usage is None for piece in without)
 
 
@@ -103,9 +101,9 @@ def test_the_asynchronous_client(server: ServerProcess) -> None:
 
             async def one(seed: int) -> str:
                 stream = await client.completions.create(
-                    model="small", prompt_logprobs="The", max_tokens=20, temperature=1.0, seed=seed, stream=True
+                    model="small", prompt="The", max_tokens=20, temperature=1.0, seed=seed, stream=True
                 )
-                return "".join([choice.text async for piece in stream for choice in piece.num_choices])
+                return "".join([choice.text async for piece in stream for choice in piece.choices])
 
             return await asyncio.gather(*(one(seed) for seed in (1, 2, 3, 1, 2, 3)))
 
@@ -402,13 +400,13 @@ def test_embeddings_are_means_of_length_one(client: OpenAI, server: ServerProces
 
 def test_the_list_of_models(client: OpenAI, server: ServerProcess) -> None:
     [model] = client.models.list().data
-    assert model.request_id == "small" and client.models.retrieve("small").request_id == "small"
+    assert model.id == "small" and client.models.retrieve("small").id == "small"
     facts = model.model_dump()["nextword"]
     assert {name: facts[name] for name in ("chat", "task", "context_length", "precision")} == {
         "chat": False, "task": None, "context_length": 64, "precision": "float32",
     }  # fmt: skip
     with pytest.raises(openai.NotFoundError, match="there is no model 'other'"):
-        client.completions.create(model="other", prompt_logprobs="x")
+        client.completions.create(model="other", prompt="x")
     assert server.post("/v1/classify", {"input": "x"}).status == 400  # fine-tuned for no task
 
 
@@ -519,7 +517,7 @@ def test_a_prompt_longer_than_the_context_is_refused_and_not_cut(client: OpenAI,
     assert fits.status == 200
     for prompt in (over, "word " * 100, "x" * 500_000):
         with pytest.raises(openai.BadRequestError) as refused:
-            client.completions.create(model="small", prompt_logprobs=prompt)
+            client.completions.create(model="small", prompt=prompt)
         assert refused.value.code == "context_length_exceeded" and "64 tokens" in str(refused.value)
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model="small", messages=[{"role": "user", "content": "word " * 100}])
@@ -574,11 +572,11 @@ def test_precisions_and_the_seed_of_the_server(base: Path) -> None:
 
 
 def test_a_model_that_cannot_be_opened_ends_the_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run_dir(["serve", str(tmp_path / "nowhere"), "--port", "0"]) == 1
+    assert cli.run(["serve", str(tmp_path / "nowhere"), "--port", "0"]) == 1
     assert "neither a model directory nor a run folder" in capsys.readouterr().err
     made = make_model_dir(tmp_path / "model", train_bpe(["The house"] * 3, 300))
     (made / "model.safetensors").write_bytes(b"broken")
-    assert cli.run_dir(["serve", str(made), "--port", "0"]) in (1, 3)
+    assert cli.run(["serve", str(made), "--port", "0"]) in (1, 3)
     assert "model.safetensors" in capsys.readouterr().err
 
 
@@ -595,7 +593,7 @@ def test_a_model_that_cannot_be_opened_ends_the_server(tmp_path: Path, capsys: p
 def test_wrong_use_is_refused_before_anything_listens(
     base: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
-    assert cli.run_dir(["serve", str(base), *arguments]) == 2
+    assert cli.run(["serve", str(base), *arguments]) == 2
     assert words in capsys.readouterr().err
 
 

@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nextword.errors import CorruptFileError
-from nextword.loading import load
-from nextword.serving.templates import JinjaChatEncoder, PlainChatEncoder, make_chat_encoder
-from nextword.text.chat import CHAT_SPECIAL_TOKENS, encode_conversation, save_chat_template
-from nextword.text.tokenizer import END_OF_TURN_TOKEN, EOS_TOKEN, Tokenizer, train_bpe
 from openai import OpenAI
-from running_server import ThreadedServer, make_model_dir, running_server
 from transformers import AutoTokenizer
 
-from nextword import api, compiled
-from nextword.serving import renderer, templates
-from nextword.serving.chat_templates import NativeChatEncoder
+from nextword import api
+from nextword.common import native_build
+from nextword.common.errors import CorruptFileError
+from nextword.data.chat_format import CHAT_SPECIAL_TOKENS, encode_conversation, save_chat_template
+from nextword.data.tokenizer import END_OF_TURN_TOKEN, EOS_TOKEN, Tokenizer, train_bpe
+from nextword.pipeline.language_model import load
+from nextword.serving import chat_templates, template_worker
+from nextword.serving.chat_templates import JinjaChatEncoder, NativeChatEncoder, PlainChatEncoder, make_chat_encoder
 from nextword.serving.protocol import APIError
 from processes import PATIENCE, start_process, wait_until
+from served import ThreadedServer, make_model_dir, running_server
 from test_engine import sentencepiece
 
 TEXT = "The house on the hill. User: Wër, ñu ngi dem ca àll ba. 🙂 is text too, isn't it? system user assistant\n"
@@ -50,7 +50,7 @@ TURNS = [{"role": "system", "content": " Be kind. "}, {"role": "user", "content"
 def slow_machine() -> Iterator[None]:
     """A template has as long as it needs, where a test does not say otherwise."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(renderer, "SECONDS", PATIENCE)
+        patch.setattr(template_worker, "RENDER_TIMEOUT", PATIENCE)
         yield
 
 
@@ -95,10 +95,10 @@ def prompt_of(server: ThreadedServer, messages: list[dict[str, Any]]) -> list[in
 def test_a_model_of_ours_is_asked_as_it_has_learned(own: ThreadedServer) -> None:
     tokenizer = own.service.model.tokenizer
     assert (
-        isinstance(own.service.chat, NativeChatEncoder)
+        isinstance(own.service.chat_encoder, NativeChatEncoder)
         and own.get("/v1/models").json["data"][0]["nextword"]["chat"] is True
     )
-    assert prompt_of(own, TURNS) == encode_conversation(tokenizer, TURNS, answer=True)[0]
+    assert prompt_of(own, TURNS) == encode_conversation(tokenizer, TURNS, add_generation_prompt=True)[0]
     answer = own.post("/v1/chat/completions", {"messages": TURNS, "max_tokens": 3})
     assert answer.headers["X-Nextword-Chat-Template"] == "nextword"
     assert answer.json["nextword"] == {"chat_template": "nextword"}
@@ -137,8 +137,8 @@ def test_what_a_message_says_never_becomes_a_marker(server: str, request: pytest
 
 
 def test_a_template_is_rendered_as_the_stock_class_does(chatml: ThreadedServer) -> None:
-    assert isinstance(chatml.service.chat, JinjaChatEncoder)
-    stock = AutoTokenizer.from_pretrained(chatml.service.directory)
+    assert isinstance(chatml.service.chat_encoder, JinjaChatEncoder)
+    stock = AutoTokenizer.from_pretrained(chatml.service.model_dir)
     for turns in (TURNS, TURNS[1:2], [{"role": "user", "content": "  "}], [{"role": "user", "content": "a\n\n b"}]):
         expected = stock.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
         assert prompt_of(chatml, turns) == expected
@@ -197,7 +197,7 @@ def test_tokens_that_swallow_the_space_beside_them_do_so(tokenizer: Tokenizer) -
         finally:
             await chat.close()
 
-    expected = [*made.encode("a"), made.markers["<x>"], *made.encode("Hi <x> you")]
+    expected = [*made.encode("a"), made.special_tokens["<x>"], *made.encode("Hi <x> you")]
     assert asyncio.run(look()) == expected
 
 
@@ -211,7 +211,7 @@ def test_where_templates_are_found(tmp_path: Path, tokenizer: Tokenizer) -> None
     assert make_chat_encoder(made, configured).template == "z"
     spoken = tokenizer.with_special_tokens(CHAT_SPECIAL_TOKENS)
     assert isinstance(make_chat_encoder(made, spoken), JinjaChatEncoder)  # the markers alone do not make it ours
-    (made / "chat_template.jinja").write_text("z" * (chat_templates.LONGEST_TEMPLATE + 1))
+    (made / "chat_template.jinja").write_text("z" * (chat_templates.MAX_TEMPLATE_CHARS + 1))
     with pytest.raises(CorruptFileError, match="chat template"):
         make_chat_encoder(made, tokenizer)
 
@@ -236,29 +236,31 @@ def test_a_template_that_takes_too_much_is_stopped_and_the_server_goes_on(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, bomb: str
 ) -> None:
     if bomb == "time":
-        monkeypatch.setattr(renderer, "SECONDS", 1.0)
+        monkeypatch.setattr(template_worker, "RENDER_TIMEOUT", 1.0)
     with running_server(foreign(tmp_path / "bomb", tokenizer, BOMBS[bomb])) as server:
         answer = server.post("/v1/chat/completions", {"messages": TURNS})
         assert answer.status in (400, 500) and answer.error["message"].startswith("the model's chat template")
         assert server.get("/health").status == 200
         assert server.complete("The", max_tokens=2)["choices"]
-        assert server.service.worker.buffered_body_bytes == 0
+        assert server.service.worker.num_active == 0
 
 
 def test_others_are_served_while_a_template_is_at_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with running_server(foreign(tmp_path / "bomb", tokenizer, BOMBS["time"])) as server:
         thread = threading.Thread(target=server.post, args=("/v1/chat/completions", {"messages": TURNS}))
         thread.start()
-        wait_until(lambda: server.service.worker.buffered_body_bytes == 1)
+        wait_until(lambda: server.service.worker.num_active == 1)
         server.complete("The", max_tokens=5)
-        assert server.service.worker.held == 1, "the template is still being rendered"
-        asyncio.run_coroutine_threadsafe(server.service.chat.close(), server.service.worker.loop).result(PATIENCE)
+        assert server.service.worker.num_active == 1, "the template is still being rendered"
+        asyncio.run_coroutine_threadsafe(server.service.chat_encoder.close(), server.service.worker.loop).result(
+            PATIENCE
+        )
         thread.join()
 
 
 def test_the_renderer_ends_with_its_parent_and_is_bounded() -> None:
     made = start_process(
-        [sys.executable, "-P", renderer.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-P", template_worker.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     said, _ = made.communicate(json.dumps({"template": "{{ a }}", "values": {"a": "é"}}) + "\n", timeout=PATIENCE)
     assert json.loads(said) == {"text": "é"} and made.returncode == 0  # its input has ended, so it has
@@ -304,8 +306,8 @@ def test_a_text_in_company_is_the_text_alone(
 ) -> None:
     """Token for token, and log-probabilities bit for bit, with compiled code and without."""
     if native == "0":
-        request.getfixturevalue("without_compiled")
-    monkeypatch.setenv(native_build.OFF, native)
+        request.getfixturevalue("without_native_library")
+    monkeypatch.setenv(native_build.NATIVE_ENV_VAR, native)
     bodies: list[dict[str, Any]] = [
         {"prompt": "The list" * (i % 4 + 1), "max_tokens": 25, "temperature": 1.2, "seed": i, "logprobs": 5}
         for i in range(10)

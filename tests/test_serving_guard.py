@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nextword.errors import NextwordError
-from nextword.serving.middleware import AccessPolicy
-from nextword.serving.server import ListenConfig
-from nextword.serving.worker import EngineWorker
-from running_server import ServerClient, ServerProcess, ThreadedServer, running_server
 
-from nextword import cli
-from nextword.interpretability.inputs import prepare_input
-from nextword.serving import middleware
-from nextword.serving import server as server_module
+from nextword.commands import cli
+from nextword.common.errors import NextwordError
+from nextword.serving import app as server_module
+from nextword.serving import security
+from nextword.serving.app import ListenConfig
+from nextword.serving.engine_worker import EngineWorker
+from nextword.serving.security import AccessPolicy
 from processes import PATIENCE, wait_until
+from served import ServerClient, ServerProcess, ThreadedServer, running_server
 
 ON = {"logit_bias": {"0": -100}, "temperature": 1.0}  # a text that does not end by itself
 POLICY = (
@@ -37,7 +36,9 @@ POLICY = (
 @pytest.fixture(scope="module")
 def locked(base: Path) -> Iterator[ThreadedServer]:
     """All of the machine's addresses, with a key."""
-    with running_server(base, ListenConfig("0.0.0.0", 0, key="a secret", hosts=("model.example",))) as server:
+    with running_server(
+        base, ListenConfig("0.0.0.0", 0, api_key="a secret", allowed_hosts=("model.example",))
+    ) as server:
         yield server
 
 
@@ -104,7 +105,7 @@ def test_the_key_is_said_once(locked: ThreadedServer) -> None:
 def test_another_address_needs_a_key_or_a_clear_word(host: str, fine: bool) -> None:
     with contextlib.nullcontext() if fine else pytest.raises(NextwordError, match="lets other machines connect"):
         ListenConfig(host)
-    ListenConfig(host, key="k")
+    ListenConfig(host, api_key="k")
     ListenConfig(host, insecure=True)
 
 
@@ -127,8 +128,8 @@ def test_its_own_names_are_known(locked: ThreadedServer, open_: ThreadedServer) 
     assert open_.get("/health", Host="model.example").status == 403
     assert open_.get("/health", Host="0.0.0.0").status == 403
     scope = {"type": "http", "headers": [(b"host", b"10.1.2.3:80")], "server": ("10.1.2.3", 80)}
-    AccessPolicy(any_address=True)._check_host(scope)  # the address that it was reached at
-    with pytest.raises(security.Refusal, match="--allowed-host"):
+    AccessPolicy(binds_all_addresses=True)._check_host(scope)  # the address that it was reached at
+    with pytest.raises(security.APIError, match="--allowed-host"):
         AccessPolicy()._check_host(scope)
 
 
@@ -155,7 +156,7 @@ def test_every_answer_has_strict_headers(open_: ThreadedServer) -> None:
 
 
 def test_the_page_is_served_as_it_lies_there(open_: ThreadedServer) -> None:
-    files = [file for file in server_module.PAGE.glob("*") if file.is_file()]
+    files = [file for file in server_module.PAGE_DIR.glob("*") if file.is_file()]
     if not files:
         pytest.skip("the page is not there yet")
     for file in files:
@@ -163,7 +164,7 @@ def test_the_page_is_served_as_it_lies_there(open_: ThreadedServer) -> None:
         assert answer.status == 200 and answer.body == file.read_bytes()
         kinds = {".js": "text/javascript", ".css": "text/css", ".html": "text/html", ".svg": "image/svg+xml"}
         assert answer.headers["Content-Type"].startswith(kinds[file.suffix])
-    assert open_.get("/").body == (server_module.PAGE / "index.html").read_bytes()
+    assert open_.get("/").body == (server_module.PAGE_DIR / "index.html").read_bytes()
     assert open_.request("HEAD", "/").body == b""
     for path in ("/../service.py", "/%2e%2e/service.py", "/page/index.html", "//index.html"):
         assert open_.get(path).status == 404
@@ -205,7 +206,7 @@ def test_bodies_together_have_a_limit(monkeypatch: pytest.MonkeyPatch, open_: Th
         assert answer.status == 429 and answer.headers["Retry-After"]
         monkeypatch.setattr(security, "MAX_BODIES", 1)
         assert open_.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status == 200  # small ones are let in
-        monkeypatch.setattr(middleware, "MAX_BODIES", 5_000_000)
+        monkeypatch.setattr(security, "MAX_TOTAL_BODY_BYTES", 5_000_000)
     wait_until(lambda: open_.middleware.buffered_body_bytes == 0)
     assert open_.post("/v1/completions", b"x" * 3_000_000).status == 400
     wait_until(lambda: open_.middleware.buffered_body_bytes == 0)
@@ -229,9 +230,9 @@ def test_headers_that_are_too_many_or_too_large_are_refused(open_: ThreadedServe
 
 
 def test_who_sends_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, open_: ThreadedServer) -> None:
-    monkeypatch.setattr(server_module, "HEADER_SECONDS", 2)
-    monkeypatch.setattr(middleware, "BODY_SECONDS", 2)
-    monkeypatch.setattr(middleware, "DISCARD_SECONDS", 0.2)
+    monkeypatch.setattr(server_module, "HEADER_TIMEOUT", 2)
+    monkeypatch.setattr(security, "BODY_TIMEOUT", 2)
+    monkeypatch.setattr(security, "DISCARD_TIMEOUT", 0.2)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
     silent, slow, half = (socket.create_connection((open_.host, open_.port), timeout=PATIENCE) for _ in range(3))
     slow.sendall(b"GET /health HTTP/1.1\r\nHost: loc")
@@ -268,13 +269,13 @@ def test_there_are_only_so_many_connections(monkeypatch: pytest.MonkeyPatch, ope
 
 def slowly(monkeypatch: pytest.MonkeyPatch, server: ThreadedServer, seconds: float) -> None:
     """Make every step of the engine take so long."""
-    read = server.engine.runner.read
+    read = server.engine.runner.forward
 
     def slow(*arguments: Any) -> Any:
         time.sleep(seconds)
         return read(*arguments)
 
-    monkeypatch.setattr(server.engine.runner, "read", slow)
+    monkeypatch.setattr(server.engine.runner, "forward", slow)
 
 
 class Gate:
@@ -282,7 +283,7 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, server: ThreadedServer):
         self.permits, self.waiting, self.is_open = threading.Semaphore(0), threading.Event(), False
-        read = server.engine.reader.read
+        read = server.engine.runner.forward
 
         def gated(*arguments: Any) -> Any:
             if not self.is_open:
@@ -290,7 +291,7 @@ class Gate:
                 assert self.permits.acquire(timeout=PATIENCE)
             return read(*arguments)
 
-        monkeypatch.setattr(server.engine.reader, "read", gated)
+        monkeypatch.setattr(server.engine.runner, "forward", gated)
 
     def let_through(self, steps: int) -> None:
         """So many steps; on return the engine waits at the next."""
@@ -333,13 +334,13 @@ def test_a_client_that_leaves_stops_its_work_within_two_tokens(
     monkeypatch: pytest.MonkeyPatch, base: Path, stream: bool
 ) -> None:
     with running_server(base) as server, Gate(monkeypatch, server) as gate:
-        drawn, left = server.service.metrics.generated_tokens.values, server.service.metrics.left.values
+        drawn, left = server.service.metrics.generated_tokens.values, server.service.metrics.client_disconnects.values
         with server.start_completion({"prompt": "The", "max_tokens": 30000, "stream": stream, **ON}):
             gate.let_through(5)
             left_at = drawn[()]
         wait_until(lambda: left[()] == 1)  # the server has noticed, while the engine is at a step
         gate.open()
-        wait_until(lambda: not server.engine.busy and not server.service.worker.handles)
+        wait_until(lambda: not server.engine.has_unfinished_requests and not server.service.worker.handles)
         assert 0 < left_at <= drawn[()] <= left_at + 2
         assert server.metric("nextword_clients_left_total") == 1
 
@@ -352,7 +353,7 @@ def test_a_client_that_leaves_is_heard_by_a_quick_model_too(base: Path) -> None:
             with server.start_completion({"prompt": "The", "max_tokens": 30000, "stream": stream, **ON}):
                 wait_until(lambda: drawn[()] >= 20)
             wait_until(lambda: not server.service.worker.handles)
-            wait_until(lambda: not server.engine.busy)
+            wait_until(lambda: not server.engine.has_unfinished_requests)
             assert drawn[()] < 30000, "it was stopped before its end"
             drawn[()] = 0
 
@@ -364,10 +365,10 @@ def test_leaving_while_waiting_takes_nothing_from_others(monkeypatch: pytest.Mon
         made: list[Any] = []
         thread = threading.Thread(target=lambda: made.append(server.complete("The", max_tokens=40, seed=1)))
         thread.start()
-        wait_until(lambda: server.service.worker.running == 1)
+        wait_until(lambda: server.service.worker.num_running == 1)
         with server.start_completion({"prompt": "x", "max_tokens": 3000, **ON}):
-            wait_until(lambda: server.service.worker.waiting == 1)
-        wait_until(lambda: server.service.worker.waiting == 0)
+            wait_until(lambda: server.service.worker.num_waiting == 1)
+        wait_until(lambda: server.service.worker.num_waiting == 0)
         thread.join()
         assert made[0]["choices"][0]["text"] == alone
 
@@ -376,11 +377,9 @@ def test_a_slow_reader_holds_up_nobody(base: Path) -> None:
     with running_server(base, max_batch=1, queue=0) as server:  # one place in all
         body = {"prompt": "The", "max_tokens": 1500, "logprobs": 20, "stream": True, **ON}
         with server.start_completion(body, receive_buffer=4096) as unread:  # some 2 MB
-            wait_until(lambda: server.service.worker.buffered_body_bytes == 1)
-            wait_until(
-                lambda: server.service.worker.buffered_body_bytes == 0
-            )  # it was written to its end, though nobody reads
-            assert server.service.worker.unread > 500
+            wait_until(lambda: server.service.worker.num_active == 1)
+            wait_until(lambda: server.service.worker.num_active == 0)  # it was written to its end, though nobody reads
+            assert server.service.worker.num_unread_events > 500
             quick = server.complete("A", max_tokens=50, **ON)
             assert quick["usage"]["completion_tokens"] == 50
             unread.settimeout(PATIENCE)
@@ -393,13 +392,13 @@ def test_a_slow_reader_holds_up_nobody(base: Path) -> None:
 
 def test_what_is_unread_has_a_limit(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
     """The slowest of all loses its answer, and the others' go on."""
-    monkeypatch.setattr("nextword.serving.engine_worker.MAX_UNREAD", 700)
+    monkeypatch.setattr("nextword.serving.engine_worker.MAX_UNREAD_EVENTS", 700)
     with running_server(base) as server:
         body = {"prompt": "The", "max_tokens": 1500, "logprobs": 20, "stream": True, **ON}
         with server.start_completion(body, receive_buffer=4096) as unread:
             read = server.post("/v1/completions", {**body, "seed": 1}).sse_events
             assert read[-1]["choices"][0]["finish_reason"] == "length"
-            wait_until(lambda: not server.service.worker.handles or server.service.worker.unread == 0)
+            wait_until(lambda: not server.service.worker.handles or server.service.worker.num_unread_events == 0)
             said = b""
             while piece := unread.recv(2**20):
                 said += piece
@@ -407,7 +406,7 @@ def test_what_is_unread_has_a_limit(monkeypatch: pytest.MonkeyPatch, base: Path)
 
 
 def test_who_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
-    monkeypatch.setattr("nextword.serving.streaming.STALL", 0.3)
+    monkeypatch.setattr("nextword.serving.streaming.SEND_TIMEOUT", 0.3)
     with running_server(base) as server:
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         with server.start_completion(
@@ -426,14 +425,14 @@ def test_an_exception_in_a_step_ends_those_it_touched_and_the_server_goes_on(
     with running_server(base, max_batch=1) as server:
         expected = server.complete("The", max_tokens=20, seed=1)["choices"][0]["text"]
         slowly(monkeypatch, server, 0.005)
-        calls, read_line = itertools.count(), server.engine.runner.read
+        calls, forward = itertools.count(), server.engine.runner.forward
 
         def failing(*arguments: Any) -> Any:
             if next(calls) == 10:
                 raise RuntimeError("the memory is gone")
-            return prepare_input(*arguments)
+            return forward(*arguments)
 
-        monkeypatch.setattr(server.engine.runner, "read", failing)
+        monkeypatch.setattr(server.engine.runner, "forward", failing)
         answers: dict[str, Any] = {}
 
         def ask(name: str, **settings: Any) -> None:
@@ -441,7 +440,7 @@ def test_an_exception_in_a_step_ends_those_it_touched_and_the_server_goes_on(
 
         first = threading.Thread(target=ask, args=("touched",), kwargs={"max_tokens": 100, **ON})
         first.start()
-        wait_until(lambda: server.service.worker.running == 1)
+        wait_until(lambda: server.service.worker.num_running == 1)
         second = threading.Thread(target=ask, args=("waiting",))
         second.start()
         for thread in (first, second):
@@ -456,13 +455,13 @@ def test_an_exception_in_a_step_ends_those_it_touched_and_the_server_goes_on(
 
 def test_an_error_in_the_middle_of_a_stream_is_its_last_event(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
     with running_server(base) as server:
-        calls, read_line = itertools.count(), server.engine.runner.read
+        calls, forward = itertools.count(), server.engine.runner.forward
 
         def failing(*arguments: Any) -> Any:
-            rows = prepare_input(*arguments)
+            rows = forward(*arguments)
             return rows if next(calls) < 5 else [row * float("nan") for row in rows]
 
-        monkeypatch.setattr(server.engine.runner, "read", failing)
+        monkeypatch.setattr(server.engine.runner, "forward", failing)
         with contextlib.closing(server.connect()) as connection:
             body = json.dumps({"prompt": "The", "max_tokens": 50, "stream": True, **ON})
             connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
@@ -545,7 +544,7 @@ def test_sigterm_lets_texts_be_finished_and_a_second_one_does_not(base: Path) ->
             assert b"200 OK" in stream.recv(100)
             kept = server.connect()  # a connection from before
             kept.connect()
-            server.signal(signal.SIGTERM)
+            server.send_signal(signal.SIGTERM)
             wait_until(lambda: server.get("/health").status == 503)
             kept.request("POST", "/v1/completions", b'{"prompt": "x"}', {"Content-Type": "application/json"})
             refused = kept.getresponse()
@@ -556,15 +555,15 @@ def test_sigterm_lets_texts_be_finished_and_a_second_one_does_not(base: Path) ->
                 read += piece
             assert b'"finish_reason":"length"' in read and b"data: [DONE]" in read
         assert server.wait() == 0
-        assert server.stdout == "" and "stopping: 1 answers are finished first" in server.err
+        assert server.stdout == "" and "stopping: 1 answers are finished first" in server.stderr
     with (
         ServerProcess(base, "--grace", "1000") as server,
         server.start_completion({"prompt": "The", "max_tokens": 30000, **ON}),
     ):
         wait_until(lambda: server.metric("nextword_texts_running") == 1)
-        server.signal(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
         wait_until(lambda: server.get("/health").status == 503)
-        server.signal(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
         assert server.wait() == 143
 
 

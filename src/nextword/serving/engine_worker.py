@@ -194,7 +194,7 @@ class EngineWorker:
         def command(engine: Engine) -> None:
             for number, ask in enumerate(requests):
                 try:
-                    id = engine.add_request(ask.prompt, ask.sampling, number=ask.index, constraint=ask.constraint)
+                    id = engine.add_request(ask.prompt, ask.sampling, sample_index=ask.index, constraint=ask.constraint)
                 except NextwordError as error:
                     self._post_events([(handle, number, Event(-1, "", None, "error", str(error)))])
                 else:

@@ -3,8 +3,6 @@
 import bisect
 from collections.abc import Callable
 
-from nextword.serving.security import header_values
-
 Labels = tuple[tuple[str, str], ...]
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -24,11 +22,11 @@ class Counter:
     metric_type = "counter"
 
     def __init__(self, *label_names: str):
-        self.label_names = labels
-        self.values: dict[Labels, float] = {} if labels else {(): 0}
+        self.label_names = label_names
+        self.values: dict[Labels, float] = {} if label_names else {(): 0}
 
     def inc(self, amount: float = 1, *label_values: str) -> None:
-        key = tuple(zip(self.label_names, header_values, strict=True))
+        key = tuple(zip(self.label_names, label_values, strict=True))
         self.values[key] = self.values.get(key, 0) + amount
 
     def format_samples(self, name: str) -> list[str]:

@@ -169,7 +169,7 @@ class BaseCompletionRequest(RequestModel):
                 logit_bias=self.parse_logit_bias(vocab_size),
                 presence_penalty=self.presence_penalty or 0.0,
                 frequency_penalty=self.frequency_penalty or 0.0,
-                **settings,
+                **overrides,
             )
         except UsageError as error:
             raise APIError(400, str(error)) from error

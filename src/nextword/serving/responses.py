@@ -176,7 +176,7 @@ class CompletionFormatter:
     def common_fields(self, model: str) -> dict[str, Any]:
         """What every object of one answer begins with."""
         return {
-            "id": f"{self.prefix_token_id}-{secrets.token_hex(12)}", "object": self.object_type, "created": int(time.time()), "model": model,
+            "id": f"{self.id_prefix}-{secrets.token_hex(12)}", "object": self.object_type, "created": int(time.time()), "model": model,
             "system_fingerprint": None,
         }  # fmt: skip
 

@@ -71,7 +71,7 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
             prompt_logprobs=body.logprobs if body.echo else None,
         )  # fmt: skip
         truncate_to = body.truncate_prompt_tokens
-        ids = [await service.encode_prompt(prompt, keep=truncate_to) for prompt in prompts]
+        ids = [await service.encode_prompt(prompt, truncate_to=truncate_to) for prompt in prompts]
         constraints = await service.compile_constraints(body.response_schema(), len(ids) * samples_per_prompt)
         index = [None if body.seed is None else i % samples_per_prompt for i in range(len(constraints))]
         generation_requests = [
@@ -87,7 +87,7 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
             ]
             echoed_prompts = [prompt_texts[i // samples_per_prompt] for i in range(len(constraints))]
         formatter = CompletionFormatter(
-            service.words, service.chat_encoder.stop_token_ids, body.logprobs, echoed_prompts
+            service.token_text, service.chat_encoder.stop_token_ids, body.logprobs, echoed_prompts
         )
         writer = ResponseWriter(
             handle, generation_requests, formatter, service.name, num_prompts=len(ids), num_choices=n, extra_fields={}
@@ -120,7 +120,7 @@ async def chat(body: ChatRequest, request: Request, service: ServiceDep) -> Resp
         generation_requests = [
             GenerationRequest(ids, sampling, None if body.seed is None else i, constraints[i]) for i in range(n)
         ]
-        formatter = ChatCompletionFormatter(service.words, service.chat_encoder.stop_token_ids, logprobs)
+        formatter = ChatCompletionFormatter(service.token_text, service.chat_encoder.stop_token_ids, logprobs)
         extra_fields = {"nextword": {"chat_template": service.chat_encoder.name}}
         writer = ResponseWriter(
             handle,
@@ -138,14 +138,14 @@ async def chat(body: ChatRequest, request: Request, service: ServiceDep) -> Resp
 async def models(service: ServiceDep) -> Response:
     """The one model that is served, and what it can."""
     service.ensure_ready()
-    return UTF8JSONResponse({"object": "list", "data": [service.facts()]})
+    return UTF8JSONResponse({"object": "list", "data": [service.model_info()]})
 
 
 @router.get("/v1/models/{name:path}", responses=openapi.MODEL_RESPONSE)
 async def model(name: str, service: ServiceDep) -> Response:
     """The same, by its name."""
     service.check_model(name)
-    return UTF8JSONResponse(service.facts())
+    return UTF8JSONResponse(service.model_info())
 
 
 @router.post("/v1/embeddings", responses=openapi.EMBEDDINGS_RESPONSE)
@@ -213,7 +213,7 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
         ids = await service.encode_text(body.prompt or "")
         if tokenizer.bos_id is not None and body.add_special_tokens is not False:
             ids = [tokenizer.bos_id, *ids]
-    strings = [service.words.text(id) for id in ids] if body.return_token_strs else None
+    strings = [service.token_text.decode(id) for id in ids] if body.return_token_strs else None
     return UTF8JSONResponse(
         {"count": len(ids), "max_model_len": service.context_length, "tokens": ids, "token_strs": strings}
     )

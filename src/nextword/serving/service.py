@@ -121,7 +121,7 @@ class Service:
         chat_encoder = make_chat_encoder(self.model_dir, tokenizer)
         slots = self._fit_slots(gpt)
         engine = Engine(
-            gpt, tokenizer, max_batch=slots, seed=settings.seed, ends=chat_encoder.stop_token_ids,
+            gpt, tokenizer, max_batch=slots, seed=settings.seed, eos_ids=chat_encoder.stop_token_ids,
             runner=build_runner(gpt, settings.precision, batch_invariant=settings.deterministic),
         )  # fmt: skip
         with torch.inference_mode():
