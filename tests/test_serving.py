@@ -16,7 +16,8 @@ import pytest
 import torch
 from openai import AsyncOpenAI, OpenAI
 
-from nextword.commands import api, cli
+import nextword
+from nextword.commands import cli
 from nextword.common.errors import MissingDependencyError
 from nextword.data.tokenizer import EOS_TOKEN, train_bpe
 from nextword.inference.engine import Engine
@@ -607,7 +608,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, base: Path)
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingDependencyError, match=r"pip install 'nextword\[serve\]'"):
-        api.serve(base)
+        nextword.serve(base)
 
 
 def test_without_llguidance_a_schema_is_refused_and_the_rest_goes_on(

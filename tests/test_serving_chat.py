@@ -274,7 +274,7 @@ def tuned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tuned")
     rows = [f"{text},{label}" for text, label in [("good and fine", "yes"), ("bad and poor", "no")] * 20]
     (folder / "data.csv").write_text("\n".join(["text,label", *(f"{i} {row}" for i, row in enumerate(rows))]))
-    api.finetune(base, folder / "data.csv", folder / "run", task="classify", steps=4)
+    nextword.finetune(base, folder / "data.csv", folder / "run", task="classify", steps=4)
     return folder / "run"
 
 
