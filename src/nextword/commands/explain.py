@@ -16,7 +16,7 @@ class ExplainConfig(ModelArgument, DeviceOption):
     Writes an interactive page, which needs no other file, with the predictions of each layer (logit lens) as well.
 
     Attributes:
-        texts: A text to continue, in quotation marks; for a fine-tuned model the texts of one example, as for nextword
+        texts: A text to continue; for a fine-tuned model the texts of one example, as for nextword
             predict.
         word: Next word whose probability is explained. Default: the most likely one.
         label: Label (or choice, counted from 0) whose logit is explained. Default: the predicted one.
