@@ -12,9 +12,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from filelock import FileLock
 from safetensors import SafetensorError
@@ -27,7 +27,7 @@ MANIFEST = "nextword.json"
 
 
 @contextlib.contextmanager
-def map_disk_errors(path: Path) -> Iterator[None]:
+def map_disk_errors(path: Path) -> Generator[None]:
     """Raise `DiskFullError`, with the free space, where a write inside finds none; `NextwordError` for other failures."""
     try:
         yield
@@ -44,7 +44,7 @@ def map_disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def require_free_space(path: Path, required_bytes: int, check_now: bool = True) -> Iterator[None]:
+def require_free_space(path: Path, required_bytes: int, check_now: bool = True) -> Generator[None]:
     """Check the free space of a disk, and name the requirement if the disk fills up inside.
 
     Args:
@@ -121,6 +121,11 @@ def append_line_durably(path: Path, line: str) -> None:
 def to_json(value: Any) -> str:
     """Indented JSON with a final newline."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def is_json_object(value: object) -> TypeGuard[dict[str, Any]]:
+    """Whether a value that was read from JSON is an object."""
+    return isinstance(value, dict)
 
 
 def read_json(path: Path, max_bytes: int | None = None) -> Any:
@@ -222,12 +227,13 @@ def split_manifest(directory: Path) -> tuple[dict[str, Any], str | None]:
     if not path.is_file():
         raise CorruptFileError(f"{directory}: no {MANIFEST}: it was never finished, or nextword did not make it")
     manifest = read_json(path)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+    files = manifest.get("files") if is_json_object(manifest) else None
+    if not is_json_object(manifest) or not is_json_object(files):
         raise CorruptFileError(f"{path}: not a manifest")
     # The last entry is the digest of the others, even if its name is damaged.
     recorded_digest = None if next(reversed(manifest)) == "files" else str(manifest.popitem()[1])
-    for name, file in manifest["files"].items():
-        is_valid = isinstance(file, dict) and type(file.get("bytes")) is int and isinstance(file.get("sha256"), str)
+    for name, file in files.items():
+        is_valid = is_json_object(file) and type(file.get("bytes")) is int and isinstance(file.get("sha256"), str)
         if "\0" in name or not is_valid:
             raise CorruptFileError(f"{path}: not a manifest (no size and SHA-256 for the file {name[:80]!r})")
     return manifest, recorded_digest
@@ -318,7 +324,7 @@ def recover_interrupted_swap(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def output_lock(target: Path) -> Iterator[None]:
+def output_lock(target: Path) -> Generator[None]:
     """Wait until no other process changes `target`, and hold its lock inside. Its parent directory is made."""
     with map_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)

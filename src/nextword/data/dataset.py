@@ -153,7 +153,7 @@ def permute(index: TokenArray, size: int, key: int) -> TokenArray:
 
 def segment_positions(segment_ids: TokenArray) -> TokenArray:
     """The position of each token in its own text, from 0: segment_ids [B, T] → [B, T]."""
-    positions = np.arange(segment_ids.shape[1])
+    positions: TokenArray = np.arange(int(segment_ids.shape[1]))
     is_segment_start = np.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
     return positions - np.maximum.accumulate(np.where(is_segment_start, positions, 0), axis=1)
 

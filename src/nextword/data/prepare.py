@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -216,16 +216,8 @@ class JobAborted(Exception):
     """Another process has completed the corpus, or an artifact was damaged: start again."""
 
 
-class _DocumentRecord(NamedTuple):
-    """What the first reading stores for each document."""
-
-    key: bytes
-    num_characters: int
-    num_bytes: int
-    num_chunks: int
-    num_train_chunks: int  # that begin in its first nine tenths
-
-
+# What the first reading stores for each document: the hash of its text, characters, bytes, chunks, and the chunks that
+# begin in its first nine tenths.
 _RECORD = struct.Struct("<16sQQII")
 
 
@@ -374,13 +366,13 @@ class PreparationJob:
                 sources.append(reading.source_info())
         return {"sources": sources, "issues": issues.to_dict()}
 
-    def _iter_records(self) -> Iterator[tuple[int, _DocumentRecord]]:
+    def _iter_records(self) -> Iterator[tuple[int, tuple[bytes, int, int, int, int]]]:
         """The shard and the record of every document."""
         for shard in range(self.num_shards):
             with (self.work_dir / _shard_artifact("reading", shard) / "documents").open("rb") as file:
                 while block := file.read(_RECORD.size * 2**14):
                     for record in _RECORD.iter_unpack(block):
-                        yield shard, _DocumentRecord._make(record)
+                        yield shard, record
 
     def _merge_scans(self, directory: Path) -> dict[str, Any]:
         """Find the unique documents, and the split of each."""
@@ -391,17 +383,16 @@ class PreparationJob:
             scan.sources += manifest["sources"]
             issues.merge(manifest["issues"])
         with dedup_index(directory / "seen.sqlite") as is_new:
-            for _, record in self._iter_records():
-                scan.add(record.key, is_new(record.key), record.num_characters, record.num_bytes)
+            for _, (key, num_characters, num_bytes, _, _) in self._iter_records():
+                scan.add(key, is_new(key), num_characters, num_bytes)
         scan.report(issues, self.log)
-        num_documents, num_chunks = [0] * self.num_shards, [0] * self.num_shards
-        for index, (shard, record) in enumerate(self._iter_records()):
-            num_documents[shard] += 1
-            chunks = {"train": record.num_chunks, "both": record.num_train_chunks}
-            num_chunks[shard] += chunks.get(scan.split_for_index(index), 0)
+        documents, train_chunks = [0] * self.num_shards, [0] * self.num_shards
+        for index, (shard, (_, _, _, all_chunks, first_chunks)) in enumerate(self._iter_records()):
+            documents[shard] += 1
+            train_chunks[shard] += {"train": all_chunks, "both": first_chunks}.get(scan.split_for_index(index), 0)
         with fs.map_disk_errors(directory):
             (directory / "levels").write_bytes(scan.levels)
-        starts = list(zip(accumulate(num_documents, initial=0), accumulate(num_chunks, initial=0), strict=True))
+        starts = list(zip(accumulate(documents, initial=0), accumulate(train_chunks, initial=0), strict=True))
         state = {name: value for name, value in vars(scan).items() if name != "levels"}
         return {"scan": state, "shard_starts": starts, "issues": issues.to_dict()}
 
@@ -450,13 +441,17 @@ class PreparationJob:
         return {"stats": {split: asdict(split_stats) for split, split_stats in stats.items()}}
 
     def _assemble(self, scan: _MergedScan, tokenizer: Tokenizer, directory: Path) -> None:
-        """Write the corpus to an empty directory."""
+        """Write the corpus to an empty directory. Raises `NextwordError` if a split is empty."""
         parts = [self.work_dir / _shard_artifact("encoding", shard) for shard in range(self.num_shards)]
         shard_stats = [self._verify(part.name)["stats"] for part in parts]
-        stats: dict[Split, SplitStats] = {}
-        for split in SPLITS:
-            totals = {key: sum(part[split][key] for part in shard_stats) for key in asdict(SplitStats())}
-            stats[split] = SplitStats(**totals)
+        stats = {
+            split: {name: sum(part[split][name] for part in shard_stats) for name in asdict(SplitStats())}
+            for split in SPLITS
+        }
+        if not all(split_stats["tokens"] for split_stats in stats.values()):
+            raise NextwordError("there is too little text to hold some of it out for validation; add more")
+        if unknown := sum(split_stats["unknown"] for split_stats in stats.values()):
+            self.log(f"{unknown:,} characters are not in the tokenizer's vocabulary; each became its unknown token")
         tokenizer.save(directory)
         if len(parts) == 1:  # moved, not copied: the disk may not have room for both
             for path in parts[0].iterdir():
@@ -466,7 +461,21 @@ class PreparationJob:
             _concatenate(parts, [part["train"]["tokens"] for part in shard_stats], tokenizer, directory)
         issues = IssueLog()
         issues.merge(scan.issues)
-        write_corpus_manifest(directory, self.settings, scan.corpus, stats, tokenizer.vocab_size, issues, self.log)
+        if issues.issues:
+            lines = [json.dumps(asdict(issue), ensure_ascii=False) + "\n" for issue in issues.issues]
+            fs.atomic_write(directory / "problems.jsonl", "".join(lines))
+        manifest = {
+            "kind": "corpus",
+            "version": FORMAT_VERSION,
+            "settings": self.settings,
+            "documents": scan.corpus.unique,
+            "duplicates": scan.corpus.duplicates,
+            **stats,
+            "vocab_size": tokenizer.vocab_size,
+            "problems": {"total": issues.total, "kinds": dict(issues.counts_by_kind)},
+            "sources": scan.corpus.sources,
+        }
+        fs.write_manifest(directory, manifest)
 
 
 def _concatenate(parts: list[Path], train_tokens: list[int], tokenizer: Tokenizer, directory: Path) -> None:
@@ -529,35 +538,3 @@ def _encode_batch(
             provenance.add(writers[split].tokens_added, text)
     for writer in (*writers.values(), provenance):
         writer.flush()
-
-
-def write_corpus_manifest(
-    directory: Path,
-    settings: dict[str, Any],
-    scan: CorpusScan,
-    stats: dict[Split, SplitStats],
-    vocab_size: int,
-    issues: IssueLog,
-    log: Log,
-) -> None:
-    """Write the manifest of a corpus, and its issues. Raises `NextwordError` if a split is empty."""
-    if not all(split_stats.tokens for split_stats in stats.values()):
-        raise NextwordError("there is too little text to hold some of it out for validation; add more")
-    if unknown := sum(split_stats.unknown for split_stats in stats.values()):
-        log(f"{unknown:,} characters are not in the tokenizer's vocabulary; each became its unknown token")
-    if issues.issues:
-        lines = [json.dumps(asdict(issue), ensure_ascii=False) for issue in issues.issues]
-        with fs.map_disk_errors(directory):
-            (directory / "problems.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    manifest = {
-        "kind": "corpus",
-        "version": FORMAT_VERSION,
-        "settings": settings,
-        "documents": scan.unique,
-        "duplicates": scan.duplicates,
-        **{split: asdict(split_stats) for split, split_stats in stats.items()},
-        "vocab_size": vocab_size,
-        "problems": {"total": issues.total, "kinds": dict(issues.counts_by_kind)},
-        "sources": scan.sources,
-    }
-    fs.write_manifest(directory, manifest)

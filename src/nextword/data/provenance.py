@@ -77,7 +77,8 @@ def document_names(directory: Path, sources: Sequence[str], spans: Iterable[Toke
     for start, count in spans:
         first, last = np.searchsorted(table["end"], [start, start + count - 1], side="right").tolist()
         indices.update(range(first, last + 1))
-    rows = [table[index] for index in sorted(indices) if index < len(table)]
-    if len(rows) < len(indices) or any(row["source"] >= len(sources) for row in rows):
+    rows = table[sorted(index for index in indices if index < len(table))]
+    if len(rows) < len(indices) or (rows["source"] >= len(sources)).any():
         raise CorruptFileError(f"{path}: does not match the tokens beside it; prepare the text again")
-    return [sources[row["source"]] + (f" line {row['line']}" if row["line"] else "") for row in rows]
+    locations: list[tuple[int, int]] = rows[["source", "line"]].tolist()
+    return [sources[source] + (f" line {line}" if line else "") for source, line in locations]

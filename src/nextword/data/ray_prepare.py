@@ -35,29 +35,29 @@ def prepare_on_ray(corpora: list[str], out: Path, settings: dict[str, Any], cons
         NextwordError: a task has failed; with the exit code of its error.
     """
     try:
-        import ray  # pyright: ignore[reportMissingImports] -- an extra without type information
-        from ray.exceptions import RayError  # pyright: ignore[reportMissingImports] -- as above
+        import ray.exceptions  # pyright: ignore[reportMissingImports] -- not installed for the tests
     except ImportError as error:
         raise MissingDependencyError("--engine ray", "ray") from error
-    started_ray = not ray.is_initialized()
+    cluster: Any = ray  # which has no types
+    started_ray = not cluster.is_initialized()
     if started_ray:
-        ray.init(log_to_driver=False, logging_level="error")
+        cluster.init(log_to_driver=False, logging_level="error")
     try:
-        count = max(1, min(MAX_SHARDS, int(ray.cluster_resources().get("CPU", 1))))
-        task = ray.remote(num_cpus=1, max_retries=3)(prepare_shard)
+        count = max(1, min(MAX_SHARDS, int(cluster.cluster_resources().get("CPU", 1))))
+        task = cluster.remote(num_cpus=1, max_retries=3)(prepare_shard)
         pending = [task.remote(corpora, str(out), f"{number}/{count}", settings) for number in range(1, count + 1)]
         while pending:
             console.progress("preparing", count - len(pending), count)
-            done, pending = ray.wait(pending, timeout=1.0)
-            for failure in filter(None, ray.get(done)):
+            done, pending = cluster.wait(pending, timeout=1.0)
+            for failure in filter(None, cluster.get(done)):
                 error = NextwordError(failure.message)
                 error.exit_code = failure.exit_code
                 raise error
-    except RayError as error:
+    except cluster.exceptions.RayError as error:
         raise NextwordError(f"--engine ray: {str(error).strip().splitlines()[-1]}") from error
     finally:
         if started_ray:
-            ray.shutdown()
+            cluster.shutdown()
     console.close()
     return prepare(corpora, out, **settings, log=console.info)  # the corpus is complete, and is opened
 

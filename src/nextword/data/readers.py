@@ -10,9 +10,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from nextword.common.errors import MissingDependencyError
+from nextword.common.fs import is_json_object
 from nextword.data.decoding import MAX_LINE_CHARS, LineReader, decode_chunks, file_format
 from nextword.data.issues import IssueLog, error_text, replace_surrogates
 
@@ -94,8 +95,8 @@ def map_strings(value: Any, transform: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return transform(value)
     if isinstance(value, list):
-        return [map_strings(item, transform) for item in value]
-    if isinstance(value, dict):
+        return [map_strings(item, transform) for item in cast(list[Any], value)]
+    if is_json_object(value):
         return {name: map_strings(item, transform) for name, item in value.items()}
     return value
 
@@ -132,7 +133,7 @@ def _read_jsonl(path: Path, lines: LineReader, issues: IssueLog, selector: Colum
 def _make_record(path: Path, element: _Element, issues: IssueLog, selector: ColumnSelector) -> Iterator[Record]:
     """The record of a JSON object; none if it is no object or lacks a column."""
     value, line = element.value, element.line
-    if not isinstance(value, dict):
+    if not is_json_object(value):
         issues.add(path, line, "not a JSON object", f"it is a {type(value).__name__}")
         return
     try:
@@ -276,7 +277,7 @@ def _join_chunks(path: Path, chunks: Iterable[str], issues: IssueLog) -> str:
 
 def _read_csv(path: Path, lines: LineReader, issues: IssueLog, selector: ColumnSelector) -> Iterator[Record]:
     rows = _iter_csv_rows(path, lines, issues)
-    header_line, header = next(rows, (0, []))
+    header_line, header = next(rows, (0, list[str]()))
     if not header:
         return
     try:
@@ -332,17 +333,17 @@ def _iter_csv_rows(path: Path, lines: LineReader, issues: IssueLog) -> Iterator[
 
 def _read_parquet(path: Path, issues: IssueLog, selector: ColumnSelector) -> Iterator[Record]:
     try:
-        import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise MissingDependencyError(f"{path}: a .parquet file", "parquet") from error
+    arrow: Any = pyarrow  # which has no types
     row = 0
     try:
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+        with arrow.parquet.ParquetFile(path, pre_buffer=False) as file:
             available = list(dict.fromkeys(file.schema_arrow.names))
             names = [name for name in selector(available) if name in available]
             for batch in file.iter_batches(batch_size=256, columns=names):
-                columns = {name: _column_values(batch.column(batch.schema.names.index(name))) for name in names}
+                columns = {name: _column_values(batch.column(batch.schema.names.index(name)), arrow) for name in names}
                 for index in range(batch.num_rows):
                     row += 1
                     invalid: list[bytes] = []
@@ -352,7 +353,7 @@ def _read_parquet(path: Path, issues: IssueLog, selector: ColumnSelector) -> Ite
                     yield Record(row, values)
     except MissingColumnError as error:
         issues.add(path, None, error.kind, error.detail)
-    except (OSError, ValueError, EOFError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, EOFError, arrow.ArrowException) as error:
         what = "not a parquet file that can be read; the rest of it is left out"
         issues.add(path, row or None, what, error_text(error))
     else:
@@ -360,27 +361,23 @@ def _read_parquet(path: Path, issues: IssueLog, selector: ColumnSelector) -> Ite
             issues.add(path, None, "the file has no rows")
 
 
-def _column_values(column: Any) -> list[Any]:
+def _column_values(column: Any, arrow: Any) -> list[Any]:
     """The values of an Arrow column, with strings as bytes at any depth, since they may not be valid UTF-8."""
-    import pyarrow
-
-    if pyarrow.types.is_dictionary(column.type):
+    if arrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    binary_type = _binary_type(column.type)
+    binary_type = _binary_type(column.type, arrow)
     return (column if binary_type.equals(column.type) else column.cast(binary_type)).to_pylist()
 
 
-def _binary_type(arrow_type: Any) -> Any:
+def _binary_type(arrow_type: Any, arrow: Any) -> Any:
     """The Arrow type with bytes in the place of strings."""
-    import pyarrow
-
-    types = pyarrow.types
+    types = arrow.types
     if types.is_string(arrow_type) or types.is_large_string(arrow_type):
-        return pyarrow.large_binary()
+        return arrow.large_binary()
     if types.is_list(arrow_type):
-        return pyarrow.list_(arrow_type.value_field.with_type(_binary_type(arrow_type.value_type)))
+        return arrow.list_(arrow_type.value_field.with_type(_binary_type(arrow_type.value_type, arrow)))
     if types.is_struct(arrow_type):
-        return pyarrow.struct([field.with_type(_binary_type(field.type)) for field in arrow_type])
+        return arrow.struct([field.with_type(_binary_type(field.type, arrow)) for field in arrow_type])
     return arrow_type
 
 
@@ -392,7 +389,7 @@ def _decode_bytes(value: Any, invalid: list[bytes]) -> Any:
             invalid.append(value)
         return _normalize_newlines(text)
     if isinstance(value, list):
-        return [_decode_bytes(item, invalid) for item in value]
-    if isinstance(value, dict):
+        return [_decode_bytes(item, invalid) for item in cast(list[Any], value)]
+    if is_json_object(value):
         return {name: _decode_bytes(item, invalid) for name, item in value.items()}
     return value

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -225,7 +225,7 @@ class SourceReading:
 
 
 @contextlib.contextmanager
-def dedup_index(path: Path) -> Iterator[Callable[[bytes], bool]]:
+def dedup_index(path: Path) -> Generator[Callable[[bytes], bool]]:
     """A function that tells whether a key is new. The keys are kept on disk, so that memory use does not grow with them."""
     try:
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as table:

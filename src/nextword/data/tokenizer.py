@@ -11,16 +11,16 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
-from nextword.common.fs import atomic_write, read_json, to_json
+from nextword.common.fs import atomic_write, is_json_object, read_json, to_json
 from nextword.data.dataset import TokenArray
 from nextword.data.issues import replace_surrogates
 
@@ -123,7 +123,7 @@ class Tokenizer:
     def _token_for_role(self, role: str) -> str | None:
         """The token that the configuration gives a role, if the vocabulary has it."""
         token = self.config.get(role)
-        token = token.get("content") if isinstance(token, dict) else token
+        token = token.get("content") if is_json_object(token) else token
         return token if isinstance(token, str) and self.backend.token_to_id(token) is not None else None
 
     def _detect_bos_id(self) -> int | None:
@@ -193,7 +193,7 @@ class Tokenizer:
 
         Some foreign files add a space before the first word of a whole text only, which is wrong there.
         """
-        content = json.loads(self.backend.to_str()) if self.kind == "foreign" else {}
+        content: dict[str, Any] = json.loads(self.backend.to_str()) if self.kind == "foreign" else {}
         pre_tokenizer = json.dumps(content.get("pre_tokenizer"))
         first, never = '"prepend_scheme": "first"', '"prepend_scheme": "never"'
         if first not in pre_tokenizer:
@@ -303,16 +303,16 @@ class Tokenizer:
 
 def _read_json_object(file: Path) -> dict[str, Any]:
     """The object in a JSON file; {} if there is no such file."""
-    content = read_json(file, MAX_FILE_BYTES) if file.is_file() else {}
-    if not isinstance(content, dict):
+    content: object = read_json(file, MAX_FILE_BYTES) if file.is_file() else {}
+    if not is_json_object(content):
         raise CorruptFileError(f"{file}: not a JSON object")
     return content
 
 
 def _read_eos_ids(file: Path) -> list[int]:
     """The `eos_token_id` of a `generation_config.json`; none if there is no such file."""
-    eos_ids = _read_json_object(file).get("eos_token_id")
-    eos_ids = [] if eos_ids is None else eos_ids if isinstance(eos_ids, list) else [eos_ids]
+    value = _read_json_object(file).get("eos_token_id")
+    eos_ids = [] if value is None else cast(list[Any], value) if isinstance(value, list) else [value]
     if not all(type(id) is int for id in eos_ids):
         raise CorruptFileError(f"{file}: eos_token_id is neither a token's id nor a list of them")
     return eos_ids
@@ -389,20 +389,20 @@ def check_vocab_size(vocab_size: int) -> None:
         )
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, progress: Callable[[int], None] | None = None) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE. The same texts give the same `tokenizer.json`, byte for byte.
 
     Args:
         texts: chunks of documents rather than whole ones, since a large text is sampled: at most `MAX_SAMPLE_CHARS`
             characters.
         vocab_size: the size of the vocabulary. A small text has fewer merges: see `Tokenizer.vocab_size`.
-        progress: called with the number of characters read so far.
 
     Raises:
         UsageError: the size cannot hold the 256 bytes and the two special tokens.
     """
     check_vocab_size(vocab_size)
-    return train_bpe_from_sample([text for _, text in hash_sample(_with_sample_keys(texts, progress))[0]], vocab_size)
+    sample, _ = hash_sample((sample_key(index), text) for index, text in enumerate(texts))
+    return train_bpe_from_sample([text for _, text in sample], vocab_size)
 
 
 def train_bpe_from_sample(texts: list[str], vocab_size: int) -> Tokenizer:
@@ -449,15 +449,6 @@ def _tokenizer_config(**tokens: str) -> dict[str, Any]:
     }
 
 
-def _with_sample_keys(texts: Iterable[str], progress: Callable[[int], None] | None) -> Iterator[tuple[int, str]]:
-    num_characters = 0
-    for index, text in enumerate(texts):
-        num_characters += len(text)
-        if progress is not None:
-            progress(num_characters)
-        yield sample_key(index), text
-
-
 def sample_key(index: int) -> int:
     """The pseudo-random number in [0, `HASH_RANGE`) of a text, from its index in the corpus."""
     return int.from_bytes(hashlib.blake2b(str(index).encode(), digest_size=8).digest(), "big")
@@ -491,5 +482,5 @@ def hash_sample(texts: Iterable[tuple[int, str]], limit: int = HASH_RANGE) -> tu
                 break
             limit //= 2
             new = [item for item in sample if item[0] < limit]
-            sample, num_characters, words, word_bytes = [], 0, set(), 0
+            sample, num_characters, words, word_bytes = [], 0, set[str](), 0
     return sample, limit
