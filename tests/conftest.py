@@ -4,6 +4,7 @@ import atexit
 import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def shards(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("prepared") / "shards"
     prepare([texts], out, vocab_size=400)
     return out
+
+
+@pytest.fixture(scope="session")
+def files_296681d(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the version 296681d has written: texts, shards, and run directories of several kinds."""
+    directory = tmp_path_factory.mktemp("296681d")
+    with tarfile.open(Path(__file__).with_name("fixtures") / "run_296681d.tar.xz") as archive:
+        archive.extractall(directory, filter="data")
+    return directory / "fixture"
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pytest
 
 from needs import DATA
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
-from nextword.common.fs import read_jsonl
+from nextword.common.fs import MANIFEST, read_jsonl, read_manifest, verify_tree
 from nextword.data import prepare as prepare_module
 from nextword.data import shards as shards_module
 from nextword.data.corpus import Corpus
@@ -227,6 +227,19 @@ def test_large_vocabularies_are_written_as_uint32(articles, tmp_path, monkeypatc
     monkeypatch.setattr(prepare_module, "Tokenizer", LargeTokenizer)
     tokens = prepare([articles], tmp_path / "out").tokens("train")
     assert tokens.read(0, 4).tolist() == [70_000, 70_000, 70_000, 0]
+
+
+def test_shards_of_version_296681d_open_and_are_reproduced(files_296681d, tmp_path):
+    old = Corpus.open(files_296681d / "shards")
+    new = prepare([files_296681d / "texts"], tmp_path / "out", vocab_size=old.tokenizer.vocab_size)
+    for path in old.path.iterdir():
+        assert path.name == MANIFEST or path.read_bytes() == (new.path / path.name).read_bytes(), path.name
+    manifests = [read_manifest(corpus.path) for corpus in (old, new)]
+    for source in (source for manifest in manifests for source in manifest["sources"]):
+        del source["mtime_ns"]
+    assert manifests[0] == manifests[1]
+    assert prepare([files_296681d / "texts"], old.path, vocab_size=300).fingerprint == new.fingerprint
+    assert verify_tree(old.path) == {str(old.path): "shards"}
 
 
 # ---------------------------------------------------------------- reuse
