@@ -5,7 +5,6 @@ full, 5 diverged, 6 run locked, 130 and 143 interrupted.
 """
 
 import inspect
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -51,8 +50,8 @@ DESCRIPTION = (
     "Start with: nextword demo"
 )
 EXIT_CODES = (
-    "Exit codes: 0 done · 1 failed · 2 usage · 3 corrupt\u00a0file · 4 disk\u00a0full · 5 diverged · 6 run\u00a0locked · "
-    "130, 143 interrupted\n"
+    "Exit codes: 0 done · 1 failed · 2 usage · 3 corrupt file · 4 disk full\n"
+    "            5 diverged · 6 run locked · 130, 143 interrupted\n"
 )
 
 
@@ -116,9 +115,8 @@ def command_line_function(name: str, command: Command, started: float) -> Callab
             context = Context(console, started)
             if command.main is not None:
                 command.main(config, context, output.json)
-            elif (result := command.run(config, context)) is not None:
-                as_json = json.dumps(command.to_dict(result), ensure_ascii=False) if output.json else None
-                print(command.to_text(result) if as_json is None else as_json)
+            else:
+                command.print_result(command.run(config, context), output.json)
 
     hidden = [hidden_parameter(option_name, str | None) for option_name in sorted(FORMERLY_UNIVERSAL - names)]
     run.__name__ = name

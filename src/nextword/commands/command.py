@@ -24,6 +24,7 @@ that ``--help`` stays fast.
 
 import dataclasses
 import inspect
+import json
 import re
 import time
 import warnings
@@ -172,6 +173,11 @@ class Command:
     to_dict: Callable[[Any], dict[str, Any]]
     to_text: Callable[[Any], str]
     main: Callable[[Any, Context, bool], None] | None
+
+    def print_result(self, result: Any, as_json: bool) -> None:
+        """Print a result for a program or for a person. A worker process of torchrun has none."""
+        if result is not None:
+            print(json.dumps(self.to_dict(result), ensure_ascii=False) if as_json else self.to_text(result))
 
 
 COMMANDS: dict[str, Command] = {}

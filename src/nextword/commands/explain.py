@@ -1,10 +1,10 @@
 """``nextword explain``: what a model computes as it reads a text."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nextword.commands.command import Context, argument, command, option, options
+from nextword.commands.command import COMMANDS, Context, argument, command, option, options
 from nextword.commands.results import Result
 from nextword.commands.shared import DeviceOption, ModelArgument, as_strings, optional_path
 
@@ -20,13 +20,13 @@ class ExplainConfig(ModelArgument, DeviceOption):
             predict.
         word: Next word whose probability is explained. Default: the most likely one.
         label: Label (or choice, counted from 0) whose logit is explained. Default: the predicted one.
-        out: Path of the page. In Python, None writes no page.
+        out: Path of the page. Default: explanation.html, and no page in Python.
     """
 
     texts: tuple[str, ...] = argument(converter=as_strings)
     word: str | None = None
     label: str | None = None
-    out: Path | None = option(default=Path("explanation.html"), converter=optional_path)
+    out: Path | None = option(default=None, converter=optional_path)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,12 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in symbols.strip(" ") or "␣" * len(symbols))
 
 
-@command(ExplainConfig, example="nextword explain runs/mine 'The capital of France is'")
+def main(config: ExplainConfig, context: Context, as_json: bool) -> None:
+    config = replace(config, out=config.out or Path("explanation.html"))
+    COMMANDS["explain"].print_result(explain.run(config, context), as_json)
+
+
+@command(ExplainConfig, example="nextword explain runs/mine 'The capital of France is'", main=main)
 def explain(config: ExplainConfig, context: Context) -> ExplainResult:
     from nextword.interpretability.explain import explain as explain_text
     from nextword.pipeline.language_model import load

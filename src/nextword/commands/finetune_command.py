@@ -25,8 +25,8 @@ from nextword.commands.shared import (
     run_path,
 )
 from nextword.common.console import Console
-from nextword.common.format import format_duration
 from nextword.common.errors import UsageError
+from nextword.common.format import format_duration
 from nextword.training.config import CONTINUED_PRETRAINING, FinetuneRecipe, with_overrides
 
 

@@ -6,8 +6,8 @@ from typing import Any
 from nextword.commands.command import Context, argument, command, option, options
 from nextword.commands.results import Result
 from nextword.commands.shared import DeviceOption, RecipeOptions, input_paths, require_inputs
-from nextword.common.format import format_duration
 from nextword.common.errors import UsageError
+from nextword.common.format import format_duration
 
 
 @options

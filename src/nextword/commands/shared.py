@@ -168,7 +168,8 @@ class TextColumnOption:
     """How tables of text are read.
 
     Attributes:
-        text_column: Column of a table that holds the text. Default: the column called text.
+        text_column: Column of a table that holds the text. Default: the first of text, content, document, body, article and
+            story.
     """
 
     text_column: str | None = None
@@ -182,7 +183,7 @@ class SamplingOptions(PrecisionOption, DeviceOption):
         max_tokens: Maximum number of new tokens per text. Past the context length, the window slides.
         temperature: Divides the logits. 0 always takes the most likely token; higher values give more varied text.
         top_k: Sample only from the k most likely tokens. Default: no limit.
-        top_p: Sample only from the smallest set of tokens with this total probability. Default: no limit.
+        top_p: Sample only from the smallest set of tokens with this total probability. Default: no limit in generate.
         seed: Random seed of the sampling. Default: a new one each time.
     """
 
