@@ -190,43 +190,41 @@ class _JSONScanner:
         value, self._position = self._decoder.raw_decode(self._text, self._position)
         return value
 
+    def _iter_items(self, opening: str, closing: str) -> Iterator[None]:
+        """Go to each item of the list or object at the current position. The caller reads it."""
+        self._expect(opening)
+        if self._accept(closing):
+            return
+        yield
+        while self._accept(","):
+            yield
+        self._expect(closing)
+
     def iter_elements(self) -> Iterator[_Element]:
         """The elements of the list at the current position."""
-        self._expect("[")
-        if self._accept("]"):
-            return
         line, counted = self.line, self._position
-        while True:
+        for _ in self._iter_items("[", "]"):
             self.peek()
             start = self._position
             line, counted = line + self._text.count("\n", counted, start), start
             value = self.read_value()
             yield _Element(line, value, self._text.find("\\u", start, self._position) >= 0)
-            if not self._accept(","):
-                self._expect("]")
-                return
 
     def collect_object_lists(self, lists: dict[str, list[_Element]]) -> None:
         """Parse the object at the current position, and put its lists of objects into `lists`, as far as they are valid."""
-        self._expect("{")
-        if self._accept("}"):
-            return
-        while True:
-            self._expect('"')
-            self._position -= 1
+        for _ in self._iter_items("{", "}"):
+            if self.peek() != '"':
+                self._expect('"')  # raises
             name = self.read_value()
             self._expect(":")
             if self.peek() != "[":
                 self.read_value()
-            else:
-                elements: list[_Element] = []
-                for element in self.iter_elements():
-                    elements.append(element)
-                    if isinstance(element.value, dict):
-                        lists[name] = elements
-            if not self._accept(","):
-                self._expect("}")
-                return
+                continue
+            elements: list[_Element] = []
+            for element in self.iter_elements():
+                elements.append(element)
+                if isinstance(element.value, dict):
+                    lists[name] = elements
 
 
 def _read_json(path: Path, chunks: Iterable[str], issues: IssueLog, selector: ColumnSelector) -> Iterator[Record]:

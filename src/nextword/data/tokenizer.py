@@ -179,12 +179,10 @@ class Tokenizer:
         parts = re.split("([\udc80-\udcff]+)", text.decode("utf-8", "surrogateescape"))  # odd parts are invalid bytes
         if self.kind != "bpe":
             return self.encode("".join("\ufffd" * len(part) if i % 2 else part for i, part in enumerate(parts)))
-        ids: list[int] = []
-        for i, part in enumerate(parts):
-            if i % 2:
-                ids += self.convert_tokens_to_ids([BYTE_CHARS[b] for b in part.encode("utf-8", "surrogateescape")])
-            else:
-                ids += self.encode(part)
+        byte_chars = ([BYTE_CHARS[byte] for byte in part.encode("utf-8", "surrogateescape")] for part in parts[1::2])
+        ids = self.encode(parts[0])
+        for characters, part in zip(byte_chars, parts[2::2], strict=True):
+            ids += [*self.convert_tokens_to_ids(characters), *self.encode(part)]
         return ids
 
     @functools.cached_property
