@@ -6,10 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
-
-    from nextword.common.run_dir import RunDir
-    from nextword.training.trainer import Trainer
+    from nextword.training.launch import RunContext
 
 from nextword.commands.command import Context, argument, command, option, options, stored_options
 from nextword.commands.results import RunResult
@@ -24,7 +21,6 @@ from nextword.commands.shared import (
     open_or_prepare_corpus,
     run_path,
 )
-from nextword.common.console import Console
 from nextword.common.errors import UsageError
 from nextword.common.format import format_duration
 from nextword.training.config import CONTINUED_PRETRAINING, FinetuneRecipe, with_overrides
@@ -107,19 +103,17 @@ def example_command(result: FinetuneResult) -> str:
     return f"nextword predict {result.run} {shlex.join(inputs.get(result.task or '', ('a question', 'choice 1', 'choice 2')))}"
 
 
-def build_finetune_trainer(
-    run: "RunDir", request: dict[str, Any], context: Context, device: "torch.device"
-) -> "Trainer":
-    """The trainer of a request: more text for the task continue, labeled examples for any other."""
-    from nextword.commands.continued_pretraining import ContinuedPretrainTrainer
-    from nextword.commands.finetune import FinetuneTrainer
+def run_finetuning(run: "RunContext") -> dict[str, Any]:
+    """Train on labeled examples, or on more text for the task continue."""
+    from nextword.commands.finetune import train_on_examples
+    from nextword.commands.pretrain import train_language_model
     from nextword.common.fs import MANIFEST
     from nextword.data.corpus import Corpus
     from nextword.data.issues import IssueLog
     from nextword.pipeline.base_model import BaseModel
     from nextword.tasks.examples import read_examples
 
-    console, started = context.console, context.started
+    request, run_dir = run.request, run.run_dir
     base_model = BaseModel.open(Path(request["model"]))
     settings = {name: request[name] for name in ("steps", "budget", "training")}
     task = request["task"] or read_examples(request["data"], None, IssueLog(), request["columns"]).task
@@ -132,31 +126,27 @@ def build_finetune_trainer(
             tuning=request["tuning"],
             **settings,
         )
-        return FinetuneTrainer(run, base_model, recipe, console, device, started)
-    for name, flag in (
-        ("lora", "lora"),
-        ("scratch", "scratch"),
-        ("limit", "max-examples"),
-        ("validation", "validation"),
-    ):
+        return train_on_examples(run, base_model, recipe)
+    flags = {"lora": "lora", "scratch": "scratch", "limit": "max-examples", "validation": "validation"}
+    for name, flag in flags.items():
         if request[name]:
             raise UsageError(f"--{flag} does not apply to --task continue, which continues pre-training")
     if unknown := set(request["tuning"]) - {"dropout"}:
         raise UsageError(f"--tuning.{min(unknown).replace('_', '-')} does not apply to --task continue")
     recipe = with_overrides(CONTINUED_PRETRAINING, model=request["tuning"], **settings)
-    if (run.data_dir / MANIFEST).is_file():
-        corpus = Corpus.open(run.data_dir)
+    if (run_dir.data_dir / MANIFEST).is_file():
+        corpus = Corpus.open(run_dir.data_dir)
     else:
         corpus = open_or_prepare_corpus(
             request["data"],
-            run.data_dir,
+            run_dir.data_dir,
             tokenizer=str(base_model.directory),
             text_column=(request["columns"] or {}).get("text"),
             strict=bool(request["strict"]),
-            console=console,
+            console=run.console,
         )
-    console.info(f"task continue: {format_corpus(corpus)}")
-    return ContinuedPretrainTrainer(run, base_model, corpus, recipe, console, device, started)
+    run.info(f"task continue: {format_corpus(corpus)}")
+    return train_language_model(run, corpus, recipe, base_model)
 
 
 @command(
@@ -168,7 +158,9 @@ def finetune(config: FinetuneConfig, context: Context) -> FinetuneResult:
     from nextword.common.run_lock import fail_if_locked
 
     fail_if_locked(config.out)
-    from nextword.common.run_dir import RunDir, resolve_device
+    from nextword.commands.pretrain import write_missing_reports
+    from nextword.common.environment import resolve_device
+    from nextword.common.run_dir import RunDir
     from nextword.training.launch import run_training
 
     if not RunDir(config.out).exists:
@@ -176,19 +168,17 @@ def finetune(config: FinetuneConfig, context: Context) -> FinetuneResult:
             raise UsageError("the model is missing: nextword finetune MODEL DATA --out RUN")
         if not config.data:
             raise UsageError("the data is missing: give a table of examples (CSV, TSV, JSONL, JSON or Parquet)")
-    device = resolve_device(config.device)
-
-    def build_trainer(run: "RunDir", request: dict[str, Any], console: Console) -> "Trainer":
-        return build_finetune_trainer(run, request, Context(console, context.started), device)
-
     result = run_training(
-        build_trainer,
+        run_finetuning,
         config.out,
         stored_options(config),
+        device=resolve_device(config.device),
+        start_time=context.started,
         resume=config.resume,
         tensorboard=config.tensorboard,
         console=context.console,
         mirror_url=config.mirror,
+        write_reports=write_missing_reports,
     )
     if not result:  # a worker process of torchrun; the main process returns the result
         return None  # type: ignore[return-value]

@@ -199,7 +199,7 @@ def plan(config: PlanConfig, context: Context) -> PlanResult | ClusterEstimateRe
                 price_per_gpu_hour=config.gpu_hour_price,
             )
         )
-    from nextword.common.run_dir import resolve_device
+    from nextword.common.environment import resolve_device
     from nextword.planning.planner import plan_run
 
     require_inputs(config.corpora)

@@ -1,268 +1,194 @@
-"""A pre-training run from its recipe to its report: what it trains, on which text, and how it looks at held-out text."""
+"""Pre-training: a GPT from scratch on a corpus, or continued pre-training of an existing model."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from nextword.common.console import Console
 from nextword.common.errors import UsageError
-from nextword.common.fs import verify_manifest
-from nextword.common.run_dir import RunDir, diff_settings
-from nextword.data.corpus import Corpus
-from nextword.data.dataset import TokenDataset, derive_seed
-from nextword.inference.engine import Engine
-from nextword.inference.perplexity import Likelihood, evaluate_perplexity
-from nextword.inference.sampling import Sampling
-from nextword.model.config import ModelConfig
-from nextword.model.gpt import GPT
-from nextword.model.hf import iter_weights
-from nextword.planning.planner import plan_corpus
-from nextword.planning.size_selection import TrainingPlan
-from nextword.training.config import Recipe
-from nextword.training.losses import causal_lm_loss
-from nextword.training.parallel import check_tp_divisibility, load_weights_, to_full, unsharded
-from nextword.training.step import autocast
-from nextword.training.step_budget import StepSchedule
-from nextword.training.trainer import FINALIZE_SECONDS, Trainer, ValidationResult
+from nextword.common.run_dir import diff_settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nextword.data.corpus import Corpus
+    from nextword.pipeline.base_model import BaseModel
+    from nextword.training.config import Recipe
+    from nextword.training.launch import RunContext
+
+OVERFITTING_ADVICE = "More text, --model.dropout or a smaller size help."
 
 
-class PretrainTrainer(Trainer):
-    """From nothing to a GPT. `begin` or `go_on` first, then `train`, then `finish`."""
+def write_missing_reports(run_path: Path) -> None:
+    """Write the reports of a complete run that a killed process has not written."""
+    from nextword.reporting.report import write_run_reports
 
-    supports_distributed = True
-    detects_loss_spikes = True
+    write_run_reports(run_path, overwrite=False)
 
-    def __init__(
-        self, run_dir: RunDir, corpus: Corpus, recipe: Recipe, console: Console, device: torch.device, start_time: float
-    ):
-        super().__init__(run_dir, console, device, start_time)
-        self.corpus, self.recipe = corpus, recipe
-        self.overfitting_reported = False
-        self.forward_seconds_per_batch = math.inf  # of one batch of tokens through the model, the fastest so far
 
-    # ------------------------------------------------------------ begin, or go on
+def train_language_model(
+    run: "RunContext", corpus: "Corpus", recipe: "Recipe | None" = None, base: "BaseModel | None" = None
+) -> dict[str, Any]:
+    """Train a language model on a corpus.
 
-    def initialize(self, command: list[str], request: dict[str, Any]) -> None:
-        seed = request["seed"] or 0
-        train_tokens = self.corpus.tokens("train")
-        if len(train_tokens) < 2:
-            raise UsageError(
-                f"{self.corpus.path}: the training part has {len(train_tokens)} tokens, too few to learn from"
-            )
-        self.world = self.world.with_tensor_parallel(self.recipe.training.tensor)
-        plan = self.resolve_config()
-        check_tp_divisibility(self.model_config, self.world.tp_size)
-        training = self.recipe.training
-        assert training.batch_tokens is not None
-        data_parallel_size = self.world.dp_size
-        batch_rows = data_parallel_size * max(
-            1, round(training.batch_tokens / self.model_config.context_length / data_parallel_size)
+    Args:
+        run: The run.
+        corpus: The prepared text.
+        recipe: The options of a new run. A resume uses those in run.json.
+        base: The model to continue from; None to start from random weights.
+
+    Returns:
+        The content of result.json; empty on worker ranks.
+
+    Raises:
+        UsageError: the corpus is too small, is not the one that the run started with, or cannot be divided between the ranks.
+    """
+    import torch
+
+    from nextword.data.dataset import TokenDataset, derive_seed
+    from nextword.model.config import ModelConfig
+    from nextword.model.gpt import GPT
+    from nextword.model.hf import load_model
+    from nextword.pipeline.base_model import evaluate_forgetting
+    from nextword.pipeline.lm_evaluator import LanguageModelEvaluator
+    from nextword.reporting.report import write_run_reports
+    from nextword.training.config import Recipe
+    from nextword.training.losses import causal_lm_loss
+    from nextword.training.parallel import unsharded
+    from nextword.training.setup import setup_training
+    from nextword.training.trainer import Trainer
+
+    seconds_per_step = 0.0
+    if run.metadata is None:
+        assert recipe is not None
+        metadata, seconds_per_step = choose_settings(run, corpus, recipe, base)
+    else:
+        metadata = run.metadata
+        check_resume(run, metadata, corpus)
+    recipe, seed = Recipe.from_dict(metadata["recipe"]), metadata["seed"]
+    model_config = ModelConfig.from_dict(metadata["model"])
+    dataset = TokenDataset(corpus.tokens("train"), model_config.context_length, metadata["fixed"]["rows"], seed)
+    if base is None:
+        model = GPT.on_meta(model_config)
+    else:
+        weights = load_model(base.directory, run.device).state_dict()
+        model = GPT.from_weights(model_config, {name: w for name, w in weights.items() if name != "score.weight"})
+
+    def init_weights() -> Iterable[tuple[str, "Tensor"]]:
+        torch.manual_seed(derive_seed(seed, 3))
+        return model.iter_init_weights()
+
+    with setup_training(
+        run,
+        metadata,
+        model,
+        causal_lm_loss,
+        dataset,
+        recipe,
+        init_weights=init_weights,
+        seconds_per_step=seconds_per_step,
+    ) as setup:
+        evaluator = LanguageModelEvaluator(run, setup, corpus, dataset, recipe)
+        trainer = Trainer(
+            run,
+            setup,
+            recipe,
+            evaluator,
+            write_run_reports,
+            detect_spikes=True,
+            overfitting_advice=OVERFITTING_ADVICE,
         )
-        if plan is not None and (self.recipe.tokens is not None or self.recipe.flops is not None):
-            self.recipe = replace(self.recipe, steps=-(-plan.tokens // (batch_rows * self.model_config.context_length)))
-        self._build(seed, batch_rows, num_threads=torch.get_num_threads())
-        if plan is not None:
-            self.seconds_per_step = plan.seconds_per_token * self.batch_tokens
-        self.run_metadata = {
-            "command": " ".join(command),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "request": request,
-            "recipe": self.recipe.to_dict(),
-            **({} if plan is None else {"plan": plan.to_dict()}),
-            **self.metadata(),
-            "model": self.model_config.to_dict(),
-            "parameters": self.model_config.parameters,
-            "training": asdict(training),
-            "seed": seed,
-            "data": data_metadata(self.corpus),
-            "shards": "data" if self.corpus.path == self.run_dir.data_dir else str(self.corpus.path.resolve()),
-            "fixed": {"rows": batch_rows, **self.reproducibility_metadata()},
-            **self.environment_metadata(),
-        }
+        trainer.train()
+        metrics = evaluator.evaluate_best()
+        if base is not None:
+            metrics["task"] = "continue"
+            if len(corpus.tokens("validation")) >= 2:
+                before = evaluator.evaluate_replicated(load_model(base.directory, run.device))
+                metrics["before"] = {"loss": before.loss, "bits_per_byte": before.bits_per_byte}
+            with unsharded(run.dist, setup.eager_step) as trained:
+                metrics["forgetting"] = evaluate_forgetting(base, trained)
+        return trainer.write_results(metrics)
 
-    def resume(self) -> None:
-        self.run_metadata = self.run_dir.metadata()
-        self.recipe = Recipe.from_dict(self.run_metadata["recipe"])
-        self.model_config = ModelConfig.from_dict(self.run_metadata["model"])
-        if self.run_metadata["data"]["fingerprint"] != self.corpus.fingerprint:
-            differences_found = diff_settings(self.run_metadata["data"], data_metadata(self.corpus), "data")
-            raise UsageError(
-                f"{self.run_dir.path}: the text is not the one that this run began with, so going on would mix two runs:\n  "
-                + "\n  ".join(differences_found)
-                + "\nBegin a new one with another --out"
-            )
-        requested_size = self.recipe.training.tensor
-        self.world = self.world.with_tensor_parallel(math.gcd(requested_size, self.world.world_size))
-        if (actual_size := self.world.tp_size) != requested_size:
-            self.console.warn(
-                f"--training.tensor {requested_size} does not divide {self.world.world_size} processes: {actual_size} in its place"
-            )
-        fixed, data_parallel_size = self.run_metadata["fixed"], self.world.dp_size
-        if fixed["rows"] % data_parallel_size:
-            raise UsageError(
-                f"{self.run_dir.path}: a step of {fixed['rows']} windows cannot be shared equally by {data_parallel_size}"
-            )
-        self._build(self.run_metadata["seed"], fixed["rows"], self.resume_num_threads())
-        self.select_checkpoint()
 
-    def resolve_config(self) -> TrainingPlan | None:
-        """Settle what the recipe leaves open, size, batch, learning rate and dropout, by the plan that is given back."""
-        recipe = self.recipe
-        seconds_left = None if recipe.budget is None else recipe.budget - (self.now() - self.start_time)
-        plan = plan_corpus(self.corpus, recipe, self.device, seconds=seconds_left, num_processes=self.world.world_size)
+def choose_settings(
+    run: "RunContext", corpus: "Corpus", recipe: "Recipe", base: "BaseModel | None"
+) -> tuple[dict[str, Any], float]:
+    """Choose what the recipe leaves open: size, batch, learning rate, dropout. Returns run.json and the seconds per step."""
+    from nextword.model.config import ModelConfig
+    from nextword.model.hf import load_model
+    from nextword.planning.planner import DEFAULT_BATCH_TOKENS, plan_corpus
+    from nextword.planning.size_selection import default_peak_lr
+    from nextword.training.parallel import check_tp_divisibility
+    from nextword.training.setup import new_metadata
+
+    seed, num_tokens = run.request["seed"] or 0, len(corpus.tokens("train"))
+    if num_tokens < 2:
+        raise UsageError(f"{corpus.path}: the training set has {num_tokens} tokens, too few to train on")
+    run.dist = dist = run.dist.with_tensor_parallel(recipe.training.tensor)
+    if base is None:
+        budget_left = None if recipe.budget is None else recipe.budget - run.elapsed_seconds()
+        plan = plan_corpus(corpus, recipe, run.device, seconds=budget_left, num_processes=dist.world_size)
         for line in plan.summary_lines():
-            self.console.info(line)
-        training = replace(recipe.training, batch_tokens=plan.batch_tokens, lr=plan.lr)
-        self.recipe = replace(recipe, size=plan.size, training=training)
-        self.model_config = ModelConfig.from_dict({**plan.model, "dropout": recipe.model.get("dropout", plan.dropout)})
-        return plan
+            run.info(line)
+        batch_tokens, lr = plan.batch_tokens, plan.lr
+        recipe = replace(recipe, size=plan.size)
+        model_config = ModelConfig.from_dict({**plan.model, "dropout": recipe.model.get("dropout", plan.dropout)})
+    else:  # the shape of the base model, and a third of the learning rate of a new one
+        plan, training = None, recipe.training
+        model_config = load_model(base.directory).config
+        batch_tokens = training.batch_tokens or DEFAULT_BATCH_TOKENS
+        lr = training.lr or default_peak_lr(model_config.d_model, batch_tokens, training.optimizer) / 3
+        model_config = replace(model_config, n_labels=0, dropout=recipe.model.get("dropout", 0.0))
+    recipe = replace(recipe, training=replace(recipe.training, batch_tokens=batch_tokens, lr=lr))
+    check_tp_divisibility(model_config, dist.tp_size)
+    rows = dist.dp_size * max(1, round(batch_tokens / model_config.context_length / dist.dp_size))
+    tokens_per_step = rows * model_config.context_length
+    if plan is not None and (recipe.tokens is not None or recipe.flops is not None):
+        recipe = replace(recipe, steps=math.ceil(plan.tokens / tokens_per_step))
+    specific = {"preset": recipe.preset, "size": recipe.size}
+    if plan is not None:
+        specific["plan"] = plan.to_dict()
+    if base is not None:
+        specific = {"task": {"task": "continue"}, **base.metadata()}
+    metadata = new_metadata(
+        run,
+        recipe,
+        model_config,
+        seed,
+        data=corpus_metadata(corpus),
+        shards="data" if corpus.path == run.run_dir.data_dir else str(corpus.path.resolve()),
+        **specific,
+    )
+    metadata["fixed"]["rows"] = rows
+    return metadata, 0.0 if plan is None else plan.seconds_per_token * tokens_per_step
 
-    def _build(self, seed: int, batch_rows: int, num_threads: int) -> None:
-        """Model, data and settings, all of them functions of the recipe and the seed."""
-        self.training, self.target_steps, self.budget_seconds = (
-            self.recipe.training,
-            self.recipe.steps,
-            self.recipe.budget,
+
+def check_resume(run: "RunContext", metadata: dict[str, Any], corpus: "Corpus") -> None:
+    """Check that the corpus is that of the run, and divide the batch between the ranks.
+
+    Raises:
+        UsageError: the corpus has changed, or the number of data-parallel ranks does not divide the batch.
+    """
+    path = run.run_dir.path
+    if metadata["data"]["fingerprint"] != corpus.fingerprint:
+        differences = diff_settings(metadata["data"], corpus_metadata(corpus), "data")
+        raise UsageError(
+            f"{path}: the text is not the one that the run started with:\n  "
+            + "\n  ".join(differences)
+            + "\nStart a new run with another --out"
         )
-        self.batch_tokens = batch_rows * self.model_config.context_length
-        torch.set_num_threads(num_threads)
-        self.model = self._build_initial_model()
-        self.loss_fn = causal_lm_loss
-        self.dataset = TokenDataset(self.corpus.tokens("train"), self.model_config.context_length, batch_rows, seed)
-        self.step_settings = self.build_step_settings(seed)
-
-    def _build_initial_model(self) -> GPT:
-        """The model before its first step; hollow, so that no process of several needs the memory for the whole of it."""
-        return GPT.on_meta(self.model_config)
-
-    def iter_init_weights(self) -> Iterator[tuple[str, Tensor]]:
-        torch.manual_seed(derive_seed(self.step_settings.seed, 3))
-        return self.model.first_weights()
-
-    def metadata(self) -> dict[str, Any]:
-        """What run.json says of this kind of run besides."""
-        return {"preset": self.recipe.preset, "size": self.recipe.size}
-
-    # ------------------------------------------------------------ what the loop asks for
-
-    def validate(self, step_schedule: StepSchedule) -> ValidationResult | None:
-        """Evenly spread windows of the held-out text: as many as cost about a twentieth of the steps between two looks."""
-        validation = self.corpus.tokens("validation")
-        if len(validation) < 2:
-            return None
-        tokens_between_validations = (
-            step_schedule.decisions[0].total_steps / self.num_validations(step_schedule) * self.batch_tokens
-        )
-        max_windows = max(
-            8, int(0.15 * tokens_between_validations / self.model_config.context_length)
-        )  # a token costs a third of one in training
-        eval_start = self.now()
-        result = self.evaluate_validation(max_windows)
-        seconds = (self.now() - eval_start) / result.tokens * self.batch_tokens
-        self.forward_seconds_per_batch = min(self.forward_seconds_per_batch, seconds)
-        return ValidationResult(
-            score=-result.loss,
-            metrics={"loss": result.loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens},
-            summary=f"validation loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits/byte "
-            f"(on {result.tokens:,} of {len(validation):,} tokens)",
-        )
-
-    def evaluate_validation(self, max_windows: int | None = None) -> Likelihood:
-        """The model's loss on the validation part, the whole of it or evenly spread windows; by all processes together."""
-        with unsharded(self.world, self.eager_step) as model:
-            return self.evaluate_replicated(model, max_windows)
-
-    def evaluate_replicated(self, model: GPT, max_windows: int | None = None) -> Likelihood:
-        """The same of any model that all processes have."""
-        n_bytes = self.corpus.validation.bytes
-        dist_context = self.world if self.world.world_size > 1 else None
-        with autocast(self.device, self.step_settings.bf16 and self.world.fsdp_per_block):
-            return evaluate_perplexity(
-                model, self.corpus.tokens("validation"), n_bytes, max_windows=max_windows, dist_context=dist_context
-            )
-
-    def save_best_model(self, metadata: dict[str, Any]) -> None:
-        with unsharded(self.world, self.eager_step) as model:
-            self.run_dir.save_model(model, self.corpus.tokenizer, metadata, gather=to_full)
-
-    def documents_in_batch(self, batch_index: int) -> list[str]:
-        return self.corpus.document_names(self.dataset.spans(batch_index))
-
-    def on_no_improvement(self, step: int, result: ValidationResult) -> None:
-        best = self.best.score or result.score
-        if not self.overfitting_reported and self.best.since >= 2 and -result.score > 1.01 * -best:
-            self.overfitting_reported = True
-            self.log_event(
-                step,
-                f"held-out text gets worse since step {self.best.step:,}, while training goes on to improve: the model "
-                "begins to memorise. The weights of that step are kept; more text, --model.dropout or a smaller size help",
-            )
-
-    def loss_to_bits_per_byte(self, loss: float) -> float:
-        train = self.corpus.train
-        return loss / math.log(2) * train.tokens / max(1, train.bytes)
-
-    def estimate_finalize_seconds(self) -> float:
-        """The whole validation part, at the fastest rate so far, and never more than a third of the budget: a slow
-        moment of the machine must not end a run."""
-        forward = min(self.forward_seconds_per_batch, self.seconds_per_step / 3)  # a step is three passes
-        batches = len(self.corpus.tokens("validation")) / self.batch_tokens
-        return min(FINALIZE_SECONDS + 1.1 * forward * batches, (self.budget_seconds or math.inf) / 3)
-
-    def log_sample(self, step: int) -> None:
-        """Let the model go on from the first words of the held-out text, where a process has the whole of it."""
-        if self.world.forward_is_collective:
-            return
-        tokenizer, prompt_ids = self.corpus.tokenizer, self._sample_prompt_ids()
-        with unsharded(self.world, self.eager_step) as model:
-            if not self.world.is_main:
-                return
-            engine = Engine(model, tokenizer, seed=0)
-            completion = engine.generate([prompt_ids], Sampling(max_tokens=100 if tokenizer.kind == "char" else 40))[0]
-        prompt = tokenizer.decode(prompt_ids)
-        self.run_dir.append_metrics({"step": step, "sample": {"prompt": prompt, "text": completion.text}})
-        self.console.log_sample(step, prompt, completion.text)
-
-    def _sample_prompt_ids(self) -> list[int]:
-        """The first few words of the held-out text."""
-        validation = self.corpus.tokens("validation")
-        num_tokens = 24 if self.corpus.tokenizer.kind == "char" else 8
-        return validation.read(0, min(num_tokens, len(validation))).tolist()
-
-    # ------------------------------------------------------------ finish
-
-    def finalize(self) -> dict[str, Any]:
-        """Measure the kept weights on the whole validation part, and write result, card and report."""
-        if self.world.is_main:
-            verify_manifest(self.run_dir.model_dir)
-        load_weights_(self.model, iter_weights(self.run_dir.model_dir, self.model_config), self.world)
-        result: dict[str, Any] = {
-            "parameters": self.model_config.parameters,
-            "prompt": self.corpus.tokenizer.decode(self._sample_prompt_ids()).strip().partition("\n")[0],
-        }
-        if len(self.corpus.tokens("validation")) >= 2:
-            evaluation = self.evaluate_validation()
-            result |= {
-                "loss": evaluation.loss,
-                "perplexity": evaluation.perplexity,
-                "bits_per_byte": evaluation.bits_per_byte,
-                "validation_tokens": evaluation.tokens,
-                "by_position": evaluation.by_position,
-            }
-        return self.write_results(result | self.metrics())
-
-    def metrics(self) -> dict[str, Any]:
-        """What this kind of run measures besides, of the weights that were kept."""
-        return {}
+    tp_size = metadata["recipe"]["training"]["tensor"]
+    run.dist = dist = run.dist.with_tensor_parallel(math.gcd(tp_size, run.dist.world_size))
+    if dist.tp_size != tp_size:
+        run.warn(f"--training.tensor {tp_size} does not divide {dist.world_size} processes: using {dist.tp_size}")
+    rows = metadata["fixed"]["rows"]
+    if rows % dist.dp_size:
+        raise UsageError(f"{path}: a batch of {rows} rows cannot be divided equally between {dist.dp_size} ranks")
 
 
-def data_metadata(corpus: Corpus) -> dict[str, Any]:
-    """What run.json says of the text."""
+def corpus_metadata(corpus: "Corpus") -> dict[str, Any]:
+    """What run.json records of a corpus."""
     return {
         "fingerprint": corpus.fingerprint,
         "documents": corpus.documents,

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nextword.commands.pretrain import PretrainTrainer
-    from nextword.common.run_dir import RunDir
+    from nextword.training.launch import RunContext
 
 from nextword.commands.command import Context, argument, command, option, options, stored_options
 from nextword.commands.results import RunResult
@@ -19,7 +18,6 @@ from nextword.commands.shared import (
     require_inputs,
     run_path,
 )
-from nextword.common.console import Console
 from nextword.common.format import format_duration
 
 
@@ -57,41 +55,43 @@ def pretrain(config: PretrainConfig, context: Context) -> RunResult:
     from nextword.common.run_lock import fail_if_locked
 
     fail_if_locked(config.out)
-    from nextword.commands.pretrain import PretrainTrainer
-    from nextword.common.run_dir import RunDir, resolve_device
+    from nextword.commands.pretrain import train_language_model, write_missing_reports
+    from nextword.common.environment import resolve_device
+    from nextword.common.run_dir import RunDir
     from nextword.data.corpus import Corpus
     from nextword.training.launch import run_training
 
     if not RunDir(config.out).exists:
         require_inputs(config.corpora)
-    recipe, device = config.resolved_recipe(), resolve_device(config.device)
+    recipe = config.resolved_recipe()
 
-    def build_trainer(run: "RunDir", request: dict[str, Any], console: Console) -> "PretrainTrainer":
-        if run.exists:
-            corpus = Corpus.open(run.path / run.metadata()["shards"])
-        else:
-            corpus = open_or_prepare_corpus(
-                request["corpora"],
-                run.data_dir,
-                tokenizer=recipe.tokenizer,
-                vocab_size=recipe.vocab_size,
-                text_column=config.text_column,
-                strict=config.strict,
-                console=console,
-            )
-            console.info(format_corpus(corpus))
-        trainer = PretrainTrainer(run, corpus, recipe, console, device, context.started)
-        trainer.fail_on_corrupt_checkpoint = config.strict
-        return trainer
+    def train(run: "RunContext") -> dict[str, Any]:
+        if run.metadata is not None:
+            return train_language_model(run, Corpus.open(run.run_dir.path / run.metadata["shards"]))
+        corpus = open_or_prepare_corpus(
+            run.request["corpora"],
+            run.run_dir.data_dir,
+            tokenizer=recipe.tokenizer,
+            vocab_size=recipe.vocab_size,
+            text_column=config.text_column,
+            strict=config.strict,
+            console=run.console,
+        )
+        run.info(format_corpus(corpus))
+        return train_language_model(run, corpus, recipe)
 
     result = run_training(
-        build_trainer,
+        train,
         config.out,
         stored_options(config),
+        device=resolve_device(config.device),
+        start_time=context.started,
         resume=config.resume,
         tensorboard=config.tensorboard,
         console=context.console,
         mirror_url=config.mirror,
+        strict=config.strict,
+        write_reports=write_missing_reports,
     )
     if not result:  # a worker process of torchrun; the main process returns the result
         return None  # type: ignore[return-value]

@@ -87,7 +87,7 @@ class TransferResult(Result):
 
 @command(TransferConfig, example="nextword transfer runs/mine reviews.csv --out runs/transfer")
 def transfer(config: TransferConfig, context: Context) -> TransferResult:
-    from nextword.common.run_dir import command_line, resolve_device
+    from nextword.common.environment import command_line, resolve_device
     from nextword.evaluation.label_efficiency import run_study
 
     if config.num_seeds < 1 or any(count < 1 for count in config.counts):

@@ -1,4 +1,4 @@
-"""The electric energy of a run: measured where the machine tells, estimated where it does not, and always said which."""
+"""Energy use of a run: measured with hardware counters where they are readable, else estimated."""
 
 import ctypes
 import time
@@ -7,75 +7,84 @@ from pathlib import Path
 
 import torch
 
-CPU_CORE_WATTS = (
-    10.0  # of a busy core of a server or a desktop with its share of the memory; a laptop's takes about half
-)
-GPU_WATTS = 300.0  # of a busy data-centre GPU; its limit is between 250 and 700
-RAPL_ROOT = Path("/sys/class/powercap")  # Linux: the processor's own counters (RAPL), where the person may read them
+CPU_CORE_WATTS = 10.0  # a busy server or desktop core with its share of the memory; a laptop core takes about half
+GPU_WATTS = 300.0  # a busy data-centre GPU; power limits are 250 to 700 W
+RAPL_ROOT = Path("/sys/class/powercap")  # Linux: processor energy counters, often readable by root only
 
 
 @dataclass(frozen=True)
 class PowerReading:
-    """Watts on the average, and whether they were measured."""
+    """Mean power.
+
+    Attributes:
+        watts: Mean power in watts.
+        measured: True if measured with hardware counters, false if estimated.
+    """
 
     watts: float
     measured: bool
 
     def to_dict(self, seconds: float) -> dict[str, float | bool]:
-        """What run.json and result.json say of so many seconds at this power."""
+        """The energy of `seconds` at this power, as run.json and result.json store it."""
         return {"watt_hours": round(self.watts * seconds / 3600, 4), "measured": self.measured}
 
 
 class EnergyMeter:
-    """Counts from when it is made: the processor's packages, and the GPU that is used."""
+    """Measures energy from its creation on: of the processor packages, and of the GPU in use.
+
+    Args:
+        device: The device that the run uses.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.start_time, self.start_counters = time.monotonic(), self._read_counters()
 
     def mean_power(self) -> PowerReading:
-        """The mean since the meter was made. What the machine does not tell is estimated: ten watts a thread that works,
-        three hundred a GPU."""
-        seconds, now = time.monotonic() - self.start_time, self._read_counters()
-        estimated = GPU_WATTS if self.device.type == "cuda" else CPU_CORE_WATTS * torch.get_num_threads()
-        required_counter = "gpu" if self.device.type == "cuda" else "package"
-        if seconds < 0.1 or not any(name.startswith(required_counter) for name in now):
-            return PowerReading(estimated, measured=False)
+        """Return the mean power since the meter was created.
+
+        Without readable counters the estimate is 10 W per thread, or 300 W for a GPU.
+        """
+        seconds, counters = time.monotonic() - self.start_time, self._read_counters()
+        is_cuda = self.device.type == "cuda"
+        required = "gpu" if is_cuda else "package"
+        if seconds < 0.1 or not any(name.startswith(required) for name in counters):
+            return PowerReading(GPU_WATTS if is_cuda else CPU_CORE_WATTS * torch.get_num_threads(), measured=False)
         joules = 0.0
-        for name, (count, wrap_at) in now.items():
-            before = self.start_counters.get(name, (count, wrap_at))[0]
-            joules += count - before if count >= before else count - before + wrap_at  # the counter began anew
+        for name, (count, maximum) in counters.items():
+            start = self.start_counters.get(name, (count, maximum))[0]
+            joules += count - start if count >= start else count - start + maximum  # the counter wrapped around
         return PowerReading(joules / seconds, measured=True)
 
     def _read_counters(self) -> dict[str, tuple[float, float]]:
-        """Joules by counter, and at how many joules it begins anew."""
+        """Joules by counter name, and the value at which each counter wraps around."""
         counters: dict[str, tuple[float, float]] = {}
-        for folder in sorted(RAPL_ROOT.glob("intel-rapl:*")):
-            if folder.name.count(":") > 1:  # a part of a package, counted in it already
+        for directory in sorted(RAPL_ROOT.glob("intel-rapl:*")):
+            if directory.name.count(":") > 1:  # a part of a package, which is counted already
                 continue
             try:
-                count, wrap_at = (
-                    int((folder / name).read_text()) / 1e6 for name in ("energy_uj", "max_energy_range_uj")
+                count, maximum = (
+                    int((directory / name).read_text()) / 1e6 for name in ("energy_uj", "max_energy_range_uj")
                 )
-            except (OSError, ValueError):  # most systems let nobody but root read them
+            except (OSError, ValueError):  # most systems let only root read them
                 continue
-            counters[f"package {folder.name}"] = count, wrap_at
+            counters[f"package {directory.name}"] = count, maximum
         if self.device.type == "cuda" and (joules := gpu_energy_joules(self.device)) is not None:
             counters["gpu"] = joules, 0.0
         return counters
 
 
 def gpu_energy_joules(device: torch.device) -> float | None:
-    """What a GPU has taken since its driver was loaded, by NVIDIA's management library; None where it does not say."""
+    """Energy that a GPU has used since its driver was loaded, from NVML; None if NVML does not report it."""
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
-        gpu_uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        identity = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
-        return_codes = (
+        status_codes = (
             library.nvmlInit_v2(),
-            library.nvmlDeviceGetHandleByUUID(gpu_uuid.encode(), ctypes.byref(handle)),
+            library.nvmlDeviceGetHandleByUUID(identity.encode(), ctypes.byref(handle)),
             library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)),
         )
-    except (OSError, AttributeError):  # no such library, or one of another maker or age
+    except (OSError, AttributeError):  # no NVML, or one without these functions
         return None
-    return millijoules.value / 1e3 if not any(return_codes) else None
+    return None if any(status_codes) else millijoules.value / 1e3

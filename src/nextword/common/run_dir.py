@@ -1,46 +1,43 @@
-"""A run folder: who works on it, what it is, what happened in it, and its best model.
+"""Run directories.
 
-RUN/run.json (what the run is) · metrics.jsonl (a line a step) · decisions.jsonl (what the clock decided) · detours.jsonl (which
-batches were left out) · checkpoints/ · model/ (the best weights, a stock directory) · result.json (once it is finished) ·
-report.html and README.md.
+RUN/run.json           settings and environment
+    metrics.jsonl      one record per step, validation, sample or message
+    decisions.jsonl    step budgets chosen from the time budget
+    detours.jsonl      batches skipped after loss spikes
+    checkpoints/       the last checkpoints
+    model/ adapter/    the best weights, as a Hugging Face directory
+    data/              the prepared corpus, if the run prepared it
+    result.json        present once the run is complete
+    report.html README.md
 """
 
 import json
 import os
-import platform
 import re
-import shutil
 import signal
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-import numpy
-import tokenizers
-import torch
-from torch import Tensor
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
-from nextword._version import __version__
 from nextword.common import fs
-from nextword.common.errors import CorruptFileError, MissingDependencyError, NextwordError, UsageError
+from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.run_lock import run_lock
-from nextword.data.tokenizer import Tokenizer
-from nextword.model.gpt import GPT
-from nextword.model.hf import iter_hf_tensors, save_model
 
-KNOWN_FILES = ("run.json", "data", ".data.partial", ".data.lock", "checkpoints", "lock", "holder.json")
-ROUNDING_NOTE = "equal within rounding, not bit for bit"  # of a run that goes on otherwise than it began
+# Files that may exist before run.json is written, and the leftovers of a killed process.
+KNOWN_FILES = re.compile(
+    r"run\.json|data|\.data\.partial|\.data\.lock|checkpoints|lock|holder\.json|\.(run|holder)\.json\.\d+\.partial"
+)
+ROUNDING_NOTE = "equal within rounding, not bit for bit"
 
 
 class RunDir:
-    """The paths of a run and what is written to them. Made by `open_run`, which holds the lock."""
+    """The files of a run. `open_run` locks it for writing.
+
+    Args:
+        path: The run directory.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -61,121 +58,62 @@ class RunDir:
         return self.result_path.is_file()
 
     def metadata(self) -> dict[str, Any]:
-        """What run.json says. Raises `CorruptFile` where it is not a run's."""
+        """Read run.json.
+
+        Raises:
+            CorruptFileError: the file is not the run.json of a run.
+        """
         metadata = fs.read_json(self.path / "run.json")
         if not isinstance(metadata, dict) or "recipe" not in metadata:
-            raise CorruptFileError(f"{self.path / 'run.json'}: not a run of nextword's")
+            raise CorruptFileError(f"{self.path / 'run.json'}: not a nextword run")
         return metadata
 
     def write_metadata(self, metadata: dict[str, Any]) -> None:
         fs.atomic_write(self.path / "run.json", fs.to_json(metadata))
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """One more line of metrics. Not flushed to disk each time: a resume cuts back to its checkpoint anyway."""
+        """Append a record to metrics.jsonl, without fsync: a resume truncates the file to its checkpoint."""
         with fs.map_disk_errors(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def truncate_metrics(self, step: int) -> float:
-        """Drop the lines after `step`, which will be made again; the seconds that the run had used by then.
+        """Remove the records after a step.
 
-        What was lost does not count on the clock: it is done once more.
+        Returns:
+            The seconds that the run had used at that step. The time of the removed steps does not count.
         """
-        kept = [record for record in fs.read_jsonl(self.metrics_path) if record["step"] <= step]
-        fs.atomic_write(self.metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
-        return max((record.get("seconds", 0.0) for record in kept), default=0.0)
-
-    def save_model(
-        self, model: GPT, tokenizer: Tokenizer, metadata: dict[str, Any], *, labels: Sequence[str] | None = None,
-        problem_type: str | None = None, write_extra_files: Callable[[Path], None] | None = None,
-        gather: Callable[[Tensor], Tensor] = Tensor.detach,
-    ) -> None:  # fmt: skip
-        """Put the model in place as RUN/model, a sealed stock directory; `more` writes other files into it. `gather` as in
-        `model.stock.save_model`."""
-
-        def write(aside: Path) -> None:
-            save_model(
-                model, aside, end_of_text_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id, labels=labels,
-                problem_type=problem_type, eos_token_ids=sorted(tokenizer.eos_ids), gather=gather,
-            )  # fmt: skip
-            tokenizer.save(aside, model.config.context_length)
-            if write_extra_files is not None:
-                write_extra_files(aside)
-
-        self.save_dir(self.model_dir, {**metadata, "model": model.config.to_dict()}, write)
-
-    def save_dir(self, target: Path, metadata: dict[str, Any], write_files: Callable[[Path], None]) -> None:
-        """Let `write` fill a folder, seal it, and put it in place of the one that may be there."""
-        staging_dir = target.with_name(f".{target.name}.partial")
-        with fs.map_disk_errors(target):
-            shutil.rmtree(staging_dir, ignore_errors=True)
-            staging_dir.mkdir()
-            write_files(staging_dir)
-        fs.write_manifest(staging_dir, metadata)
-        fs.atomic_replace_dir(staging_dir, target)
-
-
-class WorkerRunDir(RunDir):
-    """A run as the processes see it that do not lead it: what the leader says it is, and nothing is written."""
-
-    def __init__(self, path: Path, run_metadata: dict[str, Any]):
-        super().__init__(path)
-        self.run_metadata = run_metadata
-
-    @property
-    def exists(self) -> bool:
-        return True
-
-    def metadata(self) -> dict[str, Any]:
-        return self.run_metadata
-
-    def append_metrics(self, record: dict[str, Any]) -> None:
-        pass
-
-    def truncate_metrics(self, step: int) -> float:
-        return 0.0
-
-    def write_metadata(self, metadata: dict[str, Any]) -> None:
-        pass
-
-    def save_model(self, model: GPT, *_: Any, gather: Callable[[Tensor], Tensor] = Tensor.detach, **__: Any) -> None:
-        for _tensor in iter_hf_tensors(model.config, model.state_dict(), gather):  # the leader gathers it from all
-            pass
+        records = [record for record in fs.read_jsonl(self.metrics_path) if record["step"] <= step]
+        fs.atomic_write(self.metrics_path, "".join(json.dumps(record) + "\n" for record in records))
+        return max((record.get("seconds", 0.0) for record in records), default=0.0)
 
 
 @contextmanager
 def open_run(path: Path, *, resume: bool) -> Iterator[RunDir]:
-    """The run folder, made where it is not there, and locked while it is open.
+    """Create a run directory if needed, and lock it.
 
     Raises:
-        UsageError: it holds a run already and `resume` was not said, or it holds something else.
-        RunLocked: another process works on it; the message names it.
+        UsageError: the directory holds a run and `resume` is false, or it holds other files.
+        RunLockedError: another process uses the run.
     """
-    run = RunDir(path)
+    run_dir = RunDir(path)
     if path.exists() and not path.is_dir():
-        raise UsageError(f"{path}: a file is in the way of the run folder")
-    if run.exists and not resume:
-        raise UsageError(f"{path}: holds a run already. Go on with it by --resume, or choose another --out")
-    unexpected_files = (
-        [p.name for p in path.iterdir() if p.name not in KNOWN_FILES] if path.is_dir() and not run.exists else []
-    )
-    unexpected_files = [
-        name for name in unexpected_files if not re.fullmatch(r"\.(run|holder)\.json\.\d+\.partial", name)
-    ]  # of a kill
-    if unexpected_files:
-        raise UsageError(
-            f"{path}: is not empty ({unexpected_files[0]} is in it) and no run folder. Choose another --out"
-        )
+        raise UsageError(f"{path}: exists and is not a directory")
+    if run_dir.exists and not resume:
+        raise UsageError(f"{path}: already holds a run. Add --resume to continue it, or choose another --out")
+    if path.is_dir() and not run_dir.exists:
+        foreign = [file.name for file in path.iterdir() if not KNOWN_FILES.fullmatch(file.name)]
+        if foreign:
+            raise UsageError(f"{path}: not empty ({foreign[0]}) and not a run directory. Choose another --out")
     with fs.map_disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     with run_lock(path):
-        fs.recover_interrupted_swap(run.model_dir)
-        fs.recover_interrupted_swap(run.adapter_dir)
-        fs.recover_interrupted_swap(run.data_dir)
-        yield run
+        for directory in (run_dir.model_dir, run_dir.adapter_dir, run_dir.data_dir):
+            fs.recover_interrupted_swap(directory)
+        yield run_dir
 
 
 class RunInterruptedError(NextwordError):
-    """Stopped by Ctrl-C (exit code 130) or SIGTERM (143), after a checkpoint."""
+    """The run was stopped by SIGINT (exit code 130) or SIGTERM (143), after a checkpoint."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
@@ -184,99 +122,34 @@ class RunInterruptedError(NextwordError):
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """While this is open, the first Ctrl-C or SIGTERM is put on the list that it gives; a second one leaves at once."""
+    """Catch the first SIGINT or SIGTERM and append it to the yielded list. A second signal exits at once.
+
+    Outside the main thread, where Python does not allow signal handlers, nothing is caught.
+    """
     caught: list[int] = []
 
-    def handle_signal(number: int, frame: Any) -> None:
+    def handle(signal_number: int, frame: FrameType | None) -> None:
         if caught:
-            os._exit(128 + number)
-        caught.append(number)
+            os._exit(128 + signal_number)
+        caught.append(signal_number)
 
     try:
-        previous_handlers = {number: signal.signal(number, handle_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread, where Python lets nobody set handlers: the caller's own stay
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread
         yield caught
         return
     try:
         yield caught
     finally:
-        for number, handler in previous_handlers.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def diff_settings(before: Any, now: Any, name: str = "") -> list[str]:
-    """Where two settings differ, one "name: before → now" each, for a person to read."""
+    """Return the differences of two nested settings, as lines "name: before → now"."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted(set(before) | set(now))
         return [
             line for key in keys for line in diff_settings(before.get(key), now.get(key), f"{name}.{key}".strip("."))
         ]
     return [] if before == now else [f"{name}: {before} → {now}"]
-
-
-def open_tensorboard_writer(run_path: Path) -> Any:
-    """A writer of TensorBoard's event files. Raises `MissingExtra` where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingDependencyError("--tensorboard", "tensorboard") from error
-    return SummaryWriter(run_path / "tensorboard")
-
-
-# ---------------------------------------------------------------- where and how a run was made
-
-
-def library_versions() -> dict[str, str]:
-    return {
-        "nextword": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "tokenizers": tokenizers.__version__,
-    }
-
-
-def machine_info(device: torch.device) -> dict[str, Any]:
-    """What the run ran on, as far as it matters for its speed. No name of a host or a person."""
-    info: dict[str, Any] = {
-        "system": platform.system(),
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-    if device.type == "cuda":
-        info["gpu"] = torch.cuda.get_device_name(device)
-    return info
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Bytes that this process has had at most: of the GPU where it uses one; 0 where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    if resource is None:
-        return 0
-    max_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * max_rss
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device by name; "auto" is the GPU where there is one. Raises `UsageError` where it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and (local := os.environ.get("LOCAL_RANK")):  # torchrun's processes have a GPU each
-        name = f"cuda:{local}"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def command_line() -> list[str]:
-    return (
-        ["nextword", *sys.argv[1:]]
-        if Path(sys.argv[0]).name in ("nextword", "__main__.py")
-        else ["nextword.pretrain(…)"]
-    )

@@ -1,5 +1,4 @@
-"""One process at a time works on a run folder, and says who it is. Nothing heavy is imported here, so that whoever comes second
-leaves at once."""
+"""The lock of a run directory. Imports nothing heavy, so that a second process fails at once."""
 
 import os
 import socket
@@ -12,24 +11,24 @@ import filelock
 from nextword.common import fs
 from nextword.common.errors import RunLockedError
 
-LOCK_TIMEOUT_SECONDS = 0.5  # seconds, in which one who only looked is gone again
+LOCK_TIMEOUT_SECONDS = 0.5  # longer than `fail_if_locked` of another process holds the lock
 
 
 @contextmanager
 def run_lock(path: Path) -> Iterator[None]:
-    """Hold a folder's lock. What a killed process held is free.
+    """Hold the lock of a run directory. The lock of a killed process is free.
 
     Raises:
-        RunLocked: another process holds it; the message names that one.
+        RunLockedError: another process holds the lock; the message names it.
     """
     lock, holder_path = filelock.FileLock(path / "lock"), path / "holder.json"
     try:
         lock.acquire(timeout=LOCK_TIMEOUT_SECONDS)
     except filelock.Timeout as error:
-        owner = (
-            fs.read_json(holder_path) if holder_path.is_file() else {"process": "unknown", "host": "an unknown host"}
-        )
-        raise RunLockedError(f"{path}: process {owner['process']} on {owner['host']} is at work on this run") from error
+        holder = {"process": "unknown", "host": "an unknown host"}
+        if holder_path.is_file():
+            holder = fs.read_json(holder_path)
+        raise RunLockedError(f"{path}: the run is in use by process {holder['process']} on {holder['host']}") from error
     try:
         fs.atomic_write(holder_path, fs.to_json({"process": os.getpid(), "host": socket.gethostname()}))
         yield
@@ -39,9 +38,7 @@ def run_lock(path: Path) -> Iterator[None]:
 
 
 def fail_if_locked(path: Path) -> None:
-    """Raise `RunLocked` where another process works on a run, before anything is imported for it. Of several processes of one
-    run the leader looks."""
-    if os.environ.get("RANK", "0") != "0" or not (path / "holder.json").is_file():
-        return
-    with run_lock(path):
-        pass
+    """Raise `RunLockedError` if another process uses the run. In a distributed run only rank 0 checks."""
+    if os.environ.get("RANK", "0") == "0" and (path / "holder.json").is_file():
+        with run_lock(path):
+            pass

@@ -11,8 +11,9 @@ from typing import Any
 
 from nextword.common import fs
 from nextword.common.console import Console
+from nextword.common.environment import library_versions
 from nextword.common.errors import UsageError
-from nextword.common.run_dir import RunDir, RunInterruptedError, catch_signals, library_versions, open_run
+from nextword.common.run_dir import RunDir, RunInterruptedError, catch_signals, open_run
 from nextword.pipeline.predictor import SELECTION_METRIC
 from nextword.reporting.label_efficiency_page import write_label_efficiency_page
 from nextword.reporting.task_results import short_path_name

@@ -1,4 +1,4 @@
-"""The model that a fine-tuning begins with: where it is, what it was made for, and what it may forget."""
+"""The model that a fine-tuning starts from: its directory, its task, and the corpus it was pre-trained on."""
 
 import hashlib
 from dataclasses import dataclass
@@ -14,27 +14,37 @@ from nextword.model.gpt import GPT
 from nextword.model.hf import load_model
 from nextword.tasks.dataset import TaskSpec
 
-FORGETTING_TOKENS = 2**14  # of the text that a model was pre-trained on, to see what it has forgotten
+FORGETTING_TOKENS = 2**14  # tokens of the pre-training corpus on which forgetting is measured
 
 
 def resolve_model_dir(path: str | Path) -> Path:
-    """The model directory that a path means: itself, or the one in a run folder."""
+    """Return the model directory of a path: the path itself, or the model of a run directory.
+
+    Raises:
+        NextwordError: there is no model.
+    """
     path = Path(path)
-    if (path / "config.json").is_file():
-        return path
-    if (path / "model" / "config.json").is_file():
-        return path / "model"
+    for directory in (path, path / "model"):
+        if (directory / "config.json").is_file():
+            return directory
     if (path / "run.json").is_file():
         raise NextwordError(
-            f"{path}: this run has no model yet; go on with it by the command that began it and --resume"
+            f"{path}: the run has no model yet. Continue it with the command that started it and --resume"
         )
-    raise NextwordError(f"{path}: neither a model directory nor a run folder (no config.json in it)")
+    raise NextwordError(f"{path}: not a model directory or a run directory (no config.json)")
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A model directory as a beginning: its tokenizer, the task it was made for, and the shards it was pre-trained on,
-    where its run folder tells."""
+    """A model directory that a run starts from.
+
+    Attributes:
+        source_path: The path as given: a model directory or a run directory.
+        directory: The model directory.
+        tokenizer: The tokenizer of the model.
+        task_spec: The task that the model was fine-tuned for.
+        pretraining_corpus: The corpus that the model was pre-trained on, if its run names it and it still exists.
+    """
 
     source_path: Path
     directory: Path
@@ -44,63 +54,69 @@ class BaseModel:
 
     @classmethod
     def open(cls, source_path: Path) -> "BaseModel":
+        """Open a model directory or a run directory."""
         directory = resolve_model_dir(source_path)
-        run_path = next((path for path in (source_path, directory.parent) if (path / "run.json").is_file()), None)
-        return cls(
-            source_path,
-            directory,
-            Tokenizer.open(directory),
-            load_task_spec(directory),
-            pretraining_corpus_of(run_path) if run_path else None,
-        )
+        run_path = next((p for p in (source_path, directory.parent) if (p / "run.json").is_file()), None)
+        corpus_path = None if run_path is None else pretraining_corpus_of(run_path)
+        return cls(source_path, directory, Tokenizer.open(directory), load_task_spec(directory), corpus_path)
 
     def fingerprint(self) -> str:
-        """A hash of every weight file."""
+        """Return a hash of all weight files."""
         weights = sorted(self.directory.glob("*.safetensors"))
         return hashlib.sha256("".join(fs.sha256_file(path) for path in weights).encode()).hexdigest()
 
     def metadata(self) -> dict[str, Any]:
-        """What run.json says of it."""
+        """What run.json records of the base model."""
+        corpus = self.pretraining_corpus
         return {
             "base": {"model": str(self.source_path.resolve()), "weights": self.fingerprint()},
-            "old_text": None if self.pretraining_corpus is None else str(self.pretraining_corpus.resolve()),
+            "old_text": None if corpus is None else str(corpus.resolve()),
         }
 
 
 def pretraining_corpus_of(run_path: Path) -> Path | None:
-    """The shards that a run's model was pre-trained on, by itself or by the run it began with; None where they are gone."""
+    """Return the corpus that the model of a run was pre-trained on, by this run or an earlier one; None if it is gone."""
     metadata = fs.read_json(run_path / "run.json")
-    corpus_path = (metadata.get("old_text") or metadata.get("shards")) if isinstance(metadata, dict) else None
-    if not isinstance(corpus_path, str):  # not a run of nextword's
+    name = (metadata.get("old_text") or metadata.get("shards")) if isinstance(metadata, dict) else None
+    if not isinstance(name, str):  # not a nextword run
         return None
-    return run_path / corpus_path if (run_path / corpus_path / fs.MANIFEST).is_file() else None
+    return run_path / name if (run_path / name / fs.MANIFEST).is_file() else None
 
 
 def load_task_spec(directory: Path) -> TaskSpec | None:
-    """What task a model directory was fine-tuned for, where it was. Raises `CorruptFile` where that cannot be read."""
+    """Return the task that a model directory was fine-tuned for.
+
+    Raises:
+        CorruptFileError: the manifest holds an invalid task.
+    """
     if not (directory / fs.MANIFEST).is_file():
         return None
-    task_metadata = fs.read_manifest(directory).get("task")
-    if task_metadata is None:
+    task = fs.read_manifest(directory).get("task")
+    if task is None:
         return None
     try:
-        return TaskSpec.from_dict(task_metadata)
+        return TaskSpec.from_dict(task)
     except (TypeError, ValueError, AttributeError) as error:
-        raise CorruptFileError(f"{directory / fs.MANIFEST}: says of no task that nextword knows ({error})") from error
+        raise CorruptFileError(f"{directory / fs.MANIFEST}: not a valid task specification ({error})") from error
 
 
 def evaluate_forgetting(base_model: BaseModel, model: GPT) -> dict[str, Any] | None:
-    """Bits per byte on the text that the base was pre-trained on, its held-out part, before and after; None where that
-    text is not known. It is part of the text, evenly spread, and the same windows both times."""
+    """Bits per byte on the validation set of the pre-training corpus, before and after fine-tuning.
+
+    Both models are evaluated on the same evenly spaced windows.
+
+    Returns:
+        The keys text, before, after and windows; None if the corpus is not known.
+    """
     if base_model.pretraining_corpus is None:
         return None
     corpus = Corpus.open(base_model.pretraining_corpus)
-    held_out = corpus.tokens("validation")
-    if len(held_out) < 2:
+    validation = corpus.tokens("validation")
+    if len(validation) < 2:
         return None
     windows = max(1, FORGETTING_TOKENS // model.config.context_length)
     before, after = (
-        evaluate_perplexity(one, held_out, corpus.validation.bytes, max_windows=windows).bits_per_byte
-        for one in (load_model(base_model.directory, model.unembedding.device), model)
+        evaluate_perplexity(m, validation, corpus.validation.bytes, max_windows=windows).bits_per_byte
+        for m in (load_model(base_model.directory, model.unembedding.device), model)
     )
     return {"text": str(base_model.pretraining_corpus), "before": before, "after": after, "windows": windows}

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from nextword.common.run_dir import peak_memory_bytes
+from nextword.common.environment import peak_memory_bytes
 from nextword.data.dataset import TokenDataset, TokenSource
 from nextword.model import fused
 from nextword.model.config import ModelConfig

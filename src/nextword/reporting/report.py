@@ -41,7 +41,7 @@ from nextword.reporting.run_data import (
 from nextword.reporting.task_results import base_model_name, short_path_name
 from nextword.reporting.templates import BASE_CSS, PAGE_TEMPLATE, RESULTS_CSS, RUN_FOOTER, TASK_CSS
 
-__all__ = ["refresh", "renew", "write_card", "write_report"]
+__all__ = ["refresh", "renew", "write_card", "write_report", "write_run_reports"]
 
 MAX_SAMPLES = 8  # steps whose samples are shown at once; the others can be unfolded
 
@@ -307,3 +307,16 @@ def _log_section(run: RunData) -> str:
         f"<li><b>{escape_html(format_value(step))}</b> {escape_html(message)}</li>" for step, message in lines
     )
     return render_section("What was said on the way", f'<ul class="messages">{items}</ul>', bool(lines))
+
+
+def write_run_reports(run_dir: Path, overwrite: bool = True) -> None:
+    """Write the model card and the report of a complete run.
+
+    Args:
+        run_dir: The run directory.
+        overwrite: Replace existing files.
+    """
+    if overwrite or not (run_dir / "README.md").is_file():
+        write_card(run_dir)
+    if overwrite or not (run_dir / "report.html").is_file():
+        write_report(run_dir)

@@ -1,193 +1,259 @@
-"""From a request to a result: a run begun, gone on with, or found finished; by one process, or by several that one leads."""
+"""Starts, resumes and finishes training runs, in one process or in the ranks of a distributed run.
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from importlib import import_module
+The main rank holds the run directory and decides. Worker ranks wait until it broadcasts the metadata of the run, then build the
+same run from that.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import torch
 
 from nextword.common import fs
-from nextword.common.console import Console, NullConsole
+from nextword.common.console import Console
+from nextword.common.energy import EnergyMeter
 from nextword.common.errors import NextwordError, UsageError
-from nextword.common.run_dir import ROUNDING_NOTE, RunDir, WorkerRunDir, command_line, diff_settings, open_run
+from nextword.common.run_dir import ROUNDING_NOTE, RunDir, diff_settings, open_run
 from nextword.training import checkpoint
-from nextword.training.distributed import DistContext, init_distributed, translate_dist_errors
+from nextword.training.config import DEPRECATED_PARALLEL
+from nextword.training.distributed import DistContext, init_distributed
 from nextword.training.remote_sync import CheckpointUploader
-from nextword.training.trainer import REPORT_MODULE, Trainer, write_reports
 
-OTHER_FILES_BYTES = 2**22  # bytes of records, of samples, of the tokenizer, of the report
-PARALLELISM_FIELDS = ("parallel", "tensor")  # of the settings of training, those that say how processes share it
+PARALLELISM_FIELDS = ("parallel", "tensor")  # settings that a resume may change
+
+
+@dataclass
+class RunContext:
+    """A run in progress, as one of its ranks sees it.
+
+    Attributes:
+        run_dir: The files of the run. Only the main rank writes them.
+        request: The options of the command that started the run.
+        console: Output of the main rank.
+        dist: The process group.
+        device: The device of this rank.
+        start_time: When this process started, in seconds since the epoch.
+        energy_meter: Measures the energy of this process.
+        metadata: run.json; None in the main rank of a new run, which chooses it.
+        checkpoint: The checkpoint to resume from.
+        uploader: Copies checkpoints to remote storage.
+        tensorboard: Whether to write TensorBoard events.
+        seconds_before_resume: Time that earlier processes have used, up to the checkpoint.
+        workers_started: Whether the worker ranks have received the metadata.
+    """
+
+    run_dir: RunDir
+    request: dict[str, Any]
+    console: Console
+    dist: DistContext
+    device: torch.device
+    start_time: float
+    energy_meter: EnergyMeter
+    metadata: dict[str, Any] | None = None
+    checkpoint: Path | None = None
+    uploader: CheckpointUploader | None = None
+    tensorboard: bool = False
+    seconds_before_resume: float = 0.0
+    workers_started: bool = False
+
+    now = staticmethod(time.time)
+
+    def elapsed_seconds(self) -> float:
+        """Wall time of the run, earlier processes included."""
+        return self.now() - self.start_time + self.seconds_before_resume
+
+    def info(self, text: str) -> None:
+        """Print a line, on the main rank."""
+        if self.dist.is_main:
+            self.console.info(text)
+
+    def warn(self, text: str) -> None:
+        """Print a warning, on the main rank."""
+        if self.dist.is_main:
+            self.console.warn(text)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append a record to metrics.jsonl, on the main rank."""
+        if self.dist.is_main:
+            self.run_dir.append_metrics(record)
+
+    def log_event(self, step: int, text: str, warning: bool = False) -> None:
+        """Print a message and append it to metrics.jsonl, on the main rank."""
+        self.log({"step": step, "message": text})
+        (self.warn if warning else self.info)(text)
+
+    def start_workers(self, metadata: dict[str, Any]) -> None:
+        """On the main rank: let the worker ranks build the run that `metadata` describes."""
+        self.workers_started = True
+        self.dist.broadcast_object(
+            {"facts": metadata, "checkpoint": None if self.checkpoint is None else str(self.checkpoint)}
+        )
+
+
+class TrainFn(Protocol):
+    """Builds a run, trains and evaluates it. Returns the result on the main rank, and an empty dictionary elsewhere."""
+
+    def __call__(self, run: RunContext) -> dict[str, Any]: ...
 
 
 def run_training(
-    build_trainer: Callable[[RunDir, dict[str, Any], Console], Trainer],
+    train: TrainFn,
     out: Path,
     request: dict[str, Any],
     *,
+    device: torch.device,
+    start_time: float,
     resume: bool,
     tensorboard: bool,
     console: Console | None,
     mirror_url: str | None = None,
+    strict: bool = False,
+    write_reports: Callable[[Path], None],
 ) -> dict[str, Any]:
-    """Begin a run or go on with it, and see it through; its result.
+    """Start or resume a run and finish it.
 
     Args:
-        make: the run of a request, in its folder.
-        request: what the person said, by name; what was not said is None. A resume takes the request that the run began with.
-        mirror: a place beyond this machine that checkpoints are copied to, and brought from where the run is there alone.
+        train: Builds, trains and evaluates the run.
+        out: The run directory.
+        request: The options of the command; None for those not given. A resume uses the options that the run started with.
+        device: The device of this rank.
+        start_time: When the process started, in seconds since the epoch.
+        resume: Continue a run that exists.
+        tensorboard: Whether to write TensorBoard events.
+        console: Output; None for no output.
+        mirror_url: Remote storage for copies of the checkpoints, from which a missing run directory is restored.
+        strict: Fail if the newest checkpoint is corrupt, instead of using the one before it.
+        write_reports: Writes the report and the model card of a complete run, if they are missing.
+
+    Returns:
+        The result of the run; empty on worker ranks.
+
+    Raises:
+        UsageError: the run exists and `resume` is false, or the options differ from those of the run.
+        RunInterruptedError: a signal stopped the run after a checkpoint.
+        TrainingDivergedError: the loss stayed non-finite or kept spiking.
     """
-    with console or Console(quiet=True) as console, init_distributed() as world:
-        if not world.is_main:
-            return run_worker_rank(build_trainer, out, world)
-        with broadcast_failure(world) as broadcast_start:
-            uploader = None if mirror_url is None else CheckpointUploader(mirror_url, console)
-            if uploader is not None:
-                uploader.restore(out, resume or world.restarted)
-            with open_run(out, resume=resume or world.restarted) as run:
-                return run_main_rank(
-                    build_trainer,
-                    run,
-                    request,
-                    world,
-                    broadcast_start,
-                    uploader,
-                    console=console,
-                    tensorboard=tensorboard,
-                )
+    with console or Console(quiet=True) as console, init_distributed() as dist:
+        run = RunContext(RunDir(out), request, console, dist, device, start_time, EnergyMeter(device))
+        run.tensorboard = tensorboard and dist.is_main
+        if not dist.is_main:
+            return run_worker_rank(train, run)
+        try:
+            run.uploader = None if mirror_url is None else CheckpointUploader(mirror_url, console)
+            if run.uploader is not None:
+                run.uploader.restore(out, resume or dist.restarted)
+            with open_run(out, resume=resume or dist.restarted):
+                return run_main_rank(train, run, strict, write_reports)
+        except NextwordError as error:
+            if not run.workers_started:
+                dist.broadcast_object({"failed": str(error).splitlines()[0]})
+            raise
 
 
 def run_main_rank(
-    build_trainer: Callable[[RunDir, dict[str, Any], Console], Trainer],
-    run: RunDir,
-    request: dict[str, Any],
-    world: DistContext,
-    broadcast_start: Callable[[dict[str, Any]], None],
-    uploader: CheckpointUploader | None,
-    *,
-    console: Console,
-    tensorboard: bool,
+    train: TrainFn, run: RunContext, strict: bool, write_reports: Callable[[Path], None]
 ) -> dict[str, Any]:
-    """A run in its folder, by the process that holds it; the others begin when `tell` tells them."""
-    if run.exists:
-        check_resume_config(run, request, mutable_fields=PARALLELISM_FIELDS)
-        if run.is_complete:
-            console.info(f"{run.path}: this run is finished")
-            write_reports(run.path)  # a kill may have come between the result and its report
-            if uploader is not None:
-                uploader.upload_final(run)
-            return fs.read_json(run.result_path)
-        update_parallelism(run, request, console)
-        trainer = build_trainer(run, run.metadata()["request"], console)
-        require_single_process(trainer, world)
-        trainer.resume()
+    """Start or resume a run in the rank that holds the run directory."""
+    run_dir = run.run_dir
+    if run_dir.exists:
+        check_resume_config(run_dir, run.request, mutable_fields=PARALLELISM_FIELDS)
+        if run_dir.is_complete:
+            run.info(f"{run_dir.path}: the run is complete")
+            run.dist.broadcast_object({"facts": None})
+            run.workers_started = True
+            write_reports(run_dir.path)  # missing after a kill between the result and the report
+            result: dict[str, Any] = fs.read_json(run_dir.result_path)
+        else:
+            update_parallelism(run)
+            resume_environment(run, strict)
+            result = train(run)
     else:
-        trainer = build_trainer(run, request, console)
-        require_single_process(trainer, world)
-        trainer.initialize(command_line(), request)
-    trainer.checkpoint_uploader = uploader
-    with fs.require_free_space(run.path, required_disk_bytes(trainer)), translate_dist_errors():
-        broadcast_start(
-            {"facts": trainer.run_metadata, "checkpoint": trainer.resume_checkpoint and str(trainer.resume_checkpoint)}
-        )
-        import_module(REPORT_MODULE)  # what draws takes a second to import: now, and not when the time is up
-        trainer.setup_training()
-        trainer.train(tensorboard=tensorboard)
-        console.close()
-        result = trainer.finalize()
-    if uploader is not None:
-        uploader.upload_final(run)
+        result = train(run)
+    if run.uploader is not None:
+        run.uploader.close(run_dir)
     return result
 
 
-def run_worker_rank(
-    build_trainer: Callable[[RunDir, dict[str, Any], Console], Trainer], out: Path, world: DistContext
-) -> dict[str, Any]:
-    """Do one's part of a run that another process leads. Raises `NextwordError` where that one could not begin."""
-    start_message = world.broadcast_object()
-    if "failed" in start_message:
-        raise NextwordError(f"process {world.rank}: {start_message['failed']}")
-    if start_message["facts"] is None:
-        return {}
-    run = WorkerRunDir(out, start_message["facts"])
-    trainer = build_trainer(run, run.metadata()["request"], NullConsole())
-    trainer.world, trainer.resume_checkpoint = world, start_message["checkpoint"] and Path(start_message["checkpoint"])
-    trainer.resume()
-    with fs.require_free_space(out, required_disk_bytes(trainer), check_now=False), translate_dist_errors():
-        trainer.setup_training()
-        trainer.train()
-        return trainer.finalize()
+def run_worker_rank(train: TrainFn, run: RunContext) -> dict[str, Any]:
+    """Take part in a run that the main rank starts.
 
-
-def required_disk_bytes(trainer: Trainer) -> int:
-    """Bytes that a run's folder still wants at most: the checkpoints that are kept and one aside (and one that is
-    copied elsewhere), the model and one aside, the rest, less what is there of them.
-
-    A checkpoint has the weights that are trained and two averages of each, or Muon's one.
+    Raises:
+        NextwordError: the main rank failed before it started the run.
     """
-    parameters = list(trainer.model.parameters())
-    trainable_bytes = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    model_bytes = sum(4 * p.numel() for p in parameters)
-    num_checkpoints = checkpoint.MAX_TO_KEEP + 1 + (trainer.checkpoint_uploader is not None)
-    peak_bytes = num_checkpoints * 3 * trainable_bytes + 2 * model_bytes + OTHER_FILES_BYTES
-    return max(0, peak_bytes - fs.directory_size(trainer.run_dir.path / "checkpoints", trainer.run_dir.model_dir))
+    start: dict[str, Any] = run.dist.broadcast_object()
+    if "failed" in start:
+        raise NextwordError(f"process {run.dist.rank}: {start['failed']}")
+    if start["facts"] is None:
+        return {}
+    run.metadata = start["facts"]
+    run.request = start["facts"]["request"]
+    run.checkpoint = start["checkpoint"] and Path(start["checkpoint"])
+    set_num_threads(run)
+    return train(run)
 
 
-@contextmanager
-def broadcast_failure(world: DistContext) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """For a leader: `tell` lets the others begin. Where that is never reached, they are told that there is nothing to do."""
-    started = False
-
-    def broadcast_start(said: dict[str, Any]) -> None:
-        nonlocal started
-        started = True
-        world.broadcast_object(said)
-
-    try:
-        yield broadcast_start
-    except NextwordError as error:
-        if not started:
-            world.broadcast_object({"failed": str(error).splitlines()[0]})
-        raise
-    if not started:
-        world.broadcast_object({"facts": None})
+def resume_environment(run: RunContext, strict: bool) -> None:
+    """Read the metadata of a run, choose its checkpoint, and warn if this environment differs from the original one."""
+    run.metadata = metadata = run.run_dir.metadata()
+    run.request = metadata["request"]
+    fixed = metadata["fixed"]
+    for name, before, now in (
+        ("device", fixed["device"], run.device.type),
+        ("torch", metadata["versions"]["torch"], torch.__version__),
+        ("world size", fixed["world_size"], run.dist.world_size),
+    ):
+        if before != now:
+            run.warn(f"the run started with {name} {before} and continues with {now}: {ROUNDING_NOTE}")
+    set_num_threads(run)
+    run.checkpoint = checkpoint.latest_valid(run.run_dir.path, run.warn, strict)
 
 
-def require_single_process(trainer: Trainer, world: DistContext) -> None:
-    """Give a run its world. Raises `UsageError` where it cannot be shared."""
-    if world.world_size > 1 and not trainer.supports_distributed:
-        raise UsageError("this verb runs in one process: start it without torchrun (pretrain is what runs in several)")
-    trainer.world = world
+def set_num_threads(run: RunContext) -> None:
+    """Use as many threads as the run started with, unless the world size has changed."""
+    assert run.metadata is not None
+    fixed = run.metadata["fixed"]
+    if fixed["world_size"] == run.dist.world_size:
+        torch.set_num_threads(fixed["threads"])
 
 
-def check_resume_config(run: RunDir, request: dict[str, Any], mutable_fields: Sequence[str] = ()) -> None:
-    """A resume takes everything from the run; what is said anew must be the same, but for the settings of training that are
-    `free`. Raises `UsageError` with what differs."""
-    original_request, mismatches = run.metadata()["request"], []
+def check_resume_config(run_dir: RunDir, request: dict[str, Any], mutable_fields: tuple[str, ...] = ()) -> None:
+    """Check that the options of a resume equal those of the run. Options that are not given are not compared.
+
+    Args:
+        mutable_fields: Training settings that may differ.
+
+    Raises:
+        UsageError: with the options that differ.
+    """
+    original, mismatches = run_dir.metadata()["request"], []
     for name, value in request.items():
-        previous = original_request.get(name)
-        if isinstance(value, dict) and isinstance(previous, dict | None):  # what is not said in it stays as it was
-            value = {key: one for key, one in value.items() if name != "training" or key not in mutable_fields}
+        previous = original.get(name)
+        if isinstance(value, dict) and isinstance(previous, dict | None):
+            value = {key: v for key, v in value.items() if name != "training" or key not in mutable_fields}
             previous = {key: (previous or {}).get(key) for key in value}
-        mismatches += [] if value in (None, [], {}) else diff_settings(previous, value, name)
+        if value not in (None, [], {}):
+            mismatches += diff_settings(previous, value, name)
     if mismatches:
         raise UsageError(
-            f"{run.path}: this run was begun with other settings, and a resume does not change them:\n  "
+            f"{run_dir.path}: the run started with other settings, and a resume cannot change them:\n  "
             + "\n  ".join(mismatches)
-            + "\nLeave them out to go on, or begin a new run with another --out"
+            + "\nOmit them to continue, or start a new run with another --out"
         )
 
 
-def update_parallelism(run: RunDir, request: dict[str, Any], console: Console) -> None:
-    """How its processes share a run changes what it computes by rounding alone: what is said anew of it holds from here on."""
-    metadata, requested = run.metadata(), request.get("training") or {}
+def update_parallelism(run: RunContext) -> None:
+    """Apply the parallelism settings of a resume to run.json. They change the result by rounding only."""
+    metadata, requested = run.run_dir.metadata(), run.request.get("training") or {}
     original = metadata["recipe"].get("training", {})
-    updates = {
-        name: requested[name]
-        for name in PARALLELISM_FIELDS
-        if name in original and requested.get(name) not in (None, original[name])
-    }
+    current = {name: original[name] for name in PARALLELISM_FIELDS if name in original}
+    if "parallel" in current:
+        current["parallel"] = DEPRECATED_PARALLEL.get(current["parallel"], current["parallel"])
+    updates = {name: requested[name] for name in current if requested.get(name) not in (None, current[name])}
     if updates:
-        changes = ", ".join(f"--training.{name} {original[name]} → {value}" for name, value in updates.items())
-        console.warn(f"{changes}: {ROUNDING_NOTE} from here on")
+        changes = ", ".join(f"--training.{name} {current[name]} → {value}" for name, value in updates.items())
+        run.warn(f"{changes}: {ROUNDING_NOTE} from here on")
         original.update(updates)
-        run.write_metadata(metadata)
+        run.run_dir.write_metadata(metadata)

@@ -1,10 +1,12 @@
-"""What a run works with on the machine that it runs on: weights and optimizer, and in company this process's part of them; a
-micro-batch that fits; the kind of step that is quickest. What is decided once is decided here, and what was saved is taken up.
+"""Prepares a run for this machine: shards the model, restores a checkpoint, and chooses the micro-batch and the kind of step.
+
+The choices of a new run are stored in run.json and apply to the whole run. Bitwise equality requires that they stay the same.
 """
 
-from abc import ABC
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from nextword.common import fs
-from nextword.common.console import Console
+from nextword.common.environment import command_line, library_versions, machine_info
 from nextword.common.format import format_duration
-from nextword.common.run_dir import ROUNDING_NOTE, RunDir, library_versions, machine_info
+from nextword.common.run_dir import ROUNDING_NOTE
 from nextword.model import fused
+from nextword.model.config import ModelConfig
 from nextword.model.gpt import GPT
 from nextword.training import checkpoint
-from nextword.training.config import TrainingConfig
-from nextword.training.distributed import SINGLE_PROCESS, DistContext
+from nextword.training.config import FinetuneRecipe, Recipe, TrainingConfig
+from nextword.training.distributed import DistContext, translate_dist_errors
+from nextword.training.launch import RunContext
 from nextword.training.losses import LossFn, LossModule
 from nextword.training.optimizer import Optimizer
 from nextword.training.parallel import load_weights_, parallelize
 from nextword.training.step import (
+    Dataset,
     StepKind,
     StepSettings,
     TrainState,
@@ -34,207 +39,248 @@ from nextword.training.step import (
     try_compile,
 )
 
+OTHER_FILES_BYTES = 2**22  # metrics, samples, tokenizer, report
 
-class TrainingSetup(ABC):
-    """The part of a run that its subclasses do not tell apart by what they learn."""
+RunConfig = Recipe | FinetuneRecipe
 
-    dynamic_shapes = False  # in length, so that compiled code would be made anew again and again
-    supports_distributed = False  # whether several processes can do it together
-    fail_on_corrupt_checkpoint = False  # whether a damaged checkpoint stops a resume, instead of being passed over
-    world: DistContext = SINGLE_PROCESS
-    resume_checkpoint: Path | None = None  # where the run stood when this process took it up
 
-    # Set by the subclass when it begins or goes on.
-    training: TrainingConfig
-    target_steps: int | None
-    budget_seconds: float | None
-    model: GPT  # hollow, where `first_weights` says what it begins with
-    loss_fn: LossFn
-    dataset: Any  # a Dataset, of a kind that the subclass knows
-    step_settings: StepSettings
-    run_metadata: dict[str, Any]
-    seconds_per_step: float = 0.0  # of one step, as far as it is known; the leader's to know
-    # Set by `settle`.
+@dataclass
+class BestCheckpoint:
+    """The best validation so far; stored in checkpoints.
+
+    Attributes:
+        score: Its score.
+        step: Its step.
+        since: Number of validations after it.
+    """
+
+    score: float | None = None
+    step: int = 0
+    since: int = 0
+
+
+@dataclass
+class TrainingSetup:
+    """What the trainer needs on this machine.
+
+    Attributes:
+        state: Model, optimizer and counters; in a distributed run, this rank's shards.
+        dataset: The batches, by index.
+        step_module: Computes the losses of a micro-batch.
+        eager_step: The same without compilation.
+        step_settings: Seed, clipping, schedule, micro-batch size and precision of a step.
+        seconds_per_step: Estimated or measured time of a step; 0 if not known.
+        best: The best validation so far.
+        stopped_early: Whether early stopping has ended the run.
+    """
+
     state: TrainState
-    eager_step: LossModule
+    dataset: Dataset
     step_module: nn.Module
+    eager_step: LossModule
+    step_settings: StepSettings
+    seconds_per_step: float
+    best: BestCheckpoint = field(default_factory=BestCheckpoint)
+    stopped_early: bool = False
 
-    def __init__(self, run_dir: RunDir, console: Console, device: torch.device, start_time: float):
-        self.run_dir, self.console, self.device, self.start_time = run_dir, console, device, start_time
-        self.seconds_before_resume = 0.0
-
-    def iter_init_weights(self) -> Iterable[tuple[str, Tensor]]:
-        """What a model that is hollow begins with, one tensor after the other."""
-        return ()
-
-    def build_optimizer(self) -> Optimizer:
-        t = self.training
-        assert t.lr is not None, "a run settles its learning rate before it begins"
-        return Optimizer(
-            self.model, kind=t.optimizer, lr=t.lr, matrix_lr=t.matrix_lr, betas=(t.beta1, t.beta2),
-            weight_decay=t.weight_decay, momentum=t.momentum, ctx=self.world,
-        )  # fmt: skip
-
-    def build_step_settings(self, seed: int) -> StepSettings:
-        t = self.training
-        return StepSettings(
-            seed=seed, max_grad_norm=t.clip, schedule=t.schedule, warmup=t.warmup, final_lr=t.final_lr,
-            bf16=self.device.type == "cuda" and torch.cuda.is_bf16_supported(),
-        )  # fmt: skip
-
-    # ------------------------------------------------------------ what is decided beforehand
-
-    def reproducibility_metadata(self) -> dict[str, Any]:
-        """What run.json says is fixed, before anything is measured."""
-        return {"threads": torch.get_num_threads(), "world_size": self.world.world_size, "device": self.device.type}
-
-    def environment_metadata(self) -> dict[str, Any]:
-        return {"versions": library_versions(), "machine": machine_info(self.device)}
-
-    def resume_num_threads(self) -> int:
-        """As many as the run began with, where it goes on in as many processes."""
-        fixed = self.run_metadata["fixed"]
-        return fixed["threads"] if fixed["world_size"] == self.world.world_size else torch.get_num_threads()
-
-    def select_checkpoint(self) -> None:
-        """For who leads a run that goes on: its newest whole checkpoint, and what will not be as it was."""
-        fixed = self.run_metadata["fixed"]
-        if fixed["device"] != self.device.type:
-            self.console.warn(f"this run began on {fixed['device']} and goes on on {self.device.type}: {ROUNDING_NOTE}")
-        if (original := self.run_metadata["versions"]["torch"]) != torch.__version__:
-            self.console.warn(
-                f"this run began with torch {original} and goes on with {torch.__version__}: {ROUNDING_NOTE}"
-            )
-        if (original := fixed["world_size"]) != self.world.world_size:
-            self.console.warn(
-                f"this run began in a world of {original} and goes on in one of {self.world.world_size}: {ROUNDING_NOTE}"
-            )
-        if self.world.is_main:
-            self.resume_checkpoint = checkpoint.latest_valid(
-                self.run_dir.path, self.console.warn, self.fail_on_corrupt_checkpoint
-            )
-
-    # ------------------------------------------------------------ all processes of a run together
-
-    def setup_training(self) -> None:
-        """Take one's part of the weights and stand where the run stands; then, in a run that begins, measure what stays
-        the same for the whole run (bit-equality is promised where it does), and write down what it is."""
-        fixed = self.run_metadata["fixed"]
-        is_resume = "step_kind" in fixed
-        step_kind: StepKind = fixed["step_kind"] if is_resume else self._default_step_kind()
-        if step_kind == "fused" and not (self._has_full_weights and fused.is_available(self.model, self.device)):
-            reason = fused.load_kernels()[1] if self._has_full_weights else "no process has all of the weights at once"
-            self.console.warn(
-                f"this run began with compiled parts that are not to be had here ({reason}): {ROUNDING_NOTE}"
-            )
-            step_kind = "plain"
-        self.eager_step, self.step_module = build_loss_module(
-            self.model, self.loss_fn, "fused" if step_kind == "fused" else "plain", self.training.checkpoint_activations
-        )
-        self._materialize()
-        if self.resume_checkpoint is not None:
-            self._restore_metadata(self.resume_checkpoint)
-        if is_resume:
-            self.step_settings = replace(self.step_settings, micro_batch_rows=fixed["micro_batch_rows"])
-            self.seconds_before_resume = self.run_dir.truncate_metrics(self.state.step)
-        else:
-            step_kind = self._autotune(step_kind)
-        if step_kind == "compiled":
-            step_kind = self._compile_step()
-        if is_resume:
-            self.seconds_per_step = self._time_step(self.step_module)
-            self.console.info(
-                f"going on from step {self.state.step:,}, {format_duration(self.seconds_before_resume)} in"
-            )
-            return
-        self.run_metadata["fixed"] = {
-            **fixed,
-            "micro_batch_rows": self.step_settings.micro_batch_rows,
-            "step_kind": step_kind,
-        }
-        if self.world.is_main:
-            self.run_dir.write_metadata(self.run_metadata)
-            fs.atomic_write(self.run_dir.metrics_path, "")
-
-    def _materialize(self) -> None:
-        """Memory, weights and an optimizer; in company for one's own part of them alone."""
-        on_meta = self.model.token_embedding.weight.is_meta
-        if self.world.world_size > 1:
-            self.world = parallelize(
-                self.world,
-                self.eager_step,
-                self.training.parallel,
-                bf16=self.step_settings.bf16,
-                device=self.device,
-            )
-        elif on_meta:
-            self.model.to_empty(device=self.device)
-            self.model.tabulate()
-        self.state = TrainState(self.model, self.build_optimizer())
-        if self.resume_checkpoint is not None:
-            self._restore_weights(self.resume_checkpoint)
-        elif on_meta:
-            load_weights_(self.model, self.iter_init_weights(), self.world)
-
-    def _restore_weights(self, path: Path) -> None:
-        """Take the weights and the optimizer's state from a checkpoint; where they are shared, one's own rows."""
-        weights, optimizer = checkpoint.load(path, dict(self.model.named_parameters()))
-        load_weights_(self.model, weights.items(), self.world)
+    def restore(self, path: Path, dist: DistContext) -> None:
+        """Restore weights, optimizer and counters from a checkpoint. In a distributed run each rank reads its shards."""
+        weights, optimizer = checkpoint.load(path, dict(self.state.model.named_parameters()))
+        load_weights_(self.state.model, weights.items(), dist)
         self.state.optimizer.load_state_tensors(optimizer)
-
-    def _restore_metadata(self, path: Path) -> dict[str, Any]:
-        """Take from a checkpoint what it says beside its tensors; all that it says."""
         saved = checkpoint.load_metadata(path)
-        self.state.step, self.state.tokens, self.state.nonfinite_streak = saved["step"], saved["tokens"], saved["bad"]
-        self.state.num_rollbacks = saved.get("detours", 0)
-        return saved
+        self.state.step, self.state.tokens = saved["step"], saved["tokens"]
+        self.state.nonfinite_streak, self.state.num_rollbacks = saved["bad"], saved.get("detours", 0)
+        self.best, self.stopped_early = BestCheckpoint(**saved["best"]), saved["stopped"]
 
-    @property
-    def _has_full_weights(self) -> bool:
-        """Whether a process has all of the weights at once in a step, as our own compiled parts want them."""
-        return self.world.world_size == 1 or (self.training.parallel == "fsdp-no-reshard" and self.world.tp_size == 1)
 
-    def _default_step_kind(self) -> StepKind:
-        """The kind of step that costs no time to begin with. Our own compiled parts keep what the backward pass needs."""
-        t = self.training
-        fitting = self._has_full_weights and not t.checkpoint_activations and t.compile != "yes"
-        return "fused" if fitting and fused.is_available(self.model, self.device) else "plain"
+def new_metadata(
+    run: RunContext, config: RunConfig, model_config: ModelConfig, seed: int, **specific: Any
+) -> dict[str, Any]:
+    """Return the content of run.json for a new run. "fixed" is what the run keeps when it is resumed."""
+    return {
+        "command": " ".join(command_line()),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "request": run.request,
+        "recipe": config.to_dict(),
+        "model": model_config.to_dict(),
+        "parameters": model_config.parameters,
+        "training": asdict(config.training),
+        "seed": seed,
+        **specific,
+        "fixed": {
+            "threads": torch.get_num_threads(),
+            "world_size": run.dist.world_size,
+            "device": run.device.type,
+        },
+        "versions": library_versions(),
+        "machine": machine_info(run.device),
+    }
 
-    def _autotune(self, step_kind: StepKind) -> StepKind:
-        """How many rows go through the model at once, and whether a plain step is to be compiled: the leader says."""
-        t = self.training
-        micro_batch_rows = t.micro_batch_rows or fit_micro_batch_rows(
-            self.eager_step, self.dataset, self.step_settings, self.world
+
+@contextmanager
+def setup_training(
+    run: RunContext,
+    metadata: dict[str, Any],
+    model: GPT,
+    loss_fn: LossFn,
+    dataset: Dataset,
+    config: RunConfig,
+    *,
+    init_weights: Callable[[], Iterable[tuple[str, Tensor]]] | None = None,
+    seconds_per_step: float = 0.0,
+    dynamic_shapes: bool = False,
+) -> Iterator[TrainingSetup]:
+    """Prepare a run for training. All ranks call this together.
+
+    Within the context, errors of other ranks and a full disk are reported as such.
+
+    Args:
+        run: The run. Its `metadata` is None if this is the main rank of a new run.
+        metadata: run.json. In a new run, the choices made here are added and the file is written.
+        model: The model; on the meta device if `init_weights` is given.
+        loss_fn: The losses of a batch.
+        dataset: The batches.
+        config: The options of the run; `training.lr` must be set.
+        init_weights: Yields the initial weights one by one, so that no rank holds all of them.
+        seconds_per_step: An estimate of the time of a step; 0 to measure it.
+        dynamic_shapes: Whether rows differ in length, so that compiled code would be compiled again and again.
+
+    Raises:
+        DiskFullError: the disk has no room for the checkpoints and the model.
+    """
+    dist, device, fixed, training = run.dist, run.device, metadata["fixed"], config.training
+    is_resume = "step_kind" in fixed
+    with require_disk_space(run, model), translate_dist_errors():
+        if dist.is_main:
+            run.start_workers(metadata)
+        has_full_weights = dist.world_size == 1 or (training.parallel == "fsdp-no-reshard" and dist.tp_size == 1)
+        can_fuse = has_full_weights and fused.is_available(model, device)
+        step_kind: StepKind = "fused" if can_fuse and not training.checkpoint_activations else "plain"
+        if training.compile == "yes":
+            step_kind = "plain"
+        if is_resume:
+            step_kind = fixed["step_kind"]
+            if step_kind == "fused" and not can_fuse:
+                reason = fused.load_kernels()[1] if has_full_weights else "no process holds all weights at once"
+                run.warn(
+                    f"the run started with fused kernels, which are not available here ({reason}): {ROUNDING_NOTE}"
+                )
+                step_kind = "plain"
+        settings = StepSettings(
+            seed=metadata["seed"],
+            max_grad_norm=training.clip,
+            schedule=training.schedule,
+            warmup=training.warmup,
+            final_lr=training.final_lr,
+            bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
         )
-        self.step_settings = replace(
-            self.step_settings, micro_batch_rows=-int(self.world.all_reduce_max([-micro_batch_rows])[0])
+        eager_step, step_module = build_loss_module(
+            model, loss_fn, "fused" if step_kind == "fused" else "plain", training.checkpoint_activations
         )
-        estimated_seconds = self.world.broadcast_object(self.seconds_per_step)
-        self.seconds_per_step = estimated_seconds or self._time_step(self.eager_step)
-        run_seconds = (
-            self.budget_seconds if self.budget_seconds is not None else (self.target_steps or 0) * self.seconds_per_step
-        )
-        if step_kind == "plain" and self.device.type == "cpu" and (reason := fused.load_kernels()[1]):
-            self.console.info(f"trained by PyTorch's own operations: {reason}")
-        if t.compile == "yes":
-            step_kind = "compiled"
-        elif t.compile == "auto" and step_kind == "plain" and not self.dynamic_shapes:
-            compiled, reason = should_compile(self.device, run_seconds)
-            step_kind = "compiled" if compiled else "plain"
-            self.console.info(reason)
-        return self.world.broadcast_object(step_kind)
+        on_meta = model.token_embedding.weight.is_meta
+        if dist.world_size > 1:
+            run.dist = dist = parallelize(dist, eager_step, training.parallel, bf16=settings.bf16, device=device)
+        elif on_meta:
+            model.to_empty(device=device)
+            model.init_buffers()
+        state = TrainState(model, build_optimizer(model, training, dist))
+        setup = TrainingSetup(state, dataset, step_module, eager_step, settings, seconds_per_step)
+        if run.checkpoint is not None:
+            setup.restore(run.checkpoint, dist)
+        elif init_weights is not None and on_meta:
+            load_weights_(model, init_weights(), dist)
+        if is_resume:
+            setup.step_settings = replace(settings, micro_batch_rows=fixed["micro_batch_rows"])
+        else:
+            step_kind = autotune(run, setup, config, step_kind, dynamic_shapes)
+        if step_kind == "compiled":
+            step_kind = compile_step(run, setup)
+        if is_resume:
+            if dist.is_main:
+                run.seconds_before_resume = run.run_dir.truncate_metrics(state.step)
+            setup.seconds_per_step = measure_step(run, setup, setup.step_module)
+            run.info(f"resuming at step {state.step:,}, after {format_duration(run.seconds_before_resume)}")
+        else:
+            rows = setup.step_settings.micro_batch_rows
+            metadata["fixed"] = {**fixed, "micro_batch_rows": rows, "step_kind": step_kind}
+            if dist.is_main:
+                run.run_dir.write_metadata(metadata)
+                fs.atomic_write(run.run_dir.metrics_path, "")
+        yield setup
 
-    def _compile_step(self) -> StepKind:
-        """Let the steps be compiled, or plain where that fails here, which is said; the kind that they are."""
-        compiled = torch.compile(self.eager_step)
-        assert isinstance(compiled, nn.Module)
-        self.step_module = compiled
-        if error := try_compile(self.state, self.step_module, self.dataset, self.step_settings, self.world):
-            self.console.warn(f"trained by PyTorch's own operations, since torch.compile fails here: {error}")
-            self.step_module = self.eager_step
-            return "plain"
+
+@contextmanager
+def require_disk_space(run: RunContext, model: GPT) -> Iterator[None]:
+    """Require room for the checkpoints, one more being written and one being uploaded, the model and its replacement.
+
+    A checkpoint holds the trainable weights and at most two optimizer tensors for each.
+    """
+    trainable_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    model_bytes = sum(4 * p.numel() for p in model.parameters())
+    num_checkpoints = checkpoint.MAX_TO_KEEP + 1 + (run.uploader is not None)
+    peak_bytes = num_checkpoints * 3 * trainable_bytes + 2 * model_bytes + OTHER_FILES_BYTES
+    used = fs.directory_size(run.run_dir.path / "checkpoints", run.run_dir.model_dir)
+    with fs.require_free_space(run.run_dir.path, max(0, peak_bytes - used), check_now=run.dist.is_main):
+        yield
+
+
+def build_optimizer(model: GPT, config: TrainingConfig, dist: DistContext) -> Optimizer:
+    """The optimizer of a training configuration."""
+    assert config.lr is not None, "the learning rate is chosen before the run starts"
+    return Optimizer(
+        model,
+        kind=config.optimizer,
+        lr=config.lr,
+        matrix_lr=config.matrix_lr,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        ctx=dist,
+    )
+
+
+def measure_step(run: RunContext, setup: TrainingSetup, step_module: nn.Module) -> float:
+    """Seconds of a step without the optimizer."""
+    return time_step(setup.state, step_module, setup.dataset, setup.step_settings, run.dist)
+
+
+def autotune(
+    run: RunContext,
+    setup: TrainingSetup,
+    config: RunConfig,
+    step_kind: StepKind,
+    dynamic_shapes: bool,
+) -> StepKind:
+    """Choose the micro-batch and whether to compile, for all ranks. Returns the kind of step."""
+    dist = run.dist
+    rows = config.training.micro_batch_rows or fit_micro_batch_rows(
+        setup.eager_step, setup.dataset, setup.step_settings, dist
+    )
+    smallest = -int(dist.all_reduce_max([-rows])[0])
+    setup.step_settings = replace(setup.step_settings, micro_batch_rows=smallest)
+    estimate: float = dist.broadcast_object(setup.seconds_per_step)
+    setup.seconds_per_step = estimate or measure_step(run, setup, setup.eager_step)
+    if step_kind == "plain" and run.device.type == "cpu" and (reason := fused.load_kernels()[1]):
+        run.info(f"training with PyTorch operations instead of fused kernels: {reason}")
+    if config.training.compile == "yes":
+        step_kind = "compiled"
+    elif config.training.compile == "auto" and step_kind == "plain" and not dynamic_shapes:
+        run_seconds = config.budget
+        if run_seconds is None:
+            run_seconds = (config.steps or 0) * setup.seconds_per_step
+        compile_pays, reason = should_compile(run.device, run_seconds)
+        step_kind = "compiled" if compile_pays else "plain"
+        run.info(reason)
+    return dist.broadcast_object(step_kind)
+
+
+def compile_step(run: RunContext, setup: TrainingSetup) -> StepKind:
+    """Compile the step. If `torch.compile` fails here, warn and keep the eager one. Returns the kind of step."""
+    setup.step_module = torch.compile(setup.eager_step)  # pyright: ignore[reportAttributeAccessIssue]  # a module
+    error = try_compile(setup.state, setup.step_module, setup.dataset, setup.step_settings, run.dist)
+    if not error:
         return "compiled"
-
-    def _time_step(self, step_module: nn.Module) -> float:
-        """Of one step, by gradients that are thrown away."""
-        return time_step(self.state, step_module, self.dataset, self.step_settings, self.world)
+    run.warn(f"training with PyTorch operations, because torch.compile fails here: {error}")
+    setup.step_module = setup.eager_step
+    return "plain"

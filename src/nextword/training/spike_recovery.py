@@ -1,139 +1,193 @@
-"""Whether a run keeps its course, and where it turns back to when its loss goes astray (see `training.detours`)."""
+"""Recovery from loss spikes and non-finite losses.
 
-from collections.abc import Callable
-from dataclasses import asdict, replace
+The run returns to a checkpoint, repeats the same batches up to the first bad step, and skips those that follow. PaLM was
+trained this way (Chowdhery et al. 2022, section 5.1): back by about 100 steps, past 200 to 500 batches.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
+from typing import Any
 
-from nextword.common.console import Console
 from nextword.common.errors import TrainingDivergedError
 from nextword.common.fs import read_jsonl, read_manifest
-from nextword.common.run_dir import RunDir
 from nextword.training import checkpoint
-from nextword.training.distributed import DistContext
-from nextword.training.skipped_ranges import (
-    MAX_ATTEMPTS,
-    SPIKE_STREAK,
-    LossSpikeDetector,
-    SkippedRange,
-    SkippedRanges,
-    read_skipped_ranges,
-    summarize_names,
-    write_skipped_ranges,
-)
-from nextword.training.step import StepMetrics, TrainState
+from nextword.training.launch import RunContext
+from nextword.training.skipped_ranges import SkippedRange, SkippedRanges, read_skipped_ranges, write_skipped_ranges
+from nextword.training.step import TrainState
+
+LOSS_WINDOW = 100  # recent losses that a loss is compared with; no loss is high before there are so many
+SPIKE_STREAK = 5  # consecutive high losses that make a spike
+SPIKE_MEDIAN_RATIO = 1.5
+SPIKE_DEVIATIONS = 10.0
+MAX_ATTEMPTS = 3  # rollbacks at one place
+
+
+class LossSpikeDetector:
+    """Tells spikes from noise.
+
+    A loss is high if it is above `SPIKE_MEDIAN_RATIO` medians of the last `LOSS_WINDOW` losses, and above the median by
+    `SPIKE_DEVIATIONS` standard deviations, estimated as 1.4826 median absolute deviations. `SPIKE_STREAK` consecutive high
+    losses are a spike. The result depends on the losses alone, so a resume detects the same spikes.
+
+    Args:
+        losses: The losses of the run so far.
+    """
+
+    def __init__(self, losses: Iterable[float] = ()):
+        self.recent_losses: deque[float] = deque(maxlen=LOSS_WINDOW)
+        self.high_streak = 0
+        for loss in losses:
+            self.update(loss)
+
+    def update(self, loss: float) -> None:
+        """Add a loss. Non-finite losses are ignored."""
+        if math.isfinite(loss):
+            self.high_streak = self.high_streak + 1 if self.is_high(loss) else 0
+            self.recent_losses.append(loss)
+
+    def is_high(self, loss: float) -> bool:
+        """Whether a loss is high compared with the recent ones."""
+        if len(self.recent_losses) < LOSS_WINDOW:
+            return False
+        center = median(self.recent_losses)
+        if loss <= SPIKE_MEDIAN_RATIO * center:
+            return False
+        deviation = median(abs(recent - center) for recent in self.recent_losses)
+        return loss > center + SPIKE_DEVIATIONS * 1.4826 * deviation
+
+    @property
+    def is_suspicious(self) -> bool:
+        """Whether the high losses so far may become a spike."""
+        return 0 < self.high_streak < SPIKE_STREAK
+
+    @property
+    def is_spiking(self) -> bool:
+        """True once per spike, at its last required step."""
+        return self.high_streak == SPIKE_STREAK
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """Where a run returns to.
+
+    Attributes:
+        checkpoint: The checkpoint to restore; None if the weights have not changed since `step`.
+        step: Number of completed steps there.
+    """
+
+    checkpoint: Path | None
+    step: int
 
 
 class RollbackManager:
-    """The detours of a run in progress, the same in each of its processes, and the leader's watch for spikes.
+    """The skipped ranges of a run, equal on all ranks, and the spike detector of the main rank.
 
     Args:
-        watching: whether a finite loss can be too high.
-        documents: what the batch of an index is made of, by name.
+        run: The run.
+        detect_spikes: Whether a finite loss can be too high.
+        describe_batch: Names of the documents in a batch.
     """
 
-    def __init__(
-        self,
-        run_dir: RunDir,
-        console: Console,
-        world: DistContext,
-        detect_spikes: bool,
-        documents_in_batch: Callable[[int], list[str]],
-    ):
-        self.run_dir, self.console, self.world, self.documents_in_batch = run_dir, console, world, documents_in_batch
-        self.detect_spikes = detect_spikes and world.is_main
-        logged_ranges = read_skipped_ranges(run_dir.skipped_ranges_path).entries if world.is_main else []
-        self.skipped_ranges = SkippedRanges(
-            SkippedRange(**said)
-            for said in world.broadcast_object([asdict(replace(d, documents=[])) for d in logged_ranges])
-        )
-        self.skipped_ranges.entries = logged_ranges if world.is_main else self.skipped_ranges.entries
-        self.spike_detector = self._build_spike_detector()
+    def __init__(self, run: RunContext, detect_spikes: bool, describe_batch: Callable[[int], list[str]]):
+        self.run, self.describe_batch = run, describe_batch
+        self.detect_spikes = detect_spikes and run.dist.is_main
+        self.skipped = SkippedRanges()
+        shared: list[dict[str, Any]] = []
+        if run.dist.is_main:
+            self.skipped = read_skipped_ranges(run.run_dir.skipped_ranges_path)
+            shared = [asdict(replace(entry, documents=[])) for entry in self.skipped.entries]
+        shared = run.dist.broadcast_object(shared)
+        if not run.dist.is_main:
+            self.skipped = SkippedRanges(SkippedRange(**entry) for entry in shared)
+        self.detector = self._replay_losses()
 
-    def _build_spike_detector(self) -> LossSpikeDetector:
-        """As it stands after the steps that the run's lines tell of."""
+    def _replay_losses(self) -> LossSpikeDetector:
+        """The detector after the steps in metrics.jsonl."""
         if not self.detect_spikes:
             return LossSpikeDetector()
-        records = read_jsonl(self.run_dir.metrics_path)
-        return LossSpikeDetector(record["loss"] for record in records if "loss" in record)
+        return LossSpikeDetector(r["loss"] for r in read_jsonl(self.run.run_dir.metrics_path) if "loss" in r)
 
-    def observe(self, metrics: StepMetrics) -> str:
-        """What a step did; words for the person where it was left out."""
+    def observe(self, loss: float) -> None:
+        """Add the loss of a step."""
         if self.detect_spikes:
-            self.spike_detector.update(metrics.loss)
-        if not (metrics.skipped and self.world.is_main):
-            return ""
-        document_names = summarize_names(self.documents_in_batch(self.skipped_ranges.batch_index(metrics.step - 1)))
-        return f"step {metrics.step:,}: the loss is not finite; this step is left out. In its batch: {document_names}"
+            self.detector.update(loss)
 
     def plan_rollback(
-        self, state: TrainState, is_spike: bool, last_finite_step: int, best_step: int, elapsed_seconds: float
-    ) -> tuple[Path | None, int] | None:
-        """Decide on a detour, and write it down before anything is undone.
+        self, state: TrainState, is_spike: bool, last_finite_step: int, best_step: int
+    ) -> Rollback | None:
+        """Choose the checkpoint and the batches to skip, and write them to detours.jsonl. All ranks call this together.
 
         Args:
-            sound: the step after which the loss was last a number.
-            best: the step whose weights are kept.
-            seconds: what the run has used.
+            state: The state after the last bad step.
+            is_spike: Whether the loss spiked; else it was not finite.
+            last_finite_step: The last step with a finite loss.
+            best_step: The step of the best weights.
 
         Returns:
-            The checkpoint to go back to (None: the weights are as they were after the sound step) and its step; None
-            where the run cannot be turned back.
+            Where to go back to; None if the run cannot go back.
 
         Raises:
-            Diverged: a spike that comes back, however many batches are left out.
+            TrainingDivergedError: the loss spikes again after `MAX_ATTEMPTS` rollbacks at the same place.
         """
-        last_good_step = state.step - (SPIKE_STREAK if is_spike else state.nonfinite_streak)
-        if self.skipped_ranges.attempts_near(self.skipped_ranges.batch_index(last_good_step)) >= MAX_ATTEMPTS:
+        first = state.step - (SPIKE_STREAK if is_spike else state.nonfinite_streak)
+        if self.skipped.attempts_near(self.skipped.batch_index(first)) >= MAX_ATTEMPTS:
             if not is_spike:
                 return None
             raise TrainingDivergedError(
-                f"the loss rises far above what it was, after {MAX_ATTEMPTS} detours at one place once more, at step {state.step}. "
-                "What was saved before it is whole. A lower --training.lr or a longer --training.warmup may help."
+                f"the loss spikes again at step {state.step} after {MAX_ATTEMPTS} rollbacks at the same place. The checkpoints "
+                "before it are valid. A lower --training.lr or a longer --training.warmup may help."
             )
-        latest_checkpoint = (
-            checkpoint.latest_valid(self.run_dir.path, self.console.warn) if self.world.is_main else None
-        )
-        checkpoint_path = self.world.broadcast_object(None if latest_checkpoint is None else str(latest_checkpoint))
-        if checkpoint_path is None and is_spike:
-            text = f"the loss is far above what it was since step {last_good_step + 1:,}, and no checkpoint is there to go back to"
-            self._log_event(state.step, text)
+        is_main = self.run.dist.is_main
+        latest = checkpoint.latest_valid(self.run.run_dir.path, self.run.warn) if is_main else None
+        name = self.run.dist.broadcast_object(None if latest is None else str(latest))
+        if name is None and is_spike:
+            self.run.log_event(
+                state.step,
+                f"the loss has spiked since step {first + 1:,}, and there is no checkpoint to go back to",
+                warning=True,
+            )
             return None
-        rollback_step: int = (
-            last_finite_step if checkpoint_path is None else read_manifest(Path(checkpoint_path))["step"]
+        path = None if name is None else Path(name)
+        step: int = last_finite_step if path is None else read_manifest(path)["step"]
+        # The batches before a spike contributed to it.
+        skip_from = max(step, first - SPIKE_STREAK if is_spike else first)
+        begin, end = self.skipped.batch_index(skip_from), self.skipped.batch_index(state.step - 1) + 1
+        names = [name for index in range(begin, end) for name in self.describe_batch(index)] if is_main else []
+        entry = SkippedRange(
+            first=first + 1,
+            last=state.step,
+            begin=begin,
+            end=end,
+            back=step,
+            reason="spike" if is_spike else "not finite",
+            forgets=is_spike and best_step > skip_from,
+            seconds=round(self.run.elapsed_seconds(), 3),
+            documents=list(dict.fromkeys(names)),
         )
-        # What makes the loss rise was learned before the loss shows it.
-        first_skipped_step = max(rollback_step, last_good_step - SPIKE_STREAK if is_spike else last_good_step)
-        first_batch, end_batch = (
-            self.skipped_ranges.batch_index(first_skipped_step),
-            self.skipped_ranges.batch_index(state.step - 1) + 1,
-        )
-        document_names = (
-            [name for index in range(first_batch, end_batch) for name in self.documents_in_batch(index)]
-            if self.world.is_main
-            else []
-        )
-        self.skipped_ranges.entries.append(
-            SkippedRange(
-                first=last_good_step + 1, last=state.step, begin=first_batch, end=end_batch, back=rollback_step, reason="spike" if is_spike else "not finite",
-                forgets=is_spike and best_step > first_skipped_step, seconds=round(elapsed_seconds, 3), documents=list(dict.fromkeys(document_names)),
-            )
-        )  # fmt: skip
-        if self.world.is_main:
-            write_skipped_ranges(self.run_dir.skipped_ranges_path, self.skipped_ranges)
-        return (None if checkpoint_path is None else Path(checkpoint_path)), rollback_step
+        self.skipped.entries.append(entry)
+        if is_main:
+            write_skipped_ranges(self.run.run_dir.skipped_ranges_path, self.skipped)
+        return Rollback(path, step)
 
     def resume(self) -> None:
-        """After the turn: see only what is left of the run, and say what was done."""
-        self.spike_detector = self._build_spike_detector()
-        skipped_range = self.skipped_ranges.entries[-1]
-        reason = "was not a finite number" if skipped_range.reason == "not finite" else "was far above what it had been"
-        self._log_event(
-            skipped_range.back,
-            f"steps {skipped_range.first:,} to {skipped_range.last:,}: the loss {reason}. The run goes back to step {skipped_range.back:,} and from "
-            f"there past the batches that led to it. In them: {read_skipped_ranges(skipped_range.documents)}. {self.run_dir.skipped_ranges} names them all: "
-            "look at them, and take what is no text out of what a next run learns from",
+        """After the rollback: reset the detector to the remaining steps, and log what was skipped."""
+        self.detector = self._replay_losses()
+        entry = self.skipped.entries[-1]
+        problem = "was not finite" if entry.reason == "not finite" else "spiked"
+        self.run.log_event(
+            entry.back,
+            f"the loss {problem} in steps {entry.first:,} to {entry.last:,}. The run goes back to step {entry.back:,} and "
+            f"skips the batches that led to it. Documents in them: {summarize_names(entry.documents)}. "
+            f"{self.run.run_dir.skipped_ranges_path} lists all: check them, and remove what is not text before the next run",
+            warning=True,
         )
 
-    def _log_event(self, step: int, text: str) -> None:
-        self.run_dir.append_metrics({"step": step, "message": text})
-        self.console.warn(text)
+
+def summarize_names(names: list[str], shown: int = 3) -> str:
+    """Join the first names, and say how many more there are."""
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more:,} more" if more > 0 else "")

@@ -1,33 +1,22 @@
-"""A run in progress, whatever it learns: its loop, its looks at held-out data, its checkpoints, its way back.
-
-A subclass says what the model, the data and the objective are (`_build`), how held-out data is looked at (`look`) and how
-the model is kept (`keep`); beginning, going on and finishing are stories of its own. Everything else is here once.
-"""
+"""The trainer: steps, validation, checkpoints, rollbacks and early stopping in one loop, for every training command."""
 
 import math
 import time
-from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, Protocol
 
 from nextword.common import fs
-from nextword.common.console import Console, TrainingProgress
-from nextword.common.energy import EnergyMeter
-from nextword.common.run_dir import (
-    RunDir,
-    RunInterruptedError,
-    catch_signals,
-    open_tensorboard_writer,
-    peak_memory_bytes,
-)
+from nextword.common.console import TrainingProgress
+from nextword.common.environment import peak_memory_bytes
+from nextword.common.errors import MissingDependencyError, TrainingDivergedError
+from nextword.common.run_dir import RunInterruptedError, catch_signals
 from nextword.training.checkpoint import AsyncCheckpointer
-from nextword.training.remote_sync import CheckpointUploader
-from nextword.training.setup import TrainingSetup
-from nextword.training.spike_recovery import RollbackManager
-from nextword.training.step import MAX_NONFINITE_STEPS, StepMetrics, training_steps
+from nextword.training.launch import RunContext
+from nextword.training.setup import BestCheckpoint, RunConfig, TrainingSetup
+from nextword.training.spike_recovery import RollbackManager, summarize_names
+from nextword.training.step import MAX_NONFINITE_STEPS, StepMetrics, train_step
 from nextword.training.step_budget import (
     StepBudgetDecision,
     StepSchedule,
@@ -35,327 +24,358 @@ from nextword.training.step_budget import (
     read_decisions,
 )
 
-SAMPLE_AT_VALIDATIONS = (1, 2, 4, 8, 12, 16, 20)  # of twenty evaluations, those after which the model writes something
-REPORT_MODULE = "nextword.reporting.report"
-FINALIZE_SECONDS = 2.5  # the report, the card and the last files
+SAMPLE_AT_VALIDATIONS = (1, 2, 4, 8, 12, 16, 20)  # of 20 validations, those followed by a sample
+FINALIZE_SECONDS = 2.5  # report, model card and other last files
 
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """A look at held-out data: what decides which weights are kept (higher is better), and what is told of it."""
+    """Metrics of the model on the validation set.
+
+    Attributes:
+        score: Decides which weights are the best; higher is better.
+        metrics: The "validation" record of metrics.jsonl.
+        summary: The metrics in one line.
+    """
 
     score: float
-    metrics: dict[str, Any]  # goes into metrics.jsonl as "validation"
+    metrics: dict[str, Any]
     summary: str
 
 
-@dataclass
-class BestCheckpoint:
-    """The best look so far; `since` counts the ones after it."""
+class Evaluator(Protocol):
+    """What differs between commands: validation, samples and the best model."""
 
-    score: float | None = None
-    step: int = 0
-    since: int = 0
+    def validate(self, steps_between: float) -> ValidationResult | None:
+        """Evaluate the model on the validation set, if there is one; every `steps_between` steps."""
 
+    def save_best(self, metadata: dict[str, Any]) -> None:
+        """Write the present weights to RUN/model, with `metadata` in the manifest."""
 
-class Trainer(TrainingSetup):
-    """One run in progress: begun or gone on with by its subclass, settled, then `train`, then `finish`."""
-
-    now = staticmethod(time.time)  # reads the time of a run with a budget, in seconds
-    detects_loss_spikes = False  # whether a loss far above the recent ones means that the run goes astray
-    batch_tokens: int  # of a step, about; the subclass sets it
-    checkpoint_uploader: CheckpointUploader | None = None  # where checkpoints are copied to, beyond this machine
-    rollback_manager: RollbackManager
-    checkpointer: AsyncCheckpointer
-    last_finite_state: tuple[
-        int, int, BestCheckpoint, bool
-    ]  # step, tokens, best and stopped after the last step whose loss was a number
-
-    def __init__(self, run_dir: RunDir, console: Console, device: torch.device, start_time: float):
-        super().__init__(run_dir, console, device, start_time)
-        self.energy_meter = EnergyMeter(device)
-        self.best = BestCheckpoint()
-        self.budget_controller: TimeBudgetController | None = None
-        self.stopped_early = False
-        self.tensorboard: Any = None  # TensorBoard's writer, where it is asked for
-
-    # ------------------------------------------------------------ what a subclass says
-
-    @abstractmethod
-    def initialize(self, command: list[str], request: dict[str, Any]) -> None:
-        """Decide once what the run fixes: `facts`, which `settle` completes and writes down."""
-
-    @abstractmethod
-    def resume(self) -> None:
-        """Take everything from the run folder; `settle` then stands where its newest whole checkpoint stands."""
-
-    @abstractmethod
-    def finalize(self) -> dict[str, Any]:
-        """Measure the kept weights; the result, written down with the card and the report."""
-
-    @abstractmethod
-    def validate(self, step_schedule: StepSchedule) -> ValidationResult | None:
-        """The model as it stands, on held-out data; None where nothing is held out. The same data at each look."""
-
-    @abstractmethod
-    def save_best_model(self, metadata: dict[str, Any]) -> None:
-        """Write the model as it stands to RUN/model."""
-
-    @abstractmethod
     def log_sample(self, step: int) -> None:
-        """Let the model show what it can, where it can write."""
+        """Generate a sample."""
 
-    def estimate_finalize_seconds(self) -> float:
-        """How long what follows the last step will take."""
-        return FINALIZE_SECONDS
+    def describe_batch(self, index: int) -> list[str]:
+        """Name the documents in a batch."""
+        ...
+
+    def finalize_seconds(self) -> float:
+        """Estimate the time after the last step."""
+        ...
 
     def loss_to_bits_per_byte(self, loss: float) -> float | None:
-        """A training loss in bits per byte of the text, where it means that."""
-        return None
+        """Convert a training loss to bits per byte of text, if it has that meaning."""
 
-    @abstractmethod
-    def documents_in_batch(self, batch_index: int) -> list[str]:
-        """What the batch of an index is made of: a name for each text, by which a person finds it."""
 
-    @abstractmethod
-    def on_no_improvement(self, step: int, result: ValidationResult) -> None:
-        """After a look that was not the best: a word to the person, where one is due."""
+class Trainer:
+    """Trains a model until its step budget ends, early stopping ends the run, or a signal arrives.
 
-    # ------------------------------------------------------------ train
+    All ranks of a distributed run construct it and call its methods together.
 
-    def _restore_metadata(self, path: Path) -> dict[str, Any]:
-        saved = super()._restore_metadata(path)
-        self.best, self.stopped_early = BestCheckpoint(**saved["best"]), saved["stopped"]
-        return saved
+    Args:
+        run: The run directory, the process group and the console.
+        setup: Model, optimizer, dataset and step, from `setup_training`.
+        config: The options of the run.
+        evaluator: Validation, samples and the best model.
+        write_reports: Writes the report and the model card of a complete run.
+        detect_spikes: Whether to roll back after loss spikes. Non-finite losses are always rolled back.
+        overfitting_advice: What to do when the validation loss rises while training continues; None to report nothing.
+    """
 
-    def elapsed_seconds(self) -> float:
-        """Wall time that the run has used, in all of its processes."""
-        return self.now() - self.start_time + self.seconds_before_resume
-
-    def build_step_schedule(self) -> StepSchedule:
-        """The run's length: said beforehand, or the clock's decisions so far."""
-        if self.target_steps is not None:
-            return StepSchedule([StepBudgetDecision(0, self.target_steps)])
-        assert self.budget_seconds is not None
-        self.budget_controller = TimeBudgetController(
-            self.budget_seconds,
-            self.run_dir.decisions_path,
-            started=self.start_time,
-            seconds_before_resume=self.seconds_before_resume,
-            ctx=self.world,
-            now=self.now,
+    def __init__(
+        self,
+        run: RunContext,
+        setup: TrainingSetup,
+        config: RunConfig,
+        evaluator: Evaluator,
+        write_reports: Callable[[Path], None],
+        *,
+        detect_spikes: bool = False,
+        overfitting_advice: str | None = None,
+    ):
+        self.run, self.setup, self.config, self.evaluator, self.write_reports = (
+            run,
+            setup,
+            config,
+            evaluator,
+            write_reports,
         )
-        self.budget_controller.reserved_seconds = self.estimate_finalize_seconds()
-        decisions = read_decisions(self.run_dir.decisions_path) if self.world.is_main else []
-        decisions = self.world.broadcast_object([asdict(decision) for decision in decisions])
+        self.state = setup.state
+        self.overfitting_advice = overfitting_advice
+        self.rollbacks = RollbackManager(run, detect_spikes, evaluator.describe_batch)
+        self.tensorboard = open_tensorboard_writer(run.run_dir.path) if run.tensorboard else None
+        self.budget_controller: TimeBudgetController | None = None
+        self.schedule = self._build_step_schedule()
+        self.recent_seconds_per_step = setup.seconds_per_step
+        self.step_times = [run.now()]
+        self._apply_skipped_ranges()
+
+    def _build_step_schedule(self) -> StepSchedule:
+        """A fixed number of steps, or the decisions of the time budget so far."""
+        run = self.run
+        if self.config.steps is not None:
+            return StepSchedule([StepBudgetDecision(0, self.config.steps)])
+        assert self.config.budget is not None
+        self.budget_controller = TimeBudgetController(
+            self.config.budget,
+            run.run_dir.decisions_path,
+            started=run.start_time,
+            seconds_before_resume=run.seconds_before_resume,
+            ctx=run.dist,
+            now=run.now,
+        )
+        self.budget_controller.reserved_seconds = self.evaluator.finalize_seconds()
+        decisions = read_decisions(run.run_dir.decisions_path) if run.dist.is_main else []
+        decisions = run.dist.broadcast_object([asdict(decision) for decision in decisions])
         return StepSchedule(StepBudgetDecision(**decision) for decision in decisions)
 
-    def train(self, tensorboard: bool = False) -> None:
-        """The loop: a step, its line, and now and then a look at held-out data, a sample, a checkpoint.
+    # ------------------------------------------------------------ the loop
+
+    def train(self) -> None:
+        """Run the training loop.
 
         Raises:
-            Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
-            Diverged: see `steps` and `Course.turn`.
+            RunInterruptedError: SIGINT or SIGTERM, after a checkpoint.
+            TrainingDivergedError: the loss stayed non-finite or kept spiking.
         """
-        self.rollback_manager = RollbackManager(
-            self.run_dir, self.console, self.world, self.detects_loss_spikes, self.documents_in_batch
-        )
-        self._apply_skipped_ranges()
-        self.tensorboard = open_tensorboard_writer(self.run_dir.path) if tensorboard and self.world.is_main else None
-        step_schedule = self.build_step_schedule()
-        interval_start, interval_start_tokens = time.monotonic(), self.state.tokens
+        run, dist, state, schedule, uploader = self.run, self.run.dist, self.state, self.schedule, self.run.uploader
         with (
-            catch_signals() as caught_signals,
-            AsyncCheckpointer(self.run_dir.path, self.world, self.training.save_every) as self.checkpointer,
+            catch_signals() as signals,
+            AsyncCheckpointer(run.run_dir.path, dist, self.config.training.save_every) as checkpointer,
         ):
-            if self.stopped_early:
-                return
-            step_iterator = training_steps(
-                self.state, self.dataset, self.step_module, self.step_settings, step_schedule, self.budget_controller, self.seconds_per_step, self.world,
-                self.rollback_manager.skipped_ranges.batch_index, self.now,
-            )  # fmt: skip
-            for metrics in step_iterator:
-                rate = (self.state.tokens - interval_start_tokens) / max(1e-9, time.monotonic() - interval_start)
-                self._log_step(metrics, rate)
-                self._validate_if_due(metrics, step_schedule)
-                is_last_step = metrics.progress >= 1 or self.stopped_early
-                spike_detector, checkpointer = self.rollback_manager.spike_detector, self.checkpointer
-                checkpoint_due, signal, spike, is_suspicious, stage = map(int, self.world.all_reduce_max([
-                    checkpointer.should_save(metrics.step), caught_signals[0] if caught_signals else 0, spike_detector.is_spiking, spike_detector.is_suspicious or self.state.nonfinite_streak > 0,
-                    checkpointer.status,
-                ]))  # fmt: skip
-                checkpointer.advance(stage)
-                if self.checkpoint_uploader is not None:
-                    self.checkpoint_uploader.maybe_upload(self.run_dir, checkpointer.last_committed)
-                should_rollback = spike or self.state.nonfinite_streak >= MAX_NONFINITE_STEPS
-                if should_rollback and self._rollback(step_schedule, bool(spike)):
-                    interval_start, interval_start_tokens = time.monotonic(), self.state.tokens
+            while not self.setup.stopped_early and (not schedule.decisions or state.step < schedule.total_steps):
+                step_start, tokens_before = time.monotonic(), state.tokens
+                self._update_step_budget()
+                index = self.rollbacks.skipped.batch_index(state.step)
+                batch = self.setup.dataset.batch(index, dist.dp_rank, dist.dp_size)
+                progress = schedule.progress(state.step)
+                metrics = train_step(state, self.setup.step_module, batch, self.setup.step_settings, progress, dist)
+                self._log_step(metrics, (state.tokens - tokens_before) / max(1e-9, time.monotonic() - step_start))
+                self._validate_if_due(metrics)
+
+                is_last = metrics.progress >= 1 or self.setup.stopped_early
+                detector = self.rollbacks.detector
+                save_due, signal_number, is_spike, is_suspicious, status = map(
+                    int,
+                    dist.all_reduce_max(
+                        [
+                            checkpointer.should_save(metrics.step),
+                            signals[0] if signals else 0,
+                            detector.is_spiking,
+                            detector.is_suspicious or state.nonfinite_streak > 0,
+                            checkpointer.status,
+                        ]
+                    ),
+                )
+                checkpointer.advance(status)
+                if uploader is not None:
+                    uploader.maybe_upload(run.run_dir, checkpointer.last_committed)
+                has_diverged = state.nonfinite_streak >= MAX_NONFINITE_STEPS
+                if (is_spike or has_diverged) and self._roll_back(checkpointer, bool(is_spike)):
+                    self.step_times.append(run.now())
                     continue
-                if (checkpoint_due or is_last_step or signal) and not is_suspicious:  # what is in doubt is not saved
-                    self._save_checkpoint()
-                if is_last_step or signal:
+                if (save_due or is_last or signal_number) and not is_suspicious:  # suspicious states are never saved
+                    self._save_checkpoint(checkpointer)
+                if is_last or signal_number:
                     checkpointer.wait()
-                if signal and self.checkpoint_uploader is not None:
-                    self.checkpoint_uploader.maybe_upload(self.run_dir, checkpointer.last_committed, force=True)
-                if signal and not is_last_step:
-                    checkpoint_note = (
-                        "its loss is in doubt, so that the last checkpoint stands" if is_suspicious else "and saved"
+                if signal_number and uploader is not None:
+                    uploader.maybe_upload(run.run_dir, checkpointer.last_committed, urgent=True)
+                if signal_number and not is_last:
+                    note = (
+                        "the loss is suspicious, so the last checkpoint stands" if is_suspicious else "checkpoint saved"
                     )
                     raise RunInterruptedError(
-                        f"stopped at step {metrics.step:,}, {checkpoint_note}. Go on with the same command and --resume",
-                        signal,
+                        f"stopped at step {metrics.step:,}: {note}. To continue, add --resume to the same command",
+                        signal_number,
                     )
-                if self.stopped_early:
-                    break
-                if not self.state.nonfinite_streak:
+                if has_diverged and not self.setup.stopped_early:
+                    raise TrainingDivergedError(
+                        f"the loss was not a finite number in {state.nonfinite_streak} steps in a row, the last of them step "
+                        f"{state.step}. None of them changed the weights. A lower --training.lr or a longer --training.warmup "
+                        "may help."
+                    )
+                if not state.nonfinite_streak:
                     self._record_finite_state()
-                interval_start, interval_start_tokens = time.monotonic(), self.state.tokens
+                self.step_times.append(run.now())
+        run.console.close()
 
-    def _rollback(self, step_schedule: StepSchedule, is_spike: bool) -> bool:
-        """Undo the steps that went astray, and go past their batches from where the run stands then; False where it
-        cannot be. Raises `Diverged` as `Course.turn`."""
-        self.checkpointer.wait()  # what is under way may be what to go back to
-        rollback = self.rollback_manager.plan_rollback(
-            self.state, is_spike, self.last_finite_state[0], self.best.step, self.elapsed_seconds()
-        )
-        if rollback is None:
-            return False
-        path, step = rollback
-        if path is None:
-            self.state.step, self.state.tokens, self.best, self.stopped_early = self.last_finite_state
-            self.state.nonfinite_streak = 0
-        else:
-            self._restore_weights(path)
-            self._restore_metadata(path)
-        self._apply_skipped_ranges()
-        step_schedule.rollback(step)
-        if self.budget_controller is not None:
-            self.budget_controller.reset(step_schedule)
-        self.run_dir.truncate_metrics(step)
-        self.rollback_manager.resume()
-        return True
+    def _update_step_budget(self) -> None:
+        """Let the time budget choose the number of steps, from the younger half of the step times so far.
 
-    def _apply_skipped_ranges(self) -> None:
-        """What those detours change that the state does not know of: weights that a spike may be in are no measure."""
-        skipped_ranges = self.rollback_manager.skipped_ranges.entries
-        if any(detour.forgets for detour in skipped_ranges[self.state.num_rollbacks :]):
-            self.best = BestCheckpoint()
-        self.state.num_rollbacks = len(skipped_ranges)
-        self._record_finite_state()
-
-    def _record_finite_state(self) -> None:
-        """Where the run stands: what to go back to where there is no checkpoint yet."""
-        self.last_finite_state = self.state.step, self.state.tokens, replace(self.best), self.stopped_early
+        Validation and checkpoints between the steps count.
+        """
+        if self.budget_controller is None:
+            return
+        times = self.step_times
+        if len(times) > 4:
+            half = len(times) // 2
+            self.recent_seconds_per_step = max(1e-9, (times[-1] - times[half]) / (len(times) - 1 - half))
+        self.budget_controller.update(self.schedule, self.state.step, self.recent_seconds_per_step)
 
     def _log_step(self, metrics: StepMetrics, tokens_per_second: float) -> None:
-        seconds = self.elapsed_seconds()
-        self.run_dir.append_metrics(
-            {
-                "step": metrics.step,
-                "loss": metrics.loss,
-                "lr": metrics.lr,
-                "tokens": metrics.tokens,
-                "seconds": round(seconds, 3),
-                "tokens_per_second": round(tokens_per_second, 1),
-                "gradient_norm": metrics.gradient_norm,
-                "skipped": metrics.skipped,
-            }
-        )
+        run = self.run
+        self.rollbacks.observe(metrics.loss)
+        if not run.dist.is_main:
+            return
+        seconds = run.elapsed_seconds()
+        record = {name: value for name, value in vars(metrics).items() if name != "progress"}
+        run.log(record | {"seconds": round(seconds, 3), "tokens_per_second": round(tokens_per_second, 1)})
         if self.tensorboard is not None:
             for name in ("loss", "lr", "gradient_norm"):
                 self.tensorboard.add_scalar(f"training/{name}", getattr(metrics, name), metrics.step)
-        if warning := self.rollback_manager.observe(metrics):
-            self.log_event(metrics.step, warning)
-        estimated_total = seconds / metrics.progress if self.budget_seconds is None else self.budget_seconds
-        self.console.training_progress(
+        if metrics.skipped:
+            names = self.evaluator.describe_batch(self.rollbacks.skipped.batch_index(metrics.step - 1))
+            run.log_event(
+                metrics.step,
+                f"step {metrics.step:,}: the loss is not finite; the step is skipped. In its batch: {summarize_names(names)}",
+            )
+        run.console.training_progress(
             TrainingProgress(
                 step=metrics.step,
                 total_steps=round(metrics.step / metrics.progress),
                 loss=metrics.loss,
                 elapsed=seconds,
-                total=estimated_total,
+                total=self.config.budget or seconds / metrics.progress,
                 tokens_per_second=tokens_per_second,
-                bits_per_byte=self.loss_to_bits_per_byte(metrics.loss),
+                bits_per_byte=self.evaluator.loss_to_bits_per_byte(metrics.loss),
             )
         )
 
-    def num_validations(self, step_schedule: StepSchedule) -> int:
-        """How many looks at held-out data: as many as the recipe says, but at least ten steps apart."""
-        return min(self.training.evaluations, max(1, step_schedule.decisions[0].total_steps // 10))
+    # ------------------------------------------------------------ validation
 
-    def _validate_if_due(self, metrics: StepMetrics, step_schedule: StepSchedule) -> None:
-        """A look at equal parts of the run; the best weights are kept as RUN/model."""
-        total_validations = self.num_validations(step_schedule)
-        index = metrics.step - 1
-        validation_index = math.floor(metrics.progress * total_validations + 1e-9)
-        if validation_index == math.floor(
-            (step_schedule.progress(index - 1) if index else 0.0) * total_validations + 1e-9
-        ):
+    def _validate_if_due(self, metrics: StepMetrics) -> None:
+        """Validate at equal intervals, at least ten steps apart. The best weights become RUN/model."""
+        run, setup, step = self.run, self.setup, metrics.step
+        total_steps = self.schedule.decisions[0].total_steps
+        num_validations = min(self.config.training.evaluations, max(1, total_steps // 10))
+        previous_progress = self.schedule.progress(step - 2) if step > 1 else 0.0
+        number = math.floor(metrics.progress * num_validations + 1e-9)
+        if number == math.floor(previous_progress * num_validations + 1e-9):
             return
-        result = self.validate(step_schedule)
-        if result is None:  # nothing is held out: the newest weights are the ones that are kept
-            self._update_best(metrics.step, None)
+        result = self.evaluator.validate(total_steps / num_validations)
+        if result is None:  # without a validation set the latest weights are the best
+            self._update_best(step, None)
             return
         if self.budget_controller is not None:
-            self.budget_controller.reserved_seconds = self.estimate_finalize_seconds()
-        self.run_dir.append_metrics({"step": metrics.step, "validation": result.metrics})
+            self.budget_controller.reserved_seconds = self.evaluator.finalize_seconds()
+        run.log({"step": step, "validation": result.metrics})
         if self.tensorboard is not None:
             for name, value in result.metrics.items():
                 if isinstance(value, (int, float)):
-                    self.tensorboard.add_scalar(f"validation/{name}", value, metrics.step)
-        self.console.info(f"step {metrics.step:,}: {result.summary}")
-        is_better = self.best.score is None or (result.score > self.best.score and not self.state.nonfinite_streak)
+                    self.tensorboard.add_scalar(f"validation/{name}", value, step)
+        run.info(f"step {step:,}: {result.summary}")
+        best = setup.best
+        is_better = best.score is None or (result.score > best.score and not self.state.nonfinite_streak)
         if math.isfinite(result.score) and is_better:
-            self._update_best(metrics.step, result)
+            self._update_best(step, result)
         else:
-            self.best.since += 1
-            patience = self.training.patience
-            if patience is not None and self.best.since >= patience:
-                self.stopped_early = True
-                self.log_event(
-                    metrics.step,
-                    f"no better evaluation in {self.best.since}: stopped early, step {self.best.step:,} is kept",
+            best.since += 1
+            if self.config.training.patience is not None and best.since >= self.config.training.patience:
+                setup.stopped_early = True
+                run.log_event(
+                    step, f"early stopping: no improvement in {best.since} validations; step {best.step:,} is the best"
                 )
             else:
-                self.on_no_improvement(metrics.step, result)
-        if round(20 * validation_index / total_validations) in SAMPLE_AT_VALIDATIONS:
-            self.log_sample(metrics.step)
+                self._report_overfitting(step, result.score)
+        if round(20 * number / num_validations) in SAMPLE_AT_VALIDATIONS:
+            self.evaluator.log_sample(step)
 
     def _update_best(self, step: int, result: ValidationResult | None) -> None:
-        self.best = BestCheckpoint(None if result is None else result.score, step)
-        self.save_best_model({"step": step, "validation": None if result is None else result.metrics})
+        self.setup.best = BestCheckpoint(None if result is None else result.score, step)
+        self.evaluator.save_best({"step": step, "validation": None if result is None else result.metrics})
 
-    def log_event(self, step: int, text: str) -> None:
-        self.run_dir.append_metrics({"step": step, "message": text})
-        self.console.info(text)
+    def _report_overfitting(self, step: int, score: float) -> None:
+        """Report once that the validation loss, which is minus the score, has risen by 1 % after two validations."""
+        best = self.setup.best
+        if self.overfitting_advice is not None and best.since >= 2 and -score > 1.01 * -(best.score or score):
+            self.run.log_event(
+                step,
+                f"overfitting: the validation loss has been rising since step {best.step:,}, while training continues. The "
+                f"weights of that step are kept. {self.overfitting_advice}",
+            )
+            self.overfitting_advice = None
 
-    def _save_checkpoint(self) -> None:
+    # ------------------------------------------------------------ checkpoints and rollbacks
+
+    def _save_checkpoint(self, checkpointer: AsyncCheckpointer) -> None:
         state = self.state
-        metadata = {**state.to_dict(), "best": asdict(self.best), "stopped": self.stopped_early}
+        metadata = {**state.to_dict(), "best": asdict(self.setup.best), "stopped": self.setup.stopped_early}
         weights = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
-        self.checkpointer.save_async(state.step, weights, state.optimizer.state_tensors(), metadata)
+        checkpointer.save_async(state.step, weights, state.optimizer.state_tensors(), metadata)
 
-    # ------------------------------------------------------------ finish
+    def _record_finite_state(self) -> None:
+        """Remember the counters, to go back to if there is no checkpoint. Non-finite steps do not change the weights."""
+        self.last_finite_state = (
+            self.state.step,
+            self.state.tokens,
+            replace(self.setup.best),
+            self.setup.stopped_early,
+        )
 
-    def write_results(self, result: dict[str, Any]) -> dict[str, Any]:
-        """Write the result, the card and the report; the result as it was written, and nothing where another process leads."""
-        if not self.world.is_main:
+    def _roll_back(self, checkpointer: AsyncCheckpointer, is_spike: bool) -> bool:
+        """Undo the bad steps. The next steps skip the batches that led to them. Returns whether that was possible."""
+        state, setup = self.state, self.setup
+        checkpointer.wait()  # the checkpoint being written may be the one to go back to
+        rollback = self.rollbacks.plan_rollback(state, is_spike, self.last_finite_state[0], setup.best.step)
+        if rollback is None:
+            return False
+        if rollback.checkpoint is None:
+            state.step, state.tokens, setup.best, setup.stopped_early = self.last_finite_state
+            state.nonfinite_streak = 0
+        else:
+            setup.restore(rollback.checkpoint, self.run.dist)
+        self._apply_skipped_ranges()
+        self.schedule.rollback(rollback.step)
+        if self.budget_controller is not None:
+            self.budget_controller.reset(self.schedule)
+        if self.run.dist.is_main:
+            self.run.run_dir.truncate_metrics(rollback.step)
+        self.rollbacks.resume()
+        return True
+
+    def _apply_skipped_ranges(self) -> None:
+        """Apply the ranges that the restored state does not know: weights that a spike may be in are no longer the best."""
+        entries = self.rollbacks.skipped.entries
+        if any(entry.forgets for entry in entries[self.state.num_rollbacks :]):
+            self.setup.best = BestCheckpoint()
+        self.state.num_rollbacks = len(entries)
+        self._record_finite_state()
+
+    # ------------------------------------------------------------ the result
+
+    def write_results(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Write result.json and the reports, on the main rank.
+
+        Args:
+            metrics: The metrics of the best weights.
+
+        Returns:
+            The content of result.json; empty on worker ranks.
+        """
+        run = self.run
+        if not run.dist.is_main:
             return {}
-        full_result = {
-            "run": str(self.run_dir.path), "model": str(self.run_dir.model_dir), "steps": self.state.step,
-            "tokens": self.state.tokens, "best_step": self.best.step, **result, "seconds": round(self.elapsed_seconds(), 3),
-            "memory_bytes": peak_memory_bytes(self.device), "energy": self.energy_meter.mean_power().to_dict(self.elapsed_seconds()),
-        }  # fmt: skip
-        fs.atomic_write(self.run_dir.result_path, fs.to_json(full_result))
-        write_reports(self.run_dir.path, overwrite=True)
-        return full_result
+        seconds = run.elapsed_seconds()
+        result = {
+            "run": str(run.run_dir.path),
+            "model": str(run.run_dir.model_dir),
+            "steps": self.state.step,
+            "tokens": self.state.tokens,
+            "best_step": self.setup.best.step,
+            **metrics,
+            "seconds": round(seconds, 3),
+            "memory_bytes": peak_memory_bytes(run.device),
+            "energy": run.energy_meter.mean_power().to_dict(seconds),
+        }
+        fs.atomic_write(run.run_dir.result_path, fs.to_json(result))
+        self.write_reports(run.run_dir.path)
+        return result
 
 
-def write_reports(run_path: Path, overwrite: bool = False) -> None:
-    """The report and the card of a finished run; where they are there already, only if they are to be made anew."""
-    from nextword.reporting.report import write_card, write_report
-
-    if overwrite or not (run_path / "README.md").is_file():
-        write_card(run_path)
-    if overwrite or not (run_path / "report.html").is_file():
-        write_report(run_path)
+def open_tensorboard_writer(run_path: Path) -> Any:
+    """Open a writer of TensorBoard events. Raises `MissingDependencyError` if TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingDependencyError("--tensorboard", "tensorboard") from error
+    return SummaryWriter(run_path / "tensorboard")

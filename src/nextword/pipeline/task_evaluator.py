@@ -1,0 +1,346 @@
+"""Fine-tuning data, the model that is fine-tuned, and its evaluation on a task."""
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nextword.common.errors import MissingDependencyError, NextwordError
+from nextword.common.fs import build_directory, write_manifest
+from nextword.data.dataset import derive_seed
+from nextword.data.issues import IssueLog
+from nextword.data.tokenizer import Tokenizer
+from nextword.model.gpt import GPT, with_classification_head, with_resized_vocabulary
+from nextword.model.hf import load_model
+from nextword.model.lora import LoraConfig, add_lora, merge_lora, save_adapter
+from nextword.pipeline.base_model import FORGETTING_TOKENS, BaseModel, evaluate_forgetting
+from nextword.pipeline.lm_evaluator import save_model_dir
+from nextword.pipeline.predictor import SELECTION_METRIC, EvaluationResult, Predictor, baseline_scores
+from nextword.tasks.dataset import HEAD_KINDS, EncodedExample, ExampleEncoder, TaskDataset, TaskSpec
+from nextword.tasks.examples import Example, input_texts
+from nextword.tasks.metrics import Score
+from nextword.tasks.task_data import DataRequest, TaskData, compute_sample_weights, load_task_data
+from nextword.training.config import FinetuneRecipe
+from nextword.training.launch import RunContext
+from nextword.training.setup import TrainingSetup
+from nextword.training.trainer import FINALIZE_SECONDS, ValidationResult
+
+EVAL_EXAMPLES = (100, 500)  # minimum and maximum of validation examples per validation
+GENERATED_EVAL_EXAMPLES = 64  # answers generated per validation; fewer if answers are long
+GENERATED_EVAL_TOKENS = 4096  # tokens of these answers together
+FINAL_GENERATED_EXAMPLES = 500
+QUICK_METRICS = ("chrf",)
+ALL_METRICS = ("chrf", "bleu", "rouge1", "rouge2", "rougeL")
+
+
+@dataclass(frozen=True)
+class FinetuneData:
+    """Labelled examples of a task, read and encoded.
+
+    Attributes:
+        examples: The examples that could be encoded, and how they become tokens.
+        tokenizer: The tokenizer with the special tokens of the task.
+        train: The training examples as tokens.
+        validation: The validation examples as tokens.
+        num_issues: Number of rows with problems.
+    """
+
+    examples: TaskData
+    tokenizer: Tokenizer
+    train: list[EncodedExample]
+    validation: list[EncodedExample]
+    num_issues: int
+
+    def fingerprint(self) -> str:
+        """A hash of all tokens and targets, in order."""
+        digest = hashlib.sha256()
+        for example in [*self.train, *self.validation]:
+            for sequence in example.sequences:
+                digest.update(sequence.ids.astype("<i8").tobytes() + sequence.loss_mask.tobytes() + b"\0")
+            digest.update(repr(np.asarray(example.target).tolist()).encode())
+        return digest.hexdigest()
+
+
+def load_finetune_data(run: RunContext, base: BaseModel, context_length: int) -> FinetuneData:
+    """Read and encode the examples of a run. Rows with problems are reported and left out.
+
+    Raises:
+        NextwordError: no training example is left.
+    """
+    request = run.request
+    issues = IssueLog(strict=bool(request["strict"]))
+    data_request = DataRequest(
+        data=request["data"],
+        task=request["task"],
+        columns=request["columns"],
+        validation=request["validation"],
+        limit=request["limit"],
+        seed=request["seed"] or 0,
+    )
+    data = load_task_data(data_request, base.tokenizer, base.task_spec, context_length, issues)
+    tokenizer = data.task_spec.with_special_tokens(base.tokenizer)
+    encoder = ExampleEncoder(data.task_spec, tokenizer, context_length)
+
+    def encode(examples: list[Example]) -> tuple[list[Example], list[EncodedExample]]:
+        pairs = [(example, encoder.encode(example, issues)) for example in examples]
+        return [e for e, encoded in pairs if encoded is not None], [x for _, x in pairs if x is not None]
+
+    train, encoded_train = encode(data.train)
+    validation, encoded_validation = encode(data.validation)
+    for line in issues.summary_lines():
+        run.warn(line)
+    if not train:
+        raise NextwordError(f"{', '.join(request['data'])}: no training example is left")
+    data = replace(data, train=train, validation=validation)
+    return FinetuneData(data, tokenizer, encoded_train, encoded_validation, issues.total)
+
+
+def load_start_model(base: BaseModel, from_scratch: bool, seed: int, device: torch.device) -> GPT:
+    """Load the base model, or create one of the same shape with fresh weights."""
+    model = load_model(base.directory, device)
+    if not from_scratch:
+        return model
+    torch.manual_seed(derive_seed(seed, 3))
+    return GPT(replace(model.config, n_labels=0)).to(device)
+
+
+def build_finetune_model(
+    start: GPT, base: BaseModel, data: FinetuneData, config: FinetuneRecipe, seed: int
+) -> tuple[GPT, LoraConfig | None]:
+    """Add special tokens, the classification head and LoRA to the model that a run starts from."""
+    tuning, spec = config.tuning, data.examples.task_spec
+    vocab_size = max(start.config.vocab_size, data.tokenizer.vocab_size)
+    model = with_resized_vocabulary(start, vocab_size, derive_seed(seed, 7))
+    model = with_classification_head(model, spec.n_labels, derive_seed(seed, 8))
+    # DPO compares with the log-probabilities of the start model, to which dropout would add noise.
+    dropout = 0.0 if spec.kind == "preference" else tuning.dropout
+    model = GPT.from_weights(replace(model.config, dropout=dropout), model.state_dict())
+    if not config.lora:
+        return model, None
+    lora_config = LoraConfig(rank=tuning.rank, alpha=tuning.alpha)
+    new_rows = model.config.vocab_size - min(start.config.vocab_size, base.tokenizer.vocab_size)
+    add_lora(model, lora_config, derive_seed(seed, 9), num_trainable_rows=new_rows)
+    return model, lora_config
+
+
+def build_task_dataset(
+    model: GPT, data: FinetuneData, config: FinetuneRecipe, seed: int
+) -> tuple[TaskDataset, dict[str, int]]:
+    """The batches of a fine-tuning run, and the number of examples of each label."""
+    spec = data.examples.task_spec
+    assert config.tuning.batch_examples is not None and data.tokenizer.pad_id is not None
+    sample_weights, label_counts = compute_sample_weights(spec, data.examples.train, config.tuning.balance)
+    reference = None
+    if spec.kind == "preference":
+        predictor = Predictor(model, data.tokenizer, spec)
+        reference = predictor.log_likelihoods(data.train).astype(np.float32)
+    dataset = TaskDataset(
+        data.train,
+        config.tuning.batch_examples,
+        seed,
+        pad_token_id=data.tokenizer.pad_id,
+        kind=spec.kind,
+        sample_weights=sample_weights,
+        reference_logprobs=reference,
+        pack_length=model.config.context_length if spec.task == "chat" else None,
+    )
+    return dataset, label_counts
+
+
+def selection_metric(spec: TaskSpec, is_balanced: bool) -> str:
+    """The metric that selects the best weights: macro-F1 if rare labels count more; of a chat, bits per byte."""
+    if spec.task == "chat":
+        return "bits_per_byte"
+    return "macro_f1" if is_balanced else SELECTION_METRIC[spec.kind]
+
+
+@dataclass
+class TaskEvaluator:
+    """Evaluates the model of a fine-tuning run.
+
+    Attributes:
+        run: The run.
+        setup: The model and its step.
+        base: The model that the run started from.
+        data: The examples.
+        dataset: The batches of the training set.
+        config: The options of the run.
+        metric: The metric that selects the best weights.
+        lora_config: The LoRA adapter; None if all weights are trained.
+        evaluation_seconds: Time to evaluate the whole validation set, the fastest estimate so far.
+    """
+
+    run: RunContext
+    setup: TrainingSetup
+    base: BaseModel
+    data: FinetuneData
+    dataset: TaskDataset
+    config: FinetuneRecipe
+    metric: str
+    lora_config: LoraConfig | None
+    evaluation_seconds: float = math.inf
+
+    def __post_init__(self) -> None:
+        self.spec, self.model = self.data.examples.task_spec, self.setup.state.model
+        self.validation = self.data.examples.validation
+        self.predictor = Predictor(self.model, self.data.tokenizer, self.spec)
+
+    def loss_to_bits_per_byte(self, loss: float) -> None:
+        """The loss of a task has no meaning in bits per byte."""
+
+    def describe_batch(self, index: int) -> list[str]:
+        """File and line of the examples in a batch."""
+        examples = [self.data.examples.train[i] for i in self.dataset.examples_in_batch(index)]
+        return [f"{example.path} line {example.line}" for example in examples]
+
+    def validate(self, steps_between: float) -> ValidationResult | None:
+        """Evaluate evenly spaced validation examples: as many as cost about 10 % of the steps between validations."""
+        total = len(self.validation)
+        if not total:
+            return None
+        examples_between = steps_between * self.dataset.batch_size
+        minimum, maximum = EVAL_EXAMPLES
+        limit = max(minimum, min(maximum, int(0.3 * examples_between)))  # a forward pass is 1/3 of a step
+        generated = max(16, min(GENERATED_EVAL_EXAMPLES, GENERATED_EVAL_TOKENS // max(1, self.spec.answer_tokens)))
+        start = self.run.now()
+        result = self.evaluate(self.predictor, limit, generated)
+        seconds = self.run.now() - start
+        scale = total / min(limit, total)
+        if result.scores and self.spec.kind == "answer":
+            scale = max(scale, min(FINAL_GENERATED_EXAMPLES, total) / generated)
+        self.evaluation_seconds = min(self.evaluation_seconds, seconds * scale)
+        metrics: dict[str, Any] = {"loss": result.loss, **{name: s.value for name, s in result.scores.items()}}
+        if result.bits_per_byte is not None:
+            metrics["bits_per_byte"] = result.bits_per_byte
+        selection = result.scores.get(self.metric)
+        shown = [f"validation loss {result.loss:.4f}"]
+        shown += [f"{name.replace('_', ' ')} {s.value:.3f}" for name, s in list(result.scores.items())[:3]]
+        if result.bits_per_byte is not None:
+            shown.append(f"{result.bits_per_byte:.3f} bits/byte of the answers")
+        return ValidationResult(-result.loss if selection is None else selection.value, metrics, ", ".join(shown))
+
+    def evaluate(self, predictor: Predictor, limit: int | None, generated: int) -> EvaluationResult:
+        """Evaluate a model on validation examples.
+
+        Args:
+            predictor: The model.
+            limit: Number of examples, evenly spaced; None for all.
+            generated: Number of examples with a generated answer. Without the package for the text metrics there are none.
+        """
+        examples, encoded = self.validation, self.data.validation
+        chosen = evenly_spaced(len(examples), limit)
+        is_text = self.spec.kind == "answer"
+        result = predictor.evaluate([examples[i] for i in chosen], [encoded[i] for i in chosen], generate=not is_text)
+        if not is_text or self.spec.task == "chat" or not generated:
+            return result
+        chosen = evenly_spaced(len(examples), generated)
+        try:
+            texts = predictor.evaluate(
+                [examples[i] for i in chosen],
+                [encoded[i] for i in chosen],
+                metrics=ALL_METRICS if limit is None else QUICK_METRICS,
+            )
+        except MissingDependencyError as error:
+            self.run.warn(f"{error}. Without it, the loss selects the best weights")
+            return result
+        return replace(result, scores=texts.scores, predictions=texts.predictions)
+
+    def finalize_seconds(self) -> float:
+        """Estimate the time of the final evaluation, at most a third of the budget.
+
+        The fastest evaluation so far counts, so that a slow moment does not end a run.
+        """
+        seconds = FINALIZE_SECONDS + (0.0 if math.isinf(self.evaluation_seconds) else self.evaluation_seconds)
+        if self.spec.kind not in HEAD_KINDS and self.base.pretraining_corpus is not None:
+            num_tokens = sum(e.max_length * len(e.sequences) for e in self.data.train)
+            tokens_per_step = num_tokens / self.dataset.steps_per_epoch
+            forward_seconds = self.setup.seconds_per_step / 3
+            seconds += 2 * FORGETTING_TOKENS / max(1.0, tokens_per_step) * forward_seconds
+        return min(seconds, (self.config.budget or math.inf) / 3)
+
+    def save_best(self, metadata: dict[str, Any]) -> None:
+        """Write RUN/model with the LoRA weights merged, and RUN/adapter in PEFT's format if there are any."""
+        spec, lora_config = self.spec, self.lora_config
+        save_model_dir(
+            self.run.run_dir.model_dir,
+            self.model if lora_config is None else merge_lora(self.model),
+            self.data.tokenizer,
+            {**metadata, "task": spec.to_dict()},
+            labels=spec.labels or (("score",) if spec.n_labels else None),
+            problem_type=spec.problem_type,
+            chat_template=spec.chat,
+        )
+        if lora_config is not None:
+            base_path = str(self.base.directory.resolve())
+
+            def build(directory: Path) -> None:
+                save_adapter(self.model, lora_config, directory, base_path)
+                write_manifest(directory, metadata)
+
+            build_directory(self.run.run_dir.adapter_dir, build)
+
+    def log_sample(self, step: int) -> None:
+        """Answer the first validation example, if answers are texts."""
+        if self.spec.kind != "answer" or not self.validation:
+            return
+        example = self.validation[0]
+        [text] = self.predictor.generate_answers([example])
+        prompt = input_texts(self.spec.task, example)[-1]
+        self.run.log({"step": step, "sample": {"prompt": f"{prompt}\n→ ", "text": text}})
+        self.run.console.log_sample(step, f"{prompt} → ", text)
+
+    def evaluate_best(self) -> dict[str, Any]:
+        """Evaluate RUN/model on the whole validation set, beside simple baselines and the base model."""
+        spec, examples = self.spec, self.validation
+        model = load_model(self.run.run_dir.model_dir, self.run.device)
+        metrics: dict[str, Any] = {
+            "task": spec.task,
+            "metric": self.metric,
+            "parameters": model.config.parameters,
+            "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "labels": list(spec.labels),
+        }
+        if examples:
+            predictor = Predictor(model, self.data.tokenizer, spec)
+            result = self.evaluate(predictor, None, FINAL_GENERATED_EXAMPLES)
+            metrics |= {
+                "loss": result.loss,
+                "bits_per_byte": result.bits_per_byte,
+                "scores": scores_to_dict(result.scores),
+            }
+            metrics |= {name: score.value for name, score in result.scores.items() if name not in metrics}
+            if spec.kind == "answer":
+                examples = [examples[i] for i in evenly_spaced(len(examples), FINAL_GENERATED_EXAMPLES)]
+            try:
+                baselines = baseline_scores(spec, self.data.examples.train, examples)
+            except MissingDependencyError:  # reported during validation
+                baselines = {}
+            metrics["baselines"] = {name: scores_to_dict(scores) for name, scores in baselines.items()}
+            if spec.kind == "preference":
+                metrics["before"] = scores_to_dict(self._evaluate_base().scores)
+        if spec.kind not in HEAD_KINDS:
+            metrics["forgetting"] = evaluate_forgetting(self.base, model)
+        return metrics
+
+    def _evaluate_base(self) -> EvaluationResult:
+        """Evaluate the model that the run started from."""
+        seed = self.setup.step_settings.seed
+        base = load_model(self.base.directory, self.run.device)
+        base = with_resized_vocabulary(base, self.model.config.vocab_size, derive_seed(seed, 7))
+        return self.evaluate(Predictor(with_classification_head(base, 0, 0), self.data.tokenizer, self.spec), None, 0)
+
+
+def evenly_spaced(count: int, limit: int | None) -> list[int]:
+    """All of `count` indices, or the middle one of each of `limit` equal parts."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [(2 * i + 1) * count // (2 * limit) for i in range(limit)]
+
+
+def scores_to_dict(scores: dict[str, Score]) -> dict[str, Any]:
+    """Scores as result.json stores them."""
+    return {name: score.to_dict() for name, score in scores.items()}
