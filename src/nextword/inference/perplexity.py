@@ -52,9 +52,9 @@ class DistContext(Protocol):
     `in_step` where the model's forward pass takes several of them at the same time."""
 
     @property
-    def data_rank(self) -> int: ...
+    def dp_rank(self) -> int: ...
     @property
-    def data_size(self) -> int: ...
+    def dp_size(self) -> int: ...
     @property
     def forward_is_collective(self) -> bool: ...
 
@@ -107,7 +107,7 @@ def evaluate_perplexity(
     num_windows = 1 + max(0, -(-(len(tokens) - 1 - context_length) // stride))
     window_indices = _evenly_spaced(num_windows, max_windows)
     if dist_context is not None:
-        window_indices = window_indices[dist_context.data_rank :: dist_context.data_size]
+        window_indices = window_indices[dist_context.dp_rank :: dist_context.dp_size]
     nll_sums, token_counts = (
         torch.zeros(context_length, dtype=torch.float64),
         torch.zeros(context_length, dtype=torch.int64),

@@ -111,7 +111,7 @@ class FusedAttention(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        assert ctx.places.holes is None
+        assert ctx.places.attention_gaps is None
         (dout,) = grad_outputs
         qkv, out, logsum, query_weight, key_weight = ctx.saved_tensors
         dqkv, dout = torch.empty_like(qkv), dout.contiguous()
@@ -266,7 +266,7 @@ class FusedGPT:
             x = x + model.position_embedding(position_ids)
         elif config.positions == "sinusoidal":
             x = x + model.get_buffer("position_table")[position_ids]
-        layout = self.row_layout(position_ids, segments)._replace(holes=attention_gaps)
+        layout = self.row_layout(position_ids, segments)._replace(attention_gaps=attention_gaps)
         flat_masks = None if dropout_masks is None else dropout_masks.flatten(1, 2)  # [1 + 2·n_layers, N, D]
         x = apply_dropout(x.flatten(0, 1), None if flat_masks is None else flat_masks[0], config.dropout)  # [N, D]
         branch_output: Tensor | None = None
