@@ -1,4 +1,4 @@
-"""Runs from beginning to end: real processes, really killed, and what is left of them."""
+"""Pre-training runs from start to end: run directories, resumes after real kills, signals, time budgets and early stopping."""
 
 import hashlib
 import itertools
@@ -14,15 +14,20 @@ from typing import Any
 
 import pytest
 import torch
-from nextword.errors import CorruptFileError, NextwordError, RunLockedError, UsageError
-from nextword.files import read_jsonl
-from nextword.job import FINISHING_SECONDS, Job
-from nextword.runs import open_run
-from nextword.training.objectives import next_word
 
 import nextword as package
+import nextword.planning.throughput  # imported before its loss is replaced
 from conftest import TINY_MODEL_ARGS, CLIRunner, nextword_command
+from nextword.commands.command import Context
+from nextword.commands.pretrain_command import PretrainConfig
+from nextword.common.errors import CorruptFileError, NextwordError, RunLockedError, UsageError
+from nextword.common.fs import read_jsonl
+from nextword.common.run_dir import open_run
 from nextword.training import checkpoint
+from nextword.training.launch import RunContext
+from nextword.training.losses import causal_lm_loss
+from nextword.training.step_budget import TimeBudgetController
+from nextword.training.trainer import FINALIZE_SECONDS
 from processes import PATIENCE, happens, kill, start_process
 
 SETTINGS: dict[str, Any] = {
@@ -32,14 +37,14 @@ SETTINGS: dict[str, Any] = {
 
 
 def state_hashes(run: Path) -> dict[str, str]:
-    """SHA-256 of the last weights, the optimizer, and the loss of every step."""
+    """SHA-256 of the last weights and optimizer state, the model, and all losses."""
     last = checkpoint.list_checkpoints(run)[-1]
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in last.glob("*.safetensors")}
     hashes["model"] = hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
-    lines = read_jsonl(run / "metrics.jsonl")
-    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    looks = [(line["step"], line["validation"]["loss"]) for line in lines if "validation" in line]
-    hashes["losses"] = hashlib.sha256(json.dumps([losses, looks]).encode()).hexdigest()
+    records = read_jsonl(run / "metrics.jsonl")
+    losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
+    validations = [(record["step"], record["validation"]["loss"]) for record in records if "validation" in record]
+    hashes["losses"] = hashlib.sha256(json.dumps([losses, validations]).encode()).hexdigest()
     return hashes
 
 
@@ -47,48 +52,48 @@ def steps_of(run: Path) -> int:
     return sum("loss" in line for line in read_jsonl(run / "metrics.jsonl")) if run.exists() else 0
 
 
-# ---------------------------------------------------------------- one run, looked at from all sides
+# ---------------------------------------------------------------- a complete run
 
 
 @pytest.fixture(scope="module")
-def finished(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "finished"
+def complete_run(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "run"
     settings = {**SETTINGS, "training": {**SETTINGS["training"], "save_every": 25}}
     result = package.pretrain(texts, run, steps=80, vocab_size=400, **settings)
     assert result["steps"] == 80
     return run
 
 
-def test_a_run_folder_holds_what_the_design_says(finished):
+def test_the_files_of_a_run_directory(complete_run):
     for name in ("run.json", "metrics.jsonl", "result.json", "report.html", "README.md", "model/model.safetensors"):
-        assert (finished / name).is_file(), name
-    assert (finished / "checkpoints" / "latest").read_text() == "step-00000080\n"
-    assert [path.name for path in checkpoint.list_checkpoints(finished)] == ["step-00000075", "step-00000080"]
-    lines = read_jsonl(finished / "metrics.jsonl")
+        assert (complete_run / name).is_file(), name
+    assert (complete_run / "checkpoints" / "latest").read_text() == "step-00000080\n"
+    assert [path.name for path in checkpoint.list_checkpoints(complete_run)] == ["step-00000075", "step-00000080"]
+    lines = read_jsonl(complete_run / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 81))
     assert [line["step"] for line in lines if "validation" in line] == [20, 40, 60, 80]
     assert any("sample" in line for line in lines)
-    assert not list(finished.rglob("*.partial"))
+    assert not list(complete_run.rglob("*.partial"))
 
 
-def test_the_model_learned(finished):
-    lines = [line for line in read_jsonl(finished / "metrics.jsonl") if "loss" in line]
+def test_the_model_learned(complete_run):
+    lines = [line for line in read_jsonl(complete_run / "metrics.jsonl") if "loss" in line]
     assert lines[0]["loss"] == pytest.approx(6.0, abs=0.3)
     assert lines[-1]["loss"] < 4.6
 
 
-def test_the_result_is_the_loss_of_the_kept_weights_on_all_of_the_held_out_text(finished):
-    """Computed once more, with the stock class, window by window."""
+def test_the_result_is_the_loss_of_the_best_weights_on_the_whole_validation_set(complete_run):
+    """Computed again with transformers, window by window."""
     import transformers
 
     from nextword.data.corpus import Corpus
 
-    result = json.loads((finished / "result.json").read_text())
-    corpus = Corpus.open(finished / "data")
-    held_out = corpus.tokens("validation")
-    model = transformers.AutoModelForCausalLM.from_pretrained(finished / "model")
+    result = json.loads((complete_run / "result.json").read_text())
+    corpus = Corpus.open(complete_run / "data")
+    validation = corpus.tokens("validation")
+    model = transformers.AutoModelForCausalLM.from_pretrained(complete_run / "model")
     total = 0.0
-    row = torch.from_numpy(held_out.read(0, len(held_out)))
+    row = torch.from_numpy(validation.read(0, len(validation)))
     for start in range(0, len(row) - 1, 32):
         window = row[start : start + 33]
         with torch.no_grad():
@@ -96,16 +101,16 @@ def test_the_result_is_the_loss_of_the_kept_weights_on_all_of_the_held_out_text(
         total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
     assert result["loss"] == pytest.approx(total / (len(row) - 1), abs=1e-5)
     assert result["bits_per_byte"] == pytest.approx(total / 0.6931471805599453 / corpus.validation.bytes, abs=1e-5)
-    assert package.evaluate(finished)["loss"] == pytest.approx(result["loss"], abs=1e-6)
+    assert package.evaluate(complete_run)["loss"] == pytest.approx(result["loss"], abs=1e-6)
 
 
-def test_transformers_opens_the_model_and_agrees(finished):
-    """Point by point: logits, ids, text."""
+def test_transformers_opens_the_model_and_agrees(complete_run):
+    """Logits, token ids and generated text are equal."""
     import transformers
 
-    ours = package.load(finished)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(finished / "model")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(finished / "model")
+    ours = package.load(complete_run)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(complete_run / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(complete_run / "model")
     text = "The following example shows 12 uses of « import », naïvely:\n    x = 3\n"
     ids = tokenizer(text)["input_ids"]
     assert ids == ours.tokenizer.encode(text)
@@ -120,50 +125,50 @@ def test_transformers_opens_the_model_and_agrees(finished):
     assert tokenizer.decode(out[0][inputs["input_ids"].shape[1] :]) == greedy.text
 
 
-def test_resuming_what_is_finished_is_content_at_once(finished, texts, monkeypatch):
-    """And draws its report where a kill came before it; from whatever folder it is asked."""
-    before = (finished / "result.json").read_bytes()
-    (finished / "report.html").unlink()
+def test_resuming_what_is_finished_is_content_at_once(complete_run, texts, monkeypatch):
+    """From any working directory. A missing report is written."""
+    before = (complete_run / "result.json").read_bytes()
+    (complete_run / "report.html").unlink()
     monkeypatch.chdir(texts)
-    result = package.pretrain("../" + texts.name, finished, resume=True)
+    result = package.pretrain("../" + texts.name, complete_run, resume=True)
     assert result["steps"] == 80
-    assert (finished / "result.json").read_bytes() == before
-    assert (finished / "report.html").is_file()
+    assert (complete_run / "result.json").read_bytes() == before
+    assert (complete_run / "report.html").is_file()
 
 
-def test_an_existing_run_is_not_begun_again(finished, texts, tmp_path):
+def test_a_run_does_not_overwrite_a_run_or_other_files(complete_run, texts, tmp_path):
     with pytest.raises(UsageError, match="holds a run already"):
-        package.pretrain(texts, finished, steps=5)
+        package.pretrain(texts, complete_run, steps=5)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match=r"not empty \(notes.txt"):
         package.pretrain(texts, tmp_path, steps=5)
-    with pytest.raises(UsageError, match="a file is in the way"):
+    with pytest.raises(UsageError, match="is not a directory"):
         package.pretrain(texts, tmp_path / "notes.txt", steps=5)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_a_resume_with_other_settings_says_what_differs(finished):
+def test_a_resume_with_other_options_lists_the_differences(complete_run):
     with pytest.raises(UsageError, match=r"steps: 80 → 90") as error:
-        package.pretrain(out=finished, resume=True, steps=90, training={"evaluations": 4, "lr": 0.5})
+        package.pretrain(out=complete_run, resume=True, steps=90, training={"evaluations": 4, "lr": 0.5})
     assert "training.lr: None → 0.5" in str(error.value)
     assert "evaluations" not in str(error.value)
     with pytest.raises(UsageError) as error:
-        package.pretrain(out=finished, resume=True, training={"lr": 0.5})
-    assert "batch_tokens" not in str(error.value), "what is not said is as it was"
+        package.pretrain(out=complete_run, resume=True, training={"lr": 0.5})
+    assert "batch_tokens" not in str(error.value), "options that are not given are not compared"
 
 
-def test_verify_says_what_is_whole(finished):
-    whole = package.verify_tree(finished)
+def test_verify_lists_valid_directories(complete_run):
+    whole = package.verify_tree(complete_run)
     assert sorted(whole.values()) == ["checkpoint", "checkpoint", "model", "shards"]
 
 
-# ---------------------------------------------------------------- resumed = uninterrupted
+# ---------------------------------------------------------------- a resumed run equals an uninterrupted one
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(finished, texts, tmp_path):
-    """Step back to step 75 by damaging step 80, and to nothing by damaging both: refused then, every file named."""
+def test_a_corrupt_checkpoint_is_skipped(complete_run, texts, tmp_path):
+    """The run resumes from the one before and ends the same. If all are corrupt, every file is reported."""
     run = tmp_path / "run"
-    shutil.copytree(finished, run)
+    shutil.copytree(complete_run, run)
     expected = state_hashes(run)
     (run / "result.json").unlink()
     weights = run / "checkpoints" / "step-00000080" / "weights.safetensors"
@@ -192,8 +197,11 @@ def start(run: Path, shards: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def kill_and_resume(run: Path, shards: Path, kills: int, steps: int, seed: int) -> tuple[int, int, int]:
-    """SIGKILL so many times, every second one inside a save; how many were killed, how many of these in a save, and the most
-    steps that one of them cost."""
+    """Send SIGKILL several times, every second time while a checkpoint is written.
+
+    Returns:
+        The number of killed processes, of those killed while a checkpoint was written, and the most steps that one lost.
+    """
     rng = random.Random(seed)
     killed = inside = lost = 0
     for n in range(kills):
@@ -225,16 +233,18 @@ def test_killed_and_resumed_equals_uninterrupted(shards, tmp_path):
     killed, inside, lost = kill_and_resume(
         tmp_path / "killed", shards, kills, steps, seed=int(os.environ.get("NEXTWORD_SEED", "0"))
     )
-    print(f"\n{killed} kills, {inside} of them inside a save; {lost} steps lost at the most, of saves every {SAVED}")
+    print(
+        f"\n{killed} kills, {inside} of them while a checkpoint was written; at most {lost} steps lost, saved every {SAVED}"
+    )
     assert killed >= kills - 1
     assert inside >= 1
-    assert lost <= 2 * SAVED, "what was being saved, and what came beside it before the next"
+    assert lost <= 2 * SAVED, "the steps since the checkpoint being written, and during it"
     assert state_hashes(tmp_path / "killed") == state_hashes(whole)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows delivers these signals otherwise")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_says_how_to_go_on(shards, tmp_path, number, code):
+def test_a_signal_saves_a_checkpoint_and_explains_how_to_continue(shards, tmp_path, number, code):
     run = tmp_path / "run"
     process = start(run, shards, "--steps", "100000")
     assert happens(lambda: steps_of(run) >= 10, process)
@@ -249,25 +259,27 @@ def test_a_signal_saves_and_says_how_to_go_on(shards, tmp_path, number, code):
     assert not (run / "holder.json").exists()
 
 
-def test_two_processes_on_one_run(shards, tmp_path, nextword: CLIRunner):
+def test_a_second_process_on_a_run_is_refused(shards, tmp_path, nextword: CLIRunner):
     run = tmp_path / "run"
     process = start(run, shards, "--steps", "100000")
     assert happens(lambda: steps_of(run) >= 1, process)
     second = nextword("pretrain", shards, "--out", run, "--resume")
     assert second.returncode == RunLockedError.exit_code
     assert f"process {process.pid} on" in second.stderr
-    for verb in ("pretrain", "finetune"):
-        arguments = ["-X", "importtime", "-m", "nextword", verb, "--out", str(run), "--resume"]
-        told = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
-        assert told.returncode == RunLockedError.exit_code and "nextword.cli" in told.stderr, told.stderr
-        assert "torch" not in told.stderr, "it leaves before anything heavy is imported"
+    for name in ("pretrain", "finetune"):
+        arguments = ["-X", "importtime", "-m", "nextword", name, "--out", str(run), "--resume"]
+        refused = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+        assert refused.returncode == RunLockedError.exit_code and "nextword.commands.cli" in refused.stderr, (
+            refused.stderr
+        )
+        assert "torch" not in refused.stderr, "it exits before anything heavy is imported"
     kill(process)
-    with open_run(run, resume=True):  # a killed holder leaves no lock behind
+    with open_run(run, resume=True):  # a killed process leaves no lock
         pass
 
 
 class FakeClock:
-    """A clock that goes on only when the test says so."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.time = 1000.0
@@ -276,45 +288,45 @@ class FakeClock:
         return self.time
 
 
-def test_a_budget_is_kept_and_its_decisions_replay(shards, tmp_path, monkeypatch):
-    """On a machine whose steps become three times slower half-way; then the same run again from its log alone, bit for bit."""
-    run, again, clock, taken = tmp_path / "run", tmp_path / "again", FakeClock(), itertools.count()
+def test_a_time_budget_is_kept_and_its_decisions_are_replayed(shards, tmp_path, monkeypatch):
+    """Steps become three times slower half-way. The same run from its log of decisions alone is equal bit for bit."""
+    run, replayed, clock, calls = tmp_path / "run", tmp_path / "replayed", FakeClock(), itertools.count()
 
-    def timed(model: Any, inputs: Any) -> Any:
-        clock.time += 0.05 if next(taken) < 150 else 0.15
-        return next_word(model, inputs)
+    def timed(model: Any, batch: Any) -> Any:
+        clock.time += 0.05 if next(calls) < 150 else 0.15
+        return causal_lm_loss(model, batch)
 
-    monkeypatch.setattr(Job, "now", clock)
-    monkeypatch.setattr("nextword.pretraining.next_word", timed)
-    result = package.pretrain(shards, run, budget="20s", started=1000.0 - 1.5, **SETTINGS)
-    assert result["seconds"] == pytest.approx(clock.time - 1000 + 1.5, abs=1e-3)
-    assert result["seconds"] == pytest.approx(20 - FINISHING_SECONDS, abs=0.3), "what remains is for the report"
+    with monkeypatch.context() as patch:
+        patch.setattr(RunContext, "now", clock)
+        patch.setattr("nextword.training.losses.causal_lm_loss", timed)
+        config = PretrainConfig((str(shards),), out=run, budget="20s", **SETTINGS)
+        result = package.pretrain.run(config, Context(started=1000.0 - 1.5))
+    assert result.seconds == pytest.approx(clock.time - 1000 + 1.5, abs=1e-3)
+    assert result.seconds == pytest.approx(20 - FINALIZE_SECONDS, abs=0.3), "the rest is for the report"
     assert len(read_jsonl(run / "decisions.jsonl")) > 3
-    monkeypatch.setattr("nextword.pretraining.next_word", next_word)
 
-    again.mkdir()
-    facts = json.loads((run / "run.json").read_text())
-    shutil.copy(run / "run.json", again)
-    shutil.copy(run / "decisions.jsonl", again)
-    assert facts["shards"] == str(shards.resolve())
-    monkeypatch.setattr("nextword.training.step_budget.Clock.decide", lambda *_: None)  # the log alone
-    package.pretrain(out=again, resume=True)
-    assert state_hashes(again) == state_hashes(run)
+    replayed.mkdir()
+    for name in ("run.json", "decisions.jsonl"):
+        shutil.copy(run / name, replayed)
+    assert json.loads((run / "run.json").read_text())["shards"] == str(shards.resolve())
+    monkeypatch.setattr(TimeBudgetController, "update", lambda *_: None)  # the log alone
+    package.pretrain(out=replayed, resume=True)
+    assert state_hashes(replayed) == state_hashes(run)
 
 
-def test_early_stop_keeps_the_best(texts, tmp_path):
+def test_early_stopping_keeps_the_best_weights(texts, tmp_path):
     settings = {**SETTINGS, "training": {**SETTINGS["training"], "evaluations": 20, "patience": 2, "lr": 0.05}}
     settings["model"] = {**SETTINGS["model"], "dropout": 0.0}
     result = package.pretrain(texts, tmp_path / "run", steps=2000, vocab_size=400, **settings)
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    looks = {line["step"]: line["validation"]["loss"] for line in lines if "validation" in line}
-    assert result["best_step"] == min(looks, key=lambda step: looks[step])
+    validations = {line["step"]: line["validation"]["loss"] for line in lines if "validation" in line}
+    assert result["best_step"] == min(validations, key=lambda step: validations[step])
     if result["steps"] < 2000:
-        assert any("stopped early" in line.get("message", "") for line in lines)
+        assert any("early stopping" in line.get("message", "") for line in lines)
         assert result["steps"] - result["best_step"] == 200
 
 
-def test_divergence_ends_with_its_own_code_and_saves_nothing_bad(shards, tmp_path, nextword: CLIRunner, monkeypatch):
+def test_divergence_has_its_own_exit_code(shards, tmp_path, nextword: CLIRunner, monkeypatch):
     """A learning rate of 1e30 makes the weights too large for any finite loss."""
     done = nextword(
         "pretrain", shards, "--out", tmp_path / "run", "--steps", "60", "--training.lr", "1e30", "--training.warmup", "0",
@@ -326,7 +338,7 @@ def test_divergence_ends_with_its_own_code_and_saves_nothing_bad(shards, tmp_pat
 
 
 def test_every_preset_trains(texts, tmp_path):
-    """Every preset trains, from text to stock directory, with the recipe that suits it."""
+    """Each with its own recipe."""
     for preset in ("tutorial", "gpt1", "gpt2", "modern"):
         result = package.pretrain(
             texts, tmp_path / preset, preset=preset, steps=120, tokenizer="char",
@@ -336,10 +348,10 @@ def test_every_preset_trains(texts, tmp_path):
         assert package.generate(tmp_path / preset, "The", max_tokens=5)[0].text
 
 
-def test_without_anything_to_learn_from(tmp_path):
-    with pytest.raises(UsageError, match="say what to learn from"):
+def test_missing_text_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="the text is missing"):
         package.pretrain(out=tmp_path / "run")
-    with pytest.raises(UsageError, match="nothere: no such file or folder, and no named corpus"):
+    with pytest.raises(UsageError, match="nothere: no such file or directory, and no built-in dataset"):
         package.pretrain("nothere", tmp_path / "run")
     assert not (tmp_path / "run").exists()
     (tmp_path / "empty").mkdir()
