@@ -799,15 +799,15 @@ def test_with_a_model_behind_it(browser: "Browser", base: Path, monkeypatch: pyt
         j.page.keyboard.press("Escape")
         j.say("Hello")
         assert j.answers.last.locator(".token").count() > 0
-        left, forward = server.service.metrics.client_disconnects.values, server.engine.runner.forward
-        assert left[()] == 0
+        forward = server.engine.runner.forward
+        assert server.metric("nextword_clients_left_total") == 0
         monkeypatch.setattr(server.engine.runner, "forward", lambda *args: time.sleep(0.1) or forward(*args))
         j.button("New").click()
         j.say("And?", done=False)
         expect(j.answers.last.locator(".token").first).to_be_visible()
         j.page.keyboard.press("Escape")
         j.done()
-        wait_until(lambda: left[()] == 1 and not server.engine.has_unfinished_requests)
+        wait_until(lambda: server.metric("nextword_clients_left_total") == 1 and not server.engine.has_unfinished_requests)
         j.close()
 
 

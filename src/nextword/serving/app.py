@@ -1,9 +1,9 @@
-"""The server: where it listens, how it begins, and how it ends.
+"""The HTTP server: application, listening socket, startup and shutdown.
 
-    serve_model(Settings(Path("runs/mine")), Place(port=8000), Console())
+    serve_model(ServiceConfig(Path("runs/mine")), ListenConfig(port=8000), Console())
 
-It listens at once and answers 503 until the model is loaded. SIGTERM or Ctrl-C lets nobody in any more, waits for the texts
-that are being written, and ends; a second one ends at once.
+It listens at once and answers 503 until the model is loaded. After SIGTERM or Ctrl-C it rejects new requests, finishes the
+running ones and stops; a second signal stops it immediately.
 """
 
 import asyncio
@@ -32,6 +32,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from nextword._version import __version__
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError
+from nextword.common.format import format_bytes
 from nextword.serving.engine_worker import ClientDisconnected
 from nextword.serving.protocol import APIError, UTF8JSONResponse, encode_json, error_response, validation_api_error
 from nextword.serving.routes import router
@@ -41,25 +42,27 @@ from nextword.serving.service import Service, ServiceConfig
 PAGE_DIR = Path(__file__).with_name("page")
 MIME_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 MAX_CONNECTIONS = 512
-SEND_BUFFER_BYTES = 2**17  # bytes that the system keeps for a client that does not read; left to itself, some megabytes
-HEADER_TIMEOUT = 10.0  # for sending a request's headers
-SHUTDOWN_TIMEOUT = 5  # for clients to read the end of their answers, after the texts have been written
+SEND_BUFFER_BYTES = 2**17  # per connection; the operating system's default of several MB hides clients that do not read
+HEADER_TIMEOUT = 10.0  # seconds for receiving request headers
+SHUTDOWN_TIMEOUT = 5  # seconds for clients to read the rest of their responses
 
 ReadyCallback = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class ListenConfig:
-    """Where the server listens, and to whom.
+    """Listening address and access.
 
     Attributes:
-        port: 0 takes a free one.
-        key: what clients have to send; needed where others than this machine can connect, unless `insecure`.
-        hosts: names that the server goes by, beside those of the loopback and its address.
-        grace: seconds that texts are given to be finished when the server is to end.
+        host: Address to listen on.
+        port: Port to listen on. 0 takes a free one.
+        api_key: Key that clients send. Required if other machines can connect, unless `insecure` is set.
+        insecure: Accept other machines without a key.
+        allowed_hosts: Host names of the server besides the loopback names and the address.
+        shutdown_grace: Seconds that running requests have to finish at shutdown.
 
     Raises:
-        UsageError: anybody could connect, or there is no such port.
+        UsageError: Other machines could connect without a key, or the port is out of range.
     """
 
     host: str = "127.0.0.1"
@@ -73,50 +76,50 @@ class ListenConfig:
         if self.api_key is not None and (
             len(self.api_key) < 1 or self.api_key != self.api_key.strip() or not self.api_key.isascii()
         ):
-            raise UsageError("an API key is ASCII text that is not empty, without spaces around it")
+            raise UsageError("an API key is ASCII text, not empty, without spaces at its ends")
         if not 0 <= self.port <= 65535:
             raise UsageError(f"--port must be between 0 and 65535, not {self.port}")
         if not (is_loopback(self.host) or self.api_key or self.insecure):
             raise UsageError(
-                f"--host {self.host} lets other machines connect: give an --api-key that they have to know (or set "
-                "NEXTWORD_API_KEY), or say --insecure to let everybody in"
+                f"--host {self.host} lets other machines connect: set --api-key (or NEXTWORD_API_KEY), or --insecure to accept "
+                "everyone"
             )
 
     def access_policy(self) -> AccessPolicy:
-        bare = self.host.strip("[]").lower()
-        named = f"[{bare}]" if ":" in bare else bare
+        host = self.host.strip("[]").lower()
+        host_name = f"[{host}]" if ":" in host else host
         try:
-            any_address = ipaddress.ip_address(bare).is_unspecified
+            binds_all_addresses = ipaddress.ip_address(host).is_unspecified
         except ValueError:
-            any_address = False
+            binds_all_addresses = False
         return AccessPolicy(
-            frozenset({named, *map(str.lower, self.allowed_hosts)}),
+            frozenset({host_name, *map(str.lower, self.allowed_hosts)}),
             self.api_key,
             {"/health", *load_page_files()},
-            any_address,
+            binds_all_addresses,
         )
 
     def listen(self) -> socket.socket:
-        """A socket at the place. Raises `NextwordError` where that cannot be had."""
+        """A listening socket. Raises `NextwordError` if the address is not available."""
         host = self.host.strip("[]")
         try:
             addresses = socket.getaddrinfo(host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            family, kind, protocol, _, address = min(addresses, key=lambda one: one[0] != socket.AF_INET)
+            family, kind, protocol, _, address = min(addresses, key=lambda info: info[0] != socket.AF_INET)
             listen_socket = socket.socket(family, kind, protocol)
-            if os.name != "nt":  # there it would share the port with another program
+            if os.name != "nt":  # Windows would share the port with another program
                 listen_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listen_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # connections take it over
+            listen_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # inherited by connections
             listen_socket.bind(address)
             listen_socket.listen()
         except OSError as error:
             raise NextwordError(
-                f"cannot listen at {self.host}, port {self.port}: {error.strerror or error}. Another --port may be free"
+                f"cannot listen on {self.host}, port {self.port}: {error.strerror or error}. Try another --port"
             ) from error
         return listen_socket
 
 
 def load_page_files() -> dict[str, tuple[bytes, str]]:
-    """The page's files by their paths, with their types; "/" is index.html."""
+    """Content and media type of the web page's files by URL path; "/" is index.html."""
     files = {f"/{file.name}": file for file in sorted(PAGE_DIR.glob("*")) if file.is_file()}
     if "/index.html" in files:
         files["/"] = files["/index.html"]
@@ -128,17 +131,17 @@ def load_page_files() -> dict[str, tuple[bytes, str]]:
 
 
 def create_app(service: Service, policy: AccessPolicy) -> SecurityMiddleware:
-    """Everything that answers, behind its guard."""
-    # The pages that FastAPI makes of its own load scripts from elsewhere.
+    """The ASGI application behind its security middleware."""
+    # FastAPI's documentation pages load scripts from a CDN, so they are disabled.
     app = FastAPI(title="nextword", version=__version__, docs_url=None, redoc_url=None)
     app.state.service = service
     app.include_router(router)
     for path, (content, kind) in load_page_files().items():
         app.add_api_route(path, _static_file_handler(content, kind), methods=["GET", "HEAD"], include_in_schema=False)
 
-    async def handle_api_error(request: Request, refusal: Exception) -> Response:
-        assert isinstance(refusal, APIError)
-        return error_response(refusal)
+    async def handle_api_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, APIError)
+        return error_response(error)
 
     async def handle_validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -146,24 +149,24 @@ def create_app(service: Service, policy: AccessPolicy) -> SecurityMiddleware:
 
     async def handle_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        said = {404: f"there is no {request.url.path[:200]} here", 405: f"{request.method} is not for this path"}
-        return error_response(
-            APIError(error.status_code, said.get(error.status_code, str(error.detail)), headers=error.headers)
-        )
+        messages = {404: f"{request.url.path[:200]} does not exist", 405: f"{request.method} is not allowed for this path"}
+        message = messages.get(error.status_code, str(error.detail))
+        return error_response(APIError(error.status_code, message, headers=error.headers))
 
     async def handle_disconnect(request: Request, error: Exception) -> Response:
-        return Response(status_code=499)  # nobody reads it; for the metrics
+        return Response(status_code=499)  # never sent; counted in the metrics
 
     async def handle_internal_error(request: Request, error: Exception) -> Response:
-        return error_response(APIError(500, f"the server failed at this request ({type(error).__name__})"))
+        return error_response(APIError(500, f"internal server error ({type(error).__name__})"))
 
-    for kind, handler in (
-        (APIError, handle_api_error), (RequestValidationError, handle_validation_error), (HTTPException, handle_http_exception), (ClientDisconnected, handle_disconnect), (Exception, handle_internal_error),
-    ):  # fmt: skip
-        app.add_exception_handler(kind, handler)
+    app.add_exception_handler(APIError, handle_api_error)
+    app.add_exception_handler(RequestValidationError, handle_validation_error)
+    app.add_exception_handler(HTTPException, handle_http_exception)
+    app.add_exception_handler(ClientDisconnected, handle_disconnect)
+    app.add_exception_handler(Exception, handle_internal_error)
 
     def record_request(route: str, status: int, seconds: float) -> None:
-        service.metrics.requests.inc(1, route, str(status))
+        service.metrics.requests.labels(route, str(status)).inc()
         service.metrics.request_seconds.observe(seconds)
 
     return SecurityMiddleware(app, policy, record_request)
@@ -177,8 +180,7 @@ def _static_file_handler(content: bytes, media_type: str) -> Callable[[], Any]:
 
 
 class LimitedHTTPProtocol(H11Protocol):
-    """uvicorn's connection, of which there are only so many, which does not wait for headers for ever, and which says in our
-    form what is no HTTP."""
+    """uvicorn's HTTP protocol with a connection limit, a timeout for headers, and JSON errors for malformed requests."""
 
     header_timer: asyncio.TimerHandle | None = None
 
@@ -199,7 +201,7 @@ class LimitedHTTPProtocol(H11Protocol):
             self.header_timer.cancel()
 
     def _update_header_timer(self) -> None:
-        """Close the connection if headers have begun, or never do, and are not whole in time."""
+        """Close the connection unless complete headers arrive in time."""
         expected = self.conn.their_state is h11.IDLE
         if expected and self.header_timer is None:
             self.header_timer = self.loop.call_later(HEADER_TIMEOUT, self.transport.close)
@@ -209,8 +211,8 @@ class LimitedHTTPProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            status = getattr(sys.exc_info()[1], "error_status_hint", 400)  # h11 knows headers that are too large
-            message = "the headers are too large" if status == 431 else "this is no HTTP request"
+            status = getattr(sys.exc_info()[1], "error_status_hint", 400)  # h11 sets 431 for oversized headers
+            message = "the headers are too large" if status == 431 else "this is not a valid HTTP request"
             body = encode_json(APIError(status, message).body)
             headers = {
                 "Content-Type": UTF8JSONResponse.media_type,
@@ -223,25 +225,30 @@ class LimitedHTTPProtocol(H11Protocol):
         self.transport.close()
 
 
-# ---------------------------------------------------------------- from beginning to end
+# ---------------------------------------------------------------- startup and shutdown
 
 
 class UvicornServer(uvicorn.Server):
+    """A uvicorn server that leaves signals to `handle_signals`."""
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        yield  # `signals` has its own way
+        yield
 
 
 def serve_model(
     settings: ServiceConfig, listen_config: ListenConfig, console: Console, on_ready: ReadyCallback | None = None
 ) -> None:
-    """Serve a model until a signal comes.
+    """Serve a model until a signal arrives.
 
     Args:
-        ready: is told where and what is served, when requests are let in.
+        settings: The model and its limits.
+        listen_config: Address and access.
+        console: Where messages are printed.
+        on_ready: Called with the address and the model's limits once requests are accepted.
 
     Raises:
-        NextwordError: the model cannot be opened, or the place cannot be had.
+        NextwordError: The model cannot be opened, or the address is not available.
     """
     service = Service(settings, console)
     with contextlib.closing(listen_config.listen()) as listen_socket:
@@ -251,14 +258,21 @@ def serve_model(
 
 
 def build_uvicorn(service: Service, listen_config: ListenConfig) -> UvicornServer:
-    """uvicorn with our own connections, signals and words."""
+    """A uvicorn server with this module's protocol and signal handling."""
     return UvicornServer(
         uvicorn.Config(
-            create_app(service, listen_config.access_policy()), http=LimitedHTTPProtocol, ws="none", lifespan="off", log_config=None,
-            log_level="error", access_log=False, proxy_headers=False, server_header=False,
+            create_app(service, listen_config.access_policy()),
+            http=LimitedHTTPProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
             timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
         )
-    )  # fmt: skip
+    )
 
 
 async def run_server(
@@ -269,7 +283,7 @@ async def run_server(
     console: Console,
     on_ready: ReadyCallback | None,
 ) -> None:
-    """Load, let in, and when it is time let everything come to its end."""
+    """Load the model, accept requests, and shut down after a signal or an engine failure."""
     worker, stop = service.worker, asyncio.Event()
     with handle_signals(asyncio.get_running_loop(), stop):
         serve_task = asyncio.create_task(server.serve(sockets=[listen_socket]))
@@ -284,7 +298,7 @@ async def run_server(
                 await asyncio.wait([serve_task, *wait_tasks[:2]], return_when=asyncio.FIRST_COMPLETED)
             if stop.is_set():
                 console.info(
-                    f"stopping: {len(worker.handles)} answers are finished first, for {listen_config.shutdown_grace:.0f} s at most"
+                    f"stopping: finishing {len(worker.handles)} requests, within {listen_config.shutdown_grace:.0f} s"
                 )
             await worker.drain(listen_config.shutdown_grace)
         finally:
@@ -297,45 +311,50 @@ async def run_server(
     if isinstance(worker.error, NextwordError):
         raise worker.error
     if worker.error is not None:
-        raise NextwordError(f"the engine has stopped: {worker.error!r}") from worker.error
+        raise NextwordError(f"the engine failed: {worker.error!r}") from worker.error
 
 
 def log_startup(
     service: Service, listen_config: ListenConfig, listen_socket: socket.socket, console: Console
 ) -> dict[str, Any]:
-    """Say where and what is served; the same as facts."""
+    """Print the address and the model's limits; the same as a JSON object."""
     host, port = listen_socket.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     slots, queue = service.worker.num_slots, service.config.queue
     console.info(f"{service.name}: {url}", style="bold")
     console.info(
-        f"{slots} texts at once, {queue} more wait · {service.context_length:,} tokens of context · "
-        f"{service.kv_cache_bytes / 2**20:,.1f} MiB for keys and values · chat template: {service.chat_encoder.name}"
+        f"{slots} sequences at once, queue of {queue} · context length {service.context_length:,} · "
+        f"KV cache {format_bytes(service.kv_cache_bytes)} · chat template: {service.chat_encoder.name}"
     )
     if not is_loopback(listen_config.host):
         console.warn(
             f"other machines can connect to {listen_config.host}"
-            + (", with the API key" if listen_config.api_key else ", and everybody is let in (--insecure)")
-            + ". What is said goes over the network unencrypted: put a proxy with TLS before it"
+            + (", with the API key" if listen_config.api_key else " without a key (--insecure)")
+            + ". Traffic is not encrypted: put a reverse proxy with TLS in front"
         )
     return {
-        "url": url, "model": service.name, "slots": slots, "queue": queue, "context_length": service.context_length,
-        "key_value_bytes": service.kv_cache_bytes, "chat_template": service.chat_encoder.name,
-    }  # fmt: skip
+        "url": url,
+        "model": service.name,
+        "slots": slots,
+        "queue": queue,
+        "context_length": service.context_length,
+        "key_value_bytes": service.kv_cache_bytes,
+        "chat_template": service.chat_encoder.name,
+    }
 
 
 @contextlib.contextmanager
 def handle_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> Iterator[None]:
-    """While this is open, the first Ctrl-C or SIGTERM sets `stop`; a second one leaves at once."""
-    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody set handlers
+    """Inside this context the first SIGINT or SIGTERM sets `stop`, and the second one exits immediately."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
-    caught: list[int] = []
+    received: list[int] = []
 
     def on_signal(number: int, frame: Any) -> None:
-        if caught:
+        if received:
             os._exit(128 + number)
-        caught.append(number)
+        received.append(number)
         loop.call_soon_threadsafe(stop.set)
 
     previous_handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,8 +1,8 @@
-"""A conversation as the tokens that a model is to go on from, in the way that the model has learned.
+"""Conversations to prompt tokens, with the chat template of the model.
 
-Three ways: a model that nextword made to converse has its own (`text/chat.py`); any other is asked in the words of the
-template that came with it; and a model without one is shown a plain dialogue. In the first two nothing that a message says
-can become a marker.
+A model that nextword fine-tuned for chat uses nextword's own format (`data/chat_format.py`). Any other model uses the Jinja
+template in its directory, and a model without one gets a plain dialogue. With the first two, no message content can become a
+special token.
 """
 
 import asyncio
@@ -21,20 +21,20 @@ from nextword.data.tokenizer import Tokenizer
 from nextword.serving import template_worker
 from nextword.serving.protocol import APIError
 
-MAX_TEMPLATE_CHARS = 2**18  # characters
-RENDER_GRACE = 0.5  # seconds more than the renderer gives itself, for starting it and reading it
+MAX_TEMPLATE_CHARS = 2**18
+RENDER_GRACE = 0.5  # seconds on top of RENDER_TIMEOUT, for starting the process and reading its output
 
 Conversation = Sequence[Mapping[str, str]]
 
 
 class ChatEncoder(Protocol):
-    """How a model is talked with.
+    """Encodes conversations for one model.
 
     Attributes:
-        name: said with every answer: "nextword", "model" or "plain".
-        stops: texts at which an answer ends.
-        ends: the ids at which one ends.
-        template: the Jinja text, where there is one.
+        name: "nextword", "model" or "plain"; reported in every response.
+        stop_strings: Strings that end a message.
+        stop_token_ids: Token ids that end a message.
+        template: Jinja template, if there is one.
     """
 
     name: str
@@ -43,14 +43,14 @@ class ChatEncoder(Protocol):
     template: str | None
 
     async def encode(self, conversation: Conversation) -> list[int]:
-        """The ids of a conversation, up to where the answer begins. Raises `Refusal` for one that cannot be said so."""
+        """Token ids of a conversation up to the generation prompt. Raises `APIError` if the template rejects it."""
         ...
 
     async def close(self) -> None: ...
 
 
 def make_chat_encoder(directory: Path, tokenizer: Tokenizer) -> ChatEncoder:
-    """How the model in a directory is talked with. Raises `CorruptFile` for a template that is none."""
+    """The chat encoder of a model directory. Raises `CorruptFileError` for an invalid template."""
     chat_template = load_chat_template(directory, tokenizer)
     if supports_chat(tokenizer) and chat_template in (None, build_chat_template(tokenizer)):
         return NativeChatEncoder(tokenizer)
@@ -58,32 +58,29 @@ def make_chat_encoder(directory: Path, tokenizer: Tokenizer) -> ChatEncoder:
 
 
 def load_chat_template(directory: Path, tokenizer: Tokenizer) -> str | None:
-    """`chat_template.jinja`, or what tokenizer_config.json has; of several the one called default."""
+    """Content of `chat_template.jinja`, or of `chat_template` in tokenizer_config.json (the one named "default")."""
     file = directory / "chat_template.jinja"
     chat_template = file.read_text(encoding="utf-8") if file.is_file() else tokenizer.config.get("chat_template")
     if isinstance(chat_template, list):
-        templates_by_name = {one.get("name"): one.get("template") for one in chat_template if isinstance(one, dict)}
+        templates_by_name = {entry.get("name"): entry.get("template") for entry in chat_template if isinstance(entry, dict)}
         chat_template = templates_by_name.get("default")
     if chat_template is not None and not (isinstance(chat_template, str) and len(chat_template) <= MAX_TEMPLATE_CHARS):
         raise CorruptFileError(
-            f"{directory}: its chat template is no text of at most {MAX_TEMPLATE_CHARS:,} characters"
+            f"{directory}: the chat template is not a string of at most {MAX_TEMPLATE_CHARS:,} characters"
         )
     return chat_template
 
 
 class NativeChatEncoder:
-    """The form that nextword teaches: markers by id, contents encoded apart from them."""
+    """nextword's own chat format: special tokens by id, message contents encoded separately."""
 
     name: str = "nextword"
     stop_strings: tuple[str, ...] = ()
     template: str | None
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.stop_token_ids, self.template = (
-            tokenizer,
-            stop_token_ids(tokenizer),
-            build_chat_template(tokenizer),
-        )
+        self.tokenizer, self.stop_token_ids = tokenizer, stop_token_ids(tokenizer)
+        self.template = build_chat_template(tokenizer)
 
     async def encode(self, conversation: Conversation) -> list[int]:
         try:
@@ -96,8 +93,8 @@ class NativeChatEncoder:
 
 
 class PlainChatEncoder:
-    """A dialogue in plain words, for a model that has learned none. What a message says can look like another's turn here:
-    there are no markers that could prevent it."""
+    """A plain-text dialogue for models without a chat template. A message can imitate another turn here, because there are
+    no special tokens to separate them."""
 
     name: str = "plain"
     stop_strings: tuple[str, ...] = ("\nUser:",)
@@ -117,7 +114,7 @@ class PlainChatEncoder:
 
 
 class JinjaChatEncoder:
-    """The template that came with a model, rendered in a process of its own (see `renderer`)."""
+    """The model's own Jinja template, rendered in a separate process (see `template_worker`)."""
 
     name: str = "model"
     stop_strings: tuple[str, ...] = ()
@@ -133,12 +130,12 @@ class JinjaChatEncoder:
         self.lock = asyncio.Lock()
 
     async def encode(self, conversation: Conversation) -> list[int]:
-        """Content and markers are told apart like this: the template is given a placeholder in the place of each content, a
-        number that nobody can guess. What it makes of them is cut at the special tokens that are in it, which are therefore
-        the template's own; only then the contents take their places, and each piece between two special tokens is encoded
-        as text, in which nothing becomes a special token.
+        """Encode a conversation so that no message content becomes a special token.
+
+        The template renders random placeholders instead of the contents. The output is split at special tokens, which can
+        only come from the template. The contents then replace the placeholders, and each segment is encoded as plain text.
         """
-        nonce = f"{secrets.randbits(128):039}"  # digits, which no filter for upper or lower case changes
+        nonce = f"{secrets.randbits(128):039}"  # digits are not changed by upper or lower filters
         contents: dict[str, str] = {}
         messages = []
         for number, message in enumerate(conversation):
@@ -146,18 +143,18 @@ class JinjaChatEncoder:
             stripped = content.strip()
             key = f"{nonce}{number:06}"
             contents[key] = stripped
-            # White space around it is left for the template to trim; an empty content it may want to see as such.
+            # The template may trim white space around a content, and may test whether it is empty.
             begin = content.index(stripped)
             placeholder_content = content[:begin] + key + content[begin + len(stripped) :] if stripped else content
             messages.append({**message, "content": placeholder_content})
         text = await self.render(messages)
         ids = self._encode_rendered(text, nonce, contents)
         if not ids:
-            raise APIError(400, "messages: the model's template makes nothing of this conversation", param="messages")
+            raise APIError(400, "messages: the model's chat template renders this conversation to an empty prompt", param="messages")
         return ids
 
     def _encode_rendered(self, text: str, nonce: str, contents: dict[str, str]) -> list[int]:
-        for token in self.tokenizer.backend.get_added_tokens_decoder().values():  # some swallow the space beside them
+        for token in self.tokenizer.backend.get_added_tokens_decoder().values():  # some strip adjacent white space
             if token.special and (token.lstrip or token.rstrip):
                 name, before, after = re.escape(token.content), r"\s*" * token.lstrip, r"\s*" * token.rstrip
                 text = re.sub(before + name + after, lambda match: match[0].strip(), text)
@@ -170,15 +167,15 @@ class JinjaChatEncoder:
                 continue
             segment = re.sub(f"{nonce}[0-9]{{6}}", lambda match: contents[match[0]], part)
             if nonce[:12] in segment or nonce[-12:] in segment:
-                raise APIError(500, "the model's chat template takes messages apart, which cannot be done safely")
+                raise APIError(500, "the model's chat template splits message contents, which is not supported")
             ids += (self.tokenizer.mid_text if i else self.tokenizer).encode(segment) if segment else []
         return ids
 
     async def render(self, messages: list[dict[str, str]]) -> str:
-        """What the template makes of a conversation.
+        """Render the template.
 
         Raises:
-            Refusal: the template refuses it, or takes too much time or memory.
+            APIError: The template rejects the conversation, or exceeds the time or memory limit.
         """
         values = {
             "messages": messages,
@@ -187,41 +184,40 @@ class JinjaChatEncoder:
             "documents": None,
             **self.special_tokens,
         }
-        line = (
-            json.dumps(
-                {"template": self.template, "values": values, "seconds": template_worker.RENDER_TIMEOUT}
-            ).encode()
-            + b"\n"
-        )
+        request = {"template": self.template, "values": values, "seconds": template_worker.RENDER_TIMEOUT}
         async with self.lock:
             process = await self._ensure_process()
             assert process.stdin is not None and process.stdout is not None
             try:
                 async with asyncio.timeout(template_worker.RENDER_TIMEOUT + RENDER_GRACE):
-                    process.stdin.write(line)
+                    process.stdin.write(json.dumps(request).encode() + b"\n")
                     await process.stdin.drain()
                     answer = await process.stdout.readline()
             except (TimeoutError, ConnectionError):
                 answer = b""
             if not answer.endswith(b"\n"):
                 await self.close()
-                raise APIError(500, "the model's chat template takes too much time or memory, and was stopped")
+                raise APIError(500, "the model's chat template exceeded the time or memory limit")
         response = json.loads(answer)
         if "error" in response:
-            raise APIError(400, f"the model's chat template refuses this conversation: {response['error'][:500]}")
+            raise APIError(400, f"the model's chat template rejects this conversation: {response['error'][:500]}")
         return response["text"]
 
     async def _ensure_process(self) -> asyncio.subprocess.Process:
         if self.renderer_process is None or self.renderer_process.returncode is not None:
             self.renderer_process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", template_worker.__file__, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.DEVNULL, limit=8 * template_worker.MAX_OUTPUT_CHARS, start_new_session=True,
+                *(sys.executable, "-P", template_worker.__file__),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL,
+                limit=8 * template_worker.MAX_OUTPUT_CHARS,
+                start_new_session=True,
                 env={name: value for name, value in os.environ.items() if not name.startswith("NEXTWORD_")},
-            )  # fmt: skip
+            )
         return self.renderer_process
 
     async def close(self) -> None:
-        """End the process."""
+        """Terminate the process."""
         if self.renderer_process is not None:
             if self.renderer_process.returncode is None:
                 self.renderer_process.kill()

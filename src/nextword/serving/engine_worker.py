@@ -1,7 +1,7 @@
-"""The engine in a thread of its own: commands in, events out.
+"""The inference engine in a thread of its own: commands in, events out.
 
-The thread never waits for a client. It hands each step's events to the event loop, which puts them into a queue for each
-request; a client that reads slowly finds them there. All of `Worker` but its thread belongs to the event loop.
+The thread never waits for a client. It posts the events of each step to the event loop, which queues them per request.
+Except for the thread's own methods, `EngineWorker` is used in the event loop only.
 """
 
 import asyncio
@@ -21,21 +21,21 @@ from nextword.inference.sampling import Sampling
 from nextword.serving.metrics import Metrics
 from nextword.serving.protocol import APIError
 
-# The loop takes this many turns over a client's leaving: its socket is read, the connection is closed, the request hears of it.
+# Event loop iterations from a client's disconnect to its request: read the socket, close the connection, cancel the request.
 LOOP_TURNS = 3
-LOOP_TURNS_TIMEOUT = 0.25  # seconds that the thread waits for those turns
-MAX_UNREAD_EVENTS = 2**17  # events, of all clients together
+LOOP_TURNS_TIMEOUT = 0.25  # seconds that the engine thread waits for those iterations
+MAX_UNREAD_EVENTS = 2**17  # of all clients
 logger = logging.getLogger("nextword.serving")
 Result = TypeVar("Result")
 
 
 class ClientDisconnected(Exception):
-    """The client has left: nobody waits for the answer."""
+    """The client closed the connection."""
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One text that is asked for, as `Engine.add` takes it."""
+    """One sequence to generate: the arguments of `Engine.add_request`."""
 
     prompt: list[int]
     sampling: Sampling
@@ -44,16 +44,15 @@ class GenerationRequest:
 
 
 class RequestHandle:
-    """A request, from when it is let in until it leaves. Iterating gives its texts' events, each with the number of its text,
-    until all have ended.
+    """An admitted request. Iterating yields (sequence index, event) until all of its sequences have finished.
 
     Attributes:
-        places: how many texts it may still write. A text that is written gives its place to another, read or not.
-        unfinished: how many of its texts have not been read to their end.
+        num_sequences: Sequences that still hold a slot or a place in the queue. A finished one gives it up, read or not.
+        num_unfinished: Sequences whose events have not been read to the end.
 
     Raises:
-        Left: the client has left.
-        Refusal: the server stops, the engine has failed, or the client reads too slowly.
+        ClientDisconnected: The client closed the connection.
+        APIError: The server stops, the engine failed, or the client reads too slowly.
     """
 
     def __init__(self, worker: "EngineWorker", num_sequences: int):
@@ -69,29 +68,29 @@ class RequestHandle:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """What goes wrong before there is an answer gives the places back; an answer does so itself, at its end."""
+        """Release the slots on an exception. A response releases them itself when it ends."""
         if kind is not None:
             self.release()
 
     def submit(self, requests: list[GenerationRequest]) -> None:
-        """Put the texts into the engine's queue. Raises as iterating does."""
+        """Queue the sequences. Raises like iteration."""
         self.raise_if_failed()
         self.num_unfinished = len(requests)
         self.worker.submit(self, requests)
 
     def abort(self, error: Exception) -> None:
-        """Give up: whoever waits for the next event gets the error instead."""
+        """Cancel the request: the iteration raises `error`."""
         self.error = self.error or error
         self.events.put_nowait(error)
         self.release()
 
     def raise_if_failed(self) -> None:
-        """Raise the error that has ended this, if one has."""
+        """Raise the error that ended this request, if any."""
         if self.error is not None:
             raise self.error
 
     def release(self) -> None:
-        """Stop what is unfinished and give its places to others. May be said more than once."""
+        """Cancel unfinished sequences and free their slots. Idempotent."""
         if self.is_active:
             self.is_active = False
             self.worker.release(self)
@@ -107,34 +106,34 @@ class RequestHandle:
 
 
 class EngineWorker:
-    """Runs an engine.
+    """Runs an engine in a thread of its own.
 
     Args:
-        open: makes the engine, in the thread that will run it.
-        queue: how many texts may wait beside those that run.
+        make_engine: Builds the engine, in that thread.
+        max_queued: Maximum number of waiting sequences.
+        metrics: Metrics to update.
     """
 
     def __init__(self, make_engine: Callable[[], Engine], max_queued: int, metrics: Metrics):
         self.make_engine, self.max_queued, self.metrics = make_engine, max_queued, metrics
         self.state: Literal["loading", "ready", "draining", "stopped"] = "loading"
-        self.error: BaseException | None = None  # why it stopped
+        self.error: BaseException | None = None  # that stopped the engine
         self.handles: set[RequestHandle] = set()
-        self.avg_sequence_seconds = 1.0  # how long a text takes, of late
+        self.avg_sequence_seconds = 1.0  # exponential moving average
         self.loaded = asyncio.Event()
-        self.drained = asyncio.Event()  # all have left, after it was said that the server is to stop
+        self.drained = asyncio.Event()  # no request is left while the server stops
         self.stopped = asyncio.Event()
-        # ---- the thread's own
+        # ---- used by the engine thread only
         self.engine: Engine | None = None
         self.commands: SimpleQueue[Callable[[Engine], None] | None] = SimpleQueue()
         self.jobs: deque[Callable[[], None]] = deque()
-        self.sequence_owners: dict[
-            int, tuple[RequestHandle, int]
-        ] = {}  # by the engine's number: whose text it is, and its place there
+        # Request and sequence index by the engine's request id.
+        self.sequence_owners: dict[int, tuple[RequestHandle, int]] = {}
         self.loop_caught_up = threading.Event()
         self.loop_caught_up.set()
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    # ---------------------------------------------------------------- for the event loop
+    # ---------------------------------------------------------------- called in the event loop
 
     def start(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -154,51 +153,53 @@ class EngineWorker:
 
     @property
     def num_active(self) -> int:
-        """Texts that run or wait."""
-        return sum(ticket.num_sequences for ticket in self.handles)
+        """Running and waiting sequences."""
+        return sum(handle.num_sequences for handle in self.handles)
 
     @property
     def num_unread_events(self) -> int:
-        """Events that wait for their clients to read them."""
-        return sum(ticket.events.qsize() for ticket in self.handles)
+        """Events that clients have not read yet."""
+        return sum(handle.events.qsize() for handle in self.handles)
 
     def admit(self, num_sequences: int) -> RequestHandle:
-        """A place for a request of so many texts.
+        """Admit a request with `num_sequences` sequences.
 
         Raises:
-            Refusal: there is none, now or ever.
+            APIError: The queue is full, the server is not ready, or the request exceeds its capacity.
         """
         if self.state != "ready":
-            reasons = {"loading": "the model is still being loaded", "draining": "the server is about to stop"}
+            reasons = {"loading": "the model is loading", "draining": "the server is stopping"}
             raise APIError(
                 503, reasons.get(self.state, "the server has stopped"), code=self.state, headers=retry_after_header(1)
             )
         capacity = self.num_slots + self.max_queued
         if num_sequences > capacity:
             raise APIError(
-                400, f"{num_sequences} texts are more than the {capacity} that this server holds at once: ask for fewer"
+                400, f"{num_sequences} sequences exceed the capacity of {capacity}: request fewer"
             )
         if self.num_active + num_sequences > capacity:
             seconds = (
                 self.avg_sequence_seconds * (self.num_active + num_sequences - self.max_queued) / max(1, self.num_slots)
             )
-            message = f"the queue is full ({self.num_active} texts run or wait): try again later"
+            message = f"the queue is full ({self.num_active} sequences): try again later"
             raise APIError(429, message, code="queue_full", headers=retry_after_header(seconds))
         handle = RequestHandle(self, num_sequences)
         self.handles.add(handle)
         return handle
 
     def submit(self, handle: RequestHandle, requests: list[GenerationRequest]) -> None:
-        self.metrics.prompt_tokens.inc(sum(len(ask.prompt) for ask in requests))
+        self.metrics.prompt_tokens.inc(sum(len(request.prompt) for request in requests))
 
         def command(engine: Engine) -> None:
-            for number, ask in enumerate(requests):
+            for index, request in enumerate(requests):
                 try:
-                    id = engine.add_request(ask.prompt, ask.sampling, sample_index=ask.index, constraint=ask.constraint)
+                    id = engine.add_request(
+                        request.prompt, request.sampling, sample_index=request.index, constraint=request.constraint
+                    )
                 except NextwordError as error:
-                    self._post_events([(handle, number, Event(-1, "", None, "error", str(error)))])
+                    self._post_events([(handle, index, Event(-1, "", None, "error", str(error)))])
                 else:
-                    self.sequence_owners[id] = (handle, number)
+                    self.sequence_owners[id] = (handle, index)
 
         self.commands.put(command)
 
@@ -206,7 +207,7 @@ class EngineWorker:
         self.handles.discard(handle)
 
         def command(engine: Engine) -> None:
-            for id in [id for id, (other, _) in self.sequence_owners.items() if other is handle]:
+            for id in [id for id, (owner, _) in self.sequence_owners.items() if owner is handle]:
                 engine.cancel(id)
                 del self.sequence_owners[id]
 
@@ -215,7 +216,7 @@ class EngineWorker:
             self.drained.set()
 
     async def run_in_engine_thread(self, function: Callable[[], Result]) -> Result:
-        """What a function gives that is run in the engine's thread, between two steps."""
+        """Result of a function that runs in the engine thread, between two steps."""
         future: asyncio.Future[Result] = self.loop.create_future()
 
         def job() -> None:
@@ -228,7 +229,7 @@ class EngineWorker:
         return await future
 
     async def drain(self, timeout: float) -> None:
-        """Let nobody in any more, and wait until all have left; those who have not after `grace` seconds are sent away."""
+        """Reject new requests and wait for the running ones; abort those that are left after `timeout` seconds."""
         if self.state in ("draining", "stopped"):
             return
         self.state = "draining"
@@ -236,19 +237,19 @@ class EngineWorker:
             try:
                 await asyncio.wait_for(self.drained.wait(), timeout)
             except TimeoutError:
-                for ticket in list(self.handles):
-                    ticket.abort(APIError(503, "the server has stopped", code="stopped"))
+                for handle in list(self.handles):
+                    handle.abort(APIError(503, "the server has stopped", code="stopped"))
 
     async def stop(self) -> None:
-        """End the thread, after the step that it is at."""
+        """Stop the engine thread after its current step."""
         self.state = "stopped"
         self.commands.put(None)
         await asyncio.to_thread(self.thread.join, 10)
 
-    # ---------------------------------------------------------------- the thread
+    # ---------------------------------------------------------------- engine thread
 
     def _run(self) -> None:
-        """Make the engine and run it. Whatever ends this for good is kept as `error`."""
+        """Build the engine and run it. An exception that ends the loop is stored in `error`."""
         error: BaseException | None = None
         try:
             self.engine = self.make_engine()
@@ -258,13 +259,13 @@ class EngineWorker:
                     self.jobs.popleft()()
                 if self.engine.has_unfinished_requests:
                     self._post_events(self._step(self.engine))
-        except BaseException as caught:
-            error = caught
-        if not self.loop.is_closed():  # a model that takes long to load may come when all is over
+        except BaseException as exception:
+            error = exception
+        if not self.loop.is_closed():  # loading may outlast the server
             self.loop.call_soon_threadsafe(self._on_stopped, error)
 
     def _process_commands(self, engine: Engine) -> bool:
-        """Carry out what has come in, and wait for something where there is nothing else to do; False when it is to end."""
+        """Run queued commands, waiting for one if the engine is idle. False at shutdown."""
         wait = not (engine.has_unfinished_requests or self.jobs)
         while True:
             try:
@@ -277,12 +278,12 @@ class EngineWorker:
             wait = False
 
     def _step(self, engine: Engine) -> list[tuple[RequestHandle, int, Event]]:
-        """What a step has brought. An exception in it ends every text that it may have touched, and those alone."""
+        """Run one engine step. An exception ends every sequence that the step may have affected, and no other."""
         try:
             events = engine.step()
         except Exception as error:
-            logger.exception("the engine failed at a step")
-            message = f"the engine failed while it wrote this text ({type(error).__name__}); the server goes on"
+            logger.exception("engine step failed")
+            message = f"the engine failed in a step of this sequence ({type(error).__name__}); the server keeps running"
             untouched = {request.request_id for request in engine.waiting}
             events = [Event(id, "", None, "error", message) for id in self.sequence_owners if id not in untouched]
             for event in events:
@@ -298,15 +299,15 @@ class EngineWorker:
         return addressed_events
 
     def _post_events(self, events: list[tuple[RequestHandle, int, Event]]) -> None:
-        """Hand events over, when the loop has had its turns since the last ones.
+        """Post events to the event loop, after it has processed the previous ones.
 
-        So a loop that is kept busy by a quick model still hears of a client that has left, within two tokens.
+        This way a fast model cannot starve the event loop: a disconnect is noticed within two tokens.
         """
         self.loop_caught_up.wait(LOOP_TURNS_TIMEOUT)
         self.loop_caught_up.clear()
         self.loop.call_soon_threadsafe(self._deliver_events, events)
 
-    # ---------------------------------------------------------------- from the thread, in the loop
+    # ---------------------------------------------------------------- event loop, called from the engine thread
 
     def _on_loaded(self) -> None:
         if self.state == "loading":
@@ -317,31 +318,31 @@ class EngineWorker:
         self.error = error
         self.state = "stopped"
         self.loaded.set()
-        for ticket in list(self.handles):
-            ticket.abort(APIError(503, "the server has stopped", code="stopped"))
+        for handle in list(self.handles):
+            handle.abort(APIError(503, "the server has stopped", code="stopped"))
         self.drained.set()
         self.stopped.set()
 
     def _deliver_events(self, events: list[tuple[RequestHandle, int, Event]]) -> None:
         now = time.monotonic()
-        for ticket, number, event in events:
+        for handle, number, event in events:
             if event.token is not None:
                 self.metrics.generated_tokens.inc()
-                if number in ticket.last_token_times:
-                    self.metrics.inter_token_latency.observe(now - ticket.last_token_times[number])
+                if number in handle.last_token_times:
+                    self.metrics.inter_token_latency.observe(now - handle.last_token_times[number])
                 else:
-                    self.metrics.time_to_first_token.observe(now - ticket.start_time)
-                ticket.last_token_times[number] = now
+                    self.metrics.time_to_first_token.observe(now - handle.start_time)
+                handle.last_token_times[number] = now
             if event.finished:
-                self.avg_sequence_seconds += 0.2 * (now - ticket.start_time - self.avg_sequence_seconds)
-                ticket.num_sequences -= 1
-            if ticket.is_active:
-                ticket.events.put_nowait((number, event))
+                self.avg_sequence_seconds += 0.2 * (now - handle.start_time - self.avg_sequence_seconds)
+                handle.num_sequences -= 1
+            if handle.is_active:
+                handle.events.put_nowait((number, event))
         while self.num_unread_events > MAX_UNREAD_EVENTS:
-            slowest = max(self.handles, key=lambda ticket: ticket.events.qsize())
+            slowest = max(self.handles, key=lambda handle: handle.events.qsize())
             slowest.events = asyncio.Queue()
             slowest.abort(
-                APIError(503, "this answer was read too slowly, and others need the memory", code="read_too_slowly")
+                APIError(503, "the client reads too slowly: the memory for its events is exhausted", code="read_too_slowly")
             )
         self._count_loop_turn(LOOP_TURNS)
 
@@ -357,7 +358,7 @@ def retry_after_header(seconds: float) -> dict[str, str]:
 
 
 def _resolve_future(future: "asyncio.Future[Any]", result: Any, error: Exception | None) -> None:
-    """Give a future its result, unless nobody waits for it any more."""
+    """Set the result of a future, unless it was cancelled."""
     if future.done():
         return
     if error is None:
@@ -365,5 +366,5 @@ def _resolve_future(future: "asyncio.Future[Any]", result: Any, error: Exception
     elif isinstance(error, (APIError, NextwordError)):
         future.set_exception(error if isinstance(error, APIError) else APIError(400, str(error)))
     else:
-        logger.error("a call failed", exc_info=error)
-        future.set_exception(APIError(500, f"the server failed at this request ({type(error).__name__})"))
+        logger.error("call in the engine thread failed", exc_info=error)
+        future.set_exception(APIError(500, f"internal server error ({type(error).__name__})"))

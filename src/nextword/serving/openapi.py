@@ -1,4 +1,4 @@
-"""What the routes answer, as /openapi.json describes it (OpenAPI 3.1, JSON Schema). A test holds answers to it."""
+"""Response schemas for /openapi.json (OpenAPI 3.1, JSON Schema). A test validates real responses against them."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def map_of(schema: Schema) -> Schema:
 
 
 def object_of(**fields: Schema) -> Schema:
-    """An object that has all of these fields, and may have others."""
+    """An object with these required fields, and possibly others."""
     return {"type": "object", "properties": fields, "required": [*fields]}
 
 
@@ -33,9 +33,9 @@ def const(value: str) -> Schema:
 
 
 def response(
-    schema: Schema, description: str = "The answer.", status: int = 200, stream: bool = False
+    schema: Schema, description: str = "Success.", status: int = 200, stream: bool = False
 ) -> dict[Any, Any]:
-    """What `responses` of a route says."""
+    """The `responses` argument of a route."""
     content: dict[str, Any] = {JSON_MEDIA_TYPE: {"schema": schema}}
     if stream:
         content["text/event-stream"] = {"itemSchema": object_of(data=STRING)}
@@ -45,7 +45,7 @@ def response(
 NULLABLE_STRING = any_of(STRING, NULL)
 ERROR_SCHEMA = object_of(error=object_of(message=STRING, type=STRING, param=NULLABLE_STRING, code=NULLABLE_STRING))
 ERROR_RESPONSES: dict[Any, Any] = {
-    "default": {"description": "An error, in OpenAI's form.", "content": {JSON_MEDIA_TYPE: {"schema": ERROR_SCHEMA}}}
+    "default": {"description": "An error in OpenAI's format.", "content": {JSON_MEDIA_TYPE: {"schema": ERROR_SCHEMA}}}
 }
 USAGE_SCHEMA = object_of(prompt_tokens=INTEGER, completion_tokens=INTEGER, total_tokens=INTEGER)
 FINISH_REASON = {"enum": ["stop", "length"]}
@@ -55,7 +55,7 @@ def completion_schema(object_type: str, **choice_fields: Schema) -> Schema:
     return object_of(
         id=STRING, object=const(object_type), created=INTEGER, model=STRING, system_fingerprint=NULL, usage=USAGE_SCHEMA,
         choices=array_of(object_of(index=INTEGER, finish_reason=FINISH_REASON, **choice_fields)),
-    )  # fmt: skip
+    )
 
 
 COMPLETION_RESPONSE = response(
@@ -67,8 +67,8 @@ COMPLETION_RESPONSE = response(
                   top_logprobs=array_of(any_of(map_of(NUMBER), NULL)), text_offset=array_of(INTEGER)),
         ),
     ),
-    "The texts; with `stream`, events whose data are such objects in parts.", stream=True,
-)  # fmt: skip
+    "The completions; with `stream`, server-sent events with chunks of them.", stream=True,
+)
 TOKEN_LOGPROB_FIELDS = {"token": STRING, "logprob": NUMBER, "bytes": array_of(INTEGER)}
 CHAT_COMPLETION_RESPONSE = response(
     completion_schema(
@@ -77,8 +77,8 @@ CHAT_COMPLETION_RESPONSE = response(
             NULL, object_of(content=array_of(object_of(**TOKEN_LOGPROB_FIELDS, top_logprobs=array_of(object_of(**TOKEN_LOGPROB_FIELDS)))), refusal=NULL)
         ),
     ),
-    "The answers; with `stream`, events whose data are such objects in parts.", stream=True,
-)  # fmt: skip
+    "The messages; with `stream`, server-sent events with chunks of them.", stream=True,
+)
 MODEL_SCHEMA = object_of(
     id=STRING, object=const("model"), created=INTEGER, owned_by=STRING, max_model_len=INTEGER, nextword=object_of()
 )
@@ -89,11 +89,11 @@ EMBEDDINGS_RESPONSE = response(
         object=const("list"), model=STRING, usage=USAGE_SCHEMA,
         data=array_of(object_of(object=const("embedding"), index=INTEGER, embedding=any_of(array_of(NUMBER), STRING))),
     )
-)  # fmt: skip
+)
 CLASSIFY_RESPONSE = response(object_of(object=const("list"), model=STRING, data=array_of(object_of(index=INTEGER))))
 TOKENIZE_RESPONSE = response(
     object_of(count=INTEGER, max_model_len=INTEGER, tokens=array_of(INTEGER), token_strs=any_of(array_of(STRING), NULL))
-)  # fmt: skip
+)
 DETOKENIZE_RESPONSE = response(object_of(prompt=STRING))
 TOKENIZER_INFO_RESPONSE = response(
     object_of(
@@ -107,8 +107,8 @@ TOKENIZER_INFO_RESPONSE = response(
 HEALTH_SCHEMA = object_of(status=STRING, model=STRING)
 HEALTH_RESPONSE = {
     **response(HEALTH_SCHEMA),
-    **response(HEALTH_SCHEMA, "No requests are let in: it is loading, or about to stop.", 503),
+    **response(HEALTH_SCHEMA, "No requests are accepted: the model is loading, or the server is stopping.", 503),
 }
 METRICS_RESPONSE: dict[Any, Any] = {
-    200: {"description": "Numbers in Prometheus's form.", "content": {"text/plain": {"schema": STRING}}}
+    200: {"description": "Metrics in Prometheus' text format.", "content": {"text/plain": {"schema": STRING}}}
 }

@@ -1,7 +1,7 @@
-"""What may be asked over HTTP, with its limits, and how a refusal is said. The forms are those of OpenAI's API.
+"""Request bodies of the OpenAI-compatible API, their limits, and error responses.
 
-Fields that are not listed are ignored, since clients send more than any server knows; a listed one of a wrong type or out of
-its range is refused by name.
+Unknown fields are ignored, because clients send many that a server does not know. A known field with a wrong type or value
+is rejected by name.
 """
 
 import json
@@ -15,28 +15,41 @@ from starlette.responses import JSONResponse
 from nextword.common.errors import UsageError
 from nextword.inference.sampling import Sampling
 
-MAX_BODY_BYTES = 4 * 2**20  # bytes of a request's body
-MAX_TOTAL_BODY_BYTES = 32 * 2**20  # bytes of the bodies of all requests that are being answered
-MAX_TEXT_CHARS = 2**20  # characters of one text
-MAX_COMPLETION_TOKENS = 2**15  # tokens that one text may be asked for
-MAX_REQUEST_TOKENS = 2**17  # … and all texts of a request together
+MAX_BODY_BYTES = 4 * 2**20  # of one request
+MAX_TOTAL_BODY_BYTES = 32 * 2**20  # of all requests in progress
+MAX_TEXT_CHARS = 2**20  # of one text
+MAX_COMPLETION_TOKENS = 2**15  # of one sequence
+MAX_REQUEST_TOKENS = 2**17  # of all sequences of a request
 MAX_CHOICES = 128  # n and best_of
-MAX_PROMPTS = 1024  # texts in one request
+MAX_PROMPTS = 1024  # of one request
 MAX_MESSAGES = 1024
 MAX_STOP_STRINGS, MAX_STOP_STRING_CHARS = 4, 500
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1024
-MAX_SCHEMA_CHARS = 2**16  # characters of a JSON schema
-MIN_TOP_P = 1e-12  # what stands for 0, which OpenAI's API takes for the likeliest token alone
+MAX_SCHEMA_CHARS = 2**16
+MIN_TOP_P = 1e-12  # top_p = 0 means greedy decoding in OpenAI's API
 
 
 class APIError(Exception):
-    """An answer other than the one that was asked for, with its status, in OpenAI's form."""
+    """An error response in OpenAI's format.
+
+    Args:
+        status: HTTP status code.
+        message: What is wrong and what to do.
+        param: Request field that caused the error.
+        code: Machine-readable error code.
+        headers: Additional response headers.
+    """
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None,
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
         headers: Mapping[str, str] | None = None,
-    ):  # fmt: skip
+    ):
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = dict(headers or {})
@@ -53,7 +66,7 @@ class APIError(Exception):
 
 
 def encode_json(value: Any) -> bytes:
-    """JSON in UTF-8. Half surrogates, which JSON can say and UTF-8 cannot, stay escaped."""
+    """JSON in UTF-8. Lone surrogates, which UTF-8 cannot encode, stay escaped."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.encode("utf-8", "backslashreplace")
 
@@ -67,11 +80,11 @@ def error_response(error: APIError) -> UTF8JSONResponse:
     return UTF8JSONResponse(error.body, error.status, error.headers)
 
 
-# ---------------------------------------------------------------- what is asked
+# ---------------------------------------------------------------- request bodies
 
 TextInput = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-# The first thing that is wrong is enough: a wrong list of a million numbers would be a million errors.
+# Validation stops at the first error: a list of a million wrong numbers would give a million errors.
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
 TextInputs = Annotated[list[TextInput], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
 TokenIdsList = Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
@@ -85,7 +98,7 @@ TokenLimit = Annotated[int, Field(ge=0, le=MAX_COMPLETION_TOKENS)]
 
 
 class RequestModel(BaseModel):
-    """Types are taken as they are said: "5" is no number and 1 is not true. `model` may be left out."""
+    """Base of request bodies. Types are strict: "5" is not a number and 1 is not true."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, populate_by_name=True)
 
@@ -107,13 +120,13 @@ class ResponseFormat(RequestModel):
 
 
 class BaseCompletionRequest(RequestModel):
-    """What completions and conversations have in common."""
+    """Fields shared by completion and chat completion requests."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None  # what is smaller makes logits infinite
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None  # smaller values make logits infinite
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: dict[str, LogitBias] | None = None
@@ -134,7 +147,7 @@ class BaseCompletionRequest(RequestModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def response_schema(self) -> dict[str, Any] | None:
-        """The JSON schema that the text is held to; None where it is free. Raises `Refusal` where none is given."""
+        """The JSON schema of a structured response, or None. Raises `APIError` if `json_schema` has no schema."""
         response_format = self.response_format
         if response_format is None or response_format.type == "text":
             return None
@@ -147,17 +160,17 @@ class BaseCompletionRequest(RequestModel):
         return response_format.json_schema.schema_
 
     def parse_logit_bias(self, vocab_size: int) -> dict[int, float] | None:
-        """The logit biases by token id. Raises `Refusal` for one that is none, or for too many."""
+        """Logit biases by token id. Raises `APIError` for an invalid id, or for too many."""
         if len(self.logit_bias or {}) > MAX_LOGIT_BIASES:
             raise APIError(400, f"logit_bias: at most {MAX_LOGIT_BIASES} tokens", param="logit_bias")
         for token in self.logit_bias or {}:
             if not (token.isascii() and token.isdecimal() and len(token) < 10 and int(token) < vocab_size):
-                message = f"logit_bias: {token[:20]!r} is no token id; they are 0 to {vocab_size - 1}"
+                message = f"logit_bias: {token[:20]!r} is not a token id (0 to {vocab_size - 1})"
                 raise APIError(400, message, param="logit_bias")
         return {int(token): value for token, value in (self.logit_bias or {}).items()} or None
 
     def to_sampling(self, vocab_size: int, **overrides: Any) -> Sampling:
-        """As the engine has it; what is not said is OpenAI's default. `settings` are those in which the two routes differ."""
+        """Sampling parameters for the engine, with OpenAI's defaults. `overrides` are those that differ between routes."""
         try:
             return Sampling(
                 temperature=1.0 if self.temperature is None else self.temperature,
@@ -178,7 +191,7 @@ class BaseCompletionRequest(RequestModel):
 class CompletionRequest(BaseCompletionRequest):
     prompt: TextInput | TokenIds | TextInputs | TokenIdsList = ""
     best_of: ChoiceCount | None = None
-    # As in vLLM: of a longer prompt so many tokens of its end are kept, -1 for as many as fit. Else it is refused.
+    # As in vLLM: keep this many of the last tokens of a longer prompt, -1 as many as fit. None rejects a longer prompt.
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     echo: bool | None = None
     logprobs: LogprobCount | None = None
@@ -200,10 +213,10 @@ class Message(RequestModel):
     content: TextInput | Annotated[list[Part], Field(max_length=MAX_MESSAGES)] | None = None
 
     def to_dict(self, index: int) -> dict[str, str]:
-        """Role and text. A developer's message is a system's; an assistant's may be without a text."""
+        """Role and text. The developer role becomes system; an assistant message may have no content."""
         content = self.content
         if content is None and self.role != "assistant":
-            raise APIError(400, "messages: a message has a content", param=f"messages[{index}].content")
+            raise APIError(400, "messages: content is required", param=f"messages[{index}].content")
         text = content if isinstance(content, str) else "\n".join(part.text for part in content or ())
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
@@ -230,7 +243,7 @@ class EmbeddingRequest(RequestModel):
 
 
 class ClassifyRequest(RequestModel):
-    """One text, several, or several examples of several texts each (a premise and a hypothesis; a question and choices)."""
+    """One text, several texts, or several examples with several texts each (premise and hypothesis; question and choices)."""
 
     input: (
         TextInput
@@ -254,36 +267,36 @@ class DetokenizeRequest(RequestModel):
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
-# ---------------------------------------------------------------- what was wrong
+# ---------------------------------------------------------------- validation errors
 
 
 def field_path(location: Sequence[Any]) -> str:
-    """The field's name, as in messages[0].content, from where pydantic says it is."""
+    """Path of a field, such as messages[0].content, from pydantic's error location."""
     name = ""
-    for step in location[1:]:
-        if isinstance(step, int):
-            name += f"[{step}]"
-        elif step.isidentifier() and step not in ("str", "int"):  # not the name of one of a field's possible types
-            name += f".{step}" if name else step
+    for part in location[1:]:
+        if isinstance(part, int):
+            name += f"[{part}]"
+        elif part.isidentifier() and part not in ("str", "int"):  # not a type of a union
+            name += f".{part}" if name else part
         else:
             break
     return name
 
 
 def validation_api_error(errors: Sequence[Any]) -> APIError:
-    """What pydantic found wrong, as one refusal: the first thing, or that none of a field's possible types fits."""
+    """One API error from pydantic's errors: the first one, with all alternatives if the field is a union."""
     first_error = errors[0]
     param = field_path(first_error["loc"]) or None
     if first_error["type"] == "json_invalid":
         return APIError(400, f"the body is not JSON: {first_error.get('ctx', {}).get('error', 'it cannot be read')}")
     if not param:
-        return APIError(400, "the body is a JSON object, sent with Content-Type: application/json")
+        return APIError(400, "the body must be a JSON object with Content-Type: application/json")
     messages = dict.fromkeys(error["msg"] for error in errors if (field_path(error["loc"]) or None) == param)
     return APIError(400, f"{param}: {'; or: '.join(messages)}", param=param)
 
 
 def finite_logprob(logprob: float) -> float:
-    """A log-probability as JSON can say it; what is impossible is -9999, as in OpenAI's API."""
+    """A log-probability that JSON can represent; -inf becomes -9999, as in OpenAI's API."""
     if math.isnan(logprob):
-        raise APIError(500, "the model's logits are not finite numbers: its weights are damaged. See nextword verify")
+        raise APIError(500, "the logits are not finite: the weights may be damaged, check them with nextword verify")
     return max(logprob, -9999.0)

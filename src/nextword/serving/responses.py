@@ -1,4 +1,4 @@
-"""From the engine's events to OpenAI's objects: texts, log-probabilities, chunks of a stream."""
+"""Engine events to OpenAI's response objects: text, log-probabilities and chunks of a stream."""
 
 import codecs
 import secrets
@@ -14,14 +14,14 @@ from nextword.serving.protocol import APIError, finite_logprob
 
 
 class TokenText:
-    """Single tokens as text."""
+    """Decodes single tokens."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.special_token_names = {id: name for name, id in tokenizer.special_tokens.items()}
         self.token_bytes = lru_cache(2**16)(tokenizer.token_bytes)
 
     def decode(self, token_id: int) -> str:
-        """A token by itself. One that is no whole characters is spelt in bytes, so that two never look alike."""
+        """Text of one token. Incomplete UTF-8 is shown as bytes, which keeps the tokens distinct."""
         data = self.token_bytes(token_id)
         try:
             return data.decode() if data else self.special_token_names.get(token_id, "")
@@ -30,7 +30,7 @@ class TokenText:
 
 
 class LogprobEntry(NamedTuple):
-    """A token of a text, how likely it was (None for the first of a prompt), and how many characters stand before it."""
+    """A token, its log-probability (None for the first of a prompt), and its offset in the text in characters."""
 
     token_id: int
     token_logprob: TokenLogprob | None
@@ -38,26 +38,29 @@ class LogprobEntry(NamedTuple):
 
 
 class ChoiceState:
-    """One text as it comes.
+    """State of one generated sequence.
 
-    Log-probabilities are told with the text they belong to: those of a token that may become part of a stop string wait
-    as its characters do.
+    Log-probabilities are emitted together with their text: those of a token that may become part of a stop string are held
+    back with its characters.
     """
 
     def __init__(self, token_text: TokenText, stop_token_ids: frozenset[int] = frozenset(), offset: int = 0):
         self.token_text, self.stop_token_ids = token_text, stop_token_ids
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.offset = self.emitted_offset = offset  # characters of the tokens so far, and of what can be shown of them
+        self.offset = self.emitted_offset = offset  # characters generated, and emitted
         self.pending: list[LogprobEntry] = []
         self.num_tokens = 0
         self.logprobs: list[float] = []
         self.finish_reason: Literal["stop", "length"] | None = None
 
     def process_event(self, event: Event) -> tuple[str, list[LogprobEntry]]:
-        """What can be shown now.
+        """Process one engine event.
+
+        Returns:
+            The new text and the log-probabilities that belong to it.
 
         Raises:
-            Refusal: the text has ended with an error.
+            APIError: The sequence ended with an error.
         """
         if event.finish_reason == "error":
             raise APIError(500, event.error or "the engine failed")
@@ -80,9 +83,9 @@ class ChoiceState:
         self.offset += len(self.decoder.decode(self.token_text.token_bytes(token_id)))
 
     def add_prompt(self, token_ids: Sequence[int], token_logprobs: Sequence[TokenLogprob | None]) -> list[LogprobEntry]:
-        """The entries of a prompt, which the text then follows."""
-        for token, choice in zip(token_ids, token_logprobs, strict=True):
-            self.append_token(token, choice)
+        """Log-probabilities of the prompt, for `echo`."""
+        for token_id, token_logprob in zip(token_ids, token_logprobs, strict=True):
+            self.append_token(token_id, token_logprob)
         self.offset += len(self.decoder.decode(b"", final=True))
         self.decoder.reset()
         entries, self.pending, self.emitted_offset = self.pending, [], self.offset
@@ -99,7 +102,7 @@ class ChoiceState:
 def format_completion_logprobs(
     token_text: TokenText, entries: Sequence[LogprobEntry], num_logprobs: int
 ) -> dict[str, Any]:
-    """The form of /v1/completions. Each token that was drawn is among its alternatives."""
+    """Log-probabilities in the format of /v1/completions. The sampled token is always among the alternatives."""
     top: list[dict[str, float] | None] = []
     for entry in entries:
         if entry.token_logprob is None or num_logprobs == 0:
@@ -125,7 +128,7 @@ def format_completion_logprobs(
 def format_chat_logprobs(
     token_text: TokenText, entries: Sequence[LogprobEntry], stop_token_ids: frozenset[int]
 ) -> dict[str, Any]:
-    """The form of /v1/chat/completions. The token that ends an answer is not part of it."""
+    """Log-probabilities in the format of /v1/chat/completions, without the token that ends the message."""
 
     def format_token(id: int, logprob: float) -> dict[str, Any]:
         return {
@@ -145,19 +148,21 @@ def format_chat_logprobs(
     return {"content": content, "refusal": None}
 
 
-# ---------------------------------------------------------------- objects
+# ---------------------------------------------------------------- response objects
 
 
 class CompletionFormatter:
-    """How /v1/completions tells a text: whole, or in chunks.
+    """Choices and chunks of /v1/completions.
 
     Args:
-        logprobs: how many likelier tokens are told; None tells no log-probability at all.
-        echoes: the prompt that each text is to begin with, where it is asked for.
+        token_text: Decoder of single tokens.
+        stop_token_ids: Token ids that end a sequence.
+        num_logprobs: Number of alternatives per token. None omits log-probabilities.
+        echoed_prompts: Prompt that each sequence starts with, for `echo`.
     """
 
     object_type, id_prefix, chunk_object_type = "text_completion", "cmpl", "text_completion"
-    separate_finish_chunk = False  # whether the reason why a streamed text has ended comes after its last part
+    separate_finish_chunk = False  # whether finish_reason comes in a chunk of its own
 
     def __init__(
         self,
@@ -166,24 +171,23 @@ class CompletionFormatter:
         num_logprobs: int | None,
         echoed_prompts: Sequence[str] = (),
     ):
-        self.token_text, self.stop_token_ids, self.num_logprobs, self.echoed_prompts = (
-            token_text,
-            stop_token_ids,
-            num_logprobs,
-            echoed_prompts,
-        )
+        self.token_text, self.stop_token_ids = token_text, stop_token_ids
+        self.num_logprobs, self.echoed_prompts = num_logprobs, echoed_prompts
 
     def common_fields(self, model: str) -> dict[str, Any]:
-        """What every object of one answer begins with."""
+        """Fields of every object of one response."""
         return {
-            "id": f"{self.id_prefix}-{secrets.token_hex(12)}", "object": self.object_type, "created": int(time.time()), "model": model,
+            "id": f"{self.id_prefix}-{secrets.token_hex(12)}",
+            "object": self.object_type,
+            "created": int(time.time()),
+            "model": model,
             "system_fingerprint": None,
-        }  # fmt: skip
+        }
 
     def format_choice(
         self, index: int, sequence_index: int, text: str, entries: Sequence[LogprobEntry], finish_reason: str | None
     ) -> dict[str, Any]:
-        """The choice `index` of an answer, which is the text `number` of those that were asked for."""
+        """Choice number `index` of the response, generated as sequence `sequence_index` of the request."""
         text = (self.echoed_prompts[sequence_index] if self.echoed_prompts else "") + text
         return {
             "index": index,
@@ -193,7 +197,7 @@ class CompletionFormatter:
         }
 
     def format_first_chunk(self, index: int) -> dict[str, Any] | None:
-        """What a stream says of a choice before anything else."""
+        """First chunk of a choice, if there is one."""
         return self.format_chunk(index, self.echoed_prompts[index], []) if self.echoed_prompts else None
 
     def format_chunk(
@@ -215,7 +219,7 @@ class CompletionFormatter:
 
 
 class ChatCompletionFormatter(CompletionFormatter):
-    """How /v1/chat/completions does."""
+    """Choices and chunks of /v1/chat/completions."""
 
     object_type, id_prefix, chunk_object_type = "chat.completion", "chatcmpl", "chat.completion.chunk"
     separate_finish_chunk = True
@@ -252,7 +256,5 @@ class ChatCompletionFormatter(CompletionFormatter):
 
 
 def make_usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    return {
-        "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }  # fmt: skip
+    total = prompt_tokens + completion_tokens
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}

@@ -1,4 +1,4 @@
-"""The routes of the API. Each says what it takes and gives; how texts are written is in `writing`, limits in `protocol`."""
+"""Routes of the OpenAI-compatible API. Limits are in `protocol`, response bodies in `responses` and `streaming`."""
 
 import base64
 import struct
@@ -27,7 +27,7 @@ from nextword.serving.service import Service
 from nextword.serving.streaming import ResponseWriter, cancel_on_disconnect
 
 router = APIRouter(default_response_class=UTF8JSONResponse, responses=openapi.ERROR_RESPONSES)
-DEFAULT_MAX_TOKENS = 16  # what max_tokens is where it is not said, as in OpenAI's API
+DEFAULT_MAX_TOKENS = 16  # default of max_tokens in /v1/completions, as in OpenAI's API
 CHAT_TEMPLATE_HEADER = "X-Nextword-Chat-Template"
 
 
@@ -39,44 +39,52 @@ ServiceDep = Annotated[Service, Depends(get_service)]
 
 
 def validate_request(body: BaseCompletionRequest, n: int, best_of: int, num_sequences: int, max_tokens: int) -> None:
-    """Raises `Refusal` for settings that exclude each other, or ask for too much together."""
+    """Check settings that depend on each other.
+
+    Raises:
+        APIError: Two settings exclude each other, or the request asks for too many tokens.
+    """
     if num_sequences * max_tokens > MAX_REQUEST_TOKENS:
         message = (
-            f"{num_sequences} texts of {max_tokens:,} tokens are more than the {MAX_REQUEST_TOKENS:,} of one request"
+            f"{num_sequences} sequences of {max_tokens:,} tokens exceed the limit of {MAX_REQUEST_TOKENS:,} tokens per request"
         )
         raise APIError(400, message, param="max_tokens")
     if best_of < n:
-        raise APIError(400, f"best_of: {best_of} texts cannot give the best {n}", param="best_of")
+        raise APIError(400, f"best_of: must be at least n ({n}), not {best_of}", param="best_of")
     if body.stream and best_of > n:
-        raise APIError(400, "best_of: a stream cannot take back what it has shown; leave out stream", param="best_of")
+        raise APIError(400, "best_of: not supported together with stream", param="best_of")
     if body.stream_options is not None and not body.stream:
-        raise APIError(400, "stream_options: only with stream", param="stream_options")
+        raise APIError(400, "stream_options: requires stream", param="stream_options")
 
 
 @router.post("/v1/completions", responses=openapi.COMPLETION_RESPONSE)
 async def completions(body: CompletionRequest, request: Request, service: ServiceDep) -> Response:
-    """Text that goes on from a prompt, a list of them, or token ids. It may run past the context length: the window slides."""
+    """Complete one or more prompts, given as text or token ids. Beyond the context length the window slides."""
     service.check_model(body.model)
     prompts, n = body.prompts(), body.n or 1
     samples_per_prompt = n if body.best_of is None else body.best_of
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     validate_request(body, n, samples_per_prompt, len(prompts) * samples_per_prompt, max_tokens)
     if body.suffix:
-        raise APIError(400, "suffix: this model cannot write what stands before a text", param="suffix")
+        raise APIError(400, "suffix: this model does not support fill-in-the-middle", param="suffix")
     with service.worker.admit(len(prompts) * samples_per_prompt) as handle:
-        # The log-probability of what is drawn decides which texts are the best.
+        # best_of ranks sequences by the log-probabilities of their tokens.
         logprobs = 0 if body.logprobs is None and samples_per_prompt > n else body.logprobs
         sampling = body.to_sampling(
-            service.model.tokenizer.vocab_size, stop=body.stop_strings, logprobs=logprobs, max_tokens=max_tokens,
+            service.model.tokenizer.vocab_size,
+            stop=body.stop_strings,
+            logprobs=logprobs,
+            max_tokens=max_tokens,
             prompt_logprobs=body.logprobs if body.echo else None,
-        )  # fmt: skip
+        )
         truncate_to = body.truncate_prompt_tokens
         ids = [await service.encode_prompt(prompt, truncate_to=truncate_to) for prompt in prompts]
         constraints = await service.compile_constraints(body.response_schema(), len(ids) * samples_per_prompt)
-        index = [None if body.seed is None else i % samples_per_prompt for i in range(len(constraints))]
         generation_requests = [
-            GenerationRequest(ids[i // samples_per_prompt], sampling, index[i], constraints[i])
-            for i in range(len(constraints))
+            GenerationRequest(
+                ids[i // samples_per_prompt], sampling, None if body.seed is None else i % samples_per_prompt, constraint
+            )
+            for i, constraint in enumerate(constraints)
         ]
         echoed_prompts = []
         if body.echo:
@@ -90,15 +98,18 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
             service.token_text, service.chat_encoder.stop_token_ids, body.logprobs, echoed_prompts
         )
         writer = ResponseWriter(
-            handle, generation_requests, formatter, service.name, num_prompts=len(ids), num_choices=n, extra_fields={}
+            handle, generation_requests, formatter, service.name, num_prompts=len(ids), num_choices=n
         )
         return await writer.respond(body, request.receive, {})
 
 
 @router.post("/v1/chat/completions", responses=openapi.CHAT_COMPLETION_RESPONSE)
 async def chat(body: ChatRequest, request: Request, service: ServiceDep) -> Response:
-    """An assistant's answer to a conversation. A model that has learned none is shown a plain dialogue, and the field
-    `nextword.chat_template` and a header say so. No answer slides out of the context: it is as long as there is room."""
+    """Generate the assistant's next message of a conversation.
+
+    A model that was not fine-tuned for chat gets a plain dialogue as its prompt; the field `nextword.chat_template` and a
+    header report which template was used. The response never exceeds the context length.
+    """
     service.check_model(body.model)
     n = body.n or 1
     requested_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
@@ -107,15 +118,17 @@ async def chat(body: ChatRequest, request: Request, service: ServiceDep) -> Resp
     )
     validate_request(body, n, n, n, requested_tokens)
     if body.top_logprobs is not None and not body.logprobs:
-        raise APIError(400, "top_logprobs: only with logprobs", param="top_logprobs")
+        raise APIError(400, "top_logprobs: requires logprobs", param="top_logprobs")
     with service.worker.admit(n) as handle:
         ids = service.check_context(await service.chat_encoder.encode(body.to_messages()), "messages")
         available_tokens = max(1, service.context_length - len(ids))
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         sampling = body.to_sampling(
-            service.model.tokenizer.vocab_size, stop=(*body.stop_strings, *service.chat_encoder.stop_strings), logprobs=logprobs,
+            service.model.tokenizer.vocab_size,
+            stop=(*body.stop_strings, *service.chat_encoder.stop_strings),
+            logprobs=logprobs,
             max_tokens=min(available_tokens, requested_tokens),
-        )  # fmt: skip
+        )
         constraints = await service.compile_constraints(body.response_schema(), n)
         generation_requests = [
             GenerationRequest(ids, sampling, None if body.seed is None else i, constraints[i]) for i in range(n)
@@ -123,42 +136,36 @@ async def chat(body: ChatRequest, request: Request, service: ServiceDep) -> Resp
         formatter = ChatCompletionFormatter(service.token_text, service.chat_encoder.stop_token_ids, logprobs)
         extra_fields = {"nextword": {"chat_template": service.chat_encoder.name}}
         writer = ResponseWriter(
-            handle,
-            generation_requests,
-            formatter,
-            service.name,
-            num_prompts=1,
-            num_choices=n,
-            extra_fields=extra_fields,
+            handle, generation_requests, formatter, service.name, num_choices=n, extra_fields=extra_fields
         )
         return await writer.respond(body, request.receive, {CHAT_TEMPLATE_HEADER: service.chat_encoder.name})
 
 
 @router.get("/v1/models", responses=openapi.MODEL_LIST_RESPONSE)
 async def models(service: ServiceDep) -> Response:
-    """The one model that is served, and what it can."""
+    """List the served model and its capabilities."""
     service.ensure_ready()
     return UTF8JSONResponse({"object": "list", "data": [service.model_info()]})
 
 
 @router.get("/v1/models/{name:path}", responses=openapi.MODEL_RESPONSE)
 async def model(name: str, service: ServiceDep) -> Response:
-    """The same, by its name."""
+    """Retrieve a model by name."""
     service.check_model(name)
     return UTF8JSONResponse(service.model_info())
 
 
 @router.post("/v1/embeddings", responses=openapi.EMBEDDINGS_RESPONSE)
 async def embeddings(body: EmbeddingRequest, request: Request, service: ServiceDep) -> Response:
-    """A vector for each text: the mean of the model's final hidden states over its tokens, scaled to length 1."""
+    """Embed texts: the mean of the final hidden states over the tokens, L2-normalised."""
     service.check_model(body.model)
     embedding_dim = service.model.gpt.config.d_model
     if body.dimensions not in (None, embedding_dim):
         raise APIError(
-            400, f"dimensions: this model's vectors have {embedding_dim}, no fewer and no more", param="dimensions"
+            400, f"dimensions: this model's embeddings have {embedding_dim} dimensions", param="dimensions"
         )
     if "" in body.inputs():
-        raise APIError(400, "input: an empty text has no vector", param="input")
+        raise APIError(400, "input: must not be empty", param="input")
     data: list[dict[str, Any]] = []
     tokens = 0
     handle = service.worker.admit(1)
@@ -186,7 +193,7 @@ async def embeddings(body: EmbeddingRequest, request: Request, service: ServiceD
 
 @router.post("/v1/classify", responses=openapi.CLASSIFY_RESPONSE)
 async def classify(body: ClassifyRequest, request: Request, service: ServiceDep) -> Response:
-    """What a fine-tuned model says of each text: `label`, `labels` or `score`, and `probabilities`."""
+    """Predictions of a fine-tuned model: `label`, `labels` or `score`, and `probabilities` for each text."""
     service.check_model(body.model)
     data = []
     handle = service.worker.admit(1)
@@ -199,12 +206,15 @@ async def classify(body: ClassifyRequest, request: Request, service: ServiceDep)
 
 @router.post("/tokenize", responses=openapi.TOKENIZE_RESPONSE)
 async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
-    """The ids of a text, or of a conversation. Markers in a text are text; a prompt that is nothing but a marker is asked for
-    its id (so lm-eval learns which one ends a text)."""
+    """Tokenize a text or a conversation.
+
+    Special tokens inside a text are encoded as text. A prompt that is exactly one special token returns its id: lm-eval
+    looks up the end-of-text token this way.
+    """
     service.ensure_ready()
     tokenizer = service.model.tokenizer
     if (body.prompt is None) == (body.messages is None):
-        raise APIError(400, "say either prompt or messages", param="prompt")
+        raise APIError(400, "exactly one of prompt and messages is required", param="prompt")
     if body.messages is not None:
         ids = await service.chat_encoder.encode([message.to_dict(i) for i, message in enumerate(body.messages)])
     elif body.prompt in tokenizer.special_tokens:
@@ -221,17 +231,17 @@ async def tokenize(body: TokenizeRequest, service: ServiceDep) -> Response:
 
 @router.post("/detokenize", responses=openapi.DETOKENIZE_RESPONSE)
 async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Response:
-    """The text of ids, special tokens left out."""
+    """Decode token ids to text, without special tokens."""
     service.ensure_ready()
     tokenizer = service.model.tokenizer
     if body.tokens and (largest := max(body.tokens)) >= tokenizer.vocab_size:
-        raise APIError(400, f"tokens: {largest} is no token id; there are {tokenizer.vocab_size}", param="tokens")
+        raise APIError(400, f"tokens: {largest} is not a token id; the vocabulary has {tokenizer.vocab_size} tokens", param="tokens")
     return UTF8JSONResponse({"prompt": tokenizer.decode(body.tokens)})
 
 
 @router.get("/tokenizer_info", responses=openapi.TOKENIZER_INFO_RESPONSE)
 async def tokenizer_info(service: ServiceDep) -> Response:
-    """What lm-eval's remote tokenizer asks for, as vLLM gives it: the tokenizer's configuration and its special tokens."""
+    """Tokenizer configuration and special tokens in vLLM's format, as lm-eval's remote tokenizer reads them."""
     service.ensure_ready()
     tokenizer = service.model.tokenizer
     names = {id: name for name, id in tokenizer.special_tokens.items()}
@@ -251,12 +261,12 @@ async def tokenizer_info(service: ServiceDep) -> Response:
 
 @router.get("/health", responses=openapi.HEALTH_RESPONSE)
 async def health(service: ServiceDep) -> Response:
-    """200 while requests are let in, else 503."""
+    """200 while requests are accepted, 503 otherwise."""
     state = service.worker.state
     return UTF8JSONResponse({"status": state, "model": service.name}, 200 if state == "ready" else 503)
 
 
 @router.get("/metrics", response_class=PlainTextResponse, responses=openapi.METRICS_RESPONSE)
 async def metrics(service: ServiceDep) -> Response:
-    """Counters for Prometheus."""
+    """Metrics in Prometheus' text format."""
     return PlainTextResponse(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,7 +1,7 @@
-"""Who is let in, and with how much: everything that is checked before a request is looked at, and the headers of every answer.
+"""Access control, request limits and security headers: everything that is checked before a request is parsed.
 
-A page somewhere in the web can make a browser send requests to this machine. So the name that a request was sent to must be
-one of this server's (a name can be made to point here: DNS rebinding), and so must the page that sends it.
+Any web page can make a browser send requests to this machine. The Host header must therefore name this server, which
+prevents DNS rebinding, and so must the Origin header of cross-site requests.
 """
 
 import asyncio
@@ -18,10 +18,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nextword.serving.protocol import MAX_BODY_BYTES, MAX_TOTAL_BODY_BYTES, APIError, error_response
 
 MAX_HEADERS, MAX_HEADER_BYTES = 100, 2**14
-MAX_PATH_BYTES = 2**13  # bytes of path and query
-BODY_TIMEOUT = 60.0  # for sending it
-SMALL_BODY_BYTES = 2**16  # bytes of a body that is taken however many others there are
-# What is refused for its size is read to its end and thrown away, since many clients read an answer only after that; so far:
+MAX_PATH_BYTES = 2**13  # path and query
+BODY_TIMEOUT = 60.0  # seconds for receiving a body
+SMALL_BODY_BYTES = 2**16  # bodies up to this size are accepted regardless of MAX_TOTAL_BODY_BYTES
+# The rest of a rejected body is read and discarded, because many clients read the response only after sending everything.
 MAX_DISCARD_BYTES, DISCARD_TIMEOUT = 2**30, 10.0
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 SECURITY_HEADERS = (
@@ -35,12 +35,12 @@ SECURITY_HEADERS = (
 )
 HOST_PATTERN = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/@\[\]]+)(?::[0-9]{1,5})?")
 
-# A route, the status that was answered, and the seconds that it took.
+# Called with the route, the status code and the duration in seconds.
 RequestObserver = Callable[[str, int, float], None]
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine alone."""
+    """Whether an address is reachable from this machine only."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -49,13 +49,13 @@ def is_loopback(host: str) -> bool:
 
 @dataclass(frozen=True)
 class AccessPolicy:
-    """Who is let in.
+    """Conditions for accepting a request.
 
     Attributes:
-        hosts: the names that the server goes by, beside those of the loopback; "*" allows any.
-        key: what is to be sent as `Authorization: Bearer KEY`; None lets everybody in.
-        open: the paths that need no key.
-        any_address: the server listens on all of the machine's addresses, so each of them is a name of it.
+        allowed_hosts: Host names of the server besides the loopback names. "*" allows any.
+        api_key: Key that clients send as `Authorization: Bearer KEY`. None accepts requests without a key.
+        public_paths: Paths that need no key.
+        binds_all_addresses: The server listens on all addresses of the machine, so each of them is a valid host name.
     """
 
     allowed_hosts: frozenset[str] = frozenset()
@@ -64,12 +64,12 @@ class AccessPolicy:
     binds_all_addresses: bool = False
 
     def check(self, scope: Scope) -> None:
-        """Raises `Refusal` for a request that is not let in. Nothing of its body has been read."""
+        """Raises `APIError` if a request is not accepted. Only reads the headers."""
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
-            raise APIError(431, f"at most {MAX_HEADERS} headers of {MAX_HEADER_BYTES:,} bytes together")
+            raise APIError(431, f"too many headers: at most {MAX_HEADERS} with {MAX_HEADER_BYTES:,} bytes in total")
         if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_PATH_BYTES:
-            raise APIError(414, f"at most {MAX_PATH_BYTES:,} bytes of path and query")
+            raise APIError(414, f"path and query are too long: at most {MAX_PATH_BYTES:,} bytes")
         self._check_host(scope)
         if self.api_key is not None and scope["path"] not in self.public_paths:
             self._check_api_key(scope)
@@ -78,38 +78,38 @@ class AccessPolicy:
         host_headers = header_values(scope, b"host")
         match = HOST_PATTERN.fullmatch(host_headers[0].lower()) if len(host_headers) == 1 else None
         if match is None:
-            raise APIError(400, "a request needs one Host header")
+            raise APIError(400, "exactly one Host header is required")
         name = match[1].rstrip(".")
         allowed_names = self.allowed_hosts | LOOPBACK_HOSTS
         if self.binds_all_addresses and scope.get("server"):
             address = scope["server"][0]
             allowed_names |= {f"[{address}]" if ":" in address else address}
         if "*" not in allowed_names and name not in allowed_names:
-            message = f"this server does not go by the name {name[:100]!r}: allow it by --allowed-host"
+            message = f"host {name[:100]!r} is not allowed: add it with --allowed-host"
             raise APIError(403, message, code="host_not_allowed")
-        # Browsers say which page sends a request, unless it only reads; a page of another place has no business here.
+        # Browsers send the Origin of cross-site requests that are not plain reads.
         for origin in header_values(scope, b"origin"):
             if origin.lower().partition("://")[2] != host_headers[0].lower():
-                raise APIError(403, "requests of other pages are refused", code="origin_not_allowed")
+                raise APIError(403, "cross-origin requests are not allowed", code="origin_not_allowed")
 
     def _check_api_key(self, scope: Scope) -> None:
         auth_headers = header_values(scope, b"authorization")
         scheme, _, key = auth_headers[0].partition(" ") if len(auth_headers) == 1 else ("", "", "")
-        # Hashes have one length, so that the time tells nothing of the key's.
-        hashes = [hashlib.sha256(one.encode()).digest() for one in (key.strip(), self.api_key or "")]
+        # Comparing hashes of equal length does not leak the length of the key through timing.
+        hashes = [hashlib.sha256(value.encode()).digest() for value in (key.strip(), self.api_key or "")]
         if not (hmac.compare_digest(*hashes) and scheme.lower() == "bearer"):
             headers = {"WWW-Authenticate": "Bearer"}
             raise APIError(
-                401, "no valid API key: send it as Authorization: Bearer KEY", code="invalid_api_key", headers=headers
+                401, "missing or invalid API key: send it as Authorization: Bearer KEY", code="invalid_api_key", headers=headers
             )
 
 
 class SecurityMiddleware:
-    """The outermost part of the application."""
+    """Outermost ASGI middleware: access policy, body limits, security headers and request metrics."""
 
     def __init__(self, app: ASGIApp, policy: AccessPolicy, observer: RequestObserver):
         self.app, self.policy, self.observer = app, policy, observer
-        self.buffered_body_bytes = 0  # bytes of bodies
+        self.buffered_body_bytes = 0  # of all requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -132,9 +132,9 @@ class SecurityMiddleware:
                     await discard_body(scope, receive)
                     raise
                 body = await self.read_body(scope, receive)
-            except APIError as refusal:
-                refusal.headers["Connection"] = "close"
-                await error_response(refusal)(scope, receive, send_with_headers)
+            except APIError as error:
+                error.headers["Connection"] = "close"
+                await error_response(error)(scope, receive, send_with_headers)
                 return
             if body is not None:
                 await self.app(scope, replay_receive(body, receive), send_with_headers)
@@ -145,12 +145,12 @@ class SecurityMiddleware:
                 self.observer(route, status, time.monotonic() - start_time)
 
     async def read_body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body, which then counts as held; None where the client leaves before its end.
+        """Read the whole body and count it in `buffered_body_bytes`. None if the client disconnects.
 
         Raises:
-            Refusal: it is too large, or comes too slowly, or there are too many large ones at once.
+            APIError: The body is too large or arrives too slowly, or too many large bodies are buffered.
         """
-        too_large = APIError(413, f"a body has at most {MAX_BODY_BYTES:,} bytes", code="body_too_large")
+        too_large = APIError(413, f"the body is too large: at most {MAX_BODY_BYTES:,} bytes", code="body_too_large")
         if any(
             length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES
             for length in header_values(scope, b"content-length")
@@ -170,13 +170,13 @@ class SecurityMiddleware:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    piece = message.get("body", b"")
-                    body += piece
-                    self.buffered_body_bytes += len(piece)
+                    chunk = message.get("body", b"")
+                    body += chunk
+                    self.buffered_body_bytes += len(chunk)
                     more = message.get("more_body", False)
             complete = not more and fits()
         except TimeoutError as error:
-            raise APIError(408, f"the body did not come within {BODY_TIMEOUT:.0f} s") from error
+            raise APIError(408, f"the body was not received within {BODY_TIMEOUT:.0f} s") from error
         finally:
             if not complete:
                 self.buffered_body_bytes -= len(body)
@@ -186,7 +186,7 @@ class SecurityMiddleware:
             await discard_body(scope, receive)
         if len(body) > MAX_BODY_BYTES:
             raise too_large
-        raise APIError(429, "too many large requests at once: try again later", headers={"Retry-After": "1"})
+        raise APIError(429, "too many large requests: try again later", headers={"Retry-After": "1"})
 
 
 def header_values(scope: Scope, name: bytes) -> list[str]:
@@ -194,7 +194,7 @@ def header_values(scope: Scope, name: bytes) -> list[str]:
 
 
 async def discard_body(scope: Scope, receive: Receive) -> None:
-    """Read what the client still sends, to its end or as far as one is willing to; nothing of one that waits to be told."""
+    """Read and discard the rest of a body within limits; nothing if the client waits for 100 Continue."""
     if "100-continue" in [value.lower() for value in header_values(scope, b"expect")]:
         return
     size = 0
@@ -210,7 +210,7 @@ async def discard_body(scope: Scope, receive: Receive) -> None:
 
 
 def replay_receive(body: bytes, receive: Receive) -> Receive:
-    """What gives the body once, and after that what the connection says."""
+    """An ASGI receive callable that returns the body once, then the messages of the connection."""
     replayed = False
 
     async def replay() -> Message:

@@ -1,4 +1,4 @@
-"""A model that is served: what is made of it when it is loaded, and what the routes ask of it."""
+"""The served model: loading, validation of requests against it, embeddings and classification."""
 
 import asyncio
 import json
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from nextword.common.console import Console
 from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
+from nextword.common.format import format_bytes
 from nextword.data.issues import IssueLog
 from nextword.inference.constrained import ConstraintCompiler, JSONConstraint
 from nextword.inference.engine import Engine
@@ -30,22 +31,26 @@ from nextword.serving.responses import TokenText
 from nextword.tasks.dataset import HEAD_KINDS, TaskSpec
 from nextword.tasks.task_data import example_from_texts
 
-MAX_INLINE_ENCODE_CHARS = 4096  # characters that are encoded in a thread, since the event loop would be held up
-SCHEMA_TIMEOUT = 5.0  # for making a grammar
+MAX_INLINE_ENCODE_CHARS = 4096  # longer texts are tokenized in a thread, to keep the event loop responsive
+SCHEMA_TIMEOUT = 5.0  # seconds for compiling a JSON schema
 
 
 @dataclass(frozen=True)
 class ServiceConfig:
-    """What is served and how; where and to whom is the server's matter.
+    """Configuration of a served model.
 
     Attributes:
-        name: what clients call the model; None takes the folder's.
-        max_batch: how many texts run at once, at most.
-        queue: how many more may wait.
-        deterministic: no text's numbers depend on the others, whatever the machine.
+        model: Model or run directory.
+        name: Model name in the API. None takes the name of the directory.
+        device: Device, or "auto".
+        precision: Precision of the weights.
+        max_batch: Maximum number of sequences that run at once.
+        queue: Maximum number of sequences that wait.
+        deterministic: Make each sequence independent of the others in its batch, bit for bit.
+        seed: Random seed of requests without one. None draws a new seed at each start.
 
     Raises:
-        UsageError: a number that is none.
+        UsageError: `max_batch` or `queue` is out of range.
     """
 
     model: Path
@@ -65,14 +70,15 @@ class ServiceConfig:
 
 
 class Service:
-    """Made at once; what belongs to its model is there when it is `opened`."""
+    """The served model. The attributes that depend on the model are set once `is_loaded` is true."""
 
     def __init__(self, config: ServiceConfig, console: Console):
         self.config, self.console = config, console
         self.model_dir = resolve_model_dir(config.model)
-        folder = self.model_dir.resolve()
-        self.name = config.name or (folder.parent if (folder.parent / "run.json").is_file() else folder).name
-        # Clients that have one model in mind need not know what this one is called.
+        directory = self.model_dir.resolve()
+        is_run = (directory.parent / "run.json").is_file()
+        self.name = config.name or (directory.parent if is_run else directory).name
+        # Clients with a fixed model name may use the path or "nextword" instead of the name.
         self.accepted_names = {self.name, str(config.model), "nextword"}
         self.metrics = Metrics()
         self.worker = EngineWorker(self.load_engine, config.queue, self.metrics)
@@ -87,33 +93,33 @@ class Service:
         self.task_spec: TaskSpec | None = None
         self.predictor: Predictor | None = None
         self.kv_cache_bytes = 0
-        self.max_token_bytes = 1  # bytes
+        self.max_token_bytes = 1
         for name, help, read in (
-            ("nextword_texts_running", "Texts that have a slot.", lambda: self.worker.num_running),
-            ("nextword_texts_waiting", "Texts in the queue.", lambda: self.worker.num_waiting),
-            ("nextword_texts_held", "Texts that were let in and are not finished.", lambda: self.worker.num_active),
+            ("nextword_texts_running", "Running sequences.", lambda: self.worker.num_running),
+            ("nextword_texts_waiting", "Queued sequences.", lambda: self.worker.num_waiting),
+            ("nextword_texts_held", "Admitted sequences that are not finished.", lambda: self.worker.num_active),
             (
                 "nextword_requests_open",
-                "Requests that were let in and have not left.",
+                "Admitted requests that are not finished.",
                 lambda: len(self.worker.handles),
             ),
             (
                 "nextword_events_unread",
-                "Parts of answers that clients have yet to read.",
+                "Events that clients have not read yet.",
                 lambda: self.worker.num_unread_events,
             ),
-            ("nextword_slots", "Texts that can run at once.", lambda: self.worker.num_slots),
-            ("nextword_key_value_bytes", "Memory that is kept for keys and values.", lambda: self.kv_cache_bytes),
+            ("nextword_slots", "Maximum number of running sequences.", lambda: self.worker.num_slots),
+            ("nextword_key_value_bytes", "Memory reserved for the KV cache, in bytes.", lambda: self.kv_cache_bytes),
         ):
             self.metrics.register_gauge(name, help, read)
 
-    # ---------------------------------------------------------------- in the engine's thread
+    # ---------------------------------------------------------------- engine thread
 
     def load_engine(self) -> Engine:
-        """Load the model and reserve its memory.
+        """Load the model and allocate the KV cache.
 
         Raises:
-            NextwordError: it cannot be opened, or there is no memory for one text.
+            NextwordError: The model cannot be opened, or the KV cache of one sequence does not fit into memory.
         """
         settings = self.config
         model = load(settings.model, settings.device, settings.precision)
@@ -121,9 +127,13 @@ class Service:
         chat_encoder = make_chat_encoder(self.model_dir, tokenizer)
         slots = self._fit_slots(gpt)
         engine = Engine(
-            gpt, tokenizer, max_batch=slots, seed=settings.seed, eos_ids=chat_encoder.stop_token_ids,
+            gpt,
+            tokenizer,
+            max_batch=slots,
+            seed=settings.seed,
+            eos_ids=chat_encoder.stop_token_ids,
             runner=build_runner(gpt, settings.precision, batch_invariant=settings.deterministic),
-        )  # fmt: skip
+        )
         with torch.inference_mode():
             engine.cache.reserve(slots, gpt.config.context_length, gpt.unembedding)
         self.kv_cache_bytes = 2 * engine.cache.keys.nbytes
@@ -133,12 +143,12 @@ class Service:
         self.model, self.chat_encoder, self.token_text = model, chat_encoder, TokenText(tokenizer)
         if tokenizer.kind != "foreign":
             self.max_token_bytes = max(len(self.token_text.token_bytes(id)) for id in range(tokenizer.vocab_size)) or 1
-        _ = tokenizer.mid_text  # made here, and not by the first who asks
+        _ = tokenizer.mid_text  # built here rather than by the first request
         self.is_loaded = True
         return engine
 
     def _fit_slots(self, gpt: GPT) -> int:
-        """As many as were asked for, or as have room in half of the memory that is free."""
+        """Number of slots: `max_batch`, or fewer if their KV cache would take more than half of the free memory."""
         config, weight = gpt.config, gpt.unembedding
         bytes_per_slot = (
             2 * config.n_layers * config.n_kv_heads * config.context_length * config.head_dim * weight.element_size()
@@ -149,50 +159,56 @@ class Service:
         slots = min(self.config.max_batch, free_bytes // 2 // bytes_per_slot)
         if slots < 1:
             raise NextwordError(
-                f"one text of {config.context_length:,} tokens needs {bytes_per_slot:,} bytes for its keys and values, and half of the "
-                f"memory that is free is {free_bytes // 2:,}: make room, or take a smaller model"
+                f"the KV cache of one sequence of {config.context_length:,} tokens needs {format_bytes(bytes_per_slot)}, but half of the "
+                f"free memory is {format_bytes(free_bytes // 2)}: free some memory, or use a smaller model"
             )
         if slots < self.config.max_batch:
             self.console.warn(
-                f"{slots} texts at once and not {self.config.max_batch}: each needs {bytes_per_slot:,} bytes for its keys and "
-                f"values, and they get half of the {free_bytes:,} bytes that are free"
+                f"running {slots} sequences at once instead of {self.config.max_batch}: the KV cache takes {format_bytes(bytes_per_slot)} "
+                f"per sequence and is limited to half of the {format_bytes(free_bytes)} of free memory"
             )
         return slots
 
-    # ---------------------------------------------------------------- for the routes
+    # ---------------------------------------------------------------- routes
 
     @property
     def context_length(self) -> int:
         return self.model.gpt.config.context_length
 
     def ensure_ready(self) -> None:
-        """Raises `Refusal` while the model is not there, or no longer."""
+        """Raises `APIError` (503) unless the model is loaded."""
         if not self.is_loaded:
             self.worker.admit(0)
 
     def check_model(self, model: str | None) -> None:
-        """Raises `Refusal` where a client means another model, or the one that there is cannot be asked now."""
+        """Raises `APIError`: 404 for an unknown model name, 503 unless the model is loaded."""
         self.ensure_ready()
         if model and model not in self.accepted_names:
-            message = f"there is no model {model[:200]!r} here, only {self.name!r}"
+            message = f"model {model[:200]!r} does not exist: this server has {self.name!r}"
             raise APIError(404, message, param="model", code="model_not_found")
 
     def model_info(self) -> dict[str, Any]:
-        """The model as /v1/models lists it."""
+        """The model's entry in /v1/models."""
         task_spec = self.task_spec
         return {
-            "id": self.name, "object": "model", "created": self.created, "owned_by": "nextword",
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "nextword",
             "max_model_len": self.context_length,
             "nextword": {
-                "chat": self.chat_encoder.name == "nextword" or self.chat_encoder.template is not None, "chat_template": self.chat_encoder.name,
-                "task": None if task_spec is None else task_spec.task, "labels": [] if task_spec is None else list(task_spec.labels),
-                "context_length": self.context_length, "precision": self.config.precision,
+                "chat": self.chat_encoder.name == "nextword" or self.chat_encoder.template is not None,
+                "chat_template": self.chat_encoder.name,
+                "task": None if task_spec is None else task_spec.task,
+                "labels": [] if task_spec is None else list(task_spec.labels),
+                "context_length": self.context_length,
+                "precision": self.config.precision,
                 "parameters": self.model.gpt.config.parameters,
             },
-        }  # fmt: skip
+        }
 
     async def encode_text(self, text: str) -> list[int]:
-        """The ids of a text alone, nothing put before it."""
+        """Tokenize a text without special tokens."""
         encode = self.model.tokenizer.encode
         if len(text) <= MAX_INLINE_ENCODE_CHARS:
             return encode(text)
@@ -201,24 +217,26 @@ class Service:
     async def encode_prompt(
         self, prompt: str | list[int], param: str = "prompt", truncate_to: int | None = None
     ) -> list[int]:
-        """The ids that a prompt stands for, which fit into the context.
+        """Token ids of a prompt, at most `context_length` of them.
 
         Args:
-            keep: of a longer one, so many of its end; -1 for as many as fit. None refuses it.
+            prompt: Text or token ids.
+            param: Name of the request field, for error messages.
+            truncate_to: Keep this many of the last tokens; -1 keeps as many as fit. None rejects a longer prompt.
 
         Raises:
-            Refusal: they do not fit, or one is not in the vocabulary.
+            APIError: The prompt is too long, or contains an id outside the vocabulary.
         """
         tokenizer = self.model.tokenizer
         if isinstance(prompt, str):
-            # Where tokens lose nothing, a text has at least so many; a long one need not be encoded to be refused.
+            # A lower bound on the number of tokens: most prompts that are too long are rejected without tokenizing them.
             if truncate_to is None and tokenizer.kind != "foreign":
                 self.check_context(range(len(prompt) // self.max_token_bytes), param)
-            await asyncio.sleep(0)  # others have their turn between the texts of a long list
+            await asyncio.sleep(0)  # let other requests run between the prompts of a long list
             ids = await self.encode_text(prompt)
             ids = ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
         elif (largest := max(prompt, default=0)) >= tokenizer.vocab_size:
-            raise APIError(400, f"{param}: {largest} is no token id; there are {tokenizer.vocab_size}", param=param)
+            raise APIError(400, f"{param}: {largest} is not a token id; the vocabulary has {tokenizer.vocab_size} tokens", param=param)
         else:
             ids = prompt
         if truncate_to is not None:
@@ -227,21 +245,22 @@ class Service:
         return self.check_context(ids or [tokenizer.eos_id], param)
 
     def check_context(self, ids: Any, param: str) -> Any:
-        """The ids themselves. Raises `Refusal` where they are more than the context holds."""
+        """Return `ids`. Raises `APIError` if there are more than the context length."""
         if len(ids) > self.context_length:
             raise APIError(
                 400,
                 f"this model's maximum context length is {self.context_length} tokens, and {param} has "
-                f"{'at least ' if isinstance(ids, range) else ''}{len(ids)}: make it shorter",
-                param=param, code="context_length_exceeded",
-            )  # fmt: skip
+                f"{'at least ' if isinstance(ids, range) else ''}{len(ids)} tokens: shorten it",
+                param=param,
+                code="context_length_exceeded",
+            )
         return ids
 
     async def compile_constraints(self, schema: dict[str, Any] | None, count: int) -> list[JSONConstraint | None]:
-        """What so many texts are held to.
+        """Compile a JSON schema into `count` decoding constraints.
 
         Raises:
-            Refusal: the schema cannot be held to, is too large, or takes too long.
+            APIError: The schema is not supported, too large, or takes too long to compile.
         """
         if schema is None:
             return [None] * count
@@ -259,7 +278,7 @@ class Service:
             compilation = asyncio.get_running_loop().run_in_executor(self.schema_executor, compile_schema)
             constraint = await asyncio.wait_for(compilation, SCHEMA_TIMEOUT)
         except TimeoutError as error:
-            raise APIError(400, f"{param}: the schema took more than {SCHEMA_TIMEOUT:.0f} s", param=param) from error
+            raise APIError(400, f"{param}: compiling the schema took more than {SCHEMA_TIMEOUT:.0f} s", param=param) from error
         except RecursionError as error:
             raise APIError(400, f"{param}: the schema is nested too deeply", param=param) from error
         except (UsageError, MissingDependencyError) as error:
@@ -270,15 +289,19 @@ class Service:
         return await self.worker.run_in_engine_thread(partial(mean_pooled_embedding, self.model.gpt, ids))
 
     async def classify(self, texts: list[str], index: int) -> dict[str, Any]:
-        """A fine-tuned model's answer to one example.
+        """Prediction of a fine-tuned model for one example.
+
+        Args:
+            texts: Texts of the example in the order of the task's input columns.
+            index: Position in the request, for error messages.
 
         Raises:
-            Refusal: the model has no such task, the texts are not what it takes, or they do not fit.
+            APIError: The model has no classification head, the number of texts is wrong, or they are too long.
         """
         predictor = self.predictor
         if predictor is None:
             raise APIError(
-                400, "this model was not fine-tuned to classify: see nextword finetune --help", param="model"
+                400, "this model has no classification head: see nextword finetune --help", param="model"
             )
         try:
             example = example_from_texts(predictor.task_spec.task, texts)
@@ -304,13 +327,13 @@ class Service:
 
 @torch.inference_mode()
 def mean_pooled_embedding(gpt: GPT, ids: list[int]) -> list[float]:
-    """The mean of a text's final hidden states, scaled to length 1 (D numbers)."""
+    """L2-normalised mean of the final hidden states [D] of token ids [T]."""
     hidden = gpt(torch.tensor([ids], device=gpt.unembedding.device))[0]  # [T, D]
     return F.normalize(hidden.float().mean(0), dim=0).tolist()
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that a program can still have, on a device or in this machine; None where the system does not say."""
+    """Free memory of a device in bytes, or None if the operating system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")

@@ -1,4 +1,4 @@
-"""The texts that one request asks for, from the engine's queue to the client: whole, or as a stream of events (SSE)."""
+"""Responses of generation requests: one JSON object, or a stream of server-sent events (SSE)."""
 
 import asyncio
 import contextlib
@@ -12,14 +12,14 @@ from nextword.serving.engine_worker import ClientDisconnected, GenerationRequest
 from nextword.serving.protocol import APIError, BaseCompletionRequest, UTF8JSONResponse, encode_json, error_response
 from nextword.serving.responses import ChoiceState, CompletionFormatter, LogprobEntry, make_usage
 
-SEND_TIMEOUT = 60.0  # seconds that a client may take to read what the connection has room for
+SEND_TIMEOUT = 60.0  # seconds that a client may take to read a full send buffer
 
 
 @contextlib.asynccontextmanager
 async def cancel_on_disconnect(receive: Receive, handle: RequestHandle) -> AsyncIterator[None]:
-    """End a request's work as soon as its client leaves, and in any case at the end of the block.
+    """Cancel a request when its client disconnects, and release it at the end of the block.
 
-    FastAPI does not: a handler that does not stream runs on for nobody.
+    FastAPI does not cancel a handler that does not stream.
     """
 
     async def wait_for_disconnect() -> None:
@@ -38,72 +38,72 @@ async def cancel_on_disconnect(receive: Receive, handle: RequestHandle) -> Async
 
 
 class ResponseWriter:
-    """The texts of one request.
+    """Generates the sequences of one request and writes its response.
 
     Args:
-        choices: how many of each prompt's texts are told, the likeliest by the mean of their tokens' log-probabilities.
-        prompts: how many prompts there are; each has as many texts as every other.
-        more: what is said in every object besides.
+        handle: The admitted request.
+        requests: Its sequences, grouped by prompt.
+        formatter: Format of choices and chunks.
+        model: Model name in the response.
+        num_prompts: Number of prompts; each has the same number of sequences.
+        num_choices: Choices returned per prompt: those with the highest mean log-probability per token.
+        extra_fields: Additional fields of every object.
     """
 
     def __init__(
-        self, handle: RequestHandle, requests: Sequence[GenerationRequest], formatter: CompletionFormatter, model: str, *, num_prompts: int, num_choices: int,
-        extra_fields: dict[str, Any],
-    ):  # fmt: skip
-        self.handle, self.requests, self.formatter, self.num_choices, self.extra_fields = (
-            handle,
-            list(requests),
-            formatter,
-            num_choices,
-            extra_fields,
-        )
+        self,
+        handle: RequestHandle,
+        requests: Sequence[GenerationRequest],
+        formatter: CompletionFormatter,
+        model: str,
+        *,
+        num_prompts: int = 1,
+        num_choices: int,
+        extra_fields: dict[str, Any] | None = None,
+    ):
+        self.handle, self.requests, self.formatter = handle, list(requests), formatter
+        self.num_choices, self.extra_fields = num_choices, extra_fields or {}
         self.common_fields = formatter.common_fields(model)
         self.choice_states = [ChoiceState(formatter.token_text, formatter.stop_token_ids) for _ in requests]
         self.samples_per_prompt = len(self.requests) // num_prompts
-        self.prompt_tokens = sum(len(ask.prompt) for ask in self.requests[:: self.samples_per_prompt])
+        self.prompt_tokens = sum(len(request.prompt) for request in self.requests[:: self.samples_per_prompt])
 
     @property
     def usage(self) -> dict[str, int]:
-        return make_usage(self.prompt_tokens, sum(text.num_tokens for text in self.choice_states))
+        return make_usage(self.prompt_tokens, sum(state.num_tokens for state in self.choice_states))
 
     async def iter_deltas(self) -> AsyncIterator[tuple[int, str, list[LogprobEntry]]]:
-        """What can be shown, as it comes: the number of the text, and what is new of it. Raises as `Ticket` and `Text` do."""
+        """Yield (sequence index, new text, its log-probabilities). Raises like `RequestHandle` and `ChoiceState`."""
         self.handle.submit(self.requests)
-        async for number, event in self.handle:
-            text = self.choice_states[number]
-            prompt_entries = (
-                []
-                if event.prompt_logprobs is None
-                else text.add_prompt(self.requests[number].prompt, event.prompt_logprobs)
-            )
-            delta, entries = text.process_event(event)
-            yield number, delta, prompt_entries + entries
+        async for index, event in self.handle:
+            state = self.choice_states[index]
+            prompt_entries: list[LogprobEntry] = []
+            if event.prompt_logprobs is not None:
+                prompt_entries = state.add_prompt(self.requests[index].prompt, event.prompt_logprobs)
+            delta, entries = state.process_event(event)
+            yield index, delta, prompt_entries + entries
 
     async def complete_response(self) -> dict[str, Any]:
-        """All of it, in one object."""
+        """The response object, once all sequences have finished."""
         deltas: list[list[str]] = [[] for _ in self.requests]
         entries: list[list[LogprobEntry]] = [[] for _ in self.requests]
-        async for number, new, more in self.iter_deltas():
-            deltas[number].append(new)
-            entries[number] += more
-        selected = []
+        async for i, delta, new_entries in self.iter_deltas():
+            deltas[i].append(delta)
+            entries[i] += new_entries
+        selected: list[int] = []
         for first in range(0, len(self.requests), self.samples_per_prompt):
-            numbers = range(first, first + self.samples_per_prompt)
+            indices = range(first, first + self.samples_per_prompt)
             if self.samples_per_prompt > self.num_choices:
-                numbers = sorted(numbers, key=lambda number: -self.choice_states[number].mean_logprob)[
-                    : self.num_choices
-                ]
-            selected += numbers
+                indices = sorted(indices, key=lambda i: -self.choice_states[i].mean_logprob)[: self.num_choices]
+            selected += indices
         choices = [
-            self.formatter.format_choice(
-                index, number, "".join(deltas[number]), entries[number], self.choice_states[number].finish_reason
-            )
-            for index, number in enumerate(selected)
+            self.formatter.format_choice(index, i, "".join(deltas[i]), entries[i], self.choice_states[i].finish_reason)
+            for index, i in enumerate(selected)
         ]
         return {**self.common_fields, "choices": choices, "usage": self.usage, **self.extra_fields}
 
     async def iter_chunks(self, include_usage: bool) -> AsyncGenerator[dict[str, Any]]:
-        """The objects of a stream. Where usage is asked for, each has the field, and the last one its value."""
+        """Yield the chunks of a stream. With `include_usage` the last one has the usage, the others null."""
         common_fields = {**self.common_fields, "object": self.formatter.chunk_object_type}
         usage: dict[str, Any] = {"usage": None} if include_usage else {}
 
@@ -111,21 +111,21 @@ class ResponseWriter:
             return {**common_fields, "choices": [choice], **usage, **self.extra_fields}
 
         started: set[int] = set()
-        async for number, new, entries in self.iter_deltas():
-            if number not in started and (first := self.formatter.format_first_chunk(number)):
+        async for index, delta, entries in self.iter_deltas():
+            if index not in started and (first := self.formatter.format_first_chunk(index)):
                 yield make_chunk(first)
-            started.add(number)
-            reason = self.choice_states[number].finish_reason
-            if self.formatter.separate_finish_chunk and reason and (new or entries):
-                yield make_chunk(self.formatter.format_chunk(number, new, entries))
-                new, entries = "", []
-            if new or entries or reason:
-                yield make_chunk(self.formatter.format_chunk(number, new, entries, reason))
+            started.add(index)
+            finish_reason = self.choice_states[index].finish_reason
+            if self.formatter.separate_finish_chunk and finish_reason and (delta or entries):
+                yield make_chunk(self.formatter.format_chunk(index, delta, entries))
+                delta, entries = "", []
+            if delta or entries or finish_reason:
+                yield make_chunk(self.formatter.format_chunk(index, delta, entries, finish_reason))
         if include_usage:
             yield {**common_fields, "choices": [], "usage": self.usage, **self.extra_fields}
 
     async def respond(self, request: BaseCompletionRequest, receive: Receive, headers: dict[str, str]) -> Response:
-        """The answer, whole or as a stream. Raises as `parts` does, a stream only when it is sent."""
+        """The response, complete or streamed. Raises like `iter_deltas`; a stream only while it is sent."""
         if request.stream:
             return EventStreamResponse(self, request.include_usage, headers)
         async with cancel_on_disconnect(receive, self.handle):
@@ -133,9 +133,9 @@ class ResponseWriter:
 
 
 class EventStreamResponse(Response):
-    """Server-sent events. What goes wrong before the first has a status of its own; later it is the last event.
+    """Server-sent events. An error before the first event has its own status code; a later one is the last event.
 
-    A client that reads slowly holds up nobody: the engine goes on, and what it writes waits in the ticket's queue.
+    A slow client does not block the engine: events wait in the queue of the request.
     """
 
     media_type = "text/event-stream"
@@ -156,8 +156,8 @@ class EventStreamResponse(Response):
         ):
             try:
                 first = await anext(chunks)
-            except APIError as refusal:
-                await error_response(refusal)(scope, receive, send)
+            except APIError as error:
+                await error_response(error)(scope, receive, send)
                 return
             except ClientDisconnected:
                 return
@@ -167,10 +167,10 @@ class EventStreamResponse(Response):
                 async for chunk in chunks:
                     await send_body(format_sse(chunk))
                 await send_body(b"data: [DONE]\n\n", more=False)
-            except APIError as refusal:
-                await send_body(format_sse(refusal.body), more=False)
+            except APIError as error:
+                await send_body(format_sse(error.body), more=False)
             except (ClientDisconnected, TimeoutError):
-                # Nobody reads. An answer that is not ended makes uvicorn close the connection, where it is still there.
+                # uvicorn closes the connection of an unfinished response.
                 return
 
 

@@ -1,8 +1,8 @@
-"""Renders a chat template that came with somebody's model, where it can do no harm: run as a script, a process of its own.
+"""Renders untrusted chat templates in a separate process, run as a script.
 
-The sandbox of Jinja keeps a template from Python's inner parts, but not from taking all memory ('a' * 10**9) or all time. So
-does the system here: what is over the limits ends this process and nothing else. It reads a line of JSON for each conversation
-and writes one for each, {"text": …} or {"error": …}. It imports nothing of ours and ends when its parent does.
+Jinja's sandbox blocks attribute access, but not excessive memory ('a' * 10**9) or time: operating system limits end this
+process instead. It reads one JSON request per line and writes one JSON response per line, {"text": …} or {"error": …}. It
+imports nothing from nextword, and ends with its parent.
 """
 
 import json
@@ -16,15 +16,15 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-RENDER_TIMEOUT = 2.0
-MAX_MEMORY_BYTES = 256 * 2**20  # bytes of address space
-MAX_OUTPUT_CHARS = 2**21  # characters of what is rendered
+RENDER_TIMEOUT = 2.0  # seconds
+MAX_MEMORY_BYTES = 256 * 2**20  # address space
+MAX_OUTPUT_CHARS = 2**21
 
 
 class GenerationExtension(Extension):
-    """{% generation %} … {% endgeneration %}, which templates put around what is learned; here it is only its content."""
+    """{% generation %} … {% endgeneration %} marks the trained parts in templates; rendering ignores the tags."""
 
-    tags = {"generation"}  # noqa: RUF012  # as Jinja has it
+    tags = {"generation"}  # noqa: RUF012  # Jinja's own declaration
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -36,7 +36,7 @@ def raise_exception(message: str) -> NoReturn:
 
 
 def create_environment() -> ImmutableSandboxedEnvironment:
-    """As the templates of Hugging Face's models expect it."""
+    """A sandboxed environment with the filters and globals that Hugging Face chat templates use."""
     env = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationExtension, loopcontrols]
     )
@@ -55,8 +55,8 @@ def set_resource_limits() -> None:
 
 
 def set_timeout(seconds: float) -> None:
-    """End this process after so many seconds, whatever it is at; 0 takes it back. Where the system has no such alarm, the
-    parent's own patience is all there is."""
+    """End this process after `seconds`; 0 cancels the timer. On systems without interval timers only the parent's timeout
+    applies."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
@@ -65,10 +65,10 @@ def render_template(request: dict[str, Any]) -> dict[str, str]:
     try:
         text = create_environment().from_string(request["template"]).render(**request["values"])
     except TemplateError as error:
-        return {"error": f"the template says: {error}"}
+        return {"error": f"template error: {error}"}
     except Exception as error:  # a template can raise anything that Python can
         return {"error": f"{type(error).__name__}: {error}"}
-    return {"text": text} if len(text) <= MAX_OUTPUT_CHARS else {"error": f"more than {MAX_OUTPUT_CHARS:,} characters"}
+    return {"text": text} if len(text) <= MAX_OUTPUT_CHARS else {"error": f"the output has more than {MAX_OUTPUT_CHARS:,} characters"}
 
 
 def main() -> None:
