@@ -807,7 +807,9 @@ def test_with_a_model_behind_it(browser: "Browser", base: Path, monkeypatch: pyt
         expect(j.answers.last.locator(".token").first).to_be_visible()
         j.page.keyboard.press("Escape")
         j.done()
-        wait_until(lambda: server.metric("nextword_clients_left_total") == 1 and not server.engine.has_unfinished_requests)
+        wait_until(
+            lambda: server.metric("nextword_clients_left_total") == 1 and not server.engine.has_unfinished_requests
+        )
         j.close()
 
 

@@ -16,7 +16,7 @@ import pytest
 from openai import OpenAI
 from transformers import AutoTokenizer
 
-from nextword import api
+import nextword
 from nextword.common import native_build
 from nextword.common.errors import CorruptFileError
 from nextword.data.chat_format import CHAT_SPECIAL_TOKENS, encode_conversation, save_chat_template

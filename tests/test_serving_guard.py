@@ -349,7 +349,7 @@ def test_a_client_that_leaves_is_heard_by_a_quick_model_too(base: Path) -> None:
         for stream in (True, False):
             before = server.metric("nextword_generated_tokens_total")
             with server.start_completion({"prompt": "The", "max_tokens": 30000, "stream": stream, **ON}):
-                wait_until(lambda: server.metric("nextword_generated_tokens_total") >= before + 20)
+                wait_until(lambda start=before: server.metric("nextword_generated_tokens_total") >= start + 20)
             wait_until(lambda: not server.service.worker.handles)
             wait_until(lambda: not server.engine.has_unfinished_requests)
             assert server.metric("nextword_generated_tokens_total") < before + 30000, "the sequence was not cancelled"

@@ -149,7 +149,10 @@ def create_app(service: Service, policy: AccessPolicy) -> SecurityMiddleware:
 
     async def handle_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        messages = {404: f"{request.url.path[:200]} does not exist", 405: f"{request.method} is not allowed for this path"}
+        messages = {
+            404: f"{request.url.path[:200]} does not exist",
+            405: f"{request.method} is not allowed for this path",
+        }
         message = messages.get(error.status_code, str(error.detail))
         return error_response(APIError(error.status_code, message, headers=error.headers))
 

@@ -62,7 +62,9 @@ def load_chat_template(directory: Path, tokenizer: Tokenizer) -> str | None:
     file = directory / "chat_template.jinja"
     chat_template = file.read_text(encoding="utf-8") if file.is_file() else tokenizer.config.get("chat_template")
     if isinstance(chat_template, list):
-        templates_by_name = {entry.get("name"): entry.get("template") for entry in chat_template if isinstance(entry, dict)}
+        templates_by_name = {
+            entry.get("name"): entry.get("template") for entry in chat_template if isinstance(entry, dict)
+        }
         chat_template = templates_by_name.get("default")
     if chat_template is not None and not (isinstance(chat_template, str) and len(chat_template) <= MAX_TEMPLATE_CHARS):
         raise CorruptFileError(
@@ -150,7 +152,11 @@ class JinjaChatEncoder:
         text = await self.render(messages)
         ids = self._encode_rendered(text, nonce, contents)
         if not ids:
-            raise APIError(400, "messages: the model's chat template renders this conversation to an empty prompt", param="messages")
+            raise APIError(
+                400,
+                "messages: the model's chat template renders this conversation to an empty prompt",
+                param="messages",
+            )
         return ids
 
     def _encode_rendered(self, text: str, nonce: str, contents: dict[str, str]) -> list[int]:

@@ -174,9 +174,7 @@ class EngineWorker:
             )
         capacity = self.num_slots + self.max_queued
         if num_sequences > capacity:
-            raise APIError(
-                400, f"{num_sequences} sequences exceed the capacity of {capacity}: request fewer"
-            )
+            raise APIError(400, f"{num_sequences} sequences exceed the capacity of {capacity}: request fewer")
         if self.num_active + num_sequences > capacity:
             seconds = (
                 self.avg_sequence_seconds * (self.num_active + num_sequences - self.max_queued) / max(1, self.num_slots)
@@ -342,7 +340,9 @@ class EngineWorker:
             slowest = max(self.handles, key=lambda handle: handle.events.qsize())
             slowest.events = asyncio.Queue()
             slowest.abort(
-                APIError(503, "the client reads too slowly: the memory for its events is exhausted", code="read_too_slowly")
+                APIError(
+                    503, "the client reads too slowly: the memory for its events is exhausted", code="read_too_slowly"
+                )
             )
         self._count_loop_turn(LOOP_TURNS)
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-
 Schema = dict[str, Any]
 STRING: Schema = {"type": "string"}
 INTEGER: Schema = {"type": "integer"}
@@ -32,9 +31,7 @@ def const(value: str) -> Schema:
     return {"const": value}
 
 
-def response(
-    schema: Schema, description: str = "Success.", status: int = 200, stream: bool = False
-) -> dict[Any, Any]:
+def response(schema: Schema, description: str = "Success.", status: int = 200, stream: bool = False) -> dict[Any, Any]:
     """The `responses` argument of a route."""
     content: dict[str, Any] = {JSON_MEDIA_TYPE: {"schema": schema}}
     if stream:
@@ -53,31 +50,50 @@ FINISH_REASON = {"enum": ["stop", "length"]}
 
 def completion_schema(object_type: str, **choice_fields: Schema) -> Schema:
     return object_of(
-        id=STRING, object=const(object_type), created=INTEGER, model=STRING, system_fingerprint=NULL, usage=USAGE_SCHEMA,
+        id=STRING,
+        object=const(object_type),
+        created=INTEGER,
+        model=STRING,
+        system_fingerprint=NULL,
+        usage=USAGE_SCHEMA,
         choices=array_of(object_of(index=INTEGER, finish_reason=FINISH_REASON, **choice_fields)),
     )
 
 
 COMPLETION_RESPONSE = response(
     completion_schema(
-        "text_completion", text=STRING,
+        "text_completion",
+        text=STRING,
         logprobs=any_of(
             NULL,
-            object_of(tokens=array_of(STRING), token_logprobs=array_of(any_of(NUMBER, NULL)),
-                  top_logprobs=array_of(any_of(map_of(NUMBER), NULL)), text_offset=array_of(INTEGER)),
+            object_of(
+                tokens=array_of(STRING),
+                token_logprobs=array_of(any_of(NUMBER, NULL)),
+                top_logprobs=array_of(any_of(map_of(NUMBER), NULL)),
+                text_offset=array_of(INTEGER),
+            ),
         ),
     ),
-    "The completions; with `stream`, server-sent events with chunks of them.", stream=True,
+    "The completions; with `stream`, server-sent events with chunks of them.",
+    stream=True,
 )
 TOKEN_LOGPROB_FIELDS = {"token": STRING, "logprob": NUMBER, "bytes": array_of(INTEGER)}
 CHAT_COMPLETION_RESPONSE = response(
     completion_schema(
-        "chat.completion", message=object_of(role=const("assistant"), content=STRING, refusal=NULL),
+        "chat.completion",
+        message=object_of(role=const("assistant"), content=STRING, refusal=NULL),
         logprobs=any_of(
-            NULL, object_of(content=array_of(object_of(**TOKEN_LOGPROB_FIELDS, top_logprobs=array_of(object_of(**TOKEN_LOGPROB_FIELDS)))), refusal=NULL)
+            NULL,
+            object_of(
+                content=array_of(
+                    object_of(**TOKEN_LOGPROB_FIELDS, top_logprobs=array_of(object_of(**TOKEN_LOGPROB_FIELDS)))
+                ),
+                refusal=NULL,
+            ),
         ),
     ),
-    "The messages; with `stream`, server-sent events with chunks of them.", stream=True,
+    "The messages; with `stream`, server-sent events with chunks of them.",
+    stream=True,
 )
 MODEL_SCHEMA = object_of(
     id=STRING, object=const("model"), created=INTEGER, owned_by=STRING, max_model_len=INTEGER, nextword=object_of()
@@ -86,7 +102,9 @@ MODEL_RESPONSE = response(MODEL_SCHEMA)
 MODEL_LIST_RESPONSE = response(object_of(object=const("list"), data=array_of(MODEL_SCHEMA)))
 EMBEDDINGS_RESPONSE = response(
     object_of(
-        object=const("list"), model=STRING, usage=USAGE_SCHEMA,
+        object=const("list"),
+        model=STRING,
+        usage=USAGE_SCHEMA,
         data=array_of(object_of(object=const("embedding"), index=INTEGER, embedding=any_of(array_of(NUMBER), STRING))),
     )
 )

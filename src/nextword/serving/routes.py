@@ -45,9 +45,7 @@ def validate_request(body: BaseCompletionRequest, n: int, best_of: int, num_sequ
         APIError: Two settings exclude each other, or the request asks for too many tokens.
     """
     if num_sequences * max_tokens > MAX_REQUEST_TOKENS:
-        message = (
-            f"{num_sequences} sequences of {max_tokens:,} tokens exceed the limit of {MAX_REQUEST_TOKENS:,} tokens per request"
-        )
+        message = f"{num_sequences} sequences of {max_tokens:,} tokens exceed {MAX_REQUEST_TOKENS:,} tokens per request"
         raise APIError(400, message, param="max_tokens")
     if best_of < n:
         raise APIError(400, f"best_of: must be at least n ({n}), not {best_of}", param="best_of")
@@ -82,7 +80,10 @@ async def completions(body: CompletionRequest, request: Request, service: Servic
         constraints = await service.compile_constraints(body.response_schema(), len(ids) * samples_per_prompt)
         generation_requests = [
             GenerationRequest(
-                ids[i // samples_per_prompt], sampling, None if body.seed is None else i % samples_per_prompt, constraint
+                ids[i // samples_per_prompt],
+                sampling,
+                None if body.seed is None else i % samples_per_prompt,
+                constraint,
             )
             for i, constraint in enumerate(constraints)
         ]
@@ -161,9 +162,7 @@ async def embeddings(body: EmbeddingRequest, request: Request, service: ServiceD
     service.check_model(body.model)
     embedding_dim = service.model.gpt.config.d_model
     if body.dimensions not in (None, embedding_dim):
-        raise APIError(
-            400, f"dimensions: this model's embeddings have {embedding_dim} dimensions", param="dimensions"
-        )
+        raise APIError(400, f"dimensions: this model's embeddings have {embedding_dim} dimensions", param="dimensions")
     if "" in body.inputs():
         raise APIError(400, "input: must not be empty", param="input")
     data: list[dict[str, Any]] = []
@@ -235,7 +234,11 @@ async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> Response:
     service.ensure_ready()
     tokenizer = service.model.tokenizer
     if body.tokens and (largest := max(body.tokens)) >= tokenizer.vocab_size:
-        raise APIError(400, f"tokens: {largest} is not a token id; the vocabulary has {tokenizer.vocab_size} tokens", param="tokens")
+        raise APIError(
+            400,
+            f"tokens: {largest} is not a token id; the vocabulary has {tokenizer.vocab_size} tokens",
+            param="tokens",
+        )
     return UTF8JSONResponse({"prompt": tokenizer.decode(body.tokens)})
 
 

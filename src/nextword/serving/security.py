@@ -100,7 +100,10 @@ class AccessPolicy:
         if not (hmac.compare_digest(*hashes) and scheme.lower() == "bearer"):
             headers = {"WWW-Authenticate": "Bearer"}
             raise APIError(
-                401, "missing or invalid API key: send it as Authorization: Bearer KEY", code="invalid_api_key", headers=headers
+                401,
+                "missing or invalid API key: send it as Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers=headers,
             )
 
 

@@ -159,13 +159,13 @@ class Service:
         slots = min(self.config.max_batch, free_bytes // 2 // bytes_per_slot)
         if slots < 1:
             raise NextwordError(
-                f"the KV cache of one sequence of {config.context_length:,} tokens needs {format_bytes(bytes_per_slot)}, but half of the "
-                f"free memory is {format_bytes(free_bytes // 2)}: free some memory, or use a smaller model"
+                f"the KV cache of one sequence of {config.context_length:,} tokens needs {format_bytes(bytes_per_slot)}, but "
+                f"half of the free memory is {format_bytes(free_bytes // 2)}: free some memory, or use a smaller model"
             )
         if slots < self.config.max_batch:
             self.console.warn(
-                f"running {slots} sequences at once instead of {self.config.max_batch}: the KV cache takes {format_bytes(bytes_per_slot)} "
-                f"per sequence and is limited to half of the {format_bytes(free_bytes)} of free memory"
+                f"running {slots} sequences at once instead of {self.config.max_batch}: the KV cache takes "
+                f"{format_bytes(bytes_per_slot)} per sequence, at most half of the {format_bytes(free_bytes)} of free memory"
             )
         return slots
 
@@ -236,7 +236,11 @@ class Service:
             ids = await self.encode_text(prompt)
             ids = ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
         elif (largest := max(prompt, default=0)) >= tokenizer.vocab_size:
-            raise APIError(400, f"{param}: {largest} is not a token id; the vocabulary has {tokenizer.vocab_size} tokens", param=param)
+            raise APIError(
+                400,
+                f"{param}: {largest} is not a token id; the vocabulary has {tokenizer.vocab_size} tokens",
+                param=param,
+            )
         else:
             ids = prompt
         if truncate_to is not None:
@@ -278,7 +282,9 @@ class Service:
             compilation = asyncio.get_running_loop().run_in_executor(self.schema_executor, compile_schema)
             constraint = await asyncio.wait_for(compilation, SCHEMA_TIMEOUT)
         except TimeoutError as error:
-            raise APIError(400, f"{param}: compiling the schema took more than {SCHEMA_TIMEOUT:.0f} s", param=param) from error
+            raise APIError(
+                400, f"{param}: compiling the schema took more than {SCHEMA_TIMEOUT:.0f} s", param=param
+            ) from error
         except RecursionError as error:
             raise APIError(400, f"{param}: the schema is nested too deeply", param=param) from error
         except (UsageError, MissingDependencyError) as error:
@@ -300,9 +306,7 @@ class Service:
         """
         predictor = self.predictor
         if predictor is None:
-            raise APIError(
-                400, "this model has no classification head: see nextword finetune --help", param="model"
-            )
+            raise APIError(400, "this model has no classification head: see nextword finetune --help", param="model")
         try:
             example = example_from_texts(predictor.task_spec.task, texts)
         except UsageError as error:

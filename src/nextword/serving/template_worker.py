@@ -68,7 +68,11 @@ def render_template(request: dict[str, Any]) -> dict[str, str]:
         return {"error": f"template error: {error}"}
     except Exception as error:  # a template can raise anything that Python can
         return {"error": f"{type(error).__name__}: {error}"}
-    return {"text": text} if len(text) <= MAX_OUTPUT_CHARS else {"error": f"the output has more than {MAX_OUTPUT_CHARS:,} characters"}
+    return (
+        {"text": text}
+        if len(text) <= MAX_OUTPUT_CHARS
+        else {"error": f"the output has more than {MAX_OUTPUT_CHARS:,} characters"}
+    )
 
 
 def main() -> None:
