@@ -206,7 +206,7 @@ def test_complete_artifacts_are_kept_and_damaged_ones_are_built_again(folder, tm
     with pytest.raises(KeyboardInterrupt):
         prepare([folder], tmp_path / "out", shard="1/3", progress=interrupt_at_encoding)
     [work_dir] = tmp_path.glob(".out.parts-*")
-    (work_dir / "sample-00002/texts.json").write_text("")
+    (work_dir / "sample-00002/texts.jsonl").write_text("")
     (work_dir / "tokenizer" / MANIFEST).unlink()
     messages: list[str] = []
     prepare([folder], tmp_path / "out", shard="1/3", log=messages.append)

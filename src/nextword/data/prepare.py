@@ -57,6 +57,7 @@ from nextword.data.tokenizer import (
 
 MAX_SHARDS = 10_000  # each is a few files
 ARTIFACTS_VERSION = 2
+SAMPLE_FILE = "texts.jsonl"
 PLAN_FILE = "plan.json"  # without it the artifacts beside it are not valid
 LOCK_POLL_SECONDS = 0.2
 ENCODE_BATCH_CHARS = 2**21  # each takes about fifty bytes of memory
@@ -417,7 +418,8 @@ class PreparationJob:
             return {"characters": sorted({character for text in texts for character in replace_surrogates(text)})}
         _, first_chunk = scan.shard_starts[shard]
         sample, limit = hash_sample((sample_key(index), text) for index, text in enumerate(texts, first_chunk))
-        fs.atomic_write(directory / "texts.json", json.dumps(sample))
+        with fs.map_disk_errors(directory), (directory / SAMPLE_FILE).open("w", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in sample)
         return {"limit": limit}
 
     def _train_tokenizer(self, scan: _MergedScan, directory: Path) -> dict[str, Any]:
@@ -427,7 +429,7 @@ class PreparationJob:
             tokenizer = train_char("".join(manifest["characters"]) for manifest in manifests)
         else:
             vocab_size = self.settings["vocab_size"] or vocab_size_for(scan.corpus.size)
-            sample = chain.from_iterable(fs.read_json(self.work_dir / name / "texts.json") for name in names)
+            sample = chain.from_iterable(_read_lines(self.work_dir / name / SAMPLE_FILE) for name in names)
             if self.num_shards > 1:
                 sample = hash_sample(sample, min(manifest["limit"] for manifest in manifests))[0]
             tokenizer = train_bpe_from_sample([text for _, text in sample], vocab_size)
@@ -488,6 +490,12 @@ def _concatenate(parts: list[Path], train_tokens: list[int], tokenizer: Tokenize
     provenance = ProvenanceWriter(directory)
     for part, token_offset in zip(parts, accumulate(train_tokens, initial=0), strict=False):
         provenance.append_from(part, token_offset)
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The keys and texts of a sample, one at a time: it may be large."""
+    with path.open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
 
 
 def _shard_artifact(stage: str, shard: int) -> str:
