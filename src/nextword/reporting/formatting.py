@@ -1,0 +1,152 @@
+"""Values, scores and results as text for people. Every public function here is also a filter in the templates."""
+
+import html
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, cast
+
+from markupsafe import Markup
+
+from nextword.common.results import BenchmarkResult, Provenance, ScoreWithCI
+
+MAX_GROUPS = 40
+_CONTROL_CHARACTERS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+# ---------------------------------------------------------------- text
+
+
+def sanitize(text: str) -> str:
+    """Replace control characters and lone surrogates, which no text file can hold, by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").translate(_CONTROL_CHARACTERS)
+
+
+def escape_markdown(value: Any) -> Markup:
+    """Text without effect in Markdown: no HTML, table border, emphasis, heading or link. White space is collapsed."""
+    if isinstance(value, Markup):
+        return value
+    text = html.escape(re.sub(r"\s+", " ", sanitize(str(value))), quote=False)
+    return Markup("".join(f"\\{character}" if character in "\\`*_[]|#~" else character for character in text))
+
+
+def fence(text: Any) -> Markup:
+    """A fenced code block whose fence is longer than any run of backticks in the text."""
+    content, marks = sanitize(str(text)), "```"
+    while marks in content:
+        marks += "`"
+    return Markup(f"{marks}text\n{content}\n{marks}")
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def number(value: float, unit: str | None = None, sign: str = "") -> str:
+    """A number with as many digits as its unit deserves, and a true minus.
+
+    Args:
+        unit: Unit of an audit finding. None for a score, which has three decimals below 10 and two above.
+        sign: "+" to show the sign of positive numbers too.
+    """
+    if unit is None:
+        spec = f"z,.{3 if abs(value) < 10 else 2}f" if abs(value) < 1e9 else ".3g"
+    elif float(value).is_integer() or abs(value) >= 1000:
+        spec = "z,.0f"
+    else:
+        spec = "z.1f" if unit == "%" and abs(value) >= 0.05 else ".2g" if abs(value) < 0.1 else ".3g"
+    return f"{value:{sign}{spec}}".replace("-", "−")
+
+
+def interval(result: ScoreWithCI, unit: str | None = None) -> str:
+    """ "0.578 to 0.640", or "" without a confidence interval."""
+    if result.low is None or result.high is None:
+        return ""
+    return f"{number(result.low, unit)} to {number(result.high, unit)}"
+
+
+def score(result: ScoreWithCI) -> str:
+    """ "0.610 (0.578 to 0.640)"."""
+    return f"{number(result.value)} ({interval(result)})" if interval(result) else number(result.value)
+
+
+def readable(value: Any) -> str:
+    """Any JSON value as text: digits grouped, fractions with five significant digits."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:z,.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.5g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def count(value: float) -> str:
+    """1,234,567 as 1.23 M."""
+    for size, suffix in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if value >= size:
+            return f"{value / size:.3g}{suffix}"
+    return f"{value:,.0f}"
+
+
+def gigabytes(size: float) -> str:
+    """A size in bytes as 1.23 GB."""
+    return f"{size / 1e9:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    """259 as 4 min 19 s."""
+    minutes, hours = round(seconds) // 60, round(seconds) // 3600
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min {round(seconds) % 60} s" if minutes else f"{seconds:z.1f} s"
+
+
+def perplexity(loss: float) -> str:
+    """exp(loss), for a loss in nats per token."""
+    return f"{math.exp(loss):,.4g}" if loss < 14 else f"{math.exp(min(loss, 700)):.2e}"
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """(name, text) of every value of a nested mapping, as in ("train tokens", "512,331"); None and NaN are left out."""
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, Mapping):
+            rows += flatten(cast("Mapping[str, Any]", value), f"{name} ")
+        elif value is not None and (not isinstance(value, float) or math.isfinite(value)):
+            rows.append((name, readable(value)))
+    return rows
+
+
+# ---------------------------------------------------------------- benchmarks
+
+
+def versus_chance(benchmark: BenchmarkResult) -> str:
+    """The side of chance on which the confidence interval lies; for stereotype benchmarks, the direction of the bias."""
+    if benchmark.chance is None:
+        return "–"
+    side = str(benchmark.chance_side)
+    if benchmark.metric == "stereotyped":
+        names = {"above": "prefers stereotypes", "below": "prefers anti-stereotypes"}
+        return names.get(side, "no significant preference")
+    return {"above": "above chance", "below": "below chance"}.get(side, "not above chance")
+
+
+def item_count(benchmark: BenchmarkResult) -> str:
+    """ "1,000 of 67,000"."""
+    evaluated, total = benchmark.score.n, benchmark.total_items
+    text = "–" if evaluated is None else f"{evaluated:,}"
+    return f"{text} of {total:,}" if total and total != evaluated else text
+
+
+def provenance(source: Provenance) -> str:
+    """Date and arguments of an evaluation."""
+    arguments = [f"{name.replace('_', ' ')} {readable(value)}" for name, value in source.arguments.items()]
+    return " · ".join([source.date[:10], *arguments])
+
+
+def extreme_groups(benchmark: BenchmarkResult) -> list[tuple[str, ScoreWithCI]]:
+    """The groups of a benchmark by score; only the lowest and the highest if there are many."""
+    ordered = sorted(benchmark.groups.items(), key=lambda group: group[1].value)
+    return ordered if len(ordered) <= MAX_GROUPS else ordered[: MAX_GROUPS // 2] + ordered[-MAX_GROUPS // 2 :]
