@@ -1,4 +1,4 @@
-"""A real Chromium for the tests of pages: the browser, and what every page has to hold."""
+"""A real Chromium for the tests of pages, and the invariants of every page."""
 
 import os
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ DISPLAY_VARIANTS: "dict[str, tuple[str, ViewportSize]]" = {
 }
 SCREENSHOT_DIR = os.environ.get("NEXTWORD_PAGE_SHOTS")  # a folder, where pictures of every state are wanted
 CSP_VIOLATION_SCRIPT = (
-    "window.broken = []; addEventListener('securitypolicyviolation', (e) => broken.push(e.violatedDirective));"
+    "window.violations = []; addEventListener('securitypolicyviolation', (e) => violations.push(e.violatedDirective));"
 )
 
 
@@ -41,34 +41,33 @@ def browser() -> "Iterator[Browser]":
 
 
 class OpenedPage:
-    """A file that is open as a page, and whatever it did beside what can be seen."""
+    """A file opened in the browser, with its console messages and network requests."""
 
     def __init__(self, browser: "Browser", file: Path, variant: str):
         theme, viewport = DISPLAY_VARIANTS[variant]
-        self.prefix_offset = browser.new_context(viewport=viewport, color_scheme=theme, reduced_motion="reduce")  # type: ignore[arg-type]
-        self.prefix_offset.add_init_script(CSP_VIOLATION_SCRIPT)
-        self.page: Page = self.prefix_offset.new_page()
+        self.context = browser.new_context(viewport=viewport, color_scheme=theme, reduced_motion="reduce")  # type: ignore[arg-type]
+        self.context.add_init_script(CSP_VIOLATION_SCRIPT)
+        self.page: Page = self.context.new_page()
         self.page.set_default_timeout(120_000)
         self.console_messages: list[str] = []
         self.requested_urls: list[str] = []
         self.page.on("console", lambda message: self.console_messages.append(message.text))
         self.page.on("pageerror", lambda error: self.console_messages.append(f"error: {error}"))
-        self.prefix_offset.on("request", lambda request: self.requested_urls.append(request.url))
+        self.context.on("request", lambda request: self.requested_urls.append(request.url))
         self.url = file.resolve().as_uri()
         self.page.goto(self.url)
 
     def check_invariants(self, name: str) -> None:
-        """What is true of every page of ours: no finding of axe-core's rules, nothing wider than the window, nothing asked of
-        anybody, no word on the console, and a policy that nothing has broken."""
+        """No axe-core violation, no horizontal scrolling, no console message, no request, no violated security policy."""
         axe = pytest.importorskip(
             "axe_playwright_python.sync_playwright", reason="needs Chromium: no axe-playwright-python"
         )
         if SCREENSHOT_DIR:
             self.page.screenshot(path=f"{SCREENSHOT_DIR}/{name}.png", full_page=True)
-        violations = axe.Axe().run_dir(self.page).response["violations"]
-        assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in violations] == []
+        violations = axe.Axe().run(self.page).response["violations"]
+        assert [(rule["id"], [node["html"] for node in rule["nodes"]]) for rule in violations] == []
         scroll_width, window_width = self.page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
         assert scroll_width <= window_width
         assert self.console_messages == []
         assert self.requested_urls == [self.url]
-        assert self.page.evaluate("window.broken") == []
+        assert self.page.evaluate("window.violations") == []

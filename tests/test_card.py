@@ -1,4 +1,4 @@
-"""The model card: its code runs as it stands, in the run folder, and answers as `nextword predict` does."""
+"""The code examples of model cards: they run in the run directory and give the answers of `nextword predict`."""
 
 import json
 import re
@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import nextword as package
+from nextword.common.results import short_path_name
 from nextword.data.chat_format import encode_conversation
 from nextword.reporting.card import strip_directories
-from nextword.reporting.task_results import short_path_name
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -48,7 +48,7 @@ def base(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def tuned(base: Path, folder: Path, kind: str, *, lora: bool = False) -> Path:
+def finetuned_run(base: Path, folder: Path, kind: str, *, lora: bool = False) -> Path:
     data = folder / f"{kind}.jsonl"
     data.write_text("".join(json.dumps(EXAMPLES[kind](i)) + "\n" for i in range(40)), encoding="utf-8")
     run = folder / "my run"
@@ -57,13 +57,13 @@ def tuned(base: Path, folder: Path, kind: str, *, lora: bool = False) -> Path:
     return run
 
 
-def blocks(run: Path, language: str) -> list[str]:
+def code_blocks(run: Path, language: str) -> list[str]:
     card = (run / "README.md").read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)\n```$", card, re.DOTALL | re.MULTILINE)
 
 
 def run_code(code: str, run: Path, monkeypatch: pytest.MonkeyPatch, **known: Any) -> dict[str, Any]:
-    """Execute a card's code inside the run folder; the names it has given."""
+    """Execute the code of a card in the run directory; the variables that it defines."""
     monkeypatch.chdir(run)
     names = dict(known)
     with warnings.catch_warnings():
@@ -77,99 +77,93 @@ HEADS = ("classify", "several", "entail", "similarity", "choose")
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_the_stock_class_answers_as_predict_does(base, tmp_path, monkeypatch, capsys, kind) -> None:
-    run = tuned(base, tmp_path, kind)
+def test_transformers_code_gives_the_answer_of_predict(base, tmp_path, monkeypatch, capsys, kind) -> None:
+    run = finetuned_run(base, tmp_path, kind)
     capsys.readouterr()
-    [code] = blocks(run, "python")
+    [code] = code_blocks(run, "python")
     run_code(code, run, monkeypatch)
     printed = capsys.readouterr().out.strip()
-    command = shlex.split(blocks(run, "bash")[0].splitlines()[0])
+    command = shlex.split(code_blocks(run, "bash")[0].splitlines()[0])
     assert command[:3] == ["nextword", "predict", "."]
-    ours = package.load(run).predict(*command[3:])
+    prediction = package.load(run).predict(*command[3:])
     if kind == "similarity":
-        assert float(printed) == pytest.approx(ours["score"], abs=1e-4)
+        assert float(printed) == pytest.approx(prediction["score"], abs=1e-4)
     else:
-        assert printed == str(ours["labels"] if kind == "several" else ours["label"])
+        assert printed == str(prediction["labels"] if kind == "several" else prediction["label"])
 
 
-def test_a_rewrite_is_generated_as_predict_writes_it(base, tmp_path, monkeypatch, capsys) -> None:
-    run = tuned(base, tmp_path, "rewrite")
+def test_generation_code_gives_the_text_of_predict(base, tmp_path, monkeypatch, capsys) -> None:
+    run = finetuned_run(base, tmp_path, "rewrite")
     capsys.readouterr()
-    run_code(blocks(run, "python")[0], run, monkeypatch)
-    command = shlex.split(blocks(run, "bash")[0].splitlines()[0])
+    run_code(code_blocks(run, "python")[0], run, monkeypatch)
+    command = shlex.split(code_blocks(run, "bash")[0].splitlines()[0])
     assert capsys.readouterr().out.strip() == package.load(run).predict(*command[3:])["text"]
 
 
-def test_a_conversation_is_gone_on_with_as_ours_is(base, tmp_path, monkeypatch, capsys) -> None:
-    run = tuned(base, tmp_path, "chat")
+def test_chat_code_gives_the_answer_of_predict(base, tmp_path, monkeypatch, capsys) -> None:
+    run = finetuned_run(base, tmp_path, "chat")
     capsys.readouterr()
-    names = run_code(blocks(run, "python")[0], run, monkeypatch)
+    names = run_code(code_blocks(run, "python")[0], run, monkeypatch)
     model = package.load(run)
     assert (
         names["inputs"]["input_ids"][0].tolist()
         == encode_conversation(model.tokenizer, names["messages"], add_generation_prompt=True)[0]
     )
     assert capsys.readouterr().out.strip() == model.predict(names["messages"][0]["content"])["text"]
-    assert blocks(run, "bash") == ["nextword chat ."]
+    assert code_blocks(run, "bash") == ["nextword chat ."]
 
 
-def test_preferred_answers_are_written_to_a_plain_prompt(base, tmp_path, monkeypatch, capsys) -> None:
-    run = tuned(base, tmp_path, "prefer")
+def test_card_of_preference_tuning(base, tmp_path, monkeypatch, capsys) -> None:
+    run = finetuned_run(base, tmp_path, "prefer")
     capsys.readouterr()
-    run_code(blocks(run, "python")[0], run, monkeypatch)
+    run_code(code_blocks(run, "python")[0], run, monkeypatch)
     card = (run / "README.md").read_text(encoding="utf-8")
-    assert "| preferred |" in card and "before this training" in card
-    assert "costs" in card and "now and cost" in card  # what was forgotten
+    assert "| preference accuracy |" in card and "base model" in card
+    assert "orgetting: from" in card
 
 
 @pytest.mark.parametrize("kind", ["classify", "choose", "chat"])
-def test_the_adapter_on_its_base_is_the_merged_model(base, tmp_path, monkeypatch, kind) -> None:
+def test_adapter_on_the_base_model_equals_the_merged_model(base, tmp_path, monkeypatch, kind) -> None:
     import torch
 
-    run = tuned(base, tmp_path, kind, lora=True)
-    stock, adapted = (run_code(code, run, monkeypatch) for code in blocks(run, "python"))
+    run = finetuned_run(base, tmp_path, kind, lora=True)
+    stock, adapted = (run_code(code, run, monkeypatch) for code in code_blocks(run, "python"))
     with torch.no_grad():
         inputs = stock["inputs"]
-        one = inputs["input_ids"][:1]
-        expected, found = (names["model"].eval()(one).logits for names in (stock, adapted))
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        first_row = inputs["input_ids"][:1]
+        expected, actual = (names["model"].eval()(first_row).logits for names in (stock, adapted))
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
     card = (run / "README.md").read_text(encoding="utf-8")
-    assert '("small base")' in card
-    assert "LoRA of rank 8" in card
+    assert 'base model "small base"' in card
+    assert "LoRA, rank 8" in card
 
 
-def test_a_model_that_read_on_continues_text(base, texts, tmp_path, monkeypatch, capsys) -> None:
-    run = tmp_path / "further"
+def test_card_of_continued_pretraining(base, texts, tmp_path, monkeypatch, capsys) -> None:
+    run = tmp_path / "continued"
     package.finetune(base, texts, run, task="continue", steps=2, training={"batch_tokens": 256, "evaluations": 1})
     capsys.readouterr()
-    run_code(blocks(run, "python")[0], run, monkeypatch)
+    run_code(code_blocks(run, "python")[0], run, monkeypatch)
     assert capsys.readouterr().out
     card = (run / "README.md").read_text(encoding="utf-8")
-    assert 'from the model "small base"' in card
-    assert "Before this training it was" in card
-    assert blocks(run, "bash") == ["nextword generate . 'Once upon a time'"]
+    assert 'starting from the model "small base"' in card
+    assert "The base model has" in card
+    assert code_blocks(run, "bash") == ['nextword generate . "Once upon a time"']
 
 
-def test_the_card_says_what_was_learned_from_what_and_how_well(base, tmp_path) -> None:
-    run = tuned(base, tmp_path, "classify")
+def test_card_of_a_fine_tuning(base, tmp_path) -> None:
+    run = finetuned_run(base, tmp_path, "classify")
     card = (run / "README.md").read_text(encoding="utf-8")
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     front, body = card.split("---\n", 2)[1:]
     assert "pipeline_tag: text-classification" in front
-    for said in (
-        "# my run",
-        'trained with nextword from the model "small base"',
-        "one of 2 labels (bad, good)",
-        "| columns | text, label |",
-        f"| training examples | {json.loads((run / 'run.json').read_text())['data']['train']['examples']} |",
-        "bag of words",
-    ):
-        assert said in body, said
-    one = result["scores"][result["metric"]]
-    assert f"{one['value']:.3f} ({one['low']:.3f} to {one['high']:.3f})" in body
+    examples = json.loads((run / "run.json").read_text())["data"]["train"]["examples"]
+    assert "# my run" in body and 'starting from the model "small base"' in body
+    assert "one of 2 labels (bad, good)" in body and "bag of words" in body
+    assert "| columns | text, label |" in body and f"| training data | {examples} examples |" in body
+    score = result["scores"][result["metric"]]
+    assert f"{score['value']:.3f} ({score['low']:.3f} to {score['high']:.3f})" in body
     assert str(tmp_path) not in card and str(base) not in card and "perplexity" not in card
-    page = (run / "report.html").read_text(encoding="utf-8")
-    assert 'class="dots"' in page
+    assert 'class="dots"' in (run / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +177,7 @@ def test_the_card_says_what_was_learned_from_what_and_how_well(base, tmp_path) -
     ],
     ids=["absolute", "relative", "option", "windows", "plain"],
 )
-def test_a_command_is_shown_without_the_way_to_its_files(command: str, shown: str) -> None:
+def test_commands_are_shown_without_directories(command: str, shown: str) -> None:
     assert strip_directories(command) == shown
 
 
@@ -192,5 +186,5 @@ def test_a_command_is_shown_without_the_way_to_its_files(command: str, shown: st
     [("/a/b", "b"), ("/a/run/model", "run"), ("model", "model"), ("a\\b\\", "b"), ("/", "/"), ("", "")],
     ids=["folder", "run", "bare", "windows", "root", "empty"],
 )
-def test_a_model_goes_by_the_name_of_its_folder(path: str, name: str) -> None:
+def test_short_names_of_paths(path: str, name: str) -> None:
     assert short_path_name(path) == name

@@ -33,7 +33,6 @@ from nextword.reporting.explain_page import (
     text_direction,
     write_explanation_page,
 )
-from nextword.reporting.task_results import best_value
 from nextword.tasks.dataset import HEAD_KINDS, TaskSpec
 from nextword.training.losses import completion_loss
 
@@ -118,10 +117,10 @@ def test_attention_streams_and_next_words_are_the_stock_classes(model: Model) ->
 
     told, p = explain(model, [TEXT]), theirs.logits[0].double().softmax(-1)
     for t, token in enumerate(told["tokens"]):
-        chances, best_match = p[t].topk(10)
+        chances, likely_ids = p[t].topk(10)
         assert [one["probability"] for one in token["next"]] == pytest.approx(chances.tolist(), abs=1e-5)
-        assert [one["id"] for one in token["next"]][:3] == best_value.tolist()[:3]
-        assert told["layers"][-1]["says"][t]["id"] == best_value[0]
+        assert [one["id"] for one in token["next"]][:3] == likely_ids.tolist()[:3]
+        assert told["layers"][-1]["says"][t]["id"] == likely_ids[0]
         if t:
             chance = float(p[t - 1, ids[t]])
             assert token["probability"] == pytest.approx(chance, abs=1e-5)

@@ -146,7 +146,9 @@ def test_names_are_never_markup(tmp_path: Path) -> None:
 
 def test_report_command_writes_the_page_again(tmp_path: Path) -> None:
     request = {"model": "/far/base/model", "data": ["/far/q.csv"]}
-    (tmp_path / "run.json").write_text(json.dumps({"task": "transfer", "command": STUDY["command"], "request": request}))
+    (tmp_path / "run.json").write_text(
+        json.dumps({"task": "transfer", "command": STUDY["command"], "request": request})
+    )
     with pytest.raises(NextwordError, match="not finished"):
         write_report(tmp_path)
     (tmp_path / "result.json").write_text(json.dumps({**STUDY, "model": "/far/base/model", "data": ["/far/q.csv"]}))

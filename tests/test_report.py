@@ -153,7 +153,11 @@ def test_content_of_a_run_is_never_markup(tmp_path: Path) -> None:
 
     metadata = {key: poison(value) for key, value in METADATA.items()}
     sample = {"step": HOSTILE, "sample": {"prompt": HOSTILE, "text": HOSTILE}}
-    numbers = [{"step": HOSTILE, "loss": HOSTILE}, {"step": 5, "validation": {"loss": HOSTILE}}, {"step": 301, "loss": math.nan}]
+    numbers = [
+        {"step": HOSTILE, "loss": HOSTILE},
+        {"step": 5, "validation": {"loss": HOSTILE}},
+        {"step": 301, "loss": math.nan},
+    ]
     records = [*training_records(), sample, {"message": HOSTILE}, *numbers]
     run = write_run(tmp_path / "run <b> {{ x }}", metadata, records, {"loss": HOSTILE, "by_position": [HOSTILE, 1]})
     page = ParsedPage(write_report(run))
@@ -228,7 +232,14 @@ BENCHMARK: dict[str, Any] = {
     "groups": {"anaphora": {"score": 0.8, "low": 0.7, "high": 0.9, "n": 40}, "islands": {"score": 0.45, "n": 960}},
     "scrambled": {"score": 0.53, "low": 0.5, "high": 0.56, "n": 1000, "order_matters": True},
 }
-WITHOUT_CHANCE: dict[str, Any] = {"metric": "repeated", "score": 0.04, "low": 0.02, "high": 0.06, "n": 64, "chance": None}
+WITHOUT_CHANCE: dict[str, Any] = {
+    "metric": "repeated",
+    "score": 0.04,
+    "low": 0.02,
+    "high": 0.06,
+    "n": 64,
+    "chance": None,
+}
 PROVENANCE = Provenance("2026-11-23T18:15:57+00:00", {"precision": "int8"})
 
 
@@ -298,7 +309,11 @@ def test_the_hub_reads_the_metadata_of_a_card(tmp_path: Path) -> None:
     run = write_evaluated_run(tmp_path / 'run: "x" # y')
     save_benchmarks(run, **{'own: "a" \u2028 #b': BENCHMARK, "кот": BENCHMARK, "дом": BENCHMARK})
     data = ModelCard.load(write_card(run)).data
-    assert (data.model_name, data.library_name, data.pipeline_tag) == ('run: "x" # y', "transformers", "text-generation")
+    assert (data.model_name, data.library_name, data.pipeline_tag) == (
+        'run: "x" # y',
+        "transformers",
+        "text-generation",
+    )
     assert data.tags == ["nextword"]
     results = {result.dataset_name: result for result in data.eval_results}
     names = {"validation set of the run", "other.txt", "blimp", "free", 'own: "a" #b', "кот", "дом"}
@@ -369,7 +384,9 @@ def test_any_changed_value_is_rejected_or_shown_as_text(
 
 def test_content_of_evaluations_and_audits_is_never_markup(tmp_path: Path) -> None:
     texts = {"unit": HOSTILE, "note": HOSTILE, "examples": [{HOSTILE: HOSTILE}], "notable": True}
-    run = write_audit(write_run(tmp_path / "run", records=training_records()), [finding(HOSTILE, HOSTILE, 1.5, **texts)])
+    run = write_audit(
+        write_run(tmp_path / "run", records=training_records()), [finding(HOSTILE, HOSTILE, 1.5, **texts)]
+    )
     save_benchmarks(run, **{HOSTILE: {**BENCHMARK, "metric": HOSTILE, "groups": {HOSTILE: {"score": 1}}}})
     page = ParsedPage(write_report(run))
     assert "script" not in page.tags and page.text.count("alert('x')") >= 7
@@ -423,9 +440,7 @@ def test_files_of_version_0_1_0_are_updated(tmp_path: Path) -> None:
     assert "# edited" in (run / "README.md").read_text(encoding="utf-8") and len(messages) == 1
 
 
-def test_evaluate_updates_the_files_of_the_run(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_updates_the_files_of_the_run(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     shutil.copytree(base, run)
     (tmp_path / "other.txt").write_text("The list of values is sorted, and then the values are printed. " * 20)
@@ -462,8 +477,12 @@ def test_comparison_of_runs(tmp_path: Path) -> None:
     ]
     write_audit(runs[1], FINDINGS[:1])
     page = ParsedPage(api.report(runs, tmp_path / "page.html"))
-    assert_contains(page.text, "Comparison of 2 runs", "1.225", "1.400", "by tokens", "by seconds", "other.txt", "blimp")
-    assert_contains(page.text, "acc · chance 0.500", "CrowS-Pairs, gender", "Memorised passages", "function returns 300")
+    assert_contains(
+        page.text, "Comparison of 2 runs", "1.225", "1.400", "by tokens", "by seconds", "other.txt", "blimp"
+    )
+    assert_contains(
+        page.text, "acc · chance 0.500", "CrowS-Pairs, gender", "Memorised passages", "function returns 300"
+    )
     table = re.search(r"Settings and environment that differ.*?</table>", page.source, re.DOTALL)
     assert table is not None
     rows = re.findall(r'<tr><th scope="row">(.*?)</th><td>(.*?)</td><td>(.*?)</td></tr>', table[0])

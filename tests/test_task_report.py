@@ -157,7 +157,14 @@ def test_chat_models_are_evaluated_by_bits_per_byte_and_forgetting(
     tmp_path: Path, before: float, after: float | None, sentence: str
 ) -> None:
     task = {"task": "chat", "kind": "answer", "chat": True, "labels": []}
-    result = {"task": "chat", "metric": "bits_per_byte", "loss": 2.5, "bits_per_byte": 1.25, "scores": {}, "baselines": {}}
+    result = {
+        "task": "chat",
+        "metric": "bits_per_byte",
+        "loss": 2.5,
+        "bits_per_byte": 1.25,
+        "scores": {},
+        "baselines": {},
+    }
     result |= {"forgetting": {"text": "/home/someone/data", "before": before, "after": after}, "seconds": 5.0}
     metadata = {**TASK_METADATA, "metric": "bits_per_byte", "task": task}
     page = ParsedPage(write_report(write_run(tmp_path / "run", metadata, training_records(), result)))

@@ -12,13 +12,25 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from nextword.common.errors import CorruptFileError
 from nextword.common.fs import MANIFEST, atomic_write, read_json, read_manifest
-from nextword.reporting.run_data import is_number
 
 EVALUATION_FILE, AUDIT_FILE = Path("measured") / "evaluation.json", Path("measured") / "audit.json"
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether the value is a finite int or float of a size that arithmetic and plots can handle."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e100 <= value <= 1e100
+
+
+def short_path_name(path: str) -> str:
+    """The last part of a path, or the name of the run for its `model` directory."""
+    parts = [part for part in path.replace("\\", "/").split("/") if part]
+    if len(parts) > 1 and parts[-1] == "model":
+        return parts[-2]
+    return parts[-1] if parts else path
 
 
 @dataclass(frozen=True)
@@ -198,10 +210,10 @@ class JSONReader:
             raise self.field_error(name, "true or false")
         return bool(value)
 
-    def get_object(self, name: str) -> "Place":
+    def get_object(self, name: str) -> "JSONReader":
         return JSONReader(self.file, self.values.get(name), f"{self.json_path}.{name}".lstrip("."))
 
-    def iter_objects(self, name: str) -> Iterator[tuple[str, "Place"]]:
+    def iter_objects(self, name: str) -> Iterator[tuple[str, "JSONReader"]]:
         """The tables of a table by their names; none where it is not there."""
         if self.values.get(name) is None:
             return
@@ -209,7 +221,7 @@ class JSONReader:
         for key in inner.values:
             yield key, inner.get_object(key)
 
-    def get_list(self, name: str) -> "list[Place]":
+    def get_list(self, name: str) -> "list[JSONReader]":
         value = self.values.get(name)
         if not isinstance(value, list | tuple):
             raise self.field_error(name, "a list")

@@ -13,10 +13,10 @@ from nextword.common import fs
 from nextword.common.console import Console
 from nextword.common.environment import library_versions
 from nextword.common.errors import UsageError
+from nextword.common.results import short_path_name
 from nextword.common.run_dir import RunDir, RunInterruptedError, catch_signals, open_run
 from nextword.pipeline.predictor import SELECTION_METRIC
 from nextword.reporting.label_efficiency_page import write_label_efficiency_page
-from nextword.reporting.task_results import short_path_name
 from nextword.tasks.metrics import seed_interval
 from nextword.training.launch import check_resume_config
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError
-from nextword.common.results import Provenance, StoredResults, save_results
+from nextword.common.results import Provenance, StoredResults, save_results, short_path_name
 from nextword.common.run_dir import RunDir
 from nextword.pipeline.language_model import Paths, as_list
-from nextword.reporting.task_results import short_path_name
 
 
 def check_results_readable(path: str | Path) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 from nextword.common.errors import UsageError
 from nextword.common.fs import atomic_write
-from nextword.common.results import ScoreWithCI, StoredResults
+from nextword.common.results import ScoreWithCI, StoredResults, is_number
 from nextword.reporting import formatting as fmt
 from nextword.reporting.charts import Chart, Points, moving_average, plot_run_comparison, responsive_chart
 from nextword.reporting.rendering import render_html
 from nextword.reporting.results_sections import SECTION_TITLES, group_by_section
-from nextword.reporting.run_data import LM_LOSS_TASKS, RunData, as_mapping, get_nested, is_number
+from nextword.reporting.run_data import LM_LOSS_TASKS, RunData, as_mapping, get_nested
 from nextword.reporting.task_results import METRICS, THIS_MODEL, TaskResults
 
 MAX_RUNS = 6  # as many as there are colours

@@ -13,8 +13,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from nextword.common.results import is_number, short_path_name
 from nextword.reporting import formatting as fmt
-from nextword.reporting.run_data import is_number, short_path_name
 
 TEXT_FILTERS: tuple[Callable[..., str], ...] = (
     fmt.count,

@@ -9,7 +9,7 @@ from typing import Any
 
 from nextword.common.errors import NextwordError
 from nextword.common.fs import atomic_write
-from nextword.common.results import StoredResults
+from nextword.common.results import StoredResults, is_number, short_path_name
 from nextword.reporting import formatting as fmt
 from nextword.reporting.card import is_unmodified_card, write_card
 from nextword.reporting.charts import Chart, Points, moving_average, plot_loss, plot_small, responsive_chart
@@ -22,8 +22,6 @@ from nextword.reporting.run_data import (
     as_list,
     as_mapping,
     is_imbalanced,
-    is_number,
-    short_path_name,
     task_metadata,
     validation_loss_unit,
 )

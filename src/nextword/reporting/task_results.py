@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from nextword.common.results import ScoreWithCI
-from nextword.reporting.run_data import RunData, as_mapping, get_nested, is_number
+from nextword.common.results import ScoreWithCI, is_number
+from nextword.reporting.run_data import RunData, as_mapping, get_nested
 
 LOWER_IS_BETTER_METRICS = ("bits_per_byte", "loss")
 THIS_MODEL, BASE_MODEL = "this model", "base model"
