@@ -128,7 +128,7 @@ def _eval_results(
                 dataset_type=dataset_type,
                 dataset_name=_plain(dataset),
                 metric_type=_plain(metric),
-                metric_value=float(f"{score.value:.6g}"),
+                metric_value=float(f"{score.value:.6g}") + 0.0,  # never -0.0
                 metric_name=_plain(f"{name} ({', '.join(details)})" if details else name),
             )
         )
