@@ -19,7 +19,6 @@ import torch
 from nextword.data.corpus import Corpus
 from nextword.data.dataset import Batch, TokenDataset, derive_seed
 from nextword.inference.perplexity import evaluate_perplexity
-from nextword.model import fused
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
 from nextword.planning.size_selection import default_dropout, default_peak_lr
@@ -96,7 +95,7 @@ def run(corpus: Corpus, s: dict[str, Any]) -> dict[str, Any]:
         weight_decay=s["weight_decay"], momentum=s["momentum"],
     )  # fmt: skip
     state = TrainState(model, optimizer)
-    _, step_module = build_loss_module(model, causal_lm_loss, "fused" if fused.is_available(model) else "plain")
+    _, step_module = build_loss_module(model, causal_lm_loss, "fused" if model.supports_kernels() else "plain")
     rows = max(1, round(s["batch_tokens"] / config.context_length))
     kind = SameOrder if s["same_order"] else TokenDataset
     data = kind(corpus.tokens("train"), config.context_length, rows, s["seed"])

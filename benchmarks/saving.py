@@ -33,7 +33,7 @@ class Trained:
         torch.manual_seed(0)
         config = build_config("gpt2", **SIZES[name])  # pyright: ignore[reportArgumentType]
         self.model = GPT(config)
-        self.module = LossModule(self.model, causal_lm_loss, fused=False)
+        self.module = LossModule(self.model, causal_lm_loss)
         self.optimizer = Optimizer(self.model, kind="muon", lr=1e-4)
         tokens = torch.randint(config.vocab_size, (2, ROWS, config.context_length))
         self.inputs = DeviceBatch(tokens[0], tokens[1], None, None, None, None)

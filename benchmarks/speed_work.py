@@ -93,7 +93,6 @@ def train_ours(s: Settings, x: Any, y: Any) -> dict[str, Any]:
     import numpy as np
 
     from nextword.data.dataset import Batch
-    from nextword.model import fused
     from nextword.model.config import build_config
     from nextword.model.gpt import GPT
     from nextword.training.losses import causal_lm_loss
@@ -103,7 +102,7 @@ def train_ours(s: Settings, x: Any, y: Any) -> dict[str, Any]:
     sizes = {name: s[name] for name in ("vocab_size", "context_length", "n_layers", "n_heads", "d_model")}
     model = GPT(build_config(s.get("preset", "gpt2"), **sizes))
     state = TrainState(model, Optimizer(model, kind=s.get("optimizer", "adamw"), lr=1e-3))
-    _, step_module = build_loss_module(model, causal_lm_loss, "fused" if fused.is_available(model) else "plain")
+    _, step_module = build_loss_module(model, causal_lm_loss, "fused" if model.supports_kernels() else "plain")
     batch = Batch(x.numpy(), y.numpy(), list(range(len(x))), {"next_word": x.numel()}, x.numel())
     settings = StepSettings(micro_batch_rows=s.get("micro_batch_rows", 2**30))
     assert isinstance(batch.tokens, np.ndarray)

@@ -200,9 +200,9 @@ def watched(attention: Attention, forward: Callable[[], object]) -> dict[str, An
         return lambda module, inputs, output: seen.__setitem__(name, output)
 
     handles = [
-        attention.register_forward_pre_hook(lambda module, inputs: seen.__setitem__("rotation", inputs[1])),
+        attention.register_forward_pre_hook(lambda module, inputs: seen.__setitem__("rotation", inputs[1].rotary_cos_sin)),
         attention.query.register_forward_hook(keep("query")),
-        attention.api_key.register_forward_hook(keep("key")),
+        attention.key.register_forward_hook(keep("key")),
         attention.value.register_forward_hook(keep("value")),
         attention.output.register_forward_pre_hook(lambda module, inputs: seen.__setitem__("heads", inputs[0])),
     ]
@@ -223,7 +223,7 @@ def weights_of(attention: Attention, seen: dict[str, Any]) -> Tensor:
     shared = query.shape[1] // key.shape[1]  # query heads for each key-value head
     query, key, value = (x[0].double() for x in (query, key, value))
     key, value = key.repeat_interleave(shared, dim=0), value.repeat_interleave(shared, dim=0)
-    scores = query @ key.mT / math.sqrt(attention.head_dim)
+    scores = query @ key.mT / math.sqrt(attention.config.head_dim)
     later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     weights = scores.masked_fill(later, -math.inf).softmax(-1)
     ours, its_own = (weights @ value).transpose(0, 1).flatten(1), seen["heads"][0].double()

@@ -1,4 +1,4 @@
-"""Code that is built on first use: built once, and where it cannot be built, why."""
+"""Code that is built on first use: built once, and where it cannot be built, reason."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ SOURCE = '#include "vectors.h"\nextern "C" int answer() { return 42; }\n'
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file to build, and an empty cache folder."""
     monkeypatch.delenv(native_build.NATIVE_ENV_VAR, raising=False)
-    monkeypatch.setattr(native_build, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(native_build, "cache_dir", lambda: tmp_path / "cache")
     path = tmp_path / "answer.cpp"
     path.write_text(SOURCE)
     return path
@@ -23,8 +23,8 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="this processor has no AVX2")
 def test_built_once_and_anew_for_another_source(source: Path, tmp_path: Path) -> None:
     loaded, reason = native_build.load_native_library(source)
-    assert loaded is not None, why
-    assert loaded.prediction() == 42
+    assert loaded is not None, reason
+    assert loaded.answer() == 42
     assert native_build.load_native_library(source)[0] is loaded
     (built,) = (tmp_path / "cache").iterdir()
     before = built.stat().st_mtime_ns
@@ -33,7 +33,7 @@ def test_built_once_and_anew_for_another_source(source: Path, tmp_path: Path) ->
     source.write_text(SOURCE.replace("42", "43"))
     again, _ = native_build.load_native_library.__wrapped__(source)
     assert again is not None
-    assert again.prediction() == 43
+    assert again.answer() == 43
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
@@ -50,7 +50,7 @@ def test_without_a_compiler_that_works_it_says_why(
         (folder / "g++").chmod(0o755)
     loaded, reason = native_build.load_native_library(source)
     assert loaded is None
-    assert ("no such header" if compiler else "no C++ compiler was found") in why
+    assert ("no such header" if compiler else "no C++ compiler was found") in reason
 
 
 def test_a_cache_folder_that_cannot_be_written_is_no_reason_to_fail(
@@ -61,7 +61,7 @@ def test_a_cache_folder_that_cannot_be_written_is_no_reason_to_fail(
     (tmp_path / "cache").write_text("a file, not a folder")
     loaded, reason = native_build.load_native_library(source)
     assert loaded is None
-    assert "cache" in why
+    assert "cache" in reason
 
 
 def test_other_processors_and_the_switch(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,6 @@ from nextword.inference.engine import Engine, Event
 from nextword.inference.kv_cache import KeyValueCache
 from nextword.inference.model_runner import ModelRunner, NativeRunner, TokenChunk, TorchRunner
 from nextword.inference.sampling import Sampling, sample
-from nextword.interpretability.inputs import prepare_input
 from nextword.model.config import PRESETS, build_config
 from nextword.model.gpt import GPT
 
@@ -152,7 +151,7 @@ def test_stop_strings_and_characters_across_any_cut(data: bytes, stops: list[str
         assert full.startswith("".join(pieces))  # nothing is ever shown that has to be taken back
         if at >= len(data):
             break
-    pieces.append(stream.push(b"", last=True))
+    pieces.append(stream.push(b"", is_final=True))
     assert "".join(pieces) == full
     assert stream.stopped == (full != data.decode(errors="replace"))
 
@@ -167,7 +166,7 @@ def test_no_more_is_held_back_than_must_be() -> None:
     characters = StreamingDetokenizer()
     assert [characters.push(bytes([byte])) for byte in "é🙂".encode()] == ["", "é", "", "", "", "🙂"]
     assert characters.push(b"\xff\xe4") == "\ufffd"
-    assert characters.push(b"", last=True) == "\ufffd"
+    assert characters.push(b"", is_final=True) == "\ufffd"
 
 
 def test_a_character_level_model_speaks(tokenizer: Tokenizer) -> None:
@@ -194,7 +193,7 @@ def test_a_foreign_tokenizer_keeps_spaces_and_characters(monkeypatch: pytest.Mon
     vocabulary = tokenizer.backend.get_vocab()
     prompt, *answer = [vocabulary[token] for token in ["▁the", *shown.split()]]
     feed = iter(answer)
-    monkeypatch.setattr("nextword.inference.engine.draw", lambda *_: next(feed))
+    monkeypatch.setattr("nextword.inference.engine.sample", lambda *_: next(feed))
     pieces = list(Engine(tiny(tokenizer), tokenizer).stream([prompt], Sampling(max_tokens=len(answer))))
     assert "the" + "".join(pieces) == tokenizer.decode([prompt, *answer])
     assert "\ufffd" not in "".join(pieces[:-1])
@@ -224,7 +223,7 @@ def test_a_tokenizer_that_begins_texts_with_a_token_does(model: GPT, tokenizer: 
 
 def test_end_of_text_ends_it(monkeypatch: pytest.MonkeyPatch, model: GPT, tokenizer: Tokenizer) -> None:
     feed = iter([*tokenizer.encode("a th"), tokenizer.eos_id])
-    monkeypatch.setattr("nextword.inference.engine.draw", lambda *_: next(feed))
+    monkeypatch.setattr("nextword.inference.engine.sample", lambda *_: next(feed))
     engine = Engine(model, tokenizer)
     engine.add_request("The", Sampling(stop=("the",)))
     events = run(engine)
@@ -243,7 +242,7 @@ def test_more_prompts_than_slots_and_a_queue_in_order(model: GPT, tokenizer: Tok
     engine = Engine(model, tokenizer, max_batch=2)
     sizes = [5, 1, 4, 2, 3]
     ids = [engine.add_request("The", Sampling(max_tokens=size, temperature=3.0, seed=0)) for size in sizes]
-    events, max_tokens = [], 0
+    events, most = [], 0
     while engine.has_unfinished_requests:
         new = engine.step()
         most = max(most, len(new))
@@ -274,7 +273,7 @@ def test_a_stream_that_is_left_frees_its_slot(model: GPT, tokenizer: Tokenizer) 
     engine = Engine(model, tokenizer)
     stream = engine.stream("The", BOLD)
     next(stream)
-    with pytest.raises(UsageError, match="under way"):
+    with pytest.raises(UsageError, match="unfinished requests"):
         engine.generate(["The"], BOLD)
     stream.close()  # pyright: ignore[reportAttributeAccessIssue]
     assert not engine.has_unfinished_requests
@@ -286,16 +285,16 @@ def test_a_step_that_ran_out_of_memory_can_be_repeated(
 ) -> None:
     expected = Engine(model, tokenizer).generate(["The", "house on"], BOLD)
     engine = Engine(model, tokenizer)
-    ids = [engine.add_request("The", BOLD, number=0), engine.add_request("house on", BOLD, number=1)]
-    events, calls, read_line = [], itertools.count(1), engine.runner.forward
+    ids = [engine.add_request("The", BOLD, sample_index=0), engine.add_request("house on", BOLD, sample_index=1)]
+    events, calls, forward = [], itertools.count(1), engine.runner.forward
 
     def failing(cache: KeyValueCache, pieces: Sequence[TokenChunk]) -> list[torch.Tensor]:
-        rows = prepare_input(cache, pieces)
+        rows = forward(cache, pieces)
         if next(calls) % 3 == 0:  # after the cache was written to
             raise torch.OutOfMemoryError("no memory")
         return rows
 
-    monkeypatch.setattr(engine.runner, "read", failing)
+    monkeypatch.setattr(engine.runner, "forward", failing)
     while engine.has_unfinished_requests:
         try:
             events += engine.step()
@@ -354,23 +353,23 @@ def reader_for(kind: str, model: GPT) -> ModelRunner:
 
 
 class Counted:
-    """A reader that knows how many tokens it was given to read."""
+    """A runner that knows how many tokens it was given to read."""
 
     def __init__(self, reader: ModelRunner):
         self.runner, self.tokens = reader, 0
 
-    def read(self, cache: KeyValueCache, pieces: Sequence[TokenChunk]) -> list[torch.Tensor]:
+    def forward(self, cache: KeyValueCache, pieces: Sequence[TokenChunk]) -> list[torch.Tensor]:
         self.tokens += sum(len(piece.tokens) for piece in pieces)
         return self.runner.forward(cache, pieces)
 
-    def whole(self, length: int, step_tokens: int) -> int:
+    def reusable_prefix(self, length: int, step_tokens: int) -> int:
         return self.runner.reusable_prefix(length, step_tokens)
 
 
 def told(engine: Engine, prompt: str | list[int], sampling: Sampling) -> list[Event]:
     """The events of one text, its number left out."""
     engine.add_request(prompt, sampling)
-    return [replace(event, id=0) for event in run(engine)]
+    return [replace(event, request_id=0) for event in run(engine)]
 
 
 def alike(kind: str, one: list[Event], other: list[Event]) -> None:
@@ -448,7 +447,7 @@ def test_who_begins_alike_waits_while_the_beginning_is_read(tokenizer: Tokenizer
     events = first + run(engine)
     for number, prompt in zip(numbers, prompts, strict=True):
         alone = told(Engine(model, tokenizer, runner=reader_for(kind, model), step_tokens=8), prompt, sampling)
-        alike(kind, [replace(event, id=0) for event in events if event.request_id == number], alone)
+        alike(kind, [replace(event, request_id=0) for event in events if event.request_id == number], alone)
     drawn = sum(event.token is not None for event in events) - 4
     assert reader.tokens - drawn < len(prompts[0]) + 3 * (16 + 8)  # and not three times the whole
 
@@ -548,12 +547,12 @@ class Alternating:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.accepted = tokenizer, []
 
-    def allowed(self) -> torch.Tensor:
+    def allowed_mask(self) -> torch.Tensor:
         if len(self.accepted) == 6:
             return torch.arange(self.tokenizer.vocab_size) == self.tokenizer.eos_id
         return torch.arange(self.tokenizer.vocab_size) % 2 == len(self.accepted) % 2
 
-    def accept(self, token: int) -> None:
+    def accept_token(self, token: int) -> None:
         self.accepted.append(token)
 
 
@@ -581,13 +580,13 @@ def test_a_constraint_is_obeyed(model: GPT, tokenizer: Tokenizer, sampling: Samp
 
 def test_a_constraint_that_cannot_go_on_ends_its_text_alone(model: GPT, tokenizer: Tokenizer) -> None:
     class Broken(Alternating):
-        def allowed(self) -> torch.Tensor:
+        def allowed_mask(self) -> torch.Tensor:
             if self.accepted:
                 raise NextwordError("there is no way on")
-            return super().allowed()
+            return super().allowed_mask()
 
     engine = Engine(model, tokenizer)
-    broken, mutable_fields = (
+    broken, free = (
         engine.add_request("The", BOLD, constraint=Broken(tokenizer)),
         engine.add_request("The", BOLD),
     )

@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from nextword.model.lora_config import (
+
+from nextword.model.config import PRESETS, ConfigError, ModelConfig, build_config
+from nextword.model.gpt import GPT, with_classification_head, with_resized_vocabulary
+from nextword.model.hf import save_model
+from nextword.model.lora import (
     LoraConfig,
     LoraLinear,
     TrainableRowsEmbedding,
@@ -17,10 +21,6 @@ from nextword.model.lora_config import (
     merge_lora,
     save_adapter,
 )
-
-from nextword.model.config import PRESETS, ConfigError, ModelConfig, build_config
-from nextword.model.gpt import GPT, with_classification_head, with_resized_vocabulary
-from nextword.model.hf import save_model
 
 OLD, NEW = 61, 64  # tokens before and after a task has added its markers
 
@@ -46,7 +46,7 @@ def adapted(
     """A model with a fresh adapter, and a head where labels are asked for."""
     model = with_resized_vocabulary(random_model(small(preset, **overrides)), OLD + rows, seed=1)
     model = with_classification_head(model, n_labels, seed=2) if n_labels else model
-    return add_lora(model, config or LoraConfig(rank=3, alpha=12), seed=3, trained_rows=rows)
+    return add_lora(model, config or LoraConfig(rank=3, alpha=12), seed=3, num_trainable_rows=rows)
 
 
 def shake(model: GPT) -> GPT:
@@ -155,14 +155,14 @@ def test_the_rows_get_the_whole_matrix_s_gradient(tied):
         assert isinstance(part, TrainableRowsEmbedding)
         whole = plain.get_parameter(f"{name}.weight").grad
         assert part.rows.grad is not None and whole is not None
-        assert part.base_model.grad is None
+        assert part.base.grad is None
         torch.testing.assert_close(part.rows.grad, whole[OLD:], atol=1e-4, rtol=1e-4)
 
 
 def test_a_resume_loads_the_state_by_its_names():
     model = shake(adapted("modern"))
     base = with_resized_vocabulary(random_model(small("modern")), NEW, seed=77)
-    again = add_lora(base, LoraConfig(rank=3, alpha=12), seed=78, trained_rows=NEW - OLD)
+    again = add_lora(base, LoraConfig(rank=3, alpha=12), seed=78, num_trainable_rows=NEW - OLD)
     assert not torch.equal(logits(again, some_tokens()), logits(model, some_tokens()))
     again.load_state_dict(model.state_dict())
     assert torch.equal(logits(again, some_tokens()), logits(model, some_tokens()))
@@ -211,12 +211,12 @@ def test_with_the_adapter_off_the_model_is_as_it_was(preset, tied):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"rank": 0}, "rank of an adapter must be a whole number of at least 1, not 0"),
+        ({"rank": 0}, "LoRA rank must be an integer of at least 1, not 0"),
         ({"rank": 2.5}, "not 2.5"),
-        ({"alpha": 0}, "alpha of an adapter must be above 0"),
-        ({"alpha": math.nan}, "alpha of an adapter must be above 0"),
-        ({"targets": ()}, "not none"),
-        ({"targets": ("query", "head")}, "query, key, value, output, up, gate, down, not head"),
+        ({"alpha": 0}, "LoRA alpha must be above 0"),
+        ({"alpha": math.nan}, "LoRA alpha must be above 0"),
+        ({"target_modules": ()}, "not none"),
+        ({"target_modules": ("query", "head")}, "query, key, value, output, up, gate, down, not head"),
     ],
 )
 def test_an_adapter_that_cannot_be_is_refused(values, message):
@@ -229,10 +229,10 @@ def test_a_model_that_cannot_take_it_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has no adapter to save"):
         save_adapter(plain, LoraConfig(), tmp_path, "base")
     with pytest.raises(ConfigError, match="none of the layers gate"):
-        add_lora(plain, LoraConfig(targets=("gate",)), seed=0)
-    with pytest.raises(ValueError, match="62 trained rows in a vocabulary of 61"):
-        add_lora(plain, LoraConfig(), seed=0, trained_rows=62)
-    with pytest.raises(ConfigError, match="has an adapter already"):
+        add_lora(plain, LoraConfig(target_modules=("gate",)), seed=0)
+    with pytest.raises(ValueError, match="62 trainable rows in a vocabulary of 61"):
+        add_lora(plain, LoraConfig(), seed=0, num_trainable_rows=62)
+    with pytest.raises(ConfigError, match="already has an adapter"):
         add_lora(adapted("gpt2"), LoraConfig(), seed=0)
     assert all(p.requires_grad for p in plain.parameters()), "refused before anything is changed"
 
@@ -248,7 +248,7 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("modern", {"tied": False, "head_dim": 10}),
     ("modern", {"qk_norm": False}),  # Llama
 ]
-SHAPES = [LoraConfig(rank=3, alpha=12), LoraConfig(rank=2, alpha=1.5, targets=("query", "value", "down"))]
+SHAPES = [LoraConfig(rank=3, alpha=12), LoraConfig(rank=2, alpha=1.5, target_modules=("query", "value", "down"))]
 
 
 def with_peft(stock_class: str, base: Path, adapter: Path, vocab_size: int, **arguments) -> Any:
@@ -278,7 +278,7 @@ def test_peft_reads_the_adapter_of_a_language_model(tmp_path, preset, overrides,
     adapter.mkdir()
     save_model(random_model(small(preset, **overrides)), base, end_of_text_id=0, pad_token_id=1)
     model = shake(adapted(preset, rows=rows, config=shape, **overrides))
-    save_adapter(model, shape, adapter, base=str(base))
+    save_adapter(model, shape, adapter, base_model_name=str(base))
     tokens = some_tokens(OLD + rows)
     theirs = with_peft("AutoModelForCausalLM", base, adapter, OLD + rows)
     expected = stock_logits(theirs, tokens)
@@ -298,7 +298,7 @@ def test_peft_reads_the_adapter_of_a_classifier(tmp_path, preset, overrides):
     adapter.mkdir()
     save_model(random_model(small(preset, **overrides)), base, end_of_text_id=0, pad_token_id=1)
     model = shake(adapted(preset, n_labels=4, **overrides))
-    save_adapter(model, LoraConfig(rank=3, alpha=12), adapter, base=str(base))
+    save_adapter(model, LoraConfig(rank=3, alpha=12), adapter, base_model_name=str(base))
     described = json.loads((adapter / "adapter_config.json").read_text())
     assert (described["task_type"], described["modules_to_save"]) == ("SEQ_CLS", ["score"])
     assert list(described["trainable_token_indices"].values()) == [[61, 62, 63]]

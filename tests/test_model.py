@@ -14,6 +14,7 @@ from nextword.model.config import PRESETS, SIZES, ConfigError, ModelConfig, buil
 from nextword.model.gpt import (
     GPT,
     FeedForward,
+    ForwardContext,
     Norm,
     apply_rotary_embedding,
     attention,
@@ -69,13 +70,13 @@ def test_multi_head_is_its_formula():
     torch.manual_seed(2)
     layer = MultiHead(config, 0)
     x = torch.randn(1, 7, config.d_model)
-    out = layer(x, None, None, None)[0].double()
+    out = layer(x, ForwardContext())[0].double()
     # MultiHead = Concat(head_1 … head_h) W_O with head_i = Attention(x W_Qi, x W_Ki, x W_Vi); our matrices are [out, in].
     heads = []
     x64, width = x[0].double(), config.head_dim
     for i in range(config.n_heads):
         rows = slice(i * width, (i + 1) * width)
-        q, k, v = (x64 @ m.weight[rows].double().T for m in (layer.query, layer.api_key, layer.value))
+        q, k, v = (x64 @ m.weight[rows].double().T for m in (layer.query, layer.key, layer.value))
         heads.append(attention_by_formula(q, k, v))
     expected = torch.cat(heads, dim=-1) @ layer.output.weight.double().T
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
@@ -181,16 +182,14 @@ def test_whole_model_is_its_definition(preset):
         x = x + model.position_embedding.weight[:13]
     elif config.positions == "sinusoidal":
         x = x + sinusoidal_table(13, config.d_model)
+    rotary = compute_rotary_cos_sin(torch.arange(13), config.head_dim, config.rope_theta)
+    context = ForwardContext((rotary[0][None], rotary[1][None]) if config.positions == "rope" else None)
     for block in model.blocks:
-        mha = lambda z, a=block.attention: a(  # noqa: E731
-            z[None], tuple(t[None] for t in compute_rotary_cos_sin(torch.arange(13), config.head_dim, config.rope_theta))
-            if config.positions == "rope" else None, None, None,
-        )[0]  # fmt: skip
         if config.norm_position == "post":
-            x = block.attention_norm(x + mha(x))
+            x = block.attention_norm(x + block.attention(x[None], context)[0])
             x = block.feed_forward_norm(x + block.feed_forward(x))
         else:
-            x = x + mha(block.attention_norm(x))
+            x = x + block.attention(block.attention_norm(x)[None], context)[0]
             x = x + block.feed_forward(block.feed_forward_norm(x))
     if config.norm_position == "pre":
         x = model.final_norm(x)
@@ -231,7 +230,7 @@ def test_a_window_too_long_is_refused():
 
 def test_segments_and_a_cache_exclude_each_other():
     tokens = torch.zeros(1, 3, dtype=torch.long)
-    with pytest.raises(ValueError, match="exclude each other"):
+    with pytest.raises(ValueError, match="cannot be combined"):
         GPT(small("modern"))(tokens, segments=tokens, cache=object())  # type: ignore[arg-type]
 
 
@@ -315,8 +314,8 @@ def test_dropout_keeps_the_mean_and_stays_out_of_evaluation():
     tokens = torch.randint(0, 61, (1, 24))
     plain = model(tokens)
     assert torch.equal(plain, model(tokens))
-    keep = sample_dropout_masks(config, [3], 24, "cpu")
-    assert not torch.allclose(plain, model(tokens, keep=keep))
+    masks = sample_dropout_masks(config, [3], 24, "cpu")
+    assert not torch.allclose(plain, model(tokens, dropout_masks=masks))
     embedded = model.token_embedding(tokens)
     from nextword.model.gpt import apply_dropout
 
@@ -340,12 +339,12 @@ def test_dropout_keeps_the_mean_and_stays_out_of_evaluation():
         ("modern", {"norm_position": "post"}, "norm_position = pre"),
         ("modern", {"activation": "relu"}, "activation = swiglu"),
         ("modern", {"attention_bias": True}, "attention_bias = False"),
-        ("modern", {"head_dim": 7}, "head_dim must be even"),
+        ("modern", {"head_dim": 7}, "an even head_dim"),
         ("modern", {"n_heads": 3, "head_dim": 8, "n_kv_heads": 2}, "multiple of n_kv_heads"),
-        ("modern", {"n_layers": 0}, "n_layers must be a whole number"),
+        ("modern", {"n_layers": 0}, "n_layers must be an integer"),
         ("modern", {"dropout": 1.0}, "dropout must be"),
-        ("modern", {"n_labels": -1}, "n_labels must be a whole number of at least 0"),
-        ("modern", {"n_labels": True}, "n_labels must be a whole number of at least 0"),
+        ("modern", {"n_labels": -1}, "n_labels must be an integer of at least 0"),
+        ("modern", {"n_labels": True}, "n_labels must be an integer of at least 0"),
         ("modern", {"d_model": 33}, "d_model .33. must be a multiple"),
         ("nonsense", {}, "unknown preset"),
         ("modern", {"colour": 3}, "unknown model settings: colour"),

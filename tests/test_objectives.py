@@ -28,9 +28,9 @@ def dataset(kind, golds, texts: int | list[int] = 1, seed=0, sample_weights=None
         return TokenSequence(rng.integers(2, 50, n), rng.random(n) > 0.3)
 
     several = [texts] * len(golds) if isinstance(texts, int) else texts
-    examples = [EncodedExample(tuple(text() for _ in range(n)), gold=g) for n, g in zip(several, golds, strict=True)]
+    examples = [EncodedExample(tuple(text() for _ in range(n)), target=g) for n, g in zip(several, golds, strict=True)]
     return examples, TaskDataset(
-        examples, len(golds), 0, pad_token_id=1, kind=kind, sample_weights=weights, reference_logprobs=reference
+        examples, len(golds), 0, pad_token_id=1, kind=kind, sample_weights=sample_weights, reference_logprobs=reference
     )
 
 
@@ -50,7 +50,7 @@ def test_labels_by_the_formula(auxiliary):
     weights = np.array([1.0, 0.5, 2.0, 0.5], dtype=np.float32)
     examples, data = dataset("label", golds, sample_weights=weights)
     batch = data.batch(0)
-    losses = classification_loss("label", auxiliary)(gpt, to_device(batch, gpt, 0))
+    losses = classification_loss("label", auxiliary)(gpt, to_device(batch, gpt, 0), False)
     each = [
         F.cross_entropy(gpt.classify(hidden_at_end(gpt, e.sequences[0])[None]), torch.tensor([e.target]))
         for e in examples
@@ -66,7 +66,7 @@ def test_both_orders_are_summed():
     gpt = model(1)
     examples, data = dataset("score", [1.5, 4.0, 0.0], texts=2)
     batch = data.batch(0)
-    loss = normalize_loss(classification_loss("score")(gpt, to_device(batch, gpt, 0)), batch.loss_denominators)
+    loss = normalize_loss(classification_loss("score")(gpt, to_device(batch, gpt, 0), False), batch.loss_denominators)
     outputs = [sum(gpt.classify(hidden_at_end(gpt, t)[None])[0, 0] for t in e.sequences) for e in examples]
     expected = torch.stack([(o - e.target) ** 2 for o, e in zip(outputs, examples, strict=True)]).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -76,7 +76,7 @@ def test_several_labels_by_the_formula():
     gpt = model(3)
     examples, data = dataset("labels", [np.array([1, 0, 1], dtype=bool), np.array([0, 0, 0], dtype=bool)])
     batch = data.batch(0)
-    loss = normalize_loss(classification_loss("labels")(gpt, to_device(batch, gpt, 0)), batch.loss_denominators)
+    loss = normalize_loss(classification_loss("labels")(gpt, to_device(batch, gpt, 0), False), batch.loss_denominators)
     each = [
         F.binary_cross_entropy_with_logits(
             gpt.classify(hidden_at_end(gpt, e.sequences[0])[None])[0], torch.tensor(e.target).float()
@@ -90,7 +90,7 @@ def test_choices_of_any_number():
     gpt, several = model(1), [2, 4, 3]
     examples, data = dataset("choice", [1, 3, 0], texts=several)
     batch = data.batch(0)
-    loss = normalize_loss(classification_loss("choice")(gpt, to_device(batch, gpt, 0)), batch.loss_denominators)
+    loss = normalize_loss(classification_loss("choice")(gpt, to_device(batch, gpt, 0), False), batch.loss_denominators)
     each = []
     for e in examples:
         logits = torch.stack([gpt.classify(hidden_at_end(gpt, t)[None])[0, 0] for t in e.sequences])
@@ -113,7 +113,7 @@ def test_preference_by_the_formula():
     reference = np.random.default_rng(3).normal(-20, 2, (3, 2)).astype(np.float32)
     examples, data = dataset("preference", [0, 0, 0], texts=2, reference=reference)
     batch = data.batch(0)
-    loss = normalize_loss(dpo_loss(0.3)(gpt, to_device(batch, gpt, 0)), batch.loss_denominators)
+    loss = normalize_loss(dpo_loss(0.3)(gpt, to_device(batch, gpt, 0), False), batch.loss_denominators)
     each = []
     for e, (chosen, rejected) in zip(examples, reference, strict=True):
         plus, minus = (-next_word_nats(gpt, t).sum() for t in e.sequences)

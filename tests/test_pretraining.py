@@ -292,9 +292,9 @@ def test_a_time_budget_is_kept_and_its_decisions_are_replayed(shards, tmp_path, 
     """Steps become three times slower half-way. The same run from its log of decisions alone is equal bit for bit."""
     run, replayed, clock, calls = tmp_path / "run", tmp_path / "replayed", FakeClock(), itertools.count()
 
-    def timed(model: Any, batch: Any) -> Any:
+    def timed(model: Any, batch: Any, kernels: bool) -> Any:
         clock.time += 0.05 if next(calls) < 150 else 0.15
-        return causal_lm_loss(model, batch)
+        return causal_lm_loss(model, batch, kernels)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunContext, "now", clock)

@@ -105,7 +105,7 @@ def stock(logits: torch.Tensor, sampling: Sampling, history: list[int]) -> torch
 )
 def test_equals_transformers(sampling: Sampling, seed: int) -> None:
     logits, history = random_logits(seed, 200), [3, 3, 17, 120]
-    ours, longest_held_out = probabilities(logits, sampling, history), stock(logits, sampling, history)
+    ours, theirs = probabilities(logits, sampling, history), stock(logits, sampling, history)
     assert torch.equal(ours == 0, theirs == 0)
     assert torch.allclose(ours, theirs, atol=1e-12)
 

@@ -59,8 +59,8 @@ def poisoned(shards: Path, indices: Iterable[int], change: Callable[[LossTerm], 
     data = windows(shards)
     bad = {row.tobytes() for index in indices for row in data.batch(index).tokens}
 
-    def loss_fn(model: Any, batch: DeviceBatch) -> dict[str, LossTerm]:
-        losses = causal_lm_loss(model, batch)
+    def loss_fn(model: Any, batch: DeviceBatch, kernels: bool) -> dict[str, LossTerm]:
+        losses = causal_lm_loss(model, batch, kernels)
         if any(row.tobytes() in bad for row in batch.tokens.numpy()):
             return {name: change(loss) for name, loss in losses.items()}
         return losses

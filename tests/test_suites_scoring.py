@@ -14,9 +14,8 @@ from nextword.commands import api
 from nextword.common.errors import NextwordError, UsageError
 from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import Tokenizer
-from nextword.inference import loglikelihood
 from nextword.inference.loglikelihood import LoglikelihoodScorer, ScoredSequence, build_tree, pack_batches
-from nextword.model import fused
+from nextword.model import ops
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
 from nextword.model.hf import save_model
@@ -120,15 +119,15 @@ def test_likelihoods_and_rankings_are_the_stock_classes(
     questions = questions_of(name, suite_files[name])
     model, stock = load(model_path), Stock(model_path)
     found = LoglikelihoodScorer(model.gpt, model.tokenizer, check_greedy=True).score_pairs(
-        [question.sequence_owners for question in questions]
+        [question.requests for question in questions]
     )
     for question, likely in zip(questions, found, strict=True):
-        expected = [stock.ask(*pair) for pair in question.sequence_owners]
+        expected = [stock.ask(*pair) for pair in question.requests]
         for one, (nats, greedy) in zip(likely, expected, strict=True):
             assert one.logprob == pytest.approx(nats, abs=1e-4, rel=1e-5)
             assert one.is_greedy == greedy
-        for sizes in ([1] * len(likely), list(map(len, question.num_answers))):
-            mine, longest_held_out = (
+        for sizes in ([1] * len(likely), list(map(len, question.choices))):
+            mine, theirs = (
                 sorted(range(len(likely)), key=lambda i: values[i] / sizes[i])
                 for values in ([one.logprob for one in likely], [nats for nats, _ in expected])
             )
@@ -142,20 +141,20 @@ def test_scores_are_lm_evals(model_path: Path, suite_files: dict[str, Path], nam
     found = score_items(load(model_path), suite, items)
     for i, item in enumerate(items):
         question = loglikelihood_item(suite, item)
-        nats, check_greedy = zip(*(stock.ask(*pair) for pair in question.sequence_owners), strict=True)
+        nats, greedy = zip(*(stock.ask(*pair) for pair in question.requests), strict=True)
         if name == "lambada":
             assert found.item_values["acc"][i] == float(greedy[0])
             assert found.item_values["nats"][i] == pytest.approx(-nats[0], abs=1e-4, rel=1e-5)
             continue
-        characters = np.array([float(len(answer)) for answer in question.num_answers])
-        n_bytes = np.array([float(len(answer.encode())) for answer in question.num_answers])
+        characters = np.array([float(len(answer)) for answer in question.choices])
+        n_bytes = np.array([float(len(answer.encode())) for answer in question.choices])
         right = {
             "acc": np.argmax(nats),
             "acc_norm": np.argmax(nats / characters),
             "acc_bytes": np.argmax(nats / n_bytes),
         }
         assert {m: found.item_values[m][i] for m in suite.metrics} == {
-            m: float(right[m] == question.target) for m in suite.metrics
+            m: float(right[m] == question.gold_index) for m in suite.metrics
         }
 
 
@@ -190,13 +189,12 @@ def test_perplexity_is_the_stock_classs(model_path: Path, texts: Path) -> None:
 def test_batched_is_single(model_path: Path, suite_files: dict[str, Path], compiled: bool, monkeypatch) -> None:
     """Packed into rows, with what they share read once, as if each text were alone; with compiled parts and without."""
     if not compiled:
-        monkeypatch.setattr(loglikelihood.fused, "available", lambda model: False)
-        monkeypatch.setattr(loglikelihood.fused, "library", lambda: (None, "not here"))
-    elif not fused.is_available(load(model_path).gpt):
-        pytest.skip(f"no compiled code: {fused.load_library()[1]}")
+        monkeypatch.setattr(ops, "load_kernels", lambda: (None, "disabled by the test"))
+    elif not load(model_path).gpt.supports_kernels():
+        pytest.skip(f"no compiled kernels: {ops.load_kernels()[1]}")
     model = load(model_path)
     scorer = LoglikelihoodScorer(model.gpt, model.tokenizer, check_greedy=True)
-    questions = [question.sequence_owners for name in suite_files for question in questions_of(name, suite_files[name])]
+    questions = [question.requests for name in suite_files for question in questions_of(name, suite_files[name])]
     together = scorer.score_pairs(questions)
     for pairs, likely in zip(questions, together, strict=True):
         for pair, one in zip(pairs, likely, strict=True):
@@ -227,10 +225,10 @@ def test_any_texts_that_begin_alike(modern: LoglikelihoodScorer, data: st.DataOb
     found = modern.score_sequences(questions)
     for texts, likely in zip(questions, found, strict=True):
         for text, one in zip(texts, likely, strict=True):
-            ids = torch.tensor([text.ids])
+            ids = torch.tensor([text.token_ids])
             with torch.no_grad():
                 log_p = modern.model.unembed(modern.model(ids[:, :-1]))[0].double().log_softmax(-1)
-            expected = log_p[-text.sequence_owners :].gather(1, ids[0, -text.sequence_owners :, None]).sum()
+            expected = log_p[-text.num_targets :].gather(1, ids[0, -text.num_targets :, None]).sum()
             assert one.logprob == pytest.approx(float(expected), abs=1e-4, rel=1e-5)
 
 
@@ -244,20 +242,22 @@ def test_a_tree_reads_what_is_shared_once() -> None:
     assert found.prefix_length == 3
     assert found.branch_starts.tolist() == [0, 0, 0, 3, 4]
     assert found.predictor_positions.tolist() == [2, 3, 0, 1, 2, 4]
-    assert found.words_at.tolist() == [8, 9, 6, 7, 3, 9]
+    assert found.target_ids.tolist() == [8, 9, 6, 7, 3, 9]
     assert found.sequence_ids.tolist() == [4, 4, 5, 5, 5, 6]
 
 
-def test_texts_are_a_tree_where_that_spares_something(modern: LoglikelihoodScorer) -> None:
+def test_texts_are_a_tree_where_that_spares_something(
+    modern: LoglikelihoodScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One may be longer than the context, its texts are not; and what hardly begins alike stands by itself."""
     context = list(range(3, 3 + CONTEXT - 20))
     alike = [ScoredSequence([*context, *[n] * 20], 20) for n in range(4)]
     [one] = modern.build_trees([alike])
     assert len(one.tokens) == len(context) + 4 * 19 > CONTEXT
-    [together], token_nll_out = modern.score_sequences([alike]), modern.score_sequences([[text] for text in alike])
-    plain = LoglikelihoodScorer(modern.model, modern.tokenizer)
-    plain.fused = None  # where nothing is compiled
-    [without] = plain.score_sequences([alike])
+    [together], each = modern.score_sequences([alike]), modern.score_sequences([[text] for text in alike])
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "load_kernels", lambda: (None, "disabled by the test"))
+        [without] = modern.score_sequences([alike])
     for likely, by_itself, other in zip(together, each, without, strict=True):
         assert likely.logprob == pytest.approx(by_itself[0].logprob, abs=1e-4)
         assert other.logprob == pytest.approx(by_itself[0].logprob, abs=1e-4)
@@ -284,7 +284,7 @@ def test_a_long_context_keeps_its_end(modern: LoglikelihoodScorer) -> None:
     [[one]] = modern.score_pairs([[("x y " * 200 + "x", " z")]])
     assert one.num_tokens == len(modern.tokenizer.encode(" z"))
     [answer] = modern.encode_pairs([("", "x y " * 200)])
-    assert (len(answer.token_ids), answer.sequence_owners) == (CONTEXT + 1, CONTEXT)
+    assert (len(answer.token_ids), answer.num_targets) == (CONTEXT + 1, CONTEXT)
 
 
 def test_whitespace_moves_to_the_continuation(modern: LoglikelihoodScorer) -> None:
@@ -300,5 +300,5 @@ def test_another_models_tokenizer_and_broken_weights_are_said(modern: Loglikelih
     broken = load(base).gpt
     with torch.no_grad():
         broken.blocks[0].feed_forward.down.weight[0, 0] = torch.nan  # pyright: ignore[reportIndexIssue]
-    with pytest.raises(NextwordError, match="not a finite number"):
+    with pytest.raises(NextwordError, match="not finite"):
         LoglikelihoodScorer(broken, modern.tokenizer).score_pairs([[("a", " b")]])

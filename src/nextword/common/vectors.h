@@ -1,5 +1,5 @@
-// What the compiled parts share: sums and functions of eight float32 numbers at once (AVX2), and the widest vectors that the
-// machine has for products of integers (AVX-512 with VNNI, or AVX2).
+// Vector functions that the compiled operators share: sums and functions of eight float32 numbers (AVX2), and integer products in
+// the widest vectors of the machine (AVX-512 with VNNI, or AVX2).
 
 #pragma once
 
@@ -28,7 +28,7 @@ inline float largest(__m256 x) {
   return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
 
-// e^x: x = n ln 2 + r, and e^r by its series up to r^6 (|r| < 0.35: an error of 1e-7).
+// e^x with x = n ln 2 + r, and e^r by its Taylor series up to r^6 (|r| < 0.35: relative error 1e-7).
 inline __m256 exponential(__m256 x) {
   x = _mm256_max_ps(_mm256_set1_ps(-87.0f), _mm256_min_ps(_mm256_set1_ps(88.0f), x));  // in this order NaN stays NaN
   __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -45,12 +45,12 @@ inline __m256 sigmoid(__m256 x) {
   return _mm256_div_ps(one, _mm256_add_ps(one, exponential(_mm256_sub_ps(_mm256_setzero_ps(), x))));
 }
 
-// The first n of eight lanes: all bits set.
+// A mask of the first n of eight lanes.
 inline __m256i lanes(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-// x_i and x_{i + half} turned by an angle each; backward by its negative.
+// Rotates each pair (x_i, x_{i + half}) by an angle, or with direction -1 by its negative.
 inline void rotate(float* x, const float* cosine, const float* sine, int64_t half, float direction = 1) {
   for (int64_t i = 0; i < half; ++i) {
     const float first = x[i], second = x[half + i], s = direction * sine[i];
@@ -61,13 +61,13 @@ inline void rotate(float* x, const float* cosine, const float* sine, int64_t hal
 
 constexpr float GELU_SLOPE = 1.5957691216f, GELU_CUBE = 0.044715f;  // gelu(x) = x sigmoid(2 √(2/π) (x + 0.044715 x³))
 
-// ---------------------------------------------------------------- products of integers, in the widest vectors there are
+// ---------------------------------------------------------------- integer products in the widest vectors
 
 #ifdef __AVX512VNNI__
 
 using Floats = __m512;
 using Integers = __m512i;
-constexpr int PAIRS = 32;  // 16-bit integers of a vector
+constexpr int PAIRS = 32;  // 16-bit integers in a vector
 
 inline Floats zeros() { return _mm512_setzero_ps(); }
 inline Floats all(float x) { return _mm512_set1_ps(x); }
@@ -82,11 +82,11 @@ inline Integers widened(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_lo
 inline Integers added(Integers a, Integers b) { return _mm512_add_epi32(a, b); }
 inline int32_t sum(Integers x) { return sum(_mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1))); }
 
-// sums += pairs of a · pairs of b.
+// sums += a · b, added in pairs.
 inline void add_products(Integers& sums, Integers a, Integers b) { sums = _mm512_dpwssd_epi32(sums, a, b); }
 
-// Weights of four bits: as many groups of 32 as there are bytes for (or `groups` of them, and zeros), the V-th four bits of
-// each word, and the groups' scales, each for the four lanes that its words meet in.
+// int4 weights: a vector of GROUPS groups of 32 (or `groups` of them, then zeros), the V-th four bits of each word, and the scales
+// of the groups, each in the four lanes of its words.
 constexpr int GROUPS = 4;
 inline Integers loaded(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Integers loaded(const uint8_t* p, int64_t groups) { return _mm512_maskz_loadu_epi32((1u << 4 * groups) - 1, p); }
@@ -117,14 +117,14 @@ inline Integers loaded(const int32_t* p) { return _mm256_loadu_si256(reinterpret
 inline Integers widened(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline Integers added(Integers a, Integers b) { return _mm256_add_epi32(a, b); }
 
-// sums += pairs of a · pairs of b. Written out, for GCC makes of the intrinsics two loads and a move for each product: a half
-// more work, measured.
+// sums += a · b, added in pairs. In assembly, because GCC compiles the intrinsics to two loads and a move for each product (half
+// as much again, measured).
 inline __attribute__((always_inline)) void add_products(Integers& sums, Integers a, Integers b) {
   Integers products;
   asm("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(sums), "=&x"(products) : "x"(a), "x"(b));
 }
 
-constexpr int GROUPS = 2;  // and the rest as above
+constexpr int GROUPS = 2;  // the rest as above
 inline Integers loaded(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline Integers loaded(const uint8_t* p, int64_t) {  // one group
   return _mm256_inserti128_si256(_mm256_setzero_si256(), _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), 0);

@@ -1,11 +1,11 @@
-"""Text from a model: many requests at once, each as if it were alone.
+"""The generation engine: continuous batching of many requests.
 
     engine = Engine(model, tokenizer)
-    for piece in engine.stream("Once upon a time", Sampling(temperature=0.7)):
-        print(piece, end="", flush=True)
+    for text in engine.stream("Once upon a time", Sampling(temperature=0.7)):
+        print(text, end="", flush=True)
 
-A step reads what each text has new, a prompt or one token, in one pass where it can. A text that is finished gives
-its slot to the next one in the queue at once (continuous batching: Yu et al. 2022, section 3.1).
+Each step runs the new tokens of every request, a prompt or one token, through the model. A finished request gives its slot
+to the next one in the queue at once (Yu et al. 2022, section 3.1).
 """
 
 import hashlib
@@ -21,39 +21,42 @@ from torch import Tensor
 from nextword.common.errors import NextwordError, UsageError
 from nextword.data.tokenizer import Tokenizer
 from nextword.inference.detokenizer import StreamingDetokenizer
-from nextword.inference.kv_cache import KeyValueCache
+from nextword.inference.kv_cache import KeyValueCache, common_prefix_length
 from nextword.inference.model_runner import ModelRunner, TokenChunk, build_runner
 from nextword.inference.sampling import Sampling, TokenLogprob, sample, top_logprobs
 from nextword.model.gpt import GPT
 
 FinishReason = Literal["stop", "length", "error"]
 Prompt = str | Sequence[int]
-MIN_PREFIX_WAIT = 16  # tokens of a common beginning that are worth waiting for
+MIN_PREFIX_WAIT = 16  # a request waits for another's prefill if that saves at least this many tokens
 
 
 class Constraint(Protocol):
-    """What a text may go on with, token by token: a grammar in progress. Each request has one of its own."""
+    """The state of constrained decoding of one request."""
 
     def allowed_mask(self) -> Tensor:
-        """Boolean [V]: which tokens may follow."""
+        """Which tokens may follow, boolean [V]."""
         ...
 
-    def accept_token(self, token: int) -> None: ...
+    def accept_token(self, token: int) -> None:
+        """Advance by a token."""
+        ...
 
 
 @dataclass(frozen=True)
 class Event:
-    """One token of one request, or the error that ended it.
+    """A token of a request, or the error that ended it.
 
     Attributes:
-        text: what can be shown now: whole characters, and nothing that may turn out to be part of a stop string.
-        token: the id that was drawn; None with an error, and where no token was asked for.
-        finish_reason: "stop" (a token that ends a text, or a stop string), "length" (`max_tokens`), "error"; None while
-            it goes on.
-        error: what went wrong and what to do, with the finish reason "error".
-        choice: how likely the token was, and which were likelier; where `Sampling.logprobs` asks.
-        prompt: the same for each token of the prompt that was read (None for the first), with the first event, where
-            `Sampling.prompt_logprobs` asks.
+        request_id: The request.
+        text: Text that can be shown: whole characters, and nothing that may become part of a stop string.
+        token: The token id; None with an error, and for a request of 0 tokens.
+        finish_reason: "stop" (an end-of-text token or a stop string), "length" (`max_tokens`) or "error"; None while the
+            request runs.
+        error: Error message, with the finish reason "error".
+        token_logprob: Log-probabilities, if `Sampling.logprobs` is set.
+        prompt_logprobs: Log-probabilities of the prompt's tokens (None for the first one), with the first event, if
+            `Sampling.prompt_logprobs` is set.
     """
 
     request_id: int
@@ -66,17 +69,20 @@ class Event:
 
     @property
     def finished(self) -> bool:
+        """Whether this is the last event of its request."""
         return self.finish_reason is not None
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished text.
+    """A finished completion.
 
     Attributes:
-        text: what follows the prompt, up to a stop string and without it.
-        tokens: the ids that were drawn; those of a stop string are among them, the one that ended the text is not.
-        truncated: how many tokens of the prompt's beginning were left out, because it was longer than the context.
+        prompt: The prompt.
+        text: The generated text, up to a stop string and without it.
+        finish_reason: "stop" or "length", see `Event`.
+        tokens: The generated token ids, with those of a stop string and without the end-of-text token.
+        truncated: Number of tokens cut off the beginning of the prompt, because it was longer than the context.
     """
 
     prompt: Prompt
@@ -89,49 +95,49 @@ class Completion:
 @dataclass
 class _Request:
     request_id: int
-    tokens: list[int]  # the prompt as far as it fits, then what was drawn
+    tokens: list[int]  # the prompt, truncated to the context, then the generated tokens
     sampling: Sampling
     generator: torch.Generator
     detokenizer: StreamingDetokenizer
     constraint: Constraint | None
     truncated: int
-    read_offset: (
-        int  # how many of the tokens have become text; before it, from `context` on, those that the next depends on
-    )
-    prefix_offset: int = 0
+    read_offset: int  # number of tokens that have been turned into text
+    prefix_offset: int = 0  # the text of the next token depends on those from here to `read_offset`
     slot: int = -1
-    window_start: int = 0  # which of the tokens stands at the slot's first position
-    num_cached_tokens: int = 0  # how many positions of the slot are filled
-    generated: list[int] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    window_start: int = 0  # index of the token at the slot's first position
+    num_cached_tokens: int = 0
+    generated: list[int] = field(default_factory=list[int])
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list[TokenLogprob | None])
 
     @property
     def uncached_tokens(self) -> list[int]:
-        """The tokens at its end that are not in the cache yet."""
         return self.tokens[self.window_start + self.num_cached_tokens :]
 
     @property
     def cached_tokens(self) -> list[int]:
-        """The tokens whose keys and values are in its slot."""
         return self.tokens[self.window_start : self.window_start + self.num_cached_tokens]
 
 
 class Engine:
-    """Continues texts with a model.
+    """Generates text with a model, for many requests at once.
 
-    A request's draws come from a generator of its own, so they do not depend on its neighbours. Nor do its logits where
-    compiled code reads (see `reading`); with PyTorch's operations their last bits do, since a matrix product's rows differ
-    with the number of rows, unless they are read `apart`. What a prompt begins with is not computed again where a slot holds
-    it. A text that outgrows the context length goes on with a sliding window: when the window is full, its newer half is
-    read anew as the beginning of the next one.
+    The draws of a request come from a generator of its own and do not depend on other requests. With the compiled runner the
+    logits do not either. With PyTorch their last bits do, unless the runner is batch-invariant: a row of a matrix product
+    differs with the number of rows. A common prefix of prompts is computed once. When a text outgrows the context, its newer
+    half becomes the beginning of a new window (a sliding window).
 
     Args:
-        max_batch: how many texts run at once; more wait in a queue.
-        seed: what requests without a seed of their own take; None draws one.
-        ends: the token ids that end a text; None takes the tokenizer's.
-        reader: what reads with this model; None takes the quickest there is, with the weights as they are.
-        step_tokens: a longer prompt is read in pieces of so many tokens, and no more of prompts in one step (but for one
-            piece), so that it does not hold up the others.
+        model: The model.
+        tokenizer: Its tokenizer.
+        max_batch: Maximum number of running requests; others wait in a queue.
+        seed: Seed of requests without one. Default: random.
+        eos_ids: Token ids that end a text. Default: the tokenizer's.
+        runner: Runs the model. Default: the fastest one, with the weights as they are.
+        step_tokens: Maximum number of prompt tokens in a step (at least one chunk is run). Longer prompts are split into
+            chunks of this length, so that they do not delay other requests.
+
+    Raises:
+        UsageError: An argument is out of range, or the tokenizer has more tokens than the model.
     """
 
     def __init__(
@@ -159,13 +165,13 @@ class Engine:
         self.seed = secrets.randbits(63) if seed is None else seed
         self.step_tokens = step_tokens
         self.cache = KeyValueCache(model.config)
-        self.free_slots = list(range(max_batch))  # the one that was left first stands first
-        self.freed_slots: dict[int, list[int]] = {slot: [] for slot in self.free_slots}  # what free slots still hold
+        self.free_slots = list(range(max_batch))  # the least recently used first
+        self.freed_slots: dict[int, list[int]] = {slot: [] for slot in self.free_slots}  # tokens they still hold
         self.waiting: deque[_Request] = deque()
         self.running: list[_Request] = []
         self.num_added = 0
 
-    # ---------------------------------------------------------------- one request
+    # ---------------------------------------------------------------- requests
 
     def add_request(
         self,
@@ -175,19 +181,23 @@ class Engine:
         sample_index: int | None = None,
         constraint: Constraint | None = None,
     ) -> int:
-        """Queue a text to be continued; the id that its events carry.
+        """Add a request to the queue.
 
-        Text that the tokenizer itself would begin with a token (Llama's does) begins with it; any other is taken as it
-        stands, as training's windows begin anywhere in a document. An empty prompt begins a new document, after the
-        end-of-text token that told documents apart in training. Of a prompt longer than the context the end is kept.
+        A text starts with the tokenizer's beginning-of-text token, if it adds one (Llama's does). An empty prompt is the
+        end-of-text token, which separates documents in training. A prompt longer than the context loses its beginning.
 
         Args:
-            prompt: a text, or token ids that are taken as they are.
-            index: tells requests of one seed apart; by default 0 with a seed of its own, else the request's number.
-            constraint: what the text is held to.
+            prompt: A text, or token ids, which are used as they are.
+            sampling: Sampling parameters.
+            sample_index: Distinguishes requests with the same seed. Default: 0 with a seed in `sampling`, otherwise the
+                number of the request.
+            constraint: Constrained decoding.
+
+        Returns:
+            The request id that events have.
 
         Raises:
-            UsageError: a token id that the tokenizer does not have.
+            UsageError: A token id is out of range.
         """
         self.waiting.append(self._make_request(prompt, sampling or Sampling(), sample_index, constraint))
         return self.waiting[-1].request_id
@@ -204,13 +214,12 @@ class Engine:
         window_ids = ids[-self.model.config.context_length :]
         if sample_index is None:
             sample_index = self.num_added if sampling.seed is None else 0
-        generator = _make_generator(self.seed if sampling.seed is None else sampling.seed, sample_index)
         self.num_added += 1
         return _Request(
             request_id=self.num_added - 1,
             tokens=window_ids,
             sampling=sampling,
-            generator=generator,
+            generator=_make_generator(self.seed if sampling.seed is None else sampling.seed, sample_index),
             detokenizer=StreamingDetokenizer(sampling.stop),
             constraint=constraint,
             truncated=len(ids) - len(window_ids),
@@ -218,37 +227,39 @@ class Engine:
         )
 
     def cancel(self, request_id: int) -> None:
-        """End a request without further events and free its slot. One that has ended already is left alone."""
+        """End a request without further events, and free its slot. A finished request is ignored."""
         self.waiting = deque(request for request in self.waiting if request.request_id != request_id)
         for request in [request for request in self.running if request.request_id == request_id]:
             self._release_slot(request)
 
     @property
     def has_unfinished_requests(self) -> bool:
-        """Whether any request runs or waits, so that a step has something to do."""
+        """Whether any request runs or waits."""
         return bool(self.running or self.waiting)
 
-    # ---------------------------------------------------------------- one step of all
+    # ---------------------------------------------------------------- step
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Admit what waits, read what is new, and draw one token for every request whose prompt is read; an event for
-        each, in order of arrival.
+        """Run the model once and sample a token for every request whose prompt has been processed.
 
-        An error of one request (logits that are not finite) ends it with an event and leaves the others running.
-        After an exception of the model (out of memory) nothing has been drawn yet: the step can be repeated.
+        An error of one request, such as logits that are not finite, ends it with an event; the others continue. After an
+        exception of the model (out of memory) no request has changed: the step can be repeated.
+
+        Returns:
+            An event for each of those requests, in order of arrival.
         """
         self._admit_requests()
         scheduled = self._schedule_chunks()
-        chunk_logits = self.runner.forward(self.cache, [piece for _, piece in scheduled])
+        chunk_logits = self.runner.forward(self.cache, [chunk for _, chunk in scheduled])
         events = [
-            self._process_chunk(request, piece, logits)
-            for (request, piece), logits in zip(scheduled, chunk_logits, strict=True)
+            self._process_chunk(request, chunk, logits)
+            for (request, chunk), logits in zip(scheduled, chunk_logits, strict=True)
         ]
         return [event for event in events if event is not None]
 
     def _admit_requests(self) -> None:
-        """Give free slots to those who wait, in order, each the slot that holds the most of its prompt's beginning."""
+        """Give free slots to waiting requests, in order, each the slot with the longest prefix of its prompt."""
         deferred: list[_Request] = []
         while self.waiting and self.free_slots:
             request = self.waiting.popleft()
@@ -256,9 +267,9 @@ class Engine:
             prefilling = [other for other in self.running if len(other.uncached_tokens) > 1]
             pending_prefix = max((common_prefix_length(prompt, other.tokens) for other in prefilling), default=0)
             slot_tokens = {**self.freed_slots, **{other.slot: other.cached_tokens for other in self.running}}
-            shared_prefix = {slot: common_prefix_length(prompt, held) for slot, held in slot_tokens.items()}
+            shared_prefix = {slot: common_prefix_length(prompt, cached) for slot, cached in slot_tokens.items()}
             source = max(shared_prefix, key=lambda slot: (shared_prefix[slot], slot in self.freed_slots))
-            if pending_prefix >= shared_prefix[source] + MIN_PREFIX_WAIT:  # another is about to read the same beginning
+            if pending_prefix >= shared_prefix[source] + MIN_PREFIX_WAIT:
                 deferred.append(request)
                 continue
             length = 0 if request.sampling.prompt_logprobs is not None else min(shared_prefix[source], len(prompt) - 1)
@@ -273,57 +284,51 @@ class Engine:
         self.waiting.extendleft(reversed(deferred))
 
     def _schedule_chunks(self) -> list[tuple[_Request, TokenChunk]]:
-        """What is read in this step: the one new token of each text, and of prompts as many pieces as fit."""
-        chunks, token_budget = [], self.step_tokens
+        """The chunks of this step: the new token of each decoding request, and chunks of prompts within `step_tokens`."""
+        scheduled: list[tuple[_Request, TokenChunk]] = []
+        budget, context_length = self.step_tokens, self.model.config.context_length
         for request in self.running:
-            if (
-                len(request.tokens) - request.window_start > self.model.config.context_length
-            ):  # a new window: the newer half
-                request.window_start, request.num_cached_tokens = (
-                    len(request.tokens) - max(1, self.model.config.context_length // 2),
-                    0,
-                )
-            unread = request.uncached_tokens
-            if len(unread) > 1:
-                # Cut at the same places whatever else is read.
-                unread = unread[: self.step_tokens - request.num_cached_tokens % self.step_tokens]
-                if len(unread) > token_budget and token_budget < self.step_tokens:
+            if len(request.tokens) - request.window_start > context_length:  # slide the window
+                request.window_start = len(request.tokens) - max(1, context_length // 2)
+                request.num_cached_tokens = 0
+            tokens = request.uncached_tokens
+            if len(tokens) > 1:
+                # Split at multiples of `step_tokens`, whatever else is run.
+                tokens = tokens[: self.step_tokens - request.num_cached_tokens % self.step_tokens]
+                if len(tokens) > budget and budget < self.step_tokens:
                     continue
-                token_budget -= len(unread)
+                budget -= len(tokens)
             all_logits = request.sampling.prompt_logprobs is not None and not request.generated
-            chunks.append((request, TokenChunk(request.slot, request.num_cached_tokens, unread, all_logits)))
-        return chunks
+            scheduled.append((request, TokenChunk(request.slot, request.num_cached_tokens, tokens, all_logits)))
+        return scheduled
 
     def _process_chunk(self, request: _Request, chunk: TokenChunk, logits: Tensor) -> Event | None:
-        """Go on with what was read; no event where the prompt goes on. logits [1 or len(tokens), V]"""
-        # Ids that only the embedding has (padding) and not the tokenizer are cut off, so that they are never drawn.
-        logits = logits[:, : self.tokenizer.vocab_size]
+        """Update a request with the logits [1 or len(tokens), V] of its chunk; no event while its prompt is incomplete."""
+        logits = logits[:, : self.tokenizer.vocab_size]  # without padding of the embedding, which is never sampled
         if chunk.all_logits:
             next_tokens = request.tokens[request.window_start + chunk.start + 1 :]
             count = request.sampling.prompt_logprobs or 0
-            request.prompt_logprobs += [
-                top_logprobs(row, token, count) for row, token in zip(logits, next_tokens, strict=False)
-            ]
+            rows = zip(logits, next_tokens, strict=False)
+            request.prompt_logprobs += [top_logprobs(row, token, count) for row, token in rows]
         request.num_cached_tokens += len(chunk.tokens)
-        return self._sample_next_token(request, logits[-1]) if not request.uncached_tokens else None
+        return None if request.uncached_tokens else self._sample_next_token(request, logits[-1])
 
     def _sample_next_token(self, request: _Request, logits: Tensor) -> Event:
-        sampling = request.sampling
-        prompt_logprobs = (
-            [None, *request.prompt_logprobs] if sampling.prompt_logprobs is not None and not request.generated else None
-        )
+        sampling, constraint = request.sampling, request.constraint
+        with_prompt = sampling.prompt_logprobs is not None and not request.generated
+        prompt_logprobs = [None, *request.prompt_logprobs] if with_prompt else None
         if sampling.max_tokens == 0:
             self._release_slot(request)
             return Event(request.request_id, "", None, "length", prompt_logprobs=prompt_logprobs)
         try:
-            allowed_mask = None if request.constraint is None else request.constraint.allowed_mask()
+            allowed_mask = None if constraint is None else constraint.allowed_mask()
             token = sample(logits, sampling, request.tokens, request.generated, request.generator, allowed_mask)
         except NextwordError as error:
             self._release_slot(request, keep_cache=False)
             return Event(request.request_id, "", None, "error", str(error))
         token_logprob = None if sampling.logprobs is None else top_logprobs(logits, token, sampling.logprobs)
-        if request.constraint is not None:
-            request.constraint.accept_token(token)
+        if constraint is not None:
+            constraint.accept_token(token)
         is_eos = token in self.eos_ids
         if not is_eos:
             request.tokens.append(token)
@@ -333,16 +338,13 @@ class Engine:
         finish_reason = "stop" if is_eos or request.detokenizer.stopped else "length" if is_last else None
         if finish_reason:
             self._release_slot(request)
-        return Event(
-            request.request_id, text, token, finish_reason, token_logprob=token_logprob, prompt_logprobs=prompt_logprobs
-        )
+        return Event(request.request_id, text, token, finish_reason, None, token_logprob, prompt_logprobs)
 
     def _pending_bytes(self, request: _Request, is_last: bool) -> bytes:
-        """The bytes of the tokens that are no text yet; of a foreign tokenizer's, only when they are characters."""
-        new = request.tokens[request.read_offset :]
+        """The bytes of the tokens that are not yet text; those of a foreign tokenizer only as whole characters."""
         if self.tokenizer.kind != "foreign":
-            data = self.tokenizer.decode_bytes(new)
-        else:  # its text of a token may depend on the tokens before (SentencePiece drops the space of a first word)
+            data = self.tokenizer.decode_bytes(request.tokens[request.read_offset :])
+        else:  # the text of a token may depend on earlier ones (SentencePiece drops the space of the first word)
             prefix_text = self.tokenizer.decode(request.tokens[request.prefix_offset : request.read_offset])
             text = self.tokenizer.decode(request.tokens[request.prefix_offset :])
             if text.endswith("\ufffd") and not is_last:
@@ -353,23 +355,28 @@ class Engine:
         return data
 
     def _release_slot(self, request: _Request, keep_cache: bool = True) -> None:
-        """Free a request's slot, and keep what it holds for a prompt that begins alike; not what may be no numbers."""
+        """Free a slot. Its cache is kept for prompts with a common prefix, unless it may hold numbers that are not finite."""
         self.running.remove(request)
         if not keep_cache:
             self.cache.clear_slot(request.slot)
         self.freed_slots[request.slot] = request.cached_tokens if keep_cache else []
         self.free_slots.append(request.slot)
 
-    # ---------------------------------------------------------------- for those who want the whole
+    # ---------------------------------------------------------------- whole completions
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> list[Completion]:
-        """Continue all the prompts; the completions in their order.
+        """Complete all prompts.
 
-        The draws of each are those of (seed, its place in `prompts`), whatever the other prompts are.
+        Args:
+            prompts: The prompts. The draws of each depend on the seed and its index alone.
+            sampling: Sampling parameters.
+
+        Returns:
+            The completions in the order of the prompts.
 
         Raises:
-            NextwordError: the model's logits are not finite numbers.
-            UsageError: requests of somebody else are under way.
+            NextwordError: The model's logits are not finite.
+            UsageError: The engine has other unfinished requests.
         """
         if isinstance(prompts, str):
             raise UsageError("prompts must be a list of prompts, not one string")
@@ -379,27 +386,27 @@ class Engine:
         requests = [self._make_request(prompt, sampling, i if has_seed else None) for i, prompt in enumerate(prompts)]
         self.waiting.extend(requests)
         texts = {request.request_id: "" for request in requests}
-        finish_reasons: dict[int, FinishReason] = {}
+        reasons: dict[int, FinishReason] = {}
         for event in self._iter_events(list(texts)):
             texts[event.request_id] += event.text
             if event.finish_reason:
-                finish_reasons[event.request_id] = event.finish_reason
+                reasons[event.request_id] = event.finish_reason
         return [
-            Completion(
-                prompt,
-                texts[request.request_id],
-                finish_reasons[request.request_id],
-                request.generated,
-                request.truncated,
-            )
-            for prompt, request in zip(prompts, requests, strict=True)
+            Completion(prompt, texts[r.request_id], reasons[r.request_id], r.generated, r.truncated)
+            for prompt, r in zip(prompts, requests, strict=True)
         ]
 
     def stream(
         self, prompt: Prompt, sampling: Sampling | None = None
     ) -> Generator[str, None, Literal["stop", "length"]]:
-        """Continue one prompt; the pieces together are its completion's text, and the generator's own value (what
-        `yield from` gives) is why it ended. Raises as `generate` does."""
+        """Complete one prompt. Errors as in `generate`.
+
+        Yields:
+            Pieces of the text.
+
+        Returns:
+            The finish reason, as the value of `yield from`.
+        """
         self._require_idle()
         finish_reason: FinishReason | None = None
         for event in self._iter_events([self.add_request(prompt, sampling)]):
@@ -415,22 +422,16 @@ class Engine:
                     if event.error:
                         raise NextwordError(event.error)
                     yield event
-        finally:  # also when the caller stops listening
-            for id in request_ids:
-                self.cancel(id)
+        finally:  # also when the caller abandons the iterator
+            for request_id in request_ids:
+                self.cancel(request_id)
 
     def _require_idle(self) -> None:
         if self.has_unfinished_requests:
-            raise UsageError("other requests are under way in this engine: add this one with `add` and call `step`")
-
-
-def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two texts have in common at their beginning."""
-    length = min(len(a), len(b))
-    return next((i for i in range(length) if a[i] != b[i]), length)
+            raise UsageError("the engine has unfinished requests: use `add_request` and `step` to add another one")
 
 
 def _make_generator(seed: int, index: int) -> torch.Generator:
-    """A generator for each (seed, index); hashed, so that neighbouring numbers have nothing in common."""
+    """A generator for each (seed, index); hashed, so that neighboring numbers are unrelated."""
     digest = hashlib.sha256(f"{seed} {index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,7 +1,6 @@
-"""Keys and values of the positions that were already computed, for several texts at once.
+"""KV cache: the keys and values of earlier positions, for several sequences at once.
 
-Letters as in `model/gpt.py`: B batch, T new positions, S positions that can be looked at, G key-value heads, K width of
-a head.
+Shapes: B batch, T new positions, S cached positions, G key-value heads, K width of a head.
 """
 
 from collections.abc import Sequence
@@ -11,20 +10,23 @@ from torch import Tensor
 
 from nextword.model.config import ModelConfig
 
-INITIAL_CAPACITY = 256  # positions that a cache first has room for; the room doubles as it is needed
+INITIAL_CAPACITY = 256  # positions a cache first has memory for; the capacity doubles when it is exceeded
 
 
 class KeyValueCache:
-    """A `Cache` of many slots, each one text of its own length.
+    """A `model.gpt.Cache` of several slots, each with one sequence of its own length.
 
-    `select` says where the next forward pass carries on. One slot with many tokens (a prompt) and many slots with one
-    token each (decoding) take the same path. Memory is two numbers of the model's precision per layer, slot, key-value
-    head, position and head width, and grows with what is used.
+    `prepare` says which positions the next forward pass computes. A slot with many tokens (prefill) and many slots with one
+    token each (decoding) are handled alike. Memory grows with use: two numbers in the model's precision for each layer, slot,
+    key-value head, position and element of a head.
+
+    Args:
+        config: The model's configuration.
     """
 
     def __init__(self, config: ModelConfig):
         self.config = config
-        # [n_layers, slots, G, room, K]
+        # [n_layers, slots, G, capacity, K]
         self.keys = torch.empty(config.n_layers, 0, config.n_kv_heads, 0, config.head_dim)
         self.values = self.keys
         self.prepare([0], [0], 1)
@@ -32,12 +34,19 @@ class KeyValueCache:
     def prepare(
         self, slots: Sequence[int], starts: Sequence[int], num_tokens: int, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """Make row i of the next forward pass the `count` tokens of slot `slots[i]` from position `starts[i]` on.
+        """Select the positions of the next forward pass. What a slot holds from there on is overwritten.
 
-        Returns their positions [B, T]. What a slot holds from there on is written over.
+        Args:
+            slots: The slot of each row of the batch, [B].
+            starts: The first new position of each row, [B].
+            num_tokens: New positions of each row, T.
+            device: Device of the model.
+
+        Returns:
+            The positions, [B, T].
 
         Raises:
-            ValueError: the last of them is past the context length.
+            ValueError: A position is beyond the context length.
         """
         end = max(starts) + num_tokens
         if end > self.config.context_length:
@@ -47,47 +56,61 @@ class KeyValueCache:
         self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(
             num_tokens, device=device
         )  # [B, T]
-        # Neighbouring slots are a view of the cache; any others have to be copied out of it.
-        adjacent = list(slots) == list(range(slots[0], slots[-1] + 1))
-        self.slot_index = slice(slots[0], slots[-1] + 1) if adjacent else self.slots
+        # Adjacent slots are a view of the cache; others are copied out of it.
+        is_adjacent = list(slots) == list(range(slots[0], slots[-1] + 1))
+        self.slot_index = slice(slots[0], slots[-1] + 1) if is_adjacent else self.slots
         key_positions = torch.arange(end, device=device)
         self.mask = (key_positions <= self.positions[:, :, None])[
             :, None
-        ]  # [B, 1, T, S]; hides what is not written, too
+        ]  # [B, 1, T, S]; also hides unwritten positions
         return self.positions
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Keep a layer's new keys and values [B, G, T, K]; give all that the selected slots have, and the mask."""
+        """Store a layer's new keys and values [B, G, T, K]; return all of the selected slots, [B, G, S, K], and the mask."""
         self.reserve(self.num_slots, self.cached_length, keys)
-        cached_states = []
-        for cached, new in ((self.keys[layer], keys), (self.values[layer], values)):  # [slots, G, room, K]
+        selected: list[Tensor] = []
+        for cached, new in ((self.keys[layer], keys), (self.values[layer], values)):  # [slots, G, capacity, K]
             cached.transpose(1, 2)[self.slots[:, None], self.positions] = new.transpose(1, 2)  # [B, T, G, K]
-            cached_states.append(cached[self.slot_index, :, : self.cached_length])  # [B, G, S, K]
-        return cached_states[0], cached_states[1], self.mask
+            selected.append(cached[self.slot_index, :, : self.cached_length])  # [B, G, S, K]
+        return selected[0], selected[1], self.mask
 
     def copy_prefix(self, source_slot: int, slot: int, length: int) -> None:
-        """Let a slot begin with the first positions of another."""
+        """Copy the first `length` positions of one slot to another."""
         self.reserve(slot + 1, length)
-        for held in (self.keys, self.values):
-            held[:, slot, :, :length] = held[:, source_slot, :, :length]
+        for cached in (self.keys, self.values):
+            cached[:, slot, :, :length] = cached[:, source_slot, :, :length]
 
     @torch.inference_mode()
     def clear_slot(self, slot: int) -> None:
-        """Clear a slot for another text. Zeros, since a mask does not hide what is not finite: 0 · ∞ is no number."""
+        """Set a slot to zero. A mask does not hide what is not finite: 0 · ∞ is NaN."""
         self.keys[:, slot : slot + 1] = 0
         self.values[:, slot : slot + 1] = 0
 
     def reserve(self, num_slots: int, length: int, like: Tensor | None = None) -> None:
-        """Room for so many slots and positions, in the precision and on the device of a tensor (the cache's own at first)."""
+        """Allocate memory for slots and positions.
+
+        Args:
+            num_slots: Number of slots.
+            length: Number of positions.
+            like: A tensor whose precision and device to use. Default: those of the cache.
+        """
         like = self.keys if like is None else like
-        _, had_slots, _, had_length, _ = self.keys.shape
-        if num_slots <= had_slots and length <= had_length:
+        _, old_slots, _, old_length, _ = self.keys.shape
+        if num_slots <= old_slots and length <= old_length:
             return
-        if length > had_length:
-            length = min(self.config.context_length, max(length, 2 * had_length, INITIAL_CAPACITY))
-        num_slots, length = max(num_slots, had_slots), max(length, had_length)
+        if length > old_length:
+            length = min(self.config.context_length, max(length, 2 * old_length, INITIAL_CAPACITY))
+        num_slots, length = max(num_slots, old_slots), max(length, old_length)
         shape = (self.config.n_layers, num_slots, self.config.n_kv_heads, length, self.config.head_dim)
         keys, values = like.new_zeros(shape), like.new_zeros(shape)
-        keys[:, :had_slots, :, :had_length] = self.keys
-        values[:, :had_slots, :, :had_length] = self.values
+        keys[:, :old_slots, :, :old_length] = self.keys
+        values[:, :old_slots, :, :old_length] = self.values
         self.keys, self.values = keys, values
+
+
+def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Number of tokens at the beginning of two sequences that are equal."""
+    length = min(len(a), len(b))
+    if a[:length] == b[:length]:
+        return length
+    return next((i for i in range(length) if a[i] != b[i]), length)

@@ -90,7 +90,7 @@ def _register_attention_hooks(attention: Attention, captured: dict[str, Any]) ->
 
     norms: tuple[nn.Module, nn.Module] = (attention.query_norm, attention.key_norm)  # identities where there are none
     return [
-        attention.register_forward_pre_hook(lambda module, inputs: captured.__setitem__("rotation", inputs[1])),
+        attention.register_forward_pre_hook(lambda module, inputs: captured.__setitem__("rotation", inputs[1].rotary_cos_sin)),
         *(norm.register_forward_hook(store_output(name)) for norm, name in zip(norms, ("query", "key"), strict=True)),
     ]
 

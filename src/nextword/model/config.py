@@ -1,7 +1,7 @@
-"""What a GPT is made of: the sizes, the choices, the named presets, and the stock class that each one is.
+"""Model configuration: sizes and choices, named presets, and the stock Hugging Face class of each model.
 
-The space of choices is closed. A configuration that no stock class of `transformers` can hold is refused when it is made, so
-that every model can be written as a stock directory.
+The choices are restricted: a configuration that no stock class of `transformers` can hold is refused when it is made, so that
+every model can be saved as a stock directory.
 """
 
 from dataclasses import asdict, dataclass, field, fields
@@ -9,114 +9,118 @@ from typing import Any, Literal
 
 Family = Literal["gpt1", "gpt2", "qwen3", "llama"]
 
-# `model_type` in config.json, the stock class of the language model, and the one with a classification head.
+# `model_type` in config.json, the class with a language-model head, and the class with a classification head.
 HF_CLASSES: dict[Family, tuple[str, str, str]] = {
     "gpt1": ("openai-gpt", "OpenAIGPTLMHeadModel", "OpenAIGPTForSequenceClassification"),
     "gpt2": ("gpt2", "GPT2LMHeadModel", "GPT2ForSequenceClassification"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM", "Qwen3ForSequenceClassification"),
     "llama": ("llama", "LlamaForCausalLM", "LlamaForSequenceClassification"),
 }
+SIZE_FIELDS = ("vocab_size", "context_length", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_model", "d_ff")
 
 
 class ConfigError(ValueError):
-    """These sizes or choices make no model, or none that a stock class can hold."""
+    """A configuration that is invalid or that no stock class can hold."""
 
 
 def required_setting(help: str) -> Any:
+    """A dataclass field without a default, with help for the command line."""
     return field(metadata={"help": help})
 
 
 def setting(default: Any, help: str) -> Any:
+    """A dataclass field with help for the command line."""
     return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The whole shape of a model. Every field is a number of things, or a choice named as in the field's papers."""
+    """The architecture of a model.
+
+    Raises:
+        ConfigError: A value is out of range, or no stock class can hold the model.
+    """
 
     vocab_size: int
-    context_length: int = required_setting("Tokens of a window: how far the model looks back.")
-    n_layers: int = required_setting("Blocks, one above the other.")
-    n_heads: int = required_setting("Attention heads of a layer.")
-    n_kv_heads: int = required_setting("Key-value heads, each shared by n_heads / n_kv_heads query heads.")
-    head_dim: int = required_setting("Width of a head; d_model / n_heads where not given.")
+    context_length: int = required_setting("Context length in tokens.")
+    n_layers: int = required_setting("Number of Transformer blocks.")
+    n_heads: int = required_setting("Number of attention heads.")
+    n_kv_heads: int = required_setting("Number of key-value heads, each shared by n_heads / n_kv_heads query heads.")
+    head_dim: int = required_setting("Width of an attention head. Default: d_model / n_heads.")
     d_model: int = required_setting("Width of the residual stream.")
     d_ff: int = required_setting("Width of the feed-forward layer.")
-    norm: Literal["layernorm", "rmsnorm"] = setting("layernorm", "Layer normalisation, or RMSNorm.")
-    norm_position: Literal["pre", "post"] = setting("pre", "Norms before each part, or after each sum.")
-    norm_eps: float = setting(1e-5, "What keeps a norm from dividing by zero.")
-    positions: Literal["learned", "sinusoidal", "rope"] = setting("learned", "How a token knows its place.")
-    rope_theta: float = setting(10_000.0, "Base of the rotary angles.")
-    activation: Literal["relu", "gelu", "swiglu"] = setting("gelu", "Between the feed-forward matrices.")
-    qk_norm: bool = setting(False, "Normalise each head's queries and keys.")
-    attention_bias: bool = setting(True, "Biases in the attention's projections.")
+    norm: Literal["layernorm", "rmsnorm"] = setting("layernorm", "Layer normalization or RMSNorm.")
+    norm_position: Literal["pre", "post"] = setting("pre", "Norms before each residual branch, or after each sum.")
+    norm_eps: float = setting(1e-5, "Epsilon of the norms.")
+    positions: Literal["learned", "sinusoidal", "rope"] = setting("learned", "Position encoding.")
+    rope_theta: float = setting(10_000.0, "Base of the rotary position embedding.")
+    activation: Literal["relu", "gelu", "swiglu"] = setting("gelu", "Activation of the feed-forward layer.")
+    qk_norm: bool = setting(False, "Normalize the queries and keys of each head.")
+    attention_bias: bool = setting(True, "Biases in the attention projections.")
     feed_forward_bias: bool = setting(True, "Biases in the feed-forward layer.")
-    tied: bool = setting(True, "One matrix for the token embedding and the head.")
-    dropout: float = setting(0.0, "Share of the residual stream that is dropped in training.")
-    n_labels: int = setting(0, "Outputs of the classification head; none for a language model.")
+    tied: bool = setting(True, "Tie the token embedding and the language-model head.")
+    dropout: float = setting(0.0, "Dropout probability of the residual branches and the embedding.")
+    n_labels: int = setting(0, "Outputs of the classification head; 0 for a language model.")
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "context_length",
-            "n_layers",
-            "n_heads",
-            "n_kv_heads",
-            "head_dim",
-            "d_model",
-            "d_ff",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if not isinstance(self.n_labels, int) or isinstance(self.n_labels, bool) or self.n_labels < 0:
-            raise ConfigError(f"n_labels must be a whole number of at least 0, not {self.n_labels!r}")
+        for name in (*SIZE_FIELDS, "n_labels"):
+            value, minimum = getattr(self, name), 0 if name == "n_labels" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+                raise ConfigError(f"{name} must be an integer of at least {minimum}, not {value!r}")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be at least 0 and less than 1, not {self.dropout}")
         if self.positions == "rope" and self.head_dim % 2:
-            raise ConfigError(f"rotary positions turn pairs of numbers: head_dim must be even, not {self.head_dim}")
+            raise ConfigError(f"rotary positions need an even head_dim, not {self.head_dim}")
         if self.positions == "sinusoidal" and self.d_model % 2:
-            raise ConfigError(f"sinusoidal positions come in pairs: d_model must be even, not {self.d_model}")
+            raise ConfigError(f"sinusoidal positions need an even d_model, not {self.d_model}")
         if not (self.norm_eps > 0 and self.rope_theta > 0):
             raise ConfigError("norm_eps and rope_theta must be above 0")
         _ = self.family
 
     @property
     def family(self) -> Family:
-        """The stock family that holds this model. Raises `ConfigError` where none does, with the choice that is in the way."""
+        """The family of the stock class that holds this model.
+
+        Raises:
+            ConfigError: No stock class does; names the setting that prevents it.
+        """
         if self.norm == "layernorm":
             family: Family = "gpt1" if self.norm_position == "post" else "gpt2"
-            required: dict[str, Any] = {"qk_norm": False, "n_kv_heads": self.n_heads}
-            choices: dict[str, tuple[Any, ...]] = {
+            allowed: dict[str, tuple[Any, ...]] = {
                 "positions": ("learned", "sinusoidal"),
                 "activation": ("relu", "gelu"),
+                "qk_norm": (False,),
+                "n_kv_heads": (self.n_heads,),
             }
             if family == "gpt1":
-                required["d_ff"] = 4 * self.d_model
+                allowed["d_ff"] = (4 * self.d_model,)
             if self.head_dim * self.n_heads != self.d_model:
                 raise ConfigError(
-                    f"{HF_CLASSES[family][1]} wants d_model = n_heads × head_dim; "
+                    f"{HF_CLASSES[family][1]} needs d_model = n_heads × head_dim; "
                     f"{self.d_model} is not {self.n_heads} × {self.head_dim}"
                 )
         else:
             family = "qwen3" if self.qk_norm else "llama"
-            required = {"norm_position": "pre", "attention_bias": False, "feed_forward_bias": False}
-            choices = {"positions": ("rope",), "activation": ("swiglu",)}
-        for name, value in required.items():
-            choices[name] = (value,)
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
+            allowed = {
+                "positions": ("rope",),
+                "activation": ("swiglu",),
+                "norm_position": ("pre",),
+                "attention_bias": (False,),
+                "feed_forward_bias": (False,),
+            }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
                 raise ConfigError(
-                    f"{HF_CLASSES[family][1]}, the stock class nearest to these choices, has "
-                    f"{name} = {' or '.join(map(str, allowed))}, not {getattr(self, name)}"
+                    f"{HF_CLASSES[family][1]}, the closest stock class, needs "
+                    f"{name} = {' or '.join(map(str, values))}, not {getattr(self, name)}"
                 )
         return family
 
     @property
     def parameters(self) -> int:
-        """How many numbers are trained, embeddings and a classification head included, a tied head counted once."""
+        """Number of parameters, with embeddings and heads; a tied head counts once."""
         d, q, kv = self.d_model, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         norm = d * (2 if self.norm == "layernorm" else 1)
         attention = d * (q + 2 * kv) + q * d + (q + 2 * kv + d if self.attention_bias else 0)
@@ -140,10 +144,16 @@ class ModelConfig:
         return 6.0 * (self.parameters - lookups) + attention
 
     def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
+        """A configuration from the output of `to_dict`.
+
+        Raises:
+            ConfigError: A setting is unknown, missing or invalid.
+        """
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"unknown model settings: {', '.join(unknown)}")
@@ -153,28 +163,38 @@ class ModelConfig:
             raise ConfigError(str(error)) from error
 
 
-# The choices of each preset; its sizes come from SIZES or from the caller.
+# The choices of each preset. The sizes come from SIZES or from the caller.
 PRESETS: dict[str, dict[str, Any]] = {
-    # Vaswani et al. 2017, sections 3.1 to 3.5, the decoder alone. Its projections have no bias. The head is a matrix of
-    # its own, because a shared one cannot be as large as the position table and give calm logits at once.
+    # Vaswani et al. 2017, sections 3.1 to 3.5, the decoder alone. Its projections have no bias. The head is not tied, because
+    # a tied matrix cannot be as large as the position table and give small logits at the same time.
     "tutorial": {
-        "norm": "layernorm", "norm_position": "post", "positions": "sinusoidal", "activation": "relu",
-        "attention_bias": False, "tied": False,
+        "norm": "layernorm",
+        "norm_position": "post",
+        "positions": "sinusoidal",
+        "activation": "relu",
+        "attention_bias": False,
+        "tied": False,
     },
     # Radford et al. 2018, section 4.1.
     "gpt1": {"norm": "layernorm", "norm_position": "post", "positions": "learned", "activation": "gelu"},
-    # Radford et al. 2019, section 2.3: the norms move to the input of each part, and one is added at the end.
+    # Radford et al. 2019, section 2.3: pre-norm, and a final norm.
     "gpt2": {"norm": "layernorm", "norm_position": "pre", "positions": "learned", "activation": "gelu"},
-    # Qwen3 technical report 2025, section 2: rotary positions (Su et al. 2021), RMSNorm (Zhang and Sennrich 2019),
-    # SwiGLU (Shazeer 2020), grouped queries (Ainslie et al. 2023), and each head's queries and keys normalised.
+    # Qwen3 technical report 2025, section 2: RoPE (Su et al. 2021), RMSNorm (Zhang and Sennrich 2019), SwiGLU (Shazeer
+    # 2020), grouped-query attention (Ainslie et al. 2023), and normalized queries and keys.
     "modern": {
-        "norm": "rmsnorm", "norm_position": "pre", "norm_eps": 1e-6, "positions": "rope", "activation": "swiglu",
-        "qk_norm": True, "attention_bias": False, "feed_forward_bias": False,
+        "norm": "rmsnorm",
+        "norm_position": "pre",
+        "norm_eps": 1e-6,
+        "positions": "rope",
+        "activation": "swiglu",
+        "qk_norm": True,
+        "attention_bias": False,
+        "feed_forward_bias": False,
     },
-}  # fmt: skip
+}
 
-# name: (layers, heads, width, context). From 125m on: GPT-3's table 2.1 (Brown et al. 2020), with heads that divide the
-# width where the printed numbers do not.
+# name: (layers, heads, width, context length). From 125m on: GPT-3's table 2.1 (Brown et al. 2020), with a number of heads
+# that divides the width where the printed one does not.
 SIZES: dict[str, tuple[int, int, int, int]] = {
     "micro": (2, 2, 64, 128),
     "tiny": (4, 4, 128, 128),
@@ -194,33 +214,30 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
 
 
 def build_config(preset: str = "modern", size: str = "mini", *, vocab_size: int, **overrides: Any) -> ModelConfig:
-    """A preset at a size, with single settings changed by name.
+    """A preset at a size.
 
-    What is not given follows from what is: `head_dim` is d_model / n_heads, `d_ff` four times the width (8/3 of it,
-    rounded up to a multiple of 64, for SwiGLU's three matrices), `n_kv_heads` all of them (modern: a half, from four
-    heads on, where it divides).
+    Args:
+        preset: A name in `PRESETS`.
+        size: A name in `SIZES`.
+        vocab_size: Number of tokens.
+        **overrides: Settings of `ModelConfig`; None is ignored. Defaults: `head_dim` d_model / n_heads; `d_ff` 4 d_model, for
+            SwiGLU's three matrices 8/3 d_model rounded up to a multiple of 64; `n_kv_heads` n_heads, for `modern` half of an
+            even number of at least 4.
 
     Raises:
-        ConfigError: an unknown preset, size or setting, or a model that no stock class can hold.
+        ConfigError: The preset, size or a setting is unknown or invalid, or no stock class can hold the model.
     """
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
     if size not in SIZES:
         raise ConfigError(f"unknown size {size!r}: choose one of {', '.join(SIZES)}")
-    n_layers, n_heads, d_model, context_length = SIZES[size]
-    values: dict[str, Any] = {
-        **PRESETS[preset],
-        "n_layers": n_layers,
-        "n_heads": n_heads,
-        "d_model": d_model,
-        "context_length": context_length,
-        **{name: value for name, value in overrides.items() if value is not None},
-        "vocab_size": vocab_size,
-    }
+    sizes = dict(zip(("n_layers", "n_heads", "d_model", "context_length"), SIZES[size], strict=True))
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    values: dict[str, Any] = {**PRESETS[preset], **sizes, **overrides, "vocab_size": vocab_size}
     n_heads, d_model = values["n_heads"], values["d_model"]
     if "head_dim" not in values:
         if d_model % n_heads:
-            raise ConfigError(f"d_model ({d_model}) must be a multiple of n_heads ({n_heads}), or head_dim be given")
+            raise ConfigError(f"d_model ({d_model}) must be a multiple of n_heads ({n_heads}), or set head_dim")
         values["head_dim"] = d_model // n_heads
     if "n_kv_heads" not in values:
         values["n_kv_heads"] = n_heads // 2 if preset == "modern" and n_heads >= 4 and n_heads % 2 == 0 else n_heads

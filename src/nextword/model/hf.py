@@ -1,9 +1,8 @@
-"""A model directory is a stock Hugging Face directory: the tables of names and layouts, both ways.
+"""Hugging Face model directories: `GPT` to the stock classes of `transformers`, and back.
 
-`save_model` writes what `transformers.AutoModelForCausalLM` opens (with a classification head,
-`AutoModelForSequenceClassification`); `load_model` opens what it wrote, and the directories of four stock families whoever
-trained them. Only safetensors and JSON are read; nothing in a directory is ever run. What config.json says is in
-stock_config.py.
+`save_model` writes what `transformers.AutoModelForCausalLM` opens (`AutoModelForSequenceClassification` for a model with a
+classification head). `load_model` opens that, and directories of the four supported families from anyone. It reads only
+safetensors and JSON and runs no code from a directory. config.json is handled in hf_config.py.
 """
 
 import json
@@ -21,20 +20,14 @@ from torch import Tensor
 
 from nextword.common.errors import CorruptFileError, NextwordError
 from nextword.common.fs import MANIFEST, atomic_write, read_manifest, to_json, verify_manifest
+from nextword.model import hf_config
 from nextword.model.config import Family, ModelConfig
 from nextword.model.gpt import GPT, sinusoidal_table
-from nextword.model.hf_config import (
-    parse_model_config,
-    read_hf_config,
-    read_json_object,
-    to_hf_config,
-    to_hf_label_config,
-)
 from nextword.model.hf_config import read_labels as read_labels
 
 # ---------------------------------------------------------------- names
-# Stock name → the names of ours that it holds, one below the other. "{i}" is the layer. Where the stock name ends in "ᵀ" the
-# matrix is stored [in, out] (the `Conv1D` of GPT-1 and GPT-2) and ours, [out, in], is its transpose.
+# Stock tensor → the tensors of `GPT` that it holds, concatenated by rows. "{i}" is the layer, "{p}" weight and bias. A stock
+# name ending in "ᵀ" is stored as [in, out] (the `Conv1D` of GPT-1 and GPT-2), the transpose of ours.
 
 CONV1D_BLOCK = {
     "h.{i}.ln_1.{p}": ["blocks.{i}.attention_norm.{p}"],
@@ -78,63 +71,88 @@ HF_NAME_TEMPLATES: dict[Family, dict[str, list[str]]] = {
     "llama": {**LLAMA_NON_BLOCK, **{name: ours for name, ours in LLAMA_BLOCK.items() if "_norm.weight" not in name}},
 }
 HF_PREFIXES: dict[Family, str] = {"gpt1": "transformer.", "gpt2": "transformer.", "qwen3": "model.", "llama": "model."}
-MAX_HEADER_BYTES = 2**22  # bytes: some thirty thousand tensors
-MAX_SHARD_BYTES = 5 * 10**9  # bytes of weights in one file
+MAX_HEADER_BYTES = 2**22  # some thirty thousand tensors
+MAX_SHARD_BYTES = 5 * 10**9  # of weights in one file
 INDEX_FILENAME = "model.safetensors.index.json"
-# Buffers that older files carry: causal masks and rotary frequencies, all of them computed here.
+# Buffers in older files: causal masks and rotary frequencies.
 IGNORED_BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 
 
 def hf_name_map(config: ModelConfig) -> dict[str, list[str]]:
-    """Every stock tensor of this model by its full name → the names of ours in it, in order."""
-    table: dict[str, list[str]] = {}
-    for stock, ours in HF_NAME_TEMPLATES[config.family].items():
-        for i in range(config.n_layers) if "{i}" in stock else [0]:
-            for p in ("weight", "bias") if "{p}" in stock else [""]:
-                table[HF_PREFIXES[config.family] + stock.format(i=i, p=p)] = [name.format(i=i, p=p) for name in ours]
-    if config.n_labels:  # these stock classes have no other head
-        table["score.weight"] = ["score.weight"]
+    """The full name of every stock tensor of a model, and the names of our tensors in it, in order."""
+    names: dict[str, list[str]] = {}
+    for template, our_templates in HF_NAME_TEMPLATES[config.family].items():
+        for i in range(config.n_layers) if "{i}" in template else [0]:
+            for p in ("weight", "bias") if "{p}" in template else [""]:
+                hf_name = HF_PREFIXES[config.family] + template.format(i=i, p=p)
+                names[hf_name] = [name.format(i=i, p=p) for name in our_templates]
+    if config.n_labels:  # classification classes have no language-model head
+        names["score.weight"] = ["score.weight"]
     elif not config.tied:
-        table["lm_head.weight"] = ["head.weight"]
-    return table
+        names["lm_head.weight"] = ["head.weight"]
+    return names
 
 
 def to_hf(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors under the stock class's names and layouts; zeros where it has a bias that our mathematics has not."""
+    """Convert weights to the names and layouts of the stock class.
+
+    Args:
+        config: The model.
+        weights: Its state dict.
+
+    Returns:
+        The stock class's state dict, with zeros for biases that the model does not have.
+    """
     return dict(iter_hf_tensors(config, weights, lambda tensor: tensor))
 
 
 def iter_hf_tensors(
     config: ModelConfig, weights: Mapping[str, Tensor], gather: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """As `to_stock`, one tensor after the other; each of ours is asked for by `gather` when its turn comes."""
+    """As `to_hf`, one tensor after the other.
 
-    def ours(name: str) -> Tensor:
+    Args:
+        config: The model.
+        weights: Its state dict; tensors may be sharded.
+        gather: Returns a full tensor; called for each when its turn comes.
+    """
+
+    def full_tensor(name: str) -> Tensor:
         if name in weights:
             return gather(weights[name])
         if name == "position_embedding.weight" and config.positions == "sinusoidal":
             return sinusoidal_table(config.context_length, config.d_model)
-        weight = weights[name.replace(".bias", ".weight")]  # anything else missing is a KeyError, and a mistake of ours
+        weight = weights[name.replace(".bias", ".weight")]
         return torch.zeros(weight.shape[0], dtype=weight.dtype)
 
-    for name, parts in hf_name_map(config).items():
-        tensors = [ours(part) for part in parts]
+    for hf_name, our_names in hf_name_map(config).items():
+        tensors = [full_tensor(name) for name in our_names]
         tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-        yield name.removesuffix("ᵀ"), (tensor.T if name.endswith("ᵀ") else tensor).contiguous()
+        yield hf_name.removesuffix("ᵀ"), (tensor.T if hf_name.endswith("ᵀ") else tensor).contiguous()
 
 
-def from_hf(
-    config: ModelConfig, hf_name: str, our_names: list[str], tensor: Tensor, shapes: dict[str, torch.Size]
-) -> dict[str, Tensor]:
-    """One stock tensor taken apart into ours; what our mathematics has not (a zero bias, the position table) is left out."""
-    oriented = tensor.T if hf_name.endswith("ᵀ") else tensor
-    rows = [shapes[our][0] if our in shapes else 0 for our in our_names]
+def from_hf(hf_name: str, our_names: list[str], tensor: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Split one stock tensor into ours.
+
+    Args:
+        hf_name: Its key in `hf_name_map`.
+        our_names: The value there.
+        tensor: The stock tensor.
+        shapes: The shapes of the model's tensors, see `weight_shapes`.
+
+    Returns:
+        Our tensors by name, without those the model does not have (zero biases, the sinusoidal position table).
+    """
+    tensor = tensor.T if hf_name.endswith("ᵀ") else tensor
+    rows = [shapes[name][0] if name in shapes else 0 for name in our_names]
     if not any(rows):
         return {}
-    return {our: part.contiguous() for our, part in zip(our_names, oriented.split(rows), strict=True) if our in shapes}
+    parts = zip(our_names, tensor.split(rows), strict=True)
+    return {name: part.contiguous() for name, part in parts if name in shapes}
 
 
-# ---------------------------------------------------------------- directories
+# ---------------------------------------------------------------- writing
 
 
 def save_model(
@@ -148,29 +166,32 @@ def save_model(
     problem_type: str | None = None,
     gather: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> None:
-    """Write config.json, the weights and, for a language model, generation_config.json into an existing directory.
+    """Write config.json, the weights in float32 and, for a language model, generation_config.json.
 
-    The tokenizer's files and the seal are the caller's. Weights are written in float32. A model with a classification head
-    is written without a language-model head of its own, which its stock class has no place for.
+    The tokenizer and the manifest are written by the caller. A model with a classification head is saved without its
+    language-model head, for which the stock class has no place.
 
     Args:
-        ends: the tokens that end a text in generation, where they are others or more than `end_of_text`.
-        labels: the name of each output of a classification head, in order.
-        problem_type: what the outputs are, in the stock classes' words: "regression", "single_label_classification" or
-            "multi_label_classification".
-        gather: from a weight as the model has it to the whole of it; called for one after the other.
+        model: The model.
+        directory: An existing directory.
+        end_of_text_id: The end-of-text token.
+        pad_token_id: The pad token; a classification model needs one, to find the last token of a text.
+        eos_token_ids: The tokens that end a generated text. Default: `end_of_text_id`.
+        labels: The names of the classification head's outputs, in order.
+        problem_type: See `hf_config.PROBLEM_TYPES`.
+        gather: Returns the full tensor of a weight; called for one after the other.
 
     Raises:
-        ValueError: labels that do not fit the head, or a head without a pad token, by which its stock class finds the last
-            token.
+        ValueError: The labels do not match the head, or a classification model has no pad token.
     """
     config = model.config
     if config.n_labels and pad_token_id is None:
-        raise ValueError("a model with a classification head is saved with its pad token: its stock class needs one")
-    hf_config = to_hf_config(config, end_of_text_id, pad_token_id) | to_hf_label_config(config, labels, problem_type)
-    atomic_write(directory / "config.json", to_json(hf_config))
+        raise ValueError("a model with a classification head needs pad_token_id")
+    content = hf_config.to_hf_config(config, end_of_text_id, pad_token_id)
+    content |= hf_config.to_hf_label_config(config, labels, problem_type)
+    atomic_write(directory / "config.json", to_json(content))
     for path in write_weights(directory, config, model.state_dict(), lambda tensor: gather(tensor).float().cpu()):
-        shutil.copymode(directory / "config.json", path)  # which is made for its owner alone
+        shutil.copymode(directory / "config.json", path)  # safetensors writes files that only their owner can read
     if config.n_labels:
         return
     stop_ids = [end_of_text_id] if eos_token_ids is None else list(eos_token_ids)
@@ -182,12 +203,17 @@ def save_model(
 def write_weights(
     directory: Path, config: ModelConfig, weights: Mapping[str, Tensor], gather: Callable[[Tensor], Tensor]
 ) -> list[Path]:
-    """Write model.safetensors, or of a large model several files under an index, as the stock classes do; those files. No more
-    than one of them is held in memory."""
+    """Write model.safetensors, or shards of at most `MAX_SHARD_BYTES` with an index. One shard is in memory at a time.
+
+    Arguments as in `iter_hf_tensors`.
+
+    Returns:
+        The files of weights.
+    """
     files: list[Path] = []
     shard: dict[str, Tensor] = {}
-    file_indices: dict[str, int] = {}  # of each tensor the file
-    size = total = 0
+    file_indices: dict[str, int] = {}  # tensor → its file
+    shard_bytes = total_bytes = 0
 
     def flush_shard() -> None:
         files.append(directory / f".{len(files)}.safetensors")
@@ -195,181 +221,209 @@ def write_weights(
         shard.clear()
 
     for name, tensor in iter_hf_tensors(config, weights, gather):
-        if shard and size + tensor.nbytes > MAX_SHARD_BYTES:
+        if shard and shard_bytes + tensor.nbytes > MAX_SHARD_BYTES:
             flush_shard()
-            size = 0
+            shard_bytes = 0
         shard[name], file_indices[name] = tensor, len(files)
-        size, total = size + tensor.nbytes, total + tensor.nbytes
+        shard_bytes, total_bytes = shard_bytes + tensor.nbytes, total_bytes + tensor.nbytes
     flush_shard()
     names = ["model.safetensors"]
     if len(files) > 1:
         names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
-        index = {name: names[place] for name, place in file_indices.items()}
-        atomic_write(directory / INDEX_FILENAME, to_json({"metadata": {"total_size": total}, "weight_map": index}))
+        weight_map = {name: names[index] for name, index in file_indices.items()}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        atomic_write(directory / INDEX_FILENAME, to_json(index))
     return [path.rename(directory / name) for path, name in zip(files, names, strict=True)]
 
 
+# ---------------------------------------------------------------- reading
+
+
 def load_model(directory: Path, device: torch.device | str = "cpu") -> GPT:
-    """Open a stock directory, ours (checked against its manifest) or anybody's; float32, ready to use.
+    """Open a model directory in float32. One that nextword wrote is checked against its manifest.
+
+    Args:
+        directory: The directory.
+        device: Device of the model.
 
     Raises:
-        CorruptFile: a hash, a shape or a file that is not as it should be.
-        NextwordError: no model here, or one with something that nextword does not do, by name.
+        CorruptFileError: A hash, a shape or a file is not as it should be.
+        NextwordError: There is no model, or it has a feature that nextword does not support.
     """
     config = load_config(directory, verify_manifest)
     return GPT.from_weights(config, dict(iter_weights(directory, config))).to(device)
 
 
 def load_config(directory: Path, load_manifest: Callable[[Path], dict[str, Any]] = read_manifest) -> ModelConfig:
-    """What a directory says of its model's shape. Raises as `load_model`."""
-    if not (directory / "config.json").is_file():
-        raise NextwordError(f"{directory}: no config.json, so this is no model directory")
-    config = read_hf_config(directory / "config.json")
-    if (directory / MANIFEST).is_file():
-        metadata = load_manifest(directory)
-        if "model" in metadata:  # what the stock format has no place for: the sinusoids, and biases that do not exist
-            try:
-                config = parse_model_config(metadata["model"])
-            except (ValueError, TypeError, OverflowError) as error:
-                raise CorruptFileError(f"{directory / MANIFEST}: {error}") from error
-            config = replace(config, tied=config.tied or config.n_labels > 0)  # as in `read_stock_config`
-    return config
+    """The configuration of the model in a directory. Raises as `load_model`.
 
-
-def weight_shapes(directory: Path, config: ModelConfig, n_tensors: int) -> dict[str, torch.Size]:
-    """The shape of every tensor of ours, from one layer, which the others are like.
-
-    A config.json may say any number of layers, and even a model without numbers takes time for each: so what the files hold
-    is counted first.
-
-    Raises:
-        CorruptFile: more layers than a directory of `n_tensors` tensors can have, or sizes that no tensor can have.
+    Args:
+        directory: The directory.
+        load_manifest: Reads the manifest, and may verify it.
     """
+    if not (directory / "config.json").is_file():
+        raise NextwordError(f"{directory}: no config.json, so this is not a model directory")
+    config = hf_config.read_hf_config(directory / "config.json")
+    if not (directory / MANIFEST).is_file():
+        return config
+    # The manifest has what the stock format cannot express: sinusoidal positions, and biases that do not exist.
+    manifest = load_manifest(directory)
+    if "model" not in manifest:
+        return config
     try:
-        one_layer_weights = GPT.on_meta(replace(config, n_layers=1)).state_dict()
-    except RuntimeError as error:  # torch's: more bytes than a number of bytes can be
-        raise CorruptFileError(f"{directory}: its sizes are larger than any model's") from error
-    block = [
-        stock
-        for stock, ours in HF_NAME_TEMPLATES[config.family].items()
-        if ours[0].format(i=0, p="weight") in one_layer_weights
-    ]
-    if config.n_layers * sum("{i}" in stock for stock in block) > n_tensors:
-        raise CorruptFileError(
-            f"{directory}: config.json says {config.n_layers:,} layers, of which a tensor is missing: {n_tensors:,} are here"
-        )
-    shapes = {}
-    for name, tensor in one_layer_weights.items():
-        layers = range(config.n_layers) if name.startswith("blocks.0.") else [0]
-        shapes |= {name.replace("blocks.0.", f"blocks.{i}.", 1): tensor.shape for i in layers}
-    return shapes
+        config = hf_config.parse_model_config(manifest["model"])
+    except (ValueError, TypeError, OverflowError) as error:
+        raise CorruptFileError(f"{directory / MANIFEST}: {error}") from error
+    return replace(config, tied=config.tied or config.n_labels > 0)  # as in `read_hf_config`
 
 
-def check_header(path: Path) -> None:
-    """A safetensors file says first how long its header is. Raises `CorruptFile` where that cannot be so, before it is read."""
-    if not path.is_file():
-        raise CorruptFileError(f"{path}: missing, or no file")
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if length > min(MAX_HEADER_BYTES, path.stat().st_size - 8):
-        raise CorruptFileError(
-            f"{path}: not a safetensors file (a header of {length:,} bytes, in a file of {path.stat().st_size:,})"
-        )
+def iter_weights(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors from the files of a model directory, in float32, one after the other. Raises as `load_model`.
+
+    Every shape is checked in the header of its file before the tensor is read.
+    """
+    files = find_weight_files(directory)
+    shapes = weight_shapes(directory, config, len(files))
+    names, prefix = hf_name_map(config), HF_PREFIXES[config.family]
+    known = {name.removesuffix("ᵀ") for name in names} | {"lm_head.weight"}  # a tied head may be stored, too
+    known |= {name.removeprefix(prefix) for name in known}  # a base model is saved without the prefix
+    unexpected = sorted(name for name in files if name not in known and not name.endswith(IGNORED_BUFFERS))
+    if unexpected:
+        raise NextwordError(f"{directory}: unexpected tensors for this model_type: {', '.join(unexpected[:5])}")
+    for hf_name, our_names in names.items():
+        key = hf_name.removesuffix("ᵀ")
+        key = key if key in files else key.removeprefix(prefix)
+        if key not in files:
+            if any(name in shapes for name in our_names) or "position_embedding.weight" in our_names:
+                raise CorruptFileError(f"{directory}: the tensor {hf_name.removesuffix('ᵀ')} is missing")
+            continue
+        path, expected = files[key], expected_shape(config, hf_name, our_names, shapes)
+        with safe_open(path, framework="pt") as file:
+            tensor_slice = file.get_slice(key)
+            if list(tensor_slice.get_shape()) != expected:
+                shape = tensor_slice.get_shape()
+                raise CorruptFileError(f"{path}: {key} has the shape {shape}; config.json says {expected}")
+            if tensor_slice.get_dtype() not in FLOAT_DTYPES:
+                raise NextwordError(
+                    f"{path}: {key} has the data type {tensor_slice.get_dtype()}, which is not supported"
+                )
+            yield from from_hf(hf_name, our_names, tensor_slice[:].float(), shapes).items()
 
 
 def find_weight_files(directory: Path) -> dict[str, Path]:
-    """Tensor name → the safetensors file that has it, in one file or in shards under an index."""
+    """The safetensors file of each tensor: model.safetensors, or the shards of an index. Raises as `load_model`."""
     index = directory / INDEX_FILENAME
     if index.is_file():
-        weight_map = read_json_object(index).get("weight_map", {})
+        weight_map = hf_config.read_json_object(index).get("weight_map", {})
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CorruptFileError(f"{index}: weight_map does not give a file name for each tensor")
-        files = sorted(set(weight_map.values()))
-        if outside := [name for name in files if Path(name).name != name]:
-            raise CorruptFileError(f"{index}: {outside[0]!r} is no file of this directory")
+        names = sorted(set(weight_map.values()))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise CorruptFileError(f"{index}: {outside[0]!r} is outside the directory")
     elif (directory / "model.safetensors").is_file():
-        files = ["model.safetensors"]
+        names = ["model.safetensors"]
     else:
-        other = sorted(p.name for p in directory.glob("*.bin")) + sorted(p.name for p in directory.glob("*.pt*"))
-        hint = f"; {other[0]} is a pickle, which nextword does not open: convert it to safetensors" if other else ""
+        pickles = sorted(p.name for p in directory.glob("*.bin")) + sorted(p.name for p in directory.glob("*.pt*"))
+        hint = f"; {pickles[0]} is a pickle, which nextword does not open: convert it to safetensors" if pickles else ""
         raise NextwordError(f"{directory}: no model.safetensors{hint}")
-    paths = {}
-    for name in files:
-        check_header(directory / name)
+    files: dict[str, Path] = {}
+    for path in (directory / name for name in names):
+        check_header(path)
         try:
-            with safe_open(directory / name, framework="pt") as file:
-                paths.update(dict.fromkeys(file.keys(), directory / name))
+            with safe_open(path, framework="pt") as file:
+                files.update(dict.fromkeys(file.keys(), path))
         except (SafetensorError, OSError, struct.error, json.JSONDecodeError) as error:
-            raise CorruptFileError(f"{directory / name}: not a safetensors file ({error})") from error
-    return paths
+            raise CorruptFileError(f"{path}: not a safetensors file ({error})") from error
+    return files
+
+
+def check_header(path: Path) -> None:
+    """Check the length of a safetensors header before it is read.
+
+    Raises:
+        CorruptFileError: The file is missing, or the length cannot be right.
+    """
+    if not path.is_file():
+        raise CorruptFileError(f"{path}: missing, or not a file")
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    size = path.stat().st_size
+    if length > min(MAX_HEADER_BYTES, size - 8):
+        raise CorruptFileError(f"{path}: not a safetensors file (a header of {length:,} bytes in a file of {size:,})")
+
+
+def weight_shapes(directory: Path, config: ModelConfig, num_tensors: int) -> dict[str, torch.Size]:
+    """The shape of each of our tensors, from a model of one layer on the meta device.
+
+    A hostile config.json may claim any number of layers, and each takes time even on the meta device. The number of tensors in
+    the files is therefore checked first.
+
+    Raises:
+        CorruptFileError: The files have too few tensors, or sizes are too large for a tensor.
+    """
+    try:
+        weights = GPT.on_meta(replace(config, n_layers=1)).state_dict()
+    except RuntimeError as error:  # PyTorch: the number of bytes overflows
+        raise CorruptFileError(f"{directory}: config.json has sizes that are too large for any model") from error
+    per_layer = sum(
+        "{i}" in template and our_names[0].format(i=0, p="weight") in weights
+        for template, our_names in HF_NAME_TEMPLATES[config.family].items()
+    )
+    if config.n_layers * per_layer > num_tensors:
+        raise CorruptFileError(
+            f"{directory}: a tensor is missing: config.json says {config.n_layers:,} layers, "
+            f"and the files have {num_tensors:,} tensors"
+        )
+    shapes: dict[str, torch.Size] = {}
+    for name, tensor in weights.items():
+        for i in range(config.n_layers) if name.startswith("blocks.0.") else [0]:
+            shapes[name.replace("blocks.0.", f"blocks.{i}.", 1)] = tensor.shape
+    return shapes
+
+
+def expected_shape(
+    config: ModelConfig, hf_name: str, our_names: list[str], shapes: Mapping[str, torch.Size]
+) -> list[int]:
+    """The shape of a stock tensor; arguments as in `from_hf`."""
+    if not any(name in shapes for name in our_names):  # a tensor that the model does not have
+        if "position_embedding.weight" in our_names:
+            return [config.context_length, config.d_model]
+        return [sum(shapes[name.replace(".bias", ".weight")][0] for name in our_names)]
+    shape = [sum(shapes[name][0] for name in our_names), *shapes[our_names[0]][1:]]
+    return shape[::-1] if hf_name.endswith("ᵀ") else shape
+
+
+# ---------------------------------------------------------------- checkpoints
 
 
 def load_shards(directory: Path, kind: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The tensors of a checkpoint's "weights" or "optimizer": of one file, or put together from the parts of several processes,
-    each of which says where in the whole tensor it begins; at its beginning, where a file says nothing."""
+    """The full tensors of a checkpoint, assembled from the files of one or several processes.
+
+    Args:
+        directory: The checkpoint.
+        kind: "weights" or "optimizer".
+        device: Device of the tensors.
+    """
     shards: dict[str, list[tuple[list[int], Tensor]]] = {}
     for path in sorted(directory.glob(f"{kind}*.safetensors")):
         with safe_open(path, framework="pt", device=str(device)) as file:
             sharding_info = json.loads((file.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
-            for name in file.keys():  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
                 tensor = file.get_tensor(name)
                 offsets = sharding_info[name]["saved_offsets"] if name in sharding_info else [0] * tensor.ndim
                 shards.setdefault(name, []).append((offsets, tensor))
-    return {name: assemble_shards(found) for name, found in shards.items()}
+    return {name: assemble_shards(parts) for name, parts in shards.items()}
 
 
 def assemble_shards(shards: list[tuple[list[int], Tensor]]) -> Tensor:
-    """A tensor of parts, each with the place where it begins in every dimension."""
+    """One tensor from shards, each with its offset in every dimension."""
     if len(shards) == 1:
         return shards[0][1]
-    shard_ends = [[begin + length for begin, length in zip(begins, part.shape, strict=True)] for begins, part in shards]
-    tensor = shards[0][1].new_empty([max(end) for end in zip(*shard_ends, strict=True)])
-    for (begins, part), end in zip(shards, shard_ends, strict=True):
-        tensor[tuple(slice(*both) for both in zip(begins, end, strict=True))] = part
+    slices = [
+        tuple(slice(offset, offset + length) for offset, length in zip(offsets, shard.shape, strict=True))
+        for offsets, shard in shards
+    ]
+    tensor = shards[0][1].new_empty([max(part.stop for part in parts) for parts in zip(*slices, strict=True)])
+    for region, (_, shard) in zip(slices, shards, strict=True):
+        tensor[region] = shard
     return tensor
-
-
-def iter_weights(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Our tensors out of a directory's files, in float32, one after the other. Every shape is checked in its file's header
-    before the tensor is read. Raises as `load_model`."""
-    sources = find_weight_files(directory)
-    shapes = weight_shapes(directory, config, len(sources))
-    prefix = HF_PREFIXES[config.family]
-    table = hf_name_map(config)
-    known = {name.removesuffix("ᵀ") for name in table} | {name.removesuffix("ᵀ").removeprefix(prefix) for name in table}
-    known |= {"lm_head.weight"}  # a tied head may be written out as well
-    unexpected = [name for name in sources if name not in known and not name.endswith(IGNORED_BUFFERS)]
-    if unexpected:
-        raise NextwordError(
-            f"{directory}: tensors that this kind of model does not have: {', '.join(sorted(unexpected)[:5])}"
-        )
-    for name, ours in table.items():
-        stock = name.removesuffix("ᵀ")
-        bare = stock.removeprefix(prefix)  # the base model alone is saved without the prefix
-        key = stock if stock in sources else bare
-        if key not in sources:
-            if any(our in shapes for our in ours) or "position_embedding.weight" in ours:  # which the sinusoids fill
-                raise CorruptFileError(f"{directory}: the tensor {stock} is missing")
-            continue
-        expected = expected_shape(config, name, ours, shapes)
-        with safe_open(sources[key], framework="pt") as file:
-            tensor_slice = file.get_slice(key)
-            if list(tensor_slice.get_shape()) != expected:
-                raise CorruptFileError(
-                    f"{sources[key]}: {key} has the shape {tensor_slice.get_shape()}; config.json says {expected}"
-                )
-            if tensor_slice.get_dtype() not in ("F32", "F16", "BF16", "F64"):
-                raise NextwordError(
-                    f"{sources[key]}: {key} holds {tensor_slice.get_dtype()}, which nextword does not open"
-                )
-            yield from from_hf(config, name, ours, tensor_slice[:].float(), shapes).items()
-
-
-def expected_shape(config: ModelConfig, hf_name: str, our_names: list[str], shapes: dict[str, torch.Size]) -> list[int]:
-    """The shape a stock tensor must have for the model that config.json describes."""
-    if not any(our in shapes for our in our_names):
-        if "positions_embed" in hf_name or "wpe" in hf_name:
-            return [config.context_length, config.d_model]
-        return [sum(shapes[our.replace(".bias", ".weight")][0] for our in our_names)]
-    shape = [sum(shapes[our][0] for our in our_names), *shapes[our_names[0]][1:]]
-    return shape[::-1] if hf_name.endswith("ᵀ") else shape

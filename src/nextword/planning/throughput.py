@@ -8,7 +8,6 @@ import torch
 
 from nextword.common.environment import peak_memory_bytes
 from nextword.data.dataset import TokenDataset, TokenSource
-from nextword.model import fused
 from nextword.model.config import ModelConfig
 from nextword.model.gpt import GPT
 from nextword.planning.cluster_estimate import TYPICAL_MFU
@@ -57,7 +56,7 @@ class ThroughputBenchmark:
         if self.num_processes > 1 and 16 * config.parameters > 0.5 * available_memory(self.device):
             return self._estimate(config)
         model, checkpointing = GPT(config).to(self.device), self.training.checkpoint_activations
-        kind = "fused" if fused.is_available(model) and not checkpointing else "plain"
+        kind = "fused" if model.supports_kernels() and not checkpointing else "plain"
         loss_module, _ = build_loss_module(model, causal_lm_loss, kind, checkpointing)
         dataset, settings = self._dataset(config, batch_tokens), StepSettings(bf16=self.bf16)
         rows = self.training.micro_batch_rows or fit_micro_batch_rows(loss_module, dataset, settings)

@@ -350,7 +350,7 @@ class TaskDataset:
             return replace(batch, segments=segments)
         labels = self._labels([unit[0] for unit in groups], last_positions)
         return replace(
-            batch, labels=labels, counts={"task": float(labels.weights.sum()), "next_word": num_target_tokens}
+            batch, labels=labels, loss_denominators={"task": float(labels.weights.sum()), "next_word": num_target_tokens}
         )
 
     def _labels(self, examples: Sequence[int], last_positions: np.ndarray) -> Labels:

@@ -1,6 +1,8 @@
-"""What is minimised. An objective gives sums; who trains divides each once, by its count over the whole global batch.
+"""Training losses. Each returns sums, which the trainer divides once by the counts of the whole global batch.
 
-So neither the micro-batch nor the number of machines changes the loss, and a short row weighs as much as its tokens.
+The loss therefore depends neither on the micro-batch size nor on the number of processes, and every token has the same weight.
+
+Shapes: B rows of the micro-batch, T tokens of a row, N positions with a target, E examples, C choices, D model width.
 """
 
 from collections.abc import Callable
@@ -9,25 +11,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from nextword.data.dataset import IGNORE_INDEX
-from nextword.model.fused import FusedGPT
+from nextword.model.cross_entropy import IGNORE_INDEX, nll_sum, token_nll
 from nextword.model.gpt import GPT
-from nextword.training.parallel import vocab_parallel_cross_entropy
-
-MAX_LOGIT_BYTES = 2**28  # logits beyond this are made in pieces, and made again in the backward pass
 
 
 class LossTerm(NamedTuple):
-    """A term's sum (of nats over tokens, of losses over examples), and how much the term weighs beside the others."""
+    """One term of a loss.
+
+    Attributes:
+        total: Sum over tokens (in nats) or over examples.
+        weight: Weight of the term beside others.
+    """
 
     total: Tensor
     weight: float = 1.0
 
 
 class LabelTensors(NamedTuple):
-    """`nextword.data.dataset.Labels` on the device."""
+    """`data.dataset.Labels` on the model's device."""
 
     pool_positions: Tensor
     example_ids: Tensor
@@ -37,8 +39,16 @@ class LabelTensors(NamedTuple):
 
 
 class DeviceBatch(NamedTuple):
-    """A micro-batch on the device: tokens and targets [B, T], what dropout keeps (None without dropout), segments [B, T]
-    where several texts share a row, positions [B, T] then, and what labelled examples have beside their tokens."""
+    """A micro-batch on the model's device.
+
+    Attributes:
+        tokens: Token ids, [B, T].
+        targets: The token after each, [B, T]; `IGNORE_INDEX` without one.
+        dropout_masks: See `GPT.forward`; None without dropout.
+        segments: The document of each token, [B, T], where rows are packed.
+        positions: The position of each token in its document, [B, T], where rows are packed.
+        labels: Labels of the examples.
+    """
 
     tokens: Tensor
     targets: Tensor
@@ -48,142 +58,130 @@ class DeviceBatch(NamedTuple):
     labels: LabelTensors | None = None
 
 
-TrainableModel = GPT | FusedGPT
-LossFn = Callable[[TrainableModel, DeviceBatch], dict[str, LossTerm]]
+# A model, a micro-batch and whether to use the kernels (see `GPT.forward`) → the terms of the loss by name.
+LossFn = Callable[[GPT, DeviceBatch, bool], dict[str, LossTerm]]
 
 
-def causal_lm_loss(model: TrainableModel, batch: DeviceBatch) -> dict[str, LossTerm]:
-    """L(θ) = −Σ log P(x_t | x_<t; θ), summed over every position that has a target."""
-    hidden = model(batch.tokens, dropout_masks=batch.dropout_masks)  # [B, T, D]
-    return {"next_word": LossTerm(nll_sum(model, hidden.flatten(0, 1), batch.targets.flatten()))}
+# ---------------------------------------------------------------- language modeling
 
 
-def nll_sum(model: TrainableModel, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Σ −log softmax(hidden · unembeddingᵀ)[target] over the positions [N] that have a target."""
-    if isinstance(model, FusedGPT):
-        return model.nll_sum(hidden, targets)
-    return token_nll(hidden, model.unembedding, targets).sum()
+def causal_lm_loss(model: GPT, batch: DeviceBatch, kernels: bool = False) -> dict[str, LossTerm]:
+    """L(θ) = −Σ log P(x_t | x_<t; θ) over every position that has a target."""
+    hidden = model(batch.tokens, dropout_masks=batch.dropout_masks, kernels=kernels)  # [B, T, D]
+    nll = nll_sum(hidden.flatten(0, 1), model.unembedding, batch.targets.flatten(), kernels)
+    return {"next_word": LossTerm(nll)}
 
 
-def token_nll(hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
-    """−log softmax(hidden · unembeddingᵀ)[target] at each position [N], in float32; 0 where the target is `IGNORE`.
+def hidden_states(model: GPT, batch: DeviceBatch, kernels: bool = False) -> tuple[Tensor, Tensor]:
+    """Hidden states [B, T, D] of packed rows, and which positions have a target, [B, T].
 
-    hidden [N, D], unembedding [V, D], targets [N]. Where the logits [N, V] would be large they are made a piece at a
-    time, and once more in the backward pass.
+    In fine-tuning few positions have a target; logits are made for those alone.
     """
-
-    def piece(hidden: Tensor, targets: Tensor) -> Tensor:
-        return dense_token_nll(hidden, unembedding, targets)
-
-    rows = max(1, MAX_LOGIT_BYTES // (4 * unembedding.shape[0]))
-    if len(hidden) <= rows:
-        return piece(hidden, targets)
-    return torch.cat(
-        [
-            checkpoint(piece, h, t, use_reentrant=False)
-            for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
-        ]
+    hidden = model(
+        batch.tokens,
+        dropout_masks=batch.dropout_masks,
+        segments=batch.segments,
+        positions=batch.positions,
+        kernels=kernels,
     )
-
-
-def dense_token_nll(hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
-    """The same, all logits made at once; of an unembedding that several processes have among them, by all of these together."""
-    if hasattr(unembedding, "placements"):
-        return vocab_parallel_cross_entropy(hidden, unembedding, targets, IGNORE_INDEX)
-    logits = F.linear(hidden, unembedding).float()
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
-
-
-# ---------------------------------------------------------------- labelled examples
-
-
-def hidden_states(model: TrainableModel, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
-    """Hidden states [B, T, D], and which positions have a target [B, T].
-
-    Logits are made for those positions alone: in fine-tuning they are often a small part.
-    """
-    hidden = model(batch.tokens, dropout_masks=batch.dropout_masks, segments=batch.segments, positions=batch.positions)
     return hidden, batch.targets != IGNORE_INDEX
 
 
-def completion_loss(model: TrainableModel, batch: DeviceBatch) -> dict[str, LossTerm]:
-    """The next word again, where only some positions are learned: those of the answer, not those of the question."""
-    hidden, has_target = hidden_states(model, batch)
-    return {"next_word": LossTerm(nll_sum(model, hidden[has_target], batch.targets[has_target]))}
+def completion_loss(model: GPT, batch: DeviceBatch, kernels: bool = False) -> dict[str, LossTerm]:
+    """The language-modeling loss of the tokens of the answers; those of the prompts have no target."""
+    hidden, has_target = hidden_states(model, batch, kernels)
+    nll = nll_sum(hidden[has_target], model.unembedding, batch.targets[has_target], kernels)
+    return {"next_word": LossTerm(nll)}
 
 
-def sequence_logprobs(model: TrainableModel, batch: DeviceBatch) -> Tensor:
+def sequence_logprobs(model: GPT, batch: DeviceBatch, kernels: bool = False) -> Tensor:
     """Σ log P(x_t | x_<t; θ) over the targets of each row; [B]."""
-    hidden, has_target = hidden_states(model, batch)
-    losses = token_nll(hidden[has_target], model.unembedding, batch.targets[has_target])
+    hidden, has_target = hidden_states(model, batch, kernels)
+    nll = token_nll(hidden[has_target], model.unembedding, batch.targets[has_target])
     rows = has_target.nonzero()[:, 0]
-    return -losses.new_zeros(len(batch.tokens)).index_add(0, rows, losses)
+    return -nll.new_zeros(len(batch.tokens)).index_add(0, rows, nll)
 
 
-def example_logits(model: TrainableModel, hidden: Tensor, labels: LabelTensors) -> Tensor:
-    """The head's logits [E, n_labels] at each row's end, those of an example's rows summed (Radford et al. 2018, 3.3)."""
+def dpo_loss(beta: float) -> LossFn:
+    """Direct preference optimization. Rafailov et al. 2023, equation 7.
+
+    −log σ(β [(log π(y₊|x) − log π₀(y₊|x)) − (log π(y₋|x) − log π₀(y₋|x))]), with `LabelTensors.reference_logprobs` as log π₀.
+
+    Args:
+        beta: β. The rows of the batch are pairs: the chosen answer, then the rejected one.
+    """
+
+    def loss(model: GPT, batch: DeviceBatch, kernels: bool) -> dict[str, LossTerm]:
+        assert batch.labels is not None and batch.labels.reference_logprobs is not None
+        log_ratios = sequence_logprobs(model, batch, kernels) - batch.labels.reference_logprobs
+        return {"task": LossTerm(-F.logsigmoid(beta * (log_ratios[0::2] - log_ratios[1::2])).sum())}
+
+    return loss
+
+
+# ---------------------------------------------------------------- classification
+
+
+def example_logits(model: GPT, hidden: Tensor, labels: LabelTensors) -> Tensor:
+    """Logits [E, n_labels] of the last token of each row, summed over an example's rows (Radford et al. 2018, section 3.3)."""
     rows = model.classify(hidden[torch.arange(len(hidden), device=hidden.device), labels.pool_positions]).float()
     return rows.new_zeros(int(labels.weights.shape[0]), rows.shape[1]).index_add(0, labels.example_ids, rows)
 
 
-def multiple_choice_logits(model: TrainableModel, hidden: Tensor, labels: LabelTensors) -> Tensor:
-    """One logit a row, as [E, C]: those of an example's choices side by side, −∞ where it has fewer than C."""
+def multiple_choice_logits(model: GPT, hidden: Tensor, labels: LabelTensors) -> Tensor:
+    """One logit for each row, as [E, C]: the choices of an example side by side, −∞ where it has fewer than C."""
     rows = model.classify(hidden[torch.arange(len(hidden), device=hidden.device), labels.pool_positions]).float()[:, 0]
-    first = torch.searchsorted(labels.example_ids, labels.example_ids)  # the first row of the same example
-    place = torch.arange(len(rows), device=rows.device) - first
-    table = rows.new_full((int(labels.weights.shape[0]), int(place.max()) + 1), -torch.inf)
-    return table.index_put((labels.example_ids, place), rows)
+    first_row = torch.searchsorted(labels.example_ids, labels.example_ids)  # the first row of the same example
+    choice = torch.arange(len(rows), device=rows.device) - first_row
+    table = rows.new_full((int(labels.weights.shape[0]), int(choice.max()) + 1), -torch.inf)
+    return table.index_put((labels.example_ids, choice), rows)
 
 
 def classification_loss(kind: str, auxiliary_weight: float = 0.0) -> LossFn:
-    """L₃ = L₂ + λ L₁: a head's loss over the examples, and λ times the next word's over their tokens.
+    """The loss of a classification head, plus λ times the language-modeling loss of the same tokens, L₃ = L₂ + λ L₁.
 
-    Radford et al. 2018, equation 5; each term is divided by its own count. `kind` is "label" (cross entropy), "labels"
-    (several at once: binary cross entropy, the mean over labels), "score" (squared error) or "choice" (softmax over an
-    example's rows).
+    Radford et al. 2018, equation 5. Each term is divided by its own count.
+
+    Args:
+        kind: "label" (cross-entropy), "labels" (multilabel: the mean binary cross-entropy), "score" (squared error) or
+            "choice" (cross-entropy over an example's rows).
+        auxiliary_weight: λ.
     """
 
-    def objective(model: TrainableModel, inputs: DeviceBatch) -> dict[str, LossTerm]:
-        labels = inputs.labels
+    def loss(model: GPT, batch: DeviceBatch, kernels: bool) -> dict[str, LossTerm]:
+        labels = batch.labels
         assert labels is not None
-        hidden, learned = hidden_states(model, inputs)
+        hidden, has_target = hidden_states(model, batch, kernels)
         logits = (multiple_choice_logits if kind == "choice" else example_logits)(model, hidden, labels)
         if kind == "score":
-            each = (logits[:, 0] - labels.targets) ** 2
+            losses = (logits[:, 0] - labels.targets) ** 2
         elif kind == "labels":
-            each = F.binary_cross_entropy_with_logits(logits, labels.targets, reduction="none").mean(1)
+            losses = F.binary_cross_entropy_with_logits(logits, labels.targets, reduction="none").mean(1)
         else:
-            each = F.cross_entropy(logits, labels.targets, reduction="none")
-        terms = {"task": LossTerm((each * labels.weights).sum())}
+            losses = F.cross_entropy(logits, labels.targets, reduction="none")
+        terms = {"task": LossTerm((losses * labels.weights).sum())}
         if auxiliary_weight:
-            terms["next_word"] = LossTerm(nll_sum(model, hidden[learned], inputs.targets[learned]), auxiliary_weight)
+            nll = nll_sum(hidden[has_target], model.unembedding, batch.targets[has_target], kernels)
+            terms["next_word"] = LossTerm(nll, auxiliary_weight)
         return terms
 
-    return objective
-
-
-def dpo_loss(beta: float) -> LossFn:
-    """DPO: −log σ(β [(log π(y₊|x) − log π₀(y₊|x)) − (log π(y₋|x) − log π₀(y₋|x))]). Rafailov et al. 2023, equation 7.
-
-    A pair's rows are the chosen answer and the rejected one, in this order; `reference` holds log π₀.
-    """
-
-    def objective(model: TrainableModel, inputs: DeviceBatch) -> dict[str, LossTerm]:
-        assert inputs.labels is not None and inputs.labels.reference_logprobs is not None
-        gained = sequence_logprobs(model, inputs) - inputs.labels.reference_logprobs
-        return {"task": LossTerm(-F.logsigmoid(beta * (gained[0::2] - gained[1::2])).sum())}
-
-    return objective
+    return loss
 
 
 class LossModule(nn.Module):
-    """The model with its loss: the one module that is compiled, or made of compiled parts (see `fused`)."""
+    """A model with its loss: the module that is compiled, sharded and called in a training step.
 
-    def __init__(self, model: GPT, loss_fn: LossFn, fused: bool = False):
+    Args:
+        model: The model.
+        loss_fn: The loss.
+        kernels: Call the compiled CPU operators, see `GPT.forward`.
+    """
+
+    def __init__(self, model: GPT, loss_fn: LossFn, kernels: bool = False):
         super().__init__()
         self.model = model
         self.loss_fn = loss_fn
-        self.fused = FusedGPT(model) if fused else None
+        self.kernels = kernels
 
     def forward(self, batch: DeviceBatch) -> dict[str, LossTerm]:
-        return self.loss_fn(self.fused or self.model, batch)
+        return self.loss_fn(self.model, batch, self.kernels)

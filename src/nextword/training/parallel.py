@@ -103,7 +103,7 @@ def apply_tensor_parallel(model: "GPT", mesh: "DeviceMesh") -> None:
     Tensor parallelism (Shoeybi et al. 2019, section 3): each process holds some heads, some of the feed-forward width and some
     rows of the vocabulary. Sequence parallelism (Korthikanti et al. 2022, section 4.2.2): outside of the matrices it holds some
     positions. The positions are all-gathered before attention and feed-forward, and reduce-scattered behind them. Logits
-    stay split by vocabulary, see `vocab_parallel_cross_entropy`.
+    stay split by vocabulary, see `model.cross_entropy.vocab_parallel_cross_entropy`.
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
@@ -121,7 +121,7 @@ def apply_tensor_parallel(model: "GPT", mesh: "DeviceMesh") -> None:
     norm, scatter_sequence = SequenceParallel(use_local_output=True), RowwiseParallel(output_layouts=Shard(1))
     block_plan: dict[str, Any] = {
         "attention_norm": norm,
-        "attention": gather_sequence(num_other_inputs=3),
+        "attention": gather_sequence(num_other_inputs=2),
         "attention.query": ColwiseParallel(),
         "attention.key": ColwiseParallel(),
         "attention.value": ColwiseParallel(),
@@ -187,36 +187,6 @@ def register_sequence_parallel_hooks(model: "GPT", mesh: "DeviceMesh") -> None:
     model.token_embedding.register_forward_pre_hook(pad_tokens)
     model.register_forward_pre_hook(shard_inputs, with_kwargs=True)
     model.register_forward_hook(gather_output)
-
-
-def vocab_parallel_cross_entropy(hidden: Tensor, unembedding: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """Cross entropy from an unembedding matrix whose rows are split between processes (Shoeybi et al. 2019, section 3).
-
-    Each process computes its own columns of the logits only. The log-sum-exp over the vocabulary is the log-sum-exp of the
-    processes' own; the logit of a target comes from the one process that has it.
-
-    Args:
-        hidden: hidden states [N, D], the same on every process. Its gradient is a partial sum on each.
-        unembedding: the matrix [V, D], a DTensor sharded along its rows.
-        targets: token ids [N].
-        ignore_index: the target of positions without a loss.
-
-    Returns:
-        The cross entropy [N] in nats on every process, 0 where the target is `ignore_index`.
-    """
-    from torch.distributed.tensor import DTensor, Partial, Shard
-
-    assert isinstance(unembedding, DTensor)
-    mesh, local_unembedding = unembedding.device_mesh, unembedding.to_local()
-    logits = nn.functional.linear(hidden, local_unembedding).float()  # [N, V / processes]
-    shard_logsumexp = DTensor.from_local(logits.logsumexp(1)[None], mesh, [Shard(0)], run_check=False).full_tensor()
-    first_row, _ = chunk_bounds(len(unembedding), mesh.get_local_rank(), mesh.size())
-    local_targets = targets - first_row
-    is_local = (local_targets >= 0) & (local_targets < len(local_unembedding))
-    local_targets = local_targets.clamp(0, len(local_unembedding) - 1)
-    target_logits = logits.gather(1, local_targets[:, None])[:, 0].where(is_local, 0.0)
-    target_logits = DTensor.from_local(target_logits, mesh, [Partial()], run_check=False).full_tensor()
-    return (shard_logsumexp.logsumexp(0) - target_logits).where(targets != ignore_index, 0.0)
 
 
 def check_tp_divisibility(config: "ModelConfig", tp_size: int) -> None:

@@ -17,7 +17,7 @@ from nextword.common import fs
 from nextword.common.environment import command_line, library_versions, machine_info
 from nextword.common.format import format_duration
 from nextword.common.run_dir import ROUNDING_NOTE
-from nextword.model import fused
+from nextword.model import ops
 from nextword.model.config import ModelConfig
 from nextword.model.gpt import GPT
 from nextword.training import checkpoint
@@ -155,14 +155,14 @@ def setup_training(
         if dist.is_main:
             run.start_workers(metadata)
         has_full_weights = dist.world_size == 1 or (training.parallel == "fsdp-no-reshard" and dist.tp_size == 1)
-        can_fuse = has_full_weights and fused.is_available(model, device)
+        can_fuse = has_full_weights and model.supports_kernels(device)
         step_kind: StepKind = "fused" if can_fuse and not training.checkpoint_activations else "plain"
         if training.compile == "yes":
             step_kind = "plain"
         if is_resume:
             step_kind = fixed["step_kind"]
             if step_kind == "fused" and not can_fuse:
-                reason = fused.load_kernels()[1] if has_full_weights else "no process holds all weights at once"
+                reason = ops.load_kernels()[1] if has_full_weights else "no process holds all weights at once"
                 run.warn(
                     f"the run started with fused kernels, which are not available here ({reason}): {ROUNDING_NOTE}"
                 )
@@ -261,7 +261,7 @@ def autotune(
     setup.step_settings = replace(setup.step_settings, micro_batch_rows=smallest)
     estimate: float = dist.broadcast_object(setup.seconds_per_step)
     setup.seconds_per_step = estimate or measure_step(run, setup, setup.eager_step)
-    if step_kind == "plain" and run.device.type == "cpu" and (reason := fused.load_kernels()[1]):
+    if step_kind == "plain" and run.device.type == "cpu" and (reason := ops.load_kernels()[1]):
         run.info(f"training with PyTorch operations instead of fused kernels: {reason}")
     if config.training.compile == "yes":
         step_kind = "compiled"

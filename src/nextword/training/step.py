@@ -26,7 +26,7 @@ from nextword.training.optimizer import LRSchedule, Optimizer, lr_multiplier
 from nextword.training.parallel import clip_grad_norm_, set_grad_sync, to_local
 from nextword.training.step_budget import StepSchedule, TimeBudgetController
 
-# "plain": PyTorch's eager operators. "fused": with our CPU kernels. "compiled": torch.compile. Stored in run.json.
+# "plain": PyTorch's eager operators. "fused": the compiled CPU kernels of `model.ops`. "compiled": torch.compile.
 StepKind = Literal["plain", "fused", "compiled"]
 MAX_NONFINITE_STEPS = 5
 
@@ -386,11 +386,10 @@ def build_loss_module(
         model: the model.
         loss_fn: the loss.
         kind: the implementation of a step.
-        activation_checkpointing: whether the backward pass recomputes each block's activations. Not with "fused".
+        activation_checkpointing: whether the backward pass recomputes each block's activations.
     """
-    for block in model.blocks:
-        block.activation_checkpointing = activation_checkpointing
-    loss_module = LossModule(model, loss_fn, fused=kind == "fused")
+    model.set_activation_checkpointing(activation_checkpointing)
+    loss_module = LossModule(model, loss_fn, kernels=kind == "fused")
     compiled_module = torch.compile(loss_module) if kind == "compiled" else loss_module
     assert isinstance(compiled_module, nn.Module)
     return loss_module, compiled_module
