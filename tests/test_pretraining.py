@@ -190,9 +190,18 @@ SAVED = 7  # steps between saves
 
 def start(run: Path, shards: Path, *more: str) -> subprocess.Popen[str]:
     arguments = nextword_command(
-        "pretrain", shards, "--out", run, "--resume", "--training.save-every", str(SAVED), "--model.dropout", "0.1",
-        *[a for a in TINY_MODEL_ARGS if a not in ("--vocab-size", "400")], *more,
-    )  # fmt: skip
+        "pretrain",
+        shards,
+        "--out",
+        run,
+        "--resume",
+        "--training.save-every",
+        str(SAVED),
+        "--model.dropout",
+        "0.1",
+        *[a for a in TINY_MODEL_ARGS if a not in ("--vocab-size", "400")],
+        *more,
+    )
     return start_process(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
 
 
@@ -329,9 +338,22 @@ def test_early_stopping_keeps_the_best_weights(texts, tmp_path):
 def test_divergence_has_its_own_exit_code(shards, tmp_path, nextword: CLIRunner, monkeypatch):
     """A learning rate of 1e30 makes the weights too large for any finite loss."""
     done = nextword(
-        "pretrain", shards, "--out", tmp_path / "run", "--steps", "60", "--training.lr", "1e30", "--training.warmup", "0",
-        "--training.optimizer", "adamw", "--preset", "gpt2", *[a for a in TINY_MODEL_ARGS if a not in ("--vocab-size", "400")],
-    )  # fmt: skip
+        "pretrain",
+        shards,
+        "--out",
+        tmp_path / "run",
+        "--steps",
+        "60",
+        "--training.lr",
+        "1e30",
+        "--training.warmup",
+        "0",
+        "--training.optimizer",
+        "adamw",
+        "--preset",
+        "gpt2",
+        *[a for a in TINY_MODEL_ARGS if a not in ("--vocab-size", "400")],
+    )
     assert done.returncode == 5, done.stderr
     assert "not a finite number in 5 steps in a row" in done.stderr
     assert "Traceback" not in done.stderr
@@ -341,9 +363,14 @@ def test_every_preset_trains(texts, tmp_path):
     """Each with its own recipe."""
     for preset in ("tutorial", "gpt1", "gpt2", "modern"):
         result = package.pretrain(
-            texts, tmp_path / preset, preset=preset, steps=120, tokenizer="char",
-            model={k: v for k, v in SETTINGS["model"].items() if k != "dropout"}, training=SETTINGS["training"],
-        )  # fmt: skip
+            texts,
+            tmp_path / preset,
+            preset=preset,
+            steps=120,
+            tokenizer="char",
+            model={k: v for k, v in SETTINGS["model"].items() if k != "dropout"},
+            training=SETTINGS["training"],
+        )
         assert result["loss"] < 3.9, preset
         assert package.generate(tmp_path / preset, "The", max_tokens=5)[0].text
 
