@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 import nextword
-from nextword.commands.cli import GROUPS, MODULES, OutputOptions, build_app
+from nextword.commands.cli import GROUPS, OutputOptions, build_app
 from nextword.commands.command import COMMANDS, declared_fields, describe, info_of, parse_docstring, stored_options
-from nextword.commands.finetune_command import FinetuneConfig
-from nextword.commands.pretrain_command import PretrainConfig
+from nextword.commands.finetune import FinetuneConfig
+from nextword.commands.pretrain import PretrainConfig
 from nextword.model.config import PRESETS, SIZES, ModelConfig
 from nextword.training.config import RECIPES, FinetuneHyperparameters, TrainingConfig
 
@@ -30,7 +30,7 @@ def test_every_command_is_in_one_group_and_in_one_file():
     grouped = [name for names in GROUPS.values() for name in names]
     assert sorted(grouped) == NAMES
     for name in NAMES:
-        module = f"nextword.commands.{MODULES.get(name, name)}"
+        module = f"nextword.commands.{name}"
         assert COMMANDS[name].config.__module__ == COMMANDS[name].run.__module__ == module
 
 

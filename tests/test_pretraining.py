@@ -19,7 +19,7 @@ import nextword as package
 import nextword.planning.throughput  # imported before its loss is replaced
 from conftest import TINY_MODEL_ARGS, CLIRunner, nextword_command
 from nextword.commands.command import Context
-from nextword.commands.pretrain_command import PretrainConfig
+from nextword.commands.pretrain import PretrainConfig
 from nextword.common.errors import CorruptFileError, NextwordError, RunLockedError, UsageError
 from nextword.common.fs import read_jsonl
 from nextword.common.run_dir import open_run

@@ -43,7 +43,6 @@ FORMERLY_UNIVERSAL = {
     "device",
     "seed",
 }  # options that every command took, with effect or not; accepted until the next release
-MODULES = {"pretrain": "pretrain_command", "finetune": "finetune_command"}
 OPTIONS, COMMON_OPTIONS = Group("Options", sort_key=1), Group("Common options", sort_key=2)
 DESCRIPTION = (
     "From a folder of text to a GPT that is trained, fine-tuned, evaluated and served, on the machine you have.\n\n"
@@ -84,7 +83,7 @@ def build_app(started: float) -> App:
     for position, (title, names) in enumerate(GROUPS.items()):
         group = Group(title, sort_key=position)
         for name in names:
-            import_module(f"nextword.commands.{MODULES.get(name, name)}")
+            import_module(f"nextword.commands.{name}")
             command = COMMANDS[name]
             app.command(
                 command_line_function(name, command, started),

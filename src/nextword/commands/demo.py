@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from nextword.commands.command import Context, command, option, options
-from nextword.commands.finetune_command import FinetuneConfig, finetune
-from nextword.commands.pretrain_command import PretrainConfig, format_run, pretrain
+from nextword.commands.finetune import FinetuneConfig, finetune
+from nextword.commands.pretrain import PretrainConfig, format_run, pretrain
 from nextword.commands.results import RunResult
 from nextword.commands.shared import DeviceOption, SeedOption, format_metric, format_score, run_path
 from nextword.training.config import parse_duration

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nextword.commands.command import Context, argument, command, option, options, stored_options
-from nextword.commands.finetune_command import FinetuneConfig, finetune
+from nextword.commands.finetune import FinetuneConfig, finetune
 from nextword.commands.results import Result
 from nextword.commands.shared import DeviceOption, FinetuneOptions, ModelArgument, input_paths, run_path
 from nextword.common.console import Console
