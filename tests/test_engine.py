@@ -1,5 +1,5 @@
-"""The engine: each text as if it were alone, whole characters, stop strings, the sliding window, how a text ends; what is
-held already, log-probabilities, penalties and constraints.
+"""The engine: batched equals single, whole characters, stop strings, the sliding window, finish reasons, reused prefixes,
+log-probabilities, penalties and constraints.
 """
 
 import itertools
@@ -77,7 +77,7 @@ def by_hand(model: GPT, tokenizer: Tokenizer, ids: list[int], sampling: Sampling
 @pytest.mark.parametrize(
     "sampling", [GREEDY, BOLD, Sampling(0.9, 20, 0.95, 0.01, repetition_penalty=1.2, max_tokens=40, seed=3)]
 )
-def test_generate_is_the_definition_for_every_preset(tokenizer: Tokenizer, preset: str, sampling: Sampling) -> None:
+def test_generate_equals_the_definition_for_every_preset(tokenizer: Tokenizer, preset: str, sampling: Sampling) -> None:
     model = tiny(tokenizer, preset)
     prompts = ["The ho", "日本", "a", "The house on the hill, the house on the hill, and so on and on"]
     completions = Engine(model, tokenizer, max_batch=3, seed=0).generate(prompts, sampling)
@@ -99,7 +99,7 @@ def test_batched_equals_single(model: GPT, tokenizer: Tokenizer) -> None:
     assert len({tuple(c.tokens) for c in Engine(model, tokenizer).generate(["The"] * 4, BOLD)}) == 4
 
 
-def test_a_seed_repeats_and_no_seed_does_not(model: GPT, tokenizer: Tokenizer) -> None:
+def test_a_seed_makes_sampling_reproducible(model: GPT, tokenizer: Tokenizer) -> None:
     free = Sampling(temperature=1.5)
     engine = Engine(model, tokenizer, seed=1)
     one, two = engine.generate(["The"], free), engine.generate(["The"], free)
@@ -111,7 +111,7 @@ def test_a_seed_repeats_and_no_seed_does_not(model: GPT, tokenizer: Tokenizer) -
 
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 10_000), stops=st.lists(st.sampled_from(["e", " t", "is", "\n", "本", "the"]), max_size=3))
-def test_streamed_pieces_are_the_completion(seed: int, stops: list[str]) -> None:
+def test_streamed_text_equals_the_completion(seed: int, stops: list[str]) -> None:
     tokenizer = train_bpe([TEXT] * 3, 300)
     model = tiny(tokenizer)
     sampling = Sampling(temperature=2.0, seed=seed, stop=tuple(stops), max_tokens=30)
@@ -142,7 +142,7 @@ letters = st.text(alphabet="abé🙂\n", max_size=30)
     stops=st.lists(st.text(alphabet="abé🙂\n\ufffd", min_size=1, max_size=5), max_size=4),
     sizes=st.lists(st.integers(1, 7), min_size=1),
 )
-def test_stop_strings_and_characters_across_any_cut(data: bytes, stops: list[str], sizes: list[int]) -> None:
+def test_detokenization_does_not_depend_on_chunks(data: bytes, stops: list[str], sizes: list[int]) -> None:
     stream, pieces, at = StreamingDetokenizer(tuple(stops)), [], 0
     full = cut(data.decode(errors="replace"), stops)
     for size in itertools.cycle(sizes):
@@ -156,7 +156,7 @@ def test_stop_strings_and_characters_across_any_cut(data: bytes, stops: list[str
     assert stream.stopped == (full != data.decode(errors="replace"))
 
 
-def test_no_more_is_held_back_than_must_be() -> None:
+def test_the_detokenizer_holds_back_as_little_as_possible() -> None:
     stream = StreamingDetokenizer(("\n\nUser:", "END"))
     assert stream.push(b"one\n") == "one"
     assert stream.push(b"two\n\nUse") == "\ntwo"
@@ -169,7 +169,7 @@ def test_no_more_is_held_back_than_must_be() -> None:
     assert characters.push(b"", is_final=True) == "\ufffd"
 
 
-def test_a_character_level_model_speaks(tokenizer: Tokenizer) -> None:
+def test_character_level_models_generate(tokenizer: Tokenizer) -> None:
     characters = train_char([TEXT])
     completion = Engine(tiny(characters), characters).generate(["The h"], GREEDY)[0]
     assert len(completion.text) == len(completion.tokens)
@@ -209,19 +209,21 @@ def run(engine: Engine) -> list[Event]:
     return events
 
 
-def test_an_empty_prompt_begins_a_document(model: GPT, tokenizer: Tokenizer) -> None:
+def test_an_empty_prompt_is_the_end_of_text_token(model: GPT, tokenizer: Tokenizer) -> None:
     empty, explicit = Engine(model, tokenizer).generate(["", [tokenizer.eos_id]], GREEDY)
     assert empty.tokens == explicit.tokens
 
 
-def test_a_tokenizer_that_begins_texts_with_a_token_does(model: GPT, tokenizer: Tokenizer) -> None:
+def test_a_prompt_starts_with_the_beginning_of_text_token(model: GPT, tokenizer: Tokenizer) -> None:
     llama = train_bpe([TEXT] * 3, 300)
     llama.bos_id = llama.eos_id
     expected = Engine(model, tokenizer).generate([[tokenizer.eos_id, *tokenizer.encode("The")]], GREEDY)[0]
     assert Engine(model, llama).generate(["The"], GREEDY)[0].tokens == expected.tokens
 
 
-def test_end_of_text_ends_it(monkeypatch: pytest.MonkeyPatch, model: GPT, tokenizer: Tokenizer) -> None:
+def test_the_end_of_text_token_ends_a_completion(
+    monkeypatch: pytest.MonkeyPatch, model: GPT, tokenizer: Tokenizer
+) -> None:
     feed = iter([*tokenizer.encode("a th"), tokenizer.eos_id])
     monkeypatch.setattr("nextword.inference.engine.sample", lambda *_: next(feed))
     engine = Engine(model, tokenizer)
@@ -232,13 +234,13 @@ def test_end_of_text_ends_it(monkeypatch: pytest.MonkeyPatch, model: GPT, tokeni
     assert "".join(event.text for event in events) == "a th"  # what was held back is text after all
 
 
-def test_padded_embeddings_are_never_drawn(tokenizer: Tokenizer) -> None:
+def test_padding_of_the_embedding_is_never_sampled(tokenizer: Tokenizer) -> None:
     model = tiny(tokenizer, "tutorial", vocab_size=tokenizer.vocab_size + 200)
     completion = Engine(model, tokenizer).generate(["The"], Sampling(temperature=100.0, max_tokens=200, seed=0))[0]
     assert max(completion.tokens) < tokenizer.vocab_size
 
 
-def test_more_prompts_than_slots_and_a_queue_in_order(model: GPT, tokenizer: Tokenizer) -> None:
+def test_requests_beyond_max_batch_wait_in_order(model: GPT, tokenizer: Tokenizer) -> None:
     engine = Engine(model, tokenizer, max_batch=2)
     sizes = [5, 1, 4, 2, 3]
     ids = [engine.add_request("The", Sampling(max_tokens=size, temperature=3.0, seed=0)) for size in sizes]
@@ -255,7 +257,7 @@ def test_more_prompts_than_slots_and_a_queue_in_order(model: GPT, tokenizer: Tok
     assert sorted(engine.free_slots) == [0, 1]
 
 
-def test_cancelling_frees_the_slot_and_disturbs_nobody(model: GPT, tokenizer: Tokenizer) -> None:
+def test_cancelling_frees_the_slot_without_changing_other_requests(model: GPT, tokenizer: Tokenizer) -> None:
     engine = Engine(model, tokenizer, max_batch=2)
     running, other, waiting, later = (engine.add_request(p, BOLD) for p in ("The", "house", "hill", "ñu"))
     events = engine.step()
@@ -269,7 +271,7 @@ def test_cancelling_frees_the_slot_and_disturbs_nobody(model: GPT, tokenizer: To
         assert "".join(event.text for event in events if event.request_id == id) == alone.text
 
 
-def test_a_stream_that_is_left_frees_its_slot(model: GPT, tokenizer: Tokenizer) -> None:
+def test_an_abandoned_stream_frees_its_slot(model: GPT, tokenizer: Tokenizer) -> None:
     engine = Engine(model, tokenizer)
     stream = engine.stream("The", BOLD)
     next(stream)
@@ -280,7 +282,7 @@ def test_a_stream_that_is_left_frees_its_slot(model: GPT, tokenizer: Tokenizer) 
     assert engine.generate(["The"], BOLD) == Engine(model, tokenizer).generate(["The"], BOLD)
 
 
-def test_a_step_that_ran_out_of_memory_can_be_repeated(
+def test_a_step_can_be_repeated_after_running_out_of_memory(
     monkeypatch: pytest.MonkeyPatch, model: GPT, tokenizer: Tokenizer
 ) -> None:
     expected = Engine(model, tokenizer).generate(["The", "house on"], BOLD)
@@ -303,7 +305,7 @@ def test_a_step_that_ran_out_of_memory_can_be_repeated(
     assert ["".join(e.text for e in events if e.request_id == id) for id in ids] == [c.text for c in expected]
 
 
-def test_logits_that_are_not_finite_end_one_text_with_an_error(tokenizer: Tokenizer) -> None:
+def test_nonfinite_logits_end_one_request_with_an_error(tokenizer: Tokenizer) -> None:
     model = tiny(tokenizer, "tutorial")
     bad = tokenizer.encode("h")[0]
     with torch.no_grad():
@@ -320,7 +322,7 @@ def test_logits_that_are_not_finite_end_one_text_with_an_error(tokenizer: Tokeni
     assert not engine.has_unfinished_requests
 
 
-def test_wrong_use_is_refused(model: GPT, tokenizer: Tokenizer) -> None:
+def test_invalid_arguments_are_rejected(model: GPT, tokenizer: Tokenizer) -> None:
     engine = Engine(model, tokenizer)
     with pytest.raises(UsageError, match="one string"):
         engine.generate("The")
@@ -385,7 +387,7 @@ def alike(kind: str, one: list[Event], other: list[Event]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["compiled", "plain", "apart"])
-def test_a_beginning_that_is_held_is_not_read_again_and_changes_nothing(tokenizer: Tokenizer, kind: str) -> None:
+def test_a_cached_prefix_is_reused_without_changing_results(tokenizer: Tokenizer, kind: str) -> None:
     model = tiny(tokenizer, context_length=128)
     every = Sampling(temperature=1.0, seed=3, max_tokens=12, logprobs=tokenizer.vocab_size)
     ids = tokenizer.encode(LONG)
@@ -404,7 +406,7 @@ def test_a_beginning_that_is_held_is_not_read_again_and_changes_nothing(tokenize
 
 
 @pytest.mark.parametrize("kind", ["compiled", "plain", "apart"])
-def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(tokenizer: Tokenizer, kind: str) -> None:
+def test_a_chunked_prompt_equals_a_whole_prompt(tokenizer: Tokenizer, kind: str) -> None:
     model = tiny(tokenizer, context_length=128)
     every = Sampling(temperature=0, max_tokens=6, logprobs=tokenizer.vocab_size, prompt_logprobs=3)
     whole = told(Engine(model, tokenizer, runner=reader_for(kind, model), step_tokens=1000), LONG, every)
@@ -419,7 +421,7 @@ def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(tokenizer: Tokenizer
         assert likely[0] == pytest.approx(likely[1], abs=1e-4)
 
 
-def test_a_long_prompt_does_not_hold_up_a_text_that_is_being_written(tokenizer: Tokenizer) -> None:
+def test_a_long_prompt_does_not_delay_decoding(tokenizer: Tokenizer) -> None:
     model = tiny(tokenizer, context_length=128)
     engine = Engine(model, tokenizer, step_tokens=8)
     writing = engine.add_request("The", Sampling(max_tokens=30, logit_bias={tokenizer.eos_id: -100}))
@@ -432,7 +434,7 @@ def test_a_long_prompt_does_not_hold_up_a_text_that_is_being_written(tokenizer: 
 
 
 @pytest.mark.parametrize("kind", ["compiled", "plain", "apart"])
-def test_who_begins_alike_waits_while_the_beginning_is_read(tokenizer: Tokenizer, kind: str) -> None:
+def test_requests_with_a_common_prefix_wait_for_its_prefill(tokenizer: Tokenizer, kind: str) -> None:
     model = tiny(tokenizer, context_length=128)
     ids = tokenizer.encode(LONG)[:48]
     prompts = [[*ids, *tokenizer.encode(end)] for end in ("a", "bc", "def")]
@@ -462,7 +464,7 @@ def table(model: GPT, tokenizer: Tokenizer, ids: list[int], logits: bool = False
     return found if logits else found.log_softmax(-1)
 
 
-def test_logprobs_are_the_models_own_distribution(tokenizer: Tokenizer) -> None:
+def test_logprobs_equal_the_model_distribution(tokenizer: Tokenizer) -> None:
     """Whatever penalties, biases and filters did before the token was drawn."""
     model = tiny(tokenizer, context_length=64)
     ids = tokenizer.encode("The house")
@@ -489,7 +491,7 @@ def test_logprobs_are_the_models_own_distribution(tokenizer: Tokenizer) -> None:
     assert all(event.token_logprob is None for event in told(Engine(model, tokenizer), ids, GREEDY))
 
 
-def test_no_token_asked_for_tells_the_prompt_alone(tokenizer: Tokenizer) -> None:
+def test_zero_max_tokens_returns_prompt_logprobs(tokenizer: Tokenizer) -> None:
     model = tiny(tokenizer, context_length=64)
     engine = Engine(model, tokenizer)
     ids = tokenizer.encode("The house")
@@ -514,7 +516,7 @@ def test_no_token_asked_for_tells_the_prompt_alone(tokenizer: Tokenizer) -> None
     presence=st.floats(-2, 2), frequency=st.floats(-2, 2), repetition=st.floats(0.5, 3),
     bias=st.dictionaries(st.integers(1, 299), st.floats(-100, 100), max_size=3),
 )  # fmt: skip
-def test_penalties_and_biases_are_their_definition(
+def test_penalties_and_biases_equal_their_definition(
     presence: float, frequency: float, repetition: float, bias: dict[int, float]
 ) -> None:
     tokenizer = train_bpe([TEXT] * 3, 300)
@@ -557,7 +559,7 @@ class Alternating:
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, BOLD, Sampling(1.0, 3, 0.5, 0.1, max_tokens=40, seed=1)])
-def test_a_constraint_is_obeyed(model: GPT, tokenizer: Tokenizer, sampling: Sampling) -> None:
+def test_constraints_are_obeyed(model: GPT, tokenizer: Tokenizer, sampling: Sampling) -> None:
     engine = Engine(model, tokenizer)
     constraints = [Alternating(tokenizer), Alternating(tokenizer)]
     numbers = [
@@ -578,7 +580,7 @@ def test_a_constraint_is_obeyed(model: GPT, tokenizer: Tokenizer, sampling: Samp
     )  # a neighbour's is not its own
 
 
-def test_a_constraint_that_cannot_go_on_ends_its_text_alone(model: GPT, tokenizer: Tokenizer) -> None:
+def test_a_failing_constraint_ends_only_its_request(model: GPT, tokenizer: Tokenizer) -> None:
     class Broken(Alternating):
         def allowed_mask(self) -> torch.Tensor:
             if self.accepted:

@@ -1,4 +1,4 @@
-"""A classification head, and a vocabulary that grows: what is new is drawn under a seed, everything else stays as it was."""
+"""Adding a classification head and resizing the vocabulary: new weights follow from a seed, all others stay equal."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def random_model(config: ModelConfig) -> GPT:
     return model
 
 
-def test_a_head_is_one_matrix_and_starts_small():
+def test_a_classification_head_is_one_matrix():
     torch.manual_seed(0)
     config = small("tutorial", n_labels=40, d_model=128)
     model = GPT(config)
@@ -39,7 +39,7 @@ def test_a_language_model_does_not_classify():
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_grown_vocabulary_leaves_the_rest_as_it_was(preset, tied):
+def test_resizing_the_vocabulary_keeps_the_other_weights(preset, tied):
     model = random_model(small(preset, tied=tied)).double().eval()
     grown = with_resized_vocabulary(model, 61 + 200, seed=7)
     assert grown.config.vocab_size == 261
@@ -67,7 +67,7 @@ def test_a_grown_vocabulary_leaves_the_rest_as_it_was(preset, tied):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_fresh_head_leaves_the_rest_as_it_was(preset):
+def test_a_new_head_keeps_the_other_weights(preset):
     model = random_model(small(preset, n_labels=2)).bfloat16()
     other = with_classification_head(model, 300, seed=3)
     assert other.config.n_labels == 300

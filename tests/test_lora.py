@@ -1,4 +1,4 @@
-"""Low-rank adaptation: its formula, what it trains and what it leaves, and PEFT's reading of what is written."""
+"""LoRA: its formula, the trainable parameters, merging, and PEFT opening a saved adapter."""
 
 import json
 import math
@@ -73,7 +73,7 @@ def logits(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------- the formula
 
 
-def test_a_layer_is_its_formula():
+def test_a_lora_layer_equals_its_formula():
     model = shake(adapted("gpt2"))
     layer = model.get_submodule("blocks.0.feed_forward.up")
     assert isinstance(layer, LoraLinear)
@@ -84,7 +84,7 @@ def test_a_layer_is_its_formula():
     torch.testing.assert_close(layer.merged_weight().double(), w + 4 * lora_b @ lora_a, atol=1e-5, rtol=1e-5)
 
 
-def test_a_fresh_adapter_is_drawn_as_in_the_paper():
+def test_a_new_adapter_is_initialized_as_in_the_paper():
     """A uniform within ±1/√in (a = √5), B zero; the seed decides, and so does nothing else."""
     model = random_model(small("modern", d_model=64))
     add_lora(model, LoraConfig(rank=16), seed=3)
@@ -104,7 +104,7 @@ def test_a_fresh_adapter_is_drawn_as_in_the_paper():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_fresh_adapter_changes_nothing(preset):
+def test_a_new_adapter_has_no_effect(preset):
     plain = with_resized_vocabulary(random_model(small(preset)), NEW, seed=1)
     assert torch.equal(logits(adapted(preset), some_tokens()), logits(plain, some_tokens()))
 
@@ -113,7 +113,7 @@ def test_a_fresh_adapter_changes_nothing(preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_only_the_adapter_the_head_and_the_new_rows_are_trained(preset):
+def test_only_the_adapter_head_and_new_rows_are_trained(preset):
     """After steps of AdamW with weight decay everything else is the same bit for bit, and the loss has fallen."""
     model = adapted(preset, n_labels=4)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -142,7 +142,7 @@ def test_only_the_adapter_the_head_and_the_new_rows_are_trained(preset):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_rows_get_the_whole_matrix_s_gradient(tied):
+def test_trainable_rows_get_the_gradient_of_the_full_matrix(tied):
     """Both uses of a tied matrix, the look-up and the head, reach the new rows."""
     model, plain = (
         adapted("gpt2", tied=tied),
@@ -159,7 +159,7 @@ def test_the_rows_get_the_whole_matrix_s_gradient(tied):
         torch.testing.assert_close(part.rows.grad, whole[OLD:], atol=1e-4, rtol=1e-4)
 
 
-def test_a_resume_loads_the_state_by_its_names():
+def test_the_state_dict_of_an_adapter_can_be_resumed():
     model = shake(adapted("modern"))
     base = with_resized_vocabulary(random_model(small("modern")), NEW, seed=77)
     again = add_lora(base, LoraConfig(rank=3, alpha=12), seed=78, num_trainable_rows=NEW - OLD)
@@ -173,7 +173,7 @@ def test_a_resume_loads_the_state_by_its_names():
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("tied", [True, False])
-def test_merged_is_a_plain_model_with_the_same_logits(preset, tied):
+def test_a_merged_model_has_the_same_logits(preset, tied):
     model = shake(adapted(preset, tied=tied, n_labels=2)).double()
     merged = merge_lora(model)
     assert list(merged.state_dict()) == list(GPT(model.config).state_dict())
@@ -189,7 +189,7 @@ def test_merged_is_a_plain_model_with_the_same_logits(preset, tied):
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("tied", [True, False])
-def test_with_the_adapter_off_the_model_is_as_it_was(preset, tied):
+def test_a_disabled_adapter_has_no_effect(preset, tied):
     plain = with_resized_vocabulary(random_model(small(preset, tied=tied)), NEW, seed=1)
     model = shake(adapted(preset, tied=tied))
     on, tokens = logits(model, some_tokens()), some_tokens()
@@ -219,12 +219,12 @@ def test_with_the_adapter_off_the_model_is_as_it_was(preset, tied):
         ({"target_modules": ("query", "head")}, "query, key, value, output, up, gate, down, not head"),
     ],
 )
-def test_an_adapter_that_cannot_be_is_refused(values, message):
+def test_invalid_lora_configs_are_rejected(values, message):
     with pytest.raises(ConfigError, match=message):
         LoraConfig(**values)
 
 
-def test_a_model_that_cannot_take_it_is_refused(tmp_path):
+def test_models_that_cannot_take_an_adapter_are_rejected(tmp_path):
     plain = random_model(small("gpt2"))
     with pytest.raises(ValueError, match="has no adapter to save"):
         save_adapter(plain, LoraConfig(), tmp_path, "base")
@@ -272,7 +272,7 @@ def stock_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=["all", "some"])
 @pytest.mark.parametrize("rows", [0, 3])
 @pytest.mark.parametrize(("preset", "overrides"), FAMILIES)
-def test_peft_reads_the_adapter_of_a_language_model(tmp_path, preset, overrides, rows, shape):
+def test_peft_opens_the_adapter_of_a_language_model(tmp_path, preset, overrides, rows, shape):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir()
     adapter.mkdir()
@@ -291,7 +291,7 @@ def test_peft_reads_the_adapter_of_a_language_model(tmp_path, preset, overrides,
 
 
 @pytest.mark.parametrize(("preset", "overrides"), FAMILIES)
-def test_peft_reads_the_adapter_of_a_classifier(tmp_path, preset, overrides):
+def test_peft_opens_the_adapter_of_a_classifier(tmp_path, preset, overrides):
     """The base is the language model, as pre-training left it: head and markers come with the adapter."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir()

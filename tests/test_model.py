@@ -1,4 +1,4 @@
-"""The model against the formulas: each equation computed directly, in float64, from what the paper says."""
+"""The model against its equations, each computed directly, in float64, as its paper has it."""
 
 import math
 from typing import Any
@@ -54,7 +54,7 @@ def attention_by_formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("shared", [4, 2, 1])
-def test_attention_is_its_formula(shared):
+def test_attention_equals_its_formula(shared):
     torch.manual_seed(1)
     q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, shared, 9, 8), torch.randn(2, shared, 9, 8)
     out = attention(q, k, v)
@@ -65,7 +65,7 @@ def test_attention_is_its_formula(shared):
             torch.testing.assert_close(out[b, h].double(), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_multi_head_is_its_formula():
+def test_multi_head_attention_equals_its_formula():
     config = small("tutorial")
     torch.manual_seed(2)
     layer = MultiHead(config, 0)
@@ -83,7 +83,7 @@ def test_multi_head_is_its_formula():
     assert layer.query.bias is None, "the formula has no bias"
 
 
-def test_feed_forward_is_its_formula():
+def test_feed_forward_equals_its_formula():
     torch.manual_seed(3)
     layer = FeedForward(small("tutorial"))
     torch.nn.init.normal_(layer.up.bias)
@@ -94,7 +94,7 @@ def test_feed_forward_is_its_formula():
     torch.testing.assert_close(layer(x).double(), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_swiglu_is_its_formula():
+def test_swiglu_equals_its_formula():
     torch.manual_seed(4)
     layer = FeedForward(small("modern"))
     x = torch.randn(5, 32).double()
@@ -104,7 +104,7 @@ def test_swiglu_is_its_formula():
     torch.testing.assert_close(layer(x.float()).double(), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_gelu_is_the_tanh_form():
+def test_gelu_has_the_tanh_form():
     torch.manual_seed(5)
     layer = FeedForward(small("gpt2"))
     x = torch.randn(5, 32).double()
@@ -114,7 +114,7 @@ def test_gelu_is_the_tanh_form():
     torch.testing.assert_close(layer(x.float()).double(), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_sinusoids_are_their_formula():
+def test_sinusoidal_positions_equal_their_formula():
     table = sinusoidal_table(50, 16)
     for pos in range(50):
         for i in range(8):
@@ -124,7 +124,7 @@ def test_sinusoids_are_their_formula():
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
-def test_norms_are_their_formula(kind):
+def test_norms_equal_their_formula(kind):
     torch.manual_seed(6)
     norm = Norm(12, kind, 1e-5)
     torch.nn.init.normal_(norm.weight)
@@ -142,7 +142,7 @@ def test_norms_are_their_formula(kind):
     torch.testing.assert_close(norm(x).double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_rotary_positions_know_only_the_distance():
+def test_rotary_products_depend_on_the_distance_alone():
     """Su et al. 2021, section 3.1: the product of a turned query and a turned key depends on m − n alone."""
     torch.manual_seed(7)
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
@@ -159,7 +159,7 @@ def test_rotary_positions_know_only_the_distance():
     assert product(3, 3) == pytest.approx(float((q * k).sum()), abs=1e-5)
 
 
-def test_loss_is_its_formula():
+def test_loss_equals_its_formula():
     """L(θ) = −Σ log P(x_t | x_<t; θ), by the softmax written out."""
     from nextword.training.losses import DeviceBatch, causal_lm_loss
 
@@ -172,7 +172,7 @@ def test_loss_is_its_formula():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_whole_model_is_its_definition(preset):
+def test_the_model_equals_its_definition(preset):
     """The blocks put together by hand, in float64, one position and one head at a time."""
     config = small(preset)
     model: Any = random_model(config).double()
@@ -198,7 +198,7 @@ def test_whole_model_is_its_definition(preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_no_position_sees_a_later_one(preset):
+def test_no_position_attends_to_a_later_one(preset):
     """Change later tokens: nothing before them moves. Change an earlier one: everything after it does."""
     model = random_model(small(preset))
     tokens = torch.randint(0, 60, (1, 24))
@@ -223,12 +223,12 @@ def test_segments_hide_other_documents(preset):
     torch.testing.assert_close(hidden[:, 9:], model(second), atol=2e-5, rtol=1e-4)
 
 
-def test_a_window_too_long_is_refused():
+def test_a_window_longer_than_the_context_is_rejected():
     with pytest.raises(ValueError, match="25 tokens are more than the context length of 24"):
         GPT(small("modern"))(torch.zeros(1, 25, dtype=torch.long))
 
 
-def test_segments_and_a_cache_exclude_each_other():
+def test_segments_cannot_be_combined_with_a_cache():
     tokens = torch.zeros(1, 3, dtype=torch.long)
     with pytest.raises(ValueError, match="cannot be combined"):
         GPT(small("modern"))(tokens, segments=tokens, cache=object())  # type: ignore[arg-type]
@@ -237,12 +237,12 @@ def test_segments_and_a_cache_exclude_each_other():
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("n_labels", [0, 5])
-def test_parameters_are_counted_right(preset, tied, n_labels):
+def test_the_number_of_parameters_is_right(preset, tied, n_labels):
     config = small(preset, tied=tied, n_labels=n_labels)
     assert sum(p.numel() for p in GPT(config).parameters()) == config.parameters
 
 
-def test_sizes_are_the_published_ones():
+def test_sizes_equal_the_published_ones():
     """GPT-2's 124 million and GPT-3's 175 billion, from the table alone."""
     assert build_config("gpt2", "125m", vocab_size=50257).parameters == 124_439_808
     assert build_config("gpt2", "175b", vocab_size=50257).parameters == pytest.approx(175e9, rel=0.01)
@@ -255,7 +255,7 @@ def test_sizes_are_the_published_ones():
 
 
 @pytest.mark.parametrize("preset", ["gpt1", "gpt2", "modern"])
-def test_initialisation_follows_the_source(preset):
+def test_initialization_follows_the_source(preset):
     """N(0, 0.02); from GPT-2 on, what is added to the residual stream is smaller by √(2 · layers). Biases are zero."""
     torch.manual_seed(0)
     config = small(preset, d_model=128, n_layers=4, vocab_size=500)
@@ -271,7 +271,7 @@ def test_initialisation_follows_the_source(preset):
             assert abs(p.mean().item()) < 4 * expected / math.sqrt(p.numel()), name
 
 
-def test_tutorial_starts_with_words_as_large_as_positions():
+def test_tutorial_embeddings_are_initialized_as_large_as_positions():
     torch.manual_seed(0)
     config = small("tutorial", d_model=128, vocab_size=500, context_length=256)
     model: Any = GPT(config)
@@ -286,7 +286,7 @@ def test_tutorial_starts_with_words_as_large_as_positions():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_fresh_model_knows_nothing(preset):
+def test_an_untrained_model_has_the_loss_of_guessing(preset):
     """The first loss is that of guessing: ln V."""
     torch.manual_seed(0)
     model = GPT(small(preset, vocab_size=200, d_model=64))
@@ -308,7 +308,7 @@ def test_dropout_masks_do_not_depend_on_the_micro_batch():
     assert sample_dropout_masks(small("gpt2"), [1], 24, "cpu") is None
 
 
-def test_dropout_keeps_the_mean_and_stays_out_of_evaluation():
+def test_dropout_keeps_the_mean_and_is_off_in_evaluation():
     config = small("gpt2", dropout=0.5, n_layers=1)
     model = random_model(config)
     tokens = torch.randint(0, 61, (1, 24))
@@ -350,7 +350,7 @@ def test_dropout_keeps_the_mean_and_stays_out_of_evaluation():
         ("modern", {"colour": 3}, "unknown model settings: colour"),
     ],
 )
-def test_what_no_stock_class_holds_is_refused(preset, overrides, message):
+def test_configs_without_a_stock_class_are_rejected(preset, overrides, message):
     with pytest.raises(ConfigError, match=message):
         small(preset, **overrides)
 
@@ -371,7 +371,7 @@ choices = st.fixed_dictionaries(
 
 @given(choices, st.integers(1, 3), st.sampled_from([1, 2, 4]))
 @settings(max_examples=200, deadline=None)
-def test_every_model_that_can_be_made_runs(values, n_layers, n_kv_heads):
+def test_every_valid_config_makes_a_working_model(values, n_layers, n_kv_heads):
     """The space of choices is closed: a configuration is refused when it is made, or it is a model."""
     try:
         config = ModelConfig(

@@ -1,4 +1,4 @@
-"""Sampling against hand-written definitions, against transformers' own processors, and against its probabilities."""
+"""Sampling against its definitions, against the processors of transformers, and against its probabilities."""
 
 import math
 
@@ -61,7 +61,7 @@ def by_hand(logits: list[float], sampling: Sampling, history: list[int]) -> list
     repetition_penalty=st.floats(0.5, 2),
     history=st.lists(st.integers(0, 49), max_size=20),
 )
-def test_probabilities_are_the_definition(
+def test_probabilities_equal_their_definition(
     seed: int,
     temperature: float,
     top_k: int | None,
@@ -111,7 +111,7 @@ def test_equals_transformers(sampling: Sampling, seed: int) -> None:
 
 
 @pytest.mark.parametrize("sampling", [PLAIN, Sampling(temperature=0.6, top_k=6, top_p=0.95)])
-def test_draws_have_their_probabilities(sampling: Sampling) -> None:
+def test_samples_follow_their_probabilities(sampling: Sampling) -> None:
     logits, n = random_logits(1, 12), 4_000
     generator = torch.Generator().manual_seed(0)
     counts = torch.zeros(12, dtype=torch.float64)
@@ -124,7 +124,7 @@ def test_draws_have_their_probabilities(sampling: Sampling) -> None:
     assert chi_square < 32  # 11 degrees of freedom: one in a thousand is above 31.3; the seed is fixed
 
 
-def test_greedy_takes_the_likeliest_and_no_random_number() -> None:
+def test_greedy_decoding_draws_no_random_number() -> None:
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
     assert sample(torch.tensor([0.0, 2.0, 1.0]), Sampling(temperature=0), [], [], generator) == 1
@@ -133,7 +133,7 @@ def test_greedy_takes_the_likeliest_and_no_random_number() -> None:
     assert sample(torch.tensor([1.9, 2.0]), Sampling(temperature=0, repetition_penalty=1.1), [1], [], generator) == 0
 
 
-def test_every_other_draw_takes_one_random_number() -> None:
+def test_sampling_draws_one_random_number() -> None:
     one, other = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
     sample(random_logits(0), PLAIN, [], [], one)
     torch.rand((), generator=other, dtype=torch.float64)
@@ -147,13 +147,13 @@ def test_extreme_temperatures_stay_finite(temperature: float) -> None:
     assert abs(float(p.sum()) - 1) < 1e-12
 
 
-def test_at_least_one_token_is_always_left() -> None:
+def test_filters_keep_at_least_one_token() -> None:
     sampling = Sampling(temperature=1.0, top_k=1, top_p=1e-12, min_p=1.0)
     assert (probabilities(torch.zeros(5), Sampling(temperature=1.0, top_p=1e-12)) > 0).sum() == 1
     assert (probabilities(random_logits(0), sampling) > 0).sum() == 1
 
 
-def test_adjust_leaves_its_input_alone() -> None:
+def test_filter_logits_does_not_change_its_input() -> None:
     logits = random_logits(0)
     copy = logits.clone()
     filter_logits(logits, Sampling(top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=2.0), [1, 2])
@@ -162,7 +162,7 @@ def test_adjust_leaves_its_input_alone() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_logits_that_are_not_finite_are_refused(bad: float, temperature: float) -> None:
+def test_nonfinite_logits_are_rejected(bad: float, temperature: float) -> None:
     with pytest.raises(NextwordError, match="not finite"):
         sample(torch.tensor([0.0, bad]), Sampling(temperature=temperature), [], [], torch.Generator())
 
@@ -187,6 +187,6 @@ def test_logits_that_are_not_finite_are_refused(bad: float, temperature: float) 
         ("seed", 0.5),
     ],
 )
-def test_settings_out_of_range_are_refused_by_name(setting: str, value: object) -> None:
+def test_parameters_out_of_range_are_rejected_by_name(setting: str, value: object) -> None:
     with pytest.raises(UsageError, match=f"^{setting} must be"):
         Sampling(**{setting: value})  # pyright: ignore[reportArgumentType]

@@ -22,7 +22,7 @@ from nextword.pipeline.language_model import load
 from nextword.tasks.benchmark_items import load_rows
 from nextword.tasks.benchmark_spec import find_benchmark
 from test_suites_declared import HELLASWAG
-from test_suites_scoring import directory
+from test_loglikelihood import directory
 
 installed = pytest.mark.needs("lm-eval")
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and its packages' own

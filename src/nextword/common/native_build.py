@@ -1,6 +1,6 @@
-"""C++ that is built on first use, where a compiler is found; where none is, PyTorch's own operations do the same.
+"""Just-in-time compilation of C++ libraries. Without a compiler, PyTorch's operators do the same work.
 
-A library is built in some seconds and kept in the person's cache folder, under a name made of its source.
+A library is compiled in some seconds, on first use, and kept in the user's cache directory under a hash of its source.
 """
 
 import ctypes
@@ -16,29 +16,14 @@ from pathlib import Path
 import torch
 
 VECTOR_HEADER = Path(__file__).with_name("vectors.h")
-COMPILER_FLAGS = (
-    "-O3",
-    "-std=c++17",
-    "-mavx2",
-    "-mfma",
-    "-mf16c",
-    "-fopenmp",
-    "-fPIC",
-    "-shared",
-    f"-I{VECTOR_HEADER.parent}",
-)
-AVX512_FLAGS = (
-    "-mavx512f",
-    "-mavx512bw",
-    "-mavx512dq",
-    "-mavx512vl",
-    "-mavx512vnni",
-)  # where the processor has all of them
-NATIVE_ENV_VAR = "NEXTWORD_NATIVE"  # set to 0 in the environment, nothing is compiled
+COMPILER_FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", f"-I{VECTOR_HEADER.parent}")
+AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c")
+AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
+NATIVE_ENV_VAR = "NEXTWORD_NATIVE"  # 0 disables compilation
 
 
 def cache_dir() -> Path:
-    """Where compiled code is kept: the system's folder for what a program can make again."""
+    """The directory of compiled libraries."""
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "nextword"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nextword"
@@ -46,7 +31,16 @@ def cache_dir() -> Path:
 
 @cache
 def load_native_library(source: Path) -> tuple[ctypes.CDLL | None, str]:
-    """The compiled code of a file, built where it is not there yet; or None and why not, in words for the person."""
+    """Load the library of a C++ file, and compile it if it is not cached.
+
+    The instruction set is PyTorch's choice, which the environment variable ATEN_CPU_CAPABILITY can restrict.
+
+    Args:
+        source: The C++ file. It may include vectors.h and headers beside it.
+
+    Returns:
+        The library and an empty string, or None and the reason why there is none.
+    """
     if os.environ.get(NATIVE_ENV_VAR) == "0":
         return None, f"{NATIVE_ENV_VAR}=0 is set"
     capability = torch.backends.cpu.get_cpu_capability()
@@ -55,27 +49,26 @@ def load_native_library(source: Path) -> tuple[ctypes.CDLL | None, str]:
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return None, "no C++ compiler was found (g++ or clang++)"
-    # torch's own functions know the processor, and what a person asks of them (ATEN_CPU_CAPABILITY) goes here as well.
-    has_avx512 = capability == "AVX512" and torch.cpu._is_vnni_supported()
-    flags = (*COMPILER_FLAGS, *AVX512_FLAGS) if has_avx512 else COMPILER_FLAGS
+    has_vnni = capability == "AVX512" and torch.cpu._is_vnni_supported()
+    flags = (*COMPILER_FLAGS, *AVX2_FLAGS, *(AVX512_FLAGS if has_vnni else ()))
     files = [source, VECTOR_HEADER, *sorted(source.parent.glob("*.h"))]
     content = b"".join(path.read_bytes() for path in files) + " ".join((compiler, *flags)).encode()
     try:
-        path = cache_dir() / f"{source.stem}-{hashlib.sha256(content).hexdigest()[:16]}.so"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryDirectory(dir=path.parent) as build_dir:
-                built_path = Path(build_dir) / path.name
-                command = [compiler, *flags, str(source), "-o", str(built_path)]
-                completed = subprocess.run(command, capture_output=True, text=True)
-                if completed.returncode:
-                    return None, f"{' '.join(command)} failed:\n{completed.stderr.strip()[-2000:]}"
-                built_path.replace(path)
-        return ctypes.CDLL(str(path)), ""
-    except (OSError, RuntimeError) as error:  # RuntimeError: the system names no home folder
+        library = cache_dir() / f"{source.stem}-{hashlib.sha256(content).hexdigest()[:16]}.so"
+        if not library.exists():
+            library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryDirectory(dir=library.parent) as build_dir:
+                built = Path(build_dir) / library.name
+                command = [compiler, *flags, str(source), "-o", str(built)]
+                result = subprocess.run(command, capture_output=True, text=True)
+                if result.returncode:
+                    return None, f"{' '.join(command)} failed:\n{result.stderr.strip()[-2000:]}"
+                built.replace(library)
+        return ctypes.CDLL(str(library)), ""
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         return None, str(error)
 
 
 def num_threads() -> int:
-    """How many threads compiled code uses: as many as PyTorch."""
+    """Number of threads of compiled code: PyTorch's."""
     return torch.get_num_threads()

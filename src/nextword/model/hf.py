@@ -94,23 +94,12 @@ def hf_name_map(config: ModelConfig) -> dict[str, list[str]]:
     return names
 
 
-def to_hf(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert weights to the names and layouts of the stock class.
-
-    Args:
-        config: The model.
-        weights: Its state dict.
-
-    Returns:
-        The stock class's state dict, with zeros for biases that the model does not have.
-    """
-    return dict(iter_hf_tensors(config, weights, lambda tensor: tensor))
-
-
 def iter_hf_tensors(
     config: ModelConfig, weights: Mapping[str, Tensor], gather: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """As `to_hf`, one tensor after the other.
+    """Convert weights to the names and layouts of the stock class, one tensor after the other.
+
+    Biases that the model does not have are zeros.
 
     Args:
         config: The model.

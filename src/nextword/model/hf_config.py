@@ -15,6 +15,17 @@ MAX_CONTEXT_LENGTH = 2**21  # with rotary positions no tensor confirms this numb
 MAX_CONFIG_VALUE = 10**15
 MAX_JSON_BYTES = 2**24
 
+# Keys of config.json that every model of a family has, and the settings of `ModelConfig` that they hold.
+GPT_KEYS = {"vocab_size": "vocab_size", "n_embd": "d_model", "n_layer": "n_layers", "n_head": "n_heads"}
+LLAMA_KEYS = {
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "context_length",
+    "hidden_size": "d_model",
+    "intermediate_size": "d_ff",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+}
+
 
 class UnsupportedFeatureError(Exception):
     """A feature of a stock family that `GPT` does not implement."""
@@ -32,10 +43,11 @@ def to_hf_config(config: ModelConfig, end_of_text_id: int | None, pad_token_id: 
         pad_token_id: The pad token.
     """
     model_type, lm_class, classifier_class = HF_CLASSES[config.family]
+    is_gpt = config.family in ("gpt1", "gpt2")
     common: dict[str, Any] = {
         "architectures": [classifier_class if config.n_labels else lm_class],
         "model_type": model_type,
-        "vocab_size": config.vocab_size,
+        **{key: getattr(config, name) for key, name in (GPT_KEYS if is_gpt else LLAMA_KEYS).items()},
         "tie_word_embeddings": config.tied,
         "initializer_range": 0.02,
         "dtype": "float32",
@@ -43,13 +55,10 @@ def to_hf_config(config: ModelConfig, end_of_text_id: int | None, pad_token_id: 
         "eos_token_id": end_of_text_id,
         "pad_token_id": pad_token_id,
     }
-    if config.family in ("gpt1", "gpt2"):
+    if is_gpt:
         gelu = "gelu" if config.family == "gpt1" else "gelu_new"
         specific = {
             "n_positions": config.context_length,
-            "n_embd": config.d_model,
-            "n_layer": config.n_layers,
-            "n_head": config.n_heads,
             "layer_norm_epsilon": config.norm_eps,
             "afn" if config.family == "gpt1" else "activation_function": gelu
             if config.activation == "gelu"
@@ -62,11 +71,6 @@ def to_hf_config(config: ModelConfig, end_of_text_id: int | None, pad_token_id: 
             specific["n_inner"] = config.d_ff
     else:
         specific = {
-            "max_position_embeddings": config.context_length,
-            "hidden_size": config.d_model,
-            "intermediate_size": config.d_ff,
-            "num_hidden_layers": config.n_layers,
-            "num_attention_heads": config.n_heads,
             "num_key_value_heads": config.n_kv_heads,
             "head_dim": config.head_dim,
             "hidden_act": "silu",
@@ -217,13 +221,10 @@ def parse_gpt_config(content: dict[str, Any], family: Family) -> dict[str, Any]:
         raise UnsupportedFeatureError("attention without the scale of 1/√d_k is not supported")
     width, heads = content["n_embd"], content["n_head"]
     return {
-        "vocab_size": content["vocab_size"],
+        **{name: content[key] for key, name in GPT_KEYS.items()},
         "context_length": content.get("n_positions", content.get("n_ctx")),
-        "n_layers": content["n_layer"],
-        "n_heads": heads,
         "n_kv_heads": heads,
         "head_dim": width // heads if heads else 0,
-        "d_model": width,
         "d_ff": content.get("n_inner") or 4 * width,
         "norm": "layernorm",
         "norm_position": "post" if family == "gpt1" else "pre",
@@ -252,14 +253,9 @@ def parse_llama_config(content: dict[str, Any], family: Family) -> dict[str, Any
     heads, width = content["num_attention_heads"], content["hidden_size"]
     default_head_dim = 128 if family == "qwen3" else width // heads if heads else 0
     return {
-        "vocab_size": content["vocab_size"],
-        "context_length": content["max_position_embeddings"],
-        "n_layers": content["num_hidden_layers"],
-        "n_heads": heads,
+        **{name: content[key] for key, name in LLAMA_KEYS.items()},
         "n_kv_heads": content.get("num_key_value_heads") or heads,
         "head_dim": content.get("head_dim") or default_head_dim,
-        "d_model": width,
-        "d_ff": content["intermediate_size"],
         "norm": "rmsnorm",
         "norm_eps": content.get("rms_norm_eps", 1e-6),
         "positions": "rope",

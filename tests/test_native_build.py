@@ -1,4 +1,4 @@
-"""Code that is built on first use: built once, and where it cannot be built, reason."""
+"""Just-in-time compilation: each library is compiled once, and without a compiler the reason is returned."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="this processor has no AVX2")
-def test_built_once_and_anew_for_another_source(source: Path, tmp_path: Path) -> None:
+def test_a_library_is_built_once_for_each_source(source: Path, tmp_path: Path) -> None:
     loaded, reason = native_build.load_native_library(source)
     assert loaded is not None, reason
     assert loaded.answer() == 42
@@ -38,7 +38,7 @@ def test_built_once_and_anew_for_another_source(source: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("compiler", ["#!/bin/sh\necho 'no such header' >&2; exit 1\n", None], ids=["broken", "none"])
-def test_without_a_compiler_that_works_it_says_why(
+def test_without_a_working_compiler_the_reason_is_returned(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str | None
 ) -> None:
     folder = tmp_path / "bin"
@@ -53,7 +53,7 @@ def test_without_a_compiler_that_works_it_says_why(
     assert ("no such header" if compiler else "no C++ compiler was found") in reason
 
 
-def test_a_cache_folder_that_cannot_be_written_is_no_reason_to_fail(
+def test_an_unwritable_cache_directory_is_not_an_error(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
@@ -64,7 +64,7 @@ def test_a_cache_folder_that_cannot_be_written_is_no_reason_to_fail(
     assert "cache" in reason
 
 
-def test_other_processors_and_the_switch(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_processors_and_the_environment_variable(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NEON")
     assert native_build.load_native_library(source) == (None, "this processor has no AVX2 (NEON)")
     native_build.load_native_library.cache_clear()

@@ -1,4 +1,4 @@
-"""Text that is held to a JSON schema: whatever is drawn, it fits; with every kind of tokenizer, and at a bounded cost."""
+"""Constrained decoding: generated text matches its JSON schema, with every kind of tokenizer and at a bounded cost."""
 
 import json
 from typing import Any
@@ -69,7 +69,7 @@ def written(kind: str, held: JSONConstraint, seed: int, max_tokens: int = 400) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_written_fits(kind: str) -> None:
+def test_constrained_text_matches_the_schema(kind: str) -> None:
     first = GRAMMARS[kind].compile_json_schema(SCHEMA)
     texts = set()
     for seed in range(8):
@@ -91,7 +91,7 @@ values = st.recursive(
 
 @settings(deadline=None, max_examples=60)
 @given(value=values, kind=st.sampled_from(["bpe", "foreign"]))
-def test_every_value_that_fits_can_be_written_and_no_other(value: Any, kind: str) -> None:
+def test_exactly_the_valid_values_can_be_generated(value: Any, kind: str) -> None:
     tokenizer, held = KINDS[kind], GRAMMARS[kind].compile_json_schema({"const": value})
     for token in tokenizer.encode(json.dumps(value, ensure_ascii=False, separators=(",", ":"))):
         allowed = held.allowed_mask()
@@ -104,7 +104,7 @@ def test_every_value_that_fits_can_be_written_and_no_other(value: Any, kind: str
     assert json.loads(text) == value
 
 
-def test_white_space_is_no_way_to_go_on_for_ever() -> None:
+def test_whitespace_is_limited() -> None:
     tokenizer, held = KINDS["bpe"], GRAMMARS["bpe"].compile_json_schema({"type": "array", "minItems": 1})
     for token in tokenizer.encode("[ "):
         held.accept_token(token)
@@ -132,7 +132,7 @@ NASTY: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", NASTY)
-def test_a_nasty_schema_is_refused_or_bounded(name: str) -> None:
+def test_the_cost_of_hostile_schemas_is_bounded(name: str) -> None:
     """It is refused, or its text ends with an error, or it is written; in any case it ends. Without
     bounds these would take minutes and more."""
     try:
@@ -152,14 +152,14 @@ def test_a_nasty_schema_is_refused_or_bounded(name: str) -> None:
         held.accept_token(token)
 
 
-def test_a_token_that_does_not_fit_ends_it_with_an_error() -> None:
+def test_an_invalid_token_raises_an_error() -> None:
     held = GRAMMARS["bpe"].compile_json_schema({"type": "object"})
     held.accept_token(KINDS["bpe"].encode("]")[0])
     with pytest.raises(NextwordError, match="constrained decoding failed"):
         held.allowed_mask()
 
 
-def test_a_vocabulary_that_cannot_write_it_says_so() -> None:
+def test_a_vocabulary_without_a_valid_token_raises_an_error() -> None:
     for vocabulary, begun in (("no braces here", ""), ("{ no end", "{"), ('{"a": t', '{"a":t')):
         tokenizer = train_char([vocabulary])
         held = ConstraintCompiler(tokenizer, tokenizer.eos_ids).compile_json_schema(
@@ -173,7 +173,7 @@ def test_a_vocabulary_that_cannot_write_it_says_so() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_spellings_are_what_tokens_add_to_a_text(kind: str) -> None:
+def test_token_bytes_are_what_tokens_add_to_a_text(kind: str) -> None:
     tokenizer = KINDS[kind]
     text = 'x {"a": [1, 2]} ñ🙂 b'
     ids = tokenizer.encode(text)

@@ -1,4 +1,4 @@
-"""What fine-tuning minimises, beside the formulas."""
+"""The losses of fine-tuning against their formulas."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def next_word_nats(gpt, text):
 
 
 @pytest.mark.parametrize("auxiliary", [0.0, 0.5])
-def test_labels_by_the_formula(auxiliary):
+def test_classification_loss_equals_its_formula(auxiliary):
     gpt, golds = model(3), [0, 2, 1, 2]
     weights = np.array([1.0, 0.5, 2.0, 0.5], dtype=np.float32)
     examples, data = dataset("label", golds, sample_weights=weights)
@@ -62,7 +62,7 @@ def test_labels_by_the_formula(auxiliary):
     assert normalize_loss(losses, batch.loss_denominators).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_both_orders_are_summed():
+def test_the_sequences_of_an_example_are_summed():
     gpt = model(1)
     examples, data = dataset("score", [1.5, 4.0, 0.0], texts=2)
     batch = data.batch(0)
@@ -72,7 +72,7 @@ def test_both_orders_are_summed():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_several_labels_by_the_formula():
+def test_multilabel_loss_equals_its_formula():
     gpt = model(3)
     examples, data = dataset("labels", [np.array([1, 0, 1], dtype=bool), np.array([0, 0, 0], dtype=bool)])
     batch = data.batch(0)
@@ -86,7 +86,7 @@ def test_several_labels_by_the_formula():
     assert loss.item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-5)
 
 
-def test_choices_of_any_number():
+def test_multiple_choice_loss_equals_its_formula():
     gpt, several = model(1), [2, 4, 3]
     examples, data = dataset("choice", [1, 3, 0], texts=several)
     batch = data.batch(0)
@@ -98,7 +98,7 @@ def test_choices_of_any_number():
     assert loss.item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-5)
 
 
-def test_the_answer_alone_is_learned():
+def test_completion_loss_counts_only_the_answer():
     gpt = model()
     examples, data = dataset("answer", [0, 0, 0])
     batch = data.batch(0)
@@ -108,7 +108,7 @@ def test_the_answer_alone_is_learned():
     assert batch.loss_denominators["next_word"] == len(nats) == (batch.targets != IGNORE_INDEX).sum()
 
 
-def test_preference_by_the_formula():
+def test_dpo_loss_equals_its_formula():
     gpt = model()
     reference = np.random.default_rng(3).normal(-20, 2, (3, 2)).astype(np.float32)
     examples, data = dataset("preference", [0, 0, 0], texts=2, reference=reference)
@@ -122,7 +122,7 @@ def test_preference_by_the_formula():
 
 
 @pytest.mark.parametrize(("kind", "texts", "n_labels"), [("label", 1, 3), ("score", 2, 1), ("choice", 3, 1)])
-def test_the_micro_batch_changes_nothing(kind, texts, n_labels):
+def test_the_loss_does_not_depend_on_the_micro_batch(kind, texts, n_labels):
     """Nor does dropout, whose masks go with the row."""
     results = []
     for rows in (1, 5, 100):

@@ -1,4 +1,4 @@
-"""Reading with compiled code: equal to the model's own operations, whatever is read beside it and however it is cut."""
+"""Model runners: the native one equals `GPT.forward`, for every batch and all chunks; so does the one in PyTorch."""
 
 import math
 import os
@@ -70,20 +70,20 @@ def tiny_config(reading: NativeRunner | TorchRunner):
 
 
 @compiled
-def test_compiled_equals_the_model(model: GPT) -> None:
+def test_native_runner_equals_the_model(model: GPT) -> None:
     tokens = text()
     assert torch.allclose(one_by_one(NativeRunner(model), tokens), whole(model, tokens), atol=1e-5, rtol=1e-4)
 
 
 @torch.inference_mode()
-def test_plain_equals_the_model(model: GPT) -> None:
+def test_torch_runner_equals_the_model(model: GPT) -> None:
     tokens = text()
     assert torch.allclose(one_by_one(TorchRunner(model), tokens), whole(model, tokens), atol=1e-5, rtol=1e-4)
 
 
 @compiled
 @pytest.mark.parametrize("precision", ["float32", "int8", "int4"])
-def test_company_and_cuts_change_nothing_at_all(model: GPT, precision: Precision) -> None:
+def test_native_logits_do_not_depend_on_batch_or_chunks(model: GPT, precision: Precision) -> None:
     reading, tokens = NativeRunner(model, precision), text()
     alone = one_by_one(reading, tokens)
     for cuts in ([CONTEXT], [1, 9, 2, 28], [31, 9]):
@@ -97,7 +97,7 @@ def test_company_and_cuts_change_nothing_at_all(model: GPT, precision: Precision
 
 @compiled
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_fewer_bits_are_the_rounded_model(model: GPT, precision: Precision) -> None:
+def test_quantized_logits_equal_the_fake_quantized_model(model: GPT, precision: Precision) -> None:
     tokens = text()
     exact, expected = whole(model, tokens), whole(fake_quantize(model, precision), tokens)
     found = one_by_one(NativeRunner(model, precision), tokens)
@@ -107,7 +107,7 @@ def test_fewer_bits_are_the_rounded_model(model: GPT, precision: Precision) -> N
 
 
 @compiled
-def test_threads_change_nothing_at_all() -> None:
+def test_native_logits_do_not_depend_on_the_number_of_threads() -> None:
     model, tokens, num_threads = tiny(), text(), torch.get_num_threads()
     found = []
     for count in (1, 2, 3):
@@ -123,11 +123,11 @@ import sys
 import torch
 from safetensors.torch import load_file, save_file
 sys.path.insert(0, sys.argv[1])
-from test_reading import CompiledReader, one_by_one, text, tiny
+from test_model_runner import NativeRunner, one_by_one, text, tiny
 model = tiny()
 model.load_state_dict(load_file(sys.argv[2]))
 assert torch.backends.cpu.get_cpu_capability() == "AVX2"
-save_file({p: one_by_one(CompiledReader(model, p), text()) for p in ("float32", "int8", "int4")}, sys.argv[3])
+save_file({p: one_by_one(NativeRunner(model, p), text()) for p in ("float32", "int8", "int4")}, sys.argv[3])
 """
 
 
@@ -135,7 +135,7 @@ save_file({p: one_by_one(CompiledReader(model, p), text()) for p in ("float32", 
 @pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() != "AVX512", reason="this processor has the narrower vectors alone"
 )
-def test_a_processor_with_narrower_vectors_reads_the_same(tmp_path: Path) -> None:
+def test_avx2_logits_equal_avx512_logits(tmp_path: Path) -> None:
     model, weights, found = tiny(), tmp_path / "weights.safetensors", tmp_path / "found.safetensors"
     save_file(model.state_dict(), weights)
     program = [sys.executable, "-W", "ignore", "-c", NARROW, str(Path(__file__).parent), str(weights), str(found)]
@@ -146,11 +146,11 @@ def test_a_processor_with_narrower_vectors_reads_the_same(tmp_path: Path) -> Non
     assert torch.allclose(one_by_one(NativeRunner(model, "int4"), text()), narrow["int4"], atol=1e-5, rtol=1e-4)
 
 
-def test_what_does_not_fit_is_read_plainly(without_compiled: None) -> None:
+def test_without_a_compiler_the_torch_runner_is_used(without_native_library: None) -> None:
     assert isinstance(build_runner(tiny()), TorchRunner)
 
 
-def test_widths_of_parts_of_vectors_are_read_plainly() -> None:
+def test_widths_that_are_not_multiples_of_8_use_the_torch_runner() -> None:
     assert isinstance(build_runner(tiny(d_model=36, head_dim=6, d_ff=24)), TorchRunner)
     with pytest.raises(RuntimeError, match=re.escape(native_runner.load_library()[1] or "multiples of 8")):
         native_runner.NativeModel(tiny(d_model=36, head_dim=6, d_ff=24))
@@ -158,7 +158,7 @@ def test_widths_of_parts_of_vectors_are_read_plainly() -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(rows=st.integers(1, 5), columns=st.integers(1, 100), power=st.integers(-20, 20), seed=st.integers(0, 99))
-def test_packed_numbers_are_the_nearest(rows: int, columns: int, power: int, seed: int) -> None:
+def test_quantized_values_are_the_nearest(rows: int, columns: int, power: int, seed: int) -> None:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 2.0**power
     weight[0] = 0
     int8, int4 = quantize(weight, "int8"), quantize(weight, "int4")

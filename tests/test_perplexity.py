@@ -1,4 +1,4 @@
-"""The likelihood against the formula in float64, with stock functions; and that a trained model uses its context."""
+"""Perplexity against its formula in float64; and that a trained model uses its context."""
 
 import math
 import pydoc_data.topics
@@ -64,7 +64,7 @@ def by_hand(model: GPT, row: Row, windows: list[int] | None = None) -> tuple[flo
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("length", [2, 16, 17, 18, 33, 100])
 @pytest.mark.parametrize("batch_rows", [None, 2])
-def test_is_the_formula(preset: str, length: int, batch_rows: int | None) -> None:
+def test_perplexity_equals_its_formula(preset: str, length: int, batch_rows: int | None) -> None:
     model, row = tiny(preset), random_row(length)
     result = evaluate_perplexity(model, row, 3 * length, batch_size=batch_rows)
     total, by_position = by_hand(model, row)
@@ -76,7 +76,7 @@ def test_is_the_formula(preset: str, length: int, batch_rows: int | None) -> Non
     assert result.by_position == pytest.approx([sum(x) / len(x) for x in by_position if x], rel=1e-5)
 
 
-def test_a_sample_of_windows_is_spread_evenly_and_scaled() -> None:
+def test_max_windows_are_evenly_spaced() -> None:
     model, row = tiny(), random_row(10 * CONTEXT + 5)  # ten windows and a short one
     result = evaluate_perplexity(model, row, 1000, max_windows=3)
     total, _ = by_hand(model, row, [1, 5, 9])
@@ -94,7 +94,7 @@ def test_loss_does_not_depend_on_the_chunks_of_logits(monkeypatch: pytest.Monkey
     assert evaluate_perplexity(model, row, 200).loss == pytest.approx(expected.loss, rel=1e-6)
 
 
-def test_progress_counts_windows_and_the_mode_comes_back() -> None:
+def test_progress_counts_windows_and_the_mode_is_restored() -> None:
     model, calls = tiny().train(), []
     evaluate_perplexity(
         model, random_row(100), 100, batch_size=2, progress=lambda done, total: calls.append((done, total))
@@ -108,12 +108,12 @@ def test_progress_counts_windows_and_the_mode_comes_back() -> None:
 
 
 @pytest.mark.parametrize(("length", "n_bytes"), [(0, 10), (1, 10), (5, 0)])
-def test_nothing_to_predict_is_said(length: int, n_bytes: int) -> None:
+def test_a_text_that_is_too_short_is_rejected(length: int, n_bytes: int) -> None:
     with pytest.raises(UsageError, match="too short to evaluate"):
         evaluate_perplexity(tiny(), random_row(length), n_bytes)
 
 
-def test_a_loss_that_is_not_finite_is_said() -> None:
+def test_a_nonfinite_loss_raises_an_error() -> None:
     model = tiny()
     with torch.no_grad():
         model.token_embedding.weight[0] = torch.nan
@@ -121,7 +121,7 @@ def test_a_loss_that_is_not_finite_is_said() -> None:
         evaluate_perplexity(model, random_row(100), 100)
 
 
-def test_context_use_wants_a_whole_window() -> None:
+def test_context_usage_needs_a_whole_window() -> None:
     assert len(measure_context_usage(tiny(), random_row(CONTEXT + 1)).original) == CONTEXT
     with pytest.raises(UsageError, match="too short"):
         measure_context_usage(tiny(), random_row(CONTEXT))

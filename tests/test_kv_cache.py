@@ -1,4 +1,4 @@
-"""The cache: cached equals uncached, for every preset, ragged rows, reused slots and any cut of the text."""
+"""KV cache: cached equals uncached, for every preset, rows of different lengths, reused slots and any chunks."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_cached_equals_uncached(model: GPT, cuts: list[int]) -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("slots", [[0, 1, 2], [2, 0, 5]])
-def test_rows_of_different_lengths_do_not_see_each_other(model: GPT, slots: list[int]) -> None:
+def test_rows_of_different_lengths_are_independent(model: GPT, slots: list[int]) -> None:
     cache, lengths = KeyValueCache(model.config), [3, 17, 9]
     texts = [text(length + 4, seed) for seed, length in enumerate(lengths)]
     for slot, length, tokens in zip(slots, lengths, texts, strict=True):
@@ -65,14 +65,14 @@ def test_rows_of_different_lengths_do_not_see_each_other(model: GPT, slots: list
 
 
 @torch.inference_mode()
-def test_an_earlier_text_in_a_slot_is_not_seen(model: GPT) -> None:
+def test_earlier_sequences_of_a_slot_are_hidden(model: GPT) -> None:
     cache, tokens = KeyValueCache(model.config), text(6)
     read(model, cache, text(20, seed=1), [0], [0])
     assert torch.allclose(read(model, cache, tokens, [0], [0]), model.unembed(model(tokens)), atol=1e-5)
 
 
 @torch.inference_mode()
-def test_what_is_not_finite_does_not_outlive_its_text() -> None:
+def test_nonfinite_values_are_cleared_with_their_slot() -> None:
     model, cache = tiny("modern"), KeyValueCache(tiny("modern").config)
     read(model, cache, text(9), [0], [0])
     cache.values[:, 0, :, :9] = torch.nan
@@ -98,7 +98,7 @@ def test_memory_grows_with_use_up_to_the_context() -> None:
         cache.prepare([0], [700], 1)
 
 
-def test_a_cache_is_of_the_models_precision() -> None:
+def test_the_cache_has_the_precision_of_the_model() -> None:
     model = tiny("modern").to(torch.bfloat16)
     cache = KeyValueCache(model.config)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""A model directory is a stock directory: `transformers` opens ours, we open theirs, with the same logits."""
+"""Hugging Face model directories: `transformers` opens ours and we open its, with equal logits; hostile ones are rejected."""
 
 import json
 import shutil
@@ -68,7 +68,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("preset", "overrides", "stock_class"), CASES)
-def test_ours_opens_in_the_stock_class(tmp_path, preset, overrides, stock_class):
+def test_saved_models_open_in_the_stock_class(tmp_path, preset, overrides, stock_class):
     model = random_model(small(preset, **overrides))
     save_model(model, tmp_path, end_of_text_id=0, pad_token_id=1)
     tokens = torch.randint(0, 61, (2, 24))
@@ -81,7 +81,7 @@ def test_ours_opens_in_the_stock_class(tmp_path, preset, overrides, stock_class)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_sealed_directory_opens_as_exactly_what_was_saved(tmp_path, preset):
+def test_a_saved_directory_loads_bit_for_bit(tmp_path, preset):
     """The sinusoids stay a formula, a bias that does not exist stays away, and every number is the same bit for bit."""
     model = random_model(small(preset))
     save_model(model, tmp_path)
@@ -129,7 +129,7 @@ def random_stock(name: str, directory: Path, **save) -> Any:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "gpt1", "qwen3", "qwen3-tied", "llama", "llama-tied"])
-def test_a_stock_directory_opens_here(tmp_path, name):
+def test_stock_directories_load(tmp_path, name):
     theirs = random_stock(name, tmp_path)
     tokens = torch.randint(0, 61, (2, 24))
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_a_stock_directory_opens_here(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3-tied"])
-def test_a_large_model_is_written_in_several_files(tmp_path, monkeypatch, name):
+def test_large_models_are_saved_in_shards(tmp_path, monkeypatch, name):
     monkeypatch.setattr(hf, "MAX_SHARD_BYTES", 20_000)
     theirs = random_stock(name, tmp_path)
     tokens = torch.randint(0, 61, (2, 24))
@@ -162,7 +162,7 @@ def test_a_large_model_is_written_in_several_files(tmp_path, monkeypatch, name):
     torch.testing.assert_close(logits(load_model(back), tokens), expected, atol=1e-4, rtol=1e-5)
 
 
-def test_shards_bf16_and_the_bare_base_model_open(tmp_path):
+def test_shards_bf16_and_base_models_load(tmp_path):
     theirs = random_stock("qwen3", tmp_path / "shards", max_shard_size="5KB")
     assert (tmp_path / "shards" / "model.safetensors.index.json").is_file()
     tokens = torch.randint(0, 61, (1, 24))
@@ -212,7 +212,7 @@ def stock_class_logits(model: Any, tokens: torch.Tensor, pad: int) -> torch.Tens
 
 
 @pytest.mark.parametrize(("preset", "overrides", "stock_class"), CASES)
-def test_a_classifier_opens_in_the_stock_class(tmp_path, preset, overrides, stock_class):
+def test_saved_classifiers_open_in_the_stock_class(tmp_path, preset, overrides, stock_class):
     model = random_model(small(preset, n_labels=3, **overrides))
     save_model(
         model, tmp_path, end_of_text_id=0, pad_token_id=1, labels=LABELS, problem_type="single_label_classification"
@@ -240,7 +240,7 @@ def test_a_classifier_opens_in_the_stock_class(tmp_path, preset, overrides, stoc
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "gpt1", "qwen3", "qwen3-tied", "llama", "llama-tied"])
 @pytest.mark.parametrize("n_labels", [1, 2, 4])
-def test_a_stock_classifier_opens_here(tmp_path, name, n_labels):
+def test_stock_classifiers_load(tmp_path, name, n_labels):
     """Two labels are the stock default, which its config.json does not mention."""
     torch.manual_seed(1)
     config = stock_configs()[name]
@@ -272,13 +272,13 @@ def test_a_language_model_has_no_labels(tmp_path):
         ({"labels": LABELS}, "pad_token_id"),
     ],
 )
-def test_labels_that_do_not_fit_are_refused(tmp_path, arguments, message):
+def test_invalid_labels_are_rejected(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         save_model(GPT(small("modern", n_labels=3)), tmp_path, **arguments)
     assert not list(tmp_path.iterdir()), "refused before anything is written"
 
 
-def test_one_label_of_one_is_refused(tmp_path):
+def test_a_single_label_is_rejected(tmp_path):
     model = GPT(small("modern", n_labels=1))
     with pytest.raises(ValueError, match="needs at least two labels"):
         save_model(model, tmp_path, pad_token_id=1, problem_type="single_label_classification")
@@ -297,14 +297,14 @@ def test_one_label_of_one_is_refused(tmp_path):
         ({"architectures": ["Qwen3ForCausalLM"]}, "unexpected tensors for this model_type: score.weight"),
     ],
 )
-def test_a_damaged_classifier_is_refused(tmp_path, changes, message):
+def test_a_damaged_classifier_is_rejected(tmp_path, changes, message):
     save_model(random_model(small("modern", n_labels=3)), tmp_path, pad_token_id=1)
     changed_config(tmp_path, **changes)
     with pytest.raises(NextwordError, match=message):
         load_model(tmp_path)
 
 
-def test_generation_ends_at_each_end(tmp_path):
+def test_generation_config_has_all_eos_tokens(tmp_path):
     """A conversation ends with its turn or with the text: `transformers` stops at both."""
     model = random_model(small("modern"))
     save_model(model, tmp_path, end_of_text_id=0, pad_token_id=1, eos_token_ids=[0, 5])
@@ -347,7 +347,7 @@ def changed_config(directory: Path, **changes) -> None:
         ("llama", {"hidden_size": None}, "config.json"),
     ],
 )  # fmt: skip
-def test_what_we_do_not_do_is_refused_by_name(tmp_path, name, changes, message):
+def test_unsupported_features_are_rejected_by_name(tmp_path, name, changes, message):
     random_stock(name, tmp_path)
     changed_config(tmp_path, **changes)
     with pytest.raises(NextwordError, match=message):
@@ -361,7 +361,7 @@ def test_a_pickle_is_never_opened(tmp_path):
         load_model(tmp_path)
 
 
-def test_an_index_that_climbs_out_is_refused(tmp_path):
+def test_an_index_with_a_path_outside_is_rejected(tmp_path):
     random_stock("gpt2", tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
     index = {"weight_map": {"transformer.wte.weight": "../elsewhere.safetensors"}}
@@ -370,7 +370,7 @@ def test_an_index_that_climbs_out_is_refused(tmp_path):
         load_model(tmp_path / "model")
 
 
-def test_a_directory_that_is_none(tmp_path):
+def test_a_directory_without_a_model_is_rejected(tmp_path):
     with pytest.raises(NextwordError, match=r"no config\.json"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -381,7 +381,7 @@ def test_a_directory_that_is_none(tmp_path):
         load_model(tmp_path)
 
 
-def test_a_flipped_bit_is_found_in_a_sealed_directory(tmp_path):
+def test_a_flipped_bit_is_detected_by_the_manifest(tmp_path):
     model = random_model(small("modern"))
     save_model(model, tmp_path)
     write_manifest(tmp_path, {"model": model.config.to_dict()})
@@ -394,7 +394,7 @@ def test_a_flipped_bit_is_found_in_a_sealed_directory(tmp_path):
 
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_hostile_bytes_are_refused_not_crashed_on(tmp_path_factory, data):
+def test_hostile_bytes_are_rejected(tmp_path_factory, data):
     """Cut or change a stock directory's files anywhere: it opens with finite shapes, or says what is wrong."""
     directory = tmp_path_factory.mktemp("hostile")
     n_labels = data.draw(st.sampled_from([0, 3]))

@@ -1,4 +1,4 @@
-"""Likelihoods: those of the stock class on the same directory, one text at a time, by lm-eval's rules; batched as single."""
+"""Log-likelihoods: equal to those of the stock class, by the rules of lm-eval; batched equals single."""
 
 import json
 import math
@@ -113,7 +113,7 @@ class Stock:
 
 
 @pytest.mark.parametrize("name", ["blimp", "arc", "hellaswag", "lambada"])
-def test_likelihoods_and_rankings_are_the_stock_classes(
+def test_loglikelihoods_and_rankings_equal_the_stock_classes(
     model_path: Path, suite_files: dict[str, Path], name: str
 ) -> None:
     questions = questions_of(name, suite_files[name])
@@ -135,7 +135,7 @@ def test_likelihoods_and_rankings_are_the_stock_classes(
 
 
 @pytest.mark.parametrize("name", ["blimp", "arc", "hellaswag", "lambada"])
-def test_scores_are_lm_evals(model_path: Path, suite_files: dict[str, Path], name: str) -> None:
+def test_scores_equal_lm_eval(model_path: Path, suite_files: dict[str, Path], name: str) -> None:
     suite = find_benchmark(f"{name}={suite_files[name]}")
     items, stock = load_rows(suite, IssueLog(strict=True)), Stock(model_path)
     found = score_items(load(model_path), suite, items)
@@ -158,7 +158,7 @@ def test_scores_are_lm_evals(model_path: Path, suite_files: dict[str, Path], nam
         }
 
 
-def test_perplexity_is_the_stock_classs(model_path: Path, texts: Path) -> None:
+def test_perplexity_equals_the_stock_class(model_path: Path, texts: Path) -> None:
     """By sliding window: each token but the first window's sees at least half a window."""
     text = sorted(texts.iterdir())[0]
     stock, ids = Stock(model_path), []
@@ -186,7 +186,9 @@ def test_perplexity_is_the_stock_classs(model_path: Path, texts: Path) -> None:
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_batched_is_single(model_path: Path, suite_files: dict[str, Path], compiled: bool, monkeypatch) -> None:
+def test_batched_scores_equal_single_scores(
+    model_path: Path, suite_files: dict[str, Path], compiled: bool, monkeypatch
+) -> None:
     """Packed into rows, with what they share read once, as if each text were alone; with compiled parts and without."""
     if not compiled:
         monkeypatch.setattr(ops, "load_kernels", lambda: (None, "disabled by the test"))
@@ -211,7 +213,7 @@ def modern(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Loglikelihoo
 
 @settings(max_examples=25)
 @given(st.data())
-def test_any_texts_that_begin_alike(modern: LoglikelihoodScorer, data: st.DataObject) -> None:
+def test_prefix_trees_equal_separate_sequences(modern: LoglikelihoodScorer, data: st.DataObject) -> None:
     """Trees of any shape: the same sums as the model's own forward pass of each text."""
     token = st.integers(0, 3)
     questions = []
@@ -232,7 +234,7 @@ def test_any_texts_that_begin_alike(modern: LoglikelihoodScorer, data: st.DataOb
             assert one.logprob == pytest.approx(float(expected), abs=1e-4, rel=1e-5)
 
 
-def test_a_tree_reads_what_is_shared_once() -> None:
+def test_a_tree_holds_the_common_prefix_once() -> None:
     found = build_tree(
         [ScoredSequence([5, 6, 7, 8, 9], 2), ScoredSequence([5, 6, 7, 3], 3), ScoredSequence([5, 6, 7, 8, 9], 1)],
         [4, 5, 6],
@@ -246,7 +248,7 @@ def test_a_tree_reads_what_is_shared_once() -> None:
     assert found.sequence_ids.tolist() == [4, 4, 5, 5, 5, 6]
 
 
-def test_texts_are_a_tree_where_that_spares_something(
+def test_sequences_form_a_tree_only_if_it_saves_work(
     modern: LoglikelihoodScorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One may be longer than the context, its texts are not; and what hardly begins alike stands by itself."""
@@ -267,7 +269,7 @@ def test_texts_are_a_tree_where_that_spares_something(
     assert [one.sequence_ids[0] for one in modern.build_trees([apart])] == [0, 1]
 
 
-def test_rows_are_full() -> None:
+def test_batches_have_little_padding() -> None:
     """Little of what goes through the model is padding."""
     sizes = np.random.default_rng(0).integers(5, 60, 500).tolist()
     trees = [build_tree([ScoredSequence(list(range(n + 1)), 1)], [i]) for i, n in enumerate(sizes)]
@@ -278,7 +280,7 @@ def test_rows_are_full() -> None:
     assert max(len(batch) for batch in rows) > 1
 
 
-def test_a_long_context_keeps_its_end(modern: LoglikelihoodScorer) -> None:
+def test_a_long_context_loses_its_beginning(modern: LoglikelihoodScorer) -> None:
     [text] = modern.encode_pairs([("x y " * 200, "z")])
     assert len(text.token_ids) == CONTEXT + 1
     [[one]] = modern.score_pairs([[("x y " * 200 + "x", " z")]])
@@ -293,7 +295,7 @@ def test_whitespace_moves_to_the_continuation(modern: LoglikelihoodScorer) -> No
     assert modern.encode_pairs([("", "b")])[0].token_ids[0] == modern.tokenizer.eos_id
 
 
-def test_another_models_tokenizer_and_broken_weights_are_said(modern: LoglikelihoodScorer, base: Path) -> None:
+def test_wrong_tokenizers_and_nonfinite_weights_are_rejected(modern: LoglikelihoodScorer, base: Path) -> None:
     small = GPT(build_config("modern", "tiny", vocab_size=300, n_layers=1, d_model=32))
     with pytest.raises(UsageError, match="not the tokenizer that the model was trained with"):
         LoglikelihoodScorer(small, modern.tokenizer)
