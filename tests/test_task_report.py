@@ -93,7 +93,7 @@ def test_scores_are_shown_beside_baselines(tmp_path: Path) -> None:
     assert page.tags.count("svg") == 6 and page.tags.count("figure") == 7
     labels = page.values("aria-label")
     assert any("macro-F1: this model 0.720 (0.650 to 0.780); majority 0.270" in label for label in labels)
-    assert any("macro-F1: 0.5 at step 100, 0.7 at step 300." in label for label in labels)
+    assert any(": 0.5 at step 100, 0.7 at step 300." in label for label in labels)
     assert_self_contained(page)
 
 

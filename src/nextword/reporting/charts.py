@@ -1,4 +1,4 @@
-"""Charts as inline SVG that take their colours from the style sheet of the page.
+"""Charts as inline SVG, and dot plots in HTML, that take their colours from the style sheet of the page.
 
 Matplotlib draws with placeholder colours that are then replaced by CSS variables, so that one chart serves the light and the
 dark theme. The SVG refers to nothing outside of itself.
@@ -23,8 +23,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from nextword.common.results import ScoreWithCI
+from nextword.common.results import BenchmarkResult, ScoreWithCI
+from nextword.reporting import formatting as fmt
 from nextword.reporting.run_data import Point
+from nextword.reporting.task_results import THIS_MODEL, TaskResults
 
 Points = Sequence[Point]
 
@@ -250,6 +252,83 @@ def _label_curve_ends(figure: Figure, axes: Axes, end_labels: Sequence[tuple[flo
     for position, (_, name, color) in zip(positions, ordered, strict=True):
         options: dict[str, Any] = {"annotation_clip": False, "parse_math": False}
         axes.annotate(name, (1.015, position), xycoords="axes fraction", va="center", color=color, **options)
+
+
+# ---------------------------------------------------------------- dot plots
+
+
+@dataclass(frozen=True)
+class DotRow:
+    """A row of a dot plot: a score with its interval, and the score of guessing and of shuffled words if there are any."""
+
+    label: str
+    score: ScoreWithCI
+    is_highlighted: bool
+    chance: float | None = None
+    shuffled: float | None = None
+
+
+@dataclass(frozen=True)
+class DotPlot:
+    """Scores on one axis, drawn in HTML and CSS. `ticks` are the marks of the axis, its ends included."""
+
+    caption: str
+    description: str
+    rows: list[DotRow]
+    ticks: Sequence[float]
+
+    def position(self, value: float) -> str:
+        """Distance of a value from the start of the axis, as a CSS percentage."""
+        return self.width(self.ticks[0], max(self.ticks[0], min(self.ticks[-1], value)))
+
+    def width(self, low: float, high: float) -> str:
+        return f"{100 * (high - low) / (self.ticks[-1] - self.ticks[0]):.2f}%"
+
+
+def task_score_plot(results: TaskResults) -> DotPlot | None:
+    """The selection metric of the model, the base model and the baselines; None for one score without an interval."""
+    scores = results.metric_scores
+    values = [x for _, score in scores for x in (score.value, score.low, score.high) if x is not None]
+    if len(values) < 2:
+        return None
+    low, high = min(values), max(values)
+    ticks = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0.0 if 0 < low < 0.6 * high else low, high)
+    description = "; ".join(f"{system} {fmt.score(score)}" for system, score in scores)
+    return DotPlot(
+        caption=f"{results.info.name} on the validation set, with 95 % confidence intervals",
+        description=f"{results.info.name}: {description}.",
+        rows=[DotRow(system, score, system == THIS_MODEL) for system, score in scores],
+        ticks=[float(tick) + 0.0 for tick in ticks],
+    )
+
+
+def benchmark_plot(benchmarks: Sequence[BenchmarkResult]) -> DotPlot | None:
+    """The benchmarks for which guessing has a score, on one axis from 0 to 1."""
+    plotted = [
+        benchmark for benchmark in benchmarks if benchmark.chance is not None and 0 <= benchmark.score.value <= 1
+    ]
+    if not plotted:
+        return None
+    description = "; ".join(f"{entry.name} {fmt.score(entry.score)}, {fmt.versus_chance(entry)}" for entry in plotted)
+    return DotPlot(
+        caption="Benchmark scores with 95 % confidence intervals. Vertical line: chance. Ring: score with the words shuffled. "
+        "Grey: not significantly different from chance.",
+        description=f"{description}.",
+        rows=[
+            DotRow(
+                benchmark.name,
+                benchmark.score,
+                benchmark.chance_side is not None,
+                benchmark.chance,
+                benchmark.shuffled_control and benchmark.shuffled_control.value,
+            )
+            for benchmark in plotted
+        ],
+        ticks=[0.0, 0.25, 0.5, 0.75, 1.0],
+    )
+
+
+# ---------------------------------------------------------------- helpers
 
 
 def moving_average(points: Points) -> list[Point]:

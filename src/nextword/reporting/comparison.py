@@ -11,7 +11,6 @@ from nextword.common.results import ScoreWithCI, StoredResults, is_number
 from nextword.reporting import formatting as fmt
 from nextword.reporting.charts import Chart, Points, moving_average, plot_run_comparison, responsive_chart
 from nextword.reporting.rendering import render_html
-from nextword.reporting.results_sections import SECTION_TITLES, group_by_section
 from nextword.reporting.run_data import LM_LOSS_TASKS, RunData, as_mapping, get_nested
 from nextword.reporting.task_results import METRICS, THIS_MODEL, TaskResults
 
@@ -207,7 +206,9 @@ def _audit_rows(runs: Sequence[ComparedRun]) -> dict[str, list[Row]]:
     """The findings of the audits by the title of their section."""
     by_run = [{(finding.section, finding.name): finding for finding in run.results.findings} for run in runs]
     sections: dict[str, list[Row]] = {}
-    for section, findings in group_by_section([finding for run in runs for finding in run.results.findings]).items():
+    for section, findings in fmt.group_by_section(
+        [finding for run in runs for finding in run.results.findings]
+    ).items():
         rows: list[Row] = []
         for name in dict.fromkeys(finding.name for finding in findings):
             found = [findings_of_run.get((section, name)) for findings_of_run in by_run]
@@ -222,7 +223,7 @@ def _audit_rows(runs: Sequence[ComparedRun]) -> dict[str, list[Row]]:
                     flagged=tuple(i for i, finding in enumerate(found) if finding is not None and finding.flagged),
                 )
             )
-        sections[SECTION_TITLES.get(section, section)] = rows
+        sections[fmt.SECTION_TITLES.get(section, section)] = rows
     return sections
 
 

@@ -4,13 +4,19 @@ import html
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from markupsafe import Markup
 
-from nextword.common.results import BenchmarkResult, Provenance, ScoreWithCI
+from nextword.common.results import AuditFinding, BenchmarkResult, Provenance, ScoreWithCI
 
+SECTION_TITLES = {
+    "bias": "Social bias",
+    "memory": "Memorisation of training text",
+    "corpus": "Training corpus",
+    "cost": "Energy and carbon",
+}
 MAX_GROUPS = 40
 _CONTROL_CHARACTERS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
@@ -119,7 +125,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
     return rows
 
 
-# ---------------------------------------------------------------- benchmarks
+# ---------------------------------------------------------------- benchmarks and audits
 
 
 def versus_chance(benchmark: BenchmarkResult) -> str:
@@ -150,3 +156,10 @@ def extreme_groups(benchmark: BenchmarkResult) -> list[tuple[str, ScoreWithCI]]:
     """The groups of a benchmark by score; only the lowest and the highest if there are many."""
     ordered = sorted(benchmark.groups.items(), key=lambda group: group[1].value)
     return ordered if len(ordered) <= MAX_GROUPS else ordered[: MAX_GROUPS // 2] + ordered[-MAX_GROUPS // 2 :]
+
+
+def group_by_section(findings: Sequence[AuditFinding]) -> dict[str, list[AuditFinding]]:
+    """Findings by section, in the order of `SECTION_TITLES`, unknown sections last."""
+    names = dict.fromkeys([*SECTION_TITLES, *(finding.section for finding in findings)])
+    sections = {name: [finding for finding in findings if finding.section == name] for name in names}
+    return {name: group for name, group in sections.items() if group}

@@ -10,12 +10,11 @@ from typing import Any
 from nextword.common.errors import NextwordError
 from nextword.common.fs import atomic_write
 from nextword.common.results import StoredResults, is_number, short_path_name
+from nextword.reporting import charts
 from nextword.reporting import formatting as fmt
 from nextword.reporting.card import is_unmodified_card, write_card
-from nextword.reporting.charts import Chart, Points, moving_average, plot_loss, plot_small, responsive_chart
 from nextword.reporting.label_efficiency_page import write_label_efficiency_page
 from nextword.reporting.rendering import render_html
-from nextword.reporting.results_sections import results_context, task_score_plot
 from nextword.reporting.run_data import (
     LM_LOSS_TASKS,
     RunData,
@@ -46,7 +45,7 @@ def write_report(run_dir: Path) -> Path:
     run = RunData.load(run_dir)
     if run.metadata.get("task") == "transfer":
         return _write_study_report(run_dir, run)
-    results = TaskResults.from_run(run) if run.task else None
+    stored, results = StoredResults.load(run_dir), TaskResults.from_run(run) if run.task else None
     metric = results.metric if results and results.metric != "loss" else "bits_per_byte"
     losses, scores = dict(run.series("validation", "loss")), dict(run.series("validation", metric))
     page = render_html(
@@ -56,7 +55,7 @@ def write_report(run_dir: Path) -> Path:
         subtitle=_subtitle(run),
         results=results,
         metrics=METRICS,
-        task_scores=results and task_score_plot(results),
+        task_scores=results and charts.task_score_plot(results),
         loss_chart=_loss_chart(run) if run.task in LM_LOSS_TASKS else None,
         charts=[*(_task_charts(run, results) if results else ()), *_training_charts(run)],
         metric=metric,
@@ -66,7 +65,10 @@ def write_report(run_dir: Path) -> Path:
         samples=_select_samples(run),
         tables=_metadata_tables(run),
         is_imbalanced=is_imbalanced(run),
-        **results_context(StoredResults.load(run_dir)),
+        stored=stored,
+        benchmark_plot=charts.benchmark_plot(stored.benchmarks),
+        findings_by_section=fmt.group_by_section(stored.findings),
+        section_titles=fmt.SECTION_TITLES,
     )
     atomic_write(run_dir / "report.html", page)
     return run_dir / "report.html"
@@ -137,7 +139,7 @@ def _subtitle(run: RunData) -> str:
 # ---------------------------------------------------------------- charts
 
 
-def _loss_chart(run: RunData) -> Chart | None:
+def _loss_chart(run: RunData) -> charts.Chart | None:
     train, validation = run.series("loss"), run.series("validation", "loss")
     if not train and not validation:
         return None
@@ -145,65 +147,55 @@ def _loss_chart(run: RunData) -> Chart | None:
     bits_per_nat = next((bits[step] / loss for step, loss in validation if loss and bits.get(step)), None)
     sentences: list[str] = []
     if train:
-        sentences.append(f"The training loss falls from {train[0][1]:.2f} to {moving_average(train)[-1][1]:.2f}.")
+        last = charts.moving_average(train)[-1][1]
+        sentences.append(f"The training loss falls from {train[0][1]:.2f} to {last:.2f}.")
     if run.best_validation:
         step, loss = run.best_validation
         sentences.append(f"The lowest validation loss is {loss:.3f}, at step {step:,.0f}.")
     caption = "Training loss (faint: every step, strong: moving average) and validation loss. Lower is better."
-    return responsive_chart(caption, " ".join(sentences), plot_loss, train, validation, bits_per_nat)
+    description = " ".join(sentences)
+    return charts.responsive_chart(caption, description, charts.plot_loss, train, validation, bits_per_nat)
 
 
-def _training_charts(run: RunData) -> list[Chart]:
+def _training_charts(run: RunData) -> list[charts.Chart]:
     """Learning rate, gradient norm and throughput by step, and the validation loss by position."""
-    charts: list[Chart] = []
     captions = {
         "lr": "Learning rate",
         "gradient_norm": "Gradient norm before clipping",
         "tokens_per_second": "Tokens per second",
     }
-    for key, caption in captions.items():
-        if points := run.series(key):
-            values = [y for _, y in points]
-            description = f"{caption}: {min(values):.3g} to {max(values):.3g}, {values[-1]:.3g} at the end."
-            charts.append(Chart(caption, description, plot_small(points, f"small-{key}", start_at_zero=True)))
+    series = {key: run.series(key) for key in captions}
+    small = [_small_chart(captions[key], series[key], key, start_at_zero=True) for key in captions if series[key]]
     losses = as_list(run.result.get("by_position")) or as_list(run.get("evaluation", "by_position"))
     if len(losses) > 1 and all(map(is_number, losses)):
+        caption = "Validation loss by position: the benefit of a longer context"
         points = [(float(position), loss) for position, loss in enumerate(losses, start=1)]
-        first, last = points[0][1], moving_average(points)[-1][1]
-        description = f"Validation loss by position: {first:.2f} at the first position, {last:.2f} at the last."
-        svg = plot_small(points, "small-position", x_label="position in the context window", log_x=True)
-        charts.append(Chart("Validation loss by position: the benefit of a longer context", description, svg))
-    return charts
+        small.append(_small_chart(caption, points, "position", x_label="position in the context window", log_x=True))
+    return small
 
 
-def _task_charts(run: RunData, results: TaskResults) -> list[Chart]:
+def _task_charts(run: RunData, results: TaskResults) -> list[charts.Chart]:
     """The score and, where the two are different quantities, the validation loss and the training loss by step."""
-    charts: list[Chart] = []
+    small: list[charts.Chart] = []
     points = run.series("validation", results.metric)
     if len(points) > 1 and results.metric not in ("loss", "bits_per_byte"):
         baseline = results.best_baseline and (results.best_baseline[0], results.best_baseline[1].value)
         caption = f"{results.info.name} on the validation examples used during training"
-        charts.append(
-            Chart(
-                caption, _describe_ends(results.info.name, points), plot_small(points, "small-score", baseline=baseline)
-            )
-        )
+        small.append(_small_chart(caption, points, "score", baseline=baseline))
     if run.task in LM_LOSS_TASKS:
-        return charts
+        return small
     if len(points := run.series("validation", "loss")) > 1:
-        caption = f"Validation loss: {validation_loss_unit(run)}"
-        charts.append(Chart(caption, _describe_ends(caption, points), plot_small(points, "small-validation")))
+        small.append(_small_chart(f"Validation loss: {validation_loss_unit(run)}", points, "validation"))
     if len(points := run.series("loss")) > 1:
-        caption = f"Training loss: {_training_loss_name(run)}"
-        charts.append(
-            Chart(caption, _describe_ends(caption, points), plot_small(points, "small-training", is_training=True))
-        )
-    return charts
+        small.append(_small_chart(f"Training loss: {_training_loss_name(run)}", points, "training", is_training=True))
+    return small
 
 
-def _describe_ends(name: str, points: Points) -> str:
-    (first_step, first), (last_step, last) = points[0], points[-1]
-    return f"{name}: {first:.3g} at step {first_step:,.0f}, {last:.3g} at step {last_step:,.0f}."
+def _small_chart(caption: str, points: charts.Points, name: str, **options: Any) -> charts.Chart:
+    axis = options.get("x_label", "step").split()[0]
+    (first_x, first), (last_x, last) = points[0], points[-1]
+    description = f"{caption}: {first:.3g} at {axis} {first_x:,.0f}, {last:.3g} at {axis} {last_x:,.0f}."
+    return charts.Chart(caption, description, charts.plot_small(points, f"small-{name}", **options))
 
 
 def _training_loss_name(run: RunData) -> str:

@@ -393,7 +393,7 @@ function makeAttributions() {
 // ---------------------------------------------------------------- selection
 
 function select(change) {
-  const before = { ...at };
+  const before = { ...selected };
   const within = (value, size) => Math.max(0, Math.min(size - 1, value));
   Object.assign(selected, change);
   selected.token = within(selected.token, T);
