@@ -166,7 +166,7 @@ def test_report_and_verify(nextword: CLIRunner, run, tmp_path):
         (["pretrain", "{texts}", "--out", "{tmp}/r", "--steps", "5", "--model.d-model", "33"], 2, "must be a multiple"),
         (["pretrain", "{texts}", "--out", "{tmp}/r", "--device", "warp"], 2, "--device warp"),
         (["pretrain", "{texts}", "--out", "{tmp}/r", "--tokenizer", "{tmp}/none.json"], 1, "none.json"),
-        (["generate", "{tmp}/nowhere", "x"], 1, "neither a model directory nor a run folder"),
+        (["generate", "{tmp}/nowhere", "x"], 1, "not a model directory or a run directory"),
         (["generate", "{run}", "x", "--temperature", "-1"], 2, "temperature must be"),
         (["generate", "{run}", "x", "--top-p", "7"], 2, "top_p must be"),
         (["evaluate", "{run}", "{tmp}/nowhere"], 2, "nowhere"),

@@ -419,6 +419,6 @@ def test_from_the_command_line(models: dict[str, Model], tmp_path: Path, capsys:
     assert told["page"] == str(page)
     assert told == {**api.explain(models["modern"].path, TEXT, word="doctor"), "page": str(page)}
     assert run_command(["explain", str(tmp_path), TEXT]) == 1
-    assert "neither a model directory nor a run folder" in capsys.readouterr().err
+    assert "not a model directory or a run directory" in capsys.readouterr().err
     assert run_command(["explain", str(models["modern"].path), TEXT, "--out", str(tmp_path / "no" / "page.html")]) == 1
     assert "cannot write" in capsys.readouterr().err

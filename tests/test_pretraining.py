@@ -137,7 +137,7 @@ def test_resuming_what_is_finished_is_content_at_once(complete_run, texts, monke
 
 
 def test_a_run_does_not_overwrite_a_run_or_other_files(complete_run, texts, tmp_path):
-    with pytest.raises(UsageError, match="holds a run already"):
+    with pytest.raises(UsageError, match="already holds a run"):
         package.pretrain(texts, complete_run, steps=5)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match=r"not empty \(notes.txt"):

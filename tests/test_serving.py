@@ -574,7 +574,7 @@ def test_precisions_and_the_seed_of_the_server(base: Path) -> None:
 
 def test_a_model_that_cannot_be_opened_ends_the_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["serve", str(tmp_path / "nowhere"), "--port", "0"]) == 1
-    assert "neither a model directory nor a run folder" in capsys.readouterr().err
+    assert "not a model directory or a run directory" in capsys.readouterr().err
     made = make_model_dir(tmp_path / "model", train_bpe(["The house"] * 3, 300))
     (made / "model.safetensors").write_bytes(b"broken")
     assert cli.run(["serve", str(made), "--port", "0"]) in (1, 3)

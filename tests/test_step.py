@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from nextword.common.errors import CorruptFileError, TrainingDivergedError
+from nextword.common.errors import CorruptFileError
 from nextword.data.dataset import IGNORE_INDEX, Batch, InMemoryTokens, TokenDataset
 from nextword.model.config import build_config
 from nextword.model.cross_entropy import token_nll
@@ -22,13 +23,14 @@ from nextword.training import step
 from nextword.training.losses import DeviceBatch, causal_lm_loss
 from nextword.training.optimizer import Optimizer, lr_multiplier
 from nextword.training.step import (
+    StepMetrics,
     StepSettings,
     TrainState,
     build_loss_module,
     fit_micro_batch_rows,
     should_compile,
     time_step,
-    training_steps,
+    train_step,
 )
 from nextword.training.step_budget import StepBudgetDecision, StepSchedule, TimeBudgetController, read_decisions
 
@@ -55,9 +57,14 @@ class Training:
         self.dataset: Any = TokenDataset(learnable_tokens(), 16, rows, seed=4)
         self.loss_module, _ = build_loss_module(self.model, causal_lm_loss, "plain")
 
-    def steps(self, num_steps: int, **settings: Any) -> list[step.StepMetrics]:
+    def iter_steps(self, num_steps: int, **settings: Any) -> Iterator[StepMetrics]:
         schedule = StepSchedule([StepBudgetDecision(0, num_steps)])
-        return list(training_steps(self.state, self.dataset, self.loss_module, StepSettings(**settings), schedule))
+        while self.state.step < num_steps:
+            batch, progress = self.dataset.batch(self.state.step), schedule.progress(self.state.step)
+            yield train_step(self.state, self.loss_module, batch, StepSettings(**settings), progress)
+
+    def steps(self, num_steps: int, **settings: Any) -> list[StepMetrics]:
+        return list(self.iter_steps(num_steps, **settings))
 
     def losses(self, num_steps: int, **settings: Any) -> list[float]:
         return [metrics.loss for metrics in self.steps(num_steps, **settings)]
@@ -172,22 +179,13 @@ class PoisonedDataset:
 def test_a_step_with_a_loss_that_is_not_finite_is_skipped():
     training = Training(kind="muon", preset="modern")
     training.dataset = PoisonedDataset(training, {3, 4})
-    schedule, snapshots = StepSchedule([StepBudgetDecision(0, 8)]), {}
-    steps = training_steps(training.state, training.dataset, training.loss_module, StepSettings(), schedule)
-    for metrics in steps:
+    snapshots = {}
+    for metrics in training.iter_steps(8):
         assert metrics.skipped == (metrics.step - 1 in {3, 4})
         snapshots[metrics.step] = [t.clone() for t in training.state.optimizer.state_tensors().values()]
     assert all(torch.equal(a, b) for a, b in zip(snapshots[3], snapshots[5], strict=True))
     training.dataset.batch(0)
     assert all(p.isfinite().all() for p in training.model.parameters())
-
-
-def test_several_losses_in_a_row_that_are_not_finite_end_the_run():
-    training = Training()
-    training.dataset = PoisonedDataset(training, set(range(2, 100)))
-    with pytest.raises(TrainingDivergedError, match=r"5 steps in a row.*--training\.lr"):
-        training.steps(50)
-    assert training.state.step == 7
 
 
 # ---------------------------------------------------------------- schedule and time budget
@@ -245,25 +243,22 @@ def test_a_time_budget_is_kept_and_its_log_replays_exactly(tmp_path):
     assert replayed.total_steps == step
 
 
-def test_a_used_up_budget_ends_after_a_step_and_a_wrong_first_estimate_is_corrected(tmp_path):
-    def steps(controller: TimeBudgetController, schedule: StepSchedule, seconds_per_step: float) -> list[Any]:
-        t = Training()
-        return list(
-            training_steps(
-                t.state, t.dataset, t.loss_module, StepSettings(), schedule, controller, seconds_per_step,
-                now=controller.now,
-            )
-        )  # fmt: skip
+def test_a_used_up_budget_ends_after_a_step(tmp_path):
+    schedule = StepSchedule([StepBudgetDecision(0, 50)])
+    controller = TimeBudgetController(5.0, tmp_path / "log.jsonl", started=-4.9, now=lambda: 0.0)
+    controller.update(schedule, 0, 9.0)
+    assert schedule.total_steps == 1
 
-    used_up = TimeBudgetController(5.0, tmp_path / "used_up.jsonl", started=-4.9, now=lambda: 0.0)
-    assert len(steps(used_up, StepSchedule([StepBudgetDecision(0, 50)]), 9.0)) == 1
 
+def test_a_wrong_first_estimate_is_corrected(tmp_path):
     clock = itertools.count(0, 0.01).__next__  # advances with every reading
-    controller = TimeBudgetController(2.0, tmp_path / "wrong.jsonl", started=0.0, now=clock)
-    metrics = steps(controller, StepSchedule(), seconds_per_step=10.0)  # 1,000 times too long
-    assert len(metrics) > 60
-    assert metrics[10].lr > 0
-    assert metrics[-1].progress == 1.0
+    controller, schedule = TimeBudgetController(2.0, tmp_path / "log.jsonl", started=0.0, now=clock), StepSchedule()
+    step = 0
+    controller.update(schedule, step, 10.0)  # 1,000 times too long
+    while step + 1 < schedule.total_steps:
+        step += 1
+        controller.update(schedule, step, 10.0 if step < 4 else 0.01)
+    assert step > 60
 
 
 def test_a_broken_log_of_decisions_is_named(tmp_path):

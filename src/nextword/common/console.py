@@ -137,13 +137,3 @@ class Console:
         self._task = self._bar.add_task(stage, total=total, text=text)
         self._bar.start()
         self._stage = stage
-
-
-class NullConsole(Console):
-    """Prints nothing, not even a warning: the main rank prints for all."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-
-    def warn(self, text: str) -> None:
-        pass

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from nextword.common.console import Console
+from nextword.common.environment import resolve_device
 from nextword.common.errors import NextwordError, UsageError
 from nextword.common.fs import verify_manifest
-from nextword.common.environment import resolve_device
 from nextword.data.builtin_datasets import find_sources
 from nextword.data.dataset import InMemoryTokens, TokenSource
 from nextword.data.issues import IssueLog

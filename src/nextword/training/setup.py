@@ -200,7 +200,7 @@ def setup_training(
             if dist.is_main:
                 run.seconds_before_resume = run.run_dir.truncate_metrics(state.step)
             setup.seconds_per_step = measure_step(run, setup, setup.step_module)
-            run.info(f"resuming at step {state.step:,}, after {format_duration(run.seconds_before_resume)}")
+            run.info(f"resuming from step {state.step:,}, after {format_duration(run.seconds_before_resume)}")
         else:
             rows = setup.step_settings.micro_batch_rows
             metadata["fixed"] = {**fixed, "micro_batch_rows": rows, "step_kind": step_kind}

@@ -1,7 +1,7 @@
 """The training step and the training loop, and what a run measures before its first step.
 
 Batch, learning rate and dropout are computed from (seed, step). The state is the step, the weights and the optimizer. The
-trainer iterates over `training_steps`, and evaluates and saves between two of them.
+trainer evaluates and saves between two steps.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -17,14 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nextword.common.errors import TrainingDivergedError
 from nextword.data.dataset import Batch, derive_seed, segment_positions
 from nextword.model.gpt import GPT, sample_dropout_masks
 from nextword.training.distributed import SINGLE_PROCESS, DistContext
 from nextword.training.losses import DeviceBatch, LabelTensors, LossFn, LossModule, LossTerm
 from nextword.training.optimizer import LRSchedule, Optimizer, lr_multiplier
 from nextword.training.parallel import clip_grad_norm_, set_grad_sync, to_local
-from nextword.training.step_budget import StepSchedule, TimeBudgetController
 
 # "plain": PyTorch's eager operators. "fused": the compiled CPU kernels of `model.ops`. "compiled": torch.compile.
 StepKind = Literal["plain", "fused", "compiled"]
@@ -203,55 +200,6 @@ def train_step(
         skipped=not is_finite,
         progress=progress,
     )
-
-
-def training_steps(
-    state: TrainState,
-    dataset: Dataset,
-    loss_module: nn.Module,
-    settings: StepSettings,
-    step_schedule: StepSchedule,
-    budget_controller: TimeBudgetController | None = None,
-    seconds_per_step: float = 0.0,
-    ctx: DistContext = SINGLE_PROCESS,
-    batch_index: Callable[[int], int] = int,
-    now: Callable[[], float] = time.perf_counter,
-) -> Iterator[StepMetrics]:
-    """The training loop: from the step of `state` to the end of the schedule.
-
-    The time between two steps, in which the caller evaluates and saves, counts for the budget. The caller may also roll back
-    `state` between two steps.
-
-    Args:
-        state: changed in place.
-        dataset: the training data.
-        loss_module: the model with its loss, perhaps compiled.
-        settings: the settings of each step.
-        step_schedule: the progress at each step.
-        budget_controller: adjusts the schedule to a time budget.
-        seconds_per_step: the first estimate for a time budget.
-        ctx: the processes.
-        batch_index: maps a step to the index of its batch; the identity, except where batches are skipped.
-        now: returns the time in seconds.
-
-    Raises:
-        TrainingDivergedError: the loss was not finite for several steps in a row. The weights are those before.
-    """
-    times = [now()]
-    while not step_schedule.decisions or state.step < step_schedule.total_steps:
-        if budget_controller is not None:
-            if len(times) > 4:  # from the second half of the steps so far
-                half = len(times) // 2
-                seconds_per_step = (times[-1] - times[half]) / (len(times) - 1 - half)
-            budget_controller.update(step_schedule, state.step, seconds_per_step)
-        batch = dataset.batch(batch_index(state.step), ctx.dp_rank, ctx.dp_size)
-        yield train_step(state, loss_module, batch, settings, step_schedule.progress(state.step), ctx)
-        if state.nonfinite_streak >= MAX_NONFINITE_STEPS:
-            raise TrainingDivergedError(
-                f"the loss was not finite for {state.nonfinite_streak} steps in a row, up to step {state.step}. None of them "
-                "changed the weights. A lower --training.lr or a longer --training.warmup may help."
-            )
-        times.append(now())
 
 
 # ---------------------------------------------------------------- before the first step
