@@ -232,8 +232,7 @@ def train_on_examples(run: "RunContext", base: "BaseModel", recipe: FinetuneReci
     if resumed is None:
         recipe = choose_hyperparameters(recipe, data, start.config.d_model)
     model, lora_config = build_finetune_model(start, base, data, recipe, seed)
-    dataset, label_counts = build_task_dataset(model, data, recipe, seed)
-    is_balanced = dataset.sample_weights is not None
+    dataset, label_counts, is_balanced = build_task_dataset(model, data, recipe, seed)
     spec = data.examples.task_spec
     metric = selection_metric(spec, is_balanced)
     recipe = choose_length(recipe, dataset.steps_per_epoch)

@@ -235,7 +235,7 @@ def choose_settings(
     tokens_per_step = rows * model_config.context_length
     if plan is not None and (recipe.tokens is not None or recipe.flops is not None):
         recipe = replace(recipe, steps=math.ceil(plan.tokens / tokens_per_step))
-    specific = {"preset": recipe.preset, "size": recipe.size}
+    specific: dict[str, Any] = {"preset": recipe.preset, "size": recipe.size}
     if plan is not None:
         specific["plan"] = plan.to_dict()
     if base is not None:

@@ -15,11 +15,11 @@ import json
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from nextword.common import fs
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
@@ -63,10 +63,10 @@ class RunDir:
         Raises:
             CorruptFileError: the file is not the run.json of a run.
         """
-        metadata = fs.read_json(self.path / "run.json")
+        metadata: Any = fs.read_json(self.path / "run.json")
         if not isinstance(metadata, dict) or "recipe" not in metadata:
             raise CorruptFileError(f"{self.path / 'run.json'}: not a nextword run")
-        return metadata
+        return cast(dict[str, Any], metadata)
 
     def write_metadata(self, metadata: dict[str, Any]) -> None:
         fs.atomic_write(self.path / "run.json", fs.to_json(metadata))
@@ -88,7 +88,7 @@ class RunDir:
 
 
 @contextmanager
-def open_run(path: Path, *, resume: bool) -> Iterator[RunDir]:
+def open_run(path: Path, *, resume: bool) -> Generator[RunDir, None, None]:
     """Create a run directory if needed, and lock it.
 
     Raises:
@@ -121,7 +121,7 @@ class RunInterruptedError(NextwordError):
 
 
 @contextmanager
-def catch_signals() -> Iterator[list[int]]:
+def catch_signals() -> Generator[list[int], None, None]:
     """Catch the first SIGINT or SIGTERM and append it to the yielded list. A second signal exits at once.
 
     Outside the main thread, where Python does not allow signal handlers, nothing is caught.
@@ -145,11 +145,10 @@ def catch_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def diff_settings(before: Any, now: Any, name: str = "") -> list[str]:
+def diff_settings(before: object, now: object, name: str = "") -> list[str]:
     """Return the differences of two nested settings, as lines "name: before → now"."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted(set(before) | set(now))
-        return [
-            line for key in keys for line in diff_settings(before.get(key), now.get(key), f"{name}.{key}".strip("."))
-        ]
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        old, new = cast(Mapping[str, object], before), cast(Mapping[str, object], now)
+        pairs = [(f"{name}.{key}".strip("."), old.get(key), new.get(key)) for key in sorted({*old, *new})]
+        return [line for key, old_value, new_value in pairs for line in diff_settings(old_value, new_value, key)]
     return [] if before == now else [f"{name}: {before} → {now}"]

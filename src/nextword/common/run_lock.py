@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ LOCK_TIMEOUT_SECONDS = 0.5  # longer than `fail_if_locked` of another process ho
 
 
 @contextmanager
-def run_lock(path: Path) -> Iterator[None]:
+def run_lock(path: Path) -> Generator[None, None, None]:
     """Hold the lock of a run directory. The lock of a killed process is free.
 
     Raises:

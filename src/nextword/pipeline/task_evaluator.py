@@ -129,8 +129,8 @@ def build_finetune_model(
 
 def build_task_dataset(
     model: GPT, data: FinetuneData, config: FinetuneRecipe, seed: int
-) -> tuple[TaskDataset, dict[str, int]]:
-    """The batches of a fine-tuning run, and the number of examples of each label."""
+) -> tuple[TaskDataset, dict[str, int], bool]:
+    """The batches of a fine-tuning run, the number of examples of each label, and whether rare labels have more weight."""
     spec = data.examples.task_spec
     assert config.tuning.batch_examples is not None and data.tokenizer.pad_id is not None
     sample_weights, label_counts = compute_sample_weights(spec, data.examples.train, config.tuning.balance)
@@ -148,7 +148,7 @@ def build_task_dataset(
         reference_logprobs=reference,
         pack_length=model.config.context_length if spec.task == "chat" else None,
     )
-    return dataset, label_counts
+    return dataset, label_counts, sample_weights is not None
 
 
 def selection_metric(spec: TaskSpec, is_balanced: bool) -> str:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -228,11 +228,13 @@ def check_resume_config(run_dir: RunDir, request: dict[str, Any], mutable_fields
     Raises:
         UsageError: with the options that differ.
     """
-    original, mismatches = run_dir.metadata()["request"], []
+    original: dict[str, Any] = run_dir.metadata()["request"]
+    mismatches: list[str] = []
     for name, value in request.items():
-        previous = original.get(name)
+        previous: Any = original.get(name)
         if isinstance(value, dict) and isinstance(previous, dict | None):
-            value = {key: v for key, v in value.items() if name != "training" or key not in mutable_fields}
+            given = cast(dict[str, Any], value)
+            value = {key: given[key] for key in given if name != "training" or key not in mutable_fields}
             previous = {key: (previous or {}).get(key) for key in value}
         if value not in (None, [], {}):
             mismatches += diff_settings(previous, value, name)
@@ -246,8 +248,9 @@ def check_resume_config(run_dir: RunDir, request: dict[str, Any], mutable_fields
 
 def update_parallelism(run: RunContext) -> None:
     """Apply the parallelism settings of a resume to run.json. They change the result by rounding only."""
-    metadata, requested = run.run_dir.metadata(), run.request.get("training") or {}
-    original = metadata["recipe"].get("training", {})
+    metadata = run.run_dir.metadata()
+    requested: dict[str, Any] = run.request.get("training") or {}
+    original: dict[str, Any] = metadata["recipe"].get("training", {})
     current = {name: original[name] for name in PARALLELISM_FIELDS if name in original}
     if "parallel" in current:
         current["parallel"] = DEPRECATED_PARALLEL.get(current["parallel"], current["parallel"])

@@ -3,7 +3,7 @@
 The choices of a new run are stored in run.json and apply to the whole run. Bitwise equality requires that they stay the same.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -130,7 +130,7 @@ def setup_training(
     init_weights: Callable[[], Iterable[tuple[str, Tensor]]] | None = None,
     seconds_per_step: float = 0.0,
     dynamic_shapes: bool = False,
-) -> Iterator[TrainingSetup]:
+) -> Generator[TrainingSetup, None, None]:
     """Prepare a run for training. All ranks call this together.
 
     Within the context, errors of other ranks and a full disk are reported as such.
@@ -211,7 +211,7 @@ def setup_training(
 
 
 @contextmanager
-def require_disk_space(run: RunContext, model: GPT) -> Iterator[None]:
+def require_disk_space(run: RunContext, model: GPT) -> Generator[None, None, None]:
     """Require room for the checkpoints, one more being written and one being uploaded, the model and its replacement.
 
     A checkpoint holds the trainable weights and at most two optimizer tensors for each.
