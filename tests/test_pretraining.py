@@ -158,7 +158,7 @@ def test_a_resume_with_other_options_lists_the_differences(complete_run):
 
 
 def test_verify_lists_valid_directories(complete_run):
-    whole = package.verify_tree(complete_run)
+    whole = package.verify(complete_run)
     assert sorted(whole.values()) == ["checkpoint", "checkpoint", "model", "shards"]
 
 
