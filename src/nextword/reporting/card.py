@@ -9,10 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextword.common.fs import atomic_write
-from nextword.common.results import ScoreWithCI, StoredResults, is_number, short_path_name
+from nextword.common.results import ScoreWithCI, StoredResults
 from nextword.reporting import formatting as fmt
 from nextword.reporting.rendering import render_markdown
-from nextword.reporting.run_data import LM_LOSS_TASKS, RunData, task_metadata, validation_loss_unit
+from nextword.reporting.run_data import (
+    LM_LOSS_TASKS,
+    RunData,
+    is_number,
+    short_path_name,
+    task_metadata,
+    validation_loss_unit,
+)
 from nextword.reporting.task_results import METRICS, TaskResults
 
 if TYPE_CHECKING:

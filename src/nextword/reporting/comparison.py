@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from nextword.common.errors import UsageError
+from nextword.common.format import format_count, format_duration
 from nextword.common.fs import atomic_write
-from nextword.common.results import ScoreWithCI, StoredResults, is_number
+from nextword.common.results import ScoreWithCI, StoredResults
 from nextword.reporting import formatting as fmt
 from nextword.reporting.charts import Chart, Points, moving_average, plot_run_comparison, responsive_chart
 from nextword.reporting.rendering import render_html
-from nextword.reporting.run_data import LM_LOSS_TASKS, RunData, as_mapping, get_nested
+from nextword.reporting.run_data import LM_LOSS_TASKS, RunData, as_mapping, get_nested, is_number
 from nextword.reporting.task_results import METRICS, THIS_MODEL, TaskResults
 
 MAX_RUNS = 6  # as many as there are colours
@@ -105,11 +107,8 @@ def shortest_names(paths: Sequence[Path]) -> list[str]:
     """The shortest suffixes of some paths that distinguish them."""
     if len(set(paths)) < len(paths):
         raise UsageError("the same run was passed twice")
-    for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.parts[-depth:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in paths]
+    suffixes = (["/".join(path.parts[-depth:]) for path in paths] for depth in count(1))
+    return next(names for names in suffixes if len(set(names)) == len(paths))
 
 
 def _outcome_rows(runs: Sequence[ComparedRun]) -> list[Row]:
@@ -123,10 +122,10 @@ def _outcome_rows(runs: Sequence[ComparedRun]) -> list[Row]:
     numeric_rows: list[tuple[str, list[Any], Callable[[float], str]]] = [
         ("validation loss", [run.data.loss for run in runs], fmt.number),
         ("perplexity", lm_losses, fmt.perplexity),
-        ("parameters", [run.data.metadata.get("parameters") for run in runs], fmt.count),
-        ("training tokens", [run.data.last_value("tokens") for run in runs], fmt.count),
+        ("parameters", [run.data.metadata.get("parameters") for run in runs], format_count),
+        ("training tokens", [run.data.last_value("tokens") for run in runs], format_count),
         ("steps", [run.data.result.get("steps") or run.data.last_value("step") for run in runs], fmt.readable),
-        ("time", [run.data.seconds for run in runs], fmt.duration),
+        ("time", [run.data.seconds for run in runs], format_duration),
         ("energy, Wh", [get_nested(run.data.result, "energy", "watt_hours") for run in runs], fmt.readable),
     ]
     for label, values, formatter in numeric_rows:

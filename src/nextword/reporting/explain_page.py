@@ -38,10 +38,6 @@ def write_explanation_page(explanation: Mapping[str, Any], path: Path) -> Path:
         heading=text if len(text) <= MAX_HEADING_CHARS else f"{text[:MAX_HEADING_CHARS]} …",
         is_long=len(text) > LARGE_HEADING_CHARS,
         explanation=explanation,
-        model=explanation["about"],
-        answer=explanation["answer"],
-        attribution=explanation["leaning"],
-        next_tokens=explanation["tokens"][-1].get("next"),
         show_whitespace=show_whitespace,
         data=script_safe_json(page_data(explanation)),
     )

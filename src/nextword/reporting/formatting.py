@@ -87,27 +87,6 @@ def readable(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def count(value: float) -> str:
-    """1,234,567 as 1.23 M."""
-    for size, suffix in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if value >= size:
-            return f"{value / size:.3g}{suffix}"
-    return f"{value:,.0f}"
-
-
-def gigabytes(size: float) -> str:
-    """A size in bytes as 1.23 GB."""
-    return f"{size / 1e9:.2f} GB"
-
-
-def duration(seconds: float) -> str:
-    """259 as 4 min 19 s."""
-    minutes, hours = round(seconds) // 60, round(seconds) // 3600
-    if hours:
-        return f"{hours} h {minutes % 60} min"
-    return f"{minutes} min {round(seconds) % 60} s" if minutes else f"{seconds:z.1f} s"
-
-
 def perplexity(loss: float) -> str:
     """exp(loss), for a loss in nats per token."""
     return f"{math.exp(loss):,.4g}" if loss < 14 else f"{math.exp(min(loss, 700)):.2e}"

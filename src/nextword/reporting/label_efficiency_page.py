@@ -6,11 +6,11 @@ from typing import Any
 
 from nextword.common.errors import NextwordError
 from nextword.common.fs import atomic_write
-from nextword.common.results import ScoreWithCI, is_number
+from nextword.common.results import ScoreWithCI
 from nextword.reporting import formatting as fmt
 from nextword.reporting.charts import Chart, ScoreCurve, plot_label_efficiency, responsive_chart
 from nextword.reporting.rendering import render_html
-from nextword.reporting.run_data import as_list, as_mapping, get_nested
+from nextword.reporting.run_data import as_list, as_mapping, get_nested, is_number
 from nextword.reporting.task_results import LOWER_IS_BETTER_METRICS, METRICS, parse_score
 
 INITIALIZATIONS = {"pretrained": "pre-trained", "scratch": "from scratch"}

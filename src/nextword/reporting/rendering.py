@@ -13,14 +13,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from nextword.common.results import is_number, short_path_name
+from nextword.common.format import format_bytes, format_count, format_duration
 from nextword.reporting import formatting as fmt
+from nextword.reporting.run_data import is_number, short_path_name
 
 TEXT_FILTERS: tuple[Callable[..., str], ...] = (
-    fmt.count,
-    fmt.duration,
     fmt.fence,
-    fmt.gigabytes,
     fmt.interval,
     fmt.number,
     fmt.perplexity,
@@ -58,6 +56,7 @@ def _environment(markdown: bool) -> Environment:
     )
     for function in (*TEXT_FILTERS, *RESULT_FILTERS):
         environment.filters[function.__name__] = function
+    environment.filters.update(bytes=format_bytes, count=format_count, duration=format_duration)
     environment.filters.update(json=lambda value: Markup(json.dumps(value)), short_name=short_path_name)
     environment.tests["finite"] = is_number
     return environment

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from nextword.common.errors import NextwordError
+from nextword.common.format import format_bytes, format_duration
 from nextword.common.fs import atomic_write
-from nextword.common.results import StoredResults, is_number, short_path_name
+from nextword.common.results import StoredResults
 from nextword.reporting import charts
 from nextword.reporting import formatting as fmt
 from nextword.reporting.card import is_unmodified_card, write_card
@@ -21,6 +22,8 @@ from nextword.reporting.run_data import (
     as_list,
     as_mapping,
     is_imbalanced,
+    is_number,
+    short_path_name,
     task_metadata,
     validation_loss_unit,
 )
@@ -223,9 +226,9 @@ def _metadata_tables(run: RunData) -> dict[str, list[tuple[str, str]]]:
     kept = ("steps", "best_step", "tokens", "loss", "perplexity", "bits_per_byte", "validation_tokens")
     result: dict[str, Any] = {key: run.result[key] for key in kept if is_number(run.result.get(key))}
     if is_number(seconds := run.result.get("seconds")):
-        result["time"] = fmt.duration(seconds)
+        result["time"] = format_duration(seconds)
     if is_number(memory := run.result.get("memory_bytes")):
-        result["memory"] = fmt.gigabytes(memory)
+        result["memory"] = format_bytes(memory)
     if energy := as_mapping(run.result.get("energy")):
         result["energy"] = f"{energy.get('watt_hours')} Wh, {'measured' if energy.get('measured') else 'estimated'}"
     if not result and run.best_validation:

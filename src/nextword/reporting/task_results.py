@@ -1,11 +1,10 @@
 """The scores of a fine-tuning run, beside those of the base model and of the baselines."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from nextword.common.results import ScoreWithCI, is_number
-from nextword.reporting.run_data import RunData, as_mapping, get_nested
+from nextword.common.results import ScoreWithCI
+from nextword.reporting.run_data import RunData, as_mapping, get_nested, is_number
 
 LOWER_IS_BETTER_METRICS = ("bits_per_byte", "loss")
 THIS_MODEL, BASE_MODEL = "this model", "base model"
@@ -58,7 +57,11 @@ class TaskResults:
         scores = parse_scores(run.result) | parse_scores(run.result.get("scores"))
         if not run.result:
             history = {name: [y for _, y in run.series("validation", name)] for name in METRICS}
-            scores = {name: ScoreWithCI(best_value(name, values)) for name, values in history.items() if values}
+            scores = {
+                name: ScoreWithCI(min(values) if name in LOWER_IS_BETTER_METRICS else max(values))
+                for name, values in history.items()
+                if values
+            }
         by_system = {THIS_MODEL: scores, BASE_MODEL: parse_scores(run.result.get("before"))}
         by_system |= {str(name): parse_scores(value) for name, value in as_mapping(run.result.get("baselines")).items()}
         candidates = (run.result.get("metric"), run.get("metric"), "bits_per_byte", "loss")
@@ -116,7 +119,3 @@ def parse_scores(values: Any) -> dict[str, ScoreWithCI]:
     """The entries of a mapping that are known metrics with a finite value."""
     scores = {name: parse_score(value) for name, value in as_mapping(values).items() if name in METRICS}
     return {name: score for name, score in scores.items() if score is not None}
-
-
-def best_value(metric: str, values: Iterable[float]) -> float:
-    return min(values) if metric in LOWER_IS_BETTER_METRICS else max(values)
