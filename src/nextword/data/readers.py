@@ -50,10 +50,7 @@ class Record:
 
 
 def read_records(
-    path: Path,
-    issues: IssueLog,
-    select_columns: ColumnSelector | None = None,
-    blocks: Iterator[bytes] | None = None,
+    path: Path, issues: IssueLog, select_columns: ColumnSelector | None = None, blocks: Iterator[bytes] | None = None
 ) -> Iterator[Record]:
     """Read the rows of a table.
 
