@@ -56,7 +56,7 @@ GRAMMARS = {kind: ConstraintCompiler(tokenizer, tokenizer.eos_ids) for kind, tok
 
 
 def written(kind: str, held: JSONConstraint, seed: int, max_tokens: int = 400) -> tuple[str, str]:
-    """A text of a model with random weights that is held to something, and why it ended."""
+    """The constrained text of a model with random weights, and its finish reason."""
     tokenizer = KINDS[kind]
     engine = Engine(tiny(tokenizer, context_length=64), tokenizer)
     number = engine.add_request("x", Sampling(temperature=2.0, seed=seed, max_tokens=max_tokens), constraint=held)

@@ -36,7 +36,7 @@ def tokenizer() -> Tokenizer:
 
 
 def tiny(tokenizer: Tokenizer, preset: str = "modern", **overrides: int) -> GPT:
-    """A model with random weights, large enough to be sure of what it says."""
+    """A model with random weights, large enough for a peaked distribution."""
     torch.manual_seed(0)
     sizes = {"n_layers": 2, "n_heads": 4, "d_model": 32, "context_length": CONTEXT, **overrides}
     vocab_size = sizes.pop("vocab_size", tokenizer.vocab_size)
@@ -55,7 +55,7 @@ def model(tokenizer: Tokenizer) -> GPT:
 
 @torch.inference_mode()
 def by_hand(model: GPT, tokenizer: Tokenizer, ids: list[int], sampling: Sampling, index: int) -> list[int]:
-    """The definition, without a cache: read the window, draw, and when it is full begin anew with its newer half."""
+    """The definition, without a cache: sample from the window, and slide it when it is full."""
     from nextword.inference.engine import _make_generator
 
     generator = _make_generator(sampling.seed or 0, index)
@@ -199,7 +199,7 @@ def test_a_foreign_tokenizer_keeps_spaces_and_characters(monkeypatch: pytest.Mon
     assert "\ufffd" not in "".join(pieces[:-1])
 
 
-# ---------------------------------------------------------------- where a text begins and ends
+# ---------------------------------------------------------------- beginning and end of a text
 
 
 def run(engine: Engine) -> list[Event]:
@@ -231,7 +231,7 @@ def test_the_end_of_text_token_ends_a_completion(
     events = run(engine)
     assert events[-1].finish_reason == "stop"
     assert events[-1].token == tokenizer.eos_id
-    assert "".join(event.text for event in events) == "a th"  # what was held back is text after all
+    assert "".join(event.text for event in events) == "a th"  # held-back text is released at the end
 
 
 def test_padding_of_the_embedding_is_never_sampled(tokenizer: Tokenizer) -> None:
@@ -263,7 +263,7 @@ def test_cancelling_frees_the_slot_without_changing_other_requests(model: GPT, t
     events = engine.step()
     engine.cancel(running)
     engine.cancel(waiting)
-    engine.cancel(running)  # again, and it does no harm
+    engine.cancel(running)  # cancelling twice is harmless
     events += run(engine)
     assert {event.request_id for event in events[2:]} == {other, later}
     for id, prompt in ((other, "house"), (later, "ñu")):
@@ -290,8 +290,8 @@ def test_a_step_can_be_repeated_after_running_out_of_memory(
     ids = [engine.add_request("The", BOLD, sample_index=0), engine.add_request("house on", BOLD, sample_index=1)]
     events, calls, forward = [], itertools.count(1), engine.runner.forward
 
-    def failing(cache: KeyValueCache, pieces: Sequence[TokenChunk]) -> list[torch.Tensor]:
-        rows = forward(cache, pieces)
+    def failing(cache: KeyValueCache, chunks: Sequence[TokenChunk]) -> list[torch.Tensor]:
+        rows = forward(cache, chunks)
         if next(calls) % 3 == 0:  # after the cache was written to
             raise torch.OutOfMemoryError("no memory")
         return rows
@@ -341,42 +341,42 @@ def test_a_context_of_one_token(tokenizer: Tokenizer) -> None:
     assert completion.truncated > 0
 
 
-# ---------------------------------------------------------------- what is held already, and prompts in pieces
+# ---------------------------------------------------------------- reused prefixes and chunked prompts
 
 LONG = "The house on the hill, the house on the hill. 日本語の文 🙂🙂 is text too, isn't it? The house on the hill."
 
 
-def reader_for(kind: str, model: GPT) -> ModelRunner:
-    if kind == "compiled":
+def runner_for(kind: str, model: GPT) -> ModelRunner:
+    if kind == "native":
         if native_runner.load_library()[0] is None:
             pytest.skip(f"no compiled code: {native_runner.load_library()[1]}")
         return NativeRunner(model)
-    return TorchRunner(model, batch_invariant=kind == "apart")
+    return TorchRunner(model, batch_invariant=kind == "batch-invariant")
 
 
-class Counted:
-    """A runner that knows how many tokens it was given to read."""
+class CountingRunner:
+    """A runner that counts the tokens it has run."""
 
-    def __init__(self, reader: ModelRunner):
-        self.runner, self.tokens = reader, 0
+    def __init__(self, runner: ModelRunner):
+        self.runner, self.tokens = runner, 0
 
-    def forward(self, cache: KeyValueCache, pieces: Sequence[TokenChunk]) -> list[torch.Tensor]:
-        self.tokens += sum(len(piece.tokens) for piece in pieces)
-        return self.runner.forward(cache, pieces)
+    def forward(self, cache: KeyValueCache, chunks: Sequence[TokenChunk]) -> list[torch.Tensor]:
+        self.tokens += sum(len(chunk.tokens) for chunk in chunks)
+        return self.runner.forward(cache, chunks)
 
     def reusable_prefix(self, length: int, step_tokens: int) -> int:
         return self.runner.reusable_prefix(length, step_tokens)
 
 
-def told(engine: Engine, prompt: str | list[int], sampling: Sampling) -> list[Event]:
-    """The events of one text, its number left out."""
+def events_of(engine: Engine, prompt: str | list[int], sampling: Sampling) -> list[Event]:
+    """The events of one request, without its id."""
     engine.add_request(prompt, sampling)
     return [replace(event, request_id=0) for event in run(engine)]
 
 
-def alike(kind: str, one: list[Event], other: list[Event]) -> None:
-    """Token for token the same; where a reader promises it, log-probabilities bit for bit too."""
-    if kind in ("compiled", "apart"):
+def assert_equal_events(kind: str, one: list[Event], other: list[Event]) -> None:
+    """Token for token the same; where a runner promises it, log-probabilities bit for bit too."""
+    if kind in ("native", "batch-invariant"):
         assert one == other
         return
     assert [(e.token, e.text, e.finish_reason) for e in one] == [(e.token, e.text, e.finish_reason) for e in other]
@@ -386,35 +386,35 @@ def alike(kind: str, one: list[Event], other: list[Event]) -> None:
             assert a.token_logprob.logprob == pytest.approx(b.token_logprob.logprob, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["compiled", "plain", "apart"])
+@pytest.mark.parametrize("kind", ["native", "torch", "batch-invariant"])
 def test_a_cached_prefix_is_reused_without_changing_results(tokenizer: Tokenizer, kind: str) -> None:
     model = tiny(tokenizer, context_length=128)
     every = Sampling(temperature=1.0, seed=3, max_tokens=12, logprobs=tokenizer.vocab_size)
     ids = tokenizer.encode(LONG)
     prompts = [ids, ids, ids[:50], [*ids[:40], *tokenizer.encode("x y")], ids[5:], ids[:1]]
-    reader = Counted(reader_for(kind, model))
-    engine = Engine(model, tokenizer, max_batch=2, runner=reader, step_tokens=16)
+    runner = CountingRunner(runner_for(kind, model))
+    engine = Engine(model, tokenizer, max_batch=2, runner=runner, step_tokens=16)
     for number, prompt in enumerate(prompts):
-        fresh = Engine(model, tokenizer, runner=reader_for(kind, model), step_tokens=16)
-        before = reader.tokens
-        found = told(engine, prompt, every)
-        alike(kind, found, told(fresh, prompt, every))
-        read = reader.tokens - before - len(found) + 1
+        fresh = Engine(model, tokenizer, runner=runner_for(kind, model), step_tokens=16)
+        before = runner.tokens
+        found = events_of(engine, prompt, every)
+        assert_equal_events(kind, found, events_of(fresh, prompt, every))
+        read = runner.tokens - before - len(found) + 1
         if number in (1, 2, 3):  # it begins as one before it does
-            assert read <= (len(prompt) - 16 if kind == "apart" else max(1, len(prompt) - 40))
+            assert read <= (len(prompt) - 16 if kind == "batch-invariant" else max(1, len(prompt) - 40))
     assert len(engine.free_slots) == 2
 
 
-@pytest.mark.parametrize("kind", ["compiled", "plain", "apart"])
+@pytest.mark.parametrize("kind", ["native", "torch", "batch-invariant"])
 def test_a_chunked_prompt_equals_a_whole_prompt(tokenizer: Tokenizer, kind: str) -> None:
     model = tiny(tokenizer, context_length=128)
     every = Sampling(temperature=0, max_tokens=6, logprobs=tokenizer.vocab_size, prompt_logprobs=3)
-    whole = told(Engine(model, tokenizer, runner=reader_for(kind, model), step_tokens=1000), LONG, every)
+    whole = events_of(Engine(model, tokenizer, runner=runner_for(kind, model), step_tokens=1000), LONG, every)
     for step_tokens in (1, 7, 16):
-        engine = Engine(model, tokenizer, runner=reader_for(kind, model), step_tokens=step_tokens)
+        engine = Engine(model, tokenizer, runner=runner_for(kind, model), step_tokens=step_tokens)
         # Cut elsewhere, PyTorch's operations round differently, also where each piece is read apart.
-        found = told(engine, LONG, every)
-        alike("compiled" if kind == "compiled" else "plain", found, whole)
+        found = events_of(engine, LONG, every)
+        assert_equal_events("native" if kind == "native" else "torch", found, whole)
         likely = [
             [0.0 if c is None else c.logprob for c in events[0].prompt_logprobs or []] for events in (found, whole)
         ]
@@ -433,14 +433,14 @@ def test_a_long_prompt_does_not_delay_decoding(tokenizer: Tokenizer) -> None:
     assert steps >= len(tokenizer.encode(LONG)) // 8
 
 
-@pytest.mark.parametrize("kind", ["compiled", "plain", "apart"])
+@pytest.mark.parametrize("kind", ["native", "torch", "batch-invariant"])
 def test_requests_with_a_common_prefix_wait_for_its_prefill(tokenizer: Tokenizer, kind: str) -> None:
     model = tiny(tokenizer, context_length=128)
     ids = tokenizer.encode(LONG)[:48]
     prompts = [[*ids, *tokenizer.encode(end)] for end in ("a", "bc", "def")]
     sampling = Sampling(temperature=1.0, max_tokens=6, seed=2, logprobs=5)
-    reader = Counted(reader_for(kind, model))
-    engine = Engine(model, tokenizer, runner=reader, step_tokens=8)
+    runner = CountingRunner(runner_for(kind, model))
+    engine = Engine(model, tokenizer, runner=runner, step_tokens=8)
     numbers = [engine.add_request(prompt, sampling) for prompt in prompts]
     other = engine.add_request("x", sampling)  # one that begins otherwise does not wait
     first = engine.step()
@@ -448,10 +448,12 @@ def test_requests_with_a_common_prefix_wait_for_its_prefill(tokenizer: Tokenizer
     assert [event.request_id for event in first] == [other]
     events = first + run(engine)
     for number, prompt in zip(numbers, prompts, strict=True):
-        alone = told(Engine(model, tokenizer, runner=reader_for(kind, model), step_tokens=8), prompt, sampling)
-        alike(kind, [replace(event, request_id=0) for event in events if event.request_id == number], alone)
+        alone = events_of(Engine(model, tokenizer, runner=runner_for(kind, model), step_tokens=8), prompt, sampling)
+        assert_equal_events(
+            kind, [replace(event, request_id=0) for event in events if event.request_id == number], alone
+        )
     drawn = sum(event.token is not None for event in events) - 4
-    assert reader.tokens - drawn < len(prompts[0]) + 3 * (16 + 8)  # and not three times the whole
+    assert runner.tokens - drawn < len(prompts[0]) + 3 * (16 + 8)  # and not three times the whole
 
 
 # ---------------------------------------------------------------- log-probabilities, penalties, constraints
@@ -470,7 +472,7 @@ def test_logprobs_equal_the_model_distribution(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("The house")
     bias = {tokenizer.eos_id: -100.0, 50: 3.0}
     sampling = Sampling(0.7, 20, 0.9, seed=1, max_tokens=8, logprobs=4, prompt_logprobs=2, logit_bias=bias)
-    events = told(Engine(model, tokenizer), ids, sampling)
+    events = events_of(Engine(model, tokenizer), ids, sampling)
     drawn = [event.token for event in events]
     expected = table(model, tokenizer, [*ids, *(token or 0 for token in drawn)])
     for i, event in enumerate(events):
@@ -488,14 +490,14 @@ def test_logprobs_equal_the_model_distribution(tokenizer: Tokenizer) -> None:
     for i, choice in enumerate(prompt[1:]):
         assert choice is not None and choice.token == ids[i + 1] and len(choice.top_logprobs) == 2
         assert choice.logprob == pytest.approx(float(expected[i, choice.token]), abs=1e-4)
-    assert all(event.token_logprob is None for event in told(Engine(model, tokenizer), ids, GREEDY))
+    assert all(event.token_logprob is None for event in events_of(Engine(model, tokenizer), ids, GREEDY))
 
 
 def test_zero_max_tokens_returns_prompt_logprobs(tokenizer: Tokenizer) -> None:
     model = tiny(tokenizer, context_length=64)
     engine = Engine(model, tokenizer)
     ids = tokenizer.encode("The house")
-    [event] = told(engine, ids, Sampling(max_tokens=0, prompt_logprobs=0))
+    [event] = events_of(engine, ids, Sampling(max_tokens=0, prompt_logprobs=0))
     assert (event.token, event.text, event.finish_reason) == (None, "", "length")
     assert (
         event.prompt_logprobs is not None
@@ -506,9 +508,9 @@ def test_zero_max_tokens_returns_prompt_logprobs(tokenizer: Tokenizer) -> None:
     assert [c.logprob for c in event.prompt_logprobs if c] == pytest.approx(
         [float(expected[i, token]) for i, token in enumerate(ids[1:])], abs=1e-4
     )
-    assert told(engine, "x", Sampling(max_tokens=0))[0].prompt_logprobs is None
+    assert events_of(engine, "x", Sampling(max_tokens=0))[0].prompt_logprobs is None
     # A prompt that is told is read whole, though its beginning is held.
-    assert told(engine, ids, Sampling(max_tokens=0, prompt_logprobs=0))[0].prompt_logprobs == event.prompt_logprobs
+    assert events_of(engine, ids, Sampling(max_tokens=0, prompt_logprobs=0))[0].prompt_logprobs == event.prompt_logprobs
 
 
 @settings(deadline=None, max_examples=25)
@@ -527,7 +529,7 @@ def test_penalties_and_biases_equal_their_definition(
         repetition_penalty=repetition, logit_bias=bias or None,
     )  # fmt: skip
     text, drawn = list(ids), []
-    for event in told(Engine(model, tokenizer), ids, sampling):
+    for event in events_of(Engine(model, tokenizer), ids, sampling):
         logits = table(model, tokenizer, text, logits=True)[-1].tolist()
         for id, value in bias.items():
             logits[id] += value
@@ -584,7 +586,7 @@ def test_a_failing_constraint_ends_only_its_request(model: GPT, tokenizer: Token
     class Broken(Alternating):
         def allowed_mask(self) -> torch.Tensor:
             if self.accepted:
-                raise NextwordError("there is no way on")
+                raise NextwordError("the schema has no continuation")
             return super().allowed_mask()
 
     engine = Engine(model, tokenizer)
@@ -594,6 +596,6 @@ def test_a_failing_constraint_ends_only_its_request(model: GPT, tokenizer: Token
     )
     events = run(engine)
     [last] = [event for event in events if event.request_id == broken and event.finished]
-    assert (last.finish_reason, last.error) == ("error", "there is no way on")
+    assert (last.finish_reason, last.error) == ("error", "the schema has no continuation")
     alone = Engine(model, tokenizer).generate(["The"], BOLD)[0]
     assert "".join(event.text for event in events if event.request_id == free) == alone.text

@@ -275,7 +275,7 @@ def test_a_language_model_has_no_labels(tmp_path):
 def test_invalid_labels_are_rejected(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         save_model(GPT(small("modern", n_labels=3)), tmp_path, **arguments)
-    assert not list(tmp_path.iterdir()), "refused before anything is written"
+    assert not list(tmp_path.iterdir()), "rejected before anything is written"
 
 
 def test_a_single_label_is_rejected(tmp_path):
@@ -305,7 +305,7 @@ def test_a_damaged_classifier_is_rejected(tmp_path, changes, message):
 
 
 def test_generation_config_has_all_eos_tokens(tmp_path):
-    """A conversation ends with its turn or with the text: `transformers` stops at both."""
+    """A conversation ends with its turn or with the text."""
     model = random_model(small("modern"))
     save_model(model, tmp_path, end_of_text_id=0, pad_token_id=1, eos_token_ids=[0, 5])
     assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == [0, 5]
@@ -315,7 +315,7 @@ def test_generation_config_has_all_eos_tokens(tmp_path):
     assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == 0
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- rejected directories
 
 
 def changed_config(directory: Path, **changes) -> None:

@@ -189,7 +189,7 @@ def test_perplexity_equals_the_stock_class(model_path: Path, texts: Path) -> Non
 def test_batched_scores_equal_single_scores(
     model_path: Path, suite_files: dict[str, Path], compiled: bool, monkeypatch
 ) -> None:
-    """Packed into rows, with what they share read once, as if each text were alone; with compiled parts and without."""
+    """Packed rows with shared prefixes give the scores of single sequences, with and without kernels."""
     if not compiled:
         monkeypatch.setattr(ops, "load_kernels", lambda: (None, "disabled by the test"))
     elif not load(model_path).gpt.supports_kernels():
@@ -214,7 +214,7 @@ def modern(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Loglikelihoo
 @settings(max_examples=25)
 @given(st.data())
 def test_prefix_trees_equal_separate_sequences(modern: LoglikelihoodScorer, data: st.DataObject) -> None:
-    """Trees of any shape: the same sums as the model's own forward pass of each text."""
+    """Trees of any shape have the log-likelihoods of separate forward passes."""
     token = st.integers(0, 3)
     questions = []
     for _ in range(data.draw(st.integers(1, 4))):
@@ -251,7 +251,7 @@ def test_a_tree_holds_the_common_prefix_once() -> None:
 def test_sequences_form_a_tree_only_if_it_saves_work(
     modern: LoglikelihoodScorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One may be longer than the context, its texts are not; and what hardly begins alike stands by itself."""
+    """A tree may be longer than the context; sequences with hardly any common prefix do not share one."""
     context = list(range(3, 3 + CONTEXT - 20))
     alike = [ScoredSequence([*context, *[n] * 20], 20) for n in range(4)]
     [one] = modern.build_trees([alike])
@@ -270,7 +270,7 @@ def test_sequences_form_a_tree_only_if_it_saves_work(
 
 
 def test_batches_have_little_padding() -> None:
-    """Little of what goes through the model is padding."""
+    """At most 5 % of the tokens are padding."""
     sizes = np.random.default_rng(0).integers(5, 60, 500).tolist()
     trees = [build_tree([ScoredSequence(list(range(n + 1)), 1)], [i]) for i, n in enumerate(sizes)]
     rows = list(pack_batches(trees, 2048))

@@ -43,14 +43,14 @@ def random_model(config: ModelConfig) -> GPT:
 def adapted(
     preset: str, *, rows: int = NEW - OLD, n_labels: int = 0, config: LoraConfig | None = None, **overrides
 ) -> GPT:
-    """A model with a fresh adapter, and a head where labels are asked for."""
+    """A model with a new adapter, and a classification head if there are labels."""
     model = with_resized_vocabulary(random_model(small(preset, **overrides)), OLD + rows, seed=1)
     model = with_classification_head(model, n_labels, seed=2) if n_labels else model
     return add_lora(model, config or LoraConfig(rank=3, alpha=12), seed=3, num_trainable_rows=rows)
 
 
 def shake(model: GPT) -> GPT:
-    """As if it had been trained: every trainable number moves."""
+    """Change every trainable parameter, as training does."""
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -109,7 +109,7 @@ def test_a_new_adapter_has_no_effect(preset):
     assert torch.equal(logits(adapted(preset), some_tokens()), logits(plain, some_tokens()))
 
 
-# ---------------------------------------------------------------- what is trained
+# ---------------------------------------------------------------- training
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -205,7 +205,7 @@ def test_a_disabled_adapter_has_no_effect(preset, tied):
     assert torch.equal(logits(model, tokens), on), "it is on again after an error"
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- rejected arguments
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_models_that_cannot_take_an_adapter_are_rejected(tmp_path):
         add_lora(plain, LoraConfig(), seed=0, num_trainable_rows=62)
     with pytest.raises(ConfigError, match="already has an adapter"):
         add_lora(adapted("gpt2"), LoraConfig(), seed=0)
-    assert all(p.requires_grad for p in plain.parameters()), "refused before anything is changed"
+    assert all(p.requires_grad for p in plain.parameters()), "rejected before anything is changed"
 
 
 # ---------------------------------------------------------------- PEFT

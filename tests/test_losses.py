@@ -27,8 +27,8 @@ def dataset(kind, golds, texts: int | list[int] = 1, seed=0, sample_weights=None
         n = int(rng.integers(4, 12))
         return TokenSequence(rng.integers(2, 50, n), rng.random(n) > 0.3)
 
-    several = [texts] * len(golds) if isinstance(texts, int) else texts
-    examples = [EncodedExample(tuple(text() for _ in range(n)), target=g) for n, g in zip(several, golds, strict=True)]
+    counts = [texts] * len(golds) if isinstance(texts, int) else texts
+    examples = [EncodedExample(tuple(text() for _ in range(n)), target=g) for n, g in zip(counts, golds, strict=True)]
     return examples, TaskDataset(
         examples, len(golds), 0, pad_token_id=1, kind=kind, sample_weights=sample_weights, reference_logprobs=reference
     )
@@ -51,11 +51,11 @@ def test_classification_loss_equals_its_formula(auxiliary):
     examples, data = dataset("label", golds, sample_weights=weights)
     batch = data.batch(0)
     losses = classification_loss("label", auxiliary)(gpt, to_device(batch, gpt, 0), False)
-    each = [
+    losses_of_examples = [
         F.cross_entropy(gpt.classify(hidden_at_end(gpt, e.sequences[0])[None]), torch.tensor([e.target]))
         for e in examples
     ]
-    expected = (torch.from_numpy(weights) * torch.stack(each)).sum() / weights.sum()
+    expected = (torch.from_numpy(weights) * torch.stack(losses_of_examples)).sum() / weights.sum()
     if auxiliary:
         nats = torch.cat([next_word_nats(gpt, e.sequences[0]) for e in examples])
         expected = expected + auxiliary * nats.mean()
@@ -77,25 +77,25 @@ def test_multilabel_loss_equals_its_formula():
     examples, data = dataset("labels", [np.array([1, 0, 1], dtype=bool), np.array([0, 0, 0], dtype=bool)])
     batch = data.batch(0)
     loss = normalize_loss(classification_loss("labels")(gpt, to_device(batch, gpt, 0), False), batch.loss_denominators)
-    each = [
+    losses_of_examples = [
         F.binary_cross_entropy_with_logits(
             gpt.classify(hidden_at_end(gpt, e.sequences[0])[None])[0], torch.tensor(e.target).float()
         )
         for e in examples
     ]
-    assert loss.item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-5)
+    assert loss.item() == pytest.approx(torch.stack(losses_of_examples).mean().item(), rel=1e-5)
 
 
 def test_multiple_choice_loss_equals_its_formula():
-    gpt, several = model(1), [2, 4, 3]
-    examples, data = dataset("choice", [1, 3, 0], texts=several)
+    gpt, counts = model(1), [2, 4, 3]
+    examples, data = dataset("choice", [1, 3, 0], texts=counts)
     batch = data.batch(0)
     loss = normalize_loss(classification_loss("choice")(gpt, to_device(batch, gpt, 0), False), batch.loss_denominators)
-    each = []
+    losses_of_examples = []
     for e in examples:
         logits = torch.stack([gpt.classify(hidden_at_end(gpt, t)[None])[0, 0] for t in e.sequences])
-        each.append(-logits.log_softmax(0)[e.target])
-    assert loss.item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-5)
+        losses_of_examples.append(-logits.log_softmax(0)[e.target])
+    assert loss.item() == pytest.approx(torch.stack(losses_of_examples).mean().item(), rel=1e-5)
 
 
 def test_completion_loss_counts_only_the_answer():
@@ -114,11 +114,11 @@ def test_dpo_loss_equals_its_formula():
     examples, data = dataset("preference", [0, 0, 0], texts=2, reference=reference)
     batch = data.batch(0)
     loss = normalize_loss(dpo_loss(0.3)(gpt, to_device(batch, gpt, 0), False), batch.loss_denominators)
-    each = []
+    losses_of_examples = []
     for e, (chosen, rejected) in zip(examples, reference, strict=True):
         plus, minus = (-next_word_nats(gpt, t).sum() for t in e.sequences)
-        each.append(-F.logsigmoid(0.3 * ((plus - chosen) - (minus - rejected))))
-    assert loss.item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-4)
+        losses_of_examples.append(-F.logsigmoid(0.3 * ((plus - chosen) - (minus - rejected))))
+    assert loss.item() == pytest.approx(torch.stack(losses_of_examples).mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "texts", "n_labels"), [("label", 1, 3), ("score", 2, 1), ("choice", 3, 1)])

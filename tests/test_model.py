@@ -32,7 +32,7 @@ def small(preset: str, **overrides) -> ModelConfig:
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> GPT:
-    """A model whose every number counts: biases and norms drawn as well."""
+    """A model whose biases and norms are random, too."""
     torch.manual_seed(seed)
     model = GPT(config)
     with torch.no_grad():
@@ -173,7 +173,7 @@ def test_loss_equals_its_formula():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_model_equals_its_definition(preset):
-    """The blocks put together by hand, in float64, one position and one head at a time."""
+    """The blocks composed by hand, in float64."""
     config = small(preset)
     model: Any = random_model(config).double()
     tokens = torch.randint(0, 61, (1, 13))
@@ -372,7 +372,7 @@ choices = st.fixed_dictionaries(
 @given(choices, st.integers(1, 3), st.sampled_from([1, 2, 4]))
 @settings(max_examples=200, deadline=None)
 def test_every_valid_config_makes_a_working_model(values, n_layers, n_kv_heads):
-    """The space of choices is closed: a configuration is refused when it is made, or it is a model."""
+    """Every configuration is either rejected when it is made, or makes a model that runs."""
     try:
         config = ModelConfig(
             vocab_size=11, context_length=6, n_layers=n_layers, n_heads=4, n_kv_heads=n_kv_heads, head_dim=4, d_model=16,

@@ -12,7 +12,7 @@ SOURCE = '#include "vectors.h"\nextern "C" int answer() { return 42; }\n'
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file to build, and an empty cache folder."""
+    """A source file, and an empty cache directory."""
     monkeypatch.delenv(native_build.NATIVE_ENV_VAR, raising=False)
     monkeypatch.setattr(native_build, "cache_dir", lambda: tmp_path / "cache")
     path = tmp_path / "answer.cpp"

@@ -1,0 +1,1 @@
+"""Inference: the generation engine, model runners, sampling, perplexity and log-likelihoods."""

@@ -1,0 +1,1 @@
+"""The model: GPT, its configuration, kernels, LoRA, and conversion to Hugging Face directories."""

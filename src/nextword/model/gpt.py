@@ -137,6 +137,7 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if kind == "layernorm" else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last dimension of x, [..., D]."""
         if self.bias is None:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
@@ -172,10 +173,21 @@ class Attention(nn.Module):
             self.query_norm, self.key_norm = nn.Identity(), nn.Identity()
 
     def forward(self, x: Tensor, context: ForwardContext, output_indices: Tensor | None = None) -> Tensor:
+        """Attention of x [B, T, D] to itself and to cached positions.
+
+        Args:
+            x: Normalized residual stream, or the residual stream itself with post-norm.
+            context: What the blocks of a forward pass share.
+            output_indices: See `Block.forward`.
+
+        Returns:
+            [B, T, D]; [P, D] with `output_indices`.
+        """
         heads = self.attend_with_kernels(x, context) if context.kernels else self.attend(x, context)  # [B, T, H·K]
         return self.output(select_tokens(heads, output_indices))  # [B, T, D]
 
     def attend(self, x: Tensor, context: ForwardContext) -> Tensor:
+        """The attention heads side by side, [B, T, H·K], by PyTorch's operators."""
         query = self.query_norm(self.split_heads(self.query(x)))  # [B, H, T, K]
         key = self.key_norm(self.split_heads(self.key(x)))  # [B, G, T, K]
         value = self.split_heads(self.value(x))  # [B, G, T, K]
@@ -189,6 +201,7 @@ class Attention(nn.Module):
         return heads.transpose(1, 2).flatten(2)  # [B, T, H·K]
 
     def attend_with_kernels(self, x: Tensor, context: ForwardContext) -> Tensor:
+        """As `attend`, by the compiled operators."""
         qkv = ops.fused_linear(x, (self.query, self.key, self.value))  # [B, T, (H + 2G)·K]
         query_norm, key_norm = (n.weight if isinstance(n, Norm) else None for n in (self.query_norm, self.key_norm))
         return ops.attention(
@@ -202,7 +215,8 @@ class Attention(nn.Module):
         )  # [B, T, H·K]
 
     def split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # [B, T, H·K] → [B, H, T, K]
+        """[B, T, H·K] → [B, H, T, K]."""
+        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -220,6 +234,7 @@ class FeedForward(nn.Module):
             self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.feed_forward_bias)
 
     def forward(self, x: Tensor, kernels: bool = False) -> Tensor:
+        """[..., D] → [..., D]; `kernels` as in `GPT.forward`."""
         if kernels:
             projections = (self.gate, self.up) if self.activation == "swiglu" else (self.up,)
             return self.down(ops.activation(ops.fused_linear(x, projections), self.activation))

@@ -80,6 +80,7 @@ class LoraLinear(nn.Linear):
         self.enabled = True
 
     def forward(self, input: Tensor) -> Tensor:
+        """[..., in] → [..., out]."""
         output = super().forward(input)
         if not self.enabled:
             return output
@@ -114,6 +115,7 @@ class TrainableRowsEmbedding(nn.Module):
         return torch.cat((self.base[: -len(self.rows)], self.rows))
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """The embeddings [B, T, D] of token ids [B, T]."""
         embeddings = F.embedding(tokens, self.base)  # [B, T, D]
         if not self.enabled:
             return embeddings

@@ -184,4 +184,5 @@ class LossModule(nn.Module):
         self.kernels = kernels
 
     def forward(self, batch: DeviceBatch) -> dict[str, LossTerm]:
+        """The terms of the loss by name."""
         return self.loss_fn(self.model, batch, self.kernels)
