@@ -55,10 +55,12 @@ def package_imports(root: Path) -> dict[str, set[str]]:
 def lines_of_code(path: Path) -> int:
     """The lines of a file without blank lines, comments and docstrings."""
     source = path.read_text(encoding="utf-8")
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     docstrings: set[int] = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            and ast.get_docstring(node, clean=False) is not None
+        ):
             first = node.body[0]
             docstrings |= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
     code: set[int] = set()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import nextword
-from nextword.commands.cli import GROUPS, OutputOptions, build_app
+from nextword.commands.cli import GROUPS, OutputOptions, build_app, summary
 from nextword.commands.command import COMMANDS, declared_fields, describe, info_of, parse_docstring, stored_options
 from nextword.commands.finetune import FinetuneConfig
 from nextword.commands.pretrain import PretrainConfig
@@ -29,6 +29,9 @@ CLASSES = [
 def test_every_command_is_in_one_group_and_in_one_file():
     grouped = [name for names in GROUPS.values() for name in names]
     assert sorted(grouped) == NAMES
+    assert [summary(name) for name in NAMES] == [
+        describe(COMMANDS[name].config)[0].partition("\n")[0] for name in NAMES
+    ]
     for name in NAMES:
         module = f"nextword.commands.{name}"
         assert COMMANDS[name].config.__module__ == COMMANDS[name].run.__module__ == module
@@ -134,22 +137,25 @@ def test_run_json_stores_the_options_that_belong_to_the_run():
 
 
 @pytest.mark.parametrize(
-    ("call", "old", "new"),
+    ("command", "arguments", "old", "value", "new"),
     [
-        (lambda: nextword.evaluate("nowhere", whole=True), "whole", "no_limit"),
-        (lambda: nextword.audit("nowhere", price=0.3), "price", "electricity_price"),
-        (lambda: nextword.audit("nowhere", intensity=300.0), "intensity", "carbon_intensity"),
-        (lambda: nextword.plan("nowhere", price=2.0), "price", "gpu_hour_price"),
-        (lambda: nextword.finetune("nowhere", "nothing.csv", "run", limit=3), "limit", "max_examples"),
-        (lambda: nextword.transfer("nowhere", "nothing.csv", "run", seeds=2), "seeds", "num_seeds"),
+        ("evaluate", ["nowhere"], "whole", True, "no_limit"),
+        ("evaluate", ["nowhere"], "against", "nothing", "compare_to"),
+        ("evaluate", ["nowhere"], "noise", ["nothing"], "seed_runs"),
+        ("audit", ["nowhere"], "price", 0.3, "electricity_price"),
+        ("audit", ["nowhere"], "intensity", 300.0, "carbon_intensity"),
+        ("plan", ["nowhere"], "price", 2.0, "gpu_hour_price"),
+        ("finetune", ["nowhere", "nothing.csv", "run"], "limit", 3, "max_examples"),
+        ("transfer", ["nowhere", "nothing.csv", "run"], "seeds", 2, "num_seeds"),
     ],
 )
-def test_former_parameters_work_with_a_warning(call, old, new):
+def test_former_parameters_work_with_a_warning(command, arguments, old, value, new):
+    function: Any = getattr(nextword, command)
     with (
         pytest.warns(DeprecationWarning, match=f"'{old}' is deprecated: use '{new}'"),
         pytest.raises(nextword.NextwordError),
     ):
-        call()
+        function(*arguments, **{old: value})
 
 
 def test_former_values_of_parallel_work_with_a_warning():

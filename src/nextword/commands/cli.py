@@ -5,6 +5,7 @@ full, 5 diverged, 6 run locked, 130 and 143 interrupted.
 """
 
 import inspect
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -70,8 +71,13 @@ class OutputOptions:
     config: Path | None = option(default=None, metavar="FILE")
 
 
-def build_app(started: float) -> App:
-    """The commands in their groups. A budget counts from `started`, in seconds since the epoch."""
+def build_app(started: float, selected: str | None = None) -> App:
+    """The commands in their groups.
+
+    Args:
+        started: Time from which a budget counts, in seconds since the epoch.
+        selected: The only command that is used. The others are not imported, since that takes time. Default: all are.
+    """
     app = App(
         name="nextword",
         version=__version__,
@@ -83,17 +89,26 @@ def build_app(started: float) -> App:
     for position, (title, names) in enumerate(GROUPS.items()):
         group = Group(title, sort_key=position)
         for name in names:
-            import_module(f"nextword.commands.{name}")
-            command = COMMANDS[name]
-            app.command(
-                command_line_function(name, command, started),
-                name=name,
-                help=f"{describe(command.config)[0]}\n\nExample: {command.example}",
-                group=group,
-                sort_key=names.index(name),
-            )
+            if selected in (name, None):
+                import_module(f"nextword.commands.{name}")
+                function = command_line_function(name, COMMANDS[name], started)
+                help = f"{describe(COMMANDS[name].config)[0]}\n\nExample: {COMMANDS[name].example}"
+            else:
+                function, help = not_selected, summary(name)
+            app.command(function, name=name, help=help, group=group, sort_key=names.index(name))
     app["--help"].group = app["--version"].group = Group("Options", sort_key=len(GROUPS))
     return app
+
+
+def not_selected() -> None:
+    """Stands for the commands that are only listed."""
+
+
+def summary(name: str) -> str:
+    """The first line of the description of a command, from its source."""
+    source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+    description = re.search(r'^@options\nclass \w+.*\n    """(.*?)("""|\n)', source, re.MULTILINE)
+    return description[1] if description else ""
 
 
 def command_line_function(name: str, command: Command, started: float) -> Callable[..., None]:
@@ -268,7 +283,7 @@ def run(arguments: Sequence[str] | None = None, started: float | None = None) ->
     """
     tokens = [STDIN if token == "-" else token for token in (sys.argv[1:] if arguments is None else arguments)]
     try:
-        app = build_app(started or time.time())
+        app = build_app(started or time.time(), tokens[0] if tokens else "")
         if (config := config_path(tokens)) is not None:
             app.config = (options_from_file(config),)
         app(tokens, exit_on_error=False, print_error=False)
