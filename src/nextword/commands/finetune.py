@@ -156,9 +156,7 @@ def run_finetuning(run: "RunContext") -> dict[str, Any]:
 
 
 @command(
-    FinetuneConfig,
-    example="nextword finetune runs/mine reviews.csv --out runs/reviews",
-    to_text=format_finetuning,
+    FinetuneConfig, example="nextword finetune runs/mine reviews.csv --out runs/reviews", to_text=format_finetuning
 )
 def finetune(config: FinetuneConfig, context: Context) -> FinetuneResult:
     from nextword.common.run_lock import fail_if_locked
@@ -281,9 +279,7 @@ def choose_hyperparameters(recipe: FinetuneRecipe, data: "FinetuneData", d_model
             batch_examples = min(8, batch_examples)  # packed rows
     lr = recipe.training.lr or default_lr(d_model, recipe.lora)
     return replace(
-        recipe,
-        training=replace(recipe.training, lr=lr),
-        tuning=replace(recipe.tuning, batch_examples=batch_examples),
+        recipe, training=replace(recipe.training, lr=lr), tuning=replace(recipe.tuning, batch_examples=batch_examples)
     )
 
 

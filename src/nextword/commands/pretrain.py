@@ -180,13 +180,7 @@ def train_language_model(
     ) as setup:
         evaluator = LanguageModelEvaluator(run, setup, corpus, dataset, recipe)
         trainer = Trainer(
-            run,
-            setup,
-            recipe,
-            evaluator,
-            write_run_reports,
-            detect_spikes=True,
-            overfitting_advice=OVERFITTING_ADVICE,
+            run, setup, recipe, evaluator, write_run_reports, detect_spikes=True, overfitting_advice=OVERFITTING_ADVICE
         )
         trainer.train()
         metrics = evaluator.evaluate_best()

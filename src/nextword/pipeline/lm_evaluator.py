@@ -78,14 +78,9 @@ class LanguageModelEvaluator:
     def evaluate_replicated(self, model: GPT, max_windows: int | None = None) -> Likelihood:
         """Evaluate a model that every rank holds. Each rank evaluates a part of the windows."""
         dist = self.run.dist
+        context, num_bytes = dist if dist.world_size > 1 else None, self.corpus.validation.bytes
         with autocast(self.run.device, self.setup.step_settings.bf16 and dist.fsdp_per_block):
-            return evaluate_perplexity(
-                model,
-                self.validation,
-                self.corpus.validation.bytes,
-                max_windows=max_windows,
-                dist_context=dist if dist.world_size > 1 else None,
-            )
+            return evaluate_perplexity(model, self.validation, num_bytes, max_windows=max_windows, dist_context=context)
 
     def save_best(self, metadata: dict[str, Any]) -> None:
         """Write the model to RUN/model. All ranks gather the weights; the main rank writes them."""
@@ -143,13 +138,8 @@ class LanguageModelEvaluator:
         }
         if len(self.validation) >= 2:
             result = self.evaluate()
-            metrics |= {
-                "loss": result.loss,
-                "perplexity": result.perplexity,
-                "bits_per_byte": result.bits_per_byte,
-                "validation_tokens": result.tokens,
-                "by_position": result.by_position,
-            }
+            metrics |= {name: getattr(result, name) for name in ("loss", "perplexity", "bits_per_byte", "by_position")}
+            metrics["validation_tokens"] = result.tokens
         return metrics
 
 

@@ -73,14 +73,8 @@ def load_finetune_data(run: RunContext, base: BaseModel, context_length: int) ->
     """
     request = run.request
     issues = IssueLog(strict=bool(request["strict"]))
-    data_request = DataRequest(
-        data=request["data"],
-        task=request["task"],
-        columns=request["columns"],
-        validation=request["validation"],
-        limit=request["limit"],
-        seed=request["seed"] or 0,
-    )
+    options = {name: request[name] for name in ("data", "task", "columns", "validation", "limit")}
+    data_request = DataRequest(**options, seed=request["seed"] or 0)
     data = load_task_data(data_request, base.tokenizer, base.task_spec, context_length, issues)
     tokenizer = data.task_spec.with_special_tokens(base.tokenizer)
     encoder = ExampleEncoder(data.task_spec, tokenizer, context_length)

@@ -108,11 +108,7 @@ def new_metadata(
         "training": asdict(config.training),
         "seed": seed,
         **specific,
-        "fixed": {
-            "threads": torch.get_num_threads(),
-            "world_size": run.dist.world_size,
-            "device": run.device.type,
-        },
+        "fixed": {"threads": torch.get_num_threads(), "world_size": run.dist.world_size, "device": run.device.type},
         "versions": library_versions(),
         "machine": machine_info(run.device),
     }
@@ -246,11 +242,7 @@ def measure_step(run: RunContext, setup: TrainingSetup, step_module: nn.Module) 
 
 
 def autotune(
-    run: RunContext,
-    setup: TrainingSetup,
-    config: RunConfig,
-    step_kind: StepKind,
-    dynamic_shapes: bool,
+    run: RunContext, setup: TrainingSetup, config: RunConfig, step_kind: StepKind, dynamic_shapes: bool
 ) -> StepKind:
     """Choose the micro-batch and whether to compile, for all ranks. Returns the kind of step."""
     dist = run.dist

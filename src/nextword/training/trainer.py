@@ -17,12 +17,7 @@ from nextword.training.launch import RunContext
 from nextword.training.setup import BestCheckpoint, RunConfig, TrainingSetup
 from nextword.training.spike_recovery import RollbackManager, summarize_names
 from nextword.training.step import MAX_NONFINITE_STEPS, StepMetrics, train_step
-from nextword.training.step_budget import (
-    StepBudgetDecision,
-    StepSchedule,
-    TimeBudgetController,
-    read_decisions,
-)
+from nextword.training.step_budget import StepBudgetDecision, StepSchedule, TimeBudgetController, read_decisions
 
 SAMPLE_AT_VALIDATIONS = (1, 2, 4, 8, 12, 16, 20)  # of 20 validations, those followed by a sample
 FINALIZE_SECONDS = 2.5  # report, model card and other last files
@@ -93,14 +88,8 @@ class Trainer:
         detect_spikes: bool = False,
         overfitting_advice: str | None = None,
     ):
-        self.run, self.setup, self.config, self.evaluator, self.write_reports = (
-            run,
-            setup,
-            config,
-            evaluator,
-            write_reports,
-        )
-        self.state = setup.state
+        self.run, self.setup, self.state = run, setup, setup.state
+        self.config, self.evaluator, self.write_reports = config, evaluator, write_reports
         self.overfitting_advice = overfitting_advice
         self.rollbacks = RollbackManager(run, detect_spikes, evaluator.describe_batch)
         self.tensorboard = open_tensorboard_writer(run.run_dir.path) if run.tensorboard else None
@@ -154,19 +143,17 @@ class Trainer:
                 self._validate_if_due(metrics)
 
                 is_last = metrics.progress >= 1 or self.setup.stopped_early
-                detector = self.rollbacks.detector
-                save_due, signal_number, is_spike, is_suspicious, status = map(
-                    int,
-                    dist.all_reduce_max(
-                        [
-                            checkpointer.should_save(metrics.step),
-                            signals[0] if signals else 0,
-                            detector.is_spiking,
-                            detector.is_suspicious or state.nonfinite_streak > 0,
-                            checkpointer.status,
-                        ]
-                    ),
-                )
+                detector, save_due = self.rollbacks.detector, checkpointer.should_save(metrics.step)
+                is_suspicious = detector.is_suspicious or state.nonfinite_streak > 0
+                flags = [
+                    save_due,
+                    signals[0] if signals else 0,
+                    detector.is_spiking,
+                    is_suspicious,
+                    checkpointer.status,
+                ]
+                # All ranks act together.
+                save_due, signal_number, is_spike, is_suspicious, status = map(int, dist.all_reduce_max(flags))
                 checkpointer.advance(status)
                 if uploader is not None:
                     uploader.maybe_upload(run.run_dir, checkpointer.last_committed)
@@ -181,9 +168,7 @@ class Trainer:
                 if signal_number and uploader is not None:
                     uploader.maybe_upload(run.run_dir, checkpointer.last_committed, urgent=True)
                 if signal_number and not is_last:
-                    note = (
-                        "the loss is suspicious, so the last checkpoint stands" if is_suspicious else "checkpoint saved"
-                    )
+                    note = "the loss is suspicious, so the last checkpoint stands" if is_suspicious else "saved"
                     raise RunInterruptedError(
                         f"stopped at step {metrics.step:,}: {note}. To continue, add --resume to the same command",
                         signal_number,
@@ -305,12 +290,8 @@ class Trainer:
 
     def _record_finite_state(self) -> None:
         """Remember the counters, to go back to if there is no checkpoint. Non-finite steps do not change the weights."""
-        self.last_finite_state = (
-            self.state.step,
-            self.state.tokens,
-            replace(self.setup.best),
-            self.setup.stopped_early,
-        )
+        state, setup = self.state, self.setup
+        self.last_finite_state = state.step, state.tokens, replace(setup.best), setup.stopped_early
 
     def _roll_back(self, checkpointer: AsyncCheckpointer, is_spike: bool) -> bool:
         """Undo the bad steps. The next steps skip the batches that led to them. Returns whether that was possible."""
