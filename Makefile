@@ -32,7 +32,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 test-all: .venv/ready-for-all chromium
-	$(BIN)/python -m pytest --all-needs
+	NEXTWORD_SLOW_TESTS=1 $(BIN)/python -m pytest --all-needs
 
 # llama.cpp is built for AVX2 only: AMX, which a native build uses, crashes where the system does not permit it.
 LLAMA_FLAGS := -DGGML_NATIVE=OFF -DGGML_AMX_TILE=OFF -DGGML_AMX_INT8=OFF -DGGML_AMX_BF16=OFF
@@ -64,8 +64,8 @@ bench: setup
 
 soak: setup
 	NEXTWORD_KILLS=50 NEXTWORD_KILL_STEPS=3000 $(BIN)/python -m pytest -n 0 -s tests/test_pretraining.py -k test_killed_and_resumed --timeout 7200
-	NEXTWORD_RESTARTS=20 $(BIN)/python -m pytest -n 0 -s tests/test_distributed.py -k starts_both_anew --timeout 3600
-	NEXTWORD_FLIPS=200 NEXTWORD_EVERY_WRITE=1 $(BIN)/python -m pytest -n 0 -s tests/test_faults.py tests/test_foreign.py --timeout 7200
+	NEXTWORD_SLOW_TESTS=1 NEXTWORD_RESTARTS=20 $(BIN)/python -m pytest -n 0 -s tests/test_distributed.py -k killed --timeout 3600
+	NEXTWORD_SLOW_TESTS=1 NEXTWORD_FLIPS=200 NEXTWORD_EVERY_WRITE=1 $(BIN)/python -m pytest -n 0 -s tests/test_faults.py tests/test_foreign.py --timeout 7200
 	NEXTWORD_KILLS=3 $(BIN)/python -m pytest -n 0 tests/test_sharded_preparation.py -k killed --timeout 1800
 	NEXTWORD_CASES=2400 $(BIN)/python -m pytest -n 0 tests/test_serving_fuzz.py --timeout 1800
 

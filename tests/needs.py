@@ -34,6 +34,7 @@ NEEDS: dict[str, Callable[[], object]] = {
     "lm-eval": package("lm_eval"),
     "Ray": package("ray"),
     "llama.cpp": package("llama_cpp"),
+    "more time": lambda: os.environ.get("NEXTWORD_SLOW_TESTS") == "1",
 }
 _found: dict[str, bool] = {}
 

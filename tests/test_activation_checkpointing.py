@@ -13,7 +13,7 @@ from nextword.model.gpt import GPT, sample_dropout_masks
 from nextword.training.losses import DeviceBatch, causal_lm_loss
 from nextword.training.step import build_loss_module
 from test_distributed import options
-from torchrun import finish, losses, start
+from runs import finish, losses, start
 
 LAYERS, ROWS, LENGTH, WIDTH = 4, 3, 16, 32
 

@@ -47,8 +47,7 @@ from nextword.training.parallel import (
     to_local,
 )
 from processes import PATIENCE, kill, start_process
-from test_pretraining import SETTINGS, state_hashes
-from torchrun import free_port
+from runs import free_port, state_hashes
 
 MODEL: dict[str, Any] = {"n_layers": 1, "n_heads": 2, "d_model": 16, "context_length": 8, "vocab_size": 35}
 more_time = pytest.mark.needs("more time")
@@ -207,8 +206,10 @@ def test_a_kill_during_a_save_leaves_the_last_checkpoint_complete(tmp_path):
 
 
 def test_a_full_disk_in_the_background_ends_the_run_and_the_resume_is_exact(shards, tmp_path, monkeypatch):
-    settings = {**SETTINGS, "training": {**SETTINGS["training"], "save_every": 5, "evaluations": 1}}
-    nextword.pretrain(shards, tmp_path / "undisturbed", steps=20, **settings)
+    model = {"n_layers": 2, "n_heads": 2, "d_model": 32, "context_length": 32, "dropout": 0.1}
+    training = {"batch_tokens": 256, "save_every": 5, "evaluations": 1}
+    settings: dict[str, Any] = {"steps": 20, "model": model, "training": training}
+    nextword.pretrain(shards, tmp_path / "undisturbed", **settings)
 
     def full(path: Path, *arguments: Any) -> Any:
         if path.parent.name != ".step-00000005.partial":
@@ -219,7 +220,7 @@ def test_a_full_disk_in_the_background_ends_the_run_and_the_resume_is_exact(shar
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "write_safetensors", full)
         with pytest.raises(DiskFullError, match=r"step-00000010.*the disk is full") as error:
-            nextword.pretrain(shards, tmp_path / "run", steps=20, **settings)
+            nextword.pretrain(shards, tmp_path / "run", **settings)
     assert error.value.exit_code == 4
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000005"]
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) <= 15, "noticed before the next save"

@@ -28,8 +28,7 @@ from nextword.training import checkpoint
 from nextword.training.distributed import DistContext
 from nextword.training.parallel import balance_by_cost, build_mesh, check_tp_divisibility
 from processes import PATIENCE, wait_until
-from test_pretraining import state_hashes
-from torchrun import finish, free_port, losses, metrics, start
+from runs import finish, free_port, losses, metrics, start, state_hashes
 
 STEPS = 20
 MODEL = {"n_layers": 2, "n_heads": 2, "d_model": 32, "context_length": 32}

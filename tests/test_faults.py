@@ -27,7 +27,7 @@ from nextword.common.errors import CorruptFileError, DiskFullError, NextwordErro
 from nextword.training import checkpoint
 from nextword.training.distributed import collective_timeout
 from processes import PATIENCE, happens, kill, start_process
-from test_pretraining import start, state_hashes, steps_of
+from runs import start, state_hashes, steps_of
 
 SETTINGS: dict[str, Any] = {
     "model": {"n_layers": 1, "n_heads": 2, "d_model": 16, "context_length": 16},
@@ -212,9 +212,12 @@ def small_disk(path: Path, size: int) -> Iterator[Path]:
 
 
 def test_a_disk_that_fills_up_during_a_run(shards, tmp_path):
+    arguments = ["pretrain", shards, "--resume", "--steps", "100000", "--training.save-every", "20"]
+    arguments += ["--model.n-layers", "2", "--model.n-heads", "2", "--model.d-model", "32"]
+    arguments += ["--model.context-length", "32", "--training.batch-tokens", "256"]
     with small_disk(tmp_path / "disk", 12 * 2**20) as disk:
         run = disk / "run"
-        process = start(run, shards, "--steps", "100000")
+        process = start(1, *arguments, "--out", run)
         assert happens(lambda: len(checkpoint.list_checkpoints(run)) >= 1, process)
         with contextlib.suppress(OSError), (disk / "other").open("wb", buffering=0) as other:
             while True:
@@ -227,7 +230,7 @@ def test_a_disk_that_fills_up_during_a_run(shards, tmp_path):
         for path in checkpoint.list_checkpoints(run):
             fs.verify_manifest(path)
         (disk / "other").unlink()
-        process = start(run, shards, "--steps", "100000")
+        process = start(1, *arguments, "--out", run)
         stopped_at = steps_of(run)
         assert happens(lambda: steps_of(run) > stopped_at, process)
         kill(process)

@@ -1,6 +1,7 @@
-"""Distributed runs for tests: nextword under torchrun, and what such a run wrote."""
+"""Training runs for tests: nextword under torchrun, and what a run wrote."""
 
 import contextlib
+import hashlib
 import json
 import random
 import socket
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from nextword.training.checkpoint import list_checkpoints
 from processes import PATIENCE, start_process
 
 
@@ -55,3 +57,16 @@ def metrics(run: Path) -> list[dict]:
 def losses(run: Path) -> list[float]:
     """The training loss of every step."""
     return [record["loss"] for record in metrics(run) if "loss" in record]
+
+
+def steps_of(run: Path) -> int:
+    """The number of finished steps."""
+    return len(losses(run))
+
+
+def state_hashes(run: Path) -> dict[str, str]:
+    """SHA-256 of weights and optimizer of the last checkpoint, the final model, and all losses: equal for equal runs."""
+    paths = [*list_checkpoints(run)[-1].glob("*.safetensors"), run / "model" / "model.safetensors"]
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    validation = [record["validation"]["loss"] for record in metrics(run) if "validation" in record]
+    return hashes | {"losses": str(losses(run)), "validation": str(validation)}
