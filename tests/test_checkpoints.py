@@ -82,7 +82,7 @@ def test_safetensors_reads_the_files_and_their_hashes_are_right(tmp_path_factory
     shards = {name: TensorShard((0,) * tensor.ndim, tensor) for name, tensor in tensors.items()}
     with ThreadPoolExecutor(1) as executor:
         entry, _ = write_safetensors(path, shards, executor).result()
-    assert entry == {"bytes": path.stat().st_size, "sha256": fs.sha256(path)}
+    assert entry == {"bytes": path.stat().st_size, "sha256": fs.sha256_file(path)}
     loaded = load_file(path)
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
