@@ -12,8 +12,8 @@ from nextword.model.config import build_config
 from nextword.model.gpt import GPT, sample_dropout_masks
 from nextword.training.losses import DeviceBatch, causal_lm_loss
 from nextword.training.step import build_loss_module
-from test_distributed import options
 from runs import finish, losses, start
+from test_distributed import options
 
 LAYERS, ROWS, LENGTH, WIDTH = 4, 3, 16, 32
 
