@@ -32,6 +32,9 @@ class VerifyResult(Result):
 
     whole: dict[str, str]
 
+    def to_dict(self) -> dict[str, Any]:
+        return {"whole": self.whole}
+
     def legacy_dict(self) -> dict[str, Any]:
         return self.whole
 
