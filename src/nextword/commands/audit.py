@@ -164,6 +164,7 @@ def format_number(value: float, unit: str) -> str:
 @command(AuditConfig, example="nextword audit runs/mine --suite crows-pairs=crows_pairs.csv")
 def audit(config: AuditConfig, context: Context) -> AuditResult:
     from nextword.audit import audit as auditing
+    from nextword.common.run_dir import RunDir
     from nextword.reporting.report import refresh_unmodified
 
     names = ("templates", "suites", "data", "group", "passages", "index", "texts", "prefixes", "limit", "text_column")
@@ -175,5 +176,6 @@ def audit(config: AuditConfig, context: Context) -> AuditResult:
         **{name: getattr(config, name) for name in names},
     )
     result = auditing.audit_model(config.model, checks, device=config.device, console=context.console)
-    refresh_unmodified(config.model, context.console.info)
+    if RunDir(config.model).exists:
+        refresh_unmodified(config.model, context.console.info)
     return AuditResult(**result)

@@ -57,7 +57,7 @@ class GenerateConfig(ModelArgument, SamplingOptions):
         """The prompts of the command line and of --file, each as often as there are samples."""
         if self.samples < 1:
             raise UsageError(f"--samples must be at least 1, not {self.samples}")
-        prompts = [sys.stdin.read() if prompt == STDIN else prompt for prompt in self.prompts]
+        prompts = [sys.stdin.read().removesuffix("\n") if prompt == STDIN else prompt for prompt in self.prompts]
         if self.file is not None:
             text = sys.stdin.read() if str(self.file) == STDIN else self.file.read_text(encoding="utf-8")
             prompts += text.splitlines()
