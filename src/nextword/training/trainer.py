@@ -168,7 +168,9 @@ class Trainer:
                 if signal_number and uploader is not None:
                     uploader.maybe_upload(run.run_dir, checkpointer.last_committed, urgent=True)
                 if signal_number and not is_last:
-                    note = "the loss is suspicious, so the last checkpoint stands" if is_suspicious else "saved"
+                    note = "checkpoint saved"
+                    if is_suspicious:
+                        note = "the loss is suspicious, so the last checkpoint stands"
                     raise RunInterruptedError(
                         f"stopped at step {metrics.step:,}: {note}. To continue, add --resume to the same command",
                         signal_number,
