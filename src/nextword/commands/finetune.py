@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nextword.commands.command import Context, argument, command, option, options, stored_options
+from nextword.commands.command import Context, argument, command, option, options
 from nextword.commands.results import RunResult
 from nextword.commands.shared import (
     FinetuneOptions,
@@ -162,35 +162,22 @@ def finetune(config: FinetuneConfig, context: Context) -> FinetuneResult:
     from nextword.common.run_lock import fail_if_locked
 
     fail_if_locked(config.out)
-    from nextword.commands.pretrain import write_missing_reports
-    from nextword.common.environment import resolve_device
+    from nextword.commands.pretrain import start_run
     from nextword.common.run_dir import RunDir
-    from nextword.training.launch import run_training
 
     if not RunDir(config.out).exists:
         if config.model is None:
             raise UsageError("the model is missing: nextword finetune MODEL DATA --out RUN")
         if not config.data:
             raise UsageError("the data is missing: give a table of examples (CSV, TSV, JSONL, JSON or Parquet)")
-    result = run_training(
-        run_finetuning,
-        config.out,
-        stored_options(config),
-        device=resolve_device(config.device),
-        start_time=context.started,
-        resume=config.resume,
-        tensorboard=config.tensorboard,
-        console=context.console,
-        mirror_url=config.mirror,
-        write_reports=write_missing_reports,
-    )
+    result = start_run(run_finetuning, config, config.out, context)
     if not result:  # a worker process of torchrun; the main process returns the result
         return None  # type: ignore[return-value]
     return FinetuneResult.from_dict(result)
 
 
 def train_on_examples(run: "RunContext", base: "BaseModel", recipe: FinetuneRecipe) -> dict[str, Any]:
-    """Fine-tune a model on labelled examples.
+    """Fine-tune a model on labeled examples.
 
     Args:
         run: The run.

@@ -4,6 +4,7 @@ import math
 import shlex
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from nextword.data.corpus import Corpus
     from nextword.pipeline.base_model import BaseModel
     from nextword.training.config import Recipe
-    from nextword.training.launch import RunContext
+    from nextword.training.launch import RunContext, TrainFn
 
 OVERFITTING_ADVICE = "More text, --model.dropout or a smaller size help."
 
@@ -67,10 +68,8 @@ def pretrain(config: PretrainConfig, context: Context) -> RunResult:
     from nextword.common.run_lock import fail_if_locked
 
     fail_if_locked(config.out)
-    from nextword.common.environment import resolve_device
     from nextword.common.run_dir import RunDir
     from nextword.data.corpus import Corpus
-    from nextword.training.launch import run_training
 
     if not RunDir(config.out).exists:
         require_inputs(config.corpora)
@@ -91,9 +90,34 @@ def pretrain(config: PretrainConfig, context: Context) -> RunResult:
         run.info(format_corpus(corpus))
         return train_language_model(run, corpus, recipe)
 
-    result = run_training(
+    result = start_run(train, config, config.out, context, strict=config.strict)
+    if not result:  # a worker process of torchrun; the main process returns the result
+        return None  # type: ignore[return-value]
+    return RunResult.from_dict(result)
+
+
+def start_run(
+    train: "TrainFn", config: RunOptions, out: Path, context: Context, strict: bool = False
+) -> dict[str, Any]:
+    """Start or resume a training run with the options of a command.
+
+    Args:
+        train: Builds, trains and evaluates the run.
+        config: The options.
+        out: The run directory.
+        context: The console and the start time.
+        strict: Fail if the newest checkpoint is corrupt, instead of using the one before it.
+
+    Returns:
+        The content of result.json; empty on worker ranks.
+    """
+    from nextword.common.environment import resolve_device
+    from nextword.reporting.report import write_run_reports
+    from nextword.training.launch import run_training
+
+    return run_training(
         train,
-        config.out,
+        out,
         stored_options(config),
         device=resolve_device(config.device),
         start_time=context.started,
@@ -101,19 +125,9 @@ def pretrain(config: PretrainConfig, context: Context) -> RunResult:
         tensorboard=config.tensorboard,
         console=context.console,
         mirror_url=config.mirror,
-        strict=config.strict,
-        write_reports=write_missing_reports,
+        strict=strict,
+        write_reports=partial(write_run_reports, overwrite=False),
     )
-    if not result:  # a worker process of torchrun; the main process returns the result
-        return None  # type: ignore[return-value]
-    return RunResult.from_dict(result)
-
-
-def write_missing_reports(run_path: Path) -> None:
-    """Write the reports of a complete run that a killed process has not written."""
-    from nextword.reporting.report import write_run_reports
-
-    write_run_reports(run_path, overwrite=False)
 
 
 def train_language_model(

@@ -39,7 +39,7 @@ ALL_METRICS = ("chrf", "bleu", "rouge1", "rouge2", "rougeL")
 
 @dataclass(frozen=True)
 class FinetuneData:
-    """Labelled examples of a task, read and encoded.
+    """Labeled examples of a task, read and encoded.
 
     Attributes:
         examples: The examples that could be encoded, and how they become tokens.
