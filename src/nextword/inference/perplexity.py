@@ -23,7 +23,7 @@ MAX_LOGITS = 2**24  # logits held at once: 64 MB of float32
 
 
 @dataclass(frozen=True)
-class Likelihood:
+class PerplexityResult:
     """How well a model predicts a text.
 
     Attributes:
@@ -43,6 +43,9 @@ class Likelihood:
     bytes: int
     by_position: list[float]
     stride: int
+
+
+Likelihood = PerplexityResult  # until its last uses are renamed
 
 
 class DistContext(Protocol):
@@ -83,7 +86,7 @@ def evaluate_perplexity(
     progress: Callable[[int, int], None] | None = None,
     token_nll_out: np.ndarray | None = None,
     dist_context: DistContext | None = None,
-) -> Likelihood:
+) -> PerplexityResult:
     """Evaluate a model on a text with a sliding window.
 
     Windows have context_length + 1 tokens. Each predicts the tokens that no earlier window has predicted, so that every token
@@ -144,13 +147,13 @@ def evaluate_perplexity(
     return _result(sums, counts, num_bytes, len(tokens) - 1, stride)
 
 
-def _result(sums: Tensor, counts: Tensor, num_bytes: int, total_tokens: int, stride: int) -> Likelihood:
+def _result(sums: Tensor, counts: Tensor, num_bytes: int, total_tokens: int, stride: int) -> PerplexityResult:
     """The result from the summed loss and the number of tokens at each position, both [T]."""
     num_tokens, nats = int(counts.sum()), float(sums.sum())
     if not math.isfinite(nats):
         raise NextwordError("the loss is not finite: the model's weights are damaged, or its training diverged")
     evaluated_bytes = num_bytes * (num_tokens / total_tokens)
-    return Likelihood(
+    return PerplexityResult(
         loss=nats / num_tokens,
         perplexity=math.exp(min(nats / num_tokens, 700.0)),  # exp overflows beyond
         bits_per_byte=nats / math.log(2) / evaluated_bytes,

@@ -12,7 +12,7 @@ from nextword.data.corpus import Corpus
 from nextword.data.dataset import TokenDataset
 from nextword.data.tokenizer import Tokenizer
 from nextword.inference.engine import Engine
-from nextword.inference.perplexity import Likelihood, evaluate_perplexity
+from nextword.inference.perplexity import PerplexityResult, evaluate_perplexity
 from nextword.inference.sampling import Sampling
 from nextword.model.gpt import GPT
 from nextword.model.hf import iter_hf_tensors, iter_weights, save_model
@@ -70,12 +70,12 @@ class LanguageModelEvaluator:
             f"({result.tokens:,} of {len(self.validation):,} tokens)",
         )
 
-    def evaluate(self, max_windows: int | None = None) -> Likelihood:
+    def evaluate(self, max_windows: int | None = None) -> PerplexityResult:
         """Evaluate the model on the validation set, or on evenly spaced windows of it."""
         with unsharded(self.run.dist, self.setup.eager_step) as model:
             return self.evaluate_replicated(model, max_windows)
 
-    def evaluate_replicated(self, model: GPT, max_windows: int | None = None) -> Likelihood:
+    def evaluate_replicated(self, model: GPT, max_windows: int | None = None) -> PerplexityResult:
         """Evaluate a model that every rank holds. Each rank evaluates a part of the windows."""
         dist = self.run.dist
         context, num_bytes = dist if dist.world_size > 1 else None, self.corpus.validation.bytes
