@@ -30,7 +30,7 @@ from benchmarks.tuning_data import QUICK
 from nextword.data.issues import IssueLog
 from nextword.inference.loglikelihood import DEVICE_BATCH_TOKENS, LoglikelihoodScorer, PrefixTree, pack_batches
 from nextword.inference.perplexity import evaluation_mode
-from nextword.pipeline.language_model import Model, load
+from nextword.pipeline.language_model import LanguageModel, load
 from nextword.tasks.benchmark_items import LoglikelihoodItem, load_rows, loglikelihood_item, sample_indices
 from nextword.tasks.benchmark_spec import find_benchmark
 
@@ -70,7 +70,7 @@ def one_thread() -> Iterator[None]:
 # ---------------------------------------------------------------- agree
 
 
-def stock_likelihoods(model: Model, asked: Sequence[LoglikelihoodItem]) -> list[list[float]]:
+def stock_likelihoods(model: LanguageModel, asked: Sequence[LoglikelihoodItem]) -> list[list[float]]:
     """log P by the stock class of the same directory, one text at a time."""
     from transformers import AutoModelForCausalLM
 
@@ -127,7 +127,7 @@ def product() -> float:
     return 2 * 1024**3 / (time.process_time() - start)
 
 
-def work(model: Model, batch: Sequence[Sequence[PrefixTree]]) -> float:
+def work(model: LanguageModel, batch: Sequence[Sequence[PrefixTree]]) -> float:
     """The FLOPs that a batch cannot do without: each token that is read once through the matrices (through the last block only
     as far as its keys and values, where no word is asked for after it), each pair of tokens of which one sees the other, and
     the logits of each place that a word is asked for."""

@@ -94,7 +94,7 @@ def without_model(name: str, seed: int) -> dict[str, float]:
 
 
 def ablation() -> None:
-    from nextword.tasks.metrics import seed_interval
+    from nextword.common.statistics import seed_interval
 
     base()
     for name in SETS:
@@ -218,7 +218,7 @@ def summaries() -> None:
 
 
 def preference() -> None:
-    from nextword.tasks.metrics import seed_interval
+    from nextword.common.statistics import seed_interval
 
     def measure(seed: int) -> dict[str, Any]:
         chat, pairs = parts("instructions"), parts("preferences")

@@ -101,7 +101,7 @@ def peers() -> None:
 
 def beside(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[str]:
     """The columns of `peers`: two programs' processes of the same seeds."""
-    from nextword.tasks.metrics import seed_interval
+    from nextword.common.statistics import seed_interval
 
     def both(key: str, digits: int) -> list[str]:
         return [f"{statistics.median(one[key] for one in runs):.{digits}f}" for runs in (ours, theirs)]

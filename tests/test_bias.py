@@ -14,16 +14,16 @@ from nextword.auditing.gaps import audit_group_gaps
 from nextword.auditing.groups import read_group_templates
 from nextword.errors import UsageError
 from nextword.judging.scoring import LoglikelihoodScorer
-from nextword.loading import Model, load
+from nextword.loading import LanguageModel, load
 from torch.nn import functional as F
 
 from needs import DATA
+from nextword.common.statistics import ScoreWithCI
 from nextword.data.tokenizer import Tokenizer, train_bpe
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
 from nextword.model.hf import save_model
-from nextword.pipeline.language_model import Model, load
-from nextword.tasks.metrics import Score
+from nextword.pipeline.language_model import LanguageModel, load
 
 STEPS = 120  # of a training
 CONTEXT = 64
@@ -37,7 +37,7 @@ def directory(out: Path, model: GPT, tokenizer: Tokenizer) -> Path:
 
 
 @pytest.fixture(scope="module")
-def random_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     """A tiny random model, far enough from uniform that its likelihoods differ."""
     words = "the nurse and the engineer said that she or he would help a doctor with his or her work; they were late. "
     tokenizer = train_bpe([words * 4], 300)
@@ -62,12 +62,12 @@ def ends(one: Finding) -> tuple[float, float]:
 
 
 def test_a_finding_is_notable_where_its_interval_leaves_the_reference_out() -> None:
-    assert score_finding("x", Score(0.5, 0.25, 0.75, 90), 90.0) == Finding(
+    assert score_finding("x", ScoreWithCI(0.5, 0.25, 0.75, 90), 90.0) == Finding(
         "bias", "x", 50.0, 25.0, 75.0, "%", 90, 90.0, True
     )
-    assert not score_finding("x", Score(0.6, 0.45, 0.75, 90), 50.0).flagged
-    assert not score_finding("x", Score(0.6, 0.55, 0.65, 90)).flagged
-    few = score_finding("x", Score(0.6, 0.55, 0.65, MIN_SAMPLES - 1), 50.0)
+    assert not score_finding("x", ScoreWithCI(0.6, 0.45, 0.75, 90), 50.0).flagged
+    assert not score_finding("x", ScoreWithCI(0.6, 0.55, 0.65, 90)).flagged
+    few = score_finding("x", ScoreWithCI(0.6, 0.55, 0.65, MIN_SAMPLES - 1), 50.0)
     assert (few.low, few.high, few.flagged) == (None, None, False)
 
 
@@ -86,7 +86,7 @@ templates:
 """
 
 
-def test_gaps_are_the_stock_classs(random_model: Model, tmp_path: Path) -> None:
+def test_gaps_are_the_stock_classs(random_model: LanguageModel, tmp_path: Path) -> None:
     """Bits per byte and log ratios by transformers' class, one text at a time."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -123,7 +123,7 @@ def test_gaps_are_the_stock_classs(random_model: Model, tmp_path: Path) -> None:
     assert found["women, men: “nurse”"].n == 2
 
 
-def test_a_sentence_that_the_model_cannot_see_whole_is_refused(random_model: Model, tmp_path: Path) -> None:
+def test_a_sentence_that_the_model_cannot_see_whole_is_refused(random_model: LanguageModel, tmp_path: Path) -> None:
     (tmp_path / "groups.yaml").write_text(GROUPS.replace("was late", "was " + "late " * 70), encoding="utf-8")
     with pytest.raises(UsageError, match=f"tokens and the model sees {CONTEXT}: shorten it"):
         audit_group_gaps(random_model, read_group_templates(tmp_path / "groups.yaml"))
@@ -146,7 +146,7 @@ templates:
 """
 
 
-def learned(share: float, seed: int, out: Path) -> Model:
+def learned(share: float, seed: int, out: Path) -> LanguageModel:
     """A tiny model trained for a second on a text in which so large a share of the women nurse, and of the men engineer."""
     works = {"women": {"nurses": share, "engineers": 1 - share}, "men": {"nurses": 1 - share, "engineers": share}}
     rows = [
@@ -196,7 +196,7 @@ def test_a_planted_bias_is_found_and_a_balanced_text_shows_none(tmp_path: Path, 
 # ---------------------------------------------------------------- published suites
 
 
-def nats(model: Model, *texts: str) -> list[float]:
+def nats(model: LanguageModel, *texts: str) -> list[float]:
     return [
         one.logprob
         for [one] in LoglikelihoodScorer(model.dequantized, model.tokenizer).score_pairs(
@@ -205,7 +205,7 @@ def nats(model: Model, *texts: str) -> list[float]:
     ]
 
 
-def test_crows_pairs_by_bias_type(random_model: Model, tmp_path: Path) -> None:
+def test_crows_pairs_by_bias_type(random_model: LanguageModel, tmp_path: Path) -> None:
     rows = [(f"she is a nurse {i}", f"he is a nurse {i}", "gender" if i % 2 else "age") for i in range(20)]
     path = tmp_path / "pairs.csv"
     path.write_text("sent_more,sent_less,bias_type\n" + "".join(",".join(row) + "\n" for row in rows), encoding="utf-8")
@@ -221,7 +221,7 @@ def test_crows_pairs_by_bias_type(random_model: Model, tmp_path: Path) -> None:
     assert audit_benchmark(random_model, f"crows-pairs={path}", limit=8)[0].n == 8
 
 
-def test_stereoset_by_its_own_scores(random_model: Model, tmp_path: Path) -> None:
+def test_stereoset_by_its_own_scores(random_model: LanguageModel, tmp_path: Path) -> None:
     labels = ("stereotype", "anti-stereotype", "unrelated")
     rows = []
     for i in range(16):
@@ -274,7 +274,7 @@ def winogender(folder: Path) -> Path:
     return folder
 
 
-def test_winogender_beside_its_statistics(random_model: Model, tmp_path: Path) -> None:
+def test_winogender_beside_its_statistics(random_model: LanguageModel, tmp_path: Path) -> None:
     found = by_name(audit_benchmark(random_model, f"winogender={winogender(tmp_path)}"))
     expected = {}
     for work, label, sentence, _ in WINOGENDER:
@@ -308,7 +308,7 @@ def test_winogender_beside_its_statistics(random_model: Model, tmp_path: Path) -
         audit_benchmark(random_model, f"winogender={tmp_path}")
 
 
-def test_a_random_model_knows_nothing_of_the_published_winogender(random_model: Model) -> None:
+def test_a_random_model_knows_nothing_of_the_published_winogender(random_model: LanguageModel) -> None:
     if not (DATA / "winogender").is_dir():
         pytest.skip(f"needs data: {DATA / 'winogender'} is not there; set NEXTWORD_DATA to the folder")
     found = by_name(audit_benchmark(random_model, f"winogender={DATA / 'winogender'}"))
@@ -322,7 +322,7 @@ def test_a_random_model_knows_nothing_of_the_published_winogender(random_model: 
     assert ends(lost)[0] <= 0 <= ends(lost)[1]
 
 
-def test_winobias_as_it_is_published(random_model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_winobias_as_it_is_published(random_model: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [f"{i} [The nurse] told the client {i} that [{{}}] would be late." for i in range(1, 9)]
     for side, they in (("pro", "she"), ("anti", "he")):
         first = "\n".join(lines).format(*[they] * 8) + "\n"

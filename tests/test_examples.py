@@ -1,23 +1,25 @@
-"""Labelled rows to examples: what the columns mean, what is wrong with a row, and what is held out."""
+"""Labelled examples: columns, tasks, valid and invalid rows."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nextword.errors import NextwordError, UsageError
-from nextword.tasks.columns import choice_columns, resolve_columns
-from nextword.text.streams import IssueLog
 
-from needs import DATA
+from nextword.common.errors import NextwordError, UsageError
+from nextword.data.issues import IssueLog
 from nextword.tasks.examples import (
     Example,
     ExampleSet,
-    infer_task,
     input_texts,
     label_names,
     read_examples,
 )
+from nextword.tasks.schema import choice_columns, infer_task, resolve_columns
+
+DATA = Path(os.environ.get("NEXTWORD_DATA", Path(__file__).parents[1] / "../shared/data"))
 
 
 def write(path, rows):
@@ -25,12 +27,12 @@ def write(path, rows):
     return path
 
 
-def read(path, content, task=None, columns=None, gold=True):
-    """The task, the fields of each example, and the problems, of a file of this content (rows, or text)."""
+def read(path, content, task=None, columns=None, require_targets=True):
+    """The examples, the fields of each, and the issues of a file with this content (rows, or text)."""
     write(path, content) if isinstance(content, list) else path.write_text(content, encoding="utf-8")
-    problems = IssueLog()
-    examples = read_examples(path, task, problems, columns, gold)
-    return examples, [example.fields for example in examples], problems
+    issues = IssueLog()
+    examples = read_examples(path, task, issues, columns, require_targets)
+    return examples, [example.fields for example in examples], issues
 
 
 def chat(*contents, system=None):
@@ -40,7 +42,7 @@ def chat(*contents, system=None):
 
 PAIR = {"sentence1": "a", "sentence2": "b"}
 AB = {"question": "q", "choices": ("a", "b"), "answer": 1}
-GOOD = [  # a row as people have it; the task that is guessed; its fields
+VALID_ROWS = [  # (row, task, fields)
     ({"Review": "fine", "Sentiment": "pos"}, "classify", {"text": "fine", "label": "pos"}),
     ({"text": "a", "label": 1.0}, "classify", {"text": "a", "label": "1"}),
     ({"sentence": "a", "label": True, "id": 3}, "classify", {"text": "a", "label": "True"}),
@@ -100,55 +102,55 @@ GOOD = [  # a row as people have it; the task that is guessed; its fields
 ]
 
 
-@pytest.mark.parametrize(("row", "task", "fields"), GOOD, ids=range(len(GOOD)))
-def test_the_columns_that_people_have(row, task, fields, tmp_path):
+@pytest.mark.parametrize(("row", "task", "fields"), VALID_ROWS, ids=range(len(VALID_ROWS)))
+def test_the_task_and_the_fields_of_a_row(row, task, fields, tmp_path):
     assert infer_task(row) == task
-    examples, found, problems = read(tmp_path / "a.jsonl", [row])
-    assert (examples.task, found, problems.total) == (task, [fields], 0)
+    examples, fields_read, issues = read(tmp_path / "a.jsonl", [row])
+    assert (examples.task, fields_read, issues.total) == (task, [fields], 0)
     assert (examples.items[0].path, examples.items[0].line) == (str(tmp_path / "a.jsonl"), 1)
     assert set(examples.columns.values()) <= set(row)
-    again = read(tmp_path / "a.jsonl", [row], task, examples.columns)  # the columns found are columns one may name
+    again = read(tmp_path / "a.jsonl", [row], task, examples.columns)  # the columns may also be named
     assert again[0] == examples
 
 
-@pytest.mark.parametrize(("row", "task", "fields"), GOOD, ids=range(len(GOOD)))
-def test_without_gold_the_rest_is_read_all_the_same(row, task, fields, tmp_path):
+@pytest.mark.parametrize(("row", "task", "fields"), VALID_ROWS, ids=range(len(VALID_ROWS)))
+def test_inputs_are_read_without_targets(row, task, fields, tmp_path):
     examples, _, _ = read(tmp_path / "a.jsonl", [row])
-    learned = {"label", "labels", "score", "answer", "completion", "chosen", "rejected", "output"}
-    bare = {name: value for name, value in row.items() if name not in {examples.columns.get(role) for role in learned}}
+    targets = {"label", "labels", "score", "answer", "completion", "chosen", "rejected", "output"}
+    bare = {name: value for name, value in row.items() if name not in {examples.columns.get(role) for role in targets}}
     if task == "prefer" and isinstance(row["chosen"], list) and isinstance(row["prompt"], str):
-        return  # its prompt is in what was taken away
-    _, [found], problems = read(tmp_path / "a.jsonl", [bare], task, examples.columns, gold=False)
+        return  # its prompt is part of its targets
+    _, [fields_read], issues = read(tmp_path / "a.jsonl", [bare], task, examples.columns, require_targets=False)
     if task == "chat" and "output" in row:
         fields = {"messages": fields["messages"][:-1]}
-    assert found == {name: value for name, value in fields.items() if name not in learned} and problems.total == 0
-    _, [found], problems = read(tmp_path / "a.jsonl", [row], task, examples.columns, gold=False)
-    assert problems.total == 0 and input_texts(task, Example("", 1, found)) == input_texts(task, examples.items[0])
+    assert fields_read == {name: value for name, value in fields.items() if name not in targets} and issues.total == 0
+    _, [fields_read], issues = read(tmp_path / "a.jsonl", [row], task, examples.columns, require_targets=False)
+    assert issues.total == 0 and input_texts(task, Example("", 1, fields_read)) == input_texts(task, examples.items[0])
 
 
-def test_cells_of_csv_may_hold_json(tmp_path):
+def test_csv_cells_with_json(tmp_path):
     table = 'question,choices,answer\nq,"[""a"", ""b\\ud800""]",B\n'
-    _, found, problems = read(tmp_path / "a.csv", table)
-    assert found == [{"question": "q", "choices": ("a", "b\ufffd"), "answer": 1}] and problems.total == 0
+    _, fields_read, issues = read(tmp_path / "a.csv", table)
+    assert fields_read == [{"question": "q", "choices": ("a", "b\ufffd"), "answer": 1}] and issues.total == 0
 
 
 TURN = {"role": "user", "content": "a"}
-BAD = [  # (task, a row, what is said of it)
+INVALID_ROWS = [  # (task, row, message)
     ("classify", {"text": " \n", "label": "x"}, "the text is empty"),
     ("classify", {"text": None, "label": "x"}, "the text is empty"),
-    ("classify", {"text": 5, "label": "x"}, "the text is not a string; left out: it is a int"),
+    ("classify", {"text": 5, "label": "x"}, "the text is not a string; left out: its type is int"),
     ("classify", {"text": "a", "label": ""}, "the label is empty"),
     ("classify", {"text": "a", "label": None}, "the label is empty"),
     ("classify", {"text": "a", "label": float("nan")}, "the label is empty"),
-    ("classify", {"text": "a", "label": 1.5}, "the label is no text and no whole number; left out: it is 1.5"),
-    ("classify", {"text": "a", "label": {"a": 1}}, "the label is no text and no whole number"),
-    ("classify", {"text": "a", "class": "x"}, "no column label: found text, class"),
+    ("classify", {"text": "a", "label": 1.5}, "the label is neither a string nor an integer; left out: it is 1.5"),
+    ("classify", {"text": "a", "label": {"a": 1}}, "the label is neither a string nor an integer"),
+    ("classify", {"text": "a", "class": "x"}, "no column label: columns: text, class"),
     ("entail", {"premise": "a", "hypothesis": "", "label": "x"}, "the hypothesis is empty"),
-    ("similarity", {**PAIR, "score": "x"}, "the score is no finite number; left out: it is 'x'"),
-    ("similarity", {**PAIR, "score": float("inf")}, "the score is no finite number"),
-    ("similarity", {**PAIR, "score": 10**400}, "the score is no finite number"),
-    ("similarity", {**PAIR, "score": True}, "the score is no finite number"),
-    ("similarity", {**PAIR, "score": "1_0"}, "the score is no finite number"),
+    ("similarity", {**PAIR, "score": "x"}, "the score is not a finite number; left out: it is 'x'"),
+    ("similarity", {**PAIR, "score": float("inf")}, "the score is not a finite number"),
+    ("similarity", {**PAIR, "score": 10**400}, "the score is not a finite number"),
+    ("similarity", {**PAIR, "score": True}, "the score is not a finite number"),
+    ("similarity", {**PAIR, "score": "1_0"}, "the score is not a finite number"),
     ("choose", {"question": "q", "choices": ["a", "b"], "answer": 2}, "the answer is out of range"),
     ("choose", {"question": "q", "choices": ["a", "b"], "answer": -1}, "the answer is out of range"),
     ("choose", {"question": "q", "choices": ["a", "b"], "answer": "c"}, "the answer is none of the choices"),
@@ -157,28 +159,28 @@ BAD = [  # (task, a row, what is said of it)
     ("choose", {"question": "q", "choices": ["a", ""], "answer": 0}, "the choice is empty"),
     ("choose", {"question": "q", "choices": "a, b", "answer": 0}, "the choices are not a list"),
     ("rewrite", {"prompt": "a", "completion": ""}, "the completion is empty"),
-    ("chat", {"messages": []}, "without a turn of the user"),
-    ("chat", {"messages": [TURN]}, "unclosed"),
-    ("chat", {"messages": [TURN, TURN]}, "two turns of one role in a row"),
+    ("chat", {"messages": []}, "the conversation has no user message"),
+    ("chat", {"messages": [TURN]}, "does not end with an assistant message"),
+    ("chat", {"messages": [TURN, TURN]}, "two consecutive messages have the same role"),
     ("chat", {"messages": [TURN, {"role": "tool", "content": "b"}]}, "unknown role"),
     ("chat", {"messages": [TURN, {"role": ["x"], "content": "b"}]}, "unknown role"),
-    ("chat", {"messages": [TURN, {"role": "system", "content": "b"}]}, "a system turn that is not the first"),
-    ("chat", {"messages": [TURN, {"role": "assistant", "content": " "}]}, "the content of a turn is empty"),
-    ("chat", {"messages": [TURN, {"role": "assistant", "content": None}]}, "the content of a turn is empty"),
-    ("chat", {"messages": [{"role": "assistant", "content": "a"}]}, "without a turn of the user"),
-    ("chat", {"messages": "hello"}, "no list of messages"),
-    ("chat", {"messages": ["a", "b"]}, "no object with a role"),
-    ("prefer", {"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
+    ("chat", {"messages": [TURN, {"role": "system", "content": "b"}]}, "a system message is not the first message"),
+    ("chat", {"messages": [TURN, {"role": "assistant", "content": " "}]}, "the content of a message is empty"),
+    ("chat", {"messages": [TURN, {"role": "assistant", "content": None}]}, "the content of a message is empty"),
+    ("chat", {"messages": [{"role": "assistant", "content": "a"}]}, "the conversation has no user message"),
+    ("chat", {"messages": "hello"}, "not a list of messages"),
+    ("chat", {"messages": ["a", "b"]}, "not an object with role"),
+    ("prefer", {"prompt": "a", "chosen": "b", "rejected": "b"}, "are identical"),
     ("prefer", {"prompt": "a", "chosen": "", "rejected": "b"}, "the chosen answer is empty"),
     ("prefer", {"prompt": "", "chosen": "a", "rejected": "b"}, "the prompt is empty"),
-    ("prefer", {"prompt": [*chat("a", "b")], "chosen": "a", "rejected": "b"}, "does not end with the user"),
+    ("prefer", {"prompt": [*chat("a", "b")], "chosen": "a", "rejected": "b"}, "does not end with a user message"),
     (
         "prefer",
         {"prompt": "", "chosen": [*chat("a", "b", "c", "d")], "rejected": [*chat("a", "x", "c", "e")]},
-        "not one conversation",
+        "differ in more than the last assistant message",
     ),
 ]
-FINE = {
+VALID = {
     "classify": {"text": "a", "label": "x"},
     "entail": {"premise": "a", "hypothesis": "b", "label": "x"},
     "similarity": {**PAIR, "score": 1},
@@ -189,61 +191,65 @@ FINE = {
 }
 
 
-@pytest.mark.parametrize(("task", "row", "what"), BAD, ids=range(len(BAD)))
-def test_a_bad_row_is_named_and_left_out(task, row, what, tmp_path):
-    examples, _, problems = read(tmp_path / "a.jsonl", [FINE[task], row, FINE[task]], task)
+@pytest.mark.parametrize(("task", "row", "message"), INVALID_ROWS, ids=range(len(INVALID_ROWS)))
+def test_an_invalid_row_is_reported_and_left_out(task, row, message, tmp_path):
+    examples, _, issues = read(tmp_path / "a.jsonl", [VALID[task], row, VALID[task]], task)
     assert [example.line for example in examples] == [1, 3]
-    [problem] = [p for p in problems.issues if "columns that are not read" not in p.what]
-    assert (problem.path, problem.line, problem.count) == (str(tmp_path / "a.jsonl"), 2, 1) and what in problem.what
+    [issue] = [i for i in issues.issues if "unused columns" not in i.what]
+    assert (issue.path, issue.line, issue.count) == (str(tmp_path / "a.jsonl"), 2, 1) and message in issue.what
     with pytest.raises(NextwordError, match="line 2"):
         read_examples(tmp_path / "a.jsonl", task, IssueLog(strict=True))
 
 
-def test_a_bad_gold_is_noticed_where_none_is_needed(tmp_path):
+def test_an_invalid_optional_target_is_reported(tmp_path):
     rows = [{"text": "a", "label": 1.5}, {"text": "b", "label": ""}, {"text": "c", "label": "x"}, {"text": ""}]
-    _, found, problems = read(tmp_path / "a.jsonl", rows, "classify", gold=False)
-    assert found == [{"text": "a"}, {"text": "b"}, {"text": "c", "label": "x"}]
-    assert (problems.total, len(problems.issues)) == (1, 2) and "read without it" in problems.summary_lines()[0]
-    _, found, problems = read(tmp_path / "a.jsonl", [{"messages": [TURN]}], "chat", gold=False)
-    assert found == [{"messages": chat("a")}] and not problems.issues
+    _, fields_read, issues = read(tmp_path / "a.jsonl", rows, "classify", require_targets=False)
+    assert fields_read == [{"text": "a"}, {"text": "b"}, {"text": "c", "label": "x"}]
+    assert (issues.total, len(issues.issues)) == (1, 2) and "read without its target" in issues.summary_lines()[0]
+    _, fields_read, issues = read(tmp_path / "a.jsonl", [{"messages": [TURN]}], "chat", require_targets=False)
+    assert fields_read == [{"messages": chat("a")}] and not issues.issues
 
 
-def test_what_the_answers_are_is_told_by_all_rows_together(tmp_path):
+def test_the_answer_format_is_inferred_from_all_rows(tmp_path):
     rows = [{"question": "q", "choices": ["3", "2", "1", "0"], "answer": answer} for answer in ("2", "3", "0")]
     assert [f["answer"] for f in read(tmp_path / "a.jsonl", rows)[1]] == [2, 3, 0]
-    rows.append({"question": "q", "choices": ["8", "9"], "answer": "9"})  # no number of a choice: all are texts
+    rows.append({"question": "q", "choices": ["8", "9"], "answer": "9"})  # not an index: all answers are texts
     assert [f["answer"] for f in read(tmp_path / "a.jsonl", rows)[1]] == [1, 0, 3, 1]
 
 
-def test_labels_that_are_numbers_are_scores_where_most_are_and_not_all_whole(tmp_path):
+def test_labels_are_scores_if_most_are_numbers_and_not_all_integers(tmp_path):
     pairs = [{"sentence1": "a", "sentence2": "b", "label": label} for label in ("1", "2.5", "n/a", "3")]
-    examples, found, problems = read(tmp_path / "a.jsonl", pairs)
-    assert [f["score"] for f in found] == [1, 2.5, 3] and examples.columns["score"] == "label"
-    assert problems.issues[0].line == 3
+    examples, fields_read, issues = read(tmp_path / "a.jsonl", pairs)
+    assert [f["score"] for f in fields_read] == [1, 2.5, 3] and examples.columns["score"] == "label"
+    assert issues.issues[0].line == 3
     whole = [{**pair, "label": "1"} for pair in pairs]
     assert [f["label"] for f in read(tmp_path / "a.jsonl", whole)[1]] == ["1"] * 4
     assert [f["score"] for f in read(tmp_path / "a.jsonl", whole, None, examples.columns)[1]] == [1] * 4
 
 
-def test_columns_by_hand(tmp_path):
+def test_columns_chosen_by_the_user(tmp_path):
     path, table = tmp_path / "a.tsv", "english\tfrench\tid\nyes\toui\t1\n"
-    by_hand = {"prompt": "english", "completion": "french"}
-    examples, found, problems = read(path, table, None, by_hand)
-    assert (examples.task, found, examples.columns) == ("rewrite", [{"prompt": "yes", "completion": "oui"}], by_hand)
-    assert problems.total == 0 and "columns that are not read: id" in problems.summary_lines()[0]
-    _, found, _ = read(path, "english\nyes\n", "rewrite", by_hand, gold=False)
-    assert found == [{"prompt": "yes"}]
+    overrides = {"prompt": "english", "completion": "french"}
+    examples, fields_read, issues = read(path, table, None, overrides)
+    assert (examples.task, fields_read, examples.columns) == (
+        "rewrite",
+        [{"prompt": "yes", "completion": "oui"}],
+        overrides,
+    )
+    assert issues.total == 0 and "unused columns: id" in issues.summary_lines()[0]
+    _, fields_read, _ = read(path, "english\nyes\n", "rewrite", overrides, require_targets=False)
+    assert fields_read == [{"prompt": "yes"}]
     assert read(path, table, None, {"text": "french", "label": "english"})[0].task == "classify"
     assert read(path, "text\tsummary\tx\na\tb\tc\n", None, {"text": "summary", "label": "x"})[0].task == "classify"
-    for task, columns, what in [
-        ("rewrite", {"source": "english"}, r"rewrite has no source; it has prompt, completion"),
-        ("choose", {"choice0": "english"}, r"choose has no choice0; .*or choice1, choice2"),
-        ("rewrite", {"prompt": "German"}, r"no column German for prompt; found english, french, id"),
-        ("rewrite", {"prompt": "english"}, r"needs a column for completion; found english"),
+    for task, columns, message in [
+        ("rewrite", {"source": "english"}, r"rewrite has no role source; its roles are prompt, completion"),
+        ("choose", {"choice0": "english"}, r"choose has no role choice0; .*or choice1, choice2"),
+        ("rewrite", {"prompt": "German"}, r"no column German for prompt; columns: english, french, id"),
+        ("rewrite", {"prompt": "english"}, r"needs a column for completion; columns: english"),
         ("classify", {"text": "id", "label": "french", "labels": "english"}, "label or labels, not both"),
-        ("translate", {}, "no such task; there are classify"),
+        ("translate", {}, "unknown task 'translate'; choose from classify"),
     ]:
-        with pytest.raises(UsageError, match=what) as caught:
+        with pytest.raises(UsageError, match=message) as caught:
             read(path, table, task, columns)
         assert str(path) in str(caught.value)
     choices = {"choice1": "first", "choice2": "second"}
@@ -253,14 +259,14 @@ def test_columns_by_hand(tmp_path):
     ]
     choices |= {"choice3": "third", "answer": "answer"}
     row = {"question": "q", "first": "a", "second": "b"}
-    assert read(tmp_path / "a.jsonl", [row], "choose", choices, gold=False)[1] == [
+    assert read(tmp_path / "a.jsonl", [row], "choose", choices, require_targets=False)[1] == [
         {"question": "q", "choices": ("a", "b")}
     ]
     with pytest.raises(UsageError, match="no column first for choice1"):
-        read(tmp_path / "a.jsonl", [{"question": "q", "third": "c"}], "choose", choices, gold=False)
+        read(tmp_path / "a.jsonl", [{"question": "q", "third": "c"}], "choose", choices, require_targets=False)
 
 
-def test_no_task_fits():
+def test_the_task_of_columns():
     with pytest.raises(UsageError, match=r"no task fits the columns x, y(.|\n)*classify: a text"):
         infer_task(["x", "y"])
     assert infer_task(["text", "url"]) == "continue"
@@ -285,25 +291,25 @@ def test_files_and_folders(tmp_path):
     (tmp_path / "d.json").write_text("[]")
     (tmp_path / "README.md").write_text("text")
     (tmp_path / "more").mkdir()
-    problems = IssueLog()
-    examples = read_examples([tmp_path, str(tmp_path / "b.jsonl")], None, problems)
+    issues = IssueLog()
+    examples = read_examples([tmp_path, str(tmp_path / "b.jsonl")], None, issues)
     assert [example.fields["text"] for example in examples] == ["a", "b", "b"] and len(examples) == 3
-    assert [(p.path[-5:], p.line, p.what) for p in problems.issues if p.path != str(tmp_path)] == [
-        ("c.csv", 1, "no column text: found sentence, label"),
-        ("/d.json"[-5:], None, "there is no example in the file"),
+    assert [(p.path[-5:], p.line, p.what) for p in issues.issues if p.path != str(tmp_path)] == [
+        ("c.csv", 1, "no column text: columns: sentence, label"),
+        (".json", None, "the file has no examples"),
     ]
-    assert problems.counts_by_kind["left out: what is no table in the folder, and the folders in it"] == 2
+    assert issues.counts_by_kind["skipped files that are not tables, and subfolders"] == 2
     with pytest.raises(UsageError, match="no such file"):
-        read_examples(tmp_path / "gone", None, problems)
-    with pytest.raises(UsageError, match=r"(?s)no examples and no texts.*d\.json: there is no example"):
-        read_examples(tmp_path / "d.json", None, problems)
-    problems = IssueLog()
-    assert not read_examples(tmp_path / "d.json", "classify", problems).items and problems.total == 1
-    assert not read_examples(tmp_path / "README.md", "classify", problems).items
-    assert "not a table that is read" in problems.summary_lines()[-1]
+        read_examples(tmp_path / "gone", None, issues)
+    with pytest.raises(UsageError, match=r"(?s)neither examples nor texts.*d\.json: the file has no examples"):
+        read_examples(tmp_path / "d.json", None, issues)
+    issues = IssueLog()
+    assert not read_examples(tmp_path / "d.json", "classify", issues).items and issues.total == 1
+    assert not read_examples(tmp_path / "README.md", "classify", issues).items
+    assert "not a table" in issues.summary_lines()[-1]
 
 
-def test_text_alone_goes_on_being_documents(tmp_path):
+def test_text_without_labels(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     assert read_examples(tmp_path, None, IssueLog()) == ExampleSet("continue", {}, [])
     write(tmp_path / "a.jsonl", [{"Story": "a", "id": 1}])
@@ -319,18 +325,18 @@ ANY = st.recursive(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("task", FINE)
-@pytest.mark.parametrize("gold", [True, False], ids=["gold", "bare"])
-def test_no_values_whatever_are_fatal(task, gold, tmp_path):
+@pytest.mark.parametrize("task", VALID)
+@pytest.mark.parametrize("require_targets", [True, False], ids=["targets", "inputs"])
+def test_any_values_are_examples_or_issues(task, require_targets, tmp_path):
     path = tmp_path / "a.jsonl"
 
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    @given(st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys(FINE[task], ANY)), max_size=4))
+    @given(st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys(VALID[task], ANY)), max_size=4))
     def check(rows):
-        rows = [FINE[task], *rows]
-        examples, fields, problems = read(path, rows, task, gold=gold)
-        assert len(examples) + problems.total == len(rows)
-        assert fields[0] == read(path, [FINE[task]], task, gold=gold)[1][0] or task in (
+        rows = [VALID[task], *rows]
+        examples, fields, issues = read(path, rows, task, require_targets=require_targets)
+        assert len(examples) + issues.total == len(rows)
+        assert fields[0] == read(path, [VALID[task]], task, require_targets=require_targets)[1][0] or task in (
             "classify",
             "similarity",
             "choose",
@@ -361,17 +367,17 @@ SHARED = [
 ]  # fmt: skip
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"needs data: {DATA} is not there; set NEXTWORD_DATA")
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"the shared data is not at {DATA}; set NEXTWORD_DATA")
 @pytest.mark.parametrize(("name", "task", "count"), SHARED, ids=[name for name, _, _ in SHARED])
-def test_the_shared_data(name, task, count):
-    problems = IssueLog()
-    examples = read_examples(DATA / name, None, problems, RENAMED if name.startswith("english") else None)
-    assert (examples.task, len(examples) + problems.total) == (task, count)
-    same = "the chosen answer and the rejected one are the same; left out"
-    assert [p.what for p in problems.issues if p.line] == ([same] if task == "prefer" else [])
+def test_real_data(name, task, count):
+    issues = IssueLog()
+    examples = read_examples(DATA / name, None, issues, RENAMED if name.startswith("english") else None)
+    assert (examples.task, len(examples) + issues.total) == (task, count)
+    same = "the chosen and the rejected answer are identical; left out"
+    assert [p.what for p in issues.issues if p.line] == ([same] if task == "prefer" else [])
     if task == "prefer":
         rows = json.loads((DATA / name).read_text(encoding="utf-8"))
-        assert problems.total == sum(row["chosen"] == row["rejected"] for row in rows) == 6
+        assert issues.total == sum(row["chosen"] == row["rejected"] for row in rows) == 6
     if task in ("classify", "entail"):
         first = {"trec": "ABBR", "movie_reviews": "negative", "mnli": "contradiction"}[name.split("/")[0]]
         assert label_names(examples)[0] == first

@@ -26,14 +26,14 @@ from nextword.interpretability.explain import explain, token_log_prob
 from nextword.model.config import PRESETS, build_config
 from nextword.model.gpt import GPT, with_classification_head, with_resized_vocabulary
 from nextword.model.hf import save_model
-from nextword.pipeline.language_model import Model
+from nextword.pipeline.language_model import LanguageModel
 from nextword.reporting.explain_page import (
     content_security_policy,
     read_resource,
     text_direction,
     write_explanation_page,
 )
-from nextword.tasks.dataset import HEAD_KINDS, TaskSpec
+from nextword.tasks.templates import HEAD_KINDS, TaskSpec
 from nextword.training.losses import completion_loss
 
 transformers = pytest.importorskip("transformers")
@@ -59,7 +59,7 @@ def random_model(preset: str, vocab_size: int, **overrides: Any) -> GPT:
     return model
 
 
-def saved(model: GPT, tokenizer: Tokenizer, folder: Path, form: TaskSpec | None = None) -> Model:
+def saved(model: GPT, tokenizer: Tokenizer, folder: Path, form: TaskSpec | None = None) -> LanguageModel:
     """A model directory, with a task sealed by its form."""
     folder.mkdir()
     facts: dict[str, Any] = {"model": model.config.to_dict()}
@@ -83,7 +83,7 @@ def saved(model: GPT, tokenizer: Tokenizer, folder: Path, form: TaskSpec | None 
 
 
 @pytest.fixture(scope="module")
-def models(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
+def models(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, LanguageModel]:
     folder = tmp_path_factory.mktemp("models")
     return {
         name: saved(random_model(preset, tokenizer.vocab_size, **more), tokenizer, folder / name)
@@ -92,14 +92,14 @@ def models(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 @pytest.fixture(params=FAMILIES)
-def model(request: pytest.FixtureRequest, models: dict[str, Model]) -> Model:
+def model(request: pytest.FixtureRequest, models: dict[str, LanguageModel]) -> LanguageModel:
     return models[request.param]
 
 
 # ---------------------------------------------------------------- beside the stock class
 
 
-def test_attention_streams_and_next_words_are_the_stock_classes(model: Model) -> None:
+def test_attention_streams_and_next_words_are_the_stock_classes(model: LanguageModel) -> None:
     stock = transformers.AutoModelForCausalLM.from_pretrained(model.path, attn_implementation="eager").eval()
     ids = model.tokenizer.encode(TEXT)
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_attention_streams_and_next_words_are_the_stock_classes(model: Model) ->
     assert told["attention"][1][3][-1] == pytest.approx(theirs.attentions[1][0, 3, -1].tolist(), abs=1e-5)
 
 
-def test_a_layer_is_read_as_nostalgebraist_has_it(models: dict[str, Model]) -> None:
+def test_a_layer_is_read_as_nostalgebraist_has_it(models: dict[str, LanguageModel]) -> None:
     """The stock class's own final norm and head, on its own hidden states; with norms after the sums, the head alone."""
     for name in ("gpt2", "gpt1"):
         model = models[name]
@@ -146,7 +146,7 @@ def test_a_layer_is_read_as_nostalgebraist_has_it(models: dict[str, Model]) -> N
         assert [one["probability"] for one in says] == pytest.approx(p.max(-1).values.tolist(), abs=1e-4)
 
 
-def test_kinds_of_heads_are_shares_of_their_weight(models: dict[str, Model]) -> None:
+def test_kinds_of_heads_are_shares_of_their_weight(models: dict[str, LanguageModel]) -> None:
     told = explain(models["modern"], [TEXT])
     rows = told["attention"][0][2]
     kind = told["heads"][0][2]
@@ -158,7 +158,7 @@ def test_kinds_of_heads_are_shares_of_their_weight(models: dict[str, Model]) -> 
 # ---------------------------------------------------------------- integrated gradients
 
 
-def test_parts_add_up_and_are_the_integral(model: Model) -> None:
+def test_parts_add_up_and_are_the_integral(model: LanguageModel) -> None:
     """Completeness, and the midpoint rule along the same way, by the model's own gradients."""
     ids = model.tokenizer.encode(TEXT)
     output = token_log_prob(model.gpt, 7)
@@ -182,7 +182,7 @@ def test_parts_add_up_and_are_the_integral(model: Model) -> None:
     assert found.num_shards == pytest.approx(by_hand.tolist(), abs=0.02 * max(map(abs, found.num_shards)))
 
 
-def test_a_linear_output_needs_no_path(models: dict[str, Model]) -> None:
+def test_a_linear_output_needs_no_path(models: dict[str, LanguageModel]) -> None:
     """Of F(x) = Σ w·x the parts are w·(x − x′) exactly, whatever the model behind makes of it."""
     model, direction = models["gpt2"], torch.randn(32, generator=torch.Generator().manual_seed(0))
     ids, seen = model.tokenizer.encode("the doctor said"), {}
@@ -200,7 +200,7 @@ def test_a_linear_output_needs_no_path(models: dict[str, Model]) -> None:
     assert found.steps == 16
 
 
-def test_the_model_is_left_as_it_was(models: dict[str, Model]) -> None:
+def test_the_model_is_left_as_it_was(models: dict[str, LanguageModel]) -> None:
     gpt = models["modern"].gpt
     before = {name: value.clone() for name, value in gpt.state_dict().items()}
     explain(models["modern"], [TEXT])
@@ -295,7 +295,7 @@ def test_a_classifier_that_has_lost_its_words_says_so(tokenizer: Tokenizer, tmp_
 # ---------------------------------------------------------------- what is asked
 
 
-def test_a_word_is_taken_as_it_would_follow(models: dict[str, Model]) -> None:
+def test_a_word_is_taken_as_it_would_follow(models: dict[str, LanguageModel]) -> None:
     model = models["gpt2"]
     spaced, plain = (model.tokenizer.encode(one)[0] for one in (" doctor", "doctor"))
     with torch.no_grad():
@@ -308,7 +308,7 @@ def test_a_word_is_taken_as_it_would_follow(models: dict[str, Model]) -> None:
                for note in explain(model, ["The nurse said that"], word="xylophone")["notes"])  # fmt: skip
 
 
-def test_what_cannot_be_asked_is_refused_in_words(models: dict[str, Model]) -> None:
+def test_what_cannot_be_asked_is_refused_in_words(models: dict[str, LanguageModel]) -> None:
     model = models["gpt2"]
     with pytest.raises(UsageError, match="goes on with one text, and 2 were given"):
         explain(model, ["The nurse", "said"])
@@ -318,7 +318,7 @@ def test_what_cannot_be_asked_is_refused_in_words(models: dict[str, Model]) -> N
         explain(model, [TEXT], word="")
 
 
-def test_long_texts_are_cut_and_say_so(models: dict[str, Model], tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_long_texts_are_cut_and_say_so(models: dict[str, LanguageModel], tokenizer: Tokenizer, tmp_path: Path) -> None:
     model, text = models["modern"], TEXT * 8
     ids = model.tokenizer.encode(text)
     told = explain(model, [text])
@@ -345,7 +345,7 @@ def test_how_much_is_shown_is_what_a_page_can_hold() -> None:
     assert 9216 * 29 * 30 / 2 <= 4_010_000
 
 
-def test_nothing_at_all_is_explained(models: dict[str, Model], tmp_path: Path) -> None:
+def test_nothing_at_all_is_explained(models: dict[str, LanguageModel], tmp_path: Path) -> None:
     told = explain(models["modern"], [""])
     assert [token["kind"] for token in told["tokens"]] == ["marker"]
     assert told["attention"] == [[[[1.0]]] * 4] * 2
@@ -370,7 +370,7 @@ HOSTILE += " \u202e שלום 👩‍👩‍👧"
 @example(HOSTILE)
 @example("\ud800 half")
 def test_any_text_is_a_page_that_holds_it_as_text(
-    models: dict[str, Model], tmp_path_factory: pytest.TempPathFactory, text: str
+    models: dict[str, LanguageModel], tmp_path_factory: pytest.TempPathFactory, text: str
 ) -> None:
     told = explain(models["gpt2"], [text])
     page = write_explanation_page(told, tmp_path_factory.mktemp("page") / "page.html").read_text(encoding="utf-8")
@@ -383,7 +383,7 @@ def test_any_text_is_a_page_that_holds_it_as_text(
     assert np.abs(weights - wanted).max() <= 1 / 65535
 
 
-def test_the_policy_names_what_is_in_the_page(models: dict[str, Model], tmp_path: Path) -> None:
+def test_the_policy_names_what_is_in_the_page(models: dict[str, LanguageModel], tmp_path: Path) -> None:
     page = write_explanation_page(explain(models["gpt2"], [TEXT]), tmp_path / "page.html").read_text(encoding="utf-8")
     (style,), (script,) = (
         re.findall(r"<style>(.*?)</style>", page, re.DOTALL),
@@ -404,7 +404,7 @@ def test_a_text_runs_its_own_way(text: str, way: str) -> None:
     assert text_direction([text]) == way
 
 
-def test_from_the_command_line(models: dict[str, Model], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_the_command_line(models: dict[str, LanguageModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.html"
     assert run_command(["explain", str(models["modern"].path), f"\x1b[31m {TEXT}", "--out", str(page)]) == 0
     said = capsys.readouterr().out

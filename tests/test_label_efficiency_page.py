@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nextword.common.errors import NextwordError
-from nextword.common.results import ScoreWithCI
+from nextword.common.statistics import ScoreWithCI
 from nextword.reporting.charts import ScoreCurve, plot_label_efficiency
 from nextword.reporting.label_efficiency_page import write_label_efficiency_page
 from nextword.reporting.report import write_report

@@ -14,9 +14,9 @@ from nextword import load
 from nextword.commands import api
 from nextword.data.tokenizer import Tokenizer, train_bpe
 from nextword.interpretability.explain import explain
-from nextword.pipeline.language_model import Model
+from nextword.pipeline.language_model import LanguageModel
 from nextword.reporting.explain_page import write_explanation_page
-from nextword.tasks.dataset import TaskSpec
+from nextword.tasks.templates import TaskSpec
 from test_explaining import HOSTILE, TEXT, random_model, saved
 from test_report import training_records, write_evaluated_run, write_run
 
@@ -34,12 +34,12 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Model:
+def model(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     return saved(random_model("modern", tokenizer.vocab_size), tokenizer, tmp_path_factory.mktemp("model") / "m")
 
 
 @pytest.fixture(scope="module")
-def page(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_explanation_page(explain(model, [TEXT]), tmp_path_factory.mktemp("page") / "page.html")
 
 
@@ -64,7 +64,7 @@ def test_explanation_page_is_accessible(browser: "Browser", opened: list[OpenedP
 
 
 def test_keys_select_token_layer_and_head(
-    browser: "Browser", opened: list[OpenedPage], page: Path, model: Model
+    browser: "Browser", opened: list[OpenedPage], page: Path, model: LanguageModel
 ) -> None:
     explanation = explain(model, [TEXT])
     opened.append(OpenedPage(browser, page, "light-wide"))
@@ -119,7 +119,7 @@ def test_keys_select_token_layer_and_head(
 
 @pytest.mark.parametrize("look", ["dark-phone"])
 def test_text_never_becomes_markup(
-    browser: "Browser", opened: list[OpenedPage], model: Model, tmp_path: Path, look: str
+    browser: "Browser", opened: list[OpenedPage], model: LanguageModel, tmp_path: Path, look: str
 ) -> None:
     explanation = explain(model, [HOSTILE[-60:]])
     opened.append(OpenedPage(browser, write_explanation_page(explanation, tmp_path / "page.html"), look))
@@ -170,7 +170,7 @@ def test_reports_and_comparisons_are_accessible(
     expect(compared.locator(".by-step")).to_be_hidden()
 
 
-def test_page_data_equals_the_explanation(page: Path, model: Model) -> None:
+def test_page_data_equals_the_explanation(page: Path, model: LanguageModel) -> None:
     """What a program would read from the page is what `--json` says, as far as a page holds it."""
     (found,) = re.findall(
         r'<script type="application/json" id="data">([^<]*)</script>', page.read_text(encoding="utf-8")

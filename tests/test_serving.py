@@ -22,7 +22,7 @@ from nextword.common.errors import MissingDependencyError
 from nextword.data.tokenizer import EOS_TOKEN, train_bpe
 from nextword.inference.engine import Engine
 from nextword.inference.sampling import Sampling
-from nextword.pipeline.language_model import Model, load
+from nextword.pipeline.language_model import LanguageModel, load
 from served import ServerProcess, make_model_dir, running_server
 
 FREE = {"temperature": 1.5, "seed": 5}
@@ -41,12 +41,12 @@ def client(server: ServerProcess) -> Iterator[OpenAI]:
 
 
 @pytest.fixture(scope="module")
-def loaded(base: Path) -> Model:
+def loaded(base: Path) -> LanguageModel:
     return load(base)
 
 
 @pytest.fixture(scope="module")
-def characters(loaded: Model) -> dict[str, float]:
+def characters(loaded: LanguageModel) -> dict[str, float]:
     """A bias by which whole characters alone are written, and no markers."""
     tokenizer = loaded.tokenizer
     parts = [tokenizer.decode_bytes([id]).decode(errors="replace") for id in range(tokenizer.vocab_size)]
@@ -55,7 +55,7 @@ def characters(loaded: Model) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def logprobs_of(model: Model, ids: list[int]) -> torch.Tensor:
+def logprobs_of(model: LanguageModel, ids: list[int]) -> torch.Tensor:
     """log P of each next token [T, V], by the model itself."""
     hidden = model.gpt(torch.tensor([ids]))
     return model.gpt.unembed(hidden)[0, :, : model.tokenizer.vocab_size].double().log_softmax(-1)
@@ -64,7 +64,7 @@ def logprobs_of(model: Model, ids: list[int]) -> torch.Tensor:
 # ---------------------------------------------------------------- completions
 
 
-def test_a_completion_is_what_generate_gives(client: OpenAI, loaded: Model) -> None:
+def test_a_completion_is_what_generate_gives(client: OpenAI, loaded: LanguageModel) -> None:
     expected = loaded.generate("The", temperature=1.5, seed=5, max_tokens=20)[0]
     made = client.completions.create(model="small", prompt="The", max_tokens=20, **FREE)
     assert made.choices[0].text == expected.text
@@ -186,7 +186,7 @@ def test_penalties_and_biases_take_effect(server: ServerProcess) -> None:
 # ---------------------------------------------------------------- log-probabilities
 
 
-def test_logprobs_are_the_models_own(server: ServerProcess, loaded: Model, characters: dict[str, float]) -> None:
+def test_logprobs_are_the_models_own(server: ServerProcess, loaded: LanguageModel, characters: dict[str, float]) -> None:
     ids = loaded.tokenizer.encode("The list of")
     made = server.complete(ids, max_tokens=6, logprobs=3, logit_bias=characters, **FREE)["choices"][0]["logprobs"]
     text = "".join(made["tokens"])
@@ -203,7 +203,7 @@ def test_logprobs_are_the_models_own(server: ServerProcess, loaded: Model, chara
     assert text == server.complete(ids, max_tokens=6, logit_bias=characters, **FREE)["choices"][0]["text"]
 
 
-def test_echo_tells_the_prompt_and_how_likely_it_was(server: ServerProcess, loaded: Model) -> None:
+def test_echo_tells_the_prompt_and_how_likely_it_was(server: ServerProcess, loaded: LanguageModel) -> None:
     prompt = "The list of é🙂"
     ids = loaded.tokenizer.encode(prompt)
     for max_tokens in (0, 3):
@@ -223,7 +223,7 @@ def test_echo_tells_the_prompt_and_how_likely_it_was(server: ServerProcess, load
     assert server.complete(prompt, echo=True, max_tokens=0)["choices"][0]["logprobs"] is None
 
 
-def test_lm_eval_gets_what_it_computes_with(server: ServerProcess, loaded: Model) -> None:
+def test_lm_eval_gets_what_it_computes_with(server: ServerProcess, loaded: LanguageModel) -> None:
     """Its requests and its reading of the answers, as in lm_eval/models/openai_completions.py (0.4.13)."""
     contexts, continuations = ["The value of", "A list"], [" the object", " is"]
     both = [
@@ -244,7 +244,7 @@ def test_lm_eval_gets_what_it_computes_with(server: ServerProcess, loaded: Model
         assert greedy == bool((table.argmax(1) == torch.tensor(ids[length:])).all())
 
 
-def test_lm_evals_remote_tokenizer(server: ServerProcess, loaded: Model) -> None:
+def test_lm_evals_remote_tokenizer(server: ServerProcess, loaded: LanguageModel) -> None:
     """What its RemoteTokenizer asks for, and in what form (lm_eval/utils.py)."""
     info = server.get("/tokenizer_info").json
     assert info["eos_token"] == EOS_TOKEN and "bos_token" in info and "pad_token" in info and "chat_template" in info
@@ -381,7 +381,7 @@ def test_a_schema_nested_beyond_reason_is_refused(server: ServerProcess) -> None
 # ---------------------------------------------------------------- other routes
 
 
-def test_embeddings_are_means_of_length_one(client: OpenAI, server: ServerProcess, loaded: Model) -> None:
+def test_embeddings_are_means_of_length_one(client: OpenAI, server: ServerProcess, loaded: LanguageModel) -> None:
     texts = ["The list", "A value of é🙂"]
     made = client.embeddings.create(model="small", input=texts)  # this client asks for base64
     for text, one in zip(texts, made.data, strict=True):
@@ -525,7 +525,7 @@ def test_a_prompt_longer_than_the_context_is_refused_and_not_cut(client: OpenAI,
     assert refused.value.code == "context_length_exceeded"
 
 
-def test_of_a_longer_prompt_the_end_is_kept_where_that_is_asked_for(server: ServerProcess, loaded: Model) -> None:
+def test_of_a_longer_prompt_the_end_is_kept_where_that_is_asked_for(server: ServerProcess, loaded: LanguageModel) -> None:
     long = "The list of values is long, " * 30
     ids = loaded.tokenizer.encode(long)
     for keep, prompt in ((-1, long), (-1, ids), (10**9, long), (5, long), (0, long)):

@@ -24,9 +24,9 @@ from nextword.common.run_dir import RunDir
 from nextword.data.builtin_datasets import BUILTIN_DATASETS
 from nextword.data.corpus import Corpus
 from nextword.pipeline.base_model import load_task_spec, pretraining_corpus_of
-from nextword.pipeline.language_model import Model, load
+from nextword.pipeline.language_model import LanguageModel, load
 from nextword.pipeline.predictor import Predictor
-from nextword.tasks.dataset import HEAD_KINDS
+from nextword.tasks.templates import HEAD_KINDS
 
 AUDIT_PATH = Path("measured", "audit.json")  # in the run folder
 
@@ -120,7 +120,7 @@ def audit_model(
 
 
 def _bias_findings(
-    model: Model, bias_suites: Sequence[str], groups: GroupTemplates | None, config: AuditConfig, console: Console
+    model: LanguageModel, bias_suites: Sequence[str], groups: GroupTemplates | None, config: AuditConfig, console: Console
 ) -> Iterator[Finding | str]:
     if not bias_suites and groups is None and config.data is None:
         yield (
@@ -140,7 +140,7 @@ def _bias_findings(
     yield from _classifier_findings(model.predictor, groups, config, console)
 
 
-def has_task_head(model: Model) -> bool:
+def has_task_head(model: LanguageModel) -> bool:
     """Whether a model was fine-tuned to answer by a head, and not in words."""
     task_spec = load_task_spec(model.path)
     return task_spec is not None and task_spec.kind in HEAD_KINDS
@@ -170,7 +170,7 @@ def _classifier_findings(
         yield from audit_group_rates(predictor, examples, config.group, console)
 
 
-def _corpus_findings(model: Model, run: RunDir, config: AuditConfig, console: Console) -> Iterator[Finding | str]:
+def _corpus_findings(model: LanguageModel, run: RunDir, config: AuditConfig, console: Console) -> Iterator[Finding | str]:
     """What the model knows of its text by heart, and what the text holds."""
     corpora, text_column = (config.corpora, config.text_column) if config.corpora else training_text_sources(run)
     if not corpora:

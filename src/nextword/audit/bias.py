@@ -13,19 +13,19 @@ from pathlib import Path
 import numpy as np
 
 from nextword.audit.findings import Finding
+from nextword.common import statistics
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError
+from nextword.common.statistics import ScoreWithCI
 from nextword.data.decoding import LineReader, decode_chunks
 from nextword.data.issues import IssueLog
 from nextword.data.readers import read_records
-from nextword.evaluation.significance import DEFAULT_ITEM_LIMIT
 from nextword.inference.loglikelihood import LoglikelihoodScorer
 from nextword.pipeline.item_scores import ItemScores, score_items, win_score
-from nextword.pipeline.language_model import Model
+from nextword.pipeline.language_model import LanguageModel
 from nextword.tasks import metrics
-from nextword.tasks.benchmark_items import BenchmarkRow, load_rows, sample_indices
+from nextword.tasks.benchmark_items import DEFAULT_ITEM_LIMIT, BenchmarkRow, load_rows, sample_indices
 from nextword.tasks.benchmark_spec import Benchmark, find_benchmark
-from nextword.tasks.metrics import Score
 from nextword.tasks.parsing import parse_float
 
 # With fewer, resamples say too little: that as many as five lie on one side is more likely by chance than 5 in 100.
@@ -36,7 +36,7 @@ WINOBIAS_VARIANTS = ("pro", "anti")  # WinoBias's: {side}_stereotyped_type1.txt.
 
 
 def score_finding(
-    name: str, score: Score, reference: float | None = None, *, unit: str = "%", note: str = "", min_effect: float = 0.0,
+    name: str, score: ScoreWithCI, reference: float | None = None, *, unit: str = "%", note: str = "", min_effect: float = 0.0,
     examples: Sequence[dict[str, str]] = (),
 ) -> Finding:  # fmt: skip
     """A score as a finding: a share in per cent, notable where the whole interval lies further from the reference than what is
@@ -66,7 +66,7 @@ def resolve_benchmark(request: str) -> Benchmark | None:
 
 
 def audit_benchmark(
-    model: Model, request: str, *, limit: int | None = None, console: Console | None = None
+    model: LanguageModel, request: str, *, limit: int | None = None, console: Console | None = None
 ) -> list[Finding]:
     """What a suite says of a model's leaning.
 
@@ -130,7 +130,7 @@ def _stereotype_findings(benchmark: Benchmark, item_scores: ItemScores, items: S
 # ---------------------------------------------------------------- Winogender
 
 
-def _audit_winogender(model: Model, path: Path, problems: IssueLog, console: Console) -> list[Finding]:
+def _audit_winogender(model: LanguageModel, path: Path, problems: IssueLog, console: Console) -> list[Finding]:
     """A pronoun's gender beside the statistics of the occupation, and whether answers depend on it."""
     benchmark = resolve_benchmark(f"winogender={path}")
     assert benchmark is not None
@@ -173,7 +173,7 @@ def _occupation_correlation_findings(
         score_finding("Winogender, she or he (Pearson)", correlations["pearson"], 0.0, unit="r", examples=table,
                note=f"correlation of {measure}, with the share of women in it; 0 is no relation"),
         score_finding("Winogender, she or he (Spearman)", correlations["spearman"], 0.0, unit="ρ", note="the same of their ranks"),
-        score_finding("Winogender, she over he", metrics.bootstrap_mean(log_ratios.tolist()), unit="nats",
+        score_finding("Winogender, she over he", statistics.bootstrap_mean(log_ratios.tolist()), unit="nats",
                note="the same as a mean over the occupations; above 0 where she is the likelier word"),
     ]  # fmt: skip
 
@@ -194,7 +194,7 @@ def _gotcha_findings(
         f"{100 * non_gotcha_accuracies.mean():.1f} % right where the pronoun's gender is that of most with the occupation, "
         f"{100 * gotcha_accuracies.mean():.1f} % where it is not; the difference, sentence by sentence"
     )
-    accuracy_drop = metrics.paired_difference(non_gotcha_accuracies.tolist(), gotcha_accuracies.tolist())
+    accuracy_drop = statistics.paired_difference(non_gotcha_accuracies.tolist(), gotcha_accuracies.tolist())
     return [score_finding("Winogender, accuracy lost by gender", accuracy_drop, 0.0, note=note)]
 
 
@@ -234,7 +234,7 @@ def _gender_pairs(
 # ---------------------------------------------------------------- WinoBias
 
 
-def _audit_winobias(model: Model, folder: Path, problems: IssueLog, console: Console) -> list[Finding]:
+def _audit_winobias(model: LanguageModel, folder: Path, problems: IssueLog, console: Console) -> list[Finding]:
     """The share of sentences that are likelier with the pronoun of the stereotype: of those whose meaning alone tells whom it
     means (type 1), and of those whose grammar does (type 2)."""
     if not folder.exists():
@@ -255,7 +255,7 @@ def _audit_winobias(model: Model, folder: Path, problems: IssueLog, console: Con
             [[("", one) for one in pair] for pair in pairs],
             lambda i, n, kind=kind: console.progress(f"winobias, type {kind}", i, n),
         )
-        preference = metrics.proportion([win_score(pro.logprob, anti.logprob) for pro, anti in likelihoods])
+        preference = statistics.proportion([win_score(pro.logprob, anti.logprob) for pro, anti in likelihoods])
         note = "how often the sentence is likelier with the pronoun of the occupation's stereotype"
         findings.append(score_finding(f"WinoBias, type {kind}", preference, 50.0, note=note))
     return findings

@@ -18,10 +18,10 @@ from nextword.audit.memorization import MAX_EXAMPLES, format_excerpt
 from nextword.audit.near_duplicates import NearDuplicates, exact_duplicates_finding
 from nextword.audit.pii import PII_KINDS, find_pii, mask_pii
 from nextword.audit.text_index import CorpusIndex, build_index
+from nextword.common import statistics
 from nextword.common.console import Console
 from nextword.common.errors import MissingDependencyError
 from nextword.data.issues import IssueLog
-from nextword.tasks import metrics
 from nextword.tasks.benchmark_items import BenchmarkRow, generation_item, load_rows, loglikelihood_item, sample_indices
 from nextword.tasks.benchmark_spec import Benchmark
 
@@ -316,7 +316,7 @@ def contamination(index: CorpusIndex, benchmark: Benchmark, console: Console) ->
             location = {"document": index.document_name(document), "item": f"{item.path} line {item.line}"}
             examples.append({**location, "passage": format_excerpt(passage)})
         console.progress(f"looking up {benchmark.name}", number, len(sampled_items))
-    score = metrics.proportion(hits)
+    score = statistics.proportion(hits)
     return Finding(
         "corpus", f"{benchmark.name}: items that stand in the corpus", 100 * score.value, 100 * score.low, 100 * score.high, "%",
         score.n, 0.0, score.value > 0,

@@ -20,17 +20,16 @@ import numpy as np
 from nextword.audit.bias import score_finding
 from nextword.audit.findings import Finding
 from nextword.audit.group_templates import GroupTemplates
+from nextword.common import statistics
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError
 from nextword.data.issues import IssueLog
 from nextword.data.readers import MissingColumnError, read_records
 from nextword.pipeline.predictor import Predictor, has_target
-from nextword.tasks import metrics
-from nextword.tasks.dataset import TaskSpec
-from nextword.tasks.examples import Example, read_examples
+from nextword.tasks.examples import Example, example_from_texts, read_examples
 from nextword.tasks.parsing import TEXT_FIELDS
 from nextword.tasks.schema import join_names
-from nextword.tasks.task_data import example_from_texts
+from nextword.tasks.templates import TaskSpec
 
 CLASSIFICATION_KINDS = ("label", "labels")  # of answers that can flip
 MAX_EXAMPLES = 5  # of the texts whose answer changes
@@ -98,7 +97,7 @@ def audit_template_flips(predictor: Predictor, groups: GroupTemplates, console: 
             note = f"templates with {group_a}'s words answered so, less those with {group_b}'s"
             findings.append(
                 score_finding(
-                    f"{group_a}, {group_b}: answered {label}", metrics.paired_difference(*rates), 0.0, note=note
+                    f"{group_a}, {group_b}: answered {label}", statistics.paired_difference(*rates), 0.0, note=note
                 )
             )
     return findings
@@ -157,7 +156,7 @@ def _flip_rate_finding(
     flips = [0.0] * count
     for i in changed:
         flips[i] = 1.0
-    return score_finding(name, metrics.proportion(flips), 0.0, note=note, examples=examples)
+    return score_finding(name, statistics.proportion(flips), 0.0, note=note, examples=examples)
 
 
 # ---------------------------------------------------------------- groups that the data name
@@ -214,7 +213,7 @@ def _rate_findings(
     """The share of hits [n] among some [n] of each group, and the differences of every two groups that have any."""
     nonempty_groups = [name for name in group_names if (mask & (group_ids == name)).any()]
     findings = [
-        score_finding(f"{name}: {metric}", metrics.proportion(hits[mask & (group_ids == name)].astype(float).tolist()))
+        score_finding(f"{name}: {metric}", statistics.proportion(hits[mask & (group_ids == name)].astype(float).tolist()))
         for name in nonempty_groups
     ]  # fmt: skip
     for group_a, group_b in combinations(nonempty_groups, 2):
@@ -224,7 +223,7 @@ def _rate_findings(
             group_masks[0] | group_masks[1]
         ]
         score = replace(
-            metrics.bootstrap_ratio(columns, _rate_difference), n=min(int(part.sum()) for part in group_masks)
+            statistics.bootstrap_ratio(columns, _rate_difference), n=min(int(part.sum()) for part in group_masks)
         )
         note = f"over {n:,} examples, n the smaller group's" + (f"; {parity_note}" if parity_note else "")
         findings.append(score_finding(f"{group_a} less {group_b}: {metric}", score, 0.0, note=note))

@@ -18,12 +18,12 @@ import numpy as np
 from nextword.audit.bias import MIN_SAMPLES, score_finding
 from nextword.audit.findings import Finding
 from nextword.audit.group_templates import GroupTemplates, TemplateSentence
+from nextword.common import statistics
 from nextword.common.console import Console
 from nextword.common.errors import UsageError
+from nextword.common.statistics import ScoreWithCI
 from nextword.inference.loglikelihood import LoglikelihoodScorer
-from nextword.pipeline.language_model import Model
-from nextword.tasks import metrics
-from nextword.tasks.metrics import Score
+from nextword.pipeline.language_model import LanguageModel
 
 MAX_EXAMPLES = 3  # sentences that are shown for a gap, the widest ones
 MIN_EFFECT_NATS = (
@@ -31,7 +31,7 @@ MIN_EFFECT_NATS = (
 )
 
 
-def audit_group_gaps(model: Model, groups: GroupTemplates, console: Console | None = None) -> list[Finding]:
+def audit_group_gaps(model: LanguageModel, groups: GroupTemplates, console: Console | None = None) -> list[Finding]:
     """Bits per byte of each group, and of each pair of groups the difference, the log ratio of their sentences, and that of
     every continuation.
 
@@ -57,7 +57,7 @@ def _sentence_findings(scorer: LoglikelihoodScorer, groups: GroupTemplates, cons
     nats = {name: np.array([row[i].logprob for row in likelihoods]) for i, name in enumerate(groups.names)}  # [S] each
     byte_counts = {name: np.array([len(row[i].encode()) for row in texts]) for i, name in enumerate(groups.names)}
 
-    def bits_per_byte_score(*names: str) -> Score:
+    def bits_per_byte_score(*names: str) -> ScoreWithCI:
         """Bits per byte of a group, or by how much it has more of them than another."""
         columns = np.stack([column for name in names for column in (-nats[name] / math.log(2), byte_counts[name])], 1)
         return _score_with_widest_interval(
@@ -146,13 +146,13 @@ def _gap_finding(
 
 def _score_with_widest_interval(
     sentences: Sequence[TemplateSentence], columns: np.ndarray, score_fn: Callable[[np.ndarray], np.ndarray]
-) -> Score:
+) -> ScoreWithCI:
     """A score from sums of columns [S, k], with the wider of the intervals over templates and over places in lists of words,
     as far as there are enough of either."""
     candidates = []
     for keys in ([sentence.template for sentence in sentences], [sentence.word_index for sentence in sentences]):
         cluster_ids = np.unique(np.asarray(keys), return_inverse=True)[1]  # [S]
         sums = np.stack([np.bincount(cluster_ids, column) for column in columns.T], 1)  # [templates or places, k]
-        candidates.append(metrics.bootstrap_ratio(sums, score_fn))
+        candidates.append(statistics.bootstrap_ratio(sums, score_fn))
     sufficient = [one for one in candidates if one.n >= MIN_SAMPLES]
     return max(sufficient or candidates, key=lambda one: (one.high - one.low, one.n))

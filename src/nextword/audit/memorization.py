@@ -9,13 +9,13 @@ import numpy as np
 from nextword.audit.findings import Finding
 from nextword.audit.pii import PIIMatch, find_pii, find_pii_in_document, mask_pii
 from nextword.audit.text_index import CorpusIndex, Match, trim_partial_character
+from nextword.common import statistics
 from nextword.common.console import Console
+from nextword.common.statistics import ScoreWithCI
 from nextword.data.tokenizer import Tokenizer
 from nextword.inference.sampling import Sampling
 from nextword.pipeline.item_scores import DEFAULT_NUM_TEXTS, generate_completions
-from nextword.pipeline.language_model import Model
-from nextword.tasks import metrics
-from nextword.tasks.metrics import Score
+from nextword.pipeline.language_model import LanguageModel
 
 SAMPLE_TOKENS = 256  # of a text that it writes of its own
 MIN_COPIED_TOKENS = (
@@ -32,7 +32,7 @@ MAX_BYTES_PER_TOKEN = 24  # a token is taken to have at most, on the average of 
 
 
 def audit_memory(
-    model: Model,
+    model: LanguageModel,
     index: CorpusIndex,
     *,
     passages: Sequence[str] = (),
@@ -107,7 +107,7 @@ class CopiedText:
 
 
 def sampled_memorization(
-    model: Model, index: CorpusIndex, num_samples: int, seed: int, console: Console
+    model: LanguageModel, index: CorpusIndex, num_samples: int, seed: int, console: Console
 ) -> list[Finding]:
     """The share of what it writes that stands in the corpus, and the longest passage of it."""
     sampling = Sampling(max_tokens=SAMPLE_TOKENS, seed=seed)
@@ -180,14 +180,14 @@ def _decode_with_token_ends(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[b
     return data, np.asarray([*sizes[:-1], len(data)][: len(ids)], dtype=np.int64)
 
 
-def _copied_token_share(texts: Sequence[CopiedText]) -> Score:
+def _copied_token_share(texts: Sequence[CopiedText]) -> ScoreWithCI:
     """Tokens in copied passages over all tokens, with the bootstrap interval over texts. Where there are none, so many texts
     could still have had some: the bound is that of the share of texts."""
     counts = np.array([[one.copied_tokens, one.num_tokens] for one in texts])
-    score = metrics.bootstrap_ratio(counts, lambda sums: sums[:, 0] / np.maximum(sums[:, 1], 1))
+    score = statistics.bootstrap_ratio(counts, lambda sums: sums[:, 0] / np.maximum(sums[:, 1], 1))
     if counts[:, 0].any():
         return score
-    return metrics.proportion([0.0] * len(texts))
+    return statistics.proportion([0.0] * len(texts))
 
 
 def _passage_example(index: CorpusIndex, sample: CopiedText) -> dict[str, str]:
@@ -228,7 +228,7 @@ class TokenPassage(NamedTuple):
 
 
 def extractable_memorization(
-    model: Model, index: CorpusIndex, num_prefixes: int, seed: int, console: Console
+    model: LanguageModel, index: CorpusIndex, num_prefixes: int, seed: int, console: Console
 ) -> Finding:
     """How often it goes on with a passage of its training text exactly as the text does, the likeliest token each time."""
     prefix_length, continuation_length = prompt_lengths(model)
@@ -251,21 +251,21 @@ def extractable_memorization(
                        note=f"no document has {prefix_length + continuation_length} tokens to be asked for")  # fmt: skip
     extracted_passages = [one for one, hit in zip(training_passages, exact_matches, strict=False) if hit]
     return _share_finding(
-        "passages that it goes on with word for word", metrics.proportion(exact_matches[: len(training_passages)]),
-        metrics.proportion(exact_matches[len(training_passages) :]) if held_out_passages else None,
+        "passages that it goes on with word for word", statistics.proportion(exact_matches[: len(training_passages)]),
+        statistics.proportion(exact_matches[len(training_passages) :]) if held_out_passages else None,
         note=f"given {prefix_length} tokens of the training text, it writes the next {continuation_length} exactly{_context_limit_note(model)}"
         + ("; the reference is the same on documents that it has not seen" if held_out_passages else ""),
         examples=_first_distinct({"document": index.document_name(one.document), "passage": format_excerpt(decode(one.token_ids))} for one in extracted_passages),
     )  # fmt: skip
 
 
-def prompt_lengths(model: Model) -> tuple[int, int]:
+def prompt_lengths(model: LanguageModel) -> tuple[int, int]:
     """How many tokens a model is given, and how many it is asked for: less than usual where its context is shorter."""
     half = model.gpt.config.context_length // 2
     return min(PREFIX_TOKENS, half), min(CONTINUATION_TOKENS, half)
 
 
-def _context_limit_note(model: Model) -> str:
+def _context_limit_note(model: LanguageModel) -> str:
     context = model.gpt.config.context_length
     return f" (its context of {context} tokens holds no more)" if context < PREFIX_TOKENS + CONTINUATION_TOKENS else ""
 
@@ -318,7 +318,7 @@ def _start_at_word(data: bytes, is_range_start: bool) -> tuple[int, str]:
 # ---------------------------------------------------------------- personal data
 
 
-def pii_leakage(model: Model, index: CorpusIndex, max_samples: int, seed: int, console: Console) -> Finding:
+def pii_leakage(model: LanguageModel, index: CorpusIndex, max_samples: int, seed: int, console: Console) -> Finding:
     """How many of the personal data in the training text it writes, given the text before them."""
     all_pii = (one for document in range(len(index)) for one in find_pii_in_document(index, document))
     pii_samples, num_pii = _reservoir_sample(
@@ -375,7 +375,7 @@ def _tokens_before(index: CorpusIndex, tokenizer: Tokenizer, pii_match: PIIMatch
 
 
 def _share_finding(
-    name: str, score: Score, reference_score: Score | None, *, note: str, examples: tuple[dict[str, str], ...]
+    name: str, score: ScoreWithCI, reference_score: ScoreWithCI | None, *, note: str, examples: tuple[dict[str, str], ...]
 ) -> Finding:
     """A share in per cent, notable where its interval leaves out that of documents which were not seen, or nothing."""
     reference = None if reference_score is None else 100 * reference_score.value

@@ -16,7 +16,8 @@ from nextword.commands.shared import (
     as_strings,
     optional_path,
 )
-from nextword.common.errors import UsageError
+from nextword.common.console import Console
+from nextword.common.errors import NextwordError, UsageError
 
 MAX_GROUPS = 12  # of a benchmark; of more than these the lowest and the highest scores are printed
 
@@ -200,17 +201,20 @@ def format_groups(groups: dict[str, dict[str, Any]]) -> list[str]:
 
 @command(EvaluateConfig, example="nextword evaluate runs/mine --suite blimp")
 def evaluate(config: EvaluateConfig, context: Context) -> EvaluateResult:
+    from nextword.common.results import StoredResults
+    from nextword.common.run_dir import RunDir
+    from nextword.evaluation.benchmarks import EvalModels, evaluate_benchmark
     from nextword.evaluation.lm_eval_adapter import run_lm_eval_task
-    from nextword.evaluation.results_store import check_results_readable, save_results_to_run
-    from nextword.evaluation.significance import DEFAULT_ITEM_LIMIT, EvalModels, evaluate_benchmark
     from nextword.evaluation.text_evaluation import evaluate_text, load_eval_text
     from nextword.pipeline.language_model import load
+    from nextword.tasks.benchmark_items import DEFAULT_ITEM_LIMIT
     from nextword.tasks.benchmark_spec import find_benchmarks
 
     if config.limit is not None and (config.limit < 1 or config.no_limit):
         raise UsageError("--limit must be at least 1, and excludes --no-limit")
     benchmarks = find_benchmarks(config.suites)
-    check_results_readable(config.model)
+    if RunDir(config.model).exists:
+        StoredResults.load(config.model)  # report a damaged file before the evaluation
     console, device, precision = context.console, config.device, config.precision
     models = EvalModels(
         load(config.model, device, precision),
@@ -230,16 +234,26 @@ def evaluate(config: EvaluateConfig, context: Context) -> EvaluateResult:
             if benchmark is None
             else evaluate_benchmark(models, benchmark, limit=limit, seed=config.seed or 0, console=console)
         )
+    if RunDir(config.model).exists:
+        store_results(config, result, stride, console)
+    return EvaluateResult(**result)
+
+
+def store_results(config: EvaluateConfig, result: dict[str, Any], stride: int | None, console: Console) -> None:
+    """Store the results in the run directory and refresh its report. A failure is only a warning."""
+    from nextword.common.results import short_path_name
+    from nextword.evaluation.results_store import make_provenance, save_results
+    from nextword.reporting.report import refresh_unmodified
+
     settings = {
-        "precision": None if precision == "float32" else precision,
+        "precision": None if config.precision == "float32" else config.precision,
         "against": config.compare_to and config.compare_to.name,
     }
-    save_results_to_run(
-        config.model,
-        result,
-        config.texts,
-        console,
-        text_settings={"stride": stride, **settings},
-        benchmark_settings={"seed": config.seed, **settings},
-    )
-    return EvaluateResult(**result)
+    text_name = ", ".join(map(short_path_name, config.texts)) or "held-out text"
+    text_provenance = make_provenance({"stride": stride, **settings})
+    benchmark_provenance = make_provenance({"seed": config.seed, **settings})
+    try:
+        save_results(config.model, result, text_name, text_provenance, benchmark_provenance)
+        refresh_unmodified(config.model, console.info)
+    except NextwordError as error:
+        console.warn(f"the results are not stored in the run directory: {error}")

@@ -291,7 +291,7 @@ def choose_length(recipe: FinetuneRecipe, steps_per_epoch: int) -> FinetuneRecip
 
 def task_loss(recipe: FinetuneRecipe, data: "FinetuneData") -> "LossFn":
     """The loss of a kind of task."""
-    from nextword.tasks.dataset import HEAD_KINDS
+    from nextword.tasks.templates import HEAD_KINDS
     from nextword.training import losses
 
     kind = data.examples.task_spec.kind

@@ -89,6 +89,7 @@ class TransferResult(Result):
 def transfer(config: TransferConfig, context: Context) -> TransferResult:
     from nextword.common.environment import command_line, resolve_device
     from nextword.evaluation.label_efficiency import run_study
+    from nextword.reporting.report import write_report
 
     if config.num_seeds < 1 or any(count < 1 for count in config.counts):
         raise UsageError("--num-seeds and --counts must be at least 1")
@@ -105,4 +106,5 @@ def transfer(config: TransferConfig, context: Context) -> TransferResult:
         return finetune.run(cell_config, Context(console)).to_dict()
 
     result = run_study(run_finetune, config.out, request, command_line(), resume=config.resume, console=context.console)
+    write_report(config.out)
     return TransferResult.from_dict(result)

@@ -1,51 +1,34 @@
-"""What was measured on a run's model after its training, kept in the run folder beside what the training measured.
+"""Results of `evaluate` and `audit` that a run directory keeps beside the metrics of its training.
 
-RUN/measured/evaluation.json   {"weights", "texts": {NAME: …}, "suites": {NAME: …}}, each as `nextword evaluate --json` has it,
-                               with `measured`: its date and the arguments that matter
-RUN/measured/audit.json        {"model", "findings": […], "seconds"}, as `nextword audit --json` has it
+    RUN/measured/evaluation.json   {"weights", "texts": {NAME: …}, "suites": {NAME: …}}: results of `nextword evaluate --json`,
+                                   each with its date and arguments under "measured"
+    RUN/measured/audit.json        {"model", "findings": […], "seconds"}: the result of `nextword audit --json`
 
-Both are files that people may open and change: what cannot be what was written is refused by its name and place.
+Evaluation and audit write these files; reports and model cards read them. People may edit them, so every field is validated.
 """
 
-import json
-import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Annotated, Any, TypeGuard, TypeVar
+
+import msgspec
 
 from nextword.common.errors import CorruptFileError
-from nextword.common.fs import MANIFEST, atomic_write, read_json, read_manifest
+from nextword.common.fs import MANIFEST, read_json, read_manifest
+from nextword.common.statistics import ScoreWithCI
 
 EVALUATION_FILE, AUDIT_FILE = Path("measured") / "evaluation.json", Path("measured") / "audit.json"
 
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether the value is a finite int or float of a size that arithmetic and plots can handle."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1e100 <= value <= 1e100
-
-
-def short_path_name(path: str) -> str:
-    """The last part of a path, or the name of the run for its `model` directory."""
-    parts = [part for part in path.replace("\\", "/").split("/") if part]
-    if len(parts) > 1 and parts[-1] == "model":
-        return parts[-2]
-    return parts[-1] if parts else path
-
-
-@dataclass(frozen=True)
-class ScoreWithCI:
-    """A number with its 95 % interval and on how much it rests, as far as these are known."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-    n: int | None = None
+Number = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]  # neither NaN nor infinite
+Count = Annotated[int, msgspec.Meta(ge=0)]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """When something was measured (an ISO date), and by which arguments."""
+    """When a result was measured (ISO 8601), and with which arguments."""
 
     date: str
     arguments: Mapping[str, Any]
@@ -53,7 +36,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class TextResult:
-    """How well a text was predicted: bits per byte with their interval, nats per token, tokens and bytes."""
+    """The perplexity evaluation of a text: bits per byte, loss in nats per token, and the size of the text."""
 
     name: str
     bits_per_byte: ScoreWithCI
@@ -65,13 +48,19 @@ class TextResult:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """A suite's score by its first metric.
+    """The score of a benchmark by its primary metric.
 
     Attributes:
-        of: items there are, of which `score.n` were asked.
-        chance: what guessing scores, and on which side of it the whole interval is, if on any: "above" or "below".
-        scrambled: the same with the words scrambled, and whether their order matters.
-        groups: the score of each group of items.
+        name: Name of the benchmark.
+        metric: Name of the primary metric.
+        score: The score on `score.n` evaluated items.
+        total_items: Number of items that the benchmark has.
+        chance: Score of random guessing.
+        chance_side: "above" or "below" if the whole confidence interval lies on that side of chance.
+        shuffled_control: The score with shuffled words.
+        order_matters: Whether the score with shuffled words differs.
+        groups: The score of each group of items.
+        provenance: When and how it was measured.
     """
 
     name: str
@@ -88,7 +77,7 @@ class BenchmarkResult:
 
 @dataclass(frozen=True)
 class AuditFinding:
-    """One finding of an audit, as `auditing.findings.Finding` has it."""
+    """One finding of an audit; the fields are those of `nextword.audit.findings.Finding`."""
 
     section: str
     name: str
@@ -102,8 +91,14 @@ class AuditFinding:
 
 @dataclass(frozen=True)
 class StoredResults:
-    """Everything that was measured on a run's model; `stale` where the texts and suites were measured on other weights than
-    those that the run has now."""
+    """All results measured on a run's model.
+
+    Attributes:
+        texts: Perplexity evaluations.
+        benchmarks: Benchmark results.
+        findings: Findings of the audit.
+        stale: Whether texts and benchmarks were evaluated on other weights than the run has now.
+    """
 
     texts: tuple[TextResult, ...] = ()
     benchmarks: tuple[BenchmarkResult, ...] = ()
@@ -112,186 +107,154 @@ class StoredResults:
 
     @classmethod
     def load(cls, run_dir: Path) -> "StoredResults":
-        """Raises `CorruptFile` where one of the files is not what was written."""
-        texts, suites, stale = _load_evaluation(run_dir)
-        return cls(texts, suites, _load_findings(run_dir / AUDIT_FILE), stale)
+        """Read the results of a run directory; empty if nothing was measured.
 
-
-# ---------------------------------------------------------------- keeping
-
-
-def save_results(
-    run_dir: Path,
-    result: Mapping[str, Any],
-    text_name: str,
-    text_provenance: Provenance,
-    benchmark_provenance: Provenance,
-) -> None:
-    """Put a result of `nextword evaluate` into the run folder, in place of an older one of the same name. What was measured on
-    other weights than the run's present ones goes.
-
-    Args:
-        text: the name of the text that was measured, where one was.
-        of_text, of_suites: when, and by which arguments.
-
-    Raises:
-        CorruptFile: what is there already is not what was written.
-    """
-    previous = read_json(run_dir / EVALUATION_FILE) if (run_dir / EVALUATION_FILE).is_file() else {}
-    _load_evaluation(run_dir)  # refuses what is damaged, rather than writing over it
-    weights = weights_digest(run_dir)
-    retained = previous if previous.get("weights") == weights else {}
-    texts, suites = dict(retained.get("texts", {})), dict(retained.get("suites", {}))
-    if "loss" in result:
-        texts[text_name] = {key: value for key, value in result.items() if key != "suites"} | _provenance_to_dict(
-            text_provenance
+        Raises:
+            CorruptFileError: A file is not valid; the message names the file and the field.
+        """
+        findings: tuple[AuditFinding, ...] = ()
+        if (run_dir / AUDIT_FILE).is_file():
+            audit = _convert(read_json(run_dir / AUDIT_FILE), _AuditFile, run_dir / AUDIT_FILE)
+            findings = tuple(entry.to_finding() for entry in audit.findings)
+        if not (run_dir / EVALUATION_FILE).is_file():
+            return cls(findings=findings)
+        path = run_dir / EVALUATION_FILE
+        evaluation = _convert(read_json(path), _EvaluationFile, path)
+        return cls(
+            texts=tuple(
+                _convert(entry, _TextEntry, path, f"texts.{name}").to_result(name)
+                for name, entry in (evaluation.texts or {}).items()
+            ),
+            benchmarks=tuple(
+                _convert(entry, _BenchmarkEntry, path, f"suites.{name}").to_result(name)
+                for name, entry in (evaluation.suites or {}).items()
+            ),
+            findings=findings,
+            stale=evaluation.weights is not None and evaluation.weights != weights_digest(run_dir),
         )
-    suites |= {
-        name: suite | _provenance_to_dict(benchmark_provenance) for name, suite in result.get("suites", {}).items()
-    }
-    (run_dir / EVALUATION_FILE).parent.mkdir(exist_ok=True)
-    document = {"weights": weights, "texts": texts, "suites": suites}
-    atomic_write(
-        run_dir / EVALUATION_FILE, json.dumps(document, indent=2) + "\n"
-    )  # in ASCII: names of files may hold any bytes
 
 
-def _provenance_to_dict(provenance: Provenance) -> dict[str, Any]:
-    return {"measured": {"date": provenance.date, "arguments": dict(provenance.arguments)}}
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether the value is a finite int or float of a size that arithmetic and plots can handle."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e100 <= value <= 1e100
+
+
+def short_path_name(path: str) -> str:
+    """The last part of a path, or the name of the run for its `model` directory."""
+    parts = [part for part in path.replace("\\", "/").split("/") if part]
+    if len(parts) > 1 and parts[-1] == "model":
+        return parts[-2]
+    return parts[-1] if parts else path
 
 
 def weights_digest(run_dir: Path) -> str | None:
-    """The SHA-256 of the run's weights, by their manifest."""
+    """The SHA-256 of the run's weights from their manifest; None if the run has no model yet."""
     if not (run_dir / "model" / MANIFEST).is_file():
         return None
     files = read_manifest(run_dir / "model")["files"]
-    return next((one["sha256"] for name, one in files.items() if name.endswith(".safetensors")), None)
+    return next((entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")), None)
 
 
-# ---------------------------------------------------------------- reading
+# ---------------------------------------------------------------- file format
 
 
-class JSONReader:
-    """A table inside a JSON file that knows its way there, so that what is wrong in it can be named."""
+class _Interval(msgspec.Struct, kw_only=True):
+    low: Number | None = None
+    high: Number | None = None
+    n: Count | None = None
 
-    def __init__(self, file: Path, value: Any, json_path: str = ""):
-        self.file, self.json_path = file, json_path
-        if not isinstance(value, dict):
-            raise CorruptFileError(f"{file}: {json_path or 'the whole'} is not an object")
-        self.values: dict[str, Any] = value
+    def __post_init__(self) -> None:
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError("`low` is greater than `high`")
 
-    def field_error(self, name: str, expected: str) -> CorruptFileError:
-        return CorruptFileError(f"{self.file}: {f'{self.json_path}.{name}'.lstrip('.')} is not {expected}")
-
-    def get_number(self, name: str) -> float:
-        value = self.values.get(name)
-        if not is_number(value) or not math.isfinite(value):
-            raise self.field_error(name, "a number")
-        return value
-
-    def get_optional_number(self, name: str) -> float | None:
-        return None if self.values.get(name) is None else self.get_number(name)
-
-    def get_count(self, name: str) -> int | None:
-        value = self.get_optional_number(name)
-        if value is not None and (value < 0 or value != int(value)):
-            raise self.field_error(name, "a count")
-        return None if value is None else int(value)
-
-    def get_string(self, name: str, default: str | None = None) -> str:
-        value = self.values.get(name, default)
-        if not isinstance(value, str):
-            raise self.field_error(name, "a text")
-        return value
-
-    def get_bool(self, name: str) -> bool:
-        value = self.values.get(name)
-        if value is not None and not isinstance(value, bool):
-            raise self.field_error(name, "true or false")
-        return bool(value)
-
-    def get_object(self, name: str) -> "JSONReader":
-        return JSONReader(self.file, self.values.get(name), f"{self.json_path}.{name}".lstrip("."))
-
-    def iter_objects(self, name: str) -> Iterator[tuple[str, "JSONReader"]]:
-        """The tables of a table by their names; none where it is not there."""
-        if self.values.get(name) is None:
-            return
-        inner = self.get_object(name)
-        for key in inner.values:
-            yield key, inner.get_object(key)
-
-    def get_list(self, name: str) -> "list[JSONReader]":
-        value = self.values.get(name)
-        if not isinstance(value, list | tuple):
-            raise self.field_error(name, "a list")
-        return [JSONReader(self.file, one, f"{self.json_path}.{name}[{i}]".lstrip(".")) for i, one in enumerate(value)]
-
-    def get_score(self, value_key: str = "score") -> ScoreWithCI:
-        low, high = self.get_optional_number("low"), self.get_optional_number("high")
-        if low is not None and high is not None and low > high:
-            raise self.field_error("low", "below high")
-        return ScoreWithCI(self.get_number(value_key), low, high, self.get_count("n"))
-
-    def get_provenance(self) -> Provenance:
-        measured = self.get_object("measured")
-        return Provenance(measured.get_string("date"), measured.get_object("arguments").values)
+    def with_value(self, value: float) -> ScoreWithCI:
+        return ScoreWithCI(value, self.low, self.high, self.n)
 
 
-def _load_evaluation(run_dir: Path) -> tuple[tuple[TextResult, ...], tuple[BenchmarkResult, ...], bool]:
-    file = run_dir / EVALUATION_FILE
-    if not file.is_file():
-        return (), (), False
-    root = JSONReader(file, read_json(file))
-    texts, suites = [], []
-    for name, entry in root.iter_objects("texts"):
-        interval = entry.get_object("interval")
-        bits = ScoreWithCI(
-            entry.get_number("bits_per_byte"), interval.get_optional_number("low"), interval.get_optional_number("high")
+class _ScoreEntry(_Interval, kw_only=True):
+    score: Number
+    order_matters: bool | None = None  # of the control with shuffled words
+
+    def to_score(self) -> ScoreWithCI:
+        return self.with_value(self.score)
+
+
+class _BenchmarkEntry(_ScoreEntry, kw_only=True):
+    metric: str
+    of: Count | None = None
+    chance: Number | None = None
+    above_chance: bool | None = None
+    below_chance: bool | None = None
+    scrambled: _ScoreEntry | None = None
+    groups: dict[str, _ScoreEntry] | None = None
+    measured: Provenance
+
+    def to_result(self, name: str) -> BenchmarkResult:
+        return BenchmarkResult(
+            name=name,
+            metric=self.metric,
+            score=self.to_score(),
+            total_items=self.of,
+            chance=self.chance,
+            chance_side="above" if self.above_chance else "below" if self.below_chance else None,
+            shuffled_control=None if self.scrambled is None else self.scrambled.to_score(),
+            order_matters=self.scrambled is not None and bool(self.scrambled.order_matters),
+            groups={group: entry.to_score() for group, entry in (self.groups or {}).items()},
+            provenance=self.measured,
         )
-        sizes = entry.get_count("tokens") or 0, entry.get_count("bytes") or 0
-        texts.append(TextResult(name, bits, entry.get_number("loss"), *sizes, entry.get_provenance()))
-    for name, entry in root.iter_objects("suites"):
-        suites.append(_parse_benchmark_result(name, entry))
-    weights = root.values.get("weights")
-    return tuple(texts), tuple(suites), weights is not None and weights != weights_digest(run_dir)
 
 
-def _parse_benchmark_result(name: str, entry: JSONReader) -> BenchmarkResult:
-    shuffled = entry.get_object("scrambled") if entry.values.get("scrambled") is not None else None
-    return BenchmarkResult(
-        name=name,
-        metric=entry.get_string("metric"),
-        score=entry.get_score(),
-        total_items=entry.get_count("of"),
-        chance=entry.get_optional_number("chance"),
-        chance_side="above" if entry.get_bool("above_chance") else "below" if entry.get_bool("below_chance") else None,
-        shuffled_control=shuffled and shuffled.get_score(),
-        order_matters=bool(shuffled and shuffled.get_bool("order_matters")),
-        groups={group: place.get_score() for group, place in entry.iter_objects("groups")},
-        provenance=entry.get_provenance(),
-    )
+class _TextEntry(msgspec.Struct):
+    bits_per_byte: Number
+    interval: _Interval
+    loss: Number
+    measured: Provenance
+    tokens: Count | None = None
+    bytes: Count | None = None
+
+    def to_result(self, name: str) -> TextResult:
+        score = ScoreWithCI(self.bits_per_byte, self.interval.low, self.interval.high)
+        return TextResult(name, score, self.loss, self.tokens or 0, self.bytes or 0, self.measured)
 
 
-def _load_findings(file: Path) -> tuple[AuditFinding, ...]:
-    if not file.is_file():
-        return ()
-    findings = []
-    for entry in JSONReader(file, read_json(file)).get_list("findings"):
-        examples = entry.get_list("examples") if entry.values.get("examples") is not None else []
-        for example in examples:
-            for name in example.values:
-                example.get_string(name)
-        findings.append(
-            AuditFinding(
-                section=entry.get_string("section"),
-                name=entry.get_string("name"),
-                score=entry.get_score("value"),
-                unit=entry.get_string("unit", ""),
-                reference=entry.get_optional_number("reference"),
-                flagged=entry.get_bool("notable"),
-                note=entry.get_string("note", ""),
-                examples=tuple(example.values for example in examples),
-            )
+class _FindingEntry(_Interval, kw_only=True):
+    section: str
+    name: str
+    value: Number
+    unit: str = ""
+    reference: Number | None = None
+    notable: bool | None = None
+    note: str = ""
+    examples: list[dict[str, str]] | None = None
+
+    def to_finding(self) -> AuditFinding:
+        return AuditFinding(
+            section=self.section,
+            name=self.name,
+            score=self.with_value(self.value),
+            unit=self.unit,
+            reference=self.reference,
+            flagged=bool(self.notable),
+            note=self.note,
+            examples=tuple(self.examples or ()),
         )
-    return tuple(findings)
+
+
+class _AuditFile(msgspec.Struct):
+    findings: list[_FindingEntry]
+
+
+class _EvaluationFile(msgspec.Struct):
+    weights: Any = None
+    texts: dict[str, Any] | None = None
+    suites: dict[str, Any] | None = None
+
+
+def _convert(value: Any, struct: type[T], path: Path, json_path: str = "$") -> T:
+    """Validate a JSON value; an error names the file and the field."""
+    try:
+        return msgspec.convert(value, struct)
+    except msgspec.ValidationError as error:
+        message = str(error)
+        message = message.replace("`$", f"`{json_path}") if "`$" in message else f"{message} - at `{json_path}`"
+        raise CorruptFileError(f"{path}: {message}. Correct the file, or remove it and evaluate again") from error

@@ -1,29 +1,62 @@
-"""What pre-training is worth on a task of one's own: a model fine-tuned and trained from scratch, by number of labels."""
+"""Label efficiency: how many labels pre-training saves, from a model fine-tuned and trained from scratch on growing samples."""
 
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise, product
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 from nextword.common import fs
 from nextword.common.console import Console
 from nextword.common.environment import library_versions
 from nextword.common.errors import UsageError
-from nextword.common.results import short_path_name
 from nextword.common.run_dir import RunDir, RunInterruptedError, catch_signals, open_run
+from nextword.common.statistics import seed_interval
 from nextword.pipeline.predictor import SELECTION_METRIC
-from nextword.reporting.label_efficiency_page import write_label_efficiency_page
-from nextword.tasks.metrics import seed_interval
 from nextword.training.launch import check_resume_config
 
-DEFAULT_EXAMPLE_COUNTS = (32, 128, 512, 2048)  # examples to learn from, and then all of them
-LOWER_IS_BETTER = ("bits_per_byte", "loss")
+DEFAULT_EXAMPLE_COUNTS = (32, 128, 512, 2048)  # all examples are added
+LOWER_IS_BETTER_METRICS = ("bits_per_byte", "loss")
 
 FinetuneFunction = Callable[..., dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run of the study, a line of its metrics.jsonl.
+
+    Attributes:
+        asked: Requested number of examples; None: all.
+        examples: Number of training examples.
+        available: Number of training examples in the data.
+        seed: Seed of the sample and of the training.
+        pretrained: Whether the run started from the pre-trained model, and not from scratch.
+        task: Name of the task.
+        metric: Name of the metric.
+        score: The metric on the validation set.
+        seconds: Duration of the run.
+        baselines: The metric of each baseline.
+    """
+
+    asked: int | None
+    examples: int
+    available: int
+    seed: int
+    pretrained: bool
+    task: str
+    metric: str
+    score: float
+    seconds: float
+    baselines: dict[str, Any]
+
+    def __str__(self) -> str:
+        kind = "pre-trained" if self.pretrained else "from scratch"
+        return f"{self.examples:,} examples, seed {self.seed}, {kind}: {self.metric} {self.score:.3f}"
 
 
 def run_study(
@@ -35,155 +68,161 @@ def run_study(
     resume: bool,
     console: Console,
 ) -> dict[str, Any]:
-    """Fill the grid of (examples, seed, pre-trained or not), cell by cell, and say what it shows.
+    """Fine-tune and train from scratch for each number of examples and seed, and compare.
 
-    A cell is a whole fine-tuning run in a folder of its own, which is cleared away once its score is on disk; so a grid
-    that was stopped goes on where it stood, inside a cell too.
+    Each run is a fine-tuning run in a directory of its own, removed once its score is stored. An interrupted study resumes with
+    the run that was interrupted, from its last checkpoint.
 
     Args:
-        tune: runs one cell; takes `out`, `limit`, `seed`, `scratch`, `resume` and `console`, and gives the run's result.
-        request: what the person said: `model`, `data`, `counts`, `seeds` and the settings of the runs.
+        finetune: Performs one run; takes `out`, `limit`, `seed`, `scratch`, `resume` and `console`, and returns its result.
+        out: The directory of the study.
+        request: `model`, `data`, `counts`, `seeds` and the settings of the runs.
+        command: The command line.
+        resume: Whether to resume the study in `out`.
+        console: Where progress goes.
+
+    Returns:
+        The result, also stored as result.json.
     """
-    started = time.time()
-    with open_run(out, resume=resume) as run, catch_signals() as caught:
-        if run.exists:
-            check_resume_config(run, request)
-            request = run.metadata()["request"]
-            if run.is_complete:
-                return fs.read_json(run.result_path)
+    start_time = time.time()
+    with open_run(out, resume=resume) as run_dir, catch_signals() as signals:
+        if run_dir.exists:
+            check_resume_config(run_dir, request)
+            request = run_dir.metadata()["request"]
+            if run_dir.is_complete:
+                return fs.read_json(run_dir.result_path)
         else:
-            metadata = {
-                "recipe": {},
-                "task": "transfer",
-                "request": request,
-                "command": " ".join(command),
-                "versions": library_versions(),
-            }
-            run.write_metadata(metadata)
-            fs.atomic_write(run.metrics_path, "")
-        runs: list[dict[str, Any]] = fs.read_jsonl(run.metrics_path)
-        grid = [
-            (count, seed, pretrained)
-            for count in [*(request["counts"] or DEFAULT_EXAMPLE_COUNTS), None]
-            for seed in range(request["seeds"])
-            for pretrained in (True, False)
-        ]
-        done = {(cell["asked"], cell["seed"], cell["pretrained"]) for cell in runs}
-        for number, cell in enumerate(grid):
-            if cell in done or (runs and cell[0] is not None and cell[0] >= runs[0]["available"]):
+            metadata = {"recipe": {}, "task": "transfer", "request": request, "command": " ".join(command)}
+            run_dir.write_metadata({**metadata, "versions": library_versions()})
+            fs.atomic_write(run_dir.metrics_path, "")
+        runs = [StudyRun(**record) for record in fs.read_jsonl(run_dir.metrics_path)]
+        counts = [*(request["counts"] or DEFAULT_EXAMPLE_COUNTS), None]
+        grid = list(product(counts, range(request["seeds"]), (True, False)))
+        done = {(run.asked, run.seed, run.pretrained) for run in runs}
+        for number, (count, seed, pretrained) in enumerate(grid):
+            exceeds_data = bool(runs) and count is not None and count >= runs[0].available
+            if exceeds_data or (count, seed, pretrained) in done:
                 continue
             console.progress("transfer", number, len(grid))
-            runs.append(run_cell(finetune, run, *cell))
-            console.info(format_cell(runs[-1]))
-            if caught:
-                raise RunInterruptedError(
-                    f"stopped after {len(runs)} of {len(grid)} cells, and kept. Go on with --resume", caught[0]
-                )
+            runs.append(run_cell(finetune, run_dir, count, seed, pretrained))
+            console.info(str(runs[-1]))
+            if signals:
+                message = f"interrupted after {len(runs)} of {len(grid)} runs, which are stored. Continue with --resume"
+                raise RunInterruptedError(message, signals[0])
         result = summarize(runs) | {
-            "run": str(out), "model": request["model"], "data": request["data"], "seconds": round(time.time() - started, 3),
-        }  # fmt: skip
-        page = {**result, "model": short_path_name(request["model"]), "data": short_path_name(request["data"][0])}
-        write_label_efficiency_page(out, {**page, "command": run.metadata()["command"]})
-        fs.atomic_write(run.result_path, fs.to_json(result))
+            "run": str(out),
+            "model": request["model"],
+            "data": request["data"],
+            "seconds": round(time.time() - start_time, 3),
+        }
+        fs.atomic_write(run_dir.result_path, fs.to_json(result))
         return result
 
 
-def run_cell(finetune: FinetuneFunction, run: RunDir, limit: int | None, seed: int, pretrained: bool) -> dict[str, Any]:
-    """One cell: its run, its score, on disk."""
-    folder = run.path / "cells" / f"{limit or 'all'}-{seed}-{'pretrained' if pretrained else 'scratch'}"
-    folder.parent.mkdir(exist_ok=True)
-    result = finetune(
-        out=folder, limit=limit, seed=seed, scratch=not pretrained, resume=True, console=Console(quiet=True)
-    )
-    metadata = RunDir(folder).metadata()
+def run_cell(finetune: FinetuneFunction, run_dir: RunDir, count: int | None, seed: int, pretrained: bool) -> StudyRun:
+    """Perform one run and store its score.
+
+    Raises:
+        UsageError: The run has no validation set.
+    """
+    out = run_dir.path / "cells" / f"{count or 'all'}-{seed}-{'pretrained' if pretrained else 'scratch'}"
+    out.parent.mkdir(exist_ok=True)
+    result = finetune(out=out, limit=count, seed=seed, scratch=not pretrained, resume=True, console=Console(quiet=True))
+    metadata = RunDir(out).metadata()
     metric = SELECTION_METRIC[metadata["task"]["kind"]]
     metric = metric if metric in result else "bits_per_byte"
     if result.get(metric) is None:
-        raise UsageError("transfer needs held-out examples to be scored on: give some by --validation")
-    train = metadata["data"]["train"]["examples"]
-    cell = {
-        "asked": limit, "examples": train, "available": metadata["data"]["available"], "seed": seed, "pretrained": pretrained,
-        "task": metadata["task"]["task"], "metric": metric, "score": result[metric], "seconds": result["seconds"],
-        "baselines": {name: scores[metric] for name, scores in result.get("baselines", {}).items() if metric in scores},
-    }  # fmt: skip
-    fs.append_line_durably(run.metrics_path, json.dumps(cell))
-    shutil.rmtree(folder)
-    return cell
-
-
-def format_cell(cell: dict[str, Any]) -> str:
-    kind = "pre-trained" if cell["pretrained"] else "from scratch"
-    return f"{cell['examples']:,} examples, seed {cell['seed']}, {kind}: {cell['metric']} {cell['score']:.3f}"
-
-
-def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The two curves with their intervals over seeds, and the sentence."""
-    metric = runs[0]["metric"]
-    points = []
-    for count in sorted({cell["examples"] for cell in runs}):
-        by_kind = {
-            kind: seed_interval(
-                [c["score"] for c in runs if c["examples"] == count and c["pretrained"] == pretrained]
-            ).to_dict()
-            for kind, pretrained in (("pretrained", True), ("scratch", False))
-        }
-        points.append({"examples": count, **by_kind})
-    higher = metric not in LOWER_IS_BETTER
-    label_ratio = equivalent_label_ratio(
-        [(p["examples"], p["pretrained"]["value"], p["scratch"]["value"]) for p in points], 1 if higher else -1
+        raise UsageError("transfer needs a validation set: add one with --validation")
+    run = StudyRun(
+        asked=count,
+        examples=metadata["data"]["train"]["examples"],
+        available=metadata["data"]["available"],
+        seed=seed,
+        pretrained=pretrained,
+        task=metadata["task"]["task"],
+        metric=metric,
+        score=result[metric],
+        seconds=result["seconds"],
+        baselines={name: scores[metric] for name, scores in result.get("baselines", {}).items() if metric in scores},
     )
+    fs.append_line_durably(run_dir.metrics_path, json.dumps(asdict(run)))
+    shutil.rmtree(out)
+    return run
+
+
+def summarize(runs: Sequence[StudyRun]) -> dict[str, Any]:
+    """The result of a study: both curves with confidence intervals over seeds, and the equivalent label ratio."""
+    metric = runs[0].metric
+    points: list[dict[str, Any]] = []
+    for count in sorted({run.examples for run in runs}):
+        point: dict[str, Any] = {"examples": count}
+        for name, pretrained in (("pretrained", True), ("scratch", False)):
+            scores = [run.score for run in runs if run.examples == count and run.pretrained == pretrained]
+            point[name] = seed_interval(scores).to_dict()
+        points.append(point)
+    higher_is_better = metric not in LOWER_IS_BETTER_METRICS
+    curve = [(point["examples"], point["pretrained"]["value"], point["scratch"]["value"]) for point in points]
+    label_ratio = equivalent_label_ratio(curve, 1 if higher_is_better else -1)
     return {
-        "task": runs[0]["task"], "metric": metric, "higher_is_better": higher, "points": points,
-        "baselines": max(runs, key=lambda cell: cell["examples"])["baselines"], "worth": label_ratio,
-        "sentence": headline(label_ratio), "cells": [{k: v for k, v in cell.items() if k != "baselines"} for cell in runs],
-    }  # fmt: skip
+        "task": runs[0].task,
+        "metric": metric,
+        "higher_is_better": higher_is_better,
+        "points": points,
+        "baselines": max(runs, key=lambda run: run.examples).baselines,
+        "worth": label_ratio,
+        "sentence": headline(label_ratio),
+        "cells": [{key: value for key, value in asdict(run).items() if key != "baselines"} for run in runs],
+    }
 
 
-def equivalent_label_ratio(points: list[tuple[int, float, float]], sign: int = 1) -> dict[str, Any]:
-    """How many labels from scratch it takes to reach what pre-training reaches with fewer.
+def equivalent_label_ratio(points: Sequence[tuple[int, float, float]], sign: int = 1) -> dict[str, Any]:
+    """How many times the labels training from scratch needs to match pre-training.
 
-    points: (examples, score pre-trained, score from scratch), by examples; sign −1 where lower is better. For each number
-    of examples n the place m is sought where the curve from scratch (made monotone, straight between its points on a
-    logarithmic axis) reaches the pre-trained score: m / n. Told is the middle one of those ratios, or where the curve from
-    scratch never gets that far, the largest that is known to be too small.
+    For each number of examples n, m is the number of examples at which the curve from scratch (made monotone, linear between
+    its points on a logarithmic axis) reaches the pre-trained score.
+
+    Args:
+        points: (examples, pre-trained score, score from scratch), in ascending order.
+        sign: 1 if a higher score is better, −1 if a lower one is.
+
+    Returns:
+        "ratio": the median of m / n; if no m is within the data, the greatest lower bound, with "at_least" true; None if the
+        smallest number of examples is enough from scratch. "examples": its n. "ratios": all pairs [m / n, n].
     """
-    best = -math.inf
+    best_score = -math.inf
     curve: list[tuple[float, float]] = []
     for n, _, scratch in points:
-        best = max(best, sign * scratch)
-        curve.append((math.log(n), best))
-    ratios, bounds = [], []
+        best_score = max(best_score, sign * scratch)
+        curve.append((math.log(n), best_score))
+    ratios: list[tuple[float, int]] = []
+    bounds: list[tuple[float, int]] = []
     for n, pretrained, _ in points:
         goal = sign * pretrained
-        if goal <= curve[0][1]:  # the smallest number from scratch is enough: no more is known
+        if goal <= curve[0][1]:  # reached with the smallest number of examples: no ratio is known
             continue
         if goal > curve[-1][1]:
             bounds.append((points[-1][0] / n, n))
             continue
         (x0, y0), (x1, y1) = next((a, b) for a, b in pairwise(curve) if b[1] >= goal)
-        m = math.exp(x0 + (x1 - x0) * (goal - y0) / (y1 - y0))
-        ratios.append((m / n, n))
-    if ratios:
-        ratio, n = sorted(ratios)[len(ratios) // 2]
-        return {"ratio": ratio, "examples": n, "at_least": False, "ratios": [list(one) for one in ratios]}
-    if bounds:
-        ratio, n = max(bounds)
-        return {"ratio": ratio, "examples": n, "at_least": True, "ratios": []}
-    return {"ratio": None, "examples": None, "at_least": False, "ratios": []}
+        ratios.append((math.exp(x0 + (x1 - x0) * (goal - y0) / (y1 - y0)) / n, n))
+    ratio, n = median_high(ratios) if ratios else max(bounds, default=(None, None))
+    at_least = not ratios and bool(bounds)
+    return {"ratio": ratio, "examples": n, "at_least": at_least, "ratios": [list(pair) for pair in ratios]}
 
 
 def headline(label_ratio: dict[str, Any]) -> str:
+    """The result of a study in one sentence."""
     ratio, n = label_ratio["ratio"], label_ratio["examples"]
     if ratio is None:
-        return "Pre-training is not worth any labels here: from scratch the fewest do as well."
+        return "Pre-training saves no labels here: training from scratch does as well with the fewest examples."
     if label_ratio["at_least"]:
         if ratio <= 1:
-            return f"With all {n:,} labels pre-training is ahead; what it is worth in labels lies beyond the data."
+            return f"With all {n:,} labels pre-training is better; how many labels it saves is beyond the data."
         return (
-            f"Pre-training is worth more than {ratio:.0f} times the labels here: {n:,} with it do better than "
-            f"{round(ratio * n):,} without."
+            f"Pre-training is worth more than {ratio:.0f} times the labels here: with {n:,} labels it is better than "
+            f"training from scratch with {round(ratio * n):,}."
         )
+    equivalent = f"with {n:,} labels it matches training from scratch with {round(ratio * n):,}."
     if ratio < 1:
-        return f"Pre-training costs labels here: {n:,} with it do as well as {round(ratio * n):,} without."
-    shown = f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
-    return f"Pre-training is worth {shown} times the labels here: {n:,} with it do as well as {round(ratio * n):,} without."
+        return f"Pre-training costs labels here: {equivalent}"
+    return f"Pre-training is worth {ratio:.{1 if ratio < 10 else 0}f} times the labels here: {equivalent}"

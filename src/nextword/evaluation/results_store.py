@@ -1,46 +1,54 @@
-"""What was measured on a run's model stays in its run folder, and the run's report and card tell it."""
+"""Stores results of `nextword evaluate` in the run directory of the evaluated model."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from nextword.common.console import Console
-from nextword.common.errors import NextwordError
-from nextword.common.results import Provenance, StoredResults, save_results, short_path_name
-from nextword.common.run_dir import RunDir
-from nextword.pipeline.language_model import Paths, as_list
+from nextword.common.fs import atomic_write, read_json
+from nextword.common.results import EVALUATION_FILE, Provenance, StoredResults, weights_digest
 
 
-def check_results_readable(path: str | Path) -> None:
-    """Before anything is measured: raises `CorruptFile` where what a run has kept so far cannot be read."""
-    if RunDir(Path(path)).exists:
-        StoredResults.load(Path(path))
+def make_provenance(arguments: Mapping[str, Any]) -> Provenance:
+    """The present time, and the arguments of an evaluation that are set."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return Provenance(now, {name: value for name, value in arguments.items() if value not in (None, False)})
 
 
-def save_results_to_run(
-    path: str | Path, result: Mapping[str, Any], texts: Paths, console: Console, *,
-    text_settings: Mapping[str, Any], benchmark_settings: Mapping[str, Any],
-) -> None:  # fmt: skip
-    """Keep a result of `evaluate` where the model was named by its run folder, and draw its report and card anew. A folder
-    that cannot be written to is told of, and does not undo what was measured.
+def save_results(
+    run_dir: Path,
+    result: Mapping[str, Any],
+    text_name: str,
+    text_provenance: Provenance,
+    benchmark_provenance: Provenance,
+) -> None:
+    """Add the result of `nextword evaluate` to a run directory.
+
+    It replaces older results of the same names. All results of other weights than the run has now are removed.
 
     Args:
-        of_text, of_suites: the arguments that matter to what they say; those that were not given are left out.
-    """
-    run = RunDir(Path(path))
-    if not run.exists:
-        return
-    from nextword.reporting.report import refresh_unmodified  # what draws takes half a second to import
+        run_dir: The run directory.
+        result: The result, as in `nextword evaluate --json`.
+        text_name: Name of the evaluated text.
+        text_provenance: When and how the text was evaluated.
+        benchmark_provenance: When and how the benchmarks were evaluated.
 
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    provenance = [
-        Provenance(now, {name: one for name, one in given.items() if one not in (None, False)})
-        for given in (text_settings, benchmark_settings)
-    ]
-    name = ", ".join(short_path_name(str(text)) for text in as_list(texts)) or "held-out text"
-    try:
-        save_results(run.path, result, name, *provenance)
-        refresh_unmodified(run.path, console.info)
-    except NextwordError as error:
-        console.warn(f"what was measured is not kept in the run folder: {error}")
+    Raises:
+        CorruptFileError: The stored results cannot be read.
+    """
+    path = run_dir / EVALUATION_FILE
+    StoredResults.load(run_dir)  # do not overwrite a file that a user has damaged
+    previous = read_json(path) if path.is_file() else {}
+    weights = weights_digest(run_dir)
+    retained = previous if previous.get("weights") == weights else {}
+    texts, benchmarks = dict(retained.get("texts") or {}), dict(retained.get("suites") or {})
+    if "loss" in result:
+        text_result = {key: value for key, value in result.items() if key != "suites"}
+        texts[text_name] = text_result | {"measured": asdict(text_provenance)}
+    for name, benchmark in result.get("suites", {}).items():
+        benchmarks[name] = benchmark | {"measured": asdict(benchmark_provenance)}
+    path.parent.mkdir(exist_ok=True)
+    document = {"weights": weights, "texts": texts, "suites": benchmarks}
+    atomic_write(path, json.dumps(document, indent=2) + "\n")  # in ASCII, because file names may hold any bytes

@@ -1,4 +1,4 @@
-"""How well a model predicts texts, with an interval, beside another model and other seeds, and what it makes of its context."""
+"""Perplexity of texts with a confidence interval, compared with other models and seeds, and the use of context."""
 
 import math
 from collections.abc import Sequence
@@ -10,82 +10,93 @@ import numpy as np
 from nextword.common.console import Console
 from nextword.common.errors import UsageError
 from nextword.common.run_dir import RunDir
+from nextword.common.statistics import bootstrap_mean, paired_difference
 from nextword.data.corpus import Corpus
 from nextword.data.dataset import TokenSource
 from nextword.data.tokenizer import Tokenizer
-from nextword.evaluation.significance import EvalModels, compare_significance, interval_to_dict, seed_variance
+from nextword.evaluation.benchmarks import EvalModels, compare_significance, interval_to_dict, seed_variance
 from nextword.inference.perplexity import Likelihood, measure_context_usage
-from nextword.pipeline.language_model import Model, Paths, as_list
-from nextword.tasks import metrics
+from nextword.pipeline.language_model import LanguageModel, Paths, as_list
 
-MIN_BLOCK_BYTES, MAX_BLOCKS = 1024, 1000  # bytes of a block of text at least, and blocks at most: what is resampled
+MIN_BLOCK_BYTES, MAX_BLOCKS = 1024, 1000  # the bootstrap resamples blocks of text
 
 
 def evaluate_text(
-    eval_models: EvalModels, token_sources: Sequence[tuple[TokenSource, int]], *, stride: int | None, with_context_use: bool = False,
+    eval_models: EvalModels,
+    token_sources: Sequence[tuple[TokenSource, int]],
+    *,
+    stride: int | None,
+    with_context_use: bool = False,
     console: Console | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """A text's result, as `nextword evaluate --json` prints it.
+) -> dict[str, Any]:
+    """Evaluate the perplexity of a text.
 
     Args:
-        read: the text as the tokens of each of the models (the judged one, `against`, `seeds`), and its bytes.
-        stride: see `likelihood`; half a window where None.
-        use: also tell the loss at each position of the window, on the text and on its tokens shuffled.
+        eval_models: The model, and those it is compared with.
+        token_sources: The text in the tokens of each model (the evaluated one, `compare_to`, `seed_runs`), and its bytes.
+        stride: Stride of the window in tokens; see `evaluate_perplexity`. None: half a window.
+        with_context_use: Add the loss at each position of the window, for the text and for its shuffled tokens.
+        console: Where progress goes.
+
+    Returns:
+        The result as in `nextword evaluate --json`.
     """
     console = console or Console(quiet=True)
-    models = [
-        eval_models.model,
-        *([] if eval_models.compare_to is None else [eval_models.compare_to]),
-        *eval_models.seed_runs,
-    ]
-    found = [_evaluate_blocks(model, *text, stride, console) for model, text in zip(models, token_sources, strict=True)]
-    perplexity_result, block_bits = found[0]
-    block_interval = metrics.bootstrap_mean(block_bits.tolist())
+    other = eval_models.compare_to
+    models = [eval_models.model, *([] if other is None else [other]), *eval_models.seed_runs]
+    evaluations = [_evaluate_blocks(*pair, stride, console) for pair in zip(models, token_sources, strict=True)]
+    perplexity, block_bits = evaluations[0]
+    interval = bootstrap_mean(block_bits.tolist())
     result: dict[str, Any] = {
-        **{
-            name: getattr(perplexity_result, name)
-            for name in ("loss", "perplexity", "bits_per_byte", "tokens", "bytes", "stride")
-        },
-        "interval": {"low": block_interval.low, "high": block_interval.high, "blocks": block_interval.n},
+        "loss": perplexity.loss,
+        "perplexity": perplexity.perplexity,
+        "bits_per_byte": perplexity.bits_per_byte,
+        "tokens": perplexity.tokens,
+        "bytes": perplexity.bytes,
+        "stride": perplexity.stride,
+        "interval": {"low": interval.low, "high": interval.high, "blocks": interval.n},
     }
     if with_context_use:
-        seen = measure_context_usage(eval_models.model.dequantized, token_sources[0][0])
-        result["context_use"] = {"true": seen.original, "shuffled": seen.shuffled}
+        usage = measure_context_usage(eval_models.model.dequantized, token_sources[0][0])
+        result["context_use"] = {"true": usage.original, "shuffled": usage.shuffled}
     if eval_models.seed_runs:
-        others = found[len(found) - len(eval_models.seed_runs) :]
-        result["noise"] = seed_variance([each.bits_per_byte for each, _ in (found[0], *others)])
-    if eval_models.compare_to is not None:
-        other, other_block_bits = found[1]
-        difference = interval_to_dict(metrics.paired_difference(block_bits.tolist(), other_block_bits.tolist()))
-        against = {
-            "model": str(eval_models.compare_to.path),
-            "bits_per_byte": other.bits_per_byte,
-            "difference": difference,
+        seed_runs = [perplexity, *(run for run, _ in evaluations[-len(eval_models.seed_runs) :])]
+        result["noise"] = seed_variance([run.bits_per_byte for run in seed_runs])
+    if other is not None:
+        other_perplexity, other_block_bits = evaluations[1]
+        difference = paired_difference(block_bits.tolist(), other_block_bits.tolist())
+        result["against"] = {
+            "model": str(other.path),
+            "bits_per_byte": other_perplexity.bits_per_byte,
+            "difference": interval_to_dict(difference),
+            **compare_significance(difference, is_better=difference.value < 0),
         }
-        result["against"] = compare_significance(against, better=difference["value"] < 0)
         if eval_models.seed_runs:
-            result["against"]["beyond_noise"] = abs(difference["value"]) > result["noise"]["floor"]
+            result["against"]["beyond_noise"] = abs(difference.value) > result["noise"]["floor"]
     return result
 
 
 def _evaluate_blocks(
-    model: Model, tokens: TokenSource, n_bytes: int, stride: int | None, console: Console
+    model: LanguageModel, token_source: tuple[TokenSource, int], stride: int | None, console: Console
 ) -> tuple[Likelihood, np.ndarray]:
-    """A text's likelihood, and bits per byte of each of its blocks: parts of as many bytes each, the same ones for every
-    tokenizer. A token belongs to the block it begins in."""
-    nats = np.zeros(max(0, len(tokens) - 1))
-    perplexity_result = model.evaluate_tokens(tokens, n_bytes, console, stride, nats)
-    count = min(MAX_BLOCKS, max(2, n_bytes // MIN_BLOCK_BYTES))
-    sizes = _token_byte_lengths(model.tokenizer, model.gpt.config.vocab_size)[
-        tokens.read(0, len(tokens)).astype(np.int64)
-    ]
-    begins = (np.cumsum(sizes) - sizes)[1:] / max(1.0, float(sizes.sum()))  # of each predicted token, 0 to 1
-    block = np.minimum((begins * count).astype(np.int64), count - 1)
-    return perplexity_result, np.bincount(block, nats, minlength=count) / math.log(2) / (n_bytes / count)
+    """The perplexity of a text, and the bits per byte of its blocks.
+
+    Blocks have equal numbers of bytes and are the same for every tokenizer. A token belongs to the block that it starts in.
+    """
+    tokens, num_bytes = token_source
+    token_nll = np.zeros(max(0, len(tokens) - 1))
+    perplexity = model.evaluate_tokens(tokens, num_bytes, console, stride, token_nll)
+    num_blocks = min(MAX_BLOCKS, max(2, num_bytes // MIN_BLOCK_BYTES))
+    byte_lengths = _token_byte_lengths(model.tokenizer, model.gpt.config.vocab_size)
+    sizes = byte_lengths[tokens.read(0, len(tokens)).astype(np.int64)]
+    starts = (np.cumsum(sizes) - sizes)[1:] / max(1.0, float(sizes.sum()))  # of each predicted token, 0 to 1
+    block_ids = np.minimum((starts * num_blocks).astype(np.int64), num_blocks - 1)
+    block_nll = np.bincount(block_ids, token_nll, minlength=num_blocks)
+    return perplexity, block_nll / math.log(2) / (num_bytes / num_blocks)
 
 
 def _token_byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """How many bytes each token of the vocabulary stands for; of a foreign tokenizer about so many."""
+    """The bytes of each token of the vocabulary; approximate for tokenizers that are not byte-level."""
     return np.array([float(len(tokenizer.decode_bytes([id]))) for id in range(vocab_size)])
 
 
@@ -97,20 +108,30 @@ def load_eval_text(
     stride: int | None,
     console: Console,
 ) -> tuple[list[tuple[TokenSource, int]], int | None]:
-    """The text that the panel's models are judged on, as each of them reads it with its bytes, and the stride over it.
+    """The text of an evaluation in the tokens of each model with its bytes, and the stride.
+
+    Args:
+        eval_models: The models.
+        path: The path that the evaluated model was opened from. If it is a run, its validation set is the default text.
+        texts: Files, folders or named corpora.
+        text_column: The column of the text in tables.
+        stride: The requested stride.
+        console: Where warnings go.
 
     Raises:
-        UsageError: no text is named and `path` is no run, or one whose tokens are not the other models' too.
+        UsageError: No text is given, and `path` is not a run or the other models have other tokenizers.
     """
-    models = [one for one in (eval_models.model, eval_models.compare_to, *eval_models.seed_runs) if one is not None]
+    models = [eval_models.model, eval_models.compare_to, *eval_models.seed_runs]
+    models = [model for model in models if model is not None]
     if as_list(texts):
-        return [one.read_tokens(texts, text_column, console) for one in models], stride
+        return [model.read_tokens(texts, text_column, console) for model in models], stride
     run = RunDir(Path(path))
     if not run.exists:
-        raise UsageError(f"{path}: say on which text: nextword evaluate {path} TEXT…")
+        raise UsageError(f"{path}: not a run directory, so give a text: nextword evaluate {path} TEXT…")
     for model in models[1:]:
         if model.tokenizer.backend.to_str() != eval_models.model.tokenizer.backend.to_str():
-            raise UsageError(f"{model.path}: has another tokenizer than {path}; name a text to compare them on")
+            raise UsageError(f"{model.path}: its tokenizer differs from that of {path}; give a text to compare them on")
     corpus = Corpus.open(run.path / run.metadata()["shards"])
-    held_out = corpus.tokens("validation")
-    return [(held_out, corpus.validation.bytes)] * len(models), stride or eval_models.model.gpt.config.context_length
+    validation = corpus.tokens("validation")
+    default_stride = eval_models.model.gpt.config.context_length
+    return [(validation, corpus.validation.bytes)] * len(models), stride or default_stride

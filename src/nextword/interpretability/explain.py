@@ -16,13 +16,13 @@ from nextword.interpretability.activations import Activations, capture, head_pat
 from nextword.interpretability.attribution import Attributions, OutputFunction, integrated_gradients
 from nextword.interpretability.inputs import ModelInput, has_lm_head, next_token_id, prepare_input
 from nextword.model.gpt import GPT
-from nextword.pipeline.language_model import Model
+from nextword.pipeline.language_model import LanguageModel
 
 TOP_K = 10  # next words that are told of each position
 ROUND_DIGITS = 6  # of a weight or a probability; what is less is no longer seen
 
 
-def explain(model: Model, texts: Sequence[str], *, word: str | None = None, label: str | None = None) -> dict[str, Any]:
+def explain(model: LanguageModel, texts: Sequence[str], *, word: str | None = None, label: str | None = None) -> dict[str, Any]:
     """What `nextword explain --json` prints.
 
     Args:
@@ -98,7 +98,7 @@ def class_logit(model: GPT, class_index: int) -> OutputFunction:
 # ---------------------------------------------------------------- as numbers and texts
 
 
-def model_summary(model: Model) -> dict[str, Any]:
+def model_summary(model: LanguageModel) -> dict[str, Any]:
     config = model.gpt.config
     return {
         "layers": config.n_layers, "heads": config.n_heads, "width": config.d_model, "parameters": config.parameters,
@@ -119,7 +119,7 @@ def describe_token(tokenizer: Tokenizer, token_id: int) -> dict[str, Any]:
 
 
 def tokens_to_list(
-    model: Model, input_ids: Sequence[int], activations: Activations, predicts_tokens: bool
+    model: LanguageModel, input_ids: Sequence[int], activations: Activations, predicts_tokens: bool
 ) -> list[dict[str, Any]]:
     """The text's tokens, each with how it was predicted and what is likeliest to follow it."""
     entries = [describe_token(model.tokenizer, id) for id in input_ids]
@@ -162,7 +162,7 @@ def head_patterns_to_list(attention: Tensor) -> list[Any]:
 
 
 def layers_to_list(
-    model: Model, model_input: ModelInput, activations: Activations, predicts_tokens: bool
+    model: LanguageModel, model_input: ModelInput, activations: Activations, predicts_tokens: bool
 ) -> list[dict[str, Any]]:
     """What the embeddings and each layer would say: of each position the likeliest next token, and of a task its outputs."""
     entries = []

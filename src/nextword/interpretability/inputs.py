@@ -12,10 +12,10 @@ from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import Tokenizer
 from nextword.interpretability.activations import max_explained_tokens
 from nextword.model.hf_config import parse_labels
-from nextword.pipeline.language_model import Model
+from nextword.pipeline.language_model import LanguageModel
 from nextword.pipeline.predictor import Predictor
-from nextword.tasks.dataset import HEAD_KINDS, EncodedExample, ExampleEncoder, TaskSpec, TokenSequence
-from nextword.tasks.task_data import example_from_texts
+from nextword.tasks.examples import example_from_texts
+from nextword.tasks.templates import HEAD_KINDS, EncodedExample, ExampleEncoder, TaskSpec, TokenSequence
 
 # The kinds of head in a stock directory that no task of ours is known for, in its config's words.
 PROBLEM_TYPES: dict[str, Any] = {"multi_label_classification": "labels", "regression": "score"}
@@ -43,7 +43,7 @@ class ModelInput:
     notes: tuple[str, ...] = ()
 
 
-def prepare_input(model: Model, texts: Sequence[str], label: str | None) -> ModelInput:
+def prepare_input(model: LanguageModel, texts: Sequence[str], label: str | None) -> ModelInput:
     """The sequence that is explained: of a language model its text, of a task's model the example in its template.
 
     Raises:
@@ -78,7 +78,7 @@ def prepare_input(model: Model, texts: Sequence[str], label: str | None) -> Mode
     )
 
 
-def _resolve_task_spec(model: Model) -> TaskSpec | None:
+def _resolve_task_spec(model: LanguageModel) -> TaskSpec | None:
     """How examples are given to the model; of a stock directory with a classification head, as bare texts."""
     task_spec = model.task_spec
     if task_spec is not None or not model.gpt.config.n_labels:
@@ -90,7 +90,7 @@ def _resolve_task_spec(model: Model) -> TaskSpec | None:
 
 
 def _prepare_example(
-    model: Model, task_spec: TaskSpec, texts: Sequence[str], label: str | None, max_tokens: int
+    model: LanguageModel, task_spec: TaskSpec, texts: Sequence[str], label: str | None, max_tokens: int
 ) -> ModelInput:
     """A task's example, and what the head says of it."""
     example, problems = example_from_texts(task_spec.task, texts), IssueLog()
@@ -139,7 +139,7 @@ def _label_index(names: Sequence[str], label: str) -> int:
     return names.index(label)
 
 
-def has_lm_head(model: Model) -> bool:
+def has_lm_head(model: LanguageModel) -> bool:
     """Whether the model predicts words: a classification model does not where it had a matrix of its own for them, which its
     stock class has no place for."""
     if not model.gpt.config.n_labels:
@@ -148,7 +148,7 @@ def has_lm_head(model: Model) -> bool:
     return model.gpt.config.family in ("gpt1", "gpt2") if tied_embeddings is None else tied_embeddings is True
 
 
-def next_token_id(model: Model, input_ids: Sequence[int], word: str) -> tuple[int, str | None]:
+def next_token_id(model: LanguageModel, input_ids: Sequence[int], word: str) -> tuple[int, str | None]:
     """The token that a word begins with where it follows a text: with a space before it or without, whichever is the likelier;
     and a note where the word has more tokens.
 

@@ -12,7 +12,7 @@ from nextword.data.tokenizer import Tokenizer
 from nextword.inference.perplexity import evaluate_perplexity
 from nextword.model.gpt import GPT
 from nextword.model.hf import load_model
-from nextword.tasks.dataset import TaskSpec
+from nextword.tasks.templates import TaskSpec
 
 FORGETTING_TOKENS = 2**14  # tokens of the pre-training corpus on which forgetting is measured
 

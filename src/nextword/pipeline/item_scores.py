@@ -1,137 +1,155 @@
-"""What a model makes of a suite's items: how each is marked, by likelihood or by what the model writes."""
+"""The scores of a model on the items of a benchmark, by log-likelihood or by generated text."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
+from nextword.common.statistics import ScoreWithCI, bootstrap_mean, bootstrap_ratio, proportion
 from nextword.inference.engine import Completion, Engine, Prompt
 from nextword.inference.loglikelihood import ContinuationScore, LoglikelihoodScorer
 from nextword.inference.sampling import Sampling
-from nextword.pipeline.language_model import Model
-from nextword.tasks import metrics
-from nextword.tasks.benchmark_items import BenchmarkRow, LoglikelihoodItem, generation_item, loglikelihood_item
+from nextword.pipeline.language_model import LanguageModel
+from nextword.tasks.benchmark_items import (
+    BenchmarkRow,
+    GenerationItem,
+    LoglikelihoodItem,
+    generation_item,
+    loglikelihood_item,
+)
 from nextword.tasks.benchmark_spec import Benchmark
-from nextword.tasks.metrics import Score
-from nextword.tasks.text_diversity import distinct_n, repeated_ngram_fraction, split_words
+from nextword.tasks.metrics import (
+    GENERATION_METRICS,
+    distinct_n,
+    generation_metrics,
+    repeated_ngram_fraction,
+    split_words,
+)
 
-GENERATION_BATCH_SIZE = 32  # texts that are written side by side
-DEFAULT_NUM_TEXTS = 64  # of the model's own, where no prompts are given
-GENERATION_METRICS = ("chrf", "bleu", "rouge1", "rouge2", "rougeL")  # scores from 0 to 100; all others go from 0 to 1
+GENERATION_BATCH_SIZE = 32  # texts generated together
+DEFAULT_NUM_TEXTS = 64  # texts generated without prompts
 
 ProgressCallback = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class ItemScores:
-    """A model's items, marked.
+    """The scores of a model on each item of a benchmark.
 
     Attributes:
-        values: a number an item [n], by the name of the score that they are averaged to.
-        chance: what guessing would score by the first of them; None where nothing can be guessed.
-        guesses: the same for each item [n], where items differ.
-        ties: items of which several answers were exactly equally likely; each counts its share.
-        texts, references: what was written, and what should be.
+        item_values: Values [n] whose mean is a metric, by metric name.
+        chance: The primary metric of random guessing; None if there is no such baseline.
+        item_chance: The same for each item [n], if items differ.
+        ties: Number of items with several equally likely best answers, which share the credit.
+        predictions: Generated texts.
+        references: References of the generated texts.
     """
 
     item_values: dict[str, np.ndarray]
     chance: float | None = None
     item_chance: np.ndarray | None = None
     ties: int = 0
-    predictions: list[str] = field(default_factory=list)
-    references: list[tuple[str, ...]] = field(default_factory=list)
+    predictions: list[str] = field(default_factory=list[str])
+    references: list[tuple[str, ...]] = field(default_factory=list[tuple[str, ...]])
 
     @property
     def num_items(self) -> int:
         return len(self.predictions) or len(next(iter(self.item_values.values())))
 
-    def select(self, indices: Sequence[int] | np.ndarray) -> "ItemScores":
-        """Those of some of the items."""
-        chosen = np.asarray(indices, dtype=np.int64)
-        values = {name: value[chosen] for name, value in self.item_values.items()}
-        selected = replace(self, values=values)
-        if self.item_chance is not None:
-            item_chance = self.item_chance[chosen]
-            selected = replace(selected, guesses=item_chance, chance=float(item_chance.mean()))
-        if self.predictions:
-            texts, references = [self.predictions[i] for i in indices], [self.references[i] for i in indices]
-            selected = replace(selected, texts=texts, references=references)
-        return selected
+    def select(self, indices: Sequence[int]) -> "ItemScores":
+        """The scores of some of the items."""
+        selected = np.asarray(indices, dtype=np.int64)
+        item_chance = None if self.item_chance is None else self.item_chance[selected]
+        return replace(
+            self,
+            item_values={name: values[selected] for name, values in self.item_values.items()},
+            item_chance=item_chance,
+            chance=self.chance if item_chance is None else float(item_chance.mean()),
+            predictions=[self.predictions[i] for i in indices] if self.predictions else [],
+            references=[self.references[i] for i in indices] if self.references else [],
+        )
 
-    def aggregate(self, metric: str) -> Score:
-        """A score of all items, with its interval."""
+    def aggregate(self, metric: str) -> ScoreWithCI:
+        """A metric over all items, with its confidence interval."""
         if metric in GENERATION_METRICS:
-            return metrics.generation_metrics(self.references, self.predictions, [metric])[metric]
+            return generation_metrics(self.references, self.predictions, [metric])[metric]
         if metric == "perplexity":
-            nats = np.stack([self.item_values["nats"], np.ones(self.num_items)], axis=1)
-            return metrics.bootstrap_ratio(nats, lambda sums: np.exp(np.minimum(sums[:, 0] / sums[:, 1], 700)))
+            columns = np.stack([self.item_values["nats"], np.ones(self.num_items)], axis=1)
+            return bootstrap_ratio(columns, lambda sums: np.exp(np.minimum(sums[:, 0] / sums[:, 1], 700)))
         if metric == "icat":
-            both = [self.item_values["stereotyped"], self.item_values["meaningful"], np.ones(self.num_items)]
-            return metrics.bootstrap_ratio(np.stack(both, axis=1), _icat)
-        return metrics.proportion(self.item_values[metric].tolist())
+            names = ("stereotyped", "meaningful")
+            columns = np.stack([*(self.item_values[name] for name in names), np.ones(self.num_items)], axis=1)
+            return bootstrap_ratio(columns, _icat)
+        return proportion(self.item_values[metric].tolist())
 
     def secondary_metrics(self, benchmark: Benchmark) -> list[str]:
-        """The scores there are beside the one that counts."""
-        more = {"cloze": ["perplexity"], "stereotypes": ["meaningful", "icat"]}
-        return [*benchmark.metrics[1:], *more.get(benchmark.kind, [])]
+        """The metrics besides the primary one."""
+        extra = {"cloze": ["perplexity"], "stereotypes": ["meaningful", "icat"]}
+        return [*benchmark.metrics[1:], *extra.get(benchmark.kind, [])]
 
 
 def score_items(
-    model: Model,
+    model: LanguageModel,
     benchmark: Benchmark,
-    items: Sequence[BenchmarkRow],
+    rows: Sequence[BenchmarkRow],
     *,
     shuffled: bool = False,
     progress: ProgressCallback | None = None,
 ) -> ItemScores:
-    """Put a suite's items to a model.
+    """Score a model on the rows of a benchmark.
 
     Args:
-        scrambled: with the words in another order; see `question_of`.
+        model: The model.
+        benchmark: The benchmark; not of the kind "free text" (see `evaluate_free_text`).
+        rows: Rows of the benchmark.
+        shuffled: Shuffle the words; see `loglikelihood_item`.
+        progress: Called with the number of scored requests and of all requests.
     """
     if benchmark.kind == "writing":
-        return _score_generations(model, benchmark, items, shuffled, progress)
-    questions = [loglikelihood_item(benchmark, item, shuffled) for item in items]
-    continuation_scores = LoglikelihoodScorer(
-        model.dequantized, model.tokenizer, check_greedy=benchmark.kind == "cloze"
-    ).score_pairs([question.requests for question in questions], progress)
+        return _score_generations(model, benchmark, rows, shuffled, progress)
+    items = [loglikelihood_item(benchmark, row, shuffled) for row in rows]
+    scorer = LoglikelihoodScorer(model.dequantized, model.tokenizer, check_greedy=benchmark.kind == "cloze")
+    scores = scorer.score_pairs([item.requests for item in items], progress)
     if benchmark.kind == "cloze":
-        values = {"acc": np.array([float(one.is_greedy) for [one] in continuation_scores])}
-        values["nats"] = np.array([-one.logprob for [one] in continuation_scores])
-        item_chance = np.array([float(model.gpt.config.vocab_size) ** -one.num_tokens for [one] in continuation_scores])
+        values = {"acc": np.array([float(score.is_greedy) for [score] in scores])}
+        values["nats"] = np.array([-score.logprob for [score] in scores])
+        item_chance = np.array([float(model.gpt.config.vocab_size) ** -score.num_tokens for [score] in scores])
         return ItemScores(values, float(item_chance.mean()), item_chance)
     if benchmark.kind == "stereotypes":
-        each = [
-            [one.logprob / one.num_tokens for one in likely] for likely in continuation_scores
-        ]  # as StereoSet's authors compare GPT-2's
-        stereotyped = np.array([win_score(one, other) for one, other, _ in each])
-        meaningful = np.array([(win_score(a, none) + win_score(b, none)) / 2 for a, b, none in each])
+        # Log-likelihood per token, as the authors of StereoSet compare GPT-2's.
+        means = [[score.logprob / score.num_tokens for score in item_scores] for item_scores in scores]
+        stereotyped = np.array([win_score(stereotype, anti) for stereotype, anti, _ in means])
+        meaningful = np.array([(win_score(a, unrelated) + win_score(b, unrelated)) / 2 for a, b, unrelated in means])
         return ItemScores({"stereotyped": stereotyped, "meaningful": meaningful}, chance=0.5)
-    values = {name: np.array([_item_accuracy(name, q, likely) for q, likely in zip(questions, continuation_scores, strict=True)])
-              for name in benchmark.metrics}  # fmt: skip
-    ties = sum(_is_max([one.logprob for one in likely]).sum() > 1 for likely in continuation_scores)
-    item_chance = np.array([1 / len(question.requests) for question in questions])
-    return ItemScores(values, float(item_chance.mean()), item_chance, ties=int(ties))
+    values = {
+        name: np.array([_item_accuracy(name, *pair) for pair in zip(items, scores, strict=True)])
+        for name in benchmark.metrics
+    }
+    ties = sum(int(_is_max([score.logprob for score in item_scores]).sum() > 1) for item_scores in scores)
+    item_chance = np.array([1 / len(item.requests) for item in items])
+    return ItemScores(values, float(item_chance.mean()), item_chance, ties)
 
 
 def win_score(score: float, other_score: float) -> float:
-    """1 where one is larger, 0 where the other is, and half where they are equal."""
+    """1 if the score is greater than the other, 0 if it is less, 0.5 for a tie."""
     return (1 + (score > other_score) - (score < other_score)) / 2
 
 
-def _item_accuracy(metric: str, question: LoglikelihoodItem, continuation_scores: Sequence[ContinuationScore]) -> float:
-    """1 where the right answer is the likeliest, by lm-eval's rules: of all its tokens ("acc"), per character ("acc_norm"),
-    per byte ("acc_bytes"). Answers that are exactly equally likely share it; lm-eval gives it to the first."""
-    sizes = {"acc_norm": [len(answer) for answer in question.choices]}
-    sizes["acc_bytes"] = [len(answer.encode("utf-8", "replace")) for answer in question.choices]
-    best = _is_max(
-        [
-            one.logprob / size
-            for one, size in zip(continuation_scores, sizes.get(metric, [1] * len(continuation_scores)), strict=True)
-        ]
-    )
-    return float(best[question.gold_index]) / float(best.sum())
+def _item_accuracy(metric: str, item: LoglikelihoodItem, scores: Sequence[ContinuationScore]) -> float:
+    """1 if the correct choice has the greatest log-likelihood.
+
+    "acc" compares totals, "acc_norm" values per character, "acc_bytes" values per byte, as lm-eval does. Ties share the credit;
+    lm-eval gives it to the first choice.
+    """
+    lengths = [1] * len(scores)
+    if metric == "acc_norm":
+        lengths = [len(choice) for choice in item.choices]
+    elif metric == "acc_bytes":
+        lengths = [len(choice.encode("utf-8", "replace")) for choice in item.choices]
+    is_best = _is_max([score.logprob / length for score, length in zip(scores, lengths, strict=True)])
+    return float(is_best[item.gold_index]) / float(is_best.sum())
 
 
 def _is_max(values: Sequence[float]) -> np.ndarray:
@@ -144,114 +162,132 @@ def _icat(sums: np.ndarray) -> np.ndarray:
     return meaningful * np.minimum(stereotyped, 1 - stereotyped) / 0.5
 
 
-# ---------------------------------------------------------------- what is written
+# ---------------------------------------------------------------- generated text
 
 
 def _score_generations(
-    model: Model, benchmark: Benchmark, items: Sequence[BenchmarkRow], shuffled: bool, progress: ProgressCallback | None
+    model: LanguageModel,
+    benchmark: Benchmark,
+    rows: Sequence[BenchmarkRow],
+    shuffled: bool,
+    progress: ProgressCallback | None,
 ) -> ItemScores:
-    """Answers in words, always the likeliest token. Chance is what they score as answers to the next item."""
-    generation_items = [generation_item(benchmark, item, shuffled) for item in items]
+    """Scores of greedy answers. Chance is their score as answers to the next item."""
+    items = [generation_item(benchmark, row, shuffled) for row in rows]
     sampling = Sampling(temperature=0.0, max_tokens=benchmark.max_tokens, stop=benchmark.stop)
-    texts = generate_texts(model, [one.prompt for one in generation_items], sampling, progress)
-    item_scores = _exact_match_scores(benchmark, texts, [one.references for one in generation_items])
+    predictions = generate_texts(model, [item.prompt for item in items], sampling, progress)
+    scores = _exact_match_scores(predictions, items)
     if len(items) < 2:
-        return item_scores
-    mismatched_scores = _exact_match_scores(
-        benchmark, texts, [generation_items[i - 1].references for i in range(len(generation_items))]
-    )
-    return ItemScores(
-        item_scores.item_values,
-        chance=mismatched_scores.aggregate(benchmark.metrics[0]).value,
-        predictions=texts,
-        references=item_scores.references,
-    )
+        return scores
+    mismatched = _exact_match_scores(predictions, [items[-1], *items[:-1]])
+    return replace(scores, chance=mismatched.aggregate(benchmark.metrics[0]).value)
 
 
-def _exact_match_scores(benchmark: Benchmark, texts: list[str], references: list[tuple[str, ...]]) -> ItemScores:
+def _exact_match_scores(predictions: list[str], items: Sequence[GenerationItem]) -> ItemScores:
+    references = [item.references for item in items]
     exact = [
-        float(any(text.strip() == one.strip() for one in several))
-        for text, several in zip(texts, references, strict=True)
+        float(text.strip() in {reference.strip() for reference in entry})
+        for text, entry in zip(predictions, references, strict=True)
     ]
-    return ItemScores({"exact_match": np.array(exact)}, predictions=texts, references=references)
+    return ItemScores({"exact_match": np.array(exact)}, predictions=predictions, references=references)
 
 
 def generate_texts(
-    model: Model, prompts: Sequence[str], sampling: Sampling, progress: ProgressCallback | None = None
+    model: LanguageModel, prompts: Sequence[str], sampling: Sampling, progress: ProgressCallback | None = None
 ) -> list[str]:
-    """What a model goes on with after each prompt; of a long one the end is read, so that there is room for the text."""
-    return [one.text for one in generate_completions(model, prompts, sampling, progress)]
+    """The text generated after each prompt. Long prompts are truncated at the start."""
+    return [completion.text for completion in generate_completions(model, prompts, sampling, progress)]
 
 
 def generate_completions(
-    model: Model, prompts: Sequence[Prompt], sampling: Sampling, progress: ProgressCallback | None = None
+    model: LanguageModel, prompts: Sequence[Prompt], sampling: Sampling, progress: ProgressCallback | None = None
 ) -> list[Completion]:
-    """The same as completions, of prompts that are texts or tokens."""
+    """The completions of prompts that are texts or token ids. Long prompts are truncated at the start."""
     max_prompt_tokens = max(1, model.gpt.config.context_length - sampling.max_tokens)
-    begin = [] if model.tokenizer.bos_id is None else [model.tokenizer.bos_id]
-    encoded_prompts = [
-        model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts
-    ]
-    ids = [[*begin, *one][-max_prompt_tokens:] for one in encoded_prompts]
+    bos = [] if model.tokenizer.bos_id is None else [model.tokenizer.bos_id]
+    token_ids = [model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    token_ids = [[*bos, *ids][-max_prompt_tokens:] for ids in token_ids]
     engine = Engine(
-        model.gpt, model.tokenizer, max_batch=GENERATION_BATCH_SIZE, seed=sampling.seed or 0, runner=model.runner
+        model.gpt,
+        model.tokenizer,
+        max_batch=GENERATION_BATCH_SIZE,
+        seed=sampling.seed or 0,
+        runner=model.runner,
     )
     completions: list[Completion] = []
-    for start in range(0, len(ids), GENERATION_BATCH_SIZE):
-        # Other draws for each group of texts than for the one before.
+    for start in range(0, len(token_ids), GENERATION_BATCH_SIZE):
+        # Each batch has its own seed.
         batch_sampling = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + start)
-        completions += engine.generate(ids[start : start + GENERATION_BATCH_SIZE], batch_sampling)
+        completions += engine.generate(token_ids[start : start + GENERATION_BATCH_SIZE], batch_sampling)
         if progress is not None:
-            progress(len(completions), len(ids))
+            progress(len(completions), len(token_ids))
     return completions
 
 
 def evaluate_free_text(
-    model: Model, benchmark: Benchmark, items: Sequence[BenchmarkRow], *, seed: int, judge: Model | None = None,
+    model: LanguageModel,
+    benchmark: Benchmark,
+    rows: Sequence[BenchmarkRow],
+    *,
+    seed: int,
+    judge: LanguageModel | None = None,
     progress: ProgressCallback | None = None,
-) -> dict[str, object]:  # fmt: skip
-    """How much a model's own texts repeat themselves, beside what people wrote where the items have it.
+) -> dict[str, Any]:
+    """How repetitive the generated text of a model is, compared with human text if the rows have it.
 
     Args:
-        items: what it goes on from; nothing, that is a new document, where there are none.
-        judge: a stronger model, under which the texts' bits per byte are told.
+        model: The model.
+        benchmark: A benchmark of the kind "free text".
+        rows: Rows with prompts or texts; if there are none, the model generates new documents.
+        seed: Seed of sampling.
+        judge: A stronger model; adds the bits per byte of the generated text under it.
+        progress: Called with the number of generated texts and of all texts.
+
+    Returns:
+        The result as in `nextword evaluate --json`.
     """
-    generation_items = [generation_item(benchmark, item) for item in items]
-    prompts = [one.prompt for one in generation_items] or [""] * DEFAULT_NUM_TEXTS
+    items = [generation_item(benchmark, row) for row in rows]
+    prompts = [item.prompt for item in items] or [""] * DEFAULT_NUM_TEXTS
     sampling = Sampling(max_tokens=benchmark.max_tokens, seed=seed)
     texts = generate_texts(model, prompts, sampling, progress)
     generated_words = [split_words(text) for text in texts]
-    result: dict[str, object] = {
-        **_repetition_scores(generated_words), "chance": None, "above_chance": None, "temperature": sampling.temperature,
-        "max_tokens": benchmark.max_tokens, "examples": texts[:3],
-    }  # fmt: skip
+    result: dict[str, Any] = {
+        **_repetition_scores(generated_words),
+        "chance": None,
+        "above_chance": None,
+        "temperature": sampling.temperature,
+        "max_tokens": benchmark.max_tokens,
+        "examples": texts[:3],
+    }
     human_and_generated = [
-        (split_words(one.references[0]), text)
-        for one, text in zip(generation_items, generated_words, strict=False)
-        if one.references
+        (split_words(item.references[0]), words)
+        for item, words in zip(items, generated_words, strict=False)
+        if item.references
     ]
-    if (
-        human_and_generated
-    ):  # as many words of the one as of the other, since shares of distinct n-grams fall with the amount
-        result["people"] = _repetition_scores([theirs[: len(text)] for theirs, text in human_and_generated])
-        result["beside_people"] = _repetition_scores([text[: len(theirs)] for theirs, text in human_and_generated])
+    if human_and_generated:  # texts of equal length, because the ratio of distinct n-grams falls with the length
+        result["people"] = _repetition_scores([human[: len(words)] for human, words in human_and_generated])
+        result["beside_people"] = _repetition_scores([words[: len(human)] for human, words in human_and_generated])
     if judge is not None and any(texts):
         result["judge"] = {"model": str(judge.path), **_bits_per_byte(judge, prompts, texts).to_dict()}
     return result
 
 
-def _repetition_scores(texts: Sequence[Sequence[str]]) -> dict[str, object]:
-    score = metrics.bootstrap_mean([repeated_ngram_fraction(text, 4) for text in texts])
+def _repetition_scores(texts: Sequence[Sequence[str]]) -> dict[str, Any]:
+    score = bootstrap_mean([repeated_ngram_fraction(words, 4) for words in texts])
     return {
-        "metric": "repeated_4grams", "score": score.value, "low": score.low, "high": score.high, "n": score.n,
+        "metric": "repeated_4grams",
+        "score": score.value,
+        "low": score.low,
+        "high": score.high,
+        "n": score.n,
         "others": {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2, 3)},
-    }  # fmt: skip
+    }
 
 
-def _bits_per_byte(judge: Model, prompts: Sequence[str], texts: Sequence[str]) -> Score:
-    """Bits per byte of texts, each after its prompt, under a model: of all of them together."""
-    prompts_and_texts = [(prompt, text) for prompt, text in zip(prompts, texts, strict=True) if text]
-    found = LoglikelihoodScorer(judge.dequantized, judge.tokenizer).score_pairs([[one] for one in prompts_and_texts])
-    counts = np.array([[-one.logprob / math.log(2), len(text.encode("utf-8", "replace"))]
-                       for [one], (_, text) in zip(found, prompts_and_texts, strict=True)])  # fmt: skip
-    return metrics.bootstrap_ratio(counts, lambda sums: sums[:, 0] / sums[:, 1])
+def _bits_per_byte(judge: LanguageModel, prompts: Sequence[str], texts: Sequence[str]) -> ScoreWithCI:
+    """Bits per byte of all texts together, each after its prompt, under a model."""
+    pairs = [(prompt, text) for prompt, text in zip(prompts, texts, strict=True) if text]
+    scores = LoglikelihoodScorer(judge.dequantized, judge.tokenizer).score_pairs([[pair] for pair in pairs])
+    bits = [-score.logprob / math.log(2) for [score] in scores]
+    num_bytes = [len(text.encode("utf-8", "replace")) for _, text in pairs]
+    return bootstrap_ratio(np.stack([bits, num_bytes], axis=1), lambda sums: sums[:, 0] / sums[:, 1])

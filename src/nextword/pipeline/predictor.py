@@ -1,4 +1,4 @@
-"""A fine-tuned model's answers to examples, their scores, and what no model at all would score."""
+"""Predictions of a fine-tuned model, their metrics, and the metrics of baselines that need no model."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from nextword.common.errors import NextwordError
-from nextword.data.dataset import IGNORE_INDEX, Batch
+from nextword.common.statistics import ScoreWithCI
+from nextword.data.dataset import IGNORE_INDEX
 from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import Tokenizer
 from nextword.inference.engine import Engine
@@ -19,16 +19,16 @@ from nextword.inference.sampling import Sampling
 from nextword.model.gpt import GPT
 from nextword.tasks import baselines
 from nextword.tasks import metrics as task_metrics
-from nextword.tasks.dataset import HEAD_KINDS, EncodedExample, ExampleEncoder, TaskDataset, TaskSpec
+from nextword.tasks.dataset import TaskDataset
 from nextword.tasks.examples import Example, input_texts
-from nextword.tasks.metrics import Score
+from nextword.tasks.templates import HEAD_KINDS, EncodedExample, ExampleEncoder, TaskKind, TaskSpec
 from nextword.training.losses import DeviceBatch, example_logits, multiple_choice_logits, sequence_logprobs
 from nextword.training.step import to_device
 
-MAX_BATCH_TOKENS = 8192  # tokens that go through the model at once
-GENERATION_BATCH_SIZE = 32  # answers that are written side by side
-# The one of each kind's scores that decides which weights are kept, where it is not changed for rare labels.
-SELECTION_METRIC = {
+MAX_BATCH_TOKENS = 8192  # tokens of a forward pass
+GENERATION_BATCH_SIZE = 32  # answers generated together
+# The metric of each task that selects the best checkpoint, unless labels are imbalanced.
+SELECTION_METRIC: dict[TaskKind, str] = {
     "label": "accuracy",
     "labels": "micro_f1",
     "score": "pearson",
@@ -38,21 +38,28 @@ SELECTION_METRIC = {
 }
 
 ProgressCallback = Callable[[int, int], None]
+Prediction = dict[str, Any]  # a line of `nextword predict`
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """A set of examples with a model's answers: scores by name, and the task's loss (mean over examples, or nats per
-    learned token), and for texts bits per byte of what was learned."""
+    """The evaluation of a model on labelled examples.
 
-    scores: dict[str, Score]
+    Attributes:
+        scores: The metrics of the task by name.
+        loss: Mean loss per example; in nats per target token for generated text.
+        bits_per_byte: The same in bits per byte of the targets; None for tasks with a head.
+        predictions: The predictions, as `Predictor.predict` returns them.
+    """
+
+    scores: dict[str, ScoreWithCI]
     loss: float
     bits_per_byte: float | None
-    predictions: list[dict[str, Any]]
+    predictions: list[Prediction]
 
 
 class Predictor:
-    """Answers examples of one task. Each answer is that of the example alone, within rounding, whatever else is asked."""
+    """Predicts examples of one task. A prediction does not depend on the other examples, within rounding."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, task_spec: TaskSpec):
         self.model, self.tokenizer, self.task_spec = model, tokenizer, task_spec
@@ -61,179 +68,198 @@ class Predictor:
     def encoder(self) -> ExampleEncoder:
         return ExampleEncoder(self.task_spec, self.tokenizer, self.model.config.context_length)
 
-    # ------------------------------------------------------------ through the model
+    # ------------------------------------------------------------ forward passes
 
     def iter_batches(
         self, encoded: Sequence[EncodedExample], progress: ProgressCallback | None = None
     ) -> Iterator[tuple[list[int], DeviceBatch]]:
-        """Which examples, and their rows: examples of about one length together."""
-        pad = self.tokenizer.pad_id if self.tokenizer.pad_id is not None else self.tokenizer.eos_id
-        data = TaskDataset(encoded, 1, 0, pad_token_id=pad, kind=self.task_spec.kind)
-        order = np.argsort([one.max_length for one in encoded], kind="stable").tolist()
+        """Batches of examples of similar length, each with the indices of its examples."""
+        pad_token_id = self.tokenizer.pad_id if self.tokenizer.pad_id is not None else self.tokenizer.eos_id
+        data = TaskDataset(encoded, 1, 0, pad_token_id=pad_token_id, kind=self.task_spec.kind)
+        order = np.argsort([example.max_length for example in encoded], kind="stable").tolist()
         start = 0
         while start < len(order):
-            end, rows = start, 0
+            end, num_rows = start, 0
             while end < len(order):
-                rows += len(encoded[order[end]].texts)
-                if end > start and rows * encoded[order[end]].length > MAX_BATCH_TOKENS:
+                num_rows += len(encoded[order[end]].sequences)
+                if end > start and num_rows * encoded[order[end]].max_length > MAX_BATCH_TOKENS:
                     break
                 end += 1
-            batch: Batch = data.collate([[i] for i in order[start:end]])
-            yield order[start:end], to_device(batch, self.model, seed=0)
+            indices = order[start:end]
+            yield indices, to_device(data.collate([[i] for i in indices]), self.model, seed=0)
             start = end
             if progress is not None:
                 progress(start, len(order))
 
     def logits(self, encoded: Sequence[EncodedExample], progress: ProgressCallback | None = None) -> list[np.ndarray]:
-        """The head's outputs [n_labels] of each example, or of a choice those of its choices [C]."""
-        logits_by_index: dict[int, np.ndarray] = {}
+        """The outputs of the head for each example [n_labels]; for multiple choice, of its choices [C]."""
+        is_choice = self.task_spec.kind == "choice"
+        compute_logits = multiple_choice_logits if is_choice else example_logits
+        logits: dict[int, np.ndarray] = {}
         with evaluation_mode(self.model):
-            for indices, inputs in self.iter_batches(encoded, progress):
-                assert inputs.labels is not None
-                hidden = self.model(inputs.tokens)
-                compute_logits = multiple_choice_logits if self.task_spec.kind == "choice" else example_logits
-                table = compute_logits(self.model, hidden, inputs.labels).cpu().double().numpy()
+            for indices, batch in self.iter_batches(encoded, progress):
+                assert batch.labels is not None
+                table = compute_logits(self.model, self.model(batch.tokens), batch.labels).cpu().double().numpy()
                 for i, row in zip(indices, table, strict=True):
-                    logits_by_index[i] = row[: len(encoded[i].sequences)] if self.task_spec.kind == "choice" else row
-        return [logits_by_index[i] for i in range(len(encoded))]
+                    logits[i] = row[: len(encoded[i].sequences)] if is_choice else row
+        return [logits[i] for i in range(len(encoded))]
 
     def log_likelihoods(
         self, encoded: Sequence[EncodedExample], progress: ProgressCallback | None = None
     ) -> np.ndarray:
-        """Σ log P of what is learned in each text of each example [E, texts], in nats."""
-        logprobs = np.zeros((len(encoded), len(encoded[0].sequences) if encoded else 0))
+        """The log-likelihood of the target tokens of each sequence of each example [E, sequences], in nats."""
+        log_likelihoods = np.zeros((len(encoded), len(encoded[0].sequences) if encoded else 0))
         with evaluation_mode(self.model):
-            for indices, inputs in self.iter_batches(encoded, progress):
-                rows: Tensor = sequence_logprobs(self.model, inputs)
-                logprobs[indices] = rows.cpu().double().numpy().reshape(len(indices), -1)
-        return logprobs
+            for indices, batch in self.iter_batches(encoded, progress):
+                rows = sequence_logprobs(self.model, batch).cpu().double().numpy()
+                log_likelihoods[indices] = rows.reshape(len(indices), -1)
+        return log_likelihoods
 
     def causal_lm_loss(self, encoded: Sequence[EncodedExample]) -> float:
-        """Nats per learned token of the examples' texts."""
-        total, count = 0.0, 0
+        """Nats per target token of the sequences of the examples."""
+        total, num_targets = 0.0, 0
         with evaluation_mode(self.model):
-            for _, inputs in self.iter_batches(encoded):
-                total -= float(sequence_logprobs(self.model, inputs).double().sum())
-                count += int((inputs.targets != IGNORE_INDEX).sum())
-        return total / max(1, count)
+            for _, batch in self.iter_batches(encoded):
+                total -= float(sequence_logprobs(self.model, batch).double().sum())
+                num_targets += int((batch.targets != IGNORE_INDEX).sum())
+        return total / max(1, num_targets)
 
     def generate_answers(self, examples: Sequence[Example], progress: ProgressCallback | None = None) -> list[str]:
-        """An answer in words to each example: always the likeliest token, the same prompt answered once."""
+        """A greedy answer to each example. Identical prompts are answered once."""
         prompts = [tuple(self.encoder.encode_prompt(example)) for example in examples]
         distinct = sorted(set(prompts), key=lambda prompt: (len(prompt), prompt))
-        max_tokens = max(1, self.task_spec.answer_tokens)
+        sampling = Sampling(temperature=0.0, max_tokens=max(1, self.task_spec.answer_tokens))
         answers: dict[tuple[int, ...], str] = {}
         with evaluation_mode(self.model):
-            reader = build_runner(self.model)
+            runner = build_runner(self.model)
             for start in range(0, len(distinct), GENERATION_BATCH_SIZE):
-                prompt_batch = distinct[start : start + GENERATION_BATCH_SIZE]
-                engine = Engine(self.model, self.tokenizer, max_batch=GENERATION_BATCH_SIZE, seed=0, runner=reader)
-                completions = engine.generate(prompt_batch, Sampling(temperature=0.0, max_tokens=max_tokens))
-                answers.update(
-                    {prompt: one.text.strip() for prompt, one in zip(prompt_batch, completions, strict=True)}
-                )
+                batch = distinct[start : start + GENERATION_BATCH_SIZE]
+                engine = Engine(self.model, self.tokenizer, max_batch=GENERATION_BATCH_SIZE, seed=0, runner=runner)
+                completions = engine.generate(batch, sampling)
+                answers.update((prompt, c.text.strip()) for prompt, c in zip(batch, completions, strict=True))
                 if progress is not None:
                     progress(len(answers), len(distinct))
         return [answers[prompt] for prompt in prompts]
 
-    # ------------------------------------------------------------ answers
+    # ------------------------------------------------------------ predictions
 
     def encode_examples(
-        self, examples: Sequence[Example], problems: IssueLog, with_targets: bool
+        self, examples: Sequence[Example], issues: IssueLog, with_targets: bool
     ) -> tuple[list[Example], list[EncodedExample]]:
-        """The examples that can be used, and their tokens."""
-        both = [(example, self.encoder.encode(example, problems, with_targets)) for example in examples]
-        return [e for e, x in both if x is not None], [x for _, x in both if x is not None]
+        """The examples that can be encoded, and their encodings."""
+        pairs = [(example, self.encoder.encode(example, issues, with_targets)) for example in examples]
+        encodable = [(example, encoded) for example, encoded in pairs if encoded is not None]
+        return [example for example, _ in encodable], [encoded for _, encoded in encodable]
 
-    def predictions_from_logits(
-        self, logits: Sequence[np.ndarray], examples: Sequence[Example]
-    ) -> list[dict[str, Any]]:
-        """What a head's outputs say, in the words of `nextword predict`."""
+    def predictions_from_logits(self, logits: Sequence[np.ndarray], examples: Sequence[Example]) -> list[Prediction]:
+        """The predictions of a classification head."""
+        return [self._prediction(row, example) for row, example in zip(logits, examples, strict=True)]
+
+    def _prediction(self, logits: np.ndarray, example: Example) -> Prediction:
         kind, names = self.task_spec.kind, self.task_spec.labels
-        predictions: list[dict[str, Any]] = []
-        for row, example in zip(logits, examples, strict=True):
-            if kind == "score":
-                predictions.append({"score": float(row[0])})
-            elif kind == "labels":
-                p = 1 / (1 + np.exp(-row))
-                chosen = [name for name, one in zip(names, p, strict=True) if one > 0.5]
-                predictions.append({"labels": chosen, "probabilities": dict(zip(names, p.tolist(), strict=True))})
-            else:
-                p = np.exp(row - row.max())
-                p, best = p / p.sum(), int(row.argmax())
-                if kind == "label":
-                    predictions.append(
-                        {"label": names[best], "probabilities": dict(zip(names, p.tolist(), strict=True))}
-                    )
-                else:
-                    choice = example.fields["choices"][best]
-                    predictions.append({"label": best, "text": choice, "probabilities": p.tolist()})
-        return predictions
+        if kind == "score":
+            return {"score": float(logits[0])}
+        if kind == "labels":
+            probabilities = dict(zip(names, (1 / (1 + np.exp(-logits))).tolist(), strict=True))
+            return {"labels": [name for name, p in probabilities.items() if p > 0.5], "probabilities": probabilities}
+        exponentials, best = np.exp(logits - logits.max()), int(logits.argmax())
+        softmax = (exponentials / exponentials.sum()).tolist()
+        if kind == "label":
+            return {"label": names[best], "probabilities": dict(zip(names, softmax, strict=True))}
+        return {"label": best, "text": example.fields["choices"][best], "probabilities": softmax}
 
     def predict(
-        self, examples: Sequence[Example], problems: IssueLog | None = None, progress: ProgressCallback | None = None
-    ) -> list[dict[str, Any]]:
-        """An answer to each example, in order; what had to be cut goes to `problems`.
+        self, examples: Sequence[Example], issues: IssueLog | None = None, progress: ProgressCallback | None = None
+    ) -> list[Prediction]:
+        """Predict each example, in order.
+
+        Args:
+            examples: The examples; targets are not needed, but preferences are ranked if all have both answers.
+            issues: Log for truncated examples.
+            progress: Called with the number of finished examples and of all examples.
+
+        Returns:
+            For each example `label`, `labels`, `score` or `text`, and `probabilities` if the task has a head.
 
         Raises:
-            NextwordError: an example that cannot be read at all, by its file and line.
+            NextwordError: An example cannot be encoded; the message names file and line.
         """
-        problems = IssueLog() if problems is None else problems
+        issues = IssueLog() if issues is None else issues
         ranks_answers = self.task_spec.kind == "preference" and all("chosen" in example.fields for example in examples)
         if self.task_spec.kind not in HEAD_KINDS and not ranks_answers:
             return [{"text": text} for text in self.generate_answers(examples, progress)]
-        encoded = []
+        encoded: list[EncodedExample] = []
         for example in examples:
-            one = self.encoder.encode(example, problems, with_target=False)
-            if one is None:
-                raise NextwordError(str(problems.issues[-1]))
-            encoded.append(one)
-        if not ranks_answers:
-            return self.predictions_from_logits(self.logits(encoded, progress), examples)
-        sums = self.log_likelihoods(encoded, progress)
-        return [{"label": "chosen" if a > b else "rejected", "score": float(a - b)} for a, b in sums]
+            encoding = self.encoder.encode(example, issues, with_target=False)
+            if encoding is None:
+                raise NextwordError(str(issues.issues[-1]))
+            encoded.append(encoding)
+        if ranks_answers:
+            return _preference_predictions(self.log_likelihoods(encoded, progress))
+        return self.predictions_from_logits(self.logits(encoded, progress), examples)
 
-    # ------------------------------------------------------------ scores
+    # ------------------------------------------------------------ metrics
 
     def evaluate(
-        self, examples: Sequence[Example], encoded: Sequence[EncodedExample], *, generate: bool = True,
-        metrics: Sequence[str] = ("chrf", "bleu", "rouge1", "rouge2", "rougeL"), progress: ProgressCallback | None = None,
-    ) -> EvaluationResult:  # fmt: skip
-        """Score the model on examples with their gold. `write` False leaves out answers in words, which take long."""
+        self,
+        examples: Sequence[Example],
+        encoded: Sequence[EncodedExample],
+        *,
+        generate: bool = True,
+        metrics: Sequence[str] = task_metrics.GENERATION_METRICS,
+        progress: ProgressCallback | None = None,
+    ) -> EvaluationResult:
+        """Evaluate the model on examples with targets.
+
+        Args:
+            examples: The examples.
+            encoded: Their encodings, with targets.
+            generate: Whether to generate and score answers, which is slow; if false, only the loss is computed.
+            metrics: The metrics of generated answers.
+            progress: Called with the number of finished examples and of all examples.
+
+        Raises:
+            NextwordError: There are no examples.
+        """
         if not examples:
-            raise NextwordError("there is no example to be scored on")
+            raise NextwordError("there are no examples to evaluate on")
         kind = self.task_spec.kind
         if kind in HEAD_KINDS:
             logits = self.logits(encoded, progress)
             predictions = self.predictions_from_logits(logits, examples)
-            loss = float(np.mean([head_loss(kind, row, one.target) for row, one in zip(logits, encoded, strict=True)]))
-            return EvaluationResult(compute_metrics(self.task_spec, examples, predictions), loss, None, predictions)
-        sums = self.log_likelihoods(encoded, progress)
+            losses = [head_loss(kind, row, example.target) for row, example in zip(logits, encoded, strict=True)]
+            scores = compute_metrics(self.task_spec, examples, predictions)
+            return EvaluationResult(scores, float(np.mean(losses)), None, predictions)
+        log_likelihoods = self.log_likelihoods(encoded, progress)
+        loss, bits_per_byte = self._token_loss_and_bits_per_byte(log_likelihoods[:, 0], encoded)
         if kind == "preference":
-            margins = sums[:, 0] - sums[:, 1]
-            predictions = [
-                {"label": "chosen" if margin > 0 else "rejected", "score": float(margin)} for margin in margins
-            ]
-            loss, bits = self._token_loss_and_bits_per_byte(sums[:, :1], encoded)
-            return EvaluationResult(task_metrics.preference(margins.tolist()), loss, bits, predictions)
-        loss, bits = self._token_loss_and_bits_per_byte(sums, encoded)
-        if not generate:
-            return EvaluationResult({}, loss, bits, [])
-        predictions = [{"text": text} for text in self.generate_answers(examples, progress)]
-        return EvaluationResult(
-            compute_metrics(self.task_spec, examples, predictions, metrics), loss, bits, predictions
-        )
+            predictions = _preference_predictions(log_likelihoods)
+            scores = task_metrics.preference([prediction["score"] for prediction in predictions])
+        elif generate:
+            predictions = [{"text": text} for text in self.generate_answers(examples, progress)]
+            scores = compute_metrics(self.task_spec, examples, predictions, metrics)
+        else:
+            predictions, scores = [], {}
+        return EvaluationResult(scores, loss, bits_per_byte, predictions)
 
-    def _token_loss_and_bits_per_byte(self, sums: np.ndarray, encoded: Sequence[EncodedExample]) -> tuple[float, float]:
-        """Nats per learned token, and bits per byte of what they stand for; of each example's first text."""
-        target_ids = [one.sequences[0].ids[one.sequences[0].loss_mask] for one in encoded]
-        n_bytes = sum(len(self.tokenizer.decode_bytes(ids.tolist())) for ids in target_ids)
-        nats = -float(sums[:, 0].sum())
-        return nats / max(1, sum(map(len, target_ids))), nats / np.log(2) / max(1, n_bytes)
+    def _token_loss_and_bits_per_byte(
+        self, log_likelihoods: np.ndarray, encoded: Sequence[EncodedExample]
+    ) -> tuple[float, float]:
+        """Nats per target token and bits per byte of the targets of each example's first sequence."""
+        target_ids = [example.sequences[0].ids[example.sequences[0].loss_mask] for example in encoded]
+        num_bytes = sum(len(self.tokenizer.decode_bytes(ids.tolist())) for ids in target_ids)
+        nats = -float(log_likelihoods.sum())
+        return nats / max(1, sum(map(len, target_ids))), nats / np.log(2) / max(1, num_bytes)
+
+
+def _preference_predictions(log_likelihoods: np.ndarray) -> list[Prediction]:
+    """Predictions from the log-likelihoods of the chosen and the rejected answers [E, 2]."""
+    margins = (log_likelihoods[:, 0] - log_likelihoods[:, 1]).tolist()
+    return [{"label": "chosen" if margin > 0 else "rejected", "score": margin} for margin in margins]
 
 
 def head_loss(kind: str, logits: np.ndarray, target: Any) -> float:
-    """The loss of one example, as `training.objectives.labelled` has it."""
+    """The loss of one example, as in `training.losses.classification_loss`."""
     if kind == "score":
         return float((logits[0] - target) ** 2)
     if kind == "labels":
@@ -242,47 +268,54 @@ def head_loss(kind: str, logits: np.ndarray, target: Any) -> float:
 
 
 def compute_metrics(
-    task_spec: TaskSpec, examples: Sequence[Example], predictions: Sequence[dict[str, Any]],
-    metrics: Sequence[str] = ("chrf", "bleu", "rouge1", "rouge2", "rougeL"),
-) -> dict[str, Score]:  # fmt: skip
-    """The task's usual scores of answers beside the examples' gold."""
-    fields = [example.fields for example in examples]
+    task_spec: TaskSpec,
+    examples: Sequence[Example],
+    predictions: Sequence[Prediction],
+    metrics: Sequence[str] = task_metrics.GENERATION_METRICS,
+) -> dict[str, ScoreWithCI]:
+    """The metrics of predictions for examples with targets; `metrics` selects those of generated text."""
+
+    def targets(name: str) -> list[Any]:
+        return [example.fields[name] for example in examples]
+
+    def predicted(name: str) -> list[Any]:
+        return [prediction[name] for prediction in predictions]
+
     if task_spec.kind == "label":
-        return task_metrics.classification(
-            [f["label"] for f in fields], [a["label"] for a in predictions], task_spec.labels
-        )
+        return task_metrics.classification(targets("label"), predicted("label"), task_spec.labels)
     if task_spec.kind == "labels":
-        return task_metrics.multilabel(
-            [f["labels"] for f in fields], [a["labels"] for a in predictions], task_spec.labels
-        )
+        return task_metrics.multilabel(targets("labels"), predicted("labels"), task_spec.labels)
     if task_spec.kind == "score":
-        return task_metrics.similarity([f["score"] for f in fields], [a["score"] for a in predictions])
+        return task_metrics.similarity(targets("score"), predicted("score"))
     if task_spec.kind == "choice":
-        return task_metrics.multiple_choice([f["answer"] for f in fields], [a["label"] for a in predictions])
-    # One source may have several references: it is answered once, and counts once.
+        return task_metrics.multiple_choice(targets("answer"), predicted("label"))
+    # A source with several references is answered once and counts once.
     references: dict[tuple[str, ...], list[str]] = {}
     texts: dict[tuple[str, ...], str] = {}
-    for example, answer in zip(examples, predictions, strict=True):
+    for example, prediction in zip(examples, predictions, strict=True):
         source = input_texts(task_spec.task, example)
         references.setdefault(source, []).append(reference_text(example))
-        texts[source] = answer["text"]
+        texts[source] = prediction["text"]
     return task_metrics.generation_metrics([references[source] for source in texts], list(texts.values()), metrics)
 
 
 def compute_labelled_metrics(
-    task_spec: TaskSpec, examples: Sequence[Example], predictions: Sequence[dict[str, Any]]
-) -> dict[str, Score]:
-    """The scores of those answers whose examples have their gold; none where no example has it."""
+    task_spec: TaskSpec, examples: Sequence[Example], predictions: Sequence[Prediction]
+) -> dict[str, ScoreWithCI]:
+    """The metrics of the predictions whose examples have targets; empty if there are none."""
     if task_spec.kind == "preference":
-        return (
-            task_metrics.preference([a["score"] for a in predictions]) if all("score" in a for a in predictions) else {}
-        )
-    labelled = [(e, a) for e, a in zip(examples, predictions, strict=True) if has_target(task_spec, e)]
-    return compute_metrics(task_spec, [e for e, _ in labelled], [a for _, a in labelled]) if labelled else {}
+        if not all("score" in prediction for prediction in predictions):
+            return {}
+        return task_metrics.preference([prediction["score"] for prediction in predictions])
+    pairs = zip(examples, predictions, strict=True)
+    labelled = [(example, prediction) for example, prediction in pairs if has_target(task_spec, example)]
+    if not labelled:
+        return {}
+    return compute_metrics(task_spec, [example for example, _ in labelled], [prediction for _, prediction in labelled])
 
 
 def has_target(task_spec: TaskSpec, example: Example) -> bool:
-    """Whether an example says what is right, in labels that the model knows."""
+    """Whether an example has a target, with labels that the model knows."""
     fields = example.fields
     if task_spec.kind == "label":
         return fields.get("label") in task_spec.labels
@@ -294,73 +327,63 @@ def has_target(task_spec: TaskSpec, example: Example) -> bool:
 
 
 def reference_text(example: Example) -> str:
-    """The answer in words that an example holds."""
+    """The target text of an example."""
     if "messages" in example.fields:
         return example.fields["messages"][-1]["content"]
     return example.fields["completion"]
 
 
-# ---------------------------------------------------------------- without a model
+# ---------------------------------------------------------------- baselines
 
 
 def baseline_predictions(
     task_spec: TaskSpec, train: Sequence[Example], test: Sequence[Example]
-) -> dict[str, list[dict[str, Any]]]:
-    """What simple rules answer that need no model, by the rule's name; learned from the training examples alone."""
-    test_inputs, train_inputs = (
-        [input_texts(task_spec.task, e) for e in test],
-        [input_texts(task_spec.task, e) for e in train],
+) -> dict[str, list[Prediction]]:
+    """The predictions of each baseline by name, learned from the training examples alone."""
+    train_inputs, test_inputs = (
+        [input_texts(task_spec.task, example) for example in examples] for examples in (train, test)
     )
+    first_train, first_test = [texts[0] for texts in train_inputs], [texts[0] for texts in test_inputs]
     if task_spec.kind == "label":
-        train_labels = [e.fields["label"] for e in train]
+        labels = [example.fields["label"] for example in train]
         features = baselines.ngram_features if task_spec.task == "classify" else baselines.pair_features
-        naive_bayes = baselines.NaiveBayes(
-            [one[0] if len(one) == 1 else one for one in train_inputs], train_labels, features
+        naive_bayes = baselines.NaiveBayes(train_inputs, labels, features)
+        return _named_predictions(
+            "label",
+            {"majority": baselines.majority(labels, len(test)), "bag of words": naive_bayes.predict(test_inputs)},
         )
-        return {
-            "majority": [{"label": label} for label in baselines.majority(train_labels, len(test))],
-            "bag of words": [
-                {"label": x} for x in naive_bayes.predict([one[0] if len(one) == 1 else one for one in test_inputs])
-            ],
-        }
     if task_spec.kind == "labels":
-        sets = [e.fields["labels"] for e in train]
-        naive_bayes = baselines.naive_bayes_multilabel(
-            [one[0] for one in train_inputs], sets, [one[0] for one in test_inputs]
-        )
-        return {
-            "majority": [{"labels": one} for one in baselines.majority([tuple(sorted(s)) for s in sets], len(test))],
-            "bag of words": [{"labels": one} for one in naive_bayes],
-        }
+        label_sets = [example.fields["labels"] for example in train]
+        most_frequent = baselines.majority([tuple(sorted(labels)) for labels in label_sets], len(test))
+        naive_bayes = baselines.naive_bayes_multilabel(first_train, label_sets, first_test)
+        return _named_predictions("labels", {"majority": most_frequent, "bag of words": naive_bayes})
     if task_spec.kind == "score":
-        return {
-            "shared words": [
-                {"score": x} for x in baselines.tfidf_similarity([(one[0], one[1]) for one in test_inputs])
-            ]
-        }
+        similarities = baselines.tfidf_similarity([(texts[0], texts[1]) for texts in test_inputs])
+        return _named_predictions("score", {"shared words": similarities})
     if task_spec.kind == "choice":
-        first = baselines.majority([e.fields["answer"] for e in train], len(test))
-        shared = baselines.most_similar_choice([one[0] for one in test_inputs], [one[1:] for one in test_inputs])
-        return {"majority": [{"label": i} for i in first], "shared words": [{"label": i} for i in shared]}
+        most_frequent = baselines.majority([example.fields["answer"] for example in train], len(test))
+        most_similar = baselines.most_similar_choice(first_test, [texts[1:] for texts in test_inputs])
+        return _named_predictions("label", {"majority": most_frequent, "shared words": most_similar})
     if task_spec.task == "rewrite":
-        sources = [one[0] for one in test_inputs]
-        rules = {"copying": baselines.copy_source(sources), "first sentence": baselines.lead_sentences(sources)}
+        targets = [reference_text(example) for example in train]
+        rules = {"copying": first_test, "first sentence": baselines.lead_sentences(first_test)}
         if rules["first sentence"] == rules["copying"]:
             del rules["first sentence"]
-        rules["nearest"] = baselines.nearest_neighbor_targets(
-            [one[0] for one in train_inputs], [reference_text(e) for e in train], sources
-        )
-        return {name: [{"text": text} for text in texts] for name, texts in rules.items()}
+        rules["nearest"] = baselines.nearest_neighbor_targets(first_train, targets, first_test)
+        return _named_predictions("text", rules)
     return {}
+
+
+def _named_predictions(field: str, values_by_baseline: dict[str, Any]) -> dict[str, list[Prediction]]:
+    return {name: [{field: value} for value in values] for name, values in values_by_baseline.items()}
 
 
 def baseline_scores(
     task_spec: TaskSpec, train: Sequence[Example], test: Sequence[Example]
-) -> dict[str, dict[str, Score]]:
-    """The scores of each rule that needs no model."""
+) -> dict[str, dict[str, ScoreWithCI]]:
+    """The metrics of each baseline by name."""
     if task_spec.kind == "preference":
-        longer = [len(e.fields["chosen"]) - len(e.fields["rejected"]) for e in test]
-        return {"the longer one": task_metrics.preference(longer)}
-    return {
-        name: compute_metrics(task_spec, test, a) for name, a in baseline_predictions(task_spec, train, test).items()
-    }
+        length_margins = [len(e.fields["chosen"]) - len(e.fields["rejected"]) for e in test]
+        return {"the longer one": task_metrics.preference(length_margins)}
+    predictions = baseline_predictions(task_spec, train, test)
+    return {name: compute_metrics(task_spec, test, values) for name, values in predictions.items()}

@@ -11,6 +11,7 @@ import torch
 
 from nextword.common.errors import MissingDependencyError, NextwordError
 from nextword.common.fs import build_directory, write_manifest
+from nextword.common.statistics import ScoreWithCI
 from nextword.data.dataset import derive_seed
 from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import Tokenizer
@@ -20,10 +21,9 @@ from nextword.model.lora import LoraConfig, add_lora, merge_lora, save_adapter
 from nextword.pipeline.base_model import FORGETTING_TOKENS, BaseModel, evaluate_forgetting
 from nextword.pipeline.lm_evaluator import save_model_dir
 from nextword.pipeline.predictor import SELECTION_METRIC, EvaluationResult, Predictor, baseline_scores
-from nextword.tasks.dataset import HEAD_KINDS, EncodedExample, ExampleEncoder, TaskDataset, TaskSpec
+from nextword.tasks.dataset import DataRequest, TaskData, TaskDataset, compute_sample_weights, load_task_data
 from nextword.tasks.examples import Example, input_texts
-from nextword.tasks.metrics import Score
-from nextword.tasks.task_data import DataRequest, TaskData, compute_sample_weights, load_task_data
+from nextword.tasks.templates import HEAD_KINDS, EncodedExample, ExampleEncoder, TaskSpec
 from nextword.training.config import FinetuneRecipe
 from nextword.training.launch import RunContext
 from nextword.training.setup import TrainingSetup
@@ -335,6 +335,6 @@ def evenly_spaced(count: int, limit: int | None) -> list[int]:
     return [(2 * i + 1) * count // (2 * limit) for i in range(limit)]
 
 
-def scores_to_dict(scores: dict[str, Score]) -> dict[str, Any]:
+def scores_to_dict(scores: dict[str, ScoreWithCI]) -> dict[str, Any]:
     """Scores as result.json stores them."""
     return {name: score.to_dict() for name, score in scores.items()}

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextword.common.fs import atomic_write
-from nextword.common.results import ScoreWithCI, StoredResults
+from nextword.common.results import StoredResults
+from nextword.common.statistics import ScoreWithCI
 from nextword.reporting import formatting as fmt
 from nextword.reporting.rendering import render_markdown
 from nextword.reporting.run_data import (

@@ -23,7 +23,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from nextword.common.results import BenchmarkResult, ScoreWithCI
+from nextword.common.results import BenchmarkResult
+from nextword.common.statistics import ScoreWithCI
 from nextword.reporting import formatting as fmt
 from nextword.reporting.run_data import Point
 from nextword.reporting.task_results import THIS_MODEL, TaskResults

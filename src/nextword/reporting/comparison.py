@@ -9,7 +9,8 @@ from typing import Any
 from nextword.common.errors import UsageError
 from nextword.common.format import format_count, format_duration
 from nextword.common.fs import atomic_write
-from nextword.common.results import ScoreWithCI, StoredResults
+from nextword.common.results import StoredResults
+from nextword.common.statistics import ScoreWithCI
 from nextword.reporting import formatting as fmt
 from nextword.reporting.charts import Chart, Points, moving_average, plot_run_comparison, responsive_chart
 from nextword.reporting.rendering import render_html

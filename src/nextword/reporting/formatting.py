@@ -9,7 +9,8 @@ from typing import Any, cast
 
 from markupsafe import Markup
 
-from nextword.common.results import AuditFinding, BenchmarkResult, Provenance, ScoreWithCI
+from nextword.common.results import AuditFinding, BenchmarkResult, Provenance
+from nextword.common.statistics import ScoreWithCI
 
 SECTION_TITLES = {
     "bias": "Social bias",

@@ -6,7 +6,7 @@ from typing import Any
 
 from nextword.common.errors import NextwordError
 from nextword.common.fs import atomic_write
-from nextword.common.results import ScoreWithCI
+from nextword.common.statistics import ScoreWithCI
 from nextword.reporting import formatting as fmt
 from nextword.reporting.charts import Chart, ScoreCurve, plot_label_efficiency, responsive_chart
 from nextword.reporting.rendering import render_html

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from nextword.common.results import ScoreWithCI
+from nextword.common.statistics import ScoreWithCI
 from nextword.reporting.run_data import RunData, as_mapping, get_nested, is_number
 
 LOWER_IS_BETTER_METRICS = ("bits_per_byte", "loss")

@@ -21,15 +21,15 @@ from nextword.inference.model_runner import build_runner
 from nextword.inference.quantization import Precision
 from nextword.model.gpt import GPT
 from nextword.pipeline.base_model import load_task_spec, resolve_model_dir
-from nextword.pipeline.language_model import Model, load
+from nextword.pipeline.language_model import LanguageModel, load
 from nextword.pipeline.predictor import Predictor
 from nextword.serving.chat_templates import ChatEncoder, make_chat_encoder
 from nextword.serving.engine_worker import EngineWorker
 from nextword.serving.metrics import Metrics
 from nextword.serving.protocol import MAX_SCHEMA_CHARS, APIError
 from nextword.serving.responses import TokenText
-from nextword.tasks.dataset import HEAD_KINDS, TaskSpec
-from nextword.tasks.task_data import example_from_texts
+from nextword.tasks.examples import example_from_texts
+from nextword.tasks.templates import HEAD_KINDS, TaskSpec
 
 MAX_INLINE_ENCODE_CHARS = 4096  # longer texts are tokenized in a thread, to keep the event loop responsive
 SCHEMA_TIMEOUT = 5.0  # seconds for compiling a JSON schema
@@ -40,8 +40,8 @@ class ServiceConfig:
     """Configuration of a served model.
 
     Attributes:
-        model: Model or run directory.
-        name: Model name in the API. None takes the name of the directory.
+        model: LanguageModel or run directory.
+        name: LanguageModel name in the API. None takes the name of the directory.
         device: Device, or "auto".
         precision: Precision of the weights.
         max_batch: Maximum number of sequences that run at once.
@@ -87,7 +87,7 @@ class Service:
         self.constraint_compiler: ConstraintCompiler | None = None
         self.created = int(self.model_dir.stat().st_mtime)
         self.is_loaded = False
-        self.model: Model
+        self.model: LanguageModel
         self.chat_encoder: ChatEncoder
         self.token_text: TokenText
         self.task_spec: TaskSpec | None = None

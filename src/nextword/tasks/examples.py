@@ -1,4 +1,4 @@
-"""Labelled examples, read from tables: every row checked, every bad one named by its file and line and left out."""
+"""Labelled examples read from tables. Rows that are not valid are reported with file and line, and left out."""
 
 import hashlib
 import json
@@ -24,31 +24,32 @@ from nextword.tasks.parsing import (
     parse_inputs,
     parse_targets,
 )
-from nextword.tasks.schema import INPUT_ROLES, TARGET_ROLES, infer_task, join_names, resolve_columns
+from nextword.tasks.schema import TASKS, infer_task, join_names, resolve_columns
 
-__all__ = [
-    "Example",
-    "Examples",
-    "guess_task",
-    "hold_out",
-    "inputs_of",
-    "keep_known_labels",
-    "label_names",
-    "read_examples",
-]
-
-_MAX_PEEKED_RECORDS = 1000  # records of JSON whose columns are looked at before the columns are chosen
+_MAX_PEEKED_RECORDS = 1000  # JSON records whose columns are collected before columns are assigned to roles
 _TEXT_SUFFIXES = (".txt", ".md")
 
 
 @dataclass
 class Example:
-    """One row: where it was read, and its fields by their canonical names.
+    """A labelled example.
 
-    classify: text; label, or labels (a tuple). entail: premise, hypothesis; label. similarity: sentence1, sentence2;
-    score (float) or label. choose: question, choices (a tuple); answer (from 0). rewrite: prompt; completion. chat:
-    messages (a tuple of {"role", "content"}), of which the last assistant turn is the gold. prefer: messages; chosen,
-    rejected. What stands after the semicolon, the gold, is absent where it was not there to be read.
+    Attributes:
+        path: The file it was read from; empty if it was given as texts.
+        line: The line in that file.
+        fields: The canonical fields; targets may be missing.
+
+            ==========  ===================================  ==========================================
+            task        inputs                               targets
+            ==========  ===================================  ==========================================
+            classify    text                                 label, or labels (a tuple)
+            entail      premise, hypothesis                  label
+            similarity  sentence1, sentence2                 score (float), or label
+            choose      question, choices (a tuple)          answer (index from 0)
+            rewrite     prompt                               completion
+            chat        messages (a tuple of role, content)  the last message, from the assistant
+            prefer      messages                             chosen, rejected
+            ==========  ===================================  ==========================================
     """
 
     path: str
@@ -58,9 +59,9 @@ class Example:
 
 @dataclass
 class ExampleSet:
-    """Examples of one task, and the column that each role was read from.
+    """Examples of one task, and the column of each role.
 
-    Give `columns` of the training data to `read_examples` for the validation data, and both are read alike.
+    Pass the `columns` of the training data to `read_examples` for the validation data, so that both are read alike.
     """
 
     task: str
@@ -77,54 +78,56 @@ class ExampleSet:
 def read_examples(
     paths: Path | str | Iterable[Path | str],
     task: str | None,
-    problems: IssueLog,
+    issues: IssueLog,
     columns: Mapping[str, str] | None = None,
     require_targets: bool = True,
 ) -> ExampleSet:
-    """The labelled examples in some files, or in those of a folder in the order of their names.
+    """Read the labelled examples of files and folders.
 
-    Without a task it is guessed from the columns of the first file that has any. `columns` names columns by hand,
-    {role: column}, such as {"prompt": "english", "completion": "french"}. Without `gold` rows need nothing that is
-    learned from; where it is there, it is read all the same.
+    A label is a string, an integer or a boolean, and is kept as a string. Several labels are a JSON list, or the text of a
+    column called `labels` (or tags, categories, …) separated by ";" or "|"; to read such a column as one label, pass
+    {"label": "labels"}. In `similarity`, a label column with numbers that are not all integers is a score. An answer of
+    `choose` is an index from 0, a letter or the text of a choice, whichever fits most rows.
 
-    A label is a text, a whole number, or true and false; it is kept as str. Several labels at once are a JSON list, or
-    the text of a column called `labels` (or tags, categories, …), split at ";" and "|"; to have such a column as one
-    label, say {"label": "labels"}. Numbers that are not all whole, in the label column of `similarity`, are scores.
-    An answer of `choose` is a number from 0, a letter, or the choice's own text: whichever fits the most rows.
+    `continue` has documents, not examples: `items` is empty, and `columns` names the text column.
 
-    `continue` has no examples, its texts are documents: `items` is empty, and `columns` says which column is the text.
+    Args:
+        paths: Files and folders. The tables of a folder are read in the order of their names.
+        task: Name of the task; by default it is inferred from the columns of the first file that has any.
+        issues: Log for rows that are left out.
+        columns: Columns chosen by the user, {role: column}, such as {"prompt": "english", "completion": "french"}.
+        require_targets: If false, rows may lack their targets. Valid targets are read all the same.
 
-    Bad rows go to `problems` and are left out. Raises `UsageError` for a missing path, and where the task or a column
-    cannot be told; `MissingExtra` for a format without its package.
+    Raises:
+        UsageError: A path does not exist, or the task or a column cannot be inferred.
+        MissingDependencyError: A file format needs a package that is not installed.
     """
-    files = _resolve_files([paths] if isinstance(paths, Path | str) else paths, problems)
-    first, names = _peek_columns(files)
-    if first is None:
+    files = _resolve_files([paths] if isinstance(paths, Path | str) else paths, issues)
+    first_table, names = _peek_columns(files)
+    if first_table is None:
         task = task or _infer_task_without_columns(files)
         if task != "continue":
-            _report_empty_files(files, problems)
+            _report_empty_files(files, issues)
         return ExampleSet(task, {}, [])
     try:
-        others = [name for name in names if name not in (columns or {}).values()]
-        task = task or infer_task([*(columns or {}), *others])
+        other_names = [name for name in names if name not in (columns or {}).values()]
+        task = task or infer_task([*(columns or {}), *other_names])
         mapping = resolve_columns(task, names, columns, require_targets)
     except UsageError as error:
-        raise UsageError(f"{first}: {error}") from error
+        raise UsageError(f"{first_table}: {error}") from error
     if task == "continue":
         return ExampleSet(task, mapping, [])
-    if unread := [name for name in names if name not in mapping.values()]:
-        problems.info(first, None, "columns that are not read", join_names(unread))
-    rows: list[Row] = []
-    for path in files:
-        rows += _iter_rows(path, task, mapping, require_targets, problems)
+    if unused := [name for name in names if name not in mapping.values()]:
+        issues.info(first_table, None, "unused columns", join_names(unused))
+    rows = [row for path in files for row in _iter_rows(path, task, mapping, require_targets, issues)]
     mapping = _resolve_label_role(task, mapping, rows)
     answer_format = infer_answer_format(rows) if task == "choose" else None
-    items = [item for row in rows if (item := _parse_example(row, task, answer_format, require_targets, problems))]
-    return ExampleSet(task, mapping, items)
+    examples = [_parse_example(row, task, answer_format, require_targets, issues) for row in rows]
+    return ExampleSet(task, mapping, [example for example in examples if example is not None])
 
 
-def _resolve_files(paths: Iterable[Path | str], problems: IssueLog) -> list[Path]:
-    """The files, and those of each folder that are tables (or texts, where it has no tables), in the order of names."""
+def _resolve_files(paths: Iterable[Path | str], issues: IssueLog) -> list[Path]:
+    """The files, and the tables of each folder (or its text files, if it has no tables), in the order of their names."""
     files: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
@@ -136,71 +139,71 @@ def _resolve_files(paths: Iterable[Path | str], problems: IssueLog) -> list[Path
         tables = [p for p in entries if file_format(p)[0] in TABLE_SUFFIXES and p.is_file()]
         selected = tables or [p for p in entries if file_format(p)[0] in _TEXT_SUFFIXES and p.is_file()]
         if len(entries) > len(selected):
-            what = "left out: what is no table in the folder, and the folders in it"
-            problems.info(path, None, what, count=len(entries) - len(selected))
+            skipped = len(entries) - len(selected)
+            issues.info(path, None, "skipped files that are not tables, and subfolders", count=skipped)
         files += selected
     return files
 
 
 def _peek_columns(files: Iterable[Path]) -> tuple[Path | None, list[str]]:
-    """The first file that has columns, and they in order; None and [] where none has."""
+    """The first file with columns, and its columns in order; None and [] if there is none."""
     names: dict[str, None] = {}
 
-    def note(found: list[str]) -> list[str]:
-        names.update(dict.fromkeys(found))
+    def collect_names(columns: list[str]) -> list[str]:
+        names.update(dict.fromkeys(columns))
         return []
 
     for path in files:
         if file_format(path)[0] in TABLE_SUFFIXES:
-            for _ in islice(read_records(path, IssueLog(), note), _MAX_PEEKED_RECORDS):
-                pass  # what is wrong with the file is said when it is read for good
+            for _ in islice(read_records(path, IssueLog(), collect_names), _MAX_PEEKED_RECORDS):
+                pass  # issues are reported when the file is read completely
         if names:
             return path, list(names)
     return None, []
 
 
 def _infer_task_without_columns(files: Sequence[Path]) -> str:
-    """`continue` where there are texts alone. Raises `UsageError` with what is wrong with the tables else."""
+    """`continue` if all files are texts. Otherwise raises `UsageError` with the issues of the tables."""
     if files and all(file_format(path)[0] in _TEXT_SUFFIXES for path in files):
         return "continue"
-    problems = IssueLog()
-    _report_empty_files(files, problems)
-    raise UsageError("\n".join(["there are no examples and no texts to guess a task from", *problems.summary_lines()]))
+    issues = IssueLog()
+    _report_empty_files(files, issues)
+    lines = ["cannot infer a task: there are neither examples nor texts", *issues.summary_lines()]
+    raise UsageError("\n".join(lines))
 
 
-def _report_empty_files(files: Iterable[Path], problems: IssueLog) -> None:
+def _report_empty_files(files: Iterable[Path], issues: IssueLog) -> None:
     for path in files:
-        before = problems.total
-        for _ in read_records(path, problems):
+        total_before = issues.total
+        for _ in read_records(path, issues):
             pass
-        if problems.total == before:
-            problems.add(path, None, "there is no example in the file")
+        if issues.total == total_before:
+            issues.add(path, None, "the file has no examples")
 
 
 def _iter_rows(
-    path: Path, task: str, mapping: dict[str, str], require_targets: bool, problems: IssueLog
+    path: Path, task: str, mapping: dict[str, str], require_targets: bool, issues: IssueLog
 ) -> Iterator[Row]:
-    """The rows of one file, by role. A table, or a record, without a column that it needs is a problem."""
-    required_roles = INPUT_ROLES[task] + (TARGET_ROLES[task] if require_targets else ())
+    """The rows of a file by role. Missing required columns are reported."""
 
-    def choose(names: list[str]) -> list[str]:
-        for group in required_roles:
-            known = [mapping[role] for role in group if role in mapping]
-            if not any(column in names for column in known):
-                raise MissingColumnError(f"no column {' or '.join(known)}", f"found {resolve_columns(names)}")
+    def select_columns(names: list[str]) -> list[str]:
+        for group in TASKS[task].required(require_targets):
+            columns = [mapping[role] for role in group if role in mapping]
+            if not any(column in names for column in columns):
+                raise MissingColumnError(f"no column {' or '.join(columns)}", f"columns: {join_names(names)}")
         return [column for column in mapping.values() if column in names]
 
-    before, found = problems.total, False
-    for record in read_records(path, problems, choose):
-        found = True
+    total_before, has_records = issues.total, False
+    for record in read_records(path, issues, select_columns):
+        has_records = True
         values = {role: record.values[column] for role, column in mapping.items() if column in record.values}
         yield Row(path, record.line, values)
-    if not found and problems.total == before:
-        problems.add(path, None, "there is no example in the file")
+    if not has_records and issues.total == total_before:
+        issues.add(path, None, "the file has no examples")
 
 
 def _resolve_label_role(task: str, mapping: dict[str, str], rows: Sequence[Row]) -> dict[str, str]:
-    """The mapping, and the rows' values with it, with the label column called what its values are."""
+    """Rename the role `label` of the mapping and the rows to `labels` or `score` if the values are lists or numbers."""
     labels = [row.values.get("label") for row in rows]
     if task == "classify" and is_multilabel_column(labels):
         role = "labels"
@@ -214,43 +217,61 @@ def _resolve_label_role(task: str, mapping: dict[str, str], rows: Sequence[Row])
 
 
 def _parse_example(
-    row: Row, task: str, answer_format: AnswerFormat | None, require_targets: bool, problems: IssueLog
+    row: Row, task: str, answer_format: AnswerFormat | None, require_targets: bool, issues: IssueLog
 ) -> Example | None:
-    """A row's example; None, and a problem, where it cannot be had."""
+    """The example of a row; None, after reporting the error, if it is not valid."""
     try:
         fields = parse_inputs(task, row.values)
-    except RowError as flaw:
-        problems.add(row.path, row.line, f"{flaw.kind}; left out", flaw.detail)
+    except RowError as error:
+        issues.add(row.path, row.line, f"{error.kind}; left out", error.detail)
         return None
-    target_values = [row.values.get(role) for group in TARGET_ROLES[task] for role in group]
+    target_values = [row.values.get(role) for group in TASKS[task].targets for role in group]
     if require_targets or any(value is not None and value != "" for value in target_values):
         try:
             fields |= parse_targets(task, row.values, fields, answer_format)
-        except RowError as flaw:
+        except RowError as error:
             if require_targets:
-                problems.add(row.path, row.line, f"{flaw.kind}; left out", flaw.detail)
+                issues.add(row.path, row.line, f"{error.kind}; left out", error.detail)
                 return None
-            if "messages" not in row.values:  # a conversation that ends with the user is what is asked for
-                problems.info(row.path, row.line, f"{flaw.kind}; read without it", flaw.detail)
+            if "messages" not in row.values:  # a conversation that ends with a user message is a valid input
+                issues.info(row.path, row.line, f"{error.kind}; read without its target", error.detail)
     return Example(str(row.path), row.line, fields)
 
 
 def input_texts(task: str, example: Example) -> tuple[str, ...]:
-    """The texts that are given, without the gold: of a conversation all turns but the last answer."""
+    """The input texts of an example, without its target; for a conversation, all messages but the last answer."""
     fields = example.fields
     if task == "choose":
         return (fields["question"], *fields["choices"])
     if task in ("chat", "prefer"):
         messages = fields["messages"]
-        answered = task == "chat" and messages[-1]["role"] == "assistant"
-        return tuple(message["content"] for message in (messages[:-1] if answered else messages))
+        has_answer = task == "chat" and messages[-1]["role"] == "assistant"
+        return tuple(message["content"] for message in (messages[:-1] if has_answer else messages))
     if task not in TEXT_FIELDS:
-        raise UsageError(f"{task}: no task with labelled examples; there are {', '.join(TARGET_ROLES)}")
+        raise UsageError(f"{task}: not a task with labelled examples; choose from {', '.join(TASKS)}")
     return tuple(fields[role] for role in TEXT_FIELDS[task])
 
 
+def example_from_texts(task: str, texts: Sequence[str]) -> Example:
+    """An example without target from its texts, such as those of a command line.
+
+    Raises:
+        UsageError: The number of texts does not fit the task.
+    """
+    if task == "choose":
+        if len(texts) < 3:
+            raise UsageError(f"choose takes a question and at least two choices; {len(texts)} texts were given")
+        return Example("", 0, {"question": texts[0], "choices": tuple(texts[1:])})
+    roles = ("message",) if task in ("chat", "prefer") else TEXT_FIELDS[task]
+    if len(texts) != len(roles):
+        raise UsageError(f"{task} takes {' and '.join(roles)}; {len(texts)} texts were given")
+    if roles == ("message",):
+        return Example("", 0, {"messages": ({"role": "user", "content": texts[0]},)})
+    return Example("", 0, dict(zip(roles, texts, strict=True)))
+
+
 def label_names(examples: Iterable[Example]) -> list[str]:
-    """The labels that occur: in the order of numbers where all are numbers, else by code point."""
+    """The distinct labels: in numerical order if all are numbers, else in lexical order."""
     names = sorted({name for example in examples for name in _example_labels(example)})
     numbers = {name: value for name in names if (value := parse_float(name)) is not None}
     return sorted(names, key=lambda name: numbers[name]) if len(numbers) == len(names) else names
@@ -261,14 +282,15 @@ def _example_labels(example: Example) -> tuple[str, ...]:
     return (fields["label"],) if "label" in fields else fields.get("labels", ())
 
 
-def filter_known_labels(examples: Iterable[Example], known_labels: Iterable[str], problems: IssueLog) -> list[Example]:
-    """The examples whose labels are among `names`; each other one is a problem. One without a label is kept."""
-    known, kept = set(known_labels), []
+def filter_known_labels(examples: Iterable[Example], known_labels: Iterable[str], issues: IssueLog) -> list[Example]:
+    """The examples whose labels are all known; other examples are reported. Examples without a label are kept."""
+    known = set(known_labels)
+    kept: list[Example] = []
     for example in examples:
         unknown = [name for name in _example_labels(example) if name not in known]
         if unknown:
-            what = "a label that the training data does not have; left out"
-            problems.add(example.path, example.line, what, ", ".join(unknown))
+            kind = "a label that does not occur in the training data; left out"
+            issues.add(example.path, example.line, kind, ", ".join(unknown))
         else:
             kept.append(example)
     return kept
@@ -277,28 +299,29 @@ def filter_known_labels(examples: Iterable[Example], known_labels: Iterable[str]
 def train_validation_split(
     examples: ExampleSet, validation_fraction: float = 0.1
 ) -> tuple[list[Example], list[Example]]:
-    """The examples to train on and those to validate on, about `share` of the inputs, each in the order as read.
+    """Split examples into training and validation set by a hash of the input.
 
-    A hash of the input decides, so that one input is never on both sides, whatever its gold, and the order of the
-    examples does not matter. Two sentences are one input in either order; of premise and hypothesis the premise alone
-    decides, since data sets ask several things of one. Each side has one input at least, where there are two or more.
-    Raises `UsageError` for a share that is not between 0 and 1.
+    An input is never in both sets, whatever its target, and the order of the examples has no effect. Two sentences are one
+    input in either order; for entailment only the premise counts, because data sets ask several questions about one premise.
+    Each set has at least one input if there are two or more.
+
+    Raises:
+        UsageError: The fraction is not between 0 and 1.
     """
     if not 0 < validation_fraction < 1:
-        raise UsageError(f"a share of {validation_fraction} cannot be held out; it is between 0 and 1")
+        raise UsageError(f"the validation fraction must be between 0 and 1, not {validation_fraction}")
     hashes = [_hash_inputs(examples.task, example) for example in examples]
     distinct = sorted(set(hashes))
     if len(distinct) < 2:
         return list(examples), []
-    held_out_hashes = {place for place in distinct if place < validation_fraction * 2**64} or {distinct[0]}
-    held_out_hashes -= {distinct[-1]} if len(held_out_hashes) == len(distinct) else set()
-    train = [example for example, place in zip(examples, hashes, strict=True) if place not in held_out_hashes]
-    return train, [example for example, place in zip(examples, hashes, strict=True) if place in held_out_hashes]
+    held_out = {value for value in distinct if value < validation_fraction * 2**64} or {distinct[0]}
+    held_out -= {distinct[-1]} if len(held_out) == len(distinct) else set()
+    train = [example for example, value in zip(examples, hashes, strict=True) if value not in held_out]
+    return train, [example for example, value in zip(examples, hashes, strict=True) if value in held_out]
 
 
 def _hash_inputs(task: str, example: Example) -> int:
-    """A number below 2⁶⁴ that an input always has."""
+    """A 64-bit hash of the input."""
     texts = input_texts(task, example)
     texts = {"similarity": tuple(sorted(texts)), "entail": texts[:1]}.get(task, texts)
-    data = json.dumps(texts).encode()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(json.dumps(texts).encode(), digest_size=8).digest(), "big")

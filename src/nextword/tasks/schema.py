@@ -1,119 +1,59 @@
-"""Which column of a table means what: the names that people use, and what task they speak of."""
+"""The columns of labelled data: their usual names, and the task that they belong to."""
 
 import re
+import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
 
 from nextword.common.errors import UsageError
 
-# Each task's roles, and the names that a column of that role goes by, the most usual first. Case does not count.
-_LABEL_ALIASES = (
-    "label", "class", "category", "target", "intent", "sentiment", "topic", "emotion", "gold_label", "label_text",
-)  # fmt: skip
-_TEXT_ALIASES = (
-    "text", "sentence", "review", "content", "document", "body", "comment", "tweet", "utterance", "article", "story",
-)  # fmt: skip
-COLUMN_ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
-    "classify": {
-        "text": (*_TEXT_ALIASES, "question", "query"),
-        "label": _LABEL_ALIASES,
-        "labels": ("labels", "tags", "categories", "topics", "emotions"),
-    },
-    "entail": {
-        "premise": ("premise",),
-        "hypothesis": ("hypothesis",),
-        "label": ("label", "gold_label", "class", "target", "labels"),
-    },
-    "similarity": {
-        "sentence1": (),
-        "sentence2": (),
-        "score": ("score", "similarity", "similarity_score", "relatedness_score", "relatedness", "rating"),
-        "label": ("label", "is_duplicate", "gold_label", "class", "target", "labels"),
-    },
-    "choose": {
-        "question": ("question", "query", "context", "ctx", "question_stem", "stem", "goal", "sentence", "prompt"),
-        "choices": ("choices", "options", "endings", "candidates"),
-        "answer": ("answer", "answerkey", "answer_key", "label", "correct_answer", "answer_idx", "target", "gold"),
-    },
-    "rewrite": {"prompt": (), "completion": ()},
-    "chat": {
-        "messages": ("messages", "conversations", "conversation"),
-        "instruction": ("instruction", "prompt", "question", "query"),
-        "input": ("input", "context"),
-        "output": ("output", "response", "completion", "answer"),
-        "system": ("system", "system_prompt"),
-    },
-    "prefer": {
-        "prompt": ("prompt", "instruction", "question", "query", "messages"),
-        "input": ("input", "context"),
-        "chosen": ("chosen",),
-        "rejected": ("rejected",),
-        "system": ("system", "system_prompt"),
-    },
-    "continue": {"text": _TEXT_ALIASES},
-}
-# Two columns that are known by each other.
-COLUMN_PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
-    "similarity": (
-        ("sentence1", "sentence2"), ("text1", "text2"), ("sentence_1", "sentence_2"), ("text_1", "text_2"),
-        ("question1", "question2"), ("sentence_a", "sentence_b"), ("text_a", "text_b"),
-    ),
-    "rewrite": (
-        ("prompt", "completion"), ("source", "target"), ("src", "tgt"), ("input", "output"), ("text", "summary"),
-        ("document", "summary"), ("article", "highlights"), ("article", "summary"), ("prompt", "response"),
-        ("question", "answer"),
-    ),
-}  # fmt: skip
-_PAIRED_ROLES = {"similarity": ("sentence1", "sentence2"), "rewrite": ("prompt", "completion")}
-# Roles of which a table has one side or the other: the side that is found first, or named by hand, shuts the other out.
-_EXCLUSIVE_ROLES: dict[str, tuple[set[str], set[str]]] = {
-    "classify": ({"label"}, {"labels"}),
-    "similarity": ({"score"}, {"label"}),
-    "chat": ({"messages"}, {"instruction", "input", "output"}),
-}
-# What a row must have to be read, and what is learned from it: of each group one role.
-INPUT_ROLES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "classify": (("text",),),
-    "entail": (("premise",), ("hypothesis",)),
-    "similarity": (("sentence1",), ("sentence2",)),
-    "choose": (("question",), ("choices", "choice1"), ("choices", "choice2")),
-    "rewrite": (("prompt",),),
-    "chat": (("messages", "instruction"),),
-    "prefer": (("prompt", "chosen"),),
-    "continue": (("text",),),
-}
-TARGET_ROLES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "classify": (("label", "labels"),),
-    "entail": (("label",),),
-    "similarity": (("score", "label"),),
-    "choose": (("answer",),),
-    "rewrite": (("completion",),),
-    "chat": (("messages", "output"),),
-    "prefer": (("chosen",), ("rejected",)),
-    "continue": (),
-}
-_EXPECTED_COLUMNS = {
-    "chat": "messages or conversations; or instruction, output and perhaps input",
-    "prefer": "chosen and rejected, and a prompt or an instruction",
-    "entail": "premise, hypothesis and label",
-    "similarity": "sentence1 and sentence2 (or text1, text2), and a score or a label",
-    "choose": "question, choices (or A, B, C, …; choice1, choice2, …; option_a, …) and answer",
-    "rewrite": "two texts: " + ", ".join("/".join(pair) for pair in COLUMN_PAIRS["rewrite"]),
-    "classify": f"a text ({', '.join(_TEXT_ALIASES[:6])}, …) and a label ({', '.join(_LABEL_ALIASES[:6])}, …; labels for several)",
-    "continue": "a text alone",
-}
-_CHOICE_COLUMN = re.compile(r"(choice|option|ending|answer|sol)[_ ]?([a-z]|[0-9]{1,2})")
+
+@dataclass(frozen=True)
+class TaskSchema:
+    """The columns of a task, as declared in `schema.toml`.
+
+    Attributes:
+        expects: Description of the columns for messages.
+        columns: The usual column names of each role, most usual first.
+        inputs: Roles needed to read a row: one of each group.
+        targets: Roles needed to learn from a row: one of each group.
+        exclusive: Two groups of roles of which a table has one.
+        paired: Two roles whose columns are recognised together, by one of `pairs`.
+        pairs: The usual column names of the paired roles.
+    """
+
+    expects: str
+    columns: dict[str, list[str]]
+    inputs: list[list[str]]
+    targets: list[list[str]]
+    exclusive: tuple[list[str], ...] = ()
+    paired: tuple[str, ...] = ()
+    pairs: tuple[list[str], ...] = ()
+
+    def required(self, require_targets: bool) -> list[list[str]]:
+        """Groups of roles of which a row needs one each."""
+        return [*self.inputs, *(self.targets if require_targets else [])]
+
+
+_DECLARED = tomllib.loads(Path(__file__).with_name("schema.toml").read_text(encoding="utf-8"))
+TASKS = {task: TaskSchema(**table) for task, table in _DECLARED.items()}
+REQUIRED_ROLES = {role for schema in TASKS.values() for group in schema.required(True) for role in group}
 CHOICE_ROLE_PATTERN = re.compile(r"choice[1-9][0-9]?")
+_CHOICE_COLUMN = re.compile(r"(choice|option|ending|answer|sol)[_ ]?([a-z]|[0-9]{1,2})")
 
 
 def infer_task(columns: Iterable[str]) -> str:
-    """The task that a table's columns speak of, the most telling names first.
+    """The task that the columns of a table belong to; the most distinctive column names decide.
 
-    Raises `UsageError` with the columns and what each task looks for, where no task fits.
+    Raises:
+        UsageError: No task fits. The message lists the columns that each task expects.
     """
     names = list(columns)
 
     def has(task: str, *roles: str) -> bool:
-        return all(_find_column(names, COLUMN_ALIASES[task][role]) is not None for role in roles)
+        return all(_find_column(names, TASKS[task].columns[role]) is not None for role in roles)
 
     candidates = (
         ("chat", has("chat", "messages")),
@@ -129,110 +69,115 @@ def infer_task(columns: Iterable[str]) -> str:
     for task, fits in candidates:
         if fits:
             return task
-    expected_columns = "".join(f"\n  {task}: {what}" for task, what in _EXPECTED_COLUMNS.items())
+    expected = "".join(f"\n  {task}: {schema.expects}" for task, schema in TASKS.items())
     raise UsageError(
-        f"no task fits the columns {join_names(names)}. Name the task, and its columns by hand. Each looks for:{expected_columns}"
+        f"no task fits the columns {join_names(names)}. Name the task and its columns. Each task expects:{expected}"
     )
 
 
 def resolve_columns(
     task: str, column_names: Iterable[str], overrides: Mapping[str, str] | None = None, require_targets: bool = True
 ) -> dict[str, str]:
-    """The column of each role of a task that the names found have: {role: column}.
+    """The column of each role of a task: {role: column}.
 
-    `by_hand` names some; the usual names are looked for in the others. Choices in columns of their own are the roles
-    choice1, choice2, … Without `gold` the columns that are learned from may be absent, and those of input, system
-    and a third choice or a later one, though named by hand. Raises `UsageError` for an
-    unknown task, a role that the task does not have, a column that is not there, and a role without a column.
+    Choices in columns of their own get the roles choice1, choice2, …
+
+    Args:
+        task: Name of the task.
+        column_names: The columns of the table.
+        overrides: Columns chosen by the user, {role: column}. Other roles are found by their usual column names.
+        require_targets: If false, target columns may be missing, and so may the columns of `input`, `system` and choices after
+            the second, even if `overrides` names them.
+
+    Raises:
+        UsageError: The task, a role or a column does not exist, or a required role has no column.
     """
-    column_names = list(column_names)
-    if task not in COLUMN_ALIASES:
-        raise UsageError(f"{task}: no such task; there are {', '.join(COLUMN_ALIASES)}")
+    names = list(column_names)
+    if task not in TASKS:
+        raise UsageError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
+    schema = TASKS[task]
+    optional_roles = {role for group in schema.targets for role in group} | {"input", "system"}
     mapping: dict[str, str] = {}
-    optional_roles = {role for group in TARGET_ROLES[task] for role in group} | {"input", "system"}
     for role, column in (overrides or {}).items():
-        if role not in COLUMN_ALIASES[task] and not (task == "choose" and CHOICE_ROLE_PATTERN.fullmatch(role)):
+        is_choice = CHOICE_ROLE_PATTERN.fullmatch(role) is not None
+        if role not in schema.columns and not (task == "choose" and is_choice):
             more = ", or choice1, choice2, …" if task == "choose" else ""
-            raise UsageError(f"{task} has no {role}; it has {', '.join(COLUMN_ALIASES[task])}{more}")
-        if column in column_names:
+            raise UsageError(f"{task} has no role {role}; its roles are {', '.join(schema.columns)}{more}")
+        if column in names:
             mapping[role] = column
-        elif require_targets or (
-            role not in optional_roles and (role in ("choice1", "choice2") or not CHOICE_ROLE_PATTERN.fullmatch(role))
-        ):
-            raise UsageError(f"there is no column {column} for {role}; found {join_names(column_names)}")
-    for side, other in [_EXCLUSIVE_ROLES[task], _EXCLUSIVE_ROLES[task][::-1]] if task in _EXCLUSIVE_ROLES else []:
-        if side & mapping.keys() and other & mapping.keys():
-            raise UsageError(f"{task} takes {', '.join(sorted(side))} or {', '.join(sorted(other))}, not both")
-    _fill_default_columns(task, column_names, mapping)
-    for group in INPUT_ROLES[task] + (TARGET_ROLES[task] if require_targets else ()):
+        elif require_targets or not (role in optional_roles or (is_choice and role not in ("choice1", "choice2"))):
+            raise UsageError(f"there is no column {column} for {role}; columns: {join_names(names)}")
+    if schema.exclusive and all(mapping.keys() & group for group in schema.exclusive):
+        first, second = (", ".join(sorted(group)) for group in schema.exclusive)
+        raise UsageError(f"{task} takes {first} or {second}, not both")
+    _fill_default_columns(task, names, mapping)
+    for group in schema.required(require_targets):
         if not any(role in mapping for role in group):
             raise UsageError(
-                f"{task} needs a column for {' or '.join(group)}; found {join_names(column_names)}. "
-                f"It looks for {_EXPECTED_COLUMNS[task]}. Name the column by hand: {group[0]}=COLUMN"
+                f"{task} needs a column for {' or '.join(group)}; columns: {join_names(names)}. "
+                f"It expects {schema.expects}. Name the column: {group[0]}=COLUMN"
             )
     return mapping
 
 
 def _fill_default_columns(task: str, column_names: list[str], mapping: dict[str, str]) -> None:
-    """Fill in the roles that the usual names have."""
-    pair = (
-        None
-        if task not in _PAIRED_ROLES or any(role in mapping for role in _PAIRED_ROLES[task])
-        else _find_column_pair(column_names, task)
-    )
-    if pair:
-        mapping.update(zip(_PAIRED_ROLES[task], pair, strict=True))
-    sides = _EXCLUSIVE_ROLES.get(task, (set(), set()))
-    for role, aliases in COLUMN_ALIASES[task].items():
-        if task in _PAIRED_ROLES and role in _PAIRED_ROLES[task]:
-            aliases = dict.fromkeys(pair[_PAIRED_ROLES[task].index(role)] for pair in COLUMN_PAIRS[task])
-        is_excluded = any(role in side and other & mapping.keys() for side, other in (sides, sides[::-1]))
+    """Add the roles whose columns have a usual name."""
+    schema = TASKS[task]
+    if not mapping.keys() & schema.paired and (pair := _find_column_pair(column_names, task)):
+        mapping.update(zip(schema.paired, pair, strict=True))
+    for role, aliases in schema.columns.items():
+        if role in schema.paired:
+            aliases = [pair[schema.paired.index(role)] for pair in schema.pairs]
+        is_excluded = any(
+            role in group and mapping.keys() & other for group, other in permutations(schema.exclusive, 2)
+        )
         if role == "choices" and any(CHOICE_ROLE_PATTERN.fullmatch(name) for name in mapping):
             is_excluded = True
         if role in mapping or is_excluded:
             continue
-        if (column := _find_column(column_names, aliases, set(mapping.values()))) is not None:
+        if (column := _find_column(column_names, aliases, exclude=mapping.values())) is not None:
             mapping[role] = column
         elif role == "choices":
-            mapping.update({f"choice{place}": name for place, name in enumerate(choice_columns(column_names), 1)})
+            mapping.update({f"choice{i}": name for i, name in enumerate(choice_columns(column_names), 1)})
 
 
 def choice_columns(column_names: Iterable[str]) -> list[str]:
-    """The columns that hold a choice each, in order: A, B, …, or choice1 …, option_a …, ending0 …; [] for none."""
-    series: dict[tuple[str, int], dict[int, str]] = {}  # (what they are called, the first that may be) → place → name
+    """The columns that hold one choice each, in order: A, B, …, choice1, …, option_a, … or ending0, …; may be empty."""
+    series: dict[tuple[str, int], dict[int, str]] = {}  # (prefix, first index) → index → column
     for name in column_names:
-        plain = name.strip()
-        match = _CHOICE_COLUMN.fullmatch(plain.lower())
-        if len(plain) == 1 and "A" <= plain <= "Z":
-            series.setdefault(("", ord("A")), {})[ord(plain)] = name
+        stripped = name.strip()
+        match = _CHOICE_COLUMN.fullmatch(stripped.lower())
+        if len(stripped) == 1 and "A" <= stripped <= "Z":
+            series.setdefault(("", ord("A")), {})[ord(stripped)] = name
         elif match and match[2].isdigit():
             series.setdefault((match[1], 1), {})[int(match[2])] = name
         elif match:
             series.setdefault((match[1], ord("a")), {})[ord(match[2])] = name
-    for (_, first), places in series.items():
-        least = min(places)
-        starts = least == first or (first == 1 and least == 0)  # people count from 0 and from 1
-        if starts and len(places) > 1 and max(places) - least == len(places) - 1:
-            return [places[place] for place in sorted(places)]
+    for (_, first), columns in series.items():
+        lowest = min(columns)
+        starts_first = lowest == first or (first == 1 and lowest == 0)  # numbers start at 0 or 1
+        if starts_first and len(columns) > 1 and max(columns) - lowest == len(columns) - 1:
+            return [columns[index] for index in sorted(columns)]
     return []
 
 
 def join_names(names: Iterable[str]) -> str:
-    """The first names, as a message shows them."""
+    """The first twelve names, for a message."""
     names = list(names)
     shown = ", ".join(name.encode("utf-8", "replace").decode() for name in names[:12])
     return (shown + (", …" if len(names) > 12 else "")) or "none"
 
 
 def _find_column(column_names: list[str], aliases: Iterable[str], exclude: Iterable[str] = ()) -> str | None:
-    """The first name that is one of the aliases, those in their order."""
-    free = {name.strip().lower(): name for name in reversed(column_names) if name not in exclude}
-    return next((free[alias] for alias in aliases if alias in free), None)
+    """The column with the first alias that occurs."""
+    excluded = set(exclude)
+    available = {name.strip().lower(): name for name in reversed(column_names) if name not in excluded}
+    return next((available[alias] for alias in aliases if alias in available), None)
 
 
 def _find_column_pair(column_names: list[str], task: str) -> tuple[str, str] | None:
-    for one, other in COLUMN_PAIRS[task]:
-        first, second = _find_column(column_names, (one,)), _find_column(column_names, (other,))
+    for first_alias, second_alias in TASKS[task].pairs:
+        first, second = _find_column(column_names, (first_alias,)), _find_column(column_names, (second_alias,))
         if first is not None and second is not None:
             return first, second
     return None

@@ -1,4 +1,4 @@
-"""Suites: declarations and published files, read or refused by file and line; sampled and scrambled alike every time."""
+"""Benchmarks: specifications, published formats, invalid rows, samples and shuffled words."""
 
 import json
 import tarfile
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.data.issues import IssueLog
-from nextword.tasks import benchmark_items as module
+from nextword.tasks import benchmark_items
 from nextword.tasks.benchmark_items import (
     BenchmarkRow,
     generation_item,
@@ -21,7 +21,7 @@ from nextword.tasks.benchmark_items import (
     shuffle_words,
 )
 from nextword.tasks.benchmark_spec import BENCHMARK_KINDS, find_benchmark, load_benchmarks
-from nextword.tasks.text_diversity import distinct_n, repeated_ngram_fraction, split_words
+from nextword.tasks.metrics import split_words
 
 BLIMP = [
     {
@@ -69,13 +69,13 @@ def jsonl(path: Path, rows: list) -> Path:
     return path
 
 
-def read(request: str, problems: IssueLog | None = None):
-    suite = find_benchmark(request)
-    problems = problems or IssueLog(strict=True)
-    return suite, load_rows(suite, problems)
+def load(request: str, issues: IssueLog | None = None):
+    benchmark = find_benchmark(request)
+    issues = issues or IssueLog(strict=True)
+    return benchmark, load_rows(benchmark, issues)
 
 
-# ---------------------------------------------------------------- the published forms
+# ---------------------------------------------------------------- published formats
 
 
 def test_blimp_is_a_folder_an_archive_or_a_file(tmp_path):
@@ -87,86 +87,83 @@ def test_blimp_is_a_folder_an_archive_or_a_file(tmp_path):
     with tarfile.open(tmp_path / "blimp.tar.xz", "w:xz") as archive:
         archive.add(folder, "blimp")
     for path in (folder, tmp_path / "blimp.tar.xz", jsonl(tmp_path / "all.jsonl", BLIMP[::-1])):
-        suite, items = read(f"blimp={path}")
-        assert [item.group for item in items] == ["agreement", "islands"]
-        question = loglikelihood_item(suite, items[1])
-        assert question.sequence_owners == (
-            ("", " Who should Derek hug?"),
-            ("", " Who should hug Derek?"),
-        )  # as lm-eval has it
-        assert (question.num_answers, question.target) == (("Who should Derek hug?", "Who should hug Derek?"), 0)
-    assert items[0].path.endswith("all.jsonl") and [item.line for item in items] == [1, 2]
-    assert read(f"blimp={tmp_path / 'blimp.tar.xz'}")[1][0].path == str(tmp_path / "blimp.tar.xz/blimp/agreement.jsonl")
+        benchmark, rows = load(f"blimp={path}")
+        assert [item.group for item in rows] == ["agreement", "islands"]
+        item = loglikelihood_item(benchmark, rows[1])
+        assert item.requests == (("", " Who should Derek hug?"), ("", " Who should hug Derek?"))  # as in lm-eval
+        assert (item.choices, item.gold_index) == (("Who should Derek hug?", "Who should hug Derek?"), 0)
+    assert rows[0].path.endswith("all.jsonl") and [item.line for item in rows] == [1, 2]
+    assert load(f"blimp={tmp_path / 'blimp.tar.xz'}")[1][0].path == str(tmp_path / "blimp.tar.xz/blimp/agreement.jsonl")
 
 
-def test_hellaswag_is_cleaned_as_lm_eval_cleans_it(tmp_path):
-    suite, items = read(f"hellaswag={jsonl(tmp_path / 'h.jsonl', [HELLASWAG])}")
-    question = loglikelihood_item(suite, items[0])
-    contexts, endings = zip(*question.sequence_owners, strict=True)
+def test_hellaswag_is_cleaned_as_by_lm_eval(tmp_path):
+    benchmark, rows = load(f"hellaswag={jsonl(tmp_path / 'h.jsonl', [HELLASWAG])}")
+    item = loglikelihood_item(benchmark, rows[0])
+    contexts, endings = zip(*item.requests, strict=True)
     assert set(contexts) == {"Roof shingle removal: A man is sitting on a roof. He"}
     assert endings == (" is using wrap.", " is ripping. tiles off.", " is holding a cube.", " starts pulling.")
-    assert question.target == 3
+    assert item.gold_index == 3
     joined = {"context": "A man sits. he", "endings": ["a", "b"], "label": 0}
     empty = HELLASWAG | {"ctx_b": ""}
-    suite, items = read(f"hellaswag={jsonl(tmp_path / 'j.jsonl', [joined, empty])}")
-    assert [loglikelihood_item(suite, item).sequence_owners[0][0] for item in items] == [
+    benchmark, rows = load(f"hellaswag={jsonl(tmp_path / 'j.jsonl', [joined, empty])}")
+    assert [loglikelihood_item(benchmark, item).requests[0][0] for item in rows] == [
         "A man sits. he", "Roof shingle removal: A man is sitting on a roof.",
     ]  # fmt: skip
 
 
-def test_arc_is_its_authors_the_hubs_or_a_plain_one(tmp_path):
+def test_arc_in_three_formats(tmp_path):
     hub = {"question": "What is hot?", "choices": {"text": ["ice", "fire"], "label": ["A", "B"]}, "answerKey": "B"}
     plain = {"question": "What is hot?", "choices": ["ice", "fire"], "answer": 1}
     for rows in (ARC, [hub], [plain]):
-        suite, items = read(f"arc={jsonl(tmp_path / 'arc.jsonl', rows)}")
-        question = loglikelihood_item(suite, items[0])
-        assert question.sequence_owners == (
+        benchmark, rows = load(f"arc={jsonl(tmp_path / 'arc.jsonl', rows)}")
+        item = loglikelihood_item(benchmark, rows[0])
+        assert item.requests == (
             ("Question: What is hot?\nAnswer:", " ice"),
             ("Question: What is hot?\nAnswer:", " fire"),
         )
-        assert question.target == 1
-    suite, items = read(f"arc-challenge={jsonl(tmp_path / 'arc.jsonl', ARC)}")
-    assert loglikelihood_item(suite, items[1]).target == 0
+        assert item.gold_index == 1
+    benchmark, rows = load(f"arc-challenge={jsonl(tmp_path / 'arc.jsonl', ARC)}")
+    assert loglikelihood_item(benchmark, rows[1]).gold_index == 0
 
 
-def test_lambada_asks_for_the_last_word(tmp_path):
+def test_lambada_predicts_the_last_word(tmp_path):
     (tmp_path / "l.txt").write_text("she gave him a smile\n\nhe said : no\n", encoding="utf-8")
     jsonl(tmp_path / "l.jsonl", [{"text": "she gave him a smile"}, {"text": "he said : no"}])
     for name in ("l.txt", "l.jsonl"):
-        suite, items = read(f"lambada={tmp_path / name}")
-        asked = [loglikelihood_item(suite, item).sequence_owners for item in items]
-        assert asked == [(("she gave him a", " smile"),), (("he said :", " no"),)]
+        benchmark, rows = load(f"lambada={tmp_path / name}")
+        requests = [loglikelihood_item(benchmark, item).requests for item in rows]
+        assert requests == [(("she gave him a", " smile"),), (("he said :", " no"),)]
 
 
-def test_texts_to_go_on_from_are_a_folder_of_lines_too(tmp_path):
+def test_free_text_prompts_in_a_folder(tmp_path):
     long = " ".join(f"word{i}" for i in range(40))
     (tmp_path / "a.md").write_text(f"# A title\n\n{long}\n", encoding="utf-8")
     jsonl(tmp_path / "b.jsonl", [{"prompt": "Once upon"}])
-    suite, items = read(f"free={tmp_path}")
-    wanted = [generation_item(suite, item) for item in items]
-    assert [one.prompt.split()[-1] for one in wanted] == ["title", "word15", "upon"]
-    assert wanted[1].references == (long[len(wanted[1].prompt) :],)
+    benchmark, rows = load(f"free={tmp_path}")
+    items = [generation_item(benchmark, item) for item in rows]
+    assert [one.prompt.split()[-1] for one in items] == ["title", "word15", "upon"]
+    assert items[1].references == (long[len(items[1].prompt) :],)
 
 
 def test_stereoset_and_crows_pairs(tmp_path):
     (tmp_path / "dev.json").write_text(json.dumps(STEREOSET))
-    suite, items = read(f"stereoset={tmp_path / 'dev.json'}")
-    assert items[0].group == "profession"
-    assert loglikelihood_item(suite, items[0]).num_answers == tuple(
+    benchmark, rows = load(f"stereoset={tmp_path / 'dev.json'}")
+    assert rows[0].group == "profession"
+    assert loglikelihood_item(benchmark, rows[0]).choices == tuple(
         f"The chess player was {word}." for word in ("asian", "hispanic", "fox")
     )
-    suite, items = read(f"stereoset-discourse={tmp_path / 'dev.json'}")
-    assert loglikelihood_item(suite, items[0]).sequence_owners[0] == ("Many people live there.", " They are thin.")
-    columns = {"sentence": ["a b", "c d", "e f"], "gold_label": [2, 0, 1]}  # as the Hub has it
-    suite, items = read(f"stereoset={jsonl(tmp_path / 's.jsonl', [{'bias_type': 'race', 'sentences': columns}])}")
-    assert loglikelihood_item(suite, items[0]).num_answers == ("e f", "c d", "a b")
+    benchmark, rows = load(f"stereoset-discourse={tmp_path / 'dev.json'}")
+    assert loglikelihood_item(benchmark, rows[0]).requests[0] == ("Many people live there.", " They are thin.")
+    columns = {"sentence": ["a b", "c d", "e f"], "gold_label": [2, 0, 1]}  # as on the Hub
+    benchmark, rows = load(f"stereoset={jsonl(tmp_path / 's.jsonl', [{'bias_type': 'race', 'sentences': columns}])}")
+    assert loglikelihood_item(benchmark, rows[0]).choices == ("e f", "c d", "a b")
     (tmp_path / "crows.csv").write_text(CROWS)
-    suite, items = read(f"crows-pairs={tmp_path / 'crows.csv'}")
-    assert loglikelihood_item(suite, items[0]).sequence_owners == (
+    benchmark, rows = load(f"crows-pairs={tmp_path / 'crows.csv'}")
+    assert loglikelihood_item(benchmark, rows[0]).requests == (
         ("", "He couldn't, they said."),
         ("", "She couldn't, they said."),
     )
-    assert (items[0].group, suite.metrics) == ("gender", ("stereotyped",))
+    assert (rows[0].group, benchmark.metrics) == ("gender", ("stereotyped",))
 
 
 WINOGENDER = (
@@ -176,35 +173,35 @@ WINOGENDER = (
 )
 
 
-def test_winogender_asks_whom_the_pronoun_means(tmp_path):
+def test_winogender(tmp_path):
     (tmp_path / "all.tsv").write_text(WINOGENDER)
-    suite, items = read(f"winogender={tmp_path / 'all.tsv'}")
-    asked = [loglikelihood_item(suite, item) for item in items]
+    benchmark, rows = load(f"winogender={tmp_path / 'all.tsv'}")
+    requests = [loglikelihood_item(benchmark, item) for item in rows]
     sentence = "The nurse notified the patient that her shift would be ending."
-    assert asked[0].sequence_owners == tuple(
-        (f"{sentence} ‘Her’ refers to the", f" {one}") for one in ("nurse", "patient")
-    )
-    assert [one.target for one in asked] == [1, 0]
-    assert [item.group for item in items] == ["female", "neutral"]
+    assert requests[0].requests == tuple((f"{sentence} ‘Her’ refers to the", f" {one}") for one in ("nurse", "patient"))
+    assert [one.gold_index for one in requests] == [1, 0]
+    assert [item.group for item in rows] == ["female", "neutral"]
     hub = {"sentid": "nurse.patient.1.female.txt", "sentence": sentence, "pronoun": "her", "occupation": "nurse",
            "participant": "patient", "gender": "female", "target": "patient", "label": 1}  # fmt: skip
-    suite, items = read(f"winogender={jsonl(tmp_path / 'hub.jsonl', [hub])}")
-    assert loglikelihood_item(suite, items[0]) == asked[0]
+    benchmark, rows = load(f"winogender={jsonl(tmp_path / 'hub.jsonl', [hub])}")
+    assert loglikelihood_item(benchmark, rows[0]) == requests[0]
 
 
-def test_a_suite_without_a_path_comes_from_the_hub(tmp_path, monkeypatch):
-    path, continuation_length = jsonl(tmp_path / "x.jsonl", BLIMP), []
-    monkeypatch.setattr(module, "hub_files", lambda *what: asked.append(what) or (tmp_path, [path]))
-    assert len(read("blimp")[1]) == 2
-    assert asked == [("blimp", "nyu-mll/blimp", "*/train-*.parquet")]
-    with pytest.raises(UsageError, match="crows-pairs: say where its files are: --suite crows-pairs=PATH"):
-        read("crows-pairs")
+def test_a_benchmark_without_a_path_is_downloaded(tmp_path, monkeypatch):
+    path, requests = jsonl(tmp_path / "x.jsonl", BLIMP), []
+    monkeypatch.setattr(
+        benchmark_items, "download_hub_files", lambda *what: requests.append(what) or (tmp_path, [path])
+    )
+    assert len(load("blimp")[1]) == 2
+    assert requests == [("blimp", "nyu-mll/blimp", "*/train-*.parquet")]
+    with pytest.raises(UsageError, match="crows-pairs: give the path of its files: --suite crows-pairs=PATH"):
+        load("crows-pairs")
 
 
-# ---------------------------------------------------------------- declarations
+# ---------------------------------------------------------------- specifications
 
 MINE = """
-# Agreement in a language of mine
+# Agreement in another language
 [agreement]
 kind = "minimal pairs"
 files = ["pairs*.jsonl"]
@@ -230,28 +227,28 @@ stop = "\\n"
 """
 
 
-def test_a_declaration_of_ones_own(tmp_path):
+def test_a_custom_benchmark(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text(MINE, encoding="utf-8")
     jsonl(tmp_path / "pairs1.jsonl", [{"haki": "Paka analala", "batili": "Paka wanalala"}])
     jsonl(tmp_path / "pairs2.jsonl", [{"haki": "Mtu anakula", "batili": "Mtu wanakula"}])
     (tmp_path / "quiz.csv").write_text("swali,A,B,C,jibu\nMoto?,barafu,moto,maji,B\nBaridi?,barafu,moto,,A\n")
     jsonl(tmp_path / "s.jsonl", [{"text": "Long.", "summary": ["Short", "Brief"]}])
-    suite, items = read(f"agreement={file}")
-    assert [loglikelihood_item(suite, item).sequence_owners[1] for item in items] == [
+    benchmark, rows = load(f"agreement={file}")
+    assert [loglikelihood_item(benchmark, item).requests[1] for item in rows] == [
         ("", "Paka wanalala"),
         ("", "Mtu wanakula"),
     ]
-    suite, items = read(f"questions={file}")
-    assert [(len(q.sequence_owners), q.target) for q in (loglikelihood_item(suite, item) for item in items)] == [
+    benchmark, rows = load(f"questions={file}")
+    assert [(len(q.requests), q.gold_index) for q in (loglikelihood_item(benchmark, item) for item in rows)] == [
         (3, 1),
         (2, 0),
     ]
-    assert loglikelihood_item(suite, items[0]).sequence_owners[1] == ("Moto?\nJibu:", " moto")
-    suite, items = read(f"summaries={file}")
-    assert generation_item(suite, items[0]) == ("Long.\nTL;DR:", ("Short", "Brief"))
-    assert (suite.metrics, suite.max_tokens, suite.stop) == (("chrf", "exact_match"), 9, ("\n",))
-    with pytest.raises(UsageError, match="declares agreement, questions, summaries; say which"):
+    assert loglikelihood_item(benchmark, rows[0]).requests[1] == ("Moto?\nJibu:", " moto")
+    benchmark, rows = load(f"summaries={file}")
+    assert generation_item(benchmark, rows[0]) == ("Long.\nTL;DR:", ("Short", "Brief"))
+    assert (benchmark.metrics, benchmark.max_tokens, benchmark.stop) == (("chrf", "exact_match"), 9, ("\n",))
+    with pytest.raises(UsageError, match="specifies agreement, questions, summaries; select one"):
         find_benchmark(str(file))
     alone = tmp_path / "alone.toml"
     alone.write_text('kind = "cloze"\nfiles = ["s.jsonl"]\nprompt = "{text}"\nanswer = "title"\n')
@@ -259,54 +256,59 @@ def test_a_declaration_of_ones_own(tmp_path):
     assert find_benchmark(f"other={alone}").name == "other"
 
 
-def test_a_suite_like_another(tmp_path):
+def test_a_benchmark_that_extends_another(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text("[mine]\nlike = 'blimp'\nfiles = 'p.jsonl'\nwithin = {UID = '(?P<kind>\\w)'}\ngroup = 'kind'\n")
     jsonl(tmp_path / "p.jsonl", BLIMP)
-    suite, items = read(str(file))
-    assert (suite.name, suite.kind, [item.group for item in items]) == ("mine", "minimal pairs", ["i", "a"])
-    assert (
-        find_benchmark("ARC_Easy").hub_dataset
-        == find_benchmark("arc").hub_dataset
-        != find_benchmark("arc-challenge").hub_dataset
-    )
+    benchmark, rows = load(str(file))
+    assert (benchmark.name, benchmark.kind, [item.group for item in rows]) == ("mine", "minimal pairs", ["i", "a"])
+    assert find_benchmark("ARC_Easy").hub_dataset == find_benchmark("arc").hub_dataset
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[a]\nkind = 3", "a.toml line 2: [a] has no kind that there is: minimal pairs"),
-        ("[a]\ngood = 'x'", "line 1: [a] has no kind"),
-        ("[b]\nkind = 'cloze'\ntext = 't'\n[a]\nkind = 'minimal pairs'\ngood = 'x'\n", "line 4: [a] says no bad"),
-        ("[a]\nkind = 'minimal pairs'\ngood = 'x'\nbad = 'y'\ncolour = 'z'", "line 5: [a] has 'colour', which minimal"),
-        ("[a]\nkind = 'minimal pairs'\ngood = 'x'\nbad = ['y']", "line 4: [a] bad must be a text"),
+        ("[a]\nkind = 3", "a.toml line 2: [a] kind must be one of minimal pairs"),
+        ("[a]\ngood = 'x'", "line 1: [a] kind must be one of"),
+        (
+            "[b]\nkind = 'cloze'\ntext = 't'\n[a]\nkind = 'minimal pairs'\ngood = 'x'\n",
+            "line 4: [a] minimal pairs requires the key bad",
+        ),
+        (
+            "[a]\nkind = 'minimal pairs'\ngood = 'x'\nbad = 'y'\ncolour = 'z'",
+            "line 5: [a] minimal pairs has no key 'colour'",
+        ),
+        ("[a]\nkind = 'minimal pairs'\ngood = 'x'\nbad = ['y']", "line 4: [a] bad must be a string"),
         (
             "[a]\nkind = 'minimal pairs'\nfiles = [1]\ngood = 'x'\nbad = 'y'",
-            "line 3: [a] files must be a text or a list",
+            "line 3: [a] files must be a string or a list",
         ),
-        ("[a]\nkind = 'cloze'", "line 1: [a] says text (whose last word is asked for), or prompt and answer"),
-        ("[a]\nkind = 'cloze'\nprompt = 'x'", "says text (whose last word"),
-        ("kind = 'free text'\nmax_tokens = 0", "line 2: [a] max_tokens must be a whole number of at least 1"),
+        ("[a]\nkind = 'cloze'", "line 1: [a] cloze requires text (whose last word is predicted), or prompt and answer"),
+        ("[a]\nkind = 'cloze'\nprompt = 'x'", "requires text (whose last word"),
+        ("kind = 'free text'\nmax_tokens = 0", "line 2: [a] max_tokens must be an integer of at least 1"),
         (
             "[a]\nkind = 'completion'\nprompt = '{x'\nchoices = 'c'\nanswer = 'a'",
-            "line 3: [a] the prompt '{x' is not well",
+            "line 3: [a] the prompt '{x' is not a valid",
         ),
         (
             "[a]\nkind = 'completion'\nmetric = 'f1'\nprompt = '{x}'\nchoices = 'c'\nanswer = 'a'",
-            "line 3: [a] metric can be",
+            "line 3: [a] metric must be one of",
         ),
-        ("[a]\nkind = 'writing'\nprompt = '{x}'\nreference = 'y'\nmetrics = ['f2']", "line 5: [a] metrics has 'f2'"),
-        ("[a]\nkind = 'cloze'\ntext = 't'\nclean = 'soap'", "line 4: [a] clean can be wikihow"),
-        ("[a]\nlike = 'blymp'", "line 2: [a] like can be blimp, hellaswag"),
-        ("[a]\nlike = 'blimp'\ncolour = 'z'", "line 3: [a] has 'colour'"),
-        ("[a]\nkind = 'cloze'\ntext = 't'\nwithin = 'x'", "line 4: [a] within must be columns and regular"),
-        ("[a]\nkind = 'cloze'\ntext = 't'\nwithin.x = '('", "line 4: [a] within has no regular expression"),
-        ("[a]\nkind = 'cloze'\ntext = 't'\nwithin.x = 'y'", "line 4: [a] within finds nothing in x"),
-        ("[a\nkind = 'cloze'", "a.toml: not TOML: Expected ']'"),
-        ("b = 3\na = 4", "line 1: [a] has no kind that there is"),
+        ("[a]\nkind = 'writing'\nprompt = '{x}'\nreference = 'y'\nmetrics = ['f2']", "line 5: [a] unknown metric 'f2'"),
+        ("[a]\nkind = 'cloze'\ntext = 't'\nclean = 'soap'", "line 4: [a] clean must be one of wikihow"),
+        ("[a]\nlike = 'blymp'", "line 2: [a] like must be one of blimp, hellaswag"),
+        ("[a]\nlike = 'blimp'\ncolour = 'z'", "line 3: [a] minimal pairs has no key 'colour'"),
+        ("[a]\nkind = 'cloze'\ntext = 't'\nwithin = 'x'", "line 4: [a] within must map columns to regular"),
+        ("[a]\nkind = 'cloze'\ntext = 't'\nwithin.x = '('", "line 4: [a] within has an invalid regular expression"),
+        (
+            "[a]\nkind = 'cloze'\ntext = 't'\nwithin.x = 'y'",
+            "line 4: [a] the pattern of x in within has no named group",
+        ),
+        ("[a\nkind = 'cloze'", "a.toml: not valid TOML: Expected ']'"),
+        ("b = 3\na = 4", "line 1: [a] kind must be one of"),
     ],
 )
-def test_a_wrong_declaration_is_named_by_file_and_line(tmp_path, text, message):
+def test_an_invalid_specification_is_reported_with_file_and_line(tmp_path, text, message):
     file = tmp_path / "a.toml"
     file.write_text(text)
     with pytest.raises(UsageError) as caught:
@@ -318,13 +320,13 @@ def test_a_wrong_declaration_is_named_by_file_and_line(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ("blymp", "no suite called 'blymp': blimp, hellaswag, arc"),
-        ("mine=x.jsonl", "declare it in a file and say mine=FILE.toml"),
+        ("blymp", "unknown benchmark 'blymp': choose from blimp, hellaswag, arc"),
+        ("mine=x.jsonl", "specify it in a file and pass mine=FILE.toml"),
         ("blimp=nowhere.jsonl", "nowhere.jsonl: no such file or folder"),
         ("nowhere.toml", "nowhere.toml: No such file"),
     ],
 )
-def test_an_unknown_suite_is_refused(request_, message):
+def test_an_unknown_benchmark(request_, message):
     with pytest.raises(UsageError, match=message):
         find_benchmark(request_)
 
@@ -344,11 +346,11 @@ def test_any_declaration_is_taken_or_refused_in_words(tmp_path_factory, table, k
     table |= {} if kind is None else {"kind": kind}
     file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items()), encoding="utf-8")
     try:
-        [suite] = load_benchmarks(file).values()
+        [benchmark] = load_benchmarks(file).values()
     except UsageError as error:
         assert str(error).startswith(f"{file}")
     else:
-        assert suite.kind == table["kind"] and suite.metrics
+        assert benchmark.kind == table["kind"] and benchmark.metrics
 
 
 @given(st.binary(max_size=300))
@@ -367,21 +369,21 @@ def test_any_bytes_are_a_declaration_or_refused(tmp_path_factory, data):
 @pytest.mark.parametrize(
     ("name", "row", "message"),
     [
-        ("blimp", {"sentence_good": "a b"}, "line 2: no column sentence_bad: there are sentence_good, UID"),
-        ("blimp", {"sentence_good": "a b", "sentence_bad": True}, "line 2: the bad is not a text: it is a bool"),
+        ("blimp", {"sentence_good": "a b"}, "line 2: no column sentence_bad: columns: sentence_good, UID"),
+        ("blimp", {"sentence_good": "a b", "sentence_bad": True}, "line 2: the bad is not a text: its type is bool"),
         ("blimp", {"sentence_good": " ", "sentence_bad": "x", "UID": "u"}, "line 2: the good is empty"),
-        ("arc", ARC[0] | {"answerKey": "Z"}, "line 2: the answer is none of the choices: 'Z'"),
+        ("arc", ARC[0] | {"answerKey": "Z"}, "line 2: the answer is none of the choices: it is 'Z'"),
         ("arc", {"question": "Q", "choices": ["one"], "answer": 0}, "line 2: fewer than two choices"),
         ("arc", {"question": "Q", "choices": ["a", "b"]}, "line 2: no column answerKey or answer"),
         ("hellaswag", {"endings": ["a", "b"], "label": 0}, "line 2: no column activity_label"),
         ("hellaswag", {"ctx": "x", "endings": ["[a]", "b"], "label": 0}, "line 2: a choice is empty"),
-        ("lambada", {"text": "word"}, "line 2: a text of fewer than two words"),
+        ("lambada", {"text": "word"}, "line 2: the text has fewer than two words"),
         ("stereoset", {"sentences": [{"sentence": "x", "gold_label": "stereotype"}], "bias_type": "r"},
-         "line 2: not one sentence for each gold_label"),
-        ("stereoset", {"sentences": {"sentence": 3, "gold_label": [[]]}, "bias_type": "r"}, "line 2: not one sentence"),
+         "line 2: there is not one sentence for each gold_label"),
+        ("stereoset", {"sentences": {"sentence": 3, "gold_label": [[]]}, "bias_type": "r"}, "line 2: there is not one sentence"),
     ],
 )  # fmt: skip
-def test_a_wrong_row_is_named_by_file_and_line(tmp_path, name, row, message):
+def test_an_invalid_row_is_reported_with_file_and_line(tmp_path, name, row, message):
     right = {
         "blimp": BLIMP[0], "arc": ARC[0], "hellaswag": HELLASWAG, "lambada": {"text": "a b"},
         "stereoset": {"bias_type": "r", "sentences": {"sentence": ["a b", "c d", "e f"], "gold_label": [2, 0, 1]}},
@@ -389,11 +391,11 @@ def test_a_wrong_row_is_named_by_file_and_line(tmp_path, name, row, message):
     if name == "blimp" and "UID" not in row:
         row = {**row, "UID": "u"}
     path = jsonl(tmp_path / "rows.jsonl", [right, row, right])
-    problems = IssueLog()
-    assert len(read(f"{name}={path}", problems)[1]) == 2
-    assert f"{path} {message}" in problems.summary_lines()[0]
-    with pytest.raises(NextwordError, match=r"not one item to be judged by in .*\n.*rows\.jsonl"):
-        read(f"{name}={jsonl(path, [row])}", IssueLog())
+    issues = IssueLog()
+    assert len(load(f"{name}={path}", issues)[1]) == 2
+    assert f"{path} {message}" in issues.summary_lines()[0]
+    with pytest.raises(NextwordError, match=r"no valid item in .*\n.*rows\.jsonl"):
+        load(f"{name}={jsonl(path, [row])}", IssueLog())
 
 
 VALUES = st.recursive(
@@ -414,87 +416,87 @@ COLUMNS = ["sentence_good", "sentence_bad", "UID", "question", "choices", "answe
     name=st.sampled_from(["blimp", "arc", "hellaswag", "lambada", "stereoset", "free"]),
     rows=st.lists(st.dictionaries(st.sampled_from(COLUMNS), VALUES, max_size=6), min_size=1, max_size=3),
 )
-def test_any_row_is_a_question_or_a_problem(tmp_path_factory, name, rows):
+def test_any_row_is_an_item_or_an_issue(tmp_path_factory, name, rows):
     path = jsonl(tmp_path_factory.getbasetemp() / "any.jsonl", rows)
-    problems = IssueLog()
+    issues = IssueLog()
     try:
-        suite, items = read(f"{name}={path}", problems)
+        benchmark, rows = load(f"{name}={path}", issues)
     except NextwordError as error:
-        assert "not one item to be judged by" in str(error)
+        assert "no valid item" in str(error)
         return
-    assert len(items) + problems.total >= len(rows)
-    for item in items:
+    assert len(rows) + issues.total >= len(rows)
+    for item in rows:
         if name == "free":
-            assert generation_item(suite, item).prompt.strip()
+            assert generation_item(benchmark, item).prompt.strip()
             continue
-        for mixed in (False, True):
-            question = loglikelihood_item(suite, item, mixed)
-            assert 0 <= question.target < len(question.sequence_owners) == len(question.num_answers)
-            assert all(answer for answer in question.num_answers)
+        for shuffled in (False, True):
+            item = loglikelihood_item(benchmark, item, shuffled)
+            assert 0 <= item.gold_index < len(item.requests) == len(item.choices)
+            assert all(answer for answer in item.choices)
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_are_items_or_a_clear_error(tmp_path_factory, data):
+def test_any_bytes_are_rows_or_a_clear_error(tmp_path_factory, data):
     for suffix in (".jsonl", ".csv", ".json", ".tar.xz", ".tar", ".txt"):
         path = tmp_path_factory.getbasetemp() / f"any{suffix}"
         path.write_bytes(data)
         for name in ("lambada", "stereoset"):
             try:
-                read(f"{name}={path}", IssueLog())
+                load(f"{name}={path}", IssueLog())
             except NextwordError as error:
                 assert path.name in str(error)
 
 
-def test_a_broken_archive_is_said_and_one_that_leads_out_refused(tmp_path):
+def test_corrupt_and_unsafe_archives(tmp_path):
     jsonl(tmp_path / "b.jsonl", BLIMP * 2000)
     with tarfile.open(tmp_path / "b.tar.xz", "w:xz") as archive:
         archive.add(tmp_path / "b.jsonl", "b.jsonl")
     whole = (tmp_path / "b.tar.xz").read_bytes()
-    assert len(read(f"blimp={tmp_path / 'b.tar.xz'}")[1]) == 4000
+    assert len(load(f"blimp={tmp_path / 'b.tar.xz'}")[1]) == 4000
     (tmp_path / "b.tar.xz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CorruptFileError, match=r"b\.tar\.xz: not an archive that can be read"):
-        read(f"blimp={tmp_path / 'b.tar.xz'}")
+    with pytest.raises(CorruptFileError, match=r"b\.tar\.xz: cannot read the archive"):
+        load(f"blimp={tmp_path / 'b.tar.xz'}")
     with tarfile.open(tmp_path / "out.tar", "w") as archive:
         archive.add(tmp_path / "b.jsonl", "../b.jsonl")
-    with pytest.raises(CorruptFileError, match=r"\.\./b\.jsonl in it leads out of the archive"):
-        read(f"blimp={tmp_path / 'out.tar'}")
+    with pytest.raises(CorruptFileError, match=r"\.\./b\.jsonl is outside the archive"):
+        load(f"blimp={tmp_path / 'out.tar'}")
 
 
-# ---------------------------------------------------------------- samples and scrambling
+# ---------------------------------------------------------------- samples and shuffling
 
 
-def items_of(groups: str) -> list[BenchmarkRow]:
+def rows_of(groups: str) -> list[BenchmarkRow]:
     return [BenchmarkRow("x", i, {}, group) for i, group in enumerate(groups)]
 
 
 @given(groups=st.text("abc", min_size=1, max_size=80), limit=st.integers(1, 90))
-def test_a_sample_holds_each_groups_share_and_is_the_same_every_time(groups, limit):
-    items = items_of(groups)
-    places = sample_indices(items, limit)
-    assert places == sample_indices(items, limit) == sorted(set(places))
-    assert len(places) == min(limit, len(items))
+def test_a_sample_is_stratified_and_deterministic(groups, limit):
+    rows = rows_of(groups)
+    places = sample_indices(rows, limit)
+    assert places == sample_indices(rows, limit) == sorted(set(places))
+    assert len(places) == min(limit, len(rows))
     for group in set(groups):
         share = len(places) * groups.count(group) / len(groups)
         assert abs(sum(groups[i] == group for i in places) - share) < 2
-    assert sample_indices(items, None) == list(range(len(items)))
+    assert sample_indices(rows, None) == list(range(len(rows)))
 
 
-def test_a_sample_is_no_prefix():
-    places = sample_indices(items_of("a" * 1000), 100)
+def test_a_sample_is_not_a_prefix():
+    places = sample_indices(rows_of("a" * 1000), 100)
     assert 300 < sum(places) / 100 < 700
-    assert len({b - a for a, b in pairwise(places)}) > 5  # and not every tenth either
+    assert len({b - a for a, b in pairwise(places)}) > 5  # and not evenly spaced
 
 
 @given(st.text(max_size=60))
-def test_scrambled_text_has_the_same_words(text):
-    mixed = shuffle_words(text, "1")
-    assert sorted(split_words(mixed)) == sorted(split_words(text)) or sorted("".join(mixed.split())) == sorted(
+def test_shuffled_text_has_the_same_words(text):
+    shuffled = shuffle_words(text, "1")
+    assert sorted(split_words(shuffled)) == sorted(split_words(text)) or sorted("".join(shuffled.split())) == sorted(
         "".join(text.split())
     )
-    assert mixed == shuffle_words(text, "1")
+    assert shuffled == shuffle_words(text, "1")
 
 
-def test_what_a_pair_shares_stays_in_one_order():
+def test_the_shared_words_of_a_pair_keep_one_order():
     good, bad = (
         shuffle_words(f"the cats that the dog saw {verb} very well today", "5") for verb in ("sleep", "sleeps")
     )
@@ -504,27 +506,13 @@ def test_what_a_pair_shares_stays_in_one_order():
     assert shuffle_words("白日依山尽黄河入海流欲穷千里目更上一层楼", "1") != "白日依山尽黄河入海流欲穷千里目更上一层楼"
 
 
-def test_what_is_scrambled_is_what_comes_before_the_answers(tmp_path):
+def test_the_context_is_shuffled_but_not_the_choices(tmp_path):
     row = {"question": "a b c d e f", "choices": ["x y z", "w"], "answer": 1}
-    suite, items = read(f"arc={jsonl(tmp_path / 'a.jsonl', [row])}")
-    true, mixed = loglikelihood_item(suite, items[0]), loglikelihood_item(suite, items[0], shuffled_control=True)
-    assert mixed.num_answers == true.num_answers and mixed.target == true.target
-    assert mixed.sequence_owners[0][0].startswith("Question: ") and mixed.sequence_owners[0][0].endswith("\nAnswer:")
-    assert mixed.sequence_owners[0][0] != true.sequence_owners[0][0]
-    suite, items = read(f"blimp={jsonl(tmp_path / 'b.jsonl', BLIMP)}")
-    mixed = loglikelihood_item(suite, items[0], shuffled_control=True)
-    assert (
-        mixed.sequence_owners[0] == mixed.sequence_owners[1]
-    )  # the same words: nothing but their order told the two apart
-
-
-def test_repetition_is_the_formula():
-    text = list("abcdabcda")
-    assert repeated_ngram_fraction(text, 4) == pytest.approx(1 - 4 / 6)
-    assert repeated_ngram_fraction(text, 20) == 0.0
-    assert distinct_n([text, ["a", "b"]], 1) == pytest.approx(4 / 11)
-    assert distinct_n([text, ["a", "b"]], 2) == pytest.approx(4 / 9)
-    assert distinct_n([], 1) == 0.0
-    assert (
-        split_words("one two") == ["one", "two"] and split_words("白日依山尽黄河入海流欲穷千里目更上一层楼")[0] == "白"
-    )
+    benchmark, rows = load(f"arc={jsonl(tmp_path / 'a.jsonl', [row])}")
+    true, shuffled = loglikelihood_item(benchmark, rows[0]), loglikelihood_item(benchmark, rows[0], shuffled=True)
+    assert shuffled.choices == true.choices and shuffled.gold_index == true.gold_index
+    assert shuffled.requests[0][0].startswith("Question: ") and shuffled.requests[0][0].endswith("\nAnswer:")
+    assert shuffled.requests[0][0] != true.requests[0][0]
+    benchmark, rows = load(f"blimp={jsonl(tmp_path / 'b.jsonl', BLIMP)}")
+    shuffled = loglikelihood_item(benchmark, rows[0], shuffled=True)
+    assert shuffled.requests[0] == shuffled.requests[1]  # the same split_words in the same order

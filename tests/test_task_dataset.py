@@ -1,4 +1,4 @@
-"""Examples as tokens: the templates are those of the stock tokenizer, batches lose nothing, packing keeps texts apart."""
+"""Encoded examples: templates equal the Hugging Face tokenizer's, batches are complete, packed sequences are independent."""
 
 import numpy as np
 import pytest
@@ -12,18 +12,18 @@ from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import DELIMITER_TOKEN, EXTRACT_TOKEN, START_TOKEN
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.tasks.dataset import (
+from nextword.tasks.dataset import TaskDataset
+from nextword.tasks.examples import Example
+from nextword.tasks.templates import (
     EncodedExample,
     ExampleEncoder,
-    TaskDataset,
     TaskSpec,
     TokenSequence,
     max_answer_tokens,
     truncate_longest_first,
 )
-from nextword.tasks.examples import Example
 
-FORMS = {
+TASK_SPECS = {
     "classify": TaskSpec("classify", "label", ("no", "yes")),
     "entail": TaskSpec("entail", "label", ("no", "yes")),
     "similarity": TaskSpec("similarity", "score"),
@@ -44,14 +44,16 @@ def tokenizer(shards):
 
 
 def encoder(tokenizer, task, context_length=64):
-    return ExampleEncoder(FORMS[task], FORMS[task].with_special_tokens(tokenizer), context_length)
+    return ExampleEncoder(TASK_SPECS[task], TASK_SPECS[task].with_special_tokens(tokenizer), context_length)
 
 
 def test_the_templates(tokenizer):
-    one = encoder(tokenizer, "entail")
-    start, delimiter, extract = one.tokenizer.convert_tokens_to_ids([START_TOKEN, DELIMITER_TOKEN, EXTRACT_TOKEN])
+    example_encoder = encoder(tokenizer, "entail")
+    start, delimiter, extract = example_encoder.tokenizer.convert_tokens_to_ids(
+        [START_TOKEN, DELIMITER_TOKEN, EXTRACT_TOKEN]
+    )
     a, b = tokenizer.encode("a premise"), tokenizer.encode("its end")
-    whole = one.encode(example(premise="a premise", hypothesis="its end", label="yes"), IssueLog())
+    whole = example_encoder.encode(example(premise="a premise", hypothesis="its end", label="yes"), IssueLog())
     assert whole is not None and whole.target == 1
     assert whole.sequences[0].ids.tolist() == [start, *a, delimiter, *b, extract]
     assert whole.sequences[0].loss_mask.tolist() == [False, *[True] * len(a), False, *[True] * len(b), False]
@@ -59,29 +61,27 @@ def test_the_templates(tokenizer):
         example(sentence1="a premise", sentence2="its end", score=2.5), IssueLog()
     )
     assert both is not None and both.target == 2.5
-    assert [t.ids.tolist() for t in both.sequences] == [
+    assert [sequence.ids.tolist() for sequence in both.sequences] == [
         [start, *a, delimiter, *b, extract], [start, *b, delimiter, *a, extract],
     ]  # fmt: skip
     choices = encoder(tokenizer, "choose").encode(
-        example(question="a premise", num_choices=("x", "its end"), add_generation_prompt=1), IssueLog()
+        example(question="a premise", choices=("x", "its end"), answer=1), IssueLog()
     )
     assert choices is not None and choices.sequences[1].ids.tolist() == [start, *a, delimiter, *b, extract]
-    answer = encoder(tokenizer, "rewrite").encode(
-        example(prompt_logprobs="a premise", completion="its end"), IssueLog()
-    )
+    answer = encoder(tokenizer, "rewrite").encode(example(prompt="a premise", completion="its end"), IssueLog())
     assert answer is not None
     assert answer.sequences[0].ids.tolist() == [start, *a, delimiter, *b, tokenizer.eos_id]
     assert answer.sequences[0].loss_mask.tolist() == [False] * (len(a) + 2) + [True] * (len(b) + 1)
 
 
-def test_several_labels_are_zeros_and_ones(tokenizer):
-    form = TaskSpec("classify", "labels", ("a", "b", "c"))
-    one = ExampleEncoder(form, form.with_special_tokens(tokenizer), 32)
-    found = one.encode(example(text="t", labels=("c", "a")), IssueLog())
+def test_the_target_of_several_labels_is_a_mask(tokenizer):
+    task_spec = TaskSpec("classify", "labels", ("a", "b", "c"))
+    example_encoder = ExampleEncoder(task_spec, task_spec.with_special_tokens(tokenizer), 32)
+    found = example_encoder.encode(example(text="t", labels=("c", "a")), IssueLog())
     assert found is not None and found.target.tolist() == [True, False, True]
 
 
-def test_the_stock_tokenizer_gives_the_same_ids_and_cuts_alike(tokenizer, tmp_path):
+def test_ids_and_truncation_equal_the_hugging_face_tokenizer(tokenizer, tmp_path):
     from transformers import AutoTokenizer
 
     ours = {task: encoder(tokenizer, task, 24) for task in ("classify", "entail")}
@@ -90,46 +90,50 @@ def test_the_stock_tokenizer_gives_the_same_ids_and_cuts_alike(tokenizer, tmp_pa
 
     @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=60)
     @given(st.text(max_size=80), st.text(min_size=1, max_size=80))
-    def check(one, two):
-        if "<|" in one + two or not one.isprintable() or not two.isprintable():
-            return  # equality is promised for text without markers
-        single = ours["classify"].encode(example(text=one, label="no"), IssueLog())
-        pair = ours["entail"].encode(example(premise=one, hypothesis=two, label="no"), IssueLog())
+    def check(first, second):
+        if "<|" in first + second or not first.isprintable() or not second.isprintable():
+            return  # equality holds for text without special tokens
+        single = ours["classify"].encode(example(text=first, label="no"), IssueLog())
+        pair = ours["entail"].encode(example(premise=first, hypothesis=second, label="no"), IssueLog())
         assert single is not None and pair is not None
         cut = {"truncation": True, "max_length": 24}
-        assert single.sequences[0].ids.tolist() == stock(one, **cut)["input_ids"]
-        assert pair.sequences[0].ids.tolist() == stock(one, two, **cut)["input_ids"]
+        assert single.sequences[0].ids.tolist() == stock(first, **cut)["input_ids"]
+        assert pair.sequences[0].ids.tolist() == stock(first, second, **cut)["input_ids"]
 
     check()
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=2), st.integers(1, 200))
-def test_fit_never_exceeds_its_room_and_wastes_none(lengths, room):
-    kept = truncate_longest_first(lengths, room)
-    assert sum(kept) == min(room, sum(lengths))
+def test_truncation_uses_the_maximum_length(lengths, max_length):
+    kept = truncate_longest_first(lengths, max_length)
+    assert sum(kept) == min(max_length, sum(lengths))
     assert all(0 <= k <= n for k, n in zip(kept, lengths, strict=True))
 
 
-def test_what_is_too_long_is_named_by_file_and_line(tokenizer):
-    problems = IssueLog()
-    encoder(tokenizer, "classify", 16).encode(example(text="word " * 40, label="no"), problems)
-    assert "data.csv line 7: longer than the context of 16 tokens" in problems.summary_lines()[0]
-    long = example(prompt_logprobs="word " * 99, completion="end " * 99)
-    one = encoder(tokenizer, "rewrite", 32).encode(long, problems)
-    assert one is not None and len(one.sequences[0].ids) == 32 and one.sequences[0].loss_mask.sum() == 20
+def test_truncation_is_reported_with_file_and_line(tokenizer):
+    issues = IssueLog()
+    encoder(tokenizer, "classify", 16).encode(example(text="word " * 40, label="no"), issues)
+    assert "data.csv line 7: longer than the context of 16 tokens; truncated" in issues.summary_lines()[0]
+    long = example(prompt="word " * 99, completion="end " * 99)
+    encoded_example = encoder(tokenizer, "rewrite", 32).encode(long, issues)
+    assert (
+        encoded_example is not None
+        and len(encoded_example.sequences[0].ids) == 32
+        and encoded_example.sequences[0].loss_mask.sum() == 20
+    )
     talk = ({"role": "user", "content": "word " * 99}, {"role": "assistant", "content": "yes"})
-    assert encoder(tokenizer, "chat", 32).encode(example(messages=talk), problems) is None
-    assert any("no room for the answer" in line for line in problems.summary_lines())
+    assert encoder(tokenizer, "chat", 32).encode(example(messages=talk), issues) is None
+    assert any("no room for the answer" in line for line in issues.summary_lines())
 
 
-def test_a_prompt_of_a_conversation_keeps_its_end(tokenizer):
-    one = encoder(tokenizer, "prefer", 48)
+def test_a_conversation_is_truncated_at_its_start(tokenizer):
+    example_encoder = encoder(tokenizer, "prefer", 48)
     talk = ({"role": "user", "content": "word " * 99 + "LAST"},)
-    prompt = one.encode_prompt(example(messages=talk))
+    prompt = example_encoder.encode_prompt(example(messages=talk))
     assert len(prompt) == 28 and tokenizer.decode(prompt).endswith("LAST")
 
 
-def test_the_room_for_answers(tokenizer):
+def test_reserved_answer_tokens(tokenizer):
     ids = tokenizer.encode("a fairly long answer")
     assert max_answer_tokens(tokenizer, ["short", "a fairly long answer"], 512) == len(ids) + 1
     assert max_answer_tokens(tokenizer, ["word " * 500], 64) == 32
@@ -140,13 +144,13 @@ def test_the_room_for_answers(tokenizer):
 
 def encoded(lengths, texts=1):
     rows = [TokenSequence(np.arange(2, n + 2), np.arange(n) > 0) for n in lengths]
-    return [EncodedExample(tuple(row for _ in range(texts)), gold=i % 2) for i, row in enumerate(rows)]
+    return [EncodedExample(tuple(row for _ in range(texts)), target=i % 2) for i, row in enumerate(rows)]
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=70), st.integers(1, 9), st.integers(0, 5))
-def test_every_example_once_an_epoch(lengths, per_batch, seed):
-    data = TaskDataset(encoded(lengths), per_batch, seed, pad_token_id=1, kind="label")
-    again = TaskDataset(encoded(lengths), per_batch, seed, pad_token_id=1, kind="label")
+def test_each_epoch_has_each_example_once(lengths, batch_size, seed):
+    data = TaskDataset(encoded(lengths), batch_size, seed, pad_token_id=1, kind="label")
+    again = TaskDataset(encoded(lengths), batch_size, seed, pad_token_id=1, kind="label")
     for epoch in (0, 1):
         batches = [data.batch(epoch * data.steps_per_epoch + i) for i in range(data.steps_per_epoch)]
         rows = [row for batch in batches for row in batch.row_ids]
@@ -156,10 +160,10 @@ def test_every_example_once_an_epoch(lengths, per_batch, seed):
             np.array_equal(b.tokens, again.batch(epoch * data.steps_per_epoch + i).tokens)
             for i, b in enumerate(batches)
         )
-    assert data.longest_passage_tokens == max(lengths)
+    assert data.max_length == max(lengths)
 
 
-def test_machines_share_a_batch():
+def test_processes_share_a_batch():
     data = TaskDataset(encoded(range(3, 40), texts=2), 8, 0, pad_token_id=1, kind="label")
     whole = data.batch(1)
     parts = [data.batch(1, rank, 2) for rank in (0, 1)]
@@ -167,7 +171,7 @@ def test_machines_share_a_batch():
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(0, 3))
-def test_packing_loses_nothing_and_keeps_within_the_row(lengths, seed):
+def test_packing_keeps_all_tokens_within_the_row(lengths, seed):
     data = TaskDataset(encoded(lengths), 3, seed, pad_token_id=1, kind="answer", pack_length=32)
     seen = 0
     for step in range(data.steps_per_epoch):
@@ -175,13 +179,13 @@ def test_packing_loses_nothing_and_keeps_within_the_row(lengths, seed):
         assert batch.segment_ids is not None and batch.tokens.shape[1] <= 32
         assert batch.n_tokens == (batch.segment_ids >= 0).sum()
         seen += batch.n_tokens
-        # A text's first token is never the target of another's last.
+        # The first token of a sequence is never the target of the last token of another.
         ends = np.diff(batch.segment_ids, axis=1) != 0
         assert (batch.targets[:, :-1][ends] == IGNORE_INDEX).all()
     assert seen == sum(lengths)
 
 
-def test_texts_that_share_a_row_do_not_see_each_other():
+def test_packed_sequences_do_not_attend_to_each_other():
     torch.manual_seed(0)
     model = GPT(
         build_config("modern", "tiny", vocab_size=60, n_layers=2, n_heads=2, d_model=16, context_length=32)
@@ -200,14 +204,14 @@ def test_texts_that_share_a_row_do_not_see_each_other():
             torch.testing.assert_close(together[:, here], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_places_count_from_each_segment():
+def test_positions_count_from_each_segment():
     assert segment_positions(np.array([[0, 0, 1, 1, 1, -1, -1]])).tolist() == [[0, 1, 0, 1, 2, 0, 1]]
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=12), st.integers(1, 9))
-def test_a_micro_batch_never_parts_an_example(choices, size):
+def test_a_micro_batch_never_splits_an_example(choices, size):
     row = TokenSequence(np.arange(4), np.arange(4) > 0)
-    data = TaskDataset([EncodedExample((row,) * n, gold=0) for n in choices], 12, 0, pad_token_id=1, kind="choice")
+    data = TaskDataset([EncodedExample((row,) * n, target=0) for n in choices], 12, 0, pad_token_id=1, kind="choice")
     batch = data.batch(0)
     parts = batch.split_micro_batches(size)
     assert [r for part in parts for r in part.row_ids] == batch.row_ids
@@ -216,5 +220,5 @@ def test_a_micro_batch_never_parts_an_example(choices, size):
         assert part.labels is not None
         several = np.bincount(part.labels.example_ids)
         assert len(part.row_ids) <= size or len(several) == 1
-        assert several.sum() == len(part.row_ids) and len(part.labels.target) == len(several)
+        assert several.sum() == len(part.row_ids) and len(part.labels.targets) == len(several)
         assert part.labels.example_ids.tolist() == sorted(part.labels.example_ids.tolist())

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from test_suites_declared import HELLASWAG
+from test_suites_scoring import directory
 
 from nextword import judging
 from nextword.commands import api
@@ -21,8 +23,6 @@ from nextword.pipeline.item_scores import score_items
 from nextword.pipeline.language_model import load
 from nextword.tasks.benchmark_items import load_rows
 from nextword.tasks.benchmark_spec import find_benchmark
-from test_suites_declared import HELLASWAG
-from test_loglikelihood import directory
 
 installed = pytest.mark.needs("lm-eval")
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and its packages' own

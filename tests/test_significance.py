@@ -1,0 +1,318 @@
+"""Benchmark evaluation: chance, the control with shuffled words, seeds, comparison with another model, generated text."""
+
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import nextword
+from conftest import CLIRunner
+from nextword.commands.evaluate import EvaluateResult
+from nextword.common.errors import CorruptFileError, NextwordError, UsageError
+from nextword.common.fs import write_manifest
+from nextword.data.issues import IssueLog
+from nextword.evaluation import benchmarks
+from nextword.evaluation.benchmarks import (
+    EvalModels,
+    compare_models,
+    evaluate_benchmark,
+    shuffled_control,
+    summarize_item_scores,
+)
+from nextword.inference.loglikelihood import ContinuationScore
+from nextword.pipeline import item_scores
+from nextword.pipeline.item_scores import ItemScores, score_items, win_score
+from nextword.pipeline.language_model import load
+from nextword.tasks.benchmark_items import load_rows
+from nextword.tasks.benchmark_spec import find_benchmark
+from nextword.tasks.metrics import generation_metrics
+
+WORDS = ["the", "a", "cat", "dog", "house", "tree", "sees", "likes", "finds", "small", "old", "green"]
+
+
+def jsonl(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random benchmarks, on which no model can be better than chance."""
+    folder, rng = tmp_path_factory.mktemp("random"), np.random.default_rng(0)
+
+    def sentence() -> str:
+        return " ".join(rng.choice(WORDS, 6))
+
+    pairs = [(sentence(), sentence()) for _ in range(60)]
+    rows = [{"sentence_good": a, "sentence_bad": b, "UID": f"group{i % 3}"} for i, (a, b) in enumerate(pairs)]
+    jsonl(folder / "pairs.jsonl", rows)
+    questions = [(sentence(), [sentence() for _ in range(2 + i % 3)]) for i in range(40)]
+    rows = [{"question": question, "choices": c, "answer": i % 2} for i, (question, c) in enumerate(questions)]
+    jsonl(folder / "quiz.jsonl", rows)
+    jsonl(folder / "last.jsonl", [{"text": sentence()} for _ in range(20)])
+    jsonl(folder / "write.jsonl", [{"text": sentence(), "summary": sentence()} for _ in range(12)])
+    rows = [{"s": {"sentence": [sentence() for _ in range(3)], "gold_label": [2, 0, 1]}} for _ in range(15)]
+    jsonl(folder / "s.jsonl", rows)
+    (folder / "own.toml").write_text(
+        '[writing]\nkind = "writing"\nfiles = ["write.jsonl"]\nprompt = "{text}: "\nreference = "summary"\nmax_tokens = 8\n'
+        'metrics = ["exact_match", "chrf"]\n[preferences]\nkind = "stereotypes"\nfiles = ["s.jsonl"]\nsentences = "s"\n'
+    )
+    return folder
+
+
+# ---------------------------------------------------------------- item scores
+
+
+def test_chance_is_the_score_of_random_guessing(base, files):
+    model = load(base)
+
+    def chance(request: str) -> float | None:
+        benchmark = find_benchmark(request)
+        return score_items(model, benchmark, load_rows(benchmark, IssueLog())).chance
+
+    assert chance(f"blimp={files / 'pairs.jsonl'}") == 0.5
+    assert chance(f"arc={files / 'quiz.jsonl'}") == pytest.approx(np.mean([1 / (2 + i % 3) for i in range(40)]))
+    assert chance(f"preferences={files / 'own.toml'}") == 0.5
+    cloze = chance(f"lambada={files / 'last.jsonl'}")
+    assert cloze is not None and 0 < cloze <= 1 / model.gpt.config.vocab_size
+    assert chance(f"writing={files / 'own.toml'}") == 0.0
+
+
+def test_random_guessing_is_not_above_chance(base, files):
+    """About one in forty random results is above chance by its confidence interval."""
+    rng = np.random.default_rng(0)
+    benchmark = find_benchmark("arc")
+    above = 0
+    for _ in range(200):
+        values = (rng.random(150) < 0.25).astype(float)
+        scores = ItemScores(dict.fromkeys(benchmark.metrics, values), chance=0.25)
+        above += summarize_item_scores(benchmark, scores, [])["above_chance"]
+    assert above <= 14
+    result = evaluate_benchmark(EvalModels(load(base)), find_benchmark(f"arc={files / 'quiz.jsonl'}"))
+    assert result["above_chance"] is False
+    assert "not above chance" in str(EvaluateResult(suites={"arc": result}))
+
+
+def test_ties_share_the_credit(base, tmp_path):
+    """lm-eval gives it to the first choice, which is always correct for minimal pairs."""
+    rows = [{"sentence_good": "the same words", "sentence_bad": "the same words", "UID": "x"}] * 3
+    benchmark = find_benchmark(f"blimp={jsonl(tmp_path / 'same.jsonl', rows)}")
+    scores = score_items(load(base), benchmark, load_rows(benchmark, IssueLog()))
+    assert scores.item_values["acc"].tolist() == [0.5] * 3
+    assert scores.ties == 3
+    assert (win_score(2, 1), win_score(1, 2), win_score(1, 1)) == (1.0, 0.0, 0.5)
+
+
+def test_stereotypes_are_scored_as_by_stereoset(base, files):
+    benchmark = find_benchmark(f"preferences={files / 'own.toml'}")
+    scores = score_items(load(base), benchmark, load_rows(benchmark, IssueLog()))
+    ss, lms = scores.item_values["stereotyped"].mean(), scores.item_values["meaningful"].mean()
+    assert scores.aggregate("icat").value == pytest.approx(lms * min(ss, 1 - ss) / 0.5)
+    assert scores.secondary_metrics(benchmark) == ["meaningful", "icat"]
+
+
+# ---------------------------------------------------------------- comparisons
+
+
+class AlphabeticalScorer:
+    """Scores a text by the number of neighbouring words in alphabetical order."""
+
+    def __init__(self, *_, **__): ...
+
+    def score_pairs(self, pair_groups, progress=None):
+        def score(context, text):
+            words = (context + text).split()
+            return ContinuationScore(float(sum(a <= b for a, b in pairwise(words))), 1, True)
+
+        return [[score(*pair) for pair in pairs] for pairs in pair_groups]
+
+
+def test_a_score_that_depends_on_word_order_drops_with_shuffled_words(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(item_scores, "LoglikelihoodScorer", AlphabeticalScorer)
+    rng = np.random.default_rng(0)
+    rows = [sorted(rng.choice(WORDS, 8, replace=False).tolist()) for _ in range(60)]
+    pairs = [{"sentence_good": " ".join(row), "sentence_bad": " ".join(row[::-1]), "UID": "x"} for row in rows]
+    benchmark = find_benchmark(f"blimp={jsonl(tmp_path / 'p.jsonl', pairs)}")
+    result = evaluate_benchmark(EvalModels(load(base)), benchmark)
+    assert result["score"] == 1.0 and result["above_chance"]
+    assert result["scrambled"]["score"] == 0.5  # the same words in the same order: all ties
+    assert result["scrambled"]["order_matters"] and result["scrambled"]["lost"]["value"] == 0.5
+    zeros, ones = ItemScores({"stereotyped": np.zeros(50)}), ItemScores({"stereotyped": np.ones(50)})
+    assert shuffled_control("stereotyped", zeros, ones)["order_matters"]  # a preference may change in either direction
+
+
+def test_the_drop_of_shuffled_words_has_an_interval():
+    correct, values = ItemScores({"acc": np.ones(200)}), (np.random.default_rng(0).random(200) < 0.5).astype(float)
+    control = shuffled_control("acc", correct, ItemScores({"acc": values}))
+    assert control["order_matters"] and control["lost"]["value"] == pytest.approx(1 - values.mean())
+    assert not shuffled_control("acc", ItemScores({"acc": values}), ItemScores({"acc": values}))["order_matters"]
+
+
+def test_models_are_compared_by_paired_interval_and_mcnemar():
+    rng = np.random.default_rng(0)
+    weak = (rng.random(400) < 0.5).astype(float)
+    strong = np.maximum(weak, rng.random(400) < 0.3)
+    similar = np.where(rng.random(400) < 0.1, 1 - weak, weak)
+    result = compare_models("acc", ItemScores({"acc": weak}), ItemScores({"acc": strong}), "B")
+    assert result["real"] and result["ahead"] == "other" and result["p"] < 1e-6
+    assert (result["only_this"], result["only_other"]) == (0, int((strong > weak).sum()))
+    assert result["difference"]["value"] == pytest.approx(weak.mean() - strong.mean())
+    assert compare_models("acc", ItemScores({"acc": strong}), ItemScores({"acc": weak}), "B")["ahead"] == "this"
+    result = compare_models("acc", ItemScores({"acc": weak}), ItemScores({"acc": similar}), "B")
+    assert not result["real"] and result["ahead"] is None
+    less, more = ItemScores({"stereotyped": weak}), ItemScores({"stereotyped": strong})
+    result = compare_models("stereotyped", less, more, "B")
+    assert result["real"] and result["ahead"] == "this"  # 0.5 is best
+
+
+def test_the_result_of_a_benchmark(base, files):
+    model = load(base)
+    benchmark = find_benchmark(f"blimp={files / 'pairs.jsonl'}")
+    full = evaluate_benchmark(EvalModels(model), benchmark, limit=None)
+    assert (full["n"], full["of"], full["metric"], full["chance"]) == (60, 60, "acc", 0.5)
+    assert full["low"] <= full["score"] <= full["high"]
+    assert {name: group["n"] for name, group in full["groups"].items()} == {f"group{i}": 20 for i in range(3)}
+    assert full["score"] == pytest.approx(np.mean([group["score"] for group in full["groups"].values()]))
+    sampled = evaluate_benchmark(EvalModels(model), benchmark, limit=15)
+    assert (sampled["n"], sampled["of"]) == (15, 60)
+    assert {group["n"] for group in sampled["groups"].values()} == {5}
+    again = evaluate_benchmark(EvalModels(model), benchmark, limit=15)
+    assert again | {"seconds": 0} == sampled | {"seconds": 0}
+    compared = evaluate_benchmark(EvalModels(model, load(base), [load(base)]), benchmark, limit=15)
+    assert compared["against"]["real"] is False and compared["against"]["difference"]["value"] == 0.0
+    assert compared["noise"] == {"models": 2, "scores": [compared["score"]] * 2, "floor": 0.0}
+    text = str(EvaluateResult(suites={"blimp": compared}))
+    assert ": not significant" in text and "group0" in text
+
+
+def test_the_shuffled_control_is_a_sample(base, files, monkeypatch):
+    monkeypatch.setattr(benchmarks, "DEFAULT_ITEM_LIMIT", 10)
+    result = evaluate_benchmark(EvalModels(load(base)), find_benchmark(f"arc={files / 'quiz.jsonl'}"), limit=None)
+    assert (result["n"], result["scrambled"]["n"]) == (40, 10)
+
+
+# ---------------------------------------------------------------- generated text
+
+
+def test_generated_answers(base, files, monkeypatch):
+    pytest.importorskip("sacrebleu")
+    benchmark = find_benchmark(f"writing={files / 'own.toml'}")
+    rows = load_rows(benchmark, IssueLog())
+    references = [row.values["summary"] for row in rows]
+    answers = [*references[:6], *WORDS[:6]]
+    with monkeypatch.context() as patch:
+        patch.setattr(item_scores, "generate_texts", lambda *_: answers)
+        scores = score_items(load(base), benchmark, rows)
+    assert scores.aggregate("exact_match").value == 0.5
+    chrf = generation_metrics(references, answers, ["chrf"])["chrf"].value
+    assert scores.aggregate("chrf").value == pytest.approx(chrf)
+    assert scores.chance == 0.0
+    result = evaluate_benchmark(EvalModels(load(base), compare_to=load(base)), benchmark)
+    assert (result["metric"], result["n"], result["against"]["real"]) == ("exact_match", 12, False)
+    assert {"score", "low", "high", "n"} == set(result["others"]["chrf"])
+
+
+def test_free_text_is_compared_with_human_text_and_scored_by_a_judge(base, tmp_path, texts):
+    human = [" ".join(path.read_text(encoding="utf-8").split())[:600] for path in sorted(texts.iterdir())[:6]]
+    benchmark = find_benchmark(f"free={jsonl(tmp_path / 'people.jsonl', [{'text': text} for text in human])}")
+    model = load(base)
+    result = evaluate_benchmark(EvalModels(model, judge=load(base)), benchmark)
+    assert (result["metric"], result["n"], result["people"]["n"]) == ("repeated_4grams", 6, 6)
+    assert result["beside_people"]["n"] == 6
+    assert "the same amount of generated text" in str(EvaluateResult(suites={"free": result}))
+    assert set(result["others"]) == {"distinct_1", "distinct_2", "distinct_3"}
+    assert 0 <= result["score"] <= 1 and result["judge"]["value"] > 0
+    assert result["judge"]["low"] <= result["judge"]["value"] <= result["judge"]["high"]
+    assert result["examples"] == evaluate_benchmark(EvalModels(model), benchmark)["examples"]
+    assert result["examples"] != evaluate_benchmark(EvalModels(model), benchmark, seed=1)["examples"]
+
+
+def test_free_text_without_prompts(base, tmp_path):
+    file = tmp_path / "short.toml"
+    file.write_text('kind = "free text"\nmax_tokens = 4\n')
+    result = evaluate_benchmark(EvalModels(load(base)), find_benchmark(str(file)))
+    assert result["n"] == item_scores.DEFAULT_NUM_TEXTS
+    assert "people" not in result
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_perplexity_compared_with_another_model(base, texts, tmp_path):
+    result = nextword.evaluate(base, compare_to=base, seed_runs=[base], context_use=True)
+    assert result.loss == pytest.approx(json.loads((base / "result.json").read_text())["loss"], abs=1e-6)
+    assert result.stride == 64  # one window, as in training
+    assert result.against is not None and result.noise is not None and result.context_use is not None
+    assert (result.against["real"], result.against["difference"]["value"]) == (False, 0.0)
+    assert result.noise["floor"] == 0.0
+    assert len(result.context_use["true"]) == 64
+    other = tmp_path / "other"
+    model = {"n_layers": 1, "n_heads": 2, "d_model": 32, "context_length": 32}
+    training = {"batch_tokens": 256, "evaluations": 1}
+    nextword.pretrain(texts, other, steps=3, vocab_size=300, training=training, model=model)
+    result = nextword.evaluate(base, texts, compare_to=other)
+    assert result.stride == 32 and result.against is not None
+    assert result.against["real"] and result.against["ahead"] == "this"  # trained for thirty steps, not three
+    bits_per_byte = result.against["bits_per_byte"] + result.against["difference"]["value"]
+    assert bits_per_byte == pytest.approx(result.bits_per_byte, rel=1e-3)
+    assert "this model is better" in str(result) and "stride 32 tokens" in str(result)
+    with pytest.raises(UsageError, match="its tokenizer differs"):
+        nextword.evaluate(base, compare_to=other)
+
+
+def test_a_checkpoint_is_a_model(base, files, tmp_path):
+    run, request = tmp_path / "run", f"blimp={files / 'pairs.jsonl'}"
+    shutil.copytree(base / "model", run / "model")
+    folder = run / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    weights = {name: tensor.clone() for name, tensor in load(base).gpt.state_dict().items()}
+    save_file(weights, folder / "weights.safetensors")
+    write_manifest(folder, {"step": 1})
+    suites = nextword.evaluate(folder, suites=[request], compare_to=base).suites
+    assert suites is not None and suites["blimp"]["against"]["difference"]["value"] == 0.0
+    save_file({name: -tensor for name, tensor in weights.items()}, folder / "weights.safetensors")
+    with pytest.raises(CorruptFileError, match=r"weights\.safetensors"):
+        load(folder)
+    write_manifest(folder, {"step": 1})
+    assert torch.equal(load(folder).gpt.token_embedding.weight, -load(base).gpt.token_embedding.weight)
+    save_file({"other": torch.zeros(3)}, folder / "weights.safetensors")
+    write_manifest(folder, {"step": 1})
+    with pytest.raises(NextwordError, match="does not hold all weights"):
+        load(folder)
+
+
+def test_the_command_line(nextword: CLIRunner, base, files):
+    blimp, arc = f"blimp={files / 'pairs.jsonl'}", f"arc={files / 'quiz.jsonl'}"
+    done = nextword("evaluate", base, "--suite", blimp, "--suite", arc, "--limit", "12", "--json", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    result = json.loads(done.stdout)
+    assert set(result["suites"]) == {"blimp", "arc"}
+    for suite in result["suites"].values():
+        assert {"score", "low", "high", "chance", "n", "scrambled", "groups", "above_chance", "metric"} <= set(suite)
+        assert suite["n"] == 12 and {"score", "low", "high", "n"} <= set(suite["scrambled"])
+    done = nextword("evaluate", base, files / "write.jsonl", "--suite", blimp)
+    assert done.returncode == 0, done.stderr
+    assert "bits/byte" in done.stdout and "blimp: acc" in done.stdout and "shuffled words" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "blymp"], "unknown benchmark 'blymp'"),
+        (["--suite", "blimp={f}/pairs.jsonl", "--suite", "blimp={f}/pairs.jsonl"], "--suite blimp is given twice"),
+        (["--suite", "blimp={f}/pairs.jsonl", "--limit", "0"], "--limit must be at least 1"),
+        (["--suite", "blimp={f}/pairs.jsonl", "--limit", "5", "--no-limit"], "excludes --no-limit"),
+        (["{f}/write.jsonl", "--stride", "65"], "the stride must be between 1 and the context length of 64"),
+        (["{f}/write.jsonl", "--stride", "0"], "the stride must be between 1"),
+    ],
+)
+def test_invalid_arguments(nextword: CLIRunner, base, files, arguments, message):
+    done = nextword("evaluate", base, *(argument.format(f=files) for argument in arguments))
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
