@@ -1,4 +1,4 @@
-"""What is optional: TensorBoard's files, a compiled step, and a message where a package is missed."""
+"""Optional features: TensorBoard event files, a compiled training step, and the message for a missing package."""
 
 import builtins
 from typing import Any
@@ -19,8 +19,8 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # tensorboard's own
-def test_tensorboard_gets_its_files(shards, tmp_path):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # from tensorboard
+def test_tensorboard_event_files(shards, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     nextword.pretrain(shards, tmp_path / "run", steps=20, tensorboard=True, **SETTINGS)
     events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
@@ -29,7 +29,7 @@ def test_tensorboard_gets_its_files(shards, tmp_path):
     assert len(events.Scalars("validation/loss")) == 2
 
 
-def test_a_missing_extra_says_how_to_install_it(shards, tmp_path, monkeypatch):
+def test_a_missing_package_is_reported_with_the_command_that_installs_it(shards, tmp_path, monkeypatch):
     real = builtins.__import__
 
     def without(name, *args, **kwargs):
@@ -42,21 +42,21 @@ def test_a_missing_extra_says_how_to_install_it(shards, tmp_path, monkeypatch):
         nextword.pretrain(shards, tmp_path / "run", steps=5, tensorboard=True, **SETTINGS)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own, of torch.jit
-def test_a_compiled_step_is_the_plain_one():
-    """Loss and gradients of torch.compile equal those without it, dropout included."""
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from torch.compile, about torch.jit
+def test_a_compiled_step_equals_the_eager_one():
+    """Loss and gradients, with dropout."""
     import shutil
 
     if not shutil.which("c++"):
-        pytest.skip("no C++ compiler here, and torch.compile needs one on a CPU")
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
     torch.manual_seed(0)
     model = GPT(build_config("modern", "tiny", vocab_size=50, n_layers=1, d_model=32, context_length=16, dropout=0.1))
     tokens = torch.randint(0, 50, (3, 17))
-    keep = torch.rand(3, 3, 16, 32) > 0.1
+    dropout_masks = torch.rand(3, 3, 16, 32) > 0.1
     results = []
     for kind in ("plain", "compiled"):
         _, runner = build_loss_module(model, causal_lm_loss, kind)
-        loss = runner(DeviceBatch(tokens[:, :-1], tokens[:, 1:], keep))["next_word"]
+        loss = runner(DeviceBatch(tokens[:, :-1], tokens[:, 1:], dropout_masks))["next_word"]
         results.append((loss.total, torch.autograd.grad(loss.total, list(model.parameters()))))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-4)
     for a, b in zip(results[0][1], results[1][1], strict=True):
