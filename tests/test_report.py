@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import socket
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -309,7 +310,7 @@ def test_the_hub_reads_the_metadata_of_a_card(tmp_path: Path) -> None:
 
     run = write_evaluated_run(tmp_path / 'run: "x" # y')
     save_benchmarks(run, **{'own: "a" \u2028 #b': BENCHMARK, "кот": BENCHMARK, "дом": BENCHMARK})
-    data = ModelCard.load(write_card(run)).data
+    data: Any = ModelCard.load(write_card(run)).data
     assert (data.model_name, data.library_name, data.pipeline_tag) == (
         'run: "x" # y',
         "transformers",
@@ -534,7 +535,8 @@ def test_shortest_distinct_names(paths: list[str], names: list[str]) -> None:
     assert shortest_names([Path(path) for path in paths]) == names
 
 
-def test_card_of_a_finished_run(tmp_path: Path) -> None:
+def test_card_of_a_finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket.socket, "connect", None)  # no network access
     run = write_run(tmp_path / "my_run", records=training_records())
     text = write_card(run).read_text(encoding="utf-8")
     assert_contains(text, "# my\\_run", "modern mini GPT", "| parameters | 4,066,048 |", "3.1712", "23.84", "1.2251")
