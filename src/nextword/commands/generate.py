@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,7 +78,8 @@ def main(config: GenerateConfig, context: Context, as_json: bool) -> None:
             print(piece, end="", flush=True)
         print()
         return
-    completions = generate.run(config, context)
+    # standard input was read once
+    completions = generate.run(replace(config, prompts=tuple(prompts), file=None, samples=1), context)
     if as_json:
         values = [{"prompt": c.prompt, "text": c.text, "finish_reason": c.finish_reason} for c in completions]
         print(json.dumps({"completions": values}, ensure_ascii=False))
