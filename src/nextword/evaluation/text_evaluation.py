@@ -15,7 +15,7 @@ from nextword.data.corpus import Corpus
 from nextword.data.dataset import TokenSource
 from nextword.data.tokenizer import Tokenizer
 from nextword.evaluation.benchmarks import EvalModels, compare_significance, interval_to_dict, seed_variance
-from nextword.inference.perplexity import Likelihood, measure_context_usage
+from nextword.inference.perplexity import PerplexityResult, measure_context_usage
 from nextword.pipeline.language_model import LanguageModel, Paths, as_list
 
 MIN_BLOCK_BYTES, MAX_BLOCKS = 1024, 1000  # the bootstrap resamples blocks of text
@@ -78,7 +78,7 @@ def evaluate_text(
 
 def _evaluate_blocks(
     model: LanguageModel, token_source: tuple[TokenSource, int], stride: int | None, console: Console
-) -> tuple[Likelihood, np.ndarray]:
+) -> tuple[PerplexityResult, np.ndarray]:
     """The perplexity of a text, and the bits per byte of its blocks.
 
     Blocks have equal numbers of bytes and are the same for every tokenizer. A token belongs to the block that it starts in.

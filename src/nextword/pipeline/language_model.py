@@ -18,7 +18,7 @@ from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import Tokenizer
 from nextword.inference.engine import Completion, Engine
 from nextword.inference.model_runner import ModelRunner, build_runner, fake_quantize
-from nextword.inference.perplexity import Likelihood, evaluate_perplexity
+from nextword.inference.perplexity import PerplexityResult, evaluate_perplexity
 from nextword.inference.quantization import PRECISION_CODES, Precision
 from nextword.inference.sampling import Sampling
 from nextword.model.gpt import GPT
@@ -120,7 +120,7 @@ class LanguageModel:
 
     def evaluate(
         self, texts: Paths, text_column: str | None = None, console: Console | None = None, stride: int | None = None
-    ) -> Likelihood:
+    ) -> PerplexityResult:
         """Evaluate the loss and perplexity on texts, concatenated to one sequence.
 
         Args:
@@ -161,7 +161,7 @@ class LanguageModel:
         console: Console,
         stride: int | None = None,
         token_nll_out: np.ndarray | None = None,
-    ) -> Likelihood:
+    ) -> PerplexityResult:
         """Evaluate the loss and perplexity on tokens, with the weights at the precision of the model.
 
         Args:
