@@ -6,10 +6,12 @@ Any of them may be incomplete, from an older version, or edited by hand: values 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard, cast
+from typing import Any, NamedTuple, cast
 
 from nextword.common.errors import CorruptFileError, NextwordError
 from nextword.common.fs import read_json, read_jsonl
+from nextword.common.results import is_number as is_number
+from nextword.common.results import short_path_name as short_path_name
 
 LM_LOSS_TASKS = (None, "continue", "chat", "rewrite")  # the training and the validation loss are the same quantity
 
@@ -208,16 +210,3 @@ def as_mapping(value: Any) -> Mapping[str, Any]:
 def as_list(value: Any) -> list[Any]:
     """The value, or an empty list if it is not one."""
     return cast("list[Any]", value) if isinstance(value, list) else []
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether the value is a finite int or float of a size that arithmetic and plots can handle."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1e100 <= value <= 1e100
-
-
-def short_path_name(path: str) -> str:
-    """The last part of a path, or the name of the run for its `model` directory."""
-    parts = [part for part in path.replace("\\", "/").split("/") if part]
-    if len(parts) > 1 and parts[-1] == "model":
-        return parts[-2]
-    return parts[-1] if parts else path
