@@ -115,7 +115,7 @@ def audit() -> dict[str, Any]:
     from nextword.audit.corpus import audit_corpus
 
     start, used = time.perf_counter(), time.process_time()
-    found = audit_corpus([books()], index=build_index([books()], INDEX))
+    found = audit_corpus(build_index([books()], INDEX))
     seconds, cpu = time.perf_counter() - start, time.process_time() - used
     return {"seconds": seconds, "cpu": cpu, "findings": [one.to_dict() for one in found]}
 

@@ -4,7 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import nextword
-from nextword.audit.audit import AuditConfig, training_text_sources
+from nextword.audit.audit import AuditConfig, audit_model, training_text_sources
 from nextword.audit.fairness import audit_group_rates, audit_swap_flips, audit_template_flips
 from nextword.audit.findings import Finding
 from nextword.audit.group_templates import GroupTemplates, read_group_templates
@@ -52,7 +51,7 @@ def groups(tmp_path: Path, text: str = GROUPS) -> GroupTemplates:
 # ---------------------------------------------------------------- the file of groups
 
 
-def test_groups_are_put_into_templates(tmp_path: Path) -> None:
+def test_templates_are_filled_with_the_words_of_groups(tmp_path: Path) -> None:
     found = groups(tmp_path)
     assert found.names == ("women", "men")
     assert found.pairs == [("women", "men")]
@@ -61,10 +60,10 @@ def test_groups_are_put_into_templates(tmp_path: Path) -> None:
         {"women": "She works as a", "men": "He works as a"},
     ]
     assert list(found.sentences[1].continuations) == ["nurse", "engineer"]
-    assert {"women": "her", "men": "his"} in found.words_at
+    assert {"women": "her", "men": "his"} in found.slot_words
 
 
-def test_a_language_with_agreement_says_what_it_needs(tmp_path: Path) -> None:
+def test_languages_with_agreement(tmp_path: Path) -> None:
     """Slots in continuations, lists of words that go together, a group's own text, and words that YAML takes for others."""
     found = groups(
         tmp_path,
@@ -91,53 +90,61 @@ delimiter: "·"
     assert found.delimiter == "·"
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "line 1: the file is empty"),
-        ("- a\n- b\n", "line 1: the file must be a mapping"),
-        ("groups: {a: {w: x}, b: {w: y}}\n", "line 1: the file says no templates"),
-        ("groups: 3\ntemplates: [a]\n", "line 1: groups must be a mapping"),
-        ("groups: {a: {w: x}}\ntemplates: ['{w}']\n", "line 1: one group has none to be compared with"),
-        (GROUPS + "colour: blue\n", "line 8: the file has 'colour', which is none of: groups, templates, delimiter"),
-        (GROUPS.replace("continuations", "endings"), "line 7: a template has 'endings', which is none of: text"),
-        (GROUPS.replace(", their: his}", "}").replace("as a", "as {their}"), "line 3: the group men has no word for {their}"),
-        (GROUPS.replace("{they} was", "{thy} was"), "line 5: {thy} is no slot that a group has a word for: person, they"),
-        (GROUPS.replace("{they} was", "{they!r} was"), "line 5: in 'The {person}"),
-        (GROUPS.replace("{they} was", "{they.__class__} was"), "line 5: {they.__class__} is no slot"),
-        (GROUPS.replace("{they} was", "{they was"), "line 5: 'The {person}"),
-        (GROUPS.replace(": he,", ": [he, him],").replace(": she,", ": [a, b, c],"), "line 3: men: they has 2 words, and"),
-        (GROUPS.replace("  men: {", "  women: {"), "line 3: women stands twice"),
-        (GROUPS.replace("said that {they}", "said that they").replace("{person}", "person"), "line 5: says the same of every"),
-        (GROUPS.replace("{person: man,", "{person: ,"), "line 3: men: person is empty"),
-        (GROUPS.replace("[nurse, engineer]", "[]"), "line 7: continuations: the list is empty"),
-        (GROUPS.replace("[nurse, engineer]", "[nurse, {a: b}]"), "line 7: continuations must be a text"),
-        (GROUPS.replace("nurse", '"\\ud800"'), "line 7: continuations has half a surrogate"),
-        (GROUPS.replace("nurse", '"\\UFFFFFFFF"'), "not YAML"),
-        (GROUPS.replace("woman", "!!python/object/apply:os.system [true]"), "line 2: the tag !!python/object/apply:os.system"),
-        (GROUPS.replace("woman", "!thing w"), "line 2: the tag !thing"),
-        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "line 2: the alias *a"),
-        ("a: {b: c\n", "line 2: not YAML"),
-        ("\n" + "[" * 200_000, "line 2: nested deeper than"),
-        ("\x00", "not YAML"),
-        ("--- a\n--- b\n", "not YAML"),
-    ],
-)  # fmt: skip
-def test_what_is_wrong_is_told_by_file_and_line(tmp_path: Path, text: str, message: str) -> None:
+def changed(*changes: str) -> str:
+    """The file of groups with parts replaced: old, new, old, new …"""
+    text = GROUPS
+    for old, new in zip(changes[::2], changes[1::2], strict=True):
+        text = text.replace(old, new)
+    return text
+
+
+INVALID = [
+    ("", "line 1: the file is empty"),
+    ("- a\n- b\n", "line 1: must be a mapping"),
+    ("groups: {a: {w: x}, b: {w: y}}\n", "line 1: templates is missing"),
+    ("groups: 3\ntemplates: [a]\n", "line 1: groups: must be a mapping"),
+    ("groups: {a: {w: x}}\ntemplates: ['{w}']\n", "line 1: groups: define at least two groups"),
+    (GROUPS + "colour: blue\n", "line 8: colour: unknown key; choose from groups, templates, delimiter"),
+    (changed("continuations", "endings"), "line 7: templates.1.endings: unknown key; choose from text"),
+    (changed(", their: his}", "}", "as a", "as {their}"), "line 3: groups.men: no word for {their}"),
+    (changed("{they} was", "{thy} was"), "line 5: templates.0: {thy} is not a slot of any group"),
+    (changed("{they} was", "{they!r} was"), "line 5: templates.0: in 'The {person}"),
+    (changed("{they} was", "{they.__class__} was"), "line 5: templates.0: {they.__class__} is not a slot"),
+    (changed("{they} was", "{they was"), "line 5: templates.0: 'The {person}"),
+    (changed(": he,", ": [he, him],", ": she,", ": [a, b, c],"), "line 3: groups.men.they: has 2 words, but"),
+    (changed("  men: {", "  women: {"), "line 3: groups.women: is defined twice"),
+    (changed("said that {they}", "said that they", "{person}", "person"), "line 5: templates.0: 'The person"),
+    (changed("{person: man,", "{person: ,"), "line 3: groups.men.person: is empty"),
+    (changed("[nurse, engineer]", "[]"), "line 7: templates.1.continuations: is empty"),
+    (changed("[nurse, engineer]", "[nurse, {a: b}]"), "line 7: templates.1.continuations: must be text"),
+    (changed("nurse", '"\\ud800"'), "line 7: templates.1.continuations.0: has half a surrogate"),
+    (changed("nurse", '"\\UFFFFFFFF"'), "not valid YAML"),
+    (changed("woman", "!!python/object/apply:os.system [true]"), "the tag !!python/object/apply:os.system"),
+    (changed("woman", "!thing w"), "line 2: groups.women.person: the tag !thing"),
+    ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "line 2: the alias *a"),
+    ("a: {b: c\n", "line 2: not valid YAML"),
+    ("\n" + "[" * 200_000, "line 2: nested more than"),
+    ("\x00", "not valid YAML"),
+    ("--- a\n--- b\n", "not valid YAML"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), INVALID)
+def test_invalid_files_are_refused_with_file_and_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UsageError) as error:
         groups(tmp_path, text)
     assert str(error.value).startswith(str(tmp_path / "groups.yaml"))
     assert message in str(error.value)
 
 
-def test_no_file_no_utf8_no_end_no_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"none\.yaml: No such file"):
         read_group_templates(tmp_path / "none.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"groups: \xff\xfe")
-    with pytest.raises(UsageError, match=r"bytes\.yaml: not YAML in UTF-8"):
+    with pytest.raises(UsageError, match=r"bytes\.yaml: not valid YAML in UTF-8"):
         read_group_templates(tmp_path / "bytes.yaml")
     (tmp_path / "long.yaml").write_bytes(b"#" * (2**18 + 1))
-    with pytest.raises(UsageError, match=r"long\.yaml: more than 262,144 bytes"):
+    with pytest.raises(UsageError, match=r"long\.yaml: larger than 262,144 bytes"):
         read_group_templates(tmp_path / "long.yaml")
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'nextword\[audit\]'"):
@@ -244,7 +251,7 @@ def trained(labels: list[str]) -> Predictor:
         Example("", i, {"text": text, "label": label})
         for i, ((*_, text), label) in enumerate(zip(texts(), labels, strict=True))
     ]
-    _, encoded = predictor.encode_examples(examples, IssueLog(strict=True), gold=True)
+    _, encoded = predictor.encode_examples(examples, IssueLog(strict=True), with_targets=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
     for _ in range(50):
         for which, inputs in predictor.iter_batches(encoded):
@@ -267,15 +274,15 @@ def test_a_model_that_learned_from_the_group_flips_and_one_that_did_not_does_not
     biased = trained(["good" if group == "women" else "bad" for group, *_ in texts()])
     fair = trained([kind for _, kind, _ in texts()])
     found, even = by_name(audit_template_flips(biased, asked)), by_name(audit_template_flips(fair, asked))
-    flips = found["women, men: answers that flip"]
+    flips = found["women vs. men: flip rate"]
     assert (flips.value, flips.n, flips.notable, flips.unit) == (100.0, 16, True, "%")
     assert flips.low is not None and flips.low > 50
     assert flips.examples[0] == {"women": "the woman helped → good", "men": "the man helped → bad"}
-    assert found["women, men: answered good"].value == 100.0
-    assert found["women, men: answered bad"].value == -100.0
-    flips = even["women, men: answers that flip"]
+    assert found["women − men: predicted good"].value == 100.0
+    assert found["women − men: predicted bad"].value == -100.0
+    flips = even["women vs. men: flip rate"]
     assert (flips.value, flips.low, flips.notable, flips.examples) == (0.0, 0.0, False, ())
-    assert not even["women, men: answered good"].notable
+    assert not even["women − men: predicted good"].notable
 
     examples = [Example("rows.csv", i, {"text": text}) for i, (*_, text) in enumerate(texts(), 2)]
     other = Example("rows.csv", 99, {"text": "a cat sang"})
@@ -309,47 +316,47 @@ def labelled(tmp_path: Path, rows: list[tuple[str, str, str]]) -> list[Example]:
     return [Example(str(path), i, {"text": f"t{i}", "label": gold}) for i, (_, gold, _) in enumerate(rows, 2)]
 
 
-def test_rates_are_their_formulas(tmp_path: Path) -> None:
+def test_rates_equal_their_formulas(tmp_path: Path) -> None:
     found = by_name(audit_group_rates(answering(*(row[2] for row in ROWS)), labelled(tmp_path, ROWS), "who"))
     values = {name: one.value for name, one in found.items()}
-    assert values == pytest.approx({
-        "a: accuracy": 75.0, "b: accuracy": 100 * 80 / 120, "a less b: accuracy": 75 - 100 * 80 / 120,
-        "a: selected as yes": 50.0, "b: selected as yes": 100 * 20 / 120, "a less b: selected as yes": 50 - 100 * 20 / 120,
-        "a: true positives of yes": 75.0, "b: true positives of yes": 25.0, "a less b: true positives of yes": 50.0,
-        "a: false positives of yes": 25.0, "b: false positives of yes": 12.5, "a less b: false positives of yes": 12.5,
-    })  # fmt: skip
-    gap = found["a less b: true positives of yes"]
+    expected = {"accuracy": (75.0, 100 * 80 / 120), "selection rate (yes)": (50.0, 100 * 20 / 120)}
+    expected |= {"true positive rate (yes)": (75.0, 25.0), "false positive rate (yes)": (25.0, 12.5)}
+    for name, (a, b) in expected.items():
+        rates = [values.pop(f"{group}: {name}") for group in ("a", "b", "a − b")]
+        assert rates == pytest.approx([a, b, a - b]), name
+    assert not values
+    gap = found["a − b: true positive rate (yes)"]
     assert (gap.reference, gap.notable, gap.n) == (0.0, True, 40)
     assert gap.low is not None and 20 < gap.low < 50
-    assert not found["a less b: accuracy"].notable
+    assert not found["a − b: accuracy"].notable
     assert found["a: accuracy"].reference is None
 
 
 def test_rates_of_several_labels_name_each(tmp_path: Path) -> None:
     labels = ("no", "perhaps", "yes")
     found = audit_group_rates(answering(*(row[2] for row in ROWS), labels=labels), labelled(tmp_path, ROWS), "who")
-    assert {one.name.rpartition(" as ")[2] for one in found if "selected" in one.name} == set(labels)
-    perhaps = by_name(found)["a less b: selected as perhaps"]
+    assert {one.name.partition(" (")[2][:-1] for one in found if "selection" in one.name} == set(labels)
+    perhaps = by_name(found)["a − b: selection rate (perhaps)"]
     assert (perhaps.value, perhaps.notable) == (0.0, False)
-    assert not any("true positives of perhaps" in one.name for one in found)  # nobody is one
+    assert not any("true positive rate (perhaps)" in one.name for one in found)  # nobody is one
 
 
-def test_groups_that_cannot_be_compared_are_said(tmp_path: Path) -> None:
+def test_groups_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     examples = labelled(tmp_path, ROWS)
     said = [row[2] for row in ROWS]
-    with pytest.raises(UsageError, match=r"--group sex: .*rows\.csv names no groups so.*\n.*found text, label, who"):
+    with pytest.raises(UsageError, match=r"--group sex: .*rows\.csv has no such column.*\n.*found text, label, who"):
         audit_group_rates(answering(*said), examples, "sex")
     alone = ROWS[:20]
-    with pytest.raises(UsageError, match="the groups of column who are one alone"):
+    with pytest.raises(UsageError, match="column who has 1 groups"):
         audit_group_rates(answering(*said[:20]), labelled(tmp_path, alone), "who")
-    with pytest.raises(UsageError, match="this model gives several"):
+    with pytest.raises(UsageError, match="this model predicts several"):
         audit_group_rates(answering(*said, kind="labels"), examples, "who")
     bare = [Example(one.path, one.line, {"text": "t"}) for one in examples]
-    with pytest.raises(NextwordError, match="no example says which label is right"):
+    with pytest.raises(NextwordError, match="no example has a label"):
         audit_group_rates(answering(*said), bare, "who")
 
 
-# ---------------------------------------------------------------- the verb
+# ---------------------------------------------------------------- the command
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +375,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_an_audit_says_what_it_found_and_what_it_did_not_look_at(
+def test_an_audit_reports_findings_and_what_it_skipped(
     directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = groups(tmp_path).path
@@ -377,17 +384,17 @@ def test_an_audit_says_what_it_found_and_what_it_did_not_look_at(
     assert set(result) == {"model", "findings", "left_out", "seconds"}
     assert {one["section"] for one in result["findings"]} == {"bias"}
     names = [one["name"] for one in result["findings"]]
-    assert names[:3] == ["women: bits per byte", "men: bits per byte", "women less men: bits per byte"]
-    assert names[3:] == ["women, men: sentences", "women, men: “nurse”", "women, men: “engineer”"]
+    assert names[:3] == ["women: bits per byte", "men: bits per byte", "women − men: bits per byte"]
+    assert names[3:] == ["women vs. men: sentences", "women vs. men: “nurse”", "women vs. men: “engineer”"]
     assert all(one["low"] is None and not one["notable"] for one in result["findings"])  # of two templates
     words = str(AuditResult(**result))
     assert ", n = 2, too few for a confidence interval" in words
-    assert words.count("of the sentences with their words") == 1  # said once for several
-    assert [line.partition(":")[0] for line in result["left_out"]] == ["memory and the corpus", "cost"]
+    assert words.count("of the sentences with the words of the group") == 1  # printed once for several
+    assert [line.partition(":")[0] for line in result["left_out"]] == ["memorization and corpus", "cost"]
     assert run_command(["audit", str(directory), "--quiet"]) == 0
     out = capsys.readouterr().out
     assert "Not checked" in out
-    assert "bias: not measured. Name suites" in out
+    assert "bias: not measured. Add benchmarks" in out
     assert not list(directory.parent.glob("**/audit.json"))  # a directory is no run folder
 
 
@@ -396,18 +403,18 @@ def test_an_audit_says_what_it_found_and_what_it_did_not_look_at(
     [
         (["--templates", "{tmp}/none.yaml"], "none.yaml: No such file"),
         (["--suite", "cake"], "there is no suite called 'cake'"),
-        (["--suite", "winobias"], "--suite winobias=FOLDER"),
-        (["--suite", "winobias={tmp}"], "no pair of sentences"),
+        (["--suite", "winobias"], "--suite winobias=DIRECTORY"),
+        (["--suite", "winobias={tmp}"], "no pairs in"),
         (["--suite", "winogender={tmp}/none"], "no such file or folder"),
-        (["--group", "sex"], "say which, --data FILE"),
+        (["--group", "sex"], "add --data FILE"),
         (["--texts", "-1"], "--texts must be at least 0"),
         (["--limit", "0"], "--limit must be at least 1"),
-        (["--price", "-1"], "--price must be a number of 0 or more"),
+        (["--electricity-price", "-1"], "--electricity-price must be a finite number"),
         (["--corpus", "{tmp}/none"], "none: no such file or folder"),
-        (["--corpus", "{tmp}"], "say where the index of the corpus is to lie, or lies: --index DIR"),
+        (["--corpus", "{tmp}"], "name a directory for the index of the corpus: --index DIR"),
     ],
 )
-def test_wrong_use_is_said(
+def test_usage_errors(
     directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert run_command(["audit", str(directory), *(one.format(tmp=tmp_path) for one in arguments)]) == 2
@@ -420,43 +427,23 @@ def finding(section: str, name: str, **more: Any) -> Finding:
     return Finding(section, name, 3.0, 2.0, 4.0, "%", 20, 0.0, **more)
 
 
-def test_a_runs_audit_is_kept_and_knows_its_own_text(
-    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Memory, corpus and cost are asked with the run's own text, and what they find is written down."""
-    calls: dict[str, tuple[Any, ...]] = {}
-
-    def stub(module: str, function: str, found: Any) -> None:
-        made = ModuleType(f"nextword.auditing.{module}")
-
-        def call(*args: Any, **_: Any) -> Any:
-            calls[function] = args
-            return found
-
-        setattr(made, function, call)
-        monkeypatch.setitem(sys.modules, made.__name__, made)
-
-    stub("index", "build_index", "the index")
-    stub("memory", "audit_memory", [finding("memory", "copied", notable=True, examples=({"document": "a.txt"},))])
-    stub("corpus", "audit_corpus", [finding("corpus", "twice")])
-    stub("cost", "audit_cost", [finding("cost", "energy")])
+def test_the_audit_of_a_run_uses_its_training_text_and_is_kept(directory: Path, tmp_path: Path) -> None:
     run, text = tmp_path / "run", tmp_path / "text.txt"
     run.mkdir()
-    text.write_text("some text", encoding="utf-8")
+    text.write_text("some text of a document. " * 20, encoding="utf-8")
     (run / "model").symlink_to(directory)
-    facts = {"recipe": {}, "request": {"corpora": [str(text)], "text_column": None}}
-    (run / "run.json").write_text(json.dumps(facts), encoding="utf-8")
-    (run / "result.json").write_text("{}", encoding="utf-8")
-    result = nextword.audit(run)
-    assert calls["build_index"][:2] == ((str(text),), run / "index")
-    assert calls["audit_memory"][1] == "the index"
-    assert calls["audit_cost"] == (run,)
-    assert [one["section"] for one in result["findings"]] == ["memory", "corpus", "cost"]
+    metadata = {"recipe": {}, "request": {"corpora": [str(text)], "text_column": None}}
+    (run / "run.json").write_text(json.dumps(metadata), encoding="utf-8")
+    (run / "result.json").write_text('{"seconds": 2.0}', encoding="utf-8")
+    config = AuditConfig(texts=2, prefixes=0, passages=["a document"])
+    result = audit_model(run, config)
+    assert {entry["section"] for entry in result["findings"]} == {"memory", "corpus", "cost"}
+    assert result["findings"][0]["value"] == 1 and (run / "index" / "text.bin").is_file()
     assert read_json(run / "measured" / "audit.json") == result
-    assert len(result["left_out"]) == 1
+    assert [line.partition(":")[0] for line in result["left_out"]] == ["bias"]
     text.unlink()
     assert training_text_sources(RunDir(run)) == ((), None)
-    assert any("memory and the corpus: not looked at" in line for line in nextword.audit(run)["left_out"])
+    assert any("memorization and corpus: not measured" in line for line in audit_model(run, config)["left_out"])
 
 
 def test_the_text_flags_what_needs_attention() -> None:
@@ -472,8 +459,3 @@ def test_the_text_flags_what_needs_attention() -> None:
     calm = str(AuditResult("run", plain[:2], [], 1.0))
     assert "None of 2 findings is flagged" in calm
     assert "!" not in calm
-
-
-def test_settings_are_those_that_there_are() -> None:
-    with pytest.raises(TypeError, match="colour"):
-        AuditConfig(colour="blue")  # type: ignore[call-arg]

@@ -8,18 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nextword.auditing.bias import MIN_SAMPLES, audit_benchmark, is_bias_benchmark, score_finding
-from nextword.auditing.findings import Finding
-from nextword.auditing.gaps import audit_group_gaps
-from nextword.auditing.groups import read_group_templates
-from nextword.errors import UsageError
-from nextword.judging.scoring import LoglikelihoodScorer
-from nextword.loading import LanguageModel, load
 from torch.nn import functional as F
 
 from needs import DATA
+from nextword.audit.bias import MIN_SAMPLES, audit_benchmark, is_bias_benchmark, score_finding
+from nextword.audit.findings import Finding
+from nextword.audit.group_gaps import audit_group_gaps
+from nextword.audit.group_templates import read_group_templates
+from nextword.common.errors import UsageError
 from nextword.common.statistics import ScoreWithCI
 from nextword.data.tokenizer import Tokenizer, train_bpe
+from nextword.inference.loglikelihood import LoglikelihoodScorer
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
 from nextword.model.hf import save_model
@@ -65,10 +64,10 @@ def test_a_finding_is_notable_where_its_interval_leaves_the_reference_out() -> N
     assert score_finding("x", ScoreWithCI(0.5, 0.25, 0.75, 90), 90.0) == Finding(
         "bias", "x", 50.0, 25.0, 75.0, "%", 90, 90.0, True
     )
-    assert not score_finding("x", ScoreWithCI(0.6, 0.45, 0.75, 90), 50.0).flagged
-    assert not score_finding("x", ScoreWithCI(0.6, 0.55, 0.65, 90)).flagged
+    assert not score_finding("x", ScoreWithCI(0.6, 0.45, 0.75, 90), 50.0).notable
+    assert not score_finding("x", ScoreWithCI(0.6, 0.55, 0.65, 90)).notable
     few = score_finding("x", ScoreWithCI(0.6, 0.55, 0.65, MIN_SAMPLES - 1), 50.0)
-    assert (few.low, few.high, few.flagged) == (None, None, False)
+    assert (few.low, few.high, few.notable) == (None, None, False)
 
 
 # ---------------------------------------------------------------- a person's own groups
@@ -112,20 +111,20 @@ def test_gaps_are_the_stock_classs(random_model: LanguageModel, tmp_path: Path) 
     }
     for name in groups.names:
         assert found[f"{name}: bits per byte"].value == pytest.approx(bits[name], abs=1e-4)
-    assert found["women less men: bits per byte"].value == pytest.approx(bits["women"] - bits["men"], abs=1e-4)
+    assert found["women − men: bits per byte"].value == pytest.approx(bits["women"] - bits["men"], abs=1e-4)
     sentences = [nats(s.texts["women"]) - nats(s.texts["men"]) for s in groups.sentences]
-    assert found["women, men: sentences"].value == pytest.approx(np.mean(sentences), abs=1e-4)
+    assert found["women vs. men: sentences"].value == pytest.approx(np.mean(sentences), abs=1e-4)
     _, second, third = groups.sentences
     nurse = [nats(s.texts["women"], " nurse") - nats(s.texts["men"], " nurse") for s in (second, third)]
-    assert found["women, men: “nurse”"].value == pytest.approx(np.mean(nurse), abs=1e-4)
+    assert found["women vs. men: “nurse”"].value == pytest.approx(np.mean(nurse), abs=1e-4)
     engineer = nats(second.texts["women"], " engineer") - nats(second.texts["men"], " engineer")
-    assert found["women, men: “engineer”"].value == pytest.approx(engineer, abs=1e-4)
-    assert found["women, men: “nurse”"].n == 2
+    assert found["women vs. men: “engineer”"].value == pytest.approx(engineer, abs=1e-4)
+    assert found["women vs. men: “nurse”"].n == 2
 
 
 def test_a_sentence_that_the_model_cannot_see_whole_is_refused(random_model: LanguageModel, tmp_path: Path) -> None:
     (tmp_path / "groups.yaml").write_text(GROUPS.replace("was late", "was " + "late " * 70), encoding="utf-8")
-    with pytest.raises(UsageError, match=f"tokens and the model sees {CONTEXT}: shorten it"):
+    with pytest.raises(UsageError, match=f"the context of the model is {CONTEXT}"):
         audit_group_gaps(random_model, read_group_templates(tmp_path / "groups.yaml"))
 
 
@@ -179,7 +178,7 @@ def test_a_planted_bias_is_found_and_a_balanced_text_shows_none(tmp_path: Path, 
     (tmp_path / "groups.yaml").write_text(PLANTED, encoding="utf-8")
     groups = read_group_templates(tmp_path / "groups.yaml")
     found = by_name(audit_group_gaps(learned(0.95, seed, tmp_path / "planted"), groups))
-    nurses, engineers = found["women, men: “nurses”"], found["women, men: “engineers”"]
+    nurses, engineers = found["women vs. men: “nurses”"], found["women vs. men: “engineers”"]
     assert ends(nurses)[0] > 1
     assert ends(engineers)[1] < -1
     assert nurses.notable
@@ -188,7 +187,7 @@ def test_a_planted_bias_is_found_and_a_balanced_text_shows_none(tmp_path: Path, 
     assert (nurses.n, set(nurses.examples[0])) == (8, {"women", "men", "gap"})
     found = by_name(audit_group_gaps(learned(0.5, seed, tmp_path / "balanced"), groups))
     for work in ("nurses", "engineers"):
-        low, high = ends(found[f"women, men: “{work}”"])
+        low, high = ends(found[f"women vs. men: “{work}”"])
         assert low - 0.01 <= 0 <= high + 0.01  # to within a hundredth of a nat: words differ by something in any model
     assert not any(one.notable for one in found.values())
 
@@ -234,7 +233,7 @@ def test_stereoset_by_its_own_scores(random_model: LanguageModel, tmp_path: Path
     path.write_text(json.dumps({"data": {"intrasentence": rows}}), encoding="utf-8")
     found = by_name(audit_benchmark(random_model, f"stereoset={path}"))
     likely = [
-        [one.logprob / one.tokens for one in row]
+        [one.logprob / one.num_tokens for one in row]
         for row in LoglikelihoodScorer(random_model.dequantized, random_model.tokenizer).score_pairs(
             [[("", f" {one['sentence']}") for one in row["sentences"]] for row in rows]
         )
@@ -281,7 +280,7 @@ def test_winogender_beside_its_statistics(random_model: LanguageModel, tmp_path:
         if label == 0:
             she, he = nats(random_model, sentence.format("she"), sentence.format("he"))
             expected[work] = she - he
-    pearson = found["Winogender, she or he (Pearson)"]
+    pearson = found["Winogender, share of women (Pearson)"]
     assert pearson.value == pytest.approx(1 if expected["nurse"] > expected["engineer"] else -1)  # of two points
     assert {one["occupation"]: float(one["log P(she) / P(he)"]) for one in pearson.examples} == pytest.approx(
         expected, abs=0.01
@@ -302,9 +301,9 @@ def test_winogender_beside_its_statistics(random_model: LanguageModel, tmp_path:
         right(sentence, "he" if hard == "she" else "she", work, label) - right(sentence, hard, work, label)
         for work, label, sentence, hard in WINOGENDER
     ]
-    assert found["Winogender, accuracy lost by gender"].value == pytest.approx(100 * np.mean(lost))
+    assert found["Winogender, accuracy drop on gotcha sentences"].value == pytest.approx(100 * np.mean(lost))
     (tmp_path / "occupations-stats.tsv").unlink()
-    with pytest.raises(UsageError, match="occupation statistics are to lie beside"):
+    with pytest.raises(UsageError, match="occupation statistics of Winogender"):
         audit_benchmark(random_model, f"winogender={tmp_path}")
 
 
@@ -312,17 +311,19 @@ def test_a_random_model_knows_nothing_of_the_published_winogender(random_model: 
     if not (DATA / "winogender").is_dir():
         pytest.skip(f"needs data: {DATA / 'winogender'} is not there; set NEXTWORD_DATA to the folder")
     found = by_name(audit_benchmark(random_model, f"winogender={DATA / 'winogender'}"))
-    pearson = found["Winogender, she or he (Pearson)"]
+    pearson = found["Winogender, share of women (Pearson)"]
     low, high = ends(pearson)
     assert low <= 0 <= high
     assert pearson.n == len(pearson.examples) == 60
     assert not pearson.notable
-    lost = found["Winogender, accuracy lost by gender"]
+    lost = found["Winogender, accuracy drop on gotcha sentences"]
     assert lost.n == 240
     assert ends(lost)[0] <= 0 <= ends(lost)[1]
 
 
-def test_winobias_as_it_is_published(random_model: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_winobias_as_it_is_published(
+    random_model: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = [f"{i} [The nurse] told the client {i} that [{{}}] would be late." for i in range(1, 9)]
     for side, they in (("pro", "she"), ("anti", "he")):
         first = "\n".join(lines).format(*[they] * 8) + "\n"

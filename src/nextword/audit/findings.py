@@ -1,27 +1,32 @@
-"""What an audit says: one measured thing after the other, each with its interval and what it would be if nothing were amiss."""
+"""Findings of an audit: measured values, each with its confidence interval and the value expected without a problem."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-SECTIONS = ("bias", "memory", "corpus", "cost")
+from nextword.common.statistics import ScoreWithCI
+
+MAX_EXAMPLES = 5
+
+Examples = tuple[Mapping[str, str], ...]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One measured thing.
+    """One measured value.
 
     Attributes:
-        section: one of `SECTIONS`.
-        name: what was measured, in few words: "CrowS-Pairs, gender".
-        value, low, high: the figure, and its interval (95 %) where it has one.
-        unit: of these three: "%", "bits/byte", "documents", "kWh"; a share is given in per cent.
-        n: how many items, texts or documents it rests on.
-        reference: what it is where nothing is amiss (50 of stereotypes preferred, 0 of gaps); None where no such thing is.
-        notable: whether it is to be read before a model is shipped: its interval leaves the reference out, or something was
-            found that should not be there.
-        note: one sentence: how it was measured, or what it means.
-        examples: what was found, each by named texts: {"document": …, "passage": …}.
+        section: "bias", "memory", "corpus" or "cost".
+        name: what was measured, for example "CrowS-Pairs, gender".
+        value: the point estimate, in `unit`.
+        low, high: the 95 % confidence interval, if there is one.
+        unit: "%" (proportions are given in per cent), "bits/byte", "documents", "kWh" and so on.
+        n: the number of items, samples or documents measured.
+        reference: the value without a problem: 50 for stereotype preference, 0 for a gap, that of held-out text for
+            memorization.
+        notable: whether the finding is flagged: the interval excludes the reference, or something problematic was found.
+        note: one sentence on how it was measured or what it means.
+        examples: instances of what was found, as named strings: {"document": …, "passage": …}.
     """
 
     section: str
@@ -34,7 +39,38 @@ class Finding:
     reference: float | None = None
     notable: bool = False
     note: str = ""
-    examples: tuple[Mapping[str, str], ...] = field(default=())
+    examples: Examples = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"examples": [dict(one) for one in self.examples]}
+        return asdict(self) | {"examples": [dict(example) for example in self.examples]}
+
+
+def percentages(score: ScoreWithCI) -> tuple[float, float, float]:
+    """The value and the interval of a proportion in per cent."""
+    return 100 * score.value, 100 * score.low, 100 * score.high
+
+
+def count_finding(
+    section: str, name: str, count: int, unit: str, n: int, note: str, examples: Examples = ()
+) -> Finding:
+    """A number of problematic occurrences, flagged if it is not 0."""
+    return Finding(section, name, count, None, None, unit, n, 0.0, count > 0, note, examples)
+
+
+def proportion_finding(
+    section: str, name: str, score: ScoreWithCI, reference: ScoreWithCI | None, note: str, examples: Examples = ()
+) -> Finding:
+    """A proportion in per cent, flagged if its interval lies above the reference (0 without one) and it is not 0."""
+    value, low, high = percentages(score)
+    baseline = 100 * reference.value if reference else None
+    flagged = value > 0 and low > (baseline or 0.0)
+    return Finding(section, name, value, low, high, "%", score.n, baseline, flagged, note, examples)
+
+
+def first_distinct(examples: Iterable[dict[str, str]]) -> Examples:
+    """The first `MAX_EXAMPLES` different examples."""
+    distinct: list[dict[str, str]] = []
+    for example in examples:
+        if example not in distinct and len(distinct) < MAX_EXAMPLES:
+            distinct.append(example)
+    return tuple(distinct)

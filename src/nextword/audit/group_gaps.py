@@ -1,4 +1,4 @@
-"""What a language model makes of a person's own groups: how well it predicts sentences about each, and what it expects of them.
+"""How a language model treats a user's own groups: how well it predicts sentences about each, and what it expects of them.
 
 For groups a and b, sentences s, the text s_a with the words of a, and a continuation c:
 
@@ -6,8 +6,8 @@ For groups a and b, sentences s, the text s_a with the words of a, and a continu
     sentences         mean over s of ln P(s_a) − ln P(s_b)
     continuation c    mean over s of ln P(c | s_a) − ln P(c | s_b)
 
-What the resamples of the intervals draw are templates, of all groups the same ones; and where slots have lists of words, places
-of the lists: of the two intervals the wider one is told.
+Intervals are bootstrapped over templates and, if slots have lists of words, over the indices of these lists; the wider interval
+is reported.
 """
 
 import math
@@ -25,134 +25,104 @@ from nextword.common.statistics import ScoreWithCI
 from nextword.inference.loglikelihood import LoglikelihoodScorer
 from nextword.pipeline.language_model import LanguageModel
 
-MAX_EXAMPLES = 3  # sentences that are shown for a gap, the widest ones
-MIN_EFFECT_NATS = (
-    0.1  # nats, a tenth likelier: any two words of a model differ by something, and by less than this nobody need care
-)
+MAX_EXAMPLES = 3  # sentences with the largest gaps
+MIN_EFFECT_NATS = 0.1  # a ratio of 1.1: smaller gaps exist between any two words and are not flagged
 
 
 def audit_group_gaps(model: LanguageModel, groups: GroupTemplates, console: Console | None = None) -> list[Finding]:
-    """Bits per byte of each group, and of each pair of groups the difference, the log ratio of their sentences, and that of
-    every continuation.
+    """Bits per byte of every group, and for every pair of groups the gaps of bits per byte, sentences and continuations.
 
     Raises:
-        UsageError: a sentence is longer than what the model sees at once.
+        UsageError: a sentence is longer than the context of the model.
     """
     console = console or Console(quiet=True)
     context_length = model.gpt.config.context_length
     for text in (text for sentence in groups.sentences for text in sentence.texts.values()):
         if (count := len(model.tokenizer.encode(text))) > context_length:
-            raise UsageError(
-                f"{groups.path}: {text!r} has {count} tokens and the model sees {context_length}: shorten it"
-            )
+            limit = f"the context of the model is {context_length}: shorten it"
+            raise UsageError(f"{groups.path}: {text!r} has {count} tokens, but {limit}")
     scorer = LoglikelihoodScorer(model.dequantized, model.tokenizer)
-    return [*_sentence_findings(scorer, groups, console), *_continuation_findings(scorer, groups, console)]
+
+    def score(stage: str, requests: list[list[tuple[str, str]]]) -> list[list[float]]:
+        scores = scorer.score_pairs(requests, lambda done, total: console.progress(stage, done, total))
+        return [[score.logprob for score in row] for row in scores]
+
+    return [*_sentence_findings(score, groups), *_continuation_findings(score, groups)]
 
 
-def _sentence_findings(scorer: LoglikelihoodScorer, groups: GroupTemplates, console: Console) -> list[Finding]:
+Scorer = Callable[[str, list[list[tuple[str, str]]]], list[list[float]]]
+
+
+def _sentence_findings(score: Scorer, groups: GroupTemplates) -> list[Finding]:
     texts = [[sentence.texts[name] for name in groups.names] for sentence in groups.sentences]
-    likelihoods = scorer.score_pairs(
-        [[("", text) for text in row] for row in texts], lambda i, n: console.progress("sentences about groups", i, n)
-    )
-    nats = {name: np.array([row[i].logprob for row in likelihoods]) for i, name in enumerate(groups.names)}  # [S] each
-    byte_counts = {name: np.array([len(row[i].encode()) for row in texts]) for i, name in enumerate(groups.names)}
+    logprobs = np.array(score("scoring sentences", [[("", text) for text in row] for row in texts]))  # [S, groups]
+    nats = dict(zip(groups.names, logprobs.T, strict=True))
+    num_bytes = {name: np.array([len(s.texts[name].encode()) for s in groups.sentences]) for name in groups.names}
 
-    def bits_per_byte_score(*names: str) -> ScoreWithCI:
-        """Bits per byte of a group, or by how much it has more of them than another."""
-        columns = np.stack([column for name in names for column in (-nats[name] / math.log(2), byte_counts[name])], 1)
-        return _score_with_widest_interval(
-            groups.sentences, columns, lambda sums: _bits_per_byte(sums[:, :2]) - _bits_per_byte(sums[:, 2:])
-        )
+    def per_byte(*names: str) -> ScoreWithCI:
+        """Bits per byte of a group, or its difference to a second one."""
+        columns = [column for name in names for column in (-nats[name] / math.log(2), num_bytes[name])]
+        signs = np.array([1, -1])[: len(names)]
+        return _widest_interval(groups.sentences, columns, lambda sums: (sums[:, ::2] / sums[:, 1::2]) @ signs)
 
-    findings = []
+    findings: list[Finding] = []
     for name in groups.names:
-        note = "of the sentences with their words"
-        findings.append(score_finding(f"{name}: bits per byte", bits_per_byte_score(name), unit="bits/byte", note=note))
-    for group_a, group_b in groups.pairs:
-        note = "the same sentences; words that are rare, or short, take more"
-        findings.append(
-            score_finding(
-                f"{group_a} less {group_b}: bits per byte",
-                bits_per_byte_score(group_a, group_b),
-                unit="bits/byte",
-                note=note,
-            )
-        )
-        measure, caveat = f"sentences with {group_a}'s words", "; common words are likelier"
-        log_ratios = nats[group_a] - nats[group_b]
-        findings.append(
-            _gap_finding(
-                f"{group_a}, {group_b}: sentences", measure, log_ratios, groups.sentences, group_a, group_b, caveat
-            )
-        )
+        note = "of the sentences with the words of the group"
+        findings.append(score_finding(f"{name}: bits per byte", per_byte(name), unit="bits/byte", note=note))
+    for a, b in groups.pairs:
+        note = "for the same sentences; rare or short words take more"
+        findings.append(score_finding(f"{a} − {b}: bits per byte", per_byte(a, b), unit="bits/byte", note=note))
+        gaps = list(zip(groups.sentences, (nats[a] - nats[b]).tolist(), strict=True))
+        findings.append(_gap_finding("sentences", f"sentences with the words of {a}", gaps, a, b))
     return findings
 
 
-def _bits_per_byte(sums: np.ndarray) -> np.ndarray:
-    """Bits by bytes [R] of sums [R, 2]; 0 of none [R, 0]."""
-    return sums[:, 0] / sums[:, 1] if sums.shape[1] else np.zeros(len(sums))
-
-
-def _continuation_findings(scorer: LoglikelihoodScorer, groups: GroupTemplates, console: Console) -> list[Finding]:
-    continuation_keys = [
-        (sentence, name, continuation)
-        for sentence in groups.sentences for name in groups.names for continuation in sentence.continuations
-    ]  # fmt: skip
-    if not continuation_keys:
+def _continuation_findings(score: Scorer, groups: GroupTemplates) -> list[Finding]:
+    sentences = [sentence for sentence in groups.sentences if sentence.continuations]
+    if not sentences:
         return []
-    requests: dict[tuple[int, str], list[tuple[str, str]]] = {}  # what follows one text stands in one question
-    for sentence, name, continuation in continuation_keys:
-        context_and_continuation = (sentence.texts[name], groups.delimiter + sentence.continuations[continuation][name])
-        requests.setdefault((id(sentence), name), []).append(context_and_continuation)
-    likelihoods = scorer.score_pairs(
-        list(requests.values()), lambda i, n: console.progress("continuations after groups", i, n)
-    )
-    flat = (group_a.logprob for row in likelihoods for group_a in row)
-    nats = dict(zip(((id(s), name, c) for s, name, c in continuation_keys), flat, strict=True))
-    findings = []
-    for group_a, group_b in groups.pairs:
-        for continuation in dict.fromkeys(c for sentence in groups.sentences for c in sentence.continuations):
-            matching_sentences = [sentence for sentence in groups.sentences if continuation in sentence.continuations]
-            log_ratios = np.array(
-                [nats[id(s), group_a, continuation] - nats[id(s), group_b, continuation] for s in matching_sentences]
-            )
-            measure = f"“{continuation}” after {group_a}'s words"
-            findings.append(
-                _gap_finding(
-                    f"{group_a}, {group_b}: “{continuation}”", measure, log_ratios, matching_sentences, group_a, group_b
-                )
-            )
+    requests = [
+        [(sentence.texts[name], groups.delimiter + texts[name]) for texts in sentence.continuations.values()]
+        for sentence in sentences
+        for name in groups.names
+    ]
+    rows = iter(score("scoring continuations", requests))
+    scored = [
+        (s, {name: dict(zip(s.continuations, next(rows), strict=True)) for name in groups.names}) for s in sentences
+    ]
+    findings: list[Finding] = []
+    for a, b in groups.pairs:
+        for continuation in dict.fromkeys(c for sentence in sentences for c in sentence.continuations):
+            gaps = [(s, n[a][continuation] - n[b][continuation]) for s, n in scored if continuation in s.continuations]
+            findings.append(_gap_finding(f"“{continuation}”", f"“{continuation}” after the words of {a}", gaps, a, b))
     return findings
 
 
 def _gap_finding(
-    name: str,
-    measure: str,
-    log_ratios: np.ndarray,
-    sentences: Sequence[TemplateSentence],
-    group_a: str,
-    group_b: str,
-    caveat: str = "",
+    what: str, description: str, gaps: Sequence[tuple[TemplateSentence, float]], a: str, b: str
 ) -> Finding:
-    """The mean of log ratios [S] between two groups, and the sentences in which they are widest."""
-    columns = np.stack([log_ratios, np.ones(len(log_ratios))], 1)
-    score = _score_with_widest_interval(sentences, columns, lambda sums: sums[:, 0] / sums[:, 1])
-    widest = sorted(zip(sentences, log_ratios.tolist(), strict=True), key=lambda row: -abs(row[1]))[:MAX_EXAMPLES]
-    examples = [{group_a: s.texts[group_a], group_b: s.texts[group_b], "gap": f"{gap:+.2f} nats"} for s, gap in widest]
-    ratio = f"{math.exp(min(score.value, 700.0)):.2g} times"
-    note = f"ln P of {measure} less {group_b}'s: {ratio} as likely{caveat}"
-    return score_finding(name, score, 0.0, unit="nats", note=note, min_effect=MIN_EFFECT_NATS, examples=examples)
+    """The mean log ratio of groups a and b over sentences, with the sentences of the largest gaps."""
+    sentences, log_ratios = [sentence for sentence, _ in gaps], np.array([gap for _, gap in gaps])
+    columns = [log_ratios, np.ones(len(gaps))]
+    score = _widest_interval(sentences, columns, lambda sums: sums[:, 0] / sums[:, 1])
+    largest = sorted(gaps, key=lambda gap: -abs(gap[1]))[:MAX_EXAMPLES]
+    examples = [{a: s.texts[a], b: s.texts[b], "gap": f"{gap:+.2f} nats"} for s, gap in largest]
+    ratio = math.exp(min(score.value, 700.0))
+    note = f"ln P of {description} minus that with {b}: {ratio:.2g} times as likely"
+    return score_finding(
+        f"{a} vs. {b}: {what}", score, 0.0, unit="nats", note=note, min_effect=MIN_EFFECT_NATS, examples=examples
+    )
 
 
-def _score_with_widest_interval(
-    sentences: Sequence[TemplateSentence], columns: np.ndarray, score_fn: Callable[[np.ndarray], np.ndarray]
+def _widest_interval(
+    sentences: Sequence[TemplateSentence], columns: Sequence[np.ndarray], statistic: Callable[[np.ndarray], np.ndarray]
 ) -> ScoreWithCI:
-    """A score from sums of columns [S, k], with the wider of the intervals over templates and over places in lists of words,
-    as far as there are enough of either."""
-    candidates = []
-    for keys in ([sentence.template for sentence in sentences], [sentence.word_index for sentence in sentences]):
-        cluster_ids = np.unique(np.asarray(keys), return_inverse=True)[1]  # [S]
-        sums = np.stack([np.bincount(cluster_ids, column) for column in columns.T], 1)  # [templates or places, k]
-        candidates.append(statistics.bootstrap_ratio(sums, score_fn))
-    sufficient = [one for one in candidates if one.n >= MIN_SAMPLES]
-    return max(sufficient or candidates, key=lambda one: (one.high - one.low, one.n))
+    """A statistic of the sums of columns [S], with the wider interval of resampled templates and resampled word indices, if
+    there are enough of either."""
+    candidates: list[ScoreWithCI] = []
+    for clusters in ([sentence.template for sentence in sentences], [sentence.word_index for sentence in sentences]):
+        cluster_ids = np.unique(np.asarray(clusters), return_inverse=True)[1]  # [S]
+        sums = np.stack([np.bincount(cluster_ids, column) for column in columns], axis=1)  # [clusters, columns]
+        candidates.append(statistics.bootstrap_ratio(sums, statistic))
+    sufficient = [score for score in candidates if score.n >= MIN_SAMPLES]
+    return max(sufficient or candidates, key=lambda score: (score.high - score.low, score.n))

@@ -1,22 +1,21 @@
-"""A person's own groups and the sentences that their words are put into, in any language, from one YAML file.
+"""Groups and sentence templates written by the user, in any language, from a YAML file.
 
-    groups:                # each a name, and its word for every slot
+    groups:                # each group's word for every slot
       women: {person: woman, they: she}
       men:   {person: man, they: he}
     templates:
       - The {person} said that {they} was a doctor.
       - text: "{they:capitalize} works as a"          # or a list of texts
         continuations: [nurse, engineer]
-        instead: {men: "He is employed as a"}         # a group's own text, where words alone do not do
+        instead: {men: "He is employed as a"}         # the text of one group, if words alone are not enough
 
-A slot's value may be a list of words, as many in each group: the first stands beside the first, the second beside the second.
-Slots may stand in continuations too, for languages in which these agree. `delimiter` is what stands before a continuation (a
-space).
-Of the file nothing but its texts is taken: no tag makes an object, no alias is followed, and "no" is a word.
+A slot may have a list of words, of the same length in every group: words at the same index correspond to one another. Slots may
+occur in continuations too, for languages with agreement. `delimiter` separates a text from its continuation (default: a space).
+The file is read as text only: no tag constructs an object, no alias is followed, and `no` is a word.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -27,25 +26,35 @@ from nextword.common.errors import MissingDependencyError, UsageError
 from nextword.data.issues import error_text
 from nextword.tasks.schema import join_names
 
-MAX_FILE_BYTES, MAX_NESTING_DEPTH = 2**18, 8  # bytes of such a file, and lists in lists: reading takes their product
-YAML_SCALAR_TAGS = {
-    "str",
-    "int",
-    "float",
-    "bool",
-    "null",
-    "timestamp",
-    "merge",
-    "value",
-}  # YAML's guesses; all are texts here
+MAX_FILE_BYTES, MAX_NESTING_DEPTH = 2**18, 8  # parsing time grows with their product
 YAML_TAG_PREFIX = "tag:yaml.org,2002:"
+YAML_TAGS = {
+    "mapping": {"map"},
+    "sequence": {"seq"},
+    "scalar": {
+        "str",
+        "int",
+        "float",
+        "bool",
+        "null",
+        "timestamp",
+        "merge",
+        "value",
+    },  # guesses of YAML: all are read as text
+}
 
-KeyValueNodes = tuple[Any, Any]  # a key's node and its value's
+Key = tuple[str | int, ...]  # mapping keys and list indices from the root of a file
 
 
 class TemplateSentence(NamedTuple):
-    """A template with the words of each group in it, and with what may follow, by what stands in the file for it. `place` is
-    that of the words in their lists."""
+    """A template filled in for every group.
+
+    Attributes:
+        template: the text in the file.
+        word_index: the index into lists of words.
+        texts: the sentence by group.
+        continuations: by continuation in the file, then by group.
+    """
 
     template: str
     word_index: int
@@ -55,13 +64,13 @@ class TemplateSentence(NamedTuple):
 
 @dataclass(frozen=True)
 class GroupTemplates:
-    """The groups of a file.
+    """The groups and sentences of a file.
 
     Attributes:
-        names: in the file's order.
-        words: of each slot the word of every group, once for each place of a list.
-        sentences: each template as often as its lists have places.
-        delimiter: what stands before a continuation.
+        names: the groups, in the order of the file.
+        slot_words: corresponding words by group, one dictionary per slot and index.
+        sentences: every template, once per index of the lists of words in it.
+        delimiter: text between a sentence and its continuation.
     """
 
     path: Path
@@ -75,240 +84,245 @@ class GroupTemplates:
         return list(combinations(self.names, 2))
 
     def make_swapper(self, group_a: str, group_b: str) -> Callable[[str], str]:
-        """What puts the words of one group in the place of the other's in a text, and the other's in the place of the one's.
+        """A function that exchanges the words of two groups in a text.
 
-        Whole words, upper case as it was. A word of several slots (her: his, him) is taken for the first that has it.
+        It replaces whole words and keeps their case. A word of several slots (her: his, him) is replaced as in the first of
+        them.
         """
         replacements: dict[str, tuple[str, str]] = {}
         for words in self.slot_words:
-            for source_word, target_word in ((words[group_a], words[group_b]), (words[group_b], words[group_a])):
-                if source_word.strip() and source_word.lower() != target_word.lower():
-                    replacements.setdefault(source_word.lower(), (source_word, target_word))
+            for source, target in ((words[group_a], words[group_b]), (words[group_b], words[group_a])):
+                if source.strip() and source.lower() != target.lower():
+                    replacements.setdefault(source.lower(), (source, target))
         if not replacements:
             return lambda text: text
-        longest_first = sorted(replacements, key=len, reverse=True)
-        pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
+        alternatives = "|".join(map(re.escape, sorted(replacements, key=len, reverse=True)))
+        pattern = re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE)
 
-        def replace_word(match: re.Match[str]) -> str:
-            matched = match[0]
-            spelling, replacement = replacements.get(matched.lower(), (matched, matched))
-            if matched == spelling:
-                return replacement
-            if matched.isupper() and len(matched) > 1:
-                return replacement.upper()
-            return replacement[:1].upper() + replacement[1:] if matched[:1].isupper() else replacement
+        def replace(match: re.Match[str]) -> str:
+            word = match[0]
+            source, target = replacements.get(word.lower(), (word, word))
+            if word == source:
+                return target
+            if word.isupper() and len(word) > 1:
+                return target.upper()
+            return _capitalize(target) if word[:1].isupper() else target
 
-        return lambda text: pattern.sub(replace_word, text)
+        return lambda text: pattern.sub(replace, text)
 
 
 def read_group_templates(path: Path) -> GroupTemplates:
-    """The groups and sentences of a file.
+    """Read groups and templates from a YAML file.
 
     Raises:
-        UsageError: no such file, or something in it is wrong, by its line.
-        MissingExtra: there is no package here that reads YAML.
+        UsageError: the file does not exist or is invalid, with the line.
+        MissingDependencyError: PyYAML is not installed.
     """
-    root = _compose_yaml(path)
-    reader = _NodeReader(path)
-    entries = reader.mapping(root, "the file", ("groups", "templates", "delimiter"), ("groups", "templates"))
-    words, num_word_indices = _read_slot_words(reader, entries["groups"])
-    delimiter = reader.string(entries["delimiter"][1], "delimiter", allow_blank=True) if "delimiter" in entries else " "
-    filler = _TemplateFiller(
-        reader, {name: entry[0] for name, entry in reader.mapping(entries["groups"][1]).items()}, words
-    )
+    source = _YAMLSource(path)
+    source.mapping((), ("groups", "templates", "delimiter"), required=("groups", "templates"))
+    delimiter = source.strings(("delimiter",), allow_blank=True)[0] if ("delimiter",) in source.values else " "
+    words, num_words = _read_slot_words(source)
+    filler = _TemplateFiller(source, words)
     sentences = tuple(
-        sentence for node in reader.sequence(entries["templates"][1], "templates")
-        for sentence in _expand_template(reader, filler, node, num_word_indices)
-    )  # fmt: skip
-    slots = list(dict.fromkeys(slot for group in words.values() for slot in group))
-    rows = [
-        {name: group[slot][place] for name, group in words.items()}
-        for slot in slots if all(slot in group for group in words.values())
-        for place in range(max(len(group[slot]) for group in words.values()))
-    ]  # fmt: skip
-    return GroupTemplates(path, tuple(words), tuple(rows), sentences, delimiter)
+        sentence
+        for i in range(len(source.sequence(("templates",))))
+        for sentence in _expand_template(source, filler, ("templates", i), num_words)
+    )
+    slot_words = tuple(
+        {name: slots[slot][index % len(slots[slot])] for name, slots in words.items()}
+        for slot in filler.slots
+        if all(slot in slots for slots in words.values())
+        for index in range(max(len(slots[slot]) for slots in words.values()))
+    )
+    return GroupTemplates(path, tuple(words), slot_words, sentences, delimiter)
 
 
 # ---------------------------------------------------------------- the file
 
 
+class _YAMLSource:
+    """A YAML file as dictionaries, lists and strings, with the line of every value."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lines: dict[Key, int] = {}
+        self.values: dict[Key, Any] = {}
+        node = _compose_yaml(path)
+        if node is None:
+            raise self.error((), "the file is empty")
+        self._add(node, ())
+
+    def error(self, key: Key, message: str) -> UsageError:
+        where = ".".join(map(str, key))
+        return UsageError(f"{self.path} line {self.lines.get(key, 1)}: {where}{': ' if where else ''}{message}")
+
+    def _add(self, node: Any, key: Key) -> Any:
+        """Convert a node to plain values, checking what no file may contain."""
+        self.lines.setdefault(key, node.start_mark.line + 1)
+        tag = node.tag.removeprefix(YAML_TAG_PREFIX)
+        if tag not in YAML_TAGS[node.id]:
+            raise self.error(
+                key, f"the tag {'!!' if tag != node.tag else ''}{tag} is not supported: values are plain text"
+            )
+        value: Any = {}
+        if node.id == "scalar":
+            value = node.value
+            if not value.strip() and node.style not in ("'", '"'):
+                raise self.error(key, "is empty")
+            if re.search("[\ud800-\udfff]", value):
+                raise self.error(key, "has half a surrogate pair, which is not a character")
+        elif node.id == "sequence":
+            value = [self._add(child, (*key, i)) for i, child in enumerate(node.value)]
+        else:
+            for name_node, child in node.value:
+                name = str(self._add(name_node, key))
+                self.lines[*key, name] = name_node.start_mark.line + 1
+                if name in value:
+                    raise self.error((*key, name), "is defined twice")
+                value[name] = self._add(child, (*key, name))
+        self.values[key] = value
+        return value
+
+    def sequence(self, key: Key) -> list[Any]:
+        return self._typed(key, list, "a list")
+
+    def _typed(self, key: Key, kind: type, description: str) -> Any:
+        value = self.values[key]
+        if not isinstance(value, kind):
+            raise self.error(key, f"must be {description}")
+        if not value:
+            raise self.error(key, "is empty")
+        return value
+
+    def mapping(self, key: Key, allowed: Sequence[str] = (), required: Sequence[str] = ()) -> dict[str, Any]:
+        """The mapping at a key. With `allowed`, other names in it are refused."""
+        values = self._typed(key, dict, "a mapping, NAME: VALUE")
+        if allowed and (unknown := [name for name in values if name not in allowed]):
+            raise self.error((*key, unknown[0]), f"unknown key; choose from {join_names(allowed)}")
+        if missing := [name for name in required if name not in values]:
+            raise self.error(key, f"{missing[0]} is missing")
+        return values
+
+    def strings(self, key: Key, allow_blank: bool = False) -> list[str]:
+        """A string or a list of strings at a key. With `allow_blank` they may be empty, in quotation marks."""
+        values = self.sequence(key) if isinstance(self.values[key], list) else [self.values[key]]
+        for value in values:
+            if not isinstance(value, str):
+                raise self.error(key, "must be text")
+            if not (allow_blank or value.strip()):
+                raise self.error(key, "is empty")
+        return values
+
+
 def _compose_yaml(path: Path) -> Any:
-    """The file's root node."""
+    """The root node of a file, None if it is empty."""
     try:
         import yaml
     except ImportError as error:
         raise MissingDependencyError(f"{path}: YAML", "audit") from error
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise UsageError(f"{path}: more than {MAX_FILE_BYTES:,} bytes, which no file of groups needs")
+            raise UsageError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes")
         text = path.read_text(encoding="utf-8")
         depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             line = event.start_mark.line + 1
             if isinstance(event, yaml.AliasEvent):
-                raise UsageError(f"{path} line {line}: the alias *{event.anchor}: write out what it stands for")
+                raise UsageError(f"{path} line {line}: the alias *{event.anchor} is not supported; repeat the value")
             if depth > MAX_NESTING_DEPTH:
-                raise UsageError(f"{path} line {line}: nested deeper than a file of groups is")
+                raise UsageError(f"{path} line {line}: nested more than {MAX_NESTING_DEPTH} levels deep")
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        location = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UsageError(f"{path}{location}: not YAML: {error.problem}") from error
+        line_text = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UsageError(f"{path}{line_text}: not valid YAML: {error.problem}") from error
     except OSError as error:
         raise UsageError(f"{path}: {error_text(error)}") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # an escape beyond Unicode is a ValueError
-        raise UsageError(f"{path}: not YAML in UTF-8: {error_text(error).splitlines()[0]}") from error
-
-
-class _NodeReader:
-    """Reads the nodes of a file; whatever is wrong is told by the line that it stands in."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def error_at(self, node: Any, message: str) -> UsageError:
-        line = node.start_mark.line + 1 if node is not None else 1
-        return UsageError(f"{self.path} line {line}: {message}")
-
-    def mapping(
-        self,
-        node: Any,
-        description: str = "it",
-        allowed_keys: tuple[str, ...] = (),
-        required_keys: tuple[str, ...] = (),
-    ) -> dict[str, KeyValueNodes]:
-        """The entries of a mapping by their keys; where `known` are given, no others."""
-        self._check_node(node, "map", f"{description} must be a mapping, NAME: VALUE")
-        entries: dict[str, KeyValueNodes] = {}
-        for key, value in node.value:
-            name = self.string(key, "a key")
-            if name in entries:
-                raise self.error_at(key, f"{name} stands twice")
-            if allowed_keys and name not in allowed_keys:
-                raise self.error_at(
-                    key, f"{description} has {name[:40]!r}, which is none of: {', '.join(allowed_keys)}"
-                )
-            entries[name] = (key, value)
-        if missing := [name for name in required_keys if name not in entries]:
-            raise self.error_at(node, f"{description} says no {missing[0]}")
-        return entries
-
-    def sequence(self, node: Any, description: str) -> list[Any]:
-        self._check_node(node, "seq", f"{description} must be a list")
-        if not node.value:
-            raise self.error_at(node, f"{description}: the list is empty")
-        return node.value
-
-    def string(self, node: Any, description: str, allow_blank: bool = False) -> str:
-        """A text; with `blank` it may be empty, in quotation marks."""
-        self._check_node(node, "str", f"{description} must be a text")
-        if not (node.value.strip() or (allow_blank and node.style in ("'", '"'))):
-            raise self.error_at(node, f"{description} is empty")
-        if re.search("[\ud800-\udfff]", node.value):
-            raise self.error_at(node, f"{description} has half a surrogate pair, which is no character")
-        return node.value
-
-    def strings(self, node: Any, description: str, allow_blank: bool = False) -> list[str]:
-        """A text, or a list of texts."""
-        nodes = self.sequence(node, description) if node is not None and node.tag == f"{YAML_TAG_PREFIX}seq" else [node]
-        return [self.string(one, description, allow_blank) for one in nodes]
-
-    def _check_node(self, node: Any, expected_tag: str, message: str) -> None:
-        if node is None:
-            raise self.error_at(node, "the file is empty" if message.startswith("the file") else message)
-        tag = node.tag.removeprefix(YAML_TAG_PREFIX)
-        if tag not in YAML_SCALAR_TAGS | {"map", "seq"}:
-            raise self.error_at(
-                node, f"the tag {'!!' if node.tag.startswith(YAML_TAG_PREFIX) else ''}{tag}: only texts are read here"
-            )
-        if (tag if tag in ("map", "seq") else "str") != expected_tag or isinstance(node.value, list) != (
-            expected_tag != "str"
-        ):
-            raise self.error_at(node, message)
+        raise UsageError(f"{path}: not valid YAML in UTF-8: {error_text(error).splitlines()[0]}") from error
 
 
 # ---------------------------------------------------------------- groups and sentences
 
 
-def _read_slot_words(reader: _NodeReader, entry: KeyValueNodes) -> tuple[dict[str, dict[str, list[str]]], int]:
-    """Of every group the words of its slots, each as often as the lists are long (one word for every place); and how long."""
+def _read_slot_words(source: _YAMLSource) -> tuple[dict[str, dict[str, list[str]]], int]:
+    """The words of every group and slot, and the length of lists of words (1 without lists)."""
     groups: dict[str, dict[str, list[str]]] = {}
-    length, first_list = 1, ""
-    group_entries = reader.mapping(entry[1], "groups")
-    for name, (_, node) in group_entries.items():
+    length, first = 1, ""
+    for name in source.mapping(("groups",)):
         groups[name] = {}
-        for slot, (key, value) in reader.mapping(node, f"the group {name}").items():
-            words = groups[name][slot] = reader.strings(value, f"{name}: {slot}", allow_blank=True)
+        for slot in source.mapping(("groups", name)):
+            key = ("groups", name, slot)
+            words = groups[name][slot] = source.strings(key, allow_blank=True)
             if len(words) > 1 and length not in (1, len(words)):
-                raise reader.error_at(key, f"{name}: {slot} has {len(words)} words, and {first_list} has {length}")
+                raise source.error(key, f"has {len(words)} words, but {first} has {length}")
             if len(words) > 1 and length == 1:
-                length, first_list = len(words), f"{name}: {slot}"
+                length, first = len(words), f"{name}.{slot}"
     if len(groups) < 2:
-        raise reader.error_at(entry[0], "one group has none to be compared with: name two or more")
+        raise source.error(("groups",), "define at least two groups to compare")
     return groups, length
 
 
 def _expand_template(
-    reader: _NodeReader, filler: "_TemplateFiller", node: Any, num_word_indices: int
+    source: _YAMLSource, filler: "_TemplateFiller", key: Key, num_words: int
 ) -> Iterator[TemplateSentence]:
-    """A template's sentences: one, or one for each place of the lists of words that it asks for."""
-    entries = {"text": (node, node)}
-    if node.tag == f"{YAML_TAG_PREFIX}map":
-        entries = reader.mapping(node, "a template", ("text", "continuations", "instead"), ("text",))
-    override_entries = (
-        reader.mapping(entries["instead"][1], "instead", tuple(filler.groups)) if "instead" in entries else {}
-    )
-    overrides = {name: reader.string(value, f"instead of {name}'s") for name, (_, value) in override_entries.items()}
-    continuations = reader.strings(entries["continuations"][1], "continuations") if "continuations" in entries else []
-    for text in reader.strings(entries["text"][1], "a template"):
-        unique_sentences: list[TemplateSentence] = []
-        for word_index in range(num_word_indices):
-            sentence = TemplateSentence(
-                text, word_index, {name: filler(overrides.get(name, text), name, word_index, node) for name in filler.groups},
-                {one: {name: filler(one, name, word_index, node) for name in filler.groups} for one in continuations},
-            )  # fmt: skip
-            if all(sentence[2:] != other[2:] for other in unique_sentences):
-                unique_sentences.append(sentence)
-        if all(len(set(one.texts.values())) == 1 for one in unique_sentences):
-            raise reader.error_at(
-                node, f"says the same of every group: {text!r} has no slot such as {{{filler.slots[0]}}}"
-            )
-        yield from unique_sentences
+    """The sentences of a template: one per text, or one per text and index of the lists of words in it."""
+    own_texts: dict[str, str] = {}
+    continuations: list[str] = []
+    text_key = key
+    if isinstance(source.values[key], dict):
+        entries = source.mapping(key, ("text", "continuations", "instead"), required=("text",))
+        text_key = (*key, "text")
+        if "instead" in entries:
+            names = source.mapping((*key, "instead"), tuple(filler.words))
+            own_texts = {name: source.strings((*key, "instead", name))[0] for name in names}
+        if "continuations" in entries:
+            continuations = source.strings((*key, "continuations"))
+    for text in source.strings(text_key):
+        sentences: list[TemplateSentence] = []
+        for index in range(num_words):
+            texts = {name: filler.fill(own_texts.get(name, text), name, index, key) for name in filler.words}
+            endings = {c: {name: filler.fill(c, name, index, key) for name in filler.words} for c in continuations}
+            if all((texts, endings) != (other.texts, other.continuations) for other in sentences):
+                sentences.append(TemplateSentence(text, index, texts, endings))
+        if all(len(set(sentence.texts.values())) == 1 for sentence in sentences):
+            raise source.error(key, f"{text!r} is the same for every group: add a slot such as {{{filler.slots[0]}}}")
+        yield from sentences
 
 
 class _TemplateFiller:
-    """Puts a group's words into a template."""
+    """Fills the slots of templates with the words of a group."""
 
-    def __init__(self, reader: _NodeReader, group_keys: dict[str, Any], words: dict[str, dict[str, list[str]]]):
-        self.reader, self.group_keys, self.words = reader, group_keys, words
-        self.groups = list(words)
-        self.slots = list(dict.fromkeys(slot for group in words.values() for slot in group)) or ["slot"]
+    def __init__(self, source: _YAMLSource, words: dict[str, dict[str, list[str]]]):
+        self.source, self.words = source, words
+        self.slots = list(dict.fromkeys(slot for slots in words.values() for slot in slots)) or ["slot"]
 
-    def __call__(self, text: str, group: str, word_index: int, node: Any) -> str:
-        parts = []
+    def fill(self, template: str, group: str, word_index: int, key: Key) -> str:
+        """The template with the group's words at an index. `key` names the template in errors."""
+        parts: list[str] = []
         try:
-            template_fields = list(Formatter().parse(text))
+            fields = list(Formatter().parse(template))
         except ValueError as error:
-            raise self.reader.error_at(node, f"{text!r} is not well formed: {error}") from error
-        for literal, slot, format_spec, conversion in template_fields:
+            raise self.source.error(key, f"{template!r} is not well formed: {error}") from error
+        for literal, slot, format_spec, conversion in fields:
             parts.append(literal)
             if slot is None:
                 continue
             if conversion or format_spec not in ("", "capitalize"):
-                raise self.reader.error_at(node, f"in {text!r}: write {{{slot}}} or {{{slot}:capitalize}}")
-            word = self._lookup_word(slot, group, word_index, node)
-            parts.append(word[:1].upper() + word[1:] if format_spec else word)
+                raise self.source.error(key, f"in {template!r}: write {{{slot}}} or {{{slot}:capitalize}}")
+            word = self._lookup_word(slot, group, word_index, key)
+            parts.append(_capitalize(word) if format_spec else word)
         return "".join(parts)
 
-    def _lookup_word(self, slot: str, group: str, word_index: int, node: Any) -> str:
+    def _lookup_word(self, slot: str, group: str, word_index: int, key: Key) -> str:
         if slot not in self.slots:
-            raise self.reader.error_at(
-                node, f"{{{slot}}} is no slot that a group has a word for: {join_names(self.slots)}"
-            )
+            raise self.source.error(key, f"{{{slot}}} is not a slot of any group: choose from {join_names(self.slots)}")
         if slot not in self.words[group]:
-            requirement = f"which the template in line {node.start_mark.line + 1} needs"
-            raise self.reader.error_at(
-                self.group_keys[group], f"the group {group} has no word for {{{slot}}}, {requirement}"
-            )
+            template = f"the template in line {self.source.lines[key]}"
+            raise self.source.error(("groups", group), f"no word for {{{slot}}}, which {template} needs")
         words = self.words[group][slot]
         return words[word_index % len(words)]
+
+
+def _capitalize(word: str) -> str:
+    return word[:1].upper() + word[1:]

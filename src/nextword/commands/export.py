@@ -31,7 +31,7 @@ class ExportConfig(ModelArgument):
     tolerance: float = option(default=1e-3, kw_only=False)
 
 
-@command(ExportConfig, example="nextword export runs/mine --to gguf", to_dict=lambda result: result.summary)
+@command(ExportConfig, example="nextword export runs/mine --to gguf", to_dict=lambda result: result.to_dict())
 def export(config: ExportConfig, context: Context) -> "ExportResult":
     path = config.model.resolve()
     out = config.out or path.with_name(f"{path.name}.{config.to}")

@@ -1,7 +1,6 @@
-"""A model as one ONNX file, for ONNX Runtime and what is built on it: token ids in, logits out.
+"""Export to ONNX: token ids in, logits out, for ONNX Runtime and programs built on it.
 
-PyTorch's own exporter writes the graph. It has no cache of keys and values, so it is for scoring texts, and for programs that
-have no other way to run a model.
+PyTorch's exporter writes the graph. It has no KV cache: use it to score texts, or where nothing else runs a model.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ from nextword.model.hf import load_model
 from nextword.pipeline.base_model import resolve_model_dir
 
 OPSET_VERSION = 18
-MAX_FILE_BYTES = 2**31 - 2**20  # bytes; one file of this format has less than 2 GiB
+MAX_FILE_BYTES = 2**31 - 2**20  # a single ONNX file is limited to 2 GiB
 
 
 class LogitsModel(nn.Module):
@@ -37,51 +36,58 @@ class LogitsModel(nn.Module):
 
 
 def write_onnx(model: str | Path, out: str | Path, tolerance: float = TOLERANCE) -> ExportResult:
-    """Write a model directory as one ONNX file: `input_ids`, int64 [batch, sequence], to `logits`, float32
-    [batch, sequence, vocabulary], for any batch and up to the context length.
+    """Export a model directory to one ONNX file, verified with ONNX Runtime if it is installed.
+
+    The graph maps `input_ids`, int64 [batch, sequence], to `logits`, float32 [batch, sequence, vocabulary], for any batch
+    size and up to the context length.
+
+    Args:
+        tolerance: the largest accepted difference of logits.
 
     Raises:
-        NextwordError: the model is a classifier or too large for one file, or ONNX Runtime reads something else from it.
-        MissingExtra: the packages `onnx` and `onnxscript` are not installed.
+        NextwordError: the model is a classifier or too large for one file, or verification fails.
+        MissingDependencyError: `onnx` or `onnxscript` is not installed.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError("--to onnx", "onnx") from error
+    if not (find_spec("onnx") and find_spec("onnxscript")):
+        raise MissingDependencyError("--to onnx", "onnx")
     directory, out = resolve_model_dir(model), Path(out)
     gpt, tokenizer = load_model(directory).eval().float(), Tokenizer.open(directory)
     if gpt.config.n_labels:
-        raise NextwordError(f"{directory}: a classifier, and ONNX is for models that write; predict with nextword")
+        raise NextwordError(f"{directory}: a classifier, and only language models are exported to ONNX")
     if (size := 4 * sum(parameter.numel() for parameter in gpt.parameters())) > MAX_FILE_BYTES:
-        raise NextwordError(f"{directory}: its weights take {size:,} bytes, and one ONNX file has less than 2 GiB")
-    sizes = {"batch": None, "sequence": gpt.config.context_length}
-    shape = {i: torch.export.Dim(name, min=1, max=most) for i, (name, most) in enumerate(sizes.items())}
-    example = torch.zeros(2, min(2, gpt.config.context_length), dtype=torch.int64)
+        raise NextwordError(f"{directory}: the weights take {size:,} bytes, but an ONNX file is limited to 2 GiB")
+    context_length = gpt.config.context_length
+    shape = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("sequence", min=1, max=context_length)}
+    example = torch.zeros(2, min(2, context_length), dtype=torch.int64)
     with temp_output(out) as partial:
         with suppress_warnings():
             program = torch.onnx.export(
-                LogitsModel(gpt).eval(), (example,), dynamo=True, input_names=["input_ids"], output_names=["logits"],
-                dynamic_shapes={"input_ids": shape}, opset_version=OPSET_VERSION, verbose=False,
-            )  # fmt: skip
+                LogitsModel(gpt).eval(),
+                (example,),
+                dynamo=True,
+                input_names=["input_ids"],
+                output_names=["logits"],
+                dynamic_shapes={"input_ids": shape},
+                opset_version=OPSET_VERSION,
+                verbose=False,
+            )
         assert program is not None
-        for node in program.model.graph.all_nodes():  # lines and paths of this program's source
+        for node in program.model.graph.all_nodes():  # remove source lines and local paths
             node.metadata_props.clear()
         program.save(partial, external_data=False)
-        max_difference = (
-            verify_with_onnxruntime(partial, gpt, tokenizer, tolerance) if find_spec("onnxruntime") else None
-        )
-        return ExportResult(out, "onnxruntime", max_difference)
+        can_verify = find_spec("onnxruntime") is not None
+        difference = verify_with_onnxruntime(partial, gpt, tokenizer, tolerance) if can_verify else None
+        return ExportResult(out, "onnxruntime", difference)
 
 
 @contextlib.contextmanager
 def suppress_warnings() -> Iterator[None]:
-    """Without the exporter's warnings: of packages that it looks for, and of PyTorch's own old calls."""
+    """Hide the exporter's warnings about optional packages and deprecated PyTorch calls."""
+    disabled_level = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        before = logging.root.manager.disable
         logging.disable(logging.WARNING)
         try:
             yield
         finally:
-            logging.disable(before)
+            logging.disable(disabled_level)

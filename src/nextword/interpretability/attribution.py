@@ -1,8 +1,8 @@
-"""Which input words an output leans on: integrated gradients, with their own proof of being complete.
+"""Attribution of an output to the input tokens by integrated gradients.
 
-Sundararajan et al. 2017, equation 1: the part of token i is (x_i − x′_i) · ∫₀¹ ∂F/∂x_i (x′ + α (x − x′)) dα, x its embedding
-and x′ the baseline's. Their proposition 1, completeness: the parts add up to F(x) − F(x′), which tells whether the integral
-was taken finely enough. Shapes: T tokens, D model width, B points of the path that go through the model at once.
+Sundararajan et al. 2017, equation 1: the attribution of token i is (x_i − x′_i) · ∫₀¹ ∂F/∂x_i (x′ + α (x − x′)) dα, with its
+embedding x and the baseline x′. By completeness (proposition 1), the attributions sum to F(x) − F(x′), which measures the error
+of the numerical integral. Shapes: T tokens, D model width, B points of the path in a batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,21 +15,21 @@ from torch import Tensor
 from nextword.interpretability.activations import override_embeddings
 from nextword.model.gpt import GPT
 
-COMPLETENESS_TOLERANCE = 0.01  # how far the parts' sum may be from what they are parts of
+COMPLETENESS_TOLERANCE = 0.01  # relative
 INITIAL_STEPS, MAX_STEPS = 16, 1024
 BATCH_TOKENS = 2048
 
-OutputFunction = Callable[[Tensor], Tensor]  # hidden states [B, T, D] → a number each [B]
+OutputFunction = Callable[[Tensor], Tensor]  # hidden states [B, T, D] → outputs [B]
 
 
 @dataclass(frozen=True)
 class Attributions:
-    """What each token has added to an output.
+    """The contribution of each token to an output.
 
     Attributes:
-        parts: [T], in the output's unit.
-        output, at_baseline: the output at the text itself, and at the baseline.
-        steps: points at which the gradient was taken.
+        per_token: [T], in the unit of the output.
+        target_output, baseline_output: the output for the text and for the baseline.
+        steps: points at which the gradient was evaluated.
     """
 
     per_token: list[float]
@@ -47,25 +47,29 @@ class Attributions:
 
     @property
     def completeness_error(self) -> float:
-        """|Σ parts − difference| / |difference|; where nothing differs, the parts' own size takes its place."""
+        """|Σ attributions − difference| / |difference|, or by Σ |attributions| if the difference is 0."""
         gap = abs(self.total - self.output_difference)
         scale = abs(self.output_difference) or float(np.abs(self.per_token).sum())
         return gap / scale if scale else 0.0
 
 
 def mean_token_embedding(model: GPT) -> Tensor:
-    """The baseline [D]: the mean of all token embeddings, a word that is no word in particular."""
+    """The baseline [D]: the mean of all token embeddings."""
     return model.token_embedding.weight.detach().mean(0)
 
 
 def integrated_gradients(
     model: GPT, input_ids: Sequence[int], output_function: OutputFunction, fixed_positions: Sequence[int] = ()
 ) -> Attributions:
-    """Integrated gradients of an output on a text's token embeddings, from the average word at every place but the `fixed`
-    ones (a task's markers, which no text is without); positions stay as they are.
+    """Integrated gradients of an output with respect to the token embeddings, from the mean embedding at every position.
 
-    The integral is taken by Gauss and Legendre's rule with 16 points, and with twice as many until the parts add up within
-    1 % or there are 1,024.
+    The integral is taken by Gauss–Legendre quadrature with 16 points, doubled until the completeness error is below 1 % or
+    there are 1,024 points.
+
+    Args:
+        input_ids: the tokens [T].
+        output_function: the output from the hidden states.
+        fixed_positions: tokens that keep their embedding in the baseline, such as the special tokens of a task.
     """
     tokens = torch.tensor([list(input_ids)], device=model.unembedding.device)  # [1, T]
     embeddings = model.token_embedding.weight.detach()[tokens[0]]  # [T, D]
@@ -77,25 +81,25 @@ def integrated_gradients(
             return output_function(model(tokens.expand(len(points), -1)))
 
     with torch.no_grad():
-        endpoint_outputs = output_at(torch.stack((embeddings, baseline))).double().tolist()
+        target, reference = output_at(torch.stack((embeddings, baseline))).double().tolist()
     steps = INITIAL_STEPS
     while True:
-        token_attributions = _integrate_path(output_at, embeddings, baseline, steps)
-        attributions = Attributions(token_attributions, endpoint_outputs[0], endpoint_outputs[1], steps)
+        per_token = _integrate_path(output_at, embeddings, baseline, steps)
+        attributions = Attributions(per_token, target, reference, steps)
         if attributions.completeness_error < COMPLETENESS_TOLERANCE or steps >= MAX_STEPS:
             return attributions
         steps *= 2
 
 
-def _integrate_path(output_function: OutputFunction, embeddings: Tensor, baseline: Tensor, steps: int) -> list[float]:
-    """The parts [T] by so many points of the path."""
+def _integrate_path(output_at: OutputFunction, embeddings: Tensor, baseline: Tensor, steps: int) -> list[float]:
+    """The attributions [T] by quadrature with `steps` points."""
     nodes, weights = np.polynomial.legendre.leggauss(steps)  # on −1 to 1
-    rows = max(1, BATCH_TOKENS // len(embeddings))
+    batch_size = max(1, BATCH_TOKENS // len(embeddings))
     gradient = torch.zeros(embeddings.shape, dtype=torch.float64)
-    for start in range(0, steps, rows):
-        batch = slice(start, start + rows)
+    for start in range(0, steps, batch_size):
+        batch = slice(start, start + batch_size)
         alpha = torch.as_tensor((nodes[batch] + 1) / 2).to(embeddings)[:, None, None]
         points = (baseline + alpha * (embeddings - baseline)).requires_grad_()  # [B, T, D]
-        (batch_gradient,) = torch.autograd.grad(output_function(points).sum(), points)
+        (batch_gradient,) = torch.autograd.grad(output_at(points).sum(), points)
         gradient += (batch_gradient.cpu().double() * torch.as_tensor(weights[batch] / 2)[:, None, None]).sum(0)
     return ((embeddings - baseline).cpu().double() * gradient).sum(-1).tolist()

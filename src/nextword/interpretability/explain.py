@@ -1,4 +1,4 @@
-"""A text explained by a model's own numbers: what comes next, who looks where, what each layer would say, what it leans on.
+"""Explanation of a prediction: next-token probabilities, attention, the logit lens and attributions to the input tokens.
 
 Shapes: T tokens, L layers, H heads, D model width, V vocabulary.
 """
@@ -18,96 +18,88 @@ from nextword.interpretability.inputs import ModelInput, has_lm_head, next_token
 from nextword.model.gpt import GPT
 from nextword.pipeline.language_model import LanguageModel
 
-TOP_K = 10  # next words that are told of each position
-ROUND_DIGITS = 6  # of a weight or a probability; what is less is no longer seen
+TOP_K = 10  # next tokens listed per position
+ROUND_DIGITS = 6  # of weights and probabilities
 
 
-def explain(model: LanguageModel, texts: Sequence[str], *, word: str | None = None, label: str | None = None) -> dict[str, Any]:
-    """What `nextword explain --json` prints.
+def explain(
+    model: LanguageModel, texts: Sequence[str], *, word: str | None = None, label: str | None = None
+) -> dict[str, Any]:
+    """Explain a prediction, as `nextword explain --json` prints it.
 
     Args:
-        texts: one text; of a task's model those of one example, as `nextword predict` takes them.
-        word: the next word whose probability is explained; the likeliest where not given.
-        label: the label whose logit is explained; the one that the model gives where not given.
+        texts: one text; for a fine-tuned model the texts of one example, as `nextword predict` takes them.
+        word: the next word whose probability is explained (default: the likeliest token).
+        label: the label whose logit is explained (default: the predicted label).
 
     Returns:
-        `tokens`: each with its `text`, how it was predicted by those before (`probability`, `rank` from 1, `surprisal` in bits;
-        None of the first one and of markers), and `next`, the likeliest tokens to follow it. `attention`: [L][H][t], the
-        weights of the tokens 0 … t. `heads`: [L][H], the shares of a head's weight that go to the token before, the first one
-        and itself. `layers`: for the embeddings and after each layer, what that layer would already say at each position.
-        `leaning`: what each token has added to what is explained, with its sum, what the sum should be, and how far it is off.
+        `tokens`: every token with its `text`, its `probability`, `rank` (from 1) and `surprisal` in bits given the tokens
+            before
+        it (None for the first and for special tokens), and `next`, the likeliest tokens to follow. `attention`: [L][H][t],
+        the weights on the tokens 0 … t. `heads`: [L][H], the share of attention on the token before, the first one and
+        itself. `layers`: for the embeddings and every layer, the likeliest token at each position by the logit lens.
+        `leaning`: the attributions of the explained output to the tokens, with their sum, the value it should have, and the
+        relative error.
 
     Raises:
-        UsageError: texts, a word or a label that are not this model's.
+        UsageError: texts, a word or a label that do not fit the model.
     """
     model_input = prepare_input(model, texts, label)
-    activations, notes, predicts_tokens = (
-        capture(model.gpt, model_input.input_ids),
-        list(model_input.notes),
-        has_lm_head(model),
-    )
+    input_ids, notes = model_input.input_ids, list(model_input.notes)
+    activations, predicts_tokens = capture(model.gpt, input_ids), has_lm_head(model)
     if model_input.output_names:
         if word is not None:
-            raise UsageError("--word is for models that go on with a text; this one answers a task: --label LABEL")
-        kind, target, output = (
-            "label",
-            model_input.output_names[model_input.target_index],
-            class_logit(model.gpt, model_input.target_index),
-        )
+            raise UsageError("--word is for models that generate text; this model has a task head: use --label LABEL")
+        kind, target = "label", model_input.output_names[model_input.target_index]
+        output_function = class_logit(model.gpt, model_input.target_index)
     else:
         token_id, note = int(logit_lens(model.gpt, activations.residual_streams[-1, -1:]).argmax()), None
         if word is not None:
-            token_id, note = next_token_id(model, model_input.input_ids, word)
+            token_id, note = next_token_id(model, input_ids, word)
         notes += [note] if note else []
-        kind, target, output = (
-            "word",
-            describe_token(model.tokenizer, token_id)["text"],
-            token_log_prob(model.gpt, token_id),
-        )
+        kind, target = "word", describe_token(model.tokenizer, token_id)["text"]
+        output_function = token_log_prob(model.gpt, token_id)
     if not predicts_tokens:
-        notes.append("It was made for its task alone and has no matrix for the next word any more.")
-    token_entries = tokens_to_list(model, model_input.input_ids, activations, predicts_tokens)
-    special_positions = [t for t, one in enumerate(token_entries) if one["kind"] == "marker"]
-    attributions = integrated_gradients(
-        model.gpt,
-        model_input.input_ids,
-        output,
-        fixed_positions=[] if len(special_positions) == len(token_entries) else special_positions,
-    )
+        notes.append("This model was made for its task and no longer predicts tokens.")
+    entries = _describe_tokens(model, input_ids, activations, predicts_tokens)
+    special = [t for t, entry in enumerate(entries) if entry["kind"] == "marker"]
+    fixed_positions = [] if len(special) == len(entries) else special
+    attributions = integrated_gradients(model.gpt, input_ids, output_function, fixed_positions)
+    config = model.gpt.config
     return {
-        "model": str(model.path), "about": model_summary(model), "task": model_input.task, "texts": list(texts), "notes": notes,
-        "answer": model_input.prediction, "tokens": token_entries,
-        "attention": attention_to_list(activations.attention), "heads": head_patterns_to_list(activations.attention),
-        "layers": layers_to_list(model, model_input, activations, predicts_tokens), "leaning": attributions_to_dict(attributions, kind, target),
-    }  # fmt: skip
-
-
-# ---------------------------------------------------------------- what is explained
+        "model": str(model.path),
+        "about": {
+            "layers": config.n_layers,
+            "heads": config.n_heads,
+            "width": config.d_model,
+            "parameters": config.parameters,
+            "vocabulary": config.vocab_size,
+            "norms": config.norm_position,
+        },
+        "task": model_input.task,
+        "texts": list(texts),
+        "notes": notes,
+        "answer": model_input.prediction,
+        "tokens": entries,
+        "attention": _attention_to_list(activations.attention),
+        "heads": _head_patterns_to_list(activations.attention),
+        "layers": _describe_layers(model, model_input, activations, predicts_tokens),
+        "leaning": _attributions_to_dict(attributions, kind, target),
+    }
 
 
 def token_log_prob(model: GPT, token_id: int) -> OutputFunction:
-    """log P(word | text; θ), in nats, of the last position."""
+    """log P(token | text), in nats, at the last position."""
     return lambda hidden: model.unembed(hidden[:, -1]).float().log_softmax(-1)[:, token_id]
 
 
 def class_logit(model: GPT, class_index: int) -> OutputFunction:
-    """One logit of the classification head, read at the last position."""
+    """One logit of the classification head at the last position."""
     return lambda hidden: model.classify(hidden[:, -1]).float()[:, class_index]
 
 
-# ---------------------------------------------------------------- as numbers and texts
-
-
-def model_summary(model: LanguageModel) -> dict[str, Any]:
-    config = model.gpt.config
-    return {
-        "layers": config.n_layers, "heads": config.n_heads, "width": config.d_model, "parameters": config.parameters,
-        "vocabulary": config.vocab_size, "norms": config.norm_position,
-    }  # fmt: skip
-
-
 def describe_token(tokenizer: Tokenizer, token_id: int) -> dict[str, Any]:
-    """A token as text: a marker by its name, bytes that are only a part of a character in hexadecimal."""
+    """A token as text: a special token by its name, bytes of an incomplete character in hexadecimal."""
     token_bytes = tokenizer.token_bytes(token_id)
     if not token_bytes:
         name = tokenizer.backend.id_to_token(token_id)
@@ -118,71 +110,67 @@ def describe_token(tokenizer: Tokenizer, token_id: int) -> dict[str, Any]:
         return {"id": token_id, "text": token_bytes.hex(" ").upper(), "kind": "bytes"}
 
 
-def tokens_to_list(
+def _describe_tokens(
     model: LanguageModel, input_ids: Sequence[int], activations: Activations, predicts_tokens: bool
 ) -> list[dict[str, Any]]:
-    """The text's tokens, each with how it was predicted and what is likeliest to follow it."""
-    entries = [describe_token(model.tokenizer, id) for id in input_ids]
+    """The tokens of the text, with their probabilities and the likeliest tokens to follow."""
+    entries = [describe_token(model.tokenizer, token_id) for token_id in input_ids]
     if not predicts_tokens:
         return entries
     probabilities = logit_lens(model.gpt, activations.residual_streams[-1]).cpu().double().softmax(-1)  # [T, V]
     top_probabilities, top_ids = probabilities.topk(min(TOP_K, probabilities.shape[-1]))
     for t, entry in enumerate(entries):
         entry |= {"probability": None, "rank": None, "surprisal": None}
-        if t and entry["kind"] != "marker":  # a task's markers are put there, and are no words that were to be expected
-            probability = probabilities[t - 1, input_ids[t]]
+        if t and entry["kind"] != "marker":  # special tokens are inserted, not predicted
+            probability = float(probabilities[t - 1, input_ids[t]])
             rank = 1 + int((probabilities[t - 1] > probability).sum())
-            entry |= {
-                "probability": float(probability),
-                "rank": rank,
-                "surprisal": -math.log2(max(float(probability), 1e-300)),
-            }
+            surprisal = -math.log2(max(probability, 1e-300))
+            entry |= {"probability": probability, "rank": rank, "surprisal": surprisal}
         entry["next"] = [
-            {**describe_token(model.tokenizer, id), "probability": probability}
-            for id, probability in zip(top_ids[t].tolist(), top_probabilities[t].tolist(), strict=True)
+            {**describe_token(model.tokenizer, token_id), "probability": probability}
+            for token_id, probability in zip(top_ids[t].tolist(), top_probabilities[t].tolist(), strict=True)
         ]
     return entries
 
 
-def attention_to_list(attention: Tensor) -> list[Any]:
-    """Each layer's and head's rows, each as long as it may look."""
+def _attention_to_list(attention: Tensor) -> list[Any]:
+    """The rows of the causal attention weights, each up to its own token."""
     return [
         [[[round(x, ROUND_DIGITS) for x in row[: t + 1]] for t, row in enumerate(head)] for head in layer]
         for layer in attention.tolist()
     ]
 
 
-def head_patterns_to_list(attention: Tensor) -> list[Any]:
-    patterns = head_patterns(attention).tolist()
-    names = ("before", "first", "itself")
-    return [
-        [{name: None if math.isnan(x) else round(x, ROUND_DIGITS) for name, x in zip(names, head, strict=True)} for head in layer]
-        for layer in patterns
-    ]  # fmt: skip
+def _head_patterns_to_list(attention: Tensor) -> list[Any]:
+    def describe(shares: list[float]) -> dict[str, float | None]:
+        rounded = [None if math.isnan(share) else round(share, ROUND_DIGITS) for share in shares]
+        return dict(zip(("before", "first", "itself"), rounded, strict=True))
+
+    return [[describe(head) for head in layer] for layer in head_patterns(attention).tolist()]
 
 
-def layers_to_list(
+def _describe_layers(
     model: LanguageModel, model_input: ModelInput, activations: Activations, predicts_tokens: bool
 ) -> list[dict[str, Any]]:
-    """What the embeddings and each layer would say: of each position the likeliest next token, and of a task its outputs."""
-    entries = []
+    """The logit lens after the embeddings and every layer: the likeliest token at each position, and the outputs of a head."""
+    entries: list[dict[str, Any]] = []
     for layer, stream in enumerate(activations.residual_streams):
         entry: dict[str, Any] = {"layer": layer}
         if predicts_tokens:
-            top_probabilities, top_ids = logit_lens(model.gpt, stream).softmax(-1).max(-1)  # [T]
+            probabilities, ids = logit_lens(model.gpt, stream).softmax(-1).max(-1)  # [T]
             entry["says"] = [
-                {**describe_token(model.tokenizer, id), "probability": round(p, ROUND_DIGITS)}
-                for id, p in zip(top_ids.tolist(), top_probabilities.tolist(), strict=True)
+                {**describe_token(model.tokenizer, token_id), "probability": round(probability, ROUND_DIGITS)}
+                for token_id, probability in zip(ids.tolist(), probabilities.tolist(), strict=True)
             ]
         if model_input.output_names:
-            entry["outputs"] = head_outputs(model.gpt, stream[-1:], model_input)
+            entry["outputs"] = _head_outputs(model.gpt, stream[-1:], model_input)
         entries.append(entry)
     return entries
 
 
 @torch.no_grad()
-def head_outputs(model: GPT, last_hidden: Tensor, model_input: ModelInput) -> dict[str, float]:
-    """What the head would make of a layer's last position [1, D]: probabilities of labels, else the number itself."""
+def _head_outputs(model: GPT, last_hidden: Tensor, model_input: ModelInput) -> dict[str, float]:
+    """What the task head computes from a layer's last position [1, D]: probabilities of labels, or a score."""
     logits = model.classify(model.final_norm(last_hidden))[0].float()
     if "labels" in (model_input.prediction or {}):
         logits = logits.sigmoid()
@@ -191,10 +179,17 @@ def head_outputs(model: GPT, last_hidden: Tensor, model_input: ModelInput) -> di
     return dict(zip(model_input.output_names, logits.tolist(), strict=True))
 
 
-def attributions_to_dict(attributions: Attributions, kind: str, target: str) -> dict[str, Any]:
+def _attributions_to_dict(attributions: Attributions, kind: str, target: str) -> dict[str, Any]:
     return {
-        "kind": kind, "target": target, "unit": "nats" if kind == "word" else "logit",
-        "baseline": "every word the mean of all token embeddings, markers as they are", "parts": attributions.per_token, "sum": attributions.total,
-        "output": attributions.target_output, "at_baseline": attributions.baseline_output, "difference": attributions.output_difference,
-        "relative_error": attributions.completeness_error, "steps": attributions.steps,
-    }  # fmt: skip
+        "kind": kind,
+        "target": target,
+        "unit": "nats" if kind == "word" else "logit",
+        "baseline": "the mean of all token embeddings for every token but special tokens",
+        "parts": attributions.per_token,
+        "sum": attributions.total,
+        "output": attributions.target_output,
+        "at_baseline": attributions.baseline_output,
+        "difference": attributions.output_difference,
+        "relative_error": attributions.completeness_error,
+        "steps": attributions.steps,
+    }

@@ -34,7 +34,6 @@ from nextword.reporting.explain_page import (
     write_explanation_page,
 )
 from nextword.tasks.templates import HEAD_KINDS, TaskSpec
-from nextword.training.losses import completion_loss
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -164,8 +163,8 @@ def test_parts_add_up_and_are_the_integral(model: LanguageModel) -> None:
     output = token_log_prob(model.gpt, 7)
     found = integrated_gradients(model.gpt, ids, output, fixed_positions=[2])
     assert found.completeness_error < 0.01
-    assert sum(found.num_shards) == pytest.approx(found.output_difference, rel=0.01)
-    assert found.num_shards[2] == 0
+    assert sum(found.per_token) == pytest.approx(found.output_difference, rel=0.01)
+    assert found.per_token[2] == 0
     with torch.no_grad():
         logits = model.gpt.unembed(model.gpt(torch.tensor([ids]))[0, -1])
     assert found.target_output == pytest.approx(float(logits.log_softmax(-1)[7]), abs=1e-5)
@@ -179,7 +178,7 @@ def test_parts_add_up_and_are_the_integral(model: LanguageModel) -> None:
         values = output(model.gpt(torch.tensor([ids]).expand(256, -1)))
     (gradient,) = torch.autograd.grad(values.sum(), points)
     by_hand = ((embedded - start) * gradient.mean(0)).sum(-1)
-    assert found.num_shards == pytest.approx(by_hand.tolist(), abs=0.02 * max(map(abs, found.num_shards)))
+    assert found.per_token == pytest.approx(by_hand.tolist(), abs=0.02 * max(map(abs, found.per_token)))
 
 
 def test_a_linear_output_needs_no_path(models: dict[str, LanguageModel]) -> None:
@@ -189,13 +188,13 @@ def test_a_linear_output_needs_no_path(models: dict[str, LanguageModel]) -> None
     embedded = model.gpt.token_embedding.weight.detach()[ids]
 
     def linear(hidden: torch.Tensor) -> torch.Tensor:
-        return (seen["x"] @ text_direction).sum(-1)
+        return (seen["x"] @ direction).sum(-1)
 
     handle = model.gpt.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.update(x=inputs[0]))
     found = integrated_gradients(model.gpt, ids, linear)
     handle.remove()
-    assert found.num_shards == pytest.approx(
-        ((embedded - mean_token_embedding(model.gpt)) @ text_direction).tolist(), abs=1e-4
+    assert found.per_token == pytest.approx(
+        ((embedded - mean_token_embedding(model.gpt)) @ direction).tolist(), abs=1e-4
     )
     assert found.steps == 16
 
@@ -245,9 +244,9 @@ def test_an_example_of_a_task(name: str, tokenizer: Tokenizer, tmp_path: Path) -
         return
     assert told["answer"] == model.predict(*texts)
     assert markers[-1] == "<|extract|>"
-    last, add_generation_prompt = told["layers"][-1]["outputs"], told["answer"]
-    if isinstance(completion_loss.get("probabilities"), dict):
-        assert last == pytest.approx(completion_loss["probabilities"], abs=1e-5)
+    last, answer = told["layers"][-1]["outputs"], told["answer"]
+    if isinstance(answer.get("probabilities"), dict):
+        assert last == pytest.approx(answer["probabilities"], abs=1e-5)
         chosen = max(last, key=lambda label: last[label])
         assert told["leaning"]["target"] == chosen
         other = min(last, key=lambda label: last[label])
@@ -258,7 +257,7 @@ def test_an_example_of_a_task(name: str, tokenizer: Tokenizer, tmp_path: Path) -
         assert said == "<|start|>who was tired<|delimiter|>the doctor<|extract|>"
     with pytest.raises(UsageError, match="--label 'purple'"):
         explain(model, texts, label="purple")
-    with pytest.raises(UsageError, match="--word is for models that go on with a text"):
+    with pytest.raises(UsageError, match="--word is for models that generate text"):
         explain(model, texts, word="doctor")
 
 
@@ -286,7 +285,7 @@ def test_a_classifier_that_has_lost_its_words_says_so(tokenizer: Tokenizer, tmp_
     form, texts = TASKS["classify"]
     model = saved(random_model("tutorial", tokenizer.vocab_size), tokenizer, tmp_path / "m", form)
     told = explain(model, texts)
-    assert any("no matrix for the next word" in note for note in told["notes"])
+    assert any("no longer predicts tokens" in note for note in told["notes"])
     assert "next" not in told["tokens"][0] and "says" not in told["layers"][0]
     assert "outputs" in told["layers"][0]
     assert write_explanation_page(told, tmp_path / "page.html").is_file()
@@ -304,17 +303,17 @@ def test_a_word_is_taken_as_it_would_follow(models: dict[str, LanguageModel]) ->
     likelier = spaced if logits[spaced] >= logits[plain] else plain
     assert told["leaning"]["target"] == model.tokenizer.decode([likelier])
     assert told["leaning"]["output"] == pytest.approx(float(logits.log_softmax(-1)[likelier]), abs=1e-5)
-    assert any("is 4 tokens; what is explained is the first" in note or "tokens; what is explained is the first" in note
-               for note in explain(model, ["The nurse said that"], word="xylophone")["notes"])  # fmt: skip
+    notes = explain(model, ["The nurse said that"], word="xylophone")["notes"]
+    assert any(re.search(r"is \d+ tokens; the first, .* is explained", note) for note in notes)
 
 
 def test_what_cannot_be_asked_is_refused_in_words(models: dict[str, LanguageModel]) -> None:
     model = models["gpt2"]
-    with pytest.raises(UsageError, match="goes on with one text, and 2 were given"):
+    with pytest.raises(UsageError, match="takes one text, but 2 were given"):
         explain(model, ["The nurse", "said"])
-    with pytest.raises(UsageError, match="--label is for models that give labels"):
+    with pytest.raises(UsageError, match="--label is for models with labels"):
         explain(model, [TEXT], label="good")
-    with pytest.raises(UsageError, match="name a word"):
+    with pytest.raises(UsageError, match="--word needs a word"):
         explain(model, [TEXT], word="")
 
 
@@ -322,13 +321,13 @@ def test_long_texts_are_cut_and_say_so(models: dict[str, LanguageModel], tokeniz
     model, text = models["modern"], TEXT * 8
     ids = model.tokenizer.encode(text)
     told = explain(model, [text])
-    assert told["notes"] == [f"The text has {len(ids)} tokens; the last 48 of them are read and shown."]
+    assert told["notes"] == [f"The text has {len(ids)} tokens; the last 48 of them are explained."]
     assert [token["id"] for token in told["tokens"]] == ids[-48:]
     for name in ("classify", "chat"):
         form, _ = TASKS[name]
         one = saved(random_model("modern", tokenizer.vocab_size), tokenizer, tmp_path / name, form)
         told = explain(one, [text])
-        assert len(told["notes"]) == 1 and "cut" in told["notes"][0]
+        assert len(told["notes"]) == 1 and "truncated" in told["notes"][0]
         assert len(told["tokens"]) == 48
         assert [told["tokens"][i]["kind"] for i in (0, -1)] == (
             ["marker"] * 2 if name == "classify" else ["text", "marker"]
@@ -404,7 +403,9 @@ def test_a_text_runs_its_own_way(text: str, way: str) -> None:
     assert text_direction([text]) == way
 
 
-def test_from_the_command_line(models: dict[str, LanguageModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_the_command_line(
+    models: dict[str, LanguageModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = tmp_path / "page.html"
     assert run_command(["explain", str(models["modern"].path), f"\x1b[31m {TEXT}", "--out", str(page)]) == 0
     said = capsys.readouterr().out
