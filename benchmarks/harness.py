@@ -19,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import interpreter
 from benchmarks.run import DATA
 from benchmarks.serving_client import Served
+from benchmarks.speed import interpreter
 from nextword.data.tokenizer import Tokenizer
 
 TASK = {
@@ -85,7 +85,8 @@ def compare(model: Path, python: str, pairs: int) -> dict[str, Any]:
         length, tokenizer = server.metadata["context_length"], Tokenizer.open(server.directory)
         # Of a sentence that fills what it takes for the context, the harness's client finds nothing to be left before it.
         count, too_long = write_task(folder, pairs, lambda text: len(tokenizer.encode(text)) <= length - 2)
-        asked = {"base_url": f"{server.url}/v1/completions", "model": server.metadata["model"], "tokenizer": str(server.directory),
+        asked = {"base_url": f"{server.url}/v1/completions", "model": server.metadata["model"],
+                 "tokenizer": str(server.directory),
                  "num_concurrent": 4, "max_length": length, "max_retries": 1}  # fmt: skip
         ours = evaluate(python, folder, "served", "local-completions", asked)
         given = {"pretrained": str(server.directory), "dtype": "float32", "max_length": length}

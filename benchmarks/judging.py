@@ -55,8 +55,8 @@ def questions(name: str) -> list[LoglikelihoodItem]:
 
 
 def trees_of(scorer: LoglikelihoodScorer, asked: Sequence[LoglikelihoodItem]) -> list[PrefixTree]:
-    texts = iter(scorer.encode_pairs([pair for one in asked for pair in one.sequence_owners]))
-    return scorer.build_trees([[next(texts) for _ in one.sequence_owners] for one in asked])
+    texts = iter(scorer.encode_pairs([pair for one in asked for pair in one.requests]))
+    return scorer.build_trees([[next(texts) for _ in one.requests] for one in asked])
 
 
 @contextlib.contextmanager
@@ -80,27 +80,20 @@ def stock_likelihoods(model: LanguageModel, asked: Sequence[LoglikelihoodItem]) 
     with torch.no_grad():
         for question in asked:
             likely = []
-            for text in scorer.encode_pairs(question.sequence_owners):
+            for text in scorer.encode_pairs(question.requests):
                 log_p = (
-                    stock(torch.tensor([text.token_ids[:-1]]))
-                    .logits[0, -text.sequence_owners :]
-                    .double()
-                    .log_softmax(-1)
+                    stock(torch.tensor([text.token_ids[:-1]])).logits[0, -text.num_targets :].double().log_softmax(-1)
                 )
-                likely.append(
-                    float(log_p.gather(1, torch.tensor(text.token_ids[-text.sequence_owners :])[:, None]).sum())
-                )
+                likely.append(float(log_p.gather(1, torch.tensor(text.token_ids[-text.num_targets :])[:, None]).sum()))
             found.append(likely)
     return found
 
 
 def agree(run: Path) -> None:
     def measure(name: str) -> dict[str, Any]:
-        model, continuation_length = load(run), questions(name)
-        found = LoglikelihoodScorer(model.dequantized, model.tokenizer).score_pairs(
-            [one.sequence_owners for one in asked]
-        )
-        ours, longest_held_out = [[one.logprob for one in likely] for likely in found], stock_likelihoods(model, asked)
+        model, asked = load(run), questions(name)
+        found = LoglikelihoodScorer(model.dequantized, model.tokenizer).score_pairs([one.requests for one in asked])
+        ours, theirs = [[one.logprob for one in likely] for likely in found], stock_likelihoods(model, asked)
         apart = max(
             abs(a - b) for one, other in zip(ours, theirs, strict=True) for a, b in zip(one, other, strict=True)
         )
@@ -135,7 +128,7 @@ def work(model: LanguageModel, batch: Sequence[Sequence[PrefixTree]]) -> float:
     sizes = {name: p.numel() for name, p in model.gpt.named_parameters() if p.ndim == 2 and name.startswith("blocks")}
     last = sum(size for name, size in sizes.items() if name.startswith(f"blocks.{config.n_layers - 1}."))
     kept = 2 * config.d_model * config.n_kv_heads * config.head_dim
-    tokens, continuation_length = (
+    tokens, asked = (
         sum(len(tree.tokens) for tree in trees),
         sum(len(np.unique(tree.predictor_positions)) for tree in trees),
     )
@@ -175,14 +168,12 @@ def rate(run: Path) -> None:
 @one_thread()
 def peers(run: Path) -> None:
     def measure(name: str) -> dict[str, Any]:
-        model, continuation_length = load(run), questions(name)
+        model, asked = load(run), questions(name)
         scorer = LoglikelihoodScorer(model.dequantized, model.tokenizer, check_greedy=True)  # lm-eval finds out as well
         make = importlib.import_module("lm_eval.models.huggingface").HFLM
         theirs = {size: make(pretrained=str(model.path), device="cpu", batch_size=size) for size in (1, 16, 64)}
-        requests = [SimpleNamespace(args=pair) for one in asked for pair in one.sequence_owners]
-        runs: dict[str, Callable[[], Any]] = {
-            "nextword": lambda: scorer.score_pairs([one.sequence_owners for one in asked])
-        }
+        requests = [SimpleNamespace(args=pair) for one in asked for pair in one.requests]
+        runs: dict[str, Callable[[], Any]] = {"nextword": lambda: scorer.score_pairs([one.requests for one in asked])}
         for size, peer in theirs.items():
             runs[f"hf, batch {size}"] = lambda peer=peer: peer.loglikelihood(requests, disable_tqdm=True)
         times: dict[str, list[float]] = {who: [] for who in runs}
@@ -202,7 +193,7 @@ def peers(run: Path) -> None:
         found = kept(run, f"peers-{name}", lambda name=name: measure(name))
         middle = {who: statistics.median(times) for who, times in found["times"].items()}
         best = min((who for who in middle if who != "nextword"), key=lambda who: middle[who])
-        ours, longest_held_out = middle["nextword"], middle[best]
+        ours, theirs = middle["nextword"], middle[best]
         print(
             f"| {name} | {found['items']} | {ours:.2f} | {theirs:.2f} ({best}) | {middle['hf, batch 1']:.1f} "
             f"| {theirs / ours:.1f} | {theirs / found['least']:.1f} |"

@@ -43,9 +43,19 @@ LONGER = {
 # Where some thirty runs of small models on six texts say little of a constant, the literature does: what it found at a hundred
 # times the size (Hoffmann et al. 2022, table A3's exponents; Muennighoff et al. 2023, R* = 15.4), and by what factor that may
 # be off here. The scales and the taste for difficulty are as good as free.
-EXPECTED = {"floor": (0.85, 2.7), "parameters_scale": (900, 20), "alpha": (0.34, 1.3), "bytes_scale": (1.5e5, 7.4)}
-EXPECTED |= {"beta": (0.36, 1.3), "half_life": (15.4, 2.0), "taste": (0.6, 2.7), "memorising": (0.005, 4.0)}
-EXPECTED |= {"swelling": (0.4, 1.6)}
+EXPECTED = {
+    "irreducible_loss": (0.85, 2.7),
+    "parameters_scale": (900, 20),
+    "alpha": (0.34, 1.3),
+    "bytes_scale": (1.5e5, 7.4),
+}
+EXPECTED |= {
+    "beta": (0.36, 1.3),
+    "repeat_half_life": (15.4, 2.0),
+    "difficulty_exponent": (0.6, 2.7),
+    "memorization_coefficient": (0.005, 4.0),
+}
+EXPECTED |= {"memorization_exponent": (0.4, 1.6)}
 NOISE = 0.04  # of a run about the law, as a share
 
 
@@ -178,7 +188,7 @@ def fit() -> None:
     data = [(corpus, one) for (corpus, _, _), one in known_runs().items()]
 
     begin, doubt = np.log(
-        [EXPECTED[name] for name in ScalingLaw.truncate()]
+        [EXPECTED[name] for name in ScalingLaw.fitted_fields()]
     ).T  # logarithms: all constants are positive
 
     def residuals(logarithms: np.ndarray, chosen: list[dict[str, float]]) -> np.ndarray:
@@ -254,9 +264,9 @@ def hold() -> None:
     for corpus, budget in jobs:
         one = found[corpus, budget]
         bits = law.bits_per_byte(one["parameters"], one["epochs"] * one["unique"], one["unique"], one["difficulty"])
-        low, high = law.format_interval(bits, one["doubt"])
-        share, in_block = one["seconds"] / parse_duration(budget), low <= one["reached"] <= high
-        in_time, extract = in_time + (abs(share - 1) <= 0.05), within + inside
+        low, high = law.prediction_interval(bits, one["doubt"])
+        share, inside = one["seconds"] / parse_duration(budget), low <= one["reached"] <= high
+        in_time, within = in_time + (abs(share - 1) <= 0.05), within + inside
         print(
             f"| {corpus} | {budget} | {one['seconds']:.1f} | {100 * share:.1f} % | {one['size']} | {one['epochs']:.1f} "
             f"| {bits:.3f} ({low:.3f} to {high:.3f}) | {one['reached']:.3f} "

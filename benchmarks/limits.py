@@ -18,11 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from nextword.errors import NextwordError
-from nextword.inference.grammar import Grammars
-from nextword.serving.templates import TemplateChat
-from nextword.text.tokenizer import Tokenizer, train_bpe
 
+from nextword.common.errors import NextwordError
+from nextword.data.tokenizer import Tokenizer, train_bpe
+from nextword.inference.constrained import ConstraintCompiler
+from nextword.serving.chat_templates import JinjaChatEncoder
 from nextword.serving.protocol import APIError
 
 ENDLESS = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "{% endfor %}" * 3
@@ -32,7 +32,8 @@ SCHEMAS = {
     "a text of a million characters": {"type": "string", "minLength": 10**6, "maxLength": 10**6},
 }
 SIGNALS = (
-    "import time\nfrom nextword.runs import catching_signals\nwith catching_signals() as caught:\n    print(1, flush=True)\n"
+    "import time\nfrom nextword.common.run_dir import catch_signals\nwith catch_signals() as caught:\n"
+    "    print(1, flush=True)\n"
     "    while not caught: time.sleep(0.01)\n    print(2, flush=True)\n    time.sleep(1000)"
 )
 
@@ -45,7 +46,7 @@ def timed(work: Callable[[], object]) -> float:
 
 def template(tokenizer: Tokenizer) -> None:
     async def render() -> None:
-        chat = TemplateChat(tokenizer, ENDLESS)
+        chat = JinjaChatEncoder(tokenizer, ENDLESS)
         with contextlib.suppress(APIError):
             await chat.render([{"role": "user", "content": "Hi"}])
         await chat.close()
@@ -56,10 +57,10 @@ def template(tokenizer: Tokenizer) -> None:
 def write(tokenizer: Tokenizer, schema: dict[str, object]) -> None:
     """The grammar, and its first 40 tokens, where it is not refused."""
     try:
-        held = Grammars(tokenizer, tokenizer.ends).json(schema)
+        held = ConstraintCompiler(tokenizer, tokenizer.eos_ids).compile_json_schema(schema)
         for _ in range(40):
             token = int(torch.multinomial(held.allowed().float(), 1))
-            if token in tokenizer.ends:
+            if token in tokenizer.eos_ids:
                 break
             held.accept(token)
     except NextwordError:

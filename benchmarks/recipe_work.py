@@ -41,8 +41,8 @@ HELD_OUT = 2**17  # tokens of held-out text that a run is measured on at most, t
 class SameOrder(TokenDataset):
     """Every epoch in the order of the first."""
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        return super().batch(step % max(1, self.num_windows // self.batch_size), rank, world)
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+        return super().batch(step % max(1, self.num_windows // self.batch_size), rank, world_size)
 
 
 def batches(data: TokenDataset, total: int, ramp: float) -> Iterator[tuple[Batch, float]]:

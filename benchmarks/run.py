@@ -136,7 +136,7 @@ def reference() -> None:
 
     rows = []
     for seed in (1, 2, 3):  # in turn, so that a change of the machine's speed meets both
-        mine, longest_held_out = (
+        mine, theirs = (
             cell(f"reference-{seed}", lambda s=seed: ours(s)),
             cell(f"stock-{seed}", lambda s=seed: stock(s)),
         )

@@ -27,9 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import THREADS, interpreter
 from benchmarks.run import KEPT
 from benchmarks.serving_client import Body, Running, Seen, Served, free_port, send, status_of, talk
+from benchmarks.speed import THREADS, interpreter
 from nextword.pipeline.base_model import resolve_model_dir
 
 WORDS = " ".join(path.read_text(encoding="utf-8") for path in sorted(Path("docs").glob("*.md"))).split()
@@ -80,7 +80,7 @@ class Soak:
             if seen.status == 429:
                 await asyncio.sleep(draw.random())
             elif seen.finish_reason is None:
-                self.freed_slots += 1
+                self.left += 1
             elif seen.status == 200:
                 expected = self.alone[number]
                 self.finished += 1
@@ -111,7 +111,7 @@ async def soak(given: argparse.Namespace) -> bool:
         warm, rest = memory[len(memory) // 5 : len(memory) // 3 + 1], memory[len(memory) // 3 :]
         growth = max(rest) / statistics.median(warm) - 1
         result = {
-            "finished": work.finished, "different": work.different, "left": work.freed_slots, "statuses": dict(work.statuses),
+            "finished": work.finished, "different": work.different, "left": work.left, "statuses": dict(work.statuses),
             "memory_mb": round(statistics.median(warm) / 2**20), "growth": round(growth, 4),
             "texts_held": metrics["nextword_texts_held"], "running": metrics["nextword_texts_running"],
             "slots": metrics["nextword_slots"], "left_as_the_server_saw": metrics["nextword_clients_left_total"],
@@ -195,7 +195,7 @@ def peer(command: str, given: argparse.Namespace, gguf: Path, context: int) -> I
     port = free_port()
     words = {"model": resolve_model_dir(given.model).resolve(), "gguf": gguf, "threads": THREADS}
     program = [
-        word.format(**words, port=port, context=context, contexts=context * max(given.position))
+        word.format(**words, port=port, context=context, contexts=context * max(given.at))
         for word in shlex.split(command)
     ]
     with Running(program, port, OMP_NUM_THREADS=str(THREADS)) as running:
@@ -219,7 +219,7 @@ async def at(port: int, model: str, clients: int, given: argparse.Namespace) -> 
     """What so many clients see who ask one request after the other."""
     draw = random.Random(clients)
     begins = [draw.randrange(len(WORDS) - 100) for _ in range(clients * given.rounds)]
-    prompts = [" ".join(WORDS[i : i + 20])[: given.num_characters] for i in begins]
+    prompts = [" ".join(WORDS[i : i + 20])[: given.characters] for i in begins]
     bodies = [{"model": model, "prompt": prompt, "max_tokens": given.tokens, "temperature": 0} for prompt in prompts]
 
     async def client(number: int) -> list[Seen]:
@@ -241,7 +241,7 @@ async def throughput(given: argparse.Namespace) -> bool:
 
     directory = resolve_model_dir(given.model).resolve()
     tokenizer = Tokenizer.open(directory)
-    context = json.loads((directory / "config.json").read_text()).get("max_position_embeddings", given.prefix_offset)
+    context = json.loads((directory / "config.json").read_text()).get("max_position_embeddings", given.context)
     gguf = KEPT / "serving.gguf"
     KEPT.mkdir(parents=True, exist_ok=True)
     commands = dict(one.split("=", 1) for one in given.peer)
@@ -258,7 +258,7 @@ async def throughput(given: argparse.Namespace) -> bool:
             )  # fmt: skip
             with made as server:
                 await at(server.port, str(directory), 1, given)  # warm
-                for clients in given.position:
+                for clients in given.at:
                     found.setdefault((name, clients), []).append(await at(server.port, str(directory), clients, given))
     print("| | clients | tokens a second | first token, ms: median, 95 % | between tokens, ms: median, 95 % |")
     print("|---|---|---|---|---|")
@@ -281,7 +281,7 @@ async def throughput(given: argparse.Namespace) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The server under load", allow_abbrev=False)
-    parser.add_argument("name", num_choices=("soak", "crowd", "throughput"))
+    parser.add_argument("name", choices=("soak", "crowd", "throughput"))
     parser.add_argument("model", type=Path)
     parser.add_argument("--clients", type=int, default=None, help="soak: 64; crowd: 8")
     parser.add_argument("--minutes", type=float, default=5, help="soak")

@@ -36,14 +36,14 @@ class Running:
     def __init__(self, command: list[str], port: int, **environment: str):
         print(shlex.join(command), file=sys.stderr, flush=True)
         self.log = (KEPT / "serving.log").open("ab")
-        self.renderer_process = subprocess.Popen(
+        self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=self.log, env={**os.environ, **environment}, start_new_session=True
         )
         self.url, self.port = f"http://127.0.0.1:{port}", port
 
     def until_it_answers(self, seconds: float = 300) -> None:
         end = time.monotonic() + seconds
-        while time.monotonic() < end and self.renderer_process.poll() is None:
+        while time.monotonic() < end and self.process.poll() is None:
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     return
@@ -59,12 +59,12 @@ class Running:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.killpg(self.renderer_process.pid, signal.SIGTERM)
+        os.killpg(self.process.pid, signal.SIGTERM)
         try:
-            self.renderer_process.wait(60)
+            self.process.wait(60)
         except subprocess.TimeoutExpired:
-            os.killpg(self.renderer_process.pid, signal.SIGKILL)
-            self.renderer_process.wait()
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
         self.log.close()
 
 
@@ -76,8 +76,8 @@ class Served(Running):
         self.directory = resolve_model_dir(model).resolve()
         command = [sys.executable, "-m", "nextword", "serve", str(model), "--port", "0", "--json", *arguments]
         super().__init__(command, 0)
-        assert self.renderer_process.stdout is not None
-        line = self.renderer_process.stdout.readline()
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"it did not start; see {self.log.name}")
         self.metadata = json.loads(line)
@@ -91,7 +91,7 @@ class Served(Running):
 
     def memory(self) -> int:
         """Bytes that it has in memory."""
-        lines = Path(f"/proc/{self.renderer_process.pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmRSS:")))
 
 

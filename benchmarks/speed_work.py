@@ -32,7 +32,7 @@ def matmul_rate(n: int = 1024) -> float:
     """Float32 operations a second in a product of square matrices; the best of some."""
     import torch
 
-    a, b, best_match = torch.randn(n, n), torch.randn(n, n), 0.0
+    a, b, best = torch.randn(n, n), torch.randn(n, n), 0.0
     for _ in range(12):
         begin = time.perf_counter()
         torch.mm(a, b)
@@ -253,10 +253,10 @@ class Llama:
         settings = c.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch = s["texts"] * s["context_length"], 2048, 512
         settings.n_seq_max, settings.n_threads, settings.n_threads_batch = s["texts"], s["threads"], s["threads"]
-        self.prefix_offset = c.llama_init_from_model(self.model, settings)
+        self.context = c.llama_init_from_model(self.model, settings)
         self.batch = c.llama_batch_init(2048, 0, 1)
         self.vocabulary = s["vocabulary"]
-        self.keepalive = quiet
+        self.kept = quiet
 
     def read(self, pieces: list[tuple[int, int, list[int]]]) -> list[int]:
         """The likeliest token after each piece (text, start, tokens)."""
@@ -270,15 +270,13 @@ class Llama:
                 n += 1
             last.append(n - 1)
         self.batch.n_tokens = n
-        if self.c.llama_decode(self.prefix_offset, self.batch):
+        if self.c.llama_decode(self.context, self.batch):
             raise SystemExit("llama_decode failed")
-        rows = [
-            np.ctypeslib.as_array(self.c.llama_get_logits_ith(self.prefix_offset, i), (self.vocabulary,)) for i in last
-        ]
+        rows = [np.ctypeslib.as_array(self.c.llama_get_logits_ith(self.context, i), (self.vocabulary,)) for i in last]
         return [int(row.argmax()) for row in rows]
 
     def forget(self) -> None:
-        self.c.llama_memory_clear(self.c.llama_get_memory(self.prefix_offset), True)
+        self.c.llama_memory_clear(self.c.llama_get_memory(self.context), True)
 
 
 def write_llama(s: Settings) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from transformers import (
     set_seed,
 )
 
-START, DELIMITER, EXTRACT_TOKEN = "<|start|>", "<|delimiter|>", "<|extract|>"
+START, DELIMITER, EXTRACT = "<|start|>", "<|delimiter|>", "<|extract|>"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS = 32
 Item = dict[str, Any]
@@ -94,7 +94,7 @@ def head_logits(model: Any, tokenizer: Any, texts: Sequence[tuple[str, ...]]) ->
     found: dict[int, Tensor] = {}
     for start in range(0, len(order), ROWS):
         some = order[start : start + ROWS]
-        batch = tokenizer.pad_id({"input_ids": [encoded[i] for i in some]}, padding_side="right", return_tensors="pt")
+        batch = tokenizer.pad({"input_ids": [encoded[i] for i in some]}, padding_side="right", return_tensors="pt")
         found |= dict(zip(some, model(**batch).logits.float(), strict=True))
     return torch.stack([found[i] for i in range(len(encoded))])
 
@@ -118,7 +118,7 @@ def write(
     found: dict[tuple[int, ...], dict[str, Any]] = {}
     for start in range(0, len(distinct), ROWS):
         some = distinct[start : start + ROWS]
-        batch = tokenizer.pad_id({"input_ids": [list(one) for one in some]}, padding_side="left", return_tensors="pt")
+        batch = tokenizer.pad({"input_ids": [list(one) for one in some]}, padding_side="left", return_tensors="pt")
         done = model.generate(
             **batch, do_sample=False, max_new_tokens=room, output_scores=explained, return_dict_in_generate=True
         )
@@ -172,14 +172,14 @@ class Times(TrainerCallback):
     """When each step ended."""
 
     def __init__(self) -> None:
-        self.eos_ids: list[float] = []
+        self.ends: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.eos_ids.append(time.perf_counter())
+        self.ends.append(time.perf_counter())
 
     def whole(self) -> float:
         """The seconds of all steps, the first of them taken to be like the others."""
-        return (self.eos_ids[-1] - self.eos_ids[0]) * len(self.eos_ids) / max(1, len(self.eos_ids) - 1)
+        return (self.ends[-1] - self.ends[0]) * len(self.ends) / max(1, len(self.ends) - 1)
 
 
 def prepare_tokenizer(base: str, task: str) -> Any:
@@ -187,9 +187,9 @@ def prepare_tokenizer(base: str, task: str) -> Any:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    names = [START, DELIMITER] if task == "rewrite" else [START, DELIMITER, EXTRACT_TOKEN]
+    names = [START, DELIMITER] if task == "rewrite" else [START, DELIMITER, EXTRACT]
     tokenizer.add_special_tokens({"additional_special_tokens": names})
-    end = DELIMITER if task == "rewrite" else EXTRACT_TOKEN
+    end = DELIMITER if task == "rewrite" else EXTRACT
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{START} $A {end}", pair=f"{START} $A {DELIMITER} $B:0 {end}:0",
         special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in names],

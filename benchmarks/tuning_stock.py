@@ -143,7 +143,8 @@ def timed(name: str, method: str, program: str, seed: int) -> dict[str, Any]:
     else:
         settings = {
             "base": str(base() / "model"), "train": str(train), "validation": str(files["validation"]), "out": str(out),
-            "task": data.task_spec.task, "labels": list(data.task_spec.labels), "room": data.task_spec.answer_tokens, "seed": seed,
+            "task": data.task_spec.task, "labels": list(data.task_spec.labels), "seed": seed,
+            "room": data.task_spec.answer_tokens,
             "steps": steps, "batch": BATCH, "lr": RATE[method], "lora": method == "lora", "grouped": "length" in program,
         }  # fmt: skip
         done = stock("train", save(WORK / "peers" / "settings.json", settings), threads=2)
