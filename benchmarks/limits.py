@@ -59,10 +59,10 @@ def write(tokenizer: Tokenizer, schema: dict[str, object]) -> None:
     try:
         held = ConstraintCompiler(tokenizer, tokenizer.eos_ids).compile_json_schema(schema)
         for _ in range(40):
-            token = int(torch.multinomial(held.allowed().float(), 1))
+            token = int(torch.multinomial(held.allowed_mask().float(), 1))
             if token in tokenizer.eos_ids:
                 break
-            held.accept(token)
+            held.accept_token(token)
     except NextwordError:
         pass
 
