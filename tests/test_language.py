@@ -25,7 +25,7 @@ BANNED = {
     r"\bon paper\b": "an estimate",
     r"\bbeside the steps\b": "asynchronously",
     r"\b(goes|went|gone) astray\b": "loss spike",
-    r"\bturns? back\b|\bdetours?\b": "rolls back, skips batches",
+    r"\bturns? back\b|\bdetours?\b(?!\.jsonl)": "rolls back, skips batches",
     r"\bwhom it favou?rs\b": "social bias",
     r"\bto be read first\b": "flagged",
     r"\bthe proof is owing\b": "not verified",
