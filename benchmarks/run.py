@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from nextword.common.statistics import seed_interval
+
 DATA = Path(os.environ.get("NEXTWORD_DATA", "../shared/data"))
 KEPT = Path("build/bench")
 VERBS = (
@@ -83,6 +85,14 @@ def nextword(*arguments: str | Path, threads: int | None = None) -> dict[str, An
 def spread(values: Sequence[float], digits: int = 3) -> str:
     """The middle, and from where to where."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def mean_with_margin(values: Sequence[float], format_spec: str) -> str:
+    """The mean of runs with different seeds ± half of its 95 % confidence interval; without it if it is zero."""
+    score = seed_interval(values)
+    assert score.high is not None
+    margin = score.high - score.value
+    return f"{score.value:{format_spec}}" + (f" ± {margin:{format_spec.lstrip('+')}}" if margin else "")
 
 
 def help_times() -> None:

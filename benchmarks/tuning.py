@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run import nextword
+from benchmarks.run import mean_with_margin, nextword
 from benchmarks.tuning_data import (
     CAP,
     QUICK,
@@ -39,6 +39,7 @@ from benchmarks.tuning_data import (
     tuned,
 )
 from benchmarks.tuning_stock import agree, peers
+from nextword.common.statistics import seed_interval
 
 # Within an hour in all, on both cores.
 TRANSLATION = (
@@ -96,8 +97,6 @@ def without_model(name: str, seed: int) -> dict[str, float]:
 
 
 def ablation() -> None:
-    from nextword.common.statistics import seed_interval
-
     base()
     for name in SETS:
         parts(name)
@@ -119,9 +118,7 @@ def ablation() -> None:
         return [statistics.fmean(rows[title][name][i] for name in names) for i in range(len(SEEDS))]
 
     def shown(values: list[float], lower: bool = False) -> str:
-        score = seed_interval(values)
-        half, digits = score.high - score.value, 3 if lower else 1
-        return f"{score.value:.{digits}f}" + (f" ± {half:.{digits}f}" if half else "")
+        return mean_with_margin(values, ".3f" if lower else ".1f")
 
     print(f"\n| | average of {len(common)} | " + " | ".join(SETS) + " |\n|" + "---|" * (len(SETS) + 2))
     print("| score | | " + " | ".join(d.metric + (" ↓" if d.lower else "") for d in SETS.values()) + " |")
@@ -131,10 +128,10 @@ def ablation() -> None:
         print(f"| {title} | {first} | " + " | ".join(columns) + " |")
     for names in (common, higher):
         pairs = zip(average("full method", names), average("without pre-training", names), strict=True)
-        gain = seed_interval([a - b for a, b in pairs])
+        gains = [a - b for a, b in pairs]
         print(
-            f"\nPre-training on the average of {', '.join(names)}: {gain.value:+.2f} ± {gain.high - gain.value:.2f} over "
-            f"{gain.n} seeds, in pairs; {'ahead by more' if gain.low > 0 else 'not ahead by more'} than its interval."
+            f"\nPre-training on the average of {', '.join(names)}: {mean_with_margin(gains, '+.2f')} over "
+            f"{len(gains)} seeds, in pairs; {'ahead by more' if seed_interval(gains).is_above(0) else 'not ahead by more'} than its interval."
         )
     cut = [f"{n} ({SETS[n].limit:,} of {len(read(parts(n)['train'])):,})" for n in SETS if SETS[n].limit]
     longest = max(run["seconds"] for run in runs.values())
@@ -220,7 +217,6 @@ def summaries() -> None:
 
 
 def preference() -> None:
-    from nextword.common.statistics import seed_interval
 
     def measure(seed: int) -> dict[str, Any]:
         chat, pairs = parts("instructions"), parts("preferences")
@@ -255,10 +251,8 @@ def preference() -> None:
     print("\n| | before | after | change |\n|---|---|---|---|")
     for title, value in rows.items():
         before, after = ([value(one, when) for one in found] for when in ("before", "after"))
-        scores = [
-            seed_interval(values) for values in (before, after, [b - a for a, b in zip(before, after, strict=True)])
-        ]
-        cells = [f"{s.value:{'+' if i == 2 else ''}.3f} ± {s.high - s.value:.3f}" for i, s in enumerate(scores)]
+        changes = [b - a for a, b in zip(before, after, strict=True)]
+        cells = [mean_with_margin(before, ".3f"), mean_with_margin(after, ".3f"), mean_with_margin(changes, "+.3f")]
         print(f"| {title} | " + " | ".join(cells) + " |")
     print(f"\nIntervals are over {len(SEEDS)} seeds of both fine-tunings.")
 

@@ -7,7 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run import nextword, spread
+from benchmarks.run import mean_with_margin, nextword, spread
 from benchmarks.tuning_data import (
     METHODS,
     QUICK,
@@ -101,7 +101,6 @@ def peers() -> None:
 
 def beside(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[str]:
     """The columns of `peers`: two programs' processes of the same seeds."""
-    from nextword.common.statistics import seed_interval
 
     def both(key: str, digits: int) -> list[str]:
         return [f"{statistics.median(one[key] for one in runs):.{digits}f}" for runs in (ours, theirs)]
@@ -109,9 +108,9 @@ def beside(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[str
     def ratio(key: str) -> str:
         return spread([a[key] / b[key] for a, b in zip(ours, theirs, strict=True)], 2)
 
-    gain = seed_interval([a["score"] - b["score"] for a, b in zip(ours, theirs, strict=True)])
+    gains = [a["score"] - b["score"] for a, b in zip(ours, theirs, strict=True)]
     return [
-        *both("score", 1), f"{gain.value:+.1f} ± {gain.high - gain.value:.1f}", *both("wall", 0), ratio("wall"),
+        *both("score", 1), mean_with_margin(gains, "+.1f"), *both("wall", 0), ratio("wall"),
         ratio("train_seconds"), *both("peak_mb", 0), ratio("peak_mb"),
     ]  # fmt: skip
 

@@ -200,7 +200,9 @@ def watched(attention: Attention, forward: Callable[[], object]) -> dict[str, An
         return lambda module, inputs, output: seen.__setitem__(name, output)
 
     handles = [
-        attention.register_forward_pre_hook(lambda module, inputs: seen.__setitem__("rotation", inputs[1].rotary_cos_sin)),
+        attention.register_forward_pre_hook(
+            lambda module, inputs: seen.__setitem__("rotation", inputs[1].rotary_cos_sin)
+        ),
         attention.query.register_forward_hook(keep("query")),
         attention.key.register_forward_hook(keep("key")),
         attention.value.register_forward_hook(keep("value")),

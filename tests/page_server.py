@@ -84,7 +84,7 @@ def token_candidates(token: bytes, index: int) -> tuple[float, list[tuple[bytes,
     rest = [other for other in ALTERNATIVE_TOKENS if other != token][:5]
     shares = [(1 - p) * 0.5 ** (i + 1) for i in range(len(rest))]
     if p >= 0.1:
-        rest, data_parallel_size = [token, *rest[:4]], [p, *shares[:4]]
+        rest, shares = [token, *rest[:4]], [p, *shares[:4]]
     return math.log(p), sorted(((t, math.log(s)) for t, s in zip(rest, shares, strict=True)), key=lambda x: -x[1])
 
 

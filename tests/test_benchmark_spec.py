@@ -380,7 +380,8 @@ def test_any_bytes_are_a_declaration_or_refused(tmp_path_factory, data):
         ("lambada", {"text": "word"}, "line 2: the text has fewer than two words"),
         ("stereoset", {"sentences": [{"sentence": "x", "gold_label": "stereotype"}], "bias_type": "r"},
          "line 2: there is not one sentence for each gold_label"),
-        ("stereoset", {"sentences": {"sentence": 3, "gold_label": [[]]}, "bias_type": "r"}, "line 2: there is not one sentence"),
+        ("stereoset", {"sentences": {"sentence": 3, "gold_label": [[]]}, "bias_type": "r"},
+         "line 2: there is not one sentence"),
     ],
 )  # fmt: skip
 def test_an_invalid_row_is_reported_with_file_and_line(tmp_path, name, row, message):

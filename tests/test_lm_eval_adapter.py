@@ -11,10 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_suites_declared import HELLASWAG
-from test_suites_scoring import directory
 
-from nextword import judging
+import nextword
 from nextword.commands import api
 from nextword.common.errors import MissingDependencyError, UsageError
 from nextword.data.issues import IssueLog
@@ -23,6 +21,8 @@ from nextword.pipeline.item_scores import score_items
 from nextword.pipeline.language_model import load
 from nextword.tasks.benchmark_items import load_rows
 from nextword.tasks.benchmark_spec import find_benchmark
+from test_benchmark_spec import HELLASWAG
+from test_loglikelihood import directory
 
 installed = pytest.mark.needs("lm-eval")
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and its packages' own
@@ -183,7 +183,7 @@ def test_the_missing_package_is_said(model_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(MissingDependencyError, match=r"pip install 'nextword\[lm-eval\]'"):
         api.evaluate(model_path, suites=["lm-eval:arc_easy"])
     with pytest.raises(MissingDependencyError):
-        judging.LMEval  # noqa: B018
+        nextword.LMEval  # noqa: B018
 
 
 def test_answers_are_the_models_own(model_path: Path) -> None:

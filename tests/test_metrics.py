@@ -268,7 +268,12 @@ def test_the_interval_over_seeds_is_students():
     values = [0.71, 0.74, 0.69]
     low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
     score = seed_interval(values)
-    assert (score.value, score.low, score.high, score.n) == (approx(float(np.mean(values))), approx(low), approx(high), 3)
+    assert (score.value, score.low, score.high, score.n) == (
+        approx(float(np.mean(values))),
+        approx(low),
+        approx(high),
+        3,
+    )
     assert seed_interval([0.5]) == ScoreWithCI(0.5, 0.5, 0.5, 1)
 
 
@@ -343,7 +348,9 @@ def test_repetition():
     assert distinct_n([words, ["a", "b"]], 1) == pytest.approx(4 / 11)
     assert distinct_n([words, ["a", "b"]], 2) == pytest.approx(4 / 9)
     assert distinct_n([], 1) == 0.0
-    assert split_words("one two") == ["one", "two"] and split_words("白日依山尽黄河入海流欲穷千里目更上一层楼")[0] == "白"
+    assert (
+        split_words("one two") == ["one", "two"] and split_words("白日依山尽黄河入海流欲穷千里目更上一层楼")[0] == "白"
+    )
 
 
 # ---------------------------------------------------------------- errors

@@ -186,7 +186,9 @@ def test_penalties_and_biases_take_effect(server: ServerProcess) -> None:
 # ---------------------------------------------------------------- log-probabilities
 
 
-def test_logprobs_are_the_models_own(server: ServerProcess, loaded: LanguageModel, characters: dict[str, float]) -> None:
+def test_logprobs_are_the_models_own(
+    server: ServerProcess, loaded: LanguageModel, characters: dict[str, float]
+) -> None:
     ids = loaded.tokenizer.encode("The list of")
     made = server.complete(ids, max_tokens=6, logprobs=3, logit_bias=characters, **FREE)["choices"][0]["logprobs"]
     text = "".join(made["tokens"])
@@ -525,7 +527,9 @@ def test_a_prompt_longer_than_the_context_is_refused_and_not_cut(client: OpenAI,
     assert refused.value.code == "context_length_exceeded"
 
 
-def test_of_a_longer_prompt_the_end_is_kept_where_that_is_asked_for(server: ServerProcess, loaded: LanguageModel) -> None:
+def test_of_a_longer_prompt_the_end_is_kept_where_that_is_asked_for(
+    server: ServerProcess, loaded: LanguageModel
+) -> None:
     long = "The list of values is long, " * 30
     ids = loaded.tokenizer.encode(long)
     for keep, prompt in ((-1, long), (-1, ids), (10**9, long), (5, long), (0, long)):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import nextword
 import nextword.planning.throughput  # imported before its loss is replaced
-import torchrun
+import runs
 from nextword.common.console import Console
 from nextword.common.errors import CorruptFileError, TrainingDivergedError
 from nextword.common.fs import read_jsonl
@@ -302,7 +302,7 @@ pretrain(run, shards)
 
 def start(program: Path, *arguments: str | Path, world_size: int = 1) -> "subprocess.Popen[str]":
     program.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{PROGRAM}")
-    return torchrun.start(world_size, *arguments, program=[program])
+    return runs.start(world_size, *arguments, program=[program])
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")

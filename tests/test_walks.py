@@ -26,7 +26,9 @@ def test_there_are_four_walks_that_end_in_the_model() -> None:
 def test_each_function_calls_the_next(file: str, name: str, callee: str) -> None:
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     functions = [
-        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name
     ]
     assert functions, f"{file} has no function {name}"
     assert not callee or any(callee in called_names(function) for function in functions)

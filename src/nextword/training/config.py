@@ -86,9 +86,7 @@ class TrainingConfig:
     batch_tokens: int | None = None
     micro_batch_rows: int | None = None
     compile: Literal["auto", "yes", "no"] = "auto"
-    parallel: ParallelStrategy = field(
-        default="fsdp-no-reshard", metadata={"deprecated_values": DEPRECATED_PARALLEL}
-    )
+    parallel: ParallelStrategy = field(default="fsdp-no-reshard", metadata={"deprecated_values": DEPRECATED_PARALLEL})
     tensor: int = 1
     checkpoint_activations: bool = False
     evaluations: int = 20
