@@ -129,9 +129,10 @@ def ablation() -> None:
     for names in (common, higher):
         pairs = zip(average("full method", names), average("without pre-training", names), strict=True)
         gains = [a - b for a, b in pairs]
+        verdict = "ahead by more" if seed_interval(gains).is_above(0) else "not ahead by more"
         print(
             f"\nPre-training on the average of {', '.join(names)}: {mean_with_margin(gains, '+.2f')} over "
-            f"{len(gains)} seeds, in pairs; {'ahead by more' if seed_interval(gains).is_above(0) else 'not ahead by more'} than its interval."
+            f"{len(gains)} seeds, in pairs; {verdict} than its interval."
         )
     cut = [f"{n} ({SETS[n].limit:,} of {len(read(parts(n)['train'])):,})" for n in SETS if SETS[n].limit]
     longest = max(run["seconds"] for run in runs.values())
