@@ -408,7 +408,7 @@ def test_the_list_of_models(client: OpenAI, server: ServerProcess) -> None:
     assert {name: facts[name] for name in ("chat", "task", "context_length", "precision")} == {
         "chat": False, "task": None, "context_length": 64, "precision": "float32",
     }  # fmt: skip
-    with pytest.raises(openai.NotFoundError, match="there is no model 'other'"):
+    with pytest.raises(openai.NotFoundError, match="model 'other' does not exist"):
         client.completions.create(model="other", prompt="x")
     assert server.post("/v1/classify", {"input": "x"}).status == 400  # fine-tuned for no task
 
