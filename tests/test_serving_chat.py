@@ -160,7 +160,7 @@ def test_templates_of_many_kinds(tmp_path: Path, tokenizer: Tokenizer) -> None:
     }
     refused = {
         "{{ raise_exception('no system turn, please') }}": "no system turn, please",
-        "{{ messages[0]['content'][:20] }}": "takes messages apart",
+        "{{ messages[0]['content'][:20] }}": "splits message contents",
         "{{ messages.append(1) }}": "unsafe",
         "{{ ''.__class__.__mro__ }}": "unsafe",
         "{{ 1 / 0 }}": "ZeroDivisionError",

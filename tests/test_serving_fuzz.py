@@ -54,7 +54,7 @@ def test_no_request_makes_the_server_fail(server: ThreadedServer) -> None:
         @given(case=operation.as_strategy(generation_mode=mode))
         def ask(case: Any) -> None:
             shortened(case.body)
-            answer = case.run_in_engine_thread(timeout=30)
+            answer = case.call(timeout=30)
             statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
             assert answer.status_code < 500, (case.as_curl_command(), answer.text)
             case.validate_response(answer, checks=PROMISED)

@@ -197,14 +197,14 @@ def test_a_body_that_is_too_large_is_refused(open_: ThreadedServer) -> None:
 
 
 def test_bodies_together_have_a_limit(monkeypatch: pytest.MonkeyPatch, open_: ThreadedServer) -> None:
-    monkeypatch.setattr(security, "MAX_BODIES", 5_000_000)
+    monkeypatch.setattr(security, "MAX_TOTAL_BODY_BYTES", 5_000_000)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4000000\r\n\r\n"
     with socket.create_connection((open_.host, open_.port), timeout=PATIENCE) as half:
         half.sendall(head + b"x" * 3_000_000)
         wait_until(lambda: open_.middleware.buffered_body_bytes == 3_000_000)
         answer = open_.post("/v1/completions", b"x" * 3_000_000)
         assert answer.status == 429 and answer.headers["Retry-After"]
-        monkeypatch.setattr(security, "MAX_BODIES", 1)
+        monkeypatch.setattr(security, "MAX_TOTAL_BODY_BYTES", 1)
         assert open_.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status == 200  # small ones are let in
         monkeypatch.setattr(security, "MAX_TOTAL_BODY_BYTES", 5_000_000)
     wait_until(lambda: open_.middleware.buffered_body_bytes == 0)
@@ -489,7 +489,7 @@ def test_memory_is_kept_for_so_many_texts_as_there_is_room_for(
         kept = server.engine.cache.keys.data_ptr()
         server.complete("The", n=3, max_tokens=100, **ON)
         assert server.engine.cache.keys.data_ptr() == kept  # it never grows
-    assert "3 texts at once and not 16" in capsys.readouterr().err
+    assert "running 3 sequences at once instead of 16" in capsys.readouterr().err
     monkeypatch.setattr("nextword.serving.service.free_memory", lambda device: one)
     with pytest.raises(NextwordError, match="make room"), running_server(base):
         pass
@@ -552,7 +552,7 @@ def test_sigterm_lets_texts_be_finished_and_a_second_one_does_not(base: Path) ->
                 read += piece
             assert b'"finish_reason":"length"' in read and b"data: [DONE]" in read
         assert server.wait() == 0
-        assert server.stdout == "" and "stopping: 1 answers are finished first" in server.stderr
+        assert server.stdout == "" and "stopping: finishing 1 requests" in server.stderr
     with (
         ServerProcess(base, "--grace", "1000") as server,
         server.start_completion({"prompt": "The", "max_tokens": 30000, **ON}),
