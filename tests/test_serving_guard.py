@@ -491,7 +491,7 @@ def test_memory_is_kept_for_so_many_texts_as_there_is_room_for(
         assert server.engine.cache.keys.data_ptr() == kept  # it never grows
     assert "running 3 sequences at once instead of 16" in capsys.readouterr().err
     monkeypatch.setattr("nextword.serving.service.free_memory", lambda device: one)
-    with pytest.raises(NextwordError, match="make room"), running_server(base):
+    with pytest.raises(NextwordError, match="free some memory"), running_server(base):
         pass
 
 
