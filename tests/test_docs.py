@@ -187,17 +187,17 @@ def test_attention_weights_are_the_models_own(drawing: ModuleType, preset: str):
     with torch.no_grad():  # every number counts: biases and norms drawn as well
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    looks = drawing.attention_weights(model, torch.randint(0, 50, (1, 11)))
-    assert [look.layer for look in looks] == [0, 1]
-    for look in looks:
-        assert look.dequantized.shape == (4, 11, 11)
-        assert torch.equal(look.dequantized, look.dequantized.tril())
-        torch.testing.assert_close(look.dequantized.sum(-1), torch.ones(4, 11, dtype=torch.float64))
-    layer = model.blocks[0].attention
-    seen = drawing.watched(layer, lambda: model(torch.randint(0, 50, (1, 11))))
-    drawing.weights_of(layer, seen)
-    with pytest.raises(AssertionError):  # other queries, other weights: the comparison sees it
-        drawing.weights_of(layer, {**seen, "query": seen["query"].roll(1, dims=1)})
+    layers = drawing.attention_weights(model, torch.randint(0, 50, (1, 11)))
+    assert [layer.layer for layer in layers] == [0, 1]
+    for layer in layers:
+        assert layer.weights.shape == (4, 11, 11)
+        assert torch.equal(layer.weights, layer.weights.tril())
+        torch.testing.assert_close(layer.weights.sum(-1), torch.ones(4, 11, dtype=torch.float64))
+    attention = model.blocks[0].attention
+    activations = drawing.capture(attention, lambda: model(torch.randint(0, 50, (1, 11))))
+    drawing.checked_weights(attention, activations)
+    with pytest.raises(AssertionError):  # other queries, other weights: the comparison detects it
+        drawing.checked_weights(attention, {**activations, "query": activations["query"].roll(1, dims=1)})
 
 
 def test_every_picture_of_the_tutorial_is_drawn(drawing: ModuleType, shards: Path, tmp_path: Path):
