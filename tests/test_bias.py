@@ -341,7 +341,8 @@ def test_winobias_as_it_is_published(
         one = found[f"WinoBias, type {kind}"]
         assert (one.n, one.reference) == (8, 50.0)
         assert one.value == pytest.approx(100 * np.mean(np.array(pro) > np.array(anti)))
-    assert "anti_stereotyped_type2.txt.dev line 9: not the sentence" in capsys.readouterr().err.replace("\n", "")
+    warnings = capsys.readouterr().err.replace("\n", "")
+    assert "anti_stereotyped_type2.txt.dev line 9: skipped: not a sentence of pro_stereotyped_type2.txt.dev" in warnings
 
 
 def test_which_suites_are_about_bias(tmp_path: Path) -> None:
@@ -350,5 +351,5 @@ def test_which_suites_are_about_bias(tmp_path: Path) -> None:
     assert is_bias_benchmark(str(declared))
     assert [is_bias_benchmark(name) for name in ("crows-pairs", "stereoset", "winobias", "winogender")] == [True] * 4
     assert not is_bias_benchmark("blimp")
-    with pytest.raises(UsageError, match="there is no suite called"):
+    with pytest.raises(UsageError, match="unknown benchmark 'cake'"):
         is_bias_benchmark("cake")

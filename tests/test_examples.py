@@ -306,7 +306,7 @@ def test_files_and_folders(tmp_path):
     issues = IssueLog()
     assert not read_examples(tmp_path / "d.json", "classify", issues).items and issues.total == 1
     assert not read_examples(tmp_path / "README.md", "classify", issues).items
-    assert "not a table" in issues.summary_lines()[-1]
+    assert "not a supported table" in issues.summary_lines()[-1]
 
 
 def test_text_without_labels(tmp_path):
