@@ -3,6 +3,8 @@
 import json
 import random
 import sys
+import tempfile
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,14 +29,14 @@ def prose(seed: int, length: int = 400) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(length)) + "\n"
 
 
-def index_of(folder: Path, texts: dict[str, str | bytes]) -> CorpusIndex:
+def index_of(folder: Path, texts: Mapping[str, str | bytes]) -> CorpusIndex:
     (folder / "in").mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (folder / "in" / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     return build_index([folder / "in"], folder / "index")
 
 
-def audit(folder: Path, texts: dict[str, str | bytes], **settings) -> dict[str, Finding]:
+def audit(folder: Path, texts: Mapping[str, str | bytes], **settings) -> dict[str, Finding]:
     return {finding.name: finding for finding in audit_corpus(index_of(folder, texts), **settings)}
 
 
@@ -162,14 +164,36 @@ def test_near_duplicates_do_not_depend_on_chunks(tmp_path):
     """A long document is read in chunks; the shingles across their boundaries count as well."""
     text = prose(2, 3000)
     index = index_of(tmp_path, {"a.txt": text, "b.txt": text + "end"})
-    visitor, words = near_duplicates.NearDuplicates(index), text.split()
+    visitor, words = near_duplicates.NearDuplicates(index, tmp_path), text.split()
     for document, size in ((0, 3000), (1, 7)):  # the same words, in one chunk or in many
         for start in range(0, 3000, size):
             visitor.visit_chunk(document, start, " ".join(words[start : start + size]))
         visitor.end_document(document)
     assert visitor._candidate_pairs() == {(0, 1)}
-    data = bytes(visitor._bands)
+    data = (tmp_path / "bands.bin").read_bytes()
+    assert len(data) == 2 * 8 * near_duplicates.NUM_BANDS
     assert data[: len(data) // 2] == data[len(data) // 2 :]
+
+
+def test_bands_are_kept_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(near_duplicates, "WRITE_SIZE", 4)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    texts = {f"{i:02}.txt": prose(i % 9) + str(i) for i in range(10)}
+    index = index_of(tmp_path, texts)
+    visitor = near_duplicates.NearDuplicates(index, tmp_path)
+    sizes = []
+    for document in range(len(index)):
+        for offset, text in index.iter_chunks(document):
+            visitor.visit_chunk(document, offset, text)
+        visitor.end_document(document)
+        sizes.append((tmp_path / "bands.bin").stat().st_size // 160 if (tmp_path / "bands.bin").exists() else 0)
+    assert sizes == [0, 0, 0, 4, 4, 4, 4, 8, 8, 8]
+    (finding,) = visitor.findings()
+    assert [example["document"] for example in finding.examples] == ["09.txt"]
+    assert (tmp_path / "bands.bin").stat().st_size == 160 * len(index)
+    (tmp_path / "bands.bin").unlink()
+    audited = {each.name: each for each in audit_corpus(index)}
+    assert audited["near duplicates"] == finding
 
 
 # ---------------------------------------------------------------- scripts, languages, lines

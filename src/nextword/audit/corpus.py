@@ -1,12 +1,14 @@
 """Audit of a corpus: languages, duplicates, PII, repeated lines, and contamination by benchmark items.
 
-Documents are streamed; only 160 bytes per document stay in memory.
+Documents are streamed, and the bands of near-duplicate detection are kept on disk, 160 bytes per document.
 """
 
+import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, Protocol
 from zlib import crc32
 
@@ -40,17 +42,20 @@ def audit_corpus(
         benchmarks: benchmarks whose items are looked up in the corpus.
     """
     console = console or Console(quiet=True)
-    lines = RepeatedLines(index)
-    visitors: list[DocumentVisitor] = [script_counts(), PIIFindings(index), NearDuplicates(index), lines]
-    try:
-        visitors.insert(1, language_counts())
-    except MissingDependencyError as error:
-        console.info(f"languages are not identified: {error}")
-    _visit_documents(index, visitors, "reading the corpus", console)
-    lines.start_exact_count()
-    _visit_documents(index, [lines], "counting lines", console)
     findings = [*_input_issue_findings(index), exact_duplicates_finding(index)]
-    findings += [finding for visitor in visitors for finding in visitor.findings()]
+    lines = RepeatedLines(index)
+    with tempfile.TemporaryDirectory() as directory:
+        near_duplicates = NearDuplicates(index, Path(directory))
+        visitors: list[DocumentVisitor] = [script_counts(), PIIFindings(index), near_duplicates, lines]
+        try:
+            visitors.insert(1, language_counts())
+        except MissingDependencyError as error:
+            console.info(f"languages are not identified: {error}")
+        _visit_documents(index, visitors, "reading the corpus", console)
+        lines.start_exact_count()
+        _visit_documents(index, [lines], "counting lines", console)
+        for visitor in visitors:
+            findings += visitor.findings()
     return findings + [contamination(index, benchmark, console) for benchmark in benchmarks]
 
 

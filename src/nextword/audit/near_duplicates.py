@@ -2,22 +2,25 @@
 
 Near duplicates share 80 % of the shingles of five words that either has (Jaccard similarity, the "resemblance" of Broder
 1997). Candidates come from MinHash signatures cut into bands (Leskovec, Rajaraman and Ullman 2014, section 3.4); the
-similarity of each pair is then computed exactly. Bands take 160 bytes of memory per document. Shapes: S
-signature values, n shingles of a chunk, D documents, B bands.
+similarity of each pair is then computed exactly. Bands are kept on disk, 160 bytes per document. Shapes: S signature
+values, n shingles of a chunk, D documents, B bands.
 """
 
 from itertools import pairwise
+from pathlib import Path
 from zlib import crc32
 
 import numpy as np
 
 from nextword.audit.findings import MAX_EXAMPLES, Finding
 from nextword.audit.text_index import CorpusIndex
+from nextword.common.fs import map_disk_errors
 
 SIMILARITY_THRESHOLD = 0.8
 SHINGLE_SIZE = 5  # words
 NUM_BANDS, ROWS_PER_BAND = 20, 6  # a pair of similarity 0.8 shares a band with probability 1 − (1 − 0.8⁶)²⁰ = 0.998
 BATCH_SIZE = 2048  # shingles hashed at once
+WRITE_SIZE = 2048  # documents whose bands are written at once
 EMPTY_HASH = np.uint64(2**64 - 1)  # the band of a document without shingles
 HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
@@ -38,17 +41,21 @@ def exact_duplicates_finding(index: CorpusIndex) -> Finding:
 
 
 class NearDuplicates:
-    """Documents that nearly equal an earlier one, without exact duplicates. A `DocumentVisitor`."""
+    """Documents that nearly equal an earlier one, without exact duplicates. A `DocumentVisitor`.
 
-    def __init__(self, index: CorpusIndex):
-        self._index = index
+    Args:
+        directory: an existing directory for the file of bands.
+    """
+
+    def __init__(self, index: CorpusIndex, directory: Path):
+        self._index, self._path = index, directory / "bands.bin"
         self._is_exact_duplicate = index.first_copies() != np.arange(len(index))
         # Multiply-shift hashing (Dietzfelbinger et al. 1997): the upper half of the product with a random odd number.
         draws = np.random.default_rng(0).integers(2**63, size=(NUM_BANDS * ROWS_PER_BAND, 1), dtype=np.uint64)
         self._multipliers = draws * np.uint64(2) + np.uint64(1)
         self._signature = np.full(NUM_BANDS * ROWS_PER_BAND, EMPTY_HASH)
         self._carried_words = np.zeros(0, np.uint64)  # the last words of a chunk, whose shingles end in the next
-        self._bands = bytearray()
+        self._unwritten = bytearray()  # bands of the last documents
 
     def visit_chunk(self, document: int, offset: int, text: str) -> None:
         if self._is_exact_duplicate[document]:
@@ -65,9 +72,16 @@ class NearDuplicates:
         if self._signature[0] != EMPTY_HASH:
             for row in self._signature.reshape(NUM_BANDS, ROWS_PER_BAND).T:
                 bands = (bands * HASH_FACTOR) ^ row
-        self._bands += bands.tobytes()
+        self._unwritten += bands.tobytes()
+        if len(self._unwritten) >= WRITE_SIZE * bands.nbytes:
+            self._write_bands()
         self._signature[:] = EMPTY_HASH
         self._carried_words = np.zeros(0, np.uint64)
+
+    def _write_bands(self) -> None:
+        with map_disk_errors(self._path), self._path.open("ab") as file:
+            file.write(self._unwritten)
+        self._unwritten.clear()
 
     def findings(self) -> list[Finding]:
         index = self._index
@@ -97,7 +111,8 @@ class NearDuplicates:
         pairs: set[tuple[int, int]] = set()
         if not len(self._index):
             return pairs
-        bands = np.frombuffer(self._bands, np.uint64).reshape(-1, NUM_BANDS)  # [D, B]
+        self._write_bands()
+        bands = np.memmap(self._path, np.uint64, mode="r").reshape(-1, NUM_BANDS)  # [D, B]
         for band in range(NUM_BANDS):
             column = np.array(bands[:, band])
             order = np.argsort(column, kind="stable")
