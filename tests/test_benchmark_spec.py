@@ -426,12 +426,12 @@ def test_any_row_is_an_item_or_an_issue(tmp_path_factory, name, rows):
         assert "no valid item" in str(error)
         return
     assert len(rows) + issues.total >= len(rows)
-    for item in rows:
+    for row in rows:
         if name == "free":
-            assert generation_item(benchmark, item).prompt.strip()
+            assert generation_item(benchmark, row).prompt.strip()
             continue
         for shuffled in (False, True):
-            item = loglikelihood_item(benchmark, item, shuffled)
+            item = loglikelihood_item(benchmark, row, shuffled)
             assert 0 <= item.gold_index < len(item.requests) == len(item.choices)
             assert all(answer for answer in item.choices)
 
