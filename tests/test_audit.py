@@ -402,7 +402,7 @@ def test_an_audit_reports_findings_and_what_it_skipped(
     ("arguments", "message"),
     [
         (["--templates", "{tmp}/none.yaml"], "none.yaml: No such file"),
-        (["--suite", "cake"], "there is no suite called 'cake'"),
+        (["--suite", "cake"], "unknown benchmark 'cake'"),
         (["--suite", "winobias"], "--suite winobias=DIRECTORY"),
         (["--suite", "winobias={tmp}"], "no pairs in"),
         (["--suite", "winogender={tmp}/none"], "no such file or folder"),
@@ -410,7 +410,7 @@ def test_an_audit_reports_findings_and_what_it_skipped(
         (["--texts", "-1"], "--texts must be at least 0"),
         (["--limit", "0"], "--limit must be at least 1"),
         (["--electricity-price", "-1"], "--electricity-price must be a finite number"),
-        (["--corpus", "{tmp}/none"], "none: no such file or folder"),
+        (["--corpus", "{tmp}/none"], "none: no such file or directory"),
         (["--corpus", "{tmp}"], "name a directory for the index of the corpus: --index DIR"),
     ],
 )

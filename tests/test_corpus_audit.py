@@ -192,8 +192,10 @@ def test_bands_are_kept_on_disk(tmp_path, monkeypatch):
     assert [example["document"] for example in finding.examples] == ["09.txt"]
     assert (tmp_path / "bands.bin").stat().st_size == 160 * len(index)
     (tmp_path / "bands.bin").unlink()
+    before = {path.name for path in tmp_path.iterdir()}
     audited = {each.name: each for each in audit_corpus(index)}
     assert audited["near duplicates"] == finding
+    assert {path.name for path in tmp_path.iterdir()} == before  # the temporary directory is removed
 
 
 # ---------------------------------------------------------------- scripts, languages, lines

@@ -17,6 +17,7 @@ import nextword
 from nextword.commands import cli
 from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
 from nextword.data.tokenizer import Tokenizer, train_bpe, train_char
+from nextword.export import gguf as gguf_export
 from nextword.export import verification
 from nextword.export.gguf import write_gguf
 from nextword.export.onnx import write_onnx
@@ -148,7 +149,7 @@ def test_onnx_runtime_reads_the_models_own_logits(tmp_path: Path, preset: str, o
     session = runtime.InferenceSession(made.file)
     for shape in ((1, 1), (3, 5), (2, 16)):
         ids = torch.randint(300, shape, generator=torch.Generator().manual_seed(1))
-        found = session.run_dir(["logits"], {"input_ids": ids.numpy()})[0]
+        found = session.run(["logits"], {"input_ids": ids.numpy()})[0]
         with torch.inference_mode():
             torch.testing.assert_close(torch.tensor(found), gpt.unembed(gpt(ids)), atol=1e-3, rtol=0)
     here = str(Path(nextword.__file__).parent)
@@ -166,7 +167,7 @@ def test_a_file_that_does_not_match_the_model_is_removed(tmp_path: Path, monkeyp
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
             return super().forward(input_ids) + 0.01
 
-    monkeypatch.setattr(onnx, "Logits", Wrong)
+    monkeypatch.setattr(onnx, "LogitsModel", Wrong)
     with pytest.raises(NextwordError, match="does not match the model: in ONNX Runtime"):
         nextword.export(model, "onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -177,7 +178,7 @@ def test_a_file_is_not_verified_without_the_runtime(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = directory(tmp_path / "model", "gpt2")
-    monkeypatch.setattr("nextword.export.gguf.find_spec", lambda name: None)
+    monkeypatch.setattr(gguf_export, "find_spec", lambda name: None)
     assert cli.run(["export", str(model)]) == 0
     assert "not verified: install llama-cpp-python" in capsys.readouterr().out
     assert cli.run(["export", str(model), "--json"]) == 0
@@ -233,7 +234,7 @@ def test_the_comparison_with_llama_cpp_finds_what_is_not_equal(tmp_path: Path, m
     from types import SimpleNamespace
 
     model = directory(tmp_path / "model", "gpt2")
-    monkeypatch.setattr("nextword.export.gguf.find_spec", lambda name: object())
+    monkeypatch.setattr(gguf_export, "find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=FakeLlama, GGML_TYPE_F32=0))
     for precision in ("float32", "int8"):
         made = nextword.export(model, out=tmp_path / "a.gguf", precision=precision)

@@ -410,7 +410,13 @@ def test_from_the_command_line(
     assert run_command(["explain", str(models["modern"].path), f"\x1b[31m {TEXT}", "--out", str(page)]) == 0
     said = capsys.readouterr().out
     assert "\x1b" not in said
-    for word in ("next: “", "surprising: “", " leans on: “", "the parts add up within", f"page: {page}"):
+    for word in (
+        "next token: “",
+        "highest surprisal: “",
+        "attributions for ",
+        " of the exact difference after ",
+        f"page: {page}",
+    ):
         assert word in said
     assert (
         run_command(["explain", str(models["modern"].path), TEXT, "--out", str(page), "--json", "--word", "doctor"])
