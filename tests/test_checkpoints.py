@@ -34,7 +34,7 @@ from nextword.training.checkpoint import (
     list_checkpoints,
     write_safetensors,
 )
-from nextword.training.distributed import PEER_LOST, DistContext, init_distributed
+from nextword.training.distributed import PEER_LOST, SINGLE_PROCESS, DistContext, init_distributed
 from nextword.training.losses import LossModule, causal_lm_loss
 from nextword.training.optimizer import Optimizer
 from nextword.training.parallel import (
@@ -258,8 +258,10 @@ def full_tensors(loss_module: LossModule, optimizer: Optimizer) -> dict[str, tor
     return {name: to_full(tensor.detach()).clone() for name, tensor in tensors.items()}
 
 
-def save_model(run: Path, step: int, loss_module: LossModule, optimizer: Optimizer, *ctx: DistContext) -> None:
-    with AsyncCheckpointer(run, *ctx) as checkpointer:
+def save_model(
+    run: Path, step: int, loss_module: LossModule, optimizer: Optimizer, ctx: DistContext = SINGLE_PROCESS
+) -> None:
+    with AsyncCheckpointer(run, ctx) as checkpointer:
         weights = dict(loss_module.model.named_parameters())
         checkpointer.save_async(step, weights, optimizer.state_tensors(), {"step": step})
         checkpointer.wait()
