@@ -159,6 +159,7 @@ def test_sharded_training_equals_training_in_a_single_process(single, two):
     assert_same_run(two, single)
 
 
+@more_time
 def test_tensor_parallel_training_equals_training_in_a_single_process(single, tensor_parallel):
     assert_same_run(tensor_parallel, single)
     weights = load_file(checkpoint.list_checkpoints(tensor_parallel)[-1] / "weights-00002-of-00002.safetensors")
@@ -360,8 +361,8 @@ def test_a_process_with_late_communication_threads_exits_cleanly(shards, tmp_pat
 @pytest.mark.parametrize(
     ("fixture", "num_processes", "settings", "message"),
     [
-        ("tensor_parallel", 1, (), "--training.tensor 2 does not divide 1 process"),
         ("single", 2, ("--training.parallel", "fsdp"), "--training.parallel fsdp-no-reshard → fsdp"),
+        pytest.param("tensor_parallel", 1, (), "--training.tensor 2 does not divide 1 process", marks=more_time),
         pytest.param("two", 1, (), "", marks=more_time),
         pytest.param("single", 2, TENSOR_PARALLEL, "--training.tensor 1 → 2", marks=more_time),
         pytest.param(
