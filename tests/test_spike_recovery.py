@@ -33,7 +33,7 @@ from nextword.training.spike_recovery import LOSS_WINDOW, SPIKE_STREAK, LossSpik
 from nextword.training.step_budget import StepBudgetDecision, StepSchedule, TimeBudgetController, read_decisions
 from nextword.training.trainer import Trainer
 from processes import PATIENCE
-from test_pretraining import state_hashes
+from runs import state_hashes
 
 MODEL = {"n_layers": 1, "n_heads": 2, "d_model": 16, "context_length": 16, "dropout": 0.1}
 TRAINING: dict[str, Any] = {"batch_tokens": 128, "evaluations": 3, "save_every": 10}
