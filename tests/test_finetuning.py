@@ -43,7 +43,7 @@ GOOD, BAD = ["good", "fine", "right"], ["bad", "wrong", "poor"]
 
 
 def sentence(rng, *more):
-    words = [*rng.num_choices(WORDS, k=rng.randint(3, 8)), *more]
+    words = [*rng.choices(WORDS, k=rng.randint(3, 8)), *more]
     rng.shuffle(words)
     return " ".join(words)
 
