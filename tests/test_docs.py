@@ -75,7 +75,7 @@ def test_python_in_the_readme_is_ours():
                 and isinstance(node.func.value, ast.Name)
             ):
                 assert node.func.value.id in ("nextword", "model"), ast.unparse(node)
-                owner = nextword if node.func.value.id == "nextword" else nextword.Model
+                owner = nextword if node.func.value.id == "nextword" else nextword.LanguageModel
                 function = getattr(owner, node.func.attr)
                 self = [] if owner is nextword else [None]
                 inspect.signature(function).bind(*self, *node.args, **{str(k.arg): k.value for k in node.keywords})

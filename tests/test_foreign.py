@@ -162,18 +162,18 @@ SINUSOIDAL = {
     "context_length": 2**21,
 }
 HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a billion layers": (config(num_hidden_layers=10**9), "1,000,000,000 layers, of which a tensor is missing"),
+    "a billion layers": (config(num_hidden_layers=10**9), "a tensor is missing: config.json says 1,000,000,000 layers"),
     "a wide model": (config(hidden_size=10**12), "has the shape"),
-    "the widest model": (config(hidden_size=10**15, vocab_size=10**15), "larger than any model's"),
+    "the widest model": (config(hidden_size=10**15, vocab_size=10**15), "too large for any model"),
     "a great vocabulary": (config(vocab_size=10**12), "has the shape"),
     "many heads": (config(num_attention_heads=10**12, num_key_value_heads=10**12), "has the shape"),
-    "a long context": (config(max_position_embeddings=10**12), "context_length is larger than any model has it"),
-    "a number of four thousand digits": (config(hidden_size=10**4000), "d_model is larger than any model"),
+    "a long context": (config(max_position_embeddings=10**12), "context_length is larger than in any model"),
+    "a number of four thousand digits": (config(hidden_size=10**4000), "d_model is larger than in any model"),
     "a number that is too large for a float": (config(rope_parameters={"rope_theta": 10**400}), "too large"),
     "numbers that are none": (config(rms_norm_eps=float("nan")), "norm_eps"),
     "words for numbers": (config(rope_parameters=None, rope_theta="wide"), "config.json"),
     "lists for objects": (config(rope_parameters=[1]), "config.json"),
-    "a kind that is a list": (config(model_type=["qwen3"]), "is not one that nextword opens"),
+    "a kind that is a list": (config(model_type=["qwen3"]), "is not supported"),
     "code of its own": (code, "runs no code from a model"),
     "a config of a terabyte": (too_large("config.json"), "where no file of this kind needs"),
     "a header longer than the file": (header(2**63), "a header of 9,223,372,036,854,775,808 bytes"),
@@ -181,10 +181,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no header": (header(0), "not a safetensors file"),
     "a giant header": (giant_header, "a header of 6,0"),
     "offsets past the end": (lying_offsets, "not a safetensors file"),
-    "a path that climbs out": (index("../elsewhere.safetensors"), "no file of this directory"),
-    "a path from the root": (index("/etc/passwd"), "no file of this directory"),
-    "a shard that is missing": (index("a.safetensors"), "missing, or no file"),
-    "a shard that is no name": (index("a\0b"), "missing, or no file"),
+    "a path that climbs out": (index("../elsewhere.safetensors"), "is outside the directory"),
+    "a path from the root": (index("/etc/passwd"), "is outside the directory"),
+    "a shard that is missing": (index("a.safetensors"), "missing, or not a file"),
+    "a shard that is no name": (index("a\0b"), "missing, or not a file"),
     "a pickle": (pickle_alone, "is a pickle, which nextword does not open: convert it"),
     "a manifest with another width": (sealed({**CONFIG.to_dict(), "d_model": 10**12}), "has the shape"),
     "a manifest with no model": (sealed([1]), "not a JSON object"),
@@ -197,7 +197,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a tokenizer of a terabyte": (too_large("tokenizer.json"), "where no file of this kind needs"),
 }
 if hasattr(os, "mkfifo"):
-    HOSTILE["a shard that is a pipe"] = (pipe, "missing, or no file")
+    HOSTILE["a shard that is a pipe"] = (pipe, "missing, or not a file")
 
 
 @pytest.mark.parametrize("name", HOSTILE)
