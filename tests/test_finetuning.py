@@ -394,15 +394,15 @@ def test_limited_examples_keep_all_labels(base, tmp_path):
 @pytest.mark.parametrize(
     ("content", "options", "code", "message"),
     [
-        ("text,label\na,x\nb,x\n", [], 2, "nothing to tell apart"),
-        ("text,label\n", [], 1, "no example to learn from"),
+        ("text,label\na,x\nb,x\n", [], 2, "there is nothing to learn"),
+        ("text,label\n", [], 1, "there are no training examples"),
         ("colour,size\nred,3\n", [], 2, "no task fits the columns colour, size"),
         ("text,label\na,x\nb,y\nc,\n", ["--strict"], 1, "data.csv line 4"),
         ("text,label\na,x\nb,y\n", ["--column", "text"], 2, "--column 'text'"),
         ("text,label\na,x\nb,y\n", ["--column", "text=words"], 2, "there is no column words"),
         ("text,label\na,x\nb,y\n", ["--steps", "3", "--budget", "1m"], 2, "exclude each other"),
         ("text,label\na,x\nb,y\n", ["--tuning.dropout", "2"], 2, "--tuning.dropout cannot be 2"),
-        ("text,label\na,x\nb,y\n", ["--task", "guess"], 2, "guess: no such task"),
+        ("text,label\na,x\nb,y\n", ["--task", "guess"], 2, "unknown task 'guess'"),
     ],
 )
 def test_bad_data_and_options_are_reported(content, options, code, message, base, capsys, tmp_path):
@@ -425,7 +425,7 @@ def test_bad_rows_are_reported_and_left_out(base, capsys, tmp_path):
 
 
 def test_invalid_predictions_are_refused(base, tmp_path):
-    with pytest.raises(UsageError, match="fine-tuned for no task"):
+    with pytest.raises(UsageError, match="not fine-tuned for a task"):
         api.predict(base, ["a text"])
     tune(base, write(tmp_path / "data.jsonl", "entail", 40), tmp_path / "run", steps=3)
     with pytest.raises(UsageError, match="entail takes premise and hypothesis: 1 texts were given"):

@@ -57,7 +57,7 @@ class Journey:
         self.page.goto(server.url)
 
     def close(self) -> None:
-        assert self.page.evaluate("broken") == []
+        assert self.page.evaluate("violations") == []
         told = [text for text in self.told if not (self.troubles and text.startswith("Failed to load resource"))]
         assert told == []
         assert [url for url in self.elsewhere if not url.startswith((self.server.url, "blob:null", "data:"))] == []

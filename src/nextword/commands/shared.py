@@ -108,7 +108,7 @@ def column_names(columns: Mapping[str, str] | Sequence[str] | None) -> dict[str,
     if columns is None or isinstance(columns, Mapping):
         return dict(columns or {})
     names: dict[str, str] = {}
-    for column in columns:
+    for column in [columns] if isinstance(columns, str) else columns:
         role, _, names[role] = column.partition("=")
         if not role or not names[role]:
             raise UsageError(f"--column {column!r}: write a role and a column, for example --column text=review")
