@@ -171,7 +171,7 @@ def test_report_and_verify(nextword: CLIRunner, run, tmp_path):
         (["generate", "{run}", "x", "--top-p", "7"], 2, "top_p must be"),
         (["evaluate", "{run}", "{tmp}/nowhere"], 2, "nowhere"),
         (["evaluate", "{run}/model"], 2, "text"),
-        (["report", "{tmp}"], 1, "not a run folder"),
+        (["report", "{tmp}"], 1, "not a run"),
         (["verify", "{tmp}"], 3, "nothing to check"),
         (["prepare", "{texts}"], 2, "--out"),
     ],
