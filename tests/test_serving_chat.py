@@ -165,7 +165,7 @@ def test_templates_of_many_kinds(tmp_path: Path, tokenizer: Tokenizer) -> None:
         "{{ ''.__class__.__mro__ }}": "unsafe",
         "{{ 1 / 0 }}": "ZeroDivisionError",
         "{{ broken": "template error",
-        "": "makes nothing",
+        "": "empty prompt",
     }
 
     async def look() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nextword.common.fs import build_directory, verify_manifest, write_manifest
+from nextword.common.fs import build_directory, map_disk_errors, verify_manifest, write_manifest
 from nextword.data.chat_format import save_chat_template
 from nextword.data.corpus import Corpus
 from nextword.data.dataset import TokenDataset
@@ -183,4 +183,5 @@ def save_model_dir(
             save_chat_template(directory)
         write_manifest(directory, {**metadata, "model": model.config.to_dict()})
 
-    build_directory(target, build)
+    with map_disk_errors(target):
+        build_directory(target, build)
