@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from nextword.common.errors import MissingDependencyError, NextwordError
-from nextword.common.fs import build_directory, write_manifest
+from nextword.common.fs import build_directory, map_disk_errors, write_manifest
 from nextword.common.statistics import ScoreWithCI
 from nextword.data.dataset import derive_seed
 from nextword.data.issues import IssueLog
@@ -275,7 +275,8 @@ class TaskEvaluator:
                 save_adapter(self.model, lora_config, directory, base_path)
                 write_manifest(directory, metadata)
 
-            build_directory(self.run.run_dir.adapter_dir, build)
+            with map_disk_errors(self.run.run_dir.adapter_dir):
+                build_directory(self.run.run_dir.adapter_dir, build)
 
     def log_sample(self, step: int) -> None:
         """Answer the first validation example, if answers are texts."""
