@@ -48,7 +48,6 @@ OPTIONAL_PACKAGES = {
 }
 
 
-@pytest.mark.xfail(strict=False, reason="until every package has moved")
 def test_packages_import_only_from_lower_layers():
     layer = {package: number for number, packages in enumerate(LAYERS, 1) for package in packages}
     imports = package_imports(ROOT)
@@ -66,7 +65,6 @@ def test_three_files_at_the_top():
     assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "__main__.py", "_version.py"}
 
 
-@pytest.mark.xfail(strict=False, reason="until every package has moved")
 def test_reporting_and_serving_are_leaves():
     for package, targets in package_imports(ROOT).items():
         assert package == "commands" or not targets & {"reporting", "serving"}, package

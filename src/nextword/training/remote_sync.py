@@ -26,7 +26,7 @@ from nextword.common.errors import NextwordError, UsageError
 from nextword.common.run_dir import RunDir
 
 UPLOAD_INTERVAL_SECONDS = 60.0
-MIN_INTERVAL_RATIO = 10.0  # the interval is at least so many times the duration of an upload
+MIN_INTERVAL_RATIO = 10.0  # minimum interval between uploads, in durations of an upload
 MAX_COMMITS = 2
 LOG_FILES = ("metrics.jsonl", "decisions.jsonl", "detours.jsonl")
 RESULT_FILES = ("result.json", "report.html", "README.md")
