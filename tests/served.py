@@ -81,8 +81,9 @@ class ServerClient:
         assert answer.status == 200, answer.body
         return answer.json
 
-    def metric(self, name: str) -> float:
-        lines = [line for line in self.get("/metrics").body.decode().splitlines() if line.startswith(name + " ")]
+    def metric(self, name: str, **headers: str) -> float:
+        body = self.get("/metrics", **headers).body.decode()
+        lines = [line for line in body.splitlines() if line.startswith(name + " ")]
         return float(lines[0].split()[1])
 
     def start_completion(self, body: Any, receive_buffer: int | None = None) -> socket.socket:

@@ -132,7 +132,7 @@ def command_line_function(name: str, command: Command, started: float) -> Callab
             else:
                 command.print_result(command.run(config, context), output.json)
 
-    hidden = [hidden_parameter(option_name, str | None) for option_name in sorted(FORMERLY_UNIVERSAL - names)]
+    hidden = [hidden_parameter(option_name, str) for option_name in sorted(FORMERLY_UNIVERSAL - names)]
     run.__name__ = name
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # what cyclopts reads
         [*parameters(command.config), *parameters(OutputOptions), *hidden]
@@ -171,7 +171,7 @@ def parameters(cls: type) -> Iterator[inspect.Parameter]:
 
 
 def hidden_parameter(name: str, hint: Any) -> inspect.Parameter:
-    annotation = Annotated[hint, Parameter(show=False, negative="")]
+    annotation = Annotated[hint | None, Parameter(show=False, negative="")]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
