@@ -66,12 +66,12 @@ MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"
 
 def judge(run: str, file: str, task: str) -> None:
     """Print, as JSON, how likely a run finds the answers in a file: bits per byte, and the share of pairs preferred."""
-    from nextword.commands import api
+    import nextword
     from nextword.data.issues import IssueLog
     from nextword.pipeline.predictor import Predictor
     from nextword.tasks.examples import read_examples
 
-    loaded, problems = api.load(run), IssueLog()
+    loaded, problems = nextword.load(run), IssueLog()
     form = replace(loaded.predictor.task_spec, task=task, kind="preference" if task == "prefer" else "answer")
     predictor = Predictor(loaded.gpt, loaded.tokenizer, form)
     examples, encoded = predictor.encode_examples(

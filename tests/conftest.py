@@ -60,11 +60,11 @@ def files_296681d(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def base(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a tiny pre-trained model, for fine-tuning to begin with."""
-    from nextword.commands import api
+    import nextword
 
     out = tmp_path_factory.mktemp("base") / "run"
     sizes = {"n_layers": 2, "n_heads": 2, "d_model": 32, "context_length": 64}
-    api.pretrain(shards, out, steps=30, model=sizes, training={"batch_tokens": 512, "evaluations": 1})
+    nextword.pretrain(shards, out, steps=30, model=sizes, training={"batch_tokens": 512, "evaluations": 1})
     return out
 
 

@@ -126,7 +126,7 @@ def test_plan_with_a_gpu(capsys):
 
 
 def test_a_time_budget_alone_gives_the_compute_optimal_model():
-    run = nextword.plan(gpu="h100", budget="2d")
+    run = nextword.plan(gpu="h100", budget="2d").to_dict()
     assert run["seconds"] == pytest.approx(2 * 86400, rel=0.05)
     assert run["tokens"] / run["parameters"] == pytest.approx(20, rel=0.2)
 

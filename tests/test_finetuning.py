@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+import nextword
 from conftest import nextword_command
-from nextword.commands import api
 from nextword.commands.cli import run
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.fs import read_json, read_jsonl
@@ -95,7 +95,7 @@ def write(path: Path, task: str, n: int, seed: int = 0) -> Path:
 
 def tune(base, data, out, **settings):
     settings = {"steps": 30, "training": {"lr": 3e-3, "evaluations": 2}, **settings}
-    return api.finetune(base, data, out, **settings)
+    return nextword.finetune(base, data, out, **settings).to_dict()
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -119,7 +119,8 @@ def test_a_classification_head_equals_transformers(task, lora, base, tmp_path):
     assert result["task"] == ("classify" if task == "several" else task) and 0 < result["steps"] <= 30
     assert all(set(score) == {"value", "low", "high", "n"} for score in result["scores"].values())
     assert result["metric"] in result["scores"] and result["baselines"]
-    answers, scores = api.predict(tmp_path / "run", write(tmp_path / "test.jsonl", task, 12, seed=5))
+    result = nextword.predict(tmp_path / "run", write(tmp_path / "test.jsonl", task, 12, seed=5))
+    answers, scores = result.predictions, result.scores
     assert len(answers) == 12 and scores
 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model").eval()
@@ -147,7 +148,7 @@ def test_a_classification_head_equals_transformers(task, lora, base, tmp_path):
             theirs = torch.cat([logits(row["question"], choice) for choice in row["choices"]])
             assert ours["label"] == int(theirs.argmax()) and ours["text"] == row["choices"][ours["label"]]
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file() == lora
-    assert api.verify(tmp_path / "run")
+    assert nextword.verify(tmp_path / "run")
 
 
 def test_a_task_is_learned(base, tmp_path):
@@ -167,7 +168,8 @@ def test_rewriting_equals_transformers(base, tmp_path):
     assert result["forgetting"]["before"] > 0 and result["forgetting"]["after"] > 0
     texts = [row["prompt"] for row in rows("rewrite", 6, seed=5)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    answers, scores = api.predict(tmp_path / "run", tmp_path / "test.jsonl")
+    predicted = nextword.predict(tmp_path / "run", tmp_path / "test.jsonl")
+    answers, scores = predicted.predictions, predicted.scores
     assert scores == {}  # it has no references
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
@@ -187,7 +189,7 @@ def test_a_conversation_equals_transformers(base, tmp_path):
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
     room = read_json(tmp_path / "run" / "run.json")["task"]["answer_tokens"]
-    loaded = api.load(tmp_path / "run")
+    loaded = nextword.load(tmp_path / "run")
     for row in rows("chat", 5, seed=5):
         asked = row["messages"][0]["content"]
         ids = tokenizer.apply_chat_template(
@@ -216,7 +218,7 @@ def test_ten_turns_in_the_terminal(base, tmp_path):
     assert [m["role"] for m in messages] == ["user", "assistant"] * len(asked)
     assert set(asked) <= set(typed) and typed[4] in asked  # a message with an empty answer is removed
     assert not any("<|" in m["content"] for m in messages if m["role"] == "assistant")
-    loaded = api.load(tmp_path / "run")
+    loaded = nextword.load(tmp_path / "run")
     ids = loaded.tokenizer.encode(typed[4])
     assert not set(ids) & set(loaded.tokenizer.special_tokens.values()) and loaded.tokenizer.decode(ids) == typed[4]
 
@@ -231,7 +233,7 @@ def test_preference_tuning_reports_forgetting(lora, base, tmp_path):
     assert result["forgetting"]["after"] != result["forgetting"]["before"]
     first = read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]
     assert first["loss"] == pytest.approx(0.6931, abs=1e-3)  # −log σ(0): the model equals its reference
-    assert api.predict(tmp_path / "run", data).scores["preferred"].value > 0.9
+    assert nextword.predict(tmp_path / "run", data).scores["preferred"].value > 0.9
 
 
 def test_continued_pretraining_reports_forgetting(base, tmp_path):
@@ -240,7 +242,8 @@ def test_continued_pretraining_reports_forgetting(base, tmp_path):
     rng = random.Random(0)
     for i in range(30):
         (text / f"{i}.txt").write_text(". ".join(sentence(rng) for _ in range(20)))
-    result = api.finetune(base, text, tmp_path / "run", task="continue", steps=40, training={"evaluations": 2})
+    made = nextword.finetune(base, text, tmp_path / "run", task="continue", steps=40, training={"evaluations": 2})
+    result = made.to_dict()
     assert result["bits_per_byte"] < result["before"]["bits_per_byte"]
     assert result["forgetting"]["before"] > 0 and result["forgetting"]["after"] > 0
     metadata = read_json(tmp_path / "run" / "run.json")
@@ -248,9 +251,9 @@ def test_continued_pretraining_reports_forgetting(base, tmp_path):
     assert metadata["model"] | {"dropout": 0} == old["model"] | {"dropout": 0} and metadata["task"] == {
         "task": "continue"
     }
-    assert api.finetune("", (), tmp_path / "run", resume=True) == result
+    assert nextword.finetune("", (), tmp_path / "run", resume=True) == made
     with pytest.raises(UsageError, match="--lora does not apply to --task continue"):
-        api.finetune(base, text, tmp_path / "other", task="continue", lora=True)
+        nextword.finetune(base, text, tmp_path / "other", task="continue", lora=True)
 
 
 def test_a_fine_tuned_model_can_be_fine_tuned_again(base, tmp_path):
@@ -346,20 +349,20 @@ def test_a_resume_refuses_other_data_models_and_options(base, tmp_path):
         tune(base, data, run, steps=7, resume=True)
     write(data, "classify", 41)
     with pytest.raises(UsageError, match="the examples are not those"):
-        api.finetune("", (), run, resume=True)
+        nextword.finetune("", (), run, resume=True)
     write(data, "classify", 40)
     metadata = read_json(run / "run.json")
     metadata["base"]["weights"] = "0" * 64
     (run / "run.json").write_text(json.dumps(metadata))
     with pytest.raises(UsageError, match="not the model that the run started with"):
-        api.finetune("", (), run, resume=True)
+        nextword.finetune("", (), run, resume=True)
 
 
 def test_predictions_do_not_depend_on_the_batch(base, tmp_path):
     data = write(tmp_path / "data.jsonl", "choose", 40)
     tune(base, data, tmp_path / "run", steps=6)
-    together = api.predict(tmp_path / "run", data).predictions
-    loaded = api.load(tmp_path / "run")
+    together = nextword.predict(tmp_path / "run", data).predictions
+    loaded = nextword.load(tmp_path / "run")
     for row, answer in zip(rows("choose", 40), together, strict=True):
         alone = loaded.predict(row["question"], *row["choices"])
         assert alone["probabilities"] == pytest.approx(answer["probabilities"], abs=1e-5)
@@ -426,26 +429,26 @@ def test_bad_rows_are_reported_and_left_out(base, capsys, tmp_path):
 
 def test_invalid_predictions_are_refused(base, tmp_path):
     with pytest.raises(UsageError, match="not fine-tuned for a task"):
-        api.predict(base, ["a text"])
+        nextword.predict(base, ["a text"])
     tune(base, write(tmp_path / "data.jsonl", "entail", 40), tmp_path / "run", steps=3)
     with pytest.raises(UsageError, match="entail takes premise and hypothesis; 1 texts were given"):
-        api.predict(tmp_path / "run", ["a text"])
+        nextword.predict(tmp_path / "run", ["a text"])
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(NextwordError, match="no example"):
-        api.predict(tmp_path / "run", tmp_path / "empty.jsonl")
+        nextword.predict(tmp_path / "run", tmp_path / "empty.jsonl")
     manifest = tmp_path / "run" / "model" / "nextword.json"
     original = manifest.read_text()
     for wrong in ({"task": "guess", "kind": "label"}, {"colour": 3}, ["label"], {"task": "classify", "kind": "x"}):
         manifest.write_text(json.dumps({**json.loads(original), "task": wrong}))
         with pytest.raises(CorruptFileError, match=r"nextword\.json: not a valid task specification"):
-            api.predict(tmp_path / "run", ["a", "b"])
+            nextword.predict(tmp_path / "run", ["a", "b"])
     manifest.write_text(original)
     file = tmp_path / "run" / "model" / "model.safetensors"
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 1
     file.write_bytes(damaged)
     with pytest.raises(CorruptFileError, match=r"model\.safetensors"):
-        api.predict(tmp_path / "run", ["a", "b"])
+        nextword.predict(tmp_path / "run", ["a", "b"])
 
 
 def test_the_output_as_text_and_as_json(base, nextword, tmp_path):

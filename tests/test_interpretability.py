@@ -14,8 +14,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import nextword
 from nextword import load
-from nextword.commands import api
 from nextword.commands.cli import run as run_command
 from nextword.common.errors import UsageError
 from nextword.common.fs import write_manifest
@@ -424,7 +424,7 @@ def test_from_the_command_line(
     )
     told = json.loads(capsys.readouterr().out)
     assert told["page"] == str(page)
-    assert told == {**api.explain(models["modern"].path, TEXT, word="doctor"), "page": str(page)}
+    assert told == {**nextword.explain(models["modern"].path, TEXT, word="doctor").to_dict(), "page": str(page)}
     assert run_command(["explain", str(tmp_path), TEXT]) == 1
     assert "not a model directory or a run directory" in capsys.readouterr().err
     assert run_command(["explain", str(models["modern"].path), TEXT, "--out", str(tmp_path / "no" / "page.html")]) == 1

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextword.commands import api
+import nextword
 from nextword.common.errors import NextwordError, UsageError
 from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import Tokenizer
@@ -176,7 +176,7 @@ def test_perplexity_equals_the_stock_class(model_path: Path, texts: Path) -> Non
             log_p = stock.log_probabilities(window[:-1])
             nats -= float(log_p[-new:].gather(1, torch.tensor(window[-new:])[:, None]).sum())
             done += new
-        result = api.evaluate(model_path, text, stride=stride)
+        result = nextword.evaluate(model_path, text, stride=stride).to_dict()
         assert (result["tokens"], result["stride"], done) == (len(ids) - 1, step, len(ids) - 1)
         assert result["loss"] == pytest.approx(nats / done, abs=1e-4)
         assert result["perplexity"] == pytest.approx(math.exp(nats / done), rel=1e-4)

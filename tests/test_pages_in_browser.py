@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import nextword
 from browsing import DISPLAY_VARIANTS, SCREENSHOT_DIR, OpenedPage
 from browsing import browser as browser
 from nextword import load
-from nextword.commands import api
 from nextword.data.tokenizer import Tokenizer, train_bpe
 from nextword.interpretability.explain import explain
 from nextword.pipeline.language_model import LanguageModel
@@ -159,8 +159,8 @@ def test_reports_and_comparisons_are_accessible(
     browser: "Browser", opened: list[OpenedPage], tmp_path: Path, look: str
 ) -> None:
     runs = [write_evaluated_run(tmp_path / "one"), write_run(tmp_path / "two", records=training_records())]
-    opened.append(OpenedPage(browser, api.report(runs[0]), look))
-    opened.append(OpenedPage(browser, api.report(runs, tmp_path / "compared.html"), look))
+    opened.append(OpenedPage(browser, nextword.report(runs[0]), look))
+    opened.append(OpenedPage(browser, nextword.report(runs, tmp_path / "compared.html"), look))
     for name, opened_page in zip(("report", "compared"), opened, strict=True):
         opened_page.page.evaluate("document.querySelectorAll('details').forEach((details) => { details.open = true; })")
         opened_page.check_invariants(f"{name}-{look}")

@@ -254,7 +254,7 @@ def test_the_difficulty_in_characters_is_that_in_tokens(tmp_path):
 
 
 def test_a_plan_of_a_text(texts):
-    result = nextword.plan(texts, budget="20s")
+    result = nextword.plan(texts, budget="20s").to_dict()
     for name in ("parameters", "tokens", "seconds", "memory_bytes", "bits_per_byte", "low", "high", "steps", "flops"):
         assert result[name] > 0, name
     assert result["low"] < result["bits_per_byte"] < result["high"]
@@ -265,9 +265,9 @@ def test_a_plan_of_a_text(texts):
 
 
 def test_a_large_text_is_sampled(texts, monkeypatch):
-    full = nextword.plan(texts, tokens=50_000)["text"]
+    full = nextword.plan(texts, tokens=50_000).to_dict()["text"]
     monkeypatch.setattr(planner, "SAMPLE_BYTES", full["bytes"] // 3)
-    sampled = nextword.plan(texts, tokens=50_000, vocab_size=512)["text"]
+    sampled = nextword.plan(texts, tokens=50_000, vocab_size=512).to_dict()["text"]
     assert sampled["sampled"]
     assert sampled["vocab_size"] <= 512
     assert sampled["bytes"] == pytest.approx(full["bytes"], rel=0.1)
@@ -301,7 +301,7 @@ def test_settings_that_are_no_model_are_rejected():
 
 
 def test_a_run_follows_its_plan_and_its_report_compares_them(texts, tmp_path):
-    result = nextword.pretrain(texts, tmp_path / "run", tokens="40k", size="micro", tokenizer="char", seed=1)
+    result = nextword.pretrain(texts, tmp_path / "run", tokens="40k", size="micro", tokenizer="char", seed=1).to_dict()
     metadata = json.loads((tmp_path / "run" / "run.json").read_text())
     plan: dict[str, Any] = metadata["plan"]
     assert plan["size"] == metadata["size"] == "micro"
@@ -313,7 +313,7 @@ def test_a_run_follows_its_plan_and_its_report_compares_them(texts, tmp_path):
 
 
 def test_operations_give_a_run_its_length(texts, tmp_path):
-    result = nextword.pretrain(texts, tmp_path / "run", flops="1e10", size="micro", tokenizer="char")
+    result = nextword.pretrain(texts, tmp_path / "run", flops="1e10", size="micro", tokenizer="char").to_dict()
     plan = json.loads((tmp_path / "run" / "run.json").read_text())["plan"]
     assert plan["flops"] == pytest.approx(1e10, rel=1e-3)
     assert result["tokens"] >= plan["tokens"] > result["tokens"] - plan["batch_tokens"]

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextword.commands import api
+import nextword
 from nextword.commands.cli import run as run_command
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.fs import write_manifest
@@ -394,7 +394,7 @@ def test_content_of_evaluations_and_audits_is_never_markup(tmp_path: Path) -> No
     assert "script" not in page.tags and page.text.count("alert('x')") >= 7
     body = write_card(run).read_text(encoding="utf-8").split("---\n", 2)[2]
     assert "<script" not in FENCED_BLOCK.sub("", body)
-    comparison = api.report([run, write_run(tmp_path / "b", records=training_records())], tmp_path / "page.html")
+    comparison = nextword.report([run, write_run(tmp_path / "b", records=training_records())], tmp_path / "page.html")
     assert "script" not in ParsedPage(comparison).tags
 
 
@@ -422,7 +422,7 @@ def test_files_that_were_edited_or_removed_stay_so(tmp_path: Path) -> None:
     assert (run / "report.html").read_text() == "<p>My own page</p>"
     assert len(messages) == 1 and "README.md" in messages[0]
     (run / "README.md").unlink()
-    api.report(run)
+    nextword.report(run)
     assert "## Bias" not in (run / "README.md").read_text(encoding="utf-8")
 
 
@@ -478,7 +478,7 @@ def test_comparison_of_runs(tmp_path: Path) -> None:
         write_run(tmp_path / "two", other, training_records(), {**RESULT, "bits_per_byte": 1.4}),
     ]
     write_audit(runs[1], FINDINGS[:1])
-    page = ParsedPage(api.report(runs, tmp_path / "page.html"))
+    page = ParsedPage(nextword.report(runs, tmp_path / "page.html"))
     assert_contains(
         page.text, "Comparison of 2 runs", "1.225", "1.400", "by tokens", "by seconds", "other.txt", "blimp"
     )
@@ -491,32 +491,32 @@ def test_comparison_of_runs(tmp_path: Path) -> None:
     assert rows == [("size", "mini", "tiny"), ("parameters", "4,066,048", "1,000"), ("model n layers", "4", "2")]
     assert page.tags.count("svg") == 6  # three axes, for wide and narrow screens
     assert_self_contained(page)
-    assert page.source == ParsedPage(api.report(runs, tmp_path / "again.html")).source
+    assert page.source == ParsedPage(nextword.report(runs, tmp_path / "again.html")).source
 
 
 def test_comparison_of_equal_and_of_incomplete_runs(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
     runs = [write_run(tmp_path / name / "run", records=training_records()) for name in "ab"]
-    page = ParsedPage(api.report(runs, tmp_path / "page.html"))
+    page = ParsedPage(nextword.report(runs, tmp_path / "page.html"))
     assert_contains(page.text, "None: all", "a/run", "b/run")
     empty = write_run(tmp_path / "empty", {}, None, None)
     started = write_run(tmp_path / "started", METADATA, [{"step": 1, "loss": 5.0}], None)
-    assert "started" in ParsedPage(api.report([*runs, empty, started], tmp_path / "page.html")).text
+    assert "started" in ParsedPage(nextword.report([*runs, empty, started], tmp_path / "page.html")).text
 
 
 def test_invalid_comparisons_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = (write_run(tmp_path / name, records=training_records()) for name in ("one", "two"))
     with pytest.raises(UsageError, match="the same run"):
-        api.report([one, one])
+        nextword.report([one, one])
     with pytest.raises(UsageError, match="7 runs"):
-        api.report([write_run(tmp_path / f"run{i}") for i in range(7)])
+        nextword.report([write_run(tmp_path / f"run{i}") for i in range(7)])
     with pytest.raises(UsageError, match="label-efficiency study"):
-        api.report([one, write_run(tmp_path / "study", {"task": "transfer"})])
+        nextword.report([one, write_run(tmp_path / "study", {"task": "transfer"})])
     with pytest.raises(UsageError, match="--out"):
-        api.report(one, tmp_path / "page.html")
+        nextword.report(one, tmp_path / "page.html")
     with pytest.raises(NextwordError, match="not a run directory"):
-        api.report([one, tmp_path])
+        nextword.report([one, tmp_path])
     assert run_command(["report", str(one), str(two), "--out", str(tmp_path / "c.html"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"reports": [str(tmp_path / "c.html")]}
     assert run_command(["report", str(one)]) == 0

@@ -45,9 +45,6 @@ class PerplexityResult:
     stride: int
 
 
-Likelihood = PerplexityResult  # until its last uses are renamed
-
-
 class DistContext(Protocol):
     """The processes that share an evaluation, as seen from one of them (see `training.distributed.DistContext`)."""
 
