@@ -42,6 +42,20 @@ def document(request: pytest.FixtureRequest) -> Path:
     return request.param
 
 
+def load_script(name: str) -> ModuleType:
+    """A Python file of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_is_up_to_date():
+    script = load_script("generate_reference")
+    assert script.REFERENCE.read_text(encoding="utf-8") == script.reference(), "run: python docs/generate_reference.py"
+
+
 # ---------------------------------------------------------------- code
 
 
@@ -171,12 +185,7 @@ def test_pictures_are_small_and_described():
 
 @pytest.fixture(scope="module")
 def drawing() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("draw_tutorial", ROOT / "docs" / "draw_tutorial.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_script("draw_tutorial")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
