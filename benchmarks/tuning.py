@@ -74,9 +74,7 @@ def judge(run: str, file: str, task: str) -> None:
     loaded, problems = nextword.load(run), IssueLog()
     form = replace(loaded.predictor.task_spec, task=task, kind="preference" if task == "prefer" else "answer")
     predictor = Predictor(loaded.gpt, loaded.tokenizer, form)
-    examples, encoded = predictor.encode_examples(
-        read_examples(file, task, problems).items, problems, with_targets=True
-    )
+    examples, encoded = predictor.encoder.encode_all(read_examples(file, task, problems).items, problems)
     found = predictor.evaluate(examples, encoded, generate=False)
     scores = {name: score.to_dict() for name, score in found.scores.items()}
     print(json.dumps({"bits_per_byte": found.bits_per_byte, "scores": scores, "examples": len(examples)}))

@@ -251,7 +251,7 @@ def trained(labels: list[str]) -> Predictor:
         Example("", i, {"text": text, "label": label})
         for i, ((*_, text), label) in enumerate(zip(texts(), labels, strict=True))
     ]
-    _, encoded = predictor.encode_examples(examples, IssueLog(strict=True), with_targets=True)
+    _, encoded = predictor.encoder.encode_all(examples, IssueLog(strict=True))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
     for _ in range(50):
         for which, inputs in predictor.iter_batches(encoded):

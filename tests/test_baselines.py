@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from nextword.common.errors import UsageError
 from nextword.tasks.baselines import (
-    NaiveBayes,
     lead_sentences,
     majority,
     most_similar_choice,
+    naive_bayes,
     naive_bayes_multilabel,
     nearest_neighbor_targets,
     ngram_features,
@@ -80,23 +80,24 @@ def test_naive_bayes_by_hand():
 
     "good": 2/3 · 2/6 against 1/3 · 1/4. "film film film": 2/3 · (2/6)³ against 1/3 · (2/4)³.
     """
-    model = NaiveBayes(["good film", "", "film"], ["a", "a", "b"])
-    assert model.predict(["good unseen", "film film film"]) == ["a", "b"]
-    assert model.predict([]) == []
+    train = ["good film", "", "film"], ["a", "a", "b"]
+    assert naive_bayes(*train, ["good unseen", "film film film"]) == ["a", "b"]
+    assert naive_bayes(*train, []) == []
 
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from("xyz"), min_size=1, max_size=9), TEXTS)
 def test_naive_bayes_without_features_predicts_the_prior(labels, inputs):
     most_frequent = max(sorted(set(labels)), key=labels.count)
-    assert NaiveBayes([""] * len(labels), labels).predict(inputs) == [most_frequent] * len(inputs)
+    assert naive_bayes([""] * len(labels), labels, inputs) == [most_frequent] * len(inputs)
 
 
 def test_naive_bayes_on_pairs_of_texts():
     train = [("a cat", "a cat"), ("a dog", "a dog"), ("a cat", "one house"), ("one dog", "a house")]
-    model = NaiveBayes(train, ["yes", "yes", "no", "no"], pair_features)
-    assert model.predict([("a house", "a house"), ("one house", "two cats")]) == ["yes", "no"]
-    assert NaiveBayes(train, ["yes", "yes", "no", "no"]).predict(train) == ["yes", "yes", "no", "no"]
+    labels = ["yes", "yes", "no", "no"]
+    inputs = [("a house", "a house"), ("one house", "two cats")]
+    assert naive_bayes(train, labels, inputs, pair_features) == ["yes", "no"]
+    assert naive_bayes(train, labels, train) == labels
 
 
 @settings(deadline=None, max_examples=30)
@@ -105,12 +106,12 @@ def test_multilabel_naive_bayes_is_one_binary_classifier_per_label(train, inputs
     texts, label_sets = [t for t, _ in train], [labels for _, labels in train]
     predictions = naive_bayes_multilabel(texts, label_sets, inputs)
     for name in {name for labels in label_sets for name in labels}:
-        binary = NaiveBayes(texts, [str(int(name in labels)) for labels in label_sets])
-        assert [str(int(name in labels)) for labels in predictions] == binary.predict(inputs)
+        has_name = [str(int(name in labels)) for labels in label_sets]
+        assert [str(int(name in labels)) for labels in predictions] == naive_bayes(texts, has_name, inputs)
     assert all(list(labels) == sorted(labels) for labels in predictions)
 
 
-@pytest.mark.parametrize("fit", [lambda: NaiveBayes([], []), lambda: naive_bayes_multilabel([], [], ["a"])])
+@pytest.mark.parametrize("fit", [lambda: naive_bayes([], [], []), lambda: naive_bayes_multilabel([], [], ["a"])])
 def test_no_training_texts(fit: Callable[[], object]) -> None:
     with pytest.raises(UsageError, match="no text to learn from"):
         fit()
@@ -227,7 +228,7 @@ def test_naive_bayes_on_sentences(name: str, bound: float) -> None:
     train, test = read_data(name, "train"), read_data(name, "test")
     targets, train_labels = column(test, "label"), column(train, "label")
     labels = sorted(set(train_labels))
-    predictions = NaiveBayes(column(train, "text"), train_labels).predict(column(test, "text"))
+    predictions = naive_bayes(column(train, "text"), train_labels, column(test, "text"))
     most_frequent = classification(targets, majority(train_labels, len(test)), labels)["accuracy"]
     assert most_frequent.is_below(bound)
     assert classification(targets, predictions, labels)["accuracy"].value > bound
@@ -236,7 +237,7 @@ def test_naive_bayes_on_sentences(name: str, bound: float) -> None:
 def test_naive_bayes_on_entailment():
     train, test = read_data("mnli", "train"), read_data("mnli", "validation")
     train_pairs, test_pairs = ([(row["premise"], row["hypothesis"]) for row in rows] for rows in (train, test))
-    predictions = NaiveBayes(train_pairs, column(train, "label"), pair_features).predict(test_pairs)
+    predictions = naive_bayes(train_pairs, column(train, "label"), test_pairs, pair_features)
     labels = sorted(set(column(train, "label")))
     assert classification(column(test, "label"), predictions, labels)["accuracy"].value > 0.45
 

@@ -128,6 +128,11 @@ def is_json_object(value: object) -> TypeGuard[dict[str, Any]]:
     return isinstance(value, dict)
 
 
+def is_json_array(value: object) -> TypeGuard[list[Any]]:
+    """Whether a value that was read from JSON is an array."""
+    return isinstance(value, list)
+
+
 def read_json(path: Path, max_bytes: int | None = None) -> Any:
     """Parse a JSON file.
 

@@ -96,7 +96,7 @@ def _prepare_example(
             raise UsageError(f"this example is not usable: {issues.issues[-1]}")
     predictor = Predictor(model.gpt, model.tokenizer, task_spec)
     (logits,) = predictor.logits([encoded])
-    (prediction,) = predictor.predictions_from_logits([logits], [example])
+    prediction = predictor.prediction(logits, example)
     is_choice = task_spec.kind == "choice"
     output_names = ("score",) if task_spec.kind in ("score", "choice") else task_spec.labels
     options = [str(i) for i in range(len(logits))] if is_choice else list(output_names)

@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from nextword.common import fs
 from nextword.common.errors import CorruptFileError, NextwordError
@@ -76,12 +76,9 @@ class BaseModel:
 
 def pretraining_corpus_of(run_path: Path) -> Path | None:
     """Return the corpus that the model of a run was pre-trained on, by this run or an earlier one; None if it is gone."""
-    metadata: Any = fs.read_json(run_path / "run.json")
-    if not isinstance(metadata, dict):  # not a nextword run
-        return None
-    values = cast(dict[str, Any], metadata)
-    name = values.get("old_text") or values.get("shards")
-    if not isinstance(name, str):
+    metadata = fs.read_json(run_path / "run.json")
+    name = (metadata.get("old_text") or metadata.get("shards")) if fs.is_json_object(metadata) else None
+    if not isinstance(name, str):  # not a nextword run
         return None
     return run_path / name if (run_path / name / fs.MANIFEST).is_file() else None
 
@@ -92,9 +89,7 @@ def load_task_spec(directory: Path) -> TaskSpec | None:
     Raises:
         CorruptFileError: the manifest holds an invalid task.
     """
-    if not (directory / fs.MANIFEST).is_file():
-        return None
-    task = fs.read_manifest(directory).get("task")
+    task = fs.read_manifest(directory).get("task") if (directory / fs.MANIFEST).is_file() else None
     if task is None:
         return None
     try:

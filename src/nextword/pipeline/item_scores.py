@@ -9,9 +9,10 @@ import numpy as np
 
 from nextword.common.statistics import ScoreWithCI, bootstrap_mean, bootstrap_ratio, proportion
 from nextword.inference.engine import Completion, Engine, Prompt
-from nextword.inference.loglikelihood import ContinuationScore, LoglikelihoodScorer
+from nextword.inference.loglikelihood import ContinuationScore, LoglikelihoodScorer, ProgressCallback
 from nextword.inference.sampling import Sampling
 from nextword.pipeline.language_model import LanguageModel
+from nextword.pipeline.predictor import GENERATION_BATCH_SIZE, generate_in_batches
 from nextword.tasks.benchmark_items import (
     BenchmarkRow,
     GenerationItem,
@@ -28,10 +29,12 @@ from nextword.tasks.metrics import (
     split_words,
 )
 
-GENERATION_BATCH_SIZE = 32  # texts generated together
 DEFAULT_NUM_TEXTS = 64  # texts generated without prompts
-
-ProgressCallback = Callable[[int, int], None]
+# The length that the log-likelihood of a choice is divided by, by metric.
+_CHOICE_LENGTHS: dict[str, Callable[[str], int]] = {
+    "acc_norm": len,
+    "acc_bytes": lambda choice: len(choice.encode("utf-8", "replace")),
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class ItemScores:
 
     @property
     def num_items(self) -> int:
+        """Number of items."""
         return len(self.predictions) or len(next(iter(self.item_values.values())))
 
     def select(self, indices: Sequence[int]) -> "ItemScores":
@@ -79,9 +83,8 @@ class ItemScores:
             columns = np.stack([self.item_values["nats"], np.ones(self.num_items)], axis=1)
             return bootstrap_ratio(columns, lambda sums: np.exp(np.minimum(sums[:, 0] / sums[:, 1], 700)))
         if metric == "icat":
-            names = ("stereotyped", "meaningful")
-            columns = np.stack([*(self.item_values[name] for name in names), np.ones(self.num_items)], axis=1)
-            return bootstrap_ratio(columns, _icat)
+            values = self.item_values["stereotyped"], self.item_values["meaningful"]
+            return bootstrap_ratio(np.stack([*values, np.ones(self.num_items)], axis=1), _icat)
         return proportion(self.item_values[metric].tolist())
 
     def secondary_metrics(self, benchmark: Benchmark) -> list[str]:
@@ -113,8 +116,8 @@ def score_items(
     scorer = LoglikelihoodScorer(model.dequantized, model.tokenizer, check_greedy=benchmark.kind == "cloze")
     scores = scorer.score_pairs([item.requests for item in items], progress)
     if benchmark.kind == "cloze":
-        values = {"acc": np.array([float(score.is_greedy) for [score] in scores])}
-        values["nats"] = np.array([-score.logprob for [score] in scores])
+        greedy = np.array([float(score.is_greedy) for [score] in scores])
+        values = {"acc": greedy, "nats": np.array([-score.logprob for [score] in scores])}
         item_chance = np.array([float(model.gpt.config.vocab_size) ** -score.num_tokens for [score] in scores])
         return ItemScores(values, float(item_chance.mean()), item_chance)
     if benchmark.kind == "stereotypes":
@@ -143,12 +146,8 @@ def _item_accuracy(metric: str, item: LoglikelihoodItem, scores: Sequence[Contin
     "acc" compares totals, "acc_norm" values per character, "acc_bytes" values per byte, as lm-eval does. Ties share the credit;
     lm-eval gives it to the first choice.
     """
-    lengths = [1] * len(scores)
-    if metric == "acc_norm":
-        lengths = [len(choice) for choice in item.choices]
-    elif metric == "acc_bytes":
-        lengths = [len(choice.encode("utf-8", "replace")) for choice in item.choices]
-    is_best = _is_max([score.logprob / length for score, length in zip(scores, lengths, strict=True)])
+    length = _CHOICE_LENGTHS.get(metric, lambda _: 1)
+    is_best = _is_max([score.logprob / length(choice) for score, choice in zip(scores, item.choices, strict=True)])
     return float(is_best[item.gold_index]) / float(is_best.sum())
 
 
@@ -185,10 +184,7 @@ def _score_generations(
 
 def _exact_match_scores(predictions: list[str], items: Sequence[GenerationItem]) -> ItemScores:
     references = [item.references for item in items]
-    exact = [
-        float(text.strip() in {reference.strip() for reference in entry})
-        for text, entry in zip(predictions, references, strict=True)
-    ]
+    exact = [float(text.strip() in map(str.strip, entry)) for text, entry in zip(predictions, references, strict=True)]
     return ItemScores({"exact_match": np.array(exact)}, predictions=predictions, references=references)
 
 
@@ -207,21 +203,9 @@ def generate_completions(
     bos = [] if model.tokenizer.bos_id is None else [model.tokenizer.bos_id]
     token_ids = [model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     token_ids = [[*bos, *ids][-max_prompt_tokens:] for ids in token_ids]
-    engine = Engine(
-        model.gpt,
-        model.tokenizer,
-        max_batch=GENERATION_BATCH_SIZE,
-        seed=sampling.seed or 0,
-        runner=model.runner,
-    )
-    completions: list[Completion] = []
-    for start in range(0, len(token_ids), GENERATION_BATCH_SIZE):
-        # Each batch has its own seed.
-        batch_sampling = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + start)
-        completions += engine.generate(token_ids[start : start + GENERATION_BATCH_SIZE], batch_sampling)
-        if progress is not None:
-            progress(len(completions), len(token_ids))
-    return completions
+    seed = sampling.seed or 0
+    engine = Engine(model.gpt, model.tokenizer, max_batch=GENERATION_BATCH_SIZE, seed=seed, runner=model.runner)
+    return generate_in_batches(engine, token_ids, sampling, progress)
 
 
 def evaluate_free_text(
@@ -246,11 +230,11 @@ def evaluate_free_text(
     Returns:
         The result as in `nextword evaluate --json`.
     """
-    items = [generation_item(benchmark, row) for row in rows]
-    prompts = [item.prompt for item in items] or [""] * DEFAULT_NUM_TEXTS
+    items = [generation_item(benchmark, row) for row in rows] or [GenerationItem("", ())] * DEFAULT_NUM_TEXTS
+    prompts = [item.prompt for item in items]
     sampling = Sampling(max_tokens=benchmark.max_tokens, seed=seed)
     texts = generate_texts(model, prompts, sampling, progress)
-    generated_words = [split_words(text) for text in texts]
+    generated_words = list(map(split_words, texts))
     result: dict[str, Any] = {
         **_repetition_scores(generated_words),
         "chance": None,
@@ -259,11 +243,8 @@ def evaluate_free_text(
         "max_tokens": benchmark.max_tokens,
         "examples": texts[:3],
     }
-    human_and_generated = [
-        (split_words(item.references[0]), words)
-        for item, words in zip(items, generated_words, strict=False)
-        if item.references
-    ]
+    pairs = zip(items, generated_words, strict=True)
+    human_and_generated = [(split_words(item.references[0]), words) for item, words in pairs if item.references]
     if human_and_generated:  # texts of equal length, because the ratio of distinct n-grams falls with the length
         result["people"] = _repetition_scores([human[: len(words)] for human, words in human_and_generated])
         result["beside_people"] = _repetition_scores([words[: len(human)] for human, words in human_and_generated])
@@ -273,15 +254,9 @@ def evaluate_free_text(
 
 
 def _repetition_scores(texts: Sequence[Sequence[str]]) -> dict[str, Any]:
-    score = bootstrap_mean([repeated_ngram_fraction(words, 4) for words in texts])
-    return {
-        "metric": "repeated_4grams",
-        "score": score.value,
-        "low": score.low,
-        "high": score.high,
-        "n": score.n,
-        "others": {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2, 3)},
-    }
+    score = bootstrap_mean([repeated_ngram_fraction(words, 4) for words in texts]).to_dict()
+    distinct = {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2, 3)}
+    return {"metric": "repeated_4grams", "score": score.pop("value"), **score, "others": distinct}
 
 
 def _bits_per_byte(judge: LanguageModel, prompts: Sequence[str], texts: Sequence[str]) -> ScoreWithCI:

@@ -1,19 +1,20 @@
 """Predictions of a fine-tuned model, their metrics, and the metrics of baselines that need no model."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from nextword.common.errors import NextwordError
 from nextword.common.statistics import ScoreWithCI
-from nextword.data.dataset import IGNORE_INDEX
 from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import Tokenizer
-from nextword.inference.engine import Engine
-from nextword.inference.model_runner import build_runner
+from nextword.inference.engine import Completion, Engine, Prompt
+from nextword.inference.loglikelihood import ProgressCallback
 from nextword.inference.perplexity import evaluation_mode
 from nextword.inference.sampling import Sampling
 from nextword.model.gpt import GPT
@@ -21,7 +22,7 @@ from nextword.tasks import baselines
 from nextword.tasks import metrics as task_metrics
 from nextword.tasks.dataset import TaskDataset
 from nextword.tasks.examples import Example, input_texts
-from nextword.tasks.templates import HEAD_KINDS, EncodedExample, ExampleEncoder, TaskKind, TaskSpec
+from nextword.tasks.templates import HEAD_KINDS, TARGET_FIELDS, EncodedExample, ExampleEncoder, TaskKind, TaskSpec
 from nextword.training.losses import DeviceBatch, example_logits, multiple_choice_logits, sequence_logprobs
 from nextword.training.step import to_device
 
@@ -36,8 +37,16 @@ SELECTION_METRIC: dict[TaskKind, str] = {
     "answer": "chrf",
     "preference": "preferred",
 }
+# The field of a prediction that is compared with the target.
+_PREDICTION_FIELDS: dict[TaskKind, str] = {
+    "label": "label",
+    "labels": "labels",
+    "score": "score",
+    "choice": "label",
+    "answer": "text",
+    "preference": "score",
+}
 
-ProgressCallback = Callable[[int, int], None]
 Prediction = dict[str, Any]  # a line of `nextword predict`
 
 
@@ -66,6 +75,7 @@ class Predictor:
 
     @cached_property
     def encoder(self) -> ExampleEncoder:
+        """Encodes examples as the model was trained on."""
         return ExampleEncoder(self.task_spec, self.tokenizer, self.model.config.context_length)
 
     # ------------------------------------------------------------ forward passes
@@ -95,67 +105,49 @@ class Predictor:
         """The outputs of the head for each example [n_labels]; for multiple choice, of its choices [C]."""
         is_choice = self.task_spec.kind == "choice"
         compute_logits = multiple_choice_logits if is_choice else example_logits
-        logits: dict[int, np.ndarray] = {}
-        with evaluation_mode(self.model):
-            for indices, batch in self.iter_batches(encoded, progress):
-                assert batch.labels is not None
-                table = compute_logits(self.model, self.model(batch.tokens), batch.labels).cpu().double().numpy()
-                for i, row in zip(indices, table, strict=True):
-                    logits[i] = row[: len(encoded[i].sequences)] if is_choice else row
-        return [logits[i] for i in range(len(encoded))]
+
+        def forward(batch: DeviceBatch) -> Tensor:
+            assert batch.labels is not None
+            return compute_logits(self.model, self.model(batch.tokens), batch.labels)
+
+        logits = self._map_batches(forward, encoded, progress)
+        return [row[: len(e.sequences)] for row, e in zip(logits, encoded, strict=True)] if is_choice else logits
 
     def log_likelihoods(
         self, encoded: Sequence[EncodedExample], progress: ProgressCallback | None = None
     ) -> np.ndarray:
         """The log-likelihood of the target tokens of each sequence of each example [E, sequences], in nats."""
-        log_likelihoods = np.zeros((len(encoded), len(encoded[0].sequences) if encoded else 0))
+        return np.array(self._map_batches(lambda batch: sequence_logprobs(self.model, batch), encoded, progress))
+
+    def _map_batches(
+        self,
+        forward: Callable[[DeviceBatch], Tensor],
+        encoded: Sequence[EncodedExample],
+        progress: ProgressCallback | None,
+    ) -> list[np.ndarray]:
+        """The results of a function of batches, divided among their examples."""
+        results: dict[int, np.ndarray] = {}
         with evaluation_mode(self.model):
             for indices, batch in self.iter_batches(encoded, progress):
-                rows = sequence_logprobs(self.model, batch).cpu().double().numpy()
-                log_likelihoods[indices] = rows.reshape(len(indices), -1)
-        return log_likelihoods
-
-    def causal_lm_loss(self, encoded: Sequence[EncodedExample]) -> float:
-        """Nats per target token of the sequences of the examples."""
-        total, num_targets = 0.0, 0
-        with evaluation_mode(self.model):
-            for _, batch in self.iter_batches(encoded):
-                total -= float(sequence_logprobs(self.model, batch).double().sum())
-                num_targets += int((batch.targets != IGNORE_INDEX).sum())
-        return total / max(1, num_targets)
+                table = forward(batch).cpu().double().numpy().reshape(len(indices), -1)
+                results.update(zip(indices, table, strict=True))
+        return [results[i] for i in range(len(encoded))]
 
     def generate_answers(self, examples: Sequence[Example], progress: ProgressCallback | None = None) -> list[str]:
         """A greedy answer to each example. Identical prompts are answered once."""
         prompts = [tuple(self.encoder.encode_prompt(example)) for example in examples]
         distinct = sorted(set(prompts), key=lambda prompt: (len(prompt), prompt))
         sampling = Sampling(temperature=0.0, max_tokens=max(1, self.task_spec.answer_tokens))
-        answers: dict[tuple[int, ...], str] = {}
         with evaluation_mode(self.model):
-            runner = build_runner(self.model)
-            for start in range(0, len(distinct), GENERATION_BATCH_SIZE):
-                batch = distinct[start : start + GENERATION_BATCH_SIZE]
-                engine = Engine(self.model, self.tokenizer, max_batch=GENERATION_BATCH_SIZE, seed=0, runner=runner)
-                completions = engine.generate(batch, sampling)
-                answers.update((prompt, c.text.strip()) for prompt, c in zip(batch, completions, strict=True))
-                if progress is not None:
-                    progress(len(answers), len(distinct))
+            engine = Engine(self.model, self.tokenizer, max_batch=GENERATION_BATCH_SIZE, seed=0)
+            completions = generate_in_batches(engine, distinct, sampling, progress)
+        answers = {prompt: completion.text.strip() for prompt, completion in zip(distinct, completions, strict=True)}
         return [answers[prompt] for prompt in prompts]
 
     # ------------------------------------------------------------ predictions
 
-    def encode_examples(
-        self, examples: Sequence[Example], issues: IssueLog, with_targets: bool
-    ) -> tuple[list[Example], list[EncodedExample]]:
-        """The examples that can be encoded, and their encodings."""
-        pairs = [(example, self.encoder.encode(example, issues, with_targets)) for example in examples]
-        encodable = [(example, encoded) for example, encoded in pairs if encoded is not None]
-        return [example for example, _ in encodable], [encoded for _, encoded in encodable]
-
-    def predictions_from_logits(self, logits: Sequence[np.ndarray], examples: Sequence[Example]) -> list[Prediction]:
-        """The predictions of a classification head."""
-        return [self._prediction(row, example) for row, example in zip(logits, examples, strict=True)]
-
-    def _prediction(self, logits: np.ndarray, example: Example) -> Prediction:
+    def prediction(self, logits: np.ndarray, example: Example) -> Prediction:
+        """The prediction of a classification head, from its outputs for an example."""
         kind, names = self.task_spec.kind, self.task_spec.labels
         if kind == "score":
             return {"score": float(logits[0])}
@@ -196,7 +188,7 @@ class Predictor:
             encoded.append(encoding)
         if ranks_answers:
             return _preference_predictions(self.log_likelihoods(encoded, progress))
-        return self.predictions_from_logits(self.logits(encoded, progress), examples)
+        return list(map(self.prediction, self.logits(encoded, progress), examples))
 
     # ------------------------------------------------------------ metrics
 
@@ -226,30 +218,36 @@ class Predictor:
         kind = self.task_spec.kind
         if kind in HEAD_KINDS:
             logits = self.logits(encoded, progress)
-            predictions = self.predictions_from_logits(logits, examples)
+            predictions = list(map(self.prediction, logits, examples))
             losses = [head_loss(kind, row, example.target) for row, example in zip(logits, encoded, strict=True)]
             scores = compute_metrics(self.task_spec, examples, predictions)
             return EvaluationResult(scores, float(np.mean(losses)), None, predictions)
         log_likelihoods = self.log_likelihoods(encoded, progress)
-        loss, bits_per_byte = self._token_loss_and_bits_per_byte(log_likelihoods[:, 0], encoded)
+        # Loss and bits per byte of the targets of each example's first sequence.
+        target_ids = [example.sequences[0].ids[example.sequences[0].loss_mask].tolist() for example in encoded]
+        num_bytes = sum(len(self.tokenizer.decode_bytes(ids)) for ids in target_ids)
+        nats = -float(log_likelihoods[:, 0].sum())
+        loss, bits_per_byte = nats / max(1, sum(map(len, target_ids))), nats / math.log(2) / max(1, num_bytes)
+        predictions: list[Prediction] = []
         if kind == "preference":
             predictions = _preference_predictions(log_likelihoods)
-            scores = task_metrics.preference([prediction["score"] for prediction in predictions])
         elif generate:
             predictions = [{"text": text} for text in self.generate_answers(examples, progress)]
-            scores = compute_metrics(self.task_spec, examples, predictions, metrics)
-        else:
-            predictions, scores = [], {}
+        scores = compute_metrics(self.task_spec, examples, predictions, metrics) if predictions else {}
         return EvaluationResult(scores, loss, bits_per_byte, predictions)
 
-    def _token_loss_and_bits_per_byte(
-        self, log_likelihoods: np.ndarray, encoded: Sequence[EncodedExample]
-    ) -> tuple[float, float]:
-        """Nats per target token and bits per byte of the targets of each example's first sequence."""
-        target_ids = [example.sequences[0].ids[example.sequences[0].loss_mask] for example in encoded]
-        num_bytes = sum(len(self.tokenizer.decode_bytes(ids.tolist())) for ids in target_ids)
-        nats = -float(log_likelihoods.sum())
-        return nats / max(1, sum(map(len, target_ids))), nats / np.log(2) / max(1, num_bytes)
+
+def generate_in_batches(
+    engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, progress: ProgressCallback | None = None
+) -> list[Completion]:
+    """The completions of any number of prompts. Each batch has a seed of its own, if the sampling has one."""
+    completions: list[Completion] = []
+    for start in range(0, len(prompts), GENERATION_BATCH_SIZE):
+        batch_sampling = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + start)
+        completions += engine.generate(prompts[start : start + GENERATION_BATCH_SIZE], batch_sampling)
+        if progress is not None:
+            progress(len(completions), len(prompts))
+    return completions
 
 
 def _preference_predictions(log_likelihoods: np.ndarray) -> list[Prediction]:
@@ -274,28 +272,26 @@ def compute_metrics(
     metrics: Sequence[str] = task_metrics.GENERATION_METRICS,
 ) -> dict[str, ScoreWithCI]:
     """The metrics of predictions for examples with targets; `metrics` selects those of generated text."""
-
-    def targets(name: str) -> list[Any]:
-        return [example.fields[name] for example in examples]
-
-    def predicted(name: str) -> list[Any]:
-        return [prediction[name] for prediction in predictions]
-
-    if task_spec.kind == "label":
-        return task_metrics.classification(targets("label"), predicted("label"), task_spec.labels)
-    if task_spec.kind == "labels":
-        return task_metrics.multilabel(targets("labels"), predicted("labels"), task_spec.labels)
-    if task_spec.kind == "score":
-        return task_metrics.similarity(targets("score"), predicted("score"))
-    if task_spec.kind == "choice":
-        return task_metrics.multiple_choice(targets("answer"), predicted("label"))
+    kind = task_spec.kind
+    predicted = [prediction[_PREDICTION_FIELDS[kind]] for prediction in predictions]
+    if kind == "preference":
+        return task_metrics.preference(predicted)
+    if kind in HEAD_KINDS:
+        targets = [example.fields[TARGET_FIELDS[kind]] for example in examples]
+        if kind == "label":
+            return task_metrics.classification(targets, predicted, task_spec.labels)
+        if kind == "labels":
+            return task_metrics.multilabel(targets, predicted, task_spec.labels)
+        return (task_metrics.similarity if kind == "score" else task_metrics.multiple_choice)(targets, predicted)
     # A source with several references is answered once and counts once.
     references: dict[tuple[str, ...], list[str]] = {}
     texts: dict[tuple[str, ...], str] = {}
-    for example, prediction in zip(examples, predictions, strict=True):
+    for example, text in zip(examples, predicted, strict=True):
         source = input_texts(task_spec.task, example)
-        references.setdefault(source, []).append(reference_text(example))
-        texts[source] = prediction["text"]
+        is_chat = "messages" in example.fields
+        reference = example.fields["messages"][-1]["content"] if is_chat else example.fields["completion"]
+        references.setdefault(source, []).append(reference)
+        texts[source] = text
     return task_metrics.generation_metrics([references[source] for source in texts], list(texts.values()), metrics)
 
 
@@ -303,12 +299,11 @@ def compute_labelled_metrics(
     task_spec: TaskSpec, examples: Sequence[Example], predictions: Sequence[Prediction]
 ) -> dict[str, ScoreWithCI]:
     """The metrics of the predictions whose examples have targets; empty if there are none."""
-    if task_spec.kind == "preference":
-        if not all("score" in prediction for prediction in predictions):
-            return {}
-        return task_metrics.preference([prediction["score"] for prediction in predictions])
-    pairs = zip(examples, predictions, strict=True)
-    labelled = [(example, prediction) for example, prediction in pairs if has_target(task_spec, example)]
+    labelled = [
+        (example, prediction)
+        for example, prediction in zip(examples, predictions, strict=True)
+        if ("score" in prediction if task_spec.kind == "preference" else has_target(task_spec, example))
+    ]
     if not labelled:
         return {}
     return compute_metrics(task_spec, [example for example, _ in labelled], [prediction for _, prediction in labelled])
@@ -316,21 +311,12 @@ def compute_labelled_metrics(
 
 def has_target(task_spec: TaskSpec, example: Example) -> bool:
     """Whether an example has a target, with labels that the model knows."""
-    fields = example.fields
-    if task_spec.kind == "label":
-        return fields.get("label") in task_spec.labels
-    if task_spec.kind == "labels":
-        return "labels" in fields and set(fields["labels"]) <= set(task_spec.labels)
     if task_spec.task == "chat":
-        return fields["messages"][-1]["role"] == "assistant"
-    return {"score": "score", "choice": "answer", "answer": "completion"}[task_spec.kind] in fields
-
-
-def reference_text(example: Example) -> str:
-    """The target text of an example."""
-    if "messages" in example.fields:
-        return example.fields["messages"][-1]["content"]
-    return example.fields["completion"]
+        return example.fields["messages"][-1]["role"] == "assistant"
+    target = example.fields.get(TARGET_FIELDS[task_spec.kind])
+    if task_spec.kind == "labels":
+        return target is not None and set(target) <= set(task_spec.labels)
+    return target in task_spec.labels if task_spec.kind == "label" else target is not None
 
 
 # ---------------------------------------------------------------- baselines
@@ -340,50 +326,43 @@ def baseline_predictions(
     task_spec: TaskSpec, train: Sequence[Example], test: Sequence[Example]
 ) -> dict[str, list[Prediction]]:
     """The predictions of each baseline by name, learned from the training examples alone."""
-    train_inputs, test_inputs = (
-        [input_texts(task_spec.task, example) for example in examples] for examples in (train, test)
-    )
+    task, kind = task_spec.task, task_spec.kind
+    train_inputs, test_inputs = ([input_texts(task, example) for example in examples] for examples in (train, test))
     first_train, first_test = [texts[0] for texts in train_inputs], [texts[0] for texts in test_inputs]
-    if task_spec.kind == "label":
-        labels = [example.fields["label"] for example in train]
-        features = baselines.ngram_features if task_spec.task == "classify" else baselines.pair_features
-        naive_bayes = baselines.NaiveBayes(train_inputs, labels, features)
-        return _named_predictions(
-            "label",
-            {"majority": baselines.majority(labels, len(test)), "bag of words": naive_bayes.predict(test_inputs)},
-        )
-    if task_spec.kind == "labels":
-        label_sets = [example.fields["labels"] for example in train]
-        most_frequent = baselines.majority([tuple(sorted(labels)) for labels in label_sets], len(test))
-        naive_bayes = baselines.naive_bayes_multilabel(first_train, label_sets, first_test)
-        return _named_predictions("labels", {"majority": most_frequent, "bag of words": naive_bayes})
-    if task_spec.kind == "score":
-        similarities = baselines.tfidf_similarity([(texts[0], texts[1]) for texts in test_inputs])
-        return _named_predictions("score", {"shared words": similarities})
-    if task_spec.kind == "choice":
-        most_frequent = baselines.majority([example.fields["answer"] for example in train], len(test))
-        most_similar = baselines.most_similar_choice(first_test, [texts[1:] for texts in test_inputs])
-        return _named_predictions("label", {"majority": most_frequent, "shared words": most_similar})
-    if task_spec.task == "rewrite":
-        targets = [reference_text(example) for example in train]
-        rules = {"copying": first_test, "first sentence": baselines.lead_sentences(first_test)}
-        if rules["first sentence"] == rules["copying"]:
-            del rules["first sentence"]
-        rules["nearest"] = baselines.nearest_neighbor_targets(first_train, targets, first_test)
-        return _named_predictions("text", rules)
-    return {}
-
-
-def _named_predictions(field: str, values_by_baseline: dict[str, Any]) -> dict[str, list[Prediction]]:
-    return {name: [{field: value} for value in values] for name, values in values_by_baseline.items()}
+    targets: list[Any] = [example.fields.get(TARGET_FIELDS[kind]) for example in train]
+    predicted: dict[str, Sequence[Any]] = {}
+    if kind == "label":
+        features = baselines.ngram_features if task == "classify" else baselines.pair_features
+        predicted = {
+            "majority": baselines.majority(targets, len(test)),
+            "bag of words": baselines.naive_bayes(train_inputs, targets, test_inputs, features),
+        }
+    elif kind == "labels":
+        predicted = {
+            "majority": baselines.majority([tuple(sorted(labels)) for labels in targets], len(test)),
+            "bag of words": baselines.naive_bayes_multilabel(first_train, targets, first_test),
+        }
+    elif kind == "score":
+        predicted = {"shared words": baselines.tfidf_similarity([(texts[0], texts[1]) for texts in test_inputs])}
+    elif kind == "choice":
+        predicted = {
+            "majority": baselines.majority(targets, len(test)),
+            "shared words": baselines.most_similar_choice(first_test, [texts[1:] for texts in test_inputs]),
+        }
+    elif kind == "preference":
+        lengths = [len(example.fields["chosen"]) - len(example.fields["rejected"]) for example in test]
+        predicted = {"the longer one": lengths}
+    elif task == "rewrite":
+        predicted = {"copying": first_test, "first sentence": baselines.lead_sentences(first_test)}
+        if predicted["first sentence"] == first_test:
+            del predicted["first sentence"]
+        predicted["nearest"] = baselines.nearest_neighbor_targets(first_train, targets, first_test)
+    return {name: [{_PREDICTION_FIELDS[kind]: value} for value in values] for name, values in predicted.items()}
 
 
 def baseline_scores(
     task_spec: TaskSpec, train: Sequence[Example], test: Sequence[Example]
 ) -> dict[str, dict[str, ScoreWithCI]]:
     """The metrics of each baseline by name."""
-    if task_spec.kind == "preference":
-        length_margins = [len(e.fields["chosen"]) - len(e.fields["rejected"]) for e in test]
-        return {"the longer one": task_metrics.preference(length_margins)}
     predictions = baseline_predictions(task_spec, train, test)
     return {name: compute_metrics(task_spec, test, values) for name, values in predictions.items()}

@@ -22,7 +22,8 @@ from nextword.pipeline.base_model import FORGETTING_TOKENS, BaseModel, evaluate_
 from nextword.pipeline.lm_evaluator import save_model_dir
 from nextword.pipeline.predictor import SELECTION_METRIC, EvaluationResult, Predictor, baseline_scores
 from nextword.tasks.dataset import DataRequest, TaskData, TaskDataset, compute_sample_weights, load_task_data
-from nextword.tasks.examples import Example, input_texts
+from nextword.tasks.examples import input_texts
+from nextword.tasks.metrics import GENERATION_METRICS
 from nextword.tasks.templates import HEAD_KINDS, EncodedExample, ExampleEncoder, TaskSpec
 from nextword.training.config import FinetuneRecipe
 from nextword.training.launch import RunContext
@@ -33,8 +34,7 @@ EVAL_EXAMPLES = (100, 500)  # minimum and maximum of validation examples per val
 GENERATED_EVAL_EXAMPLES = 64  # answers generated per validation; fewer if answers are long
 GENERATED_EVAL_TOKENS = 4096  # tokens of these answers together
 FINAL_GENERATED_EXAMPLES = 500
-QUICK_METRICS = ("chrf",)
-ALL_METRICS = ("chrf", "bleu", "rouge1", "rouge2", "rougeL")
+QUICK_METRICS = ("chrf",)  # of answers generated during training
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,8 @@ def load_finetune_data(run: RunContext, base: BaseModel, context_length: int) ->
     tokenizer = data.task_spec.with_special_tokens(base.tokenizer)
     encoder = ExampleEncoder(data.task_spec, tokenizer, context_length)
 
-    def encode(examples: list[Example]) -> tuple[list[Example], list[EncodedExample]]:
-        pairs = [(example, encoder.encode(example, issues)) for example in examples]
-        return [e for e, encoded in pairs if encoded is not None], [x for _, x in pairs if x is not None]
-
-    train, encoded_train = encode(data.train)
-    validation, encoded_validation = encode(data.validation)
+    train, encoded_train = encoder.encode_all(data.train, issues)
+    validation, encoded_validation = encoder.encode_all(data.validation, issues)
     for line in issues.summary_lines():
         run.warn(line)
     if not train:
@@ -207,15 +203,14 @@ class TaskEvaluator:
         if result.scores and self.spec.kind == "answer":
             scale = max(scale, min(FINAL_GENERATED_EXAMPLES, total) / generated)
         self.evaluation_seconds = min(self.evaluation_seconds, seconds * scale)
-        metrics: dict[str, Any] = {"loss": result.loss, **{name: s.value for name, s in result.scores.items()}}
+        values = {name: score.value for name, score in result.scores.items()}
+        metrics: dict[str, Any] = {"loss": result.loss, **values}
+        summary = [f"validation loss {result.loss:.4f}"]
+        summary += [f"{name.replace('_', ' ')} {value:.3f}" for name, value in list(values.items())[:3]]
         if result.bits_per_byte is not None:
             metrics["bits_per_byte"] = result.bits_per_byte
-        selection = result.scores.get(self.metric)
-        shown = [f"validation loss {result.loss:.4f}"]
-        shown += [f"{name.replace('_', ' ')} {s.value:.3f}" for name, s in list(result.scores.items())[:3]]
-        if result.bits_per_byte is not None:
-            shown.append(f"{result.bits_per_byte:.3f} bits/byte of the answers")
-        return ValidationResult(-result.loss if selection is None else selection.value, metrics, ", ".join(shown))
+            summary.append(f"{result.bits_per_byte:.3f} bits/byte of the answers")
+        return ValidationResult(values.get(self.metric, -result.loss), metrics, ", ".join(summary))
 
     def evaluate(self, predictor: Predictor, limit: int | None, generated: int) -> EvaluationResult:
         """Evaluate a model on validation examples.
@@ -225,19 +220,18 @@ class TaskEvaluator:
             limit: Number of examples, evenly spaced; None for all.
             generated: Number of examples with a generated answer. Without the package for the text metrics there are none.
         """
-        examples, encoded = self.validation, self.data.validation
-        chosen = evenly_spaced(len(examples), limit)
+
+        def evaluate(count: int | None, **options: Any) -> EvaluationResult:
+            chosen = evenly_spaced(len(self.validation), count)
+            examples, encoded = [self.validation[i] for i in chosen], [self.data.validation[i] for i in chosen]
+            return predictor.evaluate(examples, encoded, **options)
+
         is_text = self.spec.kind == "answer"
-        result = predictor.evaluate([examples[i] for i in chosen], [encoded[i] for i in chosen], generate=not is_text)
+        result = evaluate(limit, generate=not is_text)
         if not is_text or self.spec.task == "chat" or not generated:
             return result
-        chosen = evenly_spaced(len(examples), generated)
         try:
-            texts = predictor.evaluate(
-                [examples[i] for i in chosen],
-                [encoded[i] for i in chosen],
-                metrics=ALL_METRICS if limit is None else QUICK_METRICS,
-            )
+            texts = evaluate(generated, metrics=GENERATION_METRICS if limit is None else QUICK_METRICS)
         except MissingDependencyError as error:
             self.run.warn(f"{error}. Without it, the loss selects the best weights")
             return result
@@ -248,7 +242,7 @@ class TaskEvaluator:
 
         The fastest evaluation so far counts, so that a slow moment does not end a run.
         """
-        seconds = FINALIZE_SECONDS + (0.0 if math.isinf(self.evaluation_seconds) else self.evaluation_seconds)
+        seconds = FINALIZE_SECONDS + (self.evaluation_seconds if math.isfinite(self.evaluation_seconds) else 0.0)
         if self.spec.kind not in HEAD_KINDS and self.base.pretraining_corpus is not None:
             num_tokens = sum(e.max_length * len(e.sequences) for e in self.data.train)
             tokens_per_step = num_tokens / self.dataset.steps_per_epoch
@@ -302,11 +296,8 @@ class TaskEvaluator:
         if examples:
             predictor = Predictor(model, self.data.tokenizer, spec)
             result = self.evaluate(predictor, None, FINAL_GENERATED_EXAMPLES)
-            metrics |= {
-                "loss": result.loss,
-                "bits_per_byte": result.bits_per_byte,
-                "scores": scores_to_dict(result.scores),
-            }
+            metrics |= {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
+            metrics["scores"] = scores_to_dict(result.scores)
             metrics |= {name: score.value for name, score in result.scores.items() if name not in metrics}
             if spec.kind == "answer":
                 examples = [examples[i] for i in evenly_spaced(len(examples), FINAL_GENERATED_EXAMPLES)]

@@ -7,6 +7,7 @@ Naive Bayes and TF-IDF are scikit-learn's, imported inside the functions because
 """
 
 import functools
+import importlib
 import itertools
 import re
 import unicodedata
@@ -46,16 +47,14 @@ def ngram_features(*texts: str) -> list[str]:
     is one more feature ("=film").
     """
     tokens_per_text = [_tokenize(text) for text in texts]
-    if len(tokens_per_text) == 1:
-        return [*tokens_per_text[0], *_bigrams(tokens_per_text[0])]
-    features = [
-        f"{i}:{feature}" for i, tokens in enumerate(tokens_per_text, 1) for feature in (*tokens, *_bigrams(tokens))
+    features_per_text = [[*tokens, *map(" ".join, itertools.pairwise(tokens))] for tokens in tokens_per_text]
+    if len(texts) == 1:
+        return features_per_text[0]
+    shared = set.intersection(*map(set, tokens_per_text))
+    return [
+        *(f"{i}:{feature}" for i, features in enumerate(features_per_text, 1) for feature in features),
+        *(f"={word}" for word in dict.fromkeys(tokens_per_text[0]) if word in shared and word[0].isalnum()),
     ]
-    others = [set(tokens) for tokens in tokens_per_text[1:]]
-    shared = [
-        word for word in dict.fromkeys(tokens_per_text[0]) if word[0].isalnum() and all(word in s for s in others)
-    ]
-    return [*features, *(f"={word}" for word in shared)]
 
 
 def pair_features(premise: str, hypothesis: str) -> list[str]:
@@ -68,35 +67,31 @@ def pair_features(premise: str, hypothesis: str) -> list[str]:
     return [f"{'=' if word in premise_tokens else '-'}{word}" for word in _tokenize(hypothesis)]
 
 
-class NaiveBayes:
-    """Multinomial naive Bayes on feature counts with add-one smoothing.
+def naive_bayes(
+    train_texts: Sequence[TextInput],
+    train_labels: Sequence[str],
+    test_texts: Sequence[TextInput],
+    feature_extractor: FeatureExtractor = ngram_features,
+) -> list[str]:
+    """The most probable label of each test text: multinomial naive Bayes on feature counts with add-one smoothing.
 
     Ties go to the first label in sorted order. Features unseen in training are ignored. Sources: McCallum and Nigam (1998),
     section 2; bigrams after Wang and Manning (2012).
+
+    Args:
+        train_texts: Strings, or sequences of strings for examples of several texts.
+        train_labels: One label for each text.
+        test_texts: The texts to label.
+        feature_extractor: The features of a text, or of the texts of an example: `ngram_features` or `pair_features`.
+
+    Raises:
+        UsageError: There are no training texts, or the lengths differ.
     """
-
-    def __init__(
-        self, texts: Sequence[TextInput], labels: Sequence[str], feature_extractor: FeatureExtractor = ngram_features
-    ):
-        """Fit the classifier.
-
-        Args:
-            texts: Strings, or sequences of strings for examples of several texts.
-            labels: One label for each text.
-            feature_extractor: The features of a text, or of the texts of an example: `ngram_features` or `pair_features`.
-
-        Raises:
-            UsageError: There are no texts, or the lengths differ.
-        """
-        from sklearn.naive_bayes import MultinomialNB
-
-        _check_same_length("text", texts, labels)
-        self._vectorizer, counts = _fit_vectorizer("CountVectorizer", texts, feature_extractor)
-        self._classifier: Any = MultinomialNB().fit(counts, labels)
-
-    def predict(self, texts: Sequence[TextInput]) -> list[str]:
-        """The most probable label of each text."""
-        return self._classifier.predict(self._vectorizer.transform(texts)).tolist() if texts else []
+    _check_same_length("text", train_texts, train_labels)
+    if not test_texts:
+        return []
+    vectorizer, counts = _fit_vectorizer("CountVectorizer", train_texts, feature_extractor)
+    return _fit_naive_bayes(counts, train_labels).predict(vectorizer.transform(test_texts)).tolist()
 
 
 def naive_bayes_multilabel(
@@ -107,19 +102,19 @@ def naive_bayes_multilabel(
     Raises:
         UsageError: There are no texts, or the lengths differ.
     """
-    from sklearn.naive_bayes import MultinomialNB
-
     _check_same_length("text", train_texts, train_labels)
     if not test_texts:
         return []
     vectorizer, train_counts = _fit_vectorizer("CountVectorizer", train_texts, ngram_features)
     test_counts = vectorizer.transform(test_texts)
-    predictions: list[list[str]] = [[] for _ in test_texts]
-    for name in sorted({label for labels in train_labels for label in labels}):
-        has_label = np.array([name in labels for labels in train_labels])
-        for i in MultinomialNB().fit(train_counts, has_label).predict(test_counts).nonzero()[0]:
-            predictions[i].append(name)
-    return [tuple(labels) for labels in predictions]
+    names = sorted(set(itertools.chain(*train_labels)))
+    has_label = [
+        _fit_naive_bayes(train_counts, [name in labels for labels in train_labels]).predict(test_counts)
+        for name in names
+    ]
+    return [
+        tuple(name for name, column in zip(names, has_label, strict=True) if column[i]) for i in range(len(test_texts))
+    ]
 
 
 def tfidf_similarity(pairs: Sequence[tuple[str, str]]) -> list[float]:
@@ -150,11 +145,8 @@ def most_similar_choice(questions: Sequence[str], choices: Sequence[Sequence[str
     table = vectorizer.transform(texts)
     owners = np.repeat(np.arange(len(questions)), [len(options) for options in choices])
     cosines = iter(_row_products(table[owners], table[len(questions) :]).round(TIE_DECIMALS).tolist())
-    predictions = []
-    for options in choices:
-        ranks = [(next(cosines), len(text)) for text in options]
-        predictions.append(ranks.index(max(ranks)))
-    return predictions
+    ranks = [[(next(cosines), len(text)) for text in options] for options in choices]
+    return [row.index(max(row)) for row in ranks]
 
 
 def lead_sentences(texts: Sequence[str], count: int = 1) -> list[str]:
@@ -187,26 +179,32 @@ def nearest_neighbor_targets(
     """
     _check_same_length("training source", train_sources, train_targets)
     vectorizer, train_table = _fit_vectorizer("TfidfVectorizer", train_sources, ngram_features)
-    predictions: list[str] = []
-    for start in range(0, len(sources), SCORING_BATCH_SIZE):
-        table = vectorizer.transform(sources[start : start + SCORING_BATCH_SIZE])
-        cosines = (table @ train_table.T).toarray().round(TIE_DECIMALS)
-        predictions += [train_targets[i] for i in cosines.argmax(1)]
-    return predictions
+    table = vectorizer.transform(sources) if sources else train_table[:0]
+    nearest = [
+        (table[start : start + SCORING_BATCH_SIZE] @ train_table.T).toarray().round(TIE_DECIMALS).argmax(1)
+        for start in range(0, len(sources), SCORING_BATCH_SIZE)
+    ]
+    return [train_targets[i] for rows in nearest for i in rows]
 
 
 def _fit_vectorizer(
     class_name: str, texts: Sequence[TextInput], feature_extractor: FeatureExtractor, **settings: Any
 ) -> tuple[Any, Any]:
     """A fitted vectorizer of scikit-learn and its sparse table [texts, features]."""
-    from sklearn.feature_extraction import text as sklearn_text
+    sklearn_text = importlib.import_module("sklearn.feature_extraction.text")
 
     def analyze(text: TextInput) -> list[str]:
         return feature_extractor(text) if isinstance(text, str) else feature_extractor(*text)
 
-    vocabulary = None if any(analyze(text) for text in texts) else [""]  # scikit-learn refuses an empty vocabulary
+    vocabulary = None if any(map(analyze, texts)) else [""]  # scikit-learn refuses an empty vocabulary
     vectorizer = getattr(sklearn_text, class_name)(analyzer=analyze, vocabulary=vocabulary, **settings)
     return vectorizer, vectorizer.fit_transform(texts)
+
+
+def _fit_naive_bayes(counts: Any, labels: Sequence[Any]) -> Any:
+    """A fitted classifier of scikit-learn."""
+    naive_bayes: Any = importlib.import_module("sklearn.naive_bayes")
+    return naive_bayes.MultinomialNB().fit(counts, labels)
 
 
 def _row_products(a: Any, b: Any) -> np.ndarray:
@@ -225,16 +223,12 @@ def _tokenize(text: str) -> list[str]:
     return _word_pattern().findall(text.lower())
 
 
-def _bigrams(tokens: Sequence[str]) -> list[str]:
-    return [f"{a} {b}" for a, b in itertools.pairwise(tokens)]
-
-
 def _first_sentences(text: str, count: int) -> str:
     for end in _SENTENCE_END.finditer(text):
         if not end["next"][-1].isupper():
             continue
-        before = re.search(r"\w+$", text[max(0, end.start() - 8) : end.start()])  # no abbreviation is longer
-        if end["sign"] == "." and before and (_is_single_letter(before[0]) or before[0].lower() in ABBREVIATIONS):
+        word = re.findall(r"\w*$", text[max(0, end.start() - 8) : end.start()])[0]  # no abbreviation is longer
+        if end["sign"] == "." and ((len(word) == 1 and word.isalpha()) or word.lower() in ABBREVIATIONS):
             continue
         count -= 1
         if count == 0:
@@ -242,15 +236,9 @@ def _first_sentences(text: str, count: int) -> str:
     return text
 
 
-def _is_single_letter(word: str) -> bool:
-    return len(word) == 1 and word.isalpha()
-
-
 def _check_same_length(item_name: str, first: Sequence[object], *others: Sequence[object]) -> None:
     if not first:
         raise UsageError(f"there is no {item_name} to learn from: give at least one")
-    for other in others:
-        if len(other) != len(first):
-            raise UsageError(
-                f"{len(first)} {item_name}s but {len(other)} answers: give one answer for each {item_name}"
-            )
+    if unequal := [len(other) for other in others if len(other) != len(first)]:
+        counts = f"{len(first)} {item_name}s but {unequal[0]} answers"
+        raise UsageError(f"{counts}: give one answer for each {item_name}")

@@ -7,21 +7,23 @@ import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
 
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
+from nextword.common.fs import is_json_array, is_json_object
 from nextword.data.builtin_datasets import download_hub_files
 from nextword.data.decoding import LineReader, decode_chunks, file_format
 from nextword.data.issues import IssueLog, error_text
 from nextword.data.readers import TABLE_SUFFIXES, Record, read_records
 from nextword.tasks.benchmark_spec import Benchmark
 from nextword.tasks.metrics import split_words
-from nextword.tasks.parsing import AnswerFormat, Row, RowError, infer_answer_format, parse_inputs, parse_targets
+from nextword.tasks.parsing import RowError, infer_answer_format, parse_inputs, parse_targets
 from nextword.tasks.schema import join_names
 
 DEFAULT_ITEM_LIMIT = 1000  # evaluated items of a benchmark
@@ -54,7 +56,7 @@ class BenchmarkRow:
     line: int
     values: dict[str, Any]
     group: str = ""
-    answer_format: AnswerFormat | None = field(default=None, compare=False)
+    answer_format: str | None = None
 
 
 # ---------------------------------------------------------------- files
@@ -74,22 +76,17 @@ def load_rows(benchmark: Benchmark, issues: IssueLog) -> list[BenchmarkRow]:
         for path in paths
         for name, record in _iter_records(path, benchmark, issues)
     ]
-    answer_format = None
-    if benchmark.kind in CHOICE_KINDS:
-        answer_format = infer_answer_format(_choice_row(benchmark, row) for row in rows)
+    answer_format = infer_answer_format(_iter_choices(benchmark, rows)) if benchmark.kind in CHOICE_KINDS else None
+    build_item = generation_item if benchmark.kind in ("writing", "free text") else loglikelihood_item
     valid_rows: list[BenchmarkRow] = []
     for row in rows:
         try:
             group = _get_field(row.values, benchmark.columns["group"]) if "group" in benchmark.columns else ""
             row = replace(row, group=str(group), answer_format=answer_format)
-            if benchmark.kind in ("writing", "free text"):
-                generation_item(benchmark, row)
-            else:
-                loglikelihood_item(benchmark, row)
+            build_item(benchmark, row)
+            valid_rows.append(row)
         except RowError as error:
             issues.add(row.path, row.line, error.kind, error.detail)
-        else:
-            valid_rows.append(row)
     if not valid_rows and paths:
         message = f"{benchmark.name}: no valid item in {join_names(map(str, paths))}"
         raise NextwordError("\n".join([message, *issues.summary_lines()]))
@@ -105,12 +102,10 @@ def _extract_columns(benchmark: Benchmark, values: dict[str, Any]) -> dict[str, 
     return values
 
 
-def _choice_row(benchmark: Benchmark, row: BenchmarkRow) -> Row:
-    try:
-        values = _choice_values(benchmark, row, shuffled=False)
-    except RowError:  # reported when the row is checked
-        values = {}
-    return Row(Path(row.path), row.line, values)
+def _iter_choices(benchmark: Benchmark, rows: Iterable[BenchmarkRow]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        with suppress(RowError):  # reported when the row is checked
+            yield _choice_values(benchmark, row, shuffled=False)
 
 
 def _resolve_files(benchmark: Benchmark) -> list[Path]:
@@ -176,14 +171,14 @@ def _iter_json_records(path: Path, field_path: str, issues: IssueLog) -> Iterato
     """The objects of a list inside a JSON file; `line` is the position in the list."""
     try:
         document = json.loads("".join(decode_chunks(path, issues)))
-        records = _get_field(document, (field_path,)) if isinstance(document, dict) else document
+        records = _get_field(document, (field_path,)) if is_json_object(document) else document
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path}: not valid JSON ({error_text(error)})") from error
     except RowError as error:
         issues.add(path, 1, error.kind, error.detail)
         return
-    for number, record in enumerate(records if isinstance(records, list) else [records], start=1):
-        if isinstance(record, dict):
+    for number, record in enumerate(records if is_json_array(records) else [records], start=1):
+        if is_json_object(record):
             yield str(path), Record(number, record)
         else:
             issues.add(path, number, "the record is not an object", f"its type is {type(record).__name__}")
@@ -234,10 +229,10 @@ def generation_item(benchmark: Benchmark, row: BenchmarkRow, shuffled: bool = Fa
         return _open_ended_item(benchmark, row)
     prompt = _render_prompt(benchmark, row, shuffled)
     value = _get_field(row.values, benchmark.columns["reference"])
-    references = value if isinstance(value, list) else [value]
+    references = value if is_json_array(value) else [value]
     if not references or not all(isinstance(reference, str) and reference.strip() for reference in references):
         raise RowError("the reference is neither a text nor a list of texts")
-    return GenerationItem(prompt, tuple(references))
+    return GenerationItem(prompt, tuple(map(str, references)))
 
 
 def _open_ended_item(benchmark: Benchmark, row: BenchmarkRow) -> GenerationItem:
@@ -247,10 +242,10 @@ def _open_ended_item(benchmark: Benchmark, row: BenchmarkRow) -> GenerationItem:
     if row.values.get("prompt") is not None:
         return GenerationItem(_get_text(row.values, ("prompt",), "prompt"), ())
     text = _get_text(row.values, ("text",), "text")
-    words = list(re.finditer(r"\S+", text))
-    if len(words) < 2 * PROMPT_WORDS:
+    word_ends = [word.end() for word in re.finditer(r"\S+", text)]
+    if len(word_ends) < 2 * PROMPT_WORDS:
         return GenerationItem(text, ())
-    prompt_end = words[PROMPT_WORDS - 1].end()
+    prompt_end = word_ends[PROMPT_WORDS - 1]
     return GenerationItem(text[:prompt_end], (text[prompt_end:],))
 
 
@@ -258,13 +253,11 @@ def _choice_values(benchmark: Benchmark, row: BenchmarkRow, shuffled: bool) -> d
     """Question, choices and answer as `tasks.parsing` reads them."""
     columns = benchmark.columns["choices"]
     if len(columns) > 1:
-        choices: Any = [row.values.get(column) for column in columns]
-        while choices and choices[-1] in (None, ""):  # a question may have fewer choices than the table has columns
-            choices.pop()
+        choices = {f"choice{i}": row.values.get(column) for i, column in enumerate(columns, 1)}
     else:
-        choices = _get_field(row.values, tuple(map(str.strip, "|".join(columns).split("|"))))
+        choices = {"choices": _get_field(row.values, tuple(map(str.strip, columns[0].split("|"))))}
     answer = _get_field(row.values, benchmark.columns["answer"])
-    return {"question": _render_prompt(benchmark, row, shuffled), "choices": choices, "answer": answer}
+    return {"question": _render_prompt(benchmark, row, shuffled), **choices, "answer": answer}
 
 
 def _split_cloze(benchmark: Benchmark, row: BenchmarkRow) -> tuple[str, str]:
@@ -281,49 +274,44 @@ def _split_cloze(benchmark: Benchmark, row: BenchmarkRow) -> tuple[str, str]:
 def _stereotype_sentences(benchmark: Benchmark, row: BenchmarkRow) -> list[str]:
     """The stereotype, the anti-stereotype and the unrelated sentence, stored as parallel lists or as objects."""
     value = _get_field(row.values, benchmark.columns["sentences"])
-    if isinstance(value, dict):
+    labelled: list[tuple[Any, Any]] = []
+    if is_json_object(value):
         texts, labels = value.get("sentence"), value.get("gold_label")
-        labelled = (
-            list(zip(texts, labels, strict=False)) if isinstance(texts, list) and isinstance(labels, list) else []
-        )
-    else:
-        records = value if isinstance(value, list) else []
-        labelled = [
-            (record.get("sentence"), record.get("gold_label")) for record in records if isinstance(record, dict)
-        ]
-    label_names = ["anti-stereotype", "stereotype", "unrelated"]  # a numeric label is an index into this list
-    by_label: dict[str, Any] = {}
+        if is_json_array(texts) and is_json_array(labels):
+            labelled = list(zip(texts, labels, strict=False))
+    elif is_json_array(value):
+        labelled = [(record.get("sentence"), record.get("gold_label")) for record in value if is_json_object(record)]
+    label_names = ("anti-stereotype", "stereotype", "unrelated")  # a numeric label is an index into these
+    by_label: dict[Any, Any] = {}
     for text, label in labelled:
-        if isinstance(label, int) and label in (0, 1, 2):
-            label = label_names[label]
-        if isinstance(label, str):
-            by_label[label] = text
+        if isinstance(label, str | int):
+            by_label[label_names[label] if label in (0, 1, 2) else label] = text
     sentences = [by_label.get(name) for name in ("stereotype", "anti-stereotype", "unrelated")]
     if not all(isinstance(sentence, str) and sentence.strip() for sentence in sentences):
         raise RowError("there is not one sentence for each gold_label: stereotype, anti-stereotype, unrelated")
-    return [str(sentence) for sentence in sentences]
+    return list(map(str, sentences))
 
 
 def _render_prompt(benchmark: Benchmark, row: BenchmarkRow, shuffled: bool) -> str:
     """The first template whose columns exist, filled in."""
-    first_error = RowError("the benchmark has no prompt")
-    for i, template in enumerate(benchmark.prompt_templates):
+    errors: list[RowError] = []
+    for template in benchmark.prompt_templates:
         try:
             return _clean_text(benchmark, _fill_template(template, row, shuffled))
         except RowError as error:
-            first_error = first_error if i else error
-    raise first_error
+            errors.append(error)
+    raise errors[0]
 
 
 def _fill_template(template: str, row: BenchmarkRow, shuffled: bool) -> str:
-    parts: list[str] = []
+    filled = ""
     for literal, column, format_spec, _ in Formatter().parse(template):
-        parts.append(literal)
+        filled += literal
         if column is not None:
             text = _get_text(row.values, (column,), column, allow_empty=True)
             text = text.capitalize() if format_spec == "capitalize" else text
-            parts.append(shuffle_words(text, str(row.line)) if shuffled else text)
-    return "".join(parts)
+            filled += shuffle_words(text, str(row.line)) if shuffled else text
+    return filled
 
 
 def _get_text(values: dict[str, Any], columns: tuple[str, ...], role: str, allow_empty: bool = False) -> str:
@@ -340,11 +328,10 @@ def _get_text(values: dict[str, Any], columns: tuple[str, ...], role: str, allow
 def _get_field(values: dict[str, Any], columns: tuple[str, ...]) -> Any:
     """The value of the first column that exists. "a.b" is the field b of a, if there is no column "a.b"."""
     for column in columns:
-        if values.get(column) is not None:
-            return values[column]
         value: Any = values
         for part in column.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+            value = value.get(part) if is_json_object(value) else None
+        value = value if values.get(column) is None else values[column]
         if value is not None:
             return value
     raise RowError(f"no column {' or '.join(columns)}", f"columns: {join_names(values)}")
@@ -377,10 +364,7 @@ def shuffle_words(text: str, salt: str) -> str:
 
     Words are ordered by a hash, so that the words that two sentences of a pair share keep the same order in both.
     """
-    body_length = len(text)
-    while body_length and not text[body_length - 1].isalnum():
-        body_length -= 1
-    body_length = body_length or len(text)
+    body_length = max((i for i, character in enumerate(text, 1) if character.isalnum()), default=len(text))
     words = split_words(text[:body_length])
     counts: Counter[str] = Counter()
     keys: list[bytes] = []

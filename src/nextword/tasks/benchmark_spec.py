@@ -30,6 +30,7 @@ from string import Formatter
 from typing import Any, NamedTuple
 
 from nextword.common.errors import UsageError
+from nextword.common.fs import is_json_array, is_json_object
 from nextword.data.issues import error_text
 from nextword.tasks.metrics import GENERATION_METRICS
 from nextword.tasks.schema import join_names
@@ -58,7 +59,6 @@ COMMON_KEYS = ("kind", "files", "hub", "records", "within", "group", "delimiter"
 LIST_KEYS = ("files", "metrics", "stop", "prompt", "choices")  # may be a list of strings; all others are one string
 COLUMN_KEYS = ("good", "bad", "choices", "answer", "text", "sentences", "reference", "group")
 TEXT_CLEANERS = ("wikihow",)
-_WRITING_METRICS = ("exact_match", *GENERATION_METRICS)
 
 
 @dataclass(frozen=True)
@@ -157,128 +157,126 @@ def load_benchmarks(path: Path) -> dict[str, Benchmark]:
         raise UsageError(f"{path}: not valid TOML: {error_text(error)}") from error
     if {"kind", "like"} & tables.keys() or not any(isinstance(table, dict) for table in tables.values()):
         tables = {path.stem: tables}
-    return {name: _SpecParser(path, text, name).parse(table) for name, table in tables.items()}
-
-
-@dataclass(frozen=True)
-class _SpecParser:
-    """Validates one table of a TOML file."""
-
-    path: Path
-    text: str
-    name: str
-
-    def error(self, key: str, message: str) -> UsageError:
-        return UsageError(f"{self.path} line {_find_line(self.text, self.name, key)}: [{self.name}] {message}")
-
-    def parse(self, table: Any) -> Benchmark:
-        if not isinstance(table, dict):
-            raise self.error(self.name, "is not a table: write [NAME], and kind = … below it")
-        table = self.resolve_extends(table)
-        kind = table.get("kind")
-        if not isinstance(kind, str) or kind not in BENCHMARK_KINDS:
-            raise self.error("kind", f"kind must be one of {', '.join(BENCHMARK_KINDS)}")
-        self.check_keys(table, kind)
-        self.check_templates(table)
-        columns = {
-            key: tuple(_as_list(table[key])) if key == "choices" else tuple(map(str.strip, table[key].split("|")))
-            for key in COLUMN_KEYS
-            if key in table
-        }
-        return Benchmark(
-            name=self.name,
-            kind=kind,
-            columns=columns,
-            metrics=self.parse_metrics(table, kind),
-            prompt_templates=tuple(_as_list(table.get("prompt"))),
-            files=tuple(self.path.parent / file for file in _as_list(table.get("files"))),
-            hub_dataset=table.get("hub", ""),
-            records_field=table.get("records", ""),
-            delimiter=table.get("delimiter", " "),
-            text_cleaner=table.get("clean", ""),
-            max_tokens=table.get("max_tokens", 128 if kind == "free text" else 64),
-            stop=tuple(_as_list(table.get("stop"))),
-            extract=self.compile_patterns(table.get("within", {})),
-        )
-
-    def resolve_extends(self, table: dict[str, Any]) -> dict[str, Any]:
-        """The table merged over the built-in one that `like` names."""
-        if "like" not in table:
-            return table
-        builtin = tomllib.loads(BUILTIN_BENCHMARKS.read_text(encoding="utf-8"))
-        bases = {name: base for name, base in builtin.items() if "like" not in base}
-        if not isinstance(table["like"], str) or table["like"] not in bases:
-            raise self.error("like", f"like must be one of {', '.join(bases)}")
-        return bases[table["like"]] | {key: value for key, value in table.items() if key != "like"}
-
-    def check_keys(self, table: dict[str, Any], kind: str) -> None:
-        required, optional, _ = BENCHMARK_KINDS[kind]
-        allowed = (*required, *optional, *COMMON_KEYS)
-        for key, value in table.items():
-            if key not in allowed:
-                raise self.error(key, f"{kind} has no key {key!r}; its keys are {', '.join(allowed)}")
-            if key == "max_tokens":
-                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                    raise self.error(key, "max_tokens must be an integer of at least 1")
-            elif key != "within":
-                values = value if isinstance(value, list) and key in LIST_KEYS else [value]
-                if not values or not all(isinstance(entry, str) for entry in values):
-                    expected = "a string or a list of strings" if key in LIST_KEYS else "a string"
-                    raise self.error(key, f"{key} must be {expected}")
-        if missing := [key for key in required if key not in table]:
-            raise self.error(kind, f"{kind} requires the key {missing[0]}")
-        if kind == "cloze" and ("text" in table) == ("answer" in table and "prompt" in table):
-            raise self.error(kind, "cloze requires text (whose last word is predicted), or prompt and answer")
-        if table.get("clean") not in (None, *TEXT_CLEANERS):
-            raise self.error("clean", f"clean must be one of {', '.join(TEXT_CLEANERS)}")
-
-    def check_templates(self, table: dict[str, Any]) -> None:
-        for template in _as_list(table.get("prompt")):
-            try:
-                list(Formatter().parse(template))
-            except ValueError as error:
-                raise self.error("prompt", f"the prompt {template!r} is not a valid template: {error}") from error
-
-    def compile_patterns(self, extract: Any) -> tuple[tuple[str, re.Pattern[str]], ...]:
-        if not isinstance(extract, dict) or not all(isinstance(pattern, str) for pattern in extract.values()):
-            raise self.error("within", "within must map columns to regular expressions: {id = '(?P<noun>.*)'}")
+    benchmarks: dict[str, Benchmark] = {}
+    for name, table in tables.items():
         try:
-            compiled = tuple((column, re.compile(pattern)) for column, pattern in extract.items())
-        except (re.error, OverflowError, RecursionError) as error:
-            raise self.error("within", f"within has an invalid regular expression: {error}") from error
-        if unnamed := [column for column, pattern in compiled if not pattern.groupindex]:
-            raise self.error("within", f"the pattern of {unnamed[0]} in within has no named group: (?P<noun>.*)")
-        return compiled
+            benchmarks[name] = _parse_benchmark(name, table, path.parent)
+        except _SpecError as error:
+            line = _find_line(text, name, error.key)
+            raise UsageError(f"{path} line {line}: [{name}] {error.message}") from error
+    return benchmarks
 
-    def parse_metrics(self, table: dict[str, Any], kind: str) -> tuple[str, ...]:
-        """The metrics of the kind, with the one that `metric` names first."""
-        metrics = BENCHMARK_KINDS[kind].metrics
-        if kind == "writing":
-            metrics = tuple(_as_list(table.get("metrics"))) or metrics
-            if unknown := set(metrics) - set(_WRITING_METRICS):
-                raise self.error(
-                    "metrics", f"unknown metric {min(unknown)!r}; choose from {', '.join(_WRITING_METRICS)}"
-                )
-        primary = table.get("metric", metrics[0])
-        if kind == "minimal pairs" and primary == "stereotyped":  # the accuracy under a name that says that 0.5 is best
-            return (primary,)
-        if primary not in metrics:
-            raise self.error("metric", f"metric must be one of {', '.join(metrics)}")
-        return (primary, *(name for name in metrics if name != primary))
+
+class _SpecError(Exception):
+    """What is wrong with a key of a specification."""
+
+    def __init__(self, key: str, message: str):
+        self.key, self.message = key, message
+
+
+def _parse_benchmark(name: str, table: Any, folder: Path) -> Benchmark:
+    """A benchmark from its table, with files relative to a folder."""
+    if not is_json_object(table):
+        raise _SpecError(name, "is not a table: write [NAME], and kind = … below it")
+    if "like" in table:
+        builtin = tomllib.loads(BUILTIN_BENCHMARKS.read_text(encoding="utf-8"))
+        bases = {base: values for base, values in builtin.items() if "like" not in values}
+        if not isinstance(table["like"], str) or table["like"] not in bases:
+            raise _SpecError("like", f"like must be one of {', '.join(bases)}")
+        table = bases[table["like"]] | {key: value for key, value in table.items() if key != "like"}
+    kind = table.get("kind")
+    if not isinstance(kind, str) or kind not in BENCHMARK_KINDS:
+        raise _SpecError("kind", f"kind must be one of {', '.join(BENCHMARK_KINDS)}")
+    _check_keys(table, kind)
+    columns = {
+        key: tuple(_as_list(table[key])) if key == "choices" else tuple(map(str.strip, table[key].split("|")))
+        for key in COLUMN_KEYS
+        if key in table
+    }
+    return Benchmark(
+        name=name,
+        kind=kind,
+        columns=columns,
+        metrics=_parse_metrics(table, kind),
+        prompt_templates=tuple(_as_list(table.get("prompt"))),
+        files=tuple(folder / file for file in _as_list(table.get("files"))),
+        hub_dataset=table.get("hub", ""),
+        records_field=table.get("records", ""),
+        delimiter=table.get("delimiter", " "),
+        text_cleaner=table.get("clean", ""),
+        max_tokens=table.get("max_tokens", 128 if kind == "free text" else 64),
+        stop=tuple(_as_list(table.get("stop"))),
+        extract=_compile_patterns(table.get("within", {})),
+    )
+
+
+def _check_keys(table: dict[str, Any], kind: str) -> None:
+    required, optional, _ = BENCHMARK_KINDS[kind]
+    allowed = (*required, *optional, *COMMON_KEYS)
+    for key, value in table.items():
+        if key not in allowed:
+            raise _SpecError(key, f"{kind} has no key {key!r}; its keys are {', '.join(allowed)}")
+        if key == "max_tokens":
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise _SpecError(key, "max_tokens must be an integer of at least 1")
+        elif key != "within":
+            values = value if is_json_array(value) and key in LIST_KEYS else [value]
+            if not values or not all(isinstance(entry, str) for entry in values):
+                expected = "a string or a list of strings" if key in LIST_KEYS else "a string"
+                raise _SpecError(key, f"{key} must be {expected}")
+    if missing := [key for key in required if key not in table]:
+        raise _SpecError(kind, f"{kind} requires the key {missing[0]}")
+    if kind == "cloze" and ("text" in table) == ("answer" in table and "prompt" in table):
+        raise _SpecError(kind, "cloze requires text (whose last word is predicted), or prompt and answer")
+    if table.get("clean") not in (None, *TEXT_CLEANERS):
+        raise _SpecError("clean", f"clean must be one of {', '.join(TEXT_CLEANERS)}")
+    for template in _as_list(table.get("prompt")):
+        try:
+            list(Formatter().parse(template))
+        except ValueError as error:
+            raise _SpecError("prompt", f"the prompt {template!r} is not a valid template: {error}") from error
+
+
+def _compile_patterns(extract: Any) -> tuple[tuple[str, re.Pattern[str]], ...]:
+    if not is_json_object(extract) or not all(isinstance(pattern, str) for pattern in extract.values()):
+        raise _SpecError("within", "within must map columns to regular expressions: {id = '(?P<noun>.*)'}")
+    try:
+        compiled = tuple((column, re.compile(str(pattern))) for column, pattern in extract.items())
+    except (re.error, OverflowError, RecursionError) as error:
+        raise _SpecError("within", f"within has an invalid regular expression: {error}") from error
+    if unnamed := [column for column, pattern in compiled if not pattern.groupindex]:
+        raise _SpecError("within", f"the pattern of {unnamed[0]} in within has no named group: (?P<noun>.*)")
+    return compiled
+
+
+def _parse_metrics(table: dict[str, Any], kind: str) -> tuple[str, ...]:
+    """The metrics of the kind, with the one that `metric` names first."""
+    metrics = BENCHMARK_KINDS[kind].metrics
+    if kind == "writing":
+        known = ("exact_match", *GENERATION_METRICS)
+        metrics = tuple(_as_list(table.get("metrics"))) or metrics
+        if unknown := set(metrics) - set(known):
+            raise _SpecError("metrics", f"unknown metric {min(unknown)!r}; choose from {', '.join(known)}")
+    primary = table.get("metric", metrics[0])
+    if kind == "minimal pairs" and primary == "stereotyped":  # the accuracy under a name that says that 0.5 is best
+        return (primary,)
+    if primary not in metrics:
+        raise _SpecError("metric", f"metric must be one of {', '.join(metrics)}")
+    return (primary, *(name for name in metrics if name != primary))
 
 
 def _as_list(value: Any) -> list[str]:
-    return [] if value is None else value if isinstance(value, list) else [value]
+    return [] if value is None else value if is_json_array(value) else [value]
 
 
 def _find_line(text: str, name: str, key: str) -> int:
     """The line of a key of a table; of the table if the key is not found; else 1."""
     lines = text.splitlines()
-    headers = [i for i, line in enumerate(lines) if re.match(rf"\s*\[\s*[\"']?{re.escape(name)}[\"']?\s*\]", line)]
-    start = headers[0] if headers else 0
-    for i in range(start, len(lines)):
-        if i > start and re.match(r"\s*\[", lines[i]):
+    header, assignment = (rf"\s*[\"']?{re.escape(word)}[\"']?\s*" for word in (name, key))
+    start = next((i for i, line in enumerate(lines) if re.match(rf"\s*\[{header}\]", line)), 0)
+    for i, line in enumerate(lines[start:], start):
+        if i > start and re.match(r"\s*\[", line):
             break
-        if re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[.=]", lines[i]):
+        if re.match(rf"{assignment}[.=]", line):
             return i + 1
     return start + 1

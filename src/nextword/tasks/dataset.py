@@ -21,10 +21,13 @@ from nextword.tasks.examples import (
 )
 from nextword.tasks.schema import REQUIRED_ROLES
 from nextword.tasks.templates import (
+    HEAD_KINDS,
     MAX_SEQUENCES_PER_EXAMPLE,
+    TARGET_FIELDS,
     EncodedExample,
     TaskKind,
     TaskSpec,
+    TokenSequence,
     max_answer_tokens,
 )
 
@@ -100,8 +103,8 @@ def load_task_data(
     task_spec = infer_task_spec(examples.task, train, tokenizer, base_task_spec, context_length, columns)
     num_available = len(train)
     if request.limit is not None and request.limit < len(train):
-        order = permute(np.arange(len(train)), len(train), derive_seed(request.seed, 6))
-        train = [train[i] for i in sorted(order[: request.limit].tolist())]
+        drawn = permute(np.arange(len(train)), len(train), derive_seed(request.seed, 6))[: request.limit]
+        train = [train[i] for i in np.sort(drawn)]
     if task_spec.labels:
         validation = filter_known_labels(validation, task_spec.labels, issues)
     return TaskData(task_spec, train, validation, num_available)
@@ -135,24 +138,24 @@ def infer_task_spec(
         UsageError: All examples have the same label.
     """
     fields = train[0].fields
-    if task in ("classify", "entail", "similarity") and "score" not in fields:
+    kind: TaskKind = next((kind for kind, name in TARGET_FIELDS.items() if name in fields), "answer")  # of a chat
+    if kind in ("label", "labels"):
         names = tuple(label_names(train))
-        is_multilabel = "labels" in fields
-        if len(names) < (1 if is_multilabel else 2):
-            raise UsageError(f"all {len(train):,} examples have the label {names[0]!r}: there is nothing to learn")
-        return TaskSpec(task, "labels" if is_multilabel else "label", names, columns=columns)
-    if task in ("similarity", "choose"):
-        return TaskSpec(task, "score" if task == "similarity" else "choice", columns=columns)
+        if len(names) < (2 if kind == "label" else 1):
+            label = f"the label {names[0]!r}" if names else "no label"
+            raise UsageError(f"all {len(train):,} examples have {label}: there is nothing to learn")
+        return TaskSpec(task, kind, names, columns=columns)
+    if kind in HEAD_KINDS:
+        return TaskSpec(task, kind, columns=columns)
     if task == "chat":
         messages = [message for example in train for message in example.fields["messages"]]
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
     else:
-        target_fields = ["completion"] if task == "rewrite" else ["chosen", "rejected"]
+        target_fields = fields.keys() & {"completion", "chosen", "rejected"}
         answers = [example.fields[name] for example in train for name in target_fields]
     # Preferences have the prompt format of the base model: conversations, unless it was fine-tuned to rewrite.
     chat = task == "chat" or (task == "prefer" and (base_task_spec is None or base_task_spec.task != "rewrite"))
     answer_tokens = max_answer_tokens(tokenizer, answers, context_length)
-    kind: TaskKind = "preference" if task == "prefer" else "answer"
     return TaskSpec(task, kind, answer_tokens=answer_tokens, chat=chat, columns=columns)
 
 
@@ -217,15 +220,15 @@ class TaskDataset:
         self.sample_weights = np.ones(len(examples), dtype=np.float32) if sample_weights is None else sample_weights
         self.reference_logprobs = reference_logprobs
         self.is_packed = pack_length is not None
-        self.example_groups = [[i] for i in range(len(examples))] if pack_length is None else self._pack(pack_length)
-        self.group_lengths = np.array([sum(examples[i].max_length for i in group) for group in self.example_groups])
-        self.steps_per_epoch = -(-len(self.example_groups) // batch_size)
-        self._cached_epoch, self._cached_batches = -1, [np.zeros(0, dtype=np.int64)]
+        self._groups = [[i] for i in range(len(examples))] if pack_length is None else self._pack(pack_length)
+        self._group_lengths = np.array([sum(examples[i].max_length for i in group) for group in self._groups])
+        self.steps_per_epoch = -(-len(self._groups) // batch_size)
+        self._cached_epoch, self._cached_batches = -1, list[np.ndarray]()
 
     @property
     def max_length(self) -> int:
         """Length of the longest row, in tokens."""
-        return int(self.group_lengths.max())
+        return int(self._group_lengths.max())
 
     def _pack(self, pack_length: int) -> list[list[int]]:
         """First-fit packing in shuffled order, into the last 64 rows."""
@@ -243,45 +246,38 @@ class TaskDataset:
                 free_tokens[row] -= length
         return rows
 
-    def epoch_batches(self, epoch: int) -> list[np.ndarray]:
-        """The indices of the example groups of each batch of an epoch."""
+    def _batch_groups(self, step: int) -> np.ndarray:
+        """The indices of the groups (single examples, or the examples of packed rows) in the batch of a step."""
+        epoch, batch_index = divmod(step, self.steps_per_epoch)
         if epoch != self._cached_epoch:
-            n, bucket_size = len(self.example_groups), BATCHES_PER_BUCKET * self.batch_size
+            n, bucket_size = len(self._groups), BATCHES_PER_BUCKET * self.batch_size
             order = permute(np.arange(n), n, derive_seed(self.seed, 1, epoch))
             batches: list[np.ndarray] = []
             for start in range(0, n, bucket_size):
                 bucket = order[start : start + bucket_size]
-                bucket = bucket[np.argsort(self.group_lengths[bucket], kind="stable")]
+                bucket = bucket[np.argsort(self._group_lengths[bucket], kind="stable")]
                 batches += [bucket[i : i + self.batch_size] for i in range(0, len(bucket), self.batch_size)]
             batch_order = permute(np.arange(len(batches)), len(batches), derive_seed(self.seed, 5, epoch))
-            self._cached_epoch, self._cached_batches = epoch, [batches[i] for i in batch_order.tolist()]
-        return self._cached_batches
+            self._cached_epoch, self._cached_batches = epoch, [batches[i] for i in batch_order]
+        return self._cached_batches[batch_index]
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
         """The rows of a training step (from 0) that process `rank` of `world_size` works on."""
-        epoch, batch_index = divmod(step, self.steps_per_epoch)
-        groups = self.epoch_batches(epoch)[batch_index][rank::world_size]
-        first_row_id = epoch * len(self.example_groups) * MAX_SEQUENCES_PER_EXAMPLE
-        return self.collate([self.example_groups[group] for group in groups], first_row_id)
+        first_row_id = step // self.steps_per_epoch * len(self._groups) * MAX_SEQUENCES_PER_EXAMPLE
+        return self.collate([self._groups[i] for i in self._batch_groups(step)[rank::world_size]], first_row_id)
 
     def examples_in_batch(self, step: int) -> list[int]:
         """The indices of the examples of a training step (from 0), in order."""
-        epoch, batch_index = divmod(step, self.steps_per_epoch)
-        groups = self.epoch_batches(epoch)[batch_index].tolist()
-        return [i for group in groups for i in self.example_groups[group]]
+        return [example for i in self._batch_groups(step) for example in self._groups[i]]
 
     def collate(self, groups: Sequence[Sequence[int]], first_row_id: int = 0) -> Batch:
-        """A padded batch of example groups. Row ids count from `first_row_id`."""
-        if self.is_packed:
-            rows = [[self.examples[i].sequences[0] for i in group] for group in groups]
-            row_ids = [first_row_id + group[0] * MAX_SEQUENCES_PER_EXAMPLE for group in groups]
-        else:
-            rows = [[sequence] for group in groups for sequence in self.examples[group[0]].sequences]
-            row_ids = [
-                first_row_id + group[0] * MAX_SEQUENCES_PER_EXAMPLE + i
-                for group in groups
-                for i in range(len(self.examples[group[0]].sequences))
-            ]
+        """A padded batch of groups of examples. Row ids count from `first_row_id`."""
+        rows: list[tuple[TokenSequence, ...]] = []
+        row_ids: list[int] = []
+        for group in groups:  # a row for each sequence of an example; or one for the sequences of packed examples
+            rows += zip(*(self.examples[i].sequences for i in group), strict=True)
+            first_id = first_row_id + group[0] * MAX_SEQUENCES_PER_EXAMPLE
+            row_ids += range(first_id, first_id + len(rows) - len(row_ids))
         shape = len(rows), max(sum(len(sequence.ids) for sequence in row) for row in rows)
         tokens = np.full(shape, self.pad_token_id, dtype=np.int64)
         targets = np.full(shape, IGNORE_INDEX, dtype=np.int64)
@@ -299,17 +295,16 @@ class TaskDataset:
         batch = Batch(tokens, targets, row_ids, denominators, int(last_positions.sum()) + len(rows))
         if self.is_packed:
             return replace(batch, segment_ids=segment_ids)
-        labels = self._labels([group[0] for group in groups], last_positions)
-        return replace(batch, labels=labels, loss_denominators={"task": float(labels.weights.sum()), **denominators})
-
-    def _labels(self, examples: Sequence[int], last_positions: np.ndarray) -> Labels:
-        sequences_per_example = [len(self.examples[i].sequences) for i in examples]
-        targets = np.array([self.examples[i].target for i in examples])
+        examples = [group[0] for group in groups]
         reference = self.reference_logprobs
-        return Labels(
+        labels = Labels(
             pool_positions=last_positions,
-            example_ids=np.repeat(np.arange(len(examples)), sequences_per_example),
-            targets=targets.astype(np.int64 if self.kind in ("label", "choice") else np.float32),
-            weights=self.sample_weights[list(examples)],
-            reference_logprobs=None if reference is None else reference[list(examples)].reshape(-1),
+            example_ids=np.repeat(np.arange(len(examples)), [len(self.examples[i].sequences) for i in examples]),
+            targets=np.array(
+                [self.examples[i].target for i in examples],
+                dtype=np.int64 if self.kind in ("label", "choice") else np.float32,
+            ),
+            weights=self.sample_weights[examples],
+            reference_logprobs=None if reference is None else reference[examples].reshape(-1),
         )
+        return replace(batch, labels=labels, loss_denominators={"task": float(labels.weights.sum()), **denominators})

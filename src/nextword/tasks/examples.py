@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,11 +12,9 @@ from typing import Any
 from nextword.common.errors import UsageError
 from nextword.data.decoding import file_format
 from nextword.data.issues import IssueLog
-from nextword.data.readers import TABLE_SUFFIXES, MissingColumnError, read_records
+from nextword.data.readers import TABLE_SUFFIXES, ColumnSelector, MissingColumnError, Record, read_records
 from nextword.tasks.parsing import (
     TEXT_FIELDS,
-    AnswerFormat,
-    Row,
     RowError,
     infer_answer_format,
     is_multilabel_column,
@@ -103,15 +102,21 @@ def read_examples(
         MissingDependencyError: A file format needs a package that is not installed.
     """
     files = _resolve_files([paths] if isinstance(paths, Path | str) else paths, issues)
+    columns = columns or {}
     first_table, names = _peek_columns(files)
     if first_table is None:
-        task = task or _infer_task_without_columns(files)
+        if task is None and files and all(file_format(path)[0] in _TEXT_SUFFIXES for path in files):
+            task = "continue"
         if task != "continue":
-            _report_empty_files(files, issues)
+            file_issues = issues if task else IssueLog()
+            for path in files:
+                deque(_read_table(path, file_issues), maxlen=0)
+            if task is None:
+                message = "cannot infer a task: there are neither examples nor texts"
+                raise UsageError("\n".join([message, *file_issues.summary_lines()]))
         return ExampleSet(task, {}, [])
     try:
-        other_names = [name for name in names if name not in (columns or {}).values()]
-        task = task or infer_task([*(columns or {}), *other_names])
+        task = task or infer_task([*columns, *(name for name in names if name not in columns.values())])
         mapping = resolve_columns(task, names, columns, require_targets)
     except UsageError as error:
         raise UsageError(f"{first_table}: {error}") from error
@@ -119,11 +124,22 @@ def read_examples(
         return ExampleSet(task, mapping, [])
     if unused := [name for name in names if name not in mapping.values()]:
         issues.info(first_table, None, "unused columns", join_names(unused))
-    rows = [row for path in files for row in _iter_rows(path, task, mapping, require_targets, issues)]
-    mapping = _resolve_label_role(task, mapping, rows)
-    answer_format = infer_answer_format(rows) if task == "choose" else None
-    examples = [_parse_example(row, task, answer_format, require_targets, issues) for row in rows]
-    return ExampleSet(task, mapping, [example for example in examples if example is not None])
+
+    def select_columns(names: list[str]) -> list[str]:
+        for group in TASKS[task].required(require_targets):
+            columns = [mapping[role] for role in group if role in mapping]
+            if not any(column in names for column in columns):
+                raise MissingColumnError(f"no column {' or '.join(columns)}", f"columns: {join_names(names)}")
+        return [column for column in mapping.values() if column in names]
+
+    rows: list[tuple[Path, Record]] = []
+    for path in files:
+        for record in _read_table(path, issues, select_columns):
+            record.values = {role: record.values[name] for role, name in mapping.items() if name in record.values}
+            rows.append((path, record))
+    mapping = _resolve_label_role(task, mapping, [record for _, record in rows])
+    answer_format = infer_answer_format(record.values for _, record in rows) if task == "choose" else None
+    return ExampleSet(task, mapping, list(_parse_rows(rows, task, answer_format, require_targets, issues)))
 
 
 def _resolve_files(paths: Iterable[Path | str], issues: IssueLog) -> list[Path]:
@@ -162,80 +178,48 @@ def _peek_columns(files: Iterable[Path]) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def _infer_task_without_columns(files: Sequence[Path]) -> str:
-    """`continue` if all files are texts. Otherwise raises `UsageError` with the issues of the tables."""
-    if files and all(file_format(path)[0] in _TEXT_SUFFIXES for path in files):
-        return "continue"
-    issues = IssueLog()
-    _report_empty_files(files, issues)
-    lines = ["cannot infer a task: there are neither examples nor texts", *issues.summary_lines()]
-    raise UsageError("\n".join(lines))
-
-
-def _report_empty_files(files: Iterable[Path], issues: IssueLog) -> None:
-    for path in files:
-        total_before = issues.total
-        for _ in read_records(path, issues):
-            pass
-        if issues.total == total_before:
-            issues.add(path, None, "the file has no examples")
-
-
-def _iter_rows(
-    path: Path, task: str, mapping: dict[str, str], require_targets: bool, issues: IssueLog
-) -> Iterator[Row]:
-    """The rows of a file by role. Missing required columns are reported."""
-
-    def select_columns(names: list[str]) -> list[str]:
-        for group in TASKS[task].required(require_targets):
-            columns = [mapping[role] for role in group if role in mapping]
-            if not any(column in names for column in columns):
-                raise MissingColumnError(f"no column {' or '.join(columns)}", f"columns: {join_names(names)}")
-        return [column for column in mapping.values() if column in names]
-
-    total_before, has_records = issues.total, False
+def _read_table(path: Path, issues: IssueLog, select_columns: ColumnSelector | None = None) -> Iterator[Record]:
+    """The records of a table. A file without any is reported."""
+    total_before, has_values = issues.total, False
     for record in read_records(path, issues, select_columns):
-        has_records = True
-        values = {role: record.values[column] for role, column in mapping.items() if column in record.values}
-        yield Row(path, record.line, values)
-    if not has_records and issues.total == total_before:
+        has_values = has_values or bool(record.values)
+        yield record
+    if not has_values and issues.total == total_before:
         issues.add(path, None, "the file has no examples")
 
 
-def _resolve_label_role(task: str, mapping: dict[str, str], rows: Sequence[Row]) -> dict[str, str]:
-    """Rename the role `label` of the mapping and the rows to `labels` or `score` if the values are lists or numbers."""
-    labels = [row.values.get("label") for row in rows]
+def _resolve_label_role(task: str, mapping: dict[str, str], records: Sequence[Record]) -> dict[str, str]:
+    """Rename the role `label` of the mapping and the records to `labels` or `score` if the values are lists or numbers."""
+    labels = [record.values.get("label") for record in records]
     if task == "classify" and is_multilabel_column(labels):
-        role = "labels"
+        new_role = "labels"
     elif task == "similarity" and is_score_column(labels):
-        role = "score"
+        new_role = "score"
     else:
         return mapping
-    for row in rows:
-        row.values = {role if name == "label" else name: value for name, value in row.values.items()}
-    return {role if name == "label" else name: column for name, column in mapping.items()}
+    for record in records:
+        record.values = {new_role if role == "label" else role: value for role, value in record.values.items()}
+    return {new_role if role == "label" else role: column for role, column in mapping.items()}
 
 
-def _parse_example(
-    row: Row, task: str, answer_format: AnswerFormat | None, require_targets: bool, issues: IssueLog
-) -> Example | None:
-    """The example of a row; None, after reporting the error, if it is not valid."""
-    try:
-        fields = parse_inputs(task, row.values)
-    except RowError as error:
-        issues.add(row.path, row.line, f"{error.kind}; left out", error.detail)
-        return None
-    target_values = [row.values.get(role) for group in TASKS[task].targets for role in group]
-    if require_targets or any(value is not None and value != "" for value in target_values):
+def _parse_rows(
+    rows: Iterable[tuple[Path, Record]], task: str, answer_format: str | None, require_targets: bool, issues: IssueLog
+) -> Iterator[Example]:
+    """The examples of rows by role. Rows that are not valid are reported."""
+    target_roles = [role for group in TASKS[task].targets for role in group]
+    for path, record in rows:
+        values, fields = record.values, dict[str, Any]()
         try:
-            fields |= parse_targets(task, row.values, fields, answer_format)
+            fields = parse_inputs(task, values)
+            if require_targets or any(values.get(role) not in (None, "") for role in target_roles):
+                fields |= parse_targets(task, values, fields, answer_format)
         except RowError as error:
-            if require_targets:
-                issues.add(row.path, row.line, f"{error.kind}; left out", error.detail)
-                return None
-            if "messages" not in row.values:  # a conversation that ends with a user message is a valid input
-                issues.info(row.path, row.line, f"{error.kind}; read without its target", error.detail)
-    return Example(str(row.path), row.line, fields)
+            if require_targets or not fields:
+                issues.add(path, record.line, f"{error.kind}; left out", error.detail)
+                continue
+            if "messages" not in values:  # a conversation that ends with a user message is a valid input
+                issues.info(path, record.line, f"{error.kind}; read without its target", error.detail)
+        yield Example(str(path), record.line, fields)
 
 
 def input_texts(task: str, example: Example) -> tuple[str, ...]:
@@ -262,10 +246,10 @@ def example_from_texts(task: str, texts: Sequence[str]) -> Example:
         if len(texts) < 3:
             raise UsageError(f"choose takes a question and at least two choices; {len(texts)} texts were given")
         return Example("", 0, {"question": texts[0], "choices": tuple(texts[1:])})
-    roles = ("message",) if task in ("chat", "prefer") else TEXT_FIELDS[task]
+    roles = TEXT_FIELDS.get(task, ("message",))
     if len(texts) != len(roles):
         raise UsageError(f"{task} takes {' and '.join(roles)}; {len(texts)} texts were given")
-    if roles == ("message",):
+    if task not in TEXT_FIELDS:
         return Example("", 0, {"messages": ({"role": "user", "content": texts[0]},)})
     return Example("", 0, dict(zip(roles, texts, strict=True)))
 
@@ -273,8 +257,8 @@ def example_from_texts(task: str, texts: Sequence[str]) -> Example:
 def label_names(examples: Iterable[Example]) -> list[str]:
     """The distinct labels: in numerical order if all are numbers, else in lexical order."""
     names = sorted({name for example in examples for name in _example_labels(example)})
-    numbers = {name: value for name in names if (value := parse_float(name)) is not None}
-    return sorted(names, key=lambda name: numbers[name]) if len(numbers) == len(names) else names
+    numbers = [number for name in names if (number := parse_float(name)) is not None]
+    return [name for _, name in sorted(zip(numbers, names, strict=True))] if len(numbers) == len(names) else names
 
 
 def _example_labels(example: Example) -> tuple[str, ...]:
@@ -287,8 +271,7 @@ def filter_known_labels(examples: Iterable[Example], known_labels: Iterable[str]
     known = set(known_labels)
     kept: list[Example] = []
     for example in examples:
-        unknown = [name for name in _example_labels(example) if name not in known]
-        if unknown:
+        if unknown := [name for name in _example_labels(example) if name not in known]:
             kind = "a label that does not occur in the training data; left out"
             issues.add(example.path, example.line, kind, ", ".join(unknown))
         else:

@@ -5,8 +5,9 @@ sample per call: its calls for 1,000 resamples take seconds for each metric.
 Shapes: n examples, R resamples, K labels.
 """
 
+import importlib
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from itertools import chain
 from typing import Any
 
@@ -40,12 +41,8 @@ def classification(
         UsageError: There are no examples, the lengths differ, or a label is not in `labels`.
     """
     n = check_lengths(targets, predictions)
-    label_to_id = {label: i for i, label in enumerate(labels)}
-    pairs = np.array(
-        [
-            [_label_id(label_to_id, label, i) for label in pair]
-            for i, pair in enumerate(zip(targets, predictions, strict=True))
-        ]
+    pairs = np.stack(
+        [_multi_hot([[label] for label in names], labels).argmax(1) for names in (targets, predictions)], 1
     )
     cells, counts = np.unique(pairs, axis=0, return_counts=True)  # the non-zero cells of the confusion matrix
     draws = np.random.default_rng(seed).multinomial(n, counts / n, size=NUM_RESAMPLES)
@@ -75,8 +72,7 @@ def multilabel(
         UsageError: There are no examples, the lengths differ, or a label is not in `labels`.
     """
     n = check_lengths(targets, predictions)
-    label_to_id = {label: i for i, label in enumerate(labels)}
-    is_target, is_predicted = _multi_hot(targets, label_to_id), _multi_hot(predictions, label_to_id)  # [n, K]
+    is_target, is_predicted = _multi_hot(targets, labels), _multi_hot(predictions, labels)  # [n, K]
     exact = (is_target == is_predicted).all(1, keepdims=True)
     columns = np.hstack([exact, is_target & is_predicted, is_target, is_predicted]).astype(np.float64)
     sums = resampled_sums(columns, seed)
@@ -97,18 +93,14 @@ def similarity(targets: Sequence[float], predictions: Sequence[float], *, seed: 
     Raises:
         UsageError: There are no examples, the lengths differ, or a value is not finite.
     """
-    from scipy.stats import rankdata
-
+    stats: Any = importlib.import_module("scipy.stats")
     n = check_lengths(targets, predictions)
     x, y = require_finite(targets, "target score"), require_finite(predictions, "prediction")
-    pearson, spearman = [], []
+    scores: dict[str, list[np.ndarray]] = {"pearson": [], "spearman": []}
     for indices in chain([np.arange(n)[None]], resample_indices(n, seed)):
-        pearson.append(_pearson(_rescale(x)[indices], _rescale(y)[indices]))
-        spearman.append(_pearson(rankdata(x[indices], axis=1), rankdata(y[indices], axis=1)))
-    return {
-        "pearson": score_from_resamples(np.concatenate(pearson), n),
-        "spearman": score_from_resamples(np.concatenate(spearman), n),
-    }
+        scores["pearson"].append(_pearson(_rescale(x)[indices], _rescale(y)[indices]))
+        scores["spearman"].append(_pearson(stats.rankdata(x[indices], axis=1), stats.rankdata(y[indices], axis=1)))
+    return {name: score_from_resamples(np.concatenate(values), n) for name, values in scores.items()}
 
 
 def multiple_choice(targets: Sequence[int], predictions: Sequence[int], *, seed: int = 0) -> dict[str, ScoreWithCI]:
@@ -156,10 +148,8 @@ def generation_metrics(
         MissingDependencyError: sacrebleu or rouge_score is not installed.
     """
     n = check_lengths(references, predictions)
-    return {
-        name: score_from_resamples(values, n)
-        for name, values in _resampled_generation_metrics(references, predictions, metric_names, seed).items()
-    }
+    resampled = _resampled_generation_metrics(references, predictions, metric_names, seed)
+    return {name: score_from_resamples(values, n) for name, values in resampled.items()}
 
 
 def generation_metric_difference(
@@ -188,8 +178,7 @@ def repeated_ngram_fraction(words: Sequence[str], n: int = 4) -> float:
 
     Source: Welleck et al. (2020), equation 11.
     """
-    ngrams = list(_ngrams(words, n))
-    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+    return 1 - distinct_n([words], n) if len(words) >= n else 0.0
 
 
 def distinct_n(texts: Sequence[Sequence[str]], n: int) -> float:
@@ -197,12 +186,8 @@ def distinct_n(texts: Sequence[Sequence[str]], n: int) -> float:
 
     The value falls with the amount of text: compare equal amounts. Source: Li et al. (2016), section 5.2.
     """
-    ngrams = [ngram for words in texts for ngram in _ngrams(words, n)]
+    ngrams = [tuple(words[i : i + n]) for words in texts for i in range(len(words) - n + 1)]
     return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
-
-
-def _ngrams(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
-    return (tuple(words[i : i + n]) for i in range(len(words) - n + 1))
 
 
 def _resampled_generation_metrics(
@@ -228,12 +213,8 @@ def _sacrebleu_scores(
     metric_name: str, references: list[list[str]], predictions: Sequence[str], seed: int
 ) -> np.ndarray:
     """[1 + R]: sacrebleu's corpus score of all texts, then of resamples of the statistics of each text."""
-    try:
-        from sacrebleu.metrics.bleu import BLEU
-        from sacrebleu.metrics.chrf import CHRF
-    except ImportError as error:
-        raise MissingDependencyError("chrF and BLEU", "scores") from error
-    metric: Any = CHRF() if metric_name == "chrf" else BLEU(force=True)  # force: no warning about tokenized input
+    chrf, bleu = (_import_optional(f"sacrebleu.metrics.{name}", "chrF and BLEU") for name in ("chrf", "bleu"))
+    metric = chrf.CHRF() if metric_name == "chrf" else bleu.BLEU(force=True)  # force: no warning about tokenized input
     num_streams = max(map(len, references))
     streams = [[entry[i] if i < len(entry) else None for entry in references] for i in range(num_streams)]
     # sacrebleu's bootstrap calls these two methods as well; its public one is slow and does not return the bounds.
@@ -246,25 +227,26 @@ def _rouge_scores(
     metric_names: list[str], references: list[list[str]], predictions: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """The F-measure of each text [n], 0 to 1."""
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise MissingDependencyError("ROUGE", "scores") from error
-    scorer = RougeScorer(metric_names, use_stemmer=True)
+    scorer = _import_optional("rouge_score.rouge_scorer", "ROUGE").RougeScorer(metric_names, use_stemmer=True)
     scores = [scorer.score_multi(entry, text) for entry, text in zip(references, predictions, strict=True)]
     return {name: np.array([score[name].fmeasure for score in scores]) for name in metric_names}
 
 
+def _import_optional(module: str, feature: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingDependencyError(feature, "scores") from error
+
+
 def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """[R]: the correlation of each row of x and y, both [R, n]; 0 for a constant row."""
-    from scipy.stats import pearsonr
-
+    stats: Any = importlib.import_module("scipy.stats")
     if x.shape[1] < 2:
         return np.zeros(len(x))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about constant rows, whose correlation is NaN
-        correlations: Any = pearsonr(x, y, axis=1)
-        return np.nan_to_num(correlations.statistic)
+        return np.nan_to_num(stats.pearsonr(x, y, axis=1).statistic)
 
 
 def _rescale(values: np.ndarray) -> np.ndarray:
@@ -292,16 +274,13 @@ def _safe_divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return np.divide(numerator, denominator, out=np.zeros(shape), where=denominator > 0)
 
 
-def _label_id(label_to_id: dict[str, int], label: str, example_index: int) -> int:
-    if label not in label_to_id:
-        known = ", ".join([*label_to_id][:10]) + (", …" if len(label_to_id) > 10 else "")
-        raise UsageError(f"example {example_index + 1} has the unknown label {label!r}; known labels: {known}")
-    return label_to_id[label]
-
-
-def _multi_hot(label_sets: Sequence[Collection[str]], label_to_id: dict[str, int]) -> np.ndarray:
-    table = np.zeros((len(label_sets), len(label_to_id)), dtype=bool)
-    for i, label_set in enumerate(label_sets):
-        for label in label_set:
-            table[i, _label_id(label_to_id, label, i)] = True
+def _multi_hot(label_sets: Sequence[Collection[str]], labels: Sequence[str]) -> np.ndarray:
+    """[n, K]: whether each example has each label."""
+    label_to_id = {label: i for i, label in enumerate(labels)}
+    table = np.zeros((len(label_sets), len(labels)), dtype=bool)
+    for i, names in enumerate(label_sets):
+        if unknown := [name for name in names if name not in label_to_id]:
+            known = ", ".join(labels[:10]) + (", …" if len(labels) > 10 else "")
+            raise UsageError(f"example {i + 1} has the unknown label {unknown[0]!r}; known labels: {known}")
+        table[i, [label_to_id[name] for name in names]] = True
     return table

@@ -20,8 +20,7 @@ class TaskSchema:
         inputs: Roles needed to read a row: one of each group.
         targets: Roles needed to learn from a row: one of each group.
         exclusive: Two groups of roles of which a table has one.
-        paired: Two roles whose columns are recognised together, by one of `pairs`.
-        pairs: The usual column names of the paired roles.
+        paired: Two roles whose columns are recognised together: by the first names of both, the second ones, ….
     """
 
     expects: str
@@ -30,18 +29,20 @@ class TaskSchema:
     targets: list[list[str]]
     exclusive: tuple[list[str], ...] = ()
     paired: tuple[str, ...] = ()
-    pairs: tuple[list[str], ...] = ()
 
     def required(self, require_targets: bool) -> list[list[str]]:
         """Groups of roles of which a row needs one each."""
         return [*self.inputs, *(self.targets if require_targets else [])]
 
 
-_DECLARED = tomllib.loads(Path(__file__).with_name("schema.toml").read_text(encoding="utf-8"))
-TASKS = {task: TaskSchema(**table) for task, table in _DECLARED.items()}
+_SCHEMA = Path(__file__).with_name("schema.toml").read_text(encoding="utf-8")
+TASKS = {task: TaskSchema(**table) for task, table in tomllib.loads(_SCHEMA).items()}
 REQUIRED_ROLES = {role for schema in TASKS.values() for group in schema.required(True) for role in group}
 CHOICE_ROLE_PATTERN = re.compile(r"choice[1-9][0-9]?")
-_CHOICE_COLUMN = re.compile(r"(choice|option|ending|answer|sol)[_ ]?([a-z]|[0-9]{1,2})")
+# A prefix, and a letter or a number; or a capital letter alone.
+_CHOICE_COLUMN = re.compile(
+    r"(?P<prefix>(?i:choice|option|ending|answer|sol))[_ ]?(?P<index>[a-zA-Z]|[0-9]{1,2})|[A-Z]"
+)
 
 
 def infer_task(columns: Iterable[str]) -> str:
@@ -55,7 +56,7 @@ def infer_task(columns: Iterable[str]) -> str:
     def has(task: str, *roles: str) -> bool:
         return all(_find_column(names, TASKS[task].columns[role]) is not None for role in roles)
 
-    candidates = (
+    candidates = [
         ("chat", has("chat", "messages")),
         ("prefer", has("prefer", "chosen", "rejected")),
         ("chat", _find_column(names, ("instruction",)) is not None and has("chat", "output")),
@@ -65,10 +66,9 @@ def infer_task(columns: Iterable[str]) -> str:
         ("rewrite", _find_column_pair(names, "rewrite") is not None),
         ("classify", has("classify", "text") and (has("classify", "label") or has("classify", "labels"))),
         ("continue", has("continue", "text")),
-    )
-    for task, fits in candidates:
-        if fits:
-            return task
+    ]
+    if fitting := [task for task, fits in candidates if fits]:
+        return fitting[0]
     expected = "".join(f"\n  {task}: {schema.expects}" for task, schema in TASKS.items())
     raise UsageError(
         f"no task fits the columns {join_names(names)}. Name the task and its columns. Each task expects:{expected}"
@@ -126,8 +126,6 @@ def _fill_default_columns(task: str, column_names: list[str], mapping: dict[str,
     if not mapping.keys() & schema.paired and (pair := _find_column_pair(column_names, task)):
         mapping.update(zip(schema.paired, pair, strict=True))
     for role, aliases in schema.columns.items():
-        if role in schema.paired:
-            aliases = [pair[schema.paired.index(role)] for pair in schema.pairs]
         is_excluded = any(
             role in group and mapping.keys() & other for group, other in permutations(schema.exclusive, 2)
         )
@@ -143,21 +141,16 @@ def _fill_default_columns(task: str, column_names: list[str], mapping: dict[str,
 
 def choice_columns(column_names: Iterable[str]) -> list[str]:
     """The columns that hold one choice each, in order: A, B, …, choice1, …, option_a, … or ending0, …; may be empty."""
-    series: dict[tuple[str, int], dict[int, str]] = {}  # (prefix, first index) → index → column
+    series: dict[tuple[str, bool], dict[int, str]] = {}  # (prefix, whether it is numbered) → number → column
     for name in column_names:
-        stripped = name.strip()
-        match = _CHOICE_COLUMN.fullmatch(stripped.lower())
-        if len(stripped) == 1 and "A" <= stripped <= "Z":
-            series.setdefault(("", ord("A")), {})[ord(stripped)] = name
-        elif match and match[2].isdigit():
-            series.setdefault((match[1], 1), {})[int(match[2])] = name
-        elif match:
-            series.setdefault((match[1], ord("a")), {})[ord(match[2])] = name
-    for (_, first), columns in series.items():
+        if match := _CHOICE_COLUMN.fullmatch(name.strip()):
+            prefix, index = (match["prefix"] or "").lower(), (match["index"] or match[0]).lower()
+            number = int(index) if index.isdigit() else ord(index) - ord("a") + 1
+            series.setdefault((prefix, index.isdigit()), {})[number] = name
+    for columns in series.values():
         lowest = min(columns)
-        starts_first = lowest == first or (first == 1 and lowest == 0)  # numbers start at 0 or 1
-        if starts_first and len(columns) > 1 and max(columns) - lowest == len(columns) - 1:
-            return [columns[index] for index in sorted(columns)]
+        if lowest in (0, 1) and len(columns) > 1 and max(columns) - lowest == len(columns) - 1:
+            return [columns[number] for number in sorted(columns)]
     return []
 
 
@@ -176,8 +169,8 @@ def _find_column(column_names: list[str], aliases: Iterable[str], exclude: Itera
 
 
 def _find_column_pair(column_names: list[str], task: str) -> tuple[str, str] | None:
-    for first_alias, second_alias in TASKS[task].pairs:
-        first, second = _find_column(column_names, (first_alias,)), _find_column(column_names, (second_alias,))
+    for aliases in zip(*(TASKS[task].columns[role] for role in TASKS[task].paired), strict=True):
+        first, second = (_find_column(column_names, (alias,)) for alias in aliases)
         if first is not None and second is not None:
             return first, second
     return None

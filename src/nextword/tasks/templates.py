@@ -5,7 +5,7 @@ and an extract token, whose hidden state a classification head reads. A generate
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -13,12 +13,28 @@ import numpy as np
 from nextword.data.chat_format import CHAT_SPECIAL_TOKENS, encode_conversation
 from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import DELIMITER_TOKEN, END_OF_TURN_TOKEN, EXTRACT_TOKEN, START_TOKEN, Tokenizer
-from nextword.tasks.examples import Example
+from nextword.tasks.examples import Example, input_texts
 from nextword.tasks.schema import TASKS
 
 # What is predicted: a label, several labels, a score, a choice, a generated answer, or a preference between two answers.
 TaskKind = Literal["label", "labels", "score", "choice", "answer", "preference"]
-HEAD_KINDS: tuple[TaskKind, ...] = ("label", "labels", "score", "choice")  # predicted by a classification head
+# The kinds predicted by a classification head, and the `problem_type` of their Hugging Face configuration.
+_PROBLEM_TYPES: dict[TaskKind, str] = {
+    "label": "single_label_classification",
+    "labels": "multi_label_classification",
+    "score": "regression",
+    "choice": "regression",
+}
+HEAD_KINDS = tuple(_PROBLEM_TYPES)
+# The field of an example that holds the target; the answer of a conversation is its last message.
+TARGET_FIELDS: dict[TaskKind, str] = {
+    "label": "label",
+    "labels": "labels",
+    "score": "score",
+    "choice": "answer",
+    "answer": "completion",
+    "preference": "chosen",
+}
 MAX_SEQUENCES_PER_EXAMPLE = 64  # so that (example, sequence) has an id of its own
 
 
@@ -45,17 +61,12 @@ class TaskSpec:
     @property
     def n_labels(self) -> int:
         """Number of outputs of the head; 0 without a head."""
-        return {"label": len(self.labels), "labels": len(self.labels), "score": 1, "choice": 1}.get(self.kind, 0)
+        return len(self.labels) if self.kind in ("label", "labels") else int(self.kind in HEAD_KINDS)
 
     @property
     def problem_type(self) -> str | None:
         """The `problem_type` of the Hugging Face configuration; None without a head."""
-        return {
-            "label": "single_label_classification",
-            "labels": "multi_label_classification",
-            "score": "regression",
-            "choice": "regression",
-        }.get(self.kind)
+        return _PROBLEM_TYPES.get(self.kind)
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
@@ -66,29 +77,27 @@ class TaskSpec:
 
     def with_special_tokens(self, tokenizer: Tokenizer) -> Tokenizer:
         """The tokenizer with the special tokens of this task, and its template in the Hugging Face files."""
-        tokens = list(self.special_tokens)
         if self.chat:
-            return tokenizer.with_special_tokens(tokens)
+            return tokenizer.with_special_tokens(list(self.special_tokens))
+        templates: dict[str, list[str]] = {"single": [START_TOKEN, "A", DELIMITER_TOKEN]}
         if self.kind in HEAD_KINDS:
-            pair = [START_TOKEN, "A", DELIMITER_TOKEN, "B", EXTRACT_TOKEN]
-            return tokenizer.with_special_tokens(tokens, single=[START_TOKEN, "A", EXTRACT_TOKEN], pair=pair)
-        return tokenizer.with_special_tokens(tokens, single=[START_TOKEN, "A", DELIMITER_TOKEN])
+            templates["single"] = [START_TOKEN, "A", EXTRACT_TOKEN]
+            templates["pair"] = [START_TOKEN, "A", DELIMITER_TOKEN, "B", EXTRACT_TOKEN]
+        return tokenizer.with_special_tokens(list(self.special_tokens), **templates)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "task": self.task,
-            "kind": self.kind,
-            "labels": list(self.labels),
-            "answer_tokens": self.answer_tokens,
-            "chat": self.chat,
-            "columns": dict(self.columns),
-        }
+        """The specification as JSON can hold it."""
+        return {**asdict(self), "labels": list(self.labels), "columns": dict(self.columns)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TaskSpec":
-        """Raises `TypeError`, `ValueError` or `AttributeError` for values that `to_dict` does not return."""
-        columns = tuple(values.get("columns", {}).items())
-        spec = cls(**{**values, "labels": tuple(map(str, values.get("labels", ()))), "columns": columns})
+        """The specification that `to_dict` returned.
+
+        Raises:
+            TypeError, ValueError, AttributeError: The values are not those of a specification.
+        """
+        labels, columns = tuple(map(str, values.get("labels", ()))), tuple(values.get("columns", {}).items())
+        spec = cls(**(values | {"labels": labels, "columns": columns}))
         if spec.kind not in get_args(TaskKind) or spec.task not in TASKS or int(spec.answer_tokens) < 0:
             raise ValueError(f"task {spec.task!r} of kind {spec.kind!r}")
         return spec
@@ -115,6 +124,7 @@ class EncodedExample:
 
     @property
     def max_length(self) -> int:
+        """Length of the longest sequence, in tokens."""
         return max(len(sequence.ids) for sequence in self.sequences)
 
 
@@ -140,10 +150,10 @@ class ExampleEncoder:
             issues.add(example.path, example.line, f"more than {MAX_SEQUENCES_PER_EXAMPLE} choices; left out")
             return None
         generated = kind in ("answer", "preference")
-        encoded = self._encode_with_answers(example) if generated else self._encode_for_head(fields)
+        encoded = self._encode_with_answers(example) if generated else self._encode_for_head(example)
         if any(truncated for _, truncated in encoded):
-            kind_of_issue = f"longer than the context of {self.context_length:,} tokens; truncated"
-            issues.add(example.path, example.line, kind_of_issue)
+            what = f"longer than the context of {self.context_length:,} tokens; truncated"
+            issues.add(example.path, example.line, what)
         sequences = tuple(sequence for sequence, _ in encoded)
         if not generated:
             return EncodedExample(sequences, self._target(fields) if with_target else 0)
@@ -152,28 +162,31 @@ class ExampleEncoder:
             return None
         return EncodedExample(sequences)
 
+    def encode_all(
+        self, examples: Sequence[Example], issues: IssueLog, with_targets: bool = True
+    ) -> tuple[list[Example], list[EncodedExample]]:
+        """The examples that can be encoded, and their encodings."""
+        pairs = [(example, self.encode(example, issues, with_targets)) for example in examples]
+        encodable = [example for example, encoded in pairs if encoded is not None]
+        return encodable, [encoded for _, encoded in pairs if encoded is not None]
+
     def encode_prompt(self, example: Example) -> list[int]:
         """The token ids that a generated answer follows, with room for the answer in the context."""
         return self._encode_prompt(example)[0]
 
     def _target(self, fields: dict[str, Any]) -> Any:
+        target = fields[TARGET_FIELDS[self.task_spec.kind]]
         if self.task_spec.kind == "label":
-            return self.label_to_id[fields["label"]]
-        if self.task_spec.kind == "labels":
-            label_ids = [self.label_to_id[label] for label in fields["labels"]]
-            return np.isin(np.arange(len(self.task_spec.labels)), label_ids)
-        return fields["score"] if self.task_spec.kind == "score" else fields["answer"]
+            return self.label_to_id[target]
+        return np.array([name in target for name in self.label_to_id]) if self.task_spec.kind == "labels" else target
 
-    def _encode_for_head(self, fields: dict[str, Any]) -> list[tuple[TokenSequence, bool]]:
-        task = self.task_spec.task
-        if task == "classify":
-            return [self._with_special_tokens(fields["text"])]
-        if task == "entail":
-            return [self._with_special_tokens(fields["premise"], fields["hypothesis"])]
-        if task == "similarity":
-            first, second = fields["sentence1"], fields["sentence2"]
-            return [self._with_special_tokens(first, second), self._with_special_tokens(second, first)]
-        return [self._with_special_tokens(fields["question"], choice) for choice in fields["choices"]]
+    def _encode_for_head(self, example: Example) -> list[tuple[TokenSequence, bool]]:
+        """One text or a pair, a pair of sentences in both orders, or a question with each of its choices."""
+        first, *others = input_texts(self.task_spec.task, example)
+        sequences = [(first, other) for other in others] or [(first,)]
+        if self.task_spec.task == "similarity":
+            sequences.append((others[0], first))
+        return [self._with_special_tokens(*texts) for texts in sequences]
 
     def _with_special_tokens(self, *texts: str) -> tuple[TokenSequence, bool]:
         """`start text extract` or `start text delimiter text extract`, truncated as the Hugging Face tokenizer does."""
@@ -228,11 +241,8 @@ def truncate_longest_first(lengths: Sequence[int], max_length: int) -> list[int]
         return list(lengths)
     if len(lengths) == 1:
         return [max_length]
-    short, long = sorted(lengths)
-    long = max(short, max_length - short) if short <= max_length else short
-    if short + long > max_length:
-        short, long = max_length // 2, max_length // 2 + max_length % 2
-    return [short, long] if lengths[0] <= lengths[1] else [long, short]
+    short = min(*lengths, max_length // 2)
+    return [short, max_length - short] if lengths[0] <= lengths[1] else [max_length - short, short]
 
 
 def max_answer_tokens(tokenizer: Tokenizer, answers: Sequence[str], context_length: int) -> int:
