@@ -29,9 +29,9 @@ def run(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("command", ["", "pretrain"])
-def test_help_is_fast(nextword: CLIRunner, command):
+def test_help_is_fast(nextword_process: CLIRunner, command):
     before = os.times()
-    done = nextword(*filter(None, [command, "--help"]))
+    done = nextword_process(*filter(None, [command, "--help"]))
     after = os.times()
     # CPU time, which does not depend on the load of the machine. For the wall-clock time see docs/benchmarks.md.
     used = after.children_user + after.children_system - before.children_user - before.children_system
@@ -40,8 +40,8 @@ def test_help_is_fast(nextword: CLIRunner, command):
     assert "Exit codes" in done.stdout
 
 
-def test_pretrain_from_text_to_json(nextword: CLIRunner, texts, tmp_path):
-    done = nextword("pretrain", texts, "--out", tmp_path / "run", "--steps", "25", "--json", *TINY_MODEL_ARGS)
+def test_pretrain_from_text_to_json(nextword_process: CLIRunner, texts, tmp_path):
+    done = nextword_process("pretrain", texts, "--out", tmp_path / "run", "--steps", "25", "--json", *TINY_MODEL_ARGS)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)  # one object and nothing else
     assert {"run", "model", "steps", "seconds", "loss", "bits_per_byte"} <= set(result)

@@ -351,7 +351,7 @@ def test_a_cut_network_link_ends_both_ranks_and_a_restart_resumes(shards, tmp_pa
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the broken compiler is a shell script")
-def test_a_broken_compiler_costs_only_speed(shards, tmp_path, nextword: CLIRunner):
+def test_a_broken_compiler_costs_only_speed(shards, tmp_path, nextword_process: CLIRunner):
     """torch.compile fails at the start or at a resume; the run then uses PyTorch's eager operators."""
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho 'no such header' >&2; exit 1\n")
@@ -361,7 +361,7 @@ def test_a_broken_compiler_costs_only_speed(shards, tmp_path, nextword: CLIRunne
     shape = [f"--model.{name.replace('_', '-')}={value}" for name, value in SETTINGS["model"].items()]
     for run, compile_option in ((eager, "no"), (compiled, "yes")):
         options = ("--steps", "4", "--training.batch-tokens", "64", *shape, "--training.compile", compile_option)
-        done = nextword("pretrain", shards, "--out", run, *options, NEXTWORD_NATIVE="0", **environment)
+        done = nextword_process("pretrain", shards, "--out", run, *options, NEXTWORD_NATIVE="0", **environment)
         assert done.returncode == 0, done.stderr
         assert ("torch.compile fails" in done.stderr) == (compile_option == "yes"), done.stderr
         assert "Traceback" not in done.stderr
@@ -371,6 +371,6 @@ def test_a_broken_compiler_costs_only_speed(shards, tmp_path, nextword: CLIRunne
     metadata["fixed"]["step_kind"] = "compiled"  # as if it was started with a working compiler
     (compiled / "run.json").write_text(json.dumps(metadata), encoding="utf-8")
     (compiled / "result.json").unlink()
-    done = nextword("pretrain", "--out", compiled, "--resume", **environment)
+    done = nextword_process("pretrain", "--out", compiled, "--resume", **environment)
     assert done.returncode == 0, done.stderr
     assert "torch.compile fails" in done.stderr

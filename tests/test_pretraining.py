@@ -268,11 +268,11 @@ def test_a_signal_saves_a_checkpoint_and_explains_how_to_continue(shards, tmp_pa
     assert not (run / "holder.json").exists()
 
 
-def test_a_second_process_on_a_run_is_refused(shards, tmp_path, nextword: CLIRunner):
+def test_a_second_process_on_a_run_is_refused(shards, tmp_path, nextword_process: CLIRunner):
     run = tmp_path / "run"
     process = start(run, shards, "--steps", "100000")
     assert happens(lambda: steps_of(run) >= 1, process)
-    second = nextword("pretrain", shards, "--out", run, "--resume")
+    second = nextword_process("pretrain", shards, "--out", run, "--resume")
     assert second.returncode == RunLockedError.exit_code
     assert f"process {process.pid} on" in second.stderr
     for name in ("pretrain", "finetune"):
