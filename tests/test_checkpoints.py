@@ -379,9 +379,9 @@ def test_one_replica_writes(tmp_path):
 @pytest.mark.parametrize(
     ("layout", "local_world_size", "world_size"),
     [
-        pytest.param("fsdp-no-reshard tp", 2, 2, marks=more_time),
+        ("fsdp-no-reshard tp", 2, 2),
         pytest.param("fsdp tp", 4, 4, marks=more_time),
-        ("hsdp tp", 2, 4),
+        pytest.param("hsdp tp", 2, 4, marks=more_time),
     ],
 )
 def test_tensor_parallel_checkpoints_load_in_one_process_and_in_several(tmp_path, layout, local_world_size, world_size):

@@ -331,11 +331,6 @@ def kill_a_worker(shards: Path, run: Path, undisturbed: Path, rank: int, at_step
 has_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="this system has no /proc")
 
 
-@has_proc
-def test_a_killed_main_process_is_restarted_and_the_run_is_exact(shards, two, tmp_path):
-    kill_a_worker(shards, tmp_path / "run", two, 0, 7)
-
-
 @more_time
 @has_proc
 @pytest.mark.parametrize(("rank", "settings"), [(0, ()), (1, ()), (1, TENSOR_PARALLEL)])
@@ -348,8 +343,9 @@ def test_a_killed_process_is_restarted_and_the_run_is_exact(
     kill_a_worker(shards, tmp_path / "run", tensor_parallel if settings else two, rank, at_step, *settings)
 
 
+@more_time
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="this system has no idle scheduling class")
-@pytest.mark.parametrize("more", [(), pytest.param(TENSOR_PARALLEL, marks=more_time)])
+@pytest.mark.parametrize("more", [(), TENSOR_PARALLEL])
 def test_a_process_with_late_communication_threads_exits_cleanly(shards, tmp_path, more):
     """PyTorch's communication threads live as long as the process. A thread that still held a tensor at the end of the
     interpreter aborted the process after training, once in dozens of runs, and in most of these."""

@@ -42,6 +42,7 @@ def test_a_missing_package_is_reported_with_the_command_that_installs_it(shards,
         nextword.pretrain(shards, tmp_path / "run", steps=5, tensorboard=True, **SETTINGS)
 
 
+@pytest.mark.needs("more time")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from torch.compile, about torch.jit
 def test_a_compiled_step_equals_the_eager_one():
     """Loss and gradients, with dropout."""

@@ -351,6 +351,7 @@ def test_a_cut_network_link_ends_both_ranks_and_a_restart_resumes(shards, tmp_pa
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the broken compiler is a shell script")
+@pytest.mark.needs("more time")
 def test_a_broken_compiler_costs_only_speed(shards, tmp_path, nextword_process: CLIRunner):
     """torch.compile fails at the start or at a resume; the run then uses PyTorch's eager operators."""
     compiler = tmp_path / "c++"
