@@ -113,19 +113,12 @@ def without_native_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine on which nothing can be compiled."""
 
     from nextword.common import native_build
-    from nextword.inference import native_runner
-    from nextword.model import ops
-
-    def clear() -> None:
-        native_build.load_native_library.cache_clear()
-        native_runner.load_library.cache_clear()
-        ops.load_kernels.cache_clear()
 
     monkeypatch.setenv(native_build.NATIVE_ENV_VAR, "0")
-    clear()
+    native_build.load_native_library.cache_clear()
     yield
     monkeypatch.undo()
-    clear()
+    native_build.load_native_library.cache_clear()
 
 
 # ---------------------------------------------------------------- processes end with their test

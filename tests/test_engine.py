@@ -15,7 +15,6 @@ from tokenizers import decoders, models
 
 from nextword.common.errors import NextwordError, UsageError
 from nextword.data.tokenizer import Tokenizer, train_bpe, train_char
-from nextword.inference import native_runner
 from nextword.inference.detokenizer import StreamingDetokenizer
 from nextword.inference.engine import Engine, Event
 from nextword.inference.kv_cache import KeyValueCache
@@ -348,8 +347,8 @@ LONG = "The house on the hill, the house on the hill. 日本語の文 🙂🙂 i
 
 def runner_for(kind: str, model: GPT) -> ModelRunner:
     if kind == "native":
-        if native_runner.load_library()[0] is None:
-            pytest.skip(f"no compiled code: {native_runner.load_library()[1]}")
+        if reason := NativeRunner.unavailable_reason(model):
+            pytest.skip(f"no compiled code: {reason}")
         return NativeRunner(model)
     return TorchRunner(model, batch_invariant=kind == "batch-invariant")
 
@@ -358,14 +357,11 @@ class CountingRunner:
     """A runner that counts the tokens it has run."""
 
     def __init__(self, runner: ModelRunner):
-        self.runner, self.tokens = runner, 0
+        self.runner, self.tokens, self.reuses_any_prefix = runner, 0, runner.reuses_any_prefix
 
     def forward(self, cache: KeyValueCache, chunks: Sequence[TokenChunk]) -> list[torch.Tensor]:
         self.tokens += sum(len(chunk.tokens) for chunk in chunks)
         return self.runner.forward(cache, chunks)
-
-    def reusable_prefix(self, length: int, step_tokens: int) -> int:
-        return self.runner.reusable_prefix(length, step_tokens)
 
 
 def events_of(engine: Engine, prompt: str | list[int], sampling: Sampling) -> list[Event]:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nextword
+from nextword.common import native_build
 from nextword.common.errors import NextwordError, UsageError
 from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import Tokenizer
@@ -191,9 +192,9 @@ def test_batched_scores_equal_single_scores(
 ) -> None:
     """Packed rows with shared prefixes give the scores of single sequences, with and without kernels."""
     if not compiled:
-        monkeypatch.setattr(ops, "load_kernels", lambda: (None, "disabled by the test"))
+        monkeypatch.setattr(native_build, "load_native_library", lambda source: (None, "disabled by the test"))
     elif not load(model_path).gpt.supports_kernels():
-        pytest.skip(f"no compiled kernels: {ops.load_kernels()[1]}")
+        pytest.skip(f"no compiled kernels: {native_build.load_native_library(ops.SOURCE)[1]}")
     model = load(model_path)
     scorer = LoglikelihoodScorer(model.gpt, model.tokenizer, check_greedy=True)
     questions = [question.requests for name in suite_files for question in questions_of(name, suite_files[name])]
@@ -258,7 +259,7 @@ def test_sequences_form_a_tree_only_if_it_saves_work(
     assert len(one.tokens) == len(context) + 4 * 19 > CONTEXT
     [together], each = modern.score_sequences([alike]), modern.score_sequences([[text] for text in alike])
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "load_kernels", lambda: (None, "disabled by the test"))
+        patch.setattr(native_build, "load_native_library", lambda source: (None, "disabled by the test"))
         [without] = modern.score_sequences([alike])
     for likely, by_itself, other in zip(together, each, without, strict=True):
         assert likely.logprob == pytest.approx(by_itself[0].logprob, abs=1e-4)

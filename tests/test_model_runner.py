@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,15 +13,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nextword.inference import native_runner
+from nextword.common.native_build import load_native_library
 from nextword.inference.kv_cache import KeyValueCache
-from nextword.inference.model_runner import NativeRunner, TokenChunk, TorchRunner, build_runner, fake_quantize
+from nextword.inference.model_runner import SOURCE, NativeRunner, TokenChunk, TorchRunner, build_runner, fake_quantize
 from nextword.inference.quantization import Precision, quantize
 from nextword.model.config import PRESETS, build_config
 from nextword.model.gpt import GPT
 
 CONTEXT, VOCABULARY = 40, 61
-WHY = native_runner.load_library()[1]  # a build that fails is a test that fails
+WHY = load_native_library(SOURCE)[1]  # a build that fails is a test that fails
 compiled = pytest.mark.skipif(WHY.startswith(("no C++ compiler", "this processor")), reason=f"no compiled code: {WHY}")
 
 
@@ -61,12 +60,8 @@ def whole(model: GPT, tokens: list[int]) -> Tensor:
 
 
 def one_by_one(reading: NativeRunner | TorchRunner, tokens: list[int], slot: int = 0) -> Tensor:
-    cache = KeyValueCache(tiny_config(reading))
+    cache = KeyValueCache(reading.model.config)
     return torch.cat([reading.forward(cache, [TokenChunk(slot, at, [token])])[0] for at, token in enumerate(tokens)])
-
-
-def tiny_config(reading: NativeRunner | TorchRunner):
-    return reading.native_model.config if isinstance(reading, NativeRunner) else reading.model.config
 
 
 @compiled
@@ -152,8 +147,8 @@ def test_without_a_compiler_the_torch_runner_is_used(without_native_library: Non
 
 def test_widths_that_are_not_multiples_of_8_use_the_torch_runner() -> None:
     assert isinstance(build_runner(tiny(d_model=36, head_dim=6, d_ff=24)), TorchRunner)
-    with pytest.raises(RuntimeError, match=re.escape(native_runner.load_library()[1] or "multiples of 8")):
-        native_runner.NativeModel(tiny(d_model=36, head_dim=6, d_ff=24))
+    with pytest.raises(RuntimeError, match="multiples of 8"):
+        NativeRunner(tiny(d_model=36, head_dim=6, d_ff=24))
 
 
 @settings(deadline=None, max_examples=30)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nextword.common.native_build import load_native_library
 from nextword.model import ops
 from nextword.model.config import PRESETS, build_config
 from nextword.model.gpt import GPT, sample_dropout_masks
@@ -17,7 +18,7 @@ from nextword.training.losses import (
 )
 
 VOCAB_SIZE = 61
-REASON = ops.load_kernels()[1]  # a build that fails is a test that fails
+REASON = load_native_library(ops.SOURCE)[1]  # a build that fails is a test that fails
 pytestmark = pytest.mark.skipif(
     REASON.startswith(("no C++ compiler", "this processor")), reason=f"no compiled kernels: {REASON}"
 )

@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
 )
 
 from nextword.common.errors import NextwordError, UsageError
-from nextword.inference.sampling import Sampling, filter_logits, probabilities, sample
+from nextword.inference.sampling import Sampling, apply_penalties, probabilities, sample
 
 PLAIN = Sampling(temperature=1.0)
 
@@ -73,7 +73,8 @@ def test_probabilities_equal_their_definition(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     logits = random_logits(seed)
     expected = torch.tensor(by_hand(logits.tolist(), sampling, history), dtype=torch.float64)
-    assert torch.allclose(probabilities(logits, sampling, history), expected, atol=1e-9)
+    found = probabilities(apply_penalties(logits, sampling, history), sampling)
+    assert torch.allclose(found, expected, atol=1e-9)
 
 
 def stock(logits: torch.Tensor, sampling: Sampling, history: list[int]) -> torch.Tensor:
@@ -105,7 +106,8 @@ def stock(logits: torch.Tensor, sampling: Sampling, history: list[int]) -> torch
 )
 def test_equals_transformers(sampling: Sampling, seed: int) -> None:
     logits, history = random_logits(seed, 200), [3, 3, 17, 120]
-    ours, theirs = probabilities(logits, sampling, history), stock(logits, sampling, history)
+    ours = probabilities(apply_penalties(logits, sampling, history), sampling)
+    theirs = stock(logits, sampling, history)
     assert torch.equal(ours == 0, theirs == 0)
     assert torch.allclose(ours, theirs, atol=1e-12)
 
@@ -153,10 +155,10 @@ def test_filters_keep_at_least_one_token() -> None:
     assert (probabilities(random_logits(0), sampling) > 0).sum() == 1
 
 
-def test_filter_logits_does_not_change_its_input() -> None:
+def test_sampling_does_not_change_its_input() -> None:
     logits = random_logits(0)
     copy = logits.clone()
-    filter_logits(logits, Sampling(top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=2.0), [1, 2])
+    sample(logits, Sampling(0.8, 3, 0.5, 0.1, repetition_penalty=2.0), [1, 2], [2], torch.Generator())
     assert torch.equal(logits, copy)
 
 

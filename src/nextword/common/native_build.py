@@ -12,6 +12,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -69,6 +70,22 @@ def load_native_library(source: Path) -> tuple[ctypes.CDLL | None, str]:
         return None, str(error)
 
 
-def num_threads() -> int:
-    """Number of threads of compiled code: PyTorch's."""
-    return torch.get_num_threads()
+def call_native(source: Path, name: str, *arguments: Any) -> None:
+    """Call the function `nextword_NAME` of a library that `load_native_library` has loaded.
+
+    Args:
+        source: The C++ file.
+        name: Name of the function. Its first argument is the number of threads: PyTorch's.
+        *arguments: The other arguments. int is passed as int64_t, float as float, a tensor as the pointer to its data, None as
+            a null pointer; pointers to structures (`ctypes.byref`) as they are.
+    """
+    function = getattr(load_native_library(source)[0], f"nextword_{name}")
+    function(ctypes.c_int64(torch.get_num_threads()), *map(_to_c, arguments))
+
+
+def _to_c(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, int):
+        return ctypes.c_int64(value)
+    return ctypes.c_float(value) if isinstance(value, float) else value

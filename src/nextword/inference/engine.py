@@ -10,7 +10,7 @@ to the next one in the queue at once (Yu et al. 2022, section 3.1).
 
 import hashlib
 import secrets
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -199,12 +199,6 @@ class Engine:
         Raises:
             UsageError: A token id is out of range.
         """
-        self.waiting.append(self._make_request(prompt, sampling or Sampling(), sample_index, constraint))
-        return self.waiting[-1].request_id
-
-    def _make_request(
-        self, prompt: Prompt, sampling: Sampling, sample_index: int | None, constraint: Constraint | None = None
-    ) -> _Request:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if isinstance(prompt, str) and self.tokenizer.bos_id is not None:
             ids = [self.tokenizer.bos_id, *ids]
@@ -212,11 +206,12 @@ class Engine:
         if not all(0 <= token < self.tokenizer.vocab_size for token in ids):
             raise UsageError(f"a prompt's token ids must be between 0 and {self.tokenizer.vocab_size - 1}")
         window_ids = ids[-self.model.config.context_length :]
+        request_id, sampling = self.num_added, sampling or Sampling()
         if sample_index is None:
-            sample_index = self.num_added if sampling.seed is None else 0
+            sample_index = request_id if sampling.seed is None else 0
         self.num_added += 1
-        return _Request(
-            request_id=self.num_added - 1,
+        request = _Request(
+            request_id=request_id,
             tokens=window_ids,
             sampling=sampling,
             generator=_make_generator(self.seed if sampling.seed is None else sampling.seed, sample_index),
@@ -225,6 +220,8 @@ class Engine:
             truncated=len(ids) - len(window_ids),
             read_offset=len(window_ids),
         )
+        self.waiting.append(request)
+        return request_id
 
     def cancel(self, request_id: int) -> None:
         """End a request without further events, and free its slot. A finished request is ignored."""
@@ -273,7 +270,8 @@ class Engine:
                 deferred.append(request)
                 continue
             length = 0 if request.sampling.prompt_logprobs is not None else min(shared_prefix[source], len(prompt) - 1)
-            length = self.runner.reusable_prefix(length, self.step_tokens)
+            if not self.runner.reuses_any_prefix:
+                length -= length % self.step_tokens
             slot = source if source in self.freed_slots and length else self.free_slots[0]
             if length and source != slot:
                 self.cache.copy_prefix(source, slot, length)
@@ -380,20 +378,15 @@ class Engine:
         """
         if isinstance(prompts, str):
             raise UsageError("prompts must be a list of prompts, not one string")
-        self._require_idle()
-        sampling = sampling or Sampling()
-        has_seed = sampling.seed is not None
-        requests = [self._make_request(prompt, sampling, i if has_seed else None) for i, prompt in enumerate(prompts)]
-        self.waiting.extend(requests)
-        texts = {request.request_id: "" for request in requests}
-        reasons: dict[int, FinishReason] = {}
-        for event in self._iter_events(list(texts)):
+        texts: defaultdict[int, str] = defaultdict(str)
+        finished: dict[int, tuple[_Request, FinishReason]] = {}
+        for request, event in self._iter_events(prompts, sampling or Sampling()):
             texts[event.request_id] += event.text
             if event.finish_reason:
-                reasons[event.request_id] = event.finish_reason
+                finished[event.request_id] = request, event.finish_reason
         return [
-            Completion(prompt, texts[r.request_id], reasons[r.request_id], r.generated, r.truncated)
-            for prompt, r in zip(prompts, requests, strict=True)
+            Completion(prompt, texts[request_id], reason, request.generated, request.truncated)
+            for prompt, (request_id, (request, reason)) in zip(prompts, sorted(finished.items()), strict=True)
         ]
 
     def stream(
@@ -407,28 +400,30 @@ class Engine:
         Returns:
             The finish reason, as the value of `yield from`.
         """
-        self._require_idle()
         finish_reason: FinishReason | None = None
-        for event in self._iter_events([self.add_request(prompt, sampling)]):
+        for _, event in self._iter_events([prompt], sampling or Sampling()):
             finish_reason = event.finish_reason
             if event.text:
                 yield event.text
         return "length" if finish_reason == "length" else "stop"
 
-    def _iter_events(self, request_ids: list[int]) -> Iterator[Event]:
+    def _iter_events(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[_Request, Event]]:
+        """Add requests to an idle engine and run them; they are cancelled when the iterator is abandoned."""
+        if self.has_unfinished_requests:
+            raise UsageError("the engine has unfinished requests: use `add_request` and `step` to add another one")
+        has_seed, first_id = sampling.seed is not None, self.num_added
         try:
+            for i, prompt in enumerate(prompts):
+                self.add_request(prompt, sampling, sample_index=i if has_seed else None)
+            requests = {request.request_id: request for request in self.waiting}
             while self.has_unfinished_requests:
                 for event in self.step():
                     if event.error:
                         raise NextwordError(event.error)
-                    yield event
-        finally:  # also when the caller abandons the iterator
-            for request_id in request_ids:
+                    yield requests[event.request_id], event
+        finally:
+            for request_id in range(first_id, first_id + len(prompts)):
                 self.cancel(request_id)
-
-    def _require_idle(self) -> None:
-        if self.has_unfinished_requests:
-            raise UsageError("the engine has unfinished requests: use `add_request` and `step` to add another one")
 
 
 def _make_generator(seed: int, index: int) -> torch.Generator:

@@ -1,17 +1,29 @@
-"""Model runners: what an engine calls in each step. Chunks of several sequences in, the logits after each of them out."""
+"""Model runners: what an engine calls in each step. Chunks of several sequences in, the logits after each of them out.
+
+`NativeRunner` calls compiled C++ once for each forward pass: native_runner.cpp. This is a second implementation of the forward
+pass in `model/gpt.py`, built from the same `ModelConfig` and weights. It exists for speed: a decoding step of a small model is
+some hundred operations of a few microseconds, whose dispatch from Python takes longer than the arithmetic, and PyTorch has no
+int4 matrix products for a CPU. `tests/test_model_runner.py` holds it equal to `GPT.forward` for every preset and precision.
+"""
 
 import copy
+import ctypes
 import itertools
+import weakref
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nextword.inference import native_runner
+from nextword.common import native_build
 from nextword.inference.kv_cache import KeyValueCache
-from nextword.inference.quantization import Precision, precision_for, quantize
-from nextword.model.gpt import GPT
+from nextword.inference.quantization import PRECISION_CODES, Precision, precision_for, quantize
+from nextword.model import ops
+from nextword.model.gpt import GPT, Norm, compute_rotary_cos_sin
+
+SOURCE = Path(__file__).with_name("native_runner.cpp")
 
 
 class TokenChunk(NamedTuple):
@@ -31,22 +43,20 @@ class TokenChunk(NamedTuple):
 
 
 class ModelRunner(Protocol):
-    """Runs a model over chunks of tokens."""
+    """Runs a model over chunks of tokens.
+
+    Attributes:
+        reuses_any_prefix: Whether another sequence may reuse any number of cached positions. Otherwise whole chunks only,
+            because products of other shapes differ in their last bits.
+    """
+
+    reuses_any_prefix: bool
 
     def forward(self, cache: KeyValueCache, chunks: Sequence[TokenChunk]) -> list[Tensor]:
         """Run chunks through the model and store their keys and values in the cache.
 
         Returns:
             For each chunk the logits after its last token [1, V], or after each of its tokens [T, V]; float32 on the CPU.
-        """
-        ...
-
-    def reusable_prefix(self, length: int, step_tokens: int) -> int:
-        """How many of the first `length` cached positions another sequence may reuse.
-
-        Args:
-            length: Length of the common prefix.
-            step_tokens: Tokens after which prompts are split into chunks.
         """
         ...
 
@@ -60,35 +70,12 @@ def build_runner(model: GPT, precision: Precision = "float32", batch_invariant: 
         batch_invariant: Make the logits of a sequence independent of the others to the last bit. `NativeRunner` always does;
             in `TorchRunner` it costs speed.
     """
-    if native_runner.is_available(model):
-        return NativeRunner(model, precision)
-    return TorchRunner(model, precision, batch_invariant)
+    if NativeRunner.unavailable_reason(model):
+        return TorchRunner(model, precision, batch_invariant)
+    return NativeRunner(model, precision)
 
 
-class NativeRunner:
-    """Runs all chunks in one compiled forward pass. Logits depend neither on other sequences nor on the chunks.
-
-    Args:
-        model: The model.
-        precision: Precision of the matrices.
-    """
-
-    def __init__(self, model: GPT, precision: Precision = "float32"):
-        self.native_model = native_runner.NativeModel(model, precision)
-
-    def forward(self, cache: KeyValueCache, chunks: Sequence[TokenChunk]) -> list[Tensor]:
-        """See `ModelRunner.forward`."""
-        tokens = [token for chunk in chunks for token in chunk.tokens]
-        positions = [chunk.start + i for chunk in chunks for i in range(len(chunk.tokens))]
-        slots = [chunk.slot for chunk in chunks for _ in chunk.tokens]
-        ends = itertools.accumulate(len(chunk.tokens) for chunk in chunks)
-        counts = [len(chunk.tokens) if chunk.all_logits else 1 for chunk in chunks]
-        output_rows = [row for end, count in zip(ends, counts, strict=True) for row in range(end - count, end)]
-        return list(self.native_model.forward(cache, tokens, positions, slots, output_rows).split(counts))
-
-    def reusable_prefix(self, length: int, step_tokens: int) -> int:
-        """See `ModelRunner.reusable_prefix`."""
-        return length
+# ---------------------------------------------------------------- PyTorch
 
 
 class TorchRunner:
@@ -102,19 +89,15 @@ class TorchRunner:
 
     def __init__(self, model: GPT, precision: Precision = "float32", batch_invariant: bool = False):
         self.model = model if precision == "float32" else fake_quantize(model, precision)
+        self.reuses_any_prefix = not batch_invariant
         self.batch_invariant = batch_invariant
 
     def forward(self, cache: KeyValueCache, chunks: Sequence[TokenChunk]) -> list[Tensor]:
         """See `ModelRunner.forward`."""
-        batches: list[list[int]] = []
-        decode: list[int] = []
-        for i, chunk in enumerate(chunks):
-            if len(chunk.tokens) > 1 or chunk.all_logits or self.batch_invariant:
-                batches.append([i])
-            else:
-                decode.append(i)
-        if decode:
-            batches.append(sorted(decode, key=lambda i: chunks[i].slot))
+        single = [len(chunk.tokens) == 1 and not (chunk.all_logits or self.batch_invariant) for chunk in chunks]
+        batches = [[i] for i in range(len(chunks)) if not single[i]]
+        if any(single):
+            batches.append(sorted(itertools.compress(range(len(chunks)), single), key=lambda i: chunks[i].slot))
         logits: dict[int, Tensor] = {}
         for batch in batches:
             logits.update(zip(batch, self._forward_batch(cache, [chunks[i] for i in batch]).cpu(), strict=True))
@@ -128,10 +111,6 @@ class TorchRunner:
         hidden = self.model(tokens, positions=positions, cache=cache)  # [B, T, D]
         return self.model.unembed(hidden if chunks[0].all_logits else hidden[:, -1:]).float()  # [B, T or 1, V]
 
-    def reusable_prefix(self, length: int, step_tokens: int) -> int:
-        """See `ModelRunner.reusable_prefix`. Batch-invariant runs reuse whole chunks: the others' products differ in bits."""
-        return length // step_tokens * step_tokens if self.batch_invariant else length
-
 
 @torch.no_grad()
 def fake_quantize(model: GPT, precision: Precision) -> GPT:
@@ -141,3 +120,145 @@ def fake_quantize(model: GPT, precision: Precision) -> GPT:
         if parameter.ndim == 2 and "position_embedding" not in name and "score" not in name:
             parameter.copy_(quantize(parameter, precision_for(precision, "blocks." in name)).dequantize())
     return model
+
+
+# ---------------------------------------------------------------- the structures of native_runner.cpp
+
+POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [
+        *((name, POINTER) for name in ("data", "scale", "bias")),
+        *((name, INT) for name in ("precision", "out_features", "in_features")),
+    ]
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [("weight", POINTER), ("bias", POINTER)]
+
+
+class _Layer(ctypes.Structure):
+    """The norms and matrices of a `Block`, by their names there. What a block does not have stays null."""
+
+    _fields_ = [
+        *((name, _Norm) for name in ("attention_norm", "feed_forward_norm", "query_norm", "key_norm")),
+        *((name, _Matrix) for name in ("query", "key", "value", "output", "up", "gate", "down")),
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, INT) for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff")),
+        *((name, INT) for name in ("context_length", "activation", "post_norm")),
+        *((name, FLOAT) for name in ("eps", "padding")),
+        *((name, POINTER) for name in ("position_table", "cos", "sin")),
+        ("final_norm", _Norm),
+        ("embedding", _Matrix),
+        ("head", _Matrix),
+        ("layers", ctypes.POINTER(_Layer)),
+    ]
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [("keys", POINTER), ("values", POINTER), ("slots", INT), ("capacity", INT)]
+
+
+# ---------------------------------------------------------------- compiled code
+
+
+class NativeRunner:
+    """Runs all chunks in one compiled forward pass. Logits depend neither on other sequences nor on the chunks.
+
+    In float32 it uses the weights of the `GPT` itself, not copies.
+
+    Args:
+        model: The model, in float32 on a CPU.
+        precision: Precision of the matrices. Norms, biases, positions and sums are float32.
+
+    Raises:
+        RuntimeError: There is an `unavailable_reason`.
+    """
+
+    reuses_any_prefix = True
+
+    def __init__(self, model: GPT, precision: Precision = "float32"):
+        if reason := self.unavailable_reason(model):
+            raise RuntimeError(reason)
+        library: Any = native_build.load_native_library(SOURCE)[0]
+        library.nextword_scratch_new.restype = POINTER
+        self.scratch = POINTER(library.nextword_scratch_new())
+        weakref.finalize(self, library.nextword_scratch_free, self.scratch)
+        self.model = model
+        self.keepalive: list[Any] = []  # the memory that the structures point to, besides the model's
+        self.model_struct = self._build_model_struct(model, precision)
+
+    @staticmethod
+    def unavailable_reason(model: GPT) -> str:
+        """Why compiled code cannot run this model here; empty if it can."""
+        if not ops.supports(model.config, model.token_embedding.weight):
+            return "the model's widths are not multiples of 8, or it is not float32 on a CPU"
+        return native_build.load_native_library(SOURCE)[1]
+
+    def forward(self, cache: KeyValueCache, chunks: Sequence[TokenChunk]) -> list[Tensor]:
+        """See `ModelRunner.forward`."""
+        cache.reserve(max(chunk.slot for chunk in chunks) + 1, max(chunk.start + len(chunk.tokens) for chunk in chunks))
+        cache_struct = _Cache(cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape[1], cache.keys.shape[3])
+        tokens = torch.tensor([token for chunk in chunks for token in chunk.tokens])
+        positions = torch.tensor([chunk.start + i for chunk in chunks for i in range(len(chunk.tokens))])
+        slots = torch.tensor([chunk.slot for chunk in chunks for _ in chunk.tokens])
+        counts = [len(chunk.tokens) if chunk.all_logits else 1 for chunk in chunks]
+        ends = itertools.accumulate(len(chunk.tokens) for chunk in chunks)
+        outputs = torch.tensor(
+            [row for end, count in zip(ends, counts, strict=True) for row in range(end - count, end)]
+        )
+        logits = torch.empty(len(outputs), self.model_struct.head.out_features)
+        native_build.call_native(
+            *(SOURCE, "forward", ctypes.byref(self.model_struct), ctypes.byref(cache_struct), self.scratch),
+            *(len(tokens), tokens, positions, slots, len(outputs), outputs, logits),
+        )
+        return list(torch.split(logits, counts))
+
+    def _build_model_struct(self, model: GPT, precision: Precision) -> _Model:
+        config = model.config
+        layers = (_Layer * config.n_layers)()
+        self.keepalive.append(layers)
+        for layer, block in zip(layers, model.blocks, strict=True):
+            for path, module in block.named_modules():
+                name = path.rpartition(".")[2]
+                if isinstance(module, Norm):
+                    setattr(layer, name, self._norm(module))
+                elif isinstance(module, nn.Linear):
+                    setattr(layer, name, self._matrix(module.weight, precision, module.bias))
+        outer_precision = precision_for(precision, in_block=False)
+        head = embedding = self._matrix(model.unembedding, outer_precision)
+        if model.head is not None:
+            embedding = self._matrix(model.token_embedding.weight, outer_precision)
+        table = cos = sin = None
+        if config.positions == "rope":
+            positions = torch.arange(config.context_length)
+            cos, sin = compute_rotary_cos_sin(positions, config.head_dim, config.rope_theta)
+        else:
+            table = model.position_embedding.weight if config.positions == "learned" else model.position_table
+        return _Model(
+            *(config.n_layers, config.d_model, config.n_heads, config.n_kv_heads, config.head_dim, config.d_ff),
+            *(config.context_length, ops.ACTIVATION_CODES[config.activation], config.norm_position == "post"),
+            *(config.norm_eps, 0.0, *map(self._data_pointer, (table, cos, sin))),
+            *(self._norm(model.final_norm), embedding, head, layers),
+        )
+
+    def _data_pointer(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        tensor = tensor.detach().contiguous()
+        self.keepalive.append(tensor)
+        return tensor.data_ptr()
+
+    def _norm(self, norm: nn.Module) -> _Norm:
+        """The structure of a norm; null pointers for `nn.Identity`."""
+        return _Norm(*map(self._data_pointer, (norm.weight, norm.bias))) if isinstance(norm, Norm) else _Norm()
+
+    def _matrix(self, weight: Tensor, precision: Precision, bias: Tensor | None = None) -> _Matrix:
+        quantized = quantize(weight, precision)
+        pointers = map(self._data_pointer, (quantized.data, quantized.scale, bias))
+        return _Matrix(*pointers, PRECISION_CODES[precision], *quantized.shape)

@@ -1,4 +1,4 @@
-// The forward pass of a GPT over rows, each a token at a position of a sequence; compiled and called by native_runner.py.
+// The forward pass of a GPT over rows, each a token at a position of a sequence; compiled and called by model_runner.py.
 //
 // The result of a row depends only on that row and on the keys and values of its own sequence: every sum is taken in one order,
 // whatever else is computed beside it. A sequence is therefore equal to the last bit alone and in a batch, at once and in chunks.
@@ -170,7 +170,7 @@ void nextword_scratch_free(void* scratch) { delete static_cast<Scratch*>(scratch
 // values are written to the cache before any row attends to them; a row attends to its sequence up to its own position.
 // logits[j, V] are those of row output_rows[j].
 void nextword_forward(
-    const Model* model, const Cache* cache, void* memory, int64_t threads, int64_t rows, const int64_t* tokens,
+    int64_t threads, const Model* model, const Cache* cache, void* memory, int64_t rows, const int64_t* tokens,
     const int64_t* positions, const int64_t* slots, int64_t n_outputs, const int64_t* output_rows, float* logits) {
   const Model& c = *model;
   Scratch& s = *static_cast<Scratch*>(memory);

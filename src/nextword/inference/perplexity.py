@@ -4,6 +4,7 @@ Shapes: B windows of a batch, T predicted positions (at most the context length)
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -141,15 +142,10 @@ def evaluate_perplexity(
             compute_token_nll(model, _read_windows(tokens, [0], context_length, stride))
     if dist_context is not None:
         sums, counts = dist_context.all_reduce_sum(sums), dist_context.all_reduce_sum(counts)
-    return _result(sums, counts, num_bytes, len(tokens) - 1, stride)
-
-
-def _result(sums: Tensor, counts: Tensor, num_bytes: int, total_tokens: int, stride: int) -> PerplexityResult:
-    """The result from the summed loss and the number of tokens at each position, both [T]."""
     num_tokens, nats = int(counts.sum()), float(sums.sum())
     if not math.isfinite(nats):
         raise NextwordError("the loss is not finite: the model's weights are damaged, or its training diverged")
-    evaluated_bytes = num_bytes * (num_tokens / total_tokens)
+    evaluated_bytes = num_bytes * (num_tokens / (len(tokens) - 1))
     return PerplexityResult(
         loss=nats / num_tokens,
         perplexity=math.exp(min(nats / num_tokens, 700.0)),  # exp overflows beyond
@@ -247,21 +243,15 @@ def evaluation_mode(model: GPT, inference_mode: bool = True) -> Iterator[None]:
 
 def _evenly_spaced(count: int, limit: int | None) -> list[int]:
     """All of `count` windows, or the middle one of each of `limit` equal parts."""
-    if limit is None or limit >= count:
-        return list(range(count))
-    return [(2 * i + 1) * count // (2 * limit) for i in range(max(1, limit))]
+    limit = count if limit is None else min(count, max(1, limit))
+    return [(2 * i + 1) * count // (2 * limit) for i in range(limit)]
 
 
 def _batch_windows(windows: Sequence[int], batch_size: int, singletons: Collection[int]) -> Iterator[Sequence[int]]:
     """Batches of windows; those in `singletons` each have a batch of their own."""
-    batch: list[int] = []
-    for window in windows:
-        if batch and (len(batch) == batch_size or window in singletons or batch[-1] in singletons):
-            yield batch
-            batch = []
-        batch.append(window)
-    if batch:
-        yield batch
+    for is_singleton, group in itertools.groupby(windows, lambda window: window in singletons):
+        members, size = list(group), 1 if is_singleton else batch_size
+        yield from (members[i : i + size] for i in range(0, len(members), size))
 
 
 def _read_windows(tokens: TokenSource, indices: Sequence[int], context_length: int, stride: int) -> np.ndarray:

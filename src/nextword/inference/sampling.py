@@ -143,21 +143,19 @@ def apply_penalties(
     return logits if allowed_mask is None else logits.masked_fill(~allowed_mask, -math.inf)
 
 
-def filter_logits(
-    logits: Tensor,
-    sampling: Sampling,
-    history: Sequence[int] = (),
-    generated: Sequence[int] = (),
-    allowed_mask: Tensor | None = None,
-) -> Tensor:
-    """The logits of the distribution that is sampled from. Arguments and errors as in `apply_penalties`.
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The probability of each token after temperature and filters.
+
+    Args:
+        logits: Logits [V], with penalties applied.
+        sampling: Sampling parameters.
 
     Returns:
-        [V] in float64; the largest is 0, and tokens that are ruled out are −∞.
+        [V] in float64.
     """
-    logits = apply_penalties(logits, sampling, history, generated, allowed_mask)
+    logits = logits.double()
     if sampling.temperature == 0:
-        return torch.full_like(logits, -math.inf).index_fill(0, logits.argmax(), 0.0)
+        return torch.zeros_like(logits).index_fill(0, logits.argmax(), 1.0)
     # Shifted before the division, so that no temperature overflows.
     logits = (logits - logits.max()) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < len(logits):
@@ -169,18 +167,7 @@ def filter_logits(
     if sampling.min_p:
         # p < min_p · max p; the largest logit is 0.
         logits = logits.masked_fill(logits < math.log(sampling.min_p), -math.inf)
-    return logits
-
-
-def probabilities(
-    logits: Tensor,
-    sampling: Sampling,
-    history: Sequence[int] = (),
-    generated: Sequence[int] = (),
-    allowed_mask: Tensor | None = None,
-) -> Tensor:
-    """The probability of each token, [V] in float64. Arguments and errors as in `apply_penalties`."""
-    return filter_logits(logits, sampling, history, generated, allowed_mask).softmax(0)
+    return logits.softmax(0)
 
 
 def sample(
@@ -201,8 +188,9 @@ def sample(
         generator: A generator on the CPU; one number is drawn, none with temperature 0.
         allowed_mask: Tokens that may follow.
     """
+    logits = apply_penalties(logits, sampling, history, generated, allowed_mask)
     if sampling.temperature == 0:
-        return int(apply_penalties(logits, sampling, history, generated, allowed_mask).argmax())
-    cumulative = probabilities(logits, sampling, history, generated, allowed_mask).cumsum(0)
+        return int(logits.argmax())
+    cumulative = probabilities(logits, sampling).cumsum(0)
     uniform = torch.rand((), generator=generator, dtype=torch.float64)
     return int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))

@@ -255,7 +255,7 @@ void store_head_grad(
 extern "C" {
 
 // Causal attention over qkv [N, (H + 2G) · K]: out [N, H · K] and logsumexp [B, H, T].
-void nextword_attention_forward(const AttentionArgs* args, int64_t threads, const float* qkv, float* out, float* logsumexp) {
+void nextword_attention_forward(int64_t threads, const AttentionArgs* args, const float* qkv, float* out, float* logsumexp) {
   const AttentionArgs& s = *args;
   const int64_t T = s.T, K = s.K, W = (s.H + 2 * s.G) * K, score_stride = padded_row_stride(T), heads_per_group = s.H / s.G;
   const float scale = 1 / std::sqrt(static_cast<float>(K));
@@ -295,7 +295,7 @@ void nextword_attention_forward(const AttentionArgs* args, int64_t threads, cons
 
 // dqkv, dquery_weight [K] and dkey_weight [K] from dout, and the inputs and outputs of the forward pass.
 void nextword_attention_backward(
-    const AttentionArgs* args, int64_t threads, const float* qkv, const float* out, const float* logsumexp, const float* dout,
+    int64_t threads, const AttentionArgs* args, const float* qkv, const float* out, const float* logsumexp, const float* dout,
     float* dqkv, float* dquery_weight, float* dkey_weight) {
   const AttentionArgs& s = *args;
   const int64_t T = s.T, K = s.K, W = (s.H + 2 * s.G) * K, O = s.H * K, score_stride = padded_row_stride(T), heads_per_group = s.H / s.G;

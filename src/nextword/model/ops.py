@@ -11,7 +11,6 @@ vocabulary; N = B · T rows.
 """
 
 import ctypes
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,18 +28,6 @@ ACTIVATION_CODES = {"swiglu": 0, "relu": 1, "gelu": 2}
 LOGITS_PER_CHUNK = 2**22  # 16 MB of logits at once, about the size of a last-level cache
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
-# The C functions of ops.cpp and the types of their arguments.
-SIGNATURES: dict[str, list[Any]] = {
-    "attention_forward": [POINTER, INT, *[POINTER] * 3],
-    "attention_backward": [POINTER, INT, *[POINTER] * 7],
-    "add_norm_forward": [INT, INT, INT, FLOAT, *[POINTER] * 6],
-    "add_norm_backward": [INT, INT, INT, FLOAT, *[POINTER] * 8],
-    "activation_forward": [INT, INT, INT, INT, *[POINTER] * 2],
-    "activation_backward": [INT, INT, INT, INT, *[POINTER] * 3],
-    "cross_entropy_with_grad": [INT, INT, INT, *[POINTER] * 3],
-    "logsumexp": [INT, INT, INT, *[POINTER] * 2],
-}
-
 
 class _AttentionArgs(ctypes.Structure):
     """`AttentionArgs` of ops.cpp."""
@@ -51,17 +38,6 @@ class _AttentionArgs(ctypes.Structure):
         ("eps", FLOAT),
         ("padding", FLOAT),
     )
-
-
-@cache
-def load_kernels() -> tuple[Any, str]:
-    """The compiled library with the types of its functions declared, or None and the reason why it cannot be built."""
-    library, reason = native_build.load_native_library(SOURCE)
-    if library is not None:
-        for name, argument_types in SIGNATURES.items():
-            function = getattr(library, f"nextword_{name}")
-            function.argtypes, function.restype = argument_types, None
-    return library, reason
 
 
 def supports(config: ModelConfig, weight: Tensor, device: torch.device | None = None) -> bool:
@@ -79,13 +55,7 @@ def supports(config: ModelConfig, weight: Tensor, device: torch.device | None = 
 
 def is_available(config: ModelConfig, weight: Tensor, device: torch.device | None = None) -> bool:
     """Whether `supports` holds and the kernels are compiled on this machine. Arguments as in `supports`."""
-    return supports(config, weight, device) and load_kernels()[0] is not None
-
-
-def _call(name: str, *arguments: Any) -> None:
-    """Call a C function; tensors are passed as pointers to their data."""
-    pointers = (value.data_ptr() if isinstance(value, Tensor) else value for value in arguments)
-    getattr(load_kernels()[0], f"nextword_{name}")(*pointers)
+    return supports(config, weight, device) and native_build.load_native_library(SOURCE)[0] is not None
 
 
 # ---------------------------------------------------------------- attention
@@ -147,7 +117,7 @@ class _Attention(Function):
         )
         out = qkv.new_empty(batch, length, config.n_heads * config.head_dim)
         logsumexp = qkv.new_empty(batch, config.n_heads, length)
-        _call("attention_forward", ctypes.byref(args), native_build.num_threads(), qkv, out, logsumexp)
+        native_build.call_native(SOURCE, "attention_forward", ctypes.byref(args), qkv, out, logsumexp)
         ctx.save_for_backward(qkv, out, logsumexp, query_norm, key_norm)
         ctx.args, ctx.tensors, ctx.has_gaps = args, tensors, attention_gaps is not None  # `args` points into `tensors`
         return out
@@ -161,7 +131,7 @@ class _Attention(Function):
         dout, dqkv = grad_outputs[0].contiguous(), torch.empty_like(qkv)
         dquery_norm, dkey_norm = (None if w is None else torch.empty_like(w) for w in (query_norm, key_norm))
         tensors = (qkv, out, logsumexp, dout, dqkv, dquery_norm, dkey_norm)
-        _call("attention_backward", ctypes.byref(ctx.args), native_build.num_threads(), *tensors)
+        native_build.call_native(SOURCE, "attention_backward", ctypes.byref(ctx.args), *tensors)
         return dqkv, dquery_norm, dkey_norm, None, None, None, None
 
 
@@ -195,7 +165,7 @@ class _AddNorm(Function):
         branch = None if branch is None else branch.contiguous()
         total, y = x if branch is None else torch.empty_like(x), torch.empty_like(x)
         rows, width = x.numel() // x.shape[-1], x.shape[-1]
-        _call("add_norm_forward", native_build.num_threads(), rows, width, eps, x, branch, weight, bias, total, y)
+        native_build.call_native(SOURCE, "add_norm_forward", rows, width, eps, x, branch, weight, bias, total, y)
         ctx.save_for_backward(total, weight, bias)
         ctx.eps, ctx.has_branch = eps, branch is not None
         ctx.set_materialize_grads(False)
@@ -213,7 +183,7 @@ class _AddNorm(Function):
         dtotal, dy = None if dtotal is None else dtotal.contiguous(), dy.contiguous()
         rows, width = total.numel() // total.shape[-1], total.shape[-1]
         tensors = (total, weight, bias, dy, dtotal, dx, dweight, dbias)
-        _call("add_norm_backward", native_build.num_threads(), rows, width, ctx.eps, *tensors)
+        native_build.call_native(SOURCE, "add_norm_backward", rows, width, ctx.eps, *tensors)
         return dx, dx if ctx.has_branch else None, dweight, dbias, None
 
 
@@ -241,7 +211,7 @@ class _Activation(Function):
         y = x.new_empty(*x.shape[:-1], width)
         ctx.save_for_backward(x)
         ctx.shape = (ACTIVATION_CODES[name], y.numel() // width, width)
-        _call("activation_forward", native_build.num_threads(), *ctx.shape, x, y)
+        native_build.call_native(SOURCE, "activation_forward", *ctx.shape, x, y)
         return y
 
     @staticmethod
@@ -249,7 +219,7 @@ class _Activation(Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (x,) = ctx.saved_tensors
         dx = torch.empty_like(x)
-        _call("activation_backward", native_build.num_threads(), *ctx.shape, x, grad_outputs[0].contiguous(), dx)
+        native_build.call_native(SOURCE, "activation_backward", *ctx.shape, x, grad_outputs[0].contiguous(), dx)
         return dx, None
 
 
@@ -306,7 +276,7 @@ class _LinearCrossEntropy(Function):
             chunk = slice(start, start + rows)
             logits = F.linear(hidden[chunk], unembedding)
             tensors = (targets[chunk], logits, losses[chunk])
-            _call("cross_entropy_with_grad", native_build.num_threads(), *logits.shape, *tensors)
+            native_build.call_native(SOURCE, "cross_entropy_with_grad", *logits.shape, *tensors)
             if dhidden is not None:
                 torch.mm(logits, unembedding, out=dhidden[chunk])
             if dunembedding is not None:
@@ -325,8 +295,12 @@ class _LinearCrossEntropy(Function):
 
 def logsumexp(logits: Tensor) -> Tensor:
     """log Σ exp of each row of logits [N, V]; [N], without gradient. Falls back to PyTorch without compiled kernels."""
-    if logits.device.type != "cpu" or logits.dtype != torch.float32 or load_kernels()[0] is None:
+    if (
+        logits.device.type != "cpu"
+        or logits.dtype != torch.float32
+        or native_build.load_native_library(SOURCE)[0] is None
+    ):
         return torch.logsumexp(logits, dim=1)
     logits, sums = logits.contiguous(), logits.new_empty(len(logits))
-    _call("logsumexp", native_build.num_threads(), *logits.shape, logits, sums)
+    native_build.call_native(SOURCE, "logsumexp", *logits.shape, logits, sums)
     return sums

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nextword.common import fs
 from nextword.common.environment import command_line, library_versions, machine_info
 from nextword.common.format import format_duration
+from nextword.common.native_build import load_native_library
 from nextword.common.run_dir import ROUNDING_NOTE
 from nextword.model import ops
 from nextword.model.config import ModelConfig
@@ -158,7 +159,7 @@ def setup_training(
         if is_resume:
             step_kind = fixed["step_kind"]
             if step_kind == "fused" and not can_fuse:
-                reason = ops.load_kernels()[1] if has_full_weights else "no process holds all weights at once"
+                reason = load_native_library(ops.SOURCE)[1] if has_full_weights else "no process holds all weights at once"
                 run.warn(
                     f"the run started with fused kernels, which are not available here ({reason}): {ROUNDING_NOTE}"
                 )
@@ -253,7 +254,7 @@ def autotune(
     setup.step_settings = replace(setup.step_settings, micro_batch_rows=smallest)
     estimate: float = dist.broadcast_object(setup.seconds_per_step)
     setup.seconds_per_step = estimate or measure_step(run, setup, setup.eager_step)
-    if step_kind == "plain" and run.device.type == "cpu" and (reason := ops.load_kernels()[1]):
+    if step_kind == "plain" and run.device.type == "cpu" and (reason := load_native_library(ops.SOURCE)[1]):
         run.info(f"training with PyTorch operations instead of fused kernels: {reason}")
     if config.training.compile == "yes":
         step_kind = "compiled"
