@@ -27,12 +27,7 @@ from nextword.model.config import PRESETS, build_config
 from nextword.model.gpt import GPT, with_classification_head, with_resized_vocabulary
 from nextword.model.hf import save_model
 from nextword.pipeline.language_model import LanguageModel
-from nextword.reporting.explain_page import (
-    content_security_policy,
-    read_resource,
-    text_direction,
-    write_explanation_page,
-)
+from nextword.reporting.explain_page import content_security_policy, text_direction, write_explanation_page
 from nextword.tasks.templates import HEAD_KINDS, TaskSpec
 
 transformers = pytest.importorskip("transformers")
@@ -393,7 +388,7 @@ def test_the_policy_names_what_is_in_the_page(models: dict[str, LanguageModel], 
     assert content_security_policy(style, script) in page
     for forbidden in ("innerHTML", "outerHTML", "insertAdjacentHTML", "eval(", "document.write", "://"):
         assert forbidden not in script
-    assert " style=" not in page.replace(read_resource("explain.css"), "")
+    assert " style=" not in page.replace(style, "")
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,10 @@ dark theme. The SVG refers to nothing outside of itself.
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -26,20 +25,20 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from nextword.common.results import BenchmarkResult
 from nextword.common.statistics import ScoreWithCI
 from nextword.reporting import formatting as fmt
-from nextword.reporting.run_data import Point
-from nextword.reporting.task_results import THIS_MODEL, TaskResults
+from nextword.reporting.run_data import METRICS, THIS_MODEL, Point, RunData, TaskResults
 
 Points = Sequence[Point]
+Plot = Callable[[Axes, bool], None]  # draws into axes, which may be those of a wide chart
 
-# Placeholder colours, each replaced by a CSS variable.
-TEXT_COLOR, MUTED_COLOR, GRID_COLOR, TRAIN_COLOR, VALIDATION_COLOR = (f"#01020{digit}" for digit in range(3, 8))
-SERIES_COLORS = tuple(f"#0102{number:02x}" for number in range(8, 14))  # one for each of the compared runs
-COLORS = (TEXT_COLOR, MUTED_COLOR, GRID_COLOR, TRAIN_COLOR, VALIDATION_COLOR, *SERIES_COLORS)
+# Placeholder colours, each replaced by a CSS variable. templates/charts.mplstyle has the first three.
 CSS_VARIABLES = ("--ink", "--soft", "--line", "--train", "--validation", *(f"--s{i}" for i in range(1, 7)))
-BASELINE_STYLE: Any = (0, (4, 3))
+COLORS = tuple(f"#0102{number:02x}" for number, _ in enumerate(CSS_VARIABLES, start=3))
+_, MUTED_COLOR, _, TRAIN_COLOR, VALIDATION_COLOR, *SERIES_COLORS = COLORS
 LINE_STYLES: Any = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 2, 2)), "-", (0, (6, 2)))  # not by colour alone
+BASELINE: Any = {"color": MUTED_COLOR, "linewidth": 1, "linestyle": (0, (4, 3))}
 
-STYLE_FILE = Path(__file__).parent / "templates" / "charts.mplstyle"
+INITIALIZATIONS = {"pretrained": "pre-trained", "scratch": "from scratch"}
+StudyPoint = tuple[int, Mapping[str, ScoreWithCI]]  # number of training examples, score by initialisation
 
 
 @dataclass(frozen=True)
@@ -59,207 +58,189 @@ class Chart:
     narrow: Markup | None = None
 
 
-def responsive_chart(caption: str, description: str, plot: Callable[..., Markup], *args: Any) -> Chart:
-    """A chart drawn twice by `plot(*args, wide=...)`, for wide pages and for narrow screens."""
-    return Chart(caption, description, plot(*args, wide=True), plot(*args, wide=False))
+def loss_chart(run: RunData) -> Chart | None:
+    """Training loss (faint: every step, strong: moving average) and validation loss by step; None if there are none."""
+    train, validation = run.series("loss"), run.series("validation", "loss")
+    bits = dict(run.series("validation", "bits_per_byte"))
+    bits_per_nat = next((bits[step] / loss for step, loss in validation if loss and bits.get(step)), None)
 
-
-def plot_loss(train: Points, validation: Points, bits_per_nat: float | None, *, wide: bool) -> Markup:
-    """Training loss (faint: every step, strong: moving average) and validation loss by step.
-
-    Args:
-        bits_per_nat: Bits per byte at a loss of one nat per token, for the right-hand axis. None: no such axis.
-    """
-    with matplotlib.rc_context(fname=STYLE_FILE):
-        figure, axes = _new_figure((7.6, 3.5) if wide else (3.7, 3.0), right_axis=bits_per_nat is not None)
+    def plot(axes: Axes, wide: bool) -> None:
         if train:
             _plot_with_average(axes, train, label="training")
         if validation:
-            axes.plot(*_split_xy(validation), color=VALIDATION_COLOR, marker="o", markersize=3.5, label="validation")
-        axes.set_ylim(*_y_limits_after_warmup([*train, *validation]))
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss, nats per token")
-        axes.xaxis.set_major_locator(MaxNLocator(6 if wide else 4, integer=True))
-        if bits_per_nat is not None:
+            axes.plot(*_split_xy(validation), color=VALIDATION_COLOR, marker="o", label="validation")
+        axes.set(xlabel="step", ylabel="loss, nats per token", ylim=_y_limits_after_warmup([*train, *validation]))
+        if bits_per_nat is not None:  # a right-hand axis
+            axes.margins(x=0.01)
             to_bits, to_nats = partial(np.multiply, bits_per_nat), partial(np.multiply, 1 / bits_per_nat)
             right = axes.secondary_yaxis("right", functions=(to_bits, to_nats))
             right.set_ylabel("bits per byte")
             right.spines["right"].set_visible(False)
-        if train or validation:
-            axes.legend()
-        return _to_svg(figure, f"loss-{'wide' if wide else 'narrow'}")
+        axes.legend()
+
+    if not train and not validation:
+        return None
+    sentences: list[str] = []
+    if train:
+        last = moving_average(train)[-1][1]
+        sentences.append(f"The training loss falls from {train[0][1]:.2f} to {last:.2f}.")
+    if run.best_validation:
+        step, loss = run.best_validation
+        sentences.append(f"The lowest validation loss is {loss:.3f}, at step {step:,.0f}.")
+    caption = "Training loss (faint: every step, strong: moving average) and validation loss. Lower is better."
+    return _responsive_chart("loss", caption, " ".join(sentences), plot, (3.5, 3.0))
 
 
-def plot_run_comparison(
-    curves: Sequence[tuple[str, Points]], x_label: str, y_label: str, id_prefix: str, *, wide: bool
-) -> Markup:
+def comparison_chart(name: str, curves: Sequence[tuple[str, Points]], x_label: str, y_label: str) -> Chart:
     """The curves of several runs, labelled at their ends where there is room, otherwise in a legend.
 
     Args:
+        name: Prefix of the ids in the SVG.
         curves: (run name, points), at most as many as there are `SERIES_COLORS`.
+        x_label: Label of the horizontal axis.
+        y_label: Label of the vertical axis, a loss.
     """
-    with matplotlib.rc_context(fname=STYLE_FILE):
-        figure, axes = _new_figure((7.6, 3.8) if wide else (3.7, 3.4))
-        end_labels: list[tuple[float, str, str]] = []
-        for (name, points), color, style in zip(curves, SERIES_COLORS, LINE_STYLES, strict=False):
-            if not points:
-                continue
-            marker = "o" if len(points) < 40 else None
-            axes.plot(*_split_xy(points), color=color, linestyle=style, marker=marker, markersize=3.5, label=name)
-            end_labels.append((points[-1][1], name, color))
-        axes.set_ylim(*_y_limits_after_warmup([point for _, points in curves for point in points]))
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        axes.xaxis.set_major_locator(MaxNLocator(6 if wide else 4, integer=True))
-        if wide and max(len(name) for name, _ in curves) <= 24:
-            _label_curve_ends(figure, axes, end_labels)
+
+    def plot(axes: Axes, wide: bool) -> None:
+        for (run, points), color, style in zip(curves, SERIES_COLORS, LINE_STYLES, strict=False):
+            if points:
+                marker = "o" if len(points) < 40 else None
+                axes.plot(*_split_xy(points), color=color, linestyle=style, marker=marker, label=run)
+        limits = _y_limits_after_warmup([point for _, points in curves for point in points])
+        axes.set(xlabel=x_label, ylabel=y_label, ylim=limits)
+        if wide and max(len(run) for run, _ in curves) <= 24:
+            _label_line_ends(axes)
         else:
             for text in axes.legend().get_texts():
                 text.set_parse_math(False)
-        return _to_svg(figure, f"{id_prefix}-{'wide' if wide else 'narrow'}")
+
+    caption = f"{y_label[0].upper()}{y_label[1:]} by {x_label}. Lower is better."
+    ends = "; ".join(f"{run} ends at {points[-1][1]:.3f}" for run, points in curves if points)
+    return _responsive_chart(name, caption, f"{caption} {ends}.", plot, (3.8, 3.4))
 
 
-def plot_small(
+def small_chart(
+    name: str,
+    caption: str,
     points: Points,
-    id_prefix: str,
     *,
     x_label: str = "step",
-    is_training: bool = False,
-    start_at_zero: bool = False,
     log_x: bool = False,
-    baseline: tuple[str, float] | None = None,
-) -> Markup:
+    start_at_zero: bool = False,
+    is_training: bool = False,
+    baseline: tuple[str, ScoreWithCI] | None = None,
+) -> Chart:
     """A small chart of one quantity.
 
     Args:
+        name: Suffix of the prefix of the ids in the SVG.
+        caption: Name of the quantity.
+        points: At least one point.
+        x_label: Label of the horizontal axis.
+        log_x: Whether the horizontal axis is logarithmic.
+        start_at_zero: Whether the vertical axis starts at 0.
         is_training: Whether to draw every step faint and the moving average strong, as for a training loss.
         baseline: (name, score) of a baseline, drawn as a dashed line.
     """
-    with matplotlib.rc_context(fname=STYLE_FILE):
-        figure, axes = _new_figure((3.7, 2.3))
+    values = [y for _, y in points]
+
+    def plot(axes: Axes, wide: bool) -> None:
         if is_training:
             _plot_with_average(axes, points, linewidth=1.4)
             axes.set_ylim(*_y_limits_after_warmup(points))
         else:
-            marker = None if baseline is None else "o"
-            axes.plot(*_split_xy(points), color=VALIDATION_COLOR, marker=marker, markersize=3.5, linewidth=1.4)
+            axes.plot(*_split_xy(points), color=VALIDATION_COLOR, marker="o" if baseline else None, linewidth=1.4)
         axes.set_xlabel(x_label)
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         if log_x:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(FuncFormatter(_format_tick))  # set_xscale has replaced it
         if start_at_zero:
-            axes.set_ylim(0, 1.08 * max(y for _, y in points) or 1)
-        if baseline is not None:
-            _draw_baseline(axes, *baseline, [y for _, y in points])
-        return _to_svg(figure, id_prefix)
+            axes.set_ylim(0, 1.08 * max(values) or 1)
+        if baseline:
+            label, score = baseline[0], baseline[1].value  # the label is above the line if most values are
+            is_low = score <= (max(*values, score) + min(*values, score)) / 2
+            axes.axhline(score, **BASELINE)
+            position: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+            position |= {"xytext": (2, 3), "va": "bottom"} if is_low else {"xytext": (2, -3), "va": "top"}
+            axes.annotate(label, (0, score), color=MUTED_COLOR, parse_math=False, **position)
+            axes.margins(y=0.12)
+
+    axis = x_label.split()[0]
+    (first_x, first), (last_x, last) = points[0], points[-1]
+    description = f"{caption}: {first:.3g} at {axis} {first_x:,.0f}, {last:.3g} at {axis} {last_x:,.0f}."
+    return Chart(caption, description, _draw(plot, (3.7, 2.3), f"small-{name}"))
 
 
-def _draw_baseline(axes: Axes, name: str, score: float, values: Sequence[float]) -> None:
-    """A dashed line with its name, above the line if most values are above it."""
-    is_low = score <= (max(*values, score) + min(*values, score)) / 2
-    axes.axhline(score, color=MUTED_COLOR, linewidth=1, linestyle=BASELINE_STYLE)
-    position: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-    position |= {"xytext": (2, 3), "va": "bottom"} if is_low else {"xytext": (2, -3), "va": "top"}
-    axes.annotate(name, (0, score), color=MUTED_COLOR, parse_math=False, **position)
-    axes.margins(y=0.12)
-
-
-@dataclass(frozen=True)
-class ScoreCurve:
-    """Scores by the number of training examples: the mean of the seeds as (examples, score), and every run."""
-
-    name: str
-    points: Sequence[tuple[float, ScoreWithCI]]
-    runs: Points
-
-    @property
-    def bounds(self) -> list[tuple[float, float, float, float]]:
-        """(examples, score, low, high) by the number of examples. Without an interval, low and high are the score."""
-        rows = ((x, score.value, score.low, score.high) for x, score in sorted(self.points, key=lambda point: point[0]))
-        return [(x, y, y if low is None else low, y if high is None else high) for x, y, low, high in rows]
-
-
-def plot_label_efficiency(
-    pretrained: ScoreCurve, scratch: ScoreCurve, baselines: Sequence[tuple[str, float]], y_label: str, *, wide: bool
-) -> Markup:
+def label_efficiency_chart(
+    metric: str,
+    points: Sequence[StudyPoint],
+    baselines: Mapping[str, ScoreWithCI],
+    runs: Sequence[Mapping[str, Any]],
+    higher_is_better: bool,
+) -> Chart:
     """Scores by the number of training examples on a logarithmic axis, with confidence bands and every single run.
 
     Args:
-        baselines: (name, score), drawn as dashed lines.
+        metric: The metric.
+        points: The mean scores, by the number of examples.
+        baselines: Scores of the baselines, drawn as dashed lines.
+        runs: `examples`, `score` and `pretrained` of every run.
+        higher_is_better: Whether a higher score is better.
     """
-    with matplotlib.rc_context(fname=STYLE_FILE):
-        figure, axes = _new_figure((7.6, 4.0) if wide else (3.7, 3.7))
-        end_labels: list[tuple[float, str, str]] = []
-        for curve, color in ((scratch, TRAIN_COLOR), (pretrained, VALIDATION_COLOR)):
-            if not curve.points:
-                continue
-            x, y, low, high = (list(column) for column in zip(*curve.bounds, strict=True))
-            axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-            axes.scatter(*_split_xy(curve.runs), color=color, alpha=0.4, s=11, linewidth=0)
-            axes.plot(x, y, color=color, marker="o", markersize=4.5)
-            end_labels.append((y[-1], curve.name, color))
-        for name, score in baselines:
-            axes.axhline(score, color=MUTED_COLOR, linewidth=1, linestyle=BASELINE_STYLE, zorder=1)
-            end_labels.append((score, name, MUTED_COLOR))
-        counts = sorted({x for curve in (pretrained, scratch) for x, _ in curve.points})
+    counts = [count for count, _ in points]
+    name, meaning = METRICS[metric]
+    bounds = {key: [_value_low_high(scores[key]) for _, scores in points] for key in INITIALIZATIONS}
+    all_bounds = [row for rows in bounds.values() for row in rows]
+    values = [value for value, _, _ in all_bounds] + [score.value for score in baselines.values()]
+    values += [run["score"] for run in runs]
+
+    def plot(axes: Axes, wide: bool) -> None:
+        for key, color in (("scratch", TRAIN_COLOR), ("pretrained", VALIDATION_COLOR)):
+            means, lows, highs = np.array(bounds[key]).T
+            pretrained = key == "pretrained"
+            dots = [(run["examples"], run["score"]) for run in runs if bool(run.get("pretrained")) == pretrained]
+            axes.fill_between(counts, lows, highs, color=color, alpha=0.15, linewidth=0)
+            axes.scatter(*_split_xy(dots), color=color, alpha=0.4, s=11, linewidth=0)
+            axes.plot(counts, means, color=color, marker="o", markersize=4.5, label=INITIALIZATIONS[key])
+        for baseline, score in baselines.items():
+            axes.axhline(score.value, **BASELINE, zorder=1, label=baseline)
         axes.set_xscale("log", base=2)
-        axes.set_xlim(min(counts) / 1.2, max(counts) * 1.2)
-        axes.set_xticks(*_spaced_ticks(counts, 0.09 if wide else 0.17), minor=False)
+        axes.set_xlim(counts[0] / 1.2, counts[-1] * 1.2)
+        min_gap = (0.09 if wide else 0.17) * (math.log(counts[-1] / counts[0]) or 1.0)
+        ticks = counts[-1:]  # the largest count, and those of the others that have room for their label
+        for count in reversed(counts):
+            if math.log(ticks[-1] / count) >= min_gap:
+                ticks.append(count)
+        axes.set_xticks(ticks, [f"{count:,}" for count in ticks], minor=False)
         axes.minorticks_off()
-        axes.set_ylim(*_label_efficiency_y_limits((pretrained, scratch), [score for _, score in baselines]))
-        axes.set_xlabel("labelled training examples")
-        axes.set_ylabel(y_label, parse_math=False)
+        # The limits include every score, and confidence bands up to half of the range of the scores beyond it.
+        low, high = min(values), max(values)
+        extra = 0.5 * (high - low) or 0.1 * abs(high) or 1.0
+        bottom = max(low - extra, min(low, *(row[1] for row in all_bounds)))
+        top = min(high + extra, max(high, *(row[2] for row in all_bounds)))
+        margin = 0.05 * (top - bottom) or extra
+        axes.set(xlabel="labelled training examples", ylim=(bottom - margin, top + margin))
+        axes.set_ylabel(name, parse_math=False)
         axes.yaxis.set_major_locator(MaxNLocator(6))
-        _label_curve_ends(figure, axes, end_labels)
-        return _to_svg(figure, f"label-efficiency-{'wide' if wide else 'narrow'}")
+        _label_line_ends(axes)
 
-
-def _spaced_ticks(counts: Sequence[float], min_gap: float) -> tuple[list[float], list[str]]:
-    """Positions and labels of the ticks: the largest count, and those of the others that have room for their label."""
-    span = math.log(max(counts) / min(counts)) or 1.0
-    ticks: list[float] = []
-    for count in sorted(counts, reverse=True):
-        if not ticks or math.log(ticks[-1] / count) / span >= min_gap:
-            ticks.append(count)
-    return ticks, [f"{count:,.0f}" for count in ticks]
-
-
-def _label_efficiency_y_limits(curves: Sequence[ScoreCurve], baselines: Sequence[float]) -> tuple[float, float]:
-    """Limits that include every score, and confidence bands up to half of the range of the scores beyond it."""
-    bounds = [row for curve in curves for row in curve.bounds]
-    values = [*baselines, *(row[1] for row in bounds), *(y for curve in curves for _, y in curve.runs)]
-    low, high = min(values), max(values)
-    extra = 0.5 * (high - low) or 0.1 * abs(high) or 1.0
-    bottom = max(low - extra, min([low, *(row[2] for row in bounds)]))
-    top = min(high + extra, max([high, *(row[3] for row in bounds)]))
-    margin = 0.05 * (top - bottom) or extra
-    return bottom - margin, top + margin
-
-
-def _label_curve_ends(figure: Figure, axes: Axes, end_labels: Sequence[tuple[float, str, str]]) -> None:
-    """Write (y, name, colour) at the right of the axes, moved apart where labels would touch."""
-    bottom, top = axes.get_ylim()
-    line_height = 12 / (0.75 * 72 * figure.get_figheight())  # as a fraction of the height of the axes, roughly
-    ordered = sorted(((y - bottom) / (top - bottom), name, color) for y, name, color in end_labels)
-    positions = [position for position, _, _ in ordered]
-    for i in range(1, len(positions)):
-        positions[i] = max(positions[i], positions[i - 1] + line_height)
-    limit = 1.0
-    for i in reversed(range(len(positions))):
-        positions[i] = min(positions[i], limit)
-        limit = positions[i] - line_height
-    for position, (_, name, color) in zip(positions, ordered, strict=True):
-        options: dict[str, Any] = {"annotation_clip": False, "parse_math": False}
-        axes.annotate(name, (1.015, position), xycoords="axes fraction", va="center", color=color, **options)
+    seeds = max(score.n or 1 for _, scores in points for score in scores.values())
+    repeated = f", mean of {seeds} seeds with its 95 % confidence interval. Each dot is one run" if seeds > 1 else ""
+    direction = "Higher is better" if higher_is_better else "Lower is better"
+    caption = f"{name[0].upper()}{name[1:]}: {meaning}{repeated}. {direction}."
+    results = [
+        f"{count:,} examples: pre-trained {fmt.score(scores['pretrained'])}, from scratch {fmt.score(scores['scratch'])}"
+        for count, scores in points
+    ]
+    results += [f"baseline {baseline}: {fmt.score(score)}" for baseline, score in baselines.items()]
+    return _responsive_chart("label-efficiency", caption, f"{name}. {'; '.join(results)}.", plot, (4.0, 3.7))
 
 
 # ---------------------------------------------------------------- dot plots
 
 
-@dataclass(frozen=True)
-class DotRow:
+class DotRow(NamedTuple):
     """A row of a dot plot: a score with its interval, and the score of guessing and of shuffled words if there are any."""
 
     label: str
@@ -267,15 +248,14 @@ class DotRow:
     is_highlighted: bool
     chance: float | None = None
     shuffled: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class DotPlot:
     """Scores on one axis, drawn in HTML and CSS. `ticks` are the marks of the axis, its ends included."""
 
-    caption: str
-    description: str
-    rows: list[DotRow]
+    rows: Sequence[DotRow]
     ticks: Sequence[float]
 
     def position(self, value: float) -> str:
@@ -283,53 +263,36 @@ class DotPlot:
         return self.width(self.ticks[0], max(self.ticks[0], min(self.ticks[-1], value)))
 
     def width(self, low: float, high: float) -> str:
+        """Distance of two values on the axis, as a CSS percentage."""
         return f"{100 * (high - low) / (self.ticks[-1] - self.ticks[0]):.2f}%"
 
 
 def task_score_plot(results: TaskResults) -> DotPlot | None:
     """The selection metric of the model, the base model and the baselines; None for one score without an interval."""
     scores = results.metric_scores
-    values = [x for _, score in scores for x in (score.value, score.low, score.high) if x is not None]
+    values = [x for score in scores.values() for x in (score.value, score.low, score.high) if x is not None]
     if len(values) < 2:
         return None
     low, high = min(values), max(values)
     ticks = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0.0 if 0 < low < 0.6 * high else low, high)
-    description = "; ".join(f"{system} {fmt.score(score)}" for system, score in scores)
-    return DotPlot(
-        caption=f"{results.info.name} on the validation set, with 95 % confidence intervals",
-        description=f"{results.info.name}: {description}.",
-        rows=[DotRow(system, score, system == THIS_MODEL) for system, score in scores],
-        ticks=[float(tick) + 0.0 for tick in ticks],
-    )
+    rows = [DotRow(system, score, system == THIS_MODEL) for system, score in scores.items()]
+    return DotPlot(rows, [float(tick) + 0.0 for tick in ticks])
 
 
 def benchmark_plot(benchmarks: Sequence[BenchmarkResult]) -> DotPlot | None:
     """The benchmarks for which guessing has a score, on one axis from 0 to 1."""
-    plotted = [
-        benchmark for benchmark in benchmarks if benchmark.chance is not None and 0 <= benchmark.score.value <= 1
-    ]
-    if not plotted:
-        return None
-    description = "; ".join(f"{entry.name} {fmt.score(entry.score)}, {fmt.versus_chance(entry)}" for entry in plotted)
-    return DotPlot(
-        caption="Benchmark scores with 95 % confidence intervals. Vertical line: chance. Ring: score with the words shuffled. "
-        "Grey: not significantly different from chance.",
-        description=f"{description}.",
-        rows=[
-            DotRow(
-                benchmark.name,
-                benchmark.score,
-                benchmark.chance_side is not None,
-                benchmark.chance,
-                benchmark.shuffled_control and benchmark.shuffled_control.value,
+    rows: list[DotRow] = []
+    for entry in benchmarks:
+        if entry.chance is not None and 0 <= entry.score.value <= 1:
+            shuffled = entry.shuffled_control and entry.shuffled_control.value
+            is_significant = entry.chance_side is not None
+            rows.append(
+                DotRow(entry.name, entry.score, is_significant, entry.chance, shuffled, fmt.versus_chance(entry))
             )
-            for benchmark in plotted
-        ],
-        ticks=[0.0, 0.25, 0.5, 0.75, 1.0],
-    )
+    return DotPlot(rows, [0.0, 0.25, 0.5, 0.75, 1.0]) if rows else None
 
 
-# ---------------------------------------------------------------- helpers
+# ---------------------------------------------------------------- drawing
 
 
 def moving_average(points: Points) -> list[Point]:
@@ -348,27 +311,19 @@ def downsample(points: Points, max_points: int = 600) -> Points:
     return points if stride <= 1 else [*points[:-1:stride], points[-1]]
 
 
+def _value_low_high(score: ScoreWithCI) -> tuple[float, float, float]:
+    """A score and the bounds of its interval; without one, both are the score."""
+    low, high = score.low, score.high
+    return score.value, score.value if low is None else low, score.value if high is None else high
+
+
+def _split_xy(points: Points) -> np.ndarray:
+    return np.array(downsample(points), dtype=np.float64).reshape(-1, 2).T
+
+
 def _plot_with_average(axes: Axes, points: Points, **line: Any) -> None:
     axes.plot(*_split_xy(points), color=TRAIN_COLOR, alpha=0.3, linewidth=0.9)
     axes.plot(*_split_xy(moving_average(points)), color=TRAIN_COLOR, **line)
-
-
-def _new_figure(size: tuple[float, float], right_axis: bool = False) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
-    axes.margins(x=0.01 if right_axis else 0.02)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.yaxis.set_major_formatter(FuncFormatter(_format_tick))
-    return figure, axes
-
-
-def _format_tick(value: float, _: int | None = None) -> str:
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e12 else f"{value:.3g}"
-
-
-def _split_xy(points: Points) -> tuple[list[float], list[float]]:
-    sampled = downsample(points)
-    return [x for x, _ in sampled], [y for _, y in sampled]
 
 
 def _y_limits_after_warmup(points: Points) -> tuple[float | None, float | None]:
@@ -381,10 +336,44 @@ def _y_limits_after_warmup(points: Points) -> tuple[float | None, float | None]:
     return min(late) - margin, max(late) + margin
 
 
-def _to_svg(figure: Figure, id_prefix: str) -> Markup:
-    """The figure as an element of an HTML page: no XML declaration, no addresses, prefixed ids, colours as variables."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+def _label_line_ends(axes: Axes) -> None:
+    """Write the label of each line at the right of the axes, moved apart where labels would touch."""
+    bottom, top = axes.get_ylim()
+    line_height = 12 / (0.75 * 72 * axes.figure.get_figheight())  # as a fraction of the height of the axes, roughly
+    lines: list[tuple[float, str, Any]] = sorted(
+        ((float(line.get_ydata()[-1]) - bottom) / (top - bottom), str(line.get_label()), line.get_color())
+        for line in axes.lines
+    )
+    steps = line_height * np.arange(len(lines))
+    heights = np.maximum.accumulate([height for height, _, _ in lines] - steps)  # each above the one below it
+    positions = np.minimum(heights, 1 - steps[-1:]) + steps  # and all below the top
+    for position, (_, name, color) in zip(positions, lines, strict=True):
+        options: dict[str, Any] = {"annotation_clip": False, "parse_math": False}
+        axes.annotate(name, (1.015, position), xycoords="axes fraction", va="center", color=color, **options)
+
+
+def _format_tick(value: float, _: int | None = None) -> str:
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e12 else f"{value:.3g}"
+
+
+def _responsive_chart(name: str, caption: str, description: str, plot: Plot, heights: tuple[float, float]) -> Chart:
+    """A chart that is drawn twice, for wide pages and for narrow screens."""
+    wide, narrow = ((7.6, heights[0]), (3.7, heights[1]))
+    return Chart(caption, description, _draw(plot, wide, f"{name}-wide"), _draw(plot, narrow, f"{name}-narrow"))
+
+
+def _draw(plot: Plot, size: tuple[float, float], id_prefix: str) -> Markup:
+    """A figure as an element of an HTML page: no XML declaration, no addresses, prefixed ids, colours as variables."""
+    buffer, wide = io.StringIO(), size[0] > 5
+    with matplotlib.rc_context(fname=fmt.TEMPLATES / "charts.mplstyle"):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        axes.margins(x=0.02)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.xaxis.set_major_locator(MaxNLocator(6 if wide else 4, integer=True))
+        axes.yaxis.set_major_formatter(FuncFormatter(_format_tick))
+        plot(axes, wide)
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -2,17 +2,17 @@
 
 import base64
 import hashlib
-import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from nextword.common.fs import atomic_write
-from nextword.reporting.rendering import read_resource, render_html
+from nextword.reporting.formatting import TEMPLATES, render_html
 from nextword.reporting.run_data import as_mapping
 
 LARGE_HEADING_CHARS, MAX_HEADING_CHARS = 90, 500
@@ -23,11 +23,12 @@ def write_explanation_page(explanation: Mapping[str, Any], path: Path) -> Path:
 
     Args:
         explanation: The result, as `nextword explain --json` prints it.
+        path: The page.
 
     Returns:
         The path of the page.
     """
-    style, script = read_resource("explain.css"), read_resource("explain.js")
+    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("explain.css", "explain.js"))
     text = "\n".join(explanation["texts"]) or "Empty text"
     page = render_html(
         "explain.html",
@@ -39,7 +40,7 @@ def write_explanation_page(explanation: Mapping[str, Any], path: Path) -> Path:
         is_long=len(text) > LARGE_HEADING_CHARS,
         explanation=explanation,
         show_whitespace=show_whitespace,
-        data=script_safe_json(page_data(explanation)),
+        data=htmlsafe_json_dumps(page_data(explanation), separators=(",", ":")),  # no text can end the script element
     )
     atomic_write(path, page)
     return path
@@ -54,12 +55,6 @@ def content_security_policy(style: str, script: str) -> str:
         f"default-src 'none'; script-src 'sha256-{script_hash}'; style-src 'sha256-{style_hash}'; base-uri 'none'; "
         "form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     )
-
-
-def script_safe_json(value: Any) -> Markup:
-    """JSON for a script element. It contains no "<", so no text can end the element."""
-    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
 def show_whitespace(text: str) -> str:
@@ -82,20 +77,16 @@ def page_data(explanation: Mapping[str, Any]) -> dict[str, Any]:
     def token_id(token: Mapping[str, Any]) -> int:
         return vocabulary.setdefault((token["text"], token["kind"]), len(vocabulary))
 
-    def candidate(token: Mapping[str, Any]) -> list[Any]:
-        return [token_id(token), float(f"{token['probability']:.4g}")]
+    def candidates(tokens: Sequence[Mapping[str, Any]]) -> list[Any]:
+        return [[token_id(token), float(f"{token['probability']:.4g}")] for token in tokens]
 
-    tokens: list[dict[str, Any]] = []
-    for token in explanation["tokens"]:
-        entry = {key: token[key] for key in ("probability", "rank", "surprisal") if key in token}
-        entry["word"] = token_id(token)
-        if "next" in token:
-            entry["next"] = [candidate(other) for other in token["next"]]
-        tokens.append(entry)
-    layers: list[dict[str, Any]] = []
-    for layer in explanation["layers"]:
-        predictions = {"predictions": [candidate(token) for token in layer["says"]]} if "says" in layer else {}
-        layers.append(predictions | {key: layer[key] for key in ("outputs",) if key in layer})
+    def describe(entry: Mapping[str, Any], kept: Sequence[str], **candidate_keys: str) -> dict[str, Any]:
+        lists = {name: candidates(entry[key]) for name, key in candidate_keys.items() if key in entry}
+        return {key: entry[key] for key in kept if key in entry} | lists
+
+    numbers = ("probability", "rank", "surprisal")
+    tokens = [{"word": token_id(token)} | describe(token, numbers, next="next") for token in explanation["tokens"]]
+    layers = [describe(layer, ("outputs",), predictions="says") for layer in explanation["layers"]]
     weights = [weight for layer in explanation["attention"] for head in layer for row in head for weight in row]
     layer, head = most_informative_head(explanation["heads"])
     return {
@@ -115,11 +106,9 @@ def page_data(explanation: Mapping[str, Any]) -> dict[str, Any]:
 def most_informative_head(heads: Sequence[Sequence[Mapping[str, float | None]]]) -> tuple[int, int]:
     """(layer, head) shown first: in the upper half of the layers, the head with the least weight on the first token, the
     previous token and the token itself."""
-    lowest_layer = len(heads) // 2
-    weights = [
+    weights = (
         (sum(share or 0.0 for share in head.values()), layer, index)
-        for layer, heads_of_layer in enumerate(heads)
-        for index, head in enumerate(heads_of_layer)
-        if layer >= lowest_layer
-    ]
+        for layer in range(len(heads) // 2, len(heads))
+        for index, head in enumerate(heads[layer])
+    )
     return min(weights)[1:]

@@ -1,17 +1,26 @@
-"""Values, scores and results as text for people. Every public function here is also a filter in the templates."""
+"""Values, scores and results as text for people, and the templates in which these functions are filters.
+
+Both kinds of templates escape every expression. In HTML that is Jinja's autoescape. In Markdown `finalize` escapes whatever
+would be markup; only values of type `Markup`, such as the output of the filter `fence`, are inserted as they are.
+"""
 
 import html
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from nextword.common.results import AuditFinding, BenchmarkResult, Provenance
+from nextword.common.format import format_bytes, format_count, format_duration
+from nextword.common.results import BenchmarkResult, Provenance, is_number, short_path_name
 from nextword.common.statistics import ScoreWithCI
 
+TEMPLATES = Path(__file__).parent / "templates"
 SECTION_TITLES = {
     "bias": "Social bias",
     "memory": "Memorisation of training text",
@@ -19,6 +28,7 @@ SECTION_TITLES = {
     "cost": "Energy and carbon",
 }
 MAX_GROUPS = 40
+T = TypeVar("T")
 _CONTROL_CHARACTERS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
@@ -138,8 +148,42 @@ def extreme_groups(benchmark: BenchmarkResult) -> list[tuple[str, ScoreWithCI]]:
     return ordered if len(ordered) <= MAX_GROUPS else ordered[: MAX_GROUPS // 2] + ordered[-MAX_GROUPS // 2 :]
 
 
-def group_by_section(findings: Sequence[AuditFinding]) -> dict[str, list[AuditFinding]]:
-    """Findings by section, in the order of `SECTION_TITLES`, unknown sections last."""
-    names = dict.fromkeys([*SECTION_TITLES, *(finding.section for finding in findings)])
-    sections = {name: [finding for finding in findings if finding.section == name] for name in names}
-    return {name: group for name, group in sections.items() if group}
+def group_by_section(entries: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
+    """(section, entry) of audits as entries by the title of their section, in the order of `SECTION_TITLES`."""
+    groups: dict[str, list[T]] = {title: [] for title in SECTION_TITLES.values()}
+    for section, entry in entries:
+        groups.setdefault(SECTION_TITLES.get(section, section), []).append(entry)
+    return {title: group for title, group in groups.items() if group}
+
+
+# ---------------------------------------------------------------- templates
+
+
+def render_html(template: str, **context: Any) -> str:
+    """Render an HTML template; every value is escaped."""
+    return sanitize(_environment(markdown=False).get_template(template).render(context))
+
+
+def render_markdown(template: str, **context: Any) -> str:
+    """Render a Markdown template; every value is escaped."""
+    return sanitize(_environment(markdown=True).get_template(template).render(context))
+
+
+@cache
+def _environment(markdown: bool) -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        finalize=escape_markdown if markdown else None,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    filters = (fence, interval, number, perplexity, readable, score)
+    filters += (extreme_groups, item_count, provenance, versus_chance)
+    environment.filters |= {function.__name__: function for function in filters}
+    environment.filters |= {"bytes": format_bytes, "count": format_count, "duration": format_duration}
+    environment.filters |= {"json": lambda value: Markup(json.dumps(value)), "short_name": short_path_name}
+    environment.tests["finite"] = is_number
+    return environment

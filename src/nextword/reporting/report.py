@@ -1,33 +1,31 @@
 """A run directory as one HTML page (`report.html`): its training curves and everything that was evaluated and audited.
 
-The page is self-contained: no script and no external resource.
+A run of `nextword transfer` has a page on label efficiency instead: what pre-training is worth in labels. Pages are
+self-contained: no script and no external resource.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nextword.common.errors import NextwordError
 from nextword.common.format import format_bytes, format_duration
 from nextword.common.fs import atomic_write
-from nextword.common.results import StoredResults
+from nextword.common.results import StoredResults, is_number, short_path_name
 from nextword.reporting import charts
 from nextword.reporting import formatting as fmt
 from nextword.reporting.card import is_unmodified_card, write_card
-from nextword.reporting.label_efficiency_page import write_label_efficiency_page
-from nextword.reporting.rendering import render_html
 from nextword.reporting.run_data import (
     LM_LOSS_TASKS,
+    LOWER_IS_BETTER_METRICS,
+    METRICS,
     RunData,
+    TaskResults,
     as_list,
     as_mapping,
-    is_imbalanced,
-    is_number,
-    short_path_name,
-    task_metadata,
-    validation_loss_unit,
+    get_nested,
+    parse_scores,
 )
-from nextword.reporting.task_results import METRICS, TaskResults
 
 __all__ = ["refresh_unmodified", "regenerate", "write_card", "write_report", "write_run_reports"]
 
@@ -42,37 +40,12 @@ def write_report(run_dir: Path) -> Path:
         The path of the page.
 
     Raises:
-        NextwordError: Not a run directory, or an unfinished `nextword transfer`.
+        NextwordError: Not a run directory, or a `nextword transfer` that is unfinished or has no scores to plot.
         CorruptFileError: One of its files is damaged.
     """
     run = RunData.load(run_dir)
-    if run.metadata.get("task") == "transfer":
-        return _write_study_report(run_dir, run)
-    stored, results = StoredResults.load(run_dir), TaskResults.from_run(run) if run.task else None
-    metric = results.metric if results and results.metric != "loss" else "bits_per_byte"
-    losses, scores = dict(run.series("validation", "loss")), dict(run.series("validation", metric))
-    page = render_html(
-        "report.html",
-        title=run.name,
-        run=run,
-        subtitle=_subtitle(run),
-        results=results,
-        metrics=METRICS,
-        task_scores=results and charts.task_score_plot(results),
-        loss_chart=_loss_chart(run) if run.task in LM_LOSS_TASKS else None,
-        charts=[*(_task_charts(run, results) if results else ()), *_training_charts(run)],
-        metric=metric,
-        losses=losses,
-        scores=scores,
-        validation_steps=sorted({*losses, *scores}),
-        samples=_select_samples(run),
-        tables=_metadata_tables(run),
-        is_imbalanced=is_imbalanced(run),
-        stored=stored,
-        benchmark_plot=charts.benchmark_plot(stored.benchmarks),
-        findings_by_section=fmt.group_by_section(stored.findings),
-        section_titles=fmt.SECTION_TITLES,
-    )
+    is_study = run.metadata.get("task") == "transfer"
+    page = _render_study(run_dir, run) if is_study else _render_training(run, StoredResults.load(run_dir))
     atomic_write(run_dir / "report.html", page)
     return run_dir / "report.html"
 
@@ -81,12 +54,12 @@ def write_run_reports(run_dir: Path, overwrite: bool = True) -> None:
     """Write the model card and the report of a complete run.
 
     Args:
+        run_dir: The run directory.
         overwrite: Whether to replace existing files.
     """
-    if overwrite or not (run_dir / "README.md").is_file():
-        write_card(run_dir)
-    if overwrite or not (run_dir / "report.html").is_file():
-        write_report(run_dir)
+    for name, write in (("README.md", write_card), ("report.html", write_report)):
+        if overwrite or not (run_dir / name).is_file():
+            write(run_dir)
 
 
 def regenerate(run_dir: Path) -> Path:
@@ -115,19 +88,34 @@ def refresh_unmodified(run_dir: Path, info: Callable[[str], None]) -> None:
         )
 
 
-def _write_study_report(run_dir: Path, run: RunData) -> Path:
-    """Write the page of `nextword transfer` again from its result."""
-    if not run.result:
-        raise NextwordError(f"{run_dir}: this study is not finished and has no report yet. Continue it with --resume")
-    request = as_mapping(run.metadata.get("request"))
-    data = request.get("data")
-    names: dict[str, str] = {"command": str(run.metadata.get("command") or "")}
-    for key, path in {
-        "model": request.get("model"),
-        "data": data[0] if isinstance(data, list) and data else None,
-    }.items():
-        names[key] = short_path_name(path) if isinstance(path, str) else key
-    return write_label_efficiency_page(run_dir, {**run.result, **names})
+# ---------------------------------------------------------------- training
+
+
+def _render_training(run: RunData, stored: StoredResults) -> str:
+    results = TaskResults.from_run(run) if run.task else None
+    metric = results.metric if results and results.metric != "loss" else "bits_per_byte"
+    samples = list(run.samples_by_step.items())
+    shown = {round(i * (len(samples) - 1) / (MAX_SAMPLES - 1)) for i in range(MAX_SAMPLES)}  # evenly spaced
+    return fmt.render_html(
+        "report.html",
+        title=run.name,
+        run=run,
+        subtitle=_subtitle(run),
+        results=results,
+        metrics=METRICS,
+        task_scores=results and charts.task_score_plot(results),
+        loss_chart=charts.loss_chart(run) if run.task in LM_LOSS_TASKS else None,
+        charts=_small_charts(run, results),
+        metric=metric,
+        losses=dict(run.series("validation", "loss")),
+        scores=dict(run.series("validation", metric)),
+        samples=[group for i, group in enumerate(samples) if i in shown],
+        other_samples=[group for i, group in enumerate(samples) if i not in shown],
+        tables=_metadata_tables(run),
+        stored=stored,
+        benchmark_plot=charts.benchmark_plot(stored.benchmarks),
+        findings_by_section=fmt.group_by_section((finding.section, finding) for finding in stored.findings),
+    )
 
 
 def _subtitle(run: RunData) -> str:
@@ -139,86 +127,32 @@ def _subtitle(run: RunData) -> str:
     return " · ".join(str(part) for part in (*model, status, created) if part)
 
 
-# ---------------------------------------------------------------- charts
+def _small_charts(run: RunData, results: TaskResults | None) -> list[charts.Chart]:
+    """Score and losses of a fine-tuning, learning rate, gradient norm and throughput by step, and loss by position."""
+    small: list[charts.Chart] = []
 
+    def add(name: str, caption: str, points: charts.Points, min_points: int = 1, **options: Any) -> None:
+        if len(points) >= min_points:
+            small.append(charts.small_chart(name, caption, points, **options))
 
-def _loss_chart(run: RunData) -> charts.Chart | None:
-    train, validation = run.series("loss"), run.series("validation", "loss")
-    if not train and not validation:
-        return None
-    bits = dict(run.series("validation", "bits_per_byte"))
-    bits_per_nat = next((bits[step] / loss for step, loss in validation if loss and bits.get(step)), None)
-    sentences: list[str] = []
-    if train:
-        last = charts.moving_average(train)[-1][1]
-        sentences.append(f"The training loss falls from {train[0][1]:.2f} to {last:.2f}.")
-    if run.best_validation:
-        step, loss = run.best_validation
-        sentences.append(f"The lowest validation loss is {loss:.3f}, at step {step:,.0f}.")
-    caption = "Training loss (faint: every step, strong: moving average) and validation loss. Lower is better."
-    description = " ".join(sentences)
-    return charts.responsive_chart(caption, description, charts.plot_loss, train, validation, bits_per_nat)
-
-
-def _training_charts(run: RunData) -> list[charts.Chart]:
-    """Learning rate, gradient norm and throughput by step, and the validation loss by position."""
-    captions = {
-        "lr": "Learning rate",
-        "gradient_norm": "Gradient norm before clipping",
-        "tokens_per_second": "Tokens per second",
-    }
-    series = {key: run.series(key) for key in captions}
-    small = [_small_chart(captions[key], series[key], key, start_at_zero=True) for key in captions if series[key]]
+    if results and results.metric not in LOWER_IS_BETTER_METRICS:
+        caption = f"{results.info.name} on the validation examples used during training"
+        add("score", caption, run.series("validation", results.metric), 2, baseline=results.best_baseline)
+    if run.task not in LM_LOSS_TASKS:  # the two losses are different quantities
+        add("validation", f"Validation loss: {run.loss_unit}", run.series("validation", "loss"), 2)
+        weight = run.get("tuning", "auxiliary")
+        loss = f"task loss + {weight:g} × language modelling loss" if is_number(weight) and weight > 0 else "task loss"
+        loss = "DPO, which starts at ln 2 = 0.693" if run.task_kind == "preference" else loss
+        add("training", f"Training loss: {loss}", run.series("loss"), 2, is_training=True)
+    add("lr", "Learning rate", run.series("lr"), start_at_zero=True)
+    add("gradient_norm", "Gradient norm before clipping", run.series("gradient_norm"), start_at_zero=True)
+    add("tokens_per_second", "Tokens per second", run.series("tokens_per_second"), start_at_zero=True)
     losses = as_list(run.result.get("by_position")) or as_list(run.get("evaluation", "by_position"))
-    if len(losses) > 1 and all(map(is_number, losses)):
+    if all(map(is_number, losses)):
         caption = "Validation loss by position: the benefit of a longer context"
         points = [(float(position), loss) for position, loss in enumerate(losses, start=1)]
-        small.append(_small_chart(caption, points, "position", x_label="position in the context window", log_x=True))
+        add("position", caption, points, 2, x_label="position in the context window", log_x=True)
     return small
-
-
-def _task_charts(run: RunData, results: TaskResults) -> list[charts.Chart]:
-    """The score and, where the two are different quantities, the validation loss and the training loss by step."""
-    small: list[charts.Chart] = []
-    points = run.series("validation", results.metric)
-    if len(points) > 1 and results.metric not in ("loss", "bits_per_byte"):
-        baseline = results.best_baseline and (results.best_baseline[0], results.best_baseline[1].value)
-        caption = f"{results.info.name} on the validation examples used during training"
-        small.append(_small_chart(caption, points, "score", baseline=baseline))
-    if run.task in LM_LOSS_TASKS:
-        return small
-    if len(points := run.series("validation", "loss")) > 1:
-        small.append(_small_chart(f"Validation loss: {validation_loss_unit(run)}", points, "validation"))
-    if len(points := run.series("loss")) > 1:
-        small.append(_small_chart(f"Training loss: {_training_loss_name(run)}", points, "training", is_training=True))
-    return small
-
-
-def _small_chart(caption: str, points: charts.Points, name: str, **options: Any) -> charts.Chart:
-    axis = options.get("x_label", "step").split()[0]
-    (first_x, first), (last_x, last) = points[0], points[-1]
-    description = f"{caption}: {first:.3g} at {axis} {first_x:,.0f}, {last:.3g} at {axis} {last_x:,.0f}."
-    return charts.Chart(caption, description, charts.plot_small(points, f"small-{name}", **options))
-
-
-def _training_loss_name(run: RunData) -> str:
-    if run.task_kind == "preference":
-        return "DPO, which starts at ln 2 = 0.693"
-    weight = run.get("tuning", "auxiliary")
-    return f"task loss + {weight:g} × language modelling loss" if is_number(weight) and weight > 0 else "task loss"
-
-
-# ---------------------------------------------------------------- samples and tables
-
-
-def _select_samples(run: RunData) -> dict[str, list[Any]]:
-    """The samples of evenly spaced steps, to be shown, and those of the other steps."""
-    groups = list(run.samples_by_step.items())
-    indices = {round(i * (len(groups) - 1) / (MAX_SAMPLES - 1)) for i in range(MAX_SAMPLES)}
-    return {
-        "shown": [group for i, group in enumerate(groups) if i in indices],
-        "others": [group for i, group in enumerate(groups) if i not in indices],
-    }
 
 
 def _metadata_tables(run: RunData) -> dict[str, list[tuple[str, str]]]:
@@ -233,16 +167,57 @@ def _metadata_tables(run: RunData) -> dict[str, list[tuple[str, str]]]:
         result["energy"] = f"{energy.get('watt_hours')} Wh, {'measured' if energy.get('measured') else 'estimated'}"
     if not result and run.best_validation:
         result = {"best validation loss": run.best_validation[1], "best step": run.best_validation[0]}
-    tables: dict[str, Mapping[str, Any]] = {
+    model = {key: run.get(key) for key in ("preset", "size", "parameters", "trained_parameters")}
+    tables: dict[str, Any] = {
         "Result": result,
-        "Task": task_metadata(run) if run.task else {},
-        "Model": {key: run.get(key) for key in ("preset", "size", "parameters", "trained_parameters")}
-        | dict(as_mapping(run.get("model"))),
+        "Task": run.task_metadata,
+        "Model": {**model, **as_mapping(run.get("model"))},
         "Data": {key: value for key, value in as_mapping(run.get("data")).items() if key != "labels"},
-        "Training": as_mapping(run.get("training")),
-        "Fine-tuning": as_mapping(run.get("tuning")) if run.task else {},
-        "Hardware": as_mapping(run.get("machine")),
-        "Versions": as_mapping(run.get("versions")),
+        "Training": run.get("training"),
+        "Fine-tuning": run.get("tuning") if run.task else None,
+        "Hardware": run.get("machine"),
+        "Versions": run.get("versions"),
     }
-    rows = {caption: fmt.flatten(values) for caption, values in tables.items()}
+    rows = {caption: fmt.flatten(as_mapping(values)) for caption, values in tables.items()}
     return {caption: values for caption, values in rows.items() if values}
+
+
+# ---------------------------------------------------------------- label efficiency
+
+
+def _render_study(run_dir: Path, run: RunData) -> str:
+    study, metric = run.result, str(run.result.get("metric"))
+    if not study:
+        raise NextwordError(f"{run_dir}: this study is not finished and has no report yet. Continue it with --resume")
+    points: list[charts.StudyPoint] = []
+    for point in as_list(study.get("points")):
+        count, scores = get_nested(point, "examples"), parse_scores(point)
+        if is_number(count) and count > 0 and scores.keys() >= charts.INITIALIZATIONS.keys():
+            points.append((int(count), scores))
+    if metric not in METRICS or not points:
+        raise NextwordError(
+            f"{run_dir}: the study has no scores to plot (metric: {metric}). Run nextword transfer again"
+        )
+    points.sort(key=lambda point: point[0])
+    cells = [as_mapping(cell) for cell in as_list(study.get("cells"))]
+    cells = [cell for cell in cells if is_number(cell.get("score")) and is_number(cell.get("examples"))]
+    cells.sort(key=lambda cell: (cell["examples"], not cell.get("pretrained"), str(cell.get("seed"))))
+    higher_is_better = study.get("higher_is_better")
+    if not isinstance(higher_is_better, bool):
+        higher_is_better = metric not in LOWER_IS_BETTER_METRICS
+    baselines, data = parse_scores(study.get("baselines")), as_list(run.get("request", "data"))
+    names = (study.get("task"), run.get("request", "model"), *data[:1])
+    return fmt.render_html(
+        "label_efficiency.html",
+        title=run.name,
+        headline=str(study.get("sentence") or "Label efficiency of pre-training"),
+        subtitle=" · ".join(short_path_name(str(name)) for name in names if name),
+        metric=METRICS[metric].name,
+        figure=charts.label_efficiency_chart(metric, points, baselines, cells, higher_is_better),
+        initializations=charts.INITIALIZATIONS,
+        points=points,
+        sign=1 if higher_is_better else -1,
+        baselines=baselines,
+        runs=cells,
+        command_line=run.get("command"),
+    )

@@ -1,30 +1,59 @@
-"""The files of a run directory, as reports and model cards read them.
+"""The files of a run directory, as reports and model cards read them, and the scores in them.
 
 Any of them may be incomplete, from an older version, or edited by hand: values of an unexpected type are treated as missing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from nextword.common.errors import CorruptFileError, NextwordError
 from nextword.common.fs import read_json, read_jsonl
-from nextword.common.results import is_number as is_number
-from nextword.common.results import short_path_name as short_path_name
+from nextword.common.results import is_number, short_path_name
+from nextword.common.statistics import ScoreWithCI
 
 LM_LOSS_TASKS = (None, "continue", "chat", "rewrite")  # the training and the validation loss are the same quantity
-
+LOSS_UNITS = {
+    "label": "nats per example",
+    "labels": "binary cross-entropy, nats per label",
+    "score": "squared error",
+    "choice": "nats per example",
+    "preference": "nats per token of the chosen answer",
+}
 IMBALANCE_RATIO = 2.0  # of the most to the least frequent label, from which on labels count as imbalanced
+LOWER_IS_BETTER_METRICS = ("bits_per_byte", "loss")
+THIS_MODEL, BASE_MODEL = "this model", "base model"
 
 Point = tuple[float, float]
 
 
-class Sample(NamedTuple):
-    """A text that the model generated during training, with its prompt."""
+class MetricInfo(NamedTuple):
+    """Display name of a metric, and what it measures."""
 
-    prompt: str
-    text: str
+    name: str
+    description: str
+
+
+METRICS = {
+    "accuracy": MetricInfo("accuracy", "the fraction of examples predicted correctly"),
+    "macro_f1": MetricInfo("macro-F1", "the unweighted mean of the F1 scores of the labels"),
+    "micro_f1": MetricInfo("micro-F1", "the F1 score over all labels of all examples"),
+    "exact_match": MetricInfo("exact match", "the fraction of examples with exactly the right labels"),
+    "matthews": MetricInfo(
+        "Matthews correlation", "the correlation of predictions and labels (0 is chance, 1 is perfect)"
+    ),
+    "pearson": MetricInfo("Pearson correlation", "the linear correlation of predictions and targets (1 is perfect)"),
+    "spearman": MetricInfo("Spearman correlation", "the rank correlation of predictions and targets (1 is perfect)"),
+    "chrf": MetricInfo("chrF", "the character n-gram F-score against the reference, 0 to 100"),
+    "bleu": MetricInfo("BLEU", "the n-gram precision against the reference with a brevity penalty, 0 to 100"),
+    "rouge1": MetricInfo("ROUGE-1", "the unigram overlap with the reference, 0 to 100"),
+    "rouge2": MetricInfo("ROUGE-2", "the bigram overlap with the reference, 0 to 100"),
+    "rougeL": MetricInfo("ROUGE-L", "the longest common subsequence with the reference, 0 to 100"),
+    "preferred": MetricInfo("preference accuracy", "the fraction of pairs whose chosen answer is the more likely one"),
+    "bits_per_byte": MetricInfo("bits per byte", "the mean code length per byte of the validation set"),
+    "loss": MetricInfo("loss", "the mean loss on the validation set"),
+}
 
 
 @dataclass(frozen=True)
@@ -55,18 +84,17 @@ class RunData:
             raise NextwordError(
                 f"{run_dir}: not a run directory (run.json is missing). Pass the --out directory of a training command"
             )
-        metadata: Any = read_json(run_dir / "run.json")
-        result: Any = read_json(run_dir / "result.json") if (run_dir / "result.json").exists() else {}
-        for name, value in (("run.json", metadata), ("result.json", result)):
+        metadata = read_json(run_dir / "run.json")
+        result = read_json(run_dir / "result.json") if (run_dir / "result.json").exists() else {}
+        records = read_jsonl(run_dir / "metrics.jsonl")
+        objects = {"run.json": metadata, "result.json": result}
+        objects |= {f"metrics.jsonl line {line}": record for line, record in enumerate(records, start=1)}
+        for name, value in objects.items():
             if not isinstance(value, dict):
                 raise CorruptFileError(f"{run_dir / name}: expected a JSON object")
-        records = read_jsonl(run_dir / "metrics.jsonl")
-        for line, record in enumerate(records, start=1):
-            if not isinstance(record, dict):
-                raise CorruptFileError(f"{run_dir / 'metrics.jsonl'} line {line}: expected a JSON object")
         return cls(run_dir.resolve().name, metadata, records, result)
 
-    # ---------------------------------------------------------------- metrics.jsonl
+    # ---------------------------------------------------------------- metrics.jsonl and result.json
 
     def series(self, *keys: str) -> list[Point]:
         """(step, value) of every record with a finite number at `keys`, for example `series("validation", "loss")`."""
@@ -82,33 +110,10 @@ class RunData:
         """Step and value of the lowest validation loss."""
         return min(self.series("validation", "loss"), key=lambda point: point[1], default=None)
 
-    @property
-    def samples_by_step(self) -> dict[Any, list[Sample]]:
-        """The generated samples, grouped by step."""
-        by_step: dict[Any, list[Sample]] = {}
-        for record in self.records:
-            if isinstance(record.get("sample"), dict):
-                sample = as_mapping(record["sample"])
-                entry = Sample(str(sample.get("prompt") or ""), str(sample.get("text") or ""))
-                step = record.get("step")
-                by_step.setdefault(step if is_number(step) else str(step), []).append(entry)
-        return by_step
-
-    # ---------------------------------------------------------------- results
-
-    @property
-    def loss(self) -> float | None:
-        """Final validation loss, or the lowest one so far."""
-        value = self.result.get("loss")
-        return value if is_number(value) else self.best_validation[1] if self.best_validation else None
-
-    @property
-    def bits_per_byte(self) -> float | None:
-        """Final bits per byte on the validation set, or the lowest value so far."""
-        value = self.result.get("bits_per_byte")
-        return (
-            value if is_number(value) else min((y for _, y in self.series("validation", "bits_per_byte")), default=None)
-        )
+    def final_value(self, metric: str) -> float | None:
+        """The final loss or bits per byte on the validation set, or the lowest value so far."""
+        value = self.result.get(metric)
+        return value if is_number(value) else min((y for _, y in self.series("validation", metric)), default=None)
 
     @property
     def seconds(self) -> float | None:
@@ -122,6 +127,17 @@ class RunData:
         before, after = (get_nested(self.result, "forgetting", key) for key in ("before", "after"))
         known = is_number(before) and is_number(after) and before > 0 and not self.get("recipe", "scratch")
         return (before, after) if known else None
+
+    @property
+    def samples_by_step(self) -> dict[Any, list[tuple[str, str]]]:
+        """The samples generated during training as (prompt, text), grouped by step."""
+        by_step: dict[Any, list[tuple[str, str]]] = {}
+        for record in self.records:
+            step, sample = record.get("step"), record.get("sample")
+            if isinstance(sample, dict):
+                prompt, text = (str(as_mapping(sample).get(key) or "") for key in ("prompt", "text"))
+                by_step.setdefault(step if is_number(step) else str(step), []).append((prompt, text))
+        return by_step
 
     # ---------------------------------------------------------------- run.json
 
@@ -141,6 +157,11 @@ class RunData:
         return str(self.get("task", "kind"))
 
     @property
+    def loss_unit(self) -> str:
+        """What the validation loss of a fine-tuning is."""
+        return LOSS_UNITS.get(self.task_kind, "nats per token")
+
+    @property
     def labels(self) -> list[str]:
         """The labels of a classification task."""
         return [str(label) for label in as_list(self.get("task", "labels"))]
@@ -153,46 +174,128 @@ class RunData:
         return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
 
     @property
+    def is_imbalanced(self) -> bool:
+        """Whether the label distribution deserves a section of its own."""
+        counts = self.label_counts
+        return len(counts) > 1 and counts[0][1] >= IMBALANCE_RATIO * counts[-1][1]
+
+    @property
     def base_model(self) -> str | None:
         """Name of the model that the run started from, without its directory."""
         path = self.get("base", "model")
         return short_path_name(path) if isinstance(path, str) and path else None
 
-
-def validation_loss_unit(run: RunData) -> str:
-    """What the validation loss of the run's task is."""
-    return {
-        "label": "nats per example",
-        "labels": "binary cross-entropy, nats per label",
-        "score": "squared error",
-        "choice": "nats per example",
-        "preference": "nats per token of the chosen answer",
-    }.get(run.task_kind, "nats per token")
-
-
-def is_imbalanced(run: RunData) -> bool:
-    """Whether the label distribution deserves a section of its own."""
-    counts = run.label_counts
-    return len(counts) > 1 and counts[0][1] >= IMBALANCE_RATIO * counts[-1][1]
-
-
-def task_metadata(run: RunData) -> dict[str, Any]:
-    """What was trained on what, by display name; unknown values are left out."""
-    rank, counts = run.get("tuning", "rank"), run.label_counts
-    weights = "all weights"
-    if run.get("recipe", "lora"):
+    @property
+    def task_metadata(self) -> dict[str, Any]:
+        """What a fine-tuning trained on what, by display name; unknown values are left out."""
+        rank, counts = self.get("tuning", "rank"), self.label_counts
         weights = f"LoRA, rank {int(rank)}" if is_number(rank) else "LoRA"
-    columns = as_mapping(run.get("task", "columns")).items()
-    values: dict[str, Any] = {
-        "task": run.task,
-        "base model": run.base_model,
-        "columns": ", ".join(role if role == name else f"{role} ({name})" for role, name in columns) or None,
-        "labels": len(run.labels) or None,
-        "trained": f"{weights}, from random initialisation" if run.get("recipe", "scratch") else weights,
-    }
-    if counts and not is_imbalanced(run):
-        values["examples per label"] = f"{counts[-1][1]:,} to {counts[0][1]:,}"
-    return {name: value for name, value in values.items() if value is not None}
+        weights = weights if self.get("recipe", "lora") else "all weights"
+        columns = as_mapping(self.get("task", "columns")).items()
+        values: dict[str, Any] = {
+            "task": self.task,
+            "base model": self.base_model,
+            "columns": ", ".join(role if role == name else f"{role} ({name})" for role, name in columns) or None,
+            "labels": len(self.labels) or None,
+            "trained": f"{weights}, from random initialisation" if self.get("recipe", "scratch") else weights,
+        }
+        if counts and not self.is_imbalanced:
+            values["examples per label"] = f"{counts[-1][1]:,} to {counts[0][1]:,}"
+        return {name: value for name, value in values.items() if self.task and value is not None}
+
+
+# ---------------------------------------------------------------- scores
+
+
+@dataclass(frozen=True)
+class TaskResults:
+    """The scores of a run, of its base model and of the baselines.
+
+    Attributes:
+        metric: The selection metric of the run, or another one if that is unknown.
+        by_system: System (this model, base model, each baseline) → scores by metric.
+        is_final: Whether the scores come from the final evaluation; otherwise they are the best values so far.
+    """
+
+    metric: str
+    by_system: dict[str, dict[str, ScoreWithCI]]
+    is_final: bool
+
+    @classmethod
+    def from_run(cls, run: RunData) -> "TaskResults":
+        """The scores in result.json; of an unfinished run the best ones in metrics.jsonl."""
+        scores = parse_scores(run.result, METRICS) | parse_scores(run.result.get("scores"), METRICS)
+        if not run.result:
+            history = {name: [y for _, y in run.series("validation", name)] for name in METRICS}
+            scores = {
+                name: ScoreWithCI(min(values) if name in LOWER_IS_BETTER_METRICS else max(values))
+                for name, values in history.items()
+                if values
+            }
+        by_system = {THIS_MODEL: scores, BASE_MODEL: parse_scores(run.result.get("before"), METRICS)}
+        baselines = as_mapping(run.result.get("baselines"))
+        by_system |= {str(name): parse_scores(values, METRICS) for name, values in baselines.items()}
+        candidates = (run.result.get("metric"), run.get("metric"), "bits_per_byte", "loss")
+        metric = next((name for name in candidates if isinstance(name, str) and name in scores), "loss")
+        return cls(metric, {system: found for system, found in by_system.items() if found}, bool(run.result))
+
+    @property
+    def info(self) -> MetricInfo:
+        """Name and meaning of the selection metric."""
+        return METRICS[self.metric]
+
+    @property
+    def metric_scores(self) -> dict[str, ScoreWithCI]:
+        """System → score by the selection metric."""
+        return {name: scores[self.metric] for name, scores in self.by_system.items() if self.metric in scores}
+
+    @property
+    def model_score(self) -> ScoreWithCI | None:
+        """Score of the run by the selection metric."""
+        return self.metric_scores.get(THIS_MODEL)
+
+    @property
+    def base_score(self) -> ScoreWithCI | None:
+        """Score of the base model by the selection metric."""
+        return self.metric_scores.get(BASE_MODEL)
+
+    @property
+    def best_baseline(self) -> tuple[str, ScoreWithCI] | None:
+        """Name and score of the best baseline by the selection metric."""
+        baselines = [row for row in self.metric_scores.items() if row[0] not in (THIS_MODEL, BASE_MODEL)]
+        return min(baselines, key=lambda row: -self.direction * row[1].value, default=None)
+
+    @property
+    def direction(self) -> int:
+        """1 if higher is better, -1 if lower is."""
+        return -1 if self.metric in LOWER_IS_BETTER_METRICS else 1
+
+    @property
+    def metric_names(self) -> list[str]:
+        """The known metrics, the selection metric first. The loss is listed only if it is the selection metric."""
+        names = dict.fromkeys([self.metric, *(name for scores in self.by_system.values() for name in scores)])
+        return [name for name in names if name != "loss" or self.metric == "loss"]
+
+
+def parse_score(value: Any) -> ScoreWithCI | None:
+    """A score from a number or from {"value", "low", "high", "n"}; None without a finite value."""
+    fields = as_mapping(value) or {"value": value}
+    number, low, high, n = (fields.get(key) for key in ("value", "low", "high", "n"))
+    if not is_number(number):
+        return None
+    count = int(n) if is_number(n) else None
+    if is_number(low) and is_number(high) and low <= high:
+        return ScoreWithCI(float(number), low, high, count)
+    return ScoreWithCI(float(number), n=count)
+
+
+def parse_scores(values: Any, names: Container[str] | None = None) -> dict[str, ScoreWithCI]:
+    """The entries of a mapping that have a finite value; with `names` only those."""
+    scores = {str(name): parse_score(value) for name, value in as_mapping(values).items()}
+    return {name: score for name, score in scores.items() if score and (names is None or name in names)}
+
+
+# ---------------------------------------------------------------- JSON of any shape
 
 
 def get_nested(value: Any, *keys: str) -> Any:
