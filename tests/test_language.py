@@ -77,3 +77,27 @@ def test_documents():
         for phrase in phrases_in(path.read_text(encoding="utf-8"))
     ]
     assert not wrong, "\n".join(wrong)
+
+
+TERMS = (
+    "early stopping",
+    "gradient accumulation",
+    "mixed precision",
+    "tensor parallelism",
+    "KV cache",
+    "checkpointing",
+    "weight decay",
+    "LoRA",
+    "quantization",
+)
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_the_documents_are_found_by_the_fields_terms(term):
+    """Beside the reference, which is generated from the help, one more document explains the term."""
+    documents = [
+        path for path in sorted(REPOSITORY.glob("docs/*.md")) if path.name not in ("experiments.md", "benchmarks.md")
+    ]
+    found = [path.name for path in documents if term.lower() in path.read_text(encoding="utf-8").lower()]
+    assert "reference.md" in found
+    assert len(found) > 1, found

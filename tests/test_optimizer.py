@@ -14,7 +14,7 @@ from nextword.training.optimizer import AdamW, Muon, Optimizer, lr_multiplier, o
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 24), (2, 24, 8), (1, 1, 5)])
-def test_orthogonalize_keeps_singular_vectors_and_equalises_singular_values(shape):
+def test_orthogonalize_keeps_singular_vectors_and_equalizes_singular_values(shape):
     torch.manual_seed(0)
     matrices = torch.randn(shape)
     svd = torch.linalg.svd(matrices, full_matrices=False)

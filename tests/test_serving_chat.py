@@ -301,7 +301,7 @@ def test_a_fine_tuned_model_classifies(tuned: Path) -> None:
 
 
 @pytest.mark.parametrize("native", ["1", "0"])
-def test_a_text_in_company_is_the_text_alone(
+def test_a_batched_text_equals_the_single_text(
     base: Path, monkeypatch: pytest.MonkeyPatch, native: str, request: pytest.FixtureRequest
 ) -> None:
     """Token for token, and log-probabilities bit for bit, with compiled code and without."""

@@ -95,7 +95,7 @@ def plan_corpus(
         validation_tokens=round(scale * corpus.validation.tokens),
         uncertainty=difficulty.uncertainty,
     )
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return select_size(
         corpus_stats,
         run_length,

@@ -159,7 +159,9 @@ def setup_training(
         if is_resume:
             step_kind = fixed["step_kind"]
             if step_kind == "fused" and not can_fuse:
-                reason = load_native_library(ops.SOURCE)[1] if has_full_weights else "no process holds all weights at once"
+                reason = (
+                    load_native_library(ops.SOURCE)[1] if has_full_weights else "no process holds all weights at once"
+                )
                 run.warn(
                     f"the run started with fused kernels, which are not available here ({reason}): {ROUNDING_NOTE}"
                 )
@@ -170,7 +172,7 @@ def setup_training(
             schedule=training.schedule,
             warmup=training.warmup,
             final_lr=training.final_lr,
-            bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
+            bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
         )
         eager_step, step_module = build_loss_module(
             model, loss_fn, "fused" if step_kind == "fused" else "plain", training.checkpoint_activations
