@@ -39,7 +39,8 @@ class PretrainConfig(RecipeOptions, RunOptions):
     """Train a GPT from scratch on your own text.
 
     The model size, the batch size and the learning rate are chosen for the text, the time and this machine, and printed with
-    the reasons. Use finetune --task continue to train an existing model on more text, and plan to see the choices first.
+    the reasons. A GPU with bfloat16 trains in mixed precision. Use finetune --task continue to train an existing model on more
+    text, and plan to see the choices first.
 
     Attributes:
         corpora: Files, directories, shards from nextword prepare, or built-in datasets (python-docs, tinystories, wikitext,
