@@ -30,7 +30,7 @@ from typing import Any
 from benchmarks.run import KEPT
 from benchmarks.serving_client import Body, Running, Seen, Served, free_port, send, status_of, talk
 from benchmarks.speed import THREADS, interpreter
-from nextword.pipeline.base_model import resolve_model_dir
+from nextword.pipeline.language_model import resolve_model_dir
 
 WORDS = " ".join(path.read_text(encoding="utf-8") for path in sorted(Path("docs").glob("*.md"))).split()
 ENDLESS = {"logit_bias": {"0": -100}, "temperature": 1.0}  # does not end by itself, as far as our own tokenizers go

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.run import KEPT
-from nextword.pipeline.base_model import resolve_model_dir
+from nextword.pipeline.language_model import resolve_model_dir
 
 Body = dict[str, Any]
 COMPLETIONS = "/v1/completions"

@@ -185,10 +185,10 @@ def gathered(name: str, train: Path, test: Path, limit: int | None = None, seed:
     """What the program reads: the form of the task, and the examples of two files."""
     from nextword.data.issues import IssueLog
     from nextword.data.tokenizer import Tokenizer
-    from nextword.tasks.dataset import DataRequest, load_task_data
+    from nextword.tasks.dataset import load_task_data
 
-    asked = DataRequest([str(train)], SETS[name].task, None, [str(test)], limit, seed)
-    return load_task_data(asked, Tokenizer.open(base() / "model"), None, 512, IssueLog())
+    options = {"task": SETS[name].task, "validation": [str(test)], "limit": limit, "seed": seed}
+    return load_task_data([str(train)], Tokenizer.open(base() / "model"), None, 512, IssueLog(), **options)
 
 
 # ---------------------------------------------------------------- runs

@@ -27,8 +27,8 @@ from nextword.model.config import build_config
 from nextword.model.gpt import GPT
 from nextword.model.hf import save_model
 from nextword.pipeline.predictor import Predictor
+from nextword.tasks.dataset import TaskSpec
 from nextword.tasks.examples import Example
-from nextword.tasks.templates import TaskSpec
 from nextword.training.losses import example_logits
 
 GROUPS = """\

@@ -17,10 +17,9 @@ from conftest import nextword_command
 from nextword.commands.cli import run
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.fs import read_json, read_jsonl
-from nextword.pipeline.base_model import BaseModel
-from nextword.tasks.dataset import compute_sample_weights
+from nextword.pipeline.language_model import BaseModel
+from nextword.tasks.dataset import TaskSpec, compute_sample_weights
 from nextword.tasks.examples import Example
-from nextword.tasks.templates import TaskSpec
 from processes import PATIENCE, kill, start_process, wait_until
 
 WORDS = [

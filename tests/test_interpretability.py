@@ -28,7 +28,7 @@ from nextword.model.gpt import GPT, with_classification_head, with_resized_vocab
 from nextword.model.hf import save_model
 from nextword.pipeline.language_model import LanguageModel
 from nextword.reporting.explain_page import content_security_policy, text_direction, write_explanation_page
-from nextword.tasks.templates import HEAD_KINDS, TaskSpec
+from nextword.tasks.dataset import HEAD_KINDS, TaskSpec
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()

@@ -8,8 +8,7 @@ from torch.nn import functional as F
 from nextword.data.dataset import IGNORE_INDEX
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.tasks.dataset import TaskDataset
-from nextword.tasks.templates import EncodedExample, TokenSequence
+from nextword.tasks.dataset import EncodedExample, TaskDataset, TokenSequence
 from nextword.training.losses import classification_loss, completion_loss, dpo_loss
 from nextword.training.optimizer import Optimizer
 from nextword.training.step import StepSettings, TrainState, build_loss_module, normalize_loss, to_device, train_step

@@ -16,7 +16,7 @@ from nextword.data.tokenizer import Tokenizer, train_bpe
 from nextword.interpretability.explain import explain
 from nextword.pipeline.language_model import LanguageModel
 from nextword.reporting.explain_page import write_explanation_page
-from nextword.tasks.templates import TaskSpec
+from nextword.tasks.dataset import TaskSpec
 from test_interpretability import HOSTILE, TEXT, random_model, saved
 from test_report import training_records, write_evaluated_run, write_run
 

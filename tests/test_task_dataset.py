@@ -12,16 +12,16 @@ from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import DELIMITER_TOKEN, EXTRACT_TOKEN, START_TOKEN
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.tasks.dataset import TaskDataset
-from nextword.tasks.examples import Example
-from nextword.tasks.templates import (
+from nextword.tasks.dataset import (
     EncodedExample,
     ExampleEncoder,
+    TaskDataset,
     TaskSpec,
     TokenSequence,
     max_answer_tokens,
     truncate_longest_first,
 )
+from nextword.tasks.examples import Example
 
 TASK_SPECS = {
     "classify": TaskSpec("classify", "label", ("no", "yes")),

@@ -24,9 +24,8 @@ from nextword.common.errors import UsageError
 from nextword.common.run_dir import RunDir
 from nextword.data.builtin_datasets import BUILTIN_DATASETS
 from nextword.data.corpus import Corpus
-from nextword.pipeline.base_model import load_task_spec, pretraining_corpus_of
-from nextword.pipeline.language_model import LanguageModel, load
-from nextword.tasks.templates import HEAD_KINDS
+from nextword.pipeline.language_model import LanguageModel, load, load_task_spec, pretraining_corpus_of
+from nextword.tasks.dataset import HEAD_KINDS
 
 AUDIT_PATH = Path("measured", "audit.json")  # in the run directory
 

@@ -25,7 +25,7 @@ from nextword.pipeline.language_model import LanguageModel
 from nextword.tasks import metrics
 from nextword.tasks.benchmark_items import BenchmarkRow, load_rows, sample_indices
 from nextword.tasks.benchmark_spec import Benchmark, find_benchmark
-from nextword.tasks.parsing import parse_float
+from nextword.tasks.schema import parse_float
 
 # With fewer samples there is no interval: five of five on one side is likelier than 5 % by chance.
 MIN_SAMPLES = 6

@@ -23,10 +23,9 @@ from nextword.common.errors import NextwordError, UsageError
 from nextword.data.issues import IssueLog
 from nextword.data.readers import MissingColumnError, read_records
 from nextword.pipeline.predictor import Predictor, has_target
+from nextword.tasks.dataset import TaskSpec
 from nextword.tasks.examples import Example, example_from_texts, read_examples
-from nextword.tasks.parsing import TEXT_FIELDS
-from nextword.tasks.schema import join_names
-from nextword.tasks.templates import TaskSpec
+from nextword.tasks.schema import TEXT_FIELDS, join_names
 
 CLASSIFICATION_KINDS = ("label", "labels")
 MAX_GROUPS = 12  # groups compared in pairs

@@ -24,8 +24,8 @@ from nextword.common.format import format_duration
 from nextword.training.config import CONTINUED_PRETRAINING, FinetuneRecipe, with_overrides
 
 if TYPE_CHECKING:
-    from nextword.pipeline.base_model import BaseModel
-    from nextword.pipeline.task_evaluator import FinetuneData
+    from nextword.pipeline.language_model import BaseModel
+    from nextword.tasks.dataset import TaskData
     from nextword.training.launch import RunContext
     from nextword.training.losses import LossFn
 
@@ -116,7 +116,7 @@ def run_finetuning(run: "RunContext") -> dict[str, Any]:
     from nextword.common.fs import MANIFEST
     from nextword.data.corpus import Corpus
     from nextword.data.issues import IssueLog
-    from nextword.pipeline.base_model import BaseModel
+    from nextword.pipeline.language_model import BaseModel
     from nextword.tasks.examples import read_examples
 
     request, run_dir = run.request, run.run_dir
@@ -213,12 +213,12 @@ def train_on_examples(run: "RunContext", base: "BaseModel", recipe: FinetuneReci
                 f"{base.source_path}: not the model that the run started with. Start a new run with another --out"
             )
     start = load_start_model(base, recipe.scratch, seed, run.device)
-    data = load_finetune_data(run, base, start.config.context_length)
+    data, num_issues = load_finetune_data(run, base, start.config.context_length)
     if resumed is None:
         recipe = choose_hyperparameters(recipe, data, start.config.d_model)
     model, lora_config = build_finetune_model(start, base, data, recipe, seed)
     dataset, label_counts, is_balanced = build_task_dataset(model, data, recipe, seed)
-    spec = data.examples.task_spec
+    spec = data.task_spec
     metric = selection_metric(spec, is_balanced)
     recipe = choose_length(recipe, dataset.steps_per_epoch)
     run.info(summarize(recipe, data, label_counts, is_balanced))
@@ -234,9 +234,9 @@ def train_on_examples(run: "RunContext", base: "BaseModel", recipe: FinetuneReci
             "fingerprint": fingerprint,
             "train": {"examples": len(data.train)},
             "validation": {"examples": len(data.validation)},
-            "available": data.examples.num_available,
+            "available": data.num_available,
             "labels": label_counts,
-            "problems": data.num_issues,
+            "problems": num_issues,
         }
         metadata = new_metadata(
             run,
@@ -257,12 +257,12 @@ def train_on_examples(run: "RunContext", base: "BaseModel", recipe: FinetuneReci
         return trainer.write_results(evaluator.evaluate_best())
 
 
-def choose_hyperparameters(recipe: FinetuneRecipe, data: "FinetuneData", d_model: int) -> FinetuneRecipe:
+def choose_hyperparameters(recipe: FinetuneRecipe, data: "TaskData", d_model: int) -> FinetuneRecipe:
     """Choose the batch size from the number of examples, and the learning rate from the width of the model."""
     batch_examples = recipe.tuning.batch_examples
     if batch_examples is None:
         batch_examples = min(32, max(4, len(data.train) // 8))
-        if data.examples.task_spec.task == "chat":
+        if data.task_spec.task == "chat":
             batch_examples = min(8, batch_examples)  # packed rows
     lr = recipe.training.lr or default_lr(d_model, recipe.lora)
     return replace(
@@ -289,20 +289,20 @@ def choose_length(recipe: FinetuneRecipe, steps_per_epoch: int) -> FinetuneRecip
     return replace(recipe, steps=steps, tuning=replace(recipe.tuning, epochs=epochs))
 
 
-def task_loss(recipe: FinetuneRecipe, data: "FinetuneData") -> "LossFn":
+def task_loss(recipe: FinetuneRecipe, data: "TaskData") -> "LossFn":
     """The loss of a kind of task."""
-    from nextword.tasks.templates import HEAD_KINDS
+    from nextword.tasks.dataset import HEAD_KINDS
     from nextword.training import losses
 
-    kind = data.examples.task_spec.kind
+    kind = data.task_spec.kind
     if kind in HEAD_KINDS:
         return losses.classification_loss(kind, recipe.tuning.auxiliary)
     return losses.dpo_loss(recipe.tuning.beta) if kind == "preference" else losses.completion_loss
 
 
-def summarize(recipe: FinetuneRecipe, data: "FinetuneData", label_counts: dict[str, int], is_balanced: bool) -> str:
+def summarize(recipe: FinetuneRecipe, data: "TaskData", label_counts: dict[str, int], is_balanced: bool) -> str:
     """Task, labels, method and length of a run, for the console."""
-    spec = data.examples.task_spec
+    spec = data.task_spec
     columns = " · ".join(f"{role}: {column}" for role, column in spec.columns)
     lines = [
         f"task {spec.task} ({columns}): {len(data.train):,} training examples, {len(data.validation):,} validation examples"

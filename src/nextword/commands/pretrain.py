@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nextword.data.corpus import Corpus
-    from nextword.pipeline.base_model import BaseModel
+    from nextword.pipeline.language_model import BaseModel
     from nextword.training.config import Recipe
     from nextword.training.launch import RunContext, TrainFn
 
@@ -154,7 +154,7 @@ def train_language_model(
     from nextword.model.config import ModelConfig
     from nextword.model.gpt import GPT
     from nextword.model.hf import load_model
-    from nextword.pipeline.base_model import evaluate_forgetting
+    from nextword.pipeline.language_model import evaluate_forgetting
     from nextword.pipeline.lm_evaluator import LanguageModelEvaluator
     from nextword.reporting.report import write_run_reports
     from nextword.training.config import Recipe

@@ -17,7 +17,7 @@ from nextword.inference.quantization import GROUP_SIZE, Precision, precision_for
 from nextword.model.config import Family, ModelConfig
 from nextword.model.gpt import GPT, sinusoidal_table
 from nextword.model.hf import load_model
-from nextword.pipeline.base_model import resolve_model_dir
+from nextword.pipeline.language_model import resolve_model_dir
 
 ARCHITECTURES: tuple[Family, ...] = ("gpt2", "qwen3", "llama")  # named alike in GGUF
 GGML_TYPES: dict[Precision, str] = {"float32": "F32", "int8": "Q8_0", "int4": "Q4_0"}

@@ -18,7 +18,7 @@ from nextword.data.tokenizer import Tokenizer
 from nextword.export.verification import TOLERANCE, ExportResult, temp_output, verify_with_onnxruntime
 from nextword.model.gpt import GPT
 from nextword.model.hf import load_model
-from nextword.pipeline.base_model import resolve_model_dir
+from nextword.pipeline.language_model import resolve_model_dir
 
 OPSET_VERSION = 18
 MAX_FILE_BYTES = 2**31 - 2**20  # a single ONNX file is limited to 2 GiB

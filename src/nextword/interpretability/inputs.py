@@ -15,8 +15,8 @@ from nextword.interpretability.activations import max_explained_tokens
 from nextword.model.hf_config import parse_labels
 from nextword.pipeline.language_model import LanguageModel
 from nextword.pipeline.predictor import Predictor
+from nextword.tasks.dataset import HEAD_KINDS, EncodedExample, ExampleEncoder, TaskSpec, TokenSequence
 from nextword.tasks.examples import example_from_texts
-from nextword.tasks.templates import HEAD_KINDS, EncodedExample, ExampleEncoder, TaskSpec, TokenSequence
 
 PROBLEM_TYPES: dict[str, Any] = {"multi_label_classification": "labels", "regression": "score"}
 UNLIMITED_CONTEXT = 10**9
@@ -98,7 +98,7 @@ def _prepare_example(
     (logits,) = predictor.logits([encoded])
     prediction = predictor.prediction(logits, example)
     is_choice = task_spec.kind == "choice"
-    output_names = ("score",) if task_spec.kind in ("score", "choice") else task_spec.labels
+    output_names = task_spec.output_names
     options = [str(i) for i in range(len(logits))] if is_choice else list(output_names)
     if label is not None and label not in options:
         raise UsageError(f"--label {label!r}: this model has {', '.join(options)}")

@@ -57,11 +57,6 @@ class ItemScores:
     predictions: list[str] = field(default_factory=list[str])
     references: list[tuple[str, ...]] = field(default_factory=list[tuple[str, ...]])
 
-    @property
-    def num_items(self) -> int:
-        """Number of items."""
-        return len(self.predictions) or len(next(iter(self.item_values.values())))
-
     def select(self, indices: Sequence[int]) -> "ItemScores":
         """The scores of some of the items."""
         selected = np.asarray(indices, dtype=np.int64)
@@ -80,11 +75,12 @@ class ItemScores:
         if metric in GENERATION_METRICS:
             return generation_metrics(self.references, self.predictions, [metric])[metric]
         if metric == "perplexity":
-            columns = np.stack([self.item_values["nats"], np.ones(self.num_items)], axis=1)
+            nats = self.item_values["nats"]
+            columns = np.stack([nats, np.ones_like(nats)], axis=1)
             return bootstrap_ratio(columns, lambda sums: np.exp(np.minimum(sums[:, 0] / sums[:, 1], 700)))
         if metric == "icat":
             values = self.item_values["stereotyped"], self.item_values["meaningful"]
-            return bootstrap_ratio(np.stack([*values, np.ones(self.num_items)], axis=1), _icat)
+            return bootstrap_ratio(np.stack([*values, np.ones_like(values[0])], axis=1), _icat)
         return proportion(self.item_values[metric].tolist())
 
     def secondary_metrics(self, benchmark: Benchmark) -> list[str]:

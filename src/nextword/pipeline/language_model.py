@@ -1,6 +1,8 @@
-"""A model opened from a run directory or a model directory, with its tokenizer and task."""
+"""Opens models: from a run directory or a model directory, with their tokenizer, task and pre-training corpus."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -8,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from nextword.common import fs
 from nextword.common.console import Console
 from nextword.common.environment import resolve_device
-from nextword.common.errors import NextwordError, UsageError
-from nextword.common.fs import verify_manifest
+from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.data.builtin_datasets import find_sources
+from nextword.data.corpus import Corpus
 from nextword.data.dataset import InMemoryTokens, TokenSource
 from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import Tokenizer
@@ -23,10 +26,11 @@ from nextword.inference.quantization import PRECISION_CODES, Precision
 from nextword.inference.sampling import Sampling
 from nextword.model.gpt import GPT
 from nextword.model.hf import load_model, load_shards
-from nextword.pipeline.base_model import load_task_spec, resolve_model_dir
 from nextword.pipeline.predictor import Predictor
+from nextword.tasks.dataset import TaskSpec
 from nextword.tasks.examples import example_from_texts
-from nextword.tasks.templates import TaskSpec
+
+FORGETTING_TOKENS = 2**14  # tokens of the pre-training corpus on which forgetting is measured
 
 Paths = str | Path | Sequence[str | Path]
 
@@ -34,6 +38,47 @@ Paths = str | Path | Sequence[str | Path]
 def as_list(paths: Paths) -> list[str | Path]:
     """One path, or several, as a list."""
     return [paths] if isinstance(paths, (str, Path)) else list(paths)
+
+
+def resolve_model_dir(path: str | Path) -> Path:
+    """Return the model directory of a path: the path itself, or the model of a run directory.
+
+    Raises:
+        NextwordError: there is no model.
+    """
+    path = Path(path)
+    for directory in (path, path / "model"):
+        if (directory / "config.json").is_file():
+            return directory
+    if (path / "run.json").is_file():
+        raise NextwordError(
+            f"{path}: the run has no model yet. Continue it with the command that started it and --resume"
+        )
+    raise NextwordError(f"{path}: not a model directory or a run directory (no config.json)")
+
+
+def pretraining_corpus_of(run_path: Path) -> Path | None:
+    """Return the corpus that the model of a run was pre-trained on, by this run or an earlier one; None if it is gone."""
+    metadata = fs.read_json(run_path / "run.json")
+    name = (metadata.get("old_text") or metadata.get("shards")) if fs.is_json_object(metadata) else None
+    if not isinstance(name, str):  # not a nextword run
+        return None
+    return run_path / name if (run_path / name / fs.MANIFEST).is_file() else None
+
+
+def load_task_spec(directory: Path) -> TaskSpec | None:
+    """Return the task that a model directory was fine-tuned for.
+
+    Raises:
+        CorruptFileError: the manifest holds an invalid task.
+    """
+    task = fs.read_manifest(directory).get("task") if (directory / fs.MANIFEST).is_file() else None
+    if task is None:
+        return None
+    try:
+        return TaskSpec.from_dict(task)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CorruptFileError(f"{directory / fs.MANIFEST}: not a valid task specification ({error})") from error
 
 
 class LanguageModel:
@@ -203,7 +248,7 @@ def load(path: str | Path, device: str = "auto", precision: Precision = "float32
 
 def _load_checkpoint(path: Path, device: torch.device, precision: Precision) -> LanguageModel:
     """The model of a run with the weights of a checkpoint."""
-    verify_manifest(path)
+    fs.verify_manifest(path)
     model = LanguageModel(resolve_model_dir(path.resolve().parents[1]), device, precision)
     weights, expected = load_shards(path, "weights", device), model.gpt.state_dict()
     if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in expected.items()}:
@@ -213,3 +258,68 @@ def _load_checkpoint(path: Path, device: torch.device, precision: Precision) -> 
     model.gpt.load_state_dict(weights)
     model.path = path
     return model
+
+
+# ---------------------------------------------------------------- the start of a training run
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A model directory that a run starts from.
+
+    Attributes:
+        source_path: The path as given: a model directory or a run directory.
+        directory: The model directory.
+        tokenizer: The tokenizer of the model.
+        task_spec: The task that the model was fine-tuned for.
+        pretraining_corpus: The corpus that the model was pre-trained on, if its run names it and it still exists.
+    """
+
+    source_path: Path
+    directory: Path
+    tokenizer: Tokenizer
+    task_spec: TaskSpec | None
+    pretraining_corpus: Path | None
+
+    @classmethod
+    def open(cls, source_path: Path) -> "BaseModel":
+        """Open a model directory or a run directory."""
+        directory = resolve_model_dir(source_path)
+        run_path = next((p for p in (source_path, directory.parent) if (p / "run.json").is_file()), None)
+        corpus_path = None if run_path is None else pretraining_corpus_of(run_path)
+        return cls(source_path, directory, Tokenizer.open(directory), load_task_spec(directory), corpus_path)
+
+    def fingerprint(self) -> str:
+        """Return a hash of all weight files."""
+        weights = sorted(self.directory.glob("*.safetensors"))
+        return hashlib.sha256("".join(fs.sha256_file(path) for path in weights).encode()).hexdigest()
+
+    def metadata(self) -> dict[str, Any]:
+        """What run.json records of the base model."""
+        corpus = self.pretraining_corpus
+        return {
+            "base": {"model": str(self.source_path.resolve()), "weights": self.fingerprint()},
+            "old_text": None if corpus is None else str(corpus.resolve()),
+        }
+
+
+def evaluate_forgetting(base_model: BaseModel, model: GPT) -> dict[str, Any] | None:
+    """Bits per byte on the validation set of the pre-training corpus, before and after fine-tuning.
+
+    Both models are evaluated on the same evenly spaced windows.
+
+    Returns:
+        The keys text, before, after and windows; None if the corpus is not known.
+    """
+    if base_model.pretraining_corpus is None:
+        return None
+    corpus = Corpus.open(base_model.pretraining_corpus)
+    validation = corpus.tokens("validation")
+    if len(validation) < 2:
+        return None
+    windows = max(1, FORGETTING_TOKENS // model.config.context_length)
+    before, after = (
+        evaluate_perplexity(m, validation, corpus.validation.bytes, max_windows=windows).bits_per_byte
+        for m in (load_model(base_model.directory, model.unembedding.device), model)
+    )
+    return {"text": str(base_model.pretraining_corpus), "before": before, "after": after, "windows": windows}

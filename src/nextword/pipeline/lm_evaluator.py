@@ -1,7 +1,6 @@
 """Evaluation of a language model during its training: validation, samples, the best model and the final result."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from nextword.inference.perplexity import PerplexityResult, evaluate_perplexity
 from nextword.inference.sampling import Sampling
 from nextword.model.gpt import GPT
 from nextword.model.hf import iter_hf_tensors, iter_weights, save_model
+from nextword.tasks.dataset import TaskSpec
 from nextword.training.launch import RunContext
 from nextword.training.parallel import load_weights_, to_full, unsharded
 from nextword.training.setup import RunConfig, TrainingSetup
@@ -56,9 +56,8 @@ class LanguageModelEvaluator:
         if len(self.validation) < 2:
             return None
         tokens_between = steps_between * self.batch_tokens
-        max_windows = max(
-            8, int(0.15 * tokens_between / self.dataset.context_length)
-        )  # a forward pass is 1/3 of a step
+        # A forward pass is 1/3 of a step.
+        max_windows = max(8, int(0.15 * tokens_between / self.dataset.context_length))
         start = self.run.now()
         result = self.evaluate(max_windows)
         seconds = (self.run.now() - start) / result.tokens * self.batch_tokens
@@ -144,14 +143,7 @@ class LanguageModelEvaluator:
 
 
 def save_model_dir(
-    target: Path,
-    model: GPT,
-    tokenizer: Tokenizer,
-    metadata: dict[str, Any],
-    *,
-    labels: Sequence[str] | None = None,
-    problem_type: str | None = None,
-    chat_template: bool = False,
+    target: Path, model: GPT, tokenizer: Tokenizer, metadata: dict[str, Any], task_spec: TaskSpec | None = None
 ) -> None:
     """Write a Hugging Face directory with a manifest, in place of an existing one.
 
@@ -162,10 +154,9 @@ def save_model_dir(
         model: The model.
         tokenizer: Its tokenizer.
         metadata: Stored in the manifest.
-        labels: Names of the outputs of a classification head.
-        problem_type: The stock class's name for the kind of head.
-        chat_template: Whether to write a chat template.
+        task_spec: The task that the model was fine-tuned for.
     """
+    task = {} if task_spec is None else {"task": task_spec.to_dict()}
 
     def build(directory: Path) -> None:
         save_model(
@@ -173,15 +164,15 @@ def save_model_dir(
             directory,
             end_of_text_id=tokenizer.eos_id,
             pad_token_id=tokenizer.pad_id,
-            labels=labels,
-            problem_type=problem_type,
+            labels=(task_spec and task_spec.output_names) or None,
+            problem_type=task_spec and task_spec.problem_type,
             eos_token_ids=sorted(tokenizer.eos_ids),
             gather=to_full,
         )
         tokenizer.save(directory, model.config.context_length)
-        if chat_template:
+        if task_spec is not None and task_spec.chat:
             save_chat_template(directory)
-        write_manifest(directory, {**metadata, "model": model.config.to_dict()})
+        write_manifest(directory, {**metadata, **task, "model": model.config.to_dict()})
 
     with map_disk_errors(target):
         build_directory(target, build)

@@ -20,9 +20,16 @@ from nextword.inference.sampling import Sampling
 from nextword.model.gpt import GPT
 from nextword.tasks import baselines
 from nextword.tasks import metrics as task_metrics
-from nextword.tasks.dataset import TaskDataset
+from nextword.tasks.dataset import (
+    HEAD_KINDS,
+    TARGET_FIELDS,
+    EncodedExample,
+    ExampleEncoder,
+    TaskDataset,
+    TaskKind,
+    TaskSpec,
+)
 from nextword.tasks.examples import Example, input_texts
-from nextword.tasks.templates import HEAD_KINDS, TARGET_FIELDS, EncodedExample, ExampleEncoder, TaskKind, TaskSpec
 from nextword.training.losses import DeviceBatch, example_logits, multiple_choice_logits, sequence_logprobs
 from nextword.training.step import to_device
 
@@ -86,7 +93,7 @@ class Predictor:
         """Batches of examples of similar length, each with the indices of its examples."""
         pad_token_id = self.tokenizer.pad_id if self.tokenizer.pad_id is not None else self.tokenizer.eos_id
         data = TaskDataset(encoded, 1, 0, pad_token_id=pad_token_id, kind=self.task_spec.kind)
-        order = np.argsort([example.max_length for example in encoded], kind="stable").tolist()
+        order = sorted(range(len(encoded)), key=lambda i: encoded[i].max_length)
         start = 0
         while start < len(order):
             end, num_rows = start, 0
@@ -221,7 +228,7 @@ class Predictor:
             predictions = list(map(self.prediction, logits, examples))
             losses = [head_loss(kind, row, example.target) for row, example in zip(logits, encoded, strict=True)]
             scores = compute_metrics(self.task_spec, examples, predictions)
-            return EvaluationResult(scores, float(np.mean(losses)), None, predictions)
+            return EvaluationResult(scores, float(np.array(losses).mean()), None, predictions)
         log_likelihoods = self.log_likelihoods(encoded, progress)
         # Loss and bits per byte of the targets of each example's first sequence.
         target_ids = [example.sequences[0].ids[example.sequences[0].loss_mask].tolist() for example in encoded]

@@ -1,6 +1,5 @@
 """Fine-tuning data, the model that is fine-tuned, and its evaluation on a task."""
 
-import hashlib
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,17 +13,15 @@ from nextword.common.fs import build_directory, map_disk_errors, write_manifest
 from nextword.common.statistics import ScoreWithCI
 from nextword.data.dataset import derive_seed
 from nextword.data.issues import IssueLog
-from nextword.data.tokenizer import Tokenizer
 from nextword.model.gpt import GPT, with_classification_head, with_resized_vocabulary
 from nextword.model.hf import load_model
 from nextword.model.lora import LoraConfig, add_lora, merge_lora, save_adapter
-from nextword.pipeline.base_model import FORGETTING_TOKENS, BaseModel, evaluate_forgetting
+from nextword.pipeline.language_model import FORGETTING_TOKENS, BaseModel, evaluate_forgetting
 from nextword.pipeline.lm_evaluator import save_model_dir
 from nextword.pipeline.predictor import SELECTION_METRIC, EvaluationResult, Predictor, baseline_scores
-from nextword.tasks.dataset import DataRequest, TaskData, TaskDataset, compute_sample_weights, load_task_data
+from nextword.tasks.dataset import HEAD_KINDS, TaskData, TaskDataset, TaskSpec, compute_sample_weights, load_task_data
 from nextword.tasks.examples import input_texts
 from nextword.tasks.metrics import GENERATION_METRICS
-from nextword.tasks.templates import HEAD_KINDS, EncodedExample, ExampleEncoder, TaskSpec
 from nextword.training.config import FinetuneRecipe
 from nextword.training.launch import RunContext
 from nextword.training.setup import TrainingSetup
@@ -37,56 +34,24 @@ FINAL_GENERATED_EXAMPLES = 500
 QUICK_METRICS = ("chrf",)  # of answers generated during training
 
 
-@dataclass(frozen=True)
-class FinetuneData:
-    """Labeled examples of a task, read and encoded.
-
-    Attributes:
-        examples: The examples that could be encoded, and how they become tokens.
-        tokenizer: The tokenizer with the special tokens of the task.
-        train: The training examples as tokens.
-        validation: The validation examples as tokens.
-        num_issues: Number of rows with problems.
-    """
-
-    examples: TaskData
-    tokenizer: Tokenizer
-    train: list[EncodedExample]
-    validation: list[EncodedExample]
-    num_issues: int
-
-    def fingerprint(self) -> str:
-        """A hash of all tokens and targets, in order."""
-        digest = hashlib.sha256()
-        for example in [*self.train, *self.validation]:
-            for sequence in example.sequences:
-                digest.update(sequence.ids.astype("<i8").tobytes() + sequence.loss_mask.tobytes() + b"\0")
-            digest.update(repr(np.asarray(example.target).tolist()).encode())
-        return digest.hexdigest()
-
-
-def load_finetune_data(run: RunContext, base: BaseModel, context_length: int) -> FinetuneData:
+def load_finetune_data(run: RunContext, base: BaseModel, context_length: int) -> tuple[TaskData, int]:
     """Read and encode the examples of a run. Rows with problems are reported and left out.
+
+    Returns:
+        The examples, and the number of rows with problems.
 
     Raises:
         NextwordError: no training example is left.
     """
-    request = run.request
-    issues = IssueLog(strict=bool(request["strict"]))
-    options = {name: request[name] for name in ("data", "task", "columns", "validation", "limit")}
-    data_request = DataRequest(**options, seed=request["seed"] or 0)
-    data = load_task_data(data_request, base.tokenizer, base.task_spec, context_length, issues)
-    tokenizer = data.task_spec.with_special_tokens(base.tokenizer)
-    encoder = ExampleEncoder(data.task_spec, tokenizer, context_length)
-
-    train, encoded_train = encoder.encode_all(data.train, issues)
-    validation, encoded_validation = encoder.encode_all(data.validation, issues)
+    request, issues = run.request, IssueLog(strict=bool(run.request["strict"]))
+    options = {name: request[name] for name in ("task", "columns", "validation", "limit")}
+    seed = request["seed"] or 0
+    data = load_task_data(request["data"], base.tokenizer, base.task_spec, context_length, issues, seed=seed, **options)
     for line in issues.summary_lines():
         run.warn(line)
-    if not train:
+    if not data.train:
         raise NextwordError(f"{', '.join(request['data'])}: no training example is left")
-    data = replace(data, train=train, validation=validation)
-    return FinetuneData(data, tokenizer, encoded_train, encoded_validation, issues.total)
+    return data, issues.total
 
 
 def load_start_model(base: BaseModel, from_scratch: bool, seed: int, device: torch.device) -> GPT:
@@ -94,15 +59,15 @@ def load_start_model(base: BaseModel, from_scratch: bool, seed: int, device: tor
     model = load_model(base.directory, device)
     if not from_scratch:
         return model
-    torch.manual_seed(derive_seed(seed, 3))
+    torch.manual_seed(derive_seed(seed, 3))  # pyright: ignore[reportUnknownMemberType]  # without annotations in torch
     return GPT(replace(model.config, n_labels=0)).to(device)
 
 
 def build_finetune_model(
-    start: GPT, base: BaseModel, data: FinetuneData, config: FinetuneRecipe, seed: int
+    start: GPT, base: BaseModel, data: TaskData, config: FinetuneRecipe, seed: int
 ) -> tuple[GPT, LoraConfig | None]:
     """Add special tokens, the classification head and LoRA to the model that a run starts from."""
-    tuning, spec = config.tuning, data.examples.task_spec
+    tuning, spec = config.tuning, data.task_spec
     vocab_size = max(start.config.vocab_size, data.tokenizer.vocab_size)
     model = with_resized_vocabulary(start, vocab_size, derive_seed(seed, 7))
     model = with_classification_head(model, spec.n_labels, derive_seed(seed, 8))
@@ -118,18 +83,18 @@ def build_finetune_model(
 
 
 def build_task_dataset(
-    model: GPT, data: FinetuneData, config: FinetuneRecipe, seed: int
+    model: GPT, data: TaskData, config: FinetuneRecipe, seed: int
 ) -> tuple[TaskDataset, dict[str, int], bool]:
     """The batches of a fine-tuning run, the number of examples of each label, and whether rare labels have more weight."""
-    spec = data.examples.task_spec
+    spec = data.task_spec
     assert config.tuning.batch_examples is not None and data.tokenizer.pad_id is not None
-    sample_weights, label_counts = compute_sample_weights(spec, data.examples.train, config.tuning.balance)
+    sample_weights, label_counts = compute_sample_weights(spec, data.train, config.tuning.balance)
     reference = None
     if spec.kind == "preference":
         predictor = Predictor(model, data.tokenizer, spec)
-        reference = predictor.log_likelihoods(data.train).astype(np.float32)
+        reference = predictor.log_likelihoods(data.encoded_train).astype(np.float32)
     dataset = TaskDataset(
-        data.train,
+        data.encoded_train,
         config.tuning.batch_examples,
         seed,
         pad_token_id=data.tokenizer.pad_id,
@@ -167,7 +132,7 @@ class TaskEvaluator:
     run: RunContext
     setup: TrainingSetup
     base: BaseModel
-    data: FinetuneData
+    data: TaskData
     dataset: TaskDataset
     config: FinetuneRecipe
     metric: str
@@ -175,8 +140,8 @@ class TaskEvaluator:
     evaluation_seconds: float = math.inf
 
     def __post_init__(self) -> None:
-        self.spec, self.model = self.data.examples.task_spec, self.setup.state.model
-        self.validation = self.data.examples.validation
+        self.spec, self.model = self.data.task_spec, self.setup.state.model
+        self.validation = self.data.validation
         self.predictor = Predictor(self.model, self.data.tokenizer, self.spec)
 
     def loss_to_bits_per_byte(self, loss: float) -> None:
@@ -184,7 +149,7 @@ class TaskEvaluator:
 
     def describe_batch(self, index: int) -> list[str]:
         """File and line of the examples in a batch."""
-        examples = [self.data.examples.train[i] for i in self.dataset.examples_in_batch(index)]
+        examples = [self.data.train[i] for i in self.dataset.examples_in_batch(index)]
         return [f"{example.path} line {example.line}" for example in examples]
 
     def validate(self, steps_between: float) -> ValidationResult | None:
@@ -223,7 +188,7 @@ class TaskEvaluator:
 
         def evaluate(count: int | None, **options: Any) -> EvaluationResult:
             chosen = evenly_spaced(len(self.validation), count)
-            examples, encoded = [self.validation[i] for i in chosen], [self.data.validation[i] for i in chosen]
+            examples, encoded = [self.validation[i] for i in chosen], [self.data.encoded_validation[i] for i in chosen]
             return predictor.evaluate(examples, encoded, **options)
 
         is_text = self.spec.kind == "answer"
@@ -244,7 +209,7 @@ class TaskEvaluator:
         """
         seconds = FINALIZE_SECONDS + (self.evaluation_seconds if math.isfinite(self.evaluation_seconds) else 0.0)
         if self.spec.kind not in HEAD_KINDS and self.base.pretraining_corpus is not None:
-            num_tokens = sum(e.max_length * len(e.sequences) for e in self.data.train)
+            num_tokens = sum(e.max_length * len(e.sequences) for e in self.data.encoded_train)
             tokens_per_step = num_tokens / self.dataset.steps_per_epoch
             forward_seconds = self.setup.seconds_per_step / 3
             seconds += 2 * FORGETTING_TOKENS / max(1.0, tokens_per_step) * forward_seconds
@@ -252,16 +217,9 @@ class TaskEvaluator:
 
     def save_best(self, metadata: dict[str, Any]) -> None:
         """Write RUN/model with the LoRA weights merged, and RUN/adapter in PEFT's format if there are any."""
-        spec, lora_config = self.spec, self.lora_config
-        save_model_dir(
-            self.run.run_dir.model_dir,
-            self.model if lora_config is None else merge_lora(self.model),
-            self.data.tokenizer,
-            {**metadata, "task": spec.to_dict()},
-            labels=spec.labels or (("score",) if spec.n_labels else None),
-            problem_type=spec.problem_type,
-            chat_template=spec.chat,
-        )
+        lora_config = self.lora_config
+        model = self.model if lora_config is None else merge_lora(self.model)
+        save_model_dir(self.run.run_dir.model_dir, model, self.data.tokenizer, metadata, self.spec)
         if lora_config is not None:
             base_path = str(self.base.directory.resolve())
 
@@ -302,7 +260,7 @@ class TaskEvaluator:
             if spec.kind == "answer":
                 examples = [examples[i] for i in evenly_spaced(len(examples), FINAL_GENERATED_EXAMPLES)]
             try:
-                baselines = baseline_scores(spec, self.data.examples.train, examples)
+                baselines = baseline_scores(spec, self.data.train, examples)
             except MissingDependencyError:  # reported during validation
                 baselines = {}
             metrics["baselines"] = {name: scores_to_dict(scores) for name, scores in baselines.items()}

@@ -20,16 +20,15 @@ from nextword.inference.engine import Engine
 from nextword.inference.model_runner import build_runner
 from nextword.inference.quantization import Precision
 from nextword.model.gpt import GPT
-from nextword.pipeline.base_model import load_task_spec, resolve_model_dir
-from nextword.pipeline.language_model import LanguageModel, load
+from nextword.pipeline.language_model import LanguageModel, load, load_task_spec, resolve_model_dir
 from nextword.pipeline.predictor import Predictor
 from nextword.serving.chat_templates import ChatEncoder, make_chat_encoder
 from nextword.serving.engine_worker import EngineWorker
 from nextword.serving.metrics import Metrics
 from nextword.serving.protocol import MAX_SCHEMA_CHARS, APIError
 from nextword.serving.responses import TokenText
+from nextword.tasks.dataset import HEAD_KINDS, TaskSpec
 from nextword.tasks.examples import example_from_texts
-from nextword.tasks.templates import HEAD_KINDS, TaskSpec
 
 MAX_INLINE_ENCODE_CHARS = 4096  # longer texts are tokenized in a thread, to keep the event loop responsive
 SCHEMA_TIMEOUT = 5.0  # seconds for compiling a JSON schema

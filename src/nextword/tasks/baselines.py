@@ -50,7 +50,7 @@ def ngram_features(*texts: str) -> list[str]:
     features_per_text = [[*tokens, *map(" ".join, itertools.pairwise(tokens))] for tokens in tokens_per_text]
     if len(texts) == 1:
         return features_per_text[0]
-    shared = set.intersection(*map(set, tokens_per_text))
+    shared = set(tokens_per_text[0]).intersection(*tokens_per_text[1:])
     return [
         *(f"{i}:{feature}" for i, features in enumerate(features_per_text, 1) for feature in features),
         *(f"={word}" for word in dict.fromkeys(tokens_per_text[0]) if word in shared and word[0].isalnum()),
@@ -184,7 +184,7 @@ def nearest_neighbor_targets(
         (table[start : start + SCORING_BATCH_SIZE] @ train_table.T).toarray().round(TIE_DECIMALS).argmax(1)
         for start in range(0, len(sources), SCORING_BATCH_SIZE)
     ]
-    return [train_targets[i] for rows in nearest for i in rows]
+    return [train_targets[int(i)] for rows in nearest for i in rows]
 
 
 def _fit_vectorizer(

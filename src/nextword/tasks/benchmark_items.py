@@ -23,8 +23,7 @@ from nextword.data.issues import IssueLog, error_text
 from nextword.data.readers import TABLE_SUFFIXES, Record, read_records
 from nextword.tasks.benchmark_spec import Benchmark
 from nextword.tasks.metrics import split_words
-from nextword.tasks.parsing import RowError, infer_answer_format, parse_inputs, parse_targets
-from nextword.tasks.schema import join_names
+from nextword.tasks.schema import RowError, infer_answer_format, join_names, parse_inputs, parse_targets
 
 DEFAULT_ITEM_LIMIT = 1000  # evaluated items of a benchmark
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tar.xz", ".txz")
@@ -111,9 +110,8 @@ def _iter_choices(benchmark: Benchmark, rows: Iterable[BenchmarkRow]) -> Iterato
 def _resolve_files(benchmark: Benchmark) -> list[Path]:
     resolved: list[Path] = []
     for file in benchmark.files:
-        root_length = next((i for i, part in enumerate(file.parts) if set("*?[") & set(part)), len(file.parts))
-        root, pattern = Path(*file.parts[:root_length]), file.parts[root_length:]
-        paths = [file] if file.exists() else sorted(root.glob(str(Path(*pattern)))) if pattern else []
+        root = file.anchor
+        paths = [file] if file.exists() else sorted(Path(root).glob(str(file.relative_to(root))))
         if not paths:
             raise UsageError(f"{file}: no such file, needed by the benchmark {benchmark.name}")
         resolved += paths
@@ -250,12 +248,12 @@ def _open_ended_item(benchmark: Benchmark, row: BenchmarkRow) -> GenerationItem:
 
 
 def _choice_values(benchmark: Benchmark, row: BenchmarkRow, shuffled: bool) -> dict[str, Any]:
-    """Question, choices and answer as `tasks.parsing` reads them."""
+    """Question, choices and answer as `tasks.schema` reads them."""
     columns = benchmark.columns["choices"]
-    if len(columns) > 1:
-        choices = {f"choice{i}": row.values.get(column) for i, column in enumerate(columns, 1)}
-    else:
+    if len(columns) == 1:
         choices = {"choices": _get_field(row.values, tuple(map(str.strip, columns[0].split("|"))))}
+    else:
+        choices = {f"choice{i}": row.values.get(column) for i, column in enumerate(columns, 1)}
     answer = _get_field(row.values, benchmark.columns["answer"])
     return {"question": _render_prompt(benchmark, row, shuffled), **choices, "answer": answer}
 

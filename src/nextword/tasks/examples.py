@@ -13,17 +13,20 @@ from nextword.common.errors import UsageError
 from nextword.data.decoding import file_format
 from nextword.data.issues import IssueLog
 from nextword.data.readers import TABLE_SUFFIXES, ColumnSelector, MissingColumnError, Record, read_records
-from nextword.tasks.parsing import (
+from nextword.tasks.schema import (
+    TASKS,
     TEXT_FIELDS,
     RowError,
     infer_answer_format,
+    infer_task,
     is_multilabel_column,
     is_score_column,
+    join_names,
     parse_float,
     parse_inputs,
     parse_targets,
+    resolve_columns,
 )
-from nextword.tasks.schema import TASKS, infer_task, join_names, resolve_columns
 
 _MAX_PEEKED_RECORDS = 1000  # JSON records whose columns are collected before columns are assigned to roles
 _TEXT_SUFFIXES = (".txt", ".md")

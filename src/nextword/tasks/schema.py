@@ -1,13 +1,23 @@
-"""The columns of labelled data: their usual names, and the task that they belong to."""
+"""The columns of labelled data and the task that they belong to, and rows as the canonical fields of their task.
 
+A row that is not valid raises `RowError`.
+"""
+
+import json
+import math
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import pairwise, permutations
 from pathlib import Path
+from typing import Any
 
 from nextword.common.errors import UsageError
+from nextword.common.fs import is_json_array, is_json_object
+from nextword.data.issues import replace_surrogates
+from nextword.data.readers import map_strings
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,17 @@ CHOICE_ROLE_PATTERN = re.compile(r"choice[1-9][0-9]?")
 _CHOICE_COLUMN = re.compile(
     r"(?P<prefix>(?i:choice|option|ending|answer|sol))[_ ]?(?P<index>[a-zA-Z]|[0-9]{1,2})|[A-Z]"
 )
+# The input fields of a task that are single texts.
+TEXT_FIELDS = {
+    task: tuple(role for [role] in TASKS[task].inputs) for task in ("classify", "entail", "similarity", "rewrite")
+}
+ANSWER_FORMATS = ("names of the choices", "indices from 0", "letters", "texts of the choices")
+_CHAT_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+
+Message = dict[str, str]  # {"role": …, "content": …}
+
+
+# ---------------------------------------------------------------- columns
 
 
 def infer_task(columns: Iterable[str]) -> str:
@@ -174,3 +195,307 @@ def _find_column_pair(column_names: list[str], task: str) -> tuple[str, str] | N
         if first is not None and second is not None:
             return first, second
     return None
+
+
+# ---------------------------------------------------------------- rows
+
+
+class RowError(Exception):
+    """Why a row cannot be used.
+
+    Attributes:
+        kind: The kind of error, the same text for all rows with this error.
+        detail: The value that this row has.
+    """
+
+    def __init__(self, kind: str, detail: str = ""):
+        super().__init__(kind, detail)
+        self.kind, self.detail = kind, detail
+
+
+def parse_inputs(task: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The input fields of a row. A conversation keeps all messages, the target included.
+
+    Args:
+        task: Name of the task.
+        values: The raw value of each role.
+
+    Raises:
+        RowError: An input is missing or not valid.
+    """
+    if task == "choose":
+        return {"question": _require_text(values.get("question"), "question"), "choices": _parse_choices(values)[0]}
+    if task == "chat":
+        has_messages = "messages" in values
+        messages = _parse_messages(values["messages"]) if has_messages else [_user_message(values, "instruction")]
+        return {"messages": _parse_conversation(values, messages)}
+    if task == "prefer":
+        return {"messages": _parse_preference(values)[0]}
+    return {role: _require_text(values.get(role), role) for role in TEXT_FIELDS[task]}
+
+
+def parse_targets(
+    task: str, values: Mapping[str, Any], inputs: Mapping[str, Any], answer_format: str | None
+) -> dict[str, Any]:
+    """The target fields of a row. The messages of a conversation replace those of `inputs`.
+
+    Args:
+        task: Name of the task.
+        values: The raw value of each role.
+        inputs: The input fields.
+        answer_format: One of `ANSWER_FORMATS`, for the task `choose`.
+
+    Raises:
+        RowError: A target is missing or not valid.
+    """
+    if task == "choose":
+        assert answer_format is not None  # inferred for each data set of this task
+        return {"answer": _parse_answer(values, answer_format)}
+    if task == "rewrite":
+        return {"completion": _require_text(values.get("completion"), "completion")}
+    if task == "chat":
+        messages = inputs["messages"]
+        if "messages" not in values:
+            messages += ({"role": "assistant", "content": _require_text(values.get("output"), "output")},)
+        if messages[-1]["role"] != "assistant":
+            raise RowError("the conversation does not end with an assistant message")
+        return {"messages": messages}
+    if task == "prefer":
+        _, *answers = _parse_preference(values)
+        chosen, rejected = (
+            _require_text(answer, f"{side} answer")
+            for answer, side in zip(answers, ("chosen", "rejected"), strict=True)
+        )
+        if chosen == rejected:
+            raise RowError("the chosen and the rejected answer are identical")
+        return {"chosen": chosen, "rejected": rejected}
+    if "labels" in values:
+        labels = _decode_json_cell(values["labels"])
+        if isinstance(labels, str):
+            labels = [part for part in re.split("[;|]", labels) if part.strip()]
+        return {"labels": tuple(dict.fromkeys(map(_parse_label, labels if is_json_array(labels) else [labels])))}
+    if "score" not in values:
+        return {"label": _parse_label(values.get("label"))}
+    score = parse_float(values["score"])
+    if score is None:
+        raise RowError("the score is not a finite number", f"it is {_preview(values['score'])}")
+    return {"score": score}
+
+
+def parse_float(value: Any) -> float | None:
+    """A finite number, which may be written as text; else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    if isinstance(value, str) and not re.fullmatch(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*", value):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer with hundreds of digits
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _parse_int(value: Any) -> int | None:
+    """An integer, which may be written as 1.0 or as text; else None."""
+    if isinstance(value, str):
+        return int(value) if re.fullmatch(r"\s*[+-]?[0-9]{1,9}\s*", value) else None
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _require_text(value: Any, name: str) -> str:
+    if _is_blank(value):
+        raise RowError(f"the {name} is empty")
+    if not isinstance(value, str):
+        raise RowError(f"the {name} is not a string", f"its type is {type(value).__name__}")
+    return value
+
+
+def _decode_json_cell(value: Any) -> Any:
+    """The list or object that a CSV cell holds as JSON; any other value unchanged."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return map_strings(json.loads(value), replace_surrogates)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _preview(value: Any) -> str:
+    if is_json_array(value) or is_json_object(value):  # which may be nested too deeply for repr
+        return f"a {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+# ---------------------------------------------------------------- labels
+
+
+def is_multilabel_column(values: Iterable[Any]) -> bool:
+    """Whether a label column holds lists of labels."""
+    return any(isinstance(_decode_json_cell(value), list) for value in values)
+
+
+def is_score_column(values: Iterable[Any]) -> bool:
+    """Whether most values of a label column are numbers, and not all of them integers."""
+    present = [value for value in values if not _is_blank(value)]
+    numbers = [number for value in present if (number := parse_float(value)) is not None]
+    return 2 * len(numbers) > len(present) and not all(number.is_integer() for number in numbers)
+
+
+def _parse_label(value: Any) -> str:
+    if _is_blank(value) or (isinstance(value, float) and math.isnan(value)):
+        raise RowError("the label is empty")
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return str(value if isinstance(value, bool) else int(value))
+    raise RowError("the label is neither a string nor an integer", f"it is {_preview(value)}")
+
+
+# ---------------------------------------------------------------- multiple choice
+
+
+def _parse_choices(values: Mapping[str, Any]) -> tuple[tuple[str, ...], list[str]]:
+    """The choices, and the names that some data sets give them (A, B, C, D or 1, 2, 3, 4 in ARC)."""
+    names: list[str] = []
+    if "choices" in values:
+        choices = _decode_json_cell(values["choices"])
+        if is_json_array(choices) and choices and all(map(is_json_object, choices)):
+            choices = {key: [choice.get(key) for choice in choices] for key in ("text", "label")}
+        if is_json_object(choices):
+            labels = choices.get("label")
+            names = [str(name) for name in labels if isinstance(name, str | int)] if is_json_array(labels) else []
+            choices = choices.get("text")
+        if not is_json_array(choices):
+            raise RowError("the choices are not a list", f"they are {_preview(choices)}")
+    else:
+        roles = sorted(filter(CHOICE_ROLE_PATTERN.fullmatch, values), key=lambda role: int(role[len("choice") :]))
+        choices = [values[role] for role in roles]
+        while choices and _is_blank(choices[-1]):  # a question may have fewer choices than the table has columns
+            choices.pop()
+    if len(choices) < 2:
+        raise RowError("fewer than two choices", f"the number of choices is {len(choices)}")
+    texts = [str(choice) if isinstance(choice, int | float) else choice for choice in choices]
+    return tuple(_require_text(text, "choice") for text in texts), names if len(names) == len(texts) else []
+
+
+def _answer_indices(values: Mapping[str, Any]) -> dict[str, int | None]:
+    """The index of the answer of a row as each of `ANSWER_FORMATS` reads it, None if it is none of the choices."""
+    choices, names = _parse_choices(values)
+    answer = values.get("answer")
+    text = str(answer).strip() if isinstance(answer, str | int | float) else None
+    letters = [chr(ord("A") + i) for i in range(len(choices))]
+    keys: list[tuple[Any, Sequence[Any]]] = [  # what is looked up, and that of each choice
+        (text, names),
+        (_parse_int(answer), range(len(choices))),
+        (text and text.upper(), letters),
+        (text, [choice.strip() for choice in choices]),
+    ]
+    indices = [known.index(key) if key in known else None for key, known in keys]
+    return dict(zip(ANSWER_FORMATS, indices, strict=True))
+
+
+def infer_answer_format(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The one of `ANSWER_FORMATS` under which most rows of a data set have a valid answer.
+
+    One row is ambiguous: with the choices 3, 2, 1 and 0, the answer 2 is the second (by text) or the third (by index).
+    """
+    counts: Counter[str] = Counter()
+    for values in rows:
+        try:
+            counts.update(name for name, index in _answer_indices(values).items() if index is not None)
+        except RowError:  # reported when the row is parsed
+            continue
+    return max(ANSWER_FORMATS, key=lambda name: counts[name])
+
+
+def _parse_answer(values: Mapping[str, Any], answer_format: str) -> int:
+    choices, answer = _parse_choices(values)[0], values.get("answer")
+    if _is_blank(answer):
+        raise RowError("the answer is empty")
+    index = _answer_indices(values)[answer_format]
+    if index is None:
+        out_of_range = answer_format == "indices from 0" and _parse_int(answer) is not None
+        raise RowError(
+            f"the answer is {'out of range' if out_of_range else 'none of the choices'}",
+            f"it is {_preview(answer)}, and there are {len(choices)} choices; answers are read as {answer_format}",
+        )
+    return index
+
+
+# ---------------------------------------------------------------- conversations
+
+
+def _parse_messages(value: Any) -> list[Message]:
+    """Messages with canonical roles, in any order."""
+    value = _decode_json_cell(value)
+    if not is_json_array(value):
+        raise RowError("the conversation is not a list of messages", f"it is {_preview(value)}")
+    messages: list[Message] = []
+    for message in value:
+        if not is_json_object(message):
+            raise RowError("a message is not an object with role and content", f"it is {_preview(message)}")
+        name = message.get("from") if message.get("role") is None else message["role"]
+        if not isinstance(name, str) or name not in _CHAT_ROLES:
+            raise RowError("a message has an unknown role", f"{_preview(name)}; known: {', '.join(_CHAT_ROLES)}")
+        content = message.get("value") if message.get("content") is None else message["content"]
+        messages.append({"role": _CHAT_ROLES[name], "content": _require_text(content, "content of a message")})
+    return messages
+
+
+def _parse_conversation(values: Mapping[str, Any], messages: list[Message]) -> tuple[Message, ...]:
+    """The messages after the content of the `system` column, if there is one, with their order checked."""
+    if not _is_blank(values.get("system")) and not (messages and messages[0]["role"] == "system"):
+        messages = [{"role": "system", "content": _require_text(values["system"], "system message")}, *messages]
+    roles = [message["role"] for message in messages]
+    if "system" in roles[1:]:
+        raise RowError("a system message is not the first message")
+    if repeated := [role for role, following in pairwise(roles) if role == following]:
+        raise RowError("two consecutive messages have the same role", f"the role is {repeated[0]}")
+    if "user" not in roles:
+        raise RowError("the conversation has no user message")
+    return tuple(messages)
+
+
+def _user_message(values: Mapping[str, Any], role: str) -> Message:
+    """An instruction and its optional input as one user message."""
+    parts = [_require_text(values.get(role), role)]
+    if not _is_blank(values.get("input")):
+        parts.append(_require_text(values["input"], "input"))
+    return {"role": "user", "content": "\n\n".join(parts)}
+
+
+def _parse_preference(values: Mapping[str, Any]) -> tuple[tuple[Message, ...], Any, Any]:
+    """The prompt as messages, the chosen and the rejected answer.
+
+    Chosen and rejected may be conversations that differ in their last message; the messages they share are the prompt.
+    """
+
+    def messages_or_text(value: Any) -> Any:
+        """A list of messages, decoded; any other value unchanged, such as the text "[1, 2]"."""
+        decoded = _decode_json_cell(value)
+        return decoded if is_json_array(decoded) and all(map(is_json_object, decoded)) else value
+
+    prompt, *answers = (messages_or_text(values.get(role)) for role in ("prompt", "chosen", "rejected"))
+    messages: list[Message] = []
+    if all(map(is_json_array, answers)):
+        chosen, rejected = map(_parse_messages, answers)
+        messages = chosen[:-1]
+        last_roles = [message["role"] for message in (*chosen[-1:], *rejected[-1:])]
+        if messages != rejected[:-1] or last_roles != ["assistant", "assistant"]:
+            raise RowError("chosen and rejected differ in more than the last assistant message")
+        answers = [chosen[-1]["content"], rejected[-1]["content"]]
+    if not messages and not _is_blank(prompt):
+        messages = _parse_messages(prompt) if is_json_array(prompt) else [_user_message(values, "prompt")]
+    if not messages:
+        raise RowError("the prompt is empty")
+    conversation = _parse_conversation(values, messages)
+    if conversation[-1]["role"] != "user":
+        raise RowError("the prompt does not end with a user message")
+    return conversation, answers[0], answers[1]
