@@ -241,22 +241,19 @@ def load(path: str | Path, device: str = "auto", precision: Precision = "float32
     if precision not in PRECISION_CODES:
         raise UsageError(f"unknown precision {precision!r}: choose from {', '.join(PRECISION_CODES)}")
     path = Path(path)
-    if path.parent.name == "checkpoints" and any(path.glob("weights*.safetensors")):
-        return _load_checkpoint(path, resolve_device(device), precision)
-    return LanguageModel(resolve_model_dir(path), resolve_device(device), precision)
-
-
-def _load_checkpoint(path: Path, device: torch.device, precision: Precision) -> LanguageModel:
-    """The model of a run with the weights of a checkpoint."""
-    fs.verify_manifest(path)
-    model = LanguageModel(resolve_model_dir(path.resolve().parents[1]), device, precision)
-    weights, expected = load_shards(path, "weights", device), model.gpt.state_dict()
-    if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in expected.items()}:
-        raise NextwordError(
-            f"{path}: does not hold all weights of the model (it may be a LoRA's); open the run directory"
-        )
-    model.gpt.load_state_dict(weights)
-    model.path = path
+    is_checkpoint = path.parent.name == "checkpoints" and any(path.glob("weights*.safetensors"))
+    if is_checkpoint:
+        fs.verify_manifest(path)
+    directory = resolve_model_dir(path.resolve().parents[1] if is_checkpoint else path)
+    model = LanguageModel(directory, resolve_device(device), precision)
+    if is_checkpoint:
+        weights, expected = load_shards(path, "weights", model.gpt.unembedding.device), model.gpt.state_dict()
+        if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in expected.items()}:
+            raise NextwordError(
+                f"{path}: does not hold all weights of the model (it may be a LoRA's); open the run directory"
+            )
+        model.gpt.load_state_dict(weights)
+        model.path = path
     return model
 
 
