@@ -387,7 +387,7 @@ def test_rare_labels_have_more_weight():
 def test_limited_examples_keep_all_labels(base, tmp_path):
     data = write(tmp_path / "data.jsonl", "classify", 60)
     data.write_text(data.read_text() + '{"text": "seldom seen", "label": "rare"}\n')
-    result = tune(base, data, tmp_path / "run", steps=3, limit=10)
+    result = tune(base, data, tmp_path / "run", steps=3, max_examples=10)
     assert result["labels"] == ["negative", "positive", "rare"]
     metadata = read_json(tmp_path / "run" / "run.json")
     assert metadata["data"]["train"]["examples"] == 10 < metadata["data"]["available"]
