@@ -202,7 +202,7 @@ def test_the_tokenizer_is_trained_on_the_training_split_only(folder, tmp_path):
 def test_reading_across_shards(articles, prepared, tmp_path, monkeypatch):
     whole = prepared.tokens("train")
     monkeypatch.setattr(shards_module, "SHARD_TOKENS", 1000)
-    monkeypatch.setattr(prepare_module, "ENCODE_BATCH_CHARS", 3000)
+    monkeypatch.setattr(shards_module, "ENCODE_BATCH_CHARS", 3000)
     sharded = prepare([articles], tmp_path / "out", tokenizer=prepared.path).tokens("train")
     assert len(list((tmp_path / "out").glob("train-*.npy"))) == -(-len(whole) // 1000)
     assert len(sharded) == len(whole)

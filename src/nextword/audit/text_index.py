@@ -46,7 +46,7 @@ from nextword.data.builtin_datasets import find_sources
 from nextword.data.corpus import Corpus
 from nextword.data.documents import SourceFile
 from nextword.data.issues import IssueLog
-from nextword.data.scan import CorpusScan, HashedDocument, is_unchanged, scan_corpus
+from nextword.data.scan import CorpusScan, HashedDocument, are_unchanged, scan_corpus
 
 FORMAT_VERSION = 1
 MIN_MATCH_BYTES = 24  # default length from which on matches are returned
@@ -274,8 +274,7 @@ def _open_if_unchanged(
         raise UsageError(f"{out}: exists and is not an index; choose another directory for it")
     if manifest.get("version") != FORMAT_VERSION or manifest.get("asked") != settings:
         return None
-    recorded = manifest["sources"]
-    if len(recorded) != len(sources) or not all(map(is_unchanged, sources, recorded)):
+    if not are_unchanged(sources, manifest["sources"]):
         log(f"{out}: the text has changed; rebuilding the index")
         return None
     try:

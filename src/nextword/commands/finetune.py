@@ -159,7 +159,7 @@ def run_finetuning(run: "RunContext") -> dict[str, Any]:
     FinetuneConfig, example="nextword finetune runs/mine reviews.csv --out runs/reviews", to_text=format_finetuning
 )
 def finetune(config: FinetuneConfig, context: Context) -> FinetuneResult:
-    from nextword.common.run_lock import fail_if_locked
+    from nextword.common.run_dir import fail_if_locked
 
     fail_if_locked(config.out)
     from nextword.commands.pretrain import start_run

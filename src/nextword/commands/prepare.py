@@ -53,15 +53,14 @@ def format_shards(corpus: "Corpus") -> str:
 )
 def prepare(config: PrepareConfig, context: Context) -> "Corpus":
     settings = {name: getattr(config, name) for name in ("tokenizer", "vocab_size", "text_column", "strict")}
-    if config.engine == "ray":
-        from nextword.data.ray_prepare import prepare_on_ray
+    from nextword.data import prepare as preparation
 
+    if config.engine == "ray":
         if config.shard is not None:
             raise UsageError("--shard and --engine ray exclude each other: Ray assigns the parts itself")
-        return prepare_on_ray(list(input_paths(config.corpora)), config.out.resolve(), settings, context.console)
-    from nextword.data.prepare import prepare as prepare_locally
-
+        corpora, out = list(input_paths(config.corpora)), config.out.resolve()
+        return preparation.prepare_on_ray(corpora, out, settings, context.console)
     console = context.console
-    return prepare_locally(
+    return preparation.prepare(
         config.corpora, config.out, shard=config.shard, **settings, progress=console.progress, log=console.info
     )

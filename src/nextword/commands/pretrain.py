@@ -66,7 +66,7 @@ def format_run(result: RunResult) -> str:
 
 @command(PretrainConfig, example="nextword pretrain my-texts/ --out runs/mine --budget 30m", to_text=format_run)
 def pretrain(config: PretrainConfig, context: Context) -> RunResult:
-    from nextword.common.run_lock import fail_if_locked
+    from nextword.common.run_dir import fail_if_locked
 
     fail_if_locked(config.out)
     from nextword.common.run_dir import RunDir

@@ -85,29 +85,8 @@ class Console:
         """Print a warning, also when quiet."""
         self.rich_console.print(Text(text, style="yellow"))
 
-    def progress(self, stage: str, done: float, total: float) -> None:
-        """Show the progress of a stage. A new stage name starts a new bar."""
-        self._update(stage, done, total)
-
-    def training_progress(self, progress: TrainingProgress) -> None:
-        """Show the progress of a training run: step, time, loss, and more on a wide terminal."""
-        width = self.rich_console.width if self.is_live else DETAIL_COLUMNS
-        self._update("training", progress.step, progress.total_steps, progress.line(width))
-
-    def log_sample(self, step: int, prompt: str, text: str) -> None:
-        """Print a text that the model has generated during training."""
-        if not self.quiet:
-            sample = Text.assemble((f"  sample at step {step:,}: ", "dim"), (prompt, "dim italic"), (text, "italic"))
-            self.rich_console.print(sample)
-
-    def close(self) -> None:
-        """Remove the live display. The next call of `progress` starts a new one."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-        self._stage = ""
-
-    def _update(self, stage: str, done: float, total: float, text: str = "") -> None:
+    def progress(self, stage: str, done: float, total: float, text: str = "") -> None:
+        """Show the progress of a stage, and a text. A new stage name starts a new bar."""
         if self.quiet:
             return
         if self.is_live:
@@ -123,16 +102,31 @@ class Console:
                 self.rich_console.print(Text(f"{stage} {100 * done / max(total, 1e-9):3.0f} %  {text}".rstrip()))
             self._last_printed_at, self._stage = now, stage
 
+    def training_progress(self, progress: TrainingProgress) -> None:
+        """Show the progress of a training run: step, time, loss, and more on a wide terminal."""
+        width = self.rich_console.width if self.is_live else DETAIL_COLUMNS
+        self.progress("training", progress.step, progress.total_steps, progress.line(width))
+
+    def log_sample(self, step: int, prompt: str, text: str) -> None:
+        """Print a text that the model has generated during training."""
+        if not self.quiet:
+            sample = Text.assemble((f"  sample at step {step:,}: ", "dim"), (prompt, "dim italic"), (text, "italic"))
+            self.rich_console.print(sample)
+
+    def close(self) -> None:
+        """Remove the live display. The next call of `progress` starts a new one."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        self._stage = ""
+
     def _start_bar(self, stage: str, total: float, text: str) -> None:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-        name, bar, percentage = TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn()
-        if not text:
-            columns = [name, bar, percentage, TimeRemainingColumn()]
-        elif self.rich_console.width < BAR_COLUMNS:
-            columns = [TextColumn("{task.fields[text]}")]
-        else:
-            columns = [name, bar, percentage, TextColumn("{task.fields[text]}")]
+        columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn()]
+        if text and self.rich_console.width < BAR_COLUMNS:
+            columns.clear()
+        columns.append(TextColumn("{task.fields[text]}") if text else TimeRemainingColumn())
         self._bar = Progress(*columns, console=self.rich_console, transient=True)
         self._task = self._bar.add_task(stage, total=total, text=text)
         self._bar.start()

@@ -4,6 +4,9 @@ Every message says what happened, where (a path and a line), and what to do. The
 a traceback. A program catches `NextwordError`.
 """
 
+import importlib
+from typing import Any
+
 
 class NextwordError(Exception):
     """The base class: an operation was refused or has failed. Exit code 1."""
@@ -51,3 +54,11 @@ class MissingDependencyError(NextwordError):
 
     def __init__(self, feature: str, extra: str):
         super().__init__(f"{feature} needs an optional package. Install it with: pip install 'nextword[{extra}]'")
+
+
+def import_optional(module: str, feature: str, extra: str) -> Any:
+    """Import a module of an optional dependency. Raises `MissingDependencyError` if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingDependencyError(feature, extra) from error

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -32,7 +33,9 @@ def map_disk_errors(path: Path) -> Generator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number = error.errno if isinstance(error, OSError) else parse_errno(str(error))
+        # safetensors gives the number in its message: "No space left on device (os error 28)".
+        match = re.search(r"os error (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else match and int(match[1])
         if number not in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
             reason = getattr(error, "strerror", None) or error
             raise NextwordError(f"{path}: cannot write: {reason}") from error
@@ -73,12 +76,6 @@ def directory_size(*directories: Path) -> int:
     return sum(path.stat().st_size for path in paths if path.is_file())
 
 
-def parse_errno(message: str) -> int | None:
-    """The system's error number in a message of safetensors: "No space left on device (os error 28)"."""
-    match = re.search(r"os error (\d+)", message)
-    return int(match[1]) if match else None
-
-
 # ---------------------------------------------------------------- files
 
 
@@ -95,14 +92,11 @@ def fsync_path(path: Path) -> None:
 
 def atomic_write(path: Path, content: str | bytes) -> None:
     """Write a file so that a crash leaves either the old content or the new one."""
-    data = content.encode() if isinstance(content, str) else content
     temp_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with map_disk_errors(path):
         try:
-            with temp_path.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            temp_path.write_bytes(content.encode() if isinstance(content, str) else content)
+            fsync_path(temp_path)
             temp_path.replace(path)
         except OSError:  # the disk may be full: leave nothing behind
             temp_path.unlink(missing_ok=True)
@@ -133,6 +127,13 @@ def is_json_array(value: object) -> TypeGuard[list[Any]]:
     return isinstance(value, list)
 
 
+def check_file_size(path: Path, max_bytes: int) -> None:
+    """Raise `CorruptFileError` for a file that is larger than a file of its kind can be."""
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise CorruptFileError(f"{path}: {size:,} bytes, where no file of this kind needs {max_bytes:,}")
+
+
 def read_json(path: Path, max_bytes: int | None = None) -> Any:
     """Parse a JSON file.
 
@@ -145,10 +146,8 @@ def read_json(path: Path, max_bytes: int | None = None) -> Any:
         NextwordError: there is no such file.
     """
     try:
-        if max_bytes is not None and path.stat().st_size > max_bytes:
-            raise CorruptFileError(
-                f"{path}: {path.stat().st_size:,} bytes, where no file of this kind needs {max_bytes:,}"
-            )
+        if max_bytes is not None:
+            check_file_size(path, max_bytes)
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise NextwordError(f"{path}: no such file") from error
@@ -163,10 +162,8 @@ def read_jsonl(path: Path) -> list[Any]:
     Raises:
         CorruptFileError: a line is not valid JSON.
     """
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")
     records: list[Any] = []
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
     for number, line in enumerate(lines[:-1], start=1):  # a crash may have cut off what follows the last newline
         try:
             records.append(json.loads(line))
@@ -223,10 +220,10 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a directory: its metadata and `files`. Raises `CorruptFileError` if it is missing or malformed."""
-    return split_manifest(directory)[0]
+    return _split_manifest(directory)[0]
 
 
-def split_manifest(directory: Path) -> tuple[dict[str, Any], str | None]:
+def _split_manifest(directory: Path) -> tuple[dict[str, Any], str | None]:
     """The manifest of a directory, and the digest it ends with (None if it was written without one)."""
     path = directory / MANIFEST
     if not path.is_file():
@@ -244,9 +241,9 @@ def split_manifest(directory: Path) -> tuple[dict[str, Any], str | None]:
     return manifest, recorded_digest
 
 
-def iter_integrity_errors(directory: Path) -> Iterator[str]:
+def _iter_integrity_errors(directory: Path) -> Iterator[str]:
     """Every difference between a directory and its manifest, as a message with the path of the file."""
-    manifest, recorded_digest = split_manifest(directory)
+    manifest, recorded_digest = _split_manifest(directory)
     if recorded_digest not in (None, manifest_digest(manifest)):
         yield f"{directory / MANIFEST}: the content does not match its SHA-256"
     for name, expected in manifest["files"].items():
@@ -261,16 +258,15 @@ def iter_integrity_errors(directory: Path) -> Iterator[str]:
             yield f"{path}: the content does not match its SHA-256"
 
 
-def verify_manifest(directory: Path) -> dict[str, Any]:
-    """Check every file of a directory against its manifest, and return the manifest.
+def verify_manifest(*directories: Path) -> dict[str, Any]:
+    """Check every file of some directories against their manifests, and return the manifest of the last.
 
     Raises:
         CorruptFileError: with a line for every file that differs.
     """
-    errors = list(iter_integrity_errors(directory))
-    if errors:
+    if errors := list(chain.from_iterable(map(_iter_integrity_errors, directories))):
         raise CorruptFileError("\n".join(errors))
-    return read_manifest(directory)
+    return read_manifest(directories[-1])
 
 
 def verify_tree(path: Path) -> dict[str, str]:
@@ -289,9 +285,7 @@ def verify_tree(path: Path) -> dict[str, str]:
     directories = sorted(file.parent for file in manifests)
     if not directories:
         raise CorruptFileError(f"{path}: no {MANIFEST} in it, so there is nothing to check it against")
-    errors = [line for directory in directories for line in iter_integrity_errors(directory)]
-    if errors:
-        raise CorruptFileError("\n".join(errors))
+    verify_manifest(*directories)
     kinds = {"state": "checkpoint", "model": "model", "settings": "shards", "places": "index"}
     return {
         str(directory): next((kind for key, kind in kinds.items() if key in read_manifest(directory)), "directory")

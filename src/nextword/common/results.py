@@ -34,59 +34,114 @@ class Provenance:
     arguments: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class TextResult:
+class _Interval(msgspec.Struct, kw_only=True):
+    low: Number | None = None
+    high: Number | None = None
+    n: Count | None = None
+
+    def __post_init__(self) -> None:
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError("`low` is greater than `high`")
+
+
+class _Score(_Interval, kw_only=True):
+    value: Number = msgspec.field(name="score")
+    differs: bool | None = msgspec.field(default=None, name="order_matters")  # of the control with shuffled words
+
+    @property
+    def score(self) -> ScoreWithCI:
+        """The score with its confidence interval."""
+        return ScoreWithCI(self.value, self.low, self.high, self.n)
+
+
+class TextResult(msgspec.Struct, kw_only=True):
     """The perplexity evaluation of a text: bits per byte, loss in nats per token, and the size of the text."""
 
-    name: str
-    bits_per_byte: ScoreWithCI
-    loss: float
-    tokens: int
-    bytes: int
-    provenance: Provenance
+    name: str = ""
+    value: Number = msgspec.field(name="bits_per_byte")
+    interval: _Interval
+    loss: Number
+    provenance: Provenance = msgspec.field(name="measured")
+    tokens: Count | None = None
+    bytes: Count | None = None
+
+    @property
+    def bits_per_byte(self) -> ScoreWithCI:
+        """Bits per byte with their confidence interval."""
+        return ScoreWithCI(self.value, self.interval.low, self.interval.high)
 
 
-@dataclass(frozen=True)
-class BenchmarkResult:
+class BenchmarkResult(_Score, kw_only=True):
     """The score of a benchmark by its primary metric.
 
     Attributes:
         name: Name of the benchmark.
         metric: Name of the primary metric.
-        score: The score on `score.n` evaluated items.
-        total_items: Number of items that the benchmark has.
+        total_items: Number of items that the benchmark has; `score.n` of them were evaluated.
         chance: Score of random guessing.
-        chance_side: "above" or "below" if the whole confidence interval lies on that side of chance.
-        shuffled_control: The score with shuffled words.
-        order_matters: Whether the score with shuffled words differs.
-        groups: The score of each group of items.
+        above_chance, below_chance: Whether the whole confidence interval lies on that side of chance.
+        control: The score with shuffled words.
+        group_scores: The score of each group of items.
         provenance: When and how it was measured.
     """
 
-    name: str
+    name: str = ""
     metric: str
-    score: ScoreWithCI
-    total_items: int | None
-    chance: float | None
-    chance_side: str | None
-    shuffled_control: ScoreWithCI | None
-    order_matters: bool
-    groups: Mapping[str, ScoreWithCI]
-    provenance: Provenance
+    total_items: Count | None = msgspec.field(default=None, name="of")
+    chance: Number | None = None
+    above_chance: bool | None = None
+    below_chance: bool | None = None
+    control: _Score | None = msgspec.field(default=None, name="scrambled")
+    group_scores: dict[str, _Score] | None = msgspec.field(default=None, name="groups")
+    provenance: Provenance = msgspec.field(name="measured")
+
+    @property
+    def chance_side(self) -> str | None:
+        """The side of chance on which the whole confidence interval lies: "above", "below" or neither."""
+        return "above" if self.above_chance else "below" if self.below_chance else None
+
+    @property
+    def shuffled_control(self) -> ScoreWithCI | None:
+        """The score with shuffled words."""
+        return self.control and self.control.score
+
+    @property
+    def order_matters(self) -> bool:
+        """Whether the score with shuffled words differs."""
+        return self.control is not None and bool(self.control.differs)
+
+    @property
+    def groups(self) -> dict[str, ScoreWithCI]:
+        """The score of each group of items."""
+        return {name: group.score for name, group in (self.group_scores or {}).items()}
 
 
-@dataclass(frozen=True)
-class AuditFinding:
+class AuditFinding(_Interval, kw_only=True):
     """One finding of an audit; the fields are those of `nextword.audit.findings.Finding`."""
 
     section: str
     name: str
-    score: ScoreWithCI
-    unit: str
-    reference: float | None
-    flagged: bool
-    note: str
-    examples: tuple[Mapping[str, str], ...]
+    value: Number
+    unit: str = ""
+    reference: Number | None = None
+    flagged: bool | None = msgspec.field(default=None, name="notable")
+    note: str = ""
+    examples: list[dict[str, str]] | None = None
+
+    @property
+    def score(self) -> ScoreWithCI:
+        """The value with its confidence interval."""
+        return ScoreWithCI(self.value, self.low, self.high, self.n)
+
+
+class _AuditFile(msgspec.Struct):
+    findings: list[AuditFinding]
+
+
+class _EvaluationFile(msgspec.Struct):
+    weights: Any = None
+    texts: dict[str, Any] | None = None
+    suites: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,26 +167,23 @@ class StoredResults:
         Raises:
             CorruptFileError: A file is not valid; the message names the file and the field.
         """
-        findings: tuple[AuditFinding, ...] = ()
+        audit, evaluation, path = _AuditFile([]), _EvaluationFile(), run_dir / EVALUATION_FILE
         if (run_dir / AUDIT_FILE).is_file():
             audit = _convert(read_json(run_dir / AUDIT_FILE), _AuditFile, run_dir / AUDIT_FILE)
-            findings = tuple(entry.to_finding() for entry in audit.findings)
-        if not (run_dir / EVALUATION_FILE).is_file():
-            return cls(findings=findings)
-        path = run_dir / EVALUATION_FILE
-        evaluation = _convert(read_json(path), _EvaluationFile, path)
-        return cls(
-            texts=tuple(
-                _convert(entry, _TextEntry, path, f"texts.{name}").to_result(name)
-                for name, entry in (evaluation.texts or {}).items()
-            ),
+        if path.is_file():
+            evaluation = _convert(read_json(path), _EvaluationFile, path)
+        texts, benchmarks = evaluation.texts or {}, evaluation.suites or {}
+        results = cls(
+            texts=tuple(_convert(entry, TextResult, path, f"texts.{name}") for name, entry in texts.items()),
             benchmarks=tuple(
-                _convert(entry, _BenchmarkEntry, path, f"suites.{name}").to_result(name)
-                for name, entry in (evaluation.suites or {}).items()
+                _convert(entry, BenchmarkResult, path, f"suites.{name}") for name, entry in benchmarks.items()
             ),
-            findings=findings,
+            findings=tuple(audit.findings),
             stale=evaluation.weights is not None and evaluation.weights != weights_digest(run_dir),
         )
+        for result, name in zip((*results.texts, *results.benchmarks), (*texts, *benchmarks), strict=True):
+            result.name = name
+        return results
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -153,101 +205,6 @@ def weights_digest(run_dir: Path) -> str | None:
         return None
     files = read_manifest(run_dir / "model")["files"]
     return next((entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")), None)
-
-
-# ---------------------------------------------------------------- file format
-
-
-class _Interval(msgspec.Struct, kw_only=True):
-    low: Number | None = None
-    high: Number | None = None
-    n: Count | None = None
-
-    def __post_init__(self) -> None:
-        if self.low is not None and self.high is not None and self.low > self.high:
-            raise ValueError("`low` is greater than `high`")
-
-    def with_value(self, value: float) -> ScoreWithCI:
-        return ScoreWithCI(value, self.low, self.high, self.n)
-
-
-class _ScoreEntry(_Interval, kw_only=True):
-    score: Number
-    order_matters: bool | None = None  # of the control with shuffled words
-
-    def to_score(self) -> ScoreWithCI:
-        return self.with_value(self.score)
-
-
-class _BenchmarkEntry(_ScoreEntry, kw_only=True):
-    metric: str
-    of: Count | None = None
-    chance: Number | None = None
-    above_chance: bool | None = None
-    below_chance: bool | None = None
-    scrambled: _ScoreEntry | None = None
-    groups: dict[str, _ScoreEntry] | None = None
-    measured: Provenance
-
-    def to_result(self, name: str) -> BenchmarkResult:
-        return BenchmarkResult(
-            name=name,
-            metric=self.metric,
-            score=self.to_score(),
-            total_items=self.of,
-            chance=self.chance,
-            chance_side="above" if self.above_chance else "below" if self.below_chance else None,
-            shuffled_control=None if self.scrambled is None else self.scrambled.to_score(),
-            order_matters=self.scrambled is not None and bool(self.scrambled.order_matters),
-            groups={group: entry.to_score() for group, entry in (self.groups or {}).items()},
-            provenance=self.measured,
-        )
-
-
-class _TextEntry(msgspec.Struct):
-    bits_per_byte: Number
-    interval: _Interval
-    loss: Number
-    measured: Provenance
-    tokens: Count | None = None
-    bytes: Count | None = None
-
-    def to_result(self, name: str) -> TextResult:
-        score = ScoreWithCI(self.bits_per_byte, self.interval.low, self.interval.high)
-        return TextResult(name, score, self.loss, self.tokens or 0, self.bytes or 0, self.measured)
-
-
-class _FindingEntry(_Interval, kw_only=True):
-    section: str
-    name: str
-    value: Number
-    unit: str = ""
-    reference: Number | None = None
-    notable: bool | None = None
-    note: str = ""
-    examples: list[dict[str, str]] | None = None
-
-    def to_finding(self) -> AuditFinding:
-        return AuditFinding(
-            section=self.section,
-            name=self.name,
-            score=self.with_value(self.value),
-            unit=self.unit,
-            reference=self.reference,
-            flagged=bool(self.notable),
-            note=self.note,
-            examples=tuple(self.examples or ()),
-        )
-
-
-class _AuditFile(msgspec.Struct):
-    findings: list[_FindingEntry]
-
-
-class _EvaluationFile(msgspec.Struct):
-    weights: Any = None
-    texts: dict[str, Any] | None = None
-    suites: dict[str, Any] | None = None
 
 
 def _convert(value: Any, struct: type[T], path: Path, json_path: str = "$") -> T:

@@ -15,20 +15,23 @@ import json
 import os
 import re
 import signal
+import socket
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
+import filelock
+
 from nextword.common import fs
-from nextword.common.errors import CorruptFileError, NextwordError, UsageError
-from nextword.common.run_lock import run_lock
+from nextword.common.errors import CorruptFileError, NextwordError, RunLockedError, UsageError
 
 # Files that may exist before run.json is written, and the leftovers of a killed process.
 KNOWN_FILES = re.compile(
     r"run\.json|data|\.data\.partial|\.data\.lock|checkpoints|lock|holder\.json|\.(run|holder)\.json\.\d+\.partial"
 )
+LOCK_TIMEOUT_SECONDS = 0.5  # longer than `fail_if_locked` of another process holds the lock
 ROUNDING_NOTE = "equal within rounding, not bit for bit"
 
 
@@ -51,10 +54,12 @@ class RunDir:
 
     @property
     def exists(self) -> bool:
+        """Whether the directory holds a run."""
         return (self.path / "run.json").is_file()
 
     @property
     def is_complete(self) -> bool:
+        """Whether the run has ended and stored its result."""
         return self.result_path.is_file()
 
     def metadata(self) -> dict[str, Any]:
@@ -63,12 +68,13 @@ class RunDir:
         Raises:
             CorruptFileError: the file is not the run.json of a run.
         """
-        metadata: Any = fs.read_json(self.path / "run.json")
-        if not isinstance(metadata, dict) or "recipe" not in metadata:
+        metadata = fs.read_json(self.path / "run.json")
+        if not fs.is_json_object(metadata) or "recipe" not in metadata:
             raise CorruptFileError(f"{self.path / 'run.json'}: not a nextword run")
-        return cast(dict[str, Any], metadata)
+        return metadata
 
     def write_metadata(self, metadata: dict[str, Any]) -> None:
+        """Write run.json."""
         fs.atomic_write(self.path / "run.json", fs.to_json(metadata))
 
     def append_metrics(self, record: dict[str, Any]) -> None:
@@ -85,6 +91,36 @@ class RunDir:
         records = [record for record in fs.read_jsonl(self.metrics_path) if record["step"] <= step]
         fs.atomic_write(self.metrics_path, "".join(json.dumps(record) + "\n" for record in records))
         return max((record.get("seconds", 0.0) for record in records), default=0.0)
+
+
+@contextmanager
+def run_lock(path: Path) -> Generator[None, None, None]:
+    """Hold the lock of a run directory. The lock of a killed process is free.
+
+    Raises:
+        RunLockedError: another process holds the lock; the message names it.
+    """
+    lock, holder_path = filelock.FileLock(path / "lock"), path / "holder.json"
+    try:
+        lock.acquire(timeout=LOCK_TIMEOUT_SECONDS)
+    except filelock.Timeout as error:
+        holder = {"process": "unknown", "host": "an unknown host"}
+        if holder_path.is_file():
+            holder = fs.read_json(holder_path)
+        raise RunLockedError(f"{path}: the run is in use by process {holder['process']} on {holder['host']}") from error
+    try:
+        fs.atomic_write(holder_path, fs.to_json({"process": os.getpid(), "host": socket.gethostname()}))
+        yield
+    finally:
+        holder_path.unlink(missing_ok=True)
+        lock.release()
+
+
+def fail_if_locked(path: Path) -> None:
+    """Raise `RunLockedError` if another process uses the run. In a distributed run only rank 0 checks."""
+    if os.environ.get("RANK", "0") == "0" and (path / "holder.json").is_file():
+        with run_lock(path):
+            pass
 
 
 @contextmanager

@@ -4,13 +4,13 @@ Bootstrap intervals are percentile intervals (Efron and Tibshirani 1993, section
 resamples of the examples, drawn with replacement by a seeded generator, and the 2.5 % and 97.5 % quantiles are the bounds.
 The resampling is written here and not taken from `scipy.stats.bootstrap`, which refuses a single example and copies the data
 of every resample; sums over resamples are one matrix product.
-
-SciPy is imported inside the functions, because importing it takes about a second.
 """
 
+import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -46,17 +46,18 @@ class ScoreWithCI:
         return self.high is not None and self.high < reference
 
     def to_dict(self) -> dict[str, float | int | None]:
+        """The fields, as JSON stores them."""
         return asdict(self)
 
 
-def bootstrap_mean(values: Sequence[float], *, seed: int = 0) -> ScoreWithCI:
+def bootstrap_mean(values: Sequence[float] | np.ndarray, *, seed: int = 0) -> ScoreWithCI:
     """The mean of one number per example, with its bootstrap interval.
 
     Raises:
         UsageError: There are no examples, or a value is not finite.
     """
-    check_lengths(values)
-    return _mean(require_finite(values, "score"), seed)
+    column = require_finite(values, "score")[:, None]
+    return bootstrap_ratio(column, lambda sums: sums[:, 0] / len(column), seed=seed)
 
 
 def proportion(values: Sequence[float], *, seed: int = 0) -> ScoreWithCI:
@@ -70,9 +71,7 @@ def proportion(values: Sequence[float], *, seed: int = 0) -> ScoreWithCI:
     score = bootstrap_mean(values, seed=seed)
     if set(values) not in ({0.0}, {1.0}):
         return score
-    from scipy.stats import binomtest
-
-    interval = binomtest(int(sum(values)), len(values)).proportion_ci(CONFIDENCE_LEVEL, "exact")
+    interval = _scipy_stats().binomtest(int(sum(values)), len(values)).proportion_ci(CONFIDENCE_LEVEL, "exact")
     return ScoreWithCI(score.value, float(interval.low), float(interval.high), len(values))
 
 
@@ -88,7 +87,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float], *, seed: int = 0) 
         UsageError: There are no examples, the lengths differ, or a value is not finite.
     """
     check_lengths(a, b)
-    return _mean(require_finite(a, "first score") - require_finite(b, "second score"), seed)
+    return bootstrap_mean(require_finite(a, "first score") - require_finite(b, "second score"), seed=seed)
 
 
 def bootstrap_ratio(
@@ -121,12 +120,9 @@ def mcnemar_p_value(a: Sequence[float], b: Sequence[float]) -> float:
     Raises:
         UsageError: There are no examples, or the lengths differ.
     """
-    from scipy.stats import binomtest
-
     check_lengths(a, b)
-    only_a = sum(x > y for x, y in zip(a, b, strict=True))
-    only_b = sum(x < y for x, y in zip(a, b, strict=True))
-    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    only_a, only_b = (int(np.greater(*pair).sum()) for pair in ((a, b), (b, a)))
+    return float(_scipy_stats().binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def noise_floor(values: Sequence[float]) -> float:
@@ -198,7 +194,7 @@ def check_lengths(first: Sequence[object] | np.ndarray, *others: Sequence[object
     return len(first)
 
 
-def require_finite(values: Sequence[float], value_name: str) -> np.ndarray:
+def require_finite(values: Sequence[float] | np.ndarray, value_name: str) -> np.ndarray:
     """The values as an array [n].
 
     Raises:
@@ -213,12 +209,10 @@ def require_finite(values: Sequence[float], value_name: str) -> np.ndarray:
     return array
 
 
-def _mean(values: np.ndarray, seed: int) -> ScoreWithCI:
-    values = values.astype(np.float64)
-    return score_from_resamples(resampled_sums(values[:, None], seed)[:, 0] / len(values), len(values))
-
-
 def _t_quantile(degrees_of_freedom: int) -> float:
-    from scipy.stats import t
+    return float(_scipy_stats().t.ppf((1 + CONFIDENCE_LEVEL) / 2, degrees_of_freedom))
 
-    return float(t.ppf((1 + CONFIDENCE_LEVEL) / 2, degrees_of_freedom))
+
+def _scipy_stats() -> Any:
+    """The module `scipy.stats`, which has no types and takes about a second to import."""
+    return importlib.import_module("scipy.stats")

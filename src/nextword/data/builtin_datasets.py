@@ -8,14 +8,15 @@ import ast
 import functools
 import inspect
 import os
+import re
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
-from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
+from nextword.common.errors import NextwordError, UsageError, import_optional
 from nextword.data.decoding import rechunk
 from nextword.data.documents import Document, SourceFile, find_files, read_documents, read_text_rows
 from nextword.data.issues import IssueLog, replace_surrogates
@@ -28,18 +29,13 @@ BUILTIN_DATASETS = {
 }
 
 
-@dataclass(frozen=True)
-class _HubDataset:
-    repository: str
-    pattern: str  # of the files of its training split
-    rows_are_lines: bool = False  # of articles; else a row is a document
-
-
+# The repository of a dataset on the Hub, and the files of its training split.
 _HUB_DATASETS = {
-    "tinystories": _HubDataset("roneneldan/TinyStories", "data/train-*.parquet"),
-    "wikitext": _HubDataset("Salesforce/wikitext", "wikitext-103-raw-v1/train-*.parquet", rows_are_lines=True),
-    "fineweb-edu": _HubDataset("HuggingFaceFW/fineweb-edu", "sample/10BT/*.parquet"),
+    "tinystories": ("roneneldan/TinyStories", "data/train-*.parquet"),
+    "wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1/train-*.parquet"),
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample/10BT/*.parquet"),
 }
+_ARTICLE_TITLE = re.compile("= (?!=).+ =", re.DOTALL)  # and not a section, = = Section = =
 _EXCLUDED_DIRS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -69,13 +65,12 @@ def builtin_sources(name: str, issues: IssueLog) -> list[SourceFile]:
         MissingDependencyError: `huggingface_hub` is not installed.
         NextwordError: the download fails.
     """
-    if name not in BUILTIN_DATASETS:
-        raise UsageError(f"{name}: no built-in dataset of that name; there are {', '.join(BUILTIN_DATASETS)}")
     if name == "python-docs":
         return _python_docs_sources()
-    dataset = _HUB_DATASETS[name]
-    folder, paths = download_hub_files(name, dataset.repository, dataset.pattern)
-    read = _read_wikitext_articles if dataset.rows_are_lines else read_documents
+    if name not in _HUB_DATASETS:
+        raise UsageError(f"{name}: no built-in dataset of that name; there are {', '.join(BUILTIN_DATASETS)}")
+    folder, paths = download_hub_files(name, *_HUB_DATASETS[name])
+    read = _read_wikitext_articles if name == "wikitext" else read_documents
     return [SourceFile(f"{name}/{path.relative_to(folder).as_posix()}", path, partial(read, path)) for path in paths]
 
 
@@ -94,12 +89,9 @@ def download_hub_files(name: str, repository: str, pattern: str) -> tuple[Path, 
         MissingDependencyError: `huggingface_hub` is not installed.
         NextwordError: the download fails, or no file matches.
     """
+    hub = import_optional("huggingface_hub", f"{repository} from the Hub", "hub")
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise MissingDependencyError(f"{repository} from the Hub", "hub") from error
-    try:
-        folder = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=[pattern]))
+        folder = Path(hub.snapshot_download(repository, repo_type="dataset", allow_patterns=[pattern]))
     except (OSError, ValueError, RuntimeError) as error:  # the base classes of the errors of the Hub and its network
         raise NextwordError(
             f"{repository} could not be downloaded: {error}. Try again with a network, or name a folder of your own"
@@ -116,24 +108,14 @@ def _read_wikitext_articles(path: Path, issues: IssueLog) -> Iterator[Document]:
     The article that continues in the next file becomes two documents.
     """
 
-    def article() -> Iterator[Document]:
-        if "".join(lines).strip():
-            yield Document(path, first_row, rechunk(lines))
-
     lines: list[str] = []
     first_row = 1
-    for row, line in read_text_rows(path, issues):
-        if _is_article_title(line) and lines:
-            yield from article()
+    for row, line in chain(read_text_rows(path, issues), [(0, "= End of the file =")]):
+        if lines and _ARTICLE_TITLE.fullmatch(line.strip()):
+            if any(map(str.strip, lines)):
+                yield Document(path, first_row, rechunk(lines))
             lines, first_row = [], row
         lines.append(line if line.endswith("\n") else line + "\n")
-    yield from article()
-
-
-def _is_article_title(line: str) -> bool:
-    """Whether a line is ` = Title = `, and not a section such as ` = = Section = = `."""
-    line = line.strip()
-    return len(line) > 4 and line.startswith("= ") and line.endswith(" =") and not line.startswith("= =")
 
 
 # ---------------------------------------------------------------- python-docs
@@ -150,19 +132,16 @@ def _python_docs_sources() -> list[SourceFile]:
     for path in sorted(paths):
         name = path.relative_to(library).as_posix()
         module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-        extract = _help_topics if name == "pydoc_data/topics.py" else partial(_module_docs, module)
-        sources.append(SourceFile(f"python-docs/{name}", path, partial(_read_docs, path, extract)))
+        sources.append(SourceFile(f"python-docs/{name}", path, partial(_read_docs, path, module)))
     if not sources:
         raise NextwordError(f"{library}: this Python has no sources of its standard library; name a folder of texts")
     return sources
 
 
-def _read_docs(
-    path: Path, extract: Callable[[Path, int], list[tuple[int, str]]], issues: IssueLog
-) -> Iterator[Document]:
-    """A document for each line and text that `extract` returns for a source file."""
+def _read_docs(path: Path, module: str, issues: IssueLog) -> Iterator[Document]:
+    """The documents of a source file."""
     try:
-        texts = extract(path, path.stat().st_mtime_ns)
+        texts = _extract_docs(path, module, path.stat().st_mtime_ns)
     except (SyntaxError, ValueError, RecursionError, OSError) as error:
         issues.add(path, getattr(error, "lineno", None), "a source that Python does not parse", str(error))
         return
@@ -170,34 +149,29 @@ def _read_docs(
         yield Document(path, line, rechunk([text]))
 
 
-def _parse_source(path: Path) -> ast.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an invalid escape in a string
-        return ast.parse(path.read_bytes())
-
-
 # A corpus is read three times, and parsing is slow: the documentation, two megabytes, is cached. The modification time
 # invalidates the entry of a file that was edited.
 @functools.lru_cache(maxsize=4096)
-def _module_docs(name: str, path: Path, mtime_ns: int) -> list[tuple[int, str]]:
-    """The docstrings of a module, its classes and its functions, in order, as one text; [] if there are none."""
-    tree = _parse_source(path)
-    parts = [f"# {name}", *([_clean_docstring(text)] if (text := ast.get_docstring(tree, clean=False)) else [])]
+def _extract_docs(path: Path, module: str, mtime_ns: int) -> list[tuple[int, str]]:
+    """Line and text of each document of a source file.
+
+    The docstrings of a module, its classes and its functions, in order, are one text. The topics of `help()` are the
+    values of the dictionary that pydoc_data/topics.py assigns.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an invalid escape in a string
+        tree = ast.parse(path.read_bytes())
+    if module == "pydoc_data.topics":
+        return [
+            (key.lineno if key else 1, _clean_docstring(text) + "\n")
+            for node in tree.body
+            if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict)
+            for key, text in zip(node.value.keys, ast.literal_eval(node.value).values(), strict=True)
+        ]
+    parts = [f"# {module}", *([_clean_docstring(text)] if (text := ast.get_docstring(tree, clean=False)) else [])]
     for heading, text in _iter_docstrings(tree.body, ""):
         parts += [f"## {heading}", text]
     return [(1, "\n\n".join(parts) + "\n")] if len(parts) > 1 else []
-
-
-@functools.lru_cache(maxsize=1)
-def _help_topics(path: Path, mtime_ns: int) -> list[tuple[int, str]]:
-    """The topics of `help()`: the values of the dictionary that the file assigns."""
-    for node in _parse_source(path).body:
-        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
-            keys, texts = node.value.keys, ast.literal_eval(node.value).values()
-            return [
-                (key.lineno if key else 1, _clean_docstring(text) + "\n") for key, text in zip(keys, texts, strict=True)
-            ]
-    return []
 
 
 def _iter_docstrings(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, str]]:
@@ -206,17 +180,14 @@ def _iter_docstrings(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, s
         if isinstance(node, ast.If | ast.Try):
             yield from _iter_docstrings([*node.body, *node.orelse], prefix)
         elif isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            is_class = isinstance(node, ast.ClassDef)
+            heading = prefix + node.name
+            if not isinstance(node, ast.ClassDef):
+                arguments = ast.unparse(node.args)
+                heading += f"({re.sub('^(self|cls)(, |$)', '', arguments) if prefix else arguments})"
             if text := ast.get_docstring(node, clean=False):
-                arguments = "" if is_class else f"({_format_arguments(node.args, is_method=bool(prefix))})"
-                yield prefix + node.name + arguments, _clean_docstring(text)
-            if is_class:
-                yield from _iter_docstrings(node.body, f"{prefix}{node.name}.")
-
-
-def _format_arguments(arguments: ast.arguments, is_method: bool) -> str:
-    names = ast.unparse(arguments).split(", ")
-    return ", ".join(names[1:] if is_method and names[0] in ("self", "cls") else names)
+                yield heading, _clean_docstring(text)
+            if isinstance(node, ast.ClassDef):
+                yield from _iter_docstrings(node.body, f"{heading}.")
 
 
 def _clean_docstring(docstring: str) -> str:

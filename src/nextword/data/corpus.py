@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nextword.common.errors import CorruptFileError, NextwordError
 from nextword.common.fs import MANIFEST, read_manifest, verify_manifest
-from nextword.data.provenance import TokenSpan, document_names
-from nextword.data.shards import ShardedTokens, Split, SplitStats
+from nextword.data.shards import DOCUMENT_DTYPE, DOCUMENT_TABLE, ShardedTokens, Split, SplitStats
 from nextword.data.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1  # a corpus of another version is prepared again
@@ -65,7 +66,30 @@ class Corpus:
         """The tokens of a split. Each document is followed by the end-of-text token."""
         return ShardedTokens(sorted(self.path.glob(f"{split}-*.npy")))
 
-    def document_names(self, spans: Iterable[TokenSpan]) -> list[str]:
-        """The names of the documents that some spans of the training tokens came from: file and line."""
-        sources = [source["name"] for source in self.manifest["sources"]]
-        return document_names(self.path, sources, spans)
+    def document_names(self, spans: Iterable[tuple[int, int]]) -> list[str]:
+        """The names of the documents that have a training token in one of the spans: file and line, in their order.
+
+        A corpus without the table of documents (made before it existed) gives the spans themselves.
+
+        Args:
+            spans: the first token, and the number of tokens.
+
+        Raises:
+            CorruptFileError: the table does not belong to these tokens.
+        """
+        path = self.path / DOCUMENT_TABLE
+        if not path.exists():
+            return [f"tokens {start:,} to {start + count - 1:,}" for start, count in spans]
+        if not path.stat().st_size or path.stat().st_size % DOCUMENT_DTYPE.itemsize:
+            raise CorruptFileError(f"{path}: not a table of documents; prepare the text again")
+        table = np.memmap(path, DOCUMENT_DTYPE, mode="r")
+        indices: set[int] = set()
+        for start, count in spans:
+            first, last = np.searchsorted(table["end"], [start, start + count - 1], side="right").tolist()
+            indices.update(range(first, last + 1))
+        names = [source["name"] for source in self.manifest["sources"]]
+        rows = table[sorted(index for index in indices if index < len(table))]
+        if len(rows) < len(indices) or (rows["source"] >= len(names)).any():
+            raise CorruptFileError(f"{path}: does not match the tokens beside it; prepare the text again")
+        locations: list[tuple[int, int]] = rows[["source", "line"]].tolist()
+        return [names[source] + (f" line {line}" if line else "") for source, line in locations]

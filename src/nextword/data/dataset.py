@@ -178,15 +178,10 @@ class TokenDataset:
         if len(tokens) < 2:
             raise ValueError(f"{len(tokens)} tokens are too few to predict one from another")
         self.tokens = tokens
-        self.context_length = context_length
+        self.context_length = self.max_length = context_length
         self.batch_size = batch_size
         self.seed = seed
         self.num_windows = -(-len(tokens) // context_length)
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of the longest row."""
-        return self.context_length
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
         """The rows of a step that one rank works on: an equal share, in order.
@@ -202,59 +197,38 @@ class TokenDataset:
         local_batch_size, rest = divmod(self.batch_size, world_size)
         if rest:
             raise ValueError(f"{self.batch_size} rows cannot be shared equally by {world_size} processes")
-        global_rows = self._rows(step)
-        num_tokens = int(sum(self.window_length(window) for window in self.permuted_windows(global_rows)))
-        rows = global_rows[rank * local_batch_size : (rank + 1) * local_batch_size]
+        windows, rows = self._windows(step), range(rank * local_batch_size, (rank + 1) * local_batch_size)
+        num_tokens = sum(length for _, length in windows)
         tokens = np.zeros((local_batch_size, self.context_length), dtype=np.int64)
         targets = np.full((local_batch_size, self.context_length), IGNORE_INDEX, dtype=np.int64)
-        for i, (row, window) in enumerate(zip(rows.tolist(), self.permuted_windows(rows).tolist(), strict=True)):
-            ids = self.read_wrapping(self.window_start(row, window), self.window_length(window) + 1)
-            tokens[i, : len(ids) - 1] = ids[:-1]
-            targets[i, : len(ids) - 1] = ids[1:]
-        return Batch(tokens, targets, rows.tolist(), {"next_word": num_tokens}, num_tokens)
-
-    def _rows(self, step: int) -> TokenArray:
-        return np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        for i, (start, length) in enumerate(windows[rows.start : rows.stop]):
+            ids = np.concatenate([self.tokens.read(*span) for span in self._spans(start, length + 1)])
+            tokens[i, :length] = ids[:-1]
+            targets[i, :length] = ids[1:]
+        row_ids = [step * self.batch_size + row for row in rows]
+        return Batch(tokens, targets, row_ids, {"next_word": num_tokens}, num_tokens)
 
     def token_spans(self, step: int) -> list[tuple[int, int]]:
         """The tokens that a step reads, targets included, as (first token, number of tokens) for each window.
 
         A window that wraps around the end is two spans.
         """
-        spans: list[tuple[int, int]] = []
-        rows = self._rows(step)
-        for row, window in zip(rows.tolist(), self.permuted_windows(rows).tolist(), strict=True):
-            start, count = self.window_start(row, window) % len(self.tokens), self.window_length(window) + 1
-            count_before_wrap = min(count, len(self.tokens) - start)
-            spans.append((start, count_before_wrap))
-            if count > count_before_wrap:
-                spans.append((0, count - count_before_wrap))
-        return spans
+        return [span for start, length in self._windows(step) for span in self._spans(start, length + 1)]
 
-    def window_start(self, row: int, window: int) -> int:
-        """The position on the ring where a window begins in the epoch of this row."""
-        epoch = row // self.num_windows
-        return derive_seed(self.seed, 0, epoch) % len(self.tokens) + window * self.context_length
+    def _windows(self, step: int) -> list[tuple[int, int]]:
+        """The first token and the length of the window of each row of a step."""
+        rows = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, windows = rows // self.num_windows, rows % self.num_windows
+        starts = np.empty_like(rows)
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            is_in_epoch = epochs == epoch
+            order = permute(windows[is_in_epoch], self.num_windows, derive_seed(self.seed, 1, epoch))
+            windows[is_in_epoch] = order
+            starts[is_in_epoch] = derive_seed(self.seed, 0, epoch) % len(self.tokens) + order * self.context_length
+        lengths = np.minimum(self.context_length, len(self.tokens) - windows * self.context_length)
+        return list(zip((starts % len(self.tokens)).tolist(), lengths.tolist(), strict=True))
 
-    def permuted_windows(self, rows: TokenArray) -> TokenArray:
-        """The window of each row of the run. rows [N], ascending → [N]."""
-        parts: list[TokenArray] = []
-        for epoch in range(rows[0] // self.num_windows, rows[-1] // self.num_windows + 1):
-            epoch_rows = rows[rows // self.num_windows == epoch]
-            parts.append(permute(epoch_rows % self.num_windows, self.num_windows, derive_seed(self.seed, 1, epoch)))
-        return np.concatenate(parts)
-
-    def window_length(self, window: int) -> int:
-        """Tokens of a window."""
-        return min(self.context_length, len(self.tokens) - window * self.context_length)
-
-    def read_wrapping(self, start: int, count: int) -> TokenArray:
-        """`count` tokens from `start`; the first token follows the last."""
-        start %= len(self.tokens)
-        parts: list[TokenArray] = []
-        while count > 0:
-            part = self.tokens.read(start, min(count, len(self.tokens) - start))
-            parts.append(part)
-            count -= len(part)
-            start = 0
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    def _spans(self, start: int, count: int) -> list[tuple[int, int]]:
+        """`count` tokens of the ring from `start`, as spans of the sequence, at whose end they continue at its beginning."""
+        before_end = min(count, len(self.tokens) - start)
+        return [(start, before_end), *([(0, count - before_end)] if count > before_end else [])]

@@ -5,9 +5,11 @@ import gzip
 import io
 import zlib
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from nextword.common.errors import MissingDependencyError
+from nextword.common.errors import import_optional
 from nextword.data.issues import SURROGATE, IssueLog, error_text
 
 COMPRESSION_SUFFIXES = (".gz", ".zst")
@@ -55,13 +57,11 @@ def decode_chunks(path: Path, issues: IssueLog, blocks: Iterator[bytes] | None =
     decoder = codecs.getincrementaldecoder(codec)("strict")
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     line = 1
-    for data in _with_final_empty_block(head, blocks):
+    for data in chain([head], blocks, [b""]):
         num_invalid = 0
         try:
             text = decoder.decode(data, final=not data)
-        except (
-            UnicodeDecodeError
-        ):  # the state of the decoder is still the one before `data`: decode again, with replacements
+        except UnicodeDecodeError:  # the decoder is still in its state before `data`: decode again, with replacements
             decoder.errors = "surrogateescape" if codec == "utf-8" else "replace"
             text, num_invalid = SURROGATE.subn("\ufffd", decoder.decode(data, final=not data))
             decoder.errors = "strict"
@@ -73,13 +73,6 @@ def decode_chunks(path: Path, issues: IssueLog, blocks: Iterator[bytes] | None =
         line += text.count("\n")
         if text:
             yield text
-
-
-def _with_final_empty_block(head: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    if head:
-        yield head
-    yield from blocks
-    yield b""
 
 
 def _why_binary(head: bytes) -> str:
@@ -108,11 +101,8 @@ def _read_blocks(path: Path, issues: IssueLog) -> Iterator[bytes]:
 
 
 def _read_zstd_blocks(path: Path, issues: IssueLog) -> Iterator[bytes]:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise MissingDependencyError(f"{path}: a .zst file", "zstd") from error
-    frame = None
+    zstandard = import_optional("zstandard", f"{path}: a .zst file", "zstd")
+    frame: Any = None
     try:
         with path.open("rb") as file:
             while data := file.read(2**8):  # a small input may decompress to thousands of times its size
@@ -166,6 +156,7 @@ class LineReader:
 
     Attributes:
         line_number: the number of the last line, from 1.
+        first_line_number: the number of the first line of the row.
         exhausted: whether a line was requested after the last one.
     """
 
@@ -174,24 +165,20 @@ class LineReader:
         self._lines = self._split_lines(chunks)
         self._row_lines: list[tuple[int, str]] = []
         self._pushed_back: list[tuple[int, str]] = []  # in reverse order
-        self.line_number, self.exhausted = 0, False
+        self.line_number = self.first_line_number = 0
+        self.exhausted = False
 
     def __iter__(self) -> "LineReader":
         return self
 
     def __next__(self) -> str:
         line = self._pushed_back.pop() if self._pushed_back else next(self._lines, None)
+        self.exhausted = line is None
         if line is None:
-            self.exhausted = True
             raise StopIteration
-        self.line_number = line[0]
         self._row_lines.append(line)
+        self.line_number, self.first_line_number = line[0], self._row_lines[0][0]
         return line[1]
-
-    @property
-    def first_line_number(self) -> int:
-        """The number of the first line of the row."""
-        return self._row_lines[0][0]
 
     def start_row(self) -> None:
         """Begin a new row at the next line."""
@@ -199,10 +186,9 @@ class LineReader:
 
     def rewind_to_second_line(self) -> int:
         """Go back to the second line of the row. Returns the number of the first one."""
-        first, *others = self._row_lines
-        self._pushed_back += reversed(others)
+        self._pushed_back += reversed(self._row_lines[1:])
         self.exhausted = False
-        return first[0]
+        return self.first_line_number
 
     def _split_lines(self, chunks: Iterator[str]) -> Iterator[tuple[int, str]]:
         too_long = f"a line of more than {MAX_LINE_CHARS:,} characters; left out"

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 from nextword.common.errors import UsageError
@@ -101,19 +102,15 @@ def _walk_files(root: Path, issues: IssueLog, skipped_counts: Counter[str], excl
                     entries = sorted(path.iterdir(), key=lambda p: p.name, reverse=True)
                     pending += [p for p in entries if not p.name.startswith(".")]
                     # The lock and the temporary directories beside `exclude` are nextword's own.
-                    hidden = [p for p in entries if p.name.startswith(".") and not _belongs_to(p, exclude)]
-                    if hidden:
-                        skipped_counts["files or folders that are hidden"] += len(hidden)
+                    own_prefix = f".{exclude.name}." if exclude else "/"
+                    if hidden := sum(p.name.startswith(".") and not p.name.startswith(own_prefix) for p in entries):
+                        skipped_counts["files or folders that are hidden"] += hidden
             elif path.is_file():
                 yield path
             else:
                 issues.add(path, None, "not a file: a broken link, a loop of links, or a device")
         except (OSError, RuntimeError) as error:  # pathlib raises RuntimeError for some loops of links
             issues.add(path, None, "cannot be read", error_text(error))
-
-
-def _belongs_to(path: Path, exclude: Path | None) -> bool:
-    return exclude is not None and path.name.startswith(f".{exclude.name}.")
 
 
 def read_documents(path: Path, issues: IssueLog, text_column: str | None = None) -> Iterator[Document]:
@@ -128,32 +125,21 @@ def read_documents(path: Path, issues: IssueLog, text_column: str | None = None)
         MissingDependencyError: a .parquet or .zst file without the package that reads it.
         NextwordError: at the first issue, if `issues` is strict.
     """
-    if file_format(path)[0] in (".txt", ".md"):
-        documents = _text_document(path, issues)
-    else:
-        documents = _row_documents(path, issues, text_column)
     has_documents, issues_before = False, issues.total
-    for document in documents:
-        has_documents = True
-        yield document
+    if file_format(path)[0] in (".txt", ".md"):
+        chunks = rechunk(_report_long_lines(path, decode_chunks(path, issues), issues))
+        first = list(islice(chunks, 2))
+        if has_documents := bool("".join(first[:1]).strip() or first[1:]):  # not blank
+            yield Document(path, None, chain(first, chunks))
+    else:
+        for line, text in read_text_rows(path, issues, text_column):
+            if text.strip():
+                has_documents = True
+                yield Document(path, line, rechunk([text]))
+            else:
+                issues.add(path, line, "the text is empty")
     if not has_documents and issues.total == issues_before:  # no issue explains it
         issues.add(path, None, "there is no text in the file")
-
-
-def _row_documents(path: Path, issues: IssueLog, text_column: str | None) -> Iterator[Document]:
-    for line, text in read_text_rows(path, issues, text_column):
-        if text.strip():
-            yield Document(path, line, rechunk([text]))
-        else:
-            issues.add(path, line, "the text is empty")
-
-
-def _text_document(path: Path, issues: IssueLog) -> Iterator[Document]:
-    """The document of a text file; none if it is blank."""
-    chunks = rechunk(_report_long_lines(path, decode_chunks(path, issues), issues))
-    first, second = next(chunks, ""), next(chunks, "")
-    if first.strip() or second:
-        yield Document(path, None, (chunk for part in ((first, second), chunks) for chunk in part if chunk))
 
 
 def _report_long_lines(path: Path, chunks: Iterable[str], issues: IssueLog) -> Iterator[str]:

@@ -65,15 +65,12 @@ class IssueLog:
     def add(self, path: Path | str, line: int | None, kind: str, detail: str = "", count: int = 1) -> None:
         """Record that text was lost or changed. Raises `NextwordError` if the log is strict."""
         self.total += count
-        issue = self._record(path, line, kind, detail, count)
+        issue = self.info(path, line, kind, detail, count)
         if self.strict:
             raise NextwordError(f"{issue}. Correct it, or leave out --strict to continue without it")
 
-    def info(self, path: Path | str, line: int | None, kind: str, detail: str = "", count: int = 1) -> None:
+    def info(self, path: Path | str, line: int | None, kind: str, detail: str = "", count: int = 1) -> Issue:
         """Record something that is no error, such as an image among the texts. It is not part of `total`."""
-        self._record(path, line, kind, detail, count)
-
-    def _record(self, path: Path | str, line: int | None, kind: str, detail: str, count: int) -> Issue:
         self.counts_by_kind[kind] += count
         what = f"{kind}: {replace_surrogates(detail)}" if detail else kind
         return self._store(kind, Issue(replace_surrogates(str(path)), line, what, count))
@@ -94,19 +91,18 @@ class IssueLog:
 
     def to_dict(self) -> dict[str, Any]:
         """The whole log as JSON can hold it, for `merge`."""
-        found = [{"kind": kind, **asdict(issue)} for (_, kind), issue in self._issues.items()]
+        found = [[kind, asdict(issue)] for (_, kind), issue in self._issues.items()]
         return {"total": self.total, "kinds": dict(self.counts_by_kind), "found": found}
 
     def merge(self, state: dict[str, Any]) -> None:
         """Add the issues of another log, given by its `to_dict()`."""
         self.total += state["total"]
         self.counts_by_kind.update(state["kinds"])
-        for entry in state["found"]:
-            self._store(entry["kind"], Issue(**{name: entry[name] for name in ("path", "line", "what", "count")}))
+        for kind, issue in state["found"]:
+            self._store(kind, Issue(**issue))
 
     def summary_lines(self) -> list[str]:
         """The first `MAX_SHOWN_ISSUES` issues as text, and the number of the others."""
-        issues = self.issues
-        num_hidden = len(issues) - MAX_SHOWN_ISSUES
-        hidden = [f"… and {num_hidden:,} more like these"] if num_hidden > 0 else []
-        return [str(issue) for issue in issues[:MAX_SHOWN_ISSUES]] + hidden
+        lines = list(map(str, self.issues))
+        num_hidden = len(lines) - MAX_SHOWN_ISSUES
+        return lines[:MAX_SHOWN_ISSUES] + ([f"… and {num_hidden:,} more like these"] if num_hidden > 0 else [])

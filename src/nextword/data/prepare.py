@@ -11,6 +11,7 @@ locked. The lock of a killed process is released by the system, and the artifact
 number of processes complete the corpus, down to one.
 """
 
+import fileinput
 import glob
 import hashlib
 import json
@@ -20,31 +21,29 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from nextword.common import fs
-from nextword.common.errors import CorruptFileError, NextwordError, UsageError
+from nextword.common.console import Console
+from nextword.common.errors import CorruptFileError, NextwordError, UsageError, import_optional
 from nextword.data.builtin_datasets import find_sources
 from nextword.data.corpus import FORMAT_VERSION, Corpus
 from nextword.data.documents import SourceFile
 from nextword.data.issues import IssueLog, replace_surrogates
-from nextword.data.provenance import ProvenanceWriter
 from nextword.data.scan import (
-    ByteProgress,
     CorpusScan,
     ProgressCallback,
-    SourceReading,
-    SplitText,
+    SourceReader,
+    are_unchanged,
     dedup_index,
     file_size_and_mtime,
-    is_unchanged,
     iter_split_texts,
 )
-from nextword.data.shards import SPLITS, ShardedTokens, ShardWriter, Split, SplitStats
+from nextword.data.shards import SPLITS, SplitStats, SplitText, concatenate_shards, write_shards
 from nextword.data.tokenizer import (
     Tokenizer,
     check_vocab_size,
@@ -56,13 +55,21 @@ from nextword.data.tokenizer import (
 )
 
 MAX_SHARDS = 10_000  # each is a few files
-ARTIFACTS_VERSION = 2
+ARTIFACTS_VERSION = 3
 SAMPLE_FILE = "texts.jsonl"
 PLAN_FILE = "plan.json"  # without it the artifacts beside it are not valid
 LOCK_POLL_SECONDS = 0.2
-ENCODE_BATCH_CHARS = 2**21  # each takes about fifty bytes of memory
+
+# What the first reading stores for each document: the hash of its text, characters, bytes, chunks, and the chunks that
+# begin in its first nine tenths.
+RECORD = struct.Struct("<16sQQII")
 
 Log = Callable[[str], None]
+Build = Callable[[Path], dict[str, Any]]  # fills the directory of an artifact, and returns what its manifest holds
+
+
+class JobAborted(Exception):
+    """Another process has completed the corpus, or an artifact was damaged: start again."""
 
 
 def prepare(
@@ -98,32 +105,22 @@ def prepare(
         UsageError: a path does not exist, `out` holds something else, or an option is invalid.
         NextwordError: there is too little text, or a file has changed while it was read.
     """
-    out, log, progress = Path(out), log or _ignore, progress or _ignore
+    out, corpora = Path(out), list(corpora)
+    log = log_reuse = log or _ignore
     shard_number, num_shards = (1, 1) if shard is None else parse_shard(shard)
     settings, existing_tokenizer = fingerprint_settings(tokenizer, vocab_size, text_column)
-    corpora, is_first_attempt = list(corpora), True
     while True:
         issues = IssueLog(strict)
         with fs.output_lock(out):
             sources = find_sources(corpora, issues, text_column, exclude=out)
-            # Later attempts find what this call, or another process, has made: no news for the user.
-            corpus = reuse_if_unchanged(out, settings, sources, strict, log if is_first_attempt else _ignore)
+            corpus = reuse_if_unchanged(out, settings, sources, strict, log_reuse)
             if corpus is not None:
                 remove_artifacts(out)
                 return corpus
             job = PreparationJob(
-                out=out,
-                sources=sources,
-                settings=settings,
-                tokenizer=existing_tokenizer,
-                issues=issues,
-                shard_number=shard_number,
-                num_shards=num_shards,
-                progress=progress,
-                log=log,
+                out, sources, settings, existing_tokenizer, issues, shard_number, num_shards, progress or _ignore, log
             )
-            job.initialize()
-        is_first_attempt = False
+        log_reuse = _ignore  # what this call or another process makes from now on is no news for the user
         try:
             assemble = job.run()
             with fs.output_lock(out):
@@ -138,7 +135,7 @@ def prepare(
                 raise
         finally:
             if shard is None:
-                job.discard()
+                _remove_work_dir(job.work_dir)
 
 
 def _ignore(*_: object) -> None:
@@ -184,22 +181,18 @@ def reuse_if_unchanged(
     manifest = fs.read_manifest(out)
     if manifest.get("kind") != "corpus":
         raise UsageError(f"{out}: holds something else that nextword made; name another place with --out")
-    if manifest.get("version") != FORMAT_VERSION or manifest.get("settings") != settings:
+    if (manifest.get("version"), manifest.get("settings")) != (FORMAT_VERSION, settings):
         log(f"{out}: prepared with other settings, so it is prepared again")
-        return None
-    recorded = manifest["sources"]
-    if len(recorded) != len(sources) or not all(map(is_unchanged, sources, recorded)):
+    elif not are_unchanged(sources, manifest["sources"]):
         log(f"{out}: the text has changed, so it is prepared again")
-        return None
-    if strict and manifest["problems"]["total"]:
-        return None  # to raise the first issue
-    try:
-        corpus = Corpus.open(out)
-    except CorruptFileError as error:
-        log(f"{error}\nThe shards are damaged, so the corpus is prepared again")
-        return None
-    log(f"{out}: the text and the settings are unchanged, so the existing shards are used")
-    return corpus
+    elif not (strict and manifest["problems"]["total"]):  # otherwise the text is read to raise the first issue
+        try:
+            corpus = Corpus.open(out)
+            log(f"{out}: the text and the settings are unchanged, so the existing shards are used")
+            return corpus
+        except CorruptFileError as error:
+            log(f"{error}\nThe shards are damaged, so the corpus is prepared again")
+    return None
 
 
 def remove_artifacts(out: Path) -> None:
@@ -211,24 +204,6 @@ def remove_artifacts(out: Path) -> None:
 def _remove_work_dir(directory: Path) -> None:
     (directory / PLAN_FILE).unlink(missing_ok=True)  # first: it makes the others invalid
     shutil.rmtree(directory, ignore_errors=True)
-
-
-class JobAborted(Exception):
-    """Another process has completed the corpus, or an artifact was damaged: start again."""
-
-
-# What the first reading stores for each document: the hash of its text, characters, bytes, chunks, and the chunks that
-# begin in its first nine tenths.
-_RECORD = struct.Struct("<16sQQII")
-
-
-@dataclass(frozen=True)
-class _MergedScan:
-    """The scan of the whole corpus, and where each shard begins: its first document, and its first training chunk."""
-
-    corpus: CorpusScan
-    shard_starts: list[tuple[int, int]]
-    issues: dict[str, Any]
 
 
 @dataclass
@@ -265,6 +240,11 @@ class PreparationJob:
         self.work_dir = self.out.with_name(f".{self.out.name}.parts-{digest}")
         self.bounds = partition_by_size([0 if stat is None else stat[0] for stat in stats], self.num_shards)
         self.shard_sources = [self.sources[i:j] for i, j in pairwise(self.bounds)]
+        with fs.map_disk_errors(self.work_dir):
+            self.work_dir.mkdir(exist_ok=True)
+        if not self.is_active:
+            plan = {"kind": "parts", "parts": self.num_shards, "settings": self.settings}
+            fs.atomic_write(self.work_dir / PLAN_FILE, fs.to_json(plan))
 
     @property
     def is_active(self) -> bool:
@@ -276,23 +256,12 @@ class PreparationJob:
         if not self.is_active:
             raise JobAborted
 
-    def initialize(self) -> None:
-        """Make the directory of the artifacts, unless it exists."""
-        with fs.map_disk_errors(self.work_dir):
-            self.work_dir.mkdir(exist_ok=True)
-        if not self.is_active:
-            plan = {"kind": "parts", "parts": self.num_shards, "settings": self.settings}
-            fs.atomic_write(self.work_dir / PLAN_FILE, fs.to_json(plan))
-
-    def discard(self) -> None:
-        """Remove the artifacts."""
-        _remove_work_dir(self.work_dir)
-
     def run(self) -> Callable[[Path], None]:
         """Build all artifacts, or wait until others have built them. Returns the function that writes the corpus."""
         self._run_stage("reading", self._scan_shard)
         self._build("scan", self._merge_scans, wait=True)
-        scan = self._load_scan()
+        scan = CorpusScan(**self._verify("scan")["scan"])
+        scan.levels = bytearray((self.work_dir / "scan" / "levels").read_bytes())
         tokenizer = self.tokenizer
         if tokenizer is None:
             self._run_stage("sample", partial(self._sample_shard, scan))
@@ -308,24 +277,29 @@ class PreparationJob:
         if self.num_shards > 1:
             self.log(message)
 
+    def _artifacts(self, stage: str) -> list[str]:
+        """The names of the artifacts of a stage, one for each shard."""
+        return [f"{stage}-{number:05d}" for number in range(1, self.num_shards + 1)]
+
     def _run_stage(self, stage: str, build: Callable[[int, Path], dict[str, Any]]) -> None:
         """Build the artifacts of all shards: first this process's own, then those that no other process works on."""
-        order = [(self.shard_number - 1 + i) % self.num_shards for i in range(self.num_shards)]
-        if self._is_complete(_shard_artifact(stage, order[0])):
+        names, first = self._artifacts(stage), self.shard_number - 1
+        if self._is_complete(names[first]):
             self._log_step(f"shard {self.shard_number:,} of {self.num_shards:,}: {stage} is complete already")
-        while missing := [i for i in order if not self._is_complete(_shard_artifact(stage, i))]:
-            built = [self._build(_shard_artifact(stage, i), partial(build, i)) for i in missing]
+        order = [*range(first, self.num_shards), *range(first)]
+        while missing := [shard for shard in order if not self._is_complete(names[shard])]:
+            built = [self._build(names[shard], partial(build, shard)) for shard in missing]
             if not any(built):
-                first = missing[0]
+                shard = missing[0]
                 self._log_step(
-                    f"{stage}: other processes work on the remaining shards; waiting for shard {first + 1:,}"
+                    f"{stage}: other processes work on the remaining shards; waiting for shard {shard + 1:,}"
                 )
-                self._build(_shard_artifact(stage, first), partial(build, first), wait=True)
+                self._build(names[shard], partial(build, shard), wait=True)
 
     def _is_complete(self, name: str) -> bool:
         return (self.work_dir / name / fs.MANIFEST).is_file()
 
-    def _build(self, name: str, build: Callable[[Path], dict[str, Any]], wait: bool = False) -> bool:
+    def _build(self, name: str, build: Build, wait: bool = False) -> bool:
         """Build an artifact unless it exists. Returns False if another process works on it and `wait` is False."""
         staging_dir = self.work_dir / f".{name}.partial"
         try:
@@ -356,61 +330,53 @@ class PreparationJob:
     # ------------------------------------------------------------ first reading
 
     def _scan_shard(self, shard: int, directory: Path) -> dict[str, Any]:
-        byte_progress = ByteProgress("reading", self.shard_sources[shard], self.progress)
-        issues, sources = IssueLog(self.issues.strict), list[dict[str, Any]]()
+        issues = IssueLog(self.issues.strict)
+        reader = SourceReader(self.shard_sources[shard], "reading", self.progress)
         with fs.map_disk_errors(directory), (directory / "documents").open("wb") as records:
-            for source in self.shard_sources[shard]:
-                reading = SourceReading(source, byte_progress)
-                for hashed in reading.documents(issues):
-                    key = hashed.finalize()
-                    records.write(_RECORD.pack(key, hashed.num_characters, hashed.num_bytes, *hashed.chunk_counts()))
-                sources.append(reading.source_info())
-        return {"sources": sources, "issues": issues.to_dict()}
+            for _, hashed in reader.documents(issues):
+                key = hashed.finalize()
+                records.write(RECORD.pack(key, hashed.num_characters, hashed.num_bytes, *hashed.chunk_counts()))
+        return {"sources": reader.found, "issues": issues.to_dict()}
 
     def _iter_records(self) -> Iterator[tuple[int, tuple[bytes, int, int, int, int]]]:
         """The shard and the record of every document."""
-        for shard in range(self.num_shards):
-            with (self.work_dir / _shard_artifact("reading", shard) / "documents").open("rb") as file:
-                while block := file.read(_RECORD.size * 2**14):
-                    for record in _RECORD.iter_unpack(block):
+        for shard, name in enumerate(self._artifacts("reading")):
+            with (self.work_dir / name / "documents").open("rb") as file:
+                while block := file.read(RECORD.size * 2**14):
+                    for record in RECORD.iter_unpack(block):
                         yield shard, record
 
     def _merge_scans(self, directory: Path) -> dict[str, Any]:
         """Find the unique documents, and the split of each."""
-        scan, issues = CorpusScan(), IssueLog()
-        issues.merge(self.issues.to_dict())
-        for shard in range(self.num_shards):
-            manifest = self._verify(_shard_artifact("reading", shard))
+        scan = CorpusScan()
+        for name in self._artifacts("reading"):
+            manifest = self._verify(name)
             scan.sources += manifest["sources"]
-            issues.merge(manifest["issues"])
+            self.issues.merge(manifest["issues"])
         with dedup_index(directory / "seen.sqlite") as is_new:
             for _, (key, num_characters, num_bytes, _, _) in self._iter_records():
                 scan.add(key, is_new(key), num_characters, num_bytes)
-        scan.report(issues, self.log)
+        scan.report(self.issues, self.log)
         documents, train_chunks = [0] * self.num_shards, [0] * self.num_shards
         for index, (shard, (_, _, _, all_chunks, first_chunks)) in enumerate(self._iter_records()):
             documents[shard] += 1
             train_chunks[shard] += {"train": all_chunks, "both": first_chunks}.get(scan.split_for_index(index), 0)
         with fs.map_disk_errors(directory):
             (directory / "levels").write_bytes(scan.levels)
-        starts = list(zip(accumulate(documents, initial=0), accumulate(train_chunks, initial=0), strict=True))
+        scan.shard_starts = list(
+            zip(accumulate(documents, initial=0), accumulate(train_chunks, initial=0), strict=True)
+        )
         state = {name: value for name, value in vars(scan).items() if name != "levels"}
-        return {"scan": state, "shard_starts": starts, "issues": issues.to_dict()}
-
-    def _load_scan(self) -> _MergedScan:
-        manifest = self._verify("scan")
-        state = manifest["scan"] | {"smallest": tuple(manifest["scan"]["smallest"])}
-        scan = CorpusScan(**state, levels=bytearray((self.work_dir / "scan" / "levels").read_bytes()))
-        return _MergedScan(scan, manifest["shard_starts"], manifest["issues"])
+        return {"scan": state, "issues": self.issues.to_dict()}
 
     # ------------------------------------------------------------ second reading
 
-    def _iter_texts(self, scan: _MergedScan, shard: int, stage: str) -> Iterator[SplitText]:
+    def _iter_texts(self, scan: CorpusScan, shard: int, stage: str) -> Iterator[SplitText]:
         first_document, _ = scan.shard_starts[shard]
         sources, first_source = self.shard_sources[shard], self.bounds[shard]
-        return iter_split_texts(sources, scan.corpus, stage, self.progress, first_source, first_document)
+        return iter_split_texts(sources, scan, stage, self.progress, first_source, first_document)
 
-    def _sample_shard(self, scan: _MergedScan, shard: int, directory: Path) -> dict[str, Any]:
+    def _sample_shard(self, scan: CorpusScan, shard: int, directory: Path) -> dict[str, Any]:
         """The shard's characters for a character tokenizer, its sample for a BPE."""
         items = self._iter_texts(scan, shard, "tokenizer")
         texts = (text for split, text in items if split == "train" and isinstance(text, str))
@@ -422,29 +388,29 @@ class PreparationJob:
             lines.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in sample)
         return {"limit": limit}
 
-    def _train_tokenizer(self, scan: _MergedScan, directory: Path) -> dict[str, Any]:
-        names = [_shard_artifact("sample", shard) for shard in range(self.num_shards)]
+    def _train_tokenizer(self, scan: CorpusScan, directory: Path) -> dict[str, Any]:
+        names = self._artifacts("sample")
         manifests = [self._verify(name) for name in names]
         if self.settings["tokenizer"] == "char":
-            tokenizer = train_char("".join(manifest["characters"]) for manifest in manifests)
-        else:
-            vocab_size = self.settings["vocab_size"] or vocab_size_for(scan.corpus.size)
-            sample = chain.from_iterable(_read_lines(self.work_dir / name / SAMPLE_FILE) for name in names)
+            train_char("".join(manifest["characters"]) for manifest in manifests).save(directory)
+            return {}
+        with fileinput.FileInput([self.work_dir / name / SAMPLE_FILE for name in names], encoding="utf-8") as lines:
+            sample: Iterable[tuple[int, str]] = map(json.loads, lines)  # one at a time: it may be large
             if self.num_shards > 1:
                 sample = hash_sample(sample, min(manifest["limit"] for manifest in manifests))[0]
-            tokenizer = train_bpe_from_sample([text for _, text in sample], vocab_size)
-        tokenizer.save(directory)
+            texts = [text for _, text in sample]
+        train_bpe_from_sample(texts, self.settings["vocab_size"] or vocab_size_for(scan.size)).save(directory)
         return {}
 
     # ------------------------------------------------------------ third reading
 
-    def _encode_shard(self, scan: _MergedScan, tokenizer: Tokenizer, shard: int, directory: Path) -> dict[str, Any]:
+    def _encode_shard(self, scan: CorpusScan, tokenizer: Tokenizer, shard: int, directory: Path) -> dict[str, Any]:
         stats = write_shards(self._iter_texts(scan, shard, "encoding"), tokenizer, directory)
         return {"stats": {split: asdict(split_stats) for split, split_stats in stats.items()}}
 
-    def _assemble(self, scan: _MergedScan, tokenizer: Tokenizer, directory: Path) -> None:
+    def _assemble(self, scan: CorpusScan, tokenizer: Tokenizer, directory: Path) -> None:
         """Write the corpus to an empty directory. Raises `NextwordError` if a split is empty."""
-        parts = [self.work_dir / _shard_artifact("encoding", shard) for shard in range(self.num_shards)]
+        parts = [self.work_dir / name for name in self._artifacts("encoding")]
         shard_stats = [self._verify(part.name)["stats"] for part in parts]
         stats = {
             split: {name: sum(part[split][name] for part in shard_stats) for name in asdict(SplitStats())}
@@ -460,9 +426,9 @@ class PreparationJob:
                 if path.name != fs.MANIFEST:
                     path.rename(directory / path.name)
         else:
-            _concatenate(parts, [part["train"]["tokens"] for part in shard_stats], tokenizer, directory)
+            concatenate_shards(parts, tokenizer.vocab_size, directory)
         issues = IssueLog()
-        issues.merge(scan.issues)
+        issues.merge(fs.read_manifest(self.work_dir / "scan")["issues"])
         if issues.issues:
             lines = [json.dumps(asdict(issue), ensure_ascii=False) + "\n" for issue in issues.issues]
             fs.atomic_write(directory / "problems.jsonl", "".join(lines))
@@ -470,37 +436,14 @@ class PreparationJob:
             "kind": "corpus",
             "version": FORMAT_VERSION,
             "settings": self.settings,
-            "documents": scan.corpus.unique,
-            "duplicates": scan.corpus.duplicates,
+            "documents": scan.unique,
+            "duplicates": scan.duplicates,
             **stats,
             "vocab_size": tokenizer.vocab_size,
             "problems": {"total": issues.total, "kinds": dict(issues.counts_by_kind)},
-            "sources": scan.corpus.sources,
+            "sources": scan.sources,
         }
         fs.write_manifest(directory, manifest)
-
-
-def _concatenate(parts: list[Path], train_tokens: list[int], tokenizer: Tokenizer, directory: Path) -> None:
-    """Copy the encoded shards into one."""
-    for split in SPLITS:
-        writer = ShardWriter(directory, split, tokenizer)
-        for part in parts:
-            writer.append_from(ShardedTokens(sorted(part.glob(f"{split}-*.npy"))))
-        writer.close()
-    provenance = ProvenanceWriter(directory)
-    for part, token_offset in zip(parts, accumulate(train_tokens, initial=0), strict=False):
-        provenance.append_from(part, token_offset)
-
-
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The keys and texts of a sample, one at a time: it may be large."""
-    with path.open(encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
-
-
-def _shard_artifact(stage: str, shard: int) -> str:
-    """The name of an artifact; shards are numbered from 1."""
-    return f"{stage}-{shard + 1:05d}"
 
 
 def partition_by_size(sizes: list[int], num_parts: int) -> list[int]:
@@ -517,32 +460,53 @@ def partition_by_size(sizes: list[int], num_parts: int) -> list[int]:
     return bounds + [len(sizes)] * (num_parts + 1 - len(bounds))
 
 
-def write_shards(items: Iterable[SplitText], tokenizer: Tokenizer, directory: Path) -> dict[Split, SplitStats]:
-    """Encode texts, and write the tokens of both splits and the sources of the training documents."""
-    writers: dict[Split, ShardWriter] = {split: ShardWriter(directory, split, tokenizer) for split in SPLITS}
-    provenance = ProvenanceWriter(directory)
-    batch: list[SplitText] = []
-    batch_size = 0
-    for item in items:
-        batch.append(item)
-        batch_size += (len(item[1]) if isinstance(item[1], str) else 0) + 64  # short texts take memory too
-        if batch_size >= ENCODE_BATCH_CHARS:
-            _encode_batch(batch, tokenizer, writers, provenance)
-            batch, batch_size = [], 0
-    _encode_batch(batch, tokenizer, writers, provenance)
-    return {split: writer.close() for split, writer in writers.items()}
+# ---------------------------------------------------------------- Ray
 
 
-def _encode_batch(
-    batch: list[SplitText], tokenizer: Tokenizer, writers: dict[Split, ShardWriter], provenance: ProvenanceWriter
-) -> None:
-    encoded = iter(tokenizer.encode_batch([text for _, text in batch if isinstance(text, str)]))
-    for split, text in batch:
-        if isinstance(text, str):
-            writers[split].add(text, next(encoded))
-            continue
-        writers[split].end_document()
-        if split == "train":
-            provenance.add(writers[split].tokens_added, text)
-    for writer in (*writers.values(), provenance):
-        writer.flush()
+def prepare_on_ray(corpora: list[str], out: Path, settings: dict[str, Any], console: Console) -> Corpus:
+    """Prepare a corpus on a Ray cluster, in a shard for each CPU.
+
+    The cluster is the one at RAY_ADDRESS, or one that is started on this machine. All of its nodes see the same files
+    at the same paths. A task that is lost is started again, at most three times.
+
+    Args:
+        corpora: paths, and names of built-in datasets.
+        out: the directory of the corpus.
+        settings: the other arguments of `prepare`.
+        console: where messages and progress are printed.
+
+    Raises:
+        MissingDependencyError: Ray is not installed.
+        NextwordError: a task has failed; with the exit code of its error.
+    """
+    ray = import_optional("ray", "--engine ray", "ray")
+    started_ray = not ray.is_initialized()
+    if started_ray:
+        ray.init(log_to_driver=False, logging_level="error")
+    try:
+        count = max(1, min(MAX_SHARDS, int(ray.cluster_resources().get("CPU", 1))))
+        task = ray.remote(num_cpus=1, max_retries=3)(_prepare_shard)
+        pending = [task.remote(corpora, str(out), f"{number}/{count}", settings) for number in range(1, count + 1)]
+        while pending:
+            console.progress("preparing", count - len(pending), count)
+            done, pending = ray.wait(pending, timeout=1.0)
+            for message, exit_code in filter(None, ray.get(done)):
+                error = NextwordError(message)
+                error.exit_code = exit_code
+                raise error
+    except ray.exceptions.RayError as error:
+        raise NextwordError(f"--engine ray: {str(error).strip().splitlines()[-1]}") from error
+    finally:
+        if started_ray:
+            ray.shutdown()
+    console.close()
+    return prepare(corpora, out, **settings, log=console.info)  # the corpus is complete, and is opened
+
+
+def _prepare_shard(corpora: list[str], out: str, shard: str, settings: dict[str, Any]) -> tuple[str, int] | None:
+    """The task of each process. Returns the message and exit code of an error: not every exception can be pickled."""
+    try:
+        prepare(corpora, Path(out), shard=shard, **settings)
+    except NextwordError as error:
+        return str(error), error.exit_code
+    return None

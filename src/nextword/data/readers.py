@@ -9,10 +9,11 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
-from nextword.common.errors import MissingDependencyError
+from nextword.common.errors import import_optional
 from nextword.common.fs import is_json_object
 from nextword.data.decoding import MAX_LINE_CHARS, LineReader, decode_chunks, file_format
 from nextword.data.issues import IssueLog, error_text, replace_surrogates
@@ -87,14 +88,14 @@ def read_records(
         yield from read_lines(path, LineReader(path, decode_chunks(path, issues, blocks), issues), issues, selector)
 
 
-def map_strings(value: Any, transform: Callable[[str], str]) -> Any:
-    """A JSON value with every string transformed, those in lists and objects included."""
-    if isinstance(value, str):
+def map_strings(value: Any, transform: Callable[[Any], str], string_type: type = str) -> Any:
+    """A JSON value with every string (or bytes) transformed, those in lists and objects included."""
+    if isinstance(value, string_type):
         return transform(value)
     if isinstance(value, list):
-        return [map_strings(item, transform) for item in cast(list[Any], value)]
+        return [map_strings(item, transform, string_type) for item in cast(list[Any], value)]
     if is_json_object(value):
-        return {name: map_strings(item, transform) for name, item in value.items()}
+        return {name: map_strings(item, transform, string_type) for name, item in value.items()}
     return value
 
 
@@ -172,10 +173,9 @@ class _JSONScanner:
         return self._text[self._position : self._position + 1]
 
     def _accept(self, character: str) -> bool:
-        if self.peek() != character:
-            return False
-        self._position += 1
-        return True
+        is_next = self.peek() == character
+        self._position += is_next
+        return is_next
 
     def _expect(self, character: str) -> None:
         if not self._accept(character):
@@ -187,9 +187,9 @@ class _JSONScanner:
         value, self._position = self._decoder.raw_decode(self._text, self._position)
         return value
 
-    def _iter_items(self, opening: str, closing: str) -> Iterator[None]:
+    def _iter_items(self, closing: str) -> Iterator[None]:
         """Go to each item of the list or object at the current position. The caller reads it."""
-        self._expect(opening)
+        self._position += 1
         if self._accept(closing):
             return
         yield
@@ -200,7 +200,7 @@ class _JSONScanner:
     def iter_elements(self) -> Iterator[_Element]:
         """The elements of the list at the current position."""
         line, counted = self.line, self._position
-        for _ in self._iter_items("[", "]"):
+        for _ in self._iter_items("]"):
             self.peek()
             start = self._position
             line, counted = line + self._text.count("\n", counted, start), start
@@ -209,7 +209,7 @@ class _JSONScanner:
 
     def collect_object_lists(self, lists: dict[str, list[_Element]]) -> None:
         """Parse the object at the current position, and put its lists of objects into `lists`, as far as they are valid."""
-        for _ in self._iter_items("{", "}"):
+        for _ in self._iter_items("}"):
             if self.peek() != '"':
                 self._expect('"')  # raises
             name = self.read_value()
@@ -249,21 +249,21 @@ def _read_json(path: Path, chunks: Iterable[str], issues: IssueLog, selector: Co
         issues.add(path, scanner.line, "not valid JSON; the rest of the file is left out", error_text(error))
     if len(lists) > 1:
         issues.add(path, 1, "more than one list of objects; make a file of each", ", ".join(lists))
-    else:
-        for element in (element for elements in lists.values() for element in elements):
-            yield from _make_record(path, element, issues, selector)
+        return
+    for element in chain.from_iterable(lists.values()):
+        yield from _make_record(path, element, issues, selector)
 
 
 def _join_chunks(path: Path, chunks: Iterable[str], issues: IssueLog) -> str:
     """The first `MAX_JSON_CHARS` characters of a text."""
-    parts, length = list[str](), 0
+    parts, room = list[str](), MAX_JSON_CHARS
     for chunk in chunks:
-        parts.append(chunk[: MAX_JSON_CHARS - length])
-        length += len(chunk)
-        if length > MAX_JSON_CHARS:
+        parts.append(chunk[:room])
+        if len(chunk) > room:
             what = f"more than {MAX_JSON_CHARS:,} characters; the rest is left out. Make a .jsonl file of it"
             issues.add(path, None, what)
             break
+        room -= len(chunk)
     return "".join(parts)
 
 
@@ -285,17 +285,17 @@ def _read_csv(path: Path, lines: LineReader, issues: IssueLog, selector: ColumnS
         issues.add(path, header_line, "two columns of one name; the first is read", ", ".join(repeated))
     min_columns = max(column_indices.values(), default=-1) + 1
     for line, row in rows:
-        detail = f"{len(row)} instead of {len(header)}"
+        what, is_kept = None, True
         if len(row) < min_columns:
-            issues.add(path, line, "a row with too few columns; left out", detail)
-            continue
-        if len(row) > len(header):
-            if len(column_indices) > 1:  # the columns of the values are not known
-                issues.add(path, line, "a row with too many columns; left out: put quotes around its text", detail)
-                continue
+            what, is_kept = "a row with too few columns; left out", False
+        elif len(row) > len(header) and len(column_indices) > 1:  # the columns of the values are not known
+            what, is_kept = "a row with too many columns; left out: put quotes around its text", False
+        elif len(row) > len(header):
             what = "a row with too many columns; its text is kept, and may be cut at an unquoted separator"
-            issues.add(path, line, what, detail)
-        yield Record(line, {name: row[index] for name, index in column_indices.items()})
+        if what is not None:
+            issues.add(path, line, what, f"{len(row)} instead of {len(header)}")
+        if is_kept:
+            yield Record(line, {name: row[index] for name, index in column_indices.items()})
 
 
 def _iter_csv_rows(path: Path, lines: LineReader, issues: IssueLog) -> Iterator[tuple[int, list[str]]]:
@@ -327,22 +327,27 @@ def _iter_csv_rows(path: Path, lines: LineReader, issues: IssueLog) -> Iterator[
 
 
 def _read_parquet(path: Path, issues: IssueLog, selector: ColumnSelector) -> Iterator[Record]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingDependencyError(f"{path}: a .parquet file", "parquet") from error
-    arrow: Any = pyarrow  # which has no types
+    arrow = import_optional("pyarrow", f"{path}: a .parquet file", "parquet")
+    parquet = import_optional("pyarrow.parquet", f"{path}: a .parquet file", "parquet")
+    invalid: list[bytes] = []
+
+    def decode(data: bytes) -> str:
+        text = data.decode("utf-8", "replace")
+        if "\ufffd" in text and text.encode() != data:
+            invalid.append(data)
+        return _normalize_newlines(text)
+
     row = 0
     try:
-        with arrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+        with parquet.ParquetFile(path, pre_buffer=False) as file:
             available = list(dict.fromkeys(file.schema_arrow.names))
             names = [name for name in selector(available) if name in available]
             for batch in file.iter_batches(batch_size=256, columns=names):
                 columns = {name: _column_values(batch.column(batch.schema.names.index(name)), arrow) for name in names}
                 for index in range(batch.num_rows):
                     row += 1
-                    invalid: list[bytes] = []
-                    values = {name: _decode_bytes(column[index], invalid) for name, column in columns.items()}
+                    invalid.clear()
+                    values = {name: map_strings(column[index], decode, bytes) for name, column in columns.items()}
                     if invalid:
                         issues.add(path, row, "not valid UTF-8; replaced by U+FFFD")
                     yield Record(row, values)
@@ -374,17 +379,3 @@ def _binary_type(arrow_type: Any, arrow: Any) -> Any:
     if types.is_struct(arrow_type):
         return arrow.struct([field.with_type(_binary_type(field.type, arrow)) for field in arrow_type])
     return arrow_type
-
-
-def _decode_bytes(value: Any, invalid: list[bytes]) -> Any:
-    """The value with its bytes decoded. Bytes that are not valid UTF-8 are appended to `invalid`."""
-    if isinstance(value, bytes):
-        text = value.decode("utf-8", "replace")
-        if "\ufffd" in text and text.encode() != value:
-            invalid.append(value)
-        return _normalize_newlines(text)
-    if isinstance(value, list):
-        return [_decode_bytes(item, invalid) for item in cast(list[Any], value)]
-    if is_json_object(value):
-        return {name: _decode_bytes(item, invalid) for name, item in value.items()}
-    return value

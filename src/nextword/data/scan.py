@@ -18,11 +18,9 @@ from nextword.common.errors import DiskFullError, NextwordError
 from nextword.common.fs import sha256_file
 from nextword.data.documents import Document, SourceFile
 from nextword.data.issues import IssueLog, replace_surrogates
-from nextword.data.provenance import DocumentSource
-from nextword.data.shards import Split
+from nextword.data.shards import DocumentSource, Split, SplitText
 
 ProgressCallback = Callable[[str, int, int], None]  # stage, bytes done, total bytes
-SplitText = tuple[Split, str | DocumentSource]  # a chunk of a document, or its source where it ends
 
 MIN_DOCUMENTS_TO_SPLIT = 20  # with fewer, the validation set is the last tenth of each document
 
@@ -40,14 +38,17 @@ def file_size_and_mtime(path: Path) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def is_unchanged(source: SourceFile, recorded: dict[str, Any]) -> bool:
-    """Whether a file is the one that a scan has recorded: by its name, size, and modification time or SHA-256."""
-    current = file_size_and_mtime(source.path)
-    if current is None or source.name != recorded["name"] or current[0] != recorded["bytes"]:
-        return False
-    if current[1] == recorded["mtime_ns"]:
-        return True
-    return recorded["sha256"] is not None and sha256_file(source.path) == recorded["sha256"]
+def are_unchanged(sources: Sequence[SourceFile], recorded: Sequence[dict[str, Any]]) -> bool:
+    """Whether files are those that a scan has recorded: by name, size, and modification time or SHA-256."""
+
+    def is_unchanged(source: SourceFile, recorded: dict[str, Any]) -> bool:
+        size, mtime_ns = file_size_and_mtime(source.path) or (None, None)
+        if size is None or (source.name, size) != (recorded["name"], recorded["bytes"]):
+            return False
+        sha256 = recorded["sha256"]
+        return recorded["mtime_ns"] == mtime_ns or (sha256 is not None and sha256 == sha256_file(source.path))
+
+    return len(sources) == len(recorded) and all(map(is_unchanged, sources, recorded))
 
 
 @dataclass
@@ -63,6 +64,7 @@ class CorpusScan:
         duplicates: the number of documents that repeat an earlier one.
         size: the bytes of text of the unique documents.
         smallest: the smallest hash of a document, and the index of that document.
+        shard_starts: where each shard of a preparation begins: its first document, and its first training chunk.
     """
 
     sources: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
@@ -72,6 +74,7 @@ class CorpusScan:
     duplicates: int = 0
     size: int = 0
     smallest: tuple[int, int] = (2**64, 0)
+    shard_starts: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
 
     def add(self, key: bytes, is_new: bool, num_characters: int, num_bytes: int) -> None:
         """Add the next document, given by the hash of its text."""
@@ -88,38 +91,29 @@ class CorpusScan:
 
     def report(self, issues: IssueLog, log: Callable[[str], None]) -> None:
         """Log the issues of the corpus. Raises `NextwordError` if there is no text."""
-        for line in issues.summary_lines():
+        lines = issues.summary_lines()
+        for line in lines:
             log(line)
         if not self.unique:
-            lines = ["no text was found."]
-            if issues.issues:
-                lines = ["no text was found. What was there:", *issues.summary_lines()]
+            heading = "no text was found." + (" What was there:" if lines else "")
             formats = "Name files or folders of .txt, .md, .jsonl, .csv, .tsv or .parquet, plain, .gz or .zst"
-            raise NextwordError("\n".join([*lines, formats]))
+            raise NextwordError("\n".join([heading, *lines, formats]))
 
     def split_for_index(self, index: int) -> Split | Literal["both", "neither"]:
         """The split of a document, by its index. A document that is cut belongs to both, a duplicate to neither."""
         level = self.levels[index]
-        if level == DUPLICATE:
-            return "neither"
-        return self._split(level, is_smallest=index == self.smallest[1])
+        return "neither" if level == DUPLICATE else self._split(level, index == self.smallest[1])
 
     def split_for_key(self, key: bytes) -> Split | Literal["both"]:
         """The split of a text by its hash, whichever of its copies it is."""
-        return self._split(_split_level(key), is_smallest=_key_to_int(key) == self.smallest[0])
+        return self._split(_split_level(key), _key_to_int(key) == self.smallest[0])
 
     def _split(self, level: int, is_smallest: bool) -> Split | Literal["both"]:
         if self.unique < MIN_DOCUMENTS_TO_SPLIT:
             return "both"
+        validation_level = HASH_10_PERCENT + (self.size >= 10_000_000) + (self.size >= 100_000_000)
         # The document with the smallest hash makes sure that the validation set is not empty.
-        return "validation" if level >= self.validation_level or is_smallest else "train"
-
-    @property
-    def validation_level(self) -> int:
-        """The lowest level of the validation set, which depends on the size of the corpus."""
-        if self.size < 10_000_000:
-            return HASH_10_PERCENT
-        return HASH_5_PERCENT if self.size < 100_000_000 else HASH_1_PERCENT
+        return "validation" if level >= validation_level or is_smallest else "train"
 
 
 def _key_to_int(key: bytes) -> int:
@@ -130,43 +124,19 @@ def _split_level(key: bytes) -> int:
     return TRAIN + sum(_key_to_int(key) < 2**64 * percent // 100 for percent in (10, 5, 1))
 
 
-class ByteProgress:
-    """Reports the progress of one reading of some source files, in bytes."""
-
-    def __init__(self, stage: str, sources: Sequence[SourceFile], progress: ProgressCallback):
-        self._stage, self._progress = stage, progress
-        self._file_sizes = [(file_size_and_mtime(source.path) or (0, 0))[0] for source in sources]
-        self._total_bytes = sum(self._file_sizes)
-        self._file_index = self._finished_bytes = self._file_bytes = self._reported_bytes = 0
-
-    def advance(self, num_bytes: int) -> None:
-        """Count bytes of text. Those of a compressed file are counted up to its size."""
-        self._file_bytes = min(self._file_bytes + num_bytes, self._file_sizes[self._file_index])
-        if self._finished_bytes + self._file_bytes >= self._reported_bytes + 2**20:
-            self._report()
-
-    def end_file(self) -> None:
-        """Go on to the next file."""
-        self._finished_bytes += self._file_sizes[self._file_index]
-        self._file_bytes, self._file_index = 0, self._file_index + 1
-        if self._file_index == len(self._file_sizes):
-            self._report()
-
-    def _report(self) -> None:
-        self._reported_bytes = self._finished_bytes + self._file_bytes
-        self._progress(self._stage, self._reported_bytes, self._total_bytes)
-
-
 class HashedDocument:
     """The chunks of a document, which are hashed and measured while they are read.
 
-    Attributes:
+    Args:
         document: the document.
+        advance: called with the number of bytes of each chunk.
+
+    Attributes:
         num_characters, num_bytes: the length of the chunks read so far.
     """
 
-    def __init__(self, document: Document, byte_progress: ByteProgress):
-        self.document, self._byte_progress = document, byte_progress
+    def __init__(self, document: Document, advance: Callable[[int], None]):
+        self.document, self._advance = document, advance
         self._hash = hashlib.blake2b(digest_size=16)
         self._chunk_starts: list[int] = []  # in characters
         self.num_characters = self.num_bytes = 0
@@ -178,7 +148,7 @@ class HashedDocument:
             self._chunk_starts.append(self.num_characters)
             self.num_characters += len(chunk)
             self.num_bytes += len(data)
-            self._byte_progress.advance(len(data))
+            self._advance(len(data))
             yield chunk
 
     def finalize(self) -> bytes:
@@ -192,36 +162,73 @@ class HashedDocument:
         return len(self._chunk_starts), bisect.bisect_left(self._chunk_starts, self.num_characters * 9 // 10)
 
 
-class SourceReading:
-    """One reading of a source file: its documents, and a hash over the hashes of their texts."""
+class SourceReader:
+    """One reading of some source files, which reports its progress in bytes.
 
-    def __init__(self, source: SourceFile, byte_progress: ByteProgress):
-        self._source, self._byte_progress = source, byte_progress
-        self._size, self._mtime_ns = file_size_and_mtime(source.path) or (None, None)
-        self._texts_hash = hashlib.blake2b(digest_size=16)
+    Args:
+        sources: the files.
+        stage: the name of this reading for `progress`.
+        progress: called with the stage, the bytes done and all bytes.
 
-    def documents(self, issues: IssueLog) -> Iterator[HashedDocument]:
-        """The documents, each valid until the next one is requested."""
-        for document in self._source.read(issues):
-            hashed = HashedDocument(document, self._byte_progress)
-            yield hashed
-            self._texts_hash.update(hashed.finalize())
-        self._byte_progress.end_file()
+    Attributes:
+        found: for each file read so far what `CorpusScan.sources` holds.
+    """
 
-    @property
-    def texts_hash(self) -> str:
-        """The hash of all documents, once they are read."""
-        return self._texts_hash.hexdigest()
+    def __init__(self, sources: Sequence[SourceFile], stage: str, progress: ProgressCallback):
+        self._sources, self._stage, self._progress = sources, stage, progress
+        self._stats = [file_size_and_mtime(source.path) for source in sources]
+        self._total_bytes = sum(stat[0] for stat in self._stats if stat)
+        self._file_end = self._done = self._reported = 0
+        self.found: list[dict[str, Any]] = []
 
-    def source_info(self) -> dict[str, Any]:
-        """The file's entry in `CorpusScan.sources`, once its documents are read."""
-        try:
-            file_hash = sha256_file(self._source.path)
-        except OSError:  # recorded by the file's reader
-            file_hash = None
-        name = replace_surrogates(self._source.name)
-        file_info = {"name": name, "bytes": self._size, "mtime_ns": self._mtime_ns, "sha256": file_hash}
-        return {**file_info, "texts": self.texts_hash}
+    def documents(
+        self, issues: IssueLog, recorded: Sequence[dict[str, Any]] | None = None
+    ) -> Iterator[tuple[int, HashedDocument]]:
+        """The index of the file and each document, valid until the next one is requested.
+
+        Args:
+            issues: where flaws are recorded.
+            recorded: what an earlier reading has `found`, to compare with; `found` remains empty.
+
+        Raises:
+            NextwordError: a file has changed since the earlier reading.
+        """
+        for index, (source, stat) in enumerate(zip(self._sources, self._stats, strict=True)):
+            size, mtime_ns = stat or (None, None)
+            self._file_end += size or 0
+            texts_hash = hashlib.blake2b(digest_size=16)
+            for document in source.read(issues):
+                hashed = HashedDocument(document, self._advance)
+                yield index, hashed
+                texts_hash.update(hashed.finalize())
+            self._done = self._file_end
+            texts = texts_hash.hexdigest()
+            if recorded is None:
+                file_info = {"name": replace_surrogates(source.name), "bytes": size, "mtime_ns": mtime_ns}
+                self.found.append({**file_info, "sha256": _sha256_or_none(source.path), "texts": texts})
+            elif texts != recorded[index]["texts"]:
+                raise NextwordError(
+                    f"{source.path}: changed while it was read; run the same command again when it is complete"
+                )
+        if self._sources:
+            self._report()
+
+    def _advance(self, num_bytes: int) -> None:
+        """Count bytes of text, up to the size of the file, which may be compressed."""
+        self._done = min(self._done + num_bytes, self._file_end)
+        if self._done >= self._reported + 2**20:
+            self._report()
+
+    def _report(self) -> None:
+        self._reported = self._done
+        self._progress(self._stage, self._done, self._total_bytes)
+
+
+def _sha256_or_none(path: Path) -> str | None:
+    try:
+        return sha256_file(path)
+    except OSError:  # recorded by the file's reader
+        return None
 
 
 @contextlib.contextmanager
@@ -264,15 +271,13 @@ def scan_corpus(
     Raises:
         NextwordError: there is no text.
     """
-    scan, byte_progress = CorpusScan(), ByteProgress("reading", sources, progress)
+    reader = SourceReader(sources, "reading", progress)
+    scan = CorpusScan(reader.found)
     with dedup_index(directory / "seen.sqlite") as is_new:
-        for index, source in enumerate(sources):
-            reading = SourceReading(source, byte_progress)
-            for hashed in reading.documents(issues):
-                observe(index, hashed)
-                key = hashed.finalize()
-                scan.add(key, is_new(key), hashed.num_characters, hashed.num_bytes)
-            scan.sources.append(reading.source_info())
+        for index, hashed in reader.documents(issues):
+            observe(index, hashed)
+            key = hashed.finalize()
+            scan.add(key, is_new(key), hashed.num_characters, hashed.num_bytes)
     scan.report(issues, log)
     return scan
 
@@ -282,18 +287,18 @@ def iter_split_texts(
     scan: CorpusScan,
     stage: str,
     progress: ProgressCallback,
-    first_source: int = 0,
-    document_index: int = 0,
+    first_source: int,
+    first_document: int,
 ) -> Iterator[SplitText]:
-    """Read the unique documents of a scanned corpus, or of a range of its source files, once more.
+    """Read the unique documents of a range of a scanned corpus once more.
 
     Args:
-        sources: source files of the scan.
+        sources: the source files of the range.
         scan: the result of the first reading.
         stage: the name of this reading for `progress`.
         progress: called with the number of bytes read.
         first_source: the index of the first source file in the corpus.
-        document_index: the index of its first document in the corpus.
+        first_document: the index of its first document in the corpus.
 
     Yields:
         The chunks of each document with their split, and at the end of the document its source. Each of the two parts
@@ -302,38 +307,28 @@ def iter_split_texts(
     Raises:
         NextwordError: a file has changed since the scan.
     """
-    byte_progress = ByteProgress(stage, sources, progress)
-    lengths = iter(scan.lengths[document_index - scan.levels.count(DUPLICATE, 0, document_index) :])
-    recorded_sources = scan.sources[first_source : first_source + len(sources)]
-    for source_index, (source, recorded) in enumerate(zip(sources, recorded_sources, strict=True), start=first_source):
-        reading = SourceReading(source, byte_progress)
-        for hashed in reading.documents(IssueLog()):  # its issues were reported at the first reading
-            split = scan.split_for_index(document_index) if document_index < len(scan.levels) else "neither"
-            document_source = DocumentSource(source_index, hashed.document.line)
-            if split == "both":
-                yield from _hold_out_last_tenth(hashed, next(lengths), document_source)
-            elif split != "neither":
-                for chunk in hashed:
-                    yield split, chunk
-                yield split, document_source
-            document_index += 1
-        if reading.texts_hash != recorded["texts"]:
-            raise NextwordError(
-                f"{source.path}: changed while it was read; run the same command again when it is complete"
-            )
+    lengths = iter(scan.lengths[first_document - scan.levels.count(DUPLICATE, 0, first_document) :])
+    reader, already_reported = SourceReader(sources, stage, progress), IssueLog()
+    documents = reader.documents(already_reported, scan.sources[first_source:])
+    for index, (source_index, hashed) in enumerate(documents, first_document):
+        split = scan.split_for_index(index) if index < len(scan.levels) else "neither"
+        source = DocumentSource(first_source + source_index, hashed.document.line)
+        if split == "both":
+            yield from _hold_out_last_tenth(hashed, next(lengths), source)
+        elif split != "neither":
+            yield from ((split, chunk) for chunk in hashed)
+            yield split, source
 
 
-def _hold_out_last_tenth(
-    chunks: Iterable[str], num_characters: int, document_source: DocumentSource
-) -> Iterator[SplitText]:
+def _hold_out_last_tenth(chunks: Iterable[str], num_characters: int, source: DocumentSource) -> Iterator[SplitText]:
     """The chunks of a document, cut after nine tenths of its characters."""
     train_remaining = num_characters * 9 // 10
     for chunk in chunks:
         if train_remaining > 0:
             yield "train", chunk[:train_remaining]
             if train_remaining <= len(chunk):
-                yield "train", document_source
+                yield "train", source
         if train_remaining < len(chunk):
             yield "validation", chunk[max(train_remaining, 0) :]
         train_remaining -= len(chunk)
-    yield "validation", document_source
+    yield "validation", source

@@ -1,9 +1,17 @@
-"""The tokens of a corpus on disk: a sequence for each split, in `.npy` files of bounded size."""
+"""The tokens of a corpus on disk: a sequence for each split, in `.npy` files of bounded size.
 
+Beside them, `train-documents.bin` has a row for each document of the training split, in the order of the tokens: its
+source file, and its line there.
+"""
+
+import os
 import warnings
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -17,9 +25,24 @@ SPLITS: tuple[Split, Split] = ("train", "validation")
 
 SHARD_TOKENS = 2**26
 COPY_CHUNK_TOKENS = 2**20
+ENCODE_BATCH_CHARS = 2**21  # each takes about fifty bytes of memory
+
+DOCUMENT_TABLE = "train-documents.bin"
+# "end": the index after the document's end-of-text token. "line": 0 if the file is one document.
+DOCUMENT_DTYPE = np.dtype([("end", "<u8"), ("source", "<u4"), ("line", "<u4")])
 
 
-@dataclass(frozen=True)
+class DocumentSource(NamedTuple):
+    """The index of a document's source file, and its line there (None if the file is one document)."""
+
+    source: int
+    line: int | None
+
+
+SplitText = tuple[Split, str | DocumentSource]  # a chunk of a document, or its source where it ends
+
+
+@dataclass
 class SplitStats:
     """The size of a split.
 
@@ -48,24 +71,21 @@ class ShardedTokens:
         CorruptFileError: a file is not an array of tokens.
     """
 
-    def __init__(self, shards: list[Path]):
+    def __init__(self, shards: Iterable[Path]):
         self._shards = [_open_shard(shard) for shard in shards]
-        self._shard_ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
+        self._starts = list(accumulate(map(len, self._shards), initial=0))
 
     def __len__(self) -> int:
-        return int(self._shard_ends[-1]) if self._shards else 0
+        return self._starts[-1]
 
     def read(self, start: int, count: int) -> TokenArray:
         """Tokens start … start + count − 1 as int64 [count]. Raises `IndexError` if there are fewer."""
-        if start < 0 or count < 0 or start + count > len(self):
-            raise IndexError(f"tokens {start:,} to {start + count:,} of a sequence of {len(self):,}")
-        parts, shard = [np.empty(0, np.int64)], int(np.searchsorted(self._shard_ends, start, side="right"))
-        while count:
-            offset = start - (int(self._shard_ends[shard - 1]) if shard else 0)
-            part = self._shards[shard][offset : offset + count].astype(np.int64)
-            parts.append(part)
-            start, count, shard = start + len(part), count - len(part), shard + 1
-        return np.concatenate(parts)
+        end = start + count
+        if start < 0 or count < 0 or end > len(self):
+            raise IndexError(f"tokens {start:,} to {end:,} of a sequence of {len(self):,}")
+        shards = range(bisect_right(self._starts, start) - 1, bisect_left(self._starts, end))
+        parts = [self._shards[i][max(0, start - self._starts[i]) : end - self._starts[i]] for i in shards]
+        return np.concatenate([np.empty(0, np.int64), *parts])
 
 
 def _open_shard(path: Path) -> TokenArray:
@@ -80,77 +100,95 @@ def _open_shard(path: Path) -> TokenArray:
     return tokens
 
 
-class ShardWriter:
-    """Writes the tokens of a split to `.npy` files of `SHARD_TOKENS` tokens, as uint16 if every id fits, else as uint32.
+class _ShardWriter:
+    """Writes the tokens of a split to files of `SHARD_TOKENS` tokens, as uint16 if every id fits, else as uint32."""
 
-    Attributes:
-        tokens_added: the number of tokens so far, those that are not flushed included.
+    def __init__(self, directory: Path, split: Split, vocab_size: int):
+        self._directory, self._split, self._num_tokens = directory, split, 0
+        self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+    def append(self, tokens: TokenArray) -> None:
+        """Write tokens [T] after those before."""
+        tokens = tokens.astype(self._dtype)
+        while len(tokens):
+            index, offset = divmod(self._num_tokens, SHARD_TOKENS)
+            part, tokens = np.split(tokens, [SHARD_TOKENS - offset])
+            with (self._directory / f"{self._split}-{index:05d}.npy").open("r+b" if offset else "wb") as file:
+                header = {"descr": self._dtype.str, "fortran_order": False, "shape": (offset + len(part),)}
+                np.lib.format.write_array_header_1_0(file, header)  # the same size for every length
+                file.seek(0, os.SEEK_END)
+                file.write(part.tobytes())
+            self._num_tokens += len(part)
+
+
+def write_shards(items: Iterable[SplitText], tokenizer: Tokenizer, directory: Path) -> dict[Split, SplitStats]:
+    """Encode texts, and write the tokens of both splits and the sources of the training documents.
+
+    Args:
+        items: the chunks of each document with their split, and its source at its end.
+        tokenizer: encodes the chunks, in batches.
+        directory: an empty directory.
+
+    Returns:
+        The size of each split.
     """
+    writers = {split: _ShardWriter(directory, split, tokenizer.vocab_size) for split in SPLITS}
+    stats = {split: SplitStats() for split in SPLITS}
+    eos = np.array([tokenizer.eos_id])
+    batch: list[SplitText] = []
 
-    def __init__(self, directory: Path, split: Split, tokenizer: Tokenizer):
-        self._directory, self._split = directory, split
-        self._dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-        self._eos, self._unk_id = np.array([tokenizer.eos_id], self._dtype), tokenizer.unk_id
-        self._pending: list[TokenArray] = []
-        self._file: BinaryIO | None = None
-        self._tokens_in_file = self._num_files = 0
-        self._documents = self._bytes = self._characters = self._unknown = 0
-        self.tokens_added = 0
+    def write_batch() -> None:
+        encoded = iter(tokenizer.encode_batch([text for _, text in batch if isinstance(text, str)]))
+        tokens: dict[Split, list[TokenArray]] = {split: [eos[:0]] for split in SPLITS}
+        documents: list[tuple[int, int, int]] = []
+        for split, text in batch:
+            size = stats[split]
+            is_text = isinstance(text, str)
+            ids = next(encoded) if is_text else eos
+            size.tokens += len(ids)
+            tokens[split].append(ids)
+            if is_text:
+                size.bytes += len(text.encode())
+                size.characters += len(text)
+                size.unknown += 0 if tokenizer.unk_id is None else int(np.count_nonzero(ids == tokenizer.unk_id))
+            else:
+                size.documents += 1
+                if split == "train":
+                    documents.append((size.tokens, text.source, text.line or 0))
+        with map_disk_errors(directory), (directory / DOCUMENT_TABLE).open("ab") as table:
+            table.write(np.array(documents, DOCUMENT_DTYPE).tobytes())
+            for split, writer in writers.items():
+                writer.append(np.concatenate(tokens[split]))
+        batch.clear()
 
-    def add(self, text: str, ids: TokenArray) -> None:
-        """Add a text and its ids [T]."""
-        self._bytes += len(text.encode())
-        self._characters += len(text)
-        if self._unk_id is not None:
-            self._unknown += int(np.count_nonzero(ids == self._unk_id))
-        self._append(ids)
+    batch_size = 0
+    for item in items:
+        batch.append(item)
+        batch_size += (len(item[1]) if isinstance(item[1], str) else 0) + 64  # short texts take memory too
+        if batch_size >= ENCODE_BATCH_CHARS:
+            write_batch()
+            batch_size = 0
+    write_batch()
+    return stats
 
-    def end_document(self) -> None:
-        """Add the end-of-text token."""
-        self._documents += 1
-        self._append(self._eos)
 
-    def append_from(self, tokens: ShardedTokens) -> None:
-        """Copy the tokens of another writer. They are not part of the other statistics."""
-        for start in range(0, len(tokens), COPY_CHUNK_TOKENS):
-            self._append(tokens.read(start, min(COPY_CHUNK_TOKENS, len(tokens) - start)))
-            self.flush()
+def concatenate_shards(parts: list[Path], vocab_size: int, directory: Path) -> None:
+    """Copy what several calls of `write_shards` have written, as if it was one.
 
-    def _append(self, ids: TokenArray) -> None:
-        self.tokens_added += len(ids)
-        self._pending.append(ids.astype(self._dtype))
-
-    def flush(self) -> None:
-        """Write the pending tokens to disk."""
-        tokens = np.concatenate([self._eos[:0], *self._pending])
-        self._pending = []
-        with map_disk_errors(self._directory):
-            while len(tokens):
-                if self._file is None:
-                    self._file = (self._directory / f"{self._split}-{self._num_files:05d}.npy").open("wb")
-                    self._file.write(self._header(0))
-                free = SHARD_TOKENS - self._tokens_in_file
-                part, tokens = tokens[:free], tokens[free:]
-                self._file.write(part.tobytes())
-                self._tokens_in_file += len(part)
-                if self._tokens_in_file == SHARD_TOKENS:
-                    self._close_file()
-
-    def _header(self, length: int) -> bytes:
-        """The header of NumPy's format 1.0: always 128 bytes, so that it can be overwritten when the length is known."""
-        fields = f"{{'descr': '{self._dtype.str}', 'fortran_order': False, 'shape': ({length},), }}"
-        return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + fields.ljust(117).encode() + b"\n"
-
-    def _close_file(self) -> None:
-        if self._file is not None:
-            self._file.seek(0)
-            self._file.write(self._header(self._tokens_in_file))
-            self._file.close()
-            self._file, self._tokens_in_file, self._num_files = None, 0, self._num_files + 1
-
-    def close(self) -> SplitStats:
-        """Write what is pending, complete the last file, and return the size of the split."""
-        self.flush()
-        with map_disk_errors(self._directory):
-            self._close_file()
-        return SplitStats(self._documents, self.tokens_added, self._bytes, self._characters, self._unknown)
+    Args:
+        parts: their directories, in order.
+        vocab_size: that of their tokenizer.
+        directory: an empty directory.
+    """
+    with map_disk_errors(directory), (directory / DOCUMENT_TABLE).open("wb") as table:
+        for split in SPLITS:
+            writer, num_tokens = _ShardWriter(directory, split, vocab_size), 0
+            for part in parts:
+                if split == "train":
+                    rows = np.fromfile(part / DOCUMENT_TABLE, DOCUMENT_DTYPE)
+                    rows["end"] += num_tokens
+                    table.write(rows.tobytes())
+                tokens = ShardedTokens(sorted(part.glob(f"{split}-*.npy")))
+                for start in range(0, len(tokens), COPY_CHUNK_TOKENS):
+                    writer.append(tokens.read(start, min(COPY_CHUNK_TOKENS, len(tokens) - start)))
+                num_tokens += len(tokens)

@@ -7,6 +7,7 @@ string, valid UTF-8 or not. Training is a function of the texts alone.
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
-from nextword.common.fs import atomic_write, is_json_object, read_json, to_json
+from nextword.common.fs import atomic_write, check_file_size, is_json_object, read_json, to_json
 from nextword.data.dataset import TokenArray
 from nextword.data.issues import replace_surrogates
 
@@ -96,9 +97,11 @@ class Tokenizer:
         backend.no_truncation()  # a foreign file may request both, and either would change the text silently
         backend.no_padding()
         self.backend, self.config = backend, config
-        self.bos_id = self._detect_bos_id()
+        self._vocabulary = vocabulary = backend.get_vocab(with_added_tokens=True)
+        # An empty text would not do: its first token may be the one that follows a text.
+        bos_token, first_id = self._token_for_role("bos_token"), next(iter(backend.encode("a").ids), None)
+        self.bos_id = first_id if bos_token is not None and vocabulary[bos_token] == first_id else None
         backend.encode_special_tokens = True  # encodes special tokens in text as text; the file does not store it
-        vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if self.vocab_size > 2 * len(vocabulary) + MAX_ID_GAPS:  # a table of this size is allocated
             raise CorruptFileError(f"an id of {self.vocab_size - 1:,} in a vocabulary of {len(vocabulary):,} tokens")
@@ -124,12 +127,7 @@ class Tokenizer:
         """The token that the configuration gives a role, if the vocabulary has it."""
         token = self.config.get(role)
         token = token.get("content") if is_json_object(token) else token
-        return token if isinstance(token, str) and self.backend.token_to_id(token) is not None else None
-
-    def _detect_bos_id(self) -> int | None:
-        # An empty text would not do: its first token may be the one that follows a text.
-        bos_token, first = self._token_for_role("bos_token"), self.backend.encode("a").ids[:1]
-        return first[0] if bos_token is not None and first == [self.backend.token_to_id(bos_token)] else None
+        return token if isinstance(token, str) and token in self._vocabulary else None
 
     def with_special_tokens(
         self, tokens: Sequence[str], *, single: Sequence[str] | None = None, pair: Sequence[str] | None = None
@@ -157,8 +155,12 @@ class Tokenizer:
         if self.pad_id is None or self.pad_id == self.eos_id or self._token_for_role("pad_token") in tokens:
             tokens.append(PAD_TOKEN)
             config["pad_token"] = PAD_TOKEN
-        backend = tokenizers.Tokenizer.from_str(_normalize_added_tokens(self.backend.to_str(), tokens))
-        new = [token for token in tokens if backend.token_to_id(token) is None]
+        content = json.loads(self.backend.to_str())
+        # An added token that is not special would be found in text, and one that strips absorbs the spaces around it.
+        flags = {"special": True, "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+        content["added_tokens"] = [t | flags if t["content"] in tokens else t for t in content["added_tokens"]]
+        backend = tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
+        new = [token for token in tokens if token not in self._vocabulary]
         backend.add_special_tokens(tokens)
         if [backend.token_to_id(token) for token in new] != list(range(self.vocab_size, self.vocab_size + len(new))):
             raise NextwordError(
@@ -175,14 +177,15 @@ class Tokenizer:
         byte-level encodes such bytes, and lone surrogates of a `str`, as U+FFFD.
         """
         if isinstance(text, str):
-            return self._avoid_special_ids(text, self._encode_text(replace_surrogates(text)))
-        parts = re.split("([\udc80-\udcff]+)", text.decode("utf-8", "surrogateescape"))  # odd parts are invalid bytes
+            ids = self.backend.encode(replace_surrogates(text), add_special_tokens=False).ids
+            return self._avoid_special_ids(text, ids)
+        text = text.decode("utf-8", "surrogateescape")  # an invalid byte B becomes U+DC00 + B
         if self.kind != "bpe":
-            return self.encode("".join("\ufffd" * len(part) if i % 2 else part for i, part in enumerate(parts)))
-        byte_chars = ([BYTE_CHARS[byte] for byte in part.encode("utf-8", "surrogateescape")] for part in parts[1::2])
-        ids = self.encode(parts[0])
-        for characters, part in zip(byte_chars, parts[2::2], strict=True):
-            ids += [*self.convert_tokens_to_ids(characters), *self.encode(part)]
+            return self.encode(text)
+        ids = list[int]()
+        for i, part in enumerate(re.split("([\udc80-\udcff]+)", text)):  # odd parts are invalid bytes
+            byte_chars = [BYTE_CHARS[ord(character) - 0xDC00] for character in part] if i % 2 else []
+            ids += self.convert_tokens_to_ids(byte_chars) if i % 2 else self.encode(part)
         return ids
 
     @functools.cached_property
@@ -201,13 +204,10 @@ class Tokenizer:
 
     def convert_tokens_to_ids(self, tokens: Sequence[str]) -> list[int]:
         """The ids of tokens given by name, special tokens included. Raises `NextwordError` if one does not exist."""
-        ids: list[int] = []
-        for token in tokens:
-            id = self.backend.token_to_id(token)
-            if id is None:
-                raise NextwordError(f"the tokenizer has no token {token!r}")
-            ids.append(id)
-        return ids
+        try:
+            return [self._vocabulary[token] for token in tokens]
+        except KeyError as error:
+            raise NextwordError(f"the tokenizer has no token {error.args[0]!r}") from error
 
     def encode_batch(self, texts: list[str]) -> list[TokenArray]:
         """The ids of many texts, encoded on all cores. The same as `encode`; a uint32 array [T] for each text."""
@@ -216,9 +216,6 @@ class Tokenizer:
             np.array(self._avoid_special_ids(text, encoding.ids), dtype=np.uint32)
             for text, encoding in zip(texts, encodings, strict=True)
         ]
-
-    def _encode_text(self, text: str) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=False).ids
 
     def _avoid_special_ids(self, text: str, ids: list[int]) -> list[int]:
         """The ids, encoded again in parts if a foreign model (Unigram) has made a special token of text."""
@@ -255,7 +252,7 @@ class Tokenizer:
         if re.fullmatch("<0x[0-9A-F]{2}>", name):  # a byte token of SentencePiece
             return bytes.fromhex(name[3:5])
         # After a letter, since a decoder may drop the space of a first word.
-        anchor = self._encode_text("a")[-1:]
+        anchor = self.backend.encode("a", add_special_tokens=False).ids[-1:]
         return self.decode([*anchor, id])[len(self.decode(anchor)) :].encode()
 
     def save(self, directory: Path, context_length: int | None = None) -> None:
@@ -283,10 +280,7 @@ class Tokenizer:
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
             raise NextwordError(f"{file}: no such file. Name a tokenizer.json, or a directory that holds one")
-        if file.stat().st_size > MAX_FILE_BYTES:
-            raise CorruptFileError(
-                f"{file}: {file.stat().st_size:,} bytes, where no file of this kind needs {MAX_FILE_BYTES:,}"
-            )
+        check_file_size(file, MAX_FILE_BYTES)
         config = _read_json_object(file.with_name("tokenizer_config.json"))
         try:
             backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
@@ -316,17 +310,6 @@ def _read_eos_ids(file: Path) -> list[int]:
     return eos_ids
 
 
-def _normalize_added_tokens(tokenizer_json: str, tokens: Sequence[str]) -> str:
-    """A `tokenizer.json` where some added tokens are special and do not absorb the spaces around them.
-
-    An added token that is not special would be found in text.
-    """
-    content = json.loads(tokenizer_json)
-    flags = {"special": True, "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
-    content["added_tokens"] = [t | flags if t["content"] in tokens else t for t in content["added_tokens"]]
-    return json.dumps(content, ensure_ascii=False)
-
-
 def _template_processor(
     backend: tokenizers.Tokenizer, single: Sequence[str], pair: Sequence[str]
 ) -> processors.TemplateProcessing:
@@ -345,25 +328,21 @@ def _template_processor(
 
 def _detect_kind_and_bytes(backend: tokenizers.Tokenizer, vocabulary: dict[str, int]) -> tuple[str, list[bytes] | None]:
     """The kind of a tokenizer and, except for "foreign", the bytes of every id (special tokens: none)."""
-    added = list(backend.get_added_tokens_decoder().values())
-    added_names = {token.content for token in added}
-    regular = {token: id for token, id in vocabulary.items() if token not in added_names}
+    added = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
+    regular = vocabulary.keys() - added.keys()
+    is_bpe = isinstance(backend.decoder, decoders.ByteLevel) and regular >= set(BYTE_CHARS)
+    if not is_bpe and not (isinstance(backend.model, models.WordLevel) and all(len(token) == 1 for token in regular)):
+        return "foreign", None
+    bytes_by_char = {character: bytes([byte]) for byte, character in enumerate(BYTE_CHARS)} if is_bpe else {}
     bytes_by_id = [b""] * (max(vocabulary.values()) + 1)
-    for token in added:
-        bytes_by_id[vocabulary[token.content]] = b"" if token.special else token.content.encode()
-    if isinstance(backend.decoder, decoders.ByteLevel) and regular.keys() >= set(BYTE_CHARS):
-        byte_of = {character: byte for byte, character in enumerate(BYTE_CHARS)}
-        for token, id in regular.items():
-            is_bytes = set(token) <= byte_of.keys()
-            bytes_by_id[id] = bytes(byte_of[c] for c in token) if is_bytes else token.encode()
-        return "bpe", bytes_by_id
-    if isinstance(backend.model, models.WordLevel) and all(len(token) == 1 for token in regular):
-        for token, id in regular.items():
+    for token, id in vocabulary.items():
+        if token == UNK_TOKEN and not is_bpe:
+            bytes_by_id[id] = "\ufffd".encode()  # visible in the text
+        elif token not in added and bytes_by_char.keys() >= set(token):
+            bytes_by_id[id] = b"".join(bytes_by_char[character] for character in token)
+        elif not added.get(token, False):
             bytes_by_id[id] = token.encode()
-        if UNK_TOKEN in vocabulary:
-            bytes_by_id[vocabulary[UNK_TOKEN]] = "\ufffd".encode()  # visible in the text
-        return "char", bytes_by_id
-    return "foreign", None
+    return "bpe" if is_bpe else "char", bytes_by_id
 
 
 # ---------------------------------------------------------------- training
@@ -423,9 +402,7 @@ def train_bpe_from_sample(texts: list[str], vocab_size: int) -> Tokenizer:
 
 def train_char(texts: Iterable[str]) -> Tokenizer:
     """A tokenizer with a token for each character of some texts, by code point. Any other character is `<|unk|>`."""
-    characters: set[str] = set()
-    for text in texts:
-        characters.update(replace_surrogates(text))
+    characters = set(itertools.chain.from_iterable(map(replace_surrogates, texts)))
     special_tokens = [EOS_TOKEN, PAD_TOKEN, UNK_TOKEN]
     vocabulary = {token: id for id, token in enumerate([*special_tokens, *sorted(characters)])}
     backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNK_TOKEN))
