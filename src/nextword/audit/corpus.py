@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 from zlib import crc32
 
 import numpy as np
@@ -21,7 +21,7 @@ from nextword.audit.pii import PII_KINDS, find_pii, mask_pii
 from nextword.audit.text_index import CorpusIndex
 from nextword.common import statistics
 from nextword.common.console import Console
-from nextword.common.errors import MissingDependencyError
+from nextword.common.errors import MissingDependencyError, import_optional
 from nextword.data.issues import IssueLog
 from nextword.tasks.benchmark_items import BenchmarkRow, generation_item, load_rows, loglikelihood_item, sample_indices
 from nextword.tasks.benchmark_spec import Benchmark
@@ -153,11 +153,7 @@ def language_counts() -> CategoryCounts:
     Raises:
         MissingDependencyError: py3langid is not installed.
     """
-    try:
-        import py3langid  # pyright: ignore[reportMissingImports]  # an optional dependency without type stubs
-    except ImportError as error:
-        raise MissingDependencyError("identifying languages", "languages") from error
-    langid: Any = py3langid
+    langid = import_optional("py3langid", "identifying languages", "languages")
 
     def identify_language(text: str) -> str:
         return str(langid.classify(text)[0]) if sum(map(str.isalpha, text)) >= MIN_LETTERS else "none (too short)"

@@ -22,7 +22,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
 
-from nextword.common.errors import MissingDependencyError, UsageError
+from nextword.common.errors import UsageError, import_optional
 from nextword.data.issues import error_text
 from nextword.tasks.schema import join_names
 
@@ -216,10 +216,7 @@ class _YAMLSource:
 
 def _compose_yaml(path: Path) -> Any:
     """The root node of a file, None if it is empty."""
-    try:
-        import yaml
-    except ImportError as error:
-        raise MissingDependencyError(f"{path}: YAML", "audit") from error
+    yaml = import_optional("yaml", f"{path}: YAML", "audit")
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise UsageError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes")

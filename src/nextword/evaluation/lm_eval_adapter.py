@@ -1,7 +1,6 @@
 """Tasks of lm-eval on a model in this process (https://github.com/EleutherAI/lm-evaluation-harness)."""
 
 import functools
-import importlib
 import itertools
 import math
 import types
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from nextword.common.console import Console
-from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
+from nextword.common.errors import NextwordError, UsageError, import_optional
 from nextword.common.statistics import proportion
 from nextword.evaluation.benchmarks import to_dict
 from nextword.inference.engine import Engine
@@ -110,10 +109,7 @@ def lm_eval_model_class() -> Any:
 
 
 def _import_lm_eval(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingDependencyError("an lm-eval task", "lm-eval") from error
+    return import_optional(module, "an lm-eval task", "lm-eval")
 
 
 def run_lm_eval_task(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nextword.common.errors import MissingDependencyError, NextwordError
+from nextword.common.errors import NextwordError, import_optional
 from nextword.data.tokenizer import PRETOKENIZE_PATTERN, Tokenizer
 from nextword.export.verification import TOLERANCE, ExportResult, temp_output, verify_with_llama_cpp
 from nextword.inference.quantization import GROUP_SIZE, Precision, precision_for
@@ -56,10 +56,7 @@ def write_gguf(
         NextwordError: llama.cpp does not support the architecture or the tokenizer, or verification fails.
         MissingDependencyError: `gguf` is not installed.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise MissingDependencyError("--to gguf", "gguf") from error
+    gguf = import_optional("gguf", "--to gguf", "gguf")
     directory, out = resolve_model_dir(model), Path(out)
     gpt, tokenizer = load_model(directory).eval().float(), Tokenizer.open(directory)
     family = gpt.config.family

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
+from nextword.common.errors import NextwordError, UsageError, import_optional
 from nextword.data.tokenizer import Tokenizer
 
 WHITESPACE_PATTERN = " ?"  # unlimited whitespace would let a small model generate nothing else
@@ -68,11 +68,7 @@ class ConstraintCompiler:
     """
 
     def __init__(self, tokenizer: Tokenizer, eos_ids: frozenset[int]):
-        try:
-            import llguidance
-        except ImportError as error:
-            raise MissingDependencyError("constrained decoding with a JSON schema", "json") from error
-        self.library: Any = llguidance
+        self.library = llguidance = import_optional("llguidance", "constrained decoding with a JSON schema", "json")
         self.unk_id = tokenizer.unk_id
         wrapper = llguidance.TokenizerWrapper(_LLGuidanceTokenizer(tokenizer, min(eos_ids)))
         slices = llguidance.LLTokenizer.json_slices()

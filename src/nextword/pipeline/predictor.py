@@ -228,7 +228,7 @@ class Predictor:
             predictions = list(map(self.prediction, logits, examples))
             losses = [head_loss(kind, row, example.target) for row, example in zip(logits, encoded, strict=True)]
             scores = compute_metrics(self.task_spec, examples, predictions)
-            return EvaluationResult(scores, float(np.array(losses).mean()), None, predictions)
+            return EvaluationResult(scores, float(np.mean(losses)), None, predictions)
         log_likelihoods = self.log_likelihoods(encoded, progress)
         # Loss and bits per byte of the targets of each example's first sequence.
         target_ids = [example.sequences[0].ids[example.sequences[0].loss_mask].tolist() for example in encoded]
@@ -268,7 +268,7 @@ def head_loss(kind: str, logits: np.ndarray, target: Any) -> float:
     if kind == "score":
         return float((logits[0] - target) ** 2)
     if kind == "labels":
-        return float(np.mean(np.logaddexp(0, logits) - target * logits))
+        return float((np.logaddexp(0, logits) - target * logits).mean())
     return float(np.logaddexp.reduce(logits) - logits[target])
 
 

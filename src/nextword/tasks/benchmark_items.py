@@ -6,11 +6,12 @@ import lzma
 import re
 import tarfile
 import zlib
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
@@ -364,14 +365,10 @@ def shuffle_words(text: str, salt: str) -> str:
     """
     body_length = max((i for i, character in enumerate(text, 1) if character.isalnum()), default=len(text))
     words = split_words(text[:body_length])
-    counts: Counter[str] = Counter()
-    keys: list[bytes] = []
-    for word in words:
-        counts[word] += 1
-        keys.append(_hash(f"{salt} {counts[word]} {word}"))
-    order = sorted(range(len(words)), key=lambda i: keys[i])
+    occurrences: defaultdict[str, count[int]] = defaultdict(lambda: count(1))
+    keys = [_hash(f"{salt} {next(occurrences[word])} {word}") for word in words]
     separator = "" if len(words) > len(text.split()) else " "
-    return separator.join(words[i] for i in order) + text[body_length:]
+    return separator.join(word for _, word in sorted(zip(keys, words, strict=True))) + text[body_length:]
 
 
 def _hash(text: str) -> bytes:

@@ -157,8 +157,7 @@ def _resolve_files(paths: Iterable[Path | str], issues: IssueLog) -> list[Path]:
         entries = sorted((p for p in path.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
         tables = [p for p in entries if file_format(p)[0] in TABLE_SUFFIXES and p.is_file()]
         selected = tables or [p for p in entries if file_format(p)[0] in _TEXT_SUFFIXES and p.is_file()]
-        if len(entries) > len(selected):
-            skipped = len(entries) - len(selected)
+        if skipped := len(entries) - len(selected):
             issues.info(path, None, "skipped files that are not tables, and subfolders", count=skipped)
         files += selected
     return files

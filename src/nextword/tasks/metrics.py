@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nextword.common.errors import MissingDependencyError, UsageError
+from nextword.common.errors import UsageError, import_optional
 from nextword.common.statistics import (
     NUM_RESAMPLES,
     ScoreWithCI,
@@ -213,7 +213,7 @@ def _sacrebleu_scores(
     metric_name: str, references: list[list[str]], predictions: Sequence[str], seed: int
 ) -> np.ndarray:
     """[1 + R]: sacrebleu's corpus score of all texts, then of resamples of the statistics of each text."""
-    chrf, bleu = (_import_optional(f"sacrebleu.metrics.{name}", "chrF and BLEU") for name in ("chrf", "bleu"))
+    chrf, bleu = (import_optional(f"sacrebleu.metrics.{name}", "chrF and BLEU", "scores") for name in ("chrf", "bleu"))
     metric = chrf.CHRF() if metric_name == "chrf" else bleu.BLEU(force=True)  # force: no warning about tokenized input
     num_streams = max(map(len, references))
     streams = [[entry[i] if i < len(entry) else None for entry in references] for i in range(num_streams)]
@@ -227,16 +227,9 @@ def _rouge_scores(
     metric_names: list[str], references: list[list[str]], predictions: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """The F-measure of each text [n], 0 to 1."""
-    scorer = _import_optional("rouge_score.rouge_scorer", "ROUGE").RougeScorer(metric_names, use_stemmer=True)
+    scorer = import_optional("rouge_score.rouge_scorer", "ROUGE", "scores").RougeScorer(metric_names, use_stemmer=True)
     scores = [scorer.score_multi(entry, text) for entry, text in zip(references, predictions, strict=True)]
     return {name: np.array([score[name].fmeasure for score in scores]) for name in metric_names}
-
-
-def _import_optional(module: str, feature: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingDependencyError(feature, "scores") from error
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:

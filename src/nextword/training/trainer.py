@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from nextword.common import fs
 from nextword.common.console import TrainingProgress
 from nextword.common.environment import peak_memory_bytes
-from nextword.common.errors import MissingDependencyError, TrainingDivergedError
+from nextword.common.errors import TrainingDivergedError, import_optional
 from nextword.common.run_dir import RunInterruptedError, catch_signals
 from nextword.training.checkpoint import AsyncCheckpointer
 from nextword.training.launch import RunContext
@@ -357,8 +357,5 @@ class Trainer:
 
 def open_tensorboard_writer(run_path: Path) -> Any:
     """Open a writer of TensorBoard events. Raises `MissingDependencyError` if TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingDependencyError("--tensorboard", "tensorboard") from error
-    return SummaryWriter(run_path / "tensorboard")
+    tensorboard = import_optional("torch.utils.tensorboard", "--tensorboard", "tensorboard")
+    return tensorboard.SummaryWriter(run_path / "tensorboard")
