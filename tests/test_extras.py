@@ -1,6 +1,6 @@
 """Optional features: TensorBoard event files, a compiled training step, and the message for a missing package."""
 
-import builtins
+import sys
 from typing import Any
 
 import pytest
@@ -30,14 +30,7 @@ def test_tensorboard_event_files(shards, tmp_path):
 
 
 def test_a_missing_package_is_reported_with_the_command_that_installs_it(shards, tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if "tensorboard" in name:
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'nextword\[tensorboard\]'"):
         nextword.pretrain(shards, tmp_path / "run", steps=5, tensorboard=True, **SETTINGS)
 
