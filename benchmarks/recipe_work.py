@@ -22,9 +22,10 @@ from nextword.inference.perplexity import evaluate_perplexity
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
 from nextword.planning.size_selection import default_dropout, default_peak_lr
-from nextword.training.losses import causal_lm_loss
+from nextword.training.config import TrainingConfig
+from nextword.training.losses import LossModule, causal_lm_loss
 from nextword.training.optimizer import Optimizer
-from nextword.training.step import StepSettings, TrainState, build_loss_module, train_step
+from nextword.training.step import StepSettings, TrainState, train_step
 
 DEFAULTS: dict[str, Any] = {
     "preset": "modern", "size": "tiny", "model": {}, "seed": 0, "tokens": 1_000_000, "batch_tokens": 8192,
@@ -90,19 +91,14 @@ def run(corpus: Corpus, s: dict[str, Any]) -> dict[str, Any]:
                 block.attention.output.weight.zero_()
                 block.feed_forward.down.weight.zero_()
     lr = s["lr"] or default_peak_lr(config.d_model, s["batch_tokens"], s["optimizer"])
-    optimizer = Optimizer(
-        model, kind=s["optimizer"], lr=lr, matrix_lr=s["matrix_lr"], betas=(0.9, s["beta2"]),
-        weight_decay=s["weight_decay"], momentum=s["momentum"],
-    )  # fmt: skip
-    state = TrainState(model, optimizer)
-    _, step_module = build_loss_module(model, causal_lm_loss, "fused" if model.supports_kernels() else "plain")
+    names = ("optimizer", "matrix_lr", "beta2", "weight_decay", "momentum", "schedule", "warmup", "final_lr", "clip")
+    training = TrainingConfig(lr=lr, **{name: s[name] for name in names})
+    state = TrainState(model, Optimizer(model, training))
+    step_module = LossModule(model, causal_lm_loss, kernels=model.supports_kernels())
     rows = max(1, round(s["batch_tokens"] / config.context_length))
     kind = SameOrder if s["same_order"] else TokenDataset
     data = kind(corpus.tokens("train"), config.context_length, rows, s["seed"])
-    settings = StepSettings(
-        seed=s["seed"], max_grad_norm=s["clip"], schedule=s["schedule"], warmup=s["warmup"], final_lr=s["final_lr"],
-        micro_batch_rows=max(1, 8192 // config.context_length),
-    )  # fmt: skip
+    settings = StepSettings(training, s["seed"], micro_batch_rows=max(1, 8192 // config.context_length))
     averaged = {name: p.detach().clone() for name, p in model.named_parameters()} if s["average"] else {}
     begin, losses = time.process_time(), []
     best = Best(corpus, config.context_length) if epochs >= LOOKED_AT else None

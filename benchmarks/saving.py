@@ -15,6 +15,7 @@ import torch
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
 from nextword.training import checkpoint
+from nextword.training.config import TrainingConfig
 from nextword.training.losses import DeviceBatch, LossModule, causal_lm_loss
 from nextword.training.optimizer import Optimizer
 
@@ -34,7 +35,7 @@ class Trained:
         config = build_config("gpt2", **SIZES[name])  # pyright: ignore[reportArgumentType]
         self.model = GPT(config)
         self.module = LossModule(self.model, causal_lm_loss)
-        self.optimizer = Optimizer(self.model, kind="muon", lr=1e-4)
+        self.optimizer = Optimizer(self.model, TrainingConfig(optimizer="muon", lr=1e-4))
         tokens = torch.randint(config.vocab_size, (2, ROWS, config.context_length))
         self.inputs = DeviceBatch(tokens[0], tokens[1], None, None, None, None)
         self.parameters = sum(p.numel() for p in self.model.parameters())

@@ -95,16 +95,18 @@ def train_ours(s: Settings, x: Any, y: Any) -> dict[str, Any]:
     from nextword.data.dataset import Batch
     from nextword.model.config import build_config
     from nextword.model.gpt import GPT
-    from nextword.training.losses import causal_lm_loss
+    from nextword.training.config import TrainingConfig
+    from nextword.training.losses import LossModule, causal_lm_loss
     from nextword.training.optimizer import Optimizer
-    from nextword.training.step import StepSettings, TrainState, build_loss_module, train_step
+    from nextword.training.step import StepSettings, TrainState, train_step
 
     sizes = {name: s[name] for name in ("vocab_size", "context_length", "n_layers", "n_heads", "d_model")}
     model = GPT(build_config(s.get("preset", "gpt2"), **sizes))
-    state = TrainState(model, Optimizer(model, kind=s.get("optimizer", "adamw"), lr=1e-3))
-    _, step_module = build_loss_module(model, causal_lm_loss, "fused" if model.supports_kernels() else "plain")
+    config = TrainingConfig(optimizer=s.get("optimizer", "adamw"), lr=1e-3)
+    state = TrainState(model, Optimizer(model, config))
+    step_module = LossModule(model, causal_lm_loss, kernels=model.supports_kernels())
     batch = Batch(x.numpy(), y.numpy(), list(range(len(x))), {"next_word": x.numel()}, x.numel())
-    settings = StepSettings(micro_batch_rows=s.get("micro_batch_rows", 2**30))
+    settings = StepSettings(config, micro_batch_rows=s.get("micro_batch_rows", 2**30))
     assert isinstance(batch.tokens, np.ndarray)
 
     def step() -> None:

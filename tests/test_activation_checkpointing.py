@@ -10,8 +10,7 @@ from torch import Tensor
 from nextword import pretrain
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT, sample_dropout_masks
-from nextword.training.losses import DeviceBatch, causal_lm_loss
-from nextword.training.step import build_loss_module
+from nextword.training.losses import DeviceBatch, LossModule, causal_lm_loss
 from runs import finish, losses, start
 from test_distributed import options
 
@@ -23,7 +22,8 @@ def gradients(preset: str, activation_checkpointing: bool) -> tuple[list[Tensor]
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "n_layers": LAYERS, "n_heads": 2, "d_model": WIDTH, "context_length": LENGTH}
     model = GPT(build_config(preset, "tiny", dropout=0.1, **sizes))
-    _, loss_module = build_loss_module(model, causal_lm_loss, "plain", activation_checkpointing)
+    model.set_activation_checkpointing(activation_checkpointing)
+    loss_module = LossModule(model, causal_lm_loss)
     tokens = torch.randint(0, 50, (ROWS, LENGTH + 1))
     masks = sample_dropout_masks(model.config, [5, 6, 7], LENGTH, "cpu")
     segments = (torch.arange(LENGTH) > 9).long().expand(ROWS, -1)
@@ -54,7 +54,7 @@ def test_gradients_are_the_same_and_memory_is_less(preset):
 def test_evaluation_recomputes_nothing():
     sizes: dict[str, Any] = {"n_layers": 2, "n_heads": 2, "d_model": 32, "context_length": 32}
     model = GPT(build_config("modern", "tiny", vocab_size=50, **sizes))
-    build_loss_module(model, causal_lm_loss, "plain", activation_checkpointing=True)
+    model.set_activation_checkpointing(True)
     calls: list[int] = []
     for block in model.blocks:
         block.feed_forward.register_forward_pre_hook(lambda *_: calls.append(1))

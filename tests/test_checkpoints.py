@@ -34,6 +34,7 @@ from nextword.training.checkpoint import (
     list_checkpoints,
     write_safetensors,
 )
+from nextword.training.config import TrainingConfig
 from nextword.training.distributed import PEER_LOST, SINGLE_PROCESS, DistContext, init_distributed
 from nextword.training.losses import LossModule, causal_lm_loss
 from nextword.training.optimizer import Optimizer
@@ -49,6 +50,7 @@ from nextword.training.parallel import (
 from processes import PATIENCE, kill, start_process
 from runs import free_port, state_hashes
 
+TRAINING = TrainingConfig(optimizer="muon", lr=0.01)
 MODEL: dict[str, Any] = {"n_layers": 1, "n_heads": 2, "d_model": 16, "context_length": 8, "vocab_size": 35}
 more_time = pytest.mark.needs("more time")
 
@@ -241,7 +243,7 @@ def test_a_write_error_of_another_process_ends_this_one_with_the_same_exit_code(
 def model_and_optimizer(seed: int) -> tuple[LossModule, Optimizer]:
     torch.manual_seed(seed)
     model = GPT(build_config("gpt2", **MODEL))
-    return LossModule(model, causal_lm_loss), Optimizer(model, kind="muon", lr=0.01)
+    return LossModule(model, causal_lm_loss), Optimizer(model, TRAINING)
 
 
 def parallel_model(ctx: DistContext, layout: str) -> tuple[DistContext, LossModule, Optimizer]:
@@ -250,7 +252,7 @@ def parallel_model(ctx: DistContext, layout: str) -> tuple[DistContext, LossModu
     ctx = ctx.with_tensor_parallel(2 if tensor_parallel else 1)
     loss_module, _ = model_and_optimizer(0)
     ctx = parallelize(ctx, loss_module, strategy, bf16=False, device=torch.device("cpu"))  # pyright: ignore[reportArgumentType]
-    return ctx, loss_module, Optimizer(loss_module.model, kind="muon", lr=0.01, ctx=ctx)
+    return ctx, loss_module, Optimizer(loss_module.model, TRAINING, ctx)
 
 
 def full_tensors(loss_module: LossModule, optimizer: Optimizer) -> dict[str, torch.Tensor]:
@@ -302,7 +304,7 @@ def save_and_load(directory: Path, layout: str) -> None:
             with torch.no_grad():
                 for p in loss_module.model.parameters():
                     p.zero_()
-            optimizer = Optimizer(loss_module.model, kind="muon", lr=0.01, ctx=ctx)
+            optimizer = Optimizer(loss_module.model, TRAINING, ctx)
             load_model(path, loss_module, optimizer, ctx)
             after = full_tensors(loss_module, optimizer)
             assert after.keys() == before.keys()

@@ -211,6 +211,7 @@ import numpy as np, torch
 from nextword.data.dataset import InMemoryTokens, TokenDataset
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT, sample_dropout_masks
+from nextword.training.config import TrainingConfig
 from nextword.training.distributed import init_distributed
 from nextword.training.losses import DeviceBatch, LossModule, causal_lm_loss
 from nextword.training.parallel import load_weights_, parallelize, to_full
@@ -266,7 +267,7 @@ def memory(ctx):
     ctx = parallelize(ctx, loss_module, "fsdp", bf16=False, device=CPU)
     dataset = TokenDataset(InMemoryTokens(np.arange(4096) % 512), 64, 4, seed=0)
     return (
-        activation_bytes_per_row(loss_module, dataset, StepSettings()),
+        activation_bytes_per_row(loss_module, dataset, StepSettings(TrainingConfig())),
         training_state_bytes(loss_module.model, ctx),
     )
 

@@ -10,8 +10,7 @@ import nextword
 from nextword.common.errors import MissingDependencyError
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
-from nextword.training.losses import DeviceBatch, causal_lm_loss
-from nextword.training.step import build_loss_module
+from nextword.training.losses import DeviceBatch, LossModule, causal_lm_loss
 
 SETTINGS: dict[str, Any] = {
     "model": {"n_layers": 1, "n_heads": 2, "d_model": 32, "context_length": 32},
@@ -48,9 +47,9 @@ def test_a_compiled_step_equals_the_eager_one():
     tokens = torch.randint(0, 50, (3, 17))
     dropout_masks = torch.rand(3, 3, 16, 32) > 0.1
     results = []
-    for kind in ("plain", "compiled"):
-        _, runner = build_loss_module(model, causal_lm_loss, kind)
-        loss = runner(DeviceBatch(tokens[:, :-1], tokens[:, 1:], dropout_masks))["next_word"]
+    eager = LossModule(model, causal_lm_loss)
+    for loss_module in (eager, torch.compile(eager)):
+        loss = loss_module(DeviceBatch(tokens[:, :-1], tokens[:, 1:], dropout_masks))["next_word"]
         results.append((loss.total, torch.autograd.grad(loss.total, list(model.parameters()))))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-4)
     for a, b in zip(results[0][1], results[1][1], strict=True):

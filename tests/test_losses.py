@@ -9,9 +9,10 @@ from nextword.data.dataset import IGNORE_INDEX
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
 from nextword.tasks.dataset import EncodedExample, TaskDataset, TokenSequence
-from nextword.training.losses import classification_loss, completion_loss, dpo_loss
+from nextword.training.config import TrainingConfig
+from nextword.training.losses import LossModule, classification_loss, completion_loss, dpo_loss
 from nextword.training.optimizer import Optimizer
-from nextword.training.step import StepSettings, TrainState, build_loss_module, normalize_loss, to_device, train_step
+from nextword.training.step import StepSettings, TrainState, normalize_loss, to_device, train_step
 
 
 def model(n_labels=0, dropout=0.0):
@@ -128,9 +129,9 @@ def test_the_loss_does_not_depend_on_the_micro_batch(kind, texts, n_labels):
     for rows in (1, 5, 100):
         gpt = model(n_labels, dropout=0.2)
         _, data = dataset(kind, [0, 1, 0, 1, 0, 1, 0] if kind != "score" else [0.5] * 7, texts=texts)
-        state = TrainState(gpt, Optimizer(gpt, kind="adamw", lr=1e-3))
-        _, step = build_loss_module(gpt, classification_loss(kind, 0.5), "plain")
-        metrics = train_step(state, step, data.batch(0), StepSettings(micro_batch_rows=rows), 0.5)
+        config = TrainingConfig(optimizer="adamw", lr=1e-3)
+        state, step = TrainState(gpt, Optimizer(gpt, config)), LossModule(gpt, classification_loss(kind, 0.5))
+        metrics = train_step(state, step, data.batch(0), StepSettings(config, micro_batch_rows=rows), 0.5)
         results.append((metrics.loss, metrics.gradient_norm))
     assert results[1] == pytest.approx(results[0], rel=1e-4)
     assert results[2] == pytest.approx(results[0], rel=1e-4)

@@ -10,6 +10,7 @@ from torch import nn
 
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
+from nextword.training.config import TrainingConfig
 from nextword.training.optimizer import AdamW, Muon, Optimizer, lr_multiplier, orthogonalize
 
 
@@ -64,9 +65,8 @@ def test_adamw_takes_the_steps_of_torch_optim_adamw(fused: bool) -> None:
 
 def test_muon_updates_matrices_of_blocks_and_adamw_the_rest():
     model = GPT(build_config("modern", "tiny", vocab_size=50, d_model=32, n_layers=2, tied=False))
-    optimizer = Optimizer(model, kind="muon", lr=1e-3, weight_decay=0.1)
-    assert optimizer.muon is not None
-    muon = {optimizer.parameter_names[p] for p in optimizer.muon.parameters}
+    optimizer = Optimizer(model, TrainingConfig(optimizer="muon", lr=1e-3))
+    muon = {optimizer.parameter_names[p] for p in optimizer.muon.state}
     assert all("blocks." in name and "norm" not in name for name in muon)
     assert len(muon) == 2 * 7
     decayed, free = [{optimizer.parameter_names[p] for p in parameters} for parameters, _ in optimizer.adamw.groups]
@@ -82,7 +82,7 @@ def test_a_restored_optimizer_takes_the_same_next_step(kind):
     def build():
         torch.manual_seed(0)
         model = GPT(config)
-        return model, Optimizer(model, kind=kind, lr=1e-2)
+        return model, Optimizer(model, TrainingConfig(optimizer=kind, lr=1e-2))
 
     def step(model, optimizer, seed):
         torch.manual_seed(seed)

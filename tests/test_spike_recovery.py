@@ -28,8 +28,15 @@ from nextword.data.corpus import Corpus
 from nextword.data.dataset import TokenDataset
 from nextword.training import checkpoint
 from nextword.training.losses import DeviceBatch, LossTerm, causal_lm_loss
-from nextword.training.skipped_ranges import SkippedRange, SkippedRanges, read_skipped_ranges, write_skipped_ranges
-from nextword.training.spike_recovery import LOSS_WINDOW, SPIKE_STREAK, LossSpikeDetector
+from nextword.training.spike_recovery import (
+    LOSS_WINDOW,
+    SPIKE_STREAK,
+    LossSpikeDetector,
+    SkippedRange,
+    SkippedRanges,
+    read_skipped_ranges,
+    write_skipped_ranges,
+)
 from nextword.training.step_budget import StepBudgetDecision, StepSchedule, TimeBudgetController, read_decisions
 from nextword.training.trainer import Trainer
 from processes import PATIENCE

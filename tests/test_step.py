@@ -20,15 +20,15 @@ from nextword.model.config import build_config
 from nextword.model.cross_entropy import token_nll
 from nextword.model.gpt import GPT
 from nextword.training import step
-from nextword.training.losses import DeviceBatch, causal_lm_loss
+from nextword.training.config import TrainingConfig
+from nextword.training.launch import should_compile
+from nextword.training.losses import DeviceBatch, LossModule, causal_lm_loss
 from nextword.training.optimizer import Optimizer, lr_multiplier
 from nextword.training.step import (
     StepMetrics,
     StepSettings,
     TrainState,
-    build_loss_module,
     fit_micro_batch_rows,
-    should_compile,
     time_step,
     train_step,
 )
@@ -48,20 +48,27 @@ class Training:
     """A small model with optimizer, dataset and loss."""
 
     def __init__(
-        self, kind: Any = "adamw", preset: str = "gpt2", rows: int = 6, lr: float = 3e-3, dropout: float = 0.0
+        self,
+        kind: Any = "adamw",
+        preset: str = "gpt2",
+        rows: int = 6,
+        lr: float = 3e-3,
+        dropout: float = 0.0,
+        warmup: float = 0.05,
     ):
         torch.manual_seed(0)
         sizes = {"vocab_size": 40, "n_layers": 2, "d_model": 32, "context_length": 16}
         self.model = GPT(build_config(preset, "tiny", dropout=dropout, **sizes))
-        self.state = TrainState(self.model, Optimizer(self.model, kind=kind, lr=lr))
+        self.config = TrainingConfig(optimizer=kind, lr=lr, schedule="cosine", warmup=warmup, final_lr=0.1)
+        self.state = TrainState(self.model, Optimizer(self.model, self.config))
         self.dataset: Any = TokenDataset(learnable_tokens(), 16, rows, seed=4)
-        self.loss_module, _ = build_loss_module(self.model, causal_lm_loss, "plain")
+        self.loss_module = LossModule(self.model, causal_lm_loss)
 
     def iter_steps(self, num_steps: int, **settings: Any) -> Iterator[StepMetrics]:
         schedule = StepSchedule([StepBudgetDecision(0, num_steps)])
         while self.state.step < num_steps:
             batch, progress = self.dataset.batch(self.state.step), schedule.progress(self.state.step)
-            yield train_step(self.state, self.loss_module, batch, StepSettings(**settings), progress)
+            yield train_step(self.state, self.loss_module, batch, StepSettings(self.config, **settings), progress)
 
     def steps(self, num_steps: int, **settings: Any) -> list[StepMetrics]:
         return list(self.iter_steps(num_steps, **settings))
@@ -72,14 +79,14 @@ class Training:
 
 def test_the_loop_is_a_plain_pytorch_loop():
     """Mean cross entropy, clipping, AdamW with weight decay on matrices, a cosine schedule, twelve steps."""
-    training = Training()
+    training = Training(warmup=0.25)
     torch.manual_seed(0)
     model = GPT(training.model.config)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.99))
-    for index, metrics in enumerate(training.steps(12, warmup=0.25)):
+    for index, metrics in enumerate(training.steps(12)):
         batch = training.dataset.batch(index)
         logits = model.unembed(model(torch.from_numpy(batch.tokens)))
         loss = F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(batch.targets).flatten())
@@ -272,7 +279,8 @@ def test_a_broken_log_of_decisions_is_named(tmp_path):
 
 
 def test_the_micro_batch_fits_in_memory(monkeypatch):
-    training, settings = Training(rows=12), StepSettings()
+    training = Training(rows=12)
+    settings = StepSettings(training.config)
     before, rng = [p.detach().clone() for p in training.model.parameters()], torch.get_rng_state()
 
     def fitted() -> int:

@@ -198,8 +198,7 @@ def train_on_examples(run: "RunContext", base: "BaseModel", recipe: FinetuneReci
         load_start_model,
         selection_metric,
     )
-    from nextword.reporting.report import write_run_reports
-    from nextword.training.setup import new_metadata, setup_training
+    from nextword.training.launch import new_metadata, setup_training
     from nextword.training.trainer import Trainer
 
     if run.dist.world_size > 1:
@@ -252,7 +251,7 @@ def train_on_examples(run: "RunContext", base: "BaseModel", recipe: FinetuneReci
         )
     with setup_training(run, metadata, model, task_loss(recipe, data), dataset, recipe, dynamic_shapes=True) as setup:
         evaluator = TaskEvaluator(run, setup, base, data, dataset, recipe, metric, lora_config)
-        trainer = Trainer(run, setup, recipe, evaluator, write_run_reports)
+        trainer = Trainer(run, setup, recipe, evaluator)
         trainer.train()
         return trainer.write_results(evaluator.evaluate_best())
 

@@ -4,7 +4,6 @@ import math
 import shlex
 from collections.abc import Iterable
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,22 +112,23 @@ def start_run(
         The content of result.json; empty on worker ranks.
     """
     from nextword.common.environment import resolve_device
+    from nextword.common.run_dir import RunDir
     from nextword.reporting.report import write_run_reports
-    from nextword.training.launch import run_training
+    from nextword.training.launch import RunContext, run_training
 
-    return run_training(
-        train,
-        out,
+    run = RunContext(
+        RunDir(out),
         stored_options(config),
-        device=resolve_device(config.device),
-        start_time=context.started,
+        context.console,
+        resolve_device(config.device),
+        context.started,
+        write_run_reports,
         resume=config.resume,
-        tensorboard=config.tensorboard,
-        console=context.console,
-        mirror_url=config.mirror,
         strict=strict,
-        write_reports=partial(write_run_reports, overwrite=False),
+        tensorboard=config.tensorboard,
+        mirror_url=config.mirror,
     )
+    return run_training(train, run)
 
 
 def train_language_model(
@@ -156,11 +156,10 @@ def train_language_model(
     from nextword.model.hf import load_model
     from nextword.pipeline.language_model import evaluate_forgetting
     from nextword.pipeline.lm_evaluator import LanguageModelEvaluator
-    from nextword.reporting.report import write_run_reports
     from nextword.training.config import Recipe
+    from nextword.training.launch import setup_training
     from nextword.training.losses import causal_lm_loss
     from nextword.training.parallel import unsharded
-    from nextword.training.setup import setup_training
     from nextword.training.trainer import Trainer
 
     seconds_per_step = 0.0
@@ -194,9 +193,7 @@ def train_language_model(
         seconds_per_step=seconds_per_step,
     ) as setup:
         evaluator = LanguageModelEvaluator(run, setup, corpus, dataset, recipe)
-        trainer = Trainer(
-            run, setup, recipe, evaluator, write_run_reports, detect_spikes=True, overfitting_advice=OVERFITTING_ADVICE
-        )
+        trainer = Trainer(run, setup, recipe, evaluator, detect_spikes=True, overfitting_advice=OVERFITTING_ADVICE)
         trainer.train()
         metrics = evaluator.evaluate_best()
         if base is not None:
@@ -217,8 +214,8 @@ def choose_settings(
     from nextword.model.hf import load_model
     from nextword.planning.planner import DEFAULT_BATCH_TOKENS, plan_corpus
     from nextword.planning.size_selection import default_peak_lr
+    from nextword.training.launch import new_metadata
     from nextword.training.parallel import check_tp_divisibility
-    from nextword.training.setup import new_metadata
 
     seed, num_tokens = run.request["seed"] or 0, len(corpus.tokens("train"))
     if num_tokens < 2:

@@ -16,9 +16,9 @@ from nextword.inference.sampling import Sampling
 from nextword.model.gpt import GPT
 from nextword.model.hf import iter_hf_tensors, iter_weights, save_model
 from nextword.tasks.dataset import TaskSpec
-from nextword.training.launch import RunContext
+from nextword.training.config import RunConfig
+from nextword.training.launch import RunContext, TrainingSetup
 from nextword.training.parallel import load_weights_, to_full, unsharded
-from nextword.training.setup import RunConfig, TrainingSetup
 from nextword.training.step import autocast
 from nextword.training.trainer import FINALIZE_SECONDS, ValidationResult
 

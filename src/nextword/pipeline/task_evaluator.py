@@ -23,8 +23,7 @@ from nextword.tasks.dataset import HEAD_KINDS, TaskData, TaskDataset, TaskSpec, 
 from nextword.tasks.examples import input_texts
 from nextword.tasks.metrics import GENERATION_METRICS
 from nextword.training.config import FinetuneRecipe
-from nextword.training.launch import RunContext
-from nextword.training.setup import TrainingSetup
+from nextword.training.launch import RunContext, TrainingSetup
 from nextword.training.trainer import FINALIZE_SECONDS, ValidationResult
 
 EVAL_EXAMPLES = (100, 500)  # minimum and maximum of validation examples per validation

@@ -1,7 +1,5 @@
 """The throughput benchmark: real training steps of a candidate size on this machine."""
 
-import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -13,14 +11,14 @@ from nextword.model.gpt import GPT
 from nextword.planning.cluster_estimate import TYPICAL_MFU
 from nextword.planning.size_selection import BenchmarkResult
 from nextword.training.config import TrainingConfig
-from nextword.training.losses import causal_lm_loss
+from nextword.training.losses import LossModule, causal_lm_loss
 from nextword.training.optimizer import Optimizer
 from nextword.training.step import (
     StepSettings,
     TrainState,
     activation_bytes_per_row,
     available_memory,
-    build_loss_module,
+    fastest_seconds,
     fit_micro_batch_rows,
     time_step,
     training_state_bytes,
@@ -56,13 +54,13 @@ class ThroughputBenchmark:
         if self.num_processes > 1 and 16 * config.parameters > 0.5 * available_memory(self.device):
             return self._estimate(config)
         model, checkpointing = GPT(config).to(self.device), self.training.checkpoint_activations
-        kind = "fused" if model.supports_kernels() and not checkpointing else "plain"
-        loss_module, _ = build_loss_module(model, causal_lm_loss, kind, checkpointing)
-        dataset, settings = self._dataset(config, batch_tokens), StepSettings(bf16=self.bf16)
+        model.set_activation_checkpointing(checkpointing)
+        loss_module = LossModule(model, causal_lm_loss, kernels=model.supports_kernels() and not checkpointing)
+        dataset, settings = self._dataset(config, batch_tokens), StepSettings(self.training, bf16=self.bf16)
         rows = self.training.micro_batch_rows or fit_micro_batch_rows(loss_module, dataset, settings)
         memory = self.baseline_memory + training_state_bytes(model)
         memory += rows * activation_bytes_per_row(loss_module, dataset, settings)
-        state = TrainState(model, build_optimizer(model, self.training))
+        state = TrainState(model, Optimizer(model, replace(self.training, lr=self.training.lr or 1.0)))
         few_tokens = min(batch_tokens, BENCHMARK_BATCH_TOKENS) if self.device.type == "cpu" else batch_tokens
         timed = self._dataset(config, few_tokens)
         step_seconds = time_step(state, loss_module, timed, replace(settings, micro_batch_rows=rows))
@@ -85,22 +83,11 @@ def tokens_per_batch(dataset: TokenDataset) -> int:
     return dataset.batch_size * dataset.context_length
 
 
-def build_optimizer(model: GPT, training: TrainingConfig) -> Optimizer:
-    """The optimizer of a recipe, for timing."""
-    return Optimizer(
-        model,
-        kind=training.optimizer,
-        lr=training.lr or 1.0,
-        weight_decay=training.weight_decay,
-        momentum=training.momentum,
-    )
-
-
 def time_optimizer_step(state: TrainState) -> float:
     """Seconds of one optimizer step, the faster of two. The weights stay as they are."""
     for p in state.model.parameters():
         p.grad = torch.zeros_like(p)
-    return _shortest(lambda: state.optimizer.step(0.0), state.model.unembedding.device, repeats=2)
+    return fastest_seconds(lambda: state.optimizer.step(0.0), state.model.unembedding.device, repeats=2)
 
 
 def measure_matmul_flops(device: torch.device) -> float:
@@ -113,16 +100,4 @@ def measure_matmul_flops(device: torch.device) -> float:
         for _ in range(4):
             torch.mm(a, b)
 
-    return 4 * 2 * n**3 / _shortest(multiply, device, repeats=5)
-
-
-def _shortest(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Seconds of the fastest of some repeats, because other programs may use the machine."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return 4 * 2 * n**3 / fastest_seconds(multiply, device, repeats=5)

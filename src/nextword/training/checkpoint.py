@@ -18,9 +18,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -43,13 +42,7 @@ from nextword.training.parallel import is_dtensor, is_shard_owner, local_slices,
 MAX_TO_KEEP = 2
 SAVE_INTERVAL_SECONDS = 60.0
 MIN_INTERVAL_PER_SAVE_COST = 40.0  # a save that delays training by a second is followed by 40 seconds without one
-SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-}
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
 
 class TensorShard(NamedTuple):
@@ -59,11 +52,8 @@ class TensorShard(NamedTuple):
     data: Tensor
 
 
-class FileHash(NamedTuple):
-    """An entry of a manifest, and the CPU time that hashing took."""
-
-    entry: dict[str, Any]  # {"bytes": size, "sha256": hash}
-    cpu_seconds: float
+# The entry of a file in a manifest, {"bytes": size, "sha256": hash}, and the CPU time that hashing took.
+FileHash = tuple[dict[str, Any], float]
 
 
 # ---------------------------------------------------------------- the shards of one process
@@ -71,7 +61,7 @@ class FileHash(NamedTuple):
 
 def copy_shards_to_cpu(tensors: Mapping[str, Tensor], ctx: DistContext = SINGLE_PROCESS) -> dict[str, TensorShard]:
     """A copy of what this process has to write: its shards, unless an equal copy on an earlier rank is written instead."""
-    shards = {}
+    shards: dict[str, TensorShard] = {}
     for name, tensor in tensors.items():
         local = to_local(tensor.detach())
         if local.numel() and is_shard_owner(tensor, ctx):
@@ -101,7 +91,7 @@ def write_safetensors(path: Path, shards: Mapping[str, TensorShard], hash_execut
     for name in names:
         data = shards[name].data
         start, end = end, end + data.nbytes
-        dtype = SAFETENSORS_DTYPES[data.dtype]
+        dtype = DTYPES[data.dtype]
         header[name] = {"dtype": dtype, "shape": list(data.shape), "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
@@ -121,18 +111,10 @@ def hash_buffers(buffers: list[memoryview]) -> FileHash:
     start, digest = time.thread_time(), hashlib.sha256()
     for buffer in buffers:
         digest.update(buffer)
-    return FileHash({"bytes": sum(map(len, buffers)), "sha256": digest.hexdigest()}, time.thread_time() - start)
+    return {"bytes": sum(map(len, buffers)), "sha256": digest.hexdigest()}, time.thread_time() - start
 
 
 # ---------------------------------------------------------------- saving
-
-
-@dataclass(frozen=True)
-class _UncommittedSave:
-    """A save whose shards are complete on this process, and perhaps not yet on the others."""
-
-    step: int
-    metadata: dict[str, Any]
 
 
 class AsyncCheckpointer:
@@ -159,10 +141,10 @@ class AsyncCheckpointer:
         self.last_committed: Path | None = None
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending_write: Future[None] | None = None
-        self.uncommitted: _UncommittedSave | None = None
+        self.uncommitted: tuple[int, dict[str, Any]] | None = None  # a save that other processes may still be writing
         self.file_hashes: dict[str, dict[str, Any]] = {}
 
-    def __enter__(self) -> "AsyncCheckpointer":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -203,14 +185,12 @@ class AsyncCheckpointer:
         """
         self.wait()
         start = time.perf_counter()
-        shards_by_kind = {
-            "weights": copy_shards_to_cpu(weights, self.ctx),
-            "optimizer": copy_shards_to_cpu(optimizer_state, self.ctx),
-        }
+        tensors_by_kind = {"weights": weights, "optimizer": optimizer_state}
+        shards_by_kind = {kind: copy_shards_to_cpu(tensors, self.ctx) for kind, tensors in tensors_by_kind.items()}
         self.overhead_seconds, self.last_save_time = time.perf_counter() - start, time.monotonic()
         self.pending_write = self.executor.submit(self._write_shards, step, shards_by_kind, metadata)
         if self.ctx.world_size > 1:
-            self.uncommitted = _UncommittedSave(step, metadata)
+            self.uncommitted = step, metadata
 
     def advance(self, status: int) -> None:
         """Commit a checkpoint whose shards are complete, given the maximum `status` of all processes.
@@ -226,9 +206,9 @@ class AsyncCheckpointer:
             error.exit_code = status - 1
             raise error
         if status == 0 and self.uncommitted is not None:
-            save, self.uncommitted = self.uncommitted, None
+            (step, metadata), self.uncommitted = self.uncommitted, None
             if self.ctx.is_main:
-                self.pending_write = self.executor.submit(self._commit, save.step, save.metadata)
+                self.pending_write = self.executor.submit(self._commit, step, metadata)
 
     def wait(self) -> None:
         """Wait until the last save is committed. All processes call this together.
@@ -242,14 +222,12 @@ class AsyncCheckpointer:
                 return
             wait_for([self.pending_write])
             self.advance(int(self.ctx.all_reduce_max([self.status])[0]))
-        if self.pending_write is not None:
-            wait_for([self.pending_write])
         self.pending_write = None
 
     # ------------------------------------------------------------ in the background thread
 
     def _partial_path(self, step: int) -> Path:
-        return self.directory / f".{checkpoint_name(step)}.partial"
+        return self.directory / f".step-{step:08d}.partial"
 
     def _shard_suffix(self, index: int) -> str:
         count = self.ctx.shard_count
@@ -259,33 +237,31 @@ class AsyncCheckpointer:
         self, step: int, shards_by_kind: dict[str, dict[str, TensorShard]], metadata: dict[str, Any]
     ) -> None:
         """Write the shards of this process; with a single process also commit."""
+        start = time.thread_time()
         suffix, partial_path = self._shard_suffix(self.ctx.shard_index), self._partial_path(step)
-        self.file_hashes = {}
         with map_disk_errors(partial_path):
             partial_path.mkdir(parents=True, exist_ok=True)
             for leftover in self.directory.glob(".step-*.partial") if self.ctx.is_main else ():
                 if leftover != partial_path:  # from a killed process
                     shutil.rmtree(leftover)
-        start = time.thread_time()
         with ThreadPoolExecutor(1) as hash_executor:
             pending_hashes = {
                 name: write_safetensors(partial_path / name, shards, hash_executor)
                 for kind, shards in shards_by_kind.items()
                 if shards and (name := f"{kind}{suffix}.safetensors")
             }
-        for name, pending_hash in pending_hashes.items():
-            self.file_hashes[name], cpu_seconds = pending_hash.result()
-            self.overhead_seconds += cpu_seconds
-        self.overhead_seconds += time.thread_time() - start
+        hashes = {name: pending.result() for name, pending in pending_hashes.items()}
+        self.file_hashes = {name: entry for name, (entry, _) in hashes.items()}
         if self.ctx.world_size == 1:
             self._commit(step, metadata)
         elif self.file_hashes and not self.ctx.is_main:
             atomic_write(partial_path / f"hashes{suffix}.json", to_json(self.file_hashes))
+        hash_seconds = sum(cpu_seconds for _, cpu_seconds in hashes.values())
+        self.overhead_seconds += hash_seconds + time.thread_time() - start
 
     def _commit(self, step: int, metadata: dict[str, Any]) -> None:
         """Turn complete shards into a checkpoint, point `latest` to it, then remove the oldest one."""
-        start = time.thread_time()
-        partial_path, final_path = self._partial_path(step), self.directory / checkpoint_name(step)
+        partial_path, final_path = self._partial_path(step), self.directory / f"step-{step:08d}"
         file_hashes = dict(self.file_hashes)
         for index in range(1, self.ctx.shard_count):
             shard_hashes = partial_path / f"hashes{self._shard_suffix(index)}.json"
@@ -302,16 +278,10 @@ class AsyncCheckpointer:
         atomic_write(self.directory / "latest", final_path.name + "\n")
         for old in list_checkpoints(self.directory.parent)[:-MAX_TO_KEEP]:
             shutil.rmtree(old)
-        self.overhead_seconds += time.thread_time() - start
         self.last_committed = final_path
 
 
 # ---------------------------------------------------------------- loading
-
-
-def checkpoint_name(step: int) -> str:
-    """The directory name of the checkpoint after `step` steps."""
-    return f"step-{step:08d}"
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -330,7 +300,7 @@ def latest_valid(run: Path, warn: Callable[[str], object] | None = None, fail_on
     Raises:
         CorruptFileError: all checkpoints are damaged; names every damaged file.
     """
-    errors = []
+    errors: list[str] = []
     for path in reversed(list_checkpoints(run)):
         try:
             verify(path)
@@ -386,12 +356,12 @@ def load_local_shards(path: Path, parameters: Mapping[str, Tensor]) -> dict[str,
 
     A tensor of the shape of its parameter is sharded like it; any other one is loaded whole.
     """
+    from torch.distributed.checkpoint import state_dict_loader
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
 
     reader = HuggingFaceStorageReader(str(path))
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, stored in reader.read_metadata().state_dict_metadata.items():
         assert isinstance(stored, TensorStorageMetadata)
         parameter = parameters.get(name, parameters.get(name.split(".", 2)[-1]))  # "adamw.exp_avg.NAME"
@@ -401,5 +371,5 @@ def load_local_shards(path: Path, parameters: Mapping[str, Tensor]) -> dict[str,
             tensors[name] = torch.zeros(stored.size)
     with warnings.catch_warnings():  # each process reads for itself, as intended
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load_state_dict(tensors, storage_reader=reader, no_dist=True)
+        state_dict_loader.load(tensors, storage_reader=reader, no_dist=True)  # pyright: ignore[reportUnknownMemberType]  (untyped)
     return tensors

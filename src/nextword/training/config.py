@@ -4,16 +4,15 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 from nextword.common.errors import UsageError
 from nextword.model.config import PRESETS, SIZES
 
 RUN_LENGTH_FIELDS = ("steps", "tokens", "flops", "budget")  # at most one of them is set
 ParallelStrategy = Literal["fsdp-no-reshard", "fsdp", "hsdp"]
+LRSchedule = Literal["cosine", "wsd", "linear", "constant"]
 DEPRECATED_PARALLEL = {"data": "fsdp-no-reshard", "full": "fsdp", "hybrid": "hsdp"}
-SettingsT = TypeVar("SettingsT", "TrainingConfig", "FinetuneHyperparameters")
-
 
 # ---------------------------------------------------------------- validation
 
@@ -30,10 +29,9 @@ RANGES: list[tuple[Callable[[Any], bool], str]] = [
 def check_ranges(settings: Any, group: str) -> None:
     """Raise `UsageError` for the first value that is out of its range."""
     valid = {name: is_valid for is_valid, names in RANGES for name in names.split()}
-    hints = get_type_hints(type(settings))
     for f in fields(settings):
         value = getattr(settings, f.name)
-        choices = get_args(hints[f.name]) if get_origin(hints[f.name]) is Literal else ()
+        choices = get_args(f.type) if get_origin(f.type) is Literal else ()
         if (choices and value not in choices) or (f.name in valid and value is not None and not valid[f.name](value)):
             raise UsageError(f"--{group}.{f.name.replace('_', '-')} cannot be {value!r}")
 
@@ -79,7 +77,7 @@ class TrainingConfig:
     beta2: float = 0.99
     momentum: float = 0.9
     weight_decay: float = 0.1
-    schedule: Literal["cosine", "wsd", "linear", "constant"] = "wsd"
+    schedule: LRSchedule = "wsd"
     warmup: float = 0.02
     final_lr: float = 0.0
     clip: float = 1.0
@@ -129,16 +127,44 @@ class FinetuneHyperparameters:
         check_ranges(self, "tuning")
 
 
-def check_run_length(recipe: "Recipe | FinetuneRecipe") -> None:
-    """Raise `UsageError` for a run length that is not positive."""
-    for name in RUN_LENGTH_FIELDS:
-        value = getattr(recipe, name, None)
-        if value is not None and value <= 0:
-            raise UsageError(f"--{name} must be more than 0, not {value}")
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Settings of a training run of any kind.
+
+    Attributes:
+        steps: Length of the run in optimizer steps.
+        budget: Length of the run in seconds of wall-clock time. At most one length is set.
+        training: Settings of the optimization.
+
+    Raises:
+        UsageError: A value is out of its range.
+    """
+
+    steps: int | None = None
+    budget: float | None = None
+    training: TrainingConfig = TrainingConfig()
+
+    def __post_init__(self) -> None:
+        """Raises `UsageError` for a length that is not positive."""
+        for name in RUN_LENGTH_FIELDS:
+            value = getattr(self, name, None)
+            if value is not None and value <= 0:
+                raise UsageError(f"--{name} must be more than 0, not {value}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The settings from `to_dict()`."""
+        groups = {"training": TrainingConfig, "tuning": FinetuneHyperparameters}
+        settings: dict[str, Any] = {name: groups[name](**values[name]) for name in groups if name in values}
+        return cls(**{**values, **settings})
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(RunConfig):
     """Everything that defines a pre-training run except the text.
 
     Attributes:
@@ -148,11 +174,7 @@ class Recipe:
         tokenizer: bpe, char or the path of a tokenizer.json.
         vocab_size: Vocabulary size of a new BPE tokenizer. None: chosen from the text.
         model: Overrides of single fields of `ModelConfig`.
-        training: Settings of the optimization.
-        steps, tokens, flops, budget: Length of the run; at most one is set. The budget is in seconds.
-
-    Raises:
-        UsageError: A value is out of its range, or more than one length is set.
+        tokens, flops: Length of the run in training tokens or floating-point operations.
     """
 
     name: str
@@ -161,28 +183,19 @@ class Recipe:
     tokenizer: str = "bpe"
     vocab_size: int | None = None
     model: dict[str, Any] = field(default_factory=dict[str, Any])
-    training: TrainingConfig = TrainingConfig()
-    steps: int | None = None
     tokens: int | None = None
     flops: float | None = None
-    budget: float | None = None
 
     def __post_init__(self) -> None:
+        """Raises `UsageError` for an unknown preset or size, or a length that is not positive."""
         for name, value, choices in (("preset", self.preset, PRESETS), ("size", self.size, SIZES)):
             if value is not None and value not in choices:
                 raise UsageError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
-        check_run_length(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
-        return cls(**{**values, "training": TrainingConfig(**values["training"])})
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
-class FinetuneRecipe:
+class FinetuneRecipe(RunConfig):
     """Everything that defines a fine-tuning run except the model and the data.
 
     The schedule is GPT-1's (Radford et al. 2018, section 4.1): AdamW, linear decay to zero, a very short warmup.
@@ -191,34 +204,17 @@ class FinetuneRecipe:
         task: classify, entail, similarity, choose, rewrite, chat, prefer or continue. None: inferred from the columns.
         lora: Train LoRA matrices instead of the weights.
         scratch: Start from random weights.
-        steps, budget: Length of the run; at most one is set. The budget is in seconds.
         training: Settings of the optimization. Without `training.lr` it is chosen from the width of the model.
         tuning: Settings of fine-tuning.
-
-    Raises:
-        UsageError: A value is out of its range, or more than one length is set.
     """
 
     task: str | None = None
     lora: bool = False
     scratch: bool = False
-    steps: int | None = None
-    budget: float | None = None
     training: TrainingConfig = TrainingConfig(
         optimizer="adamw", beta2=0.999, schedule="linear", warmup=0.002, weight_decay=0.01, evaluations=10, patience=5
     )
     tuning: FinetuneHyperparameters = FinetuneHyperparameters()
-
-    def __post_init__(self) -> None:
-        check_run_length(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "FinetuneRecipe":
-        training, tuning = TrainingConfig(**values["training"]), FinetuneHyperparameters(**values["tuning"])
-        return cls(**{**values, "training": training, "tuning": tuning})
 
 
 # ---------------------------------------------------------------- named recipes
@@ -255,7 +251,7 @@ def get_recipe(name: str | None, preset: str | None = None) -> Recipe:
     return replace(RECIPES[name], preset=preset or RECIPES[name].preset)
 
 
-RecipeT = TypeVar("RecipeT", Recipe, FinetuneRecipe)
+RecipeT = TypeVar("RecipeT", bound=RunConfig)
 
 
 def with_overrides(
@@ -271,25 +267,27 @@ def with_overrides(
     Raises:
         UsageError: A setting is unknown or out of its range, or more than one run length is given.
     """
-    changes = {name: value for name, value in settings.items() if value is not None}
+    changes = given(settings)
     lengths = [name for name in RUN_LENGTH_FIELDS if name in changes]
     if len(lengths) > 1:
         raise UsageError(f"--{' and --'.join(lengths)} exclude each other: give only one")
     if lengths:
         changes = {name: None for name in RUN_LENGTH_FIELDS if hasattr(recipe, name)} | changes
+    changes["training"] = replace_settings(recipe.training, "training", given(training))
     if isinstance(recipe, Recipe):
-        changes["model"] = {
-            **recipe.model,
-            **{name: value for name, value in (model or {}).items() if value is not None},
-        }
-    else:
-        changes["tuning"] = replace_settings(recipe.tuning, "tuning", tuning)
-    return replace(recipe, training=replace_settings(recipe.training, "training", training), **changes)
+        changes["model"] = recipe.model | given(model)
+    elif isinstance(recipe, FinetuneRecipe):
+        changes["tuning"] = replace_settings(recipe.tuning, "tuning", given(tuning))
+    return replace(recipe, **changes)
 
 
-def replace_settings(settings: SettingsT, group: str, changes: Mapping[str, Any] | None) -> SettingsT:
-    """Settings with some fields replaced; None keeps a field. Raises `UsageError` for an unknown field."""
-    changes = {name: value for name, value in (changes or {}).items() if value is not None}
+def given(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The settings that have a value."""
+    return {name: value for name, value in (settings or {}).items() if value is not None}
+
+
+def replace_settings(settings: Any, group: str, changes: dict[str, Any]) -> Any:
+    """Settings with some fields replaced. Raises `UsageError` for an unknown field."""
     if unknown := set(changes) - {f.name for f in fields(settings)}:
         raise UsageError(f"unknown {group} settings: {', '.join(sorted(unknown))}")
     if (parallel := changes.get("parallel")) in DEPRECATED_PARALLEL:

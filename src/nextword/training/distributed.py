@@ -9,7 +9,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -61,10 +61,8 @@ class DistContext:
             UsageError: `tp_size` does not divide the number of processes.
         """
         if self.world_size % tp_size:
-            number = (
-                "there is one: start several with torchrun" if self.world_size == 1 else f"there are {self.world_size}"
-            )
-            raise UsageError(f"--training.tensor {tp_size} must divide the number of processes, and {number}")
+            there_are = f"are {self.world_size}" if self.world_size > 1 else "is one: start several with torchrun"
+            raise UsageError(f"--training.tensor {tp_size} must divide the number of processes, and there {there_are}")
         return replace(self, tp_size=tp_size)
 
     @property
@@ -98,16 +96,6 @@ class DistContext:
         return self.rank % self.shard_count
 
     @property
-    def row_shard_count(self) -> int:
-        """The number of processes that the rows of each weight (or of its slice) are divided between."""
-        return self.shard_count // self.tp_size
-
-    @property
-    def replica_rank(self) -> int:
-        """The copy of the weights that this process holds a shard of; 0 unless the strategy is "hsdp"."""
-        return self.rank // self.shard_count
-
-    @property
     def fsdp_per_block(self) -> bool:
         """Whether weights are gathered block by block, so that no process ever holds all of them."""
         return self.strategy != "fsdp-no-reshard"
@@ -121,36 +109,35 @@ class DistContext:
         """The main process's `value`, which must be JSON, on every rank."""
         if self.world_size == 1:
             return value
-        encoded = bytearray(json.dumps(value).encode() if self.is_main else b"")
-        length = int(_broadcast_from_main(torch.tensor([len(encoded)])))
-        buffer = torch.frombuffer(encoded, dtype=torch.uint8) if encoded else torch.zeros(length, dtype=torch.uint8)
-        return json.loads(bytes(_broadcast_from_main(buffer).numpy()))
+        encoded = json.dumps(value).encode() if self.is_main else b""
+        length = torch.tensor([len(encoded)])
+        with translate_dist_errors():
+            dist.broadcast(length, src=0)
+            buffer = torch.frombuffer(bytearray(encoded or int(length)), dtype=torch.uint8)
+            dist.broadcast(buffer, src=0)
+        return json.loads(bytes(buffer.numpy()))
 
     def all_reduce_max(self, values: Sequence[float]) -> list[float]:
         """The elementwise maximum of `values` over all ranks."""
         if self.world_size == 1:
             return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64)
-        with translate_dist_errors():
-            dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return tensor.tolist()
+        maxima = all_reduce_(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.MAX)
+        return [float(value) for value in maxima]
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum over all parts of the batch, in place. Ranks that train on the same rows count once."""
         if self.world_size > 1:
-            if self.tp_rank:
-                tensor.zero_()
-            with translate_dist_errors():
-                dist.all_reduce(tensor)
+            all_reduce_(tensor.zero_() if self.tp_rank else tensor)
         return tensor
 
 
 SINGLE_PROCESS = DistContext()
 
 
-def _broadcast_from_main(tensor: Tensor) -> Tensor:
+def all_reduce_(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """Reduce a tensor over all ranks, in place."""
     with translate_dist_errors():
-        dist.broadcast(tensor, src=0)
+        dist.all_reduce(tensor, op)  # pyright: ignore[reportUnknownMemberType]  (untyped in PyTorch)
     return tensor
 
 
@@ -158,7 +145,7 @@ def _broadcast_from_main(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def init_distributed() -> Iterator[DistContext]:
+def init_distributed() -> Generator[DistContext]:
     """Join the process group that the environment describes, and leave it at the end.
 
     Raises:
@@ -173,7 +160,8 @@ def init_distributed() -> Iterator[DistContext]:
         yield SINGLE_PROCESS
         return
     rank, attempt = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    _join_process_group(rank, world_size, attempt)
+    with translate_dist_errors():
+        join_process_group(rank, world_size, attempt)
     try:
         yield DistContext(rank, world_size, local_world_size, restarted=attempt > 0)
     finally:
@@ -185,25 +173,19 @@ def init_distributed() -> Iterator[DistContext]:
         time.sleep(SHUTDOWN_GRACE_SECONDS)
 
 
-def _join_process_group(rank: int, world_size: int, attempt: int) -> None:
+def join_process_group(rank: int, world_size: int, attempt: int) -> None:
     """Initialise torch.distributed and exchange host names."""
     has_agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun serves the store
-    timeout = collective_timeout()
-    with translate_dist_errors():
-        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]  (public in PyTorch's documentation)
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            world_size,
-            is_master=rank == 0 and not has_agent_store,
-            timeout=timeout,
-        )
-        # The store keeps the keys of earlier attempts after a restart; the prefix keeps them apart.
-        store = dist.PrefixStore(f"nextword/{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]  (as above)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-        store.set(f"host/{rank}", socket.gethostname())
-        named = [peer for peer in range(world_size) if peer != rank][:MAX_PEERS_NAMED]
-        _peers[:] = [f"process {peer} on {store.get(f'host/{peer}').decode()}" for peer in named]
+    address, port, timeout = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), collective_timeout()
+    is_server = rank == 0 and not has_agent_store
+    store = dist.TCPStore(address, port, world_size, is_server, timeout)  # pyright: ignore[reportPrivateImportUsage]  (public in the documentation)
+    # The store keeps the keys of earlier attempts after a restart; the prefix keeps them apart.
+    store = dist.PrefixStore(f"nextword/{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]  (as above)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    store.set(f"host/{rank}", socket.gethostname())
+    named = [peer for peer in range(world_size) if peer != rank][:MAX_PEERS_NAMED]
+    _peers[:] = [f"process {peer} on {store.get(f'host/{peer}').decode()}" for peer in named]
 
 
 def collective_timeout() -> timedelta:
@@ -223,22 +205,16 @@ def collective_timeout() -> timedelta:
 
 
 @contextmanager
-def translate_dist_errors() -> Iterator[None]:
+def translate_dist_errors() -> Generator[None]:
     """Turn errors of torch.distributed into a `NextwordError` that names the processes that may be lost."""
     try:
         yield
-    except dist.DistError as error:
-        raise NextwordError(peer_lost_message(error)) from error
-    except RuntimeError as error:  # raised by gloo
-        if "gloo" not in str(error) and "Connection" not in str(error):
+    except RuntimeError as error:
+        from_gloo = any(word in str(error) for word in ("gloo", "Connection"))
+        if not from_gloo and not isinstance(error, dist.DistError):
             raise
-        raise NextwordError(peer_lost_message(error)) from error
-
-
-def peer_lost_message(error: Exception) -> str:
-    """The message for a lost process: its rank and host, the library's own error, and how to continue."""
-    names = f" ({' or '.join(_peers)})" if _peers else ""
-    return (
-        f"{PEER_LOST}{names}: {str(error).splitlines()[0]}. The checkpoints are complete: restart all processes with the "
-        "same command and --resume"
-    )
+        names = f" ({' or '.join(_peers)})" if _peers else ""
+        raise NextwordError(
+            f"{PEER_LOST}{names}: {str(error).splitlines()[0]}. The checkpoints are complete: restart all processes with the "
+            "same command and --resume"
+        ) from error

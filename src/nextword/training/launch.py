@@ -2,27 +2,56 @@
 
 The main rank holds the run directory and decides. Worker ranks wait until it broadcasts the metadata of the run, then build the
 same run from that.
+
+`setup_training` prepares a run for this machine: it shards the model, restores a checkpoint, and chooses the micro-batch and
+the kind of step. These choices are stored in run.json and apply to the whole run. Bitwise equality requires that they stay the
+same.
 """
 
+import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
 from nextword.common import fs
 from nextword.common.console import Console
 from nextword.common.energy import EnergyMeter
+from nextword.common.environment import command_line, library_versions, machine_info
 from nextword.common.errors import NextwordError, UsageError
+from nextword.common.format import format_duration
+from nextword.common.native_build import load_native_library
 from nextword.common.run_dir import ROUNDING_NOTE, RunDir, diff_settings, open_run
+from nextword.model import ops
+from nextword.model.config import ModelConfig
+from nextword.model.gpt import GPT
 from nextword.training import checkpoint
-from nextword.training.config import DEPRECATED_PARALLEL
-from nextword.training.distributed import DistContext, init_distributed
+from nextword.training.config import DEPRECATED_PARALLEL, RunConfig
+from nextword.training.distributed import SINGLE_PROCESS, DistContext, init_distributed, translate_dist_errors
+from nextword.training.losses import LossFn, LossModule
+from nextword.training.optimizer import Optimizer
+from nextword.training.parallel import load_weights_, parallelize
 from nextword.training.remote_sync import CheckpointUploader
+from nextword.training.step import (
+    Dataset,
+    StepSettings,
+    TrainState,
+    fit_micro_batch_rows,
+    micro_batch_loss,
+    time_step,
+)
 
 PARALLELISM_FIELDS = ("parallel", "tensor")  # settings that a resume may change
+OTHER_FILES_BYTES = 2**22  # metrics, samples, tokenizer, report
+
+# "plain": PyTorch's eager operators. "fused": the compiled CPU kernels of `model.ops`. "compiled": torch.compile.
+StepKind = Literal["plain", "fused", "compiled"]
 
 
 @dataclass
@@ -31,16 +60,19 @@ class RunContext:
 
     Attributes:
         run_dir: The files of the run. Only the main rank writes them.
-        request: The options of the command that started the run.
+        request: The options of the command, None for those not given. Later those that the run started with.
         console: Output of the main rank.
-        dist: The process group.
         device: The device of this rank.
         start_time: When this process started, in seconds since the epoch.
-        energy_meter: Measures the energy of this process.
+        write_reports: Writes the report and the model card of a complete run; with `overwrite=False`, if they are missing.
+        resume: Whether to continue a run that exists.
+        strict: Whether to fail if the newest checkpoint is corrupt, instead of using the one before it.
+        tensorboard: Whether to write TensorBoard events.
+        mirror_url: Remote storage for copies of the checkpoints, from which a missing run directory is restored.
+        dist: The process group.
         metadata: run.json; None in the main rank of a new run, which chooses it.
         checkpoint: The checkpoint to resume from.
         uploader: Copies checkpoints to remote storage.
-        tensorboard: Whether to write TensorBoard events.
         seconds_before_resume: Time that earlier processes have used, up to the checkpoint.
         workers_started: Whether the worker ranks have received the metadata.
     """
@@ -48,16 +80,22 @@ class RunContext:
     run_dir: RunDir
     request: dict[str, Any]
     console: Console
-    dist: DistContext
     device: torch.device
     start_time: float
-    energy_meter: EnergyMeter
+    write_reports: Callable[..., object]
+    resume: bool = False
+    strict: bool = False
+    tensorboard: bool = False
+    mirror_url: str | None = None
+    dist: DistContext = SINGLE_PROCESS
     metadata: dict[str, Any] | None = None
     checkpoint: Path | None = None
     uploader: CheckpointUploader | None = None
-    tensorboard: bool = False
     seconds_before_resume: float = 0.0
     workers_started: bool = False
+
+    def __post_init__(self) -> None:
+        self.energy_meter = EnergyMeter(self.device)
 
     now = staticmethod(time.time)
 
@@ -85,96 +123,61 @@ class RunContext:
         self.log({"step": step, "message": text})
         (self.warn if warning else self.info)(text)
 
-    def start_workers(self, metadata: dict[str, Any]) -> None:
-        """On the main rank: let the worker ranks build the run that `metadata` describes."""
+    def start_workers(self, metadata: dict[str, Any] | None) -> None:
+        """On the main rank: let the worker ranks build the run that `metadata` describes, or return if it is None."""
         self.workers_started = True
-        self.dist.broadcast_object(
-            {"facts": metadata, "checkpoint": None if self.checkpoint is None else str(self.checkpoint)}
-        )
+        path = None if self.checkpoint is None else str(self.checkpoint)
+        self.dist.broadcast_object({"facts": metadata, "checkpoint": path})
 
 
-class TrainFn(Protocol):
-    """Builds a run, trains and evaluates it. Returns the result on the main rank, and an empty dictionary elsewhere."""
-
-    def __call__(self, run: RunContext) -> dict[str, Any]: ...
+# Builds a run, trains and evaluates it. Returns the result on the main rank, and an empty dictionary elsewhere.
+TrainFn = Callable[[RunContext], dict[str, Any]]
 
 
-def run_training(
-    train: TrainFn,
-    out: Path,
-    request: dict[str, Any],
-    *,
-    device: torch.device,
-    start_time: float,
-    resume: bool,
-    tensorboard: bool,
-    console: Console | None,
-    mirror_url: str | None = None,
-    strict: bool = False,
-    write_reports: Callable[[Path], None],
-) -> dict[str, Any]:
+def run_training(train: TrainFn, run: RunContext) -> dict[str, Any]:
     """Start or resume a run and finish it.
-
-    Args:
-        train: Builds, trains and evaluates the run.
-        out: The run directory.
-        request: The options of the command; None for those not given. A resume uses the options that the run started with.
-        device: The device of this rank.
-        start_time: When the process started, in seconds since the epoch.
-        resume: Continue a run that exists.
-        tensorboard: Whether to write TensorBoard events.
-        console: Output; None for no output.
-        mirror_url: Remote storage for copies of the checkpoints, from which a missing run directory is restored.
-        strict: Fail if the newest checkpoint is corrupt, instead of using the one before it.
-        write_reports: Writes the report and the model card of a complete run, if they are missing.
 
     Returns:
         The result of the run; empty on worker ranks.
 
     Raises:
-        UsageError: the run exists and `resume` is false, or the options differ from those of the run.
+        UsageError: the run exists and `run.resume` is false, or the options differ from those of the run.
         RunInterruptedError: a signal stopped the run after a checkpoint.
         TrainingDivergedError: the loss stayed non-finite or kept spiking.
     """
-    with console or Console(quiet=True) as console, init_distributed() as dist:
-        run = RunContext(RunDir(out), request, console, dist, device, start_time, EnergyMeter(device))
-        run.tensorboard = tensorboard and dist.is_main
-        if not dist.is_main:
+    path = run.run_dir.path
+    with run.console, init_distributed() as run.dist:
+        if not run.dist.is_main:
             return run_worker_rank(train, run)
+        run.resume |= run.dist.restarted
         try:
-            run.uploader = None if mirror_url is None else CheckpointUploader(mirror_url, console)
-            if run.uploader is not None:
-                run.uploader.restore(out, resume or dist.restarted)
-            with open_run(out, resume=resume or dist.restarted):
-                return run_main_rank(train, run, strict, write_reports)
+            if run.mirror_url is not None:
+                run.uploader = CheckpointUploader(run.mirror_url, run.console)
+                run.uploader.restore(path, run.resume)
+            with open_run(path, resume=run.resume):
+                result = run_main_rank(train, run)
+                if run.uploader is not None:
+                    run.uploader.close(run.run_dir)
+                return result
         except NextwordError as error:
             if not run.workers_started:
-                dist.broadcast_object({"failed": str(error).splitlines()[0]})
+                run.dist.broadcast_object({"failed": str(error).splitlines()[0]})
             raise
 
 
-def run_main_rank(
-    train: TrainFn, run: RunContext, strict: bool, write_reports: Callable[[Path], None]
-) -> dict[str, Any]:
+def run_main_rank(train: TrainFn, run: RunContext) -> dict[str, Any]:
     """Start or resume a run in the rank that holds the run directory."""
     run_dir = run.run_dir
     if run_dir.exists:
         check_resume_config(run_dir, run.request, mutable_fields=PARALLELISM_FIELDS)
         if run_dir.is_complete:
             run.info(f"{run_dir.path}: the run is complete")
-            run.dist.broadcast_object({"facts": None})
-            run.workers_started = True
-            write_reports(run_dir.path)  # missing after a kill between the result and the report
-            result: dict[str, Any] = fs.read_json(run_dir.result_path)
-        else:
-            update_parallelism(run)
-            resume_environment(run, strict)
-            result = train(run)
-    else:
-        result = train(run)
-    if run.uploader is not None:
-        run.uploader.close(run_dir)
-    return result
+            run.start_workers(None)
+            run.write_reports(run_dir.path, overwrite=False)  # missing after a kill between the result and the report
+            return fs.read_json(run_dir.result_path)
+        update_parallelism(run)
+        resume_environment(run)
+    return train(run)
 
 
 def run_worker_rank(train: TrainFn, run: RunContext) -> dict[str, Any]:
@@ -188,14 +191,13 @@ def run_worker_rank(train: TrainFn, run: RunContext) -> dict[str, Any]:
         raise NextwordError(f"process {run.dist.rank}: {start['failed']}")
     if start["facts"] is None:
         return {}
-    run.metadata = start["facts"]
-    run.request = start["facts"]["request"]
-    run.checkpoint = start["checkpoint"] and Path(start["checkpoint"])
-    set_num_threads(run)
+    run.metadata, run.request = start["facts"], start["facts"]["request"]
+    run.checkpoint = None if start["checkpoint"] is None else Path(start["checkpoint"])
+    set_num_threads(run, start["facts"]["fixed"])
     return train(run)
 
 
-def resume_environment(run: RunContext, strict: bool) -> None:
+def resume_environment(run: RunContext) -> None:
     """Read the metadata of a run, choose its checkpoint, and warn if this environment differs from the original one."""
     run.metadata = metadata = run.run_dir.metadata()
     run.request = metadata["request"]
@@ -207,14 +209,12 @@ def resume_environment(run: RunContext, strict: bool) -> None:
     ):
         if before != now:
             run.warn(f"the run started with {name} {before} and continues with {now}: {ROUNDING_NOTE}")
-    set_num_threads(run)
-    run.checkpoint = checkpoint.latest_valid(run.run_dir.path, run.warn, strict)
+    set_num_threads(run, fixed)
+    run.checkpoint = checkpoint.latest_valid(run.run_dir.path, run.warn, run.strict)
 
 
-def set_num_threads(run: RunContext) -> None:
+def set_num_threads(run: RunContext, fixed: dict[str, Any]) -> None:
     """Use as many threads as the run started with, unless the world size has changed."""
-    assert run.metadata is not None
-    fixed = run.metadata["fixed"]
     if fixed["world_size"] == run.dist.world_size:
         torch.set_num_threads(fixed["threads"])
 
@@ -223,6 +223,8 @@ def check_resume_config(run_dir: RunDir, request: dict[str, Any], mutable_fields
     """Check that the options of a resume equal those of the run. Options that are not given are not compared.
 
     Args:
+        run_dir: The run.
+        request: The options of the resume.
         mutable_fields: Training settings that may differ.
 
     Raises:
@@ -231,10 +233,9 @@ def check_resume_config(run_dir: RunDir, request: dict[str, Any], mutable_fields
     original: dict[str, Any] = run_dir.metadata()["request"]
     mismatches: list[str] = []
     for name, value in request.items():
-        previous: Any = original.get(name)
-        if isinstance(value, dict) and isinstance(previous, dict | None):
-            given = cast(dict[str, Any], value)
-            value = {key: given[key] for key in given if name != "training" or key not in mutable_fields}
+        previous = original.get(name)
+        if fs.is_json_object(value) and (previous is None or fs.is_json_object(previous)):
+            value = {key: value[key] for key in value if name != "training" or key not in mutable_fields}
             previous = {key: (previous or {}).get(key) for key in value}
         if value not in (None, [], {}):
             mismatches += diff_settings(previous, value, name)
@@ -248,15 +249,219 @@ def check_resume_config(run_dir: RunDir, request: dict[str, Any], mutable_fields
 
 def update_parallelism(run: RunContext) -> None:
     """Apply the parallelism settings of a resume to run.json. They change the result by rounding only."""
-    metadata = run.run_dir.metadata()
-    requested: dict[str, Any] = run.request.get("training") or {}
-    original: dict[str, Any] = metadata["recipe"].get("training", {})
-    current = {name: original[name] for name in PARALLELISM_FIELDS if name in original}
-    if "parallel" in current:
-        current["parallel"] = DEPRECATED_PARALLEL.get(current["parallel"], current["parallel"])
-    updates = {name: requested[name] for name in current if requested.get(name) not in (None, current[name])}
-    if updates:
-        changes = ", ".join(f"--training.{name} {current[name]} → {value}" for name, value in updates.items())
-        run.warn(f"{changes}: {ROUNDING_NOTE} from here on")
-        original.update(updates)
+    metadata, changes = run.run_dir.metadata(), list[str]()
+    requested, original = run.request.get("training") or {}, metadata["recipe"].get("training", {})
+    for name in PARALLELISM_FIELDS:
+        before, now = original.get(name), requested.get(name)
+        before = DEPRECATED_PARALLEL.get(before, before)
+        if now not in (None, before) and name in original:
+            original[name] = now
+            changes.append(f"--training.{name} {before} → {now}")
+    if changes:
+        run.warn(f"{', '.join(changes)}: {ROUNDING_NOTE} from here on")
         run.run_dir.write_metadata(metadata)
+
+
+# ---------------------------------------------------------------- setup
+
+
+@dataclass
+class TrainingSetup:
+    """What the trainer needs on this machine.
+
+    Attributes:
+        state: Model, optimizer and counters; in a distributed run, this rank's shards.
+        dataset: The batches, by index.
+        step_module: Computes the losses of a micro-batch.
+        eager_step: The same without compilation.
+        step_settings: Schedule, clipping, seed, micro-batch size and precision of a step.
+        seconds_per_step: Estimated or measured time of a step; 0 if not known.
+    """
+
+    state: TrainState
+    dataset: Dataset
+    step_module: nn.Module
+    eager_step: LossModule
+    step_settings: StepSettings
+    seconds_per_step: float
+
+
+def new_metadata(
+    run: RunContext, config: RunConfig, model_config: ModelConfig, seed: int, **specific: Any
+) -> dict[str, Any]:
+    """Return the content of run.json for a new run. "fixed" is what the run keeps when it is resumed."""
+    return {
+        "command": " ".join(command_line()),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "request": run.request,
+        "recipe": config.to_dict(),
+        "model": model_config.to_dict(),
+        "parameters": model_config.parameters,
+        "training": asdict(config.training),
+        "seed": seed,
+        **specific,
+        "fixed": {"threads": torch.get_num_threads(), "world_size": run.dist.world_size, "device": run.device.type},
+        "versions": library_versions(),
+        "machine": machine_info(run.device),
+    }
+
+
+@contextmanager
+def setup_training(
+    run: RunContext,
+    metadata: dict[str, Any],
+    model: GPT,
+    loss_fn: LossFn,
+    dataset: Dataset,
+    config: RunConfig,
+    *,
+    init_weights: Callable[[], Iterable[tuple[str, Tensor]]] | None = None,
+    seconds_per_step: float = 0.0,
+    dynamic_shapes: bool = False,
+) -> Generator[TrainingSetup, None, None]:
+    """Prepare a run for training. All ranks call this together.
+
+    Within the context, errors of other ranks and a full disk are reported as such.
+
+    Args:
+        run: The run. Its `metadata` is None if this is the main rank of a new run.
+        metadata: run.json. In a new run, the choices made here are added and the file is written.
+        model: The model; on the meta device if `init_weights` is given.
+        loss_fn: The losses of a batch.
+        dataset: The batches.
+        config: The options of the run; `training.lr` must be set.
+        init_weights: Yields the initial weights one by one, so that no rank holds all of them.
+        seconds_per_step: An estimate of the time of a step; 0 to measure it.
+        dynamic_shapes: Whether rows differ in length, so that compiled code would be compiled again and again.
+
+    Raises:
+        DiskFullError: the disk has no room for the checkpoints and the model.
+    """
+    device, fixed, training = run.device, metadata["fixed"], config.training
+    is_main, is_resume, on_meta = run.dist.is_main, "step_kind" in fixed, model.token_embedding.weight.is_meta
+    with (
+        fs.require_free_space(run.run_dir.path, required_disk_bytes(run, model), check_now=is_main),
+        translate_dist_errors(),
+    ):
+        if is_main:
+            run.start_workers(metadata)
+        has_full_weights = run.dist.world_size == 1 or (
+            training.parallel == "fsdp-no-reshard" and run.dist.tp_size == 1
+        )
+        can_fuse = has_full_weights and model.supports_kernels(device)
+        step_kind: StepKind = fixed["step_kind"] if is_resume else "fused"
+        if not is_resume and (training.checkpoint_activations or training.compile == "yes"):
+            step_kind = "plain"
+        if step_kind == "fused" and not can_fuse:
+            step_kind = "plain"
+            if is_resume:
+                no_kernels = load_native_library(ops.SOURCE)[1]
+                reason = no_kernels if has_full_weights else "no process holds all weights at once"
+                run.warn(
+                    f"the run started with fused kernels, which are not available here ({reason}): {ROUNDING_NOTE}"
+                )
+        model.set_activation_checkpointing(training.checkpoint_activations)
+        eager_step = LossModule(model, loss_fn, kernels=step_kind == "fused")
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        if run.dist.world_size > 1:
+            run.dist = parallelize(run.dist, eager_step, training.parallel, bf16=bf16, device=device)
+        elif on_meta:
+            model.to_empty(device=device)
+            model.init_buffers()
+        state = TrainState(model, Optimizer(model, training, run.dist))
+        settings = StepSettings(training, metadata["seed"], bf16=bf16)
+        setup = TrainingSetup(state, dataset, eager_step, eager_step, settings, seconds_per_step)
+        if run.checkpoint is not None:
+            state.restore(run.checkpoint, run.dist)
+        elif init_weights is not None and on_meta:
+            load_weights_(model, init_weights(), run.dist)
+        if is_resume:
+            setup.step_settings = replace(settings, micro_batch_rows=fixed["micro_batch_rows"])
+        else:
+            step_kind = autotune(run, setup, config, step_kind, dynamic_shapes)
+        if step_kind == "compiled":
+            step_kind = compile_step(run, setup)
+        if is_resume:
+            if is_main:
+                run.seconds_before_resume = run.run_dir.truncate_metrics(state.step)
+            setup.seconds_per_step = time_step(state, setup.step_module, dataset, setup.step_settings, run.dist)
+            run.info(f"resuming from step {state.step:,}, after {format_duration(run.seconds_before_resume)}")
+        else:
+            fixed |= {"micro_batch_rows": setup.step_settings.micro_batch_rows, "step_kind": step_kind}
+            if is_main:
+                run.run_dir.write_metadata(metadata)
+                fs.atomic_write(run.run_dir.metrics_path, "")
+        yield setup
+
+
+def required_disk_bytes(run: RunContext, model: GPT) -> int:
+    """The room for the checkpoints, one more being written and one being uploaded, the model and its replacement.
+
+    A checkpoint holds the trainable weights and at most two optimizer tensors for each. What is used already does not count.
+    """
+    trainable_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    model_bytes = sum(4 * p.numel() for p in model.parameters())
+    num_checkpoints = checkpoint.MAX_TO_KEEP + 1 + (run.uploader is not None)
+    peak_bytes = num_checkpoints * 3 * trainable_bytes + 2 * model_bytes + OTHER_FILES_BYTES
+    return max(0, peak_bytes - fs.directory_size(run.run_dir.path / "checkpoints", run.run_dir.model_dir))
+
+
+def autotune(
+    run: RunContext, setup: TrainingSetup, config: RunConfig, step_kind: StepKind, dynamic_shapes: bool
+) -> StepKind:
+    """Choose the micro-batch and whether to compile, for all ranks. Returns the kind of step."""
+    dist, training, step = run.dist, config.training, setup.eager_step
+    rows = training.micro_batch_rows or fit_micro_batch_rows(step, setup.dataset, setup.step_settings, dist)
+    smallest = -int(dist.all_reduce_max([-rows])[0])
+    setup.step_settings = replace(setup.step_settings, micro_batch_rows=smallest)
+    estimate: float = dist.broadcast_object(setup.seconds_per_step)
+    setup.seconds_per_step = estimate or time_step(setup.state, step, setup.dataset, setup.step_settings, dist)
+    if step_kind == "plain" and run.device.type == "cpu" and (reason := load_native_library(ops.SOURCE)[1]):
+        run.info(f"training with PyTorch operations instead of fused kernels: {reason}")
+    if training.compile == "yes":
+        step_kind = "compiled"
+    elif training.compile == "auto" and step_kind == "plain" and not dynamic_shapes:
+        run_seconds = (config.steps or 0) * setup.seconds_per_step if config.budget is None else config.budget
+        compile_pays, reason = should_compile(run.device, run_seconds)
+        step_kind = "compiled" if compile_pays else "plain"
+        run.info(reason)
+    return dist.broadcast_object(step_kind)
+
+
+def should_compile(device: torch.device, run_seconds: float) -> tuple[bool, str]:
+    """Whether `torch.compile` pays off in a run of `run_seconds`, and the reason in words.
+
+    A cold compilation takes 35 to 45 s on two cores and makes steps a tenth faster there; a GPU gains far more.
+    """
+    if device.type == "mps":
+        return False, "not compiled: torch.compile is experimental on this device"
+    if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
+        return False, "not compiled: no C++ compiler was found (with one, long runs are faster)"
+    if run_seconds < (60.0 if device.type == "cuda" else 900.0):
+        return False, f"not compiled: in a run of {run_seconds:.0f} s the compilation would take longer than it saves"
+    return True, "compiled: the first step takes about a minute"
+
+
+def compile_step(run: RunContext, setup: TrainingSetup) -> StepKind:
+    """Compile the step by a micro-batch whose gradients are dropped. Returns the kind of step.
+
+    If `torch.compile` fails here, warn and keep the eager step.
+    """
+    from torch._dynamo.exc import TorchDynamoException  # the base of all compilation errors
+
+    state, dist = setup.state, run.dist
+    compiled: Any = torch.compile(setup.eager_step)  # pyright: ignore[reportUnknownMemberType]  (partly untyped)
+    setup.step_module = compiled
+    batch = setup.dataset.batch(state.step, dist.dp_rank, dist.dp_size)
+    micro_batch = batch.split_micro_batches(setup.step_settings.micro_batch_rows)[0]
+    try:
+        torch.autograd.backward(micro_batch_loss(compiled, state.model, micro_batch, setup.step_settings))
+    except TorchDynamoException as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[:2]) or type(error).__name__
+        run.warn(f"training with PyTorch operations, because torch.compile fails here: {reason}")
+        setup.step_module = setup.eager_step
+        return "plain"
+    finally:
+        state.model.zero_grad(set_to_none=True)
+    return "compiled"

@@ -6,16 +6,14 @@ Muon updates the matrices inside the blocks. AdamW updates everything else (embe
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from nextword.training.config import LRSchedule, TrainingConfig
 from nextword.training.distributed import SINGLE_PROCESS, DistContext
 from nextword.training.parallel import run_on_owner_rank, to_local
-
-LRSchedule = Literal["cosine", "wsd", "linear", "constant"]
 
 
 def lr_multiplier(
@@ -63,7 +61,8 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     is_wide = x.shape[-2] <= x.shape[-1]
     x = x if is_wide else x.mT  # so that the Gram matrix has the shorter side
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    norms: Tensor = x.norm(dim=(-2, -1), keepdim=True)  # pyright: ignore[reportUnknownMemberType]  (untyped in PyTorch)
+    x = x / (norms + 1e-7)
     for _ in range(iterations):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -98,32 +97,25 @@ class Muon:
     """
 
     def __init__(
-        self,
-        parameters: Iterable[nn.Parameter],
-        *,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        ctx: DistContext = SINGLE_PROCESS,
+        self, parameters: Iterable[Tensor], *, momentum: float, weight_decay: float, ctx: DistContext = SINGLE_PROCESS
     ):
-        self.parameters, self.ctx = list(parameters), ctx
-        self.momentum, self.weight_decay = momentum, weight_decay
-        self.momentum_buffers = [torch.zeros_like(p) for p in self.parameters]
+        self.momentum, self.weight_decay, self.ctx = momentum, weight_decay, ctx
+        self.state = {p: {"momentum": torch.zeros_like(p)} for p in parameters}
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Apply the gradients with learning rate `lr`."""
-        parameters, directions = [], []
-        for p, buffer in zip(self.parameters, self.momentum_buffers, strict=True):
+        directions: dict[Tensor, Tensor] = {}
+        for p, state in self.state.items():
             if p.grad is not None:
-                gradient, average = to_local(p.grad), to_local(buffer)
+                gradient, average = to_local(p.grad), to_local(state["momentum"])
                 average.lerp_(gradient, 1 - self.momentum)
-                parameters.append(p)
-                directions.append(torch.lerp(gradient, average, self.momentum))  # Nesterov
+                directions[p] = torch.lerp(gradient, average, self.momentum)  # Nesterov
         if self.ctx.world_size == 1:
-            updates = orthogonalize_batched(directions)
+            updates = orthogonalize_batched(list(directions.values()))
         else:
-            updates = run_on_owner_rank(parameters, directions, orthogonalize_batched, self.ctx)
-        for p, update in zip(parameters, updates, strict=True):
+            updates = run_on_owner_rank(directions, orthogonalize_batched, self.ctx)
+        for p, update in zip(directions, updates, strict=True):
             local = to_local(p)
             local.mul_(1 - lr * self.weight_decay)
             local.add_(update, alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
@@ -145,7 +137,7 @@ class AdamW:
     """
 
     def __init__(
-        self, groups: Iterable[tuple[list[nn.Parameter], float]], *, betas: tuple[float, float], eps: float, fused: bool
+        self, groups: Iterable[tuple[list[Tensor], float]], *, betas: tuple[float, float], eps: float, fused: bool
     ):
         self.groups = [(parameters, decay) for parameters, decay in groups if parameters]
         self.betas, self.eps, self.fused = betas, eps, fused
@@ -155,14 +147,17 @@ class AdamW:
     def step(self, lr: float) -> None:
         """Apply the gradients with learning rate `lr`."""
         for group, weight_decay in self.groups:
-            parameters = [p for p in group if p.grad is not None]
-            for p in parameters:
-                if p not in self.state:
-                    self.state[p] = self._init_state(p)
-            states = [self.state[p] for p in parameters]
+            gradients = {p: to_local(p.grad) for p in group if p.grad is not None}
+            for p in gradients:
+                if p in self.state:
+                    continue
+                # The fused kernel wants the step count as a tensor on the parameter's device.
+                step = torch.zeros((), device=p.device if self.fused else "cpu")
+                self.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            states = [self.state[p] for p in gradients]
             adamw(
-                [to_local(p) for p in parameters],
-                [to_local(p.grad) for p in parameters if p.grad is not None],
+                [to_local(p) for p in gradients],
+                list(gradients.values()),
                 [to_local(state["exp_avg"]) for state in states],
                 [to_local(state["exp_avg_sq"]) for state in states],
                 [],  # for AMSGrad
@@ -177,11 +172,6 @@ class AdamW:
                 maximize=False,
             )
 
-    def _init_state(self, p: nn.Parameter) -> dict[str, Tensor]:
-        # The fused kernel wants the step count as a tensor on the parameter's device.
-        step = torch.zeros((), device=p.device if self.fused else "cpu")
-        return {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-
 
 # ---------------------------------------------------------------- both
 
@@ -189,69 +179,50 @@ class AdamW:
 class Optimizer:
     """The optimizer of a whole model. Its state is a dictionary of named tensors, so that it is saved without pickle.
 
+    "muon" updates the matrices inside the blocks (without LoRA's) with Muon, and everything else with AdamW. Matrices have
+    weight decay, embeddings included; norms and biases have none. Frozen parameters are left out.
+
     Args:
-        model: the model; frozen parameters are left out.
-        kind: "adamw" for all parameters, or "muon" for the matrices inside the blocks (without LoRA's) and AdamW for the rest.
-        lr: the peak learning rate.
-        matrix_lr: the peak learning rate of Muon; None for `lr`.
-        betas: see `AdamW`.
-        weight_decay: decoupled weight decay of matrices, embeddings included; norms and biases have none.
-        momentum: see `Muon`.
+        model: the model.
+        config: the settings; `lr` must be set.
         ctx: the processes.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        kind: Literal["adamw", "muon"],
-        lr: float,
-        matrix_lr: float | None = None,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.1,
-        momentum: float = 0.9,
-        ctx: DistContext = SINGLE_PROCESS,
-    ):
-        self.lr, self.matrix_lr = lr, lr if matrix_lr is None else matrix_lr
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.parameter_names: dict[Tensor, str] = {p: name for name, p in trainable.items()}
-        matrices, rest = [], []
-        for name, p in trainable.items():
-            is_block_matrix = p.ndim == 2 and "blocks." in name and "lora_" not in name
-            (matrices if kind == "muon" and is_block_matrix else rest).append(p)
-        groups = [([p for p in rest if p.ndim >= 2], weight_decay), ([p for p in rest if p.ndim < 2], 0.0)]
-        device = next(model.parameters()).device.type
-        self.adamw = AdamW(groups, betas=betas, eps=1e-8, fused=device in ("cpu", "cuda"))
-        self.muon = Muon(matrices, momentum=momentum, weight_decay=weight_decay, ctx=ctx) if matrices else None
+    def __init__(self, model: nn.Module, config: TrainingConfig, ctx: DistContext = SINGLE_PROCESS):
+        assert config.lr is not None, "the learning rate is chosen before the run starts"
+        self.lr, self.matrix_lr = config.lr, config.matrix_lr or config.lr
+        self.parameter_names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        matrices = [
+            p
+            for p, name in self.parameter_names.items()
+            if config.optimizer == "muon" and p.ndim == 2 and "blocks." in name and "lora_" not in name
+        ]
+        rest = [p for p in self.parameter_names if p not in set(matrices)]
+        groups = [([p for p in rest if p.ndim >= 2], config.weight_decay), ([p for p in rest if p.ndim < 2], 0.0)]
+        fused = next(model.parameters()).device.type in ("cpu", "cuda")
+        self.adamw = AdamW(groups, betas=(config.beta1, config.beta2), eps=1e-8, fused=fused)
+        self.muon = Muon(matrices, momentum=config.momentum, weight_decay=config.weight_decay, ctx=ctx)
+        self._states = {"adamw": self.adamw.state, "muon": self.muon.state}
 
     def step(self, lr_scale: float) -> None:
         """Apply the gradients with `lr_scale` times the peak learning rate."""
         self.adamw.step(self.lr * lr_scale)
-        if self.muon is not None:
+        if self.muon.state:
             self.muon.step(self.matrix_lr * lr_scale)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The state by name ("adamw.exp_avg.NAME", "muon.momentum.NAME"), sharded like the parameters."""
-        tensors = {
-            f"adamw.{key}.{self.parameter_names[p]}": value
-            for p, state in self.adamw.state.items()
+        return {
+            f"{kind}.{key}.{self.parameter_names[p]}": value
+            for kind, states in self._states.items()
+            for p, state in states.items()
             for key, value in state.items()
         }
-        if self.muon is not None:
-            for p, buffer in zip(self.muon.parameters, self.muon.momentum_buffers, strict=True):
-                tensors[f"muon.momentum.{self.parameter_names[p]}"] = buffer
-        return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore the state from `state_tensors()`: whole tensors, or sharded like the parameters now are."""
         parameters = {name: p for p, name in self.parameter_names.items()}
-        momentum_buffers: dict[Tensor, Tensor] = {}
         for key, value in tensors.items():
             kind, state_name, name = key.split(".", 2)
-            parameter = parameters[name]
-            if kind == "adamw":
-                self.adamw.state.setdefault(parameter, {})[state_name] = value.to(parameter.device)
-            else:
-                momentum_buffers[parameter] = value.to(parameter.device)
-        if self.muon is not None and momentum_buffers:
-            self.muon.momentum_buffers = [momentum_buffers[p] for p in self.muon.parameters]
+            p = parameters[name]
+            self._states[kind].setdefault(p, {})[state_name] = value.to(p.device)

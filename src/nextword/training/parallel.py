@@ -4,9 +4,10 @@ Read from top to bottom: `parallelize` shards a model, `apply_tensor_parallel` s
 during training: which slice of a weight a process holds, gradient clipping, and whole matrices for Muon.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -14,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nextword.common.errors import UsageError
-from nextword.training.distributed import SINGLE_PROCESS, DistContext, ParallelStrategy, translate_dist_errors
+from nextword.training.config import ParallelStrategy
+from nextword.training.distributed import SINGLE_PROCESS, DistContext, all_reduce_, translate_dist_errors
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -82,9 +84,8 @@ def build_mesh(ctx: DistContext, device: torch.device) -> "tuple[DeviceMesh, dis
             f"--training.tensor {ctx.tp_size} does not divide the {ctx.shard_count} processes of a machine"
         )
     replicas = ctx.world_size // ctx.shard_count
-    shape = {"shard": ctx.row_shard_count}
-    if ctx.strategy == "hsdp":
-        shape = {"replicate": replicas, **shape}
+    shape = {"replicate": replicas} if ctx.strategy == "hsdp" else {}
+    shape["shard"] = ctx.shard_count // ctx.tp_size
     if ctx.tp_size > 1:
         shape["tp"] = ctx.tp_size
     mesh = init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
@@ -135,9 +136,8 @@ def apply_tensor_parallel(model: "GPT", mesh: "DeviceMesh") -> None:
         block_plan["feed_forward.gate"] = ColwiseParallel()
     if model.config.qk_norm:  # normalises each head by itself; dimension 1 is the heads
         block_plan |= {"attention.query_norm": norm, "attention.key_norm": norm}
-    model_plan: dict[str, Any] = {
-        "token_embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
-    }
+    embedding = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
+    model_plan: dict[str, Any] = {"token_embedding": embedding}
     if model.config.positions == "learned":
         model_plan["position_embedding"] = SequenceParallel(sequence_dim=0, use_local_output=True)
     if model.config.norm_position == "pre":
@@ -197,10 +197,8 @@ def check_tp_divisibility(config: "ModelConfig", tp_size: int) -> None:
     """
     for name, width in {"n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads, "d_ff": config.d_ff}.items():
         if width % tp_size:
-            raise UsageError(
-                f"--training.tensor {tp_size} does not divide the model's {name}, {width}: choose another number of "
-                f"processes or another --model.{name.replace('_', '-')}"
-            )
+            advice = f"choose another number of processes or another --model.{name.replace('_', '-')}"
+            raise UsageError(f"--training.tensor {tp_size} does not divide the model's {name}, {width}: {advice}")
     _, rows_of_last = chunk_bounds(config.vocab_size, tp_size - 1, tp_size)
     if not rows_of_last:
         raise UsageError(f"--training.tensor {tp_size} leaves some processes no part of the {config.vocab_size} tokens")
@@ -247,7 +245,8 @@ def is_shard_owner(tensor: Tensor, ctx: DistContext) -> bool:
     """Whether this process is the first of those that hold the same shard of a tensor."""
     if not is_dtensor(tensor):
         return ctx.is_main
-    return ctx.replica_rank == 0 and (ctx.tp_rank == 0 or tp_shard_dim(tensor) is not None)
+    is_first_replica = ctx.rank < ctx.shard_count
+    return is_first_replica and (ctx.tp_rank == 0 or tp_shard_dim(tensor) is not None)
 
 
 def chunk_bounds(length: int, index: int, num_chunks: int) -> tuple[int, int]:
@@ -270,7 +269,7 @@ def shard_slices(shape: Sequence[int], tp_dim: int | None, ctx: DistContext, sha
     starts, lengths = [0] * len(shape), list(shape)
     if tp_dim is not None:
         starts[tp_dim], lengths[tp_dim] = chunk_bounds(lengths[tp_dim], tp_rank, ctx.tp_size)
-    offset, lengths[0] = chunk_bounds(lengths[0], row_shard, ctx.row_shard_count)
+    offset, lengths[0] = chunk_bounds(lengths[0], row_shard, ctx.shard_count // ctx.tp_size)
     starts[0] += offset
     return tuple(slice(start, start + length) for start, length in zip(starts, lengths, strict=True))
 
@@ -279,9 +278,8 @@ def local_slices(weight: Tensor, ctx: DistContext, shard_index: int | None = Non
     """`shard_slices` of a weight for this process, or for another one of the shard group."""
     if not is_dtensor(weight):
         return tuple(slice(0, length) for length in weight.shape)
-    return shard_slices(
-        weight.shape, tp_shard_dim(weight), ctx, ctx.shard_index if shard_index is None else shard_index
-    )
+    index = ctx.shard_index if shard_index is None else shard_index
+    return shard_slices(weight.shape, tp_shard_dim(weight), ctx, index)
 
 
 @torch.no_grad()
@@ -324,17 +322,15 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, ctx: DistContext = SINGLE
     if ctx.world_size == 1:
         return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    square = nn.utils.get_total_norm([to_local(g) for g in gradients if is_shard_owner(g, ctx)]).square()
-    with translate_dist_errors():
-        dist.all_reduce(square)
-    norm = square.sqrt()
+    local_norm = nn.utils.get_total_norm([to_local(g) for g in gradients if is_shard_owner(g, ctx)])
+    norm = all_reduce_(local_norm.square()).sqrt()
     for gradient in gradients:
         to_local(gradient).mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
 @contextmanager
-def unsharded(ctx: DistContext, loss_module: "LossModule") -> Iterator["GPT"]:
+def unsharded(ctx: DistContext, loss_module: "LossModule") -> Generator["GPT"]:
     """The model of a loss module for use between two steps, on every process at the same time.
 
     Its weights are gathered, except for the slices of tensor parallelism and for blocks that are gathered when they run.
@@ -344,8 +340,7 @@ def unsharded(ctx: DistContext, loss_module: "LossModule") -> Iterator["GPT"]:
         return
     from torch.distributed.fsdp import FSDPModule
 
-    modules = (loss_module, loss_module.model)
-    roots = [module for module in modules if isinstance(module, FSDPModule)]
+    roots = [module for module in (loss_module, loss_module.model) if isinstance(module, FSDPModule)]
     for root in () if ctx.fsdp_per_block else roots:
         root.unshard()
     try:
@@ -359,66 +354,57 @@ def unsharded(ctx: DistContext, loss_module: "LossModule") -> Iterator["GPT"]:
 
 
 def run_on_owner_rank(
-    weights: Sequence[Tensor],
-    local_shards: Sequence[Tensor],
-    transform: Callable[[list[Tensor]], list[Tensor]],
-    ctx: DistContext,
+    local_shards: Mapping[Tensor, Tensor], transform: Callable[[list[Tensor]], list[Tensor]], ctx: DistContext
 ) -> list[Tensor]:
     """Apply a function to whole matrices, each on one process, its owner.
 
     Two all-to-all exchanges, each of as many numbers as the shards have. Owners are chosen so that the work is balanced.
 
     Args:
-        weights: the sharded weights [R, C] that the matrices are sharded like.
-        local_shards: this process's shard of each matrix.
+        local_shards: this process's shard of each matrix, by the sharded weight [R, C] that the matrix is sharded like.
         transform: maps a list of whole matrices to a list of as many of the same shapes.
         ctx: the processes.
 
     Returns:
         This process's shard of each transformed matrix.
     """
-    shapes = [weight.shape for weight in weights]
-    costs = [rows * columns * min(rows, columns) for rows, columns in shapes]
+    weights, shards = list(local_shards), list(local_shards.values())
+    costs = [weight.numel() * min(weight.shape) for weight in weights]
     owners, ranks = balance_by_cost(costs, ctx.shard_count), range(ctx.shard_count)
     owned_by = [[i for i, owner in enumerate(owners) if owner == rank] for rank in ranks]
-    owned = owned_by[ctx.shard_index]
-    slices = [[local_slices(weights[i], ctx, rank) for i in owned] for rank in ranks]
-    matrices = [local_shards[0].new_empty(shapes[i]) for i in owned]
-    received = _all_to_all(
-        [[local_shards[i] for i in indices] for indices in owned_by],
-        [[matrix[s].shape for matrix, s in zip(matrices, of_rank, strict=True)] for of_rank in slices],
-        local_shards[0],
-        ctx.shard_group,
-    )
-    for shards, of_rank in zip(received, slices, strict=True):
-        for matrix, shard, where in zip(matrices, shards, of_rank, strict=True):
-            matrix[where] = shard
-    matrices = transform(matrices)
-    returned = _all_to_all(
-        [[matrix[s] for matrix, s in zip(matrices, of_rank, strict=True)] for of_rank in slices],
-        [[local_shards[i].shape for i in indices] for indices in owned_by],
-        local_shards[0],
-        ctx.shard_group,
-    )
-    results = list(local_shards)
-    for indices, shards in zip(owned_by, returned, strict=True):
-        for i, shard in zip(indices, shards, strict=True):
-            results[i] = shard
-    return results
+    own_weights = [weights[i] for i in owned_by[ctx.shard_index]]
+    own_shards = [[shards[i] for i in indices] for indices in owned_by]  # by owner
+
+    def split(matrices: list[Tensor]) -> list[list[Tensor]]:
+        """The shards of each process, as views of the matrices that this process owns."""
+        pairs = list(zip(matrices, own_weights, strict=True))
+        return [[matrix[local_slices(weight, ctx, rank)] for matrix, weight in pairs] for rank in ranks]
+
+    matrices = [shards[0].new_empty(weight.shape) for weight in own_weights]
+    views = split(matrices)
+    received = _all_to_all(own_shards, views, ctx.shard_group)
+    for view, shard in zip(chain(*views), chain(*received), strict=True):
+        view.copy_(shard)
+    returned = _all_to_all(split(transform(matrices)), own_shards, ctx.shard_group)
+    results = dict(zip(chain(*owned_by), chain(*returned), strict=True))
+    return [results[i] for i in range(len(shards))]
 
 
 def _all_to_all(
-    outgoing: list[list[Tensor]], incoming_shapes: list[list[torch.Size]], like: Tensor, group: dist.ProcessGroup | None
+    outgoing: list[list[Tensor]], like: list[list[Tensor]], group: dist.ProcessGroup | None
 ) -> list[list[Tensor]]:
-    """Send a list of tensors to each process of a group; the tensors received from each, of the given shapes."""
-    sent = torch.cat([like.new_empty(0), *(tensor.flatten() for tensors in outgoing for tensor in tensors)])
-    sent_counts = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
-    counts = [[shape.numel() for shape in shapes] for shapes in incoming_shapes]
+    """Send a list of tensors to each process of a group; the tensors received from each, shaped `like` these."""
+    empty = next(chain(*outgoing, *like)).new_empty(0)
+    sent = torch.cat([empty, *(tensor.flatten() for tensor in chain(*outgoing))])
+    counts = [[tensor.numel() for tensor in tensors] for tensors in like]
     received = sent.new_empty(sum(map(sum, counts)))
+    sent_counts = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
     with translate_dist_errors():
-        dist.all_to_all_single(received, sent, list(map(sum, counts)), sent_counts, group)
-    tensors = iter(received.split([count for of_rank in counts for count in of_rank]))
-    return [[next(tensors).view(shape) for shape in shapes] for shapes in incoming_shapes]
+        dist.all_to_all_single(  # pyright: ignore[reportUnknownMemberType]  (untyped in PyTorch)
+            received, sent, list(map(sum, counts)), sent_counts, group
+        )
+    parts = iter(torch.split(received, list(chain(*counts))))
+    return [[next(parts).view(tensor.shape) for tensor in tensors] for tensors in like]
 
 
 def balance_by_cost(costs: Sequence[float], num_workers: int) -> list[int]:

@@ -18,7 +18,7 @@ import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from nextword.common import fs
 from nextword.common.console import Console
@@ -44,16 +44,16 @@ class CheckpointUploader:
     """
 
     def __init__(self, url: str, console: Console):
-        from fsspec.core import url_to_fs
-        from fsspec.implementations.dirfs import DirFileSystem
+        from fsspec.core import url_to_fs  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]  (untyped)
+        from fsspec.implementations.dirfs import DirFileSystem  # pyright: ignore[reportMissingTypeStubs]  (untyped)
 
         self.url, self.console = url, console
         try:
-            filesystem, self.root = url_to_fs(url)
+            filesystem, self.root = cast(tuple[Any, str], url_to_fs(url))
         except (ImportError, ValueError) as error:
             raise UsageError(f"--mirror {url}: {error}") from error
         self.is_local = "file" in filesystem.protocol
-        self.filesystem = DirFileSystem(self.root, filesystem)
+        self.filesystem: Any = DirFileSystem(self.root, filesystem)
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="mirror")
         self.pending: Future[None] | None = None
         self.last_checkpoint: Path | None = None
@@ -72,16 +72,18 @@ class CheckpointUploader:
             checkpoint: Its last checkpoint.
             urgent: Upload at once, and return when it is done.
         """
-        now = time.monotonic()
-        is_idle = self.pending is None or self.pending.done()
-        is_due = is_idle and checkpoint != self.last_checkpoint and now >= self.last_start + self.interval
-        if checkpoint is not None and (urgent or is_due):
-            if self.pending is not None:
-                self.pending.result()
-            self.last_start, self.last_checkpoint = now, checkpoint
-            self.pending = self.executor.submit(self._upload, run_dir, snapshot(run_dir, checkpoint))
-        if urgent and self.pending is not None:
+        is_due = (
+            checkpoint != self.last_checkpoint
+            and (self.pending is None or self.pending.done())
+            and time.monotonic() >= self.last_start + self.interval
+        )
+        if self.pending is not None and urgent:
             self.pending.result()
+        if checkpoint is not None and (urgent or is_due):
+            self.last_start, self.last_checkpoint = time.monotonic(), checkpoint
+            self.pending = self.executor.submit(self._upload, run_dir, snapshot(run_dir, checkpoint))
+            if urgent:
+                self.pending.result()
 
     def close(self, run_dir: RunDir) -> None:
         """Upload the rest of a complete run. Raises `NextwordError` if that fails."""
@@ -95,35 +97,32 @@ class CheckpointUploader:
         """In the thread: upload the files, then the commit, then remove what no commit names."""
         start = time.monotonic()
         try:
-            step = next((snapshot_dir / "checkpoints").iterdir()).name
-            directories = {f"checkpoints/{step}": (snapshot_dir / "checkpoints" / step, f"checkpoints/{step}")}
-            if (run_dir.data_dir / fs.MANIFEST).is_file():
-                directories["data"] = run_dir.data_dir, "data"
-            for name in ("model", "adapter"):
-                manifest = snapshot_dir / name / fs.MANIFEST
-                if manifest.is_file():
-                    directories[name] = snapshot_dir / name, f"models/{fs.sha256_file(manifest)[:16]}"
-            logs = [path for path in sorted(snapshot_dir.iterdir()) if path.name in (*LOG_FILES, *RESULT_FILES)]
-            self._upload_file(snapshot_dir / "run.json", "run.json")
-            for directory, remote_path in directories.values():
-                self._upload_dir(directory, remote_path)
-            for path in logs:
-                self._upload_file(path, f"logs/{step}/{path.name}")
-            commit: dict[str, Any] = {
-                "checkpoint": step,
-                "run": fs.sha256_file(snapshot_dir / "run.json"),
-                "folders": {name: remote_path for name, (_, remote_path) in directories.items()},
-                "logs": [path.name for path in logs],
+            checkpoint = next((snapshot_dir / "checkpoints").iterdir())
+            logs = sorted(name for name in (*LOG_FILES, *RESULT_FILES) if (snapshot_dir / name).is_file())
+            directories = {
+                f"checkpoints/{checkpoint.name}": checkpoint,
+                "data": run_dir.data_dir,
+                "model": snapshot_dir / "model",
+                "adapter": snapshot_dir / "adapter",
             }
-            text = json.dumps(commit)
-            record = fs.to_json({"commit": text, "sha256": hashlib.sha256(text.encode()).hexdigest()})
-            self.filesystem.makedirs("commits", exist_ok=True)
-            self.filesystem.pipe_file(f"commits/{step}.json", record.encode())
+            folders: dict[str, str] = {}
+            self._upload_file(snapshot_dir / "run.json", "run.json")
+            for name, directory in directories.items():
+                manifest = directory / fs.MANIFEST
+                if manifest.is_file():
+                    is_model = name in ("model", "adapter")
+                    folders[name] = f"models/{fs.sha256_file(manifest)[:16]}" if is_model else name
+                    self._upload_dir(directory, folders[name])
+            for name in logs:
+                self._upload_file(snapshot_dir / name, f"logs/{checkpoint.name}/{name}")
+            run_hash = fs.sha256_file(snapshot_dir / "run.json")
+            commit = json.dumps({"checkpoint": checkpoint.name, "run": run_hash, "folders": folders, "logs": logs})
+            record = snapshot_dir / "commit.json"
+            record.write_text(fs.to_json({"commit": commit, "sha256": hashlib.sha256(commit.encode()).hexdigest()}))
+            self._upload_file(record, f"commits/{checkpoint.name}.json")
             self._prune()
             self.last_error = None
-        except (
-            Exception
-        ) as error:  # every kind of storage has its own errors; training continues, and the next upload retries
+        except Exception as error:  # each kind of storage has its own; training continues, and the next upload retries
             self.last_error = f"{type(error).__name__}: {error}"
             self.console.warn(f"upload to {self.url} failed ({self.last_error}); training continues and will retry")
         finally:
@@ -145,11 +144,11 @@ class CheckpointUploader:
 
     def _prune(self) -> None:
         """Remove old commits, and the files that no remaining commit names."""
-        commits = self.list_commits()
+        commits, used = self.list_commits(), set[str]()
         for name, _ in commits[MAX_COMMITS:]:
             self.filesystem.rm_file(name)
-        used = {remote_path for _, commit in commits[:MAX_COMMITS] for remote_path in commit["folders"].values()}
-        used |= {f"logs/{commit['checkpoint']}" for _, commit in commits[:MAX_COMMITS]}
+        for _, commit in commits[:MAX_COMMITS]:
+            used |= {*commit["folders"].values(), f"logs/{commit['checkpoint']}"}
         for kind in ("checkpoints", "models", "logs"):
             for path in self._list_files(kind):
                 if "/".join(path.split("/")[:2]) not in used:

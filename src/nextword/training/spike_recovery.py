@@ -2,28 +2,119 @@
 
 The run returns to a checkpoint, repeats the same batches up to the first bad step, and skips those that follow. PaLM was
 trained this way (Chowdhery et al. 2022, section 5.1): back by about 100 steps, past 200 to 500 batches.
+
+Which batch a step takes is a pure function of the skipped ranges. They are on disk before a step is undone, so a resume takes
+the same batches.
 """
 
+import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated
 
-from nextword.common.errors import TrainingDivergedError
-from nextword.common.fs import read_jsonl, read_manifest
+import msgspec
+
+from nextword.common.errors import CorruptFileError, TrainingDivergedError
+from nextword.common.fs import atomic_write, read_jsonl, read_manifest
 from nextword.training import checkpoint
 from nextword.training.launch import RunContext
-from nextword.training.skipped_ranges import SkippedRange, SkippedRanges, read_skipped_ranges, write_skipped_ranges
 from nextword.training.step import TrainState
 
+NEARBY_BATCHES = 100  # a range that begins so soon after another is a further attempt at the same place
 LOSS_WINDOW = 100  # recent losses that a loss is compared with; no loss is high before there are so many
 SPIKE_STREAK = 5  # consecutive high losses that make a spike
 SPIKE_MEDIAN_RATIO = 1.5
 SPIKE_DEVIATIONS = 10.0
 MAX_ATTEMPTS = 3  # rollbacks at one place
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+# ---------------------------------------------------------------- skipped batches
+
+
+@dataclass(frozen=True)
+class SkippedRange:
+    """A range of batches that a run skips; one record of detours.jsonl.
+
+    Attributes:
+        first: First step with a bad loss, counted from 1 as in metrics.jsonl.
+        last: Last step with a bad loss.
+        begin: First skipped batch, counted from 0.
+        end: One past the last skipped batch.
+        back: Number of steps the run had done after the rollback.
+        reason: "not finite" or "spike".
+        forgets: Whether the best weights so far may come from an undone step, and are no longer the best.
+        seconds: Time that the run had used when it rolled back.
+        documents: Names of the documents in the skipped batches.
+    """
+
+    first: Count
+    last: Count
+    begin: Count
+    end: Count
+    back: Count
+    reason: str
+    forgets: bool
+    seconds: float
+    documents: list[str]
+
+    def __post_init__(self) -> None:
+        if self.begin >= self.end or not math.isfinite(self.seconds):
+            raise ValueError(f"batches {self.begin} to {self.end}, {self.seconds} s")
+
+
+class SkippedRanges:
+    """The skipped ranges of a run, oldest first."""
+
+    def __init__(self, entries: Iterable[SkippedRange] = ()):
+        self.entries = list(entries)
+
+    def batch_index(self, step: int) -> int:
+        """Return the batch that a step takes, both counted from 0: batch number `step` of those that are not skipped."""
+        index, covered = step, 0
+        for begin, end in sorted((entry.begin, entry.end) for entry in self.entries):
+            begin = max(begin, covered)  # ranges may overlap
+            if index < begin:
+                break
+            index += max(0, end - begin)
+            covered = max(covered, end)
+        return index
+
+    def attempts_near(self, index: int) -> int:
+        """Count the latest ranges near batch `index`, each less than `NEARBY_BATCHES` batches before the next."""
+        count = 0
+        for entry in reversed(self.entries):
+            if index - entry.end >= NEARBY_BATCHES:
+                break
+            count, index = count + 1, entry.begin
+        return count
+
+
+def write_skipped_ranges(path: Path, ranges: SkippedRanges) -> None:
+    """Write detours.jsonl atomically."""
+    atomic_write(path, "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in ranges.entries))
+
+
+def read_skipped_ranges(path: Path) -> SkippedRanges:
+    """Read detours.jsonl; a missing file has no ranges.
+
+    Raises:
+        CorruptFileError: a line is not a skipped range.
+    """
+    entries: list[SkippedRange] = []
+    for number, record in enumerate(read_jsonl(path), start=1):
+        try:
+            entries.append(msgspec.convert(record, SkippedRange))
+        except msgspec.ValidationError as error:
+            raise CorruptFileError(f"{path} line {number}: not a skipped range ({error})") from error
+    return SkippedRanges(entries)
+
+
+# ---------------------------------------------------------------- the spike detector
 
 
 class LossSpikeDetector:
@@ -70,17 +161,7 @@ class LossSpikeDetector:
         return self.high_streak == SPIKE_STREAK
 
 
-@dataclass(frozen=True)
-class Rollback:
-    """Where a run returns to.
-
-    Attributes:
-        checkpoint: The checkpoint to restore; None if the weights have not changed since `step`.
-        step: Number of completed steps there.
-    """
-
-    checkpoint: Path | None
-    step: int
+# ---------------------------------------------------------------- rollbacks
 
 
 class RollbackManager:
@@ -95,44 +176,37 @@ class RollbackManager:
     def __init__(self, run: RunContext, detect_spikes: bool, describe_batch: Callable[[int], list[str]]):
         self.run, self.describe_batch = run, describe_batch
         self.detect_spikes = detect_spikes and run.dist.is_main
-        self.skipped = SkippedRanges()
-        shared: list[dict[str, Any]] = []
-        if run.dist.is_main:
-            self.skipped = read_skipped_ranges(run.run_dir.skipped_ranges_path)
-            shared = [asdict(replace(entry, documents=[])) for entry in self.skipped.entries]
-        shared = run.dist.broadcast_object(shared)
-        if not run.dist.is_main:
-            self.skipped = SkippedRanges(SkippedRange(**entry) for entry in shared)
+        ranges = read_skipped_ranges(run.run_dir.skipped_ranges_path).entries if run.dist.is_main else []
+        shared = run.dist.broadcast_object([asdict(entry) for entry in ranges])
+        self.skipped = SkippedRanges(SkippedRange(**entry) for entry in shared)
         self.detector = self._replay_losses()
 
     def _replay_losses(self) -> LossSpikeDetector:
         """The detector after the steps in metrics.jsonl."""
-        if not self.detect_spikes:
-            return LossSpikeDetector()
-        return LossSpikeDetector(r["loss"] for r in read_jsonl(self.run.run_dir.metrics_path) if "loss" in r)
+        records = read_jsonl(self.run.run_dir.metrics_path) if self.detect_spikes else []
+        return LossSpikeDetector(record["loss"] for record in records if "loss" in record)
 
     def observe(self, loss: float) -> None:
         """Add the loss of a step."""
         if self.detect_spikes:
             self.detector.update(loss)
 
-    def plan_rollback(
-        self, state: TrainState, is_spike: bool, last_finite_step: int, best_step: int
-    ) -> Rollback | None:
+    def plan_rollback(self, state: TrainState, is_spike: bool, last_finite_step: int) -> tuple[Path | None, int] | None:
         """Choose the checkpoint and the batches to skip, and write them to detours.jsonl. All ranks call this together.
 
         Args:
             state: The state after the last bad step.
             is_spike: Whether the loss spiked; else it was not finite.
             last_finite_step: The last step with a finite loss.
-            best_step: The step of the best weights.
 
         Returns:
-            Where to go back to; None if the run cannot go back.
+            The checkpoint to restore (None if the weights have not changed since), and the number of completed steps there.
+            None if the run cannot go back.
 
         Raises:
             TrainingDivergedError: the loss spikes again after `MAX_ATTEMPTS` rollbacks at the same place.
         """
+        run, is_main = self.run, self.run.dist.is_main
         first = state.step - (SPIKE_STREAK if is_spike else state.nonfinite_streak)
         if self.skipped.attempts_near(self.skipped.batch_index(first)) >= MAX_ATTEMPTS:
             if not is_spike:
@@ -141,15 +215,11 @@ class RollbackManager:
                 f"the loss spikes again at step {state.step} after {MAX_ATTEMPTS} rollbacks at the same place. The checkpoints "
                 "before it are valid. A lower --training.lr or a longer --training.warmup may help."
             )
-        is_main = self.run.dist.is_main
-        latest = checkpoint.latest_valid(self.run.run_dir.path, self.run.warn) if is_main else None
-        name = self.run.dist.broadcast_object(None if latest is None else str(latest))
+        latest = checkpoint.latest_valid(run.run_dir.path, run.warn) if is_main else None
+        name = run.dist.broadcast_object(None if latest is None else str(latest))
         if name is None and is_spike:
-            self.run.log_event(
-                state.step,
-                f"the loss has spiked since step {first + 1:,}, and there is no checkpoint to go back to",
-                warning=True,
-            )
+            message = f"the loss has spiked since step {first + 1:,}, and there is no checkpoint to go back to"
+            run.log_event(state.step, message, warning=True)
             return None
         path = None if name is None else Path(name)
         step: int = last_finite_step if path is None else read_manifest(path)["step"]
@@ -164,14 +234,14 @@ class RollbackManager:
             end=end,
             back=step,
             reason="spike" if is_spike else "not finite",
-            forgets=is_spike and best_step > skip_from,
-            seconds=round(self.run.elapsed_seconds(), 3),
+            forgets=is_spike and state.best.step > skip_from,
+            seconds=round(run.elapsed_seconds(), 3),
             documents=list(dict.fromkeys(names)),
         )
         self.skipped.entries.append(entry)
         if is_main:
-            write_skipped_ranges(self.run.run_dir.skipped_ranges_path, self.skipped)
-        return Rollback(path, step)
+            write_skipped_ranges(run.run_dir.skipped_ranges_path, self.skipped)
+        return path, step
 
     def resume(self) -> None:
         """After the rollback: reset the detector to the remaining steps, and log what was skipped."""

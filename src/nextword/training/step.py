@@ -1,4 +1,4 @@
-"""The training step and the training loop, and what a run measures before its first step.
+"""The training step, and what a run measures before its first one.
 
 Batch, learning rate and dropout are computed from (seed, step). The state is the step, the weights and the optimizer. The
 trainer evaluates and saves between two steps.
@@ -7,25 +7,40 @@ trainer evaluates and saves between two steps.
 import contextlib
 import math
 import os
-import shutil
 import time
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nextword.data.dataset import Batch, derive_seed, segment_positions
+from nextword.data.dataset import Batch, TokenArray, derive_seed, segment_positions
 from nextword.model.gpt import GPT, sample_dropout_masks
+from nextword.training import checkpoint
+from nextword.training.config import TrainingConfig
 from nextword.training.distributed import SINGLE_PROCESS, DistContext
-from nextword.training.losses import DeviceBatch, LabelTensors, LossFn, LossModule, LossTerm
-from nextword.training.optimizer import LRSchedule, Optimizer, lr_multiplier
-from nextword.training.parallel import clip_grad_norm_, set_grad_sync, to_local
+from nextword.training.losses import DeviceBatch, LabelTensors, LossModule, LossTerm
+from nextword.training.optimizer import Optimizer, lr_multiplier
+from nextword.training.parallel import clip_grad_norm_, load_weights_, set_grad_sync, to_local
 
-# "plain": PyTorch's eager operators. "fused": the compiled CPU kernels of `model.ops`. "compiled": torch.compile.
-StepKind = Literal["plain", "fused", "compiled"]
 MAX_NONFINITE_STEPS = 5
+
+
+@dataclass
+class BestCheckpoint:
+    """The best validation so far.
+
+    Attributes:
+        score: its score.
+        step: its step.
+        since: the number of validations after it.
+    """
+
+    score: float | None = None
+    step: int = 0
+    since: int = 0
 
 
 @dataclass
@@ -39,6 +54,8 @@ class TrainState:
         tokens: the number of tokens trained on.
         nonfinite_streak: the number of last steps that were skipped because their loss was not finite.
         num_rollbacks: how often the run was rolled back after a loss spike.
+        best: the best validation so far.
+        stopped_early: whether early stopping has ended the run.
     """
 
     model: GPT
@@ -47,10 +64,32 @@ class TrainState:
     tokens: int = 0
     nonfinite_streak: int = 0
     num_rollbacks: int = 0
+    best: BestCheckpoint = field(default_factory=BestCheckpoint)
+    stopped_early: bool = False
 
-    def to_dict(self) -> dict[str, int]:
-        """The counters, as a checkpoint stores them."""
-        return {"step": self.step, "tokens": self.tokens, "bad": self.nonfinite_streak, "detours": self.num_rollbacks}
+    def counters(self) -> dict[str, Any]:
+        """All but the tensors, as a checkpoint stores it."""
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "bad": self.nonfinite_streak,
+            "detours": self.num_rollbacks,
+            "best": asdict(self.best),
+            "stopped": self.stopped_early,
+        }
+
+    def set_counters(self, saved: dict[str, Any]) -> None:
+        """Go back to the `counters()` of an earlier state."""
+        self.step, self.tokens = saved["step"], saved["tokens"]
+        self.nonfinite_streak, self.num_rollbacks = saved["bad"], saved.get("detours", 0)
+        self.best, self.stopped_early = BestCheckpoint(**saved["best"]), saved["stopped"]
+
+    def restore(self, path: Path, ctx: DistContext = SINGLE_PROCESS) -> None:
+        """Restore weights, optimizer and counters from a checkpoint. In a distributed run each rank reads its shards."""
+        weights, optimizer_state = checkpoint.load(path, dict(self.model.named_parameters()))
+        load_weights_(self.model, weights.items(), ctx)
+        self.optimizer.load_state_tensors(optimizer_state)
+        self.set_counters(checkpoint.load_metadata(path))
 
 
 @dataclass(frozen=True)
@@ -81,18 +120,14 @@ class StepSettings:
     """The settings of a step.
 
     Attributes:
+        config: the learning rate schedule and the clipping of gradients.
         seed: the seed of dropout.
-        max_grad_norm: the norm that gradients are clipped to; 0 for no clipping.
-        schedule: the learning rate schedule, with `warmup` and `final_lr` as fractions of the run and of the peak.
         micro_batch_rows: rows per forward pass.
         bf16: whether matrix products are in bfloat16.
     """
 
+    config: TrainingConfig
     seed: int = 0
-    max_grad_norm: float = 1.0
-    schedule: LRSchedule = "cosine"
-    warmup: float = 0.05
-    final_lr: float = 0.1
     micro_batch_rows: int = 2**30
     bf16: bool = False
 
@@ -120,8 +155,8 @@ def to_device(batch: Batch, model: GPT, seed: int) -> DeviceBatch:
     device = model.token_embedding.weight.device
     row_seeds = [derive_seed(seed, 2, row) for row in batch.row_ids]
 
-    def to_tensor(array: np.ndarray | None) -> Any:
-        return None if array is None else torch.from_numpy(array).to(device)
+    def to_tensor(array: TokenArray | None) -> Any:
+        return None if array is None else torch.as_tensor(array, device=device)
 
     labels, positions = None, None
     if batch.labels is not None:
@@ -144,13 +179,11 @@ def normalize_loss(loss_terms: dict[str, LossTerm], counts: dict[str, float]) ->
     return torch.stack(terms).sum()
 
 
-def micro_batch_loss(
-    loss_module: nn.Module, model: GPT, micro_batch: Batch, counts: dict[str, float], settings: StepSettings
-) -> Tensor:
+def micro_batch_loss(loss_module: nn.Module, model: GPT, micro_batch: Batch, settings: StepSettings) -> Tensor:
     """The part of the loss that comes from a micro-batch."""
     with autocast(model.token_embedding.weight.device, settings.bf16):
         loss_terms = loss_module(to_device(micro_batch, model, settings.seed))
-    return normalize_loss(loss_terms, counts)
+    return normalize_loss(loss_terms, micro_batch.loss_denominators)
 
 
 def train_step(
@@ -173,18 +206,18 @@ def train_step(
         progress: the fraction of the run that is done after this step, for the learning rate.
         ctx: the processes.
     """
-    model = state.model
+    model, config = state.model, settings.config
     total_loss = torch.zeros((), device=model.token_embedding.weight.device)
     micro_batches = batch.split_micro_batches(settings.micro_batch_rows)
     for number, micro_batch in enumerate(micro_batches, start=1):
         set_grad_sync(ctx, loss_module, number == len(micro_batches))
-        loss = micro_batch_loss(loss_module, model, micro_batch, batch.loss_denominators, settings)
-        loss.backward()
+        loss = micro_batch_loss(loss_module, model, micro_batch, settings)
+        torch.autograd.backward(loss)
         total_loss += loss.detach()
-    gradient_norm = float(clip_grad_norm_(model, settings.max_grad_norm or math.inf, ctx))
+    gradient_norm = float(clip_grad_norm_(model, config.clip or math.inf, ctx))
     loss_value = float(ctx.all_reduce_sum(total_loss))
     is_finite = math.isfinite(loss_value) and math.isfinite(gradient_norm)
-    lr_scale = lr_multiplier(progress, settings.schedule, settings.warmup, settings.final_lr)
+    lr_scale = lr_multiplier(progress, config.schedule, config.warmup, config.final_lr)
     if is_finite:
         state.optimizer.step(lr_scale)
     model.zero_grad(set_to_none=True)
@@ -209,8 +242,8 @@ def available_memory(device: torch.device) -> int:
     """The available memory in bytes, as reported by the GPU or the system; 4 GiB if nothing is reported."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    for name, share in (("SC_AVPHYS_PAGES", 1.0), ("SC_PHYS_PAGES", 0.5)):
-        if hasattr(os, "sysconf") and name in os.sysconf_names:
+    for name, share in {"SC_AVPHYS_PAGES": 1.0, "SC_PHYS_PAGES": 0.5}.items():
+        if name in getattr(os, "sysconf_names", ()):
             return int(os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") * share)
     return 4 * 2**30
 
@@ -225,12 +258,12 @@ def activation_bytes_per_row(loss_module: LossModule, dataset: Dataset, settings
 
     def record_storage(tensor: Tensor) -> Tensor:
         storage = to_local(tensor).untyped_storage()
-        saved_storages[storage._cdata] = storage
+        saved_storages[storage.data_ptr()] = storage
         return tensor
 
     row = dataset.batch(0).split_micro_batches(1)[0]
     with torch.autograd.graph.saved_tensors_hooks(record_storage, lambda tensor: tensor):
-        micro_batch_loss(loss_module, model, row, row.loss_denominators, settings)
+        micro_batch_loss(loss_module, model, row, settings)
     # Gathered weights of blocks are resharded by now: their storage has no bytes.
     weights = {to_local(p).untyped_storage().data_ptr() for p in model.parameters()}
     saved_bytes = sum(storage.nbytes() for storage in saved_storages.values() if storage.data_ptr() not in weights)
@@ -277,67 +310,23 @@ def time_step(
     ctx: DistContext = SINGLE_PROCESS,
 ) -> float:
     """Seconds of forward and backward pass of a step, the fastest of three. All processes call this together."""
-    batch, model, seconds = dataset.batch(state.step, ctx.dp_rank, ctx.dp_size), state.model, []
-    device = model.token_embedding.weight.device
-    for _ in range(3):
-        start = time.perf_counter()
+    batch, model = dataset.batch(state.step, ctx.dp_rank, ctx.dp_size), state.model
+
+    def forward_and_backward() -> None:
         for micro_batch in batch.split_micro_batches(settings.micro_batch_rows):
-            micro_batch_loss(loss_module, model, micro_batch, batch.loss_denominators, settings).backward()
+            torch.autograd.backward(micro_batch_loss(loss_module, model, micro_batch, settings))
+        model.zero_grad(set_to_none=True)
+
+    return fastest_seconds(forward_and_backward, model.token_embedding.weight.device, repeats=3)
+
+
+def fastest_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Seconds of the fastest of some repeats, because other programs may use the machine."""
+    seconds: list[float] = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
-        model.zero_grad(set_to_none=True)
     return min(seconds)
-
-
-def should_compile(device: torch.device, run_seconds: float) -> tuple[bool, str]:
-    """Whether `torch.compile` pays off in a run of `run_seconds`, and the reason in words."""
-    if device.type == "mps":
-        return False, "not compiled: torch.compile is experimental on this device"
-    if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
-        return False, "not compiled: no C++ compiler was found (with one, long runs are faster)"
-    # A cold compilation takes 35 to 45 s on two cores and makes steps a tenth faster there; a GPU gains far more.
-    min_run_seconds = 60.0 if device.type == "cuda" else 900.0
-    if run_seconds < min_run_seconds:
-        return False, f"not compiled: in a run of {run_seconds:.0f} s the compilation would take longer than it saves"
-    return True, "compiled: the first step takes about a minute"
-
-
-def try_compile(
-    state: TrainState,
-    compiled_module: nn.Module,
-    dataset: Dataset,
-    settings: StepSettings,
-    ctx: DistContext = SINGLE_PROCESS,
-) -> str:
-    """Compile by running a micro-batch, whose gradients are dropped. Returns the error in one line, or ""."""
-    from torch._dynamo.exc import TorchDynamoException  # the base of all compilation errors
-
-    batch, model = dataset.batch(state.step, ctx.dp_rank, ctx.dp_size), state.model
-    micro_batch = batch.split_micro_batches(settings.micro_batch_rows)[0]
-    try:
-        micro_batch_loss(compiled_module, model, micro_batch, batch.loss_denominators, settings).backward()
-    except TorchDynamoException as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return " ".join(lines[:2]) or type(error).__name__
-    finally:
-        model.zero_grad(set_to_none=True)
-    return ""
-
-
-def build_loss_module(
-    model: GPT, loss_fn: LossFn, kind: StepKind, activation_checkpointing: bool = False
-) -> tuple[LossModule, nn.Module]:
-    """The model with its loss, and the module that training runs: the same one, or compiled.
-
-    Args:
-        model: the model.
-        loss_fn: the loss.
-        kind: the implementation of a step.
-        activation_checkpointing: whether the backward pass recomputes each block's activations.
-    """
-    model.set_activation_checkpointing(activation_checkpointing)
-    loss_module = LossModule(model, loss_fn, kernels=kind == "fused")
-    compiled_module = torch.compile(loss_module) if kind == "compiled" else loss_module
-    assert isinstance(compiled_module, nn.Module)
-    return loss_module, compiled_module

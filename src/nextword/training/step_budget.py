@@ -82,8 +82,7 @@ class TimeBudgetController:
     Args:
         budget: the wall-clock time of the whole run, in seconds.
         log: the file that the main process appends decisions to.
-        started: when this process started, on the clock `now`.
-        seconds_before_resume: the time that earlier processes of the same run used.
+        started: when the run started, on the clock `now`; later by the time between two processes of the same run.
         ctx: the processes.
         now: returns the time in seconds.
 
@@ -97,19 +96,13 @@ class TimeBudgetController:
         log: Path,
         *,
         started: float,
-        seconds_before_resume: float = 0.0,
         ctx: DistContext = SINGLE_PROCESS,
         now: Callable[[], float] = time.time,
     ):
-        self.budget, self.log, self.ctx, self.now = budget, log, ctx, now
-        self.started = started - seconds_before_resume
+        self.budget, self.log, self.started, self.ctx, self.now = budget, log, started, ctx, now
         self.next_update_time = 0.0
         self.first_update_time = math.inf
         self.reserved_seconds = 0.0
-
-    def elapsed(self) -> float:
-        """Seconds of the budget used so far, including data preparation and earlier processes of the run."""
-        return self.now() - self.started
 
     def update(self, schedule: StepSchedule, step: int, seconds_per_step: float) -> None:
         """Before step `step`: log and apply a new decision if one is due.
@@ -122,14 +115,12 @@ class TimeBudgetController:
         decision = self._decide(schedule, step, seconds_per_step) if self.ctx.is_main else None
         if decision is not None:
             append_line_durably(self.log, json.dumps(asdict(decision)))
-        if self.ctx.world_size > 1:
-            values = self.ctx.broadcast_object(None if decision is None else asdict(decision))
-            decision = None if values is None else StepBudgetDecision(**values)
-        if decision is not None:
-            schedule.update(decision)
+        values = self.ctx.broadcast_object(None if decision is None else asdict(decision))
+        if values is not None:
+            schedule.update(StepBudgetDecision(**values))
 
     def _decide(self, schedule: StepSchedule, step: int, seconds_per_step: float) -> StepBudgetDecision | None:
-        elapsed = self.elapsed()
+        elapsed = self.now() - self.started  # data preparation and earlier processes of the run included
         self.first_update_time = min(self.first_update_time, elapsed)
         remaining = self.budget - self.reserved_seconds - elapsed
         if schedule.decisions:

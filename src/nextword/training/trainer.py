@@ -2,9 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from nextword.common import fs
@@ -13,10 +11,10 @@ from nextword.common.environment import peak_memory_bytes
 from nextword.common.errors import TrainingDivergedError, import_optional
 from nextword.common.run_dir import RunInterruptedError, catch_signals
 from nextword.training.checkpoint import AsyncCheckpointer
-from nextword.training.launch import RunContext
-from nextword.training.setup import BestCheckpoint, RunConfig, TrainingSetup
+from nextword.training.config import RunConfig
+from nextword.training.launch import RunContext, TrainingSetup
 from nextword.training.spike_recovery import RollbackManager, summarize_names
-from nextword.training.step import MAX_NONFINITE_STEPS, StepMetrics, train_step
+from nextword.training.step import MAX_NONFINITE_STEPS, BestCheckpoint, StepMetrics, train_step
 from nextword.training.step_budget import StepBudgetDecision, StepSchedule, TimeBudgetController, read_decisions
 
 SAMPLE_AT_VALIDATIONS = (1, 2, 4, 8, 12, 16, 20)  # of 20 validations, those followed by a sample
@@ -72,7 +70,6 @@ class Trainer:
         setup: Model, optimizer, dataset and step, from `setup_training`.
         config: The options of the run.
         evaluator: Validation, samples and the best model.
-        write_reports: Writes the report and the model card of a complete run.
         detect_spikes: Whether to roll back after loss spikes. Non-finite losses are always rolled back.
         overfitting_advice: What to do when the validation loss rises while training continues; None to report nothing.
     """
@@ -83,16 +80,17 @@ class Trainer:
         setup: TrainingSetup,
         config: RunConfig,
         evaluator: Evaluator,
-        write_reports: Callable[[Path], None],
         *,
         detect_spikes: bool = False,
         overfitting_advice: str | None = None,
     ):
         self.run, self.setup, self.state = run, setup, setup.state
-        self.config, self.evaluator, self.write_reports = config, evaluator, write_reports
-        self.overfitting_advice = overfitting_advice
+        self.config, self.evaluator, self.overfitting_advice = config, evaluator, overfitting_advice
         self.rollbacks = RollbackManager(run, detect_spikes, evaluator.describe_batch)
-        self.tensorboard = open_tensorboard_writer(run.run_dir.path) if run.tensorboard else None
+        self.tensorboard: Any = None
+        if run.tensorboard and run.dist.is_main:
+            tensorboard = import_optional("torch.utils.tensorboard", "--tensorboard", "tensorboard")
+            self.tensorboard = tensorboard.SummaryWriter(run.run_dir.path / "tensorboard")
         self.budget_controller: TimeBudgetController | None = None
         self.schedule = self._build_step_schedule()
         self.recent_seconds_per_step = setup.seconds_per_step
@@ -101,20 +99,16 @@ class Trainer:
 
     def _build_step_schedule(self) -> StepSchedule:
         """A fixed number of steps, or the decisions of the time budget so far."""
-        run = self.run
+        run, log = self.run, self.run.run_dir.decisions_path
         if self.config.steps is not None:
             return StepSchedule([StepBudgetDecision(0, self.config.steps)])
         assert self.config.budget is not None
+        started = run.start_time - run.seconds_before_resume
         self.budget_controller = TimeBudgetController(
-            self.config.budget,
-            run.run_dir.decisions_path,
-            started=run.start_time,
-            seconds_before_resume=run.seconds_before_resume,
-            ctx=run.dist,
-            now=run.now,
+            self.config.budget, log, started=started, ctx=run.dist, now=run.now
         )
         self.budget_controller.reserved_seconds = self.evaluator.finalize_seconds()
-        decisions = read_decisions(run.run_dir.decisions_path) if run.dist.is_main else []
+        decisions = read_decisions(log) if run.dist.is_main else []
         decisions = run.dist.broadcast_object([asdict(decision) for decision in decisions])
         return StepSchedule(StepBudgetDecision(**decision) for decision in decisions)
 
@@ -132,7 +126,7 @@ class Trainer:
             catch_signals() as signals,
             AsyncCheckpointer(run.run_dir.path, dist, self.config.training.save_every) as checkpointer,
         ):
-            while not self.setup.stopped_early and (not schedule.decisions or state.step < schedule.total_steps):
+            while not state.stopped_early and (not schedule.decisions or state.step < schedule.total_steps):
                 step_start, tokens_before = time.monotonic(), state.tokens
                 self._update_step_budget()
                 index = self.rollbacks.skipped.batch_index(state.step)
@@ -142,16 +136,11 @@ class Trainer:
                 self._log_step(metrics, (state.tokens - tokens_before) / max(1e-9, time.monotonic() - step_start))
                 self._validate_if_due(metrics)
 
-                is_last = metrics.progress >= 1 or self.setup.stopped_early
-                detector, save_due = self.rollbacks.detector, checkpointer.should_save(metrics.step)
+                is_last = metrics.progress >= 1 or state.stopped_early
+                detector, signal_number = self.rollbacks.detector, signals[0] if signals else 0
                 is_suspicious = detector.is_suspicious or state.nonfinite_streak > 0
-                flags = [
-                    save_due,
-                    signals[0] if signals else 0,
-                    detector.is_spiking,
-                    is_suspicious,
-                    checkpointer.status,
-                ]
+                save_due = checkpointer.should_save(metrics.step)
+                flags = [save_due, signal_number, detector.is_spiking, is_suspicious, checkpointer.status]
                 # All ranks act together.
                 save_due, signal_number, is_spike, is_suspicious, status = map(int, dist.all_reduce_max(flags))
                 checkpointer.advance(status)
@@ -168,21 +157,20 @@ class Trainer:
                 if signal_number and uploader is not None:
                     uploader.maybe_upload(run.run_dir, checkpointer.last_committed, urgent=True)
                 if signal_number and not is_last:
-                    note = "checkpoint saved"
-                    if is_suspicious:
-                        note = "the loss is suspicious, so the last checkpoint stands"
+                    suspicious_note = "the loss is suspicious, so the last checkpoint stands"
+                    note = suspicious_note if is_suspicious else "checkpoint saved"
                     raise RunInterruptedError(
                         f"stopped at step {metrics.step:,}: {note}. To continue, add --resume to the same command",
                         signal_number,
                     )
-                if has_diverged and not self.setup.stopped_early:
+                if has_diverged and not state.stopped_early:
                     raise TrainingDivergedError(
                         f"the loss was not a finite number in {state.nonfinite_streak} steps in a row, the last of them step "
                         f"{state.step}. None of them changed the weights. A lower --training.lr or a longer --training.warmup "
                         "may help."
                     )
                 if not state.nonfinite_streak:
-                    self._record_finite_state()
+                    self.last_finite = state.counters()
                 self.step_times.append(run.now())
         run.console.close()
 
@@ -207,15 +195,11 @@ class Trainer:
         seconds = run.elapsed_seconds()
         record = {name: value for name, value in vars(metrics).items() if name != "progress"}
         run.log(record | {"seconds": round(seconds, 3), "tokens_per_second": round(tokens_per_second, 1)})
-        if self.tensorboard is not None:
-            for name in ("loss", "lr", "gradient_norm"):
-                self.tensorboard.add_scalar(f"training/{name}", getattr(metrics, name), metrics.step)
+        self._log_scalars("training", metrics.step, {name: record[name] for name in ("loss", "lr", "gradient_norm")})
         if metrics.skipped:
-            names = self.evaluator.describe_batch(self.rollbacks.skipped.batch_index(metrics.step - 1))
-            run.log_event(
-                metrics.step,
-                f"step {metrics.step:,}: the loss is not finite; the step is skipped. In its batch: {summarize_names(names)}",
-            )
+            names = summarize_names(self.evaluator.describe_batch(self.rollbacks.skipped.batch_index(metrics.step - 1)))
+            message = f"the loss is not finite; the step is skipped. In its batch: {names}"
+            run.log_event(metrics.step, f"step {metrics.step:,}: {message}")
         run.console.training_progress(
             TrainingProgress(
                 step=metrics.step,
@@ -228,11 +212,17 @@ class Trainer:
             )
         )
 
+    def _log_scalars(self, group: str, step: int, values: dict[str, Any]) -> None:
+        """Write TensorBoard events."""
+        for name, value in values.items():
+            if self.tensorboard is not None and isinstance(value, int | float):
+                self.tensorboard.add_scalar(f"{group}/{name}", value, step)
+
     # ------------------------------------------------------------ validation
 
     def _validate_if_due(self, metrics: StepMetrics) -> None:
         """Validate at equal intervals, at least ten steps apart. The best weights become RUN/model."""
-        run, setup, step = self.run, self.setup, metrics.step
+        run, state, step = self.run, self.state, metrics.step
         total_steps = self.schedule.decisions[0].total_steps
         num_validations = min(self.config.training.evaluations, max(1, total_steps // 10))
         previous_progress = self.schedule.progress(step - 2) if step > 1 else 0.0
@@ -246,34 +236,31 @@ class Trainer:
         if self.budget_controller is not None:
             self.budget_controller.reserved_seconds = self.evaluator.finalize_seconds()
         run.log({"step": step, "validation": result.metrics})
-        if self.tensorboard is not None:
-            for name, value in result.metrics.items():
-                if isinstance(value, (int, float)):
-                    self.tensorboard.add_scalar(f"validation/{name}", value, step)
+        self._log_scalars("validation", step, result.metrics)
         run.info(f"step {step:,}: {result.summary}")
-        best = setup.best
-        is_better = best.score is None or (result.score > best.score and not self.state.nonfinite_streak)
+        best = state.best
+        is_better = best.score is None or (result.score > best.score and not state.nonfinite_streak)
         if math.isfinite(result.score) and is_better:
             self._update_best(step, result)
         else:
             best.since += 1
             if self.config.training.patience is not None and best.since >= self.config.training.patience:
-                setup.stopped_early = True
-                run.log_event(
-                    step, f"early stopping: no improvement in {best.since} validations; step {best.step:,} is the best"
-                )
+                state.stopped_early = True
+                message = f"no improvement in {best.since} validations; step {best.step:,} is the best"
+                run.log_event(step, f"early stopping: {message}")
             else:
                 self._report_overfitting(step, result.score)
         if round(20 * number / num_validations) in SAMPLE_AT_VALIDATIONS:
             self.evaluator.log_sample(step)
 
     def _update_best(self, step: int, result: ValidationResult | None) -> None:
-        self.setup.best = BestCheckpoint(None if result is None else result.score, step)
-        self.evaluator.save_best({"step": step, "validation": None if result is None else result.metrics})
+        score, metrics = (None, None) if result is None else (result.score, result.metrics)
+        self.state.best = BestCheckpoint(score, step)
+        self.evaluator.save_best({"step": step, "validation": metrics})
 
     def _report_overfitting(self, step: int, score: float) -> None:
         """Report once that the validation loss, which is minus the score, has risen by 1 % after two validations."""
-        best = self.setup.best
+        best = self.state.best
         if self.overfitting_advice is not None and best.since >= 2 and -score > 1.01 * -(best.score or score):
             self.run.log_event(
                 step,
@@ -286,33 +273,26 @@ class Trainer:
 
     def _save_checkpoint(self, checkpointer: AsyncCheckpointer) -> None:
         state = self.state
-        metadata = {**state.to_dict(), "best": asdict(self.setup.best), "stopped": self.setup.stopped_early}
         weights = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
-        checkpointer.save_async(state.step, weights, state.optimizer.state_tensors(), metadata)
-
-    def _record_finite_state(self) -> None:
-        """Remember the counters, to go back to if there is no checkpoint. Non-finite steps do not change the weights."""
-        state, setup = self.state, self.setup
-        self.last_finite_state = state.step, state.tokens, replace(setup.best), setup.stopped_early
+        checkpointer.save_async(state.step, weights, state.optimizer.state_tensors(), state.counters())
 
     def _roll_back(self, checkpointer: AsyncCheckpointer, is_spike: bool) -> bool:
         """Undo the bad steps. The next steps skip the batches that led to them. Returns whether that was possible."""
-        state, setup = self.state, self.setup
         checkpointer.wait()  # the checkpoint being written may be the one to go back to
-        rollback = self.rollbacks.plan_rollback(state, is_spike, self.last_finite_state[0], setup.best.step)
+        rollback = self.rollbacks.plan_rollback(self.state, is_spike, self.last_finite["step"])
         if rollback is None:
             return False
-        if rollback.checkpoint is None:
-            state.step, state.tokens, setup.best, setup.stopped_early = self.last_finite_state
-            state.nonfinite_streak = 0
+        path, step = rollback
+        if path is None:  # steps with a non-finite loss do not change the weights
+            self.state.set_counters(self.last_finite)
         else:
-            setup.restore(rollback.checkpoint, self.run.dist)
+            self.state.restore(path, self.run.dist)
         self._apply_skipped_ranges()
-        self.schedule.rollback(rollback.step)
+        self.schedule.rollback(step)
         if self.budget_controller is not None:
             self.budget_controller.reset(self.schedule)
         if self.run.dist.is_main:
-            self.run.run_dir.truncate_metrics(rollback.step)
+            self.run.run_dir.truncate_metrics(step)
         self.rollbacks.resume()
         return True
 
@@ -320,9 +300,9 @@ class Trainer:
         """Apply the ranges that the restored state does not know: weights that a spike may be in are no longer the best."""
         entries = self.rollbacks.skipped.entries
         if any(entry.forgets for entry in entries[self.state.num_rollbacks :]):
-            self.setup.best = BestCheckpoint()
+            self.state.best = BestCheckpoint()
         self.state.num_rollbacks = len(entries)
-        self._record_finite_state()
+        self.last_finite = self.state.counters()
 
     # ------------------------------------------------------------ the result
 
@@ -344,18 +324,12 @@ class Trainer:
             "model": str(run.run_dir.model_dir),
             "steps": self.state.step,
             "tokens": self.state.tokens,
-            "best_step": self.setup.best.step,
+            "best_step": self.state.best.step,
             **metrics,
             "seconds": round(seconds, 3),
             "memory_bytes": peak_memory_bytes(run.device),
             "energy": run.energy_meter.mean_power().to_dict(seconds),
         }
         fs.atomic_write(run.run_dir.result_path, fs.to_json(result))
-        self.write_reports(run.run_dir.path)
+        run.write_reports(run.run_dir.path)
         return result
-
-
-def open_tensorboard_writer(run_path: Path) -> Any:
-    """Open a writer of TensorBoard events. Raises `MissingDependencyError` if TensorBoard is not installed."""
-    tensorboard = import_optional("torch.utils.tensorboard", "--tensorboard", "tensorboard")
-    return tensorboard.SummaryWriter(run_path / "tensorboard")
