@@ -33,7 +33,8 @@ from nextword.training.spike_recovery import (
     SPIKE_STREAK,
     LossSpikeDetector,
     SkippedRange,
-    SkippedRanges,
+    attempts_near,
+    batch_index,
     read_skipped_ranges,
     write_skipped_ranges,
 )
@@ -114,7 +115,7 @@ def records(run: Path, key: str = "loss") -> list[dict[str, Any]]:
 
 
 def skipped_in(run: Path) -> list[SkippedRange]:
-    return read_skipped_ranges(run / "detours.jsonl").entries
+    return read_skipped_ranges(run / "detours.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -141,15 +142,15 @@ RANGES = st.lists(
 @given(RANGES)
 def test_steps_take_the_batches_that_are_not_skipped(entries):
     remaining = [i for i in range(300) if not any(entry.begin <= i < entry.end for entry in entries)]
-    assert [SkippedRanges(entries).batch_index(step) for step in range(100)] == remaining[:100]
+    assert [batch_index(entries, step) for step in range(100)] == remaining[:100]
 
 
 def test_attempts_at_one_place_are_counted():
     entries = [skipped_range(10, 15), skipped_range(500, 505), skipped_range(505, 510), skipped_range(560, 565)]
-    counts = [SkippedRanges(entries[:n]).attempts_near(entries[n - 1].end) for n in (1, 2, 3, 4)]
+    counts = [attempts_near(entries[:n], entries[n - 1].end) for n in (1, 2, 3, 4)]
     assert counts == [1, 1, 2, 3]
-    assert SkippedRanges(entries).attempts_near(565 + 100) == 0
-    assert SkippedRanges(entries).attempts_near(520) == 3, "before the end of the last range"
+    assert attempts_near(entries, 565 + 100) == 0
+    assert attempts_near(entries, 520) == 3, "before the end of the last range"
 
 
 JUNK = st.recursive(
@@ -171,8 +172,8 @@ def test_invalid_records_are_refused_by_line(tmp_path_factory, values):
         assert "detours.jsonl line " in str(error)
         return
     write_skipped_ranges(log, ranges)
-    assert read_skipped_ranges(log).entries == ranges.entries
-    assert all(ranges.batch_index(step) >= step for step in range(20))
+    assert read_skipped_ranges(log) == ranges
+    assert all(batch_index(ranges, step) >= step for step in range(20))
 
 
 # ---------------------------------------------------------------- the spike detector

@@ -103,7 +103,7 @@ class DistContext:
     @property
     def forward_is_collective(self) -> bool:
         """Whether a forward pass needs several processes at the same time."""
-        return self.fsdp_per_block or self.tp_size > 1
+        return self.world_size > 1 and (self.fsdp_per_block or self.tp_size > 1)
 
     def broadcast_object(self, value: Any = None) -> Any:
         """The main process's `value`, which must be JSON, on every rank."""

@@ -250,10 +250,11 @@ def check_resume_config(run_dir: RunDir, request: dict[str, Any], mutable_fields
 def update_parallelism(run: RunContext) -> None:
     """Apply the parallelism settings of a resume to run.json. They change the result by rounding only."""
     metadata, changes = run.run_dir.metadata(), list[str]()
-    requested, original = run.request.get("training") or {}, metadata["recipe"].get("training", {})
+    requested: dict[str, Any] = run.request.get("training") or {}
+    original: dict[str, Any] = metadata["recipe"].get("training", {})
     for name in PARALLELISM_FIELDS:
-        before, now = original.get(name), requested.get(name)
-        before = DEPRECATED_PARALLEL.get(before, before)
+        now, recorded = requested.get(name), original.get(name)
+        before = DEPRECATED_PARALLEL.get(str(recorded), recorded)
         if now not in (None, before) and name in original:
             original[name] = now
             changes.append(f"--training.{name} {before} → {now}")
@@ -345,10 +346,8 @@ def setup_training(
     ):
         if is_main:
             run.start_workers(metadata)
-        has_full_weights = run.dist.world_size == 1 or (
-            training.parallel == "fsdp-no-reshard" and run.dist.tp_size == 1
-        )
-        can_fuse = has_full_weights and model.supports_kernels(device)
+        is_collective = replace(run.dist, strategy=training.parallel).forward_is_collective
+        can_fuse = not is_collective and model.supports_kernels(device)
         step_kind: StepKind = fixed["step_kind"] if is_resume else "fused"
         if not is_resume and (training.checkpoint_activations or training.compile == "yes"):
             step_kind = "plain"
@@ -356,7 +355,7 @@ def setup_training(
             step_kind = "plain"
             if is_resume:
                 no_kernels = load_native_library(ops.SOURCE)[1]
-                reason = no_kernels if has_full_weights else "no process holds all weights at once"
+                reason = "no process holds all weights at once" if is_collective else no_kernels
                 run.warn(
                     f"the run started with fused kernels, which are not available here ({reason}): {ROUNDING_NOTE}"
                 )

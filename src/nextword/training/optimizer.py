@@ -6,6 +6,7 @@ Muon updates the matrices inside the blocks. AdamW updates everything else (embe
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     is_wide = x.shape[-2] <= x.shape[-1]
     x = x if is_wide else x.mT  # so that the Gram matrix has the shorter side
-    norms: Tensor = x.norm(dim=(-2, -1), keepdim=True)  # pyright: ignore[reportUnknownMemberType]  (untyped in PyTorch)
+    norms = cast(Tensor, x.norm(dim=(-2, -1), keepdim=True))  # pyright: ignore[reportUnknownMemberType]  (untyped)
     x = x / (norms + 1e-7)
     for _ in range(iterations):
         gram = x @ x.mT

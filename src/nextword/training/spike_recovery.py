@@ -10,7 +10,7 @@ the same batches.
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -67,40 +67,35 @@ class SkippedRange:
             raise ValueError(f"batches {self.begin} to {self.end}, {self.seconds} s")
 
 
-class SkippedRanges:
-    """The skipped ranges of a run, oldest first."""
-
-    def __init__(self, entries: Iterable[SkippedRange] = ()):
-        self.entries = list(entries)
-
-    def batch_index(self, step: int) -> int:
-        """Return the batch that a step takes, both counted from 0: batch number `step` of those that are not skipped."""
-        index, covered = step, 0
-        for begin, end in sorted((entry.begin, entry.end) for entry in self.entries):
-            begin = max(begin, covered)  # ranges may overlap
-            if index < begin:
-                break
-            index += max(0, end - begin)
-            covered = max(covered, end)
-        return index
-
-    def attempts_near(self, index: int) -> int:
-        """Count the latest ranges near batch `index`, each less than `NEARBY_BATCHES` batches before the next."""
-        count = 0
-        for entry in reversed(self.entries):
-            if index - entry.end >= NEARBY_BATCHES:
-                break
-            count, index = count + 1, entry.begin
-        return count
+def batch_index(skipped: Iterable[SkippedRange], step: int) -> int:
+    """Return the batch that a step takes, both counted from 0: batch number `step` of those that are not skipped."""
+    index, covered = step, 0
+    for begin, end in sorted((entry.begin, entry.end) for entry in skipped):
+        begin = max(begin, covered)  # ranges may overlap
+        if index < begin:
+            break
+        index += max(0, end - begin)
+        covered = max(covered, end)
+    return index
 
 
-def write_skipped_ranges(path: Path, ranges: SkippedRanges) -> None:
+def attempts_near(skipped: Sequence[SkippedRange], index: int) -> int:
+    """Count the latest ranges near batch `index`, each less than `NEARBY_BATCHES` batches before the next."""
+    count = 0
+    for entry in reversed(skipped):
+        if index - entry.end >= NEARBY_BATCHES:
+            break
+        count, index = count + 1, entry.begin
+    return count
+
+
+def write_skipped_ranges(path: Path, skipped: Iterable[SkippedRange]) -> None:
     """Write detours.jsonl atomically."""
-    atomic_write(path, "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in ranges.entries))
+    atomic_write(path, "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in skipped))
 
 
-def read_skipped_ranges(path: Path) -> SkippedRanges:
-    """Read detours.jsonl; a missing file has no ranges.
+def read_skipped_ranges(path: Path) -> list[SkippedRange]:
+    """Read detours.jsonl, the oldest range first; a missing file has no ranges.
 
     Raises:
         CorruptFileError: a line is not a skipped range.
@@ -111,7 +106,7 @@ def read_skipped_ranges(path: Path) -> SkippedRanges:
             entries.append(msgspec.convert(record, SkippedRange))
         except msgspec.ValidationError as error:
             raise CorruptFileError(f"{path} line {number}: not a skipped range ({error})") from error
-    return SkippedRanges(entries)
+    return entries
 
 
 # ---------------------------------------------------------------- the spike detector
@@ -176,15 +171,19 @@ class RollbackManager:
     def __init__(self, run: RunContext, detect_spikes: bool, describe_batch: Callable[[int], list[str]]):
         self.run, self.describe_batch = run, describe_batch
         self.detect_spikes = detect_spikes and run.dist.is_main
-        ranges = read_skipped_ranges(run.run_dir.skipped_ranges_path).entries if run.dist.is_main else []
+        ranges = read_skipped_ranges(run.run_dir.skipped_ranges_path) if run.dist.is_main else []
         shared = run.dist.broadcast_object([asdict(entry) for entry in ranges])
-        self.skipped = SkippedRanges(SkippedRange(**entry) for entry in shared)
+        self.skipped = [SkippedRange(**entry) for entry in shared]
         self.detector = self._replay_losses()
 
     def _replay_losses(self) -> LossSpikeDetector:
         """The detector after the steps in metrics.jsonl."""
         records = read_jsonl(self.run.run_dir.metrics_path) if self.detect_spikes else []
         return LossSpikeDetector(record["loss"] for record in records if "loss" in record)
+
+    def batch_index(self, step: int) -> int:
+        """Return the batch that a step takes, both counted from 0."""
+        return batch_index(self.skipped, step)
 
     def observe(self, loss: float) -> None:
         """Add the loss of a step."""
@@ -208,7 +207,7 @@ class RollbackManager:
         """
         run, is_main = self.run, self.run.dist.is_main
         first = state.step - (SPIKE_STREAK if is_spike else state.nonfinite_streak)
-        if self.skipped.attempts_near(self.skipped.batch_index(first)) >= MAX_ATTEMPTS:
+        if attempts_near(self.skipped, self.batch_index(first)) >= MAX_ATTEMPTS:
             if not is_spike:
                 return None
             raise TrainingDivergedError(
@@ -225,7 +224,7 @@ class RollbackManager:
         step: int = last_finite_step if path is None else read_manifest(path)["step"]
         # The batches before a spike contributed to it.
         skip_from = max(step, first - SPIKE_STREAK if is_spike else first)
-        begin, end = self.skipped.batch_index(skip_from), self.skipped.batch_index(state.step - 1) + 1
+        begin, end = self.batch_index(skip_from), self.batch_index(state.step - 1) + 1
         names = [name for index in range(begin, end) for name in self.describe_batch(index)] if is_main else []
         entry = SkippedRange(
             first=first + 1,
@@ -238,7 +237,7 @@ class RollbackManager:
             seconds=round(run.elapsed_seconds(), 3),
             documents=list(dict.fromkeys(names)),
         )
-        self.skipped.entries.append(entry)
+        self.skipped.append(entry)
         if is_main:
             write_skipped_ranges(run.run_dir.skipped_ranges_path, self.skipped)
         return path, step
@@ -246,7 +245,7 @@ class RollbackManager:
     def resume(self) -> None:
         """After the rollback: reset the detector to the remaining steps, and log what was skipped."""
         self.detector = self._replay_losses()
-        entry = self.skipped.entries[-1]
+        entry = self.skipped[-1]
         problem = "was not finite" if entry.reason == "not finite" else "spiked"
         self.run.log_event(
             entry.back,

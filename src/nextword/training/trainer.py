@@ -129,7 +129,7 @@ class Trainer:
             while not state.stopped_early and (not schedule.decisions or state.step < schedule.total_steps):
                 step_start, tokens_before = time.monotonic(), state.tokens
                 self._update_step_budget()
-                index = self.rollbacks.skipped.batch_index(state.step)
+                index = self.rollbacks.batch_index(state.step)
                 batch = self.setup.dataset.batch(index, dist.dp_rank, dist.dp_size)
                 progress = schedule.progress(state.step)
                 metrics = train_step(state, self.setup.step_module, batch, self.setup.step_settings, progress, dist)
@@ -197,7 +197,7 @@ class Trainer:
         run.log(record | {"seconds": round(seconds, 3), "tokens_per_second": round(tokens_per_second, 1)})
         self._log_scalars("training", metrics.step, {name: record[name] for name in ("loss", "lr", "gradient_norm")})
         if metrics.skipped:
-            names = summarize_names(self.evaluator.describe_batch(self.rollbacks.skipped.batch_index(metrics.step - 1)))
+            names = summarize_names(self.evaluator.describe_batch(self.rollbacks.batch_index(metrics.step - 1)))
             message = f"the loss is not finite; the step is skipped. In its batch: {names}"
             run.log_event(metrics.step, f"step {metrics.step:,}: {message}")
         run.console.training_progress(
@@ -298,7 +298,7 @@ class Trainer:
 
     def _apply_skipped_ranges(self) -> None:
         """Apply the ranges that the restored state does not know: weights that a spike may be in are no longer the best."""
-        entries = self.rollbacks.skipped.entries
+        entries = self.rollbacks.skipped
         if any(entry.forgets for entry in entries[self.state.num_rollbacks :]):
             self.state.best = BestCheckpoint()
         self.state.num_rollbacks = len(entries)
