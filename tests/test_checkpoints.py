@@ -159,8 +159,9 @@ def test_latest_moves_after_the_files_are_durable_and_the_oldest_is_removed_last
 
         monkeypatch.setattr(owner, name, call)
 
-    for name in ("write_safetensors", "write_manifest", "fsync_path", "atomic_write"):
-        record(checkpoint, name)
+    record(checkpoint, "write_safetensors")
+    for name in ("write_manifest", "fsync_path", "atomic_write"):
+        record(fs, name)
     record(Path, "rename")
     record(shutil, "rmtree")
     save(tmp_path, 3)
@@ -172,10 +173,13 @@ def test_latest_moves_after_the_files_are_durable_and_the_oldest_is_removed_last
         ("write_safetensors", "optimizer.safetensors", old),
         ("fsync_path", "optimizer.safetensors", old),
         ("write_manifest", partial, old),
+        ("atomic_write", fs.MANIFEST, old),
+        ("fsync_path", partial, old),
         ("rmtree", new, old),
         ("rename", partial, old),
         ("fsync_path", "checkpoints", old),
         ("atomic_write", "latest", old),
+        ("fsync_path", "checkpoints", new),
         ("rmtree", "step-00000001", new),
     ]
     assert [path.name for path in list_checkpoints(tmp_path)] == [old, new], "two are kept"

@@ -24,17 +24,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from nextword.common import fs
 from nextword.common.errors import CorruptFileError, NextwordError
-from nextword.common.fs import (
-    atomic_write,
-    fsync_path,
-    map_disk_errors,
-    read_json,
-    read_manifest,
-    to_json,
-    verify_manifest,
-    write_manifest,
-)
 from nextword.model.hf import load_shards
 from nextword.training.distributed import SINGLE_PROCESS, DistContext
 from nextword.training.parallel import is_dtensor, is_shard_owner, local_slices, to_local
@@ -98,11 +89,11 @@ def write_safetensors(path: Path, shards: Mapping[str, TensorShard], hash_execut
     buffers = [memoryview(len(encoded).to_bytes(8, "little") + encoded)]
     buffers += [shards[name].data.reshape(-1).view(torch.uint8).numpy().data for name in names]
     file_hash = hash_executor.submit(hash_buffers, buffers)
-    with map_disk_errors(path), path.open("wb") as file:
+    with fs.map_disk_errors(path), path.open("wb") as file:
         for buffer in buffers:
             file.write(buffer)
         file.flush()
-        fsync_path(path)
+        fs.fsync_path(path)
     return file_hash
 
 
@@ -239,7 +230,7 @@ class AsyncCheckpointer:
         """Write the shards of this process; with a single process also commit."""
         start = time.thread_time()
         suffix, partial_path = self._shard_suffix(self.ctx.shard_index), self._partial_path(step)
-        with map_disk_errors(partial_path):
+        with fs.map_disk_errors(partial_path):
             partial_path.mkdir(parents=True, exist_ok=True)
             for leftover in self.directory.glob(".step-*.partial") if self.ctx.is_main else ():
                 if leftover != partial_path:  # from a killed process
@@ -255,7 +246,7 @@ class AsyncCheckpointer:
         if self.ctx.world_size == 1:
             self._commit(step, metadata)
         elif self.file_hashes and not self.ctx.is_main:
-            atomic_write(partial_path / f"hashes{suffix}.json", to_json(self.file_hashes))
+            fs.atomic_write(partial_path / f"hashes{suffix}.json", fs.to_json(self.file_hashes))
         hash_seconds = sum(cpu_seconds for _, cpu_seconds in hashes.values())
         self.overhead_seconds += hash_seconds + time.thread_time() - start
 
@@ -265,17 +256,17 @@ class AsyncCheckpointer:
         file_hashes = dict(self.file_hashes)
         for index in range(1, self.ctx.shard_count):
             shard_hashes = partial_path / f"hashes{self._shard_suffix(index)}.json"
-            file_hashes |= read_json(shard_hashes) if shard_hashes.is_file() else {}
-        with map_disk_errors(final_path):
+            file_hashes |= fs.read_json(shard_hashes) if shard_hashes.is_file() else {}
+        with fs.map_disk_errors(final_path):
             for path in partial_path.iterdir():
                 if path.name not in file_hashes:  # a hash file, or a leftover of a killed process
                     path.unlink()
-        write_manifest(partial_path, {"step": step, "state": metadata}, file_hashes)
-        with map_disk_errors(final_path):
+        fs.write_manifest(partial_path, {"step": step, "state": metadata}, file_hashes)
+        with fs.map_disk_errors(final_path):
             shutil.rmtree(final_path, ignore_errors=True)  # the same step, saved before a kill
             partial_path.rename(final_path)
-            fsync_path(self.directory)
-        atomic_write(self.directory / "latest", final_path.name + "\n")
+            fs.fsync_path(self.directory)
+        fs.atomic_write(self.directory / "latest", final_path.name + "\n")
         for old in list_checkpoints(self.directory.parent)[:-MAX_TO_KEEP]:
             shutil.rmtree(old)
         self.last_committed = final_path
@@ -322,14 +313,14 @@ def verify(path: Path) -> None:
     Raises:
         CorruptFileError: a file differs, or there is a tensor file that the manifest does not list.
     """
-    listed_files = verify_manifest(path)["files"]
+    listed_files = fs.verify_manifest(path)["files"]
     if unlisted := sorted(str(file) for file in path.glob("*.safetensors") if file.name not in listed_files):
         raise CorruptFileError("\n".join(f"{file}: not listed in the checkpoint's manifest" for file in unlisted))
 
 
 def load_metadata(path: Path) -> dict[str, Any]:
     """The `metadata` that the checkpoint was saved with."""
-    return read_manifest(path)["state"]
+    return fs.read_manifest(path)["state"]
 
 
 def load(path: Path, parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

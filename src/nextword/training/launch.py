@@ -38,14 +38,7 @@ from nextword.training.losses import LossFn, LossModule
 from nextword.training.optimizer import Optimizer
 from nextword.training.parallel import load_weights_, parallelize
 from nextword.training.remote_sync import CheckpointUploader
-from nextword.training.step import (
-    Dataset,
-    StepSettings,
-    TrainState,
-    fit_micro_batch_rows,
-    micro_batch_loss,
-    time_step,
-)
+from nextword.training.step import Dataset, StepSettings, TrainState, fit_micro_batch_rows, micro_batch_loss, time_step
 
 PARALLELISM_FIELDS = ("parallel", "tensor")  # settings that a resume may change
 OTHER_FILES_BYTES = 2**22  # metrics, samples, tokenizer, report

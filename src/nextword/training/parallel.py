@@ -107,47 +107,41 @@ def apply_tensor_parallel(model: "GPT", mesh: "DeviceMesh") -> None:
     stay split by vocabulary, see `model.cross_entropy.vocab_parallel_cross_entropy`.
     """
     from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        PrepareModuleInput,
-        RowwiseParallel,
-        SequenceParallel,
-        parallelize_module,
-    )
+    from torch.distributed.tensor import parallel as tp
 
-    def gather_sequence(num_other_inputs: int) -> PrepareModuleInput:
+    def gather_sequence(num_other_inputs: int) -> tp.PrepareModuleInput:
         others = (None,) * num_other_inputs
-        return PrepareModuleInput(input_layouts=(Shard(1), *others), desired_input_layouts=(Replicate(), *others))
+        return tp.PrepareModuleInput(input_layouts=(Shard(1), *others), desired_input_layouts=(Replicate(), *others))
 
-    norm, scatter_sequence = SequenceParallel(use_local_output=True), RowwiseParallel(output_layouts=Shard(1))
+    norm, scatter_sequence = tp.SequenceParallel(use_local_output=True), tp.RowwiseParallel(output_layouts=Shard(1))
     block_plan: dict[str, Any] = {
         "attention_norm": norm,
         "attention": gather_sequence(num_other_inputs=2),
-        "attention.query": ColwiseParallel(),
-        "attention.key": ColwiseParallel(),
-        "attention.value": ColwiseParallel(),
+        "attention.query": tp.ColwiseParallel(),
+        "attention.key": tp.ColwiseParallel(),
+        "attention.value": tp.ColwiseParallel(),
         "attention.output": scatter_sequence,
         "feed_forward_norm": norm,
         "feed_forward": gather_sequence(num_other_inputs=0),
-        "feed_forward.up": ColwiseParallel(),
+        "feed_forward.up": tp.ColwiseParallel(),
         "feed_forward.down": scatter_sequence,
     }
     if model.config.activation == "swiglu":
-        block_plan["feed_forward.gate"] = ColwiseParallel()
+        block_plan["feed_forward.gate"] = tp.ColwiseParallel()
     if model.config.qk_norm:  # normalises each head by itself; dimension 1 is the heads
         block_plan |= {"attention.query_norm": norm, "attention.key_norm": norm}
-    embedding = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
+    embedding = tp.RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
     model_plan: dict[str, Any] = {"token_embedding": embedding}
     if model.config.positions == "learned":
-        model_plan["position_embedding"] = SequenceParallel(sequence_dim=0, use_local_output=True)
+        model_plan["position_embedding"] = tp.SequenceParallel(sequence_dim=0, use_local_output=True)
     if model.config.norm_position == "pre":
         model_plan["final_norm"] = norm
     if model.head is not None:
-        model_plan["head"] = ColwiseParallel()
+        model_plan["head"] = tp.ColwiseParallel()
     register_sequence_parallel_hooks(model, mesh)
     for block in model.blocks:
-        parallelize_module(block, mesh, block_plan)
-    parallelize_module(model, mesh, model_plan)
+        tp.parallelize_module(block, mesh, block_plan)
+    tp.parallelize_module(model, mesh, model_plan)
 
 
 def register_sequence_parallel_hooks(model: "GPT", mesh: "DeviceMesh") -> None:

@@ -119,7 +119,7 @@ class CheckpointUploader:
             commit = json.dumps({"checkpoint": checkpoint.name, "run": run_hash, "folders": folders, "logs": logs})
             record = snapshot_dir / "commit.json"
             record.write_text(fs.to_json({"commit": commit, "sha256": hashlib.sha256(commit.encode()).hexdigest()}))
-            self._upload_file(record, f"commits/{checkpoint.name}.json")
+            self._upload_file(record, commit_path(checkpoint.name))
             self._prune()
             self.last_error = None
         except Exception as error:  # each kind of storage has its own; training continues, and the next upload retries
@@ -145,12 +145,12 @@ class CheckpointUploader:
     def _prune(self) -> None:
         """Remove old commits, and the files that no remaining commit names."""
         commits, used = self.list_commits(), set[str]()
-        for name, _ in commits[MAX_COMMITS:]:
-            self.filesystem.rm_file(name)
-        for _, commit in commits[:MAX_COMMITS]:
+        for commit in commits[:MAX_COMMITS]:
             used |= {*commit["folders"].values(), f"logs/{commit['checkpoint']}"}
+        for commit in commits[MAX_COMMITS:]:
+            self.filesystem.rm_file(commit_path(commit["checkpoint"]))
         for kind in ("checkpoints", "models", "logs"):
-            for path in self._list_files(kind):
+            for path in self.filesystem.find(kind):
                 if "/".join(path.split("/")[:2]) not in used:
                     self.filesystem.rm_file(path)
 
@@ -171,7 +171,7 @@ class CheckpointUploader:
                 return
             run_dir = RunDir(run_path)
             if run_dir.exists:
-                self._check_same_run(run_dir, commits[0][1])
+                self._check_same_run(run_dir, commits[0])
             elif not resume:
                 raise UsageError(
                     f"--mirror {self.url}: already holds a run. Continue it with --resume, or choose another place"
@@ -191,11 +191,11 @@ class CheckpointUploader:
                 f"({local or 'no checkpoint'}). Move that directory away, and the same command continues from the copy"
             )
 
-    def _restore_newest(self, commits: list[tuple[str, dict[str, Any]]], run_path: Path) -> None:
+    def _restore_newest(self, commits: list[dict[str, Any]], run_path: Path) -> None:
         """Download the newest valid commit, and move it into place at once."""
         staging_dir = run_path.with_name(f".{run_path.name}.{os.getpid()}.partial")
         problems = ""
-        for name, commit in commits:
+        for commit in commits:
             shutil.rmtree(staging_dir, ignore_errors=True)
             with fs.map_disk_errors(run_path):
                 self._download(commit, staging_dir)
@@ -203,6 +203,7 @@ class CheckpointUploader:
                 fs.verify_tree(staging_dir)
             except NextwordError as error:
                 problems = str(error).replace(str(staging_dir), self.url)
+                name = commit_path(commit["checkpoint"])
                 self.console.warn(f"{self.url}: {name} is corrupt and skipped:\n{problems}")
                 continue
             if run_path.exists():
@@ -216,7 +217,7 @@ class CheckpointUploader:
     def _download(self, commit: dict[str, Any], staging_dir: Path) -> None:
         files = {"run.json": "run.json"}
         for name, remote_dir in commit["folders"].items():
-            files |= {path: name + path.removeprefix(remote_dir) for path in self._list_files(remote_dir)}
+            files |= {path: name + path.removeprefix(remote_dir) for path in self.filesystem.find(remote_dir)}
         files |= {f"logs/{commit['checkpoint']}/{name}": name for name in commit["logs"]}
         for number, (remote_path, name) in enumerate(files.items(), start=1):
             path = staging_dir / name
@@ -228,21 +229,17 @@ class CheckpointUploader:
         self.console.close()
         (staging_dir / "checkpoints" / "latest").write_text(commit["checkpoint"] + "\n")
 
-    def list_commits(self) -> list[tuple[str, dict[str, Any]]]:
-        """Return the valid commits and their names, newest first."""
-        commits: list[tuple[str, dict[str, Any]]] = []
-        for name in sorted(self._list_files("commits"), reverse=True):
+    def list_commits(self) -> list[dict[str, Any]]:
+        """Return the valid commits, newest first."""
+        commits: list[dict[str, Any]] = []
+        for path in sorted(self.filesystem.find("commits"), reverse=True):
             try:
-                record = json.loads(self._read_bytes(name) or b"")
+                record = json.loads(self._read_bytes(path) or b"")
                 if hashlib.sha256(record["commit"].encode()).hexdigest() == record["sha256"]:
-                    commits.append((name, json.loads(record["commit"])))
+                    commits.append(json.loads(record["commit"]))
             except (ValueError, KeyError, TypeError, AttributeError):  # an interrupted upload
                 continue
         return commits
-
-    def _list_files(self, remote_path: str) -> list[str]:
-        """Every file below a remote directory, relative to the root."""
-        return [str(path) for path in self.filesystem.find(remote_path)]
 
     def _read_bytes(self, remote_path: str) -> bytes | None:
         """The content of a small file; None if it does not exist."""
@@ -250,6 +247,11 @@ class CheckpointUploader:
             return self.filesystem.cat_file(remote_path)
         except FileNotFoundError:
             return None
+
+
+def commit_path(checkpoint_name: str) -> str:
+    """The remote path of the commit of a checkpoint."""
+    return f"commits/{checkpoint_name}.json"
 
 
 def snapshot(run_dir: RunDir, checkpoint: Path) -> Path:

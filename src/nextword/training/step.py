@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,7 +74,7 @@ class TrainState:
             "tokens": self.tokens,
             "bad": self.nonfinite_streak,
             "detours": self.num_rollbacks,
-            "best": asdict(self.best),
+            "best": vars(self.best).copy(),
             "stopped": self.stopped_early,
         }
 
