@@ -67,14 +67,14 @@ def test_a_run_continues_from_remote_storage(texts, local_run, tmp_path, number)
     if number == signal.SIGTERM:
         assert commits(remote)[-1]["checkpoint"] == f"step-{steps_of(run):08d}", "the state when it was stopped"
     shutil.rmtree(run)
-    assert pretrain(texts, run, remote, resume=True)["steps"] == STEPS
+    assert pretrain(texts, run, remote, resume=True).steps == STEPS
     assert state_hashes(run) == state_hashes(local_run)
 
 
 def test_a_complete_run_is_restored(texts, local_run, tmp_path):
     run, restored, remote = tmp_path / "run", tmp_path / "restored", tmp_path / "remote"
     pretrain(texts, run, remote)
-    assert pretrain(texts, restored, remote, resume=True)["steps"] == STEPS
+    assert pretrain(texts, restored, remote, resume=True).steps == STEPS
     assert state_hashes(restored) == state_hashes(local_run)
     assert (restored / "report.html").read_bytes() == (run / "report.html").read_bytes()
     assert package.verify(restored)

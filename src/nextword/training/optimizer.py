@@ -5,7 +5,7 @@ Muon updates the matrices inside the blocks. AdamW updates everything else (embe
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -138,7 +138,7 @@ class AdamW:
     """
 
     def __init__(
-        self, groups: Iterable[tuple[list[Tensor], float]], *, betas: tuple[float, float], eps: float, fused: bool
+        self, groups: Iterable[tuple[Sequence[Tensor], float]], *, betas: tuple[float, float], eps: float, fused: bool
     ):
         self.groups = [(parameters, decay) for parameters, decay in groups if parameters]
         self.betas, self.eps, self.fused = betas, eps, fused
