@@ -12,7 +12,7 @@ import pytest
 import nextword as package
 from nextword.common.results import short_path_name
 from nextword.data.chat_format import encode_conversation
-from nextword.reporting.card import strip_directories
+from nextword.reporting.report import strip_directories
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")

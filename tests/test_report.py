@@ -19,7 +19,7 @@ from nextword.commands.cli import run as run_command
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.fs import write_manifest
 from nextword.common.results import AUDIT_FILE, EVALUATION_FILE, Provenance, StoredResults
-from nextword.evaluation.results_store import save_results
+from nextword.evaluation.evaluate import save_results
 from nextword.reporting.charts import downsample, moving_average
 from nextword.reporting.comparison import shortest_names
 from nextword.reporting.report import refresh_unmodified, write_card, write_report

@@ -16,8 +16,8 @@ from nextword.commands.evaluate import EvaluateResult
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.fs import write_manifest
 from nextword.data.issues import IssueLog
-from nextword.evaluation import benchmarks
-from nextword.evaluation.benchmarks import (
+from nextword.evaluation import evaluate as evaluation
+from nextword.evaluation.evaluate import (
     EvalModels,
     compare_models,
     evaluate_benchmark,
@@ -191,7 +191,7 @@ def test_the_result_of_a_benchmark(base, files):
 
 
 def test_the_shuffled_control_is_a_sample(base, files, monkeypatch):
-    monkeypatch.setattr(benchmarks, "DEFAULT_ITEM_LIMIT", 10)
+    monkeypatch.setattr(evaluation, "DEFAULT_ITEM_LIMIT", 10)
     result = evaluate_benchmark(EvalModels(load(base)), find_benchmark(f"arc={files / 'quiz.jsonl'}"), limit=None)
     assert (result["n"], result["scrambled"]["n"]) == (40, 10)
 

@@ -203,9 +203,8 @@ def format_groups(groups: dict[str, dict[str, Any]]) -> list[str]:
 def evaluate(config: EvaluateConfig, context: Context) -> EvaluateResult:
     from nextword.common.results import StoredResults
     from nextword.common.run_dir import RunDir
-    from nextword.evaluation.benchmarks import EvalModels, evaluate_benchmark
+    from nextword.evaluation.evaluate import EvalModels, evaluate_benchmark, evaluate_text, load_eval_text
     from nextword.evaluation.lm_eval_adapter import run_lm_eval_task
-    from nextword.evaluation.text_evaluation import evaluate_text, load_eval_text
     from nextword.pipeline.language_model import load
     from nextword.tasks.benchmark_items import DEFAULT_ITEM_LIMIT
     from nextword.tasks.benchmark_spec import find_benchmarks
@@ -242,7 +241,7 @@ def evaluate(config: EvaluateConfig, context: Context) -> EvaluateResult:
 def store_results(config: EvaluateConfig, result: dict[str, Any], stride: int | None, console: Console) -> None:
     """Store the results in the run directory and refresh its report. A failure is only a warning."""
     from nextword.common.results import short_path_name
-    from nextword.evaluation.results_store import make_provenance, save_results
+    from nextword.evaluation.evaluate import make_provenance, save_results
     from nextword.reporting.report import refresh_unmodified
 
     settings = {

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise, product
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 from statistics import median_high
 from typing import Any
@@ -16,7 +16,7 @@ from nextword.common.console import Console
 from nextword.common.environment import library_versions
 from nextword.common.errors import UsageError
 from nextword.common.run_dir import RunDir, RunInterruptedError, catch_signals, open_run
-from nextword.common.statistics import seed_interval
+from nextword.common.statistics import ScoreWithCI, seed_interval
 from nextword.pipeline.predictor import SELECTION_METRIC
 from nextword.training.launch import check_resume_config
 
@@ -153,21 +153,22 @@ def run_cell(finetune: FinetuneFunction, run_dir: RunDir, count: int | None, see
 def summarize(runs: Sequence[StudyRun]) -> dict[str, Any]:
     """The result of a study: both curves with confidence intervals over seeds, and the equivalent label ratio."""
     metric = runs[0].metric
-    points: list[dict[str, Any]] = []
-    for count in sorted({run.examples for run in runs}):
-        point: dict[str, Any] = {"examples": count}
-        for name, pretrained in (("pretrained", True), ("scratch", False)):
-            scores = [run.score for run in runs if run.examples == count and run.pretrained == pretrained]
-            point[name] = seed_interval(scores).to_dict()
-        points.append(point)
     higher_is_better = metric not in LOWER_IS_BETTER_METRICS
-    curve = [(point["examples"], point["pretrained"]["value"], point["scratch"]["value"]) for point in points]
-    label_ratio = equivalent_label_ratio(curve, 1 if higher_is_better else -1)
+
+    def interval(count: int, pretrained: bool) -> ScoreWithCI:
+        return seed_interval([run.score for run in runs if (run.examples, run.pretrained) == (count, pretrained)])
+
+    counts = sorted({run.examples for run in runs})
+    curves = [(count, interval(count, True), interval(count, False)) for count in counts]
+    label_ratio = equivalent_label_ratio(
+        [(count, pretrained.value, scratch.value) for count, pretrained, scratch in curves],
+        sign=1 if higher_is_better else -1,
+    )
     return {
         "task": runs[0].task,
         "metric": metric,
         "higher_is_better": higher_is_better,
-        "points": points,
+        "points": [{"examples": n, "pretrained": a.to_dict(), "scratch": b.to_dict()} for n, a, b in curves],
         "baselines": max(runs, key=lambda run: run.examples).baselines,
         "worth": label_ratio,
         "sentence": headline(label_ratio),
@@ -189,22 +190,17 @@ def equivalent_label_ratio(points: Sequence[tuple[int, float, float]], sign: int
         "ratio": the median of m / n; if no m is within the data, the greatest lower bound, with "at_least" true; None if the
         smallest number of examples is enough from scratch. "examples": its n. "ratios": all pairs [m / n, n].
     """
-    best_score = -math.inf
-    curve: list[tuple[float, float]] = []
-    for n, _, scratch in points:
-        best_score = max(best_score, sign * scratch)
-        curve.append((math.log(n), best_score))
+    best_scores = accumulate((sign * scratch for _, _, scratch in points), max)
+    curve = [(math.log(n), best) for (n, _, _), best in zip(points, best_scores, strict=True)]
     ratios: list[tuple[float, int]] = []
     bounds: list[tuple[float, int]] = []
     for n, pretrained, _ in points:
         goal = sign * pretrained
-        if goal <= curve[0][1]:  # reached with the smallest number of examples: no ratio is known
-            continue
         if goal > curve[-1][1]:
             bounds.append((points[-1][0] / n, n))
-            continue
-        (x0, y0), (x1, y1) = next((a, b) for a, b in pairwise(curve) if b[1] >= goal)
-        ratios.append((math.exp(x0 + (x1 - x0) * (goal - y0) / (y1 - y0)) / n, n))
+        elif goal > curve[0][1]:  # otherwise the smallest number of examples reaches it, and no ratio is known
+            (x0, y0), (x1, y1) = next((a, b) for a, b in pairwise(curve) if b[1] >= goal)
+            ratios.append((math.exp(x0 + (x1 - x0) * (goal - y0) / (y1 - y0)) / n, n))
     ratio, n = median_high(ratios) if ratios else max(bounds, default=(None, None))
     at_least = not ratios and bool(bounds)
     return {"ratio": ratio, "examples": n, "at_least": at_least, "ratios": [list(pair) for pair in ratios]}
@@ -215,14 +211,11 @@ def headline(label_ratio: dict[str, Any]) -> str:
     ratio, n = label_ratio["ratio"], label_ratio["examples"]
     if ratio is None:
         return "Pre-training saves no labels here: training from scratch does as well with the fewest examples."
+    if label_ratio["at_least"] and ratio <= 1:
+        return f"With all {n:,} labels pre-training is better; how many labels it saves is beyond the data."
+    scratch = f"training from scratch with {round(ratio * n):,}."
     if label_ratio["at_least"]:
-        if ratio <= 1:
-            return f"With all {n:,} labels pre-training is better; how many labels it saves is beyond the data."
-        return (
-            f"Pre-training is worth more than {ratio:.0f} times the labels here: with {n:,} labels it is better than "
-            f"training from scratch with {round(ratio * n):,}."
-        )
-    equivalent = f"with {n:,} labels it matches training from scratch with {round(ratio * n):,}."
-    if ratio < 1:
-        return f"Pre-training costs labels here: {equivalent}"
-    return f"Pre-training is worth {ratio:.{1 if ratio < 10 else 0}f} times the labels here: {equivalent}"
+        start = f"Pre-training is worth more than {ratio:.0f} times the labels here:"
+        return f"{start} with {n:,} labels it is better than {scratch}"
+    worth = "costs labels here" if ratio < 1 else f"is worth {ratio:.{1 if ratio < 10 else 0}f} times the labels here"
+    return f"Pre-training {worth}: with {n:,} labels it matches {scratch}"

@@ -14,8 +14,8 @@ import numpy as np
 
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError, import_optional
-from nextword.common.statistics import proportion
-from nextword.evaluation.benchmarks import to_dict
+from nextword.common.statistics import ScoreWithCI, proportion
+from nextword.evaluation.evaluate import to_dict
 from nextword.inference.engine import Engine
 from nextword.inference.loglikelihood import LoglikelihoodScorer, ScoredSequence
 from nextword.inference.sampling import Sampling
@@ -81,13 +81,14 @@ class LMEvalAdapter:
 
     @property
     def tokenizer_name(self) -> str:
+        """Names the model in the caches of lm-eval."""
         return str(self.model.path)
 
 
 def _sampling_from_generation_kwargs(generation_kwargs: dict[str, Any]) -> Sampling:
     """The sampling of lm-eval's `generation_kwargs`: greedy unless they set do_sample or a temperature."""
     settings = {name: value for name, value in generation_kwargs.items() if value is not None}
-    until = settings.get("until") or []
+    until: str | list[str] = settings.get("until") or []
     sampling = Sampling(
         temperature=0.0,
         max_tokens=int(next((settings[key] for key in MAX_TOKENS_KEYS if key in settings), DEFAULT_MAX_TOKENS)),
@@ -146,52 +147,47 @@ def run_lm_eval_task(
     }
     if list(task_results) == [task]:
         return task_results[task]
+    scores = [result["score"] for result in task_results.values()]
+    reported = next(iter(_reported_metrics(results["results"].get(task, {})).values()), None)
+    score = float(reported if isinstance(reported, int | float) else np.mean(scores))
     return {
         "metric": "tasks",
-        "groups": task_results,
-        "n": sum(result["n"] for result in task_results.values()),
-        "score": _group_score([result["score"] for result in task_results.values()], results["results"].get(task, {})),
-        "low": None,
-        "high": None,
+        **to_dict(ScoreWithCI(score, n=sum(result["n"] for result in task_results.values()))),
         "chance": None,
         "above_chance": None,
         "scrambled": None,
+        "groups": task_results,
     }
+
+
+def _reported_metrics(results: dict[str, Any]) -> dict[str, Any]:
+    """The metrics that lm-eval reports for a task or a group, by name, without their standard errors."""
+    return {key.partition(",")[0]: value for key, value in results.items() if "," in key and "stderr" not in key}
 
 
 def _summarize_task(
     samples: Sequence[dict[str, Any]], output_type: str | None, results: dict[str, Any]
 ) -> dict[str, Any]:
     """The result of a task. A metric that is not a mean over items, such as perplexity, has no confidence interval."""
-    reported = {key.partition(",")[0]: value for key, value in results.items() if "," in key and "stderr" not in key}
     scores: dict[str, dict[str, Any]] = {}
-    for name, value in reported.items():
+    for name, value in _reported_metrics(results).items():
         values: list[Any] = [sample.get(name) for sample in samples]
         is_mean = all(isinstance(entry, int | float | np.number) for entry in values) and math.isclose(
             float(np.mean(values)), value, rel_tol=1e-6, abs_tol=1e-9
         )
-        if is_mean:
-            scores[name] = to_dict(proportion(list(map(float, values))))
-        else:
-            scores[name] = {"score": value, "low": None, "high": None, "n": len(samples)}
+        score = proportion(list(map(float, values))) if is_mean else ScoreWithCI(value, n=len(samples))
+        scores[name] = to_dict(score)
     means = [name for name, score in scores.items() if score["low"] is not None]
     metric = next(iter([*(name for name in ("acc_norm", "acc", "exact_match") if name in means), *means, *scores]))
     is_choice = output_type == "multiple_choice" and metric.startswith("acc")
     chance = float(np.mean([1 / len(sample["resps"]) for sample in samples])) if is_choice else None
-    score = scores.pop(metric)
+    main_score = scores.pop(metric)
     return {
         "metric": metric,
-        **score,
+        **main_score,
         "chance": chance,
-        "above_chance": None if chance is None else score["low"] > chance,
+        "above_chance": None if chance is None else main_score["low"] > chance,
         "scrambled": None,
         "groups": {},
         "others": scores,
     }
-
-
-def _group_score(task_scores: Sequence[float], results: dict[str, Any]) -> float:
-    """The score that lm-eval reports for a group; the mean of its tasks if there is none."""
-    reported = (value for key, value in results.items() if "," in key and "stderr" not in key)
-    score = next(reported, None)
-    return float(score) if isinstance(score, int | float) else float(np.mean(task_scores))

@@ -4,8 +4,8 @@ Shapes: T tokens, L layers, H heads, G key-value heads, K head width, D model wi
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,31 +53,27 @@ def attention_weights(query: Tensor, key: Tensor) -> Tensor:
 def capture(model: GPT, input_ids: Sequence[int]) -> Activations:
     """Run a model on a text [T] and capture its activations."""
     streams: list[Tensor] = []
-    captured: list[dict[str, Any]] = [{} for _ in model.blocks]
-
-    def store(values: dict[str, Any], name: str) -> Any:
-        return lambda module, inputs, output: values.update({name: output})
-
-    with ExitStack() as hooks:
-        for block, values in zip(model.blocks, captured, strict=True):
-            attention = block.attention
-            for handle in (
-                block.register_forward_pre_hook(lambda module, inputs: streams.append(inputs[0][0])),
-                attention.register_forward_pre_hook(
-                    lambda module, inputs, v=values: v.update(rotation=inputs[1].rotary_cos_sin)
-                ),
-                attention.query_norm.register_forward_hook(store(values, "query")),  # identities without QK-norm
-                attention.key_norm.register_forward_hook(store(values, "key")),
-            ):
-                hooks.callback(handle.remove)
-        handle = model.blocks[-1].register_forward_hook(lambda module, inputs, output: streams.append(output[0]))
-        hooks.callback(handle.remove)
+    queries: list[Any] = []  # [1, H, T, K] of each layer
+    keys: list[Any] = []  # [1, G, T, K] of each layer
+    rotations: list[tuple[Tensor, Tensor] | None] = []
+    handles = [model.blocks[-1].register_forward_hook(lambda module, inputs, output: streams.append(output[0]))]
+    for block in model.blocks:
+        attention = block.attention
+        handles += [
+            block.register_forward_pre_hook(lambda module, inputs: streams.append(inputs[0][0])),
+            attention.register_forward_pre_hook(lambda module, inputs: rotations.append(inputs[1].rotary_cos_sin)),
+            attention.query_norm.register_forward_hook(lambda module, inputs, output: queries.append(output)),
+            attention.key_norm.register_forward_hook(lambda module, inputs, output: keys.append(output)),
+        ]  # the norms are identities without QK-norm
+    try:
         model(torch.tensor([list(input_ids)], device=model.unembedding.device))
+    finally:
+        for handle in handles:
+            handle.remove()
     weights: list[Tensor] = []
-    for values in captured:
-        query, key = values["query"], values["key"]  # [1, H, T, K] and [1, G, T, K]
-        if values["rotation"] is not None:
-            query, key = (apply_rotary_embedding(x, *values["rotation"]) for x in (query, key))
+    for query, key, rotation in zip(queries, keys, rotations, strict=True):
+        if rotation is not None:
+            query, key = (apply_rotary_embedding(x, *rotation) for x in (query, key))
         weights.append(attention_weights(query[0], key[0]).float())
     return Activations(torch.stack(weights), torch.stack(streams))
 
@@ -104,7 +100,7 @@ def logit_lens(model: GPT, residual_stream: Tensor) -> Tensor:
 
 
 @contextmanager
-def override_embeddings(model: GPT, embeddings: Tensor) -> Iterator[None]:
+def override_embeddings(model: GPT, embeddings: Tensor) -> Generator[None]:
     """Replace the model's token embeddings by `embeddings` [B, T, D], whatever its input tokens."""
     handle = model.token_embedding.register_forward_hook(lambda module, inputs, output: embeddings)
     try:

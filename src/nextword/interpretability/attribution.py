@@ -39,10 +39,12 @@ class Attributions:
 
     @property
     def output_difference(self) -> float:
+        """What the attributions should add up to."""
         return self.target_output - self.baseline_output
 
     @property
     def total(self) -> float:
+        """What the attributions add up to."""
         return float(np.sum(self.per_token))
 
     @property
@@ -67,6 +69,7 @@ def integrated_gradients(
     there are 1,024 points.
 
     Args:
+        model: the model.
         input_ids: the tokens [T].
         output_function: the output from the hidden states.
         fixed_positions: tokens that keep their embedding in the baseline, such as the special tokens of a task.
@@ -81,7 +84,7 @@ def integrated_gradients(
             return output_function(model(tokens.expand(len(points), -1)))
 
     with torch.no_grad():
-        target, reference = output_at(torch.stack((embeddings, baseline))).double().tolist()
+        target, reference = output_at(torch.stack((embeddings, baseline))).cpu().double().numpy().tolist()
     steps = INITIAL_STEPS
     while True:
         per_token = _integrate_path(output_at, embeddings, baseline, steps)
@@ -102,4 +105,4 @@ def _integrate_path(output_at: OutputFunction, embeddings: Tensor, baseline: Ten
         points = (baseline + alpha * (embeddings - baseline)).requires_grad_()  # [B, T, D]
         (batch_gradient,) = torch.autograd.grad(output_at(points).sum(), points)
         gradient += (batch_gradient.cpu().double() * torch.as_tensor(weights[batch] / 2)[:, None, None]).sum(0)
-    return ((embeddings - baseline).cpu().double() * gradient).sum(-1).tolist()
+    return ((embeddings - baseline).cpu().double() * gradient).sum(-1).numpy().tolist()

@@ -5,21 +5,51 @@ Shapes: T tokens, L layers, H heads, D model width, V vocabulary.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nextword.common.errors import UsageError
+from nextword.common.fs import read_json
+from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import Tokenizer
-from nextword.interpretability.activations import Activations, capture, head_patterns, logit_lens
-from nextword.interpretability.attribution import Attributions, OutputFunction, integrated_gradients
-from nextword.interpretability.inputs import ModelInput, has_lm_head, next_token_id, prepare_input
+from nextword.interpretability.activations import capture, head_patterns, logit_lens, max_explained_tokens
+from nextword.interpretability.attribution import OutputFunction, integrated_gradients
 from nextword.model.gpt import GPT
+from nextword.model.hf_config import parse_labels
 from nextword.pipeline.language_model import LanguageModel
+from nextword.pipeline.predictor import Predictor
+from nextword.tasks.dataset import HEAD_KINDS, EncodedExample, ExampleEncoder, TaskSpec, TokenSequence
+from nextword.tasks.examples import example_from_texts
 
 TOP_K = 10  # next tokens listed per position
 ROUND_DIGITS = 6  # of weights and probabilities
+PROBLEM_TYPES: dict[str, Any] = {"multi_label_classification": "labels", "regression": "score"}
+UNLIMITED_CONTEXT = 10**9
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """One sequence to explain: a text to continue, or an example of a task with its special tokens.
+
+    Attributes:
+        input_ids: its tokens [T].
+        task: the task the model was fine-tuned for, if any.
+        output_names: the outputs of the task head; empty for a language model, which predicts the next token.
+        target_index: the output that is explained.
+        prediction: the model's prediction, as `nextword predict` prints it.
+        notes: remarks for the reader, one sentence each.
+    """
+
+    input_ids: list[int]
+    task: str | None = None
+    output_names: Sequence[str] = ()
+    target_index: int = 0
+    prediction: dict[str, Any] | None = None
+    notes: Sequence[str] = ()
 
 
 def explain(
@@ -28,44 +58,47 @@ def explain(
     """Explain a prediction, as `nextword explain --json` prints it.
 
     Args:
+        model: the model.
         texts: one text; for a fine-tuned model the texts of one example, as `nextword predict` takes them.
         word: the next word whose probability is explained (default: the likeliest token).
         label: the label whose logit is explained (default: the predicted label).
 
     Returns:
         `tokens`: every token with its `text`, its `probability`, `rank` (from 1) and `surprisal` in bits given the tokens
-            before
-        it (None for the first and for special tokens), and `next`, the likeliest tokens to follow. `attention`: [L][H][t],
-        the weights on the tokens 0 … t. `heads`: [L][H], the share of attention on the token before, the first one and
-        itself. `layers`: for the embeddings and every layer, the likeliest token at each position by the logit lens.
-        `leaning`: the attributions of the explained output to the tokens, with their sum, the value it should have, and the
-        relative error.
+        before it (None for the first and for special tokens), and `next`, the likeliest tokens to follow. `attention`:
+        [L][H][t], the weights on the tokens 0 … t. `heads`: [L][H], the share of attention on the token before, the first
+        one and itself. `layers`: for the embeddings and every layer, the likeliest token at each position by the logit
+        lens. `leaning`: the attributions of the explained output to the tokens, with their sum, the value it should have,
+        and the relative error.
 
     Raises:
         UsageError: texts, a word or a label that do not fit the model.
     """
     model_input = prepare_input(model, texts, label)
-    input_ids, notes = model_input.input_ids, list(model_input.notes)
+    input_ids, notes, config = model_input.input_ids, list(model_input.notes), model.gpt.config
     activations, predicts_tokens = capture(model.gpt, input_ids), has_lm_head(model)
     if model_input.output_names:
         if word is not None:
             raise UsageError("--word is for models that generate text; this model has a task head: use --label LABEL")
-        kind, target = "label", model_input.output_names[model_input.target_index]
+        kind, unit, target = "label", "logit", model_input.output_names[model_input.target_index]
         output_function = class_logit(model.gpt, model_input.target_index)
     else:
-        token_id, note = int(logit_lens(model.gpt, activations.residual_streams[-1, -1:]).argmax()), None
+        token_id = int(logit_lens(model.gpt, activations.residual_streams[-1, -1:]).argmax())
         if word is not None:
             token_id, note = next_token_id(model, input_ids, word)
-        notes += [note] if note else []
-        kind, target = "word", describe_token(model.tokenizer, token_id)["text"]
+            notes += [note] if note else []
+        kind, unit, target = "word", "nats", describe_token(model.tokenizer, token_id)["text"]
         output_function = token_log_prob(model.gpt, token_id)
     if not predicts_tokens:
         notes.append("This model was made for its task and no longer predicts tokens.")
-    entries = _describe_tokens(model, input_ids, activations, predicts_tokens)
-    special = [t for t, entry in enumerate(entries) if entry["kind"] == "marker"]
-    fixed_positions = [] if len(special) == len(entries) else special
+    tokens = [describe_token(model.tokenizer, token_id) for token_id in input_ids]
+    special = [t for t, token in enumerate(tokens) if token["kind"] == "marker"]
+    fixed_positions = [] if len(special) == len(tokens) else special
     attributions = integrated_gradients(model.gpt, input_ids, output_function, fixed_positions)
-    config = model.gpt.config
+    if predicts_tokens:
+        tokens = _with_probabilities(model, tokens, logit_lens(model.gpt, activations.residual_streams[-1]))
+    shares = np.round(head_patterns(activations.attention).double().numpy(), ROUND_DIGITS).tolist()
+    attention = np.round(activations.attention.double().numpy(), ROUND_DIGITS)
     return {
         "model": str(model.path),
         "about": {
@@ -80,11 +113,26 @@ def explain(
         "texts": list(texts),
         "notes": notes,
         "answer": model_input.prediction,
-        "tokens": entries,
-        "attention": _attention_to_list(activations.attention),
-        "heads": _head_patterns_to_list(activations.attention),
-        "layers": _describe_layers(model, model_input, activations, predicts_tokens),
-        "leaning": _attributions_to_dict(attributions, kind, target),
+        "tokens": tokens,
+        "attention": [[[row[: t + 1].tolist() for t, row in enumerate(head)] for head in layer] for layer in attention],
+        "heads": [[_describe_head(head) for head in layer] for layer in shares],
+        "layers": [
+            {"layer": layer, **_describe_layer(model, model_input, stream, predicts_tokens)}
+            for layer, stream in enumerate(activations.residual_streams)
+        ],
+        "leaning": {
+            "kind": kind,
+            "target": target,
+            "unit": unit,
+            "baseline": "the mean of all token embeddings for every token but special tokens",
+            "parts": attributions.per_token,
+            "sum": attributions.total,
+            "output": attributions.target_output,
+            "at_baseline": attributions.baseline_output,
+            "difference": attributions.output_difference,
+            "relative_error": attributions.completeness_error,
+            "steps": attributions.steps,
+        },
     }
 
 
@@ -96,6 +144,9 @@ def token_log_prob(model: GPT, token_id: int) -> OutputFunction:
 def class_logit(model: GPT, class_index: int) -> OutputFunction:
     """One logit of the classification head at the last position."""
     return lambda hidden: model.classify(hidden[:, -1]).float()[:, class_index]
+
+
+# ---------------------------------------------------------------- tokens and layers
 
 
 def describe_token(tokenizer: Tokenizer, token_id: int) -> dict[str, Any]:
@@ -110,86 +161,155 @@ def describe_token(tokenizer: Tokenizer, token_id: int) -> dict[str, Any]:
         return {"id": token_id, "text": token_bytes.hex(" ").upper(), "kind": "bytes"}
 
 
-def _describe_tokens(
-    model: LanguageModel, input_ids: Sequence[int], activations: Activations, predicts_tokens: bool
-) -> list[dict[str, Any]]:
-    """The tokens of the text, with their probabilities and the likeliest tokens to follow."""
-    entries = [describe_token(model.tokenizer, token_id) for token_id in input_ids]
-    if not predicts_tokens:
-        return entries
-    probabilities = logit_lens(model.gpt, activations.residual_streams[-1]).cpu().double().softmax(-1)  # [T, V]
-    top_probabilities, top_ids = probabilities.topk(min(TOP_K, probabilities.shape[-1]))
-    for t, entry in enumerate(entries):
-        entry |= {"probability": None, "rank": None, "surprisal": None}
-        if t and entry["kind"] != "marker":  # special tokens are inserted, not predicted
-            probability = float(probabilities[t - 1, input_ids[t]])
-            rank = 1 + int((probabilities[t - 1] > probability).sum())
-            surprisal = -math.log2(max(probability, 1e-300))
-            entry |= {"probability": probability, "rank": rank, "surprisal": surprisal}
-        entry["next"] = [
-            {**describe_token(model.tokenizer, token_id), "probability": probability}
-            for token_id, probability in zip(top_ids[t].tolist(), top_probabilities[t].tolist(), strict=True)
-        ]
-    return entries
-
-
-def _attention_to_list(attention: Tensor) -> list[Any]:
-    """The rows of the causal attention weights, each up to its own token."""
-    return [
-        [[[round(x, ROUND_DIGITS) for x in row[: t + 1]] for t, row in enumerate(head)] for head in layer]
-        for layer in attention.tolist()
-    ]
-
-
-def _head_patterns_to_list(attention: Tensor) -> list[Any]:
-    def describe(shares: list[float]) -> dict[str, float | None]:
-        rounded = [None if math.isnan(share) else round(share, ROUND_DIGITS) for share in shares]
-        return dict(zip(("before", "first", "itself"), rounded, strict=True))
-
-    return [[describe(head) for head in layer] for layer in head_patterns(attention).tolist()]
-
-
-def _describe_layers(
-    model: LanguageModel, model_input: ModelInput, activations: Activations, predicts_tokens: bool
-) -> list[dict[str, Any]]:
-    """The logit lens after the embeddings and every layer: the likeliest token at each position, and the outputs of a head."""
+def _with_probabilities(model: LanguageModel, tokens: Sequence[dict[str, Any]], logits: Tensor) -> list[dict[str, Any]]:
+    """The tokens of the text with their probabilities and the likeliest tokens to follow, from the logits [T, V]."""
+    probabilities = logits.cpu().double().softmax(-1)
+    top_probabilities, top_ids = (top.numpy() for top in probabilities.topk(min(TOP_K, probabilities.shape[-1])))
     entries: list[dict[str, Any]] = []
-    for layer, stream in enumerate(activations.residual_streams):
-        entry: dict[str, Any] = {"layer": layer}
-        if predicts_tokens:
-            probabilities, ids = logit_lens(model.gpt, stream).softmax(-1).max(-1)  # [T]
-            entry["says"] = [
-                {**describe_token(model.tokenizer, token_id), "probability": round(probability, ROUND_DIGITS)}
-                for token_id, probability in zip(ids.tolist(), probabilities.tolist(), strict=True)
-            ]
-        if model_input.output_names:
-            entry["outputs"] = _head_outputs(model.gpt, stream[-1:], model_input)
+    for t, token in enumerate(tokens):
+        entry = {**token, "probability": None, "rank": None, "surprisal": None}
+        if t and token["kind"] != "marker":  # special tokens are inserted, not predicted
+            probability = float(probabilities[t - 1, token["id"]])
+            entry["probability"] = probability
+            entry["rank"] = 1 + int((probabilities[t - 1] > probability).sum())
+            entry["surprisal"] = -math.log2(max(probability, 1e-300))
+        entry["next"] = _describe_candidates(model, top_ids[t], top_probabilities[t])
         entries.append(entry)
     return entries
 
 
-@torch.no_grad()
-def _head_outputs(model: GPT, last_hidden: Tensor, model_input: ModelInput) -> dict[str, float]:
-    """What the task head computes from a layer's last position [1, D]: probabilities of labels, or a score."""
-    logits = model.classify(model.final_norm(last_hidden))[0].float()
-    if "labels" in (model_input.prediction or {}):
-        logits = logits.sigmoid()
-    elif len(model_input.output_names) > 1:
-        logits = logits.softmax(-1)
-    return dict(zip(model_input.output_names, logits.tolist(), strict=True))
+def _describe_head(shares: Sequence[float]) -> dict[str, float | None]:
+    """The shares of a head's attention; None in texts that are too short to tell them apart."""
+    names = ("before", "first", "itself")
+    return {name: None if math.isnan(share) else share for name, share in zip(names, shares, strict=True)}
 
 
-def _attributions_to_dict(attributions: Attributions, kind: str, target: str) -> dict[str, Any]:
-    return {
-        "kind": kind,
-        "target": target,
-        "unit": "nats" if kind == "word" else "logit",
-        "baseline": "the mean of all token embeddings for every token but special tokens",
-        "parts": attributions.per_token,
-        "sum": attributions.total,
-        "output": attributions.target_output,
-        "at_baseline": attributions.baseline_output,
-        "difference": attributions.output_difference,
-        "relative_error": attributions.completeness_error,
-        "steps": attributions.steps,
-    }
+def _describe_layer(
+    model: LanguageModel, model_input: ModelInput, stream: Tensor, predicts_tokens: bool
+) -> dict[str, Any]:
+    """A layer's residual stream [T, D] by the logit lens: the likeliest token at each position, and the outputs of a head."""
+    entry: dict[str, Any] = {}
+    if predicts_tokens:
+        probabilities, ids = (top.cpu().numpy() for top in logit_lens(model.gpt, stream).softmax(-1).max(-1))  # [T]
+        entry["says"] = _describe_candidates(model, ids, np.round(probabilities.astype(np.float64), ROUND_DIGITS))
+    if model_input.output_names:
+        with torch.no_grad():
+            logits = model.gpt.classify(model.gpt.final_norm(stream[-1:]))[0].float()
+        if "labels" in (model_input.prediction or {}):
+            logits = logits.sigmoid()
+        elif len(model_input.output_names) > 1:
+            logits = logits.softmax(-1)
+        entry["outputs"] = dict(zip(model_input.output_names, logits.cpu().numpy().tolist(), strict=True))
+    return entry
+
+
+def _describe_candidates(model: LanguageModel, ids: np.ndarray, probabilities: np.ndarray) -> list[dict[str, Any]]:
+    return [
+        {**describe_token(model.tokenizer, token_id), "probability": probability}
+        for token_id, probability in zip(ids.tolist(), probabilities.tolist(), strict=True)
+    ]
+
+
+# ---------------------------------------------------------------- input
+
+
+def prepare_input(model: LanguageModel, texts: Sequence[str], label: str | None) -> ModelInput:
+    """The tokens of a text, or of a task's example in its template.
+
+    Raises:
+        UsageError: the number of texts does not fit the task, or the model does not have the label.
+    """
+    task_spec, max_tokens = _resolve_task_spec(model), max_explained_tokens(model.gpt)
+    if task_spec is not None and task_spec.kind in HEAD_KINDS:
+        return _prepare_example(model, task_spec, texts, label, max_tokens)
+    if label is not None:
+        raise UsageError("--label is for models with labels; this model generates text: use --word WORD")
+    if task_spec is None:
+        if len(texts) != 1:
+            raise UsageError(f"this model takes one text, but {len(texts)} were given: put it in quotation marks")
+        full = _encode_plain_text(model.tokenizer, texts[0])
+        note = f"The text has {len(full):,} tokens; the last {max_tokens:,} of them are explained."
+        return ModelInput(full[-max_tokens:], notes=[note] if len(full) > max_tokens else [])
+    example = example_from_texts(task_spec.task, texts)
+    limits = (UNLIMITED_CONTEXT, max_tokens + max(1, task_spec.answer_tokens))
+    full, truncated = (ExampleEncoder(task_spec, model.tokenizer, limit).encode_prompt(example) for limit in limits)
+    note = f"The text has {len(full):,} tokens with its special tokens; it is truncated to {max_tokens:,}."
+    return ModelInput(truncated, task_spec.task, notes=[note] if len(full) > max_tokens else [])
+
+
+def _resolve_task_spec(model: LanguageModel) -> TaskSpec | None:
+    """The task specification of a model; for a stock directory with a classification head, that of plain texts."""
+    if model.task_spec is not None or not model.gpt.config.n_labels:
+        return model.task_spec
+    path = model.directory / "config.json"
+    config = read_json(path)
+    default = "label" if model.gpt.config.n_labels > 1 else "score"
+    kind = PROBLEM_TYPES.get(str(config.get("problem_type")), default)
+    return TaskSpec("classify", kind, tuple(parse_labels(config, path) or ()))
+
+
+def _prepare_example(
+    model: LanguageModel, task_spec: TaskSpec, texts: Sequence[str], label: str | None, max_tokens: int
+) -> ModelInput:
+    """An example of a task with a head, and the prediction for it."""
+    example, issues = example_from_texts(task_spec.task, texts), IssueLog()
+    if model.task_spec is None:  # the head of a stock class reads the last token of the plain text
+        token_ids = np.array(_encode_plain_text(model.tokenizer, texts[0])[:max_tokens])
+        encoded = EncodedExample((TokenSequence(token_ids, token_ids >= 0),))
+    else:
+        encoded = ExampleEncoder(task_spec, model.tokenizer, max_tokens).encode(example, issues, with_target=False)
+        if encoded is None:
+            raise UsageError(f"this example is not usable: {issues.issues[-1]}")
+    predictor = Predictor(model.gpt, model.tokenizer, task_spec)
+    (logits,) = predictor.logits([encoded])
+    prediction = predictor.prediction(logits, example)
+    is_choice = task_spec.kind == "choice"
+    output_names = task_spec.output_names
+    options = [str(i) for i in range(len(logits))] if is_choice else list(output_names)
+    if label is not None and label not in options:
+        raise UsageError(f"--label {label!r}: this model has {', '.join(options)}")
+    target = int(logits.argmax()) if label is None else options.index(label)
+    notes = [f"The text is truncated to {max_tokens:,} tokens."] if issues.issues else []
+    if task_spec.task == "similarity":
+        notes.append("The score is the sum over both orders of the texts; the given order is explained.")
+    if is_choice:
+        notes.append(f"Each choice is read by itself after the question; choice {target} is explained.")
+    sequence, index = encoded.sequences[target if is_choice else 0], 0 if is_choice else target
+    return ModelInput(sequence.ids.tolist(), task_spec.task, output_names, index, prediction, notes)
+
+
+def _encode_plain_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a text after the beginning-of-text token, if there is one; never empty."""
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return [*begin, *tokenizer.encode(text)] or [tokenizer.eos_id]
+
+
+def has_lm_head(model: LanguageModel) -> bool:
+    """Whether the model predicts tokens. A classification model does not if its output embeddings were untied: its stock class
+    does not store them."""
+    if not model.gpt.config.n_labels:
+        return True
+    tied = read_json(model.directory / "config.json").get("tie_word_embeddings")
+    return model.gpt.config.family in ("gpt1", "gpt2") if tied is None else tied is True
+
+
+def next_token_id(model: LanguageModel, input_ids: Sequence[int], word: str) -> tuple[int, str | None]:
+    """The first token of a word that follows a text, with or without a space before it, whichever is likelier.
+
+    Returns:
+        The token and, if the word has more tokens, a note.
+
+    Raises:
+        UsageError: the word is empty.
+    """
+    tokenizations = {tuple(model.tokenizer.encode(text)) for text in (word, f" {word}")} - {()}
+    if not word or not tokenizations:
+        raise UsageError("--word needs a word, for example --word doctor")
+    with torch.no_grad():
+        hidden = model.gpt(torch.tensor([list(input_ids)], device=model.gpt.unembedding.device))
+        logits = model.gpt.unembed(hidden[0, -1])
+    best = max(tokenizations, key=lambda tokens: (float(logits[tokens[0]]), tokens))
+    if len(best) == 1:
+        return best[0], None
+    first = model.tokenizer.token_bytes(best[0]).decode("utf-8", "replace").strip()
+    return best[0], f"“{word}” is {len(best)} tokens; the first, “{first}”, is explained."

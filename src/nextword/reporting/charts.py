@@ -20,7 +20,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from nextword.common.results import BenchmarkResult
 from nextword.common.statistics import ScoreWithCI
@@ -111,8 +111,7 @@ def comparison_chart(name: str, curves: Sequence[tuple[str, Points]], x_label: s
         if wide and max(len(run) for run, _ in curves) <= 24:
             _label_line_ends(axes)
         else:
-            for text in axes.legend().get_texts():
-                text.set_parse_math(False)
+            axes.legend()
 
     caption = f"{y_label[0].upper()}{y_label[1:]} by {x_label}. Lower is better."
     ends = "; ".join(f"{run} ends at {points[-1][1]:.3f}" for run, points in curves if points)
@@ -154,16 +153,16 @@ def small_chart(
         axes.yaxis.set_major_locator(MaxNLocator(4))
         if log_x:
             axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(FuncFormatter(_format_tick))  # set_xscale has replaced it
+            axes.xaxis.set_major_formatter(_format_tick)  # set_xscale has replaced it
         if start_at_zero:
             axes.set_ylim(0, 1.08 * max(values) or 1)
         if baseline:
             label, score = baseline[0], baseline[1].value  # the label is above the line if most values are
             is_low = score <= (max(*values, score) + min(*values, score)) / 2
             axes.axhline(score, **BASELINE)
-            position: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-            position |= {"xytext": (2, 3), "va": "bottom"} if is_low else {"xytext": (2, -3), "va": "top"}
-            axes.annotate(label, (0, score), color=MUTED_COLOR, parse_math=False, **position)
+            offset, va = ((2, 3), "bottom") if is_low else ((2, -3), "top")
+            coordinates: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+            axes.annotate(label, (0, score), offset, color=MUTED_COLOR, va=va, **coordinates)
             axes.margins(y=0.12)
 
     axis = x_label.split()[0]
@@ -190,19 +189,18 @@ def label_efficiency_chart(
     """
     counts = [count for count, _ in points]
     name, meaning = METRICS[metric]
-    bounds = {key: [_value_low_high(scores[key]) for _, scores in points] for key in INITIALIZATIONS}
-    all_bounds = [row for rows in bounds.values() for row in rows]
-    values = [value for value, _, _ in all_bounds] + [score.value for score in baselines.values()]
-    values += [run["score"] for run in runs]
+    bounds = {key: np.array([_value_low_high(scores[key]) for _, scores in points]) for key in INITIALIZATIONS}
+    means, lows, highs = np.concatenate(list(bounds.values())).T
+    values = [*means, *(score.value for score in baselines.values()), *(run["score"] for run in runs)]
 
     def plot(axes: Axes, wide: bool) -> None:
         for key, color in (("scratch", TRAIN_COLOR), ("pretrained", VALIDATION_COLOR)):
-            means, lows, highs = np.array(bounds[key]).T
-            pretrained = key == "pretrained"
-            dots = [(run["examples"], run["score"]) for run in runs if bool(run.get("pretrained")) == pretrained]
-            axes.fill_between(counts, lows, highs, color=color, alpha=0.15, linewidth=0)
+            mean, low, high = bounds[key].T
+            is_pretrained = key == "pretrained"
+            dots = [(run["examples"], run["score"]) for run in runs if bool(run.get("pretrained")) == is_pretrained]
+            axes.fill_between(counts, low, high, color=color, alpha=0.15, linewidth=0)
             axes.scatter(*_split_xy(dots), color=color, alpha=0.4, s=11, linewidth=0)
-            axes.plot(counts, means, color=color, marker="o", markersize=4.5, label=INITIALIZATIONS[key])
+            axes.plot(counts, mean, color=color, marker="o", markersize=4.5, label=INITIALIZATIONS[key])
         for baseline, score in baselines.items():
             axes.axhline(score.value, **BASELINE, zorder=1, label=baseline)
         axes.set_xscale("log", base=2)
@@ -212,16 +210,15 @@ def label_efficiency_chart(
         for count in reversed(counts):
             if math.log(ticks[-1] / count) >= min_gap:
                 ticks.append(count)
-        axes.set_xticks(ticks, [f"{count:,}" for count in ticks], minor=False)
+        axes.set_xticks(ticks, [f"{count:,}" for count in ticks])
         axes.minorticks_off()
         # The limits include every score, and confidence bands up to half of the range of the scores beyond it.
         low, high = min(values), max(values)
         extra = 0.5 * (high - low) or 0.1 * abs(high) or 1.0
-        bottom = max(low - extra, min(low, *(row[1] for row in all_bounds)))
-        top = min(high + extra, max(high, *(row[2] for row in all_bounds)))
+        bottom = max(low - extra, min(low, *lows))
+        top = min(high + extra, max(high, *highs))
         margin = 0.05 * (top - bottom) or extra
-        axes.set(xlabel="labelled training examples", ylim=(bottom - margin, top + margin))
-        axes.set_ylabel(name, parse_math=False)
+        axes.set(xlabel="labelled training examples", ylabel=name, ylim=(bottom - margin, top + margin))
         axes.yaxis.set_major_locator(MaxNLocator(6))
         _label_line_ends(axes)
 
@@ -251,20 +248,11 @@ class DotRow(NamedTuple):
     note: str = ""
 
 
-@dataclass(frozen=True)
-class DotPlot:
+class DotPlot(NamedTuple):
     """Scores on one axis, drawn in HTML and CSS. `ticks` are the marks of the axis, its ends included."""
 
-    rows: Sequence[DotRow]
-    ticks: Sequence[float]
-
-    def position(self, value: float) -> str:
-        """Distance of a value from the start of the axis, as a CSS percentage."""
-        return self.width(self.ticks[0], max(self.ticks[0], min(self.ticks[-1], value)))
-
-    def width(self, low: float, high: float) -> str:
-        """Distance of two values on the axis, as a CSS percentage."""
-        return f"{100 * (high - low) / (self.ticks[-1] - self.ticks[0]):.2f}%"
+    rows: list[DotRow]
+    ticks: list[float]
 
 
 def task_score_plot(results: TaskResults) -> DotPlot | None:
@@ -338,21 +326,22 @@ def _y_limits_after_warmup(points: Points) -> tuple[float | None, float | None]:
 
 def _label_line_ends(axes: Axes) -> None:
     """Write the label of each line at the right of the axes, moved apart where labels would touch."""
+    figure: Any = axes.figure
     bottom, top = axes.get_ylim()
-    line_height = 12 / (0.75 * 72 * axes.figure.get_figheight())  # as a fraction of the height of the axes, roughly
-    lines: list[tuple[float, str, Any]] = sorted(
-        ((float(line.get_ydata()[-1]) - bottom) / (top - bottom), str(line.get_label()), line.get_color())
+    line_height = 12 / (0.75 * 72 * figure.get_figheight())  # as a fraction of the height of the axes, roughly
+    ends: list[tuple[float, str, Any]] = sorted(
+        ((float(np.asarray(line.get_ydata())[-1]) - bottom) / (top - bottom), str(line.get_label()), line.get_color())
         for line in axes.lines
     )
-    steps = line_height * np.arange(len(lines))
-    heights = np.maximum.accumulate([height for height, _, _ in lines] - steps)  # each above the one below it
+    steps = line_height * np.arange(len(ends))
+    heights = np.maximum.accumulate([height for height, _, _ in ends] - steps)  # each above the one below it
     positions = np.minimum(heights, 1 - steps[-1:]) + steps  # and all below the top
-    for position, (_, name, color) in zip(positions, lines, strict=True):
-        options: dict[str, Any] = {"annotation_clip": False, "parse_math": False}
-        axes.annotate(name, (1.015, position), xycoords="axes fraction", va="center", color=color, **options)
+    for position, (_, name, color) in zip(positions, ends, strict=True):
+        where: Any = {"xycoords": "axes fraction", "annotation_clip": False}
+        axes.annotate(name, (1.015, position), va="center", color=color, **where)
 
 
-def _format_tick(value: float, _: int | None = None) -> str:
+def _format_tick(value: float, _: float) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e12 else f"{value:.3g}"
 
 
@@ -371,7 +360,7 @@ def _draw(plot: Plot, size: tuple[float, float], id_prefix: str) -> Markup:
         axes.margins(x=0.02)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.xaxis.set_major_locator(MaxNLocator(6 if wide else 4, integer=True))
-        axes.yaxis.set_major_formatter(FuncFormatter(_format_tick))
+        axes.yaxis.set_major_formatter(_format_tick)
         plot(axes, wide)
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()

@@ -13,7 +13,7 @@ from nextword.common.results import StoredResults, is_number
 from nextword.common.statistics import ScoreWithCI
 from nextword.reporting import formatting as fmt
 from nextword.reporting.charts import SERIES_COLORS, Chart, comparison_chart, moving_average
-from nextword.reporting.run_data import LM_LOSS_TASKS, METRICS, THIS_MODEL, RunData, TaskResults, as_mapping, get_nested
+from nextword.reporting.run_data import THIS_MODEL, RunData, TaskResults, as_mapping
 
 SETTINGS = (
     "preset",
@@ -30,7 +30,8 @@ SETTINGS = (
 )
 X_AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds"}
 
-K, V = TypeVar("K"), TypeVar("V")
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -108,23 +109,22 @@ def _pivot(columns: Sequence[Mapping[K, V]]) -> list[tuple[K, list[V | None]]]:
 
 def _outcome_rows(runs: Sequence[RunData]) -> list[Row]:
     results = [TaskResults.from_run(run) for run in runs]
-    metrics = dict.fromkeys(name for result in results for name in result.metric_names)
+    metrics = {label: metric for result in results for label, metric in result.metric_names.items()}
     rows = [
-        Row(METRICS[name].name, [result.by_system.get(THIS_MODEL, {}).get(name) for result in results])
-        for name in metrics
+        Row(label, [result.by_system.get(THIS_MODEL, {}).get(metric) for result in results])
+        for label, metric in metrics.items()
     ]
-    losses = [run.final_value("loss") for run in runs]
-    lm_losses = [loss if run.task in LM_LOSS_TASKS else None for run, loss in zip(runs, losses, strict=True)]
-    numeric_rows: dict[str, tuple[list[Any], Callable[[float], str]]] = {
-        "validation loss": (losses, fmt.number),
-        "perplexity": (lm_losses, fmt.perplexity),
-        "parameters": ([run.get("parameters") for run in runs], format_count),
-        "training tokens": ([run.last_value("tokens") for run in runs], format_count),
-        "steps": ([run.result.get("steps") or run.last_value("step") for run in runs], fmt.readable),
-        "time": ([run.seconds for run in runs], format_duration),
-        "energy, Wh": ([get_nested(run.result, "energy", "watt_hours") for run in runs], fmt.readable),
+    numbers: dict[str, tuple[Callable[[float], str], Callable[[RunData], Any]]] = {
+        "validation loss": (fmt.number, lambda run: run.final_value("loss")),
+        "perplexity": (fmt.perplexity, lambda run: run.final_value("loss") if run.has_lm_loss else None),
+        "parameters": (format_count, lambda run: run.get("parameters")),
+        "training tokens": (format_count, lambda run: run.last_value("tokens")),
+        "steps": (fmt.readable, lambda run: run.result.get("steps") or run.last_value("step")),
+        "time": (format_duration, lambda run: run.seconds),
+        "energy, Wh": (fmt.readable, lambda run: as_mapping(run.result.get("energy")).get("watt_hours")),
     }
-    for label, (values, formatter) in numeric_rows.items():
+    for label, (formatter, get) in numbers.items():
+        values = [get(run) for run in runs]
         if any(map(is_number, values)):
             rows.append(Row(label, [formatter(value) if is_number(value) else None for value in values]))
     return rows

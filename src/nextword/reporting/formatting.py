@@ -8,7 +8,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -63,6 +63,7 @@ def number(value: float, unit: str | None = None, sign: str = "") -> str:
     """A number with as many digits as its unit deserves, and a true minus.
 
     Args:
+        value: The number.
         unit: Unit of an audit finding. None for a score, which has three decimals below 10 and two above.
         sign: "+" to show the sign of positive numbers too.
     """
@@ -169,6 +170,12 @@ def render_markdown(template: str, **context: Any) -> str:
     return sanitize(_environment(markdown=True).get_template(template).render(context))
 
 
+FILTERS: tuple[Callable[..., Any], ...] = (
+    *(fence, interval, number, perplexity, readable, score),
+    *(extreme_groups, item_count, provenance, versus_chance),
+)
+
+
 @cache
 def _environment(markdown: bool) -> Environment:
     environment = Environment(
@@ -180,10 +187,9 @@ def _environment(markdown: bool) -> Environment:
         undefined=StrictUndefined,
         keep_trailing_newline=True,
     )
-    filters = (fence, interval, number, perplexity, readable, score)
-    filters += (extreme_groups, item_count, provenance, versus_chance)
-    environment.filters |= {function.__name__: function for function in filters}
-    environment.filters |= {"bytes": format_bytes, "count": format_count, "duration": format_duration}
-    environment.filters |= {"json": lambda value: Markup(json.dumps(value)), "short_name": short_path_name}
+    for function in FILTERS:
+        environment.filters[function.__name__] = function
+    environment.filters.update(bytes=format_bytes, count=format_count, duration=format_duration)
+    environment.filters.update(json=lambda value: Markup(json.dumps(value)), short_name=short_path_name)
     environment.tests["finite"] = is_number
     return environment

@@ -13,7 +13,7 @@ from nextword.common.fs import read_json, read_jsonl
 from nextword.common.results import is_number, short_path_name
 from nextword.common.statistics import ScoreWithCI
 
-LM_LOSS_TASKS = (None, "continue", "chat", "rewrite")  # the training and the validation loss are the same quantity
+LM_LOSS_TASKS = (None, "continue", "chat", "rewrite")
 LOSS_UNITS = {
     "label": "nats per example",
     "labels": "binary cross-entropy, nats per label",
@@ -85,9 +85,9 @@ class RunData:
                 f"{run_dir}: not a run directory (run.json is missing). Pass the --out directory of a training command"
             )
         metadata = read_json(run_dir / "run.json")
-        result = read_json(run_dir / "result.json") if (run_dir / "result.json").exists() else {}
+        result: dict[str, Any] = read_json(run_dir / "result.json") if (run_dir / "result.json").exists() else {}
         records = read_jsonl(run_dir / "metrics.jsonl")
-        objects = {"run.json": metadata, "result.json": result}
+        objects: dict[str, Any] = {"run.json": metadata, "result.json": result}
         objects |= {f"metrics.jsonl line {line}": record for line, record in enumerate(records, start=1)}
         for name, value in objects.items():
             if not isinstance(value, dict):
@@ -152,13 +152,18 @@ class RunData:
         return task if isinstance(task, str) else None
 
     @property
+    def has_lm_loss(self) -> bool:
+        """Whether the training and the validation loss are both the language modelling loss."""
+        return self.task in LM_LOSS_TASKS
+
+    @property
     def task_kind(self) -> str:
         """What the model predicts: "label", "labels", "score", "choice", "answer" or "preference"."""
         return str(self.get("task", "kind"))
 
     @property
     def loss_unit(self) -> str:
-        """What the validation loss of a fine-tuning is."""
+        """What the validation loss is."""
         return LOSS_UNITS.get(self.task_kind, "nats per token")
 
     @property
@@ -271,10 +276,10 @@ class TaskResults:
         return -1 if self.metric in LOWER_IS_BETTER_METRICS else 1
 
     @property
-    def metric_names(self) -> list[str]:
-        """The known metrics, the selection metric first. The loss is listed only if it is the selection metric."""
-        names = dict.fromkeys([self.metric, *(name for scores in self.by_system.values() for name in scores)])
-        return [name for name in names if name != "loss" or self.metric == "loss"]
+    def metric_names(self) -> dict[str, str]:
+        """The metrics by display name, the selection metric first. The loss is listed only if it is the selection metric."""
+        metrics = dict.fromkeys([self.metric, *(name for scores in self.by_system.values() for name in scores)])
+        return {METRICS[name].name: name for name in metrics if name != "loss" or self.metric == "loss"}
 
 
 def parse_score(value: Any) -> ScoreWithCI | None:
