@@ -23,8 +23,8 @@ from nextword.data.tokenizer import Tokenizer
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
 from nextword.model.hf import save_model
-from nextword.serving.app import ListenConfig, build_uvicorn, run_server
-from nextword.serving.security import SecurityMiddleware
+from nextword.serving.app import ModelServer
+from nextword.serving.security import ListenConfig, SecurityMiddleware
 from nextword.serving.service import Service, ServiceConfig
 from processes import PATIENCE, kill, launch
 
@@ -151,16 +151,14 @@ class ThreadedServer(ServerClient):
 def running_server(model: Path, listen_config: ListenConfig | None = None, **settings: Any) -> Iterator[ThreadedServer]:
     listen_config = listen_config or ListenConfig(port=0)
     service, outcomes = Service(ServiceConfig(model, **settings), Console(quiet=True)), queue.Queue()
-    server = build_uvicorn(service, listen_config)
+    server = ModelServer(service, listen_config)
     with contextlib.closing(listen_config.listen()) as listen_socket:
         # Connections have little room, so that it shows when somebody does not read.
         listen_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)
 
         def run_in_thread() -> None:
             try:
-                asyncio.run(
-                    run_server(service, listen_config, server, listen_socket, Console(quiet=True), outcomes.put)
-                )
+                asyncio.run(server.serve_model(listen_socket, outcomes.put))
             except BaseException as error:
                 outcomes.put(error)
 

@@ -770,7 +770,7 @@ def test_with_a_model_behind_it(browser: "Browser", base: Path, monkeypatch: pyt
     """The same journeys in short, against the real server; whose policy is the one that the stand-in has."""
     pytest.importorskip("fastapi", reason="the real server needs fastapi")
     from nextword.serving import security
-    from nextword.serving.app import ListenConfig
+    from nextword.serving.security import ListenConfig
     from served import running_server
 
     assert dict(security.SECURITY_HEADERS)[b"content-security-policy"].decode() == CONTENT_SECURITY_POLICY

@@ -20,9 +20,8 @@ from nextword.commands import cli
 from nextword.common.errors import NextwordError
 from nextword.serving import app as server_module
 from nextword.serving import security
-from nextword.serving.app import ListenConfig
 from nextword.serving.engine_worker import EngineWorker
-from nextword.serving.security import AccessPolicy
+from nextword.serving.security import ListenConfig
 from processes import PATIENCE, wait_until
 from served import ServerClient, ServerProcess, ThreadedServer, running_server
 
@@ -127,10 +126,10 @@ def test_its_own_names_are_known(locked: ThreadedServer, open_: ThreadedServer) 
         assert local.get("/health", Host=host).status == 200, host
     assert open_.get("/health", Host="model.example").status == 403
     assert open_.get("/health", Host="0.0.0.0").status == 403
-    scope = {"type": "http", "headers": [(b"host", b"10.1.2.3:80")], "server": ("10.1.2.3", 80)}
-    AccessPolicy(binds_all_addresses=True)._check_host(scope)  # the address that it was reached at
+    scope = {"headers": [(b"host", b"10.1.2.3:80")], "server": ("10.1.2.3", 80), "raw_path": b"/", "query_string": b""}
+    ListenConfig("0.0.0.0", insecure=True).check(scope)  # the address that it was reached at
     with pytest.raises(security.APIError, match="--allowed-host"):
-        AccessPolicy()._check_host(scope)
+        ListenConfig().check(scope)
 
 
 def test_pages_of_other_places_are_refused(open_: ThreadedServer) -> None:
@@ -403,7 +402,7 @@ def test_what_is_unread_has_a_limit(monkeypatch: pytest.MonkeyPatch, base: Path)
 
 
 def test_who_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
-    monkeypatch.setattr("nextword.serving.streaming.SEND_TIMEOUT", 0.3)
+    monkeypatch.setattr("nextword.serving.responses.SEND_TIMEOUT", 0.3)
     with running_server(base) as server:
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         with server.start_completion(
@@ -552,7 +551,7 @@ def test_sigterm_lets_texts_be_finished_and_a_second_one_does_not(base: Path) ->
                 read += piece
             assert b'"finish_reason":"length"' in read and b"data: [DONE]" in read
         assert server.wait() == 0
-        assert server.stdout == "" and "stopping: finishing 1 requests" in server.stderr
+        assert server.stdout == "" and "stopping: finishing 1 request, within" in server.stderr
     with (
         ServerProcess(base, "--grace", "1000") as server,
         server.start_completion({"prompt": "The", "max_tokens": 30000, **ON}),

@@ -60,7 +60,8 @@ def main(config: ServeConfig, context: Context, as_json: bool) -> None:
 @command(ServeConfig, example="nextword serve runs/mine --port 8000", main=main)
 def serve(config: ServeConfig, context: Context) -> None:
     try:
-        from nextword.serving.app import ListenConfig, serve_model
+        from nextword.serving.app import serve_model
+        from nextword.serving.security import ListenConfig
         from nextword.serving.service import ServiceConfig
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("nextword"):

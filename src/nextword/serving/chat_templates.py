@@ -11,15 +11,17 @@ import os
 import re
 import secrets
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, cast
 
 from nextword.common.errors import CorruptFileError, UsageError
+from nextword.common.fs import is_json_object
 from nextword.data.chat_format import build_chat_template, encode_conversation, stop_token_ids, supports_chat
 from nextword.data.tokenizer import Tokenizer
 from nextword.serving import template_worker
-from nextword.serving.protocol import APIError
+from nextword.serving.protocol import APIError, invalid_field
 
 MAX_TEMPLATE_CHARS = 2**18
 RENDER_GRACE = 0.5  # seconds on top of RENDER_TIMEOUT, for starting the process and reading its output
@@ -27,7 +29,7 @@ RENDER_GRACE = 0.5  # seconds on top of RENDER_TIMEOUT, for starting the process
 Conversation = Sequence[Mapping[str, str]]
 
 
-class ChatEncoder(Protocol):
+class ChatEncoder(ABC):
     """Encodes conversations for one model.
 
     Attributes:
@@ -38,97 +40,86 @@ class ChatEncoder(Protocol):
     """
 
     name: str
-    stop_strings: tuple[str, ...]
-    stop_token_ids: frozenset[int]
-    template: str | None
+    stop_strings: tuple[str, ...] = ()
 
+    def __init__(self, tokenizer: Tokenizer, template: str | None = None):
+        self.tokenizer, self.template, self.stop_token_ids = tokenizer, template, tokenizer.eos_ids
+
+    @abstractmethod
     async def encode(self, conversation: Conversation) -> list[int]:
         """Token ids of a conversation up to the generation prompt. Raises `APIError` if the template rejects it."""
-        ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:  # noqa: B027  # only one of the encoders has any
+        """Release the encoder's resources."""
 
 
 def make_chat_encoder(directory: Path, tokenizer: Tokenizer) -> ChatEncoder:
-    """The chat encoder of a model directory. Raises `CorruptFileError` for an invalid template."""
-    chat_template = load_chat_template(directory, tokenizer)
-    if supports_chat(tokenizer) and chat_template in (None, build_chat_template(tokenizer)):
-        return NativeChatEncoder(tokenizer)
-    return PlainChatEncoder(tokenizer) if chat_template is None else JinjaChatEncoder(tokenizer, chat_template)
+    """The chat encoder of a model directory.
 
+    The template is `chat_template.jinja`, or `chat_template` in tokenizer_config.json (the one named "default").
 
-def load_chat_template(directory: Path, tokenizer: Tokenizer) -> str | None:
-    """Content of `chat_template.jinja`, or of `chat_template` in tokenizer_config.json (the one named "default")."""
+    Raises:
+        CorruptFileError: The template is invalid.
+    """
     file = directory / "chat_template.jinja"
-    chat_template = file.read_text(encoding="utf-8") if file.is_file() else tokenizer.config.get("chat_template")
-    if isinstance(chat_template, list):
-        templates_by_name = {
-            entry.get("name"): entry.get("template") for entry in chat_template if isinstance(entry, dict)
-        }
-        chat_template = templates_by_name.get("default")
-    if chat_template is not None and not (isinstance(chat_template, str) and len(chat_template) <= MAX_TEMPLATE_CHARS):
-        raise CorruptFileError(
-            f"{directory}: the chat template is not a string of at most {MAX_TEMPLATE_CHARS:,} characters"
-        )
-    return chat_template
+    template: object = file.read_text(encoding="utf-8") if file.is_file() else tokenizer.config.get("chat_template")
+    if isinstance(template, list):
+        entries = [entry for entry in cast("list[object]", template) if is_json_object(entry)]
+        template = next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
+    if template is not None and (not isinstance(template, str) or len(template) > MAX_TEMPLATE_CHARS):
+        message = f"the chat template is not a string of at most {MAX_TEMPLATE_CHARS:,} characters"
+        raise CorruptFileError(f"{directory}: {message}")
+    if supports_chat(tokenizer) and template in (None, build_chat_template(tokenizer)):
+        return NativeChatEncoder(tokenizer)
+    return PlainChatEncoder(tokenizer) if template is None else JinjaChatEncoder(tokenizer, template)
 
 
-class NativeChatEncoder:
+class NativeChatEncoder(ChatEncoder):
     """nextword's own chat format: special tokens by id, message contents encoded separately."""
 
-    name: str = "nextword"
-    stop_strings: tuple[str, ...] = ()
-    template: str | None
+    name = "nextword"
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.stop_token_ids = tokenizer, stop_token_ids(tokenizer)
-        self.template = build_chat_template(tokenizer)
+        super().__init__(tokenizer, build_chat_template(tokenizer))
+        self.stop_token_ids = stop_token_ids(tokenizer)
 
     async def encode(self, conversation: Conversation) -> list[int]:
+        """Token ids of a conversation. Raises `APIError` for a role that the format does not have."""
         try:
             return encode_conversation(self.tokenizer, conversation, add_generation_prompt=True)[0]
         except UsageError as error:
-            raise APIError(400, f"messages: {error}", param="messages") from error
-
-    async def close(self) -> None:
-        pass
+            raise invalid_field("messages", str(error)) from error
 
 
-class PlainChatEncoder:
+class PlainChatEncoder(ChatEncoder):
     """A plain-text dialogue for models without a chat template. A message can imitate another turn here, because there are
     no special tokens to separate them."""
 
-    name: str = "plain"
-    stop_strings: tuple[str, ...] = ("\nUser:",)
-    template: str | None = None
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.stop_token_ids = tokenizer, tokenizer.eos_ids
+    name = "plain"
+    stop_strings = ("\nUser:",)
 
     async def encode(self, conversation: Conversation) -> list[int]:
+        """Token ids of the dialogue."""
         names = {"user": "User: ", "assistant": "Assistant: ", "system": "", "tool": "Tool: "}
         turns = [names[message["role"]] + message["content"] for message in conversation]
         ids = self.tokenizer.encode("\n".join([*turns, "Assistant:"]))
         return ids if self.tokenizer.bos_id is None else [self.tokenizer.bos_id, *ids]
 
-    async def close(self) -> None:
-        pass
 
-
-class JinjaChatEncoder:
+class JinjaChatEncoder(ChatEncoder):
     """The model's own Jinja template, rendered in a separate process (see `template_worker`)."""
 
-    name: str = "model"
-    stop_strings: tuple[str, ...] = ()
-    template: str | None
+    name = "model"
 
     def __init__(self, tokenizer: Tokenizer, template: str):
-        self.tokenizer, self.template, self.stop_token_ids = tokenizer, template, tokenizer.eos_ids
-        roles = ("bos_token", "eos_token", "unk_token", "pad_token")
-        tokens = {role: tokenizer.config.get(role) for role in roles}
-        contents = {role: t.get("content") if isinstance(t, dict) else t for role, t in tokens.items()}
-        self.special_tokens = {role: content for role, content in contents.items() if content is not None}
-        self.renderer_process: asyncio.subprocess.Process | None = None
+        super().__init__(tokenizer, template)
+        self.special_tokens: dict[str, Any] = {}
+        for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            token: object = tokenizer.config.get(role)
+            content = token.get("content") if is_json_object(token) else token
+            if content is not None:
+                self.special_tokens[role] = content
+        self.process: asyncio.subprocess.Process | None = None
         self.lock = asyncio.Lock()
 
     async def encode(self, conversation: Conversation) -> list[int]:
@@ -139,27 +130,14 @@ class JinjaChatEncoder:
         """
         nonce = f"{secrets.randbits(128):039}"  # digits are not changed by upper or lower filters
         contents: dict[str, str] = {}
-        messages = []
+        messages: list[dict[str, str]] = []
         for number, message in enumerate(conversation):
             content = message["content"]
-            stripped = content.strip()
-            key = f"{nonce}{number:06}"
+            key, stripped = f"{nonce}{number:06}", content.strip()
             contents[key] = stripped
             # The template may trim white space around a content, and may test whether it is empty.
-            begin = content.index(stripped)
-            placeholder_content = content[:begin] + key + content[begin + len(stripped) :] if stripped else content
-            messages.append({**message, "content": placeholder_content})
+            messages.append({**message, "content": content.replace(stripped, key, 1) if stripped else content})
         text = await self.render(messages)
-        ids = self._encode_rendered(text, nonce, contents)
-        if not ids:
-            raise APIError(
-                400,
-                "messages: the model's chat template renders this conversation to an empty prompt",
-                param="messages",
-            )
-        return ids
-
-    def _encode_rendered(self, text: str, nonce: str, contents: dict[str, str]) -> list[int]:
         for token in self.tokenizer.backend.get_added_tokens_decoder().values():  # some strip adjacent white space
             if token.special and (token.lstrip or token.rstrip):
                 name, before, after = re.escape(token.content), r"\s*" * token.lstrip, r"\s*" * token.rstrip
@@ -175,6 +153,8 @@ class JinjaChatEncoder:
             if nonce[:12] in segment or nonce[-12:] in segment:
                 raise APIError(500, "the model's chat template splits message contents, which is not supported")
             ids += (self.tokenizer.mid_text if i else self.tokenizer).encode(segment) if segment else []
+        if not ids:
+            raise invalid_field("messages", "the model's chat template renders this conversation to an empty prompt")
         return ids
 
     async def render(self, messages: list[dict[str, str]]) -> str:
@@ -183,22 +163,27 @@ class JinjaChatEncoder:
         Raises:
             APIError: The template rejects the conversation, or exceeds the time or memory limit.
         """
-        values = {
-            "messages": messages,
-            "add_generation_prompt": True,
-            "tools": None,
-            "documents": None,
-            **self.special_tokens,
-        }
+        values = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
+        values |= self.special_tokens
         request = {"template": self.template, "values": values, "seconds": template_worker.RENDER_TIMEOUT}
         async with self.lock:
-            process = await self._ensure_process()
-            assert process.stdin is not None and process.stdout is not None
+            if self.process is None or self.process.returncode is not None:
+                self.process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-P", template_worker.__file__),
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.DEVNULL,
+                    limit=8 * template_worker.MAX_OUTPUT_CHARS,
+                    start_new_session=True,
+                    env={name: value for name, value in os.environ.items() if not name.startswith("NEXTWORD_")},
+                )
+            stdin, stdout = self.process.stdin, self.process.stdout
+            assert stdin is not None and stdout is not None
             try:
                 async with asyncio.timeout(template_worker.RENDER_TIMEOUT + RENDER_GRACE):
-                    process.stdin.write(json.dumps(request).encode() + b"\n")
-                    await process.stdin.drain()
-                    answer = await process.stdout.readline()
+                    stdin.write(json.dumps(request).encode() + b"\n")
+                    await stdin.drain()
+                    answer = await stdout.readline()
             except (TimeoutError, ConnectionError):
                 answer = b""
             if not answer.endswith(b"\n"):
@@ -209,23 +194,10 @@ class JinjaChatEncoder:
             raise APIError(400, f"the model's chat template rejects this conversation: {response['error'][:500]}")
         return response["text"]
 
-    async def _ensure_process(self) -> asyncio.subprocess.Process:
-        if self.renderer_process is None or self.renderer_process.returncode is not None:
-            self.renderer_process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", template_worker.__file__),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.DEVNULL,
-                limit=8 * template_worker.MAX_OUTPUT_CHARS,
-                start_new_session=True,
-                env={name: value for name, value in os.environ.items() if not name.startswith("NEXTWORD_")},
-            )
-        return self.renderer_process
-
     async def close(self) -> None:
         """Terminate the process."""
-        if self.renderer_process is not None:
-            if self.renderer_process.returncode is None:
-                self.renderer_process.kill()
-            await self.renderer_process.wait()
-            self.renderer_process = None
+        if self.process is not None:
+            if self.process.returncode is None:
+                self.process.kill()
+            await self.process.wait()
+            self.process = None

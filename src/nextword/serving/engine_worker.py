@@ -5,6 +5,7 @@ Except for the thread's own methods, `EngineWorker` is used in the event loop on
 """
 
 import asyncio
+import concurrent.futures
 import logging
 import math
 import threading
@@ -13,24 +14,45 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 
 from nextword.common.errors import NextwordError
 from nextword.inference.engine import Constraint, Engine, Event
 from nextword.inference.sampling import Sampling
-from nextword.serving.metrics import Metrics
 from nextword.serving.protocol import APIError
 
 # Event loop iterations from a client's disconnect to its request: read the socket, close the connection, cancel the request.
 LOOP_TURNS = 3
 LOOP_TURNS_TIMEOUT = 0.25  # seconds that the engine thread waits for those iterations
 MAX_UNREAD_EVENTS = 2**17  # of all clients
+LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)  # seconds
+disable_created_metrics()
 logger = logging.getLogger("nextword.serving")
 Result = TypeVar("Result")
 
 
-class ClientDisconnected(Exception):
-    """The client closed the connection."""
+class Metrics:
+    """Prometheus counters and latency histograms of one server, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, documentation: str, *label_names: str) -> Counter:
+            return Counter(f"nextword_{name}", documentation, label_names, registry=self.registry)
+
+        def histogram(name: str, documentation: str) -> Histogram:
+            name = f"nextword_{name}_seconds"
+            return Histogram(name, documentation, buckets=LATENCY_BUCKETS, registry=self.registry)
+
+        self.requests = counter("requests", "HTTP responses by route and status code.", "route", "status")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of accepted requests.")
+        self.generated_tokens = counter("generated_tokens", "Generated tokens.")
+        self.client_disconnects = counter("clients_left", "Requests whose client disconnected before the end.")
+        self.time_to_first_token = histogram("time_to_first_token", "Time from admission to the first token.")
+        self.inter_token_latency = histogram("time_between_tokens", "Time between two tokens of a sequence.")
+        self.request_seconds = histogram("request", "Time from the request headers to the end of the response.")
 
 
 @dataclass(frozen=True)
@@ -39,8 +61,8 @@ class GenerationRequest:
 
     prompt: list[int]
     sampling: Sampling
-    index: int | None = None
-    constraint: Constraint | None = None
+    sample_index: int | None
+    constraint: Constraint | None
 
 
 class RequestHandle:
@@ -76,7 +98,16 @@ class RequestHandle:
         """Queue the sequences. Raises like iteration."""
         self.raise_if_failed()
         self.num_unfinished = len(requests)
-        self.worker.submit(self, requests)
+        self.worker.metrics.prompt_tokens.inc(sum(len(request.prompt) for request in requests))
+
+        def command(engine: Engine) -> None:
+            for index, request in enumerate(requests):
+                id = engine.add_request(
+                    request.prompt, request.sampling, sample_index=request.sample_index, constraint=request.constraint
+                )
+                self.worker.sequence_owners[id] = (self, index)
+
+        self.worker.commands.put(command)
 
     def abort(self, error: Exception) -> None:
         """Cancel the request: the iteration raises `error`."""
@@ -91,9 +122,20 @@ class RequestHandle:
 
     def release(self) -> None:
         """Cancel unfinished sequences and free their slots. Idempotent."""
-        if self.is_active:
-            self.is_active = False
-            self.worker.release(self)
+        if not self.is_active:
+            return
+        self.is_active = False
+        owners = self.worker.sequence_owners
+
+        def command(engine: Engine) -> None:
+            for id in [id for id, (owner, _) in owners.items() if owner is self]:
+                engine.cancel(id)
+                del owners[id]
+
+        self.worker.commands.put(command)
+        self.worker.handles.discard(self)
+        if self.worker.state == "draining" and not self.worker.handles:
+            self.worker.drained.set()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
         while self.num_unfinished:
@@ -136,24 +178,28 @@ class EngineWorker:
     # ---------------------------------------------------------------- called in the event loop
 
     def start(self) -> None:
+        """Start the thread, from the event loop."""
         self.loop = asyncio.get_running_loop()
         self.thread.start()
 
     @property
-    def num_slots(self) -> int:
-        return 0 if self.engine is None else len(self.engine.free_slots) + len(self.engine.running)
-
-    @property
     def num_running(self) -> int:
+        """Running sequences."""
         return 0 if self.engine is None else len(self.engine.running)
 
     @property
+    def num_slots(self) -> int:
+        """Maximum number of running sequences."""
+        return 0 if self.engine is None else len(self.engine.free_slots) + len(self.engine.running)
+
+    @property
     def num_waiting(self) -> int:
+        """Queued sequences."""
         return 0 if self.engine is None else len(self.engine.waiting)
 
     @property
     def num_active(self) -> int:
-        """Running and waiting sequences."""
+        """Admitted sequences that are not finished."""
         return sum(handle.num_sequences for handle in self.handles)
 
     @property
@@ -169,62 +215,45 @@ class EngineWorker:
         """
         if self.state != "ready":
             reasons = {"loading": "the model is loading", "draining": "the server is stopping"}
-            raise APIError(
-                503, reasons.get(self.state, "the server has stopped"), code=self.state, headers=retry_after_header(1)
-            )
+            reason = reasons.get(self.state, "the server has stopped")
+            raise APIError(503, reason, code=self.state, headers={"Retry-After": "1"})
         capacity = self.num_slots + self.max_queued
         if num_sequences > capacity:
             raise APIError(400, f"{num_sequences} sequences exceed the capacity of {capacity}: request fewer")
         if self.num_active + num_sequences > capacity:
-            seconds = (
-                self.avg_sequence_seconds * (self.num_active + num_sequences - self.max_queued) / max(1, self.num_slots)
-            )
+            num_rounds = (self.num_active + num_sequences - self.max_queued) / max(1, self.num_slots)
+            seconds = min(60, max(1, math.ceil(self.avg_sequence_seconds * num_rounds)))
             message = f"the queue is full ({self.num_active} sequences): try again later"
-            raise APIError(429, message, code="queue_full", headers=retry_after_header(seconds))
+            raise APIError(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
         handle = RequestHandle(self, num_sequences)
         self.handles.add(handle)
         return handle
 
-    def submit(self, handle: RequestHandle, requests: list[GenerationRequest]) -> None:
-        self.metrics.prompt_tokens.inc(sum(len(request.prompt) for request in requests))
-
-        def command(engine: Engine) -> None:
-            for index, request in enumerate(requests):
-                try:
-                    id = engine.add_request(
-                        request.prompt, request.sampling, sample_index=request.index, constraint=request.constraint
-                    )
-                except NextwordError as error:
-                    self._post_events([(handle, index, Event(-1, "", None, "error", str(error)))])
-                else:
-                    self.sequence_owners[id] = (handle, index)
-
-        self.commands.put(command)
-
-    def release(self, handle: RequestHandle) -> None:
-        self.handles.discard(handle)
-
-        def command(engine: Engine) -> None:
-            for id in [id for id, (owner, _) in self.sequence_owners.items() if owner is handle]:
-                engine.cancel(id)
-                del self.sequence_owners[id]
-
-        self.commands.put(command)
-        if self.state == "draining" and not self.handles:
-            self.drained.set()
-
     async def run_in_engine_thread(self, function: Callable[[], Result]) -> Result:
-        """Result of a function that runs in the engine thread, between two steps."""
-        future: asyncio.Future[Result] = self.loop.create_future()
+        """Result of a function that runs in the engine thread, between two steps.
+
+        Raises:
+            APIError: The function failed.
+        """
+        future: concurrent.futures.Future[Result] = concurrent.futures.Future()
 
         def job() -> None:
-            try:
-                self.loop.call_soon_threadsafe(_resolve_future, future, function(), None)
-            except Exception as error:
-                self.loop.call_soon_threadsafe(_resolve_future, future, None, error)
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except Exception as error:
+                    future.set_exception(error)
 
         self.commands.put(lambda engine: self.jobs.append(job))
-        return await future
+        try:
+            return await asyncio.wrap_future(future)
+        except APIError:
+            raise
+        except NextwordError as error:
+            raise APIError(400, str(error)) from error
+        except Exception as error:
+            logger.exception("call in the engine thread failed")
+            raise APIError(500, f"internal server error ({type(error).__name__})") from error
 
     async def drain(self, timeout: float) -> None:
         """Reject new requests and wait for the running ones; abort those that are left after `timeout` seconds."""
@@ -235,8 +264,11 @@ class EngineWorker:
             try:
                 await asyncio.wait_for(self.drained.wait(), timeout)
             except TimeoutError:
-                for handle in list(self.handles):
-                    handle.abort(APIError(503, "the server has stopped", code="stopped"))
+                self._abort_all()
+
+    def _abort_all(self) -> None:
+        for handle in list(self.handles):
+            handle.abort(APIError(503, "the server has stopped", code="stopped"))
 
     async def stop(self) -> None:
         """Stop the engine thread after its current step."""
@@ -286,14 +318,11 @@ class EngineWorker:
             events = [Event(id, "", None, "error", message) for id in self.sequence_owners if id not in untouched]
             for event in events:
                 engine.cancel(event.request_id)
-        addressed_events = [
-            (*self.sequence_owners[event.request_id], event)
-            for event in events
-            if event.request_id in self.sequence_owners
-        ]
+        owners = self.sequence_owners
+        addressed_events = [(*owners[event.request_id], event) for event in events if event.request_id in owners]
         for event in events:
             if event.finished:
-                self.sequence_owners.pop(event.request_id, None)
+                owners.pop(event.request_id, None)
         return addressed_events
 
     def _post_events(self, events: list[tuple[RequestHandle, int, Event]]) -> None:
@@ -316,8 +345,7 @@ class EngineWorker:
         self.error = error
         self.state = "stopped"
         self.loaded.set()
-        for handle in list(self.handles):
-            handle.abort(APIError(503, "the server has stopped", code="stopped"))
+        self._abort_all()
         self.drained.set()
         self.stopped.set()
 
@@ -339,11 +367,8 @@ class EngineWorker:
         while self.num_unread_events > MAX_UNREAD_EVENTS:
             slowest = max(self.handles, key=lambda handle: handle.events.qsize())
             slowest.events = asyncio.Queue()
-            slowest.abort(
-                APIError(
-                    503, "the client reads too slowly: the memory for its events is exhausted", code="read_too_slowly"
-                )
-            )
+            message = "the client reads too slowly: the memory for its events is exhausted"
+            slowest.abort(APIError(503, message, code="read_too_slowly"))
         self._count_loop_turn(LOOP_TURNS)
 
     def _count_loop_turn(self, remaining: int) -> None:
@@ -351,20 +376,3 @@ class EngineWorker:
             self.loop.call_soon(self._count_loop_turn, remaining - 1)
         else:
             self.loop_caught_up.set()
-
-
-def retry_after_header(seconds: float) -> dict[str, str]:
-    return {"Retry-After": str(min(60, max(1, math.ceil(seconds))))}
-
-
-def _resolve_future(future: "asyncio.Future[Any]", result: Any, error: Exception | None) -> None:
-    """Set the result of a future, unless it was cancelled."""
-    if future.done():
-        return
-    if error is None:
-        future.set_result(result)
-    elif isinstance(error, (APIError, NextwordError)):
-        future.set_exception(error if isinstance(error, APIError) else APIError(400, str(error)))
-    else:
-        logger.error("call in the engine thread failed", exc_info=error)
-        future.set_exception(APIError(500, f"internal server error ({type(error).__name__})"))

@@ -3,130 +3,92 @@
 from typing import Any
 
 Schema = dict[str, Any]
-STRING: Schema = {"type": "string"}
-INTEGER: Schema = {"type": "integer"}
-NUMBER: Schema = {"type": "number"}
-NULL: Schema = {"type": "null"}
+Responses = dict[int | str, dict[str, Any]]  # the `responses` argument of a route
+STRING, INTEGER, NUMBER, NULL = ({"type": name} for name in ("string", "integer", "number", "null"))
 JSON_MEDIA_TYPE = "application/json"
 
 
-def any_of(*schemas: Schema) -> Schema:
-    return {"anyOf": [*schemas]}
+def nullable(schema: Schema) -> Schema:
+    """The schema of a value that may be null."""
+    return {"anyOf": [schema, NULL]}
 
 
 def array_of(schema: Schema) -> Schema:
+    """The schema of an array."""
     return {"type": "array", "items": schema}
 
 
-def map_of(schema: Schema) -> Schema:
-    return {"type": "object", "additionalProperties": schema}
-
-
 def object_of(**fields: Schema) -> Schema:
-    """An object with these required fields, and possibly others."""
+    """The schema of an object with these required fields, and possibly others."""
     return {"type": "object", "properties": fields, "required": [*fields]}
 
 
-def const(value: str) -> Schema:
-    return {"const": value}
+def list_of(item: Schema, **fields: Schema) -> Schema:
+    """The schema of a list in OpenAI's format."""
+    return object_of(object={"const": "list"}, data=array_of(item), **fields)
 
 
-def response(schema: Schema, description: str = "Success.", status: int = 200, stream: bool = False) -> dict[Any, Any]:
-    """The `responses` argument of a route."""
-    content: dict[str, Any] = {JSON_MEDIA_TYPE: {"schema": schema}}
-    if stream:
-        content["text/event-stream"] = {"itemSchema": object_of(data=STRING)}
-    return {status: {"description": description, "content": content}}
+def response(schema: Schema, description: str = "Success.", **other_content: Schema) -> dict[str, Any]:
+    """A JSON response, and its content of other media types."""
+    return {"description": description, "content": {JSON_MEDIA_TYPE: {"schema": schema}, **other_content}}
 
 
-NULLABLE_STRING = any_of(STRING, NULL)
-ERROR_SCHEMA = object_of(error=object_of(message=STRING, type=STRING, param=NULLABLE_STRING, code=NULLABLE_STRING))
-ERROR_RESPONSES: dict[Any, Any] = {
-    "default": {"description": "An error in OpenAI's format.", "content": {JSON_MEDIA_TYPE: {"schema": ERROR_SCHEMA}}}
-}
-USAGE_SCHEMA = object_of(prompt_tokens=INTEGER, completion_tokens=INTEGER, total_tokens=INTEGER)
-FINISH_REASON = {"enum": ["stop", "length"]}
-
-
-def completion_schema(object_type: str, **choice_fields: Schema) -> Schema:
-    return object_of(
+def completion_response(noun: str, object_type: str, logprobs: Schema, **choice_fields: Schema) -> Responses:
+    """The response with generated text."""
+    finish_reason = {"enum": ["stop", "length"]}
+    choice = object_of(index=INTEGER, finish_reason=finish_reason, **choice_fields, logprobs=nullable(logprobs))
+    schema = object_of(
         id=STRING,
-        object=const(object_type),
+        object={"const": object_type},
         created=INTEGER,
         model=STRING,
         system_fingerprint=NULL,
-        usage=USAGE_SCHEMA,
-        choices=array_of(object_of(index=INTEGER, finish_reason=FINISH_REASON, **choice_fields)),
+        usage=USAGE,
+        choices=array_of(choice),
     )
+    description = f"The {noun}; with `stream`, server-sent events with chunks of them."
+    return {200: response(schema, description, **{"text/event-stream": {"itemSchema": object_of(data=STRING)}})}
 
 
-COMPLETION_RESPONSE = response(
-    completion_schema(
-        "text_completion",
-        text=STRING,
-        logprobs=any_of(
-            NULL,
-            object_of(
-                tokens=array_of(STRING),
-                token_logprobs=array_of(any_of(NUMBER, NULL)),
-                top_logprobs=array_of(any_of(map_of(NUMBER), NULL)),
-                text_offset=array_of(INTEGER),
-            ),
-        ),
-    ),
-    "The completions; with `stream`, server-sent events with chunks of them.",
-    stream=True,
+ERROR = object_of(message=STRING, type=STRING, param=nullable(STRING), code=nullable(STRING))
+ERROR_RESPONSES: Responses = {"default": response(object_of(error=ERROR), "An error in OpenAI's format.")}
+USAGE = object_of(prompt_tokens=INTEGER, completion_tokens=INTEGER, total_tokens=INTEGER)
+COMPLETION_LOGPROBS = object_of(
+    tokens=array_of(STRING),
+    token_logprobs=array_of(nullable(NUMBER)),
+    top_logprobs=array_of(nullable({"type": "object", "additionalProperties": NUMBER})),
+    text_offset=array_of(INTEGER),
 )
-TOKEN_LOGPROB_FIELDS = {"token": STRING, "logprob": NUMBER, "bytes": array_of(INTEGER)}
-CHAT_COMPLETION_RESPONSE = response(
-    completion_schema(
-        "chat.completion",
-        message=object_of(role=const("assistant"), content=STRING, refusal=NULL),
-        logprobs=any_of(
-            NULL,
-            object_of(
-                content=array_of(
-                    object_of(**TOKEN_LOGPROB_FIELDS, top_logprobs=array_of(object_of(**TOKEN_LOGPROB_FIELDS)))
-                ),
-                refusal=NULL,
-            ),
-        ),
-    ),
-    "The messages; with `stream`, server-sent events with chunks of them.",
-    stream=True,
+COMPLETION_RESPONSE = completion_response("completions", "text_completion", COMPLETION_LOGPROBS, text=STRING)
+TOKEN_LOGPROB = {"token": STRING, "logprob": NUMBER, "bytes": array_of(INTEGER)}
+CHAT_LOGPROBS = object_of(**TOKEN_LOGPROB, top_logprobs=array_of(object_of(**TOKEN_LOGPROB)))
+CHAT_COMPLETION_RESPONSE = completion_response(
+    "messages",
+    "chat.completion",
+    object_of(content=array_of(CHAT_LOGPROBS), refusal=NULL),
+    message=object_of(role={"const": "assistant"}, content=STRING, refusal=NULL),
 )
-MODEL_SCHEMA = object_of(
-    id=STRING, object=const("model"), created=INTEGER, owned_by=STRING, max_model_len=INTEGER, nextword=object_of()
+MODEL = object_of(
+    id=STRING, object={"const": "model"}, created=INTEGER, owned_by=STRING, max_model_len=INTEGER, nextword=object_of()
 )
-MODEL_RESPONSE = response(MODEL_SCHEMA)
-MODEL_LIST_RESPONSE = response(object_of(object=const("list"), data=array_of(MODEL_SCHEMA)))
-EMBEDDINGS_RESPONSE = response(
-    object_of(
-        object=const("list"),
-        model=STRING,
-        usage=USAGE_SCHEMA,
-        data=array_of(object_of(object=const("embedding"), index=INTEGER, embedding=any_of(array_of(NUMBER), STRING))),
-    )
-)
-CLASSIFY_RESPONSE = response(object_of(object=const("list"), model=STRING, data=array_of(object_of(index=INTEGER))))
-TOKENIZE_RESPONSE = response(
-    object_of(count=INTEGER, max_model_len=INTEGER, tokens=array_of(INTEGER), token_strs=any_of(array_of(STRING), NULL))
-)
-DETOKENIZE_RESPONSE = response(object_of(prompt=STRING))
-TOKENIZER_INFO_RESPONSE = response(
-    object_of(
-        eos_token=STRING,
-        bos_token=NULLABLE_STRING,
-        pad_token=NULLABLE_STRING,
-        chat_template=NULLABLE_STRING,
-        model_max_length=INTEGER,
-    )
-)
-HEALTH_SCHEMA = object_of(status=STRING, model=STRING)
-HEALTH_RESPONSE = {
-    **response(HEALTH_SCHEMA),
-    **response(HEALTH_SCHEMA, "No requests are accepted: the model is loading, or the server is stopping.", 503),
+MODEL_RESPONSE: Responses = {200: response(MODEL)}
+MODEL_LIST_RESPONSE: Responses = {200: response(list_of(MODEL))}
+VECTOR = {"anyOf": [array_of(NUMBER), STRING]}
+EMBEDDING = object_of(object={"const": "embedding"}, index=INTEGER, embedding=VECTOR)
+EMBEDDINGS_RESPONSE: Responses = {200: response(list_of(EMBEDDING, model=STRING, usage=USAGE))}
+CLASSIFY_RESPONSE: Responses = {200: response(list_of(object_of(index=INTEGER), model=STRING))}
+TOKENS = {"tokens": array_of(INTEGER), "token_strs": nullable(array_of(STRING))}
+TOKENIZE_RESPONSE: Responses = {200: response(object_of(count=INTEGER, max_model_len=INTEGER, **TOKENS))}
+DETOKENIZE_RESPONSE: Responses = {200: response(object_of(prompt=STRING))}
+TOKENIZER_INFO = {name: nullable(STRING) for name in ("bos_token", "pad_token", "chat_template")}
+TOKENIZER_INFO_RESPONSE: Responses = {
+    200: response(object_of(eos_token=STRING, model_max_length=INTEGER, **TOKENIZER_INFO))
 }
-METRICS_RESPONSE: dict[Any, Any] = {
+HEALTH = object_of(status=STRING, model=STRING)
+HEALTH_RESPONSE: Responses = {
+    200: response(HEALTH),
+    503: response(HEALTH, "No requests are accepted: the model is loading, or the server is stopping."),
+}
+METRICS_RESPONSE: Responses = {
     200: {"description": "Metrics in Prometheus' text format.", "content": {"text/plain": {"schema": STRING}}}
 }

@@ -5,9 +5,8 @@ is rejected by name.
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from starlette.responses import JSONResponse
@@ -28,6 +27,20 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1024
 MAX_SCHEMA_CHARS = 2**16
 MIN_TOP_P = 1e-12  # top_p = 0 means greedy decoding in OpenAI's API
+
+
+def encode_json(value: object) -> bytes:
+    """JSON in UTF-8. Lone surrogates, which UTF-8 cannot encode, stay escaped."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace")
+
+
+class UTF8JSONResponse(JSONResponse):
+    """A JSON response that any Python string can be part of."""
+
+    def render(self, content: object) -> bytes:
+        """Encode the content with `encode_json`."""
+        return encode_json(content)
 
 
 class APIError(Exception):
@@ -51,33 +64,23 @@ class APIError(Exception):
         headers: Mapping[str, str] | None = None,
     ):
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = dict(headers or {})
-
-    @property
-    def error_type(self) -> str:
+        self.status, self.headers = status, dict(headers or {})
         kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-        return kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
-    @property
-    def body(self) -> dict[str, Any]:
-        error = {"message": self.message, "type": self.error_type, "param": self.param, "code": self.code}
-        return {"error": error}
-
-
-def encode_json(value: Any) -> bytes:
-    """JSON in UTF-8. Lone surrogates, which UTF-8 cannot encode, stay escaped."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode("utf-8", "backslashreplace")
+    def response(self) -> UTF8JSONResponse:
+        """The HTTP response."""
+        return UTF8JSONResponse(self.body, self.status, self.headers)
 
 
-class UTF8JSONResponse(JSONResponse):
-    def render(self, content: Any) -> bytes:
-        return encode_json(content)
+class ClientDisconnected(Exception):
+    """The client closed the connection."""
 
 
-def error_response(error: APIError) -> UTF8JSONResponse:
-    return UTF8JSONResponse(error.body, error.status, error.headers)
+def invalid_field(param: str, message: str, code: str | None = None) -> APIError:
+    """The error (400) of a request field with an invalid value."""
+    return APIError(400, f"{param}: {message}", param=param, code=code)
 
 
 # ---------------------------------------------------------------- request bodies
@@ -95,6 +98,14 @@ LogitBias = Annotated[float, Field(ge=-100, le=100)]
 ChoiceCount = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
 LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 TokenLimit = Annotated[int, Field(ge=0, le=MAX_COMPLETION_TOKENS)]
+Prompts = TextInput | TokenIds | TextInputs | TokenIdsList
+SAMPLING_FIELDS = {"temperature", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed"}
+
+
+def list_prompts(prompts: Prompts) -> Sequence[str | list[int]]:
+    """The prompts of a field that takes one or several, each a text or token ids."""
+    is_single = isinstance(prompts, str) or isinstance(prompts[0], int)
+    return cast("Sequence[str | list[int]]", [prompts] if is_single else prompts)
 
 
 class RequestModel(BaseModel):
@@ -106,15 +117,21 @@ class RequestModel(BaseModel):
 
 
 class StreamOptions(RequestModel):
+    """Options of a streamed response."""
+
     include_usage: bool | None = None
 
 
 class JSONSchema(RequestModel):
+    """The JSON schema of a structured response."""
+
     name: str | None = None
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
 
 
 class ResponseFormat(RequestModel):
+    """The form of the generated text."""
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchema | None = None
 
@@ -138,14 +155,6 @@ class BaseCompletionRequest(RequestModel):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
 
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-    @property
-    def include_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
-
     def response_schema(self) -> dict[str, Any] | None:
         """The JSON schema of a structured response, or None. Raises `APIError` if `json_schema` has no schema."""
         response_format = self.response_format
@@ -154,34 +163,35 @@ class BaseCompletionRequest(RequestModel):
         if response_format.type == "json_object":
             return {"type": "object"}
         if response_format.json_schema is None or response_format.json_schema.schema_ is None:
-            raise APIError(
-                400, "response_format: json_schema needs a schema", param="response_format.json_schema.schema"
-            )
+            param = "response_format.json_schema.schema"
+            raise APIError(400, "response_format: json_schema needs a schema", param=param)
         return response_format.json_schema.schema_
 
-    def parse_logit_bias(self, vocab_size: int) -> dict[int, float] | None:
-        """Logit biases by token id. Raises `APIError` for an invalid id, or for too many."""
-        if len(self.logit_bias or {}) > MAX_LOGIT_BIASES:
-            raise APIError(400, f"logit_bias: at most {MAX_LOGIT_BIASES} tokens", param="logit_bias")
-        for token in self.logit_bias or {}:
-            if not (token.isascii() and token.isdecimal() and len(token) < 10 and int(token) < vocab_size):
-                message = f"logit_bias: {token[:20]!r} is not a token id (0 to {vocab_size - 1})"
-                raise APIError(400, message, param="logit_bias")
-        return {int(token): value for token, value in (self.logit_bias or {}).items()} or None
+    def to_sampling(self, vocab_size: int, extra_stop: Sequence[str] = (), **overrides: Any) -> Sampling:
+        """Sampling parameters for the engine, with OpenAI's defaults.
 
-    def to_sampling(self, vocab_size: int, **overrides: Any) -> Sampling:
-        """Sampling parameters for the engine, with OpenAI's defaults. `overrides` are those that differ between routes."""
+        Args:
+            vocab_size: Number of token ids.
+            extra_stop: Stop strings besides those of the request.
+            overrides: Parameters that differ between routes.
+
+        Raises:
+            APIError: A token id or another value is out of range.
+        """
+        biases = self.logit_bias or {}
+        if len(biases) > MAX_LOGIT_BIASES:
+            raise invalid_field("logit_bias", f"at most {MAX_LOGIT_BIASES} tokens")
+        for token in biases:
+            if not (token.isascii() and token.isdecimal() and len(token) < 10 and int(token) < vocab_size):
+                raise invalid_field("logit_bias", f"{token[:20]!r} is not a token id (0 to {vocab_size - 1})")
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         try:
             return Sampling(
-                temperature=1.0 if self.temperature is None else self.temperature,
+                **{"temperature": 1.0, **self.model_dump(include=SAMPLING_FIELDS, exclude_none=True)},
                 top_k=self.top_k if self.top_k is not None and self.top_k > 0 else None,
                 top_p=None if self.top_p is None else max(self.top_p, MIN_TOP_P),
-                min_p=self.min_p,
-                repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
-                seed=self.seed,
-                logit_bias=self.parse_logit_bias(vocab_size),
-                presence_penalty=self.presence_penalty or 0.0,
-                frequency_penalty=self.frequency_penalty or 0.0,
+                logit_bias={int(token): bias for token, bias in biases.items()} or None,
+                stop=(*stop, *extra_stop),
                 **overrides,
             )
         except UsageError as error:
@@ -189,7 +199,9 @@ class BaseCompletionRequest(RequestModel):
 
 
 class CompletionRequest(BaseCompletionRequest):
-    prompt: TextInput | TokenIds | TextInputs | TokenIdsList = ""
+    """Body of /v1/completions."""
+
+    prompt: Prompts = ""
     best_of: ChoiceCount | None = None
     # As in vLLM: keep this many of the last tokens of a longer prompt, -1 as many as fit. None rejects a longer prompt.
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
@@ -197,49 +209,55 @@ class CompletionRequest(BaseCompletionRequest):
     logprobs: LogprobCount | None = None
     suffix: str | None = None
 
-    def prompts(self) -> Sequence[str | list[int]]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt  # pyright: ignore[reportReturnType]
-
 
 class Part(RequestModel):
+    """Part of a message. Only text is supported."""
+
     type: Literal["text"]
     text: TextInput
 
 
 class Message(RequestModel):
+    """Message of a conversation."""
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: TextInput | Annotated[list[Part], Field(max_length=MAX_MESSAGES)] | None = None
 
-    def to_dict(self, index: int) -> dict[str, str]:
-        """Role and text. The developer role becomes system; an assistant message may have no content."""
-        content = self.content
-        if content is None and self.role != "assistant":
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+
+def to_conversation(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Role and text of each message. The developer role becomes system; an assistant message may have no content.
+
+    Raises:
+        APIError: Another message has no content.
+    """
+    conversation: list[dict[str, str]] = []
+    for index, message in enumerate(messages):
+        content = message.content
+        if content is None and message.role != "assistant":
             raise APIError(400, "messages: content is required", param=f"messages[{index}].content")
         text = content if isinstance(content, str) else "\n".join(part.text for part in content or ())
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        conversation.append({"role": "system" if message.role == "developer" else message.role, "content": text})
+    return conversation
 
 
 class ChatRequest(BaseCompletionRequest):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    """Body of /v1/chat/completions."""
+
+    messages: Messages
     logprobs: bool | None = None
     top_logprobs: LogprobCount | None = None
     max_completion_tokens: TokenLimit | None = None
 
-    def to_messages(self) -> list[dict[str, str]]:
-        return [message.to_dict(number) for number, message in enumerate(self.messages)]
-
 
 class EmbeddingRequest(RequestModel):
-    input: TextInput | TokenIds | TextInputs | TokenIdsList
+    """Body of /v1/embeddings."""
+
+    input: Prompts
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
-
-    def inputs(self) -> Sequence[str | list[int]]:
-        if isinstance(self.input, str):
-            return [self.input]
-        return [self.input] if isinstance(self.input[0], int) else self.input  # pyright: ignore[reportReturnType]
 
 
 class ClassifyRequest(RequestModel):
@@ -251,52 +269,45 @@ class ClassifyRequest(RequestModel):
         | Annotated[list[TextInputs], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
     )
 
-    def examples(self) -> list[list[str]]:
-        texts = [self.input] if isinstance(self.input, str) else self.input
-        return [[text] if isinstance(text, str) else text for text in texts]
-
 
 class TokenizeRequest(RequestModel):
+    """Body of /tokenize."""
+
     prompt: TextInput | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
 
 class DetokenizeRequest(RequestModel):
+    """Body of /detokenize."""
+
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 # ---------------------------------------------------------------- validation errors
 
 
-def field_path(location: Sequence[Any]) -> str:
+def field_path(location: Sequence[int | str]) -> str:
     """Path of a field, such as messages[0].content, from pydantic's error location."""
-    name = ""
+    path = ""
     for part in location[1:]:
         if isinstance(part, int):
-            name += f"[{part}]"
+            path += f"[{part}]"
         elif part.isidentifier() and part not in ("str", "int"):  # not a type of a union
-            name += f".{part}" if name else part
+            path += f".{part}"
         else:
             break
-    return name
+    return path.removeprefix(".")
 
 
-def validation_api_error(errors: Sequence[Any]) -> APIError:
+def validation_api_error(errors: Sequence[Mapping[str, Any]]) -> APIError:
     """One API error from pydantic's errors: the first one, with all alternatives if the field is a union."""
     first_error = errors[0]
-    param = field_path(first_error["loc"]) or None
+    param = field_path(first_error["loc"])
     if first_error["type"] == "json_invalid":
         return APIError(400, f"the body is not JSON: {first_error.get('ctx', {}).get('error', 'it cannot be read')}")
     if not param:
         return APIError(400, "the body must be a JSON object with Content-Type: application/json")
-    messages = dict.fromkeys(error["msg"] for error in errors if (field_path(error["loc"]) or None) == param)
-    return APIError(400, f"{param}: {'; or: '.join(messages)}", param=param)
-
-
-def finite_logprob(logprob: float) -> float:
-    """A log-probability that JSON can represent; -inf becomes -9999, as in OpenAI's API."""
-    if math.isnan(logprob):
-        raise APIError(500, "the logits are not finite: the weights may be damaged, check them with nextword verify")
-    return max(logprob, -9999.0)
+    messages = dict.fromkeys(error["msg"] for error in errors if field_path(error["loc"]) == param)
+    return invalid_field(param, "; or: ".join(messages))

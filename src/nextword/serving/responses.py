@@ -1,32 +1,26 @@
-"""Engine events to OpenAI's response objects: text, log-probabilities and chunks of a stream."""
+"""Responses of generation requests, from engine events: one JSON object, or a stream of server-sent events (SSE)."""
 
+import asyncio
 import codecs
+import contextlib
+import math
 import secrets
 import time
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
-from nextword.data.tokenizer import Tokenizer
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
 from nextword.inference.engine import Event
 from nextword.inference.sampling import TokenLogprob
-from nextword.serving.protocol import APIError, finite_logprob
+from nextword.serving.engine_worker import GenerationRequest, RequestHandle
+from nextword.serving.protocol import APIError, BaseCompletionRequest, ClientDisconnected, UTF8JSONResponse, encode_json
+from nextword.serving.service import Service
 
-
-class TokenText:
-    """Decodes single tokens."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.special_token_names = {id: name for name, id in tokenizer.special_tokens.items()}
-        self.token_bytes = lru_cache(2**16)(tokenizer.token_bytes)
-
-    def decode(self, token_id: int) -> str:
-        """Text of one token. Incomplete UTF-8 is shown as bytes, which keeps the tokens distinct."""
-        data = self.token_bytes(token_id)
-        try:
-            return data.decode() if data else self.special_token_names.get(token_id, "")
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+SEND_TIMEOUT = 60.0  # seconds that a client may take to read a full send buffer
+CHAT_TEMPLATE_HEADER = "X-Nextword-Chat-Template"
 
 
 class LogprobEntry(NamedTuple):
@@ -37,224 +31,327 @@ class LogprobEntry(NamedTuple):
     text_offset: int
 
 
-class ChoiceState:
+@dataclass(frozen=True)
+class Delta:
+    """What an event adds to a sequence.
+
+    Attributes:
+        index: Number of the sequence or choice.
+        text: New text.
+        entries: Its log-probabilities.
+        finish_reason: Why the sequence ended; None if it goes on.
+        is_first: Whether this is the beginning of the sequence: the echoed prompt, without log-probabilities.
+    """
+
+    index: int
+    text: str
+    entries: list[LogprobEntry]
+    finish_reason: str | None = None
+    is_first: bool = False
+
+
+class SequenceState:
     """State of one generated sequence.
 
     Log-probabilities are emitted together with their text: those of a token that may become part of a stop string are held
     back with its characters.
     """
 
-    def __init__(self, token_text: TokenText, stop_token_ids: frozenset[int] = frozenset(), offset: int = 0):
-        self.token_text, self.stop_token_ids = token_text, stop_token_ids
+    def __init__(self, service: Service, prompt: Sequence[int]):
+        self.token_bytes, self.stop_token_ids = service.token_bytes, service.chat_encoder.stop_token_ids
+        self.prompt = prompt
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.offset = self.emitted_offset = offset  # characters generated, and emitted
+        self.offset = self.emitted_offset = 0  # characters generated, and emitted
         self.pending: list[LogprobEntry] = []
-        self.num_tokens = 0
-        self.logprobs: list[float] = []
-        self.finish_reason: Literal["stop", "length"] | None = None
+        self.num_tokens, self.total_logprob = 0, 0.0
 
     def process_event(self, event: Event) -> tuple[str, list[LogprobEntry]]:
         """Process one engine event.
 
         Returns:
-            The new text and the log-probabilities that belong to it.
+            The new text and the log-probabilities that belong to it, and to the prompt before the first text.
 
         Raises:
             APIError: The sequence ended with an error.
         """
         if event.finish_reason == "error":
             raise APIError(500, event.error or "the engine failed")
+        entries: list[LogprobEntry] = []
+        if event.prompt_logprobs is not None:
+            for token_id, token_logprob in zip(self.prompt, event.prompt_logprobs, strict=True):
+                self._append_token(token_id, token_logprob)
+            self.offset += len(self.decoder.decode(b"", final=True))
+            self.decoder.reset()
+            entries, self.pending, self.emitted_offset = self.pending, [], self.offset
         if event.token is not None:
             self.num_tokens += 1
-            self.append_token(event.token, event.token_logprob)
-            if event.token_logprob is not None:
-                self.logprobs.append(event.token_logprob.logprob)
+            self._append_token(event.token, event.token_logprob)
+            self.total_logprob += 0.0 if event.token_logprob is None else event.token_logprob.logprob
         self.emitted_offset += len(event.text)
-        self.finish_reason = event.finish_reason
         ended = event.finished and (
             event.token is None or event.token in self.stop_token_ids or event.finish_reason == "length"
         )
         ready = [entry for entry in self.pending if ended or entry.text_offset < self.emitted_offset]
         self.pending = [] if event.finished else self.pending[len(ready) :]
-        return event.text, ready
+        return event.text, entries + ready
 
-    def append_token(self, token_id: int, token_logprob: TokenLogprob | None) -> None:
+    def _append_token(self, token_id: int, token_logprob: TokenLogprob | None) -> None:
         self.pending.append(LogprobEntry(token_id, token_logprob, self.offset))
-        self.offset += len(self.decoder.decode(self.token_text.token_bytes(token_id)))
-
-    def add_prompt(self, token_ids: Sequence[int], token_logprobs: Sequence[TokenLogprob | None]) -> list[LogprobEntry]:
-        """Log-probabilities of the prompt, for `echo`."""
-        for token_id, token_logprob in zip(token_ids, token_logprobs, strict=True):
-            self.append_token(token_id, token_logprob)
-        self.offset += len(self.decoder.decode(b"", final=True))
-        self.decoder.reset()
-        entries, self.pending, self.emitted_offset = self.pending, [], self.offset
-        return entries
+        self.offset += len(self.decoder.decode(self.token_bytes(token_id)))
 
     @property
     def mean_logprob(self) -> float:
-        return sum(self.logprobs) / len(self.logprobs) if self.logprobs else 0.0
+        """Mean log-probability of the generated tokens."""
+        return self.total_logprob / max(1, self.num_tokens)
 
 
-# ---------------------------------------------------------------- log-probabilities
-
-
-def format_completion_logprobs(
-    token_text: TokenText, entries: Sequence[LogprobEntry], num_logprobs: int
-) -> dict[str, Any]:
-    """Log-probabilities in the format of /v1/completions. The sampled token is always among the alternatives."""
-    top: list[dict[str, float] | None] = []
-    for entry in entries:
-        if entry.token_logprob is None or num_logprobs == 0:
-            top.append(None if entry.token_logprob is None else {})
-            continue
-        alternatives: dict[str, float] = {}
-        for id, logprob in (
-            *entry.token_logprob.top_logprobs[:num_logprobs],
-            (entry.token_id, entry.token_logprob.logprob),
-        ):
-            alternatives.setdefault(token_text.decode(id), finite_logprob(logprob))
-        top.append(alternatives)
-    return {
-        "tokens": [token_text.decode(entry.token_id) for entry in entries],
-        "token_logprobs": [
-            None if entry.token_logprob is None else finite_logprob(entry.token_logprob.logprob) for entry in entries
-        ],
-        "top_logprobs": top,
-        "text_offset": [entry.text_offset for entry in entries],
-    }
-
-
-def format_chat_logprobs(
-    token_text: TokenText, entries: Sequence[LogprobEntry], stop_token_ids: frozenset[int]
-) -> dict[str, Any]:
-    """Log-probabilities in the format of /v1/chat/completions, without the token that ends the message."""
-
-    def format_token(id: int, logprob: float) -> dict[str, Any]:
-        return {
-            "token": token_text.decode(id),
-            "logprob": finite_logprob(logprob),
-            "bytes": list(token_text.token_bytes(id)),
-        }
-
-    content = [
-        {
-            **format_token(entry.token_id, entry.token_logprob.logprob),
-            "top_logprobs": [format_token(id, value) for id, value in entry.token_logprob.top_logprobs],
-        }
-        for entry in entries
-        if entry.token_logprob is not None and entry.token_id not in stop_token_ids
-    ]
-    return {"content": content, "refusal": None}
-
-
-# ---------------------------------------------------------------- response objects
-
-
-class CompletionFormatter:
-    """Choices and chunks of /v1/completions.
+class CompletionWriter:
+    """Generates the sequences of one request and writes its response in the format of /v1/completions.
 
     Args:
-        token_text: Decoder of single tokens.
-        stop_token_ids: Token ids that end a sequence.
+        service: The served model.
+        handle: The admitted request.
+        requests: Its sequences, grouped by prompt.
         num_logprobs: Number of alternatives per token. None omits log-probabilities.
+        num_prompts: Number of prompts; each has the same number of sequences.
+        num_choices: Choices returned per prompt: those with the highest mean log-probability per token.
         echoed_prompts: Prompt that each sequence starts with, for `echo`.
     """
 
-    object_type, id_prefix, chunk_object_type = "text_completion", "cmpl", "text_completion"
-    separate_finish_chunk = False  # whether finish_reason comes in a chunk of its own
+    object_type, chunk_object_type, id_prefix = "text_completion", "text_completion", "cmpl"
 
     def __init__(
         self,
-        token_text: TokenText,
-        stop_token_ids: frozenset[int],
+        service: Service,
+        handle: RequestHandle,
+        requests: list[GenerationRequest],
         num_logprobs: int | None,
+        *,
+        num_prompts: int = 1,
+        num_choices: int,
         echoed_prompts: Sequence[str] = (),
     ):
-        self.token_text, self.stop_token_ids = token_text, stop_token_ids
-        self.num_logprobs, self.echoed_prompts = num_logprobs, echoed_prompts
-
-    def common_fields(self, model: str) -> dict[str, Any]:
-        """Fields of every object of one response."""
-        return {
+        self.service, self.handle, self.requests = service, handle, requests
+        self.num_logprobs, self.num_choices, self.echoed_prompts = num_logprobs, num_choices, echoed_prompts
+        self.samples_per_prompt = len(requests) // num_prompts
+        self.sequences = [SequenceState(service, request.prompt) for request in requests]
+        self.headers: dict[str, str] = {}
+        self.extra_fields: dict[str, Any] = {}  # of every object
+        self.common_fields: dict[str, Any] = {
             "id": f"{self.id_prefix}-{secrets.token_hex(12)}",
             "object": self.object_type,
             "created": int(time.time()),
-            "model": model,
+            "model": service.name,
             "system_fingerprint": None,
         }
 
-    def format_choice(
-        self, index: int, sequence_index: int, text: str, entries: Sequence[LogprobEntry], finish_reason: str | None
-    ) -> dict[str, Any]:
-        """Choice number `index` of the response, generated as sequence `sequence_index` of the request."""
-        text = (self.echoed_prompts[sequence_index] if self.echoed_prompts else "") + text
+    @property
+    def usage(self) -> dict[str, int]:
+        """Numbers of tokens, each prompt counted once."""
+        prompt_tokens = sum(len(request.prompt) for request in self.requests[:: self.samples_per_prompt])
+        return make_usage(prompt_tokens, sum(sequence.num_tokens for sequence in self.sequences))
+
+    async def iter_deltas(self) -> AsyncGenerator[Delta]:
+        """Yield what events add to each sequence. Raises like `RequestHandle` and `SequenceState`."""
+        self.handle.submit(self.requests)
+        started: set[int] = set()
+        async for index, event in self.handle:
+            text, entries = self.sequences[index].process_event(event)
+            if index not in started:
+                started.add(index)
+                yield Delta(index, self.echoed_prompts[index] if self.echoed_prompts else "", [], is_first=True)
+            yield Delta(index, text, entries, event.finish_reason)
+
+    async def complete_response(self) -> dict[str, Any]:
+        """The response object, once all sequences have finished."""
+        deltas: list[list[Delta]] = [[] for _ in self.requests]
+        async for delta in self.iter_deltas():
+            deltas[delta.index].append(delta)
+        selected: list[int] = []
+        for first in range(0, len(self.requests), self.samples_per_prompt):
+            indices = range(first, first + self.samples_per_prompt)
+            if self.samples_per_prompt > self.num_choices:
+                indices = sorted(indices, key=lambda i: -self.sequences[i].mean_logprob)[: self.num_choices]
+            selected += indices
+        choices: list[dict[str, Any]] = []
+        for index, i in enumerate(selected):
+            text = "".join(delta.text for delta in deltas[i])
+            entries = [entry for delta in deltas[i] for entry in delta.entries]
+            choices.append(self.format_choice(Delta(index, text, entries, deltas[i][-1].finish_reason)))
+        return {**self.common_fields, "choices": choices, "usage": self.usage, **self.extra_fields}
+
+    async def iter_chunks(self, include_usage: bool) -> AsyncGenerator[dict[str, Any]]:
+        """Yield the chunks of a stream. With `include_usage` the last one has the usage, the others null."""
+        common_fields = {**self.common_fields, "object": self.chunk_object_type}
+        usage = {"usage": None} if include_usage else {}
+        async for delta in self.iter_deltas():
+            for choice in self.iter_chunk_choices(delta):
+                yield {**common_fields, "choices": [choice], **usage, **self.extra_fields}
+        if include_usage:
+            yield {**common_fields, "choices": [], "usage": self.usage, **self.extra_fields}
+
+    async def respond(self, request: BaseCompletionRequest, receive: Receive) -> Response:
+        """The response, complete or streamed. Raises like `iter_deltas`; a stream only while it is sent."""
+        if request.stream:
+            include_usage = request.stream_options is not None and request.stream_options.include_usage
+            return EventStreamResponse(self, bool(include_usage))
+        async with cancel_on_disconnect(receive, self.handle):
+            return UTF8JSONResponse(await self.complete_response(), headers=self.headers)
+
+    # ---------------------------------------------------------------- format
+
+    def format_choice(self, delta: Delta) -> dict[str, Any]:
+        """One choice of the response, with its whole text."""
+        return self._choice(delta, {"text": delta.text})
+
+    def iter_chunk_choices(self, delta: Delta) -> Iterator[dict[str, Any]]:
+        """Yield the choice in each chunk of a stream."""
+        if delta.text or delta.entries or delta.finish_reason or (delta.is_first and self.echoed_prompts):
+            yield self.format_choice(delta)
+
+    def format_logprobs(self, entries: Sequence[LogprobEntry]) -> dict[str, Any]:
+        """Log-probabilities of tokens. The sampled token is always among the alternatives."""
+        decode = self.service.decode_token
+        top: list[dict[str, float] | None] = []
+        for token_id, token_logprob, _ in entries:
+            alternatives: dict[str, float] = {}
+            if token_logprob is not None and self.num_logprobs:
+                likeliest = token_logprob.top_logprobs[: self.num_logprobs]
+                for id, logprob in (*likeliest, (token_id, token_logprob.logprob)):
+                    alternatives.setdefault(decode(id), finite_logprob(logprob))
+            top.append(None if token_logprob is None else alternatives)
         return {
-            "index": index,
-            "text": text,
-            "logprobs": self._format_logprobs(entries),
-            "finish_reason": finish_reason,
+            "tokens": [decode(entry.token_id) for entry in entries],
+            "token_logprobs": [
+                entry.token_logprob and finite_logprob(entry.token_logprob.logprob) for entry in entries
+            ],
+            "top_logprobs": top,
+            "text_offset": [entry.text_offset for entry in entries],
         }
 
-    def format_first_chunk(self, index: int) -> dict[str, Any] | None:
-        """First chunk of a choice, if there is one."""
-        return self.format_chunk(index, self.echoed_prompts[index], []) if self.echoed_prompts else None
-
-    def format_chunk(
-        self, index: int, text: str, entries: Sequence[LogprobEntry], finish_reason: str | None = None
-    ) -> dict[str, Any]:
-        return {
-            "index": index,
-            "text": text,
-            "logprobs": self._format_logprobs(entries),
-            "finish_reason": finish_reason,
-        }
-
-    def _format_logprobs(self, entries: Sequence[LogprobEntry]) -> dict[str, Any] | None:
-        return (
-            None
-            if self.num_logprobs is None
-            else format_completion_logprobs(self.token_text, entries, self.num_logprobs)
-        )
+    def _choice(self, delta: Delta, content: dict[str, Any], with_logprobs: bool = True) -> dict[str, Any]:
+        logprobs = self.format_logprobs(delta.entries) if with_logprobs and self.num_logprobs is not None else None
+        return {"index": delta.index, **content, "logprobs": logprobs, "finish_reason": delta.finish_reason}
 
 
-class ChatCompletionFormatter(CompletionFormatter):
-    """Choices and chunks of /v1/chat/completions."""
+class ChatCompletionWriter(CompletionWriter):
+    """Writes a response in the format of /v1/chat/completions, and which chat template was used."""
 
-    object_type, id_prefix, chunk_object_type = "chat.completion", "chatcmpl", "chat.completion.chunk"
-    separate_finish_chunk = True
+    object_type, chunk_object_type, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def format_choice(
-        self, index: int, sequence_index: int, text: str, entries: Sequence[LogprobEntry], finish_reason: str | None
-    ) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {
-            "index": index,
-            "message": message,
-            "logprobs": self._format_logprobs(entries),
-            "finish_reason": finish_reason,
-        }
+    def __init__(
+        self, service: Service, handle: RequestHandle, requests: list[GenerationRequest], num_logprobs: int | None
+    ):
+        super().__init__(service, handle, requests, num_logprobs, num_choices=len(requests))
+        self.headers = {CHAT_TEMPLATE_HEADER: service.chat_encoder.name}
+        self.extra_fields = {"nextword": {"chat_template": service.chat_encoder.name}}
 
-    def format_first_chunk(self, index: int) -> dict[str, Any] | None:
-        return self._format_delta(index, {"role": "assistant", "content": ""}, [], None)
+    def format_choice(self, delta: Delta) -> dict[str, Any]:
+        """One choice of the response, with the assistant's message."""
+        return self._choice(delta, {"message": {"role": "assistant", "content": delta.text, "refusal": None}})
 
-    def format_chunk(
-        self, index: int, text: str, entries: Sequence[LogprobEntry], finish_reason: str | None = None
-    ) -> dict[str, Any]:
-        return self._format_delta(index, {"content": text} if text or entries else {}, entries, finish_reason)
+    def iter_chunk_choices(self, delta: Delta) -> Iterator[dict[str, Any]]:
+        """Yield the choice in each chunk: the role first, then text, and the finish reason in a chunk of its own."""
+        if delta.is_first:
+            yield self._choice(delta, {"delta": {"role": "assistant", "content": ""}}, with_logprobs=False)
+        if delta.text or delta.entries:
+            text = replace(delta, finish_reason=None)
+            yield self._choice(text, {"delta": {"content": delta.text}}, with_logprobs=bool(delta.entries))
+        if delta.finish_reason:
+            yield self._choice(delta, {"delta": {}}, with_logprobs=False)
 
-    def _format_delta(
-        self, index: int, delta: dict[str, str], entries: Sequence[LogprobEntry], finish_reason: str | None
-    ) -> dict[str, Any]:
-        logprobs = self._format_logprobs(entries) if entries else None
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+    def format_logprobs(self, entries: Sequence[LogprobEntry]) -> dict[str, Any]:
+        """Log-probabilities of tokens, without the token that ends the message."""
 
-    def _format_logprobs(self, entries: Sequence[LogprobEntry]) -> dict[str, Any] | None:
-        return (
-            None if self.num_logprobs is None else format_chat_logprobs(self.token_text, entries, self.stop_token_ids)
-        )
+        def format_token(id: int, logprob: float) -> dict[str, Any]:
+            token, data = self.service.decode_token(id), self.service.token_bytes(id)
+            return {"token": token, "logprob": finite_logprob(logprob), "bytes": list(data)}
+
+        content = [
+            {
+                **format_token(token_id, token_logprob.logprob),
+                "top_logprobs": [format_token(id, value) for id, value in token_logprob.top_logprobs],
+            }
+            for token_id, token_logprob, _ in entries
+            if token_logprob is not None and token_id not in self.service.chat_encoder.stop_token_ids
+        ]
+        return {"content": content, "refusal": None}
+
+
+class EventStreamResponse(Response):
+    """Server-sent events. An error before the first event has its own status code; a later one is the last event.
+
+    A slow client does not block the engine: events wait in the queue of the request.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, writer: CompletionWriter, include_usage: bool):
+        super().__init__(headers={**writer.headers, "Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self.writer, self.include_usage = writer, include_usage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response."""
+
+        async def send_event(data: bytes, more: bool = True) -> None:
+            async with asyncio.timeout(SEND_TIMEOUT):
+                await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": more})
+
+        async with (
+            cancel_on_disconnect(receive, self.writer.handle),
+            contextlib.aclosing(self.writer.iter_chunks(self.include_usage)) as chunks,
+        ):
+            try:
+                first = await anext(chunks)
+            except APIError as error:
+                await error.response()(scope, receive, send)
+                return
+            except ClientDisconnected:
+                return
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            try:
+                await send_event(encode_json(first))
+                async for chunk in chunks:
+                    await send_event(encode_json(chunk))
+                await send_event(b"[DONE]", more=False)
+            except APIError as error:
+                await send_event(encode_json(error.body), more=False)
+            except (ClientDisconnected, TimeoutError):
+                # uvicorn closes the connection of an unfinished response.
+                return
+
+
+@contextlib.asynccontextmanager
+async def cancel_on_disconnect(receive: Receive, handle: RequestHandle) -> AsyncGenerator[None]:
+    """Cancel a request when its client disconnects, and release it at the end of the block.
+
+    FastAPI does not cancel a handler that does not stream.
+    """
+
+    async def wait_for_disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        if handle.num_unfinished:
+            handle.worker.metrics.client_disconnects.inc()
+        handle.abort(ClientDisconnected())
+
+    task = asyncio.create_task(wait_for_disconnect())
+    try:
+        yield
+    finally:
+        task.cancel()
+        handle.release()
 
 
 def make_usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """Numbers of tokens in the format of all routes."""
     total = prompt_tokens + completion_tokens
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+
+
+def finite_logprob(logprob: float) -> float:
+    """A log-probability that JSON can represent; -inf becomes -9999, as in OpenAI's API."""
+    if math.isnan(logprob):
+        raise APIError(500, "the logits are not finite: the weights may be damaged, check them with nextword verify")
+    return max(logprob, -9999.0)

@@ -5,25 +5,31 @@ prevents DNS rebinding, and so must the Origin header of cross-site requests.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import ipaddress
+import os
 import re
+import socket
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nextword.serving.protocol import MAX_BODY_BYTES, MAX_TOTAL_BODY_BYTES, APIError, error_response
+from nextword.common.errors import NextwordError, UsageError
+from nextword.serving.engine_worker import Metrics
+from nextword.serving.protocol import MAX_BODY_BYTES, MAX_TOTAL_BODY_BYTES, APIError, ClientDisconnected
 
 MAX_HEADERS, MAX_HEADER_BYTES = 100, 2**14
 MAX_PATH_BYTES = 2**13  # path and query
+SEND_BUFFER_BYTES = 2**17  # per connection; the operating system's default of several MB hides clients that do not read
 BODY_TIMEOUT = 60.0  # seconds for receiving a body
 SMALL_BODY_BYTES = 2**16  # bodies up to this size are accepted regardless of MAX_TOTAL_BODY_BYTES
 # The rest of a rejected body is read and discarded, because many clients read the response only after sending everything.
 MAX_DISCARD_BYTES, DISCARD_TIMEOUT = 2**30, 10.0
-LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 SECURITY_HEADERS = (
     (
         b"content-security-policy",
@@ -35,90 +41,129 @@ SECURITY_HEADERS = (
 )
 HOST_PATTERN = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/@\[\]]+)(?::[0-9]{1,5})?")
 
-# Called with the route, the status code and the duration in seconds.
-RequestObserver = Callable[[str, int, float], None]
+
+def parse_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The IP address that a host is given by, if it is."""
+    try:
+        return ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return None
 
 
 def is_loopback(host: str) -> bool:
     """Whether an address is reachable from this machine only."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
+    address = parse_address(host)
+    return host.lower() == "localhost" if address is None else address.is_loopback
 
 
 @dataclass(frozen=True)
-class AccessPolicy:
-    """Conditions for accepting a request.
+class ListenConfig:
+    """Listening address, and conditions for accepting a request.
 
     Attributes:
-        allowed_hosts: Host names of the server besides the loopback names. "*" allows any.
-        api_key: Key that clients send as `Authorization: Bearer KEY`. None accepts requests without a key.
-        public_paths: Paths that need no key.
-        binds_all_addresses: The server listens on all addresses of the machine, so each of them is a valid host name.
+        host: Address to listen on.
+        port: Port to listen on. 0 takes a free one.
+        api_key: Key that clients send as `Authorization: Bearer KEY`. Required if other machines can connect, unless
+            `insecure` is set.
+        insecure: Accept other machines without a key.
+        allowed_hosts: Host names of the server besides the loopback names and the address. "*" allows any.
+        shutdown_grace: Seconds that running requests have to finish at shutdown.
+
+    Raises:
+        UsageError: Other machines could connect without a key, or the port is out of range.
     """
 
-    allowed_hosts: frozenset[str] = frozenset()
+    host: str = "127.0.0.1"
+    port: int = 8000
     api_key: str | None = None
-    public_paths: Collection[str] = ()
-    binds_all_addresses: bool = False
+    insecure: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    shutdown_grace: float = 30.0
 
-    def check(self, scope: Scope) -> None:
-        """Raises `APIError` if a request is not accepted. Only reads the headers."""
+    def __post_init__(self) -> None:
+        key = self.api_key
+        if key is not None and not (key and key == key.strip() and key.isascii()):
+            raise UsageError("an API key is ASCII text, not empty, without spaces at its ends")
+        if not 0 <= self.port <= 65535:
+            raise UsageError(f"--port must be between 0 and 65535, not {self.port}")
+        if not (is_loopback(self.host) or self.api_key or self.insecure):
+            remedy = "set --api-key (or NEXTWORD_API_KEY), or --insecure to accept everyone"
+            raise UsageError(f"--host {self.host} lets other machines connect: {remedy}")
+
+    def listen(self) -> socket.socket:
+        """A listening socket. Raises `NextwordError` if the address is not available."""
+        host = self.host.strip("[]")
+        try:
+            addresses = socket.getaddrinfo(host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            family, kind, protocol, _, address = min(addresses, key=lambda info: info[0] != socket.AF_INET)
+            listen_socket = socket.socket(family, kind, protocol)
+            if os.name != "nt":  # Windows would share the port with another program
+                listen_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listen_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # inherited by connections
+            listen_socket.bind(address)
+            listen_socket.listen()
+        except OSError as error:
+            raise NextwordError(
+                f"cannot listen on {self.host}, port {self.port}: {error.strerror or error}. Try another --port"
+            ) from error
+        return listen_socket
+
+    def check(self, scope: Scope, public_paths: Collection[str] = ()) -> None:
+        """Raises `APIError` if a request is not accepted. Only reads the headers.
+
+        Args:
+            scope: ASGI scope of the request.
+            public_paths: Paths that need no key.
+        """
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
             raise APIError(431, f"too many headers: at most {MAX_HEADERS} with {MAX_HEADER_BYTES:,} bytes in total")
         if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_PATH_BYTES:
             raise APIError(414, f"path and query are too long: at most {MAX_PATH_BYTES:,} bytes")
         self._check_host(scope)
-        if self.api_key is not None and scope["path"] not in self.public_paths:
-            self._check_api_key(scope)
+        if self.api_key is not None and scope["path"] not in public_paths:
+            self._check_api_key(scope, self.api_key)
+        lengths = header_values(scope, b"content-length")
+        if any(length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES for length in lengths):
+            raise body_too_large()
 
     def _check_host(self, scope: Scope) -> None:
-        host_headers = header_values(scope, b"host")
-        match = HOST_PATTERN.fullmatch(host_headers[0].lower()) if len(host_headers) == 1 else None
+        hosts = [host.lower() for host in header_values(scope, b"host")]
+        match = HOST_PATTERN.fullmatch(hosts[0]) if len(hosts) == 1 else None
         if match is None:
             raise APIError(400, "exactly one Host header is required")
-        name = match[1].rstrip(".")
-        allowed_names = self.allowed_hosts | LOOPBACK_HOSTS
-        if self.binds_all_addresses and scope.get("server"):
-            address = scope["server"][0]
-            allowed_names |= {f"[{address}]" if ":" in address else address}
+        name, address = match[1].rstrip("."), parse_address(self.host)
+        allowed_names = {*LOOPBACK_HOSTS, bracketed(self.host.strip("[]")).lower(), *map(str.lower, self.allowed_hosts)}
+        if address is not None and address.is_unspecified and scope.get("server"):  # all addresses of the machine
+            allowed_names.add(bracketed(scope["server"][0]))
         if "*" not in allowed_names and name not in allowed_names:
             message = f"host {name[:100]!r} is not allowed: add it with --allowed-host"
             raise APIError(403, message, code="host_not_allowed")
         # Browsers send the Origin of cross-site requests that are not plain reads.
         for origin in header_values(scope, b"origin"):
-            if origin.lower().partition("://")[2] != host_headers[0].lower():
+            if origin.lower().partition("://")[2] != hosts[0]:
                 raise APIError(403, "cross-origin requests are not allowed", code="origin_not_allowed")
 
-    def _check_api_key(self, scope: Scope) -> None:
-        auth_headers = header_values(scope, b"authorization")
-        scheme, _, key = auth_headers[0].partition(" ") if len(auth_headers) == 1 else ("", "", "")
+    def _check_api_key(self, scope: Scope, api_key: str) -> None:
+        credentials = header_values(scope, b"authorization")
+        scheme, _, key = credentials[0].partition(" ") if len(credentials) == 1 else ("", "", "")
         # Comparing hashes of equal length does not leak the length of the key through timing.
-        hashes = [hashlib.sha256(value.encode()).digest() for value in (key.strip(), self.api_key or "")]
+        hashes = [hashlib.sha256(value.encode()).digest() for value in (key.strip(), api_key)]
         if not (hmac.compare_digest(*hashes) and scheme.lower() == "bearer"):
-            headers = {"WWW-Authenticate": "Bearer"}
-            raise APIError(
-                401,
-                "missing or invalid API key: send it as Authorization: Bearer KEY",
-                code="invalid_api_key",
-                headers=headers,
-            )
+            message = "missing or invalid API key: send it as Authorization: Bearer KEY"
+            raise APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 class SecurityMiddleware:
     """Outermost ASGI middleware: access policy, body limits, security headers and request metrics."""
 
-    def __init__(self, app: ASGIApp, policy: AccessPolicy, observer: RequestObserver):
-        self.app, self.policy, self.observer = app, policy, observer
+    def __init__(self, app: ASGIApp, listen_config: ListenConfig, public_paths: Collection[str], metrics: Metrics):
+        self.app, self.listen_config, self.public_paths, self.metrics = app, listen_config, public_paths, metrics
         self.buffered_body_bytes = 0  # of all requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        start_time, status, body = time.monotonic(), 0, None
+        """Check a request, read its body, and let the application answer it."""
+        start_time, status, body = time.monotonic(), 0, b""
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -128,71 +173,72 @@ class SecurityMiddleware:
             await send(message)
 
         try:
-            try:
-                try:
-                    self.policy.check(scope)
-                except APIError:
-                    await discard_body(scope, receive)
-                    raise
-                body = await self.read_body(scope, receive)
-            except APIError as error:
-                error.headers["Connection"] = "close"
-                await error_response(error)(scope, receive, send_with_headers)
-                return
-            if body is not None:
-                await self.app(scope, replay_receive(body, receive), send_with_headers)
-        finally:
-            self.buffered_body_bytes -= len(body or b"")
-            route = getattr(scope.get("route"), "path", "other")
-            if status:
-                self.observer(route, status, time.monotonic() - start_time)
+            body = await self.read_body(scope, receive)
+        except ClientDisconnected:
+            return
+        except APIError as error:
+            error.headers["Connection"] = "close"
+            await error.response()(scope, receive, send_with_headers)
+        else:
+            messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def read_body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """Read the whole body and count it in `buffered_body_bytes`. None if the client disconnects.
+            async def replay_body() -> Message:
+                return messages.pop() if messages else await receive()
+
+            await self.app(scope, replay_body, send_with_headers)
+        finally:
+            self.buffered_body_bytes -= len(body)
+            if status:
+                route = getattr(scope.get("route"), "path", "other")
+                self.metrics.requests.labels(route, str(status)).inc()
+                self.metrics.request_seconds.observe(time.monotonic() - start_time)
+
+    async def read_body(self, scope: Scope, receive: Receive) -> bytes:
+        """Check the headers, read the whole body, and count it in `buffered_body_bytes`.
 
         Raises:
-            APIError: The body is too large or arrives too slowly, or too many large bodies are buffered.
+            APIError: The headers are not accepted, the body is too large or arrives too slowly, or too many large bodies are
+                buffered.
+            ClientDisconnected: The client closed the connection.
         """
-        too_large = APIError(413, f"the body is too large: at most {MAX_BODY_BYTES:,} bytes", code="body_too_large")
-        if any(
-            length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES
-            for length in header_values(scope, b"content-length")
-        ):
-            await discard_body(scope, receive)
-            raise too_large
-        body, more, complete = bytearray(), True, False
-
-        def fits() -> bool:
-            return len(body) <= MAX_BODY_BYTES and (
-                len(body) <= SMALL_BODY_BYTES or self.buffered_body_bytes <= MAX_TOTAL_BODY_BYTES
-            )
-
+        body, more = bytearray(), True
         try:
+            self.listen_config.check(scope, self.public_paths)
             async with asyncio.timeout(BODY_TIMEOUT):
-                while more and fits():
+                while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        return None
+                        raise ClientDisconnected
                     chunk = message.get("body", b"")
                     body += chunk
                     self.buffered_body_bytes += len(chunk)
                     more = message.get("more_body", False)
-            complete = not more and fits()
-        except TimeoutError as error:
-            raise APIError(408, f"the body was not received within {BODY_TIMEOUT:.0f} s") from error
-        finally:
-            if not complete:
-                self.buffered_body_bytes -= len(body)
-        if complete:
+                    if len(body) > MAX_BODY_BYTES:
+                        raise body_too_large()
+                    if len(body) > SMALL_BODY_BYTES and self.buffered_body_bytes > MAX_TOTAL_BODY_BYTES:
+                        raise APIError(429, "too many large requests: try again later", headers={"Retry-After": "1"})
             return bytes(body)
-        if more:
-            await discard_body(scope, receive)
-        if len(body) > MAX_BODY_BYTES:
-            raise too_large
-        raise APIError(429, "too many large requests: try again later", headers={"Retry-After": "1"})
+        except BaseException as error:
+            self.buffered_body_bytes -= len(body)
+            if isinstance(error, TimeoutError):
+                raise APIError(408, f"the body was not received within {BODY_TIMEOUT:.0f} s") from error
+            if isinstance(error, APIError) and more:
+                await discard_body(scope, receive)
+            raise
+
+
+def body_too_large() -> APIError:
+    """The error (413) of a body that exceeds the limit."""
+    return APIError(413, f"the body is too large: at most {MAX_BODY_BYTES:,} bytes", code="body_too_large")
+
+
+def bracketed(host: str) -> str:
+    """A host name or address as in a URL, with IPv6 addresses in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def header_values(scope: Scope, name: bytes) -> list[str]:
+    """The values of all headers with this lower-case name."""
     return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
 
 
@@ -200,27 +246,10 @@ async def discard_body(scope: Scope, receive: Receive) -> None:
     """Read and discard the rest of a body within limits; nothing if the client waits for 100 Continue."""
     if "100-continue" in [value.lower() for value in header_values(scope, b"expect")]:
         return
-    size = 0
-    try:
+    size, more = 0, True
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DISCARD_TIMEOUT):
-            while size < MAX_DISCARD_BYTES:
+            while more and size < MAX_DISCARD_BYTES:
                 message = await receive()
                 size += len(message.get("body", b""))
-                if message["type"] == "http.disconnect" or not message.get("more_body", False):
-                    return
-    except TimeoutError:
-        return
-
-
-def replay_receive(body: bytes, receive: Receive) -> Receive:
-    """An ASGI receive callable that returns the body once, then the messages of the connection."""
-    replayed = False
-
-    async def replay() -> Message:
-        nonlocal replayed
-        if replayed:
-            return await receive()
-        replayed = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
+                more = message.get("more_body", False)  # False if the client disconnects

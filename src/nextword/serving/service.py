@@ -2,13 +2,15 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from prometheus_client import Gauge
 from torch.nn import functional as F
 
 from nextword.common.console import Console
@@ -23,10 +25,8 @@ from nextword.model.gpt import GPT
 from nextword.pipeline.language_model import LanguageModel, load, load_task_spec, resolve_model_dir
 from nextword.pipeline.predictor import Predictor
 from nextword.serving.chat_templates import ChatEncoder, make_chat_encoder
-from nextword.serving.engine_worker import EngineWorker
-from nextword.serving.metrics import Metrics
-from nextword.serving.protocol import MAX_SCHEMA_CHARS, APIError
-from nextword.serving.responses import TokenText
+from nextword.serving.engine_worker import EngineWorker, Metrics
+from nextword.serving.protocol import MAX_SCHEMA_CHARS, APIError, invalid_field
 from nextword.tasks.dataset import HEAD_KINDS, TaskSpec
 from nextword.tasks.examples import example_from_texts
 
@@ -39,8 +39,8 @@ class ServiceConfig:
     """Configuration of a served model.
 
     Attributes:
-        model: LanguageModel or run directory.
-        name: LanguageModel name in the API. None takes the name of the directory.
+        model: Model or run directory.
+        name: Model name in the API. None takes the name of the directory.
         device: Device, or "auto".
         precision: Precision of the weights.
         max_batch: Maximum number of sequences that run at once.
@@ -71,6 +71,11 @@ class ServiceConfig:
 class Service:
     """The served model. The attributes that depend on the model are set once `is_loaded` is true."""
 
+    model: LanguageModel
+    chat_encoder: ChatEncoder
+    token_bytes: Callable[[int], bytes]  # of a token id; empty for special tokens
+    max_token_bytes: int
+
     def __init__(self, config: ServiceConfig, console: Console):
         self.config, self.console = config, console
         self.model_dir = resolve_model_dir(config.model)
@@ -80,37 +85,25 @@ class Service:
         # Clients with a fixed model name may use the path or "nextword" instead of the name.
         self.accepted_names = {self.name, str(config.model), "nextword"}
         self.metrics = Metrics()
-        self.worker = EngineWorker(self.load_engine, config.queue, self.metrics)
+        self.worker = worker = EngineWorker(self.load_engine, config.queue, self.metrics)
         self.tokenizer_executor = ThreadPoolExecutor(1, "encode")
         self.schema_executor = ThreadPoolExecutor(1, "schemas")
         self.constraint_compiler: ConstraintCompiler | None = None
         self.created = int(self.model_dir.stat().st_mtime)
         self.is_loaded = False
-        self.model: LanguageModel
-        self.chat_encoder: ChatEncoder
-        self.token_text: TokenText
         self.task_spec: TaskSpec | None = None
         self.predictor: Predictor | None = None
         self.kv_cache_bytes = 0
-        self.max_token_bytes = 1
-        for name, help, read in (
-            ("nextword_texts_running", "Running sequences.", lambda: self.worker.num_running),
-            ("nextword_texts_waiting", "Queued sequences.", lambda: self.worker.num_waiting),
-            ("nextword_texts_held", "Admitted sequences that are not finished.", lambda: self.worker.num_active),
-            (
-                "nextword_requests_open",
-                "Admitted requests that are not finished.",
-                lambda: len(self.worker.handles),
-            ),
-            (
-                "nextword_events_unread",
-                "Events that clients have not read yet.",
-                lambda: self.worker.num_unread_events,
-            ),
-            ("nextword_slots", "Maximum number of running sequences.", lambda: self.worker.num_slots),
-            ("nextword_key_value_bytes", "Memory reserved for the KV cache, in bytes.", lambda: self.kv_cache_bytes),
+        for name, documentation, read in (
+            ("texts_running", "Running sequences.", lambda: worker.num_running),
+            ("texts_waiting", "Queued sequences.", lambda: worker.num_waiting),
+            ("texts_held", "Admitted sequences that are not finished.", lambda: worker.num_active),
+            ("requests_open", "Admitted requests that are not finished.", lambda: len(worker.handles)),
+            ("events_unread", "Events that clients have not read yet.", lambda: worker.num_unread_events),
+            ("slots", "Maximum number of running sequences.", lambda: worker.num_slots),
+            ("key_value_bytes", "Memory reserved for the KV cache, in bytes.", lambda: self.kv_cache_bytes),
         ):
-            self.metrics.register_gauge(name, help, read)
+            Gauge(f"nextword_{name}", documentation, registry=self.metrics.registry).set_function(read)
 
     # ---------------------------------------------------------------- engine thread
 
@@ -125,23 +118,20 @@ class Service:
         tokenizer, gpt = model.tokenizer, model.gpt
         chat_encoder = make_chat_encoder(self.model_dir, tokenizer)
         slots = self._fit_slots(gpt)
-        engine = Engine(
-            gpt,
-            tokenizer,
-            max_batch=slots,
-            seed=settings.seed,
-            eos_ids=chat_encoder.stop_token_ids,
-            runner=build_runner(gpt, settings.precision, batch_invariant=settings.deterministic),
-        )
+        runner = build_runner(gpt, settings.precision, batch_invariant=settings.deterministic)
+        stop_token_ids = chat_encoder.stop_token_ids
+        engine = Engine(gpt, tokenizer, max_batch=slots, seed=settings.seed, eos_ids=stop_token_ids, runner=runner)
         with torch.inference_mode():
             engine.cache.reserve(slots, gpt.config.context_length, gpt.unembedding)
         self.kv_cache_bytes = 2 * engine.cache.keys.nbytes
-        self.task_spec = task_spec = load_task_spec(self.model_dir)
-        if task_spec is not None and task_spec.kind in HEAD_KINDS:
-            self.predictor = Predictor(gpt, tokenizer, task_spec)
-        self.model, self.chat_encoder, self.token_text = model, chat_encoder, TokenText(tokenizer)
+        self.task_spec = load_task_spec(self.model_dir)
+        if self.task_spec is not None and self.task_spec.kind in HEAD_KINDS:
+            self.predictor = Predictor(gpt, tokenizer, self.task_spec)
+        self.model, self.chat_encoder = model, chat_encoder
+        self.token_bytes = lru_cache(2**16)(tokenizer.token_bytes)
+        self.special_token_names = {id: name for name, id in tokenizer.special_tokens.items()}
         if tokenizer.kind != "foreign":
-            self.max_token_bytes = max(len(self.token_text.token_bytes(id)) for id in range(tokenizer.vocab_size)) or 1
+            self.max_token_bytes = max(len(self.token_bytes(id)) for id in range(tokenizer.vocab_size)) or 1
         _ = tokenizer.mid_text  # built here rather than by the first request
         self.is_loaded = True
         return engine
@@ -172,19 +162,24 @@ class Service:
 
     @property
     def context_length(self) -> int:
+        """Maximum number of tokens of a prompt."""
         return self.model.gpt.config.context_length
 
-    def ensure_ready(self) -> None:
-        """Raises `APIError` (503) unless the model is loaded."""
+    def check_model(self, model: str | None = None) -> None:
+        """Raises `APIError`: 503 unless the model is loaded, 404 for an unknown model name."""
         if not self.is_loaded:
             self.worker.admit(0)
-
-    def check_model(self, model: str | None) -> None:
-        """Raises `APIError`: 404 for an unknown model name, 503 unless the model is loaded."""
-        self.ensure_ready()
         if model and model not in self.accepted_names:
             message = f"model {model[:200]!r} does not exist: this server has {self.name!r}"
             raise APIError(404, message, param="model", code="model_not_found")
+
+    def decode_token(self, token_id: int) -> str:
+        """Text of one token. Incomplete UTF-8 is shown as bytes, which keeps the tokens distinct."""
+        data = self.token_bytes(token_id)
+        try:
+            return data.decode() if data else self.special_token_names.get(token_id, "")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def model_info(self) -> dict[str, Any]:
         """The model's entry in /v1/models."""
@@ -230,34 +225,33 @@ class Service:
         if isinstance(prompt, str):
             # A lower bound on the number of tokens: most prompts that are too long are rejected without tokenizing them.
             if truncate_to is None and tokenizer.kind != "foreign":
-                self.check_context(range(len(prompt) // self.max_token_bytes), param)
+                self.check_context(len(prompt) // self.max_token_bytes, param, "at least ")
             await asyncio.sleep(0)  # let other requests run between the prompts of a long list
             ids = await self.encode_text(prompt)
             ids = ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
-        elif (largest := max(prompt, default=0)) >= tokenizer.vocab_size:
-            raise APIError(
-                400,
-                f"{param}: {largest} is not a token id; the vocabulary has {tokenizer.vocab_size} tokens",
-                param=param,
-            )
         else:
-            ids = prompt
+            ids = self.check_token_ids(prompt, param)
         if truncate_to is not None:
             max_ids = self.context_length if truncate_to < 0 else min(truncate_to, self.context_length)
             ids = ids[max(0, len(ids) - max_ids) :]
-        return self.check_context(ids or [tokenizer.eos_id], param)
+        self.check_context(len(ids), param)
+        return ids or [tokenizer.eos_id]
 
-    def check_context(self, ids: Any, param: str) -> Any:
-        """Return `ids`. Raises `APIError` if there are more than the context length."""
-        if len(ids) > self.context_length:
-            raise APIError(
-                400,
-                f"this model's maximum context length is {self.context_length} tokens, and {param} has "
-                f"{'at least ' if isinstance(ids, range) else ''}{len(ids)} tokens: shorten it",
-                param=param,
-                code="context_length_exceeded",
-            )
+    def check_token_ids(self, ids: list[int], param: str) -> list[int]:
+        """Return `ids`. Raises `APIError` for an id outside the vocabulary."""
+        vocab_size = self.model.tokenizer.vocab_size
+        if (largest := max(ids, default=0)) >= vocab_size:
+            raise invalid_field(param, f"{largest} is not a token id; the vocabulary has {vocab_size} tokens")
         return ids
+
+    def check_context(self, num_tokens: int, param: str, bound: str = "") -> None:
+        """Raises `APIError` if there are more tokens than the context length."""
+        if num_tokens > self.context_length:
+            message = (
+                f"this model's maximum context length is {self.context_length} tokens, and {param} has {bound}{num_tokens} "
+                "tokens: shorten it"
+            )
+            raise APIError(400, message, param=param, code="context_length_exceeded")
 
     async def compile_constraints(self, schema: dict[str, Any] | None, count: int) -> list[JSONConstraint | None]:
         """Compile a JSON schema into `count` decoding constraints.
@@ -281,17 +275,23 @@ class Service:
             compilation = asyncio.get_running_loop().run_in_executor(self.schema_executor, compile_schema)
             constraint = await asyncio.wait_for(compilation, SCHEMA_TIMEOUT)
         except TimeoutError as error:
-            raise APIError(
-                400, f"{param}: compiling the schema took more than {SCHEMA_TIMEOUT:.0f} s", param=param
-            ) from error
+            raise invalid_field(param, f"compiling the schema took more than {SCHEMA_TIMEOUT:.0f} s") from error
         except RecursionError as error:
-            raise APIError(400, f"{param}: the schema is nested too deeply", param=param) from error
+            raise invalid_field(param, "the schema is nested too deeply") from error
         except (UsageError, MissingDependencyError) as error:
-            raise APIError(400, f"{param}: {error}", param=param) from error
+            raise invalid_field(param, str(error)) from error
         return [constraint, *(constraint.copy() for _ in range(count - 1))]
 
     async def embed(self, ids: list[int]) -> list[float]:
-        return await self.worker.run_in_engine_thread(partial(mean_pooled_embedding, self.model.gpt, ids))
+        """L2-normalised mean of the final hidden states [D] of token ids [T]."""
+        gpt = self.model.gpt
+
+        @torch.inference_mode()
+        def mean_pooled_embedding() -> list[float]:
+            hidden = gpt(torch.tensor([ids], device=gpt.unembedding.device))[0]  # [T, D]
+            return F.normalize(hidden.float().mean(0), dim=0).cpu().numpy().tolist()
+
+        return await self.worker.run_in_engine_thread(mean_pooled_embedding)
 
     async def classify(self, texts: list[str], index: int) -> dict[str, Any]:
         """Prediction of a fine-tuned model for one example.
@@ -303,36 +303,25 @@ class Service:
         Raises:
             APIError: The model has no classification head, the number of texts is wrong, or they are too long.
         """
-        predictor = self.predictor
+        predictor, issues = self.predictor, IssueLog()
         if predictor is None:
             raise APIError(400, "this model has no classification head: see nextword finetune --help", param="model")
         try:
             example = example_from_texts(predictor.task_spec.task, texts)
         except UsageError as error:
             raise APIError(400, f"input[{index}]: {error}", param="input") from error
-
-        def predict() -> dict[str, Any]:
-            issues = IssueLog()
-            answer = predictor.predict([example], issues)[0]
-            if issues.issues:
-                message = f"input[{index}]: {issues.issues[0].what}"
-                raise APIError(400, message, param="input", code="context_length_exceeded")
-            return answer
-
-        return await self.worker.run_in_engine_thread(predict)
+        [answer] = await self.worker.run_in_engine_thread(lambda: predictor.predict([example], issues))
+        if issues.issues:
+            message = f"input[{index}]: {issues.issues[0].what}"
+            raise APIError(400, message, param="input", code="context_length_exceeded")
+        return answer
 
     async def close(self) -> None:
+        """End the helper threads and the process that renders chat templates."""
         if self.is_loaded:
             await self.chat_encoder.close()
         self.tokenizer_executor.shutdown(wait=False, cancel_futures=True)
         self.schema_executor.shutdown(wait=False, cancel_futures=True)
-
-
-@torch.inference_mode()
-def mean_pooled_embedding(gpt: GPT, ids: list[int]) -> list[float]:
-    """L2-normalised mean of the final hidden states [D] of token ids [T]."""
-    hidden = gpt(torch.tensor([ids], device=gpt.unembedding.device))[0]  # [T, D]
-    return F.normalize(hidden.float().mean(0), dim=0).tolist()
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -27,31 +27,48 @@ class GenerationExtension(Extension):
     tags = {"generation"}  # noqa: RUF012  # Jinja's own declaration
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The nodes between the tags."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+def to_json(value: object, indent: int | None = None) -> str:
+    """JSON with non-ASCII characters as they are, for the filter `tojson`."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
 def raise_exception(message: str) -> NoReturn:
+    """Let a template reject a conversation."""
     raise TemplateError(message)
 
 
-def create_environment() -> ImmutableSandboxedEnvironment:
-    """A sandboxed environment with the filters and globals that Hugging Face chat templates use."""
-    env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationExtension, loopcontrols]
-    )
-    env.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return env
+def strftime_now(form: str) -> str:
+    """The current time in the given format."""
+    return datetime.now().strftime(form)
 
 
-def set_resource_limits() -> None:
-    if sys.platform != "win32":
-        import resource
+def render_template(request: dict[str, Any]) -> dict[str, str]:
+    """Render a template in a sandbox with the filters and globals that Hugging Face chat templates use.
 
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    Args:
+        request: `template` and the `values` of its variables.
+
+    Returns:
+        The `text`, or the `error`.
+    """
+    extensions = [GenerationExtension, loopcontrols]
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    env.filters["tojson"] = to_json
+    functions = {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    try:
+        text = env.from_string(request["template"], globals=functions).render(**request["values"])
+    except TemplateError as error:
+        return {"error": f"template error: {error}"}
+    except Exception as error:  # a template can raise anything that Python can
+        return {"error": f"{type(error).__name__}: {error}"}
+    if len(text) > MAX_OUTPUT_CHARS:
+        return {"error": f"the output has more than {MAX_OUTPUT_CHARS:,} characters"}
+    return {"text": text}
 
 
 def set_timeout(seconds: float) -> None:
@@ -61,22 +78,13 @@ def set_timeout(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
-def render_template(request: dict[str, Any]) -> dict[str, str]:
-    try:
-        text = create_environment().from_string(request["template"]).render(**request["values"])
-    except TemplateError as error:
-        return {"error": f"template error: {error}"}
-    except Exception as error:  # a template can raise anything that Python can
-        return {"error": f"{type(error).__name__}: {error}"}
-    return (
-        {"text": text}
-        if len(text) <= MAX_OUTPUT_CHARS
-        else {"error": f"the output has more than {MAX_OUTPUT_CHARS:,} characters"}
-    )
-
-
 def main() -> None:
-    set_resource_limits()
+    """Answer requests until the input ends."""
+    if sys.platform != "win32":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for line in sys.stdin:
         request = json.loads(line)
         set_timeout(request.get("seconds", RENDER_TIMEOUT))
