@@ -13,8 +13,8 @@ import pytest
 from needs import DATA
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.fs import MANIFEST, read_jsonl, read_manifest, verify_tree
+from nextword.data import corpus as corpus_module
 from nextword.data import prepare as prepare_module
-from nextword.data import shards as shards_module
 from nextword.data.corpus import Corpus
 from nextword.data.prepare import prepare
 from nextword.data.scan import CorpusScan
@@ -201,8 +201,8 @@ def test_the_tokenizer_is_trained_on_the_training_split_only(folder, tmp_path):
 
 def test_reading_across_shards(articles, prepared, tmp_path, monkeypatch):
     whole = prepared.tokens("train")
-    monkeypatch.setattr(shards_module, "SHARD_TOKENS", 1000)
-    monkeypatch.setattr(shards_module, "ENCODE_BATCH_CHARS", 3000)
+    monkeypatch.setattr(corpus_module, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(corpus_module, "ENCODE_BATCH_CHARS", 3000)
     sharded = prepare([articles], tmp_path / "out", tokenizer=prepared.path).tokens("train")
     assert len(list((tmp_path / "out").glob("train-*.npy"))) == -(-len(whole) // 1000)
     assert len(sharded) == len(whole)

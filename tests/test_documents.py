@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
-from nextword.data import decoding, documents, readers
+from nextword.data import decoding, readers
 from nextword.data.decoding import rechunk
-from nextword.data.documents import find_files, read_documents
 from nextword.data.issues import IssueLog
+from nextword.data.readers import find_files, read_documents
 from nextword.data.tokenizer import train_bpe
 
 pa = pytest.importorskip("pyarrow")
@@ -163,7 +163,7 @@ def test_a_broken_stream_keeps_the_text_before_the_break(tmp_path):
 
 
 def test_a_long_line_is_skipped_in_tables_and_kept_in_text_files(tmp_path, monkeypatch):
-    for module in (decoding, documents, readers):
+    for module in (decoding, readers):
         monkeypatch.setattr(module, "MAX_LINE_CHARS", 300_000)
     long = "word " * 200_000
     texts, issues = read(tmp_path / "a.jsonl", f'{{"text": "a"}}\n{{"text": "{long}"}}\n{{"text": "b"}}\n')

@@ -20,7 +20,7 @@ import nextword as package
 from conftest import CLIRunner
 from nextword.common import fs
 from nextword.common.errors import CorruptFileError, NextwordError
-from nextword.data.shards import ShardedTokens
+from nextword.data.corpus import ShardedTokens
 from nextword.data.tokenizer import Tokenizer, train_bpe
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT

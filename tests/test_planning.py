@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import nextword
-from nextword.common import energy
+from nextword.common import environment as energy
 from nextword.common.errors import UsageError
 from nextword.data.builtin_datasets import find_sources
 from nextword.data.dataset import InMemoryTokens

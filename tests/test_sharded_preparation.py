@@ -16,7 +16,7 @@ import nextword as package
 from conftest import nextword_command
 from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
 from nextword.common.fs import MANIFEST, sha256_file
-from nextword.data import shards as shards_module
+from nextword.data import corpus as corpus_module
 from nextword.data import tokenizer as tokenizer_module
 from nextword.data.corpus import Corpus
 from nextword.data.prepare import parse_shard, partition_by_size, prepare
@@ -47,8 +47,8 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("num_shards, tokenizer", [(2, "char"), (3, "bpe"), (45, "bpe")])
 def test_the_corpus_does_not_depend_on_the_number_of_shards(num_shards, tokenizer, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards_module, "SHARD_TOKENS", 1500)  # several files, whose ends are not those of the shards
-    monkeypatch.setattr(shards_module, "COPY_CHUNK_TOKENS", 400)
+    monkeypatch.setattr(corpus_module, "SHARD_TOKENS", 1500)  # several files, whose ends are not those of the shards
+    monkeypatch.setattr(corpus_module, "COPY_CHUNK_TOKENS", 400)
     messages: list[str] = []
     prepare([folder], tmp_path / "single", tokenizer=tokenizer)
     shard = f"{num_shards}/{num_shards}"

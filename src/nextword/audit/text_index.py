@@ -44,8 +44,8 @@ from nextword.common.fs import (
 )
 from nextword.data.builtin_datasets import find_sources
 from nextword.data.corpus import Corpus
-from nextword.data.documents import SourceFile
 from nextword.data.issues import IssueLog
+from nextword.data.readers import SourceFile
 from nextword.data.scan import CorpusScan, HashedDocument, are_unchanged, scan_corpus
 
 FORMAT_VERSION = 1

@@ -70,7 +70,7 @@ class DemoResult(RunResult):
 
 @command(DemoConfig, example="nextword demo --budget 3m")
 def demo(config: DemoConfig, context: Context) -> DemoResult:
-    from nextword.data.demo_data import write_demo_data
+    from nextword.data.builtin_datasets import write_demo_data
     from nextword.pipeline.language_model import load
 
     console, seconds = context.console, {name: share * config.budget for name, share in BUDGET_SHARES.items()}

@@ -123,10 +123,9 @@ class Console:
     def _start_bar(self, stage: str, total: float, text: str) -> None:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-        columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn()]
-        if text and self.rich_console.width < BAR_COLUMNS:
-            columns.clear()
-        columns.append(TextColumn("{task.fields[text]}") if text else TimeRemainingColumn())
+        bar = [TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn()]
+        end = TextColumn("{task.fields[text]}") if text else TimeRemainingColumn()
+        columns = [end] if text and self.rich_console.width < BAR_COLUMNS else [*bar, end]
         self._bar = Progress(*columns, console=self.rich_console, transient=True)
         self._task = self._bar.add_task(stage, total=total, text=text)
         self._bar.start()

@@ -1,8 +1,11 @@
-"""The machine and the libraries that a run uses."""
+"""The machine and the libraries that a run uses, and its energy: measured where counters are readable, else estimated."""
 
+import ctypes
 import os
 import platform
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,11 @@ try:
     import resource
 except ImportError:  # Windows
     resource = None
+
+
+CPU_CORE_WATTS = 10.0  # a busy server or desktop core with its share of the memory; a laptop core takes about half
+GPU_WATTS = 300.0  # a busy data-centre GPU; power limits are 250 to 700 W
+RAPL_ROOT = Path("/sys/class/powercap")  # Linux: processor energy counters, often readable by root only
 
 
 def library_versions() -> dict[str, str]:
@@ -68,7 +76,7 @@ def resolve_device(name: str) -> torch.device:
         name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
-        if device.type == "cuda" and device.index is not None:
+        if device.type == "cuda" and ":" in name:
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -80,3 +88,85 @@ def command_line() -> list[str]:
     """The command that started this process, as run.json records it."""
     is_cli = Path(sys.argv[0]).name in ("nextword", "__main__.py")
     return ["nextword", *sys.argv[1:]] if is_cli else ["nextword.pretrain(…)"]
+
+
+# ---------------------------------------------------------------- energy
+
+
+@dataclass(frozen=True)
+class PowerReading:
+    """Mean power.
+
+    Attributes:
+        watts: Mean power in watts.
+        measured: True if measured with hardware counters, false if estimated.
+    """
+
+    watts: float
+    measured: bool
+
+    def to_dict(self, seconds: float) -> dict[str, float | bool]:
+        """The energy of `seconds` at this power, as run.json and result.json store it."""
+        return {"watt_hours": round(self.watts * seconds / 3600, 4), "measured": self.measured}
+
+
+class EnergyMeter:
+    """Measures energy from its creation on: of the processor packages, and of the GPU in use.
+
+    Args:
+        device: The device that the run uses.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.start_time, self.start_counters = time.monotonic(), self._read_counters()
+
+    def mean_power(self) -> PowerReading:
+        """Return the mean power since the meter was created.
+
+        Without readable counters the estimate is 10 W per thread, or 300 W for a GPU.
+        """
+        seconds, counters = time.monotonic() - self.start_time, self._read_counters()
+        is_cuda = self.device.type == "cuda"
+        required = "gpu" if is_cuda else "package"
+        if seconds < 0.1 or not any(name.startswith(required) for name in counters):
+            return PowerReading(GPU_WATTS if is_cuda else CPU_CORE_WATTS * torch.get_num_threads(), measured=False)
+        joules = 0.0
+        for name, (count, maximum) in counters.items():
+            start = self.start_counters.get(name, (count, maximum))[0]
+            joules += count - start if count >= start else count - start + maximum  # the counter wrapped around
+        return PowerReading(joules / seconds, measured=True)
+
+    def _read_counters(self) -> dict[str, tuple[float, float]]:
+        """Joules by counter name, and the value at which each counter wraps around."""
+        counters: dict[str, tuple[float, float]] = {}
+        for directory in sorted(RAPL_ROOT.glob("intel-rapl:*")):
+            if directory.name.count(":") > 1:  # a part of a package, which is counted already
+                continue
+            try:
+                count, maximum = (
+                    int((directory / name).read_text()) / 1e6 for name in ("energy_uj", "max_energy_range_uj")
+                )
+            except (OSError, ValueError):  # most systems let only root read them
+                continue
+            counters[f"package {directory.name}"] = count, maximum
+        if self.device.type == "cuda" and (joules := gpu_energy_joules(self.device)) is not None:
+            counters["gpu"] = joules, 0.0
+        return counters
+
+
+def gpu_energy_joules(device: torch.device) -> float | None:
+    """Energy that a GPU has used since its driver was loaded, from NVML; None if NVML does not report it."""
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+        properties: Any = torch.cuda.get_device_properties(device)  # pyright: ignore[reportUnknownMemberType] -- untyped in torch
+        identity = f"GPU-{properties.uuid}"
+        handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
+        status_codes = (
+            library.nvmlInit_v2(),
+            library.nvmlDeviceGetHandleByUUID(identity.encode(), ctypes.byref(handle)),
+            library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)),
+        )
+    except (OSError, AttributeError):  # no NVML, or one without these functions
+        return None
+    return None if any(status_codes) else millijoules.value / 1e3

@@ -50,7 +50,7 @@ def load_native_library(source: Path) -> tuple[ctypes.CDLL | None, str]:
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return None, "no C++ compiler was found (g++ or clang++)"
-    has_vnni = capability == "AVX512" and torch.cpu._is_vnni_supported()
+    has_vnni = capability == "AVX512" and torch.cpu._is_vnni_supported()  # pyright: ignore[reportPrivateUsage] -- no public one
     flags = (*COMPILER_FLAGS, *AVX2_FLAGS, *(AVX512_FLAGS if has_vnni else ()))
     files = [source, VECTOR_HEADER, *sorted(source.parent.glob("*.h"))]
     content = b"".join(path.read_bytes() for path in files) + " ".join((compiler, *flags)).encode()

@@ -1,25 +1,29 @@
 """The sources of a corpus: files, folders, and built-in datasets, which are known by name.
 
 "python-docs" is read from the standard library that runs this program. The other datasets are downloaded from the
-Hugging Face Hub.
+Hugging Face Hub. The labelled examples of the demo are made from "python-docs".
 """
 
 import ast
 import functools
 import inspect
+import json
 import os
 import re
 import sysconfig
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from nextword.common.errors import NextwordError, UsageError, import_optional
+from nextword.common.fs import atomic_write
 from nextword.data.decoding import rechunk
-from nextword.data.documents import Document, SourceFile, find_files, read_documents, read_text_rows
 from nextword.data.issues import IssueLog, replace_surrogates
+from nextword.data.readers import Document, SourceFile, find_files, read_documents, read_text_rows
 
 BUILTIN_DATASETS = {
     "python-docs": "the documentation inside your own Python: about 2 MB of English prose, no network needed",
@@ -36,6 +40,9 @@ _HUB_DATASETS = {
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample/10BT/*.parquet"),
 }
 _ARTICLE_TITLE = re.compile("= (?!=).+ =", re.DOTALL)  # and not a section, = = Section = =
+NUM_PACKAGES = 8  # the classes: the packages with the most docstrings
+MIN_SENTENCE_CHARS, MAX_SENTENCE_CHARS = 20, 200
+PUBLIC_NAME = re.compile(r"[A-Za-z]\w*")  # of a module, class or function
 _EXCLUDED_DIRS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -193,3 +200,55 @@ def _iter_docstrings(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, s
 def _clean_docstring(docstring: str) -> str:
     """The text without indentation, and without lone surrogates, which a literal may hold."""
     return replace_surrogates(inspect.cleandoc(docstring)).strip()
+
+
+# ---------------------------------------------------------------- the examples of the demo
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of a docstring, on one line; "" if there is none or its length is unsuitable."""
+    paragraph = " ".join(text.strip().split("\n\n")[0].split())
+    match = re.match(r".*?[.!?](?=\s|$)", paragraph)
+    sentence = match[0] if match else ""
+    return sentence if MIN_SENTENCE_CHARS <= len(sentence) <= MAX_SENTENCE_CHARS else ""
+
+
+def documented_names() -> list[tuple[str, str]]:
+    """Full name and first sentence of every public name that the standard library documents, each sentence once."""
+    issues, names_by_sentence = IssueLog(), dict[str, str]()
+    for source in builtin_sources("python-docs", issues):
+        for document in source.read(issues):
+            # "# module", then "## name(arguments)" and its docstring for each name
+            title, *sections = "".join(document.chunks).split("\n## ")
+            module = title.partition("\n")[0].removeprefix("# ").strip()
+            for section in sections:
+                heading, _, text = section.partition("\n")
+                name = f"{module}.{heading.partition('(')[0].strip()}"
+                is_public = all(PUBLIC_NAME.fullmatch(part) for part in name.split("."))
+                if is_public and (sentence := first_sentence(text)):
+                    names_by_sentence.setdefault(sentence, name)
+    return [(name, sentence) for sentence, name in names_by_sentence.items()]
+
+
+def write_demo_data(folder: Path) -> tuple[Path, Path]:
+    """Write the examples of the demo: the same files for the same Python.
+
+    Returns:
+        The paths of FOLDER/packages.jsonl (text and label: which package is this?) and of FOLDER/questions.jsonl
+        (conversations: what does NAME do?).
+    """
+    descriptions = documented_names()
+    packages = Counter(name.partition(".")[0] for name, _ in descriptions)
+    labels = {package for package, _ in packages.most_common(NUM_PACKAGES)}
+    examples: list[dict[str, Any]] = [
+        {"text": text, "label": package} for name, text in descriptions if (package := name.partition(".")[0]) in labels
+    ]
+    conversations: list[dict[str, Any]] = []
+    for name, text in descriptions:
+        module, _, function = name.rpartition(".")
+        question = {"role": "user", "content": f"What does {function} in {module} do?"}
+        conversations.append({"messages": [question, {"role": "assistant", "content": text}]})
+    paths = folder / "packages.jsonl", folder / "questions.jsonl"
+    for path, rows in zip(paths, (examples, conversations), strict=True):
+        atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return paths

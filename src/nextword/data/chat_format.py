@@ -7,6 +7,7 @@ look like a special token.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,9 +122,7 @@ def truncate_conversation(tokenizer: Tokenizer, messages: Sequence[Message], max
 
     remaining = max_tokens - num_tokens(system)
     turn_lengths = [num_tokens([turn]) - num_tokens([]) for turn in turns]
-    first_kept = len(turns)
-    while first_kept > 0 and sum(turn_lengths[first_kept - 1 :]) <= remaining:
-        first_kept -= 1
+    first_kept = len(turns) - sum(length <= remaining for length in accumulate(reversed(turn_lengths)))
     # An answer without its question is dropped too.
     while 0 < first_kept < len(turns) - 1 and turns[first_kept]["role"] == "assistant":
         first_kept += 1

@@ -1,19 +1,107 @@
-"""A prepared corpus: a directory with a tokenizer and the tokens of both splits. `prepare` makes it."""
+"""A prepared corpus: a directory with a tokenizer, the tokens of both splits, and the sources of the training documents.
+
+The tokens of a split are a sequence in `.npy` files of bounded size. `train-documents.bin` has a row for each document of
+the training split, in the order of the tokens: its source file, and its line there. `prepare` makes a corpus.
+"""
 
 import hashlib
 import json
+import os
+import warnings
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from nextword.common.errors import CorruptFileError, NextwordError
-from nextword.common.fs import MANIFEST, read_manifest, verify_manifest
-from nextword.data.shards import DOCUMENT_DTYPE, DOCUMENT_TABLE, ShardedTokens, Split, SplitStats
+from nextword.common.fs import MANIFEST, map_disk_errors, read_manifest, verify_manifest
+from nextword.data.dataset import TokenArray
 from nextword.data.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1  # a corpus of another version is prepared again
+
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, Split] = ("train", "validation")
+
+SHARD_TOKENS = 2**26
+COPY_CHUNK_TOKENS = 2**20
+ENCODE_BATCH_CHARS = 2**21  # each takes about fifty bytes of memory
+
+DOCUMENT_TABLE = "train-documents.bin"
+# "end": the index after the document's end-of-text token. "line": 0 if the file is one document.
+DOCUMENT_DTYPE = np.dtype([("end", "<u8"), ("source", "<u4"), ("line", "<u4")])
+
+
+class DocumentSource(NamedTuple):
+    """The index of a document's source file, and its line there (None if the file is one document)."""
+
+    source: int
+    line: int | None
+
+
+SplitText = tuple[Split, str | DocumentSource]  # a chunk of a document, or its source where it ends
+
+
+@dataclass
+class SplitStats:
+    """The size of a split.
+
+    Attributes:
+        documents: the number of documents; one that is cut between the splits counts in both.
+        tokens: the number of tokens, the end-of-text tokens included.
+        bytes: the length of its text in UTF-8.
+        characters: the length of its text.
+        unknown: the number of unknown tokens.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    characters: int = 0
+    unknown: int = 0
+
+
+class ShardedTokens:
+    """A sequence of token ids in several files, which are mapped into memory.
+
+    Args:
+        shards: the files, in order.
+
+    Raises:
+        CorruptFileError: a file is not an array of tokens.
+    """
+
+    def __init__(self, shards: Iterable[Path]):
+        self._shards = [_open_shard(shard) for shard in shards]
+        self._starts = list(accumulate(map(len, self._shards), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def read(self, start: int, count: int) -> TokenArray:
+        """Tokens start … start + count − 1 as int64 [count]. Raises `IndexError` if there are fewer."""
+        end = start + count
+        if start < 0 or count < 0 or end > len(self):
+            raise IndexError(f"tokens {start:,} to {end:,} of a sequence of {len(self):,}")
+        shards = range(bisect_right(self._starts, start) - 1, bisect_left(self._starts, end))
+        parts = [self._shards[i][max(0, start - self._starts[i]) : end - self._starts[i]] for i in shards]
+        return np.concatenate([np.empty(0, np.int64), *parts])
+
+
+def _open_shard(path: Path) -> TokenArray:
+    try:
+        with warnings.catch_warnings():  # NumPy warns of headers that Python 2 may have written
+            warnings.simplefilter("error")
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a malformed header raises whatever evaluating it raises
+        raise CorruptFileError(f"{path}: not a NumPy array file ({error})") from error
+    if tokens.ndim != 1 or tokens.dtype not in (np.dtype("<u2"), np.dtype("<u4")):
+        raise CorruptFileError(f"{path}: not a one-dimensional array of uint16 or uint32")
+    return tokens
 
 
 class Corpus:
@@ -93,3 +181,102 @@ class Corpus:
             raise CorruptFileError(f"{path}: does not match the tokens beside it; prepare the text again")
         locations: list[tuple[int, int]] = rows[["source", "line"]].tolist()
         return [names[source] + (f" line {line}" if line else "") for source, line in locations]
+
+
+# ---------------------------------------------------------------- writing
+
+
+class _ShardWriter:
+    """Writes the tokens of a split to files of `SHARD_TOKENS` tokens, as uint16 if every id fits, else as uint32."""
+
+    def __init__(self, directory: Path, split: Split, vocab_size: int):
+        self._directory, self._split, self._num_tokens = directory, split, 0
+        self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+    def append(self, tokens: TokenArray) -> None:
+        """Write tokens [T] after those before."""
+        tokens = tokens.astype(self._dtype)
+        while len(tokens):
+            index, offset = divmod(self._num_tokens, SHARD_TOKENS)
+            part, tokens = np.split(tokens, [SHARD_TOKENS - offset])
+            with (self._directory / f"{self._split}-{index:05d}.npy").open("r+b" if offset else "wb") as file:
+                header = {"descr": self._dtype.str, "fortran_order": False, "shape": (offset + len(part),)}
+                np.lib.format.write_array_header_1_0(file, header)  # the same size for every length
+                file.seek(0, os.SEEK_END)
+                file.write(part.tobytes())
+            self._num_tokens += len(part)
+
+
+def write_shards(items: Iterable[SplitText], tokenizer: Tokenizer, directory: Path) -> dict[Split, SplitStats]:
+    """Encode texts, and write the tokens of both splits and the sources of the training documents.
+
+    Args:
+        items: the chunks of each document with their split, and its source at its end.
+        tokenizer: encodes the chunks, in batches.
+        directory: an empty directory.
+
+    Returns:
+        The size of each split.
+    """
+    writers: dict[Split, _ShardWriter] = {
+        split: _ShardWriter(directory, split, tokenizer.vocab_size) for split in SPLITS
+    }
+    stats: dict[Split, SplitStats] = {split: SplitStats() for split in SPLITS}
+    eos = np.array([tokenizer.eos_id])
+    batch: list[SplitText] = []
+
+    def write_batch() -> None:
+        encoded = iter(tokenizer.encode_batch([text for _, text in batch if isinstance(text, str)]))
+        tokens: dict[Split, list[TokenArray]] = {split: [eos[:0]] for split in SPLITS}
+        documents: list[tuple[int, int, int]] = []
+        for split, text in batch:
+            size = stats[split]
+            is_text = isinstance(text, str)
+            ids = next(encoded) if is_text else eos
+            size.tokens += len(ids)
+            tokens[split].append(ids)
+            if is_text:
+                size.bytes += len(text.encode())
+                size.characters += len(text)
+                size.unknown += 0 if tokenizer.unk_id is None else int(np.count_nonzero(ids == tokenizer.unk_id))
+            else:
+                size.documents += 1
+                if split == "train":
+                    documents.append((size.tokens, text.source, text.line or 0))
+        with map_disk_errors(directory), (directory / DOCUMENT_TABLE).open("ab") as table:
+            table.write(np.array(documents, DOCUMENT_DTYPE).tobytes())
+            for split, writer in writers.items():
+                writer.append(np.concatenate(tokens[split]))
+        batch.clear()
+
+    batch_size = 0
+    for item in items:
+        batch.append(item)
+        batch_size += (len(item[1]) if isinstance(item[1], str) else 0) + 64  # short texts take memory too
+        if batch_size >= ENCODE_BATCH_CHARS:
+            write_batch()
+            batch_size = 0
+    write_batch()
+    return stats
+
+
+def concatenate_shards(parts: list[Path], vocab_size: int, directory: Path) -> None:
+    """Copy what several calls of `write_shards` have written, as if it was one.
+
+    Args:
+        parts: their directories, in order.
+        vocab_size: that of their tokenizer.
+        directory: an empty directory.
+    """
+    with map_disk_errors(directory), (directory / DOCUMENT_TABLE).open("wb") as table:
+        for split in SPLITS:
+            writer, num_tokens = _ShardWriter(directory, split, vocab_size), 0
+            for part in parts:
+                if split == "train":
+                    rows = np.fromfile(part / DOCUMENT_TABLE, DOCUMENT_DTYPE)
+                    rows["end"] += num_tokens
+                    table.write(rows.tobytes())
+                tokens = ShardedTokens(sorted(part.glob(f"{split}-*.npy")))
+                for start in range(0, len(tokens), COPY_CHUNK_TOKENS):
+                    writer.append(tokens.read(start, min(COPY_CHUNK_TOKENS, len(tokens) - start)))
+                num_tokens += len(tokens)

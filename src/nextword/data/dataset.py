@@ -19,7 +19,10 @@ class TokenSource(Protocol):
     """A sequence of token ids with random access."""
 
     def __len__(self) -> int: ...
-    def read(self, start: int, count: int) -> TokenArray: ...
+
+    def read(self, start: int, count: int) -> TokenArray:
+        """Tokens start … start + count − 1 as int64 [count]."""
+        ...
 
 
 class InMemoryTokens:

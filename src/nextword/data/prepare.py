@@ -31,19 +31,28 @@ from nextword.common import fs
 from nextword.common.console import Console
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError, import_optional
 from nextword.data.builtin_datasets import find_sources
-from nextword.data.corpus import FORMAT_VERSION, Corpus
-from nextword.data.documents import SourceFile
+from nextword.data.corpus import (
+    FORMAT_VERSION,
+    SPLITS,
+    Corpus,
+    DocumentSource,
+    SplitStats,
+    SplitText,
+    concatenate_shards,
+    write_shards,
+)
 from nextword.data.issues import IssueLog, replace_surrogates
+from nextword.data.readers import SourceFile
 from nextword.data.scan import (
+    DUPLICATE,
     CorpusScan,
     ProgressCallback,
     SourceReader,
     are_unchanged,
     dedup_index,
     file_size_and_mtime,
-    iter_split_texts,
+    hold_out_last_tenth,
 )
-from nextword.data.shards import SPLITS, SplitStats, SplitText, concatenate_shards, write_shards
 from nextword.data.tokenizer import (
     Tokenizer,
     check_vocab_size,
@@ -243,8 +252,9 @@ class PreparationJob:
         with fs.map_disk_errors(self.work_dir):
             self.work_dir.mkdir(exist_ok=True)
         if not self.is_active:
-            plan = {"kind": "parts", "parts": self.num_shards, "settings": self.settings}
-            fs.atomic_write(self.work_dir / PLAN_FILE, fs.to_json(plan))
+            fs.atomic_write(
+                self.work_dir / PLAN_FILE, fs.to_json({"parts": self.num_shards, "settings": self.settings})
+            )
 
     @property
     def is_active(self) -> bool:
@@ -372,9 +382,27 @@ class PreparationJob:
     # ------------------------------------------------------------ second reading
 
     def _iter_texts(self, scan: CorpusScan, shard: int, stage: str) -> Iterator[SplitText]:
-        first_document, _ = scan.shard_starts[shard]
-        sources, first_source = self.shard_sources[shard], self.bounds[shard]
-        return iter_split_texts(sources, scan, stage, self.progress, first_source, first_document)
+        """Read the unique documents of a shard once more.
+
+        Yields:
+            The chunks of each document with their split, and at the end of the document its source.
+
+        Raises:
+            NextwordError: a file has changed since the scan.
+        """
+        (first_document, _), first_source = scan.shard_starts[shard], self.bounds[shard]
+        lengths = iter(scan.lengths[first_document - scan.levels.count(DUPLICATE, 0, first_document) :])
+        reader, reported_before = SourceReader(self.shard_sources[shard], stage, self.progress), IssueLog()
+        documents = reader.documents(reported_before, scan.sources[first_source:])
+        for index, (source_index, hashed) in enumerate(documents, first_document):
+            split = scan.split_for_index(index) if index < len(scan.levels) else "neither"
+            source = DocumentSource(first_source + source_index, hashed.document.line)
+            if split == "both":
+                yield from hold_out_last_tenth(hashed, next(lengths), source)
+            elif split != "neither":
+                for chunk in hashed:
+                    yield split, chunk
+                yield split, source
 
     def _sample_shard(self, scan: CorpusScan, shard: int, directory: Path) -> dict[str, Any]:
         """The shard's characters for a character tokenizer, its sample for a BPE."""

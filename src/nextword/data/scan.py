@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from nextword.common.errors import DiskFullError, NextwordError
 from nextword.common.fs import sha256_file
-from nextword.data.documents import Document, SourceFile
+from nextword.data.corpus import DocumentSource, Split, SplitText
 from nextword.data.issues import IssueLog, replace_surrogates
-from nextword.data.shards import DocumentSource, Split, SplitText
+from nextword.data.readers import Document, SourceFile
 
 ProgressCallback = Callable[[str, int, int], None]  # stage, bytes done, total bytes
 
@@ -282,46 +282,8 @@ def scan_corpus(
     return scan
 
 
-def iter_split_texts(
-    sources: Sequence[SourceFile],
-    scan: CorpusScan,
-    stage: str,
-    progress: ProgressCallback,
-    first_source: int,
-    first_document: int,
-) -> Iterator[SplitText]:
-    """Read the unique documents of a range of a scanned corpus once more.
-
-    Args:
-        sources: the source files of the range.
-        scan: the result of the first reading.
-        stage: the name of this reading for `progress`.
-        progress: called with the number of bytes read.
-        first_source: the index of the first source file in the corpus.
-        first_document: the index of its first document in the corpus.
-
-    Yields:
-        The chunks of each document with their split, and at the end of the document its source. Each of the two parts
-        of a document that is cut ends with its source.
-
-    Raises:
-        NextwordError: a file has changed since the scan.
-    """
-    lengths = iter(scan.lengths[first_document - scan.levels.count(DUPLICATE, 0, first_document) :])
-    reader, already_reported = SourceReader(sources, stage, progress), IssueLog()
-    documents = reader.documents(already_reported, scan.sources[first_source:])
-    for index, (source_index, hashed) in enumerate(documents, first_document):
-        split = scan.split_for_index(index) if index < len(scan.levels) else "neither"
-        source = DocumentSource(first_source + source_index, hashed.document.line)
-        if split == "both":
-            yield from _hold_out_last_tenth(hashed, next(lengths), source)
-        elif split != "neither":
-            yield from ((split, chunk) for chunk in hashed)
-            yield split, source
-
-
-def _hold_out_last_tenth(chunks: Iterable[str], num_characters: int, source: DocumentSource) -> Iterator[SplitText]:
-    """The chunks of a document, cut after nine tenths of its characters."""
+def hold_out_last_tenth(chunks: Iterable[str], num_characters: int, source: DocumentSource) -> Iterator[SplitText]:
+    """The chunks of a document, cut after nine tenths of its characters. Each part ends with its source."""
     train_remaining = num_characters * 9 // 10
     for chunk in chunks:
         if train_remaining > 0:

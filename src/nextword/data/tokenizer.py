@@ -161,7 +161,7 @@ class Tokenizer:
         content["added_tokens"] = [t | flags if t["content"] in tokens else t for t in content["added_tokens"]]
         backend = tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
         new = [token for token in tokens if token not in self._vocabulary]
-        backend.add_special_tokens(tokens)
+        backend.add_special_tokens(tokens)  # pyright: ignore[reportUnknownMemberType] -- typed as a bare list
         if [backend.token_to_id(token) for token in new] != list(range(self.vocab_size, self.vocab_size + len(new))):
             raise NextwordError(
                 "the tokenizer's ids have gaps, so that no special token can be added: use another tokenizer"
@@ -408,7 +408,7 @@ def train_char(texts: Iterable[str]) -> Tokenizer:
     backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNK_TOKEN))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
-    backend.add_special_tokens(special_tokens)
+    backend.add_special_tokens(special_tokens)  # pyright: ignore[reportUnknownMemberType] -- typed as a bare list
     return Tokenizer(backend, _tokenizer_config(unk_token=UNK_TOKEN))
 
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from nextword.common.console import Console
-from nextword.common.energy import EnergyMeter
+from nextword.common.environment import EnergyMeter
 from nextword.common.errors import NextwordError, UsageError
 from nextword.common.fs import MANIFEST
 from nextword.data.builtin_datasets import find_sources
 from nextword.data.corpus import Corpus
-from nextword.data.documents import SourceFile
 from nextword.data.issues import IssueLog
 from nextword.data.prepare import prepare
+from nextword.data.readers import SourceFile
 from nextword.data.tokenizer import vocab_size_for
 from nextword.model.config import SIZES, ConfigError, ModelConfig, build_config
 from nextword.planning.scaling_law import corpus_difficulty

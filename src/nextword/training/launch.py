@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from nextword.common import fs
 from nextword.common.console import Console
-from nextword.common.energy import EnergyMeter
-from nextword.common.environment import command_line, library_versions, machine_info
+from nextword.common.environment import EnergyMeter, command_line, library_versions, machine_info
 from nextword.common.errors import NextwordError, UsageError
 from nextword.common.format import format_duration
 from nextword.common.native_build import load_native_library
