@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import nextword
-from nextword.common import environment as energy
+from nextword.common import environment
 from nextword.common.errors import UsageError
 from nextword.data.builtin_datasets import find_sources
 from nextword.data.dataset import InMemoryTokens
@@ -338,19 +338,16 @@ def test_plan_on_the_command_line(texts, nextword):
 
 
 def test_energy_is_measured_by_counters_or_estimated(tmp_path, monkeypatch):
-    monkeypatch.setattr(energy, "RAPL_ROOT", tmp_path)
-    estimated = energy.EnergyMeter(torch.device("cpu")).mean_power()
-    assert not estimated.measured
-    assert estimated.watts == energy.CPU_CORE_WATTS * torch.get_num_threads()
+    monkeypatch.setattr(environment, "RAPL_ROOT", tmp_path)
+    watts = environment.CPU_CORE_WATTS * torch.get_num_threads()
+    assert environment.EnergyMeter(torch.device("cpu")).energy(3600) == {"watt_hours": watts, "measured": False}
     package = tmp_path / "intel-rapl:0"
     package.mkdir()
     (package / "max_energy_range_uj").write_text("1000000000")
     (package / "energy_uj").write_text("990000000")
     (tmp_path / "intel-rapl:0:0").mkdir()  # a part of the package, which must not count twice
-    meter = energy.EnergyMeter(torch.device("cpu"))
+    meter = environment.EnergyMeter(torch.device("cpu"))
     (package / "energy_uj").write_text("20000000")  # the counter has wrapped around
     meter.start_time -= 10
-    power = meter.mean_power()
-    assert power.measured
-    assert power.watts == pytest.approx(3.0, rel=0.05)
-    assert power.to_dict(3600)["watt_hours"] == pytest.approx(3.0, rel=0.05)
+    used = meter.energy(3600)
+    assert used["measured"] and used["watt_hours"] == pytest.approx(3.0, rel=0.05)

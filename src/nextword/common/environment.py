@@ -5,7 +5,6 @@ import os
 import platform
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,23 +92,6 @@ def command_line() -> list[str]:
 # ---------------------------------------------------------------- energy
 
 
-@dataclass(frozen=True)
-class PowerReading:
-    """Mean power.
-
-    Attributes:
-        watts: Mean power in watts.
-        measured: True if measured with hardware counters, false if estimated.
-    """
-
-    watts: float
-    measured: bool
-
-    def to_dict(self, seconds: float) -> dict[str, float | bool]:
-        """The energy of `seconds` at this power, as run.json and result.json store it."""
-        return {"watt_hours": round(self.watts * seconds / 3600, 4), "measured": self.measured}
-
-
 class EnergyMeter:
     """Measures energy from its creation on: of the processor packages, and of the GPU in use.
 
@@ -121,21 +103,26 @@ class EnergyMeter:
         self.device = device
         self.start_time, self.start_counters = time.monotonic(), self._read_counters()
 
-    def mean_power(self) -> PowerReading:
-        """Return the mean power since the meter was created.
+    def energy(self, seconds: float) -> dict[str, float | bool]:
+        """The energy of `seconds` at the mean power since the meter was created, as run.json and result.json store it.
 
-        Without readable counters the estimate is 10 W per thread, or 300 W for a GPU.
+        Without readable counters the power is estimated as 10 W per thread, or 300 W for a GPU.
+
+        Returns:
+            "watt_hours", and "measured": whether hardware counters were read.
         """
-        seconds, counters = time.monotonic() - self.start_time, self._read_counters()
+        elapsed, counters = time.monotonic() - self.start_time, self._read_counters()
         is_cuda = self.device.type == "cuda"
         required = "gpu" if is_cuda else "package"
-        if seconds < 0.1 or not any(name.startswith(required) for name in counters):
-            return PowerReading(GPU_WATTS if is_cuda else CPU_CORE_WATTS * torch.get_num_threads(), measured=False)
-        joules = 0.0
-        for name, (count, maximum) in counters.items():
-            start = self.start_counters.get(name, (count, maximum))[0]
-            joules += count - start if count >= start else count - start + maximum  # the counter wrapped around
-        return PowerReading(joules / seconds, measured=True)
+        measured = elapsed >= 0.1 and any(name.startswith(required) for name in counters)
+        watts = GPU_WATTS if is_cuda else CPU_CORE_WATTS * torch.get_num_threads()
+        if measured:
+            joules = 0.0
+            for name, (count, maximum) in counters.items():
+                start = self.start_counters.get(name, (count, maximum))[0]
+                joules += count - start if count >= start else count - start + maximum  # the counter wrapped around
+            watts = joules / elapsed
+        return {"watt_hours": round(watts * seconds / 3600, 4), "measured": measured}
 
     def _read_counters(self) -> dict[str, tuple[float, float]]:
         """Joules by counter name, and the value at which each counter wraps around."""
@@ -159,8 +146,8 @@ def gpu_energy_joules(device: torch.device) -> float | None:
     """Energy that a GPU has used since its driver was loaded, from NVML; None if NVML does not report it."""
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
-        properties: Any = torch.cuda.get_device_properties(device)  # pyright: ignore[reportUnknownMemberType] -- untyped in torch
-        identity = f"GPU-{properties.uuid}"
+        cuda: Any = torch.cuda  # its device properties have no types
+        identity = f"GPU-{cuda.get_device_properties(device).uuid}"
         handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
         status_codes = (
             library.nvmlInit_v2(),

@@ -303,14 +303,12 @@ def atomic_replace_dir(staging_dir: Path, target: Path) -> None:
     """
     old = target.with_name(f".{target.name}.old")
     with map_disk_errors(target):
-        if old.exists():
-            shutil.rmtree(old)
+        recover_interrupted_swap(target)
         if target.exists():
             target.rename(old)
         staging_dir.rename(target)
         fsync_path(target.parent)
-        if old.exists():
-            shutil.rmtree(old)
+        recover_interrupted_swap(target)
 
 
 def recover_interrupted_swap(target: Path) -> None:

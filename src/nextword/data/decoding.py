@@ -16,7 +16,6 @@ COMPRESSION_SUFFIXES = (".gz", ".zst")
 CHUNK_CHARS = 2**16
 MAX_LINE_CHARS = 2**25  # of a row of a table, which is held in memory whole
 BLOCK_BYTES = 2**18
-BROKEN_STREAM = "the compressed stream is broken; the text before the break is kept"
 
 _BOMS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -89,33 +88,33 @@ def _read_blocks(path: Path, issues: IssueLog) -> Iterator[bytes]:
     compression = file_format(path)[1]
     try:
         if compression == ".zst":
-            yield from _read_zstd_blocks(path, issues)
+            yield from _read_zstd_blocks(path)
             return
         with gzip.open(path) if compression == ".gz" else path.open("rb") as file:
             while block := file.read(BLOCK_BYTES):
                 yield block
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        issues.add(path, None, BROKEN_STREAM, error_text(error))
+        issues.add(path, None, "the compressed stream is broken; the text before the break is kept", error_text(error))
     except OSError as error:
         issues.add(path, None, "cannot be read", error_text(error))
 
 
-def _read_zstd_blocks(path: Path, issues: IssueLog) -> Iterator[bytes]:
+def _read_zstd_blocks(path: Path) -> Iterator[bytes]:
+    """The decompressed bytes of a .zst file. Raises `EOFError` where its stream is broken."""
     zstandard = import_optional("zstandard", f"{path}: a .zst file", "zstd")
     frame: Any = None
-    try:
-        with path.open("rb") as file:
-            while data := file.read(2**8):  # a small input may decompress to thousands of times its size
-                while data:
-                    frame = frame or zstandard.ZstdDecompressor().decompressobj()
+    with path.open("rb") as file:
+        while data := file.read(2**8):  # a small input may decompress to thousands of times its size
+            while data:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                try:
                     block = frame.decompress(data)
-                    yield from (block[i : i + BLOCK_BYTES] for i in range(0, len(block), BLOCK_BYTES))
-                    data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    except zstandard.ZstdError as error:
-        issues.add(path, None, BROKEN_STREAM, str(error))
-        return
+                except zstandard.ZstdError as error:
+                    raise EOFError(str(error)) from error
+                yield from (block[i : i + BLOCK_BYTES] for i in range(0, len(block), BLOCK_BYTES))
+                data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
     if frame is not None:
-        issues.add(path, None, BROKEN_STREAM, "it ends early")
+        raise EOFError("it ends early")
 
 
 def rechunk(chunks: Iterable[str], max_chars: int = CHUNK_CHARS) -> Iterator[str]:

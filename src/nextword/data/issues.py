@@ -16,7 +16,11 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 def replace_surrogates(text: str) -> str:
     """The text with every lone surrogate, which UTF-8 cannot encode, replaced by U+FFFD."""
-    return text if text.isascii() else SURROGATE.sub("\ufffd", text)
+    try:
+        text.encode()  # much faster than a regular expression
+    except UnicodeEncodeError:
+        return SURROGATE.sub("\ufffd", text)
+    return text
 
 
 def error_text(error: BaseException) -> str:

@@ -67,10 +67,8 @@ def sample_evenly(source: TokenSource, max_tokens: int) -> TokenArray:
 
 def encode_ngrams(tokens: TokenArray, vocab_size: int, order: int) -> TokenArray:
     """Every n-gram of `order` tokens as one number. tokens [T] → int64 [T − order + 1]."""
-    codes = np.zeros(len(tokens) - order + 1, dtype=np.int64)
-    for i in range(order):
-        codes = codes * vocab_size + tokens[i : len(tokens) - order + 1 + i]
-    return codes
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, order)
+    return windows @ vocab_size ** np.arange(order - 1, -1, -1)
 
 
 def lookup_sorted(keys: TokenArray, values: TokenArray, queries: TokenArray) -> TokenArray:

@@ -36,7 +36,6 @@ from nextword.data.corpus import (
     SPLITS,
     Corpus,
     DocumentSource,
-    SplitStats,
     SplitText,
     concatenate_shards,
     write_shards,
@@ -247,7 +246,7 @@ class PreparationJob:
         identity = [*versions, self.num_shards, self.settings, self.issues.strict, names, stats]
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         self.work_dir = self.out.with_name(f".{self.out.name}.parts-{digest}")
-        self.bounds = partition_by_size([0 if stat is None else stat[0] for stat in stats], self.num_shards)
+        self.bounds = partition_by_size([size or 0 for size, _ in stats], self.num_shards)
         self.shard_sources = [self.sources[i:j] for i, j in pairwise(self.bounds)]
         with fs.map_disk_errors(self.work_dir):
             self.work_dir.mkdir(exist_ok=True)
@@ -441,7 +440,7 @@ class PreparationJob:
         parts = [self.work_dir / name for name in self._artifacts("encoding")]
         shard_stats = [self._verify(part.name)["stats"] for part in parts]
         stats = {
-            split: {name: sum(part[split][name] for part in shard_stats) for name in asdict(SplitStats())}
+            split: {name: sum(part[split][name] for part in shard_stats) for name in shard_stats[0][split]}
             for split in SPLITS
         }
         if not all(split_stats["tokens"] for split_stats in stats.values()):

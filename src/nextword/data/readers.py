@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from nextword.common.errors import UsageError, import_optional
-from nextword.common.fs import MANIFEST, is_json_object
+from nextword.common.fs import MANIFEST, is_json_array, is_json_object
 from nextword.data.decoding import MAX_LINE_CHARS, LineReader, decode_chunks, file_format, rechunk
 from nextword.data.issues import IssueLog, error_text, replace_surrogates
 
@@ -255,8 +255,8 @@ def map_strings(value: Any, transform: Callable[[Any], str], string_type: type =
     """A JSON value with every string (or bytes) transformed, those in lists and objects included."""
     if isinstance(value, string_type):
         return transform(value)
-    if isinstance(value, list):
-        return [map_strings(item, transform, string_type) for item in cast(list[Any], value)]
+    if is_json_array(value):
+        return [map_strings(item, transform, string_type) for item in value]
     if is_json_object(value):
         return {name: map_strings(item, transform, string_type) for name, item in value.items()}
     return value
@@ -269,9 +269,6 @@ def _normalize_newlines(text: str) -> str:
 # ---------------------------------------------------------------- JSON
 
 
-_Element = tuple[int, Any, bool]  # a JSON value: its first line, itself, whether it has escapes (maybe lone surrogates)
-
-
 def _read_jsonl(path: Path, lines: LineReader, issues: IssueLog, selector: ColumnSelector) -> Iterator[Record]:
     for line in lines:
         lines.start_row()
@@ -282,20 +279,18 @@ def _read_jsonl(path: Path, lines: LineReader, issues: IssueLog, selector: Colum
         except (ValueError, RecursionError) as error:
             issues.add(path, lines.line_number, "not valid JSON", error_text(error))
             continue
-        yield from _make_record(path, (lines.line_number, value, "\\u" in line), issues, selector)
+        yield from _make_record(path, lines.line_number, value, issues, selector)
 
 
-def _make_record(path: Path, element: _Element, issues: IssueLog, selector: ColumnSelector) -> Iterator[Record]:
+def _make_record(path: Path, line: int, value: Any, issues: IssueLog, selector: ColumnSelector) -> Iterator[Record]:
     """The record of a JSON object; none if it is no object or lacks a column."""
-    line, value, has_escapes = element
     if not is_json_object(value):
         issues.add(path, line, "not a JSON object", f"it is a {type(value).__name__}")
         return
     try:
-        values = {
-            name: map_strings(value[name], _normalize_newlines) for name in selector(list(value)) if name in value
-        }
-        clean = map_strings(values, replace_surrogates) if has_escapes else values
+        selected = {name: value[name] for name in selector(list(value)) if name in value}
+        values = map_strings(selected, _normalize_newlines)
+        clean = map_strings(values, replace_surrogates)
         was_repaired = clean != values
     except MissingColumnError as error:
         issues.add(path, line, error.kind, error.detail)
@@ -354,17 +349,15 @@ class _JSONScanner:
             yield
         self._expect(closing)
 
-    def iter_elements(self) -> Iterator[_Element]:
-        """The elements of the list at the current position."""
+    def iter_elements(self) -> Iterator[tuple[int, Any]]:
+        """The first line and the value of each element of the list at the current position."""
         line, counted = self.line, self._position
         for _ in self._iter_items("]"):
             self.peek()
-            start = self._position
-            line, counted = line + self._text.count("\n", counted, start), start
-            value = self.read_value()
-            yield line, value, self._text.find("\\u", start, self._position) >= 0
+            line, counted = line + self._text.count("\n", counted, self._position), self._position
+            yield line, self.read_value()
 
-    def collect_object_lists(self, lists: dict[str, list[_Element]]) -> None:
+    def collect_object_lists(self, lists: dict[str, list[tuple[int, Any]]]) -> None:
         """Parse the object at the current position, and put its lists of objects into `lists`, as far as they are valid."""
         for _ in self._iter_items("}"):
             if self.peek() != '"':
@@ -374,21 +367,21 @@ class _JSONScanner:
             if self.peek() != "[":
                 self.read_value()
                 continue
-            elements: list[_Element] = []
-            for element in self.iter_elements():
-                elements.append(element)
-                if isinstance(element[1], dict):
+            elements: list[tuple[int, Any]] = []
+            for line, value in self.iter_elements():
+                elements.append((line, value))
+                if isinstance(value, dict):
                     lists[name] = elements
 
 
 def _read_json(path: Path, chunks: Iterable[str], issues: IssueLog, selector: ColumnSelector) -> Iterator[Record]:
     scanner = _JSONScanner(_join_chunks(path, chunks, issues))
-    lists: dict[str, list[_Element]] = {}
+    lists: dict[str, list[tuple[int, Any]]] = {}
     first = scanner.peek()
     try:
         if first == "[":
-            for element in scanner.iter_elements():
-                yield from _make_record(path, element, issues, selector)
+            for line, value in scanner.iter_elements():
+                yield from _make_record(path, line, value, issues, selector)
         elif first == "{":
             scanner.collect_object_lists(lists)
         elif first:
@@ -407,8 +400,8 @@ def _read_json(path: Path, chunks: Iterable[str], issues: IssueLog, selector: Co
     if len(lists) > 1:
         issues.add(path, 1, "more than one list of objects; make a file of each", ", ".join(lists))
         return
-    for element in chain.from_iterable(lists.values()):
-        yield from _make_record(path, element, issues, selector)
+    for line, value in chain.from_iterable(lists.values()):
+        yield from _make_record(path, line, value, issues, selector)
 
 
 def _join_chunks(path: Path, chunks: Iterable[str], issues: IssueLog) -> str:

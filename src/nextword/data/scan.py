@@ -29,20 +29,20 @@ MIN_DOCUMENTS_TO_SPLIT = 20  # with fewer, the validation set is the last tenth 
 DUPLICATE, TRAIN, HASH_10_PERCENT, HASH_5_PERCENT, HASH_1_PERCENT = range(5)
 
 
-def file_size_and_mtime(path: Path) -> tuple[int, int] | None:
+def file_size_and_mtime(path: Path) -> tuple[int, int] | tuple[None, None]:
     """Size in bytes and modification time in ns; None if the file cannot be accessed (its reader records that)."""
     try:
         status = path.stat()
+        return status.st_size, status.st_mtime_ns
     except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
+        return None, None
 
 
 def are_unchanged(sources: Sequence[SourceFile], recorded: Sequence[dict[str, Any]]) -> bool:
     """Whether files are those that a scan has recorded: by name, size, and modification time or SHA-256."""
 
     def is_unchanged(source: SourceFile, recorded: dict[str, Any]) -> bool:
-        size, mtime_ns = file_size_and_mtime(source.path) or (None, None)
+        size, mtime_ns = file_size_and_mtime(source.path)
         if size is None or (source.name, size) != (recorded["name"], recorded["bytes"]):
             return False
         sha256 = recorded["sha256"]
@@ -177,7 +177,7 @@ class SourceReader:
     def __init__(self, sources: Sequence[SourceFile], stage: str, progress: ProgressCallback):
         self._sources, self._stage, self._progress = sources, stage, progress
         self._stats = [file_size_and_mtime(source.path) for source in sources]
-        self._total_bytes = sum(stat[0] for stat in self._stats if stat)
+        self._total_bytes = sum(size or 0 for size, _ in self._stats)
         self._file_end = self._done = self._reported = 0
         self.found: list[dict[str, Any]] = []
 
@@ -193,8 +193,7 @@ class SourceReader:
         Raises:
             NextwordError: a file has changed since the earlier reading.
         """
-        for index, (source, stat) in enumerate(zip(self._sources, self._stats, strict=True)):
-            size, mtime_ns = stat or (None, None)
+        for index, (source, (size, mtime_ns)) in enumerate(zip(self._sources, self._stats, strict=True)):
             self._file_end += size or 0
             texts_hash = hashlib.blake2b(digest_size=16)
             for document in source.read(issues):

@@ -14,14 +14,14 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
-from nextword.common.fs import atomic_write, check_file_size, is_json_object, read_json, to_json
+from nextword.common.fs import atomic_write, check_file_size, is_json_array, is_json_object, read_json, to_json
 from nextword.data.dataset import TokenArray
 from nextword.data.issues import replace_surrogates
 
@@ -304,7 +304,7 @@ def _read_json_object(file: Path) -> dict[str, Any]:
 def _read_eos_ids(file: Path) -> list[int]:
     """The `eos_token_id` of a `generation_config.json`; none if there is no such file."""
     value = _read_json_object(file).get("eos_token_id")
-    eos_ids = [] if value is None else cast(list[Any], value) if isinstance(value, list) else [value]
+    eos_ids = value if is_json_array(value) else [] if value is None else [value]
     if not all(type(id) is int for id in eos_ids):
         raise CorruptFileError(f"{file}: eos_token_id is neither a token's id nor a list of them")
     return eos_ids
@@ -313,17 +313,14 @@ def _read_eos_ids(file: Path) -> list[int]:
 def _template_processor(
     backend: tokenizers.Tokenizer, single: Sequence[str], pair: Sequence[str]
 ) -> processors.TemplateProcessing:
-    tokens = [name for name in dict.fromkeys([*single, *pair]) if name not in ("A", "B")]
-    ids = {token: backend.token_to_id(token) for token in tokens}
+    ids = {name: backend.token_to_id(name) for name in (*single, *pair) if name not in ("A", "B")}
     if missing := [token for token, id in ids.items() if id is None]:
         raise UsageError(f"the template names {missing[0]}, which the tokenizer does not have: add it to the tokens")
-    if list(single).count("A") != 1 or "B" in single or sorted(n for n in pair if n in ("A", "B")) != ["A", "B"]:
+    slots = [sorted(name for name in names if name in ("A", "B")) for names in (single, pair)]
+    if slots != [["A"], ["A", "B"]]:
         raise UsageError('a template has the text "A" once, and one of two texts "A" and "B" once each')
-    return processors.TemplateProcessing(
-        single=[f"${name}" if name == "A" else name for name in single],
-        pair=[f"${name}" if name in ("A", "B") else name for name in pair],
-        special_tokens=list(ids.items()),
-    )
+    single, pair = ([f"${name}" if name in ("A", "B") else name for name in names] for names in (single, pair))
+    return processors.TemplateProcessing(single=single, pair=pair, special_tokens=list(ids.items()))
 
 
 def _detect_kind_and_bytes(backend: tokenizers.Tokenizer, vocabulary: dict[str, int]) -> tuple[str, list[bytes] | None]:

@@ -240,5 +240,5 @@ def plan_run(
             "seconds": total_seconds,
             "preparation_seconds": sample.preparation_seconds,
             "text": text,
-            "energy": meter.mean_power().to_dict(total_seconds),
+            "energy": meter.energy(total_seconds),
         }

@@ -328,7 +328,7 @@ class Trainer:
             **metrics,
             "seconds": round(seconds, 3),
             "memory_bytes": peak_memory_bytes(run.device),
-            "energy": run.energy_meter.mean_power().to_dict(seconds),
+            "energy": run.energy_meter.energy(seconds),
         }
         fs.atomic_write(run.run_dir.result_path, fs.to_json(result))
         run.write_reports(run.run_dir.path)
