@@ -248,6 +248,7 @@ class PreparationJob:
         self.work_dir = self.out.with_name(f".{self.out.name}.parts-{digest}")
         self.bounds = partition_by_size([size or 0 for size, _ in stats], self.num_shards)
         self.shard_sources = [self.sources[i:j] for i, j in pairwise(self.bounds)]
+        self._log_step: Log = self.log if self.num_shards > 1 else _ignore
         with fs.map_disk_errors(self.work_dir):
             self.work_dir.mkdir(exist_ok=True)
         if not self.is_active:
@@ -281,10 +282,6 @@ class PreparationJob:
         return partial(self._assemble, scan, tokenizer)
 
     # ------------------------------------------------------------ artifacts
-
-    def _log_step(self, message: str) -> None:
-        if self.num_shards > 1:
-            self.log(message)
 
     def _artifacts(self, stage: str) -> list[str]:
         """The names of the artifacts of a stage, one for each shard."""
