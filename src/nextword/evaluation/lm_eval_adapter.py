@@ -6,7 +6,6 @@ import math
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import replace
 from io import StringIO
 from typing import Any
 
@@ -89,14 +88,14 @@ def _sampling_from_generation_kwargs(generation_kwargs: dict[str, Any]) -> Sampl
     """The sampling of lm-eval's `generation_kwargs`: greedy unless they set do_sample or a temperature."""
     settings = {name: value for name, value in generation_kwargs.items() if value is not None}
     until: str | list[str] = settings.get("until") or []
-    sampling = Sampling(
-        temperature=0.0,
+    drawn: dict[str, Any] = {"temperature": 0.0}
+    if settings.get("do_sample", float(settings.get("temperature") or 0) > 0):
+        drawn = {"temperature": 1.0} | {key: settings[key] for key in SAMPLING_KEYS if key in settings}
+    return Sampling(
         max_tokens=int(next((settings[key] for key in MAX_TOKENS_KEYS if key in settings), DEFAULT_MAX_TOKENS)),
         stop=tuple([until] if isinstance(until, str) else [text for text in until if text]),
+        **drawn,
     )
-    if not settings.get("do_sample", float(settings.get("temperature") or 0) > 0):
-        return sampling
-    return replace(sampling, **{"temperature": 1.0} | {key: settings[key] for key in SAMPLING_KEYS if key in settings})
 
 
 @functools.cache

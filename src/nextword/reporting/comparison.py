@@ -76,7 +76,7 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
     settings = _pivot([_flatten_settings(run) for run in runs.values()])
     different = [Row(name, values) for name, values in settings if len(set(values)) > 1]
     last_samples = [dict(chain.from_iterable(run.samples_by_step.values())) for run in runs.values()]
-    page = fmt.render_html(
+    page = fmt.render(
         "comparison.html",
         title=" · ".join(names),
         names=names,

@@ -12,7 +12,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from nextword.common.fs import atomic_write
-from nextword.reporting.formatting import TEMPLATES, render_html
+from nextword.reporting.formatting import TEMPLATES, render
 from nextword.reporting.run_data import as_mapping
 
 LARGE_HEADING_CHARS, MAX_HEADING_CHARS = 90, 500
@@ -30,7 +30,7 @@ def write_explanation_page(explanation: Mapping[str, Any], path: Path) -> Path:
     """
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("explain.css", "explain.js"))
     text = "\n".join(explanation["texts"]) or "Empty text"
-    page = render_html(
+    page = render(
         "explain.html",
         policy=Markup(content_security_policy(style, script)),
         style=Markup(style),

@@ -160,14 +160,9 @@ def group_by_section(entries: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
 # ---------------------------------------------------------------- templates
 
 
-def render_html(template: str, **context: Any) -> str:
-    """Render an HTML template; every value is escaped."""
-    return sanitize(_environment(markdown=False).get_template(template).render(context))
-
-
-def render_markdown(template: str, **context: Any) -> str:
-    """Render a Markdown template; every value is escaped."""
-    return sanitize(_environment(markdown=True).get_template(template).render(context))
+def render(template: str, **context: Any) -> str:
+    """Render a template; every value is escaped, for Markdown where the name of the template ends so and else for HTML."""
+    return sanitize(_environment(template.endswith(".md")).get_template(template).render(context))
 
 
 FILTERS: tuple[Callable[..., Any], ...] = (

@@ -89,10 +89,9 @@ def refresh_unmodified(run_dir: Path, info: Callable[[str], None]) -> None:
     Files that were edited or removed by hand are left alone; an edited model card is mentioned by `info`.
     """
     report, card = run_dir / "report.html", run_dir / "README.md"
-    if report.is_file():
-        page = report.read_text(encoding="utf-8", errors="replace")
-        if any(marker in page for marker in GENERATED_MARKERS):
-            write_report(run_dir)
+    page = report.read_text(encoding="utf-8", errors="replace") if report.is_file() else ""
+    if any(marker in page for marker in GENERATED_MARKERS):
+        write_report(run_dir)
     if is_unmodified_card(card):
         write_card(run_dir)
     elif card.is_file():
@@ -115,7 +114,7 @@ def _render_training(run: RunData, stored: StoredResults) -> str:
     results = TaskResults.from_run(run) if run.task else None
     samples = list(run.samples_by_step.items())
     shown = {round(i * (len(samples) - 1) / (MAX_SAMPLES - 1)) for i in range(MAX_SAMPLES)}  # evenly spaced
-    return fmt.render_html(
+    return fmt.render(
         "report.html",
         title=run.name,
         run=run,
@@ -222,7 +221,7 @@ def _render_study(run_dir: Path, run: RunData) -> str:
         higher_is_better = metric not in LOWER_IS_BETTER_METRICS
     baselines, data = parse_scores(study.get("baselines")), as_list(run.get("request", "data"))
     names = (study.get("task"), run.get("request", "model"), *data[:1])
-    return fmt.render_html(
+    return fmt.render(
         "label_efficiency.html",
         title=run.name,
         headline=str(study.get("sentence") or "Label efficiency of pre-training"),
@@ -259,7 +258,7 @@ def write_card(run_dir: Path) -> Path:
     command = run.get("command")
     if not isinstance(command, str):
         command = None
-    body = fmt.render_markdown(
+    body = fmt.render(
         "card.md",
         run=run,
         results=results,

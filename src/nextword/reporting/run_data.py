@@ -285,13 +285,10 @@ class TaskResults:
 def parse_score(value: Any) -> ScoreWithCI | None:
     """A score from a number or from {"value", "low", "high", "n"}; None without a finite value."""
     fields = as_mapping(value) or {"value": value}
-    number, low, high, n = (fields.get(key) for key in ("value", "low", "high", "n"))
-    if not is_number(number):
-        return None
-    count = int(n) if is_number(n) else None
-    if is_number(low) and is_number(high) and low <= high:
-        return ScoreWithCI(float(number), low, high, count)
-    return ScoreWithCI(float(number), n=count)
+    value, low, high, n = (x if is_number(x) else None for x in map(fields.get, ("value", "low", "high", "n")))
+    if low is None or high is None or low > high:
+        low = high = None
+    return None if value is None else ScoreWithCI(float(value), low, high, None if n is None else int(n))
 
 
 def parse_scores(values: Any, names: Container[str] | None = None) -> dict[str, ScoreWithCI]:
