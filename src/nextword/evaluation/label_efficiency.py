@@ -17,7 +17,7 @@ from nextword.common.environment import library_versions
 from nextword.common.errors import UsageError
 from nextword.common.run_dir import RunDir, RunInterruptedError, catch_signals, open_run
 from nextword.common.statistics import ScoreWithCI, seed_interval
-from nextword.pipeline.predictor import SELECTION_METRIC
+from nextword.tasks.dataset import TASK_KINDS
 from nextword.training.launch import check_resume_config
 
 DEFAULT_EXAMPLE_COUNTS = (32, 128, 512, 2048)  # all examples are added
@@ -129,7 +129,7 @@ def run_cell(finetune: FinetuneFunction, run_dir: RunDir, count: int | None, see
     out.parent.mkdir(exist_ok=True)
     result = finetune(out=out, limit=count, seed=seed, scratch=not pretrained, resume=True, console=Console(quiet=True))
     metadata = RunDir(out).metadata()
-    metric = SELECTION_METRIC[metadata["task"]["kind"]]
+    metric = TASK_KINDS[metadata["task"]["kind"]].metric
     metric = metric if metric in result else "bits_per_byte"
     if result.get(metric) is None:
         raise UsageError("transfer needs a validation set: add one with --validation")

@@ -22,11 +22,10 @@ from nextword.tasks import baselines
 from nextword.tasks import metrics as task_metrics
 from nextword.tasks.dataset import (
     HEAD_KINDS,
-    TARGET_FIELDS,
+    TASK_KINDS,
     EncodedExample,
     ExampleEncoder,
     TaskDataset,
-    TaskKind,
     TaskSpec,
 )
 from nextword.tasks.examples import Example, input_texts
@@ -35,24 +34,6 @@ from nextword.training.step import to_device
 
 MAX_BATCH_TOKENS = 8192  # tokens of a forward pass
 GENERATION_BATCH_SIZE = 32  # answers generated together
-# The metric of each task that selects the best checkpoint, unless labels are imbalanced.
-SELECTION_METRIC: dict[TaskKind, str] = {
-    "label": "accuracy",
-    "labels": "micro_f1",
-    "score": "pearson",
-    "choice": "accuracy",
-    "answer": "chrf",
-    "preference": "preferred",
-}
-# The field of a prediction that is compared with the target.
-_PREDICTION_FIELDS: dict[TaskKind, str] = {
-    "label": "label",
-    "labels": "labels",
-    "score": "score",
-    "choice": "label",
-    "answer": "text",
-    "preference": "score",
-}
 
 Prediction = dict[str, Any]  # a line of `nextword predict`
 
@@ -280,11 +261,11 @@ def compute_metrics(
 ) -> dict[str, ScoreWithCI]:
     """The metrics of predictions for examples with targets; `metrics` selects those of generated text."""
     kind = task_spec.kind
-    predicted = [prediction[_PREDICTION_FIELDS[kind]] for prediction in predictions]
+    predicted = [prediction[TASK_KINDS[kind].prediction_field] for prediction in predictions]
     if kind == "preference":
         return task_metrics.preference(predicted)
     if kind in HEAD_KINDS:
-        targets = [example.fields[TARGET_FIELDS[kind]] for example in examples]
+        targets = [example.fields[TASK_KINDS[kind].target_field] for example in examples]
         if kind == "label":
             return task_metrics.classification(targets, predicted, task_spec.labels)
         if kind == "labels":
@@ -320,7 +301,7 @@ def has_target(task_spec: TaskSpec, example: Example) -> bool:
     """Whether an example has a target, with labels that the model knows."""
     if task_spec.task == "chat":
         return example.fields["messages"][-1]["role"] == "assistant"
-    target = example.fields.get(TARGET_FIELDS[task_spec.kind])
+    target = example.fields.get(TASK_KINDS[task_spec.kind].target_field)
     if task_spec.kind == "labels":
         return target is not None and set(target) <= set(task_spec.labels)
     return target in task_spec.labels if task_spec.kind == "label" else target is not None
@@ -336,7 +317,7 @@ def baseline_predictions(
     task, kind = task_spec.task, task_spec.kind
     train_inputs, test_inputs = ([input_texts(task, example) for example in examples] for examples in (train, test))
     first_train, first_test = [texts[0] for texts in train_inputs], [texts[0] for texts in test_inputs]
-    targets: list[Any] = [example.fields.get(TARGET_FIELDS[kind]) for example in train]
+    targets: list[Any] = [example.fields.get(TASK_KINDS[kind].target_field) for example in train]
     predicted: dict[str, Sequence[Any]] = {}
     if kind == "label":
         features = baselines.ngram_features if task == "classify" else baselines.pair_features
@@ -364,7 +345,9 @@ def baseline_predictions(
         if predicted["first sentence"] == first_test:
             del predicted["first sentence"]
         predicted["nearest"] = baselines.nearest_neighbor_targets(first_train, targets, first_test)
-    return {name: [{_PREDICTION_FIELDS[kind]: value} for value in values] for name, values in predicted.items()}
+    return {
+        name: [{TASK_KINDS[kind].prediction_field: value} for value in values] for name, values in predicted.items()
+    }
 
 
 def baseline_scores(

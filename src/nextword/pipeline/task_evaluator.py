@@ -18,8 +18,16 @@ from nextword.model.hf import load_model
 from nextword.model.lora import LoraConfig, add_lora, merge_lora, save_adapter
 from nextword.pipeline.language_model import FORGETTING_TOKENS, BaseModel, evaluate_forgetting
 from nextword.pipeline.lm_evaluator import save_model_dir
-from nextword.pipeline.predictor import SELECTION_METRIC, EvaluationResult, Predictor, baseline_scores
-from nextword.tasks.dataset import HEAD_KINDS, TaskData, TaskDataset, TaskSpec, compute_sample_weights, load_task_data
+from nextword.pipeline.predictor import EvaluationResult, Predictor, baseline_scores
+from nextword.tasks.dataset import (
+    HEAD_KINDS,
+    TASK_KINDS,
+    TaskData,
+    TaskDataset,
+    TaskSpec,
+    compute_sample_weights,
+    load_task_data,
+)
 from nextword.tasks.examples import input_texts
 from nextword.tasks.metrics import GENERATION_METRICS
 from nextword.training.config import FinetuneRecipe
@@ -109,7 +117,7 @@ def selection_metric(spec: TaskSpec, is_balanced: bool) -> str:
     """The metric that selects the best weights: macro-F1 if rare labels count more; of a chat, bits per byte."""
     if spec.task == "chat":
         return "bits_per_byte"
-    return "macro_f1" if is_balanced else SELECTION_METRIC[spec.kind]
+    return "macro_f1" if is_balanced else TASK_KINDS[spec.kind].metric
 
 
 @dataclass

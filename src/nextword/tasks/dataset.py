@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -31,23 +31,33 @@ from nextword.tasks.schema import REQUIRED_ROLES, TASKS
 
 # What is predicted: a label, several labels, a score, a choice, a generated answer, or a preference between two answers.
 TaskKind = Literal["label", "labels", "score", "choice", "answer", "preference"]
-# The kinds predicted by a classification head, and the `problem_type` of their Hugging Face configuration.
-_PROBLEM_TYPES: dict[TaskKind, str] = {
-    "label": "single_label_classification",
-    "labels": "multi_label_classification",
-    "score": "regression",
-    "choice": "regression",
+
+
+class KindInfo(NamedTuple):
+    """What belongs to a kind of task.
+
+    Attributes:
+        target_field: The field of an example that holds the target; the answer of a conversation is its last message.
+        prediction_field: The field of a prediction that is compared with it.
+        metric: The metric that selects the best checkpoint, unless labels are imbalanced.
+        problem_type: The `problem_type` of the Hugging Face configuration; None without a classification head.
+    """
+
+    target_field: str
+    prediction_field: str
+    metric: str
+    problem_type: str | None = None
+
+
+TASK_KINDS: dict[TaskKind, KindInfo] = {
+    "label": KindInfo("label", "label", "accuracy", "single_label_classification"),
+    "labels": KindInfo("labels", "labels", "micro_f1", "multi_label_classification"),
+    "score": KindInfo("score", "score", "pearson", "regression"),
+    "choice": KindInfo("answer", "label", "accuracy", "regression"),
+    "answer": KindInfo("completion", "text", "chrf"),
+    "preference": KindInfo("chosen", "score", "preferred"),
 }
-HEAD_KINDS = tuple(_PROBLEM_TYPES)
-# The field of an example that holds the target; the answer of a conversation is its last message.
-TARGET_FIELDS: dict[TaskKind, str] = {
-    "label": "label",
-    "labels": "labels",
-    "score": "score",
-    "choice": "answer",
-    "answer": "completion",
-    "preference": "chosen",
-}
+HEAD_KINDS = tuple(kind for kind, info in TASK_KINDS.items() if info.problem_type)  # predicted by a classification head
 MAX_SEQUENCES_PER_EXAMPLE = 64  # so that (example, sequence) has an id of its own
 IMBALANCE_THRESHOLD = 3.0  # labels are weighted if the most frequent one is this many times as frequent as the rarest
 BATCHES_PER_BUCKET = 32  # batches whose examples are sorted by length together
@@ -86,7 +96,7 @@ class TaskSpec:
     @property
     def problem_type(self) -> str | None:
         """The `problem_type` of the Hugging Face configuration; None without a head."""
-        return _PROBLEM_TYPES.get(self.kind)
+        return TASK_KINDS[self.kind].problem_type
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
@@ -119,7 +129,7 @@ class TaskSpec:
         labels, columns = tuple(map(str, values.get("labels", ()))), tuple(values.get("columns", {}).items())
         fields: dict[str, Any] = {**values, "labels": labels, "columns": columns}
         spec = cls(**fields)
-        if spec.kind not in get_args(TaskKind) or spec.task not in TASKS or int(spec.answer_tokens) < 0:
+        if spec.kind not in TASK_KINDS or spec.task not in TASKS or int(spec.answer_tokens) < 0:
             raise ValueError(f"task {spec.task!r} of kind {spec.kind!r}")
         return spec
 
@@ -171,7 +181,7 @@ class ExampleEncoder:
             issues.add(example.path, example.line, f"more than {MAX_SEQUENCES_PER_EXAMPLE} choices; left out")
             return None
         generated = kind in ("answer", "preference")
-        encoded = self._encode_with_answers(example) if generated else self._encode_for_head(example)
+        encoded = self._encode_sequences(example)
         if any(truncated for _, truncated in encoded):
             what = f"longer than the context of {self.context_length:,} tokens; truncated"
             issues.add(example.path, example.line, what)
@@ -196,18 +206,31 @@ class ExampleEncoder:
         return self._encode_prompt(example)[0]
 
     def _target(self, fields: dict[str, Any]) -> Any:
-        target = fields[TARGET_FIELDS[self.task_spec.kind]]
+        target = fields[TASK_KINDS[self.task_spec.kind].target_field]
         if self.task_spec.kind == "label":
             return self.label_to_id[target]
         return np.array([name in target for name in self.label_to_id]) if self.task_spec.kind == "labels" else target
 
-    def _encode_for_head(self, example: Example) -> list[tuple[TokenSequence, bool]]:
-        """One text or a pair, a pair of sentences in both orders, or a question with each of its choices."""
-        first, *others = input_texts(self.task_spec.task, example)
-        sequences: list[tuple[str, ...]] = [(first, other) for other in others] or [(first,)]
-        if self.task_spec.task == "similarity":
-            sequences.append((others[0], first))
-        return [self._with_special_tokens(*texts) for texts in sequences]
+    def _encode_sequences(self, example: Example) -> list[tuple[TokenSequence, bool]]:
+        """The sequences of an example, and whether each was truncated.
+
+        With a head: one text or a pair, a pair of sentences in both orders, or a question with each of its choices. Otherwise
+        a conversation, or the prompt with each answer.
+        """
+        task, fields = self.task_spec.task, example.fields
+        if self.task_spec.kind in HEAD_KINDS:
+            first, *others = input_texts(task, example)
+            sequences: list[tuple[str, ...]] = [(first, other) for other in others] or [(first,)]
+            if task == "similarity":
+                sequences.append((others[0], first))
+            return [self._with_special_tokens(*texts) for texts in sequences]
+        if task == "chat":
+            ids, loss_mask = encode_conversation(self.tokenizer, fields["messages"])
+            sequence = TokenSequence(np.array(ids[: self.context_length]), np.array(loss_mask[: self.context_length]))
+            return [(sequence, len(ids) > self.context_length)]
+        prompt, truncated = self._encode_prompt(example)
+        answers = [fields["completion"]] if task == "rewrite" else [fields["chosen"], fields["rejected"]]
+        return [self._append_answer(prompt, answer, truncated) for answer in answers]
 
     def _with_special_tokens(self, *texts: str) -> tuple[TokenSequence, bool]:
         """`start text extract` or `start text delimiter text extract`, truncated as the Hugging Face tokenizer does."""
@@ -219,17 +242,6 @@ class ExampleEncoder:
             ids += [*part[:length], self.special_token_ids[separator]]
             loss_mask += [True] * length + [False]
         return TokenSequence(np.array(ids), np.array(loss_mask)), sum(lengths) < sum(map(len, parts))
-
-    def _encode_with_answers(self, example: Example) -> list[tuple[TokenSequence, bool]]:
-        fields = example.fields
-        if self.task_spec.task == "chat":
-            ids, loss_mask = encode_conversation(self.tokenizer, fields["messages"])
-            sequence = TokenSequence(np.array(ids[: self.context_length]), np.array(loss_mask[: self.context_length]))
-            return [(sequence, len(ids) > self.context_length)]
-        prompt, truncated = self._encode_prompt(example)
-        is_rewrite = self.task_spec.task == "rewrite"
-        answers = [fields["completion"]] if is_rewrite else [fields["chosen"], fields["rejected"]]
-        return [self._append_answer(prompt, answer, truncated) for answer in answers]
 
     def _append_answer(self, prompt: list[int], answer: str, prompt_truncated: bool) -> tuple[TokenSequence, bool]:
         end = self.special_token_ids[END_OF_TURN_TOKEN] if self.task_spec.chat else self.tokenizer.eos_id
@@ -394,7 +406,7 @@ def infer_task_spec(
     """
     task, columns = examples.task, tuple(examples.columns.items())
     fields = train[0].fields
-    kinds: list[TaskKind] = [kind for kind, name in TARGET_FIELDS.items() if name in fields]
+    kinds: list[TaskKind] = [kind for kind, info in TASK_KINDS.items() if info.target_field in fields]
     kind = kinds[0] if kinds else "answer"  # of a chat
     if kind in ("label", "labels"):
         names = tuple(label_names(train))
