@@ -190,7 +190,7 @@ def train_on_examples(run: "RunContext", base: "BaseModel", recipe: FinetuneReci
     Raises:
         UsageError: the model or the examples are not those that the run started with, or there are several processes.
     """
-    from nextword.pipeline.task_evaluator import (
+    from nextword.pipeline.evaluators import (
         TaskEvaluator,
         build_finetune_model,
         build_task_dataset,

@@ -154,8 +154,8 @@ def train_language_model(
     from nextword.model.config import ModelConfig
     from nextword.model.gpt import GPT
     from nextword.model.hf import load_model
+    from nextword.pipeline.evaluators import LanguageModelEvaluator
     from nextword.pipeline.language_model import evaluate_forgetting
-    from nextword.pipeline.lm_evaluator import LanguageModelEvaluator
     from nextword.training.config import Recipe
     from nextword.training.launch import setup_training
     from nextword.training.losses import causal_lm_loss
