@@ -24,6 +24,7 @@ from nextword.evaluation.evaluate import (
     shuffled_control,
     summarize_item_scores,
 )
+from nextword.inference.engine import Completion
 from nextword.inference.loglikelihood import ContinuationScore
 from nextword.pipeline import item_scores
 from nextword.pipeline.item_scores import ItemScores, score_items, win_score
@@ -206,7 +207,8 @@ def test_generated_answers(base, files, monkeypatch):
     references = [row.values["summary"] for row in rows]
     answers = [*references[:6], *WORDS[:6]]
     with monkeypatch.context() as patch:
-        patch.setattr(item_scores, "generate_texts", lambda *_: answers)
+        completions = [Completion("", text, "stop", []) for text in answers]
+        patch.setattr(item_scores, "generate_completions", lambda *_: completions)
         scores = score_items(load(base), benchmark, rows)
     assert scores.aggregate("exact_match").value == 0.5
     chrf = generation_metrics(references, answers, ["chrf"])["chrf"].value

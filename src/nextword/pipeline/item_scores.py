@@ -170,7 +170,8 @@ def _score_generations(
     """Scores of greedy answers. Chance is their score as answers to the next item."""
     items = [generation_item(benchmark, row, shuffled) for row in rows]
     sampling = Sampling(temperature=0.0, max_tokens=benchmark.max_tokens, stop=benchmark.stop)
-    predictions = generate_texts(model, [item.prompt for item in items], sampling, progress)
+    completions = generate_completions(model, [item.prompt for item in items], sampling, progress)
+    predictions = [completion.text for completion in completions]
     scores = _exact_match_scores(predictions, items)
     if len(items) < 2:
         return scores
@@ -182,13 +183,6 @@ def _exact_match_scores(predictions: list[str], items: Sequence[GenerationItem])
     references = [item.references for item in items]
     exact = [float(text.strip() in map(str.strip, entry)) for text, entry in zip(predictions, references, strict=True)]
     return ItemScores({"exact_match": np.array(exact)}, predictions=predictions, references=references)
-
-
-def generate_texts(
-    model: LanguageModel, prompts: Sequence[str], sampling: Sampling, progress: ProgressCallback | None = None
-) -> list[str]:
-    """The text generated after each prompt. Long prompts are truncated at the start."""
-    return [completion.text for completion in generate_completions(model, prompts, sampling, progress)]
 
 
 def generate_completions(
@@ -229,7 +223,7 @@ def evaluate_free_text(
     items = [generation_item(benchmark, row) for row in rows] or [GenerationItem("", ())] * DEFAULT_NUM_TEXTS
     prompts = [item.prompt for item in items]
     sampling = Sampling(max_tokens=benchmark.max_tokens, seed=seed)
-    texts = generate_texts(model, prompts, sampling, progress)
+    texts = [completion.text for completion in generate_completions(model, prompts, sampling, progress)]
     generated_words = list(map(split_words, texts))
     result: dict[str, Any] = {
         **_repetition_scores(generated_words),
