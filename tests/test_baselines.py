@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from nextword.common.errors import UsageError
 from nextword.tasks.baselines import (
-    lead_sentences,
+    lead_sentence,
     majority,
     most_similar_choice,
     naive_bayes,
@@ -197,27 +197,19 @@ def test_the_nearest_neighbor_is_the_first_of_equals():
     ids=range(14),
 )
 def test_the_end_of_a_sentence(text: str, sentence: str | None) -> None:
-    assert lead_sentences([text]) == [text.removesuffix(" End.") if sentence is None else sentence]
-
-
-def test_several_lead_sentences():
-    assert lead_sentences(["A is. B is. C is.", "Only one."], 2) == ["A is. B is.", "Only one."]
-    with pytest.raises(UsageError, match="0 sentences"):
-        lead_sentences(["a"], 0)
+    assert lead_sentence(text) == (text.removesuffix(" End.") if sentence is None else sentence)
 
 
 @settings(deadline=None)
-@given(st.text("ab AB.?!\"')\n"), st.integers(1, 4))
-def test_lead_sentences_are_a_prefix_of_the_text(text, count):
-    [lead] = lead_sentences([text], count)
-    assert text.strip().startswith(lead)
-    assert len(lead) >= len(lead_sentences([text], 1)[0])
+@given(st.text("ab AB.?!\"')\n"))
+def test_the_lead_sentence_is_a_prefix_of_the_text(text):
+    assert text.strip().startswith(lead_sentence(text))
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("sign", [".", " ", ". ", "a", "a. ", '"', ".) "])
-def test_lead_sentences_take_linear_time(sign: str) -> None:
-    assert lead_sentences([f"A{sign * 200_000}b"], 3) == [f"A{sign * 200_000}b"]
+def test_the_lead_sentence_takes_linear_time(sign: str) -> None:
+    assert lead_sentence(f"A{sign * 200_000}b") == f"A{sign * 200_000}b"
 
 
 # ---------------------------------------------------------------- real data
@@ -257,7 +249,7 @@ def test_the_most_similar_choice_on_questions():
 def test_the_lead_sentence_as_a_summary():
     test = read_data("scitldr", "test")[:200]
     summaries = column(test, "summary")
-    score = generation_metrics(summaries, lead_sentences(column(test, "text")), ["rouge1"])["rouge1"]
+    score = generation_metrics(summaries, list(map(lead_sentence, column(test, "text"))), ["rouge1"])["rouge1"]
     assert 23 < score.value < 30
 
 

@@ -143,12 +143,14 @@ def test_multilabel_equals_sklearn(pairs):
 def test_multilabel_resamples_examples(few_resamples):
     targets = [{"a"}, {"a", "b"}, set(), {"c"}, {"b"}, {"a", "c"}]
     predictions = [{"a"}, {"b"}, {"c"}, {"c"}, {"b"}, {"a"}]
-    resamples = few_resamples(6, 3)
-    scores = multilabel(targets, predictions, LABELS, seed=3)
+    resamples = few_resamples(6, 0)
+    scores = multilabel(targets, predictions, LABELS)
     true, predicted = multi_hot(targets), multi_hot(predictions)
     check_score(scores["exact_match"], resamples, lambda i: float((true[i] == predicted[i]).all(1).mean()))
     micro = sklearn_metrics.f1_score
-    check_score(scores["micro_f1"], resamples, lambda i: float(micro(true[i], predicted[i], average="micro")))
+    check_score(
+        scores["micro_f1"], resamples, lambda i: float(micro(true[i], predicted[i], average="micro", zero_division=0))
+    )
 
 
 # ---------------------------------------------------------------- correlations
@@ -212,7 +214,6 @@ def test_intervals_of_proportions_are_binomial():
     assert (score.low, score.high) == (pytest.approx(0.7 - half, abs=0.004), pytest.approx(0.7 + half, abs=0.004))
     assert score.to_dict() == {"value": 0.7, "low": score.low, "high": score.high, "n": 1000}
     assert score == multiple_choice(targets, [0] * 700 + [1] * 300)["accuracy"]
-    assert score != multiple_choice(targets, [0] * 700 + [1] * 300, seed=1)["accuracy"]
 
 
 @given(st.integers(1, 500))

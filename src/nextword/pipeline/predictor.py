@@ -187,7 +187,6 @@ class Predictor:
         *,
         generate: bool = True,
         metrics: Sequence[str] = task_metrics.GENERATION_METRICS,
-        progress: ProgressCallback | None = None,
     ) -> EvaluationResult:
         """Evaluate the model on examples with targets.
 
@@ -196,7 +195,6 @@ class Predictor:
             encoded: Their encodings, with targets.
             generate: Whether to generate and score answers, which is slow; if false, only the loss is computed.
             metrics: The metrics of generated answers.
-            progress: Called with the number of finished examples and of all examples.
 
         Raises:
             NextwordError: There are no examples.
@@ -205,12 +203,12 @@ class Predictor:
             raise NextwordError("there are no examples to evaluate on")
         kind = self.task_spec.kind
         if kind in HEAD_KINDS:
-            logits = self.logits(encoded, progress)
+            logits = self.logits(encoded)
             predictions = list(map(self.prediction, logits, examples))
             losses = [head_loss(kind, row, example.target) for row, example in zip(logits, encoded, strict=True)]
             scores = compute_metrics(self.task_spec, examples, predictions)
             return EvaluationResult(scores, float(np.mean(losses)), None, predictions)
-        log_likelihoods = self.log_likelihoods(encoded, progress)
+        log_likelihoods = self.log_likelihoods(encoded)
         # Loss and bits per byte of the targets of each example's first sequence.
         target_ids = [example.sequences[0].ids[example.sequences[0].loss_mask].tolist() for example in encoded]
         num_bytes = sum(len(self.tokenizer.decode_bytes(ids)) for ids in target_ids)
@@ -220,7 +218,7 @@ class Predictor:
         if kind == "preference":
             predictions = _preference_predictions(log_likelihoods)
         elif generate:
-            predictions = [{"text": text} for text in self.generate_answers(examples, progress)]
+            predictions = [{"text": text} for text in self.generate_answers(examples)]
         scores = compute_metrics(self.task_spec, examples, predictions, metrics) if predictions else {}
         return EvaluationResult(scores, loss, bits_per_byte, predictions)
 
@@ -341,7 +339,7 @@ def baseline_predictions(
         lengths = [len(example.fields["chosen"]) - len(example.fields["rejected"]) for example in test]
         predicted = {"the longer one": lengths}
     elif task == "rewrite":
-        predicted = {"copying": first_test, "first sentence": baselines.lead_sentences(first_test)}
+        predicted = {"copying": first_test, "first sentence": list(map(baselines.lead_sentence, first_test))}
         if predicted["first sentence"] == first_test:
             del predicted["first sentence"]
         predicted["nearest"] = baselines.nearest_neighbor_targets(first_train, targets, first_test)

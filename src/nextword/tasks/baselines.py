@@ -149,22 +149,19 @@ def most_similar_choice(questions: Sequence[str], choices: Sequence[Sequence[str
     return [row.index(max(row)) for row in ranks]
 
 
-def lead_sentences(texts: Sequence[str], count: int = 1) -> list[str]:
-    """The first sentences of each text, stripped.
+def lead_sentence(text: str) -> str:
+    """The first sentence of a text, stripped.
 
     A sentence ends at a full stop, question mark or exclamation mark (with closing quotes and brackets) that white space and a
     capital letter follow. A full stop after a single letter ("J.", "e.g.") or one of `ABBREVIATIONS` ends none.
-
-    Args:
-        texts: The texts.
-        count: Number of sentences.
-
-    Raises:
-        UsageError: `count` is less than 1.
     """
-    if count < 1:
-        raise UsageError(f"cannot take {count} sentences: ask for at least 1")
-    return [_first_sentences(text.strip(), count) for text in texts]
+    text = text.strip()
+    for end in _SENTENCE_END.finditer(text):
+        word = re.findall(r"\w*$", text[max(0, end.start() - 8) : end.start()])[0]  # no abbreviation is longer
+        is_abbreviation = (len(word) == 1 and word.isalpha()) or word.lower() in ABBREVIATIONS
+        if end["next"][-1].isupper() and not (end["sign"] == "." and is_abbreviation):
+            return text[: end.end()].rstrip()
+    return text
 
 
 def nearest_neighbor_targets(
@@ -221,19 +218,6 @@ def _word_pattern() -> re.Pattern[str]:
 
 def _tokenize(text: str) -> list[str]:
     return _word_pattern().findall(text.lower())
-
-
-def _first_sentences(text: str, count: int) -> str:
-    for end in _SENTENCE_END.finditer(text):
-        if not end["next"][-1].isupper():
-            continue
-        word = re.findall(r"\w*$", text[max(0, end.start() - 8) : end.start()])[0]  # no abbreviation is longer
-        if end["sign"] == "." and ((len(word) == 1 and word.isalpha()) or word.lower() in ABBREVIATIONS):
-            continue
-        count -= 1
-        if count == 0:
-            return text[: end.end()].rstrip()
-    return text
 
 
 def _check_same_length(item_name: str, first: Sequence[object], *others: Sequence[object]) -> None:

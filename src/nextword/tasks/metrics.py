@@ -28,9 +28,7 @@ from nextword.common.statistics import (
 GENERATION_METRICS = ("chrf", "bleu", "rouge1", "rouge2", "rougeL")  # 0 to 100; all other scores are 0 to 1 or −1 to 1
 
 
-def classification(
-    targets: Sequence[str], predictions: Sequence[str], labels: Sequence[str], *, seed: int = 0
-) -> dict[str, ScoreWithCI]:
+def classification(targets: Sequence[str], predictions: Sequence[str], labels: Sequence[str]) -> dict[str, ScoreWithCI]:
     """Metrics of single-label classification: `accuracy` and `macro_f1` (0 to 1) and `matthews` (−1 to 1).
 
     `macro_f1` is the mean F1 of the labels that occur in targets or predictions. `matthews` is Gorodkin (2004)'s R_K, which
@@ -45,7 +43,7 @@ def classification(
         [_multi_hot([[label] for label in names], labels).argmax(1) for names in (targets, predictions)], 1
     )
     cells, counts = np.unique(pairs, axis=0, return_counts=True)  # the non-zero cells of the confusion matrix
-    draws = np.random.default_rng(seed).multinomial(n, counts / n, size=NUM_RESAMPLES)
+    draws = np.random.default_rng(0).multinomial(n, counts / n, size=NUM_RESAMPLES)
     table = np.vstack([counts, draws]).astype(np.float64)  # [1 + R, cells]
     occurring = np.unique(cells)
     is_target, is_predicted = cells[:, :1] == occurring, cells[:, 1:] == occurring  # [cells, K]
@@ -61,7 +59,7 @@ def classification(
 
 
 def multilabel(
-    targets: Sequence[Collection[str]], predictions: Sequence[Collection[str]], labels: Sequence[str], *, seed: int = 0
+    targets: Sequence[Collection[str]], predictions: Sequence[Collection[str]], labels: Sequence[str]
 ) -> dict[str, ScoreWithCI]:
     """Metrics of multi-label classification, 0 to 1.
 
@@ -75,7 +73,7 @@ def multilabel(
     is_target, is_predicted = _multi_hot(targets, labels), _multi_hot(predictions, labels)  # [n, K]
     exact = (is_target == is_predicted).all(1, keepdims=True)
     columns = np.hstack([exact, is_target & is_predicted, is_target, is_predicted]).astype(np.float64)
-    sums = resampled_sums(columns, seed)
+    sums = resampled_sums(columns)
     hits, num_targets, num_predicted = np.split(sums[:, 1:], 3, axis=1)
     micro_f1 = _safe_divide(2 * hits.sum(1), (num_targets + num_predicted).sum(1))
     return {
@@ -85,7 +83,7 @@ def multilabel(
     }
 
 
-def similarity(targets: Sequence[float], predictions: Sequence[float], *, seed: int = 0) -> dict[str, ScoreWithCI]:
+def similarity(targets: Sequence[float], predictions: Sequence[float]) -> dict[str, ScoreWithCI]:
     """`pearson` and `spearman` correlation, −1 to 1; 0 (never NaN) for constant values or a single example.
 
     Spearman ranks average ties, and are computed anew for each resample.
@@ -97,13 +95,13 @@ def similarity(targets: Sequence[float], predictions: Sequence[float], *, seed: 
     n = check_lengths(targets, predictions)
     x, y = require_finite(targets, "target score"), require_finite(predictions, "prediction")
     scores: dict[str, list[np.ndarray]] = {"pearson": [], "spearman": []}
-    for indices in chain([np.arange(n)[None]], resample_indices(n, seed)):
+    for indices in chain([np.arange(n)[None]], resample_indices(n)):
         scores["pearson"].append(_pearson(_rescale(x)[indices], _rescale(y)[indices]))
         scores["spearman"].append(_pearson(stats.rankdata(x[indices], axis=1), stats.rankdata(y[indices], axis=1)))
     return {name: score_from_resamples(np.concatenate(values), n) for name, values in scores.items()}
 
 
-def multiple_choice(targets: Sequence[int], predictions: Sequence[int], *, seed: int = 0) -> dict[str, ScoreWithCI]:
+def multiple_choice(targets: Sequence[int], predictions: Sequence[int]) -> dict[str, ScoreWithCI]:
     """`accuracy` of multiple choice, 0 to 1.
 
     Raises:
@@ -111,25 +109,23 @@ def multiple_choice(targets: Sequence[int], predictions: Sequence[int], *, seed:
     """
     check_lengths(targets, predictions)
     correct = [float(target == prediction) for target, prediction in zip(targets, predictions, strict=True)]
-    return {"accuracy": bootstrap_mean(correct, seed=seed)}
+    return {"accuracy": bootstrap_mean(correct)}
 
 
-def preference(margins: Sequence[float], *, seed: int = 0) -> dict[str, ScoreWithCI]:
+def preference(margins: Sequence[float]) -> dict[str, ScoreWithCI]:
     """`preferred`: the proportion of pairs with a margin (chosen minus rejected) above zero, 0 to 1.
 
     Raises:
         UsageError: There are no pairs, or a margin is not finite.
     """
     check_lengths(margins)
-    return {"preferred": bootstrap_mean((require_finite(margins, "margin") > 0).tolist(), seed=seed)}
+    return {"preferred": bootstrap_mean((require_finite(margins, "margin") > 0).tolist())}
 
 
 def generation_metrics(
     references: Sequence[str | Sequence[str]],
     predictions: Sequence[str],
     metric_names: Sequence[str] = GENERATION_METRICS,
-    *,
-    seed: int = 0,
 ) -> dict[str, ScoreWithCI]:
     """Metrics of generated text against one or several references for each source, 0 to 100.
 
@@ -141,19 +137,18 @@ def generation_metrics(
         references: The reference, or references, of each text.
         predictions: The generated texts.
         metric_names: Which of `GENERATION_METRICS` to compute.
-        seed: Seed of the resamples.
 
     Raises:
         UsageError: There are no examples, the lengths differ, a text has no reference, or a metric is unknown.
         MissingDependencyError: sacrebleu or rouge_score is not installed.
     """
     n = check_lengths(references, predictions)
-    resampled = _resampled_generation_metrics(references, predictions, metric_names, seed)
+    resampled = _resampled_generation_metrics(references, predictions, metric_names)
     return {name: score_from_resamples(values, n) for name, values in resampled.items()}
 
 
 def generation_metric_difference(
-    references: Sequence[str | Sequence[str]], a: Sequence[str], b: Sequence[str], metric_name: str, *, seed: int = 0
+    references: Sequence[str | Sequence[str]], a: Sequence[str], b: Sequence[str], metric_name: str
 ) -> ScoreWithCI:
     """By how much the texts a score above the texts b of the same sources, with a paired bootstrap interval.
 
@@ -161,9 +156,7 @@ def generation_metric_difference(
         UsageError, MissingDependencyError: As in `generation_metrics`.
     """
     n = check_lengths(references, a, b)
-    first, second = (
-        _resampled_generation_metrics(references, texts, [metric_name], seed)[metric_name] for texts in (a, b)
-    )
+    first, second = (_resampled_generation_metrics(references, texts, [metric_name])[metric_name] for texts in (a, b))
     return score_from_resamples(first - second, n)
 
 
@@ -191,7 +184,7 @@ def distinct_n(texts: Sequence[Sequence[str]], n: int) -> float:
 
 
 def _resampled_generation_metrics(
-    references: Sequence[str | Sequence[str]], predictions: Sequence[str], metric_names: Sequence[str], seed: int
+    references: Sequence[str | Sequence[str]], predictions: Sequence[str], metric_names: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """Each metric [1 + R]: of all texts, then of each resample."""
     if unknown := [name for name in metric_names if name not in GENERATION_METRICS]:
@@ -202,16 +195,14 @@ def _resampled_generation_metrics(
     rouge_names = [name for name in metric_names if name.startswith("rouge")]
     rouge = _rouge_scores(rouge_names, reference_lists, predictions) if rouge_names else {}
     return {
-        name: 100 * resampled_sums(rouge[name][:, None], seed)[:, 0] / len(predictions)
+        name: 100 * resampled_sums(rouge[name][:, None])[:, 0] / len(predictions)
         if name in rouge
-        else _sacrebleu_scores(name, reference_lists, predictions, seed)
+        else _sacrebleu_scores(name, reference_lists, predictions)
         for name in metric_names
     }
 
 
-def _sacrebleu_scores(
-    metric_name: str, references: list[list[str]], predictions: Sequence[str], seed: int
-) -> np.ndarray:
+def _sacrebleu_scores(metric_name: str, references: list[list[str]], predictions: Sequence[str]) -> np.ndarray:
     """[1 + R]: sacrebleu's corpus score of all texts, then of resamples of the statistics of each text."""
     chrf, bleu = (import_optional(f"sacrebleu.metrics.{name}", "chrF and BLEU", "scores") for name in ("chrf", "bleu"))
     metric = chrf.CHRF() if metric_name == "chrf" else bleu.BLEU(force=True)  # force: no warning about tokenized input
@@ -219,7 +210,7 @@ def _sacrebleu_scores(
     streams = [[entry[i] if i < len(entry) else None for entry in references] for i in range(num_streams)]
     # sacrebleu's bootstrap calls these two methods as well; its public one is slow and does not return the bounds.
     statistics = np.array(metric._extract_corpus_statistics(list(predictions), streams), dtype=np.float64)
-    sums = resampled_sums(statistics, seed).tolist()
+    sums = resampled_sums(statistics).tolist()
     return np.array([metric._compute_score_from_stats(row).score for row in sums])
 
 
