@@ -237,7 +237,7 @@ async def at(port: int, model: str, clients: int, given: argparse.Namespace) -> 
 
 async def throughput(given: argparse.Namespace) -> bool:
     from nextword.data.tokenizer import Tokenizer
-    from nextword.export.gguf import write_gguf
+    from nextword.export.formats import write_gguf
 
     directory = resolve_model_dir(given.model).resolve()
     tokenizer = Tokenizer.open(directory)

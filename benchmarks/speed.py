@@ -98,7 +98,7 @@ def model_directory(name: str) -> dict[str, Any]:
         (folder / "model").mkdir(parents=True, exist_ok=True)
         tokenizer.save(folder / "model", shape["context_length"])
         save_model(model, folder / "model", end_of_text_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
-    from nextword.export.gguf import write_gguf
+    from nextword.export.formats import write_gguf
 
     for precision in ("float32", "int8", "int4"):
         if not (folder / f"{precision}.gguf").exists():

@@ -17,10 +17,8 @@ import nextword
 from nextword.commands import cli
 from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
 from nextword.data.tokenizer import Tokenizer, train_bpe, train_char
-from nextword.export import gguf as gguf_export
-from nextword.export import verification
-from nextword.export.gguf import write_gguf
-from nextword.export.onnx import write_onnx
+from nextword.export import formats
+from nextword.export.formats import write_gguf, write_onnx
 from nextword.inference.quantization import quantize
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
@@ -159,26 +157,24 @@ def test_onnx_runtime_reads_the_models_own_logits(tmp_path: Path, preset: str, o
 def test_a_file_that_does_not_match_the_model_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
-    from nextword.export import onnx
-
     model = directory(tmp_path / "model", "gpt2")
 
-    class Wrong(onnx.LogitsModel):
+    class Wrong(formats.LogitsModel):
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
             return super().forward(input_ids) + 0.01
 
-    monkeypatch.setattr(onnx, "LogitsModel", Wrong)
+    monkeypatch.setattr(formats, "LogitsModel", Wrong)
     with pytest.raises(NextwordError, match="does not match the model: in ONNX Runtime"):
         nextword.export(model, "onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert verification.max_abs_difference(torch.zeros(2), torch.tensor([0.0, torch.nan])) == float("inf")
+    assert formats.max_abs_difference(torch.zeros(2), torch.tensor([0.0, torch.nan])) == float("inf")
 
 
 def test_a_file_is_not_verified_without_the_runtime(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = directory(tmp_path / "model", "gpt2")
-    monkeypatch.setattr(gguf_export, "find_spec", lambda name: None)
+    monkeypatch.setattr(formats, "find_spec", lambda name: None)
     assert cli.run(["export", str(model)]) == 0
     assert "not verified: install llama-cpp-python" in capsys.readouterr().out
     assert cli.run(["export", str(model), "--json"]) == 0
@@ -188,8 +184,8 @@ def test_a_file_is_not_verified_without_the_runtime(
 
 
 def test_lines_are_of_many_scripts_and_the_same_ones_each_time() -> None:
-    lines = verification.sample_lines(1000)
-    assert len(lines) == 1000 and len(set(lines)) > 950 and lines == verification.sample_lines(1000)
+    lines = formats.sample_lines(1000)
+    assert len(lines) == 1000 and len(set(lines)) > 950 and lines == formats.sample_lines(1000)
     scripts = (
         "LATIN", "GREEK", "CYRILLIC", "ARABIC", "HEBREW", "DEVANAGARI", "CJK", "HIRAGANA", "HANGUL", "THAI", "GEORGIAN",
         "ARMENIAN", "ETHIOPIC",
@@ -234,7 +230,7 @@ def test_the_comparison_with_llama_cpp_finds_what_is_not_equal(tmp_path: Path, m
     from types import SimpleNamespace
 
     model = directory(tmp_path / "model", "gpt2")
-    monkeypatch.setattr(gguf_export, "find_spec", lambda name: object())
+    monkeypatch.setattr(formats, "find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=FakeLlama, GGML_TYPE_F32=0))
     for precision in ("float32", "int8"):
         made = nextword.export(model, out=tmp_path / "a.gguf", precision=precision)
@@ -250,7 +246,7 @@ def test_the_comparison_with_llama_cpp_finds_what_is_not_equal(tmp_path: Path, m
             with pytest.raises(NextwordError, match=words):
                 nextword.export(model, out=tmp_path / "b.gguf")
     with monkeypatch.context() as patch:  # a difference that GELU in half precision explains, and nothing else would
-        patch.setattr(FakeLlama, "mode", verification.HalfPrecisionGELU)
+        patch.setattr(FakeLlama, "mode", formats.HalfPrecisionGELU)
         with pytest.raises(NextwordError, match=r"rounds GELU to half precision .*--tolerance \de-0\d"):
             nextword.export(model, out=tmp_path / "b.gguf", tolerance=1e-5)
         made = nextword.export(model, out=tmp_path / "c.gguf")
@@ -267,7 +263,7 @@ def test_gelu_is_rounded_as_llama_cpp_does_it() -> None:
         gelu = (0.5 * table * (1 + np.tanh(np.sqrt(2 / np.pi) * (table + 0.044715 * table**3)))).astype(np.float16)
     expected = gelu[x.numpy().astype(np.float16).view(np.uint16)].astype(np.float32)
     expected = np.where(x <= -10, 0, np.where(x >= 10, x, expected))
-    with verification.HalfPrecisionGELU():
+    with formats.HalfPrecisionGELU():
         found = torch.nn.functional.gelu(x, approximate="tanh")
         assert torch.equal(torch.relu(x), x.clamp(min=0)), "nothing else is changed"
     np.testing.assert_allclose(

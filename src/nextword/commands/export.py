@@ -8,7 +8,7 @@ from nextword.commands.shared import ModelArgument, Precision, optional_path
 from nextword.common.errors import UsageError
 
 if TYPE_CHECKING:
-    from nextword.export.verification import ExportResult
+    from nextword.export.formats import ExportResult
 
 
 @options
@@ -36,7 +36,7 @@ def export(config: ExportConfig, context: Context) -> "ExportResult":
     path = config.model.resolve()
     out = config.out or path.with_name(f"{path.name}.{config.to}")
     if config.to == "gguf":
-        from nextword.export.gguf import write_gguf
+        from nextword.export.formats import write_gguf
 
         return write_gguf(config.model, out, config.precision, config.tolerance)
     if config.to != "onnx":
@@ -45,6 +45,6 @@ def export(config: ExportConfig, context: Context) -> "ExportResult":
         raise UsageError(
             f"ONNX files are float32, not {config.precision}: quantize the file with ONNX Runtime's own tools"
         )
-    from nextword.export.onnx import write_onnx
+    from nextword.export.formats import write_onnx
 
     return write_onnx(config.model, out, config.tolerance)
