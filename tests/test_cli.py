@@ -28,6 +28,10 @@ def run(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_without_arguments_the_help_is_printed(nextword: CLIRunner):
+    assert nextword().stdout == nextword("--help").stdout
+
+
 @pytest.mark.parametrize("command", ["", "pretrain"])
 def test_help_is_fast(nextword_process: CLIRunner, command):
     before = os.times()

@@ -8,100 +8,35 @@ The commands of the command line are functions here, with the same options. Noth
 below is used.
 """
 
+import ast
 import sys
 import warnings
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nextword._version import __version__ as __version__
-
-__all__ = [
-    "GPT",
-    "Completion",
-    "Corpus",
-    "LanguageModel",
-    "ModelConfig",
-    "NextwordError",
-    "PerplexityResult",
-    "Sampling",
-    "Tokenizer",
-    "__version__",
-    "audit",
-    "build_config",
-    "demo",
-    "evaluate",
-    "explain",
-    "export",
-    "finetune",
-    "generate",
-    "info",
-    "load",
-    "plan",
-    "predict",
-    "prepare",
-    "pretrain",
-    "report",
-    "serve",
-    "transfer",
-    "verify",
-]
-
-if TYPE_CHECKING:
-    from nextword.commands.audit import audit as audit
-    from nextword.commands.demo import demo as demo
-    from nextword.commands.evaluate import evaluate as evaluate
-    from nextword.commands.explain import explain as explain
-    from nextword.commands.export import export as export
-    from nextword.commands.finetune import finetune as finetune
-    from nextword.commands.generate import generate as generate
-    from nextword.commands.info import info as info
-    from nextword.commands.plan import plan as plan
-    from nextword.commands.predict import predict as predict
-    from nextword.commands.prepare import prepare as prepare
-    from nextword.commands.pretrain import pretrain as pretrain
-    from nextword.commands.report import report as report
-    from nextword.commands.serve import serve as serve
-    from nextword.commands.transfer import transfer as transfer
-    from nextword.commands.verify import verify as verify
-    from nextword.common.errors import NextwordError as NextwordError
-    from nextword.data.corpus import Corpus as Corpus
-    from nextword.data.tokenizer import Tokenizer as Tokenizer
-    from nextword.inference.engine import Completion as Completion
-    from nextword.inference.perplexity import PerplexityResult as PerplexityResult
-    from nextword.inference.sampling import Sampling as Sampling
-    from nextword.model.config import ModelConfig as ModelConfig
-    from nextword.model.config import build_config as build_config
-    from nextword.model.gpt import GPT as GPT
-    from nextword.pipeline.language_model import LanguageModel as LanguageModel
-    from nextword.pipeline.language_model import load as load
-
+# The public names are declared once, by the imports in __init__.pyi, which type checkers read.
+_STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
 _MODULES = {
-    "GPT": "model.gpt",
-    "Completion": "inference.engine",
-    "Corpus": "data.corpus",
-    "LanguageModel": "pipeline.language_model",
-    "ModelConfig": "model.config",
-    "NextwordError": "common.errors",
-    "PerplexityResult": "inference.perplexity",
-    "Sampling": "inference.sampling",
-    "Tokenizer": "data.tokenizer",
-    "build_config": "model.config",
-    "load": "pipeline.language_model",
+    alias.name: str(node.module)
+    for node in _STUB.body
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+    if alias.asname
 }
+__all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]  # type checkers read the stub
 _DEPRECATED = {"Model": "LanguageModel", "Likelihood": "PerplexityResult"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _DEPRECATED:
-        warnings.warn(
-            f"nextword.{name} is deprecated: use nextword.{_DEPRECATED[name]}", DeprecationWarning, stacklevel=2
-        )
-        name = _DEPRECATED[name]
+        old_name, name = name, _DEPRECATED[name]
+        warnings.warn(f"nextword.{old_name} is deprecated: use nextword.{name}", DeprecationWarning, stacklevel=2)
     if name == "LMEval":  # a subclass of a class of lm-eval, which is an optional dependency
         return import_module("nextword.evaluation.lm_eval_adapter").lm_eval_model_class()
-    if name in __all__:
-        return getattr(import_module(f"nextword.{_MODULES.get(name, f'commands.{name}')}"), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'nextword' has no attribute {name!r}")
 
 

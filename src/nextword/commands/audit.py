@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from nextword.commands.command import Context, command, option, options
-from nextword.commands.results import Result
 from nextword.commands.shared import (
     DeviceOption,
     ModelArgument,
@@ -13,8 +12,9 @@ from nextword.commands.shared import (
     TextColumnOption,
     as_strings,
     input_paths,
-    optional_path,
+    optional,
 )
+from nextword.common.command_result import Result
 from nextword.common.format import format_duration
 
 FLAG = "!"  # before a finding that needs attention
@@ -60,12 +60,12 @@ class AuditConfig(ModelArgument, TextColumnOption, SeedOption, DeviceOption):
     """
 
     corpus: tuple[str, ...] = option(default=(), converter=input_paths)
-    templates: Path | None = option(default=None, converter=optional_path)
+    templates: Path | None = option(default=None, converter=optional(Path))
     suites: tuple[str, ...] = option(default=(), converter=as_strings, flag="--suite")
-    data: Path | None = option(default=None, converter=optional_path)
+    data: Path | None = option(default=None, converter=optional(Path))
     group: str | None = None
     passages: tuple[str, ...] = option(default=(), converter=as_strings, flag="--passage")
-    index: Path | None = option(default=None, converter=optional_path)
+    index: Path | None = option(default=None, converter=optional(Path))
     texts: int = 64
     prefixes: int = 256
     limit: int | None = None

@@ -1,8 +1,7 @@
 """``nextword chat``: a conversation in the terminal."""
 
-import json
 import sys
-from typing import Any, TextIO
+from typing import Any
 
 from nextword.commands.command import Context, command, options
 from nextword.commands.shared import ModelArgument, SamplingOptions
@@ -24,34 +23,27 @@ class ChatConfig(ModelArgument, SamplingOptions):
     system: str | None = None
 
 
-def converse(config: ChatConfig, context: Context, stream: TextIO) -> list[dict[str, Any]]:
-    """Talk on standard input and `stream`; the messages of the conversation."""
+@command(
+    ChatConfig,
+    example="nextword chat runs/assistant",
+    to_dict=lambda messages: {"messages": messages},
+    to_text=lambda messages: "",
+)
+def chat(config: ChatConfig, context: Context) -> list[dict[str, Any]]:
+    """Talk on standard input and output; with ``--json``, on standard error. Returns the messages."""
     from nextword.commands.chat_session import GREETING, ChatSession, terminal_reader
-    from nextword.inference.sampling import Sampling
     from nextword.pipeline.language_model import load
 
-    names = ("max_tokens", "temperature", "top_k", "top_p", "seed")
-    sampling = Sampling(**{name: getattr(config, name) for name in names})
+    sampling, stream = config.sampling(), sys.stderr if context.output == "json" else sys.stdout
     model = load(config.model, config.device, config.precision)
     session = ChatSession(
         model.gpt,
         model.tokenizer,
         sampling,
-        runner=model.runner,
-        system=config.system,
         read_line=terminal_reader(),
         write_text=lambda text: print(text, end="", flush=True, file=stream),
+        system=config.system,
+        runner=model.runner,
     )
     session.run(greeting=None if context.console.quiet else GREETING)
     return session.messages
-
-
-def main(config: ChatConfig, context: Context, as_json: bool) -> None:
-    messages = converse(config, context, sys.stderr if as_json else sys.stdout)
-    if as_json:
-        print(json.dumps({"messages": messages}, ensure_ascii=False))
-
-
-@command(ChatConfig, example="nextword chat runs/assistant", main=main)
-def chat(config: ChatConfig, context: Context) -> list[dict[str, Any]]:
-    return converse(config, context, sys.stdout)

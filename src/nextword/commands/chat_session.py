@@ -6,11 +6,10 @@ that neither side can forge a turn of the other.
 
 import contextlib
 import importlib
-import io
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +36,19 @@ End a line with \\ to continue on the next one. Start a message with // if it st
 Ctrl-C stops an answer; the part that was generated stays in the conversation."""
 
 # Generated control characters could move the cursor of the terminal or worse: they are shown as symbols.
-CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-CONTROL_PICTURES |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
+CONTROL_PICTURES = {
+    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"},
+    0x7F: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+}
 
-ReadLine = Callable[[], str | None]
-WriteText = Callable[[str], None]
 
-
-def terminal_reader(prompt: str = "> ") -> ReadLine:
+def terminal_reader(prompt: str = "> ") -> Callable[[], str | None]:
     """Lines from standard input, with line editing if the system has readline. Invalid bytes are replaced."""
     with contextlib.suppress(ImportError):
         importlib.import_module("readline")
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
+    if reconfigure := getattr(sys.stdin, "reconfigure", None):
+        reconfigure(errors="replace")
     visible_prompt = prompt if sys.stdin.isatty() else ""
 
     def read_line() -> str | None:
@@ -62,13 +61,14 @@ def terminal_reader(prompt: str = "> ") -> ReadLine:
     return read_line
 
 
+@dataclass
 class ChatSession:
     """A conversation with a model.
 
     Each answer is sampled with its own seed, derived from the seed of `sampling` and the number of the answer. When the
     context is full, the oldest turns are no longer visible to the model, and a note says so; ``/save`` still writes them.
 
-    Args:
+    Attributes:
         model: The model.
         tokenizer: Its tokenizer.
         sampling: How answers are sampled.
@@ -81,36 +81,25 @@ class ChatSession:
         UsageError: The tokenizer has no special tokens for turns.
     """
 
-    def __init__(
-        self,
-        model: GPT,
-        tokenizer: Tokenizer,
-        sampling: Sampling,
-        *,
-        read_line: ReadLine,
-        write_text: WriteText,
-        system: str | None = None,
-        runner: ModelRunner | None = None,
-    ):
-        if not supports_chat(tokenizer):
+    model: GPT
+    tokenizer: Tokenizer
+    sampling: Sampling
+    read_line: Callable[[], str | None]
+    write_text: Callable[[str], None]
+    system: str | None = None
+    runner: ModelRunner | None = None
+
+    def __post_init__(self) -> None:
+        if not supports_chat(self.tokenizer):
             raise UsageError(
                 "this model was not fine-tuned on conversations: its tokenizer has no special tokens for turns. Fine-tune it "
                 "with: nextword finetune MODEL chats.jsonl --task chat --out RUN"
             )
-        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
-        self.runner = runner or build_runner(model)
-        self.read_line, self.write_text = read_line, write_text
-        self.system = replace_surrogates(system or "").strip()
+        self.runner = self.runner or build_runner(self.model)
+        self.system = replace_surrogates(self.system or "").strip()
         self.turns: list[dict[str, Any]] = []
         self.num_answers = 0
         self.num_hidden_turns = 0  # of the oldest turns, at the last answer
-        self.commands: dict[str, Callable[[str], None]] = {
-            "/new": self._new,
-            "/system": self._set_system,
-            "/undo": self._undo,
-            "/save": self._save,
-            "/help": lambda argument: self._print(HELP),
-        }
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -136,7 +125,7 @@ class ChatSession:
             if line is None or line.split()[:1] == ["/quit"]:
                 return
             if line.startswith("/") and not line.startswith("//"):
-                self._run_command(line)
+                self._run_command(*line.partition(" ")[::2])
             elif line:
                 self._respond(line[1:] if line.startswith("//") else line)
 
@@ -152,43 +141,39 @@ class ChatSession:
                 break
         return replace_surrogates("\n".join(lines)).strip() if lines else None
 
-    def _run_command(self, line: str) -> None:
-        name, _, argument = line.partition(" ")
-        if name in self.commands:
-            self.commands[name](argument.strip())
-        else:
-            self._print(f"(unknown command {name}; /help lists the commands, and // starts a message with a slash)")
+    def _run_command(self, name: str, argument: str) -> None:
+        argument = argument.strip()
+        match name:
+            case "/new":
+                self.turns, self.num_hidden_turns = [], 0
+                note = "(new conversation)"
+            case "/system":
+                self.system = argument
+                note = "(system prompt set)" if argument else "(no system prompt)"
+            case "/undo":
+                note = f"(removed: {self.turns[-2]['content']})" if self.turns else "(nothing to remove)"
+                del self.turns[-2:]
+            case "/save":
+                note = self._save(argument)
+            case "/help":
+                note = HELP
+            case _:
+                note = f"(unknown command {name}; /help lists the commands, and // starts a message with a slash)"
+        self._print(note)
 
-    # ---------------------------------------------------------------- commands
-
-    def _new(self, argument: str) -> None:
-        self.turns, self.num_hidden_turns = [], 0
-        self._print("(new conversation)")
-
-    def _set_system(self, argument: str) -> None:
-        self.system = argument
-        self._print("(system prompt set)" if argument else "(no system prompt)")
-
-    def _undo(self, argument: str) -> None:
-        removed = self.turns[-2:]
-        del self.turns[-2:]
-        self._print(f"(removed: {removed[0]['content']})" if removed else "(nothing to remove)")
-
-    def _save(self, argument: str) -> None:
-        if not argument or not self.turns:
-            self._print("(nothing to save yet)" if argument else "(the file is missing: /save FILE)")
-            return
-        path = Path(argument)
+    def _save(self, file: str) -> str:
+        """Append the conversation to a file. Returns what happened."""
+        if not file or not self.turns:
+            return "(nothing to save yet)" if file else "(the file is missing: /save FILE)"
         try:
-            path = path.expanduser()
+            path = Path(file).expanduser()
             # A file from elsewhere may lack its last newline.
             unfinished = path.is_file() and (data := path.read_bytes()) and not data.endswith(b"\n")
             line = json.dumps({"messages": self.messages}, ensure_ascii=False)
             append_line_durably(path, "\n" * bool(unfinished) + line)
         except (NextwordError, OSError, ValueError, RuntimeError) as error:  # the last two for an impossible path
-            self._print(f"(not saved: {error})")
-            return
-        self._print(f"(saved to {path})")
+            return f"(not saved: {error})"
+        return f"(saved to {path})"
 
     # ---------------------------------------------------------------- answers
 
@@ -220,9 +205,8 @@ class ChatSession:
         seed = None if self.sampling.seed is None else self.sampling.seed + self.num_answers
         self.num_answers += 1
         # A new engine for each answer, since Ctrl-C may interrupt one in the middle of a step.
-        engine = Engine(
-            self.model, self.tokenizer, max_batch=1, eos_ids=stop_token_ids(self.tokenizer), runner=self.runner
-        )
+        ends = stop_token_ids(self.tokenizer)
+        engine = Engine(self.model, self.tokenizer, max_batch=1, eos_ids=ends, runner=self.runner)
         stream = engine.stream(ids, replace(self.sampling, max_tokens=max_tokens, seed=seed))
         answer, note = "", ""
         try:

@@ -5,6 +5,7 @@ full, 5 diverged, 6 run locked, 130 and 143 interrupted.
 """
 
 import inspect
+import json
 import re
 import sys
 import time
@@ -13,7 +14,7 @@ from dataclasses import MISSING, Field, fields, make_dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, cast, get_type_hints
 
 from cyclopts import App, Argument, ArgumentCollection, CycloptsError, Group, Parameter, Token
 
@@ -40,10 +41,8 @@ GROUPS = {
     "Evaluation": ("evaluate", "audit", "report"),
     "Inspection": ("explain", "verify", "info"),
 }
-FORMERLY_UNIVERSAL = {
-    "device",
-    "seed",
-}  # options that every command took, with effect or not; accepted until the next release
+# Options that every command took, with effect or not; accepted until the next release.
+FORMERLY_UNIVERSAL = {"device", "seed"}
 OPTIONS, COMMON_OPTIONS = Group("Options", sort_key=1), Group("Common options", sort_key=2)
 DESCRIPTION = (
     "From a folder of text to a GPT that is trained, fine-tuned, evaluated and served, on the machine you have.\n\n"
@@ -85,6 +84,7 @@ def build_app(started: float, selected: str | None = None) -> App:
         help_epilogue=EXIT_CODES,
         help_format="plaintext",  # the Markdown parser takes longer to import than everything else
         result_action="return_value",
+        config=options_from_file,
     )
     for position, (title, names) in enumerate(GROUPS.items()):
         group = Group(title, sort_key=position)
@@ -126,11 +126,13 @@ def command_line_function(name: str, command: Command, started: float) -> Callab
                 console.warn(f"--{option_name} has no effect on nextword {name} and is deprecated")
                 del values[option_name]
             config = command.config(**replace_deprecated(command.config, values, partial(warn_deprecated, console)))
-            context = Context(console, started)
-            if command.main is not None:
-                command.main(config, context, output.json)
-            else:
-                command.print_result(command.run(config, context), output.json)
+            result = command.run(config, Context(console, started, "json" if output.json else "text"))
+            if result is None:  # of a server, and of a worker process of torchrun
+                return
+            if output.json:
+                print(json.dumps(command.to_dict(result), ensure_ascii=False))
+            elif text := command.to_text(result):
+                print(text)
 
     hidden = [hidden_parameter(option_name, str) for option_name in sorted(FORMERLY_UNIVERSAL - names)]
     run.__name__ = name
@@ -171,6 +173,7 @@ def parameters(cls: type) -> Iterator[inspect.Parameter]:
 
 
 def hidden_parameter(name: str, hint: Any) -> inspect.Parameter:
+    """An option that the help does not show."""
     annotation = Annotated[hint | None, Parameter(show=False, negative="")]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
@@ -187,9 +190,8 @@ def settings_class(settings: Any, exclude: tuple[str, ...]) -> Any:
     optional: list[tuple[str, Any, None]] = []
     for f in fields(cls):
         if f.name not in exclude:
-            converter = (
-                partial(convert_choice, f.metadata["deprecated_values"]) if "deprecated_values" in f.metadata else None
-            )
+            old_values = f.metadata.get("deprecated_values")
+            converter = old_values and partial(convert_choice, old_values)
             default = None if settings is cls else getattr(settings, f.name)
             note = "" if default in (None, False) else f" [default: {default}]"
             parameter = Parameter(name=f.metadata.get("flag"), help=descriptions[f.name] + note, converter=converter)
@@ -216,54 +218,49 @@ def warn_deprecated(console: Console, f: "Field[Any]") -> None:
 # ---------------------------------------------------------------- configuration files
 
 
-def options_from_file(path: Path) -> Callable[[App, tuple[str, ...], ArgumentCollection], None]:
-    """A function that gives cyclopts the options of a YAML or JSON file, or those that a run.json stores.
+def options_from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Give cyclopts the options of the YAML or JSON file ``--config``, or those that a run.json stores.
 
     Raises:
-        UsageError: The file cannot be read, or is not a mapping of options.
+        UsageError: The file cannot be read, is not a mapping of options, or has unknown options.
     """
+    path = next((Path(token.value) for a in arguments if a.name == "--config" for token in a.tokens), None)
+    if path is None:
+        return
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"--config {path}: {error}") from error
-    stored = content.get("request", content) if isinstance(content, dict) else None
+    stored = cast(dict[str, Any], content).get("request", content) if isinstance(content, dict) else None
     if not isinstance(stored, dict):
         raise UsageError(f"--config {path}: not a mapping of options to values")
-    values = {str(name).replace("-", "_"): value for name, value in (stored | stored.get("settings", {})).items()}
-
-    def fill(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-        declared = fields(COMMANDS[commands[0]].config)
-        current = {info_of(f).stored: f.name for f in declared if isinstance(info_of(f).stored, str)}
-        given = {current.get(name, name): value for name, value in values.items()}
-        unknown = given.keys() - {
-            name for a in arguments for name in (a.field_info.name, a.name.strip("-").replace("-", "_"))
-        }
-        if unknown and stored is content:
-            raise UsageError(f"--config {path}: unknown options {', '.join(sorted(unknown))}")
-        for argument in arguments:
-            value = given.get(argument.field_info.name, given.get(argument.name.strip("-").replace("-", "_")))
-            if argument.children:
-                for child in argument.children:
-                    set_default(child, (value or {}).get(child.field_info.name), path)
-            elif not argument.keys:
-                set_default(argument, value, path)
-
-    return fill
+    values = cast(dict[str, Any], stored)
+    renamed = {info_of(f).stored: f.name for f in fields(COMMANDS[commands[0]].config)}
+    given: dict[str, Any] = {}
+    for name, value in (values | values.get("settings", {})).items():
+        name = str(name).replace("-", "_")
+        given[renamed.get(name, name)] = value
+    names = [(a.field_info.name, a.name.strip("-").replace("-", "_")) for a in arguments]
+    unknown = given.keys() - {name for pair in names for name in pair}
+    if unknown and stored is content:
+        raise UsageError(f"--config {path}: unknown options {', '.join(sorted(unknown))}")
+    for argument, (field_name, option_name) in zip(arguments, names, strict=True):
+        value = given.get(field_name, given.get(option_name))
+        for child in argument.children:
+            set_default(child, value and value.get(child.field_info.name), path)
+        if not argument.children and not argument.keys:
+            set_default(argument, value, path)
 
 
 def set_default(argument: Argument, value: Any, source: Path) -> None:
     """Give a value to an option that the command line does not set."""
     if value is None or argument.tokens:
         return
-    items = (
-        [f"{k}={v}" for k, v in value.items()]
-        if isinstance(value, dict)
-        else value
-        if isinstance(value, list)
-        else [value]
-    )
+    if isinstance(value, dict):
+        value = [f"{name}={item}" for name, item in cast(dict[str, Any], value).items()]
+    items = cast(list[Any], value) if isinstance(value, list) else [value]
     for index, item in enumerate(items):
         argument.append(Token(keyword=argument.name, value=str(item), source=str(source), index=index))
 
@@ -284,8 +281,6 @@ def run(arguments: Sequence[str] | None = None, started: float | None = None) ->
     tokens = [STDIN if token == "-" else token for token in (sys.argv[1:] if arguments is None else arguments)]
     try:
         app = build_app(started or time.time(), tokens[0] if tokens else "")
-        if (config := config_path(tokens)) is not None:
-            app.config = (options_from_file(config),)
         app(tokens, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         print(f"nextword: {error}\nSee: nextword --help", file=sys.stderr)
@@ -300,11 +295,3 @@ def run(arguments: Sequence[str] | None = None, started: float | None = None) ->
         sys.stderr.close()
         return 1
     return 0
-
-
-def config_path(tokens: Sequence[str]) -> Path | None:
-    """The value of ``--config``, which must be known before cyclopts parses the command line."""
-    for token, following in zip(tokens, [*tokens[1:], ""], strict=True):
-        if token == "--config" or token.startswith("--config="):
-            return Path(following if token == "--config" else token.partition("=")[2])
-    return None

@@ -24,15 +24,14 @@ that ``--help`` stays fast.
 
 import dataclasses
 import inspect
-import json
 import re
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, dataclass_transform
 
+from nextword.common.command_result import to_json_value
 from nextword.common.console import Console
 
 T = TypeVar("T")
@@ -88,6 +87,7 @@ def argument(*, default: Any = dataclasses.MISSING, kw_only: Literal[False] = Fa
 
 
 def info_of(f: "dataclasses.Field[Any]") -> OptionInfo:
+    """The details of a field."""
     return f.metadata.get("info", OptionInfo())
 
 
@@ -147,10 +147,12 @@ class Context:
     Attributes:
         console: Receives progress and warnings.
         started: Time from which a budget counts, in seconds since the epoch.
+        output: How the command line prints the result. None in Python, where a command prints nothing by itself.
     """
 
     console: Console = field(default_factory=lambda: Console(quiet=True))
     started: float = field(default_factory=time.time)
+    output: Literal["text", "json"] | None = None
 
 
 @dataclass(frozen=True)
@@ -162,9 +164,7 @@ class Command:
         run: The function of a configuration and a context.
         example: A command line that shows its use.
         to_dict: Gives the result as ``--json`` prints it.
-        to_text: Gives the result for a person.
-        main: Replaces `run` and printing for a command that prints while it runs. Takes the configuration, the context and
-            whether ``--json`` is given.
+        to_text: Gives the result for a person; empty if the command has printed it while it ran.
     """
 
     config: type
@@ -172,12 +172,6 @@ class Command:
     example: str
     to_dict: Callable[[Any], dict[str, Any]]
     to_text: Callable[[Any], str]
-    main: Callable[[Any, Context, bool], None] | None
-
-    def print_result(self, result: Any, as_json: bool) -> None:
-        """Print a result for a program or for a person. A worker process of torchrun has none."""
-        if result is not None:
-            print(json.dumps(self.to_dict(result), ensure_ascii=False) if as_json else self.to_text(result))
 
 
 COMMANDS: dict[str, Command] = {}
@@ -189,7 +183,9 @@ class CommandFunction(Protocol[P, ConfigT, ResultT]):
 
     run: Callable[[ConfigT, Context], ResultT]
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> ResultT: ...
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> ResultT:
+        """Run the command with these options."""
+        ...
 
 
 def command(
@@ -198,7 +194,6 @@ def command(
     example: str,
     to_dict: Callable[[Any], dict[str, Any]] = lambda result: result.to_dict(),
     to_text: Callable[[Any], str] = str,
-    main: Callable[[ConfigT, Context, bool], None] | None = None,
 ) -> Callable[[Callable[[ConfigT, Context], ResultT]], CommandFunction[P, ConfigT, ResultT]]:
     """Register a function of a configuration and a context as a command, and make it a Python function of the options.
 
@@ -206,14 +201,14 @@ def command(
         config: An `options` class.
         example: A command line that shows the use of the command.
         to_dict: Gives the result as ``--json`` prints it.
-        to_text: Gives the result for a person.
-        main: Replaces the function on the command line, for a command that prints while it runs. Takes the configuration, the
-            context and whether ``--json`` is given.
+        to_text: Gives the result for a person; empty if the command has printed it while it ran.
 
     Returns:
         A decorator. The decorated function also takes ``console``, which receives progress and warnings.
     """
     assert isinstance(config, type)
+    description, descriptions = describe(config)
+    arguments = [f"    {f.name}: {descriptions[f.name]}" for f in declared_fields(config)]
 
     def decorate(run: Callable[[ConfigT, Context], ResultT]) -> CommandFunction[P, ConfigT, ResultT]:
         def function(*args: Any, console: Console | None = None, **values: Any) -> ResultT:
@@ -221,21 +216,17 @@ def command(
             with console or Console(quiet=True) as console:
                 return run(made, Context(console))
 
-        COMMANDS[run.__name__] = Command(config, run, example, to_dict, to_text, main)
+        COMMANDS[run.__name__] = Command(config, run, example, to_dict, to_text)
         function.__name__ = function.__qualname__ = run.__name__
         function.__module__ = run.__module__
-        function.__doc__ = python_docstring(config, example)
+        function.__doc__ = "\n".join(
+            [description, "", f"On the command line: ``{example}``", "", "Args:", *arguments, ""]
+        )
         function.__signature__ = inspect.signature(config)  # type: ignore[attr-defined]  # what help() and IDEs show
         function.run = run  # type: ignore[attr-defined]
         return function  # type: ignore[return-value]
 
     return decorate
-
-
-def python_docstring(config: type, example: str) -> str:
-    description, field_descriptions = describe(config)
-    arguments = [f"    {f.name}: {field_descriptions[f.name]}" for f in declared_fields(config)]
-    return "\n".join([description, "", f"On the command line: ``{example}``", "", "Args:", *arguments, ""])
 
 
 def replace_deprecated(
@@ -251,19 +242,3 @@ def replace_deprecated(
 def warn_deprecated(f: "dataclasses.Field[Any]") -> None:
     """Warn about a parameter with a deprecated name in a call from Python."""
     warnings.warn(f"{info_of(f).deprecated!r} is deprecated: use {f.name!r}", DeprecationWarning, stacklevel=4)
-
-
-# ---------------------------------------------------------------- results
-
-
-def to_json_value(value: Any) -> Any:
-    """A value as JSON has it: dataclasses and mappings as dictionaries, sequences as lists, paths as strings."""
-    if hasattr(value, "to_dict"):
-        return value.to_dict()
-    if dataclasses.is_dataclass(value):
-        return {f.name: to_json_value(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: to_json_value(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json_value(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

@@ -8,8 +8,7 @@ from typing import Any
 from nextword.commands.command import Context, command, option, options
 from nextword.commands.finetune import FinetuneConfig, finetune
 from nextword.commands.pretrain import PretrainConfig, format_run, pretrain
-from nextword.commands.results import RunResult
-from nextword.commands.shared import DeviceOption, SeedOption, format_metric, format_score, run_path
+from nextword.commands.shared import DeviceOption, RunResult, SeedOption, format_metric, format_score, run_path
 from nextword.training.config import parse_duration
 
 # Shares of the budget for pre-training and for each of the two fine-tunings. The rest is for the examples at the end.
@@ -70,6 +69,7 @@ class DemoResult(RunResult):
 
 @command(DemoConfig, example="nextword demo --budget 3m")
 def demo(config: DemoConfig, context: Context) -> DemoResult:
+    """Pre-train on the docstrings, fine-tune twice, and ask both models."""
     from nextword.data.builtin_datasets import write_demo_data
     from nextword.pipeline.language_model import load
 

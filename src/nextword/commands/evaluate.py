@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from nextword.commands.command import Context, argument, command, option, options
-from nextword.commands.results import Result
 from nextword.commands.shared import (
     DeviceOption,
     ModelArgument,
@@ -14,11 +13,13 @@ from nextword.commands.shared import (
     TextColumnOption,
     as_paths,
     as_strings,
-    optional_path,
+    optional,
 )
+from nextword.common.command_result import Result
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError
 
+PREFERENCES = {"above": "prefers stereotypes", "below": "prefers anti-stereotypes", "": "no significant preference"}
 MAX_GROUPS = 12  # of a benchmark; of more than these the lowest and the highest scores are printed
 
 
@@ -50,9 +51,9 @@ class EvaluateConfig(ModelArgument, TextColumnOption, PrecisionOption, SeedOptio
     suites: tuple[str, ...] = option(default=(), converter=as_strings, flag="--suite")
     limit: int | None = None
     no_limit: bool = option(default=False, deprecated="whole")
-    compare_to: Path | None = option(default=None, converter=optional_path, deprecated="against")
+    compare_to: Path | None = option(default=None, converter=optional(Path), deprecated="against")
     seed_runs: tuple[Path, ...] = option(default=(), converter=as_paths, deprecated="noise")
-    judge: Path | None = option(default=None, converter=optional_path)
+    judge: Path | None = option(default=None, converter=optional(Path))
     stride: int | None = None
     context_use: bool = False
 
@@ -97,6 +98,7 @@ class EvaluateResult(Result):
 
 
 def format_text_result(result: EvaluateResult) -> list[str]:
+    """The perplexity, comparisons with other models, and the loss by position."""
     interval = result.interval or {}
     lines = [
         f"loss {result.loss:.4f} nats/token · perplexity {result.perplexity:.2f} · {result.bits_per_byte:.4f} bits/byte "
@@ -117,20 +119,22 @@ def format_text_result(result: EvaluateResult) -> list[str]:
 
 
 def format_benchmark(name: str, benchmark: dict[str, Any]) -> list[str]:
+    """The score of a benchmark, its controls, comparisons with other models, and the scores of its groups."""
     total = benchmark.get("of", benchmark["n"])
     items = f"{benchmark['n']:,} items" + (f" of {total:,}" if total > benchmark["n"] else "")
     lines = [f"{name}: {benchmark['metric']} {format_score(benchmark)}, {items}{format_chance(benchmark)}"]
     if shuffled := benchmark.get("scrambled"):
         effect = "word order matters" if shuffled["order_matters"] else "no significant difference"
         lines.append(f"  shuffled words: {format_score(shuffled)}, {shuffled['n']:,} items: {effect}")
-    for other, score in benchmark.get("others", {}).items():
+    others: dict[str, dict[str, Any] | float] = benchmark.get("others", {})
+    for other, score in others.items():
         lines.append(f"  {other}: {format_score(score if isinstance(score, dict) else {'score': score})}")
     if benchmark.get("ties"):
         lines.append(f"  {benchmark['ties']:,} ties, which count as half (or their share)")
     for key, title in (("people", "texts by people"), ("beside_people", "the same amount of generated text")):
         if part := benchmark.get(key):
-            others = " · ".join(f"{other} {score:.3f}" for other, score in part["others"].items())
-            lines.append(f"  {title}: {format_score(part)} · {others}, {part['n']:,} texts")
+            measures = " · ".join(f"{other} {score:.3f}" for other, score in part["others"].items())
+            lines.append(f"  {title}: {format_score(part)} · {measures}, {part['n']:,} texts")
     if judge := benchmark.get("judge"):
         lines.append(f"  under {judge['model']}: {format_score(judge | {'score': judge['value']})} bits/byte")
     if seed_variance := benchmark.get("noise"):
@@ -141,29 +145,31 @@ def format_benchmark(name: str, benchmark: dict[str, Any]) -> list[str]:
 
 
 def format_score(score: dict[str, Any]) -> str:
+    """``0.898 (95 % CI 0.870–0.922)``, without the interval if there is none."""
     digits = 3 if abs(score["score"]) <= 1.5 else 2
-    interval = (
-        f" (95 % CI {score['low']:.{digits}f}–{score['high']:.{digits}f})" if score.get("low") is not None else ""
-    )
-    return f"{score['score']:.{digits}f}{interval}"
+    value = f"{score['score']:.{digits}f}"
+    if score.get("low") is None:
+        return value
+    return f"{value} (95 % CI {score['low']:.{digits}f}–{score['high']:.{digits}f})"
+
+
+def side_of_chance(score: dict[str, Any]) -> str:
+    """Whether the whole confidence interval of a score lies above or below chance level; "" for neither."""
+    return "above" if score.get("above_chance") else "below" if score.get("below_chance") else ""
 
 
 def format_chance(benchmark: dict[str, Any]) -> str:
     """Whether a score is significantly above or below chance level, or a bias score away from 0.5."""
     if benchmark.get("chance") is None:
         return ""
-    side = "above" if benchmark["above_chance"] else "below" if benchmark.get("below_chance") else ""
+    side = side_of_chance(benchmark)
     if benchmark["metric"] == "stereotyped":
-        preference = {
-            "above": "prefers stereotypes",
-            "below": "prefers anti-stereotypes",
-            "": "no significant preference",
-        }
-        return f"; unbiased 0.5: {preference[side]}"
+        return f"; unbiased 0.5: {PREFERENCES[side]}"
     return f"; chance {benchmark['chance']:.3g}: {side or 'not above'} chance"
 
 
 def format_seed_variance(seed_variance: dict[str, Any]) -> str:
+    """How much the scores of runs with other seeds differ."""
     return f"  seeds alone differ by up to {seed_variance['floor']:.4f} ({seed_variance['models']} runs)"
 
 
@@ -177,19 +183,16 @@ def format_comparison(comparison: dict[str, Any]) -> str:
     if not comparison["real"]:
         return f"{summary}: not significant"
     better = "this model is better" if comparison["ahead"] == "this" else "the other model is better"
-    return f"{summary}: {better}" + (
-        "" if comparison.get("beyond_noise", True) else ", but not beyond the variance of seeds"
-    )
+    doubt = "" if comparison.get("beyond_noise", True) else ", but not beyond the variance of seeds"
+    return f"{summary}: {better}{doubt}"
 
 
 def format_groups(groups: dict[str, dict[str, Any]]) -> list[str]:
     """One line per group from the lowest score to the highest, with its side of chance level."""
-    names = sorted(groups, key=lambda name: groups[name]["score"])
-    width = max(map(len, names), default=0)
-    lines = []
-    for name in names:
-        group = groups[name]
-        side = " above chance" if group.get("above_chance") else " below chance" if group.get("below_chance") else ""
+    width = max(map(len, groups), default=0)
+    lines: list[str] = []
+    for name, group in sorted(groups.items(), key=lambda item: item[1]["score"]):
+        side = side_of_chance(group) and f" {side_of_chance(group)} chance"
         lines.append(f"    {name:<{width}}  {format_score(group)}, {group['n']:,} items{side}")
     if len(lines) > MAX_GROUPS:
         lines[MAX_GROUPS // 2 : -MAX_GROUPS // 2] = [f"    … {len(lines) - MAX_GROUPS} more …"]
@@ -201,6 +204,7 @@ def format_groups(groups: dict[str, dict[str, Any]]) -> list[str]:
 
 @command(EvaluateConfig, example="nextword evaluate runs/mine --suite blimp")
 def evaluate(config: EvaluateConfig, context: Context) -> EvaluateResult:
+    """Evaluate a model, and store the results of a run."""
     from nextword.common.results import StoredResults
     from nextword.common.run_dir import RunDir
     from nextword.evaluation.evaluate import EvalModels, evaluate_benchmark, evaluate_text, load_eval_text

@@ -1,12 +1,12 @@
 """``nextword explain``: what a model computes as it reads a text."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nextword.commands.command import COMMANDS, Context, argument, command, option, options
-from nextword.commands.results import Result
-from nextword.commands.shared import DeviceOption, ModelArgument, as_strings, optional_path
+from nextword.commands.command import Context, argument, command, option, options
+from nextword.commands.shared import DeviceOption, ModelArgument, as_strings, optional
+from nextword.common.command_result import Result
 
 
 @options
@@ -26,7 +26,7 @@ class ExplainConfig(ModelArgument, DeviceOption):
     texts: tuple[str, ...] = argument(converter=as_strings)
     word: str | None = None
     label: str | None = None
-    out: Path | None = option(default=None, converter=optional_path)
+    out: Path | None = option(default=None, converter=optional(Path))
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class ExplainResult(Result):
 
 
 def format_prediction(prediction: dict[str, Any]) -> str:
+    """The predicted score, labels, label or text, with probabilities."""
     if "score" in prediction:
         return f"{prediction['score']:.3f}"
     probabilities = prediction["probabilities"]
@@ -95,6 +96,7 @@ def format_prediction(prediction: dict[str, Any]) -> str:
 
 
 def quote(token: dict[str, Any]) -> str:
+    """The text of a token in quotation marks."""
     return f"“{visible(token['text'])}”"
 
 
@@ -104,17 +106,13 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in symbols.strip(" ") or "␣" * len(symbols))
 
 
-def main(config: ExplainConfig, context: Context, as_json: bool) -> None:
-    config = replace(config, out=config.out or Path("explanation.html"))
-    COMMANDS["explain"].print_result(explain.run(config, context), as_json)
-
-
-@command(ExplainConfig, example="nextword explain runs/mine 'The capital of France is'", main=main)
+@command(ExplainConfig, example="nextword explain runs/mine 'The capital of France is'")
 def explain(config: ExplainConfig, context: Context) -> ExplainResult:
+    """Explain a model on a text, and write the page."""
     from nextword.interpretability.explain import explain as explain_text
     from nextword.pipeline.language_model import load
     from nextword.reporting.explain_page import write_explanation_page
 
     explanation = explain_text(load(config.model, config.device), config.texts, word=config.word, label=config.label)
-    page = None if config.out is None else str(write_explanation_page(explanation, config.out))
-    return ExplainResult(**explanation, page=page)
+    out = config.out or (Path("explanation.html") if context.output else None)
+    return ExplainResult(**explanation, page=out and str(write_explanation_page(explanation, out)))

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nextword.commands.command import Context, command, option, options
-from nextword.commands.shared import ModelArgument, Precision, optional_path
+from nextword.commands.shared import ModelArgument, Precision, optional
 from nextword.common.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,13 +26,14 @@ class ExportConfig(ModelArgument):
     """
 
     to: Literal["gguf", "onnx"] = option(default="gguf", kw_only=False)
-    out: Path | None = option(default=None, converter=optional_path, kw_only=False)
+    out: Path | None = option(default=None, converter=optional(Path), kw_only=False)
     precision: Precision = option(default="float32", kw_only=False)
     tolerance: float = option(default=1e-3, kw_only=False)
 
 
-@command(ExportConfig, example="nextword export runs/mine --to gguf", to_dict=lambda result: result.to_dict())
+@command(ExportConfig, example="nextword export runs/mine --to gguf")
 def export(config: ExportConfig, context: Context) -> "ExportResult":
+    """Write the file and verify it. Raises `UsageError` for a format or precision that does not exist."""
     path = config.model.resolve()
     out = config.out or path.with_name(f"{path.name}.{config.to}")
     if config.to == "gguf":

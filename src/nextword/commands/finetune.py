@@ -1,26 +1,15 @@
 """``nextword finetune``: a model adapted to a task."""
 
 import math
-import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nextword.commands import shared
 from nextword.commands.command import Context, argument, command, option, options
-from nextword.commands.results import RunResult
-from nextword.commands.shared import (
-    FinetuneOptions,
-    RunOptions,
-    absolute_path,
-    format_corpus,
-    format_metric,
-    format_score,
-    input_paths,
-    open_or_prepare_corpus,
-    run_path,
-)
+from nextword.commands.pretrain import format_summary, open_or_prepare_corpus, start_run, train_language_model
 from nextword.common.errors import UsageError
-from nextword.common.format import format_duration
+from nextword.common.run_dir import RunDir
 from nextword.training.config import CONTINUED_PRETRAINING, FinetuneRecipe, with_overrides
 
 if TYPE_CHECKING:
@@ -31,10 +20,16 @@ if TYPE_CHECKING:
 
 LORA_LR_MULTIPLIER = 3.0  # learning rate of a LoRA adapter relative to that of all weights
 MIN_STEPS = 300  # few examples are repeated for more epochs
+EXAMPLE_INPUTS = {
+    "classify": ("a text",),
+    "rewrite": ("a text",),
+    "entail": ("a premise", "a hypothesis"),
+    "similarity": ("a sentence", "another sentence"),
+}
 
 
 @options
-class FinetuneConfig(FinetuneOptions, RunOptions):
+class FinetuneConfig(shared.FinetuneOptions, shared.RunOptions):
     """Adapt a model to a task with labeled examples.
 
     The scores on the validation set are compared with simple baselines, and generative tasks also with the pre-training text,
@@ -48,15 +43,15 @@ class FinetuneConfig(FinetuneOptions, RunOptions):
         max_examples: Train on this many of the examples. Default: all.
     """
 
-    model: str | None = argument(default=None, converter=absolute_path)
-    data: tuple[str, ...] = argument(default=(), converter=input_paths)
-    out: Path = option(default=None, converter=run_path, kw_only=False, required=True, stored=False)
+    model: str | None = argument(default=None, converter=shared.absolute_path)
+    data: tuple[str, ...] = argument(default=(), converter=shared.input_paths)
+    out: Path = option(default=None, converter=shared.run_path, kw_only=False, required=True, stored=False)
     scratch: bool = False
     max_examples: int | None = option(default=None, deprecated="limit", stored="limit")
 
 
 @dataclass(frozen=True)
-class FinetuneResult(RunResult):
+class FinetuneResult(shared.RunResult):
     """The result of a fine-tuning run.
 
     Attributes:
@@ -76,104 +71,72 @@ class FinetuneResult(RunResult):
 
 def format_finetuning(result: FinetuneResult) -> str:
     """The summary of a fine-tuning run for a person."""
-    lines = [f"{result.steps:,} steps in {format_duration(result.seconds)}: {result.model}"]
+    details: list[str] = []
     metric, before, scores = result.metric or "", result.before or {}, result.scores or {}
     if metric in scores:
-        lines.append(f"{format_metric(metric, scores[metric])} on the validation set")
+        details.append(f"{shared.format_metric(metric, scores[metric])} on the validation set")
         systems = {**(result.baselines or {}), "before fine-tuning": before}
-        lines += [f"  {name}: {format_score(system[metric])}" for name, system in systems.items() if metric in system]
+        details += [
+            f"  {name}: {shared.format_score(system[metric])}" for name, system in systems.items() if metric in system
+        ]
     if result.bits_per_byte is not None:
         text = "validation text" if result.task == "continue" else "validation answers"
         start = before.get("bits_per_byte")
         change = f" ({start:.4f} before)" if isinstance(start, float) else ""
-        lines.append(f"{result.bits_per_byte:.4f} bits/byte of the {text}{change}")
+        details.append(f"{result.bits_per_byte:.4f} bits/byte of the {text}{change}")
     if forgetting := result.forgetting:
-        lines.append(
+        details.append(
             f"{forgetting['after']:.4f} bits/byte on the pre-training text ({forgetting['before']:.4f} before: forgetting)"
         )
-    lines.append(f"report: {Path(result.run) / 'report.html'}")
-    return "\n".join([*lines, f"Try it: {example_command(result)}"])
-
-
-def example_command(result: FinetuneResult) -> str:
-    """A command that uses the fine-tuned model."""
     if result.task in ("chat", "prefer"):
-        return f"nextword chat {result.run}"
+        return format_summary(result, details, "chat")
     if result.task == "continue":
-        return f"nextword generate {result.run} {shlex.quote(result.prompt or '')}"
-    inputs = {
-        "classify": ("a text",),
-        "rewrite": ("a text",),
-        "entail": ("a premise", "a hypothesis"),
-        "similarity": ("a sentence", "another sentence"),
-    }
-    return f"nextword predict {result.run} {shlex.join(inputs.get(result.task or '', ('a question', 'choice 1', 'choice 2')))}"
-
-
-def run_finetuning(run: "RunContext") -> dict[str, Any]:
-    """Train on labeled examples, or on more text for the task continue."""
-    from nextword.commands.pretrain import train_language_model
-    from nextword.common.fs import MANIFEST
-    from nextword.data.corpus import Corpus
-    from nextword.data.issues import IssueLog
-    from nextword.pipeline.language_model import BaseModel
-    from nextword.tasks.examples import read_examples
-
-    request, run_dir = run.request, run.run_dir
-    base_model = BaseModel.open(Path(request["model"]))
-    settings = {name: request[name] for name in ("steps", "budget", "training")}
-    task = request["task"] or read_examples(request["data"], None, IssueLog(), request["columns"]).task
-    if task != "continue":
-        recipe = with_overrides(
-            FinetuneRecipe(),
-            task=task,
-            lora=request["lora"],
-            scratch=request["scratch"],
-            tuning=request["tuning"],
-            **settings,
-        )
-        return train_on_examples(run, base_model, recipe)
-    flags = {"lora": "lora", "scratch": "scratch", "limit": "max-examples", "validation": "validation"}
-    for name, flag in flags.items():
-        if request[name]:
-            raise UsageError(f"--{flag} does not apply to --task continue, which continues pre-training")
-    if unknown := set(request["tuning"]) - {"dropout"}:
-        raise UsageError(f"--tuning.{min(unknown).replace('_', '-')} does not apply to --task continue")
-    recipe = with_overrides(CONTINUED_PRETRAINING, model=request["tuning"], **settings)
-    if (run_dir.data_dir / MANIFEST).is_file():
-        corpus = Corpus.open(run_dir.data_dir)
-    else:
-        corpus = open_or_prepare_corpus(
-            request["data"],
-            run_dir.data_dir,
-            tokenizer=str(base_model.directory),
-            text_column=(request["columns"] or {}).get("text"),
-            strict=bool(request["strict"]),
-            console=run.console,
-        )
-    run.info(f"task continue: {format_corpus(corpus)}")
-    return train_language_model(run, corpus, recipe, base_model)
+        return format_summary(result, details, "generate", result.prompt or "")
+    inputs = EXAMPLE_INPUTS.get(result.task or "", ("a question", "choice 1", "choice 2"))
+    return format_summary(result, details, "predict", *inputs)
 
 
 @command(
     FinetuneConfig, example="nextword finetune runs/mine reviews.csv --out runs/reviews", to_text=format_finetuning
 )
 def finetune(config: FinetuneConfig, context: Context) -> FinetuneResult:
-    from nextword.common.run_dir import fail_if_locked
-
-    fail_if_locked(config.out)
-    from nextword.commands.pretrain import start_run
-    from nextword.common.run_dir import RunDir
-
+    """Train on the data of a new run, or continue a run."""
     if not RunDir(config.out).exists:
         if config.model is None:
             raise UsageError("the model is missing: nextword finetune MODEL DATA --out RUN")
         if not config.data:
             raise UsageError("the data is missing: give a table of examples (CSV, TSV, JSONL, JSON or Parquet)")
-    result = start_run(run_finetuning, config, config.out, context)
-    if not result:  # a worker process of torchrun; the main process returns the result
-        return None  # type: ignore[return-value]
-    return FinetuneResult.from_dict(result)
+    return start_run(FinetuneResult, run_finetuning, config, context)
+
+
+def run_finetuning(run: "RunContext") -> dict[str, Any]:
+    """Train on labeled examples, or on more text for the task continue."""
+    from nextword.data.issues import IssueLog
+    from nextword.pipeline.language_model import BaseModel
+    from nextword.tasks.examples import read_examples
+
+    request = run.request
+    base = BaseModel.open(Path(request["model"]))
+    settings = {name: request[name] for name in ("steps", "budget", "training")}
+    task = request["task"] or read_examples(request["data"], None, IssueLog(), request["columns"]).task
+    if task != "continue":
+        settings |= {name: request[name] for name in ("lora", "scratch", "tuning")}
+        return train_on_examples(run, base, with_overrides(FinetuneRecipe(), task=task, **settings))
+    flags = {"lora": "lora", "scratch": "scratch", "limit": "max-examples", "validation": "validation"}
+    given = [f"--{flag}" for name, flag in flags.items() if request[name]]
+    given += [f"--tuning.{name.replace('_', '-')}" for name in sorted(set(request["tuning"]) - {"dropout"})]
+    if given:
+        raise UsageError(f"{given[0]} does not apply to --task continue, which continues pre-training")
+    corpus = open_or_prepare_corpus(
+        run,
+        request["data"],
+        tokenizer=str(base.directory),
+        text_column=request["columns"].get("text"),
+        strict=bool(request["strict"]),
+    )
+    run.info(f"task continue: {shared.format_corpus(corpus)}")
+    recipe = with_overrides(CONTINUED_PRETRAINING, model=request["tuning"], **settings)
+    return train_language_model(run, corpus, recipe, base)
 
 
 def train_on_examples(run: "RunContext", base: "BaseModel", recipe: FinetuneRecipe) -> dict[str, Any]:
@@ -190,93 +153,68 @@ def train_on_examples(run: "RunContext", base: "BaseModel", recipe: FinetuneReci
     Raises:
         UsageError: the model or the examples are not those that the run started with, or there are several processes.
     """
-    from nextword.pipeline.evaluators import (
-        TaskEvaluator,
-        build_finetune_model,
-        build_task_dataset,
-        load_finetune_data,
-        load_start_model,
-        selection_metric,
-    )
+    from nextword.pipeline import evaluators
     from nextword.training.launch import new_metadata, setup_training
     from nextword.training.trainer import Trainer
 
     if run.dist.world_size > 1:
         raise UsageError("fine-tuning runs in one process: start it without torchrun (pretrain can be distributed)")
-    resumed = run.metadata
-    seed = run.request["seed"] or 0
-    if resumed is not None:
-        recipe, seed = FinetuneRecipe.from_dict(resumed["recipe"]), resumed["seed"]
-        if resumed["base"]["weights"] != base.fingerprint():
-            raise UsageError(
-                f"{base.source_path}: not the model that the run started with. Start a new run with another --out"
-            )
-    start = load_start_model(base, recipe.scratch, seed, run.device)
-    data, num_issues = load_finetune_data(run, base, start.config.context_length)
-    if resumed is None:
-        recipe = choose_hyperparameters(recipe, data, start.config.d_model)
-    model, lora_config = build_finetune_model(start, base, data, recipe, seed)
-    dataset, label_counts, is_balanced = build_task_dataset(model, data, recipe, seed)
-    spec = data.task_spec
-    metric = selection_metric(spec, is_balanced)
+    metadata, seed = run.metadata, run.request["seed"] or 0
+    other_run = "that the run started with. Start a new run with another --out"
+    if metadata is not None:
+        recipe, seed = FinetuneRecipe.from_dict(metadata["recipe"]), metadata["seed"]
+        if metadata["base"]["weights"] != base.fingerprint():
+            raise UsageError(f"{base.source_path}: not the model {other_run}")
+    start = evaluators.load_start_model(base, recipe.scratch, seed, run.device)
+    data, num_issues = evaluators.load_finetune_data(run, base, start.config.context_length)
+    recipe = choose_hyperparameters(recipe, data, start.config.d_model)
+    model, lora_config = evaluators.build_finetune_model(start, base, data, recipe, seed)
+    dataset, label_counts, is_balanced = evaluators.build_task_dataset(model, data, recipe, seed)
+    metric = evaluators.selection_metric(data.task_spec, is_balanced)
     recipe = choose_length(recipe, dataset.steps_per_epoch)
     run.info(summarize(recipe, data, label_counts, is_balanced))
     fingerprint = data.fingerprint()
-    if resumed is not None:
-        if resumed["data"]["fingerprint"] != fingerprint:
-            raise UsageError(
-                f"{run.run_dir.path}: the examples are not those that the run started with. Start a new run with another --out"
-            )
-        metadata = resumed
-    else:
-        data_metadata = {
-            "fingerprint": fingerprint,
-            "train": {"examples": len(data.train)},
-            "validation": {"examples": len(data.validation)},
-            "available": data.num_available,
-            "labels": label_counts,
-            "problems": num_issues,
-        }
+    if metadata is None:
         metadata = new_metadata(
             run,
             recipe,
             model.config,
             seed,
-            task=spec.to_dict(),
+            task=data.task_spec.to_dict(),
             **base.metadata(),
             trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
             tuning=asdict(recipe.tuning),
             metric=metric,
-            data=data_metadata,
+            data={
+                "fingerprint": fingerprint,
+                "train": {"examples": len(data.train)},
+                "validation": {"examples": len(data.validation)},
+                "available": data.num_available,
+                "labels": label_counts,
+                "problems": num_issues,
+            },
         )
+    elif metadata["data"]["fingerprint"] != fingerprint:
+        raise UsageError(f"{run.run_dir.path}: the examples are not those {other_run}")
     with setup_training(run, metadata, model, task_loss(recipe, data), dataset, recipe, dynamic_shapes=True) as setup:
-        evaluator = TaskEvaluator(run, setup, base, data, dataset, recipe, metric, lora_config)
+        evaluator = evaluators.TaskEvaluator(run, setup, base, data, dataset, recipe, metric, lora_config)
         trainer = Trainer(run, setup, recipe, evaluator)
         trainer.train()
         return trainer.write_results(evaluator.evaluate_best())
 
 
 def choose_hyperparameters(recipe: FinetuneRecipe, data: "TaskData", d_model: int) -> FinetuneRecipe:
-    """Choose the batch size from the number of examples, and the learning rate from the width of the model."""
-    batch_examples = recipe.tuning.batch_examples
-    if batch_examples is None:
-        batch_examples = min(32, max(4, len(data.train) // 8))
-        if data.task_spec.task == "chat":
-            batch_examples = min(8, batch_examples)  # packed rows
-    lr = recipe.training.lr or default_lr(d_model, recipe.lora)
-    return replace(
-        recipe, training=replace(recipe.training, lr=lr), tuning=replace(recipe.tuning, batch_examples=batch_examples)
-    )
+    """Choose the batch size from the number of examples, and the learning rate from the width of the model.
 
-
-def default_lr(d_model: int, lora: bool) -> float:
-    """Learning rate for a model width.
-
-    GPT-1's 6.25e-5 at width 768 (Radford et al. 2018, section 4.1) and 1.5e-3 at width 128 (the best of four on two data sets),
-    interpolated on logarithmic axes. A LoRA adapter takes more.
+    The learning rate is GPT-1's 6.25e-5 at width 768 (Radford et al. 2018, section 4.1) and 1.5e-3 at width 128 (the best of
+    four on two data sets), interpolated on logarithmic axes. A LoRA adapter takes more.
     """
-    lr = 6.25e-5 * (768 / d_model) ** (math.log(24) / math.log(6))
-    return min(1.5e-3, lr) * (LORA_LR_MULTIPLIER if lora else 1)
+    most = 8 if data.task_spec.task == "chat" else 32  # rows of a chat are packed
+    batch_examples = recipe.tuning.batch_examples or min(most, max(4, len(data.train) // 8))
+    lr = min(1.5e-3, 6.25e-5 * (768 / d_model) ** (math.log(24) / math.log(6)))
+    lr = recipe.training.lr or lr * (LORA_LR_MULTIPLIER if recipe.lora else 1)
+    tuning = replace(recipe.tuning, batch_examples=batch_examples)
+    return replace(recipe, training=replace(recipe.training, lr=lr), tuning=tuning)
 
 
 def choose_length(recipe: FinetuneRecipe, steps_per_epoch: int) -> FinetuneRecipe:

@@ -1,19 +1,17 @@
 """``nextword generate``: continuations of texts."""
 
-import json
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nextword.commands.command import STDIN, Context, argument, command, option, options
-from nextword.commands.shared import ModelArgument, SamplingOptions, as_strings, optional_path
+from nextword.commands.shared import ModelArgument, SamplingOptions, as_strings, optional
 from nextword.common.errors import UsageError
 
 if TYPE_CHECKING:
     from nextword.inference.engine import Completion
-    from nextword.inference.sampling import Sampling
 
 
 @options
@@ -38,7 +36,7 @@ class GenerateConfig(ModelArgument, SamplingOptions):
     """
 
     prompts: tuple[str, ...] = argument(default=(), converter=as_strings)
-    file: Path | None = option(default=None, converter=optional_path)
+    file: Path | None = option(default=None, converter=optional(Path))
     samples: int = option(default=1, flag=("--samples", "-n"))
     min_p: float | None = None
     repetition_penalty: float = 1.0
@@ -48,11 +46,6 @@ class GenerateConfig(ModelArgument, SamplingOptions):
     logit_bias: Mapping[int, float] | None = option(default=None, python_only=True)
     logprobs: int | None = option(default=None, python_only=True)
     prompt_logprobs: int | None = option(default=None, python_only=True)
-
-    def sampling(self) -> "Sampling":
-        from nextword.inference.sampling import Sampling
-
-        return Sampling(**{name: getattr(self, name) for name in Sampling.__dataclass_fields__})
 
     def all_prompts(self) -> list[str]:
         """The prompts of the command line and of --file, each as often as there are samples."""
@@ -65,31 +58,32 @@ class GenerateConfig(ModelArgument, SamplingOptions):
         return [prompt for prompt in prompts or [""] for _ in range(self.samples)]
 
 
-def main(config: GenerateConfig, context: Context, as_json: bool) -> None:
-    """Print a single completion as it is generated, several or JSON at the end."""
-    prompts = config.all_prompts()
-    if len(prompts) == 1 and not as_json:
-        from nextword.pipeline.language_model import load
-
-        sampling = config.sampling()
-        model = load(config.model, config.device, config.precision)
-        print(prompts[0], end="", flush=True)
-        for piece in model.stream(prompts[0], sampling):
-            print(piece, end="", flush=True)
-        print()
-        return
-    # standard input was read once
-    completions = generate.run(replace(config, prompts=tuple(prompts), file=None, samples=1), context)
-    if as_json:
-        values = [{"prompt": c.prompt, "text": c.text, "finish_reason": c.finish_reason} for c in completions]
-        print(json.dumps({"completions": values}, ensure_ascii=False))
-    else:
-        print("\n\n".join(f"{completion.prompt}{completion.text}" for completion in completions))
+def format_completions(completions: "list[Completion]") -> str:
+    """The prompts with their continuations."""
+    return "\n\n".join(f"{completion.prompt}{completion.text}" for completion in completions)
 
 
-@command(GenerateConfig, example="nextword generate runs/mine 'Once upon a time' --max-tokens 100", main=main)
+def completions_to_dict(completions: "list[Completion]") -> dict[str, Any]:
+    """The completions as ``--json`` prints them."""
+    return {
+        "completions": [{name: getattr(c, name) for name in ("prompt", "text", "finish_reason")} for c in completions]
+    }
+
+
+@command(
+    GenerateConfig,
+    example="nextword generate runs/mine 'Once upon a time' --max-tokens 100",
+    to_dict=completions_to_dict,
+    to_text=format_completions,
+)
 def generate(config: GenerateConfig, context: Context) -> "list[Completion]":
+    """Continue the prompts. The command line prints a single completion as it is generated."""
     from nextword.pipeline.language_model import load
 
-    sampling = config.sampling()  # refuse wrong settings before the model is loaded
-    return load(config.model, config.device, config.precision).generate(config.all_prompts(), sampling)
+    sampling, prompts = config.sampling(), config.all_prompts()
+    model = load(config.model, config.device, config.precision)
+    if context.output != "text" or len(prompts) > 1:
+        return model.generate(prompts, sampling)
+    for piece in chain(prompts, model.stream(prompts[0], sampling), ["\n"]):
+        print(piece, end="", flush=True)
+    return []

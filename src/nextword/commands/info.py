@@ -1,10 +1,11 @@
 """``nextword info``: the installation and this machine."""
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 from nextword._version import __version__
 from nextword.commands.command import Context, command, options
-from nextword.commands.results import Result
+from nextword.common.command_result import Result
 
 
 @options
@@ -59,25 +60,20 @@ class InfoResult(Result):
 def missing_packages() -> dict[str, list[str]]:
     """The packages of each extra that are not installed."""
     import re
-    from importlib.metadata import PackageNotFoundError, distribution, requires
-
-    def is_installed(package: str) -> bool:
-        try:
-            return bool(distribution(package))
-        except PackageNotFoundError:
-            return False
+    from importlib.metadata import Distribution, requires
 
     extras: dict[str, list[str]] = {}
     for requirement in requires("nextword") or []:
         match = re.fullmatch(r"([\w.-]+).*extra == ['\"]([\w-]+)['\"]\)?", requirement)
         if match and match[1] != "nextword":
             missing = extras.setdefault(match[2], [])
-            missing += [] if is_installed(match[1]) else [match[1]]
+            missing += [] if any(Distribution.discover(name=match[1])) else [match[1]]
     return dict(sorted(extras.items()))
 
 
 @command(InfoConfig, example="nextword info")
 def info(config: InfoConfig, context: Context) -> InfoResult:
+    """Ask PyTorch, the packages and the C++ sources."""
     import platform
     from pathlib import Path
 
@@ -88,7 +84,8 @@ def info(config: InfoConfig, context: Context) -> InfoResult:
     package = Path(__file__).parents[1]
     devices = {"cpu": torch.backends.cpu.get_cpu_capability()}
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
+        # torch gives it no type
+        properties = cast(Any, torch.cuda.get_device_properties(index))  # pyright: ignore[reportUnknownMemberType]
         devices[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 1e9:.1f} GB"
     if torch.backends.mps.is_available():
         devices["mps"] = "Apple GPU"

@@ -4,13 +4,13 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nextword.commands.command import Context, argument, command, option, options
-from nextword.commands.results import Result
-from nextword.commands.shared import DeviceOption, ModelArgument, format_metric, optional_path
+from nextword.commands.shared import DeviceOption, ModelArgument, format_metric, optional
+from nextword.common.command_result import Result
 from nextword.common.errors import NextwordError
 
 
@@ -33,7 +33,7 @@ class PredictConfig(ModelArgument, DeviceOption):
     """
 
     data: tuple[str | Path, ...] = argument(converter=table_or_texts)
-    out: Path | None = option(default=None, converter=optional_path)
+    out: Path | None = option(default=None, converter=optional(Path))
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class PredictResult(Result):
     out: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """The result as ``--json`` prints it, with the file in place of the answers if there is one."""
         values = super().to_dict()
         return {"predictions": values.pop("out", values["predictions"]), "scores": values["scores"]}
 
@@ -60,45 +61,46 @@ class PredictResult(Result):
         return iter((self.predictions, self.scores))
 
 
-def main(config: PredictConfig, context: Context, as_json: bool) -> None:
-    if len(config.data) == 1 and Path(config.data[0]).is_file():
-        config = replace(config, data=config.data[0])
-    result = predict.run(config, context)
-    metrics = "\n".join(format_metric(name, score.to_dict()) for name, score in result.scores.items())
-    if as_json:
-        print(json.dumps(result.to_dict(), ensure_ascii=False))
-    elif config.out is not None:
-        print("\n".join(filter(None, [f"{len(result.predictions):,} answers: {config.out}", metrics])))
-    else:
-        print(to_json_lines(result.predictions), end="")
-        print(metrics, end="\n" if metrics else "", file=sys.stderr)
+def format_answers(result: PredictResult) -> str:
+    """How many answers the file has, and the scores. Without a file they have been printed."""
+    if result.out is None:
+        return ""
+    return "\n".join([f"{len(result.predictions):,} answers: {result.out}", *format_scores(result)])
 
 
-def to_json_lines(answers: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+def format_scores(result: PredictResult) -> list[str]:
+    """The metrics of the answers."""
+    return [format_metric(name, score.to_dict()) for name, score in result.scores.items()]
 
 
-@command(PredictConfig, example="nextword predict runs/reviews 'A wonderful film.'", main=main)
+@command(PredictConfig, example="nextword predict runs/reviews 'A wonderful film.'", to_text=format_answers)
 def predict(config: PredictConfig, context: Context) -> PredictResult:
+    """Answer one example or a table. The command line prints a line per answer, and the scores on standard error."""
     from nextword.common.fs import atomic_write
     from nextword.data.issues import IssueLog
     from nextword.pipeline.language_model import load
     from nextword.pipeline.predictor import compute_labelled_metrics
     from nextword.tasks.examples import read_examples
 
-    loaded, console = load(config.model, config.device), context.console
-    if not isinstance(config.data[0], Path):
+    loaded, console, (data, *others) = load(config.model, config.device), context.console, config.data
+    is_table = isinstance(data, Path) or (context.output and not others and Path(data).is_file())
+    if not is_table:
         answers, scores = [loaded.predict(*map(str, config.data))], {}
     else:
         predictor, issues = loaded.predictor, IssueLog()
         spec = predictor.task_spec
-        examples = read_examples([config.data[0]], spec.task, issues, dict(spec.columns), require_targets=False).items
+        examples = read_examples([Path(data)], spec.task, issues, dict(spec.columns), require_targets=False).items
         if not examples:
-            raise NextwordError("\n".join([f"{config.data[0]}: no example to answer", *issues.summary_lines()]))
+            raise NextwordError("\n".join([f"{data}: no example to answer", *issues.summary_lines()]))
         answers = predictor.predict(examples, issues, lambda done, total: console.progress("predicting", done, total))
         for line in issues.summary_lines():
             console.warn(line)
         scores = compute_labelled_metrics(spec, examples, answers)
+    lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+    result = PredictResult(answers, scores, config.out and str(config.out))
     if config.out is not None:
-        atomic_write(config.out, to_json_lines(answers))
-    return PredictResult(answers, scores, config.out and str(config.out))
+        atomic_write(config.out, lines)
+    elif context.output == "text":
+        print(lines, end="")
+        print(*format_scores(result), sep="\n", end="\n" if scores else "", file=sys.stderr)
+    return result

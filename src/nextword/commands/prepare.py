@@ -40,11 +40,13 @@ class PrepareConfig(TextColumnOption):
 
 
 def shards_to_dict(corpus: "Corpus") -> dict[str, Any]:
+    """The manifest of the shards without its files."""
     facts = {name: value for name, value in corpus.manifest.items() if name not in ("files", "sources")}
     return {"shards": str(corpus.path), **facts}
 
 
 def format_shards(corpus: "Corpus") -> str:
+    """The directory of the shards and the sizes of the corpus."""
     return f"{corpus.path}: {format_corpus(corpus)}"
 
 
@@ -52,9 +54,10 @@ def format_shards(corpus: "Corpus") -> str:
     PrepareConfig, example="nextword prepare my-texts/ --out shards", to_dict=shards_to_dict, to_text=format_shards
 )
 def prepare(config: PrepareConfig, context: Context) -> "Corpus":
-    settings = {name: getattr(config, name) for name in ("tokenizer", "vocab_size", "text_column", "strict")}
+    """Prepare the text in this process or on Ray."""
     from nextword.data import prepare as preparation
 
+    settings = {name: getattr(config, name) for name in ("tokenizer", "vocab_size", "text_column", "strict")}
     if config.engine == "ray":
         if config.shard is not None:
             raise UsageError("--shard and --engine ray exclude each other: Ray assigns the parts itself")

@@ -2,39 +2,34 @@
 
 import math
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from nextword.commands import shared
 from nextword.commands.command import Context, argument, command, option, options, stored_options
-from nextword.commands.results import RunResult
-from nextword.commands.shared import (
-    RecipeOptions,
-    RunOptions,
-    format_corpus,
-    input_paths,
-    open_or_prepare_corpus,
-    require_inputs,
-    run_path,
-)
 from nextword.common.errors import UsageError
 from nextword.common.format import format_duration
-from nextword.common.run_dir import diff_settings
+from nextword.common.fs import MANIFEST
+from nextword.common.run_dir import RunDir, diff_settings, fail_if_locked
+from nextword.model.config import ModelConfig
+from nextword.training.config import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from nextword.commands.finetune import FinetuneConfig
     from nextword.data.corpus import Corpus
     from nextword.pipeline.language_model import BaseModel
-    from nextword.training.config import Recipe
     from nextword.training.launch import RunContext, TrainFn
 
+RunResultT = TypeVar("RunResultT", bound=shared.RunResult)
 OVERFITTING_ADVICE = "More text, --model.dropout or a smaller size help."
 
 
 @options
-class PretrainConfig(RecipeOptions, RunOptions):
+class PretrainConfig(shared.RecipeOptions, shared.RunOptions):
     """Train a GPT from scratch on your own text.
 
     The model size, the batch size and the learning rate are chosen for the text, the time and this machine, and printed with
@@ -47,92 +42,112 @@ class PretrainConfig(RecipeOptions, RunOptions):
         out: Run directory: the model, its checkpoints, metrics and report.
     """
 
-    corpora: tuple[str, ...] = argument(default=(), converter=input_paths, deprecated="corpus")
-    out: Path = option(default=None, converter=run_path, kw_only=False, required=True, stored=False)
+    corpora: tuple[str, ...] = argument(default=(), converter=shared.input_paths, deprecated="corpus")
+    out: Path = option(default=None, converter=shared.run_path, kw_only=False, required=True, stored=False)
 
 
-def format_run(result: RunResult) -> str:
+def format_run(result: shared.RunResult) -> str:
     """The summary of a pre-training run for a person."""
-    lines = [f"{result.steps:,} steps in {format_duration(result.seconds)}: {result.model}"]
+    details: list[str] = []
     if result.loss is not None:
-        lines.append(
+        details.append(
             f"validation loss {result.loss:.4f} · {result.bits_per_byte:.4f} bits/byte · perplexity {result.perplexity:.2f} "
             f"(all {result.validation_tokens:,} tokens of the validation set, weights of step {result.best_step:,})"
         )
-    lines.append(f"report: {Path(result.run) / 'report.html'}")
-    return "\n".join([*lines, f"Try it: nextword generate {result.run} {shlex.quote(result.prompt or '')}"])
+    return format_summary(result, details, "generate", result.prompt or "")
+
+
+def format_summary(result: shared.RunResult, details: list[str], command: str, *inputs: str) -> str:
+    """The length of a run, its results, and a command that uses its model, with inputs."""
+    length = f"{result.steps:,} steps in {format_duration(result.seconds)}: {result.model}"
+    example = shlex.join(["nextword", command, result.run, *inputs])
+    return "\n".join([length, *details, f"report: {Path(result.run) / 'report.html'}", f"Try it: {example}"])
 
 
 @command(PretrainConfig, example="nextword pretrain my-texts/ --out runs/mine --budget 30m", to_text=format_run)
-def pretrain(config: PretrainConfig, context: Context) -> RunResult:
-    from nextword.common.run_dir import fail_if_locked
-
-    fail_if_locked(config.out)
-    from nextword.common.run_dir import RunDir
-    from nextword.data.corpus import Corpus
-
+def pretrain(config: PretrainConfig, context: Context) -> shared.RunResult:
+    """Train on the text of a new run, or continue a run."""
     if not RunDir(config.out).exists:
-        require_inputs(config.corpora)
+        shared.require_inputs(config.corpora)
     recipe = config.resolved_recipe()
 
     def train(run: "RunContext") -> dict[str, Any]:
-        if run.metadata is not None:
-            return train_language_model(run, Corpus.open(run.run_dir.path / run.metadata["shards"]))
         corpus = open_or_prepare_corpus(
+            run,
             run.request["corpora"],
-            run.run_dir.data_dir,
             tokenizer=recipe.tokenizer,
             vocab_size=recipe.vocab_size,
             text_column=config.text_column,
             strict=config.strict,
-            console=run.console,
         )
-        run.info(format_corpus(corpus))
+        if run.metadata is None:
+            run.info(shared.format_corpus(corpus))
         return train_language_model(run, corpus, recipe)
 
-    result = start_run(train, config, config.out, context, strict=config.strict)
-    if not result:  # a worker process of torchrun; the main process returns the result
-        return None  # type: ignore[return-value]
-    return RunResult.from_dict(result)
+    return start_run(shared.RunResult, train, config, context)
 
 
 def start_run(
-    train: "TrainFn", config: RunOptions, out: Path, context: Context, strict: bool = False
-) -> dict[str, Any]:
+    result_type: type[RunResultT], train: "TrainFn", config: "PretrainConfig | FinetuneConfig", context: Context
+) -> RunResultT:
     """Start or resume a training run with the options of a command.
 
     Args:
+        result_type: The class of the result.
         train: Builds, trains and evaluates the run.
         config: The options.
-        out: The run directory.
         context: The console and the start time.
-        strict: Fail if the newest checkpoint is corrupt, instead of using the one before it.
 
     Returns:
-        The content of result.json; empty on worker ranks.
+        The content of result.json. A worker process of torchrun returns None.
     """
+    fail_if_locked(config.out)  # before anything heavy is imported
     from nextword.common.environment import resolve_device
-    from nextword.common.run_dir import RunDir
     from nextword.reporting.report import write_run_reports
     from nextword.training.launch import RunContext, run_training
 
     run = RunContext(
-        RunDir(out),
+        RunDir(config.out),
         stored_options(config),
         context.console,
         resolve_device(config.device),
         context.started,
         write_run_reports,
         resume=config.resume,
-        strict=strict,
+        strict=config.strict,
         tensorboard=config.tensorboard,
         mirror_url=config.mirror,
     )
-    return run_training(train, run)
+    result = run_training(train, run)
+    return result_type.from_dict(result) if result else None  # type: ignore[return-value]  # of a worker process
+
+
+def open_or_prepare_corpus(run: "RunContext", texts: Sequence[str], **settings: Any) -> "Corpus":
+    """The corpus of a run: when it is resumed, the one that it started with.
+
+    Args:
+        run: The run.
+        texts: Shards from nextword prepare, or other text, which is tokenized into RUN/data.
+        settings: How it is tokenized, see `nextword.data.prepare.prepare`.
+
+    Raises:
+        UsageError: shards are mixed with other inputs.
+    """
+    from nextword.data.corpus import Corpus
+    from nextword.data.prepare import prepare
+
+    if run.metadata is not None:
+        return Corpus.open(run.run_dir.path / run.metadata["shards"])
+    shards = [path for path in texts if (Path(path) / MANIFEST).is_file()]
+    if not shards:
+        return prepare(texts, run.run_dir.data_dir, **settings, progress=run.console.progress, log=run.console.info)
+    if len(texts) > 1:
+        raise UsageError(f"{shards[0]}: shards cannot be mixed with other inputs; prepare all text together")
+    return Corpus.open(Path(shards[0]))
 
 
 def train_language_model(
-    run: "RunContext", corpus: "Corpus", recipe: "Recipe | None" = None, base: "BaseModel | None" = None
+    run: "RunContext", corpus: "Corpus", recipe: Recipe, base: "BaseModel | None" = None
 ) -> dict[str, Any]:
     """Train a language model on a corpus.
 
@@ -151,23 +166,19 @@ def train_language_model(
     import torch
 
     from nextword.data.dataset import TokenDataset, derive_seed
-    from nextword.model.config import ModelConfig
     from nextword.model.gpt import GPT
     from nextword.model.hf import load_model
     from nextword.pipeline.evaluators import LanguageModelEvaluator
     from nextword.pipeline.language_model import evaluate_forgetting
-    from nextword.training.config import Recipe
     from nextword.training.launch import setup_training
     from nextword.training.losses import causal_lm_loss
     from nextword.training.parallel import unsharded
     from nextword.training.trainer import Trainer
 
-    seconds_per_step = 0.0
-    if run.metadata is None:
-        assert recipe is not None
+    metadata, seconds_per_step = run.metadata, 0.0
+    if metadata is None:
         metadata, seconds_per_step = choose_settings(run, corpus, recipe, base)
     else:
-        metadata = run.metadata
         check_resume(run, metadata, corpus)
     recipe, seed = Recipe.from_dict(metadata["recipe"]), metadata["seed"]
     model_config = ModelConfig.from_dict(metadata["model"])
@@ -179,7 +190,7 @@ def train_language_model(
         model = GPT.from_weights(model_config, {name: w for name, w in weights.items() if name != "score.weight"})
 
     def init_weights() -> Iterable[tuple[str, "Tensor"]]:
-        torch.manual_seed(derive_seed(seed, 3))
+        torch.manual_seed(derive_seed(seed, 3))  # pyright: ignore[reportUnknownMemberType]  # torch gives it no type
         return model.iter_init_weights()
 
     with setup_training(
@@ -207,54 +218,43 @@ def train_language_model(
 
 
 def choose_settings(
-    run: "RunContext", corpus: "Corpus", recipe: "Recipe", base: "BaseModel | None"
+    run: "RunContext", corpus: "Corpus", recipe: Recipe, base: "BaseModel | None"
 ) -> tuple[dict[str, Any], float]:
     """Choose what the recipe leaves open: size, batch, learning rate, dropout. Returns run.json and the seconds per step."""
-    from nextword.model.config import ModelConfig
     from nextword.model.hf import load_model
     from nextword.planning.planner import DEFAULT_BATCH_TOKENS, plan_corpus
     from nextword.planning.size_selection import default_peak_lr
     from nextword.training.launch import new_metadata
     from nextword.training.parallel import check_tp_divisibility
 
-    seed, num_tokens = run.request["seed"] or 0, len(corpus.tokens("train"))
+    seed, num_tokens, plan = run.request["seed"] or 0, len(corpus.tokens("train")), None
     if num_tokens < 2:
         raise UsageError(f"{corpus.path}: the training set has {num_tokens} tokens, too few to train on")
     run.dist = dist = run.dist.with_tensor_parallel(recipe.training.tensor)
     if base is None:
         budget_left = None if recipe.budget is None else recipe.budget - run.elapsed_seconds()
         plan = plan_corpus(corpus, recipe, run.device, seconds=budget_left, num_processes=dist.world_size)
-        for line in plan.summary_lines():
+        interval = f"80 % prediction interval {plan.low:.3f} to {plan.high:.3f}"
+        for line in (*plan.why, f"expected: {plan.bits_per_byte:.3f} bits/byte ({interval})"):
             run.info(line)
-        batch_tokens, lr = plan.batch_tokens, plan.lr
-        recipe = replace(recipe, size=plan.size)
+        recipe, batch_tokens, lr = replace(recipe, size=plan.size), plan.batch_tokens, plan.lr
         model_config = ModelConfig.from_dict({**plan.model, "dropout": recipe.model.get("dropout", plan.dropout)})
+        details: dict[str, Any] = {"preset": recipe.preset, "size": recipe.size, "plan": plan.to_dict()}
     else:  # the shape of the base model, and a third of the learning rate of a new one
-        plan, training = None, recipe.training
-        model_config = load_model(base.directory).config
+        dropout, training = recipe.model.get("dropout", 0.0), recipe.training
+        model_config = replace(load_model(base.directory).config, n_labels=0, dropout=dropout)
         batch_tokens = training.batch_tokens or DEFAULT_BATCH_TOKENS
         lr = training.lr or default_peak_lr(model_config.d_model, batch_tokens, training.optimizer) / 3
-        model_config = replace(model_config, n_labels=0, dropout=recipe.model.get("dropout", 0.0))
+        details = {"task": {"task": "continue"}, **base.metadata()}
     recipe = replace(recipe, training=replace(recipe.training, batch_tokens=batch_tokens, lr=lr))
     check_tp_divisibility(model_config, dist.tp_size)
     rows = dist.dp_size * max(1, round(batch_tokens / model_config.context_length / dist.dp_size))
     tokens_per_step = rows * model_config.context_length
     if plan is not None and (recipe.tokens is not None or recipe.flops is not None):
         recipe = replace(recipe, steps=math.ceil(plan.tokens / tokens_per_step))
-    specific: dict[str, Any] = {"preset": recipe.preset, "size": recipe.size}
-    if plan is not None:
-        specific["plan"] = plan.to_dict()
-    if base is not None:
-        specific = {"task": {"task": "continue"}, **base.metadata()}
-    metadata = new_metadata(
-        run,
-        recipe,
-        model_config,
-        seed,
-        data=corpus_metadata(corpus),
-        shards="data" if corpus.path == run.run_dir.data_dir else str(corpus.path.resolve()),
-        **specific,
-    )
+    shards = "data" if corpus.path == run.run_dir.data_dir else str(corpus.path.resolve())
+    data = corpus_metadata(corpus)
+    metadata = new_metadata(run, recipe, model_config, seed, data=data, shards=shards, **details)
     metadata["fixed"]["rows"] = rows
     return metadata, 0.0 if plan is None else plan.seconds_per_token * tokens_per_step
 
@@ -268,11 +268,8 @@ def check_resume(run: "RunContext", metadata: dict[str, Any], corpus: "Corpus") 
     path = run.run_dir.path
     if metadata["data"]["fingerprint"] != corpus.fingerprint:
         differences = diff_settings(metadata["data"], corpus_metadata(corpus), "data")
-        raise UsageError(
-            f"{path}: the text is not the one that the run started with:\n  "
-            + "\n  ".join(differences)
-            + "\nStart a new run with another --out"
-        )
+        message = "\n  ".join([f"{path}: the text is not the one that the run started with:", *differences])
+        raise UsageError(f"{message}\nStart a new run with another --out")
     tp_size = metadata["recipe"]["training"]["tensor"]
     run.dist = dist = run.dist.with_tensor_parallel(math.gcd(tp_size, run.dist.world_size))
     if dist.tp_size != tp_size:

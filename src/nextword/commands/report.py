@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from nextword.commands.command import Context, argument, command, option, options
-from nextword.commands.shared import as_paths, optional_path
+from nextword.commands.shared import as_paths, optional
 from nextword.common.errors import UsageError
 
 
@@ -20,11 +20,12 @@ class ReportConfig:
     """
 
     runs: tuple[Path, ...] = argument(converter=as_paths)
-    out: Path | None = option(default=None, converter=optional_path, kw_only=False)
+    out: Path | None = option(default=None, converter=optional(Path), kw_only=False)
 
 
 @command(ReportConfig, example="nextword report runs/mine", to_dict=lambda page: {"reports": [str(page)]})
 def report(config: ReportConfig, context: Context) -> Path:
+    """Write the page of one run or of several."""
     from nextword.reporting.comparison import write_comparison
     from nextword.reporting.report import regenerate
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from nextword.commands.command import Context, command, option, options
@@ -48,17 +47,9 @@ class ServeConfig(ModelArgument, PrecisionOption, DeviceOption):
     ready: Callable[[dict[str, Any]], None] | None = option(default=None, python_only=True)
 
 
-def main(config: ServeConfig, context: Context, as_json: bool) -> None:
-    """Serve, and with ``--json`` print the address once requests are accepted."""
-
-    def print_address(address: dict[str, Any]) -> None:
-        print(json.dumps(address, ensure_ascii=False), flush=True)
-
-    serve.run(replace(config, ready=print_address) if as_json else config, context)
-
-
-@command(ServeConfig, example="nextword serve runs/mine --port 8000", main=main)
+@command(ServeConfig, example="nextword serve runs/mine --port 8000")
 def serve(config: ServeConfig, context: Context) -> None:
+    """Serve until a signal. With ``--json``, print the address once requests are accepted."""
     try:
         from nextword.serving.app import serve_model
         from nextword.serving.security import ListenConfig
@@ -72,4 +63,10 @@ def serve(config: ServeConfig, context: Context) -> None:
     address = ListenConfig(
         config.host, config.port, config.api_key, config.insecure, config.allowed_hosts, config.grace
     )
-    serve_model(service, address, context.console, config.ready)
+    ready = print_address if context.output == "json" else config.ready
+    serve_model(service, address, context.console, ready)
+
+
+def print_address(address: dict[str, Any]) -> None:
+    """Print where requests are accepted."""
+    print(json.dumps(address, ensure_ascii=False), flush=True)

@@ -1,11 +1,12 @@
 """Option groups and value converters that several commands use."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nextword.commands.command import argument, option, options
-from nextword.common.console import Console
+from nextword.common.command_result import Result
 from nextword.common.errors import UsageError
 from nextword.model.config import ModelConfig
 from nextword.training.config import (
@@ -22,7 +23,10 @@ from nextword.training.config import (
 
 if TYPE_CHECKING:
     from nextword.data.corpus import Corpus
+    from nextword.inference.sampling import Sampling
 
+T = TypeVar("T")
+U = TypeVar("U")
 Paths = str | Path | Sequence[str | Path]
 Precision = Literal["float32", "int8", "int4"]
 
@@ -42,9 +46,9 @@ def as_paths(values: Paths | None) -> tuple[Path, ...]:
     return tuple(map(Path, as_strings(values)))
 
 
-def optional_path(path: str | Path | None) -> Path | None:
-    """A path or None."""
-    return None if path is None else Path(path)
+def optional(convert: Callable[[T], U]) -> Callable[[T | None], U | None]:
+    """A converter that leaves None as it is."""
+    return lambda value: None if value is None else convert(value)
 
 
 def run_path(path: str | Path | None) -> Path:
@@ -86,21 +90,6 @@ def require_inputs(inputs: tuple[str, ...]) -> None:
 def overrides(settings: Mapping[str, Any] | None) -> dict[str, Any]:
     """The settings that have a value."""
     return {name: value for name, value in (settings or {}).items() if value is not None}
-
-
-def optional_duration(value: str | float | None) -> float | None:
-    """Seconds from a duration such as ``30m``, or None."""
-    return None if value is None else parse_duration(value)
-
-
-def optional_count(value: str | int | None) -> int | None:
-    """A whole number from text such as ``5M``, or None."""
-    return None if value is None else parse_count(value)
-
-
-def optional_float(value: str | float | None) -> float | None:
-    """A number from text such as ``1e15``, or None."""
-    return None if value is None else parse_float(value)
 
 
 def column_names(columns: Mapping[str, str] | Sequence[str] | None) -> dict[str, str]:
@@ -193,6 +182,12 @@ class SamplingOptions(PrecisionOption, DeviceOption):
     top_p: float | None = None
     seed: int | None = None
 
+    def sampling(self) -> "Sampling":
+        """The sampling parameters. Raises `UsageError` for one that is out of its range."""
+        from nextword.inference.sampling import Sampling
+
+        return Sampling(**{f.name: getattr(self, f.name) for f in fields(Sampling) if hasattr(self, f.name)})
+
 
 @options
 class RecipeOptions(TextColumnOption):
@@ -224,10 +219,10 @@ class RecipeOptions(TextColumnOption):
     size: str | None = None
     tokenizer: str | None = None
     vocab_size: int | None = None
-    budget: float | None = option(default=None, converter=optional_duration, metavar="DURATION")
+    budget: float | None = option(default=None, converter=optional(parse_duration), metavar="DURATION")
     steps: int | None = None
-    tokens: int | None = option(default=None, converter=optional_count, metavar="COUNT")
-    flops: float | None = option(default=None, converter=optional_float, metavar="NUMBER")
+    tokens: int | None = option(default=None, converter=optional(parse_count), metavar="COUNT")
+    flops: float | None = option(default=None, converter=optional(parse_float), metavar="NUMBER")
     strict: bool = option(default=False, stored=False)
     model: dict[str, Any] = option(
         default=None, converter=overrides, settings=ModelConfig, exclude=("vocab_size", "n_labels")
@@ -291,7 +286,7 @@ class FinetuneOptions(TaskOptions):
         tuning: Settings of fine-tuning.
     """
 
-    budget: float | None = option(default=None, converter=optional_duration, metavar="DURATION")
+    budget: float | None = option(default=None, converter=optional(parse_duration), metavar="DURATION")
     steps: int | None = None
     strict: bool = False
     training: dict[str, Any] = option(default=None, converter=overrides, settings=TrainingConfig)
@@ -299,30 +294,6 @@ class FinetuneOptions(TaskOptions):
 
 
 # ---------------------------------------------------------------- corpora
-
-
-def open_or_prepare_corpus(
-    corpora: Sequence[str],
-    out: Path,
-    *,
-    tokenizer: str,
-    vocab_size: int | None = None,
-    text_column: str | None = None,
-    strict: bool = False,
-    console: Console,
-) -> "Corpus":
-    """Open shards, or tokenize other text into shards at `out`. Raises `UsageError` for shards mixed with other inputs."""
-    from nextword.common.fs import MANIFEST
-    from nextword.data.corpus import Corpus
-    from nextword.data.prepare import prepare
-
-    shards = [path for path in corpora if (Path(path) / MANIFEST).is_file()]
-    if not shards:
-        settings: dict[str, Any] = {"tokenizer": tokenizer, "vocab_size": vocab_size, "text_column": text_column}
-        return prepare(corpora, out, **settings, strict=strict, progress=console.progress, log=console.info)
-    if len(corpora) > 1:
-        raise UsageError(f"{shards[0]}: shards cannot be mixed with other inputs; prepare all text together")
-    return Corpus.open(Path(shards[0]))
 
 
 def format_corpus(corpus: "Corpus") -> str:
@@ -334,7 +305,52 @@ def format_corpus(corpus: "Corpus") -> str:
     )
 
 
-# ---------------------------------------------------------------- output
+# ---------------------------------------------------------------- results
+
+
+@dataclass(frozen=True)
+class RunResult(Result):
+    """The result of a training run, as RUN/result.json has it. Values of the validation set are None without one.
+
+    Attributes:
+        run: Run directory.
+        model: Model directory.
+        steps: Optimizer steps.
+        tokens: Training tokens.
+        best_step: Step of the weights that were kept.
+        seconds: Duration of the run.
+        memory_bytes: Peak memory.
+        energy: watt_hours, mean watts and whether they are measured.
+        parameters: Number of parameters.
+        loss: Validation loss, in nats per token.
+        bits_per_byte: Validation loss in bits per byte of text.
+        perplexity: exp(loss).
+        validation_tokens: Tokens of the validation set.
+        by_position: Validation loss by position in the window.
+        prompt: First words of the validation set.
+        task: Task of a fine-tuning run.
+        before: Scores of the model before fine-tuning.
+        forgetting: Bits per byte on the pre-training text before and after fine-tuning.
+    """
+
+    run: str
+    model: str
+    steps: int
+    tokens: int
+    best_step: int
+    seconds: float
+    memory_bytes: int
+    energy: dict[str, Any]
+    parameters: int
+    loss: float | None = None
+    bits_per_byte: float | None = None
+    perplexity: float | None = None
+    validation_tokens: int | None = None
+    by_position: list[float] | None = None
+    prompt: str | None = None
+    task: str | None = None
+    before: dict[str, Any] | None = None
+    forgetting: dict[str, Any] | None = None
 
 
 def format_score(score: dict[str, Any]) -> str:

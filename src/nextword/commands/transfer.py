@@ -7,8 +7,8 @@ from typing import Any
 
 from nextword.commands.command import Context, argument, command, option, options, stored_options
 from nextword.commands.finetune import FinetuneConfig, finetune
-from nextword.commands.results import Result
 from nextword.commands.shared import DeviceOption, FinetuneOptions, ModelArgument, input_paths, run_path
+from nextword.common.command_result import Result
 from nextword.common.console import Console
 from nextword.common.errors import UsageError
 
@@ -87,6 +87,7 @@ class TransferResult(Result):
 
 @command(TransferConfig, example="nextword transfer runs/mine reviews.csv --out runs/transfer")
 def transfer(config: TransferConfig, context: Context) -> TransferResult:
+    """Run the study, each run of it as `finetune` does."""
     from nextword.common.environment import command_line, resolve_device
     from nextword.evaluation.label_efficiency import run_study
     from nextword.reporting.report import write_report

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from nextword.commands.command import Context, argument, command, options
-from nextword.commands.results import Result
 from nextword.commands.shared import as_paths
+from nextword.common.command_result import Result
 
 
 @options
@@ -33,10 +33,12 @@ class VerifyResult(Result):
     whole: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
+        """The result as ``--json`` prints it."""
         return {"whole": self.whole}
 
-    def legacy_dict(self) -> dict[str, Any]:
-        return self.whole
+    def __post_init__(self) -> None:
+        """As a dictionary, the kinds by path."""
+        self.update(self.whole)
 
     def __str__(self) -> str:
         return "\n".join(f"{directory}: {kind}, intact" for directory, kind in self.whole.items())
@@ -44,6 +46,7 @@ class VerifyResult(Result):
 
 @command(VerifyConfig, example="nextword verify runs/mine")
 def verify(config: VerifyConfig, context: Context) -> VerifyResult:
+    """Verify each path. Raises `CorruptFileError` with the files that differ."""
     from nextword.common.fs import verify_tree
 
     return VerifyResult({name: kind for path in config.paths for name, kind in verify_tree(path).items()})

@@ -5,13 +5,15 @@ Nothing is measured. tests/test_cluster_estimate.py compares the estimates with 
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, NamedTuple, get_args
 
+from nextword.common.command_result import Result
 from nextword.common.errors import UsageError
+from nextword.common.format import format_duration
 from nextword.model.config import ConfigError, ModelConfig, build_config
-from nextword.training.config import Recipe, parse_count
-from nextword.training.distributed import ParallelStrategy
+from nextword.training.config import ParallelStrategy, Recipe, parse_count
 
 # Model FLOPs utilisation of published training runs: typical, low, high.
 TYPICAL_MFU, LOW_MFU, HIGH_MFU = 0.42, 0.30, 0.55
@@ -28,6 +30,7 @@ class GPUSpec:
     """The datasheet of a GPU.
 
     Attributes:
+        name: the value of `nextword plan --gpu`.
         peak_flops: dense bfloat16 operations per second (float16 if there is no bfloat16).
         memory_bytes: memory.
         intra_node_bandwidth: bytes per second to another GPU of the machine, in one direction.
@@ -35,6 +38,7 @@ class GPUSpec:
         watts: power.
     """
 
+    name: str
     peak_flops: float
     memory_bytes: float
     intra_node_bandwidth: float
@@ -43,14 +47,17 @@ class GPUSpec:
 
 
 GPU_SPECS = {
-    "v100": GPUSpec(125e12, 32e9, 150e9, 12.5e9, 300),
-    "a100": GPUSpec(312e12, 80e9, 300e9, 25e9, 400),
-    "h100": GPUSpec(989e12, 80e9, 450e9, 50e9, 700),
-    "h200": GPUSpec(989e12, 141e9, 450e9, 50e9, 700),
-    "b200": GPUSpec(2250e12, 180e9, 900e9, 50e9, 1000),
-    "l4": GPUSpec(121e12, 24e9, 32e9, 3e9, 72),
-    "l40s": GPUSpec(362e12, 48e9, 32e9, 12.5e9, 350),
-    "rtx4090": GPUSpec(165e12, 24e9, 32e9, 3e9, 450),
+    spec.name: spec
+    for spec in (
+        GPUSpec("v100", 125e12, 32e9, 150e9, 12.5e9, 300),
+        GPUSpec("a100", 312e12, 80e9, 300e9, 25e9, 400),
+        GPUSpec("h100", 989e12, 80e9, 450e9, 50e9, 700),
+        GPUSpec("h200", 989e12, 141e9, 450e9, 50e9, 700),
+        GPUSpec("b200", 2250e12, 180e9, 900e9, 50e9, 1000),
+        GPUSpec("l4", 121e12, 24e9, 32e9, 3e9, 72),
+        GPUSpec("l40s", 362e12, 48e9, 32e9, 12.5e9, 350),
+        GPUSpec("rtx4090", 165e12, 24e9, 32e9, 3e9, 450),
+    )
 }
 
 
@@ -86,29 +93,33 @@ class ParallelLayout:
 
 
 @dataclass(frozen=True)
-class ClusterEstimate:
-    """The estimate of a run. Printed by `nextword plan --gpu GPU --json`.
+class ClusterEstimate(Result):
+    """The estimate of a run on other machines.
 
     Attributes:
-        parameters: the number of parameters.
-        tokens: the training tokens.
-        flops: the floating-point operations of the model.
-        batch_tokens: tokens per step.
-        steps: the number of steps.
-        parallel: the sharding strategy.
-        tensor: the tensor-parallel size.
-        recompute: whether activation checkpointing is on.
-        memory_bytes: the memory of one GPU.
-        sent_bytes: what one GPU sends in a step, in bytes.
-        sending_seconds: the time that takes.
-        step_seconds: the time of a step.
-        utilisation: model FLOPs utilisation (MFU; Chowdhery et al. 2022, appendix B).
-        seconds: the time of the run at a typical utilisation.
-        low_seconds: at a high one.
-        high_seconds: at a low one.
+        parameters: Number of parameters.
+        tokens: Training tokens.
+        flops: Floating-point operations of the model.
+        batch_tokens: Tokens per optimizer step.
+        steps: Optimizer steps.
+        parallel: Data parallelism, a value of --training.parallel.
+        tensor: Tensor parallelism, a value of --training.tensor.
+        recompute: Whether activation checkpointing is on.
+        memory_bytes: Memory of one GPU.
+        sent_bytes: Bytes that one GPU sends in one step.
+        sending_seconds: Seconds of communication in one step.
+        step_seconds: Seconds of one step.
+        utilisation: Model FLOPs utilization (MFU; Chowdhery et al. 2022, appendix B).
+        seconds: Duration of the run at a typical utilization.
+        low_seconds: Duration at a high one.
+        high_seconds: Duration at a low one.
         gpu_hours: GPU hours.
-        kilowatt_hours: energy.
-        money: the price, if a price per GPU hour is given.
+        kilowatt_hours: Energy by the datasheet.
+        money: Costs, if a price is given.
+        gpu: Kind of GPU.
+        gpus: Number of GPUs.
+        machines: Number of machines.
+        model: Fields of the `ModelConfig`.
     """
 
     parameters: int
@@ -130,10 +141,35 @@ class ClusterEstimate:
     gpu_hours: float
     kilowatt_hours: float
     money: float | None
+    gpu: str
+    gpus: int
+    machines: int
+    model: dict[str, Any]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The estimate as JSON."""
-        return asdict(self)
+    def __str__(self) -> str:
+        """The estimate for a person."""
+        times = [self.seconds, self.low_seconds, self.high_seconds]
+        days = self.seconds > 2 * 86400
+        expected, low, high = (f"{t / 86400:,.3g} days" if days else format_duration(t) for t in times)
+        parallelism = f"--training.parallel {self.parallel} --training.tensor {self.tensor}"
+        rows = {
+            "machines": f"{self.machines:,} with {self.gpus // self.machines} × {self.gpu}",
+            "model": f"{self.parameters / 1e9:,.3g} billion parameters, {self.model['n_layers']} layers, width "
+            f"{self.model['d_model']:,}, context length {self.model['context_length']:,}, vocabulary "
+            f"{self.model['vocab_size']:,}",
+            "training": f"{self.tokens / 1e9:,.4g} billion tokens, {self.steps:,} steps of {self.batch_tokens:,}",
+            "parallelism": parallelism + (", activation checkpointing" if self.recompute else ""),
+            "memory": f"{self.memory_bytes / 1e9:,.1f} GB per GPU",
+            "network": f"{self.sent_bytes / 1e9:,.3g} GB per GPU and step, {format_duration(self.sending_seconds)} of "
+            f"{format_duration(self.step_seconds)}",
+            "utilization": f"{100 * self.utilisation:.0f} % of the peak FLOPS (MFU)",
+            "time": f"{expected} ({low}–{high})",
+            "GPU hours": f"{self.gpu_hours:,.0f}",
+            "energy": f"{self.kilowatt_hours:,.0f} kWh, by the datasheet",
+            "compute": f"{self.flops:.3g} floating-point operations",
+            **({} if self.money is None else {"costs": f"{self.money:,.0f}"}),
+        }
+        return "\n".join(f"{name:<13}{value}" for name, value in rows.items())
 
 
 # ---------------------------------------------------------------- memory and communication
@@ -166,9 +202,8 @@ def memory_per_gpu(config: ModelConfig, cluster: Cluster, layout: ParallelLayout
     block_parameters = (num_parameters - embeddings) / config.n_layers
     shards = cluster.gpus_per_machine if layout.strategy == "hsdp" else cluster.num_gpus
     # Block by block, the next block's weights are prefetched.
-    gathered = 6 * embeddings + 8 * block_parameters
-    if layout.strategy == "fsdp-no-reshard":
-        gathered = 6 * num_parameters
+    block_by_block = layout.strategy != "fsdp-no-reshard"
+    gathered = 6 * embeddings + 8 * block_parameters if block_by_block else 6 * num_parameters
     residual_numbers = layout.micro_batch_size * config.context_length * config.d_model
     block_activations = (4 + 30 / tp_size) * residual_numbers
     activations = block_activations * config.n_layers
@@ -220,18 +255,13 @@ def comm_volume(config: ModelConfig, cluster: Cluster, layout: ParallelLayout, m
 
 def candidate_layouts(cluster: Cluster, max_micro_batch_size: int) -> Iterator[ParallelLayout]:
     """All layouts worth considering; `max_micro_batch_size` is the number of windows of a step per GPU."""
-    strategies: list[ParallelStrategy] = ["fsdp-no-reshard"]
-    if cluster.num_gpus > 1:
-        strategies.append("fsdp")
-    if cluster.machines > 1 and cluster.num_gpus > 1:
-        strategies.append("hsdp")
-    for tp_size in (t for t in (1, 2, 4, 8) if cluster.gpus_per_machine % t == 0):
-        for activation_checkpointing in (False, True):
-            for strategy in strategies:
-                micro_batch_size = max_micro_batch_size * tp_size
-                while micro_batch_size >= 1:
-                    yield ParallelLayout(strategy, activation_checkpointing, micro_batch_size, tp_size)
-                    micro_batch_size //= 2
+    tp_sizes = [size for size in (1, 2, 4, 8) if cluster.gpus_per_machine % size == 0]
+    # fsdp takes several GPUs, hsdp several machines.
+    strategies = get_args(ParallelStrategy)[: 1 + (cluster.num_gpus > 1) + (cluster.machines > 1)]
+    for tp_size, activation_checkpointing, strategy in product(tp_sizes, (False, True), strategies):
+        largest = max_micro_batch_size * tp_size
+        for halvings in range(largest.bit_length()):
+            yield ParallelLayout(strategy, activation_checkpointing, largest >> halvings, tp_size)
 
 
 def estimate(
@@ -260,8 +290,12 @@ def estimate(
     layouts = candidate_layouts(cluster, windows_per_gpu)
     fitting = [layout for layout in layouts if memory_per_gpu(config, cluster, layout) <= usable_memory]
     if not fitting:
-        size = f"{config.parameters / 1e9:.3g} billion parameters"
-        raise UsageError(f"{size} do not fit: {_required_machines_message(config, cluster, usable_memory)}")
+        sharded = ParallelLayout("fsdp", True, 1, cluster.gpus_per_machine)
+        larger = (replace(cluster, machines=cluster.machines << doublings) for doublings in range(1, 21))
+        enough = (c.machines for c in larger if memory_per_gpu(config, c, sharded) <= usable_memory)
+        too_large = "a single block needs more memory than a GPU of this type has"
+        remedy = next((f"{machines} such machines would do" for machines in enough), too_large)
+        raise UsageError(f"{config.parameters / 1e9:.3g} billion parameters do not fit: {remedy}")
     batch_flops, cluster_flops = batch * config.flops_per_token, cluster.num_gpus * cluster.gpu.peak_flops
 
     def comm_of(layout: ParallelLayout) -> CommVolume:
@@ -298,18 +332,11 @@ def estimate(
         gpu_hours=gpu_hours,
         kilowatt_hours=gpu_hours * cluster.gpu.watts * POWER_USAGE_EFFECTIVENESS / 1000,
         money=None if price_per_gpu_hour is None else gpu_hours * price_per_gpu_hour,
+        gpu=cluster.gpu.name,
+        gpus=cluster.num_gpus,
+        machines=cluster.machines,
+        model=config.to_dict(),
     )
-
-
-def _required_machines_message(config: ModelConfig, cluster: Cluster, usable_memory: float) -> str:
-    layout = ParallelLayout("fsdp", True, 1, cluster.gpus_per_machine)
-    machines = cluster.machines
-    while machines < 2**20:
-        machines *= 2
-        larger = Cluster(cluster.gpu, machines, cluster.gpus_per_machine)
-        if memory_per_gpu(config, larger, layout) <= usable_memory:
-            return f"{machines} such machines would do"
-    return "a single block needs more memory than a GPU of this type has"
 
 
 # ---------------------------------------------------------------- from a recipe
@@ -323,7 +350,7 @@ def estimate_cluster_run(
     gpus_per_machine: int = 8,
     parameters: str | None = None,
     price_per_gpu_hour: float | None = None,
-) -> dict[str, Any]:
+) -> ClusterEstimate:
     """Estimate a recipe on GPUs that are known by their datasheets.
 
     Args:
@@ -335,11 +362,8 @@ def estimate_cluster_run(
             one.
         price_per_gpu_hour: in any currency.
 
-    Returns:
-        The estimate as JSON, with the GPUs and the model configuration.
-
     Raises:
-        UsageError: unknown GPU, no model, or a model that does not fit.
+        UsageError: unknown GPU, no valid model, or a model that does not fit.
     """
     if gpu.lower() not in GPU_SPECS:
         raise UsageError(f"--gpu {gpu}: unknown; choose one of {', '.join(GPU_SPECS)}")
@@ -348,39 +372,27 @@ def estimate_cluster_run(
     if parameters is not None and recipe.size is not None:
         raise UsageError("--parameters and --size exclude each other")
     cluster = Cluster(GPU_SPECS[gpu.lower()], machines, gpus_per_machine)
-    flops = recipe.flops
-    if flops is None and recipe.tokens is None and recipe.budget is not None:
+    tokens, flops, settings = recipe.tokens, recipe.flops, recipe.model
+    if flops is None and tokens is None and recipe.budget is not None:
         flops = recipe.budget * cluster.num_gpus * cluster.gpu.peak_flops * TYPICAL_MFU
-    target_parameters = None if parameters is None else float(parse_count(parameters))
-    if target_parameters is None and recipe.size is None:
-        # Compute-optimal: C = 6 N D operations with D = 20 N tokens.
-        target_parameters = (recipe.tokens or 0) / TOKENS_PER_PARAMETER
-        if flops:
-            target_parameters = math.sqrt(flops / 6 / TOKENS_PER_PARAMETER)
-        if target_parameters < 1e5:
+    if recipe.size is None:
+        if parameters is not None:
+            num_parameters = float(parse_count(parameters))
+        elif flops:  # compute-optimal: C = 6 N D operations with D = 20 N tokens
+            num_parameters = math.sqrt(flops / 6 / TOKENS_PER_PARAMETER)
+        else:
+            num_parameters = (tokens or 0) / TOKENS_PER_PARAMETER
+        if parameters is None and num_parameters < 1e5:
             raise UsageError("set the size of the model (--parameters 7B) or the length of the run (--tokens 2T)")
-    config = cluster_model_config(recipe, target_parameters)
-    tokens = recipe.tokens or (flops / config.flops_per_token if flops else TOKENS_PER_PARAMETER * config.parameters)
-    run = estimate(
-        config, tokens, cluster, batch_tokens=recipe.training.batch_tokens, price_per_gpu_hour=price_per_gpu_hour
-    )
-    gpus = {"gpu": gpu.lower(), "gpus": cluster.num_gpus, "machines": machines}
-    return {**run.to_dict(), **gpus, "model": config.to_dict()}
-
-
-def cluster_model_config(recipe: Recipe, parameters: float | None) -> ModelConfig:
-    """The model of a recipe, with about `parameters` parameters if given.
-
-    Raises:
-        UsageError: the recipe's settings are no valid model.
-    """
-    settings: dict[str, Any] = {}
-    if parameters is not None:
-        n_layers, n_heads, d_model = model_shape_for(parameters)
-        settings = {"n_layers": n_layers, "n_heads": n_heads, "d_model": d_model, "context_length": CONTEXT_LENGTH}
-    settings |= recipe.model
-    vocab_size = recipe.vocab_size or DEFAULT_VOCAB_SIZE
+        n_layers, n_heads, d_model = model_shape_for(num_parameters)
+        shape = {"n_layers": n_layers, "n_heads": n_heads, "d_model": d_model, "context_length": CONTEXT_LENGTH}
+        settings = shape | settings
     try:
-        return build_config(recipe.preset, recipe.size or "125m", vocab_size=vocab_size, **settings)
+        vocab_size = recipe.vocab_size or DEFAULT_VOCAB_SIZE
+        config = build_config(recipe.preset, recipe.size or "125m", vocab_size=vocab_size, **settings)
     except ConfigError as error:
         raise UsageError(str(error)) from error
+    tokens = tokens or (flops / config.flops_per_token if flops else TOKENS_PER_PARAMETER * config.parameters)
+    return estimate(
+        config, tokens, cluster, batch_tokens=recipe.training.batch_tokens, price_per_gpu_hour=price_per_gpu_hour
+    )

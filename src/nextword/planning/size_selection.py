@@ -4,13 +4,14 @@ Pure functions: the scaling law predicts the loss of each size, and a `Throughpu
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from nextword.common.errors import UsageError
+from nextword.common.command_result import Result
 from nextword.model.config import ModelConfig
 from nextword.planning.scaling_law import ScalingLaw
+from nextword.training.config import TrainingConfig
 
 DEFAULT_LAW = ScalingLaw()
 MIN_GAIN = 0.003  # the relative decrease of the loss for which a larger size is chosen
@@ -63,10 +64,6 @@ class RunLength:
     tokens: float | None = None
     flops: float | None = None
 
-    def __post_init__(self) -> None:
-        if sum(value is not None for value in asdict(self).values()) != 1:
-            raise UsageError("set the length of the run by exactly one of time, tokens and floating-point operations")
-
     def num_tokens(self, config: ModelConfig, seconds_per_token: float, validation_tokens: int) -> float:
         """The number of training tokens.
 
@@ -80,27 +77,27 @@ class RunLength:
 
 
 @dataclass(frozen=True)
-class TrainingPlan:
-    """The plan of a run and its prediction. Serialised in run.json and printed by `nextword plan --json`.
+class TrainingPlan(Result):
+    """The plan of a run and its prediction, as run.json stores it.
 
     Attributes:
-        size: the name of the model size.
-        model: the model configuration.
-        parameters: the number of parameters.
-        batch_tokens: tokens per step.
-        lr: the peak learning rate.
-        dropout: the dropout probability.
-        tokens: the number of training tokens, repeats included.
-        epochs: passes over the training set.
-        steps: the number of steps.
-        seconds: the training time.
-        seconds_per_token: the benchmarked speed.
-        memory_bytes: the expected peak memory.
-        flops: the floating-point operations of the training.
-        bits_per_byte: the predicted validation loss.
-        low: the lower end of the 80 % prediction interval.
-        high: its upper end.
-        why: the reasons for the choice, a sentence each.
+        size: Chosen size.
+        model: Fields of the `ModelConfig`.
+        parameters: Number of parameters.
+        batch_tokens: Tokens per optimizer step.
+        lr: Peak learning rate.
+        dropout: Dropout rate.
+        tokens: Training tokens, repeats included.
+        epochs: Passes over the text.
+        steps: Optimizer steps.
+        seconds: Duration of the run.
+        seconds_per_token: Measured training speed.
+        memory_bytes: Peak memory.
+        flops: Floating-point operations.
+        bits_per_byte: Expected loss on the validation set; 80 % of runs end between `low` and `high`.
+        low: Lower end of the prediction interval.
+        high: Upper end of the prediction interval.
+        why: The reasons of the choices, a sentence each.
     """
 
     size: str
@@ -119,16 +116,7 @@ class TrainingPlan:
     bits_per_byte: float
     low: float
     high: float
-    why: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON."""
-        return asdict(self)
-
-    def summary_lines(self) -> list[str]:
-        """The choice, its reasons and the prediction, as lines of text."""
-        interval = f"80 % prediction interval {self.low:.3f} to {self.high:.3f}"
-        return [*self.why, f"expected: {self.bits_per_byte:.3f} bits/byte ({interval})"]
+    why: list[str]
 
 
 # ---------------------------------------------------------------- defaults
@@ -164,9 +152,7 @@ def select_size(
     candidates: Mapping[str, ModelConfig],
     benchmark: ThroughputEstimator,
     *,
-    batch_tokens: int | None = None,
-    lr: float | None = None,
-    optimizer: str = "muon",
+    training: TrainingConfig = TrainingConfig(),
     law: ScalingLaw = DEFAULT_LAW,
 ) -> TrainingPlan:
     """Choose the size with the lowest predicted loss for a run of a given length.
@@ -180,9 +166,7 @@ def select_size(
         run_length: the length of the run.
         candidates: model configurations by size, from small to large. With a single one its prediction is returned.
         benchmark: measures the speed of a size.
-        batch_tokens: tokens per step; None to choose.
-        lr: the peak learning rate; None to choose.
-        optimizer: "muon" or "adamw".
+        training: the recipe's training options. Batch size and learning rate are chosen unless they are set.
         law: the scaling law.
     """
     measured: dict[str, BenchmarkResult] = {}
@@ -204,21 +188,30 @@ def select_size(
         bits = law.bits_per_byte(config.parameters, train_bytes, corpus_stats.bytes, corpus_stats.difficulty)
         return tokens, bits
 
-    while True:
-        if run_length.tokens is not None:
-            best = _compute_optimal_size(corpus_stats, run_length.tokens, candidates, law)
-        else:
-            best = _lowest_loss_size(candidates, lambda size: predict(size)[1])
-        if best in measured:
-            break
+    def choose_size() -> str:
+        if run_length.tokens is None:  # a larger size only if it gains at least `MIN_GAIN`
+            best, lowest = "", math.inf
+            for size in candidates:
+                if (bits := predict(size)[1]) < (1 - MIN_GAIN) * lowest:
+                    best, lowest = size, bits
+            return best
+        # The largest size for which more parameters still gain at least as much as equally more data.
+        train_bytes, best = run_length.tokens * corpus_stats.bytes / corpus_stats.tokens, next(iter(candidates))
+        for size, config in candidates.items():
+            by_size, by_data = law.elasticities(config.parameters, train_bytes, corpus_stats.bytes)
+            best = size if by_size >= by_data else best
+        return best
+
+    while (best := choose_size()) not in measured:
         if len(measured) == MAX_BENCHMARKED_SIZES:
             best = min(measured, key=lambda size: predict(size)[1])
             break
-        measured[best] = benchmark.measure(candidates[best], batch_tokens or default_batch_tokens(predict(best)[0]))
+        batch_tokens = training.batch_tokens or default_batch_tokens(predict(best)[0])
+        measured[best] = benchmark.measure(candidates[best], batch_tokens)
 
     config, result, (tokens, bits) = candidates[best], measured[best], predict(best)
-    batch_tokens = batch_tokens or default_batch_tokens(tokens)
-    lr = lr or default_peak_lr(config.d_model, batch_tokens, optimizer)
+    batch_tokens = training.batch_tokens or default_batch_tokens(tokens)
+    lr = training.lr or default_peak_lr(config.d_model, batch_tokens, training.optimizer)
     epochs = tokens / max(1, corpus_stats.tokens)
     dropout = default_dropout(epochs)
     low, high = law.prediction_interval(bits, corpus_stats.uncertainty)
@@ -232,7 +225,6 @@ def select_size(
         why.append(f"{epochs:.1f} epochs, worth {effective_epochs:.1f} times as much unique text")
     if dropout:
         why.append(f"dropout {dropout}, because of the many epochs")
-    training_seconds = tokens * result.seconds_per_token * TRAINING_OVERHEAD
     return TrainingPlan(
         size=best,
         model=config.to_dict(),
@@ -243,34 +235,12 @@ def select_size(
         tokens=round(tokens),
         epochs=epochs,
         steps=max(1, round(tokens / batch_tokens)),
-        seconds=training_seconds if run_length.seconds is None else run_length.seconds,
+        seconds=run_length.seconds or tokens * result.seconds_per_token * TRAINING_OVERHEAD,
         seconds_per_token=result.seconds_per_token,
         memory_bytes=result.memory_bytes,
         flops=tokens * config.flops_per_token,
         bits_per_byte=bits,
         low=low,
         high=high,
-        why=tuple(why),
+        why=why,
     )
-
-
-def _lowest_loss_size(candidates: Mapping[str, ModelConfig], bits_of: Callable[[str], float]) -> str:
-    """The size with the lowest loss; a larger one only if it gains at least `MIN_GAIN`."""
-    best, lowest = "", math.inf
-    for size in candidates:
-        bits = bits_of(size)
-        if bits < (1 - MIN_GAIN) * lowest:
-            best, lowest = size, bits
-    return best
-
-
-def _compute_optimal_size(
-    corpus_stats: CorpusStats, tokens: float, candidates: Mapping[str, ModelConfig], law: ScalingLaw
-) -> str:
-    """The largest size for which more parameters still gain at least as much as equally more data."""
-    best, train_bytes = next(iter(candidates)), tokens * corpus_stats.bytes / corpus_stats.tokens
-    for size, config in candidates.items():
-        by_size, by_data = law.elasticities(config.parameters, train_bytes, corpus_stats.bytes)
-        if by_size >= by_data:
-            best = size
-    return best
