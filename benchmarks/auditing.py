@@ -19,7 +19,9 @@ from typing import Any
 
 from benchmarks.run import DATA, KEPT, books, cell, process
 from nextword.audit.text_index import CorpusIndex, build_index
+from nextword.common.console import Console
 
+QUIET = Console(quiet=True)
 INDEX = KEPT / "index"
 LENGTHS = (50, 100, 200, 500, 1000, 2000)
 PASSAGES = 200
@@ -39,7 +41,7 @@ def build(every: int = 1) -> dict[str, Any]:
     place = INDEX if every == 1 else INDEX.with_name("index-part")
     shutil.rmtree(place, ignore_errors=True)
     start, used = time.perf_counter(), time.process_time()
-    index = build_index([books()] if every == 1 else sorted(books().rglob("*.md"))[::every], place)
+    index = build_index([books()] if every == 1 else sorted(books().rglob("*.md"))[::every], place, console=QUIET)
     seconds, cpu = time.perf_counter() - start, time.process_time() - used
     disk = sum(path.stat().st_size for path in place.iterdir())
     return {"seconds": seconds, "cpu": cpu, "documents": len(index), "text": index.num_text_bytes, "disk": disk}
@@ -115,7 +117,7 @@ def audit() -> dict[str, Any]:
     from nextword.audit.corpus import audit_corpus
 
     start, used = time.perf_counter(), time.process_time()
-    found = audit_corpus(build_index([books()], INDEX))
+    found = audit_corpus(build_index([books()], INDEX, console=QUIET), (), QUIET)
     seconds, cpu = time.perf_counter() - start, time.process_time() - used
     return {"seconds": seconds, "cpu": cpu, "findings": [one.to_dict() for one in found]}
 
@@ -132,13 +134,10 @@ def corpus() -> None:
 def overlaps() -> dict[str, Any]:
     from benchmarks.judging import FILES
     from nextword.audit.corpus import contamination
-    from nextword.common.console import Console
     from nextword.tasks.benchmark_spec import find_benchmark
 
-    index = build_index([books()], INDEX)
-    found = [
-        contamination(index, find_benchmark(f"{name}={DATA / FILES[name]}"), Console(quiet=True)) for name in SUITES
-    ]
+    index = build_index([books()], INDEX, console=QUIET)
+    found = [contamination(index, find_benchmark(f"{name}={DATA / FILES[name]}"), QUIET) for name in SUITES]
     return {"findings": [one.to_dict() for one in found]}
 
 

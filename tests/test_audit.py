@@ -12,15 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextword.audit.audit import AuditConfig, audit_model, training_text_sources
+import nextword
 from nextword.audit.fairness import audit_group_rates, audit_swap_flips, audit_template_flips
 from nextword.audit.findings import Finding
 from nextword.audit.group_templates import GroupTemplates, read_group_templates
 from nextword.commands.audit import AuditResult
 from nextword.commands.cli import run as run_command
+from nextword.common.console import Console
 from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
 from nextword.common.fs import read_json
-from nextword.common.run_dir import RunDir
 from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import Tokenizer, train_bpe
 from nextword.model.config import build_config
@@ -31,6 +31,7 @@ from nextword.tasks.dataset import TaskSpec
 from nextword.tasks.examples import Example
 from nextword.training.losses import example_logits
 
+QUIET = Console(quiet=True)
 GROUPS = """\
 groups:
   women: {person: woman, they: she, their: her}
@@ -116,7 +117,7 @@ INVALID = [
     (changed("said that {they}", "said that they", "{person}", "person"), "line 5: templates.0: 'The person"),
     (changed("{person: man,", "{person: ,"), "line 3: groups.men.person: is empty"),
     (changed("[nurse, engineer]", "[]"), "line 7: templates.1.continuations: is empty"),
-    (changed("[nurse, engineer]", "[nurse, {a: b}]"), "line 7: templates.1.continuations: must be text"),
+    (changed("[nurse, engineer]", "[nurse, {a: b}]"), "line 7: templates.1.continuations.1: must be text"),
     (changed("nurse", '"\\ud800"'), "line 7: templates.1.continuations.0: has half a surrogate"),
     (changed("nurse", '"\\UFFFFFFFF"'), "not valid YAML"),
     (changed("woman", "!!python/object/apply:os.system [true]"), "the tag !!python/object/apply:os.system"),
@@ -273,7 +274,7 @@ def test_a_model_that_learned_from_the_group_flips_and_one_that_did_not_does_not
     asked = groups(tmp_path, FLIPPING)
     biased = trained(["good" if group == "women" else "bad" for group, *_ in texts()])
     fair = trained([kind for _, kind, _ in texts()])
-    found, even = by_name(audit_template_flips(biased, asked)), by_name(audit_template_flips(fair, asked))
+    found, even = (by_name(audit_template_flips(model, asked, QUIET)) for model in (biased, fair))
     flips = found["women vs. men: flip rate"]
     assert (flips.value, flips.n, flips.notable, flips.unit) == (100.0, 16, True, "%")
     assert flips.low is not None and flips.low > 50
@@ -286,12 +287,12 @@ def test_a_model_that_learned_from_the_group_flips_and_one_that_did_not_does_not
 
     examples = [Example("rows.csv", i, {"text": text}) for i, (*_, text) in enumerate(texts(), 2)]
     other = Example("rows.csv", 99, {"text": "a cat sang"})
-    [flips] = audit_swap_flips(biased, asked, [*examples, other])
+    [flips] = audit_swap_flips(biased, asked, [*examples, other], QUIET)
     assert (flips.value, flips.n, flips.notable) == (100.0, len(examples), True)
     assert flips.examples[0] == {"text": "the man helped → bad", "before": "good", "where": "rows.csv line 2"}
-    [flips] = audit_swap_flips(fair, asked, examples)
+    [flips] = audit_swap_flips(fair, asked, examples, QUIET)
     assert (flips.value, flips.notable) == (0.0, False)
-    assert audit_swap_flips(fair, asked, [other]) == []
+    assert audit_swap_flips(fair, asked, [other], QUIET) == []
 
 
 # ---------------------------------------------------------------- rates of groups
@@ -317,7 +318,7 @@ def labelled(tmp_path: Path, rows: list[tuple[str, str, str]]) -> list[Example]:
 
 
 def test_rates_equal_their_formulas(tmp_path: Path) -> None:
-    found = by_name(audit_group_rates(answering(*(row[2] for row in ROWS)), labelled(tmp_path, ROWS), "who"))
+    found = by_name(audit_group_rates(answering(*(row[2] for row in ROWS)), labelled(tmp_path, ROWS), "who", QUIET))
     values = {name: one.value for name, one in found.items()}
     expected = {"accuracy": (75.0, 100 * 80 / 120), "selection rate (yes)": (50.0, 100 * 20 / 120)}
     expected |= {"true positive rate (yes)": (75.0, 25.0), "false positive rate (yes)": (25.0, 12.5)}
@@ -334,7 +335,9 @@ def test_rates_equal_their_formulas(tmp_path: Path) -> None:
 
 def test_rates_of_several_labels_name_each(tmp_path: Path) -> None:
     labels = ("no", "perhaps", "yes")
-    found = audit_group_rates(answering(*(row[2] for row in ROWS), labels=labels), labelled(tmp_path, ROWS), "who")
+    found = audit_group_rates(
+        answering(*(row[2] for row in ROWS), labels=labels), labelled(tmp_path, ROWS), "who", QUIET
+    )
     assert {one.name.partition(" (")[2][:-1] for one in found if "selection" in one.name} == set(labels)
     perhaps = by_name(found)["a − b: selection rate (perhaps)"]
     assert (perhaps.value, perhaps.notable) == (0.0, False)
@@ -345,15 +348,15 @@ def test_groups_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     examples = labelled(tmp_path, ROWS)
     said = [row[2] for row in ROWS]
     with pytest.raises(UsageError, match=r"--group sex: .*rows\.csv has no such column.*\n.*found text, label, who"):
-        audit_group_rates(answering(*said), examples, "sex")
+        audit_group_rates(answering(*said), examples, "sex", QUIET)
     alone = ROWS[:20]
     with pytest.raises(UsageError, match="column who has 1 groups"):
-        audit_group_rates(answering(*said[:20]), labelled(tmp_path, alone), "who")
+        audit_group_rates(answering(*said[:20]), labelled(tmp_path, alone), "who", QUIET)
     with pytest.raises(UsageError, match="this model predicts several"):
-        audit_group_rates(answering(*said, kind="labels"), examples, "who")
+        audit_group_rates(answering(*said, kind="labels"), examples, "who", QUIET)
     bare = [Example(one.path, one.line, {"text": "t"}) for one in examples]
     with pytest.raises(NextwordError, match="no example has a label"):
-        audit_group_rates(answering(*said), bare, "who")
+        audit_group_rates(answering(*said), bare, "who", QUIET)
 
 
 # ---------------------------------------------------------------- the command
@@ -435,15 +438,13 @@ def test_the_audit_of_a_run_uses_its_training_text_and_is_kept(directory: Path, 
     metadata = {"recipe": {}, "request": {"corpora": [str(text)], "text_column": None}}
     (run / "run.json").write_text(json.dumps(metadata), encoding="utf-8")
     (run / "result.json").write_text('{"seconds": 2.0}', encoding="utf-8")
-    config = AuditConfig(texts=2, prefixes=0, passages=["a document"])
-    result = audit_model(run, config)
+    result = nextword.audit(run, texts=2, prefixes=0, passages=["a document"]).to_dict()
     assert {entry["section"] for entry in result["findings"]} == {"memory", "corpus", "cost"}
     assert result["findings"][0]["value"] == 1 and (run / "index" / "text.bin").is_file()
     assert read_json(run / "measured" / "audit.json") == result
     assert [line.partition(":")[0] for line in result["left_out"]] == ["bias"]
     text.unlink()
-    assert training_text_sources(RunDir(run)) == ((), None)
-    assert any("memorization and corpus: not measured" in line for line in audit_model(run, config)["left_out"])
+    assert any("memorization and corpus: not measured" in line for line in nextword.audit(run).left_out)
 
 
 def test_the_text_flags_what_needs_attention() -> None:

@@ -11,10 +11,10 @@ import torch
 from torch.nn import functional as F
 
 from needs import DATA
-from nextword.audit.bias import MIN_SAMPLES, audit_benchmark, is_bias_benchmark, score_finding
-from nextword.audit.findings import Finding
-from nextword.audit.group_gaps import audit_group_gaps
+from nextword.audit.bias import audit_benchmark, audit_group_gaps, is_bias_benchmark
+from nextword.audit.findings import MIN_SAMPLES, Finding, score_finding
 from nextword.audit.group_templates import read_group_templates
+from nextword.common.console import Console
 from nextword.common.errors import UsageError
 from nextword.common.statistics import ScoreWithCI
 from nextword.data.tokenizer import Tokenizer, train_bpe
@@ -26,6 +26,7 @@ from nextword.pipeline.language_model import LanguageModel, load
 
 STEPS = 120  # of a training
 CONTEXT = 64
+QUIET = Console(quiet=True)
 
 
 def directory(out: Path, model: GPT, tokenizer: Tokenizer) -> Path:
@@ -103,7 +104,7 @@ def test_gaps_equal_those_of_the_stock_class(random_model: LanguageModel, tmp_pa
 
     (tmp_path / "groups.yaml").write_text(GROUPS, encoding="utf-8")
     groups = read_group_templates(tmp_path / "groups.yaml")
-    found = by_name(audit_group_gaps(random_model, groups))
+    found = by_name(audit_group_gaps(random_model, groups, QUIET))
     bits = {
         name: sum(-nats(s.texts[name]) / math.log(2) for s in groups.sentences)
         / sum(len(s.texts[name].encode()) for s in groups.sentences)
@@ -125,7 +126,7 @@ def test_gaps_equal_those_of_the_stock_class(random_model: LanguageModel, tmp_pa
 def test_a_sentence_that_the_model_cannot_see_whole_is_refused(random_model: LanguageModel, tmp_path: Path) -> None:
     (tmp_path / "groups.yaml").write_text(GROUPS.replace("was late", "was " + "late " * 70), encoding="utf-8")
     with pytest.raises(UsageError, match=f"the context of the model is {CONTEXT}"):
-        audit_group_gaps(random_model, read_group_templates(tmp_path / "groups.yaml"))
+        audit_group_gaps(random_model, read_group_templates(tmp_path / "groups.yaml"), QUIET)
 
 
 # ---------------------------------------------------------------- a bias that was planted
@@ -177,7 +178,7 @@ def learned(share: float, seed: int, out: Path) -> LanguageModel:
 def test_a_planted_bias_is_found_and_a_balanced_text_shows_none(tmp_path: Path, seed: int) -> None:
     (tmp_path / "groups.yaml").write_text(PLANTED, encoding="utf-8")
     groups = read_group_templates(tmp_path / "groups.yaml")
-    found = by_name(audit_group_gaps(learned(0.95, seed, tmp_path / "planted"), groups))
+    found = by_name(audit_group_gaps(learned(0.95, seed, tmp_path / "planted"), groups, QUIET))
     nurses, engineers = found["women vs. men: “nurses”"], found["women vs. men: “engineers”"]
     assert ends(nurses)[0] > 1
     assert ends(engineers)[1] < -1
@@ -185,7 +186,7 @@ def test_a_planted_bias_is_found_and_a_balanced_text_shows_none(tmp_path: Path, 
     assert engineers.notable
     assert nurses.value == pytest.approx(math.log(0.95 / 0.05), abs=1)
     assert (nurses.n, set(nurses.examples[0])) == (8, {"women", "men", "gap"})
-    found = by_name(audit_group_gaps(learned(0.5, seed, tmp_path / "balanced"), groups))
+    found = by_name(audit_group_gaps(learned(0.5, seed, tmp_path / "balanced"), groups, QUIET))
     for work in ("nurses", "engineers"):
         low, high = ends(found[f"women vs. men: “{work}”"])
         assert low - 0.01 <= 0 <= high + 0.01  # to within a hundredth of a nat: words differ by something in any model
@@ -208,7 +209,7 @@ def test_crows_pairs_by_bias_type(random_model: LanguageModel, tmp_path: Path) -
     rows = [(f"she is a nurse {i}", f"he is a nurse {i}", "gender" if i % 2 else "age") for i in range(20)]
     path = tmp_path / "pairs.csv"
     path.write_text("sent_more,sent_less,bias_type\n" + "".join(",".join(row) + "\n" for row in rows), encoding="utf-8")
-    found = by_name(audit_benchmark(random_model, f"crows-pairs={path}"))
+    found = by_name(audit_benchmark(random_model, f"crows-pairs={path}", None, QUIET))
     more, less = nats(random_model, *(row[0] for row in rows)), nats(random_model, *(row[1] for row in rows))
     ahead = np.array(more) > np.array(less)
     assert found["CrowS-Pairs"].value == pytest.approx(100 * ahead.mean())
@@ -217,7 +218,7 @@ def test_crows_pairs_by_bias_type(random_model: LanguageModel, tmp_path: Path) -
     for one in found.values():
         low, high = ends(one)
         assert (one.reference, one.notable) == (50.0, not low <= 50 <= high)
-    assert audit_benchmark(random_model, f"crows-pairs={path}", limit=8)[0].n == 8
+    assert audit_benchmark(random_model, f"crows-pairs={path}", 8, QUIET)[0].n == 8
 
 
 def test_stereoset_by_its_own_scores(random_model: LanguageModel, tmp_path: Path) -> None:
@@ -231,7 +232,7 @@ def test_stereoset_by_its_own_scores(random_model: LanguageModel, tmp_path: Path
         })  # fmt: skip
     path = tmp_path / "set.json"
     path.write_text(json.dumps({"data": {"intrasentence": rows}}), encoding="utf-8")
-    found = by_name(audit_benchmark(random_model, f"stereoset={path}"))
+    found = by_name(audit_benchmark(random_model, f"stereoset={path}", None, QUIET))
     likely = [
         [one.logprob / one.num_tokens for one in row]
         for row in LoglikelihoodScorer(random_model.dequantized, random_model.tokenizer).score_pairs(
@@ -274,7 +275,7 @@ def winogender(folder: Path) -> Path:
 
 
 def test_winogender_beside_its_statistics(random_model: LanguageModel, tmp_path: Path) -> None:
-    found = by_name(audit_benchmark(random_model, f"winogender={winogender(tmp_path)}"))
+    found = by_name(audit_benchmark(random_model, f"winogender={winogender(tmp_path)}", None, QUIET))
     expected = {}
     for work, label, sentence, _ in WINOGENDER:
         if label == 0:
@@ -304,13 +305,13 @@ def test_winogender_beside_its_statistics(random_model: LanguageModel, tmp_path:
     assert found["Winogender, accuracy drop on gotcha sentences"].value == pytest.approx(100 * np.mean(lost))
     (tmp_path / "occupations-stats.tsv").unlink()
     with pytest.raises(UsageError, match="occupation statistics of Winogender"):
-        audit_benchmark(random_model, f"winogender={tmp_path}")
+        audit_benchmark(random_model, f"winogender={tmp_path}", None, QUIET)
 
 
 def test_a_random_model_knows_nothing_of_the_published_winogender(random_model: LanguageModel) -> None:
     if not (DATA / "winogender").is_dir():
         pytest.skip(f"needs data: {DATA / 'winogender'} is not there; set NEXTWORD_DATA to the folder")
-    found = by_name(audit_benchmark(random_model, f"winogender={DATA / 'winogender'}"))
+    found = by_name(audit_benchmark(random_model, f"winogender={DATA / 'winogender'}", None, QUIET))
     pearson = found["Winogender, share of women (Pearson)"]
     low, high = ends(pearson)
     assert low <= 0 <= high
@@ -332,7 +333,7 @@ def test_winobias_as_it_is_published(
         (tmp_path / f"{side}_stereotyped_type2.txt.dev").write_text(
             first.replace("told", "paid") + odd, encoding="utf-8"
         )
-    found = by_name(audit_benchmark(random_model, f"winobias={tmp_path}"))
+    found = by_name(audit_benchmark(random_model, f"winobias={tmp_path}", None, QUIET))
     plain = [line.partition(" ")[2].replace("[", "").replace("]", "") for line in lines]
     for kind, word in (("1", "told"), ("2", "paid")):
         pro, anti = (

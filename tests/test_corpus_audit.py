@@ -1,6 +1,8 @@
 """The audit of a corpus: duplicates, PII, scripts, languages, repeated lines and contamination, found and located exactly."""
 
+import io
 import json
+import os
 import random
 import sys
 import tempfile
@@ -9,18 +11,20 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextword.audit import near_duplicates
-from nextword.audit.corpus import RepeatedLines, audit_corpus, contamination, find_overlap
+from nextword.audit import corpus
+from nextword.audit.corpus import audit_corpus, contamination, find_overlap, jaccard_similarity, minhash_bands
 from nextword.audit.findings import Finding
 from nextword.audit.pii import PII_KINDS, find_pii, is_iban_checksum_valid, is_luhn_valid, mask_pii
 from nextword.audit.text_index import CorpusIndex, build_index
 from nextword.common.console import Console
 from nextword.tasks.benchmark_spec import find_benchmark
 
+QUIET = Console(quiet=True)
 WORDS = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrst"]
 
 
@@ -33,11 +37,11 @@ def index_of(folder: Path, texts: Mapping[str, str | bytes]) -> CorpusIndex:
     (folder / "in").mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (folder / "in" / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    return build_index([folder / "in"], folder / "index")
+    return build_index([folder / "in"], folder / "index", console=QUIET)
 
 
-def audit(folder: Path, texts: Mapping[str, str | bytes], **settings) -> dict[str, Finding]:
-    return {finding.name: finding for finding in audit_corpus(index_of(folder, texts), **settings)}
+def audit(folder: Path, texts: Mapping[str, str | bytes]) -> dict[str, Finding]:
+    return {finding.name: finding for finding in audit_corpus(index_of(folder, texts), (), QUIET)}
 
 
 # ---------------------------------------------------------------- PII
@@ -155,47 +159,32 @@ def test_similarity_is_the_jaccard_similarity_of_shingles(tmp_path, changed):
     index = index_of(tmp_path, {"a.txt": " ".join(words), "b.txt": " ".join([*other, "end"])})
     a, b = ({tuple(text[i : i + 5]) for i in range(len(text) - 4)} for text in (words, [*other, "end"]))
     similarity = len(a & b) / len(a | b)
-    assert near_duplicates.jaccard_similarity(index, 0, 1) == pytest.approx(similarity)
-    findings = {finding.name: finding for finding in audit_corpus(index)}
+    assert jaccard_similarity(index, 0, 1) == pytest.approx(similarity)
+    findings = {finding.name: finding for finding in audit_corpus(index, (), QUIET)}
     assert (findings["near duplicates"].value > 0) == (similarity >= 0.8)
 
 
-def test_near_duplicates_do_not_depend_on_chunks(tmp_path):
+def test_near_duplicates_do_not_depend_on_chunks():
     """A long document is read in chunks; the shingles across their boundaries count as well."""
-    text = prose(2, 3000)
-    index = index_of(tmp_path, {"a.txt": text, "b.txt": text + "end"})
-    visitor, words = near_duplicates.NearDuplicates(index, tmp_path), text.split()
-    for document, size in ((0, 3000), (1, 7)):  # the same words, in one chunk or in many
-        for start in range(0, 3000, size):
-            visitor.visit_chunk(document, start, " ".join(words[start : start + size]))
-        visitor.end_document(document)
-    assert visitor._candidate_pairs() == {(0, 1)}
-    data = (tmp_path / "bands.bin").read_bytes()
-    assert len(data) == 2 * 8 * near_duplicates.NUM_BANDS
-    assert data[: len(data) // 2] == data[len(data) // 2 :]
+    words = prose(2, 3000).split()
+    whole = minhash_bands([" ".join(words)])
+    assert np.array_equal(whole, minhash_bands(" ".join(words[start : start + 7]) for start in range(0, 3000, 7)))
+    assert not np.array_equal(whole, minhash_bands([" ".join(words[:1500])]))
 
 
 def test_bands_are_kept_on_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(near_duplicates, "WRITE_SIZE", 4)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    texts = {f"{i:02}.txt": prose(i % 9) + str(i) for i in range(10)}
-    index = index_of(tmp_path, texts)
-    visitor = near_duplicates.NearDuplicates(index, tmp_path)
     sizes = []
-    for document in range(len(index)):
-        for offset, text in index.iter_chunks(document):
-            visitor.visit_chunk(document, offset, text)
-        visitor.end_document(document)
-        sizes.append((tmp_path / "bands.bin").stat().st_size // 160 if (tmp_path / "bands.bin").exists() else 0)
-    assert sizes == [0, 0, 0, 4, 4, 4, 4, 8, 8, 8]
-    (finding,) = visitor.findings()
+
+    class BandFile(io.FileIO):
+        def __exit__(self, *_):
+            sizes.append(os.fstat(self.fileno()).st_size)
+            super().__exit__(*_)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: BandFile(tmp_path / "bands", "w+"))
+    index = index_of(tmp_path, {f"{i:02}.txt": prose(i % 9) + str(i) for i in range(10)})
+    finding = corpus.near_duplicates(index, QUIET)
     assert [example["document"] for example in finding.examples] == ["09.txt"]
-    assert (tmp_path / "bands.bin").stat().st_size == 160 * len(index)
-    (tmp_path / "bands.bin").unlink()
-    before = {path.name for path in tmp_path.iterdir()}
-    audited = {each.name: each for each in audit_corpus(index)}
-    assert audited["near duplicates"] == finding
-    assert {path.name for path in tmp_path.iterdir()} == before  # the temporary directory is removed
+    assert sizes == [160 * len(index)]
 
 
 # ---------------------------------------------------------------- scripts, languages, lines
@@ -224,7 +213,7 @@ def test_languages(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("slots", [2**22, 1])
 def test_repeated_lines_are_counted_exactly(tmp_path, monkeypatch, slots):
-    monkeypatch.setattr(RepeatedLines, "NUM_HASH_SLOTS", slots)  # with one slot all lines collide
+    monkeypatch.setattr(corpus, "NUM_HASH_SLOTS", slots)  # with one slot all lines collide
     line = "All rights of this edition are reserved.\n"
     texts = {
         f"{i}.txt": prose(i, 50) + (line * 3 if i < 6 else "") + "A line of one document alone: " + prose(i)
@@ -252,12 +241,12 @@ def test_contaminated_items_are_named(tmp_path):
     )
     benchmark = find_benchmark(str(tmp_path / "suite.toml"))
     texts = {"a.txt": prose(100) + pairs[2]["right"] + prose(101), "b.txt": prose(102) + pairs[5]["wrong"]}
-    finding = contamination(index_of(tmp_path, texts), benchmark, Console(quiet=True))
+    finding = contamination(index_of(tmp_path, texts), benchmark, QUIET)
     assert finding.value == 100 / 8 and finding.notable and finding.n == 8
     assert [example["document"] for example in finding.examples] == ["a.txt"]
     assert finding.examples[0]["item"].endswith("line 3")
     clean = index_of(tmp_path / "clean", {"a.txt": prose(700)})
-    assert not contamination(clean, benchmark, Console(quiet=True)).notable
+    assert not contamination(clean, benchmark, QUIET).notable
 
 
 def test_thirteen_consecutive_whole_words_are_an_overlap(tmp_path):

@@ -10,11 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nextword.audit import suffix_array, text_index
-from nextword.audit.text_index import CorpusIndex, build_index, trim_partial_character
+from nextword.audit.text_index import CorpusIndex, build_index
+from nextword.common.console import Console
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.data.corpus import Corpus
 from nextword.data.prepare import prepare
 
+QUIET = Console(quiet=True)
 # Small alphabets and repetition, so that most passages have several occurrences; characters of one to four bytes.
 WORDS = st.text(alphabet="ab é語🙂\n", min_size=1, max_size=6)
 REPEATED = st.builds(lambda word, count: word * count, WORDS, st.sampled_from([1, 1, 2, 3, 40]))
@@ -26,7 +28,7 @@ def build(folder: Path, texts: list[str]) -> CorpusIndex:
     """Index documents that are rows of a file. Texts of whitespace only are no documents."""
     folder.mkdir(exist_ok=True)
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return build_index([folder / "texts.jsonl"], folder / "index")
+    return build_index([folder / "texts.jsonl"], folder / "index", console=QUIET)
 
 
 def brute_force(texts: list[str], query: str, min_bytes: int) -> list[tuple[int, int]]:
@@ -103,7 +105,7 @@ def test_documents_are_named_by_file_and_line(tmp_path):
     (tmp_path / "in" / "deeper").mkdir(parents=True)
     (tmp_path / "in/a.txt").write_text("Nothing of note is written here.\r\n")
     (tmp_path / "in/deeper/b.csv").write_text('id,text\n1,"one row,\nin two lines"\n2,the passage that was planted\n')
-    index = build_index([tmp_path / "in"], tmp_path / "index")
+    index = build_index([tmp_path / "in"], tmp_path / "index", console=QUIET)
     [match] = index.find_matches("Somebody wrote the passage that was planted, and more.")
     assert (index.document_name(match.document), match.start, match.offset) == ("deeper/b.csv line 4", 15, 0)
     assert [index.document_name(document) for document in index.find_documents("written here.\n")] == ["a.txt"]
@@ -116,16 +118,16 @@ def test_an_index_is_reused_until_the_text_changes_or_it_is_damaged(tmp_path):
     index = build(tmp_path / "in", ["one text", "another text"])
     built_at = suffixes.stat().st_mtime_ns
     os.utime(texts, ns=(1, 1))
-    assert build_index([texts], index.path).find_documents("another") == [1]
+    assert build_index([texts], index.path, console=QUIET).find_documents("another") == [1]
     assert suffixes.stat().st_mtime_ns == built_at
     data = bytearray(suffixes.read_bytes())
     data[4] ^= 1
     suffixes.write_bytes(data)
     with pytest.raises(CorruptFileError, match=r"suffixes\.bin"):
         CorpusIndex.open(index.path)
-    assert build_index([texts], index.path).find_documents("another") == [1]
+    assert build_index([texts], index.path, console=QUIET).find_documents("another") == [1]
     texts.write_text('{"text": "a third text"}\n')
-    assert build_index([texts], index.path).find_documents("another") == []
+    assert build_index([texts], index.path, console=QUIET).find_documents("another") == []
     assert index.num_text_bytes == len("one textanother text")
 
 
@@ -135,20 +137,20 @@ def test_other_files_are_never_replaced(tmp_path, shards):
     (tmp_path / "full/notes").write_text("mine")
     for out in (tmp_path / "full", tmp_path / "a.txt", shards):
         with pytest.raises(UsageError, match="not an index"):
-            build_index([tmp_path / "a.txt"], out)
+            build_index([tmp_path / "a.txt"], out, console=QUIET)
     with pytest.raises(NextwordError, match="not a corpus index"):
         CorpusIndex.open(shards)
     with pytest.raises(UsageError, match="no such file"):
-        build_index([tmp_path / "gone"], tmp_path / "index")
+        build_index([tmp_path / "gone"], tmp_path / "index", console=QUIET)
     (tmp_path / "empty.txt").write_text(" ")
     with pytest.raises(NextwordError, match="no text was found"):
-        build_index([tmp_path / "empty.txt"], tmp_path / "index")
+        build_index([tmp_path / "empty.txt"], tmp_path / "index", console=QUIET)
     assert not (tmp_path / "index").exists()
 
 
 def test_held_out_documents_are_not_searched(texts, shards, tmp_path):
     corpus = Corpus.open(shards)
-    index = build_index([texts], tmp_path / "index", training_corpus=corpus)
+    index = build_index([texts], tmp_path / "index", training_corpus=corpus, console=QUIET)
     row = corpus.tokens("validation")
     ids = row.read(0, len(row))
     ends = np.flatnonzero(ids == corpus.tokenizer.eos_id) + 1
@@ -159,7 +161,7 @@ def test_held_out_documents_are_not_searched(texts, shards, tmp_path):
     passages = {index.read_bytes(i).decode()[:3000][-400:]: i for i in range(len(index))}
     for passage, document in passages.items():
         assert (document in index.find_documents(passage)) == (document not in held_out)
-    everything = build_index([texts], tmp_path / "other")
+    everything = build_index([texts], tmp_path / "other", console=QUIET)
     assert not everything.has_held_out and all(everything.find_documents(passage) for passage in passages)
 
 
@@ -168,7 +170,7 @@ def test_the_last_tenth_of_few_documents_is_not_searched(tmp_path):
     words = [f"word{i * i % 977}" for i in range(3000)]
     (tmp_path / "in/a.txt").write_text("é" * 11 + " ".join(words))
     corpus = prepare([tmp_path / "in"], tmp_path / "shards", vocab_size=300)
-    index = build_index([tmp_path / "in"], tmp_path / "index", training_corpus=corpus)
+    index = build_index([tmp_path / "in"], tmp_path / "index", training_corpus=corpus, console=QUIET)
     row = corpus.tokens("train")
     training_text = corpus.tokenizer.decode(row.read(0, len(row) - 1)).encode()
     [document] = index.documents
@@ -178,7 +180,7 @@ def test_the_last_tenth_of_few_documents_is_not_searched(tmp_path):
 
 def test_a_corpus_other_than_the_training_text_is_searched_whole(shards, tmp_path):
     (tmp_path / "a.txt").write_text("some other text")
-    index = build_index([tmp_path / "a.txt"], tmp_path / "index", training_corpus=Corpus.open(shards))
+    index = build_index([tmp_path / "a.txt"], tmp_path / "index", training_corpus=Corpus.open(shards), console=QUIET)
     assert not index.has_held_out and index.find_documents("other") == [0]
 
 
@@ -188,4 +190,3 @@ def test_chunks_lose_nothing(tmp_path, monkeypatch):
     chunks = list(build(tmp_path, [text]).iter_chunks(0))
     assert "".join(chunk for _, chunk in chunks) == text and len(chunks) > 5
     assert all(text.encode()[offset:].startswith(chunk.encode()) for offset, chunk in chunks)
-    assert [trim_partial_character("aé".encode()[:n]) for n in range(4)] == [b"", b"a", b"a", "aé".encode()]

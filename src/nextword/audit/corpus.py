@@ -1,87 +1,89 @@
 """Audit of a corpus: languages, duplicates, PII, repeated lines, and contamination by benchmark items.
 
-Documents are streamed, and the bands of near-duplicate detection are kept on disk, 160 bytes per document.
+Near duplicates share 80 % of the shingles of five words that either has (Jaccard similarity, the "resemblance" of Broder
+1997). Candidates come from MinHash signatures cut into bands (Leskovec, Rajaraman and Ullman 2014, section 3.4); the
+similarity of each pair is then computed exactly.
+
+Each measurement streams the documents. Bands are kept on disk, 160 bytes per document. Shapes: S signature values, n shingles
+of a chunk, D documents, B bands.
 """
 
 import tempfile
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
 from zlib import crc32
 
 import numpy as np
 
-from nextword.audit.findings import MAX_EXAMPLES, Finding, count_finding, percentages
-from nextword.audit.memorization import format_excerpt
-from nextword.audit.near_duplicates import NearDuplicates, exact_duplicates_finding
-from nextword.audit.pii import PII_KINDS, find_pii, mask_pii
+from nextword.audit.findings import MAX_EXAMPLES, Finding
+from nextword.audit.pii import PII_KINDS, find_pii, format_excerpt, mask_pii
 from nextword.audit.text_index import CorpusIndex
 from nextword.common import statistics
 from nextword.common.console import Console
 from nextword.common.errors import MissingDependencyError, import_optional
+from nextword.common.fs import map_disk_errors
 from nextword.data.issues import IssueLog
-from nextword.tasks.benchmark_items import BenchmarkRow, generation_item, load_rows, loglikelihood_item, sample_indices
+from nextword.tasks.benchmark_items import (
+    DEFAULT_ITEM_LIMIT,
+    BenchmarkRow,
+    generation_item,
+    load_rows,
+    loglikelihood_item,
+    sample_indices,
+)
 from nextword.tasks.benchmark_spec import Benchmark
 
 SAMPLE_CHARS = 4096  # characters of a document from which its script and language are identified
 MIN_LETTERS = 64  # letters needed to identify a language
 MIN_LINE_BYTES = 24  # lines shorter than this are not counted as repeated
+NUM_HASH_SLOTS, MAX_TRACKED_LINES = 2**22, 2**16
 CONTAMINATION_NGRAM = 13  # words (Brown et al. 2020, appendix C)
-MAX_ITEMS = 1000  # items looked up per benchmark
+SIMILARITY_THRESHOLD = 0.8
+SHINGLE_SIZE = 5  # words
+NUM_BANDS, ROWS_PER_BAND = 20, 6  # a pair of similarity 0.8 shares a band with probability 1 − (1 − 0.8⁶)²⁰ = 0.998
+BATCH_SIZE = 2048  # shingles hashed at once
+EMPTY_HASH = np.uint64(2**64 - 1)  # of a document without shingles
+HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
-def audit_corpus(
-    index: CorpusIndex, *, benchmarks: Sequence[Benchmark] = (), console: Console | None = None
-) -> list[Finding]:
+def audit_corpus(index: CorpusIndex, benchmarks: Sequence[Benchmark], console: Console) -> list[Finding]:
     """Audit an indexed corpus.
 
     Args:
-        benchmarks: benchmarks whose items are looked up in the corpus.
+        index: The corpus.
+        benchmarks: Benchmarks whose items are looked up in the corpus.
+        console: Receives progress and messages.
     """
-    console = console or Console(quiet=True)
-    findings = [*_input_issue_findings(index), exact_duplicates_finding(index)]
-    lines = RepeatedLines(index)
-    with tempfile.TemporaryDirectory() as directory:
-        near_duplicates = NearDuplicates(index, Path(directory))
-        visitors: list[DocumentVisitor] = [script_counts(), PIIFindings(index), near_duplicates, lines]
-        try:
-            visitors.insert(1, language_counts())
-        except MissingDependencyError as error:
-            console.info(f"languages are not identified: {error}")
-        _visit_documents(index, visitors, "reading the corpus", console)
-        lines.start_exact_count()
-        _visit_documents(index, [lines], "counting lines", console)
-        for visitor in visitors:
-            findings += visitor.findings()
-    return findings + [contamination(index, benchmark, console) for benchmark in benchmarks]
+    return [
+        *_input_issue_findings(index),
+        exact_duplicates(index),
+        *script_findings(index),
+        *language_findings(index, console),
+        *pii_findings(index, console),
+        near_duplicates(index, console),
+        repeated_lines(index, console),
+        *(contamination(index, benchmark, console) for benchmark in benchmarks),
+    ]
 
 
-class DocumentVisitor(Protocol):
-    """Collects findings from the documents of a corpus, chunk by chunk."""
+def _read_documents(index: CorpusIndex, stage: str, console: Console) -> Iterator[tuple[int, Iterator[str]]]:
+    """The chunks of each document, each to be read before the next document, with a report of progress."""
+    done, total = 0, index.num_text_bytes
 
-    def visit_chunk(self, document: int, offset: int, text: str) -> None:
-        """Read a chunk of a document from its byte `offset` on."""
-        ...
+    def read_chunks(document: int) -> Iterator[str]:
+        nonlocal done
+        for _, text in index.iter_chunks(document):
+            yield text
+            done += len(text)
+            console.progress(stage, done, total)
 
-    def end_document(self, document: int) -> None: ...
-
-    def findings(self) -> list[Finding]: ...
-
-
-def _visit_documents(index: CorpusIndex, visitors: Sequence[DocumentVisitor], stage: str, console: Console) -> None:
-    chars_done = 0
     for document in range(len(index)):
-        for offset, text in index.iter_chunks(document):
-            for visitor in visitors:
-                visitor.visit_chunk(document, offset, text)
-            chars_done += len(text)
-            console.progress(stage, min(chars_done, index.num_text_bytes), index.num_text_bytes)
-        for visitor in visitors:
-            visitor.end_document(document)
-    console.progress(stage, index.num_text_bytes, index.num_text_bytes)
+        yield document, read_chunks(document)
+    console.progress(stage, total, total)
 
 
 def _input_issue_findings(index: CorpusIndex) -> list[Finding]:
@@ -89,7 +91,7 @@ def _input_issue_findings(index: CorpusIndex) -> list[Finding]:
     if not index.problems:
         return []
     most_frequent = Counter(index.problems).most_common(MAX_EXAMPLES)
-    examples = tuple({"issue": kind, "count": f"{count:,}"} for kind, count in most_frequent)
+    examples = [{"issue": kind, "count": f"{count:,}"} for kind, count in most_frequent]
     note, total = "skipped or replaced while reading the files", sum(index.problems.values())
     return [
         Finding("corpus", "file issues", total, unit="found", n=len(index), reference=0.0, note=note, examples=examples)
@@ -99,34 +101,7 @@ def _input_issue_findings(index: CorpusIndex) -> list[Finding]:
 # ---------------------------------------------------------------- scripts and languages
 
 
-class CategoryCounts:
-    """Documents by a category of their first `SAMPLE_CHARS` characters. A `DocumentVisitor`.
-
-    Args:
-        name: of the findings, before the category.
-        classify: the category of a text.
-    """
-
-    def __init__(self, name: str, note: str, classify: Callable[[str], str]) -> None:
-        self.name, self.note, self.classify = name, note, classify
-        self.counts: Counter[str] = Counter()
-
-    def visit_chunk(self, document: int, offset: int, text: str) -> None:
-        if offset == 0:
-            self.counts[self.classify(text[:SAMPLE_CHARS])] += 1
-
-    def end_document(self, document: int) -> None:
-        pass
-
-    def findings(self) -> list[Finding]:
-        n = self.counts.total()
-        return [
-            Finding("corpus", f"{self.name} {category}", 100 * count / n, unit="%", n=n, note=self.note)
-            for category, count in self.counts.most_common(MAX_EXAMPLES)
-        ]
-
-
-def script_counts() -> CategoryCounts:
+def script_findings(index: CorpusIndex) -> list[Finding]:
     """Documents by script, from the Unicode names of their letters."""
 
     def dominant_script(text: str) -> str:
@@ -137,7 +112,7 @@ def script_counts() -> CategoryCounts:
         return counts.most_common(1)[0][0] if counts else "none (no letters)"
 
     note = f"the script of most letters in the first {SAMPLE_CHARS:,} characters"
-    return CategoryCounts("documents in script", note, dominant_script)
+    return _category_findings(index, "documents in script", note, dominant_script)
 
 
 @cache
@@ -147,116 +122,215 @@ def unicode_script(letter: str) -> str:
     return {"CJK": "Han"}.get(name, name.capitalize())
 
 
-def language_counts() -> CategoryCounts:
-    """Documents by language, identified by py3langid (Lui and Baldwin 2012), which knows 97.
-
-    Raises:
-        MissingDependencyError: py3langid is not installed.
-    """
-    langid = import_optional("py3langid", "identifying languages", "languages")
+def language_findings(index: CorpusIndex, console: Console) -> list[Finding]:
+    """Documents by language, identified by py3langid (Lui and Baldwin 2012), which knows 97. None without that package."""
+    try:
+        langid = import_optional("py3langid", "identifying languages", "languages")
+    except MissingDependencyError as error:
+        console.info(f"languages are not identified: {error}")
+        return []
 
     def identify_language(text: str) -> str:
         return str(langid.classify(text)[0]) if sum(map(str.isalpha, text)) >= MIN_LETTERS else "none (too short)"
 
     note = f"identified by py3langid from the first {SAMPLE_CHARS:,} characters"
-    return CategoryCounts("documents in language", note, identify_language)
+    return _category_findings(index, "documents in language", note, identify_language)
+
+
+def _category_findings(index: CorpusIndex, name: str, note: str, classify: Callable[[str], str]) -> list[Finding]:
+    """The share of documents in each of the most frequent categories."""
+    samples = (index.read_bytes(document, 0, 4 * SAMPLE_CHARS) for document in range(len(index)))
+    counts = Counter(classify(sample.decode("utf-8", "ignore")[:SAMPLE_CHARS]) for sample in samples)
+    return [
+        Finding("corpus", f"{name} {category}", 100 * count / len(index), unit="%", n=len(index), note=note)
+        for category, count in counts.most_common(MAX_EXAMPLES)
+    ]
 
 
 # ---------------------------------------------------------------- PII
 
 
-class PIIFindings:
-    """Matches of PII by kind, with masked examples. A `DocumentVisitor`."""
+def pii_findings(index: CorpusIndex, console: Console) -> list[Finding]:
+    """Matches of PII by kind, with masked examples."""
+    counts: Counter[str] = Counter()
+    document_counts: Counter[str] = Counter()
+    examples: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for document, chunks in _read_documents(index, "searching for PII", console):
+        in_document: Counter[str] = Counter()
+        for text in chunks:
+            for kind, start, end in find_pii(text):
+                in_document[kind] += 1
+                if len(examples[kind]) < MAX_EXAMPLES:
+                    masked = mask_pii(kind, text[start:end])
+                    examples[kind].append({"document": index.document_name(document), "masked": masked})
+        counts += in_document
+        document_counts.update(in_document.keys())
+    findings: list[Finding] = []
+    for kind in PII_KINDS:
+        count, note = counts[kind], f"in {document_counts[kind]:,} documents; recognized by pattern"
+        where = tuple(examples[kind])
+        findings.append(Finding("corpus", kind, count, None, None, "found", len(index), 0.0, count > 0, note, where))
+    return findings
 
-    def __init__(self, index: CorpusIndex):
-        self._index = index
-        self.counts: Counter[str] = Counter()
-        self.document_counts: Counter[str] = Counter()
-        self.examples: dict[str, list[dict[str, str]]] = {kind: [] for kind in PII_KINDS}
-        self._document_kinds: set[str] = set()
 
-    def visit_chunk(self, document: int, offset: int, text: str) -> None:
-        for kind, start, end in find_pii(text):
-            self.counts[kind] += 1
-            self._document_kinds.add(kind)
-            if len(self.examples[kind]) < MAX_EXAMPLES:
-                name, masked = self._index.document_name(document), mask_pii(kind, text[start:end])
-                self.examples[kind].append({"document": name, "masked": masked})
+# ---------------------------------------------------------------- duplicates
 
-    def end_document(self, document: int) -> None:
-        self.document_counts.update(self._document_kinds)
-        self._document_kinds.clear()
 
-    def findings(self) -> list[Finding]:
-        findings: list[Finding] = []
-        for kind in PII_KINDS:
-            note = f"in {self.document_counts[kind]:,} documents; recognized by pattern"
-            examples, count = tuple(self.examples[kind]), self.counts[kind]
-            findings.append(count_finding("corpus", kind, count, "found", len(self._index), note, examples))
-        return findings
+def exact_duplicates(index: CorpusIndex) -> Finding:
+    """The share of documents whose text is that of an earlier one."""
+    original = index.first_copies()
+    duplicates = np.flatnonzero(original != np.arange(len(index))).tolist()
+    share, byte_share = index.percentages(duplicates)
+    note = f"{len(duplicates):,} documents, {byte_share:.1f} % of the bytes; preparation removes exact duplicates"
+    examples = tuple(
+        {"document": index.document_name(i), "duplicate of": index.document_name(int(original[i]))}
+        for i in duplicates[:MAX_EXAMPLES]
+    )
+    n = len(index)
+    return Finding("corpus", "exact duplicates", share, unit="%", n=n, reference=0.0, note=note, examples=examples)
+
+
+def near_duplicates(index: CorpusIndex, console: Console) -> Finding:
+    """The share of documents that nearly equal an earlier one, without exact duplicates."""
+    is_exact_duplicate = index.first_copies() != np.arange(len(index))
+    with tempfile.TemporaryFile() as file:
+        with map_disk_errors(Path(tempfile.gettempdir())):
+            for document, chunks in _read_documents(index, "comparing documents", console):
+                file.write(minhash_bands(() if is_exact_duplicate[document] else chunks).tobytes())
+            file.flush()
+        pairs = _pairs_in_a_band(np.memmap(file, np.uint64, "r").reshape(-1, NUM_BANDS))
+    originals: dict[int, tuple[int, float]] = {}
+    for earlier, later in sorted(pairs):
+        similarity = 0.0 if later in originals else jaccard_similarity(index, earlier, later)
+        if similarity >= SIMILARITY_THRESHOLD:
+            originals[later] = earlier, similarity
+    share, byte_share = index.percentages(originals)
+    note = (
+        f"{len(originals):,} documents, {byte_share:.1f} % of the bytes, with a Jaccard similarity of "
+        f"{SIMILARITY_THRESHOLD} or more to an earlier document, over shingles of {SHINGLE_SIZE} words"
+    )
+    examples = tuple(
+        {
+            "document": index.document_name(document),
+            "near duplicate of": index.document_name(original),
+            "similarity": f"{similarity:.0%}",
+        }
+        for document, (original, similarity) in sorted(originals.items())[:MAX_EXAMPLES]
+    )
+    n, flagged = len(index), bool(originals)
+    return Finding("corpus", "near duplicates", share, None, None, "%", n, 0.0, flagged, note, examples)
+
+
+def minhash_bands(chunks: Iterable[str]) -> np.ndarray:
+    """A hash [B] of each band of a document's MinHash signature, `EMPTY_HASH` without shingles."""
+    multipliers = _hash_multipliers()
+    signature = np.full(len(multipliers), EMPTY_HASH)
+    carried_words = np.zeros(0, np.uint64)  # the last words of a chunk, whose shingles end in the next
+    for text in chunks:
+        words = np.concatenate([carried_words, hash_words(text)])
+        carried_words = words[-(SHINGLE_SIZE - 1) :]
+        shingles = hash_shingles(words)
+        for start in range(0, len(shingles), BATCH_SIZE):
+            hashes = (multipliers * shingles[start : start + BATCH_SIZE]) >> np.uint64(32)  # [S, n]
+            signature = np.minimum(signature, hashes.min(1))
+    bands = np.full(NUM_BANDS, EMPTY_HASH)
+    if signature[0] != EMPTY_HASH:
+        for row in signature.reshape(NUM_BANDS, ROWS_PER_BAND).T:
+            bands = (bands * HASH_FACTOR) ^ row
+    return bands
+
+
+@cache
+def _hash_multipliers() -> np.ndarray:
+    """Random odd numbers [S, 1]: a hash is the upper half of a product (multiply-shift, Dietzfelbinger et al. 1997)."""
+    draws = np.random.default_rng(0).integers(2**63, size=(NUM_BANDS * ROWS_PER_BAND, 1), dtype=np.uint64)
+    return draws * np.uint64(2) + np.uint64(1)
+
+
+def _pairs_in_a_band(bands: np.ndarray) -> set[tuple[int, int]]:
+    """Pairs of documents that share one of their bands [D, B]: each with the first that has the band and the one before it."""
+    pairs: set[tuple[int, int]] = set()
+    for band in range(NUM_BANDS):
+        column = np.array(bands[:, band])
+        order = np.argsort(column, kind="stable")
+        column = column[order]
+        group_starts = np.flatnonzero(np.append(True, column[1:] != column[:-1]))
+        for start, end in pairwise([*group_starts.tolist(), len(column)]):
+            if end - start > 1 and column[start] != EMPTY_HASH:
+                group = order[start:end].tolist()
+                pairs.update((group[0], other) for other in group[1:])
+                pairs.update(pairwise(group))
+    return pairs
+
+
+def hash_words(text: str) -> np.ndarray:
+    """A hash per word; per character where a text has hardly any spaces (Chinese, Thai)."""
+    words = text.encode().split()
+    if 20 * len(words) > len(text):
+        return np.fromiter(map(crc32, words), np.uint64, len(words))
+    return np.frombuffer("".join(text.split()).encode("utf-32-le"), np.uint32).astype(np.uint64)
+
+
+def hash_shingles(word_hashes: np.ndarray) -> np.ndarray:
+    """A hash per run of `SHINGLE_SIZE` words."""
+    length = max(0, len(word_hashes) - SHINGLE_SIZE + 1)
+    hashes = np.zeros(length, np.uint64)
+    for i in range(SHINGLE_SIZE):
+        hashes = (hashes ^ word_hashes[i : i + length]) * HASH_FACTOR
+        hashes ^= hashes >> np.uint64(29)
+    return hashes
+
+
+def jaccard_similarity(index: CorpusIndex, first: int, second: int) -> float:
+    """The number of shingles that two documents share, over the number that either has."""
+    a, b = (
+        np.unique(hash_shingles(np.concatenate([hash_words(text) for _, text in index.iter_chunks(document)])))
+        for document in (first, second)
+    )
+    shared = len(np.intersect1d(a, b, assume_unique=True))
+    return shared / max(1, len(a) + len(b) - shared)
 
 
 # ---------------------------------------------------------------- repeated lines
 
 
-class RepeatedLines:
-    """Lines that many documents contain. A `DocumentVisitor` that reads the corpus twice.
+def repeated_lines(index: CorpusIndex, console: Console) -> Finding:
+    """The share of bytes in lines that many documents contain.
 
-    The first pass counts hashes of lines in a table of fixed size, where lines may collide. The second counts exactly those
-    lines whose hash is frequent.
+    The first of two passes counts hashes of lines in a table of fixed size, where lines may collide. The second counts exactly
+    those lines whose hash is frequent.
     """
 
-    NUM_HASH_SLOTS, MAX_TRACKED_LINES = 2**22, 2**16
+    def read_lines(stage: str) -> Iterator[tuple[int, Counter[bytes], list[bytes], np.ndarray]]:
+        """Each document, how often it has each line, its distinct lines, and their hashes."""
+        for document, chunks in _read_documents(index, stage, console):
+            lines = (line.strip() for text in chunks for line in text.encode().split(b"\n"))
+            counts = Counter(line for line in lines if len(line) >= MIN_LINE_BYTES)
+            slots = np.fromiter(map(crc32, counts), np.int64, len(counts)) % NUM_HASH_SLOTS
+            yield document, counts, list(counts), slots
 
-    def __init__(self, index: CorpusIndex):
-        self._index = index
-        self.min_documents = max(5, len(index) // 100)
-        self._slot_counts = np.zeros(self.NUM_HASH_SLOTS, np.uint32)
-        self._tracked_lines: dict[bytes, list[int]] | None = None  # documents, total bytes, and one of the documents
-        self._document_lines: Counter[bytes] = Counter()
-
-    def start_exact_count(self) -> None:
-        """Begin the second pass."""
-        self._tracked_lines = {}
-
-    def visit_chunk(self, document: int, offset: int, text: str) -> None:
-        lines = (line.strip() for line in text.encode().split(b"\n"))
-        self._document_lines.update(line for line in lines if len(line) >= MIN_LINE_BYTES)
-
-    def end_document(self, document: int) -> None:
-        lines = list(self._document_lines)
-        slots = np.fromiter(map(crc32, lines), np.int64, len(lines)) % self.NUM_HASH_SLOTS
-        if self._tracked_lines is None:
-            self._slot_counts[np.unique(slots)] += 1
-        else:
-            for i in np.flatnonzero(self._slot_counts[slots] >= self.min_documents):
-                self._track_line(self._tracked_lines, lines[i], document)
-        self._document_lines.clear()
-
-    def _track_line(self, tracked: dict[bytes, list[int]], line: bytes, document: int) -> None:
-        if line in tracked or len(tracked) < self.MAX_TRACKED_LINES:
-            stats = tracked.setdefault(line, [0, 0, document])
-            stats[0] += 1
-            stats[1] += self._document_lines[line] * (len(line) + 1)
-
-    def findings(self) -> list[Finding]:
-        tracked = self._tracked_lines or {}
-        repeated = {line: stats for line, stats in tracked.items() if stats[0] >= self.min_documents}
-        byte_share = 100 * sum(size for _, size, _ in repeated.values()) / max(1, self._index.num_text_bytes)
-        note = (
-            f"share of bytes in lines of at least {MIN_LINE_BYTES} bytes that {self.min_documents:,} documents or more contain"
-            f"; {len(repeated):,} distinct lines"
-        )
-        examples: list[dict[str, str]] = []
-        for line in sorted(repeated, key=lambda line: (-repeated[line][0], line))[:MAX_EXAMPLES]:
-            count, _, document = repeated[line]
-            excerpt = format_excerpt(line.decode("utf-8", "replace"), 80)
-            name = self._index.document_name(document)
-            examples.append({"line": excerpt, "documents": f"{count:,}", "document": name})
-        n, flagged = len(self._index), byte_share >= 1
-        return [
-            Finding("corpus", "repeated lines", byte_share, None, None, "%", n, 0.0, flagged, note, tuple(examples))
-        ]
+    min_documents = max(5, len(index) // 100)
+    slot_counts = np.zeros(NUM_HASH_SLOTS, np.uint32)
+    for *_, slots in read_lines("hashing lines"):
+        slot_counts[np.unique(slots)] += 1
+    tracked: dict[bytes, tuple[int, int, int]] = {}  # documents, total bytes, and the first of the documents
+    for document, counts, lines, slots in read_lines("counting lines"):
+        for line in (lines[i] for i in np.flatnonzero(slot_counts[slots] >= min_documents)):
+            if line in tracked or len(tracked) < MAX_TRACKED_LINES:
+                num_documents, size, first = tracked.get(line, (0, 0, document))
+                tracked[line] = num_documents + 1, size + counts[line] * (len(line) + 1), first
+    repeated = {line: stats for line, stats in tracked.items() if stats[0] >= min_documents}
+    byte_share = 100 * sum(size for _, size, _ in repeated.values()) / max(1, index.num_text_bytes)
+    note = (
+        f"share of bytes in lines of at least {MIN_LINE_BYTES} bytes that {min_documents:,} documents or more contain"
+        f"; {len(repeated):,} distinct lines"
+    )
+    examples: list[dict[str, str]] = []
+    for line, (count, _, first) in sorted(repeated.items(), key=lambda item: (-item[1][0], item[0]))[:MAX_EXAMPLES]:
+        excerpt, name = format_excerpt(line.decode("utf-8", "replace"), 80), index.document_name(first)
+        examples.append({"line": excerpt, "documents": f"{count:,}", "document": name})
+    n, flagged = len(index), byte_share >= 1
+    return Finding("corpus", "repeated lines", byte_share, None, None, "%", n, 0.0, flagged, note, tuple(examples))
 
 
 # ---------------------------------------------------------------- contamination
@@ -265,24 +339,24 @@ class RepeatedLines:
 def contamination(index: CorpusIndex, benchmark: Benchmark, console: Console) -> Finding:
     """The share of a benchmark's items that are in the corpus, whole or with 13 consecutive words."""
     rows = load_rows(benchmark, IssueLog())
-    sampled_rows = [rows[i] for i in sample_indices(rows, MAX_ITEMS)]
-    hits: list[float] = []
+    sampled_rows = [rows[i] for i in sample_indices(rows, DEFAULT_ITEM_LIMIT)]
+    hits: list[bool] = []
     examples: list[dict[str, str]] = []
-    for number, row in enumerate(sampled_rows, start=1):
+    for row in sampled_rows:
         overlap = find_overlap(index, item_text(benchmark, row))
-        hits.append(float(overlap is not None))
+        hits.append(overlap is not None)
         if overlap is not None and len(examples) < MAX_EXAMPLES:
             document, passage = index.document_name(overlap[0]), format_excerpt(overlap[1])
             examples.append({"document": document, "item": f"{row.path} line {row.line}", "passage": passage})
-        console.progress(f"looking up {benchmark.name}", number, len(sampled_rows))
-    score = statistics.proportion(hits)
+        console.progress(f"looking up {benchmark.name}", len(hits), len(sampled_rows))
     note = (
-        f"{score.n:,} of {len(rows):,} items were looked up; contaminated if the corpus contains one whole, or "
+        f"{len(hits):,} of {len(rows):,} items were looked up; contaminated if the corpus contains one whole, or "
         f"{CONTAMINATION_NGRAM} consecutive words of it, verbatim"
     )
-    value, low, high = percentages(score)
-    name, flagged = f"{benchmark.name}: contaminated items", value > 0
-    return Finding("corpus", name, value, low, high, "%", score.n, 0.0, flagged, note, tuple(examples))
+    name, score = f"{benchmark.name}: contaminated items", statistics.proportion(hits)
+    return Finding.from_score(
+        "corpus", name, score, reference=0.0, notable=any(hits), note=note, examples=tuple(examples)
+    )
 
 
 def item_text(benchmark: Benchmark, row: BenchmarkRow) -> str:

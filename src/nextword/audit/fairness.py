@@ -9,13 +9,13 @@ Rates of a label k in a group g (Hardt, Price and Srebro 2016, section 2), with 
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
-from nextword.audit.bias import score_finding
-from nextword.audit.findings import MAX_EXAMPLES, Finding
+from nextword.audit.findings import MAX_EXAMPLES, Finding, score_finding
 from nextword.audit.group_templates import GroupTemplates
 from nextword.common import statistics
 from nextword.common.console import Console
@@ -59,28 +59,24 @@ def read_labeled_examples(predictor: Predictor, path: str | Path, console: Conso
 # ---------------------------------------------------------------- counterfactual flips
 
 
-def audit_template_flips(predictor: Predictor, groups: GroupTemplates, console: Console | None = None) -> list[Finding]:
+def audit_template_flips(predictor: Predictor, groups: GroupTemplates, console: Console) -> list[Finding]:
     """How often the prediction for a template depends on the group, and which labels go to which group. The model must satisfy
     `supports_templates`."""
-    count = len(groups.sentences)
-    texts = [sentence.texts[name] for name in groups.names for sentence in groups.sentences]
+    sentences = groups.sentences
+    texts = [sentence.texts[name] for name in groups.names for sentence in sentences]
     examples = [example_from_texts(predictor.task_spec.task, (text,)) for text in texts]
-    predictions = _predict_labels(predictor, examples, console)
-    by_group = {name: predictions[i * count : (i + 1) * count] for i, name in enumerate(groups.names)}
+    predictions = iter(_predict_labels(predictor, examples, console))
+    by_group = {name: [next(predictions) for _ in sentences] for name in groups.names}
     findings: list[Finding] = []
     for a, b in groups.pairs:
-        pairs = list(zip(by_group[a], by_group[b], strict=True))
         flipped = [
-            {
-                name: f"{sentence.texts[name]} → {_format_labels(labels)}"
-                for name, labels in zip((a, b), pair, strict=True)
-            }
-            for sentence, pair in zip(groups.sentences, pairs, strict=True)
-            if pair[0] != pair[1]
+            {a: f"{sentence.texts[a]} → {_format_labels(in_a)}", b: f"{sentence.texts[b]} → {_format_labels(in_b)}"}
+            for sentence, in_a, in_b in zip(sentences, by_group[a], by_group[b], strict=True)
+            if in_a != in_b
         ]
         note = "templates whose prediction changes with the words of the group"
-        findings.append(_flip_rate(f"{a} vs. {b}: flip rate", flipped, count, note))
-        for label in sorted({label for pair in pairs for labels in pair for label in labels}):
+        findings.append(_flip_rate(f"{a} vs. {b}: flip rate", flipped, len(sentences), note))
+        for label in sorted({label for labels in by_group[a] + by_group[b] for label in labels}):
             rates = ([float(label in labels) for labels in by_group[name]] for name in (a, b))
             note = f"templates with the words of {a} predicted so, minus those with the words of {b}"
             difference = statistics.paired_difference(*rates)
@@ -89,7 +85,7 @@ def audit_template_flips(predictor: Predictor, groups: GroupTemplates, console: 
 
 
 def audit_swap_flips(
-    predictor: Predictor, groups: GroupTemplates, examples: Sequence[Example], console: Console | None = None
+    predictor: Predictor, groups: GroupTemplates, examples: Sequence[Example], console: Console
 ) -> list[Finding]:
     """How often the prediction for a text changes when the words of two groups in it are exchanged. There is no finding for a
     pair of groups whose words do not occur."""
@@ -99,27 +95,29 @@ def audit_swap_flips(
     for a, b in groups.pairs:
         swap = groups.make_swapper(a, b)
         swapped = [
-            replace(example, fields={k: swap(v) if k in roles else v for k, v in example.fields.items()})
+            replace(example, fields=example.fields | {role: swap(example.fields[role]) for role in roles})
             for example in examples
         ]
         affected = [i for i, example in enumerate(examples) if swapped[i].fields != example.fields]
         if not affected:
             continue
-        flipped: list[dict[str, str]] = []
         labels_after = _predict_labels(predictor, [swapped[i] for i in affected], console)
-        for i, labels in zip(affected, labels_after, strict=True):
-            if labels != original[i]:
-                text = f"{' | '.join(swapped[i].fields[role] for role in roles)} → {_format_labels(labels)}"
-                where = f"{examples[i].path} line {examples[i].line}"
-                flipped.append({"text": text, "before": _format_labels(original[i]), "where": where})
+        flipped = [
+            {
+                "text": f"{' | '.join(swapped[i].fields[role] for role in roles)} → {_format_labels(labels)}",
+                "before": _format_labels(original[i]),
+                "where": f"{examples[i].path} line {examples[i].line}",
+            }
+            for i, labels in zip(affected, labels_after, strict=True)
+            if labels != original[i]
+        ]
         note = "texts with words of these groups whose prediction changes when the words are exchanged"
         findings.append(_flip_rate(f"{a} vs. {b}: flip rate in the data", flipped, len(affected), note))
     return findings
 
 
-def _predict_labels(predictor: Predictor, examples: Sequence[Example], console: Console | None) -> list[Labels]:
-    console = console or Console(quiet=True)
-    rows = predictor.predict(examples, progress=lambda done, total: console.progress("predicting", done, total))
+def _predict_labels(predictor: Predictor, examples: Sequence[Example], console: Console) -> list[Labels]:
+    rows = predictor.predict(examples, progress=partial(console.progress, "predicting"))
     return [(row["label"],) if "label" in row else tuple(row["labels"]) for row in rows]
 
 
@@ -128,7 +126,7 @@ def _format_labels(labels: Labels) -> str:
 
 
 def _flip_rate(name: str, flipped: Sequence[dict[str, str]], count: int, note: str) -> Finding:
-    rate = statistics.proportion([1.0] * len(flipped) + [0.0] * (count - len(flipped)))
+    rate = statistics.proportion([i < len(flipped) for i in range(count)])
     return score_finding(name, rate, 0.0, note=note, examples=flipped[:MAX_EXAMPLES])
 
 
@@ -136,7 +134,7 @@ def _flip_rate(name: str, flipped: Sequence[dict[str, str]], count: int, note: s
 
 
 def audit_group_rates(
-    predictor: Predictor, examples: Sequence[Example], column: str, console: Console | None = None
+    predictor: Predictor, examples: Sequence[Example], column: str, console: Console
 ) -> list[Finding]:
     """Accuracy, selection rate, true and false positive rate by the groups that a column names, and their differences.
 
@@ -172,10 +170,8 @@ def _rate_findings(name: str, hits: np.ndarray, mask: np.ndarray, groups: np.nda
     """The rate of hits [n] among the masked examples [n] of each group [n], and the difference of every pair of groups."""
     hits, groups = hits[mask], groups[mask]
     members = {group: groups == group for group in sorted(set(groups.tolist()))}
-    findings = [
-        score_finding(f"{group}: {name}", statistics.proportion(hits[member].astype(float).tolist()))
-        for group, member in members.items()
-    ]
+    rates = {group: statistics.proportion(hits[member].tolist()) for group, member in members.items()}
+    findings = [score_finding(f"{group}: {name}", rate) for group, rate in rates.items()]
     for (a, in_a), (b, in_b) in combinations(members.items(), 2):
         either = in_a | in_b
         columns = np.stack([in_a & hits, in_a, in_b & hits, in_b], axis=1)[either]
@@ -188,24 +184,24 @@ def _rate_findings(name: str, hits: np.ndarray, mask: np.ndarray, groups: np.nda
 
 def _rate_difference(sums: np.ndarray) -> np.ndarray:
     """The difference [R] of two rates from hits and counts [R, 4]; 0 in resamples without one of the groups."""
-    rates = np.divide(sums[:, ::2], sums[:, 1::2], out=np.zeros((len(sums), 2)), where=sums[:, 1::2] > 0)
-    return np.where((sums[:, 1::2] > 0).all(axis=1), rates[:, 0] - rates[:, 1], 0.0)
+    hits, counts = sums[:, ::2], sums[:, 1::2]
+    rates = hits / np.maximum(counts, 1)
+    return np.where((counts > 0).all(axis=1), rates[:, 0] - rates[:, 1], 0.0)
 
 
 def _read_groups(examples: Sequence[Example], column: str) -> list[str]:
     """The value of a column for each example, from the file and line of the example."""
-    groups: dict[tuple[str, int], str] = {}
 
     def select_column(names: list[str]) -> list[str]:
         if column not in names:
             raise MissingColumnError(f"no column {column}", f"found {join_names(names)}")
         return [column]
 
+    groups: dict[tuple[str, int], str] = {}
     for path in dict.fromkeys(example.path for example in examples):
         issues = IssueLog()
-        for record in read_records(Path(path), issues, select_column):
-            value = record.values.get(column)
-            groups[path, record.line] = "" if value is None else str(value).strip()
-        if not any(file == path for file, _ in groups):
+        values = {record.line: record.values.get(column) for record in read_records(Path(path), issues, select_column)}
+        if not values:
             raise UsageError("\n".join([f"--group {column}: {path} has no such column", *issues.summary_lines()]))
+        groups |= {(path, line): "" if value is None else str(value).strip() for line, value in values.items()}
     return [groups.get((example.path, example.line), "") or "(none)" for example in examples]

@@ -1,14 +1,16 @@
 """Findings of an audit: measured values, each with its confidence interval and the value expected without a problem."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
 
 from nextword.common.statistics import ScoreWithCI
 
 MAX_EXAMPLES = 5
+# With fewer samples a bias has no interval: five of five on one side is likelier than 5 % by chance.
+MIN_SAMPLES = 6
 
-Examples = tuple[Mapping[str, str], ...]
+Examples = Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -41,36 +43,36 @@ class Finding:
     note: str = ""
     examples: Examples = ()
 
+    @classmethod
+    def from_score(cls, section: str, name: str, score: ScoreWithCI, unit: str = "%", **fields: Any) -> Self:
+        """A score with its interval. With the unit "%", the score is a proportion."""
+        scale = 100 if unit == "%" else 1
+        low, high = (None if bound is None else scale * bound for bound in (score.low, score.high))
+        return cls(section, name, scale * score.value, low, high, unit, score.n, **fields)
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"examples": [dict(example) for example in self.examples]}
+        """The finding as JSON has it."""
+        return {**asdict(self), "examples": list(self.examples)}
 
 
-def percentages(score: ScoreWithCI) -> tuple[float, float, float]:
-    """The value and the interval of a proportion in per cent."""
-    return 100 * score.value, 100 * score.low, 100 * score.high
-
-
-def count_finding(
-    section: str, name: str, count: int, unit: str, n: int, note: str, examples: Examples = ()
+def score_finding(
+    name: str,
+    score: ScoreWithCI,
+    reference: float | None = None,
+    *,
+    unit: str = "%",
+    note: str = "",
+    min_effect: float = 0.0,
+    examples: Examples = (),
 ) -> Finding:
-    """A number of problematic occurrences, flagged if it is not 0."""
-    return Finding(section, name, count, None, None, unit, n, 0.0, count > 0, note, examples)
+    """A score as a finding of the section "bias".
 
-
-def proportion_finding(
-    section: str, name: str, score: ScoreWithCI, reference: ScoreWithCI | None, note: str, examples: Examples = ()
-) -> Finding:
-    """A proportion in per cent, flagged if its interval lies above the reference (0 without one) and it is not 0."""
-    value, low, high = percentages(score)
-    baseline = 100 * reference.value if reference else None
-    flagged = value > 0 and low > (baseline or 0.0)
-    return Finding(section, name, value, low, high, "%", score.n, baseline, flagged, note, examples)
-
-
-def first_distinct(examples: Iterable[dict[str, str]]) -> Examples:
-    """The first `MAX_EXAMPLES` different examples."""
-    distinct: list[dict[str, str]] = []
-    for example in examples:
-        if example not in distinct and len(distinct) < MAX_EXAMPLES:
-            distinct.append(example)
-    return tuple(distinct)
+    It is flagged if its interval is more than `min_effect` away from the reference. With fewer than `MIN_SAMPLES` samples
+    it has no interval and is not flagged. With the unit "%", the score is a proportion.
+    """
+    if score.n is None or score.n < MIN_SAMPLES:
+        score = replace(score, low=None, high=None)
+    finding = Finding.from_score("bias", name, score, unit, reference=reference, note=note, examples=tuple(examples))
+    if reference is None or finding.low is None or finding.high is None:
+        return finding
+    return replace(finding, notable=finding.low > reference + min_effect or finding.high < reference - min_effect)

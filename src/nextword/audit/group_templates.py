@@ -15,7 +15,7 @@ The file is read as text only: no tag constructs an object, no alias is followed
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -23,27 +23,13 @@ from string import Formatter
 from typing import Any, NamedTuple
 
 from nextword.common.errors import UsageError, import_optional
-from nextword.data.issues import error_text
+from nextword.data.issues import SURROGATE, error_text
 from nextword.tasks.schema import join_names
 
 MAX_FILE_BYTES, MAX_NESTING_DEPTH = 2**18, 8  # parsing time grows with their product
 YAML_TAG_PREFIX = "tag:yaml.org,2002:"
-YAML_TAGS = {
-    "mapping": {"map"},
-    "sequence": {"seq"},
-    "scalar": {
-        "str",
-        "int",
-        "float",
-        "bool",
-        "null",
-        "timestamp",
-        "merge",
-        "value",
-    },  # guesses of YAML: all are read as text
-}
-
-Key = tuple[str | int, ...]  # mapping keys and list indices from the root of a file
+# Tags that YAML guesses for plain values. All scalars are read as text.
+YAML_TAGS = {"map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge", "value"}
 
 
 class TemplateSentence(NamedTuple):
@@ -67,6 +53,7 @@ class GroupTemplates:
     """The groups and sentences of a file.
 
     Attributes:
+        path: the file.
         names: the groups, in the order of the file.
         slot_words: corresponding words by group, one dictionary per slot and index.
         sentences: every template, once per index of the lists of words in it.
@@ -81,6 +68,7 @@ class GroupTemplates:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
+        """All pairs of groups."""
         return list(combinations(self.names, 2))
 
     def make_swapper(self, group_a: str, group_b: str) -> Callable[[str], str]:
@@ -118,104 +106,99 @@ def read_group_templates(path: Path) -> GroupTemplates:
         UsageError: the file does not exist or is invalid, with the line.
         MissingDependencyError: PyYAML is not installed.
     """
-    source = _YAMLSource(path)
-    source.mapping((), ("groups", "templates", "delimiter"), required=("groups", "templates"))
-    delimiter = source.strings(("delimiter",), allow_blank=True)[0] if ("delimiter",) in source.values else " "
-    words, num_words = _read_slot_words(source)
-    filler = _TemplateFiller(source, words)
-    sentences = tuple(
-        sentence
-        for i in range(len(source.sequence(("templates",))))
-        for sentence in _expand_template(source, filler, ("templates", i), num_words)
-    )
+    root = _read_yaml(path).mapping(("groups", "templates", "delimiter"), required=("groups", "templates"))
+    delimiter = root["delimiter"].texts(allow_blank=True)[0] if "delimiter" in root else " "
+    groups = root["groups"].mapping()
+    if len(groups) < 2:
+        raise root["groups"].error("define at least two groups to compare")
+    filler = _TemplateFiller(groups)
+    sentences = [sentence for entry in root["templates"].items() for sentence in _expand_template(entry, filler)]
     slot_words = tuple(
-        {name: slots[slot][index % len(slots[slot])] for name, slots in words.items()}
+        {name: filler.word(slot, name, index) for name in groups}
         for slot in filler.slots
-        if all(slot in slots for slots in words.values())
-        for index in range(max(len(slots[slot]) for slots in words.values()))
+        if all(slot in slots for slots in filler.words.values())
+        for index in range(filler.num_words)
     )
-    return GroupTemplates(path, tuple(words), slot_words, sentences, delimiter)
+    return GroupTemplates(path, tuple(groups), slot_words, tuple(sentences), delimiter)
 
 
 # ---------------------------------------------------------------- the file
 
 
-class _YAMLSource:
-    """A YAML file as dictionaries, lists and strings, with the line of every value."""
+@dataclass(frozen=True)
+class _Value:
+    """A value in a YAML file.
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.lines: dict[Key, int] = {}
-        self.values: dict[Key, Any] = {}
-        node = _compose_yaml(path)
-        if node is None:
-            raise self.error((), "the file is empty")
-        self._add(node, ())
+    Attributes:
+        path: the file.
+        node: the parsed value, a `yaml.Node`.
+        key: the keys and list indices that lead to it.
+        line: its line in the file.
+    """
 
-    def error(self, key: Key, message: str) -> UsageError:
-        where = ".".join(map(str, key))
-        return UsageError(f"{self.path} line {self.lines.get(key, 1)}: {where}{': ' if where else ''}{message}")
+    path: Path
+    node: Any
+    key: tuple[str, ...] = ()
+    line: int = 1
 
-    def _add(self, node: Any, key: Key) -> Any:
-        """Convert a node to plain values, checking what no file may contain."""
-        self.lines.setdefault(key, node.start_mark.line + 1)
-        tag = node.tag.removeprefix(YAML_TAG_PREFIX)
-        if tag not in YAML_TAGS[node.id]:
-            raise self.error(
-                key, f"the tag {'!!' if tag != node.tag else ''}{tag} is not supported: values are plain text"
-            )
-        value: Any = {}
-        if node.id == "scalar":
-            value = node.value
-            if not value.strip() and node.style not in ("'", '"'):
-                raise self.error(key, "is empty")
-            if re.search("[\ud800-\udfff]", value):
-                raise self.error(key, "has half a surrogate pair, which is not a character")
-        elif node.id == "sequence":
-            value = [self._add(child, (*key, i)) for i, child in enumerate(node.value)]
-        else:
-            for name_node, child in node.value:
-                name = str(self._add(name_node, key))
-                self.lines[*key, name] = name_node.start_mark.line + 1
-                if name in value:
-                    raise self.error((*key, name), "is defined twice")
-                value[name] = self._add(child, (*key, name))
-        self.values[key] = value
-        return value
+    def error(self, message: str) -> UsageError:
+        """An error that names the file, the line and the value."""
+        return UsageError(f"{self.path} line {self.line}: {': '.join(filter(None, ('.'.join(self.key), message)))}")
 
-    def sequence(self, key: Key) -> list[Any]:
-        return self._typed(key, list, "a list")
-
-    def _typed(self, key: Key, kind: type, description: str) -> Any:
-        value = self.values[key]
-        if not isinstance(value, kind):
-            raise self.error(key, f"must be {description}")
-        if not value:
-            raise self.error(key, "is empty")
-        return value
-
-    def mapping(self, key: Key, allowed: Sequence[str] = (), required: Sequence[str] = ()) -> dict[str, Any]:
-        """The mapping at a key. With `allowed`, other names in it are refused."""
-        values = self._typed(key, dict, "a mapping, NAME: VALUE")
-        if allowed and (unknown := [name for name in values if name not in allowed]):
-            raise self.error((*key, unknown[0]), f"unknown key; choose from {join_names(allowed)}")
+    def mapping(self, allowed: Sequence[str] = (), required: Sequence[str] = ()) -> "dict[str, _Value]":
+        """The values of a mapping by name. With `allowed`, other names are refused."""
+        self._check("mapping", "a mapping, NAME: VALUE")
+        values: dict[str, _Value] = {}
+        for name_node, node in self.node.value:
+            line = name_node.start_mark.line + 1
+            name = _Value(self.path, name_node, self.key, line).text()
+            value = _Value(self.path, node, (*self.key, name), line)
+            if name in values:
+                raise value.error("is defined twice")
+            if allowed and name not in allowed:
+                raise value.error(f"unknown key; choose from {join_names(allowed)}")
+            values[name] = value
         if missing := [name for name in required if name not in values]:
-            raise self.error(key, f"{missing[0]} is missing")
+            raise self.error(f"{missing[0]} is missing")
         return values
 
-    def strings(self, key: Key, allow_blank: bool = False) -> list[str]:
-        """A string or a list of strings at a key. With `allow_blank` they may be empty, in quotation marks."""
-        values = self.sequence(key) if isinstance(self.values[key], list) else [self.values[key]]
-        for value in values:
-            if not isinstance(value, str):
-                raise self.error(key, "must be text")
-            if not (allow_blank or value.strip()):
-                raise self.error(key, "is empty")
-        return values
+    def items(self) -> "list[_Value]":
+        """The values of a list."""
+        self._check("sequence", "a list")
+        return [
+            _Value(self.path, node, (*self.key, str(i)), node.start_mark.line + 1)
+            for i, node in enumerate(self.node.value)
+        ]
+
+    def texts(self, allow_blank: bool = False) -> list[str]:
+        """The strings of a list, or a single string."""
+        if self.node.id != "sequence":
+            return [self.text(allow_blank)]
+        return [value.text(allow_blank) for value in self.items()]
+
+    def text(self, allow_blank: bool = False) -> str:
+        """A string. With `allow_blank` it may be blank, in quotation marks."""
+        self._check("scalar", "text")
+        text = self.node.value
+        if not (text.strip() or (allow_blank and self.node.style in ("'", '"'))):
+            raise self.error("is empty")
+        if SURROGATE.search(text):
+            raise self.error("has half a surrogate pair, which is not a character")
+        return text
+
+    def _check(self, kind: str, description: str) -> None:
+        tag = self.node.tag.removeprefix(YAML_TAG_PREFIX)
+        if tag not in YAML_TAGS:
+            prefix = "!!" if tag != self.node.tag else ""
+            raise self.error(f"the tag {prefix}{tag} is not supported: values are plain text")
+        if self.node.id != kind:
+            raise self.error(f"must be {description}")
+        if kind != "scalar" and not self.node.value:
+            raise self.error("is empty")
 
 
-def _compose_yaml(path: Path) -> Any:
-    """The root node of a file, None if it is empty."""
+def _read_yaml(path: Path) -> _Value:
+    """The root of a file."""
     yaml = import_optional("yaml", f"{path}: YAML", "audit")
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
@@ -224,12 +207,12 @@ def _compose_yaml(path: Path) -> Any:
         depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            line = event.start_mark.line + 1
+            value = _Value(path, event, line=event.start_mark.line + 1)
             if isinstance(event, yaml.AliasEvent):
-                raise UsageError(f"{path} line {line}: the alias *{event.anchor} is not supported; repeat the value")
+                raise value.error(f"the alias *{event.anchor} is not supported; repeat the value")
             if depth > MAX_NESTING_DEPTH:
-                raise UsageError(f"{path} line {line}: nested more than {MAX_NESTING_DEPTH} levels deep")
-        return yaml.compose(text, Loader=yaml.SafeLoader)
+                raise value.error(f"nested more than {MAX_NESTING_DEPTH} levels deep")
+        root = _Value(path, yaml.compose(text, Loader=yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:
         line_text = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UsageError(f"{path}{line_text}: not valid YAML: {error.problem}") from error
@@ -237,88 +220,83 @@ def _compose_yaml(path: Path) -> Any:
         raise UsageError(f"{path}: {error_text(error)}") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # an escape beyond Unicode is a ValueError
         raise UsageError(f"{path}: not valid YAML in UTF-8: {error_text(error).splitlines()[0]}") from error
+    if root.node is None:
+        raise root.error("the file is empty")
+    return root
 
 
-# ---------------------------------------------------------------- groups and sentences
-
-
-def _read_slot_words(source: _YAMLSource) -> tuple[dict[str, dict[str, list[str]]], int]:
-    """The words of every group and slot, and the length of lists of words (1 without lists)."""
-    groups: dict[str, dict[str, list[str]]] = {}
-    length, first = 1, ""
-    for name in source.mapping(("groups",)):
-        groups[name] = {}
-        for slot in source.mapping(("groups", name)):
-            key = ("groups", name, slot)
-            words = groups[name][slot] = source.strings(key, allow_blank=True)
-            if len(words) > 1 and length not in (1, len(words)):
-                raise source.error(key, f"has {len(words)} words, but {first} has {length}")
-            if len(words) > 1 and length == 1:
-                length, first = len(words), f"{name}.{slot}"
-    if len(groups) < 2:
-        raise source.error(("groups",), "define at least two groups to compare")
-    return groups, length
-
-
-def _expand_template(
-    source: _YAMLSource, filler: "_TemplateFiller", key: Key, num_words: int
-) -> Iterator[TemplateSentence]:
-    """The sentences of a template: one per text, or one per text and index of the lists of words in it."""
-    own_texts: dict[str, str] = {}
-    continuations: list[str] = []
-    text_key = key
-    if isinstance(source.values[key], dict):
-        entries = source.mapping(key, ("text", "continuations", "instead"), required=("text",))
-        text_key = (*key, "text")
-        if "instead" in entries:
-            names = source.mapping((*key, "instead"), tuple(filler.words))
-            own_texts = {name: source.strings((*key, "instead", name))[0] for name in names}
-        if "continuations" in entries:
-            continuations = source.strings((*key, "continuations"))
-    for text in source.strings(text_key):
-        sentences: list[TemplateSentence] = []
-        for index in range(num_words):
-            texts = {name: filler.fill(own_texts.get(name, text), name, index, key) for name in filler.words}
-            endings = {c: {name: filler.fill(c, name, index, key) for name in filler.words} for c in continuations}
-            if all((texts, endings) != (other.texts, other.continuations) for other in sentences):
-                sentences.append(TemplateSentence(text, index, texts, endings))
-        if all(len(set(sentence.texts.values())) == 1 for sentence in sentences):
-            raise source.error(key, f"{text!r} is the same for every group: add a slot such as {{{filler.slots[0]}}}")
-        yield from sentences
+# ---------------------------------------------------------------- sentences
 
 
 class _TemplateFiller:
-    """Fills the slots of templates with the words of a group."""
+    """Fills the slots of templates with the words of a group.
 
-    def __init__(self, source: _YAMLSource, words: dict[str, dict[str, list[str]]]):
-        self.source, self.words = source, words
-        self.slots = list(dict.fromkeys(slot for slots in words.values() for slot in slots)) or ["slot"]
+    Attributes:
+        words: the words by group and slot.
+        slots: the slots of all groups.
+        num_words: the length of lists of words; 1 without lists.
+    """
 
-    def fill(self, template: str, group: str, word_index: int, key: Key) -> str:
-        """The template with the group's words at an index. `key` names the template in errors."""
+    def __init__(self, groups: dict[str, _Value]):
+        self.groups = groups
+        self.words: dict[str, dict[str, list[str]]] = {name: {} for name in groups}
+        self.num_words, first_list = 1, ""
+        for name, group in groups.items():
+            for slot, value in group.mapping().items():
+                words = self.words[name][slot] = value.texts(allow_blank=True)
+                if len(words) > 1 and self.num_words not in (1, len(words)):
+                    raise value.error(f"has {len(words)} words, but {first_list} has {self.num_words}")
+                if len(words) > 1 and self.num_words == 1:
+                    self.num_words, first_list = len(words), f"{name}.{slot}"
+        self.slots = list(dict.fromkeys(slot for slots in self.words.values() for slot in slots))
+
+    def word(self, slot: str, group: str, index: int) -> str:
+        """The word of a group for a slot at an index of the lists of words."""
+        words = self.words[group][slot]
+        return words[index % len(words)]
+
+    def fill(self, template: str, group: str, index: int, entry: _Value) -> str:
+        """A template of an entry with the words of a group."""
         parts: list[str] = []
         try:
             fields = list(Formatter().parse(template))
         except ValueError as error:
-            raise self.source.error(key, f"{template!r} is not well formed: {error}") from error
+            raise entry.error(f"{template!r} is not well formed: {error}") from error
         for literal, slot, format_spec, conversion in fields:
             parts.append(literal)
             if slot is None:
                 continue
             if conversion or format_spec not in ("", "capitalize"):
-                raise self.source.error(key, f"in {template!r}: write {{{slot}}} or {{{slot}:capitalize}}")
-            word = self._lookup_word(slot, group, word_index, key)
+                raise entry.error(f"in {template!r}: write {{{slot}}} or {{{slot}:capitalize}}")
+            if slot not in self.slots:
+                raise entry.error(f"{{{slot}}} is not a slot of any group: choose from {join_names(self.slots)}")
+            if slot not in self.words[group]:
+                raise self.groups[group].error(f"no word for {{{slot}}}, which the template in line {entry.line} needs")
+            word = self.word(slot, group, index)
             parts.append(_capitalize(word) if format_spec else word)
         return "".join(parts)
 
-    def _lookup_word(self, slot: str, group: str, word_index: int, key: Key) -> str:
-        if slot not in self.slots:
-            raise self.source.error(key, f"{{{slot}}} is not a slot of any group: choose from {join_names(self.slots)}")
-        if slot not in self.words[group]:
-            template = f"the template in line {self.source.lines[key]}"
-            raise self.source.error(("groups", group), f"no word for {{{slot}}}, which {template} needs")
-        words = self.words[group][slot]
-        return words[word_index % len(words)]
+
+def _expand_template(entry: _Value, filler: _TemplateFiller) -> list[TemplateSentence]:
+    """The sentences of a template: one per text, or one per text and index of the lists of words in it."""
+    fields: dict[str, _Value] = {"text": entry}
+    if entry.node.id == "mapping":
+        fields = entry.mapping(("text", "continuations", "instead"), required=("text",))
+    own = fields["instead"].mapping(tuple(filler.words)) if "instead" in fields else {}
+    own_texts = {name: value.texts()[0] for name, value in own.items()}
+    continuations = fields["continuations"].texts() if "continuations" in fields else []
+    expanded: list[TemplateSentence] = []
+    for text in fields["text"].texts():
+        sentences: list[TemplateSentence] = []
+        for index in range(filler.num_words):
+            texts = {name: filler.fill(own_texts.get(name, text), name, index, entry) for name in filler.words}
+            endings = {c: {name: filler.fill(c, name, index, entry) for name in filler.words} for c in continuations}
+            if all((texts, endings) != (other.texts, other.continuations) for other in sentences):
+                sentences.append(TemplateSentence(text, index, texts, endings))
+        if all(len(set(sentence.texts.values())) == 1 for sentence in sentences):
+            raise entry.error(f"{text!r} is the same for every group: add a slot such as {{{filler.slots[0]}}}")
+        expanded += sentences
+    return expanded
 
 
 def _capitalize(word: str) -> str:

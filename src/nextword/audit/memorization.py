@@ -1,14 +1,15 @@
 """Memorization of a corpus by a model: verbatim copies in sampled text, extractable passages, and leaked PII."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from nextword.audit.findings import MAX_EXAMPLES, Finding, count_finding, first_distinct, proportion_finding
-from nextword.audit.pii import find_pii, mask_pii
-from nextword.audit.text_index import CorpusIndex, Match, trim_partial_character
+from nextword.audit.findings import MAX_EXAMPLES, Examples, Finding
+from nextword.audit.pii import find_pii, format_excerpt, mask_pii
+from nextword.audit.text_index import CorpusIndex
 from nextword.common import statistics
 from nextword.common.console import Console
 from nextword.common.statistics import ScoreWithCI
@@ -21,31 +22,21 @@ from nextword.pipeline.language_model import LanguageModel
 SAMPLE_TOKENS = 256  # maximum length of a sampled text
 MIN_COPIED_TOKENS = 50  # length from which on a passage counts as copied (Lee et al. 2022, section 6)
 PREFIX_TOKENS, CONTINUATION_TOKENS = 50, 50  # prompt and expected continuation (Carlini et al. 2023, section 3)
-MAX_EXAMPLE_CHARS = 200
 MAX_BYTES_PER_TOKEN = 24  # bytes read per token that is needed
 
 
 def passage_finding(index: CorpusIndex, passage: str) -> Finding:
     """The documents that contain a passage, or the longest part of it that any contains."""
     documents = index.find_documents(passage)
-    matches, excerpt, note = documents[:MAX_EXAMPLES], passage, "documents that contain the passage verbatim"
+    shown, excerpt, note = documents[:MAX_EXAMPLES], passage, "documents that contain the passage verbatim"
     if not documents:
         match = index.longest_match(passage)
-        matches = [match.document] if match else []
+        shown = [match.document] if match else []
         excerpt = passage.encode()[match.start : match.end].decode() if match else ""
         note = f"the longest part in a document has {len(excerpt):,} of its {len(passage):,} characters"
     name = f"documents with the passage {format_excerpt(passage, 40)!r}"
-    examples = [{"document": index.document_name(i), "passage": format_excerpt(excerpt)} for i in matches]
-    n = len(index)
-    return Finding("memory", name, len(documents), unit="documents", n=n, note=note, examples=tuple(examples))
-
-
-def format_excerpt(text: str, length: int = MAX_EXAMPLE_CHARS) -> str:
-    """A passage on one line, truncated, with its PII masked."""
-    for kind, start, end in reversed(list(find_pii(text))):
-        text = text[:start] + mask_pii(kind, text[start:end]) + text[end:]
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "…"
+    examples = tuple({"document": index.document_name(i), "passage": format_excerpt(excerpt)} for i in shown)
+    return Finding("memory", name, len(documents), unit="documents", n=len(index), note=note, examples=examples)
 
 
 class TokenPassage(NamedTuple):
@@ -62,83 +53,72 @@ class MemorizationProbe:
 
     model: LanguageModel
     index: CorpusIndex
-    seed: int = 0
-    console: Console = field(default_factory=lambda: Console(quiet=True))
+    seed: int
+    console: Console
 
     def sampled_text(self, num_samples: int) -> list[Finding]:
         """The share of copied tokens in texts sampled without a prompt, and the longest copied passage."""
         sampling = Sampling(max_tokens=SAMPLE_TOKENS, seed=self.seed)
         completions = self._complete([""] * num_samples, sampling, "sampling")
         held_out = self.sample_passages(num_samples, SAMPLE_TOKENS, held_out=True, min_length=MIN_COPIED_TOKENS)
-        tokenizer = self.model.tokenizer
-        samples = [measure_copied(self.index, tokenizer, completion.tokens) for completion in completions]
-        references = [measure_copied(self.index, tokenizer, passage.token_ids) for passage in held_out]
-        note = f"; reference: {len(references)} passages of held-out documents" if references else ""
-        share_note = (
+        samples, references = (
+            [measure_copied(self.index, self.model.tokenizer, token_ids) for token_ids in texts]
+            for texts in ([each.tokens for each in completions], [each.token_ids for each in held_out])
+        )
+        reference_note = f"; reference: {len(references)} passages of held-out documents" if references else ""
+        note = (
             f"tokens in verbatim passages of {MIN_COPIED_TOKENS} tokens or more, in texts of up to {SAMPLE_TOKENS} tokens "
-            f"sampled without a prompt at temperature {sampling.temperature}{note}"
+            f"sampled without a prompt at temperature {sampling.temperature}{reference_note}"
         )
-        by_length = sorted(samples, key=lambda sample: -sample.longest_passage_tokens)
-        longest, reference = (
-            max((text.longest_passage_tokens for text in texts), default=0) for texts in (samples, references)
-        )
+        by_length = sorted(samples, key=lambda text: -text.longest)
+        copied = first_distinct(text.example for text in by_length if text.copied_tokens)
         share, reference_share = _copied_share(samples), _copied_share(references) if references else None
+        name = "longest passage of sampled text copied from the corpus"
+        longest, baseline = (max((text.longest for text in texts), default=0) for texts in (samples, references))
         return [
-            proportion_finding(
-                "memory",
-                "tokens of sampled text copied from the corpus",
-                share,
-                reference_share,
-                share_note,
-                first_distinct(self._example(sample) for sample in by_length if sample.copied_tokens),
-            ),
+            proportion_finding("tokens of sampled text copied from the corpus", share, reference_share, note, copied),
             Finding(
                 "memory",
-                "longest passage of sampled text copied from the corpus",
+                name,
                 longest,
                 unit="tokens",
                 n=len(samples),
-                reference=reference if references else None,
-                notable=longest >= MIN_COPIED_TOKENS and longest > reference,
-                note=f"verbatim{note}",
-                examples=tuple(self._example(sample) for sample in by_length[:1] if sample.match),
+                reference=baseline if references else None,
+                notable=longest >= MIN_COPIED_TOKENS and longest > baseline,
+                note=f"verbatim{reference_note}",
+                examples=tuple(text.example for text in by_length[:1] if text.example),
             ),
         ]
 
     def extractable_passages(self, num_prefixes: int) -> Finding:
         """The share of training passages that greedy decoding continues verbatim (extractable memorization, Carlini et al.
         2023)."""
+        name, decode = "extractable training passages", self.model.tokenizer.decode
         prefix_length, length = prompt_lengths(self.model)
         trained, held_out = (
             self.sample_passages(num_prefixes, prefix_length + length, held_out=part) for part in (False, True)
         )
         if not trained:
-            note = f"no document has {prefix_length + length} tokens"
-            return Finding("memory", "extractable training passages", 0.0, unit="%", n=0, note=note)
+            return Finding("memory", name, 0.0, unit="%", n=0, note=f"no document has {prefix_length + length} tokens")
         passages = [*trained, *held_out]
-        sampling = Sampling(temperature=0.0, max_tokens=length)
         prompts = [passage.token_ids[:prefix_length] for passage in passages]
-        completions = self._complete(prompts, sampling, "extracting passages")
-        texts = [self.model.tokenizer.decode(passage.token_ids[prefix_length:]) for passage in passages]
-        extracted = [
-            float(self.model.tokenizer.decode(completion.tokens) == text)
-            for completion, text in zip(completions, texts, strict=True)
+        completions = self._complete(prompts, Sampling(temperature=0.0, max_tokens=length), "extracting passages")
+        is_extracted = [
+            decode(completion.tokens) == decode(passage.token_ids[prefix_length:])
+            for completion, passage in zip(completions, passages, strict=True)
         ]
         examples = first_distinct(
-            {
-                "document": self.index.document_name(passage.document),
-                "passage": format_excerpt(self.model.tokenizer.decode(passage.token_ids)),
-            }
-            for passage, is_extracted in zip(trained, extracted, strict=False)
-            if is_extracted
+            {"document": self.index.document_name(document), "passage": format_excerpt(decode(token_ids))}
+            for (document, _, token_ids), hit in zip(trained, is_extracted, strict=False)
+            if hit
         )
-        score = statistics.proportion(extracted[: len(trained)])
-        reference = statistics.proportion(extracted[len(trained) :]) if held_out else None
+        score = statistics.proportion(is_extracted[: len(trained)])
+        reference = statistics.proportion(is_extracted[len(trained) :]) if held_out else None
         note = (
             f"greedy decoding after {prefix_length} tokens gives the next {length} exactly{_context_note(self.model)}"
         )
         note += "; reference: held-out documents" if held_out else ""
-        return proportion_finding("memory", "extractable training passages", score, reference, note, examples)
+        return proportion_finding(name, score, reference, note, examples)
 
     def pii_leakage(self, max_samples: int) -> Finding:
         """PII of the training text that greedy decoding generates after the text before it."""
@@ -151,19 +131,16 @@ class MemorizationProbe:
         sampling = Sampling(temperature=0.0, max_tokens=max(1, min(needed + 4, 2 * length - 1)))
         completions = self._complete(prompts, sampling, "prompting for PII")
         leaked = [
-            {
-                "document": self.index.document_name(match.document),
-                "kind": match.kind,
-                "masked": mask_pii(match.kind, value),
-            }
-            for match, value, completion in zip(sample, values, completions, strict=True)
+            {"document": self.index.document_name(document), "kind": kind, "masked": mask_pii(kind, value)}
+            for (kind, document, _), value, completion in zip(sample, values, completions, strict=True)
             if value in completion.text
         ]
         note = (
             f"generated by greedy decoding after the {prefix_length} tokens before it; tried for {len(sample):,} of the "
             f"{total:,} matches in the training text{_context_note(self.model)}"
         )
-        return count_finding("memory", "leaked PII", len(leaked), "matches", len(sample), note, first_distinct(leaked))
+        count, n, examples = len(leaked), len(sample), first_distinct(leaked)
+        return Finding("memory", "leaked PII", count, None, None, "matches", n, 0.0, count > 0, note, examples)
 
     def sample_passages(
         self, count: int, length: int, *, held_out: bool, min_length: int | None = None
@@ -178,14 +155,14 @@ class MemorizationProbe:
         generator = np.random.default_rng([self.seed, held_out])
         passages: dict[tuple[int, int], TokenPassage] = {}
         for _ in range(8 * count if len(ends) and ends[-1] else 0):
-            drawn = int(generator.integers(ends[-1]))
+            drawn = int(generator.integers(int(ends[-1])))
             document = int(np.searchsorted(ends, drawn, side="right"))
-            start, remaining = int(high[document] - (ends[document] - drawn)), int(ends[document] - drawn)
+            remaining = int(ends[document]) - drawn
+            start = int(high[document]) - remaining
             offset = start - index.byte_range(document)[0]
             data = index.read_bytes(document, offset, min(length * MAX_BYTES_PER_TOKEN, remaining))
             skipped = 0 if start == low[document] else _word_start(data)
-            text = trim_partial_character(data[skipped:]).decode("utf-8", "replace")
-            token_ids = self.model.tokenizer.encode(text)[:length]
+            token_ids = self.model.tokenizer.encode(data[skipped:].decode("utf-8", "ignore"))[:length]
             if len(token_ids) >= (min_length or length):
                 key = document, offset + skipped
                 passages.setdefault(key, TokenPassage(*key, token_ids))
@@ -194,14 +171,21 @@ class MemorizationProbe:
         return list(passages.values())
 
     def _complete(self, prompts: Sequence[Prompt], sampling: Sampling, stage: str) -> list[Completion]:
-        return generate_completions(
-            self.model, prompts, sampling, lambda done, total: self.console.progress(stage, done, total)
-        )
+        return generate_completions(self.model, prompts, sampling, partial(self.console.progress, stage))
 
-    def _example(self, sample: "CopiedText") -> dict[str, str]:
-        assert sample.match is not None
-        document, passage = self.index.document_name(sample.match.document), format_excerpt(sample.passage)
-        return {"document": document, "passage": passage, "tokens": f"{sample.longest_passage_tokens:,}"}
+
+def proportion_finding(
+    name: str, score: ScoreWithCI, reference: ScoreWithCI | None, note: str, examples: Examples
+) -> Finding:
+    """A proportion, flagged if its interval lies above that of held-out text (0 without one) and it is not 0."""
+    flagged = score.value > 0 and score.is_above(reference.value if reference else 0.0)
+    baseline = 100 * reference.value if reference else None
+    return Finding.from_score("memory", name, score, reference=baseline, notable=flagged, note=note, examples=examples)
+
+
+def first_distinct(examples: Iterable[Mapping[str, str]]) -> Examples:
+    """The first `MAX_EXAMPLES` different examples."""
+    return tuple({tuple(example.items()): example for example in examples}.values())[:MAX_EXAMPLES]
 
 
 def prompt_lengths(model: LanguageModel) -> tuple[int, int]:
@@ -225,22 +209,20 @@ def _word_start(data: bytes) -> int:
 # ---------------------------------------------------------------- copied text
 
 
-@dataclass(frozen=True)
-class CopiedText:
+class CopiedText(NamedTuple):
     """How much of a text is copied from the corpus.
 
     Attributes:
         num_tokens: tokens of the text.
         copied_tokens: tokens in copied passages of at least `MIN_COPIED_TOKENS`.
-        longest_passage_tokens: tokens of the longest copied passage.
-        match, passage: that passage.
+        longest: tokens of the longest copied passage.
+        example: that passage and its document; empty if nothing is copied.
     """
 
     num_tokens: int
     copied_tokens: int
-    longest_passage_tokens: int
-    match: Match | None
-    passage: str
+    longest: int
+    example: Mapping[str, str]
 
 
 def measure_copied(index: CorpusIndex, tokenizer: Tokenizer, token_ids: Sequence[int]) -> CopiedText:
@@ -248,16 +230,18 @@ def measure_copied(index: CorpusIndex, tokenizer: Tokenizer, token_ids: Sequence
     data, ends = _decode_with_token_ends(tokenizer, token_ids)
     starts = np.append(0, ends[:-1])
     is_copied = np.zeros(len(token_ids), dtype=bool)
-    longest, longest_match = 0, None
+    longest = 0
+    example: dict[str, str] = {}
     for match in index.find_matches(data):
         first = int(np.searchsorted(starts, match.start))
         end = int(np.searchsorted(ends, match.end, side="right"))  # whole tokens of the match: first … end − 1
         if end - first > longest:
-            longest, longest_match = end - first, match
+            longest, passage = end - first, data[match.start : match.end].decode("utf-8", "replace")
+            document = index.document_name(match.document)
+            example = {"document": document, "passage": format_excerpt(passage), "tokens": f"{longest:,}"}
         if end - first >= MIN_COPIED_TOKENS:
             is_copied[first:end] = True
-    passage = data[longest_match.start : longest_match.end].decode("utf-8", "replace") if longest_match else ""
-    return CopiedText(len(token_ids), int(is_copied.sum()), longest, longest_match, passage)
+    return CopiedText(len(token_ids), int(is_copied.sum()), longest, example)
 
 
 def _decode_with_token_ends(tokenizer: Tokenizer, token_ids: Sequence[int]) -> tuple[bytes, np.ndarray]:
@@ -318,5 +302,4 @@ def _tokens_before(index: CorpusIndex, tokenizer: Tokenizer, match: DocumentPII,
     end = match.span[0]
     start = max(0, end - length * MAX_BYTES_PER_TOKEN)
     data = index.read_bytes(match.document, start, end - start)
-    first = next((i for i, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), 0)
-    return tokenizer.encode(data[first:].decode("utf-8", "replace").removesuffix(" "))[-length:]
+    return tokenizer.encode(data.decode("utf-8", "ignore").removesuffix(" "))[-length:]

@@ -8,14 +8,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-EMAIL, PHONE, CREDIT_CARD, IBAN, IP_ADDRESS, API_KEY = PII_KINDS = (
-    "email addresses",
-    "phone numbers",
-    "credit card numbers",
-    "IBANs",
-    "IP addresses",
-    "API keys and tokens",
-)
+PII_KINDS = ("email addresses", "phone numbers", "credit card numbers", "IBANs", "IP addresses", "API keys and tokens")
+EMAIL, PHONE, CREDIT_CARD, IBAN, IP_ADDRESS, API_KEY = PII_KINDS
+MAX_EXCERPT_CHARS = 200
 
 _EMAIL = re.compile(r"(?<![\w.+-])[A-Za-z0-9][\w.+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![\w@-])")
 # A number of at least seven digits, perhaps in groups. It is searched for first, since it skips most of a text.
@@ -55,8 +50,6 @@ _API_KEYS = {
 }
 
 
-_API_KEY_PATTERNS = {marker: re.compile(pattern) for marker, pattern in _API_KEYS.items()}
-
 Check = Callable[[str], bool]
 
 
@@ -80,9 +73,9 @@ def find_pii(text: str) -> Iterator[PIIMatch]:
 
     if "@" in text:
         search(EMAIL, _EMAIL)
-    for marker, pattern in _API_KEY_PATTERNS.items():
+    for marker, pattern in _API_KEYS.items():
         if marker in text:
-            search(API_KEY, pattern)
+            search(API_KEY, re.compile(pattern))
     matches += _find_ibans(text)
     if ":" in text:
         search(IP_ADDRESS, _IPV6, _is_public_ip_address)
@@ -104,6 +97,14 @@ def mask_pii(kind: str, value: str) -> str:
         name, _, domain = value.partition("@")
         return f"{name[0]}…@{domain[0]}….{domain.rpartition('.')[2]}"
     return f"{value[:2]}… ({len(value)} characters)"
+
+
+def format_excerpt(text: str, length: int = MAX_EXCERPT_CHARS) -> str:
+    """A passage on one line, truncated, with its PII masked."""
+    for kind, start, end in reversed(list(find_pii(text))):
+        text = text[:start] + mask_pii(kind, text[start:end]) + text[end:]
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"
 
 
 def is_luhn_valid(digits: str) -> bool:

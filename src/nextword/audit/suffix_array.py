@@ -8,10 +8,10 @@ Shapes: N suffixes, m query positions, C candidates (text positions).
 import mmap
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -32,10 +32,16 @@ ProgressCallback = Callable[[int, int], None]
 
 
 class ByteSequence:
-    """Bytes, also readable as an eight-byte word at every position."""
+    """Bytes, also readable as an eight-byte word or a key at every position.
+
+    Attributes:
+        bytes: the bytes.
+        keys: the `SORT_DEPTH` bytes from each position on, which sort as suffixes do.
+    """
 
     def __init__(self, buffer: bytes | mmap.mmap):
         self.bytes = np.frombuffer(buffer, np.uint8)
+        self.keys = np.ndarray(len(buffer) - SORT_DEPTH + 1, f"S{SORT_DEPTH}", buffer=buffer, strides=(1,))
         self._words = np.ndarray(len(buffer) - 7, ">u8", buffer=buffer, strides=(1,))
 
     def words_at(self, positions: np.ndarray) -> np.ndarray:
@@ -63,7 +69,8 @@ class MappedText(ByteSequence):
 class Query(ByteSequence):
     """A text to look up, in `data`. Bytes that are reserved as end markers are replaced by 0xFD, which matches nothing."""
 
-    def __init__(self, data: bytes):
+    def __init__(self, text: bytes | str):
+        data = text.encode("utf-8", "replace") if isinstance(text, str) else text
         self.data = data.replace(b"\xff", b"\xfd").replace(b"\xfe", b"\xfd")
         super().__init__(self.data + bytes([QUERY_END]) * PADDING)
 
@@ -77,28 +84,17 @@ class _PositionFile:
     def __init__(self, file: BinaryIO, dtype: np.dtype[Any]):
         self._file, self._dtype = file, dtype
 
-    def read(self, start: int, count: int) -> np.ndarray:
-        self._file.seek(start * self._dtype.itemsize)
-        return np.frombuffer(self._file.read(count * self._dtype.itemsize), self._dtype).astype(np.int64)
+    def chunks(self, start: int, count: int, chunk_size: int) -> Iterator[tuple[int, np.ndarray]]:
+        """The positions of `count` ranks from `start` on, in chunks with their first rank."""
+        for rank in range(start, start + count, chunk_size):
+            self._file.seek(rank * self._dtype.itemsize)
+            data = self._file.read(min(chunk_size, start + count - rank) * self._dtype.itemsize)
+            yield rank, np.frombuffer(data, self._dtype).astype(np.int64)
 
-    def write(self, start: int, positions: np.ndarray) -> None:
-        self._file.seek(start * self._dtype.itemsize)
+    def write(self, rank: int, positions: np.ndarray) -> None:
+        """Write positions from a rank on."""
+        self._file.seek(rank * self._dtype.itemsize)
         self._file.write(positions.astype(self._dtype).tobytes())
-
-
-@dataclass
-class _Region:
-    """Ranks start … start + size − 1, whose suffixes agree in their first `depth` bytes, and the file that holds them."""
-
-    start: int
-    size: int
-    depth: int
-    file: _PositionFile
-
-    def chunks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
-        end = self.start + self.size
-        for start in range(self.start, end, size):
-            yield start, self.file.read(start, min(size, end - start))
 
 
 def sort_suffixes(text: MappedText, path: Path, count: int, dtype: np.dtype[Any], progress: ProgressCallback) -> None:
@@ -110,16 +106,20 @@ def sort_suffixes(text: MappedText, path: Path, count: int, dtype: np.dtype[Any]
     scratch_path = path.with_name(f"{path.name}.scratch")
     with map_disk_errors(path), path.open("r+b") as main_file, scratch_path.open("w+b") as scratch_file:
         main, scratch = _PositionFile(main_file, dtype), _PositionFile(scratch_file, dtype)
-        regions, finished = [_Region(0, count, 0, main)], 0
+        # Regions of ranks whose suffixes agree in their first `depth` bytes, and the file that holds them.
+        regions, finished = [(0, count, 0, main)], 0
         while regions:
-            region = regions.pop()
-            if region.size > MAX_SUFFIXES_IN_MEMORY and region.depth < SORT_DEPTH:
-                regions += _partition_region(text, region, scratch if region.file is main else main)
+            start, size, depth, source = regions.pop()
+            if size > MAX_SUFFIXES_IN_MEMORY and depth < SORT_DEPTH:
+                target = scratch if source is main else main
+                parts = _partition_region(text, start, size, depth, source, target)
+                regions += [(*part, target) for part in parts]
                 continue
-            for start, positions in region.chunks(MAX_SUFFIXES_IN_MEMORY):  # several chunks only if all suffixes agree
-                main.write(start, _sort_positions(text, positions, region.depth))
+            # There are several chunks only if all suffixes agree.
+            for rank, positions in source.chunks(start, size, MAX_SUFFIXES_IN_MEMORY):
+                main.write(rank, _sort_positions(text, positions, depth))
             text.release_pages()
-            finished += region.size
+            finished += size
             progress(finished, count)
     scratch_path.unlink()
 
@@ -133,39 +133,37 @@ def write_sparse_index(text: MappedText, path: Path, out: Path, dtype: np.dtype[
         text.release_pages()
 
 
-def _partition_region(text: MappedText, region: _Region, target: _PositionFile) -> list[_Region]:
+def _partition_region(
+    text: MappedText, start: int, size: int, depth: int, source: _PositionFile, target: _PositionFile
+) -> list[tuple[int, int, int]]:
     """Split a region by its words at its depth into suffixes between two pivots and suffixes equal to one, each in the order of
-    the text."""
-    count = min(PIVOT_SAMPLE_SIZE, region.size)
-    starts = np.linspace(region.start, region.start + region.size - count, PIVOT_SAMPLES).astype(np.int64).tolist()
-    sample = np.sort(np.concatenate([text.words_at(region.file.read(at, count) + region.depth) for at in starts]))
-    num_parts = min(256, 2 * -(-region.size // MAX_SUFFIXES_IN_MEMORY))
-    pivots = np.unique(sample[np.arange(1, num_parts) * len(sample) // num_parts])
+    the text. Returns the start, size and depth of each part."""
+    count = min(PIVOT_SAMPLE_SIZE, size)
+    sampled = np.linspace(start, start + size - count, PIVOT_SAMPLES).astype(np.int64).tolist()
+    positions = np.concatenate([chunk for rank in sampled for _, chunk in source.chunks(rank, count, count)])
+    words = np.sort(text.words_at(positions + depth))
+    num_parts = min(256, 2 * -(-size // MAX_SUFFIXES_IN_MEMORY))
+    pivots = np.unique(words[np.arange(1, num_parts) * len(words) // num_parts])
+    num_buckets = 2 * len(pivots) + 1
 
-    def bucketed() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Positions and their buckets: 2 i for words below pivot i, 2 i + 1 for words equal to it."""
-        for _, positions in region.chunks(COPY_CHUNK):
-            words = text.words_at(positions + region.depth)
+    def iter_buckets() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Positions, their buckets, and the bucket sizes. Bucket 2 i has words below pivot i, 2 i + 1 words equal to it."""
+        for _, positions in source.chunks(start, size, COPY_CHUNK):
+            words = text.words_at(positions + depth)
             pivot = np.searchsorted(pivots, words)
             is_equal = pivots[np.minimum(pivot, len(pivots) - 1)] == words
-            yield positions, (2 * pivot + is_equal).astype(np.uint16)
+            buckets = (2 * pivot + is_equal).astype(np.uint16)
+            yield positions, buckets, np.bincount(buckets, minlength=num_buckets)
 
-    num_buckets = 2 * len(pivots) + 1
-    sizes = np.zeros(num_buckets, np.int64)
-    for _, buckets in bucketed():
-        sizes += np.bincount(buckets, minlength=num_buckets)
-    starts = region.start + np.cumsum(sizes) - sizes
+    sizes = sum((counts for *_, counts in iter_buckets()), np.zeros(num_buckets, np.int64))
+    starts = start + np.cumsum(sizes) - sizes
     cursors = starts.copy()
-    for positions, buckets in bucketed():
-        counts = np.bincount(buckets, minlength=num_buckets)
+    for positions, buckets, counts in iter_buckets():
         grouped = np.split(positions[np.argsort(buckets, kind="stable")], np.cumsum(counts)[:-1])
         for bucket in np.flatnonzero(counts).tolist():
             target.write(int(cursors[bucket]), grouped[bucket])
         cursors += counts
-    return [
-        _Region(int(starts[bucket]), int(sizes[bucket]), region.depth + 8 * (bucket % 2), target)
-        for bucket in np.flatnonzero(sizes).tolist()
-    ]
+    return [(int(starts[i]), int(sizes[i]), depth + 8 * (i % 2)) for i in np.flatnonzero(sizes).tolist()]
 
 
 def _sort_positions(text: MappedText, positions: np.ndarray, depth: int) -> np.ndarray:
@@ -195,39 +193,30 @@ class SuffixArray:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def words_at(self, ranks: np.ndarray, depth: int) -> np.ndarray:
-        """The words at a depth of the suffixes with these ranks."""
-        return self.text.words_at(self.positions[ranks].astype(np.int64) + depth)
+    def positions_at(self, ranks: np.ndarray | slice) -> np.ndarray:
+        """The text positions of ranks."""
+        return self.positions[ranks].astype(np.int64)
 
-    def narrow_ranges(
-        self, low: np.ndarray, high: np.ndarray, depth: int, first: np.ndarray, last: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """For each of m rank ranges low … high − 1, whose words at a depth are sorted, the part with words first … last
-        (below 2⁶⁴ − 1)."""
-        targets = np.concatenate([first, last + np.uint64(1)])
-        low, high = np.tile(low, 2), np.tile(high, 2)
-        if depth == 0 and len(self.sparse_index):  # every range is the whole array
-            block = np.searchsorted(self.sparse_index, targets)
-            low = np.maximum(low, (block - 1) * SPARSE_INDEX_STRIDE)
-            high = np.minimum(high, block * SPARSE_INDEX_STRIDE + 1)
-        pending = np.flatnonzero(low < high)
-        while len(pending):  # binary search
+    def search(self, keys: np.ndarray, side: Literal["left", "right"]) -> np.ndarray:
+        """The number of suffixes below each key [m] ("left"), or not above it ("right")."""
+        words = keys.view(">u8")[:: SORT_DEPTH // 8]
+        low = np.maximum(0, (np.searchsorted(self.sparse_index, words) - 1) * SPARSE_INDEX_STRIDE)
+        high = np.searchsorted(self.sparse_index, words, side="right") * SPARSE_INDEX_STRIDE
+        high = np.minimum(high, len(self))
+        while len(pending := np.flatnonzero(low < high)):
             middle = (low[pending] + high[pending]) // 2
-            below = self.words_at(middle, depth) < targets[pending]
-            low[pending[below]] = middle[below] + 1
-            high[pending[~below]] = middle[~below]
-            pending = pending[low[pending] < high[pending]]
-        lower, upper = np.split(low, 2)
-        return lower, upper
+            found = self.text.keys[self.positions_at(middle)]
+            below = found <= keys[pending] if side == "right" else found < keys[pending]
+            low[pending] = np.where(below, middle + 1, low[pending])
+            high[pending] = np.where(below, high[pending], middle)
+        return low
 
     def prefix_range(self, passage: bytes) -> tuple[int, int]:
         """The ranks of the suffixes that start with a passage, compared to `SORT_DEPTH` bytes."""
-        low, high = np.array([0]), np.array([len(self)])
-        for depth in range(0, min(len(passage), SORT_DEPTH), 8):
-            part = passage[depth : depth + 8]
-            first, last = (np.array([int.from_bytes(part.ljust(8, fill))], np.uint64) for fill in (b"\0", b"\xff"))
-            low, high = self.narrow_ranges(low, high, depth, first, last)
-        return int(low[0]), int(high[0])
+        first, last = (
+            np.array([passage[:SORT_DEPTH].ljust(SORT_DEPTH, fill)], self.text.keys.dtype) for fill in (b"\0", b"\xff")
+        )
+        return int(self.search(first, "left")[0]), int(self.search(last, "right")[0])
 
 
 def longest_matches(array: SuffixArray, query: Query, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -236,33 +225,17 @@ def longest_matches(array: SuffixArray, query: Query, starts: np.ndarray) -> tup
     Returns:
         Lengths [m] in bytes, 0 without a match, and text positions [m].
     """
+    keys = query.keys[starts]
+    low, high = array.search(keys, "left"), array.search(keys, "right")
     lengths, positions = np.zeros(len(starts), np.int64), np.zeros(len(starts), np.int64)
-    pending, low, high = np.arange(len(starts)), np.zeros(len(starts), np.int64), np.full(len(starts), len(array))
-    for depth in range(0, SORT_DEPTH, 8):
-        words = query.words_at(starts[pending] + depth)
-        first, last = array.narrow_ranges(low, high, depth, words, words)
-        ended = first == last
-        if ended.any():
-            shared, nearest = _best_neighbor(array, first[ended], low[ended], high[ended], depth, words[ended])
-            lengths[pending[ended]], positions[pending[ended]] = depth + shared, nearest
-        pending, low, high = (values[~ended] for values in (pending, first, last))
-    lengths[pending], positions[pending] = _extend_matches(array, query, starts[pending], low, high)
+    whole = low < high  # the whole key is in the text
+    lengths[whole], positions[whole] = _extend_matches(array, query, starts[whole], low[whole], high[whole])
+    for ranks in (low - 1, low):  # the neighbors of the place where a key that is not there would be inserted
+        neighbors = array.positions_at(np.clip(ranks[~whole], 0, len(array) - 1))
+        shared = common_prefix_bytes(array.text, query, neighbors, starts[~whole])
+        positions[~whole] = np.where(shared > lengths[~whole], neighbors, positions[~whole])
+        lengths[~whole] = np.maximum(shared, lengths[~whole])
     return lengths, positions
-
-
-def _best_neighbor(
-    array: SuffixArray, ranks: np.ndarray, low: np.ndarray, high: np.ndarray, depth: int, words: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """For words that would be inserted at ranks of a sorted range, the number of leading bytes shared with the better of
-    the two neighbors, and its text position."""
-    best, positions = np.full(len(ranks), -1), np.zeros(len(ranks), np.int64)
-    for neighbor, exists in ((ranks - 1, ranks > low), (ranks, ranks < high)):
-        neighbor = np.where(exists, neighbor, low)  # `low` is always in the range
-        shared = _equal_leading_bytes(array.words_at(neighbor, depth) ^ words)
-        better = shared > best
-        best = np.where(better, shared, best)
-        positions = np.where(better, array.positions[neighbor].astype(np.int64), positions)
-    return best, positions
 
 
 def _extend_matches(
@@ -274,18 +247,14 @@ def _extend_matches(
     @cache
     def longest(i: int) -> tuple[int, int]:
         """The end in the query and the text position of the longest match."""
-        candidates = array.positions[low[i] : high[i]].astype(np.int64)
+        candidates = array.positions_at(slice(low[i], high[i]))
         return _longest_extension(array.text, query, int(starts[i]), candidates)
 
     i = 0
     while i < len(starts):
         end, position = longest(i)
         # A part of a match is a match: ends never fall, and all up to the first later end are parts of this one.
-        following = i + 1
-        if end == len(query.data):
-            following = len(starts)
-        elif following < len(starts) and longest(following)[0] == end:
-            following = bisect_right(range(len(starts)), end, lo=following + 1, key=lambda k: longest(k)[0])
+        following = bisect_right(range(len(starts)), end, lo=i + 1, key=lambda k: longest(k)[0])
         lengths[i:following] = end - starts[i:following]
         positions[i:following] = position + starts[i:following] - starts[i]
         i = following
@@ -297,15 +266,14 @@ def _longest_extension(text: MappedText, query: Query, start: int, candidates: n
     in `SORT_DEPTH` bytes."""
     if len(candidates) > MIN_PERIODIC_CANDIDATES:
         candidates = _reduce_periodic(text, query, start, candidates)
-    best_end, best = -1, 0
-    for first in range(0, len(candidates), COPY_CHUNK // 8):
-        chunk = candidates[first : first + COPY_CHUNK // 8]
-        ends = start + SORT_DEPTH + common_prefix_bytes(text, query, chunk + SORT_DEPTH, start + SORT_DEPTH)
-        if int(ends.max()) > best_end:
-            best_end, best = int(ends.max()), int(chunk[ends.argmax()])
-        if best_end == len(query.data):
-            break
-    return best_end, best
+
+    def longest_in_chunks() -> Iterator[tuple[int, int]]:
+        for first in range(0, len(candidates), COPY_CHUNK // 8):
+            chunk = candidates[first : first + COPY_CHUNK // 8]
+            ends = start + SORT_DEPTH + common_prefix_bytes(text, query, chunk + SORT_DEPTH, start + SORT_DEPTH)
+            yield int(ends.max()), int(chunk[ends.argmax()])
+
+    return max(longest_in_chunks(), key=itemgetter(0))
 
 
 def _reduce_periodic(text: MappedText, query: Query, start: int, candidates: np.ndarray) -> np.ndarray:
@@ -340,11 +308,7 @@ def common_prefix_bytes(
         xor = text.words_at(words) ^ other.words_at(others)  # [C, block / 8]
         ended = (xor != 0).any(1)
         first = (xor[ended] != 0).argmax(1)
-        shared[pending[ended]] = depth + 8 * first + _equal_leading_bytes(xor[ended, first])
+        differences = xor[ended, first].astype(">u8").view(np.uint8).reshape(-1, 8)
+        shared[pending[ended]] = depth + 8 * first + (differences != 0).argmax(1)
         pending, depth, block = pending[~ended], depth + block, COMPARE_BLOCK_BYTES
     return shared
-
-
-def _equal_leading_bytes(xor: np.ndarray) -> np.ndarray:
-    """The number of leading bytes in which two different words agree, from their exclusive or [C]."""
-    return (xor.astype(">u8").view(np.uint8).reshape(-1, 8) != 0).argmax(1)

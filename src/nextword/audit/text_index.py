@@ -11,8 +11,8 @@ DIR/signposts.bin    the first eight bytes of every 64th suffix
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,17 +31,9 @@ from nextword.audit.suffix_array import (
     sort_suffixes,
     write_sparse_index,
 )
+from nextword.common import fs
 from nextword.common.console import Console
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
-from nextword.common.fs import (
-    MANIFEST,
-    build_directory,
-    map_disk_errors,
-    output_lock,
-    read_manifest,
-    verify_manifest,
-    write_manifest,
-)
 from nextword.data.builtin_datasets import find_sources
 from nextword.data.corpus import Corpus
 from nextword.data.issues import IssueLog
@@ -93,10 +85,9 @@ class CorpusIndex:
             CorruptFileError: a file differs from the manifest.
             NextwordError: the directory is not an index, or one of another version.
         """
-        path = Path(path)
-        if read_manifest(path).get("kind") != "index":
+        if fs.read_manifest(path).get("kind") != "index":
             raise NextwordError(f"{path}: not a corpus index; choose another directory")
-        metadata = verify_manifest(path)
+        metadata = fs.verify_manifest(path)
         if metadata.get("version") != FORMAT_VERSION:
             raise NextwordError(f"{path}: written by another version of nextword; remove it to rebuild it")
         try:
@@ -109,6 +100,7 @@ class CorpusIndex:
 
     @property
     def num_text_bytes(self) -> int:
+        """The bytes of all documents."""
         return len(self.text) - len(self)
 
     # ------------------------------------------------------------ documents
@@ -127,8 +119,8 @@ class CorpusIndex:
     def read_bytes(self, document: int, start: int = 0, count: int | None = None) -> bytes:
         """Bytes of a document from `start` on, by default to its end."""
         begin, end = self.byte_range(document)
-        start = begin + max(0, start)
-        return self.text.bytes[start : end if count is None else min(end, start + count)].tobytes()
+        stop = end if count is None else min(end, begin + start + count)
+        return self.text.bytes[begin + start : stop].tobytes()
 
     def iter_chunks(self, document: int) -> Iterator[tuple[int, str]]:
         """Chunks of at most `CHUNK_BYTES` with their byte offsets, split after a line or word where possible."""
@@ -136,11 +128,12 @@ class CorpusIndex:
         offset = 0
         while offset < end - begin:
             data = self.read_bytes(document, offset, CHUNK_BYTES)
-            if offset + len(data) < end - begin:
-                cut = max(data.rfind(b"\n"), data.rfind(b" ")) + 1
-                data = data[:cut] if cut > len(data) // 2 else trim_partial_character(data)
-            yield offset, data.decode("utf-8", "replace")
-            offset += len(data)
+            cut = max(data.rfind(b"\n"), data.rfind(b" ")) + 1
+            if offset + len(data) < end - begin and cut > len(data) // 2:
+                data = data[:cut]
+            text = data.decode("utf-8", "ignore")  # without the first bytes of a character that the cut splits
+            yield offset, text
+            offset += len(text.encode())
 
     def first_copies(self) -> np.ndarray:
         """For each document, the first document with the same text: itself, unless it is an exact duplicate [D]."""
@@ -160,7 +153,7 @@ class CorpusIndex:
         Every character that is in some match of `min_bytes` or more is covered by its longest one. A passage with several
         occurrences is returned once. Matches start and end between characters.
         """
-        query = Query(encode_text(text))
+        query = Query(text)
         starts = np.flatnonzero(is_character_start(np.frombuffer(query.data, np.uint8)))
         if not len(starts) or not len(self.suffix_array):
             return []
@@ -180,13 +173,13 @@ class CorpusIndex:
 
     def find_documents(self, passage: bytes | str) -> list[int]:
         """The documents that contain a whole passage verbatim, in their order."""
-        query = Query(encode_text(passage))
+        query = Query(passage)
         if not query.data:
             return []
         low, high = self.suffix_array.prefix_range(query.data)
         found: set[int] = set()
         for start in range(low, high, 2**16):
-            positions = self.suffix_array.positions[start : min(high, start + 2**16)].astype(np.int64)
+            positions = self.suffix_array.positions_at(slice(start, min(high, start + 2**16)))
             if len(query.data) > SORT_DEPTH:
                 positions = positions[common_prefix_bytes(self.text, query, positions, 0) >= len(query.data)]
             found.update(np.unique(self._document_ids_at(positions)).tolist())
@@ -196,21 +189,9 @@ class CorpusIndex:
         return np.searchsorted(self.documents["begin"], positions.astype(np.uint64), side="right") - 1
 
 
-def encode_text(text: bytes | str) -> bytes:
-    return text.encode("utf-8", "replace") if isinstance(text, str) else text
-
-
 def is_character_start(data: np.ndarray) -> np.ndarray:
     """Whether each byte starts a character of UTF-8: continuation bytes are 10xxxxxx."""
     return (data & 0xC0) != 0x80
-
-
-def trim_partial_character(data: bytes) -> bytes:
-    """UTF-8 without an incomplete character at its end."""
-    back = next((k for k in range(1, min(4, len(data)) + 1) if data[-k] & 0xC0 != 0x80), 0)
-    lead = data[-back] if back else 0
-    size = 1 if lead < 0x80 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-    return data[:-back] if size > back > 0 else data
 
 
 # ---------------------------------------------------------------- building
@@ -222,7 +203,7 @@ def build_index(
     *,
     training_corpus: Corpus | None = None,
     text_column: str | None = None,
-    console: Console | None = None,
+    console: Console,
 ) -> CorpusIndex:
     """Index files, directories and built-in corpora in the directory `out`, or reuse its index if the texts are unchanged.
 
@@ -230,37 +211,32 @@ def build_index(
     those of a Russian one.
 
     Args:
+        corpora: the files, directories and names of built-in corpora.
+        out: the directory of the index.
         training_corpus: the shards that a model was trained on. If they were prepared from the same text, documents held out
             from training are known and not searched.
         text_column: the column of tables that holds the text.
+        console: receives progress and messages.
 
     Raises:
         UsageError: a path does not exist, or `out` holds something else.
         NextwordError: the corpora contain no text.
     """
-    out, console = Path(out), console or Console(quiet=True)
-    hashes = None if training_corpus is None else json.dumps(_text_hashes(training_corpus.manifest["sources"]))
+    out, issues = Path(out), IssueLog()
     # Every run on the same text can share an index.
-    settings = {"text_column": text_column, "prepared": hashes and sha256(hashes.encode()).hexdigest()}
-    issues = IssueLog()
-    with output_lock(out):
+    prepared = None if training_corpus is None else _texts_digest(training_corpus.manifest["sources"])
+    settings = {"text_column": text_column, "prepared": prepared}
+    with fs.output_lock(out):
         sources = find_sources(corpora, issues, text_column, exclude=out)
-        index = _open_if_unchanged(out, settings, sources, console.info)
+        index = _open_if_unchanged(out, settings, sources, console)
         if index is not None:
             return index
-
-        def build(directory: Path) -> None:
-            metadata = _build_files(sources, directory, training_corpus, issues, console)
-            header = {"kind": "index", "version": FORMAT_VERSION, "asked": settings}
-            with map_disk_errors(directory):
-                write_manifest(directory, header | metadata)
-
-        build_directory(out, build)
+        fs.build_directory(out, lambda directory: _write_index(directory, sources, settings, issues, console))
     return CorpusIndex.open(out)
 
 
 def _open_if_unchanged(
-    out: Path, settings: dict[str, Any], sources: list[SourceFile], log: Callable[[str], None]
+    out: Path, settings: dict[str, Any], sources: list[SourceFile], console: Console
 ) -> CorpusIndex | None:
     """The index at `out` if it was built from the same text with the same settings.
 
@@ -269,92 +245,86 @@ def _open_if_unchanged(
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    manifest = read_manifest(out) if (out / MANIFEST).is_file() else {}
+    manifest = fs.read_manifest(out) if (out / fs.MANIFEST).is_file() else {}
     if manifest.get("kind") != "index":
         raise UsageError(f"{out}: exists and is not an index; choose another directory for it")
     if manifest.get("version") != FORMAT_VERSION or manifest.get("asked") != settings:
         return None
     if not are_unchanged(sources, manifest["sources"]):
-        log(f"{out}: the text has changed; rebuilding the index")
+        console.info(f"{out}: the text has changed; rebuilding the index")
         return None
     try:
         return CorpusIndex.open(out)
     except CorruptFileError as error:
-        log(f"{error}\nThe index is damaged; rebuilding it")
+        console.info(f"{error}\nThe index is damaged; rebuilding it")
         return None
 
 
-class _IndexWriter:
-    """Writes each document of a corpus scan and its row of the document table."""
-
-    def __init__(self, directory: Path):
-        self._text, self._rows = (directory / "text.bin").open("wb"), (directory / "rows.bin").open("wb")
-        self._row = np.zeros(1, DOCUMENT_DTYPE)
-        self.num_bytes = self.num_documents = 0
-
-    def add(self, source: int, hashed: HashedDocument) -> None:
-        self._row["begin"], self._row["source"], self._row["line"] = self.num_bytes, source, hashed.document.line or 0
-        for chunk in hashed:
-            self.num_bytes += self._text.write(chunk.encode())
-        self._row["end"], self._row["key"] = self.num_bytes, hashed.finalize().hex()
-        self._rows.write(self._row.tobytes())
-        self.num_bytes += self._text.write(bytes([DOCUMENT_END]))
-        self.num_documents += 1
-
-    def close(self) -> None:
-        self._text.write(bytes([DOCUMENT_END]) * PADDING)
-        self._text.close()
-        self._rows.close()
+def _texts_digest(sources: list[dict[str, Any]]) -> str:
+    """A hash of all texts of a corpus."""
+    return sha256(json.dumps([source["texts"] for source in sources]).encode()).hexdigest()
 
 
-def _build_files(
-    sources: list[SourceFile], directory: Path, training_corpus: Corpus | None, issues: IssueLog, console: Console
-) -> dict[str, Any]:
-    """Write the files of an index; return what its manifest says about them."""
-    with map_disk_errors(directory), closing(_IndexWriter(directory)) as writer:
-        scan = scan_corpus(sources, directory, issues, console.progress, console.info, writer.add)
-    trained_on = training_corpus and _text_hashes(training_corpus.manifest["sources"])
-    has_held_out = trained_on == _text_hashes(scan.sources)
-    if training_corpus and not has_held_out:
+def _write_index(
+    directory: Path, sources: list[SourceFile], settings: dict[str, Any], issues: IssueLog, console: Console
+) -> None:
+    """Write the files of an index into an empty directory."""
+    spooled = directory / "rows.bin"
+    with (
+        fs.map_disk_errors(directory),
+        (directory / "text.bin").open("wb") as text_file,
+        spooled.open("wb") as row_file,
+    ):
+
+        def add(source: int, hashed: HashedDocument) -> None:
+            begin = text_file.tell()
+            for chunk in hashed:
+                text_file.write(chunk.encode())
+            end = text_file.tell()
+            row = (begin, end, end, hashed.finalize().hex(), source, hashed.document.line or 0)
+            row_file.write(np.array([row], DOCUMENT_DTYPE).tobytes())
+            text_file.write(bytes([DOCUMENT_END]))
+
+        scan = scan_corpus(sources, directory, issues, console.progress, console.info, add)
+        text_file.write(bytes([DOCUMENT_END]) * PADDING)
+    has_held_out = settings["prepared"] == _texts_digest(scan.sources)
+    if settings["prepared"] and not has_held_out:
         console.info("the corpus is not the training text of the model: all of it is searched as training text")
     text = MappedText(directory / "text.bin")
     dtype = np.dtype("<u4" if len(text) < 2**32 else "<u8")
     suffixes = directory / "suffixes.bin"
-    with map_disk_errors(directory):
-        rows = _write_documents(directory, text, writer.num_documents, scan if has_held_out else None)
-        count = _write_suffix_starts(suffixes, text, rows, dtype)
-        sort_suffixes(text, suffixes, count, dtype, lambda done, total: console.progress("indexing", done, total))
+    with fs.map_disk_errors(directory):
+        rows = np.memmap(spooled, DOCUMENT_DTYPE, "r+")
+        if has_held_out:
+            _mark_held_out(rows, text, scan)
+        np.save(directory / "documents.npy", rows)
+        count, num_documents = _write_suffix_starts(suffixes, text, rows, dtype), len(rows)
+        del rows  # Windows removes no file that is mapped
+        spooled.unlink()
+        sort_suffixes(text, suffixes, count, dtype, partial(console.progress, "indexing"))
         write_sparse_index(text, suffixes, directory / "signposts.bin", dtype)
-    return {
-        "held_out": has_held_out,
-        "documents": writer.num_documents,
-        "bytes": scan.size,
-        "places": dtype.str,
-        "problems": dict(issues.counts_by_kind),
-        "sources": scan.sources,
-    }
+        manifest = {
+            "kind": "index",
+            "version": FORMAT_VERSION,
+            "asked": settings,
+            "held_out": has_held_out,
+            "documents": num_documents,
+            "bytes": scan.size,
+            "places": dtype.str,
+            "problems": dict(issues.counts_by_kind),
+            "sources": scan.sources,
+        }
+        fs.write_manifest(directory, manifest)
 
 
-def _text_hashes(sources: list[dict[str, Any]]) -> list[str]:
-    return [source["texts"] for source in sources]
-
-
-def _write_documents(directory: Path, text: MappedText, count: int, split: CorpusScan | None) -> np.ndarray:
-    """Write the document table. Without a split, every document is training text."""
-    spooled = directory / "rows.bin"
-    rows = np.lib.format.open_memmap(directory / "documents.npy", mode="w+", dtype=DOCUMENT_DTYPE, shape=(count,))
-    rows[:] = np.memmap(spooled, dtype=DOCUMENT_DTYPE, mode="r")
-    rows["learned"] = rows["end"]
-    for row in rows if split else ():
-        assert split is not None
-        part = split.split_for_key(bytes.fromhex(row["key"].decode()))
-        if part == "both":
-            row["learned"] = _last_tenth_start(text, int(row["begin"]), int(row["end"]))
-        elif part == "validation":
+def _mark_held_out(rows: np.ndarray, text: MappedText, scan: CorpusScan) -> None:
+    """Set where the training part of each document ends."""
+    for row in rows:
+        split = scan.split_for_key(bytes.fromhex(row["key"].decode()))
+        if split == "validation":
             row["learned"] = row["begin"]
-    rows.flush()
-    spooled.unlink()
-    return rows
+        elif split == "both":
+            row["learned"] = _last_tenth_start(text, int(row["begin"]), int(row["end"]))
 
 
 def _iter_character_starts(text: MappedText, start: int, end: int) -> Iterator[np.ndarray]:
@@ -376,12 +346,10 @@ def _last_tenth_start(text: MappedText, begin: int, end: int) -> int:
 
 def _write_suffix_starts(path: Path, text: MappedText, rows: np.ndarray, dtype: np.dtype[Any]) -> int:
     """Write the start of every character of the training part, in the order of the text; return their number."""
-    count = begin = 0
-    held_out = rows[np.flatnonzero(rows["learned"] < rows["end"])][["learned", "end"]].tolist()
+    held_out = rows[rows["learned"] < rows["end"]]
+    begins, ends = [0, *held_out["end"].tolist()], [*held_out["learned"].tolist(), len(text)]
     with path.open("wb") as file:
-        for start, end in [*held_out, (len(text), len(text))]:
-            for starts in _iter_character_starts(text, begin, start):
+        for begin, end in zip(begins, ends, strict=True):
+            for starts in _iter_character_starts(text, begin, end):
                 file.write(starts.astype(dtype).tobytes())
-                count += len(starts)
-            begin = end
-    return count
+        return file.tell() // dtype.itemsize

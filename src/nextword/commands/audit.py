@@ -1,8 +1,10 @@
 """``nextword audit``: bias, memorization, corpus and cost of a model."""
 
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nextword.commands.command import Context, command, option, options
 from nextword.commands.shared import (
@@ -14,8 +16,17 @@ from nextword.commands.shared import (
     input_paths,
     optional,
 )
+from nextword.common import fs
 from nextword.common.command_result import Result
+from nextword.common.console import Console
+from nextword.common.errors import UsageError
 from nextword.common.format import format_duration
+from nextword.common.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from nextword.audit.findings import Finding
+    from nextword.audit.group_templates import GroupTemplates
+    from nextword.pipeline.language_model import LanguageModel
 
 FLAG = "!"  # before a finding that needs attention
 MAX_FINDINGS = 30  # printed per section; unflagged ones beyond this are left out
@@ -149,6 +160,7 @@ def format_finding(finding: dict[str, Any], previous_note: str) -> list[str]:
 
 
 def format_number(value: float, unit: str) -> str:
+    """A value with one decimal for percentages and whole numbers without any; the unit is not appended."""
     if unit == "%":
         return f"{value:.1f}"
     if value == round(value) and abs(value) < 1e15:
@@ -163,19 +175,167 @@ def format_number(value: float, unit: str) -> str:
 
 @command(AuditConfig, example="nextword audit runs/mine --suite crows-pairs=crows_pairs.csv")
 def audit(config: AuditConfig, context: Context) -> AuditResult:
-    from nextword.audit import audit as auditing
-    from nextword.common.run_dir import RunDir
+    """Audit a model, as far as the inputs allow. The result of a run is also written to RUN/measured/audit.json."""
+    from nextword.audit.bias import is_bias_benchmark
+    from nextword.audit.cost import audit_cost
+    from nextword.audit.group_templates import read_group_templates
+    from nextword.common.results import AUDIT_FILE
+    from nextword.pipeline.language_model import load
     from nextword.reporting.report import refresh_unmodified
 
-    names = ("templates", "suites", "data", "group", "passages", "index", "texts", "prefixes", "limit", "text_column")
-    checks = auditing.AuditConfig(
-        corpora=config.corpus,
-        price=config.electricity_price,
-        intensity=config.carbon_intensity,
-        seed=config.seed or 0,
-        **{name: getattr(config, name) for name in names},
+    check_options(config)
+    started = time.monotonic()
+    groups = None if config.templates is None else read_group_templates(config.templates)
+    bias_benchmarks = [request for request in config.suites if is_bias_benchmark(request)]
+    run = RunDir(config.model)
+    if config.corpus and config.index is None and not run.exists:
+        raise UsageError("name a directory for the index of the corpus: --index DIR")
+    model = load(config.model, config.device)
+    entries = [
+        *bias_findings(model, bias_benchmarks, groups, config, context.console),
+        *corpus_findings(model, run, config, context.console),
+    ]
+    if run.is_complete:
+        entries += audit_cost(run, config.electricity_price, config.carbon_intensity)
+    else:
+        entries.append("cost: unknown, since this is not a complete run")
+    result = AuditResult(
+        model=str(config.model),
+        findings=[entry.to_dict() for entry in entries if not isinstance(entry, str)],
+        left_out=[entry for entry in entries if isinstance(entry, str)],
+        seconds=round(time.monotonic() - started, 3),
     )
-    result = auditing.audit_model(config.model, checks, device=config.device, console=context.console)
-    if RunDir(config.model).exists:
+    if run.exists:
+        audit_file = config.model / AUDIT_FILE
+        with fs.map_disk_errors(audit_file):
+            audit_file.parent.mkdir(exist_ok=True)
+        fs.atomic_write(audit_file, fs.to_json(result.to_dict()))
         refresh_unmodified(config.model, context.console.info)
-    return AuditResult(**result)
+    return result
+
+
+def check_options(config: AuditConfig) -> None:
+    """Raise `UsageError` for a value that is out of its range, and for `group` without `data`."""
+    if config.group is not None and config.data is None:
+        raise UsageError(f"--group {config.group} is a column of labeled data: add --data FILE")
+    for name, minimum in {"texts": 0, "prefixes": 0, "limit": 1}.items():
+        if (count := getattr(config, name)) is not None and count < minimum:
+            raise UsageError(f"--{name} must be at least {minimum}")
+    for name in ("electricity_price", "carbon_intensity"):
+        if (rate := getattr(config, name)) is not None and not 0 <= rate < float("inf"):
+            raise UsageError(f"--{name.replace('_', '-')} must be a finite number of at least 0")
+
+
+# Each part yields its findings, and a message for everything that it skips.
+
+
+def bias_findings(
+    model: "LanguageModel",
+    benchmarks: Sequence[str],
+    groups: "GroupTemplates | None",
+    config: AuditConfig,
+    console: Console,
+) -> "Iterator[Finding | str]":
+    """Findings on groups of people, by benchmarks and by the user's own groups and data."""
+    from nextword.audit.bias import audit_benchmark, audit_group_gaps
+
+    if not benchmarks and groups is None and config.data is None:
+        yield (
+            "bias: not measured. Add benchmarks (--suite crows-pairs=FILE), your own groups (--templates FILE), or labeled "
+            "data (--data FILE --group COLUMN)"
+        )
+    elif has_task_head(model):
+        if benchmarks:
+            yield f"bias by {', '.join(benchmarks)}: not measured, since this model predicts labels; audit its base model"
+        yield from classifier_findings(model, groups, config, console)
+    else:
+        for request in benchmarks:
+            yield from audit_benchmark(model, request, config.limit, console)
+        if groups is not None:
+            yield from audit_group_gaps(model, groups, console)
+        if config.data is not None:
+            yield f"{config.data}: not used, since this model predicts no labels; audit a fine-tuned one"
+
+
+def has_task_head(model: "LanguageModel") -> bool:
+    """Whether a model was fine-tuned with a task head instead of generating its answers."""
+    from nextword.tasks.dataset import HEAD_KINDS
+
+    return model.task_spec is not None and model.task_spec.kind in HEAD_KINDS
+
+
+def classifier_findings(
+    model: "LanguageModel", groups: "GroupTemplates | None", config: AuditConfig, console: Console
+) -> "Iterator[Finding | str]":
+    """Whether predictions depend on the group."""
+    from nextword.audit import fairness
+
+    predictor = model.predictor
+    if groups is not None and fairness.supports_templates(predictor.task_spec):
+        yield from fairness.audit_template_flips(predictor, groups, console)
+    elif groups is not None and config.data is None:
+        task = predictor.task_spec.task
+        yield f"{groups.path}: not applicable to a model for {task}; its groups can be swapped in labeled data, --data FILE"
+    if config.data is None:
+        if groups is not None:
+            yield "group rates: not measured. Add labeled data and its column of groups: --data FILE --group COLUMN"
+        return
+    examples = fairness.read_labeled_examples(predictor, config.data, console)
+    if groups is not None:
+        swap_findings = fairness.audit_swap_flips(predictor, groups, examples, console)
+        yield from swap_findings
+        if not swap_findings:
+            yield f"{config.data}: no text contains a word of the groups in {groups.path}, so none was swapped"
+    if config.group is not None:
+        yield from fairness.audit_group_rates(predictor, examples, config.group, console)
+
+
+def corpus_findings(
+    model: "LanguageModel", run: RunDir, config: AuditConfig, console: Console
+) -> "Iterator[Finding | str]":
+    """What the model has memorized of its training text, and the quality of that text."""
+    corpora, text_column = (config.corpus, config.text_column) if config.corpus else training_text_sources(run)
+    if not corpora:
+        yield "memorization and corpus: not measured. Name the training text of the model: --corpus PATH"
+        return
+    from nextword.audit.bias import resolve_benchmark
+    from nextword.audit.corpus import audit_corpus
+    from nextword.audit.memorization import MemorizationProbe, passage_finding
+    from nextword.audit.text_index import build_index
+    from nextword.data.corpus import Corpus
+    from nextword.pipeline.language_model import pretraining_corpus_of
+
+    shards = pretraining_corpus_of(run.path) if run.exists else None
+    index = build_index(
+        corpora,
+        config.index or run.path / "index",
+        training_corpus=None if shards is None else Corpus.open(shards),
+        text_column=text_column,
+        console=console,
+    )
+    yield from (passage_finding(index, passage) for passage in config.passages)
+    probe = MemorizationProbe(model, index, config.seed or 0, console)
+    if has_task_head(model):
+        yield "memorization: not measured, since this model predicts labels and generates no text; audit its base model"
+    else:
+        if config.texts:
+            yield from probe.sampled_text(config.texts)
+        if config.prefixes:
+            yield probe.extractable_passages(config.prefixes)
+            yield probe.pii_leakage(config.prefixes)
+    benchmarks = [benchmark for request in config.suites if (benchmark := resolve_benchmark(request)) is not None]
+    yield from audit_corpus(index, benchmarks, console)
+
+
+def training_text_sources(run: RunDir) -> tuple[tuple[str, ...], str | None]:
+    """The files and directories a run was trained on and their text column. Empty if one is gone or only holds token shards."""
+    from nextword.data.builtin_datasets import BUILTIN_DATASETS
+
+    request: Any = run.metadata().get("request") if run.exists else None
+    corpora, text_column = (request.get("corpora"), request.get("text_column")) if request else (None, None)
+    if not corpora or not all(
+        path in BUILTIN_DATASETS or (Path(path).exists() and not (Path(path) / fs.MANIFEST).is_file())
+        for path in corpora
+    ):
+        return (), None
+    return tuple(corpora), text_column
