@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from nextword.common.errors import CorruptFileError, NextwordError
-from nextword.common.fs import write_manifest
+from nextword.common.fs import read_json, write_manifest
 from nextword.model import hf
 from nextword.model.config import PRESETS, ModelConfig, build_config
 from nextword.model.gpt import GPT
-from nextword.model.hf import load_model, read_labels, save_model
+from nextword.model.hf import load_model, save_model
+from nextword.model.hf_config import parse_labels
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -36,6 +37,10 @@ def random_model(config: ModelConfig) -> GPT:
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model.eval()
+
+
+def read_labels(directory: Path) -> list[str] | None:
+    return parse_labels(read_json(directory / "config.json"), directory)
 
 
 def logits(model: GPT, tokens: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from nextword.data.tokenizer import Tokenizer
 
 WHITESPACE_PATTERN = " ?"  # unlimited whitespace would let a small model generate nothing else
 # llguidance measures work in "fuel": 50,000 a millisecond for the initial lexer, 14,000 a millisecond for a token.
-PARSER_LIMITS = {
+PARSER_LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 100_000,
     "step_max_items": 20_000,

@@ -153,11 +153,7 @@ class Engine:
     ):
         if max_batch < 1 or step_tokens < 1:
             raise UsageError(f"max_batch and step_tokens must be at least 1, not {max_batch} and {step_tokens}")
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise UsageError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}: "
-                "this is not the tokenizer that the model was trained with"
-            )
+        check_tokenizer(model, tokenizer)
         self.model = model
         self.runner = runner or build_runner(model)
         self.tokenizer = tokenizer
@@ -424,6 +420,19 @@ class Engine:
         finally:
             for request_id in range(first_id, first_id + len(prompts)):
                 self.cancel(request_id)
+
+
+def check_tokenizer(model: GPT, tokenizer: Tokenizer) -> None:
+    """Check that the model has an embedding for every token.
+
+    Raises:
+        UsageError: It has not.
+    """
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UsageError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}: "
+            "this is not the tokenizer that the model was trained with"
+        )
 
 
 def _make_generator(seed: int, index: int) -> torch.Generator:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nextword.model.config import ModelConfig
 
@@ -53,16 +54,13 @@ class KeyValueCache:
             raise ValueError(f"{end} positions are more than the context length of {self.config.context_length}")
         self.num_slots, self.cached_length = max(slots) + 1, end
         self.slots = torch.tensor(slots, device=device)  # [B]
-        self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(
-            num_tokens, device=device
-        )  # [B, T]
+        # [B, T]
+        self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(num_tokens, device=device)
         # Adjacent slots are a view of the cache; others are copied out of it.
         is_adjacent = list(slots) == list(range(slots[0], slots[-1] + 1))
         self.slot_index = slice(slots[0], slots[-1] + 1) if is_adjacent else self.slots
-        key_positions = torch.arange(end, device=device)
-        self.mask = (key_positions <= self.positions[:, :, None])[
-            :, None
-        ]  # [B, 1, T, S]; also hides unwritten positions
+        # [B, 1, T, S]; also hides unwritten positions
+        self.mask = (torch.arange(end, device=device) <= self.positions[:, :, None])[:, None]
         return self.positions
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,12 +98,8 @@ class KeyValueCache:
             return
         if length > old_length:
             length = min(self.config.context_length, max(length, 2 * old_length, INITIAL_CAPACITY))
-        num_slots, length = max(num_slots, old_slots), max(length, old_length)
-        shape = (self.config.n_layers, num_slots, self.config.n_kv_heads, length, self.config.head_dim)
-        keys, values = like.new_zeros(shape), like.new_zeros(shape)
-        keys[:, :old_slots, :, :old_length] = self.keys
-        values[:, :old_slots, :, :old_length] = self.values
-        self.keys, self.values = keys, values
+        padding = (0, 0, 0, max(0, length - old_length), 0, 0, 0, max(0, num_slots - old_slots))
+        self.keys, self.values = (F.pad(cached.to(like), padding) for cached in (self.keys, self.values))
 
 
 def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:

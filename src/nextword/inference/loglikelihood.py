@@ -9,15 +9,17 @@ Shapes: B rows of a batch, T tokens of a row, P positions whose logits are made,
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nextword.common.errors import NextwordError, UsageError
+from nextword.common.errors import NextwordError
+from nextword.common.fs import is_json_object
 from nextword.data.tokenizer import Tokenizer
+from nextword.inference.engine import check_tokenizer
 from nextword.inference.kv_cache import common_prefix_length
 from nextword.inference.perplexity import evaluation_mode
 from nextword.model import ops
@@ -88,11 +90,7 @@ class LoglikelihoodScorer:
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, check_greedy: bool = False):
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise UsageError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}: "
-                "this is not the tokenizer that the model was trained with"
-            )
+        check_tokenizer(model, tokenizer)
         self.model, self.tokenizer, self.check_greedy = model, tokenizer, check_greedy
 
     # ------------------------------------------------------------ text to tokens
@@ -108,7 +106,7 @@ class LoglikelihoodScorer:
         distinct = list(dict.fromkeys(text for context, rest in stripped for text in (context, context + rest)))
         ids = dict(zip(distinct, (array.tolist() for array in self.tokenizer.encode_batch(distinct)), strict=True))
         begin = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        sequences = []
+        sequences: list[ScoredSequence] = []
         for context, rest in stripped:
             context_ids, all_ids = [*begin, *ids[context]], [*begin, *ids[context + rest]]
             if not context or not context_ids:
@@ -127,7 +125,7 @@ class LoglikelihoodScorer:
     def prefix_token_id(self) -> int:
         """The token in place of an empty context: beginning of text, or end of text without one."""
         bos = self.tokenizer.config.get("bos_token")
-        bos = bos.get("content") if isinstance(bos, dict) else bos
+        bos = bos.get("content") if is_json_object(bos) else bos
         return self.tokenizer.special_tokens.get(str(bos), self.tokenizer.eos_id)
 
     # ------------------------------------------------------------ scoring
@@ -235,8 +233,7 @@ class LoglikelihoodScorer:
         output_indices, hidden_indices = np.unique(np.concatenate(predictors), return_inverse=True)  # [P], [M]
         device = self.model.unembedding.device
         ids, at, of, gaps, outputs = (
-            torch.from_numpy(array).to(device)
-            for array in (tokens, positions, segments, attention_gaps, output_indices)
+            torch.as_tensor(array).to(device) for array in (tokens, positions, segments, attention_gaps, output_indices)
         )
         hidden = self.model(
             ids,
@@ -254,27 +251,25 @@ class LoglikelihoodScorer:
         self, hidden: Tensor, hidden_indices: np.ndarray, target_ids: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Log-probability of each target and whether it is the most likely token, [M], from hidden states [P, D]."""
-        order = np.argsort(hidden_indices, kind="stable")
-        logprobs, is_top = np.empty(len(target_ids)), np.ones(len(target_ids), dtype=bool)
+        indices, ids = (torch.as_tensor(array).to(hidden.device) for array in (hidden_indices, target_ids))
+        logprobs, is_top = torch.zeros(len(ids), dtype=torch.float64), torch.ones(len(ids), dtype=torch.bool)
         num_tiles = max(1, round(len(hidden) / LOGIT_TILE[0]))
         bounds = [len(hidden) * i // num_tiles for i in range(num_tiles + 1)]
         for start, end in pairwise(bounds):
-            targets = order[slice(*np.searchsorted(hidden_indices[order], (start, end)))]
-            rows, ids = (
-                torch.from_numpy(array).to(hidden.device)
-                for array in (hidden_indices[targets] - start, target_ids[targets])
+            selected = ((indices >= start) & (indices < end)).nonzero()[:, 0]
+            target_logits, max_logits, logsumexp = self._tiled_logits(
+                hidden[start:end], indices[selected] - start, ids[selected]
             )
-            target_logits, max_logits, logsumexp = self._tiled_logits(hidden[start:end], rows, ids)
-            is_top[targets] = (target_logits >= max_logits).cpu().numpy()
-            logprobs[targets] = (target_logits.double() - logsumexp.double()).cpu().numpy()
-        return logprobs, is_top
+            is_top[selected.cpu()] = (target_logits >= max_logits).cpu()
+            logprobs[selected.cpu()] = (target_logits.double() - logsumexp.double()).cpu()
+        return logprobs.numpy(), is_top.numpy()
 
     def _tiled_logits(self, hidden: Tensor, rows: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of targets at rows of hidden states [n, D], the rows' maxima (−∞ unless checked) and log-sum-exps; [M] each.
 
         The vocabulary is split into tiles, so that the logits of one are still in the cache when they are summed.
         """
-        target_logits, sums = hidden.new_empty(len(rows)), []
+        target_logits, sums = hidden.new_empty(len(rows)), list[Tensor]()
         max_logits = torch.full_like(target_logits, -torch.inf)
         for first in range(0, self.model.config.vocab_size, LOGIT_TILE[1]):
             logits = torch.mm(hidden, self.model.unembedding[first : first + LOGIT_TILE[1]].T)  # [n, tile]
@@ -293,31 +288,24 @@ class LoglikelihoodScorer:
 def build_tree(sequences: Sequence[ScoredSequence], sequence_ids: Sequence[int]) -> PrefixTree:
     """The prefix tree of some sequences."""
     inputs = [sequence.token_ids[:-1] for sequence in sequences]
-    prefix = len(inputs[0])
-    for other in inputs[1:]:
-        prefix = common_prefix_length(inputs[0][:prefix], other)
-    tokens, positions = [inputs[0][:prefix]], [np.arange(prefix)]
-    branch_starts = [np.zeros(prefix, dtype=np.int64)]
-    predictors, targets, ids = [], [], []
-    start = prefix
-    for sequence, token_ids, sequence_id in zip(sequences, inputs, sequence_ids, strict=True):
-        branch_length = len(token_ids) - prefix
-        tokens.append(token_ids[prefix:])
-        positions.append(np.arange(prefix, len(token_ids)))
-        branch_starts.append(np.full(branch_length, start))
-        place = np.arange(len(token_ids) - sequence.num_targets, len(token_ids))  # in the sequence
-        predictors.append(np.where(place < prefix, place, place + start - prefix))
-        targets.append(sequence.token_ids[len(sequence.token_ids) - sequence.num_targets :])
-        ids.append(np.full(sequence.num_targets, sequence_id))
-        start += branch_length
+    prefix = min(common_prefix_length(inputs[0], ids) for ids in inputs)
+    branch_lengths = [len(ids) - prefix for ids in inputs]
+    starts = list(accumulate(branch_lengths, initial=prefix))[:-1]  # where in the tree each branch begins
+    num_targets = [sequence.num_targets for sequence in sequences]
+    predictors = [
+        np.where(place < prefix, place, place + start - prefix)
+        for ids, n, start in zip(inputs, num_targets, starts, strict=True)
+        for place in [np.arange(len(ids) - n, len(ids))]  # in the sequence
+    ]
+    targets = [id for sequence in sequences for id in sequence.token_ids[-sequence.num_targets :]]
     return PrefixTree(
-        tokens=np.concatenate(tokens).astype(np.int64),
-        positions=np.concatenate(positions),
-        branch_starts=np.concatenate(branch_starts),
+        tokens=np.array(inputs[0][:prefix] + [id for ids in inputs for id in ids[prefix:]], dtype=np.int64),
+        positions=np.concatenate([np.arange(prefix), *(np.arange(prefix, len(ids)) for ids in inputs)]),
+        branch_starts=np.repeat([0, *starts], [prefix, *branch_lengths]),
         prefix_length=prefix,
         predictor_positions=np.concatenate(predictors),
-        target_ids=np.concatenate(targets).astype(np.int64),
-        sequence_ids=np.concatenate(ids),
+        target_ids=np.array(targets, dtype=np.int64),
+        sequence_ids=np.repeat(sequence_ids, num_targets),
     )
 
 

@@ -21,7 +21,7 @@ from nextword.common import native_build
 from nextword.inference.kv_cache import KeyValueCache
 from nextword.inference.quantization import PRECISION_CODES, Precision, precision_for, quantize
 from nextword.model import ops
-from nextword.model.gpt import GPT, Norm, compute_rotary_cos_sin
+from nextword.model.gpt import GPT, Norm, compute_rotary_cos_sin, named_modules
 
 SOURCE = Path(__file__).with_name("native_runner.cpp")
 
@@ -127,41 +127,30 @@ def fake_quantize(model: GPT, precision: Precision) -> GPT:
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
-class _Matrix(ctypes.Structure):
-    _fields_ = [
-        *((name, POINTER) for name in ("data", "scale", "bias")),
-        *((name, INT) for name in ("precision", "out_features", "in_features")),
-    ]
+def _structure(name: str, *fields: tuple[Any, str]) -> type[ctypes.Structure]:
+    """A structure from types and the names of the fields that have them, in the order of the C++ file."""
+    declared = [(field, kind) for kind, names in fields for field in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": declared})
 
 
-class _Norm(ctypes.Structure):
-    _fields_ = [("weight", POINTER), ("bias", POINTER)]
-
-
-class _Layer(ctypes.Structure):
-    """The norms and matrices of a `Block`, by their names there. What a block does not have stays null."""
-
-    _fields_ = [
-        *((name, _Norm) for name in ("attention_norm", "feed_forward_norm", "query_norm", "key_norm")),
-        *((name, _Matrix) for name in ("query", "key", "value", "output", "up", "gate", "down")),
-    ]
-
-
-class _Model(ctypes.Structure):
-    _fields_ = [
-        *((name, INT) for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff")),
-        *((name, INT) for name in ("context_length", "activation", "post_norm")),
-        *((name, FLOAT) for name in ("eps", "padding")),
-        *((name, POINTER) for name in ("position_table", "cos", "sin")),
-        ("final_norm", _Norm),
-        ("embedding", _Matrix),
-        ("head", _Matrix),
-        ("layers", ctypes.POINTER(_Layer)),
-    ]
-
-
-class _Cache(ctypes.Structure):
-    _fields_ = [("keys", POINTER), ("values", POINTER), ("slots", INT), ("capacity", INT)]
+_Matrix = _structure("_Matrix", (POINTER, "data scale bias"), (INT, "precision out_features in_features"))
+_Norm = _structure("_Norm", (POINTER, "weight bias"))
+# Named as in a `Block`. What a block does not have stays null.
+_Layer = _structure(
+    "_Layer",
+    (_Norm, "attention_norm feed_forward_norm query_norm key_norm"),
+    (_Matrix, "query key value output up gate down"),
+)
+_Model = _structure(
+    "_Model",
+    (INT, "n_layers d_model n_heads n_kv_heads head_dim d_ff context_length activation post_norm"),
+    (FLOAT, "eps padding"),
+    (POINTER, "position_table cos sin"),
+    (_Norm, "final_norm"),
+    (_Matrix, "embedding head"),
+    (ctypes.POINTER(_Layer), "layers"),
+)
+_Cache = _structure("_Cache", (POINTER, "keys values"), (INT, "slots capacity"))
 
 
 # ---------------------------------------------------------------- compiled code
@@ -219,17 +208,16 @@ class NativeRunner:
         )
         return list(torch.split(logits, counts))
 
-    def _build_model_struct(self, model: GPT, precision: Precision) -> _Model:
+    def _build_model_struct(self, model: GPT, precision: Precision) -> ctypes.Structure:
         config = model.config
         layers = (_Layer * config.n_layers)()
         self.keepalive.append(layers)
-        for layer, block in zip(layers, model.blocks, strict=True):
-            for path, module in block.named_modules():
-                name = path.rpartition(".")[2]
-                if isinstance(module, Norm):
-                    setattr(layer, name, self._norm(module))
-                elif isinstance(module, nn.Linear):
-                    setattr(layer, name, self._matrix(module.weight, precision, module.bias))
+        for path, module in named_modules(model).items():
+            if isinstance(module, Norm | nn.Linear) and path.startswith("blocks."):
+                _, layer, *_, name = path.split(".")
+                is_norm = isinstance(module, Norm)
+                struct = self._norm(module) if is_norm else self._matrix(module.weight, precision, module.bias)
+                setattr(layers[int(layer)], name, struct)
         outer_precision = precision_for(precision, in_block=False)
         head = embedding = self._matrix(model.unembedding, outer_precision)
         if model.head is not None:
@@ -254,11 +242,11 @@ class NativeRunner:
         self.keepalive.append(tensor)
         return tensor.data_ptr()
 
-    def _norm(self, norm: nn.Module) -> _Norm:
+    def _norm(self, norm: nn.Module) -> ctypes.Structure:
         """The structure of a norm; null pointers for `nn.Identity`."""
         return _Norm(*map(self._data_pointer, (norm.weight, norm.bias))) if isinstance(norm, Norm) else _Norm()
 
-    def _matrix(self, weight: Tensor, precision: Precision, bias: Tensor | None = None) -> _Matrix:
+    def _matrix(self, weight: Tensor, precision: Precision, bias: Tensor | None = None) -> ctypes.Structure:
         quantized = quantize(weight, precision)
         pointers = map(self._data_pointer, (quantized.data, quantized.scale, bias))
         return _Matrix(*pointers, PRECISION_CODES[precision], *quantized.shape)

@@ -6,7 +6,7 @@ Shapes: B windows of a batch, T predicted positions (at most the context length)
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -152,7 +152,7 @@ def evaluate_perplexity(
         bits_per_byte=nats / math.log(2) / evaluated_bytes,
         tokens=num_tokens,
         bytes=round(evaluated_bytes),
-        by_position=(sums / counts)[counts > 0].tolist(),
+        by_position=(sums / counts)[counts > 0].numpy().tolist(),
         stride=stride,
     )
 
@@ -196,7 +196,8 @@ def measure_context_usage(model: GPT, tokens: TokenSource, *, max_windows: int =
             rows = _read_windows(tokens, batch, context_length, context_length)
             original += compute_token_nll(model, rows).sum(0)
             shuffled += compute_token_nll(model, generator.permuted(rows, axis=1)).sum(0)
-    return ContextUsage((original / len(windows)).tolist(), (shuffled / len(windows)).tolist())
+    original, shuffled = ((nll / len(windows)).numpy().tolist() for nll in (original, shuffled))
+    return ContextUsage(original, shuffled)
 
 
 def compute_token_nll(model: GPT, windows: np.ndarray) -> Tensor:
@@ -217,14 +218,14 @@ def compute_token_nll(model: GPT, windows: np.ndarray) -> Tensor:
             f"token {windows.max()} is outside the model's vocabulary of {model.config.vocab_size}: "
             "the text was prepared with another tokenizer"
         )
-    ids = torch.from_numpy(windows.astype(np.int64)).to(model.unembedding.device)
+    ids = torch.as_tensor(windows.astype(np.int64)).to(model.unembedding.device)
     hidden = model(ids[:, :-1], kernels=model.supports_kernels())  # [B, T, D]
     nll = token_nll(hidden.flatten(0, 1), model.unembedding, ids[:, 1:].flatten(), MAX_LOGITS)
     return nll.cpu().double().view(ids.shape[0], -1)
 
 
 @contextlib.contextmanager
-def evaluation_mode(model: GPT, inference_mode: bool = True) -> Iterator[None]:
+def evaluation_mode(model: GPT, inference_mode: bool = True) -> Generator[None]:
     """The model in evaluation mode and without gradients, and afterwards as it was.
 
     Args:

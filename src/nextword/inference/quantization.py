@@ -35,7 +35,7 @@ class QuantizedTensor:
             return self.data
         if self.precision == "int8":
             return (self.data * self.scale[:, None])[:, : self.shape[1]]
-        halves = self.data.unflatten(1, (-1, GROUP_SIZE // 2))  # [out, groups, 16]
+        halves = self.data.reshape(len(self.data), -1, GROUP_SIZE // 2)  # [out, groups, 16]
         weights = torch.cat((halves & 15, halves >> 4), dim=2).float() - 8
         return (weights * self.scale.float()[:, :, None]).flatten(1)[:, : self.shape[1]]
 
@@ -56,7 +56,7 @@ def quantize(weight: Tensor, precision: Precision) -> QuantizedTensor:
         scale = weight.abs().amax(1) / 127
         data = (weight / _replace_zeros(scale)[:, None]).round().to(torch.int8)
         return QuantizedTensor(precision, data, scale, shape)
-    groups = weight.unflatten(1, (-1, GROUP_SIZE))  # [out, groups, 32]
+    groups = weight.reshape(len(weight), -1, GROUP_SIZE)  # [out, groups, 32]
     # First the scale that maps the weight of largest magnitude to -8; then, twice, the least-squares scale of the result.
     largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
     scale = largest / -8

@@ -1,6 +1,7 @@
 """The next token from the model's logits [V]: penalties, temperature, filters, and a draw."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -54,7 +55,7 @@ class Sampling:
             if not is_valid:
                 raise UsageError(f"{name} must be {expected}, not {getattr(self, name)!r}")
 
-        def is_count(value: object, minimum: int, optional: bool = True) -> bool:
+        def is_count(value: object, minimum: float, optional: bool = True) -> bool:
             return (optional and value is None) or (isinstance(value, int) and value >= minimum)
 
         check("temperature", 0 <= self.temperature < math.inf, "at least 0 (0 is greedy decoding)")
@@ -69,9 +70,9 @@ class Sampling:
         check("logit_bias", all(math.isfinite(bias) for bias in biases), "finite numbers by token id")
         check("logprobs", is_count(self.logprobs, 0), "an integer of at least 0")
         check("prompt_logprobs", is_count(self.prompt_logprobs, 0), "an integer of at least 0")
-        check("seed", self.seed is None or isinstance(self.seed, int), "an integer")
-        are_strings = isinstance(self.stop, tuple) and all(isinstance(stop, str) and stop for stop in self.stop)
-        check("stop", are_strings, "a tuple of non-empty strings")
+        check("seed", is_count(self.seed, -math.inf), "an integer")
+        stop: object = vars(self)["stop"]  # a string would be a sequence of strings, too
+        check("stop", isinstance(stop, tuple) and all(self.stop), "a tuple of non-empty strings")
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,9 @@ def top_logprobs(logits: Tensor, token: int, count: int) -> TokenLogprob:
     """
     logprobs = logits.double().log_softmax(0)
     values, ids = logprobs.topk(min(max(0, count), len(logprobs)))
-    return TokenLogprob(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+    return TokenLogprob(
+        token, float(logprobs[token]), tuple(zip(ids.numpy().tolist(), values.numpy().tolist(), strict=True))
+    )
 
 
 def apply_penalties(
@@ -138,8 +141,10 @@ def apply_penalties(
         scores, penalty = logits[seen], sampling.repetition_penalty
         logits = logits.index_copy(0, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
     if (sampling.presence_penalty or sampling.frequency_penalty) and len(generated):
-        ids, counts = torch.tensor(list(generated)).unique(return_counts=True)
-        logits = logits.index_add(0, ids, -(sampling.presence_penalty + sampling.frequency_penalty * counts.double()))
+        counts = Counter(generated)
+        repetitions = torch.tensor(list(counts.values()), dtype=torch.float64)
+        penalties = sampling.presence_penalty + sampling.frequency_penalty * repetitions
+        logits = logits.index_add(0, torch.tensor(list(counts)), -penalties)
     return logits if allowed_mask is None else logits.masked_fill(~allowed_mask, -math.inf)
 
 

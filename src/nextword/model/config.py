@@ -4,7 +4,7 @@ The choices are restricted: a configuration that no stock class of `transformers
 every model can be saved as a stock directory.
 """
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
 
 Family = Literal["gpt1", "gpt2", "qwen3", "llama"]
@@ -16,6 +16,30 @@ HF_CLASSES: dict[Family, tuple[str, str, str]] = {
     "qwen3": ("qwen3", "Qwen3ForCausalLM", "Qwen3ForSequenceClassification"),
     "llama": ("llama", "LlamaForCausalLM", "LlamaForSequenceClassification"),
 }
+# The values that each family allows; the first of them is its default.
+_LAYERNORM: dict[str, tuple[Any, ...]] = {
+    "norm": ("layernorm",),
+    "positions": ("learned", "sinusoidal"),
+    "activation": ("gelu", "relu"),
+    "qk_norm": (False,),
+}
+_RMSNORM: dict[str, tuple[Any, ...]] = {
+    "norm": ("rmsnorm",),
+    "norm_position": ("pre",),
+    "positions": ("rope",),
+    "activation": ("swiglu",),
+    "attention_bias": (False,),
+    "feed_forward_bias": (False,),
+}
+FAMILY_SETTINGS: dict[Family, dict[str, tuple[Any, ...]]] = {
+    "gpt1": {**_LAYERNORM, "norm_position": ("post",)},
+    "gpt2": {**_LAYERNORM, "norm_position": ("pre",)},
+    "qwen3": {**_RMSNORM, "qk_norm": (True,)},
+    "llama": {**_RMSNORM, "qk_norm": (False,)},
+}
+FAMILY_DEFAULTS: dict[Family, dict[str, Any]] = {
+    family: {name: values[0] for name, values in settings.items()} for family, settings in FAMILY_SETTINGS.items()
+}
 SIZE_FIELDS = ("vocab_size", "context_length", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_model", "d_ff")
 
 
@@ -23,12 +47,7 @@ class ConfigError(ValueError):
     """A configuration that is invalid or that no stock class can hold."""
 
 
-def required_setting(help: str) -> Any:
-    """A dataclass field without a default, with help for the command line."""
-    return field(metadata={"help": help})
-
-
-def setting(default: Any, help: str) -> Any:
+def setting(help: str, default: Any = MISSING) -> Any:
     """A dataclass field with help for the command line."""
     return field(default=default, metadata={"help": help})
 
@@ -42,25 +61,25 @@ class ModelConfig:
     """
 
     vocab_size: int
-    context_length: int = required_setting("Context length in tokens.")
-    n_layers: int = required_setting("Number of Transformer blocks.")
-    n_heads: int = required_setting("Number of attention heads.")
-    n_kv_heads: int = required_setting("Number of key-value heads, each shared by n_heads / n_kv_heads query heads.")
-    head_dim: int = required_setting("Width of an attention head. Default: d_model / n_heads.")
-    d_model: int = required_setting("Width of the residual stream.")
-    d_ff: int = required_setting("Width of the feed-forward layer.")
-    norm: Literal["layernorm", "rmsnorm"] = setting("layernorm", "Layer normalization or RMSNorm.")
-    norm_position: Literal["pre", "post"] = setting("pre", "Norms before each residual branch, or after each sum.")
-    norm_eps: float = setting(1e-5, "Epsilon of the norms.")
-    positions: Literal["learned", "sinusoidal", "rope"] = setting("learned", "Position encoding.")
-    rope_theta: float = setting(10_000.0, "Base of the rotary position embedding.")
-    activation: Literal["relu", "gelu", "swiglu"] = setting("gelu", "Activation of the feed-forward layer.")
-    qk_norm: bool = setting(False, "Normalize the queries and keys of each head.")
-    attention_bias: bool = setting(True, "Biases in the attention projections.")
-    feed_forward_bias: bool = setting(True, "Biases in the feed-forward layer.")
-    tied: bool = setting(True, "Tie the token embedding and the language-model head.")
-    dropout: float = setting(0.0, "Dropout probability of the residual branches and the embedding.")
-    n_labels: int = setting(0, "Outputs of the classification head; 0 for a language model.")
+    context_length: int = setting("Context length in tokens.")
+    n_layers: int = setting("Number of Transformer blocks.")
+    n_heads: int = setting("Number of attention heads.")
+    n_kv_heads: int = setting("Number of key-value heads, each shared by n_heads / n_kv_heads query heads.")
+    head_dim: int = setting("Width of an attention head. Default: d_model / n_heads.")
+    d_model: int = setting("Width of the residual stream.")
+    d_ff: int = setting("Width of the feed-forward layer.")
+    norm: Literal["layernorm", "rmsnorm"] = setting("Layer normalization or RMSNorm.", "layernorm")
+    norm_position: Literal["pre", "post"] = setting("Norms before each residual branch, or after each sum.", "pre")
+    norm_eps: float = setting("Epsilon of the norms.", 1e-5)
+    positions: Literal["learned", "sinusoidal", "rope"] = setting("Position encoding.", "learned")
+    rope_theta: float = setting("Base of the rotary position embedding.", 10_000.0)
+    activation: Literal["relu", "gelu", "swiglu"] = setting("Activation of the feed-forward layer.", "gelu")
+    qk_norm: bool = setting("Normalize the queries and keys of each head.", False)
+    attention_bias: bool = setting("Biases in the attention projections.", True)
+    feed_forward_bias: bool = setting("Biases in the feed-forward layer.", True)
+    tied: bool = setting("Tie the token embedding and the language-model head.", True)
+    dropout: float = setting("Dropout probability of the residual branches and the embedding.", 0.0)
+    n_labels: int = setting("Outputs of the classification head; 0 for a language model.", 0)
 
     def __post_init__(self) -> None:
         for name in (*SIZE_FIELDS, "n_labels"):
@@ -88,32 +107,20 @@ class ModelConfig:
         """
         if self.norm == "layernorm":
             family: Family = "gpt1" if self.norm_position == "post" else "gpt2"
-            allowed: dict[str, tuple[Any, ...]] = {
-                "positions": ("learned", "sinusoidal"),
-                "activation": ("relu", "gelu"),
-                "qk_norm": (False,),
-                "n_kv_heads": (self.n_heads,),
-            }
-            if family == "gpt1":
-                allowed["d_ff"] = (4 * self.d_model,)
-            if self.head_dim * self.n_heads != self.d_model:
-                raise ConfigError(
-                    f"{HF_CLASSES[family][1]} needs d_model = n_heads × head_dim; "
-                    f"{self.d_model} is not {self.n_heads} × {self.head_dim}"
-                )
         else:
             family = "qwen3" if self.qk_norm else "llama"
-            allowed = {
-                "positions": ("rope",),
-                "activation": ("swiglu",),
-                "norm_position": ("pre",),
-                "attention_bias": (False,),
-                "feed_forward_bias": (False,),
-            }
+        allowed, stock_class = dict(FAMILY_SETTINGS[family]), HF_CLASSES[family][1]
+        if self.norm == "layernorm":
+            if self.head_dim * self.n_heads != self.d_model:
+                sizes = f"{self.d_model} is not {self.n_heads} × {self.head_dim}"
+                raise ConfigError(f"{stock_class} needs d_model = n_heads × head_dim; {sizes}")
+            allowed["n_kv_heads"] = (self.n_heads,)
+        if family == "gpt1":
+            allowed["d_ff"] = (4 * self.d_model,)
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ConfigError(
-                    f"{HF_CLASSES[family][1]}, the closest stock class, needs "
+                    f"{stock_class}, the closest stock class, needs "
                     f"{name} = {' or '.join(map(str, values))}, not {getattr(self, name)}"
                 )
         return family
@@ -168,29 +175,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Vaswani et al. 2017, sections 3.1 to 3.5, the decoder alone. Its projections have no bias. The head is not tied, because
     # a tied matrix cannot be as large as the position table and give small logits at the same time.
     "tutorial": {
-        "norm": "layernorm",
-        "norm_position": "post",
+        **FAMILY_DEFAULTS["gpt1"],
         "positions": "sinusoidal",
         "activation": "relu",
         "attention_bias": False,
         "tied": False,
     },
-    # Radford et al. 2018, section 4.1.
-    "gpt1": {"norm": "layernorm", "norm_position": "post", "positions": "learned", "activation": "gelu"},
+    # Radford et al. 2018, section 4.1: post-norm, learned positions, GELU.
+    "gpt1": FAMILY_DEFAULTS["gpt1"],
     # Radford et al. 2019, section 2.3: pre-norm, and a final norm.
-    "gpt2": {"norm": "layernorm", "norm_position": "pre", "positions": "learned", "activation": "gelu"},
+    "gpt2": FAMILY_DEFAULTS["gpt2"],
     # Qwen3 technical report 2025, section 2: RoPE (Su et al. 2021), RMSNorm (Zhang and Sennrich 2019), SwiGLU (Shazeer
     # 2020), grouped-query attention (Ainslie et al. 2023), and normalized queries and keys.
-    "modern": {
-        "norm": "rmsnorm",
-        "norm_position": "pre",
-        "norm_eps": 1e-6,
-        "positions": "rope",
-        "activation": "swiglu",
-        "qk_norm": True,
-        "attention_bias": False,
-        "feed_forward_bias": False,
-    },
+    "modern": {**FAMILY_DEFAULTS["qwen3"], "norm_eps": 1e-6},
 }
 
 # name: (layers, heads, width, context length). From 125m on: GPT-3's table 2.1 (Brown et al. 2020), with a number of heads

@@ -6,7 +6,7 @@ Shapes: N positions, D model width, V vocabulary. Targets are token ids; -100 (P
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType] (PyTorch declares no type)
 
 from nextword.model import ops
 
@@ -48,7 +48,7 @@ def token_nll(hidden: Tensor, unembedding: Tensor, targets: Tensor, max_logits: 
     rows = max(1, max_logits // unembedding.shape[0])
     if len(hidden) <= rows:
         return _token_nll(hidden, unembedding, targets)
-    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+    chunks = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
     return torch.cat([checkpoint(_token_nll, h, unembedding, t, use_reentrant=False) for h, t in chunks])
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType] (PyTorch declares no type)
 
 from nextword.model import ops
 from nextword.model.config import ModelConfig
@@ -166,11 +166,8 @@ class Attention(nn.Module):
         self.key = nn.Linear(config.d_model, kv_width, bias=config.attention_bias)
         self.value = nn.Linear(config.d_model, kv_width, bias=config.attention_bias)
         self.output = nn.Linear(query_width, config.d_model, bias=config.attention_bias)
-        if config.qk_norm:
-            self.query_norm = Norm(config.head_dim, config.norm, config.norm_eps)
-            self.key_norm = Norm(config.head_dim, config.norm, config.norm_eps)
-        else:
-            self.query_norm, self.key_norm = nn.Identity(), nn.Identity()
+        head_norm = partial(Norm, config.head_dim, config.norm, config.norm_eps) if config.qk_norm else nn.Identity
+        self.query_norm, self.key_norm = head_norm(), head_norm()
 
     def forward(self, x: Tensor, context: ForwardContext, output_indices: Tensor | None = None) -> Tensor:
         """Attention of x [B, T, D] to itself and to cached positions.
@@ -204,19 +201,12 @@ class Attention(nn.Module):
         """As `attend`, by the compiled operators."""
         qkv = ops.fused_linear(x, (self.query, self.key, self.value))  # [B, T, (H + 2G)·K]
         query_norm, key_norm = (n.weight if isinstance(n, Norm) else None for n in (self.query_norm, self.key_norm))
-        return ops.attention(
-            qkv,
-            query_norm,
-            key_norm,
-            self.config,
-            context.rotary_cos_sin,
-            context.segment_starts,
-            context.attention_gaps,
-        )  # [B, T, H·K]
+        rotary, starts, gaps = context.rotary_cos_sin, context.segment_starts, context.attention_gaps
+        return ops.attention(qkv, query_norm, key_norm, self.config, rotary, starts, gaps)  # [B, T, H·K]
 
     def split_heads(self, x: Tensor) -> Tensor:
         """[B, T, H·K] → [B, H, T, K]."""
-        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+        return torch.unflatten(x, -1, (-1, self.config.head_dim)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -337,24 +327,20 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         with SkipInit():
-            self._build()
+            self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
+            if config.positions == "learned":
+                self.position_embedding = nn.Embedding(config.context_length, config.d_model)
+            elif config.positions == "sinusoidal":  # a buffer that is not saved: it follows from the configuration
+                table = sinusoidal_table(config.context_length, config.d_model)
+                self.register_buffer("position_table", table, persistent=False)
+            blocks: Any = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+            self.blocks: Sequence[Block] = blocks
+            pre_norm = config.norm_position == "pre"
+            self.final_norm = Norm(config.d_model, config.norm, config.norm_eps) if pre_norm else nn.Identity()
+            self.head = None if config.tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.score = nn.Linear(config.d_model, config.n_labels, bias=False) if config.n_labels else None
         if not self.token_embedding.weight.is_meta:
             self.init_weights()
-
-    def _build(self) -> None:
-        config = self.config
-        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
-        if config.positions == "learned":
-            self.position_embedding = nn.Embedding(config.context_length, config.d_model)
-        elif config.positions == "sinusoidal":  # a buffer that is not saved: it follows from the configuration
-            table = sinusoidal_table(config.context_length, config.d_model)
-            self.register_buffer("position_table", table, persistent=False)
-        blocks: Any = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.blocks: Sequence[Block] = blocks
-        pre_norm = config.norm_position == "pre"
-        self.final_norm = Norm(config.d_model, config.norm, config.norm_eps) if pre_norm else nn.Identity()
-        self.head = None if config.tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.score = nn.Linear(config.d_model, config.n_labels, bias=False) if config.n_labels else None
 
     @classmethod
     def on_meta(cls, config: ModelConfig) -> "GPT":
@@ -503,7 +489,7 @@ class GPT(nn.Module):
         """
         config = self.config
         glorot = config.positions == "sinusoidal"
-        for module_name, module in self.named_modules():
+        for module_name, module in named_modules(self).items():
             initialize: Callable[[Tensor], Tensor] = nn.init.ones_
             if isinstance(module, nn.Linear):
                 is_residual = module_name.endswith(("attention.output", "feed_forward.down"))
@@ -515,6 +501,11 @@ class GPT(nn.Module):
                 initialize = partial(nn.init.normal_, std=math.sqrt(0.5) if glorot and not config.tied else 0.02)
             for name, _ in module.named_parameters(prefix=module_name, recurse=False):
                 yield name, nn.init.zeros_ if name.endswith("bias") else initialize
+
+
+def named_modules(module: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a module by their paths."""
+    return dict(module.named_modules())  # pyright: ignore[reportUnknownArgumentType] (PyTorch declares no type)
 
 
 # ---------------------------------------------------------------- a model made from another

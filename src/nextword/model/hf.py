@@ -6,12 +6,13 @@ safetensors and JSON and runs no code from a directory. config.json is handled i
 """
 
 import json
+import re
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,58 +20,59 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nextword.common.errors import CorruptFileError, NextwordError
-from nextword.common.fs import MANIFEST, atomic_write, read_manifest, to_json, verify_manifest
+from nextword.common.fs import MANIFEST, atomic_write, is_json_object, to_json, verify_manifest
 from nextword.model import hf_config
 from nextword.model.config import Family, ModelConfig
 from nextword.model.gpt import GPT, sinusoidal_table
-from nextword.model.hf_config import read_labels as read_labels
 
 # ---------------------------------------------------------------- names
-# Stock tensor → the tensors of `GPT` that it holds, concatenated by rows. "{i}" is the layer, "{p}" weight and bias. A stock
-# name ending in "ᵀ" is stored as [in, out] (the `Conv1D` of GPT-1 and GPT-2), the transpose of ours.
+# Stock modules and the modules of `GPT` that they hold, concatenated by rows. In the blocks of GPT-1 and GPT-2, the linear
+# layers "c_…" are stored as [in, out] (`Conv1D`), the transpose of ours.
 
-CONV1D_BLOCK = {
-    "h.{i}.ln_1.{p}": ["blocks.{i}.attention_norm.{p}"],
-    "h.{i}.attn.c_attn.weightᵀ": [f"blocks.{{i}}.attention.{n}.weight" for n in ("query", "key", "value")],
-    "h.{i}.attn.c_attn.bias": [f"blocks.{{i}}.attention.{n}.bias" for n in ("query", "key", "value")],
-    "h.{i}.attn.c_proj.weightᵀ": ["blocks.{i}.attention.output.weight"],
-    "h.{i}.attn.c_proj.bias": ["blocks.{i}.attention.output.bias"],
-    "h.{i}.ln_2.{p}": ["blocks.{i}.feed_forward_norm.{p}"],
-    "h.{i}.mlp.c_fc.weightᵀ": ["blocks.{i}.feed_forward.up.weight"],
-    "h.{i}.mlp.c_fc.bias": ["blocks.{i}.feed_forward.up.bias"],
-    "h.{i}.mlp.c_proj.weightᵀ": ["blocks.{i}.feed_forward.down.weight"],
-    "h.{i}.mlp.c_proj.bias": ["blocks.{i}.feed_forward.down.bias"],
+GPT_BLOCK = {
+    "ln_1": ["attention_norm"],
+    "attn.c_attn": ["attention.query", "attention.key", "attention.value"],
+    "attn.c_proj": ["attention.output"],
+    "ln_2": ["feed_forward_norm"],
+    "mlp.c_fc": ["feed_forward.up"],
+    "mlp.c_proj": ["feed_forward.down"],
 }
 LLAMA_BLOCK = {
-    "layers.{i}.input_layernorm.weight": ["blocks.{i}.attention_norm.weight"],
-    "layers.{i}.self_attn.q_proj.weight": ["blocks.{i}.attention.query.weight"],
-    "layers.{i}.self_attn.k_proj.weight": ["blocks.{i}.attention.key.weight"],
-    "layers.{i}.self_attn.v_proj.weight": ["blocks.{i}.attention.value.weight"],
-    "layers.{i}.self_attn.o_proj.weight": ["blocks.{i}.attention.output.weight"],
-    "layers.{i}.self_attn.q_norm.weight": ["blocks.{i}.attention.query_norm.weight"],
-    "layers.{i}.self_attn.k_norm.weight": ["blocks.{i}.attention.key_norm.weight"],
-    "layers.{i}.post_attention_layernorm.weight": ["blocks.{i}.feed_forward_norm.weight"],
-    "layers.{i}.mlp.gate_proj.weight": ["blocks.{i}.feed_forward.gate.weight"],
-    "layers.{i}.mlp.up_proj.weight": ["blocks.{i}.feed_forward.up.weight"],
-    "layers.{i}.mlp.down_proj.weight": ["blocks.{i}.feed_forward.down.weight"],
+    "input_layernorm": ["attention_norm"],
+    "self_attn.q_proj": ["attention.query"],
+    "self_attn.k_proj": ["attention.key"],
+    "self_attn.v_proj": ["attention.value"],
+    "self_attn.o_proj": ["attention.output"],
+    "post_attention_layernorm": ["feed_forward_norm"],
+    "mlp.gate_proj": ["feed_forward.gate"],
+    "mlp.up_proj": ["feed_forward.up"],
+    "mlp.down_proj": ["feed_forward.down"],
 }
-LLAMA_NON_BLOCK = {"embed_tokens.weight": ["token_embedding.weight"], "norm.weight": ["final_norm.weight"]}
-HF_NAME_TEMPLATES: dict[Family, dict[str, list[str]]] = {
-    "gpt1": {
-        "tokens_embed.weight": ["token_embedding.weight"],
-        "positions_embed.weight": ["position_embedding.weight"],
-        **CONV1D_BLOCK,
-    },
-    "gpt2": {
-        "wte.weight": ["token_embedding.weight"],
-        "wpe.weight": ["position_embedding.weight"],
-        **CONV1D_BLOCK,
-        "ln_f.{p}": ["final_norm.{p}"],
-    },
-    "qwen3": {**LLAMA_NON_BLOCK, **LLAMA_BLOCK},
-    "llama": {**LLAMA_NON_BLOCK, **{name: ours for name, ours in LLAMA_BLOCK.items() if "_norm.weight" not in name}},
+QK_NORM = {"self_attn.q_norm": ["attention.query_norm"], "self_attn.k_norm": ["attention.key_norm"]}
+LLAMA_OUTER = {"embed_tokens": ["token_embedding"], "norm": ["final_norm"]}
+
+
+class StockLayout(NamedTuple):
+    """The names of a stock class: their prefix, the list of blocks, a block's modules, and those outside the blocks."""
+
+    prefix: str
+    blocks: str
+    block: dict[str, list[str]]
+    outer: dict[str, list[str]]
+
+
+LAYOUTS: dict[Family, StockLayout] = {
+    "gpt1": StockLayout(
+        *("transformer.", "h", GPT_BLOCK),
+        {"tokens_embed": ["token_embedding"], "positions_embed": ["position_embedding"]},
+    ),
+    "gpt2": StockLayout(
+        *("transformer.", "h", GPT_BLOCK),
+        {"wte": ["token_embedding"], "wpe": ["position_embedding"], "ln_f": ["final_norm"]},
+    ),
+    "qwen3": StockLayout("model.", "layers", LLAMA_BLOCK | QK_NORM, LLAMA_OUTER),
+    "llama": StockLayout("model.", "layers", LLAMA_BLOCK, LLAMA_OUTER),
 }
-HF_PREFIXES: dict[Family, str] = {"gpt1": "transformer.", "gpt2": "transformer.", "qwen3": "model.", "llama": "model."}
 MAX_HEADER_BYTES = 2**22  # some thirty thousand tensors
 MAX_SHARD_BYTES = 5 * 10**9  # of weights in one file
 INDEX_FILENAME = "model.safetensors.index.json"
@@ -81,17 +83,26 @@ FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 
 def hf_name_map(config: ModelConfig) -> dict[str, list[str]]:
     """The full name of every stock tensor of a model, and the names of our tensors in it, in order."""
+    layout = LAYOUTS[config.family]
+    modules = dict(layout.outer)
+    for i in range(config.n_layers):
+        for hf_module, ours in layout.block.items():
+            modules[f"{layout.blocks}.{i}.{hf_module}"] = [f"blocks.{i}.{module}" for module in ours]
     names: dict[str, list[str]] = {}
-    for template, our_templates in HF_NAME_TEMPLATES[config.family].items():
-        for i in range(config.n_layers) if "{i}" in template else [0]:
-            for p in ("weight", "bias") if "{p}" in template else [""]:
-                hf_name = HF_PREFIXES[config.family] + template.format(i=i, p=p)
-                names[hf_name] = [name.format(i=i, p=p) for name in our_templates]
+    for hf_module, ours in modules.items():
+        has_bias = hf_config.is_gpt(config.family) and not ours[0].endswith("_embedding")
+        for parameter in ("weight", "bias") if has_bias else ("weight",):
+            names[f"{layout.prefix}{hf_module}.{parameter}"] = [f"{module}.{parameter}" for module in ours]
     if config.n_labels:  # classification classes have no language-model head
         names["score.weight"] = ["score.weight"]
     elif not config.tied:
         names["lm_head.weight"] = ["head.weight"]
     return names
+
+
+def is_transposed(hf_name: str) -> bool:
+    """Whether a stock tensor is stored as [in, out]."""
+    return ".c_" in hf_name and hf_name.endswith(".weight")
 
 
 def iter_hf_tensors(
@@ -110,7 +121,7 @@ def iter_hf_tensors(
     def full_tensor(name: str) -> Tensor:
         if name in weights:
             return gather(weights[name])
-        if name == "position_embedding.weight" and config.positions == "sinusoidal":
+        if name == "position_embedding.weight":
             return sinusoidal_table(config.context_length, config.d_model)
         weight = weights[name.replace(".bias", ".weight")]
         return torch.zeros(weight.shape[0], dtype=weight.dtype)
@@ -118,27 +129,7 @@ def iter_hf_tensors(
     for hf_name, our_names in hf_name_map(config).items():
         tensors = [full_tensor(name) for name in our_names]
         tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-        yield hf_name.removesuffix("ᵀ"), (tensor.T if hf_name.endswith("ᵀ") else tensor).contiguous()
-
-
-def from_hf(hf_name: str, our_names: list[str], tensor: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Split one stock tensor into ours.
-
-    Args:
-        hf_name: Its key in `hf_name_map`.
-        our_names: The value there.
-        tensor: The stock tensor.
-        shapes: The shapes of the model's tensors, see `weight_shapes`.
-
-    Returns:
-        Our tensors by name, without those the model does not have (zero biases, the sinusoidal position table).
-    """
-    tensor = tensor.T if hf_name.endswith("ᵀ") else tensor
-    rows = [shapes[name][0] if name in shapes else 0 for name in our_names]
-    if not any(rows):
-        return {}
-    parts = zip(our_names, tensor.split(rows), strict=True)
-    return {name: part.contiguous() for name, part in parts if name in shapes}
+        yield hf_name, (tensor.T if is_transposed(hf_name) else tensor).contiguous()
 
 
 # ---------------------------------------------------------------- writing
@@ -200,22 +191,13 @@ def write_weights(
         The files of weights.
     """
     files: list[Path] = []
-    shard: dict[str, Tensor] = {}
     file_indices: dict[str, int] = {}  # tensor → its file
-    shard_bytes = total_bytes = 0
-
-    def flush_shard() -> None:
+    total_bytes = 0
+    for shard in iter_shards(iter_hf_tensors(config, weights, gather)):
+        file_indices |= dict.fromkeys(shard, len(files))
+        total_bytes += sum(tensor.nbytes for tensor in shard.values())
         files.append(directory / f".{len(files)}.safetensors")
         save_file(shard, files[-1], metadata={"format": "pt"})
-        shard.clear()
-
-    for name, tensor in iter_hf_tensors(config, weights, gather):
-        if shard and shard_bytes + tensor.nbytes > MAX_SHARD_BYTES:
-            flush_shard()
-            shard_bytes = 0
-        shard[name], file_indices[name] = tensor, len(files)
-        shard_bytes, total_bytes = shard_bytes + tensor.nbytes, total_bytes + tensor.nbytes
-    flush_shard()
     names = ["model.safetensors"]
     if len(files) > 1:
         names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
@@ -223,6 +205,20 @@ def write_weights(
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         atomic_write(directory / INDEX_FILENAME, to_json(index))
     return [path.rename(directory / name) for path, name in zip(files, names, strict=True)]
+
+
+def iter_shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Group tensors to at most `MAX_SHARD_BYTES`. A shard is emptied when the next one is asked for."""
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > MAX_SHARD_BYTES:
+            yield shard
+            shard.clear()
+            size = 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
 
 
 # ---------------------------------------------------------------- reading
@@ -239,24 +235,19 @@ def load_model(directory: Path, device: torch.device | str = "cpu") -> GPT:
         CorruptFileError: A hash, a shape or a file is not as it should be.
         NextwordError: There is no model, or it has a feature that nextword does not support.
     """
-    config = load_config(directory, verify_manifest)
+    config = load_config(directory)
     return GPT.from_weights(config, dict(iter_weights(directory, config))).to(device)
 
 
-def load_config(directory: Path, load_manifest: Callable[[Path], dict[str, Any]] = read_manifest) -> ModelConfig:
-    """The configuration of the model in a directory. Raises as `load_model`.
-
-    Args:
-        directory: The directory.
-        load_manifest: Reads the manifest, and may verify it.
-    """
+def load_config(directory: Path) -> ModelConfig:
+    """The configuration of the model in a directory, whose files are checked against its manifest. Raises as `load_model`."""
     if not (directory / "config.json").is_file():
         raise NextwordError(f"{directory}: no config.json, so this is not a model directory")
     config = hf_config.read_hf_config(directory / "config.json")
     if not (directory / MANIFEST).is_file():
         return config
     # The manifest has what the stock format cannot express: sinusoidal positions, and biases that do not exist.
-    manifest = load_manifest(directory)
+    manifest = verify_manifest(directory)
     if "model" not in manifest:
         return config
     try:
@@ -272,31 +263,54 @@ def iter_weights(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Te
     Every shape is checked in the header of its file before the tensor is read.
     """
     files = find_weight_files(directory)
-    shapes = weight_shapes(directory, config, len(files))
-    names, prefix = hf_name_map(config), HF_PREFIXES[config.family]
-    known = {name.removesuffix("ᵀ") for name in names} | {"lm_head.weight"}  # a tied head may be stored, too
+    if config.n_layers > len(files):  # before anything is made for each layer
+        raise CorruptFileError(
+            f"{directory}: a tensor is missing: config.json says {config.n_layers:,} layers, "
+            f"and the files have {len(files):,} tensors"
+        )
+    names, prefix = hf_name_map(config), LAYOUTS[config.family].prefix
+    known = {*names, "lm_head.weight"}  # a tied head may be stored, too
     known |= {name.removeprefix(prefix) for name in known}  # a base model is saved without the prefix
     unexpected = sorted(name for name in files if name not in known and not name.endswith(IGNORED_BUFFERS))
     if unexpected:
         raise NextwordError(f"{directory}: unexpected tensors for this model_type: {', '.join(unexpected[:5])}")
+    own, stock = meta_weights(directory, config)
     for hf_name, our_names in names.items():
-        key = hf_name.removesuffix("ᵀ")
-        key = key if key in files else key.removeprefix(prefix)
+        first_layer_names = [re.sub(r"^blocks\.\d+", "blocks.0", name) for name in our_names]
+        shapes, is_own = [stock[name].shape for name in first_layer_names], first_layer_names[0] in own
+        key = hf_name if hf_name in files else hf_name.removeprefix(prefix)
         if key not in files:
-            if any(name in shapes for name in our_names) or "position_embedding.weight" in our_names:
-                raise CorruptFileError(f"{directory}: the tensor {hf_name.removesuffix('ᵀ')} is missing")
+            if is_own or our_names == ["position_embedding.weight"]:
+                raise CorruptFileError(f"{directory}: the tensor {hf_name} is missing")
             continue
-        path, expected = files[key], expected_shape(config, hf_name, our_names, shapes)
-        with safe_open(path, framework="pt") as file:
+        rows = [shape[0] for shape in shapes]
+        expected = [sum(rows), *shapes[0][1:]][:: -1 if is_transposed(hf_name) else 1]
+        with safe_open(files[key], framework="pt") as file:
             tensor_slice = file.get_slice(key)
-            if list(tensor_slice.get_shape()) != expected:
-                shape = tensor_slice.get_shape()
-                raise CorruptFileError(f"{path}: {key} has the shape {shape}; config.json says {expected}")
-            if tensor_slice.get_dtype() not in FLOAT_DTYPES:
-                raise NextwordError(
-                    f"{path}: {key} has the data type {tensor_slice.get_dtype()}, which is not supported"
-                )
-            yield from from_hf(hf_name, our_names, tensor_slice[:].float(), shapes).items()
+            shape, dtype = tensor_slice.get_shape(), tensor_slice.get_dtype()
+            if list(shape) != expected:
+                raise CorruptFileError(f"{files[key]}: {key} has the shape {shape}; config.json says {expected}")
+            if dtype not in FLOAT_DTYPES:
+                raise NextwordError(f"{files[key]}: {key} has the data type {dtype}, which is not supported")
+            if is_own:
+                tensor = tensor_slice[:].float()
+                parts = torch.split(tensor.T if is_transposed(hf_name) else tensor, rows)
+                yield from ((name, part.contiguous()) for name, part in zip(our_names, parts, strict=True))
+
+
+def meta_weights(directory: Path, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Our tensors for one layer on the meta device: those of the model, and those that its stock class holds.
+
+    The stock class of GPT-1 and GPT-2 has a position table and biases, also where the model does not.
+    """
+    own_config = replace(config, n_layers=1)
+    stock_config = own_config
+    if hf_config.is_gpt(config.family):
+        stock_config = replace(own_config, positions="learned", attention_bias=True, feed_forward_bias=True)
+    try:
+        return GPT.on_meta(own_config).state_dict(), GPT.on_meta(stock_config).state_dict()
+    except RuntimeError as error:  # PyTorch: the number of bytes overflows
+        raise CorruptFileError(f"{directory}: config.json has sizes that are too large for any model") from error
 
 
 def find_weight_files(directory: Path) -> dict[str, Path]:
@@ -304,7 +318,7 @@ def find_weight_files(directory: Path) -> dict[str, Path]:
     index = directory / INDEX_FILENAME
     if index.is_file():
         weight_map = hf_config.read_json_object(index).get("weight_map", {})
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        if not is_json_object(weight_map) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CorruptFileError(f"{index}: weight_map does not give a file name for each tensor")
         names = sorted(set(weight_map.values()))
         if outside := [name for name in names if Path(name).name != name]:
@@ -339,47 +353,6 @@ def check_header(path: Path) -> None:
     size = path.stat().st_size
     if length > min(MAX_HEADER_BYTES, size - 8):
         raise CorruptFileError(f"{path}: not a safetensors file (a header of {length:,} bytes in a file of {size:,})")
-
-
-def weight_shapes(directory: Path, config: ModelConfig, num_tensors: int) -> dict[str, torch.Size]:
-    """The shape of each of our tensors, from a model of one layer on the meta device.
-
-    A hostile config.json may claim any number of layers, and each takes time even on the meta device. The number of tensors in
-    the files is therefore checked first.
-
-    Raises:
-        CorruptFileError: The files have too few tensors, or sizes are too large for a tensor.
-    """
-    try:
-        weights = GPT.on_meta(replace(config, n_layers=1)).state_dict()
-    except RuntimeError as error:  # PyTorch: the number of bytes overflows
-        raise CorruptFileError(f"{directory}: config.json has sizes that are too large for any model") from error
-    per_layer = sum(
-        "{i}" in template and our_names[0].format(i=0, p="weight") in weights
-        for template, our_names in HF_NAME_TEMPLATES[config.family].items()
-    )
-    if config.n_layers * per_layer > num_tensors:
-        raise CorruptFileError(
-            f"{directory}: a tensor is missing: config.json says {config.n_layers:,} layers, "
-            f"and the files have {num_tensors:,} tensors"
-        )
-    shapes: dict[str, torch.Size] = {}
-    for name, tensor in weights.items():
-        for i in range(config.n_layers) if name.startswith("blocks.0.") else [0]:
-            shapes[name.replace("blocks.0.", f"blocks.{i}.", 1)] = tensor.shape
-    return shapes
-
-
-def expected_shape(
-    config: ModelConfig, hf_name: str, our_names: list[str], shapes: Mapping[str, torch.Size]
-) -> list[int]:
-    """The shape of a stock tensor; arguments as in `from_hf`."""
-    if not any(name in shapes for name in our_names):  # a tensor that the model does not have
-        if "position_embedding.weight" in our_names:
-            return [config.context_length, config.d_model]
-        return [sum(shapes[name.replace(".bias", ".weight")][0] for name in our_names)]
-    shape = [sum(shapes[name][0] for name in our_names), *shapes[our_names[0]][1:]]
-    return shape[::-1] if hf_name.endswith("ᵀ") else shape
 
 
 # ---------------------------------------------------------------- checkpoints

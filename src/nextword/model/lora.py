@@ -6,8 +6,6 @@ format.
 
 import math
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,9 @@ from torch.nn import functional as F
 
 from nextword.common.fs import atomic_write, to_json
 from nextword.model.config import ConfigError
-from nextword.model.gpt import GPT
-from nextword.model.hf import HF_PREFIXES, hf_name_map
-
-# The linear layers of a block, by the last part of their names. Only SwiGLU has a gate.
-TARGET_MODULES = ("query", "key", "value", "output", "up", "gate", "down")
+from nextword.model.gpt import GPT, named_modules
+from nextword.model.hf import LAYOUTS, hf_name_map
+from nextword.model.hf_config import is_gpt
 
 
 @dataclass(frozen=True)
@@ -33,25 +29,19 @@ class LoraConfig:
     Attributes:
         rank: r, the rank of the matrices.
         alpha: α; their product is scaled by α / r.
-        target_modules: The layers that get an adapter, of `TARGET_MODULES`.
 
     Raises:
-        ConfigError: The rank is below 1, alpha is not above 0, or a target is unknown.
+        ConfigError: The rank is below 1, or alpha is not above 0.
     """
 
     rank: int = 8
     alpha: float = 16
-    target_modules: tuple[str, ...] = TARGET_MODULES
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+        if self.rank < 1 or self.rank % 1:
             raise ConfigError(f"the LoRA rank must be an integer of at least 1, not {self.rank!r}")
         if not 0 < self.alpha < math.inf:
             raise ConfigError(f"the LoRA alpha must be above 0, not {self.alpha}")
-        unknown = [name for name in self.target_modules if name not in TARGET_MODULES]
-        if unknown or not self.target_modules:
-            names = ", ".join(unknown) or "none"
-            raise ConfigError(f"the LoRA target modules must be among {', '.join(TARGET_MODULES)}, not {names}")
 
 
 # ---------------------------------------------------------------- layers
@@ -70,21 +60,17 @@ class LoraLinear(nn.Linear):
     """
 
     def __init__(self, linear: nn.Linear, config: LoraConfig, generator: torch.Generator):
-        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")  # pyright: ignore[reportUnknownMemberType] (PyTorch declares no type)
         self.weight, self.bias = linear.weight, linear.bias
         lora_a = torch.empty(config.rank, linear.in_features)
         nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5), generator=generator)
         self.lora_a = nn.Parameter(lora_a.to(linear.weight))
         self.lora_b = nn.Parameter(linear.weight.new_zeros(linear.out_features, config.rank))
         self.scaling = config.alpha / config.rank
-        self.enabled = True
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] → [..., out]."""
-        output = super().forward(input)
-        if not self.enabled:
-            return output
-        return output + F.linear(self.scaling * F.linear(input, self.lora_a), self.lora_b)
+        return super().forward(input) + F.linear(self.scaling * F.linear(input, self.lora_a), self.lora_b)
 
     def merged_weight(self) -> Tensor:
         """W + (α/r) B A, [out, in]."""
@@ -103,28 +89,21 @@ class TrainableRowsEmbedding(nn.Module):
         super().__init__()
         self.base = nn.Parameter(weight.detach(), requires_grad=False)
         self.rows = nn.Parameter(weight.detach()[-num_trainable_rows:].clone())
-        self.enabled = True
 
     @property
     def weight(self) -> Tensor:
-        """The embedding matrix with the trained rows, or the frozen one while the adapter is disabled."""
-        return self.merged_weight() if self.enabled else self.base
-
-    def merged_weight(self) -> Tensor:
         """The embedding matrix with the trained rows."""
         return torch.cat((self.base[: -len(self.rows)], self.rows))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The embeddings [B, T, D] of token ids [B, T]."""
         embeddings = F.embedding(tokens, self.base)  # [B, T, D]
-        if not self.enabled:
-            return embeddings
         # Looked up separately, so that the gradient does not have the size of the vocabulary.
         row = tokens - (len(self.base) - len(self.rows))
         return torch.where(row[..., None] >= 0, F.embedding(row.clamp(min=0), self.rows), embeddings)
 
 
-# ---------------------------------------------------------------- adding, merging and disabling an adapter
+# ---------------------------------------------------------------- adding and merging an adapter
 
 
 def add_lora(model: GPT, config: LoraConfig, seed: int, num_trainable_rows: int = 0) -> GPT:
@@ -143,25 +122,18 @@ def add_lora(model: GPT, config: LoraConfig, seed: int, num_trainable_rows: int 
         The model.
 
     Raises:
-        ConfigError: The model has none of the target modules, or already has an adapter.
+        ConfigError: The model already has an adapter.
         ValueError: `num_trainable_rows` exceeds the vocabulary.
     """
-    if _adapter_modules(model):
+    if any(isinstance(module, LoraLinear) for module in model.modules()):
         raise ConfigError("the model already has an adapter: merge it first (merge_lora)")
     if not 0 <= num_trainable_rows <= model.config.vocab_size:
         raise ValueError(f"{num_trainable_rows} trainable rows in a vocabulary of {model.config.vocab_size}")
-    blocks = model.get_submodule("blocks")
-    targets = [
-        (name, module)
-        for name, module in blocks.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in config.target_modules
-    ]
-    if not targets:
-        raise ConfigError(f"the model has none of the layers {', '.join(config.target_modules)}")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for name, linear in targets:
-        blocks.set_submodule(name, LoraLinear(linear, config, generator))
+    for name, module in named_modules(model).items():
+        if isinstance(module, nn.Linear) and name.startswith("blocks."):
+            model.set_submodule(name, LoraLinear(module, config, generator))
     if model.score is not None:
         model.score.requires_grad_(True)
     for name in ("token_embedding", "head"):
@@ -178,36 +150,15 @@ def merge_lora(model: GPT) -> GPT:
     Args:
         model: A model with an adapter. It stays as it is.
     """
-    weights = dict(model.state_dict())
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLinear | TrainableRowsEmbedding):
-            own = ("lora_a", "lora_b") if isinstance(module, LoraLinear) else ("base", "rows")
-            for parameter in own:
-                del weights[f"{name}.{parameter}"]
+    own = (".lora_a", ".lora_b", ".base", ".rows")
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(own)}
+    for name, module in named_modules(model).items():
+        if isinstance(module, LoraLinear):
             weights[f"{name}.weight"] = module.merged_weight()
+        elif isinstance(module, TrainableRowsEmbedding):
+            weights[f"{name}.weight"] = module.weight
     merged = GPT.from_weights(model.config, {name: tensor.detach().clone() for name, tensor in weights.items()})
     return merged.train(model.training)
-
-
-@contextmanager
-def disable_adapter(model: GPT) -> Iterator[GPT]:
-    """The model as it was before `add_lora`, within a context: the reference model of DPO.
-
-    The classification head is not part of the adapter and stays as trained.
-    """
-    modules = _adapter_modules(model)
-    was_enabled = [module.enabled for module in modules]
-    try:
-        for module in modules:
-            module.enabled = False
-        yield model
-    finally:
-        for module, enabled in zip(modules, was_enabled, strict=True):
-            module.enabled = enabled
-
-
-def _adapter_modules(model: GPT) -> list[LoraLinear | TrainableRowsEmbedding]:
-    return [module for module in model.modules() if isinstance(module, LoraLinear | TrainableRowsEmbedding)]
 
 
 # ---------------------------------------------------------------- PEFT's format
@@ -228,53 +179,31 @@ def save_adapter(model: GPT, config: LoraConfig, directory: Path, base_model_nam
     Raises:
         ValueError: The model has no adapter.
     """
-    modules = dict(model.named_modules())
+    modules, prefix = named_modules(model), LAYOUTS[model.config.family].prefix
     tensors: dict[str, Tensor] = {}
-    layers_per_target: dict[str, int] = {}  # stock module → number of our adapted layers that it holds
-    token_modules: dict[str, TrainableRowsEmbedding] = {}  # stock module → our embedding
+    layers_per_target: dict[str, int] = {}  # stock module → number of our layers that it holds
+    token_indices: dict[str, list[int]] = {}  # stock module → its trained rows
     for hf_name, our_names in hf_name_map(model.config).items():
-        path = hf_name.removesuffix("ᵀ").removesuffix(".weight")
+        path = hf_name.removesuffix(".weight")
         layers = [modules.get(name.removesuffix(".weight")) for name in our_names]
-        lora_layers = [layer for layer in layers if isinstance(layer, LoraLinear)]
-        if lora_layers:
+        if lora_layers := [layer for layer in layers if isinstance(layer, LoraLinear)]:
             layers_per_target[".".join(path.split(".")[-2:])] = len(lora_layers)  # "attn.c_attn" in every block
             tensors[f"{path}.lora_A.weight"] = torch.cat([layer.lora_a for layer in lora_layers])
-            tensors[f"{path}.lora_B.weight"] = torch.block_diag(*(_lora_b(layer) for layer in layers))
+            tensors[f"{path}.lora_B.weight"] = torch.block_diag(*(layer.lora_b for layer in lora_layers))  # pyright: ignore[reportUnknownMemberType] (PyTorch declares no type)
         elif isinstance(embedding := layers[0], TrainableRowsEmbedding):
-            token_modules[path] = embedding
             tensors[f"{path}.token_adapter.trainable_tokens_delta"] = embedding.rows
+            vocab_size = len(embedding.base)
+            token_indices[path.removeprefix(prefix)] = list(range(vocab_size - len(embedding.rows), vocab_size))
     if not layers_per_target:
         raise ValueError("the model has no adapter to save (see add_lora)")
     if model.score is not None:
         tensors["score.weight"] = model.score.weight
     state_dict = {f"base_model.model.{name}": t.detach().float().cpu().contiguous() for name, t in tensors.items()}
     save_file(state_dict, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    adapter_config = _peft_config(model, config, base_model_name, layers_per_target, token_modules)
-    atomic_write(directory / "adapter_config.json", to_json(adapter_config))
-    # safetensors writes files that only their owner can read.
-    shutil.copymode(directory / "adapter_config.json", directory / "adapter_model.safetensors")
-
-
-def _lora_b(layer: nn.Module | None) -> Tensor:
-    """B [out, r] of one of the layers that a stock matrix holds, for a block-diagonal B; [out, 0] without an adapter."""
-    assert isinstance(layer, nn.Linear)
-    return layer.lora_b if isinstance(layer, LoraLinear) else layer.weight.new_zeros(layer.out_features, 0)
-
-
-def _peft_config(
-    model: GPT,
-    config: LoraConfig,
-    base_model_name: str,
-    layers_per_target: dict[str, int],
-    token_modules: dict[str, TrainableRowsEmbedding],
-) -> dict[str, Any]:
-    """The content of adapter_config.json. A stock module of n layers has rank n·r and alpha n·α, which keeps the scale."""
-    merged = {target: n for target, n in layers_per_target.items() if n > 1}
-    token_indices = {
-        path.removeprefix(HF_PREFIXES[model.config.family]): list(range(len(e.base) - len(e.rows), len(e.base)))
-        for path, e in token_modules.items()
-    }
-    return {
+    merged = {
+        target: n for target, n in layers_per_target.items() if n > 1
+    }  # have rank n·r and alpha n·α: the same scale
+    adapter_config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if model.score is not None else "CAUSAL_LM",
         "base_model_name_or_path": base_model_name,
@@ -286,7 +215,10 @@ def _peft_config(
         "target_modules": sorted(layers_per_target),
         "rank_pattern": {target: n * config.rank for target, n in merged.items()},
         "alpha_pattern": {target: n * config.alpha for target, n in merged.items()},
-        "fan_in_fan_out": model.config.family in ("gpt1", "gpt2"),
+        "fan_in_fan_out": is_gpt(model.config.family),
         "modules_to_save": ["score"] if model.score is not None else None,
         "trainable_token_indices": token_indices or None,
     }
+    atomic_write(directory / "adapter_config.json", to_json(adapter_config))
+    # safetensors writes files that only their owner can read.
+    shutil.copymode(directory / "adapter_config.json", directory / "adapter_model.safetensors")

@@ -194,10 +194,6 @@ float softmax(float* x, int64_t low, int64_t from, int64_t to, const int64_t* ga
   return max_logit * scale + std::log(all);
 }
 
-}  // namespace
-
-extern "C" {
-
 // Arguments of attention. Rows of `qkv` are [(H + 2G) · K]: queries, keys, values. Null pointers switch a feature off.
 struct AttentionArgs {
   int64_t B, T, H, G, K;
@@ -205,11 +201,8 @@ struct AttentionArgs {
   const float *query_weight, *key_weight, *cos, *sin;  // [K], [K], [rotary_rows, K/2], [rotary_rows, K/2]
   const int64_t* segment_starts;  // [B, T], the first position that each token attends to
   const int64_t* attention_gaps;  // [B, T, 2], first and end of the positions that it does not attend to; forward only
-  float eps, padding;
+  float eps;
 };
-}
-
-namespace {
 
 // Copies the head at column `at` of batch row b, normalized and rotated, to [T, K].
 void load_head(const AttentionArgs& s, const float* qkv, int64_t b, int64_t at, const float* weight, float* to) {
@@ -255,9 +248,12 @@ void store_head_grad(
 extern "C" {
 
 // Causal attention over qkv [N, (H + 2G) · K]: out [N, H · K] and logsumexp [B, H, T].
-void nextword_attention_forward(int64_t threads, const AttentionArgs* args, const float* qkv, float* out, float* logsumexp) {
-  const AttentionArgs& s = *args;
-  const int64_t T = s.T, K = s.K, W = (s.H + 2 * s.G) * K, score_stride = padded_row_stride(T), heads_per_group = s.H / s.G;
+void nextword_attention_forward(
+    int64_t threads, int64_t B, int64_t T, int64_t H, int64_t G, int64_t K, int64_t rotary_rows, const float* query_weight,
+    const float* key_weight, const float* cos, const float* sin, const int64_t* segment_starts, const int64_t* attention_gaps,
+    float eps, const float* qkv, float* out, float* logsumexp) {
+  const AttentionArgs s{B, T, H, G, K, rotary_rows, query_weight, key_weight, cos, sin, segment_starts, attention_gaps, eps};
+  const int64_t W = (s.H + 2 * s.G) * K, score_stride = padded_row_stride(T), heads_per_group = s.H / s.G;
   const float scale = 1 / std::sqrt(static_cast<float>(K));
 #pragma omp parallel num_threads(threads)
   {
@@ -295,10 +291,12 @@ void nextword_attention_forward(int64_t threads, const AttentionArgs* args, cons
 
 // dqkv, dquery_weight [K] and dkey_weight [K] from dout, and the inputs and outputs of the forward pass.
 void nextword_attention_backward(
-    int64_t threads, const AttentionArgs* args, const float* qkv, const float* out, const float* logsumexp, const float* dout,
-    float* dqkv, float* dquery_weight, float* dkey_weight) {
-  const AttentionArgs& s = *args;
-  const int64_t T = s.T, K = s.K, W = (s.H + 2 * s.G) * K, O = s.H * K, score_stride = padded_row_stride(T), heads_per_group = s.H / s.G;
+    int64_t threads, int64_t B, int64_t T, int64_t H, int64_t G, int64_t K, int64_t rotary_rows, const float* query_weight,
+    const float* key_weight, const float* cos, const float* sin, const int64_t* segment_starts, const int64_t* attention_gaps,
+    float eps, const float* qkv, const float* out, const float* logsumexp, const float* dout, float* dqkv,
+    float* dquery_weight, float* dkey_weight) {
+  const AttentionArgs s{B, T, H, G, K, rotary_rows, query_weight, key_weight, cos, sin, segment_starts, attention_gaps, eps};
+  const int64_t W = (s.H + 2 * s.G) * K, O = s.H * K, score_stride = padded_row_stride(T), heads_per_group = s.H / s.G;
   const float scale = 1 / std::sqrt(static_cast<float>(K));
   std::vector<float> query_partials(s.B * s.G * K), key_partials(s.B * s.G * K);
 #pragma omp parallel num_threads(threads)

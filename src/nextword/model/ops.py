@@ -10,7 +10,6 @@ Shapes: B batch, T time, D model width, H query heads, G key-value heads, K widt
 vocabulary; N = B · T rows.
 """
 
-import ctypes
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,18 +25,6 @@ from nextword.model.config import ModelConfig
 SOURCE = Path(__file__).with_suffix(".cpp")
 ACTIVATION_CODES = {"swiglu": 0, "relu": 1, "gelu": 2}
 LOGITS_PER_CHUNK = 2**22  # 16 MB of logits at once, about the size of a last-level cache
-POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-
-
-class _AttentionArgs(ctypes.Structure):
-    """`AttentionArgs` of ops.cpp."""
-
-    _fields_ = (
-        *((name, INT) for name in ("B", "T", "H", "G", "K", "rotary_rows")),
-        *((name, POINTER) for name in ("query_weight", "key_weight", "cos", "sin", "segment_starts", "attention_gaps")),
-        ("eps", FLOAT),
-        ("padding", FLOAT),
-    )
 
 
 def supports(config: ModelConfig, weight: Tensor, device: torch.device | None = None) -> bool:
@@ -56,6 +43,11 @@ def supports(config: ModelConfig, weight: Tensor, device: torch.device | None = 
 def is_available(config: ModelConfig, weight: Tensor, device: torch.device | None = None) -> bool:
     """Whether `supports` holds and the kernels are compiled on this machine. Arguments as in `supports`."""
     return supports(config, weight, device) and native_build.load_native_library(SOURCE)[0] is not None
+
+
+def _apply(function: type[Any], *inputs: Any) -> Any:
+    """`Function.apply`, for which PyTorch declares no type."""
+    return function.apply(*inputs)
 
 
 # ---------------------------------------------------------------- attention
@@ -87,39 +79,26 @@ def attention(
     Returns:
         The heads side by side, [B, T, H·K].
     """
-    return cast(
-        Tensor,
-        _Attention.apply(qkv, query_norm, key_norm, config, rotary_cos_sin, segment_starts, attention_gaps),
-    )
+    others = (query_norm, key_norm, config, rotary_cos_sin, segment_starts, attention_gaps)
+    return _apply(_Attention, qkv, *others)
 
 
 class _Attention(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        qkv: Tensor,
-        query_norm: Tensor | None,
-        key_norm: Tensor | None,
-        config: ModelConfig,
-        rotary_cos_sin: tuple[Tensor, Tensor] | None,
-        segment_starts: Tensor | None,
-        attention_gaps: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, *others: Any) -> Tensor:
+        query_norm, key_norm, config, rotary_cos_sin, segment_starts, attention_gaps = others
         qkv = qkv.contiguous()
         batch, length, _ = qkv.shape
         cos, sin = (None, None) if rotary_cos_sin is None else (t.flatten(0, -2).contiguous() for t in rotary_cos_sin)
-        tensors = (query_norm, key_norm, cos, sin, segment_starts, attention_gaps)
-        args = _AttentionArgs(
-            *(batch, length, config.n_heads, config.n_kv_heads, config.head_dim),
-            length if cos is None else len(cos),
-            *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
-            *(config.norm_eps, 0.0),
+        arguments = (
+            *(batch, length, config.n_heads, config.n_kv_heads, config.head_dim, length if cos is None else len(cos)),
+            *(query_norm, key_norm, cos, sin, segment_starts, attention_gaps, config.norm_eps),
         )
         out = qkv.new_empty(batch, length, config.n_heads * config.head_dim)
         logsumexp = qkv.new_empty(batch, config.n_heads, length)
-        native_build.call_native(SOURCE, "attention_forward", ctypes.byref(args), qkv, out, logsumexp)
+        native_build.call_native(SOURCE, "attention_forward", *arguments, qkv, out, logsumexp)
         ctx.save_for_backward(qkv, out, logsumexp, query_norm, key_norm)
-        ctx.args, ctx.tensors, ctx.has_gaps = args, tensors, attention_gaps is not None  # `args` points into `tensors`
+        ctx.arguments, ctx.has_gaps = arguments, attention_gaps is not None
         return out
 
     @staticmethod
@@ -131,7 +110,7 @@ class _Attention(Function):
         dout, dqkv = grad_outputs[0].contiguous(), torch.empty_like(qkv)
         dquery_norm, dkey_norm = (None if w is None else torch.empty_like(w) for w in (query_norm, key_norm))
         tensors = (qkv, out, logsumexp, dout, dqkv, dquery_norm, dkey_norm)
-        native_build.call_native(SOURCE, "attention_backward", ctypes.byref(ctx.args), *tensors)
+        native_build.call_native(SOURCE, "attention_backward", *ctx.arguments, *tensors)
         return dqkv, dquery_norm, dkey_norm, None, None, None, None
 
 
@@ -153,7 +132,7 @@ def add_norm(
     Returns:
         The sum and its normalization, each [..., D].
     """
-    return cast(tuple[Tensor, Tensor], _AddNorm.apply(x, branch, weight, bias, eps))
+    return _apply(_AddNorm, x, branch, weight, bias, eps)
 
 
 class _AddNorm(Function):
@@ -200,7 +179,7 @@ def activation(x: Tensor, name: str) -> Tensor:
     Returns:
         [..., F].
     """
-    return cast(Tensor, _Activation.apply(x, name))
+    return _apply(_Activation, x, name)
 
 
 class _Activation(Function):
@@ -240,7 +219,8 @@ def fused_linear(x: Tensor, layers: tuple[nn.Module, ...]) -> Tensor:
     linear = [layer for layer in layers if type(layer) is nn.Linear]
     if len(linear) < len(layers):
         return torch.cat([layer(x) for layer in layers], dim=-1)
-    bias = None if linear[0].bias is None else torch.cat([layer.bias for layer in linear])
+    has_bias = cast("Tensor | None", linear[0].bias) is not None
+    bias = torch.cat([layer.bias for layer in linear]) if has_bias else None
     return F.linear(x, torch.cat([layer.weight for layer in linear]), bias)
 
 
@@ -260,7 +240,7 @@ def linear_cross_entropy(hidden: Tensor, unembedding: Tensor, targets: Tensor) -
     Returns:
         The sum, a scalar.
     """
-    return cast(Tensor, _LinearCrossEntropy.apply(hidden, unembedding, targets))
+    return _apply(_LinearCrossEntropy, hidden, unembedding, targets)
 
 
 class _LinearCrossEntropy(Function):
