@@ -60,7 +60,7 @@ def complete_run(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "run"
     settings = {**SETTINGS, "training": {**SETTINGS["training"], "save_every": 25}}
     result = package.pretrain(texts, run, steps=80, vocab_size=400, **settings)
-    assert result["steps"] == 80
+    assert result.steps == 80
     return run
 
 
@@ -101,7 +101,7 @@ def test_the_result_is_the_loss_of_the_best_weights_on_the_whole_validation_set(
         total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
     assert result["loss"] == pytest.approx(total / (len(row) - 1), abs=1e-5)
     assert result["bits_per_byte"] == pytest.approx(total / 0.6931471805599453 / corpus.validation.bytes, abs=1e-5)
-    assert package.evaluate(complete_run)["loss"] == pytest.approx(result["loss"], abs=1e-6)
+    assert package.evaluate(complete_run).loss == pytest.approx(result["loss"], abs=1e-6)
 
 
 def test_transformers_opens_the_model_and_agrees(complete_run):
@@ -131,7 +131,7 @@ def test_resuming_what_is_finished_is_content_at_once(complete_run, texts, monke
     (complete_run / "report.html").unlink()
     monkeypatch.chdir(texts)
     result = package.pretrain("../" + texts.name, complete_run, resume=True)
-    assert result["steps"] == 80
+    assert result.steps == 80
     assert (complete_run / "result.json").read_bytes() == before
     assert (complete_run / "report.html").is_file()
 
@@ -329,10 +329,10 @@ def test_early_stopping_keeps_the_best_weights(texts, tmp_path):
     result = package.pretrain(texts, tmp_path / "run", steps=2000, vocab_size=400, **settings)
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     validations = {line["step"]: line["validation"]["loss"] for line in lines if "validation" in line}
-    assert result["best_step"] == min(validations, key=lambda step: validations[step])
-    if result["steps"] < 2000:
+    assert result.best_step == min(validations, key=lambda step: validations[step])
+    if result.steps < 2000:
         assert any("early stopping" in line.get("message", "") for line in lines)
-        assert result["steps"] - result["best_step"] == 200
+        assert result.steps - result.best_step == 200
 
 
 def test_divergence_has_its_own_exit_code(shards, tmp_path, nextword: CLIRunner, monkeypatch):
@@ -371,7 +371,7 @@ def test_every_preset_trains(texts, tmp_path):
             model={k: v for k, v in SETTINGS["model"].items() if k != "dropout"},
             training=SETTINGS["training"],
         )
-        assert result["loss"] < 3.9, preset
+        assert result.loss < 3.9, preset
         assert package.generate(tmp_path / preset, "The", max_tokens=5)[0].text
 
 
