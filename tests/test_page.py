@@ -135,9 +135,9 @@ def test_a_conversation_is_streamed_and_goes_on(open_page: Open) -> None:
     expect(j.button("Stop")).to_be_visible()
     j.script.may_write.set()
     expect(j.answers).to_have_text(TOLD)
-    expect(j.at("#say")).to_have_text(f"The model wrote: {TOLD}")
+    expect(j.at("#say")).to_have_text(f"Model: {TOLD}")
     # What is being written is not read out, token by token.
-    assert set(j.page.evaluate("window.heard")) - {""} == {f"The model wrote: {TOLD}"}
+    assert set(j.page.evaluate("window.heard")) - {""} == {f"Model: {TOLD}"}
     expect(j.at(".exchange .note")).to_contain_text(f"{len(STORY)} tokens")
     expect(j.at("#count")).to_have_text(f"{9 + len(STORY)} of 256 tokens")
     body = j.asked()
@@ -177,7 +177,7 @@ def test_settings_are_sent_and_wrong_ones_are_shown(open_page: Open) -> None:
     assert len(j.script.requests) == 1
     assert j.focused() == "max_tokens"
     assert j.field("Your message").input_value() == "wrong"
-    j.button("Back to the defaults").click()
+    j.button("Reset to defaults").click()
     j.field("Your message").press("Enter")
     j.done()
     expect(j.answers).to_have_count(2)
@@ -219,7 +219,7 @@ def test_regenerate_and_undo(open_page: Open) -> None:
     j.button("Undo").click()
     assert [text for text in j.answers.all_inner_texts() if text == RTL] == [RTL]
     j.button("New").click()
-    expect(j.page.get_by_role("heading", name="Say something.")).to_be_visible()
+    expect(j.page.get_by_role("heading", name="Start a conversation")).to_be_visible()
     assert j.focused() == "draft"
     j.button("Undo").click()
     expect(j.answers).to_have_count(2)
@@ -272,7 +272,7 @@ def test_a_token_tells_its_probability_and_alternatives(open_page: Open) -> None
         "↵\n4.3 %",
     ]
     expect(box.locator("li.taken")).to_have_count(1)
-    expect(box).to_contain_text("4.3 % for all other tokens together")
+    expect(box).to_contain_text("4.3 % for all other tokens")
     box.hover()  # the box can be pointed at itself
     j.page.wait_for_timeout(250)
     expect(box).to_be_visible()
@@ -343,7 +343,7 @@ def test_characters_of_many_tokens(open_page: Open) -> None:
     assert j.answers.last.evaluate("e => getComputedStyle(e).direction") == "rtl"
     assert j.answers.first.evaluate("e => getComputedStyle(e).direction") == "ltr"
     j.button("Completion").click()
-    j.field("A text for the model to go on with").fill("emoji ")
+    j.field("Text to continue").fill("emoji ")
     j.button("Continue").click()
     j.done()
     assert j.at("#reading").inner_text() == f"emoji {EMOJI}"
@@ -370,15 +370,15 @@ def test_html_from_the_model_stays_text(open_page: Open) -> None:
 def test_completion_in_place(open_page: Open) -> None:
     j = open_page(chat=False)
     expect(j.button("Completion")).to_have_attribute("aria-pressed", "true")
-    expect(j.at("#hint")).to_contain_text("not taught to converse")
-    text, reading = j.field("A text for the model to go on with"), j.at("#reading")
+    expect(j.at("#hint")).to_contain_text("not fine-tuned for chat")
+    text, reading = j.field("Text to continue"), j.at("#reading")
     j.button("Continue").click()
     expect(j.at("#notice")).to_contain_text("Write a beginning first")
     assert j.focused() == "text"
     text.fill("The lighthouse stood alone. ")
     expect(j.at("#count")).to_have_text("4 of 256 tokens")
     text.fill("word " * 300)
-    expect(j.at("#count")).to_have_text("300 tokens, of which the model reads the last 256")
+    expect(j.at("#count")).to_have_text("300 tokens, the model reads the last 256")
     text.fill("The lighthouse stood alone. ")
     j.page.keyboard.press("Control+Enter")
     expect(j.at("#text-note")).to_contain_text(f"{len(STORY)} tokens")
@@ -505,7 +505,7 @@ def test_on_a_phone(open_page: Open) -> None:
     expect(j.button("Save")).to_be_enabled()
     j.button("Close").tap()
     j.button("Completion").tap()
-    j.field("A text for the model to go on with").fill("Once ")
+    j.field("Text to continue").fill("Once ")
     j.button("Continue").tap()
     j.done()
     j.no_sideways()
@@ -554,7 +554,7 @@ def states(j: Journey) -> Iterator[str]:
     j.script.key = None
     j.button("Not now").click()
     j.button("Completion").click()
-    j.field("A text for the model to go on with").fill("Once upon a time, far from here, ")
+    j.field("Text to continue").fill("Once upon a time, far from here, ")
     yield "writing"
     j.button("Continue").click()
     j.done()
@@ -621,7 +621,7 @@ def test_the_server_goes_away_and_comes_back(open_page: Open) -> None:
     expect(j.page.get_by_role("alert")).to_be_hidden()  # by itself
     expect(j.at("#notice")).to_contain_text("The server is back")
     expect(j.answers).to_contain_text("tick1")  # as far as it had come
-    j.button("Try again to get an answer").click()
+    j.button("Retry the request").click()
     expect(j.answers).to_contain_text("tick1")
     j.page.keyboard.press("Escape")
     j.say("written later")
@@ -658,7 +658,7 @@ def test_a_busy_server_and_errors_in_words(open_page: Open) -> None:
     expect(j.at(".exchange .note").last).to_have_text("The model's numbers are not finite any more.")
     expect(j.answers.last).to_contain_text("tick3")
     j.say("nothing")
-    expect(j.at(".exchange .note").last).to_contain_text("the model said nothing")
+    expect(j.at(".exchange .note").last).to_contain_text("empty answer")
     assert "refuse" not in json.dumps(j.asked())  # what was not answered is no part of the conversation
     j.script.busy = 9
     j.say("busy", done=False)
@@ -676,7 +676,7 @@ def test_a_key_is_asked_for(open_page: Open, server: PageServer) -> None:
     j.troubles = True
     j.field("Key").fill("wrong")
     j.page.keyboard.press("Enter")
-    expect(j.at("#key-about")).to_have_text("The server did not accept the key.")
+    expect(j.at("#key-about")).to_have_text("The server rejected the key.")
     j.button("Not now").click()
     expect(j.page.get_by_role("alert")).to_contain_text("asks for a key")
     j.button("Try now").click()
@@ -689,7 +689,7 @@ def test_a_key_is_asked_for(open_page: Open, server: PageServer) -> None:
     assert "right" not in j.page.evaluate(kept)
     j.page.reload()  # it was kept in memory alone
     j.field("Key").fill("right")
-    j.field("Keep it until this tab is closed").check()
+    j.field("Remember it until this tab is closed").check()
     j.page.keyboard.press("Enter")
     expect(j.at("#model")).to_contain_text("lighthouse-mini")
     j.page.reload()
@@ -753,9 +753,9 @@ def test_copy_and_reload(open_page: Open) -> None:
     assert j.page.evaluate("navigator.clipboard.readText()") == "one\n\n  two\n\tthree"
     j.field("Your message").fill("half a thought")
     j.page.get_by_role("button", name="Completion").click()
-    j.field("A text for the model to go on with").fill("half a tale")
+    j.field("Text to continue").fill("half a tale")
     j.page.reload()
-    assert j.field("A text for the model to go on with").input_value() == "half a tale"
+    assert j.field("Text to continue").input_value() == "half a tale"
     j.page.get_by_role("button", name="Conversation").click()
     assert j.field("Your message").input_value() == "half a thought"
     expect(j.answers.first).to_have_text(HTML.replace("\x00", "␀").replace("\x1b", "␛"))
@@ -763,7 +763,7 @@ def test_copy_and_reload(open_page: Open) -> None:
     j.button("Undo").click()
     expect(j.answers).to_have_count(2)
     j.button("Completion").click()
-    assert j.field("A text for the model to go on with").input_value() == "half a tale"
+    assert j.field("Text to continue").input_value() == "half a tale"
 
 
 def test_with_a_model_behind_it(browser: "Browser", base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -785,9 +785,9 @@ def test_with_a_model_behind_it(browser: "Browser", base: Path, monkeypatch: pyt
         j.field("Key").fill("a secret")
         j.page.keyboard.press("Enter")
         expect(j.at("#model")).to_contain_text("small")
-        expect(j.at("#hint")).to_contain_text("not taught to converse")
-        j.field("A text for the model to go on with").fill("The list of values " * 40)  # more than its context
-        expect(j.at("#count")).to_contain_text("of which the model reads the last 64")
+        expect(j.at("#hint")).to_contain_text("not fine-tuned for chat")
+        j.field("Text to continue").fill("The list of values " * 40)  # more than its context
+        expect(j.at("#count")).to_contain_text("the model reads the last 64")
         j.page.keyboard.press("Control+Enter")
         tokens = j.at("#reading .token")
         expect(tokens.nth(5)).to_be_visible()

@@ -1,22 +1,22 @@
-// Speaking with the server that this page came from, and with no other.
+// Requests to the server of this page.
 
-/** Something that went wrong, in words for people. */
-export class Problem extends Error {}
-export const UNREACHABLE = "The server cannot be reached. What you have written is kept, and this page tries again by itself.";
-export const BROKEN = "The connection broke off before the answer was finished.";
+/** An error with a message for the user. */
+export class UserError extends Error {}
+export const UNREACHABLE = "The server cannot be reached. Your text is kept, and the page reconnects automatically.";
+export const CONNECTION_LOST = "The connection was lost before the answer was complete.";
 
-/** What the page does for this module, and the key that it was given. */
-export const link = { key: "", askKey: async () => false, lost: () => {} };
+/** The API key, and the callbacks of the page. */
+export const connection = { key: "", requestKey: async () => false, onUnreachable: () => {} };
 
-/** What a server says of an error, in OpenAI's form or another's, or what its status means. */
-export async function wordsOf(response) {
+/** The error message of a response, in OpenAI's form or another, or a message for its status. */
+export async function errorMessage(response) {
   const said = await response.json().catch(() => null);
   const message = said?.error?.message ?? said?.detail ?? said?.message;
   if (typeof message === "string" && message) return message;
-  if (said?.status === "loading") return "The server is there, and still loading the model.";
-  if (response.status === 503) return "The server lets nobody in just now: it is about to stop, or not ready yet.";
-  if (response.status === 429) return "The server is busy with other requests.";
-  return `The server answered with the status ${response.status}.`;
+  if (said?.status === "loading") return "The server is still loading the model.";
+  if (response.status === 503) return "The server does not accept requests: it is stopping or not ready yet.";
+  if (response.status === 429) return "The server is busy.";
+  return `The server returned the status ${response.status}.`;
 }
 
 const sleep = (seconds, signal) =>
@@ -25,53 +25,53 @@ const sleep = (seconds, signal) =>
     signal?.addEventListener("abort", () => (clearTimeout(timer), reject(signal.reason)), { once: true });
   });
 
-/** The answer to a request. Asks for a key where one is needed; with `onWait`, is patient with a server that is busy. */
+/** Sends a request. Asks for an API key if one is needed; with `onWait`, retries while the server is busy. */
 export async function request(path, { body, signal, onWait } = {}) {
   for (let tries = 1; ; ) {
-    const headers = { "Content-Type": "application/json", ...(link.key && { Authorization: `Bearer ${link.key}` }) };
+    const headers = { "Content-Type": "application/json", ...(connection.key && { Authorization: `Bearer ${connection.key}` }) };
     const post = body && { method: "POST", body: JSON.stringify(body) };
     let response;
     try {
       response = await fetch(path, { ...post, headers, signal, cache: "no-store" });
     } catch (error) {
       if (signal?.aborted) throw error;
-      link.lost(UNREACHABLE);
-      throw new Problem("The server could not be reached.");
+      connection.onUnreachable(UNREACHABLE);
+      throw new UserError("The server could not be reached.");
     }
     if (response.ok) return response;
     if (response.status === 401) {
-      if (await link.askKey()) continue;
-      throw Object.assign(new Problem("The server asks for a key, and none was given."), { key: true });
+      if (await connection.requestKey()) continue;
+      throw Object.assign(new UserError("The server requires an API key."), { key: true });
     }
-    const words = await wordsOf(response);
+    const words = await errorMessage(response);
     if (response.status === 429 && onWait && tries++ < 5) {
       const seconds = Math.min(Math.max(Number(response.headers.get("Retry-After")) || 1, 0.2), 30);
       onWait(`${words} Trying again in ${Math.ceil(seconds)} s …`);
       await sleep(seconds, signal);
       continue;
     }
-    if (response.status === 503) link.lost(words);
-    throw new Problem(words);
+    if (response.status === 503) connection.onUnreachable(words);
+    throw new UserError(words);
   }
 }
 
-/** The events of a stream. A line may be parted between two pieces of the stream, and so may a character. */
-export async function* eventsOf(response) {
+/** The events of a stream. Lines and characters may be split between chunks. */
+export async function* streamEvents(response) {
   const reader = response.body.getReader();
   const decoder = new TextDecoder();
-  for (let rest = "", ended = false; !ended; ) {
+  for (let pending = "", ended = false; !ended; ) {
     const { value, done } = await reader.read();
     ended = done;
-    const lines = (rest + decoder.decode(value, { stream: !done })).split("\n");
-    rest = lines.pop();
+    const lines = (pending + decoder.decode(value, { stream: !done })).split("\n");
+    pending = lines.pop();
     for (const line of lines) {
       if (!line.startsWith("data:")) continue; // a comment, which keeps the connection alive
       const data = line.slice(5).trim();
       if (data === "[DONE]") return;
       const event = JSON.parse(data);
-      if (event.error) throw new Problem(event.error.message ?? "The server could not go on.");
+      if (event.error) throw new UserError(event.error.message ?? "The server stopped with an error.");
       yield event;
     }
   }
-  throw new Problem(BROKEN);
+  throw new UserError(CONNECTION_LOST);
 }

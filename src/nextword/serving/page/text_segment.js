@@ -1,23 +1,23 @@
-// What somebody has written: a text, and where it was a model, the tokens that it is made of and what they could have been.
+// A text of the user or of the model; the model's has tokens with their probabilities and alternatives.
 
 const utf8 = new TextEncoder();
 export const asText = (bytes) => new TextDecoder().decode(new Uint8Array(bytes));
 
-/** Part of a character may be told as `bytes:\xe2\x80` where the API has no room for bytes. */
-function bytesOf(token) {
-  const told = /^bytes:((?:\\x[0-9a-f]{2})+)$/i.exec(token);
-  return told ? told[1].split("\\x").slice(1).map((hex) => parseInt(hex, 16)) : [...utf8.encode(token)];
+/** The API writes an incomplete character as `bytes:\xe2\x80` where it has no field for bytes. */
+function tokenBytes(token) {
+  const known = /^bytes:((?:\\x[0-9a-f]{2})+)$/i.exec(token);
+  return known ? known[1].split("\\x").slice(1).map((hex) => parseInt(hex, 16)) : [...utf8.encode(token)];
 }
 
-/** A token as this page knows it: {name, bytes, p, others}; p is null where it was not told. */
+/** A token as {name, bytes, p, others}; p is null if it is unknown. */
 const asToken = ({ token, logprob, bytes, top_logprobs }) => ({
   name: token,
-  bytes: bytes ?? bytesOf(token),
+  bytes: bytes ?? tokenBytes(token),
   p: typeof logprob === "number" ? Math.exp(logprob) : null,
   others: (top_logprobs ?? []).map(asToken),
 });
 
-/** The tokens of a choice, from either form of the API: that of conversations or that of completions. */
+/** The tokens of a choice of a chat completion or of a completion. */
 export function tokensOf({ logprobs }) {
   if (logprobs?.content) return logprobs.content.map(asToken);
   return (logprobs?.tokens ?? []).map((token, i) => {
@@ -26,8 +26,8 @@ export function tokensOf({ logprobs }) {
   });
 }
 
-/** Whether bytes end where a character does. A token may be any part of one: an emoji is often three or four tokens. */
-function endsWhole(bytes) {
+/** Whether bytes end at a character boundary. An emoji is often three or four tokens. */
+function endsAtCharacter(bytes) {
   for (let back = 1; back <= Math.min(3, bytes.length); back++) {
     const byte = bytes.at(-back);
     if (byte < 0x80) return true;
@@ -36,20 +36,20 @@ function endsWhole(bytes) {
   return true;
 }
 
-export class Writing {
+export class TextSegment {
   text = "";
-  pieces = []; // [{text, tokens}]: whole characters, each piece of as few tokens as that allows; never changed again
+  pieces = []; // [{text, tokens}]: the shortest runs of tokens that are whole characters; append-only
   tokens = 0;
-  finish = null; // why the model ended: "stop", "length"
+  finish = null; // finish reason: "stop" or "length"
   usage = null;
   status = "waiting"; // then "writing", and "done", "stopped" or "failed"
-  note = ""; // what went wrong, or what is waited for
-  #open = []; // tokens that are not in a piece yet
-  #at = 0; // how much of the text the pieces have
+  note = ""; // error message, or the reason for waiting
+  #open = []; // tokens that are not yet in a piece
+  #at = 0; // length of the text of the pieces
 
-  /** A text of which no tokens are known: what people wrote, or what was loaded. */
-  static plain(text, own = false) {
-    return Object.assign(new Writing(), { text, own, status: "done" });
+  /** A text without tokens: of the user, or loaded. */
+  static plain(text, isUser = false) {
+    return Object.assign(new TextSegment(), { text, isUser, status: "done" });
   }
 
   add(text, tokens) {
@@ -61,21 +61,21 @@ export class Writing {
   }
 
   end(status, note = "") {
-    // Tokens that are left are those that ended the text: a marker, or a stop string that was cut off.
-    if (this.#open.length) this.#take(this.rest, this.#open.length);
+    // The remaining tokens ended the text: a special token, or a stop string that was removed.
+    if (this.#open.length) this.#take(this.pending, this.#open.length);
     this.seconds = (performance.now() - (this.began ?? performance.now())) / 1000;
     Object.assign(this, { status, note });
   }
 
-  /** Take the open tokens into pieces, as far as the text goes, which may lag behind its tokens. */
+  /** Groups open tokens into pieces, as far as the text goes, which may lag behind its tokens. */
   #cut() {
     for (let n = 1; n <= this.#open.length; n++) {
       const bytes = this.#open.slice(0, n).flatMap((token) => token.bytes);
-      if (!endsWhole(bytes)) continue;
+      if (!endsAtCharacter(bytes)) continue;
       let piece = asText(bytes);
-      // Some tokenizers have a space before the first word that the text has not.
+      // Some tokenizers add a space before the first word, which the text does not have.
       if (this.#at === 0 && !this.text.startsWith(piece)) piece = piece.trimStart();
-      // Where a token's bytes were not told, the text of the token after it shows where it ends.
+      // If the bytes of a token are unknown, the text of the next token shows where it ends.
       const next = n > 1 ? this.text.indexOf(asText(this.#open[n - 1].bytes), this.#at) : -1;
       if (this.text.startsWith(piece, this.#at)) this.#take(piece, n);
       else if (next >= 0 && next - this.#at <= 2 * n) this.#take(this.text.slice(this.#at, next), n - 1);
@@ -89,14 +89,14 @@ export class Writing {
     this.#at += text.length;
   }
 
-  /** The text that has no tokens of its own: all that a server without probabilities sends, or the very end for a moment. */
-  get rest() {
+  /** The text that is not yet in a piece: the end for a moment, or all of it from a server without probabilities. */
+  get pending() {
     return this.text.slice(this.#at);
   }
 
-  /** The first `length` characters, with as many of the pieces as are whole in them. */
-  upTo(length) {
-    const part = Writing.plain(this.text.slice(0, length), this.own);
+  /** The first `length` characters, with the pieces that lie within them. */
+  prefix(length) {
+    const part = TextSegment.plain(this.text.slice(0, length), this.isUser);
     for (const piece of this.pieces) {
       if (part.#at + piece.text.length > length) break;
       part.pieces.push(piece);
@@ -105,15 +105,15 @@ export class Writing {
     return part;
   }
 
-  /** A line about how it went. */
+  /** Number of tokens, speed and finish reason. */
   get summary() {
     const tokens = this.usage?.completion_tokens ?? this.tokens;
     return [
       tokens && `${tokens.toLocaleString("en")} token${tokens === 1 ? "" : "s"}`,
-      tokens > 4 && this.seconds > 0.2 && `${Math.round(tokens / this.seconds)} a second`,
+      tokens > 4 && this.seconds > 0.2 && `${Math.round(tokens / this.seconds)} tokens/s`,
       this.status === "stopped" && "stopped",
-      this.finish === "length" && "cut off at the limit (max tokens, or a full context)",
-      this.status === "done" && !this.text.trim() && "the model said nothing",
+      this.finish === "length" && "stopped at the limit (max tokens or context length)",
+      this.status === "done" && !this.text.trim() && "empty answer",
     ].filter(Boolean).join(" · ");
   }
 }
