@@ -252,7 +252,7 @@ def store_results(config: EvaluateConfig, result: dict[str, Any], stride: int | 
         "precision": None if config.precision == "float32" else config.precision,
         "against": config.compare_to and config.compare_to.name,
     }
-    text_name = ", ".join(map(short_path_name, config.texts)) or "held-out text"
+    text_name = ", ".join(map(short_path_name, config.texts)) or "validation set"
     text_provenance = make_provenance({"stride": stride, **settings})
     benchmark_provenance = make_provenance({"seed": config.seed, **settings})
     try:

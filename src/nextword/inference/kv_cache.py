@@ -1,4 +1,4 @@
-"""KV cache: the keys and values of earlier positions, for several sequences at once.
+"""KV cache: the keys and values of processed positions, for several sequences at once.
 
 Shapes: B batch, T new positions, S cached positions, G key-value heads, K width of a head.
 """

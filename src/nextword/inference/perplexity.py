@@ -243,7 +243,7 @@ def evaluation_mode(model: GPT, inference_mode: bool = True) -> Generator[None]:
 
 
 def _evenly_spaced(count: int, limit: int | None) -> list[int]:
-    """All of `count` windows, or the middle one of each of `limit` equal parts."""
+    """All of `count` windows, or the center of each of `limit` equal parts."""
     limit = count if limit is None else min(count, max(1, limit))
     return [(2 * i + 1) * count // (2 * limit) for i in range(limit)]
 

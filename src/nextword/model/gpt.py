@@ -21,7 +21,7 @@ from nextword.model.config import ModelConfig
 
 
 class Cache(Protocol):
-    """Keys and values of earlier positions, so that generation computes only new ones (a KV cache)."""
+    """A KV cache: keys and values of processed positions, so that generation computes only new ones."""
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Store a layer's new keys and values and return all of them.

@@ -454,7 +454,7 @@ class TaskEvaluator:
 
 
 def evenly_spaced(count: int, limit: int | None) -> list[int]:
-    """All of `count` indices, or the middle one of each of `limit` equal parts."""
+    """All of `count` indices, or the center of each of `limit` equal parts."""
     if limit is None or limit >= count:
         return list(range(count))
     return [(2 * i + 1) * count // (2 * limit) for i in range(limit)]

@@ -79,7 +79,7 @@ class TrainState:
         }
 
     def set_counters(self, saved: dict[str, Any]) -> None:
-        """Go back to the `counters()` of an earlier state."""
+        """Restore the `counters()` of an earlier state."""
         self.step, self.tokens = saved["step"], saved["tokens"]
         self.nonfinite_streak, self.num_rollbacks = saved["bad"], saved.get("detours", 0)
         self.best, self.stopped_early = BestCheckpoint(**saved["best"]), saved["stopped"]
