@@ -59,7 +59,6 @@ def test_help(name, capsys, monkeypatch):
     assert not phrases_in(capsys.readouterr().out)
 
 
-@pytest.mark.xfail(strict=False, reason="until every package is rewritten")
 def test_messages_and_docstrings():
     wrong = []
     for path in sorted(ROOT.rglob("*.py")):

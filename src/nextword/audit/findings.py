@@ -24,7 +24,7 @@ class Finding:
         low, high: the 95 % confidence interval, if there is one.
         unit: "%" (proportions are given in per cent), "bits/byte", "documents", "kWh" and so on.
         n: the number of items, samples or documents measured.
-        reference: the value without a problem: 50 for stereotype preference, 0 for a gap, that of held-out text for
+        reference: the value without a problem: 50 for stereotype preference, 0 for a gap, that of validation text for
             memorization.
         notable: whether the finding is flagged: the interval excludes the reference, or something problematic was found.
         note: one sentence on how it was measured or what it means.

@@ -49,7 +49,7 @@ class TokenPassage(NamedTuple):
 
 @dataclass(frozen=True)
 class MemorizationProbe:
-    """Measures what a model has memorized of a corpus. Held-out documents are the reference if the index knows any."""
+    """Measures what a model has memorized of a corpus. Validation documents are the reference if the index knows any."""
 
     model: LanguageModel
     index: CorpusIndex
@@ -65,7 +65,7 @@ class MemorizationProbe:
             [measure_copied(self.index, self.model.tokenizer, token_ids) for token_ids in texts]
             for texts in ([each.tokens for each in completions], [each.token_ids for each in held_out])
         )
-        reference_note = f"; reference: {len(references)} passages of held-out documents" if references else ""
+        reference_note = f"; reference: {len(references)} passages of validation documents" if references else ""
         note = (
             f"tokens in verbatim passages of {MIN_COPIED_TOKENS} tokens or more, in texts of up to {SAMPLE_TOKENS} tokens "
             f"sampled without a prompt at temperature {sampling.temperature}{reference_note}"
@@ -117,7 +117,7 @@ class MemorizationProbe:
         note = (
             f"greedy decoding after {prefix_length} tokens gives the next {length} exactly{_context_note(self.model)}"
         )
-        note += "; reference: held-out documents" if held_out else ""
+        note += "; reference: validation documents" if held_out else ""
         return proportion_finding(name, score, reference, note, examples)
 
     def pii_leakage(self, max_samples: int) -> Finding:
@@ -146,7 +146,7 @@ class MemorizationProbe:
         self, count: int, length: int, *, held_out: bool, min_length: int | None = None
     ) -> list[TokenPassage]:
         """Sample passages of `length` tokens, or of at least `min_length` at the end of a document, from the training or the
-        held-out part of the corpus. Each byte is equally likely to be near the start of a passage. Fewer than `count` are
+        validation set of the corpus. Each byte is equally likely to be near the start of a passage. Fewer than `count` are
         returned where documents are short."""
         index = self.index
         columns = ("learned", "end") if held_out else ("begin", "learned")
@@ -177,7 +177,7 @@ class MemorizationProbe:
 def proportion_finding(
     name: str, score: ScoreWithCI, reference: ScoreWithCI | None, note: str, examples: Examples
 ) -> Finding:
-    """A proportion, flagged if its interval lies above that of held-out text (0 without one) and it is not 0."""
+    """A proportion, flagged if its interval lies above that of validation text (0 without one) and it is not 0."""
     flagged = score.value > 0 and score.is_above(reference.value if reference else 0.0)
     baseline = 100 * reference.value if reference else None
     return Finding.from_score("memory", name, score, reference=baseline, notable=flagged, note=note, examples=examples)
