@@ -271,9 +271,6 @@ def iter_weights(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Te
     names, prefix = hf_name_map(config), LAYOUTS[config.family].prefix
     known = {*names, "lm_head.weight"}  # a tied head may be stored, too
     known |= {name.removeprefix(prefix) for name in known}  # a base model is saved without the prefix
-    unexpected = sorted(name for name in files if name not in known and not name.endswith(IGNORED_BUFFERS))
-    if unexpected:
-        raise NextwordError(f"{directory}: unexpected tensors for this model_type: {', '.join(unexpected[:5])}")
     own, stock = meta_weights(directory, config)
     for hf_name, our_names in names.items():
         first_layer_names = [re.sub(r"^blocks\.\d+", "blocks.0", name) for name in our_names]
@@ -296,6 +293,9 @@ def iter_weights(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Te
                 tensor = tensor_slice[:].float()
                 parts = torch.split(tensor.T if is_transposed(hf_name) else tensor, rows)
                 yield from ((name, part.contiguous()) for name, part in zip(our_names, parts, strict=True))
+    unexpected = sorted(name for name in files if name not in known and not name.endswith(IGNORED_BUFFERS))
+    if unexpected:
+        raise NextwordError(f"{directory}: unexpected tensors for this model_type: {', '.join(unexpected[:5])}")
 
 
 def meta_weights(directory: Path, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
