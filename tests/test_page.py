@@ -373,7 +373,7 @@ def test_completion_in_place(open_page: Open) -> None:
     expect(j.at("#hint")).to_contain_text("not fine-tuned for chat")
     text, reading = j.field("Text to continue"), j.at("#reading")
     j.button("Continue").click()
-    expect(j.at("#notice")).to_contain_text("Write a beginning first")
+    expect(j.at("#notice")).to_contain_text("Write the beginning of a text first")
     assert j.focused() == "text"
     text.fill("The lighthouse stood alone. ")
     expect(j.at("#count")).to_have_text("4 of 256 tokens")
@@ -406,7 +406,7 @@ def test_completion_in_place(open_page: Open) -> None:
     expect(j.at("#text-note")).to_contain_text("stopped")
     assert reading.locator(":scope > span").nth(1).locator(".token").count() == 4  # "Once there was a small" is cut
     j.button("Conversation").click()
-    expect(j.at("#hint")).to_contain_text("expect it to go on with your words")
+    expect(j.at("#hint")).to_contain_text("expect it to continue your text")
     j.say("hello")
     expect(j.answers).to_have_text(TOLD)
     j.button("Completion").click()
@@ -435,7 +435,7 @@ def test_the_whole_way_by_keyboard(open_page: Open) -> None:
     assert focused() == "draft"
     j.page.keyboard.type("unsure")
     press("Enter")
-    expect(j.at("#say")).to_contain_text("The model wrote")
+    expect(j.at("#say")).to_contain_text("Model: ")
     tab_to("text model", back=True)
     press("ArrowRight")
     expect(j.at("#inspector")).to_be_visible()
@@ -480,7 +480,7 @@ def test_on_a_phone(open_page: Open) -> None:
     j.no_sideways()
     j.field("Your message").fill("long")
     j.button("Send").tap()
-    expect(j.at(".exchange .note")).to_contain_text("cut off at the limit")
+    expect(j.at(".exchange .note")).to_contain_text("stopped at the limit")
     j.no_sideways()
     token = j.answers.locator(".token").nth(180)
     token.tap()
@@ -534,7 +534,7 @@ def states(j: Journey) -> Iterator[str]:
     yield "welcome"
     j.field("Your message").fill("unsure")
     j.page.keyboard.press("Enter")
-    expect(j.at("#say")).to_contain_text("The model wrote")
+    expect(j.at("#say")).to_contain_text("Model: ")
     j.say("slow refuse")
     j.answers.locator(".token").nth(9).click()
     yield "chat"
@@ -611,7 +611,7 @@ def test_the_server_goes_away_and_comes_back(open_page: Open) -> None:
     expect(j.answers).to_contain_text("tick1")
     j.script.is_offline = True
     expect(j.page.get_by_role("alert")).to_contain_text("cannot be reached")
-    expect(j.at(".exchange .note")).to_contain_text("broke off")
+    expect(j.at(".exchange .note")).to_contain_text("was lost")
     j.field("Your message").fill("written meanwhile")
     j.page.keyboard.press("Enter")
     j.page.wait_for_timeout(300)
@@ -619,7 +619,7 @@ def test_the_server_goes_away_and_comes_back(open_page: Open) -> None:
     assert len(j.script.requests) == 1
     j.script.is_offline = False
     expect(j.page.get_by_role("alert")).to_be_hidden()  # by itself
-    expect(j.at("#notice")).to_contain_text("The server is back")
+    expect(j.at("#notice")).to_contain_text("Reconnected")
     expect(j.answers).to_contain_text("tick1")  # as far as it had come
     j.button("Retry the request").click()
     expect(j.answers).to_contain_text("tick1")
@@ -667,7 +667,7 @@ def test_a_busy_server_and_errors_in_words(open_page: Open) -> None:
     j.done()
     expect(j.at(".exchange .note").last).to_have_text("stopped")
     j.say("break")
-    expect(j.at(".exchange .note").last).to_contain_text("broke off")
+    expect(j.at(".exchange .note").last).to_contain_text("was lost")
 
 
 def test_a_key_is_asked_for(open_page: Open, server: PageServer) -> None:
@@ -678,7 +678,7 @@ def test_a_key_is_asked_for(open_page: Open, server: PageServer) -> None:
     j.page.keyboard.press("Enter")
     expect(j.at("#key-about")).to_have_text("The server rejected the key.")
     j.button("Not now").click()
-    expect(j.page.get_by_role("alert")).to_contain_text("asks for a key")
+    expect(j.page.get_by_role("alert")).to_contain_text("requires an API key")
     j.button("Try now").click()
     j.field("Key").fill("right")
     j.button("Use this key").click()
@@ -728,7 +728,7 @@ def test_save_is_what_finetune_reads_and_load_brings_it_back(open_page: Open, tm
     )
     fresh = open_page()
     fresh.at("#file").set_input_files(file)
-    expect(fresh.at("#notice")).to_contain_text("the last of the file's 2 conversations")
+    expect(fresh.at("#notice")).to_contain_text("the last of 2 conversations")
     assert fresh.answers.all_inner_texts() == [EMOJI, "one\n\n  two\n\tthree"]
     fresh.say("on")
     assert len(fresh.asked()["messages"]) == 6
@@ -736,7 +736,7 @@ def test_save_is_what_finetune_reads_and_load_brings_it_back(open_page: Open, tm
     for wrong, why in (
         ("nonsense", "Line 1 is not JSON"), ("{}", "no line such as"),
         ('{"messages": [{"role": "user"}]}', "Message 1 has no text"),
-        ('{"messages": [{"role": "tool", "content": "x"}]}', "of the role tool"),
+        ('{"messages": [{"role": "tool", "content": "x"}]}', "has the role tool"),
     ):  # fmt: skip
         file.write_text(wrong)
         fresh.at("#file").set_input_files(file)
