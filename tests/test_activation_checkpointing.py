@@ -65,6 +65,7 @@ def test_evaluation_recomputes_nothing():
     assert len(calls) == 2 + 2 * 2
 
 
+@pytest.mark.needs("more time")
 def test_two_processes_with_fsdp_and_activation_checkpointing(shards, tmp_path):
     """Equal to a single process without either."""
     model = {"n_layers": 2, "n_heads": 2, "d_model": 32, "context_length": 32, "dropout": 0.1}

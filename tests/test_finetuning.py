@@ -300,7 +300,14 @@ def test_scratch_starts_from_other_weights(base, tmp_path):
 # ---------------------------------------------------------------- resumes
 
 
-@pytest.mark.parametrize(("task", "more"), [("classify", ["--lora"]), ("prefer", []), ("chat", [])])
+@pytest.mark.parametrize(
+    ("task", "more"),
+    [
+        ("classify", ["--lora"]),
+        pytest.param("prefer", [], marks=pytest.mark.needs("more time")),
+        pytest.param("chat", [], marks=pytest.mark.needs("more time")),
+    ],
+)
 def test_killed_and_resumed_equals_uninterrupted(task, more, base, tmp_path):
     data = write(tmp_path / "data.jsonl", task, 80)
     words = [

@@ -447,7 +447,7 @@ def test_the_time_budget_is_kept_after_a_rollback(tmp_path):
 # ---------------------------------------------------------------- two processes
 
 
-@pytest.mark.parametrize("moment", ["never", "saving"])
+@pytest.mark.parametrize("moment", [pytest.param("never", marks=pytest.mark.needs("more time")), "saving"])
 def test_two_processes_roll_back_together(rolled_back, shards, tmp_path, moment):
     """They skip the same batches as one process, and the losses are equal within rounding.
 
