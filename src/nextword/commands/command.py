@@ -222,7 +222,8 @@ def command(
         function.__doc__ = "\n".join(
             [description, "", f"On the command line: ``{example}``", "", "Args:", *arguments, ""]
         )
-        function.__signature__ = inspect.signature(config)  # type: ignore[attr-defined]  # what help() and IDEs show
+        signature = inspect.signature(config).replace(return_annotation=inspect.signature(run).return_annotation)
+        function.__signature__ = signature  # type: ignore[attr-defined]  # what help() and IDEs show
         function.run = run  # type: ignore[attr-defined]
         return function  # type: ignore[return-value]
 

@@ -5,14 +5,12 @@ import os
 import platform
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy
-import tokenizers
 import torch
 
-from nextword._version import __version__
 from nextword.common.errors import UsageError
 
 try:
@@ -28,13 +26,8 @@ RAPL_ROOT = Path("/sys/class/powercap")  # Linux: processor energy counters, oft
 
 def library_versions() -> dict[str, str]:
     """Versions that run.json records."""
-    return {
-        "nextword": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "tokenizers": tokenizers.__version__,
-    }
+    packages = {name: version(name) for name in ("nextword", "numpy", "tokenizers")}
+    return {**packages, "python": platform.python_version(), "torch": torch.__version__}  # with its build, as 2.13.0+cpu
 
 
 def machine_info(device: torch.device) -> dict[str, Any]:
