@@ -158,7 +158,7 @@ def test_a_resume_with_other_options_lists_the_differences(complete_run):
 
 
 def test_verify_lists_valid_directories(complete_run):
-    whole = package.verify(complete_run)
+    whole = package.verify(complete_run).whole
     assert sorted(whole.values()) == ["checkpoint", "checkpoint", "model", "shards"]
 
 
@@ -323,6 +323,7 @@ def test_a_time_budget_is_kept_and_its_decisions_are_replayed(shards, tmp_path, 
     assert state_hashes(replayed) == state_hashes(run)
 
 
+@pytest.mark.needs("more time")
 def test_early_stopping_keeps_the_best_weights(texts, tmp_path):
     settings = {**SETTINGS, "training": {**SETTINGS["training"], "evaluations": 20, "patience": 2, "lr": 0.05}}
     settings["model"] = {**SETTINGS["model"], "dropout": 0.0}

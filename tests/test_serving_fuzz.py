@@ -21,7 +21,7 @@ PROMISED = [
     schemathesis.checks.not_a_server_error, checks.status_code_conformance, checks.content_type_conformance,
     checks.response_headers_conformance, checks.response_schema_conformance,
 ]  # fmt: skip
-CASES = int(os.environ.get("NEXTWORD_CASES", "200"))
+CASES = int(os.environ.get("NEXTWORD_CASES", "100"))
 
 
 @pytest.fixture(scope="module")

@@ -314,7 +314,9 @@ def start(program: Path, *arguments: str | Path, world_size: int = 1) -> "subpro
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
-@pytest.mark.parametrize(("moment", "num_records"), [("rollback", 27), ("repeating", 23)])
+@pytest.mark.parametrize(
+    ("moment", "num_records"), [("rollback", 27), pytest.param("repeating", 23, marks=pytest.mark.needs("more time"))]
+)
 def test_killed_during_a_rollback_and_resumed_equals_uninterrupted(
     rolled_back, shards, tmp_path, monkeypatch, moment, num_records
 ):
