@@ -23,7 +23,7 @@ from urllib.request import Request, urlopen
 
 ROOT = Path(__file__).parents[1]
 PRECISIONS = ("float32", "int8", "int4")
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "train": {"n_layers": 6, "n_heads": 6, "d_model": 384, "context_length": 256},
     "train-tiny": {"n_layers": 4, "n_heads": 4, "d_model": 128, "context_length": 128},
     "decode": {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257},

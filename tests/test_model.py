@@ -319,9 +319,12 @@ def test_dropout_keeps_the_mean_and_is_off_in_evaluation():
     embedded = model.token_embedding(tokens)
     from nextword.model.gpt import apply_dropout
 
-    many = torch.stack(
-        [apply_dropout(embedded, sample_dropout_masks(config, [s], 24, "cpu")[0], 0.5) for s in range(400)]
-    )  # type: ignore[index]
+    def dropped(seed: int) -> torch.Tensor:
+        masks = sample_dropout_masks(config, [seed], 24, "cpu")
+        assert masks is not None
+        return apply_dropout(embedded, masks[0], 0.5)
+
+    many = torch.stack([dropped(seed) for seed in range(400)])
     torch.testing.assert_close(many.mean(0), embedded, atol=0.25, rtol=0.25)
 
 

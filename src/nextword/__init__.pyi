@@ -31,4 +31,4 @@ from nextword.model.gpt import GPT as GPT
 from nextword.pipeline.language_model import LanguageModel as LanguageModel
 from nextword.pipeline.language_model import load as load
 
-def __getattr__(name: str) -> Any: ...  # LMEval, and the deprecated names
+def __getattr__(name: str) -> Any: ...  # pyright: ignore[reportIncompleteStub]  # LMEval, and the deprecated names

@@ -27,7 +27,11 @@ RAPL_ROOT = Path("/sys/class/powercap")  # Linux: processor energy counters, oft
 def library_versions() -> dict[str, str]:
     """Versions that run.json records."""
     packages = {name: version(name) for name in ("nextword", "numpy", "tokenizers")}
-    return {**packages, "python": platform.python_version(), "torch": torch.__version__}  # with its build, as 2.13.0+cpu
+    return {
+        **packages,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }  # with its build, as 2.13.0+cpu
 
 
 def machine_info(device: torch.device) -> dict[str, Any]:

@@ -171,6 +171,11 @@ FILTERS: tuple[Callable[..., Any], ...] = (
 )
 
 
+def to_script_json(value: Any) -> Markup:
+    """A value as JSON that a template does not escape."""
+    return Markup(json.dumps(value))
+
+
 @cache
 def _environment(markdown: bool) -> Environment:
     environment = Environment(
@@ -182,9 +187,14 @@ def _environment(markdown: bool) -> Environment:
         undefined=StrictUndefined,
         keep_trailing_newline=True,
     )
-    for function in FILTERS:
-        environment.filters[function.__name__] = function
-    environment.filters.update(bytes=format_bytes, count=format_count, duration=format_duration)
-    environment.filters.update(json=lambda value: Markup(json.dumps(value)), short_name=short_path_name)
-    environment.tests["finite"] = is_number
+    filters = cast(dict[str, Any], environment.filters)  # pyright: ignore[reportUnknownMemberType]  # Jinja declares no type
+    filters |= {function.__name__: function for function in FILTERS}
+    filters |= {
+        "bytes": format_bytes,
+        "count": format_count,
+        "duration": format_duration,
+        "json": to_script_json,
+        "short_name": short_path_name,
+    }
+    environment.tests["finite"] = is_number  # pyright: ignore[reportUnknownMemberType]  # the same
     return environment
