@@ -30,6 +30,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "decode-small": {"n_layer": 6, "n_head": 6, "n_embd": 384, "n_positions": 1024, "vocab_size": 8192},
 }
 STEPS = {"train": 8, "train-tiny": 60}
+TOKENS = {"decode": 64, "decode-small": 800}
 ROUNDS_PER_PROCESS = 4
 NAMES = (*SHAPES, "serve", "first-token", "help")
 Rates = dict[str, float]
@@ -61,7 +62,7 @@ def decode(name: str, directory: Path) -> Iterator[Rates]:
         rates = {}
         for precision, model in models.items():
             started = time.perf_counter()
-            completion = model.generate("The", max_tokens=64, temperature=0, ignore_eos=True)[0]
+            completion = model.generate("The", max_tokens=TOKENS[name], temperature=0)[0]
             rates[f"{name}, {precision}"] = len(completion.tokens) / (time.perf_counter() - started)
         yield rates
 
@@ -74,7 +75,7 @@ def serve(_: str, directory: Path) -> Iterator[Rates]:
     url = json.loads(server.stdout.readline())["url"]
 
     def complete(number: int) -> int:
-        body = {"prompt": f"The {number}", "max_tokens": 48, "temperature": 1.0, "seed": number, "ignore_eos": True}
+        body = {"prompt": f"The {number}", "max_tokens": 48, "temperature": 1.0, "seed": number}
         request = Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
         with urlopen(request, timeout=300) as response:
             return json.load(response)["usage"]["completion_tokens"]
@@ -137,7 +138,9 @@ def make_models(directory: Path) -> None:
     nextword.pretrain(directory / "shards", directory / "run", steps=20, model=model)
     for name in ("decode", "decode-small"):
         torch.manual_seed(0)
-        GPT2LMHeadModel(GPT2Config(**SHAPES[name])).save_pretrained(directory / name)
+        GPT2LMHeadModel(GPT2Config(**SHAPES[name], bos_token_id=None, eos_token_id=None)).save_pretrained(
+            directory / name
+        )
         AutoTokenizer.from_pretrained(directory / "run" / "model").save_pretrained(directory / name)
 
 

@@ -364,6 +364,18 @@ def test_a_resume_refuses_other_data_models_and_options(base, tmp_path):
         nextword.finetune("", (), run, resume=True)
 
 
+def test_strict_stops_at_a_damaged_checkpoint(base, tmp_path, nextword):
+    run = tmp_path / "run"
+    data = write(tmp_path / "data.jsonl", "classify", 40)
+    tune(base, data, run, steps=6, strict=True, training={"save_every": 2, "evaluations": 1})
+    (run / "result.json").unlink()
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    (newest / "weights.safetensors").write_bytes(b"cut")
+    done = nextword("finetune", "--out", run, "--resume")
+    assert done.returncode == 3
+    assert "weights.safetensors" in done.stderr
+
+
 def test_predictions_do_not_depend_on_the_batch(base, tmp_path):
     data = write(tmp_path / "data.jsonl", "choose", 40)
     tune(base, data, tmp_path / "run", steps=6)

@@ -202,7 +202,8 @@ def resume_environment(run: RunContext) -> None:
         if before != now:
             run.warn(f"the run started with {name} {before} and continues with {now}: {ROUNDING_NOTE}")
     set_num_threads(run, fixed)
-    run.checkpoint = checkpoint.latest_valid(run.run_dir.path, run.warn, run.strict)
+    strict = run.strict or bool(run.request.get("strict"))  # a fine-tuning stores it
+    run.checkpoint = checkpoint.latest_valid(run.run_dir.path, run.warn, strict)
 
 
 def set_num_threads(run: RunContext, fixed: dict[str, Any]) -> None:
