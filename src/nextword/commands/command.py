@@ -224,8 +224,8 @@ def command(
         )
         signature = inspect.signature(config).replace(return_annotation=inspect.signature(run).return_annotation)
         function.__signature__ = signature  # type: ignore[attr-defined]  # what help() and IDEs show
-        function.run = run  # type: ignore[attr-defined]
-        return function  # type: ignore[return-value]
+        function.run = run  # type: ignore[attr-defined]  # declared by CommandFunction
+        return function  # type: ignore[return-value]  # has `run` now
 
     return decorate
 

@@ -103,7 +103,7 @@ class _Attention(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's own form
         if ctx.has_gaps:
             raise NotImplementedError("attention with gaps has no backward pass")
         qkv, out, logsumexp, query_norm, key_norm = ctx.saved_tensors
@@ -152,7 +152,7 @@ class _AddNorm(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's own form
         dtotal, dy = grad_outputs
         total, weight, bias = ctx.saved_tensors
         if dy is None:
@@ -195,7 +195,7 @@ class _Activation(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's own form
         (x,) = ctx.saved_tensors
         dx = torch.empty_like(x)
         native_build.call_native(SOURCE, "activation_backward", *ctx.shape, x, grad_outputs[0].contiguous(), dx)
@@ -267,7 +267,7 @@ class _LinearCrossEntropy(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's own form
         (dloss,) = grad_outputs
         gradients = (*ctx.saved_tensors, ctx.dunembedding)
         return *(None if gradient is None else gradient.mul_(dloss) for gradient in gradients), None

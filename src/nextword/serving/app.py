@@ -100,7 +100,7 @@ class LimitedHTTPProtocol(H11Protocol):
 
     header_timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn's own form
         """Start the timer of a connection, or close one too many."""
         super().connection_made(transport)
         if len(self.connections) > MAX_CONNECTIONS:
