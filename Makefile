@@ -58,9 +58,9 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.run
-	$(BIN)/python -m benchmarks.laws hold
+	$(BIN)/python -m benchmarks.scaling_laws hold
 	$(BIN)/python -m benchmarks.speed
-	$(BIN)/python -m benchmarks.limits
+	$(BIN)/python -m benchmarks.time_limits
 
 soak: setup
 	NEXTWORD_KILLS=50 NEXTWORD_KILL_STEPS=3000 $(BIN)/python -m pytest -n 0 -s tests/test_pretraining.py -k test_killed_and_resumed --timeout 7200

@@ -2,7 +2,7 @@
 
     python -m benchmarks.run [NAME …]
 
-Names: help, books, reference, languages, demo; those of fine-tuning are in benchmarks/tuning.py. Each measurement is kept
+Names: help, books, reference, languages, demo; those of fine-tuning are in benchmarks/fine_tuning.py. Each measurement is kept
 under build/bench, so that a bench that was cut off goes on where it stood; remove that folder to measure anew. The texts are
 those of `NEXTWORD_DATA` (where that is not set: ../shared/data).
 """
@@ -141,7 +141,7 @@ def reference() -> None:
     def stock(seed: int) -> dict[str, Any]:
         arguments = [str(text / "input.txt"), str(KEPT / f"stock-{seed}"), str(seed)]
         begin = time.time()
-        out = subprocess.check_output([sys.executable, "-W", "ignore", "-m", "benchmarks.stock_loop", *arguments])
+        out = subprocess.check_output([sys.executable, "-W", "ignore", "-m", "benchmarks.reference_loop", *arguments])
         return {**json.loads(out), "wall": time.time() - begin}
 
     rows = []

@@ -1,6 +1,6 @@
 """How fast, beside the peers from the package registry: `python -m benchmarks.speed [NAME …]`.
 
-Names: bounds, sprint, training, writing, prompt, first, and precision, which wants the runs of `benchmarks.laws hold`. Every
+Names: bounds, sprint, training, writing, prompt, first, and precision, which wants the runs of `benchmarks.scaling_laws hold`. Every
 figure is from processes in turn, each measured some times; what stands in the table is the middle, and from where to where.
 litgpt and llama-cpp-python have environments of their own under build/bench/peers, made where they are not there (llama.cpp
 is compiled: ten minutes).
@@ -51,7 +51,7 @@ def interpreter(who: str) -> str:
 
 
 def measured(who: str, what: str, settings: dict[str, Any]) -> dict[str, Any]:
-    program = [interpreter(who), "-W", "ignore", "-m", "benchmarks.speed_work", who, what, json.dumps(settings)]
+    program = [interpreter(who), "-W", "ignore", "-m", "benchmarks.speed_worker", who, what, json.dumps(settings)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
     done = subprocess.run(program, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -131,7 +131,7 @@ def sprint() -> None:
     def stock(seed: int) -> dict[str, Any]:
         arguments = [str(text / "input.txt"), str(KEPT / f"sprint-stock-{seed}"), str(seed)]
         begin = time.time()
-        out = subprocess.check_output([sys.executable, "-W", "ignore", "-m", "benchmarks.stock_loop", *arguments])
+        out = subprocess.check_output([sys.executable, "-W", "ignore", "-m", "benchmarks.reference_loop", *arguments])
         return {**json.loads(out), "wall": time.time() - begin}
 
     print(
@@ -229,7 +229,7 @@ def bounds() -> None:
     """What no program passes here: a product of float32 matrices, and reading memory from one end to the other."""
     import torch
 
-    from benchmarks.speed_work import matmul_rate
+    from benchmarks.speed_worker import matmul_rate
 
     row, rates = torch.ones(2**27), []  # 537 MB
     for _ in range(10):

@@ -1,7 +1,7 @@
 """A scaling law: the bits per byte that a model reaches, from its size, its training data and the difficulty of the text.
 
 The form is from the literature. The constants were fitted to 51 runs on six texts and parts of three of them
-(`python -m benchmarks.laws`). Data is counted in bytes, so that one law holds for every vocabulary.
+(`python -m benchmarks.scaling_laws`). Data is counted in bytes, so that one law holds for every vocabulary.
 """
 
 import math

@@ -1,6 +1,6 @@
 """lm-eval (EleutherAI's evaluation harness) through the server, beside its own `hf` model on the same directory.
 
-    python -m benchmarks.harness MODEL [--pairs 1000] [--python PYTHON]
+    python -m benchmarks.lm_eval_agreement MODEL [--pairs 1000] [--python PYTHON]
 
 The task is made here, from BLiMP (67 files of minimal pairs): which of two sentences does a model find likelier? Both runs are
 the harness's own command, unmodified; the server is asked by its `local-completions`. Printed is one JSON object: both

@@ -1,6 +1,6 @@
 """The peer of the reference run: the same recipe as a plain loop over the stock GPT-2 class, and nothing else.
 
-    python -m benchmarks.stock_loop TEXT OUT SEED
+    python -m benchmarks.reference_loop TEXT OUT SEED
 
 Prints one JSON object: the loss over the whole validation part, and the wall time from the start of the process to the saved
 model.

@@ -1,6 +1,6 @@
 """Auditing, measured: what the index of a corpus costs, how fast it answers, and what the corpus audit says of real books.
 
-    python -m benchmarks.auditing [NAME …]
+    python -m benchmarks.corpus_audit [NAME …]
 
 Names: index, corpus, suites. Each measurement is kept under build/bench; remove auditing-*.json there to measure anew. The
 data are those of `NEXTWORD_DATA` (where that is not set: ../shared/data). Times are wall times, and beside them those of the
@@ -30,7 +30,7 @@ SUITES = ("blimp", "hellaswag", "arc")
 
 def in_a_process(what: str) -> dict[str, Any]:
     """The result of one of the functions below in a process of its own, with its wall time and its peak memory."""
-    done = process([sys.executable, "-m", "benchmarks.auditing", what], threads=1)
+    done = process([sys.executable, "-m", "benchmarks.corpus_audit", what], threads=1)
     if done["code"]:
         raise SystemExit(done["err"])
     return {**json.loads(done["out"].splitlines()[-1]), "wall": done["wall"], "peak_mb": done["peak_mb"]}
@@ -132,7 +132,7 @@ def corpus() -> None:
 
 
 def overlaps() -> dict[str, Any]:
-    from benchmarks.judging import FILES
+    from benchmarks.loglikelihood import FILES
     from nextword.audit.corpus import contamination
     from nextword.tasks.benchmark_spec import find_benchmark
 

@@ -1,4 +1,4 @@
-"""One pre-training of a recipe under trial: `python -m benchmarks.recipe_work SHARDS JSON`; prints one JSON object.
+"""One pre-training of a recipe under trial: `python -m benchmarks.pretraining_worker SHARDS JSON`; prints one JSON object.
 
 The program's own model, dropout, data order, step and measure, in a loop of its own, so that what is only tried needs no
 setting in the program: projections that begin at zero, an average of the weights, a batch that grows, an order that stays the

@@ -1,6 +1,6 @@
 """How long it takes until harm and waste are stopped, in seconds; the tests hold that they are, and no time.
 
-    python -m benchmarks.limits
+    python -m benchmarks.time_limits
 
 A chat template without end, schemas that would take for ever, and a second SIGTERM to a run; and a training run with a budget
 of 20 s, whose time should be the budget's.

@@ -1,6 +1,6 @@
 """One measurement of speed in a process of its own: ours, or a peer's in the peer's environment.
 
-    python -m benchmarks.speed_work WHO WHAT JSON
+    python -m benchmarks.speed_worker WHO WHAT JSON
 
 WHO is nextword, stock, stock-compiled, dynamic, litgpt or llama; WHAT is train, write, prompt or first. Prints one JSON object.
 Every peer is used as its own documentation has it, on the same two threads, the same shapes and random weights.

@@ -1,4 +1,4 @@
-"""Compare the speed of two checkouts: ``python -m benchmarks.pairs OTHER_CHECKOUT [NAME ...] [--rounds 12]``.
+"""Compare the speed of two checkouts: ``python -m benchmarks.compare_checkouts OTHER_CHECKOUT [NAME ...] [--rounds 12]``.
 
 Names: train, train-tiny, decode, decode-small, serve, first-token, help. Both checkouts run the same work in processes of their
 own that take turns, round by round, and start again every four rounds. The table shows the median of the ratios of the pairs,
@@ -149,7 +149,7 @@ def worker(checkout: Path, name: str, directory: Path) -> Iterator[Callable[[], 
     """A process that measures a round at each call."""
     threads = str(len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else str(os.cpu_count())
     environment = {**os.environ, "PYTHONPATH": f"{checkout / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": threads}
-    program = [sys.executable, "-W", "ignore", "-m", "benchmarks.pairs", "--work", name, str(directory)]
+    program = [sys.executable, "-W", "ignore", "-m", "benchmarks.compare_checkouts", "--work", name, str(directory)]
     process = subprocess.Popen(
         program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=directory
     )

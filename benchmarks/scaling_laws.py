@@ -1,11 +1,11 @@
 """What a run reaches by its size, its tokens and its text: the runs that the constants of `training/laws.py` are fitted to.
 
-    python -m benchmarks.laws [runs] [fit] [hold]
+    python -m benchmarks.scaling_laws [runs] [fit] [hold]
 
-Two runs side by side, one thread each; what came of every run stands in laws.jsonl beside this, and is not run again until its
+Two runs side by side, one thread each; what came of every run stands in scaling_laws.jsonl beside this, and is not run again until its
 line is taken out. `fit` prints the constants, what each corpus would have been predicted to reach by a fit to the others, and
 how far that was off. `hold` gives the program itself three budgets on five corpora that nothing was fitted to, and two on two
-more, and sets what the law said of the plan beside what came of it, in laws_held.jsonl.
+more, and sets what the law said of the plan beside what came of it, in scaling_laws_validation.jsonl.
 """
 
 import csv
@@ -21,14 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.recipe import corpora as recipe_corpora
-from benchmarks.recipe import environment
+from benchmarks.pretraining_ablation import corpora as recipe_corpora
+from benchmarks.pretraining_ablation import environment
 from benchmarks.run import DATA, KEPT, nextword
 from nextword.training.config import TrainingConfig
 
 WORK = KEPT / "laws"
 RUNS = Path(__file__).with_suffix(".jsonl")
-HELD = Path(__file__).with_name("laws_held.jsonl")
+HELD = Path(__file__).with_name("scaling_laws_validation.jsonl")
 # Sizes and tokens: each size from too few tokens for it to more than enough, as far as that takes twenty minutes at most.
 POINTS = [("micro", 150_000), ("micro", 600_000), ("tiny", 300_000), ("tiny", 1_200_000)]
 # For some corpora alone: many tokens, and few; and of small texts, many times over them.
@@ -150,7 +150,7 @@ def run(path: Path, corpus: str, size: str, tokens: int, keeping: Lock) -> None:
         "size": size, "tokens": tokens, "batch_tokens": batch_tokens(tokens), "momentum": TrainingConfig().momentum,
         "beta2": TrainingConfig().beta2,
     }  # fmt: skip
-    program = [sys.executable, "-m", "benchmarks.recipe_work", str(path), json.dumps(settings)]
+    program = [sys.executable, "-m", "benchmarks.pretraining_worker", str(path), json.dumps(settings)]
     done = subprocess.run(program, capture_output=True, text=True, env=environment())
     if done.returncode:
         raise SystemExit(f"{' '.join(program)}\n{done.stderr}")

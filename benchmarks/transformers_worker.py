@@ -1,12 +1,12 @@
 """The stock library beside this program: what `transformers` answers with a directory, and a fine-tuning by its Trainer.
 
-    python -m benchmarks.tuning_peers answer DIRECTORY ITEMS
-    python -m benchmarks.tuning_peers train SETTINGS
+    python -m benchmarks.transformers_worker answer DIRECTORY ITEMS
+    python -m benchmarks.transformers_worker train SETTINGS
 
 ITEMS is {"task", "room", "items"}: the examples' fields, and how many tokens an answer may have. `answer` prints one JSON
 object an item: label, score or text; and how far it is ahead of another answer (in logits, or nats): `margin`, or of a
 text `leads`, of each of its tokens, and `ends`, how long the text is with it.
-SETTINGS is what `benchmarks.tuning` writes: directories, files and numbers. `train` prints the seconds of its loop. Nothing
+SETTINGS is what `benchmarks.fine_tuning` writes: directories, files and numbers. `train` prints the seconds of its loop. Nothing
 of this program's own code is imported here.
 """
 

@@ -1,4 +1,4 @@
-"""Sections `agree` and `peers` of `benchmarks.tuning`: this program beside the stock library, which has its own process."""
+"""Sections `agree` and `peers` of `benchmarks.fine_tuning`: this program beside the stock library, which has its own process."""
 
 import json
 import shutil
@@ -7,8 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run import mean_with_margin, nextword, spread
-from benchmarks.tuning_data import (
+from benchmarks.fine_tuning_data import (
     METHODS,
     QUICK,
     SEEDS,
@@ -26,6 +25,7 @@ from benchmarks.tuning_data import (
     stock,
     tuned,
 )  # fmt: skip
+from benchmarks.run import mean_with_margin, nextword, spread
 
 # Of the comparison with the stock Trainer: examples to learn from, and times over them.
 PEERS = {"trec": (None, 2), "movie_reviews": (1500, 2), "stsb": (1000, 2), "english_french": (1000, 2)}

@@ -1,6 +1,6 @@
 """Fine-tuning, measured: the tables of docs/benchmarks.md on what it reaches, and beside the stock library.
 
-    python -m benchmarks.tuning [NAME …]
+    python -m benchmarks.fine_tuning [NAME …]
 
 Names: ablation, agree, peers, translation, summaries, preference, chat. Each measurement is kept under build/bench/tuning, so
 that a bench that was cut off goes on where it stood, inside a run too; remove that folder to measure anew. The data are
@@ -18,8 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run import mean_with_margin, nextword
-from benchmarks.tuning_data import (
+from benchmarks.fine_tuning_data import (
     CAP,
     QUICK,
     SEEDS,
@@ -38,7 +37,8 @@ from benchmarks.tuning_data import (
     save,
     tuned,
 )
-from benchmarks.tuning_stock import agree, peers
+from benchmarks.fine_tuning_peers import agree, peers
+from benchmarks.run import mean_with_margin, nextword
 from nextword.common.statistics import seed_interval
 
 # Within an hour in all, on both cores.

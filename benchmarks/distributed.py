@@ -1,4 +1,4 @@
-"""Several processes beside one: `python -m benchmarks.scaling`, on a machine that does nothing else.
+"""Several processes beside one: `python -m benchmarks.distributed`, on a machine that does nothing else.
 
 The same run, in turn: one process with two threads, two processes with one thread each (torchrun), and two such that work on
 each matrix together. A step's seconds are the middle of a run's, looks at held-out text and checkpoints left out.

@@ -1,4 +1,4 @@
-"""What a save costs: `python -m benchmarks.saving [TURNS]`, a Markdown table.
+"""What a save costs: `python -m benchmarks.checkpointing [TURNS]`, a Markdown table.
 
 Saves and steps of real size, on this machine's processor, in turn: a save by itself with and without its hash, and some steps
 with a save beside them and without. As often as a run saves by itself is `checkpoint.SECONDS`, or `REST` times a save's cost.

@@ -21,7 +21,7 @@ def test_lm_eval_through_the_server_is_lm_eval_itself(base: Path) -> None:
         pytest.skip("needs lm-eval: make test-all; NEXTWORD_LM_EVAL may name a Python that has it")
     if not (DATA / "blimp.tar.xz").is_file():
         pytest.skip(f"needs data: {DATA / 'blimp.tar.xz'} is not there; set NEXTWORD_DATA to the folder")
-    command = [sys.executable, "-m", "benchmarks.harness", str(base), "--pairs", "2", "--python", python]
+    command = [sys.executable, "-m", "benchmarks.lm_eval_agreement", str(base), "--pairs", "2", "--python", python]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "NEXTWORD_DATA": str(DATA)}
     )

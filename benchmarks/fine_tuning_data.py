@@ -113,8 +113,8 @@ def save(path: Path, value: Any) -> Path:
 
 
 def stock(*arguments: str | Path, threads: int | None = None) -> dict[str, Any]:
-    """One run of `benchmarks.tuning_peers`: what it printed, a line an object, and its wall time and peak memory."""
-    return python("benchmarks.tuning_peers", *arguments, threads=threads)
+    """One run of `benchmarks.transformers_worker`: what it printed, a line an object, and its wall time and peak memory."""
+    return python("benchmarks.transformers_worker", *arguments, threads=threads)
 
 
 def python(module: str, *arguments: str | Path, threads: int | None = None) -> dict[str, Any]:
@@ -230,4 +230,4 @@ def has(name: str, variant: str) -> bool:
 
 def judged(run: Path, file: Path, task: str, threads: int | None = None) -> dict[str, Any]:
     """`judge` in a process of its own."""
-    return python("benchmarks.tuning", "judge", run, file, task, threads=threads)["lines"][0]
+    return python("benchmarks.fine_tuning", "judge", run, file, task, threads=threads)["lines"][0]

@@ -1,6 +1,6 @@
 """Judging, measured: that likelihoods are the stock class's, how fast they are, and what a model scores.
 
-    python -m benchmarks.judging [NAME …] [--model RUN]
+    python -m benchmarks.loglikelihood [NAME …] [--model RUN]
 
 Names: agree, rate, peers, scores. RUN is one that is there; by default it is that of the fine-tuning benchmarks, which takes
 most of an hour to train. Each measurement is kept under build/bench; remove judging-*.json there to measure anew. The data are
@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import tuning_data
+from benchmarks import fine_tuning_data
+from benchmarks.fine_tuning_data import QUICK
 from benchmarks.run import DATA, cell, nextword, spread
-from benchmarks.tuning_data import QUICK
 from nextword.data.issues import IssueLog
 from nextword.inference.loglikelihood import DEVICE_BATCH_TOKENS, LoglikelihoodScorer, PrefixTree, pack_batches
 from nextword.inference.perplexity import evaluation_mode

@@ -1,4 +1,4 @@
-"""What is in the recipe and why: `python -m benchmarks.recipe [NAME …]`, the figures of docs/experiments.md.
+"""What is in the recipe and why: `python -m benchmarks.pretraining_ablation [NAME …]`, the figures of docs/experiments.md.
 
 The choices are set beside the default as it was when they were made, with a momentum and a beta2 of 0.95; now it has 0.9 and
 0.99. Names: rates (learning rate and batch), screen (every choice by itself, short), survivors (what was left, longer, three
@@ -80,7 +80,7 @@ def trial(shards: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
     path = WORK / "cells" / f"{name}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        program = [sys.executable, "-m", "benchmarks.recipe_work", str(shards), json.dumps(settings)]
+        program = [sys.executable, "-m", "benchmarks.pretraining_worker", str(shards), json.dumps(settings)]
         done = subprocess.run(program, capture_output=True, text=True, env=environment())
         if done.returncode:
             raise SystemExit(f"{' '.join(program)}\n{done.stderr}")
