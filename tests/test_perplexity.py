@@ -1,5 +1,6 @@
 """Perplexity against its formula in float64; and that a trained model uses its context."""
 
+import itertools
 import math
 import pydoc_data.topics
 
@@ -85,6 +86,22 @@ def test_max_windows_are_evenly_spaced() -> None:
     assert result.bits_per_byte == pytest.approx(total / math.log(2) / (1000 * 48 / 164), rel=1e-6)
     assert result == evaluate_perplexity(model, row, 1000, max_windows=3)
     assert evaluate_perplexity(model, row, 1000, max_windows=11) == evaluate_perplexity(model, row, 1000)
+
+
+def test_an_evaluation_that_is_stopped_is_a_random_sample_with_its_interval() -> None:
+    """The interval contains the loss of the whole text in about 95 % of texts."""
+    model, covered = tiny(), 0
+    for seed in range(60):
+        row = Row(np.random.default_rng(seed).integers(0, VOCABULARY, 60 * CONTEXT))
+        whole = evaluate_perplexity(model, row, 1000, should_stop=lambda: False)
+        assert whole.margin == 0 and whole.loss == pytest.approx(evaluate_perplexity(model, row, 1000).loss, rel=1e-9)
+        batches = itertools.count(1)
+        sample = evaluate_perplexity(
+            model, row, 1000, batch_size=4, should_stop=lambda batches=batches: next(batches) == 3
+        )
+        assert sample.tokens <= 12 * CONTEXT and sample.bytes == round(1000 * sample.tokens / whole.tokens)
+        covered += abs(sample.loss - whole.loss) <= sample.margin
+    assert 52 <= covered <= 60
 
 
 def test_loss_does_not_depend_on_the_chunks_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,10 +20,14 @@ import nextword as package
 import nextword.planning.planner  # imported before its loss is replaced
 from conftest import TINY_MODEL_ARGS, CLIRunner, nextword_command
 from nextword.commands.command import Context
-from nextword.commands.pretrain import PretrainConfig
+from nextword.commands.pretrain import PretrainConfig, format_run
 from nextword.common.errors import CorruptFileError, NextwordError, RunLockedError, UsageError
 from nextword.common.fs import read_jsonl
 from nextword.common.run_dir import open_run
+from nextword.data.corpus import Corpus
+from nextword.inference import perplexity
+from nextword.inference.perplexity import compute_token_nll
+from nextword.pipeline.evaluators import LanguageModelEvaluator
 from nextword.training import checkpoint
 from nextword.training.launch import RunContext
 from nextword.training.losses import causal_lm_loss
@@ -313,6 +318,10 @@ def test_a_time_budget_is_kept_and_its_decisions_are_replayed(shards, tmp_path, 
     assert result.seconds == pytest.approx(clock.time - 1000 + 1.5, abs=1e-3)
     assert result.seconds == pytest.approx(20 - FINALIZE_SECONDS, abs=0.3), "the rest is for the report"
     assert len(read_jsonl(run / "decisions.jsonl")) > 3
+    messages = [record["message"] for record in read_jsonl(run / "metrics.jsonl") if "message" in record]
+    assert any(
+        re.match(r"speed: [\d,]+ tokens/s instead of [\d,]+\..* Now expected: [\d.]+ bits/byte", m) for m in messages
+    )
 
     replayed.mkdir()
     for name in ("run.json", "decisions.jsonl"):
@@ -321,6 +330,36 @@ def test_a_time_budget_is_kept_and_its_decisions_are_replayed(shards, tmp_path, 
     monkeypatch.setattr(TimeBudgetController, "update", lambda *_: None)  # the log alone
     package.pretrain(out=replayed, resume=True)
     assert state_hashes(replayed) == state_hashes(run)
+
+
+def test_the_final_evaluation_is_within_the_budget(shards, tmp_path, monkeypatch, capsys):
+    """Few steps fit into the budget. The machine is slow in the final evaluation, which then reads a sample."""
+    clock, evaluate_best = FakeClock(), LanguageModelEvaluator.evaluate_best
+
+    def slow_loss(*arguments: Any, **keywords: Any) -> Any:
+        clock.time += 0.5
+        return causal_lm_loss(*arguments, **keywords)
+
+    def slow_nll(*arguments: Any) -> Any:
+        clock.time += 0.5
+        return compute_token_nll(*arguments)
+
+    def evaluate_slowly(evaluator: LanguageModelEvaluator) -> Any:
+        monkeypatch.setattr(perplexity, "compute_token_nll", slow_nll)
+        return evaluate_best(evaluator)
+
+    monkeypatch.setattr(RunContext, "now", clock)
+    monkeypatch.setattr("nextword.training.losses.causal_lm_loss", slow_loss)
+    monkeypatch.setattr(LanguageModelEvaluator, "evaluate_best", evaluate_slowly)
+    monkeypatch.setattr(perplexity, "BATCH_TOKENS", 64)
+    config = PretrainConfig((str(shards),), out=tmp_path / "run", budget="20s", **SETTINGS)
+    result = package.pretrain.run(config, Context(started=1000.0))
+    assert result.seconds <= 20
+    assert 0 < result.validation_tokens < len(Corpus.open(shards).tokens("validation")) - 1
+    assert result.loss_margin > 0
+    err = capsys.readouterr().err
+    assert f"only {result.steps} training steps fit into the budget" in err
+    assert "± " in format_run(result) and "nextword evaluate reads all" in format_run(result)
 
 
 @pytest.mark.needs("more time")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nextword.data.corpus import Corpus
     from nextword.pipeline.language_model import BaseModel
     from nextword.training.launch import RunContext, TrainFn
+    from nextword.training.trainer import Expectation
 
 RunResultT = TypeVar("RunResultT", bound=shared.RunResult)
 OVERFITTING_ADVICE = "More text, --model.dropout or a smaller size help."
@@ -52,9 +53,20 @@ def format_run(result: shared.RunResult) -> str:
     if result.loss is not None:
         details.append(
             f"validation loss {result.loss:.4f} · {result.bits_per_byte:.4f} bits/byte · perplexity {result.perplexity:.2f} "
-            f"(all {result.validation_tokens:,} tokens of the validation set, weights of step {result.best_step:,})"
+            f"({format_sample(result)}, weights of step {result.best_step:,})"
         )
     return format_summary(result, details, "generate", result.prompt or "")
+
+
+def format_sample(result: shared.RunResult) -> str:
+    """How much of the validation set the loss was computed on, with the interval of a sample."""
+    if result.loss_margin is None or result.loss is None or result.bits_per_byte is None:
+        return f"all {result.validation_tokens:,} tokens of the validation set"
+    margin = result.loss_margin * result.bits_per_byte / result.loss
+    return (
+        f"± {margin:.4f}, 95 % confidence: the budget allowed {result.validation_tokens:,} tokens of the validation set; "
+        "nextword evaluate reads all"
+    )
 
 
 def format_summary(result: shared.RunResult, details: list[str], command: str, *inputs: str) -> str:
@@ -203,8 +215,18 @@ def train_language_model(
         init_weights=init_weights,
         seconds_per_step=seconds_per_step,
     ) as setup:
-        evaluator = LanguageModelEvaluator(run, setup, corpus, dataset, recipe)
-        trainer = Trainer(run, setup, recipe, evaluator, detect_spikes=True, overfitting_advice=OVERFITTING_ADVICE)
+        evaluations = 1 if base is None else 2
+        evaluator = LanguageModelEvaluator(run, setup, corpus, dataset, recipe, final_evaluations=evaluations)
+        expectation = planned_expectation(metadata)
+        trainer = Trainer(
+            run,
+            setup,
+            recipe,
+            evaluator,
+            detect_spikes=True,
+            overfitting_advice=OVERFITTING_ADVICE,
+            expectation=expectation,
+        )
         trainer.train()
         metrics = evaluator.evaluate_best()
         if base is not None:
@@ -232,10 +254,9 @@ def choose_settings(
         raise UsageError(f"{corpus.path}: the training set has {num_tokens} tokens, too few to train on")
     run.dist = dist = run.dist.with_tensor_parallel(recipe.training.tensor)
     if base is None:
-        budget_left = None if recipe.budget is None else recipe.budget - run.elapsed_seconds()
-        plan = plan_corpus(corpus, recipe, run.device, seconds=budget_left, num_processes=dist.world_size)
-        interval = f"80 % prediction interval {plan.low:.3f} to {plan.high:.3f}"
-        for line in (*plan.why, f"expected: {plan.bits_per_byte:.3f} bits/byte ({interval})"):
+        remaining = None if recipe.budget is None else run.remaining_seconds(recipe.budget)
+        plan = plan_corpus(corpus, recipe, run.device, remaining=remaining, num_processes=dist.world_size)
+        for line in (*plan.why, f"expected: {plan.interval}"):
             run.info(line)
         recipe, batch_tokens, lr = replace(recipe, size=plan.size), plan.batch_tokens, plan.lr
         model_config = ModelConfig.from_dict({**plan.model, "dropout": recipe.model.get("dropout", plan.dropout)})
@@ -257,6 +278,18 @@ def choose_settings(
     metadata = new_metadata(run, recipe, model_config, seed, data=data, shards=shards, **details)
     metadata["fixed"]["rows"] = rows
     return metadata, 0.0 if plan is None else plan.seconds_per_token * tokens_per_step
+
+
+def planned_expectation(metadata: dict[str, Any]) -> "Expectation | None":
+    """The plan of a run, for the trainer; None without a plan that can be renewed."""
+    from nextword.planning.size_selection import TRAINING_OVERHEAD, TrainingPlan
+    from nextword.training.trainer import Expectation
+
+    if "difficulty" not in metadata.get("plan", {}):  # continued pre-training, or a run of an earlier version
+        return None
+    plan, train_bytes = TrainingPlan.from_dict(metadata["plan"]), metadata["data"]["train"]["bytes"]
+    speed = 1 / (plan.seconds_per_token * TRAINING_OVERHEAD)
+    return Expectation(speed, lambda tokens: plan.with_tokens(tokens, train_bytes).interval)
 
 
 def check_resume(run: "RunContext", metadata: dict[str, Any], corpus: "Corpus") -> None:

@@ -325,7 +325,9 @@ class RunResult(Result):
         loss: Validation loss, in nats per token.
         bits_per_byte: Validation loss in bits per byte of text.
         perplexity: exp(loss).
-        validation_tokens: Tokens of the validation set.
+        loss_margin: Half the width of the 95 % confidence interval of `loss` on the whole validation set, in nats per token.
+            None if all of it was evaluated.
+        validation_tokens: Evaluated tokens of the validation set.
         by_position: Validation loss by position in the window.
         prompt: First words of the validation set.
         task: Task of a fine-tuning run.
@@ -345,6 +347,7 @@ class RunResult(Result):
     loss: float | None = None
     bits_per_byte: float | None = None
     perplexity: float | None = None
+    loss_margin: float | None = None
     validation_tokens: int | None = None
     by_position: list[float] | None = None
     prompt: str | None = None

@@ -136,7 +136,7 @@ def noise_floor(values: Sequence[float]) -> float:
     n = check_lengths(values)
     if n < 2:
         raise UsageError("a noise floor needs at least two runs with different seeds; 1 run was given")
-    return _t_quantile(n - 1) * float(require_finite(values, "score").std(ddof=1)) * math.sqrt(2)
+    return t_quantile(n - 1) * float(require_finite(values, "score").std(ddof=1)) * math.sqrt(2)
 
 
 def seed_interval(values: Sequence[float]) -> ScoreWithCI:
@@ -150,7 +150,7 @@ def seed_interval(values: Sequence[float]) -> ScoreWithCI:
     n = check_lengths(values)
     scores = require_finite(values, "value")
     mean = float(scores.mean())
-    margin = _t_quantile(n - 1) * float(scores.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
+    margin = t_quantile(n - 1) * float(scores.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
     return ScoreWithCI(mean, mean - margin, mean + margin, n)
 
 
@@ -209,8 +209,9 @@ def require_finite(values: Sequence[float] | np.ndarray, value_name: str) -> np.
     return array
 
 
-def _t_quantile(degrees_of_freedom: int) -> float:
-    return float(_scipy_stats().t.ppf((1 + CONFIDENCE_LEVEL) / 2, degrees_of_freedom))
+def t_quantile(degrees_of_freedom: int) -> float:
+    """The two-sided 95 % quantile of Student's t distribution."""
+    return float(importlib.import_module("scipy.special").stdtrit(degrees_of_freedom, (1 + CONFIDENCE_LEVEL) / 2))
 
 
 def _scipy_stats() -> Any:

@@ -154,6 +154,24 @@ class Corpus:
         """The tokens of a split. Each document is followed by the end-of-text token."""
         return ShardedTokens(sorted(self.path.glob(f"{split}-*.npy")))
 
+    def share_of_documents_beyond(self, context_length: int) -> float:
+        """The share of the training documents that have more tokens than a context."""
+        table = self._document_table()
+        return 0.0 if table is None else float((np.diff(table["end"], prepend=0) > context_length).mean())
+
+    def _document_table(self) -> np.memmap | None:
+        """The table of the training documents; None in a corpus that was made before it existed.
+
+        Raises:
+            CorruptFileError: the file is no such table.
+        """
+        path = self.path / DOCUMENT_TABLE
+        if not path.exists():
+            return None
+        if not path.stat().st_size or path.stat().st_size % DOCUMENT_DTYPE.itemsize:
+            raise CorruptFileError(f"{path}: not a table of documents; prepare the text again")
+        return np.memmap(path, DOCUMENT_DTYPE, mode="r")
+
     def document_names(self, spans: Iterable[tuple[int, int]]) -> list[str]:
         """The names of the documents that have a training token in one of the spans: file and line, in their order.
 
@@ -165,12 +183,9 @@ class Corpus:
         Raises:
             CorruptFileError: the table does not belong to these tokens.
         """
-        path = self.path / DOCUMENT_TABLE
-        if not path.exists():
+        path, table = self.path / DOCUMENT_TABLE, self._document_table()
+        if table is None:
             return [f"tokens {start:,} to {start + count - 1:,}" for start, count in spans]
-        if not path.stat().st_size or path.stat().st_size % DOCUMENT_DTYPE.itemsize:
-            raise CorruptFileError(f"{path}: not a table of documents; prepare the text again")
-        table = np.memmap(path, DOCUMENT_DTYPE, mode="r")
         indices: set[int] = set()
         for start, count in spans:
             first, last = np.searchsorted(table["end"], [start, start + count - 1], side="right").tolist()

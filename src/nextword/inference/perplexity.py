@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nextword.common.errors import NextwordError, UsageError
+from nextword.common.statistics import t_quantile
 from nextword.data.dataset import TokenSource
 from nextword.model.cross_entropy import token_nll
 from nextword.model.gpt import GPT
@@ -35,6 +36,8 @@ class PerplexityResult:
         bytes: Bytes of text that those tokens stand for.
         by_position: Mean loss at each position of the window, [T].
         stride: Tokens between the starts of two windows.
+        margin: Half the width of the 95 % confidence interval of the loss on the whole text, in nats per token; 0 if the whole
+            text was evaluated.
     """
 
     loss: float
@@ -44,6 +47,7 @@ class PerplexityResult:
     bytes: int
     by_position: list[float]
     stride: int
+    margin: float = 0.0
 
 
 class DistContext(Protocol):
@@ -82,6 +86,7 @@ def evaluate_perplexity(
     batch_size: int | None = None,
     max_windows: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
     token_nll_out: np.ndarray | None = None,
     dist_context: DistContext | None = None,
 ) -> PerplexityResult:
@@ -99,6 +104,9 @@ def evaluate_perplexity(
         batch_size: Windows of a forward pass. Default: about 8,192 tokens.
         max_windows: Evaluate this many windows, evenly spaced and always the same ones. Default: all.
         progress: Called with the number of finished windows and of all windows.
+        should_stop: Called after each batch; the evaluation ends when it returns True. Windows are evaluated in random order,
+            so that those evaluated so far are a simple random sample. If forward passes are collective, all processes must get
+            the same answers.
         token_nll_out: [len(tokens) − 1]; filled with the loss of each predicted token in nats.
         dist_context: Processes that share the evaluation; all of them get the same result.
 
@@ -114,6 +122,8 @@ def evaluate_perplexity(
         raise UsageError(f"the stride must be between 1 and the context length of {context_length}, not {stride}")
     num_windows = 1 + max(0, -(-(len(tokens) - 1 - context_length) // stride))
     windows = _evenly_spaced(num_windows, max_windows)
+    if should_stop is not None:
+        windows = np.random.default_rng(0).permutation(windows).tolist()
     if dist_context is not None:
         windows = windows[dist_context.dp_rank :: dist_context.dp_size]
     # The first window predicts more tokens than the others if they overlap, and the last one may be shorter.
@@ -125,23 +135,31 @@ def evaluate_perplexity(
         padding_batches = int(dist_context.all_reduce_max([len(batches)])[0]) - len(batches)
     sums = torch.zeros(context_length, dtype=torch.float64)
     counts = torch.zeros(context_length, dtype=torch.int64)
-    num_done = 0
+    moments = torch.zeros(4, dtype=torch.float64)  # of the evaluated windows: 1, nats², nats × tokens, tokens²
+    num_done, stopped = 0, False
     with evaluation_mode(model, inference_mode=not collective):
         for batch in batches:
             nll = compute_token_nll(model, _read_windows(tokens, batch, context_length, stride))  # [B, T]
             new = slice(context_length - stride if batch[0] else 0, nll.shape[1])
             sums[new] += nll[:, new].sum(0)
             counts[new] += nll.shape[0]
+            window_nats, window_tokens = nll[:, new].sum(1), nll[:, new].shape[1]
+            squares = window_nats.square().sum(), window_nats.sum() * window_tokens, len(nll) * window_tokens**2
+            moments += torch.tensor([len(nll), *map(float, squares)], dtype=torch.float64)
             if token_nll_out is not None:
                 for window, row in zip(batch, nll[:, new].numpy(), strict=True):
                     token_nll_out[window * stride + new.start : window * stride + new.stop] = row
             num_done += len(batch)
             if progress is not None:
                 progress(num_done, len(windows))
-        for _ in range(padding_batches):
+            if stopped := should_stop is not None and should_stop():
+                break
+        for _ in range(0 if stopped else padding_batches):
             compute_token_nll(model, _read_windows(tokens, [0], context_length, stride))
+            if should_stop is not None and should_stop():
+                break
     if dist_context is not None:
-        sums, counts = dist_context.all_reduce_sum(sums), dist_context.all_reduce_sum(counts)
+        sums, counts, moments = map(dist_context.all_reduce_sum, (sums, counts, moments))
     num_tokens, nats = int(counts.sum()), float(sums.sum())
     if not math.isfinite(nats):
         raise NextwordError("the loss is not finite: the model's weights are damaged, or its training diverged")
@@ -154,7 +172,22 @@ def evaluate_perplexity(
         bytes=round(evaluated_bytes),
         by_position=(sums / counts)[counts > 0].numpy().tolist(),
         stride=stride,
+        margin=_sampling_margin(moments.numpy(), nats / num_tokens, num_tokens, num_windows),
     )
+
+
+def _sampling_margin(moments: np.ndarray, loss: float, num_tokens: int, population: int) -> float:
+    """Half the width of the 95 % interval of the loss of all windows, from a simple random sample of them.
+
+    The ratio estimator with the finite population correction, and Student's t (Cochran 1977, section 6.3).
+    """
+    n, nats_squared, nats_tokens, tokens_squared = map(float, moments)
+    if n >= population:
+        return 0.0
+    if n < 2:
+        return math.inf
+    residual = max(0.0, nats_squared - 2 * loss * nats_tokens + loss**2 * tokens_squared) / (n - 1)
+    return t_quantile(round(n) - 1) * math.sqrt((1 - n / population) * residual * n) / num_tokens
 
 
 @dataclass(frozen=True)

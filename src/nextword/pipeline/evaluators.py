@@ -4,6 +4,7 @@ Also what fine-tuning starts from: its examples, its model and its batches.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ class LanguageModelEvaluator:
         corpus: The prepared text.
         dataset: The batches of the training set.
         config: The options of the run.
+        final_evaluations: Number of remaining evaluations on the whole validation set: of this model, and of its base model.
         forward_seconds_per_batch: Time of a forward pass, the fastest so far.
     """
 
@@ -72,6 +74,7 @@ class LanguageModelEvaluator:
     corpus: Corpus
     dataset: TokenDataset
     config: RunConfig
+    final_evaluations: int = 1
     forward_seconds_per_batch: float = math.inf
 
     def __post_init__(self) -> None:
@@ -103,16 +106,46 @@ class LanguageModelEvaluator:
         )
 
     def evaluate(self, max_windows: int | None = None) -> PerplexityResult:
-        """Evaluate the model on the validation set, or on evenly spaced windows of it."""
+        """Evaluate the model on evenly spaced windows of the validation set; by default on all, as `evaluate_replicated`."""
         with unsharded(self.run.dist, self.setup.eager_step) as model:
             return self.evaluate_replicated(model, max_windows)
 
     def evaluate_replicated(self, model: GPT, max_windows: int | None = None) -> PerplexityResult:
-        """Evaluate a model that every rank holds. Each rank evaluates a part of the windows."""
-        dist = self.run.dist
+        """Evaluate a model that every rank holds. Each rank evaluates a part of the windows.
+
+        Without `max_windows`, the evaluation is on the whole validation set, shows its progress, and ends early when the time
+        budget is used up.
+        """
+        dist, budget, is_final = self.run.dist, self.config.budget, max_windows is None
         context, num_bytes = dist if dist.world_size > 1 else None, self.corpus.validation.bytes
+        deadline = math.inf
+        if budget is not None and is_final:
+            deadline = (
+                self.run.now() + (self.run.remaining_seconds(budget)() - FINALIZE_SECONDS) / self.final_evaluations
+            )
+            self.final_evaluations -= 1
+
+        def is_over() -> bool:
+            over = self.run.now() >= deadline
+            return bool(dist.all_reduce_max([over])[0]) if dist.forward_is_collective else over
+
+        def show_progress(done: int, total: int) -> None:
+            if dist.is_main:
+                self.run.console.progress("final evaluation", done, total)
+
         with autocast(self.run.device, self.setup.step_settings.bf16 and dist.fsdp_per_block):
-            return evaluate_perplexity(model, self.validation, num_bytes, max_windows=max_windows, dist_context=context)
+            result = evaluate_perplexity(
+                model,
+                self.validation,
+                num_bytes,
+                max_windows=max_windows,
+                dist_context=context,
+                should_stop=is_over if math.isfinite(deadline) else None,
+                progress=show_progress if is_final else None,
+            )
+        if is_final:
+            self.run.console.close()
+        return result
 
     def save_best(self, metadata: dict[str, Any]) -> None:
         """Write the model to RUN/model. All ranks gather the weights; the main rank writes them."""
@@ -129,13 +162,15 @@ class LanguageModelEvaluator:
         return loss / math.log(2) * train.tokens / max(1, train.bytes)
 
     def finalize_seconds(self) -> float:
-        """Estimate the time of the final evaluation, at most a third of the budget.
+        """Estimate the time of the final evaluation, at most a tenth of the budget, and of the last files.
 
         The fastest evaluation so far counts, so that a slow moment does not end a run.
         """
         forward = min(self.forward_seconds_per_batch, self.setup.seconds_per_step / 3)
-        seconds = FINALIZE_SECONDS + 1.1 * forward * len(self.validation) / self.batch_tokens
-        return min(seconds, (self.config.budget or math.inf) / 3)
+        num_tokens = self.final_evaluations * len(self.validation)
+        num_tokens += 2 * FORGETTING_TOKENS if self.final_evaluations > 1 else 0
+        seconds = 1.1 * forward * num_tokens / self.batch_tokens
+        return FINALIZE_SECONDS + min(seconds, (self.config.budget or math.inf) / 10)
 
     def log_sample(self, step: int) -> None:
         """Continue the first words of the validation set, unless a forward pass takes several ranks."""
@@ -166,7 +201,7 @@ class LanguageModelEvaluator:
         if len(self.validation) >= 2:
             result = self.evaluate()
             metrics |= {name: getattr(result, name) for name in ("loss", "perplexity", "bits_per_byte", "by_position")}
-            metrics["validation_tokens"] = result.tokens
+            metrics |= {"validation_tokens": result.tokens, "loss_margin": result.margin or None}
         return metrics
 
 
@@ -352,13 +387,36 @@ class TaskEvaluator:
             summary.append(f"{result.bits_per_byte:.3f} bits/byte of the answers")
         return ValidationResult(values.get(self.metric, -result.loss), metrics, ", ".join(summary))
 
-    def evaluate(self, predictor: Predictor, limit: int | None, generated: int) -> EvaluationResult:
+    def _final_sample(self) -> tuple[int | None, int]:
+        """The number of validation examples (None: all) and of generated answers of the final evaluation.
+
+        All, unless the budget has no time for them at the speed of the last evaluations.
+        """
+        if self.config.budget is None:
+            return None, FINAL_GENERATED_EXAMPLES
+        share = (self.run.remaining_seconds(self.config.budget)() - FINALIZE_SECONDS) / self.evaluation_seconds
+        if share >= 1 or not math.isfinite(self.evaluation_seconds):
+            return None, FINAL_GENERATED_EXAMPLES
+        limit, generated = (
+            max(minimum, int(share * count))
+            for minimum, count in ((EVAL_EXAMPLES[0], len(self.validation)), (16, FINAL_GENERATED_EXAMPLES))
+        )
+        self.run.warn(
+            f"the budget has no time for all {len(self.validation):,} validation examples: {limit:,} of them are evaluated. "
+            "nextword evaluate reads all"
+        )
+        return min(limit, len(self.validation)), generated
+
+    def evaluate(
+        self, predictor: Predictor, limit: int | None, generated: int, text_metrics: Sequence[str] = QUICK_METRICS
+    ) -> EvaluationResult:
         """Evaluate a model on validation examples.
 
         Args:
             predictor: The model.
             limit: Number of examples, evenly spaced; None for all.
             generated: Number of examples with a generated answer. Without the package for the text metrics there are none.
+            text_metrics: Metrics of the generated answers.
         """
 
         def evaluate(count: int | None, **options: Any) -> EvaluationResult:
@@ -371,7 +429,7 @@ class TaskEvaluator:
         if not is_text or self.spec.task == "chat" or not generated:
             return result
         try:
-            texts = evaluate(generated, metrics=GENERATION_METRICS if limit is None else QUICK_METRICS)
+            texts = evaluate(generated, metrics=text_metrics)
         except MissingDependencyError as error:
             self.run.warn(f"{error}. Without it, the loss selects the best weights")
             return result
@@ -428,12 +486,15 @@ class TaskEvaluator:
         }
         if examples:
             predictor = Predictor(model, self.data.tokenizer, spec)
-            result = self.evaluate(predictor, None, FINAL_GENERATED_EXAMPLES)
+            limit, generated = self._final_sample()
+            self.run.info("evaluating on the validation set …")
+            result = self.evaluate(predictor, limit, generated, GENERATION_METRICS)
             metrics |= {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
             metrics["scores"] = scores_to_dict(result.scores)
             metrics |= {name: score.value for name, score in result.scores.items() if name not in metrics}
+            metrics["validation_examples"] = limit or len(examples)
             if spec.kind == "answer":
-                examples = [examples[i] for i in evenly_spaced(len(examples), FINAL_GENERATED_EXAMPLES)]
+                examples = [examples[i] for i in evenly_spaced(len(examples), generated)]
             try:
                 baselines = baseline_scores(spec, self.data.train, examples)
             except MissingDependencyError:  # reported during validation

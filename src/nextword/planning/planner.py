@@ -5,7 +5,7 @@ The speed of the machine is measured by real training steps of a few model sizes
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -75,9 +75,16 @@ class ThroughputBenchmark:
         self.num_processes = num_processes
         self.matmul_flops = measure_matmul_flops(device)
         self.baseline_memory = peak_memory_bytes(device)  # of the imports
+        self.measured: dict[tuple[ModelConfig, int], BenchmarkResult] = {}
 
     def measure(self, config: ModelConfig, batch_tokens: int) -> BenchmarkResult:
-        """Measure a model with batches of `batch_tokens` tokens."""
+        """Measure a model with batches of `batch_tokens` tokens, once."""
+        key = (config, batch_tokens)
+        if key not in self.measured:
+            self.measured[key] = self._measure(config, batch_tokens)
+        return self.measured[key]
+
+    def _measure(self, config: ModelConfig, batch_tokens: int) -> BenchmarkResult:
         if self.num_processes > 1 and 16 * config.parameters > 0.5 * available_memory(self.device):
             # Does not fit in the memory of one process: a typical utilization, and this process's shards.
             seconds_per_token = config.flops_per_token / (TYPICAL_MFU * self.matmul_flops) / self.num_processes
@@ -154,7 +161,7 @@ def plan_corpus(
     recipe: Recipe,
     device: torch.device,
     *,
-    seconds: float | None = None,
+    remaining: Callable[[], float] | None = None,
     scale: float = 1.0,
     num_processes: int = 1,
 ) -> TrainingPlan:
@@ -164,19 +171,21 @@ def plan_corpus(
         corpus: the corpus, or a sample of it.
         recipe: the recipe; what it leaves open is chosen.
         device: the device to train on.
-        seconds: the remaining time of a budget.
+        remaining: returns the remaining seconds of a budget. The time that the benchmarks here take is no longer left.
         scale: the size of the whole text relative to `corpus`.
         num_processes: the processes that divide each step.
     """
     training = recipe.training
     if recipe.steps and training.batch_tokens is None:
         training = replace(training, batch_tokens=DEFAULT_BATCH_TOKENS)
-    if seconds is not None:
-        run_length = RunLength(seconds=max(1.0, seconds - FINALIZE_SECONDS))
-    elif recipe.flops is not None:
-        run_length = RunLength(flops=recipe.flops)
-    else:
-        run_length = RunLength(tokens=recipe.tokens or (recipe.steps or 0) * (training.batch_tokens or 0))
+
+    def run_length() -> RunLength:
+        if remaining is not None:
+            return RunLength(seconds=max(1.0, remaining() - FINALIZE_SECONDS))
+        if recipe.flops is not None:
+            return RunLength(flops=recipe.flops)
+        return RunLength(tokens=recipe.tokens or (recipe.steps or 0) * (training.batch_tokens or 0))
+
     difficulty = corpus_difficulty(corpus)
     corpus_stats = CorpusStats(
         tokens=round(scale * corpus.train.tokens),
@@ -186,13 +195,15 @@ def plan_corpus(
         uncertainty=difficulty.uncertainty,
     )
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return select_size(
-        corpus_stats,
-        run_length,
-        candidate_configs(recipe, corpus.tokenizer.vocab_size, device),
-        ThroughputBenchmark(corpus.tokens("train"), training, device, bf16, num_processes),
-        training=training,
-    )
+    candidates = candidate_configs(recipe, corpus.tokenizer.vocab_size, device)
+    benchmark = ThroughputBenchmark(corpus.tokens("train"), training, device, bf16, num_processes)
+    plan = select_size(corpus_stats, run_length(), candidates, benchmark, training=training)
+    if remaining is not None:  # without the time that the benchmarks took
+        plan = select_size(corpus_stats, run_length(), candidates, benchmark, training=training)
+    context_length = plan.model["context_length"]
+    share = corpus.share_of_documents_beyond(context_length)
+    context = f"context of {context_length:,} tokens: {share:.0%} of the documents are longer (--model.context-length sets it)"
+    return replace(plan, why=[*plan.why, context])
 
 
 # ---------------------------------------------------------------- text that is not prepared
@@ -337,7 +348,13 @@ def plan_run(
                 f"a budget of {recipe.budget:.0f} s is too short: the preparation of this text takes about "
                 f"{preparation:.0f} s"
             )
-        plan = plan_corpus(corpus, recipe, device, seconds=remaining_seconds, scale=scale)
+        plan = plan_corpus(
+            corpus,
+            recipe,
+            device,
+            remaining=None if remaining_seconds is None else lambda: remaining_seconds,
+            scale=scale,
+        )
         total_seconds = recipe.budget or plan.seconds + preparation
         text = {
             "tokens": round(scale * corpus.train.tokens),

@@ -5,7 +5,7 @@ Pure functions: the scaling law predicts the loss of each size, and a `Throughpu
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 from nextword.common.command_result import Result
@@ -67,12 +67,12 @@ class RunLength:
     def num_tokens(self, config: ModelConfig, seconds_per_token: float, validation_tokens: int) -> float:
         """The number of training tokens.
 
-        The evaluation on the whole validation set at the end costs a third of a training step per token, and takes at most a
-        third of the time.
+        The evaluation on the validation set at the end costs a third of a training step per token, and takes at most a tenth of
+        the time.
         """
         if self.seconds is not None:
             tokens = self.seconds / seconds_per_token
-            return max(tokens - 0.37 * validation_tokens, tokens * 2 / 3) / TRAINING_OVERHEAD
+            return max(tokens - 0.37 * validation_tokens, 0.9 * tokens) / TRAINING_OVERHEAD
         return self.tokens if self.tokens is not None else (self.flops or 0.0) / config.flops_per_token
 
 
@@ -98,6 +98,8 @@ class TrainingPlan(Result):
         low: Lower end of the prediction interval.
         high: Upper end of the prediction interval.
         why: The reasons of the choices, a sentence each.
+        difficulty: Bits per byte of an n-gram model on the text.
+        uncertainty: Relative uncertainty of `difficulty`.
     """
 
     size: str
@@ -117,6 +119,26 @@ class TrainingPlan(Result):
     low: float
     high: float
     why: list[str]
+    difficulty: float
+    uncertainty: float
+
+    @property
+    def interval(self) -> str:
+        """The expected loss with its prediction interval, for a person."""
+        return f"{self.bits_per_byte:.3f} bits/byte (80 % prediction interval {self.low:.3f} to {self.high:.3f})"
+
+    def with_tokens(self, tokens: float, train_bytes: int, law: ScalingLaw = DEFAULT_LAW) -> "TrainingPlan":
+        """The prediction for the same model, if it is trained on another number of tokens.
+
+        Args:
+            tokens: Training tokens, repeats included.
+            train_bytes: Bytes of the training set.
+            law: The scaling law.
+        """
+        epochs = self.epochs * tokens / self.tokens
+        bits = law.bits_per_byte(self.parameters, epochs * train_bytes, train_bytes, self.difficulty)
+        low, high = law.prediction_interval(bits, self.uncertainty)
+        return replace(self, tokens=round(tokens), epochs=epochs, bits_per_byte=bits, low=low, high=high)
 
 
 # ---------------------------------------------------------------- defaults
@@ -243,4 +265,6 @@ def select_size(
         low=low,
         high=high,
         why=why,
+        difficulty=corpus_stats.difficulty,
+        uncertainty=corpus_stats.uncertainty,
     )

@@ -69,6 +69,8 @@ def loss_chart(run: RunData) -> Chart | None:
             _plot_with_average(axes, train, label="training")
         if validation:
             axes.plot(*_split_xy(validation), color=VALIDATION_COLOR, marker="o", label="validation")
+        for i, step in enumerate(run.resumed_steps):
+            axes.axvline(step, **BASELINE, label="_" if i else "resumed")
         axes.set(xlabel="step", ylabel="loss, nats per token", ylim=_y_limits_after_warmup([*train, *validation]))
         if bits_per_nat is not None:  # a right-hand axis
             axes.margins(x=0.01)
@@ -87,6 +89,9 @@ def loss_chart(run: RunData) -> Chart | None:
     if run.best_validation:
         step, loss = run.best_validation
         sentences.append(f"The lowest validation loss is {loss:.3f}, at step {step:,.0f}.")
+    if run.resumed_steps:
+        steps = ", ".join(f"{step:,.0f}" for step in run.resumed_steps)
+        sentences.append(f"The run was interrupted and resumed at step {steps}.")
     caption = "Training loss (faint: every step, strong: moving average) and validation loss. Lower is better."
     return _responsive_chart("loss", caption, " ".join(sentences), plot, (3.5, 3.0))
 

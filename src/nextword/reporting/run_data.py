@@ -3,6 +3,7 @@
 Any of them may be incomplete, from an older version, or edited by hand: values of an unexpected type are treated as missing.
 """
 
+import statistics
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,12 +99,33 @@ class RunData:
 
     def series(self, *keys: str) -> list[Point]:
         """(step, value) of every record with a finite number at `keys`, for example `series("validation", "loss")`."""
+        return [(step, float(value)) for step, value in self._values(*keys) if is_number(value)]
+
+    def _values(self, *keys: str) -> list[tuple[float, Any]]:
+        """(step, value) of every record with a step."""
         values = ((record.get("step"), get_nested(record, *keys)) for record in self.records)
-        return [(float(step), float(value)) for step, value in values if is_number(step) and is_number(value)]
+        return [(float(step), value) for step, value in values if is_number(step)]
 
     def last_value(self, key: str) -> float | None:
         """The last finite number under `key`."""
         return next((y for _, y in reversed(self.series(key))), None)
+
+    @property
+    def planned_tokens_per_second(self) -> float | None:
+        """The training speed that the plan was made with."""
+        seconds = self.get("plan", "seconds_per_token")
+        return 1 / seconds if is_number(seconds) and seconds > 0 else None
+
+    @property
+    def median_tokens_per_second(self) -> float | None:
+        """The median speed of the training steps."""
+        speeds = [speed for _, speed in self.series("tokens_per_second")]
+        return statistics.median(speeds) if speeds else None
+
+    @property
+    def resumed_steps(self) -> list[float]:
+        """The steps that a resume continued from."""
+        return [step for step, value in self._values("resumed") if value is True]
 
     @property
     def best_validation(self) -> Point | None:

@@ -95,6 +95,10 @@ class RunContext:
         """Wall time of the run, earlier processes included."""
         return self.now() - self.start_time + self.seconds_before_resume
 
+    def remaining_seconds(self, budget: float) -> Callable[[], float]:
+        """Returns a function that returns the time left of a budget for the whole run."""
+        return lambda: budget - self.elapsed_seconds()
+
     def info(self, text: str) -> None:
         """Print a line, on the main rank."""
         if self.dist.is_main:
@@ -110,9 +114,9 @@ class RunContext:
         if self.dist.is_main:
             self.run_dir.append_metrics(record)
 
-    def log_event(self, step: int, text: str, warning: bool = False) -> None:
-        """Print a message and append it to metrics.jsonl, on the main rank."""
-        self.log({"step": step, "message": text})
+    def log_event(self, step: int, text: str, warning: bool = False, **fields: Any) -> None:
+        """Print a message and append it to metrics.jsonl with further fields, on the main rank."""
+        self.log({"step": step, "message": text, **fields})
         (self.warn if warning else self.info)(text)
 
     def start_workers(self, metadata: dict[str, Any] | None) -> None:
@@ -377,7 +381,8 @@ def setup_training(
             if is_main:
                 run.seconds_before_resume = run.run_dir.truncate_metrics(state.step)
             setup.seconds_per_step = time_step(state, setup.step_module, dataset, setup.step_settings, run.dist)
-            run.info(f"resuming from step {state.step:,}, after {format_duration(run.seconds_before_resume)}")
+            elapsed = format_duration(run.seconds_before_resume)
+            run.log_event(state.step, f"resuming from step {state.step:,}, after {elapsed}", resumed=True)
         else:
             fixed |= {"micro_batch_rows": setup.step_settings.micro_batch_rows, "step_kind": step_kind}
             if is_main:

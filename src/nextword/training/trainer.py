@@ -2,13 +2,17 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
+
+import torch
 
 from nextword.common import fs
 from nextword.common.console import TrainingProgress
 from nextword.common.environment import peak_memory_bytes
 from nextword.common.errors import TrainingDivergedError, import_optional
+from nextword.common.format import format_duration
 from nextword.common.run_dir import RunInterruptedError, catch_signals
 from nextword.training.checkpoint import AsyncCheckpointer
 from nextword.training.config import RunConfig
@@ -19,6 +23,9 @@ from nextword.training.step_budget import StepBudgetDecision, StepSchedule, Time
 
 SAMPLE_AT_VALIDATIONS = (1, 2, 4, 8, 12, 16, 20)  # of 20 validations, those followed by a sample
 FINALIZE_SECONDS = 2.5  # report, model card and other last files
+REPLAN_RATIO = 1.5  # of the training speed to the last one reported, from which on the expectation is renewed
+BUSY_SHARE = 0.75  # of the processor time that its threads could use, below which a process competes with others
+FEW_STEPS = 50  # a model trained for fewer steps has hardly learned anything
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,19 @@ class Evaluator(Protocol):
         """Convert a training loss to bits per byte of text, if it has that meaning."""
 
 
+@dataclass(frozen=True)
+class Expectation:
+    """The plan of a run, as far as the trainer compares the run with it.
+
+    Attributes:
+        tokens_per_second: The planned speed, validation and checkpoints included.
+        bits_per_byte: The prediction for a number of training tokens, in words.
+    """
+
+    tokens_per_second: float
+    bits_per_byte: Callable[[float], str]
+
+
 class Trainer:
     """Trains a model until its step budget ends, early stopping ends the run, or a signal arrives.
 
@@ -72,6 +92,7 @@ class Trainer:
         evaluator: Validation, samples and the best model.
         detect_spikes: Whether to roll back after loss spikes. Non-finite losses are always rolled back.
         overfitting_advice: What to do when the validation loss rises while training continues; None to report nothing.
+        expectation: The plan. If the training speed differs from it, the expected loss is predicted again.
     """
 
     def __init__(
@@ -83,6 +104,7 @@ class Trainer:
         *,
         detect_spikes: bool = False,
         overfitting_advice: str | None = None,
+        expectation: Expectation | None = None,
     ):
         self.run, self.setup, self.state = run, setup, setup.state
         self.config, self.evaluator, self.overfitting_advice = config, evaluator, overfitting_advice
@@ -95,6 +117,9 @@ class Trainer:
         self.schedule = self._build_step_schedule()
         self.recent_seconds_per_step = setup.seconds_per_step
         self.step_times = [run.now()]
+        self.expectation = expectation
+        self.expected_speed = 0.0 if expectation is None else expectation.tokens_per_second
+        self.cpu_clock = (time.monotonic(), time.process_time())
         self._apply_skipped_ranges()
 
     def _build_step_schedule(self) -> StepSchedule:
@@ -179,12 +204,12 @@ class Trainer:
 
         Validation and checkpoints between the steps count.
         """
-        if self.budget_controller is None:
-            return
         times = self.step_times
         if len(times) > 4:
             half = len(times) // 2
             self.recent_seconds_per_step = max(1e-9, (times[-1] - times[half]) / (len(times) - 1 - half))
+        if self.budget_controller is None:
+            return
         self.budget_controller.update(self.schedule, self.state.step, self.recent_seconds_per_step)
 
     def _log_step(self, metrics: StepMetrics, tokens_per_second: float) -> None:
@@ -229,6 +254,7 @@ class Trainer:
         number = math.floor(metrics.progress * num_validations + 1e-9)
         if number == math.floor(previous_progress * num_validations + 1e-9):
             return
+        self._compare_with_plan(step)
         result = self.evaluator.validate(total_steps / num_validations)
         if result is None:  # without a validation set the latest weights are the best
             self._update_best(step, None)
@@ -252,6 +278,25 @@ class Trainer:
                 self._report_overfitting(step, result.score)
         if round(20 * number / num_validations) in SAMPLE_AT_VALIDATIONS:
             self.evaluator.log_sample(step)
+
+    def _compare_with_plan(self, step: int) -> None:
+        """Predict the loss again if the training speed differs from the expected one, and report the cause."""
+        if self.expectation is None or not self.run.dist.is_main or len(self.step_times) <= 4:
+            return
+        tokens_per_step = self.state.tokens / self.state.step
+        speed, planned = tokens_per_step / self.recent_seconds_per_step, self.expected_speed
+        if 1 / REPLAN_RATIO < speed / planned < REPLAN_RATIO:
+            return
+        self.expected_speed = speed
+        now, before = (time.monotonic(), time.process_time()), self.cpu_clock
+        share = (now[1] - before[1]) / max(1e-9, now[0] - before[0]) / torch.get_num_threads()
+        cause = ""
+        if speed < planned and self.run.device.type == "cpu" and share < BUSY_SHARE:
+            cause = f" This process gets {share:.0%} of the processor time of its threads: other programs use it."
+        prediction = self.expectation.bits_per_byte(self.schedule.total_steps * tokens_per_step)
+        self.run.log_event(
+            step, f"speed: {speed:,.0f} tokens/s instead of {planned:,.0f}.{cause} Now expected: {prediction}"
+        )
 
     def _update_best(self, step: int, result: ValidationResult | None) -> None:
         score, metrics = (None, None) if result is None else (result.score, result.metrics)
@@ -318,6 +363,11 @@ class Trainer:
         run = self.run
         if not run.dist.is_main:
             return {}
+        if self.config.budget is not None and self.state.step < FEW_STEPS:
+            run.warn(
+                f"only {self.state.step} training steps fit into the budget of {format_duration(self.config.budget)}: "
+                "the model has hardly learned anything. Use a longer --budget or a smaller model"
+            )
         seconds = run.elapsed_seconds()
         result = {
             "run": str(run.run_dir.path),
