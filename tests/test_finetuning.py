@@ -15,11 +15,16 @@ import torch
 import nextword
 from conftest import nextword_command
 from nextword.commands.cli import run
+from nextword.commands.command import Context
+from nextword.commands.finetune import FinetuneConfig
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.fs import read_json, read_jsonl
+from nextword.pipeline.evaluators import TaskEvaluator
 from nextword.pipeline.language_model import BaseModel
+from nextword.pipeline.predictor import Predictor
 from nextword.tasks.dataset import TaskSpec, compute_sample_weights
 from nextword.tasks.examples import Example
+from nextword.training.launch import RunContext
 from processes import PATIENCE, kill, start_process, wait_until
 
 WORDS = [
@@ -155,6 +160,36 @@ def test_a_task_is_learned(base, tmp_path):
     data = write(tmp_path / "data.jsonl", "classify", 400)
     result = tune(base, data, tmp_path / "run", steps=150, training={"lr": 5e-3, "evaluations": 5})
     assert result["accuracy"] > 0.9 > 0.7 > result["baselines"]["majority"]["accuracy"]["value"]
+
+
+def test_the_final_evaluation_is_within_the_budget(base, tmp_path, monkeypatch, capsys):
+    """After a slow last step there is no time for all validation examples: a part of them is evaluated."""
+    clock, evaluate, evaluate_best = [1000.0], Predictor.evaluate, TaskEvaluator.evaluate_best
+
+    def now() -> float:
+        clock[0] += 0.01
+        return clock[0]
+
+    def slow_evaluate(self: Predictor, examples: Any, *arguments: Any, **options: Any) -> Any:
+        clock[0] += 0.01 * len(examples)
+        return evaluate(self, examples, *arguments, **options)
+
+    def evaluate_late(self: TaskEvaluator) -> Any:
+        clock[0] = 1016.0
+        return evaluate_best(self)
+
+    monkeypatch.setattr(RunContext, "now", staticmethod(now))
+    monkeypatch.setattr(Predictor, "evaluate", slow_evaluate)
+    monkeypatch.setattr(TaskEvaluator, "evaluate_best", evaluate_late)
+    files = [write(tmp_path / name, "classify", n, seed) for name, n, seed in (("a.jsonl", 60, 0), ("b.jsonl", 300, 1))]
+    config = FinetuneConfig(
+        str(base), (str(files[0]),), out=tmp_path / "run", validation=(str(files[1]),), budget="20s"
+    )
+    result = nextword.finetune.run(config, Context(started=1000.0))
+    assert result.seconds <= 20
+    assert 100 <= result.scores["accuracy"]["n"] < 300
+    assert {scores["accuracy"]["n"] for scores in result.baselines.values()} == {result.scores["accuracy"]["n"]}
+    assert "the budget has no time for all 300 validation examples" in capsys.readouterr().err
 
 
 def test_rewriting_equals_transformers(base, tmp_path):

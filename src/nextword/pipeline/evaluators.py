@@ -492,9 +492,8 @@ class TaskEvaluator:
             metrics |= {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
             metrics["scores"] = scores_to_dict(result.scores)
             metrics |= {name: score.value for name, score in result.scores.items() if name not in metrics}
-            metrics["validation_examples"] = limit or len(examples)
-            if spec.kind == "answer":
-                examples = [examples[i] for i in evenly_spaced(len(examples), generated)]
+            count = generated if spec.kind == "answer" else limit
+            examples = [examples[i] for i in evenly_spaced(len(examples), count)]
             try:
                 baselines = baseline_scores(spec, self.data.train, examples)
             except MissingDependencyError:  # reported during validation
