@@ -187,6 +187,7 @@ def test_the_final_evaluation_is_within_the_budget(base, tmp_path, monkeypatch, 
     )
     result = nextword.finetune.run(config, Context(started=1000.0))
     assert result.seconds <= 20
+    assert result.scores is not None and result.baselines is not None
     assert 100 <= result.scores["accuracy"]["n"] < 300
     assert {scores["accuracy"]["n"] for scores in result.baselines.values()} == {result.scores["accuracy"]["n"]}
     assert "the budget has no time for all 300 validation examples" in capsys.readouterr().err

@@ -355,6 +355,7 @@ def test_the_final_evaluation_is_within_the_budget(shards, tmp_path, monkeypatch
     config = PretrainConfig((str(shards),), out=tmp_path / "run", budget="20s", **SETTINGS)
     result = package.pretrain.run(config, Context(started=1000.0))
     assert result.seconds <= 20
+    assert result.validation_tokens is not None and result.loss_margin is not None
     assert 0 < result.validation_tokens < len(Corpus.open(shards).tokens("validation")) - 1
     assert result.loss_margin > 0
     err = capsys.readouterr().err
