@@ -249,8 +249,8 @@ def held(corpus: str, budget: str, keeping: Lock) -> None:
 
 
 def hold() -> None:
+    from nextword.common.numbers import parse_duration
     from nextword.planning.size_selection import DEFAULT_LAW as law  # noqa: N811
-    from nextword.training.config import parse_duration
 
     jobs, keeping = [(corpus, budget) for budget in BUDGETS for corpus in HELD_OUT], Lock()
     jobs += [(corpus, budget) for budget in FRESH_BUDGETS for corpus in FRESH]

@@ -56,6 +56,8 @@ def section(name: str, value: Any) -> Iterator[str]:
         yield f"{doc.short_description}\n"
         return
     signature = re.sub(r"(nextword|typing|collections\.abc|pathlib)\.([\w.]*\.)?", "", str(inspect.signature(value)))
+    signature = re.sub(r"Annotated\[(\w+), Range\(.*?\)\]", r"\1", signature)
+    signature = re.sub(r"Optional\[(\w+)\]", r"\1 | None", signature)
     yield f"```python\n{name}{signature}\n```\n"
     yield "\n\n".join(filter(None, (doc.short_description, doc.long_description))) + "\n"
     yield from (f"- `{item.arg_name}`: {' '.join((item.description or '').split())}" for item in doc.params)

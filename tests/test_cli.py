@@ -164,15 +164,19 @@ def test_report_and_verify(nextword: CLIRunner, run, tmp_path):
             "'soon' is not a duration: write for example 90s",
         ),
         (["pretrain", "{texts}", "--out", "{tmp}/r", "--steps", "9", "--budget", "1m"], 2, "exclude each other"),
-        (["pretrain", "{texts}", "--out", "{tmp}/r", "--steps", "0"], 2, "--steps must be more than 0"),
+        (["pretrain", "{texts}", "--out", "{tmp}/r", "--steps", "0"], 2, "--steps must be a whole number from 1"),
         (["pretrain", "{texts}", "--out", "{tmp}/r", "--training.lr", "x"], 2, "--training.lr"),
-        (["pretrain", "{texts}", "--out", "{tmp}/r", "--training.lr", "-1"], 2, "--training.lr cannot be -1.0"),
+        (
+            ["pretrain", "{texts}", "--out", "{tmp}/r", "--training.lr", "-1"],
+            2,
+            "--training.lr must be a number from 0 (excluded)",
+        ),
         (["pretrain", "{texts}", "--out", "{tmp}/r", "--steps", "5", "--model.d-model", "33"], 2, "must be a multiple"),
         (["pretrain", "{texts}", "--out", "{tmp}/r", "--device", "warp"], 2, "--device warp"),
         (["pretrain", "{texts}", "--out", "{tmp}/r", "--tokenizer", "{tmp}/none.json"], 1, "none.json"),
         (["generate", "{tmp}/nowhere", "x"], 1, "not a model directory or a run directory"),
-        (["generate", "{run}", "x", "--temperature", "-1"], 2, "temperature must be"),
-        (["generate", "{run}", "x", "--top-p", "7"], 2, "top_p must be"),
+        (["generate", "{run}", "x", "--temperature", "-1"], 2, "--temperature must be"),
+        (["generate", "{run}", "x", "--top-p", "7"], 2, "--top-p must be"),
         (["evaluate", "{run}", "{tmp}/nowhere"], 2, "nowhere"),
         (["evaluate", "{run}/model"], 2, "text"),
         (["report", "{tmp}"], 1, "not a run"),
@@ -191,7 +195,7 @@ def test_errors_name_the_cause_and_the_remedy(nextword: CLIRunner, run, texts, t
 
 def test_durations_and_counts():
     from nextword.common.errors import UsageError
-    from nextword.training.config import parse_count, parse_duration
+    from nextword.common.numbers import parse_count, parse_duration
 
     durations = {"90": 90, "90s": 90, "30m": 1800, "2h": 7200, "1h30m": 5400, "1.5h": 5400, 45: 45, "2d": 172_800}
     assert {text: parse_duration(text) for text in durations} == durations

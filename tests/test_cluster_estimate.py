@@ -135,7 +135,7 @@ def test_a_time_budget_alone_gives_the_compute_optimal_model():
     ("settings", "message"),
     [
         ({"gpu": "tpu"}, "unknown; choose one of"),
-        ({"gpu": "h100", "machines": 0}, "at least 1"),
+        ({"gpu": "h100", "machines": 0}, "--machines must be a whole number from 1"),
         ({"gpu": "h100", "parameters": "7B", "size": "13b"}, "exclude each other"),
         ({"gpu": "h100", "steps": 10}, "set the size of the model"),
     ],

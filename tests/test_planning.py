@@ -331,7 +331,10 @@ def test_plan_on_the_command_line(texts, nextword):
     assert done.returncode == 0
     for word in ("text", "model", "training", "time", "memory", "energy", "bits/byte"):
         assert word in done.stdout
-    for arguments, message in ((("--budget", "1s"), "too short"), (("--flops", "-1"), "more than 0")):
+    for arguments, message in (
+        (("--budget", "1s"), "too short"),
+        (("--flops", "-1"), "--flops must be a number from 0 (excluded)"),
+    ):
         done = nextword("plan", texts, *arguments)
         assert done.returncode in (1, 2)
         assert message in done.stderr

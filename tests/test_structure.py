@@ -71,10 +71,14 @@ def test_reporting_and_serving_are_leaves():
 
 
 def test_the_model_needs_only_torch():
-    """model/gpt.py and model/config.py import each other, model/ops.py, torch and the standard library."""
+    """model/gpt.py and model/config.py import each other, model/ops.py, the number types, torch and the standard library."""
     for name in ("gpt", "config"):
         ours = {module for module in imported_modules(ROOT / "model" / f"{name}.py") if module.startswith("nextword")}
-        assert all(module.startswith("nextword.model.") for module in ours), ours
+        allowed = ("nextword.model.", "nextword.common.numbers", "nextword.common.errors")
+        assert all(module.startswith(allowed) for module in ours), ours
+    assert {module for module in imported_modules(ROOT / "common" / "numbers.py") if "nextword" in module} == {
+        "nextword.common.errors.UsageError"
+    }
 
 
 def test_data_does_not_import_torch():

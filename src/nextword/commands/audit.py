@@ -21,6 +21,7 @@ from nextword.common.command_result import Result
 from nextword.common.console import Console
 from nextword.common.errors import UsageError
 from nextword.common.format import format_duration
+from nextword.common.numbers import Count, CountOrZero, NonNegative
 from nextword.common.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -77,11 +78,11 @@ class AuditConfig(ModelArgument, TextColumnOption, SeedOption, DeviceOption):
     group: str | None = None
     passages: tuple[str, ...] = option(default=(), converter=as_strings, flag="--passage")
     index: Path | None = option(default=None, converter=optional(Path))
-    texts: int = 64
-    prefixes: int = 256
-    limit: int | None = None
-    electricity_price: float | None = option(default=None, deprecated="price")
-    carbon_intensity: float | None = option(default=None, deprecated="intensity")
+    texts: CountOrZero = 64
+    prefixes: CountOrZero = 256
+    limit: Count | None = None
+    electricity_price: NonNegative | None = option(default=None, deprecated="price")
+    carbon_intensity: NonNegative | None = option(default=None, deprecated="intensity")
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ def audit(config: AuditConfig, context: Context) -> AuditResult:
     from nextword.pipeline.language_model import load
     from nextword.reporting.report import refresh_unmodified
 
-    check_options(config)
+    if config.group is not None and config.data is None:
+        raise UsageError(f"--group {config.group} is a column of labeled data: add --data FILE")
     started = time.monotonic()
     groups = None if config.templates is None else read_group_templates(config.templates)
     bias_benchmarks = [request for request in config.suites if is_bias_benchmark(request)]
@@ -212,18 +214,6 @@ def audit(config: AuditConfig, context: Context) -> AuditResult:
         fs.atomic_write(audit_file, fs.to_json(result.to_dict()))
         refresh_unmodified(config.model, context.console.info)
     return result
-
-
-def check_options(config: AuditConfig) -> None:
-    """Raise `UsageError` for a value that is out of its range, and for `group` without `data`."""
-    if config.group is not None and config.data is None:
-        raise UsageError(f"--group {config.group} is a column of labeled data: add --data FILE")
-    for name, minimum in {"texts": 0, "prefixes": 0, "limit": 1}.items():
-        if (count := getattr(config, name)) is not None and count < minimum:
-            raise UsageError(f"--{name} must be at least {minimum}")
-    for name in ("electricity_price", "carbon_intensity"):
-        if (rate := getattr(config, name)) is not None and not 0 <= rate < float("inf"):
-            raise UsageError(f"--{name.replace('_', '-')} must be a finite number of at least 0")
 
 
 # Each part yields its findings, and a message for everything that it skips.

@@ -5,6 +5,7 @@ from typing import Any
 
 from nextword.commands.command import Context, command, options
 from nextword.commands.shared import ModelArgument, SamplingOptions
+from nextword.common.numbers import PositiveShare, Temperature
 
 
 @options
@@ -18,8 +19,8 @@ class ChatConfig(ModelArgument, SamplingOptions):
         system: System prompt. Default: none.
     """
 
-    temperature: float = 0.7
-    top_p: float | None = 0.95
+    temperature: Temperature = 0.7
+    top_p: PositiveShare | None = 0.95
     system: str | None = None
 
 

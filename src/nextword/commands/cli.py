@@ -231,7 +231,7 @@ def options_from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
 
     try:
         content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"--config {path}: {error}") from error
     stored = cast(dict[str, Any], content).get("request", content) if isinstance(content, dict) else None
     if not isinstance(stored, dict):

@@ -29,8 +29,9 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar, dataclass_transform
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, dataclass_transform, get_type_hints
 
+from nextword.common import numbers
 from nextword.common.command_result import to_json_value
 from nextword.common.console import Console
 
@@ -93,12 +94,20 @@ def info_of(f: "dataclasses.Field[Any]") -> OptionInfo:
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(option, argument))
 def options(cls: type[T]) -> type[T]:
-    """Turn a class into a frozen, keyword-only dataclass whose field converters run on construction."""
+    """Turn a class into a frozen, keyword-only dataclass that converts its fields and checks its numbers on construction."""
 
     def convert_fields(self: Any) -> None:
         for f in fields(self):
-            if converter := info_of(f).converter:
-                object.__setattr__(self, f.name, converter(getattr(self, f.name)))
+            info = info_of(f)
+            if info.converter:
+                object.__setattr__(self, f.name, info.converter(getattr(self, f.name)))
+            if settings := info.settings and (
+                info.settings if isinstance(info.settings, type) else type(info.settings)
+            ):
+                group = getattr(self, f.name)
+                group.update(numbers.check_numbers(settings, group, f"--{f.name}."))
+        for name, number in numbers.check_numbers(cls, self.__dict__, "--"):
+            object.__setattr__(self, name, number)
 
     cls.__post_init__ = convert_fields  # type: ignore[attr-defined]  # dataclass looks it up by this name
     return dataclass(frozen=True, kw_only=True)(cls)
@@ -222,8 +231,11 @@ def command(
         function.__doc__ = "\n".join(
             [description, "", f"On the command line: ``{example}``", "", "Args:", *arguments, ""]
         )
-        signature = inspect.signature(config).replace(return_annotation=inspect.signature(run).return_annotation)
-        function.__signature__ = signature  # type: ignore[attr-defined]  # what help() and IDEs show
+        hints, signature = get_type_hints(config), inspect.signature(config)
+        parameters = [p.replace(annotation=hints[p.name]) for p in signature.parameters.values()]
+        function.__signature__ = signature.replace(  # type: ignore[attr-defined]  # what help() and IDEs show
+            parameters=parameters, return_annotation=inspect.signature(run).return_annotation
+        )
         function.run = run  # type: ignore[attr-defined]  # declared by CommandFunction
         return function  # type: ignore[return-value]  # has `run` now
 

@@ -9,7 +9,7 @@ from nextword.commands.command import Context, command, option, options
 from nextword.commands.finetune import FinetuneConfig, finetune
 from nextword.commands.pretrain import PretrainConfig, format_run, pretrain
 from nextword.commands.shared import DeviceOption, RunResult, SeedOption, format_metric, format_score, run_path
-from nextword.training.config import parse_duration
+from nextword.common.numbers import Duration, text_or_number
 
 # Shares of the budget for pre-training and for each of the two fine-tunings. The rest is for the examples at the end.
 BUDGET_SHARES = {"pretrain": 0.55, "packages": 0.17, "assistant": 0.25}
@@ -33,7 +33,7 @@ class DemoConfig(SeedOption, DeviceOption):
     """
 
     out: Path = option(default=Path("nextword-demo"), converter=run_path, kw_only=False)
-    budget: float = option(default="3m", converter=parse_duration, metavar="DURATION")
+    budget: Duration = option(default="3m", converter=text_or_number, metavar="DURATION")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from nextword.commands.shared import (
 from nextword.common.command_result import Result
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError
+from nextword.common.numbers import Count
 
 PREFERENCES = {"above": "prefers stereotypes", "below": "prefers anti-stereotypes", "": "no significant preference"}
 MAX_GROUPS = 12  # of a benchmark; of more than these the lowest and the highest scores are printed
@@ -49,12 +50,12 @@ class EvaluateConfig(ModelArgument, TextColumnOption, PrecisionOption, SeedOptio
 
     texts: tuple[str, ...] = argument(default=(), converter=as_strings)
     suites: tuple[str, ...] = option(default=(), converter=as_strings, flag="--suite")
-    limit: int | None = None
+    limit: Count | None = None
     no_limit: bool = option(default=False, deprecated="whole")
     compare_to: Path | None = option(default=None, converter=optional(Path), deprecated="against")
     seed_runs: tuple[Path, ...] = option(default=(), converter=as_paths, deprecated="noise")
     judge: Path | None = option(default=None, converter=optional(Path))
-    stride: int | None = None
+    stride: Count | None = None
     context_use: bool = False
 
 
@@ -213,8 +214,8 @@ def evaluate(config: EvaluateConfig, context: Context) -> EvaluateResult:
     from nextword.tasks.benchmark_items import DEFAULT_ITEM_LIMIT
     from nextword.tasks.benchmark_spec import find_benchmarks
 
-    if config.limit is not None and (config.limit < 1 or config.no_limit):
-        raise UsageError("--limit must be at least 1, and excludes --no-limit")
+    if config.limit is not None and config.no_limit:
+        raise UsageError("--limit and --no-limit exclude each other")
     benchmarks = find_benchmarks(config.suites)
     if RunDir(config.model).exists:
         StoredResults.load(config.model)  # report a damaged file before the evaluation

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from nextword.commands.command import Context, command, option, options
 from nextword.commands.shared import ModelArgument, Precision, optional
 from nextword.common.errors import UsageError
+from nextword.common.numbers import NonNegative
 
 if TYPE_CHECKING:
     from nextword.export.formats import ExportResult
@@ -28,7 +29,7 @@ class ExportConfig(ModelArgument):
     to: Literal["gguf", "onnx"] = option(default="gguf", kw_only=False)
     out: Path | None = option(default=None, converter=optional(Path), kw_only=False)
     precision: Precision = option(default="float32", kw_only=False)
-    tolerance: float = option(default=1e-3, kw_only=False)
+    tolerance: NonNegative = option(default=1e-3, kw_only=False)
 
 
 @command(ExportConfig, example="nextword export runs/mine --to gguf")

@@ -9,6 +9,7 @@ from nextword.commands import shared
 from nextword.commands.command import Context, argument, command, option, options
 from nextword.commands.pretrain import format_summary, open_or_prepare_corpus, start_run, train_language_model
 from nextword.common.errors import UsageError
+from nextword.common.numbers import Count
 from nextword.common.run_dir import RunDir
 from nextword.training.config import CONTINUED_PRETRAINING, FinetuneRecipe, with_overrides
 
@@ -47,7 +48,7 @@ class FinetuneConfig(shared.FinetuneOptions, shared.RunOptions):
     data: tuple[str, ...] = argument(default=(), converter=shared.input_paths)
     out: Path = option(default=None, converter=shared.run_path, kw_only=False, required=True, stored=False)
     scratch: bool = False
-    max_examples: int | None = option(default=None, deprecated="limit", stored="limit")
+    max_examples: Count | None = option(default=None, deprecated="limit", stored="limit")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nextword.commands.command import STDIN, Context, argument, command, option, options
 from nextword.commands.shared import ModelArgument, SamplingOptions, as_strings, optional
-from nextword.common.errors import UsageError
+from nextword.common.numbers import CountOrZero, Penalty, RepetitionPenalty, Share, SmallCount
 
 if TYPE_CHECKING:
     from nextword.inference.engine import Completion
@@ -37,20 +37,18 @@ class GenerateConfig(ModelArgument, SamplingOptions):
 
     prompts: tuple[str, ...] = argument(default=(), converter=as_strings)
     file: Path | None = option(default=None, converter=optional(Path))
-    samples: int = option(default=1, flag=("--samples", "-n"))
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
+    samples: SmallCount = option(default=1, flag=("--samples", "-n"))
+    min_p: Share | None = None
+    repetition_penalty: RepetitionPenalty = 1.0
     stop: tuple[str, ...] = option(default=(), converter=as_strings)
-    presence_penalty: float = option(default=0.0, python_only=True)
-    frequency_penalty: float = option(default=0.0, python_only=True)
+    presence_penalty: Penalty = option(default=0.0, python_only=True)
+    frequency_penalty: Penalty = option(default=0.0, python_only=True)
     logit_bias: Mapping[int, float] | None = option(default=None, python_only=True)
-    logprobs: int | None = option(default=None, python_only=True)
-    prompt_logprobs: int | None = option(default=None, python_only=True)
+    logprobs: CountOrZero | None = option(default=None, python_only=True)
+    prompt_logprobs: CountOrZero | None = option(default=None, python_only=True)
 
     def all_prompts(self) -> list[str]:
         """The prompts of the command line and of --file, each as often as there are samples."""
-        if self.samples < 1:
-            raise UsageError(f"--samples must be at least 1, not {self.samples}")
         prompts = [sys.stdin.read().removesuffix("\n") if prompt == STDIN else prompt for prompt in self.prompts]
         if self.file is not None:
             text = sys.stdin.read() if str(self.file) == STDIN else self.file.read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from nextword.commands.command import Context, argument, command, option, options
 from nextword.commands.shared import DeviceOption, RecipeOptions, input_paths, require_inputs
 from nextword.common.errors import UsageError
+from nextword.common.numbers import NonNegative, SmallCount, TokenCount, text_or_number
 
 if TYPE_CHECKING:
     from nextword.planning.cluster_estimate import ClusterEstimate
@@ -31,10 +32,10 @@ class PlanConfig(RecipeOptions, DeviceOption):
 
     corpora: tuple[str, ...] = argument(default=(), converter=input_paths)
     gpu: str | None = None
-    machines: int = 1
-    gpus_per_machine: int = 8
-    parameters: str | None = option(default=None, metavar="COUNT")
-    gpu_hour_price: float | None = option(default=None, deprecated="price")
+    machines: SmallCount = 1
+    gpus_per_machine: SmallCount = 8
+    parameters: TokenCount | None = option(default=None, converter=text_or_number, metavar="COUNT")
+    gpu_hour_price: NonNegative | None = option(default=None, deprecated="price")
 
 
 @command(PlanConfig, example="nextword plan my-texts/ --budget 2h")

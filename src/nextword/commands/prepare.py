@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nextword.commands.command import Context, argument, command, option, options
 from nextword.commands.shared import TextColumnOption, as_strings, format_corpus, input_paths
 from nextword.common.errors import UsageError
+from nextword.common.numbers import Size
 
 if TYPE_CHECKING:
     from nextword.data.corpus import Corpus
@@ -33,7 +34,7 @@ class PrepareConfig(TextColumnOption):
     corpora: tuple[str, ...] = argument(converter=as_strings)
     out: Path = option(converter=Path, kw_only=False)
     tokenizer: str = "bpe"
-    vocab_size: int | None = None
+    vocab_size: Size | None = None
     strict: bool = False
     shard: str | None = option(default=None, metavar="I/N")
     engine: Literal["local", "ray"] = "local"

@@ -7,6 +7,7 @@ from typing import Any
 from nextword.commands.command import Context, command, option, options
 from nextword.commands.shared import DeviceOption, ModelArgument, PrecisionOption, as_strings
 from nextword.common.errors import MissingDependencyError
+from nextword.common.numbers import CountOrZero, NonNegative, Port, Seed, SmallCount
 
 
 @options
@@ -34,16 +35,16 @@ class ServeConfig(ModelArgument, PrecisionOption, DeviceOption):
     """
 
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: Port = 8000
     api_key: str | None = option(default=None, env_var="NEXTWORD_API_KEY")
     insecure: bool = False
     allowed_hosts: tuple[str, ...] = option(default=(), converter=as_strings, flag="--allowed-host")
     name: str | None = option(default=None, flag="--model-name")
-    max_batch: int = 8
-    queue: int = 64
+    max_batch: SmallCount = 8
+    queue: CountOrZero = 64
     deterministic: bool = False
-    grace: float = 30.0
-    seed: int | None = None
+    grace: NonNegative = 30.0
+    seed: Seed | None = None
     ready: Callable[[dict[str, Any]], None] | None = option(default=None, python_only=True)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nextword.commands.command import argument, option, options
+from nextword.common import numbers
 from nextword.common.command_result import Result
 from nextword.common.errors import UsageError
 from nextword.model.config import ModelConfig
@@ -15,9 +16,6 @@ from nextword.training.config import (
     Recipe,
     TrainingConfig,
     get_recipe,
-    parse_count,
-    parse_duration,
-    parse_float,
     with_overrides,
 )
 
@@ -149,7 +147,7 @@ class SeedOption:
         seed: Random seed. Default: 0.
     """
 
-    seed: int | None = None
+    seed: numbers.Seed | None = None
 
 
 @options
@@ -176,11 +174,11 @@ class SamplingOptions(PrecisionOption, DeviceOption):
         seed: Random seed of the sampling. Default: a new one each time.
     """
 
-    max_tokens: int = 200
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
+    max_tokens: numbers.CountOrZero = 200
+    temperature: numbers.Temperature = 0.8
+    top_k: numbers.Count | None = None
+    top_p: numbers.PositiveShare | None = None
+    seed: numbers.Seed | None = None
 
     def sampling(self) -> "Sampling":
         """The sampling parameters. Raises `UsageError` for one that is out of its range."""
@@ -218,11 +216,11 @@ class RecipeOptions(TextColumnOption):
     preset: str | None = None
     size: str | None = None
     tokenizer: str | None = None
-    vocab_size: int | None = None
-    budget: float | None = option(default=None, converter=optional(parse_duration), metavar="DURATION")
-    steps: int | None = None
-    tokens: int | None = option(default=None, converter=optional(parse_count), metavar="COUNT")
-    flops: float | None = option(default=None, converter=optional(parse_float), metavar="NUMBER")
+    vocab_size: numbers.Size | None = None
+    budget: numbers.Duration | None = option(default=None, converter=numbers.text_or_number, metavar="DURATION")
+    steps: numbers.Count | None = None
+    tokens: numbers.TokenCount | None = option(default=None, converter=numbers.text_or_number, metavar="COUNT")
+    flops: numbers.Flops | None = option(default=None, converter=numbers.text_or_number, metavar="NUMBER")
     strict: bool = option(default=False, stored=False)
     model: dict[str, Any] = option(
         default=None, converter=overrides, settings=ModelConfig, exclude=("vocab_size", "n_labels")
@@ -250,7 +248,7 @@ class RunOptions(DeviceOption):
     resume: bool = option(default=False, stored=False)
     tensorboard: bool = option(default=False, stored=False)
     mirror: str | None = option(default=None, stored=False)
-    seed: int | None = None
+    seed: numbers.Seed | None = None
 
 
 @options
@@ -286,8 +284,8 @@ class FinetuneOptions(TaskOptions):
         tuning: Settings of fine-tuning.
     """
 
-    budget: float | None = option(default=None, converter=optional(parse_duration), metavar="DURATION")
-    steps: int | None = None
+    budget: numbers.Duration | None = option(default=None, converter=numbers.text_or_number, metavar="DURATION")
+    steps: numbers.Count | None = None
     strict: bool = False
     training: dict[str, Any] = option(default=None, converter=overrides, settings=TrainingConfig)
     tuning: dict[str, Any] = option(default=None, converter=overrides, settings=FinetuneHyperparameters())

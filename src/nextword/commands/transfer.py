@@ -10,7 +10,7 @@ from nextword.commands.finetune import FinetuneConfig, finetune
 from nextword.commands.shared import DeviceOption, FinetuneOptions, ModelArgument, input_paths, run_path
 from nextword.common.command_result import Result
 from nextword.common.console import Console
-from nextword.common.errors import UsageError
+from nextword.common.numbers import Count, SmallCount
 
 
 def sorted_counts(counts: Sequence[int] | None) -> tuple[int, ...]:
@@ -36,8 +36,8 @@ class TransferConfig(ModelArgument, FinetuneOptions, DeviceOption):
 
     data: tuple[str, ...] = argument(converter=input_paths)
     out: Path = option(converter=run_path, kw_only=False, stored=False)
-    counts: tuple[int, ...] = option(default=(), converter=sorted_counts)
-    num_seeds: int = option(default=3, deprecated="seeds", stored="seeds")
+    counts: tuple[Count, ...] = option(default=(), converter=sorted_counts)
+    num_seeds: SmallCount = option(default=3, deprecated="seeds", stored="seeds")
     resume: bool = option(default=False, stored=False)
 
 
@@ -92,8 +92,6 @@ def transfer(config: TransferConfig, context: Context) -> TransferResult:
     from nextword.evaluation.label_efficiency import run_study
     from nextword.reporting.report import write_report
 
-    if config.num_seeds < 1 or any(count < 1 for count in config.counts):
-        raise UsageError("--num-seeds and --counts must be at least 1")
     resolve_device(config.device)
     settings = {f.name: getattr(config, f.name) for f in fields(FinetuneOptions) if getattr(config, f.name)}
     stored = stored_options(config)

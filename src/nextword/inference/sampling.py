@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nextword.common import numbers
 from nextword.common.errors import NextwordError, UsageError
 
 
@@ -36,43 +37,28 @@ class Sampling:
         UsageError: A parameter is out of range.
     """
 
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-    max_tokens: int = 200
+    temperature: numbers.Temperature = 0.8
+    top_k: numbers.Count | None = None
+    top_p: numbers.PositiveShare | None = None
+    min_p: numbers.Share | None = None
+    repetition_penalty: numbers.RepetitionPenalty = 1.0
+    max_tokens: numbers.CountOrZero = 200
     stop: tuple[str, ...] = ()
-    seed: int | None = None
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
+    seed: numbers.Seed | None = None
+    logprobs: numbers.CountOrZero | None = None
+    prompt_logprobs: numbers.CountOrZero | None = None
     logit_bias: Mapping[int, float] | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    presence_penalty: numbers.Penalty = 0.0
+    frequency_penalty: numbers.Penalty = 0.0
 
     def __post_init__(self) -> None:
-        def check(name: str, is_valid: bool, expected: str) -> None:
-            if not is_valid:
-                raise UsageError(f"{name} must be {expected}, not {getattr(self, name)!r}")
-
-        def is_count(value: object, minimum: float, optional: bool = True) -> bool:
-            return (optional and value is None) or (isinstance(value, int) and value >= minimum)
-
-        check("temperature", 0 <= self.temperature < math.inf, "at least 0 (0 is greedy decoding)")
-        check("top_k", is_count(self.top_k, 1), "an integer of at least 1")
-        check("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1")
-        check("min_p", self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1")
-        check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 has no effect)")
-        check("max_tokens", is_count(self.max_tokens, 0, optional=False), "an integer of at least 0")
-        check("presence_penalty", math.isfinite(self.presence_penalty), "a finite number")
-        check("frequency_penalty", math.isfinite(self.frequency_penalty), "a finite number")
-        biases = (self.logit_bias or {}).values()
-        check("logit_bias", all(math.isfinite(bias) for bias in biases), "finite numbers by token id")
-        check("logprobs", is_count(self.logprobs, 0), "an integer of at least 0")
-        check("prompt_logprobs", is_count(self.prompt_logprobs, 0), "an integer of at least 0")
-        check("seed", is_count(self.seed, -math.inf), "an integer")
+        for name, number in numbers.check_numbers(type(self), vars(self)):
+            object.__setattr__(self, name, number)
+        if not all(map(math.isfinite, (self.logit_bias or {}).values())):
+            raise UsageError(f"logit_bias must be finite numbers by token id, not {self.logit_bias!r}")
         stop: object = vars(self)["stop"]  # a string would be a sequence of strings, too
-        check("stop", isinstance(stop, tuple) and all(self.stop), "a tuple of non-empty strings")
+        if not (isinstance(stop, tuple) and all(self.stop)):
+            raise UsageError(f"stop must be a tuple of non-empty strings, not {self.stop!r}")
 
 
 @dataclass(frozen=True)
@@ -167,11 +153,11 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -math.inf)
     if sampling.top_p is not None and sampling.top_p < 1:
         probability, order = logits.softmax(0).sort(descending=True, stable=True)
-        mass_before = probability.cumsum(0) - probability  # 0 for the most likely token, which always stays
-        logits = logits.index_fill(0, order[mass_before >= sampling.top_p], -math.inf)
+        mass_before = (probability.cumsum(0) - probability)[1:]  # the most likely token always stays
+        logits = logits.index_fill(0, order[1:][mass_before >= sampling.top_p], -math.inf)
     if sampling.min_p:
-        # p < min_p · max p; the largest logit is 0.
-        logits = logits.masked_fill(logits < math.log(sampling.min_p), -math.inf)
+        # p < min_p · max p
+        logits = logits.masked_fill(logits < logits.max() + math.log(sampling.min_p), -math.inf)
     return logits.softmax(0)
 
 

@@ -5,7 +5,10 @@ every model can be saved as a stock directory.
 """
 
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from nextword.common import numbers
+from nextword.common.errors import UsageError
 
 Family = Literal["gpt1", "gpt2", "qwen3", "llama"]
 
@@ -40,7 +43,8 @@ FAMILY_SETTINGS: dict[Family, dict[str, tuple[Any, ...]]] = {
 FAMILY_DEFAULTS: dict[Family, dict[str, Any]] = {
     family: {name: values[0] for name, values in settings.items()} for family, settings in FAMILY_SETTINGS.items()
 }
-SIZE_FIELDS = ("vocab_size", "context_length", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_model", "d_ff")
+MAX_LABELS = 1_000_000
+MAX_ROPE_THETA = 10**15
 
 
 class ConfigError(ValueError):
@@ -60,42 +64,43 @@ class ModelConfig:
         ConfigError: A value is out of range, or no stock class can hold the model.
     """
 
-    vocab_size: int
-    context_length: int = setting("Context length in tokens.")
-    n_layers: int = setting("Number of Transformer blocks.")
-    n_heads: int = setting("Number of attention heads.")
-    n_kv_heads: int = setting("Number of key-value heads, each shared by n_heads / n_kv_heads query heads.")
-    head_dim: int = setting("Width of an attention head. Default: d_model / n_heads.")
-    d_model: int = setting("Width of the residual stream.")
-    d_ff: int = setting("Width of the feed-forward layer.")
+    vocab_size: numbers.Size
+    context_length: numbers.Size = setting("Context length in tokens.")
+    n_layers: numbers.Size = setting("Number of Transformer blocks.")
+    n_heads: numbers.Size = setting("Number of attention heads.")
+    n_kv_heads: numbers.Size = setting("Number of key-value heads, each shared by n_heads / n_kv_heads query heads.")
+    head_dim: numbers.Size = setting("Width of an attention head. Default: d_model / n_heads.")
+    d_model: numbers.Size = setting("Width of the residual stream.")
+    d_ff: numbers.Size = setting("Width of the feed-forward layer.")
     norm: Literal["layernorm", "rmsnorm"] = setting("Layer normalization or RMSNorm.", "layernorm")
     norm_position: Literal["pre", "post"] = setting("Norms before each residual branch, or after each sum.", "pre")
-    norm_eps: float = setting("Epsilon of the norms.", 1e-5)
+    norm_eps: numbers.PositiveShare = setting("Epsilon of the norms.", 1e-5)
     positions: Literal["learned", "sinusoidal", "rope"] = setting("Position encoding.", "learned")
-    rope_theta: float = setting("Base of the rotary position embedding.", 10_000.0)
+    rope_theta: Annotated[float, numbers.Range(1, MAX_ROPE_THETA)] = setting(
+        "Base of the rotary position embedding.", 10_000.0
+    )
     activation: Literal["relu", "gelu", "swiglu"] = setting("Activation of the feed-forward layer.", "gelu")
     qk_norm: bool = setting("Normalize the queries and keys of each head.", False)
     attention_bias: bool = setting("Biases in the attention projections.", True)
     feed_forward_bias: bool = setting("Biases in the feed-forward layer.", True)
     tied: bool = setting("Tie the token embedding and the language-model head.", True)
-    dropout: float = setting("Dropout probability of the residual branches and the embedding.", 0.0)
-    n_labels: int = setting("Outputs of the classification head; 0 for a language model.", 0)
+    dropout: numbers.Decay = setting("Dropout probability of the residual branches and the embedding.", 0.0)
+    n_labels: Annotated[int, numbers.Range(0, MAX_LABELS)] = setting(
+        "Outputs of the classification head; 0 for a language model.", 0
+    )
 
     def __post_init__(self) -> None:
-        for name in (*SIZE_FIELDS, "n_labels"):
-            value, minimum = getattr(self, name), 0 if name == "n_labels" else 1
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-                raise ConfigError(f"{name} must be an integer of at least {minimum}, not {value!r}")
+        try:
+            for name, number in numbers.check_numbers(type(self), vars(self)):
+                object.__setattr__(self, name, number)
+        except UsageError as error:
+            raise ConfigError(str(error)) from error
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout must be at least 0 and less than 1, not {self.dropout}")
         if self.positions == "rope" and self.head_dim % 2:
             raise ConfigError(f"rotary positions need an even head_dim, not {self.head_dim}")
         if self.positions == "sinusoidal" and self.d_model % 2:
             raise ConfigError(f"sinusoidal positions need an even d_model, not {self.d_model}")
-        if not (self.norm_eps > 0 and self.rope_theta > 0):
-            raise ConfigError("norm_eps and rope_theta must be above 0")
         _ = self.family
 
     @property

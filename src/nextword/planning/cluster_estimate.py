@@ -13,7 +13,7 @@ from nextword.common.command_result import Result
 from nextword.common.errors import UsageError
 from nextword.common.format import format_duration
 from nextword.model.config import ConfigError, ModelConfig, build_config
-from nextword.training.config import ParallelStrategy, Recipe, parse_count
+from nextword.training.config import ParallelStrategy, Recipe
 
 # Model FLOPs utilisation of published training runs: typical, low, high.
 TYPICAL_MFU, LOW_MFU, HIGH_MFU = 0.42, 0.30, 0.55
@@ -348,7 +348,7 @@ def estimate_cluster_run(
     *,
     machines: int = 1,
     gpus_per_machine: int = 8,
-    parameters: str | None = None,
+    parameters: int | None = None,
     price_per_gpu_hour: float | None = None,
 ) -> ClusterEstimate:
     """Estimate a recipe on GPUs that are known by their datasheets.
@@ -358,7 +358,7 @@ def estimate_cluster_run(
         gpu: a key of `GPU_SPECS`, in any case.
         machines: the number of machines.
         gpus_per_machine: the number of GPUs of each.
-        parameters: the approximate number of parameters, such as "7B". None for the recipe's size, or for the compute-optimal
+        parameters: the approximate number of parameters. None for the recipe's size, or for the compute-optimal
             one.
         price_per_gpu_hour: in any currency.
 
@@ -367,8 +367,6 @@ def estimate_cluster_run(
     """
     if gpu.lower() not in GPU_SPECS:
         raise UsageError(f"--gpu {gpu}: unknown; choose one of {', '.join(GPU_SPECS)}")
-    if machines < 1 or gpus_per_machine < 1:
-        raise UsageError("--machines and --gpus-per-machine must be at least 1")
     if parameters is not None and recipe.size is not None:
         raise UsageError("--parameters and --size exclude each other")
     cluster = Cluster(GPU_SPECS[gpu.lower()], machines, gpus_per_machine)
@@ -377,7 +375,7 @@ def estimate_cluster_run(
         flops = recipe.budget * cluster.num_gpus * cluster.gpu.peak_flops * TYPICAL_MFU
     if recipe.size is None:
         if parameters is not None:
-            num_parameters = float(parse_count(parameters))
+            num_parameters = float(parameters)
         elif flops:  # compute-optimal: C = 6 N D operations with D = 20 N tokens
             num_parameters = math.sqrt(flops / 6 / TOKENS_PER_PARAMETER)
         else:

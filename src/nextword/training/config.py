@@ -1,11 +1,11 @@
 """Recipes: the settings of a training run. Light to import, since the command line reads them for its help."""
 
-import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
+from nextword.common import numbers
 from nextword.common.errors import UsageError
 from nextword.model.config import PRESETS, SIZES
 
@@ -14,26 +14,16 @@ ParallelStrategy = Literal["fsdp-no-reshard", "fsdp", "hsdp"]
 LRSchedule = Literal["cosine", "wsd", "linear", "constant"]
 DEPRECATED_PARALLEL = {"data": "fsdp-no-reshard", "full": "fsdp", "hybrid": "hsdp"}
 
-# ---------------------------------------------------------------- validation
 
-COUNTS = "batch_tokens micro_batch_rows tensor evaluations patience save_every batch_examples rank"
-RANGES: list[tuple[Callable[[Any], bool], str]] = [
-    (lambda value: value > 0, "lr matrix_lr epochs alpha beta"),
-    (lambda value: value >= 0, "clip weight_decay auxiliary"),
-    (lambda value: 0 <= value <= 1, "warmup final_lr"),
-    (lambda value: 0 <= value < 1, "beta1 beta2 momentum dropout"),
-    (lambda value: value >= 1, COUNTS),
-]
-
-
-def check_ranges(settings: Any, group: str) -> None:
-    """Raise `UsageError` for the first value that is out of its range."""
-    valid = {name: is_valid for is_valid, names in RANGES for name in names.split()}
+def check_settings(settings: Any, group: str) -> None:
+    """Raise `UsageError` for the first setting that is not of its type, by the name of its option."""
+    for name, number in numbers.check_numbers(settings.__class__, settings.__dict__, f"--{group}."):
+        object.__setattr__(settings, name, number)
     for f in fields(settings):
-        value = getattr(settings, f.name)
         choices = get_args(f.type) if get_origin(f.type) is Literal else ()
-        if (choices and value not in choices) or (f.name in valid and value is not None and not valid[f.name](value)):
-            raise UsageError(f"--{group}.{f.name.replace('_', '-')} cannot be {value!r}")
+        if choices and getattr(settings, f.name) not in choices:
+            value, names = getattr(settings, f.name), ", ".join(choices)
+            raise UsageError(f"--{group}.{f.name.replace('_', '-')} cannot be {value!r}: choose one of {names}")
 
 
 # ---------------------------------------------------------------- settings
@@ -71,30 +61,30 @@ class TrainingConfig:
     """
 
     optimizer: Literal["muon", "adamw"] = "muon"
-    lr: float | None = None
-    matrix_lr: float | None = None
-    beta1: float = 0.9
-    beta2: float = 0.99
-    momentum: float = 0.9
-    weight_decay: float = 0.1
+    lr: numbers.Positive | None = None
+    matrix_lr: numbers.Positive | None = None
+    beta1: numbers.Decay = 0.9
+    beta2: numbers.Decay = 0.99
+    momentum: numbers.Decay = 0.9
+    weight_decay: numbers.NonNegative = 0.1
     schedule: LRSchedule = "wsd"
-    warmup: float = 0.02
-    final_lr: float = 0.0
-    clip: float = 1.0
-    batch_tokens: int | None = None
-    micro_batch_rows: int | None = None
+    warmup: numbers.Share = 0.02
+    final_lr: numbers.Share = 0.0
+    clip: numbers.NonNegative = 1.0
+    batch_tokens: numbers.Size | None = None
+    micro_batch_rows: numbers.Count | None = None
     compile: Literal["auto", "yes", "no"] = "auto"
     parallel: ParallelStrategy = field(default="fsdp-no-reshard", metadata={"deprecated_values": DEPRECATED_PARALLEL})
-    tensor: int = 1
+    tensor: numbers.SmallCount = 1
     checkpoint_activations: bool = False
-    evaluations: int = 20
-    patience: int | None = None
-    save_every: int | None = None
+    evaluations: numbers.Count = 20
+    patience: numbers.Count | None = None
+    save_every: numbers.Count | None = None
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for a value out of its range."""
         object.__setattr__(self, "parallel", DEPRECATED_PARALLEL.get(self.parallel, self.parallel))
-        check_ranges(self, "training")
+        check_settings(self, "training")
 
 
 @dataclass(frozen=True)
@@ -113,18 +103,18 @@ class FinetuneHyperparameters:
         beta: DPO's β: how strongly preference tuning stays close to the initial model.
     """
 
-    epochs: float | None = field(default=None, metadata={"flag": "--epochs"})
-    batch_examples: int | None = None
-    auxiliary: float = 0.5
-    dropout: float = 0.1
+    epochs: numbers.Positive | None = field(default=None, metadata={"flag": "--epochs"})
+    batch_examples: numbers.Size | None = None
+    auxiliary: numbers.NonNegative = 0.5
+    dropout: numbers.Decay = 0.1
     balance: Literal["auto", "yes", "no"] = "auto"
-    rank: int = 8
-    alpha: float = 16.0
-    beta: float = 0.1
+    rank: numbers.SmallCount = 8
+    alpha: numbers.Positive = 16.0
+    beta: numbers.Positive = 0.1
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for a value out of its range."""
-        check_ranges(self, "tuning")
+        check_settings(self, "tuning")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,16 +130,14 @@ class RunConfig:
         UsageError: A value is out of its range.
     """
 
-    steps: int | None = None
-    budget: float | None = None
+    steps: numbers.Count | None = None
+    budget: numbers.Duration | None = None
     training: TrainingConfig = TrainingConfig()
 
     def __post_init__(self) -> None:
-        """Raises `UsageError` for a length that is not positive."""
-        for name in RUN_LENGTH_FIELDS:
-            value = getattr(self, name, None)
-            if value is not None and value <= 0:
-                raise UsageError(f"--{name} must be more than 0, not {value}")
+        """Raises `UsageError` for a value that is not of its type."""
+        for name, number in numbers.check_numbers(type(self), vars(self), "--"):
+            object.__setattr__(self, name, number)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON."""
@@ -181,13 +169,13 @@ class Recipe(RunConfig):
     preset: str = "modern"
     size: str | None = None
     tokenizer: str = "bpe"
-    vocab_size: int | None = None
+    vocab_size: numbers.Size | None = None
     model: dict[str, Any] = field(default_factory=dict[str, Any])
-    tokens: int | None = None
-    flops: float | None = None
+    tokens: numbers.TokenCount | None = None
+    flops: numbers.Flops | None = None
 
     def __post_init__(self) -> None:
-        """Raises `UsageError` for an unknown preset or size, or a length that is not positive."""
+        """Raises `UsageError` for an unknown preset or size, or a number that is not of its type."""
         for name, value, choices in (("preset", self.preset, PRESETS), ("size", self.size, SIZES)):
             if value is not None and value not in choices:
                 raise UsageError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
@@ -294,41 +282,3 @@ def replace_settings(settings: Any, group: str, changes: dict[str, Any]) -> Any:
         replacement = DEPRECATED_PARALLEL[parallel]
         warnings.warn(f"parallel={parallel!r} is deprecated: use {replacement!r}", DeprecationWarning, stacklevel=2)
     return replace(settings, **changes)
-
-
-# ---------------------------------------------------------------- durations and numbers
-
-DURATION_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-
-
-def parse_duration(text: str | float) -> float:
-    """Seconds from text such as 90, 90s, 30m, 1h30m, 1.5h or 2d. Raises `UsageError`."""
-    if isinstance(text, (int, float)):
-        return float(text)
-    parts = re.findall(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
-    parsed = "".join(number + unit for number, unit in parts)
-    if not parts or parsed != re.sub(r"\s", "", text.lower()) or any(unit not in DURATION_UNITS for _, unit in parts):
-        raise UsageError(f"{text!r} is not a duration: write for example 90s, 30m, 2h or 1h30m")
-    return sum(float(number) * DURATION_UNITS[unit] for number, unit in parts)
-
-
-def parse_float(text: str | float) -> float:
-    """A number from text such as 1e17. Raises `UsageError`."""
-    try:
-        return float(text)
-    except ValueError:
-        raise UsageError(f"{text!r} is not a number: write for example 1e17") from None
-
-
-def parse_count(text: str | int) -> int:
-    """A whole number from text such as 2000, 100k, 1.5M, 2B or 1.4T. Raises `UsageError`."""
-    if isinstance(text, int):
-        return text
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmbt]?)", text.strip().lower().replace(",", "").replace("_", ""))
-    if match is None:
-        raise UsageError(f"{text!r} is not a number: write for example 2000, 100k, 1.5M, 2B or 1.4T")
-    value = float(match[1]) * COUNT_UNITS[match[2]]
-    if value != int(value):
-        raise UsageError(f"{text!r} is not a whole number")
-    return int(value)
