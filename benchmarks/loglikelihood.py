@@ -206,7 +206,7 @@ def peers(run: Path) -> None:
 def scores(run: Path) -> None:
     def measure(name: str) -> dict[str, Any]:
         suite = f"{name}={DATA / FILES[name]}"
-        return nextword("evaluate", run, "--suite", suite, *(("--limit", "50") if QUICK else ()), "--json", "--quiet")
+        return nextword("evaluate", run, "--benchmark", suite, *(("--limit", "50") if QUICK else ()), "--json", "--quiet")
 
     print(
         "\n| suite | score | chance | | in scrambled words | items | whole process, s |\n|---|---|---|---|---|---|---|"

@@ -405,12 +405,12 @@ def test_an_audit_reports_findings_and_what_it_skipped(
     ("arguments", "message"),
     [
         (["--templates", "{tmp}/none.yaml"], "none.yaml: No such file"),
-        (["--suite", "cake"], "unknown benchmark 'cake'"),
-        (["--suite", "winobias"], "--suite winobias=DIRECTORY"),
-        (["--suite", "winobias={tmp}"], "no pairs in"),
-        (["--suite", "winogender={tmp}/none"], "no such file or folder"),
+        (["--benchmark", "cake"], "unknown benchmark 'cake'"),
+        (["--benchmark", "winobias"], "--benchmark winobias=DIRECTORY"),
+        (["--benchmark", "winobias={tmp}"], "no pairs in"),
+        (["--benchmark", "winogender={tmp}/none"], "no such file or folder"),
         (["--group", "sex"], "add --data FILE"),
-        (["--texts", "-1"], "--texts must be at least 0"),
+        (["--num-samples", "-1"], "--num-samples must be at least 0"),
         (["--limit", "0"], "--limit must be at least 1"),
         (["--electricity-price", "-1"], "--electricity-price must be a finite number"),
         (["--corpus", "{tmp}/none"], "none: no such file or directory"),
@@ -438,7 +438,7 @@ def test_the_audit_of_a_run_uses_its_training_text_and_is_kept(directory: Path, 
     metadata = {"recipe": {}, "request": {"corpora": [str(text)], "text_column": None}}
     (run / "run.json").write_text(json.dumps(metadata), encoding="utf-8")
     (run / "result.json").write_text('{"seconds": 2.0}', encoding="utf-8")
-    result = nextword.audit(run, texts=2, prefixes=0, passages=["a document"]).to_dict()
+    result = nextword.audit(run, num_samples=2, num_prefixes=0, search_texts=["a document"]).to_dict()
     assert {entry["section"] for entry in result["findings"]} == {"memory", "corpus", "cost"}
     assert result["findings"][0]["value"] == 1 and (run / "index" / "text.bin").is_file()
     assert read_json(run / "measured" / "audit.json") == result

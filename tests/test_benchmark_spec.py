@@ -194,7 +194,7 @@ def test_a_benchmark_without_a_path_is_downloaded(tmp_path, monkeypatch):
     )
     assert len(load("blimp")[1]) == 2
     assert requests == [("blimp", "nyu-mll/blimp", "*/train-*.parquet")]
-    with pytest.raises(UsageError, match="crows-pairs: give the path of its files: --suite crows-pairs=PATH"):
+    with pytest.raises(UsageError, match="crows-pairs: give the path of its files: --benchmark crows-pairs=PATH"):
         load("crows-pairs")
 
 

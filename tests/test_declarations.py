@@ -9,6 +9,7 @@ import pytest
 
 import nextword
 from nextword.commands.cli import GROUPS, OutputOptions, build_app, summary
+from nextword.commands.cli import run as run_command
 from nextword.commands.command import COMMANDS, declared_fields, describe, info_of, parse_docstring, stored_options
 from nextword.commands.finetune import FinetuneConfig
 from nextword.commands.pretrain import PretrainConfig
@@ -111,7 +112,18 @@ def test_an_option_means_the_same_in_every_command():
             by_name.setdefault(name, set()).add(text)
     for name in ("limit", "text_column", "device", "training", "mirror", "tensorboard"):
         assert len(by_name[name]) <= 2 if name == "training" else len(by_name[name]) == 1, by_name[name]
-    assert not by_name.keys() & {"price", "seeds", "whole", "against", "noise", "intensity"}
+    assert not by_name.keys() & {
+        "price",
+        "seeds",
+        "whole",
+        "against",
+        "noise",
+        "intensity",
+        "suites",
+        "passages",
+        "scratch",
+        "grace",
+    }
 
 
 def test_choices_are_named_in_the_help():
@@ -142,10 +154,17 @@ def test_run_json_stores_the_options_that_belong_to_the_run():
         ("evaluate", ["nowhere"], "whole", True, "no_limit"),
         ("evaluate", ["nowhere"], "against", "nothing", "compare_to"),
         ("evaluate", ["nowhere"], "noise", ["nothing"], "seed_runs"),
+        ("evaluate", ["nowhere"], "suites", ["blimp=nothing"], "benchmarks"),
+        ("audit", ["nowhere"], "suites", ["nothing"], "benchmarks"),
+        ("audit", ["nowhere"], "passages", ["text"], "search_texts"),
+        ("audit", ["nowhere"], "texts", 3, "num_samples"),
+        ("audit", ["nowhere"], "prefixes", 3, "num_prefixes"),
         ("audit", ["nowhere"], "price", 0.3, "electricity_price"),
         ("audit", ["nowhere"], "intensity", 300.0, "carbon_intensity"),
         ("plan", ["nowhere"], "price", 2.0, "gpu_hour_price"),
         ("finetune", ["nowhere", "nothing.csv", "run"], "limit", 3, "max_examples"),
+        ("finetune", ["nowhere", "nothing.csv", "run"], "scratch", True, "from_scratch"),
+        ("serve", ["nowhere"], "grace", 3.0, "shutdown_timeout"),
         ("transfer", ["nowhere", "nothing.csv", "run"], "seeds", 2, "num_seeds"),
     ],
 )
@@ -179,3 +198,33 @@ def test_results_are_objects_that_still_work_as_dictionaries():
     with pytest.warns(DeprecationWarning):
         assert set(result) == set(result.to_dict())
     assert json.dumps(result.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "old", "new"),
+    [
+        (["evaluate", "nowhere", "--suite", "blimp"], "--suite", "--benchmark"),
+        (["audit", "nowhere", "--passage", "text"], "--passage", "--search-text"),
+        (["serve", "nowhere", "--grace", "3"], "--grace", "--shutdown-timeout"),
+        (
+            ["pretrain", "python-docs", "--out", "nowhere", "--training.final-lr", "7"],
+            "--training.final-lr",
+            "--training.final-lr-ratio",
+        ),
+        (
+            ["pretrain", "python-docs", "--out", "nowhere", "--training.matrix-lr", "0"],
+            "--training.matrix-lr",
+            "--training.muon-lr",
+        ),
+    ],
+)
+def test_former_options_of_the_command_line_work_with_a_warning(arguments, old, new, capsys):
+    assert run_command(arguments) > 0
+    assert f"{old} is deprecated: use {new}\n" in capsys.readouterr().err
+
+
+def test_settings_have_their_new_names_in_python_and_their_old_ones_in_run_json():
+    settings = {"muon_lr": 0.02, "final_lr_ratio": 0.1}
+    config = PretrainConfig((), "run", training=settings)
+    assert stored_options(config)["training"] == {"matrix_lr": 0.02, "final_lr": 0.1}
+    assert config.resolved_recipe().training.final_lr == 0.1

@@ -328,7 +328,7 @@ def test_lora_does_not_change_the_base_model(base, tmp_path):
 def test_scratch_starts_from_other_weights(base, tmp_path):
     data = write(tmp_path / "data.jsonl", "classify", 40)
     one = tune(base, data, tmp_path / "one", steps=2, tuning={"dropout": 0.0})
-    two = tune(base, data, tmp_path / "two", steps=2, scratch=True, tuning={"dropout": 0.0})
+    two = tune(base, data, tmp_path / "two", steps=2, from_scratch=True, tuning={"dropout": 0.0})
     losses = [read_jsonl(Path(r["run"]) / "metrics.jsonl")[0]["loss"] for r in (one, two)]
     assert losses[1] > losses[0] + 0.2  # no language model yet
 

@@ -170,7 +170,7 @@ def test_requests_are_answered_as_lm_evals_model_answers_them(model_path: Path, 
 @installed
 def test_an_unknown_task_is_said(model_path: Path) -> None:
     with pytest.raises(UsageError, match="lm-eval has no task 'blymp'"):
-        nextword.evaluate(model_path, suites=["lm-eval:blymp"])
+        nextword.evaluate(model_path, benchmarks=["lm-eval:blymp"])
 
 
 # ---------------------------------------------------------------- without the package
@@ -180,7 +180,7 @@ def test_the_missing_package_is_said(model_path: Path, monkeypatch: pytest.Monke
     lm_eval_model_class.cache_clear()
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'nextword\[lm-eval\]'"):
-        nextword.evaluate(model_path, suites=["lm-eval:arc_easy"])
+        nextword.evaluate(model_path, benchmarks=["lm-eval:arc_easy"])
     with pytest.raises(MissingDependencyError):
         nextword.LMEval  # noqa: B018
 

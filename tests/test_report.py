@@ -450,7 +450,16 @@ def test_evaluate_updates_the_files_of_the_run(base: Path, tmp_path: Path, capsy
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     benchmark = tmp_path / "own.toml"
     benchmark.write_text('[agreement]\nkind = "minimal pairs"\nfiles = ["pairs.jsonl"]\ngood = "good"\nbad = "bad"\n')
-    command = ["evaluate", str(run), str(tmp_path / "other.txt"), "--suite", str(benchmark), "--seed", "3", "--json"]
+    command = [
+        "evaluate",
+        str(run),
+        str(tmp_path / "other.txt"),
+        "--benchmark",
+        str(benchmark),
+        "--seed",
+        "3",
+        "--json",
+    ]
     assert run_command(command) == 0
     result = json.loads(capsys.readouterr().out)
     stored = json.loads((run / EVALUATION_FILE).read_text(encoding="utf-8"))

@@ -535,7 +535,7 @@ def test_while_loading_it_says_so(monkeypatch: pytest.MonkeyPatch, base: Path) -
 
 
 def test_sigterm_lets_texts_be_finished_and_a_second_one_does_not(base: Path) -> None:
-    with ServerProcess(base, "--grace", "1000") as server:
+    with ServerProcess(base, "--shutdown-timeout", "1000") as server:
         with server.start_completion({"prompt": "The", "max_tokens": 2000, "stream": True, **ON}) as stream:
             assert b"200 OK" in stream.recv(100)
             kept = server.connect()  # a connection from before
@@ -553,7 +553,7 @@ def test_sigterm_lets_texts_be_finished_and_a_second_one_does_not(base: Path) ->
         assert server.wait() == 0
         assert server.stdout == "" and "stopping: finishing 1 request, within" in server.stderr
     with (
-        ServerProcess(base, "--grace", "1000") as server,
+        ServerProcess(base, "--shutdown-timeout", "1000") as server,
         server.start_completion({"prompt": "The", "max_tokens": 30000, **ON}),
     ):
         wait_until(lambda: server.metric("nextword_texts_running") == 1)

@@ -226,7 +226,7 @@ def test_free_text_is_compared_with_human_text_and_scored_by_a_judge(base, tmp_p
     result = evaluate_benchmark(EvalModels(model, judge=load(base)), benchmark)
     assert (result["metric"], result["n"], result["people"]["n"]) == ("repeated_4grams", 6, 6)
     assert result["beside_people"]["n"] == 6
-    assert "the same amount of generated text" in str(EvaluateResult(suites={"free": result}))
+    assert "a generated sample of the same size" in str(EvaluateResult(suites={"free": result}))
     assert set(result["others"]) == {"distinct_1", "distinct_2", "distinct_3"}
     assert 0 <= result["score"] <= 1 and result["judge"]["value"] > 0
     assert result["judge"]["low"] <= result["judge"]["value"] <= result["judge"]["high"]
@@ -275,7 +275,7 @@ def test_a_checkpoint_is_a_model(base, files, tmp_path):
     weights = {name: tensor.clone() for name, tensor in load(base).gpt.state_dict().items()}
     save_file(weights, folder / "weights.safetensors")
     write_manifest(folder, {"step": 1})
-    suites = nextword.evaluate(folder, suites=[request], compare_to=base).suites
+    suites = nextword.evaluate(folder, benchmarks=[request], compare_to=base).suites
     assert suites is not None and suites["blimp"]["against"]["difference"]["value"] == 0.0
     save_file({name: -tensor for name, tensor in weights.items()}, folder / "weights.safetensors")
     with pytest.raises(CorruptFileError, match=r"weights\.safetensors"):
@@ -290,7 +290,7 @@ def test_a_checkpoint_is_a_model(base, files, tmp_path):
 
 def test_the_command_line(nextword: CLIRunner, base, files):
     blimp, arc = f"blimp={files / 'pairs.jsonl'}", f"arc={files / 'quiz.jsonl'}"
-    done = nextword("evaluate", base, "--suite", blimp, "--suite", arc, "--limit", "12", "--json", "--quiet")
+    done = nextword("evaluate", base, "--benchmark", blimp, "--benchmark", arc, "--limit", "12", "--json", "--quiet")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     result = json.loads(done.stdout)
@@ -298,7 +298,7 @@ def test_the_command_line(nextword: CLIRunner, base, files):
     for suite in result["suites"].values():
         assert {"score", "low", "high", "chance", "n", "scrambled", "groups", "above_chance", "metric"} <= set(suite)
         assert suite["n"] == 12 and {"score", "low", "high", "n"} <= set(suite["scrambled"])
-    done = nextword("evaluate", base, files / "write.jsonl", "--suite", blimp)
+    done = nextword("evaluate", base, files / "write.jsonl", "--benchmark", blimp)
     assert done.returncode == 0, done.stderr
     assert "bits/byte" in done.stdout and "blimp: acc" in done.stdout and "shuffled words" in done.stdout
 
@@ -306,10 +306,13 @@ def test_the_command_line(nextword: CLIRunner, base, files):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--suite", "blymp"], "unknown benchmark 'blymp'"),
-        (["--suite", "blimp={f}/pairs.jsonl", "--suite", "blimp={f}/pairs.jsonl"], "--suite blimp is given twice"),
-        (["--suite", "blimp={f}/pairs.jsonl", "--limit", "0"], "--limit must be at least 1"),
-        (["--suite", "blimp={f}/pairs.jsonl", "--limit", "5", "--no-limit"], "excludes --no-limit"),
+        (["--benchmark", "blymp"], "unknown benchmark 'blymp'"),
+        (
+            ["--benchmark", "blimp={f}/pairs.jsonl", "--benchmark", "blimp={f}/pairs.jsonl"],
+            "--benchmark blimp is given twice",
+        ),
+        (["--benchmark", "blimp={f}/pairs.jsonl", "--limit", "0"], "--limit must be at least 1"),
+        (["--benchmark", "blimp={f}/pairs.jsonl", "--limit", "5", "--no-limit"], "excludes --no-limit"),
         (["{f}/write.jsonl", "--stride", "65"], "the stride must be between 1 and the context length of 64"),
         (["{f}/write.jsonl", "--stride", "0"], "the stride must be between 1"),
     ],

@@ -68,7 +68,7 @@ def audit_benchmark(model: LanguageModel, request: str, limit: int | None, conso
 
     Args:
         model: The model.
-        request: NAME=PATH, NAME or a specification, as `nextword evaluate --suite` takes it; or winobias=DIRECTORY.
+        request: NAME=PATH, NAME or a specification, as `nextword evaluate --benchmark` takes it; or winobias=DIRECTORY.
         limit: Maximum number of items, sampled by group; None for 1,000. Winogender and WinoBias are always run whole.
         console: Receives progress and warnings.
 
@@ -80,7 +80,7 @@ def audit_benchmark(model: LanguageModel, request: str, limit: int | None, conso
     name, _, path = request.partition("=")
     if audit := {"winogender": _audit_winogender, "winobias": _audit_winobias}.get(name.lower()):
         if not path:
-            raise UsageError(f"--suite {name}: name the directory of its files: --suite {name}=DIRECTORY")
+            raise UsageError(f"--benchmark {name}: name the directory of its files: --benchmark {name}=DIRECTORY")
         findings = audit(model, Path(path), issues, console)
     else:
         benchmark = find_benchmark(request)

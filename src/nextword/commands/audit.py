@@ -39,7 +39,7 @@ REMEDIES = {
     "bias": "bias: add a copy of each sentence about one group with the other group (counterfactual data augmentation), or "
     "more text that describes both alike; then train and audit again.",
     "memory": "memorization: remove repeated and confidential text from the corpus, train for fewer epochs or on more text, "
-    "and audit again with the same --passage.",
+    "and audit again with the same --search-text.",
     "corpus": "corpus: correct the files that are listed and prepare the text again. A model that was trained on the old text "
     "keeps what it has learned.",
 }
@@ -49,23 +49,23 @@ REMEDIES = {
 class AuditConfig(ModelArgument, TextColumnOption, SeedOption, DeviceOption):
     """Check a model for bias, memorization, data problems and cost.
 
-    Each figure has a 95 % confidence interval and a reference value; findings that need attention are flagged. The results of
-    a run are kept in RUN/measured/audit.json. Use evaluate for quality; audit looks for harm.
+    Each metric has a 95 % confidence interval and a reference value; findings that need attention are flagged. The results of
+    a run are kept in RUN/measured/audit.json. Use evaluate to measure quality.
 
     Attributes:
         corpus: Training text of the model: file, directory or built-in dataset. May be given more than once. Default: the
             text of the run, if it still exists.
         templates: YAML file with your own groups and sentence templates, in any language. A classifier is tested for
             predictions that change with the group. Default: none.
-        suites: Bias benchmark: crows-pairs, stereoset, stereoset-discourse, winogender or winobias, each as NAME=PATH, or
+        benchmarks: Bias benchmark: crows-pairs, stereoset, stereoset-discourse, winogender or winobias, each as NAME=PATH, or
             your own FILE.toml. Any benchmark is also searched for in the corpus (contamination). May be given more than once.
             Default: none.
         data: Labeled table for a classifier; the words of --templates are swapped in its texts. Default: none.
         group: Column of --data with the group of each text: compares accuracy and rates between groups. Default: none.
-        passages: Text to search for in the corpus. May be given more than once. Default: none.
+        search_texts: Text to search for in the corpus. May be given more than once. Default: none.
         index: Directory of the index of the corpus. Default: RUN/index.
-        texts: Number of texts to generate and search for in the corpus. 0 skips this.
-        prefixes: Number of prefixes from the corpus that the model continues, to find memorized text. 0 skips this.
+        num_samples: Number of texts to generate and search for in the corpus. 0 skips this.
+        num_prefixes: Number of prefixes from the corpus that the model continues, to find memorized text. 0 skips this.
         limit: Evaluate on this many items of each benchmark, sampled in proportion to its groups. Default: 1,000.
         electricity_price: Price of a kilowatt-hour, in any currency. Default: no costs are shown.
         carbon_intensity: Grams of CO2 per kilowatt-hour. Default: no emissions are shown.
@@ -73,13 +73,17 @@ class AuditConfig(ModelArgument, TextColumnOption, SeedOption, DeviceOption):
 
     corpus: tuple[str, ...] = option(default=(), converter=input_paths)
     templates: Path | None = option(default=None, converter=optional(Path))
-    suites: tuple[str, ...] = option(default=(), converter=as_strings, flag="--suite")
+    benchmarks: tuple[str, ...] = option(
+        default=(), converter=as_strings, flag="--benchmark", deprecated="suites", deprecated_flag="--suite"
+    )
     data: Path | None = option(default=None, converter=optional(Path))
     group: str | None = None
-    passages: tuple[str, ...] = option(default=(), converter=as_strings, flag="--passage")
+    search_texts: tuple[str, ...] = option(
+        default=(), converter=as_strings, flag="--search-text", deprecated="passages", deprecated_flag="--passage"
+    )
     index: Path | None = option(default=None, converter=optional(Path))
-    texts: CountOrZero = 64
-    prefixes: CountOrZero = 256
+    num_samples: CountOrZero = option(default=64, deprecated="texts")
+    num_prefixes: CountOrZero = option(default=256, deprecated="prefixes")
     limit: Count | None = None
     electricity_price: NonNegative | None = option(default=None, deprecated="price")
     carbon_intensity: NonNegative | None = option(default=None, deprecated="intensity")
@@ -174,7 +178,7 @@ def format_number(value: float, unit: str) -> str:
 # ---------------------------------------------------------------- command
 
 
-@command(AuditConfig, example="nextword audit runs/mine --suite crows-pairs=crows_pairs.csv")
+@command(AuditConfig, example="nextword audit runs/mine --benchmark crows-pairs=crows_pairs.csv")
 def audit(config: AuditConfig, context: Context) -> AuditResult:
     """Audit a model, as far as the inputs allow. The result of a run is also written to RUN/measured/audit.json."""
     from nextword.audit.bias import is_bias_benchmark
@@ -188,7 +192,7 @@ def audit(config: AuditConfig, context: Context) -> AuditResult:
         raise UsageError(f"--group {config.group} is a column of labeled data: add --data FILE")
     started = time.monotonic()
     groups = None if config.templates is None else read_group_templates(config.templates)
-    bias_benchmarks = [request for request in config.suites if is_bias_benchmark(request)]
+    bias_benchmarks = [request for request in config.benchmarks if is_bias_benchmark(request)]
     run = RunDir(config.model)
     if config.corpus and config.index is None and not run.exists:
         raise UsageError("name a directory for the index of the corpus: --index DIR")
@@ -231,7 +235,7 @@ def bias_findings(
 
     if not benchmarks and groups is None and config.data is None:
         yield (
-            "bias: not measured. Add benchmarks (--suite crows-pairs=FILE), your own groups (--templates FILE), or labeled "
+            "bias: not measured. Add benchmarks (--benchmark crows-pairs=FILE), your own groups (--templates FILE), or labeled "
             "data (--data FILE --group COLUMN)"
         )
     elif has_task_head(model):
@@ -303,17 +307,17 @@ def corpus_findings(
         text_column=text_column,
         console=console,
     )
-    yield from (passage_finding(index, passage) for passage in config.passages)
+    yield from (passage_finding(index, passage) for passage in config.search_texts)
     probe = MemorizationProbe(model, index, config.seed or 0, console)
     if has_task_head(model):
         yield "memorization: not measured, since this model predicts labels and generates no text; audit its base model"
     else:
-        if config.texts:
-            yield from probe.sampled_text(config.texts)
-        if config.prefixes:
-            yield probe.extractable_passages(config.prefixes)
-            yield probe.pii_leakage(config.prefixes)
-    benchmarks = [benchmark for request in config.suites if (benchmark := resolve_benchmark(request)) is not None]
+        if config.num_samples:
+            yield from probe.sampled_text(config.num_samples)
+        if config.num_prefixes:
+            yield probe.extractable_passages(config.num_prefixes)
+            yield probe.pii_leakage(config.num_prefixes)
+    benchmarks = [benchmark for request in config.benchmarks if (benchmark := resolve_benchmark(request)) is not None]
     yield from audit_corpus(index, benchmarks, console)
 
 

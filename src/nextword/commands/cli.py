@@ -33,6 +33,7 @@ from nextword.commands.command import (
 )
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError
+from nextword.training.config import setting_name
 
 GROUPS = {
     "Data and training": ("demo", "plan", "prepare", "pretrain"),
@@ -94,14 +95,14 @@ def build_app(started: float, selected: str | None = None) -> App:
                 function = command_line_function(name, COMMANDS[name], started)
                 help = f"{describe(COMMANDS[name].config)[0]}\n\nExample: {COMMANDS[name].example}"
             else:
-                function, help = not_selected, summary(name)
+                function, help = placeholder_command, summary(name)
             app.command(function, name=name, help=help, group=group, sort_key=names.index(name))
     app["--help"].group = app["--version"].group = Group("Options", sort_key=len(GROUPS))
     return app
 
 
-def not_selected() -> None:
-    """Stands for the commands that are only listed."""
+def placeholder_command() -> None:
+    """The function of a command that the help lists but this process does not run."""
 
 
 def summary(name: str) -> str:
@@ -120,8 +121,10 @@ def command_line_function(name: str, command: Command, started: float) -> Callab
     def run(*args: Any, **values: Any) -> None:
         output = OutputOptions(**{f.name: values.pop(f.name) for f in fields(OutputOptions) if f.name in values})
         values |= dict(zip(positional, args, strict=False))
-        values |= {f.name: vars(values[f.name]) for f in declared if info_of(f).settings and f.name in values}
         with Console(quiet=output.quiet) as console:
+            for f in declared:
+                if info_of(f).settings and f.name in values:
+                    values[f.name] = current_settings(f, vars(values[f.name]), console)
             for option_name in (FORMERLY_UNIVERSAL - names) & values.keys():
                 console.warn(f"--{option_name} has no effect on nextword {name} and is deprecated")
                 del values[option_name]
@@ -168,13 +171,13 @@ def parameters(cls: type) -> Iterator[inspect.Parameter]:
         default = inspect.Parameter.empty if f.default is MISSING or info.required else f.default
         yield inspect.Parameter(f.name, kind, default=default, annotation=Annotated[hint, Parameter(**details)])
         if info.deprecated is not None:
-            deprecated.append(hidden_parameter(info.deprecated, hint))
+            deprecated.append(hidden_parameter(info.deprecated, hint, info.deprecated_flag))
     yield from deprecated
 
 
-def hidden_parameter(name: str, hint: Any) -> inspect.Parameter:
+def hidden_parameter(name: str, hint: Any, flag: str | None = None) -> inspect.Parameter:
     """An option that the help does not show."""
-    annotation = Annotated[hint | None, Parameter(show=False, negative="")]
+    annotation = Annotated[hint | None, Parameter(name=flag, show=False, negative="")]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -193,12 +196,24 @@ def settings_class(settings: Any, exclude: tuple[str, ...]) -> Any:
             old_values = f.metadata.get("deprecated_values")
             converter = old_values and partial(convert_choice, old_values)
             default = None if settings is cls else getattr(settings, f.name)
-            note = "" if default in (None, False) else f" [default: {default}]"
+            note = "" if default is None or default is False else f" [default: {default}]"
             parameter = Parameter(name=f.metadata.get("flag"), help=descriptions[f.name] + note, converter=converter)
-            optional.append((f.name, Annotated[hints[f.name] | None, parameter], None))
-    made = make_dataclass(cls.__name__, optional, frozen=True)
-    made.__module__ = __name__  # without a module of its own, cyclopts takes it for a type of the standard library
-    return made
+            optional.append((setting_name(f), Annotated[hints[f.name] | None, parameter], None))
+            if setting_name(f) != f.name:
+                optional.append((f.name, Annotated[hints[f.name] | None, Parameter(show=False)], None))
+    optional_settings = make_dataclass(cls.__name__, optional, frozen=True)
+    optional_settings.__module__ = __name__  # otherwise cyclopts takes it for a type of the standard library
+    return optional_settings
+
+
+def current_settings(group: "Field[Any]", values: dict[str, Any], console: Console) -> dict[str, Any]:
+    """The settings of a group by their current names. Warns about deprecated ones."""
+    for f in fields(info_of(group).settings):
+        name = setting_name(f)
+        if name != f.name and values.get(f.name) is not None:
+            console.warn(f"--{group.name}.{f.name} is deprecated: use --{group.name}.{name}".replace("_", "-"))
+            values[name] = values.pop(f.name)
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def convert_choice(deprecated_values: dict[str, str], hint: Any, tokens: Sequence[Token]) -> str:
@@ -211,8 +226,9 @@ def convert_choice(deprecated_values: dict[str, str], hint: Any, tokens: Sequenc
 
 def warn_deprecated(console: Console, f: "Field[Any]") -> None:
     """Warn about an option with a deprecated name."""
-    flag = info_of(f).flag or (f.name.upper() if info_of(f).positional else f"--{f.name}")
-    console.warn(f"--{info_of(f).deprecated} is deprecated: use {flag}".replace("_", "-"))
+    info = info_of(f)
+    flag = info.flag or (f.name.upper() if info.positional else f"--{f.name}")
+    console.warn(f"{info.deprecated_flag or f'--{info.deprecated}'} is deprecated: use {flag}".replace("_", "-"))
 
 
 # ---------------------------------------------------------------- configuration files
@@ -291,7 +307,7 @@ def run(arguments: Sequence[str] | None = None, started: float | None = None) ->
     except KeyboardInterrupt:
         print("nextword: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has left, as `head` does
+    except BrokenPipeError:  # stdout was closed, for example by `head`
         sys.stderr.close()
         return 1
     return 0

@@ -55,6 +55,7 @@ class OptionInfo:
         flag: Name of the command-line option, if it differs from the field's name.
         metavar: Placeholder in the help. The command line then passes the text to the converter unparsed.
         deprecated: Former name, accepted with a warning.
+        deprecated_flag: Former command-line option, if it differs from the former name.
         settings: Configuration class, or an instance with the defaults, whose fields become options such as
             ``--training.lr``.
         exclude: Fields of `settings` without an option.
@@ -70,6 +71,7 @@ class OptionInfo:
     flag: str | tuple[str, ...] | None = None
     metavar: str | None = None
     deprecated: str | None = None
+    deprecated_flag: str | None = None
     settings: Any = None
     exclude: tuple[str, ...] = ()
     stored: bool | str = True
@@ -221,9 +223,9 @@ def command(
 
     def decorate(run: Callable[[ConfigT, Context], ResultT]) -> CommandFunction[P, ConfigT, ResultT]:
         def function(*args: Any, console: Console | None = None, **values: Any) -> ResultT:
-            made = config(*args, **replace_deprecated(config, values, warn_deprecated))
+            options = config(*args, **replace_deprecated(config, values, warn_deprecated))
             with console or Console(quiet=True) as console:
-                return run(made, Context(console))
+                return run(options, Context(console))
 
         COMMANDS[run.__name__] = Command(config, run, example, to_dict, to_text)
         function.__name__ = function.__qualname__ = run.__name__

@@ -21,35 +21,37 @@ from nextword.common.errors import NextwordError, UsageError
 from nextword.common.numbers import Count
 
 PREFERENCES = {"above": "prefers stereotypes", "below": "prefers anti-stereotypes", "": "no significant preference"}
-MAX_GROUPS = 12  # of a benchmark; of more than these the lowest and the highest scores are printed
+MAX_GROUPS = 12  # with more groups, only the lowest and the highest scores are printed
 
 
 @options
 class EvaluateConfig(ModelArgument, TextColumnOption, PrecisionOption, SeedOption, DeviceOption):
     """Measure a model's perplexity on text and its scores on benchmarks.
 
-    Each benchmark score has a 95 % confidence interval and stands beside chance level and the score on shuffled words.
-    Without text and without --suite, the model is evaluated on the validation set of its run. Use audit for bias and
+    Each benchmark score is reported with a 95 % confidence interval, the chance level and a control score on shuffled words.
+    Without text and without --benchmark, the model is evaluated on the validation set of its run. Use audit for bias and
     memorization, and report for a page of the results.
 
     Attributes:
         texts: Files, directories or built-in datasets. Default: the validation set of the run.
-        suites: Benchmark: blimp, hellaswag, arc, arc-challenge, lambada, crows-pairs, stereoset, stereoset-discourse or free
-            (generated texts), downloaded from the Hugging Face Hub or read from a file with NAME=PATH; your own FILE.toml; or
-            lm-eval:TASK. May be given more than once. Default: none.
+        benchmarks: Benchmark: blimp, hellaswag, arc, arc-challenge, lambada, crows-pairs, stereoset, stereoset-discourse or
+            free (generated texts), downloaded from the Hugging Face Hub or read from a file with NAME=PATH; your own
+            FILE.toml; or lm-eval:TASK. May be given more than once. Default: none.
         limit: Evaluate on this many items of each benchmark, sampled in proportion to its groups. Default: 1,000.
         no_limit: Evaluate on all items.
         compare_to: Another model: tests whether the difference is significant. Default: none.
         seed_runs: Runs that differ from this one only by their seed, to estimate the variance between seeds. May be given
             more than once. Default: none.
-        judge: Stronger model that computes the perplexity of generated texts (--suite free). Default: none.
-        stride: Tokens between the starts of two windows over the text. Default: half a window; a whole one on the validation
-            set.
-        context_use: Also print the loss by position in the window, on the text and on its shuffled words.
+        judge: Reference model that computes the perplexity of generated texts (--benchmark free). Default: none.
+        stride: Stride of the sliding window over the text, in tokens. Default: half the context length; the full context
+            length on the validation set.
+        context_use: Also print the loss by position in the window, on the text and on its shuffled tokens.
     """
 
     texts: tuple[str, ...] = argument(default=(), converter=as_strings)
-    suites: tuple[str, ...] = option(default=(), converter=as_strings, flag="--suite")
+    benchmarks: tuple[str, ...] = option(
+        default=(), converter=as_strings, flag="--benchmark", deprecated="suites", deprecated_flag="--suite"
+    )
     limit: Count | None = None
     no_limit: bool = option(default=False, deprecated="whole")
     compare_to: Path | None = option(default=None, converter=optional(Path), deprecated="against")
@@ -71,7 +73,7 @@ class EvaluateResult(Result):
         bytes: Bytes of the text.
         stride: Tokens between the starts of two windows.
         interval: 95 % confidence interval of the bits per byte: low, high and the number of blocks of text.
-        context_use: Loss by position in the window, on the text (true) and on its shuffled words (shuffled).
+        context_use: Loss by position in the window, on the text (true) and on its shuffled tokens (shuffled).
         noise: Variance between seeds: the largest difference (floor) and the number of models.
         against: Comparison with the other model.
         suites: Results of each benchmark by its name: score, low, high, chance, n and more.
@@ -131,8 +133,8 @@ def format_benchmark(name: str, benchmark: dict[str, Any]) -> list[str]:
     for other, score in others.items():
         lines.append(f"  {other}: {format_score(score if isinstance(score, dict) else {'score': score})}")
     if benchmark.get("ties"):
-        lines.append(f"  {benchmark['ties']:,} ties, which count as half (or their share)")
-    for key, title in (("people", "texts by people"), ("beside_people", "the same amount of generated text")):
+        lines.append(f"  {benchmark['ties']:,} ties, each counted as 1 / the number of tied choices")
+    for key, title in (("people", "texts by people"), ("beside_people", "a generated sample of the same size")):
         if part := benchmark.get(key):
             measures = " · ".join(f"{other} {score:.3f}" for other, score in part["others"].items())
             lines.append(f"  {title}: {format_score(part)} · {measures}, {part['n']:,} texts")
@@ -171,7 +173,7 @@ def format_chance(benchmark: dict[str, Any]) -> str:
 
 def format_seed_variance(seed_variance: dict[str, Any]) -> str:
     """How much the scores of runs with other seeds differ."""
-    return f"  seeds alone differ by up to {seed_variance['floor']:.4f} ({seed_variance['models']} runs)"
+    return f"  seed variance: differences up to {seed_variance['floor']:.4f} ({seed_variance['models']} runs)"
 
 
 def format_comparison(comparison: dict[str, Any]) -> str:
@@ -184,7 +186,7 @@ def format_comparison(comparison: dict[str, Any]) -> str:
     if not comparison["real"]:
         return f"{summary}: not significant"
     better = "this model is better" if comparison["ahead"] == "this" else "the other model is better"
-    doubt = "" if comparison.get("beyond_noise", True) else ", but not beyond the variance of seeds"
+    doubt = "" if comparison.get("beyond_noise", True) else ", but within seed variance"
     return f"{summary}: {better}{doubt}"
 
 
@@ -203,7 +205,7 @@ def format_groups(groups: dict[str, dict[str, Any]]) -> list[str]:
 # ---------------------------------------------------------------- command
 
 
-@command(EvaluateConfig, example="nextword evaluate runs/mine --suite blimp")
+@command(EvaluateConfig, example="nextword evaluate runs/mine --benchmark blimp")
 def evaluate(config: EvaluateConfig, context: Context) -> EvaluateResult:
     """Evaluate a model, and store the results of a run."""
     from nextword.common.results import StoredResults
@@ -216,7 +218,7 @@ def evaluate(config: EvaluateConfig, context: Context) -> EvaluateResult:
 
     if config.limit is not None and config.no_limit:
         raise UsageError("--limit and --no-limit exclude each other")
-    benchmarks = find_benchmarks(config.suites)
+    benchmarks = find_benchmarks(config.benchmarks)
     if RunDir(config.model).exists:
         StoredResults.load(config.model)  # report a damaged file before the evaluation
     console, device, precision = context.console, config.device, config.precision

@@ -40,14 +40,14 @@ class FinetuneConfig(shared.FinetuneOptions, shared.RunOptions):
         model: A run directory, or a model directory from nextword or Hugging Face transformers.
         data: Tables of examples: .csv .tsv .jsonl .json .parquet, plain, .gz or .zst. For the task continue, text.
         out: Run directory: the model, its checkpoints, metrics, scores and report.
-        scratch: Start from random weights of the same architecture, to see what pre-training is worth.
+        from_scratch: Start from random weights of the same architecture, for comparison with the pre-trained model.
         max_examples: Train on this many of the examples. Default: all.
     """
 
     model: str | None = argument(default=None, converter=shared.absolute_path)
     data: tuple[str, ...] = argument(default=(), converter=shared.input_paths)
     out: Path = option(default=None, converter=shared.run_path, kw_only=False, required=True, stored=False)
-    scratch: bool = False
+    from_scratch: bool = option(default=False, deprecated="scratch", stored="scratch")
     max_examples: Count | None = option(default=None, deprecated="limit", stored="limit")
 
 
@@ -123,7 +123,7 @@ def run_finetuning(run: "RunContext") -> dict[str, Any]:
     if task != "continue":
         settings |= {name: request[name] for name in ("lora", "scratch", "tuning")}
         return train_on_examples(run, base, with_overrides(FinetuneRecipe(), task=task, **settings))
-    flags = {"lora": "lora", "scratch": "scratch", "limit": "max-examples", "validation": "validation"}
+    flags = {"lora": "lora", "scratch": "from-scratch", "limit": "max-examples", "validation": "validation"}
     given = [f"--{flag}" for name, flag in flags.items() if request[name]]
     given += [f"--tuning.{name.replace('_', '-')}" for name in sorted(set(request["tuning"]) - {"dropout"})]
     if given:
@@ -249,7 +249,10 @@ def summarize(recipe: FinetuneRecipe, data: "TaskData", label_counts: dict[str, 
         shown = [f"{name} {label_counts[name]:,}" if label_counts else name for name in spec.labels[:12]]
         lines.append(f"{len(spec.labels)} labels: {', '.join(shown)}" + (", …" if len(spec.labels) > 12 else ""))
     if is_balanced:
-        lines.append("labels are imbalanced: rare ones get more weight, and macro-F1 decides (--tuning.balance no)")
+        lines.append(
+            "labels are imbalanced: rare ones have more weight, and macro-F1 selects the checkpoint "
+            "(disable with --tuning.balance no)"
+        )
     length = f"{recipe.steps:,} steps" if recipe.steps else f"{recipe.budget:.0f} s"
     lines.append(
         f"{'LoRA' if recipe.lora else 'all weights'}{' from scratch' if recipe.scratch else ''}: {length} of "

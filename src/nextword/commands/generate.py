@@ -25,7 +25,8 @@ class GenerateConfig(ModelArgument, SamplingOptions):
         prompts: Texts to continue; - reads one from standard input. Without a prompt, a new document is generated.
         file: File with one prompt per line; - for standard input. Default: none.
         samples: Number of samples per prompt.
-        min_p: Sample only from tokens at least this share as likely as the most likely one. Default: no limit.
+        min_p: Min-p sampling: keep tokens with at least this fraction of the most likely token's probability. Default: all
+            tokens.
         repetition_penalty: Values above 1 make tokens that are already in the text less likely.
         stop: Text at which a sample ends. May be given more than once. Default: none.
         presence_penalty: Subtracted from the logits of tokens that were sampled before.

@@ -25,11 +25,11 @@ class ServeConfig(ModelArgument, PrecisionOption, DeviceOption):
         allowed_hosts: Host name that clients may use besides localhost and the address. May be given more than once. Default:
             none.
         name: Name of the model in the API. Default: the name of the directory.
-        max_batch: Number of requests that run at once. The KV cache for all of them is allocated at the start.
-        queue: Number of requests that wait. Any more are refused with status 429.
+        max_batch: Maximum number of requests in a batch. The KV cache for all of them is allocated at the start.
+        queue: Maximum number of waiting requests. Further requests are refused with status 429.
         deterministic: Make the result of a request independent of the others in its batch, down to the last bit. Slower
             without a C++ compiler.
-        grace: Seconds that running requests have to finish at the end.
+        shutdown_timeout: Seconds to wait for running requests at shutdown.
         seed: Random seed of requests that have none. Default: a new one at each start.
         ready: Called with the address once requests are accepted.
     """
@@ -43,7 +43,7 @@ class ServeConfig(ModelArgument, PrecisionOption, DeviceOption):
     max_batch: SmallCount = 8
     queue: CountOrZero = 64
     deterministic: bool = False
-    grace: NonNegative = 30.0
+    shutdown_timeout: NonNegative = option(default=30.0, deprecated="grace")
     seed: Seed | None = None
     ready: Callable[[dict[str, Any]], None] | None = option(default=None, python_only=True)
 
@@ -62,7 +62,7 @@ def serve(config: ServeConfig, context: Context) -> None:
     names = ("model", "name", "device", "precision", "max_batch", "queue", "deterministic", "seed")
     service = ServiceConfig(**{name: getattr(config, name) for name in names})
     address = ListenConfig(
-        config.host, config.port, config.api_key, config.insecure, config.allowed_hosts, config.grace
+        config.host, config.port, config.api_key, config.insecure, config.allowed_hosts, config.shutdown_timeout
     )
     ready = print_address if context.output == "json" else config.ready
     serve_model(service, address, context.console, ready)

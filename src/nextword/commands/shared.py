@@ -16,6 +16,7 @@ from nextword.training.config import (
     Recipe,
     TrainingConfig,
     get_recipe,
+    setting_name,
     with_overrides,
 )
 
@@ -85,9 +86,12 @@ def require_inputs(inputs: tuple[str, ...]) -> None:
         )
 
 
+FIELD_NAMES = {setting_name(f): f.name for f in fields(TrainingConfig)}
+
+
 def overrides(settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The settings that have a value."""
-    return {name: value for name, value in (settings or {}).items() if value is not None}
+    """The settings that have a value, by the names of their fields."""
+    return {FIELD_NAMES.get(name, name): value for name, value in (settings or {}).items() if value is not None}
 
 
 def column_names(columns: Mapping[str, str] | Sequence[str] | None) -> dict[str, str]:
@@ -168,9 +172,10 @@ class SamplingOptions(PrecisionOption, DeviceOption):
 
     Attributes:
         max_tokens: Maximum number of new tokens per text. Past the context length, the window slides.
-        temperature: Divides the logits. 0 always takes the most likely token; higher values give more varied text.
-        top_k: Sample only from the k most likely tokens. Default: no limit.
-        top_p: Sample only from the smallest set of tokens with this total probability. Default: no limit in generate.
+        temperature: Sampling temperature. 0 is greedy decoding; higher values give more varied text.
+        top_k: Top-k sampling: keep the k most likely tokens. Default: all tokens.
+        top_p: Top-p (nucleus) sampling: keep the smallest set of most likely tokens with this total probability; 1
+            keeps all. Default: 1; in chat 0.95.
         seed: Random seed of the sampling. Default: a new one each time.
     """
 
@@ -194,7 +199,8 @@ class RecipeOptions(TextColumnOption):
     Attributes:
         recipe: default (Muon, modern architecture), plain (AdamW with a cosine schedule, for gpt2), post-norm (plain with a
             long warmup, for gpt1 and tutorial) or reference-char (a GPT-2 of 0.8 million parameters on characters, 2,000
-            steps). Default: the one that suits the preset.
+            steps). Default: by preset: default for modern, plain for gpt2,
+            post-norm for gpt1 and tutorial.
         preset: Architecture: tutorial (Vaswani et al. 2017), gpt1 (post-norm), gpt2 (pre-norm) or modern (RoPE, RMSNorm,
             SwiGLU, grouped-query attention). Default: modern.
         size: micro, tiny, mini, small, midi, base, 125m, 350m, 760m, 1.3b, 2.7b, 6.7b, 13b or 175b. Default: chosen from the
@@ -203,13 +209,13 @@ class RecipeOptions(TextColumnOption):
             Default: bpe.
         vocab_size: Vocabulary size of a new BPE tokenizer. Default: chosen from the amount of text.
         budget: Length of the run as wall-clock time, for example 90s, 30m or 2h, preparation included. Default: 10m.
-        steps: Length of the run in optimizer steps. Default: the budget decides.
-        tokens: Length of the run in training tokens, for example 5M. Default: the budget decides.
-        flops: Length of the run in floating-point operations, for example 1e15. Default: the budget decides.
+        steps: Length of the run in optimizer steps. Default: set by --budget.
+        tokens: Length of the run in training tokens, for example 5M. Default: set by --budget.
+        flops: Length of the run in floating-point operations, for example 1e15. Default: set by --budget.
         strict: Stop at the first problem in the text, or at a corrupt newest checkpoint, instead of reporting it and
             continuing.
         model: Settings of the architecture. Defaults: those of --preset and --size.
-        training: Settings of the training. The defaults below are those of the recipe called default.
+        training: Settings of the training. The defaults below are those of the recipe "default".
     """
 
     recipe: str | None = None
@@ -260,8 +266,8 @@ class TaskOptions:
             label), choose (multiple choice), rewrite (text to text), chat (conversations, instructions), prefer (chosen and
             rejected answers) or continue (more text, as in pre-training). Default: inferred from the columns, and printed.
         validation: Tables of the validation set. May be given more than once. Default: a tenth of the data.
-        columns: Column of the table for a role, for example --column prompt=english --column completion=french. Default: the
-            usual names.
+        columns: Column of the table for a role, for example --column prompt=english --column completion=french. Default:
+            common names, such as text and label (the documentation of fine-tuning lists them).
         lora: Train a LoRA adapter (RUN/adapter) instead of all weights. RUN/model is the merged model.
     """
 
@@ -276,8 +282,8 @@ class FinetuneOptions(TaskOptions):
     """How long and with which settings a model is fine-tuned.
 
     Attributes:
-        budget: Length of the run as wall-clock time, for example 90s, 30m or 2h. Default: --epochs decides.
-        steps: Length of the run in optimizer steps. Default: --epochs decides.
+        budget: Length of the run as wall-clock time, for example 90s, 30m or 2h. Default: set by --epochs.
+        steps: Length of the run in optimizer steps. Default: set by --epochs.
         strict: Stop at the first problem in the data, or at a corrupt newest checkpoint, instead of reporting it and
             continuing.
         training: Settings of the training.

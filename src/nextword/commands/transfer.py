@@ -98,9 +98,15 @@ def transfer(config: TransferConfig, context: Context) -> TransferResult:
     request = {name: stored.pop(name) for name in ("model", "data", "seeds", "counts")}
     request |= {"model": str(config.model.resolve()), "settings": {k: v for k, v in stored.items() if v is not None}}
 
-    def run_finetune(*, limit: int | None, console: Console, **cell: Any) -> dict[str, Any]:
+    def run_finetune(*, limit: int | None, scratch: bool, console: Console, **cell: Any) -> dict[str, Any]:
         cell_config = FinetuneConfig(
-            config.model, config.data, device=config.device, max_examples=limit, **settings, **cell
+            config.model,
+            config.data,
+            device=config.device,
+            max_examples=limit,
+            from_scratch=scratch,
+            **settings,
+            **cell,
         )
         return finetune.run(cell_config, Context(console)).to_dict()
 

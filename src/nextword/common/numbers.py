@@ -120,9 +120,10 @@ def check_numbers(cls: type, values: Mapping[str, Any], prefix: str = "") -> Ite
     Raises:
         UsageError: A value is not a number of the field's type.
     """
-    flags = {f.name: f.metadata.get("flag") for f in fields(cls)}
+    names = {f.name: f.metadata.get("name", f.name).replace("_", "-") for f in fields(cls)}
+    flags = {f.name: f.metadata.get("flag", prefix + names[f.name]) if prefix else f.name for f in fields(cls)}
     for name, (kind, numbers, is_optional) in number_types(cls).items():
-        value, option = values.get(name), flags[name] or prefix + name.replace("_", "-") if prefix else name
+        value, option = values.get(name), flags[name]
         if isinstance(value, tuple):
             yield name, tuple(numbers.check(item, kind, option) for item in cast(tuple[Any, ...], value))
         elif name in values and not (value is None and is_optional):

@@ -67,7 +67,7 @@ class ListenConfig:
             `insecure` is set.
         insecure: Accept other machines without a key.
         allowed_hosts: Host names of the server besides the loopback names and the address. "*" allows any.
-        shutdown_grace: Seconds that running requests have to finish at shutdown.
+        shutdown_grace: Seconds to wait for running requests at shutdown.
 
     Raises:
         UsageError: Other machines could connect without a key, or the port is out of range.

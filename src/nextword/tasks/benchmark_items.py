@@ -122,7 +122,7 @@ def _resolve_files(benchmark: Benchmark) -> list[Path]:
         return download_hub_files(benchmark.name, *benchmark.hub_dataset.split(" ", 1))[1]
     if benchmark.kind == "free text":
         return []
-    raise UsageError(f"{benchmark.name}: give the path of its files: --suite {benchmark.name}=PATH")
+    raise UsageError(f"{benchmark.name}: give the path of its files: --benchmark {benchmark.name}=PATH")
 
 
 def _iter_records(path: Path, benchmark: Benchmark, issues: IssueLog) -> Iterator[tuple[str, Record]]:

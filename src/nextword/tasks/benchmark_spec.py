@@ -97,7 +97,7 @@ class Benchmark:
 
 
 def find_benchmarks(requests: Sequence[str]) -> dict[str, Benchmark | None]:
-    """The benchmarks of `--suite` by name; None for a task of lm-eval ("lm-eval:TASK").
+    """The benchmarks of `--benchmark` by name; None for a task of lm-eval ("lm-eval:TASK").
 
     Raises:
         UsageError: Two benchmarks have one name, or a benchmark is not found.
@@ -107,7 +107,7 @@ def find_benchmarks(requests: Sequence[str]) -> dict[str, Benchmark | None]:
         benchmark = None if request.startswith("lm-eval:") else find_benchmark(request)
         name = request if benchmark is None else benchmark.name
         if name in benchmarks:
-            raise UsageError(f"--suite {name} is given twice: give one of them another name, NAME=FILE.toml")
+            raise UsageError(f"--benchmark {name} is given twice: give one of them another name, NAME=FILE.toml")
         benchmarks[name] = benchmark
     return benchmarks
 

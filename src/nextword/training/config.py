@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 from nextword.common import numbers
@@ -15,6 +15,11 @@ LRSchedule = Literal["cosine", "wsd", "linear", "constant"]
 DEPRECATED_PARALLEL = {"data": "fsdp-no-reshard", "full": "fsdp", "hybrid": "hsdp"}
 
 
+def setting_name(f: Field[Any]) -> str:
+    """The name of a setting for users. Where it differs from the field's, that one is deprecated, but stays in run.json."""
+    return f.metadata.get("name", f.name)
+
+
 def check_settings(settings: Any, group: str) -> None:
     """Raise `UsageError` for the first setting that is not of its type, by the name of its option."""
     for name, number in numbers.check_numbers(settings.__class__, settings.__dict__, f"--{group}."):
@@ -23,7 +28,9 @@ def check_settings(settings: Any, group: str) -> None:
         choices = get_args(f.type) if get_origin(f.type) is Literal else ()
         if choices and getattr(settings, f.name) not in choices:
             value, names = getattr(settings, f.name), ", ".join(choices)
-            raise UsageError(f"--{group}.{f.name.replace('_', '-')} cannot be {value!r}: choose one of {names}")
+            raise UsageError(
+                f"--{group}.{setting_name(f).replace('_', '-')} cannot be {value!r}: choose one of {names}"
+            )
 
 
 # ---------------------------------------------------------------- settings
@@ -36,23 +43,23 @@ class TrainingConfig:
     Attributes:
         optimizer: muon uses Muon for the matrices inside the blocks and AdamW for everything else.
         lr: Peak learning rate. Default: chosen from the width of the model and the batch size.
-        matrix_lr: Peak learning rate of Muon. Default: lr.
-        beta1: AdamW's decay rate of the mean gradient.
-        beta2: AdamW's decay rate of the mean squared gradient.
+        matrix_lr: Peak learning rate of the matrices that Muon trains. Default: lr.
+        beta1: Decay rate of AdamW's first moment.
+        beta2: Decay rate of AdamW's second moment.
         momentum: Muon's momentum.
         weight_decay: Decoupled weight decay of all matrices.
         schedule: Learning rate decay: cosine, wsd (warmup, stable, then linear decay), linear, or constant.
-        warmup: Share of the run in which the learning rate rises to its peak.
-        final_lr: Learning rate at the end, as a share of the peak.
-        clip: Gradient clipping: the largest gradient norm. 0 switches it off.
+        warmup: Warmup, as a fraction of the run: the learning rate rises linearly to its peak.
+        final_lr: Learning rate at the end, as a fraction of the peak.
+        clip: Gradient clipping: the maximum gradient norm. 0 disables it.
         batch_tokens: Tokens per optimizer step (the global batch size). Default: chosen from the length of the run.
-        micro_batch_rows: Sequences per forward pass; the rest of the batch is gradient accumulation. Changes the result by
-            rounding at most. Default: as many as fit into memory.
-        compile: When to use torch.compile: auto (a long run that the built-in CPU kernels do not support), yes or no.
+        micro_batch_rows: Sequences per forward pass; gradients are accumulated over the rest of the batch (gradient
+            accumulation). Changes the result by rounding at most. Default: as many as fit into memory.
+        compile: When to use torch.compile: auto (for long runs without the built-in CPU kernels), yes or no.
         parallel: Data parallelism: fsdp-no-reshard (sharded state, weights gathered once a step), fsdp (weights gathered
             block by block, least memory) or hsdp (fsdp within a machine, replicated across machines).
-        tensor: Tensor parallelism: the number of processes that share each matrix. Must divide the number of heads and the
-            feed-forward width.
+        tensor: Tensor parallelism: the number of processes that share each matrix. Must divide the number of heads, the number
+            of key-value heads and the feed-forward width.
         checkpoint_activations: Activation checkpointing: keep only the input of each block and recompute the rest in the
             backward pass. Less memory, about a third more compute.
         evaluations: Number of evaluations on the validation set during the run.
@@ -62,14 +69,14 @@ class TrainingConfig:
 
     optimizer: Literal["muon", "adamw"] = "muon"
     lr: numbers.Positive | None = None
-    matrix_lr: numbers.Positive | None = None
+    matrix_lr: numbers.Positive | None = field(default=None, metadata={"name": "muon_lr"})
     beta1: numbers.Decay = 0.9
     beta2: numbers.Decay = 0.99
     momentum: numbers.Decay = 0.9
     weight_decay: numbers.NonNegative = 0.1
     schedule: LRSchedule = "wsd"
     warmup: numbers.Share = 0.02
-    final_lr: numbers.Share = 0.0
+    final_lr: numbers.Share = field(default=0.0, metadata={"name": "final_lr_ratio"})
     clip: numbers.NonNegative = 1.0
     batch_tokens: numbers.Size | None = None
     micro_batch_rows: numbers.Count | None = None
@@ -94,10 +101,10 @@ class FinetuneHyperparameters:
     Attributes:
         epochs: Passes over the examples. Default: 3, and more for small datasets.
         batch_examples: Examples per optimizer step. Default: 32, and fewer for small datasets.
-        auxiliary: Weight λ of the auxiliary language-modeling loss on the text of the examples. 0 switches it off.
+        auxiliary: Weight λ of the auxiliary language-modeling loss on the text of the examples. 0 disables it.
         dropout: Dropout rate of the residual stream. Preference tuning uses none.
-        balance: Weight the loss by inverse label frequency: auto (if the most frequent label is at least three times as
-            frequent as the rarest), yes or no.
+        balance: Class weights (inverse label frequency) in the loss: auto (if the most frequent label is at least three times
+            as frequent as the rarest), yes or no.
         rank: Rank r of the LoRA matrices.
         alpha: LoRA scale: the update is multiplied by alpha / rank.
         beta: DPO's β: how strongly preference tuning stays close to the initial model.
