@@ -117,7 +117,7 @@ def beside(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[str
 
 def timed(name: str, method: str, program: str, seed: int) -> dict[str, Any]:
     """One whole process that fine-tunes, on two threads: seconds, memory, and the score on the test part."""
-    from nextword.pipeline.predictor import compute_labelled_metrics
+    from nextword.pipeline.predictor import compute_labeled_metrics
 
     count, epochs = PEERS[name]
     files = parts(name)
@@ -152,6 +152,6 @@ def timed(name: str, method: str, program: str, seed: int) -> dict[str, Any]:
         answers = stock("answer", out, save(WORK / "asked" / "peers.json", asked))["lines"]
         answers = [{**one, "text": one["text"].strip()} if "text" in one else one for one in answers]
     score = (
-        compute_labelled_metrics(data.task_spec, data.validation, answers)[SETS[name].metric].value * SETS[name].scale
+        compute_labeled_metrics(data.task_spec, data.validation, answers)[SETS[name].metric].value * SETS[name].scale
     )
     return {"score": score, "wall": done["wall"], "peak_mb": done["peak_mb"], "train_seconds": loop, "steps": steps}

@@ -65,7 +65,7 @@ def records(path: Path) -> list[dict[str, Any]]:
 
 
 def flattened(name: str, texts: list[str]) -> Path:
-    """Texts of labelled data as JSON Lines."""
+    """Texts of labeled data as JSON Lines."""
     path = WORK / "texts" / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")

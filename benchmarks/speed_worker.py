@@ -132,8 +132,8 @@ def opened(who: str, s: Settings) -> tuple[Any, Any]:
     reader = TorchRunner(torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8))
     head = torch.nn.Linear(model.config.d_model, model.config.vocab_size, bias=False)
     head.weight = torch.nn.Parameter(model.unembedding.detach())
-    quantised = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(head), {torch.nn.Linear}, dtype=torch.qint8)
-    reader.model.unembed = quantised.forward
+    quantized = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(head), {torch.nn.Linear}, dtype=torch.qint8)
+    reader.model.unembed = quantized.forward
     return reader, KeyValueCache(model.config)
 
 

@@ -309,7 +309,7 @@ ROWS = [  # group, gold, answer
 ]  # fmt: skip
 
 
-def labelled(tmp_path: Path, rows: list[tuple[str, str, str]]) -> list[Example]:
+def labeled(tmp_path: Path, rows: list[tuple[str, str, str]]) -> list[Example]:
     path = tmp_path / "rows.csv"
     path.write_text(
         "text,label,who\n" + "".join(f"t{i},{gold},{who}\n" for i, (who, gold, _) in enumerate(rows)), "utf-8"
@@ -318,7 +318,7 @@ def labelled(tmp_path: Path, rows: list[tuple[str, str, str]]) -> list[Example]:
 
 
 def test_rates_equal_their_formulas(tmp_path: Path) -> None:
-    found = by_name(audit_group_rates(answering(*(row[2] for row in ROWS)), labelled(tmp_path, ROWS), "who", QUIET))
+    found = by_name(audit_group_rates(answering(*(row[2] for row in ROWS)), labeled(tmp_path, ROWS), "who", QUIET))
     values = {name: one.value for name, one in found.items()}
     expected = {"accuracy": (75.0, 100 * 80 / 120), "selection rate (yes)": (50.0, 100 * 20 / 120)}
     expected |= {"true positive rate (yes)": (75.0, 25.0), "false positive rate (yes)": (25.0, 12.5)}
@@ -336,7 +336,7 @@ def test_rates_equal_their_formulas(tmp_path: Path) -> None:
 def test_rates_of_several_labels_name_each(tmp_path: Path) -> None:
     labels = ("no", "perhaps", "yes")
     found = audit_group_rates(
-        answering(*(row[2] for row in ROWS), labels=labels), labelled(tmp_path, ROWS), "who", QUIET
+        answering(*(row[2] for row in ROWS), labels=labels), labeled(tmp_path, ROWS), "who", QUIET
     )
     assert {one.name.partition(" (")[2][:-1] for one in found if "selection" in one.name} == set(labels)
     perhaps = by_name(found)["a − b: selection rate (perhaps)"]
@@ -345,13 +345,13 @@ def test_rates_of_several_labels_name_each(tmp_path: Path) -> None:
 
 
 def test_groups_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
-    examples = labelled(tmp_path, ROWS)
+    examples = labeled(tmp_path, ROWS)
     said = [row[2] for row in ROWS]
     with pytest.raises(UsageError, match=r"--group sex: .*rows\.csv has no such column.*\n.*found text, label, who"):
         audit_group_rates(answering(*said), examples, "sex", QUIET)
     alone = ROWS[:20]
     with pytest.raises(UsageError, match="column who has 1 groups"):
-        audit_group_rates(answering(*said[:20]), labelled(tmp_path, alone), "who", QUIET)
+        audit_group_rates(answering(*said[:20]), labeled(tmp_path, alone), "who", QUIET)
     with pytest.raises(UsageError, match="this model predicts several"):
         audit_group_rates(answering(*said, kind="labels"), examples, "who", QUIET)
     bare = [Example(one.path, one.line, {"text": "t"}) for one in examples]

@@ -86,7 +86,7 @@ templates:
 """
 
 
-def test_gaps_equal_those_of_the_stock_class(random_model: LanguageModel, tmp_path: Path) -> None:
+def test_gaps_equal_those_of_transformers(random_model: LanguageModel, tmp_path: Path) -> None:
     """Bits per byte and log ratios by transformers' class, one text at a time."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""Labelled examples: columns, tasks, valid and invalid rows."""
+"""Labeled examples: columns, tasks, valid and invalid rows."""
 
 import json
 import os

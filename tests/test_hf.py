@@ -73,7 +73,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("preset", "overrides", "stock_class"), CASES)
-def test_saved_models_open_in_the_stock_class(tmp_path, preset, overrides, stock_class):
+def test_saved_models_open_in_transformers(tmp_path, preset, overrides, stock_class):
     model = random_model(small(preset, **overrides))
     save_model(model, tmp_path, end_of_text_id=0, pad_token_id=1)
     tokens = torch.randint(0, 61, (2, 24))
@@ -134,7 +134,7 @@ def random_stock(name: str, directory: Path, **save) -> Any:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "gpt1", "qwen3", "qwen3-tied", "llama", "llama-tied"])
-def test_stock_directories_load(tmp_path, name):
+def test_transformers_directories_load(tmp_path, name):
     theirs = random_stock(name, tmp_path)
     tokens = torch.randint(0, 61, (2, 24))
     with torch.no_grad():

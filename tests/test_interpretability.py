@@ -93,7 +93,7 @@ def model(request: pytest.FixtureRequest, models: dict[str, LanguageModel]) -> L
 # ---------------------------------------------------------------- beside the stock class
 
 
-def test_attention_streams_and_next_words_are_the_stock_classes(model: LanguageModel) -> None:
+def test_attention_residual_stream_and_predictions_equal_transformers(model: LanguageModel) -> None:
     stock = transformers.AutoModelForCausalLM.from_pretrained(model.path, attn_implementation="eager").eval()
     ids = model.tokenizer.encode(TEXT)
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_attention_streams_and_next_words_are_the_stock_classes(model: LanguageM
     assert told["attention"][1][3][-1] == pytest.approx(theirs.attentions[1][0, 3, -1].tolist(), abs=1e-5)
 
 
-def test_a_layer_is_read_as_nostalgebraist_has_it(models: dict[str, LanguageModel]) -> None:
+def test_logit_lens_equals_reference(models: dict[str, LanguageModel]) -> None:
     """The stock class's own final norm and head, on its own hidden states; with norms after the sums, the head alone."""
     for name in ("gpt2", "gpt1"):
         model = models[name]
@@ -152,7 +152,7 @@ def test_kinds_of_heads_are_shares_of_their_weight(models: dict[str, LanguageMod
 # ---------------------------------------------------------------- integrated gradients
 
 
-def test_parts_add_up_and_are_the_integral(model: LanguageModel) -> None:
+def test_attributions_are_complete_and_equal_the_integral(model: LanguageModel) -> None:
     """Completeness, and the midpoint rule along the same way, by the model's own gradients."""
     ids = model.tokenizer.encode(TEXT)
     output = token_log_prob(model.gpt, 7)

@@ -108,7 +108,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @installed
 @pytest.mark.parametrize("name", BOTH)
-def test_a_task_scores_as_with_lm_evals_own_model_and_as_our_suite(
+def test_task_scores_equal_those_of_lm_eval_and_of_our_benchmark(
     model_path: Path, rows: dict[str, list[dict[str, Any]]], tmp_path: Path, offline: None, name: str
 ) -> None:
     evaluate = package("lm_eval.evaluator").simple_evaluate

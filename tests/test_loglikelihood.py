@@ -114,7 +114,7 @@ class Stock:
 
 
 @pytest.mark.parametrize("name", ["blimp", "arc", "hellaswag", "lambada"])
-def test_loglikelihoods_and_rankings_equal_the_stock_classes(
+def test_loglikelihoods_and_rankings_equal_transformers(
     model_path: Path, suite_files: dict[str, Path], name: str
 ) -> None:
     questions = questions_of(name, suite_files[name])

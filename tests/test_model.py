@@ -251,7 +251,7 @@ def test_sizes_equal_the_published_ones():
             build_config(preset, size, vocab_size=300)
 
 
-# ---------------------------------------------------------------- initialisation
+# ---------------------------------------------------------------- initialization
 
 
 @pytest.mark.parametrize("preset", ["gpt1", "gpt2", "modern"])

@@ -259,7 +259,7 @@ def test_a_run_skips_batches_with_an_infinite_loss(rolled_back, shards):
     assert entry.documents[0] in message
     assert "steps 23 to 27" in message
     assert (rolled_back / "checkpoints" / "latest").read_text() == f"step-{STEPS:08d}\n"
-    assert "goes back to step 20" in (rolled_back / "report.html").read_text(encoding="utf-8")
+    assert "rolls back to step 20" in (rolled_back / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_rolled_back_run_equals_one_that_skips_the_batches_from_the_start(rolled_back, tmp_path):
@@ -391,7 +391,7 @@ def test_a_signal_during_a_suspicious_loss_saves_nothing(shards, tmp_path, monke
         return infinite(loss)
 
     monkeypatch.setattr(LOSS, poisoned(shards, [12], stopping))
-    with pytest.raises(RunInterruptedError, match=r"step 13: .* the last checkpoint stands.*--resume"):
+    with pytest.raises(RunInterruptedError, match=r"step 13: .* no new checkpoint is saved.*--resume"):
         pretrain(tmp_path / "run", shards)
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "run")] == ["step-00000010"]
 
@@ -407,7 +407,7 @@ def test_a_run_that_stays_non_finite_after_three_rollbacks_fails(shards, tmp_pat
     assert [(entry.begin, entry.end) for entry in skipped_in(run)] == [(22, 27), (27, 32), (32, 37)]
     assert [path.name for path in checkpoint.list_checkpoints(run)] == ["step-00000010", "step-00000020"]
     assert set(nextword.verify(run).whole.values()) >= {"checkpoint"}
-    assert capsys.readouterr().err.count("The run goes back to step 20") == 3
+    assert capsys.readouterr().err.count("The run rolls back to step 20") == 3
 
 
 # ---------------------------------------------------------------- the time budget

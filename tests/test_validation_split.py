@@ -1,4 +1,4 @@
-"""Labelled examples after reading: the order of labels, unknown labels, and the validation split."""
+"""Labeled examples after reading: the order of labels, unknown labels, and the validation split."""
 
 import pytest
 from hypothesis import given
@@ -16,13 +16,13 @@ from nextword.tasks.examples import (
 )
 
 
-def labelled(*labels):
+def labeled(*labels):
     return [Example("a.csv", line, {"text": "a", "label": label}) for line, label in enumerate(labels, 2)]
 
 
 def test_label_names_are_sorted_as_numbers_or_as_text():
-    assert label_names(labelled("10", "9", "-1", "1.5", "9")) == ["-1", "1.5", "9", "10"]
-    assert label_names(labelled("b", "10", "9", "é", "B")) == ["10", "9", "B", "b", "é"]
+    assert label_names(labeled("10", "9", "-1", "1.5", "9")) == ["-1", "1.5", "9", "10"]
+    assert label_names(labeled("b", "10", "9", "é", "B")) == ["10", "9", "B", "b", "é"]
     multilabel = [Example("a", 1, {"text": "a", "labels": ("y", "x")}), Example("a", 2, {"text": "a", "labels": ()})]
     assert label_names(multilabel) == ["x", "y"] and label_names([Example("a", 1, {"text": "b"})]) == []
 
@@ -30,7 +30,7 @@ def test_label_names_are_sorted_as_numbers_or_as_text():
 def test_examples_with_unknown_labels_are_dropped_and_recorded():
     multilabel = [Example("a", 1, {"text": "a", "labels": ("y", "x")}), Example("a", 2, {"text": "a", "labels": ()})]
     issues = IssueLog()
-    kept = filter_known_labels([*labelled("a", "b", "c"), *multilabel], ["a", "x"], issues)
+    kept = filter_known_labels([*labeled("a", "b", "c"), *multilabel], ["a", "x"], issues)
     assert [example.fields.get("label") for example in kept] == ["a", None]
     assert [(issue.path, issue.line, issue.count) for issue in issues.issues] == [("a.csv", 3, 2), ("a", 1, 1)]
     assert "left out: b" in issues.summary_lines()[0]

@@ -38,7 +38,7 @@ from nextword.training.config import setting_name
 GROUPS = {
     "Data and training": ("demo", "plan", "prepare", "pretrain"),
     "Fine-tuning": ("finetune", "transfer"),
-    "Use": ("generate", "chat", "predict", "serve", "export"),
+    "Inference": ("generate", "chat", "predict", "serve", "export"),
     "Evaluation": ("evaluate", "audit", "report"),
     "Inspection": ("explain", "verify", "info"),
 }
@@ -124,7 +124,7 @@ def command_line_function(name: str, command: Command, started: float) -> Callab
         with Console(quiet=output.quiet) as console:
             for f in declared:
                 if info_of(f).settings and f.name in values:
-                    values[f.name] = current_settings(f, vars(values[f.name]), console)
+                    values[f.name] = current_settings(f, vars(cast(object, values[f.name])), console)
             for option_name in (FORMERLY_UNIVERSAL - names) & values.keys():
                 console.warn(f"--{option_name} has no effect on nextword {name} and is deprecated")
                 del values[option_name]

@@ -84,8 +84,7 @@ def info(config: InfoConfig, context: Context) -> InfoResult:
     package = Path(__file__).parents[1]
     devices = {"cpu": torch.backends.cpu.get_cpu_capability()}
     for index in range(torch.cuda.device_count()):
-        # torch gives it no type
-        properties = cast(Any, torch.cuda.get_device_properties(index))  # pyright: ignore[reportUnknownMemberType]  # torch declares no type
+        properties = cast(Any, torch.cuda.get_device_properties(index))  # pyright: ignore[reportUnknownMemberType]  # untyped in torch
         devices[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 1e9:.1f} GB"
     if torch.backends.mps.is_available():
         devices["mps"] = "Apple GPU"

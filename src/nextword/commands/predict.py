@@ -79,7 +79,7 @@ def predict(config: PredictConfig, context: Context) -> PredictResult:
     from nextword.common.fs import atomic_write
     from nextword.data.issues import IssueLog
     from nextword.pipeline.language_model import load
-    from nextword.pipeline.predictor import compute_labelled_metrics
+    from nextword.pipeline.predictor import compute_labeled_metrics
     from nextword.tasks.examples import read_examples
 
     loaded, console, (data, *others) = load(config.model, config.device), context.console, config.data
@@ -95,7 +95,7 @@ def predict(config: PredictConfig, context: Context) -> PredictResult:
         answers = predictor.predict(examples, issues, lambda done, total: console.progress("predicting", done, total))
         for line in issues.summary_lines():
             console.warn(line)
-        scores = compute_labelled_metrics(spec, examples, answers)
+        scores = compute_labeled_metrics(spec, examples, answers)
     lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
     result = PredictResult(answers, scores, config.out and str(config.out))
     if config.out is not None:

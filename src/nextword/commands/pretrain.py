@@ -202,7 +202,7 @@ def train_language_model(
         model = GPT.from_weights(model_config, {name: w for name, w in weights.items() if name != "score.weight"})
 
     def init_weights() -> Iterable[tuple[str, "Tensor"]]:
-        torch.manual_seed(derive_seed(seed, 3))  # pyright: ignore[reportUnknownMemberType]  # torch gives it no type
+        torch.manual_seed(derive_seed(seed, 3))  # pyright: ignore[reportUnknownMemberType]  # untyped in torch
         return model.iter_init_weights()
 
     with setup_training(

@@ -1,7 +1,7 @@
 """The sources of a corpus: files, folders, and built-in datasets, which are known by name.
 
 "python-docs" is read from the standard library that runs this program. The other datasets are downloaded from the
-Hugging Face Hub. The labelled examples of the demo are made from "python-docs".
+Hugging Face Hub. The labeled examples of the demo are made from "python-docs".
 """
 
 import ast

@@ -2,7 +2,7 @@
 
 A message is `{"role": "system", "user" or "assistant", "content": str}`. Special tokens are inserted by id and content
 is encoded apart from them, so that the content of a message can never end its turn or begin another one.
-`chat_template.jinja` is the same format for the stock class. Both give the same ids for every content that does not
+`chat_template.jinja` is the same format for the transformers class. Both give the same ids for every content that does not
 look like a special token.
 """
 
@@ -151,7 +151,7 @@ def _truncate_left(tokenizer: Tokenizer, text: str, max_tokens: int) -> str:
 
 
 def build_chat_template(tokenizer: Tokenizer) -> str:
-    """The Jinja template with which the stock class gives the ids of `encode_conversation` for this tokenizer."""
+    """The Jinja template with which the transformers class gives the ids of `encode_conversation` for this tokenizer."""
     return ("" if tokenizer.bos_id is None else "{{- bos_token -}}\n") + CHAT_TEMPLATE
 
 

@@ -95,7 +95,7 @@ class CorpusScan:
         for line in lines:
             log(line)
         if not self.unique:
-            heading = "no text was found." + (" What was there:" if lines else "")
+            heading = "no text was found." + (" Problems:" if lines else "")
             formats = "Name files or folders of .txt, .md, .jsonl, .csv, .tsv or .parquet, plain, .gz or .zst"
             raise NextwordError("\n".join([heading, *lines, formats]))
 

@@ -139,7 +139,7 @@ class Tokenizer:
 
         Args:
             tokens: the special tokens.
-            single: the template that the stock class applies to one text, with "A" for the text, as in
+            single: the template that the transformers class applies to one text, with "A" for the text, as in
                 `["<|start|>", "A", "<|extract|>"]`. Written to `tokenizer.json`; `encode` never applies it. Default:
                 the text alone if `pair` is given, else the tokenizer's own template.
             pair: the template for two texts, "A" and "B". Default: likewise.
@@ -149,7 +149,7 @@ class Tokenizer:
             UsageError: a template is malformed.
         """
         config = {key: value for key, value in self.config.items() if key not in STALE_CONFIG_KEYS}
-        # The stock classes of some families build a post-processor from their settings; this one uses the file's.
+        # The transformers classes of some families build a post-processor from their settings; this one uses the file's.
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
         tokens = list(dict.fromkeys(tokens))
         if self.pad_id is None or self.pad_id == self.eos_id or self._token_for_role("pad_token") in tokens:
@@ -161,7 +161,7 @@ class Tokenizer:
         content["added_tokens"] = [t | flags if t["content"] in tokens else t for t in content["added_tokens"]]
         backend = tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
         new = [token for token in tokens if token not in self._vocabulary]
-        backend.add_special_tokens(tokens)  # pyright: ignore[reportUnknownMemberType] -- typed as a bare list
+        backend.add_special_tokens(tokens)  # pyright: ignore[reportUnknownMemberType]  # typed as a bare list
         if [backend.token_to_id(token) for token in new] != list(range(self.vocab_size, self.vocab_size + len(new))):
             raise NextwordError(
                 "the tokenizer's ids have gaps, so that no special token can be added: use another tokenizer"
@@ -405,7 +405,7 @@ def train_char(texts: Iterable[str]) -> Tokenizer:
     backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNK_TOKEN))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
-    backend.add_special_tokens(special_tokens)  # pyright: ignore[reportUnknownMemberType] -- typed as a bare list
+    backend.add_special_tokens(special_tokens)  # pyright: ignore[reportUnknownMemberType]  # typed as a bare list
     return Tokenizer(backend, _tokenizer_config(unk_token=UNK_TOKEN))
 
 

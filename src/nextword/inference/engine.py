@@ -121,7 +121,7 @@ class _Request:
 class Engine:
     """Generates text with a model, for many requests at once.
 
-    The draws of a request come from a generator of its own and do not depend on other requests. With the compiled runner the
+    Each request is sampled with its own random generator, independently of other requests. With the compiled runner the
     logits do not either. With PyTorch their last bits do, unless the runner is batch-invariant: a row of a matrix product
     differs with the number of rows. A common prefix of prompts is computed once. When a text outgrows the context, its newer
     half becomes the beginning of a new window (a sliding window).
@@ -362,7 +362,7 @@ class Engine:
         """Complete all prompts.
 
         Args:
-            prompts: The prompts. The draws of each depend on the seed and its index alone.
+            prompts: The prompts. The sampling of each depends only on the seed and its index.
             sampling: Sampling parameters.
 
         Returns:
@@ -426,7 +426,7 @@ def check_tokenizer(model: GPT, tokenizer: Tokenizer) -> None:
     """Check that the model has an embedding for every token.
 
     Raises:
-        UsageError: It has not.
+        UsageError: The model has fewer embeddings than the tokenizer has tokens.
     """
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UsageError(

@@ -1,9 +1,9 @@
-"""Model runners: what an engine calls in each step. Chunks of several sequences in, the logits after each of them out.
+"""Model runners: what an engine calls in each step. Takes chunks of several sequences and returns the logits after each.
 
 `NativeRunner` calls compiled C++ once for each forward pass: native_runner.cpp. This is a second implementation of the forward
 pass in `model/gpt.py`, built from the same `ModelConfig` and weights. It exists for speed: a decoding step of a small model is
 some hundred operations of a few microseconds, whose dispatch from Python takes longer than the arithmetic, and PyTorch has no
-int4 matrix products for a CPU. `tests/test_model_runner.py` holds it equal to `GPT.forward` for every preset and precision.
+int4 matrix products for a CPU. `tests/test_model_runner.py` checks that it equals `GPT.forward` for every preset and precision.
 """
 
 import copy

@@ -238,7 +238,7 @@ def prepare_input(model: LanguageModel, texts: Sequence[str], label: str | None)
 
 
 def _resolve_task_spec(model: LanguageModel) -> TaskSpec | None:
-    """The task specification of a model; for a stock directory with a classification head, that of plain texts."""
+    """The task specification of a model; for a Hugging Face directory with a classification head, that of plain texts."""
     if model.task_spec is not None or not model.gpt.config.n_labels:
         return model.task_spec
     path = model.directory / "config.json"
@@ -253,7 +253,7 @@ def _prepare_example(
 ) -> ModelInput:
     """An example of a task with a head, and the prediction for it."""
     example, issues = example_from_texts(task_spec.task, texts), IssueLog()
-    if model.task_spec is None:  # the head of a stock class reads the last token of the plain text
+    if model.task_spec is None:  # the head of a transformers class reads the last token of the plain text
         token_ids = np.array(_encode_plain_text(model.tokenizer, texts[0])[:max_tokens])
         encoded = EncodedExample((TokenSequence(token_ids, token_ids >= 0),))
     else:
@@ -285,8 +285,8 @@ def _encode_plain_text(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def has_lm_head(model: LanguageModel) -> bool:
-    """Whether the model predicts tokens. A classification model does not if its output embeddings were untied: its stock class
-    does not store them."""
+    """Whether the model predicts tokens. A classification model does not if its output embeddings were untied: its class in
+    transformers does not store them."""
     if not model.gpt.config.n_labels:
         return True
     tied = read_json(model.directory / "config.json").get("tie_word_embeddings")

@@ -1,7 +1,7 @@
-"""Model configuration: sizes and choices, named presets, and the stock Hugging Face class of each model.
+"""Model configuration: sizes and choices, named presets, and the Hugging Face class of each model.
 
-The choices are restricted: a configuration that no stock class of `transformers` can hold is refused when it is made, so that
-every model can be saved as a stock directory.
+The choices are restricted: a configuration that no class of `transformers` can hold is refused when it is made, so that
+every model can be saved as a Hugging Face directory.
 """
 
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -48,7 +48,7 @@ MAX_ROPE_THETA = 10**15
 
 
 class ConfigError(ValueError):
-    """A configuration that is invalid or that no stock class can hold."""
+    """A configuration that is invalid or that no transformers class can hold."""
 
 
 def setting(help: str, default: Any = MISSING) -> Any:
@@ -61,7 +61,7 @@ class ModelConfig:
     """The architecture of a model.
 
     Raises:
-        ConfigError: A value is out of range, or no stock class can hold the model.
+        ConfigError: A value is out of range, or no transformers class can hold the model.
     """
 
     vocab_size: numbers.Size
@@ -105,27 +105,27 @@ class ModelConfig:
 
     @property
     def family(self) -> Family:
-        """The family of the stock class that holds this model.
+        """The family of the transformers class that holds this model.
 
         Raises:
-            ConfigError: No stock class does; names the setting that prevents it.
+            ConfigError: No transformers class does; names the setting that prevents it.
         """
         if self.norm == "layernorm":
             family: Family = "gpt1" if self.norm_position == "post" else "gpt2"
         else:
             family = "qwen3" if self.qk_norm else "llama"
-        allowed, stock_class = dict(FAMILY_SETTINGS[family]), HF_CLASSES[family][1]
+        allowed, hf_class = dict(FAMILY_SETTINGS[family]), HF_CLASSES[family][1]
         if self.norm == "layernorm":
             if self.head_dim * self.n_heads != self.d_model:
                 sizes = f"{self.d_model} is not {self.n_heads} × {self.head_dim}"
-                raise ConfigError(f"{stock_class} needs d_model = n_heads × head_dim; {sizes}")
+                raise ConfigError(f"{hf_class} needs d_model = n_heads × head_dim; {sizes}")
             allowed["n_kv_heads"] = (self.n_heads,)
         if family == "gpt1":
             allowed["d_ff"] = (4 * self.d_model,)
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ConfigError(
-                    f"{stock_class}, the closest stock class, needs "
+                    f"{hf_class}, the closest transformers class, needs "
                     f"{name} = {' or '.join(map(str, values))}, not {getattr(self, name)}"
                 )
         return family
@@ -227,7 +227,7 @@ def build_config(preset: str = "modern", size: str = "mini", *, vocab_size: int,
             even number of at least 4.
 
     Raises:
-        ConfigError: The preset, size or a setting is unknown or invalid, or no stock class can hold the model.
+        ConfigError: The preset, size or a setting is unknown or invalid, or no transformers class can hold the model.
     """
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")

@@ -6,7 +6,7 @@ Shapes: N positions, D model width, V vocabulary. Targets are token ids; -100 (P
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType] (PyTorch declares no type)
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]  # untyped in torch
 
 from nextword.model import ops
 

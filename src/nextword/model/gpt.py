@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType] (PyTorch declares no type)
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]  # untyped in torch
 
 from nextword.model import ops
 from nextword.model.config import ModelConfig
@@ -320,7 +320,7 @@ class GPT(nn.Module):
     """A decoder-only Transformer: P(x_t | x_<t; θ) for every t of a window at once.
 
     Args:
-        config: Sizes and choices. The weights are initialized as the source of the preset does it; seed PyTorch before.
+        config: Sizes and choices. The weights are initialized as in the source of the preset; seed PyTorch first.
     """
 
     def __init__(self, config: ModelConfig):
@@ -403,7 +403,7 @@ class GPT(nn.Module):
             cache: KV cache; `positions` are then those of the new tokens.
             dropout_masks: [1 + 2·n_layers, B, T, D] from `sample_dropout_masks`, in training with dropout.
             output_indices: [P] indices into the B · T tokens whose hidden states are wanted. Default: all.
-            kernels: Call the compiled operators of `ops`, where `supports_kernels` holds. Not with a cache.
+            kernels: Call the compiled operators of `ops`; requires `supports_kernels()`, and no cache.
 
         Returns:
             Hidden states [B, T, D]; [P, D] with `output_indices`.
@@ -480,12 +480,12 @@ class GPT(nn.Module):
             yield name, initialize(torch.empty(self.get_parameter(name).shape))
 
     def initializers(self) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-        """Each parameter's name and the function that initializes it, in order, as the source of the preset does it.
+        """Each parameter's name and the function that initializes it, in order, as in the source of the preset.
 
-        GPT-1 (section 4.1) and all stock classes: N(0, 0.02). GPT-2 (section 2.3): the output projections of the residual
-        branches are scaled by 1/√N, where N is the number of branches; `modern` keeps that. `tutorial`: Glorot's uniform
-        distribution, and token embeddings as large as the position table, whose mean square is 1/2. Classification heads
-        are N(0, 0.02), biases 0 and the weights of norms 1.
+        GPT-1 (section 4.1) and all transformers classes: N(0, 0.02). GPT-2 (section 2.3): the output projections of the
+        residual branches are scaled by 1/√N, where N is the number of branches; `modern` keeps that. `tutorial`: Glorot's
+        uniform distribution, and token embeddings as large as the position table, whose mean square is 1/2. Classification
+        heads are N(0, 0.02), biases 0 and the weights of norms 1.
         """
         config = self.config
         glorot = config.positions == "sinusoidal"
@@ -505,7 +505,7 @@ class GPT(nn.Module):
 
 def named_modules(module: nn.Module) -> dict[str, nn.Module]:
     """The modules of a module by their paths."""
-    return dict(module.named_modules())  # pyright: ignore[reportUnknownArgumentType] (PyTorch declares no type)
+    return dict(module.named_modules())  # pyright: ignore[reportUnknownArgumentType]  # untyped in torch
 
 
 # ---------------------------------------------------------------- a model made from another
@@ -587,7 +587,7 @@ def segment_starts(segments: Tensor) -> Tensor:
 def sample_dropout_masks(
     config: ModelConfig, seeds: list[int], length: int, device: torch.device | str
 ) -> Tensor | None:
-    """The numbers that dropout keeps, for a whole forward pass.
+    """Dropout masks (true: keep) for a whole forward pass.
 
     Each row of the batch has its own seed, so that the masks do not depend on micro-batches or on the number of processes.
 

@@ -1,4 +1,4 @@
-"""Hugging Face model directories: `GPT` to the stock classes of `transformers`, and back.
+"""Hugging Face model directories: `GPT` to the classes of `transformers`, and back.
 
 `save_model` writes what `transformers.AutoModelForCausalLM` opens (`AutoModelForSequenceClassification` for a model with a
 classification head). `load_model` opens that, and directories of the four supported families from anyone. It reads only
@@ -53,7 +53,7 @@ LLAMA_OUTER = {"embed_tokens": ["token_embedding"], "norm": ["final_norm"]}
 
 
 class StockLayout(NamedTuple):
-    """The names of a stock class: their prefix, the list of blocks, a block's modules, and those outside the blocks."""
+    """The names of a transformers class: their prefix, the list of blocks, a block's modules, and those outside the blocks."""
 
     prefix: str
     blocks: str
@@ -82,7 +82,7 @@ FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 
 
 def hf_name_map(config: ModelConfig) -> dict[str, list[str]]:
-    """The full name of every stock tensor of a model, and the names of our tensors in it, in order."""
+    """The full name of every Hugging Face tensor of a model, and the names of our tensors in it, in order."""
     layout = LAYOUTS[config.family]
     modules = dict(layout.outer)
     for i in range(config.n_layers):
@@ -101,14 +101,14 @@ def hf_name_map(config: ModelConfig) -> dict[str, list[str]]:
 
 
 def is_transposed(hf_name: str) -> bool:
-    """Whether a stock tensor is stored as [in, out]."""
+    """Whether a Hugging Face tensor is stored as [in, out]."""
     return ".c_" in hf_name and hf_name.endswith(".weight")
 
 
 def iter_hf_tensors(
     config: ModelConfig, weights: Mapping[str, Tensor], gather: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Convert weights to the names and layouts of the stock class, one tensor after the other.
+    """Convert weights to the names and layouts of the transformers class, one tensor after the other.
 
     Biases that the model does not have are zeros.
 
@@ -149,7 +149,7 @@ def save_model(
     """Write config.json, the weights in float32 and, for a language model, generation_config.json.
 
     The tokenizer and the manifest are written by the caller. A model with a classification head is saved without its
-    language-model head, for which the stock class has no place.
+    language-model head, for which the transformers class has no place.
 
     Args:
         model: The model.
@@ -246,7 +246,7 @@ def load_config(directory: Path) -> ModelConfig:
     config = hf_config.read_hf_config(directory / "config.json")
     if not (directory / MANIFEST).is_file():
         return config
-    # The manifest has what the stock format cannot express: sinusoidal positions, and biases that do not exist.
+    # The manifest has what the Hugging Face format cannot express: sinusoidal positions, and biases that do not exist.
     manifest = verify_manifest(directory)
     if "model" not in manifest:
         return config
@@ -299,16 +299,16 @@ def iter_weights(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Te
 
 
 def meta_weights(directory: Path, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Our tensors for one layer on the meta device: those of the model, and those that its stock class holds.
+    """Our tensors for one layer on the meta device: those of the model, and those that its transformers class holds.
 
-    The stock class of GPT-1 and GPT-2 has a position table and biases, also where the model does not.
+    The transformers class of GPT-1 and GPT-2 has a position table and biases, also where the model does not.
     """
     own_config = replace(config, n_layers=1)
-    stock_config = own_config
+    full_config = own_config
     if hf_config.is_gpt(config.family):
-        stock_config = replace(own_config, positions="learned", attention_bias=True, feed_forward_bias=True)
+        full_config = replace(own_config, positions="learned", attention_bias=True, feed_forward_bias=True)
     try:
-        return GPT.on_meta(own_config).state_dict(), GPT.on_meta(stock_config).state_dict()
+        return GPT.on_meta(own_config).state_dict(), GPT.on_meta(full_config).state_dict()
     except RuntimeError as error:  # PyTorch: the number of bytes overflows
         raise CorruptFileError(f"{directory}: config.json has sizes that are too large for any model") from error
 

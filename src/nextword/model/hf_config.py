@@ -35,7 +35,7 @@ LLAMA_KEYS = {
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tied",
 }
-# The key of the activation, and the activations that each of its values stands for; the first is the stock class's default.
+# The key of the activation, and the activations that each of its values stands for; the first is the default in transformers.
 # GPT-1's class calls the tanh form "gelu".
 ACTIVATIONS: dict[Family, tuple[str, dict[str, str]]] = {
     "gpt1": ("afn", {"gelu": "gelu", "relu": "relu"}),
@@ -97,7 +97,7 @@ def to_hf_label_config(config: ModelConfig, labels: Sequence[str] | None, proble
 
     Args:
         config: The model.
-        labels: The name of each output. Default: LABEL_0, LABEL_1 …, as in the stock classes.
+        labels: The name of each output. Default: LABEL_0, LABEL_1 …, as in the transformers classes.
         problem_type: One of `PROBLEM_TYPES`, or None.
 
     Raises:
@@ -112,7 +112,7 @@ def to_hf_label_config(config: ModelConfig, labels: Sequence[str] | None, proble
     if problem_type not in (None, *PROBLEM_TYPES):
         raise ValueError(f"problem_type {problem_type!r} is none of {', '.join(PROBLEM_TYPES)}")
     if problem_type == "single_label_classification" and len(names) == 1:
-        raise ValueError("single_label_classification needs at least two labels: the stock classes refuse one")
+        raise ValueError("single_label_classification needs at least two labels: the transformers classes refuse one")
     if not names:
         return {}
     return {
@@ -149,7 +149,7 @@ def parse_labels(content: dict[str, Any], path: Path) -> list[str] | None:
         return None
     names = content.get("id2label")
     if names is None:
-        count = content.get("num_labels", 2)  # the stock classes' default
+        count = content.get("num_labels", 2)  # the transformers classes' default
         if not isinstance(count, int) or not 1 <= count <= MAX_LABELS:
             raise CorruptFileError(f"{path}: num_labels is {count!r}, not a number of labels")
         return [f"LABEL_{i}" for i in range(count)]

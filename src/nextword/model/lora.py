@@ -60,7 +60,7 @@ class LoraLinear(nn.Linear):
     """
 
     def __init__(self, linear: nn.Linear, config: LoraConfig, generator: torch.Generator):
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")  # pyright: ignore[reportUnknownMemberType] (PyTorch declares no type)
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")  # pyright: ignore[reportUnknownMemberType]  # untyped in torch
         self.weight, self.bias = linear.weight, linear.bias
         lora_a = torch.empty(config.rank, linear.in_features)
         nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5), generator=generator)
@@ -167,8 +167,8 @@ def merge_lora(model: GPT) -> GPT:
 def save_adapter(model: GPT, config: LoraConfig, directory: Path, base_model_name: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors, in float32.
 
-    `peft.PeftModel.from_pretrained(model, directory)` opens it on the stock base model, after `resize_token_embeddings` if the
-    vocabulary has grown; the values of the new rows come from the adapter.
+    `peft.PeftModel.from_pretrained(model, directory)` opens it on the base model in transformers, after
+    `resize_token_embeddings` if the vocabulary has grown; the values of the new rows come from the adapter.
 
     Args:
         model: A model with an adapter.
@@ -181,15 +181,15 @@ def save_adapter(model: GPT, config: LoraConfig, directory: Path, base_model_nam
     """
     modules, prefix = named_modules(model), LAYOUTS[model.config.family].prefix
     tensors: dict[str, Tensor] = {}
-    layers_per_target: dict[str, int] = {}  # stock module → number of our layers that it holds
-    token_indices: dict[str, list[int]] = {}  # stock module → its trained rows
+    layers_per_target: dict[str, int] = {}  # transformers module → number of our layers that it holds
+    token_indices: dict[str, list[int]] = {}  # transformers module → its trained rows
     for hf_name, our_names in hf_name_map(model.config).items():
         path = hf_name.removesuffix(".weight")
         layers = [modules.get(name.removesuffix(".weight")) for name in our_names]
         if lora_layers := [layer for layer in layers if isinstance(layer, LoraLinear)]:
             layers_per_target[".".join(path.split(".")[-2:])] = len(lora_layers)  # "attn.c_attn" in every block
             tensors[f"{path}.lora_A.weight"] = torch.cat([layer.lora_a for layer in lora_layers])
-            tensors[f"{path}.lora_B.weight"] = torch.block_diag(*(layer.lora_b for layer in lora_layers))  # pyright: ignore[reportUnknownMemberType] (PyTorch declares no type)
+            tensors[f"{path}.lora_B.weight"] = torch.block_diag(*(layer.lora_b for layer in lora_layers))  # pyright: ignore[reportUnknownMemberType]  # untyped in torch
         elif isinstance(embedding := layers[0], TrainableRowsEmbedding):
             tensors[f"{path}.token_adapter.trainable_tokens_delta"] = embedding.rows
             vocab_size = len(embedding.base)

@@ -89,7 +89,7 @@ class LanguageModel:
         directory: The model directory. It differs from `path` for a checkpoint of a run.
         gpt: The model with its original weights.
         tokenizer: The tokenizer.
-        precision: The precision of generation and evaluation: float32, or weights quantised to 8 or 4 bits, which is faster and
+        precision: The precision of generation and evaluation: float32, or weights quantized to 8 or 4 bits, which is faster and
             needs less memory (see `nextword.inference.quantization`).
     """
 

@@ -40,7 +40,7 @@ Prediction = dict[str, Any]  # a line of `nextword predict`
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """The evaluation of a model on labelled examples.
+    """The evaluation of a model on labeled examples.
 
     Attributes:
         scores: The metrics of the task by name.
@@ -281,18 +281,18 @@ def compute_metrics(
     return task_metrics.generation_metrics([references[source] for source in texts], list(texts.values()), metrics)
 
 
-def compute_labelled_metrics(
+def compute_labeled_metrics(
     task_spec: TaskSpec, examples: Sequence[Example], predictions: Sequence[Prediction]
 ) -> dict[str, ScoreWithCI]:
     """The metrics of the predictions whose examples have targets; empty if there are none."""
-    labelled = [
+    labeled = [
         (example, prediction)
         for example, prediction in zip(examples, predictions, strict=True)
         if ("score" in prediction if task_spec.kind == "preference" else has_target(task_spec, example))
     ]
-    if not labelled:
+    if not labeled:
         return {}
-    return compute_metrics(task_spec, [example for example, _ in labelled], [prediction for _, prediction in labelled])
+    return compute_metrics(task_spec, [example for example, _ in labeled], [prediction for _, prediction in labeled])
 
 
 def has_target(task_spec: TaskSpec, example: Example) -> bool:

@@ -23,7 +23,7 @@ class ScalingLaw:
 
     Hoffmann et al. 2022, equation 2, relative to the difficulty of the text for an n-gram model. U unique bytes that are
     repeated R times are worth D′ = U (1 + R* (1 − e^(−R / R*))) (Muennighoff et al. 2023, equation 5). The last term is
-    memorisation, which grows with the size of the model relative to the text. R is at most the number of repeats at which
+    memorization, which grows with the size of the model relative to the text. R is at most the number of repeats at which
     the loss is lowest, because training keeps the best weights.
 
     Attributes:
@@ -78,7 +78,7 @@ class ScalingLaw:
         return bits * (1 - error), bits * (1 + error)
 
     def loss_terms(self, parameters: float, train_bytes: float, unique_bytes: float) -> tuple[float, float, float]:
-        """The terms of limited size, limited data and memorisation, relative to the difficulty."""
+        """The terms of limited size, limited data and memorization, relative to the difficulty."""
         repeats = self.useful_repeats(parameters, train_bytes, unique_bytes)
         effective = train_bytes if train_bytes <= unique_bytes else self.effective_data(repeats, unique_bytes)
         by_size = (self.parameters_scale / parameters) ** self.alpha
@@ -86,7 +86,7 @@ class ScalingLaw:
         return by_size, by_data, self.memorization_per_repeat(parameters, unique_bytes) * repeats
 
     def memorization_per_repeat(self, parameters: float, unique_bytes: float) -> float:
-        """The loss that each repeat of the text adds by memorisation."""
+        """The loss that each repeat of the text adds by memorization."""
         return self.memorization_coefficient * (parameters / unique_bytes) ** self.memorization_exponent
 
     def gain_per_repeat(self, repeats: float, unique_bytes: float) -> float:

@@ -38,7 +38,7 @@ LINE_STYLES: Any = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 2, 2)), "-", (0,
 BASELINE: Any = {"color": MUTED_COLOR, "linewidth": 1, "linestyle": (0, (4, 3))}
 
 INITIALIZATIONS = {"pretrained": "pre-trained", "scratch": "from scratch"}
-StudyPoint = tuple[int, Mapping[str, ScoreWithCI]]  # number of training examples, score by initialisation
+StudyPoint = tuple[int, Mapping[str, ScoreWithCI]]  # number of training examples, score by initialization
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def loss_chart(run: RunData) -> Chart | None:
 
 
 def comparison_chart(name: str, curves: Sequence[tuple[str, Points]], x_label: str, y_label: str) -> Chart:
-    """The curves of several runs, labelled at their ends where there is room, otherwise in a legend.
+    """The curves of several runs, labeled at their ends where there is room, otherwise in a legend.
 
     Args:
         name: Prefix of the ids in the SVG.
@@ -223,7 +223,7 @@ def label_efficiency_chart(
         bottom = max(low - extra, min(low, *lows))
         top = min(high + extra, max(high, *highs))
         margin = 0.05 * (top - bottom) or extra
-        axes.set(xlabel="labelled training examples", ylabel=name, ylim=(bottom - margin, top + margin))
+        axes.set(xlabel="labeled training examples", ylabel=name, ylim=(bottom - margin, top + margin))
         axes.yaxis.set_major_locator(MaxNLocator(6))
         _label_line_ends(axes)
 

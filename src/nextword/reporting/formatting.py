@@ -23,7 +23,7 @@ from nextword.common.statistics import ScoreWithCI
 TEMPLATES = Path(__file__).parent / "templates"
 SECTION_TITLES = {
     "bias": "Social bias",
-    "memory": "Memorisation of training text",
+    "memory": "Memorization of training text",
     "corpus": "Training corpus",
     "cost": "Energy and carbon",
 }
@@ -187,7 +187,7 @@ def _environment(markdown: bool) -> Environment:
         undefined=StrictUndefined,
         keep_trailing_newline=True,
     )
-    filters = cast(dict[str, Any], environment.filters)  # pyright: ignore[reportUnknownMemberType]  # Jinja declares no type
+    filters = cast(dict[str, Any], environment.filters)  # pyright: ignore[reportUnknownMemberType]  # untyped in Jinja
     filters |= {function.__name__: function for function in FILTERS}
     filters |= {
         "bytes": format_bytes,

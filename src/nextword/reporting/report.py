@@ -155,7 +155,7 @@ def _small_charts(run: RunData, results: TaskResults | None) -> list[charts.Char
     if not run.has_lm_loss:  # the two losses are different quantities
         add("validation", f"Validation loss: {run.loss_unit}", run.series("validation", "loss"), 2)
         weight = run.get("tuning", "auxiliary")
-        loss = f"task loss + {weight:g} × language modelling loss" if is_number(weight) and weight > 0 else "task loss"
+        loss = f"task loss + {weight:g} × language modeling loss" if is_number(weight) and weight > 0 else "task loss"
         loss = "DPO, which starts at ln 2 = 0.693" if run.task_kind == "preference" else loss
         add("training", f"Training loss: {loss}", run.series("loss"), 2, is_training=True)
     add("lr", "Learning rate", run.series("lr"), start_at_zero=True)

@@ -175,7 +175,7 @@ class RunData:
 
     @property
     def has_lm_loss(self) -> bool:
-        """Whether the training and the validation loss are both the language modelling loss."""
+        """Whether the training and the validation loss are both the language modeling loss."""
         return self.task in LM_LOSS_TASKS
 
     @property
@@ -224,7 +224,7 @@ class RunData:
             "base model": self.base_model,
             "columns": ", ".join(role if role == name else f"{role} ({name})" for role, name in columns) or None,
             "labels": len(self.labels) or None,
-            "trained": f"{weights}, from random initialisation" if self.get("recipe", "scratch") else weights,
+            "trained": f"{weights}, from random initialization" if self.get("recipe", "scratch") else weights,
         }
         if counts and not self.is_imbalanced:
             values["examples per label"] = f"{counts[-1][1]:,} to {counts[0][1]:,}"

@@ -313,7 +313,7 @@ class EngineWorker:
             events = engine.step()
         except Exception as error:
             logger.exception("engine step failed")
-            message = f"the engine failed in a step of this sequence ({type(error).__name__}); the server keeps running"
+            message = f"generation failed ({type(error).__name__}); the server keeps running"
             untouched = {request.request_id for request in engine.waiting}
             events = [Event(id, "", None, "error", message) for id in self.sequence_owners if id not in untouched]
             for event in events:

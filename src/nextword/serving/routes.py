@@ -1,4 +1,4 @@
-"""Routes of the OpenAI-compatible API. Limits are in `protocol`, response bodies in `responses` and `streaming`."""
+"""Routes of the OpenAI-compatible API. Limits are in `protocol`, response bodies and streaming in `responses`."""
 
 import base64
 import struct
@@ -144,7 +144,7 @@ async def model(name: str, service: ServiceDep) -> Response:
 
 @router.post("/v1/embeddings", responses=openapi.EMBEDDINGS_RESPONSE)
 async def embeddings(body: protocol.EmbeddingRequest, request: Request, service: ServiceDep) -> Response:
-    """Embed texts: the mean of the final hidden states over the tokens, L2-normalised."""
+    """Embed texts: the mean of the final hidden states over the tokens, L2-normalized."""
     service.check_model(body.model)
     embedding_dim, inputs = service.model.gpt.config.d_model, list_prompts(body.input)
     if body.dimensions not in (None, embedding_dim):

@@ -283,7 +283,7 @@ class Service:
         return [constraint, *(constraint.copy() for _ in range(count - 1))]
 
     async def embed(self, ids: list[int]) -> list[float]:
-        """L2-normalised mean of the final hidden states [D] of token ids [T]."""
+        """L2-normalized mean of the final hidden states [D] of token ids [T]."""
         gpt = self.model.gpt
 
         @torch.inference_mode()

@@ -58,7 +58,7 @@ def render_template(request: dict[str, Any]) -> dict[str, str]:
     """
     extensions = [GenerationExtension, loopcontrols]
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    env.filters["tojson"] = to_json  # pyright: ignore[reportUnknownMemberType]  # Jinja declares no type
+    env.filters["tojson"] = to_json  # pyright: ignore[reportUnknownMemberType]  # untyped in Jinja
     functions = {"raise_exception": raise_exception, "strftime_now": strftime_now}
     try:
         text = env.from_string(request["template"], globals=functions).render(**request["values"])

@@ -273,16 +273,16 @@ def _split_cloze(benchmark: Benchmark, row: BenchmarkRow) -> tuple[str, str]:
 def _stereotype_sentences(benchmark: Benchmark, row: BenchmarkRow) -> list[str]:
     """The stereotype, the anti-stereotype and the unrelated sentence, stored as parallel lists or as objects."""
     value = _get_field(row.values, benchmark.columns["sentences"])
-    labelled: list[tuple[Any, Any]] = []
+    labeled: list[tuple[Any, Any]] = []
     if is_json_object(value):
         texts, labels = value.get("sentence"), value.get("gold_label")
         if is_json_array(texts) and is_json_array(labels):
-            labelled = list(zip(texts, labels, strict=False))
+            labeled = list(zip(texts, labels, strict=False))
     elif is_json_array(value):
-        labelled = [(record.get("sentence"), record.get("gold_label")) for record in value if is_json_object(record)]
+        labeled = [(record.get("sentence"), record.get("gold_label")) for record in value if is_json_object(record)]
     label_names = ("anti-stereotype", "stereotype", "unrelated")  # a numeric label is an index into these
     by_label: dict[Any, Any] = {}
-    for text, label in labelled:
+    for text, label in labeled:
         if isinstance(label, str | int):
             by_label[label_names[label] if label in (0, 1, 2) else label] = text
     sentences = [by_label.get(name) for name in ("stereotype", "anti-stereotype", "unrelated")]

@@ -135,7 +135,7 @@ class TaskSpec:
 
 
 class TokenSequence(NamedTuple):
-    """Token ids [T], and a mask [T] of the tokens that are learned by language modelling."""
+    """Token ids [T], and a mask [T] of the tokens that are learned by language modeling."""
 
     ids: np.ndarray
     loss_mask: np.ndarray
@@ -332,10 +332,10 @@ def load_task_data(
     limit: int | None = None,
     seed: int = 0,
 ) -> TaskData:
-    """Load and encode labelled examples. The same arguments give the same data.
+    """Load and encode labeled examples. The same arguments give the same data.
 
     Args:
-        paths: Files and folders of labelled examples.
+        paths: Files and folders of labeled examples.
         tokenizer: The tokenizer of the base model, without the special tokens of the task.
         base_task_spec: The task that the base model was fine-tuned for, if any.
         context_length: The context length of the model, in tokens.

@@ -1,4 +1,4 @@
-"""Labelled examples read from tables. Rows that are not valid are reported with file and line, and left out."""
+"""Labeled examples read from tables. Rows that are not valid are reported with file and line, and left out."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ _TEXT_SUFFIXES = (".txt", ".md")
 
 @dataclass
 class Example:
-    """A labelled example.
+    """A labeled example.
 
     Attributes:
         path: The file it was read from; empty if it was given as texts.
@@ -84,7 +84,7 @@ def read_examples(
     columns: Mapping[str, str] | None = None,
     require_targets: bool = True,
 ) -> ExampleSet:
-    """Read the labelled examples of files and folders.
+    """Read the labeled examples of files and folders.
 
     A label is a string, an integer or a boolean, and is kept as a string. Several labels are a JSON list, or the text of a
     column called `labels` (or tags, categories, …) separated by ";" or "|"; to read such a column as one label, pass
@@ -234,7 +234,7 @@ def input_texts(task: str, example: Example) -> tuple[str, ...]:
         has_answer = task == "chat" and messages[-1]["role"] == "assistant"
         return tuple(message["content"] for message in (messages[:-1] if has_answer else messages))
     if task not in TEXT_FIELDS:
-        raise UsageError(f"{task}: not a task with labelled examples; choose from {', '.join(TASKS)}")
+        raise UsageError(f"{task}: not a task with labeled examples; choose from {', '.join(TASKS)}")
     return tuple(fields[role] for role in TEXT_FIELDS[task])
 
 

@@ -1,4 +1,4 @@
-"""The columns of labelled data and the task that they belong to, and rows as the canonical fields of their task.
+"""The columns of labeled data and the task that they belong to, and rows as the canonical fields of their task.
 
 A row that is not valid raises `RowError`.
 """
@@ -30,7 +30,7 @@ class TaskSchema:
         inputs: Roles needed to read a row: one of each group.
         targets: Roles needed to learn from a row: one of each group.
         exclusive: Two groups of roles of which a table has one.
-        paired: Two roles whose columns are recognised together: by the first names of both, the second ones, ….
+        paired: Two roles whose columns are recognized together: by the first names of both, the second ones, ….
     """
 
     expects: str

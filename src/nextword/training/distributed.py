@@ -137,7 +137,7 @@ SINGLE_PROCESS = DistContext()
 def all_reduce_(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Reduce a tensor over all ranks, in place."""
     with translate_dist_errors():
-        dist.all_reduce(tensor, op)  # pyright: ignore[reportUnknownMemberType]  (untyped in PyTorch)
+        dist.all_reduce(tensor, op)  # pyright: ignore[reportUnknownMemberType]  # untyped in torch
     return tensor
 
 

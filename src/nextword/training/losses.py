@@ -21,7 +21,7 @@ class LossTerm(NamedTuple):
 
     Attributes:
         total: Sum over tokens (in nats) or over examples.
-        weight: Weight of the term beside others.
+        weight: Relative weight of the term.
     """
 
     total: Tensor
@@ -43,7 +43,7 @@ class DeviceBatch(NamedTuple):
 
     Attributes:
         tokens: Token ids, [B, T].
-        targets: The token after each, [B, T]; `IGNORE_INDEX` without one.
+        targets: Next token at each position, [B, T]; `IGNORE_INDEX` where there is none.
         dropout_masks: See `GPT.forward`; None without dropout.
         segments: The document of each token, [B, T], where rows are packed.
         positions: The position of each token in its document, [B, T], where rows are packed.

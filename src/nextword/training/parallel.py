@@ -102,8 +102,8 @@ def apply_tensor_parallel(model: "GPT", mesh: "DeviceMesh") -> None:
     """Split a model between the processes of a mesh, in place.
 
     Tensor parallelism (Shoeybi et al. 2019, section 3): each process holds some heads, some of the feed-forward width and some
-    rows of the vocabulary. Sequence parallelism (Korthikanti et al. 2022, section 4.2.2): outside of the matrices it holds some
-    positions. The positions are all-gathered before attention and feed-forward, and reduce-scattered behind them. Logits
+    rows of the vocabulary. Sequence parallelism (Korthikanti et al. 2022, section 4.2.2): outside the linear layers it holds
+    some positions. The positions are all-gathered before attention and feed-forward, and reduce-scattered after them. Logits
     stay split by vocabulary, see `model.cross_entropy.vocab_parallel_cross_entropy`.
     """
     from torch.distributed.tensor import Replicate, Shard
@@ -128,7 +128,7 @@ def apply_tensor_parallel(model: "GPT", mesh: "DeviceMesh") -> None:
     }
     if model.config.activation == "swiglu":
         block_plan["feed_forward.gate"] = tp.ColwiseParallel()
-    if model.config.qk_norm:  # normalises each head by itself; dimension 1 is the heads
+    if model.config.qk_norm:  # normalizes each head by itself; dimension 1 is the heads
         block_plan |= {"attention.query_norm": norm, "attention.key_norm": norm}
     embedding = tp.RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
     model_plan: dict[str, Any] = {"token_embedding": embedding}
@@ -187,7 +187,7 @@ def check_tp_divisibility(config: "ModelConfig", tp_size: int) -> None:
     """Check that heads and feed-forward width divide evenly, and that every process gets a part of the vocabulary.
 
     Raises:
-        UsageError: they do not.
+        UsageError: They are not divisible.
     """
     for name, width in {"n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads, "d_ff": config.d_ff}.items():
         if width % tp_size:
@@ -394,7 +394,7 @@ def _all_to_all(
     received = sent.new_empty(sum(map(sum, counts)))
     sent_counts = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
     with translate_dist_errors():
-        dist.all_to_all_single(  # pyright: ignore[reportUnknownMemberType]  (untyped in PyTorch)
+        dist.all_to_all_single(  # pyright: ignore[reportUnknownMemberType]  # untyped in torch
             received, sent, list(map(sum, counts)), sent_counts, group
         )
     parts = iter(torch.split(received, list(chain(*counts))))

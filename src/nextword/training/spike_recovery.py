@@ -24,7 +24,7 @@ from nextword.training import checkpoint
 from nextword.training.launch import RunContext
 from nextword.training.step import TrainState
 
-NEARBY_BATCHES = 100  # a range that begins so soon after another is a further attempt at the same place
+NEARBY_BATCHES = 100  # ranges closer than this count as attempts at the same place
 LOSS_WINDOW = 100  # recent losses that a loss is compared with; no loss is high before there are so many
 SPIKE_STREAK = 5  # consecutive high losses that make a spike
 SPIKE_MEDIAN_RATIO = 1.5
@@ -164,7 +164,7 @@ class RollbackManager:
 
     Args:
         run: The run.
-        detect_spikes: Whether a finite loss can be too high.
+        detect_spikes: Whether to detect spikes of finite losses.
         describe_batch: Names of the documents in a batch.
     """
 
@@ -249,7 +249,7 @@ class RollbackManager:
         problem = "was not finite" if entry.reason == "not finite" else "spiked"
         self.run.log_event(
             entry.back,
-            f"the loss {problem} in steps {entry.first:,} to {entry.last:,}. The run goes back to step {entry.back:,} and "
+            f"the loss {problem} in steps {entry.first:,} to {entry.last:,}. The run rolls back to step {entry.back:,} and "
             f"skips the batches that led to it. Documents in them: {summarize_names(entry.documents)}. "
             f"{self.run.run_dir.skipped_ranges_path} lists all: check them, and remove what is not text before the next run",
             warning=True,

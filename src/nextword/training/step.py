@@ -52,7 +52,7 @@ class TrainState:
         optimizer: its optimizer.
         step: the number of finished steps.
         tokens: the number of tokens trained on.
-        nonfinite_streak: the number of last steps that were skipped because their loss was not finite.
+        nonfinite_streak: the number of consecutive steps skipped up to now because their loss was not finite.
         num_rollbacks: how often the run was rolled back after a loss spike.
         best: the best validation so far.
         stopped_early: whether early stopping has ended the run.
@@ -249,7 +249,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def activation_bytes_per_row(loss_module: LossModule, dataset: Dataset, settings: StepSettings) -> int:
-    """The memory that a row (for labelled data, an example) takes in a training step, in bytes.
+    """The memory that a row (for labeled data, an example) takes in a training step, in bytes.
 
     Measured on the first row and extrapolated to the longest one: twice what is saved for the backward pass, to account for
     the gradients.

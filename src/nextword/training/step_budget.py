@@ -82,7 +82,7 @@ class TimeBudgetController:
     Args:
         budget: the wall-clock time of the whole run, in seconds.
         log: the file that the main process appends decisions to.
-        started: when the run started, on the clock `now`; later by the time between two processes of the same run.
+        started: start time of the run on the clock `now`, shifted by the time between interruption and resume.
         ctx: the processes.
         now: returns the time in seconds.
 

@@ -21,7 +21,7 @@ from nextword.training.spike_recovery import RollbackManager, summarize_names
 from nextword.training.step import MAX_NONFINITE_STEPS, BestCheckpoint, StepMetrics, train_step
 from nextword.training.step_budget import StepBudgetDecision, StepSchedule, TimeBudgetController, read_decisions
 
-SAMPLE_AT_VALIDATIONS = (1, 2, 4, 8, 12, 16, 20)  # of 20 validations, those followed by a sample
+SAMPLE_AT_VALIDATIONS = (1, 2, 4, 8, 12, 16, 20)  # validations, of 20, after which a sample is generated
 FINALIZE_SECONDS = 2.5  # report, model card and other last files
 REPLAN_RATIO = 1.5  # of the training speed to the last one reported, from which on the expectation is renewed
 BUSY_SHARE = 0.75  # of the processor time that its threads could use, below which a process competes with others
@@ -182,7 +182,7 @@ class Trainer:
                 if signal_number and uploader is not None:
                     uploader.maybe_upload(run.run_dir, checkpointer.last_committed, urgent=True)
                 if signal_number and not is_last:
-                    suspicious_note = "the loss is suspicious, so the last checkpoint stands"
+                    suspicious_note = "the loss is unstable, so no new checkpoint is saved"
                     note = suspicious_note if is_suspicious else "checkpoint saved"
                     raise RunInterruptedError(
                         f"stopped at step {metrics.step:,}: {note}. To continue, add --resume to the same command",
@@ -200,7 +200,7 @@ class Trainer:
         run.console.close()
 
     def _update_step_budget(self) -> None:
-        """Let the time budget choose the number of steps, from the younger half of the step times so far.
+        """Let the time budget choose the number of steps, from the more recent half of the step times.
 
         Validation and checkpoints between the steps count.
         """
@@ -342,7 +342,7 @@ class Trainer:
         return True
 
     def _apply_skipped_ranges(self) -> None:
-        """Apply the ranges that the restored state does not know: weights that a spike may be in are no longer the best."""
+        """Apply the ranges that the restored state does not know: weights that a spike may have affected are not the best."""
         entries = self.rollbacks.skipped
         if any(entry.forgets for entry in entries[self.state.num_rollbacks :]):
             self.state.best = BestCheckpoint()

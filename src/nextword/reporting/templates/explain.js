@@ -106,15 +106,15 @@ function prepareCanvas(canvas, width, height) {
 }
 
 const heat = { left: 0, top: 0, cell: 1 };
-const MAX_LABELS = 40; // tokens up to which the axes are labelled
+const MAX_LABELS = 40; // tokens up to which the axes are labeled
 
 function drawHeat() {
   const box = $("heatmap").parentElement.clientWidth;
-  const labelled = T <= MAX_LABELS && box / T > 13;
+  const labeled = T <= MAX_LABELS && box / T > 13;
   const context = prepareCanvas($("heatmap"), 1, 1);
   context.font = "12px ui-monospace, monospace";
   const texts = data.tokens.map((_, i) => visible(tokenText(i)[0].trim() || tokenText(i)[0].replaceAll(" ", "␣")).slice(0, 14));
-  const room = labelled ? Math.ceil(Math.max(...texts.map((text) => context.measureText(text).width))) + 10 : 6;
+  const room = labeled ? Math.ceil(Math.max(...texts.map((text) => context.measureText(text).width))) + 10 : 6;
   const cell = Math.min(40, (box - room - 2) / T);
   Object.assign(heat, { left: room, top: room, cell });
   const side = room + cell * T + 2;
@@ -136,7 +136,7 @@ function drawHeat() {
   canvas.strokeStyle = css(accent);
   canvas.lineWidth = 2;
   canvas.strokeRect(room - 1, room + selected.token * cell - 1, cell * (selected.token + 1) + 2, cell + 2);
-  if (!labelled) return;
+  if (!labeled) return;
   canvas.font = "12px ui-monospace, monospace";
   canvas.textBaseline = "middle";
   texts.forEach((text, i) => {
