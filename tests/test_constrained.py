@@ -127,6 +127,9 @@ NASTY: dict[str, Any] = {
     "blow up": {"$defs": {**{f"a{i}": {"allOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 2} for i in range(30)}, "a30": True},
                 "$ref": "#/$defs/a0"},
     "length": {"type": "string", "minLength": 10**6, "maxLength": 10**6},
+    "itself": {"$ref": "#"},
+    "itself again": {"allOf": [{"$ref": "#"}]},
+    "many patterns": {"allOf": [{"pattern": f"a{i}"} for i in range(100)]},
     "look back": {"type": "string", "pattern": "^(a|b)*a(a|b){500}$"},
 }  # fmt: skip
 
@@ -162,12 +165,11 @@ def test_an_invalid_token_raises_an_error() -> None:
 def test_a_vocabulary_without_a_valid_token_raises_an_error() -> None:
     for vocabulary, begun in (("no braces here", ""), ("{ no end", "{"), ('{"a": t', '{"a":t')):
         tokenizer = train_char([vocabulary])
-        held = ConstraintCompiler(tokenizer, tokenizer.eos_ids).compile_json_schema(
-            {"type": "object", "maxProperties": 1}
-        )
-        for token in tokenizer.encode(begun):
-            held.accept_token(token)
-        with pytest.raises(NextwordError, match="constrained decoding failed"):
+        compiler = ConstraintCompiler(tokenizer, tokenizer.eos_ids)
+        with pytest.raises(UsageError, match="constrained decoding failed"):
+            held = compiler.compile_json_schema({"type": "object", "maxProperties": 1})
+            for token in tokenizer.encode(begun):
+                held.accept_token(token)
             for _ in range(100):
                 held.accept_token(int(held.allowed_mask().float().argmax()))
 

@@ -356,12 +356,43 @@ def test_a_completion_is_held_to_json_too_and_ends_there(server: ServerProcess) 
     assert same["choices"][0]["text"] == server.complete("x", max_tokens=5, temperature=0)["choices"][0]["text"]
 
 
+PET = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"type": "json_schema", "json_schema": {"schema": PET}}, {"type": "json_schema", "schema": PET},
+        {"type": "json_object", "schema": PET}, {"type": "json_object", "json_schema": {"schema": PET}},
+        {"type": "json_object", "schema": PET, "json_schema": {"schema": PET}},
+    ],
+)  # fmt: skip
+def test_a_schema_is_held_to_wherever_a_client_puts_it(server: ServerProcess, form: Any) -> None:
+    made = server.complete("x", response_format=form, max_tokens=60)["choices"][0]
+    assert json.loads(made["text"]) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"type": "text", "schema": PET}, {"type": "text", "json_schema": {"schema": PET}},
+        {"type": "json_object", "schema": PET, "json_schema": {"schema": {}}},
+        {"type": "json_object", "schema": "x"},
+    ],
+)  # fmt: skip
+def test_a_schema_that_contradicts_its_place_is_refused(server: ServerProcess, form: Any) -> None:
+    answer = server.post("/v1/completions", {"prompt": "x", "response_format": form})
+    assert answer.status == 400 and answer.error["param"].startswith("response_format")
+
+
 @pytest.mark.parametrize(
     "schema",
     [
         {"type": "objekt"}, {"$ref": "http://elsewhere.example/x.json"}, {"enum": ["x" * 70_000]},
         {"type": "string", "pattern": "(" * 5000}, {"type": "integer", "multipleOf": 999_999_937},
-        {"oneOf": [{"const": 1}, {"const": 2}]}, {"not": {}},
+        {"oneOf": [{"const": 1}, {"const": 2}]}, {"not": {}}, {"$ref": "#"}, {"allOf": [{"$ref": "#"}]},
+        {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(4000)}},
+        {"allOf": [{"pattern": str(i)} for i in range(100)]}, {"type": "string", "minLength": 2, "maxLength": 1},
     ],
 )  # fmt: skip
 def test_a_schema_that_cannot_be_held_to_is_refused_soon(server: ServerProcess, schema: Any) -> None:

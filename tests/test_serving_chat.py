@@ -22,7 +22,7 @@ from nextword.common.errors import CorruptFileError
 from nextword.data.chat_format import CHAT_SPECIAL_TOKENS, encode_conversation, save_chat_template
 from nextword.data.tokenizer import END_OF_TURN_TOKEN, EOS_TOKEN, Tokenizer, train_bpe
 from nextword.pipeline.language_model import load
-from nextword.serving import chat_templates, template_worker
+from nextword.serving import chat_templates, limited_worker
 from nextword.serving.chat_templates import JinjaChatEncoder, NativeChatEncoder, PlainChatEncoder, make_chat_encoder
 from nextword.serving.protocol import APIError
 from processes import PATIENCE, start_process, wait_until
@@ -50,7 +50,7 @@ TURNS = [{"role": "system", "content": " Be kind. "}, {"role": "user", "content"
 def slow_machine() -> Iterator[None]:
     """A template has as long as it needs, where a test does not say otherwise."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(template_worker, "RENDER_TIMEOUT", PATIENCE)
+        patch.setattr(limited_worker, "CPU_TIMEOUT", PATIENCE)
         yield
 
 
@@ -236,7 +236,7 @@ def test_a_template_that_takes_too_much_is_stopped_and_the_server_goes_on(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, bomb: str
 ) -> None:
     if bomb == "time":
-        monkeypatch.setattr(template_worker, "RENDER_TIMEOUT", 1.0)
+        monkeypatch.setattr(limited_worker, "CPU_TIMEOUT", 1.0)
     with running_server(foreign(tmp_path / "bomb", tokenizer, BOMBS[bomb])) as server:
         answer = server.post("/v1/chat/completions", {"messages": TURNS})
         assert answer.status in (400, 500) and answer.error["message"].startswith("the model's chat template")
@@ -260,7 +260,7 @@ def test_others_are_served_while_a_template_is_at_it(tmp_path: Path, tokenizer: 
 
 def test_the_renderer_ends_with_its_parent_and_is_bounded() -> None:
     made = start_process(
-        [sys.executable, "-P", template_worker.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-P", limited_worker.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     said, _ = made.communicate(json.dumps({"template": "{{ a }}", "values": {"a": "é"}}) + "\n", timeout=PATIENCE)
     assert json.loads(said) == {"text": "é"} and made.returncode == 0  # its input has ended, so it has

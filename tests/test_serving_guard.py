@@ -412,6 +412,35 @@ def test_who_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch, base: Path
             wait_until(lambda: not server.service.worker.handles)
 
 
+# ---------------------------------------------------------------- schemas
+
+ENDLESS = {"allOf": [{"type": "string", "pattern": f"(a|b)*a(a|b){{{9 + i}}}"} for i in range(20)]}
+
+
+def test_a_schema_that_takes_too_much_is_stopped_and_others_are_served(base: Path) -> None:
+    """Its work is in a process that ends, and JSON of any form needs no turn there."""
+    with running_server(base) as server:
+        form = {"type": "json_schema", "json_schema": {"schema": ENDLESS}}
+        answers: list[Any] = []
+
+        def ask() -> None:
+            answers.append(server.post("/v1/completions", {"prompt": "x", "response_format": form}))
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: server.service.schema_process.process is not None)
+        server.complete("x", response_format={"type": "json_object"}, max_tokens=3)
+        for thread in threads:
+            thread.join()
+        for answer in answers:
+            assert answer.status == 400 and "too much time or memory" in answer.error["message"]
+        assert server.service.schema_process.process is None and server.service.worker.num_active == 0
+        fine = {"type": "json_schema", "json_schema": {"schema": {"const": "a"}}}
+        for _ in range(2):  # compiled, and kept
+            assert server.complete("x", response_format=fine, max_tokens=30)["choices"][0]["text"] == '"a"'
+
+
 # ---------------------------------------------------------------- faults
 
 

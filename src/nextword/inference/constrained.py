@@ -1,7 +1,8 @@
 """Constrained decoding: text that matches a JSON schema.
 
-llguidance computes which tokens may follow. The cost of a schema is bounded: its size and its regular expressions when it is
-compiled, and the work of each token, which ends the request with an error when it is exceeded.
+llguidance computes which tokens may follow. The cost of a token is bounded, and ends the request with an error when it is
+exceeded. Compiling a schema is not: whether regular expressions can match together is decided in time and memory without a
+limit. The server therefore compiles an unknown schema in a process with limits first.
 """
 
 import json
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextword.common.errors import NextwordError, UsageError, import_optional
+from nextword.common.errors import UsageError, import_optional
 from nextword.data.tokenizer import Tokenizer
 
+MAX_SCHEMA_CHARS = 2**16
+MAX_PATTERNS = 64  # in one schema
 WHITESPACE_PATTERN = " ?"  # unlimited whitespace would let a small model generate nothing else
 # llguidance measures work in "fuel": 50,000 a millisecond for the initial lexer, 14,000 a millisecond for a token.
 PARSER_LIMITS: dict[str, Any] = {
@@ -36,15 +39,15 @@ class JSONConstraint:
         """Which tokens may follow, boolean [V].
 
         Raises:
-            NextwordError: The schema is too complex here, or no token of the vocabulary may follow.
+            UsageError: The schema is too complex here, or no token of the vocabulary may follow.
         """
         mask = torch.frombuffer(bytearray(self.matcher.compute_logit_bias()), dtype=torch.uint8).bool()
         if self.matcher.is_error():
-            raise NextwordError(f"constrained decoding failed: {_error_summary(self.matcher)}")
+            raise UsageError(f"constrained decoding failed: {error_summary(self.matcher.get_error())}")
         if self.unk_id is not None:  # stands for no character
             mask[self.unk_id] = False
         if not mask.any():
-            raise NextwordError("constrained decoding failed: no token of the vocabulary matches the schema here")
+            raise UsageError("constrained decoding failed: no token of the vocabulary matches the schema here")
         return mask
 
     def accept_token(self, token: int) -> None:
@@ -77,25 +80,44 @@ class ConstraintCompiler:
         )
         self.limits = llguidance.LLParserLimits(**PARSER_LIMITS)
 
-    def compile_json_schema(self, schema: dict[str, Any]) -> JSONConstraint:
-        """Compile a schema.
+    def build_grammar(self, schema: dict[str, Any]) -> str:
+        """A schema in llguidance's form, which takes no work.
+
+        Raises:
+            UsageError: The schema is too large, or not JSON.
+        """
+        try:
+            text = json.dumps(schema)
+            if len(text) > MAX_SCHEMA_CHARS:
+                raise UsageError(f"the schema has more than {MAX_SCHEMA_CHARS:,} characters")
+            if text.count('"pattern') > MAX_PATTERNS:
+                raise UsageError(f"the schema has more than {MAX_PATTERNS} patterns")
+            return self.library.LLMatcher.grammar_from_json_schema(
+                text, overrides={"whitespace_pattern": WHITESPACE_PATTERN}
+            )
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"invalid JSON schema: {error}") from error
+
+    def compile(self, grammar: str) -> JSONConstraint:
+        """Compile the grammar of a schema.
 
         Returns:
             The constraint of a sequence that begins.
 
         Raises:
-            UsageError: The schema is invalid, too complex, or uses an unsupported feature.
+            UsageError: The schema is invalid, too complex, or uses an unsupported feature, or no token of the vocabulary
+                begins a text that matches it.
         """
-        matcher_class = self.library.LLMatcher
-        overrides = {"whitespace_pattern": WHITESPACE_PATTERN}
-        try:
-            grammar = matcher_class.grammar_from_json_schema(json.dumps(schema), overrides=overrides)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"invalid JSON schema: {error}") from error
-        matcher = matcher_class(self.tokenizer, grammar, log_level=0, limits=self.limits)
+        matcher = self.library.LLMatcher(self.tokenizer, grammar, log_level=0, limits=self.limits)
         if matcher.is_error():
-            raise UsageError(f"unsupported JSON schema: {_error_summary(matcher)}")
-        return JSONConstraint(matcher, self.unk_id)
+            raise UsageError(f"unsupported JSON schema: {error_summary(matcher.get_error())}")
+        constraint = JSONConstraint(matcher, self.unk_id)
+        constraint.allowed_mask()
+        return constraint
+
+    def compile_json_schema(self, schema: dict[str, Any]) -> JSONConstraint:
+        """Compile a trusted schema, in time and memory without a limit. Errors as in the two parts of it."""
+        return self.compile(self.build_grammar(schema))
 
 
 class _LLGuidanceTokenizer:
@@ -112,6 +134,6 @@ class _LLGuidanceTokenizer:
         return self.encode(text)
 
 
-def _error_summary(matcher: Any) -> str:
+def error_summary(message: str) -> str:
     """The first line of an error message."""
-    return matcher.get_error().strip().partition("\n")[0][:300]
+    return message.strip().partition("\n")[0][:300]

@@ -54,6 +54,7 @@ class Event:
         finish_reason: "stop" (an end-of-text token or a stop string), "length" (`max_tokens`) or "error"; None while the
             request runs.
         error: Error message, with the finish reason "error".
+        is_usage_error: Whether the request is the cause of the error, and not the model.
         token_logprob: Log-probabilities, if `Sampling.logprobs` is set.
         prompt_logprobs: Log-probabilities of the prompt's tokens (None for the first one), with the first event, if
             `Sampling.prompt_logprobs` is set.
@@ -66,6 +67,7 @@ class Event:
     error: str | None = None
     token_logprob: TokenLogprob | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    is_usage_error: bool = False
 
     @property
     def finished(self) -> bool:
@@ -319,7 +321,8 @@ class Engine:
             token = sample(logits, sampling, request.tokens, request.generated, request.generator, allowed_mask)
         except NextwordError as error:
             self._release_slot(request, keep_cache=False)
-            return Event(request.request_id, "", None, "error", str(error))
+            is_usage_error = isinstance(error, UsageError)
+            return Event(request.request_id, "", None, "error", str(error), is_usage_error=is_usage_error)
         token_logprob = None if sampling.logprobs is None else top_logprobs(logits, token, sampling.logprobs)
         if constraint is not None:
             constraint.accept_token(token)

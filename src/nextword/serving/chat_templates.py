@@ -5,12 +5,8 @@ template in its directory, and a model without one gets a plain dialogue. With t
 special token.
 """
 
-import asyncio
-import json
-import os
 import re
 import secrets
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,11 +16,10 @@ from nextword.common.errors import CorruptFileError, UsageError
 from nextword.common.fs import is_json_object
 from nextword.data.chat_format import build_chat_template, encode_conversation, stop_token_ids, supports_chat
 from nextword.data.tokenizer import Tokenizer
-from nextword.serving import template_worker
+from nextword.serving.limited_process import LimitedProcess
 from nextword.serving.protocol import APIError, invalid_field
 
 MAX_TEMPLATE_CHARS = 2**18
-RENDER_GRACE = 0.5  # seconds on top of RENDER_TIMEOUT, for starting the process and reading its output
 
 Conversation = Sequence[Mapping[str, str]]
 
@@ -107,7 +102,7 @@ class PlainChatEncoder(ChatEncoder):
 
 
 class JinjaChatEncoder(ChatEncoder):
-    """The model's own Jinja template, rendered in a separate process (see `template_worker`)."""
+    """The model's own Jinja template, rendered in a separate process (see `limited_worker`)."""
 
     name = "model"
 
@@ -119,8 +114,7 @@ class JinjaChatEncoder(ChatEncoder):
             content = token.get("content") if is_json_object(token) else token
             if content is not None:
                 self.special_tokens[role] = content
-        self.process: asyncio.subprocess.Process | None = None
-        self.lock = asyncio.Lock()
+        self.renderer = LimitedProcess()
 
     async def encode(self, conversation: Conversation) -> list[int]:
         """Encode a conversation so that no message content becomes a special token.
@@ -165,39 +159,13 @@ class JinjaChatEncoder(ChatEncoder):
         """
         values = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
         values |= self.special_tokens
-        request = {"template": self.template, "values": values, "seconds": template_worker.RENDER_TIMEOUT}
-        async with self.lock:
-            if self.process is None or self.process.returncode is not None:
-                self.process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-P", template_worker.__file__),
-                    stdin=asyncio.subprocess.PIPE,
-                    stdout=asyncio.subprocess.PIPE,
-                    stderr=asyncio.subprocess.DEVNULL,
-                    limit=8 * template_worker.MAX_OUTPUT_CHARS,
-                    start_new_session=True,
-                    env={name: value for name, value in os.environ.items() if not name.startswith("NEXTWORD_")},
-                )
-            stdin, stdout = self.process.stdin, self.process.stdout
-            assert stdin is not None and stdout is not None
-            try:
-                async with asyncio.timeout(template_worker.RENDER_TIMEOUT + RENDER_GRACE):
-                    stdin.write(json.dumps(request).encode() + b"\n")
-                    await stdin.drain()
-                    answer = await stdout.readline()
-            except (TimeoutError, ConnectionError):
-                answer = b""
-            if not answer.endswith(b"\n"):
-                await self.close()
-                raise APIError(500, "the model's chat template exceeded the time or memory limit")
-        response = json.loads(answer)
+        response = await self.renderer.call(template=self.template, values=values)
+        if response is None:
+            raise APIError(500, "the model's chat template exceeded the time or memory limit")
         if "error" in response:
             raise APIError(400, f"the model's chat template rejects this conversation: {response['error'][:500]}")
         return response["text"]
 
     async def close(self) -> None:
         """Terminate the process."""
-        if self.process is not None:
-            if self.process.returncode is None:
-                self.process.kill()
-            await self.process.wait()
-            self.process = None
+        await self.renderer.close()

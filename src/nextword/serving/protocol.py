@@ -25,7 +25,7 @@ MAX_MESSAGES = 1024
 MAX_STOP_STRINGS, MAX_STOP_STRING_CHARS = 4, 500
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1024
-MAX_SCHEMA_CHARS = 2**16
+ANY_OBJECT = {"type": "object"}  # the JSON schema of `json_object`
 MIN_TOP_P = 1e-12  # top_p = 0 means greedy decoding in OpenAI's API
 
 
@@ -130,10 +130,11 @@ class JSONSchema(RequestModel):
 
 
 class ResponseFormat(RequestModel):
-    """The form of the generated text."""
+    """The form of the generated text. Clients of other servers put the schema beside the type."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchema | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
 
 
 class BaseCompletionRequest(RequestModel):
@@ -156,16 +157,20 @@ class BaseCompletionRequest(RequestModel):
     response_format: ResponseFormat | None = None
 
     def response_schema(self) -> dict[str, Any] | None:
-        """The JSON schema of a structured response, or None. Raises `APIError` if `json_schema` has no schema."""
+        """The JSON schema of a structured response, or None. Raises `APIError` if its type and its schema do not match."""
         response_format = self.response_format
-        if response_format is None or response_format.type == "text":
+        if response_format is None:
             return None
-        if response_format.type == "json_object":
-            return {"type": "object"}
-        if response_format.json_schema is None or response_format.json_schema.schema_ is None:
+        nested = response_format.json_schema
+        schemas = [schema for schema in (response_format.schema_, nested and nested.schema_) if schema is not None]
+        if response_format.type == "text" and schemas:
+            raise invalid_field("response_format", 'type "text" has no schema: use "json_schema"')
+        if response_format.type == "json_schema" and not schemas:
             param = "response_format.json_schema.schema"
             raise APIError(400, "response_format: json_schema needs a schema", param=param)
-        return response_format.json_schema.schema_
+        if len(schemas) == 2 and schemas[0] != schemas[1]:
+            raise invalid_field("response_format", "schema and json_schema.schema differ: send one of them")
+        return schemas[0] if schemas else None if response_format.type == "text" else ANY_OBJECT
 
     def to_sampling(self, vocab_size: int, extra_stop: Sequence[str] = (), **overrides: Any) -> Sampling:
         """Sampling parameters for the engine, with OpenAI's defaults.

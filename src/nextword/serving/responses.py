@@ -75,7 +75,7 @@ class SequenceState:
             APIError: The sequence ended with an error.
         """
         if event.finish_reason == "error":
-            raise APIError(500, event.error or "the engine failed")
+            raise APIError(400 if event.is_usage_error else 500, event.error or "the engine failed")
         entries: list[LogprobEntry] = []
         if event.prompt_logprobs is not None:
             for token_id, token_logprob in zip(self.prompt, event.prompt_logprobs, strict=True):

@@ -1,7 +1,6 @@
 """The served model: loading, validation of requests against it, embeddings and classification."""
 
 import asyncio
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from nextword.common.console import Console
 from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
 from nextword.common.format import format_bytes
 from nextword.data.issues import IssueLog
-from nextword.inference.constrained import ConstraintCompiler, JSONConstraint
+from nextword.inference.constrained import PARSER_LIMITS, ConstraintCompiler, JSONConstraint, error_summary
 from nextword.inference.engine import Engine
 from nextword.inference.model_runner import build_runner
 from nextword.inference.quantization import Precision
@@ -26,12 +25,13 @@ from nextword.pipeline.language_model import LanguageModel, load, load_task_spec
 from nextword.pipeline.predictor import Predictor
 from nextword.serving.chat_templates import ChatEncoder, make_chat_encoder
 from nextword.serving.engine_worker import EngineWorker, Metrics
-from nextword.serving.protocol import MAX_SCHEMA_CHARS, APIError, invalid_field
+from nextword.serving.limited_process import LimitedProcess
+from nextword.serving.protocol import ANY_OBJECT, APIError, invalid_field
 from nextword.tasks.dataset import HEAD_KINDS, TaskSpec
 from nextword.tasks.examples import example_from_texts
 
 MAX_INLINE_ENCODE_CHARS = 4096  # longer texts are tokenized in a thread, to keep the event loop responsive
-SCHEMA_TIMEOUT = 5.0  # seconds for compiling a JSON schema
+MAX_CACHED_SCHEMAS = 16
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,9 @@ class Service:
         self.worker = worker = EngineWorker(self.load_engine, config.queue, self.metrics)
         self.tokenizer_executor = ThreadPoolExecutor(1, "encode")
         self.schema_executor = ThreadPoolExecutor(1, "schemas")
+        self.schema_process = LimitedProcess()
         self.constraint_compiler: ConstraintCompiler | None = None
+        self.constraints: dict[str, JSONConstraint] = {}  # by grammar; the least recently used first
         self.created = int(self.model_dir.stat().st_mtime)
         self.is_loaded = False
         self.task_spec: TaskSpec | None = None
@@ -257,30 +259,36 @@ class Service:
         """Compile a JSON schema into `count` decoding constraints.
 
         Raises:
-            APIError: The schema is not supported, too large, or takes too long to compile.
+            APIError: The schema is not supported, or takes too much memory or time to compile.
         """
         if schema is None:
             return [None] * count
-        param = "response_format"
+        loop = asyncio.get_running_loop()
 
-        def compile_schema() -> JSONConstraint:
-            if len(json.dumps(schema)) > MAX_SCHEMA_CHARS:
-                raise UsageError(f"the schema has more than {MAX_SCHEMA_CHARS:,} characters")
+        def make_grammar() -> str:
             self.constraint_compiler = self.constraint_compiler or ConstraintCompiler(
                 self.model.tokenizer, self.chat_encoder.stop_token_ids
             )
-            return self.constraint_compiler.compile_json_schema(schema)
+            return self.constraint_compiler.build_grammar(schema)
 
         try:
-            compilation = asyncio.get_running_loop().run_in_executor(self.schema_executor, compile_schema)
-            constraint = await asyncio.wait_for(compilation, SCHEMA_TIMEOUT)
-        except TimeoutError as error:
-            raise invalid_field(param, f"compiling the schema took more than {SCHEMA_TIMEOUT:.0f} s") from error
-        except RecursionError as error:
-            raise invalid_field(param, "the schema is nested too deeply") from error
+            grammar = await loop.run_in_executor(self.schema_executor, make_grammar)
+            constraint = self.constraints.pop(grammar, None)
+            if constraint is None:
+                assert self.constraint_compiler is not None
+                if schema != ANY_OBJECT:  # which is never refused because others' schemas are slow
+                    answer = await self.schema_process.call(grammar=grammar, limits=PARSER_LIMITS)
+                    if answer is None:
+                        raise UsageError("compiling the schema takes too much time or memory: use simpler patterns")
+                    if "error" in answer:
+                        raise UsageError(f"unsupported JSON schema: {error_summary(answer['error'])}")
+                constraint = await loop.run_in_executor(self.schema_executor, self.constraint_compiler.compile, grammar)
+            self.constraints[grammar] = constraint
+            while len(self.constraints) > MAX_CACHED_SCHEMAS:
+                del self.constraints[next(iter(self.constraints))]
         except (UsageError, MissingDependencyError) as error:
-            raise invalid_field(param, str(error)) from error
-        return [constraint, *(constraint.copy() for _ in range(count - 1))]
+            raise invalid_field("response_format", str(error)) from error
+        return [constraint.copy() for _ in range(count)]
 
     async def embed(self, ids: list[int]) -> list[float]:
         """L2-normalized mean of the final hidden states [D] of token ids [T]."""
@@ -317,7 +325,8 @@ class Service:
         return answer
 
     async def close(self) -> None:
-        """End the helper threads and the process that renders chat templates."""
+        """End the helper threads and processes."""
+        await self.schema_process.close()
         if self.is_loaded:
             await self.chat_encoder.close()
         self.tokenizer_executor.shutdown(wait=False, cancel_futures=True)

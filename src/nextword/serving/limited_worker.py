@@ -1,8 +1,8 @@
-"""Renders untrusted chat templates in a separate process, run as a script.
+"""Untrusted work in a separate process, run as a script: renders chat templates, and compiles grammars.
 
-Jinja's sandbox blocks attribute access, but not excessive memory ('a' * 10**9) or time: operating system limits end this
-process instead. It reads one JSON request per line and writes one JSON response per line, {"text": …} or {"error": …}. It
-imports nothing from nextword, and ends with its parent.
+Jinja's sandbox blocks attribute access, but not excessive memory ('a' * 10**9) or time, and a grammar's regular expressions
+can take any amount of both: operating system limits end this process instead. It reads one JSON request per line and writes one
+JSON response per line, {"text": …} or {"error": …}. It imports nothing from nextword, and ends with its parent.
 """
 
 import json
@@ -16,7 +16,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-RENDER_TIMEOUT = 2.0  # seconds
+CPU_TIMEOUT = 2.0  # seconds of one request
 MAX_MEMORY_BYTES = 256 * 2**20  # address space
 MAX_OUTPUT_CHARS = 2**21
 
@@ -71,11 +71,40 @@ def render_template(request: dict[str, Any]) -> dict[str, str]:
     return {"text": text}
 
 
+class ByteTokenizer:
+    """A tokenizer with a token for each byte, in llguidance's interface."""
+
+    eos_token_id, bos_token_id, special_token_ids = 256, None, (256,)
+    tokens = (*(bytes([i]) for i in range(256)), b"<eos>")
+
+    def __call__(self, text: bytes) -> list[int]:
+        """The bytes of a text."""
+        return list(text)
+
+
+def compile_grammar(request: dict[str, Any]) -> dict[str, str]:
+    """Compile a grammar of llguidance, whose cost depends on the grammar rather than on the tokenizer.
+
+    Args:
+        request: `grammar`, and the `limits` of the parser.
+
+    Returns:
+        An empty `text`, or the `error`.
+    """
+    import llguidance
+
+    wrapper, slices = llguidance.TokenizerWrapper(ByteTokenizer()), llguidance.LLTokenizer.json_slices()
+    tokenizer = llguidance.LLTokenizer(wrapper, slices=slices)
+    limits = llguidance.LLParserLimits(**request["limits"])
+    matcher = llguidance.LLMatcher(tokenizer, request["grammar"], log_level=0, limits=limits)
+    return {"error": matcher.get_error()} if matcher.is_error() else {"text": ""}
+
+
 def set_timeout(seconds: float) -> None:
-    """End this process after `seconds`; 0 cancels the timer. On systems without interval timers only the parent's timeout
-    applies."""
+    """End this process after `seconds` of CPU time; 0 cancels the timer. On systems without interval timers only the parent's
+    timeout applies."""
     if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def main() -> None:
@@ -87,8 +116,8 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for line in sys.stdin:
         request = json.loads(line)
-        set_timeout(request.get("seconds", RENDER_TIMEOUT))
-        answer = json.dumps(render_template(request))
+        set_timeout(request.get("seconds", CPU_TIMEOUT))
+        answer = json.dumps((compile_grammar if "grammar" in request else render_template)(request))
         set_timeout(0)
         print(answer, flush=True)
 
