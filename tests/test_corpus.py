@@ -9,8 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models
+from tokenizers.processors import TemplateProcessing
 
 from needs import DATA
+from nextword.common.console import Console
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.fs import MANIFEST, read_jsonl, read_manifest, verify_tree
 from nextword.data import corpus as corpus_module
@@ -19,6 +23,10 @@ from nextword.data.corpus import Corpus
 from nextword.data.prepare import prepare
 from nextword.data.scan import CorpusScan
 from nextword.data.tokenizer import Tokenizer
+from nextword.model.config import build_config
+from nextword.model.gpt import GPT
+from nextword.pipeline.evaluators import save_model_dir
+from nextword.pipeline.language_model import LanguageModel, load
 
 
 def article(i, length=40):
@@ -358,3 +366,80 @@ def test_progress_reaches_the_end_of_each_stage(articles, tmp_path):
     complete = [update for update in updates if update[1] == total]
     assert complete == [(stage, total, total) for stage in ("reading", "tokenizer", "encoding")]
     assert all(done <= total for _, done, total in updates)
+
+
+# ---------------------------------------------------------------- what a tokenizer cannot represent, and begin tokens
+
+
+def latin_tokenizer(folder, begin: str | None = None) -> Path:
+    """A tokenizer of lower-case Latin letters, which drops every other character but the space."""
+    vocabulary = {token: id for id, token in enumerate(["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz "])}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens(["<s>", "</s>"])
+    if begin:
+        id = vocabulary[begin]
+        backend.post_processor = TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, id)])
+    folder.mkdir(exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "</s>", **({"bos_token": begin} if begin else {})}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("num_documents", [4, 40])
+def test_bytes_that_the_tokenizer_cannot_represent_are_counted_and_never_claimed(num_documents, tmp_path, capsys):
+    texts = {f"{i}.txt": f"{'ж' * i}\n" + "abc " * 9 + "é" for i in range(num_documents)}
+    folder, tokenizer = write(tmp_path / "in", texts), latin_tokenizer(tmp_path / "tokenizer")
+    corpus = prepare([folder], tmp_path / "out", tokenizer=tokenizer)
+    lost = sum(2 * i + 1 + 2 for i in range(num_documents))
+    sizes = [(split.bytes, split.unknown, split.seen_bytes) for split in (corpus.train, corpus.validation)]
+    assert [sum(column) for column in zip(*sizes, strict=True)] == [lost + 36 * num_documents, lost, 36 * num_documents]
+    assert f"{lost:,} of {lost + 36 * num_documents:,} bytes" in corpus.lost_text
+    model = tiny_model(corpus.tokenizer, tmp_path / "model")
+    tokens, num_bytes = model.read_tokens(folder, None, Console())
+    assert num_bytes == 36 * num_documents == len(tokens) - num_documents
+    assert f"{lost:,} of" in capsys.readouterr().err
+    with pytest.raises(NextwordError, match="are lost"):
+        prepare([folder], tmp_path / "strict", tokenizer=tokenizer, strict=True)
+
+
+def test_a_text_of_which_nothing_can_be_represented_is_refused(tmp_path):
+    folder = write(tmp_path / "in", {f"{i}.txt": "Ж" * (50 + i) for i in range(30)})
+    tokenizer = latin_tokenizer(tmp_path / "tokenizer")
+    with pytest.raises(NextwordError, match=r"\(100\.0%\) are lost"):
+        prepare([folder], tmp_path / "out", tokenizer=tokenizer)
+    with pytest.raises(NextwordError, match=r"\(100\.0%\) are lost"):
+        tiny_model(Tokenizer.open(tokenizer), tmp_path / "model").read_tokens(folder, None, Console())
+
+
+def tiny_model(tokenizer: Tokenizer, folder: Path) -> LanguageModel:
+    model = GPT(
+        build_config("gpt2", vocab_size=tokenizer.vocab_size, n_layers=1, n_heads=2, d_model=8, context_length=16)
+    )
+    folder.mkdir()
+    save_model_dir(folder, model, tokenizer, {})
+    return load(folder, "cpu")
+
+
+@pytest.mark.parametrize("begin", [None, "<s>", "</s>"])
+def test_every_document_begins_with_the_begin_token(begin, tmp_path):
+    """In training, in evaluation and in generation. One that is the end-of-text token too is not repeated."""
+    texts = [f"{'ab' * i} c" for i in range(1, 31)]
+    folder = write(tmp_path / "in", {f"{i:02}.txt": text for i, text in enumerate(texts)})
+    tokenizer = latin_tokenizer(tmp_path / "tokenizer", begin)
+    corpus = prepare([folder], tmp_path / "out", tokenizer=tokenizer)
+    eos, bos = corpus.tokenizer.eos_id, corpus.tokenizer.bos_id
+    assert (bos is None) == (begin is None)
+    first = [0] if begin == "<s>" else []
+    tokens, num_bytes = tiny_model(corpus.tokenizer, tmp_path / "model").read_tokens(folder, None, Console())
+    expected = [id for text in texts for id in [*first, *corpus.tokenizer.encode(text), eos]]
+    assert tokens.tokens.tolist() == ([eos] if begin == "</s>" else []) + expected
+    assert num_bytes == sum(map(len, texts))
+    assert sorted(all_texts(corpus)) == sorted(texts)
+    for split in ("train", "validation"):
+        ids = corpus.tokens(split).read(0, len(corpus.tokens(split)))
+        starts = np.concatenate([ids[:1], ids[1:][ids[:-1] == eos]])
+        assert ((starts == 0) == (begin == "<s>")).all() and (ids == 0).sum() == (len(starts) if first else 0)
+    parts = [prepare([folder], tmp_path / "parts", tokenizer=tokenizer, shard="1/3")]
+    assert parts[0].fingerprint == corpus.fingerprint

@@ -5,11 +5,12 @@ log-probabilities, penalties and constraints.
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import tokenizers
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
@@ -196,6 +197,30 @@ def test_a_foreign_tokenizer_keeps_spaces_and_characters(monkeypatch: pytest.Mon
     pieces = list(Engine(tiny(tokenizer), tokenizer).stream([prompt], Sampling(max_tokens=len(answer))))
     assert "the" + "".join(pieces) == tokenizer.decode([prompt, *answer])
     assert "\ufffd" not in "".join(pieces[:-1])
+
+
+METASPACE = decoders.Metaspace(prepend_scheme="first")
+WORD_PIECES = decoders.WordPiece()
+
+
+@pytest.mark.parametrize("decoder", [None, METASPACE, WORD_PIECES], ids=["bytes", "metaspace", "word pieces"])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_streamed_text_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch, decoder: Any, data: st.DataObject) -> None:
+    tokenizer = sentencepiece()
+    if decoder is not None:
+        tokenizer.backend.decoder = decoder
+    names = ["<s>", "▁the", "▁cat", "s", "▁"]
+    if decoder is None:  # whole characters, and bytes that are none (which spoil a run of bytes that they stand in)
+        names += ["<0xC3> <0xA9>", "<0xE2> <s> <0x82> <s> <0xAC>", "s <0xFF> s"]
+    vocabulary = tokenizer.backend.get_vocab()
+    drawn = data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=8))
+    prompt = [vocabulary[name] for name in data.draw(st.sampled_from([["<s>"], ["▁the"], ["<s>", "s", "<s>"]]))]
+    answer = [vocabulary[name] for name in " ".join(drawn).split()]
+    feed = iter(answer)
+    monkeypatch.setattr("nextword.inference.engine.sample", lambda *_: next(feed))
+    pieces = list(Engine(tiny(tokenizer), tokenizer).stream(prompt, Sampling(max_tokens=len(answer))))
+    assert tokenizer.decode(prompt) + "".join(pieces) == tokenizer.decode([*prompt, *answer])
 
 
 # ---------------------------------------------------------------- beginning and end of a text
@@ -458,13 +483,14 @@ def test_requests_with_a_common_prefix_wait_for_its_prefill(tokenizer: Tokenizer
 @torch.inference_mode()
 def table(model: GPT, tokenizer: Tokenizer, ids: list[int], logits: bool = False) -> torch.Tensor:
     """log P of each next token [T, V], or the logits."""
-    found = model.unembed(model(torch.tensor([ids])))[0, :, : tokenizer.vocab_size].double()
-    return found if logits else found.log_softmax(-1)
+    found = model.unembed(model(torch.tensor([ids])))[0].double()
+    return (found if logits else found.log_softmax(-1))[:, : tokenizer.vocab_size]
 
 
-def test_logprobs_equal_the_model_distribution(tokenizer: Tokenizer) -> None:
-    """Whatever penalties, biases and filters did before the token was drawn."""
-    model = tiny(tokenizer, context_length=64)
+@pytest.mark.parametrize("padding", [0, 1, 100])
+def test_logprobs_equal_the_model_distribution(tokenizer: Tokenizer, padding: int) -> None:
+    """Whatever penalties, biases and filters did before the token was drawn, and with a padded embedding."""
+    model = tiny(tokenizer, context_length=64, vocab_size=tokenizer.vocab_size + padding)
     ids = tokenizer.encode("The house")
     bias = {tokenizer.eos_id: -100.0, 50: 3.0}
     sampling = Sampling(0.7, 20, 0.9, seed=1, max_tokens=8, logprobs=4, prompt_logprobs=2, logit_bias=bias)

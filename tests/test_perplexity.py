@@ -167,3 +167,26 @@ def test_a_trained_model_uses_its_context() -> None:
 
     assert fall(use.original) > 0.2
     assert fall(use.original) > fall(use.shuffled) + 0.2
+
+
+# ---------------------------------------------------------------- the token that begins a document
+
+
+@pytest.mark.parametrize("stride", [None, 4, CONTEXT - 1])
+@pytest.mark.parametrize("documents", [[30], [1, 1, 40], [7, 0, 16, 15, 3]])
+def test_a_begin_token_is_context_and_never_predicted(documents: list[int], stride: int | None) -> None:
+    model, bos = tiny(), VOCABULARY - 1
+    ids = np.concatenate([[bos, *np.random.default_rng(i).integers(0, bos, n)] for i, n in enumerate(documents)])
+    row = Row(ids)
+    nll = np.zeros(len(row) - 1)
+    every = evaluate_perplexity(model, row, 100, stride=stride, token_nll_out=nll)
+    result = evaluate_perplexity(model, row, 100, stride=stride, bos_id=bos)
+    is_counted = ids[1:] != bos
+    assert result.tokens == is_counted.sum() == sum(documents) and result.bytes == every.bytes == 100
+    assert result.loss == pytest.approx(nll[is_counted].mean())
+    assert result.bits_per_byte == pytest.approx(nll[is_counted].sum() / math.log(2) / 100)
+
+
+def test_a_text_of_begin_tokens_only_is_refused() -> None:
+    with pytest.raises(UsageError, match="too short"):
+        evaluate_perplexity(tiny(), Row(np.array([3, 3, 3])), 1, bos_id=3)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from nextword.data.corpus import Corpus
 from nextword.data.dataset import IGNORE_INDEX, segment_positions
 from nextword.data.issues import IssueLog
-from nextword.data.tokenizer import DELIMITER_TOKEN, EXTRACT_TOKEN, START_TOKEN
+from nextword.data.readers import map_strings
+from nextword.data.tokenizer import DELIMITER_TOKEN, EXTRACT_TOKEN, START_TOKEN, train_char
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
 from nextword.tasks.dataset import (
@@ -222,3 +223,23 @@ def test_a_micro_batch_never_splits_an_example(choices, size):
         assert len(part.row_ids) <= size or len(several) == 1
         assert several.sum() == len(part.row_ids) and len(part.labels.targets) == len(several)
         assert part.labels.example_ids.tolist() == sorted(part.labels.example_ids.tolist())
+
+
+def test_text_that_the_tokenizer_cannot_represent_is_reported_with_file_and_line():
+    tokenizer = train_char(["abcdef"])
+    fields = {
+        "classify": {"text": "ab{}", "label": "no"},
+        "entail": {"premise": "a", "hypothesis": "b{}", "label": "no"},
+        "choose": {"question": "a", "choices": ["b", "{}"], "answer": 0},
+        "rewrite": {"prompt": "a", "completion": "{}b"},
+        "chat": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a{}"}]},
+        "prefer": {"messages": [{"role": "user", "content": "a{}"}], "chosen": "a", "rejected": "b"},
+    }
+    for text, expected in (("c", 0), ("жé", 1)):
+        for task, values in fields.items():
+            filled = map_strings(values, lambda value, text=text: value.replace("{}", text))
+            values = {name: tuple(v) if isinstance(v, list) else v for name, v in filled.items()}
+            issues = IssueLog()
+            encoder(tokenizer, task).encode(example(**values), issues)
+            assert issues.total == expected, (task, issues.issues)
+            assert all("data.csv line 7" in str(issue) and "'жé" in str(issue) for issue in issues.issues)

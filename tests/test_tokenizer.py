@@ -341,6 +341,73 @@ def test_a_foreign_tokenizer_keeps_its_configuration(tmp_path):
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["x"] == 1
 
 
+KNOWN = "<ab é▁"
+BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+def spelling(name: str) -> Tokenizer:
+    """A tokenizer that knows the characters of `KNOWN`, a token each, and handles others by its own rule."""
+    vocabulary = {token: id for id, token in enumerate(["<unk>", "</s>", *KNOWN])}
+    unigram = [("<unk>", 0.0), ("</s>", 0.0), *((c, -1.0) for c in KNOWN)]
+    bytes_and_end = {token: id for id, token in enumerate(["</s>", *BYTE_CHARS])}
+    model = {
+        "word pieces": lambda: models.WordPiece(
+            vocabulary | {f"##{c}": 20 + i for i, c in enumerate(KNOWN)}, unk_token="<unk>"
+        ),
+        "a unigram model": lambda: models.Unigram(unigram, unk_id=0, byte_fallback=False),
+        "unknown tokens": lambda: models.BPE(vocabulary, [], unk_token="<unk>", fuse_unk=True),
+        "characters": lambda: models.WordLevel(vocabulary, unk_token="<unk>"),
+    }.get(name, lambda: models.BPE(bytes_and_end if name.startswith("bytes") else vocabulary, []))()
+    backend = tokenizers.Tokenizer(model)
+    if name.startswith("bytes"):
+        split = pre_tokenizers.Split(
+            tokenizers.Regex("[^a-zé ]"), "removed" if name == "bytes, some removed" else "isolated"
+        )
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, BYTE_LEVEL])
+        backend.decoder = decoders.ByteLevel()
+    elif name == "spaces dropped":
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    backend.add_special_tokens(["</s>"])
+    return Tokenizer(backend, {"eos_token": "</s>"})
+
+
+def expected_loss(name: str, text: str) -> str:
+    if name == "bytes":
+        return ""
+    known = set("abcdefghijklmnopqrstuvwxyzé " if name == "bytes, some removed" else KNOWN)
+    is_known = [c in known and not (name == "spaces dropped" and c == " ") for c in text]
+    # A decoder puts the space before a word back; a character tokenizer has none to put back.
+    before_known = [
+        c == " " and known and name != "characters" for c, known in zip(text, [*is_known, False][1:], strict=True)
+    ]
+    kept = [a or b for a, b in zip(is_known, before_known, strict=True)]
+    return "".join(c for c, keep in zip(text, kept, strict=True) if not keep)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dropped", "unknown tokens", "a unigram model", "word pieces", "characters", "spaces dropped", "bytes",
+        "bytes, some removed",
+    ],
+)  # fmt: skip
+@settings(max_examples=60)
+@given(texts=st.lists(st.text("ab é<\nxжз😀0 ", max_size=12), max_size=4))
+def test_lost_text_is_what_no_token_stands_for(name, texts):
+    tokenizer = SPELLINGS.setdefault(name, spelling(name))
+    assert tokenizer.lost_text(texts) == [expected_loss(name, text) for text in texts]
+
+
+SPELLINGS: dict[str, Tokenizer] = {}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_our_own_bytes_lose_nothing(bpe, script):
+    assert bpe.lost_text([SCRIPTS[script], "\ud800"]) == ["", ""]
+
+
 def test_the_bos_token_of_a_stock_file_is_detected(tmp_path):
     backend = train_bpe(["abc"], 300).backend
     backend.add_special_tokens([AddedToken("<s>", special=True)])

@@ -305,7 +305,7 @@ def format_corpus(corpus: "Corpus") -> str:
     return (
         f"{corpus.documents:,} documents ({corpus.duplicates:,} duplicates removed) · "
         f"{corpus.train.tokens:,} training tokens · {corpus.validation.tokens:,} validation tokens · "
-        f"vocabulary {corpus.tokenizer.vocab_size:,}"
+        f"vocabulary {corpus.tokenizer.vocab_size:,}" + (f"\n{corpus.lost_text}" if corpus.lost_text else "")
     )
 
 

@@ -82,7 +82,7 @@ def encode_conversation(
             "the tokenizer lacks the special tokens of a conversation: "
             "add them by with_special_tokens(CHAT_SPECIAL_TOKENS)"
         )
-    ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = list(tokenizer.bos_ids)
     loss_mask = [False] * len(ids)
     for number, message in enumerate(messages, start=1):
         role, content = message.get("role"), message.get("content")

@@ -20,7 +20,7 @@ import numpy as np
 from nextword.common.errors import CorruptFileError, NextwordError
 from nextword.common.fs import MANIFEST, map_disk_errors, read_manifest, verify_manifest
 from nextword.data.dataset import TokenArray
-from nextword.data.tokenizer import Tokenizer
+from nextword.data.tokenizer import Tokenizer, lost_text_message
 
 FORMAT_VERSION = 1  # a corpus of another version is prepared again
 
@@ -55,7 +55,7 @@ class SplitStats:
         tokens: the number of tokens, the end-of-text tokens included.
         bytes: the length of its text in UTF-8.
         characters: the length of its text.
-        unknown: the number of unknown tokens.
+        unknown: the bytes of its text that the tokenizer cannot represent.
     """
 
     documents: int = 0
@@ -63,6 +63,11 @@ class SplitStats:
     bytes: int = 0
     characters: int = 0
     unknown: int = 0
+
+    @property
+    def seen_bytes(self) -> int:
+        """The bytes that the tokens stand for."""
+        return self.bytes - self.unknown
 
 
 class ShardedTokens:
@@ -149,6 +154,12 @@ class Corpus:
             return cls(path, manifest)
         except (KeyError, TypeError, AttributeError) as error:
             raise CorruptFileError(f"{path / MANIFEST}: not the manifest of a prepared corpus ({error!r})") from error
+
+    @property
+    def lost_text(self) -> str:
+        """How much of the text its tokenizer cannot represent, for the user; "" if nothing."""
+        splits = (self.train, self.validation)
+        return lost_text_message(sum(split.unknown for split in splits), sum(split.bytes for split in splits))
 
     def tokens(self, split: Split) -> ShardedTokens:
         """The tokens of a split. Each document is followed by the end-of-text token."""
@@ -238,22 +249,28 @@ def write_shards(items: Iterable[SplitText], tokenizer: Tokenizer, directory: Pa
     }
     stats: dict[Split, SplitStats] = {split: SplitStats() for split in SPLITS}
     eos = np.array([tokenizer.eos_id])
+    # A begin token that is the end-of-text token stands between the documents already.
+    begin = np.array([id for id in tokenizer.bos_ids if id != tokenizer.eos_id], dtype=np.int64)
+    begins_document = dict.fromkeys(SPLITS, True)
     batch: list[SplitText] = []
 
     def write_batch() -> None:
-        encoded = iter(tokenizer.encode_batch([text for _, text in batch if isinstance(text, str)]))
+        texts = [text for _, text in batch if isinstance(text, str)]
+        encoded = zip(tokenizer.encode_batch(texts), tokenizer.lost_text(texts), strict=True)
         tokens: dict[Split, list[TokenArray]] = {split: [eos[:0]] for split in SPLITS}
         documents: list[tuple[int, int, int]] = []
         for split, text in batch:
             size = stats[split]
             is_text = isinstance(text, str)
-            ids = next(encoded) if is_text else eos
+            ids, lost = next(encoded) if is_text else (eos, "")
+            ids = np.concatenate([begin, ids]) if begins_document[split] and len(begin) else ids
+            begins_document[split] = not is_text
             size.tokens += len(ids)
             tokens[split].append(ids)
             if is_text:
                 size.bytes += len(text.encode())
                 size.characters += len(text)
-                size.unknown += 0 if tokenizer.unk_id is None else int(np.count_nonzero(ids == tokenizer.unk_id))
+                size.unknown += len(lost.encode())
             else:
                 size.documents += 1
                 if split == "train":

@@ -56,6 +56,7 @@ from nextword.data.tokenizer import (
     Tokenizer,
     check_vocab_size,
     hash_sample,
+    lost_text_message,
     sample_key,
     train_bpe_from_sample,
     train_char,
@@ -442,8 +443,9 @@ class PreparationJob:
         }
         if not all(split_stats["tokens"] for split_stats in stats.values()):
             raise NextwordError("there is too little text to hold some of it out for validation; add more")
-        if unknown := sum(split_stats["unknown"] for split_stats in stats.values()):
-            self.log(f"{unknown:,} characters are not in the tokenizer's vocabulary; each became its unknown token")
+        lost, size = (sum(split_stats[name] for split_stats in stats.values()) for name in ("unknown", "bytes"))
+        if lost == size or (lost and self.issues.strict and self.tokenizer is not None):
+            raise NextwordError(lost_text_message(lost, size))
         tokenizer.save(directory)
         if len(parts) == 1:  # moved, not copied: the disk may not have room for both
             for path in parts[0].iterdir():

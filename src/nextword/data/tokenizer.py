@@ -85,6 +85,7 @@ class Tokenizer:
         eos_id: the id of the end-of-text token, which follows every document.
         pad_id, unk_id: ids, or None if the tokenizer has none.
         bos_id: the id that the tokenizer itself puts before a text, or None.
+        bos_ids: the same as a sequence of one id or none, to be put before the ids of every text that begins a document.
         eos_ids: the ids at which generation stops: the end of a text, the end of a turn, those of
             `generation_config.json`.
         special_tokens: the ids of all special tokens by name. No text is encoded as one of them.
@@ -101,6 +102,7 @@ class Tokenizer:
         # An empty text would not do: its first token may be the one that follows a text.
         bos_token, first_id = self._token_for_role("bos_token"), next(iter(backend.encode("a").ids), None)
         self.bos_id = first_id if bos_token is not None and vocabulary[bos_token] == first_id else None
+        self.bos_ids = () if self.bos_id is None else (self.bos_id,)
         backend.encode_special_tokens = True  # encodes special tokens in text as text; the file does not store it
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if self.vocab_size > 2 * len(vocabulary) + MAX_ID_GAPS:  # a table of this size is allocated
@@ -111,10 +113,11 @@ class Tokenizer:
                 "no end-of-text token is known, so documents cannot be separated: "
                 'name one of the vocabulary in tokenizer_config.json, as in {"eos_token": "</s>"}'
             )
-        pad_token, unk_token = self._token_for_role("pad_token"), self._token_for_role("unk_token")
+        pad_token = self._token_for_role("pad_token")
+        unk_token = self._token_for_role("unk_token") or _unknown_token(backend)
         self.eos_id = vocabulary[eos_token]
         self.pad_id = None if pad_token is None else vocabulary[pad_token]
-        self.unk_id = None if unk_token is None else vocabulary[unk_token]
+        self.unk_id = None if unk_token is None else vocabulary.get(unk_token)
         added = backend.get_added_tokens_decoder()
         self.special_tokens = {t.content: id for id, t in added.items() if t.special and id != self.unk_id}
         self.special_tokens[eos_token] = self.eos_id
@@ -122,6 +125,7 @@ class Tokenizer:
         end_of_turn_id = self.special_tokens.get(END_OF_TURN_TOKEN, self.eos_id)
         self.eos_ids = frozenset({self.eos_id, end_of_turn_id, *eos_ids})
         self.kind, self._bytes_by_id = _detect_kind_and_bytes(backend, vocabulary)
+        self._keeps_characters = self.kind != "foreign" and _keeps_all_characters(backend, self.kind)
 
     def _token_for_role(self, role: str) -> str | None:
         """The token that the configuration gives a role, if the vocabulary has it."""
@@ -216,6 +220,39 @@ class Tokenizer:
             np.array(self._avoid_special_ids(text, encoding.ids), dtype=np.uint32)
             for text, encoding in zip(texts, encodings, strict=True)
         ]
+
+    def lost_text(self, texts: Sequence[str]) -> list[str]:
+        """The characters of each text that are dropped when it is encoded, or become part of an unknown token.
+
+        A space before a token counts with the token, since decoders put it back.
+        """
+        if self._keeps_characters:
+            known = None if self.kind == "bpe" else self._vocabulary.keys()
+            return ["" if known is None or known >= set(t) else "".join(c for c in t if c not in known) for t in texts]
+        encodings = self._aligned_backend.encode_batch([replace_surrogates(t) for t in texts], add_special_tokens=False)
+        return [self._uncovered_text(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+
+    @functools.cached_property
+    def _aligned_backend(self) -> tokenizers.Tokenizer:
+        """The backend, with an unknown token: behind a character that a BPE without one drops, offsets are wrong."""
+        if not isinstance(self.backend.model, models.BPE) or self.backend.model.unk_token is not None:
+            return self.backend
+        content = json.loads(self.backend.to_str())
+        content["model"]["unk_token"] = name = f"<dropped {self.vocab_size}>"
+        content["model"]["vocab"][name] = self.vocab_size
+        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+        backend.encode_special_tokens = True
+        return backend
+
+    def _uncovered_text(self, text: str, encoding: tokenizers.Encoding) -> str:
+        unknown = (self.unk_id, self.vocab_size)
+        borders = np.zeros(len(text) + 1, dtype=np.int64)  # tokens that begin here, less those that end here
+        spans = [span for span, id in zip(encoding.offsets, encoding.ids, strict=True) if id not in unknown]
+        for column, change in zip(np.array(spans, dtype=np.int64).reshape(-1, 2).T, (1, -1), strict=True):
+            np.add.at(borders, column, change)
+        covered = borders.cumsum() > 0
+        uncovered = np.flatnonzero(~covered[:-1]).tolist()
+        return "".join(text[i] for i in uncovered if text[i] != " " or not covered[i + 1])
 
     def _avoid_special_ids(self, text: str, ids: list[int]) -> list[int]:
         """The ids, encoded again in parts if a foreign model (Unigram) has made a special token of text."""
@@ -340,6 +377,34 @@ def _detect_kind_and_bytes(backend: tokenizers.Tokenizer, vocabulary: dict[str, 
         elif not added.get(token, False):
             bytes_by_id[id] = token.encode()
     return "bpe" if is_bpe else "char", bytes_by_id
+
+
+def _unknown_token(backend: tokenizers.Tokenizer) -> str | None:
+    """The token that the model of a `tokenizer.json` has for what it does not know."""
+    if isinstance(backend.model, models.Unigram):  # its state is the model in JSON
+        unk_id = json.loads(backend.model.__getstate__())["unk_id"]
+        return None if unk_id is None else backend.id_to_token(unk_id)
+    return getattr(backend.model, "unk_token", None)
+
+
+def _keeps_all_characters(backend: tokenizers.Tokenizer, kind: str) -> bool:
+    """Whether every character reaches the vocabulary of a byte-level or character tokenizer: no other step may drop it."""
+    steps = b"".join(step.__getstate__() for step in (backend.normalizer, backend.pre_tokenizer) if step is not None)
+    types = set(re.findall(rb'"type":"(\w+)"', steps))
+    splits_characters = rb"[\\s\\S]" in steps
+    return types <= {b"Sequence", b"Split", b"ByteLevel", b"Digits", b"NFC"} and (
+        b'"Removed"' not in steps and (kind == "bpe" or splits_characters)
+    )
+
+
+def lost_text_message(lost_bytes: int, num_bytes: int) -> str:
+    """How much of a text a tokenizer loses, for the user; "" if nothing."""
+    return (
+        f"{lost_bytes:,} of {num_bytes:,} bytes of the text ({lost_bytes / num_bytes:.1%}) are lost: the tokenizer cannot "
+        "represent them, and bits per byte leave them out. The default tokenizer (bpe) represents every text"
+        if lost_bytes
+        else ""
+    )
 
 
 # ---------------------------------------------------------------- training

@@ -316,7 +316,9 @@ def load_eval_text(
         if other.tokenizer.backend.to_str() != model.tokenizer.backend.to_str():
             raise UsageError(f"{other.path}: its tokenizer differs from that of {path}; give a text to compare them on")
     corpus = Corpus.open(run.path / run.metadata()["shards"])
-    source = (corpus.tokens("validation"), corpus.validation.bytes)
+    if corpus.lost_text:
+        console.warn(corpus.lost_text)
+    source = (corpus.tokens("validation"), corpus.validation.seen_bytes)
     return [source] * (1 + len(others)), stride or model.gpt.config.context_length
 
 

@@ -53,8 +53,8 @@ class LMEvalAdapter:
         The first window starts with the prefix token. All others have the maximum length, so that the last one has more context
         than targets.
         """
-        bos_id = self.model.tokenizer.bos_id
-        ids = [self.scorer.prefix_token_id, *([] if bos_id is None else [bos_id]), *self.model.tokenizer.encode(text)]
+        tokenizer = self.model.tokenizer
+        ids = [self.scorer.prefix_token_id, *tokenizer.bos_ids, *tokenizer.encode(text)]
         length = self.model.gpt.config.context_length
         for start in range(1, len(ids), length):
             end = min(start + length, len(ids))
@@ -64,12 +64,11 @@ class LMEvalAdapter:
         """The text generated after each context, up to a stop string."""
         model = self.model
         engine = Engine(model.gpt, model.tokenizer, max_batch=GENERATION_BATCH_SIZE, seed=0, runner=model.runner)
-        bos = [] if model.tokenizer.bos_id is None else [model.tokenizer.bos_id]
         texts: dict[int, str] = {}
         for request in requests:
             sampling = _sampling_from_generation_kwargs(dict(request.args[1]))
             max_prompt_tokens = max(1, model.gpt.config.context_length - sampling.max_tokens)
-            prompt = [*bos, *model.tokenizer.encode(str(request.args[0]))][-max_prompt_tokens:]
+            prompt = [*model.tokenizer.bos_ids, *model.tokenizer.encode(str(request.args[0]))][-max_prompt_tokens:]
             texts[engine.add_request(prompt, sampling)] = ""
         while engine.has_unfinished_requests:
             for event in engine.step():

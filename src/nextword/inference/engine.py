@@ -197,9 +197,8 @@ class Engine:
         Raises:
             UsageError: A token id is out of range.
         """
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if isinstance(prompt, str) and self.tokenizer.bos_id is not None:
-            ids = [self.tokenizer.bos_id, *ids]
+        tokenizer = self.tokenizer
+        ids = [*tokenizer.bos_ids, *tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
         ids = ids or [self.tokenizer.eos_id]
         if not all(0 <= token < self.tokenizer.vocab_size for token in ids):
             raise UsageError(f"a prompt's token ids must be between 0 and {self.tokenizer.vocab_size - 1}")
@@ -300,12 +299,12 @@ class Engine:
 
     def _process_chunk(self, request: _Request, chunk: TokenChunk, logits: Tensor) -> Event | None:
         """Update a request with the logits [1 or len(tokens), V] of its chunk; no event while its prompt is incomplete."""
-        logits = logits[:, : self.tokenizer.vocab_size]  # without padding of the embedding, which is never sampled
         if chunk.all_logits:
             next_tokens = request.tokens[request.window_start + chunk.start + 1 :]
             count = request.sampling.prompt_logprobs or 0
             rows = zip(logits, next_tokens, strict=False)
-            request.prompt_logprobs += [top_logprobs(row, token, count) for row, token in rows]
+            vocab_size = self.tokenizer.vocab_size
+            request.prompt_logprobs += [top_logprobs(row, token, count, vocab_size) for row, token in rows]
         request.num_cached_tokens += len(chunk.tokens)
         return None if request.uncached_tokens else self._sample_next_token(request, logits[-1])
 
@@ -318,12 +317,14 @@ class Engine:
             return Event(request.request_id, "", None, "length", prompt_logprobs=prompt_logprobs)
         try:
             allowed_mask = None if constraint is None else constraint.allowed_mask()
-            token = sample(logits, sampling, request.tokens, request.generated, request.generator, allowed_mask)
+            drawn_from = logits[: self.tokenizer.vocab_size]  # padding of the embedding is never sampled
+            token = sample(drawn_from, sampling, request.tokens, request.generated, request.generator, allowed_mask)
         except NextwordError as error:
             self._release_slot(request, keep_cache=False)
             is_usage_error = isinstance(error, UsageError)
             return Event(request.request_id, "", None, "error", str(error), is_usage_error=is_usage_error)
-        token_logprob = None if sampling.logprobs is None else top_logprobs(logits, token, sampling.logprobs)
+        count = sampling.logprobs
+        token_logprob = None if count is None else top_logprobs(logits, token, count, self.tokenizer.vocab_size)
         if constraint is not None:
             constraint.accept_token(token)
         is_eos = token in self.eos_ids
@@ -347,7 +348,8 @@ class Engine:
             if text.endswith("\ufffd") and not is_last:
                 return b""
             data = text[len(prefix_text) :].encode()
-            request.prefix_offset = request.read_offset
+            if self.tokenizer.decode(request.tokens[request.read_offset :]):  # special tokens alone are no context
+                request.prefix_offset = request.read_offset
         request.read_offset = len(request.tokens)
         return data
 

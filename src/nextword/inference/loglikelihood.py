@@ -105,7 +105,7 @@ class LoglikelihoodScorer:
         stripped = [(context.rstrip(), context[len(context.rstrip()) :] + rest) for context, rest in pairs]
         distinct = list(dict.fromkeys(text for context, rest in stripped for text in (context, context + rest)))
         ids = dict(zip(distinct, (array.tolist() for array in self.tokenizer.encode_batch(distinct)), strict=True))
-        begin = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        begin = self.tokenizer.bos_ids
         sequences: list[ScoredSequence] = []
         for context, rest in stripped:
             context_ids, all_ids = [*begin, *ids[context]], [*begin, *ids[context + rest]]

@@ -82,6 +82,7 @@ def evaluate_perplexity(
     tokens: TokenSource,
     num_bytes: int,
     *,
+    bos_id: int | None = None,
     stride: int | None = None,
     batch_size: int | None = None,
     max_windows: int | None = None,
@@ -99,6 +100,7 @@ def evaluate_perplexity(
         model: The model.
         tokens: The text.
         num_bytes: Bytes of text that the tokens stand for.
+        bos_id: The token that begins a document: it is given, so that predicting it does not count. Default: none.
         stride: Tokens between the starts of two windows. Default: the context length. With a smaller stride, each token
             after the first window has at least context_length − stride tokens of context.
         batch_size: Windows of a forward pass. Default: about 8,192 tokens.
@@ -135,17 +137,19 @@ def evaluate_perplexity(
         padding_batches = int(dist_context.all_reduce_max([len(batches)])[0]) - len(batches)
     sums = torch.zeros(context_length, dtype=torch.float64)
     counts = torch.zeros(context_length, dtype=torch.int64)
-    moments = torch.zeros(4, dtype=torch.float64)  # of the evaluated windows: 1, nats², nats × tokens, tokens²
+    moments = torch.zeros(5, dtype=torch.float64)  # of the windows: 1, nats², nats × tokens, tokens², tokens read
     num_done, stopped = 0, False
     with evaluation_mode(model, inference_mode=not collective):
         for batch in batches:
-            nll = compute_token_nll(model, _read_windows(tokens, batch, context_length, stride))  # [B, T]
+            rows = _read_windows(tokens, batch, context_length, stride)
+            is_counted = torch.as_tensor(rows[:, 1:] != (-1 if bos_id is None else bos_id))
+            nll = compute_token_nll(model, rows) * is_counted  # [B, T]
             new = slice(context_length - stride if batch[0] else 0, nll.shape[1])
             sums[new] += nll[:, new].sum(0)
-            counts[new] += nll.shape[0]
-            window_nats, window_tokens = nll[:, new].sum(1), nll[:, new].shape[1]
-            squares = window_nats.square().sum(), window_nats.sum() * window_tokens, len(nll) * window_tokens**2
-            moments += torch.tensor([len(nll), *map(float, squares)], dtype=torch.float64)
+            counts[new] += is_counted[:, new].sum(0)
+            nats, num_counted = nll[:, new].sum(1), is_counted[:, new].sum(1).double()
+            squares = nats.square().sum(), (nats * num_counted).sum(), num_counted.square().sum()
+            moments += torch.tensor([len(nll), *map(float, squares), nll[:, new].numel()], dtype=torch.float64)
             if token_nll_out is not None:
                 for window, row in zip(batch, nll[:, new].numpy(), strict=True):
                     token_nll_out[window * stride + new.start : window * stride + new.stop] = row
@@ -163,7 +167,9 @@ def evaluate_perplexity(
     num_tokens, nats = int(counts.sum()), float(sums.sum())
     if not math.isfinite(nats):
         raise NextwordError("the loss is not finite: the model's weights are damaged, or its training diverged")
-    evaluated_bytes = num_bytes * (num_tokens / (len(tokens) - 1))
+    if not num_tokens:
+        raise UsageError("the text is too short to evaluate: it has no token but the one that begins a document")
+    evaluated_bytes = num_bytes * (float(moments[4]) / (len(tokens) - 1))
     return PerplexityResult(
         loss=nats / num_tokens,
         perplexity=math.exp(min(nats / num_tokens, 700.0)),  # exp overflows beyond
@@ -172,7 +178,7 @@ def evaluate_perplexity(
         bytes=round(evaluated_bytes),
         by_position=(sums / counts)[counts > 0].numpy().tolist(),
         stride=stride,
-        margin=_sampling_margin(moments.numpy(), nats / num_tokens, num_tokens, num_windows),
+        margin=_sampling_margin(moments[:4].numpy(), nats / num_tokens, num_tokens, num_windows),
     )
 
 

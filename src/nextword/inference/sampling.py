@@ -76,15 +76,16 @@ class TokenLogprob:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
-def top_logprobs(logits: Tensor, token: int, count: int) -> TokenLogprob:
+def top_logprobs(logits: Tensor, token: int, count: int, vocab_size: int | None = None) -> TokenLogprob:
     """The log-probability of a token and of the `count` most likely ones.
 
     Args:
         logits: The model's logits, [V].
         token: Token id.
         count: Number of tokens.
+        vocab_size: Size of the tokenizer's vocabulary, from which the most likely ones are. Default: all of V.
     """
-    logprobs = logits.double().log_softmax(0)
+    logprobs = logits.double().log_softmax(0)[:vocab_size]
     values, ids = logprobs.topk(min(max(0, count), len(logprobs)))
     return TokenLogprob(
         token, float(logprobs[token]), tuple(zip(ids.numpy().tolist(), values.numpy().tolist(), strict=True))

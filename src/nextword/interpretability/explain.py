@@ -280,8 +280,7 @@ def _prepare_example(
 
 def _encode_plain_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """The tokens of a text after the beginning-of-text token, if there is one; never empty."""
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    return [*begin, *tokenizer.encode(text)] or [tokenizer.eos_id]
+    return [*tokenizer.bos_ids, *tokenizer.encode(text)] or [tokenizer.eos_id]
 
 
 def has_lm_head(model: LanguageModel) -> bool:

@@ -117,7 +117,7 @@ class LanguageModelEvaluator:
         budget is used up.
         """
         dist, budget, is_final = self.run.dist, self.config.budget, max_windows is None
-        context, num_bytes = dist if dist.world_size > 1 else None, self.corpus.validation.bytes
+        context, num_bytes = dist if dist.world_size > 1 else None, self.corpus.validation.seen_bytes
         deadline = math.inf
         if budget is not None and is_final:
             deadline = (
@@ -138,6 +138,7 @@ class LanguageModelEvaluator:
                 model,
                 self.validation,
                 num_bytes,
+                bos_id=self.corpus.tokenizer.bos_id,
                 max_windows=max_windows,
                 dist_context=context,
                 should_stop=is_over if math.isfinite(deadline) else None,
@@ -159,7 +160,7 @@ class LanguageModelEvaluator:
     def loss_to_bits_per_byte(self, loss: float) -> float:
         """Convert nats per token of the training set to bits per byte."""
         train = self.corpus.train
-        return loss / math.log(2) * train.tokens / max(1, train.bytes)
+        return loss / math.log(2) * train.tokens / max(1, train.seen_bytes)
 
     def finalize_seconds(self) -> float:
         """Estimate the time of the final evaluation, at most a tenth of the budget, and of the last files.

@@ -190,9 +190,8 @@ def generate_completions(
 ) -> list[Completion]:
     """The completions of prompts that are texts or token ids. Long prompts are truncated at the start."""
     max_prompt_tokens = max(1, model.gpt.config.context_length - sampling.max_tokens)
-    bos = [] if model.tokenizer.bos_id is None else [model.tokenizer.bos_id]
     token_ids = [model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-    token_ids = [[*bos, *ids][-max_prompt_tokens:] for ids in token_ids]
+    token_ids = [[*model.tokenizer.bos_ids, *ids][-max_prompt_tokens:] for ids in token_ids]
     seed = sampling.seed or 0
     engine = Engine(model.gpt, model.tokenizer, max_batch=GENERATION_BATCH_SIZE, seed=seed, runner=model.runner)
     return generate_in_batches(engine, token_ids, sampling, progress)
@@ -254,5 +253,8 @@ def _bits_per_byte(judge: LanguageModel, prompts: Sequence[str], texts: Sequence
     pairs = [(prompt, text) for prompt, text in zip(prompts, texts, strict=True) if text]
     scores = LoglikelihoodScorer(judge.dequantized, judge.tokenizer).score_pairs([[pair] for pair in pairs])
     bits = [-score.logprob / math.log(2) for [score] in scores]
-    num_bytes = [len(text.encode("utf-8", "replace")) for _, text in pairs]
+    lost = judge.tokenizer.lost_text([text for _, text in pairs])
+    num_bytes = [
+        len(text.encode("utf-8", "replace")) - len(part.encode()) for (_, text), part in zip(pairs, lost, strict=True)
+    ]
     return bootstrap_ratio(np.stack([bits, num_bytes], axis=1), lambda sums: sums[:, 0] / sums[:, 1])

@@ -18,7 +18,7 @@ from nextword.data.builtin_datasets import find_sources
 from nextword.data.corpus import Corpus
 from nextword.data.dataset import InMemoryTokens, TokenSource
 from nextword.data.issues import IssueLog
-from nextword.data.tokenizer import Tokenizer
+from nextword.data.tokenizer import Tokenizer, lost_text_message
 from nextword.inference.engine import Completion, Engine
 from nextword.inference.model_runner import ModelRunner, build_runner, fake_quantize
 from nextword.inference.perplexity import PerplexityResult, evaluate_perplexity
@@ -179,25 +179,35 @@ class LanguageModel:
         return self.evaluate_tokens(tokens, num_bytes, console, stride)
 
     def read_tokens(self, texts: Paths, text_column: str | None, console: Console) -> tuple[InMemoryTokens, int]:
-        """The tokens of texts, concatenated with end-of-text tokens, and the number of bytes.
+        """The tokens of texts, each after the begin token and before the end-of-text token, and the bytes they stand for.
 
         Raises:
-            NextwordError: There is no text.
+            NextwordError: There is no text, or the tokenizer cannot represent any of it.
         """
-        issues = IssueLog()
+        issues, tokenizer = IssueLog(), self.tokenizer
         chunks: list[np.ndarray] = []
-        num_bytes = 0
+        num_bytes = lost_bytes = 0
         for source in find_sources(as_list(texts), issues, text_column):
             for document in source.read(issues):
+                # After another document, an end-of-text token is there already.
+                chunks.append(
+                    np.array([id for id in tokenizer.bos_ids if not chunks or id != tokenizer.eos_id], np.int64)
+                )
                 for piece in document.chunks:
-                    chunks.append(np.asarray(self.tokenizer.encode(piece), dtype=np.int64))
+                    chunks.append(np.asarray(tokenizer.encode(piece), dtype=np.int64))
                     num_bytes += len(piece.encode())
-                chunks.append(np.asarray([self.tokenizer.eos_id], dtype=np.int64))
+                    lost_bytes += len("".join(tokenizer.lost_text([piece])).encode())
+                chunks.append(np.asarray([tokenizer.eos_id], dtype=np.int64))
         for line in issues.summary_lines():
             console.warn(line)
         if not chunks:
             raise NextwordError(f"there is no text in {', '.join(map(str, as_list(texts)))}")
-        return InMemoryTokens(np.concatenate(chunks)), num_bytes
+        if lost_bytes:
+            message = lost_text_message(lost_bytes, num_bytes)
+            if lost_bytes == num_bytes:
+                raise NextwordError(message)
+            console.warn(message)
+        return InMemoryTokens(np.concatenate(chunks)), num_bytes - lost_bytes
 
     def evaluate_tokens(
         self,
@@ -220,6 +230,7 @@ class LanguageModel:
             self.dequantized,
             tokens,
             num_bytes,
+            bos_id=self.tokenizer.bos_id,
             stride=max(1, self.gpt.config.context_length // 2) if stride is None else stride,
             progress=lambda done, total: console.progress("evaluating", done, total),
             token_nll_out=token_nll_out,
@@ -316,7 +327,9 @@ def evaluate_forgetting(base_model: BaseModel, model: GPT) -> dict[str, Any] | N
         return None
     windows = max(1, FORGETTING_TOKENS // model.config.context_length)
     before, after = (
-        evaluate_perplexity(m, validation, corpus.validation.bytes, max_windows=windows).bits_per_byte
+        evaluate_perplexity(
+            m, validation, corpus.validation.seen_bytes, bos_id=corpus.tokenizer.bos_id, max_windows=windows
+        ).bits_per_byte
         for m in (load_model(base_model.directory, model.unembedding.device), model)
     )
     return {"text": str(base_model.pretraining_corpus), "before": before, "after": after, "windows": windows}

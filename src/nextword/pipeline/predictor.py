@@ -211,7 +211,9 @@ class Predictor:
         log_likelihoods = self.log_likelihoods(encoded)
         # Loss and bits per byte of the targets of each example's first sequence.
         target_ids = [example.sequences[0].ids[example.sequences[0].loss_mask].tolist() for example in encoded]
-        num_bytes = sum(len(self.tokenizer.decode_bytes(ids)) for ids in target_ids)
+        # The bytes that the tokens stand for; an unknown token stands for none.
+        known_ids = [[id for id in ids if id != self.tokenizer.unk_id] for ids in target_ids]
+        num_bytes = sum(len(self.tokenizer.decode_bytes(ids)) for ids in known_ids)
         nats = -float(log_likelihoods[:, 0].sum())
         loss, bits_per_byte = nats / max(1, sum(map(len, target_ids))), nats / math.log(2) / max(1, num_bytes)
         predictions: list[Prediction] = []

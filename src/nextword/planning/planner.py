@@ -189,7 +189,7 @@ def plan_corpus(
     difficulty = corpus_difficulty(corpus)
     corpus_stats = CorpusStats(
         tokens=round(scale * corpus.train.tokens),
-        bytes=round(scale * corpus.train.bytes),
+        bytes=round(scale * corpus.train.seen_bytes),
         difficulty=difficulty.bits,
         validation_tokens=round(scale * corpus.validation.tokens),
         uncertainty=difficulty.uncertainty,
@@ -358,7 +358,7 @@ def plan_run(
         total_seconds = recipe.budget or plan.seconds + preparation
         text = {
             "tokens": round(scale * corpus.train.tokens),
-            "bytes": round(scale * corpus.train.bytes),
+            "bytes": round(scale * corpus.train.seen_bytes),
             "documents": round(scale * corpus.documents),
             "vocab_size": corpus.tokenizer.vocab_size,
             "sampled": scale > 1,

@@ -134,10 +134,10 @@ def corpus_difficulty(corpus: Corpus) -> NgramDifficulty:
     """
     order, train, validation = ORDER, corpus.train, corpus.validation
     if corpus.tokenizer.kind == "char":
-        order = max(ORDER, round(9 * train.tokens / max(1, train.bytes)))
+        order = max(ORDER, round(9 * train.tokens / max(1, train.seen_bytes)))
     tokens = corpus.tokens("train"), corpus.tokens("validation")
     per_token = ngram_difficulty(*tokens, corpus.tokenizer.vocab_size, order)
-    return per_token._replace(bits=per_token.bits * validation.tokens / max(1, validation.bytes))
+    return per_token._replace(bits=per_token.bits * validation.tokens / max(1, validation.seen_bytes))
 
 
 def ngram_difficulty(

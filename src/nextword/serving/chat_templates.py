@@ -98,7 +98,7 @@ class PlainChatEncoder(ChatEncoder):
         names = {"user": "User: ", "assistant": "Assistant: ", "system": "", "tool": "Tool: "}
         turns = [names[message["role"]] + message["content"] for message in conversation]
         ids = self.tokenizer.encode("\n".join([*turns, "Assistant:"]))
-        return ids if self.tokenizer.bos_id is None else [self.tokenizer.bos_id, *ids]
+        return [*self.tokenizer.bos_ids, *ids]
 
 
 class JinjaChatEncoder(ChatEncoder):

@@ -199,9 +199,8 @@ async def tokenize(body: protocol.TokenizeRequest, service: ServiceDep) -> Respo
     elif body.prompt in tokenizer.special_tokens:
         ids = [tokenizer.special_tokens[body.prompt]]
     else:
-        ids = await service.encode_text(body.prompt or "")
-        if tokenizer.bos_id is not None and body.add_special_tokens is not False:
-            ids = [tokenizer.bos_id, *ids]
+        begin = () if body.add_special_tokens is False else tokenizer.bos_ids
+        ids = [*begin, *await service.encode_text(body.prompt or "")]
     strings = [service.decode_token(id) for id in ids] if body.return_token_strs else None
     content = {"count": len(ids), "max_model_len": service.context_length, "tokens": ids, "token_strs": strings}
     return UTF8JSONResponse(content)

@@ -229,8 +229,7 @@ class Service:
             if truncate_to is None and tokenizer.kind != "foreign":
                 self.check_context(len(prompt) // self.max_token_bytes, param, "at least ")
             await asyncio.sleep(0)  # let other requests run between the prompts of a long list
-            ids = await self.encode_text(prompt)
-            ids = ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
+            ids = [*tokenizer.bos_ids, *await self.encode_text(prompt)]
         else:
             ids = self.check_token_ids(prompt, param)
         if truncate_to is not None:

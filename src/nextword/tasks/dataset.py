@@ -159,6 +159,9 @@ class EncodedExample:
         return max(len(sequence.ids) for sequence in self.sequences)
 
 
+ANSWER_FIELDS = ("completion", "chosen", "rejected")
+
+
 class ExampleEncoder:
     """Encodes the examples of a task.
 
@@ -181,6 +184,11 @@ class ExampleEncoder:
             issues.add(example.path, example.line, f"more than {MAX_SEQUENCES_PER_EXAMPLE} choices; left out")
             return None
         generated = kind in ("answer", "preference")
+        texts = [*input_texts(self.task_spec.task, example), *(fields.get(name, "") for name in ANSWER_FIELDS)]
+        texts += [message["content"] for message in fields.get("messages", ())[-1:]]
+        if lost := "".join(self.tokenizer.lost_text(texts)):
+            what = "the tokenizer cannot represent part of the text, which is lost"
+            issues.add(example.path, example.line, what, f"such as {lost[:8]!r}")
         encoded = self._encode_sequences(example)
         if any(truncated for _, truncated in encoded):
             what = f"longer than the context of {self.context_length:,} tokens; truncated"
