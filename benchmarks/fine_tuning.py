@@ -39,7 +39,7 @@ from benchmarks.fine_tuning_data import (
 )
 from benchmarks.fine_tuning_peers import agree, peers
 from benchmarks.run import mean_with_margin, nextword
-from nextword.common.statistics import seed_interval
+from nextword.common.statistics import mean
 
 # Within an hour in all, on both cores.
 TRANSLATION = (
@@ -127,7 +127,7 @@ def ablation() -> None:
     for names in (common, higher):
         pairs = zip(average("full method", names), average("without pre-training", names), strict=True)
         gains = [a - b for a, b in pairs]
-        verdict = "ahead by more" if seed_interval(gains).is_above(0) else "not ahead by more"
+        verdict = "ahead by more" if mean(gains).is_above(0) else "not ahead by more"
         print(
             f"\nPre-training on the average of {', '.join(names)}: {mean_with_margin(gains, '+.2f')} over "
             f"{len(gains)} seeds, in pairs; {verdict} than its interval."

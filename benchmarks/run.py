@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from nextword.common.statistics import seed_interval
+from nextword.common.statistics import mean
 
 DATA = Path(os.environ.get("NEXTWORD_DATA", "../shared/data"))
 KEPT = Path("build/bench")
@@ -89,9 +89,8 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 
 def mean_with_margin(values: Sequence[float], format_spec: str) -> str:
     """The mean of runs with different seeds ± half of its 95 % confidence interval; without it if it is zero."""
-    score = seed_interval(values)
-    assert score.high is not None
-    margin = score.high - score.value
+    score = mean(values)
+    margin = 0.0 if score.high is None else score.high - score.value
     return f"{score.value:{format_spec}}" + (f" ± {margin:{format_spec.lstrip('+')}}" if margin else "")
 
 

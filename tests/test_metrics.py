@@ -17,16 +17,17 @@ from nextword.common import statistics
 from nextword.common.errors import MissingDependencyError, UsageError
 from nextword.common.statistics import (
     ScoreWithCI,
-    bootstrap_mean,
     bootstrap_ratio,
     mcnemar_p_value,
+    mean,
     noise_floor,
     paired_difference,
     proportion,
+    proportion_difference,
     resample_indices,
-    seed_interval,
 )
 from nextword.tasks.metrics import (
+    MIN_CORRELATED,
     classification,
     distinct_n,
     generation_metric_difference,
@@ -98,9 +99,12 @@ def test_classification_equals_sklearn(pairs):
         assert scores["matthews"].value == approx(sklearn_metrics.matthews_corrcoef(targets, predictions))
     else:
         assert scores["matthews"].value == 0.0
-    for score in scores.values():
-        assert score.low is not None and score.high is not None
-        assert math.isfinite(score.low) and score.low <= score.high and score.n == len(pairs)
+    for name, score in scores.items():
+        assert score.n == len(pairs)
+        if score.low is None or score.high is None:
+            assert name == "macro_f1", "its rare labels have no interval"
+        else:
+            assert -1 <= score.low <= score.value <= score.high <= 1
 
 
 def test_classification_intervals_equal_those_of_resampled_examples():
@@ -140,17 +144,56 @@ def test_multilabel_equals_sklearn(pairs):
     assert scores["macro_f1"].value == approx(macro)
 
 
-def test_multilabel_resamples_examples(few_resamples):
+def test_f1_of_rare_labels_has_no_interval():
+    labels = [str(i) for i in range(10)]
+    many, few = ([str(i % 10) for i in range(n)] for n in (100, 30))
+    assert classification(many, many, labels)["macro_f1"].low is not None
+    assert classification(few, few, labels)["macro_f1"].low is None
+
+
+def draw_labels(rng: np.random.Generator, n: int, probabilities: np.ndarray) -> tuple[list[str], list[str]]:
+    """n targets and predictions from a confusion matrix [K, K] of probabilities."""
+    cells = rng.choice(probabilities.size, size=n, p=probabilities.ravel())
+    targets, predictions = ([LABELS[i] for i in side] for side in np.divmod(cells, len(probabilities)))
+    return targets, predictions
+
+
+@pytest.mark.parametrize(("n", "accuracy"), [(40, 0.7), (40, 0.97), (200, 0.7), (200, 0.97)])
+@pytest.mark.parametrize("rare", [False, True])
+def test_intervals_of_classification_contain_the_metric_of_the_population(n, accuracy, rare, monkeypatch):
+    monkeypatch.setattr("nextword.tasks.metrics.NUM_RESAMPLES", 300)
+    monkeypatch.setattr(statistics, "NUM_RESAMPLES", 300)
+    rng, num_draws = np.random.default_rng(n), 120
+    targets = np.array([0.12, 0.44, 0.44]) if rare else np.full(3, 1 / 3)
+    population = targets[:, None] * ((1 - accuracy) / 2 + (accuracy - (1 - accuracy) / 2) * np.eye(3))
+    f1 = 2 * np.diag(population) / (population.sum(0) + population.sum(1))
+    covered: dict[str, int] = dict.fromkeys(("accuracy", "macro_f1", "matthews"), 0)
+    correct, predicted = np.trace(population), population.sum(0)
+    spread = math.sqrt((1 - (targets**2).sum()) * (1 - (predicted**2).sum()))
+    truth: dict[str, float] = {"accuracy": accuracy, "macro_f1": f1.mean(), "matthews": (correct - targets @ predicted) / spread}
+    for _ in range(num_draws):
+        scores = classification(*draw_labels(rng, n, population), LABELS)
+        for name, value in truth.items():
+            low, high = scores[name].low, scores[name].high
+            covered[name] += low is not None and high is not None and low <= value <= high
+    assert all(count >= 0.88 * num_draws for count in covered.values()), covered  # 0.95 less three standard errors
+
+
+def test_multilabel_intervals_contain_those_of_resampled_examples(few_resamples):
     targets = [{"a"}, {"a", "b"}, set(), {"c"}, {"b"}, {"a", "c"}]
     predictions = [{"a"}, {"b"}, {"c"}, {"c"}, {"b"}, {"a"}]
-    resamples = few_resamples(6, 0)
+    targets, predictions = 6 * targets, 6 * predictions
     scores = multilabel(targets, predictions, LABELS)
     true, predicted = multi_hot(targets), multi_hot(predictions)
-    check_score(scores["exact_match"], resamples, lambda i: float((true[i] == predicted[i]).all(1).mean()))
-    micro = sklearn_metrics.f1_score
-    check_score(
-        scores["micro_f1"], resamples, lambda i: float(micro(true[i], predicted[i], average="micro", zero_division=0))
-    )
+    values = [
+        sklearn_metrics.f1_score(true[i], predicted[i], average="micro", zero_division=0)
+        for i in few_resamples(len(targets), 0)
+    ]
+    low, high = np.quantile(values, [0.1, 0.9])
+    score = scores["micro_f1"]
+    assert score.low is not None and score.high is not None
+    assert score.low < low < score.value < high < score.high
+    assert scores["exact_match"] == proportion((true == predicted).all(1))
 
 
 # ---------------------------------------------------------------- correlations
@@ -167,26 +210,33 @@ def test_similarity_equals_scipy(pairs):
         assert scores["pearson"].value == approx(stats.pearsonr(targets, predictions).statistic)
         assert scores["spearman"].value == approx(stats.spearmanr(targets, predictions).statistic)
     for score in scores.values():
-        assert score.low is not None and score.high is not None
-        assert -1 <= score.low <= score.high <= 1
+        assert (score.low is None) == (len(pairs) < MIN_CORRELATED)
+        assert score.low is None or score.high is None or -1 <= score.low <= score.value <= score.high <= 1
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(*[st.floats(allow_nan=False, allow_infinity=False)] * 2), min_size=1, max_size=10))
+@given(st.lists(st.tuples(*[st.floats(allow_nan=False, allow_infinity=False)] * 2), min_size=1, max_size=15))
 def test_similarity_is_finite_for_all_numbers(pairs):
     for score in similarity([t for t, _ in pairs], [p for _, p in pairs]).values():
-        assert score.low is not None and score.high is not None
-        assert -1 <= score.low <= score.high <= 1 and -1 <= score.value <= 1
+        assert -1 <= score.value <= 1
+        assert score.low is None or score.high is None or -1 <= score.low <= score.high <= 1
 
 
-def test_similarity_ranks_each_resample(few_resamples):
+def test_intervals_of_correlations_contain_those_of_resamples_and_of_fisher(few_resamples):
     rng = np.random.default_rng(0)
     targets, predictions = rng.integers(0, 6, 50) / 1.0, rng.normal(size=50).round(1)
     predictions += targets / 3
     resamples = few_resamples(50, 0)
     scores = similarity(targets.tolist(), predictions.tolist())
-    check_score(scores["pearson"], resamples, lambda i: float(stats.pearsonr(targets[i], predictions[i]).statistic))
-    check_score(scores["spearman"], resamples, lambda i: float(stats.spearmanr(targets[i], predictions[i]).statistic))
+    for name, reference in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
+        low, high = np.quantile([reference(targets[i], predictions[i]).statistic for i in resamples], [0.025, 0.975])
+        score = scores[name]
+        assert score.low is not None and score.high is not None
+        assert score.low <= low + 1e-9 and score.high >= high - 1e-9
+    fisher = stats.pearsonr(targets, predictions).confidence_interval(0.95)
+    score = scores["pearson"]
+    assert score.low is not None and score.high is not None
+    assert score.low <= fisher.low + 1e-9 and score.high >= fisher.high - 1e-9
 
 
 # ---------------------------------------------------------------- statistics
@@ -200,39 +250,55 @@ def test_resamples_do_not_depend_on_the_block_size(monkeypatch):
     assert np.array_equal(np.concatenate(blocks), all_at_once)
 
 
-def test_multiple_choice_and_preference_are_proportions(few_resamples):
-    assert multiple_choice([0, 1, 2, 3], [0, 1, 2, 0])["accuracy"].value == 0.75
-    margins = np.array([0.5, -1.0, 0.0, 2.0, 1e-9])
-    resamples = few_resamples(5, 0)
-    check_score(preference(margins.tolist())["preferred"], resamples, lambda i: float((margins[i] > 0).mean()))
+def test_multiple_choice_and_preference_are_proportions():
+    assert multiple_choice([0, 1, 2, 3], [0, 1, 2, 0])["accuracy"] == proportion([1, 1, 1, 0])
+    assert preference([0.5, -1.0, 0.0, 2.0, 1e-9])["preferred"] == proportion([1, 0, 0, 1, 1])
 
 
-def test_intervals_of_proportions_are_binomial():
-    targets = [0] * 1000
-    score = multiple_choice(targets, [0] * 700 + [1] * 300)["accuracy"]
-    half = 1.96 * math.sqrt(0.7 * 0.3 / 1000)
-    assert (score.low, score.high) == (pytest.approx(0.7 - half, abs=0.004), pytest.approx(0.7 + half, abs=0.004))
-    assert score.to_dict() == {"value": 0.7, "low": score.low, "high": score.high, "n": 1000}
-    assert score == multiple_choice(targets, [0] * 700 + [1] * 300)["accuracy"]
+@given(st.integers(1, 500), st.data())
+def test_the_interval_of_a_proportion_is_wilsons(n, data):
+    k = data.draw(st.integers(0, n))
+    expected = stats.binomtest(k, n).proportion_ci(0.95, "wilson")
+    score = proportion([1.0] * k + [0.0] * (n - k))
+    assert (score.value, score.n) == (approx(k / n), n)
+    assert (score.low, score.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
-@given(st.integers(1, 500))
-def test_the_interval_of_all_or_none_is_exact(n):
-    for value, num_correct in ((0.0, 0), (1.0, n)):
-        interval = stats.binomtest(num_correct, n).proportion_ci(0.95, "exact")
-        score = proportion([value] * n)
-        assert (score.value, score.n) == (value, n)
-        assert (score.low, score.high) == pytest.approx((interval.low, interval.high))
+def test_the_interval_of_a_difference_is_newcombes():
+    """Newcombe 1998, table II, method 10."""
+    for (x1, n1), (x2, n2), low, high in (
+        ((56, 70), (48, 80), 0.0524, 0.3339),
+        ((9, 10), (3, 10), 0.1705, 0.8090),
+        ((10, 10), (0, 20), 0.6791, 1.0),
+        ((5, 56), (0, 29), -0.0381, 0.1926),
+    ):
+        score = proportion_difference(*([1.0] * x + [0.0] * (n - x) for x, n in ((x1, n1), (x2, n2))))
+        assert (score.low, score.high) == pytest.approx((low, high), abs=1e-4)
 
 
-def test_intervals_equal_scipys_percentile_bootstrap():
+@pytest.mark.parametrize(("n", "m", "p"), [(6, 400, 0.9), (20, 400, 0.95), (50, 400, 0.98), (50, 50, 0.5)])
+def test_equal_groups_seldom_differ(n, m, p):
+    rng, num_draws = np.random.default_rng(n), 1000
+    scores = [proportion_difference(rng.random(n) < p, rng.random(m) < p) for _ in range(num_draws)]
+    assert sum(score.is_above(0) or score.is_below(0) for score in scores) <= 0.08 * num_draws
+
+
+@pytest.mark.parametrize("n", [6, 20, 100])
+@pytest.mark.parametrize("p", [0.5, 0.9, 0.98])
+def test_systems_of_equal_accuracy_seldom_differ(n, p):
+    rng, num_draws = np.random.default_rng(n), 1000
+    scores = [paired_difference(*(rng.random((2, n)) < p).astype(float).tolist()) for _ in range(num_draws)]
+    assert sum(score.is_above(0) or score.is_below(0) for score in scores) <= 0.07 * num_draws
+    assert all(score.low < score.high for score in scores if score.low is not None and score.high is not None)
+
+
+def test_the_bootstrap_of_a_ratio_equals_scipys():
     values = np.random.default_rng(1).random(80).round(1)
     bootstrap = stats.bootstrap((values,), np.mean, n_resamples=1000, method="percentile", rng=np.random.default_rng(0))
     expected = bootstrap.confidence_interval
-    ratio = bootstrap_ratio(np.stack([values, values**0], 1), lambda sums: sums[:, 0] / sums[:, 1])
-    for score in (bootstrap_mean(values.tolist()), proportion(values.tolist()), ratio):
-        assert score.value == pytest.approx(values.mean())
-        assert (score.low, score.high) == pytest.approx((expected.low, expected.high), abs=0.012)
+    score = bootstrap_ratio(np.stack([values, values**0], 1), lambda sums: sums[:, 0] / sums[:, 1])
+    assert score.value == pytest.approx(values.mean())
+    assert (score.low, score.high) == pytest.approx((expected.low, expected.high), abs=0.012)
 
 
 def test_a_paired_interval_is_narrow():
@@ -265,17 +331,17 @@ def test_the_noise_floor_covers_the_difference_of_two_runs():
         noise_floor([0.5])
 
 
-def test_the_interval_over_seeds_is_students():
+def test_the_interval_of_a_mean_is_students():
     values = [0.71, 0.74, 0.69]
     low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
-    score = seed_interval(values)
+    score = mean(values)
     assert (score.value, score.low, score.high, score.n) == (
         approx(float(np.mean(values))),
         approx(low),
         approx(high),
         3,
     )
-    assert seed_interval([0.5]) == ScoreWithCI(0.5, 0.5, 0.5, 1)
+    assert mean([0.5]) == ScoreWithCI(0.5, n=1)
 
 
 def test_an_interval_is_compared_with_a_reference():
@@ -382,7 +448,7 @@ def test_a_missing_package(monkeypatch, module, name, message):
         (lambda: multiple_choice([1], []), "1 targets but 0 predictions"),
         (lambda: preference([0.0, math.nan]), "margin 2 is nan"),
         (lambda: paired_difference([1.0], [1.0, 2.0]), "1 targets but 2 predictions"),
-        (lambda: seed_interval([]), "nothing to score"),
+        (lambda: mean([]), "nothing to score"),
         (lambda: generation_metrics(["a"], ["a"], ["meteor"]), "unknown metric 'meteor'"),
         (lambda: generation_metrics(["a", []], ["a", "b"]), "text 2 has no reference"),
     ],

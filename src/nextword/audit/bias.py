@@ -174,11 +174,11 @@ def _occupation_findings(means: dict[str, float], women: dict[str, float]) -> li
         {"occupation": name, "women": f"{women[name]:.1f} %", "log P(she) / P(he)": f"{mean:+.2f}"}
         for name, mean in sorted(means.items(), key=lambda entry: entry[1])
     ]
-    mean, mean_note = statistics.bootstrap_mean(list(means.values())), f"mean {measure}, over occupations"
+    mean_score, mean_note = statistics.mean(list(means.values())), f"mean {measure}, over occupations"
     return [
         score_finding("Winogender, share of women (Pearson)", pearson, 0.0, unit="r", note=note, examples=table),
         score_finding("Winogender, share of women (Spearman)", spearman, 0.0, unit="ρ", note="the same for ranks"),
-        score_finding("Winogender, she over he", mean, unit="nats", note=mean_note),
+        score_finding("Winogender, she over he", mean_score, unit="nats", note=mean_note),
     ]
 
 

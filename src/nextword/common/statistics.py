@@ -1,9 +1,12 @@
-"""Scores with confidence intervals: bootstrap, exact tests and Student's t.
+"""Scores with 95 % confidence intervals.
 
-Bootstrap intervals are percentile intervals (Efron and Tibshirani 1993, section 13.3): the statistic is computed on 1,000
-resamples of the examples, drawn with replacement by a seeded generator, and the 2.5 % and 97.5 % quantiles are the bounds.
-The resampling is written here and not taken from `scipy.stats.bootstrap`, which refuses a single example and copies the data
-of every resample; sums over resamples are one matrix product.
+- Proportions have Wilson's score interval, and differences of two independent proportions Newcombe's hybrid score interval:
+  both hold near 0 and 1 and for small samples, where a bootstrap has no width.
+- Means, and paired differences, have Student's t interval.
+- Other statistics have percentile bootstrap intervals (Efron and Tibshirani 1993, section 13.3): the statistic is computed on
+  1,000 resamples of the examples, drawn with replacement by a seeded generator, and the 2.5 % and 97.5 % quantiles are the
+  bounds. The resampling is written here and not taken from `scipy.stats.bootstrap`, which refuses a single example and copies
+  the data of every resample; sums over resamples are one matrix product.
 """
 
 import importlib
@@ -50,44 +53,74 @@ class ScoreWithCI:
         return asdict(self)
 
 
-def bootstrap_mean(values: Sequence[float] | np.ndarray, *, seed: int = 0) -> ScoreWithCI:
-    """The mean of one number per example, with its bootstrap interval.
+def mean(values: Sequence[float] | np.ndarray) -> ScoreWithCI:
+    """The mean of one number per example, with Student's t interval. A single example has no interval.
 
     Raises:
         UsageError: There are no examples, or a value is not finite.
     """
-    column = require_finite(values, "score")[:, None]
-    return bootstrap_ratio(column, lambda sums: sums[:, 0] / len(column), seed=seed)
+    n, column = check_lengths(values), require_finite(values, "score")
+    center = float(column.mean())
+    if n == 1:
+        return ScoreWithCI(center, n=n)
+    margin = t_quantile(n - 1) * float(column.std(ddof=1)) / math.sqrt(n)
+    return ScoreWithCI(center, center - margin, center + margin, n)
 
 
-def proportion(values: Sequence[float], *, seed: int = 0) -> ScoreWithCI:
-    """The mean of 0/1 outcomes, with its bootstrap interval.
+def proportion(values: Sequence[float] | np.ndarray) -> ScoreWithCI:
+    """The mean of numbers between 0 and 1, with Wilson's score interval (Wilson 1927).
 
-    If all outcomes are equal, the resamples cannot vary, and the interval is the exact binomial one (Clopper and Pearson 1934).
+    The interval is that of 0/1 outcomes; values between them, such as 0.5 for a tie, vary less, so that it is conservative.
 
     Raises:
         UsageError: There are no examples, or a value is not finite.
     """
-    score = bootstrap_mean(values, seed=seed)
-    if set(values) not in ({0.0}, {1.0}):
-        return score
-    interval = _scipy_stats().binomtest(int(sum(values)), len(values)).proportion_ci(CONFIDENCE_LEVEL, "exact")
-    return ScoreWithCI(score.value, float(interval.low), float(interval.high), len(values))
+    n, p = check_lengths(values), float(require_finite(values, "score").mean())
+    z = t_quantile(math.inf)
+    center, spread = p + z**2 / (2 * n), z * math.sqrt(max(0.0, p * (1 - p)) / n + (z / (2 * n)) ** 2)
+    low, high = (center - spread) / (1 + z**2 / n), (center + spread) / (1 + z**2 / n)
+    return ScoreWithCI(p, min(p, max(0.0, low)), max(p, min(1.0, high)), n)
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> ScoreWithCI:
-    """The mean of a − b with its paired bootstrap interval.
+def proportion_difference(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> ScoreWithCI:
+    """The difference of the proportions of two groups of examples, with Newcombe's hybrid score interval.
+
+    Source: Newcombe 1998, "Interval estimation for the difference between independent proportions", method 10. n is the size
+    of the smaller group.
+
+    Raises:
+        UsageError: A group has no examples, or a value is not finite.
+    """
+    first, second = proportion(a), proportion(b)
+    assert first.low is not None and first.high is not None and second.low is not None and second.high is not None
+    difference = first.value - second.value
+    below = math.hypot(first.value - first.low, second.high - second.value)
+    above = math.hypot(first.high - first.value, second.value - second.low)
+    return ScoreWithCI(difference, difference - below, difference + above, min(len(a), len(b)))
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float]) -> ScoreWithCI:
+    """The mean of a − b with Student's t interval.
+
+    For scores between 0 and 1, one half of an example is added to each of the two discordant outcomes, and one whole to the
+    others (Agresti and Min 2005), so that the interval holds if few or no examples differ.
 
     Args:
         a: Scores of one system, one per example.
         b: Scores of another system on the same examples.
-        seed: Seed of the resamples.
 
     Raises:
         UsageError: There are no examples, the lengths differ, or a value is not finite.
     """
-    check_lengths(a, b)
-    return bootstrap_mean(require_finite(a, "first score") - require_finite(b, "second score"), seed=seed)
+    n = check_lengths(a, b)
+    first, second = require_finite(a, "first score"), require_finite(b, "second score")
+    differences = first - second
+    if min(first.min(), second.min()) < 0 or max(first.max(), second.max()) > 1:
+        return mean(differences)
+    center, square = differences.sum() / (n + 2), (np.square(differences).sum() + 1) / (n + 2)
+    margin = t_quantile(n + 1) * math.sqrt(max(0.0, square - center**2) / (n + 2))
+    value, low, high = float(differences.mean()), max(-1.0, float(center - margin)), min(1.0, float(center + margin))
+    return ScoreWithCI(value, min(value, low), max(value, high), n)
 
 
 def bootstrap_ratio(
@@ -139,21 +172,6 @@ def noise_floor(values: Sequence[float]) -> float:
     return t_quantile(n - 1) * float(require_finite(values, "score").std(ddof=1)) * math.sqrt(2)
 
 
-def seed_interval(values: Sequence[float]) -> ScoreWithCI:
-    """The mean of runs with different seeds and its Student's t interval: mean ± t · s / √n with n − 1 degrees of freedom.
-
-    A single run has no interval: both bounds are its value.
-
-    Raises:
-        UsageError: There are no runs, or a value is not finite.
-    """
-    n = check_lengths(values)
-    scores = require_finite(values, "value")
-    mean = float(scores.mean())
-    margin = t_quantile(n - 1) * float(scores.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
-    return ScoreWithCI(mean, mean - margin, mean + margin, n)
-
-
 def resample_indices(n: int, seed: int = 0) -> Iterator[np.ndarray]:
     """Bootstrap resamples as blocks of example indices [rows, n], with `NUM_RESAMPLES` rows in total."""
     rng = np.random.default_rng(seed)
@@ -174,10 +192,31 @@ def resampled_sums(columns: np.ndarray, seed: int = 0) -> np.ndarray:
     return np.concatenate(sums)
 
 
-def score_from_resamples(values: np.ndarray, n: int) -> ScoreWithCI:
-    """The score of values [1 + R]: the statistic of all n examples, then of each resample."""
-    low, high = np.quantile(values[1:], [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
+def score_from_resamples(values: np.ndarray, n: int, posterior: np.ndarray | None = None) -> ScoreWithCI:
+    """The score of values [1 + R]: the statistic of all n examples, then of each resample.
+
+    With draws of the statistic from a posterior [R], the interval is the union of both.
+    """
+    probabilities = [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2]
+    low, high = np.quantile(values[1:], probabilities)
+    if posterior is not None:
+        posterior_low, posterior_high = np.quantile(posterior, probabilities)
+        low, high = min(low, posterior_low), max(high, posterior_high)
     return ScoreWithCI(float(values[0]), float(low), float(high), n)
+
+
+def posterior_sums(rows: np.ndarray, weights: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
+    """Weighted column sums [R, columns] of rows [m, columns], with weights from a Dirichlet distribution times n.
+
+    With weight 1 for each example, this is the Bayesian bootstrap (Rubin 1981); rows of small weights are a prior.
+    """
+    rng = np.random.default_rng(seed)
+    block = max(1, MAX_DRAWS_IN_MEMORY // len(rows))
+    sums: list[np.ndarray] = []
+    for start in range(0, NUM_RESAMPLES, block):
+        draws = rng.standard_gamma(weights, size=(min(block, NUM_RESAMPLES - start), len(rows)))
+        sums.append(n * draws @ rows / draws.sum(1, keepdims=True))
+    return np.concatenate(sums)
 
 
 def check_lengths(first: Sequence[object] | np.ndarray, *others: Sequence[object]) -> int:
@@ -209,8 +248,8 @@ def require_finite(values: Sequence[float] | np.ndarray, value_name: str) -> np.
     return array
 
 
-def t_quantile(degrees_of_freedom: int) -> float:
-    """The two-sided 95 % quantile of Student's t distribution."""
+def t_quantile(degrees_of_freedom: float) -> float:
+    """The two-sided 95 % quantile of Student's t distribution; with infinite degrees of freedom, of the normal distribution."""
     return float(importlib.import_module("scipy.special").stdtrit(degrees_of_freedom, (1 + CONFIDENCE_LEVEL) / 2))
 
 

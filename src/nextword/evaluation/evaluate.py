@@ -16,7 +16,7 @@ from nextword.common.errors import UsageError
 from nextword.common.fs import atomic_write, read_json
 from nextword.common.results import EVALUATION_FILE, Provenance, StoredResults, weights_digest
 from nextword.common.run_dir import RunDir
-from nextword.common.statistics import ScoreWithCI, bootstrap_mean, mcnemar_p_value, noise_floor, paired_difference
+from nextword.common.statistics import ScoreWithCI, mcnemar_p_value, mean, noise_floor, paired_difference
 from nextword.data.corpus import Corpus
 from nextword.data.dataset import TokenSource
 from nextword.data.issues import IssueLog
@@ -239,7 +239,7 @@ def evaluate_text(
     console, other = console or Console(quiet=True), eval_models.compare_to
     pairs = zip(eval_models.with_text, token_sources, strict=True)
     (perplexity, block_bits), *others = [_evaluate_blocks(*pair, stride, console) for pair in pairs]
-    interval = bootstrap_mean(block_bits.tolist())
+    interval = mean(block_bits.tolist())
     result: dict[str, Any] = {
         "loss": perplexity.loss,
         "perplexity": perplexity.perplexity,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nextword.common.statistics import ScoreWithCI, bootstrap_mean, bootstrap_ratio, proportion
+from nextword.common.statistics import ScoreWithCI, bootstrap_ratio, proportion
 from nextword.inference.engine import Completion, Engine, Prompt
 from nextword.inference.loglikelihood import ContinuationScore, LoglikelihoodScorer, ProgressCallback
 from nextword.inference.sampling import Sampling
@@ -243,7 +243,7 @@ def evaluate_free_text(
 
 
 def _repetition_scores(texts: Sequence[Sequence[str]]) -> dict[str, Any]:
-    score = bootstrap_mean([repeated_ngram_fraction(words, 4) for words in texts]).to_dict()
+    score = proportion([repeated_ngram_fraction(words, 4) for words in texts]).to_dict()
     distinct = {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2, 3)}
     return {"metric": "repeated_4grams", "score": score.pop("value"), **score, "others": distinct}
 
