@@ -19,6 +19,7 @@ from nextword.common.errors import NextwordError, UsageError
 from nextword.common.numbers import Range, number_types
 from nextword.model.config import ConfigError, build_config
 from nextword.model.hf_config import parse_model_config
+from nextword.training.config import TrainingConfig, setting_name
 
 build_app(0.0)  # registers all commands
 HOSTILE = (math.nan, math.inf, -math.inf, -1, -0.5, 0, 5e-324, 1e300, 10**30, 10**400, True, "", "nan", "1e999", [], {})
@@ -73,6 +74,8 @@ def is_inside(value: Any, kind: type, range: Range) -> bool:
 
 
 def flag_of(field: str, group: str | None) -> str:
+    names = {f.name: setting_name(f) for f in dataclasses.fields(TrainingConfig)}
+    field = names.get(field, field) if group == "training" else field
     return "--epochs" if field == "epochs" else "--" + ".".join(filter(None, (group, field))).replace("_", "-")
 
 

@@ -27,7 +27,9 @@ def main() -> None:
         # while Python is finalized aborts the process. The first registered function is called last: exit there.
         atexit.register(exit_before_finalization)
     from nextword.commands.cli import run
+    from nextword.common.console import prepare_streams
 
+    prepare_streams()
     code = run(started=STARTED)
     sys.exit(code)
 

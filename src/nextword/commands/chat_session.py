@@ -45,6 +45,8 @@ CONTROL_PICTURES = {
 
 def terminal_reader(prompt: str = "> ") -> Callable[[], str | None]:
     """Lines from standard input, with line editing if the system has readline. Invalid bytes are replaced."""
+    if sys.stdin is None or sys.stdout is None:
+        raise NextwordError("standard input or output is closed: a conversation needs both")
     with contextlib.suppress(ImportError):
         importlib.import_module("readline")
     if reconfigure := getattr(sys.stdin, "reconfigure", None):

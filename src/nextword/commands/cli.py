@@ -4,8 +4,8 @@ Results go to standard output, everything else to standard error. Exit codes: 0 
 full, 5 diverged, 6 run locked, 130 and 143 interrupted.
 """
 
+import errno
 import inspect
-import json
 import re
 import sys
 import time
@@ -31,8 +31,8 @@ from nextword.commands.command import (
     options,
     replace_deprecated,
 )
-from nextword.common.console import Console
-from nextword.common.errors import NextwordError, UsageError
+from nextword.common.console import Console, StandardError, discard_unwritten_output, to_json_line, write_result
+from nextword.common.errors import DiskFullError, NextwordError, UsageError, is_out_of_memory
 from nextword.training.config import setting_name
 
 GROUPS = {
@@ -42,6 +42,7 @@ GROUPS = {
     "Evaluation": ("evaluate", "audit", "report"),
     "Inspection": ("explain", "verify", "info"),
 }
+OUT_OF_MEMORY = "not enough memory: choose a smaller model or batch, or a machine with more. What was saved is intact"
 # Options that every command took, with effect or not; accepted until the next release.
 FORMERLY_UNIVERSAL = {"device", "seed"}
 OPTIONS, COMMON_OPTIONS = Group("Options", sort_key=1), Group("Common options", sort_key=2)
@@ -133,9 +134,9 @@ def command_line_function(name: str, command: Command, started: float) -> Callab
             if result is None:  # of a server, and of a worker process of torchrun
                 return
             if output.json:
-                print(json.dumps(command.to_dict(result), ensure_ascii=False))
+                write_result(to_json_line(command.to_dict(result)))
             elif text := command.to_text(result):
-                print(text)
+                write_result(f"{text}\n")
 
     hidden = [hidden_parameter(option_name, str) for option_name in sorted(FORMERLY_UNIVERSAL - names)]
     run.__name__ = name
@@ -295,19 +296,29 @@ def run(arguments: Sequence[str] | None = None, started: float | None = None) ->
         The exit code.
     """
     tokens = [STDIN if token == "-" else token for token in (sys.argv[1:] if arguments is None else arguments)]
+    code, message = 0, ""
     try:
         app = build_app(started or time.time(), tokens[0] if tokens else "")
         app(tokens, exit_on_error=False, print_error=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except CycloptsError as error:
-        print(f"nextword: {error}\nSee: nextword --help", file=sys.stderr)
-        return UsageError.exit_code
+        code, message = UsageError.exit_code, f"{error}\nSee: nextword --help"
     except NextwordError as error:
-        print(f"nextword: {error}", file=sys.stderr)
-        return error.exit_code
+        code, message = error.exit_code, str(error)
     except KeyboardInterrupt:
-        print("nextword: interrupted", file=sys.stderr)
-        return 130
+        code, message = 130, "interrupted"
     except BrokenPipeError:  # stdout was closed, for example by `head`
-        sys.stderr.close()
-        return 1
-    return 0
+        code = 1
+    except OSError as error:
+        code = DiskFullError.exit_code if error.errno == errno.ENOSPC else 1
+        message = f"{error.filename or 'standard output'}: {error.strerror or error}"
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        code, message = 1, f"{OUT_OF_MEMORY} ({str(error).splitlines()[0] if str(error) else 'out of memory'})"
+    if message:
+        StandardError().write(f"nextword: {message.replace(STDIN, '-')}\n")
+    if discard_unwritten_output() and not code:
+        code = 1
+    return code

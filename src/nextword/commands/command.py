@@ -25,6 +25,8 @@ that ``--help`` stays fast.
 import dataclasses
 import inspect
 import re
+import shlex
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -159,11 +161,13 @@ class Context:
         console: Receives progress and warnings.
         started: Time from which a budget counts, in seconds since the epoch.
         output: How the command line prints the result. None in Python, where a command prints nothing by itself.
+        call: The command line or the call from Python, as run.json records it.
     """
 
     console: Console = field(default_factory=lambda: Console(quiet=True))
     started: float = field(default_factory=time.time)
     output: Literal["text", "json"] | None = None
+    call: str = field(default_factory=lambda: shlex.join(["nextword", *sys.argv[1:]]))
 
 
 @dataclass(frozen=True)
@@ -225,7 +229,8 @@ def command(
         def function(*args: Any, console: Console | None = None, **values: Any) -> ResultT:
             options = config(*args, **replace_deprecated(config, values, warn_deprecated))
             with console or Console(quiet=True) as console:
-                return run(options, Context(console))
+                arguments = ", ".join([*map(repr, args), *(f"{name}={value!r}" for name, value in values.items())])
+                return run(options, Context(console, call=f"nextword.{run.__name__}({arguments})"))
 
         COMMANDS[run.__name__] = Command(config, run, example, to_dict, to_text)
         function.__name__ = function.__qualname__ = run.__name__

@@ -9,6 +9,7 @@ from nextword.commands.command import Context, command, option, options
 from nextword.commands.finetune import FinetuneConfig, finetune
 from nextword.commands.pretrain import PretrainConfig, format_run, pretrain
 from nextword.commands.shared import DeviceOption, RunResult, SeedOption, format_metric, format_score, run_path
+from nextword.common.format import quote_command
 from nextword.common.numbers import Duration, text_or_number
 
 # Shares of the budget for pre-training and for each of the two fine-tunings. The rest is for the examples at the end.
@@ -63,7 +64,8 @@ class DemoResult(RunResult):
             f"bag of words {format_score(packages['baselines']['bag of words'][metric])}"
         )
         tasks = f"{self.run}/tasks"
-        more = f"nextword predict {tasks}/packages 'a text'\n        nextword chat {tasks}/assistant"
+        predict = quote_command("nextword", "predict", f"{tasks}/packages", "a text")
+        more = f"{predict}\n        {quote_command('nextword', 'chat', f'{tasks}/assistant')}"
         return "\n".join([*lines, format_run(self), f"        {more}"])
 
 
@@ -88,7 +90,7 @@ def demo(config: DemoConfig, context: Context) -> DemoResult:
     for name, data in zip(QUESTIONS, write_demo_data(tasks), strict=True):
         console.info(f"\n{name}: fine-tuning the same model, {seconds[name]:.0f} s", style="bold")
         task_config = FinetuneConfig(config.out, data, tasks / name, budget=seconds[name], **run_options)
-        result[name] = finetune.run(task_config, Context(console, time.time())).to_dict()
+        result[name] = finetune.run(task_config, Context(console, time.time(), call=context.call)).to_dict()
     result["answers"] = [
         {"asked": question, "answered": load(tasks / name).predict(question)}
         for name, questions in QUESTIONS.items()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nextword.commands.command import Context, argument, command, option, options
-from nextword.commands.shared import DeviceOption, ModelArgument, as_strings, optional
+from nextword.commands.shared import DeviceOption, ModelArgument, as_strings, check_output_file, optional
 from nextword.common.command_result import Result
 
 
@@ -113,6 +113,8 @@ def explain(config: ExplainConfig, context: Context) -> ExplainResult:
     from nextword.pipeline.language_model import load
     from nextword.reporting.explain_page import write_explanation_page
 
-    explanation = explain_text(load(config.model, config.device), config.texts, word=config.word, label=config.label)
     out = config.out or (Path("explanation.html") if context.output else None)
+    if out is not None:
+        check_output_file(out, config.model)
+    explanation = explain_text(load(config.model, config.device), config.texts, word=config.word, label=config.label)
     return ExplainResult(**explanation, page=out and str(write_explanation_page(explanation, out)))

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nextword.commands.command import Context, command, option, options
-from nextword.commands.shared import ModelArgument, Precision, optional
+from nextword.commands.shared import ModelArgument, Precision, check_output_file, optional
 from nextword.common.errors import UsageError
 from nextword.common.numbers import NonNegative
 
@@ -37,6 +37,7 @@ def export(config: ExportConfig, context: Context) -> "ExportResult":
     """Write the file and verify it. Raises `UsageError` for a format or precision that does not exist."""
     path = config.model.resolve()
     out = config.out or path.with_name(f"{path.name}.{config.to}")
+    check_output_file(out, config.model)
     if config.to == "gguf":
         from nextword.export.formats import write_gguf
 

@@ -1,6 +1,5 @@
 """``nextword generate``: continuations of texts."""
 
-import sys
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nextword.commands.command import STDIN, Context, argument, command, option, options
 from nextword.commands.shared import ModelArgument, SamplingOptions, as_strings, optional
+from nextword.common.console import read_standard_input, write_result
 from nextword.common.numbers import CountOrZero, Penalty, RepetitionPenalty, Share, SmallCount
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ class GenerateConfig(ModelArgument, SamplingOptions):
 
     def all_prompts(self) -> list[str]:
         """The prompts of the command line and of --file, each as often as there are samples."""
-        prompts = [sys.stdin.read().removesuffix("\n") if prompt == STDIN else prompt for prompt in self.prompts]
+        prompts = [read_standard_input().removesuffix("\n") if prompt == STDIN else prompt for prompt in self.prompts]
         if self.file is not None:
-            text = sys.stdin.read() if str(self.file) == STDIN else self.file.read_text(encoding="utf-8")
+            text = read_standard_input() if str(self.file) == STDIN else self.file.read_text(encoding="utf-8")
             prompts += text.splitlines()
         return [prompt for prompt in prompts or [""] for _ in range(self.samples)]
 
@@ -84,5 +84,5 @@ def generate(config: GenerateConfig, context: Context) -> "list[Completion]":
     if context.output != "text" or len(prompts) > 1:
         return model.generate(prompts, sampling)
     for piece in chain(prompts, model.stream(prompts[0], sampling), ["\n"]):
-        print(piece, end="", flush=True)
+        write_result(piece)
     return []

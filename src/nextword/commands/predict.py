@@ -1,22 +1,31 @@
 """``nextword predict``: the answers of a fine-tuned model."""
 
-import json
-import sys
+import shlex
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nextword.commands.command import Context, argument, command, option, options
-from nextword.commands.shared import DeviceOption, ModelArgument, format_metric, optional
+from nextword.commands.command import STDIN, Context, argument, command, option, options
+from nextword.commands.shared import (
+    DeviceOption,
+    ModelArgument,
+    as_strings,
+    can_be_path,
+    check_output_file,
+    format_metric,
+    is_existing,
+    optional,
+)
 from nextword.common.command_result import Result
-from nextword.common.errors import NextwordError
+from nextword.common.console import StandardError, read_standard_input, to_json_line, write_result
+from nextword.common.errors import NextwordError, UsageError
 
 
-def table_or_texts(data: str | Path | Sequence[str | Path]) -> tuple[str | Path, ...]:
-    """A table as one path, or the texts of one example as strings."""
-    return (Path(data),) if isinstance(data, (str, Path)) else tuple(data)
+def path_or_texts(data: str | Path | Sequence[str | Path]) -> tuple[str | Path, ...]:
+    """A path or a text, or the texts of one example."""
+    return (data,) if isinstance(data, (str, Path)) else tuple(data)
 
 
 @options
@@ -28,12 +37,32 @@ class PredictConfig(ModelArgument, DeviceOption):
 
     Attributes:
         data: A table of examples (.csv .tsv .jsonl .json .parquet), or the texts of one example: a text; a premise and a
-            hypothesis; a question and its choices.
+            hypothesis; a question and its choices. One text that could be the name of a file is not taken: use --text.
+        text: A text of one example, whatever it looks like; - reads it from standard input. May be given more than once.
+            Default: none.
+        file: A table of examples. Default: none.
         out: File for the answers. Default: standard output.
     """
 
-    data: tuple[str | Path, ...] = argument(converter=table_or_texts)
+    data: tuple[str | Path, ...] = argument(default=(), converter=path_or_texts)
+    text: tuple[str, ...] = option(default=(), converter=as_strings)
+    file: Path | None = option(default=None, converter=optional(Path))
     out: Path | None = option(default=None, converter=optional(Path))
+
+    def resolve(self) -> tuple[Path | None, list[str]]:
+        """The table, or None and the texts. Raises `UsageError` if neither or both are given, or a table does not exist."""
+        if sum(map(bool, (self.data, self.text, self.file))) != 1:
+            raise UsageError("give either a table (--file TABLE) or the texts of one example (--text TEXT), not both")
+        texts = [read_standard_input() if text == STDIN else str(text) for text in self.text or self.data]
+        if self.text or len(texts) > 1 or (self.data == (STDIN,)):
+            return None, texts
+        path = self.file or Path(self.data[0])
+        if self.file or isinstance(self.data[0], Path) or can_be_path(texts[0]):
+            if is_existing(path):
+                return path, []
+            hint = "" if self.file else f". If it is a text: --text={shlex.quote(texts[0])}"
+            raise UsageError(f"{path}: no such file or folder{hint}")
+        return None, texts
 
 
 @dataclass(frozen=True)
@@ -82,25 +111,28 @@ def predict(config: PredictConfig, context: Context) -> PredictResult:
     from nextword.pipeline.predictor import compute_labeled_metrics
     from nextword.tasks.examples import read_examples
 
-    loaded, console, (data, *others) = load(config.model, config.device), context.console, config.data
-    is_table = isinstance(data, Path) or (context.output and not others and Path(data).is_file())
-    if not is_table:
-        answers, scores = [loaded.predict(*map(str, config.data))], {}
+    data, texts = config.resolve()
+    if config.out is not None:
+        check_output_file(config.out, config.model, *filter(None, [data]))
+    loaded, console = load(config.model, config.device), context.console
+    if data is None:
+        answers, scores = [loaded.predict(*texts)], {}
     else:
         predictor, issues = loaded.predictor, IssueLog()
         spec = predictor.task_spec
-        examples = read_examples([Path(data)], spec.task, issues, dict(spec.columns), require_targets=False).items
+        examples = read_examples([data], spec.task, issues, dict(spec.columns), require_targets=False).items
         if not examples:
             raise NextwordError("\n".join([f"{data}: no example to answer", *issues.summary_lines()]))
         answers = predictor.predict(examples, issues, lambda done, total: console.progress("predicting", done, total))
         for line in issues.summary_lines():
             console.warn(line)
         scores = compute_labeled_metrics(spec, examples, answers)
-    lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+    lines = "".join(map(to_json_line, answers))
     result = PredictResult(answers, scores, config.out and str(config.out))
     if config.out is not None:
         atomic_write(config.out, lines)
     elif context.output == "text":
-        print(lines, end="")
-        print(*format_scores(result), sep="\n", end="\n" if scores else "", file=sys.stderr)
+        write_result(lines)
+        for line in format_scores(result):
+            StandardError().write(f"{line}\n")
     return result

@@ -1,7 +1,6 @@
 """``nextword pretrain``: a GPT from text."""
 
 import math
-import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from nextword.commands import shared
 from nextword.commands.command import Context, argument, command, option, options, stored_options
 from nextword.common.errors import UsageError
-from nextword.common.format import format_duration
+from nextword.common.format import format_duration, quote_command
 from nextword.common.fs import MANIFEST
 from nextword.common.run_dir import RunDir, diff_settings, fail_if_locked
 from nextword.model.config import ModelConfig
@@ -72,7 +71,7 @@ def format_sample(result: shared.RunResult) -> str:
 def format_summary(result: shared.RunResult, details: list[str], command: str, *inputs: str) -> str:
     """The length of a run, its results, and a command that uses its model, with inputs."""
     length = f"{result.steps:,} steps in {format_duration(result.seconds)}: {result.model}"
-    example = shlex.join(["nextword", command, result.run, *inputs])
+    example = quote_command("nextword", command, result.run, *inputs)
     return "\n".join([length, *details, f"report: {Path(result.run) / 'report.html'}", f"Try it: {example}"])
 
 
@@ -129,6 +128,7 @@ def start_run(
         strict=config.strict,
         tensorboard=config.tensorboard,
         mirror_url=config.mirror,
+        command=context.call,
     )
     result = run_training(train, run)
     return result_type.from_dict(result) if result else None  # type: ignore[return-value]  # of a worker process

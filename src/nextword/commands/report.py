@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from nextword.commands.command import Context, argument, command, option, options
-from nextword.commands.shared import as_paths, optional
+from nextword.commands.shared import as_paths, check_output_file, optional
 from nextword.common.errors import UsageError
 
 
@@ -31,7 +31,9 @@ def report(config: ReportConfig, context: Context) -> Path:
 
     run, *others = config.runs
     if others:
-        return write_comparison(config.runs, config.out or Path("comparison.html"))
+        out = config.out or Path("comparison.html")
+        check_output_file(out, *config.runs)
+        return write_comparison(config.runs, out)
     if config.out is not None:
         raise UsageError(f"--out is for the page of several runs; the report of one is {run / 'report.html'}")
     return regenerate(run)

@@ -1,11 +1,11 @@
 """``nextword serve``: a model over HTTP."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 from nextword.commands.command import Context, command, option, options
 from nextword.commands.shared import DeviceOption, ModelArgument, PrecisionOption, as_strings
+from nextword.common.console import to_json_line, write_result
 from nextword.common.errors import MissingDependencyError
 from nextword.common.numbers import CountOrZero, NonNegative, Port, Seed, SmallCount
 
@@ -70,4 +70,4 @@ def serve(config: ServeConfig, context: Context) -> None:
 
 def print_address(address: dict[str, Any]) -> None:
     """Print where requests are accepted."""
-    print(json.dumps(address, ensure_ascii=False), flush=True)
+    write_result(to_json_line(address))

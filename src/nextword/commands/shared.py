@@ -1,14 +1,19 @@
 """Option groups and value converters that several commands use."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nextword.commands.command import argument, option, options
 from nextword.common import numbers
 from nextword.common.command_result import Result
 from nextword.common.errors import UsageError
+from nextword.common.fs import map_disk_errors
+from nextword.data.issues import replace_surrogates
 from nextword.model.config import ModelConfig
 from nextword.training.config import (
     RUN_LENGTH_FIELDS,
@@ -28,6 +33,11 @@ T = TypeVar("T")
 U = TypeVar("U")
 Paths = str | Path | Sequence[str | Path]
 Precision = Literal["float32", "int8", "int4"]
+PATH = re.compile(
+    r"(~|\.{0,2}/|[A-Za-z]:\\).*"  # from a root, a home or a current directory
+    r"|.*\.(csv|tsv|jsonl?|ndjson|parquet|txt|md)(\.\w+)?|\S*[/\\]\S*|\S+\.[A-Za-z]\w{0,8}",
+    re.IGNORECASE,
+)
 
 
 # ---------------------------------------------------------------- converters
@@ -51,9 +61,11 @@ def optional(convert: Callable[[T], U]) -> Callable[[T | None], U | None]:
 
 
 def run_path(path: str | Path | None) -> Path:
-    """The path of a run directory. Raises `UsageError` if it is missing."""
+    """The path of a run directory. Raises `UsageError` if it is missing, or a name that safetensors cannot write."""
     if path is None or not str(path):
         raise UsageError("the run directory is missing: --out RUN")
+    if replace_surrogates(str(path)) != str(path):
+        raise UsageError(f"--out {path}: not UTF-8, as the names of weight files have to be. Choose another --out")
     return Path(path)
 
 
@@ -92,6 +104,55 @@ FIELD_NAMES = {setting_name(f): f.name for f in fields(TrainingConfig)}
 def overrides(settings: Mapping[str, Any] | None) -> dict[str, Any]:
     """The settings that have a value, by the names of their fields."""
     return {FIELD_NAMES.get(name, name): value for name, value in (settings or {}).items() if value is not None}
+
+
+def is_existing(path: str | Path) -> bool:
+    """Whether a file or directory of this name exists. No name is too long or otherwise impossible."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def can_be_path(text: str) -> bool:
+    """Whether a text can be meant as a path: it exists, looks like one, or has no space and a separator or a suffix."""
+    return bool(text) and (is_existing(text) or PATH.fullmatch(text) is not None)
+
+
+def check_output_file(out: Path, *inputs: str | Path) -> None:
+    """Check before the work that a file can be written, and that it is none of the inputs under any of its names.
+
+    Args:
+        out: The file.
+        inputs: Files, and directories of models and runs, of which every file is an input except what other commands wrote.
+
+    Raises:
+        UsageError: The file is an input, or a directory.
+        NextwordError: The file cannot be written.
+    """
+    if is_existing(out):
+        if out.is_dir():
+            raise UsageError(f"--out {out}: is a directory, where the name of a file is needed")
+        for path in map(Path, inputs):
+            files = [file for file in path.rglob("*") if is_run_file(file, path)] if path.is_dir() else [path]
+            if any(file.is_file() and file.samefile(out) for file in files):
+                raise UsageError(f"--out {out}: would overwrite the input {path}. Choose another --out")
+    with map_disk_errors(out):
+        with suppress(FileNotFoundError):
+            out.lstat()
+        if not out.exists() or out.is_file():
+            TemporaryFile(dir=out.parent).close()
+
+
+def is_run_file(file: Path, directory: Path) -> bool:
+    """Whether a file of a directory of examples, a model or a run is needed, and no result that a command wrote beside them."""
+    is_results = (directory / "run.json").is_file() or (directory / "config.json").is_file()
+    needed = file.suffix in (".json", ".safetensors") or file.name in (
+        "metrics.jsonl",
+        "decisions.jsonl",
+        "detours.jsonl",
+    )
+    return file.parent != directory or needed or not is_results
 
 
 def column_names(columns: Mapping[str, str] | Sequence[str] | None) -> dict[str, str]:

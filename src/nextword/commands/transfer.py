@@ -88,7 +88,7 @@ class TransferResult(Result):
 @command(TransferConfig, example="nextword transfer runs/mine reviews.csv --out runs/transfer")
 def transfer(config: TransferConfig, context: Context) -> TransferResult:
     """Run the study, each run of it as `finetune` does."""
-    from nextword.common.environment import command_line, resolve_device
+    from nextword.common.environment import resolve_device
     from nextword.evaluation.label_efficiency import run_study
     from nextword.reporting.report import write_report
 
@@ -108,8 +108,8 @@ def transfer(config: TransferConfig, context: Context) -> TransferResult:
             **settings,
             **cell,
         )
-        return finetune.run(cell_config, Context(console)).to_dict()
+        return finetune.run(cell_config, Context(console, call=context.call)).to_dict()
 
-    result = run_study(run_finetune, config.out, request, command_line(), resume=config.resume, console=context.console)
+    result = run_study(run_finetune, config.out, request, context.call, resume=config.resume, console=context.console)
     write_report(config.out)
     return TransferResult.from_dict(result)

@@ -3,14 +3,19 @@
 Everything goes to standard error, so that standard output holds results only.
 """
 
+import json
 import math
+import os
+import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console as RichConsole
 from rich.text import Text
 
+from nextword.common.errors import NextwordError
 from nextword.common.format import format_clock
 
 if TYPE_CHECKING:
@@ -18,6 +23,81 @@ if TYPE_CHECKING:
 
 PLAIN_UPDATE_SECONDS = 10.0  # between two progress lines where there is no terminal
 BAR_COLUMNS, DETAIL_COLUMNS = 110, 150  # widths from which the training line has a bar, and all its numbers
+
+
+# ---------------------------------------------------------------- the streams of the process
+
+
+def prepare_streams() -> None:
+    """Let no character that the encoding of a standard stream lacks end the process, and no file take a closed stream's place.
+
+    A closed standard stream stays None, except standard error, whose messages are dropped.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # a file that is opened later would get the number, and receive what is written to the stream
+            os.open(os.devnull, os.O_RDWR)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: PTH123, SIM115  (lasts as long as the process)
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
+            reconfigure(errors=errors)
+
+
+def read_standard_input() -> str:
+    """All text of standard input. Raises `NextwordError` if it is closed."""
+    if sys.stdin is None:
+        raise NextwordError("standard input is closed: there is nothing to read")
+    return sys.stdin.read()
+
+
+def write_result(text: str) -> None:
+    """Write text to standard output and flush it. Raises `NextwordError` if it is closed."""
+    if sys.stdout is None:
+        raise NextwordError("standard output is closed: the result cannot be printed")
+    print(text, end="", flush=True)
+
+
+def to_json_line(value: Any) -> str:
+    """JSON on one line, with escapes where the encoding of standard output lacks a character."""
+    line = json.dumps(value, ensure_ascii=False)
+    try:
+        line.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        line = json.dumps(value)
+    return line + "\n"
+
+
+def discard_unwritten_output() -> bool:
+    """Let the end of the process not fail on what a standard stream cannot take. Returns whether that is a result."""
+    failed: list[TextIO] = []
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            failed.append(stream)
+    return sys.stdout in failed
+
+
+class StandardError:
+    """Standard error for messages. What cannot be written is dropped: a reader that has left must not end a run."""
+
+    def write(self, text: str) -> None:
+        """Write, if possible."""
+        with suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        """Flush, if possible."""
+        with suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+# ---------------------------------------------------------------- messages and progress
 
 
 @dataclass(frozen=True)
@@ -63,7 +143,7 @@ class Console:
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
-        self.rich_console = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self.rich_console = RichConsole(file=cast(TextIO, StandardError()), highlight=False, soft_wrap=True)
         self.is_live = self.rich_console.is_terminal and not quiet
         self._stage = ""
         self._last_printed_at = -math.inf

@@ -80,12 +80,6 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def command_line() -> list[str]:
-    """The command that started this process, as run.json records it."""
-    is_cli = Path(sys.argv[0]).name in ("nextword", "__main__.py")
-    return ["nextword", *sys.argv[1:]] if is_cli else ["nextword.pretrain(…)"]
-
-
 # ---------------------------------------------------------------- energy
 
 

@@ -56,6 +56,12 @@ class MissingDependencyError(NextwordError):
         super().__init__(f"{feature} needs an optional package. Install it with: pip install 'nextword[{extra}]'")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of Python or PyTorch says that memory could not be allocated."""
+    signs = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory", "std::bad_alloc")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+
+
 def import_optional(module: str, feature: str, extra: str) -> Any:
     """Import a module of an optional dependency. Raises `MissingDependencyError` if it is not installed."""
     try:

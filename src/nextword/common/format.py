@@ -1,5 +1,15 @@
 """Numbers as people read them: `2.1 GB`, `16 min`, `1.23 M`."""
 
+import shlex
+
+
+def quote_command(*arguments: object) -> str:
+    """A command line of nextword for a shell: each argument is one word, and none is taken for an option."""
+    words = list(map(str, arguments))
+    if any(word.startswith("-") and not word.startswith("--out=") for word in words):
+        words.insert(2, "--")
+    return shlex.join(words)
+
 
 def format_duration(seconds: float) -> str:
     """A duration in words: `4.2 s`, `4 min 19 s`, `16 min`, `2 h 5 min`, `3 d 4 h`."""

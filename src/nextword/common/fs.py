@@ -91,11 +91,15 @@ def fsync_path(path: Path) -> None:
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
-    """Write a file so that a crash leaves either the old content or the new one."""
-    temp_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Write a file so that a crash leaves either the old content or the new one. A device or a pipe is written directly."""
+    data = content.encode(errors="replace") if isinstance(content, str) else content  # lone surrogates of a path
+    temp_path = path.with_name(f".{path.name[:200]}.{os.getpid()}.partial")
     with map_disk_errors(path):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            path.write_bytes(data)
+            return
         try:
-            temp_path.write_bytes(content.encode() if isinstance(content, str) else content)
+            temp_path.write_bytes(data)
             fsync_path(temp_path)
             temp_path.replace(path)
         except OSError:  # the disk may be full: leave nothing behind
@@ -113,8 +117,9 @@ def append_line_durably(path: Path, line: str) -> None:
 
 
 def to_json(value: Any) -> str:
-    """Indented JSON with a final newline."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """Indented JSON with a final newline. Lone surrogates, which a path has for bytes that are not UTF-8, are escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def is_json_object(value: object) -> TypeGuard[dict[str, Any]]:

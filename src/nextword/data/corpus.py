@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from nextword.common.errors import CorruptFileError, NextwordError
+from nextword.common.format import quote_command
 from nextword.common.fs import MANIFEST, map_disk_errors, read_manifest, verify_manifest
 from nextword.data.dataset import TokenArray
 from nextword.data.tokenizer import Tokenizer, lost_text_message
@@ -146,7 +147,9 @@ class Corpus:
         """
         path = Path(path)
         if read_manifest(path).get("kind") != "corpus":
-            raise NextwordError(f"{path}: not a prepared corpus; make one with: nextword prepare CORPUS --out {path}")
+            raise NextwordError(
+                f"{path}: not a prepared corpus; make one with: {quote_command('nextword', 'prepare', 'TEXT', f'--out={path}')}"
+            )
         manifest = verify_manifest(path)
         if manifest.get("version") != FORMAT_VERSION:
             raise NextwordError(f"{path}: prepared by another version of nextword; prepare it again")

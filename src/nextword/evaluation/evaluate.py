@@ -13,6 +13,7 @@ import numpy as np
 
 from nextword.common.console import Console
 from nextword.common.errors import UsageError
+from nextword.common.format import quote_command
 from nextword.common.fs import atomic_write, read_json
 from nextword.common.results import EVALUATION_FILE, Provenance, StoredResults, weights_digest
 from nextword.common.run_dir import RunDir
@@ -311,7 +312,9 @@ def load_eval_text(
         return [each.read_tokens(texts, text_column, console) for each in (model, *others)], stride
     run = RunDir(Path(path))
     if not run.exists:
-        raise UsageError(f"{path}: not a run directory, so give a text: nextword evaluate {path} TEXT…")
+        raise UsageError(
+            f"{path}: not a run directory, so give a text: {quote_command('nextword', 'evaluate', path, 'TEXT')}"
+        )
     for other in others:
         if other.tokenizer.backend.to_str() != model.tokenizer.backend.to_str():
             raise UsageError(f"{other.path}: its tokenizer differs from that of {path}; give a text to compare them on")

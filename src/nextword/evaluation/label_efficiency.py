@@ -63,7 +63,7 @@ def run_study(
     finetune: FinetuneFunction,
     out: Path,
     request: dict[str, Any],
-    command: list[str],
+    command: str,
     *,
     resume: bool,
     console: Console,
@@ -77,7 +77,7 @@ def run_study(
         finetune: Performs one run; takes `out`, `limit`, `seed`, `scratch`, `resume` and `console`, and returns its result.
         out: The directory of the study.
         request: `model`, `data`, `counts`, `seeds` and the settings of the runs.
-        command: The command line.
+        command: The command line or the call from Python.
         resume: Whether to resume the study in `out`.
         console: Where progress goes.
 
@@ -92,7 +92,7 @@ def run_study(
             if run_dir.is_complete:
                 return fs.read_json(run_dir.result_path)
         else:
-            metadata = {"recipe": {}, "task": "transfer", "request": request, "command": " ".join(command)}
+            metadata = {"recipe": {}, "task": "transfer", "request": request, "command": command}
             run_dir.write_metadata({**metadata, "versions": library_versions()})
             fs.atomic_write(run_dir.metrics_path, "")
         runs = [StudyRun(**record) for record in fs.read_jsonl(run_dir.metrics_path)]

@@ -14,6 +14,7 @@ from nextword.common import fs
 from nextword.common.console import Console
 from nextword.common.environment import resolve_device
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
+from nextword.common.format import quote_command
 from nextword.data.builtin_datasets import find_sources
 from nextword.data.corpus import Corpus
 from nextword.data.dataset import InMemoryTokens, TokenSource
@@ -130,7 +131,7 @@ class LanguageModel:
         if self.task_spec is None:
             raise UsageError(
                 f"{self.path}: this model was not fine-tuned for a task. Generate text with nextword generate, or "
-                f"fine-tune it: nextword finetune {self.path} DATA --out RUN"
+                f"fine-tune it: {quote_command('nextword', 'finetune', self.path, 'DATA')} --out RUN"
             )
         return Predictor(self.gpt, self.tokenizer, self.task_spec)
 

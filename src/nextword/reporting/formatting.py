@@ -8,6 +8,7 @@ import html
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -190,6 +191,7 @@ def _environment(markdown: bool) -> Environment:
     filters = cast(dict[str, Any], environment.filters)  # pyright: ignore[reportUnknownMemberType]  # untyped in Jinja
     filters |= {function.__name__: function for function in FILTERS}
     filters |= {
+        "shell": lambda text: Markup(shlex.quote(text)),
         "bytes": format_bytes,
         "count": format_count,
         "duration": format_duration,

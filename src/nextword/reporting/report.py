@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextword.common.errors import NextwordError
-from nextword.common.format import format_bytes, format_duration
+from nextword.common.format import format_bytes, format_duration, quote_command
 from nextword.common.fs import atomic_write
 from nextword.common.results import StoredResults, is_number, short_path_name
 from nextword.common.statistics import ScoreWithCI
@@ -96,7 +96,8 @@ def refresh_unmodified(run_dir: Path, info: Callable[[str], None]) -> None:
         write_card(run_dir)
     elif card.is_file():
         info(
-            f"{card} was edited by hand and is left unchanged. Delete it and run `nextword report {run_dir}` to rebuild it"
+            f"{card} was edited by hand and is left unchanged. Delete it and rebuild it: "
+            f"{quote_command('nextword', 'report', run_dir)}"
         )
 
 

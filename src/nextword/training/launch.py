@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from nextword.common import fs
 from nextword.common.console import Console
-from nextword.common.environment import EnergyMeter, command_line, library_versions, machine_info
+from nextword.common.environment import EnergyMeter, library_versions, machine_info
 from nextword.common.errors import NextwordError, UsageError
 from nextword.common.format import format_duration
 from nextword.common.native_build import load_native_library
@@ -61,6 +61,7 @@ class RunContext:
         strict: Whether to fail if the newest checkpoint is corrupt, instead of using the one before it.
         tensorboard: Whether to write TensorBoard events.
         mirror_url: Remote storage for copies of the checkpoints, from which a missing run directory is restored.
+        command: The command line or the call from Python, as run.json records it.
         dist: The process group.
         metadata: run.json; None in the main rank of a new run, which chooses it.
         checkpoint: The checkpoint to resume from.
@@ -79,6 +80,7 @@ class RunContext:
     strict: bool = False
     tensorboard: bool = False
     mirror_url: str | None = None
+    command: str = ""
     dist: DistContext = SINGLE_PROCESS
     metadata: dict[str, Any] | None = None
     checkpoint: Path | None = None
@@ -289,7 +291,7 @@ def new_metadata(
 ) -> dict[str, Any]:
     """Return the content of run.json for a new run. "fixed" is what the run keeps when it is resumed."""
     return {
-        "command": " ".join(command_line()),
+        "command": run.command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "request": run.request,
         "recipe": config.to_dict(),
