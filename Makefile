@@ -58,7 +58,7 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.run
-	$(BIN)/python -m benchmarks.scaling_laws hold
+	$(BIN)/python -m benchmarks.scaling_laws validate
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.time_limits
 

@@ -1,7 +1,7 @@
-"""What a save costs: `python -m benchmarks.checkpointing [TURNS]`, a Markdown table.
+"""The cost of a checkpoint: `python -m benchmarks.checkpointing [ROUNDS]` prints a Markdown table.
 
-Saves and steps of real size, on this machine's processor, in turn: a save by itself with and without its hash, and some steps
-with a save beside them and without. As often as a run saves by itself is `checkpoint.SECONDS`, or `REST` times a save's cost.
+Interleaved measurements on the CPU: a save with and without hashing, and training steps with and without a concurrent save. The
+interval between saves is `checkpoint.SAVE_INTERVAL_SECONDS`, or `MIN_INTERVAL_PER_SAVE_COST` times the cost of a save.
 """
 
 import statistics
@@ -24,11 +24,11 @@ SIZES = {
     "medium": {"n_layers": 8, "n_heads": 8, "d_model": 512, "context_length": 256, "vocab_size": 8192},
 }
 ROWS = 4
-digest = checkpoint.hash_buffers
+HASH_BUFFERS = checkpoint.hash_buffers
 
 
-class Trained:
-    """A model with an optimizer that has its averages, and one step after another on the same random tokens."""
+class TrainingFixture:
+    """A model and an optimizer with its state, fixture on random tokens."""
 
     def __init__(self, name: str):
         torch.manual_seed(0)
@@ -46,69 +46,67 @@ class Trained:
         self.optimizer.step(1.0)
         self.model.zero_grad(set_to_none=True)
 
-    def begin(self, saver: checkpoint.AsyncCheckpointer) -> None:
+    def start_save(self, saver: checkpoint.AsyncCheckpointer) -> None:
         saver.save_async(1, dict(self.model.named_parameters()), self.optimizer.state_tensors(), {"step": 1})
 
 
-def seconds_of_a_save(trained: Trained, run: Path, hashed: bool) -> float:
-    """By itself, from its beginning to the end."""
-    checkpoint.hash_buffers = digest if hashed else lambda blocks: ({"bytes": 0, "sha256": ""}, 0.0)
+def save_seconds(fixture: TrainingFixture, run: Path, hashed: bool) -> float:
+    """Seconds of a save without concurrent training."""
+    checkpoint.hash_buffers = HASH_BUFFERS if hashed else lambda blocks: ({"bytes": 0, "sha256": ""}, 0.0)
     begin = time.perf_counter()
     with checkpoint.AsyncCheckpointer(run) as saver:
-        trained.begin(saver)
+        fixture.start_save(saver)
         saver.wait()
-    checkpoint.hash_buffers = digest
+    checkpoint.hash_buffers = HASH_BUFFERS
     return time.perf_counter() - begin
 
 
-def seconds_of_steps(trained: Trained, run: Path, steps: int, saving: bool) -> tuple[float, float, float]:
-    """So many steps, with a save beside them or without; what of it the steps waited for the copy, and a save's cost."""
+def step_seconds(fixture: TrainingFixture, run: Path, steps: int, saving: bool) -> tuple[float, float, float]:
+    """Seconds of training steps with or without a concurrent save, of the copy that blocks training, and of a save's cost."""
     with checkpoint.AsyncCheckpointer(run) as saver:
         begin = time.perf_counter()
         if saving:
-            trained.begin(saver)
+            fixture.start_save(saver)
         copied = time.perf_counter() - begin
         for _ in range(steps):
-            trained.step()
+            fixture.step()
         saver.wait()
         return time.perf_counter() - begin, copied, saver.overhead_seconds
 
 
-def row(name: str, turns: int) -> str:
-    trained = Trained(name)
+def row(name: str, rounds: int) -> str:
+    fixture = TrainingFixture(name)
     with tempfile.TemporaryDirectory(dir=".") as folder:
         run = Path(folder)
-        seconds_of_a_save(trained, run, True)
+        save_seconds(fixture, run, True)
         pairs = []
-        for turn in range(6 * turns):  # now the one first, now the other
-            order = (True, False) if turn % 2 else (False, True)
-            pairs.append({hashed: seconds_of_a_save(trained, run, hashed) for hashed in order})
+        for number in range(6 * rounds):  # in alternating order
+            order = (True, False) if number % 2 else (False, True)
+            pairs.append({hashed: save_seconds(fixture, run, hashed) for hashed in order})
         with_hash = statistics.median(pair[True] for pair in pairs)
         hashing = statistics.median(1 - pair[False] / pair[True] for pair in pairs)
         begin = time.perf_counter()
-        trained.step()
+        fixture.step()
         steps = max(4, int(3 * with_hash / (time.perf_counter() - begin)))
-        found = [[seconds_of_steps(trained, run, steps, saving) for saving in (True, False)] for _ in range(turns)]
-    lost = statistics.median(saving[0] - alone[0] for saving, alone in found)
-    copied = statistics.median(saving[1] for saving, _ in found)
-    rest = max(
+        measurements = [[step_seconds(fixture, run, steps, saving) for saving in (True, False)] for _ in range(rounds)]
+    lost = statistics.median(saving[0] - training[0] for saving, training in measurements)
+    copied = statistics.median(saving[1] for saving, _ in measurements)
+    interval = max(
         checkpoint.SAVE_INTERVAL_SECONDS,
-        checkpoint.MIN_INTERVAL_PER_SAVE_COST * statistics.median(saving[2] for saving, _ in found),
+        checkpoint.MIN_INTERVAL_PER_SAVE_COST * statistics.median(saving[2] for saving, _ in measurements),
     )
     return (
-        f"| {trained.parameters / 1e6:.1f} M | {with_hash:.2f} | {100 * hashing:.0f} % "
-        f"| {copied:.3f} | {lost:.2f} | {rest:.0f} | {100 * lost / rest:.2f} % |"
+        f"| {fixture.parameters / 1e6:.1f} M | {with_hash:.2f} | {100 * hashing:.0f} % "
+        f"| {copied:.3f} | {lost:.2f} | {interval:.0f} | {100 * lost / interval:.2f} % |"
     )
 
 
 def main() -> None:
-    turns = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    print(
-        "\n| parameters | a save, s | of it hashing | steps wait, s | steps lose, s | between saves, s | slower on average |"
-    )
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    print("\n| parameters | save, s | share of hashing | wait, s | time lost, s | interval, s | mean slowdown |")
     print("|---|---|---|---|---|---|---|")
     for name in SIZES:
-        print(row(name, turns), flush=True)
+        print(row(name, rounds), flush=True)
 
 
 if __name__ == "__main__":

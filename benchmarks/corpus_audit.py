@@ -1,11 +1,11 @@
-"""Auditing, measured: what the index of a corpus costs, how fast it answers, and what the corpus audit says of real books.
+"""Benchmark of the corpus audit: cost of the index, latency of queries, and findings on real books.
 
     python -m benchmarks.corpus_audit [NAME …]
 
-Names: index, corpus, suites. Each measurement is kept under build/bench; remove auditing-*.json there to measure anew. The
-data are those of `NEXTWORD_DATA` (where that is not set: ../shared/data). Times are wall times, and beside them those of the
-processor, which another program on the machine does not change. What needs torch is imported where it is used, so that the
-memory of an index is its own.
+Names: index, corpus, contamination. Each measurement is cached under build/bench; remove corpus-audit-*.json there to measure
+again. The environment variable `NEXTWORD_DATA` names the directory of the data (default: ../shared/data). Wall times are given
+with CPU times, which other programs do not affect. torch is imported only where it is used, so that it does not count as memory
+of the index.
 """
 
 import json
@@ -17,38 +17,38 @@ import time
 from functools import partial
 from typing import Any
 
-from benchmarks.run import DATA, KEPT, books, cell, process
+from benchmarks.run import CACHE_DIR, DATA, books, cached, process
 from nextword.audit.text_index import CorpusIndex, build_index
 from nextword.common.console import Console
 
 QUIET = Console(quiet=True)
-INDEX = KEPT / "index"
+INDEX = CACHE_DIR / "index"
 LENGTHS = (50, 100, 200, 500, 1000, 2000)
 PASSAGES = 200
-SUITES = ("blimp", "hellaswag", "arc")
+BENCHMARKS = ("blimp", "hellaswag", "arc")
 
 
-def in_a_process(what: str) -> dict[str, Any]:
-    """The result of one of the functions below in a process of its own, with its wall time and its peak memory."""
-    done = process([sys.executable, "-m", "benchmarks.corpus_audit", what], threads=1)
+def run_in_subprocess(function: str) -> dict[str, Any]:
+    """The result of one of the functions below in a separate process, with its wall time and peak memory."""
+    done = process([sys.executable, "-m", "benchmarks.corpus_audit", function], threads=1)
     if done["code"]:
         raise SystemExit(done["err"])
     return {**json.loads(done["out"].splitlines()[-1]), "wall": done["wall"], "peak_mb": done["peak_mb"]}
 
 
 def build(every: int = 1) -> dict[str, Any]:
-    """The index of every so-manieth book."""
-    place = INDEX if every == 1 else INDEX.with_name("index-part")
-    shutil.rmtree(place, ignore_errors=True)
+    """Build the index from every `every`-th book."""
+    directory = INDEX if every == 1 else INDEX.with_name("index-part")
+    shutil.rmtree(directory, ignore_errors=True)
     start, used = time.perf_counter(), time.process_time()
-    index = build_index([books()] if every == 1 else sorted(books().rglob("*.md"))[::every], place, console=QUIET)
+    index = build_index([books()] if every == 1 else sorted(books().rglob("*.md"))[::every], directory, console=QUIET)
     seconds, cpu = time.perf_counter() - start, time.process_time() - used
-    disk = sum(path.stat().st_size for path in place.iterdir())
+    disk = sum(path.stat().st_size for path in directory.iterdir())
     return {"seconds": seconds, "cpu": cpu, "documents": len(index), "text": index.num_text_bytes, "disk": disk}
 
 
 def reopen() -> dict[str, Any]:
-    """What a program pays that finds the index there: the first look-up, and the opening before it."""
+    """The cost of opening an existing index, and of the first query."""
     start = time.perf_counter()
     index = CorpusIndex.open(INDEX)
     opened = time.perf_counter()
@@ -56,31 +56,31 @@ def reopen() -> dict[str, Any]:
     return {"open": opened - start, "first": time.perf_counter() - opened}
 
 
-def passages(index: CorpusIndex, length: int, *, inside: bool) -> list[bytes]:
-    """Passages of so many bytes out of the corpus, or the same with their words in another order."""
-    draws = random.Random(length)
-    found: list[bytes] = []
-    while len(found) < PASSAGES:
-        document = draws.randrange(len(index))
+def sample_passages(index: CorpusIndex, length: int, *, inside: bool) -> list[bytes]:
+    """Passages of `length` bytes from the corpus, optionally with shuffled words."""
+    generator = random.Random(length)
+    passages: list[bytes] = []
+    while len(passages) < PASSAGES:
+        document = generator.randrange(len(index))
         size = int(index.documents[document]["end"] - index.documents[document]["begin"])
-        data = index.read_bytes(document, draws.randrange(max(1, size - length)), length)
+        data = index.read_bytes(document, generator.randrange(max(1, size - length)), length)
         if len(data) == length and not inside:
             words = data.split(b" ")
-            draws.shuffle(words)
+            generator.shuffle(words)
             data = b" ".join(words)
         if len(data) == length:
-            found.append(data)
-    return found
+            passages.append(data)
+    return passages
 
 
-def look_up() -> dict[str, Any]:
+def run_queries() -> dict[str, Any]:
     index = CorpusIndex.open(INDEX)
     index.find_matches("warm")
     rows = []
     for inside in (True, False):
         for length in LENGTHS:
             wall, cpu, longest = [], [], []
-            for passage in passages(index, length, inside=inside):
+            for passage in sample_passages(index, length, inside=inside):
                 start, used = time.perf_counter(), time.process_time()
                 matches = index.find_matches(passage)
                 cpu.append(time.process_time() - used)
@@ -91,76 +91,83 @@ def look_up() -> dict[str, Any]:
 
 
 def index() -> None:
-    made = [cell(f"auditing-{name}", lambda name=name: in_a_process(name)) for name in ("build-part", "build")]
-    opened = cell("auditing-open", lambda: in_a_process("reopen"))
-    bare = cell("auditing-bare", lambda: process([sys.executable, "-c", "pass"]))
-    loaded = cell("auditing-loaded", lambda: process([sys.executable, "-c", "import nextword.audit.text_index"]))
-    print("\n| documents | text, MB | seconds | of the processor | index on disk, MB | peak MB above the interpreter |")
+    builds = [
+        cached(f"corpus-audit-{name}", lambda name=name: run_in_subprocess(name)) for name in ("build-part", "build")
+    ]
+    reopened = cached("corpus-audit-open", lambda: run_in_subprocess("reopen"))
+    bare = cached("corpus-audit-bare", lambda: process([sys.executable, "-c", "pass"]))
+    loaded = cached("corpus-audit-loaded", lambda: process([sys.executable, "-c", "import nextword.audit.text_index"]))
+    print("\n| documents | text, MB | build, s | CPU, s | index on disk, MB | peak MB above the interpreter |")
     print("|---|---|---|---|---|---|")
-    for one in made:
+    for result in builds:
         print(
-            f"| {one['documents']} | {one['text'] / 1e6:.1f} | {one['seconds']:.1f} | {one['cpu']:.1f} "
-            f"| {one['disk'] / 1e6:.0f} | {one['peak_mb'] - bare['peak_mb']:.0f} |"
+            f"| {result['documents']} | {result['text'] / 1e6:.1f} | {result['seconds']:.1f} | {result['cpu']:.1f} "
+            f"| {result['disk'] / 1e6:.0f} | {result['peak_mb'] - bare['peak_mb']:.0f} |"
         )
-    print(f"\nof the memory {loaded['peak_mb'] - bare['peak_mb']:.0f} MB are what is imported")
-    print(f"\nopened, every byte checked: {opened['open']:.2f} s; the first look-up: {1e3 * opened['first']:.0f} ms")
-    print("\n| passages | bytes | ms: middle | most | of the processor: middle | most | longest match, middle |")
+    print(f"\nmemory of the imports: {loaded['peak_mb'] - bare['peak_mb']:.0f} MB")
+    print(f"\nopening with all checksums: {reopened['open']:.2f} s; first query: {1e3 * reopened['first']:.0f} ms")
+    print("\n| passages | bytes | wall ms: median | maximum | CPU ms: median | maximum | longest match, median |")
     print("|---|---|---|---|---|---|---|")
-    for row in cell("auditing-look-up", lambda: in_a_process("look_up"))["rows"]:
-        times = [one for kind in ("wall", "cpu") for one in (statistics.median(row[kind]), max(row[kind]))]
-        shown = " | ".join(f"{1e3 * one:.1f}" for one in times)
-        where = "in the corpus" if row["inside"] else "of its words"
-        print(f"| {PASSAGES} {where} | {row['length']} | {shown} | {statistics.median(row['longest']):.0f} |")
+    for row in cached("corpus-audit-queries", lambda: run_in_subprocess("run_queries"))["rows"]:
+        times = [seconds for kind in ("wall", "cpu") for seconds in (statistics.median(row[kind]), max(row[kind]))]
+        columns = " | ".join(f"{1e3 * seconds:.1f}" for seconds in times)
+        origin = "from the corpus" if row["inside"] else "with shuffled words"
+        print(f"| {PASSAGES} {origin} | {row['length']} | {columns} | {statistics.median(row['longest']):.0f} |")
 
 
 def audit() -> dict[str, Any]:
     from nextword.audit.corpus import audit_corpus
 
     start, used = time.perf_counter(), time.process_time()
-    found = audit_corpus(build_index([books()], INDEX, console=QUIET), (), QUIET)
+    findings = audit_corpus(build_index([books()], INDEX, console=QUIET), (), QUIET)
     seconds, cpu = time.perf_counter() - start, time.process_time() - used
-    return {"seconds": seconds, "cpu": cpu, "findings": [one.to_dict() for one in found]}
+    return {"seconds": seconds, "cpu": cpu, "findings": [finding.to_dict() for finding in findings]}
 
 
 def corpus() -> None:
-    found = cell("auditing-corpus", lambda: in_a_process("audit"))
-    print(f"\n{found['seconds']:.0f} s, {found['cpu']:.0f} of the processor")
+    result = cached("corpus-audit-corpus", lambda: run_in_subprocess("audit"))
+    print(f"\n{result['seconds']:.0f} s, {result['cpu']:.0f} s of CPU time")
     print("\n| finding | value | | examples |\n|---|---|---|---|")
-    for one in found["findings"]:
-        examples = "; ".join(" · ".join(map(str, example.values())) for example in one["examples"][:3])
-        print(f"| {one['name']} | {one['value']:.4g} {one['unit']} | {one['note']} | {examples.replace('|', '/')} |")
+    for finding in result["findings"]:
+        examples = "; ".join(" · ".join(map(str, example.values())) for example in finding["examples"][:3])
+        print(
+            f"| {finding['name']} | {finding['value']:.4g} {finding['unit']} | {finding['note']} "
+            f"| {examples.replace('|', '/')} |"
+        )
 
 
-def overlaps() -> dict[str, Any]:
+def measure_contamination() -> dict[str, Any]:
     from benchmarks.loglikelihood import FILES
     from nextword.audit.corpus import contamination
     from nextword.tasks.benchmark_spec import find_benchmark
 
     index = build_index([books()], INDEX, console=QUIET)
-    found = [contamination(index, find_benchmark(f"{name}={DATA / FILES[name]}"), QUIET) for name in SUITES]
-    return {"findings": [one.to_dict() for one in found]}
+    findings = [contamination(index, find_benchmark(f"{name}={DATA / FILES[name]}"), QUIET) for name in BENCHMARKS]
+    return {"findings": [finding.to_dict() for finding in findings]}
 
 
-def suites() -> None:
-    print("\n| suite | % of its items | n | examples |\n|---|---|---|---|")
-    for one in cell("auditing-suites", lambda: in_a_process("overlaps"))["findings"]:
-        low_high = f"{one['value']:.1f} ({one['low']:.1f} to {one['high']:.1f})"
-        print(f"| {one['name']} | {low_high} | {one['n']:,} | {'; '.join(e['passage'] for e in one['examples'][:2])} |")
+def contamination_of_benchmarks() -> None:
+    print("\n| benchmark | contaminated items, % | n | examples |\n|---|---|---|---|")
+    result = cached("corpus-audit-contamination", lambda: run_in_subprocess("measure_contamination"))
+    for finding in result["findings"]:
+        share = f"{finding['value']:.1f} ({finding['low']:.1f}–{finding['high']:.1f})"
+        examples = "; ".join(example["passage"] for example in finding["examples"][:2])
+        print(f"| {finding['name']} | {share} | {finding['n']:,} | {examples} |")
 
 
 def main() -> None:
-    sections = {"index": index, "corpus": corpus, "suites": suites}
-    alone = {
+    sections = {"index": index, "corpus": corpus, "contamination": contamination_of_benchmarks}
+    subprocess_functions = {
         "build": build,
         "build-part": partial(build, 4),
         "reopen": reopen,
-        "look_up": look_up,
+        "run_queries": run_queries,
         "audit": audit,
-        "overlaps": overlaps,
+        "measure_contamination": measure_contamination,
     }
     for name in sys.argv[1:] or list(sections):
-        if name in alone:
-            print(json.dumps(alone[name]()))
+        if name in subprocess_functions:
+            print(json.dumps(subprocess_functions[name]()))
         else:
             print(f"\n## {name}", flush=True)
             sections[name]()

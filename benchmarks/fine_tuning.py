@@ -1,11 +1,11 @@
-"""Fine-tuning, measured: the tables of docs/benchmarks.md on what it reaches, and beside the stock library.
+"""Benchmarks of fine-tuning: scores, and a comparison with transformers.
 
     python -m benchmarks.fine_tuning [NAME …]
 
-Names: ablation, agree, peers, translation, summaries, preference, chat. Each measurement is kept under build/bench/tuning, so
-that a bench that was cut off goes on where it stood, inside a run too; remove that folder to measure anew. The data are
-those of `NEXTWORD_DATA` (where that is not set: ../shared/data). With NEXTWORD_BENCH_QUICK=1 everything is done on a few
-examples for three steps, under build/bench-quick, to see that it works.
+Names: ablation, agreement, peers, translation, summaries, preference, chat. Each measurement is cached under
+build/bench/fine-tuning, and an interrupted run resumes; remove that directory to measure again. The environment variable
+`NEXTWORD_DATA` names the directory of the data (default: ../shared/data). With NEXTWORD_BENCH_QUICK=1 everything runs on a few
+examples for three steps, under build/bench-quick, as a test of the benchmark.
 """
 
 import json
@@ -19,32 +19,32 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fine_tuning_data import (
-    CAP,
+    MAX_SECONDS,
     QUICK,
     SEEDS,
     SETS,
     VARIANTS,
-    WORK,
-    base,
-    cell,
-    few,
-    gathered,
-    has,
-    judged,
-    parts,
-    read,
-    run_of,
+    WORK_DIR,
+    applies,
+    base_model,
+    cached,
+    evaluate_run,
+    load_data,
+    read_lines,
+    run_dir,
+    run_finetuning,
+    sample,
     save,
-    tuned,
+    split_files,
 )
-from benchmarks.fine_tuning_peers import agree, peers
+from benchmarks.fine_tuning_peers import agreement, peers
 from benchmarks.run import mean_with_margin, nextword
 from nextword.common.statistics import mean
 
-# Within an hour in all, on both cores.
+# Less than an hour in total on two cores.
 TRANSLATION = (
     "pretrain {text} --out {out}/pretrained --size mini --model.context-length 128 --seed 0 --budget 12m",
-    "finetune {out}/pretrained {train} --validation {validation} --out {out}/tuned --seed 0 --training.optimizer muon "
+    "finetune {out}/pretrained {train} --validation {validation} --out {out}/fine-tuned --seed 0 --training.optimizer muon "
     "--training.lr 0.003 --training.compile no --tuning.batch-examples 64 --budget 37m",
 )
 CONVERSATION = (
@@ -64,53 +64,53 @@ MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"
 # ---------------------------------------------------------------- ablation
 
 
-def judge(run: str, file: str, task: str) -> None:
-    """Print, as JSON, how likely a run finds the answers in a file: bits per byte, and the share of pairs preferred."""
+def evaluate_likelihood(run: str, file: str, task: str) -> None:
+    """Print the bits per byte of the answers in a file, and the preference accuracy, as JSON."""
     import nextword
     from nextword.data.issues import IssueLog
     from nextword.pipeline.predictor import Predictor
     from nextword.tasks.examples import read_examples
 
-    loaded, problems = nextword.load(run), IssueLog()
-    form = replace(loaded.predictor.task_spec, task=task, kind="preference" if task == "prefer" else "answer")
-    predictor = Predictor(loaded.gpt, loaded.tokenizer, form)
-    examples, encoded = predictor.encoder.encode_all(read_examples(file, task, problems).items, problems)
-    found = predictor.evaluate(examples, encoded, generate=False)
-    scores = {name: score.to_dict() for name, score in found.scores.items()}
-    print(json.dumps({"bits_per_byte": found.bits_per_byte, "scores": scores, "examples": len(examples)}))
+    model, issues = nextword.load(run), IssueLog()
+    task_spec = replace(model.predictor.task_spec, task=task, kind="preference" if task == "prefer" else "answer")
+    predictor = Predictor(model.gpt, model.tokenizer, task_spec)
+    examples, encoded = predictor.encoder.encode_all(read_examples(file, task, issues).items, issues)
+    result = predictor.evaluate(examples, encoded, generate=False)
+    scores = {name: score.to_dict() for name, score in result.scores.items()}
+    print(json.dumps({"bits_per_byte": result.bits_per_byte, "scores": scores, "examples": len(examples)}))
 
 
-def without_model(name: str, seed: int) -> dict[str, float]:
-    """What simple rules score on the test part, learned from the very examples that the runs of this seed see."""
+def baselines_of(name: str, seed: int) -> dict[str, float]:
+    """Scores of the baselines on the test set, trained on the same examples as the runs of this seed."""
 
     def measure() -> dict[str, float]:
         from nextword.pipeline.predictor import baseline_scores
 
-        files, data = parts(name), SETS[name]
-        known = gathered(name, files["train"], files["test"], 64 if QUICK else data.limit, seed)
-        found = baseline_scores(known.task_spec, known.train, known.validation)
-        return {rule: scores[data.metric].value * data.scale for rule, scores in found.items()}
+        files, data = split_files(name), SETS[name]
+        task_data = load_data(name, files["train"], files["test"], 64 if QUICK else data.limit, seed)
+        baselines = baseline_scores(task_data.task_spec, task_data.train, task_data.validation)
+        return {name: scores[data.metric].value * data.scale for name, scores in baselines.items()}
 
-    return cell(f"{name}-rules-{seed}", measure)
+    return cached(f"{name}-baselines-{seed}", measure)
 
 
 def ablation() -> None:
-    base()
+    base_model()
     for name in SETS:
-        parts(name)
-    jobs = [(name, variant, seed) for seed in SEEDS for name in SETS for variant in VARIANTS if has(name, variant)]
-    with ThreadPoolExecutor(2) as pool:  # side by side, a core each
-        runs = dict(zip(jobs, pool.map(lambda job: tuned(*job), jobs), strict=True))
+        split_files(name)
+    jobs = [(name, variant, seed) for seed in SEEDS for name in SETS for variant in VARIANTS if applies(name, variant)]
+    with ThreadPoolExecutor(2) as pool:  # in parallel, on one core each
+        runs = dict(zip(jobs, pool.map(lambda job: run_finetuning(*job), jobs), strict=True))
     rows = {
-        title: {n: [runs[n, variant, seed]["score"] for seed in SEEDS] for n in SETS if has(n, variant)}
+        title: {n: [runs[n, variant, seed]["score"] for seed in SEEDS] for n in SETS if applies(n, variant)}
         for variant, (title, _) in VARIANTS.items()
     }
     for name in SETS:
         for seed in SEEDS:
-            for rule, score in without_model(name, seed).items():
-                rows.setdefault(rule, {}).setdefault(name, []).append(score)
+            for baseline, score in baselines_of(name, seed).items():
+                rows.setdefault(baseline, {}).setdefault(name, []).append(score)
     higher = [name for name in SETS if not SETS[name].lower]
-    common = [name for name in higher if has(name, "plain")]
+    common = [name for name in higher if applies(name, "plain")]
 
     def average(title: str, names: Sequence[str]) -> list[float]:
         return [statistics.fmean(rows[title][name][i] for name in names) for i in range(len(SEEDS))]
@@ -127,104 +127,124 @@ def ablation() -> None:
     for names in (common, higher):
         pairs = zip(average("full method", names), average("without pre-training", names), strict=True)
         gains = [a - b for a, b in pairs]
-        verdict = "ahead by more" if mean(gains).is_above(0) else "not ahead by more"
+        significance = "significant" if mean(gains).is_above(0) else "not significant"
         print(
-            f"\nPre-training on the average of {', '.join(names)}: {mean_with_margin(gains, '+.2f')} over "
-            f"{len(gains)} seeds, in pairs; {verdict} than its interval."
+            f"\nEffect of pre-training on the average of {', '.join(names)}: {mean_with_margin(gains, '+.2f')} over "
+            f"{len(gains)} seeds, paired; {significance}."
         )
-    cut = [f"{n} ({SETS[n].limit:,} of {len(read(parts(n)['train'])):,})" for n in SETS if SETS[n].limit]
+    subsampled = [
+        f"{n} ({SETS[n].limit:,} of {len(read_lines(split_files(n)['train'])):,})" for n in SETS if SETS[n].limit
+    ]
     longest = max(run["seconds"] for run in runs.values())
-    print(f"\nLearned from a part, a new one for each seed: {', '.join(cut)}.")
-    print("At most 500 examples (100 where answers are written) choose the weights; the whole test part scores them.")
-    print("± is Student's interval over the seeds.")
-    print(f"The longest run took {longest:.0f} s; {'all' if longest <= CAP else 'NOT all'} stayed below {CAP} s.")
+    print(f"\nSubsampled training sets, another sample for each seed: {', '.join(subsampled)}.")
+    print("Checkpoints are selected on at most 500 validation examples (100 if answers are generated).")
+    print("± is Student's 95 % confidence interval over the seeds.")
+    print(
+        f"The longest run took {longest:.0f} s; {'all' if longest <= MAX_SECONDS else 'NOT all'} took at most {MAX_SECONDS} s."
+    )
 
 
-# ---------------------------------------------------------------- what is written
+# ---------------------------------------------------------------- generation
 
 
-def written(name: str, run: Path, metrics: Sequence[str], kinds: dict[str, Callable[[str], bool]]) -> dict[str, Any]:
-    """Scores of a run's answers to the test part, and of simple rules', for each kind of source."""
+def generation_scores(
+    name: str, run: Path, metrics: Sequence[str], groups: dict[str, Callable[[str], bool]]
+) -> dict[str, Any]:
+    """Scores of a run and of the baselines on the test set, for each group of sources."""
     from nextword.pipeline.predictor import baseline_predictions, compute_metrics
 
-    files = parts(name)
-    data = gathered(name, files["train"], files["test"])
+    files = split_files(name)
+    data = load_data(name, files["train"], files["test"])
     answers = {"model": nextword("predict", run, files["test"], "--json", "--quiet")["predictions"]}
     answers |= baseline_predictions(data.task_spec, data.train, data.validation)
-    found: dict[str, Any] = {}
-    for kind, fits in kinds.items():
-        chosen = [i for i, example in enumerate(data.validation) if fits(example.fields["prompt"])]
-        found[kind] = {
-            who: {
+    results: dict[str, Any] = {}
+    for group, belongs in groups.items():
+        indices = [i for i, example in enumerate(data.validation) if belongs(example.fields["prompt"])]
+        results[group] = {
+            system: {
                 metric: score.to_dict()
                 for metric, score in compute_metrics(
-                    data.task_spec, [data.validation[i] for i in chosen], [said[i] for i in chosen], metrics
+                    data.task_spec, [data.validation[i] for i in indices], [predictions[i] for i in indices], metrics
                 ).items()
             }
-            for who, said in answers.items()
+            for system, predictions in answers.items()
         }
-    return found
+    return results
 
 
-def show_written(found: dict[str, Any], metrics: Sequence[str]) -> None:
+def show_generation_scores(results: dict[str, Any], metrics: Sequence[str]) -> None:
     print("\n| sources | | " + " | ".join(metrics) + " |\n|" + "---|" * (len(metrics) + 2))
-    for kind, by in found.items():
-        for who, scores in by.items():
-            cells = [f"{s['value']:.1f} ({s['low']:.1f} to {s['high']:.1f})" for s in (scores[m] for m in metrics)]
-            print(f"| {kind}, {scores[metrics[0]]['n']:,} | {who} | " + " | ".join(cells) + " |")
+    for group, by_system in results.items():
+        for system, scores in by_system.items():
+            columns = [f"{s['value']:.1f} ({s['low']:.1f}–{s['high']:.1f})" for s in (scores[m] for m in metrics)]
+            print(f"| {group}, {scores[metrics[0]]['n']:,} | {system} | " + " | ".join(columns) + " |")
 
 
 def translation() -> None:
     metrics = ("chrf", "bleu")
 
     def measure() -> dict[str, Any]:
-        files, out = parts("english_french"), WORK / "translation"
-        pairs = few(read(files["train"]), 300 if QUICK else None)
+        files, out = split_files("english_french"), WORK_DIR / "translation"
+        pairs = sample(read_lines(files["train"]), 300 if QUICK else None)
         names = {
             "text": save(out / "text.jsonl", [{"text": f"{p['prompt']}\n{p['completion']}"} for p in pairs]),
-            "train": save(out / "train.jsonl", pairs), "validation": files["validation"], "out": out,
-        }  # fmt: skip
+            "train": save(out / "train.jsonl", pairs),
+            "validation": files["validation"],
+            "out": out,
+        }
         commands = [[word.format(**names) for word in command.split()] for command in TRANSLATION]
         seconds = []
         for words in commands:
             words[-1] = "20s" if QUICK else words[-1]
             seconds.append(nextword(*words, "--resume", "--json", "--quiet")["seconds"])
-        kinds = {"all": lambda text: True, "8 words or fewer": lambda text: len(text.split()) <= 8}
-        scores = written("english_french", out / "tuned", metrics, kinds)
+        groups = {"all": lambda text: True, "8 words or fewer": lambda text: len(text.split()) <= 8}
+        scores = generation_scores("english_french", out / "fine-tuned", metrics, groups)
         return {"commands": commands, "seconds": seconds, "scores": scores}
 
-    found = cell("translation", measure)
-    print("\n" + "".join(f"    nextword {' '.join(words)}\n" for words in found["commands"]))
-    print(f"{' + '.join(f'{s:,.0f}' for s in found['seconds'])} = {sum(found['seconds']):,.0f} s in all.")
-    show_written(found["scores"], metrics)
+    result = cached("translation", measure)
+    print("\n" + "".join(f"    nextword {' '.join(words)}\n" for words in result["commands"]))
+    print(f"{' + '.join(f'{s:,.0f}' for s in result['seconds'])} = {sum(result['seconds']):,.0f} s in total.")
+    show_generation_scores(result["scores"], metrics)
 
 
 def summaries() -> None:
     metrics = ("rouge1", "rouge2", "rougeL")
 
     def measure() -> dict[str, Any]:
-        files, out = parts("scitldr"), WORK / "runs" / "summaries"
-        begin = (base(), files["train"], "--task", "rewrite", "--validation", files["validation"], "--out", out)
-        length: tuple[str, ...] = ("--limit", "64", "--steps", "3") if QUICK else ("--epochs", "3")
+        files, out = split_files("scitldr"), WORK_DIR / "runs" / "summaries"
+        arguments = (
+            base_model(),
+            files["train"],
+            "--task",
+            "rewrite",
+            "--validation",
+            files["validation"],
+            "--out",
+            out,
+        )
+        length: tuple[str, ...] = ("--max-examples", "64", "--steps", "3") if QUICK else ("--epochs", "3")
         length += ("--training.compile", "no")
-        done = nextword("finetune", *begin, *length, "--seed", "0", "--resume", "--json", "--quiet")
-        return {"seconds": done["seconds"], "scores": written("scitldr", out, metrics, {"all": lambda text: True})}
+        done = nextword("finetune", *arguments, *length, "--seed", "0", "--resume", "--json", "--quiet")
+        return {
+            "seconds": done["seconds"],
+            "scores": generation_scores("scitldr", out, metrics, {"all": lambda text: True}),
+        }
 
-    found = cell("summaries", measure)
-    print(f"\nfine-tuned for {found['seconds']:,.0f} s")
-    show_written(found["scores"], metrics)
+    result = cached("summaries", measure)
+    print(f"\nfine-tuned for {result['seconds']:,.0f} s")
+    show_generation_scores(result["scores"], metrics)
 
 
 def preference() -> None:
 
     def measure(seed: int) -> dict[str, Any]:
-        chat, pairs = parts("instructions"), parts("preferences")
+        chat, pairs = split_files("instructions"), split_files("preferences")
         length = ("--steps", "3") if QUICK else ()
         common = (*length, "--seed", str(seed), "--resume", "--json", "--quiet")
-        runs = [WORK / "runs" / f"{name}-{seed}" for name in ("assistant", "preferred")]
+        runs = [WORK_DIR / "runs" / f"{name}-{seed}" for name in ("assistant", "preferred")]
         nextword(
             "finetune",
-            base(),
+            base_model(),
             chat["train"],
             "--task",
             "chat",
@@ -234,26 +254,26 @@ def preference() -> None:
             runs[0],
             *common,
         )
-        begin = (runs[0], pairs["train"], "--task", "prefer", "--validation", pairs["validation"], "--out", runs[1])
-        done = nextword("finetune", *begin, *common)
-        before, after = (judged(run, pairs["test"], "prefer") for run in runs)
-        return {"before": before, "after": after, "old": done["forgetting"]}
+        arguments = (runs[0], pairs["train"], "--task", "prefer", "--validation", pairs["validation"], "--out", runs[1])
+        done = nextword("finetune", *arguments, *common)
+        before, after = (evaluate_run(run, pairs["test"], "prefer") for run in runs)
+        return {"before": before, "after": after, "forgetting": done["forgetting"]}
 
-    found = [cell(f"preference-{seed}", lambda s=seed: measure(s)) for seed in SEEDS]
+    results = [cached(f"preference-{seed}", lambda s=seed: measure(s)) for seed in SEEDS]
     rows: dict[str, Callable[[dict[str, Any], str], float]] = {
-        f"chosen over rejected, % of {found[0]['before']['examples']} held-out pairs": lambda one, when: (
-            100 * one[when]["scores"]["preferred"]["value"]
+        f"chosen over rejected, % of {results[0]['before']['examples']} validation pairs": lambda result, when: (
+            100 * result[when]["scores"]["preferred"]["value"]
         ),
-        "bits per byte of their chosen answers": lambda one, when: one[when]["bits_per_byte"],
-        "bits per byte of the old text": lambda one, when: one["old"][when],
+        "bits per byte of the chosen answers": lambda result, when: result[when]["bits_per_byte"],
+        "bits per byte on the pre-training text": lambda result, when: result["forgetting"][when],
     }
     print("\n| | before | after | change |\n|---|---|---|---|")
     for title, value in rows.items():
-        before, after = ([value(one, when) for one in found] for when in ("before", "after"))
+        before, after = ([value(result, when) for result in results] for when in ("before", "after"))
         changes = [b - a for a, b in zip(before, after, strict=True)]
-        cells = [mean_with_margin(before, ".3f"), mean_with_margin(after, ".3f"), mean_with_margin(changes, "+.3f")]
-        print(f"| {title} | " + " | ".join(cells) + " |")
-    print(f"\nIntervals are over {len(SEEDS)} seeds of both fine-tunings.")
+        columns = [mean_with_margin(before, ".3f"), mean_with_margin(after, ".3f"), mean_with_margin(changes, "+.3f")]
+        print(f"| {title} | " + " | ".join(columns) + " |")
+    print(f"\nConfidence intervals are over {len(SEEDS)} seeds of both fine-tunings.")
 
 
 def chat() -> None:
@@ -261,8 +281,8 @@ def chat() -> None:
         from nextword.data.chat_format import encode_conversation
         from nextword.data.tokenizer import Tokenizer
 
-        tuned("dialogues", "full", 0)
-        run = run_of("dialogues", "full", 0)
+        run_finetuning("dialogues", "full", 0)
+        run = run_dir("dialogues", "full", 0)
         program = [sys.executable, "-m", "nextword", "chat", str(run), "--seed", "1", "--json", "--quiet"]
         lines = "".join(f"{line}\n" for line in CONVERSATION)
         done = subprocess.run(program, input=lines, capture_output=True, text=True, check=True)
@@ -270,32 +290,40 @@ def chat() -> None:
         tokenizer = Tokenizer.open(run / "model")
         markers = set(tokenizer.convert_tokens_to_ids(MARKERS))
         ids = encode_conversation(tokenizer, messages)[0]
-        return {"messages": messages, "shown": done.stderr, "markers": sum(id in markers for id in ids)}
+        return {"messages": messages, "shown": done.stderr, "num_markers": sum(id in markers for id in ids)}
 
-    found = cell("chat", measure)
-    messages = found["messages"]
+    result = cached("chat", measure)
+    messages = result["messages"]
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
-    wrong = [answer for answer in answers if any(marker in answer for marker in MARKERS)]
-    roles = [m["role"] for m in messages] == ["user", "assistant"] * len(CONVERSATION)
-    asked = [m["content"] for m in messages if m["role"] == "user"] == list(CONVERSATION)
-    sound = found["markers"] == 2 * len(messages)
+    answers_with_markers = [answer for answer in answers if any(marker in answer for marker in MARKERS)]
+    roles_alternate = [m["role"] for m in messages] == ["user", "assistant"] * len(CONVERSATION)
+    stored_as_typed = [m["content"] for m in messages if m["role"] == "user"] == list(CONVERSATION)
+    two_per_message = result["num_markers"] == 2 * len(messages)
     print(
-        f"\n{len(answers)} answers to {len(CONVERSATION)} messages; roles {'held' if roles else 'NOT held'}; every message "
-        f"{'is' if asked else 'is NOT'} kept as it was typed; {len(wrong)} answers hold a marker; {found['markers']} markers "
-        f"in the {len(messages)} messages as tokens, {'two a message' if sound else 'NOT two a message'}.\n"
+        f"\n{len(answers)} answers to {len(CONVERSATION)} messages; "
+        f"roles {'' if roles_alternate else 'do NOT '}alternate; "
+        f"every message {'is' if stored_as_typed else 'is NOT'} stored as typed; "
+        f"{len(answers_with_markers)} answers contain a special token; "
+        f"{result['num_markers']} special tokens in {len(messages)} messages, "
+        f"{'' if two_per_message else 'NOT '}two per message.\n"
     )
     for message in messages:
         print(f"> **{message['role']}**: {message['content'].replace(chr(10), ' ')}\n>")
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["judge"]:
-        judge(*sys.argv[2:5])
+    if sys.argv[1:2] == ["evaluate-likelihood"]:
+        evaluate_likelihood(*sys.argv[2:5])
         return
     sections = {
-        "ablation": ablation, "agree": agree, "peers": peers, "translation": translation, "summaries": summaries,
-        "preference": preference, "chat": chat,
-    }  # fmt: skip
+        "ablation": ablation,
+        "agreement": agreement,
+        "peers": peers,
+        "translation": translation,
+        "summaries": summaries,
+        "preference": preference,
+        "chat": chat,
+    }
     for name in sys.argv[1:] or list(sections):
         print(f"\n## {name}", flush=True)
         sections[name]()

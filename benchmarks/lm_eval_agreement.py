@@ -1,11 +1,11 @@
-"""lm-eval (EleutherAI's evaluation harness) through the server, beside its own `hf` model on the same directory.
+"""lm-eval (EleutherAI's evaluation harness) through the server, compared with its own `hf` model on the same directory.
 
     python -m benchmarks.lm_eval_agreement MODEL [--pairs 1000] [--python PYTHON]
 
-The task is made here, from BLiMP (67 files of minimal pairs): which of two sentences does a model find likelier? Both runs are
-the harness's own command, unmodified; the server is asked by its `local-completions`. Printed is one JSON object: both
-accuracies, how many decisions differ, and the largest difference of a log-likelihood. Exit code 1 where an accuracy or a
-decision differs. PYTHON is one that has lm-eval; without it, an environment is made under build/bench/peers.
+The task consists of the minimal pairs of BLiMP (67 files): which sentence is more likely? Both runs use the unmodified lm-eval
+command; the server is evaluated through its `local-completions`. Prints one JSON object: both accuracies, the number of pairs
+with another answer, and the largest difference of a log-likelihood. The exit code is 1 if an accuracy or an answer differs.
+PYTHON is an interpreter that has lm-eval; by default, an environment is created under build/bench/peers.
 """
 
 import argparse
@@ -20,35 +20,40 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.run import DATA
-from benchmarks.serving_client import Served
+from benchmarks.serving_client import NextwordServer
 from benchmarks.speed import interpreter
 from nextword.data.tokenizer import Tokenizer
 
 TASK = {
-    "task": "minimal_pairs", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
-    "doc_to_text": "", "doc_to_target": 0, "doc_to_choice": "{{[sentence_good, sentence_bad]}}", "target_delimiter": "",
+    "task": "minimal_pairs",
+    "dataset_path": "json",
+    "test_split": "test",
+    "output_type": "multiple_choice",
+    "doc_to_text": "",
+    "doc_to_target": 0,
+    "doc_to_choice": "{{[sentence_good, sentence_bad]}}",
+    "target_delimiter": "",
     "metric_list": [{"metric": "acc"}],
-}  # fmt: skip
+}
 
 
 def write_task(folder: Path, pairs: int, fits: Callable[[str], bool]) -> tuple[int, int]:
-    """The first pairs of each of BLiMP's files as a task of the harness; how many there are altogether, and how many besides
-    that do not fit."""
+    """Write the first pairs of each BLiMP file as an lm-eval task. Returns the numbers of pairs and of pairs too long."""
     rows: list[str] = []
     with tarfile.open(DATA / "blimp.tar.xz") as archive:
         for member in sorted(archive.getmembers(), key=lambda member: member.name):
             if file := archive.extractfile(member):
                 rows += file.read().decode().splitlines()[:pairs]
-    said = [{name: json.loads(row)[name] for name in ("sentence_good", "sentence_bad")} for row in rows]
-    said, all_of_them = [one for one in said if all(map(fits, one.values()))], len(said)
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in said), encoding="utf-8")
+    pairs_read = [{name: json.loads(row)[name] for name in ("sentence_good", "sentence_bad")} for row in rows]
+    fitting = [pair for pair in pairs_read if all(map(fits, pair.values()))]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in fitting), encoding="utf-8")
     task = {**TASK, "dataset_kwargs": {"data_files": {"test": str(folder / "pairs.jsonl")}}}
     (folder / "minimal_pairs.yaml").write_text(json.dumps(task))  # JSON is YAML
-    return len(said), all_of_them - len(said)
+    return len(fitting), len(pairs_read) - len(fitting)
 
 
 def evaluate(python: str, folder: Path, name: str, model: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """One run of the harness: its accuracy, and for each pair both log-likelihoods."""
+    """Run lm-eval: the accuracy, and both log-likelihoods of each pair."""
     out = folder / name
     arguments = ",".join(f"{key}={value}" for key, value in settings.items())
     command = [python, "-m", "lm_eval", "--model", model, "--model_args", arguments, "--tasks", TASK["task"]]
@@ -74,40 +79,48 @@ def evaluate(python: str, folder: Path, name: str, model: str, settings: dict[st
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-4000:]}")
     results = json.loads(next(out.rglob("results_*.json")).read_text())["results"][TASK["task"]]
     samples = [json.loads(line) for line in next(out.rglob("samples_*.jsonl")).read_text(encoding="utf-8").splitlines()]
-    found = {sample["doc_id"]: [float(one[0]) for one in sample["filtered_resps"]] for sample in samples}
-    return {"accuracy": results["acc,none"], "likelihoods": [found[i] for i in range(len(found))]}
+    logprobs = {sample["doc_id"]: [float(response[0]) for response in sample["filtered_resps"]] for sample in samples}
+    return {"accuracy": results["acc,none"], "logprobs": [logprobs[i] for i in range(len(logprobs))]}
 
 
 def compare(model: Path, python: str, pairs: int) -> dict[str, Any]:
-    """Both runs on the same pairs, and how far they are apart."""
-    with tempfile.TemporaryDirectory() as made, Served(model) as server:
-        folder = Path(made)
+    """Compare both runs on the same pairs."""
+    with tempfile.TemporaryDirectory() as directory, NextwordServer(model) as server:
+        folder = Path(directory)
         length, tokenizer = server.metadata["context_length"], Tokenizer.open(server.directory)
-        # Of a sentence that fills what it takes for the context, the harness's client finds nothing to be left before it.
+        # lm-eval's client fails on a sentence that fills its context: no context token is left.
         count, too_long = write_task(folder, pairs, lambda text: len(tokenizer.encode(text)) <= length - 2)
-        asked = {"base_url": f"{server.url}/v1/completions", "model": server.metadata["model"],
-                 "tokenizer": str(server.directory),
-                 "num_concurrent": 4, "max_length": length, "max_retries": 1}  # fmt: skip
-        ours = evaluate(python, folder, "served", "local-completions", asked)
-        given = {"pretrained": str(server.directory), "dtype": "float32", "max_length": length}
-        theirs = evaluate(python, folder, "hf", "hf", given)
-    both = list(zip(ours["likelihoods"], theirs["likelihoods"], strict=True))
+        server_args = {
+            "base_url": f"{server.url}/v1/completions",
+            "model": server.metadata["model"],
+            "tokenizer": str(server.directory),
+            "num_concurrent": 4,
+            "max_length": length,
+            "max_retries": 1,
+        }
+        ours = evaluate(python, folder, "served", "local-completions", server_args)
+        hf_args = {"pretrained": str(server.directory), "dtype": "float32", "max_length": length}
+        theirs = evaluate(python, folder, "hf", "hf", hf_args)
+    both = list(zip(ours["logprobs"], theirs["logprobs"], strict=True))
     return {
-        "pairs": count, "too_long": too_long, "served": ours["accuracy"], "hf": theirs["accuracy"],
-        "decisions_that_differ": sum((a[0] > a[1]) != (b[0] > b[1]) for a, b in both),
+        "pairs": count,
+        "too_long": too_long,
+        "served": ours["accuracy"],
+        "hf": theirs["accuracy"],
+        "differing_answers": sum((a[0] > a[1]) != (b[0] > b[1]) for a, b in both),
         "largest_difference": max(abs(x - y) for a, b in both for x, y in zip(a, b, strict=True)),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="lm-eval through the server, beside its own hf model")
+    parser = argparse.ArgumentParser(description="lm-eval through the server, compared with its own hf model")
     parser.add_argument("model", type=Path)
-    parser.add_argument("--pairs", type=int, default=1000, help="of each of BLiMP's 67 files")
+    parser.add_argument("--pairs", type=int, default=1000, help="number of pairs from each of the 67 files of BLiMP")
     parser.add_argument("--python", help="a Python that has lm-eval")
-    given = parser.parse_args()
-    result = compare(given.model, given.python or interpreter("lm-eval"), given.pairs)
+    args = parser.parse_args()
+    result = compare(args.model, args.python or interpreter("lm-eval"), args.pairs)
     print(json.dumps(result))
-    sys.exit(result["served"] != result["hf"] or result["decisions_that_differ"] > 0)
+    sys.exit(result["served"] != result["hf"] or result["differing_answers"] > 0)
 
 
 if __name__ == "__main__":

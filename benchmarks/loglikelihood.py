@@ -1,14 +1,15 @@
-"""Judging, measured: that likelihoods are the stock class's, how fast they are, and what a model scores.
+"""Benchmark of log-likelihood evaluation: agreement with transformers, efficiency, comparison with lm-eval, and scores.
 
     python -m benchmarks.loglikelihood [NAME …] [--model RUN]
 
-Names: agree, rate, peers, scores. RUN is one that is there; by default it is that of the fine-tuning benchmarks, which takes
-most of an hour to train. Each measurement is kept under build/bench; remove judging-*.json there to measure anew. The data are
-those of `NEXTWORD_DATA` (where that is not set: ../shared/data). `peers` is for a Python that has lm-eval, transformers and
-accelerate beside what nextword needs. With NEXTWORD_BENCH_QUICK=1 a few items are measured, and nothing is kept.
+Names: agreement, efficiency, peers, scores. RUN is a run or a model directory; default: the base model of the fine-tuning
+benchmarks, which takes most of an hour to train. Each measurement is cached under build/bench; remove loglikelihood-*.json
+there to measure again. The environment variable `NEXTWORD_DATA` names the directory of the data (default: ../shared/data).
+`peers` requires lm-eval, transformers and accelerate. With NEXTWORD_BENCH_QUICK=1 a few items are measured, and nothing is
+cached.
 
-Rates are told in turn with a matrix product of 1,024³ before and after each batch, since a shared machine's rate changes from
-one second to the next, and in the processor time of one thread.
+Rates are relative to a matrix multiplication of 1,024³ before and after each batch, because the speed of a shared machine
+changes from one second to the next. Times are CPU times of one thread.
 """
 
 import argparse
@@ -24,9 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import fine_tuning_data
-from benchmarks.fine_tuning_data import QUICK
-from benchmarks.run import DATA, cell, nextword, spread
+from benchmarks.fine_tuning_data import QUICK, base_model
+from benchmarks.run import DATA, cached, median_with_range, nextword
 from nextword.data.issues import IssueLog
 from nextword.inference.loglikelihood import DEVICE_BATCH_TOKENS, LoglikelihoodScorer, PrefixTree, pack_batches
 from nextword.inference.perplexity import evaluation_mode
@@ -41,22 +41,22 @@ FILES = {
     "crows-pairs": "crows_pairs",
     "winogender": "winogender/all_sentences.tsv",
 }
-ITEMS = 12 if QUICK else 200  # of each suite, where its likelihoods are compared and timed
+ITEMS = 12 if QUICK else 200  # of each benchmark, for agreement and timing
 
 
-def kept(run: Path, name: str, measure: Callable[[], Any]) -> Any:
-    return measure() if QUICK else cell(f"judging-{run.resolve().name}-{name}", measure)
+def cached_for(run: Path, name: str, measure: Callable[[], Any]) -> Any:
+    return measure() if QUICK else cached(f"loglikelihood-{run.resolve().name}-{name}", measure)
 
 
-def questions(name: str) -> list[LoglikelihoodItem]:
-    suite = find_benchmark(f"{name}={DATA / FILES[name]}")
-    items = load_rows(suite, IssueLog())
-    return [loglikelihood_item(suite, items[i]) for i in sample_indices(items, ITEMS)]
+def load_items(name: str) -> list[LoglikelihoodItem]:
+    benchmark = find_benchmark(f"{name}={DATA / FILES[name]}")
+    rows = load_rows(benchmark, IssueLog())
+    return [loglikelihood_item(benchmark, rows[i]) for i in sample_indices(rows, ITEMS)]
 
 
-def trees_of(scorer: LoglikelihoodScorer, asked: Sequence[LoglikelihoodItem]) -> list[PrefixTree]:
-    texts = iter(scorer.encode_pairs([pair for one in asked for pair in one.requests]))
-    return scorer.build_trees([[next(texts) for _ in one.requests] for one in asked])
+def build_trees(scorer: LoglikelihoodScorer, items: Sequence[LoglikelihoodItem]) -> list[PrefixTree]:
+    encoded = iter(scorer.encode_pairs([pair for item in items for pair in item.requests]))
+    return scorer.build_trees([[next(encoded) for _ in item.requests] for item in items])
 
 
 @contextlib.contextmanager
@@ -67,99 +67,104 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-# ---------------------------------------------------------------- agree
+# ---------------------------------------------------------------- agreement
 
 
-def stock_likelihoods(model: LanguageModel, asked: Sequence[LoglikelihoodItem]) -> list[list[float]]:
-    """log P by the stock class of the same directory, one text at a time."""
+def transformers_logprobs(model: LanguageModel, items: Sequence[LoglikelihoodItem]) -> list[list[float]]:
+    """Log-likelihoods by the transformers class of the same directory, one text at a time."""
     from transformers import AutoModelForCausalLM
 
-    stock = AutoModelForCausalLM.from_pretrained(model.path).eval()
+    reference = AutoModelForCausalLM.from_pretrained(model.path).eval()
     scorer = LoglikelihoodScorer(model.dequantized, model.tokenizer)
-    found = []
+    results = []
     with torch.no_grad():
-        for question in asked:
-            likely = []
-            for text in scorer.encode_pairs(question.requests):
+        for item in items:
+            logprobs = []
+            for text in scorer.encode_pairs(item.requests):
                 log_p = (
-                    stock(torch.tensor([text.token_ids[:-1]])).logits[0, -text.num_targets :].double().log_softmax(-1)
+                    reference(torch.tensor([text.token_ids[:-1]]))
+                    .logits[0, -text.num_targets :]
+                    .double()
+                    .log_softmax(-1)
                 )
-                likely.append(float(log_p.gather(1, torch.tensor(text.token_ids[-text.num_targets :])[:, None]).sum()))
-            found.append(likely)
-    return found
+                logprobs.append(
+                    float(log_p.gather(1, torch.tensor(text.token_ids[-text.num_targets :])[:, None]).sum())
+                )
+            results.append(logprobs)
+    return results
 
 
-def agree(run: Path) -> None:
+def agreement(run: Path) -> None:
     def measure(name: str) -> dict[str, Any]:
-        model, asked = load(run), questions(name)
-        found = LoglikelihoodScorer(model.dequantized, model.tokenizer).score_pairs([one.requests for one in asked])
-        ours, theirs = [[one.logprob for one in likely] for likely in found], stock_likelihoods(model, asked)
-        apart = max(
-            abs(a - b) for one, other in zip(ours, theirs, strict=True) for a, b in zip(one, other, strict=True)
+        model, items = load(run), load_items(name)
+        scorer = LoglikelihoodScorer(model.dequantized, model.tokenizer)
+        ours = [[score.logprob for score in scores] for scores in scorer.score_pairs([item.requests for item in items])]
+        theirs = transformers_logprobs(model, items)
+        difference = max(abs(a - b) for pair in zip(ours, theirs, strict=True) for a, b in zip(*pair, strict=True))
+        differing_rankings = sum(
+            np.argsort(a, kind="stable").tolist() != np.argsort(b, kind="stable").tolist()
+            for a, b in zip(ours, theirs, strict=True)
         )
-        other_order = sum(
-            np.argsort(one, kind="stable").tolist() != np.argsort(other, kind="stable").tolist()
-            for one, other in zip(ours, theirs, strict=True)
-        )
-        return {"items": len(asked), "apart": apart, "other_order": other_order}
+        return {"items": len(items), "difference": difference, "differing_rankings": differing_rankings}
 
-    print("\n| suite | items | largest difference, nats | items ranked otherwise |\n|---|---|---|---|")
+    print("\n| benchmark | items | largest difference, nats | rankings that differ |\n|---|---|---|---|")
     for name in FILES:
-        one = kept(run, f"agree-{name}", lambda name=name: measure(name))
-        print(f"| {name} | {one['items']} | {one['apart']:.1e} | {one['other_order']} |")
+        result = cached_for(run, f"agreement-{name}", lambda name=name: measure(name))
+        print(f"| {name} | {result['items']} | {result['difference']:.1e} | {result['differing_rankings']} |")
 
 
-# ---------------------------------------------------------------- rate
+# ---------------------------------------------------------------- efficiency
 
 
-def product() -> float:
-    """The rate of a matrix product of 1,024³ on one thread, in FLOP/s."""
+def matmul_rate() -> float:
+    """The rate of a matrix multiplication of 1,024³ on one thread, in FLOP/s."""
     a = torch.randn(1024, 1024)
     start = time.process_time()
     torch.mm(a, a)
     return 2 * 1024**3 / (time.process_time() - start)
 
 
-def work(model: LanguageModel, batch: Sequence[Sequence[PrefixTree]]) -> float:
-    """The FLOPs that a batch cannot do without: each token that is read once through the matrices (through the last block only
-    as far as its keys and values, where no word is asked for after it), each pair of tokens of which one sees the other, and
-    the logits of each place that a word is asked for."""
+def min_flops(model: LanguageModel, batch: Sequence[Sequence[PrefixTree]]) -> float:
+    """Minimum FLOPs of a batch: the linear layers for each distinct token (in the last block only keys and values, unless the
+    token predicts a target), attention for each pair of positions, and the logits of each position that predicts a target."""
     config, trees = model.gpt.config, [tree for row in batch for tree in row]
     sizes = {name: p.numel() for name, p in model.gpt.named_parameters() if p.ndim == 2 and name.startswith("blocks")}
     last = sum(size for name, size in sizes.items() if name.startswith(f"blocks.{config.n_layers - 1}."))
-    kept = 2 * config.d_model * config.n_kv_heads * config.head_dim
-    tokens, asked = (
+    key_value = 2 * config.d_model * config.n_kv_heads * config.head_dim
+    tokens, predictors = (
         sum(len(tree.tokens) for tree in trees),
         sum(len(np.unique(tree.predictor_positions)) for tree in trees),
     )
-    seen = sum(int((tree.positions + 1).sum()) for tree in trees) * (config.n_layers - 1)
-    seen += sum(int((tree.positions[np.unique(tree.predictor_positions)] + 1).sum()) for tree in trees)
+    attended = sum(int((tree.positions + 1).sum()) for tree in trees) * (config.n_layers - 1)
+    attended += sum(int((tree.positions[np.unique(tree.predictor_positions)] + 1).sum()) for tree in trees)
     return (
-        2.0 * (sum(sizes.values()) - last + kept) * tokens
-        + 2.0 * (last - kept + config.d_model * config.vocab_size) * asked
-        + 4.0 * config.n_heads * config.head_dim * seen
+        2.0 * (sum(sizes.values()) - last + key_value) * tokens
+        + 2.0 * (last - key_value + config.d_model * config.vocab_size) * predictors
+        + 4.0 * config.n_heads * config.head_dim * attended
     )
 
 
 @one_thread()
-def rate(run: Path) -> None:
+def efficiency(run: Path) -> None:
     def measure(name: str) -> list[float]:
         model = load(run)
         scorer = LoglikelihoodScorer(model.dequantized, model.tokenizer)
-        trees = trees_of(scorer, questions(name))
+        trees = build_trees(scorer, load_items(name))
         shares = []
         with evaluation_mode(model.dequantized):
             for _ in range(1 if QUICK else 5):
                 for batch in pack_batches(trees, DEVICE_BATCH_TOKENS["cpu"]):
-                    before, start = product(), time.process_time()
+                    rate_before, start = matmul_rate(), time.process_time()
                     scorer.score_rows(batch)
                     seconds = time.process_time() - start
-                    shares.append(work(model, batch) / seconds / max(before, product()))
+                    shares.append(min_flops(model, batch) / seconds / max(rate_before, matmul_rate()))
         return shares
 
-    print("\n| suite | share of the matrix product's rate: middle (from to) |\n|---|---|")
+    print("\n| benchmark | share of the matrix multiplication rate: median (range) |\n|---|---|")
     for name in FILES:
-        print(f"| {name} | {spread(kept(run, f'rate-{name}', lambda name=name: measure(name)), 2)} |")
+        print(
+            f"| {name} | {median_with_range(cached_for(run, f'efficiency-{name}', lambda name=name: measure(name)), 2)} |"
+        )
 
 
 # ---------------------------------------------------------------- peers
@@ -168,35 +173,35 @@ def rate(run: Path) -> None:
 @one_thread()
 def peers(run: Path) -> None:
     def measure(name: str) -> dict[str, Any]:
-        model, asked = load(run), questions(name)
-        scorer = LoglikelihoodScorer(model.dequantized, model.tokenizer, check_greedy=True)  # lm-eval finds out as well
-        make = importlib.import_module("lm_eval.models.huggingface").HFLM
-        theirs = {size: make(pretrained=str(model.path), device="cpu", batch_size=size) for size in (1, 16, 64)}
-        requests = [SimpleNamespace(args=pair) for one in asked for pair in one.requests]
-        runs: dict[str, Callable[[], Any]] = {"nextword": lambda: scorer.score_pairs([one.requests for one in asked])}
+        model, items = load(run), load_items(name)
+        scorer = LoglikelihoodScorer(model.dequantized, model.tokenizer, check_greedy=True)  # as lm-eval does
+        hf_lm = importlib.import_module("lm_eval.models.huggingface").HFLM
+        theirs = {size: hf_lm(pretrained=str(model.path), device="cpu", batch_size=size) for size in (1, 16, 64)}
+        requests = [SimpleNamespace(args=pair) for item in items for pair in item.requests]
+        runs: dict[str, Callable[[], Any]] = {"nextword": lambda: scorer.score_pairs([item.requests for item in items])}
         for size, peer in theirs.items():
             runs[f"hf, batch {size}"] = lambda peer=peer: peer.loglikelihood(requests, disable_tqdm=True)
-        times: dict[str, list[float]] = {who: [] for who in runs}
-        for _ in range(1 if QUICK else 5):  # in turn, so that a change of the machine's speed meets all
-            for who, go in runs.items():
+        times: dict[str, list[float]] = {program: [] for program in runs}
+        for _ in range(1 if QUICK else 5):  # interleaved, so that changes in machine speed affect all alike
+            for program, score in runs.items():
                 start = time.process_time()
-                go()
-                times[who].append(time.process_time() - start)
-        least = work(model, [trees_of(scorer, asked)]) / max(product() for _ in range(10))
-        return {"items": len(asked), "times": times, "least": least}
+                score()
+                times[program].append(time.process_time() - start)
+        min_seconds = min_flops(model, [build_trees(scorer, items)]) / max(matmul_rate() for _ in range(10))
+        return {"items": len(items), "times": times, "min_seconds": min_seconds}
 
     print(
-        "\n| suite | items | nextword, s | lm-eval's hf, s: its best batch | one by one | times as fast as the best "
-        "| as what has no cost but its products |\n|---|---|---|---|---|---|---|"
+        "\n| benchmark | items | nextword, s | hf, fastest batch size, s | hf, batch size 1, s | speedup over the fastest "
+        "| limit |\n|---|---|---|---|---|---|---|"
     )
     for name in FILES:
-        found = kept(run, f"peers-{name}", lambda name=name: measure(name))
-        middle = {who: statistics.median(times) for who, times in found["times"].items()}
-        best = min((who for who in middle if who != "nextword"), key=lambda who: middle[who])
-        ours, theirs = middle["nextword"], middle[best]
+        result = cached_for(run, f"peers-{name}", lambda name=name: measure(name))
+        medians = {program: statistics.median(times) for program, times in result["times"].items()}
+        fastest = min((program for program in medians if program != "nextword"), key=lambda program: medians[program])
+        ours, theirs = medians["nextword"], medians[fastest]
         print(
-            f"| {name} | {found['items']} | {ours:.2f} | {theirs:.2f} ({best}) | {middle['hf, batch 1']:.1f} "
-            f"| {theirs / ours:.1f} | {theirs / found['least']:.1f} |"
+            f"| {name} | {result['items']} | {ours:.2f} | {theirs:.2f} ({fastest}) | {medians['hf, batch 1']:.1f} "
+            f"| {theirs / ours:.1f} | {theirs / result['min_seconds']:.1f} |"
         )
 
 
@@ -206,32 +211,34 @@ def peers(run: Path) -> None:
 def scores(run: Path) -> None:
     def measure(name: str) -> dict[str, Any]:
         suite = f"{name}={DATA / FILES[name]}"
-        return nextword("evaluate", run, "--benchmark", suite, *(("--limit", "50") if QUICK else ()), "--json", "--quiet")
+        return nextword(
+            "evaluate", run, "--benchmark", suite, *(("--limit", "50") if QUICK else ()), "--json", "--quiet"
+        )
 
     print(
-        "\n| suite | score | chance | | in scrambled words | items | whole process, s |\n|---|---|---|---|---|---|---|"
+        "\n| benchmark | score | chance | | with shuffled words | items | whole process, s |\n|---|---|---|---|---|---|---|"
     )
     for name in FILES:
-        found = kept(run, f"scores-{name}", lambda name=name: measure(name))
-        one, wall = found["suites"][name], found["wall"]
-        side = "above" if one["above_chance"] else "below" if one["below_chance"] else "not above"
-        cells = [f"{s['score']:.3f} ({s['low']:.3f} to {s['high']:.3f})" for s in (one, one["scrambled"])]
+        result = cached_for(run, f"scores-{name}", lambda name=name: measure(name))
+        score, wall = result["suites"][name], result["wall"]
+        side = "above" if score["above_chance"] else "below" if score["below_chance"] else "not above"
+        columns = [f"{s['score']:.3f} ({s['low']:.3f}–{s['high']:.3f})" for s in (score, score["scrambled"])]
         print(
-            f"| {name}, {one['metric']} | {cells[0]} | {one['chance']:.2f} | {side} | {cells[1]} "
-            f"| {one['n']:,} of {one['of']:,} | {wall:.0f} |"
+            f"| {name}, {score['metric']} | {columns[0]} | {score['chance']:.2f} | {side} | {columns[1]} "
+            f"| {score['n']:,} of {score['of']:,} | {wall:.0f} |"
         )
 
 
 def main() -> None:
-    sections = {"agree": agree, "rate": rate, "peers": peers, "scores": scores}
-    parser = argparse.ArgumentParser(description="Judging, measured", allow_abbrev=False)
+    sections = {"agreement": agreement, "efficiency": efficiency, "peers": peers, "scores": scores}
+    parser = argparse.ArgumentParser(description="Benchmark of log-likelihood evaluation", allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(sections))
-    parser.add_argument("--model", type=Path, metavar="RUN", help="a run or a model directory that is there")
-    given = parser.parse_args()
-    if unknown := set(given.names) - set(sections):
-        parser.error(f"there is no {min(unknown)!r}, only {', '.join(sections)}")
-    run = given.model or tuning_data.base()
-    for name in given.names or list(sections):
+    parser.add_argument("--model", type=Path, metavar="RUN", help="a run or a model directory")
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(sections):
+        parser.error(f"unknown benchmark {min(unknown)!r}: choose from {', '.join(sections)}")
+    run = args.model or base_model()
+    for name in args.names or list(sections):
         print(f"\n## {name}", flush=True)
         sections[name](run)
 

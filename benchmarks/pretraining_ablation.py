@@ -1,10 +1,10 @@
-"""What is in the recipe and why: `python -m benchmarks.pretraining_ablation [NAME …]`, the figures of docs/experiments.md.
+"""Ablation of the default recipe: `python -m benchmarks.pretraining_ablation [NAME …]`, the tables of docs/experiments.md.
 
-The choices are set beside the default as it was when they were made, with a momentum and a beta2 of 0.95; now it has 0.9 and
-0.99. Names: rates (learning rate and batch), screen (every choice by itself, short), survivors (what was left, longer, three
-seeds), final (the last two, half an hour). Each cell is kept under build/bench/recipe, so that a bench that was cut off goes on
-where it stood. Two runs side by side, on one thread each; a run's length is its tokens, so that the machine's moods do not
-count, and what a choice costs in time stands beside what it gains.
+The choices are compared with the default of that time, which had a momentum and a beta2 of 0.95 (now 0.9 and 0.99). Names:
+learning-rates (by size and batch size), screening (each choice alone, short), finalists (longer, three seeds), final (the last
+two, half an hour). Each run is cached under build/bench/pretraining-ablation, so that an interrupted benchmark resumes. Two
+runs go in parallel, on one thread each. The length of a run is a number of tokens, so that machine load has no effect; the
+cost of a choice is CPU time.
 """
 
 import json
@@ -16,14 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run import DATA, KEPT, books, nextword
+from benchmarks.run import CACHE_DIR, DATA, books, nextword
 from nextword.planning.size_selection import default_batch_tokens
 
-WORK = KEPT / "recipe"
-# Tokens: about 15 s of two cores at this size, and 4 and 30 min of one.
+WORK_DIR = CACHE_DIR / "pretraining-ablation"
+# Tokens: about 15 s on two cores at this size, and 4 and 30 min on one.
 SHORT, LONG, LONGEST = 150_000, 1_200_000, 9_000_000
 RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
-# Sizes, the tokens each is tried on, and the batches.
+# The tokens and the batch sizes of each size.
 WIDTHS = {"micro": (600_000, (2048, 8192)), "tiny": (600_000, (2048, 8192)), "mini": (300_000, (2048,))}
 CHOICES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -34,13 +34,13 @@ CHOICES: dict[str, dict[str, Any]] = {
     "lr 0.012": {"lr": 1.2e-2},
     "Muon's lr 0.012, the rest 0.006": {"matrix_lr": 1.2e-2},
     "Muon's lr 0.024, the rest 0.006": {"matrix_lr": 2.4e-2},
-    "no norm of queries and keys": {"model": {"qk_norm": False}},
-    "key-value heads as many as heads": {"model": {"n_kv_heads": 4}},
-    "projections begin at zero": {"zero_projections": True},
+    "no QK-norm": {"model": {"qk_norm": False}},
+    "no GQA": {"model": {"n_kv_heads": 4}},
+    "output projections initialized to zero": {"zero_projections": True},
     "cosine": {"schedule": "cosine"},
-    "line": {"schedule": "linear"},
-    "warm-up 0.1": {"warmup": 0.1},
-    "batch grows": {"ramp": 0.3},
+    "linear": {"schedule": "linear"},
+    "warmup 0.1": {"warmup": 0.1},
+    "growing batch size": {"ramp": 0.3},
     "batch halved": {"batch": 0.5},
     "batch doubled": {"batch": 2.0},
     "batch four times as large": {"batch": 4.0},
@@ -58,26 +58,26 @@ CHOICES: dict[str, dict[str, Any]] = {
     "momentum 0.9, beta2 0.99": {"momentum": 0.9, "beta2": 0.99},
     "no clipping": {"clip": 0.0},
     "gpt2": {"preset": "gpt2"},
-}  # fmt: skip
+}
 
 
 def environment() -> dict[str, str]:
-    """One thread, since two runs go side by side."""
+    """One thread per run, because two runs go in parallel."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def corpora() -> dict[str, Path]:
-    """The shards of the corpora that recipes are tried on: many tokens, and few."""
-    found = {}
+    """The shards of the corpora: one with many tokens, one with few."""
+    shards = {}
     for name, text in (("books", books()), ("shakespeare", DATA / "tinyshakespeare" / "input.txt")):
-        found[name] = WORK / "shards" / name
-        nextword("prepare", text, "--out", found[name], "--json", "--quiet")
-    return found
+        shards[name] = WORK_DIR / "shards" / name
+        nextword("prepare", text, "--out", shards[name], "--json", "--quiet")
+    return shards
 
 
-def trial(shards: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """One run, kept by its name."""
-    path = WORK / "cells" / f"{name}.json"
+def cached_run(shards: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """One run, cached by its name."""
+    path = WORK_DIR / "cells" / f"{name}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         program = [sys.executable, "-m", "benchmarks.pretraining_worker", str(shards), json.dumps(settings)]
@@ -89,55 +89,57 @@ def trial(shards: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def trials(
+def run_all(
     stage: str, choices: list[str], seeds: int, tokens: int, texts: dict[str, Path]
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Every choice on every corpus with every seed: {choice: {corpus: [run of each seed]}}."""
+    """Each choice on each corpus with each seed: {choice: {corpus: [run of each seed]}}."""
     jobs = [(choice, corpus, seed) for seed in range(seeds) for corpus in texts for choice in choices]
 
-    def work(job: tuple[str, str, int]) -> dict[str, Any]:
+    def run(job: tuple[str, str, int]) -> dict[str, Any]:
         choice, corpus, seed = job
         settings = {**CHOICES[choice], "seed": seed, "tokens": tokens}
         settings["batch_tokens"] = round(default_batch_tokens(tokens) * settings.pop("batch", 1.0))
-        return trial(texts[corpus], f"{stage}-{corpus}-{choice}-{seed}", settings)
+        return cached_run(texts[corpus], f"{stage}-{corpus}-{choice}-{seed}", settings)
 
     with ThreadPoolExecutor(2) as pool:
-        runs = dict(zip(jobs, pool.map(work, jobs), strict=True))
+        runs = dict(zip(jobs, pool.map(run, jobs), strict=True))
     return {choice: {c: [runs[choice, c, seed] for seed in range(seeds)] for c in texts} for choice in choices}
 
 
-def table(found: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
-    texts = list(next(iter(found.values())))
+def print_table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
+    texts = list(next(iter(results.values())))
     print(
-        "\n| choice | " + " | ".join(f"{text}: bits per byte | against the default" for text in texts) + " | seconds |"
+        "\n| choice | "
+        + " | ".join(f"{text}: bits per byte | difference to the default" for text in texts)
+        + " | seconds |"
     )
     print("|---" * (2 * len(texts) + 2) + "|")
     seconds = {
-        choice: statistics.fmean(r["seconds"] for runs in by.values() for r in runs) for choice, by in found.items()
+        choice: statistics.fmean(r["seconds"] for runs in by.values() for r in runs) for choice, by in results.items()
     }
-    for choice, by in found.items():
-        cells = []
+    for choice, by in results.items():
+        columns = []
         for text in texts:
             values = [run["bits_per_byte"] for run in by[text]]
-            base = [run["bits_per_byte"] for run in found["default"][text]]
+            base = [run["bits_per_byte"] for run in results["default"][text]]
             differences = [a - b for a, b in zip(values, base, strict=True)]
-            spread = f" ({min(differences):+.4f} to {max(differences):+.4f})" if len(differences) > 1 else ""
-            cells += [f"{statistics.fmean(values):.4f}", f"{statistics.fmean(differences):+.4f}{spread}"]
-        print(f"| {choice} | " + " | ".join(cells) + f" | {seconds[choice] / seconds['default']:.2f} × |")
+            value_range = f" ({min(differences):+.4f}–{max(differences):+.4f})" if len(differences) > 1 else ""
+            columns += [f"{statistics.fmean(values):.4f}", f"{statistics.fmean(differences):+.4f}{value_range}"]
+        print(f"| {choice} | " + " | ".join(columns) + f" | {seconds[choice] / seconds['default']:.2f} × |")
 
 
-def rates() -> None:
-    """The learning rate, by the model's width and the batch: bits per byte of the books."""
+def learning_rates() -> None:
+    """The learning rate by model size and batch size: bits per byte on the books."""
     text = corpora()["books"]
     jobs = [(size, batch, lr) for size, (_, batches) in WIDTHS.items() for batch in batches for lr in RATES]
 
-    def work(job: tuple[str, int, float]) -> dict[str, Any]:
+    def run(job: tuple[str, int, float]) -> dict[str, Any]:
         size, batch, lr = job
         settings = {"size": size, "batch_tokens": batch, "lr": lr, "tokens": WIDTHS[size][0]}
-        return trial(text, f"rates-{size}-{batch}-{lr:g}", settings)
+        return cached_run(text, f"rates-{size}-{batch}-{lr:g}", settings)
 
     with ThreadPoolExecutor(2) as pool:
-        runs = dict(zip(jobs, pool.map(work, jobs), strict=True))
+        runs = dict(zip(jobs, pool.map(run, jobs), strict=True))
     print(
         "\n| size, tokens | batch | " + " | ".join(f"lr {lr:g}" for lr in RATES) + " |\n|" + "---|" * (2 + len(RATES))
     )
@@ -147,31 +149,30 @@ def rates() -> None:
             print(f"| {size}, {tokens:,} | {batch:,} | " + " | ".join(row) + " |")
 
 
-def screen() -> None:
-    table(trials("screen", [name for name in CHOICES if name not in TOGETHER], 1, SHORT, corpora()))
+def screening() -> None:
+    print_table(run_all("screening", [name for name in CHOICES if name not in COMBINED], 1, SHORT, corpora()))
 
 
-def survivors() -> None:
+def finalists() -> None:
     texts = corpora()
-    table(trials("survivors", ["default", *GIVEN_UP], 1, LONG, {"books": texts["books"]}))
-    table(trials("survivors", SURVIVORS, 3, LONG, texts))
+    print_table(run_all("finalists", ["default", *DROPPED], 1, LONG, {"books": texts["books"]}))
+    print_table(run_all("finalists", FINALISTS, 3, LONG, texts))
 
 
 def final() -> None:
-    table(trials("final", FINAL, 1, LONGEST, {"books": corpora()["books"]}))
+    print_table(run_all("final", FINAL, 1, LONGEST, {"books": corpora()["books"]}))
 
 
-# Better than the default on both corpora by more than 0.005 bits in the screening, and, of these, at least as good with the
-# first seed on the books; the others are given up after it.
-# Each by itself was ahead, so together:
-TOGETHER = ["momentum 0.9, beta2 0.99"]
-SURVIVORS = ["default", "untied head", "momentum 0.9", "beta2 0.99", *TOGETHER]
-GIVEN_UP = ["batch halved", "constant, averaged over a fifth", "projections begin at zero"]
-FINAL = ["default", *TOGETHER]
+# Finalists are better than the default by more than 0.005 bits per byte on both corpora in the screening; those that were worse
+# with the first seed on the books are dropped after it. COMBINED joins two choices that are better alone.
+COMBINED = ["momentum 0.9, beta2 0.99"]
+FINALISTS = ["default", "untied head", "momentum 0.9", "beta2 0.99", *COMBINED]
+DROPPED = ["batch halved", "constant, averaged over a fifth", "output projections initialized to zero"]
+FINAL = ["default", *COMBINED]
 
 
 def main() -> None:
-    sections = {"rates": rates, "screen": screen, "survivors": survivors, "final": final}
+    sections = {"learning-rates": learning_rates, "screening": screening, "finalists": finalists, "final": final}
     for name in sys.argv[1:] or list(sections):
         print(f"\n## {name}", flush=True)
         sections[name]()

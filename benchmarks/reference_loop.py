@@ -1,8 +1,8 @@
-"""The peer of the reference run: the same recipe as a plain loop over the stock GPT-2 class, and nothing else.
+"""The reference run as a plain training loop over `GPT2LMHeadModel`, with the same recipe.
 
     python -m benchmarks.reference_loop TEXT OUT SEED
 
-Prints one JSON object: the loss over the whole validation part, and the wall time from the start of the process to the saved
+Prints one JSON object: the loss on the whole validation set, and the wall time from the start of the process to the saved
 model.
 """
 
@@ -17,13 +17,13 @@ import torch  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
-CONTEXT, BATCH, STEPS, WARMUP, PEAK, LOWEST = 64, 12, 2000, 100, 1e-3, 1e-4
+CONTEXT, BATCH, STEPS, WARMUP, PEAK_LR, MIN_LR = 64, 12, 2000, 100, 1e-3, 1e-4
 
 
 def learning_rate(step: int) -> float:
     if step < WARMUP:
-        return PEAK * (step + 1) / WARMUP
-    return LOWEST + 0.5 * (PEAK - LOWEST) * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP)))
+        return PEAK_LR * (step + 1) / WARMUP
+    return MIN_LR + 0.5 * (PEAK_LR - MIN_LR) * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP)))
 
 
 def main(path: str, out: str, seed: int) -> None:
@@ -34,14 +34,22 @@ def main(path: str, out: str, seed: int) -> None:
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=len(ids), n_positions=CONTEXT, n_embd=128, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0,
-            embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0,
+            vocab_size=len(ids),
+            n_positions=CONTEXT,
+            n_embd=128,
+            n_layer=4,
+            n_head=4,
+            bos_token_id=0,
+            eos_token_id=0,
+            embd_pdrop=0.0,
+            resid_pdrop=0.0,
+            attn_pdrop=0.0,
         )
-    )  # fmt: skip
+    )
     decayed = [p for p in model.parameters() if p.ndim >= 2]
-    free = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": free, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.99))
+    not_decayed = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": not_decayed, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.99))
     for step in range(STEPS):
         starts = torch.randint(len(train) - CONTEXT, (BATCH,))
         x = torch.stack([train[i : i + CONTEXT] for i in starts])

@@ -1,7 +1,7 @@
-"""A server in a process of its own, and a client that notes when each part of an answer came.
+"""Server processes, and a streaming client that records when each part of a response arrives.
 
-The client speaks HTTP by hand, so that many of them on the machine that is measured cost little of its time, and so that one of
-them can read as slowly as it wants to.
+The client writes HTTP requests itself, so that many clients on the measured machine take little CPU time, and so that a client
+can read slowly.
 """
 
 import asyncio
@@ -20,40 +20,40 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from benchmarks.run import KEPT
+from benchmarks.run import CACHE_DIR
 from nextword.pipeline.language_model import resolve_model_dir
 
 Body = dict[str, Any]
 COMPLETIONS = "/v1/completions"
 
 
-# ---------------------------------------------------------------- a server in a process of its own
+# ---------------------------------------------------------------- server processes
 
 
-class Running:
-    """A program that serves at a port of this machine, until the end of the block."""
+class ServerProcess:
+    """A server program on a local port, as a context manager."""
 
     def __init__(self, command: list[str], port: int, **environment: str):
         print(shlex.join(command), file=sys.stderr, flush=True)
-        self.log = (KEPT / "serving.log").open("ab")
+        self.log = (CACHE_DIR / "serving.log").open("ab")
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=self.log, env={**os.environ, **environment}, start_new_session=True
         )
         self.url, self.port = f"http://127.0.0.1:{port}", port
 
-    def until_it_answers(self, seconds: float = 300) -> None:
+    def wait_until_ready(self, seconds: float = 300) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     return
             except urllib.error.HTTPError as error:
-                if error.code != 503:  # it listens, and has no such path
+                if error.code != 503:  # it listens, but has no such route
                     return
-                time.sleep(0.2)  # it is loading
+                time.sleep(0.2)  # loading
             except OSError:
                 time.sleep(0.2)
-        raise SystemExit(f"nothing answers at {self.url}; see {self.log.name}")
+        raise SystemExit(f"no response from {self.url}; see {self.log.name}")
 
     def __enter__(self) -> Self:
         return self
@@ -68,69 +68,71 @@ class Running:
         self.log.close()
 
 
-class Served(Running):
+class NextwordServer(ServerProcess):
     """`nextword serve MODEL`."""
 
     def __init__(self, model: Path, *arguments: str):
-        KEPT.mkdir(parents=True, exist_ok=True)
+        CACHE_DIR.mkdir(parents=True, exist_ok=True)
         self.directory = resolve_model_dir(model).resolve()
         command = [sys.executable, "-m", "nextword", "serve", str(model), "--port", "0", "--json", *arguments]
         super().__init__(command, 0)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"it did not start; see {self.log.name}")
+            raise SystemExit(f"the server did not start; see {self.log.name}")
         self.metadata = json.loads(line)
         self.url = self.metadata["url"]
         self.port = int(self.url.rpartition(":")[2])
 
     def metrics(self) -> dict[str, float]:
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as answer:
-            pairs = [line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if not line.startswith("#")]
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as response:
+            pairs = [line.rsplit(" ", 1) for line in response.read().decode().splitlines() if not line.startswith("#")]
         return {name: float(value) for name, value in pairs}
 
     def memory(self) -> int:
-        """Bytes that it has in memory."""
+        """Resident memory in bytes."""
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmRSS:")))
 
 
 def free_port() -> int:
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        return made.getsockname()[1]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
-# ---------------------------------------------------------------- a client
+# ---------------------------------------------------------------- streaming client
 
 
 @dataclass
-class Seen:
-    """What a client saw of a streamed text: when it asked, when each part came (seconds), why it ended."""
+class StreamResult:
+    """A streamed completion: when it was requested, when each part arrived (seconds), and the finish reason."""
 
-    asked: float
+    requested: float
     status: int = 0
     text: str = ""
-    came: list[float] = field(default_factory=list)
+    arrivals: list[float] = field(default_factory=list)
     finish_reason: str | None = None
 
     @property
-    def first(self) -> float:
-        return self.came[0] - self.asked
+    def time_to_first_token(self) -> float:
+        return self.arrivals[0] - self.requested
 
     @property
-    def between(self) -> list[float]:
-        return [b - a for a, b in zip(self.came, self.came[1:], strict=False)]
+    def inter_token_latencies(self) -> list[float]:
+        return [b - a for a, b in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
 
-async def send(port: int, body: Body, room: int | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Ask for a streamed completion; the connection then keeps so many bytes that are not read."""
-    made = socket.socket()
-    if room is not None:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
-    made.setblocking(False)
-    await asyncio.get_running_loop().sock_connect(made, ("127.0.0.1", port))
-    reader, writer = await asyncio.open_connection(sock=made, limit=2**20 if room is None else room)
+async def send(
+    port: int, body: Body, receive_buffer: int | None = None
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Request a streamed completion, with a receive buffer of this many bytes."""
+    connection = socket.socket()
+    if receive_buffer is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", port))
+    reader, writer = await asyncio.open_connection(sock=connection, limit=receive_buffer or 2**20)
     data = json.dumps({**body, "stream": True}).encode()
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\nConnection: close\r\n"
     writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
@@ -138,42 +140,42 @@ async def send(port: int, body: Body, room: int | None = None) -> tuple[asyncio.
     return reader, writer
 
 
-async def status_of(reader: asyncio.StreamReader) -> int:
-    """The answer's status; its headers have been read then."""
+async def read_status(reader: asyncio.StreamReader) -> int:
+    """The status of a response, after reading its headers."""
     head = await reader.readuntil(b"\r\n\r\n")
     return int(head.split(b" ", 2)[1])
 
 
 async def events(reader: asyncio.StreamReader) -> AsyncGenerator[Body]:
-    """The objects of a stream that comes in HTTP's chunks."""
-    held = b""
+    """The events of a stream in chunked transfer encoding."""
+    buffer = b""
     while size := int((await reader.readline()).split(b";")[0], 16):
-        held += (await reader.readexactly(size + 2))[:-2]
-        *whole, held = held.replace(b"\r\n", b"\n").split(b"\n\n")
-        for one in whole:
-            if one.startswith(b"data: ") and one != b"data: [DONE]":
-                yield json.loads(one.removeprefix(b"data: "))
+        buffer += (await reader.readexactly(size + 2))[:-2]
+        *complete, buffer = buffer.replace(b"\r\n", b"\n").split(b"\n\n")
+        for event in complete:
+            if event.startswith(b"data: ") and event != b"data: [DONE]":
+                yield json.loads(event.removeprefix(b"data: "))
 
 
-async def talk(port: int, body: Body, leave_after: int | None = None) -> Seen:
-    """One request to its end, or until so many parts have come."""
-    seen = Seen(time.monotonic())
+async def stream_completion(port: int, body: Body, disconnect_after: int | None = None) -> StreamResult:
+    """One request, until its end or until `disconnect_after` parts have arrived."""
+    result = StreamResult(time.monotonic())
     reader, writer = await send(port, body)
     try:
-        seen.status = await status_of(reader)
-        if seen.status != 200:
-            return seen
+        result.status = await read_status(reader)
+        if result.status != 200:
+            return result
         async for event in events(reader):
             if "error" in event:
-                seen.status = 500
-                return seen
+                result.status = 500
+                return result
             for choice in event.get("choices", ()):
                 if choice.get("text"):
-                    seen.came.append(time.monotonic())
-                    seen.text += choice["text"]
-                seen.finish_reason = choice.get("finish_reason") or seen.finish_reason
-            if leave_after is not None and len(seen.came) >= leave_after:
-                return seen
-        return seen
+                    result.arrivals.append(time.monotonic())
+                    result.text += choice["text"]
+                result.finish_reason = choice.get("finish_reason") or result.finish_reason
+            if disconnect_after is not None and len(result.arrivals) >= disconnect_after:
+                return result
+        return result
     finally:
         writer.close()

@@ -1,9 +1,9 @@
-"""How long it takes until harm and waste are stopped, in seconds; the tests hold that they are, and no time.
+"""Time until runaway work is stopped. The tests check that it is stopped, not how fast.
 
     python -m benchmarks.time_limits
 
-A chat template without end, schemas that would take for ever, and a second SIGTERM to a run; and a training run with a budget
-of 20 s, whose time should be the budget's.
+Measured are an endless chat template, JSON schemas that are expensive to compile, a second SIGTERM to a run, and a training run
+with a budget of 20 s.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ ENDLESS = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "{%
 SCHEMAS = {
     "nested repetitions": {"type": "string", "pattern": "((((((a{50}){50}){50}){50}){50}){50})"},
     "2,000 properties": {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(2000)}},
-    "a text of a million characters": {"type": "string", "minLength": 10**6, "maxLength": 10**6},
+    "a string of a million characters": {"type": "string", "minLength": 10**6, "maxLength": 10**6},
 }
 SIGNALS = (
     "import time\nfrom nextword.common.run_dir import catch_signals\nwith catch_signals() as caught:\n"
@@ -38,13 +38,14 @@ SIGNALS = (
 )
 
 
-def timed(work: Callable[[], object]) -> float:
+def timed(run: Callable[[], object]) -> float:
+    """The seconds that a function takes."""
     begin = time.perf_counter()
-    work()
+    run()
     return time.perf_counter() - begin
 
 
-def template(tokenizer: Tokenizer) -> None:
+def render_endless_template(tokenizer: Tokenizer) -> None:
     async def render() -> None:
         chat = JinjaChatEncoder(tokenizer, ENDLESS)
         with contextlib.suppress(APIError):
@@ -54,20 +55,20 @@ def template(tokenizer: Tokenizer) -> None:
     asyncio.run(render())
 
 
-def write(tokenizer: Tokenizer, schema: dict[str, object]) -> None:
-    """The grammar, and its first 40 tokens, where it is not refused."""
+def generate_json(tokenizer: Tokenizer, schema: dict[str, object]) -> None:
+    """Compile a schema and generate 40 tokens, unless it is rejected."""
     try:
-        held = ConstraintCompiler(tokenizer, tokenizer.eos_ids).compile_json_schema(schema)
+        constraint = ConstraintCompiler(tokenizer, tokenizer.eos_ids).compile_json_schema(schema)
         for _ in range(40):
-            token = int(torch.multinomial(held.allowed_mask().float(), 1))
+            token = int(torch.multinomial(constraint.allowed_mask().float(), 1))
             if token in tokenizer.eos_ids:
                 break
-            held.accept_token(token)
+            constraint.accept_token(token)
     except NextwordError:
         pass
 
 
-def second_signal() -> float:
+def second_sigterm() -> float:
     with subprocess.Popen([sys.executable, "-c", SIGNALS], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -77,23 +78,23 @@ def second_signal() -> float:
         return timed(process.wait)
 
 
-def budget() -> float:
+def budgeted_run() -> float:
     with tempfile.TemporaryDirectory() as folder:
-        words = ["pretrain", "python-docs", "--out", Path(folder) / "run", "--budget", "20s", "--quiet"]
-        program = [sys.executable, "-m", "nextword", *map(str, words)]
+        arguments = ["pretrain", "python-docs", "--out", Path(folder) / "run", "--budget", "20s", "--quiet"]
+        program = [sys.executable, "-m", "nextword", *map(str, arguments)]
         return timed(lambda: subprocess.run(program, check=True, capture_output=True))
 
 
 def main() -> None:
     tokenizer = train_bpe(['The house on the hill: {"a": [1, 2]}'] * 3, 300)
-    found = {"a chat template without end": [timed(lambda: template(tokenizer)) for _ in range(3)]}
+    results = {"an endless chat template": [timed(lambda: render_endless_template(tokenizer)) for _ in range(3)]}
     for name, schema in SCHEMAS.items():
-        found[f"a schema: {name}"] = [timed(lambda s=schema: write(tokenizer, s)) for _ in range(3)]
-    found["a second SIGTERM"] = [second_signal() for _ in range(3)]
-    found["a run with a budget of 20 s"] = [budget() for _ in range(3)]
-    print("\n| what | seconds: middle of three (from to) |\n|---|---|")
-    for name, seconds in found.items():
-        print(f"| {name} | {statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) |")
+        results[f"a schema: {name}"] = [timed(lambda s=schema: generate_json(tokenizer, s)) for _ in range(3)]
+    results["a second SIGTERM"] = [second_sigterm() for _ in range(3)]
+    results["a run with a budget of 20 s"] = [budgeted_run() for _ in range(3)]
+    print("\n| case | seconds: median of three (range) |\n|---|---|")
+    for name, seconds in results.items():
+        print(f"| {name} | {statistics.median(seconds):.2f} ({min(seconds):.2f}–{max(seconds):.2f}) |")
 
 
 if __name__ == "__main__":

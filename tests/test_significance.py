@@ -311,10 +311,13 @@ def test_the_command_line(nextword: CLIRunner, base, files):
             ["--benchmark", "blimp={f}/pairs.jsonl", "--benchmark", "blimp={f}/pairs.jsonl"],
             "--benchmark blimp is given twice",
         ),
-        (["--benchmark", "blimp={f}/pairs.jsonl", "--limit", "0"], "--limit must be at least 1"),
-        (["--benchmark", "blimp={f}/pairs.jsonl", "--limit", "5", "--no-limit"], "excludes --no-limit"),
+        (["--benchmark", "blimp={f}/pairs.jsonl", "--limit", "0"], "--limit must be a whole number from 1"),
+        (
+            ["--benchmark", "blimp={f}/pairs.jsonl", "--limit", "5", "--no-limit"],
+            "--limit and --no-limit exclude each other",
+        ),
         (["{f}/write.jsonl", "--stride", "65"], "the stride must be between 1 and the context length of 64"),
-        (["{f}/write.jsonl", "--stride", "0"], "the stride must be between 1"),
+        (["{f}/write.jsonl", "--stride", "0"], "--stride must be a whole number from 1"),
     ],
 )
 def test_invalid_arguments(nextword: CLIRunner, base, files, arguments, message):
