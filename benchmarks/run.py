@@ -96,7 +96,7 @@ def nextword(*arguments: str | Path, threads: int | None = None) -> dict[str, An
 
 def median_with_range(values: Sequence[float], digits: int = 3) -> str:
     """Median and range."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
 def mean_with_margin(values: Sequence[float], format_spec: str) -> str:

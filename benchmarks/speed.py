@@ -83,7 +83,7 @@ def interleaved(name: str, task: str, runs: dict[str, tuple[str, dict[str, Any]]
 
 
 def format_median(values: list[float], digits: int = 0) -> str:
-    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f}–{max(values):,.{digits}f})"
 
 
 def median_rates(measurements: list[dict[str, Any]]) -> list[float]:

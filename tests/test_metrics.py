@@ -170,7 +170,11 @@ def test_intervals_of_classification_contain_the_metric_of_the_population(n, acc
     covered: dict[str, int] = dict.fromkeys(("accuracy", "macro_f1", "matthews"), 0)
     correct, predicted = np.trace(population), population.sum(0)
     spread = math.sqrt((1 - (targets**2).sum()) * (1 - (predicted**2).sum()))
-    truth: dict[str, float] = {"accuracy": accuracy, "macro_f1": f1.mean(), "matthews": (correct - targets @ predicted) / spread}
+    truth: dict[str, float] = {
+        "accuracy": accuracy,
+        "macro_f1": f1.mean(),
+        "matthews": (correct - targets @ predicted) / spread,
+    }
     for _ in range(num_draws):
         scores = classification(*draw_labels(rng, n, population), LABELS)
         for name, value in truth.items():
