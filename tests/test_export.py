@@ -4,6 +4,7 @@ the model's own logits. Each is read back where the program is installed that it
 
 import contextlib
 import json
+import signal
 import sys
 import unicodedata
 from pathlib import Path
@@ -194,65 +195,88 @@ def test_lines_are_of_many_scripts_and_the_same_ones_each_time() -> None:
         assert sum(any(unicodedata.name(c, "").startswith(script) for c in line) for line in lines) > 50, script
 
 
-class FakeLlama:
-    """llama-cpp-python's class as far as it is used, around the model itself: what the comparison asks of it, and finds."""
-
-    wrong_tokens, shift, mode = False, 0.0, contextlib.nullcontext
-
-    def __init__(self, path: str, *, n_ctx: int, n_batch: int, **settings: Any):
-        assert Path(path).read_bytes()[:4] == b"GGUF" and n_batch == n_ctx == 16
-        assert settings == {"n_gpu_layers": 0, "logits_all": True, "type_k": 0, "type_v": 0, "flash_attn": False,
-                            "verbose": False}  # fmt: skip
-        self.model, self.scores = nextword.load(Path(path).with_name("model")), np.zeros((n_ctx, 300), np.float32)
-        self.position = 0
-
-    def tokenize(self, text: bytes, add_bos: bool, special: bool) -> list[int]:
-        assert not add_bos and not special
-        return [*self.model.tokenizer.encode(text.decode()), *([5] if self.wrong_tokens else [])]
-
-    def reset(self) -> None:
-        self.position = 0
-
-    def eval(self, tokens: list[int]) -> None:
-        assert self.position == 0
-        with torch.inference_mode(), self.mode():
-            found = self.model.gpt.unembed(self.model.gpt(torch.tensor([tokens])))[0]
-        self.scores[: len(tokens)] = found.numpy() + 2.0  # added to all, it changes no probability
-        self.scores[: len(tokens), 7] += self.shift
-        self.position = len(tokens)
-
-    def close(self) -> None:
-        pass
-
-
 def test_the_comparison_with_llama_cpp_finds_what_is_not_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where llama-cpp-python is not installed, its part is played here; the test below has the real one."""
-    from types import SimpleNamespace
-
     model = directory(tmp_path / "model", "gpt2")
+    played: dict[str, Any] = {"wrong_tokens": False, "shift": 0.0, "mode": contextlib.nullcontext}
+
+    def read_back(file: Path, lines: list[str], sequences: list[list[int]]) -> tuple[list[list[int]], list[np.ndarray]]:
+        assert file.read_bytes()[:4] == b"GGUF" and [len(ids) for ids in sequences] == [16, 16]
+        loaded = nextword.load(model)
+        tokens = [[*loaded.tokenizer.encode(line), *(played["wrong_tokens"] * [5])] for line in lines]
+        with torch.inference_mode(), played["mode"]():
+            logits = [loaded.gpt.unembed(loaded.gpt(torch.tensor([ids])))[0].numpy() for ids in sequences]
+        # What is added to all changes no probability.
+        return tokens, [found + 2.0 + played["shift"] * (np.arange(300) == 7) for found in logits]
+
     monkeypatch.setattr(formats, "find_spec", lambda name: object())
-    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=FakeLlama, GGML_TYPE_F32=0))
+    monkeypatch.setattr(formats, "read_with_llama_cpp", read_back)
     for precision in ("float32", "int8"):
         made = nextword.export(model, out=tmp_path / "a.gguf", precision=precision)
         assert made.max_difference is not None and made.max_difference < 1e-5
     kind = {t.name: t.tensor_type.name for t in gguf.GGUFReader(made.file).tensors}["blk.0.ffn_up.weight"]
     assert kind == "Q8_0"
-    for attribute, value, words in (
+    for name, value, words in (
         ("shift", 0.01, "does not match the model"),
         ("wrong_tokens", True, "tokenizes .* differently"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(FakeLlama, attribute, value)
+            patch.setitem(played, name, value)
             with pytest.raises(NextwordError, match=words):
                 nextword.export(model, out=tmp_path / "b.gguf")
-    with monkeypatch.context() as patch:  # a difference that GELU in half precision explains, and nothing else would
-        patch.setattr(FakeLlama, "mode", formats.HalfPrecisionGELU)
-        with pytest.raises(NextwordError, match=r"rounds GELU to half precision .*--tolerance \de-0\d"):
-            nextword.export(model, out=tmp_path / "b.gguf", tolerance=1e-5)
-        made = nextword.export(model, out=tmp_path / "c.gguf")
-        assert made.max_difference is not None and 1e-5 < made.max_difference < 1e-3
-        made.file.unlink()
+    # A difference that GELU in half precision explains, and nothing else would.
+    played["mode"] = formats.HalfPrecisionGELU
+    with pytest.raises(NextwordError, match=r"rounds GELU to half precision .*--tolerance \de-0\d"):
+        nextword.export(model, out=tmp_path / "b.gguf", tolerance=1e-5)
+    made = nextword.export(model, out=tmp_path / "c.gguf")
+    assert made.max_difference is not None and 1e-5 < made.max_difference < 1e-3
+    made.file.unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "model"]
+
+
+FAKE_LLAMA_CPP = """
+import os, signal
+import numpy as np
+
+GGML_TYPE_F32 = 0
+
+class Llama:
+    def __init__(self, path, **settings):
+        assert open(path, "rb").read(4) == b"GGUF" and settings["n_ctx"] == settings["n_batch"] == 3
+        if os.environ.get("FAKE_LLAMA_CPP") == "signal":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if os.environ.get("FAKE_LLAMA_CPP") == "error":
+            raise ValueError("Failed to load model")
+        self.scores = np.zeros((3, 4), np.float32)
+    def tokenize(self, text, add_bos, special):
+        return list(text)
+    def reset(self):
+        self.scores[:] = 0
+    def eval(self, tokens):
+        for i, token in enumerate(tokens):
+            self.scores[i] = token
+        print("noise on the standard output")
+    def close(self):
+        pass
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no signals")
+def test_llama_cpp_runs_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it computes comes back whole; where it ends by a signal, or fails, there is a message and no other harm."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "llama_cpp.py").write_text(FAKE_LLAMA_CPP)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+    file = tmp_path / "a.gguf"
+    file.write_bytes(b"GGUF")
+    tokens, logits = formats.read_with_llama_cpp(file, ["é", ""], [[1, 2, 3], [4, 5]])
+    assert tokens == [list("é".encode()), []]
+    assert [found.tolist() for found in logits] == [[[1.0] * 4, [2.0] * 4, [3.0] * 4], [[4.0] * 4, [5.0] * 4]]
+    for failure, words in (("signal", "-11"), ("error", "1: ValueError: Failed to load model")):
+        monkeypatch.setenv("FAKE_LLAMA_CPP", failure)
+        with pytest.raises(NextwordError, match=f"could not read the file back .exit code {words}"):
+            formats.read_with_llama_cpp(file, [], [[1, 2, 3]])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "modules"]
 
 
 def test_gelu_is_rounded_as_llama_cpp_does_it() -> None:
@@ -276,27 +300,29 @@ def test_gelu_is_rounded_as_llama_cpp_does_it() -> None:
 @pytest.mark.parametrize(("preset", "overrides"), SPOKEN[2:], ids=["gpt2", "qwen3", "llama"])
 def test_llama_cpp_writes_what_the_model_writes(tmp_path: Path, preset: str, overrides: dict[str, Any]) -> None:
     """Greedily, over 200 tokens; where two are as likely as each other, to within 1e-3, either."""
-    import llama_cpp  # pyright: ignore[reportMissingImports]
-
     model = directory(tmp_path / "model", preset, context_length=256, **overrides)
     if preset != "gpt2":  # whose GELU llama.cpp rounds: the test below
         model = sure(model)
     made = nextword.export(model)
     assert made.max_difference is not None and made.max_difference < 1e-3
     loaded = nextword.load(model)
-    llama = llama_cpp.Llama(str(made.file), n_ctx=256, logits_all=True, type_k=llama_cpp.GGML_TYPE_F32,
-                            type_v=llama_cpp.GGML_TYPE_F32, verbose=False)  # fmt: skip
     ids = loaded.tokenizer.encode("The house")
-    for _ in range(200):
-        llama.reset()
-        llama.eval(ids)
-        theirs = torch.tensor(llama.scores[len(ids) - 1]).log_softmax(0)
-        with torch.inference_mode():
-            ours = loaded.gpt.unembed(loaded.gpt(torch.tensor([ids]))[0, -1]).log_softmax(0)
-        token = int(theirs.argmax())
-        assert float(ours.max() - ours[token]) <= 1e-3
-        ids.append(token)
-    llama.close()
+    first = len(ids) - 1
+    with torch.inference_mode():
+        for _ in range(200):
+            ids.append(int(loaded.gpt.unembed(loaded.gpt(torch.tensor([ids]))[0, -1]).argmax()))
+        ours = loaded.gpt.unembed(loaded.gpt(torch.tensor([ids])))[0].log_softmax(-1)
+    for precision in ("float32", "int8", "int4"):  # read back in a process of its own, which these may end
+        file = nextword.export(model, out=tmp_path / f"{precision}.gguf", precision=precision).file
+        try:
+            _, [logits] = formats.read_with_llama_cpp(file, [], [ids])
+        except NextwordError as error:
+            assert precision != "float32" and "exit code -" in str(error)
+            continue
+        theirs = torch.tensor(logits).argmax(-1)
+        assert np.isfinite(logits).all()
+        if precision == "float32":
+            assert (ours.max(-1).values - ours.gather(1, theirs[:, None])[:, 0])[first:].max() <= 1e-3
 
 
 @pytest.mark.needs("llama.cpp")

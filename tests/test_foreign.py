@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import nextword as package
 from conftest import CLIRunner
@@ -104,6 +105,7 @@ def index(*names: str) -> Callable[[Path], None]:
 
     def change(directory: Path) -> None:
         mapped = {f"tensor.{i}": name for i, name in enumerate(names)}
+        (directory / "model.safetensors").unlink()
         (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": mapped}))
 
     return change
@@ -157,6 +159,48 @@ def too_large(name: str) -> Callable[[Path], None]:
     return change
 
 
+def steps(**parts: Any) -> Callable[[Path], None]:
+    """A tokenizer.json with these steps."""
+    return change_json("tokenizer.json", **parts)
+
+
+def replace(pattern: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": pattern}, "content": content}
+
+
+def split(regex: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+def not_finite(value: float) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        weights = load_file(directory / "model.safetensors")
+        weights["model.layers.1.mlp.down_proj.weight"][3, 5] = value
+        save_file(weights, directory / "model.safetensors")
+
+    return change
+
+
+def added(name: str, content: str = "{}") -> Callable[[Path], None]:
+    """A file laid beside sealed ones."""
+
+    def change(directory: Path) -> None:
+        fs.write_manifest(directory, {"model": CONFIG.to_dict()})
+        (directory / name).write_text(content)
+
+    return change
+
+
+def sealed_then_large(name: str) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        sealed()(directory)
+        (directory / "hole").touch()
+        fs.write_manifest(directory, {}, {"hole": {"bytes": 2**40, "sha256": "0"}})
+        too_large(name)(directory)
+
+    return change
+
+
 SINUSOIDAL = {
     **build_config("tutorial", "tiny", vocab_size=300, d_model=16, n_heads=2).to_dict(),
     "context_length": 2**21,
@@ -193,6 +237,41 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a manifest that climbs out": (sealed(entries={"../x": {"bytes": 1, "sha256": ""}}), "outside of its directory"),
     "a manifest of long names": (sealed(entries={"x" * 5000: {"bytes": 1, "sha256": ""}}), "outside of its directory"),
     "a manifest of no sizes": (sealed(entries={"x": 3}), "not a manifest"),
+    "a manifest of a terabyte": (sealed_then_large(fs.MANIFEST), "where no file of this kind needs"),
+    "a manifest that names a terabyte": (sealed_then_large("hole"), "cannot be that large"),
+    "a manifest that names a file twice": (
+        sealed(entries={name: {"bytes": 0, "sha256": ""} for name in ("config.json", "./config.json")}),
+        "this file twice",
+    ),
+    "an index beside sealed weights": (added("model.safetensors.index.json"), "not in the manifest"),
+    "a template beside a sealed model": (added("chat_template.jinja"), "not in the manifest"),
+    "other weights beside a sealed model": (added("model-00001-of-00002.safetensors"), "not in the manifest"),
+    "weights that are no number": (not_finite(float("nan")), "down_proj.weight has values that are not finite"),
+    "infinite weights": (not_finite(float("-inf")), "down_proj.weight has values that are not finite"),
+    "a table of characters that is none": (
+        steps(normalizer={"type": "Precompiled", "precompiled_charsmap": "AQ=="}),
+        "Cannot parse precompiled_charsmap",
+    ),
+    "chunks of no length": (steps(pre_tokenizer={"type": "FixedLength", "length": 0}), "must be non-zero"),
+    "a template without its token": (
+        steps(
+            post_processor={
+                "type": "TemplateProcessing",
+                "pair": [],
+                "special_tokens": {},
+                "single": [{"SpecialToken": {"id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            }
+        ),
+        "the tokenizers library failed",
+    ),
+    "a normalizer that explodes": (
+        steps(normalizer={"type": "Sequence", "normalizers": 18 * [replace("q", "qq")]}),
+        "one character becomes",
+    ),
+    "a regular expression without end": (steps(pre_tokenizer=split("(z+)+!")), "retry-limit"),
+    "a regular expression that is none": (steps(pre_tokenizer=split("((")), "unmatched parenthesis"),
+    "a tokenizer's settings of a terabyte": (too_large("tokenizer_config.json"), "where no file of this kind needs"),
+    "settings of generation of a terabyte": (too_large("generation_config.json"), "where no file of this kind needs"),
     "a token far out": (token(2**32 - 6), "an id of 4,294,967,290"),
     "a tokenizer of a terabyte": (too_large("tokenizer.json"), "where no file of this kind needs"),
 }
@@ -313,3 +392,78 @@ def test_any_values_in_a_manifest_are_a_clear_error(tmp_path_factory, entries, m
         fs.verify_manifest(directory)
     except CorruptFileError as error:
         assert str(directory) in str(error)
+
+
+# ---------------------------------------------------------------- tokenizers of others
+
+
+def test_a_tokenizer_with_steps_of_its_own_is_tried_once(honest, tmp_path, monkeypatch):
+    """One with a regular expression that is not nextword's is tried in another process, the first time; nextword's never."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(fs.sys, "platform", "linux")
+    directory = tmp_path / "model"
+    shutil.copytree(honest, directory)
+    Tokenizer.open(directory)
+    assert not (tmp_path / "cache").exists()
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    steps(pre_tokenizer={"type": "Sequence", "pretokenizers": [split(r"\w+|\W+"), byte_level]})(directory)
+    assert Tokenizer.open(directory).decode(Tokenizer.open(directory).encode("a text of it")) == "a text of it"
+    assert len(list((tmp_path / "cache" / "nextword" / "tokenizers").iterdir())) == 1
+    monkeypatch.setattr("subprocess.run", None)
+    Tokenizer.open(directory)
+
+
+def test_a_panic_while_a_text_is_encoded_is_an_error(honest, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    directory = tmp_path / "model"
+    shutil.copytree(honest, directory)
+    steps(pre_tokenizer=split("((é+)+)+!"))(directory)
+    tokenizer = Tokenizer.open(directory)
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(NextwordError, match="retry-limit"):
+            encode(100 * "é")
+
+
+@pytest.mark.parametrize("command", ["generate", "finetune", "evaluate", "export"])
+def test_a_tokenizer_larger_than_the_model_is_refused(honest, texts, tmp_path, nextword: CLIRunner, command):
+    directory = tmp_path / "model"
+    shutil.copytree(honest, directory)
+    train_bpe([path.read_text() for path in texts.iterdir()], 301).save(directory)
+    table = tmp_path / "table.csv"
+    table.write_text("text,label\n" + "".join(f"text {i},{'good' if i % 2 else 'bad'}\n" for i in range(40)))
+    arguments = {
+        "generate": ["The"],
+        "finetune": [table, "--out", tmp_path / "run", "--steps", "1"],
+        "evaluate": [texts],
+    }
+    done = nextword(command, directory, *arguments.get(command, []))
+    assert done.returncode != 0 and "the tokenizer has 301 tokens and the model 300" in done.stderr
+    assert not list(tmp_path.rglob("*.gguf"))
+
+
+def test_a_directory_saved_again_has_a_stale_manifest(honest, tmp_path, nextword: CLIRunner):
+    """The message says how to drop it; without it the directory opens, and `verify` says that there is none."""
+    directory = tmp_path / "model"
+    shutil.copytree(honest, directory)
+    sealed(CONFIG.to_dict())(directory)
+    assert nextword("verify", directory).returncode == 0
+    config(use_cache=True)(directory)
+    for command in (["verify", directory], ["generate", directory, "a"]):
+        done = nextword(*command)
+        assert done.returncode == CorruptFileError.exit_code
+        assert "the manifest is stale: delete" in done.stderr and str(directory / fs.MANIFEST) in done.stderr
+    (directory / fs.MANIFEST).unlink()
+    package.load(directory, "cpu")
+    done = nextword("verify", directory)
+    assert done.returncode == NextwordError.exit_code and "no manifest" in done.stderr
+
+
+def test_a_context_of_millions_takes_no_memory(honest, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(honest, directory)
+    config(max_position_embeddings=4_194_304)(directory)
+    with within_bounds():
+        completions = [
+            package.load(path, "cpu").generate("a text", temperature=0, max_tokens=8) for path in (directory, honest)
+        ]
+    assert completions[0][0].text == completions[1][0].text

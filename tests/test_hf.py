@@ -1,6 +1,7 @@
 """Hugging Face model directories: `transformers` opens ours and we open its, with equal logits; hostile ones are rejected."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from nextword.model import hf
 from nextword.model.config import PRESETS, ModelConfig, build_config
 from nextword.model.gpt import GPT
 from nextword.model.hf import load_model, save_model
-from nextword.model.hf_config import parse_labels
+from nextword.model.hf_config import KEYS, parse_labels, read_hf_config
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -335,7 +336,7 @@ def changed_config(directory: Path, **changes) -> None:
         ("gpt2", {"model_type": None}, "model_type None"),
         ("gpt2", {"activation_function": "gelu"}, "the activation 'gelu'"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
-        ("gpt2", {"auto_map": {"AutoModel": "evil.py"}}, "code of its own"),
+        ("gpt2", {"auto_map": {"AutoModel": "evil.py"}}, "runs no code from a model"),
         ("gpt2", {"n_embd": "wide"}, "config.json"),
         ("gpt2", {"n_embd": -36}, "must be a whole number from 1"),
         ("gpt2", {"n_embd": 72}, "has the shape"),
@@ -350,7 +351,16 @@ def changed_config(directory: Path, **changes) -> None:
         ("llama", {"attention_bias": True}, "attention_bias"),
         ("llama", {"hidden_act": "gelu"}, "the activation 'gelu'"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantized"),
-        ("llama", {"hidden_size": None}, "config.json"),
+        ("llama", {"hidden_size": None}, "hidden_size is null"),
+        ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"RoPE scaling \(yarn\)"),  # beside rope_parameters
+        ("qwen3", {"rope_parameters": {"rope_type": "default", "factor": 4.0}}, "'factor' among the RoPE parameters"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is supported only"),
+        ("llama", {"sliding_window": 8}, "'sliding_window' is not supported"),
+        ("gpt2", {"is_causal": False}, "'is_causal' is not supported"),
+        ("llama", {"is_causal": None}, "'is_causal' is not supported"),
+        ("qwen3", {"logit_scale": 0.5}, "'logit_scale' is not supported .*an unknown key"),
+        ("gpt1", {"n_inner": 7}, "'n_inner' is not supported"),
+        ("gpt2", {"num_attention_heads": 9}, "n_head and num_attention_heads, two names of one size"),
     ],
 )  # fmt: skip
 def test_unsupported_features_are_rejected_by_name(tmp_path, name, changes, message):
@@ -420,3 +430,166 @@ def test_hostile_bytes_are_rejected(tmp_path_factory, data):
         assert str(directory) in str(error)
     finally:
         shutil.rmtree(directory)
+
+
+# ---------------------------------------------------------------- every key of the configurations of transformers
+
+TINY: dict[str, dict[str, Any]] = {
+    "OpenAIGPTConfig": {"vocab_size": 31, "n_positions": 8, "n_embd": 16, "n_layer": 1, "n_head": 2},
+    "GPT2Config": {"vocab_size": 31, "n_positions": 8, "n_embd": 16, "n_layer": 2, "n_head": 2},
+    "LlamaConfig": {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+                    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8},
+    "Qwen3Config": {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+                    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 8},
+}  # fmt: skip
+# Values that a rule by type would not find, and keys that are no field of the class.
+OTHER_VALUES: dict[str, list[Any]] = {
+    "activation_function": ["relu", "gelu", "gelu_fast", "gelu_python_tanh", "gelu_accurate", "silu"],
+    "afn": ["relu", "silu", "swish"],
+    "hidden_act": ["swish", "gelu", "relu"],
+    "architectures": [["LlamaModel"]],
+    "attn_implementation": ["eager"],
+    "bos_token_id": [3],
+    "chunk_size_feed_forward": [2],
+    "dtype": ["float16"],
+    "eos_token_id": [4, [4, 5]],
+    "head_dim": [8],
+    "hidden_size": [32],
+    "id2label": [{"0": "a", "1": "b", "2": "c"}],
+    "initializer_range": [0.5],
+    "is_causal": [True, False],
+    "label2id": [{"a": 0, "b": 1}],
+    "layer_types": [["full_attention", "full_attention"], ["full_attention", "sliding_attention"]],
+    "n_embd": [32],
+    "n_head": [4],
+    "num_attention_heads": [8],
+    "num_key_value_heads": [4, 1],
+    "output_attentions": [True],
+    "pad_token_id": [0],
+    "partial_rotary_factor": [0.5],
+    "per_layer_config": [{"0": {"intermediate_size": 12}}],
+    "problem_type": ["regression"],
+    "pruned_heads": [{"0": [1]}],
+    "return_dict": [None],  # with False the class of transformers fails, whatever the model
+    "rope_parameters": [
+        {"rope_type": "default", "rope_theta": 3.0},
+        {"rope_type": "linear", "factor": 2.0, "rope_theta": 9.0},
+    ],
+    "rope_scaling": [{"rope_type": "linear", "factor": 2.0}, {"type": "default"}],
+    "rope_theta": [5.0],
+    "sliding_window": [2],
+    "summary_activation": ["tanh"],
+    "summary_type": ["mean"],
+    "temperature": [0.1],
+    "tie_last_hidden_states": [True],
+    "transformers_version": ["4.0.0"],
+    "use_sliding_window": [True],
+}
+
+
+def other_values(key: str, value: Any) -> list[Any]:
+    if key in OTHER_VALUES:
+        return OTHER_VALUES[key]
+    if isinstance(value, bool) or value is None:
+        return [not value]
+    return [value + 1 if isinstance(value, int) else 2 * value + 0.125]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_key_of_a_configuration_is_equal_or_refused_by_name(tmp_path, name):
+    """With a value that is not the default: our logits are those of transformers, or the message names the key."""
+    config_class = getattr(transformers, name)
+    plain = config_class(**TINY[name]).to_dict()
+    keys = {*plain, *config_class.attribute_map, *OTHER_VALUES} - {"model_type", "_name_or_path"}
+    keys -= {key for key in ("afn", "activation_function", "hidden_act") if key not in plain}
+    tokens = torch.arange(8)[None] * 3 % 31
+    num_equal = num_refused = 0
+    for key, value in [(k, value) for k in sorted(keys) for value in other_values(k, plain.get(k))]:
+        directory = tmp_path / f"{key}-{num_equal}-{num_refused}"
+        is_size = not (key in config_class.attribute_map or key.startswith("rope"))
+        for sizes in ({**TINY[name], key: value} if is_size else TINY[name], TINY[name]):
+            torch.manual_seed(0)
+            try:
+                model = transformers.AutoModelForCausalLM.from_config(config_class(**sizes)).eval()
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.add_(0.3 * torch.randn_like(parameter))
+                model.save_pretrained(directory)
+                break
+            except Exception as error:  # the class makes no such model; the config.json below may still ask for it
+                print(f"{key} = {value!r}: {type(error).__name__}")
+        changed_config(directory, **{key: value})
+        try:
+            theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+                directory, dtype=torch.float32, output_loading_info=True
+            )
+            with torch.no_grad():
+                expected = None if any(info.values()) else theirs.eval()(tokens)[0]
+        except Exception:
+            expected = None
+        try:
+            ours = load_model(directory)
+        except NextwordError as error:
+            known = {"architectures": "score.weight"}
+            assert key in str(error) or known.get(key, "tensor") in str(error) or expected is None, (
+                key,
+                value,
+                str(error),
+            )
+            num_refused += 1
+            continue
+        assert expected is not None, f"{key} = {value!r} opens here, and not in transformers"
+        torch.testing.assert_close(logits(ours, tokens), expected, atol=1e-4, rtol=1e-5, msg=f"{key} = {value!r}")
+        num_equal += 1
+    assert num_equal > 25 and num_refused > 5
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_what_a_config_leaves_out_has_the_default_of_transformers(tmp_path, name):
+    """Also the sizes: only `model_type` is there."""
+    config_class = getattr(transformers, name)
+    stock = config_class()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": stock.model_type}))
+    config = read_hf_config(tmp_path / "config.json")
+    for key, setting in KEYS[config.family].items():
+        if getattr(stock, key) is not None:
+            assert getattr(config, setting) == getattr(stock, key), key
+    if config.positions == "rope":
+        assert config.rope_theta == stock.rope_parameters["rope_theta"]
+    (tmp_path / "config.json").write_text(json.dumps(stock.to_dict()))
+    assert read_hf_config(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt1", "qwen3-tied", "llama-tied"])
+def test_a_tied_model_with_a_head_of_its_own_keeps_it(tmp_path, name):
+    """As in transformers: equal to the embedding it is tied, else not, whatever config.json says."""
+    random_stock(name, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    embedding = next(tensor for key, tensor in weights.items() if re.search("wte|embed_tokens|tokens_embed", key))
+    tokens = torch.randint(0, 61, (1, 24))
+    for head, is_tied in ((embedding.clone(), True), (embedding + torch.randn_like(embedding), False)):
+        save_file({**weights, "lm_head.weight": head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        ours = load_model(tmp_path)
+        assert ours.config.tied == is_tied
+        torch.testing.assert_close(logits(ours, tokens), stock_logits(tmp_path, tokens)[0], atol=1e-4, rtol=1e-5)
+
+
+def test_a_single_file_counts_before_an_index(tmp_path):
+    """As in transformers: an old index beside a newer model.safetensors is not read."""
+    random_stock("qwen3", tmp_path, max_shard_size="5KB")
+    expected = random_stock("qwen3", tmp_path / "new")
+    shutil.copy(tmp_path / "new" / "model.safetensors", tmp_path)
+    for shard in tmp_path.glob("model-*"):
+        shard.unlink()
+    tokens = torch.randint(0, 61, (1, 24))
+    torch.testing.assert_close(logits(load_model(tmp_path), tokens), expected(tokens).logits, atol=1e-4, rtol=1e-5)
+
+
+def test_buffers_of_older_files_are_ignored(tmp_path):
+    expected = random_stock("gpt1", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for prefix in ("transformer.", ""):
+        buffers = {f"{prefix}position_ids": torch.arange(24), f"{prefix}h.0.attn.bias": torch.ones(1, 1, 24, 24)}
+        save_file({**weights, **buffers}, tmp_path / "model.safetensors")
+        tokens = torch.randint(0, 61, (1, 24))
+        torch.testing.assert_close(logits(load_model(tmp_path), tokens), expected(tokens).logits, atol=1e-4, rtol=1e-5)

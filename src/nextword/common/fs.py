@@ -12,7 +12,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping
+import sys
+from collections.abc import Callable, Generator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -23,6 +24,11 @@ from safetensors import SafetensorError
 from nextword.common.errors import CorruptFileError, DiskFullError, NextwordError
 
 MANIFEST = "nextword.json"
+MAX_MANIFEST_BYTES = 2**25
+# Files of a model or a checkpoint that are read where they exist.
+MODEL_FILES = (
+    r"(generation_|tokenizer_)?config\.json|tokenizer\.json|chat_template\.jinja|.*\.safetensors(\.index\.json)?"
+)
 
 # ---------------------------------------------------------------- disk space
 
@@ -161,6 +167,14 @@ def read_json(path: Path, max_bytes: int | None = None) -> Any:
         raise CorruptFileError(f"{path}{line}: not valid JSON ({error})") from error
 
 
+def read_json_object(path: Path, max_bytes: int | None = None) -> dict[str, Any]:
+    """The object in a JSON file. Raises as `read_json`, and `CorruptFileError` for any other value."""
+    content = read_json(path, max_bytes)
+    if not is_json_object(content):
+        raise CorruptFileError(f"{path}: not a JSON object")
+    return content
+
+
 def read_jsonl(path: Path) -> list[Any]:
     """The records of a JSON Lines file of nextword; [] if there is no file. A last line without a newline is dropped.
 
@@ -189,6 +203,13 @@ def is_inside(path: Path, directory: Path) -> bool:
         return path.resolve(strict=path.exists()).is_relative_to(directory.resolve())
     except (OSError, RuntimeError):
         return False
+
+
+def cache_dir() -> Path:
+    """The user's directory for what can be made again, such as compiled libraries."""
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "nextword"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nextword"
 
 
 # ---------------------------------------------------------------- manifests
@@ -233,7 +254,7 @@ def _split_manifest(directory: Path) -> tuple[dict[str, Any], str | None]:
     path = directory / MANIFEST
     if not path.is_file():
         raise CorruptFileError(f"{directory}: no {MANIFEST}: it was never finished, or nextword did not make it")
-    manifest = read_json(path)
+    manifest = read_json(path, MAX_MANIFEST_BYTES)
     files = manifest.get("files") if is_json_object(manifest) else None
     if not is_json_object(manifest) or not is_json_object(files):
         raise CorruptFileError(f"{path}: not a manifest")
@@ -246,21 +267,36 @@ def _split_manifest(directory: Path) -> tuple[dict[str, Any], str | None]:
     return manifest, recorded_digest
 
 
-def _iter_integrity_errors(directory: Path) -> Iterator[str]:
+def _integrity_errors(directory: Path) -> list[str]:
     """Every difference between a directory and its manifest, as a message with the path of the file."""
     manifest, recorded_digest = _split_manifest(directory)
+    errors: list[str] = []
     if recorded_digest not in (None, manifest_digest(manifest)):
-        yield f"{directory / MANIFEST}: the content does not match its SHA-256"
+        errors.append(f"{directory / MANIFEST}: the content does not match its SHA-256")
+    seen: set[Path] = set()
     for name, expected in manifest["files"].items():
         path = directory / name
         if not is_inside(path, directory):
-            yield f"{path}: the manifest names a file outside of its directory"
+            errors.append(f"{path}: the manifest names a file outside of its directory")
+            continue
+        if path.resolve() in seen:
+            errors.append(f"{path}: the manifest names this file twice")
         elif not path.is_file():
-            yield f"{path}: missing"
+            errors.append(f"{path}: missing")
         elif path.stat().st_size != expected["bytes"]:
-            yield f"{path}: {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+            errors.append(f"{path}: {path.stat().st_size:,} bytes instead of {expected['bytes']:,}")
         elif sha256_file(path) != expected["sha256"]:
-            yield f"{path}: the content does not match its SHA-256"
+            errors.append(f"{path}: the content does not match its SHA-256")
+        seen.add(path.resolve())
+    for path in sorted(directory.iterdir()):
+        if path.name not in manifest["files"] and re.fullmatch(MODEL_FILES, path.name):
+            errors.append(f"{path}: not in the manifest {MANIFEST}, so it was added later: remove it")
+    if errors and "model" in manifest:
+        errors.append(
+            f"{directory}: if this was changed on purpose, for example saved again with transformers, the manifest is stale: "
+            f"delete {directory / MANIFEST}, and the directory opens as any other, without the manifest's record of a task"
+        )
+    return errors
 
 
 def verify_manifest(*directories: Path) -> dict[str, Any]:
@@ -269,7 +305,7 @@ def verify_manifest(*directories: Path) -> dict[str, Any]:
     Raises:
         CorruptFileError: with a line for every file that differs.
     """
-    if errors := list(chain.from_iterable(map(_iter_integrity_errors, directories))):
+    if errors := list(chain.from_iterable(map(_integrity_errors, directories))):
         raise CorruptFileError("\n".join(errors))
     return read_manifest(directories[-1])
 
@@ -281,15 +317,16 @@ def verify_tree(path: Path) -> dict[str, str]:
         The kind of each directory by its path: "checkpoint", "model", "shards", "index" or "directory".
 
     Raises:
-        CorruptFileError: with a line for every file that differs; or there is no manifest at all.
-        NextwordError: the path is no directory.
+        CorruptFileError: with a line for every file that differs.
+        NextwordError: the path is no directory, or there is no manifest at all.
     """
     if not path.is_dir():
         raise NextwordError(f"{path}: no such directory")
     manifests = (file for file in path.rglob(MANIFEST) if ".partial" not in str(file.relative_to(path)))
     directories = sorted(file.parent for file in manifests)
     if not directories:
-        raise CorruptFileError(f"{path}: no {MANIFEST} in it, so there is nothing to check it against")
+        message = f"no manifest ({MANIFEST}), so there is nothing to check its files against"
+        raise NextwordError(f"{path}: {message}: nextword did not make this directory, or did not finish it")
     verify_manifest(*directories)
     kinds = {"state": "checkpoint", "model": "model", "settings": "shards", "places": "index"}
     return {

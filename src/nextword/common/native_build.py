@@ -8,7 +8,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -16,18 +15,13 @@ from typing import Any
 
 import torch
 
+from nextword.common.fs import cache_dir
+
 VECTOR_HEADER = Path(__file__).with_name("vectors.h")
 COMPILER_FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", f"-I{VECTOR_HEADER.parent}")
 AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c")
 AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
 NATIVE_ENV_VAR = "NEXTWORD_NATIVE"  # 0 disables compilation
-
-
-def cache_dir() -> Path:
-    """The directory of compiled libraries."""
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "nextword"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nextword"
 
 
 @cache

@@ -5,6 +5,7 @@ becomes a special token, whatever it looks like: special tokens are inserted by 
 string, valid UTF-8 or not. Training is a function of the texts alone.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -12,7 +13,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+import subprocess
+import sys
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,15 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
-from nextword.common.fs import atomic_write, check_file_size, is_json_array, is_json_object, read_json, to_json
+from nextword.common.fs import (
+    atomic_write,
+    cache_dir,
+    check_file_size,
+    is_json_array,
+    is_json_object,
+    read_json_object,
+    to_json,
+)
 from nextword.data.dataset import TokenArray
 from nextword.data.issues import replace_surrogates
 
@@ -39,6 +50,7 @@ PRETOKENIZE_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+CHARACTER_PATTERN = r"[\s\S]"
 
 # Training takes about 125 bytes of memory for each byte of distinct words: little for a language that separates words
 # by spaces, but the whole text for one that does not. Both the text (in characters) and its distinct words (in bytes)
@@ -48,7 +60,10 @@ MAX_SAMPLE_WORD_BYTES = 2**22
 HASH_RANGE = 2**64
 
 MAX_ID_GAPS = 2**16  # ids that a foreign vocabulary may leave out, besides as many as it has
-MAX_FILE_BYTES = 2**28  # of a foreign tokenizer.json; those of the largest vocabularies have an eighth of it
+MAX_FILE_BYTES = 2**27  # of a foreign tokenizer.json; those of the largest vocabularies have half of it
+MAX_CONFIG_BYTES = 2**23  # of a tokenizer_config.json or generation_config.json
+PROBE = Path(__file__).with_name("tokenizer_probe.py")
+PROBE_TIMEOUT = 300.0  # seconds; the process limits its own processor time
 
 # Entries of a tokenizer_config.json that contradict the tokenizer.json once special tokens are added to it.
 STALE_CONFIG_KEYS = ("add_bos_token", "add_eos_token", "added_tokens_decoder")
@@ -181,7 +196,8 @@ class Tokenizer:
         byte-level encodes such bytes, and lone surrogates of a `str`, as U+FFFD.
         """
         if isinstance(text, str):
-            ids = self.backend.encode(replace_surrogates(text), add_special_tokens=False).ids
+            with _map_panics():
+                ids = self.backend.encode(replace_surrogates(text), add_special_tokens=False).ids
             return self._avoid_special_ids(text, ids)
         text = text.decode("utf-8", "surrogateescape")  # an invalid byte B becomes U+DC00 + B
         if self.kind != "bpe":
@@ -215,7 +231,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[TokenArray]:
         """The ids of many texts, encoded on all cores. The same as `encode`; a uint32 array [T] for each text."""
-        encodings = self.backend.encode_batch_fast([replace_surrogates(t) for t in texts], add_special_tokens=False)
+        with _map_panics():
+            encodings = self.backend.encode_batch_fast([replace_surrogates(t) for t in texts], add_special_tokens=False)
         return [
             np.array(self._avoid_special_ids(text, encoding.ids), dtype=np.uint32)
             for text, encoding in zip(texts, encodings, strict=True)
@@ -318,29 +335,65 @@ class Tokenizer:
         if not file.is_file():
             raise NextwordError(f"{file}: no such file. Name a tokenizer.json, or a directory that holds one")
         check_file_size(file, MAX_FILE_BYTES)
-        config = _read_json_object(file.with_name("tokenizer_config.json"))
+        config_file = file.with_name("tokenizer_config.json")
+        config = read_json_object(config_file, MAX_CONFIG_BYTES) if config_file.is_file() else {}
         try:
-            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+            text = file.read_text(encoding="utf-8")
+            _probe_foreign_steps(text)
+            with _map_panics():
+                backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises nothing narrower
             raise CorruptFileError(f"{file}: not a tokenizer that the tokenizers library can open ({error})") from error
         eos_ids = _read_eos_ids(file.with_name("generation_config.json"))
         try:
-            return cls(backend, config, eos_ids)
+            with _map_panics():
+                return cls(backend, config, eos_ids)
         except NextwordError as error:
             raise type(error)(f"{file}: {error}") from error
 
 
-def _read_json_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} if there is no such file."""
-    content: object = read_json(file, MAX_FILE_BYTES) if file.is_file() else {}
-    if not is_json_object(content):
-        raise CorruptFileError(f"{file}: not a JSON object")
-    return content
+@contextlib.contextmanager
+def _map_panics() -> Generator[None]:
+    """Raise `CorruptFileError` for a panic of the `tokenizers` library, which is no `Exception`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise CorruptFileError(f"the tokenizers library failed ({error})") from error
+
+
+def _probe_foreign_steps(text: str) -> None:
+    """Try out a tokenizer.json in a limited process if it has a regular expression or replacement that is not nextword's.
+
+    A content that has passed is remembered in the cache directory.
+
+    Raises:
+        ValueError: It is not JSON, or it cannot be used.
+    """
+    content: dict[str, Any] = json.loads(text)
+    steps = json.dumps([content.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")])
+    for pattern in (PRETOKENIZE_PATTERN, CHARACTER_PATTERN):
+        steps = steps.replace(f'"Regex": {json.dumps(pattern)}', "")
+    if not re.search('"(Regex|Replace|Precompiled)"', steps):
+        return
+    name = hashlib.sha256(text.encode()).hexdigest()
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home directory
+        if (cache_dir() / "tokenizers" / name).exists():
+            return
+    command = [sys.executable, "-P", str(PROBE)]
+    process = subprocess.run(command, input=text.encode(), capture_output=True, timeout=PROBE_TIMEOUT)
+    if process.returncode:
+        lines = process.stderr.decode(errors="replace").splitlines() if process.returncode > 0 else []
+        raise ValueError(lines[-1][:300] if lines else "it takes too much time or memory")
+    with contextlib.suppress(OSError, RuntimeError):
+        (cache_dir() / "tokenizers").mkdir(parents=True, exist_ok=True, mode=0o700)
+        (cache_dir() / "tokenizers" / name).touch()
 
 
 def _read_eos_ids(file: Path) -> list[int]:
     """The `eos_token_id` of a `generation_config.json`; none if there is no such file."""
-    value = _read_json_object(file).get("eos_token_id")
+    value = read_json_object(file, MAX_CONFIG_BYTES).get("eos_token_id") if file.is_file() else None
     eos_ids = value if is_json_array(value) else [] if value is None else [value]
     if not all(type(id) is int for id in eos_ids):
         raise CorruptFileError(f"{file}: eos_token_id is neither a token's id nor a list of them")
@@ -468,7 +521,7 @@ def train_char(texts: Iterable[str]) -> Tokenizer:
     special_tokens = [EOS_TOKEN, PAD_TOKEN, UNK_TOKEN]
     vocabulary = {token: id for id, token in enumerate([*special_tokens, *sorted(characters)])}
     backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNK_TOKEN))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(CHARACTER_PATTERN), "isolated")
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens(special_tokens)  # pyright: ignore[reportUnknownMemberType]  # typed as a bare list
     return Tokenizer(backend, _tokenizer_config(unk_token=UNK_TOKEN))

@@ -10,8 +10,10 @@ import json
 import logging
 import math
 import random
+import subprocess
+import sys
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -27,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from nextword.common import fs
 from nextword.common.errors import MissingDependencyError, NextwordError, import_optional
 from nextword.data.tokenizer import PRETOKENIZE_PATTERN, Tokenizer
-from nextword.inference.engine import Engine
+from nextword.inference.engine import Engine, check_tokenizer
 from nextword.inference.quantization import GROUP_SIZE, Precision, precision_for
 from nextword.inference.sampling import Sampling
 from nextword.model.config import Family, ModelConfig
@@ -46,6 +48,7 @@ TEST_PHRASES: str = (
     "Don't WE'LL they've"
 )
 OPSET_VERSION = 18
+MAX_TEMPLATE_BYTES = 2**20
 MAX_FILE_BYTES = 2**31 - 2**20  # a single ONNX file is limited to 2 GiB
 ARCHITECTURES: tuple[Family, ...] = ("gpt2", "qwen3", "llama")  # named alike in GGUF
 GGML_TYPES: dict[Precision, str] = {"float32": "F32", "int8": "Q8_0", "int4": "Q4_0"}
@@ -98,6 +101,7 @@ def open_language_model(model: str | Path, file_format: str) -> tuple[Path, GPT,
     """The directory, the model in float32 and the tokenizer. Raises `NextwordError` for a classifier."""
     directory = resolve_model_dir(model)
     gpt, tokenizer = load_model(directory).eval().float(), Tokenizer.open(directory)
+    check_tokenizer(gpt, tokenizer)
     if gpt.config.n_labels:
         raise NextwordError(f"{directory}: a classifier, and only language models are exported to {file_format}")
     return directory, gpt, tokenizer
@@ -143,7 +147,8 @@ def write_gguf(
     if family not in ARCHITECTURES:
         message = f"llama.cpp has no architecture for {family} (post-norm); it has gpt2 and modern"
         raise NextwordError(f"{directory}: {message}")
-    template = directory / "chat_template.jinja"
+    if (template := directory / "chat_template.jinja").is_file():
+        fs.check_file_size(template, MAX_TEMPLATE_BYTES)
     metadata = {
         "name": directory.resolve().name,
         **model_metadata(gpt.config),
@@ -368,26 +373,20 @@ def verify_with_llama_cpp(file: Path, gpt: GPT, tokenizer: Tokenizer, tolerance:
         NextwordError: the difference is above `tolerance`, or llama.cpp tokenizes a text differently. The message says so
             if the half-precision GELU of llama.cpp explains the difference.
     """
-    llama_cpp: Any = import_module("llama_cpp")
-    sequences, f32 = sample_sequences(gpt, tokenizer), llama_cpp.GGML_TYPE_F32
-    length = len(sequences[0])
-    settings = {"n_ctx": length, "n_batch": length, "n_gpu_layers": 0, "logits_all": True, "verbose": False}
-    llama = llama_cpp.Llama(str(file), **settings, type_k=f32, type_v=f32, flash_attn=False)
-    with contextlib.closing(llama):
-        for line in sample_lines(NUM_LINES):
-            if llama.tokenize(line.encode(), add_bos=False, special=False) != tokenizer.encode(line):
-                message = f"llama.cpp tokenizes {line!r} differently from the model's tokenizer"
-                raise NextwordError(f"{message}; nothing was written")
-        difference = rounded_difference = 0.0
-        for ids in sequences:
-            llama.reset()
-            llama.eval(ids)
-            actual = torch.tensor(llama.scores[: len(ids)]).log_softmax(-1)  # [T, V]
-            expected = compute_logits(gpt, [ids])[0].log_softmax(-1)
-            with HalfPrecisionGELU():
-                rounded = compute_logits(gpt, [ids])[0].log_softmax(-1)
-            difference = max(difference, max_abs_difference(expected, actual))
-            rounded_difference = max(rounded_difference, max_abs_difference(rounded, actual))
+    sequences, lines = sample_sequences(gpt, tokenizer), sample_lines(NUM_LINES)
+    line_tokens, sequence_logits = read_with_llama_cpp(file, lines, sequences)
+    for line, tokens in zip(lines, line_tokens, strict=True):
+        if tokens != tokenizer.encode(line):
+            message = f"llama.cpp tokenizes {line!r} differently from the model's tokenizer"
+            raise NextwordError(f"{message}; nothing was written")
+    difference = rounded_difference = 0.0
+    for ids, logits in zip(sequences, sequence_logits, strict=True):
+        actual = torch.tensor(logits).log_softmax(-1)  # [T, V]
+        expected = compute_logits(gpt, [ids])[0].log_softmax(-1)
+        with HalfPrecisionGELU():
+            rounded = compute_logits(gpt, [ids])[0].log_softmax(-1)
+        difference = max(difference, max_abs_difference(expected, actual))
+        rounded_difference = max(rounded_difference, max_abs_difference(rounded, actual))
     if difference > tolerance >= rounded_difference:
         digit = 10.0 ** math.floor(math.log10(difference))
         raise NextwordError(
@@ -396,6 +395,33 @@ def verify_with_llama_cpp(file: Path, gpt: GPT, tokenizer: Tokenizer, tolerance:
             f"written; --tolerance {math.ceil(difference / digit) * digit:.0e} accepts it; the preset modern has no GELU"
         )
     return check_within(difference, "llama.cpp", tolerance)
+
+
+def read_with_llama_cpp(
+    file: Path, lines: Sequence[str], sequences: Sequence[list[int]]
+) -> tuple[list[list[int]], list[np.ndarray]]:
+    """The tokens of every line, and the logits [T, V] of every sequence, computed by llama.cpp in a process of its own.
+
+    Raises:
+        NextwordError: the process fails; llama.cpp may be built for instructions that the machine does not permit.
+    """
+    out = file.with_name(f"{file.name}.npz")
+    request = {"file": str(file), "lines": lines, "sequences": sequences, "out": str(out)}
+    command = [sys.executable, "-P", str(Path(__file__).with_name("llama_cpp_reader.py"))]
+    try:
+        process = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True)
+        if process.returncode:
+            last_lines = process.stderr.decode(errors="replace").splitlines()[-1:]
+            raise NextwordError(
+                f"llama.cpp could not read the file back (exit code {process.returncode}: {''.join(last_lines)[:300]}). "
+                "Nothing was written. If a signal ended it (a negative code), build llama-cpp-python again for this processor, "
+                "with CMAKE_ARGS=-DGGML_NATIVE=OFF; without the package the file is written and not verified"
+            )
+        with np.load(out) as arrays:
+            tokens, *logits = arrays.values()
+    finally:
+        out.unlink(missing_ok=True)
+    return json.loads(str(tokens)), logits
 
 
 def verify_with_onnxruntime(file: Path, gpt: GPT, tokenizer: Tokenizer, tolerance: float = TOLERANCE) -> float:

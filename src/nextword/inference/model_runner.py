@@ -177,7 +177,8 @@ class NativeRunner:
         library: Any = native_build.load_native_library(SOURCE)[0]
         library.nextword_scratch_new.restype = POINTER
         self.scratch = POINTER(library.nextword_scratch_new())
-        weakref.finalize(self, library.nextword_scratch_free, self.scratch)
+        # Not at exit: a thread may still be in `forward`, and the system frees the memory anyway.
+        weakref.finalize(self, library.nextword_scratch_free, self.scratch).atexit = False
         self.model = model
         self.keepalive: list[Any] = []  # the memory that the structures point to, besides the model's
         self.model_struct = self._build_model_struct(model, precision)
@@ -191,7 +192,10 @@ class NativeRunner:
 
     def forward(self, cache: KeyValueCache, chunks: Sequence[TokenChunk]) -> list[Tensor]:
         """See `ModelRunner.forward`."""
-        cache.reserve(max(chunk.slot for chunk in chunks) + 1, max(chunk.start + len(chunk.tokens) for chunk in chunks))
+        length = max(chunk.start + len(chunk.tokens) for chunk in chunks)
+        cache.reserve(max(chunk.slot for chunk in chunks) + 1, length)
+        if length > self.model_struct.context_length:
+            self._extend_rotary_table(cache.keys.shape[3])
         cache_struct = _Cache(cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape[1], cache.keys.shape[3])
         tokens = torch.tensor([token for chunk in chunks for token in chunk.tokens])
         positions = torch.tensor([chunk.start + i for chunk in chunks for i in range(len(chunk.tokens))])
@@ -222,18 +226,22 @@ class NativeRunner:
         head = embedding = self._matrix(model.unembedding, outer_precision)
         if model.head is not None:
             embedding = self._matrix(model.token_embedding.weight, outer_precision)
-        table = cos = sin = None
-        if config.positions == "rope":
-            positions = torch.arange(config.context_length)
-            cos, sin = compute_rotary_cos_sin(positions, config.head_dim, config.rope_theta)
-        else:
+        table, num_positions = None, 0  # of rotary positions: as many as the cache has
+        if config.positions != "rope":
             table = model.position_embedding.weight if config.positions == "learned" else model.position_table
+            num_positions = config.context_length
         return _Model(
             *(config.n_layers, config.d_model, config.n_heads, config.n_kv_heads, config.head_dim, config.d_ff),
-            *(config.context_length, ops.ACTIVATION_CODES[config.activation], config.norm_position == "post"),
-            *(config.norm_eps, 0.0, *map(self._data_pointer, (table, cos, sin))),
+            *(num_positions, ops.ACTIVATION_CODES[config.activation], config.norm_position == "post"),
+            *(config.norm_eps, 0.0, self._data_pointer(table), None, None),
             *(self._norm(model.final_norm), embedding, head, layers),
         )
+
+    def _extend_rotary_table(self, num_positions: int) -> None:
+        config, struct = self.model.config, self.model_struct
+        self.rotary_table = compute_rotary_cos_sin(torch.arange(num_positions), config.head_dim, config.rope_theta)
+        struct.cos, struct.sin = (tensor.data_ptr() for tensor in self.rotary_table)
+        struct.context_length = num_positions
 
     def _data_pointer(self, tensor: Tensor | None) -> int | None:
         if tensor is None:

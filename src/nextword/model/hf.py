@@ -20,7 +20,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nextword.common.errors import CorruptFileError, NextwordError
-from nextword.common.fs import MANIFEST, atomic_write, is_json_object, to_json, verify_manifest
+from nextword.common.fs import (
+    MANIFEST,
+    atomic_write,
+    is_json_object,
+    read_json_object,
+    read_manifest,
+    to_json,
+    verify_manifest,
+)
 from nextword.model import hf_config
 from nextword.model.config import Family, ModelConfig
 from nextword.model.gpt import GPT, sinusoidal_table
@@ -75,9 +83,10 @@ LAYOUTS: dict[Family, StockLayout] = {
 }
 MAX_HEADER_BYTES = 2**22  # some thirty thousand tensors
 MAX_SHARD_BYTES = 5 * 10**9  # of weights in one file
+MAX_OTHER_BYTES = 2**28  # of a model directory, beside its weights
 INDEX_FILENAME = "model.safetensors.index.json"
-# Buffers in older files: causal masks and rotary frequencies.
-IGNORED_BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+# Buffers in older files: causal masks, rotary frequencies, and GPT-1's positions 0, 1, 2 …
+IGNORED_BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "position_ids")
 FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 
 
@@ -236,7 +245,13 @@ def load_model(directory: Path, device: torch.device | str = "cpu") -> GPT:
         NextwordError: There is no model, or it has a feature that nextword does not support.
     """
     config = load_config(directory)
-    return GPT.from_weights(config, dict(iter_weights(directory, config))).to(device)
+    has_head = not config.n_labels and "lm_head.weight" in find_weight_files(directory)
+    weights = dict(iter_weights(directory, replace(config, tied=config.tied and not has_head)))
+    if config.tied and has_head:  # as in transformers, a head with other numbers than the embedding is not tied
+        config = replace(config, tied=torch.equal(weights["head.weight"], weights["token_embedding.weight"]))
+        if config.tied:
+            del weights["head.weight"]
+    return GPT.from_weights(config, weights).to(device)
 
 
 def load_config(directory: Path) -> ModelConfig:
@@ -247,6 +262,11 @@ def load_config(directory: Path) -> ModelConfig:
     if not (directory / MANIFEST).is_file():
         return config
     # The manifest has what the Hugging Face format cannot express: sinusoidal positions, and biases that do not exist.
+    files = read_manifest(directory)["files"]
+    num_bytes = sum(file["bytes"] for file in files.values())
+    if num_bytes > 8 * config.parameters + MAX_OTHER_BYTES:  # before they are hashed
+        message = f"the files of a model of {config.parameters:,} parameters cannot be that large"
+        raise CorruptFileError(f"{directory / MANIFEST}: {message}")
     manifest = verify_manifest(directory)
     if "model" not in manifest:
         return config
@@ -291,6 +311,8 @@ def iter_weights(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Te
                 raise NextwordError(f"{files[key]}: {key} has the data type {dtype}, which is not supported")
             if is_own:
                 tensor = tensor_slice[:].float()
+                if not tensor.sum().isfinite():  # the sum of any that are not finite is not either
+                    raise CorruptFileError(f"{files[key]}: {key} has values that are not finite, so no output would be")
                 parts = torch.split(tensor.T if is_transposed(hf_name) else tensor, rows)
                 yield from ((name, part.contiguous()) for name, part in zip(our_names, parts, strict=True))
     unexpected = sorted(name for name in files if name not in known and not name.endswith(IGNORED_BUFFERS))
@@ -314,17 +336,17 @@ def meta_weights(directory: Path, config: ModelConfig) -> tuple[dict[str, Tensor
 
 
 def find_weight_files(directory: Path) -> dict[str, Path]:
-    """The safetensors file of each tensor: model.safetensors, or the shards of an index. Raises as `load_model`."""
+    """The safetensors file of each tensor: model.safetensors, or else the shards of an index. Raises as `load_model`."""
     index = directory / INDEX_FILENAME
-    if index.is_file():
-        weight_map = hf_config.read_json_object(index).get("weight_map", {})
+    if (directory / "model.safetensors").is_file():
+        names = ["model.safetensors"]
+    elif index.is_file():
+        weight_map = read_json_object(index, hf_config.MAX_JSON_BYTES).get("weight_map", {})
         if not is_json_object(weight_map) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CorruptFileError(f"{index}: weight_map does not give a file name for each tensor")
         names = sorted(set(weight_map.values()))
         if outside := [name for name in names if Path(name).name != name]:
             raise CorruptFileError(f"{index}: {outside[0]!r} is outside the directory")
-    elif (directory / "model.safetensors").is_file():
-        names = ["model.safetensors"]
     else:
         pickles = sorted(p.name for p in directory.glob("*.bin")) + sorted(p.name for p in directory.glob("*.pt*"))
         hint = f"; {pickles[0]} is a pickle, which nextword does not open: convert it to safetensors" if pickles else ""

@@ -1,19 +1,21 @@
 """config.json of Hugging Face model directories: writing it for a `ModelConfig`, and parsing what others wrote."""
 
+import tomllib
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from nextword.common.errors import CorruptFileError, NextwordError
-from nextword.common.fs import is_json_object, read_json
+from nextword.common.fs import is_json_object, read_json_object
 from nextword.model.config import FAMILY_DEFAULTS, HF_CLASSES, ConfigError, Family, ModelConfig
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # Limits of a config.json from elsewhere; what is larger is damaged or hostile.
 MAX_LABELS = 1_000_000
-MAX_CONTEXT_LENGTH = 2**21  # with rotary positions no tensor confirms this number, and tables are made of it
+MAX_CONTEXT_LENGTH = 2**24  # with rotary positions no tensor confirms this number
 MAX_CONFIG_VALUE = 10**15
-MAX_JSON_BYTES = 2**24
+MAX_JSON_BYTES = 2**22
 
 # Keys of config.json and the settings of `ModelConfig` that they hold.
 GPT_KEYS = {
@@ -32,20 +34,25 @@ LLAMA_KEYS = {
     "intermediate_size": "d_ff",
     "num_hidden_layers": "n_layers",
     "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "head_dim": "head_dim",
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tied",
 }
+KEYS: dict[Family, dict[str, str]] = {family: GPT_KEYS if family == "gpt1" else LLAMA_KEYS for family in HF_CLASSES}
+KEYS["gpt2"] = {**GPT_KEYS, "n_inner": "d_ff"}
 # The key of the activation, and the activations that each of its values stands for; the first is the default in transformers.
 # GPT-1's class calls the tanh form "gelu".
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
 ACTIVATIONS: dict[Family, tuple[str, dict[str, str]]] = {
     "gpt1": ("afn", {"gelu": "gelu", "relu": "relu"}),
-    "gpt2": ("activation_function", {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu"}),
-    "qwen3": ("hidden_act", {"silu": "swiglu"}),
-    "llama": ("hidden_act", {"silu": "swiglu"}),
+    "gpt2": ("activation_function", {**dict.fromkeys(TANH_GELU, "gelu"), "relu": "relu"}),
+    "qwen3": ("hidden_act", {"silu": "swiglu", "swish": "swiglu"}),
+    "llama": ("hidden_act", {"silu": "swiglu", "swish": "swiglu"}),
 }
-# Features that no `ModelConfig` has, by the keys that switch them on.
-GPT_UNSUPPORTED = ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention")
-LLAMA_UNSUPPORTED = ("attention_bias", "mlp_bias")
+ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "layer_types")
+# Which other keys are unsupported, required or irrelevant, with the reason of each; and defaults.
+KEY_TABLES = tomllib.loads(Path(__file__).with_name("hf_config_keys.toml").read_text(encoding="utf-8"))
 
 
 def is_gpt(family: Family) -> bool:
@@ -70,7 +77,7 @@ def to_hf_config(config: ModelConfig, end_of_text_id: int | None, pad_token_id: 
     content: dict[str, Any] = {
         "architectures": [classifier_class if config.n_labels else lm_class],
         "model_type": model_type,
-        **{key: getattr(config, name) for key, name in (GPT_KEYS if is_gpt(family) else LLAMA_KEYS).items()},
+        **{key: getattr(config, name) for key, name in KEYS[family].items()},
         activation_key: next(name for name, ours in activations.items() if ours == config.activation),
         "initializer_range": 0.02,
         "dtype": "float32",
@@ -79,11 +86,8 @@ def to_hf_config(config: ModelConfig, end_of_text_id: int | None, pad_token_id: 
         "pad_token_id": pad_token_id,
     }
     if is_gpt(family):
-        content |= {"embd_pdrop": config.dropout, "resid_pdrop": config.dropout, "attn_pdrop": 0.0}
-        return content | ({"n_inner": config.d_ff} if family == "gpt2" else {})
+        return content | {"embd_pdrop": config.dropout, "resid_pdrop": config.dropout, "attn_pdrop": 0.0}
     content |= {
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
         "rope_theta": config.rope_theta,  # the key of older readers
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "attention_bias": False,
@@ -126,14 +130,6 @@ def to_hf_label_config(config: ModelConfig, labels: Sequence[str] | None, proble
 # ---------------------------------------------------------------- reading
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of limited size. Raises `CorruptFileError` for anything else."""
-    content = read_json(path, MAX_JSON_BYTES)
-    if not is_json_object(content):
-        raise CorruptFileError(f"{path}: not a JSON object")
-    return content
-
-
 def parse_labels(content: dict[str, Any], path: Path) -> list[str] | None:
     """The label of each output of a classification model, in order; None for a language model.
 
@@ -165,7 +161,7 @@ def read_hf_config(path: Path) -> ModelConfig:
         NextwordError: The family or a feature is not supported.
         CorruptFileError: The file is not a JSON object, or a value is missing or invalid.
     """
-    content = read_json_object(path)
+    content = read_json_object(path, MAX_JSON_BYTES)
     families: dict[str, Family] = {model_type: family for family, (model_type, *_) in HF_CLASSES.items()}
     family = families.get(str(content.get("model_type")))
     if family is None:
@@ -178,57 +174,71 @@ def read_hf_config(path: Path) -> ModelConfig:
         if labels := parse_labels(content, path):
             values |= {"n_labels": len(labels), "tied": True}
         return parse_model_config(values)
-    except KeyError as error:
-        raise CorruptFileError(f"{path}: {error.args[0]} is missing") from error
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise CorruptFileError(f"{path}: {error}") from error
     except NotImplementedError as error:
         raise NextwordError(f"{path}: {error}") from error
 
 
+def check_keys(content: dict[str, Any], family: Family) -> None:
+    """Check that every key of config.json is one that is used here, or that is known to have no effect.
+
+    Raises:
+        NotImplementedError: It is not; names the key.
+        ConfigError: Two names of one size have different values.
+    """
+    aliases: dict[str, str] = KEY_TABLES["gpt_aliases"] if is_gpt(family) else {}
+    for alias, key in aliases.items():
+        if alias in content and content.get(key, content[alias]) != content[alias]:
+            raise ConfigError(f"{key} and {alias}, two names of one size, have different values")
+    known = {*KEYS[family], *aliases, ACTIVATIONS[family][0], *chain(*KEY_TABLES["irrelevant"].values())}
+    known |= set[str]() if is_gpt(family) else set(ROPE_KEYS)
+    known |= {"sliding_window"} if family == "qwen3" else set()  # `use_sliding_window` switches it on
+    unsupported, required = KEY_TABLES["unsupported"], KEY_TABLES["required"]
+    for key in sorted(content.keys() - known):
+        value = content[key]
+        is_supported = not value if key in unsupported else value is None or key.startswith("_")
+        if value != True if key in required else not is_supported:  # noqa: E712 (1.0 is True)
+            reason = (unsupported | required).get(key, "an unknown key: remove it if it has no effect")
+            raise NotImplementedError(f"{key[:80]!r} is not supported with this value ({reason})")
+
+
 def parse_architecture(content: dict[str, Any], family: Family) -> dict[str, Any]:
     """Settings of `ModelConfig` from the content of config.json.
 
+    What is left out has the default of transformers.
+
     Raises:
         NotImplementedError: The model has a feature that `GPT` does not implement.
-        KeyError: A size is missing.
+        ConfigError: A size is null or has two values.
     """
-    activation_key, activations = ACTIVATIONS[family]
-    activation = content.get(activation_key, next(iter(activations)))
-    rope: dict[str, Any] = content.get("rope_parameters") or content.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    partial_rotary = rope.get("partial_rotary_factor", content.get("partial_rotary_factor", 1.0)) != 1.0
-    sliding = content.get("use_sliding_window") or "sliding_attention" in (content.get("layer_types") or [])
-    problems: dict[str, Any] = {
-        "the model needs code of its own (auto_map); nextword runs no code from a model": content.get("auto_map"),
-        "quantized weights (quantization_config) are not supported": content.get("quantization_config"),
-        f"the activation {activation!r} is not supported": activation not in activations,
-        f"RoPE scaling ({rope_type}) is not supported": rope_type != "default",
-        "partial rotary positions are not supported": partial_rotary,
-        "sliding windows are not supported": sliding,
-        "attention without the scale of 1/√d_k is not supported": content.get("scale_attn_weights") is False,
-        **{
-            f"{key} is not supported in {family} models": content.get(key)
-            for key in (GPT_UNSUPPORTED if is_gpt(family) else LLAMA_UNSUPPORTED)
-        },
-    }
-    if problem := next((problem for problem, is_present in problems.items() if is_present), None):
-        raise NotImplementedError(problem)
-    defaults: dict[str, Any]
+    check_keys(content, family)
     if is_gpt(family):
-        keys = GPT_KEYS
-        defaults = {"n_positions": content.get("n_ctx"), "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
-    else:
-        keys, defaults = LLAMA_KEYS, {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-    values = {name: (defaults | content)[key] for key, name in keys.items()}
+        content = {KEY_TABLES["gpt_aliases"].get(key, key): value for key, value in content.items()}
+    activation_key, activations = ACTIVATIONS[family]
+    keys, defaults = KEYS[family], KEY_TABLES["defaults"][family]
+    # `rope_scaling` replaces `rope_parameters`, also the base in it, as in transformers.
+    rope: dict[str, Any] = content.get("rope_scaling") or content.get("rope_parameters") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        raise NotImplementedError(f"RoPE scaling ({rope_type}) is not supported")
+    if unknown := {key for key in rope if rope[key] is not None} - {"rope_type", "type", "rope_theta"}:
+        raise NotImplementedError(f"{min(unknown)[:80]!r} among the RoPE parameters is not supported")
+    if (activation := content.get(activation_key, next(iter(activations)))) not in activations:
+        raise NotImplementedError(f"the activation {activation!r} is not supported ({activation_key})")
+    values = {name: content.get(key, defaults.get(key)) for key, name in keys.items()}
+    if null := [key for key, name in keys.items() if values[name] is None and key in defaults]:
+        raise ConfigError(f"{null[0]} is null")
+    layer_types: list[Any] = content.get("layer_types") or []
+    if layer_types and (set(layer_types) != {"full_attention"} or len(layer_types) != values["n_layers"]):
+        raise NotImplementedError("layer_types is supported only if it says full_attention of every layer")
     width, heads = values["d_model"], values["n_heads"]
-    default_head_dim = 128 if family == "qwen3" else width // heads if heads else 0
     return {
-        "d_ff": content.get("n_inner") or 4 * width,
         **FAMILY_DEFAULTS[family],
-        **values,
-        "n_kv_heads": content.get("num_key_value_heads") or heads,
-        "head_dim": content.get("head_dim") or default_head_dim,
+        "d_ff": 4 * width,
+        "n_kv_heads": heads,
+        "head_dim": width // heads if heads else 0,
+        **{name: value for name, value in values.items() if value is not None},
         "rope_theta": float(rope.get("rope_theta", content.get("rope_theta", 10_000.0))),
         "activation": activations[activation],
     }

@@ -20,7 +20,7 @@ from nextword.data.corpus import Corpus
 from nextword.data.dataset import TokenDataset, derive_seed
 from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import Tokenizer
-from nextword.inference.engine import Engine
+from nextword.inference.engine import Engine, check_tokenizer
 from nextword.inference.perplexity import PerplexityResult, evaluate_perplexity
 from nextword.inference.sampling import Sampling
 from nextword.model.gpt import GPT, with_classification_head, with_resized_vocabulary
@@ -268,6 +268,7 @@ def load_finetune_data(run: RunContext, base: BaseModel, context_length: int) ->
 def load_start_model(base: BaseModel, from_scratch: bool, seed: int, device: torch.device) -> GPT:
     """Load the base model, or create one of the same shape with fresh weights."""
     model = load_model(base.directory, device)
+    check_tokenizer(model, base.tokenizer)
     if not from_scratch:
         return model
     torch.manual_seed(derive_seed(seed, 3))  # pyright: ignore[reportUnknownMemberType]  # without annotations in torch

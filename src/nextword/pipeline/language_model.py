@@ -20,7 +20,7 @@ from nextword.data.corpus import Corpus
 from nextword.data.dataset import InMemoryTokens, TokenSource
 from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import Tokenizer, lost_text_message
-from nextword.inference.engine import Completion, Engine
+from nextword.inference.engine import Completion, Engine, check_tokenizer
 from nextword.inference.model_runner import ModelRunner, build_runner, fake_quantize
 from nextword.inference.perplexity import PerplexityResult, evaluate_perplexity
 from nextword.inference.quantization import PRECISION_CODES, Precision
@@ -99,6 +99,7 @@ class LanguageModel:
         load_task_spec(path)  # report an invalid task before hashing the weights
         self.gpt = load_model(path, device).eval()
         self.tokenizer = Tokenizer.open(path)
+        check_tokenizer(self.gpt, self.tokenizer)
         self.precision: Precision = precision
 
     @cached_property
