@@ -206,13 +206,16 @@ SINUSOIDAL = {
     "context_length": 2**21,
 }
 HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a billion layers": (config(num_hidden_layers=10**9), "a tensor is missing: config.json says 1,000,000,000 layers"),
-    "a wide model": (config(hidden_size=10**12), "has the shape"),
-    "the widest model": (config(hidden_size=10**15, vocab_size=10**15), "too large for any model"),
-    "a great vocabulary": (config(vocab_size=10**12), "has the shape"),
-    "many heads": (config(num_attention_heads=10**12, num_key_value_heads=10**12), "has the shape"),
-    "a long context": (config(max_position_embeddings=10**12), "context_length is larger than in any model"),
-    "a number of four thousand digits": (config(hidden_size=10**4000), "d_model is larger than in any model"),
+    "a billion layers": (config(num_hidden_layers=10**7), "a tensor is missing: config.json says 10,000,000 layers"),
+    "a wide model": (config(hidden_size=10**7), "has the shape"),
+    "the widest model": (
+        config(hidden_size=2**24, num_attention_heads=2**24, num_key_value_heads=1, head_dim=2**24),
+        "too large for any model",
+    ),
+    "a great vocabulary": (config(vocab_size=10**12), "vocab_size must be a whole number from 1 to"),
+    "many heads": (config(num_attention_heads=10**7, num_key_value_heads=10**7), "has the shape"),
+    "a long context": (config(max_position_embeddings=10**12), "context_length must be a whole number from 1 to"),
+    "a number of four thousand digits": (config(hidden_size=10**4000), "d_model must be a whole number from 1 to"),
     "a number that is too large for a float": (config(rope_parameters={"rope_theta": 10**400}), "too large"),
     "numbers that are none": (config(rms_norm_eps=float("nan")), "norm_eps"),
     "words for numbers": (config(rope_parameters=None, rope_theta="wide"), "config.json"),
@@ -230,7 +233,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a shard that is missing": (index("a.safetensors"), "missing, or not a file"),
     "a shard that is no name": (index("a\0b"), "missing, or not a file"),
     "a pickle": (pickle_alone, "is a pickle, which nextword does not open: convert it"),
-    "a manifest with another width": (sealed({**CONFIG.to_dict(), "d_model": 10**12}), "has the shape"),
+    "a manifest with another width": (sealed({**CONFIG.to_dict(), "d_model": 10**7}), "has the shape"),
     "a manifest with no model": (sealed([1]), "not a JSON object"),
     "a manifest with unknown settings": (sealed({"wings": 2}), "unknown model settings: wings"),
     "a manifest whose table is not there": (sealed(SINUSOIDAL), "is missing"),
@@ -243,9 +246,9 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
         sealed(entries={name: {"bytes": 0, "sha256": ""} for name in ("config.json", "./config.json")}),
         "this file twice",
     ),
-    "an index beside sealed weights": (added("model.safetensors.index.json"), "not in the manifest"),
-    "a template beside a sealed model": (added("chat_template.jinja"), "not in the manifest"),
-    "other weights beside a sealed model": (added("model-00001-of-00002.safetensors"), "not in the manifest"),
+    "an index beside sealed weights": (added("model.safetensors.index.json"), "not listed in the manifest"),
+    "a template beside a sealed model": (added("chat_template.jinja"), "not listed in the manifest"),
+    "other weights beside a sealed model": (added("model-00001-of-00002.safetensors"), "not listed in the manifest"),
     "weights that are no number": (not_finite(float("nan")), "down_proj.weight has values that are not finite"),
     "infinite weights": (not_finite(float("-inf")), "down_proj.weight has values that are not finite"),
     "a table of characters that is none": (
@@ -297,10 +300,10 @@ def test_a_hostile_directory_is_refused_at_once(honest, tmp_path, monkeypatch, n
 def test_the_program_says_so_without_a_traceback(honest, tmp_path, nextword: CLIRunner):
     directory = tmp_path / "model"
     shutil.copytree(honest, directory)
-    config(num_hidden_layers=10**9)(directory)
+    config(num_hidden_layers=10**7)(directory)
     done = nextword("generate", directory, "The")
     assert done.returncode == CorruptFileError.exit_code
-    assert "1,000,000,000 layers" in done.stderr
+    assert "10,000,000 layers" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -290,7 +290,7 @@ def _integrity_errors(directory: Path) -> list[str]:
         seen.add(path.resolve())
     for path in sorted(directory.iterdir()):
         if path.name not in manifest["files"] and re.fullmatch(MODEL_FILES, path.name):
-            errors.append(f"{path}: not in the manifest {MANIFEST}, so it was added later: remove it")
+            errors.append(f"{path}: not listed in the manifest {MANIFEST}, so it was added later: remove it")
     if errors and "model" in manifest:
         errors.append(
             f"{directory}: if this was changed on purpose, for example saved again with transformers, the manifest is stale: "

@@ -4,19 +4,19 @@ It reads one JSON object from standard input, with `file`, `lines` of text, `seq
 NumPy's format: the tokens of every line in JSON, and the logits [T, V] of every sequence. It imports nothing from nextword.
 """
 
+import importlib
 import json
 import sys
 from typing import Any
 
-import llama_cpp  # pyright: ignore[reportMissingImports]  # installed where this runs
 import numpy as np
 
 
 def main() -> None:
     """Answer the request."""
+    module: Any = importlib.import_module("llama_cpp")
     request = json.load(sys.stdin)
     length = len(request["sequences"][0])
-    module: Any = llama_cpp
     sizes = {"n_ctx": length, "n_batch": length, "n_gpu_layers": 0, "logits_all": True, "verbose": False}
     cache = {"type_k": module.GGML_TYPE_F32, "type_v": module.GGML_TYPE_F32, "flash_attn": False}
     llama = module.Llama(request["file"], **sizes, **cache)

@@ -8,13 +8,10 @@ from typing import Any
 
 from nextword.common.errors import CorruptFileError, NextwordError
 from nextword.common.fs import is_json_object, read_json_object
-from nextword.model.config import FAMILY_DEFAULTS, HF_CLASSES, ConfigError, Family, ModelConfig
+from nextword.model.config import FAMILY_DEFAULTS, HF_CLASSES, MAX_LABELS, ConfigError, Family, ModelConfig
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # Limits of a config.json from elsewhere; what is larger is damaged or hostile.
-MAX_LABELS = 1_000_000
-MAX_CONTEXT_LENGTH = 2**24  # with rotary positions no tensor confirms this number
-MAX_CONFIG_VALUE = 10**15
 MAX_JSON_BYTES = 2**22
 
 # Keys of config.json and the settings of `ModelConfig` that they hold.
@@ -248,13 +245,9 @@ def parse_model_config(values: Any) -> ModelConfig:
     """A `ModelConfig` from JSON that others may have written.
 
     Raises:
-        ConfigError: A value is invalid or implausibly large.
+        ConfigError: A value is invalid.
         TypeError: The values are not a JSON object.
     """
     if not is_json_object(values):
         raise TypeError("the settings of a model are not a JSON object")
-    for name, value in values.items():
-        limit = MAX_CONTEXT_LENGTH if name == "context_length" else MAX_CONFIG_VALUE
-        if isinstance(value, (int, float)) and not -limit <= value <= limit:
-            raise ConfigError(f"{name} is larger than in any model ({limit:,})")
     return ModelConfig.from_dict(values)
