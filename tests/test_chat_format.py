@@ -18,6 +18,7 @@ from nextword.data.chat_format import (
     ROLE_TOKENS,
     SYSTEM_TOKEN,
     USER_TOKEN,
+    content_text,
     encode_conversation,
     save_chat_template,
     stop_token_ids,
@@ -107,6 +108,33 @@ def test_the_loss_mask_covers_the_assistants_content_and_end_of_turn(tokenizer: 
         mask += [False] + [role == "assistant"] * len(content_ids)
     assert (ids, loss_mask) == ([*row, id_of[ASSISTANT_TOKEN]], [*mask, False])
     assert tokenizer.decode(ids).replace(" ", "") == "Bekind.HiHello.Why?So."
+
+
+def test_a_message_of_weight_0_is_shown_and_not_learned(tokenizer: Tokenizer) -> None:
+    plain = messages(CONVERSATIONS["system"])
+    ids, mask = encode_conversation(tokenizer, plain)
+    for weights in ((0, 1), (1, 0), (0, 0), (None, 1)):
+        weighted = [dict(message) for message in plain]
+        answers = [message for message in weighted if message["role"] == "assistant"]
+        for message, weight in zip(answers, weights, strict=True):
+            message["weight"] = weight
+        found_ids, found_mask = encode_conversation(tokenizer, weighted)
+        ends = [0, *(len(encode_conversation(tokenizer, plain[: i + 1])[0]) for i in range(len(plain)))]
+        expected = [
+            mask[position] and message.get("weight") != 0
+            for message, start, end in zip(weighted, ends, ends[1:], strict=False)
+            for position in range(start, end)
+        ]
+        assert (found_ids, found_mask) == (ids, expected)
+
+
+def test_the_content_of_a_message_in_parts() -> None:
+    assert (
+        content_text(["a", {"type": "text", "text": "b"}, {"type": "input_text", "text": ""}, {"text": "c"}])
+        == "a\nb\n\nc"
+    )
+    for part in ({"type": "image_url", "text": "a"}, {"type": "text", "text": None}, {"type": "text"}, 5, None, ["a"]):
+        assert content_text(["a", part]) is None
 
 
 @settings(max_examples=150)

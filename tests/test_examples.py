@@ -1,5 +1,7 @@
 """Labeled examples: columns, tasks, valid and invalid rows."""
 
+import csv
+import io
 import json
 import os
 from pathlib import Path
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from nextword.common.errors import NextwordError, UsageError
 from nextword.data.issues import IssueLog
+from nextword.data.readers import TEXT_COLUMNS, read_text_rows
 from nextword.tasks.examples import (
     Example,
     ExampleSet,
@@ -17,7 +20,7 @@ from nextword.tasks.examples import (
     label_names,
     read_examples,
 )
-from nextword.tasks.schema import choice_columns, infer_task, resolve_columns
+from nextword.tasks.schema import TASKS, choice_columns, infer_task, resolve_columns
 
 DATA = Path(os.environ.get("NEXTWORD_DATA", Path(__file__).parents[1] / "../shared/data"))
 
@@ -27,11 +30,11 @@ def write(path, rows):
     return path
 
 
-def read(path, content, task=None, columns=None, require_targets=True):
+def read(path, content, task=None, columns=None, require_targets=True, like=None):
     """The examples, the fields of each, and the issues of a file with this content (rows, or text)."""
     write(path, content) if isinstance(content, list) else path.write_text(content, encoding="utf-8")
     issues = IssueLog()
-    examples = read_examples(path, task, issues, columns, require_targets)
+    examples = read_examples(path, task, issues, columns, require_targets, like)
     return examples, [example.fields for example in examples], issues
 
 
@@ -40,6 +43,7 @@ def chat(*contents, system=None):
     return ({"role": "system", "content": system}, *turns) if system else tuple(turns)
 
 
+TURN, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 PAIR = {"sentence1": "a", "sentence2": "b"}
 AB = {"question": "q", "choices": ("a", "b"), "answer": 1}
 VALID_ROWS = [  # (row, task, fields)
@@ -78,6 +82,22 @@ VALID_ROWS = [  # (row, task, fields)
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
         "chat",
         {"messages": chat("a", "b")},
+    ),
+    (
+        {
+            "messages": [
+                {"role": "developer", "content": "s"},
+                {"role": "user", "content": [{"type": "text", "text": "a"}, "b"]},
+                {"role": "assistant", "content": [{"type": "output_text", "text": "c"}], "weight": 1, "name": "x"},
+            ]
+        },
+        "chat",
+        {"messages": chat("a\nb", "c", system="s")},
+    ),
+    (
+        {"messages": [TURN, {**ANSWER, "weight": 0}, TURN, {**ANSWER, "weight": None}]},
+        "chat",
+        {"messages": (TURN, {**ANSWER, "weight": 0}, TURN, ANSWER)},
     ),
     (
         {"instruction": "a", "input": "b", "output": "z", "chosen": "c", "rejected": "d"},
@@ -120,11 +140,11 @@ def test_inputs_are_read_without_targets(row, task, fields, tmp_path):
     bare = {name: value for name, value in row.items() if name not in {examples.columns.get(role) for role in targets}}
     if task == "prefer" and isinstance(row["chosen"], list) and isinstance(row["prompt"], str):
         return  # its prompt is part of its targets
-    _, [fields_read], issues = read(tmp_path / "a.jsonl", [bare], task, examples.columns, require_targets=False)
+    _, [fields_read], issues = read(tmp_path / "a.jsonl", [bare], require_targets=False, like=examples)
     if task == "chat" and "output" in row:
         fields = {"messages": fields["messages"][:-1]}
     assert fields_read == {name: value for name, value in fields.items() if name not in targets} and issues.total == 0
-    _, [fields_read], issues = read(tmp_path / "a.jsonl", [row], task, examples.columns, require_targets=False)
+    _, [fields_read], issues = read(tmp_path / "a.jsonl", [row], require_targets=False, like=examples)
     assert issues.total == 0 and input_texts(task, Example("", 1, fields_read)) == input_texts(task, examples.items[0])
 
 
@@ -134,7 +154,6 @@ def test_csv_cells_with_json(tmp_path):
     assert fields_read == [{"question": "q", "choices": ("a", "b\ufffd"), "answer": 1}] and issues.total == 0
 
 
-TURN = {"role": "user", "content": "a"}
 INVALID_ROWS = [  # (task, row, message)
     ("classify", {"text": " \n", "label": "x"}, "the text is empty"),
     ("classify", {"text": None, "label": "x"}, "the text is empty"),
@@ -142,8 +161,12 @@ INVALID_ROWS = [  # (task, row, message)
     ("classify", {"text": "a", "label": ""}, "the label is empty"),
     ("classify", {"text": "a", "label": None}, "the label is empty"),
     ("classify", {"text": "a", "label": float("nan")}, "the label is empty"),
-    ("classify", {"text": "a", "label": 1.5}, "the label is neither a string nor an integer; left out: it is 1.5"),
-    ("classify", {"text": "a", "label": {"a": 1}}, "the label is neither a string nor an integer"),
+    ("classify", {"text": "a", "label": float("-inf")}, "the label is empty"),
+    (
+        "classify",
+        {"text": "a", "label": {"a": 1}},
+        "the label is neither a string nor a number; left out: it is a dict",
+    ),
     ("classify", {"text": "a", "class": "x"}, "no column label: columns: text, class"),
     ("entail", {"premise": "a", "hypothesis": "", "label": "x"}, "the hypothesis is empty"),
     ("similarity", {**PAIR, "score": "x"}, "the score is not a finite number; left out: it is 'x'"),
@@ -168,6 +191,14 @@ INVALID_ROWS = [  # (task, row, message)
     ("chat", {"messages": [TURN, {"role": "assistant", "content": " "}]}, "the content of a message is empty"),
     ("chat", {"messages": [TURN, {"role": "assistant", "content": None}]}, "the content of a message is empty"),
     ("chat", {"messages": [{"role": "assistant", "content": "a"}]}, "the conversation has no user message"),
+    ("chat", {"messages": [TURN, {**ANSWER, "weight": 0}]}, "the weight of all assistant messages is 0"),
+    (
+        "chat",
+        {"messages": [TURN, {**ANSWER, "weight": 0.5}]},
+        "the weight of a message is neither 0 nor 1; left out: it is 0.5",
+    ),
+    ("chat", {"messages": [TURN, {**ANSWER, "content": None, "tool_calls": [{}]}]}, "a message calls a tool"),
+    ("chat", {"messages": [{**TURN, "content": [{"type": "image_url"}]}, ANSWER]}, "a part that is not text"),
     ("chat", {"messages": "hello"}, "not a list of messages"),
     ("chat", {"messages": ["a", "b"]}, "not an object with role"),
     ("prefer", {"prompt": "a", "chosen": "b", "rejected": "b"}, "are identical"),
@@ -202,7 +233,7 @@ def test_an_invalid_row_is_reported_and_left_out(task, row, message, tmp_path):
 
 
 def test_an_invalid_optional_target_is_reported(tmp_path):
-    rows = [{"text": "a", "label": 1.5}, {"text": "b", "label": ""}, {"text": "c", "label": "x"}, {"text": ""}]
+    rows = [{"text": "a", "label": {"a": 1}}, {"text": "b", "label": ""}, {"text": "c", "label": "x"}, {"text": ""}]
     _, fields_read, issues = read(tmp_path / "a.jsonl", rows, "classify", require_targets=False)
     assert fields_read == [{"text": "a"}, {"text": "b"}, {"text": "c", "label": "x"}]
     assert (issues.total, len(issues.issues)) == (1, 2) and "read without its target" in issues.summary_lines()[0]
@@ -237,7 +268,7 @@ def test_columns_chosen_by_the_user(tmp_path):
         overrides,
     )
     assert issues.total == 0 and "unused columns: id" in issues.summary_lines()[0]
-    _, fields_read, _ = read(path, "english\nyes\n", "rewrite", overrides, require_targets=False)
+    _, fields_read, _ = read(path, "english\nyes\n", require_targets=False, like=examples)
     assert fields_read == [{"prompt": "yes"}]
     assert read(path, table, None, {"text": "french", "label": "english"})[0].task == "classify"
     assert read(path, "text\tsummary\tx\na\tb\tc\n", None, {"text": "summary", "label": "x"})[0].task == "classify"
@@ -259,7 +290,8 @@ def test_columns_chosen_by_the_user(tmp_path):
     ]
     choices |= {"choice3": "third", "answer": "answer"}
     row = {"question": "q", "first": "a", "second": "b"}
-    assert read(tmp_path / "a.jsonl", [row], "choose", choices, require_targets=False)[1] == [
+    like = ExampleSet("choose", choices, [])
+    assert read(tmp_path / "a.jsonl", [row], require_targets=False, like=like)[1] == [
         {"question": "q", "choices": ("a", "b")}
     ]
     with pytest.raises(UsageError, match="no column first for choice1"):
@@ -314,6 +346,297 @@ def test_text_without_labels(tmp_path):
     assert read_examples(tmp_path, None, IssueLog()) == ExampleSet("continue", {}, [])
     write(tmp_path / "a.jsonl", [{"Story": "a", "id": 1}])
     assert read_examples(tmp_path, None, IssueLog()) == ExampleSet("continue", {"text": "Story"}, [])
+
+
+def table(rows, suffix):
+    """The text of a table of rows."""
+    if suffix == "jsonl":
+        return "".join(json.dumps(row) + "\n" for row in rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), delimiter={"csv": ",", "tsv": "\t"}[suffix])
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+FUZZING = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+NOTE = "how labels is read"
+
+
+def test_columns_in_any_spelling_and_order(tmp_path):
+    @FUZZING
+    @given(
+        st.sampled_from(
+            [(task, role) for task in ("classify", "entail", "similarity", "rewrite", "chat") for role in (0, 1)]
+        ),
+        st.randoms(use_true_random=False),
+        st.sampled_from(["csv", "tsv", "jsonl"]),
+    )
+    def check(case, random, suffix):
+        task, alias = case
+        columns = {role: names[alias % len(names)] for role, names in TASKS[task].columns.items()}
+        roles = {"classify": ["text", "label"], "chat": ["instruction", "output"]}.get(task)
+        roles = roles or [group[0] for group in TASKS[task].required(True)]
+        spelled = {role: random.choice([str.lower, str.upper, str.title])(columns[role]) for role in roles}
+        spelled = {role: " " * random.randrange(2) + name for role, name in spelled.items()}
+        names = [*spelled.values(), "id"]
+        random.shuffle(names)
+        row = dict.fromkeys(names, "7") | {
+            name: "3" if role == "score" else f"a {role}" for role, name in spelled.items()
+        }
+        path = tmp_path / f"a.{suffix}"
+        examples, fields, issues = read(path, table([row, row], suffix), task)
+        assert {role: examples.columns[role] for role in roles} == spelled and len(fields) == 2 and issues.total == 0
+        # Other data of the task may have other names.
+        usual = {columns[role]: row[name] for role, name in spelled.items()}
+        assert read(tmp_path / "b.jsonl", [usual, usual], like=examples)[1] == fields
+
+    check()
+
+
+def test_prepare_reads_the_column_that_finetune_takes_for_a_text(tmp_path):
+    for name in (*TEXT_COLUMNS, "Text", " REVIEW"):
+        path = tmp_path / "a.csv"
+        path.write_text(f"id,{name}\n1,a text\n")
+        assert read_examples(path, None, IssueLog()).columns == {"text": name}
+        assert [text for _, text in read_text_rows(path, IssueLog())] == ["a text"]
+    assert all(
+        tuple(TASKS[task].columns["text"])[: len(TEXT_COLUMNS)] == TEXT_COLUMNS for task in ("classify", "continue")
+    )
+
+
+INTEGERS = st.integers(-3, 99).flatmap(
+    lambda i: st.sampled_from([(str(i), v) for v in (i, float(i), str(i), f"{i}.0", f" {i}")])
+)
+TRUTH = st.sampled_from(
+    [
+        (str(t), v)
+        for t in (True, False)
+        for v in (t, str(t), str(t).lower(), str(t).upper(), int(t), str(int(t)), float(t))
+    ]
+)
+
+
+@pytest.mark.parametrize("values", [INTEGERS, TRUTH], ids=["integers", "truth values"])
+def test_a_label_has_one_name_in_every_type_and_file(values, tmp_path):
+    @FUZZING
+    @given(st.lists(values, min_size=1, max_size=6), st.sampled_from(["csv", "jsonl"]))
+    def check(labels, suffix):
+        rows = [{"text": "a", "label": value} for _, value in labels]
+        names = [name for name, _ in labels]
+        examples, fields, issues = read(tmp_path / f"a.{suffix}", table(rows, suffix))
+        found = [f["label"] for f in fields]
+        if set(found) <= {"0", "1"}:  # truth values written as numbers only
+            names = [{"True": "1", "False": "0"}.get(name, name) for name in names]
+        assert found == names and issues.total == 0
+        like = ExampleSet("classify", examples.columns, [], labels=tuple(set(found)))
+        for other in ("csv", "jsonl"):  # other data, written in another way
+            rows = [{"text": "a", "label": value} for name, value in reversed(labels)]
+            again = read(tmp_path / f"b.{other}", table(rows, other), like=like)[1]
+            assert [f["label"] for f in again] == names[::-1]
+
+    check()
+
+
+def test_known_labels_are_spelled_as_in_the_training_data(tmp_path):
+    def spell(known, names):
+        rows = [{"text": "a", "label": name} for name in names]
+        like = ExampleSet("classify", {}, [], labels=known)
+        return [f["label"] for f in read(tmp_path / "a.jsonl", rows, like=like)[1]]
+
+    assert spell(("Negative", "Positive"), ["positive", "NEGATIVE", "other"]) == ["Positive", "Negative", "other"]
+    assert spell(("US", "us"), ["us", "US", "Us"]) == ["us", "US", "Us"]
+    assert spell(("0", "1", "2"), [True, "2.0", 1]) == ["True", "2", "1"]
+    assert spell(("half-true", "true"), [True, "Half-True"]) == ["true", "half-true"]
+
+
+def numpy_style(labels):
+    return "[" + " ".join(map(repr, labels)) + "]"
+
+
+STYLES = [
+    *(
+        json.dumps,
+        repr,
+        numpy_style,
+        lambda labels: repr(tuple(labels)),
+        lambda labels: f"array({labels!r}, dtype=object)",
+    ),
+    list,
+]
+
+
+def test_lists_of_labels_in_any_spelling(tmp_path):
+    name = st.text(st.sampled_from("ab \"'\\é,[(:7"), min_size=1, max_size=4).map(lambda text: f"x{text}x")
+
+    @FUZZING
+    @given(st.lists(st.lists(name, unique=True, max_size=3), min_size=1, max_size=4), st.sampled_from(STYLES))
+    def check(rows, style):
+        values = [{"text": "a", "labels": style(labels)} for labels in rows]
+        for suffix in ("csv", "jsonl") if style is not list else ("jsonl",):
+            _, fields, issues = read(tmp_path / f"a.{suffix}", table(values, suffix))
+            assert [f["labels"] for f in fields] == list(map(tuple, rows)) and issues.total == 0
+
+    check()
+    for text in ("[deleted]", "(other)", "[1, 2", "['a' b]", "{x}", "(1)", "[" * 10_000, "['\\d]", "array(1"):
+        _, fields, issues = read(tmp_path / "a.jsonl", [{"text": "a", "label": text}])
+        assert [f["label"] for f in fields] == [text] and issues.total == 0
+
+
+def test_vectors_of_zeros_and_ones(tmp_path):
+    styles = [
+        *STYLES,
+        *(lambda bits, s=s: s.join(map(str, bits)) for s in (" ", ",", ";", " | ")),
+        lambda v: f"tensor({v})",
+    ]
+
+    @FUZZING
+    @given(
+        st.integers(3, 5).flatmap(
+            lambda n: st.lists(st.lists(st.integers(0, 1), min_size=n, max_size=n), min_size=1, max_size=5)
+        ),
+        st.sampled_from([int, float, bool]),
+        st.sampled_from(styles),
+    )
+    def check(rows, number, style):
+        values = [{"text": "a", "labels": style(list(map(number, row)))} for row in rows]
+        if number is bool and style in styles[len(STYLES) : -1]:
+            return
+        examples, fields, issues = read(tmp_path / "a.jsonl", values)
+        places = [tuple(str(place) for place, bit in enumerate(row) if bit) for row in rows]
+        if all(sum(row) == 1 for row in rows):
+            assert [(f["label"],) for f in fields] == places
+        else:
+            assert [f["labels"] for f in fields] == places
+        assert issues.total == 0 and NOTE in issues.issues[0].what
+        assert read(tmp_path / "b.jsonl", values, like=examples)[1] == fields
+
+    check()
+    rows = [{"text": "a", "labels": bits} for bits in ([1, 0, 0], [0, 1, 1], [0, 1])]
+    with pytest.raises(UsageError, match="vectors of 3 zeros and ones, but some have 2"):
+        read(tmp_path / "a.jsonl", rows)
+    ids = [{"text": "a", "labels": labels} for labels in ([0], [1], [0, 1])]
+    assert [f["labels"] for f in read(tmp_path / "a.jsonl", ids)[1]] == [("0",), ("1",), ("0", "1")]
+    soft = [{"text": "a", "labels": [0.9, 0.1]}]
+    assert "the labels are fractions" in read(tmp_path / "a.jsonl", soft)[2].summary_lines()[0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([1, 0, 2], ["1", "0", "2"]),
+        (["1", "", "2"], ["1", "2"]),  # a missing number is no empty list
+        (["x", "y"], ["x", "y"]),
+        (["x", "", "y"], [("x",), (), ("y",)]),
+        ([[1], [0]], [("1",), ("0",)]),
+        (["x;y", "z"], [("x", "y"), ("z",)]),
+        (["x, y", "y,z", "x,z"], [("x", "y"), ("y", "z"), ("x", "z")]),
+        (["Paris, TX", "Rome, NY"], ["Paris, TX", "Rome, NY"]),
+    ],
+)
+def test_one_label_or_several_in_a_column_called_labels(labels, expected, tmp_path):
+    rows = [{"text": "a", "labels": value} for value in labels]
+    examples, fields, issues = read(tmp_path / "a.jsonl", rows)
+    assert [f.get("label", f.get("labels")) for f in fields] == expected
+    assert (NOTE in "".join(issues.summary_lines())) == isinstance(expected[0], str)
+    again = read(tmp_path / "b.jsonl", [{"text": "a", "labels": "5"}], like=examples)[1]
+    assert again == [{"text": "a", **({"label": "5"} if isinstance(expected[0], str) else {"labels": ("5",)})}]
+
+
+LETTERS = "ABCDE"
+CONVENTIONS = {  # what an answer is, given its index and the choices
+    "indices from 0": [lambda i, c: i, lambda i, c: str(i), lambda i, c: float(i), lambda i, c: f"{i}.0"],
+    "indices from 1": [
+        lambda i, c: i + 1,
+        lambda i, c: f" {i + 1}",
+        lambda i, c: f"({i + 1})",
+        lambda i, c: f"option{i + 1}",
+    ],
+    "letters": [lambda i, c: LETTERS[i], lambda i, c: LETTERS[i].lower() + ".", lambda i, c: f"answer_{LETTERS[i]}"],
+    "texts of the choices": [lambda i, c: c[i]],
+}
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_the_convention_of_answers_is_decided_over_the_whole_table(convention, tmp_path):
+    @FUZZING
+    @given(
+        st.integers(2, 5).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(0, n - 1), max_size=6))),
+        st.sampled_from(CONVENTIONS[convention]),
+        st.sampled_from(["list", "columns", "csv"]),
+    )
+    def check(case, answer, form):
+        n, indices = case
+        indices = [0, n - 1, *indices]
+        rows = []
+        for row, index in enumerate(indices):
+            choices = [f"the choice {row} {i}" for i in range(n)]
+            cells = (
+                {"choices": choices}
+                if form == "list"
+                else {f"choice_{i + 1}": choice for i, choice in enumerate(choices)}
+            )
+            rows.append({"question": "q", **cells, "answer": answer(index, choices)})
+        suffix = "csv" if form == "csv" else "jsonl"
+        examples, fields, issues = read(tmp_path / f"a.{suffix}", table(rows, suffix))
+        assert [f["answer"] for f in fields] == indices and examples.answer_format == convention and not issues.issues
+        # A part that leaves the convention open is read like the whole.
+        assert read(tmp_path / f"b.{suffix}", table(rows[:1], suffix), like=examples)[1] == fields[:1]
+
+    check()
+
+
+def answers_from(numbers, **columns):
+    columns = columns or {"choices": ["x", "y", "z"]}
+    return [{"question": "q", **columns, "answer": number} for number in numbers]
+
+
+def test_open_and_contradictory_answers(tmp_path):
+    _, fields, issues = read(tmp_path / "a.jsonl", answers_from([1, 2, 1]))
+    assert [f["answer"] for f in fields] == [1, 2, 1]
+    assert issues.issues[0].what == "answers are read as indices from 0; they would also fit: indices from 1"
+    with pytest.raises(UsageError, match=r"contradict each other: 5 rows have the answer 0.*and 4 have"):
+        read(tmp_path / "a.jsonl", answers_from([0] * 5 + [3] * 4))
+    _, fields, issues = read(tmp_path / "a.jsonl", answers_from([0, 1, 2] * 20 + [3]))  # a slip
+    assert len(fields) == 60 and "out of range" in issues.summary_lines()[0]
+    numbered = {"option1": "x", "option2": "y", "option3": "z"}  # the names of the columns count
+    assert [f["answer"] for f in read(tmp_path / "a.jsonl", answers_from([1, 2], **numbered))[1]] == [0, 1]
+
+
+@pytest.mark.parametrize("marks", [(True, False), ("1", "0"), ("TRUE", "FALSE"), (1.0, 0.0)])
+@pytest.mark.parametrize("column", ["label", "Desirable"])
+def test_unpaired_preferences_are_refused(marks, column, tmp_path):
+    good, bad = [{"prompt": "q", "completion": "a", column: mark} for mark in marks]
+    with pytest.raises(UsageError, match=rf"{column} marks some answers as undesired"):
+        read(tmp_path / "a.jsonl", [good, bad])
+    messages = [{"messages": [*chat("q", "a")], column: marks[1]}]
+    with pytest.raises(UsageError, match="undesired"):
+        read(tmp_path / "a.jsonl", messages)
+    for rows in ([good, good], [good, {**bad, column: "a class"}]):
+        examples, fields, _ = read(tmp_path / "a.jsonl", rows)
+        assert fields == [{"prompt": "q", "completion": "a"}] * 2 and column not in examples.columns.values()
+    assert len(read(tmp_path / "a.jsonl", [good, bad], require_targets=False)[0]) == 2
+
+
+@pytest.mark.parametrize("gap", ["\n\n", "\n", "\n \n"])
+@pytest.mark.parametrize("names", [("Human", "Assistant"), ("User", "Gpt")])
+def test_preferences_and_conversations_in_one_text(gap, names, tmp_path):
+    def text(*contents):
+        return gap + gap.join(f"{names[i % 2]}: {content}" for i, content in enumerate(contents))
+
+    shared = ["a", "b: Human", "c"]
+    expected = {"messages": chat(*shared), "chosen": "d", "rejected": "e"}
+    row = {"chosen": text(*shared, "d"), "rejected": text(*shared, "e")}
+    assert read(tmp_path / "a.jsonl", [row])[1] == [expected]
+    row = {"prompt": text(*shared, ""), "chosen": "d", "rejected": "e"}
+    assert read(tmp_path / "a.jsonl", [row])[1] == [expected]
+    assert read(tmp_path / "a.jsonl", [{"messages": text("a", "b")}])[1] == [{"messages": chat("a", "b")}]
+    alone = {"prompt": "Human: a", "chosen": "Assistant: d", "rejected": "e"}  # texts, not conversations
+    assert read(tmp_path / "a.jsonl", [alone])[1] == [
+        {"messages": chat("Human: a"), "chosen": "Assistant: d", "rejected": "e"}
+    ]
+    issues = read(tmp_path / "a.jsonl", [{"chosen": "d", "rejected": "e"}])[2]
+    assert "there is no prompt; left out: give a column prompt, or conversations" in issues.summary_lines()[0]
 
 
 ANY = st.recursive(

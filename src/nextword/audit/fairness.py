@@ -48,7 +48,7 @@ def read_labeled_examples(predictor: Predictor, path: str | Path, console: Conso
     task_spec, issues = predictor.task_spec, IssueLog()
     if task_spec.kind not in CLASSIFICATION_KINDS:
         raise UsageError(f"--data needs a model that predicts labels; this one was fine-tuned for {task_spec.task}")
-    examples = read_examples([path], task_spec.task, issues, dict(task_spec.columns), require_targets=False).items
+    examples = read_examples([path], None, issues, require_targets=False, like=task_spec.format).items
     if not examples:
         raise NextwordError("\n".join([f"{path}: no usable example", *issues.summary_lines()]))
     for line in issues.summary_lines() if issues.total else []:  # an unused column may hold the groups

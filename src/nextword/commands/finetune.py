@@ -242,6 +242,7 @@ def summarize(recipe: FinetuneRecipe, data: "TaskData", label_counts: dict[str, 
     """Task, labels, method and length of a run, for the console."""
     spec = data.task_spec
     columns = " · ".join(f"{role}: {column}" for role, column in spec.columns)
+    columns += f"; answers are {spec.answer_format}" if spec.answer_format else ""
     lines = [
         f"task {spec.task} ({columns}): {len(data.train):,} training examples, {len(data.validation):,} validation examples"
     ]

@@ -120,7 +120,7 @@ def predict(config: PredictConfig, context: Context) -> PredictResult:
     else:
         predictor, issues = loaded.predictor, IssueLog()
         spec = predictor.task_spec
-        examples = read_examples([data], spec.task, issues, dict(spec.columns), require_targets=False).items
+        examples = read_examples([data], None, issues, require_targets=False, like=spec.format).items
         if not examples:
             raise NextwordError("\n".join([f"{data}: no example to answer", *issues.summary_lines()]))
         answers = predictor.predict(examples, issues, lambda done, total: console.progress("predicting", done, total))

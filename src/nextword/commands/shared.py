@@ -220,8 +220,8 @@ class TextColumnOption:
     """How tables of text are read.
 
     Attributes:
-        text_column: Column of a table that holds the text. Default: the first of text, content, document, body, article and
-            story.
+        text_column: Column of a table that holds the text. Default: the first of text, content, document, body, article, story,
+            sentence, review, comment, tweet and utterance.
     """
 
     text_column: str | None = None

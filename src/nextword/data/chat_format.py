@@ -12,11 +12,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nextword.common.errors import UsageError
-from nextword.common.fs import atomic_write
+from nextword.common.fs import atomic_write, is_json_object
 from nextword.data.tokenizer import END_OF_TURN_TOKEN, Tokenizer
 
 SYSTEM_TOKEN, USER_TOKEN, ASSISTANT_TOKEN = "<|system|>", "<|user|>", "<|assistant|>"
 ROLE_TOKENS = {"system": SYSTEM_TOKEN, "user": USER_TOKEN, "assistant": ASSISTANT_TOKEN}
+# The names that data sets and requests give to the roles.
+ROLE_NAMES = {
+    **{role: role for role in ROLE_TOKENS},
+    "developer": "system",
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "bot", "model"), "assistant"),
+}
+TEXT_PARTS = ("text", "input_text", "output_text")  # types of the parts of a message
 CHAT_SPECIAL_TOKENS = (SYSTEM_TOKEN, USER_TOKEN, ASSISTANT_TOKEN, END_OF_TURN_TOKEN)
 
 Message = Mapping[str, Any]
@@ -60,6 +68,14 @@ def stop_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
     return tokenizer.eos_ids | {tokenizer.special_tokens[name] for name in CHAT_SPECIAL_TOKENS}
 
 
+def content_text(parts: Sequence[Any]) -> str | None:
+    """The text of a message whose content is a list of parts: strings, or objects with a text. None if one is not text."""
+    texts: list[Any] = [
+        part.get("text") if is_json_object(part) and part.get("type", "text") in TEXT_PARTS else part for part in parts
+    ]
+    return "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
+
+
 def encode_conversation(
     tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False
 ) -> tuple[list[int], list[bool]]:
@@ -72,7 +88,7 @@ def encode_conversation(
 
     Returns:
         The ids [T]; and the loss mask [T], which is True for the content of the assistant's messages and the end of
-        their turn.
+        their turn, unless their `weight` is 0.
 
     Raises:
         UsageError: a role or a content is invalid, or the tokenizer has no chat tokens.
@@ -93,7 +109,7 @@ def encode_conversation(
             )
         content_ids = [*tokenizer.mid_text.encode(content), tokenizer.special_tokens[END_OF_TURN_TOKEN]]
         ids += [tokenizer.special_tokens[ROLE_TOKENS[role]], *content_ids]
-        loss_mask += [False, *[role == "assistant"] * len(content_ids)]
+        loss_mask += [False, *[role == "assistant" and message.get("weight") != 0] * len(content_ids)]
     if add_generation_prompt:
         ids.append(tokenizer.special_tokens[ASSISTANT_TOKEN])
         loss_mask.append(False)

@@ -25,7 +25,11 @@ from nextword.data.issues import IssueLog, error_text, replace_surrogates
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 ARCHIVE_SUFFIXES = (".tar", ".tgz", ".tbz", ".txz", ".zip", ".xz", ".bz2", ".7z", ".rar", ".lz4", ".br")
-TEXT_COLUMNS = ("text", "content", "document", "body", "article", "story")
+# The usual names of a column of texts, most usual first (case is ignored).
+TEXT_COLUMNS = (
+    *("text", "content", "document", "body", "article", "story"),
+    *("sentence", "review", "comment", "tweet", "utterance"),
+)
 MAX_JSON_CHARS = 2**28  # of a .json file
 
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
@@ -171,10 +175,11 @@ def read_text_rows(path: Path, issues: IssueLog, text_column: str | None = None)
     candidates = (text_column,) if text_column else TEXT_COLUMNS
 
     def select_text_column(names: list[str]) -> list[str]:
-        name = next((name for name in candidates if name in names), None)
+        name = text_column if text_column in names else find_column(names, candidates)
         if name is None:
             available = ", ".join(names[:12]) + (", …" if len(names) > 12 else "") or "none"
             detail = f"looked for {', '.join(candidates)}; found {available}. Name one with --text-column"
+            detail += " (finetune: --column text=NAME)"
             raise MissingColumnError("no text column", detail)
         return [name]
 
@@ -184,6 +189,13 @@ def read_text_rows(path: Path, issues: IssueLog, text_column: str | None = None)
             yield record.line, text
         else:
             issues.add(path, record.line, "the text is not a string", f"{name} is a {type(text).__name__}")
+
+
+def find_column(column_names: list[str], aliases: Iterable[str], exclude: Iterable[str] = ()) -> str | None:
+    """The column with the first alias that occurs; case and surrounding spaces are ignored."""
+    excluded = set(exclude)
+    available = {name.strip().lower(): name for name in reversed(column_names) if name not in excluded}
+    return next((available[key] for alias in aliases if (key := alias.strip().lower()) in available), None)
 
 
 # ---------------------------------------------------------------- tables

@@ -56,7 +56,7 @@ class BenchmarkRow:
     line: int
     values: dict[str, Any]
     group: str = ""
-    answer_format: str | None = None
+    answer_format: str = ""
 
 
 # ---------------------------------------------------------------- files
@@ -76,7 +76,12 @@ def load_rows(benchmark: Benchmark, issues: IssueLog) -> list[BenchmarkRow]:
         for path in paths
         for name, record in _iter_records(path, benchmark, issues)
     ]
-    answer_format = infer_answer_format(_iter_choices(benchmark, rows)) if benchmark.kind in CHOICE_KINDS else None
+    answer_format = note = ""
+    if benchmark.kind in CHOICE_KINDS:
+        try:
+            answer_format, note = infer_answer_format(_iter_choices(benchmark, rows))
+        except UsageError as error:
+            raise UsageError(f"{benchmark.name}: {error}") from error
     build_item = generation_item if benchmark.kind in ("writing", "free text") else loglikelihood_item
     valid_rows: list[BenchmarkRow] = []
     for row in rows:
@@ -87,6 +92,8 @@ def load_rows(benchmark: Benchmark, issues: IssueLog) -> list[BenchmarkRow]:
             valid_rows.append(row)
         except RowError as error:
             issues.add(row.path, row.line, error.kind, error.detail)
+    if note:
+        issues.info(paths[0], None, f"answers are read as {answer_format}; they would also fit", note)
     if not valid_rows and paths:
         message = f"{benchmark.name}: no valid item in {join_names(map(str, paths))}"
         raise NextwordError("\n".join([message, *issues.summary_lines()]))

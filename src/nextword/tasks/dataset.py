@@ -27,7 +27,7 @@ from nextword.tasks.examples import (
     read_examples,
     train_validation_split,
 )
-from nextword.tasks.schema import REQUIRED_ROLES, TASKS
+from nextword.tasks.schema import ANSWER_FORMATS, TASKS
 
 # What is predicted: a label, several labels, a score, a choice, a generated answer, or a preference between two answers.
 TaskKind = Literal["label", "labels", "score", "choice", "answer", "preference"]
@@ -74,6 +74,7 @@ class TaskSpec:
         answer_tokens: Tokens of the context that are reserved for a generated answer.
         chat: Whether prompts are conversations (chat, and preferences of a chat model).
         columns: The column that each role was read from.
+        answer_format: How the answers of multiple choice are read.
     """
 
     task: str
@@ -82,6 +83,12 @@ class TaskSpec:
     answer_tokens: int = 0
     chat: bool = False
     columns: tuple[tuple[str, str], ...] = ()
+    answer_format: str = ""
+
+    @property
+    def format(self) -> ExampleSet:
+        """How examples are read, for `read_examples`."""
+        return ExampleSet(self.task, dict(self.columns), [], self.answer_format, self.labels)
 
     @property
     def n_labels(self) -> int:
@@ -129,7 +136,8 @@ class TaskSpec:
         labels, columns = tuple(map(str, values.get("labels", ()))), tuple(values.get("columns", {}).items())
         fields: dict[str, Any] = {**values, "labels": labels, "columns": columns}
         spec = cls(**fields)
-        if spec.kind not in TASK_KINDS or spec.task not in TASKS or int(spec.answer_tokens) < 0:
+        has_format = spec.answer_format in ("", *ANSWER_FORMATS)
+        if spec.kind not in TASK_KINDS or spec.task not in TASKS or int(spec.answer_tokens) < 0 or not has_format:
             raise ValueError(f"task {spec.task!r} of kind {spec.kind!r}")
         return spec
 
@@ -356,17 +364,14 @@ def load_task_data(
 
     Raises:
         UsageError: The columns fit no task, or there is nothing to learn.
-        NextwordError: There are no training examples.
+        NextwordError: There are no training examples, or no validation examples.
     """
     examples = read_examples(paths, task, issues, columns)
     if examples.task == "continue":
         raise UsageError(
             "the data is text without labels: train on it with --task continue and files or folders of text"
         )
-    if validation:
-        train, held_out = examples.items, _read_validation_set(validation, examples, paths[0], issues)
-    else:
-        train, held_out = train_validation_split(examples)
+    train, held_out = (examples.items, []) if validation else train_validation_split(examples)
     if not train:
         details = "\n".join(issues.summary_lines())
         raise NextwordError(f"{', '.join(paths)}: there are no training examples\n{details}".rstrip())
@@ -377,20 +382,32 @@ def load_task_data(
         order = permute(np.arange(len(train)), len(train), derive_seed(seed, 6))
         drawn: list[int] = sorted(order.tolist()[:limit])
         train = [train[i] for i in drawn]
+    if validation:
+        held_out = _read_validation_set(validation, examples, task_spec, paths[0], issues)
     if task_spec.labels:
         held_out = filter_known_labels(held_out, task_spec.labels, issues)
     tokenizer = task_spec.with_special_tokens(tokenizer)
     encoder = ExampleEncoder(task_spec, tokenizer, context_length)
     train, encoded_train = encoder.encode_all(train, issues)
     held_out, encoded_held_out = encoder.encode_all(held_out, issues)
+    if not held_out:
+        details = "\n".join(issues.summary_lines())
+        where = (
+            f"{', '.join(validation)}: no"
+            if validation
+            else f"{', '.join(paths)}: no example with another input, and no"
+        )
+        raise NextwordError(
+            f"{where} validation example is left; name a table of them with --validation\n{details}".rstrip()
+        )
     return TaskData(task_spec, tokenizer, train, held_out, encoded_train, encoded_held_out, num_available)
 
 
-def _read_validation_set(paths: list[str], train_set: ExampleSet, train_path: str, issues: IssueLog) -> list[Example]:
-    """The examples of the validation files, read with the columns of the training set."""
-    # Optional columns may be missing.
-    columns = {role: name for role, name in train_set.columns.items() if role in REQUIRED_ROLES}
-    validation_set = read_examples(paths, train_set.task, issues, columns)
+def _read_validation_set(
+    paths: list[str], train_set: ExampleSet, task_spec: TaskSpec, train_path: str, issues: IssueLog
+) -> list[Example]:
+    """The examples of the validation files, read like the training set."""
+    validation_set = read_examples(paths, None, issues, like=task_spec.format)
     targets = [{"label", "labels", "score"} & set(examples.columns) for examples in (train_set, validation_set)]
     if targets[0] != targets[1]:
         raise UsageError(
@@ -423,7 +440,7 @@ def infer_task_spec(
             raise UsageError(f"all {len(train):,} examples have {label}: there is nothing to learn")
         return TaskSpec(task, kind, names, columns=columns)
     if kind in HEAD_KINDS:
-        return TaskSpec(task, kind, columns=columns)
+        return TaskSpec(task, kind, columns=columns, answer_format=examples.answer_format)
     if task == "chat":
         messages = [message for example in train for message in example.fields["messages"]]
         answers = [message["content"] for message in messages if message["role"] == "assistant"]

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,12 +20,13 @@ from nextword.tasks.schema import (
     RowError,
     infer_answer_format,
     infer_task,
-    is_multilabel_column,
+    interpret_labels,
     is_score_column,
     join_names,
     parse_float,
     parse_inputs,
     parse_targets,
+    parse_truth,
     resolve_columns,
 )
 
@@ -61,14 +63,23 @@ class Example:
 
 @dataclass
 class ExampleSet:
-    """Examples of one task, and the column of each role.
+    """Examples of one task, and how they were read.
 
-    Pass the `columns` of the training data to `read_examples` for the validation data, so that both are read alike.
+    Pass that of the training data to `read_examples` for other data, so that both are read alike.
+
+    Attributes:
+        task: Name of the task.
+        columns: The column of each role.
+        items: The examples.
+        answer_format: How answers of `choose` are read, one of `schema.ANSWER_FORMATS`.
+        labels: The names of the labels, if they are known.
     """
 
     task: str
     columns: dict[str, str]
     items: list[Example]
+    answer_format: str = ""
+    labels: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Example]:
         return iter(self.items)
@@ -83,13 +94,14 @@ def read_examples(
     issues: IssueLog,
     columns: Mapping[str, str] | None = None,
     require_targets: bool = True,
+    like: ExampleSet | None = None,
 ) -> ExampleSet:
     """Read the labeled examples of files and folders.
 
-    A label is a string, an integer or a boolean, and is kept as a string. Several labels are a JSON list, or the text of a
-    column called `labels` (or tags, categories, …) separated by ";" or "|"; to read such a column as one label, pass
-    {"label": "labels"}. In `similarity`, a label column with numbers that are not all integers is a score. An answer of
-    `choose` is an index from 0, a letter or the text of a choice, whichever fits most rows.
+    A label is a string, a number or a boolean, and is kept as a string; 1, 1.0 and "1" are one label, and so is true if all
+    labels are true, false, 0 or 1. Several labels are lists, as `schema.interpret_labels` describes; to read such a column as
+    one label, pass {"label": "labels"}. In `similarity`, a label column with numbers that are not all integers is a score. An
+    answer of `choose` is an index from 0 or from 1, a letter or the text of a choice, whichever fits most rows.
 
     `continue` has documents, not examples: `items` is empty, and `columns` names the text column.
 
@@ -99,13 +111,15 @@ def read_examples(
         issues: Log for rows that are left out.
         columns: Columns chosen by the user, {role: column}, such as {"prompt": "english", "completion": "french"}.
         require_targets: If false, rows may lack their targets. Valid targets are read all the same.
+        like: The training data: its task, its columns where they exist, its labels and its format of answers.
 
     Raises:
-        UsageError: A path does not exist, or the task or a column cannot be inferred.
+        UsageError: A path does not exist, the task or a column cannot be inferred, or the targets contradict each other.
         MissingDependencyError: A file format needs a package that is not installed.
     """
     files = _resolve_files([paths] if isinstance(paths, Path | str) else paths, issues)
-    columns = columns or {}
+    like = ExampleSet("", {}, []) if like is None else like
+    columns, task = columns or {}, task or like.task or None
     first_table, names = _peek_columns(files)
     if first_table is None:
         if task is None and files and all(file_format(path)[0] in _TEXT_SUFFIXES for path in files):
@@ -120,19 +134,18 @@ def read_examples(
         return ExampleSet(task, {}, [])
     try:
         task = task or infer_task([*columns, *(name for name in names if name not in columns.values())])
-        mapping = resolve_columns(task, names, columns, require_targets)
+        known = {role: name for role, name in like.columns.items() if name in names}
+        mapping = resolve_columns(task, names, {**known, **columns}, require_targets)
     except UsageError as error:
         raise UsageError(f"{first_table}: {error}") from error
     if task == "continue":
         return ExampleSet(task, mapping, [])
-    if unused := [name for name in names if name not in mapping.values()]:
-        issues.info(first_table, None, "unused columns", join_names(unused))
 
     def select_columns(names: list[str]) -> list[str]:
         for group in TASKS[task].required(require_targets):
-            columns = [mapping[role] for role in group if role in mapping]
-            if not any(column in names for column in columns):
-                raise MissingColumnError(f"no column {' or '.join(columns)}", f"columns: {join_names(names)}")
+            needed = [mapping[role] for role in group if role in mapping]
+            if not any(column in names for column in needed):
+                raise MissingColumnError(f"no column {' or '.join(needed)}", f"columns: {join_names(names)}")
         return [column for column in mapping.values() if column in names]
 
     rows: list[tuple[Path, Record]] = []
@@ -140,9 +153,27 @@ def read_examples(
         for record in _read_table(path, issues, select_columns):
             record.values = {role: record.values[name] for role, name in mapping.items() if name in record.values}
             rows.append((path, record))
-    mapping = _resolve_label_role(task, mapping, [record for _, record in rows])
-    answer_format = infer_answer_format(record.values for _, record in rows) if task == "choose" else None
-    return ExampleSet(task, mapping, list(_parse_rows(rows, task, answer_format, require_targets, issues)))
+    records, answer_format, kind, note = [record for _, record in rows], like.answer_format, "", ""
+    try:
+        roles, note = _interpret_labels(task, records, mapping, {**known, **columns}, require_targets)
+        if note:
+            kind = f"how {mapping[next(iter(roles))]} is read"
+        if task == "choose":
+            # Choices in columns that are numbered from 1 have answers from 1, unless the answers say otherwise.
+            numbered = re.fullmatch(r"\D+1", mapping.get("choice1", ""))
+            default = answer_format or ("indices from 1" if numbered else "")
+            answer_format, note = infer_answer_format((record.values for record in records), default)
+            kind = f"answers are read as {answer_format}; they would also fit"
+    except UsageError as error:
+        raise UsageError(f"{first_table}: {error}") from error
+    mapping = {roles.get(role, role): name for role, name in mapping.items() if roles.get(role, role)}
+    if note:
+        issues.info(first_table, None, kind, note)
+    if unused := [name for name in names if name not in mapping.values()]:
+        issues.info(first_table, None, "unused columns", join_names(unused))
+    items = list(_parse_rows(rows, task, answer_format, require_targets, issues))
+    _unify_labels(items, like.labels)
+    return ExampleSet(task, mapping, items, answer_format)
 
 
 def _resolve_files(paths: Iterable[Path | str], issues: IssueLog) -> list[Path]:
@@ -190,22 +221,70 @@ def _read_table(path: Path, issues: IssueLog, select_columns: ColumnSelector | N
         issues.add(path, None, "the file has no examples")
 
 
-def _resolve_label_role(task: str, mapping: dict[str, str], records: Sequence[Record]) -> dict[str, str]:
-    """Rename the role `label` of the mapping and the records to `labels` or `score` if the values are lists or numbers."""
-    labels = [record.values.get("label") for record in records]
-    if task == "classify" and is_multilabel_column(labels):
-        new_role = "labels"
-    elif task == "similarity" and is_score_column(labels):
+def _interpret_labels(
+    task: str,
+    records: Sequence[Record],
+    columns: Mapping[str, str],
+    chosen: Container[str],
+    require_targets: bool,
+) -> tuple[dict[str, str], str]:
+    """Decide by all values of the label column what it is, and give its values their role.
+
+    Args:
+        task: Name of the task.
+        records: The values of each role.
+        columns: The column of each role.
+        chosen: The roles whose columns were chosen by the user or for the training data.
+        require_targets: Whether the examples are learned from.
+
+    Returns:
+        {role: new role}, with "" for a column that is not used; and what was decided, for a message.
+    """
+    role = next((role for role in ("label", "labels") if role in columns), "")
+    if not role:
+        return {}, ""
+    values, new_role, note = [record.values.pop(role, None) for record in records], role, ""
+    if task in ("rewrite", "chat"):
+        marks = {parse_truth(value) for value in values}
+        if require_targets and False in marks and None not in marks:
+            raise UsageError(
+                f"{columns[role]} marks some answers as undesired (unpaired preferences), and they would be learned like the "
+                f"others. Keep the rows whose {columns[role]} is true, and leave the column out; or pair two answers to each "
+                "prompt in the columns prompt, chosen and rejected"
+            )
+        new_role = ""
+    elif task == "similarity" and is_score_column(values):
         new_role = "score"
-    else:
-        return mapping
-    for record in records:
-        record.values = {new_role if role == "label" else role: value for role, value in record.values.items()}
-    return {new_role if role == "label" else role: column for role, column in mapping.items()}
+    elif task == "classify":
+        new_role, values, note = interpret_labels(values, role, may_change=role not in chosen)
+    for record, value in zip(records, values, strict=True) if new_role else ():
+        record.values[new_role] = value
+    return {role: new_role}, note
+
+
+def _unify_labels(examples: Sequence[Example], known_labels: Sequence[str]) -> None:
+    """Spell labels as `known_labels`; without those, truth values of a column that has nothing else as True and False."""
+    names = known_labels or label_names(examples)
+    is_binary = all(parse_truth(name) is not None for name in names)
+
+    def key(name: str) -> str | bool | None:
+        return parse_truth(name) if is_binary else name.lower()
+
+    spellings: dict[Any, str] = {key(name): name for name in names}
+    if not known_labels:
+        spellings = {False: "False", True: "True"} if is_binary and not set(names) <= {"0", "1"} else {}
+    elif len(spellings) < len(names):  # labels that differ only by their case
+        spellings = {}
+    for example in examples if spellings else ():
+        labels = (name if name in known_labels else spellings.get(key(name), name) for name in _example_labels(example))
+        if "label" in example.fields:
+            example.fields["label"] = next(labels)
+        elif "labels" in example.fields:
+            example.fields["labels"] = tuple(dict.fromkeys(labels))
 
 
 def _parse_rows(
-    rows: Iterable[tuple[Path, Record]], task: str, answer_format: str | None, require_targets: bool, issues: IssueLog
+    rows: Iterable[tuple[Path, Record]], task: str, answer_format: str, require_targets: bool, issues: IssueLog
 ) -> Iterator[Example]:
     """The examples of rows by role. Rows that are not valid are reported."""
     target_roles = [role for group in TASKS[task].targets for role in group]

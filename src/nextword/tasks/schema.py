@@ -3,12 +3,15 @@
 A row that is not valid raises `RowError`.
 """
 
+import ast
 import json
 import math
 import re
 import tomllib
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise, permutations
 from pathlib import Path
@@ -16,8 +19,9 @@ from typing import Any
 
 from nextword.common.errors import UsageError
 from nextword.common.fs import is_json_array, is_json_object
+from nextword.data.chat_format import ROLE_NAMES, content_text
 from nextword.data.issues import replace_surrogates
-from nextword.data.readers import map_strings
+from nextword.data.readers import TEXT_COLUMNS, find_column, map_strings
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class TaskSchema:
 
 _SCHEMA = Path(__file__).with_name("schema.toml").read_text(encoding="utf-8")
 TASKS = {task: TaskSchema(**table) for task, table in tomllib.loads(_SCHEMA).items()}
+for _task in ("classify", "continue"):
+    TASKS[_task].columns["text"][:0] = TEXT_COLUMNS
 REQUIRED_ROLES = {role for schema in TASKS.values() for group in schema.required(True) for role in group}
 CHOICE_ROLE_PATTERN = re.compile(r"choice[1-9][0-9]?")
 # A prefix, and a letter or a number; or a capital letter alone.
@@ -57,10 +63,18 @@ _CHOICE_COLUMN = re.compile(
 TEXT_FIELDS = {
     task: tuple(role for [role] in TASKS[task].inputs) for task in ("classify", "entail", "similarity", "rewrite")
 }
-ANSWER_FORMATS = ("names of the choices", "indices from 0", "letters", "texts of the choices")
-_CHAT_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+ANSWER_FORMATS = ("names of the choices", "indices from 0", "indices from 1", "letters", "texts of the choices")
+# The beginning of a turn of a conversation in one text, after a blank line or (in a text without one) after a line.
+_TURNS = [re.compile(rf"(?:\A\s*|{gap})({'|'.join(map(str.capitalize, ROLE_NAMES))}):") for gap in (r"\n\s*\n", r"\n")]
+_VECTOR = re.compile(r"[01](?:\.0*)?(?:[\s,;|]+[01](?:\.0*)?)+")  # of zeros and ones
+_TRUTH_VALUES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+_INTEGER = re.compile(r"\+?(-?[0-9]+)(?:\.0*)?")
+# A string, a bracket or separator, or a word, of a list or object as Python or NumPy prints it.
+_LITERAL_TOKEN = re.compile(
+    r"""(?:"(?:[^"\\]|\\.)*+"|'(?:[^'\\]|\\.)*+')|[\[\](){},:]|[^\s\[\](){},:"']+|["']""", re.DOTALL
+)
 
-Message = dict[str, str]  # {"role": …, "content": …}
+Message = dict[str, Any]  # {"role": …, "content": …}, and "weight": 0 if the message is not learned
 
 
 # ---------------------------------------------------------------- columns
@@ -75,12 +89,12 @@ def infer_task(columns: Iterable[str]) -> str:
     names = list(columns)
 
     def has(task: str, *roles: str) -> bool:
-        return all(_find_column(names, TASKS[task].columns[role]) is not None for role in roles)
+        return all(find_column(names, TASKS[task].columns[role]) is not None for role in roles)
 
     candidates = [
         ("chat", has("chat", "messages")),
         ("prefer", has("prefer", "chosen", "rejected")),
-        ("chat", _find_column(names, ("instruction",)) is not None and has("chat", "output")),
+        ("chat", find_column(names, ("instruction",)) is not None and has("chat", "output")),
         ("entail", has("entail", "premise", "hypothesis")),
         ("similarity", _find_column_pair(names, "similarity") is not None),
         ("choose", has("choose", "question") and (has("choose", "choices") or bool(choice_columns(names)))),
@@ -107,8 +121,7 @@ def resolve_columns(
         task: Name of the task.
         column_names: The columns of the table.
         overrides: Columns chosen by the user, {role: column}. Other roles are found by their usual column names.
-        require_targets: If false, target columns may be missing, and so may the columns of `input`, `system` and choices after
-            the second, even if `overrides` names them.
+        require_targets: If false, target columns may be missing.
 
     Raises:
         UsageError: The task, a role or a column does not exist, or a required role has no column.
@@ -117,17 +130,14 @@ def resolve_columns(
     if task not in TASKS:
         raise UsageError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
     schema = TASKS[task]
-    optional_roles = {role for group in schema.targets for role in group} | {"input", "system"}
     mapping: dict[str, str] = {}
     for role, column in (overrides or {}).items():
-        is_choice = CHOICE_ROLE_PATTERN.fullmatch(role) is not None
-        if role not in schema.columns and not (task == "choose" and is_choice):
+        if role not in schema.columns and not (task == "choose" and CHOICE_ROLE_PATTERN.fullmatch(role)):
             more = ", or choice1, choice2, …" if task == "choose" else ""
             raise UsageError(f"{task} has no role {role}; its roles are {', '.join(schema.columns)}{more}")
-        if column in names:
-            mapping[role] = column
-        elif require_targets or not (role in optional_roles or (is_choice and role not in ("choice1", "choice2"))):
+        if column not in names:
             raise UsageError(f"there is no column {column} for {role}; columns: {join_names(names)}")
+        mapping[role] = column
     if schema.exclusive and all(mapping.keys() & group for group in schema.exclusive):
         first, second = (", ".join(sorted(group)) for group in schema.exclusive)
         raise UsageError(f"{task} takes {first} or {second}, not both")
@@ -154,7 +164,7 @@ def _fill_default_columns(task: str, column_names: list[str], mapping: dict[str,
             is_excluded = True
         if role in mapping or is_excluded:
             continue
-        if (column := _find_column(column_names, aliases, exclude=mapping.values())) is not None:
+        if (column := find_column(column_names, aliases, exclude=mapping.values())) is not None:
             mapping[role] = column
         elif role == "choices":
             mapping.update({f"choice{i}": name for i, name in enumerate(choice_columns(column_names), 1)})
@@ -182,16 +192,9 @@ def join_names(names: Iterable[str]) -> str:
     return (shown + (", …" if len(names) > 12 else "")) or "none"
 
 
-def _find_column(column_names: list[str], aliases: Iterable[str], exclude: Iterable[str] = ()) -> str | None:
-    """The column with the first alias that occurs."""
-    excluded = set(exclude)
-    available = {name.strip().lower(): name for name in reversed(column_names) if name not in excluded}
-    return next((available[alias] for alias in aliases if alias in available), None)
-
-
 def _find_column_pair(column_names: list[str], task: str) -> tuple[str, str] | None:
     for aliases in zip(*(TASKS[task].columns[role] for role in TASKS[task].paired), strict=True):
-        first, second = (_find_column(column_names, (alias,)) for alias in aliases)
+        first, second = (find_column(column_names, (alias,)) for alias in aliases)
         if first is not None and second is not None:
             return first, second
     return None
@@ -235,7 +238,7 @@ def parse_inputs(task: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_targets(
-    task: str, values: Mapping[str, Any], inputs: Mapping[str, Any], answer_format: str | None
+    task: str, values: Mapping[str, Any], inputs: Mapping[str, Any], answer_format: str
 ) -> dict[str, Any]:
     """The target fields of a row. The messages of a conversation replace those of `inputs`.
 
@@ -249,7 +252,6 @@ def parse_targets(
         RowError: A target is missing or not valid.
     """
     if task == "choose":
-        assert answer_format is not None  # inferred for each data set of this task
         return {"answer": _parse_answer(values, answer_format)}
     if task == "rewrite":
         return {"completion": _require_text(values.get("completion"), "completion")}
@@ -259,6 +261,8 @@ def parse_targets(
             messages += ({"role": "assistant", "content": _require_text(values.get("output"), "output")},)
         if messages[-1]["role"] != "assistant":
             raise RowError("the conversation does not end with an assistant message")
+        if not any(message["role"] == "assistant" and message.get("weight", 1) for message in messages):
+            raise RowError("the weight of all assistant messages is 0")
         return {"messages": messages}
     if task == "prefer":
         _, *answers = _parse_preference(values)
@@ -270,10 +274,10 @@ def parse_targets(
             raise RowError("the chosen and the rejected answer are identical")
         return {"chosen": chosen, "rejected": rejected}
     if "labels" in values:
-        labels = _decode_json_cell(values["labels"])
-        if isinstance(labels, str):
-            labels = [part for part in re.split("[;|]", labels) if part.strip()]
-        return {"labels": tuple(dict.fromkeys(map(_parse_label, labels if is_json_array(labels) else [labels])))}
+        labels = values["labels"] if is_json_array(values["labels"]) else [values["labels"]]
+        if fractions := [label for label in labels if isinstance(label, float) and label % 1 > 0]:
+            raise RowError("the labels are fractions", f"the first is {fractions[0]}")
+        return {"labels": tuple(dict.fromkeys(map(_parse_label, labels)))}
     if "score" not in values:
         return {"label": _parse_label(values.get("label"))}
     score = parse_float(values["score"])
@@ -297,15 +301,22 @@ def parse_float(value: Any) -> float | None:
 
 def _parse_int(value: Any) -> int | None:
     """An integer, which may be written as 1.0 or as text; else None."""
-    if isinstance(value, str):
-        return int(value) if re.fullmatch(r"\s*[+-]?[0-9]{1,9}\s*", value) else None
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    match = _INTEGER.fullmatch(str(value).strip()) if isinstance(value, str | int | float) else None
+    return int(match[1]) if match and len(match[1]) < 10 else None
+
+
+def parse_truth(value: Any) -> bool | None:
+    """A truth value, which may be written as 0 or 1 or as text; else None."""
+    return _TRUTH_VALUES.get(str(value).strip().lower()) if isinstance(value, str | int | float) else None
 
 
 def _is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a label is missing: blank, or not a finite number."""
+    return _is_blank(value) or (isinstance(value, float) and not math.isfinite(value))
 
 
 def _require_text(value: Any, name: str) -> str:
@@ -316,13 +327,27 @@ def _require_text(value: Any, name: str) -> str:
     return value
 
 
-def _decode_json_cell(value: Any) -> Any:
-    """The list or object that a CSV cell holds as JSON; any other value unchanged."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return map_strings(json.loads(value), replace_surrogates)
-        except (ValueError, RecursionError):
-            return value
+def _decode_cell(value: Any) -> Any:
+    """The list or object that a cell holds as JSON, or as Python or NumPy prints it; any other value unchanged."""
+    if not isinstance(value, str) or not re.match(r"\s*(array|tensor)?[\[{(]", value):
+        return value
+    with suppress(ValueError, RecursionError):
+        return map_strings(json.loads(value), replace_surrogates)
+    tokens: list[str] = []
+    for token in _LITERAL_TOKEN.findall(value):
+        if token.startswith("dtype="):
+            tokens.pop()  # its comma
+        elif token not in ("array", "tensor"):
+            # NumPy has no commas between the elements.
+            follows = bool(tokens) and tokens[-1] not in "[({,:" and token not in "])},:"
+            tokens += [",", token] if follows else [token]
+    with suppress(ValueError, SyntaxError, RecursionError, MemoryError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of an unknown escape in a string
+        decoded: Any = ast.literal_eval("".join(tokens))
+        container: type[Any] = type(decoded)
+        if container in (list, dict, tuple, set):
+            decoded = sorted(decoded) if container is set else [*decoded] if container is tuple else decoded
+            return map_strings(decoded, replace_surrogates)
     return value
 
 
@@ -336,9 +361,59 @@ def _preview(value: Any) -> str:
 # ---------------------------------------------------------------- labels
 
 
-def is_multilabel_column(values: Iterable[Any]) -> bool:
-    """Whether a label column holds lists of labels."""
-    return any(isinstance(_decode_json_cell(value), list) for value in values)
+def interpret_labels(values: Sequence[Any], role: str, may_change: bool) -> tuple[str, list[Any], str]:
+    """Whether the rows of a column have one label or several, decided by all values of the column.
+
+    Several labels are lists; or vectors of zeros and ones, whose places are the labels; or, in a column with the role `labels`,
+    texts separated by ";" or "|", or by "," if the parts are no more than the texts.
+
+    Args:
+        values: The values of the column.
+        role: The role of the column by its name: "label" or "labels".
+        may_change: Whether a column with the role "labels" that has one label in each row gets the role "label".
+
+    Returns:
+        The role, the values (lists if the role is "labels"), and what was decided, for a message; "" if it is as usual.
+
+    Raises:
+        UsageError: Vectors of zeros and ones have different lengths.
+    """
+    cells = [_decode_cell(value) for value in values]
+    has_lists, texts = any(map(is_json_array, cells)), {cell.strip() for cell in cells if isinstance(cell, str)} - {""}
+    separator = "[;|]" if role == "labels" else ""
+    if texts and all(map(_VECTOR.fullmatch, texts)):
+        has_lists, separator = True, r"[\s,;|]+"
+    elif separator and not any(re.search(separator, text) for text in texts):
+        parts = {part.strip() for text in texts for part in text.split(",")}
+        separator = "," if len(parts) <= len(texts) else separator
+    if separator:
+        cells = [
+            [part.strip() for part in re.split(separator, cell) if part.strip()] if isinstance(cell, str) else cell
+            for cell in cells
+        ]
+    lists = [cell if is_json_array(cell) else [cell] for cell in cells if not _is_missing(cell) and cell != []]
+    bits = [[parse_truth(label) for label in labels] for labels in lists]
+    lengths = [length for length, _ in Counter(map(len, lists)).most_common()]
+    note = ""
+    if has_lists and all(None not in row for row in bits) and max(lengths, default=0) > 1 + (len(lengths) > 1):
+        if len(lengths) > 1:
+            raise UsageError(
+                f"the labels are vectors of {lengths[0]} zeros and ones, but some have {lengths[1]}: correct them"
+            )
+        places = ([place for place, bit in enumerate(row) if bit] for row in bits)
+        cells = [cell if _is_missing(cell) or cell == [] else next(places) for cell in cells]
+        note, has_lists = "vectors of zeros and ones: the labels are their places, from 0", False
+    values = [next(iter(cell), None) if is_json_array(cell) else cell for cell in cells]
+    # An empty list has no label, but an empty cell among integers is a missing label.
+    is_complete = None not in values or not (
+        note or any(_parse_int(value) is None for value in values if value is not None)
+    )
+    is_single = all(len(cell) < 2 for cell in cells if is_json_array(cell)) and any(
+        value is not None for value in values
+    )
+    if (may_change or role == "label") and not has_lists and is_single and is_complete and (role == "labels" or note):
+        return "label", values, "each row has one label, so one label is predicted and not several"
+    return "labels" if any(map(is_json_array, cells)) else role, cells, note
 
 
 def is_score_column(values: Iterable[Any]) -> bool:
@@ -349,13 +424,13 @@ def is_score_column(values: Iterable[Any]) -> bool:
 
 
 def _parse_label(value: Any) -> str:
-    if _is_blank(value) or (isinstance(value, float) and math.isnan(value)):
+    if _is_missing(value):
         raise RowError("the label is empty")
-    if isinstance(value, str):
-        return value.strip()
-    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
-        return str(value if isinstance(value, bool) else int(value))
-    raise RowError("the label is neither a string nor an integer", f"it is {_preview(value)}")
+    if isinstance(value, str | int | float):
+        text = str(value).strip()
+        integer = _INTEGER.fullmatch(text)
+        return integer[1] if integer else text
+    raise RowError("the label is neither a string nor a number", f"it is {_preview(value)}")
 
 
 # ---------------------------------------------------------------- multiple choice
@@ -365,7 +440,7 @@ def _parse_choices(values: Mapping[str, Any]) -> tuple[tuple[str, ...], list[str
     """The choices, and the names that some data sets give them (A, B, C, D or 1, 2, 3, 4 in ARC)."""
     names: list[str] = []
     if "choices" in values:
-        choices = _decode_json_cell(values["choices"])
+        choices = _decode_cell(values["choices"])
         if is_json_array(choices) and choices and all(map(is_json_object, choices)):
             choices = {key: [choice.get(key) for choice in choices] for key in ("text", "label")}
         if is_json_object(choices):
@@ -389,30 +464,56 @@ def _answer_indices(values: Mapping[str, Any]) -> dict[str, int | None]:
     """The index of the answer of a row as each of `ANSWER_FORMATS` reads it, None if it is none of the choices."""
     choices, names = _parse_choices(values)
     answer = values.get("answer")
-    text = str(answer).strip() if isinstance(answer, str | int | float) else None
+    text = str(answer).strip() if isinstance(answer, str | int | float) else ""
+    named = _CHOICE_COLUMN.fullmatch(text)  # such as option2 or answerB
+    index = (named["index"] or text) if named else text.strip("().[]: ")
+    number = _parse_int(index)
     letters = [chr(ord("A") + i) for i in range(len(choices))]
     keys: list[tuple[Any, Sequence[Any]]] = [  # what is looked up, and that of each choice
         (text, names),
-        (_parse_int(answer), range(len(choices))),
-        (text and text.upper(), letters),
+        (number, range(len(choices))),
+        (number, range(1, len(choices) + 1)),
+        (index.upper(), letters),
         (text, [choice.strip() for choice in choices]),
     ]
     indices = [known.index(key) if key in known else None for key, known in keys]
     return dict(zip(ANSWER_FORMATS, indices, strict=True))
 
 
-def infer_answer_format(rows: Iterable[Mapping[str, Any]]) -> str:
+def infer_answer_format(rows: Iterable[Mapping[str, Any]], default: str = "") -> tuple[str, str]:
     """The one of `ANSWER_FORMATS` under which most rows of a data set have a valid answer.
 
     One row is ambiguous: with the choices 3, 2, 1 and 0, the answer 2 is the second (by text) or the third (by index).
+
+    Args:
+        rows: The values of each role of the rows.
+        default: The format that is preferred if several fit equally many rows, such as that of the training data.
+
+    Returns:
+        The format; and what else fits the answers as well, for a message, or "".
+
+    Raises:
+        UsageError: Some answers are indices from 0 only, and others indices from 1 only.
     """
-    counts: Counter[str] = Counter()
+    patterns: Counter[tuple[int | None, ...]] = Counter()  # the index under each format → number of rows
     for values in rows:
-        try:
-            counts.update(name for name, index in _answer_indices(values).items() if index is not None)
-        except RowError:  # reported when the row is parsed
-            continue
-    return max(ANSWER_FORMATS, key=lambda name: counts[name])
+        with suppress(RowError):  # reported when the row is parsed
+            patterns[tuple(_answer_indices(values).values())] += 1
+    counts = [sum(n for pattern, n in patterns.items() if pattern[i] is not None) for i in range(len(ANSWER_FORMATS))]
+    best = max(range(len(counts)), key=lambda i: (counts[i], ANSWER_FORMATS[i] == default))
+    both = sum(n for pattern, n in patterns.items() if pattern[1] is not None and pattern[2] is not None)
+    only_from_0, only_from_1 = counts[1] - both, counts[2] - both
+    if best in (1, 2) and min(only_from_0, only_from_1) > max(1, sum(counts[1:3]) // 20):
+        raise UsageError(
+            f"the answers contradict each other: {only_from_0:,} rows have the answer 0, an index from 0, and {only_from_1:,} "
+            "have the number of their choices, an index from 1. Correct them, or split the data by its source"
+        )
+    others = [
+        name
+        for i, name in enumerate(ANSWER_FORMATS)
+        if counts[i] == counts[best] > 0 and any(pattern[i] != pattern[best] for pattern in patterns)
+    ]
+    return ANSWER_FORMATS[best], "" if ANSWER_FORMATS[best] == default else " or ".join(others)
 
 
 def _parse_answer(values: Mapping[str, Any], answer_format: str) -> int:
@@ -421,7 +522,7 @@ def _parse_answer(values: Mapping[str, Any], answer_format: str) -> int:
         raise RowError("the answer is empty")
     index = _answer_indices(values)[answer_format]
     if index is None:
-        out_of_range = answer_format == "indices from 0" and _parse_int(answer) is not None
+        out_of_range = answer_format.startswith("indices") and _parse_int(answer) is not None
         raise RowError(
             f"the answer is {'out of range' if out_of_range else 'none of the choices'}",
             f"it is {_preview(answer)}, and there are {len(choices)} choices; answers are read as {answer_format}",
@@ -434,7 +535,7 @@ def _parse_answer(values: Mapping[str, Any], answer_format: str) -> int:
 
 def _parse_messages(value: Any) -> list[Message]:
     """Messages with canonical roles, in any order."""
-    value = _decode_json_cell(value)
+    value = _split_turns(_decode_cell(value))
     if not is_json_array(value):
         raise RowError("the conversation is not a list of messages", f"it is {_preview(value)}")
     messages: list[Message] = []
@@ -442,11 +543,31 @@ def _parse_messages(value: Any) -> list[Message]:
         if not is_json_object(message):
             raise RowError("a message is not an object with role and content", f"it is {_preview(message)}")
         name = message.get("from") if message.get("role") is None else message["role"]
-        if not isinstance(name, str) or name not in _CHAT_ROLES:
-            raise RowError("a message has an unknown role", f"{_preview(name)}; known: {', '.join(_CHAT_ROLES)}")
+        if not isinstance(name, str) or name not in ROLE_NAMES:
+            raise RowError("a message has an unknown role", f"{_preview(name)}; known: {', '.join(ROLE_NAMES)}")
         content = message.get("value") if message.get("content") is None else message["content"]
-        messages.append({"role": _CHAT_ROLES[name], "content": _require_text(content, "content of a message")})
+        if message.get("tool_calls") or message.get("function_call"):
+            raise RowError("a message calls a tool, which the chat format does not have")
+        if is_json_array(content) and (content := content_text(content)) is None:
+            raise RowError("a message has a part that is not text")
+        parsed: Message = {"role": ROLE_NAMES[name], "content": _require_text(content, "content of a message")}
+        if (weight := message.get("weight")) not in (None, 0, 1):
+            raise RowError("the weight of a message is neither 0 nor 1", f"it is {_preview(weight)}")
+        messages.append({**parsed, "weight": 0} if weight == 0 else parsed)
     return messages
+
+
+def _split_turns(value: Any) -> Any:
+    """The messages of a conversation in one text, "Human: … Assistant: …"; any other value unchanged."""
+    for pattern in _TURNS if isinstance(value, str) else ():
+        before, *parts = pattern.split(value)
+        if not before and len(parts) > 2:
+            turns = [
+                {"role": role.lower(), "content": text.strip()}
+                for role, text in zip(parts[::2], parts[1::2], strict=True)
+            ]
+            return turns if turns[-1]["content"] else turns[:-1]  # a prompt may end with "Assistant:"
+    return value
 
 
 def _parse_conversation(values: Mapping[str, Any], messages: list[Message]) -> tuple[Message, ...]:
@@ -479,12 +600,14 @@ def _parse_preference(values: Mapping[str, Any]) -> tuple[tuple[Message, ...], A
 
     def messages_or_text(value: Any) -> Any:
         """A list of messages, decoded; any other value unchanged, such as the text "[1, 2]"."""
-        decoded = _decode_json_cell(value)
+        decoded = _split_turns(_decode_cell(value))
         return decoded if is_json_array(decoded) and all(map(is_json_object, decoded)) else value
 
     prompt, *answers = (messages_or_text(values.get(role)) for role in ("prompt", "chosen", "rejected"))
     messages: list[Message] = []
-    if all(map(is_json_array, answers)):
+    if not all(map(is_json_array, answers)):
+        answers = [values.get(role) for role in ("chosen", "rejected")]
+    else:
         chosen, rejected = map(_parse_messages, answers)
         messages = chosen[:-1]
         last_roles = [message["role"] for message in (*chosen[-1:], *rejected[-1:])]
@@ -494,7 +617,12 @@ def _parse_preference(values: Mapping[str, Any]) -> tuple[tuple[Message, ...], A
     if not messages and not _is_blank(prompt):
         messages = _parse_messages(prompt) if is_json_array(prompt) else [_user_message(values, "prompt")]
     if not messages:
-        raise RowError("the prompt is empty")
+        expected = (
+            ""
+            if "prompt" in values
+            else "give a column prompt, or conversations (Human: … Assistant: …) that share one"
+        )
+        raise RowError("the prompt is empty" if "prompt" in values else "there is no prompt", expected)
     conversation = _parse_conversation(values, messages)
     if conversation[-1]["role"] != "user":
         raise RowError("the prompt does not end with a user message")
