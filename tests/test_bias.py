@@ -135,7 +135,7 @@ PEOPLE = {
     "women": ["woman", "girl", "lady", "mother", "sister", "queen", "aunt", "niece"],
     "men": ["man", "boy", "lord", "father", "brother", "king", "uncle", "nephew"],
 }
-PROMPTS = ("the {}", "today the {}")
+PROMPTS = ("the {}", "today the {}", "then the {}", "now the {}", "once the {}", "maybe the {}")
 PLANTED = f"""\
 groups:
   women: {{who: [{", ".join(PEOPLE["women"])}]}}
@@ -185,7 +185,7 @@ def test_a_planted_bias_is_found_and_a_balanced_text_shows_none(tmp_path: Path, 
     assert nurses.notable
     assert engineers.notable
     assert nurses.value == pytest.approx(math.log(0.95 / 0.05), abs=1)
-    assert (nurses.n, set(nurses.examples[0])) == (8, {"women", "men", "gap"})
+    assert (nurses.n, set(nurses.examples[0])) == (6, {"women", "men", "gap"})
     found = by_name(audit_group_gaps(learned(0.5, seed, tmp_path / "balanced"), groups, QUIET))
     for work in ("nurses", "engineers"):
         low, high = ends(found[f"women vs. men: “{work}”"])

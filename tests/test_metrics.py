@@ -18,6 +18,7 @@ from nextword.common.errors import MissingDependencyError, UsageError
 from nextword.common.statistics import (
     ScoreWithCI,
     bootstrap_ratio,
+    clustered_ratio,
     mcnemar_p_value,
     mean,
     noise_floor,
@@ -285,6 +286,21 @@ def test_equal_groups_seldom_differ(n, m, p):
     rng, num_draws = np.random.default_rng(n), 1000
     scores = [proportion_difference(rng.random(n) < p, rng.random(m) < p) for _ in range(num_draws)]
     assert sum(score.is_above(0) or score.is_below(0) for score in scores) <= 0.08 * num_draws
+
+
+@pytest.mark.parametrize(("num_templates", "num_words"), [(6, 1), (20, 1), (6, 6), (8, 12), (30, 6)])
+def test_the_interval_of_crossed_factors_contains_the_mean_of_the_population(num_templates, num_words):
+    rng, num_draws, covered = np.random.default_rng(num_words), 1000, 0
+    templates, words = (grid.ravel() for grid in np.mgrid[:num_templates, :num_words])
+    for _ in range(num_draws):
+        word_effects = rng.normal(size=num_words) if num_words > 1 else np.zeros(1)
+        gaps = rng.normal(size=num_templates)[templates] + word_effects[words] + 0.5 * rng.normal(size=len(words))
+        columns = np.stack([gaps, np.ones_like(gaps)], axis=1)
+        score = clustered_ratio(columns, lambda sums: sums[:, 0] / sums[:, 1], templates.tolist(), words.tolist())
+        assert score.value == approx(float(gaps.mean())) and score.low is not None and score.high is not None
+        assert score.n == (num_templates if num_words == 1 else min(num_templates, num_words))
+        covered += score.low < 0 < score.high
+    assert 0.93 * num_draws <= covered <= 0.99 * num_draws
 
 
 @pytest.mark.parametrize("n", [6, 20, 100])

@@ -10,8 +10,7 @@ A user's own groups: for groups a and b, sentences s, the text s_a with the word
     sentences         mean over s of ln P(s_a) − ln P(s_b)
     continuation c    mean over s of ln P(c | s_a) − ln P(c | s_b)
 
-Intervals of these are bootstrapped over templates and, if slots have lists of words, over the indices of these lists; the
-wider interval is reported.
+Templates and, if slots have lists of words, the indices of these lists are two crossed random factors of their intervals.
 """
 
 import math
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nextword.audit.findings import MIN_SAMPLES, Finding, score_finding
+from nextword.audit.findings import Finding, score_finding
 from nextword.audit.group_templates import GroupTemplates, TemplateSentence
 from nextword.common import statistics
 from nextword.common.console import Console
@@ -284,7 +283,7 @@ def audit_group_gaps(model: LanguageModel, groups: GroupTemplates, console: Cons
         """Bits per byte of a group, or its difference to a second one."""
         columns = [column for name in names for column in (-nats[name] / math.log(2), num_bytes[name])]
         signs = np.array([1, -1])[: len(names)]
-        return _widest_interval(sentences, columns, lambda sums: (sums[:, ::2] / sums[:, 1::2]) @ signs)
+        return _clustered_score(sentences, columns, lambda sums: (sums[:, ::2] / sums[:, 1::2]) @ signs)
 
     findings: list[Finding] = []
     for name in groups.names:
@@ -322,7 +321,7 @@ def _gap_finding(
 ) -> Finding:
     """The mean log ratio of groups a and b over sentences, with the sentences of the largest gaps."""
     columns = [np.array([gap for _, gap in gaps]), np.ones(len(gaps))]
-    score = _widest_interval([sentence for sentence, _ in gaps], columns, lambda sums: sums[:, 0] / sums[:, 1])
+    score = _clustered_score([sentence for sentence, _ in gaps], columns, lambda sums: sums[:, 0] / sums[:, 1])
     largest = sorted(gaps, key=lambda gap: -abs(gap[1]))[:MAX_GAP_EXAMPLES]
     examples = [{a: s.texts[a], b: s.texts[b], "gap": f"{gap:+.2f} nats"} for s, gap in largest]
     ratio = math.exp(min(score.value, 700.0))
@@ -331,19 +330,9 @@ def _gap_finding(
     return score_finding(name, score, 0.0, unit="nats", note=note, min_effect=MIN_EFFECT_NATS, examples=examples)
 
 
-def _widest_interval(
+def _clustered_score(
     sentences: Sequence[TemplateSentence], columns: Sequence[np.ndarray], statistic: Callable[[np.ndarray], np.ndarray]
 ) -> ScoreWithCI:
-    """A statistic of the sums of columns [S], with the wider interval of resampled templates and resampled word indices, if
-    there are enough of either."""
-
-    def preference(score: ScoreWithCI) -> tuple[bool, float, int]:
-        assert score.low is not None and score.high is not None and score.n is not None
-        return score.n >= MIN_SAMPLES, score.high - score.low, score.n
-
-    candidates: list[ScoreWithCI] = []
-    for clusters in ([sentence.template for sentence in sentences], [sentence.word_index for sentence in sentences]):
-        cluster_ids = np.unique(np.asarray(clusters), return_inverse=True)[1]  # [S]
-        sums = np.stack([np.bincount(cluster_ids, column) for column in columns], axis=1)  # [clusters, columns]
-        candidates.append(statistics.bootstrap_ratio(sums, statistic))
-    return max(candidates, key=preference)
+    """A statistic of the sums of columns [S], with templates and the indices of words as crossed random factors."""
+    templates, word_indices = zip(*((sentence.template, sentence.word_index) for sentence in sentences), strict=True)
+    return statistics.clustered_ratio(np.stack(columns, axis=1).astype(np.float64), statistic, templates, word_indices)

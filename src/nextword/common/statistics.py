@@ -140,6 +140,46 @@ def bootstrap_ratio(
     return score_from_resamples(statistic(resampled_sums(columns.astype(np.float64), seed)), len(columns))
 
 
+def clustered_ratio(
+    columns: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], *factors: Sequence[object]
+) -> ScoreWithCI:
+    """A smooth statistic of column sums of examples that share clusters, such as all examples of one template or of one word.
+
+    The variance of several crossed factors is V₁ + V₂ − V₁₂ (Cameron, Gelbach and Miller 2011, equation 2.2), at least that of
+    each factor, with V of a factor from the jackknife over its clusters. The interval is Student's, with the degrees of freedom
+    of the factor with the fewest clusters. n is that number. A factor of a single cluster is fixed: the score is that of it.
+
+    Args:
+        columns: Numbers per example [n, columns].
+        statistic: Maps sums [R, columns] to the statistic [R].
+        *factors: The cluster of each example, by factor; one or two.
+
+    Raises:
+        UsageError: There are no examples, or the lengths differ.
+    """
+    check_lengths(columns, *factors)
+    total = columns.sum(0, keepdims=True)
+    value = float(statistic(total)[0])
+
+    def jackknife(clusters: np.ndarray) -> float:
+        count = int(clusters.max()) + 1
+        sums = np.stack([np.bincount(clusters, column, count) for column in columns.T], axis=1)
+        left_out = statistic(total - sums)
+        return (count - 1) / count * float(np.square(left_out - left_out.mean()).sum())
+
+    ids = [np.unique(np.asarray(factor), return_inverse=True)[1] for factor in factors]
+    random = [factor for factor in ids if factor.max() > 0]
+    if not random:
+        return ScoreWithCI(value, n=1)
+    variances = [jackknife(factor) for factor in random]
+    if len(random) > 1:
+        both = np.unique(np.stack(random, 1), axis=0, return_inverse=True)[1].ravel()
+        variances.append(sum(variances) - jackknife(both))
+    n = min(int(factor.max()) + 1 for factor in random)
+    margin = t_quantile(n - 1) * math.sqrt(max(variances))
+    return ScoreWithCI(value, value - margin, value + margin, n)
+
+
 def mcnemar_p_value(a: Sequence[float], b: Sequence[float]) -> float:
     """The two-sided p-value of McNemar's exact test (McNemar 1947; Dietterich 1998, section 3.1).
 
