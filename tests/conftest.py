@@ -25,9 +25,19 @@ settings.register_profile("explore", max_examples=1000, deadline=None)
 settings.load_profile("repeatable")
 
 TINY_MODEL_ARGS = [
-    "--model.n-layers", "2", "--model.n-heads", "2", "--model.d-model", "32", "--model.context-length", "32",
-    "--vocab-size", "400", "--training.batch-tokens", "256",
-]  # fmt: skip
+    "--model.n-layers",
+    "2",
+    "--model.n-heads",
+    "2",
+    "--model.d-model",
+    "32",
+    "--model.context-length",
+    "32",
+    "--vocab-size",
+    "400",
+    "--training.batch-tokens",
+    "256",
+]
 
 
 @pytest.fixture(scope="session")

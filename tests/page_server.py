@@ -1,6 +1,6 @@
 """A stand-in for the server, without a model: the page and scripted answers. `python tests/page_server.py PORT`.
 
-What is said decides what is answered: see `REPLIES`, and the words "slow", "busy", "refuse", "fail" and "break" in a message.
+The message decides the reply: see `REPLIES`, and the words "slow", "busy", "refuse", "fail" and "break" in a message.
 POST /control {"away": true} makes it go away, {"away": false} brings it back; the other fields of `Script` likewise.
 """
 
@@ -226,7 +226,7 @@ class Handler(BaseHTTPRequestHandler):
             if "fail" in message and i == 4:
                 self.send_event({"error": {"message": "The model's numbers are not finite any more."}})
                 return
-        if not chat and len(tokens) <= limit:  # the token that ended the text is told too; an answer's is not
+        if not chat and len(tokens) <= limit:  # completions include the stop token; chat responses do not
             self.send_event({"choices": [text_choice("", [b"<|end|>"], 0)]})
         reason = "length" if len(tokens) > limit else "stop"
         last: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": None}

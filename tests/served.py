@@ -47,7 +47,7 @@ class HTTPResult:
 
     @property
     def sse_events(self) -> list[Any]:
-        """What a stream has said, without its last word."""
+        """The events of a stream, without [DONE]."""
         lines = [line for line in self.body.decode().split("\n\n") if line]
         assert lines[-1] == "data: [DONE]"
         return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
@@ -105,8 +105,11 @@ class ServerProcess(ServerClient):
     def __init__(self, *arguments: str | Path, **environment: str):
         self.renderer_process = launch(
             nextword_command("serve", *arguments, "--port", "0", "--json"),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
         try:
             line = self.renderer_process.stdout.readline()
             if not line:

@@ -1,4 +1,4 @@
-"""The verb that audits, and what it reads: a person's own groups by file and line, answers that flip, rates of groups."""
+"""The audit command: group templates with errors by file and line, counterfactual predictions, and rates by group."""
 
 import json
 import re
@@ -86,8 +86,9 @@ delimiter: "·"
     assert fourth.texts["hommes"] == "l'oncle, lui, est"
     assert first.continuations == {
         "{infirmier}": {"femmes": "infirmière", "hommes": "infirmier"},
-        "no": {"femmes": "no", "hommes": "no"}, "12": {"femmes": "12", "hommes": "12"},
-    }  # fmt: skip
+        "no": {"femmes": "no", "hommes": "no"},
+        "12": {"femmes": "12", "hommes": "12"},
+    }
     assert found.delimiter == "·"
 
 
@@ -152,10 +153,43 @@ def test_unreadable_files_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         groups(tmp_path)
 
 
-PIECES = st.sampled_from([
-    "groups", "templates", ":", " ", "\n", "  ", "- ", "{", "}", "[", "]", ",", "a", "{w}", "&x ", "*x", "!!map ", "'", '"',
-    "|", "\t", "? ", "!!python/none ", "%YAML 1.9\n", "---", "<<: ", "\\U00110000", "\\", "é", "漢", "\ufeff", "\x85", "#",
-])  # fmt: skip
+PIECES = st.sampled_from(
+    [
+        "groups",
+        "templates",
+        ":",
+        " ",
+        "\n",
+        "  ",
+        "- ",
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+        "a",
+        "{w}",
+        "&x ",
+        "*x",
+        "!!map ",
+        "'",
+        '"',
+        "|",
+        "\t",
+        "? ",
+        "!!python/none ",
+        "%YAML 1.9\n",
+        "---",
+        "<<: ",
+        "\\U00110000",
+        "\\",
+        "é",
+        "漢",
+        "\ufeff",
+        "\x85",
+        "#",
+    ]
+)
 # Any text, any pieces of YAML, and a good file with a place of it replaced.
 FILES = st.one_of(
     st.text(max_size=60),
@@ -194,7 +228,7 @@ def test_groups_in_the_docs_are_read(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- words that change places
 
 
-def test_words_change_places_whole_and_as_they_are_written(tmp_path: Path) -> None:
+def test_whole_words_are_swapped_with_their_case(tmp_path: Path) -> None:
     swap = groups(tmp_path).make_swapper("women", "men")
     assert (
         swap("SHE said: the Woman and a man saw her womanly hat.")
@@ -211,7 +245,7 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> GroupTemplates:
 @given(
     st.lists(st.sampled_from(["woman", "Man", "she", "HE", "their", "x-ray", ".", "Ünder", "his", "漢字"]), max_size=12)
 )
-def test_swapped_twice_is_as_it_was(people: GroupTemplates, words: list[str]) -> None:
+def test_swapping_twice_restores_the_text(people: GroupTemplates, words: list[str]) -> None:
     swap, text = people.make_swapper("women", "men"), " ".join(words)
     assert swap(swap(text)) == text
     assert swap(text) == people.make_swapper("men", "women")(text)
@@ -233,8 +267,11 @@ def texts() -> list[tuple[str, str, str]]:
     """Group, deed's kind, text."""
     return [
         (group, kind, f"the {person} {deed}")
-        for group, people in PEOPLE.items() for person in people for kind, deeds in DEEDS.items() for deed in deeds
-    ]  # fmt: skip
+        for group, people in PEOPLE.items()
+        for person in people
+        for kind, deeds in DEEDS.items()
+        for deed in deeds
+    ]
 
 
 def trained(labels: list[str]) -> Predictor:
@@ -270,7 +307,7 @@ def by_name(findings: list[Finding]) -> dict[str, Finding]:
     return {one.name: one for one in findings}
 
 
-def test_a_model_that_learned_from_the_group_flips_and_one_that_did_not_does_not(tmp_path: Path) -> None:
+def test_only_a_model_that_depends_on_the_group_changes_its_predictions(tmp_path: Path) -> None:
     asked = groups(tmp_path, FLIPPING)
     biased = trained(["good" if group == "women" else "bad" for group, *_ in texts()])
     fair = trained([kind for _, kind, _ in texts()])
@@ -304,9 +341,15 @@ def answering(*said: str, labels: tuple[str, ...] = ("no", "yes"), kind: Any = "
 
 
 ROWS = [  # group, gold, answer
-    *[("a", "yes", "yes")] * 30, *[("a", "yes", "no")] * 10, *[("a", "no", "yes")] * 10, *[("a", "no", "no")] * 30,
-    *[("b", "yes", "yes")] * 10, *[("b", "yes", "no")] * 30, *[("b", "no", "yes")] * 10, *[("b", "no", "no")] * 70,
-]  # fmt: skip
+    *[("a", "yes", "yes")] * 30,
+    *[("a", "yes", "no")] * 10,
+    *[("a", "no", "yes")] * 10,
+    *[("a", "no", "no")] * 30,
+    *[("b", "yes", "yes")] * 10,
+    *[("b", "yes", "no")] * 30,
+    *[("b", "no", "yes")] * 10,
+    *[("b", "no", "no")] * 70,
+]
 
 
 def labeled(tmp_path: Path, rows: list[tuple[str, str, str]]) -> list[Example]:
@@ -364,7 +407,7 @@ def test_groups_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stock directory of a tiny random model."""
+    """A Hugging Face directory of a tiny random model."""
     out = tmp_path_factory.mktemp("audited") / "model"
     torch.manual_seed(0)
     tokenizer = train_bpe([GROUPS], 300)
@@ -430,7 +473,7 @@ def finding(section: str, name: str, **more: Any) -> Finding:
     return Finding(section, name, 3.0, 2.0, 4.0, "%", 20, 0.0, **more)
 
 
-def test_the_audit_of_a_run_uses_its_training_text_and_is_kept(directory: Path, tmp_path: Path) -> None:
+def test_the_audit_of_a_run_uses_its_training_text_and_is_stored(directory: Path, tmp_path: Path) -> None:
     run, text = tmp_path / "run", tmp_path / "text.txt"
     run.mkdir()
     text.write_text("some text of a document. " * 20, encoding="utf-8")
@@ -447,7 +490,7 @@ def test_the_audit_of_a_run_uses_its_training_text_and_is_kept(directory: Path, 
     assert any("memorization and corpus: not measured" in line for line in nextword.audit(run).left_out)
 
 
-def test_the_text_flags_what_needs_attention() -> None:
+def test_the_output_flags_findings_that_need_attention() -> None:
     marked = finding("bias", "CrowS-Pairs", notable=True, note="what it is", examples=({"a": "b"},) * 9).to_dict()
     plain = [finding("bias", f"plain {i}").to_dict() for i in range(50)]
     lines = str(AuditResult("run", [*plain, marked], ["cost: not known"], 1.0)).splitlines()

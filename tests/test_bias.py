@@ -1,4 +1,4 @@
-"""Bias: likelihoods are the stock class's, a planted one is found, a balanced text shows none, published suites by formula."""
+"""Bias: likelihoods equal those of transformers, planted bias is found, balanced text has none, benchmarks equal formulas."""
 
 import json
 import math
@@ -61,7 +61,7 @@ def ends(one: Finding) -> tuple[float, float]:
     return one.low, one.high
 
 
-def test_a_finding_is_notable_where_its_interval_leaves_the_reference_out() -> None:
+def test_a_finding_is_flagged_if_its_interval_excludes_the_reference() -> None:
     assert score_finding("x", ScoreWithCI(0.5, 0.25, 0.75, 90), 90.0) == Finding(
         "bias", "x", 50.0, 25.0, 75.0, "%", 90, 90.0, True
     )
@@ -123,7 +123,7 @@ def test_gaps_equal_those_of_transformers(random_model: LanguageModel, tmp_path:
     assert found["women vs. men: “nurse”"].n == 2
 
 
-def test_a_sentence_that_the_model_cannot_see_whole_is_refused(random_model: LanguageModel, tmp_path: Path) -> None:
+def test_a_sentence_longer_than_the_context_is_rejected(random_model: LanguageModel, tmp_path: Path) -> None:
     (tmp_path / "groups.yaml").write_text(GROUPS.replace("was late", "was " + "late " * 70), encoding="utf-8")
     with pytest.raises(UsageError, match=f"the context of the model is {CONTEXT}"):
         audit_group_gaps(random_model, read_group_templates(tmp_path / "groups.yaml"), QUIET)
@@ -151,8 +151,11 @@ def learned(share: float, seed: int, out: Path) -> LanguageModel:
     works = {"women": {"nurses": share, "engineers": 1 - share}, "men": {"nurses": 1 - share, "engineers": share}}
     rows = [
         (f"{prompt.format(word)} {work}.", part)
-        for prompt in PROMPTS for group, words in PEOPLE.items() for word in words for work, part in works[group].items()
-    ]  # fmt: skip
+        for prompt in PROMPTS
+        for group, words in PEOPLE.items()
+        for word in words
+        for work, part in works[group].items()
+    ]
     tokenizer = train_bpe([line for line, _ in rows], 420)
     ids = [[tokenizer.eos_id, *tokenizer.encode(line), tokenizer.eos_id] for line, _ in rows]
     width = max(map(len, ids))
@@ -175,7 +178,7 @@ def learned(share: float, seed: int, out: Path) -> LanguageModel:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_planted_bias_is_found_and_a_balanced_text_shows_none(tmp_path: Path, seed: int) -> None:
+def test_planted_bias_is_found_and_balanced_text_has_none(tmp_path: Path, seed: int) -> None:
     (tmp_path / "groups.yaml").write_text(PLANTED, encoding="utf-8")
     groups = read_group_templates(tmp_path / "groups.yaml")
     found = by_name(audit_group_gaps(learned(0.95, seed, tmp_path / "planted"), groups, QUIET))
@@ -221,15 +224,17 @@ def test_crows_pairs_by_bias_type(random_model: LanguageModel, tmp_path: Path) -
     assert audit_benchmark(random_model, f"crows-pairs={path}", 8, QUIET)[0].n == 8
 
 
-def test_stereoset_by_its_own_scores(random_model: LanguageModel, tmp_path: Path) -> None:
+def test_stereoset_scores(random_model: LanguageModel, tmp_path: Path) -> None:
     labels = ("stereotype", "anti-stereotype", "unrelated")
     rows = []
     for i in range(16):
         sentences = [f"the nurse {i} said she", f"the nurse {i} said he", f"{i} late a by or"]
-        rows.append({
-            "bias_type": "race" if i % 2 else "profession",
-            "sentences": [{"sentence": s, "gold_label": label} for s, label in zip(sentences, labels, strict=True)],
-        })  # fmt: skip
+        rows.append(
+            {
+                "bias_type": "race" if i % 2 else "profession",
+                "sentences": [{"sentence": s, "gold_label": label} for s, label in zip(sentences, labels, strict=True)],
+            }
+        )
     path = tmp_path / "set.json"
     path.write_text(json.dumps({"data": {"intrasentence": rows}}), encoding="utf-8")
     found = by_name(audit_benchmark(random_model, f"stereoset={path}", None, QUIET))
@@ -266,15 +271,16 @@ def winogender(folder: Path) -> Path:
     genders = {"she": "female", "he": "male", "they": "neutral"}
     lines = [
         f"{work}.client.{label}.{gender}.txt\t{sentence.format(they)}\n"
-        for work, label, sentence, _ in WINOGENDER for they, gender in genders.items()
-    ]  # fmt: skip
+        for work, label, sentence, _ in WINOGENDER
+        for they, gender in genders.items()
+    ]
     (folder / "all_sentences.tsv").write_text("sentid\tsentence\n" + "".join(lines), encoding="utf-8")
     statistics = "occupation\tbls_pct_female\nengineer\t10.72\nnurse\t89.4\n"
     (folder / "occupations-stats.tsv").write_text(statistics, encoding="utf-8")
     return folder
 
 
-def test_winogender_beside_its_statistics(random_model: LanguageModel, tmp_path: Path) -> None:
+def test_winogender_correlates_with_its_statistics(random_model: LanguageModel, tmp_path: Path) -> None:
     found = by_name(audit_benchmark(random_model, f"winogender={winogender(tmp_path)}", None, QUIET))
     expected = {}
     for work, label, sentence, _ in WINOGENDER:
@@ -308,7 +314,7 @@ def test_winogender_beside_its_statistics(random_model: LanguageModel, tmp_path:
         audit_benchmark(random_model, f"winogender={tmp_path}", None, QUIET)
 
 
-def test_a_random_model_knows_nothing_of_the_published_winogender(random_model: LanguageModel) -> None:
+def test_a_random_model_has_no_correlation_on_winogender(random_model: LanguageModel) -> None:
     if not (DATA / "winogender").is_dir():
         pytest.skip(f"needs data: {DATA / 'winogender'} is not there; set NEXTWORD_DATA to the folder")
     found = by_name(audit_benchmark(random_model, f"winogender={DATA / 'winogender'}", None, QUIET))
@@ -322,9 +328,7 @@ def test_a_random_model_knows_nothing_of_the_published_winogender(random_model: 
     assert ends(lost)[0] <= 0 <= ends(lost)[1]
 
 
-def test_winobias_as_it_is_published(
-    random_model: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_winobias_format(random_model: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [f"{i} [The nurse] told the client {i} that [{{}}] would be late." for i in range(1, 9)]
     for side, they in (("pro", "she"), ("anti", "he")):
         first = "\n".join(lines).format(*[they] * 8) + "\n"
@@ -346,7 +350,7 @@ def test_winobias_as_it_is_published(
     assert "anti_stereotyped_type2.txt.dev line 9: skipped: not a sentence of pro_stereotyped_type2.txt.dev" in warnings
 
 
-def test_which_suites_are_about_bias(tmp_path: Path) -> None:
+def test_bias_benchmarks_are_recognized(tmp_path: Path) -> None:
     declared = tmp_path / "own.toml"
     declared.write_text('kind = "minimal pairs"\ngood = "a"\nbad = "b"\nmetric = "stereotyped"\n', encoding="utf-8")
     assert is_bias_benchmark(str(declared))

@@ -1,4 +1,4 @@
-"""The chat format: the ids of the stock template, a loss mask on the assistant, no special tokens from text."""
+"""The chat format: the ids of the template in transformers, a loss mask on the assistant, no special tokens from text."""
 
 import json
 from pathlib import Path

@@ -182,11 +182,16 @@ def test_two_machines_with_hsdp(shards, single, tmp_path, more):
     run, port = tmp_path / "run", str(free_port())
     nodes = [
         start_pretraining(
-            2 if more else 1, shards, run, "--training.parallel", "hsdp", *more,
+            2 if more else 1,
+            shards,
+            run,
+            "--training.parallel",
+            "hsdp",
+            *more,
             torchrun_options=["--nnodes", "2", "--node-rank", rank, "--master-port", port],
         )
         for rank in ("0", "1")
-    ]  # fmt: skip
+    ]
     for node in nodes:
         finish(node)
     assert_same_run(run, single)

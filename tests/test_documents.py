@@ -1,4 +1,4 @@
-"""Files to documents: every format; every flaw is recorded, and none is fatal."""
+"""Reading documents: every format; every invalid input is recorded, and none is fatal."""
 
 import csv
 import gzip

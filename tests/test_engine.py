@@ -531,15 +531,17 @@ def test_zero_max_tokens_returns_prompt_logprobs(tokenizer: Tokenizer) -> None:
         [float(expected[i, token]) for i, token in enumerate(ids[1:])], abs=1e-4
     )
     assert events_of(engine, "x", Sampling(max_tokens=0))[0].prompt_logprobs is None
-    # A prompt that is told is read whole, though its beginning is held.
+    # With prompt_logprobs the whole prompt is computed, even if a prefix is cached.
     assert events_of(engine, ids, Sampling(max_tokens=0, prompt_logprobs=0))[0].prompt_logprobs == event.prompt_logprobs
 
 
 @settings(deadline=None, max_examples=25)
 @given(
-    presence=st.floats(-2, 2), frequency=st.floats(-2, 2), repetition=st.floats(0.5, 3),
+    presence=st.floats(-2, 2),
+    frequency=st.floats(-2, 2),
+    repetition=st.floats(0.5, 3),
     bias=st.dictionaries(st.integers(1, 299), st.floats(-100, 100), max_size=3),
-)  # fmt: skip
+)
 def test_penalties_and_biases_equal_their_definition(
     presence: float, frequency: float, repetition: float, bias: dict[int, float]
 ) -> None:
@@ -547,9 +549,13 @@ def test_penalties_and_biases_equal_their_definition(
     model, ids = tiny(tokenizer, context_length=64), tokenizer.encode("The hill is")
     bias = {id: value for id, value in bias.items() if id < tokenizer.vocab_size}
     sampling = Sampling(
-        temperature=0, max_tokens=10, presence_penalty=presence, frequency_penalty=frequency,
-        repetition_penalty=repetition, logit_bias=bias or None,
-    )  # fmt: skip
+        temperature=0,
+        max_tokens=10,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        repetition_penalty=repetition,
+        logit_bias=bias or None,
+    )
     text, drawn = list(ids), []
     for event in events_of(Engine(model, tokenizer), ids, sampling):
         logits = table(model, tokenizer, text, logits=True)[-1].tolist()
@@ -612,10 +618,7 @@ def test_a_failing_constraint_ends_only_its_request(model: GPT, tokenizer: Token
             return super().allowed_mask()
 
     engine = Engine(model, tokenizer)
-    broken, free = (
-        engine.add_request("The", BOLD, constraint=Broken(tokenizer)),
-        engine.add_request("The", BOLD),
-    )
+    broken, free = (engine.add_request("The", BOLD, constraint=Broken(tokenizer)), engine.add_request("The", BOLD))
     events = run(engine)
     [last] = [event for event in events if event.request_id == broken and event.finished]
     assert (last.finish_reason, last.error) == ("error", "the schema has no continuation")

@@ -312,8 +312,11 @@ def test_choice_columns():
     assert choice_columns(["choice10", *(f"choice{i}" for i in range(1, 10))])[-1] == "choice10"
     assert choice_columns(["A", "C"]) == choice_columns(["option_b", "option_c"]) == choice_columns(["choice1"]) == []
     assert resolve_columns("choose", ["Question", "optionA", "optionB", "answer"]) == {
-        "question": "Question", "choice1": "optionA", "choice2": "optionB", "answer": "answer",
-    }  # fmt: skip
+        "question": "Question",
+        "choice1": "optionA",
+        "choice2": "optionB",
+        "answer": "answer",
+    }
 
 
 def test_files_and_folders(tmp_path):
@@ -640,12 +643,18 @@ def test_preferences_and_conversations_in_one_text(gap, names, tmp_path):
 
 
 ANY = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=6)
     | st.sampled_from(["user", "assistant", "system", "A", "[1]", '{"a": 1}', '["a", "b"]', "1"]),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "text", "label"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "text", "label"]), inner, max_size=3)
+    ),
     max_leaves=6,
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("task", VALID)
@@ -673,21 +682,30 @@ def test_any_values_are_examples_or_issues(task, require_targets, tmp_path):
 
 RENAMED = {"prompt": "english", "completion": "french"}
 SHARED = [
-    ("trec/train.csv", "classify", 5452), ("trec/test.csv", "classify", 500),
-    ("movie_reviews/train.csv", "classify", 8530), ("movie_reviews/validation.csv", "classify", 1066),
+    ("trec/train.csv", "classify", 5452),
+    ("trec/test.csv", "classify", 500),
+    ("movie_reviews/train.csv", "classify", 8530),
+    ("movie_reviews/validation.csv", "classify", 1066),
     ("movie_reviews/test.csv", "classify", 1066),
-    ("mnli/train.jsonl", "entail", 7107), ("mnli/validation.jsonl", "entail", 1777),
-    ("stsb/train.csv", "similarity", 5749), ("stsb/validation.csv", "similarity", 1500),
+    ("mnli/train.jsonl", "entail", 7107),
+    ("mnli/validation.jsonl", "entail", 1777),
+    ("stsb/train.csv", "similarity", 5749),
+    ("stsb/validation.csv", "similarity", 1500),
     ("stsb/test.csv", "similarity", 1379),
-    ("arc_easy/train.jsonl", "choose", 2241), ("arc_easy/validation.jsonl", "choose", 567),
+    ("arc_easy/train.jsonl", "choose", 2241),
+    ("arc_easy/validation.jsonl", "choose", 567),
     ("arc_easy/test.jsonl", "choose", 2365),
-    ("english_french/validation.tsv", "rewrite", 2914), ("english_french/test.tsv", "rewrite", 2887),
+    ("english_french/validation.tsv", "rewrite", 2914),
+    ("english_french/test.tsv", "rewrite", 2887),
     ("english_french/train.tsv", "rewrite", 57985),
-    ("scitldr/train.jsonl", "rewrite", 1992), ("scitldr/validation.jsonl", "rewrite", 619),
+    ("scitldr/train.jsonl", "rewrite", 1992),
+    ("scitldr/validation.jsonl", "rewrite", 619),
     ("scitldr/test.jsonl", "rewrite", 618),
-    ("dialogues/train.jsonl", "chat", 1800), ("dialogues/validation.jsonl", "chat", 200),
-    ("instructions/instructions.json", "chat", 1100), ("instructions/preferences.json", "prefer", 1100),
-]  # fmt: skip
+    ("dialogues/train.jsonl", "chat", 1800),
+    ("dialogues/validation.jsonl", "chat", 200),
+    ("instructions/instructions.json", "chat", 1100),
+    ("instructions/preferences.json", "prefer", 1100),
+]
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"the shared data is not at {DATA}; set NEXTWORD_DATA")

@@ -1,4 +1,4 @@
-"""GGUF: every tensor under llama.cpp's name with its own numbers, the tokenizer's tokens and merges, and what is refused. ONNX:
+"""GGUF: every tensor under llama.cpp's name with equal values, the tokens and merges of the tokenizer, rejected models. ONNX:
 the model's own logits. Each is read back where the program is installed that it is for.
 """
 
@@ -121,8 +121,13 @@ def test_unsupported_models_are_refused_without_a_file(tmp_path: Path, monkeypat
 
 # ---------------------------------------------------------------- read back
 
-SPOKEN = [("tutorial", {"d_ff": 256}), ("gpt1", {"d_ff": 256}), ("gpt2", {}), ("modern", {"n_kv_heads": 2}),
-          ("modern", {"tied": False, "qk_norm": False})]  # fmt: skip
+SPOKEN = [
+    ("tutorial", {"d_ff": 256}),
+    ("gpt1", {"d_ff": 256}),
+    ("gpt2", {}),
+    ("modern", {"n_kv_heads": 2}),
+    ("modern", {"tied": False, "qk_norm": False}),
+]
 
 
 def sure(model: Path) -> Path:
@@ -137,7 +142,7 @@ def sure(model: Path) -> Path:
 
 
 @pytest.mark.parametrize(("preset", "overrides"), SPOKEN, ids=["tutorial", "gpt1", "gpt2", "qwen3", "llama"])
-def test_onnx_runtime_reads_the_models_own_logits(tmp_path: Path, preset: str, overrides: dict[str, Any]) -> None:
+def test_onnx_runtime_logits_equal_the_model(tmp_path: Path, preset: str, overrides: dict[str, Any]) -> None:
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     runtime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
     model = sure(directory(tmp_path / "model", preset, **overrides))
@@ -180,22 +185,37 @@ def test_a_file_is_not_verified_without_the_runtime(
     assert "not verified: install llama-cpp-python" in capsys.readouterr().out
     assert cli.run(["export", str(model), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts == {"file": str(tmp_path / "model.gguf"), "bytes": (tmp_path / "model.gguf").stat().st_size,
-                     "reader": "llama-cpp-python", "difference": None}  # fmt: skip
+    assert facts == {
+        "file": str(tmp_path / "model.gguf"),
+        "bytes": (tmp_path / "model.gguf").stat().st_size,
+        "reader": "llama-cpp-python",
+        "difference": None,
+    }
 
 
-def test_lines_are_of_many_scripts_and_the_same_ones_each_time() -> None:
+def test_test_lines_are_deterministic_and_in_many_scripts() -> None:
     lines = formats.sample_lines(1000)
     assert len(lines) == 1000 and len(set(lines)) > 950 and lines == formats.sample_lines(1000)
     scripts = (
-        "LATIN", "GREEK", "CYRILLIC", "ARABIC", "HEBREW", "DEVANAGARI", "CJK", "HIRAGANA", "HANGUL", "THAI", "GEORGIAN",
-        "ARMENIAN", "ETHIOPIC",
-    )  # fmt: skip
+        "LATIN",
+        "GREEK",
+        "CYRILLIC",
+        "ARABIC",
+        "HEBREW",
+        "DEVANAGARI",
+        "CJK",
+        "HIRAGANA",
+        "HANGUL",
+        "THAI",
+        "GEORGIAN",
+        "ARMENIAN",
+        "ETHIOPIC",
+    )
     for script in scripts:
         assert sum(any(unicodedata.name(c, "").startswith(script) for c in line) for line in lines) > 50, script
 
 
-def test_the_comparison_with_llama_cpp_finds_what_is_not_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_comparison_with_llama_cpp_detects_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where llama-cpp-python is not installed, its part is played here; the test below has the real one."""
     model = directory(tmp_path / "model", "gpt2")
     played: dict[str, Any] = {"wrong_tokens": False, "shift": 0.0, "mode": contextlib.nullcontext}
@@ -298,7 +318,7 @@ def test_gelu_is_rounded_as_llama_cpp_does_it() -> None:
 
 @pytest.mark.needs("llama.cpp")
 @pytest.mark.parametrize(("preset", "overrides"), SPOKEN[2:], ids=["gpt2", "qwen3", "llama"])
-def test_llama_cpp_writes_what_the_model_writes(tmp_path: Path, preset: str, overrides: dict[str, Any]) -> None:
+def test_llama_cpp_generates_the_same_text(tmp_path: Path, preset: str, overrides: dict[str, Any]) -> None:
     """Greedily, over 200 tokens; where two are as likely as each other, to within 1e-3, either."""
     model = directory(tmp_path / "model", preset, context_length=256, **overrides)
     if preset != "gpt2":  # whose GELU llama.cpp rounds: the test below
@@ -326,7 +346,7 @@ def test_llama_cpp_writes_what_the_model_writes(tmp_path: Path, preset: str, ove
 
 
 @pytest.mark.needs("llama.cpp")
-def test_what_llama_cpp_rounds_is_refused_by_its_cause_or_accepted_by_a_persons_word(tmp_path: Path) -> None:
+def test_rounding_of_llama_cpp_is_rejected_unless_tolerated(tmp_path: Path) -> None:
     model = sure(directory(tmp_path / "model", "gpt2", context_length=256))
     with pytest.raises(
         NextwordError, match="rounds GELU to half precision"

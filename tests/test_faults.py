@@ -1,4 +1,4 @@
-"""Faults that are really made, and the required outcome of each: the table of docs/reliability.md. Kills and the loss of a
+"""Injected faults, and the required outcome of each: the table of docs/reliability.md. Kills and the loss of a
 rank are tested in test_pretraining.py and test_distributed.py, hostile directories in test_foreign.py."""
 
 import contextlib

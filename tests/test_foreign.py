@@ -1,4 +1,4 @@
-"""Files that others wrote, and meant ill: refused by name, at once, with nothing run and nothing allocated."""
+"""Malicious model directories: rejected immediately, with the file name, without running or allocating anything."""
 
 import json
 import os
@@ -38,7 +38,7 @@ CONFIG = build_config("modern", "tiny", vocab_size=300, n_layers=2, n_heads=2, d
 
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stock directory that opens, with its tokenizer."""
+    """A Hugging Face directory that opens, with its tokenizer."""
     directory = tmp_path_factory.mktemp("honest")
     torch.manual_seed(0)
     save_model(GPT(CONFIG), directory, end_of_text_id=0, pad_token_id=1)
@@ -78,7 +78,7 @@ def config(**changes: Any) -> Callable[[Path], None]:
 
 
 def header(length: int, content: bytes = b"") -> Callable[[Path], None]:
-    """model.safetensors with a header that is said to be so long."""
+    """A model.safetensors that declares a header of this length."""
 
     def change(directory: Path) -> None:
         path = directory / "model.safetensors"
@@ -315,11 +315,30 @@ VALUES = st.recursive(
     max_leaves=5,
 )
 KEYS = [
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling", "hidden_act",
-    "layer_types", "model_type", "architectures", "id2label", "num_labels", "tie_word_embeddings", "auto_map",
-    "quantization_config", "attention_bias", "partial_rotary_factor",
-]  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_parameters",
+    "rope_scaling",
+    "hidden_act",
+    "layer_types",
+    "model_type",
+    "architectures",
+    "id2label",
+    "num_labels",
+    "tie_word_embeddings",
+    "auto_map",
+    "quantization_config",
+    "attention_bias",
+    "partial_rotary_factor",
+]
 
 
 def again(honest: Path, directory: Path) -> Path:

@@ -106,22 +106,40 @@ def stock_configs():
     sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "max_position_embeddings": 24}
     rope = {"rope_type": "default", "rope_theta": 77_000.0}
     return {
-        "gpt2": t.GPT2Config(vocab_size=61, n_positions=24, n_embd=36, n_layer=3, n_head=3, bos_token_id=0, eos_token_id=0),
+        "gpt2": t.GPT2Config(
+            vocab_size=61, n_positions=24, n_embd=36, n_layer=3, n_head=3, bos_token_id=0, eos_token_id=0
+        ),
         "gpt2-untied": t.GPT2Config(
-            vocab_size=61, n_positions=24, n_embd=32, n_layer=2, n_head=4, n_inner=50, activation_function="relu",
-            tie_word_embeddings=False, bos_token_id=0, eos_token_id=0, layer_norm_epsilon=1e-3,
+            vocab_size=61,
+            n_positions=24,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_inner=50,
+            activation_function="relu",
+            tie_word_embeddings=False,
+            bos_token_id=0,
+            eos_token_id=0,
+            layer_norm_epsilon=1e-3,
         ),
         "gpt1": t.OpenAIGPTConfig(vocab_size=61, n_positions=24, n_embd=32, n_layer=2, n_head=2),
         "qwen3": t.Qwen3Config(
-            vocab_size=61, num_attention_heads=4, num_key_value_heads=2, head_dim=6, rope_parameters=rope,
-            tie_word_embeddings=False, **sizes,
+            vocab_size=61,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=6,
+            rope_parameters=rope,
+            tie_word_embeddings=False,
+            **sizes,
         ),
         "qwen3-tied": t.Qwen3Config(
             vocab_size=61, num_attention_heads=4, num_key_value_heads=4, head_dim=8, tie_word_embeddings=True, **sizes
         ),
-        "llama": t.LlamaConfig(vocab_size=61, num_attention_heads=4, num_key_value_heads=1, rope_parameters=rope, **sizes),
+        "llama": t.LlamaConfig(
+            vocab_size=61, num_attention_heads=4, num_key_value_heads=1, rope_parameters=rope, **sizes
+        ),
         "llama-tied": t.LlamaConfig(vocab_size=61, num_attention_heads=2, tie_word_embeddings=True, **sizes),
-    }  # fmt: skip
+    }
 
 
 def random_stock(name: str, directory: Path, **save) -> Any:
@@ -247,7 +265,7 @@ def test_saved_classifiers_open_in_the_stock_class(tmp_path, preset, overrides, 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "gpt1", "qwen3", "qwen3-tied", "llama", "llama-tied"])
 @pytest.mark.parametrize("n_labels", [1, 2, 4])
 def test_stock_classifiers_load(tmp_path, name, n_labels):
-    """Two labels are the stock default, which its config.json does not mention."""
+    """Two labels are the default of transformers, which config.json does not store."""
     torch.manual_seed(1)
     config = stock_configs()[name]
     config.num_labels = n_labels
@@ -352,7 +370,11 @@ def changed_config(directory: Path, **changes) -> None:
         ("llama", {"hidden_act": "gelu"}, "the activation 'gelu'"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantized"),
         ("llama", {"hidden_size": None}, "hidden_size is null"),
-        ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"RoPE scaling \(yarn\)"),  # beside rope_parameters
+        (
+            "llama",
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            r"RoPE scaling \(yarn\)",
+        ),  # beside rope_parameters
         ("qwen3", {"rope_parameters": {"rope_type": "default", "factor": 4.0}}, "'factor' among the RoPE parameters"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is supported only"),
         ("llama", {"sliding_window": 8}, "'sliding_window' is not supported"),
@@ -362,7 +384,7 @@ def changed_config(directory: Path, **changes) -> None:
         ("gpt1", {"n_inner": 7}, "'n_inner' is not supported"),
         ("gpt2", {"num_attention_heads": 9}, "n_head and num_attention_heads, two names of one size"),
     ],
-)  # fmt: skip
+)
 def test_unsupported_features_are_rejected_by_name(tmp_path, name, changes, message):
     random_stock(name, tmp_path)
     changed_config(tmp_path, **changes)
@@ -411,7 +433,7 @@ def test_a_flipped_bit_is_detected_by_the_manifest(tmp_path):
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_hostile_bytes_are_rejected(tmp_path_factory, data):
-    """Cut or change a stock directory's files anywhere: it opens with finite shapes, or says what is wrong."""
+    """Damaged files of a model directory: it opens with valid shapes, or the error says what is wrong."""
     directory = tmp_path_factory.mktemp("hostile")
     n_labels = data.draw(st.sampled_from([0, 3]))
     model = random_model(small("gpt2", n_layers=1, d_model=8, n_heads=2, context_length=4, n_labels=n_labels))

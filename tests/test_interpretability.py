@@ -1,4 +1,4 @@
-"""What is told of a model's inside is the stock class's own, and what is made of it is what its formula says."""
+"""Interpretability: activations equal those of transformers, and everything derived from them equals its formula."""
 
 import base64
 import hashlib
@@ -68,9 +68,13 @@ def saved(model: GPT, tokenizer: Tokenizer, folder: Path, form: TaskSpec | None 
                 parameter.add_(0.1 * torch.randn_like(parameter))
         facts = {"model": model.config.to_dict(), "task": form.to_dict()}
     save_model(
-        model, folder, end_of_text_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id, labels=labels,
+        model,
+        folder,
+        end_of_text_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id,
+        labels=labels,
         problem_type=None if form is None else form.problem_type,
-    )  # fmt: skip
+    )
     tokenizer.save(folder, model.config.context_length)
     write_manifest(folder, facts)
     return load(folder, device="cpu")
@@ -90,7 +94,7 @@ def model(request: pytest.FixtureRequest, models: dict[str, LanguageModel]) -> L
     return models[request.param]
 
 
-# ---------------------------------------------------------------- beside the stock class
+# ---------------------------------------------------------------- compared with transformers
 
 
 def test_attention_residual_stream_and_predictions_equal_transformers(model: LanguageModel) -> None:
@@ -127,7 +131,7 @@ def test_attention_residual_stream_and_predictions_equal_transformers(model: Lan
 
 
 def test_logit_lens_equals_reference(models: dict[str, LanguageModel]) -> None:
-    """The stock class's own final norm and head, on its own hidden states; with norms after the sums, the head alone."""
+    """The final norm and head of transformers, on its own hidden states; with norms after the sums, the head alone."""
     for name in ("gpt2", "gpt1"):
         model = models[name]
         stock = transformers.AutoModelForCausalLM.from_pretrained(model.path).eval()
@@ -140,7 +144,7 @@ def test_logit_lens_equals_reference(models: dict[str, LanguageModel]) -> None:
         assert [one["probability"] for one in says] == pytest.approx(p.max(-1).values.tolist(), abs=1e-4)
 
 
-def test_kinds_of_heads_are_shares_of_their_weight(models: dict[str, LanguageModel]) -> None:
+def test_head_patterns_are_fractions_of_attention_weight(models: dict[str, LanguageModel]) -> None:
     told = explain(models["modern"], [TEXT])
     rows = told["attention"][0][2]
     kind = told["heads"][0][2]
@@ -176,7 +180,7 @@ def test_attributions_are_complete_and_equal_the_integral(model: LanguageModel) 
     assert found.per_token == pytest.approx(by_hand.tolist(), abs=0.02 * max(map(abs, found.per_token)))
 
 
-def test_a_linear_output_needs_no_path(models: dict[str, LanguageModel]) -> None:
+def test_attributions_of_a_linear_output_are_exact(models: dict[str, LanguageModel]) -> None:
     """Of F(x) = Σ w·x the parts are w·(x − x′) exactly, whatever the model behind makes of it."""
     model, direction = models["gpt2"], torch.randn(32, generator=torch.Generator().manual_seed(0))
     ids, seen = model.tokenizer.encode("the doctor said"), {}
@@ -194,7 +198,7 @@ def test_a_linear_output_needs_no_path(models: dict[str, LanguageModel]) -> None
     assert found.steps == 16
 
 
-def test_the_model_is_left_as_it_was(models: dict[str, LanguageModel]) -> None:
+def test_the_model_is_unchanged(models: dict[str, LanguageModel]) -> None:
     gpt = models["modern"].gpt
     before = {name: value.clone() for name, value in gpt.state_dict().items()}
     explain(models["modern"], [TEXT])
@@ -256,11 +260,18 @@ def test_an_example_of_a_task(name: str, tokenizer: Tokenizer, tmp_path: Path) -
         explain(model, texts, word="doctor")
 
 
-def test_a_stock_classifier_is_read_at_its_last_token(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_transformers_classifier_uses_its_last_token(tokenizer: Tokenizer, tmp_path: Path) -> None:
     config = transformers.GPT2Config(
-        vocab_size=tokenizer.vocab_size, n_positions=48, n_embd=32, n_layer=2, n_head=4, num_labels=3, pad_token_id=1,
-        id2label={0: "red", 1: "green", 2: "blue"}, label2id={"red": 0, "green": 1, "blue": 2},
-    )  # fmt: skip
+        vocab_size=tokenizer.vocab_size,
+        n_positions=48,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        num_labels=3,
+        pad_token_id=1,
+        id2label={0: "red", 1: "green", 2: "blue"},
+        label2id={"red": 0, "green": 1, "blue": 2},
+    )
     torch.manual_seed(3)
     stock = transformers.GPT2ForSequenceClassification(config).eval()
     with torch.no_grad():
@@ -276,7 +287,7 @@ def test_a_stock_classifier_is_read_at_its_last_token(tokenizer: Tokenizer, tmp_
     assert told["leaning"]["target"] == ("red", "green", "blue")[int(p.argmax())]
 
 
-def test_a_classifier_that_has_lost_its_words_says_so(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_classifier_without_output_embeddings_is_reported(tokenizer: Tokenizer, tmp_path: Path) -> None:
     form, texts = TASKS["classify"]
     model = saved(random_model("tutorial", tokenizer.vocab_size), tokenizer, tmp_path / "m", form)
     told = explain(model, texts)
@@ -289,7 +300,7 @@ def test_a_classifier_that_has_lost_its_words_says_so(tokenizer: Tokenizer, tmp_
 # ---------------------------------------------------------------- what is asked
 
 
-def test_a_word_is_taken_as_it_would_follow(models: dict[str, LanguageModel]) -> None:
+def test_a_word_is_encoded_as_a_continuation(models: dict[str, LanguageModel]) -> None:
     model = models["gpt2"]
     spaced, plain = (model.tokenizer.encode(one)[0] for one in (" doctor", "doctor"))
     with torch.no_grad():
@@ -302,7 +313,7 @@ def test_a_word_is_taken_as_it_would_follow(models: dict[str, LanguageModel]) ->
     assert any(re.search(r"is \d+ tokens; the first, .* is explained", note) for note in notes)
 
 
-def test_what_cannot_be_asked_is_refused_in_words(models: dict[str, LanguageModel]) -> None:
+def test_invalid_requests_are_rejected(models: dict[str, LanguageModel]) -> None:
     model = models["gpt2"]
     with pytest.raises(UsageError, match="takes one text, but 2 were given"):
         explain(model, ["The nurse", "said"])
@@ -312,7 +323,9 @@ def test_what_cannot_be_asked_is_refused_in_words(models: dict[str, LanguageMode
         explain(model, [TEXT], word="")
 
 
-def test_long_texts_are_cut_and_say_so(models: dict[str, LanguageModel], tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_long_texts_are_truncated_with_a_note(
+    models: dict[str, LanguageModel], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     model, text = models["modern"], TEXT * 8
     ids = model.tokenizer.encode(text)
     told = explain(model, [text])
@@ -329,7 +342,7 @@ def test_long_texts_are_cut_and_say_so(models: dict[str, LanguageModel], tokeniz
         )
 
 
-def test_how_much_is_shown_is_what_a_page_can_hold() -> None:
+def test_the_page_size_is_limited() -> None:
     def limit(preset: str, size: str) -> int:
         return max_explained_tokens(GPT.on_meta(build_config(preset, size, vocab_size=50)))
 
@@ -339,7 +352,7 @@ def test_how_much_is_shown_is_what_a_page_can_hold() -> None:
     assert 9216 * 29 * 30 / 2 <= 4_010_000
 
 
-def test_nothing_at_all_is_explained(models: dict[str, LanguageModel], tmp_path: Path) -> None:
+def test_an_empty_text_is_explained(models: dict[str, LanguageModel], tmp_path: Path) -> None:
     told = explain(models["modern"], [""])
     assert [token["kind"] for token in told["tokens"]] == ["marker"]
     assert told["attention"] == [[[[1.0]]] * 4] * 2
@@ -363,7 +376,7 @@ HOSTILE += " \u202e שלום 👩‍👩‍👧"
 @given(st.text(max_size=40))
 @example(HOSTILE)
 @example("\ud800 half")
-def test_any_text_is_a_page_that_holds_it_as_text(
+def test_any_text_is_escaped_in_the_page(
     models: dict[str, LanguageModel], tmp_path_factory: pytest.TempPathFactory, text: str
 ) -> None:
     told = explain(models["gpt2"], [text])
@@ -377,7 +390,7 @@ def test_any_text_is_a_page_that_holds_it_as_text(
     assert np.abs(weights - wanted).max() <= 1 / 65535
 
 
-def test_the_policy_names_what_is_in_the_page(models: dict[str, LanguageModel], tmp_path: Path) -> None:
+def test_the_content_security_policy_matches_the_page(models: dict[str, LanguageModel], tmp_path: Path) -> None:
     page = write_explanation_page(explain(models["gpt2"], [TEXT]), tmp_path / "page.html").read_text(encoding="utf-8")
     (style,), (script,) = (
         re.findall(r"<style>(.*?)</style>", page, re.DOTALL),

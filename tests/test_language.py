@@ -1,7 +1,9 @@
 """The field's terms in help, messages and documents: phrases of the project's former private vocabulary do not come back."""
 
 import ast
+import io
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,9 @@ BANNED = {
     r"\bnothing amiss\b": "reference value",
     r"\bnot told apart\b": "not significant",
     r"\bverdicts?\b": "scores, evaluates",
+    r"\bstock (class|director|model|tokenizer|template|loop)": "the class of transformers, a Hugging Face directory",
+    r"\bso-manieth\b": "every n-th",
+    r"\bin turns?, so that\b": "interleaved",
 }
 
 
@@ -65,6 +70,20 @@ def test_messages_and_docstrings():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and not node.value.isidentifier():
                 wrong += [f"{path}:{node.lineno}: {phrase}" for phrase in phrases_in(node.value)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_docstrings_and_comments_of_benchmarks_and_tests():
+    wrong = []
+    for path in [*sorted(REPOSITORY.glob("benchmarks/*.py")), *sorted(REPOSITORY.glob("tests/*.py"))]:
+        text = path.read_text(encoding="utf-8")
+        documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        docstrings = [
+            ast.get_docstring(node) or "" for node in ast.walk(ast.parse(text)) if isinstance(node, documented)
+        ]
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
+        wrong += [f"{path}: {phrase}" for passage in docstrings + comments for phrase in phrases_in(passage)]
     assert not wrong, "\n".join(wrong)
 
 
@@ -97,6 +116,6 @@ def test_the_documents_are_found_by_the_fields_terms(term):
     documents = [
         path for path in sorted(REPOSITORY.glob("docs/*.md")) if path.name not in ("experiments.md", "benchmarks.md")
     ]
-    found = [path.name for path in documents if term.lower() in path.read_text(encoding="utf-8").lower()]
-    assert "reference.md" in found
-    assert len(found) > 1, found
+    names = [path.name for path in documents if term.lower() in path.read_text(encoding="utf-8").lower()]
+    assert "reference.md" in names
+    assert len(names) > 1, names

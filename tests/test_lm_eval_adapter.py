@@ -1,4 +1,4 @@
-"""lm-eval in this process: its tasks score what they score with its own `hf` model, and our suites score the same."""
+"""The lm-eval adapter: scores equal those of its own `hf` model, and those of our benchmarks."""
 
 import contextlib
 import importlib
@@ -49,26 +49,42 @@ def rows(sentences: list[str]) -> dict[str, list[dict[str, Any]]]:
     """Rows as the Hub has them, which is how lm-eval reads them."""
     labels = ["A", "B", "C"]
     return {
-        "blimp": [
-            {"sentence_good": one, "sentence_bad": " ".join(one.split()[::-1]), "UID": "u"} for one in sentences
-        ],
+        "blimp": [{"sentence_good": one, "sentence_bad": " ".join(one.split()[::-1]), "UID": "u"} for one in sentences],
         "arc": [
-            {"question": one, "choices": {"text": [one[k : k + 9 + 5 * k] for k in range(3)], "label": labels},
-             "answerKey": labels[i % 3]} for i, one in enumerate(sentences)
+            {
+                "question": one,
+                "choices": {"text": [one[k : k + 9 + 5 * k] for k in range(3)], "label": labels},
+                "answerKey": labels[i % 3],
+            }
+            for i, one in enumerate(sentences)
         ],
         "hellaswag": [
-            HELLASWAG | {"ctx_a": one, "ctx_b": "so it", "endings": ["is [step] so.", "will", one[:30], one[10:]],
-                         "label": str(i % 4)} for i, one in enumerate(sentences)
+            HELLASWAG
+            | {
+                "ctx_a": one,
+                "ctx_b": "so it",
+                "endings": ["is [step] so.", "will", one[:30], one[10:]],
+                "label": str(i % 4),
+            }
+            for i, one in enumerate(sentences)
         ],
         "lambada": [{"text": one} for one in sentences],
         "winogender": [
-            {"sentence": one, "pronoun": "her", "occupation": "nurse", "participant": "patient", "label": i % 2,
-             "gender": "female", "sentid": f"nurse.patient.{i % 2}.female.txt"} for i, one in enumerate(sentences)
+            {
+                "sentence": one,
+                "pronoun": "her",
+                "occupation": "nurse",
+                "participant": "patient",
+                "label": i % 2,
+                "gender": "female",
+                "sentid": f"nurse.patient.{i % 2}.female.txt",
+            }
+            for i, one in enumerate(sentences)
         ],
         "crows-pairs": [
             {"sent_more": one, "sent_less": " ".join(one.split()[::-1]), "bias_type": "age"} for one in sentences
         ],
-    }  # fmt: skip
+    }
 
 
 # Our suite, lm-eval's task, our scores and its own.
@@ -115,8 +131,8 @@ def test_task_scores_equal_those_of_lm_eval_and_of_our_benchmark(
     tasks = manager(tmp_path, name, rows[name])
     model = load(model_path)
     theirs = evaluate(
-        "hf", {"pretrained": str(model_path)}, tasks=["ours"], task_manager=tasks, bootstrap_iters=0, device="cpu",
-    )  # fmt: skip
+        "hf", {"pretrained": str(model_path)}, tasks=["ours"], task_manager=tasks, bootstrap_iters=0, device="cpu"
+    )
     ours = evaluate(lm_eval_model_class()(model), tasks=["ours"], task_manager=tasks, bootstrap_iters=0)
     for one, other in zip(ours["samples"]["ours"], theirs["samples"]["ours"], strict=True):
         assert one["doc"] == other["doc"]

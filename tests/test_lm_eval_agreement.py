@@ -1,4 +1,4 @@
-"""EleutherAI's harness, unmodified, through the server: the same accuracy and decisions as its own `hf` model gives."""
+"""Unmodified lm-eval through the server: the same accuracy and answers as with its own `hf` model."""
 
 import json
 import os

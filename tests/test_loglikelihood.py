@@ -1,4 +1,4 @@
-"""Log-likelihoods: equal to those of the stock class, by the rules of lm-eval; batched equals single."""
+"""Log-likelihoods: equal to those of transformers, by the rules of lm-eval; batched equals single."""
 
 import json
 import math
@@ -30,7 +30,7 @@ CONTEXT = 128
 
 
 def directory(preset: str, base: Path, out: Path, context_length: int = CONTEXT) -> Path:
-    """A stock directory of a tiny random model, far enough from uniform that its rankings mean something."""
+    """A Hugging Face directory of a tiny random model, far enough from uniform that its rankings mean something."""
     tokenizer = Tokenizer.open(base / "model")
     torch.manual_seed(3)
     sizes = {"n_layers": 2, "n_heads": 4, "d_model": 32, "context_length": context_length}
@@ -62,10 +62,13 @@ def suite_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for i, one in enumerate(sentences)
     ]
     choices = [
-        {"question": one, "choices": [sentences[(i + k) % len(sentences)][: 20 + 7 * k] for k in range(2 + i % 4)],
-         "answer": i % 2}
+        {
+            "question": one,
+            "choices": [sentences[(i + k) % len(sentences)][: 20 + 7 * k] for k in range(2 + i % 4)],
+            "answer": i % 2,
+        }
         for i, one in enumerate(sentences)
-    ]  # fmt: skip
+    ]
     endings = [
         {
             "context": one[: len(one) // 2],
@@ -86,7 +89,7 @@ def questions_of(name: str, path: Path) -> list[LoglikelihoodItem]:
 
 
 class Stock:
-    """lm-eval's own computation, written down from its `TemplateLM` and `HFLM`, on the stock classes: one text at a time."""
+    """lm-eval's own computation, written down from its `TemplateLM` and `HFLM`, on transformers: one text at a time."""
 
     def __init__(self, path: Path):
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -159,7 +162,7 @@ def test_scores_equal_lm_eval(model_path: Path, suite_files: dict[str, Path], na
         }
 
 
-def test_perplexity_equals_the_stock_class(model_path: Path, texts: Path) -> None:
+def test_perplexity_equals_transformers(model_path: Path, texts: Path) -> None:
     """By sliding window: each token but the first window's sees at least half a window."""
     text = sorted(texts.iterdir())[0]
     stock, ids = Stock(model_path), []

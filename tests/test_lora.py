@@ -229,7 +229,7 @@ SHAPES = [LoraConfig(rank=3, alpha=12), LoraConfig(rank=2, alpha=1.5)]
 
 
 def with_peft(stock_class: str, base: Path, adapter: Path, vocab_size: int, **arguments) -> Any:
-    """The stock base model, resized, with the adapter as `peft` reads it; any warning of a missing weight is an error."""
+    """The resized base model of transformers with the adapter read by `peft`; any warning of a missing weight is an error."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""The model against its equations, each computed directly, in float64, as its paper has it."""
+"""The model equals the equations of the papers, computed directly in float64."""
 
 import math
 from typing import Any
@@ -378,9 +378,16 @@ def test_every_valid_config_makes_a_working_model(values, n_layers, n_kv_heads):
     """Every configuration is either rejected when it is made, or makes a model that runs."""
     try:
         config = ModelConfig(
-            vocab_size=11, context_length=6, n_layers=n_layers, n_heads=4, n_kv_heads=n_kv_heads, head_dim=4, d_model=16,
-            d_ff=64, **values,
-        )  # fmt: skip
+            vocab_size=11,
+            context_length=6,
+            n_layers=n_layers,
+            n_heads=4,
+            n_kv_heads=n_kv_heads,
+            head_dim=4,
+            d_model=16,
+            d_ff=64,
+            **values,
+        )
     except ConfigError:
         return
     assert config.family in ("gpt1", "gpt2", "qwen3", "llama")

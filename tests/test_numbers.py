@@ -105,8 +105,13 @@ def test_on_the_command_line_and_in_a_file_too(nextword: CLIRunner, tmp_path, te
     table.write_text("text,label\na,x\nb,y\n")
     (tmp_path / "model").mkdir()
     arguments = {
-        "model": tmp_path / "model", "data": table, "corpora": texts, "out": tmp_path / "out", "prompts": "a", "texts": "a",
-    }  # fmt: skip
+        "model": tmp_path / "model",
+        "data": table,
+        "corpora": texts,
+        "out": tmp_path / "out",
+        "prompts": "a",
+        "texts": "a",
+    }
     command = COMMANDS[name]
     given = [
         str(arguments[f.name]) for f in declared_fields(command.config) if info_of(f).positional and f.name in arguments
@@ -173,9 +178,21 @@ def test_numbers_at_the_ends_of_their_ranges_work(texts: Path, tmp_path):
     }
     zeros = dict.fromkeys(("weight_decay", "warmup", "final_lr", "clip", "beta1", "beta2", "momentum"), 0)
     nextword.pretrain(
-        texts, tmp_path / "run", steps=1, vocab_size=300, seed=-(2**63), model=sizes,
-        training={**zeros, "lr": 5e-324, "evaluations": 10**15, "patience": 10**15, "save_every": 10**15, "batch_tokens": 1},
-    )  # fmt: skip
+        texts,
+        tmp_path / "run",
+        steps=1,
+        vocab_size=300,
+        seed=-(2**63),
+        model=sizes,
+        training={
+            **zeros,
+            "lr": 5e-324,
+            "evaluations": 10**15,
+            "patience": 10**15,
+            "save_every": 10**15,
+            "batch_tokens": 1,
+        },
+    )
     for settings in (
         {"temperature": 1e300, "top_k": 10**15, "top_p": 5e-324, "min_p": 1, "repetition_penalty": 100, "seed": -1},
         {"temperature": 5e-324, "max_tokens": 0, "repetition_penalty": 5e-324, "logprobs": 10**15},

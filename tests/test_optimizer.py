@@ -1,4 +1,4 @@
-"""AdamW is PyTorch's, Muon equals PyTorch's, and the learning rate schedules are those of the papers."""
+"""AdamW and Muon equal those of PyTorch, and the learning rate schedules those of the papers."""
 
 import math
 

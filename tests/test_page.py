@@ -1,6 +1,6 @@
-"""Journeys of people on the page, in a real Chromium against a stand-in for the server.
+"""End-to-end scenarios of the chat page, in Chromium with a fake server.
 
-In every journey: nothing is said on the browser's console, nothing is asked of another origin, and the page's strict policy is
+In every scenario, the browser's console stays empty, no request goes to another origin, and the page's strict policy is
 never broken.
 """
 
@@ -121,7 +121,7 @@ def open_page(browser: "Browser", server: PageServer) -> Iterator[Open]:
 # ---------------------------------------------------------------- conversation
 
 
-def test_a_conversation_is_streamed_and_goes_on(open_page: Open) -> None:
+def test_a_conversation_is_streamed_and_continues(open_page: Open) -> None:
     j = open_page()
     expect(j.at("#model")).to_contain_text("lighthouse-mini reads 256 tokens · fp32")
     assert j.focused() == "draft"
@@ -143,9 +143,13 @@ def test_a_conversation_is_streamed_and_goes_on(open_page: Open) -> None:
     body = j.asked()
     settings = {"temperature": 0.8, "top_p": 1, "min_p": 0, "repetition_penalty": 1, "max_tokens": 200}
     assert body == settings | {
-        "model": "lighthouse-mini", "stream": True, "stream_options": {"include_usage": True}, "logprobs": True,
-        "top_logprobs": 5, "messages": [{"role": "user", "content": "Tell me\nof the sea"}],
-    }  # fmt: skip
+        "model": "lighthouse-mini",
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "logprobs": True,
+        "top_logprobs": 5,
+        "messages": [{"role": "user", "content": "Tell me\nof the sea"}],
+    }
     j.say("And then?")
     assert [message["role"] for message in j.asked()["messages"]] == ["user", "assistant", "user"]
     assert j.asked()["messages"][1]["content"] == TOLD
@@ -225,7 +229,7 @@ def test_regenerate_and_undo(open_page: Open) -> None:
     expect(j.answers).to_have_count(2)
 
 
-def test_edit_goes_on_from_there(open_page: Open) -> None:
+def test_edit_continues_from_the_message(open_page: Open) -> None:
     j = open_page()
     j.say("first")
     j.say("second")
@@ -256,7 +260,7 @@ def test_edit_goes_on_from_there(open_page: Open) -> None:
 # ---------------------------------------------------------------- tokens
 
 
-def test_a_token_tells_its_probability_and_alternatives(open_page: Open) -> None:
+def test_a_token_shows_its_probability_and_alternatives(open_page: Open) -> None:
     j = open_page()
     j.say("unsure")
     tokens, box = j.answers.locator(".token"), j.at("#inspector")
@@ -298,7 +302,7 @@ def test_a_token_tells_its_probability_and_alternatives(open_page: Open) -> None
     expect(box).to_be_hidden()
 
 
-def test_underlines_tell_probability_by_thickness_too(open_page: Open) -> None:
+def test_underline_thickness_shows_probability(open_page: Open) -> None:
     j = open_page(viewport=DESKTOP_VIEWPORT)
     j.say("unsure")
     style = "e => [getComputedStyle(e).textDecorationLine, parseFloat(getComputedStyle(e).textDecorationThickness)]"
@@ -313,7 +317,7 @@ def test_underlines_tell_probability_by_thickness_too(open_page: Open) -> None:
     expect(j.at("#inspector")).to_be_visible()
 
 
-def test_a_pointer_that_rests_is_left_alone(open_page: Open) -> None:
+def test_a_resting_pointer_opens_nothing(open_page: Open) -> None:
     """A text that is written under it, or scrolled, opens no boxes."""
     j = open_page()
     j.say("unsure")
@@ -416,7 +420,7 @@ def test_completion_in_place(open_page: Open) -> None:
 # ---------------------------------------------------------------- keyboard, phone, themes, assistive technology
 
 
-def test_the_whole_way_by_keyboard(open_page: Open) -> None:
+def test_keyboard_operation(open_page: Open) -> None:
     j = open_page(viewport=NARROW)
     press, focused = j.page.keyboard.press, j.focused
 
@@ -512,7 +516,7 @@ def test_on_a_phone(open_page: Open) -> None:
 
 
 @pytest.mark.parametrize("viewport", [DESKTOP_VIEWPORT, PHONE_VIEWPORT], ids=["wide", "phone"])
-def test_closing_the_settings_takes_nobody_away_from_a_field(open_page: Open, viewport: Any) -> None:
+def test_closing_the_settings_keeps_the_focus(open_page: Open, viewport: Any) -> None:
     """The browser tells of it a moment later: back to the button, but not from a field that one has gone on to by then."""
     j = open_page(viewport=viewport)
     close = """(next) => new Promise((done) => {
@@ -604,7 +608,7 @@ def test_themes(open_page: Open) -> None:
 # ---------------------------------------------------------------- trouble
 
 
-def test_the_server_goes_away_and_comes_back(open_page: Open) -> None:
+def test_the_server_disconnects_and_reconnects(open_page: Open) -> None:
     j = open_page()
     j.troubles = True
     j.say("slow", done=False)
@@ -645,7 +649,7 @@ def test_a_server_that_is_still_loading(open_page: Open, server: PageServer) -> 
     expect(j.page.get_by_role("alert")).to_be_hidden()
 
 
-def test_a_busy_server_and_errors_in_words(open_page: Open) -> None:
+def test_busy_server_and_error_messages(open_page: Open) -> None:
     j = open_page()
     j.troubles = True
     j.say("busy", done=False)
@@ -670,7 +674,7 @@ def test_a_busy_server_and_errors_in_words(open_page: Open) -> None:
     expect(j.at(".exchange .note").last).to_contain_text("was lost")
 
 
-def test_a_key_is_asked_for(open_page: Open, server: PageServer) -> None:
+def test_the_api_key_dialog(open_page: Open, server: PageServer) -> None:
     server.script.key = "right"
     j = open_page()
     j.troubles = True
@@ -700,7 +704,7 @@ def test_a_key_is_asked_for(open_page: Open, server: PageServer) -> None:
 # ---------------------------------------------------------------- files
 
 
-def test_save_is_what_finetune_reads_and_load_brings_it_back(open_page: Open, tmp_path: Path) -> None:
+def test_saved_conversations_are_training_data_and_can_be_loaded(open_page: Open, tmp_path: Path) -> None:
     from nextword.data.issues import IssueLog
     from nextword.tasks.examples import read_examples
 
@@ -719,9 +723,12 @@ def test_save_is_what_finetune_reads_and_load_brings_it_back(open_page: Open, tm
     (example,) = read_examples([str(file)], "chat", problems).items
     assert problems.summary_lines() == []
     assert [(m["role"], m["content"]) for m in example.fields["messages"]] == [
-        ("system", "Be kind."), ("user", "emoji"), ("assistant", EMOJI), ("user", "lines"),
+        ("system", "Be kind."),
+        ("user", "emoji"),
+        ("assistant", EMOJI),
+        ("user", "lines"),
         ("assistant", "one\n\n  two\n\tthree"),
-    ]  # fmt: skip
+    ]
 
     file.write_text(
         '{"messages": [{"role": "assistant", "content": "other"}]}\n' + file.read_text(encoding="utf-8"), "utf-8"
@@ -734,10 +741,11 @@ def test_save_is_what_finetune_reads_and_load_brings_it_back(open_page: Open, tm
     assert len(fresh.asked()["messages"]) == 6
     assert fresh.asked()["messages"][0] == {"role": "system", "content": "Be kind."}
     for wrong, why in (
-        ("nonsense", "Line 1 is not JSON"), ("{}", "no line such as"),
+        ("nonsense", "Line 1 is not JSON"),
+        ("{}", "no line such as"),
         ('{"messages": [{"role": "user"}]}', "Message 1 has no text"),
         ('{"messages": [{"role": "tool", "content": "x"}]}', "has the role tool"),
-    ):  # fmt: skip
+    ):
         file.write_text(wrong)
         fresh.at("#file").set_input_files(file)
         expect(fresh.at("#notice")).to_contain_text(why)
@@ -766,7 +774,7 @@ def test_copy_and_reload(open_page: Open) -> None:
     assert j.field("Text to continue").input_value() == "half a tale"
 
 
-def test_with_a_model_behind_it(browser: "Browser", base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_real_model(browser: "Browser", base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same journeys in short, against the real server; whose policy is the one that the stand-in has."""
     pytest.importorskip("fastapi", reason="the real server needs fastapi")
     from nextword.serving import security
@@ -815,7 +823,7 @@ def test_with_a_model_behind_it(browser: "Browser", base: Path, monkeypatch: pyt
         j.close()
 
 
-def test_the_page_is_small_and_whole() -> None:
+def test_the_page_is_small_and_self_contained() -> None:
     """Nothing inline, nothing from elsewhere, and no way by which a model's text could become HTML."""
     html = (PAGE_DIR / "index.html").read_text(encoding="utf-8")
     assert "style=" not in html and "http" not in html and " on" + "click" not in html

@@ -1,4 +1,4 @@
-"""Perplexity against its formula in float64; and that a trained model uses its context."""
+"""Perplexity equals its formula in float64; a trained model uses its context."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Tables to records: the same rows from every format, with their lines; every flaw is recorded."""
+"""Readers of tables: the same rows and line numbers from every format; every invalid row is recorded."""
 
 import csv
 import gzip

@@ -1,4 +1,4 @@
-"""The API as clients see it: OpenAI's own client, lm-eval's requests, and every form of answer, from a real process."""
+"""The API of a server process: the `openai` client, the requests of lm-eval, and every form of response."""
 
 import asyncio
 import base64
@@ -64,7 +64,7 @@ def logprobs_of(model: LanguageModel, ids: list[int]) -> torch.Tensor:
 # ---------------------------------------------------------------- completions
 
 
-def test_a_completion_is_what_generate_gives(client: OpenAI, loaded: LanguageModel) -> None:
+def test_a_completion_equals_generate(client: OpenAI, loaded: LanguageModel) -> None:
     expected = loaded.generate("The", temperature=1.5, seed=5, max_tokens=20)[0]
     made = client.completions.create(model="small", prompt="The", max_tokens=20, **FREE)
     assert made.choices[0].text == expected.text
@@ -78,7 +78,7 @@ def test_a_completion_is_what_generate_gives(client: OpenAI, loaded: LanguageMod
     assert default.usage is not None and default.usage.completion_tokens == 16
 
 
-def test_a_stream_is_the_same_text_in_pieces(client: OpenAI) -> None:
+def test_a_stream_equals_the_completion(client: OpenAI) -> None:
     settings: dict[str, Any] = {"model": "small", "prompt": "The", "max_tokens": 30, "logprobs": 2, **FREE}
     whole = client.completions.create(**settings)
     pieces = list(client.completions.create(**settings, stream=True, stream_options={"include_usage": True}))
@@ -127,7 +127,7 @@ def test_several_texts_of_a_prompt_and_several_prompts(server: ServerProcess) ->
     assert ["".join(part["text"] for part in parts if part["index"] == i) for i in range(3)] == texts
 
 
-def test_the_best_are_the_likeliest_by_token(server: ServerProcess) -> None:
+def test_best_of_returns_the_highest_mean_logprob(server: ServerProcess) -> None:
     settings = {"max_tokens": 8, "seed": 3, "temperature": 2.0}
     every = server.complete("The", n=6, logprobs=0, **settings)["choices"]
 
@@ -205,7 +205,7 @@ def test_logprobs_are_the_models_own(
     assert text == server.complete(ids, max_tokens=6, logit_bias=characters, **FREE)["choices"][0]["text"]
 
 
-def test_echo_tells_the_prompt_and_how_likely_it_was(server: ServerProcess, loaded: LanguageModel) -> None:
+def test_echo_returns_the_prompt_with_logprobs(server: ServerProcess, loaded: LanguageModel) -> None:
     prompt = "The list of é🙂"
     ids = loaded.tokenizer.encode(prompt)
     for max_tokens in (0, 3):
@@ -225,7 +225,7 @@ def test_echo_tells_the_prompt_and_how_likely_it_was(server: ServerProcess, load
     assert server.complete(prompt, echo=True, max_tokens=0)["choices"][0]["logprobs"] is None
 
 
-def test_lm_eval_gets_what_it_computes_with(server: ServerProcess, loaded: LanguageModel) -> None:
+def test_requests_of_lm_eval(server: ServerProcess, loaded: LanguageModel) -> None:
     """Its requests and its reading of the answers, as in lm_eval/models/openai_completions.py (0.4.13)."""
     contexts, continuations = ["The value of", "A list"], [" the object", " is"]
     both = [
@@ -233,8 +233,14 @@ def test_lm_eval_gets_what_it_computes_with(server: ServerProcess, loaded: Langu
     ]
     lengths = [len(loaded.tokenizer.encode(a)) for a in contexts]
     payload = {
-        "model": "small", "prompt": both, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True,
-    }  # fmt: skip
+        "model": "small",
+        "prompt": both,
+        "temperature": 0,
+        "max_tokens": 1,
+        "logprobs": 1,
+        "seed": 1234,
+        "echo": True,
+    }
     answer = server.post("/v1/completions", payload).json
     for choice, ids, length in zip(answer["choices"], both, lengths, strict=True):
         assert len(choice["logprobs"]["token_logprobs"]) == len(ids) + 1
@@ -265,7 +271,7 @@ def test_lm_evals_remote_tokenizer(server: ServerProcess, loaded: LanguageModel)
 # ---------------------------------------------------------------- conversations
 
 
-def test_a_model_that_has_learned_no_conversation_answers_and_says_so(client: OpenAI, server: ServerProcess) -> None:
+def test_a_model_without_chat_format_responds_with_a_note(client: OpenAI, server: ServerProcess) -> None:
     messages: Any = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
     raw = client.chat.completions.with_raw_response.create(
         model="small", messages=messages, max_tokens=12, logprobs=True, top_logprobs=3, n=2, seed=4
@@ -283,9 +289,15 @@ def test_a_model_that_has_learned_no_conversation_answers_and_says_so(client: Op
     plain = server.complete(prompt, max_tokens=12, seed=4, stop="\nUser:")["choices"][0]
     assert plain["text"] == choice.message.content
     stream = client.chat.completions.create(
-        model="small", messages=messages, max_tokens=12, logprobs=True, top_logprobs=3, seed=4, stream=True,
+        model="small",
+        messages=messages,
+        max_tokens=12,
+        logprobs=True,
+        top_logprobs=3,
+        seed=4,
+        stream=True,
         stream_options={"include_usage": True},
-    )  # fmt: skip
+    )
     parts = list(stream)
     assert parts[0].choices[0].delta.role == "assistant" and parts[0].object == "chat.completion.chunk"
     assert "".join(c.delta.content or "" for part in parts for c in part.choices) == choice.message.content
@@ -298,7 +310,7 @@ def test_a_model_that_has_learned_no_conversation_answers_and_says_so(client: Op
     assert parts[-2].choices[0].finish_reason == choice.finish_reason and parts[-1].usage is not None
 
 
-def test_an_answer_is_as_long_as_there_is_room(client: OpenAI) -> None:
+def test_the_default_max_tokens_fills_the_context(client: OpenAI) -> None:
     made = client.chat.completions.create(
         model="small", messages=[{"role": "user", "content": "Hi"}], logit_bias={"0": -100}, stop=None
     )
@@ -306,13 +318,17 @@ def test_an_answer_is_as_long_as_there_is_room(client: OpenAI) -> None:
     assert made.usage.total_tokens == 64 or made.choices[0].finish_reason == "stop"
     parts: Any = [{"type": "text", "text": "The"}, {"type": "text", "text": "list"}]
     with_parts = client.chat.completions.create(
-        model="small", messages=[{"role": "developer", "content": "x"}, {"role": "user", "content": parts}],
-        max_completion_tokens=3, temperature=0,
-    )  # fmt: skip
+        model="small",
+        messages=[{"role": "developer", "content": "x"}, {"role": "user", "content": parts}],
+        max_completion_tokens=3,
+        temperature=0,
+    )
     joined = client.chat.completions.create(
-        model="small", messages=[{"role": "system", "content": "x"}, {"role": "user", "content": "The\nlist"}],
-        max_tokens=3, temperature=0,
-    )  # fmt: skip
+        model="small",
+        messages=[{"role": "system", "content": "x"}, {"role": "user", "content": "The\nlist"}],
+        max_tokens=3,
+        temperature=0,
+    )
     assert with_parts.choices[0].message.content == joined.choices[0].message.content
 
 
@@ -321,19 +337,28 @@ def test_an_answer_is_as_long_as_there_is_room(client: OpenAI) -> None:
 SCHEMA = {
     "type": "object",
     "properties": {
-        "name": {"type": "string", "maxLength": 6}, "age": {"type": "integer", "minimum": 0, "maximum": 150},
-        "kind": {"enum": ["cat", "dog"]}, "tags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2},
+        "name": {"type": "string", "maxLength": 6},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "kind": {"enum": ["cat", "dog"]},
+        "tags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2},
     },
-    "required": ["name", "age", "kind", "tags"], "additionalProperties": False,
-}  # fmt: skip
+    "required": ["name", "age", "kind", "tags"],
+    "additionalProperties": False,
+}
 
 
-def test_text_that_is_held_to_a_schema_always_fits_it(client: OpenAI) -> None:
+def test_constrained_text_always_matches_its_schema(client: OpenAI) -> None:
     form: Any = {"type": "json_schema", "json_schema": {"name": "pet", "schema": SCHEMA, "strict": True}}
     made = client.chat.completions.create(
-        model="small", messages=[{"role": "user", "content": "A pet?"}], response_format=form, n=6, temperature=2,
-        seed=1, max_tokens=200, stop=None,
-    )  # fmt: skip
+        model="small",
+        messages=[{"role": "user", "content": "A pet?"}],
+        response_format=form,
+        n=6,
+        temperature=2,
+        seed=1,
+        max_tokens=200,
+        stop=None,
+    )
     finished = 0
     for choice in made.choices:
         if choice.finish_reason == "stop":
@@ -344,7 +369,7 @@ def test_text_that_is_held_to_a_schema_always_fits_it(client: OpenAI) -> None:
     assert len({choice.message.content for choice in made.choices}) == 6
 
 
-def test_a_completion_is_held_to_json_too_and_ends_there(server: ServerProcess) -> None:
+def test_a_completion_can_be_constrained_to_json(server: ServerProcess) -> None:
     form = {"type": "json_schema", "json_schema": {"schema": SCHEMA}}
     for seed in range(12):
         made = server.complete("x", response_format=form, max_tokens=300, temperature=2, seed=seed)["choices"][0]
@@ -362,12 +387,14 @@ PET = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "
 @pytest.mark.parametrize(
     "form",
     [
-        {"type": "json_schema", "json_schema": {"schema": PET}}, {"type": "json_schema", "schema": PET},
-        {"type": "json_object", "schema": PET}, {"type": "json_object", "json_schema": {"schema": PET}},
+        {"type": "json_schema", "json_schema": {"schema": PET}},
+        {"type": "json_schema", "schema": PET},
+        {"type": "json_object", "schema": PET},
+        {"type": "json_object", "json_schema": {"schema": PET}},
         {"type": "json_object", "schema": PET, "json_schema": {"schema": PET}},
     ],
-)  # fmt: skip
-def test_a_schema_is_held_to_wherever_a_client_puts_it(server: ServerProcess, form: Any) -> None:
+)
+def test_a_schema_is_accepted_in_every_place(server: ServerProcess, form: Any) -> None:
     made = server.complete("x", response_format=form, max_tokens=60)["choices"][0]
     assert json.loads(made["text"]) == {"a": 1}
 
@@ -375,12 +402,13 @@ def test_a_schema_is_held_to_wherever_a_client_puts_it(server: ServerProcess, fo
 @pytest.mark.parametrize(
     "form",
     [
-        {"type": "text", "schema": PET}, {"type": "text", "json_schema": {"schema": PET}},
+        {"type": "text", "schema": PET},
+        {"type": "text", "json_schema": {"schema": PET}},
         {"type": "json_object", "schema": PET, "json_schema": {"schema": {}}},
         {"type": "json_object", "schema": "x"},
     ],
-)  # fmt: skip
-def test_a_schema_that_contradicts_its_place_is_refused(server: ServerProcess, form: Any) -> None:
+)
+def test_contradicting_schemas_are_rejected(server: ServerProcess, form: Any) -> None:
     answer = server.post("/v1/completions", {"prompt": "x", "response_format": form})
     assert answer.status == 400 and answer.error["param"].startswith("response_format")
 
@@ -388,21 +416,28 @@ def test_a_schema_that_contradicts_its_place_is_refused(server: ServerProcess, f
 @pytest.mark.parametrize(
     "schema",
     [
-        {"type": "objekt"}, {"$ref": "http://elsewhere.example/x.json"}, {"enum": ["x" * 70_000]},
-        {"type": "string", "pattern": "(" * 5000}, {"type": "integer", "multipleOf": 999_999_937},
-        {"oneOf": [{"const": 1}, {"const": 2}]}, {"not": {}}, {"$ref": "#"}, {"allOf": [{"$ref": "#"}]},
+        {"type": "objekt"},
+        {"$ref": "http://elsewhere.example/x.json"},
+        {"enum": ["x" * 70_000]},
+        {"type": "string", "pattern": "(" * 5000},
+        {"type": "integer", "multipleOf": 999_999_937},
+        {"oneOf": [{"const": 1}, {"const": 2}]},
+        {"not": {}},
+        {"$ref": "#"},
+        {"allOf": [{"$ref": "#"}]},
         {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(4000)}},
-        {"allOf": [{"pattern": str(i)} for i in range(100)]}, {"type": "string", "minLength": 2, "maxLength": 1},
+        {"allOf": [{"pattern": str(i)} for i in range(100)]},
+        {"type": "string", "minLength": 2, "maxLength": 1},
     ],
-)  # fmt: skip
-def test_a_schema_that_cannot_be_held_to_is_refused_soon(server: ServerProcess, schema: Any) -> None:
+)
+def test_an_unsupported_schema_is_rejected(server: ServerProcess, schema: Any) -> None:
     form = {"type": "json_schema", "json_schema": {"schema": schema}}
     answer = server.post("/v1/completions", {"prompt": "x", "response_format": form, "max_tokens": 300})
     assert answer.status == 400 and answer.error["param"] == "response_format"
     assert len(answer.error["message"]) < 600
 
 
-def test_a_schema_nested_beyond_reason_is_refused(server: ServerProcess) -> None:
+def test_a_deeply_nested_schema_is_rejected(server: ServerProcess) -> None:
     nested = b'{"items":' * 900 + b"{}" + b"}" * 900
     head = b'{"prompt":"x","response_format":{"type":"json_schema","json_schema":{"schema":'
     assert server.post("/v1/completions", head + nested + b"}}}").status == 400
@@ -414,7 +449,7 @@ def test_a_schema_nested_beyond_reason_is_refused(server: ServerProcess) -> None
 # ---------------------------------------------------------------- other routes
 
 
-def test_embeddings_are_means_of_length_one(client: OpenAI, server: ServerProcess, loaded: LanguageModel) -> None:
+def test_embeddings_are_normalized_means(client: OpenAI, server: ServerProcess, loaded: LanguageModel) -> None:
     texts = ["The list", "A value of é🙂"]
     made = client.embeddings.create(model="small", input=texts)  # this client asks for base64
     for text, one in zip(texts, made.data, strict=True):
@@ -437,8 +472,11 @@ def test_the_list_of_models(client: OpenAI, server: ServerProcess) -> None:
     assert model.id == "small" and client.models.retrieve("small").id == "small"
     facts = model.model_dump()["nextword"]
     assert {name: facts[name] for name in ("chat", "task", "context_length", "precision")} == {
-        "chat": False, "task": None, "context_length": 64, "precision": "float32",
-    }  # fmt: skip
+        "chat": False,
+        "task": None,
+        "context_length": 64,
+        "precision": "float32",
+    }
     with pytest.raises(openai.NotFoundError, match="model 'other' does not exist"):
         client.completions.create(model="other", prompt="x")
     assert server.post("/v1/classify", {"input": "x"}).status == 400  # fine-tuned for no task
@@ -512,7 +550,7 @@ WRONG: list[tuple[str, dict[str, Any], str | None]] = [
 
 
 @pytest.mark.parametrize(("path", "body", "param"), WRONG, ids=lambda value: str(value)[:40])
-def test_what_is_wrong_is_refused_by_name(
+def test_invalid_parameters_are_rejected_by_name(
     server: ServerProcess, path: str, body: dict[str, Any], param: str | None
 ) -> None:
     answer = server.post(path, body)
@@ -521,13 +559,25 @@ def test_what_is_wrong_is_refused_by_name(
     assert len(answer.error["message"]) < 600
 
 
-@pytest.mark.parametrize("body", [b"{", b"", b"[]", b'"x"', b"\xff\xfe", b'{"temperature": NaN}', b'{"seed": 1e400}',
-                                  b'{"seed": ' + b"9" * 5000 + b"}", b"[" * 100_000])  # fmt: skip
-def test_a_body_that_is_no_request_is_refused(server: ServerProcess, body: bytes) -> None:
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        b"",
+        b"[]",
+        b'"x"',
+        b"\xff\xfe",
+        b'{"temperature": NaN}',
+        b'{"seed": 1e400}',
+        b'{"seed": ' + b"9" * 5000 + b"}",
+        b"[" * 100_000,
+    ],
+)
+def test_an_invalid_body_is_rejected(server: ServerProcess, body: bytes) -> None:
     assert server.post("/v1/completions", body).status == 400
 
 
-def test_unknown_fields_and_nulls_are_passed_over(server: ServerProcess) -> None:
+def test_unknown_fields_and_nulls_are_ignored(server: ServerProcess) -> None:
     names = (
         "temperature",
         "top_p",
@@ -546,7 +596,7 @@ def test_unknown_fields_and_nulls_are_passed_over(server: ServerProcess) -> None
     assert answer.status == 200, answer.body
 
 
-def test_a_prompt_longer_than_the_context_is_refused_and_not_cut(client: OpenAI, server: ServerProcess) -> None:
+def test_a_prompt_longer_than_the_context_is_rejected(client: OpenAI, server: ServerProcess) -> None:
     fits, over = server.post("/v1/completions", {"prompt": [5] * 64}), [5] * 65
     assert fits.status == 200
     for prompt in (over, "word " * 100, "x" * 500_000):
@@ -558,9 +608,7 @@ def test_a_prompt_longer_than_the_context_is_refused_and_not_cut(client: OpenAI,
     assert refused.value.code == "context_length_exceeded"
 
 
-def test_of_a_longer_prompt_the_end_is_kept_where_that_is_asked_for(
-    server: ServerProcess, loaded: LanguageModel
-) -> None:
+def test_truncate_prompt_tokens_keeps_the_end(server: ServerProcess, loaded: LanguageModel) -> None:
     long = "The list of values is long, " * 30
     ids = loaded.tokenizer.encode(long)
     for keep, prompt in ((-1, long), (-1, ids), (10**9, long), (5, long), (0, long)):
@@ -573,7 +621,7 @@ def test_of_a_longer_prompt_the_end_is_kept_where_that_is_asked_for(
     assert server.post("/v1/completions", {"prompt": "x", "truncate_prompt_tokens": -2}).status == 400
 
 
-def test_half_surrogates_are_no_text(server: ServerProcess) -> None:
+def test_lone_surrogates_are_rejected(server: ServerProcess) -> None:
     assert server.post("/v1/completions", b'{"prompt": "a\\ud800b"}').error["param"] == "prompt"
     form = (
         b'{"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"schema": {"const": "\\ud800"}}}}'
@@ -581,7 +629,7 @@ def test_half_surrogates_are_no_text(server: ServerProcess) -> None:
     assert server.post("/v1/completions", form).status == 400
 
 
-def test_paths_and_methods_that_are_not_there(server: ServerProcess) -> None:
+def test_unknown_paths_and_methods(server: ServerProcess) -> None:
     assert (server.get("/nothing").status, server.get("/nothing").error["type"]) == (404, "invalid_request_error")
     assert server.get("/v1/completions").status == 405
     assert server.get("/docs").status == 404  # FastAPI's page would load scripts from elsewhere
@@ -607,7 +655,7 @@ def test_precisions_and_the_seed_of_the_server(base: Path) -> None:
     assert engine.generate(["The"], Sampling(temperature=1.5, max_tokens=20))[0].text == first
 
 
-def test_a_model_that_cannot_be_opened_ends_the_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_server_exits_if_the_model_cannot_be_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["serve", str(tmp_path / "nowhere"), "--port", "0"]) == 1
     assert "not a model directory or a run directory" in capsys.readouterr().err
     made = make_model_dir(tmp_path / "model", train_bpe(["The house"] * 3, 300))
@@ -626,7 +674,7 @@ def test_a_model_that_cannot_be_opened_ends_the_server(tmp_path: Path, capsys: p
         (["--queue", "-1"], "--queue"),
     ],
 )
-def test_wrong_use_is_refused_before_anything_listens(
+def test_usage_errors_are_reported_before_listening(
     base: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     assert cli.run(["serve", str(base), *arguments]) == 2
@@ -646,9 +694,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, base: Path)
         nextword.serve(base)
 
 
-def test_without_llguidance_a_schema_is_refused_and_the_rest_goes_on(
-    monkeypatch: pytest.MonkeyPatch, base: Path
-) -> None:
+def test_without_llguidance_only_schemas_are_rejected(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with running_server(base) as one:
         answer = one.post("/v1/completions", {"prompt": "x", "response_format": {"type": "json_object"}})

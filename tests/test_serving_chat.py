@@ -1,5 +1,5 @@
 """Conversations: each model in the form that it has learned, in which no message can become a marker, and no template can
-hold up the server. And what else belongs to a kind of model: fine-tuned ones, and texts in company.
+hold up the server. And what else belongs to a kind of model: fine-tuned ones, and several sequences per request.
 """
 
 import asyncio
@@ -42,8 +42,12 @@ BOMBS = {
     "{% endfor %}",
     "length": "{{ 'a' * 4000000 }}",
 }
-TURNS = [{"role": "system", "content": " Be kind. "}, {"role": "user", "content": "Hi ñu\n"}, {"role": "assistant",
-         "content": "The 🙂"}, {"role": "user", "content": "Why?"}]  # fmt: skip
+TURNS = [
+    {"role": "system", "content": " Be kind. "},
+    {"role": "user", "content": "Hi ñu\n"},
+    {"role": "assistant", "content": "The 🙂"},
+    {"role": "user", "content": "Why?"},
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,7 +96,7 @@ def prompt_of(server: ThreadedServer, messages: list[dict[str, Any]]) -> list[in
 # ---------------------------------------------------------------- forms
 
 
-def test_a_model_of_ours_is_asked_as_it_has_learned(own: ThreadedServer) -> None:
+def test_a_chat_model_gets_its_training_format(own: ThreadedServer) -> None:
     tokenizer = own.service.model.tokenizer
     assert (
         isinstance(own.service.chat_encoder, NativeChatEncoder)
@@ -106,7 +110,7 @@ def test_a_model_of_ours_is_asked_as_it_has_learned(own: ThreadedServer) -> None
     assert tool.status == 400 and tool.error["param"] == "messages"
 
 
-def test_an_answer_ends_where_a_turn_does(own: ThreadedServer) -> None:
+def test_a_response_ends_with_its_turn(own: ThreadedServer) -> None:
     ids = own.service.model.tokenizer.special_tokens
     for marker in (*CHAT_SPECIAL_TOKENS, EOS_TOKEN):
         body = {"messages": TURNS, "logit_bias": {str(ids[marker]): 100}, "logprobs": True, "max_tokens": 9}
@@ -116,7 +120,7 @@ def test_an_answer_ends_where_a_turn_does(own: ThreadedServer) -> None:
 
 
 @pytest.mark.parametrize("server", ["own", "chatml"])
-def test_what_a_message_says_never_becomes_a_marker(server: str, request: pytest.FixtureRequest) -> None:
+def test_message_text_never_becomes_a_special_token(server: str, request: pytest.FixtureRequest) -> None:
     asked: ThreadedServer = request.getfixturevalue(server)
     markers = asked.service.model.tokenizer.special_tokens
     ids = prompt_of(asked, TURNS)
@@ -136,7 +140,7 @@ def test_what_a_message_says_never_becomes_a_marker(server: str, request: pytest
             assert content in text
 
 
-def test_a_template_is_rendered_as_the_stock_class_does(chatml: ThreadedServer) -> None:
+def test_a_template_is_rendered_as_by_transformers(chatml: ThreadedServer) -> None:
     assert isinstance(chatml.service.chat_encoder, JinjaChatEncoder)
     stock = AutoTokenizer.from_pretrained(chatml.service.model_dir)
     for turns in (TURNS, TURNS[1:2], [{"role": "user", "content": "  "}], [{"role": "user", "content": "a\n\n b"}]):
@@ -183,7 +187,7 @@ def test_templates_of_many_kinds(tmp_path: Path, tokenizer: Tokenizer) -> None:
     asyncio.run(look())
 
 
-def test_tokens_that_swallow_the_space_beside_them_do_so(tokenizer: Tokenizer) -> None:
+def test_tokens_that_strip_adjacent_spaces(tokenizer: Tokenizer) -> None:
     backend = tokenizer.with_special_tokens(["<x>"]).backend
     content = json.loads(backend.to_str())
     for token in content["added_tokens"]:
@@ -201,7 +205,7 @@ def test_tokens_that_swallow_the_space_beside_them_do_so(tokenizer: Tokenizer) -
     assert asyncio.run(look()) == expected
 
 
-def test_where_templates_are_found(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_locations_of_templates(tmp_path: Path, tokenizer: Tokenizer) -> None:
     made = make_model_dir(tmp_path / "m", tokenizer)
     assert isinstance(make_chat_encoder(made, tokenizer), PlainChatEncoder)
     several = [{"name": "other", "template": "x"}, {"name": "default", "template": "y"}]
@@ -232,7 +236,7 @@ def test_plain_dialogues(base: Path) -> None:
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_a_template_that_takes_too_much_is_stopped_and_the_server_goes_on(
+def test_an_expensive_template_is_stopped(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, bomb: str
 ) -> None:
     if bomb == "time":
@@ -245,7 +249,7 @@ def test_a_template_that_takes_too_much_is_stopped_and_the_server_goes_on(
         assert server.service.worker.num_active == 0
 
 
-def test_others_are_served_while_a_template_is_at_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_rendering_does_not_delay_other_requests(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with running_server(foreign(tmp_path / "bomb", tokenizer, BOMBS["time"])) as server:
         thread = threading.Thread(target=server.post, args=("/v1/chat/completions", {"messages": TURNS}))
         thread.start()
@@ -297,7 +301,7 @@ def test_a_fine_tuned_model_classifies(tuned: Path) -> None:
         assert long.status == 400 and long.error["code"] == "context_length_exceeded"
 
 
-# ---------------------------------------------------------------- in company
+# ---------------------------------------------------------------- several sequences per request
 
 
 @pytest.mark.parametrize("native", ["1", "0"])
@@ -327,7 +331,7 @@ def test_a_batched_text_equals_the_single_text(
             assert asyncio.run(together()) == alone
 
 
-def test_a_conversation_by_the_real_client_with_a_model_of_ours(own: ThreadedServer) -> None:
+def test_a_conversation_with_the_openai_client(own: ThreadedServer) -> None:
     with OpenAI(base_url=f"{own.url}/v1", api_key="x", max_retries=0) as client:
         messages: Any = [{"role": "user", "content": "Hi"}]
         stream = client.chat.completions.create(

@@ -18,9 +18,12 @@ schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis")
 UNHURRIED: list[HealthCheck] = list(HealthCheck)  # pyright: ignore[reportAssignmentType]
 checks = pytest.importorskip("schemathesis.specs.openapi.checks", reason="needs schemathesis")
 PROMISED = [
-    schemathesis.checks.not_a_server_error, checks.status_code_conformance, checks.content_type_conformance,
-    checks.response_headers_conformance, checks.response_schema_conformance,
-]  # fmt: skip
+    schemathesis.checks.not_a_server_error,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_headers_conformance,
+    checks.response_schema_conformance,
+]
 CASES = int(os.environ.get("NEXTWORD_CASES", "100"))
 
 

@@ -1,4 +1,4 @@
-"""The server keeps standing and lets no one in: keys, names, sizes, a full queue, clients that leave or do not read."""
+"""Server security and limits: API keys, host names, request sizes, a full queue, disconnects and slow clients."""
 
 import asyncio
 import contextlib
@@ -76,7 +76,7 @@ def test_every_route_but_health_and_the_page_needs_the_key(locked: ThreadedServe
     assert local.get("/v1/models", Authorization="bearer a secret").status == 200
 
 
-def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+def test_the_key_can_be_an_environment_variable(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
     listen_configs: list[ListenConfig] = []
     monkeypatch.setattr("nextword.serving.app.serve_model", lambda service, address, *_: listen_configs.append(address))
     monkeypatch.setenv("NEXTWORD_API_KEY", "a secret")
@@ -87,7 +87,7 @@ def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, 
         assert (address.api_key, address.allowed_hosts, address.host) == (key, ("a", "b"), "0.0.0.0")
 
 
-def test_the_key_is_said_once(locked: ThreadedServer) -> None:
+def test_the_key_is_printed_once(locked: ThreadedServer) -> None:
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", locked.port)) as connection:
         connection.putrequest("GET", "/v1/models")
         for key in ("a secret", "other"):
@@ -98,10 +98,19 @@ def test_the_key_is_said_once(locked: ThreadedServer) -> None:
 
 @pytest.mark.parametrize(
     ("host", "fine"),
-    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("127.8.9.1", True), ("0.0.0.0", False), ("::", False),
-     ("192.168.1.5", False), ("model.example", False), ("localhost.evil.example", False)],
-)  # fmt: skip
-def test_another_address_needs_a_key_or_a_clear_word(host: str, fine: bool) -> None:
+    [
+        ("127.0.0.1", True),
+        ("localhost", True),
+        ("::1", True),
+        ("127.8.9.1", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("192.168.1.5", False),
+        ("model.example", False),
+        ("localhost.evil.example", False),
+    ],
+)
+def test_another_address_requires_a_key_or_insecure(host: str, fine: bool) -> None:
     with contextlib.nullcontext() if fine else pytest.raises(NextwordError, match="lets other machines connect"):
         ListenConfig(host)
     ListenConfig(host, api_key="k")
@@ -111,16 +120,28 @@ def test_another_address_needs_a_key_or_a_clear_word(host: str, fine: bool) -> N
 # ---------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:{port}", "127.0.0.1.evil.example", "", "a b", "localhost@evil",
-                                  "169.254.169.254", "model.example.evil.example:{port}", "localhost:x"])  # fmt: skip
-def test_a_request_for_another_name_is_refused(locked: ThreadedServer, host: str) -> None:
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "evil.example:{port}",
+        "127.0.0.1.evil.example",
+        "",
+        "a b",
+        "localhost@evil",
+        "169.254.169.254",
+        "model.example.evil.example:{port}",
+        "localhost:x",
+    ],
+)
+def test_a_request_for_another_host_name_is_rejected(locked: ThreadedServer, host: str) -> None:
     for path in ("/", "/health", "/v1/models"):
         answer = ServerClient(f"http://127.0.0.1:{locked.port}").get(path, Host=host.format(port=locked.port))
         assert answer.status in (400, 403), path
         answer.error  # noqa: B018  # it has OpenAI's form
 
 
-def test_its_own_names_are_known(locked: ThreadedServer, open_: ThreadedServer) -> None:
+def test_allowed_host_names(locked: ThreadedServer, open_: ThreadedServer) -> None:
     local = ServerClient(f"http://127.0.0.1:{locked.port}")
     for host in ("127.0.0.1", "LocalHost:1", "[::1]:8000", "model.example", "MODEL.example.:443", "0.0.0.0"):
         assert local.get("/health", Host=host).status == 200, host
@@ -132,7 +153,7 @@ def test_its_own_names_are_known(locked: ThreadedServer, open_: ThreadedServer) 
         ListenConfig().check(scope)
 
 
-def test_pages_of_other_places_are_refused(open_: ThreadedServer) -> None:
+def test_cross_origin_requests_are_rejected(open_: ThreadedServer) -> None:
     own = f"http://127.0.0.1:{open_.port}"
     assert open_.get("/v1/models", Origin=own).status == 200
     for origin in ("http://evil.example", "null", f"http://127.0.0.1:{open_.port + 1}", "http://127.0.0.1"):
@@ -154,7 +175,7 @@ def test_every_answer_has_strict_headers(open_: ThreadedServer) -> None:
         assert "Server" not in answer.headers
 
 
-def test_the_page_is_served_as_it_lies_there(open_: ThreadedServer) -> None:
+def test_the_page_is_served_unchanged(open_: ThreadedServer) -> None:
     files = [file for file in server_module.PAGE_DIR.glob("*") if file.is_file()]
     if not files:
         pytest.skip("the page is not there yet")
@@ -172,7 +193,7 @@ def test_the_page_is_served_as_it_lies_there(open_: ThreadedServer) -> None:
 # ---------------------------------------------------------------- sizes
 
 
-def test_a_body_that_is_too_large_is_refused(open_: ThreadedServer) -> None:
+def test_a_large_body_is_rejected(open_: ThreadedServer) -> None:
     large = b'{"prompt": "' + b"x" * 20_000_000 + b'"}'
     assert open_.post("/v1/completions", large).status == 413
 
@@ -185,7 +206,7 @@ def test_a_body_that_is_too_large_is_refused(open_: ThreadedServer) -> None:
         answer = connection.getresponse()
         assert answer.status == 413 and answer.headers["Connection"] == "close"
         assert json.loads(answer.read())["error"]["code"] == "body_too_large"
-    # Where a client waits to be told whether it may send its body, it is told at once.
+    # A client that waits for 100-continue gets the refusal at once.
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000\r\nExpect: 100-continue\r\n\r\n"
     )
@@ -195,7 +216,7 @@ def test_a_body_that_is_too_large_is_refused(open_: ThreadedServer) -> None:
     assert open_.get("/health").status == 200
 
 
-def test_bodies_together_have_a_limit(monkeypatch: pytest.MonkeyPatch, open_: ThreadedServer) -> None:
+def test_the_total_size_of_bodies_is_limited(monkeypatch: pytest.MonkeyPatch, open_: ThreadedServer) -> None:
     monkeypatch.setattr(security, "MAX_TOTAL_BODY_BYTES", 5_000_000)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4000000\r\n\r\n"
     with socket.create_connection((open_.host, open_.port), timeout=PATIENCE) as half:
@@ -211,7 +232,7 @@ def test_bodies_together_have_a_limit(monkeypatch: pytest.MonkeyPatch, open_: Th
     wait_until(lambda: open_.middleware.buffered_body_bytes == 0)
 
 
-def test_headers_that_are_too_many_or_too_large_are_refused(open_: ThreadedServer) -> None:
+def test_large_headers_are_rejected(open_: ThreadedServer) -> None:
     many = open_.get("/health", **{f"X-{i}": "y" for i in range(200)})
     assert many.status == 431 and many.error
     for size in (17_000, 60_000, 1_000_000):
@@ -228,7 +249,7 @@ def test_headers_that_are_too_many_or_too_large_are_refused(open_: ThreadedServe
     assert open_.get("/health").status == 200
 
 
-def test_who_sends_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, open_: ThreadedServer) -> None:
+def test_idle_connections_are_closed(monkeypatch: pytest.MonkeyPatch, open_: ThreadedServer) -> None:
     monkeypatch.setattr(server_module, "HEADER_TIMEOUT", 2)
     monkeypatch.setattr(security, "BODY_TIMEOUT", 2)
     monkeypatch.setattr(security, "DISCARD_TIMEOUT", 0.2)
@@ -243,7 +264,7 @@ def test_who_sends_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, op
 
 
 def closed(connection: socket.socket) -> bool:
-    """Whether the server has closed a connection on which nothing was said."""
+    """Whether the server has closed an idle connection."""
     connection.setblocking(False)
     try:
         return connection.recv(1) == b""
@@ -253,7 +274,7 @@ def closed(connection: socket.socket) -> bool:
         return True
 
 
-def test_there_are_only_so_many_connections(monkeypatch: pytest.MonkeyPatch, open_: ThreadedServer) -> None:
+def test_the_number_of_connections_is_limited(monkeypatch: pytest.MonkeyPatch, open_: ThreadedServer) -> None:
     monkeypatch.setattr(server_module, "MAX_CONNECTIONS", 5)
     with contextlib.ExitStack() as stack:
         made = [
@@ -293,7 +314,7 @@ class Gate:
         monkeypatch.setattr(server.engine.runner, "forward", gated)
 
     def let_through(self, steps: int) -> None:
-        """So many steps; on return the engine waits at the next."""
+        """Let the engine run `steps` steps; it then waits before the next one."""
         for _ in range(steps):
             assert self.waiting.wait(PATIENCE)
             self.waiting.clear()
@@ -311,7 +332,7 @@ class Gate:
         self.open()
 
 
-def test_beyond_the_queue_clients_are_told_to_come_again(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+def test_a_full_queue_returns_429(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
     with running_server(base, max_batch=1, queue=1) as server:
         slowly(monkeypatch, server, 0.02)
         body = {"prompt": "The", "max_tokens": 30000, **ON}
@@ -329,7 +350,7 @@ def test_beyond_the_queue_clients_are_told_to_come_again(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_stops_its_work_within_two_tokens(
+def test_a_disconnect_stops_generation_within_two_tokens(
     monkeypatch: pytest.MonkeyPatch, base: Path, stream: bool
 ) -> None:
     with running_server(base) as server, Gate(monkeypatch, server) as gate:
@@ -342,7 +363,7 @@ def test_a_client_that_leaves_stops_its_work_within_two_tokens(
         assert 0 < tokens_at_disconnect <= server.metric("nextword_generated_tokens_total") <= tokens_at_disconnect + 2
 
 
-def test_a_client_that_leaves_is_heard_by_a_quick_model_too(base: Path) -> None:
+def test_a_disconnect_is_noticed_with_a_fast_model(base: Path) -> None:
     """The loop has its turns, however quickly steps follow each other."""
     with running_server(base) as server:
         for stream in (True, False):
@@ -354,7 +375,7 @@ def test_a_client_that_leaves_is_heard_by_a_quick_model_too(base: Path) -> None:
             assert server.metric("nextword_generated_tokens_total") < before + 30000, "the sequence was not cancelled"
 
 
-def test_leaving_while_waiting_takes_nothing_from_others(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+def test_a_disconnect_in_the_queue_does_not_affect_others(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
     with running_server(base, max_batch=1) as server:
         alone = server.complete("The", max_tokens=40, seed=1)["choices"][0]["text"]
         slowly(monkeypatch, server, 0.01)
@@ -369,7 +390,7 @@ def test_leaving_while_waiting_takes_nothing_from_others(monkeypatch: pytest.Mon
         assert made[0]["choices"][0]["text"] == alone
 
 
-def test_a_slow_reader_holds_up_nobody(base: Path) -> None:
+def test_a_slow_reader_does_not_delay_others(base: Path) -> None:
     with running_server(base, max_batch=1, queue=0) as server:  # one place in all
         body = {"prompt": "The", "max_tokens": 1500, "logprobs": 20, "stream": True, **ON}
         with server.start_completion(body, receive_buffer=4096) as unread:  # some 2 MB
@@ -386,7 +407,7 @@ def test_a_slow_reader_holds_up_nobody(base: Path) -> None:
         wait_until(lambda: not server.service.worker.handles)
 
 
-def test_what_is_unread_has_a_limit(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+def test_unread_events_are_limited(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
     """The slowest of all loses its answer, and the others' go on."""
     monkeypatch.setattr("nextword.serving.engine_worker.MAX_UNREAD_EVENTS", 700)
     with running_server(base) as server:
@@ -401,7 +422,7 @@ def test_what_is_unread_has_a_limit(monkeypatch: pytest.MonkeyPatch, base: Path)
             assert b'"code":"read_too_slowly"' in said and b"[DONE]" not in said
 
 
-def test_who_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+def test_a_client_that_never_reads_is_disconnected(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
     monkeypatch.setattr("nextword.serving.responses.SEND_TIMEOUT", 0.3)
     with running_server(base) as server:
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
@@ -417,7 +438,7 @@ def test_who_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch, base: Path
 ENDLESS = {"allOf": [{"type": "string", "pattern": f"(a|b)*a(a|b){{{9 + i}}}"} for i in range(20)]}
 
 
-def test_a_schema_that_takes_too_much_is_stopped_and_others_are_served(base: Path) -> None:
+def test_an_expensive_schema_is_stopped_without_delaying_others(base: Path) -> None:
     """Its work is in a process that ends, and JSON of any form needs no turn there."""
     with running_server(base) as server:
         form = {"type": "json_schema", "json_schema": {"schema": ENDLESS}}
@@ -444,7 +465,7 @@ def test_a_schema_that_takes_too_much_is_stopped_and_others_are_served(base: Pat
 # ---------------------------------------------------------------- faults
 
 
-def test_an_exception_in_a_step_ends_those_it_touched_and_the_server_goes_on(
+def test_an_exception_in_a_step_ends_only_affected_requests(
     monkeypatch: pytest.MonkeyPatch, base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with running_server(base, max_batch=1) as server:
@@ -478,7 +499,7 @@ def test_an_exception_in_a_step_ends_those_it_touched_and_the_server_goes_on(
         assert server.get("/health").status == 200
 
 
-def test_an_error_in_the_middle_of_a_stream_is_its_last_event(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+def test_an_error_is_the_last_event_of_a_stream(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
     with running_server(base) as server:
         calls, forward = itertools.count(), server.engine.runner.forward
 
@@ -495,7 +516,7 @@ def test_an_error_in_the_middle_of_a_stream_is_its_last_event(monkeypatch: pytes
         assert "[DONE]" not in "".join(lines) and len(lines) > 2
 
 
-def test_an_engine_that_is_gone_ends_the_server(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+def test_the_server_exits_if_the_engine_fails(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
     def broken(worker: EngineWorker, engine: Any) -> Any:
         raise SystemError("the thread is lost")
 
@@ -507,7 +528,7 @@ def test_an_engine_that_is_gone_ends_the_server(monkeypatch: pytest.MonkeyPatch,
         assert isinstance(failure, NextwordError) and "the thread is lost" in str(failure)
 
 
-def test_memory_is_kept_for_so_many_texts_as_there_is_room_for(
+def test_the_kv_cache_is_allocated_for_max_batch_sequences(
     monkeypatch: pytest.MonkeyPatch, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = 2 * 2 * 64 * 32 * 4  # keys and values, layers, context, width, bytes
@@ -526,7 +547,7 @@ def test_memory_is_kept_for_so_many_texts_as_there_is_room_for(
 # ---------------------------------------------------------------- the end
 
 
-def test_while_loading_it_says_so(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+def test_requests_while_loading_return_503(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
     go_on, real = threading.Event(), EngineWorker._run
 
     def later(worker: EngineWorker) -> None:
@@ -563,7 +584,7 @@ def test_while_loading_it_says_so(monkeypatch: pytest.MonkeyPatch, base: Path) -
         assert server.get("/health").status == 200
 
 
-def test_sigterm_lets_texts_be_finished_and_a_second_one_does_not(base: Path) -> None:
+def test_sigterm_finishes_requests_and_a_second_one_does_not(base: Path) -> None:
     with ServerProcess(base, "--shutdown-timeout", "1000") as server:
         with server.start_completion({"prompt": "The", "max_tokens": 2000, "stream": True, **ON}) as stream:
             assert b"200 OK" in stream.recv(100)
@@ -592,7 +613,7 @@ def test_sigterm_lets_texts_be_finished_and_a_second_one_does_not(base: Path) ->
         assert server.wait() == 143
 
 
-def test_the_grace_has_an_end(base: Path) -> None:
+def test_the_shutdown_timeout_ends_requests(base: Path) -> None:
     with (
         running_server(base) as server,
         server.start_completion({"prompt": "The", "max_tokens": 30000, "stream": True, **ON}) as stream,

@@ -115,18 +115,43 @@ def test_memory_that_is_not_there():
 
 @pytest.mark.parametrize(
     "text",
-    ["reviws.csv", "./reviews", "../x", "/nowhere/at all", "~/x", "data/reviews", "reviews.xlsx", "my reviews.csv", "a\\b",
-     "REVIEWS.CSV", "x.jsonl.gz", "folder/", "C:\\my texts"],
-)  # fmt: skip
+    [
+        "reviws.csv",
+        "./reviews",
+        "../x",
+        "/nowhere/at all",
+        "~/x",
+        "data/reviews",
+        "reviews.xlsx",
+        "my reviews.csv",
+        "a\\b",
+        "REVIEWS.CSV",
+        "x.jsonl.gz",
+        "folder/",
+        "C:\\my texts",
+    ],
+)
 def test_what_can_be_a_path(text):
     assert can_be_path(text)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["Great", "A wonderful film.", "It was 3.5 of 5 stars", "and / or, he said", "long " * 100, "x" * 5000, "a\0b", "",
-     "Wait...", "Really?", "line\nline", "3.5"],
-)  # fmt: skip
+    [
+        "Great",
+        "A wonderful film.",
+        "It was 3.5 of 5 stars",
+        "and / or, he said",
+        "long " * 100,
+        "x" * 5000,
+        "a\0b",
+        "",
+        "Wait...",
+        "Really?",
+        "line\nline",
+        "3.5",
+    ],
+)
 def test_what_can_only_be_a_text(text):
     assert not can_be_path(text)
 

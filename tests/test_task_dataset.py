@@ -63,8 +63,9 @@ def test_the_templates(tokenizer):
     )
     assert both is not None and both.target == 2.5
     assert [sequence.ids.tolist() for sequence in both.sequences] == [
-        [start, *a, delimiter, *b, extract], [start, *b, delimiter, *a, extract],
-    ]  # fmt: skip
+        [start, *a, delimiter, *b, extract],
+        [start, *b, delimiter, *a, extract],
+    ]
     choices = encoder(tokenizer, "choose").encode(
         example(question="a premise", choices=("x", "its end"), answer=1), IssueLog()
     )
@@ -196,9 +197,10 @@ def test_packed_sequences_do_not_attend_to_each_other():
     assert batch.segment_ids is not None and len(batch.tokens) == 1
     with torch.no_grad():
         together = model(
-            torch.from_numpy(batch.tokens), segments=torch.from_numpy(batch.segment_ids),
+            torch.from_numpy(batch.tokens),
+            segments=torch.from_numpy(batch.segment_ids),
             positions=torch.from_numpy(segment_positions(batch.segment_ids)),
-        )  # fmt: skip
+        )
         for segment in range(3):
             here = batch.segment_ids[0] == segment
             alone = model(torch.from_numpy(batch.tokens[:, here]))

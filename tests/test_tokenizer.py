@@ -1,4 +1,4 @@
-"""Tokenizers: lossless, deterministic, no special tokens from text, and equal to the stock class."""
+"""Tokenizers: lossless, deterministic, no special tokens from text, and equal to transformers."""
 
 import json
 import subprocess
@@ -231,7 +231,7 @@ def test_the_stock_class_applies_the_templates(family, kind, tmp_path, request):
     for a, b in zip(texts, reversed(texts), strict=True):
         assert set(stock(a)) == {"input_ids", "attention_mask"}  # GPT-2 would embed token type ids
         assert stock(a)["input_ids"] == [start, *ours.encode(a), extract]
-        if b:  # the stock class ignores an empty second text
+        if b:  # transformers ignores an empty second text
             assert stock(a, b)["input_ids"] == [start, *ours.encode(a), delimiter, *ours.encode(b), extract]
         assert stock.decode(stock(a)["input_ids"], skip_special_tokens=True) == ours.decode(ours.encode(a))
     for again in (extended, Tokenizer.open(tmp_path)):
@@ -389,10 +389,16 @@ def expected_loss(name: str, text: str) -> str:
 @pytest.mark.parametrize(
     "name",
     [
-        "dropped", "unknown tokens", "a unigram model", "word pieces", "characters", "spaces dropped", "bytes",
+        "dropped",
+        "unknown tokens",
+        "a unigram model",
+        "word pieces",
+        "characters",
+        "spaces dropped",
+        "bytes",
         "bytes, some removed",
     ],
-)  # fmt: skip
+)
 @settings(max_examples=60)
 @given(texts=st.lists(st.text("ab é<\nxжз😀0 ", max_size=12), max_size=4))
 def test_lost_text_is_what_no_token_stands_for(name, texts):

@@ -291,10 +291,10 @@ def iter_weights(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Te
     names, prefix = hf_name_map(config), LAYOUTS[config.family].prefix
     known = {*names, "lm_head.weight"}  # a tied head may be stored, too
     known |= {name.removeprefix(prefix) for name in known}  # a base model is saved without the prefix
-    own, stock = meta_weights(directory, config)
+    own, full = meta_weights(directory, config)
     for hf_name, our_names in names.items():
         first_layer_names = [re.sub(r"^blocks\.\d+", "blocks.0", name) for name in our_names]
-        shapes, is_own = [stock[name].shape for name in first_layer_names], first_layer_names[0] in own
+        shapes, is_own = [full[name].shape for name in first_layer_names], first_layer_names[0] in own
         key = hf_name if hf_name in files else hf_name.removeprefix(prefix)
         if key not in files:
             if is_own or our_names == ["position_embedding.weight"]:
