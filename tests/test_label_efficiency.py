@@ -107,5 +107,5 @@ def test_the_command(base, tmp_path):
     result = nextword.transfer(base, data, tmp_path / "study", num_seeds=1, **settings)
     assert result.metric == "accuracy" and len(result.cells) == 4 and "majority" in result.baselines
     assert (tmp_path / "study" / "report.html").is_file()
-    with pytest.raises(UsageError, match="at least 1"):
+    with pytest.raises(UsageError, match="must be a whole number from 1"):
         nextword.transfer(base, data, tmp_path / "other", num_seeds=0)

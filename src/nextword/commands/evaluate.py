@@ -13,6 +13,7 @@ from nextword.commands.shared import (
     TextColumnOption,
     as_paths,
     as_strings,
+    format_metric,
     optional,
 )
 from nextword.common.command_result import Result
@@ -29,8 +30,8 @@ class EvaluateConfig(ModelArgument, TextColumnOption, PrecisionOption, SeedOptio
     """Measure a model's perplexity on text and its scores on benchmarks.
 
     Each benchmark score is reported with a 95 % confidence interval, the chance level and a control score on shuffled words.
-    Without text and without --benchmark, the model is evaluated on the validation set of its run. Use audit for bias and
-    memorization, and report for a page of the results.
+    Without text and without --benchmark, the model is evaluated on the validation set of its run, a fine-tuned one by the
+    metrics of its task. Use audit for bias and memorization, and report for a page of the results.
 
     Attributes:
         texts: Files, directories or built-in datasets. Default: the validation set of the run.
@@ -77,6 +78,7 @@ class EvaluateResult(Result):
         noise: Variance between seeds: the largest difference (floor) and the number of models.
         against: Comparison with the other model.
         suites: Results of each benchmark by its name: score, low, high, chance, n and more.
+        scores: Metrics of a fine-tuned model on the validation examples of its run: value, low, high and n.
     """
 
     loss: float | None = None
@@ -90,9 +92,14 @@ class EvaluateResult(Result):
     noise: dict[str, Any] | None = None
     against: dict[str, Any] | None = None
     suites: dict[str, dict[str, Any]] | None = None
+    scores: dict[str, dict[str, Any]] | None = None
 
     def __str__(self) -> str:
-        parts = [] if self.loss is None else [format_text_result(self)]
+        parts = [] if self.interval is None else [format_text_result(self)]
+        if self.scores is not None:
+            bits = "" if self.bits_per_byte is None else f" · {self.bits_per_byte:.4f} bits/byte of the answers"
+            lines = [format_metric(name, score) for name, score in self.scores.items()]
+            parts.append([f"validation set of the run: loss {self.loss:.4f}{bits}", *lines])
         parts += [format_benchmark(name, benchmark) for name, benchmark in (self.suites or {}).items()]
         return "\n\n".join("\n".join(lines) for lines in parts)
 
@@ -210,7 +217,13 @@ def evaluate(config: EvaluateConfig, context: Context) -> EvaluateResult:
     """Evaluate a model, and store the results of a run."""
     from nextword.common.results import StoredResults
     from nextword.common.run_dir import RunDir
-    from nextword.evaluation.evaluate import EvalModels, evaluate_benchmark, evaluate_text, load_eval_text
+    from nextword.evaluation.evaluate import (
+        EvalModels,
+        evaluate_benchmark,
+        evaluate_task_run,
+        evaluate_text,
+        load_eval_text,
+    )
     from nextword.evaluation.lm_eval_adapter import run_lm_eval_task
     from nextword.pipeline.language_model import load
     from nextword.tasks.benchmark_items import DEFAULT_ITEM_LIMIT
@@ -230,7 +243,15 @@ def evaluate(config: EvaluateConfig, context: Context) -> EvaluateResult:
     )
     result: dict[str, Any] = {}
     stride = config.stride
-    if config.texts or not benchmarks:
+    scores: dict[str, Any] = {}  # in result.json, too, so that they are not stored again
+    run = RunDir(config.model)
+    if not config.texts and not benchmarks and run.exists and "shards" not in run.metadata() and models.model.task_spec:
+        if config.compare_to or config.seed_runs or config.context_use:
+            raise UsageError(
+                "--compare-to, --seed-runs and --context-use need a text or --benchmark with a fine-tuned model"
+            )
+        scores = evaluate_task_run(models.model, run, console)
+    elif config.texts or not benchmarks:
         text, stride = load_eval_text(models, config.model, config.texts, config.text_column, stride, console)
         result |= evaluate_text(models, text, stride=stride, with_context_use=config.context_use, console=console)
     limit = None if config.no_limit else config.limit or DEFAULT_ITEM_LIMIT
@@ -240,9 +261,9 @@ def evaluate(config: EvaluateConfig, context: Context) -> EvaluateResult:
             if benchmark is None
             else evaluate_benchmark(models, benchmark, limit=limit, seed=config.seed or 0, console=console)
         )
-    if RunDir(config.model).exists:
+    if run.exists and result:
         store_results(config, result, stride, console)
-    return EvaluateResult(**result)
+    return EvaluateResult(**result, **scores)
 
 
 def store_results(config: EvaluateConfig, result: dict[str, Any], stride: int | None, console: Console) -> None:

@@ -422,10 +422,10 @@ class RunResult(Result):
 
 
 def format_score(score: dict[str, Any]) -> str:
-    """``0.898 (95 % CI 0.870–0.922, n = 500)``."""
+    """``0.898 (95 % CI 0.870–0.922, n = 500)``, without the interval where there are too few examples for one."""
     digits = 1 if score["value"] > 1 else 3
-    value, low, high = (f"{score[name]:.{digits}f}" for name in ("value", "low", "high"))
-    return f"{value} (95 % CI {low}–{high}, n = {score['n']:,})"
+    interval = f"95 % CI {score['low']:.{digits}f}–{score['high']:.{digits}f}, " if score["low"] is not None else ""
+    return f"{score['value']:.{digits}f} ({interval}n = {score['n']:,})"
 
 
 def format_metric(name: str, score: dict[str, Any]) -> str:

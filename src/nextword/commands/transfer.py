@@ -7,7 +7,7 @@ from typing import Any
 
 from nextword.commands.command import Context, argument, command, option, options, stored_options
 from nextword.commands.finetune import FinetuneConfig, finetune
-from nextword.commands.shared import DeviceOption, FinetuneOptions, ModelArgument, input_paths, run_path
+from nextword.commands.shared import DeviceOption, FinetuneOptions, ModelArgument, format_score, input_paths, run_path
 from nextword.common.command_result import Result
 from nextword.common.console import Console
 from nextword.common.numbers import Count, SmallCount
@@ -75,13 +75,10 @@ class TransferResult(Result):
 
     def __str__(self) -> str:
         name = self.metric.replace("_", " ")
-        lines = [f"{'examples':>10}  {name + ', pre-trained':>32}  {'from random weights':>32}"]
+        lines = [f"{'examples':>10}  {name + ', pre-trained':>36}  {'from random weights':>36}"]
         for point in self.points:
-            scores = (
-                f"{s['value']:.3f} (95 % CI {s['low']:.3f}–{s['high']:.3f})"
-                for s in (point["pretrained"], point["scratch"])
-            )
-            lines.append("{:>10,}  {:>32}  {:>32}".format(point["examples"], *scores))
+            scores = (format_score(point[start]) for start in ("pretrained", "scratch"))
+            lines.append("{:>10,}  {:>36}  {:>36}".format(point["examples"], *scores))
         return "\n".join([*lines, self.sentence, f"page: {Path(self.run) / 'report.html'}"])
 
 

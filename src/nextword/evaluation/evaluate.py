@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nextword.common.console import Console
-from nextword.common.errors import UsageError
+from nextword.common.errors import MissingDependencyError, UsageError
 from nextword.common.format import quote_command
 from nextword.common.fs import atomic_write, read_json
 from nextword.common.results import EVALUATION_FILE, Provenance, StoredResults, weights_digest
@@ -22,10 +22,12 @@ from nextword.data.corpus import Corpus
 from nextword.data.dataset import TokenSource
 from nextword.data.issues import IssueLog
 from nextword.inference.perplexity import PerplexityResult, measure_context_usage
+from nextword.pipeline.evaluators import FINAL_GENERATED_EXAMPLES, evenly_spaced, scores_to_dict
 from nextword.pipeline.item_scores import ItemScores, evaluate_free_text, score_items
 from nextword.pipeline.language_model import LanguageModel, Paths, as_list
 from nextword.tasks.benchmark_items import DEFAULT_ITEM_LIMIT, BenchmarkRow, load_rows, sample_indices
 from nextword.tasks.benchmark_spec import Benchmark
+from nextword.tasks.dataset import load_task_data
 from nextword.tasks.metrics import GENERATION_METRICS, generation_metric_difference
 
 SIGNIFICANCE_LEVEL = 0.05
@@ -323,6 +325,34 @@ def load_eval_text(
         console.warn(corpus.lost_text)
     source = (corpus.tokens("validation"), corpus.validation.seen_bytes)
     return [source] * (1 + len(others)), stride or model.gpt.config.context_length
+
+
+def evaluate_task_run(model: LanguageModel, run: RunDir, console: Console) -> dict[str, Any]:
+    """Evaluate a fine-tuned model on the validation examples of its run, as the end of the run does.
+
+    Raises:
+        UsageError: A table is gone.
+        NextwordError: The run has no validation examples.
+    """
+    metadata, issues, predictor = run.metadata(), IssueLog(), model.predictor
+    request = metadata["request"]
+    options = {name: request.get(name) for name in ("task", "columns", "validation", "limit")}
+    context_length = model.gpt.config.context_length
+    data = load_task_data(
+        request["data"], model.tokenizer, model.task_spec, context_length, issues, seed=request["seed"] or 0, **options
+    )
+    if data.fingerprint() != metadata["data"]["fingerprint"]:
+        console.warn(f"{', '.join(request['data'])}: the examples are not exactly those that the run started with")
+    examples, encoded = predictor.encoder.encode_all(data.validation, issues)
+    result = predictor.evaluate(examples, encoded, generate=predictor.task_spec.kind != "answer")
+    scores = result.scores
+    if predictor.task_spec.kind == "answer" and predictor.task_spec.task != "chat":
+        chosen = evenly_spaced(len(examples), FINAL_GENERATED_EXAMPLES)
+        try:
+            scores = predictor.evaluate([examples[i] for i in chosen], [encoded[i] for i in chosen]).scores
+        except MissingDependencyError as error:
+            console.warn(str(error))
+    return {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "scores": scores_to_dict(scores)}
 
 
 # ---------------------------------------------------------------- stored results

@@ -177,6 +177,11 @@ def to_script_json(value: Any) -> Markup:
     return Markup(json.dumps(value))
 
 
+def to_shell_word(text: str) -> Markup:
+    """A text as one word of a shell's command line that a template does not escape."""
+    return Markup(shlex.quote(text))
+
+
 @cache
 def _environment(markdown: bool) -> Environment:
     environment = Environment(
@@ -191,7 +196,7 @@ def _environment(markdown: bool) -> Environment:
     filters = cast(dict[str, Any], environment.filters)  # pyright: ignore[reportUnknownMemberType]  # untyped in Jinja
     filters |= {function.__name__: function for function in FILTERS}
     filters |= {
-        "shell": lambda text: Markup(shlex.quote(text)),
+        "shell": to_shell_word,
         "bytes": format_bytes,
         "count": format_count,
         "duration": format_duration,

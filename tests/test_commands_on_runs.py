@@ -1,0 +1,129 @@
+"""Every command, without options, on every kind of run and model that the others make: a result, or a line that says why not."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import nextword as nw
+from conftest import CLIRunner
+
+TABLES = {
+    "classify": "text,label\n" + "".join(f"good day {i},good\nbad day {i},bad\n" for i in range(10)),
+    "labels": "text,labels\n" + "".join(f"good day {i},a;b\nbad day {i},b\n" for i in range(10)),
+    "entail": "premise,hypothesis,label\n" + "".join(f"it rains {i},it is wet,{i % 2}\n" for i in range(20)),
+    "similarity": "sentence1,sentence2,score\n" + "".join(f"it rains {i},it pours,{i / 4}\n" for i in range(20)),
+    "choose": "question,choices,answer\n" + "".join(f'where {i},"[""here"",""there""]",{i % 2}\n' for i in range(20)),
+    "rewrite": "prompt,completion\n" + "".join(f"say {i},word {i}\n" for i in range(20)),
+    "prefer": "prompt,chosen,rejected\n" + "".join(f"say {i},yes {i},no {i}\n" for i in range(20)),
+}
+RUNS = [
+    "pretrained",
+    "unfinished",
+    "continued",
+    *TABLES,
+    "chat",
+    "lora",
+    "study",
+    "checkpoint",
+    "model",
+    "foreign",
+    "shards",
+    "empty",
+]
+# Runs with a model of a task, which its validation set scores.
+SCORED = [*TABLES, "chat", "lora"]
+LANGUAGE_MODELS = ["pretrained", "continued", "checkpoint", "model", "foreign"]
+
+
+@pytest.fixture(scope="module")
+def runs(base: Path, shards: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "empty").mkdir()
+    shutil.copytree(base, folder / "pretrained")
+    shutil.copytree(base, folder / "unfinished")
+    for name in ("model", "result.json", "report.html", "README.md"):
+        path = folder / "unfinished" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    shutil.copytree(base / "model", folder / "model")
+    shutil.copytree(base / "model", folder / "foreign")
+    (folder / "foreign" / "nextword.json").unlink()
+    shutil.copytree(shards, folder / "shards")
+    nw.finetune(base, texts, folder / "continued", task="continue", steps=1)
+    for name, table in TABLES.items():
+        (folder / f"{name}.csv").write_text(table)
+        nw.finetune(base, folder / f"{name}.csv", folder / name, steps=1)
+    nw.finetune(base, folder / "classify.csv", folder / "lora", steps=1, lora=True)
+    line = '{"messages": [{"role": "user", "content": "say %d"}, {"role": "assistant", "content": "word %d"}]}\n'
+    (folder / "chat.jsonl").write_text("".join(line % (i, i) for i in range(20)))
+    nw.finetune(base, folder / "chat.jsonl", folder / "chat", steps=1)
+    nw.transfer(base, folder / "classify.csv", folder / "study", counts=[8], num_seeds=1, steps=1)
+    return folder
+
+
+def path_of(runs: Path, kind: str) -> Path:
+    return next((runs / "pretrained" / "checkpoints").glob("*step*"), runs) if kind == "checkpoint" else runs / kind
+
+
+# The arguments after the run.
+COMMANDS = {name: [] for name in ("generate", "chat", "evaluate", "export", "report", "verify")}
+COMMANDS |= {"predict": ["a text"], "explain": ["a text"], "audit": ["--texts", "2", "--prefixes", "2"]}
+COMMANDS |= {"transfer": ["{runs}/classify.csv"], "finetune": ["{runs}/classify.csv"]}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_without_options_there_is_a_result_or_a_reason(nextword: CLIRunner, runs, command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    for kind in RUNS:
+        out = ["--out", str(tmp_path / command / kind)] if command in ("transfer", "finetune") else []
+        out += ["--steps", "1", "--quiet"] if out else []
+        out += ["--counts", "8", "--num-seeds", "1"] if command == "transfer" else []
+        given = [argument.format(runs=runs) for argument in COMMANDS[command]]
+        if command == "predict":
+            given = {"entail": ["a", "b"], "similarity": ["a", "b"], "choose": ["a", "b", "c"]}.get(kind, given)
+        if command == "transfer" and kind not in ("pretrained", "model", "study", "empty"):
+            continue  # each takes seconds, and opens its model as finetune does
+        if command == "finetune" and kind in TABLES and kind != "classify":
+            continue  # the same
+        done = nextword(command, path_of(runs, kind), *given, *out)
+        assert done.returncode in (0, 1, 2, 3), (kind, done.stderr)
+        assert done.returncode == 0 or done.stderr.startswith("nextword: ") or "\nnextword: " in done.stderr, (
+            kind,
+            done.stderr,
+        )
+        can = {
+            "generate": [*LANGUAGE_MODELS, "rewrite", "chat", "prefer"],
+            "evaluate": ["pretrained", "continued", *SCORED],
+            "explain": LANGUAGE_MODELS,
+            "predict": SCORED,
+            "audit": LANGUAGE_MODELS,
+            "verify": ["pretrained", *SCORED, "model", "shards"],
+            "report": ["pretrained", "unfinished", "continued", *SCORED, "study"],
+            "chat": ["chat", "prefer"],
+            "finetune": ["pretrained", "continued", "model", "foreign"],
+            "export": ["pretrained", "continued", "model", "foreign", "chat"],
+        }.get(command, [])
+        assert done.returncode == 0 or kind not in can, (kind, done.stderr)
+
+
+def test_evaluate_repeats_the_scores_of_a_fine_tuning(runs, nextword: CLIRunner):
+    """On the same validation examples, with the same metrics."""
+    for kind in SCORED:
+        stored = json.loads((runs / kind / "result.json").read_text())
+        result = nw.evaluate(runs / kind)
+        assert result.loss == pytest.approx(stored["loss"], abs=1e-6), kind
+        assert (
+            result.bits_per_byte == pytest.approx(stored["bits_per_byte"], abs=1e-6)
+            if stored["bits_per_byte"]
+            else True
+        )
+        assert (result.scores or {}).keys() == stored["scores"].keys(), kind
+        for name, score in stored["scores"].items():
+            assert (result.scores or {})[name]["value"] == pytest.approx(score["value"], abs=1e-6), (kind, name)
+        done = nextword("evaluate", runs / kind)
+        assert done.stdout.startswith("validation set of the run: loss") and "not exactly" not in done.stderr, (
+            done.stderr
+        )
