@@ -241,7 +241,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a manifest of long names": (sealed(entries={"x" * 5000: {"bytes": 1, "sha256": ""}}), "outside of its directory"),
     "a manifest of no sizes": (sealed(entries={"x": 3}), "not a manifest"),
     "a manifest of a terabyte": (sealed_then_large(fs.MANIFEST), "where no file of this kind needs"),
-    "a manifest that names a terabyte": (sealed_then_large("hole"), "cannot be that large"),
+    "a manifest that names a terabyte": (sealed_then_large("hole"), "where no directory of this kind needs"),
     "a manifest that names a file twice": (
         sealed(entries={name: {"bytes": 0, "sha256": ""} for name in ("config.json", "./config.json")}),
         "this file twice",

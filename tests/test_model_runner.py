@@ -19,6 +19,7 @@ from nextword.inference.model_runner import SOURCE, NativeRunner, TokenChunk, To
 from nextword.inference.quantization import Precision, quantize
 from nextword.model.config import PRESETS, build_config
 from nextword.model.gpt import GPT
+from processes import PATIENCE
 
 CONTEXT, VOCABULARY = 40, 61
 WHY = load_native_library(SOURCE)[1]  # a build that fails is a test that fails
@@ -170,3 +171,25 @@ def test_quantized_values_are_the_nearest(rows: int, columns: int, power: int, s
     found = torch.nn.functional.pad(int4.dequantize(), (0, -columns % 32)).unflatten(1, (-1, 32))
     worst = (groups - plain).square().sum(2) * 1.001
     assert ((groups - found).square().sum(2) <= worst).all()
+
+
+LAST_AT_EXIT = """
+import atexit
+atexit.register(lambda: print(runner.forward(cache, [TokenChunk(0, 0, [1, 2, 3])])[0].isfinite().all().item()))  # runs last
+from nextword.inference.kv_cache import KeyValueCache
+from nextword.inference.model_runner import NativeRunner, TokenChunk
+from nextword.model.config import build_config
+from nextword.model.gpt import GPT
+
+model = GPT(build_config("modern", "tiny", vocab_size=64, n_layers=2, d_model=64, n_heads=2, context_length=64)).eval()
+runner, cache = NativeRunner(model), KeyValueCache(model.config)
+print(runner.forward(cache, [TokenChunk(0, 0, [1, 2])])[0].isfinite().all().item())
+"""
+
+
+@compiled
+def test_a_runner_works_until_the_process_has_ended():
+    """Its memory is not freed at exit, when other threads and functions may still use it."""
+    command = [sys.executable, "-c", LAST_AT_EXIT]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=PATIENCE)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\nTrue\n", "")

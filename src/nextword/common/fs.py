@@ -138,11 +138,19 @@ def is_json_array(value: object) -> TypeGuard[list[Any]]:
     return isinstance(value, list)
 
 
-def check_file_size(path: Path, max_bytes: int) -> None:
-    """Raise `CorruptFileError` for a file that is larger than a file of its kind can be."""
-    size = path.stat().st_size
-    if size > max_bytes:
+def read_text(path: Path, max_bytes: int | None = None) -> str:
+    """The text of a file in UTF-8.
+
+    Args:
+        path: the file.
+        max_bytes: refuse a larger file before it is read. For files that nextword has not written.
+
+    Raises:
+        CorruptFileError: the file is larger.
+    """
+    if max_bytes is not None and (size := path.stat().st_size) > max_bytes:
         raise CorruptFileError(f"{path}: {size:,} bytes, where no file of this kind needs {max_bytes:,}")
+    return path.read_text(encoding="utf-8")
 
 
 def read_json(path: Path, max_bytes: int | None = None) -> Any:
@@ -150,16 +158,14 @@ def read_json(path: Path, max_bytes: int | None = None) -> Any:
 
     Args:
         path: the file.
-        max_bytes: refuse a larger file before it is read. For files that nextword has not written.
+        max_bytes: as in `read_text`.
 
     Raises:
         CorruptFileError: not valid JSON, with path and line; or too large.
         NextwordError: there is no such file.
     """
     try:
-        if max_bytes is not None:
-            check_file_size(path, max_bytes)
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path, max_bytes))
     except FileNotFoundError as error:
         raise NextwordError(f"{path}: no such file") from error
     except (ValueError, RecursionError) as error:
@@ -299,12 +305,20 @@ def _integrity_errors(directory: Path) -> list[str]:
     return errors
 
 
-def verify_manifest(*directories: Path) -> dict[str, Any]:
+def verify_manifest(*directories: Path, max_bytes: int | None = None) -> dict[str, Any]:
     """Check every file of some directories against their manifests, and return the manifest of the last.
+
+    Args:
+        directories: the directories.
+        max_bytes: refuse more bytes before they are hashed. For directories that nextword may not have written.
 
     Raises:
         CorruptFileError: with a line for every file that differs.
     """
+    sizes = [file["bytes"] for directory in directories for file in read_manifest(directory)["files"].values()]
+    if max_bytes is not None and sum(sizes) > max_bytes:
+        message = f"{sum(sizes):,} bytes, where no directory of this kind needs {max_bytes:,}"
+        raise CorruptFileError(f"{directories[-1] / MANIFEST}: {message}")
     if errors := list(chain.from_iterable(map(_integrity_errors, directories))):
         raise CorruptFileError("\n".join(errors))
     return read_manifest(directories[-1])

@@ -23,16 +23,8 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
+from nextword.common import fs
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
-from nextword.common.fs import (
-    atomic_write,
-    cache_dir,
-    check_file_size,
-    is_json_array,
-    is_json_object,
-    read_json_object,
-    to_json,
-)
 from nextword.data.dataset import TokenArray
 from nextword.data.issues import replace_surrogates
 
@@ -63,7 +55,6 @@ MAX_ID_GAPS = 2**16  # ids that a foreign vocabulary may leave out, besides as m
 MAX_FILE_BYTES = 2**27  # of a foreign tokenizer.json; those of the largest vocabularies have half of it
 MAX_CONFIG_BYTES = 2**23  # of a tokenizer_config.json or generation_config.json
 PROBE = Path(__file__).with_name("tokenizer_probe.py")
-PROBE_TIMEOUT = 300.0  # seconds; the process limits its own processor time
 
 # Entries of a tokenizer_config.json that contradict the tokenizer.json once special tokens are added to it.
 STALE_CONFIG_KEYS = ("add_bos_token", "add_eos_token", "added_tokens_decoder")
@@ -145,7 +136,7 @@ class Tokenizer:
     def _token_for_role(self, role: str) -> str | None:
         """The token that the configuration gives a role, if the vocabulary has it."""
         token = self.config.get(role)
-        token = token.get("content") if is_json_object(token) else token
+        token = token.get("content") if fs.is_json_object(token) else token
         return token if isinstance(token, str) and token in self._vocabulary else None
 
     def with_special_tokens(
@@ -317,8 +308,8 @@ class Tokenizer:
             context_length: the model's context length, for `model_max_length`.
         """
         config = self.config | ({} if context_length is None else {"model_max_length": context_length})
-        atomic_write(directory / "tokenizer.json", self.backend.to_str(pretty=True))
-        atomic_write(directory / "tokenizer_config.json", to_json(config))
+        fs.atomic_write(directory / "tokenizer.json", self.backend.to_str(pretty=True))
+        fs.atomic_write(directory / "tokenizer_config.json", fs.to_json(config))
 
     @classmethod
     def open(cls, path: Path) -> "Tokenizer":
@@ -334,11 +325,10 @@ class Tokenizer:
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
             raise NextwordError(f"{file}: no such file. Name a tokenizer.json, or a directory that holds one")
-        check_file_size(file, MAX_FILE_BYTES)
         config_file = file.with_name("tokenizer_config.json")
-        config = read_json_object(config_file, MAX_CONFIG_BYTES) if config_file.is_file() else {}
+        config = fs.read_json_object(config_file, MAX_CONFIG_BYTES) if config_file.is_file() else {}
         try:
-            text = file.read_text(encoding="utf-8")
+            text = fs.read_text(file, MAX_FILE_BYTES)
             _probe_foreign_steps(text)
             with _map_panics():
                 backend = tokenizers.Tokenizer.from_str(text)
@@ -379,22 +369,21 @@ def _probe_foreign_steps(text: str) -> None:
         return
     name = hashlib.sha256(text.encode()).hexdigest()
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home directory
-        if (cache_dir() / "tokenizers" / name).exists():
+        if (fs.cache_dir() / "tokenizers" / name).exists():
             return
-    command = [sys.executable, "-P", str(PROBE)]
-    process = subprocess.run(command, input=text.encode(), capture_output=True, timeout=PROBE_TIMEOUT)
+    process = subprocess.run([sys.executable, "-P", str(PROBE)], input=text.encode(), capture_output=True)
     if process.returncode:
         lines = process.stderr.decode(errors="replace").splitlines() if process.returncode > 0 else []
         raise ValueError(lines[-1][:300] if lines else "it takes too much time or memory")
     with contextlib.suppress(OSError, RuntimeError):
-        (cache_dir() / "tokenizers").mkdir(parents=True, exist_ok=True, mode=0o700)
-        (cache_dir() / "tokenizers" / name).touch()
+        (fs.cache_dir() / "tokenizers").mkdir(parents=True, exist_ok=True, mode=0o700)
+        (fs.cache_dir() / "tokenizers" / name).touch()
 
 
 def _read_eos_ids(file: Path) -> list[int]:
     """The `eos_token_id` of a `generation_config.json`; none if there is no such file."""
-    value = read_json_object(file, MAX_CONFIG_BYTES).get("eos_token_id") if file.is_file() else None
-    eos_ids = value if is_json_array(value) else [] if value is None else [value]
+    value = fs.read_json_object(file, MAX_CONFIG_BYTES).get("eos_token_id") if file.is_file() else None
+    eos_ids = value if fs.is_json_array(value) else [] if value is None else [value]
     if not all(type(id) is int for id in eos_ids):
         raise CorruptFileError(f"{file}: eos_token_id is neither a token's id nor a list of them")
     return eos_ids

@@ -147,13 +147,12 @@ def write_gguf(
     if family not in ARCHITECTURES:
         message = f"llama.cpp has no architecture for {family} (post-norm); it has gpt2 and modern"
         raise NextwordError(f"{directory}: {message}")
-    if (template := directory / "chat_template.jinja").is_file():
-        fs.check_file_size(template, MAX_TEMPLATE_BYTES)
+    template = directory / "chat_template.jinja"
     metadata = {
         "name": directory.resolve().name,
         **model_metadata(gpt.config),
         **tokenizer_metadata(directory, tokenizer, gpt.config.vocab_size),
-        "chat_template": template.read_text(encoding="utf-8") if template.is_file() else None,
+        "chat_template": fs.read_text(template, MAX_TEMPLATE_BYTES) if template.is_file() else None,
     }
 
     def write_file(file: Path, precision: Precision) -> None:

@@ -20,15 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nextword.common.errors import CorruptFileError, NextwordError
-from nextword.common.fs import (
-    MANIFEST,
-    atomic_write,
-    is_json_object,
-    read_json_object,
-    read_manifest,
-    to_json,
-    verify_manifest,
-)
+from nextword.common.fs import MANIFEST, atomic_write, is_json_object, read_json_object, to_json, verify_manifest
 from nextword.model import hf_config
 from nextword.model.config import Family, ModelConfig
 from nextword.model.gpt import GPT, sinusoidal_table
@@ -262,12 +254,7 @@ def load_config(directory: Path) -> ModelConfig:
     if not (directory / MANIFEST).is_file():
         return config
     # The manifest has what the Hugging Face format cannot express: sinusoidal positions, and biases that do not exist.
-    files = read_manifest(directory)["files"]
-    num_bytes = sum(file["bytes"] for file in files.values())
-    if num_bytes > 8 * config.parameters + MAX_OTHER_BYTES:  # before they are hashed
-        message = f"the files of a model of {config.parameters:,} parameters cannot be that large"
-        raise CorruptFileError(f"{directory / MANIFEST}: {message}")
-    manifest = verify_manifest(directory)
+    manifest = verify_manifest(directory, max_bytes=8 * config.parameters + MAX_OTHER_BYTES)
     if "model" not in manifest:
         return config
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from nextword.common.errors import CorruptFileError, UsageError
-from nextword.common.fs import check_file_size, is_json_object
+from nextword.common.fs import is_json_object, read_text
 from nextword.data.chat_format import build_chat_template, encode_conversation, stop_token_ids, supports_chat
 from nextword.data.tokenizer import Tokenizer
 from nextword.serving.limited_process import LimitedProcess
@@ -56,9 +56,10 @@ def make_chat_encoder(directory: Path, tokenizer: Tokenizer) -> ChatEncoder:
     Raises:
         CorruptFileError: The template is invalid.
     """
-    if (file := directory / "chat_template.jinja").is_file():
-        check_file_size(file, 4 * MAX_TEMPLATE_CHARS)
-    template: object = file.read_text(encoding="utf-8") if file.is_file() else tokenizer.config.get("chat_template")
+    file = directory / "chat_template.jinja"
+    template: object = (
+        read_text(file, 4 * MAX_TEMPLATE_CHARS) if file.is_file() else tokenizer.config.get("chat_template")
+    )
     if isinstance(template, list):
         entries = [entry for entry in cast("list[object]", template) if is_json_object(entry)]
         template = next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
