@@ -481,6 +481,46 @@ def test_bad_rows_are_reported_and_left_out(base, capsys, tmp_path):
     assert json.loads(out)["scores"]["accuracy"]["n"] == 1
 
 
+def test_every_row_has_its_place_in_the_predictions(base, tmp_path):
+    tune(base, write(tmp_path / "data.jsonl", "classify", 40), tmp_path / "run", steps=3)
+    good, label = {"text": "a good name"}, {"text": "a bad name", "label": "negative"}
+    lines = [json.dumps(row) for row in (good, {"text": ""}, {"text": 5}, label, ["a"])]
+    lines[2:2] = ["", "{not JSON"]
+    (tmp_path / "new.jsonl").write_text("\n".join(lines))
+    result = nextword.predict(tmp_path / "run", tmp_path / "new.jsonl", out=tmp_path / "out.jsonl")
+    reasons = {2: "the text is empty", 4: "not valid JSON", 5: "the text is not a string", 7: "not a JSON object"}
+    assert [
+        (row["line"], row["error"].partition("; ")[0].partition(": ")[0])
+        for row in result.predictions
+        if "error" in row
+    ] == [*reasons.items()]
+    assert ["label" in row for row in result.predictions] == [True, False, False, False, True, False]
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == result.predictions
+    assert result.scores["accuracy"].n == 1
+    (tmp_path / "new.csv").write_text('Label,TEXT,id\nNEGATIVE,a bad name,1\n,two\nx\nnegative,"open,3\nother,four,4\n')
+    result = nextword.predict(
+        tmp_path / "run", tmp_path / "new.csv"
+    )  # other names of columns, and another case of labels
+    assert [row.get("line") for row in result.predictions] == [None, None, 4, 5, None] and result.scores[
+        "accuracy"
+    ].n == 1
+
+
+def test_an_emptied_validation_set_is_an_error(base, tmp_path):
+    data = write(tmp_path / "data.jsonl", "classify", 40)
+    (tmp_path / "held.jsonl").write_text('{"text": "a", "label": "unheard"}\n')
+    with pytest.raises(
+        NextwordError, match=r"(?s)held\.jsonl: no validation example is left.*does not occur in the training"
+    ):
+        tune(base, data, tmp_path / "run", validation=tmp_path / "held.jsonl", steps=3)
+    rows = [{"text": "a", "label": label} for label in ("x", "y")]
+    (tmp_path / "same.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        NextwordError, match=r"same\.jsonl: no example with another input, and no validation example is left"
+    ):
+        tune(base, tmp_path / "same.jsonl", tmp_path / "run", steps=3)
+
+
 def test_invalid_predictions_are_refused(base, tmp_path):
     with pytest.raises(UsageError, match="not fine-tuned for a task"):
         nextword.predict(base, ["a text"])

@@ -51,6 +51,61 @@ def test_every_format_gives_the_same_rows(tmp_path):
     assert read(tmp_path / "a.parquet")[0] == [(1, rows[0]), (2, rows[1])]
 
 
+# A cell with a tab and a line break may look like two rows of a table without quotes.
+TEXT = st.text(st.sampled_from('a"\n\t,;é| '), max_size=5).filter(lambda text: not {"\t", "\n"} <= set(text))
+CELLS = st.lists(st.tuples(TEXT, st.sampled_from(["x", "y, z", "1;2"])), min_size=1, max_size=5)
+WRITERS = {
+    "a.csv": [{"delimiter": d, "quoting": q} for d in ",;|\t" for q in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)],
+    "a.tsv": [{"delimiter": "\t", "quoting": q} for q in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC)],
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_tables_of_any_writer(name, tmp_path):
+    @settings(FUZZING, max_examples=150)
+    @given(CELLS, st.sampled_from(WRITERS[name]), st.sampled_from(["\n", "\r\n"]))
+    def check(rows, options, line_end):
+        table = io.StringIO()
+        csv.writer(table, lineterminator=line_end, **options).writerows([["text", "label"], *rows])
+        found, issues = read(tmp_path / name, table.getvalue())
+        assert [tuple(row.values()) for _, row in found] == rows and issues.total == 0
+
+    check()
+
+
+def test_quotes_in_a_table_without_quoting_are_characters(tmp_path):
+    texts = ['"Oui" dit-il', '"', 'say ""', '"Hello."', '5" pipe', '"open']
+
+    @FUZZING
+    @given(st.lists(st.sampled_from(texts), min_size=1, max_size=4))
+    def check(cells):
+        found, issues = read(tmp_path / "a.tsv", "text\tn\n" + "".join(f"{cell}\t1\n" for cell in cells))
+        assert [row["text"] for _, row in found] == cells and issues.total == 0
+
+    check()
+    # Evidence for both readings: the quotes are kept, and it is said.
+    found, issues = read(tmp_path / "a.tsv", 'text\tn\n"a ""b"""\t1\n5" pipe\t2\n')
+    assert [row["text"] for _, row in found] == [
+        '"a ""b"""',
+        '5" pipe',
+    ] and "read as characters" in issues.summary_lines()[0]
+
+
+def test_the_separator_is_decided_by_the_rows(tmp_path):
+    for content, expected in (
+        ("id,text (a; b; c)\n1,x\n2,y\n", [["1", "x"], ["2", "y"]]),
+        ("id;text, raw, short\n1;x\n2;y, z\n", [["1", "x"], ["2", "y, z"]]),
+        ("sep=;\nid;text\n1;x\n", [["1", "x"]]),
+        ("sep=,\nid,text\n1,x\n", [["1", "x"]]),
+        ("\n\nid;text\n1;x\n2\n", [["1", "x"]]),
+        ("text\na;b\nc\n", [["a;b"], ["c"]]),
+        ("", []),
+    ):
+        found, issues = read(tmp_path / "a.csv", content)
+        assert [list(row.values()) for _, row in found] == expected
+        assert ("separator" in "".join(issues.summary_lines())) == content.strip().startswith("id;")
+
+
 SPACE = st.text(st.sampled_from(" \n\t"), max_size=3)
 VALUE = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | st.text(st.sampled_from('a"\\[]{},:é\n'), max_size=5),

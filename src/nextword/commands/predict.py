@@ -70,7 +70,8 @@ class PredictResult(Result):
     """The answers of a model, and their scores.
 
     Attributes:
-        predictions: For each example its label, labels, score or text, and probabilities.
+        predictions: For each row its label, labels, score or text, and probabilities; or line and error of a row that could
+            not be read.
         scores: The task's metrics with their confidence intervals, if the correct answers are known.
         out: File of the answers.
     """
@@ -127,6 +128,9 @@ def predict(config: PredictConfig, context: Context) -> PredictResult:
         for line in issues.summary_lines():
             console.warn(line)
         scores = compute_labeled_metrics(spec, examples, answers)
+        rows = [((example.path, example.line), answer) for example, answer in zip(examples, answers, strict=True)]
+        rows += [((path, line), {"line": line, "error": reason}) for path, line, reason in issues.lost_rows]
+        answers = [answer for _, answer in sorted(rows, key=lambda row: row[0])]
     lines = "".join(map(to_json_line, answers))
     result = PredictResult(answers, scores, config.out and str(config.out))
     if config.out is not None:

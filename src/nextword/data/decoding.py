@@ -189,6 +189,16 @@ class LineReader:
         self.exhausted = False
         return self.first_line_number
 
+    def peek(self, max_chars: int) -> list[str]:
+        """The next lines, up to the one that exceeds `max_chars` characters in all. They are read again afterwards."""
+        self.start_row()
+        length = 0
+        while length <= max_chars and (line := next(self, None)) is not None:
+            length += len(line)
+        self._pushed_back += reversed(self._row_lines)
+        self.exhausted = False
+        return [line for _, line in self._row_lines]
+
     def _split_lines(self, chunks: Iterator[str]) -> Iterator[tuple[int, str]]:
         too_long = f"a line of more than {MAX_LINE_CHARS:,} characters; left out"
         number, parts, length = 1, list[str](), 0

@@ -58,12 +58,14 @@ class IssueLog:
     Attributes:
         total: the number of issues that lose or change text.
         counts_by_kind: the number of issues by kind, those of `info` included.
+        lost_rows: path, line and reason of each row of a table that was left out.
     """
 
     def __init__(self, strict: bool = False):
         self.strict = strict
         self.total = 0
         self.counts_by_kind: Counter[str] = Counter()
+        self.lost_rows: list[tuple[str, int, str]] = []
         self._issues: dict[tuple[str, str], Issue] = {}
 
     def add(self, path: Path | str, line: int | None, kind: str, detail: str = "", count: int = 1) -> None:
@@ -72,6 +74,11 @@ class IssueLog:
         issue = self.info(path, line, kind, detail, count)
         if self.strict:
             raise NextwordError(f"{issue}. Correct it, or leave out --strict to continue without it")
+
+    def lose_row(self, path: Path | str, line: int, kind: str, detail: str = "") -> None:
+        """Record that a row of a table was left out. Raises as `add`."""
+        self.lost_rows.append((str(path), line, f"{kind}: {replace_surrogates(detail)}" if detail else kind))
+        self.add(path, line, kind, detail)
 
     def info(self, path: Path | str, line: int | None, kind: str, detail: str = "", count: int = 1) -> Issue:
         """Record something that is no error, such as an image among the texts. It is not part of `total`."""

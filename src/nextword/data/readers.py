@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -32,6 +33,10 @@ TEXT_COLUMNS = (
 )
 MAX_JSON_CHARS = 2**28  # of a .json file
 
+CSV_SAMPLE_CHARS = 2**16  # of which the separator is decided
+TSV_SAMPLE_CHARS = 2**24  # of which it is decided whether quotes enclose cells
+
+_TSV_CELL = re.compile(r"""(?:("(?:[^"]|"")*+")|([^\t\n]*))(?:[\t\n]|\Z)""")  # quoted or not
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
 
 ColumnSelector = Callable[[list[str]], list[str]]
@@ -289,7 +294,7 @@ def _read_jsonl(path: Path, lines: LineReader, issues: IssueLog, selector: Colum
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            issues.add(path, lines.line_number, "not valid JSON", error_text(error))
+            issues.lose_row(path, lines.line_number, "not valid JSON", error_text(error))
             continue
         yield from _make_record(path, lines.line_number, value, issues, selector)
 
@@ -297,7 +302,7 @@ def _read_jsonl(path: Path, lines: LineReader, issues: IssueLog, selector: Colum
 def _make_record(path: Path, line: int, value: Any, issues: IssueLog, selector: ColumnSelector) -> Iterator[Record]:
     """The record of a JSON object; none if it is no object or lacks a column."""
     if not is_json_object(value):
-        issues.add(path, line, "not a JSON object", f"it is a {type(value).__name__}")
+        issues.lose_row(path, line, "not a JSON object", f"it is a {type(value).__name__}")
         return
     try:
         selected = {name: value[name] for name in selector(list(value)) if name in value}
@@ -305,10 +310,10 @@ def _make_record(path: Path, line: int, value: Any, issues: IssueLog, selector: 
         clean = map_strings(values, replace_surrogates)
         was_repaired = clean != values
     except MissingColumnError as error:
-        issues.add(path, line, error.kind, error.detail)
+        issues.lose_row(path, line, error.kind, error.detail)
         return
     except RecursionError as error:  # `json` parses deeper nesting than `map_strings` can walk
-        issues.add(path, line, "not valid JSON", error_text(error))
+        issues.lose_row(path, line, "not valid JSON", error_text(error))
         return
     if was_repaired:
         issues.add(path, line, "half a surrogate pair; replaced by U+FFFD")
@@ -455,32 +460,72 @@ def _read_csv(path: Path, lines: LineReader, issues: IssueLog, selector: ColumnS
         elif len(row) > len(header):
             what = "a row with too many columns; its text is kept, and may be cut at an unquoted separator"
         if what is not None:
-            issues.add(path, line, what, f"{len(row)} instead of {len(header)}")
+            record = issues.add if is_kept else issues.lose_row
+            record(path, line, what, f"{len(row)} instead of {len(header)}")
         if is_kept:
             yield Record(line, {name: row[index] for name, index in column_indices.items()})
+
+
+def _csv_options(path: Path, lines: LineReader, issues: IssueLog) -> dict[str, Any]:
+    """The separator, which gives most rows at the beginning of the file as many cells as the header. Excel may name it."""
+    sample = lines.peek(CSV_SAMPLE_CHARS)
+    if named := re.fullmatch(r"sep=(.)\s*", "".join(sample[:1])):
+        next(lines)
+        return {"delimiter": named[1]}
+
+    def num_regular_rows(delimiter: str) -> int:
+        with suppress(csv.Error):
+            widths = [len(row) for row in csv.reader(sample, delimiter=delimiter) if row]
+            return sum(width == widths[0] > 1 for width in widths)
+        return 0
+
+    delimiter = max(",;\t|", key=num_regular_rows)
+    if delimiter != ",":
+        issues.info(path, None, "the separator of the columns is", repr(delimiter))
+    return {"delimiter": delimiter}
+
+
+def _tsv_options(path: Path, lines: LineReader, issues: IssueLog) -> dict[str, Any]:
+    """Whether quotes enclose cells, as most programs write them, or are ordinary characters, as in the registered media type.
+
+    They enclose cells if each quote of the file belongs to a quoted cell, and the header is quoted, or a cell has doubled
+    quotes, a line break or a tab; but not if the rows have equal lengths without quoting, and not with it.
+    """
+    sample = lines.peek(TSV_SAMPLE_CHARS)
+    cells = _TSV_CELL.findall("".join(sample))
+    are_regular = len({line.count("\t") for line in sample if line.strip()}) == 1 and "\t" in sample[0]
+    spans_cells = any("\t" in quoted or "\n" in quoted for quoted, _ in cells)
+    is_quoted = not (spans_cells and are_regular) and (
+        spans_cells or bool(cells[0][0]) or any('""' in quoted[1:-1] for quoted, _ in cells)
+    )
+    if is_quoted and any('"' in unquoted for _, unquoted in cells):
+        issues.info(path, None, "quotes are read as characters, because some do not enclose a cell")
+        is_quoted = False
+    elif is_quoted:
+        issues.info(path, None, "quotes enclose cells, and are not part of them")
+    return {"delimiter": "\t", "quoting": csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE}
 
 
 def _iter_csv_rows(path: Path, lines: LineReader, issues: IssueLog) -> Iterator[tuple[int, list[str]]]:
     """The first line and the cells of each row that is not blank.
 
-    A quote that is never closed loses its own line only. In tab-separated files a quote is an ordinary character, as in
-    their registered media type.
+    A quote that is never closed loses its own line only.
     """
     csv.field_size_limit(MAX_LINE_CHARS)  # the library's default of 131,072 characters is too short for a book
-    is_tsv = file_format(path)[0] == ".tsv"
+    options = _tsv_options(path, lines, issues) if file_format(path)[0] == ".tsv" else _csv_options(path, lines, issues)
     while True:
-        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else csv.reader(lines)
+        reader = csv.reader(lines, **options)
         lines.start_row()
         try:
             row = next(reader, None)
         except csv.Error as error:
             what = "a row that cannot be read; its first line is left out"
-            issues.add(path, lines.rewind_to_second_line(), what, str(error))
+            issues.lose_row(path, lines.rewind_to_second_line(), what, str(error))
             continue
         if row is None:
             return
         if lines.exhausted:  # the file has ended inside quotes
-            issues.add(path, lines.rewind_to_second_line(), "a quote that is never closed; its line is left out")
+            issues.lose_row(path, lines.rewind_to_second_line(), "a quote that is never closed; its line is left out")
         elif row:
             yield lines.first_line_number, row
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from starlette.responses import JSONResponse
 
 from nextword.common.errors import UsageError
+from nextword.data.chat_format import ROLE_NAMES, content_text
 from nextword.inference.sampling import Sampling
 
 MAX_BODY_BYTES = 4 * 2**20  # of one request
@@ -243,8 +244,8 @@ def to_conversation(messages: Sequence[Message]) -> list[dict[str, str]]:
         content = message.content
         if content is None and message.role != "assistant":
             raise APIError(400, "messages: content is required", param=f"messages[{index}].content")
-        text = content if isinstance(content, str) else "\n".join(part.text for part in content or ())
-        conversation.append({"role": "system" if message.role == "developer" else message.role, "content": text})
+        text = content if isinstance(content, str) else content_text([part.text for part in content or ()]) or ""
+        conversation.append({"role": ROLE_NAMES.get(message.role, message.role), "content": text})
     return conversation
 
 

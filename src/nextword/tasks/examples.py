@@ -296,7 +296,7 @@ def _parse_rows(
                 fields |= parse_targets(task, values, fields, answer_format)
         except RowError as error:
             if require_targets or not fields:
-                issues.add(path, record.line, f"{error.kind}; left out", error.detail)
+                issues.lose_row(path, record.line, f"{error.kind}; left out", error.detail)
                 continue
             if "messages" not in values:  # a conversation that ends with a user message is a valid input
                 issues.info(path, record.line, f"{error.kind}; read without its target", error.detail)
