@@ -481,7 +481,20 @@ def test_lists_of_labels_in_any_spelling(tmp_path):
             assert [f["labels"] for f in fields] == list(map(tuple, rows)) and issues.total == 0
 
     check()
-    for text in ("[deleted]", "(other)", "[1, 2", "['a' b]", "{x}", "(1)", "[" * 10_000, "['\\d]", "array(1"):
+    for text in (
+        "[deleted]",
+        "(other)",
+        "[1, 2",
+        "['a' b]",
+        "{x}",
+        "(1)",
+        "[" * 10_000,
+        "['\\d]",
+        "array(1",
+        "{1, 'a'}",
+        "{[1]}",
+        "[1]]",
+    ):
         _, fields, issues = read(tmp_path / "a.jsonl", [{"text": "a", "label": text}])
         assert [f["label"] for f in fields] == [text] and issues.total == 0
 

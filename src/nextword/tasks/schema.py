@@ -10,7 +10,7 @@ import re
 import tomllib
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise, permutations
@@ -69,6 +69,7 @@ _TURNS = [re.compile(rf"(?:\A\s*|{gap})({'|'.join(map(str.capitalize, ROLE_NAMES
 _VECTOR = re.compile(r"[01](?:\.0*)?(?:[\s,;|]+[01](?:\.0*)?)+")  # of zeros and ones
 _TRUTH_VALUES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _INTEGER = re.compile(r"\+?(-?[0-9]+)(?:\.0*)?")
+_CONTAINERS: dict[str, Callable[[Any], Any]] = {"list": list, "tuple": list, "set": sorted, "dict": dict}
 # A string, a bracket or separator, or a word, of a list or object as Python or NumPy prints it.
 _LITERAL_TOKEN = re.compile(
     r"""(?:"(?:[^"\\]|\\.)*+"|'(?:[^'\\]|\\.)*+')|[\[\](){},:]|[^\s\[\](){},:"']+|["']""", re.DOTALL
@@ -341,13 +342,11 @@ def _decode_cell(value: Any) -> Any:
             # NumPy has no commas between the elements.
             follows = bool(tokens) and tokens[-1] not in "[({,:" and token not in "])},:"
             tokens += [",", token] if follows else [token]
-    with suppress(ValueError, SyntaxError, RecursionError, MemoryError), warnings.catch_warnings():
+    with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError), warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)  # of an unknown escape in a string
-        decoded: Any = ast.literal_eval("".join(tokens))
-        container: type[Any] = type(decoded)
-        if container in (list, dict, tuple, set):
-            decoded = sorted(decoded) if container is set else [*decoded] if container is tuple else decoded
-            return map_strings(decoded, replace_surrogates)
+        decoded = ast.literal_eval("".join(tokens))
+        if to_json := _CONTAINERS.get(type(decoded).__name__):
+            return map_strings(to_json(decoded), replace_surrogates)
     return value
 
 
