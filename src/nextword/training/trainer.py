@@ -24,6 +24,7 @@ from nextword.training.step_budget import StepBudgetDecision, StepSchedule, Time
 SAMPLE_AT_VALIDATIONS = (1, 2, 4, 8, 12, 16, 20)  # validations, of 20, after which a sample is generated
 FINALIZE_SECONDS = 2.5  # report, model card and other last files
 REPLAN_RATIO = 1.5  # of the training speed to the last one reported, from which on the expectation is renewed
+MIN_MEASURED_SECONDS = 10.0  # of training, before its speed is compared with the plan
 BUSY_SHARE = 0.75  # of the processor time that its threads could use, below which a process competes with others
 FEW_STEPS = 50  # a model trained for fewer steps has hardly learned anything
 
@@ -281,7 +282,8 @@ class Trainer:
 
     def _compare_with_plan(self, step: int) -> None:
         """Predict the loss again if the training speed differs from the expected one, and report the cause."""
-        if self.expectation is None or not self.run.dist.is_main or len(self.step_times) <= 4:
+        is_measured = self.step_times[-1] - self.step_times[0] >= MIN_MEASURED_SECONDS
+        if self.expectation is None or not self.run.dist.is_main or not is_measured:
             return
         tokens_per_step = self.state.tokens / self.state.step
         speed, planned = tokens_per_step / self.recent_seconds_per_step, self.expected_speed
