@@ -14,30 +14,6 @@ PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_class
 # Limits of a config.json from elsewhere; what is larger is damaged or hostile.
 MAX_JSON_BYTES = 2**22
 
-# Keys of config.json and the settings of `ModelConfig` that they hold.
-GPT_KEYS = {
-    "vocab_size": "vocab_size",
-    "n_positions": "context_length",
-    "n_embd": "d_model",
-    "n_layer": "n_layers",
-    "n_head": "n_heads",
-    "layer_norm_epsilon": "norm_eps",
-    "tie_word_embeddings": "tied",
-}
-LLAMA_KEYS = {
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "context_length",
-    "hidden_size": "d_model",
-    "intermediate_size": "d_ff",
-    "num_hidden_layers": "n_layers",
-    "num_attention_heads": "n_heads",
-    "num_key_value_heads": "n_kv_heads",
-    "head_dim": "head_dim",
-    "rms_norm_eps": "norm_eps",
-    "tie_word_embeddings": "tied",
-}
-KEYS: dict[Family, dict[str, str]] = {family: GPT_KEYS if family == "gpt1" else LLAMA_KEYS for family in HF_CLASSES}
-KEYS["gpt2"] = {**GPT_KEYS, "n_inner": "d_ff"}
 # The key of the activation, and the activations that each of its values stands for; the first is the default in transformers.
 # GPT-1's class calls the tanh form "gelu".
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
@@ -48,8 +24,9 @@ ACTIVATIONS: dict[Family, tuple[str, dict[str, str]]] = {
     "llama": ("hidden_act", {"silu": "swiglu", "swish": "swiglu"}),
 }
 ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "layer_types")
-# Which other keys are unsupported, required or irrelevant, with the reason of each; and defaults.
 KEY_TABLES = tomllib.loads(Path(__file__).with_name("hf_config_keys.toml").read_text(encoding="utf-8"))
+# Keys of config.json and the settings of `ModelConfig` that they hold.
+KEYS: dict[Family, dict[str, str]] = KEY_TABLES["keys"]
 
 
 def is_gpt(family: Family) -> bool:
