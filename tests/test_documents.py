@@ -92,7 +92,13 @@ def test_every_format_and_compression(tmp_path):
         ("a.txt", b"", [], None, "no text", 1),
         ("a.txt", b" \n\t \n", [], None, "no text", 1),
         ("a.txt.gz", gzip.compress(b"", mtime=0), [], None, "no text", 1),
-        ("a.txt", b"MZ\x00\x01\x02 binary", [], None, "NUL bytes", 1),
+        ("a.txt", b"MZ\x00\x01\x02 binary", [], None, "a tenth", 1),
+        ("a.txt", "Привет, мир".encode("utf-16-le"), [], None, "a tenth", 1),
+        ("a.txt", b"one\ntwo\0 and three", ["one\ntwo\ufffd and three"], 2, "NUL; replaced", 1),
+        ("a.txt", b"x" * 99_999 + b"\n\0\0", None, 2, "NUL; replaced", 2),
+        ("a.txt", "one\0 and more".encode("utf-16"), ["one\ufffd and more"], 1, "NUL; replaced", 1),
+        ("a.csv", b"text\nthis is a\nthis is b\0\n", ["this is a", "this is b\ufffd"], 3, "NUL; replaced", 1),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b\\u0000"}', ["a", "b\ufffd"], 2, "NUL; replaced", 1),
         ("a.csv", bytes(range(128, 256)) * 9, [], None, "a tenth", 1),
         ("a.txt.gz", gzip.compress(RANDOM, mtime=0)[:300], None, None, "stream is broken", 1),
         ("a.txt.gz", b"no gzip at all", [], None, "stream is broken", 1),
@@ -126,7 +132,7 @@ def test_parquet_rows_without_valid_text(tmp_path):
     assert [(issue.line, issue.what.split(":")[0].split(";")[0]) for issue in issues.issues] == [
         (2, "the text is not a string"),
         (3, "the text is empty"),
-        (4, "not valid UTF-8"),
+        (4, "not valid UTF-8, or NUL"),
     ]
     pq.write_table(pa.table({"text": [1, 2]}), path)
     assert read(path)[1].total == 2
@@ -223,11 +229,43 @@ def test_files_are_found_in_order_and_others_are_recorded(tmp_path):
     assert issues.counts_by_kind["left out: files with the suffix .png"] == 2
     assert issues.counts_by_kind["left out: files or folders that are hidden"] == 2
     assert issues.counts_by_kind["left out: files without a suffix"] == 1
-    assert issues.counts_by_kind["left out: a directory made by nextword"] == 1
+    assert issues.counts_by_kind["left out: a run, a model or another directory made by nextword"] == 1
     assert "unpack it first" in "".join(issues.summary_lines())
     with pytest.raises(UsageError, match="no such"):
         find_files([tmp_path / "nowhere"], issues)
     assert find_files([tmp_path / "q.png"], issues) == [] and "not a supported format" in issues.summary_lines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("files", "is_left_out"),
+    [
+        (["run.json", "metrics.jsonl"], True),
+        (["run.json", "lock"], True),
+        (["run.json", "checkpoints/step-1/weights.safetensors"], True),
+        (["model/config.json", "model/model.safetensors"], True),
+        (["model/config.json", "model/pytorch_model-00001-of-00002.bin"], True),
+        (["model/config.json", "model/tokenizer.json", "model/vocab.txt"], True),
+        (["x/train-00000.npy", "x/nextword.json"], True),
+        (["run.json"], False),
+        (["config.json"], False),
+        (["tokenizer.json"], False),
+        (["weights.bin"], False),
+    ],
+)
+def test_runs_models_and_shards_within_a_corpus_are_left_out(files, is_left_out, tmp_path):
+    for name in files:
+        for path in (tmp_path / "texts/old" / name, (tmp_path / "texts/old" / name).with_name("README.md")):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}")
+    (tmp_path / "texts/mine.txt").write_text("mine")
+    issues = IssueLog()
+    names = [
+        source.name for source in find_files([tmp_path / "texts"], issues) if source.path.suffix in (".md", ".txt")
+    ]
+    assert names == (["mine.txt"] if is_left_out else ["mine.txt", "old/README.md"])
+    assert (
+        sum("left out: a run, a model" in kind for kind in issues.counts_by_kind) == is_left_out and issues.total == 0
+    )
 
 
 def test_links(tmp_path):

@@ -10,8 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nextword.audit.group_templates import _read_yaml
 from nextword.common import fs
 from nextword.common.errors import CorruptFileError, DiskFullError, NextwordError
+from nextword.common.fs import read_json
+from nextword.data.tokenizer import Tokenizer, train_bpe
+from nextword.tasks.benchmark_spec import load_benchmarks
 from processes import kill, start_process
 
 
@@ -119,3 +123,20 @@ def test_atomic_write_survives_a_kill(tmp_path):
     process.stdout.readline()
     kill(process)
     assert path.read_text() in ("a" * 100000, "b" * 100000)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_small_file(tmp_path):
+    content = {
+        "a.json": '{"a": 1}',
+        "a.toml": 'kind = "writing"\nfiles = ["x"]\nprompt = "{x}"\nreference = "y"\n',
+        "a.yaml": 'groups: {a: [[x, y]], b: [[z, y]]}\ntemplates: [{text: "{a} likes {b}"}]\n',
+        "tokenizer.json": train_bpe(["abc"], 258).backend.to_str(),
+    }
+    read = {"a.json": read_json, "a.toml": load_benchmarks, "a.yaml": _read_yaml, "tokenizer.json": Tokenizer.open}
+    for name, text in content.items():
+        results = []
+        for encoding in ("utf-8", "utf-8-sig"):
+            (tmp_path / name).write_text(text, encoding=encoding)
+            results.append(read[name](tmp_path / name))
+        if name in ("a.json", "a.toml"):
+            assert results[0] == results[1]

@@ -52,7 +52,7 @@ class GenerateConfig(ModelArgument, SamplingOptions):
         """The prompts of the command line and of --file, each as often as there are samples."""
         prompts = [read_standard_input().removesuffix("\n") if prompt == STDIN else prompt for prompt in self.prompts]
         if self.file is not None:
-            text = read_standard_input() if str(self.file) == STDIN else self.file.read_text(encoding="utf-8")
+            text = read_standard_input() if str(self.file) == STDIN else self.file.read_text(encoding="utf-8-sig")
             prompts += text.splitlines()
         return [prompt for prompt in prompts or [""] for _ in range(self.samples)]
 

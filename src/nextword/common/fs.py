@@ -139,7 +139,7 @@ def is_json_array(value: object) -> TypeGuard[list[Any]]:
 
 
 def read_text(path: Path, max_bytes: int | None = None) -> str:
-    """The text of a file in UTF-8.
+    """The text of a file in UTF-8, without its byte order mark.
 
     Args:
         path: the file.
@@ -150,7 +150,7 @@ def read_text(path: Path, max_bytes: int | None = None) -> str:
     """
     if max_bytes is not None and (size := path.stat().st_size) > max_bytes:
         raise CorruptFileError(f"{path}: {size:,} bytes, where no file of this kind needs {max_bytes:,}")
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8-sig")
 
 
 def read_json(path: Path, max_bytes: int | None = None) -> Any:

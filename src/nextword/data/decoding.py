@@ -17,6 +17,7 @@ CHUNK_CHARS = 2**16
 MAX_LINE_CHARS = 2**25  # of a row of a table, which is held in memory whole
 BLOCK_BYTES = 2**18
 
+_CONTROL_BYTES = bytes({*range(32), 127} - set(b"\t\n\v\f\r\x1b"))  # that no text has, NUL among them
 _BOMS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -32,7 +33,7 @@ def file_format(path: Path) -> tuple[str, str]:
 
 
 def decode_chunks(path: Path, issues: IssueLog, blocks: Iterator[bytes] | None = None) -> Iterator[str]:
-    """Decode a file. Line ends become "\\n"; bytes that are not valid become U+FFFD. A binary file gives nothing.
+    """Decode a file. Line ends become "\\n"; what is not valid, and NUL, become U+FFFD. A binary file gives nothing.
 
     Args:
         path: a file, plain or compressed (.gz, .zst), in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
@@ -66,9 +67,12 @@ def decode_chunks(path: Path, issues: IssueLog, blocks: Iterator[bytes] | None =
             decoder.errors = "strict"
             num_invalid = num_invalid or text.count("\ufffd")
         text = newlines.decode(text, final=not data)
-        if num_invalid:
-            issue_line = line + text.count("\n", 0, max(0, text.find("\ufffd")))
-            issues.add(path, issue_line, f"not valid {codec.upper()}; replaced by U+FFFD", count=num_invalid)
+        invalid = {f"not valid {codec.upper()}": (num_invalid, "\ufffd"), "NUL": (text.count("\0"), "\0")}
+        for what, (count, character) in invalid.items():
+            if count:
+                issue_line = line + text.count("\n", 0, max(0, text.find(character)))
+                issues.add(path, issue_line, f"{what}; replaced by U+FFFD", count=count)
+        text = text.replace("\0", "\ufffd")
         line += text.count("\n")
         if text:
             yield text
@@ -76,11 +80,12 @@ def decode_chunks(path: Path, issues: IssueLog, blocks: Iterator[bytes] | None =
 
 def _why_binary(head: bytes) -> str:
     """The reason why the beginning of a file is not text, or ""."""
-    if b"\0" in head:
-        return "it has NUL bytes (a binary file, or UTF-16 without a byte order mark)"
     text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(head)
-    num_invalid = len(SURROGATE.findall(text))
-    return "more than a tenth of it is not valid UTF-8 (save it as UTF-8)" if num_invalid > len(text) / 10 else ""
+    num_invalid = len(SURROGATE.findall(text)) + len(head) - len(head.translate(None, _CONTROL_BYTES))
+    reason = (
+        "more than a tenth of it is not valid UTF-8, or control characters: a binary file, or text to save as UTF-8"
+    )
+    return reason if num_invalid > len(text) / 10 else ""
 
 
 def _read_blocks(path: Path, issues: IssueLog) -> Iterator[bytes]:

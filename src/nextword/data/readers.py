@@ -74,7 +74,7 @@ def find_files(
     Args:
         corpora: files and folders. A folder that is reached by several links is read once.
         issues: where files are recorded that are not read: other formats by count, broken links, hidden files, and the
-            directories that nextword has made.
+            directories of runs, models and prepared text.
         text_column: see `read_documents`.
         exclude: a directory that is not read, with the hidden files beside it that belong to it.
 
@@ -114,8 +114,8 @@ def _walk_files(root: Path, issues: IssueLog, skipped_counts: Counter[str], excl
                 resolved = path.resolve()
                 if resolved in visited:
                     issues.add(path, None, "a link to a folder that was read already; not followed again")
-                elif resolved == exclude or (path / MANIFEST).is_file():
-                    issues.info(path, None, "left out: a directory made by nextword")
+                elif resolved == exclude or _is_run_or_model(path):
+                    issues.info(path, None, "left out: a run, a model or another directory made by nextword")
                 else:
                     visited.add(resolved)
                     entries = sorted(path.iterdir(), key=lambda p: p.name, reverse=True)
@@ -130,6 +130,15 @@ def _walk_files(root: Path, issues: IssueLog, skipped_counts: Counter[str], excl
                 issues.add(path, None, "not a file: a broken link, a loop of links, or a device")
         except (OSError, RuntimeError) as error:  # pathlib raises RuntimeError for some loops of links
             issues.add(path, None, "cannot be read", error_text(error))
+
+
+def _is_run_or_model(path: Path) -> bool:
+    """Whether a directory is one that nextword has made, finished or not, or holds a model of any program."""
+    names = {file.name for file in path.iterdir()}
+    is_run = "run.json" in names and not names.isdisjoint(("checkpoints", "metrics.jsonl", "data", "model", "lock"))
+    model_files = (".safetensors", ".gguf", ".bin", ".pt", ".pth", "tokenizer.json", "tokenizer_config.json")
+    is_model = "config.json" in names and any(name.endswith(model_files) for name in names)
+    return is_run or is_model or MANIFEST in names
 
 
 def read_documents(path: Path, issues: IssueLog, text_column: str | None = None) -> Iterator[Document]:
@@ -307,7 +316,7 @@ def _make_record(path: Path, line: int, value: Any, issues: IssueLog, selector: 
     try:
         selected = {name: value[name] for name in selector(list(value)) if name in value}
         values = map_strings(selected, _normalize_newlines)
-        clean = map_strings(values, replace_surrogates)
+        clean = map_strings(values, lambda text: replace_surrogates(text).replace("\0", "\ufffd"))
         was_repaired = clean != values
     except MissingColumnError as error:
         issues.lose_row(path, line, error.kind, error.detail)
@@ -316,7 +325,7 @@ def _make_record(path: Path, line: int, value: Any, issues: IssueLog, selector: 
         issues.lose_row(path, line, "not valid JSON", error_text(error))
         return
     if was_repaired:
-        issues.add(path, line, "half a surrogate pair; replaced by U+FFFD")
+        issues.add(path, line, "half a surrogate pair, or NUL; replaced by U+FFFD")
     yield Record(line, clean)
 
 
@@ -539,7 +548,7 @@ def _read_parquet(path: Path, issues: IssueLog, selector: ColumnSelector) -> Ite
     invalid: list[bytes] = []
 
     def decode(data: bytes) -> str:
-        text = data.decode("utf-8", "replace")
+        text = data.decode("utf-8", "replace").replace("\0", "\ufffd")
         if "\ufffd" in text and text.encode() != data:
             invalid.append(data)
         return _normalize_newlines(text)
@@ -556,7 +565,7 @@ def _read_parquet(path: Path, issues: IssueLog, selector: ColumnSelector) -> Ite
                     invalid.clear()
                     values = {name: map_strings(column[index], decode, bytes) for name, column in columns.items()}
                     if invalid:
-                        issues.add(path, row, "not valid UTF-8; replaced by U+FFFD")
+                        issues.add(path, row, "not valid UTF-8, or NUL; replaced by U+FFFD")
                     yield Record(row, values)
     except MissingColumnError as error:
         issues.add(path, None, error.kind, error.detail)

@@ -149,7 +149,7 @@ def load_benchmarks(path: Path) -> dict[str, Benchmark]:
         UsageError: The file does not exist, is not TOML, or a specification is not valid; with file and line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         tables = tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"{path}: {error_text(error)}") from error
@@ -179,7 +179,7 @@ def _parse_benchmark(name: str, table: Any, folder: Path) -> Benchmark:
     if not is_json_object(table):
         raise _SpecError(name, "is not a table: write [NAME], and kind = … below it")
     if "like" in table:
-        builtin = tomllib.loads(BUILTIN_BENCHMARKS.read_text(encoding="utf-8"))
+        builtin = tomllib.loads(BUILTIN_BENCHMARKS.read_text(encoding="utf-8-sig"))
         bases = {base: values for base, values in builtin.items() if "like" not in values}
         if not isinstance(table["like"], str) or table["like"] not in bases:
             raise _SpecError("like", f"like must be one of {', '.join(bases)}")
