@@ -83,7 +83,7 @@ def test_quotes_in_a_table_without_quoting_are_characters(tmp_path):
         assert [row["text"] for _, row in found] == cells and issues.total == 0
 
     check()
-    # Evidence for both readings: the quotes are kept, and it is said.
+    # Evidence for both readings: the quotes are kept, which is reported.
     found, issues = read(tmp_path / "a.tsv", 'text\tn\n"a ""b"""\t1\n5" pipe\t2\n')
     assert [row["text"] for _, row in found] == [
         '"a ""b"""',

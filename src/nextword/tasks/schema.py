@@ -53,7 +53,6 @@ _SCHEMA = Path(__file__).with_name("schema.toml").read_text(encoding="utf-8")
 TASKS = {task: TaskSchema(**table) for task, table in tomllib.loads(_SCHEMA).items()}
 for _task in ("classify", "continue"):
     TASKS[_task].columns["text"][:0] = TEXT_COLUMNS
-REQUIRED_ROLES = {role for schema in TASKS.values() for group in schema.required(True) for role in group}
 CHOICE_ROLE_PATTERN = re.compile(r"choice[1-9][0-9]?")
 # A prefix, and a letter or a number; or a capital letter alone.
 _CHOICE_COLUMN = re.compile(
