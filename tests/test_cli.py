@@ -180,7 +180,7 @@ def test_report_and_verify(nextword: CLIRunner, run, tmp_path):
         (["evaluate", "{run}", "{tmp}/nowhere"], 2, "nowhere"),
         (["evaluate", "{run}/model"], 2, "text"),
         (["report", "{tmp}"], 1, "not a run"),
-        (["verify", "{tmp}"], 3, "nothing to check"),
+        (["verify", "{tmp}"], 1, "nothing to check"),
         (["prepare", "{texts}"], 2, "--out"),
     ],
 )

@@ -358,3 +358,12 @@ def test_energy_is_measured_by_counters_or_estimated(tmp_path, monkeypatch):
     meter.start_time -= 10
     used = meter.energy(3600)
     assert used["measured"] and used["watt_hours"] == pytest.approx(3.0, rel=0.05)
+
+
+def test_a_model_that_memory_cannot_hold_is_refused_before_the_text_is_read(nextword, texts, tmp_path):
+    huge = ("--size", "175b", "--steps", "1")
+    wide = ("--size", "micro", "--model.n-layers", str(2**24), "--steps", "1")
+    for arguments in (["plan", texts, *huge], ["pretrain", texts, "--out", tmp_path / "run", *wide]):
+        done = nextword(*arguments)
+        assert done.returncode == 2 and "needs at least" in done.stderr, done.stderr
+        assert "reading" not in done.stderr and not (tmp_path / "run" / "data").exists()

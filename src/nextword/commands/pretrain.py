@@ -83,6 +83,10 @@ def pretrain(config: PretrainConfig, context: Context) -> shared.RunResult:
     recipe = config.resolved_recipe()
 
     def train(run: "RunContext") -> dict[str, Any]:
+        from nextword.planning.planner import check_memory
+
+        if run.metadata is None:
+            check_memory(recipe, run.device, run.dist.world_size)
         corpus = open_or_prepare_corpus(
             run,
             run.request["corpora"],

@@ -21,6 +21,7 @@ except ImportError:  # Windows
 
 CPU_CORE_WATTS = 10.0  # a busy server or desktop core with its share of the memory; a laptop core takes about half
 GPU_WATTS = 300.0  # a busy data-centre GPU; power limits are 250 to 700 W
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 RAPL_ROOT = Path("/sys/class/powercap")  # Linux: processor energy counters, often readable by root only
 
 
@@ -54,6 +55,20 @@ def peak_memory_bytes(device: torch.device) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def total_memory(device: torch.device) -> int:
+    """The memory in bytes that this process can have: that of the GPU, or what machine, container and `ulimit` allow."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    limits: list[int] = []
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if resource is not None and (address_space := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+        limits.append(address_space)
+    if CGROUP_LIMIT.is_file() and (limit := CGROUP_LIMIT.read_text().strip()).isdecimal():
+        limits.append(int(limit))
+    return min(limits, default=sys.maxsize)
 
 
 def resolve_device(name: str) -> torch.device:

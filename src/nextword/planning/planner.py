@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from nextword.common.console import Console
-from nextword.common.environment import EnergyMeter, peak_memory_bytes
+from nextword.common.environment import EnergyMeter, peak_memory_bytes, total_memory
 from nextword.common.errors import NextwordError, UsageError
-from nextword.common.format import format_duration
+from nextword.common.format import format_bytes, format_duration
 from nextword.common.fs import MANIFEST
 from nextword.data.builtin_datasets import find_sources
 from nextword.data.corpus import Corpus
@@ -46,6 +46,8 @@ from nextword.training.step import (
 from nextword.training.trainer import FINALIZE_SECONDS
 
 SAMPLE_BYTES = 2**25  # of a large corpus; prepared in about ten seconds
+MIN_VOCAB_SIZE = 256  # of a tokenizer that is not trained yet
+MIN_BYTES_PER_PARAMETER = 12  # weight, gradient and Muon's momentum in float32
 COMPRESSION_RATIO = 3  # bytes of text per byte of a compressed file, roughly
 BENCHMARK_BATCH_TOKENS = 2048  # of a benchmarked step on a CPU
 DEFAULT_BATCH_TOKENS = 4096  # of a run whose length is given in steps
@@ -154,6 +156,17 @@ def candidate_configs(recipe: Recipe, vocab_size: int, device: torch.device) -> 
     if not configs:
         raise UsageError(str(first_error)) from first_error
     return configs
+
+
+def check_memory(recipe: Recipe, device: torch.device, num_processes: int = 1) -> None:
+    """Raise `UsageError`, before any text is read, if no model of a recipe can be trained in the memory of this machine."""
+    config = next(iter(candidate_configs(recipe, recipe.vocab_size or MIN_VOCAB_SIZE, device).values()))
+    needed, total = MIN_BYTES_PER_PARAMETER * config.parameters // num_processes, total_memory(device)
+    if needed > total:
+        raise UsageError(
+            f"a model of {config.parameters:,} parameters needs at least {format_bytes(needed)} of memory to be trained, and "
+            f"{format_bytes(total)} can be used here: choose a smaller --size, or a larger machine"
+        )
 
 
 def plan_corpus(
@@ -338,6 +351,7 @@ def plan_run(
     Raises:
         UsageError: the budget is shorter than the preparation of the text.
     """
+    check_memory(recipe, device)
     with TemporaryDirectory(prefix="nextword-plan-") as work_dir:
         corpus, scale, preparation = sample_corpus(corpora, Path(work_dir), recipe, text_column, strict, console)
         console.info("benchmarking model sizes on this machine …")
