@@ -443,3 +443,12 @@ def test_every_document_begins_with_the_begin_token(begin, tmp_path):
         assert ((starts == 0) == (begin == "<s>")).all() and (ids == 0).sum() == (len(starts) if first else 0)
     parts = [prepare([folder], tmp_path / "parts", tokenizer=tokenizer, shard="1/3")]
     assert parts[0].fingerprint == corpus.fingerprint
+
+
+def test_a_corpus_that_has_moved_is_not_called_corrupt(tmp_path):
+    with pytest.raises(NextwordError, match=r"not there .*--resume") as caught:
+        Corpus.open(tmp_path / "moved")
+    assert not isinstance(caught.value, CorruptFileError)
+    (tmp_path / "moved").mkdir()
+    with pytest.raises(CorruptFileError, match="never finished"):
+        Corpus.open(tmp_path / "moved")

@@ -143,9 +143,14 @@ class Corpus:
 
         Raises:
             CorruptFileError: with a line for every file that differs.
-            NextwordError: this is not a prepared corpus.
+            NextwordError: there is no such directory, or it is not a prepared corpus.
         """
         path = Path(path)
+        if not path.exists():
+            raise NextwordError(
+                f"{path}: the prepared text is not there (any more). Continue a run with the place where it is now: nextword "
+                "pretrain SHARDS --out RUN --resume. Evaluate one on a text: nextword evaluate RUN TEXT"
+            )
         if read_manifest(path).get("kind") != "corpus":
             raise NextwordError(
                 f"{path}: not a prepared corpus; make one with: {quote_command('nextword', 'prepare', 'TEXT', f'--out={path}')}"
