@@ -378,3 +378,16 @@ def test_no_input_is_fatal(suffix, tmp_path):
             assert not issues.total
 
     check()
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst", "a.csv.gz", "a.jsonl.zst"])
+def test_a_file_that_expands_beyond_measure_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "MIN_EXPANDED_BYTES", 2**20)
+    compress = gzip.compress if name.endswith("gz") else zstandard.compress
+    line = b'{"text": "abc"}\n' if "jsonl" in name else b"text\n"
+    (tmp_path / name).write_bytes(compress(line * 2**18))
+    with pytest.raises(NextwordError, match="200 times its size"):
+        for document in read_documents(tmp_path / name, IssueLog()):
+            list(document.chunks)
+    (tmp_path / name).write_bytes(compress(line * 2**15))  # as repetitive, and small
+    assert sum(sum(map(len, document.chunks)) for document in read_documents(tmp_path / name, IssueLog())) > 2**16

@@ -9,13 +9,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from nextword.common.errors import import_optional
+from nextword.common.errors import NextwordError, import_optional
 from nextword.data.issues import SURROGATE, IssueLog, error_text
 
 COMPRESSION_SUFFIXES = (".gz", ".zst")
 CHUNK_CHARS = 2**16
 MAX_LINE_CHARS = 2**25  # of a row of a table, which is held in memory whole
 BLOCK_BYTES = 2**18
+MIN_EXPANDED_BYTES, MAX_EXPANSION = 2**26, 200  # a compressed file may not expand beyond both
 
 _CONTROL_BYTES = bytes({*range(32), 127} - set(b"\t\n\v\f\r\x1b"))  # that no text has, NUL among them
 _BOMS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
@@ -43,7 +44,7 @@ def decode_chunks(path: Path, issues: IssueLog, blocks: Iterator[bytes] | None =
     Yields:
         The text in chunks of any length.
     """
-    blocks = _read_blocks(path, issues) if blocks is None else blocks
+    blocks = limit_expansion(path, _read_blocks(path, issues)) if blocks is None else blocks
     head = b""
     for block in blocks:
         head += block
@@ -86,6 +87,19 @@ def _why_binary(head: bytes) -> str:
         "more than a tenth of it is not valid UTF-8, or control characters: a binary file, or text to save as UTF-8"
     )
     return reason if num_invalid > len(text) / 10 else ""
+
+
+def limit_expansion(path: Path, blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """The blocks of a file. Raises `NextwordError` once they are immense beside the file, as no compressed text is."""
+    size = 0
+    for block in blocks:
+        size += len(block)
+        if size > MIN_EXPANDED_BYTES and size > MAX_EXPANSION * path.stat().st_size:
+            raise NextwordError(
+                f"{path}: expands to more than {MAX_EXPANSION} times its size, {size:,} bytes so far. If that is intended, "
+                "unpack it, and name the unpacked file"
+            )
+        yield block
 
 
 def _read_blocks(path: Path, issues: IssueLog) -> Iterator[bytes]:

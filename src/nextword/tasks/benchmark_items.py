@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.fs import is_json_array, is_json_object
 from nextword.data.builtin_datasets import download_hub_files
-from nextword.data.decoding import LineReader, decode_chunks, file_format
+from nextword.data.decoding import LineReader, decode_chunks, file_format, limit_expansion
 from nextword.data.issues import IssueLog, error_text
 from nextword.data.readers import TABLE_SUFFIXES, Record, read_records
 from nextword.tasks.benchmark_spec import Benchmark
@@ -167,7 +167,7 @@ def _iter_archive_records(path: Path, issues: IssueLog) -> Iterator[tuple[str, R
                     raise CorruptFileError(f"{path}: the path of {member.name} is outside the archive")
                 stream = archive.extractfile(member)
                 assert stream is not None
-                blocks = iter(partial(stream.read, 2**18), b"")
+                blocks = limit_expansion(path, iter(partial(stream.read, 2**18), b""))
                 yield from ((str(name), record) for record in read_records(name, issues, blocks=blocks))
     except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
         raise CorruptFileError(f"{path}: cannot read the archive ({error_text(error)})") from error
