@@ -3,14 +3,18 @@
 import io
 import json
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nextword.commands.chat_session import GREETING, HELP, ChatSession, terminal_reader
+from nextword.common.console import printable, write_result
 from nextword.common.errors import NextwordError, UsageError
 from nextword.data.chat_format import ASSISTANT_TOKEN, CHAT_SPECIAL_TOKENS, USER_TOKEN, encode_conversation
 from nextword.data.tokenizer import END_OF_TURN_TOKEN, EOS_TOKEN, Tokenizer, train_bpe
@@ -273,3 +277,25 @@ def test_lines_from_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     read = terminal_reader()
     assert [read() for _ in range(4)] == ["one", "", "tw\ufffd", None]
     assert capsys.readouterr().out == ""  # a prompt is for a person
+
+
+@given(text=st.text(alphabet=st.characters(max_codepoint=0x200)))
+def test_a_terminal_gets_no_control_characters(text: str) -> None:
+    def is_control(character: str) -> bool:
+        return unicodedata.category(character) == "Cc" and character not in "\n\t"
+
+    shown = printable(text)
+    assert len(shown) == len(text) and not any(map(is_control, shown))
+    assert all(new == old or is_control(old) for new, old in zip(shown, text, strict=True))
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_results_reach_a_terminal_without_control_characters_and_a_file_unchanged(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(sys, "stdout", stream)
+    text = "a\x1b[31m\x9b\x07\r\tb\n"
+    write_result(text)
+    assert stream.getvalue() == ("a\u241b[31m\ufffd\u2407\u240d\tb\n" if is_terminal else text)

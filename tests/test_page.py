@@ -484,7 +484,7 @@ def test_on_a_phone(open_page: Open) -> None:
     j.no_sideways()
     j.field("Your message").fill("long")
     j.button("Send").tap()
-    expect(j.at(".exchange .note")).to_contain_text("stopped at the limit")
+    expect(j.at(".exchange .note")).to_contain_text("cut off at the limit (max tokens)")
     j.no_sideways()
     token = j.answers.locator(".token").nth(180)
     token.tap()

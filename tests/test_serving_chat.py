@@ -19,7 +19,13 @@ from transformers import AutoTokenizer
 import nextword
 from nextword.common import native_build
 from nextword.common.errors import CorruptFileError
-from nextword.data.chat_format import CHAT_SPECIAL_TOKENS, encode_conversation, save_chat_template
+from nextword.data.chat_format import (
+    CHAT_SPECIAL_TOKENS,
+    drop_oldest_turns,
+    encode_conversation,
+    max_prompt_tokens,
+    save_chat_template,
+)
 from nextword.data.tokenizer import END_OF_TURN_TOKEN, EOS_TOKEN, Tokenizer, train_bpe
 from nextword.pipeline.language_model import load
 from nextword.serving import chat_templates, limited_worker
@@ -117,6 +123,36 @@ def test_a_response_ends_with_its_turn(own: ThreadedServer) -> None:
         choice = own.post("/v1/chat/completions", body).json["choices"][0]
         assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", "")
         assert choice["logprobs"]["content"] == []  # what ends it is no part of it
+
+
+@pytest.mark.parametrize("server", ["own", "chatml"])
+def test_a_long_conversation_drops_its_oldest_turns_if_asked(server: str, request: pytest.FixtureRequest) -> None:
+    asked: ThreadedServer = request.getfixturevalue(server)
+    length = asked.service.context_length
+    limit = max_prompt_tokens(length, 4)
+    for num_exchanges in (1, 2, 3, 7, 40):
+        system, turns = (
+            {"role": "system", "content": "Be."},
+            [{"role": role, "content": "the hill"} for _ in range(num_exchanges) for role in ("user", "assistant")],
+        )
+        messages = [system, *turns, {"role": "user", "content": "Why?"}]
+        sizes = [asked.post("/tokenize", {"messages": kept}) for kept in drop_oldest_turns(messages)]
+        fitting = [size.json["count"] if size.status == 200 else length + 1 for size in sizes]
+        expected = next(i for i, size in enumerate(fitting) if size <= limit)
+        body = {"messages": messages, "max_tokens": 4, "truncation": "auto"}
+        answer = asked.post("/v1/chat/completions", body)
+        assert answer.status == 200, answer.body
+        assert answer.json["usage"]["prompt_tokens"] == fitting[expected] <= length - 4
+        dropped = len(messages) - len(drop_oldest_turns(messages)[expected])
+        assert answer.json["nextword"].get("dropped_messages", 0) == dropped
+        if fitting[0] > length:
+            for policy in ({}, {"truncation": "disabled"}, {"truncation": None}):
+                refused = asked.post("/v1/chat/completions", {"messages": messages, **policy})
+                assert refused.status == 400 and refused.error["code"] == "context_length_exceeded"
+    assert dropped > 0
+    body = {"messages": [{"role": "user", "content": "the hill " * length}], "truncation": "auto"}
+    assert asked.post("/v1/chat/completions", body).error["code"] == "context_length_exceeded"
+    assert asked.post("/v1/chat/completions", {**body, "truncation": "some"}).error["param"] == "truncation"
 
 
 @pytest.mark.parametrize("server", ["own", "chatml"])

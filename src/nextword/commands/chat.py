@@ -5,7 +5,6 @@ from typing import Any
 
 from nextword.commands.command import Context, command, options
 from nextword.commands.shared import ModelArgument, SamplingOptions
-from nextword.common.numbers import PositiveShare, Temperature
 
 
 @options
@@ -19,8 +18,6 @@ class ChatConfig(ModelArgument, SamplingOptions):
         system: System prompt. Default: none.
     """
 
-    temperature: Temperature = 0.7
-    top_p: PositiveShare | None = 0.95
     system: str | None = None
 
 

@@ -13,9 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nextword.common.console import printable
 from nextword.common.errors import NextwordError, UsageError
 from nextword.common.fs import append_line_durably
-from nextword.data.chat_format import encode_conversation, stop_token_ids, supports_chat, truncate_conversation
+from nextword.data.chat_format import (
+    encode_conversation,
+    max_prompt_tokens,
+    stop_token_ids,
+    supports_chat,
+    truncate_conversation,
+)
 from nextword.data.issues import replace_surrogates
 from nextword.data.tokenizer import Tokenizer
 from nextword.inference.engine import Engine
@@ -34,13 +41,6 @@ HELP = """\
 
 End a line with \\ to continue on the next one. Start a message with // if it starts with a slash.
 Ctrl-C stops an answer; the part that was generated stays in the conversation."""
-
-# Generated control characters could move the cursor of the terminal or worse: they are shown as symbols.
-CONTROL_PICTURES = {
-    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"},
-    0x7F: 0x2421,
-    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
-}
 
 
 def terminal_reader(prompt: str = "> ") -> Callable[[], str | None]:
@@ -153,7 +153,7 @@ class ChatSession:
                 self.system = argument
                 note = "(system prompt set)" if argument else "(no system prompt)"
             case "/undo":
-                note = f"(removed: {self.turns[-2]['content']})" if self.turns else "(nothing to remove)"
+                note = f"(removed: {printable(self.turns[-2]['content'])})" if self.turns else "(nothing to remove)"
                 del self.turns[-2:]
             case "/save":
                 note = self._save(argument)
@@ -185,7 +185,7 @@ class ChatSession:
         length = self.model.config.context_length
         try:
             visible, num_hidden, num_truncated = truncate_conversation(
-                self.tokenizer, [*self.messages, message], length - min(self.sampling.max_tokens, length // 2)
+                self.tokenizer, [*self.messages, message], max_prompt_tokens(length, self.sampling.max_tokens)
             )
         except UsageError as error:
             self._print(f"({error})")
@@ -215,7 +215,7 @@ class ChatSession:
             while True:
                 piece = next(stream)
                 answer += piece
-                self.write_text(piece.translate(CONTROL_PICTURES))
+                self.write_text(printable(piece))
         except StopIteration as end:
             if end.value == "length":
                 note = f"\n(stopped after {max_tokens:,} tokens)"

@@ -236,7 +236,7 @@ class SamplingOptions(PrecisionOption, DeviceOption):
         temperature: Sampling temperature. 0 is greedy decoding; higher values give more varied text.
         top_k: Top-k sampling: keep the k most likely tokens. Default: all tokens.
         top_p: Top-p (nucleus) sampling: keep the smallest set of most likely tokens with this total probability; 1
-            keeps all. Default: 1; in chat 0.95.
+            keeps all. Default: 1.
         seed: Random seed of the sampling. Default: a new one each time.
     """
 

@@ -51,11 +51,28 @@ def read_standard_input() -> str:
     return sys.stdin.read()
 
 
+# Control characters from a model or a corpus could move the cursor of a terminal or worse: they are shown as symbols.
+CONTROL_PICTURES = {
+    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"},
+    0x7F: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+}
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: all its control characters, except newlines and tabs, are replaced by symbols."""
+    return text.translate(CONTROL_PICTURES)
+
+
 def write_result(text: str) -> None:
-    """Write text to standard output and flush it. Raises `NextwordError` if it is closed."""
+    """Write text to standard output and flush it: on a terminal without control characters, elsewhere as it is.
+
+    Raises:
+        NextwordError: Standard output is closed.
+    """
     if sys.stdout is None:
         raise NextwordError("standard output is closed: the result cannot be printed")
-    print(text, end="", flush=True)
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def to_json_line(value: Any) -> str:
@@ -159,11 +176,11 @@ class Console:
     def info(self, text: str, style: str | None = None) -> None:
         """Print a line, unless quiet. The text is printed as it is, without reading markup."""
         if not self.quiet:
-            self.rich_console.print(Text(text, style=style or ""))
+            self.rich_console.print(Text(printable(text), style=style or ""))
 
     def warn(self, text: str) -> None:
         """Print a warning, also when quiet."""
-        self.rich_console.print(Text(text, style="yellow"))
+        self.rich_console.print(Text(printable(text), style="yellow"))
 
     def progress(self, stage: str, done: float, total: float, text: str = "") -> None:
         """Show the progress of a stage, and a text. A new stage name starts a new bar."""
@@ -190,7 +207,8 @@ class Console:
     def log_sample(self, step: int, prompt: str, text: str) -> None:
         """Print a text that the model has generated during training."""
         if not self.quiet:
-            sample = Text.assemble((f"  sample at step {step:,}: ", "dim"), (prompt, "dim italic"), (text, "italic"))
+            parts = (printable(prompt), "dim italic"), (printable(text), "italic")
+            sample = Text.assemble((f"  sample at step {step:,}: ", "dim"), *parts)
             self.rich_console.print(sample)
 
     def close(self) -> None:

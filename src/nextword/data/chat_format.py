@@ -6,8 +6,8 @@ is encoded apart from them, so that the content of a message can never end its t
 look like a special token.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,11 +116,27 @@ def encode_conversation(
     return ids, loss_mask
 
 
+def max_prompt_tokens(context_length: int, max_tokens: int) -> int:
+    """How long a conversation may be, so that an answer of `max_tokens` fits, or one of half the context if that is less."""
+    return context_length - min(max_tokens, context_length // 2)
+
+
+def drop_oldest_turns(messages: Sequence[Message]) -> list[list[dict[str, Any]]]:
+    """The conversation, and what is left of it when more and more of its oldest turns are dropped: the longest first.
+
+    The system message and the newest message are always kept. What follows the system message begins with a user's
+    message, unless nothing was dropped or the newest message of all is the assistant's.
+    """
+    system = [dict(m) for m in messages[:1] if m.get("role") == "system"]
+    turns = [dict(m) for m in messages[len(system) :]]
+    starts = [i for i in range(1, len(turns)) if turns[i].get("role") != "assistant" or i == len(turns) - 1]
+    return [[*system, *turns[i:]] for i in (0, *starts)]
+
+
 def truncate_conversation(tokenizer: Tokenizer, messages: Sequence[Message], max_tokens: int) -> Truncated:
     """The system message and as many of the newest messages as fit.
 
-    What follows the system message begins with a user's message, unless the newest one of all is the assistant's. If
-    not even the newest message fits, its end is kept.
+    Turns are dropped as in `drop_oldest_turns`. If not even the newest message fits, its end is kept.
 
     Args:
         tokenizer: a tokenizer that supports chat.
@@ -136,14 +152,11 @@ def truncate_conversation(tokenizer: Tokenizer, messages: Sequence[Message], max
     def num_tokens(some_messages: list[dict[str, Any]]) -> int:
         return len(encode_conversation(tokenizer, some_messages, add_generation_prompt=True)[0])
 
+    options = drop_oldest_turns(messages)
+    index = bisect_left(options, True, key=lambda kept: num_tokens(kept) <= max_tokens)
+    if index < len(options):
+        return Truncated(options[index], len(messages) - len(options[index]), 0)
     remaining = max_tokens - num_tokens(system)
-    turn_lengths = [num_tokens([turn]) - num_tokens([]) for turn in turns]
-    first_kept = len(turns) - sum(length <= remaining for length in accumulate(reversed(turn_lengths)))
-    # An answer without its question is dropped too.
-    while 0 < first_kept < len(turns) - 1 and turns[first_kept]["role"] == "assistant":
-        first_kept += 1
-    if first_kept < len(turns) or (not turns and remaining >= 0):
-        return Truncated([*system, *turns[first_kept:]], first_kept, 0)
     remaining -= 2  # the role token and the end-of-turn token of the newest message
     if not turns or remaining < 1:
         raise UsageError(

@@ -14,7 +14,13 @@ from typing import Any, cast
 
 from nextword.common.errors import CorruptFileError, UsageError
 from nextword.common.fs import is_json_object, read_text
-from nextword.data.chat_format import build_chat_template, encode_conversation, stop_token_ids, supports_chat
+from nextword.data.chat_format import (
+    build_chat_template,
+    drop_oldest_turns,
+    encode_conversation,
+    stop_token_ids,
+    supports_chat,
+)
 from nextword.data.tokenizer import Tokenizer
 from nextword.serving.limited_process import LimitedProcess
 from nextword.serving.protocol import APIError, invalid_field
@@ -69,6 +75,28 @@ def make_chat_encoder(directory: Path, tokenizer: Tokenizer) -> ChatEncoder:
     if supports_chat(tokenizer) and template in (None, build_chat_template(tokenizer)):
         return NativeChatEncoder(tokenizer)
     return PlainChatEncoder(tokenizer) if template is None else JinjaChatEncoder(tokenizer, template)
+
+
+async def encode_newest_turns(
+    encoder: ChatEncoder, conversation: Conversation, max_tokens: int
+) -> tuple[list[int], int]:
+    """Encode as many of the newest turns as fit, and at least the newest message.
+
+    The steps grow from the newest turn on, so that the cost depends on what is kept, and hardly on what is dropped.
+
+    Returns:
+        The token ids, more than `max_tokens` only if the newest message is too long, and the number of dropped messages.
+    """
+    options = drop_oldest_turns(conversation)
+    index, step = len(options) - 1, 1
+    ids = await encoder.encode(options[index])
+    while step and index:
+        more = await encoder.encode(options[max(0, index - step)])
+        if len(more) <= max_tokens:
+            ids, index, step = more, max(0, index - step), 2 * step
+        else:
+            step //= 2
+    return ids, len(conversation) - len(options[index])
 
 
 class NativeChatEncoder(ChatEncoder):

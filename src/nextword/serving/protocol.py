@@ -256,6 +256,8 @@ class ChatRequest(BaseCompletionRequest):
     logprobs: bool | None = None
     top_logprobs: LogprobCount | None = None
     max_completion_tokens: TokenLimit | None = None
+    # As in OpenAI's Responses API: auto drops the oldest turns of a conversation that is too long, disabled refuses it.
+    truncation: Literal["auto", "disabled"] | None = None
 
 
 class EmbeddingRequest(RequestModel):

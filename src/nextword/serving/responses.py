@@ -240,11 +240,17 @@ class ChatCompletionWriter(CompletionWriter):
     object_type, chunk_object_type, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
     def __init__(
-        self, service: Service, handle: RequestHandle, requests: list[GenerationRequest], num_logprobs: int | None
+        self,
+        service: Service,
+        handle: RequestHandle,
+        requests: list[GenerationRequest],
+        num_logprobs: int | None,
+        num_dropped_messages: int = 0,
     ):
         super().__init__(service, handle, requests, num_logprobs, num_choices=len(requests))
         self.headers = {CHAT_TEMPLATE_HEADER: service.chat_encoder.name}
-        self.extra_fields = {"nextword": {"chat_template": service.chat_encoder.name}}
+        dropped = {"dropped_messages": num_dropped_messages} if num_dropped_messages else {}
+        self.extra_fields = {"nextword": {"chat_template": service.chat_encoder.name, **dropped}}
 
     def format_choice(self, delta: Delta) -> dict[str, Any]:
         """One choice of the response, with the assistant's message."""

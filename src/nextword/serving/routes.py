@@ -9,8 +9,10 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import generate_latest
 from starlette.responses import Response
 
+from nextword.data.chat_format import max_prompt_tokens
 from nextword.inference.sampling import Sampling
 from nextword.serving import openapi, protocol
+from nextword.serving.chat_templates import encode_newest_turns
 from nextword.serving.engine_worker import GenerationRequest
 from nextword.serving.protocol import APIError, UTF8JSONResponse, invalid_field, list_prompts, to_conversation
 from nextword.serving.responses import ChatCompletionWriter, CompletionWriter, cancel_on_disconnect, make_usage
@@ -115,7 +117,12 @@ async def chat(body: protocol.ChatRequest, request: Request, service: ServiceDep
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid_field("top_logprobs", "requires logprobs")
     with service.worker.admit(n) as handle:
-        ids = await service.chat_encoder.encode(to_conversation(body.messages))
+        conversation, dropped = to_conversation(body.messages), 0
+        if body.truncation == "auto":
+            limit = max_prompt_tokens(context_length, max_tokens)
+            ids, dropped = await encode_newest_turns(service.chat_encoder, conversation, limit)
+        else:
+            ids = await service.chat_encoder.encode(conversation)
         service.check_context(len(ids), "messages")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         sampling = body.to_sampling(
@@ -125,7 +132,8 @@ async def chat(body: protocol.ChatRequest, request: Request, service: ServiceDep
             max_tokens=min(max_tokens, max(1, context_length - len(ids))),
         )
         requests = await build_requests(service, body, [ids], n, sampling)
-        return await ChatCompletionWriter(service, handle, requests, logprobs).respond(body, request.receive)
+        writer = ChatCompletionWriter(service, handle, requests, logprobs, dropped)
+        return await writer.respond(body, request.receive)
 
 
 @router.get("/v1/models", responses=openapi.MODEL_LIST_RESPONSE)

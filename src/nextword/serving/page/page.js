@@ -128,6 +128,7 @@ async function ready() {
 /** Streams a generation into a segment. */
 async function generate(path, body, segment) {
   const controller = new AbortController();
+  const isConversation = isChat(); // a text may exceed the context
   const job = (state.job = { controller, segment });
   render(true);
   try {
@@ -142,8 +143,11 @@ async function generate(path, body, segment) {
       if (choice) segment.add(choice.delta?.content ?? choice.text ?? "", tokensOf(choice));
       segment.finish = choice?.finish_reason ?? segment.finish;
       segment.usage = event.usage ?? segment.usage;
+      segment.dropped = event.nextword?.dropped_messages ?? segment.dropped;
       framed ||= requestAnimationFrame(() => render());
     }
+    const isFull = isConversation && segment.usage?.total_tokens >= state.model?.context_length;
+    if (segment.usage) segment.limit = isFull ? "a full context" : "max tokens";
     segment.end("done");
   } catch (error) {
     const stopped = controller.signal.aborted;
@@ -198,7 +202,7 @@ function submitMessage(question, before) {
   const exchange = { question, answer: new TextSegment() };
   const messages = [...toMessages(before), { role: "user", content: question }];
   Object.assign(state, { exchanges: [...before, exchange], editing: null });
-  generate("v1/chat/completions", { messages, logprobs: true, top_logprobs: ALTERNATIVES }, exchange.answer);
+  generate("v1/chat/completions", { messages, truncation: "auto", logprobs: true, top_logprobs: ALTERNATIVES }, exchange.answer);
 }
 
 async function send() {
@@ -452,8 +456,9 @@ function countTokens(known) {
   const show = (n) => {
     const [all, read] = [n, room ?? 0].map((number) => number.toLocaleString("en"));
     const over = n > room;
-    // A text may exceed the context length, which truncates it; a conversation may not.
-    const words = over && !isChat() ? `${all} tokens, the model reads the last ${read}` : `${all} of ${read} tokens`;
+    // Both may exceed the context length: a text loses its beginning, a conversation its oldest turns.
+    const words = !over ? `${all} of ${read} tokens`
+      : isChat() ? `${all} tokens, the model reads ${read}: the oldest turns are dropped` : `${all} tokens, the model reads the last ${read}`;
     setText($("count"), !n ? "" : room ? words : `${all} tokens`);
     $("count").classList.toggle("over", over && isChat());
   };
@@ -550,11 +555,16 @@ async function load(file) {
   render(true);
 }
 
+const restoreExchange = ([question, text, isPartial, finish, limit]) => {
+  const answer = Object.assign(TextSegment.plain(text), { finish, limit });
+  return { question, answer: isPartial ? Object.assign(answer, { status: "stopped" }) : answer };
+};
+
 // Texts and settings survive a reload of this tab; probabilities do not.
 function saveSession() {
   syncSegments();
   const fields = [...$("sampling").querySelectorAll("[name]")].map(({ id, value }) => [id, value]);
-  const exchanges = state.exchanges.map(({ question, answer }) => [question, answer.text]);
+  const exchanges = state.exchanges.map(({ question, answer }) => [question, answer.text, answer.status !== "done", answer.finish, answer.limit]);
   fields.push(["text", completionText()], ["draft", $("draft").value]);
   store("sessionStorage", "nextword", JSON.stringify({ mode: state.mode, exchanges, fields, plain: !$("underline").checked }));
 }
@@ -565,7 +575,7 @@ function restoreSession() {
   const before = stored("sessionStorage", "nextword");
   if (!before) return;
   const { mode, exchanges, fields, plain } = JSON.parse(before);
-  Object.assign(state, { mode, exchanges: exchanges.map(([question, answer]) => ({ question, answer: TextSegment.plain(answer) })) });
+  Object.assign(state, { mode, exchanges: exchanges.map(restoreExchange) });
   for (const [id, value] of fields) if ($(id)) $(id).value = value;
   $("underline").checked = !plain;
   syncSegments();

@@ -42,6 +42,7 @@ export class TextSegment {
   tokens = 0;
   finish = null; // finish reason: "stop" or "length"
   usage = null;
+  dropped = 0; // number of oldest messages that the model did not see
   status = "waiting"; // then "writing", and "done", "stopped" or "failed"
   note = ""; // error message, or the reason for waiting
   #open = []; // tokens that are not yet in a piece
@@ -112,7 +113,8 @@ export class TextSegment {
       tokens && `${tokens.toLocaleString("en")} token${tokens === 1 ? "" : "s"}`,
       tokens > 4 && this.seconds > 0.2 && `${Math.round(tokens / this.seconds)} tokens/s`,
       this.status === "stopped" && "stopped",
-      this.finish === "length" && "stopped at the limit (max tokens or context length)",
+      this.finish === "length" && `cut off at the limit (${this.limit ?? "max tokens or a full context"})`,
+      this.dropped && `the context is full: without the ${this.dropped.toLocaleString("en")} oldest messages`,
       this.status === "done" && !this.text.trim() && "empty answer",
     ].filter(Boolean).join(" · ");
   }
