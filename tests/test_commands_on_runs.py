@@ -1,4 +1,4 @@
-"""Every command, without options, on every kind of run and model that the others make: a result, or a line that says why not."""
+"""Every command, without options, on every kind of run and model that the others make: a result, or a line with the reason."""
 
 import io
 import json

@@ -148,6 +148,7 @@ def test_a_conversation_is_streamed_and_continues(open_page: Open) -> None:
         "stream_options": {"include_usage": True},
         "logprobs": True,
         "top_logprobs": 5,
+        "truncation": "auto",
         "messages": [{"role": "user", "content": "Tell me\nof the sea"}],
     }
     j.say("And then?")
