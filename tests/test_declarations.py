@@ -141,7 +141,7 @@ def test_run_json_stores_the_options_that_belong_to_the_run():
     assert (pretraining["budget"], pretraining["training"]) == (1800.0, {"lr": 0.1})
     finetuning = stored_options(FinetuneConfig("model", (), "run", max_examples=5))
     assert set(finetuning) == {
-        *("model", "data", "task", "validation", "columns", "lora", "scratch", "limit", "seed", "strict"),
+        *("model", "data", "task", "validation", "columns", "lora", "scratch", "limit", "seed"),
         *("steps", "budget", "training", "tuning"),
     }
     assert (finetuning["limit"], finetuning["lora"]) == (5, None)

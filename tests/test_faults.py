@@ -4,7 +4,6 @@ rank are tested in test_pretraining.py and test_distributed.py, hostile director
 import contextlib
 import ctypes
 import errno
-import json
 import os
 import random
 import shutil
@@ -24,6 +23,7 @@ from conftest import CLIRunner, nextword_command
 from nextword import pretrain
 from nextword.common import fs
 from nextword.common.errors import CorruptFileError, DiskFullError, NextwordError, UsageError
+from nextword.common.run_dir import RunDir
 from nextword.training import checkpoint
 from nextword.training.distributed import collective_timeout
 from processes import PATIENCE, happens, kill, start_process
@@ -118,8 +118,8 @@ def test_damaged_shards_stop_a_resume_before_its_first_step(finished, shards, tm
     run = unfinished(finished, tmp_path / "run")
     (run / "metrics.jsonl").write_text("")
     copy = shutil.copytree(shards, tmp_path / "shards")
-    metadata = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps({**metadata, "shards": str(copy)}))
+    metadata = RunDir(run).metadata()
+    RunDir(run).write_metadata({**metadata, "shards": str(copy)})
     with damaged(copy / "train-00000.npy", random.Random(0), cut=False):
         with pytest.raises(CorruptFileError, match=r"train-00000\.npy: the content does not match"):
             pretrain(out=run, resume=True)
@@ -243,15 +243,15 @@ def test_a_resume_with_another_text_tokenizer_or_setting_is_rejected(finished, t
     from nextword.data.prepare import prepare
 
     run = unfinished(finished, tmp_path / "run")
-    metadata = json.loads((run / "run.json").read_text())
+    metadata = RunDir(run).metadata()
     for name, tokenizer in (("text", "bpe"), ("tokenizer", "char")):
         other = tmp_path / name
         files = sorted(texts.iterdir())[: 25 if name == "text" else None]
         prepare(files, other, tokenizer=tokenizer, vocab_size=400 if tokenizer == "bpe" else None)
-        (run / "run.json").write_text(json.dumps({**metadata, "shards": str(other)}))
+        RunDir(run).write_metadata({**metadata, "shards": str(other)})
         with pytest.raises(UsageError, match=r"(vocab_size|tokens): "):
             pretrain(out=run, resume=True)
-    (run / "run.json").write_text(json.dumps(metadata))
+    RunDir(run).write_metadata(metadata)
     with pytest.raises(UsageError, match=r"training\.lr: None → 0\.5"):
         pretrain(out=run, resume=True, training={"lr": 0.5})
     pretrain(out=run, resume=True, device="cpu", strict=True)
@@ -367,10 +367,10 @@ def test_a_broken_compiler_costs_only_speed(shards, tmp_path, nextword_process: 
         assert ("torch.compile fails" in done.stderr) == (compile_option == "yes"), done.stderr
         assert "Traceback" not in done.stderr
     assert state_hashes(eager) == state_hashes(compiled)
-    metadata = json.loads((compiled / "run.json").read_text(encoding="utf-8"))
+    metadata = RunDir(compiled).metadata()
     assert metadata["fixed"]["step_kind"] == "plain"
     metadata["fixed"]["step_kind"] = "compiled"  # as if it was started with a working compiler
-    (compiled / "run.json").write_text(json.dumps(metadata), encoding="utf-8")
+    RunDir(compiled).write_metadata(metadata)
     (compiled / "result.json").unlink()
     done = nextword_process("pretrain", "--out", compiled, "--resume", **environment)
     assert done.returncode == 0, done.stderr

@@ -19,6 +19,7 @@ from nextword.commands.command import Context
 from nextword.commands.finetune import FinetuneConfig
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.fs import read_json, read_jsonl
+from nextword.common.run_dir import RunDir
 from nextword.pipeline.evaluators import TaskEvaluator
 from nextword.pipeline.language_model import BaseModel
 from nextword.pipeline.predictor import Predictor
@@ -393,9 +394,9 @@ def test_a_resume_refuses_other_data_models_and_options(base, tmp_path):
     with pytest.raises(UsageError, match="the examples are not those"):
         nextword.finetune("", (), run, resume=True)
     write(data, "classify", 40)
-    metadata = read_json(run / "run.json")
+    metadata = RunDir(run).metadata()
     metadata["base"]["weights"] = "0" * 64
-    (run / "run.json").write_text(json.dumps(metadata))
+    RunDir(run).write_metadata(metadata)
     with pytest.raises(UsageError, match="not the model that the run started with"):
         nextword.finetune("", (), run, resume=True)
 
@@ -403,11 +404,11 @@ def test_a_resume_refuses_other_data_models_and_options(base, tmp_path):
 def test_strict_stops_at_a_damaged_checkpoint(base, tmp_path, nextword):
     run = tmp_path / "run"
     data = write(tmp_path / "data.jsonl", "classify", 40)
-    tune(base, data, run, steps=6, strict=True, training={"save_every": 2, "evaluations": 1})
+    tune(base, data, run, steps=6, training={"save_every": 2, "evaluations": 1})
     (run / "result.json").unlink()
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     (newest / "weights.safetensors").write_bytes(b"cut")
-    done = nextword("finetune", "--out", run, "--resume")
+    done = nextword("finetune", "--out", run, "--resume", "--strict")
     assert done.returncode == 3
     assert "weights.safetensors" in done.stderr
 

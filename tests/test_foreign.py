@@ -135,7 +135,7 @@ def sealed(model: Any = None, entries: Any = None) -> Callable[[Path], None]:
         fs.write_manifest(directory, {} if model is None else {"model": model})
         if entries is not None:
             said = {"files": entries}
-            (directory / fs.MANIFEST).write_text(json.dumps({**said, "sha256": fs.manifest_digest(said)}))
+            (directory / fs.MANIFEST).write_text(json.dumps({**said, "sha256": fs.sha256_of_json(said)}))
 
     return change
 
@@ -409,7 +409,7 @@ def test_any_values_in_a_manifest_are_a_clear_error(tmp_path_factory, entries, m
     directory = tmp_path_factory.getbasetemp() / "manifest-fuzz"
     directory.mkdir(exist_ok=True)
     said = {"model": model, "files": entries}
-    (directory / fs.MANIFEST).write_text(json.dumps({**said, "sha256": fs.manifest_digest(said)}))
+    (directory / fs.MANIFEST).write_text(json.dumps({**said, "sha256": fs.sha256_of_json(said)}))
     try:
         fs.verify_manifest(directory)
     except CorruptFileError as error:

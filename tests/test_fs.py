@@ -66,7 +66,7 @@ def test_malformed_manifests_and_logs_raise_an_error_with_the_path(tmp_path_fact
 
 def test_read_jsonl_drops_an_incomplete_last_line(tmp_path):
     path = tmp_path / "log.jsonl"
-    fs.append_line_durably(path, '{"a": 1}')
+    fs.append_line(path, '{"a": 1}', durable=True)
     with path.open("a") as file:
         file.write('{"a": ')
     assert fs.read_jsonl(path) == [{"a": 1}]

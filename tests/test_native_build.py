@@ -1,5 +1,7 @@
 """Just-in-time compilation: each library is compiled once, and without a compiler the reason is returned."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,7 @@ def test_a_library_is_built_once_for_each_source(source: Path, tmp_path: Path) -
     assert loaded is not None, reason
     assert loaded.answer() == 42
     assert native_build.load_native_library(source)[0] is loaded
-    (built,) = (tmp_path / "cache").iterdir()
+    (built,) = (tmp_path / "cache").glob("*.so")
     before = built.stat().st_mtime_ns
     native_build.load_native_library.__wrapped__(source)  # as another process would ask
     assert built.stat().st_mtime_ns == before
@@ -34,7 +36,49 @@ def test_a_library_is_built_once_for_each_source(source: Path, tmp_path: Path) -
     again, _ = native_build.load_native_library.__wrapped__(source)
     assert again is not None
     assert again.answer() == 43
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "cache").glob("*.so"))) == 2
+
+
+@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="this processor has no AVX2")
+def test_a_damaged_or_foreign_library_is_built_again(source: Path, tmp_path: Path) -> None:
+    """Loading a damaged library ends the process with SIGBUS or SIGSEGV, so it must not get that far."""
+    load, cache = native_build.load_native_library.__wrapped__, tmp_path / "cache"
+    assert load(source)[0] is not None
+    (library,), (checksum,) = cache.glob("*.so"), cache.glob("*.sha256")
+    whole = library.read_bytes()
+
+    def link(path: Path) -> None:
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+
+    damages: list[Callable[[], object]] = [
+        lambda: library.write_bytes(b""),
+        lambda: library.write_bytes(whole[: len(whole) // 2]),
+        lambda: library.write_bytes(whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:]),
+        lambda: checksum.write_bytes(b"\0" * 64),
+        checksum.unlink,
+        lambda: library.chmod(0o777),
+        lambda: checksum.chmod(0o666),
+        lambda: link(library),
+        lambda: (library.unlink(), library.mkdir()),
+    ]
+    for damage in damages:
+        before = library.stat().st_mtime_ns, library.stat().st_ino
+        damage()
+        loaded, reason = load(source)
+        assert loaded is not None, reason
+        assert not library.is_symlink()
+        assert native_build.is_intact(library, checksum)
+        assert (library.stat().st_mtime_ns, library.stat().st_ino) != before
+    cache.chmod(0o777)
+    assert load(source) == (
+        None,
+        f"{cache}: other users can write to it. Remove it, or set XDG_CACHE_HOME to another directory",
+    )
+    if os.getuid() == 0:
+        cache.chmod(0o700)
+        os.chown(cache, 12345, -1)
+        assert load(source)[0] is None
 
 
 @pytest.mark.parametrize("compiler", ["#!/bin/sh\necho 'no such header' >&2; exit 1\n", None], ids=["broken", "none"])

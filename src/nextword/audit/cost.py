@@ -16,8 +16,7 @@ def audit_cost(run: RunDir, price: float | None = None, carbon_intensity: float 
         price: of a kilowatt-hour, in any currency; without it the energy cost is left out.
         carbon_intensity: grams of CO2 equivalents per kilowatt-hour; without it emissions are left out.
     """
-    result, model = fs.read_json(run.result_path), run.metadata().get("model")
-    values = result if fs.is_json_object(result) else {}
+    values, model = fs.read_sealed_json(run.result_path), run.metadata().get("model")
     energy = values.get("energy")
     values |= energy if fs.is_json_object(energy) else {}
     numbers = {name: float(value) for name, value in values.items() if is_number(value)}

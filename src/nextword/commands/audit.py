@@ -215,7 +215,7 @@ def audit(config: AuditConfig, context: Context) -> AuditResult:
         audit_file = config.model / AUDIT_FILE
         with fs.map_disk_errors(audit_file):
             audit_file.parent.mkdir(exist_ok=True)
-        fs.atomic_write(audit_file, fs.to_json(result.to_dict()))
+        fs.write_sealed_json(audit_file, result.to_dict())
         refresh_unmodified(config.model, context.console.info)
     return result
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from nextword.common.console import printable
 from nextword.common.errors import NextwordError, UsageError
-from nextword.common.fs import append_line_durably
+from nextword.common.fs import append_line
 from nextword.data.chat_format import (
     encode_conversation,
     max_prompt_tokens,
@@ -172,7 +172,7 @@ class ChatSession:
             # A file from elsewhere may lack its last newline.
             unfinished = path.is_file() and (data := path.read_bytes()) and not data.endswith(b"\n")
             line = json.dumps({"messages": self.messages}, ensure_ascii=False)
-            append_line_durably(path, "\n" * bool(unfinished) + line)
+            append_line(path, "\n" * bool(unfinished) + line, durable=True)
         except (NextwordError, OSError, ValueError, RuntimeError) as error:  # the last two for an impossible path
             return f"(not saved: {error})"
         return f"(saved to {path})"

@@ -133,7 +133,7 @@ def run_finetuning(run: "RunContext") -> dict[str, Any]:
         request["data"],
         tokenizer=str(base.directory),
         text_column=request["columns"].get("text"),
-        strict=bool(request["strict"]),
+        strict=run.strict,
     )
     run.info(f"task continue: {shared.format_corpus(corpus)}")
     recipe = with_overrides(CONTINUED_PRETRAINING, model=request["tuning"], **settings)

@@ -353,7 +353,7 @@ class FinetuneOptions(TaskOptions):
 
     budget: numbers.Duration | None = option(default=None, converter=numbers.text_or_number, metavar="DURATION")
     steps: numbers.Count | None = None
-    strict: bool = False
+    strict: bool = option(default=False, stored=False)
     training: dict[str, Any] = option(default=None, converter=overrides, settings=TrainingConfig)
     tuning: dict[str, Any] = option(default=None, converter=overrides, settings=FinetuneHyperparameters())
 

@@ -7,13 +7,14 @@ from typing import Any
 from nextword.commands.command import Context, argument, command, options
 from nextword.commands.shared import as_paths
 from nextword.common.command_result import Result
+from nextword.common.run_dir import verify_path
 
 
 @options
 class VerifyConfig:
     """Check the files of a run, a model or shards for corruption.
 
-    Compares every file with its SHA-256 checksum.
+    Compares every file with its SHA-256 checksum, and every line of a run's logs with its CRC-32.
 
     Attributes:
         paths: Run directories, model directories or shards.
@@ -47,6 +48,4 @@ class VerifyResult(Result):
 @command(VerifyConfig, example="nextword verify runs/mine")
 def verify(config: VerifyConfig, context: Context) -> VerifyResult:
     """Verify each path. Raises `CorruptFileError` with the files that differ."""
-    from nextword.common.fs import verify_tree
-
-    return VerifyResult({name: kind for path in config.paths for name, kind in verify_tree(path).items()})
+    return VerifyResult({name: kind for path in config.paths for name, kind in verify_path(path).items()})

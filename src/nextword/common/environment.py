@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 import sys
 import time
 from importlib.metadata import version
@@ -51,6 +52,14 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory of this process in bytes: GPU memory on CUDA, else resident memory; 0 if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
+    return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Peak resident memory of this process in bytes; 0 if the system does not report it."""
+    status = Path("/proc/self/status")  # on Linux, `ru_maxrss` begins with that of the parent process
+    if status.is_file() and (match := re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)):
+        return 1024 * int(match[1])
     if resource is None:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

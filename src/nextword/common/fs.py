@@ -1,23 +1,28 @@
 """Durable files: atomic writes, and directories with a SHA-256 manifest.
 
 A file is written under a temporary name, flushed to disk and renamed. A finished directory holds `nextword.json`, its
-manifest: metadata, and the size and SHA-256 of every file. The manifest is written last and ends with a digest of
-itself.
+manifest: metadata, and the size and SHA-256 of every file. The manifest is written last. A manifest, and every other JSON
+object that is read again, ends with its own SHA-256; a line of a log ends with its CRC-32.
 """
 
 import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
+import secrets
 import shutil
+import stat
 import sys
-from collections.abc import Callable, Generator, Mapping
+import zlib
+from collections.abc import Callable, Generator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar, cast
 
+import msgspec
 from filelock import FileLock
 from safetensors import SafetensorError
 
@@ -29,6 +34,9 @@ MAX_MANIFEST_BYTES = 2**25
 MODEL_FILES = (
     r"(generation_|tokenizer_)?config\.json|tokenizer\.json|chat_template\.jinja|.*\.safetensors(\.index\.json)?"
 )
+# Never follow a link that is planted at the path of an output, and never wait for the other end of a pipe.
+NOFOLLOW, NONBLOCK = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_NONBLOCK", 0)
+T = TypeVar("T")
 
 # ---------------------------------------------------------------- disk space
 
@@ -96,17 +104,27 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def open_new(path: Path) -> int:
+    """Create a file and return its descriptor. Whatever lies at the path is neither followed nor overwritten."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW | getattr(os, "O_BINARY", 0), 0o666)
+
+
 def atomic_write(path: Path, content: str | bytes) -> None:
     """Write a file so that a crash leaves either the old content or the new one. A device or a pipe is written directly."""
     data = content.encode(errors="replace") if isinstance(content, str) else content  # lone surrogates of a path
-    temp_path = path.with_name(f".{path.name[:200]}.{os.getpid()}.partial")
+    temp_path = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.partial")
     with map_disk_errors(path):
         if path.exists() and not (path.is_file() or path.is_dir()):
-            path.write_bytes(data)
+            descriptor = os.open(path, os.O_WRONLY | NONBLOCK)  # fails for a pipe that nobody reads
+            os.set_blocking(descriptor, True)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
             return
         try:
-            temp_path.write_bytes(data)
-            fsync_path(temp_path)
+            with os.fdopen(open_new(temp_path), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             temp_path.replace(path)
         except OSError:  # the disk may be full: leave nothing behind
             temp_path.unlink(missing_ok=True)
@@ -114,18 +132,52 @@ def atomic_write(path: Path, content: str | bytes) -> None:
         fsync_path(path.parent)
 
 
-def append_line_durably(path: Path, line: str) -> None:
-    """Append a line, and return when it is on the disk."""
-    with map_disk_errors(path), path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+def append_line(path: Path, line: str, durable: bool = False) -> None:
+    """Append a line to a file, which may not be a link.
+
+    Args:
+        path: the file.
+        line: the line, without its end.
+        durable: return when the line is on the disk.
+    """
+    with map_disk_errors(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NOFOLLOW | NONBLOCK, 0o666)
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
+            file.write(line + "\n")
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+
+
+def finite(value: Any) -> Any:
+    """A value for JSON, which has no NaN and no infinity: they become None."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in cast(Mapping[Any, Any], value).items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in cast(Sequence[Any], value)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def to_json(value: Any) -> str:
     """Indented JSON with a final newline. Lone surrogates, which a path has for bytes that are not UTF-8, are escaped."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def to_json_line(record: Mapping[str, Any]) -> str:
+    """A record of a log as a line of JSON, which ends with its CRC-32."""
+    record = finite(record)
+    return json.dumps({**record, "crc32": _crc32(record)}, allow_nan=False)
+
+
+def _crc32(value: object) -> str:
+    return f"{zlib.crc32(json.dumps(value).encode()):08x}"
+
+
+def write_sealed_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object that ends with its SHA-256, for `read_sealed_json`."""
+    value = finite(value)
+    atomic_write(path, to_json({**value, "sha256": sha256_of_json(value)}))
 
 
 def is_json_object(value: object) -> TypeGuard[dict[str, Any]]:
@@ -148,9 +200,28 @@ def read_text(path: Path, max_bytes: int | None = None) -> str:
     Raises:
         CorruptFileError: the file is larger.
     """
-    if max_bytes is not None and (size := path.stat().st_size) > max_bytes:
+    if max_bytes is not None and path.is_file() and (size := path.stat().st_size) > max_bytes:
         raise CorruptFileError(f"{path}: {size:,} bytes, where no file of this kind needs {max_bytes:,}")
-    return path.read_text(encoding="utf-8-sig")
+    return read_bytes(path).decode("utf-8-sig")
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+        CorruptFileError: there is a directory, a pipe or a device in its place.
+        NextwordError: there is no such file, or it cannot be read.
+    """
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | NONBLOCK | getattr(os, "O_BINARY", 0)), "rb") as file:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return file.read()
+    except FileNotFoundError as error:
+        raise NextwordError(f"{path}: no such file") from error
+    except OSError as error:
+        if not path.is_dir():
+            raise NextwordError(f"{path}: cannot read: {error.strerror}") from error
+    raise CorruptFileError(f"{path}: not a regular file")
 
 
 def read_json(path: Path, max_bytes: int | None = None) -> Any:
@@ -166,8 +237,6 @@ def read_json(path: Path, max_bytes: int | None = None) -> Any:
     """
     try:
         return json.loads(read_text(path, max_bytes))
-    except FileNotFoundError as error:
-        raise NextwordError(f"{path}: no such file") from error
     except (ValueError, RecursionError) as error:
         line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise CorruptFileError(f"{path}{line}: not valid JSON ({error})") from error
@@ -181,20 +250,69 @@ def read_json_object(path: Path, max_bytes: int | None = None) -> dict[str, Any]
     return content
 
 
-def read_jsonl(path: Path) -> list[Any]:
-    """The records of a JSON Lines file of nextword; [] if there is no file. A last line without a newline is dropped.
+def read_sealed_json(path: Path) -> dict[str, Any]:
+    """The JSON object that `write_sealed_json` wrote. One without a SHA-256, of an earlier version, is not checked.
 
     Raises:
-        CorruptFileError: a line is not valid JSON.
+        CorruptFileError: not a JSON object, or its content does not match its SHA-256.
+        NextwordError: there is no such file.
     """
-    records: list[Any] = []
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    for number, line in enumerate(lines[:-1], start=1):  # a crash may have cut off what follows the last newline
+    value = read_json_object(path)
+    if _pop_digest(value, "sha256", 64) not in (None, sha256_of_json(value)):
+        raise CorruptFileError(
+            f"{path}: the content does not match its SHA-256: restore the file. (If you edited it on purpose, remove its last "
+            'entry, "sha256".)'
+        )
+    return value
+
+
+def _pop_digest(value: dict[str, Any], name: str, length: int) -> str | None:
+    """Remove the digest at the end of an object and return it, even if its name or its value is damaged."""
+    last = next(reversed(value), "")
+    digest = value.get(last)
+    looks_alike = len(last) == len(name) and isinstance(digest, str) and re.fullmatch(f"[0-9a-f]{{{length}}}", digest)
+    return str(value.pop(last)) if last == name or looks_alike else None
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The records of a log in JSON Lines; [] if there is no file. A last line that a crash has cut off is dropped.
+
+    Raises:
+        CorruptFileError: a line is not a JSON object, or does not match its CRC-32.
+    """
+    records: list[dict[str, Any]] = []
+    *lines, rest = read_bytes(path).split(b"\n") if os.path.lexists(path) else [b""]
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(rest[:-1])
+        lines.append(rest)  # not cut off: its newline is damaged
+    for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
+            record: Any = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise CorruptFileError(f"{path} line {number}: not valid JSON ({error})") from error
+        if not is_json_object(record):
+            raise CorruptFileError(f"{path} line {number}: not a JSON object")
+        if _pop_digest(record, "crc32", 8) not in (None, _crc32(record)):
+            raise CorruptFileError(f"{path} line {number}: the content does not match its CRC-32: restore the file")
+        records.append(record)
     return records
+
+
+def read_records(path: Path, record_type: type[T]) -> list[T]:
+    """The records of a log as instances of a dataclass or `msgspec.Struct`; [] if there is no file.
+
+    Raises:
+        CorruptFileError: a line is damaged, or is not such a record.
+    """
+    return [convert(record, record_type, f"{path} line {n}") for n, record in enumerate(read_jsonl(path), start=1)]
+
+
+def convert(value: object, to: type[T], source: object) -> T:
+    """Validate a JSON value as a dataclass or `msgspec.Struct`. Raises `CorruptFileError` with the source and the field."""
+    try:
+        return msgspec.convert(value, to)
+    except msgspec.ValidationError as error:
+        raise CorruptFileError(f"{source}: {error}") from error
 
 
 def sha256_file(path: Path) -> str:
@@ -241,13 +359,12 @@ def write_manifest(
             elif path.is_file() and path.name != MANIFEST:
                 files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
                 fsync_path(path)
-    manifest = {**metadata, "files": files}
-    atomic_write(directory / MANIFEST, to_json({**manifest, "sha256": manifest_digest(manifest)}))
+    write_sealed_json(directory / MANIFEST, {**metadata, "files": files})
 
 
-def manifest_digest(manifest: dict[str, Any]) -> str:
-    """The SHA-256 of a manifest's content, which is its last entry."""
-    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+def sha256_of_json(value: object) -> str:
+    """The SHA-256 of a JSON value, whatever its white space."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -277,7 +394,7 @@ def _integrity_errors(directory: Path) -> list[str]:
     """Every difference between a directory and its manifest, as a message with the path of the file."""
     manifest, recorded_digest = _split_manifest(directory)
     errors: list[str] = []
-    if recorded_digest not in (None, manifest_digest(manifest)):
+    if recorded_digest not in (None, sha256_of_json(manifest)):
         errors.append(f"{directory / MANIFEST}: the content does not match its SHA-256")
     seen: set[Path] = set()
     for name, expected in manifest["files"].items():

@@ -1,12 +1,14 @@
 """Just-in-time compilation of C++ libraries. Without a compiler, PyTorch's operators do the same work.
 
-A library is compiled in some seconds, on first use, and kept in the user's cache directory under a hash of its source.
+A library is compiled in some seconds, on first use, and kept in the user's cache directory under a hash of its source, with its
+SHA-256 beside it. It is built again if it is damaged, or if another user could have written it.
 """
 
 import ctypes
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from functools import cache
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 
-from nextword.common.fs import cache_dir
+from nextword.common.fs import cache_dir, fsync_path, sha256_file
 
 VECTOR_HEADER = Path(__file__).with_name("vectors.h")
 COMPILER_FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", f"-I{VECTOR_HEADER.parent}")
@@ -50,18 +52,48 @@ def load_native_library(source: Path) -> tuple[ctypes.CDLL | None, str]:
     content = b"".join(path.read_bytes() for path in files) + " ".join((compiler, *flags)).encode()
     try:
         library = cache_dir() / f"{source.stem}-{hashlib.sha256(content).hexdigest()[:16]}.so"
-        if not library.exists():
-            library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not is_private(library.parent):
+            return (
+                None,
+                f"{library.parent}: other users can write to it. Remove it, or set XDG_CACHE_HOME to another directory",
+            )
+        checksum = library.with_suffix(".sha256")
+        if not is_intact(library, checksum):
             with tempfile.TemporaryDirectory(dir=library.parent) as build_dir:
                 built = Path(build_dir) / library.name
                 command = [compiler, *flags, str(source), "-o", str(built)]
                 result = subprocess.run(command, capture_output=True, text=True)
                 if result.returncode:
                     return None, f"{' '.join(command)} failed:\n{result.stderr.strip()[-2000:]}"
+                built.chmod(0o700)
+                fsync_path(built)
+                new_checksum = built.with_suffix(".sha256")
+                new_checksum.write_text(sha256_file(built), encoding="utf-8")
+                fsync_path(new_checksum)
+                for path in (library, checksum):
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.rmtree(path)
                 built.replace(library)
+                new_checksum.replace(checksum)
         return ctypes.CDLL(str(library)), ""
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         return None, str(error)
+
+
+def is_private(path: Path) -> bool:
+    """Whether a file or directory belongs to this user, and no other one can write to it."""
+    if not hasattr(os, "getuid"):
+        return True
+    status = path.lstat()
+    return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def is_intact(library: Path, checksum: Path) -> bool:
+    """Whether a library is a private file with the SHA-256 beside it. A link is not followed."""
+    if not all(path.is_file() and not path.is_symlink() and is_private(path) for path in (library, checksum)):
+        return False
+    return checksum.read_bytes() == sha256_file(library).encode()
 
 
 def call_native(source: Path, name: str, *arguments: Any) -> None:

@@ -7,6 +7,7 @@
 Evaluation and audit write these files; reports and model cards read them. People may edit them, so every field is validated.
 """
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Annotated, Any, TypeGuard, TypeVar
 import msgspec
 
 from nextword.common.errors import CorruptFileError
-from nextword.common.fs import MANIFEST, read_json, read_manifest
+from nextword.common.fs import MANIFEST, read_manifest, read_sealed_json
 from nextword.common.statistics import ScoreWithCI
 
 EVALUATION_FILE, AUDIT_FILE = Path("measured") / "evaluation.json", Path("measured") / "audit.json"
@@ -168,10 +169,12 @@ class StoredResults:
             CorruptFileError: A file is not valid; the message names the file and the field.
         """
         audit, evaluation, path = _AuditFile([]), _EvaluationFile(), run_dir / EVALUATION_FILE
-        if (run_dir / AUDIT_FILE).is_file():
-            audit = _convert(read_json(run_dir / AUDIT_FILE), _AuditFile, run_dir / AUDIT_FILE)
-        if path.is_file():
-            evaluation = _convert(read_json(path), _EvaluationFile, path)
+        if os.path.lexists(run_dir / AUDIT_FILE):
+            audit = _convert(read_sealed_json(run_dir / AUDIT_FILE), _AuditFile, run_dir / AUDIT_FILE)
+        if os.path.lexists(path):
+            evaluation = _convert(read_sealed_json(path), _EvaluationFile, path)
+            if evaluation.texts is None and evaluation.suites is None:
+                raise CorruptFileError(f"{path}: neither `texts` nor `suites`. Correct or remove the file")
         texts, benchmarks = evaluation.texts or {}, evaluation.suites or {}
         results = cls(
             texts=tuple(_convert(entry, TextResult, path, f"texts.{name}") for name, entry in texts.items()),

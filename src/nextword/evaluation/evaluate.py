@@ -1,7 +1,7 @@
 """The evaluation of a model on texts and benchmarks, compared with other seeds and another model; results kept with a run."""
 
-import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ import numpy as np
 from nextword.common.console import Console
 from nextword.common.errors import MissingDependencyError, UsageError
 from nextword.common.format import quote_command
-from nextword.common.fs import atomic_write, read_json
+from nextword.common.fs import read_sealed_json, write_sealed_json
 from nextword.common.results import EVALUATION_FILE, Provenance, StoredResults, weights_digest
 from nextword.common.run_dir import RunDir
 from nextword.common.statistics import ScoreWithCI, mcnemar_p_value, mean, noise_floor, paired_difference
@@ -387,7 +387,7 @@ def save_results(
     """
     path = run_dir / EVALUATION_FILE
     StoredResults.load(run_dir)  # do not overwrite a file that a user has damaged
-    previous: dict[str, Any] = read_json(path) if path.is_file() else {}
+    previous = read_sealed_json(path) if os.path.lexists(path) else {}
     document: dict[str, Any] = {"weights": weights_digest(run_dir), "texts": {}, "suites": {}}
     if previous.get("weights") == document["weights"]:
         document |= {name: previous.get(name) or {} for name in ("texts", "suites")}
@@ -397,4 +397,4 @@ def save_results(
     for name, benchmark in result.get("suites", {}).items():
         document["suites"][name] = benchmark | {"measured": asdict(benchmark_provenance)}
     path.parent.mkdir(exist_ok=True)
-    atomic_write(path, json.dumps(document, indent=2) + "\n")  # in ASCII, because file names may hold any bytes
+    write_sealed_json(path, document)

@@ -1,6 +1,5 @@
 """Label efficiency: how many labels pre-training saves, from a model fine-tuned and trained from scratch on growing samples."""
 
-import json
 import math
 import shutil
 import time
@@ -87,15 +86,16 @@ def run_study(
     start_time = time.time()
     with open_run(out, resume=resume) as run_dir, catch_signals() as signals:
         if run_dir.exists:
-            check_resume_config(run_dir, request)
-            request = run_dir.metadata()["request"]
+            original = run_dir.metadata()["request"]
+            check_resume_config(run_dir, original, request)
+            request = original
             if run_dir.is_complete:
-                return fs.read_json(run_dir.result_path)
+                return run_dir.result()
         else:
             metadata = {"recipe": {}, "task": "transfer", "request": request, "command": command}
             run_dir.write_metadata({**metadata, "versions": library_versions()})
             fs.atomic_write(run_dir.metrics_path, "")
-        runs = [StudyRun(**record) for record in fs.read_jsonl(run_dir.metrics_path)]
+        runs = fs.read_records(run_dir.metrics_path, StudyRun)
         counts = [*(request["counts"] or DEFAULT_EXAMPLE_COUNTS), None]
         grid = list(product(counts, range(request["seeds"]), (True, False)))
         done = {(run.asked, run.seed, run.pretrained) for run in runs}
@@ -115,7 +115,7 @@ def run_study(
             "data": request["data"],
             "seconds": round(time.time() - start_time, 3),
         }
-        fs.atomic_write(run_dir.result_path, fs.to_json(result))
+        fs.write_sealed_json(run_dir.result_path, result)
         return result
 
 
@@ -145,7 +145,7 @@ def run_cell(finetune: FinetuneFunction, run_dir: RunDir, count: int | None, see
         seconds=result["seconds"],
         baselines={name: scores[metric] for name, scores in result.get("baselines", {}).items() if metric in scores},
     )
-    fs.append_line_durably(run_dir.metrics_path, json.dumps(asdict(run)))
+    fs.append_line(run_dir.metrics_path, fs.to_json_line(asdict(run)), durable=True)
     shutil.rmtree(out)
     return run
 

@@ -254,7 +254,7 @@ def load_finetune_data(run: RunContext, base: BaseModel, context_length: int) ->
     Raises:
         NextwordError: no training example is left.
     """
-    request, issues = run.request, IssueLog(strict=bool(run.request["strict"]))
+    request, issues = run.request, IssueLog(strict=run.strict and run.metadata is None)
     options = {name: request[name] for name in ("task", "columns", "validation", "limit")}
     seed = request["seed"] or 0
     data = load_task_data(request["data"], base.tokenizer, base.task_spec, context_length, issues, seed=seed, **options)

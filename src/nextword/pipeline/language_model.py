@@ -15,6 +15,7 @@ from nextword.common.console import Console
 from nextword.common.environment import resolve_device
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.format import quote_command
+from nextword.common.run_dir import RunDir
 from nextword.data.builtin_datasets import find_sources
 from nextword.data.corpus import Corpus
 from nextword.data.dataset import InMemoryTokens, TokenSource
@@ -60,10 +61,10 @@ def resolve_model_dir(path: str | Path) -> Path:
 
 def pretraining_corpus_of(run_path: Path) -> Path | None:
     """Return the corpus that the model of a run was pre-trained on, by this run or an earlier one; None if it is gone."""
-    metadata = fs.read_json(run_path / "run.json")
-    name = (metadata.get("old_text") or metadata.get("shards")) if fs.is_json_object(metadata) else None
-    if not isinstance(name, str):  # not a nextword run
+    if "recipe" not in fs.read_sealed_json(run_path / "run.json"):  # not a nextword run
         return None
+    metadata = RunDir(run_path).metadata()
+    name = str(metadata.get("old_text") or metadata.get("shards") or "")
     return run_path / name if (run_path / name / fs.MANIFEST).is_file() else None
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from nextword.common.errors import CorruptFileError, NextwordError
-from nextword.common.fs import read_json, read_jsonl
+from nextword.common.errors import NextwordError
+from nextword.common.fs import read_jsonl, read_sealed_json
 from nextword.common.results import is_number, short_path_name
+from nextword.common.run_dir import RunDir
 from nextword.common.statistics import ScoreWithCI
 
 LM_LOSS_TASKS = (None, "continue", "chat", "rewrite")
@@ -81,19 +82,13 @@ class RunData:
             NextwordError: `run_dir` is not a run directory.
             CorruptFileError: One of its files is not valid JSON or has the wrong shape.
         """
-        if not (run_dir / "run.json").is_file():
+        run = RunDir(run_dir)
+        if not run.exists:
             raise NextwordError(
                 f"{run_dir}: not a run directory (run.json is missing). Pass the --out directory of a training command"
             )
-        metadata = read_json(run_dir / "run.json")
-        result: dict[str, Any] = read_json(run_dir / "result.json") if (run_dir / "result.json").exists() else {}
-        records = read_jsonl(run_dir / "metrics.jsonl")
-        objects: dict[str, Any] = {"run.json": metadata, "result.json": result}
-        objects |= {f"metrics.jsonl line {line}": record for line, record in enumerate(records, start=1)}
-        for name, value in objects.items():
-            if not isinstance(value, dict):
-                raise CorruptFileError(f"{run_dir / name}: expected a JSON object")
-        return cls(run_dir.resolve().name, metadata, records, result)
+        result = read_sealed_json(run.result_path) if run.is_complete else {}
+        return cls(run_dir.resolve().name, read_sealed_json(run_dir / "run.json"), read_jsonl(run.metrics_path), result)
 
     # ---------------------------------------------------------------- metrics.jsonl and result.json
 

@@ -12,6 +12,7 @@ time as the training steps, and hashing would read every file again.
 
 import hashlib
 import json
+import os
 import shutil
 import time
 import warnings
@@ -21,6 +22,7 @@ from concurrent.futures import wait as wait_for
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -41,6 +43,11 @@ class TensorShard(NamedTuple):
 
     offsets: tuple[int, ...]
     data: Tensor
+
+
+class _Manifest(msgspec.Struct):
+    step: int
+    state: dict[str, Any]
 
 
 # The entry of a file in a manifest, {"bytes": size, "sha256": hash}, and the CPU time that hashing took.
@@ -89,7 +96,9 @@ def write_safetensors(path: Path, shards: Mapping[str, TensorShard], hash_execut
     buffers = [memoryview(len(encoded).to_bytes(8, "little") + encoded)]
     buffers += [shards[name].data.reshape(-1).view(torch.uint8).numpy().data for name in names]
     file_hash = hash_executor.submit(hash_buffers, buffers)
-    with fs.map_disk_errors(path), path.open("wb") as file:
+    with fs.map_disk_errors(path):
+        path.unlink(missing_ok=True)  # of a killed process
+    with fs.map_disk_errors(path), os.fdopen(fs.open_new(path), "wb") as file:
         for buffer in buffers:
             file.write(buffer)
         file.flush()
@@ -266,7 +275,7 @@ class AsyncCheckpointer:
             shutil.rmtree(final_path, ignore_errors=True)  # the same step, saved before a kill
             partial_path.rename(final_path)
             fs.fsync_path(self.directory)
-        fs.atomic_write(self.directory / "latest", final_path.name + "\n")
+        mark_latest(self.directory.parent)
         for old in list_checkpoints(self.directory.parent)[:-MAX_TO_KEEP]:
             shutil.rmtree(old)
         self.last_committed = final_path
@@ -278,6 +287,12 @@ class AsyncCheckpointer:
 def list_checkpoints(run: Path) -> list[Path]:
     """All complete checkpoints of a run, the oldest first."""
     return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
+
+
+def mark_latest(run: Path) -> None:
+    """Write the name of the latest checkpoint of a run to checkpoints/latest, for people and `verify`."""
+    if checkpoints := list_checkpoints(run):
+        fs.atomic_write(run / "checkpoints" / "latest", checkpoints[-1].name + "\n")
 
 
 def latest_valid(run: Path, warn: Callable[[str], object] | None = None, fail_on_corrupt: bool = False) -> Path | None:
@@ -313,7 +328,7 @@ def verify(path: Path) -> None:
     Raises:
         CorruptFileError: a file differs, or there is a tensor file that the manifest does not list.
     """
-    fs.verify_manifest(path)
+    fs.convert(fs.verify_manifest(path), _Manifest, path / fs.MANIFEST)
 
 
 def load_metadata(path: Path) -> dict[str, Any]:

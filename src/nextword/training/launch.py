@@ -10,7 +10,7 @@ same.
 
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from nextword.common import fs
 from nextword.common.console import Console
 from nextword.common.environment import EnergyMeter, library_versions, machine_info
-from nextword.common.errors import NextwordError, UsageError
+from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.format import format_duration
 from nextword.common.native_build import load_native_library
-from nextword.common.run_dir import ROUNDING_NOTE, RunDir, diff_settings, open_run
+from nextword.common.run_dir import LOCATION_OPTIONS, ROUNDING_NOTE, RunDir, diff_settings, open_run
 from nextword.model import ops
 from nextword.model.config import ModelConfig
 from nextword.model.gpt import GPT
@@ -35,7 +35,7 @@ from nextword.training.config import DEPRECATED_PARALLEL, RunConfig
 from nextword.training.distributed import SINGLE_PROCESS, DistContext, init_distributed, translate_dist_errors
 from nextword.training.losses import LossFn, LossModule
 from nextword.training.optimizer import Optimizer
-from nextword.training.parallel import load_weights_, parallelize
+from nextword.training.parallel import check_tp_divisibility, load_weights_, parallelize
 from nextword.training.remote_sync import CheckpointUploader
 from nextword.training.step import Dataset, StepSettings, TrainState, fit_micro_batch_rows, micro_batch_loss, time_step
 
@@ -167,14 +167,14 @@ def run_main_rank(train: TrainFn, run: RunContext) -> dict[str, Any]:
     """Start or resume a run in the rank that holds the run directory."""
     run_dir = run.run_dir
     if run_dir.exists:
-        check_resume_config(run_dir, run.request, mutable_fields=PARALLELISM_FIELDS)
+        metadata = metadata_for_resume(run)
+        checkpoint.mark_latest(run_dir.path)
         if run_dir.is_complete:
             run.info(f"{run_dir.path}: the run is complete")
             run.start_workers(None)
             run.write_reports(run_dir.path, overwrite=False)  # missing after a kill between the result and the report
-            return fs.read_json(run_dir.result_path)
-        update_parallelism(run)
-        resume_environment(run)
+            return run_dir.result()
+        resume_environment(run, metadata)
     return train(run)
 
 
@@ -195,11 +195,12 @@ def run_worker_rank(train: TrainFn, run: RunContext) -> dict[str, Any]:
     return train(run)
 
 
-def resume_environment(run: RunContext) -> None:
-    """Read the metadata of a run, choose its checkpoint, and warn if this environment differs from the original one."""
-    run.metadata = metadata = run.run_dir.metadata()
-    run.request = metadata["request"]
-    fixed = metadata["fixed"]
+def resume_environment(run: RunContext, metadata: dict[str, Any]) -> None:
+    """Choose the checkpoint of a run, and warn if this environment differs from the original one."""
+    run.metadata, run.request = metadata, metadata["request"]
+    fixed = metadata.get("fixed")
+    if fixed is None or not {"seed", "model", "versions"} <= metadata.keys():
+        raise CorruptFileError(f"{run.run_dir.path / 'run.json'}: not the run.json of a training run")
     for name, before, now in (
         ("device", fixed["device"], run.device.type),
         ("torch", metadata["versions"]["torch"], torch.__version__),
@@ -208,8 +209,7 @@ def resume_environment(run: RunContext) -> None:
         if before != now:
             run.warn(f"the run started with {name} {before} and continues with {now}: {ROUNDING_NOTE}")
     set_num_threads(run, fixed)
-    strict = run.strict or bool(run.request.get("strict"))  # a fine-tuning stores it
-    run.checkpoint = checkpoint.latest_valid(run.run_dir.path, run.warn, strict)
+    run.checkpoint = checkpoint.latest_valid(run.run_dir.path, run.warn, run.strict)
 
 
 def set_num_threads(run: RunContext, fixed: dict[str, Any]) -> None:
@@ -218,20 +218,24 @@ def set_num_threads(run: RunContext, fixed: dict[str, Any]) -> None:
         torch.set_num_threads(fixed["threads"])
 
 
-def check_resume_config(run_dir: RunDir, request: dict[str, Any], mutable_fields: tuple[str, ...] = ()) -> None:
+def check_resume_config(
+    run_dir: RunDir, original: dict[str, Any], request: dict[str, Any], mutable_fields: Collection[str] = ()
+) -> None:
     """Check that the options of a resume equal those of the run. Options that are not given are not compared.
 
     Args:
         run_dir: The run.
+        original: The options of the run.
         request: The options of the resume.
-        mutable_fields: Training settings that may differ.
+        mutable_fields: Options, and training settings, that may differ.
 
     Raises:
         UsageError: with the options that differ.
     """
-    original: dict[str, Any] = run_dir.metadata()["request"]
     mismatches: list[str] = []
     for name, value in request.items():
+        if name in mutable_fields:
+            continue
         previous = original.get(name)
         if fs.is_json_object(value) and (previous is None or fs.is_json_object(previous)):
             value = {key: value[key] for key in value if name != "training" or key not in mutable_fields}
@@ -246,20 +250,37 @@ def check_resume_config(run_dir: RunDir, request: dict[str, Any], mutable_fields
         )
 
 
-def update_parallelism(run: RunContext) -> None:
-    """Apply the parallelism settings of a resume to run.json. They change the result by rounding only."""
-    metadata, changes = run.run_dir.metadata(), list[str]()
+def metadata_for_resume(run: RunContext) -> dict[str, Any]:
+    """run.json with what a resume may change: the parallelism, and the places of the inputs. It is not written here.
+
+    Raises:
+        UsageError: the options differ from those of the run, or the parallelism does not suit the model.
+    """
+    run_dir, metadata = run.run_dir, run.run_dir.metadata()
+    request = metadata["request"]
+    # Text of which the run has its own copy is not read again, so another place could not be checked.
+    has_copy = metadata.get("shards") == "data"
+    locations = {
+        name: given
+        for name in LOCATION_OPTIONS
+        if (given := run.request.get(name)) and (isinstance(given, str) or (fs.is_json_array(given) and not has_copy))
+    }
+    check_resume_config(run_dir, request, run.request, (*PARALLELISM_FIELDS, *locations))
+    request |= locations
+    for name in {"corpora", "data"} & locations.keys() if "shards" in metadata else ():
+        metadata["shards"] = locations[name][0]
+    original, changes = metadata["recipe"].get("training", {}), list[str]()
     requested: dict[str, Any] = run.request.get("training") or {}
-    original: dict[str, Any] = metadata["recipe"].get("training", {})
-    for name in PARALLELISM_FIELDS:
+    for name in PARALLELISM_FIELDS:  # they change the result by rounding only
         now, recorded = requested.get(name), original.get(name)
         before = DEPRECATED_PARALLEL.get(str(recorded), recorded)
         if now not in (None, before) and name in original:
             original[name] = now
             changes.append(f"--training.{name} {before} → {now}")
     if changes:
+        check_tp_divisibility(ModelConfig.from_dict(metadata["model"]), original["tensor"])
         run.warn(f"{', '.join(changes)}: {ROUNDING_NOTE} from here on")
-        run.run_dir.write_metadata(metadata)
+    return {**metadata, "directory": str(run_dir.path.resolve())}
 
 
 # ---------------------------------------------------------------- setup
@@ -293,6 +314,7 @@ def new_metadata(
     return {
         "command": run.command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "directory": str(run.run_dir.path.resolve()),
         "request": run.request,
         "recipe": config.to_dict(),
         "model": model_config.to_dict(),
@@ -381,7 +403,9 @@ def setup_training(
             step_kind = compile_step(run, setup)
         if is_resume:
             if is_main:
-                run.seconds_before_resume = run.run_dir.truncate_metrics(state.step)
+                resume_metrics(run, state.step)
+                if metadata != fs.read_sealed_json(run.run_dir.path / "run.json"):
+                    run.run_dir.write_metadata(metadata)
             setup.seconds_per_step = time_step(state, setup.step_module, dataset, setup.step_settings, run.dist)
             elapsed = format_duration(run.seconds_before_resume)
             run.log_event(state.step, f"resuming from step {state.step:,}, after {elapsed}", resumed=True)
@@ -391,6 +415,17 @@ def setup_training(
                 run.run_dir.write_metadata(metadata)
                 fs.atomic_write(run.run_dir.metrics_path, "")
         yield setup
+
+
+def resume_metrics(run: RunContext, step: int) -> None:
+    """Truncate metrics.jsonl to the checkpoint, and read the time that the run has used."""
+    seconds = run.run_dir.truncate_metrics(step)
+    if seconds is None:
+        run.warn(
+            f"{run.run_dir.metrics_path}: the records before step {step:,} are missing; the report will have a gap"
+        )
+        seconds = 0.0 if run.checkpoint is None else float(checkpoint.load_metadata(run.checkpoint).get("seconds", 0.0))
+    run.seconds_before_resume = seconds
 
 
 def required_disk_bytes(run: RunContext, model: GPT) -> int:

@@ -12,24 +12,54 @@ that belong together and is written last, so a process killed at any moment leav
 """
 
 import hashlib
-import json
 import os
+import re
+import secrets
 import shutil
+import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
+
+import msgspec
 
 from nextword.common import fs
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError
-from nextword.common.run_dir import RunDir
+from nextword.common.run_dir import LOG_FILES, RunDir, verify_path
 
 UPLOAD_INTERVAL_SECONDS = 60.0
 MIN_INTERVAL_RATIO = 10.0  # minimum interval between uploads, in durations of an upload
 MAX_COMMITS = 2
-LOG_FILES = ("metrics.jsonl", "decisions.jsonl", "detours.jsonl")
 RESULT_FILES = ("result.json", "report.html", "README.md")
+
+
+# Neither what is read nor what is written lies outside of the remote directory and the run.
+LocalFolder = Annotated[str, msgspec.Meta(pattern=r"^(checkpoints/step-[0-9]+|data|model|adapter)\Z")]
+RemoteFolder = Annotated[str, msgspec.Meta(pattern=r"^(checkpoints/step-[0-9]+|data|models/[0-9a-f]{16})\Z")]
+LogFile = Annotated[str, msgspec.Meta(pattern=rf"^({'|'.join(map(re.escape, (*LOG_FILES, *RESULT_FILES)))})\Z")]
+
+
+class Commit(msgspec.Struct):
+    """A state of a run in remote storage.
+
+    Attributes:
+        checkpoint: Name of the checkpoint.
+        run: The SHA-256 of run.json.
+        folders: Remote directories by their place in the run directory.
+        logs: Names of the logs and results.
+    """
+
+    checkpoint: Annotated[str, msgspec.Meta(pattern=r"^step-[0-9]+\Z")]
+    run: str
+    folders: dict[LocalFolder, RemoteFolder]
+    logs: list[LogFile]
+
+
+class _CommitFile(msgspec.Struct):
+    commit: str
+    sha256: str
 
 
 class CheckpointUploader:
@@ -116,7 +146,7 @@ class CheckpointUploader:
             for name in logs:
                 self._upload_file(snapshot_dir / name, f"logs/{checkpoint.name}/{name}")
             run_hash = fs.sha256_file(snapshot_dir / "run.json")
-            commit = json.dumps({"checkpoint": checkpoint.name, "run": run_hash, "folders": folders, "logs": logs})
+            commit = msgspec.json.encode(Commit(checkpoint.name, run_hash, folders, logs)).decode()
             record = snapshot_dir / "commit.json"
             record.write_text(fs.to_json({"commit": commit, "sha256": hashlib.sha256(commit.encode()).hexdigest()}))
             self._upload_file(record, commit_path(checkpoint.name))
@@ -146,9 +176,9 @@ class CheckpointUploader:
         """Remove old commits, and the files that no remaining commit names."""
         commits, used = self.list_commits(), set[str]()
         for commit in commits[:MAX_COMMITS]:
-            used |= {*commit["folders"].values(), f"logs/{commit['checkpoint']}"}
+            used |= {*commit.folders.values(), f"logs/{commit.checkpoint}"}
         for commit in commits[MAX_COMMITS:]:
-            self.filesystem.rm_file(commit_path(commit["checkpoint"]))
+            self.filesystem.rm_file(commit_path(commit.checkpoint))
         for kind in ("checkpoints", "models", "logs"):
             for path in self.filesystem.find(kind):
                 if "/".join(path.split("/")[:2]) not in used:
@@ -178,47 +208,50 @@ class CheckpointUploader:
                 )
             elif not run_path.exists() or not any(run_path.iterdir()):
                 self._restore_newest(commits, run_path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError) as error:  # storages raise either
             raise NextwordError(f"--mirror {self.url}: cannot be read: {error}") from error
 
-    def _check_same_run(self, run_dir: RunDir, commit: dict[str, Any]) -> None:
-        if commit["run"] != fs.sha256_file(run_dir.path / "run.json"):
+    def _check_same_run(self, run_dir: RunDir, commit: Commit) -> None:
+        with tempfile.TemporaryDirectory() as remote_run:
+            self.filesystem.get_file("run.json", f"{remote_run}/run.json")
+            is_same = RunDir(Path(remote_run)).identity() == run_dir.identity()
+        if not is_same:
             raise UsageError(f"--mirror {self.url}: holds another run than {run_dir.path}. Choose another place")
         local = max((path.name for path in (run_dir.path / "checkpoints").glob("step-*")), default="")
-        if commit["checkpoint"] > local:
+        if commit.checkpoint > local:
             raise UsageError(
-                f"--mirror {self.url}: holds a later state ({commit['checkpoint']}) than {run_dir.path} "
+                f"--mirror {self.url}: holds a later state ({commit.checkpoint}) than {run_dir.path} "
                 f"({local or 'no checkpoint'}). Move that directory away, and the same command continues from the copy"
             )
 
-    def _restore_newest(self, commits: list[dict[str, Any]], run_path: Path) -> None:
+    def _restore_newest(self, commits: list[Commit], run_path: Path) -> None:
         """Download the newest valid commit, and move it into place at once."""
-        staging_dir = run_path.with_name(f".{run_path.name}.{os.getpid()}.partial")
+        staging_dir = run_path.with_name(f".{run_path.name}.{secrets.token_hex(4)}.partial")
         problems = ""
         for commit in commits:
             shutil.rmtree(staging_dir, ignore_errors=True)
-            with fs.map_disk_errors(run_path):
-                self._download(commit, staging_dir)
             try:
-                fs.verify_tree(staging_dir)
+                with fs.map_disk_errors(run_path):
+                    self._download(commit, staging_dir)
+                verify_path(staging_dir)
             except NextwordError as error:
                 problems = str(error).replace(str(staging_dir), self.url)
-                name = commit_path(commit["checkpoint"])
+                name = commit_path(commit.checkpoint)
                 self.console.warn(f"{self.url}: {name} is corrupt and skipped:\n{problems}")
                 continue
             if run_path.exists():
                 run_path.rmdir()
             staging_dir.rename(run_path)
-            self.console.info(f"{run_path}: restored from {self.url} at {commit['checkpoint']}")
+            self.console.info(f"{run_path}: restored from {self.url} at {commit.checkpoint}")
             return
         shutil.rmtree(staging_dir, ignore_errors=True)
         raise NextwordError(f"--mirror {self.url}: every copy is corrupt:\n{problems}")
 
-    def _download(self, commit: dict[str, Any], staging_dir: Path) -> None:
+    def _download(self, commit: Commit, staging_dir: Path) -> None:
         files = {"run.json": "run.json"}
-        for name, remote_dir in commit["folders"].items():
+        for name, remote_dir in commit.folders.items():
             files |= {path: name + path.removeprefix(remote_dir) for path in self.filesystem.find(remote_dir)}
-        files |= {f"logs/{commit['checkpoint']}/{name}": name for name in commit["logs"]}
+        files |= {f"logs/{commit.checkpoint}/{name}": name for name in commit.logs}
         for number, (remote_path, name) in enumerate(files.items(), start=1):
             path = staging_dir / name
             if not fs.is_inside(path, staging_dir):
@@ -227,18 +260,19 @@ class CheckpointUploader:
             self.filesystem.get_file(remote_path, str(path))
             self.console.progress("restoring the run", number, len(files))
         self.console.close()
-        (staging_dir / "checkpoints" / "latest").write_text(commit["checkpoint"] + "\n")
+        (staging_dir / "checkpoints" / "latest").write_text(commit.checkpoint + "\n")
 
-    def list_commits(self) -> list[dict[str, Any]]:
+    def list_commits(self) -> list[Commit]:
         """Return the valid commits, newest first."""
-        commits: list[dict[str, Any]] = []
+        commits: list[Commit] = []
         for path in sorted(self.filesystem.find("commits"), reverse=True):
             try:
-                record = json.loads(self._read_bytes(path) or b"")
-                if hashlib.sha256(record["commit"].encode()).hexdigest() == record["sha256"]:
-                    commits.append(json.loads(record["commit"]))
-            except (ValueError, KeyError, TypeError, AttributeError):  # an interrupted upload
-                continue
+                record = msgspec.json.decode(self._read_bytes(path) or b"", type=_CommitFile)
+                if hashlib.sha256(record.commit.encode()).hexdigest() != record.sha256:
+                    raise ValueError("the content does not match its SHA-256")
+                commits.append(msgspec.json.decode(record.commit, type=Commit))
+            except (msgspec.DecodeError, ValueError) as error:  # an interrupted upload
+                self.console.warn(f"{self.url}: {path} is skipped: {error}")
         return commits
 
     def _read_bytes(self, remote_path: str) -> bytes | None:

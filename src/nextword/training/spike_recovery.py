@@ -7,7 +7,6 @@ Which batch a step takes is a pure function of the skipped ranges. They are on d
 the same batches.
 """
 
-import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -18,8 +17,8 @@ from typing import Annotated
 
 import msgspec
 
-from nextword.common.errors import CorruptFileError, TrainingDivergedError
-from nextword.common.fs import atomic_write, read_jsonl, read_manifest
+from nextword.common.errors import TrainingDivergedError
+from nextword.common.fs import atomic_write, read_manifest, read_records, to_json_line
 from nextword.training import checkpoint
 from nextword.training.launch import RunContext
 from nextword.training.step import TrainState
@@ -91,7 +90,7 @@ def attempts_near(skipped: Sequence[SkippedRange], index: int) -> int:
 
 def write_skipped_ranges(path: Path, skipped: Iterable[SkippedRange]) -> None:
     """Write detours.jsonl atomically."""
-    atomic_write(path, "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in skipped))
+    atomic_write(path, "".join(to_json_line(asdict(entry)) + "\n" for entry in skipped))
 
 
 def read_skipped_ranges(path: Path) -> list[SkippedRange]:
@@ -100,13 +99,7 @@ def read_skipped_ranges(path: Path) -> list[SkippedRange]:
     Raises:
         CorruptFileError: a line is not a skipped range.
     """
-    entries: list[SkippedRange] = []
-    for number, record in enumerate(read_jsonl(path), start=1):
-        try:
-            entries.append(msgspec.convert(record, SkippedRange))
-        except msgspec.ValidationError as error:
-            raise CorruptFileError(f"{path} line {number}: not a skipped range ({error})") from error
-    return entries
+    return read_records(path, SkippedRange)
 
 
 # ---------------------------------------------------------------- the spike detector
@@ -178,8 +171,7 @@ class RollbackManager:
 
     def _replay_losses(self) -> LossSpikeDetector:
         """The detector after the steps in metrics.jsonl."""
-        records = read_jsonl(self.run.run_dir.metrics_path) if self.detect_spikes else []
-        return LossSpikeDetector(record["loss"] for record in records if "loss" in record)
+        return LossSpikeDetector(self.run.run_dir.losses() if self.detect_spikes else ())
 
     def batch_index(self, step: int) -> int:
         """Return the batch that a step takes, both counted from 0."""

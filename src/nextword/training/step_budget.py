@@ -4,15 +4,18 @@ Learning rate and evaluations follow `StepSchedule.progress(step)`, a pure funct
 logged durably before it is applied, so that a run with a time budget resumes exactly, too.
 """
 
-import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+import msgspec
 
 from nextword.common.errors import CorruptFileError
-from nextword.common.fs import append_line_durably, atomic_write, read_jsonl
+from nextword.common.fs import append_line, atomic_write, read_records, to_json_line
 from nextword.training.distributed import SINGLE_PROCESS, DistContext
 
 MIN_INITIAL_STEPS = 50
@@ -22,9 +25,9 @@ MIN_INITIAL_STEPS = 50
 class StepBudgetDecision:
     """From `step` on, the run is planned to end after `total_steps`; decided `seconds` after the start of the run."""
 
-    step: int
-    total_steps: int
-    seconds: float = 0.0
+    step: Annotated[int, msgspec.Meta(ge=0)]
+    total_steps: Annotated[int, msgspec.Meta(ge=1)]
+    seconds: Annotated[float, msgspec.Meta(ge=0, le=sys.float_info.max)] = 0.0
 
 
 class StepSchedule:
@@ -114,7 +117,7 @@ class TimeBudgetController:
         """
         decision = self._decide(schedule, step, seconds_per_step) if self.ctx.is_main else None
         if decision is not None:
-            append_line_durably(self.log, json.dumps(asdict(decision)))
+            append_line(self.log, to_json_line(asdict(decision)), durable=True)
         values = self.ctx.broadcast_object(None if decision is None else asdict(decision))
         if values is not None:
             schedule.update(StepBudgetDecision(**values))
@@ -146,17 +149,27 @@ class TimeBudgetController:
         The time that the undone steps took stays spent.
         """
         if self.ctx.is_main:
-            atomic_write(self.log, "".join(json.dumps(asdict(decision)) + "\n" for decision in schedule.decisions))
+            atomic_write(self.log, "".join(to_json_line(asdict(decision)) + "\n" for decision in schedule.decisions))
         self.next_update_time = 0.0
 
 
-def read_decisions(log: Path) -> list[StepBudgetDecision]:
+def read_decisions(log: Path, min_count: int = 0) -> list[StepBudgetDecision]:
     """The logged decisions of a run.
 
+    Args:
+        log: the file.
+        min_count: the number of decisions when the checkpoint was saved that the run resumes from.
+
     Raises:
-        CorruptFileError: the file is not a log of decisions.
+        CorruptFileError: the file is not a log of decisions, or some are missing.
     """
+    decisions = read_records(log, StepBudgetDecision)
+    if len(decisions) < min_count:
+        raise CorruptFileError(f"{log}: {len(decisions)} decisions, and the checkpoint was saved after {min_count}")
     try:
-        return [StepBudgetDecision(**record) for record in read_jsonl(log)]
-    except TypeError as error:
+        if decisions and decisions[0].step:
+            raise ValueError("the first decision is made at step 0")
+        StepSchedule(decisions)
+    except ValueError as error:
         raise CorruptFileError(f"{log}: not a log of step budget decisions ({error})") from error
+    return decisions

@@ -11,10 +11,10 @@ import torch
 from nextword.common import fs
 from nextword.common.console import TrainingProgress
 from nextword.common.environment import peak_memory_bytes
-from nextword.common.errors import TrainingDivergedError, import_optional
+from nextword.common.errors import CorruptFileError, TrainingDivergedError, import_optional
 from nextword.common.format import format_duration
 from nextword.common.run_dir import RunInterruptedError, catch_signals
-from nextword.training.checkpoint import AsyncCheckpointer
+from nextword.training.checkpoint import AsyncCheckpointer, load_metadata
 from nextword.training.config import RunConfig
 from nextword.training.launch import RunContext, TrainingSetup
 from nextword.training.spike_recovery import RollbackManager, summarize_names
@@ -134,7 +134,9 @@ class Trainer:
             self.config.budget, log, started=started, ctx=run.dist, now=run.now
         )
         self.budget_controller.reserved_seconds = self.evaluator.finalize_seconds()
-        decisions = read_decisions(log) if run.dist.is_main else []
+        saved = {} if run.checkpoint is None else load_metadata(run.checkpoint)
+        min_count = saved.get("decisions", int(self.state.step > 0))
+        decisions = read_decisions(log, min_count) if run.dist.is_main else []
         decisions = run.dist.broadcast_object([asdict(decision) for decision in decisions])
         return StepSchedule(StepBudgetDecision(**decision) for decision in decisions)
 
@@ -321,7 +323,8 @@ class Trainer:
     def _save_checkpoint(self, checkpointer: AsyncCheckpointer) -> None:
         state = self.state
         weights = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
-        checkpointer.save_async(state.step, weights, state.optimizer.state_tensors(), state.counters())
+        metadata = {"decisions": len(self.schedule.decisions), "seconds": round(self.run.elapsed_seconds(), 3)}
+        checkpointer.save_async(state.step, weights, state.optimizer.state_tensors(), {**state.counters(), **metadata})
 
     def _roll_back(self, checkpointer: AsyncCheckpointer, is_spike: bool) -> bool:
         """Undo the bad steps. The next steps skip the batches that led to them. Returns whether that was possible."""
@@ -346,6 +349,11 @@ class Trainer:
     def _apply_skipped_ranges(self) -> None:
         """Apply the ranges that the restored state does not know: weights that a spike may have affected are not the best."""
         entries = self.rollbacks.skipped
+        if len(entries) < self.state.num_rollbacks:
+            raise CorruptFileError(
+                f"{self.run.run_dir.skipped_ranges_path}: {len(entries)} skipped ranges, and the checkpoint was saved after "
+                f"{self.state.num_rollbacks}"
+            )
         if any(entry.forgets for entry in entries[self.state.num_rollbacks :]):
             self.state.best = BestCheckpoint()
         self.state.num_rollbacks = len(entries)
@@ -382,6 +390,6 @@ class Trainer:
             "memory_bytes": peak_memory_bytes(run.device),
             "energy": run.energy_meter.energy(seconds),
         }
-        fs.atomic_write(run.run_dir.result_path, fs.to_json(result))
+        fs.write_sealed_json(run.run_dir.result_path, result)
         run.write_reports(run.run_dir.path)
         return result
