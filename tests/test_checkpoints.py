@@ -155,7 +155,7 @@ def test_latest_moves_after_the_files_are_durable_and_the_oldest_is_removed_last
 
         def call(path: Path, *arguments: Any, **named: Any) -> Any:
             latest = (tmp_path / "checkpoints" / "latest").read_text().strip()
-            calls.append((name, re.sub(r"\.\d+\.partial$", ".partial", Path(path).name), latest))
+            calls.append((name, re.sub(r"\.[0-9a-f]{8}\.partial$", ".partial", Path(path).name), latest))
             return original(path, *arguments, **named)
 
         monkeypatch.setattr(owner, name, call)

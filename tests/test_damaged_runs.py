@@ -69,13 +69,20 @@ def flip(data: bytes, bit: int) -> bytes:
     return data[: bit // 8] + bytes([data[bit // 8] ^ (1 << bit % 8)]) + data[bit // 8 + 1 :]
 
 
+def flip_value(path: Path) -> None:
+    """Flip a bit of a value in the middle of a file. (One of white space or of a checksum's name would change nothing.)"""
+    data = path.read_bytes()
+    middle = re.compile(rb'(?<=": )\S').search(data, len(data) // 2)
+    path.write_bytes(flip(data, 8 * (middle.start() if middle else len(data) // 2)))
+
+
 def replace(path: Path, make: Callable[[Path], object]) -> None:
     path.unlink()
     make(path)
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "flipped": lambda path: path.write_bytes(flip(path.read_bytes(), 4 * path.stat().st_size)),
+    "flipped": flip_value,
     "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "emptied": lambda path: path.write_bytes(b""),
     "a list": lambda path: path.write_text("[]\n"),

@@ -123,8 +123,7 @@ def atomic_write(path: Path, content: str | bytes) -> None:
         try:
             with os.fdopen(open_new(temp_path), "wb") as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            fsync_path(temp_path)
             temp_path.replace(path)
         except OSError:  # the disk may be full: leave nothing behind
             temp_path.unlink(missing_ok=True)
