@@ -423,7 +423,7 @@ def test_unread_events_are_limited(monkeypatch: pytest.MonkeyPatch, base: Path) 
 
 
 def test_a_client_that_never_reads_is_disconnected(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
-    monkeypatch.setattr("nextword.serving.responses.SEND_TIMEOUT", 0.3)
+    monkeypatch.setattr("nextword.serving.app.WRITE_TIMEOUT", 0.3)
     with running_server(base) as server:
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         with server.start_completion(

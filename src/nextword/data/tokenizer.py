@@ -188,8 +188,9 @@ class Tokenizer:
         """
         if isinstance(text, str):
             with _map_panics():
-                ids = self.backend.encode(replace_surrogates(text), add_special_tokens=False).ids
-            return self._avoid_special_ids(text, ids)
+                # Other than `encode`, it lets other Python threads run; and it is faster.
+                [encoding] = self.backend.encode_batch_fast([replace_surrogates(text)], add_special_tokens=False)
+            return self._avoid_special_ids(text, encoding.ids)
         text = text.decode("utf-8", "surrogateescape")  # an invalid byte B becomes U+DC00 + B
         if self.kind != "bpe":
             return self.encode(text)

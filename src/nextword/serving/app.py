@@ -12,10 +12,11 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import h11
 import uvicorn
@@ -23,7 +24,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from nextword._version import __version__
 from nextword.common.console import Console
@@ -31,13 +32,17 @@ from nextword.common.errors import NextwordError
 from nextword.common.format import format_bytes
 from nextword.serving.protocol import APIError, ClientDisconnected, encode_json, validation_api_error
 from nextword.serving.routes import router
-from nextword.serving.security import ListenConfig, SecurityMiddleware, bracketed, is_loopback
+from nextword.serving.security import ListenConfig, ListenSocket, SecurityMiddleware, bracketed, is_loopback
 from nextword.serving.service import Service, ServiceConfig
 
 PAGE_DIR = Path(__file__).with_name("page")
 MIME_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 MAX_CONNECTIONS = 512
+BACKLOG = 64  # connections accepted in one turn of the event loop
 HEADER_TIMEOUT = 10.0  # seconds for receiving request headers
+TEXT_THREADS = 2  # for tokenizing texts and building long responses, which must not take all cores from the engine
+WRITE_TIMEOUT = 30.0  # seconds that a client may read nothing of what is there for it
+MAX_SMALL_CHUNKS, MIN_CHUNK_BYTES = 256, 64  # chunks of a body that may be smaller than this, on average
 SHUTDOWN_TIMEOUT = 5  # seconds for clients to read the rest of their responses
 
 ReadyCallback = Callable[[dict[str, Any]], None]
@@ -84,6 +89,7 @@ async def handle_error(request: Request, error: Exception) -> Response:
             return validation_api_error(error.errors()).response()
         case HTTPException():
             messages = {
+                400: f"the body is not JSON in UTF-8: {error.__cause__}"[:500],
                 404: f"{request.url.path[:200]} does not exist",
                 405: f"{request.method} is not allowed for this path",
             }
@@ -95,18 +101,52 @@ async def handle_error(request: Request, error: Exception) -> Response:
             return APIError(500, f"internal server error ({type(error).__name__})").response()
 
 
+class LimitedConnection(h11.Connection):
+    """h11's parser with a limit on small chunks, each of which costs as much as a large one."""
+
+    num_chunks = num_bytes = 0  # of the current body
+
+    def next_event(self) -> Any:
+        """The next event. Raises `RemoteProtocolError` as h11 does."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self.num_chunks = self.num_bytes = 0
+        elif isinstance(event, h11.Data):
+            self.num_chunks += 1
+            self.num_bytes += len(event.data)
+            if self.num_chunks > MAX_SMALL_CHUNKS + self.num_bytes // MIN_CHUNK_BYTES:
+                raise h11.RemoteProtocolError("chunks are too small", error_status_hint=413)
+        return event
+
+
 class LimitedHTTPProtocol(H11Protocol):
-    """uvicorn's HTTP protocol with a connection limit, a timeout for headers, and JSON errors for malformed requests."""
+    """uvicorn's HTTP protocol with limits on connections, chunks, and the time for headers and for reading a response, and
+    with JSON errors for malformed requests."""
 
     header_timer: asyncio.TimerHandle | None = None
+    write_timer: asyncio.TimerHandle | None = None
+    waiting_since: float = 0.0  # since when the server waits for a request, or for the client to read
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.conn = LimitedConnection(h11.SERVER)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn's own form
-        """Start the timer of a connection, or close one too many."""
+        """Start the timer of a connection. One too many replaces the one that has waited longest."""
+        transport.set_write_buffer_limits(0)  # `pause_writing` is called from the first byte that is not read
         super().connection_made(transport)
+        self.waiting_since = self.loop.time()
         if len(self.connections) > MAX_CONNECTIONS:
-            transport.abort()
-        else:
-            self._update_header_timer()
+            close_longest_waiting(cast("set[LimitedHTTPProtocol]", self.connections))
+        self._update_header_timer()
+
+    @property
+    def is_working(self) -> bool:
+        """Whether the server works on a request that it has accepted. Files that need no key do not count."""
+        cycle = cast("RequestResponseCycle | None", self.cycle)
+        if cycle is None or cycle.response_complete or self.flow.write_paused:
+            return False
+        return cycle.scope.get("state", {}).get("accepted", False)
 
     def data_received(self, data: bytes) -> None:
         """Stop the timer once the headers are complete."""
@@ -114,10 +154,36 @@ class LimitedHTTPProtocol(H11Protocol):
         self._update_header_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timer."""
+        """Stop the timers."""
         super().connection_lost(exc)
-        if self.header_timer is not None:
-            self.header_timer.cancel()
+        for timer in (self.header_timer, self.write_timer):
+            if timer is not None:
+                timer.cancel()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        self.waiting_since = self.loop.time()
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        """Start the timer of a client that does not read."""
+        super().pause_writing()
+        self.waiting_since = self.loop.time()
+        self._check_reading(None)
+
+    def resume_writing(self) -> None:
+        """Stop it: everything is sent."""
+        super().resume_writing()
+        if self.write_timer is not None:
+            self.write_timer.cancel()
+
+    def _check_reading(self, unread_before: int | None) -> None:
+        """Abort the connection if its client has read nothing since the last call."""
+        unread = self.transport.get_write_buffer_size()
+        if unread_before is not None and unread >= unread_before:
+            self.transport.abort()
+        else:
+            self.write_timer = self.loop.call_later(WRITE_TIMEOUT, self._check_reading, unread)
 
     def _update_header_timer(self) -> None:
         """Close the connection unless complete headers arrive in time."""
@@ -132,7 +198,8 @@ class LimitedHTTPProtocol(H11Protocol):
         """Answer a malformed request in OpenAI's format, and close the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             status = getattr(sys.exc_info()[1], "error_status_hint", 400)  # h11 sets 431 for oversized headers
-            message = "the headers are too large" if status == 431 else "this is not a valid HTTP request"
+            messages = {431: "the headers are too large", 413: "the body is sent in chunks that are too small"}
+            message = messages.get(status, "this is not a valid HTTP request")
             body = encode_json(APIError(status, message).body)
             headers = [
                 ("Content-Type", "application/json"),
@@ -143,6 +210,15 @@ class LimitedHTTPProtocol(H11Protocol):
             answer = [self.conn.send(event) for event in (head, h11.Data(data=body), h11.EndOfMessage())]
             self.transport.write(b"".join(data for data in answer if data))
         self.transport.close()
+
+
+def close_longest_waiting(connections: set[LimitedHTTPProtocol]) -> None:
+    """Close the connection whose client has waited longest, or kept the server waiting. None whose request is in progress."""
+    waiting = [connection for connection in connections if not connection.is_working]
+    if waiting:
+        longest = min(waiting, key=lambda connection: connection.waiting_since)
+        connections.discard(longest)
+        longest.transport.abort()
 
 
 # ---------------------------------------------------------------- startup and shutdown
@@ -161,6 +237,7 @@ class ModelServer(uvicorn.Server):
             uvicorn.Config(
                 create_app(service, listen_config),
                 http=LimitedHTTPProtocol,
+                backlog=BACKLOG,
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -182,7 +259,7 @@ class ModelServer(uvicorn.Server):
         self.was_signaled = True
         asyncio.get_running_loop().call_soon_threadsafe(self.stop.set)
 
-    async def serve_model(self, listen_socket: socket.socket, on_ready: ReadyCallback | None) -> None:
+    async def serve_model(self, listen_socket: ListenSocket, on_ready: ReadyCallback | None) -> None:
         """Load the model, accept requests, and shut down after a signal or an engine failure.
 
         Args:
@@ -192,6 +269,9 @@ class ModelServer(uvicorn.Server):
         Raises:
             NextwordError: The model cannot be opened, or the engine failed.
         """
+        connections = cast("set[LimitedHTTPProtocol]", self.server_state.connections)
+        listen_socket.make_room = lambda: close_longest_waiting(connections)
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(TEXT_THREADS, "text"))
         worker, stop, grace = self.service.worker, self.stop, self.listen_config.shutdown_grace
         with self.capture_signals():
             serve_task = asyncio.create_task(self.serve(sockets=[listen_socket]))

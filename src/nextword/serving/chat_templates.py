@@ -5,6 +5,7 @@ template in its directory, and a model without one gets a plain dialogue. With t
 special token.
 """
 
+import asyncio
 import re
 import secrets
 from abc import ABC, abstractmethod
@@ -111,7 +112,9 @@ class NativeChatEncoder(ChatEncoder):
     async def encode(self, conversation: Conversation) -> list[int]:
         """Token ids of a conversation. Raises `APIError` for a role that the format does not have."""
         try:
-            return encode_conversation(self.tokenizer, conversation, add_generation_prompt=True)[0]
+            return await asyncio.to_thread(
+                lambda: encode_conversation(self.tokenizer, conversation, add_generation_prompt=True)[0]
+            )
         except UsageError as error:
             raise invalid_field("messages", str(error)) from error
 
@@ -127,7 +130,7 @@ class PlainChatEncoder(ChatEncoder):
         """Token ids of the dialogue."""
         names = {"user": "User: ", "assistant": "Assistant: ", "system": "", "tool": "Tool: "}
         turns = [names[message["role"]] + message["content"] for message in conversation]
-        ids = self.tokenizer.encode("\n".join([*turns, "Assistant:"]))
+        ids = await asyncio.to_thread(self.tokenizer.encode, "\n".join([*turns, "Assistant:"]))
         return [*self.tokenizer.bos_ids, *ids]
 
 
@@ -162,10 +165,26 @@ class JinjaChatEncoder(ChatEncoder):
             # The template may trim white space around a content, and may test whether it is empty.
             messages.append({**message, "content": content.replace(stripped, key, 1) if stripped else content})
         text = await self.render(messages)
+        return await asyncio.to_thread(self.encode_rendered, text, nonce, contents)
+
+    def encode_rendered(self, text: str, nonce: str, contents: Mapping[str, str]) -> list[int]:
+        """Encode a rendered template.
+
+        Args:
+            text: The template with placeholders.
+            nonce: The beginning of each placeholder.
+            contents: Content by placeholder.
+
+        Raises:
+            APIError: The template splits a placeholder, or the text is empty.
+        """
         for token in self.tokenizer.backend.get_added_tokens_decoder().values():  # some strip adjacent white space
             if token.special and (token.lstrip or token.rstrip):
-                name, before, after = re.escape(token.content), r"\s*" * token.lstrip, r"\s*" * token.rstrip
-                text = re.sub(before + name + after, lambda match: match[0].strip(), text)
+                parts = text.split(token.content)
+                for i in range(len(parts) - 1):
+                    parts[i] = parts[i].rstrip() if token.lstrip else parts[i]
+                    parts[i + 1] = parts[i + 1].lstrip() if token.rstrip else parts[i + 1]
+                text = token.content.join(parts)
         markers = self.tokenizer.special_tokens
         names = sorted(markers, key=len, reverse=True)
         ids: list[int] = []

@@ -27,6 +27,8 @@ from nextword.serving.protocol import APIError
 LOOP_TURNS = 3
 LOOP_TURNS_TIMEOUT = 0.25  # seconds that the engine thread waits for those iterations
 MAX_UNREAD_EVENTS = 2**17  # of all clients
+# Log-probabilities of one request and of all that are not finished. Each takes some 300 bytes.
+MAX_REQUEST_LOGPROBS, MAX_LOGPROBS = 2**18, 2**20
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)  # seconds
 disable_created_metrics()
 logger = logging.getLogger("nextword.serving")
@@ -64,6 +66,15 @@ class GenerationRequest:
     sample_index: int | None
     constraint: Constraint | None
 
+    @property
+    def num_logprobs(self) -> int:
+        """Maximum number of log-probabilities: of each token, and of the most likely ones in its place."""
+        sampling = self.sampling
+        generated = 0 if sampling.logprobs is None else sampling.max_tokens * (1 + sampling.logprobs)
+        return generated + (
+            0 if sampling.prompt_logprobs is None else len(self.prompt) * (1 + sampling.prompt_logprobs)
+        )
+
 
 class RequestHandle:
     """An admitted request. Iterating yields (sequence index, event) until all of its sequences have finished.
@@ -80,7 +91,7 @@ class RequestHandle:
     def __init__(self, worker: "EngineWorker", num_sequences: int):
         self.worker, self.num_sequences = worker, num_sequences
         self.events: asyncio.Queue[tuple[int, Event] | Exception] = asyncio.Queue()
-        self.num_unfinished = 0
+        self.num_unfinished = self.num_logprobs = 0
         self.is_active = True
         self.error: Exception | None = None
         self.start_time = time.monotonic()
@@ -95,8 +106,17 @@ class RequestHandle:
             self.release()
 
     def submit(self, requests: list[GenerationRequest]) -> None:
-        """Queue the sequences. Raises like iteration."""
+        """Queue the sequences. Raises like iteration, and `APIError` for too many log-probabilities."""
         self.raise_if_failed()
+        count = sum(request.num_logprobs for request in requests)
+        if count > MAX_REQUEST_LOGPROBS:
+            limit = f"{MAX_REQUEST_LOGPROBS:,} per request"
+            message = f"{count:,} log-probabilities exceed {limit}: reduce max_tokens, or the number of alternatives"
+            raise APIError(400, message, param="logprobs")
+        if count and count + sum(handle.num_logprobs for handle in self.worker.handles) > MAX_LOGPROBS:
+            message = "too many requests with log-probabilities: try again later"
+            raise APIError(429, message, code="queue_full", headers={"Retry-After": "1"})
+        self.num_logprobs = count
         self.num_unfinished = len(requests)
         self.worker.metrics.prompt_tokens.inc(sum(len(request.prompt) for request in requests))
 

@@ -5,10 +5,10 @@ is rejected by name.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 from starlette.responses import JSONResponse
 
 from nextword.common.errors import UsageError
@@ -16,7 +16,7 @@ from nextword.data.chat_format import ROLE_NAMES, content_text
 from nextword.inference.sampling import Sampling
 
 MAX_BODY_BYTES = 4 * 2**20  # of one request
-MAX_TOTAL_BODY_BYTES = 32 * 2**20  # of all requests in progress
+MAX_TOTAL_BODY_BYTES = 16 * 2**20  # of all requests in progress; as Python objects they take up to 24 times as much
 MAX_TEXT_CHARS = 2**20  # of one text
 MAX_COMPLETION_TOKENS = 2**15  # of one sequence
 MAX_REQUEST_TOKENS = 2**17  # of all sequences of a request
@@ -93,7 +93,7 @@ TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
 TextInputs = Annotated[list[TextInput], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
 TokenIdsList = Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_STRING_CHARS)]
-StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+StopStrings = Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 LogitBias = Annotated[float, Field(ge=-100, le=100)]
 ChoiceCount = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
@@ -101,6 +101,13 @@ LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 TokenLimit = Annotated[int, Field(ge=0, le=MAX_COMPLETION_TOKENS)]
 Prompts = TextInput | TokenIds | TextInputs | TokenIdsList
 SAMPLING_FIELDS = {"temperature", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed"}
+
+
+def check_biases(value: Any) -> Any:
+    """Raises `ValueError` for too many biases, before pydantic reports an error for each."""
+    if isinstance(value, Sized) and len(value) > MAX_LOGIT_BIASES:
+        raise ValueError(f"at most {MAX_LOGIT_BIASES} tokens")
+    return value
 
 
 def list_prompts(prompts: Prompts) -> Sequence[str | list[int]]:
@@ -148,7 +155,7 @@ class BaseCompletionRequest(RequestModel):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None  # smaller values make logits infinite
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, LogitBias] | None = None
+    logit_bias: Annotated[dict[str, LogitBias], BeforeValidator(check_biases)] | None = None
     max_tokens: TokenLimit | None = None
     n: ChoiceCount | None = None
     stop: StopString | StopStrings | None = None
@@ -185,8 +192,6 @@ class BaseCompletionRequest(RequestModel):
             APIError: A token id or another value is out of range.
         """
         biases = self.logit_bias or {}
-        if len(biases) > MAX_LOGIT_BIASES:
-            raise invalid_field("logit_bias", f"at most {MAX_LOGIT_BIASES} tokens")
         for token in biases:
             if not (token.isascii() and token.isdecimal() and len(token) < 10 and int(token) < vocab_size):
                 raise invalid_field("logit_bias", f"{token[:20]!r} is not a token id (0 to {vocab_size - 1})")
@@ -227,10 +232,10 @@ class Message(RequestModel):
     """Message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: TextInput | Annotated[list[Part], Field(max_length=MAX_MESSAGES)] | None = None
+    content: TextInput | Annotated[list[Part], Field(fail_fast=True, max_length=MAX_MESSAGES)] | None = None
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
 
 
 def to_conversation(messages: Sequence[Message]) -> list[dict[str, str]]:
@@ -290,7 +295,7 @@ class TokenizeRequest(RequestModel):
 class DetokenizeRequest(RequestModel):
     """Body of /detokenize."""
 
-    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_REQUEST_TOKENS)]
 
 
 # ---------------------------------------------------------------- validation errors

@@ -19,7 +19,6 @@ from nextword.serving.engine_worker import GenerationRequest, RequestHandle
 from nextword.serving.protocol import APIError, BaseCompletionRequest, ClientDisconnected, UTF8JSONResponse, encode_json
 from nextword.serving.service import Service
 
-SEND_TIMEOUT = 60.0  # seconds that a client may take to read a full send buffer
 CHAT_TEMPLATE_HEADER = "X-Nextword-Chat-Template"
 
 
@@ -162,23 +161,32 @@ class CompletionWriter:
                 yield Delta(index, self.echoed_prompts[index] if self.echoed_prompts else "", [], is_first=True)
             yield Delta(index, text, entries, event.finish_reason)
 
-    async def complete_response(self) -> dict[str, Any]:
-        """The response object, once all sequences have finished."""
-        deltas: list[list[Delta]] = [[] for _ in self.requests]
+    async def complete_response(self) -> UTF8JSONResponse:
+        """The response, once all sequences have finished."""
+        texts: list[list[str]] = [[] for _ in self.requests]
+        entries: list[list[LogprobEntry]] = [[] for _ in self.requests]
+        finish_reasons: list[str | None] = [None] * len(self.requests)
         async for delta in self.iter_deltas():
-            deltas[delta.index].append(delta)
+            texts[delta.index].append(delta.text)
+            entries[delta.index] += delta.entries
+            finish_reasons[delta.index] = delta.finish_reason
         selected: list[int] = []
         for first in range(0, len(self.requests), self.samples_per_prompt):
             indices = range(first, first + self.samples_per_prompt)
             if self.samples_per_prompt > self.num_choices:
                 indices = sorted(indices, key=lambda i: -self.sequences[i].mean_logprob)[: self.num_choices]
             selected += indices
-        choices: list[dict[str, Any]] = []
-        for index, i in enumerate(selected):
-            text = "".join(delta.text for delta in deltas[i])
-            entries = [entry for delta in deltas[i] for entry in delta.entries]
-            choices.append(self.format_choice(Delta(index, text, entries, deltas[i][-1].finish_reason)))
-        return {**self.common_fields, "choices": choices, "usage": self.usage, **self.extra_fields}
+
+        def build() -> UTF8JSONResponse:
+            choices = [
+                self.format_choice(Delta(index, "".join(texts[i]), entries[i], finish_reasons[i]))
+                for index, i in enumerate(selected)
+            ]
+            content = {**self.common_fields, "choices": choices, "usage": self.usage, **self.extra_fields}
+            return UTF8JSONResponse(content, headers=self.headers)
+
+        # Log-probabilities may be many.
+        return build() if self.num_logprobs is None else await asyncio.to_thread(build)
 
     async def iter_chunks(self, include_usage: bool) -> AsyncGenerator[dict[str, Any]]:
         """Yield the chunks of a stream. With `include_usage` the last one has the usage, the others null."""
@@ -196,7 +204,7 @@ class CompletionWriter:
             include_usage = request.stream_options is not None and request.stream_options.include_usage
             return EventStreamResponse(self, bool(include_usage))
         async with cancel_on_disconnect(receive, self.handle):
-            return UTF8JSONResponse(await self.complete_response(), headers=self.headers)
+            return await self.complete_response()
 
     # ---------------------------------------------------------------- format
 
@@ -301,8 +309,7 @@ class EventStreamResponse(Response):
         """Send the response."""
 
         async def send_event(data: bytes, more: bool = True) -> None:
-            async with asyncio.timeout(SEND_TIMEOUT):
-                await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": more})
+            await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": more})
 
         async with (
             cancel_on_disconnect(receive, self.writer.handle),
@@ -323,8 +330,7 @@ class EventStreamResponse(Response):
                 await send_event(b"[DONE]", more=False)
             except APIError as error:
                 await send_event(encode_json(error.body), more=False)
-            except (ClientDisconnected, TimeoutError):
-                # uvicorn closes the connection of an unfinished response.
+            except ClientDisconnected:
                 return
 
 

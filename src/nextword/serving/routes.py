@@ -1,5 +1,6 @@
 """Routes of the OpenAI-compatible API. Limits are in `protocol`, response bodies and streaming in `responses`."""
 
+import asyncio
 import base64
 import struct
 from typing import Annotated, Any
@@ -122,6 +123,7 @@ async def chat(body: protocol.ChatRequest, request: Request, service: ServiceDep
             limit = max_prompt_tokens(context_length, max_tokens)
             ids, dropped = await encode_newest_turns(service.chat_encoder, conversation, limit)
         else:
+            service.check_conversation(conversation)
             ids = await service.chat_encoder.encode(conversation)
         service.check_context(len(ids), "messages")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -146,6 +148,8 @@ async def models(service: ServiceDep) -> Response:
 @router.get("/v1/models/{name:path}", responses=openapi.MODEL_RESPONSE)
 async def model(name: str, service: ServiceDep) -> Response:
     """Retrieve a model by name."""
+    if not name:  # /v1/models/
+        return await models(service)
     service.check_model(name)
     return UTF8JSONResponse(service.model_info())
 
@@ -192,7 +196,7 @@ async def classify(body: protocol.ClassifyRequest, request: Request, service: Se
 
 
 @router.post("/tokenize", responses=openapi.TOKENIZE_RESPONSE)
-async def tokenize(body: protocol.TokenizeRequest, service: ServiceDep) -> Response:
+async def tokenize(body: protocol.TokenizeRequest, request: Request, service: ServiceDep) -> Response:
     """Tokenize a text or a conversation.
 
     Special tokens inside a text are encoded as text. A prompt that is exactly one special token returns its id: lm-eval
@@ -202,23 +206,30 @@ async def tokenize(body: protocol.TokenizeRequest, service: ServiceDep) -> Respo
     tokenizer = service.model.tokenizer
     if (body.prompt is None) == (body.messages is None):
         raise APIError(400, "exactly one of prompt and messages is required", param="prompt")
-    if body.messages is not None:
-        ids = await service.chat_encoder.encode(to_conversation(body.messages))
-    elif body.prompt in tokenizer.special_tokens:
-        ids = [tokenizer.special_tokens[body.prompt]]
-    else:
-        begin = () if body.add_special_tokens is False else tokenizer.bos_ids
-        ids = [*begin, *await service.encode_text(body.prompt or "")]
-    strings = [service.decode_token(id) for id in ids] if body.return_token_strs else None
-    content = {"count": len(ids), "max_model_len": service.context_length, "tokens": ids, "token_strs": strings}
-    return UTF8JSONResponse(content)
+    async with cancel_on_disconnect(request.receive, service.worker.admit(1)):
+        if body.messages is not None:
+            ids = await service.chat_encoder.encode(to_conversation(body.messages))
+        elif body.prompt in tokenizer.special_tokens:
+            ids = [tokenizer.special_tokens[body.prompt]]
+        else:
+            begin = () if body.add_special_tokens is False else tokenizer.bos_ids
+            ids = [*begin, *await service.encode_text(body.prompt or "")]
+
+        def build() -> Response:
+            strings = [service.decode_token(id) for id in ids] if body.return_token_strs else None
+            content = {"count": len(ids), "max_model_len": service.context_length, "tokens": ids, "token_strs": strings}
+            return UTF8JSONResponse(content)
+
+        return await asyncio.to_thread(build)
 
 
 @router.post("/detokenize", responses=openapi.DETOKENIZE_RESPONSE)
-async def detokenize(body: protocol.DetokenizeRequest, service: ServiceDep) -> Response:
+async def detokenize(body: protocol.DetokenizeRequest, request: Request, service: ServiceDep) -> Response:
     """Decode token ids to text, without special tokens."""
     service.check_model()
-    return UTF8JSONResponse({"prompt": service.model.tokenizer.decode(service.check_token_ids(body.tokens, "tokens"))})
+    ids = service.check_token_ids(body.tokens, "tokens")
+    async with cancel_on_disconnect(request.receive, service.worker.admit(1)):
+        return UTF8JSONResponse({"prompt": await asyncio.to_thread(service.model.tokenizer.decode, ids)})
 
 
 @router.get("/tokenizer_info", responses=openapi.TOKENIZER_INFO_RESPONSE)

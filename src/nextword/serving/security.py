@@ -6,6 +6,7 @@ prevents DNS rebinding, and so must the Origin header of cross-site requests.
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import hmac
 import ipaddress
@@ -13,8 +14,9 @@ import os
 import re
 import socket
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -28,7 +30,7 @@ SEND_BUFFER_BYTES = 2**17  # per connection; the operating system's default of s
 BODY_TIMEOUT = 60.0  # seconds for receiving a body
 SMALL_BODY_BYTES = 2**16  # bodies up to this size are accepted regardless of MAX_TOTAL_BODY_BYTES
 # The rest of a rejected body is read and discarded, because many clients read the response only after sending everything.
-MAX_DISCARD_BYTES, DISCARD_TIMEOUT = 2**30, 10.0
+MAX_DISCARD_BYTES, DISCARD_TIMEOUT = 2**25, 10.0
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 SECURITY_HEADERS = (
     (
@@ -54,6 +56,25 @@ def is_loopback(host: str) -> bool:
     """Whether an address is reachable from this machine only."""
     address = parse_address(host)
     return host.lower() == "localhost" if address is None else address.is_loopback
+
+
+class ListenSocket(socket.socket):
+    """A listening socket that makes room when the process has no file descriptor left for a connection.
+
+    asyncio would report each attempt, many thousand times a second.
+    """
+
+    make_room: Callable[[], None] | None = None
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Accept a connection. Raises `BlockingIOError` if there is none, or no room yet."""
+        try:
+            return super().accept()
+        except OSError as error:
+            if self.make_room is None or error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            self.make_room()
+            raise BlockingIOError from error
 
 
 @dataclass(frozen=True)
@@ -90,13 +111,13 @@ class ListenConfig:
             remedy = "set --api-key (or NEXTWORD_API_KEY), or --insecure to accept everyone"
             raise UsageError(f"--host {self.host} lets other machines connect: {remedy}")
 
-    def listen(self) -> socket.socket:
+    def listen(self) -> ListenSocket:
         """A listening socket. Raises `NextwordError` if the address is not available."""
         host = self.host.strip("[]")
         try:
             addresses = socket.getaddrinfo(host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             family, kind, protocol, _, address = min(addresses, key=lambda info: info[0] != socket.AF_INET)
-            listen_socket = socket.socket(family, kind, protocol)
+            listen_socket = ListenSocket(family, kind, protocol)
             if os.name != "nt":  # Windows would share the port with another program
                 listen_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listen_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # inherited by connections
@@ -123,6 +144,9 @@ class ListenConfig:
         self._check_host(scope)
         if self.api_key is not None and scope["path"] not in public_paths:
             self._check_api_key(scope, self.api_key)
+        if encodings := {value.lower() for value in header_values(scope, b"content-encoding")} - {"identity"}:
+            message = f"Content-Encoding {min(encodings)[:50]!r} is not supported: send the body as it is"
+            raise APIError(415, message, code="unsupported_content_encoding")
         lengths = header_values(scope, b"content-length")
         if any(length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES for length in lengths):
             raise body_too_large()
@@ -174,18 +198,24 @@ class SecurityMiddleware:
 
         try:
             body = await self.read_body(scope, receive)
-        except ClientDisconnected:
-            return
-        except APIError as error:
-            error.headers["Connection"] = "close"
-            await error.response()(scope, receive, send_with_headers)
-        else:
             messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
             async def replay_body() -> Message:
                 return messages.pop() if messages else await receive()
 
+            scope["state"]["accepted"] = scope["path"] not in self.public_paths
+            if scope["method"] == "HEAD":  # as GET; uvicorn leaves out the body
+                scope = {**scope, "method": "GET"}
             await self.app(scope, replay_body, send_with_headers)
+        except ClientDisconnected:
+            return
+        except APIError as error:
+            error.headers["Connection"] = "close"
+            await error.response()(scope, receive, send_with_headers)
+        except asyncio.CancelledError:  # at shutdown, after the time that clients have to send and to read
+            if not status:
+                error = APIError(503, "the server has stopped", code="stopped", headers={"Connection": "close"})
+                await error.response()(scope, receive, send_with_headers)
         finally:
             self.buffered_body_bytes -= len(body)
             if status:

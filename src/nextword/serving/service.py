@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,14 +22,13 @@ from nextword.inference.quantization import Precision
 from nextword.model.gpt import GPT
 from nextword.pipeline.language_model import LanguageModel, load, load_task_spec, resolve_model_dir
 from nextword.pipeline.predictor import Predictor
-from nextword.serving.chat_templates import ChatEncoder, make_chat_encoder
+from nextword.serving.chat_templates import ChatEncoder, Conversation, make_chat_encoder
 from nextword.serving.engine_worker import EngineWorker, Metrics
 from nextword.serving.limited_process import LimitedProcess
 from nextword.serving.protocol import ANY_OBJECT, APIError, invalid_field
 from nextword.tasks.dataset import HEAD_KINDS, TaskSpec
 from nextword.tasks.examples import example_from_texts
 
-MAX_INLINE_ENCODE_CHARS = 4096  # longer texts are tokenized in a thread, to keep the event loop responsive
 MAX_CACHED_SCHEMAS = 16
 
 
@@ -86,8 +84,6 @@ class Service:
         self.accepted_names = {self.name, str(config.model), "nextword"}
         self.metrics = Metrics()
         self.worker = worker = EngineWorker(self.load_engine, config.queue, self.metrics)
-        self.tokenizer_executor = ThreadPoolExecutor(1, "encode")
-        self.schema_executor = ThreadPoolExecutor(1, "schemas")
         self.schema_process = LimitedProcess()
         self.constraint_compiler: ConstraintCompiler | None = None
         self.constraints: dict[str, JSONConstraint] = {}  # by grammar; the least recently used first
@@ -205,10 +201,7 @@ class Service:
 
     async def encode_text(self, text: str) -> list[int]:
         """Tokenize a text without special tokens."""
-        encode = self.model.tokenizer.encode
-        if len(text) <= MAX_INLINE_ENCODE_CHARS:
-            return encode(text)
-        return await asyncio.get_running_loop().run_in_executor(self.tokenizer_executor, encode, text)
+        return await asyncio.to_thread(self.model.tokenizer.encode, text)
 
     async def encode_prompt(
         self, prompt: str | list[int], param: str = "prompt", truncate_to: int | None = None
@@ -228,7 +221,6 @@ class Service:
             # A lower bound on the number of tokens: most prompts that are too long are rejected without tokenizing them.
             if truncate_to is None and tokenizer.kind != "foreign":
                 self.check_context(len(prompt) // self.max_token_bytes, param, "at least ")
-            await asyncio.sleep(0)  # let other requests run between the prompts of a long list
             ids = [*tokenizer.bos_ids, *await self.encode_text(prompt)]
         else:
             ids = self.check_token_ids(prompt, param)
@@ -237,6 +229,12 @@ class Service:
             ids = ids[max(0, len(ids) - max_ids) :]
         self.check_context(len(ids), param)
         return ids or [tokenizer.eos_id]
+
+    def check_conversation(self, conversation: Conversation) -> None:
+        """Raises `APIError` for most conversations that are too long, without tokenizing them."""
+        if self.chat_encoder.name != "model" and self.model.tokenizer.kind != "foreign":
+            num_chars = sum(len(message["content"]) for message in conversation)
+            self.check_context(num_chars // self.max_token_bytes, "messages", "at least ")
 
     def check_token_ids(self, ids: list[int], param: str) -> list[int]:
         """Return `ids`. Raises `APIError` for an id outside the vocabulary."""
@@ -262,7 +260,6 @@ class Service:
         """
         if schema is None:
             return [None] * count
-        loop = asyncio.get_running_loop()
 
         def make_grammar() -> str:
             self.constraint_compiler = self.constraint_compiler or ConstraintCompiler(
@@ -271,7 +268,7 @@ class Service:
             return self.constraint_compiler.build_grammar(schema)
 
         try:
-            grammar = await loop.run_in_executor(self.schema_executor, make_grammar)
+            grammar = await asyncio.to_thread(make_grammar)
             constraint = self.constraints.pop(grammar, None)
             if constraint is None:
                 assert self.constraint_compiler is not None
@@ -281,7 +278,7 @@ class Service:
                         raise UsageError("compiling the schema takes too much time or memory: use simpler patterns")
                     if "error" in answer:
                         raise UsageError(f"unsupported JSON schema: {error_summary(answer['error'])}")
-                constraint = await loop.run_in_executor(self.schema_executor, self.constraint_compiler.compile, grammar)
+                constraint = await asyncio.to_thread(self.constraint_compiler.compile, grammar)
             self.constraints[grammar] = constraint
             while len(self.constraints) > MAX_CACHED_SCHEMAS:
                 del self.constraints[next(iter(self.constraints))]
@@ -324,12 +321,10 @@ class Service:
         return answer
 
     async def close(self) -> None:
-        """End the helper threads and processes."""
+        """End the helper processes."""
         await self.schema_process.close()
         if self.is_loaded:
             await self.chat_encoder.close()
-        self.tokenizer_executor.shutdown(wait=False, cancel_futures=True)
-        self.schema_executor.shutdown(wait=False, cancel_futures=True)
 
 
 def free_memory(device: torch.device) -> int | None:

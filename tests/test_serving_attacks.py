@@ -1,0 +1,273 @@
+"""Clients that mean harm: none of them, and no 512 of them, keep the server from answering others.
+
+The attacks by many clients take time and a clock, so `make soak` runs them.
+"""
+
+import asyncio
+import contextlib
+import json
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from nextword.data.tokenizer import Tokenizer, train_bpe
+from nextword.serving import app as server_module
+from nextword.serving import engine_worker, protocol
+from nextword.serving.chat_templates import JinjaChatEncoder
+from processes import PATIENCE, wait_until
+from served import ServerProcess, ThreadedServer, running_server
+from test_serving_guard import ON
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+@pytest.fixture(scope="module")
+def server(base: Path) -> Iterator[ThreadedServer]:
+    with running_server(base) as server:
+        yield server
+
+
+def connect(server: Any) -> socket.socket:
+    return socket.create_connection((server.host, server.port), timeout=PATIENCE)
+
+
+def read_all(connection: socket.socket) -> bytes:
+    with contextlib.suppress(ConnectionError):
+        return b"".join(iter(lambda: connection.recv(2**16), b""))
+    return b""
+
+
+def healthy(server: Any) -> bool:
+    """Whether the server answers."""
+    try:
+        return server.get("/health").status == 200
+    except ConnectionError:
+        return False
+
+
+# ---------------------------------------------------------------- connections
+
+
+@pytest.mark.parametrize("path", [b"/page.js", b"/v1/models", b"/openapi.json"])
+def test_a_client_that_never_reads_is_closed(monkeypatch: pytest.MonkeyPatch, base: Path, path: bytes) -> None:
+    monkeypatch.setattr(server_module, "WRITE_TIMEOUT", 0.2)
+    with running_server(base) as server, contextlib.closing(socket.socket()) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect((server.host, server.port))
+        connection.settimeout(PATIENCE)
+        with pytest.raises(ConnectionError):  # and does not read: the requests are answered until there is no room
+            for _ in range(100_000):
+                connection.sendall(b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % path)
+        wait_until(lambda: server.get("/health").status == 200)
+
+
+def test_a_client_that_reads_slowly_gets_everything(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+    monkeypatch.setattr(server_module, "WRITE_TIMEOUT", 1.0)
+    with running_server(base) as server, contextlib.closing(socket.socket()) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect((server.host, server.port))
+        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        received = b""
+        while piece := connection.recv(1024):
+            received += piece
+            time.sleep(0.01)
+        assert json.loads(received.partition(b"\r\n\r\n")[2])["openapi"]
+
+
+def test_one_connection_too_many_replaces_the_one_that_waits_longest(
+    monkeypatch: pytest.MonkeyPatch, base: Path
+) -> None:
+    monkeypatch.setattr(server_module, "MAX_CONNECTIONS", 4)
+    with running_server(base) as server, contextlib.ExitStack() as stack:
+        working = stack.enter_context(
+            server.start_completion({"prompt": "The", "max_tokens": 30000, "stream": True, **ON})
+        )
+        assert b"200 OK" in working.recv(100)
+        for _ in range(20):
+            stack.enter_context(connect(server))
+            assert server.get("/health").status == 200
+        assert server.service.worker.num_active == 1
+        while len(working.recv(2**16)) < 1000:
+            pass  # the answer goes on
+
+
+def test_requests_in_progress_are_all_kept(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+    monkeypatch.setattr(server_module, "MAX_CONNECTIONS", 2)
+    with running_server(base) as server, contextlib.ExitStack() as stack:
+        body = {"prompt": "The", "max_tokens": 30000, "stream": True, **ON}
+        for _ in range(2):
+            assert b"200 OK" in stack.enter_context(server.start_completion(body)).recv(100)
+        third = stack.enter_context(connect(server))
+        assert read_all(third) == b"" and server.service.worker.num_active == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of another process is set on Linux only")
+@pytest.mark.parametrize("most_are_free", [True, False])
+def test_connections_beyond_the_file_descriptors_are_closed_without_a_word(base: Path, most_are_free: bool) -> None:
+    import resource
+
+    with ServerProcess(base) as server:
+        used = len(list(Path(f"/proc/{server.renderer_process.pid}/fd").iterdir()))
+        limit = 2 * used + 60 if most_are_free else used + 5
+        resource.prlimit(server.renderer_process.pid, resource.RLIMIT_NOFILE, (limit, limit))
+        with contextlib.ExitStack() as stack:
+            for _ in range(300):
+                with contextlib.suppress(OSError):
+                    stack.enter_context(connect(server))
+            assert not most_are_free or healthy(server)
+        wait_until(lambda: healthy(server))
+        server.send_signal()
+        assert server.wait() == 0
+        assert server.stderr.count("\n") < 10, server.stderr[:2000]
+
+
+def test_a_body_that_is_awaited_at_the_end_leaves_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server_module, "SHUTDOWN_TIMEOUT", 0.2)
+    with contextlib.ExitStack() as stack:
+        with running_server(base) as server:
+            half = stack.enter_context(connect(server))
+            half.sendall(HEAD + b"Content-Length: 100\r\n\r\n{")
+            wait_until(lambda: server.middleware.buffered_body_bytes == 1)
+        answer = read_all(half)
+    assert answer.startswith(b"HTTP/1.1 503 ") and b'"code":"stopped"' in answer
+    assert not [record for record in caplog.records if record.exc_info or "without" in record.message]
+
+
+# ---------------------------------------------------------------- bodies
+
+
+def chunked(sizes: list[int]) -> bytes:
+    chunks = b"".join(b"%x\r\n%s\r\n" % (size, b" " * size) for size in sizes)
+    return HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"2\r\n{}\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "status"),
+    [([1] * 1000, 413), ([1] * 100, 200), ([1000, *[1] * 250], 200), ([100] * 3000, 200), ([10] * 1000, 413)],
+)
+def test_small_chunks_are_limited(server: ThreadedServer, sizes: list[int], status: int) -> None:
+    with connect(server) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(chunked(sizes))
+        answer = connection.recv(1000)
+    assert answer.startswith(b"HTTP/1.1 %d " % status), answer
+    assert server.get("/health").status == 200
+
+
+FLOODS: dict[str, Any] = {
+    "parts": {"messages": [{"role": "user", "content": [{}] * 1000}] * 1000},
+    "part texts": {"messages": [{"role": "user", "content": [{"type": "text", "text": 1}] * 30_000}]},
+    "messages": {"messages": [{}] * 100_000},
+    "numbers": {"messages": [1] * 1_000_000},
+    "stop": {"messages": [{"role": "user", "content": "x"}], "stop": [1] * 1_000_000},
+    "biases": {"messages": [{"role": "user", "content": "x"}], "logit_bias": {str(i): "x" for i in range(200_000)}},
+    "prompt": {"prompt": [[""] * 10] * 100_000},
+    "prompts": {"prompt": [{}] * 100_000},
+    "input": {"input": [[1.5]] * 100_000},
+    "tokens": {"tokens": [-1] * 100_000},
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_errors_are_not_amplified(name: str) -> None:
+    models = (
+        protocol.ChatRequest, protocol.CompletionRequest, protocol.EmbeddingRequest, protocol.ClassifyRequest,
+        protocol.TokenizeRequest, protocol.DetokenizeRequest,
+    )  # fmt: skip
+    for model in models:
+        try:
+            model.model_validate(FLOODS[name])
+        except ValidationError as error:
+            assert error.error_count() < 20, model.__name__
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ('{"prompt": "café"}'.encode("latin-1"), "UTF-8"), (b'{"prompt": "\x80"}', "UTF-8"), (b"\x1f\x8b\x08\x00", "UTF-8"),
+        ("{}".encode("utf-16-le")[:3], "the body is not JSON"), (b"[" * 100_000, "recursion"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "digits"),
+    ],
+)  # fmt: skip
+def test_a_body_that_cannot_be_read_is_refused_with_the_reason(server: ThreadedServer, body: bytes, words: str) -> None:
+    answer = server.post("/v1/completions", body)
+    assert answer.status == 400 and words in answer.error["message"], answer.body
+
+
+def test_an_encoded_body_is_refused_by_its_encoding(server: ThreadedServer) -> None:
+    for encoding in ("gzip", "br", "Deflate", "gzip, identity", "x" * 200):
+        answer = server.post("/v1/completions", b"x", **{"Content-Encoding": encoding})
+        assert answer.status == 415 and encoding.lower()[:40] in answer.error["message"]
+    assert (
+        server.post("/v1/completions", {"prompt": "x", "max_tokens": 1}, **{"Content-Encoding": "identity"}).status
+        == 200
+    )
+
+
+def test_head_is_answered_as_get_without_a_body(server: ThreadedServer) -> None:
+    paths = server.get("/openapi.json").json["paths"]
+    readable = [path.replace("{name}", server.service.name) for path in paths if "get" in paths[path]]
+    assert "/health" in readable and "/metrics" in readable
+    for path in (*readable, "/", "/page.js", "/openapi.json", "/nothing"):
+        head, get = server.request("HEAD", path), server.get(path)
+        assert (head.status, head.body) == (get.status, b""), path
+        assert head.headers["Content-Type"] == get.headers["Content-Type"]
+    assert server.request("HEAD", "/v1/completions").status == 405
+    assert server.get("/v1/models/").json == server.get("/v1/models").json
+
+
+# ---------------------------------------------------------------- work
+
+
+def test_the_log_probabilities_of_a_request_and_of_all_are_limited(
+    monkeypatch: pytest.MonkeyPatch, server: ThreadedServer
+) -> None:
+    monkeypatch.setattr(engine_worker, "MAX_REQUEST_LOGPROBS", 100)
+    for body in (
+        {"prompt": "x", "max_tokens": 101, "logprobs": 0}, {"prompt": "x", "max_tokens": 10, "logprobs": 10},
+        {"prompt": "x", "max_tokens": 10, "n": 6, "best_of": 11},
+        {"prompt": [5] * 60, "max_tokens": 0, "logprobs": 1, "echo": True},
+    ):  # fmt: skip
+        for stream in (False, True):
+            answer = server.post("/v1/completions", {**body, "stream": stream and "best_of" not in body})
+            assert answer.status == 400 and answer.error["param"] == "logprobs", body
+    assert server.complete("x", max_tokens=100, logprobs=0)["choices"]
+    monkeypatch.setattr(engine_worker, "MAX_LOGPROBS", 150)
+    answers: list[Any] = []
+    with server.start_completion({"prompt": "x", "max_tokens": 100, "logprobs": 0, "stream": True, **ON}) as first:
+        wait_until(lambda: server.service.worker.num_active == 1)
+        answers.append(server.post("/v1/completions", {"prompt": "x", "max_tokens": 99, "logprobs": 0}))
+        read_until = b""
+        while b"[DONE]" not in read_until:
+            read_until += first.recv(2**16)
+    assert answers[0].status in (200, 429)  # refused, unless the first had ended
+    wait_until(lambda: not server.service.worker.handles)
+    assert server.complete("x", max_tokens=99, logprobs=0)["choices"]
+
+
+def test_spaces_beside_a_token_that_takes_them_are_no_work() -> None:
+    """A quadratic search would take an hour for so many."""
+    tokenizer = train_bpe(["The house"] * 3, 300).with_special_tokens(["<x>"])
+    content = json.loads(tokenizer.backend.to_str())
+    for token in content["added_tokens"]:
+        token["rstrip"] = token["lstrip"] = token["content"] == "<x>"
+    made = Tokenizer(type(tokenizer.backend).from_str(json.dumps(content)), tokenizer.config)
+
+    async def look() -> list[int]:
+        chat = JinjaChatEncoder(made, "a {{ messages[0].content }}<x>  {{ messages[0].role }}")
+        try:
+            return await chat.encode([{"role": "user", "content": " " * 1_000_000 + "b" + " " * 1_000_000}])
+        finally:
+            await chat.close()
+
+    ids = asyncio.run(look())
+    assert ids[-1 - len(made.encode("user")) :] == [made.special_tokens["<x>"], *made.encode("user")]
+    assert made.decode(ids).rstrip().endswith("b" + "user")
