@@ -20,7 +20,7 @@ from nextword.commands.audit import AuditResult
 from nextword.commands.cli import run as run_command
 from nextword.common.console import Console
 from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
-from nextword.common.fs import read_json
+from nextword.common.fs import read_sealed_json
 from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import Tokenizer, train_bpe
 from nextword.model.config import build_config
@@ -484,7 +484,7 @@ def test_the_audit_of_a_run_uses_its_training_text_and_is_stored(directory: Path
     result = nextword.audit(run, num_samples=2, num_prefixes=0, search_texts=["a document"]).to_dict()
     assert {entry["section"] for entry in result["findings"]} == {"memory", "corpus", "cost"}
     assert result["findings"][0]["value"] == 1 and (run / "index" / "text.bin").is_file()
-    assert read_json(run / "measured" / "audit.json") == result
+    assert read_sealed_json(run / "measured" / "audit.json") == result
     assert [line.partition(":")[0] for line in result["left_out"]] == ["bias"]
     text.unlink()
     assert any("memorization and corpus: not measured" in line for line in nextword.audit(run).left_out)

@@ -95,6 +95,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a loop of links": lambda path: replace(path, lambda p: p.symlink_to(p.name)),
     "a pipe": lambda path: replace(path, os.mkfifo),
 }
+ORDINARY_DAMAGES = ("flipped", "a list", "a pipe")
 SMALL_FILES = (
     "run.json",
     "result.json",
@@ -107,7 +108,10 @@ SMALL_FILES = (
 
 
 @pytest.mark.skipif(os.name == "nt", reason="this system has no pipes in directories")
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "damage",
+    [d if d in ORDINARY_DAMAGES else pytest.param(d, marks=pytest.mark.needs("more time")) for d in DAMAGES],
+)
 def test_every_damaged_file_is_found_and_no_command_ends_with_a_traceback(
     whole_run: Path, tmp_path: Path, damage: str
 ) -> None:

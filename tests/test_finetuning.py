@@ -18,7 +18,7 @@ from nextword.commands.cli import run
 from nextword.commands.command import Context
 from nextword.commands.finetune import FinetuneConfig
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
-from nextword.common.fs import read_json, read_jsonl
+from nextword.common.fs import read_json, read_jsonl, read_sealed_json
 from nextword.common.run_dir import RunDir
 from nextword.pipeline.evaluators import TaskEvaluator
 from nextword.pipeline.language_model import BaseModel
@@ -376,7 +376,7 @@ def test_killed_and_resumed_equals_uninterrupted(task, more, base, tmp_path):
     assert hashes(tmp_path / "whole" / "model") == hashes(tmp_path / "cut" / "model")
     if more:
         assert hashes(tmp_path / "whole" / "adapter") == hashes(tmp_path / "cut" / "adapter")
-    results = [read_json(tmp_path / name / "result.json") for name in ("whole", "cut")]
+    results = [read_sealed_json(tmp_path / name / "result.json") for name in ("whole", "cut")]
     for result in results:
         for name in ("run", "model", "seconds", "memory_bytes", "energy"):
             del result[name]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import nextword
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError
-from nextword.common.fs import read_json, read_jsonl
+from nextword.common.fs import read_jsonl, read_sealed_json
 from nextword.common.run_dir import RunDir
 from nextword.evaluation.label_efficiency import equivalent_label_ratio, headline, run_study
 
@@ -63,7 +63,7 @@ def fake_finetune(*, out, limit, seed, scratch, resume, console):
     examples = limit or 60
     out.mkdir()
     data = {"train": {"examples": examples}, "available": 60}
-    run = {"recipe": {}, "task": {"task": "classify", "kind": "label"}, "data": data}
+    run = {"recipe": {}, "request": {}, "task": {"task": "classify", "kind": "label"}, "data": data}
     RunDir(out).write_metadata(run)
     accuracy = examples / 100 + 0.01 * seed + (0 if scratch else 0.2)
     return {"accuracy": accuracy, "seconds": 1.0, "baselines": {"majority": {"accuracy": {"value": 0.5}}}}
@@ -94,7 +94,7 @@ def test_a_study_is_resumed(tmp_path):
     assert result["metric"] == "accuracy" and result["baselines"] == {"majority": {"value": 0.5}}
     assert result["points"][0]["pretrained"]["value"] == pytest.approx(0.285)
     assert not list((tmp_path / "study" / "cells").iterdir())
-    assert study(failing) == result == read_json(tmp_path / "study" / "result.json")
+    assert study(failing) == result == read_sealed_json(tmp_path / "study" / "result.json")
     with pytest.raises(UsageError, match="seeds: 2 → 3"):
         study(fake_finetune, seeds=3)
 

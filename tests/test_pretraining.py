@@ -164,7 +164,7 @@ def test_a_resume_with_other_options_lists_the_differences(complete_run):
 
 def test_verify_lists_valid_directories(complete_run):
     whole = package.verify(complete_run).whole
-    assert sorted(whole.values()) == ["checkpoint", "checkpoint", "model", "shards"]
+    assert sorted(whole.values()) == ["checkpoint", "checkpoint", "model", "run", "shards"]
 
 
 # ---------------------------------------------------------------- a resumed run equals an uninterrupted one

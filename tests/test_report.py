@@ -203,6 +203,7 @@ def test_damaged_run_directories_are_reported(tmp_path: Path) -> None:
     (run / "result.json").write_text("[]")
     with pytest.raises(CorruptFileError, match=r"result.json"):
         write_card(run)
+    (run / "result.json").unlink()
     (run / "run.json").write_text("{")
     with pytest.raises(CorruptFileError, match=r"run.json line 1"):
         write_report(run)

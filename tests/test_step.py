@@ -271,7 +271,7 @@ def test_a_wrong_first_estimate_is_corrected(tmp_path):
 def test_a_broken_log_of_decisions_is_named(tmp_path):
     log: Path = tmp_path / "decisions.jsonl"
     log.write_text('{"step": 1, "colour": 2}\n')
-    with pytest.raises(CorruptFileError, match=r"decisions\.jsonl: not a log"):
+    with pytest.raises(CorruptFileError, match=r"decisions\.jsonl line 1: Object missing required field"):
         read_decisions(log)
 
 

@@ -27,7 +27,6 @@ import msgspec
 
 from nextword.common import fs
 from nextword.common.errors import CorruptFileError, NextwordError, RunLockedError, UsageError
-from nextword.common.results import StoredResults
 
 # Files that may exist before run.json is written, and the leftovers of a killed process.
 KNOWN_FILES = re.compile(
@@ -55,7 +54,7 @@ class _Metadata(msgspec.Struct):
 
     recipe: dict[str, Any]
     request: dict[str, Any]
-    seed: Count = 0
+    seed: int = 0
     model: dict[str, Any] | None = None
     fixed: _Environment | None = None
     versions: _Versions | None = None
@@ -285,6 +284,8 @@ def verify_path(path: Path) -> dict[str, str]:
         CorruptFileError: with a line for every file that differs; or there is nothing to check.
         NextwordError: the path is no directory.
     """
+    from nextword.common.results import StoredResults  # imports numpy, which a refused command does not wait for
+
     run, errors, kinds = RunDir(path), list[str](), dict[str, str]()
     if not run.exists:
         return fs.verify_tree(path)

@@ -61,7 +61,8 @@ def resolve_model_dir(path: str | Path) -> Path:
 
 def pretraining_corpus_of(run_path: Path) -> Path | None:
     """Return the corpus that the model of a run was pre-trained on, by this run or an earlier one; None if it is gone."""
-    if "recipe" not in fs.read_sealed_json(run_path / "run.json"):  # not a nextword run
+    content = fs.read_json(run_path / "run.json")
+    if not fs.is_json_object(content) or "recipe" not in content:  # not a nextword run
         return None
     metadata = RunDir(run_path).metadata()
     name = str(metadata.get("old_text") or metadata.get("shards") or "")
