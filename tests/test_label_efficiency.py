@@ -80,7 +80,7 @@ def test_a_study_is_resumed(tmp_path):
         return fake_finetune(**settings)
 
     def study(finetune, **changes):
-        arguments = tmp_path / "study", request | changes, ["nextword", "transfer"]
+        arguments = tmp_path / "study", request | changes, "nextword transfer"
         return run_study(finetune, *arguments, resume=True, console=Console(quiet=True))
 
     with pytest.raises(NextwordError, match="interrupted"):

@@ -77,9 +77,10 @@ def test_docstrings_and_comments_of_benchmarks_and_tests():
     wrong = []
     for path in [*sorted(REPOSITORY.glob("benchmarks/*.py")), *sorted(REPOSITORY.glob("tests/*.py"))]:
         text = path.read_text(encoding="utf-8")
-        documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
         docstrings = [
-            ast.get_docstring(node) or "" for node in ast.walk(ast.parse(text)) if isinstance(node, documented)
+            ast.get_docstring(node) or ""
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
         ]
         tokens = tokenize.generate_tokens(io.StringIO(text).readline)
         comments = [token.string for token in tokens if token.type == tokenize.COMMENT]

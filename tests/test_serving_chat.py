@@ -262,7 +262,7 @@ def test_plain_dialogues(base: Path) -> None:
 
     said = " Be kind. \nUser: Hi ñu\n\nAssistant: The 🙂\nUser: Why?\nAssistant:"
     llama = sentencepiece()
-    llama.bos_ids = [0]
+    llama.bos_ids = (0,)
     assert asyncio.run(look(llama)) == [0, *llama.encode(said)]
     ours = load(base).tokenizer
     assert asyncio.run(look(ours)) == ours.encode(said)

@@ -22,8 +22,10 @@ def find_function(file: str, qualified_name: str) -> ast.AST:
     """The definition of a function or method. Fails if there is none."""
     node: ast.AST = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     for name in qualified_name.split("."):
-        definitions = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-        members = [n for n in ast.walk(node) if isinstance(n, definitions) and n.name == name]
+        definitions = [
+            n for n in ast.walk(node) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        ]
+        members = [definition for definition in definitions if definition.name == name]
         assert members, f"{file} has no {qualified_name}"
         node = members[0]
     return node
