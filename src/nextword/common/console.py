@@ -29,7 +29,7 @@ BAR_COLUMNS, DETAIL_COLUMNS = 110, 150  # widths from which the training line ha
 
 
 def prepare_streams() -> None:
-    """Let no character that the encoding of a standard stream lacks end the process, and no file take a closed stream's place.
+    """Replace characters that a standard stream cannot encode, and open the null device in place of closed streams.
 
     A closed standard stream stays None, except standard error, whose messages are dropped.
     """
@@ -86,7 +86,7 @@ def to_json_line(value: Any) -> str:
 
 
 def discard_unwritten_output() -> bool:
-    """Let the end of the process not fail on what a standard stream cannot take. Returns whether that is a result."""
+    """Flush the standard streams before the process exits. Returns whether standard output was lost."""
     failed: list[TextIO] = []
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:

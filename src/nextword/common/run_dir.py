@@ -35,7 +35,7 @@ KNOWN_FILES = re.compile(
 LOCK_TIMEOUT_SECONDS = 0.5  # longer than `fail_if_locked` of another process holds the lock
 ROUNDING_NOTE = "equal within rounding, not bit for bit"
 LOG_FILES = ("metrics.jsonl", "decisions.jsonl", "detours.jsonl")
-LOCATION_OPTIONS = ("corpora", "model", "data", "validation")  # inputs, whose identity is their content
+LOCATION_OPTIONS = ("corpora", "model", "data", "validation")  # inputs, which are identified by their content
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -185,7 +185,7 @@ def run_lock(path: Path) -> Generator[None, None, None]:
         try:
             holder = fs.convert(fs.read_json(holder_path), LockHolder, holder_path)
             name = f"process {holder.process} on {holder.host}"
-        except NextwordError:  # missing for a moment, or damaged
+        except NextwordError:  # not written yet, or damaged
             name = "another process"
         raise RunLockedError(f"{path}: the run is in use by {name}") from error
     except OSError as error:

@@ -90,7 +90,7 @@ def _why_binary(head: bytes) -> str:
 
 
 def limit_expansion(path: Path, blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """The blocks of a file. Raises `NextwordError` once they are immense beside the file, as no compressed text is."""
+    """The blocks of a file. Raises `NextwordError` if they exceed the limits of `MIN_EXPANDED_BYTES` and `MAX_EXPANSION`."""
     size = 0
     for block in blocks:
         size += len(block)

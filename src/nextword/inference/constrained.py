@@ -81,7 +81,7 @@ class ConstraintCompiler:
         self.limits = llguidance.LLParserLimits(**PARSER_LIMITS)
 
     def build_grammar(self, schema: dict[str, Any]) -> str:
-        """A schema in llguidance's form, which takes no work.
+        """The uncompiled grammar of a schema for llguidance. This is cheap for any schema.
 
         Raises:
             UsageError: The schema is too large, or not JSON.

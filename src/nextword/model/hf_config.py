@@ -158,7 +158,7 @@ def check_keys(content: dict[str, Any], family: Family) -> None:
     """Check that every key of config.json is one that is used here, or that is known to have no effect.
 
     Raises:
-        NotImplementedError: It is not; names the key.
+        NotImplementedError: A key is unknown, or its value is not supported. The message names the key.
         ConfigError: Two names of one size have different values.
     """
     aliases: dict[str, str] = KEY_TABLES["gpt_aliases"] if is_gpt(family) else {}

@@ -8,7 +8,7 @@ import sys
 from nextword.serving import limited_worker
 from nextword.serving.protocol import APIError
 
-WALL_FACTOR = 5  # a request may take so many times its CPU time
+WALL_FACTOR = 5  # wall time limit of a request, as a multiple of its CPU time limit
 QUEUE_TIMEOUT = 10.0  # seconds that a request may wait for the process
 
 
