@@ -332,6 +332,26 @@ def test_a_time_budget_is_kept_and_its_decisions_are_replayed(shards, tmp_path, 
     assert state_hashes(replayed) == state_hashes(run)
 
 
+def test_the_budget_has_time_for_the_last_validation_and_the_whole_final_evaluation(shards, tmp_path, monkeypatch):
+    clock = FakeClock()
+
+    def slow_loss(*arguments: Any, **keywords: Any) -> Any:
+        clock.time += 0.05
+        return causal_lm_loss(*arguments, **keywords)
+
+    def slow_nll(*arguments: Any) -> Any:
+        clock.time += 0.3
+        return compute_token_nll(*arguments)
+
+    monkeypatch.setattr(RunContext, "now", clock)
+    monkeypatch.setattr("nextword.training.losses.causal_lm_loss", slow_loss)
+    monkeypatch.setattr(perplexity, "compute_token_nll", slow_nll)
+    config = PretrainConfig((str(shards),), out=tmp_path / "run", budget="40s", **SETTINGS)
+    result = package.pretrain.run(config, Context(started=1000.0))
+    assert result.validation_tokens == len(Corpus.open(shards).tokens("validation")) - 1
+    assert result.loss_margin is None and result.seconds <= 40 - FINALIZE_SECONDS + 0.3, "a batch may end after it"
+
+
 def test_the_final_evaluation_is_within_the_budget(shards, tmp_path, monkeypatch, capsys):
     """Few steps fit into the budget. The machine is slow in the final evaluation, which then reads a sample."""
     clock, evaluate_best = FakeClock(), LanguageModelEvaluator.evaluate_best

@@ -66,7 +66,7 @@ class LanguageModelEvaluator:
         dataset: The batches of the training set.
         config: The options of the run.
         final_evaluations: Number of remaining evaluations on the whole validation set: of this model, and of its base model.
-        forward_seconds_per_batch: Time of a forward pass, the fastest so far.
+        forward_seconds_per_batch: Time of a forward pass in the last validation.
     """
 
     run: RunContext
@@ -96,8 +96,7 @@ class LanguageModelEvaluator:
         max_windows = max(8, int(0.15 * tokens_between / self.dataset.context_length))
         start = self.run.now()
         result = self.evaluate(max_windows)
-        seconds = (self.run.now() - start) / result.tokens * self.batch_tokens
-        self.forward_seconds_per_batch = min(self.forward_seconds_per_batch, seconds)
+        self.forward_seconds_per_batch = (self.run.now() - start) / result.tokens * self.batch_tokens
         return ValidationResult(
             score=-result.loss,
             metrics={"loss": result.loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens},
@@ -163,11 +162,9 @@ class LanguageModelEvaluator:
         return loss / math.log(2) * train.tokens / max(1, train.seen_bytes)
 
     def finalize_seconds(self) -> float:
-        """Estimate the time of the final evaluation, at most a tenth of the budget, and of the last files.
-
-        The fastest evaluation so far counts, so that a slow moment does not end a run.
-        """
-        forward = min(self.forward_seconds_per_batch, self.setup.seconds_per_step / 3)
+        """Estimate the time of the final evaluation, at most a tenth of the budget, and of the last files."""
+        forward = self.forward_seconds_per_batch
+        forward = forward if math.isfinite(forward) else self.setup.seconds_per_step / 3
         num_tokens = self.final_evaluations * len(self.validation)
         num_tokens += 2 * FORGETTING_TOKENS if self.final_evaluations > 1 else 0
         seconds = 1.1 * forward * num_tokens / self.batch_tokens

@@ -162,7 +162,10 @@ class Trainer:
                 progress = schedule.progress(state.step)
                 metrics = train_step(state, self.setup.step_module, batch, self.setup.step_settings, progress, dist)
                 self._log_step(metrics, (state.tokens - tokens_before) / max(1e-9, time.monotonic() - step_start))
-                self._validate_if_due(metrics)
+                validation_start = run.now()
+                if self._validate_if_due(metrics) and self.budget_controller is not None:
+                    last_validation = run.now() - validation_start  # the last step is validated, too
+                    self.budget_controller.reserved_seconds = self.evaluator.finalize_seconds() + last_validation
 
                 is_last = metrics.progress >= 1 or state.stopped_early
                 detector, signal_number = self.rollbacks.detector, signals[0] if signals else 0
@@ -248,22 +251,24 @@ class Trainer:
 
     # ------------------------------------------------------------ validation
 
-    def _validate_if_due(self, metrics: StepMetrics) -> None:
-        """Validate at equal intervals, at least ten steps apart. The best weights become RUN/model."""
+    def _validate_if_due(self, metrics: StepMetrics) -> bool:
+        """Validate at equal intervals, at least ten steps apart. The best weights become RUN/model.
+
+        Returns:
+            Whether the model was validated.
+        """
         run, state, step = self.run, self.state, metrics.step
         total_steps = self.schedule.decisions[0].total_steps
         num_validations = min(self.config.training.evaluations, max(1, total_steps // 10))
         previous_progress = self.schedule.progress(step - 2) if step > 1 else 0.0
         number = math.floor(metrics.progress * num_validations + 1e-9)
         if number == math.floor(previous_progress * num_validations + 1e-9):
-            return
+            return False
         self._compare_with_plan(step)
         result = self.evaluator.validate(total_steps / num_validations)
         if result is None:  # without a validation set the latest weights are the best
             self._update_best(step, None)
-            return
-        if self.budget_controller is not None:
-            self.budget_controller.reserved_seconds = self.evaluator.finalize_seconds()
+            return False
         run.log({"step": step, "validation": result.metrics})
         self._log_scalars("validation", step, result.metrics)
         run.info(f"step {step:,}: {result.summary}")
@@ -281,6 +286,7 @@ class Trainer:
                 self._report_overfitting(step, result.score)
         if round(20 * number / num_validations) in SAMPLE_AT_VALIDATIONS:
             self.evaluator.log_sample(step)
+        return True
 
     def _compare_with_plan(self, step: int) -> None:
         """Predict the loss again if the training speed differs from the expected one, and report the cause."""
