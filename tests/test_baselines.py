@@ -121,30 +121,59 @@ def test_no_training_texts(fit: Callable[[], object]) -> None:
 
 
 def test_tfidf_similarity():
-    assert tfidf_similarity([]) == []
-    assert tfidf_similarity([("", "")]) == [0.0]
-    assert tfidf_similarity([("", ""), ("a", "b")]) == [0.0, 0.0]
-    assert tfidf_similarity([("same words here", "Same words here")]) == [pytest.approx(1.0)]
-    rare, frequent = np.log(3 / 2) + 1, 1.0  # idf = ln((1 + n) / (1 + df)) + 1 with n = 2
-    assert tfidf_similarity([("a b", "a")]) == [pytest.approx(frequent / np.hypot(rare, frequent))]
+    assert tfidf_similarity([("a", "b")], []) == []
+    assert tfidf_similarity([("", "")], [("", "")]) == [0.0]
+    assert tfidf_similarity([("", "")], [("", ""), ("a", "b"), ("a", "A")]) == [0.0, 0.0, pytest.approx(1.0)]
+    assert tfidf_similarity([("x", "y")], [("same words here", "Same words here")]) == [pytest.approx(1.0)]
+    unseen, rare, frequent = np.log(3 / 1) + 1, np.log(3 / 2) + 1, 1.0  # idf = ln((1 + n) / (1 + df)) + 1 with n = 2
+    expected = [frequent / np.hypot(rare, frequent), rare / np.hypot(rare, unseen)]
+    assert tfidf_similarity([("a b", "a")], [("a b", "a"), ("b c", "b")]) == pytest.approx(expected)
+    with pytest.raises(UsageError, match="no pair to learn from"):
+        tfidf_similarity([], [("a", "b")])
 
 
 def test_the_most_similar_choice_weights_rare_words():
     questions = ["the cat on the roof", "the sun", "nothing in common", "nothing in common"]
     choices = [["the dog the", "a cat"], ["the moon", "the sun", "moon"], ["a", "bbb", "ccc"], ["dddd", "e"]]
-    assert most_similar_choice(questions, choices) == [1, 1, 1, 0]  # ties: the longest, then the first
-    assert most_similar_choice([], []) == []
-    assert most_similar_choice([""], [["", ""]]) == [0]
+    train = ["the house", "the dog", "the moon", "a cat"]
+    assert most_similar_choice(train, questions, choices) == [1, 1, 1, 0]  # ties: the longest, then the first
+    assert most_similar_choice(train, [], []) == []
+    assert most_similar_choice(train, [""], [["", ""]]) == [0]
     with pytest.raises(UsageError, match="question 2 has no choices"):
-        most_similar_choice(["a", "b"], [["a", "b"], []])
+        most_similar_choice(train, ["a", "b"], [["a", "b"], []])
     with pytest.raises(UsageError, match="2 questions but 1 answers"):
-        most_similar_choice(["a", "b"], [["a", "b"]])
+        most_similar_choice(train, ["a", "b"], [["a", "b"]])
+    with pytest.raises(UsageError, match="no text to learn from"):
+        most_similar_choice([], ["a"], [["a", "b"]])
 
 
 def test_the_most_similar_choice_by_hand():
-    """n = 3 texts; df: sun 2, warm 2, red 1, hot 1. Both shared words weigh the same, so the shorter choice wins."""
-    assert most_similar_choice(["sun warm"], [["sun red hot", "warm hot"]]) == [1]
-    assert most_similar_choice(["sun warm"], [["sun hot", "warm red hot"]]) == [0]
+    """n = 3 training texts; df: sun 2, warm 2, red 1, hot 1. Both shared words weigh the same, so the shorter choice wins."""
+    assert most_similar_choice(
+        ["sun warm", "sun red hot", "warm hot"], ["sun warm"], [["sun red hot", "warm hot"]]
+    ) == [1]
+    assert most_similar_choice(
+        ["sun warm", "sun hot", "warm red hot"], ["sun warm"], [["sun hot", "warm red hot"]]
+    ) == [0]
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=8), st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=6)
+)
+def test_the_prediction_of_a_row_does_not_depend_on_other_test_rows(train, test):
+    """Document frequencies come from the training rows alone, in every baseline."""
+    sources, labels = [a for a, _ in train], [b for _, b in train]
+    choices = [[a, b, "the film"] for a, b in test]
+    one_by_one = [tfidf_similarity(train, [pair])[0] for pair in test]
+    assert tfidf_similarity(train, test) == pytest.approx(one_by_one)
+    questions = [b for _, b in test]
+    alone = [
+        most_similar_choice(sources, [question], [row])[0] for question, row in zip(questions, choices, strict=True)
+    ]
+    assert most_similar_choice(sources, questions, choices) == alone
+    for predict in (naive_bayes, nearest_neighbor_targets):
+        assert predict(sources, labels, questions) == [predict(sources, labels, [text])[0] for text in questions]
 
 
 def test_the_nearest_neighbor_among_many():
@@ -235,14 +264,16 @@ def test_naive_bayes_on_entailment():
 
 
 def test_tfidf_similarity_on_sentence_pairs():
-    test = read_data("stsb", "test")
-    predictions = tfidf_similarity([(row["sentence1"], row["sentence2"]) for row in test])
+    train, test = read_data("stsb", "train"), read_data("stsb", "test")
+    pairs = [[(row["sentence1"], row["sentence2"]) for row in rows] for rows in (train, test)]
+    predictions = tfidf_similarity(*pairs)
     assert similarity([float(row["score"]) for row in test], predictions)["pearson"].value > 0.68
 
 
 def test_the_most_similar_choice_on_questions():
-    test = read_data("arc_easy", "test")
-    predictions = most_similar_choice(column(test, "question"), column(test, "choices"))
+    train, test = read_data("arc_easy", "train"), read_data("arc_easy", "test")
+    train_texts = [text for row in train for text in (row["question"], *row["choices"])]
+    predictions = most_similar_choice(train_texts, column(test, "question"), column(test, "choices"))
     assert multiple_choice(column(test, "answer"), predictions)["accuracy"].is_above(0.26)
 
 

@@ -546,21 +546,30 @@ def test_a_sample_is_not_a_prefix():
 
 @given(st.text(max_size=60))
 def test_shuffled_text_has_the_same_words(text):
-    shuffled = shuffle_words(text, "1")
+    [shuffled] = shuffle_words([text], "1")
     assert sorted(split_words(shuffled)) == sorted(split_words(text)) or sorted("".join(shuffled.split())) == sorted(
         "".join(text.split())
     )
-    assert shuffled == shuffle_words(text, "1")
+    assert [shuffled] == shuffle_words([text], "1")
+
+
+@given(st.lists(st.sampled_from(["a", "b", "the", "cat"]), min_size=1, max_size=4), st.integers(1, 100))
+def test_no_text_keeps_its_order(words, line):
+    """Of two words, a hash alone leaves half of the texts as they are."""
+    texts = [" ".join(words) + ".", " ".join([*words[:-1], "sees"]) + "."]
+    for text, shuffled in zip(texts, shuffle_words(texts, str(line)), strict=True):
+        assert (shuffled != text) == (len(set(text[:-1].split())) > 1)
+    swapped = ["left right", "right left"]  # one order for both
+    assert len(set(shuffle_words(swapped, str(line)))) == 1
 
 
 def test_the_shared_words_of_a_pair_keep_one_order():
-    good, bad = (
-        shuffle_words(f"the cats that the dog saw {verb} very well today", "5") for verb in ("sleep", "sleeps")
-    )
+    texts = [f"the cats that the dog saw {verb} very well today" for verb in ("sleep", "sleeps")]
+    good, bad = shuffle_words(texts, "5")
     assert good.replace("sleep", "").split() == bad.replace("sleeps", "").split()
-    assert good != "the cats that the dog saw sleep very well today"
-    assert shuffle_words("a b c d e f g", "1") != shuffle_words("a b c d e f g", "2")
-    assert shuffle_words("白日依山尽黄河入海流欲穷千里目更上一层楼", "1") != "白日依山尽黄河入海流欲穷千里目更上一层楼"
+    assert shuffle_words(["a b c d e f g"], "1") != shuffle_words(["a b c d e f g"], "2")
+    chinese = "白日依山尽黄河入海流欲穷千里目更上一层楼"
+    assert shuffle_words([chinese], "1") != [chinese]
 
 
 def test_the_context_is_shuffled_but_not_the_choices(tmp_path):

@@ -135,7 +135,8 @@ def format_benchmark(name: str, benchmark: dict[str, Any]) -> list[str]:
     lines = [f"{name}: {benchmark['metric']} {format_score(benchmark)}, {items}{format_chance(benchmark)}"]
     if shuffled := benchmark.get("scrambled"):
         effect = "word order matters" if shuffled["order_matters"] else "no significant difference"
-        lines.append(f"  shuffled words: {format_score(shuffled)}, {shuffled['n']:,} items: {effect}")
+        ties = f", {shuffled['ties']:,} of them ties, which count as guesses" if shuffled.get("ties") else ""
+        lines.append(f"  shuffled words: {format_score(shuffled)}, {shuffled['n']:,} items{ties}: {effect}")
     others: dict[str, dict[str, Any] | float] = benchmark.get("others", {})
     for other, score in others.items():
         lines.append(f"  {other}: {format_score(score if isinstance(score, dict) else {'score': score})}")

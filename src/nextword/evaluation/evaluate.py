@@ -153,6 +153,7 @@ def shuffled_control(metric: str, original: ItemScores, shuffled: ItemScores) ->
     order_matters = score_drop.is_above(0) or (metric == "stereotyped" and score_drop.is_below(0))
     return {
         **to_dict(shuffled.aggregate(metric)),
+        "ties": shuffled.ties,
         "lost": _difference_to_dict(score_drop),
         "order_matters": order_matters,
     }

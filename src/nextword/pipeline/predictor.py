@@ -331,11 +331,14 @@ def baseline_predictions(
             "bag of words": baselines.naive_bayes_multilabel(first_train, targets, first_test),
         }
     elif kind == "score":
-        predicted = {"shared words": baselines.tfidf_similarity([(texts[0], texts[1]) for texts in test_inputs])}
+        train_pairs, test_pairs = ([(texts[0], texts[1]) for texts in inputs] for inputs in (train_inputs, test_inputs))
+        predicted = {"shared words": baselines.tfidf_similarity(train_pairs, test_pairs)}
     elif kind == "choice":
         predicted = {
             "majority": baselines.majority(targets, len(test)),
-            "shared words": baselines.most_similar_choice(first_test, [texts[1:] for texts in test_inputs]),
+            "shared words": baselines.most_similar_choice(
+                [text for texts in train_inputs for text in texts], first_test, [texts[1:] for texts in test_inputs]
+            ),
         }
     elif kind == "preference":
         lengths = [len(example.fields["chosen"]) - len(example.fields["rejected"]) for example in test]

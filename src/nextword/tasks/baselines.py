@@ -117,32 +117,44 @@ def naive_bayes_multilabel(
     ]
 
 
-def tfidf_similarity(pairs: Sequence[tuple[str, str]]) -> list[float]:
-    """The cosine similarity of the TF-IDF words of each pair of sentences, 0 to 1; 0 for an empty sentence."""
-    if not pairs:
+def tfidf_similarity(train_pairs: Sequence[tuple[str, str]], test_pairs: Sequence[tuple[str, str]]) -> list[float]:
+    """The cosine similarity of the TF-IDF words of each test pair of sentences, 0 to 1; 0 for an empty sentence.
+
+    Raises:
+        UsageError: There are no training pairs.
+    """
+    _check_same_length("pair", train_pairs)
+    if not test_pairs:
         return []
-    _, table = _fit_vectorizer("TfidfVectorizer", list(itertools.chain(*pairs)), _tokenize)
+    texts = list(itertools.chain(*test_pairs))
+    table = _tfidf_table(list(itertools.chain(*train_pairs)), texts)
     return np.minimum(_row_products(table[::2], table[1::2]), 1.0).tolist()
 
 
-def most_similar_choice(questions: Sequence[str], choices: Sequence[Sequence[str]]) -> list[int]:
+def most_similar_choice(
+    train_texts: Sequence[str], questions: Sequence[str], choices: Sequence[Sequence[str]]
+) -> list[int]:
     """The index of the choice with the greatest TF-IDF cosine similarity to each question.
 
-    A word counts once for each text, and idf(w) = ln((1 + n) / (1 + df_w)) over all n questions and choices. Ties go to the
-    longest choice (in characters), then to the first.
+    A word counts once for each text, and idf(w) = ln((1 + n) / (1 + df_w)) over the n training texts. Ties go to the longest
+    choice (in characters), then to the first.
+
+    Args:
+        train_texts: The questions and choices of the training examples.
+        questions: The questions to answer.
+        choices: The choices of each question.
 
     Raises:
-        UsageError: The lengths differ, or a question has no choices.
+        UsageError: There are no training texts, the lengths differ, or a question has no choices.
     """
     if not questions:
         return []
+    _check_same_length("text", train_texts)
     _check_same_length("question", questions, choices)
     if empty := [i for i, options in enumerate(choices, 1) if not options]:
         raise UsageError(f"question {empty[0]} has no choices: give at least two")
     texts = [*questions, *itertools.chain(*choices)]
-    vectorizer, _ = _fit_vectorizer("TfidfVectorizer", texts, _tokenize, binary=True)
-    vectorizer.idf_ = vectorizer.idf_ - 1  # scikit-learn adds 1 to each idf
-    table = vectorizer.transform(texts)
+    table = _tfidf_table(train_texts, texts, binary=True, idf_offset=1)
     owners = np.repeat(np.arange(len(questions)), [len(options) for options in choices])
     cosines = iter(_row_products(table[owners], table[len(questions) :]).round(TIE_DECIMALS).tolist())
     ranks = [[(next(cosines), len(text)) for text in options] for options in choices]
@@ -196,6 +208,18 @@ def _fit_vectorizer(
     vocabulary = None if any(map(analyze, texts)) else [""]  # scikit-learn refuses an empty vocabulary
     vectorizer = getattr(sklearn_text, class_name)(analyzer=analyze, vocabulary=vocabulary, **settings)
     return vectorizer, vectorizer.fit_transform(texts)
+
+
+def _tfidf_table(train_texts: Sequence[str], texts: Sequence[str], binary: bool = False, idf_offset: float = 0) -> Any:
+    """The normalized TF-IDF rows of some texts, with the document frequencies of the training texts alone.
+
+    A word that no training text has counts as one with document frequency 0: ln(1 + n), and 1 − `idf_offset` more.
+    """
+    _, counts = _fit_vectorizer("CountVectorizer", [*train_texts, *texts], _tokenize, binary=binary)
+    transformer = importlib.import_module("sklearn.feature_extraction.text").TfidfTransformer()
+    transformer.fit(counts[: len(train_texts)])
+    transformer.idf_ = transformer.idf_ - idf_offset  # scikit-learn adds 1 to each idf
+    return transformer.transform(counts[len(train_texts) :])
 
 
 def _fit_naive_bayes(counts: Any, labels: Sequence[Any]) -> Any:

@@ -29,6 +29,7 @@ from nextword.tasks.schema import RowError, infer_answer_format, join_names, par
 DEFAULT_ITEM_LIMIT = 1000  # evaluated items of a benchmark
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tar.xz", ".txz")
 TEXT_SUFFIXES = (".txt", ".md")  # one row per line
+SHUFFLE_ATTEMPTS = 16
 PROMPT_WORDS = 16  # words of a text that are the prompt of a free-text item
 CHOICE_KINDS = ("multiple choice", "completion")
 
@@ -216,7 +217,7 @@ def loglikelihood_item(benchmark: Benchmark, row: BenchmarkRow, shuffled: bool =
     if benchmark.kind == "cloze":
         context, answer = _split_cloze(benchmark, row)
         if shuffled:
-            context = shuffle_words(context, str(row.line))
+            [context] = shuffle_words([context], str(row.line))
         return LoglikelihoodItem(((context, answer),), (answer.strip(),), 0)
     context = _render_prompt(benchmark, row, shuffled) if benchmark.prompt_templates else ""
     if benchmark.kind == "minimal pairs":
@@ -224,7 +225,7 @@ def loglikelihood_item(benchmark: Benchmark, row: BenchmarkRow, shuffled: bool =
     else:
         sentences = _stereotype_sentences(benchmark, row)
     if shuffled and not benchmark.prompt_templates:
-        sentences = [shuffle_words(sentence, str(row.line)) for sentence in sentences]
+        sentences = shuffle_words(sentences, str(row.line))
     requests = tuple((context, benchmark.delimiter + sentence) for sentence in sentences)
     return LoglikelihoodItem(requests, tuple(sentences), 0)
 
@@ -316,7 +317,7 @@ def _fill_template(template: str, row: BenchmarkRow, shuffled: bool) -> str:
         if column is not None:
             text = _get_text(row.values, (column,), column, allow_empty=True)
             text = text.capitalize() if format_spec == "capitalize" else text
-            filled += shuffle_words(text, str(row.line)) if shuffled else text
+            filled += shuffle_words([text], str(row.line))[0] if shuffled else text
     return filled
 
 
@@ -365,17 +366,29 @@ def sample_indices(rows: Sequence[BenchmarkRow], limit: int | None) -> list[int]
     return sorted(order[(2 * k + 1) * len(rows) // (2 * limit)] for k in range(limit))
 
 
-def shuffle_words(text: str, salt: str) -> str:
-    """The words of a text in another order, final punctuation kept in place; the characters of a text without spaces.
+def shuffle_words(texts: Sequence[str], salt: str) -> list[str]:
+    """The words of texts in another order, final punctuation kept in place; the characters of a text without spaces.
 
-    Words are ordered by a hash, so that the words that two sentences of a pair share keep the same order in both.
+    Words are ordered by a hash, so that the words that two sentences of a pair share keep the same order in both. The hash is
+    the first of `SHUFFLE_ATTEMPTS` that leaves no text in its order. None does if two words stand in one order here and in the
+    other there; both texts are equal then.
     """
-    body_length = max((i for i, character in enumerate(text, 1) if character.isalnum()), default=len(text))
-    words = split_words(text[:body_length])
+    bodies = [text[: max((i for i, c in enumerate(text, 1) if c.isalnum()), default=len(text))] for text in texts]
+    shuffled = words = [split_words(body) for body in bodies]
+    for attempt in range(SHUFFLE_ATTEMPTS):
+        shuffled = [_order_by_hash(row, salt + "\0" * attempt) for row in words]
+        if not any(row == other and len(set(row)) > 1 for row, other in zip(words, shuffled, strict=True)):
+            break
+    return [
+        ("" if len(row) > len(text.split()) else " ").join(row) + text[len(body) :]
+        for row, body, text in zip(shuffled, bodies, texts, strict=True)
+    ]
+
+
+def _order_by_hash(words: Sequence[str], salt: str) -> list[str]:
     occurrences: defaultdict[str, count[int]] = defaultdict(lambda: count(1))
     keys = [_hash(f"{salt} {next(occurrences[word])} {word}") for word in words]
-    separator = "" if len(words) > len(text.split()) else " "
-    return separator.join(word for _, word in sorted(zip(keys, words, strict=True))) + text[body_length:]
+    return [word for _, word in sorted(zip(keys, words, strict=True))]
 
 
 def _hash(text: str) -> bytes:
