@@ -3,6 +3,7 @@
 python docs/generate_reference.py
 """
 
+import dataclasses
 import inspect
 import re
 import sys
@@ -14,6 +15,7 @@ from docstring_parser import DocstringStyle, parse
 
 import nextword
 from nextword.commands.cli import EXIT_CODES, GROUPS, build_app
+from nextword.commands.command import describe
 
 REFERENCE = Path(__file__).with_name("reference.md")
 HEADER = """\
@@ -60,7 +62,10 @@ def section(name: str, value: Any) -> Iterator[str]:
     signature = re.sub(r"Optional\[(\w+)\]", r"\1 | None", signature)
     yield f"```python\n{name}{signature}\n```\n"
     yield "\n\n".join(filter(None, (doc.short_description, doc.long_description))) + "\n"
-    yield from (f"- `{item.arg_name}`: {' '.join((item.description or '').split())}" for item in doc.params)
+    described = {item.arg_name: item.description or "" for item in doc.params}
+    if isinstance(value, type) and dataclasses.is_dataclass(value):
+        described = describe(value)[1]  # with those of its bases
+    yield from (f"- `{argument}`: {' '.join(text.split())}" for argument, text in described.items())
     if doc.returns:
         yield f"- Returns: {' '.join((doc.returns.description or '').split())}"
     yield from (f"- Raises `{item.type_name}`: {' '.join((item.description or '').split())}" for item in doc.raises)

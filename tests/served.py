@@ -24,8 +24,9 @@ from nextword.model.config import build_config
 from nextword.model.gpt import GPT
 from nextword.model.hf import save_model
 from nextword.serving.app import ModelServer
-from nextword.serving.security import ListenConfig, SecurityMiddleware
-from nextword.serving.service import Service, ServiceConfig
+from nextword.serving.config import ServerConfig
+from nextword.serving.security import SecurityMiddleware, listen
+from nextword.serving.service import Service
 from processes import PATIENCE, kill, launch
 
 
@@ -151,11 +152,11 @@ class ThreadedServer(ServerClient):
 
 
 @contextlib.contextmanager
-def running_server(model: Path, listen_config: ListenConfig | None = None, **settings: Any) -> Iterator[ThreadedServer]:
-    listen_config = listen_config or ListenConfig(port=0)
-    service, outcomes = Service(ServiceConfig(model, **settings), Console(quiet=True)), queue.Queue()
-    server = ModelServer(service, listen_config)
-    with contextlib.closing(listen_config.listen()) as listen_socket:
+def running_server(model: Path, **options: Any) -> Iterator[ThreadedServer]:
+    config, outcomes = ServerConfig(model, port=0, **options), queue.Queue()
+    service = Service(config, Console(quiet=True))
+    server = ModelServer(service)
+    with contextlib.closing(listen(config)) as listen_socket:
         # Connections have little room, so that it shows when somebody does not read.
         listen_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)
 

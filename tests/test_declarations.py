@@ -10,9 +10,10 @@ import pytest
 import nextword
 from nextword.commands.cli import GROUPS, OutputOptions, build_app, summary
 from nextword.commands.cli import run as run_command
-from nextword.commands.command import COMMANDS, declared_fields, describe, info_of, parse_docstring, stored_options
+from nextword.commands.command import COMMANDS, declared_fields, describe, parse_docstring, stored_options
 from nextword.commands.finetune import FinetuneConfig
 from nextword.commands.pretrain import PretrainConfig
+from nextword.common.options import info_of
 from nextword.model.config import PRESETS, SIZES, ModelConfig
 from nextword.training.config import RECIPES, FinetuneHyperparameters, TrainingConfig
 

@@ -75,7 +75,8 @@ def by_hand(model: GPT, tokenizer: Tokenizer, ids: list[int], sampling: Sampling
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize(
-    "sampling", [GREEDY, BOLD, Sampling(0.9, 20, 0.95, 0.01, repetition_penalty=1.2, max_tokens=40, seed=3)]
+    "sampling",
+    [GREEDY, BOLD, Sampling(temperature=0.9, top_k=20, top_p=0.95, repetition_penalty=1.2, max_tokens=40, seed=3)],
 )
 def test_generate_equals_the_definition_for_every_preset(tokenizer: Tokenizer, preset: str, sampling: Sampling) -> None:
     model = tiny(tokenizer, preset)
@@ -493,7 +494,9 @@ def test_logprobs_equal_the_model_distribution(tokenizer: Tokenizer, padding: in
     model = tiny(tokenizer, context_length=64, vocab_size=tokenizer.vocab_size + padding)
     ids = tokenizer.encode("The house")
     bias = {tokenizer.eos_id: -100.0, 50: 3.0}
-    sampling = Sampling(0.7, 20, 0.9, seed=1, max_tokens=8, logprobs=4, prompt_logprobs=2, logit_bias=bias)
+    sampling = Sampling(
+        temperature=0.7, top_k=20, top_p=0.9, seed=1, max_tokens=8, logprobs=4, prompt_logprobs=2, logit_bias=bias
+    )
     events = events_of(Engine(model, tokenizer), ids, sampling)
     drawn = [event.token for event in events]
     expected = table(model, tokenizer, [*ids, *(token or 0 for token in drawn)])
@@ -588,7 +591,9 @@ class Alternating:
         self.accepted.append(token)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, BOLD, Sampling(1.0, 3, 0.5, 0.1, max_tokens=40, seed=1)])
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, BOLD, Sampling(temperature=1.0, top_k=3, top_p=0.5, min_p=0.1, max_tokens=40, seed=1)]
+)
 def test_constraints_are_obeyed(model: GPT, tokenizer: Tokenizer, sampling: Sampling) -> None:
     engine = Engine(model, tokenizer)
     constraints = [Alternating(tokenizer), Alternating(tokenizer)]

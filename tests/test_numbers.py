@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from conftest import CLIRunner
 from nextword.commands.cli import build_app
-from nextword.commands.command import COMMANDS, declared_fields, info_of
+from nextword.commands.command import COMMANDS, declared_fields
 from nextword.common import numbers
 from nextword.common.errors import NextwordError, UsageError
 from nextword.common.numbers import Range, number_types
+from nextword.common.options import info_of
 from nextword.model.config import ConfigError, build_config
 from nextword.model.hf_config import parse_model_config
 from nextword.training.config import TrainingConfig, setting_name

@@ -779,11 +779,10 @@ def test_with_a_real_model(browser: "Browser", base: Path, monkeypatch: pytest.M
     """The same journeys in short, against the real server; whose policy is the one that the stand-in has."""
     pytest.importorskip("fastapi", reason="the real server needs fastapi")
     from nextword.serving import security
-    from nextword.serving.security import ListenConfig
     from served import running_server
 
     assert dict(security.SECURITY_HEADERS)[b"content-security-policy"].decode() == CONTENT_SECURITY_POLICY
-    with running_server(base, ListenConfig(port=0, api_key="a secret"), name="small") as server:
+    with running_server(base, api_key="a secret", name="small") as server:
 
         def disconnects() -> float:
             return server.metric("nextword_clients_left_total", Authorization="Bearer a secret")

@@ -70,7 +70,9 @@ def test_probabilities_equal_their_definition(
     repetition_penalty: float,
     history: list[int],
 ) -> None:
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    )
     logits = random_logits(seed)
     expected = torch.tensor(by_hand(logits.tolist(), sampling, history), dtype=torch.float64)
     found = probabilities(apply_penalties(logits, sampling, history), sampling)
@@ -158,7 +160,7 @@ def test_filters_keep_at_least_one_token() -> None:
 def test_sampling_does_not_change_its_input() -> None:
     logits = random_logits(0)
     copy = logits.clone()
-    sample(logits, Sampling(0.8, 3, 0.5, 0.1, repetition_penalty=2.0), [1, 2], [2], torch.Generator())
+    sample(logits, Sampling(top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=2.0), [1, 2], [2], torch.Generator())
     assert torch.equal(logits, copy)
 
 

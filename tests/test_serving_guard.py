@@ -20,8 +20,8 @@ from nextword.commands import cli
 from nextword.common.errors import NextwordError
 from nextword.serving import app as server_module
 from nextword.serving import security
-from nextword.serving.engine_worker import EngineWorker
-from nextword.serving.security import ListenConfig
+from nextword.serving.config import ServerConfig
+from nextword.serving.engine_worker import EngineWorker, Metrics
 from processes import PATIENCE, wait_until
 from served import ServerClient, ServerProcess, ThreadedServer, running_server
 
@@ -35,9 +35,7 @@ POLICY = (
 @pytest.fixture(scope="module")
 def locked(base: Path) -> Iterator[ThreadedServer]:
     """All of the machine's addresses, with a key."""
-    with running_server(
-        base, ListenConfig("0.0.0.0", 0, api_key="a secret", allowed_hosts=("model.example",))
-    ) as server:
+    with running_server(base, host="0.0.0.0", api_key="a secret", allowed_hosts="model.example") as server:
         yield server
 
 
@@ -77,13 +75,13 @@ def test_every_route_but_health_and_the_page_needs_the_key(locked: ThreadedServe
 
 
 def test_the_key_can_be_an_environment_variable(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
-    listen_configs: list[ListenConfig] = []
-    monkeypatch.setattr("nextword.serving.app.serve_model", lambda service, address, *_: listen_configs.append(address))
+    configs: list[ServerConfig] = []
+    monkeypatch.setattr("nextword.serving.app.serve_model", lambda config, *_: configs.append(config))
     monkeypatch.setenv("NEXTWORD_API_KEY", "a secret")
     for arguments, key in (([], "a secret"), (["--api-key", "other"], "other")):
         hosts = ["--allowed-host", "a", "--allowed-host", "b"]
         assert cli.run(["serve", str(base), "--host", "0.0.0.0", *hosts, *arguments]) == 0
-        address = listen_configs[-1]
+        address = configs[-1]
         assert (address.api_key, address.allowed_hosts, address.host) == (key, ("a", "b"), "0.0.0.0")
 
 
@@ -110,11 +108,16 @@ def test_the_key_is_printed_once(locked: ThreadedServer) -> None:
         ("localhost.evil.example", False),
     ],
 )
-def test_another_address_requires_a_key_or_insecure(host: str, fine: bool) -> None:
+def test_another_address_requires_a_key_or_insecure(monkeypatch: pytest.MonkeyPatch, host: str, fine: bool) -> None:
+    resolved = (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", 0))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [resolved])
     with contextlib.nullcontext() if fine else pytest.raises(NextwordError, match="lets other machines connect"):
-        ListenConfig(host)
-    ListenConfig(host, api_key="k")
-    ListenConfig(host, insecure=True)
+        security.listen(ServerConfig("model", host=host)).close()
+    security.listen(ServerConfig("model", host=host, api_key="k")).close()
+    security.listen(ServerConfig("model", host=host, insecure=True)).close()
+    for key in ("", " k", "k ", "ключ"):
+        with pytest.raises(NextwordError, match="API key"):
+            security.listen(ServerConfig("model", host=host, api_key=key, insecure=True))
 
 
 # ---------------------------------------------------------------- names
@@ -148,9 +151,13 @@ def test_allowed_host_names(locked: ThreadedServer, open_: ThreadedServer) -> No
     assert open_.get("/health", Host="model.example").status == 403
     assert open_.get("/health", Host="0.0.0.0").status == 403
     scope = {"headers": [(b"host", b"10.1.2.3:80")], "server": ("10.1.2.3", 80), "raw_path": b"/", "query_string": b""}
-    ListenConfig("0.0.0.0", insecure=True).check(scope)  # the address that it was reached at
+
+    def check(**options: Any) -> None:
+        security.SecurityMiddleware(open_.middleware, ServerConfig("model", **options), (), Metrics()).check(scope)
+
+    check(host="0.0.0.0", insecure=True)  # the address that it was reached at
     with pytest.raises(security.APIError, match="--allowed-host"):
-        ListenConfig().check(scope)
+        check()
 
 
 def test_cross_origin_requests_are_rejected(open_: ThreadedServer) -> None:
@@ -555,14 +562,13 @@ def test_requests_while_loading_return_503(monkeypatch: pytest.MonkeyPatch, base
         real(worker)
 
     monkeypatch.setattr(EngineWorker, "_run", later)
-    place = ListenConfig(port=0)
-    listen, ports = ListenConfig.listen, []
+    ports: list[int] = []
 
-    def noted(self: ListenConfig) -> socket.socket:
-        ports.append((made := listen(self)).getsockname()[1])
+    def noted(config: ServerConfig) -> socket.socket:
+        ports.append((made := security.listen(config)).getsockname()[1])
         return made
 
-    monkeypatch.setattr(ListenConfig, "listen", noted)
+    monkeypatch.setattr("served.listen", noted)
 
     def look() -> None:
         wait_until(lambda: bool(ports))
@@ -577,7 +583,7 @@ def test_requests_while_loading_return_503(monkeypatch: pytest.MonkeyPatch, base
     found: list[Any] = []
     thread = threading.Thread(target=look)
     thread.start()
-    with running_server(base, place) as server:
+    with running_server(base) as server:
         thread.join()
         assert [answer.status for answer in found] == [503] * 3
         assert found[1].error["code"] == "loading" and found[1].headers["Retry-After"]

@@ -6,22 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nextword.commands.command import Context, command, option, options
-from nextword.commands.shared import (
-    DeviceOption,
-    ModelArgument,
-    SeedOption,
-    TextColumnOption,
-    as_strings,
-    input_paths,
-    optional,
-)
+from nextword.commands.command import Context, command
+from nextword.commands.shared import SeedOption, TextColumnOption, input_paths, optional
 from nextword.common import fs
 from nextword.common.command_result import Result
 from nextword.common.console import Console
 from nextword.common.errors import UsageError
 from nextword.common.format import format_duration
 from nextword.common.numbers import Count, CountOrZero, NonNegative
+from nextword.common.options import DeviceOption, ModelArgument, as_strings, option, options
 from nextword.common.run_dir import RunDir
 
 if TYPE_CHECKING:

@@ -3,12 +3,13 @@
 import sys
 from typing import Any
 
-from nextword.commands.command import Context, command, options
-from nextword.commands.shared import ModelArgument, SamplingOptions
+from nextword.commands.command import Context, command
+from nextword.common.options import DeviceOption, ModelArgument, PrecisionOption, options
+from nextword.inference.sampling_options import SamplingOptions
 
 
 @options
-class ChatConfig(ModelArgument, SamplingOptions):
+class ChatConfig(ModelArgument, PrecisionOption, DeviceOption, SamplingOptions):
     """Talk with a model that was fine-tuned on conversations.
 
     In the conversation, /help lists the commands, Ctrl-C stops an answer and Ctrl-D quits. Use finetune --task chat to train

@@ -19,20 +19,10 @@ from typing import Annotated, Any, cast, get_type_hints
 from cyclopts import App, Argument, ArgumentCollection, CycloptsError, Group, Parameter, Token
 
 from nextword._version import __version__
-from nextword.commands.command import (
-    COMMANDS,
-    STDIN,
-    Command,
-    Context,
-    declared_fields,
-    describe,
-    info_of,
-    option,
-    options,
-    replace_deprecated,
-)
+from nextword.commands.command import COMMANDS, STDIN, Command, Context, declared_fields, describe, replace_deprecated
 from nextword.common.console import Console, StandardError, discard_unwritten_output, to_json_line, write_result
 from nextword.common.errors import DiskFullError, NextwordError, UsageError, is_out_of_memory
+from nextword.common.options import info_of, option, options
 from nextword.training.config import setting_name
 
 GROUPS = {

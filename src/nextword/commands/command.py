@@ -31,11 +31,11 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar, dataclass_transform, get_type_hints
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, get_type_hints
 
-from nextword.common import numbers
 from nextword.common.command_result import to_json_value
 from nextword.common.console import Console
+from nextword.common.options import info_of
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -44,77 +44,6 @@ ResultT = TypeVar("ResultT")
 
 
 # ---------------------------------------------------------------- fields
-
-
-@dataclass(frozen=True)
-class OptionInfo:
-    """Details of a field beyond its name, type, default and description.
-
-    Attributes:
-        converter: Applied to the value when the dataclass is constructed.
-        positional: The command line takes the value by position.
-        required: The command line requires the value, although the dataclass has a default for it.
-        flag: Name of the command-line option, if it differs from the field's name.
-        metavar: Placeholder in the help. The command line then passes the text to the converter unparsed.
-        deprecated: Former name, accepted with a warning.
-        deprecated_flag: Former command-line option, if it differs from the former name.
-        settings: Configuration class, or an instance with the defaults, whose fields become options such as
-            ``--training.lr``.
-        exclude: Fields of `settings` without an option.
-        stored: The value belongs to the run: run.json stores it, under another name if one is given, and a resume compares
-            it.
-        python_only: The command line has no such option.
-        env_var: Environment variable that sets the option.
-    """
-
-    converter: Callable[[Any], Any] | None = None
-    positional: bool = False
-    required: bool = False
-    flag: str | tuple[str, ...] | None = None
-    metavar: str | None = None
-    deprecated: str | None = None
-    deprecated_flag: str | None = None
-    settings: Any = None
-    exclude: tuple[str, ...] = ()
-    stored: bool | str = True
-    python_only: bool = False
-    env_var: str | None = None
-
-
-def option(*, default: Any = dataclasses.MISSING, kw_only: bool = True, **info: Any) -> Any:
-    """A keyword-only field (positional in Python with ``kw_only=False``) with the details of `OptionInfo`."""
-    return field(default=default, kw_only=kw_only, metadata={"info": OptionInfo(**info)})
-
-
-def argument(*, default: Any = dataclasses.MISSING, kw_only: Literal[False] = False, **info: Any) -> Any:
-    """A field that is positional in Python and on the command line, with the details of `OptionInfo`."""
-    return field(default=default, kw_only=kw_only, metadata={"info": OptionInfo(positional=True, **info)})
-
-
-def info_of(f: "dataclasses.Field[Any]") -> OptionInfo:
-    """The details of a field."""
-    return f.metadata.get("info", OptionInfo())
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(option, argument))
-def options(cls: type[T]) -> type[T]:
-    """Turn a class into a frozen, keyword-only dataclass that converts its fields and checks its numbers on construction."""
-
-    def convert_fields(self: Any) -> None:
-        for f in fields(self):
-            info = info_of(f)
-            if info.converter:
-                object.__setattr__(self, f.name, info.converter(getattr(self, f.name)))
-            if settings := info.settings and (
-                info.settings if isinstance(info.settings, type) else type(info.settings)
-            ):
-                group = getattr(self, f.name)
-                group.update(numbers.check_numbers(settings, group, f"--{f.name}."))
-        for name, number in numbers.check_numbers(cls, self.__dict__, "--"):
-            object.__setattr__(self, name, number)
-
-    cls.__post_init__ = convert_fields  # type: ignore[attr-defined]  # dataclass looks it up by this name
-    return dataclass(frozen=True, kw_only=True)(cls)
 
 
 def stored_options(config: Any) -> dict[str, Any]:
@@ -135,7 +64,7 @@ def declared_fields(cls: type) -> "list[dataclasses.Field[Any]]":
 def parse_docstring(cls: type) -> tuple[str, dict[str, str]]:
     """The description of a class in unwrapped paragraphs, and the entries of its section Attributes."""
     text, _, attributes = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")
-    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE)
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", attributes.partition("\n\n")[0], re.MULTILINE)
     paragraphs = [" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n")]
     return "\n\n".join(paragraphs), {name: " ".join(description.split()) for name, description in entries}
 

@@ -5,12 +5,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nextword.commands.command import Context, command, option, options
+from nextword.commands.command import Context, command
 from nextword.commands.finetune import FinetuneConfig, finetune
 from nextword.commands.pretrain import PretrainConfig, format_run, pretrain
-from nextword.commands.shared import DeviceOption, RunResult, SeedOption, format_metric, format_score, run_path
+from nextword.commands.shared import RunResult, SeedOption, format_metric, format_score, run_path
 from nextword.common.format import quote_command
 from nextword.common.numbers import Duration, text_or_number
+from nextword.common.options import DeviceOption, option, options
 
 # Shares of the budget for pre-training and for each of the two fine-tunings. The rest is for the examples at the end.
 BUDGET_SHARES = {"pretrain": 0.55, "packages": 0.17, "assistant": 0.25}

@@ -4,22 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nextword.commands.command import Context, argument, command, option, options
-from nextword.commands.shared import (
-    DeviceOption,
-    ModelArgument,
-    PrecisionOption,
-    SeedOption,
-    TextColumnOption,
-    as_paths,
-    as_strings,
-    format_metric,
-    optional,
-)
+from nextword.commands.command import Context, command
+from nextword.commands.shared import SeedOption, TextColumnOption, as_paths, format_metric, optional
 from nextword.common.command_result import Result
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError
 from nextword.common.numbers import Count
+from nextword.common.options import DeviceOption, ModelArgument, PrecisionOption, argument, as_strings, option, options
 
 PREFERENCES = {"above": "prefers stereotypes", "below": "prefers anti-stereotypes", "": "no significant preference"}
 MAX_GROUPS = 12  # with more groups, only the lowest and the highest scores are printed

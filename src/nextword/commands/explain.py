@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nextword.commands.command import Context, argument, command, option, options
-from nextword.commands.shared import DeviceOption, ModelArgument, as_strings, check_output_file, optional
+from nextword.commands.command import Context, command
+from nextword.commands.shared import check_output_file, optional
 from nextword.common.command_result import Result
+from nextword.common.options import DeviceOption, ModelArgument, argument, as_strings, option, options
 
 
 @options

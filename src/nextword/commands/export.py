@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from nextword.commands.command import Context, command, option, options
-from nextword.commands.shared import ModelArgument, Precision, check_output_file, optional
+from nextword.commands.command import Context, command
+from nextword.commands.shared import check_output_file, optional
 from nextword.common.errors import UsageError
 from nextword.common.numbers import NonNegative
+from nextword.common.options import ModelArgument, Precision, option, options
 
 if TYPE_CHECKING:
     from nextword.export.formats import ExportResult

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextword.commands import shared
-from nextword.commands.command import Context, argument, command, option, options
+from nextword.commands.command import Context, command
 from nextword.commands.pretrain import format_summary, open_or_prepare_corpus, start_run, train_language_model
 from nextword.common.errors import UsageError
 from nextword.common.numbers import Count
+from nextword.common.options import argument, option, options
 from nextword.common.run_dir import RunDir
 from nextword.training.config import CONTINUED_PRETRAINING, FinetuneRecipe, with_overrides
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from nextword._version import __version__
-from nextword.commands.command import Context, command, options
+from nextword.commands.command import Context, command
 from nextword.common.command_result import Result
+from nextword.common.options import options
 
 
 @options

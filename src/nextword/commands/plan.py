@@ -2,10 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from nextword.commands.command import Context, argument, command, option, options
-from nextword.commands.shared import DeviceOption, RecipeOptions, input_paths, require_inputs
+from nextword.commands.command import Context, command
+from nextword.commands.shared import RecipeOptions, input_paths, require_inputs
 from nextword.common.errors import UsageError
 from nextword.common.numbers import NonNegative, SmallCount, TokenCount, text_or_number
+from nextword.common.options import DeviceOption, argument, option, options
 
 if TYPE_CHECKING:
     from nextword.planning.cluster_estimate import ClusterEstimate

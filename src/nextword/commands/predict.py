@@ -7,20 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nextword.commands.command import STDIN, Context, argument, command, option, options
-from nextword.commands.shared import (
-    DeviceOption,
-    ModelArgument,
-    as_strings,
-    can_be_path,
-    check_output_file,
-    format_metric,
-    is_existing,
-    optional,
-)
+from nextword.commands.command import STDIN, Context, command
+from nextword.commands.shared import can_be_path, check_output_file, format_metric, is_existing, optional
 from nextword.common.command_result import Result
 from nextword.common.console import StandardError, read_standard_input, to_json_line, write_result
 from nextword.common.errors import NextwordError, UsageError
+from nextword.common.options import DeviceOption, ModelArgument, argument, as_strings, option, options
 
 
 def path_or_texts(data: str | Path | Sequence[str | Path]) -> tuple[str | Path, ...]:

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nextword.commands.command import Context, argument, command, option, options
-from nextword.commands.shared import TextColumnOption, as_strings, format_corpus, input_paths
+from nextword.commands.command import Context, command
+from nextword.commands.shared import TextColumnOption, format_corpus, input_paths
 from nextword.common.errors import UsageError
 from nextword.common.numbers import Size
+from nextword.common.options import argument, as_strings, option, options
 
 if TYPE_CHECKING:
     from nextword.data.corpus import Corpus

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nextword.commands import shared
-from nextword.commands.command import Context, argument, command, option, options, stored_options
+from nextword.commands.command import Context, command, stored_options
 from nextword.common.errors import UsageError
 from nextword.common.format import format_duration, quote_command
 from nextword.common.fs import MANIFEST
+from nextword.common.options import argument, option, options
 from nextword.common.run_dir import RunDir, diff_settings, fail_if_locked
 from nextword.model.config import ModelConfig
 from nextword.training.config import Recipe

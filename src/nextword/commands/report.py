@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from nextword.commands.command import Context, argument, command, option, options
+from nextword.commands.command import Context, command
 from nextword.commands.shared import as_paths, check_output_file, optional
 from nextword.common.errors import UsageError
+from nextword.common.options import argument, option, options
 
 
 @options

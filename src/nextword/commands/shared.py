@@ -6,13 +6,13 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from nextword.commands.command import argument, option, options
 from nextword.common import numbers
 from nextword.common.command_result import Result
 from nextword.common.errors import UsageError
 from nextword.common.fs import map_disk_errors
+from nextword.common.options import DeviceOption, Paths, as_strings, option, options
 from nextword.data.issues import replace_surrogates
 from nextword.model.config import ModelConfig
 from nextword.training.config import (
@@ -27,12 +27,9 @@ from nextword.training.config import (
 
 if TYPE_CHECKING:
     from nextword.data.corpus import Corpus
-    from nextword.inference.sampling import Sampling
 
 T = TypeVar("T")
 U = TypeVar("U")
-Paths = str | Path | Sequence[str | Path]
-Precision = Literal["float32", "int8", "int4"]
 PATH = re.compile(
     r"(~|\.{0,2}/|[A-Za-z]:\\).*"  # from a root, a home or a current directory
     r"|.*\.(csv|tsv|jsonl?|ndjson|parquet|txt|md)(\.\w+)?|\S*[/\\]\S*|\S+\.[A-Za-z]\w{0,8}",
@@ -41,13 +38,6 @@ PATH = re.compile(
 
 
 # ---------------------------------------------------------------- converters
-
-
-def as_strings(values: Paths | None) -> tuple[str, ...]:
-    """One value or several as strings."""
-    if values is None or isinstance(values, (str, Path)):
-        return () if values is None else (str(values),)
-    return tuple(map(str, values))
 
 
 def as_paths(values: Paths | None) -> tuple[Path, ...]:
@@ -171,40 +161,6 @@ def column_names(columns: Mapping[str, str] | Sequence[str] | None) -> dict[str,
 
 
 @options
-class ModelArgument:
-    """The model of a command.
-
-    Attributes:
-        model: A run directory, or a model directory from nextword or Hugging Face transformers.
-    """
-
-    model: Path = argument(converter=Path)
-
-
-@options
-class DeviceOption:
-    """The device of a command.
-
-    Attributes:
-        device: Device to compute on: auto, cpu, cuda, cuda:1 or mps.
-    """
-
-    device: str = option(default="auto", stored=False)
-
-
-@options
-class PrecisionOption:
-    """The precision of a model's weights.
-
-    Attributes:
-        precision: Number format of the weights. Quantization to int8 or int4 is faster and takes less memory, at a small loss
-            of quality.
-    """
-
-    precision: Precision = "float32"
-
-
-@options
 class SeedOption:
     """The seed of a deterministic command.
 
@@ -225,32 +181,6 @@ class TextColumnOption:
     """
 
     text_column: str | None = None
-
-
-@options
-class SamplingOptions(PrecisionOption, DeviceOption):
-    """How new tokens are sampled.
-
-    Attributes:
-        max_tokens: Maximum number of new tokens per text. Past the context length, the window slides.
-        temperature: Sampling temperature. 0 is greedy decoding; higher values give more varied text.
-        top_k: Top-k sampling: keep the k most likely tokens. Default: all tokens.
-        top_p: Top-p (nucleus) sampling: keep the smallest set of most likely tokens with this total probability; 1
-            keeps all. Default: 1.
-        seed: Random seed of the sampling. Default: a new one each time.
-    """
-
-    max_tokens: numbers.CountOrZero = 200
-    temperature: numbers.Temperature = 0.8
-    top_k: numbers.Count | None = None
-    top_p: numbers.PositiveShare | None = None
-    seed: numbers.Seed | None = None
-
-    def sampling(self) -> "Sampling":
-        """The sampling parameters. Raises `UsageError` for one that is out of its range."""
-        from nextword.inference.sampling import Sampling
-
-        return Sampling(**{f.name: getattr(self, f.name) for f in fields(Sampling) if hasattr(self, f.name)})
 
 
 @options

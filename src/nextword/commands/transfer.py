@@ -5,12 +5,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nextword.commands.command import Context, argument, command, option, options, stored_options
+from nextword.commands.command import Context, command, stored_options
 from nextword.commands.finetune import FinetuneConfig, finetune
-from nextword.commands.shared import DeviceOption, FinetuneOptions, ModelArgument, format_score, input_paths, run_path
+from nextword.commands.shared import FinetuneOptions, format_score, input_paths, run_path
 from nextword.common.command_result import Result
 from nextword.common.console import Console
 from nextword.common.numbers import Count, SmallCount
+from nextword.common.options import DeviceOption, ModelArgument, argument, option, options
 
 
 def sorted_counts(counts: Sequence[int] | None) -> tuple[int, ...]:

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nextword.commands.command import Context, argument, command, options
+from nextword.commands.command import Context, command
 from nextword.commands.shared import as_paths
 from nextword.common.command_result import Result
+from nextword.common.options import argument, options
 from nextword.common.run_dir import verify_path
 
 

@@ -1,13 +1,13 @@
 """Weight quantization: int8 with a scale for each output, or int4 with a scale for each 32 inputs."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Precision = Literal["float32", "int8", "int4"]
+from nextword.common.options import Precision
+
 PRECISION_CODES: dict[Precision, int] = {"float32": 0, "int8": 1, "int4": 2}  # `Precision` of products.h
 GROUP_SIZE = 32  # weights that share a scale in int4
 

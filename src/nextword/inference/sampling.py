@@ -2,63 +2,14 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nextword.common import numbers
-from nextword.common.errors import NextwordError, UsageError
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Sampling parameters. None switches a parameter off.
-
-    Biases and penalties are applied to the logits first, then temperature, top_k, top_p and min_p in this order.
-
-    Attributes:
-        temperature: Divides the logits. Below 1 is more conservative, above 1 more diverse, 0 is greedy decoding.
-        top_k: Sample from the k most likely tokens (Fan et al. 2018, section 5.4).
-        top_p: Sample from the smallest set of tokens with this total probability (Holtzman et al. 2020, section 3.1).
-        min_p: Sample from tokens at least this times as likely as the most likely one (Nguyen et al. 2024, section 3).
-        repetition_penalty: Above 1 makes tokens that already are in the text less likely (Keskar et al. 2019, section 4.1).
-        max_tokens: Maximum number of generated tokens.
-        stop: The text ends before the first of these strings.
-        seed: The same seed gives the same text. Default: the engine's seed.
-        logprobs: Return the log-probability of each generated token and of this many most likely tokens.
-        prompt_logprobs: The same for the tokens of the prompt.
-        logit_bias: Added to the logits of single tokens, by token id.
-        presence_penalty: Subtracted from the logit of each token that was generated before.
-        frequency_penalty: Subtracted for each time that it was generated.
-
-    Raises:
-        UsageError: A parameter is out of range.
-    """
-
-    temperature: numbers.Temperature = 0.8
-    top_k: numbers.Count | None = None
-    top_p: numbers.PositiveShare | None = None
-    min_p: numbers.Share | None = None
-    repetition_penalty: numbers.RepetitionPenalty = 1.0
-    max_tokens: numbers.CountOrZero = 200
-    stop: tuple[str, ...] = ()
-    seed: numbers.Seed | None = None
-    logprobs: numbers.CountOrZero | None = None
-    prompt_logprobs: numbers.CountOrZero | None = None
-    logit_bias: Mapping[int, float] | None = None
-    presence_penalty: numbers.Penalty = 0.0
-    frequency_penalty: numbers.Penalty = 0.0
-
-    def __post_init__(self) -> None:
-        for name, number in numbers.check_numbers(type(self), vars(self)):
-            object.__setattr__(self, name, number)
-        if not all(map(math.isfinite, (self.logit_bias or {}).values())):
-            raise UsageError(f"logit_bias must be finite numbers by token id, not {self.logit_bias!r}")
-        stop: object = vars(self)["stop"]  # a string would be a sequence of strings, too
-        if not (isinstance(stop, tuple) and all(self.stop)):
-            raise UsageError(f"stop must be a tuple of non-empty strings, not {self.stop!r}")
+from nextword.common.errors import NextwordError
+from nextword.inference.sampling_options import Sampling
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The HTTP server: application, listening socket, startup and shutdown.
 
-    serve_model(ServiceConfig(Path("runs/mine")), ListenConfig(port=8000), Console())
+    serve_model(ServerConfig("runs/mine", port=8000), Console())
 
 It listens at once and answers 503 until the model is loaded. After SIGTERM or Ctrl-C it rejects new requests, finishes the
 running ones and stops; a second signal stops it immediately.
@@ -30,10 +30,11 @@ from nextword._version import __version__
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError
 from nextword.common.format import format_bytes
+from nextword.serving.config import ServerConfig
 from nextword.serving.protocol import APIError, ClientDisconnected, encode_json, validation_api_error
 from nextword.serving.routes import router
-from nextword.serving.security import ListenConfig, ListenSocket, SecurityMiddleware, bracketed, is_loopback
-from nextword.serving.service import Service, ServiceConfig
+from nextword.serving.security import ListenSocket, SecurityMiddleware, bracketed, is_loopback, listen
+from nextword.serving.service import Service
 
 PAGE_DIR = Path(__file__).with_name("page")
 MIME_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
@@ -57,7 +58,7 @@ def load_page_files() -> dict[str, tuple[bytes, str]]:
 # ---------------------------------------------------------------- the application
 
 
-def create_app(service: Service, listen_config: ListenConfig) -> SecurityMiddleware:
+def create_app(service: Service) -> SecurityMiddleware:
     """The ASGI application behind its security middleware."""
     # FastAPI's documentation pages load scripts from a CDN, so they are disabled.
     app = FastAPI(title="nextword", version=__version__, docs_url=None, redoc_url=None)
@@ -68,7 +69,7 @@ def create_app(service: Service, listen_config: ListenConfig) -> SecurityMiddlew
     page_files = load_page_files()
     for path, (content, kind) in page_files.items():
         app.add_api_route(path, static_file_handler(content, kind), methods=["GET", "HEAD"], include_in_schema=False)
-    return SecurityMiddleware(app, listen_config, {"/health", *page_files}, service.metrics)
+    return SecurityMiddleware(app, service.config, {"/health", *page_files}, service.metrics)
 
 
 def static_file_handler(content: bytes, media_type: str) -> Callable[[], Coroutine[Any, Any, Response]]:
@@ -229,13 +230,12 @@ class ModelServer(uvicorn.Server):
 
     Args:
         service: The model.
-        listen_config: Address and access.
     """
 
-    def __init__(self, service: Service, listen_config: ListenConfig):
+    def __init__(self, service: Service):
         super().__init__(
             uvicorn.Config(
-                create_app(service, listen_config),
+                create_app(service),
                 http=LimitedHTTPProtocol,
                 backlog=BACKLOG,
                 ws="none",
@@ -248,7 +248,7 @@ class ModelServer(uvicorn.Server):
                 timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
             )
         )
-        self.service, self.listen_config = service, listen_config
+        self.service = service
         self.stop = asyncio.Event()
         self.was_signaled = False
 
@@ -272,7 +272,7 @@ class ModelServer(uvicorn.Server):
         connections = cast("set[LimitedHTTPProtocol]", self.server_state.connections)
         listen_socket.make_room = lambda: close_longest_waiting(connections)
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(TEXT_THREADS, "text"))
-        worker, stop, grace = self.service.worker, self.stop, self.listen_config.shutdown_grace
+        worker, stop, grace = self.service.worker, self.stop, self.service.config.shutdown_timeout
         with self.capture_signals():
             serve_task = asyncio.create_task(self.serve(sockets=[listen_socket]))
             worker.start()
@@ -319,29 +319,26 @@ class ModelServer(uvicorn.Server):
             f"{info['slots']} sequences at once, queue of {info['queue']} · context length {service.context_length:,} · "
             f"KV cache {format_bytes(service.kv_cache_bytes)} · chat template: {service.chat_encoder.name}"
         )
-        if not is_loopback(self.listen_config.host):
-            access = ", with the API key" if self.listen_config.api_key else " without a key (--insecure)"
+        if not is_loopback(service.config.host):
+            access = ", with the API key" if service.config.api_key else " without a key (--insecure)"
             service.console.warn(
-                f"other machines can connect to {self.listen_config.host}{access}. Traffic is not encrypted: put a reverse "
+                f"other machines can connect to {service.config.host}{access}. Traffic is not encrypted: put a reverse "
                 "proxy with TLS in front"
             )
         return info
 
 
-def serve_model(
-    settings: ServiceConfig, listen_config: ListenConfig, console: Console, on_ready: ReadyCallback | None = None
-) -> None:
+def serve_model(config: ServerConfig, console: Console, on_ready: ReadyCallback | None = None) -> None:
     """Serve a model until a signal arrives.
 
     Args:
-        settings: The model and its limits.
-        listen_config: Address and access.
+        config: The model, its limits, and who may use it.
         console: Where messages are printed.
         on_ready: Called with the address and the model's limits once requests are accepted.
 
     Raises:
         NextwordError: The model cannot be opened, or the address is not available.
     """
-    service = Service(settings, console)
-    with contextlib.closing(listen_config.listen()) as listen_socket:
-        asyncio.run(ModelServer(service, listen_config).serve_model(listen_socket, on_ready))
+    service = Service(config, console)
+    with contextlib.closing(listen(config)) as listen_socket:
+        asyncio.run(ModelServer(service).serve_model(listen_socket, on_ready))

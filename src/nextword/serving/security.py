@@ -15,12 +15,12 @@ import re
 import socket
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nextword.common.errors import NextwordError, UsageError
+from nextword.serving.config import ServerConfig
 from nextword.serving.engine_worker import Metrics
 from nextword.serving.protocol import MAX_BODY_BYTES, MAX_TOTAL_BODY_BYTES, APIError, ClientDisconnected
 
@@ -77,112 +77,40 @@ class ListenSocket(socket.socket):
             raise BlockingIOError from error
 
 
-@dataclass(frozen=True)
-class ListenConfig:
-    """Listening address, and conditions for accepting a request.
-
-    Attributes:
-        host: Address to listen on.
-        port: Port to listen on. 0 takes a free one.
-        api_key: Key that clients send as `Authorization: Bearer KEY`. Required if other machines can connect, unless
-            `insecure` is set.
-        insecure: Accept other machines without a key.
-        allowed_hosts: Host names of the server besides the loopback names and the address. "*" allows any.
-        shutdown_grace: Seconds to wait for running requests at shutdown.
+def listen(config: ServerConfig) -> ListenSocket:
+    """A listening socket.
 
     Raises:
-        UsageError: Other machines could connect without a key, or the port is out of range.
+        UsageError: Other machines could connect without a key, or the key cannot be sent in a header.
+        NextwordError: The address is not available.
     """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = None
-    insecure: bool = False
-    allowed_hosts: tuple[str, ...] = ()
-    shutdown_grace: float = 30.0
-
-    def __post_init__(self) -> None:
-        key = self.api_key
-        if key is not None and not (key and key == key.strip() and key.isascii()):
-            raise UsageError("an API key is ASCII text, not empty, without spaces at its ends")
-        if not 0 <= self.port <= 65535:
-            raise UsageError(f"--port must be between 0 and 65535, not {self.port}")
-        if not (is_loopback(self.host) or self.api_key or self.insecure):
-            remedy = "set --api-key (or NEXTWORD_API_KEY), or --insecure to accept everyone"
-            raise UsageError(f"--host {self.host} lets other machines connect: {remedy}")
-
-    def listen(self) -> ListenSocket:
-        """A listening socket. Raises `NextwordError` if the address is not available."""
-        host = self.host.strip("[]")
-        try:
-            addresses = socket.getaddrinfo(host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            family, kind, protocol, _, address = min(addresses, key=lambda info: info[0] != socket.AF_INET)
-            listen_socket = ListenSocket(family, kind, protocol)
-            if os.name != "nt":  # Windows would share the port with another program
-                listen_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listen_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # inherited by connections
-            listen_socket.bind(address)
-            listen_socket.listen()
-        except OSError as error:
-            raise NextwordError(
-                f"cannot listen on {self.host}, port {self.port}: {error.strerror or error}. Try another --port"
-            ) from error
-        return listen_socket
-
-    def check(self, scope: Scope, public_paths: Collection[str] = ()) -> None:
-        """Raises `APIError` if a request is not accepted. Only reads the headers.
-
-        Args:
-            scope: ASGI scope of the request.
-            public_paths: Paths that need no key.
-        """
-        headers: list[tuple[bytes, bytes]] = scope["headers"]
-        if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
-            raise APIError(431, f"too many headers: at most {MAX_HEADERS} with {MAX_HEADER_BYTES:,} bytes in total")
-        if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_PATH_BYTES:
-            raise APIError(414, f"path and query are too long: at most {MAX_PATH_BYTES:,} bytes")
-        self._check_host(scope)
-        if self.api_key is not None and scope["path"] not in public_paths:
-            self._check_api_key(scope, self.api_key)
-        if encodings := {value.lower() for value in header_values(scope, b"content-encoding")} - {"identity"}:
-            message = f"Content-Encoding {min(encodings)[:50]!r} is not supported: send the body as it is"
-            raise APIError(415, message, code="unsupported_content_encoding")
-        lengths = header_values(scope, b"content-length")
-        if any(length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES for length in lengths):
-            raise body_too_large()
-
-    def _check_host(self, scope: Scope) -> None:
-        hosts = [host.lower() for host in header_values(scope, b"host")]
-        match = HOST_PATTERN.fullmatch(hosts[0]) if len(hosts) == 1 else None
-        if match is None:
-            raise APIError(400, "exactly one Host header is required")
-        name, address = match[1].rstrip("."), parse_address(self.host)
-        allowed_names = {*LOOPBACK_HOSTS, bracketed(self.host.strip("[]")).lower(), *map(str.lower, self.allowed_hosts)}
-        if address is not None and address.is_unspecified and scope.get("server"):  # all addresses of the machine
-            allowed_names.add(bracketed(scope["server"][0]))
-        if "*" not in allowed_names and name not in allowed_names:
-            message = f"host {name[:100]!r} is not allowed: add it with --allowed-host"
-            raise APIError(403, message, code="host_not_allowed")
-        # Browsers send the Origin of cross-site requests that are not plain reads.
-        for origin in header_values(scope, b"origin"):
-            if origin.lower().partition("://")[2] != hosts[0]:
-                raise APIError(403, "cross-origin requests are not allowed", code="origin_not_allowed")
-
-    def _check_api_key(self, scope: Scope, api_key: str) -> None:
-        credentials = header_values(scope, b"authorization")
-        scheme, _, key = credentials[0].partition(" ") if len(credentials) == 1 else ("", "", "")
-        # Comparing hashes of equal length does not leak the length of the key through timing.
-        hashes = [hashlib.sha256(value.encode()).digest() for value in (key.strip(), api_key)]
-        if not (hmac.compare_digest(*hashes) and scheme.lower() == "bearer"):
-            message = "missing or invalid API key: send it as Authorization: Bearer KEY"
-            raise APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+    key, host = config.api_key, config.host.strip("[]")
+    if key is not None and not (key and key == key.strip() and key.isascii()):
+        raise UsageError("an API key is ASCII text, not empty, without spaces at its ends")
+    if not (is_loopback(config.host) or key or config.insecure):
+        remedy = "set --api-key (or NEXTWORD_API_KEY), or --insecure to accept everyone"
+        raise UsageError(f"--host {config.host} lets other machines connect: {remedy}")
+    try:
+        addresses = socket.getaddrinfo(host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = min(addresses, key=lambda info: info[0] != socket.AF_INET)
+        listen_socket = ListenSocket(family, kind, protocol)
+        if os.name != "nt":  # Windows would share the port with another program
+            listen_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listen_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # inherited by connections
+        listen_socket.bind(address)
+        listen_socket.listen()
+    except OSError as error:
+        raise NextwordError(
+            f"cannot listen on {config.host}, port {config.port}: {error.strerror or error}. Try another --port"
+        ) from error
+    return listen_socket
 
 
 class SecurityMiddleware:
     """Outermost ASGI middleware: access policy, body limits, security headers and request metrics."""
 
-    def __init__(self, app: ASGIApp, listen_config: ListenConfig, public_paths: Collection[str], metrics: Metrics):
-        self.app, self.listen_config, self.public_paths, self.metrics = app, listen_config, public_paths, metrics
+    def __init__(self, app: ASGIApp, config: ServerConfig, public_paths: Collection[str], metrics: Metrics):
+        self.app, self.config, self.public_paths, self.metrics = app, config, public_paths, metrics
         self.buffered_body_bytes = 0  # of all requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -233,7 +161,7 @@ class SecurityMiddleware:
         """
         body, more = bytearray(), True
         try:
-            self.listen_config.check(scope, self.public_paths)
+            self.check(scope)
             async with asyncio.timeout(BODY_TIMEOUT):
                 while more:
                     message = await receive()
@@ -255,6 +183,52 @@ class SecurityMiddleware:
             if isinstance(error, APIError) and more:
                 await discard_body(scope, receive)
             raise
+
+    def check(self, scope: Scope) -> None:
+        """Raises `APIError` if a request is not accepted, by its headers."""
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
+            raise APIError(431, f"too many headers: at most {MAX_HEADERS} with {MAX_HEADER_BYTES:,} bytes in total")
+        if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_PATH_BYTES:
+            raise APIError(414, f"path and query are too long: at most {MAX_PATH_BYTES:,} bytes")
+        self._check_host(scope)
+        if self.config.api_key is not None and scope["path"] not in self.public_paths:
+            check_api_key(scope, self.config.api_key)
+        if encodings := {value.lower() for value in header_values(scope, b"content-encoding")} - {"identity"}:
+            message = f"Content-Encoding {min(encodings)[:50]!r} is not supported: send the body as it is"
+            raise APIError(415, message, code="unsupported_content_encoding")
+        lengths = header_values(scope, b"content-length")
+        if any(length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES for length in lengths):
+            raise body_too_large()
+
+    def _check_host(self, scope: Scope) -> None:
+        host = self.config.host.strip("[]")
+        hosts = [value.lower() for value in header_values(scope, b"host")]
+        match = HOST_PATTERN.fullmatch(hosts[0]) if len(hosts) == 1 else None
+        if match is None:
+            raise APIError(400, "exactly one Host header is required")
+        name, address = match[1].rstrip("."), parse_address(host)
+        allowed_names = {*LOOPBACK_HOSTS, bracketed(host).lower(), *map(str.lower, self.config.allowed_hosts)}
+        if address is not None and address.is_unspecified and scope.get("server"):  # all addresses of the machine
+            allowed_names.add(bracketed(scope["server"][0]))
+        if "*" not in allowed_names and name not in allowed_names:
+            message = f"host {name[:100]!r} is not allowed: add it with --allowed-host"
+            raise APIError(403, message, code="host_not_allowed")
+        # Browsers send the Origin of cross-site requests that are not plain reads.
+        for origin in header_values(scope, b"origin"):
+            if origin.lower().partition("://")[2] != hosts[0]:
+                raise APIError(403, "cross-origin requests are not allowed", code="origin_not_allowed")
+
+
+def check_api_key(scope: Scope, api_key: str) -> None:
+    """Raises `APIError` unless a request has the key."""
+    credentials = header_values(scope, b"authorization")
+    scheme, _, key = credentials[0].partition(" ") if len(credentials) == 1 else ("", "", "")
+    # Comparing hashes of equal length does not leak the length of the key through timing.
+    hashes = [hashlib.sha256(value.encode()).digest() for value in (key.strip(), api_key)]
+    if not (hmac.compare_digest(*hashes) and scheme.lower() == "bearer"):
+        message = "missing or invalid API key: send it as Authorization: Bearer KEY"
+        raise APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 def body_too_large() -> APIError:

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,11 @@ from nextword.data.issues import IssueLog
 from nextword.inference.constrained import PARSER_LIMITS, ConstraintCompiler, JSONConstraint, error_summary
 from nextword.inference.engine import Engine
 from nextword.inference.model_runner import build_runner
-from nextword.inference.quantization import Precision
 from nextword.model.gpt import GPT
 from nextword.pipeline.language_model import LanguageModel, load, load_task_spec, resolve_model_dir
 from nextword.pipeline.predictor import Predictor
 from nextword.serving.chat_templates import ChatEncoder, Conversation, make_chat_encoder
+from nextword.serving.config import ServerConfig
 from nextword.serving.engine_worker import EngineWorker, Metrics
 from nextword.serving.limited_process import LimitedProcess
 from nextword.serving.protocol import ANY_OBJECT, APIError, invalid_field
@@ -30,40 +29,6 @@ from nextword.tasks.dataset import HEAD_KINDS, TaskSpec
 from nextword.tasks.examples import example_from_texts
 
 MAX_CACHED_SCHEMAS = 16
-
-
-@dataclass(frozen=True)
-class ServiceConfig:
-    """Configuration of a served model.
-
-    Attributes:
-        model: Model or run directory.
-        name: Model name in the API. None takes the name of the directory.
-        device: Device, or "auto".
-        precision: Precision of the weights.
-        max_batch: Maximum number of sequences that run at once.
-        queue: Maximum number of sequences that wait.
-        deterministic: Make each sequence independent of the others in its batch, bit for bit.
-        seed: Random seed of requests without one. None draws a new seed at each start.
-
-    Raises:
-        UsageError: `max_batch` or `queue` is out of range.
-    """
-
-    model: Path
-    name: str | None = None
-    device: str = "auto"
-    precision: Precision = "float32"
-    max_batch: int = 8
-    queue: int = 64
-    deterministic: bool = False
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_batch < 1 or self.queue < 0:
-            raise UsageError(
-                f"--max-batch must be at least 1 and --queue at least 0, not {self.max_batch} and {self.queue}"
-            )
 
 
 class Service:
@@ -74,7 +39,7 @@ class Service:
     token_bytes: Callable[[int], bytes]  # of a token id; empty for special tokens
     max_token_bytes: int
 
-    def __init__(self, config: ServiceConfig, console: Console):
+    def __init__(self, config: ServerConfig, console: Console):
         self.config, self.console = config, console
         self.model_dir = resolve_model_dir(config.model)
         directory = self.model_dir.resolve()
