@@ -17,6 +17,7 @@ import numpy as np
 
 from nextword.audit.findings import MAX_EXAMPLES, Finding, score_finding
 from nextword.audit.group_templates import GroupTemplates
+from nextword.audit.pii import format_excerpt
 from nextword.common import statistics
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError
@@ -104,7 +105,7 @@ def audit_swap_flips(
         labels_after = _predict_labels(predictor, [swapped[i] for i in affected], console)
         flipped = [
             {
-                "text": f"{' | '.join(swapped[i].fields[role] for role in roles)} → {_format_labels(labels)}",
+                "text": f"{format_excerpt(' | '.join(swapped[i].fields[role] for role in roles))} → {_format_labels(labels)}",
                 "before": _format_labels(original[i]),
                 "where": f"{examples[i].path} line {examples[i].line}",
             }

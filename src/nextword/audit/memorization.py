@@ -236,9 +236,9 @@ def measure_copied(index: CorpusIndex, tokenizer: Tokenizer, token_ids: Sequence
         first = int(np.searchsorted(starts, match.start))
         end = int(np.searchsorted(ends, match.end, side="right"))  # whole tokens of the match: first … end − 1
         if end - first > longest:
-            longest, passage = end - first, data[match.start : match.end].decode("utf-8", "replace")
-            document = index.document_name(match.document)
-            example = {"document": document, "passage": format_excerpt(passage), "tokens": f"{longest:,}"}
+            longest, document = end - first, index.document_name(match.document)
+            passage = index.excerpt(match.document, match.offset, match.offset + match.end - match.start)
+            example = {"document": document, "passage": passage, "tokens": f"{longest:,}"}
         if end - first >= MIN_COPIED_TOKENS:
             is_copied[first:end] = True
     return CopiedText(len(token_ids), int(is_copied.sum()), longest, example)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nextword.audit.pii import format_excerpt
 from nextword.audit.suffix_array import (
     DOCUMENT_END,
     PADDING,
@@ -43,6 +44,7 @@ from nextword.data.scan import CorpusScan, HashedDocument, are_unchanged, scan_c
 FORMAT_VERSION = 1
 MIN_MATCH_BYTES = 24  # default length from which on matches are returned
 CHUNK_BYTES = 2**20  # bytes of a document read at once
+EXCERPT_MARGIN = 64  # bytes around an excerpt in which PII is searched
 # The bytes begin … learned − 1 of a document are its training part: all, none (held out) or the first nine tenths.
 DOCUMENT_DTYPE = np.dtype(
     [("begin", "<u8"), ("end", "<u8"), ("learned", "<u8"), ("key", "S32"), ("source", "<u4"), ("line", "<u4")]
@@ -106,9 +108,9 @@ class CorpusIndex:
     # ------------------------------------------------------------ documents
 
     def document_name(self, document: int) -> str:
-        """The file of a document, and its line for a row of a table."""
+        """The file of a document, with PII masked, and its line for a row of a table."""
         row = self.documents[document]
-        name = self.metadata["sources"][row["source"]]["name"]
+        name = format_excerpt(self.metadata["sources"][row["source"]]["name"])
         return f"{name} line {row['line']:,}" if row["line"] else name
 
     def byte_range(self, document: int) -> tuple[int, int]:
@@ -122,15 +124,22 @@ class CorpusIndex:
         stop = end if count is None else min(end, begin + start + count)
         return self.text.bytes[begin + start : stop].tobytes()
 
+    def excerpt(self, document: int, start: int, end: int) -> str:
+        """Bytes start … end − 1 of a document as `format_excerpt` prints them."""
+        before = min(start, EXCERPT_MARGIN)
+        parts = ((start - before, before), (start, end - start), (end, EXCERPT_MARGIN))
+        texts = [self.read_bytes(document, *part).decode("utf-8", "ignore") for part in parts]
+        return format_excerpt(texts[1], before=texts[0], after=texts[2])
+
     def iter_chunks(self, document: int) -> Iterator[tuple[int, str]]:
         """Chunks of at most `CHUNK_BYTES` with their byte offsets, split after a line or word where possible."""
         begin, end = self.byte_range(document)
         offset = 0
         while offset < end - begin:
             data = self.read_bytes(document, offset, CHUNK_BYTES)
-            cut = max(data.rfind(b"\n"), data.rfind(b" ")) + 1
-            if offset + len(data) < end - begin and cut > len(data) // 2:
-                data = data[:cut]
+            cuts = [cut for mark in (b"\n", b" ") if (cut := data.rfind(mark) + 1) > len(data) // 2]
+            if offset + len(data) < end - begin and cuts:
+                data = data[: cuts[0]]
             text = data.decode("utf-8", "ignore")  # without the first bytes of a character that the cut splits
             yield offset, text
             offset += len(text.encode())

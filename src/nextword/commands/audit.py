@@ -11,7 +11,7 @@ from nextword.commands.shared import SeedOption, TextColumnOption, input_paths, 
 from nextword.common import fs
 from nextword.common.command_result import Result
 from nextword.common.console import Console
-from nextword.common.errors import UsageError
+from nextword.common.errors import MissingDependencyError, UsageError
 from nextword.common.format import format_duration
 from nextword.common.numbers import Count, CountOrZero, NonNegative
 from nextword.common.options import DeviceOption, ModelArgument, as_strings, option, options
@@ -288,10 +288,16 @@ def corpus_findings(
     from nextword.audit.bias import resolve_benchmark
     from nextword.audit.corpus import audit_corpus
     from nextword.audit.memorization import MemorizationProbe, passage_finding
+    from nextword.audit.pii import load_checks
     from nextword.audit.text_index import build_index
     from nextword.data.corpus import Corpus
     from nextword.pipeline.language_model import pretraining_corpus_of
 
+    try:
+        load_checks()
+    except MissingDependencyError as error:
+        yield f"memorization and corpus: not measured. {error}"
+        return
     shards = pretraining_corpus_of(run.path) if run.exists else None
     index = build_index(
         corpora,
