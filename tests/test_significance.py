@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy.stats import t
 
 import nextword
 from conftest import CLIRunner
 from nextword.commands.evaluate import EvaluateResult
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.fs import write_manifest
+from nextword.common.statistics import mean, ratio_of_sums
 from nextword.data.issues import IssueLog
 from nextword.evaluation import evaluate as evaluation
 from nextword.evaluation.evaluate import (
@@ -64,6 +66,45 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         'metrics = ["exact_match", "chrf"]\n[preferences]\nkind = "stereotypes"\nfiles = ["s.jsonl"]\nsentences = "s"\n'
     )
     return folder
+
+
+# ---------------------------------------------------------------- ratios over documents
+
+
+def test_a_ratio_over_documents():
+    rng = np.random.default_rng(0)
+    values = rng.normal(2, 0.3, 12)
+    expected, equal = (
+        mean(values),
+        ratio_of_sums(7 * values, np.full(12, 7.0)),
+    )  # Student's t interval if all sizes are equal
+    assert (equal.value, equal.low, equal.high) == pytest.approx((expected.value, expected.low, expected.high))
+    sizes = np.array([3.0, 1.0, 2.0, 4.0])
+    unequal = ratio_of_sums([6.0, 2.0, 5.0, 8.0], sizes)
+    left_out = np.array([15 / 7, 19 / 9, 16 / 8, 13 / 6])
+    w = sizes / 10
+    residuals = np.diag(w / (1 - w)) @ (
+        np.eye(4) - np.outer(np.ones(4), w)
+    )  # of the values of units: value minus ratio
+    a = residuals @ residuals.T
+    margin = t.ppf(0.975, a.trace() ** 2 / (a @ a).trace()) * np.sqrt(3 / 4 * np.square(left_out - 2.1).sum())
+    assert (unequal.value, unequal.low, unequal.n) == (pytest.approx(2.1), pytest.approx(2.1 - margin), 4)
+    assert ratio_of_sums([6.0, 2.0, 3.0], [9.0, 1.0, 1.0]).low is None  # the first one decides
+    assert ratio_of_sums([3.0], [2.0]).low is None and ratio_of_sums([3.0, 0.0], [2.0, 0.0]).value == 1.5
+    with pytest.raises(UsageError, match="all sizes are 0"):
+        ratio_of_sums([1.0, 2.0], [0.0, 0.0])
+
+
+@pytest.mark.parametrize("documents", [5, 30])
+def test_the_interval_over_documents_of_unequal_length_covers(documents):
+    """Lengths that vary by a factor of 30, as those of books do, and losses that vary between documents and inside them."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(1000):
+        sizes = np.exp(rng.normal(0, 0.9, documents))
+        losses = sizes * (2 + rng.normal(0, 0.2, documents)) + np.sqrt(sizes) * rng.normal(0, 0.1, documents)
+        score = ratio_of_sums(losses, sizes)
+        covered += not (score.is_above(2) or score.is_below(2))
+    assert 940 <= covered <= 993  # at most 0.98 for documents of one length
 
 
 # ---------------------------------------------------------------- item scores

@@ -180,6 +180,43 @@ def clustered_ratio(
     return ScoreWithCI(value, value - margin, value + margin, n)
 
 
+def ratio_of_sums(numerators: Sequence[float] | np.ndarray, denominators: Sequence[float] | np.ndarray) -> ScoreWithCI:
+    """The ratio of two sums over independent units, such as the loss of documents to their bytes.
+
+    The variance is the jackknife's over the units (Cochran 1977, section 6.17). The interval is Student's, with the degrees of
+    freedom of Bell and McCaffrey (2002) for units of unequal size: n − 1 if all sizes are equal, fewer if some units outweigh
+    the others. n is the number of units.
+
+    Args:
+        numerators: A number per unit, [n].
+        denominators: The size of each unit, at least 0, [n].
+
+    Returns:
+        The ratio; without an interval if it rests on one unit: if Kish's effective number of units, (Σw)² / Σw², is below 2.
+
+    Raises:
+        UsageError: There are no units, the lengths differ, a value is not finite, or all sizes are 0.
+    """
+    n, total = check_lengths(numerators, denominators), float(np.sum(denominators))
+    sums, sizes = require_finite(numerators, "sum"), require_finite(denominators, "size")
+    if total <= 0:
+        raise UsageError("there is nothing to score: all sizes are 0")
+    value, w = float(sums.sum()) / total, sizes / total
+    square = float(np.square(w).sum())
+    if square > 0.5 + 1e-9:
+        return ScoreWithCI(value, n=n)
+    left_out = (sums.sum() - sums) / (total - sizes)
+    variance = (n - 1) / n * float(np.square(left_out - value).sum())
+    # Satterthwaite's trace(A)² / trace(A²) for units of one variance: A = C (I − 1wᵀ)(I − 1wᵀ)ᵀ C, with C = diag(w / (1 − w)).
+    c = np.square(w / (1 - w))
+    c0, c1, c2 = (float((c * w**k).sum()) for k in range(3))
+    trace = c0 * (1 + square) - 2 * c1
+    trace_of_square = float((c**2 * (1 + 2 * square - 4 * w)).sum())
+    trace_of_square += (square * c0) ** 2 + 2 * c0 * c2 - 4 * square * c0 * c1 + 2 * c1**2
+    margin = t_quantile(trace**2 / trace_of_square) * math.sqrt(variance)
+    return ScoreWithCI(value, value - margin, value + margin, n)
+
+
 def mcnemar_p_value(a: Sequence[float], b: Sequence[float]) -> float:
     """The two-sided p-value of McNemar's exact test (McNemar 1947; Dietterich 1998, section 3.1).
 
