@@ -18,13 +18,15 @@ from hypothesis import strategies as st
 from stdnum import luhn
 
 from nextword.audit import corpus
-from nextword.audit.corpus import audit_corpus, contamination, find_overlap, jaccard_similarity, minhash_bands
+from nextword.audit.corpus import audit_corpus, contamination, item_passages, jaccard_similarity, minhash_bands
 from nextword.audit.findings import Finding
 from nextword.audit.pii import PII_KINDS, find_pii, format_excerpt, mask_pii
 from nextword.audit.text_index import CorpusIndex, build_index
 from nextword.common.console import Console
 from nextword.common.statistics import proportion
-from nextword.tasks.benchmark_spec import find_benchmark
+from nextword.data.issues import IssueLog
+from nextword.tasks.benchmark_items import load_rows
+from nextword.tasks.benchmark_spec import Benchmark, find_benchmark
 
 QUIET = Console(quiet=True)
 WORDS = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrst"]
@@ -332,6 +334,7 @@ def test_contaminated_items_are_named(tmp_path):
     benchmark = find_benchmark(str(tmp_path / "suite.toml"))
     texts = {"a.txt": prose(100) + pairs[2]["right"] + prose(101), "b.txt": prose(102) + pairs[5]["wrong"]}
     finding = contamination(index_of(tmp_path, texts), benchmark, QUIET)
+    assert finding.low is not None and finding.low > 0
     assert finding.value == 100 / 8 and finding.notable and finding.n == 8
     assert [example["document"] for example in finding.examples] == ["a.txt"]
     assert finding.examples[0]["item"].endswith("line 3")
@@ -339,13 +342,94 @@ def test_contaminated_items_are_named(tmp_path):
     assert not contamination(clean, benchmark, QUIET).notable
 
 
-def test_thirteen_consecutive_whole_words_are_an_overlap(tmp_path):
-    words = prose(3, 40).split()
-    index = index_of(tmp_path, {"a.txt": prose(4) + " ".join(words) + prose(5)})
-    for count, is_overlap in ((12, False), (13, True)):
-        first, last = words[9], words[10 + count]
-        for before, after in (("X ", " Y"), (f"{first}X ", " Y"), ("X ", f" {last}Z"), ("", " Y"), ("X ", "")):
-            text = before + " ".join(words[10 : 10 + count]) + after
-            assert (find_overlap(index, text) is not None) == is_overlap, text
-    assert find_overlap(index, " ".join(words[5:12])) is not None  # a short text that is contained whole
-    assert find_overlap(index, "") is None
+def declared_benchmark(folder: Path, rows: Sequence[Mapping[str, object]]) -> Benchmark:
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "own.toml").write_text(
+        '[own]\nkind = "multiple choice"\nfiles = ["rows.jsonl"]\nprompt = "Question: {question}\\nAnswer:"\n'
+        'choices = "choices"\nanswer = "answer"\n'
+    )
+    return find_benchmark(str(folder / "own.toml"))
+
+
+WRITTEN = [  # how an item may be written in a corpus
+    lambda question, answer: f"{question} {answer}",
+    lambda question, answer: question,
+    lambda question, answer: question.upper(),
+    lambda question, answer: question.replace(" ", "  "),
+    lambda question, answer: question.replace(" ", "\n"),
+    lambda question, answer: question.title().replace(" ", ", "),
+    lambda question, answer: "“" + question.replace(" ", "\u00a0") + "”",
+    lambda question, answer: " ".join(question.split()[: max(8, len(question.split()) // 2 + 2)]),
+]
+
+
+def test_contaminated_items_are_found_in_parts_and_in_another_case(tmp_path):
+    """Recall at least 0.95, and no item of a clean benchmark."""
+    rng = random.Random(7)
+    rows = [
+        {
+            "question": prose(1000 + i, rng.randint(8, 30)).strip() + "?",
+            "choices": [prose(i, 3), prose(i + 5, 3)],
+            "answer": i % 2,
+        }
+        for i in range(160)
+    ]
+    texts = {
+        f"{i}.txt": prose(5000 + i, 40)
+        + WRITTEN[i % len(WRITTEN)](row["question"], row["choices"][row["answer"]])
+        + " "
+        + prose(i)
+        for i, row in enumerate(rows)
+    }
+    index = index_of(tmp_path, texts)
+    finding = contamination(index, declared_benchmark(tmp_path / "planted", rows), QUIET)
+    assert finding.low is not None and finding.low >= 95 and finding.note.startswith("at least")
+    clean = [row | {"question": prose(9000 + i, 12)} for i, row in enumerate(rows)]
+    assert contamination(index, declared_benchmark(tmp_path / "clean", clean), QUIET).value == 0
+
+
+def test_short_items_match_whole_words_only(tmp_path):
+    index = index_of(
+        tmp_path,
+        {"a.txt": "she thought that the catalog was long. " + prose(1), "b.txt": "这是一个关于鱼的问题，答案是水。"},
+    )
+    rows = [
+        {"question": question, "choices": ["a cat", "a dog"], "answer": 1}
+        for question in ("the cat", "at the", "关于鱼的问题答案")
+    ]
+    whole = [{"question": "x", "choices": ["x", "y"], "answer": 0, "text": "thought that the cat"}]
+    assert contamination(index, declared_benchmark(tmp_path / "short", rows + whole), QUIET).value == 0
+    benchmark = declared_benchmark(tmp_path / "one", rows[2:])
+    [row] = load_rows(benchmark, IssueLog())
+    passages = [" ".join(words) for words in item_passages(benchmark, row)]
+    assert passages and all("关 于 鱼" in passage for passage in passages)
+
+
+@pytest.mark.parametrize(("count", "is_found"), [(12, False), (13, True)])
+def test_thirteen_consecutive_words_are_contamination(tmp_path, count, is_found):
+    words = prose(3, 60).split()
+    index = index_of(tmp_path, {"a.txt": f"{prose(4)} {' '.join(words[20 : 20 + count])} {prose(5)}"})
+    row = {"question": " ".join(words), "choices": ["a", "b"], "answer": 0}
+    finding = contamination(index, declared_benchmark(tmp_path / "b", [row]), QUIET)
+    assert finding.notable == is_found
+    assert [example["passage"] for example in finding.examples] == [" ".join(words[20:33])] * is_found
+
+
+def test_templates_are_no_contamination_and_passages_are_masked(tmp_path):
+    template = "decide which of these two words is the better answer to this question"
+    rows = [{"question": f"{template} {prose(i, 9)}", "choices": ["a", "b"], "answer": 0} for i in range(8)]
+    rows[3]["question"] = "please call the office of the mayor at 212-555-0142 before noon today"
+    index = index_of(tmp_path, {"a.txt": f"They {template} yesterday. {str(rows[3]['question']).upper()}."})
+    finding = contamination(index, declared_benchmark(tmp_path / "b", rows), QUIET)
+    assert finding.value == 100 / 8
+    assert "…" in finding.examples[0]["passage"] and "0142" not in finding.examples[0]["passage"]
+
+
+def test_held_out_text_does_not_contaminate(tmp_path):
+    index = index_of(tmp_path, {"a.txt": prose(1), "b.txt": prose(2)})
+    index.documents = index.documents.copy()
+    index.documents["learned"][1] = index.documents["begin"][1]
+    row = {"question": prose(2), "choices": ["a", "b"], "answer": 0}
+    assert contamination(index, declared_benchmark(tmp_path / "b", [row]), QUIET).value == 0
+    assert contamination(index, declared_benchmark(tmp_path / "c", [row | {"question": prose(1)}]), QUIET).value == 100

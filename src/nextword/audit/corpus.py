@@ -8,13 +8,15 @@ Each measurement streams the documents. Bands are kept on disk, 160 bytes per do
 of a chunk, D documents, B bands.
 """
 
+import re
 import tempfile
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -25,7 +27,7 @@ from nextword.audit.text_index import CorpusIndex
 from nextword.common import statistics
 from nextword.common.console import Console
 from nextword.common.errors import MissingDependencyError, import_optional
-from nextword.common.fs import map_disk_errors
+from nextword.common.fs import is_json_array, is_json_object, map_disk_errors
 from nextword.data.issues import IssueLog
 from nextword.tasks.benchmark_items import (
     DEFAULT_ITEM_LIMIT,
@@ -41,12 +43,21 @@ SAMPLE_CHARS = 4096  # characters of a document from which its script and langua
 MIN_LETTERS = 64  # letters needed to identify a language
 MIN_LINE_BYTES = 24  # lines shorter than this are not counted as repeated
 NUM_HASH_SLOTS, MAX_TRACKED_LINES = 2**22, 2**16
-CONTAMINATION_NGRAM = 13  # words (Brown et al. 2020, appendix C)
+MAX_NGRAM, MIN_NGRAM = 13, 8  # consecutive words of an item that are evidence (Brown et al. 2020, appendix C)
+MIN_PART_WORDS, MIN_ITEM_WORDS = (
+    6,
+    3,
+)  # words of a whole part, such as a question, or of a whole item, that are evidence
 SIMILARITY_THRESHOLD = 0.8
 SHINGLE_SIZE = 5  # words
 NUM_BANDS, ROWS_PER_BAND = 20, 6  # a pair of similarity 0.8 shares a band with probability 1 − (1 − 0.8⁶)²⁰ = 0.998
 BATCH_SIZE = 2048  # shingles hashed at once
 EMPTY_HASH = np.uint64(2**64 - 1)  # of a document without shingles
+_SEPARATORS = re.compile(r"[-‐-―−/_]")
+_PUNCTUATION = re.compile(r"[^\w\s]+")
+_UNSPACED = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -70,13 +81,15 @@ def audit_corpus(index: CorpusIndex, benchmarks: Sequence[Benchmark], console: C
     ]
 
 
-def _read_documents(index: CorpusIndex, stage: str, console: Console) -> Iterator[tuple[int, Iterator[str]]]:
-    """The chunks of each document, each to be read before the next document, with a report of progress."""
+def _read_documents(
+    index: CorpusIndex, stage: str, console: Console, trained: bool = False
+) -> Iterator[tuple[int, Iterator[str]]]:
+    """The chunks of each document or of its training part, to be read before the next document, with a report of progress."""
     done, total = 0, index.num_text_bytes
 
     def read_chunks(document: int) -> Iterator[str]:
         nonlocal done
-        for _, text in index.iter_chunks(document):
+        for _, text in index.iter_chunks(document, trained):
             yield text
             done += len(text)
             console.progress(stage, done, total)
@@ -227,7 +240,7 @@ def minhash_bands(chunks: Iterable[str]) -> np.ndarray:
     signature = np.full(len(multipliers), EMPTY_HASH)
     carried_words = np.zeros(0, np.uint64)  # the last words of a chunk, whose shingles end in the next
     for text in chunks:
-        words = np.concatenate([carried_words, hash_words(text)])
+        words = np.concatenate([carried_words, hash_words(normalized_words(text))])
         carried_words = words[-(SHINGLE_SIZE - 1) :]
         shingles = hash_shingles(words)
         for start in range(0, len(shingles), BATCH_SIZE):
@@ -263,19 +276,23 @@ def _pairs_in_a_band(bands: np.ndarray) -> set[tuple[int, int]]:
     return pairs
 
 
-def hash_words(text: str) -> np.ndarray:
-    """A hash per word; per character where a text has hardly any spaces (Chinese, Thai)."""
-    words = text.encode().split()
-    if 20 * len(words) > len(text):
-        return np.fromiter(map(crc32, words), np.uint64, len(words))
-    return np.frombuffer("".join(text.split()).encode("utf-32-le"), np.uint32).astype(np.uint64)
+def normalized_words(text: str) -> list[str]:
+    """The words of a text without case, punctuation and combining marks; the characters of scripts without spaces."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    text = _PUNCTUATION.sub("", _SEPARATORS.sub(" ", text))
+    return _UNSPACED.sub(r" \g<0> ", text).split()
 
 
-def hash_shingles(word_hashes: np.ndarray) -> np.ndarray:
-    """A hash per run of `SHINGLE_SIZE` words."""
-    length = max(0, len(word_hashes) - SHINGLE_SIZE + 1)
+def hash_words(words: Sequence[str]) -> np.ndarray:
+    """A hash per word."""
+    return np.fromiter((crc32(word.encode()) for word in words), np.uint64, len(words))
+
+
+def hash_shingles(word_hashes: np.ndarray, size: int = SHINGLE_SIZE) -> np.ndarray:
+    """A hash per run of `size` words."""
+    length = max(0, len(word_hashes) - size + 1)
     hashes = np.zeros(length, np.uint64)
-    for i in range(SHINGLE_SIZE):
+    for i in range(size):
         hashes = (hashes ^ word_hashes[i : i + length]) * HASH_FACTOR
         hashes ^= hashes >> np.uint64(29)
     return hashes
@@ -284,7 +301,11 @@ def hash_shingles(word_hashes: np.ndarray) -> np.ndarray:
 def jaccard_similarity(index: CorpusIndex, first: int, second: int) -> float:
     """The number of shingles that two documents share, over the number that either has."""
     a, b = (
-        np.unique(hash_shingles(np.concatenate([hash_words(text) for _, text in index.iter_chunks(document)])))
+        np.unique(
+            hash_shingles(
+                np.concatenate([hash_words(normalized_words(text)) for _, text in index.iter_chunks(document)])
+            )
+        )
         for document in (first, second)
     )
     shared = len(np.intersect1d(a, b, assume_unique=True))
@@ -337,46 +358,85 @@ def repeated_lines(index: CorpusIndex, console: Console) -> Finding:
 
 
 def contamination(index: CorpusIndex, benchmark: Benchmark, console: Console) -> Finding:
-    """The share of a benchmark's items that are in the corpus, whole or with 13 consecutive words."""
+    """The share of a benchmark's items that the training text contains, whole or in part. Paraphrases are not found."""
     rows = load_rows(benchmark, IssueLog())
-    sampled_rows = [rows[i] for i in sample_indices(rows, DEFAULT_ITEM_LIMIT)]
-    hits: list[bool] = []
+    sampled = [rows[i] for i in sample_indices(rows, DEFAULT_ITEM_LIMIT)]
+    items_by_hash: dict[int, list[int]] = defaultdict(list)
+    passages: dict[int, list[str]] = {}
+    for i, row in enumerate(sampled):
+        for words in item_passages(benchmark, row):
+            [key] = hash_shingles(hash_words(words), len(words)).tolist()
+            items_by_hash[key].append(i)
+            passages[key] = words
+    # What many items share is the text of a template.
+    passages = {key: words for key, words in passages.items() if len(items_by_hash[key]) <= max(2, len(sampled) // 10)}
+    found: dict[int, tuple[list[str], int]] = {}  # by item: a passage, and the first document with it
+    for key, document in _find_passages(index, passages, f"looking up {benchmark.name}", console):
+        for i in items_by_hash[key]:
+            found.setdefault(i, (passages[key], document))
     examples: list[dict[str, str]] = []
-    for row in sampled_rows:
-        overlap = find_overlap(index, item_text(benchmark, row))
-        hits.append(overlap is not None)
-        if overlap is not None and len(examples) < MAX_EXAMPLES:
-            document, passage = index.document_name(overlap[0]), format_excerpt(overlap[1])
-            examples.append({"document": document, "item": f"{row.path} line {row.line}", "passage": passage})
-        console.progress(f"looking up {benchmark.name}", len(hits), len(sampled_rows))
+    for i, (words, document) in sorted(found.items())[:MAX_EXAMPLES]:
+        text, row = item_text(benchmark, sampled[i]), sampled[i]
+        masked = {word for _, start, end in find_pii(text) for word in normalized_words(text[start:end])}
+        passage = " ".join("…" if word in masked else word for word in words)
+        item = f"{row.path} line {row.line}"
+        examples.append({"document": index.document_name(document), "item": item, "passage": passage})
     note = (
-        f"{len(hits):,} of {len(rows):,} items were looked up; contaminated if the corpus contains one whole, or "
-        f"{CONTAMINATION_NGRAM} consecutive words of it, verbatim"
+        f"at least; {len(sampled):,} of {len(rows):,} items were looked up; contaminated if the training text contains one "
+        f"whole, a part of {MIN_PART_WORDS} words or more whole, or {MAX_NGRAM} consecutive words of it (half of a shorter "
+        f"one, but at least {MIN_NGRAM}), whatever their case, punctuation and spaces"
     )
-    name, score = f"{benchmark.name}: contaminated items", statistics.proportion(hits)
+    score = statistics.proportion([i in found for i in range(len(sampled))])
+    name = f"{benchmark.name}: contaminated items"
     return Finding.from_score(
-        "corpus", name, score, reference=0.0, notable=any(hits), note=note, examples=tuple(examples)
+        "corpus", name, score, reference=0.0, notable=bool(found), note=note, examples=tuple(examples)
     )
 
 
 def item_text(benchmark: Benchmark, row: BenchmarkRow) -> str:
-    """The text of an item that a model could memorize: the prompt with the correct answer, the preferred sentence of a pair, or
-    the prompt of a generation."""
+    """The text of an item that a model could memorize: a prompt with the correct answer, or the better sentence of a pair."""
     if benchmark.kind in ("writing", "free text"):
-        return generation_item(benchmark, row).prompt
+        item = generation_item(benchmark, row)
+        return "\n".join((item.prompt, *item.references))
     item = loglikelihood_item(benchmark, row)
-    return "".join(item.requests[item.gold_index]).strip()
+    return "".join(item.requests[item.gold_index])
 
 
-def find_overlap(index: CorpusIndex, text: str) -> tuple[int, str] | None:
-    """A document that contains a whole text, or `CONTAMINATION_NGRAM` consecutive words of it, and the passage."""
-    data = text.encode("utf-8", "replace")
-    for match in index.find_matches(data, min(MIN_LINE_BYTES, max(1, len(data)))):
-        if match.end - match.start == len(data):
-            return match.document, text
-        passage = data[match.start : match.end].decode()
-        cuts_first_word = data[: match.start].decode()[-1:].strip() and passage[:1].strip()
-        cuts_last_word = data[match.end :].decode()[:1].strip() and passage[-1:].strip()
-        if len(passage.split()) - bool(cuts_first_word) - bool(cuts_last_word) >= CONTAMINATION_NGRAM:
-            return match.document, passage
-    return None
+def item_passages(benchmark: Benchmark, row: BenchmarkRow) -> list[list[str]]:
+    """The words of the passages of an item that are evidence of contamination, each alone."""
+    whole = normalized_words(item_text(benchmark, row))
+    text = f" {' '.join(whole)} "
+    parts = [words for words in map(normalized_words, _iter_strings(row.values)) if f" {' '.join(words)} " in text]
+    # A character of a script without spaces says about half as much as a word.
+    unit = 2 if any(map(_UNSPACED.fullmatch, whole)) else 1
+    length = unit * min(MAX_NGRAM, max(MIN_NGRAM, max(map(len, parts), default=0) // 2 // unit))
+    complete = [part for part in parts if unit * MIN_PART_WORDS <= len(part) < length]
+    if unit * MIN_ITEM_WORDS <= len(whole) < length:
+        complete.append(whole)
+    return complete + [whole[i : i + length] for i in range(len(whole) - length + 1)]
+
+
+def _iter_strings(value: Any) -> Iterator[str]:
+    """The strings in the fields of a row."""
+    if isinstance(value, str):
+        yield value
+    elif is_json_object(value) or is_json_array(value):
+        for each in value.values() if is_json_object(value) else value:
+            yield from _iter_strings(each)
+
+
+def _find_passages(
+    index: CorpusIndex, passages: Mapping[int, Sequence[str]], stage: str, console: Console
+) -> Iterator[tuple[int, int]]:
+    """The hashes of passages in the training text, each with a document that contains it."""
+    lengths = sorted(set(map(len, passages.values())))
+    slots = np.zeros(NUM_HASH_SLOTS, bool)
+    slots[np.fromiter(passages, np.uint64, len(passages)) % NUM_HASH_SLOTS] = True
+    for document, chunks in _read_documents(index, stage, console, trained=True):
+        words = np.zeros(0, np.uint64)
+        for text in chunks:
+            words = np.concatenate([words[max(0, len(words) - lengths[-1] + 1) :], hash_words(normalized_words(text))])
+            for length in lengths:
+                hashes = hash_shingles(words, length)
+                for key in set(hashes[slots[hashes % NUM_HASH_SLOTS]].tolist()) & passages.keys():
+                    yield key, document

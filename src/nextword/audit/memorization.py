@@ -276,12 +276,11 @@ class DocumentPII(NamedTuple):
 
 def find_training_pii(index: CorpusIndex) -> Iterator[DocumentPII]:
     """PII in the training part of all documents."""
-    for document, num_bytes in enumerate(index.documents["learned"] - index.documents["begin"]):
-        for offset, text in index.iter_chunks(document):
+    for document in range(len(index)):
+        for offset, text in index.iter_chunks(document, trained=True):
             for kind, start, end in find_pii(text):
                 span = offset + len(text[:start].encode()), len(text[start:end].encode())
-                if sum(span) <= num_bytes:
-                    yield DocumentPII(kind, document, span)
+                yield DocumentPII(kind, document, span)
 
 
 def _reservoir_sample(items: Iterable[DocumentPII], size: int, seed: int) -> tuple[list[DocumentPII], int]:

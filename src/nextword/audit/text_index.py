@@ -131,12 +131,14 @@ class CorpusIndex:
         texts = [self.read_bytes(document, *part).decode("utf-8", "ignore") for part in parts]
         return format_excerpt(texts[1], before=texts[0], after=texts[2])
 
-    def iter_chunks(self, document: int) -> Iterator[tuple[int, str]]:
-        """Chunks of at most `CHUNK_BYTES` with their byte offsets, split after a line or word where possible."""
+    def iter_chunks(self, document: int, trained: bool = False) -> Iterator[tuple[int, str]]:
+        """Chunks of a document, or of its training part, of at most `CHUNK_BYTES` with their byte offsets, split after a line
+        or word where possible."""
         begin, end = self.byte_range(document)
+        end = int(self.documents["learned"][document]) if trained else end
         offset = 0
         while offset < end - begin:
-            data = self.read_bytes(document, offset, CHUNK_BYTES)
+            data = self.read_bytes(document, offset, min(CHUNK_BYTES, end - begin - offset))
             cuts = [cut for mark in (b"\n", b" ") if (cut := data.rfind(mark) + 1) > len(data) // 2]
             if offset + len(data) < end - begin and cuts:
                 data = data[: cuts[0]]
