@@ -9,6 +9,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Tests run side by side, one a core; more threads than cores would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,20 +25,8 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)  # a bu
 settings.register_profile("explore", max_examples=1000, deadline=None)
 settings.load_profile("repeatable")
 
-TINY_MODEL_ARGS = [
-    "--model.n-layers",
-    "2",
-    "--model.n-heads",
-    "2",
-    "--model.d-model",
-    "32",
-    "--model.context-length",
-    "32",
-    "--vocab-size",
-    "400",
-    "--training.batch-tokens",
-    "256",
-]
+TINY_MODEL = {"n-layers": 2, "n-heads": 2, "d-model": 32, "context-length": 32}
+TINY_MODEL_ARGS = [*(f"--model.{name}={size}" for name, size in TINY_MODEL.items()), "--training.batch-tokens=256"]
 
 
 @pytest.fixture(scope="session")
@@ -142,6 +131,25 @@ def pytest_runtest_teardown() -> None:
 atexit.register(kill_all)  # where pytest itself is interrupted
 
 
+# ---------------------------------------------------------------- charts
+
+_draw_svg: dict[str, Any] = {}
+
+
+def choose_charts(item: pytest.Item) -> None:
+    """Draw placeholders in tests without the marker `charts`: charts take far longer than the short runs that they show."""
+    charts: Any = sys.modules.get("nextword.reporting.charts")
+    if charts is not None:  # from the second report on
+        real = _draw_svg.setdefault("real", charts.draw_svg)
+        charts.draw_svg = real if item.get_closest_marker("charts") else _placeholder_svg
+
+
+def _placeholder_svg(*_: object) -> Any:
+    from markupsafe import Markup
+
+    return Markup('<svg viewBox="0 0 1 1" aria-hidden="true"></svg>')
+
+
 # ---------------------------------------------------------------- what is not tested
 
 
@@ -157,7 +165,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.needs("Chromium"))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    choose_charts(item)
     for marker in item.iter_markers("needs"):
         if name := needs.missing(marker.args):
             reason = f"needs {name}: make test-all"

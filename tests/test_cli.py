@@ -1,16 +1,16 @@
 """The command line: fast help, clear errors, exit codes, and results alone on standard output."""
 
+import io
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from conftest import TINY_MODEL_ARGS, CLIRunner, nextword_command
-from processes import PATIENCE
+from conftest import TINY_MODEL_ARGS, CLIRunner
 
+SMALL = [*TINY_MODEL_ARGS, "--vocab-size=400"]
 TINY_RUN = {
     "steps": 40,
     "vocab_size": 400,
@@ -45,7 +45,7 @@ def test_help_is_fast(nextword_process: CLIRunner, command):
 
 
 def test_pretrain_from_text_to_json(nextword_process: CLIRunner, texts, tmp_path):
-    done = nextword_process("pretrain", texts, "--out", tmp_path / "run", "--steps", "25", "--json", *TINY_MODEL_ARGS)
+    done = nextword_process("pretrain", texts, "--out", tmp_path / "run", "--steps", "25", "--json", *SMALL)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)  # one object and nothing else
     assert {"run", "model", "steps", "seconds", "loss", "bits_per_byte"} <= set(result)
@@ -55,7 +55,7 @@ def test_pretrain_from_text_to_json(nextword_process: CLIRunner, texts, tmp_path
 
 
 def test_quiet_is_quiet(nextword: CLIRunner, texts, tmp_path):
-    done = nextword("pretrain", texts, "--out", tmp_path / "run", "--steps", "5", "--quiet", *TINY_MODEL_ARGS)
+    done = nextword("pretrain", texts, "--out", tmp_path / "run", "--steps", "5", "--quiet", *SMALL)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "5 steps in" in done.stdout
@@ -73,7 +73,7 @@ def test_generate(nextword: CLIRunner, run):
     assert streamed.stdout == "The" + completions[0]["text"] + "\n"
 
 
-def test_several_samples_and_prompts_from_files(nextword: CLIRunner, run, tmp_path):
+def test_several_samples_and_prompts_from_files(nextword: CLIRunner, run, tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("The\nA list\n", encoding="utf-8")
     settings = ("--max-tokens", "8", "--temperature", "1.5", "--seed", "1", "--json")
@@ -81,9 +81,8 @@ def test_several_samples_and_prompts_from_files(nextword: CLIRunner, run, tmp_pa
     completions = json.loads(done.stdout)["completions"]
     assert [c["prompt"] for c in completions] == ["The", "The", "A list", "A list"]
     assert completions[0]["text"] != completions[1]["text"]
-    command = nextword_command("generate", run, "-", *settings)
-    piped = subprocess.run(command, input="The", capture_output=True, text=True, timeout=PATIENCE, check=True)
-    assert json.loads(piped.stdout)["completions"][0] == completions[0]
+    monkeypatch.setattr("sys.stdin", io.StringIO("The"))
+    assert json.loads(nextword("generate", run, "-", *settings).stdout)["completions"][0] == completions[0]
 
 
 def test_options_from_a_file(nextword: CLIRunner, run, texts, tmp_path):

@@ -12,6 +12,8 @@ from nextword.common.errors import NextwordError
 from nextword.reporting.report import write_report
 from test_report import HOSTILE, ParsedPage, assert_contains, assert_self_contained, write_run
 
+pytestmark = pytest.mark.charts
+
 SCORES = {32: (0.5, 0.3), 128: (0.6, 0.35), 512: (0.7, 0.55), 5452: (0.8, 0.72)}
 
 

@@ -20,6 +20,8 @@ from nextword.tasks.dataset import TaskSpec
 from test_interpretability import HOSTILE, TEXT, random_model, saved
 from test_report import training_records, write_evaluated_run, write_run
 
+pytestmark = pytest.mark.charts
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, expect
 else:

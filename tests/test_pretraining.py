@@ -1,6 +1,5 @@
 """Pre-training runs from start to end: run directories, resumes after real kills, signals, time budgets and early stopping."""
 
-import hashlib
 import itertools
 import json
 import os
@@ -23,7 +22,7 @@ from nextword.commands.command import Context
 from nextword.commands.pretrain import PretrainConfig, format_run
 from nextword.common.errors import CorruptFileError, NextwordError, RunLockedError, UsageError
 from nextword.common.fs import read_jsonl
-from nextword.common.run_dir import open_run
+from nextword.common.run_dir import run_lock
 from nextword.data.corpus import Corpus
 from nextword.inference import perplexity
 from nextword.inference.perplexity import compute_token_nll
@@ -33,28 +32,13 @@ from nextword.training.launch import RunContext
 from nextword.training.losses import causal_lm_loss
 from nextword.training.step_budget import TimeBudgetController
 from nextword.training.trainer import FINALIZE_SECONDS
-from processes import PATIENCE, happens, kill, start_process
+from processes import PATIENCE, happens, start_process
+from runs import state_hashes, steps_of
 
 SETTINGS: dict[str, Any] = {
     "model": {"n_layers": 2, "n_heads": 2, "d_model": 32, "context_length": 32, "dropout": 0.1},
     "training": {"batch_tokens": 256, "evaluations": 4},
 }
-
-
-def state_hashes(run: Path) -> dict[str, str]:
-    """SHA-256 of the last weights and optimizer state, the model, and all losses."""
-    last = checkpoint.list_checkpoints(run)[-1]
-    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in last.glob("*.safetensors")}
-    hashes["model"] = hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
-    records = read_jsonl(run / "metrics.jsonl")
-    losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
-    validations = [(record["step"], record["validation"]["loss"]) for record in records if "validation" in record]
-    hashes["losses"] = hashlib.sha256(json.dumps([losses, validations]).encode()).hexdigest()
-    return hashes
-
-
-def steps_of(run: Path) -> int:
-    return sum("loss" in line for line in read_jsonl(run / "metrics.jsonl")) if run.exists() else 0
 
 
 # ---------------------------------------------------------------- a complete run
@@ -194,19 +178,8 @@ SAVED = 7  # steps between saves
 
 
 def start(run: Path, shards: Path, *more: str) -> subprocess.Popen[str]:
-    arguments = nextword_command(
-        "pretrain",
-        shards,
-        "--out",
-        run,
-        "--resume",
-        "--training.save-every",
-        str(SAVED),
-        "--model.dropout",
-        "0.1",
-        *[a for a in TINY_MODEL_ARGS if a not in ("--vocab-size", "400")],
-        *more,
-    )
+    settings = ["--training.save-every", str(SAVED), "--model.dropout", "0.1", *TINY_MODEL_ARGS]
+    arguments = nextword_command("pretrain", shards, "--out", run, "--resume", *settings, *more)
     return start_process(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
 
 
@@ -239,11 +212,10 @@ def kill_and_resume(run: Path, shards: Path, kills: int, steps: int, seed: int) 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 def test_killed_and_resumed_equals_uninterrupted(shards, tmp_path):
-    kills, steps = int(os.environ.get("NEXTWORD_KILLS", "3")), int(os.environ.get("NEXTWORD_KILL_STEPS", "90"))
+    kills, steps = int(os.environ.get("NEXTWORD_KILLS", "2")), int(os.environ.get("NEXTWORD_KILL_STEPS", "60"))
     whole = tmp_path / "whole"
-    process = start(whole, shards, "--steps", str(steps))
-    _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, err
+    settings = {"batch_tokens": SETTINGS["training"]["batch_tokens"], "save_every": SAVED}
+    package.pretrain(shards, whole, steps=steps, model=SETTINGS["model"], training=settings)
     killed, inside, lost = kill_and_resume(
         tmp_path / "killed", shards, kills, steps, seed=int(os.environ.get("NEXTWORD_SEED", "0"))
     )
@@ -273,23 +245,16 @@ def test_a_signal_saves_a_checkpoint_and_explains_how_to_continue(shards, tmp_pa
     assert not (run / "holder.json").exists()
 
 
-def test_a_second_process_on_a_run_is_refused(shards, tmp_path, nextword_process: CLIRunner):
-    run = tmp_path / "run"
-    process = start(run, shards, "--steps", "100000")
-    assert happens(lambda: steps_of(run) >= 1, process)
-    second = nextword_process("pretrain", shards, "--out", run, "--resume")
-    assert second.returncode == RunLockedError.exit_code
-    assert f"process {process.pid} on" in second.stderr
-    for name in ("pretrain", "finetune"):
-        arguments = ["-X", "importtime", "-m", "nextword", name, "--out", str(run), "--resume"]
-        refused = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
-        assert refused.returncode == RunLockedError.exit_code and "nextword.commands.cli" in refused.stderr, (
-            refused.stderr
-        )
-        assert "torch" not in refused.stderr, "it exits before anything heavy is imported"
-    kill(process)
-    with open_run(run, resume=True):  # a killed process leaves no lock
-        pass
+def test_a_second_process_on_a_run_is_refused(tmp_path):
+    """Before anything heavy is imported."""
+    (tmp_path / "run.json").write_text("{}")
+    with run_lock(tmp_path):
+        for name in ("pretrain", "finetune"):
+            command = [sys.executable, "-X", "importtime", "-m", "nextword", name, "--out", str(tmp_path), "--resume"]
+            refused = subprocess.run(command, capture_output=True, text=True)
+            assert refused.returncode == RunLockedError.exit_code, refused.stderr
+            assert f"process {os.getpid()} on" in refused.stderr
+            assert "nextword.commands.cli" in refused.stderr and "torch" not in refused.stderr
 
 
 class FakeClock:
@@ -307,7 +272,7 @@ def test_a_time_budget_is_kept_and_its_decisions_are_replayed(shards, tmp_path, 
     run, replayed, clock, calls = tmp_path / "run", tmp_path / "replayed", FakeClock(), itertools.count()
 
     def timed(model: Any, batch: Any, kernels: bool) -> Any:
-        clock.time += 0.05 if next(calls) < 150 else 0.15
+        clock.time += 0.1 if next(calls) < 75 else 0.3
         return causal_lm_loss(model, batch, kernels)
 
     with monkeypatch.context() as patch:
@@ -336,7 +301,7 @@ def test_the_budget_has_time_for_the_last_validation_and_the_whole_final_evaluat
     clock = FakeClock()
 
     def slow_loss(*arguments: Any, **keywords: Any) -> Any:
-        clock.time += 0.05
+        clock.time += 0.2
         return causal_lm_loss(*arguments, **keywords)
 
     def slow_nll(*arguments: Any) -> Any:
@@ -402,8 +367,7 @@ def test_divergence_has_its_own_exit_code(shards, tmp_path, nextword: CLIRunner,
         return {name: term._replace(total=term.total * torch.inf) for name, term in terms.items()}
 
     monkeypatch.setattr("nextword.training.losses.causal_lm_loss", infinite_loss)
-    arguments = [a for a in TINY_MODEL_ARGS if a not in ("--vocab-size", "400")]
-    done = nextword("pretrain", shards, "--out", tmp_path / "run", "--steps", "60", *arguments)
+    done = nextword("pretrain", shards, "--out", tmp_path / "run", "--steps", "60", *TINY_MODEL_ARGS)
     assert done.returncode == 5, done.stderr
     assert "not a finite number in 5 steps in a row" in done.stderr
     assert "Traceback" not in done.stderr

@@ -130,6 +130,7 @@ def assert_self_contained(page: ParsedPage) -> None:
     assert "#0102" not in page.source and "nan" not in page.text  # placeholder colours of the charts
 
 
+@pytest.mark.charts
 def test_report_of_a_finished_run(tmp_path: Path) -> None:
     path = write_report(write_run(tmp_path / "my-run", records=training_records()))
     page = ParsedPage(path)
@@ -147,6 +148,7 @@ def test_report_of_a_finished_run(tmp_path: Path) -> None:
 HOSTILE = "<script>alert('x')</script> \"&quot; </blockquote></main> {{ title }} {% x %} ]]> ``` | \x00 \ud800 \u202e"
 
 
+@pytest.mark.charts
 def test_content_of_a_run_is_never_markup(tmp_path: Path) -> None:
     def poison(value: Any) -> Any:
         if isinstance(value, dict):
@@ -194,6 +196,7 @@ def test_report_of_an_unfinished_run(tmp_path: Path) -> None:
     assert_contains(page.text, "not finished: at step 300", "3.134")  # the best validation loss so far
 
 
+@pytest.mark.charts
 def test_damaged_run_directories_are_reported(tmp_path: Path) -> None:
     with pytest.raises(NextwordError, match="not a run directory"):
         write_report(tmp_path)
@@ -480,6 +483,7 @@ def test_evaluate_updates_the_files_of_the_run(base: Path, tmp_path: Path, capsy
 # ---------------------------------------------------------------- comparisons
 
 
+@pytest.mark.charts
 def test_comparison_of_runs(tmp_path: Path) -> None:
     model = {**METADATA["model"], "n_layers": 2}
     other = {**METADATA, "size": "tiny", "model": model, "parameters": 1000, "command": "another"}

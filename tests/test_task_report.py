@@ -80,6 +80,7 @@ def write_task_run(run_dir: Path, metadata: Any = TASK_METADATA, result: Any = T
     return write_run(run_dir, metadata, task_records(), result)
 
 
+@pytest.mark.charts
 def test_scores_are_shown_beside_baselines(tmp_path: Path) -> None:
     page = ParsedPage(write_report(write_task_run(tmp_path / "reviews")))
     text = " ".join(page.text.split())
@@ -196,6 +197,7 @@ def test_incomplete_runs_have_reports_and_cards(tmp_path: Path, metadata: Any, r
     assert write_card(run).read_text(encoding="utf-8").startswith("---\n")
 
 
+@pytest.mark.charts
 @pytest.mark.parametrize("value", [math.nan, math.inf, None, 0.0, -0.0, 1e300], ids=str)
 def test_invalid_numbers_are_not_shown(tmp_path: Path, value: Any) -> None:
     scores = {"value": value, "low": value, "high": value, "n": value}
@@ -210,6 +212,7 @@ def test_invalid_numbers_are_not_shown(tmp_path: Path, value: Any) -> None:
         assert not re.search(r"\b(nan|inf|none|null|false)\b|-0\.0+\b", text, re.IGNORECASE)
 
 
+@pytest.mark.charts
 def test_names_of_labels_columns_and_baselines_are_never_markup(tmp_path: Path) -> None:
     task = {**TASK_METADATA["task"], "labels": [HOSTILE, "a"], "columns": {HOSTILE: HOSTILE, "$x$": "$\\frac$"}}
     data = {**TASK_METADATA["data"], "labels": {HOSTILE: 9, "a": 1}}
@@ -229,6 +232,7 @@ VALUES = st.recursive(
 SCORES = st.dictionaries(st.sampled_from(["macro_f1", "accuracy", "chrf", "loss", "joy"]), VALUES | st.floats())
 
 
+@pytest.mark.charts
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_content_gives_a_report_and_a_card(tmp_path: Path, data: st.DataObject) -> None:

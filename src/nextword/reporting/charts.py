@@ -173,7 +173,7 @@ def small_chart(
     axis = x_label.split()[0]
     (first_x, first), (last_x, last) = points[0], points[-1]
     description = f"{caption}: {first:.3g} at {axis} {first_x:,.0f}, {last:.3g} at {axis} {last_x:,.0f}."
-    return Chart(caption, description, _draw(plot, (3.7, 2.3), f"small-{name}"))
+    return Chart(caption, description, draw_svg(plot, (3.7, 2.3), f"small-{name}"))
 
 
 def label_efficiency_chart(
@@ -353,10 +353,10 @@ def _format_tick(value: float, _: float) -> str:
 def _responsive_chart(name: str, caption: str, description: str, plot: Plot, heights: tuple[float, float]) -> Chart:
     """A chart that is drawn twice, for wide pages and for narrow screens."""
     wide, narrow = ((7.6, heights[0]), (3.7, heights[1]))
-    return Chart(caption, description, _draw(plot, wide, f"{name}-wide"), _draw(plot, narrow, f"{name}-narrow"))
+    return Chart(caption, description, draw_svg(plot, wide, f"{name}-wide"), draw_svg(plot, narrow, f"{name}-narrow"))
 
 
-def _draw(plot: Plot, size: tuple[float, float], id_prefix: str) -> Markup:
+def draw_svg(plot: Plot, size: tuple[float, float], id_prefix: str) -> Markup:
     """A figure as an element of an HTML page: no XML declaration, no addresses, prefixed ids, colours as variables."""
     buffer, wide = io.StringIO(), size[0] > 5
     with matplotlib.rc_context(fname=fmt.TEMPLATES / "charts.mplstyle"):

@@ -386,7 +386,10 @@ def setup_training(
         if run.dist.world_size > 1:
             run.dist = parallelize(run.dist, eager_step, training.parallel, bf16=bf16, device=device)
         elif on_meta:
-            model.to_empty(device=device)
+            # `to_empty` would import sympy, which takes a second.
+            shapes = model.state_dict().items()
+            weights = {name: torch.empty(tuple(t.shape), dtype=t.dtype, device=device) for name, t in shapes}
+            model.load_state_dict(weights, assign=True)
             model.init_buffers()
         state = TrainState(model, Optimizer(model, training, run.dist))
         settings = StepSettings(training, metadata["seed"], bf16=bf16)
