@@ -14,11 +14,6 @@ from nextword.common.results import short_path_name
 from nextword.data.chat_format import encode_conversation
 from nextword.reporting.report import strip_directories
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("peft")
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-
 WORDS = ["light", "salt", "asleep", "awake", "plants", "station", "water", "verb", "cat", "green", "seven", "train"]
 
 
@@ -38,6 +33,14 @@ EXAMPLES: dict[str, Any] = {
     },
     "prefer": lambda i: {"prompt": pick(i), "chosen": pick(i, 2), "rejected": pick(i + 1, 2)},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet_transformers() -> None:
+    pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="module")

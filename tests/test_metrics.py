@@ -11,7 +11,6 @@ import pytest
 import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rouge_score.rouge_scorer import RougeScorer
 
 from nextword.common import statistics
 from nextword.common.errors import MissingDependencyError, UsageError
@@ -396,6 +395,8 @@ def test_generation_metrics_resample_texts(few_resamples):
     scores = generation_metrics(REFERENCES, TEXTS)
     assert [*scores] == ["chrf", "bleu", "rouge1", "rouge2", "rougeL"]
     sacrebleu_metrics = {"chrf": sacrebleu.CHRF(), "bleu": sacrebleu.BLEU()}
+    from rouge_score.rouge_scorer import RougeScorer  # takes a second
+
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
 
     def corpus_score(name: str) -> Callable[[np.ndarray], float]:

@@ -119,6 +119,7 @@ def test_on_the_command_line_and_in_a_file_too(nextword: CLIRunner, tmp_path, te
     ]
     if any(f.name == "out" for f in declared_fields(command.config)):
         given += ["--out", str(arguments["out"])]
+    in_a_file: set[str | None] = set()
     values = itertools.cycle(("nan", "inf", "-inf", "1e400", "-7", "9" * 40))
     for _, field, group, _kind, range in (o for o in OPTIONS if o[0] == name):
         if any(f.name == field and info_of(f).python_only for f in declared_fields(command.config)):
@@ -127,6 +128,9 @@ def test_on_the_command_line_and_in_a_file_too(nextword: CLIRunner, tmp_path, te
         done = nextword(name, *given, f"{flag_of(field, group)}={value}")
         assert (done.returncode, done.stdout) == (2, ""), (field, value, done.stderr)
         assert flag_of(field, group) in done.stderr and "Traceback" not in done.stderr, (value, done.stderr)
+        if group in in_a_file:
+            continue  # a file is read by the same code for every option of a group
+        in_a_file.add(group)
         file = tmp_path / "options.json"
         file.write_text(json.dumps({field: value} if group is None else {group: {field: value}}))
         done = nextword(name, *given, "--config", file)
@@ -168,15 +172,8 @@ def test_numbers_at_the_ends_of_their_ranges_work(texts: Path, tmp_path):
     """Zeros and negative seeds are allowed where they mean something."""
     import nextword
 
-    sizes = {
-        "n_layers": 1,
-        "n_heads": 1,
-        "d_model": 8,
-        "context_length": 8,
-        "dropout": 0,
-        "rope_theta": 1,
-        "norm_eps": 1,
-    }
+    sizes = {"n_layers": 1, "n_heads": 1, "d_model": 8, "context_length": 8}
+    sizes |= {"dropout": 0, "rope_theta": 1, "norm_eps": 1}
     zeros = dict.fromkeys(("weight_decay", "warmup", "final_lr", "clip", "beta1", "beta2", "momentum"), 0)
     nextword.pretrain(
         texts,

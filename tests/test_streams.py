@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -35,12 +36,13 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[bytes
     return subprocess.run(["bash", "-c", command], capture_output=True, timeout=PATIENCE, env=variables)
 
 
-def test_characters_that_the_encoding_lacks(base):
+def test_characters_that_the_encoding_lacks(shards, tmp_path):
     """Text is replaced, and JSON escaped, so that nothing of it is lost."""
-    text = shell(f"$NW generate {base} 'The moon 月 é' --max-tokens 2", PYTHONIOENCODING="cp1252")
+    shutil.copytree(shards, tmp_path / "The moon 月 é")
+    text = shell(f"cd {tmp_path}; $NW verify 'The moon 月 é'", PYTHONIOENCODING="cp1252")
     assert (text.returncode, text.stdout[:12]) == (0, b"The moon ? \xe9"), text.stderr
-    answer = shell(f"$NW generate {base} 'The moon 月 é' --max-tokens 2 --json", PYTHONIOENCODING="ascii:strict")
-    assert json.loads(answer.stdout.decode("ascii"))["completions"][0]["prompt"] == "The moon 月 é"
+    answer = shell(f"cd {tmp_path}; $NW verify 'The moon 月 é' --json", PYTHONIOENCODING="ascii:strict")
+    assert json.loads(answer.stdout.decode("ascii"))["whole"] == {"The moon 月 é": "shards"}
 
 
 def test_arguments_that_are_not_utf8(texts, tmp_path):
@@ -69,20 +71,20 @@ def test_arguments_that_are_not_utf8(texts, tmp_path):
     ("command", "code", "message"),
     [
         ("$NW --help >/dev/full", 4, "standard output: No space left on device"),
-        ("$NW generate {base} The --max-tokens 2 >/dev/full", 4, "standard output: No space left on device"),
-        ("$NW generate {base} The --max-tokens 2 --json >&-", 1, "standard output is closed"),
+        ("$NW verify {base} >/dev/full", 4, "standard output: No space left on device"),
+        ("$NW verify {base} --json >&-", 1, "standard output is closed"),
         ("$NW generate {base} - --max-tokens 2 <&-", 1, "standard input is closed"),
         ("$NW chat {base} <&-", 1, "standard input or output is closed"),
-        ("$NW evaluate {base} 2>/dev/full", 0, ""),
-        ("$NW evaluate {base} 2>&-", 0, ""),
+        ("$NW prepare {texts} --out {tmp}/shards --vocab-size 300 2>/dev/full", 0, ""),
+        ("$NW prepare {texts} --out {tmp}/shards --vocab-size 300 2>&-", 0, ""),
     ],
 )
-def test_streams_that_are_full_or_closed(base, command, code, message):
-    done = shell(command.replace("{base}", str(base)))
+def test_streams_that_are_full_or_closed(base, texts, tmp_path, command, code, message):
+    done = shell(command.format(base=base, texts=texts, tmp=tmp_path))
     assert done.returncode == code, done.stderr
     assert message in done.stderr.decode() and b"Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) <= 1 + 3 * (not code)
-    assert code or b"perplexity" in done.stdout
+    assert code or b"40 documents" in done.stdout
 
 
 def test_messages_never_end_a_run(monkeypatch):
@@ -249,16 +251,7 @@ def test_run_json_has_the_call_as_it_was(classifier, base, nextword: CLIRunner, 
     command = json.loads((classifier / "run" / "run.json").read_text())["command"]
     assert command.startswith("nextword.finetune(PosixPath(") and command.endswith("steps=2)")
     arguments = ["pretrain", str(texts), "--out", str(tmp_path / "my run"), "--steps", "1", "--vocab-size", "300"]
-    arguments += [
-        "--model.n-layers",
-        "1",
-        "--model.n-heads",
-        "1",
-        "--model.d-model",
-        "8",
-        "--model.context-length",
-        "16",
-    ]
+    arguments += ["--model.n-layers=1", "--model.n-heads=1", "--model.d-model=8", "--model.context-length=16"]
     monkeypatch.setattr("sys.argv", ["/usr/bin/nextword", *arguments])
     assert nextword(*arguments).returncode == 0
     command = json.loads((tmp_path / "my run" / "run.json").read_text())["command"]
