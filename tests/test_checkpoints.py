@@ -282,43 +282,42 @@ def load_model(path: Path, loss_module: LossModule, optimizer: Optimizer, *ctx: 
     optimizer.load_state_tensors(optimizer_state)
 
 
-def save_and_load(directory: Path, layout: str) -> None:
+def save_and_load(ctx: DistContext, directory: Path, layout: str) -> None:
     """Run by each process: save sharded, load in one process, save there, and load both sharded again."""
-    with init_distributed() as ctx:
-        ctx, loss_module, optimizer = parallel_model(ctx, layout)
-        single, single_optimizer = model_and_optimizer(0)
-        for (name, p), q in zip(loss_module.model.named_parameters(), single.model.parameters(), strict=True):
-            assert torch.equal(to_local(p), q[local_slices(p, ctx)]), f"{name}: sharded as `local_slices` says"
-            assert torch.equal(to_full(p.detach()), q), name
-            p.grad = p.detach() * 0.5 + 0.1
-            q.grad = q.detach() * 0.5 + 0.1
-        optimizer.step(1.0)
-        single_optimizer.step(1.0)
-        before, expected = full_tensors(loss_module, optimizer), full_tensors(single, single_optimizer)
-        for name in expected:
-            torch.testing.assert_close(before[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
-        save_model(directory / "sharded", 1, loss_module, optimizer, ctx)
-        paths = [directory / name / "checkpoints" / "step-00000001" for name in ("sharded", "single")]
-        if ctx.is_main:
-            single, single_optimizer = model_and_optimizer(1)
-            load_model(paths[0], single, single_optimizer)
-            after = full_tensors(single, single_optimizer)
-            assert after.keys() == before.keys()
-            assert all(torch.equal(after[name], before[name]) for name in before)
-            save_model(directory / "single", 1, single, single_optimizer)
-        ctx.all_reduce_max([0])  # barrier
-        for path in paths:
-            with torch.no_grad():
-                for p in loss_module.model.parameters():
-                    p.zero_()
-            optimizer = Optimizer(loss_module.model, TRAINING, ctx)
-            load_model(path, loss_module, optimizer, ctx)
-            after = full_tensors(loss_module, optimizer)
-            assert after.keys() == before.keys()
-            assert all(torch.equal(after[name], before[name]) for name in before), path
+    ctx, loss_module, optimizer = parallel_model(ctx, layout)
+    single, single_optimizer = model_and_optimizer(0)
+    for (name, p), q in zip(loss_module.model.named_parameters(), single.model.parameters(), strict=True):
+        assert torch.equal(to_local(p), q[local_slices(p, ctx)]), f"{name}: sharded as `local_slices` says"
+        assert torch.equal(to_full(p.detach()), q), name
+        p.grad = p.detach() * 0.5 + 0.1
+        q.grad = q.detach() * 0.5 + 0.1
+    optimizer.step(1.0)
+    single_optimizer.step(1.0)
+    before, expected = full_tensors(loss_module, optimizer), full_tensors(single, single_optimizer)
+    for name in expected:
+        torch.testing.assert_close(before[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    save_model(directory / "sharded", 1, loss_module, optimizer, ctx)
+    paths = [directory / name / "checkpoints" / "step-00000001" for name in ("sharded", "single")]
+    if ctx.is_main:
+        single, single_optimizer = model_and_optimizer(1)
+        load_model(paths[0], single, single_optimizer)
+        after = full_tensors(single, single_optimizer)
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        save_model(directory / "single", 1, single, single_optimizer)
+    ctx.all_reduce_max([0])  # barrier
+    for path in paths:
+        with torch.no_grad():
+            for p in loss_module.model.parameters():
+                p.zero_()
+        optimizer = Optimizer(loss_module.model, TRAINING, ctx)
+        load_model(path, loss_module, optimizer, ctx)
+        after = full_tensors(loss_module, optimizer)
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before), path
 
 
-def killed_while_saving(directory: Path, layout: str) -> None:
+def killed_while_saving(ctx: DistContext, directory: Path, layout: str) -> None:
     """Run by each of two processes; the second one is killed while it writes its shards of the second checkpoint."""
 
     def half_and_killed(path: Path, *arguments: Any) -> Any:
@@ -326,23 +325,29 @@ def killed_while_saving(directory: Path, layout: str) -> None:
         os.truncate(path, 300)
         os.kill(os.getpid(), signal.SIGKILL)
 
+    ctx, loss_module, optimizer = parallel_model(ctx, layout)
+    save_model(directory / "killed", 1, loss_module, optimizer, ctx)
+    if not ctx.is_main:
+        checkpoint.write_safetensors = half_and_killed
+    save_model(directory / "killed", 2, loss_module, optimizer, ctx)
+
+
+def run_programs(directory: Path, layout: str, *programs: Callable[[DistContext, Path, str], None]) -> None:
     with init_distributed() as ctx:
-        ctx, loss_module, optimizer = parallel_model(ctx, layout)
-        save_model(directory, 1, loss_module, optimizer, ctx)
-        if not ctx.is_main:
-            checkpoint.write_safetensors = half_and_killed
-        save_model(directory, 2, loss_module, optimizer, ctx)
+        for program in programs:
+            program(ctx, directory, layout)
 
 
 def run_in_processes(
-    program: Callable[[Path, str], None],
     directory: Path,
     layout: str,
+    *programs: Callable[[DistContext, Path, str], None],
     exit_codes: tuple[int, ...] = (0, 0),
     local_world_size: int | None = None,
 ) -> list[str]:
-    """Run a function of this file in as many processes as there are exit codes; their standard error."""
-    code = f"import sys, pathlib; from test_checkpoints import *; {program.__name__}(pathlib.Path(sys.argv[1]), sys.argv[2])"
+    """Run functions of this file in as many processes as there are exit codes; their standard error."""
+    names = ", ".join(program.__name__ for program in programs)
+    code = f"import sys, pathlib; from test_checkpoints import *; run_programs(Path(sys.argv[1]), sys.argv[2], {names})"
     environment = {
         **os.environ,
         "WORLD_SIZE": str(len(exit_codes)),
@@ -362,11 +367,20 @@ def run_in_processes(
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory) -> Path:
-    """A checkpoint of two processes."""
-    directory = tmp_path_factory.mktemp("sharded")
-    run_in_processes(save_and_load, directory, "fsdp-no-reshard")
-    return directory / "sharded"
+def of_two_processes(tmp_path_factory) -> Path:
+    """A checkpoint of two processes, `sharded`, and that of a run one of whose processes was killed, `killed`."""
+    if os.name == "nt":
+        pytest.skip("this system has no SIGKILL")
+    directory = tmp_path_factory.mktemp("two")
+    programs, exit_codes = (save_and_load, killed_while_saving), (1, -signal.SIGKILL)
+    errors = run_in_processes(directory, "fsdp-no-reshard", *programs, exit_codes=exit_codes)
+    assert PEER_LOST in errors[0]
+    return directory
+
+
+@pytest.fixture
+def sharded(of_two_processes: Path) -> Path:
+    return of_two_processes / "sharded"
 
 
 def test_each_process_writes_its_rows(sharded):
@@ -380,7 +394,7 @@ def test_each_process_writes_its_rows(sharded):
 
 @more_time
 def test_one_replica_writes(tmp_path):
-    run_in_processes(save_and_load, tmp_path, "hsdp", local_world_size=1)
+    run_in_processes(tmp_path, "hsdp", save_and_load, local_world_size=1)
     sharded, single = (tmp_path / name / "checkpoints" / "step-00000001" for name in ("sharded", "single"))
     assert sha256s(sharded) == sha256s(single), "the files of a single process"
 
@@ -394,7 +408,8 @@ def test_one_replica_writes(tmp_path):
     ],
 )
 def test_tensor_parallel_checkpoints_load_in_one_process_and_in_several(tmp_path, layout, local_world_size, world_size):
-    run_in_processes(save_and_load, tmp_path, layout, (0,) * world_size, local_world_size)
+    exit_codes = (0,) * world_size
+    run_in_processes(tmp_path, layout, save_and_load, exit_codes=exit_codes, local_world_size=local_world_size)
     last = latest_valid(tmp_path / "sharded")
     assert last is not None
     files = list(last.glob("weights-*"))
@@ -403,17 +418,14 @@ def test_tensor_parallel_checkpoints_load_in_one_process_and_in_several(tmp_path
     assert shapes == {(16 * 2 // local_world_size, 32)}, "no process writes more than its shard"
 
 
-@pytest.mark.skipif(os.name == "nt", reason="this system has no SIGKILL")
-def test_a_process_killed_while_it_saves_leaves_the_last_checkpoint_complete(tmp_path):
-    errors = run_in_processes(killed_while_saving, tmp_path, "fsdp-no-reshard", (1, -signal.SIGKILL))
-    assert PEER_LOST in errors[0]
-    directory = tmp_path / "checkpoints"
+def test_a_process_killed_while_it_saves_leaves_the_last_checkpoint_complete(of_two_processes):
+    directory = of_two_processes / "killed" / "checkpoints"
     partial = (directory / ".step-00000002.partial").glob("weights-*.safetensors")
     sizes = {path.name: path.stat().st_size for path in partial}
     assert sizes.keys() == {f"weights-0000{shard}-of-00002.safetensors" for shard in (1, 2)}
     assert sizes["weights-00002-of-00002.safetensors"] == 300
     assert (directory / "latest").read_text() == "step-00000001\n"
-    assert latest_valid(tmp_path) == directory / "step-00000001"
+    assert latest_valid(of_two_processes / "killed") == directory / "step-00000001"
 
 
 def test_a_damaged_or_missing_shard_is_named(sharded, tmp_path):
