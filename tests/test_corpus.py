@@ -1,27 +1,32 @@
 """A prepared corpus: complete, deduplicated, split by hash, reproducible, and reused while nothing has changed."""
 
+import contextlib
 import gzip
 import hashlib
 import json
 import os
 import shutil
+import sqlite3
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import decoders, models
 from tokenizers.processors import TemplateProcessing
 
 from needs import DATA
 from nextword.common.console import Console
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
-from nextword.common.fs import MANIFEST, read_jsonl, read_manifest, verify_tree
+from nextword.common.fs import read_jsonl, verify_tree
 from nextword.data import corpus as corpus_module
 from nextword.data import prepare as prepare_module
-from nextword.data.corpus import Corpus
+from nextword.data import scan as scan_module
+from nextword.data.corpus import SPLITS, Corpus
 from nextword.data.prepare import prepare
-from nextword.data.scan import CorpusScan
+from nextword.data.scan import DocumentTable, HeldOutDocuments, choose_held_out
 from nextword.data.tokenizer import Tokenizer
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
@@ -47,6 +52,10 @@ def document_texts(corpus, split):
     ends = np.flatnonzero(ids == corpus.tokenizer.eos_id)
     assert len(ids) == 0 or ends[-1] == len(ids) - 1
     return [corpus.tokenizer.decode(document) for document in np.split(ids, ends + 1)[:-1]]
+
+
+def cut_documents(corpus):
+    return corpus.manifest["held_out"]["cut"]
 
 
 def all_texts(corpus):
@@ -152,37 +161,124 @@ def test_real_small_languages(tmp_path):
     corpus = prepare([DATA / "tinyshakespeare"], tmp_path / "shakespeare", tokenizer="char")
     assert (corpus.train.characters, corpus.validation.characters) == (1_003_854, 111_540)
     assert corpus.tokenizer.vocab_size == 65 + 3 and corpus.validation.unknown == 0
-    corpus = prepare([DATA / "small_languages/wolof"], tmp_path / "wolof")
-    assert corpus.documents == corpus.train.documents + corpus.validation.documents > 20
+    for language in ("wolof", "swahili"):
+        corpus = prepare([DATA / "small_languages" / language], tmp_path / language)
+        assert (
+            corpus.documents == corpus.train.documents + corpus.validation.documents - len(cut_documents(corpus)) > 20
+        )
+        assert 0.08 < corpus.validation.bytes / (corpus.train.bytes + corpus.validation.bytes) < 0.12
 
 
 # ---------------------------------------------------------------- the validation split
 
 
-def test_new_files_do_not_move_old_documents(folder, prepared, tmp_path):
-    write(folder, {f"0{i}-more.txt": article(i) for i in range(100, 160)})
-    grown = prepare([folder], tmp_path / "grown")
-    old = {article(i) for i in range(60)}
-    assert set(document_texts(grown, "validation")) & old == set(document_texts(prepared, "validation"))
+def hold_out(sizes, validation=None, test=None):
+    """The choice among documents of some bytes, and the part of each."""
+    keys = [hashlib.blake2b(str(i).encode(), digest_size=16).digest() for i in range(len(sizes))]
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        table = DocumentTable(connection)
+        assert all(table.add(key, size) for key, size in zip(keys, sizes, strict=True))
+        held_out = choose_held_out(table, len(sizes), sum(sizes), validation, test)
+    return held_out, [held_out.part_of(key.hex()) for key in keys]
 
 
-def test_a_growing_corpus_moves_documents_to_training_only():
-    scan = CorpusScan()
-    for i in range(3000):
-        scan.add(hashlib.blake2b(str(i).encode(), digest_size=16).digest(), True, 1, 1)
-    validation = []
-    for size in (10**6, 10**7, 10**8):
-        scan.size = size
-        validation.append({i for i in range(3000) if scan.split_for_index(i) == "validation"})
-    assert validation[0] > validation[1] > validation[2]
-    assert [round(len(indices) / 30) for indices in validation] == pytest.approx([10, 5, 1], abs=1.5)
+def shares(sizes, held_out, parts):
+    """The share of the text in the validation and in the test set."""
+    total, cut = sum(sizes), sum(size for size, part in zip(sizes, parts, strict=True) if part == "cut")
+    whole = [sum(size for size, part in zip(sizes, parts, strict=True) if part == split) for split in SPLITS[1:]]
+    return [(size + cut * fraction) / total for size, fraction in zip(whole, held_out.fractions, strict=True)]
 
 
-def test_the_validation_set_has_at_least_one_document():
-    scan = CorpusScan()
-    for i in range(30):
-        scan.add(bytes([200 + i]) * 16, True, 1, 1)
-    assert [i for i in range(30) if scan.split_for_index(i) == "validation"] == [0]
+@settings(max_examples=150)
+@given(
+    st.lists(st.one_of(st.integers(1, 30), st.integers(1, 3000), st.integers(1, 10**6)), min_size=1, max_size=60),
+    st.sampled_from([0.01, 0.05, 0.1, 0.2, 0.5]),
+    st.sampled_from([0.0, 0.01, 0.05]),
+)
+def test_the_held_out_share_is_what_is_asked_whatever_the_lengths_of_the_documents(sizes, validation, test):
+    held_out, parts = hold_out(sizes, validation, test)
+    validation_share, test_share = shares(sizes, held_out, parts)
+    assert 0.8 * validation - 1e-9 <= validation_share <= 1.2 * validation + 1e-9
+    assert 0.5 * test - 1e-9 <= test_share <= 1.5 * test + 1e-9
+    if len(sizes) < 20:
+        assert set(parts) == {"cut"}
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(4e6, (0.1, 0.0)), (6e6, (0.1, 0.05)), (2e7, (0.05, 0.05)), (2e8, (0.01, 0.01))]
+)
+def test_the_default_shares_depend_on_the_amount_of_text(size, expected):
+    sizes = [int(size / 2000)] * 2000
+    held_out, parts = hold_out(sizes)
+    assert held_out.fractions == expected and "cut" not in parts
+    assert shares(sizes, held_out, parts) == pytest.approx(expected, rel=0.06)
+    assert hold_out(sizes, validation=0.02)[0].fractions == (0.02, 0.02 if size >= 5e6 else 0.0)
+
+
+def test_more_text_moves_few_documents_between_the_sets():
+    sizes = [500 + 37 * i % 991 for i in range(1000)]
+    before, after = hold_out(sizes)[1], hold_out([*sizes, *sizes[:100]])[1]
+    moved = sum(a != b for a, b in zip(before, after, strict=False))
+    assert moved <= 8 and before.count("validation") > 80  # a tenth more text
+
+
+def test_a_long_document_is_cut_and_the_others_are_held_out_whole():
+    sizes = [1000] * 100 + [100_000]
+    held_out, parts = hold_out(sizes)
+    assert parts[-1] == "cut" and set(parts[:-1]) == {"train", "validation"}
+    assert held_out.cut_points(1001) == (0, 900, 1001, 1001)
+
+
+def test_corpora_of_the_first_version_keep_their_split():
+    keys = [hashlib.blake2b(str(i).encode(), digest_size=16).hexdigest() for i in range(3000)]
+    sizes = [10**6, 10**7, 10**8]
+    splits = [HeldOutDocuments.of_version_1(sorted(keys), size) for size in sizes]
+    counts = [sum(split.part_of(key) == "validation" for key in keys) for split in splits]
+    assert [round(count / 30) for count in counts] == pytest.approx([10, 5, 1], abs=1.5)
+    assert HeldOutDocuments.of_version_1(sorted(keys)[:19], 100).part_of(keys[0]) in ("cut", "train")
+    few = HeldOutDocuments.of_version_1(["f" * 32, *["f" * 31 + str(i) for i in range(9)]] * 3, 10)
+    assert few.part_of("f" * 32) == "validation"  # at least one document
+
+
+def test_own_validation_and_test_sets(folder, tmp_path):
+    own = write(tmp_path / "own", {"v.txt": article(500), "t.txt": article(501), "again.txt": article(3)})
+    messages = []
+    options = {"validation": [own / "v.txt", own / "again.txt"], "log": messages.append}
+    corpus = prepare([folder], tmp_path / "out", test=[own / "t.txt"], **options)
+    assert document_texts(corpus, "validation") == [article(500), article(3)]
+    assert document_texts(corpus, "test") == [article(501)]
+    assert sorted(document_texts(corpus, "train")) == sorted(article(i) for i in range(60) if i != 3)
+    assert any("1 documents that are in the validation or test set, too" in message for message in messages)
+    assert [line.partition(",")[0] for line in corpus.describe_held_out()] == [
+        "validation set: 2 documents (v.txt",
+        "test set: 1 documents (t.txt)",
+    ]
+    assert set(corpus.manifest["held_out"]["fractions"]) == {0.0}
+    messages.clear()
+    prepare([folder], tmp_path / "out", test=[own / "t.txt"], **options)
+    assert "unchanged" in messages[-1]
+    prepare([folder], tmp_path / "out", validation=[own / "v.txt"], log=messages.append)
+    assert any("other settings" in message for message in messages)
+    only_test = prepare([folder], tmp_path / "only-test", test=[own / "t.txt"])
+    assert 3 <= only_test.validation.documents <= 9 and only_test.test.documents == 1
+    (own / "empty.txt").write_text(" ")
+    with pytest.raises(NextwordError, match="no text in what --validation names"):
+        prepare([folder], tmp_path / "other", validation=[own / "empty.txt"])
+    with pytest.raises(UsageError, match="exclude each other"):
+        prepare([folder], tmp_path / "other", validation=[own / "v.txt"], validation_fraction=0.1)
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_the_end_of_each_of_a_few_documents_is_the_validation_and_the_test_set(tmp_path, monkeypatch, num_shards):
+    monkeypatch.setattr(scan_module, "TEST_BYTES", 1000)
+    texts = {"a.txt": "é" * 7 + article(1, 3000), "b.txt": article(2), "c.txt": "xyz", "long.txt": article(3, 30_000)}
+    folder = write(tmp_path / "in", texts)
+    corpus = prepare([folder], tmp_path / "out", shard=f"1/{num_shards}", validation_fraction=0.2)
+    ends = [[len(text) * number // 100 for number in (0, 75, 95, 100)] for text in texts.values()]
+    for i, split in enumerate(SPLITS):
+        expected = [text[end[i] : end[i + 1]] for text, end in zip(texts.values(), ends, strict=True)]
+        assert document_texts(corpus, split) == [text for text in expected if text]
+    assert corpus.describe_held_out()[1].startswith("test set: the end of 4 documents, 5.")
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "char"])
@@ -237,17 +333,15 @@ def test_large_vocabularies_are_written_as_uint32(articles, tmp_path, monkeypatc
     assert tokens.read(0, 4).tolist() == [70_000, 70_000, 70_000, 0]
 
 
-def test_shards_of_version_296681d_open_and_are_reproduced(files_296681d, tmp_path):
-    old = Corpus.open(files_296681d / "shards")
-    new = prepare([files_296681d / "texts"], tmp_path / "out", vocab_size=old.tokenizer.vocab_size)
-    for path in old.path.iterdir():
-        assert path.name == MANIFEST or path.read_bytes() == (new.path / path.name).read_bytes(), path.name
-    manifests = [read_manifest(corpus.path) for corpus in (old, new)]
-    for source in (source for manifest in manifests for source in manifest["sources"]):
-        del source["mtime_ns"]
-    assert manifests[0] == manifests[1]
-    assert prepare([files_296681d / "texts"], old.path, vocab_size=300).fingerprint == new.fingerprint
-    assert verify_tree(old.path) == {str(old.path): "shards"}
+def test_shards_of_version_296681d_open_and_keep_their_split(files_296681d):
+    corpus = Corpus.open(files_296681d / "shards")
+    texts = [path.read_text() for path in sorted((files_296681d / "texts").rglob("*.txt"))]
+    keys = {hashlib.blake2b(text.encode(), digest_size=16).hexdigest(): text for text in texts}
+    held_out = HeldOutDocuments.of_version_1(sorted(keys), sum(len(text.encode()) for text in keys.values()))
+    validation = {text for key, text in keys.items() if held_out.part_of(key) == "validation"}
+    assert len(keys) == corpus.documents and set(document_texts(corpus, "validation")) == validation
+    assert corpus.test.documents == 0 and len(corpus.describe_held_out()) == 1
+    assert verify_tree(corpus.path) == {str(corpus.path): "shards"}
 
 
 # ---------------------------------------------------------------- reuse

@@ -39,7 +39,7 @@ from nextword.data.builtin_datasets import find_sources
 from nextword.data.corpus import Corpus
 from nextword.data.issues import IssueLog
 from nextword.data.readers import SourceFile
-from nextword.data.scan import CorpusScan, HashedDocument, are_unchanged, scan_corpus
+from nextword.data.scan import HeldOutDocuments, SourceReader, are_unchanged, report_issues
 
 FORMAT_VERSION = 1
 MIN_MATCH_BYTES = 24  # default length from which on matches are returned
@@ -235,14 +235,16 @@ def build_index(
     """
     out, issues = Path(out), IssueLog()
     # Every run on the same text can share an index.
-    prepared = None if training_corpus is None else _texts_digest(training_corpus.manifest["sources"])
+    prepared = None if training_corpus is None else _texts_digest(_training_sources(training_corpus))
     settings = {"text_column": text_column, "prepared": prepared}
     with fs.output_lock(out):
         sources = find_sources(corpora, issues, text_column, exclude=out)
         index = _open_if_unchanged(out, settings, sources, console)
         if index is not None:
             return index
-        fs.build_directory(out, lambda directory: _write_index(directory, sources, settings, issues, console))
+        fs.build_directory(
+            out, lambda directory: _write_index(directory, sources, settings, training_corpus, issues, console)
+        )
     return CorpusIndex.open(out)
 
 
@@ -271,13 +273,24 @@ def _open_if_unchanged(
         return None
 
 
+def _training_sources(corpus: Corpus) -> list[dict[str, Any]]:
+    """The source files of a corpus, without those of a user's own validation and test set."""
+    _, *num_own = corpus.manifest["settings"].get("held_out", (None, 0, 0))
+    return corpus.manifest["sources"][sum(num_own) :]
+
+
 def _texts_digest(sources: list[dict[str, Any]]) -> str:
     """A hash of all texts of a corpus."""
     return sha256(json.dumps([source["texts"] for source in sources]).encode()).hexdigest()
 
 
 def _write_index(
-    directory: Path, sources: list[SourceFile], settings: dict[str, Any], issues: IssueLog, console: Console
+    directory: Path,
+    sources: list[SourceFile],
+    settings: dict[str, Any],
+    training_corpus: Corpus | None,
+    issues: IssueLog,
+    console: Console,
 ) -> None:
     """Write the files of an index into an empty directory."""
     spooled = directory / "rows.bin"
@@ -286,8 +299,8 @@ def _write_index(
         (directory / "text.bin").open("wb") as text_file,
         spooled.open("wb") as row_file,
     ):
-
-        def add(source: int, hashed: HashedDocument) -> None:
+        reader = SourceReader(sources, "reading", console.progress)
+        for source, hashed in reader.documents(issues):
             begin = text_file.tell()
             for chunk in hashed:
                 text_file.write(chunk.encode())
@@ -295,10 +308,9 @@ def _write_index(
             row = (begin, end, end, hashed.finalize().hex(), source, hashed.document.line or 0)
             row_file.write(np.array([row], DOCUMENT_DTYPE).tobytes())
             text_file.write(bytes([DOCUMENT_END]))
-
-        scan = scan_corpus(sources, directory, issues, console.progress, console.info, add)
+        report_issues(issues, not row_file.tell(), console.info)
         text_file.write(bytes([DOCUMENT_END]) * PADDING)
-    has_held_out = settings["prepared"] == _texts_digest(scan.sources)
+    has_held_out = settings["prepared"] == _texts_digest(reader.found)
     if settings["prepared"] and not has_held_out:
         console.info("the corpus is not the training text of the model: all of it is searched as training text")
     text = MappedText(directory / "text.bin")
@@ -306,8 +318,8 @@ def _write_index(
     suffixes = directory / "suffixes.bin"
     with fs.map_disk_errors(directory):
         rows = np.memmap(spooled, DOCUMENT_DTYPE, "r+")
-        if has_held_out:
-            _mark_held_out(rows, text, scan)
+        if has_held_out and training_corpus is not None:
+            _mark_held_out(rows, text, training_corpus)
         np.save(directory / "documents.npy", rows)
         count, num_documents = _write_suffix_starts(suffixes, text, rows, dtype), len(rows)
         del rows  # Windows removes no file that is mapped
@@ -320,22 +332,26 @@ def _write_index(
             "asked": settings,
             "held_out": has_held_out,
             "documents": num_documents,
-            "bytes": scan.size,
             "places": dtype.str,
             "problems": dict(issues.counts_by_kind),
-            "sources": scan.sources,
+            "sources": reader.found,
         }
         fs.write_manifest(directory, manifest)
 
 
-def _mark_held_out(rows: np.ndarray, text: MappedText, scan: CorpusScan) -> None:
+def _mark_held_out(rows: np.ndarray, text: MappedText, corpus: Corpus) -> None:
     """Set where the training part of each document ends."""
-    for row in rows:
-        split = scan.split_for_key(bytes.fromhex(row["key"].decode()))
-        if split == "validation":
+    keys, (begins, ends) = [row["key"].decode() for row in rows], (rows["begin"], rows["end"])
+    sizes = dict(zip(keys, (ends - begins).tolist(), strict=True))
+    recorded = corpus.manifest.get("held_out")
+    version_1 = HeldOutDocuments.of_version_1(sorted(sizes), sum(sizes.values()))
+    held_out = version_1 if recorded is None else HeldOutDocuments(**recorded)
+    for row, key in zip(rows, keys, strict=True):
+        part = held_out.part_of(key)
+        if part == "cut":
+            row["learned"] = _training_end(text, int(row["begin"]), int(row["end"]), held_out)
+        elif part != "train":
             row["learned"] = row["begin"]
-        elif split == "both":
-            row["learned"] = _last_tenth_start(text, int(row["begin"]), int(row["end"]))
 
 
 def _iter_character_starts(text: MappedText, start: int, end: int) -> Iterator[np.ndarray]:
@@ -345,9 +361,9 @@ def _iter_character_starts(text: MappedText, start: int, end: int) -> Iterator[n
         yield offset + np.flatnonzero(is_character_start(chunk) & (chunk != DOCUMENT_END))
 
 
-def _last_tenth_start(text: MappedText, begin: int, end: int) -> int:
-    """The start of the last tenth of a document's characters, which is held out of a corpus of few documents."""
-    remaining = sum(map(len, _iter_character_starts(text, begin, end))) * 9 // 10
+def _training_end(text: MappedText, begin: int, end: int, held_out: HeldOutDocuments) -> int:
+    """Where the training part of a document ends that is cut."""
+    _, remaining, *_ = held_out.cut_points(sum(map(len, _iter_character_starts(text, begin, end))))
     for starts in _iter_character_starts(text, begin, end):
         if remaining < len(starts):
             return int(starts[remaining])

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from nextword.commands.command import Context, command
-from nextword.commands.shared import RecipeOptions, input_paths, require_inputs
+from nextword.commands.shared import HELD_OUT_OPTIONS, RecipeOptions, input_paths, require_inputs
 from nextword.common.errors import UsageError
 from nextword.common.numbers import NonNegative, SmallCount, TokenCount, text_or_number
 from nextword.common.options import DeviceOption, argument, option, options
@@ -66,4 +66,5 @@ def plan(config: PlanConfig, context: Context) -> "PlanResult | ClusterEstimate"
         text_column=config.text_column,
         strict=config.strict,
         console=context.console,
+        held_out={name: getattr(config, name) for name in HELD_OUT_OPTIONS},
     )

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nextword.commands.command import Context, command
-from nextword.commands.shared import TextColumnOption, format_corpus, input_paths
+from nextword.commands.shared import HELD_OUT_OPTIONS, HeldOutOptions, TextColumnOption, format_corpus, input_paths
 from nextword.common.errors import UsageError
 from nextword.common.numbers import Size
 from nextword.common.options import argument, as_strings, option, options
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @options
-class PrepareConfig(TextColumnOption):
+class PrepareConfig(TextColumnOption, HeldOutOptions):
     """Tokenize text into shards that any number of runs can share.
 
     pretrain tokenizes its text by itself; prepare it once instead if several runs or several machines use it.
@@ -59,7 +59,8 @@ def prepare(config: PrepareConfig, context: Context) -> "Corpus":
     """Prepare the text in this process or on Ray."""
     from nextword.data import prepare as preparation
 
-    settings = {name: getattr(config, name) for name in ("tokenizer", "vocab_size", "text_column", "strict")}
+    names = ("tokenizer", "vocab_size", "text_column", *HELD_OUT_OPTIONS, "strict")
+    settings = {name: getattr(config, name) for name in names}
     if config.engine == "ray":
         if config.shard is not None:
             raise UsageError("--shard and --engine ray exclude each other: Ray assigns the parts itself")

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nextword.commands import shared
 from nextword.commands.command import Context, command, stored_options
@@ -53,18 +53,31 @@ def format_run(result: shared.RunResult) -> str:
     if result.loss is not None:
         details.append(
             f"validation loss {result.loss:.4f} · {result.bits_per_byte:.4f} bits/byte · perplexity {result.perplexity:.2f} "
-            f"({format_sample(result)}, weights of step {result.best_step:,})"
+            f"({format_sample(result)}; it also selected the weights, those of step {result.best_step:,})"
+        )
+    if result.test_loss is not None:
+        sample = format_sample(result, "test")
+        details.append(
+            f"test loss {result.test_loss:.4f} · {result.test_bits_per_byte:.4f} bits/byte ({sample}; it selected nothing)"
         )
     return format_summary(result, details, "generate", result.prompt or "")
 
 
-def format_sample(result: shared.RunResult) -> str:
-    """How much of the validation set the loss was computed on, with the interval of a sample."""
-    if result.loss_margin is None or result.loss is None or result.bits_per_byte is None:
-        return f"all {result.validation_tokens:,} tokens of the validation set"
-    margin = result.loss_margin * result.bits_per_byte / result.loss
+def format_sample(result: shared.RunResult, split: Literal["validation", "test"] = "validation") -> str:
+    """How much of the validation or test set the loss was computed on, with the interval of a sample."""
+    loss, bits_per_byte, margin, tokens = (
+        result.loss,
+        result.bits_per_byte,
+        result.loss_margin,
+        result.validation_tokens,
+    )
+    if split == "test":
+        loss, bits_per_byte = result.test_loss, result.test_bits_per_byte
+        margin, tokens = result.test_loss_margin, result.test_tokens
+    if not margin or not loss or not bits_per_byte:
+        return f"all {tokens:,} tokens of the {split} set"
     return (
-        f"± {margin:.4f}, 95 % confidence: the budget allowed {result.validation_tokens:,} tokens of the validation set; "
+        f"± {margin * bits_per_byte / loss:.4f}, 95 % confidence: the budget allowed {tokens:,} tokens of the {split} set; "
         "nextword evaluate reads all"
     )
 
@@ -94,6 +107,7 @@ def pretrain(config: PretrainConfig, context: Context) -> shared.RunResult:
             tokenizer=recipe.tokenizer,
             vocab_size=recipe.vocab_size,
             text_column=config.text_column,
+            **shared.held_out_options(run.request),
             strict=config.strict,
         )
         if run.metadata is None:
@@ -160,6 +174,9 @@ def open_or_prepare_corpus(run: "RunContext", texts: Sequence[str], **settings: 
         return prepare(texts, run.run_dir.data_dir, **settings, progress=run.console.progress, log=run.console.info)
     if len(texts) > 1:
         raise UsageError(f"{shards[0]}: shards cannot be mixed with other inputs; prepare all text together")
+    if chosen := [name for name in shared.HELD_OUT_OPTIONS if settings.get(name)]:
+        flag = f"--{chosen[0].replace('_', '-')}"
+        raise UsageError(f"{flag} does not apply to {shards[0]}: shards hold out what nextword prepare was given")
     return Corpus.open(Path(shards[0]))
 
 
@@ -220,8 +237,7 @@ def train_language_model(
         init_weights=init_weights,
         seconds_per_step=seconds_per_step,
     ) as setup:
-        evaluations = 1 if base is None else 2
-        evaluator = LanguageModelEvaluator(run, setup, corpus, dataset, recipe, final_evaluations=evaluations)
+        evaluator = LanguageModelEvaluator(run, setup, corpus, dataset, recipe, evaluates_base=base is not None)
         expectation = planned_expectation(metadata)
         trainer = Trainer(
             run,
@@ -325,6 +341,8 @@ def corpus_metadata(corpus: "Corpus") -> dict[str, Any]:
         "duplicates": corpus.duplicates,
         "train": asdict(corpus.train),
         "validation": asdict(corpus.validation),
+        "test": asdict(corpus.test),
+        "held_out": corpus.describe_held_out(),
         "problems": corpus.problems["total"],
         "tokenizer": {"kind": corpus.tokenizer.kind, "vocab_size": corpus.tokenizer.vocab_size},
     }

@@ -183,8 +183,34 @@ class TextColumnOption:
     text_column: str | None = None
 
 
+HELD_OUT_OPTIONS = ("validation", "test", "validation_fraction")
+
+
+def held_out_options(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `HeldOutOptions` in run.json, where runs of an earlier version lack some."""
+    return {name: request[name] for name in HELD_OUT_OPTIONS if request.get(name)}
+
+
 @options
-class RecipeOptions(TextColumnOption):
+class HeldOutOptions:
+    """What is held out from training.
+
+    Attributes:
+        validation: Files or directories of the validation set, which selects the weights. May be given more than once. Default:
+            a part of the data.
+        test: Files or directories of the test set, which selects nothing and is evaluated at the end. May be given more than
+            once. Default: a part of the data if there is enough (5 MB of text, 2,000 examples), unless --validation is given.
+        validation_fraction: Fraction of the data in the validation set. A default test set is as large, but at most 5 % of a
+            text. Default: 0.1 (of a text from 10 MB on 0.05, from 100 MB on 0.01; of less than 1,000 examples 0.2).
+    """
+
+    validation: tuple[str, ...] = option(default=(), converter=input_paths)
+    test: tuple[str, ...] = option(default=(), converter=input_paths)
+    validation_fraction: numbers.HeldOutShare | None = None
+
+
+@options
+class RecipeOptions(TextColumnOption, HeldOutOptions):
     """What to pre-train, and for how long.
 
     Attributes:
@@ -249,21 +275,19 @@ class RunOptions(DeviceOption):
 
 
 @options
-class TaskOptions:
+class TaskOptions(HeldOutOptions):
     """What the labeled examples are, and what is trained on them.
 
     Attributes:
         task: classify (one label or several), entail (premise and hypothesis), similarity (two sentences: a score or a
             label), choose (multiple choice), rewrite (text to text), chat (conversations, instructions), prefer (chosen and
             rejected answers) or continue (more text, as in pre-training). Default: inferred from the columns, and printed.
-        validation: Tables of the validation set. May be given more than once. Default: a tenth of the data.
         columns: Column of the table for a role, for example --column prompt=english --column completion=french. Default:
             common names, such as text and label (the documentation of fine-tuning lists them).
         lora: Train a LoRA adapter (RUN/adapter) instead of all weights. RUN/model is the merged model.
     """
 
     task: str | None = None
-    validation: tuple[str, ...] = option(default=(), converter=input_paths)
     columns: dict[str, str] = option(default=None, converter=column_names, flag="--column", metavar="ROLE=COLUMN")
     lora: bool = False
 
@@ -292,12 +316,13 @@ class FinetuneOptions(TaskOptions):
 
 
 def format_corpus(corpus: "Corpus") -> str:
-    """The sizes of a corpus."""
-    return (
+    """The sizes of a corpus, and what it holds out from training."""
+    lines = [
         f"{corpus.documents:,} documents ({corpus.duplicates:,} duplicates removed) · "
-        f"{corpus.train.tokens:,} training tokens · {corpus.validation.tokens:,} validation tokens · "
-        f"vocabulary {corpus.tokenizer.vocab_size:,}" + (f"\n{corpus.lost_text}" if corpus.lost_text else "")
-    )
+        f"{corpus.train.tokens:,} training tokens · vocabulary {corpus.tokenizer.vocab_size:,}",
+        *corpus.describe_held_out(),
+    ]
+    return "\n".join([*lines, corpus.lost_text] if corpus.lost_text else lines)
 
 
 # ---------------------------------------------------------------- results
@@ -323,6 +348,8 @@ class RunResult(Result):
         loss_margin: Half the width of the 95 % confidence interval of `loss` on the whole validation set, in nats per token.
             None if all of it was evaluated.
         validation_tokens: Evaluated tokens of the validation set.
+        test_loss, test_bits_per_byte, test_loss_margin, test_tokens: The same of the test set, which selected nothing; None
+            without one.
         by_position: Validation loss by position in the window.
         prompt: First words of the validation set.
         task: Task of a fine-tuning run.
@@ -344,6 +371,10 @@ class RunResult(Result):
     perplexity: float | None = None
     loss_margin: float | None = None
     validation_tokens: int | None = None
+    test_loss: float | None = None
+    test_bits_per_byte: float | None = None
+    test_loss_margin: float | None = None
+    test_tokens: int | None = None
     by_position: list[float] | None = None
     prompt: str | None = None
     task: str | None = None

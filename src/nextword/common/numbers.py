@@ -66,8 +66,8 @@ class Range:
         parse: Reads a number from text.
     """
 
-    low: int
-    high: int
+    low: float
+    high: float
     excluded: Literal["low", "high"] | None = None
     parse: Callable[[str], float] | None = None
 
@@ -143,6 +143,7 @@ Positive = Annotated[float, Range(0, 10**6, excluded="low")]
 NonNegative = Annotated[float, Range(0, 10**6)]
 Temperature = Annotated[float, Range(0, 10**308)]
 Share = Annotated[float, Range(0, 1)]
+HeldOutShare = Annotated[float, Range(0, 0.5, excluded="low")]
 PositiveShare = Annotated[float, Range(0, 1, excluded="low")]
 Decay = Annotated[float, Range(0, 1, excluded="high")]  # also of dropout
 Penalty = Annotated[float, Range(-(10**6), 10**6)]

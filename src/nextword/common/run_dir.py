@@ -35,7 +35,7 @@ KNOWN_FILES = re.compile(
 LOCK_TIMEOUT_SECONDS = 0.5  # longer than `fail_if_locked` of another process holds the lock
 ROUNDING_NOTE = "equal within rounding, not bit for bit"
 LOG_FILES = ("metrics.jsonl", "decisions.jsonl", "detours.jsonl")
-LOCATION_OPTIONS = ("corpora", "model", "data", "validation")  # inputs, which are identified by their content
+LOCATION_OPTIONS = ("corpora", "model", "data", "validation", "test")  # inputs, which are identified by their content
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 

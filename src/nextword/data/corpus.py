@@ -1,4 +1,4 @@
-"""A prepared corpus: a directory with a tokenizer, the tokens of both splits, and the sources of the training documents.
+"""A prepared corpus: a directory with a tokenizer, the tokens of each split, and the sources of the training documents.
 
 The tokens of a split are a sequence in `.npy` files of bounded size. `train-documents.bin` has a row for each document of
 the training split, in the order of the tokens: its source file, and its line there. `prepare` makes a corpus.
@@ -25,9 +25,10 @@ from nextword.data.tokenizer import Tokenizer, lost_text_message
 
 FORMAT_VERSION = 1  # a corpus of another version is prepared again
 
-Split = Literal["train", "validation"]
-SPLITS: tuple[Split, Split] = ("train", "validation")
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
+MAX_NAMED_FILES = 5  # in messages
 SHARD_TOKENS = 2**26
 COPY_CHUNK_TOKENS = 2**20
 ENCODE_BATCH_CHARS = 2**21  # each takes about fifty bytes of memory
@@ -122,7 +123,7 @@ class Corpus:
         documents: the number of unique documents.
         duplicates: the number of documents that repeat an earlier one.
         problems: the number of issues of the text, by kind and in total.
-        train, validation: the size of each split.
+        train, validation, test: the size of each split. The test set may be empty.
         fingerprint: a hash of the tokens and the tokenizer. It does not depend on the names of the source files.
     """
 
@@ -132,7 +133,8 @@ class Corpus:
         self.documents: int = manifest["documents"]
         self.duplicates: int = manifest["duplicates"]
         self.problems: dict[str, Any] = manifest["problems"]
-        self.train, self.validation = SplitStats(**manifest["train"]), SplitStats(**manifest["validation"])
+        # A corpus of an earlier version has no test set.
+        self.train, self.validation, self.test = (SplitStats(**manifest.get(split, {})) for split in SPLITS)
         files = sorted((name, file["sha256"]) for name, file in manifest["files"].items())
         content = [entry for entry in files if entry[0] == "tokenizer.json" or entry[0].endswith(".npy")]
         self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -166,8 +168,26 @@ class Corpus:
     @property
     def lost_text(self) -> str:
         """How much of the text its tokenizer cannot represent, for the user; "" if nothing."""
-        splits = (self.train, self.validation)
+        splits = (self.train, self.validation, self.test)
         return lost_text_message(sum(split.unknown for split in splits), sum(split.bytes for split in splits))
+
+    def describe_held_out(self) -> list[str]:
+        """What the validation and the test set are, and their share of the text, in a line for each."""
+        lines: list[str] = []
+        total = self.train.bytes + self.validation.bytes + self.test.bytes
+        fractions = self.manifest.get("held_out", {}).get("fractions", (0.0, 0.0))
+        for split, stats, fraction in zip(SPLITS[1:], (self.validation, self.test), fractions, strict=True):
+            counts = {source["name"]: source[split] for source in self.manifest["sources"] if split in source}
+            num_cut = sum(source.get("cut", 0) for source in self.manifest["sources"]) if fraction else 0
+            names = f" ({', '.join(counts)})" if 0 < len(counts) <= MAX_NAMED_FILES else ""
+            parts = [f"{sum(counts.values()):,} documents{names}"] if counts else []
+            parts += [f"the end of {num_cut:,} documents"] if num_cut else []
+            described = f": {' and '.join(parts)}," if parts else ":"
+            if stats.documents:
+                lines.append(
+                    f"{split} set{described} {stats.bytes / max(1, total):.1%} of the text, {stats.tokens:,} tokens"
+                )
+        return lines
 
     def tokens(self, split: Split) -> ShardedTokens:
         """The tokens of a split. Each document is followed by the end-of-text token."""
@@ -242,7 +262,7 @@ class _ShardWriter:
 
 
 def write_shards(items: Iterable[SplitText], tokenizer: Tokenizer, directory: Path) -> dict[Split, SplitStats]:
-    """Encode texts, and write the tokens of both splits and the sources of the training documents.
+    """Encode texts, and write the tokens of each split and the sources of the training documents.
 
     Args:
         items: the chunks of each document with their split, and its source at its end.

@@ -21,7 +21,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, islice, pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,18 @@ from nextword.data.corpus import (
 from nextword.data.issues import IssueLog, replace_surrogates
 from nextword.data.readers import SourceFile
 from nextword.data.scan import (
-    DUPLICATE,
+    PARTS,
     CorpusScan,
+    HeldOutDocuments,
+    Part,
     ProgressCallback,
     SourceReader,
     are_unchanged,
-    dedup_index,
+    choose_held_out,
+    cut_chunks,
+    document_table,
     file_size_and_mtime,
-    hold_out_last_tenth,
+    report_issues,
 )
 from nextword.data.tokenizer import (
     Tokenizer,
@@ -64,14 +68,12 @@ from nextword.data.tokenizer import (
 )
 
 MAX_SHARDS = 10_000  # each is a few files
-ARTIFACTS_VERSION = 3
-SAMPLE_FILE = "texts.jsonl"
+ARTIFACTS_VERSION = 4
+SAMPLE_FILE, PARTS_FILE = "texts.jsonl", "parts"
 PLAN_FILE = "plan.json"  # without it the artifacts beside it are not valid
 LOCK_POLL_SECONDS = 0.2
 
-# What the first reading stores for each document: the hash of its text, characters, bytes, chunks, and the chunks that
-# begin in its first nine tenths.
-RECORD = struct.Struct("<16sQQII")
+RECORD = struct.Struct("<16sQQ")  # of a document in the first reading: the hash of its text, characters, bytes
 
 Log = Callable[[str], None]
 Build = Callable[[Path], dict[str, Any]]  # fills the directory of an artifact, and returns what its manifest holds
@@ -89,6 +91,9 @@ def prepare(
     tokenizer: str | Path = "bpe",
     vocab_size: int | None = None,
     text_column: str | None = None,
+    validation: Iterable[str | Path] = (),
+    test: Iterable[str | Path] = (),
+    validation_fraction: float | None = None,
     strict: bool = False,
     progress: ProgressCallback | None = None,
     log: Log | None = None,
@@ -105,6 +110,9 @@ def prepare(
         tokenizer: "bpe", "char", or the path of an existing tokenizer.
         vocab_size: the size of a new BPE vocabulary. Default: chosen for the size of the corpus.
         text_column: the column of tables that holds the text. Default: the first of `TEXT_COLUMNS` that exists.
+        validation: the text of the validation set. Default: documents of the corpus, see `choose_held_out`.
+        test: the text of the test set. Default: documents of the corpus from 5 MB on, unless `validation` is given.
+        validation_fraction: the share of the corpus in the validation set. Default: see `choose_held_out`.
         strict: raise `NextwordError` at the first issue of the text. By default issues are logged and written to
             `problems.jsonl`.
         progress: called with the stage ("reading", "tokenizer", "encoding"), the bytes done and the total bytes.
@@ -114,14 +122,19 @@ def prepare(
         UsageError: a path does not exist, `out` holds something else, or an option is invalid.
         NextwordError: there is too little text, or a file has changed while it was read.
     """
-    out, corpora = Path(out), list(corpora)
+    out, inputs = Path(out), {"validation": list(validation), "test": list(test), "train": list(corpora)}
     log = log_reuse = log or _ignore
     shard_number, num_shards = (1, 1) if shard is None else parse_shard(shard)
     settings, existing_tokenizer = fingerprint_settings(tokenizer, vocab_size, text_column)
+    if validation_fraction is not None and inputs["validation"]:
+        raise UsageError("--validation-fraction and --validation exclude each other: the second names the whole set")
     while True:
         issues = IssueLog(strict)
         with fs.output_lock(out):
-            sources = find_sources(corpora, issues, text_column, exclude=out)
+            found = {split: find_sources(paths, issues, text_column, exclude=out) for split, paths in inputs.items()}
+            # Sets of the user's own come first: a document that is in one of them, too, is a duplicate in the corpus.
+            sources = [source for split_sources in found.values() for source in split_sources]
+            settings["held_out"] = [validation_fraction, len(found["validation"]), len(found["test"])]
             corpus = reuse_if_unchanged(out, settings, sources, strict, log_reuse)
             if corpus is not None:
                 remove_artifacts(out)
@@ -271,8 +284,8 @@ class PreparationJob:
         """Build all artifacts, or wait until others have built them. Returns the function that writes the corpus."""
         self._run_stage("reading", self._scan_shard)
         self._build("scan", self._merge_scans, wait=True)
-        scan = CorpusScan(**self._verify("scan")["scan"])
-        scan.levels = bytearray((self.work_dir / "scan" / "levels").read_bytes())
+        state = self._verify("scan")["scan"]
+        scan = CorpusScan(**{**state, "held_out": HeldOutDocuments(**state["held_out"])})
         tokenizer = self.tokenizer
         if tokenizer is None:
             self._run_stage("sample", partial(self._sample_shard, scan))
@@ -342,73 +355,99 @@ class PreparationJob:
         with fs.map_disk_errors(directory), (directory / "documents").open("wb") as records:
             for _, hashed in reader.documents(issues):
                 key = hashed.finalize()
-                records.write(RECORD.pack(key, hashed.num_characters, hashed.num_bytes, *hashed.chunk_counts()))
+                records.write(RECORD.pack(key, hashed.num_characters, hashed.num_bytes))
         return {"sources": reader.found, "issues": issues.to_dict()}
 
-    def _iter_records(self) -> Iterator[tuple[int, tuple[bytes, int, int, int, int]]]:
-        """The shard and the record of every document."""
-        for shard, name in enumerate(self._artifacts("reading")):
+    def _iter_records(self) -> Iterator[tuple[bytes, int, int]]:
+        """The record of every document."""
+        for name in self._artifacts("reading"):
             with (self.work_dir / name / "documents").open("rb") as file:
                 while block := file.read(RECORD.size * 2**14):
-                    for record in RECORD.iter_unpack(block):
-                        yield shard, record
+                    yield from RECORD.iter_unpack(block)
 
     def _merge_scans(self, directory: Path) -> dict[str, Any]:
-        """Find the unique documents, and the split of each."""
-        scan = CorpusScan()
+        """Find the unique documents, and the part of the corpus that each belongs to."""
+        scan, num_documents = CorpusScan(), [0]
         for name in self._artifacts("reading"):
             manifest = self._verify(name)
             scan.sources += manifest["sources"]
+            num_documents.append(sum(source["documents"] for source in manifest["sources"]))
             self.issues.merge(manifest["issues"])
-        with dedup_index(directory / "seen.sqlite") as is_new:
-            for _, (key, num_characters, num_bytes, _, _) in self._iter_records():
-                scan.add(key, is_new(key), num_characters, num_bytes)
-        scan.report(self.issues, self.log)
-        documents, train_chunks = [0] * self.num_shards, [0] * self.num_shards
-        for index, (shard, (_, _, _, all_chunks, first_chunks)) in enumerate(self._iter_records()):
-            documents[shard] += 1
-            train_chunks[shard] += {"train": all_chunks, "both": first_chunks}.get(scan.split_for_index(index), 0)
+        scan.shard_starts = list(accumulate(num_documents))
+        fraction, num_validation, num_test = self.settings["held_out"]
+        own: list[Part] = [*repeat("validation", num_validation), *repeat("test", num_test)]  # of the first sources
+        source_parts: list[Part] = [*own, *repeat("train", len(scan.sources) - len(own))]
+        parts, repeated = bytearray(), dict[str, None]()
+
+        def iter_documents() -> Iterator[tuple[dict[str, Any], Part, tuple[bytes, int, int]]]:
+            records = self._iter_records()
+            for source, part in zip(scan.sources, source_parts, strict=True):
+                for record in islice(records, source["documents"]):
+                    yield source, part, record
+
+        with document_table(directory / "documents.sqlite") as table:
+            for _, part, (key, _, num_bytes) in iter_documents():
+                is_new = table.add(key, num_bytes if part == "train" else 0)
+                parts.append(PARTS.index(part if is_new else "neither"))
+                if part == "train" and is_new:
+                    scan.size += num_bytes
+                elif part == "train" and table.is_own(key):
+                    repeated[key.hex()] = None
+            counts = {part: parts.count(number) for number, part in enumerate(PARTS)}
+            scan.duplicates = counts["neither"]
+            scan.unique = len(parts) - scan.duplicates
+            report_issues(self.issues, not counts["train"], self.log)
+            shares = (0.0 if num_validation else fraction), (0.0 if own else None)
+            scan.held_out = choose_held_out(table, counts["train"], scan.size, *shares)
+        if repeated:
+            scan.held_out.repeated = list(repeated)
+            self.log(f"{len(repeated):,} documents that are in the validation or test set, too, are not trained on")
+        for index, (source, _, (key, num_characters, _)) in enumerate(iter_documents()):
+            part = PARTS[parts[index]]
+            if part == "train":
+                part = scan.held_out.part_of(key.hex())
+                parts[index] = PARTS.index(part)
+            if part == "cut":
+                scan.cut_lengths.append((index, num_characters))
+            source[part] = source.get(part, 0) + 1
         with fs.map_disk_errors(directory):
-            (directory / "levels").write_bytes(scan.levels)
-        scan.shard_starts = list(
-            zip(accumulate(documents, initial=0), accumulate(train_chunks, initial=0), strict=True)
-        )
-        state = {name: value for name, value in vars(scan).items() if name != "levels"}
-        return {"scan": state, "issues": self.issues.to_dict()}
+            (directory / PARTS_FILE).write_bytes(parts)
+        return {"scan": asdict(scan), "issues": self.issues.to_dict()}
 
     # ------------------------------------------------------------ second reading
 
-    def _iter_texts(self, scan: CorpusScan, shard: int, stage: str) -> Iterator[SplitText]:
+    def _iter_documents(self, scan: CorpusScan, shard: int, stage: str) -> Iterator[tuple[int, Iterator[SplitText]]]:
         """Read the unique documents of a shard once more.
 
         Yields:
-            The chunks of each document with their split, and at the end of the document its source.
+            The index of each document; and its chunks with their split, and at the end of each part its source.
 
         Raises:
             NextwordError: a file has changed since the scan.
         """
-        (first_document, _), first_source = scan.shard_starts[shard], self.bounds[shard]
-        lengths = iter(scan.lengths[first_document - scan.levels.count(DUPLICATE, 0, first_document) :])
+        first_source, first_document = self.bounds[shard], scan.shard_starts[shard]
+        parts, cut_lengths = (self.work_dir / "scan" / PARTS_FILE).read_bytes(), dict(scan.cut_lengths)
         reader, reported_before = SourceReader(self.shard_sources[shard], stage, self.progress), IssueLog()
         documents = reader.documents(reported_before, scan.sources[first_source:])
         for index, (source_index, hashed) in enumerate(documents, first_document):
-            split = scan.split_for_index(index) if index < len(scan.levels) else "neither"
+            part = PARTS[parts[index]] if index < len(parts) else "neither"  # a file has grown, as its end will show
             source = DocumentSource(first_source + source_index, hashed.document.line)
-            if split == "both":
-                yield from hold_out_last_tenth(hashed, next(lengths), source)
-            elif split != "neither":
-                for chunk in hashed:
-                    yield split, chunk
-                yield split, source
+            if part == "cut":
+                yield index, cut_chunks(hashed, scan.held_out.cut_points(cut_lengths[index]), source)
+            elif part != "neither":
+                yield index, chain(zip(repeat(part), hashed, strict=False), [(part, source)])
 
     def _sample_shard(self, scan: CorpusScan, shard: int, directory: Path) -> dict[str, Any]:
         """The shard's characters for a character tokenizer, its sample for a BPE."""
-        items = self._iter_texts(scan, shard, "tokenizer")
-        texts = (text for split, text in items if split == "train" and isinstance(text, str))
+        texts = (
+            (sample_key(index, number), text)
+            for index, items in self._iter_documents(scan, shard, "tokenizer")
+            for number, (split, text) in enumerate(items)
+            if split == "train" and isinstance(text, str)
+        )
         if self.settings["tokenizer"] == "char":
-            return {"characters": sorted({character for text in texts for character in replace_surrogates(text)})}
-        _, first_chunk = scan.shard_starts[shard]
-        sample, limit = hash_sample((sample_key(index), text) for index, text in enumerate(texts, first_chunk))
+            return {"characters": sorted({character for _, text in texts for character in replace_surrogates(text)})}
+        sample, limit = hash_sample(texts)
         with fs.map_disk_errors(directory), (directory / SAMPLE_FILE).open("w", encoding="utf-8") as lines:
             lines.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in sample)
         return {"limit": limit}
@@ -430,7 +469,8 @@ class PreparationJob:
     # ------------------------------------------------------------ third reading
 
     def _encode_shard(self, scan: CorpusScan, tokenizer: Tokenizer, shard: int, directory: Path) -> dict[str, Any]:
-        stats = write_shards(self._iter_texts(scan, shard, "encoding"), tokenizer, directory)
+        documents = self._iter_documents(scan, shard, "encoding")
+        stats = write_shards((item for _, items in documents for item in items), tokenizer, directory)
         return {"stats": {split: asdict(split_stats) for split, split_stats in stats.items()}}
 
     def _assemble(self, scan: CorpusScan, tokenizer: Tokenizer, directory: Path) -> None:
@@ -441,7 +481,10 @@ class PreparationJob:
             split: {name: sum(part[split][name] for part in shard_stats) for name in shard_stats[0][split]}
             for split in SPLITS
         }
-        if not all(split_stats["tokens"] for split_stats in stats.values()):
+        for split, num_own in zip(("validation", "test"), self.settings["held_out"][1:], strict=True):
+            if num_own and not stats[split]["tokens"]:
+                raise NextwordError(f"there is no text in what --{split} names")
+        if not all(stats[split]["tokens"] for split in ("train", "validation")):
             raise NextwordError("there is too little text to hold some of it out for validation; add more")
         lost, size = (sum(split_stats[name] for split_stats in stats.values()) for name in ("unknown", "bytes"))
         if lost == size or (lost and self.issues.strict and self.tokenizer is not None):
@@ -468,6 +511,7 @@ class PreparationJob:
             "vocab_size": tokenizer.vocab_size,
             "problems": {"total": issues.total, "kinds": dict(issues.counts_by_kind)},
             "sources": scan.sources,
+            "held_out": asdict(scan.held_out),
         }
         fs.write_manifest(directory, manifest)
 

@@ -529,9 +529,10 @@ def _tokenizer_config(**tokens: str) -> dict[str, Any]:
     }
 
 
-def sample_key(index: int) -> int:
-    """The pseudo-random number in [0, `HASH_RANGE`) of a text, from its index in the corpus."""
-    return int.from_bytes(hashlib.blake2b(str(index).encode(), digest_size=8).digest(), "big")
+def sample_key(*position: int) -> int:
+    """The pseudo-random number in [0, `HASH_RANGE`) of a text, from its position in the corpus."""
+    name = " ".join(map(str, position))
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
 
 
 def hash_sample(texts: Iterable[tuple[int, str]], limit: int = HASH_RANGE) -> tuple[list[tuple[int, str]], int]:

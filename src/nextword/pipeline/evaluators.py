@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ class LanguageModelEvaluator:
         corpus: The prepared text.
         dataset: The batches of the training set.
         config: The options of the run.
-        final_evaluations: Number of remaining evaluations on the whole validation set: of this model, and of its base model.
+        evaluates_base: Whether the base model is evaluated on the validation set at the end, too.
         forward_seconds_per_batch: Time of a forward pass in the last validation.
     """
 
@@ -74,11 +74,12 @@ class LanguageModelEvaluator:
     corpus: Corpus
     dataset: TokenDataset
     config: RunConfig
-    final_evaluations: int = 1
+    evaluates_base: bool = False
     forward_seconds_per_batch: float = math.inf
 
     def __post_init__(self) -> None:
-        self.validation = self.corpus.tokens("validation")
+        self.validation, self.test = self.corpus.tokens("validation"), self.corpus.tokens("test")
+        self.final_tokens = (2 if self.evaluates_base else 1) * len(self.validation) + len(self.test)
         self.batch_tokens = self.dataset.batch_size * self.dataset.context_length
         num_prompt_tokens = 24 if self.corpus.tokenizer.kind == "char" else 8
         self.prompt_ids: list[int] = self.validation.read(0, min(num_prompt_tokens, len(self.validation))).tolist()
@@ -104,25 +105,31 @@ class LanguageModelEvaluator:
             f"({result.tokens:,} of {len(self.validation):,} tokens)",
         )
 
-    def evaluate(self, max_windows: int | None = None) -> PerplexityResult:
-        """Evaluate the model on evenly spaced windows of the validation set; by default on all, as `evaluate_replicated`."""
+    def evaluate(
+        self, max_windows: int | None = None, split: Literal["validation", "test"] = "validation"
+    ) -> PerplexityResult:
+        """Evaluate the model on evenly spaced windows of the validation or test set, as `evaluate_replicated`."""
         with unsharded(self.run.dist, self.setup.eager_step) as model:
-            return self.evaluate_replicated(model, max_windows)
+            return self.evaluate_replicated(model, max_windows, split)
 
-    def evaluate_replicated(self, model: GPT, max_windows: int | None = None) -> PerplexityResult:
+    def evaluate_replicated(
+        self, model: GPT, max_windows: int | None = None, split: Literal["validation", "test"] = "validation"
+    ) -> PerplexityResult:
         """Evaluate a model that every rank holds. Each rank evaluates a part of the windows.
 
-        Without `max_windows`, the evaluation is on the whole validation set, shows its progress, and ends early when the time
+        Without `max_windows`, the evaluation is on the whole set, shows its progress, and ends early when its part of the time
         budget is used up.
         """
         dist, budget, is_final = self.run.dist, self.config.budget, max_windows is None
-        context, num_bytes = dist if dist.world_size > 1 else None, self.corpus.validation.seen_bytes
-        deadline = math.inf
-        if budget is not None and is_final:
-            deadline = (
-                self.run.now() + (self.run.remaining_seconds(budget)() - FINALIZE_SECONDS) / self.final_evaluations
-            )
-            self.final_evaluations -= 1
+        tokens, stats = (
+            (self.validation, self.corpus.validation) if split == "validation" else (self.test, self.corpus.test)
+        )
+        context, deadline = dist if dist.world_size > 1 else None, math.inf
+        if is_final:
+            if budget is not None:
+                remaining_seconds = self.run.remaining_seconds(budget)() - FINALIZE_SECONDS
+                deadline = self.run.now() + remaining_seconds * len(tokens) / self.final_tokens
+            self.final_tokens -= len(tokens)
 
         def is_over() -> bool:
             over = self.run.now() >= deadline
@@ -135,8 +142,8 @@ class LanguageModelEvaluator:
         with autocast(self.run.device, self.setup.step_settings.bf16 and dist.fsdp_per_block):
             result = evaluate_perplexity(
                 model,
-                self.validation,
-                num_bytes,
+                tokens,
+                stats.seen_bytes,
                 bos_id=self.corpus.tokenizer.bos_id,
                 max_windows=max_windows,
                 dist_context=context,
@@ -165,8 +172,7 @@ class LanguageModelEvaluator:
         """Estimate the time of the final evaluation, at most a tenth of the budget, and of the last files."""
         forward = self.forward_seconds_per_batch
         forward = forward if math.isfinite(forward) else self.setup.seconds_per_step / 3
-        num_tokens = self.final_evaluations * len(self.validation)
-        num_tokens += 2 * FORGETTING_TOKENS if self.final_evaluations > 1 else 0
+        num_tokens = self.final_tokens + (2 * FORGETTING_TOKENS if self.evaluates_base else 0)
         seconds = 1.1 * forward * num_tokens / self.batch_tokens
         return FINALIZE_SECONDS + min(seconds, (self.config.budget or math.inf) / 10)
 
@@ -187,7 +193,7 @@ class LanguageModelEvaluator:
         run.console.log_sample(step, prompt, completion.text)
 
     def evaluate_best(self) -> dict[str, Any]:
-        """Load the weights of RUN/model and evaluate them on the whole validation set."""
+        """Load the weights of RUN/model, and evaluate them on the whole validation set and on the test set."""
         model = self.setup.state.model
         if self.run.dist.is_main:
             verify_manifest(self.run.run_dir.model_dir)
@@ -200,6 +206,10 @@ class LanguageModelEvaluator:
             result = self.evaluate()
             metrics |= {name: getattr(result, name) for name in ("loss", "perplexity", "bits_per_byte", "by_position")}
             metrics |= {"validation_tokens": result.tokens, "loss_margin": result.margin or None}
+        if len(self.test) >= 2:
+            result = self.evaluate(split="test")
+            metrics |= {"test_loss": result.loss, "test_bits_per_byte": result.bits_per_byte}
+            metrics |= {"test_tokens": result.tokens, "test_loss_margin": result.margin or None}
         return metrics
 
 

@@ -5,7 +5,7 @@ The speed of the machine is measured by real training steps of a few model sizes
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -204,7 +204,7 @@ def plan_corpus(
         tokens=round(scale * corpus.train.tokens),
         bytes=round(scale * corpus.train.seen_bytes),
         difficulty=difficulty.bits,
-        validation_tokens=round(scale * corpus.validation.tokens),
+        validation_tokens=round(scale * (corpus.validation.tokens + corpus.test.tokens)),
         uncertainty=difficulty.uncertainty,
     )
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -223,7 +223,13 @@ def plan_corpus(
 
 
 def sample_corpus(
-    corpora: Sequence[str], work_dir: Path, recipe: Recipe, text_column: str | None, strict: bool, console: Console
+    corpora: Sequence[str],
+    work_dir: Path,
+    recipe: Recipe,
+    text_column: str | None,
+    strict: bool,
+    console: Console,
+    held_out: Mapping[str, Any],
 ) -> tuple[Corpus, float, float]:
     """Prepare a text, or the same share of the beginning of each file, in `work_dir`. Opens a prepared corpus as it is.
 
@@ -250,6 +256,7 @@ def sample_corpus(
         tokenizer=recipe.tokenizer,
         vocab_size=vocab_size,
         text_column=text_column,
+        **held_out,
         strict=strict,
         progress=console.progress,
         log=console.info,
@@ -337,6 +344,7 @@ def plan_run(
     text_column: str | None,
     strict: bool,
     console: Console,
+    held_out: Mapping[str, Any] | None = None,
 ) -> PlanResult:
     """Plan a run of a recipe on texts.
 
@@ -346,6 +354,7 @@ def plan_run(
         device: the device to train on.
         text_column: the column of the text in tables.
         strict: whether a problem in a text is an error.
+        held_out: what is held out, as arguments of `prepare`.
         console: for progress and messages.
 
     Raises:
@@ -353,7 +362,9 @@ def plan_run(
     """
     check_memory(recipe, device)
     with TemporaryDirectory(prefix="nextword-plan-") as work_dir:
-        corpus, scale, preparation = sample_corpus(corpora, Path(work_dir), recipe, text_column, strict, console)
+        corpus, scale, preparation = sample_corpus(
+            corpora, Path(work_dir), recipe, text_column, strict, console, held_out or {}
+        )
         console.info("benchmarking model sizes on this machine …")
         meter = EnergyMeter(device)
         remaining_seconds = None if recipe.budget is None else recipe.budget - preparation

@@ -28,7 +28,7 @@ class CorpusStats(NamedTuple):
         tokens: tokens of the training set.
         bytes: bytes of the training set.
         difficulty: bits per byte of an n-gram model.
-        validation_tokens: tokens of the validation set.
+        validation_tokens: tokens of the validation and the test set.
         uncertainty: the relative uncertainty of `difficulty`.
     """
 

@@ -173,6 +173,7 @@ def _small_charts(run: RunData, results: TaskResults | None) -> list[charts.Char
 def _metadata_tables(run: RunData) -> dict[str, list[tuple[str, str]]]:
     """(name, value) rows of every table of the section "Run details", by caption."""
     kept = ("steps", "best_step", "tokens", "loss", "perplexity", "bits_per_byte", "validation_tokens")
+    kept += ("test_loss", "test_bits_per_byte", "test_tokens")
     result: dict[str, Any] = {key: run.result[key] for key in kept if is_number(run.result.get(key))}
     if is_number(seconds := run.result.get("seconds")):
         result["time"] = format_duration(seconds)
@@ -289,9 +290,11 @@ def _eval_results(
     from huggingface_hub import EvalResult
 
     rows: list[tuple[str, str, str, ScoreWithCI]] = []  # data set, metric type, metric name, score
-    bits_per_byte = run.final_value("bits_per_byte")
+    test_bits, bits_per_byte = run.result.get("test_bits_per_byte"), run.final_value("bits_per_byte")
     if run.result and results is not None and results.model_score is not None:
         rows.append(("validation set of the run", results.metric, results.info.name, results.model_score))
+    elif is_number(test_bits):
+        rows.append(("test set of the run", "bits_per_byte", "bits per byte", ScoreWithCI(test_bits)))
     elif run.result and run.task is None and bits_per_byte is not None:
         rows.append(("validation set of the run", "bits_per_byte", "bits per byte", ScoreWithCI(bits_per_byte)))
     if not stored.stale:
