@@ -86,12 +86,3 @@ def test_a_finished_run_is_reported_and_fine_tuned_further(old: Path, nextword: 
     assert (old / "classifier" / "report.html").is_file()
     done = nextword("finetune", old / "pretrain", old / "labels.csv", "--out", old / "new", "--steps", 2)
     assert done.returncode == 0, done.stderr
-
-
-def test_shards_are_reused_and_reproduced(old: Path, nextword: CLIRunner) -> None:
-    before = {file.name: file.read_bytes() for file in (old / "shards").iterdir() if file.suffix == ".bin"}
-    shutil.rmtree(old / "again", ignore_errors=True)
-    done = nextword("prepare", old / "texts", "--out", old / "again", "--vocab-size", 300)
-    assert done.returncode == 0, done.stderr
-    after = {file.name: file.read_bytes() for file in (old / "again").iterdir() if file.suffix == ".bin"}
-    assert before and after == before

@@ -137,12 +137,14 @@ def test_run_json_stores_the_options_that_belong_to_the_run():
     pretraining = stored_options(PretrainConfig((), "run", budget="30m", training={"lr": 0.1, "warmup": None}))
     assert set(pretraining) == {
         *("corpora", "recipe", "preset", "size", "tokenizer", "vocab_size", "text_column", "seed"),
+        *("validation", "test", "validation_fraction"),
         *("steps", "budget", "tokens", "flops", "model", "training"),
     }
     assert (pretraining["budget"], pretraining["training"]) == (1800.0, {"lr": 0.1})
     finetuning = stored_options(FinetuneConfig("model", (), "run", max_examples=5))
     assert set(finetuning) == {
-        *("model", "data", "task", "validation", "columns", "lora", "scratch", "limit", "seed"),
+        *("model", "data", "task", "columns", "lora", "scratch", "limit", "seed"),
+        *("validation", "test", "validation_fraction"),
         *("steps", "budget", "training", "tuning"),
     }
     assert (finetuning["limit"], finetuning["lora"]) == (5, None)

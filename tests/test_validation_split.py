@@ -1,18 +1,21 @@
 """Labeled examples after reading: the order of labels, unknown labels, and the validation split."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nextword.common.errors import UsageError
 from nextword.data.issues import IssueLog
+from nextword.pipeline.evaluators import cross_fitted
 from nextword.tasks.examples import (
     Example,
     ExampleSet,
     filter_known_labels,
+    hash_inputs,
     input_texts,
     label_names,
-    train_validation_split,
+    split_examples,
 )
 
 
@@ -36,8 +39,9 @@ def test_examples_with_unknown_labels_are_dropped_and_recorded():
     assert "left out: b" in issues.summary_lines()[0]
 
 
-def split(task, examples, fraction):
-    return train_validation_split(ExampleSet(task, {}, examples), fraction)
+def split(task, examples, *fractions, **options):
+    train, validation, test = split_examples(ExampleSet(task, {}, examples), *fractions, **options)
+    return (train, validation, test) if len(fractions) > 1 else (train, validation)
 
 
 def lines(examples):
@@ -62,17 +66,41 @@ def test_the_split_separates_texts_and_does_not_depend_on_the_order(pairs, fract
     assert [sorted(lines(part)) for part in shuffled] == [lines(train), lines(validation)]
 
 
-def test_the_fraction_is_met_and_more_examples_do_not_move_others():
+def test_the_fractions_are_met_and_more_examples_move_few_others():
     examples = [Example("a", i, {"text": f"text {i}"}) for i in range(5000)]
-    train, validation = split("classify", examples, 0.2)
-    assert 900 < len(validation) < 1100 and len(train) + len(validation) == 5000
+    train, validation, test = split("classify", examples, 0.2, 0.1)
+    assert [len(train), len(validation), len(test)] == [3500, 1000, 500]
     more = [*examples, *(Example("b", i, {"text": f"other {i}"}) for i in range(500))]
-    assert [example for example in split("classify", more, 0.2)[1] if example.path == "a"] == validation
-    for fraction in (0, 1, -1, float("nan")):
-        with pytest.raises(UsageError, match="between 0 and 1"):
-            split("classify", examples, fraction)
+    kept = {example.line for example in split("classify", more, 0.2)[1] if example.path == "a"}
+    assert len(kept ^ set(lines(validation))) < 60
     with pytest.raises(UsageError, match="continue: "):
         input_texts("continue", examples[0])
+
+
+def test_runs_of_the_first_version_keep_their_split():
+    examples = [Example("a", i, {"text": f"text {i}"}) for i in range(2000)]
+    validation = lines(split("classify", examples, 0.1, version=1)[1])
+    expected = [i for i, example in enumerate(examples) if hash_inputs("classify", example) < 0.1 * 2**64]
+    assert validation == expected and split("classify", examples, 0.0, version=1)[1] == []
+
+
+def test_cross_fitting_has_no_optimism():
+    rng = np.random.default_rng(0)
+    reported, selected = [], []
+    for _ in range(400):
+        right = (rng.random((10, 60)) < 0.6).astype(int)  # ten evaluations of weights that are equally good
+
+        def score(predictions, indices):
+            return np.mean([predictions[i] for i in indices])
+
+        reported.append(np.mean(cross_fitted(right.tolist(), np.arange(60) % 5, score)))
+        selected.append(right.mean(1).max())
+    assert abs(np.mean(reported) - 0.6) < 0.01 and np.mean(selected) > 0.66
+
+
+def test_cross_fitting_keeps_the_earliest_of_equal_evaluations():
+    score = {"a": 1.0, "b": 1.0}.get
+    assert cross_fitted([["a"] * 4, ["b"] * 4], np.arange(4) % 2, lambda p, _: score(p[0])) == ["a"] * 4
 
 
 def test_a_pair_and_its_reverse_are_in_the_same_split():

@@ -60,7 +60,8 @@ class FinetuneResult(shared.RunResult):
         metric: The task's main metric.
         trained_parameters: Number of trained parameters.
         labels: Labels of a classifier.
-        scores: Metrics on the validation set, each with value, confidence interval (low, high) and n.
+        scores: Metrics on the test set, or else on the validation set, each with value, confidence interval (low, high) and n.
+        scored_on: What `scores` are of, and whether it also selected the weights.
         baselines: The same of baselines that need no language model.
     """
 
@@ -68,6 +69,7 @@ class FinetuneResult(shared.RunResult):
     trained_parameters: int | None = None
     labels: list[str] | None = None
     scores: dict[str, dict[str, Any]] | None = None
+    scored_on: str | None = None
     baselines: dict[str, dict[str, dict[str, Any]]] | None = None
 
 
@@ -76,7 +78,7 @@ def format_finetuning(result: FinetuneResult) -> str:
     details: list[str] = []
     metric, before, scores = result.metric or "", result.before or {}, result.scores or {}
     if metric in scores:
-        details.append(f"{shared.format_metric(metric, scores[metric])} on the validation set")
+        details.append(f"{shared.format_metric(metric, scores[metric])} on {result.scored_on or 'the validation set'}")
         systems = {**(result.baselines or {}), "before fine-tuning": before}
         details += [
             f"  {name}: {shared.format_score(system[metric])}" for name, system in systems.items() if metric in system
@@ -124,7 +126,7 @@ def run_finetuning(run: "RunContext") -> dict[str, Any]:
     if task != "continue":
         settings |= {name: request[name] for name in ("lora", "scratch", "tuning")}
         return train_on_examples(run, base, with_overrides(FinetuneRecipe(), task=task, **settings))
-    flags = {"lora": "lora", "scratch": "from-scratch", "limit": "max-examples", "validation": "validation"}
+    flags = {"lora": "lora", "scratch": "from-scratch", "limit": "max-examples"}
     given = [f"--{flag}" for name, flag in flags.items() if request[name]]
     given += [f"--tuning.{name.replace('_', '-')}" for name in sorted(set(request["tuning"]) - {"dropout"})]
     if given:
@@ -134,6 +136,7 @@ def run_finetuning(run: "RunContext") -> dict[str, Any]:
         request["data"],
         tokenizer=str(base.directory),
         text_column=request["columns"].get("text"),
+        **shared.held_out_options(request),
         strict=run.strict,
     )
     run.info(f"task continue: {shared.format_corpus(corpus)}")
@@ -191,6 +194,7 @@ def train_on_examples(run: "RunContext", base: "BaseModel", recipe: FinetuneReci
                 "fingerprint": fingerprint,
                 "train": {"examples": len(data.train)},
                 "validation": {"examples": len(data.validation)},
+                "test": {"examples": len(data.test)},
                 "available": data.num_available,
                 "labels": label_counts,
                 "problems": num_issues,
@@ -242,11 +246,12 @@ def task_loss(recipe: FinetuneRecipe, data: "TaskData") -> "LossFn":
 def summarize(recipe: FinetuneRecipe, data: "TaskData", label_counts: dict[str, int], is_balanced: bool) -> str:
     """Task, labels, method and length of a run, for the console."""
     spec = data.task_spec
+    held_out = f"{len(data.validation):,} validation examples" + (
+        f", {len(data.test):,} test examples" if data.test else ""
+    )
     columns = " · ".join(f"{role}: {column}" for role, column in spec.columns)
     columns += f"; answers are {spec.answer_format}" if spec.answer_format else ""
-    lines = [
-        f"task {spec.task} ({columns}): {len(data.train):,} training examples, {len(data.validation):,} validation examples"
-    ]
+    lines = [f"task {spec.task} ({columns}): {len(data.train):,} training examples, {held_out}"]
     if spec.labels:
         shown = [f"{name} {label_counts[name]:,}" if label_counts else name for name in spec.labels[:12]]
         lines.append(f"{len(spec.labels)} labels: {', '.join(shown)}" + (", …" if len(spec.labels) > 12 else ""))

@@ -144,6 +144,11 @@ class RunDir:
         """Append a record to metrics.jsonl, without fsync: a resume truncates the file to its checkpoint."""
         fs.append_line(self.metrics_path, fs.to_json_line(record))
 
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl. Raises `CorruptFileError` if it is damaged."""
+        fs.read_records(self.metrics_path, _MetricsRecord)
+        return fs.read_jsonl(self.metrics_path)
+
     def losses(self) -> list[float]:
         """The finite losses in metrics.jsonl. Raises `CorruptFileError` if it is damaged."""
         return [record.loss for record in fs.read_records(self.metrics_path, _MetricsRecord) if record.loss is not None]
@@ -158,8 +163,7 @@ class RunDir:
         Raises:
             CorruptFileError: metrics.jsonl is damaged.
         """
-        fs.read_records(self.metrics_path, _MetricsRecord)
-        records = [record for record in fs.read_jsonl(self.metrics_path) if record["step"] <= step]
+        records = [record for record in self.read_metrics() if record["step"] <= step]
         fs.atomic_write(self.metrics_path, "".join(fs.to_json_line(record) + "\n" for record in records))
         seconds = [record["seconds"] for record in records if "seconds" in record]
         is_complete = step == 0 or any(record["step"] == step and "loss" in record for record in records)

@@ -21,7 +21,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import accumulate, chain, islice, pairwise, repeat
+from itertools import accumulate, islice, pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from nextword.data.corpus import (
     SPLITS,
     Corpus,
     DocumentSource,
+    Split,
     SplitText,
     concatenate_shards,
     write_shards,
@@ -285,7 +286,8 @@ class PreparationJob:
         self._run_stage("reading", self._scan_shard)
         self._build("scan", self._merge_scans, wait=True)
         state = self._verify("scan")["scan"]
-        scan = CorpusScan(**{**state, "held_out": HeldOutDocuments(**state["held_out"])})
+        scan = CorpusScan(**state)
+        scan.held_out = HeldOutDocuments(**state["held_out"])
         tokenizer = self.tokenizer
         if tokenizer is None:
             self._run_stage("sample", partial(self._sample_shard, scan))
@@ -435,7 +437,8 @@ class PreparationJob:
             if part == "cut":
                 yield index, cut_chunks(hashed, scan.held_out.cut_points(cut_lengths[index]), source)
             elif part != "neither":
-                yield index, chain(zip(repeat(part), hashed, strict=False), [(part, source)])
+                items: list[tuple[Split, Iterable[str | DocumentSource]]] = [(part, hashed), (part, [source])]
+                yield index, ((split, item) for split, group in items for item in group)
 
     def _sample_shard(self, scan: CorpusScan, shard: int, directory: Path) -> dict[str, Any]:
         """The shard's characters for a character tokenizer, its sample for a BPE."""

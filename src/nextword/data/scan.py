@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from nextword.common.errors import DiskFullError, NextwordError
 from nextword.common.fs import sha256_file
-from nextword.data.corpus import SPLITS, DocumentSource, SplitText
+from nextword.data.corpus import SPLITS, DocumentSource, Split, SplitText
 from nextword.data.issues import IssueLog, replace_surrogates
 from nextword.data.readers import Document, SourceFile
 
@@ -108,8 +108,8 @@ class HeldOutDocuments:
 
     @cached_property
     def _exceptions(self) -> dict[str, Part]:
-        exceptions: dict[str, Part] = dict.fromkeys(self.skipped, "train")
-        return exceptions | dict.fromkeys(self.cut, "cut") | dict.fromkeys(self.repeated, "neither")
+        lists: list[tuple[list[str], Part]] = [(self.skipped, "train"), (self.cut, "cut"), (self.repeated, "neither")]
+        return {key: part for keys, part in lists for key in keys}
 
     def cut_points(self, num_characters: int) -> tuple[int, int, int, int]:
         """Where the training, the validation and the test part of a cut document begin, and its end, in characters."""
@@ -346,7 +346,9 @@ def cut_chunks(chunks: Iterable[str], bounds: Sequence[int], source: DocumentSou
         bounds: where each part begins, and where the last one ends, in characters.
         source: the source of the document.
     """
-    parts = [(split, begin, end) for split, (begin, end) in zip(SPLITS, pairwise(bounds), strict=True) if begin < end]
+    parts: list[tuple[Split, int, int]] = [
+        (split, begin, end) for split, (begin, end) in zip(SPLITS, pairwise(bounds), strict=True) if begin < end
+    ]
     position = 0
     for chunk in chunks:
         start, position = position, position + len(chunk)

@@ -22,7 +22,7 @@ from nextword.data.corpus import Corpus
 from nextword.data.dataset import TokenSource
 from nextword.data.issues import IssueLog
 from nextword.inference.perplexity import PerplexityResult, measure_context_usage
-from nextword.pipeline.evaluators import FINAL_GENERATED_EXAMPLES, evenly_spaced, scores_to_dict
+from nextword.pipeline.evaluators import FINAL_GENERATED_EXAMPLES, evenly_spaced, scores_to_dict, split_options
 from nextword.pipeline.item_scores import ItemScores, evaluate_free_text, score_items
 from nextword.pipeline.language_model import LanguageModel, Paths, as_list
 from nextword.tasks.benchmark_items import DEFAULT_ITEM_LIMIT, BenchmarkRow, load_rows, sample_indices
@@ -337,14 +337,14 @@ def evaluate_task_run(model: LanguageModel, run: RunDir, console: Console) -> di
     """
     metadata, issues, predictor = run.metadata(), IssueLog(), model.predictor
     request = metadata["request"]
-    options = {name: request.get(name) for name in ("task", "columns", "validation", "limit")}
+    options = split_options(request, metadata)
     context_length = model.gpt.config.context_length
     data = load_task_data(
         request["data"], model.tokenizer, model.task_spec, context_length, issues, seed=request["seed"] or 0, **options
     )
     if data.fingerprint() != metadata["data"]["fingerprint"]:
         console.warn(f"{', '.join(request['data'])}: the examples are not exactly those that the run started with")
-    examples, encoded = predictor.encoder.encode_all(data.validation, issues)
+    examples, encoded = predictor.encoder.encode_all(data.test or data.validation, issues)
     result = predictor.evaluate(examples, encoded, generate=predictor.task_spec.kind != "answer")
     scores = result.scores
     if predictor.task_spec.kind == "answer" and predictor.task_spec.task != "chat":

@@ -4,7 +4,7 @@ Also what fine-tuning starts from: its examples, its model and its batches.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from nextword.model.gpt import GPT, with_classification_head, with_resized_vocab
 from nextword.model.hf import iter_hf_tensors, iter_weights, load_model, save_model
 from nextword.model.lora import LoraConfig, add_lora, merge_lora, save_adapter
 from nextword.pipeline.language_model import FORGETTING_TOKENS, BaseModel, evaluate_forgetting
-from nextword.pipeline.predictor import EvaluationResult, Predictor, baseline_scores
+from nextword.pipeline.predictor import EvaluationResult, Predictor, baseline_scores, compute_metrics
 from nextword.tasks.dataset import (
     HEAD_KINDS,
     TASK_KINDS,
@@ -37,7 +37,7 @@ from nextword.tasks.dataset import (
     compute_sample_weights,
     load_task_data,
 )
-from nextword.tasks.examples import input_texts
+from nextword.tasks.examples import hash_inputs, input_texts
 from nextword.tasks.metrics import GENERATION_METRICS
 from nextword.training.config import FinetuneRecipe, RunConfig
 from nextword.training.launch import RunContext, TrainingSetup
@@ -45,11 +45,17 @@ from nextword.training.parallel import load_weights_, to_full, unsharded
 from nextword.training.step import autocast
 from nextword.training.trainer import FINALIZE_SECONDS, ValidationResult
 
-EVAL_EXAMPLES = (100, 500)  # minimum and maximum of validation examples per validation
+EVAL_EXAMPLES = (200, 500)  # minimum and maximum of validation examples per validation
+NUM_FOLDS = 5  # of cross-fitting
 GENERATED_EVAL_EXAMPLES = 64  # answers generated per validation; fewer if answers are long
 GENERATED_EVAL_TOKENS = 4096  # tokens of these answers together
 FINAL_GENERATED_EXAMPLES = 500
 QUICK_METRICS = ("chrf",)  # of answers generated during training
+
+# What the scores of a fine-tuning are of.
+SELECTED_NOTHING = "the test set, which selected nothing"
+SELECTED_TOO = "the validation set, which also selected the weights"
+CROSS_FITTED = "the validation set, each fifth scored by weights that the other four select"
 
 
 # ---------------------------------------------------------------- language models
@@ -252,6 +258,14 @@ def save_model_dir(
 # ---------------------------------------------------------------- fine-tuning
 
 
+def split_options(request: dict[str, Any], metadata: dict[str, Any] | None) -> dict[str, Any]:
+    """The options of a run as those of `load_task_data`. A run of an earlier version keeps its split."""
+    names = ("task", "columns", "validation", "test", "validation_fraction", "limit")
+    options = {name: request.get(name) for name in names}
+    is_version_1 = metadata is not None and "test" not in metadata["data"]
+    return options | {"split_version": 1 if is_version_1 else 2}
+
+
 def load_finetune_data(run: RunContext, base: BaseModel, context_length: int) -> tuple[TaskData, int]:
     """Read and encode the examples of a run. Rows with problems are reported and left out.
 
@@ -262,8 +276,7 @@ def load_finetune_data(run: RunContext, base: BaseModel, context_length: int) ->
         NextwordError: no training example is left.
     """
     request, issues = run.request, IssueLog(strict=run.strict and run.metadata is None)
-    options = {name: request[name] for name in ("task", "columns", "validation", "limit")}
-    seed = request["seed"] or 0
+    options, seed = split_options(request, run.metadata), request["seed"] or 0
     data = load_task_data(request["data"], base.tokenizer, base.task_spec, context_length, issues, seed=seed, **options)
     for line in issues.summary_lines():
         run.warn(line)
@@ -345,7 +358,7 @@ class TaskEvaluator:
         config: The options of the run.
         metric: The metric that selects the best weights.
         lora_config: The LoRA adapter; None if all weights are trained.
-        evaluation_seconds: Time to evaluate the whole validation set, the fastest estimate so far.
+        evaluation_seconds: Time to evaluate all held-out examples, the fastest estimate so far.
     """
 
     run: RunContext
@@ -360,7 +373,13 @@ class TaskEvaluator:
 
     def __post_init__(self) -> None:
         self.spec, self.model = self.data.task_spec, self.setup.state.model
-        self.validation = self.data.validation
+        data = self.data
+        self.sets = {
+            "validation": (data.validation, data.encoded_validation),
+            "test": (data.test, data.encoded_test),
+        }
+        self.validation = data.validation
+        self.num_held_out = len(data.validation) + len(data.test)
         self.predictor = Predictor(self.model, self.data.tokenizer, self.spec)
 
     def loss_to_bits_per_byte(self, loss: float) -> None:
@@ -383,9 +402,9 @@ class TaskEvaluator:
         start = self.run.now()
         result = self.evaluate(self.predictor, limit, generated)
         seconds = self.run.now() - start
-        scale = total / min(limit, total)
+        scale = self.num_held_out / min(limit, total)
         if result.scores and self.spec.kind == "answer":
-            scale = max(scale, min(FINAL_GENERATED_EXAMPLES, total) / generated)
+            scale = max(scale, min(FINAL_GENERATED_EXAMPLES, self.num_held_out) / generated)
         self.evaluation_seconds = min(self.evaluation_seconds, seconds * scale)
         values = {name: score.value for name, score in result.scores.items()}
         metrics: dict[str, Any] = {"loss": result.loss, **values}
@@ -394,10 +413,14 @@ class TaskEvaluator:
         if result.bits_per_byte is not None:
             metrics["bits_per_byte"] = result.bits_per_byte
             summary.append(f"{result.bits_per_byte:.3f} bits/byte of the answers")
-        return ValidationResult(values.get(self.metric, -result.loss), metrics, ", ".join(summary))
+        predictions = None
+        if limit >= total and self.spec.kind in HEAD_KINDS:
+            field = TASK_KINDS[self.spec.kind].prediction_field
+            predictions = [prediction[field] for prediction in result.predictions]
+        return ValidationResult(values.get(self.metric, -result.loss), metrics, ", ".join(summary), predictions)
 
-    def _final_sample(self) -> tuple[int | None, int]:
-        """The number of validation examples (None: all) and of generated answers of the final evaluation.
+    def _final_sample(self, total: int) -> tuple[int | None, int]:
+        """The number of examples (None: all) and of generated answers of the final evaluation on `total` examples.
 
         All, unless the budget has no time for them at the speed of the last evaluations.
         """
@@ -408,30 +431,36 @@ class TaskEvaluator:
             return None, FINAL_GENERATED_EXAMPLES
         limit, generated = (
             max(minimum, int(share * count))
-            for minimum, count in ((EVAL_EXAMPLES[0], len(self.validation)), (16, FINAL_GENERATED_EXAMPLES))
+            for minimum, count in ((EVAL_EXAMPLES[0], total), (16, FINAL_GENERATED_EXAMPLES))
         )
         self.run.warn(
-            f"the budget has no time for all {len(self.validation):,} validation examples: {limit:,} of them are evaluated. "
-            "nextword evaluate reads all"
+            f"the budget has no time for all {total:,} held-out examples: {limit:,} of them are evaluated. nextword evaluate "
+            "reads all"
         )
-        return min(limit, len(self.validation)), generated
+        return min(limit, total), generated
 
     def evaluate(
-        self, predictor: Predictor, limit: int | None, generated: int, text_metrics: Sequence[str] = QUICK_METRICS
+        self,
+        predictor: Predictor,
+        limit: int | None,
+        generated: int,
+        text_metrics: Sequence[str] = QUICK_METRICS,
+        split: Literal["validation", "test"] = "validation",
     ) -> EvaluationResult:
-        """Evaluate a model on validation examples.
+        """Evaluate a model on held-out examples.
 
         Args:
             predictor: The model.
             limit: Number of examples, evenly spaced; None for all.
             generated: Number of examples with a generated answer. Without the package for the text metrics there are none.
             text_metrics: Metrics of the generated answers.
+            split: The set that the examples are from.
         """
+        all_examples, all_encoded = self.sets[split]
 
         def evaluate(count: int | None, **options: Any) -> EvaluationResult:
-            chosen = evenly_spaced(len(self.validation), count)
-            examples, encoded = [self.validation[i] for i in chosen], [self.data.encoded_validation[i] for i in chosen]
-            return predictor.evaluate(examples, encoded, **options)
+            chosen = evenly_spaced(len(all_examples), count)
+            return predictor.evaluate([all_examples[i] for i in chosen], [all_encoded[i] for i in chosen], **options)
 
         is_text = self.spec.kind == "answer"
         result = evaluate(limit, generate=not is_text)
@@ -483,8 +512,9 @@ class TaskEvaluator:
         self.run.console.log_sample(step, f"{prompt} → ", text)
 
     def evaluate_best(self) -> dict[str, Any]:
-        """Evaluate RUN/model on the whole validation set, beside simple baselines and the base model."""
-        spec, examples = self.spec, self.validation
+        """Evaluate RUN/model on the test set or else on the validation set, beside simple baselines and the base model."""
+        spec = self.spec
+        split: Literal["validation", "test"] = "test" if self.data.test else "validation"
         model = load_model(self.run.run_dir.model_dir, self.run.device)
         metrics: dict[str, Any] = {
             "task": spec.task,
@@ -493,14 +523,21 @@ class TaskEvaluator:
             "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "labels": list(spec.labels),
         }
-        if examples:
-            predictor = Predictor(model, self.data.tokenizer, spec)
-            limit, generated = self._final_sample()
-            self.run.info("evaluating on the validation set …")
-            result = self.evaluate(predictor, limit, generated, GENERATION_METRICS)
-            metrics |= {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
-            metrics["scores"] = scores_to_dict(result.scores)
-            metrics |= {name: score.value for name, score in result.scores.items() if name not in metrics}
+        if self.validation:
+            predictor, (examples, _) = Predictor(model, self.data.tokenizer, spec), self.sets[split]
+            limit, generated = self._final_sample(len(examples))
+            self.run.info(f"evaluating on the {split} set …")
+            if split == "test":
+                result = self.evaluate(predictor, limit, 0)
+                metrics |= {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
+            result = self.evaluate(predictor, limit, generated, GENERATION_METRICS, split)
+            prefix = "test_" if split == "test" else ""
+            metrics |= {f"{prefix}loss": result.loss, f"{prefix}bits_per_byte": result.bits_per_byte}
+            scores, basis = result.scores, SELECTED_NOTHING if split == "test" else SELECTED_TOO
+            if split == "validation" and limit is None and (cross_fitted := self._cross_fit()):
+                scores, basis = cross_fitted, CROSS_FITTED
+            metrics |= {"scores": scores_to_dict(scores), "scored_on": basis}
+            metrics |= {name: score.value for name, score in scores.items() if name not in metrics}
             count = generated if spec.kind == "answer" else limit
             examples = [examples[i] for i in evenly_spaced(len(examples), count)]
             try:
@@ -509,17 +546,64 @@ class TaskEvaluator:
                 baselines = {}
             metrics["baselines"] = {name: scores_to_dict(scores) for name, scores in baselines.items()}
             if spec.kind == "preference":
-                metrics["before"] = scores_to_dict(self._evaluate_base().scores)
+                metrics["before"] = scores_to_dict(self._evaluate_base(split).scores)
         if spec.kind not in HEAD_KINDS:
             metrics["forgetting"] = evaluate_forgetting(self.base, model)
         return metrics
 
-    def _evaluate_base(self) -> EvaluationResult:
+    def _cross_fit(self) -> dict[str, ScoreWithCI]:
+        """The scores of the cross-fitted predictions for the validation set.
+
+        Returns:
+            The scores; empty if not all validations were on the whole validation set, or there are too few examples.
+        """
+        records = self.run.run_dir.read_metrics()
+        evaluations = [record["predictions"] for record in records if "predictions" in record]
+        folds = np.array([hash_inputs(self.spec.task, example) % NUM_FOLDS for example in self.validation])
+        num_validations = sum("validation" in record for record in records)
+        if not evaluations or len(evaluations) < num_validations or len(np.unique(folds)) < NUM_FOLDS:
+            return {}
+        field = TASK_KINDS[self.spec.kind].prediction_field
+
+        def compute(predictions: Sequence[Any], indices: Sequence[int]) -> dict[str, ScoreWithCI]:
+            examples = [self.validation[i] for i in indices]
+            return compute_metrics(self.spec, examples, [{field: predictions[i]} for i in indices])
+
+        def score(predictions: Sequence[Any], indices: Sequence[int]) -> float:
+            return compute(predictions, indices)[self.metric].value
+
+        predictions = cross_fitted(evaluations, folds, score)
+        return compute(predictions, range(len(folds)))
+
+    def _evaluate_base(self, split: Literal["validation", "test"]) -> EvaluationResult:
         """Evaluate the model that the run started from."""
         seed = self.setup.step_settings.seed
         base = load_model(self.base.directory, self.run.device)
         base = with_resized_vocabulary(base, self.model.config.vocab_size, derive_seed(seed, 7))
-        return self.evaluate(Predictor(with_classification_head(base, 0, 0), self.data.tokenizer, self.spec), None, 0)
+        predictor = Predictor(with_classification_head(base, 0, 0), self.data.tokenizer, self.spec)
+        return self.evaluate(predictor, None, 0, split=split)
+
+
+def cross_fitted(
+    evaluations: Sequence[Sequence[Any]], folds: np.ndarray, score: Callable[[Sequence[Any], Sequence[int]], float]
+) -> list[Any]:
+    """Predictions for examples that did not select them, so that the best of several evaluations is not their score.
+
+    The examples of each fold have the predictions of the weights that the other folds select (Stone 1974, "Cross-validatory
+    choice and assessment of statistical predictions").
+
+    Args:
+        evaluations: The predictions for all examples at each validation [V][E].
+        folds: The fold of each example [E].
+        score: The score of predictions on the examples of some indices; the highest one selects, the earliest of equal ones.
+    """
+    chosen: list[Any] = [None] * len(folds)
+    for fold in np.unique(folds):
+        others: list[int] = np.flatnonzero(folds != fold).tolist()
+        best = max(evaluations, key=lambda predictions: score(predictions, others))
+        for i in np.flatnonzero(folds == fold).tolist():
+            chosen[i] = best[i]
+    return chosen
 
 
 def evenly_spaced(count: int, limit: int | None) -> list[int]:

@@ -292,7 +292,8 @@ def _eval_results(
     rows: list[tuple[str, str, str, ScoreWithCI]] = []  # data set, metric type, metric name, score
     test_bits, bits_per_byte = run.result.get("test_bits_per_byte"), run.final_value("bits_per_byte")
     if run.result and results is not None and results.model_score is not None:
-        rows.append(("validation set of the run", results.metric, results.info.name, results.model_score))
+        split = "test" if run.get("data", "test", "examples") else "validation"
+        rows.append((f"{split} set of the run", results.metric, results.info.name, results.model_score))
     elif is_number(test_bits):
         rows.append(("test set of the run", "bits_per_byte", "bits per byte", ScoreWithCI(test_bits)))
     elif run.result and run.task is None and bits_per_byte is not None:

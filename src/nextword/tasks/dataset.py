@@ -25,7 +25,7 @@ from nextword.tasks.examples import (
     input_texts,
     label_names,
     read_examples,
-    train_validation_split,
+    split_examples,
 )
 from nextword.tasks.schema import ANSWER_FORMATS, TASKS
 
@@ -59,6 +59,8 @@ TASK_KINDS: dict[TaskKind, KindInfo] = {
 }
 HEAD_KINDS = tuple(kind for kind, info in TASK_KINDS.items() if info.problem_type)  # predicted by a classification head
 MAX_SEQUENCES_PER_EXAMPLE = 64  # so that (example, sequence) has an id of its own
+FEW_EXAMPLES = 1000  # of which a larger share is held out
+MIN_EXAMPLES_FOR_TEST = 2000
 IMBALANCE_THRESHOLD = 3.0  # labels are weighted if the most frequent one is this many times as frequent as the rarest
 BATCHES_PER_BUCKET = 32  # batches whose examples are sorted by length together
 
@@ -312,8 +314,10 @@ class TaskData:
         tokenizer: The tokenizer with the special tokens of the task.
         train: The training examples.
         validation: The validation examples.
+        test: The test examples; empty without a test set.
         encoded_train: The training examples as tokens.
         encoded_validation: The validation examples as tokens.
+        encoded_test: The test examples as tokens.
         num_available: Number of training examples before `limit`.
     """
 
@@ -321,14 +325,16 @@ class TaskData:
     tokenizer: Tokenizer
     train: list[Example]
     validation: list[Example]
+    test: list[Example]
     encoded_train: list[EncodedExample]
     encoded_validation: list[EncodedExample]
+    encoded_test: list[EncodedExample]
     num_available: int
 
     def fingerprint(self) -> str:
         """A hash of all tokens and targets, in order."""
         digest = hashlib.sha256()
-        for example in [*self.encoded_train, *self.encoded_validation]:
+        for example in [*self.encoded_train, *self.encoded_validation, *self.encoded_test]:
             for sequence in example.sequences:
                 digest.update(sequence.ids.astype("<i8").tobytes() + sequence.loss_mask.tobytes() + b"\0")
             digest.update(repr(np.asarray(example.target).tolist()).encode())
@@ -345,8 +351,11 @@ def load_task_data(
     task: str | None = None,
     columns: dict[str, str] | None = None,
     validation: list[str] | None = None,
+    test: list[str] | None = None,
+    validation_fraction: float | None = None,
     limit: int | None = None,
     seed: int = 0,
+    split_version: int = 2,
 ) -> TaskData:
     """Load and encode labeled examples. The same arguments give the same data.
 
@@ -358,9 +367,13 @@ def load_task_data(
         issues: Log for examples that are left out.
         task: Name of the task; None: inferred from the columns.
         columns: Columns chosen by the user, {role: column}.
-        validation: Files of the validation set; None: a tenth of the examples.
+        validation: Files of the validation set. Default: a part of the examples.
+        test: Files of the test set. Default: if there are `MIN_EXAMPLES_FOR_TEST` and no `validation` is given, a part of the
+            examples as large as the validation set; else none.
+        validation_fraction: The share of the validation set. Default: 10 %, of fewer than `FEW_EXAMPLES` 20 %.
         limit: Number of training examples to draw; a smaller limit draws a subset of a larger one.
         seed: Seed of the draw.
+        split_version: See `split_examples`.
 
     Raises:
         UsageError: The columns fit no task, or there is nothing to learn.
@@ -371,7 +384,12 @@ def load_task_data(
         raise UsageError(
             "the data is text without labels: train on it with --task continue and files or folders of text"
         )
-    train, held_out = (examples.items, []) if validation else train_validation_split(examples)
+    if validation_fraction is not None and validation:
+        raise UsageError("--validation-fraction and --validation exclude each other: the second names the whole set")
+    fraction = validation_fraction or (0.2 if len(examples) < FEW_EXAMPLES and split_version > 1 else 0.1)
+    has_test_part = not (validation or test) and len(examples) >= MIN_EXAMPLES_FOR_TEST and split_version > 1
+    shares = (0.0 if validation else fraction), (fraction if has_test_part else 0.0)
+    train, held_out, test_set = split_examples(examples, *shares, version=split_version)
     if not train:
         details = "\n".join(issues.summary_lines())
         raise NextwordError(f"{', '.join(paths)}: there are no training examples\n{details}".rstrip())
@@ -383,13 +401,18 @@ def load_task_data(
         drawn: list[int] = sorted(order.tolist()[:limit])
         train = [train[i] for i in drawn]
     if validation:
-        held_out = _read_validation_set(validation, examples, task_spec, paths[0], issues)
+        held_out = _read_held_out_set(validation, examples, task_spec, paths[0], issues)
+    if test:
+        test_set = _read_held_out_set(test, examples, task_spec, paths[0], issues)
     if task_spec.labels:
-        held_out = filter_known_labels(held_out, task_spec.labels, issues)
+        held_out, test_set = (filter_known_labels(part, task_spec.labels, issues) for part in (held_out, test_set))
     tokenizer = task_spec.with_special_tokens(tokenizer)
     encoder = ExampleEncoder(task_spec, tokenizer, context_length)
     train, encoded_train = encoder.encode_all(train, issues)
     held_out, encoded_held_out = encoder.encode_all(held_out, issues)
+    test_set, encoded_test = encoder.encode_all(test_set, issues)
+    if test and not test_set:
+        raise NextwordError(f"{', '.join(test)}: no test example is left")
     if not held_out:
         details = "\n".join(issues.summary_lines())
         where = (
@@ -400,13 +423,15 @@ def load_task_data(
         raise NextwordError(
             f"{where} validation example is left; name a table of them with --validation\n{details}".rstrip()
         )
-    return TaskData(task_spec, tokenizer, train, held_out, encoded_train, encoded_held_out, num_available)
+    return TaskData(
+        task_spec, tokenizer, train, held_out, test_set, encoded_train, encoded_held_out, encoded_test, num_available
+    )
 
 
-def _read_validation_set(
+def _read_held_out_set(
     paths: list[str], train_set: ExampleSet, task_spec: TaskSpec, train_path: str, issues: IssueLog
 ) -> list[Example]:
-    """The examples of the validation files, read like the training set."""
+    """The examples of the files of a validation or test set, read like the training set."""
     validation_set = read_examples(paths, None, issues, like=task_spec.format)
     targets = [{"label", "labels", "score"} & set(examples.columns) for examples in (train_set, validation_set)]
     if targets[0] != targets[1]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -360,31 +360,44 @@ def filter_known_labels(examples: Iterable[Example], known_labels: Iterable[str]
     return kept
 
 
-def train_validation_split(
-    examples: ExampleSet, validation_fraction: float = 0.1
-) -> tuple[list[Example], list[Example]]:
-    """Split examples into training and validation set by a hash of the input.
+def split_examples(
+    examples: ExampleSet, validation_fraction: float, test_fraction: float = 0.0, *, version: int = 2
+) -> tuple[list[Example], list[Example], list[Example]]:
+    """Split examples into training, validation and test set, by a hash of the input.
 
-    An input is never in both sets, whatever its target, and the order of the examples has no effect. Two sentences are one
-    input in either order; for entailment only the premise counts, because data sets ask several questions about one premise.
-    Each set has at least one input if there are two or more.
+    Inputs are taken in the order of their hash until each set has its share of the examples. An input is in one set only,
+    whatever its targets, and the order of the examples has no effect. Two sentences are one input in either order; for
+    entailment only the premise counts, because data sets ask several questions about one premise. The training set has at
+    least one input, and so has the validation set if there are two.
 
-    Raises:
-        UsageError: The fraction is not between 0 and 1.
+    Args:
+        examples: The examples.
+        validation_fraction: The share of the validation set.
+        test_fraction: The share of the test set.
+        version: 1 for the split of runs that were started before there was a test set: the validation set has the inputs
+            whose hash is below a threshold.
     """
-    if not 0 < validation_fraction < 1:
-        raise UsageError(f"the validation fraction must be between 0 and 1, not {validation_fraction}")
-    hashes = [_hash_inputs(examples.task, example) for example in examples]
-    distinct = sorted(set(hashes))
-    if len(distinct) < 2:
-        return list(examples), []
-    held_out = {value for value in distinct if value < validation_fraction * 2**64} or {distinct[0]}
-    held_out -= {distinct[-1]} if len(held_out) == len(distinct) else set()
-    train = [example for example, value in zip(examples, hashes, strict=True) if value not in held_out]
-    return train, [example for example, value in zip(examples, hashes, strict=True) if value in held_out]
+    counts = Counter(hash_inputs(examples.task, example) for example in examples)
+    hashes = sorted(counts)
+    sets: list[set[int]] = []
+    for fraction in (validation_fraction, test_fraction):
+        chosen, total = set[int](), 0
+        for value in hashes[:-1] if fraction else ():
+            is_full = value >= fraction * 2**64 and bool(chosen) if version == 1 else total >= fraction * len(examples)
+            if is_full:
+                break
+            chosen.add(value)
+            total += counts[value]
+        sets.append(chosen)
+        hashes = hashes[len(chosen) :]
+    parts: tuple[list[Example], list[Example], list[Example]] = ([], [], [])
+    for example in examples:
+        value = hash_inputs(examples.task, example)
+        parts[1 if value in sets[0] else 2 if value in sets[1] else 0].append(example)
+    return parts
 
 
-def _hash_inputs(task: str, example: Example) -> int:
+def hash_inputs(task: str, example: Example) -> int:
     """A 64-bit hash of the input."""
     texts = input_texts(task, example)
     texts = {"similarity": tuple(sorted(texts)), "entail": texts[:1]}.get(task, texts)

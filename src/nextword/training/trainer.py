@@ -37,11 +37,13 @@ class ValidationResult:
         score: Decides which weights are the best; higher is better.
         metrics: The "validation" record of metrics.jsonl.
         summary: The metrics in one line.
+        predictions: What was predicted for each validation example, if all of them were evaluated.
     """
 
     score: float
     metrics: dict[str, Any]
     summary: str
+    predictions: list[Any] | None = None
 
 
 class Evaluator(Protocol):
@@ -270,6 +272,8 @@ class Trainer:
             self._update_best(step, None)
             return False
         run.log({"step": step, "validation": result.metrics})
+        if result.predictions is not None:
+            run.log({"step": step, "predictions": result.predictions})
         self._log_scalars("validation", step, result.metrics)
         run.info(f"step {step:,}: {result.summary}")
         best = state.best
