@@ -5,7 +5,6 @@ tests/fixtures/README.md has the commands that wrote them.
 
 import json
 import math
-import shutil
 import tarfile
 from pathlib import Path
 

@@ -84,7 +84,9 @@ def write_task_run(run_dir: Path, metadata: Any = TASK_METADATA, result: Any = T
 def test_scores_are_shown_beside_baselines(tmp_path: Path) -> None:
     page = ParsedPage(write_report(write_task_run(tmp_path / "reviews")))
     text = " ".join(page.text.split())
-    assert_contains(text, "On 200 validation examples: macro-F1 0.720 (95 % confidence interval 0.650 to 0.780).")
+    assert_contains(
+        text, "On 200 examples of the validation set: macro-F1 0.720 (95 % confidence interval 0.650 to 0.780)."
+    )
     assert_contains(text, "best baseline", "bag of words, has 0.640: the model is better", "0.570 to 0.700")
     assert_contains(text, "classify · from base · finished", "12.3 k", "4.07 M", "text (review), label (stars)")
     assert_contains(text, "The most frequent label, good, has 600 examples; the least frequent, <b>odd, has 10.")

@@ -358,7 +358,7 @@ class TaskEvaluator:
         config: The options of the run.
         metric: The metric that selects the best weights.
         lora_config: The LoRA adapter; None if all weights are trained.
-        evaluation_seconds: Time to evaluate all held-out examples, the fastest estimate so far.
+        evaluation_seconds: Time to evaluate the validation and the test set, the fastest estimate so far.
     """
 
     run: RunContext
@@ -419,8 +419,8 @@ class TaskEvaluator:
             predictions = [prediction[field] for prediction in result.predictions]
         return ValidationResult(values.get(self.metric, -result.loss), metrics, ", ".join(summary), predictions)
 
-    def _final_sample(self, total: int) -> tuple[int | None, int]:
-        """The number of examples (None: all) and of generated answers of the final evaluation on `total` examples.
+    def _final_sample(self, total: int, split: str) -> tuple[int | None, int]:
+        """The number of examples (None: all) and of generated answers of the final evaluation on a set of `total`.
 
         All, unless the budget has no time for them at the speed of the last evaluations.
         """
@@ -434,7 +434,7 @@ class TaskEvaluator:
             for minimum, count in ((EVAL_EXAMPLES[0], total), (16, FINAL_GENERATED_EXAMPLES))
         )
         self.run.warn(
-            f"the budget has no time for all {total:,} held-out examples: {limit:,} of them are evaluated. nextword evaluate "
+            f"the budget has no time for all {total:,} {split} examples: {limit:,} of them are evaluated. nextword evaluate "
             "reads all"
         )
         return min(limit, total), generated
@@ -447,7 +447,7 @@ class TaskEvaluator:
         text_metrics: Sequence[str] = QUICK_METRICS,
         split: Literal["validation", "test"] = "validation",
     ) -> EvaluationResult:
-        """Evaluate a model on held-out examples.
+        """Evaluate a model on examples of the validation or test set.
 
         Args:
             predictor: The model.
@@ -525,7 +525,7 @@ class TaskEvaluator:
         }
         if self.validation:
             predictor, (examples, _) = Predictor(model, self.data.tokenizer, spec), self.sets[split]
-            limit, generated = self._final_sample(len(examples))
+            limit, generated = self._final_sample(len(examples), split)
             self.run.info(f"evaluating on the {split} set …")
             if split == "test":
                 result = self.evaluate(predictor, limit, 0)
