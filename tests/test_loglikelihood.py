@@ -166,10 +166,8 @@ def test_perplexity_equals_transformers(model_path: Path, texts: Path) -> None:
     """By sliding window: each token but the first window's sees at least half a window."""
     text = sorted(texts.iterdir())[0]
     stock, ids = Stock(model_path), []
-    ids = [
-        *stock.tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False),
-        stock.tokenizer.eos_token_id,
-    ]
+    eos = stock.tokenizer.eos_token_id
+    ids = [eos, *stock.tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False), eos]
     for stride in (None, CONTEXT, 10):
         step, nats, done = stride or CONTEXT // 2, 0.0, 0
         for start in range(0, len(ids), step):
@@ -185,8 +183,7 @@ def test_perplexity_equals_transformers(model_path: Path, texts: Path) -> None:
         assert result["loss"] == pytest.approx(nats / done, abs=1e-4)
         assert result["perplexity"] == pytest.approx(math.exp(nats / done), rel=1e-4)
         assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.read_bytes()), rel=1e-4)
-        assert result["interval"]["low"] <= result["bits_per_byte"] * 1.02
-        assert result["interval"]["high"] >= result["bits_per_byte"] * 0.98
+        assert (result["interval"]["n"], result["interval"]["low"]) == (1, None)
 
 
 @pytest.mark.parametrize("compiled", [True, False])

@@ -3,6 +3,7 @@
 import itertools
 import math
 import pydoc_data.topics
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -10,8 +11,15 @@ import torch
 from torch.nn import functional as F
 
 from nextword.common.errors import NextwordError, UsageError
+from nextword.common.statistics import ratio_of_sums
 from nextword.inference import perplexity
-from nextword.inference.perplexity import evaluate_perplexity, measure_context_usage
+from nextword.inference.perplexity import (
+    MIN_DOCUMENTS,
+    DocumentLosses,
+    describe_interval,
+    evaluate_perplexity,
+    measure_context_usage,
+)
 from nextword.model.config import PRESETS, build_config
 from nextword.model.gpt import GPT
 
@@ -172,19 +180,71 @@ def test_a_trained_model_uses_its_context() -> None:
 # ---------------------------------------------------------------- the token that begins a document
 
 
+class Tokenizer(NamedTuple):
+    """Tokens of 1 to 3 bytes; the begin and the end-of-text token have none."""
+
+    eos_id: int = VOCABULARY - 2
+    vocab_size: int = VOCABULARY
+
+    def token_bytes(self, id: int) -> bytes:
+        return b"" if id >= self.eos_id else b"x" * (1 + id % 3)
+
+
 @pytest.mark.parametrize("stride", [None, 4, CONTEXT - 1])
-@pytest.mark.parametrize("documents", [[30], [1, 1, 40], [7, 0, 16, 15, 3]])
-def test_a_begin_token_is_context_and_never_predicted(documents: list[int], stride: int | None) -> None:
-    model, bos = tiny(), VOCABULARY - 1
-    ids = np.concatenate([[bos, *np.random.default_rng(i).integers(0, bos, n)] for i, n in enumerate(documents)])
+@pytest.mark.parametrize("lengths", [[30], [1, 1, 40], [7, 1, 16, 15, 3], [9, 40, 5, 20, 33, 17]])
+def test_the_loss_of_each_document(lengths: list[int], stride: int | None) -> None:
+    """A begin token is context and never predicted. A document's loss is that of its tokens, its end included, by hand."""
+    model, bos, tokenizer = tiny(), VOCABULARY - 1, Tokenizer()
+    texts = [np.random.default_rng(i).integers(0, tokenizer.eos_id, n) for i, n in enumerate(lengths)]
+    row = Row(np.concatenate([[bos, *text, tokenizer.eos_id] for text in texts]))
+    num_bytes = [sum(1 + int(id) % 3 for id in text) for text in texts]
+    losses = []
+    for window in range(1 + max(0, -(-(len(row) - 1 - CONTEXT) // (stride or CONTEXT)))):
+        ids = row.ids[window * (stride or CONTEXT) :][: CONTEXT + 1]
+        with torch.no_grad():
+            logits = model.unembed(model(torch.tensor(ids[None, :-1])))[0].double()
+        nll = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none").numpy()
+        losses.extend(nll[CONTEXT - (stride or CONTEXT) if window else 0 :])
+    is_counted, owner = row.ids[1:] != bos, np.repeat(np.arange(len(lengths)), [n + 2 for n in lengths])[1:]
+    expected = np.bincount(owner, np.array(losses) * is_counted)
+    documents = DocumentLosses(row, tokenizer)  # pyright: ignore[reportArgumentType]
+    result = evaluate_perplexity(
+        model, row, sum(num_bytes), stride=stride, bos_id=bos, batch_size=2, documents=documents
+    )
+    assert documents.sums[:, 0] == pytest.approx(expected, rel=1e-5)
+    assert documents.sums[:, 1].tolist() == num_bytes
+    assert result.tokens == is_counted.sum() == sum(lengths) + len(lengths) and result.bytes == sum(num_bytes)
+    assert result.loss == pytest.approx(expected.sum() / is_counted.sum())
+    assert result.bits_per_byte == pytest.approx(expected.sum() / math.log(2) / sum(num_bytes))
+    score = ratio_of_sums(expected / math.log(2), num_bytes)
+    assert result.interval is not None and result.interval["n"] == len(lengths)
+    has_interval = len(lengths) >= MIN_DOCUMENTS
+    assert result.interval["low"] == (pytest.approx(score.low, rel=1e-4) if has_interval else None)
+    assert ("for texts like these" in result.interval["basis"]) == has_interval
+    without = evaluate_perplexity(model, row, sum(num_bytes), stride=stride, bos_id=bos)
+    assert (without.loss, without.interval) == (result.loss, None)
+
+
+def test_documents_of_another_model_tokens_without_an_end_and_a_sample_of_windows() -> None:
+    model, tokenizer = tiny(), Tokenizer()
+    ids = np.random.default_rng(0).integers(0, tokenizer.eos_id, 40 * CONTEXT)
+    ids[CONTEXT :: 2 * CONTEXT] = tokenizer.eos_id  # twenty documents of two windows, the last one without an end
     row = Row(ids)
-    nll = np.zeros(len(row) - 1)
-    every = evaluate_perplexity(model, row, 100, stride=stride, token_nll_out=nll)
-    result = evaluate_perplexity(model, row, 100, stride=stride, bos_id=bos)
-    is_counted = ids[1:] != bos
-    assert result.tokens == is_counted.sum() == sum(documents) and result.bytes == every.bytes == 100
-    assert result.loss == pytest.approx(nll[is_counted].mean())
-    assert result.bits_per_byte == pytest.approx(nll[is_counted].sum() / math.log(2) / 100)
+    documents, others = (DocumentLosses(row, tokenizer) for _ in range(2))  # pyright: ignore[reportArgumentType]
+    assert len(documents.sums) == 21
+    whole = evaluate_perplexity(model, row, 1000, documents=documents)
+    assert documents.sums.sum(0) == pytest.approx([whole.loss * whole.tokens, 1000])
+    others.sums = documents.sums * [1.02, 1]
+    difference = documents.bits_per_byte(others)
+    assert difference.value == pytest.approx(-0.02 * whole.bits_per_byte) and difference.is_below(0)
+    assert documents.bits_per_byte(documents).low == 0  # no difference and no variance
+    sample = DocumentLosses(row, tokenizer)  # pyright: ignore[reportArgumentType]
+    stopped = evaluate_perplexity(model, row, 1000, batch_size=4, should_stop=lambda: True, documents=sample)
+    assert stopped.by_document is not None and stopped.by_document.n == sample.sums.any(1).sum() < 21
+    assert stopped.by_document.value == pytest.approx(stopped.bits_per_byte)
+    tiny_and_long = DocumentLosses(Row(np.array([1, *[2, 48] * 6])), tokenizer)  # pyright: ignore[reportArgumentType]
+    tiny_and_long.sums[:] = [[2.0, 1.0]] * 5 + [[900.0, 300.0]]
+    assert "one of the 6 documents is most" in describe_interval(tiny_and_long.bits_per_byte())
 
 
 def test_a_text_of_begin_tokens_only_is_refused() -> None:

@@ -308,6 +308,43 @@ def test_perplexity_compared_with_another_model(base, texts, tmp_path):
         nextword.evaluate(base, compare_to=other)
 
 
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_every_byte_of_a_short_text_is_predicted(base, tmp_path, length):
+    """The first one after an end-of-text token, as a document in training; not the end-of-text token alone."""
+    model, text = load(base), "Zebra q"[:length]
+    file = tmp_path / "short.txt"
+    file.write_text(text)
+    ids = torch.tensor([[model.tokenizer.eos_id, *model.tokenizer.encode(text), model.tokenizer.eos_id]])
+    with torch.no_grad():
+        log_p = model.gpt.unembed(model.gpt(ids[:, :-1]))[0].double().log_softmax(-1)
+    nats = -float(log_p[range(ids.shape[1] - 1), ids[0, 1:]].sum())
+    result = nextword.evaluate(base, file)
+    assert (result.bytes, result.tokens) == (length, ids.shape[1] - 1)
+    assert result.bits_per_byte == pytest.approx(nats / np.log(2) / length, rel=1e-5)
+
+
+def test_what_the_interval_of_a_text_speaks_of(base, tmp_path):
+    """Documents are its units: one document, however long, has no interval and gives no verdict."""
+    rng = np.random.default_rng(0)
+    one, few, many = tmp_path / "one.txt", tmp_path / "few", tmp_path / "many.jsonl"
+    one.write_text(" ".join(rng.choice(WORDS, 3000)))
+    few.mkdir()
+    for i in range(4):
+        (few / f"{i}.txt").write_text(" ".join(rng.choice(WORDS, 60)))
+    jsonl(many, [{"text": " ".join(rng.choice(WORDS, 30 + i))} for i in range(12)])
+    for text, expected in ((one, "one document is too few"), (few, "4 documents are too few")):
+        result = nextword.evaluate(base, text, compare_to=base)
+        assert result.interval is not None and result.against is not None
+        assert result.interval["low"] is None and expected in result.interval["basis"]
+        assert (result.against["real"], result.against["ahead"]) == (None, None)
+        assert "no verdict" in str(result) and "95 % CI" not in str(result) and str(result).count(expected) == 2
+    result = nextword.evaluate(base, many, compare_to=base)
+    assert result.interval is not None and result.against is not None
+    assert result.interval["low"] < result.bits_per_byte < result.interval["high"]
+    assert (result.interval["n"], result.against["real"]) == (12, False)
+    assert "for texts like these 12 documents; jackknife" in str(result)
+
+
 def test_a_checkpoint_is_a_model(base, files, tmp_path):
     run, request = tmp_path / "run", f"blimp={files / 'pairs.jsonl'}"
     shutil.copytree(base / "model", run / "model")

@@ -64,7 +64,7 @@ class EvaluateResult(Result):
         tokens: Tokens of the text.
         bytes: Bytes of the text.
         stride: Tokens between the starts of two windows.
-        interval: 95 % confidence interval of the bits per byte: low, high and the number of blocks of text.
+        interval: 95 % confidence interval of the bits per byte: low, high, number of documents (n), what it speaks of (basis).
         context_use: Loss by position in the window, on the text (true) and on its shuffled tokens (shuffled).
         noise: Variance between seeds: the largest difference (floor) and the number of models.
         against: Comparison with the other model.
@@ -101,10 +101,11 @@ class EvaluateResult(Result):
 def format_text_result(result: EvaluateResult) -> list[str]:
     """The perplexity, comparisons with other models, and the loss by position."""
     interval = result.interval or {}
+    ci = "" if interval["low"] is None else f"(95 % CI {interval['low']:.4f}–{interval['high']:.4f}) "
     lines = [
         f"loss {result.loss:.4f} nats/token · perplexity {result.perplexity:.2f} · {result.bits_per_byte:.4f} bits/byte "
-        f"(95 % CI {interval['low']:.4f}–{interval['high']:.4f}) on {result.tokens:,} tokens, {result.bytes:,} bytes; "
-        f"stride {result.stride:,} tokens"
+        f"{ci}on {result.tokens:,} tokens, {result.bytes:,} bytes; stride {result.stride:,} tokens",
+        f"  {interval['basis']}",
     ]
     if other := result.against:
         lines.append(f"  {other['model']}: {other['bits_per_byte']:.4f} bits/byte; {format_comparison(other)}")
@@ -178,6 +179,8 @@ def format_seed_variance(seed_variance: dict[str, Any]) -> str:
 def format_comparison(comparison: dict[str, Any]) -> str:
     """Whether the difference between two models is significant, and which one is better."""
     difference = comparison["difference"]
+    if difference["low"] is None:
+        return f"difference {difference['value']:+.4f}: no verdict, {comparison.get('basis', 'too few items')}"
     digits = 4 if abs(difference["high"]) < 1.5 else 2
     value, low, high = (f"{difference[name]:+.{digits}f}" for name in ("value", "low", "high"))
     p_value = f", p = {comparison['p']:.2g}" if "p" in comparison else ""

@@ -296,7 +296,7 @@ def posterior_sums(rows: np.ndarray, weights: np.ndarray, n: int, seed: int = 0)
     return np.concatenate(sums)
 
 
-def check_lengths(first: Sequence[object] | np.ndarray, *others: Sequence[object]) -> int:
+def check_lengths(first: Sequence[object] | np.ndarray, *others: Sequence[object] | np.ndarray) -> int:
     """The common length of some sequences.
 
     Raises:

@@ -1,6 +1,5 @@
 """The evaluation of a model on texts and benchmarks, compared with other seeds and another model; results kept with a run."""
 
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,19 +8,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nextword.common.console import Console
 from nextword.common.errors import MissingDependencyError, UsageError
 from nextword.common.format import quote_command
 from nextword.common.fs import read_sealed_json, write_sealed_json
 from nextword.common.results import EVALUATION_FILE, Provenance, StoredResults, weights_digest
 from nextword.common.run_dir import RunDir
-from nextword.common.statistics import ScoreWithCI, mcnemar_p_value, mean, noise_floor, paired_difference
+from nextword.common.statistics import ScoreWithCI, mcnemar_p_value, noise_floor, paired_difference
 from nextword.data.corpus import Corpus
 from nextword.data.dataset import TokenSource
 from nextword.data.issues import IssueLog
-from nextword.inference.perplexity import PerplexityResult, measure_context_usage
+from nextword.inference.perplexity import DocumentLosses, PerplexityResult, describe_interval, measure_context_usage
 from nextword.pipeline.evaluators import FINAL_GENERATED_EXAMPLES, evenly_spaced, scores_to_dict, split_options
 from nextword.pipeline.item_scores import ItemScores, evaluate_free_text, score_items
 from nextword.pipeline.language_model import LanguageModel, Paths, as_list
@@ -31,7 +28,6 @@ from nextword.tasks.dataset import load_task_data
 from nextword.tasks.metrics import GENERATION_METRICS, generation_metric_difference
 
 SIGNIFICANCE_LEVEL = 0.05
-MIN_BLOCK_BYTES, MAX_BLOCKS = 1024, 1000  # the bootstrap resamples blocks of text
 
 
 @dataclass(frozen=True)
@@ -194,7 +190,9 @@ def compare_models(metric: str, item_scores: ItemScores, other_scores: ItemScore
 
 
 def _significance(difference: ScoreWithCI, is_better: bool, p_value: float | None = None) -> dict[str, Any]:
-    """Whether a difference is significant, and if so, which model is ahead: "this" or "other"."""
+    """Whether a difference is significant (None without an interval), and if so, which model is ahead: "this" or "other"."""
+    if difference.low is None:
+        return {"real": None, "ahead": None}
     excludes_zero = difference.is_above(0) or difference.is_below(0)
     significant = excludes_zero and (p_value is None or p_value < SIGNIFICANCE_LEVEL)
     return {"real": significant, "ahead": ("this" if is_better else "other") if significant else None}
@@ -242,51 +240,32 @@ def evaluate_text(
     """
     console, other = console or Console(quiet=True), eval_models.compare_to
     pairs = zip(eval_models.with_text, token_sources, strict=True)
-    (perplexity, block_bits), *others = [_evaluate_blocks(*pair, stride, console) for pair in pairs]
-    interval = mean(block_bits.tolist())
-    result: dict[str, Any] = {
-        "loss": perplexity.loss,
-        "perplexity": perplexity.perplexity,
-        "bits_per_byte": perplexity.bits_per_byte,
-        "tokens": perplexity.tokens,
-        "bytes": perplexity.bytes,
-        "stride": perplexity.stride,
-        "interval": {"low": interval.low, "high": interval.high, "blocks": interval.n},
-    }
+    (perplexity, documents), *others = [_evaluate_documents(*pair, stride, console) for pair in pairs]
+    names = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes", "stride", "interval")
+    result: dict[str, Any] = {name: getattr(perplexity, name) for name in names}
     if with_context_use:
         usage = measure_context_usage(eval_models.model.dequantized, token_sources[0][0])
         result["context_use"] = {"true": usage.original, "shuffled": usage.shuffled}
     comparison = None
     if other is not None:
-        other_perplexity, other_block_bits = others.pop(0)
-        difference = paired_difference(block_bits.tolist(), other_block_bits.tolist())
+        other_perplexity, other_documents = others.pop(0)
+        difference = documents.bits_per_byte(other_documents)
         comparison = {
             "model": str(other.path),
             "bits_per_byte": other_perplexity.bits_per_byte,
             "difference": _difference_to_dict(difference),
+            "basis": describe_interval(difference),
             **_significance(difference, is_better=difference.value < 0),
         }
     return result | _compare(perplexity.bits_per_byte, [run.bits_per_byte for run, _ in others], comparison)
 
 
-def _evaluate_blocks(
+def _evaluate_documents(
     model: LanguageModel, token_source: tuple[TokenSource, int], stride: int | None, console: Console
-) -> tuple[PerplexityResult, np.ndarray]:
-    """The perplexity of a text, and the bits per byte of its blocks.
-
-    Blocks have equal numbers of bytes and are the same for every tokenizer. A token belongs to the block that it starts in.
-    """
+) -> tuple[PerplexityResult, DocumentLosses]:
     tokens, num_bytes = token_source
-    token_nll = np.zeros(max(0, len(tokens) - 1))
-    perplexity = model.evaluate_tokens(tokens, num_bytes, console, stride, token_nll)
-    num_blocks = min(MAX_BLOCKS, max(2, num_bytes // MIN_BLOCK_BYTES))
-    # Bytes of each token of the vocabulary; approximate for tokenizers that are not byte-level.
-    byte_lengths = np.array([len(model.tokenizer.decode_bytes([id])) for id in range(model.gpt.config.vocab_size)])
-    sizes = byte_lengths[tokens.read(0, len(tokens)).astype(np.int64)]
-    starts = (np.cumsum(sizes) - sizes)[1:] / max(1, int(sizes.sum()))  # of each predicted token, 0 to 1
-    block_ids = np.minimum((starts * num_blocks).astype(np.int64), num_blocks - 1)
-    block_nll = np.bincount(block_ids, token_nll, minlength=num_blocks)
-    return perplexity, block_nll / math.log(2) / (num_bytes / num_blocks)
+    documents = DocumentLosses(tokens, model.tokenizer)
+    return model.evaluate_tokens(tokens, num_bytes, console, stride, documents), documents
 
 
 def load_eval_text(

@@ -23,7 +23,7 @@ from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import Tokenizer, lost_text_message
 from nextword.inference.engine import Completion, Engine, check_tokenizer
 from nextword.inference.model_runner import ModelRunner, build_runner, fake_quantize
-from nextword.inference.perplexity import PerplexityResult, evaluate_perplexity
+from nextword.inference.perplexity import DocumentLosses, PerplexityResult, evaluate_perplexity
 from nextword.inference.quantization import PRECISION_CODES, Precision
 from nextword.inference.sampling import Sampling
 from nextword.model.gpt import GPT
@@ -183,7 +183,7 @@ class LanguageModel:
         return self.evaluate_tokens(tokens, num_bytes, console, stride)
 
     def read_tokens(self, texts: Paths, text_column: str | None, console: Console) -> tuple[InMemoryTokens, int]:
-        """The tokens of texts, each after the begin token and before the end-of-text token, and the bytes they stand for.
+        """The tokens of texts, each after a begin or an end-of-text token and before an end-of-text token, and their bytes.
 
         Raises:
             NextwordError: There is no text, or the tokenizer cannot represent any of it.
@@ -193,10 +193,9 @@ class LanguageModel:
         num_bytes = lost_bytes = 0
         for source in find_sources(as_list(texts), issues, text_column):
             for document in source.read(issues):
-                # After another document, an end-of-text token is there already.
-                chunks.append(
-                    np.array([id for id in tokenizer.bos_ids if not chunks or id != tokenizer.eos_id], np.int64)
-                )
+                # The first token is predicted, too: after the begin token, or else after an end-of-text token, as in training.
+                begin = [id for id in tokenizer.bos_ids if id != tokenizer.eos_id]
+                chunks.append(np.array(begin if chunks else tokenizer.bos_ids or [tokenizer.eos_id], np.int64))
                 for piece in document.chunks:
                     chunks.append(np.asarray(tokenizer.encode(piece), dtype=np.int64))
                     num_bytes += len(piece.encode())
@@ -219,7 +218,7 @@ class LanguageModel:
         num_bytes: int,
         console: Console,
         stride: int | None = None,
-        token_nll_out: np.ndarray | None = None,
+        documents: DocumentLosses | None = None,
     ) -> PerplexityResult:
         """Evaluate the loss and perplexity on tokens, with the weights at the precision of the model.
 
@@ -228,7 +227,7 @@ class LanguageModel:
             num_bytes: The bytes of their text.
             console: Where progress goes.
             stride: Stride of the window, in tokens; default: half a window.
-            token_nll_out: Array that receives the loss of each token after the first, in nats.
+            documents: Receives the loss of each document.
         """
         return evaluate_perplexity(
             self.dequantized,
@@ -237,7 +236,7 @@ class LanguageModel:
             bos_id=self.tokenizer.bos_id,
             stride=max(1, self.gpt.config.context_length // 2) if stride is None else stride,
             progress=lambda done, total: console.progress("evaluating", done, total),
-            token_nll_out=token_nll_out,
+            documents=documents,
         )
 
 
