@@ -133,10 +133,11 @@ def test_commands_parse(document: Path):
     """By the real command line: verb, options and their values; nothing is run."""
     lines = commands(document)
     assert lines or document.name not in ("README.md", "tutorial.md")
+    app = build_app(0.0)
     for line in lines:
         words = shlex.split(line, comments=True)[1:]
         words = words if len(words) > 1 else [*words, "--help"]  # a verb that is only named
-        build_app(0.0).parse_args(words, exit_on_error=False, print_error=False)
+        app.parse_args(words, exit_on_error=False, print_error=False)
 
 
 def test_make_targets_exist(document: Path):
