@@ -448,25 +448,10 @@ VALUES = st.recursive(
     ),
     max_leaves=8,
 )
-COLUMNS = [
-    "sentence_good",
-    "sentence_bad",
-    "UID",
-    "question",
-    "choices",
-    "answer",
-    "answerKey",
-    "context",
-    "endings",
-    "label",
-    "ctx_a",
-    "ctx_b",
-    "activity_label",
-    "text",
-    "sentences",
-    "bias_type",
-    "prompt",
-]
+COLUMNS = (
+    "sentence_good sentence_bad UID question choices answer answerKey context endings label ctx_a ctx_b "
+    "activity_label text sentences bias_type prompt"
+).split()
 
 
 @given(

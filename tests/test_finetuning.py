@@ -29,22 +29,7 @@ from nextword.tasks.examples import Example
 from nextword.training.launch import RunContext
 from processes import kill, start_process, wait_until
 
-WORDS = [
-    "the",
-    "object",
-    "name",
-    "value",
-    "class",
-    "is",
-    "called",
-    "with",
-    "a",
-    "list",
-    "of",
-    "returns",
-    "method",
-    "string",
-]
+WORDS = "the object name value class is called with a list of returns method string".split()
 GOOD, BAD = ["good", "fine", "right"], ["bad", "wrong", "poor"]
 
 

@@ -314,31 +314,12 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-KEYS = [
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_parameters",
-    "rope_scaling",
-    "hidden_act",
-    "layer_types",
-    "model_type",
-    "architectures",
-    "id2label",
-    "num_labels",
-    "tie_word_embeddings",
-    "auto_map",
-    "quantization_config",
-    "attention_bias",
-    "partial_rotary_factor",
-]
+KEYS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "head_dim max_position_embeddings rms_norm_eps rope_theta rope_parameters rope_scaling hidden_act "
+    "layer_types model_type architectures id2label num_labels tie_word_embeddings auto_map quantization_config "
+    "attention_bias partial_rotary_factor"
+).split()
 
 
 def again(honest: Path, directory: Path) -> Path:

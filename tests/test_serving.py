@@ -578,19 +578,7 @@ def test_an_invalid_body_is_rejected(server: ServerProcess, body: bytes) -> None
 
 
 def test_unknown_fields_and_nulls_are_ignored(server: ServerProcess) -> None:
-    names = (
-        "temperature",
-        "top_p",
-        "n",
-        "stop",
-        "logprobs",
-        "max_tokens",
-        "stream",
-        "seed",
-        "logit_bias",
-        "user",
-        "best_of",
-    )
+    names = "temperature top_p n stop logprobs max_tokens stream seed logit_bias user best_of".split()
     body = {"prompt": "The", **dict.fromkeys(names), "user": "me", "metadata": {"a": [1]}, "store": True, "tools": []}
     answer = server.post("/v1/completions", body)
     assert answer.status == 200, answer.body

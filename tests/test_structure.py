@@ -22,30 +22,12 @@ LAYERS = [
     ["evaluation", "audit", "reporting", "serving", "planning", "interpretability", "export"],
     ["commands"],
 ]
-OPTIONAL_PACKAGES = {
-    "datasets",
-    "fastapi",
-    "gguf",
-    "huggingface_hub",
-    "llama_cpp",
-    "llguidance",
-    "lm_eval",
-    "onnx",
-    "onnxruntime",
-    "peft",
-    "py3langid",
-    "pyarrow",
-    "pydantic",
-    "ray",
-    "rouge_score",
-    "sacrebleu",
-    "starlette",
-    "tensorboard",
-    "transformers",
-    "uvicorn",
-    "yaml",
-    "zstandard",
-}
+OPTIONAL_PACKAGES = set(
+    (
+        "datasets fastapi gguf huggingface_hub llama_cpp llguidance lm_eval onnx onnxruntime peft py3langid pyarrow "
+        "pydantic ray rouge_score sacrebleu starlette tensorboard transformers uvicorn yaml zstandard"
+    ).split()
+)
 
 
 def test_packages_import_only_from_lower_layers():
