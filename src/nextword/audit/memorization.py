@@ -256,11 +256,11 @@ def _decode_with_token_ends(tokenizer: Tokenizer, token_ids: Sequence[int]) -> t
 
 
 def _copied_share(texts: Sequence[CopiedText]) -> ScoreWithCI:
-    """Copied tokens over all tokens, with a bootstrap interval over texts; exact (over texts) if no text has any."""
+    """Copied tokens over all tokens, with an interval over texts; exact (over texts) if no text has any."""
     counts = np.array([[text.copied_tokens, text.num_tokens] for text in texts])
     if not counts[:, 0].any():
         return statistics.proportion([0.0] * len(texts))
-    return statistics.bootstrap_ratio(counts, lambda sums: sums[:, 0] / np.maximum(sums[:, 1], 1))
+    return statistics.statistic_of_sums(counts, lambda sums: sums[:, 0] / np.maximum(sums[:, 1], 1))
 
 
 # ---------------------------------------------------------------- PII

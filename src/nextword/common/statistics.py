@@ -1,17 +1,19 @@
 """Scores with 95 % confidence intervals.
 
-- Proportions have Wilson's score interval, and differences of two independent proportions Newcombe's hybrid score interval:
-  both hold near 0 and 1 and for small samples, where a bootstrap has no width.
-- Means, and paired differences, have Student's t interval.
-- Other statistics have percentile bootstrap intervals (Efron and Tibshirani 1993, section 13.3): the statistic is computed on
-  1,000 resamples of the examples, drawn with replacement by a seeded generator, and the 2.5 % and 97.5 % quantiles are the
-  bounds. The resampling is written here and not taken from `scipy.stats.bootstrap`, which refuses a single example and copies
-  the data of every resample; sums over resamples are one matrix product.
+- Proportions have the interval of Agresti and Coull (1998), and differences of two independent proportions Newcombe's hybrid
+  of two such intervals: both hold near 0 and 1 and for small samples.
+- Means over examples, and differences of paired examples, have Student's t interval, joined with Hall's for skewed values.
+- Other smooth statistics of sums are linearized (the infinitesimal jackknife, Efron 1982, chapter 6), and then have the
+  interval of a mean, or that of a proportion with an effective sample size if they are bounded, as F1 scores are.
+- Means over runs of different seeds have Student's t interval.
+
+Where no method holds, for example with fewer than `MIN_UNITS` examples, there is a score without an interval. `make
+calibration` measures the coverage of all of them; see docs/evaluation.md.
 """
 
 import importlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,9 +21,9 @@ import numpy as np
 
 from nextword.common.errors import UsageError
 
-NUM_RESAMPLES = 1000
 CONFIDENCE_LEVEL = 0.95
-MAX_DRAWS_IN_MEMORY = 2**20  # 8 MB of indices
+MIN_UNITS = 20  # examples, for the interval of a mean or another statistic of values of an unknown distribution
+MIN_VARYING = 10  # examples that differ from the most frequent value, for the same
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,32 @@ class ScoreWithCI:
         """Whether the whole interval lies below a reference value."""
         return self.high is not None and self.high < reference
 
+    def transform(self, function: Callable[[float], float]) -> "ScoreWithCI":
+        """An increasing function of the score, with the interval of the function."""
+        bounds = (None if bound is None else function(bound) for bound in (self.low, self.high))
+        return ScoreWithCI(function(self.value), *bounds, n=self.n)
+
     def to_dict(self) -> dict[str, float | int | None]:
         """The fields, as JSON stores them."""
         return asdict(self)
 
 
 def mean(values: Sequence[float] | np.ndarray) -> ScoreWithCI:
-    """The mean of one number per example, with Student's t interval. A single example has no interval.
+    """The mean of one number per example, with the interval of `statistic_of_sums`.
 
     Raises:
         UsageError: There are no examples, or a value is not finite.
+    """
+    check_lengths(values)
+    column = require_finite(values, "score")
+    return statistic_of_sums(np.stack([column, np.ones_like(column)], axis=1), ratio_of_sums)
+
+
+def mean_of_runs(values: Sequence[float] | np.ndarray) -> ScoreWithCI:
+    """The mean of the scores of runs that differ by their seed, with Student's t interval. A single run has no interval.
+
+    Raises:
+        UsageError: There are no runs, or a score is not finite.
     """
     n, column = check_lengths(values), require_finite(values, "score")
     center = float(column.mean())
@@ -68,25 +86,30 @@ def mean(values: Sequence[float] | np.ndarray) -> ScoreWithCI:
 
 
 def proportion(values: Sequence[float] | np.ndarray) -> ScoreWithCI:
-    """The mean of numbers between 0 and 1, with Wilson's score interval (Wilson 1927).
+    """The mean of numbers between 0 and 1, with the interval of Agresti and Coull (1998).
 
-    The interval is that of 0/1 outcomes; values between them, such as 0.5 for a tie, vary less, so that it is conservative.
+    It contains Wilson's score interval, whose coverage falls below 0.9 near 0 and 1 (Brown, Cai and DasGupta 2001). Values
+    other than 0, 1/2 (a tie) and 1 vary less: they have the interval of a mean, if enough of them differ.
 
     Raises:
         UsageError: There are no examples, or a value is not finite.
     """
-    n, p = check_lengths(values), float(require_finite(values, "score").mean())
-    z = t_quantile(math.inf)
-    center, spread = p + z**2 / (2 * n), z * math.sqrt(max(0.0, p * (1 - p)) / n + (z / (2 * n)) ** 2)
-    low, high = (center - spread) / (1 + z**2 / n), (center + spread) / (1 + z**2 / n)
-    return ScoreWithCI(p, min(p, max(0.0, low)), max(p, min(1.0, high)), n)
+    n, column = check_lengths(values), require_finite(values, "score")
+    value = float(column.mean())
+    low, high = _proportion_interval(value, n, t_quantile(math.inf))
+    if not _are_outcomes(column):
+        score = mean(column)
+        varying = n - np.unique(column, return_counts=True)[1].max()
+        if score.low is not None and score.high is not None and varying >= MIN_VARYING:
+            low, high = max(0.0, score.low), min(1.0, score.high)
+    return ScoreWithCI(value, low, high, n)
 
 
 def proportion_difference(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> ScoreWithCI:
-    """The difference of the proportions of two groups of examples, with Newcombe's hybrid score interval.
+    """The difference of the proportions of two groups of examples, with Newcombe's hybrid of two intervals.
 
-    Source: Newcombe 1998, "Interval estimation for the difference between independent proportions", method 10. n is the size
-    of the smaller group.
+    Source: Newcombe 1998, "Interval estimation for the difference between independent proportions", method 10, with
+    the intervals of `proportion`. n is the size of the smaller group.
 
     Raises:
         UsageError: A group has no examples, or a value is not finite.
@@ -100,10 +123,10 @@ def proportion_difference(a: Sequence[float] | np.ndarray, b: Sequence[float] | 
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> ScoreWithCI:
-    """The mean of a − b with Student's t interval.
+    """The mean of a − b, with the interval of a mean.
 
-    For scores between 0 and 1, one half of an example is added to each of the two discordant outcomes, and one whole to the
-    others (Agresti and Min 2005), so that the interval holds if few or no examples differ.
+    For outcomes (0, 1, and 1/2 for a tie) the interval is Student's, with one half of an example added to each of the two
+    discordant outcomes, and one whole to the others (Agresti and Min 2005), so that it holds if few or no examples differ.
 
     Args:
         a: Scores of one system, one per example.
@@ -115,7 +138,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> ScoreWithCI:
     n = check_lengths(a, b)
     first, second = require_finite(a, "first score"), require_finite(b, "second score")
     differences = first - second
-    if min(first.min(), second.min()) < 0 or max(first.max(), second.max()) > 1:
+    if not (_are_outcomes(first) and _are_outcomes(second)):
         return mean(differences)
     center, square = differences.sum() / (n + 2), (np.square(differences).sum() + 1) / (n + 2)
     margin = t_quantile(n + 1) * math.sqrt(max(0.0, square - center**2) / (n + 2))
@@ -123,21 +146,85 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> ScoreWithCI:
     return ScoreWithCI(value, min(value, low), max(value, high), n)
 
 
-def bootstrap_ratio(
-    columns: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], *, seed: int = 0
+def statistic_of_sums(
+    columns: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    *,
+    counts: np.ndarray | None = None,
+    bounds: tuple[float, float] | None = None,
+    prior: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> ScoreWithCI:
-    """A statistic of column sums, such as a ratio of two sums, with its bootstrap interval.
+    """A smooth statistic of column sums, such as a ratio of two sums or an F1 score.
+
+    The statistic is linearized: the influence of an example is the derivative with respect to its weight (the infinitesimal
+    jackknife, Efron 1982, chapter 6). The interval contains Student's, and that of Hall (1992), "On the removal of skewness
+    by transformation". A bounded statistic has the interval of a proportion, with the effective number of examples that
+    gives a proportion the same variance (Dean and Pagano 2015). There is no interval for fewer than `MIN_UNITS` examples, or
+    if no example differs from the others.
 
     Args:
         columns: Numbers per example [n, columns].
-        statistic: Maps sums [R, columns] to the statistic [R].
-        seed: Seed of the resamples.
+        statistic: Maps sums [R, columns] to the statistic [R]. Multiplying all sums must not change it.
+        counts: How many examples each row stands for [n]; default: one.
+        bounds: The least and greatest value of the statistic.
+        prior: Pseudo-observations [m, columns] and their weights [m], which enter the interval only.
 
     Raises:
         UsageError: There are no examples.
     """
     check_lengths(columns)
-    return score_from_resamples(statistic(resampled_sums(columns.astype(np.float64), seed)), len(columns))
+    rows, weights = columns.astype(np.float64), np.ones(len(columns)) if counts is None else counts.astype(np.float64)
+    n, value = round(weights.sum()), float(statistic(weights @ rows[None])[0])
+    if prior is not None:
+        rows, weights = np.vstack([rows, prior[0]]), np.concatenate([weights, prior[1]])
+    center, influence = _influence(rows, weights, statistic)
+    error = math.sqrt(float(weights @ influence**2) / (n - 1) / n) if n > 1 else 0.0
+    if n < MIN_UNITS or error <= 1e-9 * (1 + abs(value)):
+        return ScoreWithCI(value, n=n)
+    quantile = t_quantile(n - 1)
+    if bounds is not None:
+        low, span = bounds[0], bounds[1] - bounds[0]
+        share = (center - low) / span
+        interval = _proportion_interval((value - low) / span, share * (1 - share) * (span / error) ** 2, quantile)
+        return ScoreWithCI(value, *(low + span * bound for bound in interval), n=n)
+    skewness = float(weights @ influence**3) / n / (float(weights @ influence**2) / n) ** 1.5
+    skewness *= math.sqrt(n * (n - 1)) / (n - 2)
+    margins = [_hall_margin(side * quantile, skewness / math.sqrt(n)) for side in (-1, 1)]
+    below, above = max(quantile, margins[1]), max(quantile, -margins[0])
+    return ScoreWithCI(value, value - below * error, value + above * error, n)
+
+
+def ratio_of_sums(sums: np.ndarray) -> np.ndarray:
+    """The first of two columns [R, 2] over the second, [R]."""
+    return sums[:, 0] / sums[:, 1]
+
+
+def _influence(
+    rows: np.ndarray, weights: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]
+) -> tuple[float, np.ndarray]:
+    """The statistic of weighted rows, and n times its derivative with respect to the weight of each row, centered."""
+    total, step = weights @ rows, 1e-4
+    center = float(statistic(total[None])[0])
+    slope = (center - statistic(total - step * rows)) / step
+    return center, (slope - weights @ slope / weights.sum()) * weights.sum()
+
+
+def _hall_margin(quantile: float, skewness: float) -> float:
+    """The value of Student's statistic at which Hall's cubic transformation of it equals a quantile; skewness is γ / √n."""
+    a = skewness / 3
+    return (float(np.cbrt(1 + 3 * a * (quantile - skewness / 6))) - 1) / a if abs(a) > 1e-6 else quantile
+
+
+def _proportion_interval(p: float, n: float, quantile: float) -> tuple[float, float]:
+    """The interval of Agresti and Coull (1998) of a proportion p of n examples, within 0 and 1."""
+    total = n + quantile**2
+    center = (p * n + quantile**2 / 2) / total
+    spread = quantile * math.sqrt(max(0.0, center * (1 - center)) / total)
+    return min(p, max(0.0, center - spread)), max(p, min(1.0, center + spread))
+
+
+def _are_outcomes(values: np.ndarray) -> bool:
+    return bool(np.isin(values, (0, 0.5, 1)).all())
 
 
 def clustered_ratio(
@@ -247,53 +334,6 @@ def noise_floor(values: Sequence[float]) -> float:
     if n < 2:
         raise UsageError("a noise floor needs at least two runs with different seeds; 1 run was given")
     return t_quantile(n - 1) * float(require_finite(values, "score").std(ddof=1)) * math.sqrt(2)
-
-
-def resample_indices(n: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """Bootstrap resamples as blocks of example indices [rows, n], with `NUM_RESAMPLES` rows in total."""
-    rng = np.random.default_rng(seed)
-    rows = max(1, MAX_DRAWS_IN_MEMORY // n)
-    for start in range(0, NUM_RESAMPLES, rows):
-        yield rng.integers(n, size=(min(rows, NUM_RESAMPLES - start), n))
-
-
-def resampled_sums(columns: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Column sums [1 + R, columns] of [n, columns]: over all examples first, then over each resample."""
-    n = len(columns)
-    sums = [columns.sum(0, keepdims=True)]
-    for indices in resample_indices(n, seed):
-        rows = len(indices)
-        cells = (indices + n * np.arange(rows)[:, None]).ravel()
-        counts = np.bincount(cells, minlength=rows * n).reshape(rows, n)  # how often each example was drawn
-        sums.append(counts.astype(np.float64) @ columns)
-    return np.concatenate(sums)
-
-
-def score_from_resamples(values: np.ndarray, n: int, posterior: np.ndarray | None = None) -> ScoreWithCI:
-    """The score of values [1 + R]: the statistic of all n examples, then of each resample.
-
-    With draws of the statistic from a posterior [R], the interval is the union of both.
-    """
-    probabilities = [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2]
-    low, high = np.quantile(values[1:], probabilities)
-    if posterior is not None:
-        posterior_low, posterior_high = np.quantile(posterior, probabilities)
-        low, high = min(low, posterior_low), max(high, posterior_high)
-    return ScoreWithCI(float(values[0]), float(low), float(high), n)
-
-
-def posterior_sums(rows: np.ndarray, weights: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
-    """Weighted column sums [R, columns] of rows [m, columns], with weights from a Dirichlet distribution times n.
-
-    With weight 1 for each example, this is the Bayesian bootstrap (Rubin 1981); rows of small weights are a prior.
-    """
-    rng = np.random.default_rng(seed)
-    block = max(1, MAX_DRAWS_IN_MEMORY // len(rows))
-    sums: list[np.ndarray] = []
-    for start in range(0, NUM_RESAMPLES, block):
-        draws = rng.standard_gamma(weights, size=(min(block, NUM_RESAMPLES - start), len(rows)))
-        sums.append(n * draws @ rows / draws.sum(1, keepdims=True))
-    return np.concatenate(sums)
 
 
 def check_lengths(first: Sequence[object] | np.ndarray, *others: Sequence[object] | np.ndarray) -> int:

@@ -15,7 +15,7 @@ from nextword.common.console import Console
 from nextword.common.environment import library_versions
 from nextword.common.errors import UsageError
 from nextword.common.run_dir import RunDir, RunInterruptedError, catch_signals, open_run
-from nextword.common.statistics import ScoreWithCI, mean
+from nextword.common.statistics import ScoreWithCI, mean_of_runs
 from nextword.tasks.dataset import TASK_KINDS
 from nextword.training.launch import check_resume_config
 
@@ -156,7 +156,7 @@ def summarize(runs: Sequence[StudyRun]) -> dict[str, Any]:
     higher_is_better = metric not in LOWER_IS_BETTER_METRICS
 
     def interval(count: int, pretrained: bool) -> ScoreWithCI:
-        return mean([run.score for run in runs if (run.examples, run.pretrained) == (count, pretrained)])
+        return mean_of_runs([run.score for run in runs if (run.examples, run.pretrained) == (count, pretrained)])
 
     counts = sorted({run.examples for run in runs})
     curves = [(count, interval(count, True), interval(count, False)) for count in counts]

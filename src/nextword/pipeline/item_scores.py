@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nextword.common.statistics import ScoreWithCI, bootstrap_ratio, proportion
+from nextword.common.statistics import ScoreWithCI, mean, proportion, ratio_of_sums, statistic_of_sums
 from nextword.inference.engine import Completion, Engine, Prompt
 from nextword.inference.loglikelihood import ContinuationScore, LoglikelihoodScorer, ProgressCallback
 from nextword.inference.sampling import Sampling
@@ -75,12 +75,10 @@ class ItemScores:
         if metric in GENERATION_METRICS:
             return generation_metrics(self.references, self.predictions, [metric])[metric]
         if metric == "perplexity":
-            nats = self.item_values["nats"]
-            columns = np.stack([nats, np.ones_like(nats)], axis=1)
-            return bootstrap_ratio(columns, lambda sums: np.exp(np.minimum(sums[:, 0] / sums[:, 1], 700)))
+            return mean(self.item_values["nats"]).transform(lambda nats: math.exp(min(nats, 700)))
         if metric == "icat":
             values = self.item_values["stereotyped"], self.item_values["meaningful"]
-            return bootstrap_ratio(np.stack([*values, np.ones_like(values[0])], axis=1), _icat)
+            return statistic_of_sums(np.stack([*values, np.ones_like(values[0])], axis=1), _icat)
         return proportion(self.item_values[metric].tolist())
 
     def secondary_metrics(self, benchmark: Benchmark) -> list[str]:
@@ -257,4 +255,4 @@ def _bits_per_byte(judge: LanguageModel, prompts: Sequence[str], texts: Sequence
     num_bytes = [
         len(text.encode("utf-8", "replace")) - len(part.encode()) for (_, text), part in zip(pairs, lost, strict=True)
     ]
-    return bootstrap_ratio(np.stack([bits, num_bytes], axis=1), lambda sums: sums[:, 0] / sums[:, 1])
+    return statistic_of_sums(np.stack([bits, num_bytes], axis=1), ratio_of_sums)

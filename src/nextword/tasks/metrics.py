@@ -1,57 +1,49 @@
-"""The metrics of each task, with bootstrap confidence intervals, and measures of repetition in generated text.
+"""The metrics of each task, with confidence intervals, and measures of repetition in generated text.
 
-Accuracy, F1 and Matthews correlation equal scikit-learn's. They are computed here from counts, because scikit-learn scores one
-sample per call: its calls for 1,000 resamples take seconds for each metric.
-Shapes: n examples, R resamples, K labels.
+Accuracy, F1 and Matthews correlation equal scikit-learn's. They are computed here from counts, because their intervals need
+the derivative with respect to each example.
+Shapes: n examples, R rows of sums, K labels.
 """
 
 import importlib
 import math
-import warnings
-from collections.abc import Collection, Sequence
-from itertools import chain
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from nextword.common.errors import UsageError, import_optional
 from nextword.common.statistics import (
-    NUM_RESAMPLES,
     ScoreWithCI,
     check_lengths,
-    posterior_sums,
     proportion,
     require_finite,
-    resample_indices,
-    resampled_sums,
-    score_from_resamples,
+    statistic_of_sums,
     t_quantile,
 )
 
 GENERATION_METRICS = ("chrf", "bleu", "rouge1", "rouge2", "rougeL")  # 0 to 100; all other scores are 0 to 1 or −1 to 1
-MIN_EXAMPLES_PER_LABEL = 8  # of at least half of the labels, for an interval of macro-F1
+MIN_EXAMPLES_PER_LABEL = 8  # of nine labels in ten, for an interval of macro-F1
 MIN_CORRELATED = 10  # examples, for an interval of a correlation
+MAX_KURTOSIS = 6.0  # of the scores, for an interval of Pearson's correlation; 3 for a normal distribution
 
 
 def classification(targets: Sequence[str], predictions: Sequence[str], labels: Sequence[str]) -> dict[str, ScoreWithCI]:
     """Metrics of single-label classification: `accuracy` and `macro_f1` (0 to 1) and `matthews` (−1 to 1).
 
     `macro_f1` is the mean F1 of the labels that occur in targets or predictions. `matthews` is Gorodkin (2004)'s R_K, which
-    is the Matthews correlation for two labels; it is 0 if targets or predictions hold one label only. For their intervals see
-    `_resampled_sums`; resamples are multinomial draws over the confusion matrix, which is equivalent to drawing examples.
+    is the Matthews correlation for two labels; it is 0 if targets or predictions hold one label only.
 
     Raises:
         UsageError: There are no examples, the lengths differ, or a label is not in `labels`.
     """
-    n = check_lengths(targets, predictions)
+    check_lengths(targets, predictions)
     is_target, is_predicted = (_multi_hot([[label] for label in names], labels) for names in (targets, predictions))
-    hits, num_targets, num_predicted, posterior = _resampled_sums(is_target, is_predicted)
-    matthews = _matthews(hits.sum(1), num_targets, num_predicted, n)
-    posterior_matthews = _matthews(posterior[0].sum(1), *posterior[1:], n)
+    score, supports = _label_scores(is_target, is_predicted)
     return {
         "accuracy": proportion(np.any(is_target & is_predicted, axis=1)),
-        "macro_f1": _macro_f1_score(hits, num_targets + num_predicted, posterior, n),
-        "matthews": score_from_resamples(matthews, n, posterior_matthews),
+        "macro_f1": score(_macro_f1, (0, 1), np.quantile(supports, 0.1)),
+        "matthews": score(_matthews, (-1, 1), len(targets) - supports.max()),
     }
 
 
@@ -66,90 +58,78 @@ def multilabel(
     Raises:
         UsageError: There are no examples, the lengths differ, or a label is not in `labels`.
     """
-    n = check_lengths(targets, predictions)
+    check_lengths(targets, predictions)
     is_target, is_predicted = _multi_hot(targets, labels), _multi_hot(predictions, labels)  # [n, K]
-    hits, num_targets, num_predicted, posterior = _resampled_sums(is_target, is_predicted)
-    micro_f1, posterior_micro_f1 = (
-        _safe_divide(2 * hits.sum(1), (targets + predicted).sum(1))
-        for hits, targets, predicted in ((hits, num_targets, num_predicted), posterior)
-    )
+    score, supports = _label_scores(is_target, is_predicted)
     return {
         "exact_match": proportion(np.all(is_target == is_predicted, axis=1)),
-        "micro_f1": score_from_resamples(micro_f1, n, posterior_micro_f1),
-        "macro_f1": _macro_f1_score(hits, num_targets + num_predicted, posterior, n),
+        "micro_f1": score(_micro_f1, (0, 1), supports.sum()),
+        "macro_f1": score(_macro_f1, (0, 1), np.quantile(supports, 0.1)),
     }
 
 
-def _resampled_sums(
-    is_target: np.ndarray, is_predicted: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Numbers of hits, targets and predictions of each label, in bootstrap resamples and in draws from a posterior.
+def _label_scores(is_target: np.ndarray, is_predicted: np.ndarray) -> tuple[Callable[..., ScoreWithCI], np.ndarray]:
+    """Scores of hits, targets and predictions of each label.
 
-    A bootstrap has no width where nothing is wrong. The posterior is the Bayesian bootstrap with a prior: for each label that
-    occurs, half an example that is right, a quarter of one that is missed and a quarter of a false one. Their union covers
-    the F1 scores and the Matthews correlation at 95 % near 1 and with rare labels, too.
+    The interval is that of a bounded statistic, with half an example that is right and half of one that is wrong as
+    pseudo-observations, in equal parts of each label: it has a width where nothing is wrong.
 
     Args:
         is_target: Whether each example has each label, [n, K].
         is_predicted: Whether each label was predicted.
 
     Returns:
-        Hits, targets and predictions, [1 + R, K] each, of all examples first; and the same of the posterior, [R, K] each.
+        A function of a statistic of the sums [R, 3 K], its bounds, and the number of examples that the interval rests on:
+        without an interval below `MIN_EXAMPLES_PER_LABEL`. And the support of each label that occurs, at least one: the
+        mean of its targets and its predictions.
     """
-    n, num_labels = is_target.shape
-    rows = np.hstack([is_target & is_predicted, is_target, is_predicted])
-    distinct, counts = np.unique(rows, axis=0, return_counts=True)
-    draws = np.random.default_rng(0).multinomial(n, counts / n, size=NUM_RESAMPLES)
-    sums = np.vstack([counts, draws]).astype(np.float64) @ distinct.astype(np.float64)
-    occurring = np.eye(num_labels)[(is_target | is_predicted).any(0)]
-    nothing = np.zeros_like(occurring)
-    prior = [(occurring, occurring, occurring), (nothing, occurring, nothing), (nothing, nothing, occurring)]
-    weights = np.concatenate([counts, np.repeat([0.5, 0.25, 0.25], len(occurring))])
-    posterior = posterior_sums(np.vstack([distinct, *map(np.hstack, prior)]).astype(np.float64), weights, n)
-    hits, targets, predictions = np.split(sums, 3, axis=1)
-    posterior_hits, posterior_targets, posterior_predictions = np.split(posterior, 3, axis=1)
-    return hits, targets, predictions, (posterior_hits, posterior_targets, posterior_predictions)
+    rows, counts = np.unique(np.hstack([is_target & is_predicted, is_target, is_predicted]), axis=0, return_counts=True)
+    supports = (is_target.sum(0) + is_predicted.sum(0)) / 2
+    label = np.eye(len(supports))[supports > 0]
+    none, weights = np.zeros_like(label), np.full(3 * len(label), 0.5 / max(1, len(label)))
+    prior = np.vstack([np.hstack(parts) for parts in ([label] * 3, (none, label, none), (none, none, label))])
 
+    def score(
+        statistic: Callable[[np.ndarray], np.ndarray], bounds: tuple[float, float], num_examples: float
+    ) -> ScoreWithCI:
+        result = statistic_of_sums(rows, statistic, counts=counts, bounds=bounds, prior=(prior, weights))
+        return result if num_examples >= MIN_EXAMPLES_PER_LABEL else ScoreWithCI(result.value, n=result.n)
 
-def _macro_f1_score(
-    hits: np.ndarray, support_sums: np.ndarray, posterior: tuple[np.ndarray, np.ndarray, np.ndarray], n: int
-) -> ScoreWithCI:
-    """Macro-F1; without an interval if half of the labels have fewer than `MIN_EXAMPLES_PER_LABEL` examples."""
-    values, supports = _macro_f1(hits, support_sums), support_sums[0][support_sums[0] > 0] / 2
-    if not supports.size or np.median(supports) < MIN_EXAMPLES_PER_LABEL:
-        return ScoreWithCI(float(values[0]), n=n)
-    return score_from_resamples(values, n, _macro_f1(posterior[0], posterior[1] + posterior[2]))
+    return score, supports[supports > 0] if len(label) else np.zeros(1)
 
 
 def similarity(targets: Sequence[float], predictions: Sequence[float]) -> dict[str, ScoreWithCI]:
     """`pearson` and `spearman` correlation, −1 to 1; 0 (never NaN) for constant values or a single example.
 
-    The interval is the union of the bootstrap's and of Fisher's transformation (Bonett and Wright 2000, equations 3 and 5):
-    the first accounts for outliers, the second for small samples. Fewer than `MIN_CORRELATED` examples have no interval.
+    The interval is that of Fisher's transformation (Bonett and Wright 2000, equations 3 and 5), or the wider one with the
+    variance of the infinitesimal jackknife, which does not presuppose a normal distribution. There is none for fewer than
+    `MIN_CORRELATED` examples, and none of Pearson's correlation if few extreme scores decide it.
 
     Raises:
         UsageError: There are no examples, the lengths differ, or a value is not finite.
     """
     stats: Any = importlib.import_module("scipy.stats")
-    n = check_lengths(targets, predictions)
-    x, y = require_finite(targets, "target score"), require_finite(predictions, "prediction")
-    scores: dict[str, list[np.ndarray]] = {"pearson": [], "spearman": []}
-    for indices in chain([np.arange(n)[None]], resample_indices(n)):
-        scores["pearson"].append(_pearson(_rescale(x)[indices], _rescale(y)[indices]))
-        scores["spearman"].append(_pearson(stats.rankdata(x[indices], axis=1), stats.rankdata(y[indices], axis=1)))
-    return {name: _correlation_score(name, np.concatenate(values), n) for name, values in scores.items()}
+    check_lengths(targets, predictions)
+    scores = require_finite(targets, "target score"), require_finite(predictions, "prediction")
+    standardized = [_standardize(values) for values in scores]
+    ranks = [_standardize(stats.rankdata(values)) for values in scores]
+    pearson, spearman = _correlation(*standardized, squared_factor=0.0), _correlation(*ranks, squared_factor=0.5)
+    if max(float((values**4).mean()) for values in standardized) > MAX_KURTOSIS:
+        pearson = ScoreWithCI(pearson.value, n=pearson.n)
+    return {"pearson": pearson, "spearman": spearman}
 
 
-def _correlation_score(name: str, values: np.ndarray, n: int) -> ScoreWithCI:
-    score = score_from_resamples(values, n)
+def _correlation(x: np.ndarray, y: np.ndarray, squared_factor: float) -> ScoreWithCI:
+    """The correlation of standardized values [n]; the variance of its transform is (1 + factor · r²) / (n − 3)."""
+    n, value = len(x), float(np.clip((x * y).mean(), -1, 1))
     if n < MIN_CORRELATED:
-        return ScoreWithCI(score.value, n=n)
-    assert score.low is not None and score.high is not None
-    r = float(np.clip(score.value, -1 + 1e-12, 1 - 1e-12))
-    variance = (1 + r**2 / 2 if name == "spearman" else 1) / (n - 3)
-    margin = t_quantile(math.inf) * math.sqrt(variance)
+        return ScoreWithCI(value, n=n)
+    r = float(np.clip(value, -1 + 1e-12, 1 - 1e-12))
+    influence = x * y - r * (x**2 + y**2) / 2
+    error = math.sqrt(float(influence @ influence) / n / (n - 1)) / (1 - r**2)
+    margin = max(t_quantile(n - 1) * error, t_quantile(math.inf) * math.sqrt((1 + squared_factor * r**2) / (n - 3)))
     low, high = (math.tanh(math.atanh(r) + side * margin) for side in (-1, 1))
-    return ScoreWithCI(score.value, min(score.low, low), max(score.high, high), n)
+    return ScoreWithCI(value, min(value, low), max(value, high), n)
 
 
 def multiple_choice(targets: Sequence[int], predictions: Sequence[int]) -> dict[str, ScoreWithCI]:
@@ -181,9 +161,9 @@ def generation_metrics(
 ) -> dict[str, ScoreWithCI]:
     """Metrics of generated text against one or several references for each source, 0 to 100.
 
-    `chrf` (Popović 2015) and `bleu` (Papineni et al. 2002) are sacrebleu's corpus scores with its defaults; the sufficient
-    statistics of each text are resampled. `rouge1`, `rouge2` and `rougeL` (Lin 2004) are means of rouge_score's F-measure
-    with stemming and the best reference. rouge_score only knows the letters a to z and digits: use chrF for other scripts.
+    `chrf` (Popović 2015) and `bleu` (Papineni et al. 2002) are sacrebleu's corpus scores with its defaults. `rouge1`, `rouge2`
+    and `rougeL` (Lin 2004) are means of rouge_score's F-measure with stemming and the best reference. rouge_score only knows
+    the letters a to z and digits: use chrF for other scripts.
 
     Args:
         references: The reference, or references, of each text.
@@ -194,22 +174,29 @@ def generation_metrics(
         UsageError: There are no examples, the lengths differ, a text has no reference, or a metric is unknown.
         MissingDependencyError: sacrebleu or rouge_score is not installed.
     """
-    n = check_lengths(references, predictions)
-    resampled = _resampled_generation_metrics(references, predictions, metric_names)
-    return {name: score_from_resamples(values, n) for name, values in resampled.items()}
+    check_lengths(references, predictions)
+    scores: dict[str, ScoreWithCI] = {}
+    for name in metric_names:
+        columns, statistic = _generation_statistic(name, references, predictions)
+        scores[name] = statistic_of_sums(columns, statistic, bounds=None if name.startswith("rouge") else (0, 100))
+    return scores
 
 
 def generation_metric_difference(
     references: Sequence[str | Sequence[str]], a: Sequence[str], b: Sequence[str], metric_name: str
 ) -> ScoreWithCI:
-    """By how much the texts a score above the texts b of the same sources, with a paired bootstrap interval.
+    """By how much the texts a score above the texts b of the same sources, with a paired interval.
 
     Raises:
         UsageError, MissingDependencyError: As in `generation_metrics`.
     """
-    n = check_lengths(references, a, b)
-    first, second = (_resampled_generation_metrics(references, texts, [metric_name])[metric_name] for texts in (a, b))
-    return score_from_resamples(first - second, n)
+    check_lengths(references, a, b)
+    (first, statistic), (second, _) = (_generation_statistic(metric_name, references, texts) for texts in (a, b))
+
+    def difference(sums: np.ndarray) -> np.ndarray:
+        return statistic(sums[:, : first.shape[1]]) - statistic(sums[:, first.shape[1] :])
+
+    return statistic_of_sums(np.hstack([first, second]), difference)
 
 
 def split_words(text: str) -> list[str]:
@@ -235,73 +222,57 @@ def distinct_n(texts: Sequence[Sequence[str]], n: int) -> float:
     return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
-def _resampled_generation_metrics(
-    references: Sequence[str | Sequence[str]], predictions: Sequence[str], metric_names: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """Each metric [1 + R]: of all texts, then of each resample."""
-    if unknown := [name for name in metric_names if name not in GENERATION_METRICS]:
-        raise UsageError(f"unknown metric {unknown[0]!r}: choose from {', '.join(GENERATION_METRICS)}")
+def _generation_statistic(
+    metric_name: str, references: Sequence[str | Sequence[str]], predictions: Sequence[str]
+) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """The sufficient statistics of each text [n, columns], and the metric [R] as a function of their sums [R, columns]."""
+    if metric_name not in GENERATION_METRICS:
+        raise UsageError(f"unknown metric {metric_name!r}: choose from {', '.join(GENERATION_METRICS)}")
     reference_lists = [[entry] if isinstance(entry, str) else list(entry) for entry in references]
     if missing := [i for i, entry in enumerate(reference_lists, 1) if not entry]:
         raise UsageError(f"text {missing[0]} has no reference: add one or leave the text out")
-    rouge_names = [name for name in metric_names if name.startswith("rouge")]
-    rouge = _rouge_scores(rouge_names, reference_lists, predictions) if rouge_names else {}
-    return {
-        name: 100 * resampled_sums(rouge[name][:, None])[:, 0] / len(predictions)
-        if name in rouge
-        else _sacrebleu_scores(name, reference_lists, predictions)
-        for name in metric_names
-    }
-
-
-def _sacrebleu_scores(metric_name: str, references: list[list[str]], predictions: Sequence[str]) -> np.ndarray:
-    """[1 + R]: sacrebleu's corpus score of all texts, then of resamples of the statistics of each text."""
+    if metric_name.startswith("rouge"):
+        scorer = import_optional("rouge_score.rouge_scorer", "ROUGE", "scores").RougeScorer(
+            [metric_name], use_stemmer=True
+        )
+        scores = [scorer.score_multi(*pair)[metric_name] for pair in zip(reference_lists, predictions, strict=True)]
+        return np.array([[score.fmeasure, 1] for score in scores]), lambda sums: 100 * sums[:, 0] / sums[:, 1]
     chrf, bleu = (import_optional(f"sacrebleu.metrics.{name}", "chrF and BLEU", "scores") for name in ("chrf", "bleu"))
     metric = chrf.CHRF() if metric_name == "chrf" else bleu.BLEU(force=True)  # force: no warning about tokenized input
-    num_streams = max(map(len, references))
-    streams = [[entry[i] if i < len(entry) else None for entry in references] for i in range(num_streams)]
-    # sacrebleu's bootstrap calls these two methods as well; its public one is slow and does not return the bounds.
-    statistics = np.array(metric._extract_corpus_statistics(list(predictions), streams), dtype=np.float64)
-    sums = resampled_sums(statistics).tolist()
-    return np.array([metric._compute_score_from_stats(row).score for row in sums])
+    num_streams = max(map(len, reference_lists))
+    streams = [[entry[i] if i < len(entry) else None for entry in reference_lists] for i in range(num_streams)]
+    # sacrebleu's bootstrap calls these two methods as well.
+    columns = np.array(metric._extract_corpus_statistics(list(predictions), streams), dtype=np.float64)
+    return columns, lambda sums: np.array([metric._compute_score_from_stats(row).score for row in sums.tolist()])
 
 
-def _rouge_scores(
-    metric_names: list[str], references: list[list[str]], predictions: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """The F-measure of each text [n], 0 to 1."""
-    scorer = import_optional("rouge_score.rouge_scorer", "ROUGE", "scores").RougeScorer(metric_names, use_stemmer=True)
-    scores = [scorer.score_multi(entry, text) for entry, text in zip(references, predictions, strict=True)]
-    return {name: np.array([score[name].fmeasure for score in scores]) for name in metric_names}
-
-
-def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """[R]: the correlation of each row of x and y, both [R, n]; 0 for a constant row."""
-    stats: Any = importlib.import_module("scipy.stats")
-    if x.shape[1] < 2:
-        return np.zeros(len(x))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about constant rows, whose correlation is NaN
-        return np.nan_to_num(stats.pearsonr(x, y, axis=1).statistic)
-
-
-def _rescale(values: np.ndarray) -> np.ndarray:
-    """Values with magnitude at most 1, so that sums of squares do not overflow; a correlation stays the same."""
+def _standardize(values: np.ndarray) -> np.ndarray:
+    """Values [n] with mean 0 and variance 1, without overflow of the squares; zeros if they are constant."""
     values = values / max(float(np.abs(values).max()), 1e-300)
     values = values - values.mean()
-    return values / max(float(np.abs(values).max()), 1e-300)
+    values = values / max(float(np.abs(values).max()), 1e-300)
+    return values / max(float(values.std()), 1e-300)
 
 
-def _macro_f1(hits: np.ndarray, support_sums: np.ndarray) -> np.ndarray:
-    """[R]: the mean F1 of hits and targets plus predictions, both [R, K], over the labels that occur in a resample."""
-    return _safe_divide(_safe_divide(2 * hits, support_sums).sum(1), (support_sums > 0).sum(1))
+def _macro_f1(sums: np.ndarray) -> np.ndarray:
+    """[R]: the mean F1 of the labels that occur, from hits, targets and predictions of each label [R, 3 K]."""
+    hits, targets, predicted = np.split(sums, 3, axis=1)
+    supports = targets + predicted
+    return _safe_divide(_safe_divide(2 * hits, supports).sum(1), (supports > 0).sum(1))
 
 
-def _matthews(correct: np.ndarray, target_counts: np.ndarray, predicted_counts: np.ndarray, n: int) -> np.ndarray:
-    """[R]: (c n − Σ p t) / √((n² − Σ p²)(n² − Σ t²)), Gorodkin (2004) in counts."""
-    predicted_spread = np.sqrt(n**2 - (predicted_counts**2).sum(1))
-    target_spread = np.sqrt(n**2 - (target_counts**2).sum(1))
-    return _safe_divide(correct * n - (predicted_counts * target_counts).sum(1), predicted_spread * target_spread)
+def _micro_f1(sums: np.ndarray) -> np.ndarray:
+    """[R]: the F1 over all labels, from hits, targets and predictions of each label [R, 3 K]."""
+    hits, targets, predicted = np.split(sums, 3, axis=1)
+    return _safe_divide(2 * hits.sum(1), (targets + predicted).sum(1))
+
+
+def _matthews(sums: np.ndarray) -> np.ndarray:
+    """[R]: (c n − Σ p t) / √((n² − Σ p²)(n² − Σ t²)), Gorodkin (2004), from hits, targets and predictions [R, 3 K]."""
+    hits, targets, predicted = np.split(sums, 3, axis=1)
+    n = targets.sum(1)
+    predicted_spread, target_spread = (np.sqrt(np.maximum(0, n**2 - (x**2).sum(1))) for x in (predicted, targets))
+    return _safe_divide(hits.sum(1) * n - (predicted * targets).sum(1), predicted_spread * target_spread)
 
 
 def _safe_divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
