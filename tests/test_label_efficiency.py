@@ -2,10 +2,12 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import nextword
@@ -13,49 +15,104 @@ from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError
 from nextword.common.fs import read_jsonl, read_sealed_json
 from nextword.common.run_dir import RunDir
-from nextword.evaluation.label_efficiency import equivalent_label_ratio, headline, run_study
+from nextword.evaluation.label_efficiency import StudyRun, equivalent_label_ratio, headline, run_study
+
+
+def study_runs(
+    scores: dict[int, tuple[float, float]], spread: float = 0.01, seeds: int = 3, error: float = 0.0
+) -> list:
+    """Runs with these scores {examples: (pre-trained, from scratch)}, and a spread over seeds around each."""
+    return [
+        StudyRun(
+            n, n, 9999, seed, i == 0, "classify", "accuracy", score + spread * (seed - (seeds - 1) / 2), 1.0, {}, error
+        )
+        for n, pair in scores.items()
+        for i, score in enumerate(pair)
+        for seed in range(seeds)
+    ]
 
 
 def test_the_label_ratio_is_read_off_the_curve_from_scratch():
-    points = [(32, 0.5, 0.3), (128, 0.7, 0.5), (512, 0.8, 0.7), (2048, 0.9, 0.8)]
-    label_ratio = equivalent_label_ratio(points)
-    assert label_ratio["ratio"] == pytest.approx(4) and not label_ratio["at_least"]
-    assert [n for _, n in label_ratio["ratios"]] == [32, 128, 512]
-    expected = "with 128 labels it matches training from scratch with 512."
-    assert headline(label_ratio) == f"Pre-training is worth 4.0 times the labels here: {expected}"
+    runs = study_runs({32: (0.5, 0.3), 128: (0.7, 0.5), 512: (0.8, 0.7), 2048: (0.9, 0.8)})
+    label_ratio = equivalent_label_ratio(runs)
+    # With 32, 128 and 512 labels the ratio is 4; with 2,048 it is more than 1.
+    assert [n for n, *_ in label_ratio["ratios"]] == [32, 128, 512, 2048]
+    assert [bound for _, *bound in label_ratio["ratios"]] == [[pytest.approx(4)] * 2] * 3 + [[pytest.approx(1), None]]
+    assert label_ratio["ratio"] == pytest.approx(4) and label_ratio["gain"] is True
+    assert 1 < label_ratio["low"] < 4 and not label_ratio["at_least"]
+    assert headline(label_ratio).startswith("Pre-training is worth 4.0 times the labels here (95 % CI: more than ")
 
 
 def test_the_axis_of_examples_is_logarithmic():
-    label_ratio = equivalent_label_ratio([(10, 0.5, 0.0), (1000, 2.0, 1.0)])
-    assert label_ratio["ratios"] == [[pytest.approx(10), 10]]
+    assert equivalent_label_ratio(study_runs({10: (0.5, 0.0), 1000: (2.0, 1.0)}))["ratios"][0][1] == pytest.approx(10)
 
 
 def test_a_ratio_beyond_the_data_is_a_lower_bound():
-    label_ratio = equivalent_label_ratio([(32, 0.8, 0.3), (512, 0.9, 0.5)])
-    assert label_ratio == {"ratio": 16.0, "examples": 32, "at_least": True, "ratios": []}
-    assert "more than 16 times" in headline(label_ratio) and "512" in headline(label_ratio)
-    only = equivalent_label_ratio([(32, 0.2, 0.3), (512, 0.9, 0.5)])
-    assert only["ratio"] == 1 and "is beyond the data" in headline(only)
+    """Bounds count with the ratios: here three of five, so that the median is a bound although two ratios are known."""
+    scores = {32: (0.8, 0.1), 128: (0.8, 0.2), 512: (0.8, 0.3), 2048: (0.55, 0.5), 7000: (0.9, 0.6)}
+    label_ratio = equivalent_label_ratio(study_runs(scores))
+    assert label_ratio["at_least"] and label_ratio["gain"] is True and label_ratio["high"] is None
+    assert label_ratio["ratio"] == pytest.approx(7000 / 512)
+    assert label_ratio["ratios"][1] == [128, pytest.approx(7000 / 128), None]
+    assert "worth more than 14 times" in headline(label_ratio)
+
+
+def test_an_even_number_of_ratios_has_the_middle_of_two():
+    runs = study_runs({32: (0.4, 0.2), 128: (0.5, 0.4), 512: (0.55, 0.6), 2048: (0.7, 0.8)}, spread=1e-4)
+    known = [low for _, low, high in equivalent_label_ratio(runs)["ratios"] if low == high]
+    assert equivalent_label_ratio(runs)["ratio"] == pytest.approx(math.sqrt(sorted(known)[1] * sorted(known)[2]))
 
 
 def test_pre_training_that_saves_no_labels():
-    assert "saves no labels" in headline(equivalent_label_ratio([(32, 0.2, 0.3), (128, 0.3, 0.5)]))
-    costs = equivalent_label_ratio([(32, 0.1, 0.3), (128, 0.3, 0.6), (512, 0.5, 0.9)])
-    assert costs["ratio"] < 1 and headline(costs).startswith("Pre-training costs labels")
+    flat = equivalent_label_ratio(study_runs({32: (0.51, 0.5), 128: (0.49, 0.5), 512: (0.5, 0.5)}))
+    assert flat["gain"] is None and headline(flat).startswith("No evidence that pre-training saves labels here")
+    costs = equivalent_label_ratio(
+        study_runs({32: (0.1, 0.3), 128: (0.3, 0.6), 512: (0.5, 0.9), 2048: (0.7, 0.95)}, spread=0.001)
+    )
+    assert (
+        costs["gain"] is False
+        and costs["ratio"] < 1
+        and costs["at_most"]
+        and headline(costs).startswith("Pre-training costs labels here")
+    )
+    lower = equivalent_label_ratio(study_runs({32: (1.5, 1.9), 128: (1.4, 1.6), 512: (1.2, 1.4)}), sign=-1)
+    assert lower["gain"] is True and lower["ratio"] > 1
+
+
+def test_one_seed_or_few_validation_examples_are_no_evidence():
+    scores = {32: (0.5, 0.3), 128: (0.7, 0.5), 512: (0.8, 0.7), 2048: (0.9, 0.8)}
+    one = equivalent_label_ratio(study_runs(scores, seeds=1))
+    assert one["gain"] is None and one["low"] is None and "give several seeds" in headline(one)
+    assert equivalent_label_ratio(study_runs(scores, error=0.2))["gain"] is None
+
+
+def test_two_curves_of_one_law_seldom_differ():
+    rng, false_gains, counts = np.random.default_rng(0), 0, (32, 128, 512)
+    for i in range(30):
+        means = np.zeros(3) if i % 2 else 0.1 * np.log(np.array(counts) / 16)
+        runs = [
+            replace(run, score=float(run.score + 0.03 * rng.normal()))
+            for run in study_runs({n: (mean, mean) for n, mean in zip(counts, means, strict=True)}, spread=0.0)
+        ]
+        false_gains += equivalent_label_ratio(runs)["gain"] is not None
+    assert false_gains <= 4
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=6, unique=True), st.integers(1, 5), st.sampled_from([1, -1]))
+@settings(deadline=None, max_examples=30)
 def test_a_shifted_curve_has_its_shift_as_ratio(scores, power, sign):
     """If pre-training with n labels equals n · 2^power labels from scratch, each known ratio is 2^power."""
     assume(all(b - a > 1e-3 for a, b in pairwise(sorted(scores))))
     ordered = sorted(scores, reverse=sign < 0)
-    counts = [2**i * 8 for i in range(len(ordered))]
-    points = [
-        (n, ordered[i + power] if i + power < len(ordered) else ordered[-1] + sign, y)
-        for i, (n, y) in enumerate(zip(counts, ordered, strict=True))
-    ]
-    for ratio, _ in equivalent_label_ratio(points, sign)["ratios"]:
-        assert math.isclose(ratio, 2**power, rel_tol=1e-6)
+    pairs = {
+        2**i * 8: (ordered[i + power] if i + power < len(ordered) else ordered[-1] + sign, y)
+        for i, y in enumerate(ordered)
+    }
+    for _, low, high in equivalent_label_ratio(study_runs(pairs, spread=0.0), sign)["ratios"]:
+        if low == high:
+            assert math.isclose(low, 2**power, rel_tol=1e-6)
+        else:
+            assert low <= 2**power * (1 + 1e-9) and high is None
 
 
 def fake_finetune(*, out, limit, seed, scratch, resume, console):

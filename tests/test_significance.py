@@ -16,7 +16,7 @@ from conftest import CLIRunner
 from nextword.commands.evaluate import EvaluateResult
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.fs import write_manifest
-from nextword.common.statistics import mean, ratio_of_sums
+from nextword.common.statistics import mean_of_runs, ratio_of_sums
 from nextword.data.issues import IssueLog
 from nextword.evaluation import evaluate as evaluation
 from nextword.evaluation.evaluate import (
@@ -75,7 +75,7 @@ def test_a_ratio_over_documents():
     rng = np.random.default_rng(0)
     values = rng.normal(2, 0.3, 12)
     expected, equal = (
-        mean(values),
+        mean_of_runs(values),
         ratio_of_sums(7 * values, np.full(12, 7.0)),
     )  # Student's t interval if all sizes are equal
     assert (equal.value, equal.low, equal.high) == pytest.approx((expected.value, expected.low, expected.high))

@@ -68,7 +68,7 @@ def mean(values: Sequence[float] | np.ndarray) -> ScoreWithCI:
     """
     check_lengths(values)
     column = require_finite(values, "score")
-    return statistic_of_sums(np.stack([column, np.ones_like(column)], axis=1), ratio_of_sums)
+    return statistic_of_sums(np.stack([column, np.ones_like(column)], axis=1), lambda sums: sums[:, 0] / sums[:, 1])
 
 
 def mean_of_runs(values: Sequence[float] | np.ndarray) -> ScoreWithCI:
@@ -192,11 +192,6 @@ def statistic_of_sums(
     margins = [_hall_margin(side * quantile, skewness / math.sqrt(n)) for side in (-1, 1)]
     below, above = max(quantile, margins[1]), max(quantile, -margins[0])
     return ScoreWithCI(value, value - below * error, value + above * error, n)
-
-
-def ratio_of_sums(sums: np.ndarray) -> np.ndarray:
-    """The first of two columns [R, 2] over the second, [R]."""
-    return sums[:, 0] / sums[:, 1]
 
 
 def _influence(

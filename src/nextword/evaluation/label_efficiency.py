@@ -1,26 +1,29 @@
 """Label efficiency: how many labels pre-training saves, from a model fine-tuned and trained from scratch on growing samples."""
 
+import importlib
 import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate, pairwise, product
+from itertools import product
 from pathlib import Path
-from statistics import median_high
 from typing import Any
+
+import numpy as np
 
 from nextword.common import fs
 from nextword.common.console import Console
 from nextword.common.environment import library_versions
 from nextword.common.errors import UsageError
 from nextword.common.run_dir import RunDir, RunInterruptedError, catch_signals, open_run
-from nextword.common.statistics import ScoreWithCI, mean_of_runs
+from nextword.common.statistics import CONFIDENCE_LEVEL, ScoreWithCI, mean_of_runs, t_quantile
 from nextword.tasks.dataset import TASK_KINDS
 from nextword.training.launch import check_resume_config
 
 DEFAULT_EXAMPLE_COUNTS = (32, 128, 512, 2048)  # all examples are added
 LOWER_IS_BETTER_METRICS = ("bits_per_byte", "loss")
+NUM_DRAWS = 1000  # of both curves, for the interval of the label ratio
 
 FinetuneFunction = Callable[..., dict[str, Any]]
 
@@ -40,6 +43,7 @@ class StudyRun:
         score: The metric on the validation set.
         seconds: Duration of the run.
         baselines: The metric of each baseline.
+        error: Standard error of the score from the sample of validation examples; 0 if it is not known.
     """
 
     asked: int | None
@@ -52,6 +56,7 @@ class StudyRun:
     score: float
     seconds: float
     baselines: dict[str, Any]
+    error: float = 0.0
 
     def __str__(self) -> str:
         kind = "pre-trained" if self.pretrained else "from scratch"
@@ -133,6 +138,8 @@ def run_cell(finetune: FinetuneFunction, run_dir: RunDir, count: int | None, see
     metric = metric if metric in result else "bits_per_byte"
     if result.get(metric) is None:
         raise UsageError("transfer needs a validation set: add one with --validation")
+    interval = result.get("scores", {}).get(metric) or {}
+    width = interval["high"] - interval["low"] if interval.get("low") is not None else 0.0
     run = StudyRun(
         asked=count,
         examples=metadata["data"]["train"]["examples"],
@@ -144,6 +151,7 @@ def run_cell(finetune: FinetuneFunction, run_dir: RunDir, count: int | None, see
         score=result[metric],
         seconds=result["seconds"],
         baselines={name: scores[metric] for name, scores in result.get("baselines", {}).items() if metric in scores},
+        error=width / (2 * t_quantile(math.inf)),
     )
     fs.append_line(run_dir.metrics_path, fs.to_json_line(asdict(run)), durable=True)
     shutil.rmtree(out)
@@ -160,10 +168,7 @@ def summarize(runs: Sequence[StudyRun]) -> dict[str, Any]:
 
     counts = sorted({run.examples for run in runs})
     curves = [(count, interval(count, True), interval(count, False)) for count in counts]
-    label_ratio = equivalent_label_ratio(
-        [(count, pretrained.value, scratch.value) for count, pretrained, scratch in curves],
-        sign=1 if higher_is_better else -1,
-    )
+    label_ratio = equivalent_label_ratio(runs, sign=1 if higher_is_better else -1)
     return {
         "task": runs[0].task,
         "metric": metric,
@@ -176,46 +181,97 @@ def summarize(runs: Sequence[StudyRun]) -> dict[str, Any]:
     }
 
 
-def equivalent_label_ratio(points: Sequence[tuple[int, float, float]], sign: int = 1) -> dict[str, Any]:
+def equivalent_label_ratio(runs: Sequence[StudyRun], sign: int = 1) -> dict[str, Any]:
     """How many times the labels training from scratch needs to match pre-training.
 
-    For each number of examples n, m is the number of examples at which the curve from scratch (made monotone, linear between
-    its points on a logarithmic axis) reaches the pre-trained score.
+    For each number of examples n, m is the number of examples at which the curve from scratch reaches the pre-trained score.
+    Both curves are means over seeds, made monotone by isotonic regression (Barlow et al. 1972), and linear between their points
+    on a logarithmic axis. Where m is beyond the largest or below the smallest number of examples, m / n is only bounded. The
+    ratio is the median of m / n; with bounds it is known to lie between the medians of their two ends.
+
+    The 95 % interval is that of curves drawn around the means: by Student's t with the variance over seeds, pooled over both
+    curves, and by the standard error from the validation examples, which all runs of a curve share.
 
     Args:
-        points: (examples, pre-trained score, score from scratch), in ascending order.
+        runs: The runs of both curves.
         sign: 1 if a higher score is better, −1 if a lower one is.
 
     Returns:
-        "ratio": the median of m / n; if no m is within the data, the greatest lower bound, with "at_least" true; None if the
-        smallest number of examples is enough from scratch. "examples": its n. "ratios": all pairs [m / n, n].
+        "ratio": the ratio; or its lower bound, with "at_least" true; or its upper bound, with "at_most" true. "low" and "high":
+        its interval, None where it is open, or if there is only one seed. "gain": whether the interval lies above 1 (true),
+        below 1 (false) or neither (None). "ratios": the bounds of m / n by n.
     """
-    best_scores = accumulate((sign * scratch for _, _, scratch in points), max)
-    curve = [(math.log(n), best) for (n, _, _), best in zip(points, best_scores, strict=True)]
-    ratios: list[tuple[float, int]] = []
-    bounds: list[tuple[float, int]] = []
-    for n, pretrained, _ in points:
-        goal = sign * pretrained
-        if goal > curve[-1][1]:
-            bounds.append((points[-1][0] / n, n))
-        elif goal > curve[0][1]:  # otherwise the smallest number of examples reaches it, and no ratio is known
-            (x0, y0), (x1, y1) = next((a, b) for a, b in pairwise(curve) if b[1] >= goal)
-            ratios.append((math.exp(x0 + (x1 - x0) * (goal - y0) / (y1 - y0)) / n, n))
-    ratio, n = median_high(ratios) if ratios else max(bounds, default=(None, None))
-    at_least = not ratios and bool(bounds)
-    return {"ratio": ratio, "examples": n, "at_least": at_least, "ratios": [list(pair) for pair in ratios]}
+    counts = sorted({run.examples for run in runs})
+    cells = [
+        [[run for run in runs if (run.examples, run.pretrained) == (n, arm)] for n in counts] for arm in (True, False)
+    ]
+    means = sign * np.array([[np.mean([run.score for run in cell]) for cell in arm] for arm in cells])  # [2, counts]
+    low, high = _log_ratio_bounds(np.log(counts), *means)
+    ratios = [[n, *_ratios(*pair)] for n, *pair in zip(counts, low, high, strict=True)]
+    lowest, highest = _ratios(float(np.median(low)), float(np.median(high)))
+    result: dict[str, Any] = {"ratio": highest if lowest is None else lowest, "low": None, "high": None, "gain": None}
+    result |= {
+        "at_least": lowest is not None and (highest or math.inf) > lowest * (1 + 1e-9),
+        "at_most": lowest is None,
+        "ratios": ratios,
+    }
+    num_seeds = min(len(cell) for arm in cells for cell in arm)
+    if num_seeds < 2:
+        return result
+    rng, degrees_of_freedom = np.random.default_rng(0), 2 * (num_seeds - 1)
+    variances = [[np.var([run.score for run in cell], ddof=1) for cell in arm] for arm in cells]
+    seed_errors = np.sqrt(np.mean(variances, axis=0) / num_seeds)
+    row_errors = np.array([[np.mean([run.error for run in cell]) for cell in arm] for arm in cells])
+    noise = seed_errors * rng.standard_t(degrees_of_freedom, (NUM_DRAWS, *means.shape))
+    noise += row_errors * rng.normal(size=(NUM_DRAWS, 2, 1))
+    draws = [np.median(_log_ratio_bounds(np.log(counts), *curves), axis=1) for curves in means + noise]
+    low, high = (np.sort(column) for column in np.transpose(draws))
+    outside = round(NUM_DRAWS * (1 - CONFIDENCE_LEVEL) / 2)
+    log_low, log_high = float(low[outside]), float(high[-1 - outside])
+    result |= dict(zip(("low", "high"), _ratios(log_low, log_high), strict=True))
+    return result | {"gain": True if log_low > 0 else False if log_high < 0 else None}
+
+
+def _log_ratio_bounds(
+    log_counts: np.ndarray, pretrained: np.ndarray, scratch: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The lower and the upper bound of log(m / n) at each number of examples n, from scores of which higher is better."""
+    isotonic: Any = importlib.import_module("scipy.optimize").isotonic_regression
+    curve, goals = np.asarray(isotonic(scratch).x), np.asarray(isotonic(pretrained).x)
+    position = np.searchsorted(curve, goals)  # of the first point that reaches the goal
+    inside = (position > 0) & (position < len(curve))
+    after = np.clip(position, 1, len(curve) - 1)
+    rise = np.where(inside, curve[after] - curve[after - 1], 1)
+    step = np.diff(log_counts, append=np.inf)[after - 1]
+    reached = log_counts[after - 1] + np.where(inside, step * (goals - curve[after - 1]) / rise, 0) - log_counts
+    low = np.where(inside, reached, np.where(position > 0, log_counts[-1] - log_counts, -np.inf))
+    high = np.where(inside, reached, np.where(position > 0, np.inf, log_counts[0] - log_counts))
+    return low, high
+
+
+def _ratios(log_low: float, log_high: float) -> tuple[float | None, float | None]:
+    """Bounds of a ratio from those of its logarithm; None: open."""
+    low, high = math.exp(log_low), math.exp(log_high) if log_high < math.inf else math.inf
+    return low or None, high if high < math.inf else None
 
 
 def headline(label_ratio: dict[str, Any]) -> str:
     """The result of a study in one sentence."""
-    ratio, n = label_ratio["ratio"], label_ratio["examples"]
-    if ratio is None:
-        return "Pre-training saves no labels here: training from scratch does as well with the fewest examples."
-    if label_ratio["at_least"] and ratio <= 1:
-        return f"With all {n:,} labels pre-training is better; how many labels it saves is beyond the data."
-    scratch = f"training from scratch with {round(ratio * n):,}."
-    if label_ratio["at_least"]:
-        start = f"Pre-training is worth more than {ratio:.0f} times the labels here:"
-        return f"{start} with {n:,} labels it is better than {scratch}"
-    worth = "costs labels here" if ratio < 1 else f"is worth {ratio:.{1 if ratio < 10 else 0}f} times the labels here"
-    return f"Pre-training {worth}: with {n:,} labels it matches {scratch}"
+
+    def number(value: float) -> str:
+        return f"{value:.{1 if value < 10 else 0}f}"
+
+    ratio, low, high, gain = (label_ratio[name] for name in ("ratio", "low", "high", "gain"))
+    bound = "more than " if label_ratio["at_least"] else "less than " if label_ratio["at_most"] else ""
+    value = "not known" if ratio is None else bound + number(ratio)
+    if low is None and high is None:
+        interval = "no interval is known: give several seeds, and numbers of examples at which the scores differ"
+    elif high is None and low is not None:
+        interval = f"95 % CI: more than {number(low)}"
+    else:
+        interval = f"95 % CI {number(low or 0.0)} to {number(high or math.inf)}"
+    if gain is None:
+        return f"No evidence that pre-training saves labels here: the ratio of labels is {value} ({interval})."
+    if gain:
+        return f"Pre-training is worth {value} times the labels here ({interval})."
+    return f"Pre-training costs labels here: it is worth {value} times the labels ({interval})."

@@ -255,4 +255,4 @@ def _bits_per_byte(judge: LanguageModel, prompts: Sequence[str], texts: Sequence
     num_bytes = [
         len(text.encode("utf-8", "replace")) - len(part.encode()) for (_, text), part in zip(pairs, lost, strict=True)
     ]
-    return statistic_of_sums(np.stack([bits, num_bytes], axis=1), ratio_of_sums)
+    return ratio_of_sums(bits, num_bytes)
