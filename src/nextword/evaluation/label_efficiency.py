@@ -138,8 +138,9 @@ def run_cell(finetune: FinetuneFunction, run_dir: RunDir, count: int | None, see
     metric = metric if metric in result else "bits_per_byte"
     if result.get(metric) is None:
         raise UsageError("transfer needs a validation set: add one with --validation")
-    interval = result.get("scores", {}).get(metric) or {}
-    width = interval["high"] - interval["low"] if interval.get("low") is not None else 0.0
+    scores: dict[str, dict[str, Any]] = result.get("scores") or {}
+    low, high = (scores.get(metric, {}).get(bound) for bound in ("low", "high"))
+    width = 0.0 if low is None or high is None else high - low
     run = StudyRun(
         asked=count,
         examples=metadata["data"]["train"]["examples"],
