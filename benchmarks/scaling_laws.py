@@ -281,7 +281,8 @@ def validate() -> None:
     for corpus, budget in jobs:
         run = results[corpus, budget]
         bits = law.bits_per_byte(run["parameters"], run["epochs"] * run["unique"], run["unique"], run["difficulty"])
-        low, high = law.prediction_interval(bits, run["doubt"])
+        is_fitted = law.is_fitted(run["parameters"], run["unique"], run["difficulty"])
+        low, high = law.prediction_interval(bits, run["doubt"], is_fitted)
         share, inside = run["seconds"] / parse_duration(budget), low <= run["reached"] <= high
         in_time, within = in_time + (abs(share - 1) <= 0.05), within + inside
         print(

@@ -54,6 +54,7 @@ LAW = ScalingLaw(
     difficulty_exponent=0.5,
 )
 BOOKS = CorpusStats(tokens=10**9, bytes=4 * 10**9, difficulty=2.2)
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 class ConstantRate:
@@ -131,7 +132,7 @@ def test_many_epochs_give_dropout_and_a_reason():
     assert any("dropout" in reason for reason in short.why)
     assert any("epochs" in reason for reason in short.why)
     assert plan(seconds=600).dropout == 0
-    assert len(plan(seconds=600).why) == 2
+    assert len(plan(seconds=600).why) == 3 and "outside" in plan(seconds=600).why[2]
     assert default_dropout(1) == 0 < default_dropout(8) < default_dropout(30)
     assert short.bits_per_byte > plan(CorpusStats(10**9, 10**9 * 10 // 3, 2.5), seconds=600).bits_per_byte
 
@@ -158,6 +159,32 @@ def test_an_uncertain_difficulty_widens_the_interval():
     certain, uncertain = (plan(BOOKS._replace(uncertainty=u), seconds=600) for u in (0.0, 0.1))
     assert (certain.size, certain.bits_per_byte) == (uncertain.size, uncertain.bits_per_byte)
     assert uncertain.low < certain.low < certain.bits_per_byte < certain.high < uncertain.high
+
+
+def test_the_interval_covers_four_texts_in_five():
+    """By text, not by run: the largest error of the runs on each text that the law was not fitted to."""
+    law, errors = ScalingLaw(), {}
+    for line in (BENCHMARKS / "scaling_laws_validation.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        unique = run["unique"]
+        bits = law.bits_per_byte(run["parameters"], run["epochs"] * unique, unique, run["difficulty"])
+        errors[run["corpus"]] = max(errors.get(run["corpus"], 0.0), abs(run["reached"] / bits - 1))
+    rank = math.ceil(0.8 * (len(errors) + 1))
+    assert len(errors) == 7 and sorted(errors.values())[rank - 1] <= law.relative_error < 0.2
+
+
+def test_the_interval_is_wider_outside_of_the_fit():
+    law = ScalingLaw()
+    for line in (BENCHMARKS / "scaling_laws.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        assert law.is_fitted(run["parameters"], run["unique"], run["difficulty"])
+    assert not law.is_fitted(1e9, 1e6, 2.0) and not law.is_fitted(1e6, 1e5, 2.0) and not law.is_fitted(1e6, 1e6, 0.9)
+    (low, high), (wide_low, wide_high) = (law.prediction_interval(2.0, 0.0, fitted) for fitted in (True, False))
+    assert wide_high - wide_low == pytest.approx(2 * (high - low))
+    known = plan(CorpusStats(10**6, 4 * 10**6, 2.0), seconds=10)
+    longer, unknown = known.with_tokens(2 * known.tokens, 4 * 10**6), known.with_tokens(known.tokens, 10**9)
+    assert longer.high / longer.bits_per_byte == pytest.approx(known.high / known.bits_per_byte)
+    assert unknown.high / unknown.bits_per_byte > known.high / known.bits_per_byte
 
 
 def test_flops_per_token_are_counted_from_the_weights():

@@ -94,7 +94,7 @@ class TrainingPlan(Result):
         seconds_per_token: Measured training speed.
         memory_bytes: Peak memory.
         flops: Floating-point operations.
-        bits_per_byte: Expected loss on the validation set; 80 % of runs end between `low` and `high`.
+        bits_per_byte: Expected loss on the validation set; of four in five texts, the runs end between `low` and `high`.
         low: Lower end of the prediction interval.
         high: Upper end of the prediction interval.
         why: The reasons of the choices, a sentence each.
@@ -137,7 +137,8 @@ class TrainingPlan(Result):
         """
         epochs = self.epochs * tokens / self.tokens
         bits = law.bits_per_byte(self.parameters, epochs * train_bytes, train_bytes, self.difficulty)
-        low, high = law.prediction_interval(bits, self.uncertainty)
+        is_fitted = law.is_fitted(self.parameters, train_bytes, self.difficulty)
+        low, high = law.prediction_interval(bits, self.uncertainty, is_fitted)
         return replace(self, tokens=round(tokens), epochs=epochs, bits_per_byte=bits, low=low, high=high)
 
 
@@ -236,7 +237,8 @@ def select_size(
     lr = training.lr or default_peak_lr(config.d_model, batch_tokens, training.optimizer)
     epochs = tokens / max(1, corpus_stats.tokens)
     dropout = default_dropout(epochs)
-    low, high = law.prediction_interval(bits, corpus_stats.uncertainty)
+    is_fitted = law.is_fitted(config.parameters, corpus_stats.bytes, corpus_stats.difficulty)
+    low, high = law.prediction_interval(bits, corpus_stats.uncertainty, is_fitted)
     why = [
         f"size {best}: {config.parameters / 1e6:.2g} million parameters for {tokens / 1e6:.2g} million tokens, "
         f"{1 / result.seconds_per_token:,.0f} tokens/s on this machine",
@@ -245,6 +247,10 @@ def select_size(
     if epochs > 1.05:
         effective_epochs = law.effective_data(epochs - 1, corpus_stats.bytes) / corpus_stats.bytes
         why.append(f"{epochs:.1f} epochs, worth {effective_epochs:.1f} times as much unique text")
+    if not is_fitted:
+        why.append(
+            "outside of the sizes and texts that the scaling law was fitted to: a prediction interval twice as wide"
+        )
     if dropout:
         why.append(f"dropout {dropout}, because of the many epochs")
     return TrainingPlan(
