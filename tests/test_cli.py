@@ -2,13 +2,15 @@
 
 import io
 import json
-import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from conftest import TINY_MODEL_ARGS, CLIRunner
+from processes import PATIENCE
 
 SMALL = [*TINY_MODEL_ARGS, "--vocab-size=400"]
 TINY_RUN = {
@@ -32,16 +34,19 @@ def test_without_arguments_the_help_is_printed(nextword: CLIRunner):
     assert nextword().stdout == nextword("--help").stdout
 
 
-@pytest.mark.parametrize("command", ["", "pretrain"])
-def test_help_is_fast(nextword_process: CLIRunner, command):
-    before = os.times()
-    done = nextword_process(*filter(None, [command, "--help"]))
-    after = os.times()
-    # CPU time, which does not depend on the load of the machine. For the wall-clock time see docs/benchmarks.md.
-    used = after.children_user + after.children_system - before.children_user - before.children_system
-    assert used < 0.9
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "Exit codes" in done.stdout
+HEAVY = set("torch numpy scipy sklearn matplotlib tokenizers huggingface_hub jinja2 yaml fastapi transformers".split())
+
+
+@pytest.mark.parametrize("command", ["", "pretrain", "serve"])
+def test_help_imports_little(command):
+    """The time depends on the machine, see docs/benchmarks.md; the number of imported modules does not."""
+    arguments = [sys.executable, "-X", "importtime", "-m", "nextword", *filter(None, [command]), "--help"]
+    done = subprocess.run(arguments, capture_output=True, encoding="utf-8", timeout=PATIENCE)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == 0 and "Exit codes" in done.stdout
+    assert all(line.startswith("import time:") for line in done.stderr.splitlines())
+    assert 100 < len(imported) < 500
+    assert not imported & HEAVY
 
 
 def test_pretrain_from_text_to_json(nextword_process: CLIRunner, texts, tmp_path):
