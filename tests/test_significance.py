@@ -1,5 +1,6 @@
 """Benchmark evaluation: chance, the control with shuffled words, seeds, comparison with another model, generated text."""
 
+import html
 import json
 import shutil
 from itertools import pairwise
@@ -31,6 +32,8 @@ from nextword.inference.loglikelihood import ContinuationScore
 from nextword.pipeline import item_scores
 from nextword.pipeline.item_scores import ItemScores, score_items, win_score
 from nextword.pipeline.language_model import load
+from nextword.reporting.comparison import write_comparison
+from nextword.reporting.report import write_card, write_report
 from nextword.tasks.benchmark_items import load_rows
 from nextword.tasks.benchmark_spec import find_benchmark
 from nextword.tasks.metrics import generation_metrics
@@ -343,6 +346,27 @@ def test_what_the_interval_of_a_text_speaks_of(base, tmp_path):
     assert result.interval["low"] < result.bits_per_byte < result.interval["high"]
     assert (result.interval["n"], result.against["real"]) == (12, False)
     assert "for texts like these 12 documents; jackknife" in str(result)
+
+
+def test_every_page_says_what_the_interval_of_a_text_speaks_of(base, tmp_path):
+    """The same interval at the end of the run and of `evaluate`; in the report, the card and the comparison page."""
+    run = tmp_path / "run"
+    shutil.copytree(base, run)
+    result = json.loads((run / "result.json").read_text())
+    evaluated = nextword.evaluate(run)
+    assert result["interval"] is not None and evaluated.interval is not None
+    assert result["interval"]["basis"] == evaluated.interval["basis"]
+    assert result["interval"]["n"] == evaluated.interval["n"]
+    if result["interval"]["low"] is not None:
+        assert result["interval"]["low"] == pytest.approx(evaluated.interval["low"], rel=1e-4)
+    many = jsonl(tmp_path / "many.jsonl", [{"text": " ".join(WORDS[i:] + WORDS)} for i in range(9)])
+    nextword.evaluate(run, many)
+    basis = "for texts like these 9 documents; jackknife over documents, Student's t"
+    for write in (write_report, write_card):
+        page = html.unescape(write(run).read_text(encoding="utf-8"))
+        assert basis in page and result["interval"]["basis"] in page
+    page = html.unescape(write_comparison([run, base], tmp_path / "both.html").read_text(encoding="utf-8"))
+    assert basis in page and result["interval"]["basis"] in page
 
 
 def test_a_checkpoint_is_a_model(base, files, tmp_path):

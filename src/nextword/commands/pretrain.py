@@ -60,6 +60,9 @@ def format_run(result: shared.RunResult) -> str:
         details.append(
             f"test loss {result.test_loss:.4f} · {result.test_bits_per_byte:.4f} bits/byte ({sample}; it selected nothing)"
         )
+    if interval := result.test_interval or result.interval:
+        bounds = "" if interval["low"] is None else f"95 % CI {interval['low']:.4f}–{interval['high']:.4f} bits/byte "
+        details.append(f"{bounds}{interval['basis']}")
     return format_summary(result, details, "generate", result.prompt or "")
 
 

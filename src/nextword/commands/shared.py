@@ -350,6 +350,8 @@ class RunResult(Result):
         validation_tokens: Evaluated tokens of the validation set.
         test_loss, test_bits_per_byte, test_loss_margin, test_tokens: The same of the test set, which selected nothing; None
             without one.
+        interval, test_interval: 95 % confidence intervals of the bits per byte of both sets: low, high, number of documents
+            (n), and what they speak of (basis).
         by_position: Validation loss by position in the window.
         prompt: First words of the validation set.
         task: Task of a fine-tuning run.
@@ -375,6 +377,8 @@ class RunResult(Result):
     test_bits_per_byte: float | None = None
     test_loss_margin: float | None = None
     test_tokens: int | None = None
+    interval: dict[str, Any] | None = None
+    test_interval: dict[str, Any] | None = None
     by_position: list[float] | None = None
     prompt: str | None = None
     task: str | None = None

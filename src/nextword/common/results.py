@@ -55,12 +55,16 @@ class _Score(_Interval, kw_only=True):
         return ScoreWithCI(self.value, self.low, self.high, self.n)
 
 
+class _TextInterval(_Interval, kw_only=True):
+    basis: str = "over blocks of the text, by an earlier version: too narrow, evaluate again"
+
+
 class TextResult(msgspec.Struct, kw_only=True):
     """The perplexity evaluation of a text: bits per byte, loss in nats per token, and the size of the text."""
 
     name: str = ""
     value: Number = msgspec.field(name="bits_per_byte")
-    interval: _Interval
+    interval: _TextInterval
     loss: Number
     provenance: Provenance = msgspec.field(name="measured")
     tokens: Count | None = None
@@ -69,7 +73,7 @@ class TextResult(msgspec.Struct, kw_only=True):
     @property
     def bits_per_byte(self) -> ScoreWithCI:
         """Bits per byte with their confidence interval."""
-        return ScoreWithCI(self.value, self.interval.low, self.interval.high)
+        return ScoreWithCI(self.value, self.interval.low, self.interval.high, self.interval.n)
 
 
 class BenchmarkResult(_Score, kw_only=True):

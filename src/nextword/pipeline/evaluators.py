@@ -21,7 +21,7 @@ from nextword.data.dataset import TokenDataset, derive_seed
 from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import Tokenizer
 from nextword.inference.engine import Engine, check_tokenizer
-from nextword.inference.perplexity import PerplexityResult, evaluate_perplexity
+from nextword.inference.perplexity import DocumentLosses, PerplexityResult, evaluate_perplexity
 from nextword.inference.sampling import Sampling
 from nextword.model.gpt import GPT, with_classification_head, with_resized_vocabulary
 from nextword.model.hf import iter_hf_tensors, iter_weights, load_model, save_model
@@ -155,6 +155,7 @@ class LanguageModelEvaluator:
                 dist_context=context,
                 should_stop=is_over if math.isfinite(deadline) else None,
                 progress=show_progress if is_final else None,
+                documents=DocumentLosses(tokens, self.corpus.tokenizer) if is_final else None,
             )
         if is_final:
             self.run.console.close()
@@ -212,10 +213,12 @@ class LanguageModelEvaluator:
             result = self.evaluate()
             metrics |= {name: getattr(result, name) for name in ("loss", "perplexity", "bits_per_byte", "by_position")}
             metrics |= {"validation_tokens": result.tokens, "loss_margin": result.margin or None}
+            metrics["interval"] = result.interval
         if len(self.test) >= 2:
             result = self.evaluate(split="test")
             metrics |= {"test_loss": result.loss, "test_bits_per_byte": result.bits_per_byte}
             metrics |= {"test_tokens": result.tokens, "test_loss_margin": result.margin or None}
+            metrics["test_interval"] = result.interval
         return metrics
 
 

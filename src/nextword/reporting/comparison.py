@@ -1,6 +1,6 @@
 """Several runs on one page: their results, training curves, settings, evaluations, audits and samples side by side."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -72,7 +72,7 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
                 f"{run_dir}: a label-efficiency study cannot be compared with other runs; see {run_dir / 'report.html'}"
             )
     stored = [StoredResults.load(run_dir) for run_dir in run_dirs]
-    texts = _pivot([{text.name: text.bits_per_byte for text in results.texts} for results in stored])
+    texts = _pivot([{text.name: text for text in results.texts} for results in stored])
     settings = _pivot([_flatten_settings(run) for run in runs.values()])
     different = [Row(name, values) for name, values in settings if len(set(values)) > 1]
     last_samples = [dict(chain.from_iterable(run.samples_by_step.values())) for run in runs.values()]
@@ -85,7 +85,14 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
         charts=_charts(runs),
         settings=different,
         equal_settings=len(settings) - len(different),
-        texts=[Row(name, scores) for name, scores in texts],
+        texts=[
+            Row(
+                name,
+                [text and text.bits_per_byte for text in found],
+                _join_bases(text.interval.basis for text in found if text),
+            )
+            for name, found in texts
+        ],
         benchmarks=_benchmark_rows(stored),
         audits=fmt.group_by_section(_audit_rows(stored)),
         samples=_pivot(last_samples),
@@ -107,11 +114,21 @@ def _pivot(columns: Sequence[Mapping[K, V]]) -> list[tuple[K, list[V | None]]]:
     return [(key, [column.get(key) for column in columns]) for key in dict.fromkeys(chain.from_iterable(columns))]
 
 
+def _join_bases(bases: Iterable[str]) -> str:
+    """What the intervals of a row speak of, each statement once."""
+    return " · ".join(dict.fromkeys(filter(None, bases)))
+
+
 def _outcome_rows(runs: Sequence[RunData]) -> list[Row]:
     results = [TaskResults.from_run(run) for run in runs]
     metrics = {label: metric for result in results for label, metric in result.metric_names.items()}
+    basis = _join_bases(final[1] for run in runs if (final := run.final_bits_per_byte()))
     rows = [
-        Row(label, [result.by_system.get(THIS_MODEL, {}).get(metric) for result in results])
+        Row(
+            label,
+            [result.by_system.get(THIS_MODEL, {}).get(metric) for result in results],
+            basis if metric == "bits_per_byte" else "",
+        )
         for label, metric in metrics.items()
     ]
     numbers: dict[str, tuple[Callable[[float], str], Callable[[RunData], Any]]] = {

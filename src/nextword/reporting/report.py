@@ -175,6 +175,9 @@ def _metadata_tables(run: RunData) -> dict[str, list[tuple[str, str]]]:
     kept = ("steps", "best_step", "tokens", "loss", "perplexity", "bits_per_byte", "validation_tokens")
     kept += ("test_loss", "test_bits_per_byte", "test_tokens")
     result: dict[str, Any] = {key: run.result[key] for key in kept if is_number(run.result.get(key))}
+    for split, name in (("", "bits per byte"), ("test_", "test bits per byte")):
+        if (final := run.final_bits_per_byte(split)) and final[1]:
+            result[f"{name}, 95 % interval"] = f"{fmt.interval(final[0])} {final[1]}".strip()
     if is_number(seconds := run.result.get("seconds")):
         result["time"] = format_duration(seconds)
     if is_number(memory := run.result.get("memory_bytes")):
@@ -289,27 +292,28 @@ def _eval_results(
     """The Hub's evaluation results: of the run's validation set, of every evaluated text and of every benchmark."""
     from huggingface_hub import EvalResult
 
-    rows: list[tuple[str, str, str, ScoreWithCI]] = []  # data set, metric type, metric name, score
-    test_bits, bits_per_byte = run.result.get("test_bits_per_byte"), run.final_value("bits_per_byte")
+    rows: list[tuple[str, str, str, ScoreWithCI, str]] = []  # data set, metric type, metric name, score, its basis
+    test_bits, bits_per_byte = run.final_bits_per_byte("test_"), run.final_bits_per_byte()
     if run.result and results is not None and results.model_score is not None:
         split = "test" if run.get("data", "test", "examples") else "validation"
-        rows.append((f"{split} set of the run", results.metric, results.info.name, results.model_score))
-    elif is_number(test_bits):
-        rows.append(("test set of the run", "bits_per_byte", "bits per byte", ScoreWithCI(test_bits)))
-    elif run.result and run.task is None and bits_per_byte is not None:
-        rows.append(("validation set of the run", "bits_per_byte", "bits per byte", ScoreWithCI(bits_per_byte)))
+        rows.append((f"{split} set of the run", results.metric, results.info.name, results.model_score, ""))
+    elif test_bits is not None:
+        rows.append(("test set of the run", "bits_per_byte", "bits per byte", *test_bits))
+    elif run.task is None and bits_per_byte is not None:
+        rows.append(("validation set of the run", "bits_per_byte", "bits per byte", *bits_per_byte))
     if not stored.stale:
-        texts = ((short_path_name(text.name), text.bits_per_byte) for text in stored.texts)
-        rows += [(name, "bits_per_byte", "bits per byte", score) for name, score in texts]
-        rows += [(entry.name, entry.metric, entry.metric, entry.score) for entry in stored.benchmarks]
+        for text in stored.texts:
+            name, basis = short_path_name(text.name), text.interval.basis
+            rows.append((name, "bits_per_byte", "bits per byte", text.bits_per_byte, basis))
+        rows += [(entry.name, entry.metric, entry.metric, entry.score, "") for entry in stored.benchmarks]
     eval_results: list[EvalResult] = []
     types: set[str] = set()
-    for dataset, metric, name, score in rows:
+    for dataset, metric, name, score, basis in rows:
         slug = re.sub(r"[^\w.]+", "-", dataset.lower(), flags=re.ASCII).strip("-") or "text"
         dataset_type = slug if slug not in types else f"{slug}-{len(types)}"  # the Hub merges results of one type
         types.add(dataset_type)
         details = [f"95 % confidence interval {interval}"] if (interval := fmt.interval(score)) else []
-        details += [] if score.n is None else [f"{score.n:,} items"]
+        details += [basis] if basis else [] if score.n is None else [f"{score.n:,} items"]
         eval_results.append(
             EvalResult(
                 task_type=task_type,

@@ -132,6 +132,16 @@ class RunData:
         value = self.result.get(metric)
         return value if is_number(value) else min((y for _, y in self.series("validation", metric)), default=None)
 
+    def final_bits_per_byte(self, split: str = "") -> tuple[ScoreWithCI, str] | None:
+        """The final bits per byte with their interval, and what that speaks of ("" in runs of earlier versions).
+
+        Args:
+            split: "" for the validation set, "test_" for the test set.
+        """
+        interval = as_mapping(self.result.get(f"{split}interval"))
+        score = parse_score({**interval, "value": self.result.get(f"{split}bits_per_byte")})
+        return score and (score, str(interval.get("basis") or ""))
+
     @property
     def seconds(self) -> float | None:
         """Wall time of the run so far."""
@@ -247,6 +257,8 @@ class TaskResults:
     def from_run(cls, run: RunData) -> "TaskResults":
         """The scores in result.json; of an unfinished run the best ones in metrics.jsonl."""
         scores = parse_scores(run.result, METRICS) | parse_scores(run.result.get("scores"), METRICS)
+        if bits_per_byte := run.final_bits_per_byte():
+            scores["bits_per_byte"] = bits_per_byte[0]
         if not run.result:
             history = {name: [y for _, y in run.series("validation", name)] for name in METRICS}
             scores = {
