@@ -99,7 +99,7 @@ def test_two_curves_of_one_law_seldom_differ():
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=6, unique=True), st.integers(1, 5), st.sampled_from([1, -1]))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 def test_a_shifted_curve_has_its_shift_as_ratio(scores, power, sign):
     """If pre-training with n labels equals n · 2^power labels from scratch, each known ratio is 2^power."""
     assume(all(b - a > 1e-3 for a, b in pairwise(sorted(scores))))
