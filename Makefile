@@ -5,7 +5,7 @@ PIP_ARGS ?=
 BIN := $(if $(filter Windows_NT,$(OS)),.venv/Scripts,.venv/bin)
 DEMO ?= nextword-demo
 
-.PHONY: help setup demo test test-all chromium check bench soak clean
+.PHONY: help setup demo test test-all chromium check bench calibration soak clean
 
 help:
 	@echo "make demo    the whole life of a small GPT, offline, in under 5 minutes"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-all    the same with Chromium, lm-eval, Ray and llama.cpp, which it installs: nothing that they need is skipped"
 	@echo "make check   lint, types, tests"
 	@echo "make bench   the figures of docs/benchmarks.md (some three hours)"
+	@echo "make calibration    coverage of every interval and error rates of every verdict, by simulation (some twenty minutes)"
 	@echo "make soak    fifty kills of a longer run, half inside a save; every fault of docs/reliability.md; odd requests to the server"
 	@echo "make setup   the virtual environment in .venv; PIP_ARGS goes to pip"
 
@@ -61,6 +62,9 @@ bench: setup
 	$(BIN)/python -m benchmarks.scaling_laws validate
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.time_limits
+
+calibration: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.calibration $(CALIBRATION_ARGS)
 
 soak: setup
 	NEXTWORD_KILLS=50 NEXTWORD_KILL_STEPS=3000 $(BIN)/python -m pytest -n 0 -s tests/test_pretraining.py -k test_killed_and_resumed --timeout 7200
