@@ -4,6 +4,7 @@ import asyncio
 import base64
 import builtins
 import json
+import re
 import struct
 import sys
 from collections.abc import Iterator
@@ -482,7 +483,7 @@ WRONG: list[tuple[str, dict[str, Any], str | None]] = [
     ("/v1/completions", {"temperature": "1"}, "temperature"),
     ("/v1/completions", {"temperature": True}, "temperature"),
     ("/v1/completions", {"temperature": -1}, "temperature"),
-    ("/v1/completions", {"temperature": 2.1}, "temperature"),
+    ("/v1/completions", {"frequency_penalty": 10**7}, "frequency_penalty"),
     ("/v1/completions", {"max_tokens": -1}, "max_tokens"),
     ("/v1/completions", {"max_tokens": 10**9}, "max_tokens"),
     ("/v1/completions", {"max_tokens": 1.5}, "max_tokens"),
@@ -499,7 +500,7 @@ WRONG: list[tuple[str, dict[str, Any], str | None]] = [
     ("/v1/completions", {"stop": "x" * 501}, "stop"),
     ("/v1/completions", {"logit_bias": {"x": 1}}, "logit_bias"),
     ("/v1/completions", {"logit_bias": {"99999": 1}}, "logit_bias"),
-    ("/v1/completions", {"logit_bias": {"5": 101}}, "logit_bias"),
+    ("/v1/completions", {"logit_bias": {"5": 10**7}}, "logit_bias"),
     ("/v1/completions", {"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
     ("/v1/completions", {"seed": 2**70}, "seed"),
     ("/v1/completions", {"top_p": 1.1}, "top_p"),
@@ -569,8 +570,48 @@ def test_truncate_prompt_tokens_keeps_the_end(server: ServerProcess, loaded: Lan
     assert server.post("/v1/completions", {"prompt": "x", "truncate_prompt_tokens": -2}).status == 400
 
 
+def test_unsupported_fields_are_refused_by_name_and_unknown_ones_are_ignored(server: ServerProcess) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    call = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    chat = {"messages": messages, "max_tokens": 1}
+    refused = (
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"guided_json": {"type": "object"}}, "guided_json"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"grammar": "root ::= 'a'"}, "grammar"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"echo": True}, "echo"),
+        ({"best_of": 2}, "best_of"),
+        ({"skip_special_tokens": False}, "skip_special_tokens"),
+        ({"messages": [*messages, {"role": "assistant", "tool_calls": call}]}, "messages[1].tool_calls"),
+    )
+    for fields, param in refused:
+        answer = server.post("/v1/chat/completions", {**chat, **fields})
+        assert answer.status == 400 and answer.error["param"] == param, (fields, answer.body)
+    for fields in ({"max_completion_tokens": 5}, {"truncation": "auto"}, {"top_logprobs": 2}, {"guided_regex": "a"}):
+        answer = server.post("/v1/completions", {"prompt": "x", **fields})
+        assert answer.status == 400 and answer.error["param"] == next(iter(fields))
+    assert server.post("/tokenize", {"messages": messages, "chat_template": "x"}).error["param"] == "chat_template"
+    without_effect = {"tools": [], "tool_choice": "auto", "functions": None, "modalities": ["text"], "min_tokens": 0}
+    ignored = {"user": "me", "store": True, "metadata": {"a": "b"}, "reasoning_effort": "low"}
+    assert server.post("/v1/chat/completions", {**chat, **without_effect, **ignored}).status == 200
+
+
+def test_the_defaults_are_those_of_the_commands(server: ServerProcess) -> None:
+    """For page, API, `generate` and `chat`."""
+    page, defaults = server.get("/").body.decode(), Sampling()
+    values = dict(re.findall(r'name="(\w+)"[^>]*? value="([\d.]+)"', page))
+    assert (float(values["temperature"]), int(values["max_tokens"])) == (defaults.temperature, defaults.max_tokens)
+    assert (float(values["top_p"]), float(values["min_p"])) == (1, 0)
+    assert float(values["repetition_penalty"]) == defaults.repetition_penalty
+    expected = server.complete("The", seed=1, temperature=defaults.temperature)
+    assert server.complete("The", seed=1)["choices"] == expected["choices"]
+
+
 def test_lone_surrogates_are_rejected(server: ServerProcess) -> None:
-    assert server.post("/v1/completions", b'{"prompt": "a\\ud800b"}').error["param"] == "prompt"
+    assert "hex escape" in server.post("/v1/completions", b'{"prompt": "a\\ud800b"}').error["message"]
     form = (
         b'{"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"schema": {"const": "\\ud800"}}}}'
     )

@@ -5,7 +5,6 @@ hold up the server. And what else belongs to a kind of model: fine-tuned ones, a
 import asyncio
 import json
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from transformers import AutoTokenizer
 import nextword
 from nextword.common import native_build
 from nextword.common.errors import CorruptFileError
+from nextword.common.limited_process import worker_command
 from nextword.data.chat_format import (
     CHAT_SPECIAL_TOKENS,
     drop_oldest_turns,
@@ -28,7 +28,7 @@ from nextword.data.chat_format import (
 )
 from nextword.data.tokenizer import END_OF_TURN_TOKEN, EOS_TOKEN, Tokenizer, train_bpe
 from nextword.pipeline.language_model import load
-from nextword.serving import chat_templates, limited_worker
+from nextword.serving import chat_templates, limited_process, limited_worker
 from nextword.serving.chat_templates import JinjaChatEncoder, NativeChatEncoder, PlainChatEncoder, make_chat_encoder
 from nextword.serving.protocol import APIError
 from processes import PATIENCE, start_process, wait_until
@@ -60,7 +60,7 @@ TURNS = [
 def slow_machine() -> Iterator[None]:
     """A template has as long as it needs, where a test does not say otherwise."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(limited_worker, "CPU_TIMEOUT", PATIENCE)
+        patch.setattr(limited_process, "CPU_TIMEOUT", PATIENCE)
         yield
 
 
@@ -276,7 +276,7 @@ def test_an_expensive_template_is_stopped(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, bomb: str
 ) -> None:
     if bomb == "time":
-        monkeypatch.setattr(limited_worker, "CPU_TIMEOUT", 1.0)
+        monkeypatch.setattr(limited_process, "CPU_TIMEOUT", 1.0)
     with running_server(foreign(tmp_path / "bomb", tokenizer, BOMBS[bomb])) as server:
         answer = server.post("/v1/chat/completions", {"messages": TURNS})
         assert answer.status in (400, 500) and answer.error["message"].startswith("the model's chat template")
@@ -300,7 +300,7 @@ def test_rendering_does_not_delay_other_requests(tmp_path: Path, tokenizer: Toke
 
 def test_the_renderer_ends_with_its_parent_and_is_bounded() -> None:
     made = start_process(
-        [sys.executable, "-P", limited_worker.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        worker_command(limited_worker.__file__), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     said, _ = made.communicate(json.dumps({"template": "{{ a }}", "values": {"a": "é"}}) + "\n", timeout=PATIENCE)
     assert json.loads(said) == {"text": "é"} and made.returncode == 0  # its input has ended, so it has

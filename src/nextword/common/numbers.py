@@ -94,6 +94,11 @@ class Range:
             raise UsageError(f"{name} must be {noun} {self}, not {value!r}")
         return kind(number)
 
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """The range as pydantic's constraints, for request bodies."""
+        ends = "gt" if self.excluded == "low" else "ge", "lt" if self.excluded == "high" else "le"
+        return {**handler(source), **dict(zip(ends, (self.low, self.high), strict=True))}
+
 
 @cache
 def number_types(cls: type) -> dict[str, tuple[type, Range, bool]]:
@@ -147,6 +152,6 @@ HeldOutShare = Annotated[float, Range(0, 0.5, excluded="low")]
 PositiveShare = Annotated[float, Range(0, 1, excluded="low")]
 Decay = Annotated[float, Range(0, 1, excluded="high")]  # also of dropout
 Penalty = Annotated[float, Range(-(10**6), 10**6)]
-RepetitionPenalty = Annotated[float, Range(0, 100, excluded="low")]
+RepetitionPenalty = Annotated[float, Range(0.01, 100)]  # smaller values make logits infinite
 Duration = Annotated[float, Range(0, 10**9, excluded="low", parse=parse_duration)]  # in seconds
 Flops = Annotated[float, Range(0, 10**30, excluded="low", parse=parse_float)]

@@ -14,7 +14,6 @@ import math
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trai
 
 from nextword.common import fs
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
+from nextword.common.limited_process import call_in_process
 from nextword.data.dataset import TokenArray
 from nextword.data.issues import replace_surrogates
 
@@ -55,6 +55,8 @@ MAX_ID_GAPS = 2**16  # ids that a foreign vocabulary may leave out, besides as m
 MAX_FILE_BYTES = 2**27  # of a foreign tokenizer.json; those of the largest vocabularies have half of it
 MAX_CONFIG_BYTES = 2**23  # of a tokenizer_config.json or generation_config.json
 PROBE = Path(__file__).with_name("tokenizer_probe.py")
+# Limits of trying out a foreign tokenizer.json. The largest vocabularies take a fifth of the processor time.
+PROBE_LIMITS: dict[str, Any] = {"seconds": 20, "memory_bytes": 2**32, "timeout": 120}
 
 # Entries of a tokenizer_config.json that contradict the tokenizer.json once special tokens are added to it.
 STALE_CONFIG_KEYS = ("add_bos_token", "add_eos_token", "added_tokens_decoder")
@@ -372,10 +374,12 @@ def _probe_foreign_steps(text: str) -> None:
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home directory
         if (fs.cache_dir() / "tokenizers" / name).exists():
             return
-    process = subprocess.run([sys.executable, "-P", str(PROBE)], input=text.encode(), capture_output=True)
-    if process.returncode:
-        lines = process.stderr.decode(errors="replace").splitlines() if process.returncode > 0 else []
-        raise ValueError(lines[-1][:300] if lines else "it takes too much time or memory")
+    try:
+        fault: str | None = call_in_process(PROBE, {"text": text}, **PROBE_LIMITS)
+    except subprocess.SubprocessError:
+        fault = "it takes too much time or memory"
+    if fault:
+        raise ValueError(fault)
     with contextlib.suppress(OSError, RuntimeError):
         (fs.cache_dir() / "tokenizers").mkdir(parents=True, exist_ok=True, mode=0o700)
         (fs.cache_dir() / "tokenizers" / name).touch()

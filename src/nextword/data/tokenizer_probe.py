@@ -1,44 +1,36 @@
-"""Opens and tries out an untrusted tokenizer.json in a separate process, run as a script.
+"""Tries out an untrusted tokenizer.json, in a process of its own (`common.limited_process`).
 
-The `tokenizers` library can panic, and a regular expression or a normalizer can take any time or memory: operating system
-limits end this process instead. It reads the file's content from standard input, imports nothing from nextword, and exits with
-0 if the tokenizer can be used, else with a message or by a signal.
+The `tokenizers` library can panic, and a regular expression or a normalizer can take any time or memory. Nothing is imported
+from nextword.
 """
 
-import os
-import signal
-import sys
 from collections import Counter
 
-MAX_SECONDS = 20  # of processor time; the largest vocabularies take a fifth
-MAX_WALL_SECONDS = 120  # for a process that waits for itself
-MAX_MEMORY_BYTES = 2**32  # address space
+import tokenizers
+
 MAX_TOKENS_PER_CHAR = 256
 
 
-def main() -> None:
-    """Encode all printable ASCII characters, then runs of each and every character of the Basic Multilingual Plane."""
-    os.environ["RUST_BACKTRACE"] = "0"  # it needs memory, for which a process without any waits
-    if sys.platform != "win32":
-        import resource
+def answer(text: str) -> str | None:
+    """Encode all printable ASCII characters, then runs of each and every character of the Basic Multilingual Plane.
 
-        signal.alarm(MAX_WALL_SECONDS)
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-        resource.setrlimit(resource.RLIMIT_CPU, (MAX_SECONDS, MAX_SECONDS))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    import tokenizers
+    Args:
+        text: The content of the file.
 
-    tokenizer = tokenizers.Tokenizer.from_str(sys.stdin.buffer.read().decode())
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    printable = [chr(code) for code in range(32, 127)]
-    runs = [64 * character for character in printable]
-    for characters in (printable, [*runs, *map(chr, [*range(0xD800), *range(0xE000, 0x10000)])]):
-        encoding = tokenizer.encode(" ".join(characters))
-        if (most := max(Counter(encoding.offsets).values(), default=0)) > MAX_TOKENS_PER_CHAR:
-            sys.exit(f"one character becomes {most:,} tokens")
-        tokenizer.decode(encoding.ids)
-
-
-if __name__ == "__main__":
-    main()
+    Returns:
+        Why the tokenizer cannot be used, or None.
+    """
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        printable = [chr(code) for code in range(32, 127)]
+        runs = [64 * character for character in printable]
+        for characters in (printable, [*runs, *map(chr, [*range(0xD800), *range(0xE000, 0x10000)])]):
+            encoding = tokenizer.encode(" ".join(characters))
+            if (most := max(Counter(encoding.offsets).values(), default=0)) > MAX_TOKENS_PER_CHAR:
+                return f"one character becomes {most:,} tokens"
+            tokenizer.decode(encoding.ids)
+    except BaseException as error:  # a panic of the library is no `Exception`
+        return str(error)[:300] or type(error).__name__
+    return None

@@ -11,7 +11,6 @@ import logging
 import math
 import random
 import subprocess
-import sys
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from nextword.common import fs
 from nextword.common.errors import MissingDependencyError, NextwordError, import_optional
+from nextword.common.limited_process import call_in_process
 from nextword.data.tokenizer import PRETOKENIZE_PATTERN, Tokenizer
 from nextword.inference.engine import Engine, check_tokenizer
 from nextword.inference.quantization import GROUP_SIZE, Precision, precision_for
@@ -406,21 +406,19 @@ def read_with_llama_cpp(
     """
     out = file.with_name(f"{file.name}.npz")
     request = {"file": str(file), "lines": lines, "sequences": sequences, "out": str(out)}
-    command = [sys.executable, "-P", str(Path(__file__).with_name("llama_cpp_reader.py"))]
     try:
-        process = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True)
-        if process.returncode:
-            last_lines = process.stderr.decode(errors="replace").splitlines()[-1:]
-            raise NextwordError(
-                f"llama.cpp could not read the file back (exit code {process.returncode}: {''.join(last_lines)[:300]}). "
-                "Nothing was written. If a signal ended it (a negative code), build llama-cpp-python again for this processor, "
-                "with CMAKE_ARGS=-DGGML_NATIVE=OFF; without the package the file is written and not verified"
-            )
+        tokens: list[list[int]] = call_in_process(Path(__file__).with_name("llama_cpp_reader.py"), request)
         with np.load(out) as arrays:
-            tokens, *logits = arrays.values()
+            return tokens, list(arrays.values())
+    except subprocess.CalledProcessError as error:
+        last_lines = error.stderr.decode(errors="replace").splitlines()[-1:]
+        raise NextwordError(
+            f"llama.cpp could not read the file back (exit code {error.returncode}: {''.join(last_lines)[:300]}). "
+            "Nothing was written. If a signal ended it (a negative code), build llama-cpp-python again for this processor, "
+            "with CMAKE_ARGS=-DGGML_NATIVE=OFF; without the package the file is written and not verified"
+        ) from error
     finally:
         out.unlink(missing_ok=True)
-    return json.loads(str(tokens)), logits
 
 
 def verify_with_onnxruntime(file: Path, gpt: GPT, tokenizer: Tokenizer, tolerance: float = TOLERANCE) -> float:

@@ -31,7 +31,7 @@ from nextword.common.console import Console
 from nextword.common.errors import NextwordError
 from nextword.common.format import format_bytes
 from nextword.serving.config import ServerConfig
-from nextword.serving.protocol import APIError, ClientDisconnected, encode_json, validation_api_error
+from nextword.serving.protocol import APIError, ClientDisconnected, encode_json
 from nextword.serving.routes import router
 from nextword.serving.security import ListenSocket, SecurityMiddleware, bracketed, is_loopback, listen
 from nextword.serving.service import Service
@@ -87,10 +87,11 @@ async def handle_error(request: Request, error: Exception) -> Response:
         case APIError():
             return error.response()
         case RequestValidationError():
-            return validation_api_error(error.errors()).response()
+            return APIError(400, "the body must be a JSON object with Content-Type: application/json").response()
+        case HTTPException(__cause__=APIError() as cause):  # FastAPI wraps what reading a body raises
+            return cause.response()
         case HTTPException():
             messages = {
-                400: f"the body is not JSON in UTF-8: {error.__cause__}"[:500],
                 404: f"{request.url.path[:200]} does not exist",
                 405: f"{request.method} is not allowed for this path",
             }

@@ -2,12 +2,14 @@
 
 import asyncio
 import json
-import os
-import sys
+from typing import Any
 
+from nextword.common.limited_process import worker_command, worker_environment
 from nextword.serving import limited_worker
 from nextword.serving.protocol import APIError
 
+CPU_TIMEOUT = 2.0  # seconds of one request
+MAX_MEMORY_BYTES = 256 * 2**20  # address space
 WALL_FACTOR = 5  # wall time limit of a request, as a multiple of its CPU time limit
 QUEUE_TIMEOUT = 10.0  # seconds that a request may wait for the process
 
@@ -19,8 +21,8 @@ class LimitedProcess:
         self.process: asyncio.subprocess.Process | None = None
         self.lock = asyncio.Lock()
 
-    async def call(self, **request: object) -> dict[str, str] | None:
-        """The response to a request of `limited_worker`, or None if it exceeded a limit.
+    async def call(self, **arguments: Any) -> dict[str, str] | None:
+        """The result of a call of `limited_worker.answer`, or None if it exceeded a limit.
 
         Raises:
             APIError: Other requests keep the process busy.
@@ -34,18 +36,18 @@ class LimitedProcess:
         try:
             if self.process is None or self.process.returncode is not None:
                 self.process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-P", limited_worker.__file__),
+                    *worker_command(limited_worker.__file__, CPU_TIMEOUT, MAX_MEMORY_BYTES),
                     stdin=asyncio.subprocess.PIPE,
                     stdout=asyncio.subprocess.PIPE,
                     stderr=asyncio.subprocess.DEVNULL,
                     limit=8 * limited_worker.MAX_OUTPUT_CHARS,
                     start_new_session=True,
-                    env={name: value for name, value in os.environ.items() if not name.startswith("NEXTWORD_")},
+                    env=worker_environment(),
                 )
             stdin, stdout = self.process.stdin, self.process.stdout
             assert stdin is not None and stdout is not None
-            async with asyncio.timeout(limited_worker.CPU_TIMEOUT * WALL_FACTOR):
-                stdin.write(json.dumps({**request, "seconds": limited_worker.CPU_TIMEOUT}).encode() + b"\n")
+            async with asyncio.timeout(CPU_TIMEOUT * WALL_FACTOR):
+                stdin.write(json.dumps(arguments).encode() + b"\n")
                 await stdin.drain()
                 answer = await stdout.readline()
         except (TimeoutError, ConnectionError):

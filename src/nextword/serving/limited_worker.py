@@ -1,13 +1,10 @@
-"""Untrusted work in a separate process, run as a script: renders chat templates, and compiles grammars.
+"""Untrusted work of the server, which `common.limited_process` runs: renders chat templates, and compiles grammars.
 
 Jinja's sandbox blocks attribute access, but not excessive memory ('a' * 10**9) or time, and a grammar's regular expressions
-can take any amount of both: operating system limits end this process instead. It reads one JSON request per line and writes one
-JSON response per line, {"text": …} or {"error": …}. It imports nothing from nextword, and ends with its parent.
+can take any amount of both. Nothing is imported from nextword.
 """
 
 import json
-import signal
-import sys
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -16,8 +13,6 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-CPU_TIMEOUT = 2.0  # seconds of one request
-MAX_MEMORY_BYTES = 256 * 2**20  # address space
 MAX_OUTPUT_CHARS = 2**21
 
 
@@ -47,21 +42,14 @@ def strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def render_template(request: dict[str, Any]) -> dict[str, str]:
-    """Render a template in a sandbox with the filters and globals that Hugging Face chat templates use.
-
-    Args:
-        request: `template` and the `values` of its variables.
-
-    Returns:
-        The `text`, or the `error`.
-    """
+def render_template(template: str, values: dict[str, Any]) -> dict[str, str]:
+    """Render a template in a sandbox with the filters and globals that Hugging Face chat templates use."""
     extensions = [GenerationExtension, loopcontrols]
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     env.filters["tojson"] = to_json  # pyright: ignore[reportUnknownMemberType]  # untyped in Jinja
     functions = {"raise_exception": raise_exception, "strftime_now": strftime_now}
     try:
-        text = env.from_string(request["template"], globals=functions).render(**request["values"])
+        text = env.from_string(template, globals=functions).render(**values)
     except TemplateError as error:
         return {"error": f"template error: {error}"}
     except Exception as error:  # a template can raise anything that Python can
@@ -82,45 +70,17 @@ class ByteTokenizer:
         return list(text)
 
 
-def compile_grammar(request: dict[str, Any]) -> dict[str, str]:
-    """Compile a grammar of llguidance, whose cost depends on the grammar rather than on the tokenizer.
-
-    Args:
-        request: `grammar`, and the `limits` of the parser.
-
-    Returns:
-        An empty `text`, or the `error`.
-    """
+def compile_grammar(grammar: str, limits: dict[str, Any]) -> dict[str, str]:
+    """Compile a grammar of llguidance, whose cost depends on the grammar rather than on the tokenizer. The text is empty."""
     import llguidance
 
     wrapper, slices = llguidance.TokenizerWrapper(ByteTokenizer()), llguidance.LLTokenizer.json_slices()
     tokenizer = llguidance.LLTokenizer(wrapper, slices=slices)
-    limits = llguidance.LLParserLimits(**request["limits"])
-    matcher = llguidance.LLMatcher(tokenizer, request["grammar"], log_level=0, limits=limits)
+    parser_limits = llguidance.LLParserLimits(**limits)
+    matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=parser_limits)
     return {"error": matcher.get_error()} if matcher.is_error() else {"text": ""}
 
 
-def set_timeout(seconds: float) -> None:
-    """End this process after `seconds` of CPU time; 0 cancels the timer. On systems without interval timers only the parent's
-    timeout applies."""
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-
-
-def main() -> None:
-    """Answer requests until the input ends."""
-    if sys.platform != "win32":
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for line in sys.stdin:
-        request = json.loads(line)
-        set_timeout(request.get("seconds", CPU_TIMEOUT))
-        answer = json.dumps((compile_grammar if "grammar" in request else render_template)(request))
-        set_timeout(0)
-        print(answer, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def answer(grammar: str | None = None, **arguments: Any) -> dict[str, str]:
+    """The `text` or the `error` of `compile_grammar` with a grammar, else of `render_template`."""
+    return render_template(**arguments) if grammar is None else compile_grammar(grammar, **arguments)

@@ -1,22 +1,31 @@
 """Request bodies of the OpenAI-compatible API, their limits, and error responses.
 
-Unknown fields are ignored, because clients send many that a server does not know. A known field with a wrong type or value
-is rejected by name.
+A known field with a wrong type or value is rejected by name, and so is a field of another server that would change the
+response (`UNSUPPORTED_FIELDS`). Other unknown fields are ignored, because clients send many that a server does not know.
 """
 
+import asyncio
+import codecs
 import json
-from collections.abc import Mapping, Sequence, Sized
-from typing import Annotated, Any, Literal, cast
+from collections.abc import Callable, Coroutine, Mapping, Sequence, Sized
+from typing import Annotated, Any, Literal, cast, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
-from starlette.responses import JSONResponse
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from typing_extensions import TypedDict
 
+from nextword.common import numbers
 from nextword.common.errors import UsageError
+from nextword.common.numbers import Range
 from nextword.data.chat_format import ROLE_NAMES, content_text
 from nextword.inference.sampling import Sampling
 
 MAX_BODY_BYTES = 4 * 2**20  # of one request
 MAX_TOTAL_BODY_BYTES = 16 * 2**20  # of all requests in progress; as Python objects they take up to 24 times as much
+THREAD_BODY_BYTES = 2**16  # from this size on a body is parsed in a thread
 MAX_TEXT_CHARS = 2**20  # of one text
 MAX_COMPLETION_TOKENS = 2**15  # of one sequence
 MAX_REQUEST_TOKENS = 2**17  # of all sequences of a request
@@ -87,20 +96,38 @@ def invalid_field(param: str, message: str, code: str | None = None) -> APIError
 # ---------------------------------------------------------------- request bodies
 
 TextInput = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenId = Annotated[int, Range(0, 2**31 - 1)]
 # Validation stops at the first error: a list of a million wrong numbers would give a million errors.
-TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_REQUEST_TOKENS)]
 TextInputs = Annotated[list[TextInput], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
 TokenIdsList = Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_STRING_CHARS)]
 StopStrings = Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-LogitBias = Annotated[float, Field(ge=-100, le=100)]
-ChoiceCount = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
-LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
-TokenLimit = Annotated[int, Field(ge=0, le=MAX_COMPLETION_TOKENS)]
-Prompts = TextInput | TokenIds | TextInputs | TokenIdsList
+ChoiceCount = Annotated[int, Range(1, MAX_CHOICES)]
+LogprobCount = Annotated[int, Range(0, MAX_LOGPROBS)]
+TokenLimit = Annotated[int, Range(0, MAX_COMPLETION_TOKENS)]
+CountOrMinusOne = Annotated[int, Range(-1, 10**15)]  # -1 is the value of a parameter that is off
+Prompts = Annotated[TextInput | TokenIds | TextInputs | TokenIdsList, Field(union_mode="left_to_right")]
 SAMPLING_FIELDS = {"temperature", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed"}
+# Fields of OpenAI's API, vLLM and llama.cpp that change a response and that this server does not have, unless they are empty,
+# false or zero, or have one of the values that ask for nothing.
+UNSUPPORTED_NAMES = """
+    tools functions function_call tool_calls audio web_search_options documents prefix chat_template chat_template_kwargs
+    guided_json guided_regex guided_choice guided_grammar structured_outputs grammar json_schema continue_final_message
+    stop_token_ids bad_words allowed_token_ids logits_processors ignore_eos min_tokens include_stop_str_in_output
+    echo suffix top_logprobs prompt_logprobs prompt_embeds truncate_prompt_tokens max_completion_tokens
+    use_beam_search mirostat dry_multiplier xtc_probability dynatemp_range
+"""
+NOTHING: tuple[object, ...] = (None, False, 0, "", [], {})
+UNSUPPORTED_FIELDS: dict[str, tuple[object, ...]] = {
+    **dict.fromkeys(UNSUPPORTED_NAMES.split(), NOTHING),
+    **dict.fromkeys(("best_of", "length_penalty", "repeat_penalty", "typical_p", "tfs_z"), (*NOTHING, 1)),
+    **dict.fromkeys(("skip_special_tokens", "add_generation_prompt"), (None, True)),
+    "tool_choice": (None, "none", "auto"),
+    "modalities": (None, ["text"]),
+    "truncation": (None, "disabled"),
+    "n_predict": (None, -1),
+}
 
 
 def check_biases(value: Any) -> Any:
@@ -122,6 +149,15 @@ class RequestModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, populate_by_name=True)
 
     model: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_unsupported_fields(cls, values: Any) -> Any:
+        """Raises `PydanticCustomError` for a field that would change the response if this server had it."""
+        for name in UNSUPPORTED_FIELDS.keys() - cls.model_fields.keys() if isinstance(values, dict) else ():
+            if name in values and values[name] not in UNSUPPORTED_FIELDS[name]:
+                raise PydanticCustomError("unsupported_field", "not supported by this server", {"field": name})
+        return cast("dict[str, object] | object", values)
 
 
 class StreamOptions(RequestModel):
@@ -148,18 +184,18 @@ class ResponseFormat(RequestModel):
 class BaseCompletionRequest(RequestModel):
     """Fields shared by completion and chat completion requests."""
 
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None  # smaller values make logits infinite
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[str, LogitBias], BeforeValidator(check_biases)] | None = None
+    temperature: numbers.Temperature | None = None
+    top_p: numbers.Share | None = None
+    top_k: CountOrMinusOne | None = None
+    min_p: numbers.Share | None = None
+    repetition_penalty: numbers.RepetitionPenalty | None = None
+    presence_penalty: numbers.Penalty | None = None
+    frequency_penalty: numbers.Penalty | None = None
+    logit_bias: Annotated[dict[str, numbers.Penalty], BeforeValidator(check_biases)] | None = None
     max_tokens: TokenLimit | None = None
     n: ChoiceCount | None = None
     stop: StopString | StopStrings | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: numbers.Seed | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -181,7 +217,7 @@ class BaseCompletionRequest(RequestModel):
         return schemas[0] if schemas else None if response_format.type == "text" else ANY_OBJECT
 
     def to_sampling(self, vocab_size: int, extra_stop: Sequence[str] = (), **overrides: Any) -> Sampling:
-        """Sampling parameters for the engine, with OpenAI's defaults.
+        """Sampling parameters for the engine.
 
         Args:
             vocab_size: Number of token ids.
@@ -198,7 +234,7 @@ class BaseCompletionRequest(RequestModel):
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         try:
             return Sampling(
-                **{"temperature": 1.0, **self.model_dump(include=SAMPLING_FIELDS, exclude_none=True)},
+                **self.model_dump(include=SAMPLING_FIELDS, exclude_none=True),
                 top_k=self.top_k if self.top_k is not None and self.top_k > 0 else None,
                 top_p=None if self.top_p is None else max(self.top_p, MIN_TOP_P),
                 logit_bias={int(token): bias for token, bias in biases.items()} or None,
@@ -215,13 +251,13 @@ class CompletionRequest(BaseCompletionRequest):
     prompt: Prompts = ""
     best_of: ChoiceCount | None = None
     # As in vLLM: keep this many of the last tokens of a longer prompt, -1 as many as fit. None rejects a longer prompt.
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    truncate_prompt_tokens: CountOrMinusOne | None = None
     echo: bool | None = None
     logprobs: LogprobCount | None = None
     suffix: str | None = None
 
 
-class Part(RequestModel):
+class Part(TypedDict):  # there may be so many that objects would take seconds
     """Part of a message. Only text is supported."""
 
     type: Literal["text"]
@@ -249,7 +285,7 @@ def to_conversation(messages: Sequence[Message]) -> list[dict[str, str]]:
         content = message.content
         if content is None and message.role != "assistant":
             raise APIError(400, "messages: content is required", param=f"messages[{index}].content")
-        text = content if isinstance(content, str) else content_text([part.text for part in content or ()]) or ""
+        text = content if isinstance(content, str) else content_text(content or ()) or ""
         conversation.append({"role": ROLE_NAMES.get(message.role, message.role), "content": text})
     return conversation
 
@@ -270,7 +306,7 @@ class EmbeddingRequest(RequestModel):
 
     input: Prompts
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Annotated[int, Field(ge=1)] | None = None
+    dimensions: numbers.Size | None = None
 
 
 class ClassifyRequest(RequestModel):
@@ -301,10 +337,39 @@ class DetokenizeRequest(RequestModel):
 # ---------------------------------------------------------------- validation errors
 
 
+class JSONRequest(Request):
+    """A request whose body is parsed and validated in one go.
+
+    `json.loads` would take seconds for the objects of a large body that no field wants, and nobody else is served meanwhile.
+    """
+
+    async def json(self) -> Any:
+        """The body as the model of its route. Raises `APIError` if it is none."""
+        body = (await self.body()).removeprefix(codecs.BOM_UTF8)
+        validate = get_type_hints(self.scope["route"].endpoint)["body"].model_validate_json
+        try:
+            return validate(body) if len(body) < THREAD_BODY_BYTES else await asyncio.to_thread(validate, body)
+        except ValidationError as error:
+            raise validation_api_error(error.errors(include_url=False, include_input=False)) from error
+
+
+class JSONRoute(APIRoute):
+    """A route with a `JSONRequest`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler of a request."""
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            return await handler(JSONRequest(request.scope, request.receive))
+
+        return handle
+
+
 def field_path(location: Sequence[int | str]) -> str:
     """Path of a field, such as messages[0].content, from pydantic's error location."""
     path = ""
-    for part in location[1:]:
+    for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
         elif part.isidentifier() and part not in ("str", "int"):  # not a type of a union
@@ -317,9 +382,12 @@ def field_path(location: Sequence[int | str]) -> str:
 def validation_api_error(errors: Sequence[Mapping[str, Any]]) -> APIError:
     """One API error from pydantic's errors: the first one, with all alternatives if the field is a union."""
     first_error = errors[0]
-    param = field_path(first_error["loc"])
+    location = (*first_error["loc"], *filter(None, [first_error.get("ctx", {}).get("field")]))
+    param = field_path(location)
     if first_error["type"] == "json_invalid":
-        return APIError(400, f"the body is not JSON: {first_error.get('ctx', {}).get('error', 'it cannot be read')}")
+        return APIError(
+            400, f"the body is not JSON in UTF-8: {first_error.get('ctx', {}).get('error', 'it cannot be read')}"
+        )
     if not param:
         return APIError(400, "the body must be a JSON object with Content-Type: application/json")
     messages = dict.fromkeys(error["msg"] for error in errors if field_path(error["loc"]) == param)

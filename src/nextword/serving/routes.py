@@ -15,11 +15,18 @@ from nextword.inference.sampling import Sampling
 from nextword.serving import openapi, protocol
 from nextword.serving.chat_templates import encode_newest_turns
 from nextword.serving.engine_worker import GenerationRequest
-from nextword.serving.protocol import APIError, UTF8JSONResponse, invalid_field, list_prompts, to_conversation
+from nextword.serving.protocol import (
+    APIError,
+    JSONRoute,
+    UTF8JSONResponse,
+    invalid_field,
+    list_prompts,
+    to_conversation,
+)
 from nextword.serving.responses import ChatCompletionWriter, CompletionWriter, cancel_on_disconnect, make_usage
 from nextword.serving.service import Service
 
-router = APIRouter(default_response_class=UTF8JSONResponse, responses=openapi.ERROR_RESPONSES)
+router = APIRouter(route_class=JSONRoute, default_response_class=UTF8JSONResponse, responses=openapi.ERROR_RESPONSES)
 DEFAULT_MAX_TOKENS = 16  # default of max_tokens in /v1/completions, as in OpenAI's API
 
 
