@@ -13,7 +13,7 @@ help:
 	@echo "make test-all    the same with Chromium, lm-eval, Ray and llama.cpp, which it installs: nothing that they need is skipped"
 	@echo "make check   lint, types, tests"
 	@echo "make bench   the figures of docs/benchmarks.md (some three hours)"
-	@echo "make calibration    coverage of every interval and error rates of every verdict, by simulation (some twenty minutes)"
+	@echo "make calibration    coverage of every interval and error rates of every decision, by simulation (some twenty minutes)"
 	@echo "make soak    fifty kills of a longer run, half inside a save; every fault of docs/reliability.md; odd requests to the server"
 	@echo "make setup   the virtual environment in .venv; PIP_ARGS goes to pip"
 

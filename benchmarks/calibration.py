@@ -1,4 +1,4 @@
-"""Coverage of every confidence interval, and error rates of every verdict, by simulation: ``make calibration``.
+"""Coverage of every confidence interval, and error rates of every decision, by simulation: ``make calibration``.
 
     python -m benchmarks.calibration [--draws 5000] [--books FOLDER] [--only NAME] [--cases]
 
@@ -64,7 +64,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     """A statement about a sample, such as "this model is better".
 
     Attributes:
@@ -97,7 +97,7 @@ class Row:
     name: str
     method: str
     standard: str
-    cases: Callable[[], Iterator[Case | Verdict]]
+    cases: Callable[[], Iterator[Case | Decision]]
     functions: tuple[str, ...] = ()
 
 
@@ -282,7 +282,7 @@ def document_bits(rng: np.random.Generator, n: int, spread: float = 0.1, mean: f
     return np.stack([size * mean * (1 + spread * rng.normal(size=n)) + inside, size], axis=1)
 
 
-def documents() -> Iterator[Case | Verdict]:
+def documents() -> Iterator[Case | Decision]:
     def interval(rows: np.ndarray) -> ScoreWithCI:
         score = statistics.ratio_of_sums(rows[:, 0], rows[:, 1])
         return score if len(rows) >= MIN_DOCUMENTS else ScoreWithCI(score.value, n=score.n)
@@ -317,7 +317,7 @@ def documents() -> Iterator[Case | Verdict]:
             change = rows[:, 1] * 1.5 * (gain + 0.03 * rng.normal(size=n))  # differs by document: 3 % of the loss
             return np.stack([change, rows[:, 1]], axis=1)
 
-        yield Verdict(
+        yield Decision(
             f"models differ by {gain:.0%}, n = {n}", gain > 0, difference, lambda rows: excludes(interval(rows), 0)
         )
 
@@ -493,13 +493,13 @@ def true_icat(p: float, q: float) -> float:
     return q * min(p, 1 - p) / 0.5
 
 
-# ---------------------------------------------------------------- verdicts
+# ---------------------------------------------------------------- decisions
 
 
-def chance() -> Iterator[Verdict]:
+def chance() -> Iterator[Decision]:
     for n in (20, 150, 1000):
         for p, gain in ((0.25, 0.0), (0.5, 0.0), (0.5, 0.1)):
-            yield Verdict(
+            yield Decision(
                 f"n = {n}, chance {p}, accuracy {p + gain}",
                 gain > 0,
                 lambda rng, n=n, p=p + gain: (rng.random(n) < p) * 1.0,
@@ -507,11 +507,11 @@ def chance() -> Iterator[Verdict]:
             )
 
 
-def model_comparisons() -> Iterator[Verdict]:
+def model_comparisons() -> Iterator[Decision]:
     for n in (20, 100, 1000):
         for p, gain in ((0.5, 0.0), (0.95, 0.0), (0.5, 0.1)):
             for agreement in (0.0, 0.8):
-                yield Verdict(
+                yield Decision(
                     f"n = {n}, accuracies {p + gain} and {p}, {agreement:.0%} shared",
                     gain > 0,
                     lambda rng, n=n, p=p, g=gain, a=agreement: paired_outcomes(rng, n, p, g, a),
@@ -522,10 +522,10 @@ def model_comparisons() -> Iterator[Verdict]:
                 )
 
 
-def seed_differences() -> Iterator[Verdict]:
+def seed_differences() -> Iterator[Decision]:
     for n in (2, 3, 5):
         for gain in (0.0, 5.0):
-            yield Verdict(
+            yield Decision(
                 f"{n} runs, difference of {gain:.0f} standard deviations",
                 gain > 0,
                 lambda rng, n=n, gain=gain: rng.normal(size=n + 1) + gain * (np.arange(n + 1) == n),
@@ -533,10 +533,10 @@ def seed_differences() -> Iterator[Verdict]:
             )
 
 
-def group_differences() -> Iterator[Verdict]:
+def group_differences() -> Iterator[Decision]:
     for n, m in ((6, 400), (20, 400), (50, 400), (100, 100)):
         for p, q in ((0.9, 0.9), (0.95, 0.95), (0.98, 0.98), (0.9, 0.7)):
-            yield Verdict(
+            yield Decision(
                 f"n = {n} and {m}, rates {p} and {q}",
                 p != q,
                 lambda rng, n=n, m=m, p=p, q=q: ((rng.random(n) < p) * 1.0, (rng.random(m) < q) * 1.0),
@@ -544,13 +544,13 @@ def group_differences() -> Iterator[Verdict]:
             )
 
 
-def template_gaps() -> Iterator[Verdict]:
+def template_gaps() -> Iterator[Decision]:
     for case in clusters():
         decide = lambda rows, interval=case.interval: excludes(interval(rows), 0)  # noqa: E731
-        yield Verdict(case.name, False, case.sample, decide, draws=0.5)
+        yield Decision(case.name, False, case.sample, decide, draws=0.5)
 
 
-def label_ratios() -> Iterator[Verdict]:
+def label_ratios() -> Iterator[Decision]:
     for counts in ((32, 128, 512), (32, 128, 512, 2048, 5000)):
         for seeds in (2, 3, 5):
             for slope, shift in ((0.0, 1), (0.05, 1), (0.05, 4)):
@@ -574,7 +574,7 @@ def label_ratios() -> Iterator[Verdict]:
                         for seed in range(seeds)
                     ]
 
-                yield Verdict(
+                yield Decision(
                     f"{len(counts)} numbers of labels, {seeds} seeds, {'flat' if not slope else f'ratio {shift}'}",
                     shift > 1,
                     sample,
@@ -636,51 +636,51 @@ ROWS = [
     Row("chrF, BLEU, ROUGE", f"{EFFECTIVE}; ROUGE: {HALL}", "", lambda: generation_scores(False)),
     Row("difference of chrF, BLEU, ROUGE", f"{LINEARIZED}; {HALL}", "", lambda: generation_scores(True)),
     Row("icat and perplexity", f"{LINEARIZED}; {HALL}", "", other_sums),
-    Row("verdict: above or below chance", "Agresti and Coull (1998)", "", chance),
+    Row("decision: above or below chance", "Agresti and Coull (1998)", "", chance),
     Row(
-        "verdict: better than another model",
+        "decision: better than another model",
         "Agresti and Min (2005) and McNemar's exact test",
         "",
         model_comparisons,
         ("mcnemar_p_value",),
     ),
-    Row("verdict: more than the seed explains", "Student's t", "", seed_differences, ("noise_floor",)),
-    Row("verdict: groups differ", "Newcombe (1998), method 10, of two Agresti–Coull intervals", "", group_differences),
-    Row("verdict: gap between words of groups", "Cameron, Gelbach and Miller (2011)", "", template_gaps),
+    Row("decision: more than the seed explains", "Student's t", "", seed_differences, ("noise_floor",)),
+    Row("decision: groups differ", "Newcombe (1998), method 10, of two Agresti–Coull intervals", "", group_differences),
+    Row("decision: gap between words of groups", "Cameron, Gelbach and Miller (2011)", "", template_gaps),
     Row(
-        "verdict: pre-training saves labels", "isotonic regression, interval over seeds and examples", "", label_ratios
+        "decision: pre-training saves labels", "isotonic regression, interval over seeds and examples", "", label_ratios
     ),
 ]
-# The functions outside `nextword.common.statistics` that make an interval or a verdict, and the rows that it belongs to. Those
+# The functions outside `nextword.common.statistics` that make an interval or a decision, and the rows that it belongs to. Those
 # without a row only read or pass on an interval that was made elsewhere.
-VERDICT_FUNCTIONS = {"mcnemar_p_value", "noise_floor", "t_quantile"}
+DECISION_FUNCTIONS = {"mcnemar_p_value", "noise_floor", "t_quantile"}
 PROPORTION, RATIO = ("accuracy and other proportions",), ("ratios over documents",)
 CALLERS: dict[str, tuple[str, ...]] = {
     "audit.bias._audit_winobias": PROPORTION,
     "audit.bias._audit_winogender": ("paired difference of outcomes",),
-    "audit.bias._clustered_score": ("templates and words", "verdict: gap between words of groups"),
+    "audit.bias._clustered_score": ("templates and words", "decision: gap between words of groups"),
     "audit.bias._occupation_findings": ("means of examples", "Pearson correlation", "Spearman correlation"),
     "audit.corpus.contamination": PROPORTION,
     "audit.fairness._flip_rate": PROPORTION,
-    "audit.fairness._rate_findings": (*PROPORTION, "difference of two groups", "verdict: groups differ"),
+    "audit.fairness._rate_findings": (*PROPORTION, "difference of two groups", "decision: groups differ"),
     "audit.fairness.audit_template_flips": ("paired difference of outcomes",),
     "audit.memorization._copied_share": (*PROPORTION, "means of fractions per example"),
     "audit.memorization.extractable_passages": PROPORTION,
     "common.results.bits_per_byte": (),
     "common.results.score": (),
-    "evaluation.evaluate._compare": ("verdict: more than the seed explains",),
-    "evaluation.evaluate.compare_models": ("verdict: better than another model",),
+    "evaluation.evaluate._compare": ("decision: more than the seed explains",),
+    "evaluation.evaluate.compare_models": ("decision: better than another model",),
     "evaluation.evaluate.score_difference": ("paired difference of outcomes", "difference of chrF, BLEU, ROUGE"),
-    "evaluation.label_efficiency.equivalent_label_ratio": ("verdict: pre-training saves labels",),
+    "evaluation.label_efficiency.equivalent_label_ratio": ("decision: pre-training saves labels",),
     "evaluation.label_efficiency.interval": ("means of runs of several seeds",),
-    "evaluation.label_efficiency.run_cell": ("verdict: pre-training saves labels",),
+    "evaluation.label_efficiency.run_cell": ("decision: pre-training saves labels",),
     "evaluation.label_efficiency.summarize": ("means of runs of several seeds",),
     "evaluation.lm_eval_adapter._summarize_task": PROPORTION,
     "inference.perplexity._sampling_margin": RATIO,
     "inference.perplexity.bits_per_byte": RATIO,
     "pipeline.item_scores._bits_per_byte": RATIO,
     "pipeline.item_scores._repetition_scores": ("means of fractions per example",),
-    "pipeline.item_scores.aggregate": (*PROPORTION, "icat and perplexity", "verdict: above or below chance"),
+    "pipeline.item_scores.aggregate": (*PROPORTION, "icat and perplexity", "decision: above or below chance"),
     "reporting.run_data.parse_score": (),
     "tasks.metrics._correlation": ("Pearson correlation", "Spearman correlation"),
     "tasks.metrics._label_scores": ("macro-F1", "Matthews correlation"),
@@ -723,10 +723,10 @@ class Result:
         return self.given >= MIN_GIVEN and (too_high or self.rate + 2 * self.error < MIN_COVERAGE)
 
 
-def simulate(row: Row, case: Case | Verdict, draws: int) -> Result:
+def simulate(row: Row, case: Case | Decision, draws: int) -> Result:
     rng = np.random.default_rng(zlib.crc32(f"{row.name} {case.name}".encode()))
     draws = max(20, round(draws * case.draws))
-    if isinstance(case, Verdict):
+    if isinstance(case, Decision):
         return Result(
             case.name, float(np.mean([case.decide(case.sample(rng)) for _ in range(draws)])), draws, true=case.true
         )
@@ -748,7 +748,7 @@ def simulate(row: Row, case: Case | Verdict, draws: int) -> Result:
 
 
 @cache
-def cases_of(row: int, folder: str) -> list[Case | Verdict]:
+def cases_of(row: int, folder: str) -> list[Case | Decision]:
     globals()["BOOKS"] = folder
     return list(ROWS[row].cases())
 
@@ -775,13 +775,13 @@ def table(results: dict[int, list[Result]]) -> Iterator[str]:
             f"| {low.rate:.3f} (± {low.error:.3f}) to {high.rate:.3f} | {low.case} | {without or ''} | {width} |"
         )
     yield ""
-    yield "| verdict | method | cases | highest false-positive rate | in | power |"
+    yield "| decision | method | cases | highest false-positive rate | in | power |"
     yield "|---|---|---|---|---|---|"
     for i, row_results in results.items():
         false, true = ([r for r in row_results if r.true is truth] for truth in (False, True))
         if false:
             worst, power = max(false, key=lambda r: r.rate), "; ".join(f"{r.rate:.2f}: {r.case}" for r in true[-1:])
-            name = ROWS[i].name.removeprefix("verdict: ")
+            name = ROWS[i].name.removeprefix("decision: ")
             yield (
                 f"| {name} | {ROWS[i].method} | {len(false)} "
                 f"| {worst.rate:.3f} (± {worst.error:.3f}) | {worst.case} | {power} |"

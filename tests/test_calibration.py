@@ -1,4 +1,4 @@
-"""Every interval and verdict of the program has a row in `benchmarks/calibration.py`; the coverage of a few of them."""
+"""Every interval and decision of the program has a row in `benchmarks/calibration.py`; the coverage of a few of them."""
 
 import ast
 from dataclasses import replace
@@ -7,18 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from benchmarks import calibration
-from benchmarks.calibration import CALLERS, ROWS, Case, Verdict
+from benchmarks.calibration import CALLERS, ROWS, Case, Decision
 
 from nextword.common import statistics
 
 SOURCE = Path(statistics.__file__).parents[1]
-# Functions of `nextword.common.statistics` that return an interval, or a number from which a verdict follows.
+# Functions of `nextword.common.statistics` that return an interval, or a number from which a decision follows.
 INTERVALS = {
     node.name
     for node in ast.parse(Path(statistics.__file__).read_text(encoding="utf-8")).body
     if isinstance(node, ast.FunctionDef)
     and not node.name.startswith("_")
-    and (ast.unparse(node.returns or ast.Constant(None)) == "ScoreWithCI" or node.name in calibration.VERDICT_FUNCTIONS)
+    and (
+        ast.unparse(node.returns or ast.Constant(None)) == "ScoreWithCI" or node.name in calibration.DECISION_FUNCTIONS
+    )
 }
 # Whatever else makes an interval: quantiles, and the functions of scipy and numpy that return one.
 OTHER = {
@@ -86,7 +88,7 @@ def test_every_row_can_be_simulated(row):
     case = next(iter(row.cases()))
     rng = np.random.default_rng(0)
     for _ in range(3):
-        if isinstance(case, Verdict):
+        if isinstance(case, Decision):
             assert case.decide(case.sample(rng)) in (True, False)
         else:
             score = case.interval(case.sample(rng))
