@@ -2,13 +2,15 @@
 
     python -m benchmarks.fine_tuning [NAME …]
 
-Names: ablation, agreement, peers, translation, summaries, preference, chat. Each measurement is cached under
+Names: ablation, agreement, peers, translation, summaries, preference, chat, selection. Each measurement is cached under
 build/bench/fine-tuning, and an interrupted run resumes; remove that directory to measure again. The environment variable
 `NEXTWORD_DATA` names the directory of the data (default: ../shared/data). With NEXTWORD_BENCH_QUICK=1 everything runs on a few
 examples for three steps, under build/bench-quick, as a test of the benchmark.
 """
 
 import json
+import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -38,7 +40,7 @@ from benchmarks.fine_tuning_data import (
     split_files,
 )
 from benchmarks.fine_tuning_peers import agreement, peers
-from benchmarks.run import mean_with_margin, nextword
+from benchmarks.run import DATA, books, mean_with_margin, nextword
 from nextword.common.statistics import mean
 
 # Less than an hour in total on two cores.
@@ -311,6 +313,42 @@ def chat() -> None:
         print(f"> **{message['role']}**: {message['content'].replace(chr(10), ' ')}\n>")
 
 
+def selection() -> None:
+    """The reported minus the fresh score of forty short fine-tunings of 300 rows."""
+    base = WORK_DIR / "selection" / "base"
+    if not (base / "result.json").exists():
+        nextword(
+            "pretrain", books(), "--out", base, "--size", "micro", "--budget", "60s", "--resume", "--quiet", "--json"
+        )
+    fresh = DATA / "movie_reviews" / "test.csv"
+    header, *rows = (DATA / "movie_reviews" / "train.csv").read_text(encoding="utf-8").splitlines()
+
+    def measure(seed: int) -> dict[str, Any]:
+        table, out = WORK_DIR / "selection" / f"{seed}.csv", WORK_DIR / "selection" / f"run-{seed}"
+        table.write_text("\n".join([header, *random.Random(seed).sample(rows, 300)]) + "\n", encoding="utf-8")
+        shutil.rmtree(out, ignore_errors=True)
+        steps = ("--steps", 3 if QUICK else 150, "--training.evaluations", 10, "--training.compile", "no")
+        result = nextword("finetune", base, table, "--out", out, "--seed", seed, *steps, "--quiet", "--json", threads=1)
+        scores = {
+            name: nextword(*arguments, "--quiet", "--json", threads=1)["scores"]["accuracy"]["value"]
+            for name, arguments in (("fresh", ("predict", out, fresh)), ("selected", ("evaluate", out)))
+        }
+        shutil.rmtree(out)
+        return {"reported": result["scores"]["accuracy"]["value"], "scored_on": result["scored_on"], **scores}
+
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(
+            pool.map(lambda seed: cached(f"selection-{seed}", lambda: measure(seed)), range(2 if QUICK else 40))
+        )
+    print(f"\nReported: accuracy on {runs[0]['scored_on']}.\n")
+    print("| score minus accuracy on 1,066 fresh rows | mean of 40 runs (95 % CI) |\n|---|---|")
+    for name, title in (
+        ("reported", "as reported"),
+        ("selected", "of the selected weights on the set that selected them"),
+    ):
+        print(f"| {title} | {mean_with_margin([run[name] - run['fresh'] for run in runs], '+.3f')} |")
+
+
 def main() -> None:
     if sys.argv[1:2] == ["evaluate-likelihood"]:
         evaluate_likelihood(*sys.argv[2:5])
@@ -323,6 +361,7 @@ def main() -> None:
         "summaries": summaries,
         "preference": preference,
         "chat": chat,
+        "selection": selection,
     }
     for name in sys.argv[1:] or list(sections):
         print(f"\n## {name}", flush=True)
