@@ -126,7 +126,7 @@ def test_info(nextword: CLIRunner):
 def test_evaluate_on_the_validation_set_and_on_files(nextword: CLIRunner, run, texts):
     own = json.loads(nextword("evaluate", run, "--json").stdout)
     assert own["loss"] == pytest.approx(json.loads((run / "result.json").read_text())["loss"], abs=1e-6)
-    assert {"loss", "perplexity", "bits_per_byte", "tokens", "bytes", "stride", "interval"} == set(own)
+    assert {"loss", "perplexity", "bits_per_byte", "tokens", "bytes", "stride", "interval", "scored_on"} == set(own)
     whole = json.loads(nextword("evaluate", run / "model", texts, "--json").stdout)
     assert whole["bytes"] == sum(len(p.read_bytes()) for p in texts.iterdir())
 

@@ -104,5 +104,5 @@ def test_evaluate_repeats_the_scores_of_a_fine_tuning(runs, nextword: CLIRunner)
         for name, score in stored["scores"].items():
             assert (result.scores or {})[name]["value"] == pytest.approx(score["value"], abs=1e-6), (kind, name)
         done = nextword("evaluate", runs / kind)
-        assert done.stdout.startswith("validation set of the run: loss"), done.stderr
+        assert done.stdout.startswith("the validation set, which also selected the weights: loss"), done.stderr
         assert "not exactly" not in done.stderr, done.stderr

@@ -21,11 +21,11 @@ class EvaluateConfig(ModelArgument, TextColumnOption, PrecisionOption, SeedOptio
     """Measure a model's perplexity on text and its scores on benchmarks.
 
     Each benchmark score is reported with a 95 % confidence interval, the chance level and a control score on shuffled words.
-    Without text and without --benchmark, the model is evaluated on the validation set of its run, a fine-tuned one by the
-    metrics of its task. Use audit for bias and memorization, and report for a page of the results.
+    Without text and without --benchmark, the model is evaluated on the test set of its run, or else on the validation set, a
+    fine-tuned one by the metrics of its task. Use audit for bias and memorization, and report for a page of the results.
 
     Attributes:
-        texts: Files, directories or built-in datasets. Default: the validation set of the run.
+        texts: Files, directories or built-in datasets. Default: the test set of the run, or else the validation set.
         benchmarks: Benchmark: blimp, hellaswag, arc, arc-challenge, lambada, crows-pairs, stereoset, stereoset-discourse or
             free (generated texts), downloaded from the Hugging Face Hub or read from a file with NAME=PATH; your own
             FILE.toml; or lm-eval:TASK. May be given more than once. Default: none.
@@ -36,7 +36,7 @@ class EvaluateConfig(ModelArgument, TextColumnOption, PrecisionOption, SeedOptio
             more than once. Default: none.
         judge: Reference model that computes the perplexity of generated texts (--benchmark free). Default: none.
         stride: Stride of the sliding window over the text, in tokens. Default: half the context length; the full context
-            length on the validation set.
+            length on a set of the run.
         context_use: Also print the loss by position in the window, on the text and on its shuffled tokens.
     """
 
@@ -69,7 +69,8 @@ class EvaluateResult(Result):
         noise: Variance between seeds: the largest difference (floor) and the number of models.
         against: Comparison with the other model.
         suites: Results of each benchmark by its name: score, low, high, chance, n and more.
-        scores: Metrics of a fine-tuned model on the validation examples of its run: value, low, high and n.
+        scores: Metrics of a fine-tuned model on the test or validation set of its run: value, low, high and n.
+        scored_on: The set of the run that was evaluated, and whether it also selected the weights. None for other texts.
     """
 
     loss: float | None = None
@@ -84,13 +85,14 @@ class EvaluateResult(Result):
     against: dict[str, Any] | None = None
     suites: dict[str, dict[str, Any]] | None = None
     scores: dict[str, dict[str, Any]] | None = None
+    scored_on: str | None = None
 
     def __str__(self) -> str:
         parts = [] if self.interval is None else [format_text_result(self)]
         if self.scores is not None:
             bits = "" if self.bits_per_byte is None else f" · {self.bits_per_byte:.4f} bits/byte of the answers"
             lines = [format_metric(name, score) for name, score in self.scores.items()]
-            parts.append([f"validation set of the run: loss {self.loss:.4f}{bits}", *lines])
+            parts.append([f"{self.scored_on}: loss {self.loss:.4f}{bits}", *lines])
         parts += [format_benchmark(name, benchmark) for name, benchmark in (self.suites or {}).items()]
         return "\n\n".join("\n".join(lines) for lines in parts)
 
@@ -107,6 +109,8 @@ def format_text_result(result: EvaluateResult) -> list[str]:
         f"{ci}on {result.tokens:,} tokens, {result.bytes:,} bytes; stride {result.stride:,} tokens",
         f"  {interval['basis']}",
     ]
+    if result.scored_on:
+        lines.append(f"  {result.scored_on}")
     if other := result.against:
         lines.append(f"  {other['model']}: {other['bits_per_byte']:.4f} bits/byte; {format_comparison(other)}")
     if result.noise:
@@ -247,8 +251,9 @@ def evaluate(config: EvaluateConfig, context: Context) -> EvaluateResult:
             )
         scores = evaluate_task_run(models.model, run, console)
     elif config.texts or not benchmarks:
-        text, stride = load_eval_text(models, config.model, config.texts, config.text_column, stride, console)
+        text, stride, basis = load_eval_text(models, config.model, config.texts, config.text_column, stride, console)
         result |= evaluate_text(models, text, stride=stride, with_context_use=config.context_use, console=console)
+        result["scored_on"] = basis
     limit = None if config.no_limit else config.limit or DEFAULT_ITEM_LIMIT
     for name, benchmark in benchmarks.items():
         result.setdefault("suites", {})[name] = (
@@ -271,7 +276,8 @@ def store_results(config: EvaluateConfig, result: dict[str, Any], stride: int | 
         "precision": None if config.precision == "float32" else config.precision,
         "against": config.compare_to and config.compare_to.name,
     }
-    text_name = ", ".join(map(short_path_name, config.texts)) or "validation set"
+    set_name = (result.get("scored_on") or "").removeprefix("the ").partition(",")[0]  # "test set" or "validation set"
+    text_name = ", ".join(map(short_path_name, config.texts)) or set_name
     text_provenance = make_provenance({"stride": stride, **settings})
     benchmark_provenance = make_provenance({"seed": config.seed, **settings})
     try:

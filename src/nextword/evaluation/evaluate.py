@@ -19,7 +19,14 @@ from nextword.data.corpus import Corpus
 from nextword.data.dataset import TokenSource
 from nextword.data.issues import IssueLog
 from nextword.inference.perplexity import DocumentLosses, PerplexityResult, describe_interval, measure_context_usage
-from nextword.pipeline.evaluators import FINAL_GENERATED_EXAMPLES, evenly_spaced, scores_to_dict, split_options
+from nextword.pipeline.evaluators import (
+    FINAL_GENERATED_EXAMPLES,
+    SELECTED_NOTHING,
+    SELECTED_TOO,
+    evenly_spaced,
+    scores_to_dict,
+    split_options,
+)
 from nextword.pipeline.item_scores import ItemScores, evaluate_free_text, score_items
 from nextword.pipeline.language_model import LanguageModel, Paths, as_list
 from nextword.tasks.benchmark_items import DEFAULT_ITEM_LIMIT, BenchmarkRow, load_rows, sample_indices
@@ -275,12 +282,13 @@ def load_eval_text(
     text_column: str | None,
     stride: int | None,
     console: Console,
-) -> tuple[list[tuple[TokenSource, int]], int | None]:
-    """The text of an evaluation in the tokens of each model with its bytes, and the stride.
+) -> tuple[list[tuple[TokenSource, int]], int | None, str | None]:
+    """The text of an evaluation in the tokens of each model with its bytes, the stride, and the set of the run that it is.
 
     Args:
         eval_models: The models.
-        path: The path that the evaluated model was opened from. If it is a run, its validation set is the default text.
+        path: The path that the evaluated model was opened from. The default text is the test set of its run, or else the
+            validation set.
         texts: Files, folders or named corpora.
         text_column: The column of the text in tables.
         stride: The requested stride.
@@ -291,7 +299,7 @@ def load_eval_text(
     """
     model, *others = eval_models.with_text
     if as_list(texts):
-        return [each.read_tokens(texts, text_column, console) for each in (model, *others)], stride
+        return [each.read_tokens(texts, text_column, console) for each in (model, *others)], stride, None
     run = RunDir(Path(path))
     if not run.exists:
         raise UsageError(
@@ -303,12 +311,13 @@ def load_eval_text(
     corpus = Corpus.open(run.path / run.metadata()["shards"])
     if corpus.lost_text:
         console.warn(corpus.lost_text)
-    source = (corpus.tokens("validation"), corpus.validation.seen_bytes)
-    return [source] * (1 + len(others)), stride or model.gpt.config.context_length
+    split, stats = ("test", corpus.test) if corpus.test.tokens > 1 else ("validation", corpus.validation)
+    source, basis = (corpus.tokens(split), stats.seen_bytes), SELECTED_NOTHING if split == "test" else SELECTED_TOO
+    return [source] * (1 + len(others)), stride or model.gpt.config.context_length, basis
 
 
 def evaluate_task_run(model: LanguageModel, run: RunDir, console: Console) -> dict[str, Any]:
-    """Evaluate a fine-tuned model on the validation examples of its run, as the end of the run does.
+    """Evaluate a fine-tuned model on the test set of its run, or else on the validation set.
 
     Raises:
         UsageError: A table is gone.
@@ -332,7 +341,9 @@ def evaluate_task_run(model: LanguageModel, run: RunDir, console: Console) -> di
             scores = predictor.evaluate([examples[i] for i in chosen], [encoded[i] for i in chosen]).scores
         except MissingDependencyError as error:
             console.warn(str(error))
-    return {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "scores": scores_to_dict(scores)}
+    basis = SELECTED_NOTHING if data.test else SELECTED_TOO
+    scores = scores_to_dict(scores)
+    return {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "scores": scores, "scored_on": basis}
 
 
 # ---------------------------------------------------------------- stored results
