@@ -327,7 +327,7 @@ def test_every_byte_of_a_short_text_is_predicted(base, tmp_path, length):
 
 
 def test_what_the_interval_of_a_text_speaks_of(base, tmp_path):
-    """Documents are its units: one document, however long, has no interval and gives no verdict."""
+    """Documents are its units: one document, however long, has neither an interval nor a significance test."""
     rng = np.random.default_rng(0)
     one, few, many = tmp_path / "one.txt", tmp_path / "few", tmp_path / "many.jsonl"
     one.write_text(" ".join(rng.choice(WORDS, 3000)))
@@ -340,7 +340,7 @@ def test_what_the_interval_of_a_text_speaks_of(base, tmp_path):
         assert result.interval is not None and result.against is not None
         assert result.interval["low"] is None and expected in result.interval["basis"]
         assert (result.against["real"], result.against["ahead"]) == (None, None)
-        assert "no verdict" in str(result) and "95 % CI" not in str(result) and str(result).count(expected) == 2
+        assert "no significance test" in str(result) and "95 % CI" not in str(result) and str(result).count(expected) == 2
     result = nextword.evaluate(base, many, compare_to=base)
     assert result.interval is not None and result.against is not None
     assert result.interval["low"] < result.bits_per_byte < result.interval["high"]
