@@ -340,7 +340,9 @@ def test_what_the_interval_of_a_text_speaks_of(base, tmp_path):
         assert result.interval is not None and result.against is not None
         assert result.interval["low"] is None and expected in result.interval["basis"]
         assert (result.against["real"], result.against["ahead"]) == (None, None)
-        assert "no significance test" in str(result) and "95 % CI" not in str(result) and str(result).count(expected) == 2
+        assert (
+            "no significance test" in str(result) and "95 % CI" not in str(result) and str(result).count(expected) == 2
+        )
     result = nextword.evaluate(base, many, compare_to=base)
     assert result.interval is not None and result.against is not None
     assert result.interval["low"] < result.bits_per_byte < result.interval["high"]

@@ -184,7 +184,9 @@ def format_comparison(comparison: dict[str, Any]) -> str:
     """Whether the difference between two models is significant, and which one is better."""
     difference = comparison["difference"]
     if difference["low"] is None:
-        return f"difference {difference['value']:+.4f}: no significance test, {comparison.get('basis', 'too few items')}"
+        return (
+            f"difference {difference['value']:+.4f}: no significance test, {comparison.get('basis', 'too few items')}"
+        )
     digits = 4 if abs(difference["high"]) < 1.5 else 2
     value, low, high = (f"{difference[name]:+.{digits}f}" for name in ("value", "low", "high"))
     p_value = f", p = {comparison['p']:.2g}" if "p" in comparison else ""

@@ -23,7 +23,9 @@ from nextword.model.gpt import GPT
 
 BATCH_TOKENS = 8192  # tokens of a forward pass
 MAX_LOGITS = 2**24  # logits held at once: 64 MB of float32
-MIN_DOCUMENTS = 5  # of an interval or a significance test: the passages of one document depend on each other over any distance
+MIN_DOCUMENTS = (
+    5  # of an interval or a significance test: the passages of one document depend on each other over any distance
+)
 READ_TOKENS = 2**20  # tokens searched for the ends of documents at once
 
 
