@@ -61,7 +61,9 @@ def runs(corpora: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     paths = {name: tmp_path_factory.mktemp("runs") / name for name in corpora}
     for name, out in paths.items():
         steps = 400 if name == "planted" else 40  # 300 steps do not memorize the text with every seed
-        nextword.pretrain(corpora[name], out=out, steps=steps, vocab_size=500, model=SIZES, training=TRAINING)
+        validation = sorted(corpora[name].glob("*.txt"))[:3]  # of the short texts
+        settings = {"vocab_size": 500, "model": SIZES, "training": TRAINING, "validation": validation}
+        nextword.pretrain(corpora[name], out=out, steps=steps, **settings)
     return paths
 
 

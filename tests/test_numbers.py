@@ -193,7 +193,7 @@ def test_numbers_at_the_ends_of_their_ranges_work(texts: Path, tmp_path):
     )
     for settings in (
         {"temperature": 1e300, "top_k": 10**15, "top_p": 5e-324, "min_p": 1, "repetition_penalty": 100, "seed": -1},
-        {"temperature": 5e-324, "max_tokens": 0, "repetition_penalty": 5e-324, "logprobs": 10**15},
+        {"temperature": 5e-324, "max_tokens": 0, "repetition_penalty": 0.01, "logprobs": 10**15},
         {"max_tokens": 3, "presence_penalty": -1e6, "frequency_penalty": 1e6, "seed": 2**63 - 1, "prompt_logprobs": 0},
     ):
         assert len(nextword.generate(tmp_path / "run", "The", **{"max_tokens": 3, **settings})) == 1
