@@ -489,7 +489,7 @@ def test_any_bytes_are_rows_or_a_clear_error(tmp_path_factory, data):
                 assert path.name in str(error)
 
 
-def test_corrupt_and_unsafe_archives(tmp_path):
+def test_corrupt_and_unsafe_archives(tmp_path, monkeypatch):
     jsonl(tmp_path / "b.jsonl", BLIMP * 2000)
     with tarfile.open(tmp_path / "b.tar.xz", "w:xz") as archive:
         archive.add(tmp_path / "b.jsonl", "b.jsonl")
@@ -502,6 +502,18 @@ def test_corrupt_and_unsafe_archives(tmp_path):
         archive.add(tmp_path / "b.jsonl", "../b.jsonl")
     with pytest.raises(CorruptFileError, match=r"\.\./b\.jsonl is outside the archive"):
         load(f"blimp={tmp_path / 'out.tar'}")
+    monkeypatch.setattr("nextword.data.decoding.MIN_EXPANDED_BYTES", 2**20)
+    with tarfile.open(tmp_path / "bomb.tar.xz", "w:xz") as archive:
+        member = tarfile.TarInfo("b.jsonl")
+        member.pax_headers = {"comment": "x" * 2**22}  # `tarfile` holds it in memory whole
+        archive.addfile(member)
+    with pytest.raises(NextwordError, match=r"bomb\.tar\.xz: expands to more than 200 times its size"):
+        load(f"blimp={tmp_path / 'bomb.tar.xz'}")
+    jsonl(tmp_path / "b.jsonl", BLIMP)
+    for suffix, mode in ((".tar", "w"), (".tgz", "w:gz"), (".tar.gz", "w:gz"), (".tar.bz2", "w:bz2"), (".txz", "w:xz")):
+        with tarfile.open(tmp_path / f"b{suffix}", mode) as archive:
+            archive.add(tmp_path / "b.jsonl", "b.jsonl")
+        assert len(load(f"blimp={tmp_path / f'b{suffix}'}")[1]) == 2
 
 
 # ---------------------------------------------------------------- samples and shuffling

@@ -95,7 +95,8 @@ def test_options_from_a_file(nextword: CLIRunner, run, texts, tmp_path):
     options = tmp_path / "run.yaml"
     options.write_text(
         f"corpora: {texts}\nout: {tmp_path / 'a'}\nsteps: 30\nvocab-size: 400\n"
-        "model: {n_layers: 1, n_heads: 2, d_model: 32, context_length: 32}\ntraining: {batch_tokens: 256, lr: 0.001}\n"
+        "model: {n_layers: 1, n_heads: 2, d_model: 32, context_length: 32}\ntraining: {batch_tokens: 256, lr: 0.001}\n",
+        encoding="utf-8-sig",
     )
     done = nextword("pretrain", "--config", options, "--steps", "5", "--quiet")
     assert done.returncode == 0, done.stderr
@@ -104,7 +105,7 @@ def test_options_from_a_file(nextword: CLIRunner, run, texts, tmp_path):
     done = nextword("pretrain", "--config", tmp_path / "a" / "run.json", "--out", tmp_path / "b", "--quiet")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "b" / "run.json").read_text())["request"] == first
-    options.write_text("colour: blue\n")
+    options.write_text("colour: blue\n", encoding="utf-16")  # with a byte order mark, as Windows PowerShell writes it
     done = nextword("generate", run, "--config", options)
     assert done.returncode == 2 and "unknown options colour" in done.stderr
 

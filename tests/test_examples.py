@@ -735,3 +735,27 @@ def test_real_data(name, task, count):
     if task in ("classify", "entail"):
         first = {"trec": "ABBR", "movie_reviews": "negative", "mnli": "contradiction"}[name.split("/")[0]]
         assert label_names(examples)[0] == first
+
+
+@pytest.mark.parametrize("column", ["score", "label"])
+@pytest.mark.parametrize(
+    "cells, scores, note",
+    [
+        (["3,5", "0,125", "4"], [3.5, 0.125, 4.0], "commas are decimal points: 3,5 is 3.5"),
+        (["-1,250", "2,5e-1", "0,750"], [-1.25, 0.25, 0.75], "commas are decimal points: -1,250 is -1.250"),
+        (["3.5", "0.125", "4"], [3.5, 0.125, 4.0], ""),
+    ],
+)
+def test_scores_with_decimal_commas(tmp_path, column, cells, scores, note):
+    rows = "".join(f"a{i};b{i};{cell}\n" for i, cell in enumerate(cells))
+    examples, fields, issues = read(tmp_path / "a.csv", f"sentence1;sentence2;{column}\n{rows}")
+    assert examples.task == "similarity" and [row["score"] for row in fields] == scores
+    assert (note in "\n".join(issues.summary_lines())) and issues.total == 0
+
+
+@pytest.mark.parametrize("cells", [["1,250", "2,500"], ["3,5", "2.5"], ["1,2,3", "0,5"]])
+def test_commas_that_may_be_no_decimal_points_are_no_scores(tmp_path, cells):
+    rows = "".join(f"a{i};b{i};{cell}\n" for i, cell in enumerate(cells))
+    _, fields, issues = read(tmp_path / "a.csv", f"sentence1;sentence2;score\n{rows}")
+    assert [row["score"] for row in fields] == [float(cell) for cell in cells if "," not in cell]
+    assert f"the score is not a finite number; left out: it is '{cells[0]}'" in "\n".join(issues.summary_lines())

@@ -161,7 +161,7 @@ A, B = {"a": 1}, {"b": 2}
     ("content", "kept", "line", "what"),
     [
         ('[\n{"a": 1},\n{"b":\n2]', [A], 3, "not valid JSON; the rest of the file is left out"),
-        ('[{"a": 1}\n{"b": 2}]', [A], 2, "expected ']'"),
+        ('[{"a": 1}\n{"b": 2}]', [A], 2, "expected ']' or ','"),
         ('[{"a": 1},\n]', [A], 2, "not valid JSON"),
         ('[{"a": 1},\n5,\n{"b": 2}]', [A, B], 2, "not a JSON object: it is a int"),
         ('[{"a": 1}]\n\n]', [A], 3, "after the end"),
@@ -296,6 +296,40 @@ def test_memory_use_does_not_depend_on_the_size(tmp_path):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert count == 8_000 and peak < 4_000_000, name  # of 8,000,000 characters
+
+
+def test_a_row_larger_than_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_JSON_VALUES", 1000)
+    values = "[" + "[],{}," * 400 + '"[,{"]'
+    found, issues = read(tmp_path / "a.jsonl", f'{{"a": {values}}}\n{{"a": "{"[,{" * 900}"}}\n')
+    assert [line for line, _ in found] == [2]  # the second row is one text
+    assert "line 1: more than 1,000 values in one row; left out" in issues.summary_lines()[0]
+    monkeypatch.setattr("nextword.data.decoding.MAX_ROW_CHARS", 100_000)
+    long_row = "".join(f'"{i}\n' + "x" * 9000 + '",' for i in range(20))
+    found, issues = read(tmp_path / "a.csv", f"text\n{long_row}\ngood\n")
+    assert found[-1][1] == {"text": "good"}
+    assert "line 2: a row that cannot be read; its first line is left out: it has more than 100,000" in str(
+        issues.summary_lines()
+    )
+
+
+def test_a_parquet_file_that_expands_is_refused_or_read_in_small_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr("nextword.data.decoding.MIN_EXPANDED_BYTES", 2**25)
+    monkeypatch.setattr(readers, "PARQUET_BATCH_BYTES", 2**23)
+    path, rows = tmp_path / "a.parquet", ["x" * 2_000_000] * 100
+    pq.write_table(
+        pa.table({"text": pa.array(rows[:1] * 9).dictionary_encode(), "n": [1] * 9}), path, compression="zstd"
+    )
+    assert len(read(path)[0]) == 9
+    pq.write_table(pa.table({"text": rows[:40], "n": range(40)}), path, compression="zstd", use_dictionary=False)
+    with pytest.raises(NextwordError, match=r"a\.parquet: expands to more than 200 times its size"):
+        read(path)
+    assert len(read(path, select_columns=lambda names: ["n"])[0]) == 40
+    pq.write_table(pa.table({"text": pa.array(rows).dictionary_encode()}), path, compression="zstd")
+    tracemalloc.start()
+    assert sum(len(record.values["text"]) for record in read_records(path, IssueLog())) == 200_000_000
+    assert tracemalloc.get_traced_memory()[1] < 60_000_000
+    tracemalloc.stop()
 
 
 FRAGMENTS = st.sampled_from(

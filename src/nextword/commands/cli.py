@@ -237,7 +237,7 @@ def options_from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
     import yaml
 
     try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content: Any = yaml.safe_load(path.read_bytes())  # with any byte order mark
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"--config {path}: {error}") from error
     stored = cast(dict[str, Any], content).get("request", content) if isinstance(content, dict) else None

@@ -14,7 +14,8 @@ from nextword.data.issues import SURROGATE, IssueLog, error_text
 
 COMPRESSION_SUFFIXES = (".gz", ".zst")
 CHUNK_CHARS = 2**16
-MAX_LINE_CHARS = 2**25  # of a row of a table, which is held in memory whole
+MAX_LINE_CHARS = 2**25  # of a line of a table, which is held in memory whole
+MAX_ROW_CHARS = 2**26  # of a row of several lines
 BLOCK_BYTES = 2**18
 MIN_EXPANDED_BYTES, MAX_EXPANSION = 2**26, 200  # a compressed file may not expand beyond both
 
@@ -94,12 +95,17 @@ def limit_expansion(path: Path, blocks: Iterable[bytes]) -> Iterator[bytes]:
     size = 0
     for block in blocks:
         size += len(block)
-        if size > MIN_EXPANDED_BYTES and size > MAX_EXPANSION * path.stat().st_size:
-            raise NextwordError(
-                f"{path}: expands to more than {MAX_EXPANSION} times its size, {size:,} bytes so far. If that is intended, "
-                "unpack it, and name the unpacked file"
-            )
+        check_expansion(path, size)
         yield block
+
+
+def check_expansion(path: Path, size: int) -> None:
+    """Raise `NextwordError` if a file may not expand to `size` bytes."""
+    if size > MIN_EXPANDED_BYTES and size > MAX_EXPANSION * path.stat().st_size:
+        raise NextwordError(
+            f"{path}: expands to more than {MAX_EXPANSION} times its size, {size:,} bytes so far. If that is intended, "
+            "unpack it (or write the Parquet file without compression), and name that file"
+        )
 
 
 def _read_blocks(path: Path, issues: IssueLog) -> Iterator[bytes]:
@@ -166,6 +172,10 @@ def _find_split(text: str, start: int, limit: int) -> int:
     return text.rfind("\n", start, limit) + 1 or limit
 
 
+class RowTooLongError(Exception):
+    """A row of a table that is longer than `MAX_ROW_CHARS`."""
+
+
 class LineReader:
     """The lines of decoded chunks, each with its newline. A line that is too long is skipped and recorded.
 
@@ -182,6 +192,7 @@ class LineReader:
         self._path, self._issues = path, issues
         self._lines = self._split_lines(chunks)
         self._row_lines: list[tuple[int, str]] = []
+        self._row_chars = 0
         self._pushed_back: list[tuple[int, str]] = []  # in reverse order
         self.line_number = self.first_line_number = 0
         self.exhausted = False
@@ -195,12 +206,16 @@ class LineReader:
         if line is None:
             raise StopIteration
         self._row_lines.append(line)
+        self._row_chars += len(line[1])
         self.line_number, self.first_line_number = line[0], self._row_lines[0][0]
+        if self._row_chars > MAX_ROW_CHARS:
+            raise RowTooLongError(f"it has more than {MAX_ROW_CHARS:,} characters")
         return line[1]
 
     def start_row(self) -> None:
         """Begin a new row at the next line."""
         self._row_lines.clear()
+        self._row_chars = 0
 
     def rewind_to_second_line(self) -> int:
         """Go back to the second line of the row. Returns the number of the first one."""

@@ -20,7 +20,15 @@ from typing import Any
 
 from nextword.common.errors import UsageError, import_optional
 from nextword.common.fs import MANIFEST, is_json_array, is_json_object
-from nextword.data.decoding import MAX_LINE_CHARS, LineReader, decode_chunks, file_format, rechunk
+from nextword.data.decoding import (
+    MAX_LINE_CHARS,
+    LineReader,
+    RowTooLongError,
+    check_expansion,
+    decode_chunks,
+    file_format,
+    rechunk,
+)
 from nextword.data.issues import IssueLog, error_text, replace_surrogates
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
@@ -32,11 +40,14 @@ TEXT_COLUMNS = (
     *("sentence", "review", "comment", "tweet", "utterance"),
 )
 MAX_JSON_CHARS = 2**28  # of a .json file
+MAX_JSON_VALUES = 2**21  # of a row, each of which takes about a hundred bytes of memory
+PARQUET_BATCH_BYTES = 2**26  # read at once, unless a single row is larger
 
 CSV_SAMPLE_CHARS = 2**16  # of which the separator is decided
 TSV_SAMPLE_CHARS = 2**24  # of which it is decided whether quotes enclose cells
 
 _TSV_CELL = re.compile(r"""(?:("(?:[^"]|"")*+")|([^\t\n]*))(?:[\t\n]|\Z)""")  # quoted or not
+_JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"')
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
 
 ColumnSelector = Callable[[list[str]], list[str]]
@@ -300,6 +311,10 @@ def _read_jsonl(path: Path, lines: LineReader, issues: IssueLog, selector: Colum
         lines.start_row()
         if line.isspace():
             continue
+        if len(line) > MAX_JSON_VALUES and sum(map(_JSON_STRING.sub("", line).count, ",[{")) > MAX_JSON_VALUES:
+            what = f"more than {MAX_JSON_VALUES:,} values in one row; left out: make several rows of it"
+            issues.lose_row(path, lines.line_number, what)
+            continue
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -350,14 +365,14 @@ class _JSONScanner:
         self._position = space.end() if space else self._position
         return self._text[self._position : self._position + 1]
 
-    def _accept(self, character: str) -> bool:
-        is_next = self.peek() == character
-        self._position += is_next
-        return is_next
-
-    def _expect(self, character: str) -> None:
-        if not self._accept(character):
-            raise json.JSONDecodeError(f"expected {character!r}", self._text, self._position)
+    def take(self, characters: str) -> str:
+        """Skip the next character, which has to be one of `characters`."""
+        character = self.peek()
+        if not character or character not in characters:
+            expected = " or ".join(map(repr, characters))
+            raise json.JSONDecodeError(f"expected {expected}", self._text, self._position)
+        self._position += 1
+        return character
 
     def read_value(self) -> Any:
         """Parse the value at the current position."""
@@ -368,12 +383,12 @@ class _JSONScanner:
     def _iter_items(self, closing: str) -> Iterator[None]:
         """Go to each item of the list or object at the current position. The caller reads it."""
         self._position += 1
-        if self._accept(closing):
+        if self.peek() == closing:
+            self._position += 1
             return
         yield
-        while self._accept(","):
+        while self.take(closing + ",") == ",":
             yield
-        self._expect(closing)
 
     def iter_elements(self) -> Iterator[tuple[int, Any]]:
         """The first line and the value of each element of the list at the current position."""
@@ -387,9 +402,9 @@ class _JSONScanner:
         """Parse the object at the current position, and put its lists of objects into `lists`, as far as they are valid."""
         for _ in self._iter_items("}"):
             if self.peek() != '"':
-                self._expect('"')  # raises
+                self.take('"')  # raises
             name = self.read_value()
-            self._expect(":")
+            self.take(":")
             if self.peek() != "[":
                 self.read_value()
                 continue
@@ -527,7 +542,7 @@ def _iter_csv_rows(path: Path, lines: LineReader, issues: IssueLog) -> Iterator[
         lines.start_row()
         try:
             row = next(reader, None)
-        except csv.Error as error:
+        except (csv.Error, RowTooLongError) as error:
             what = "a row that cannot be read; its first line is left out"
             issues.lose_row(path, lines.rewind_to_second_line(), what, str(error))
             continue
@@ -558,7 +573,8 @@ def _read_parquet(path: Path, issues: IssueLog, selector: ColumnSelector) -> Ite
         with parquet.ParquetFile(path, pre_buffer=False) as file:
             available = list(dict.fromkeys(file.schema_arrow.names))
             names = [name for name in selector(available) if name in available]
-            for batch in file.iter_batches(batch_size=256, columns=names):
+            batch_size = _parquet_batch_size(path, file.metadata, names)
+            for batch in file.iter_batches(batch_size=batch_size, columns=names):
                 columns = {name: _column_values(batch.column(batch.schema.names.index(name)), arrow) for name in names}
                 for index in range(batch.num_rows):
                     row += 1
@@ -575,6 +591,22 @@ def _read_parquet(path: Path, issues: IssueLog, selector: ColumnSelector) -> Ite
     else:
         if not row:
             issues.add(path, None, "the file has no rows")
+
+
+def _parquet_batch_size(path: Path, metadata: Any, names: list[str]) -> int:
+    """How many rows to read at once, by the largest rows. Raises `NextwordError` if the file expands beyond the limits."""
+    row_bytes, size = 1.0, 0
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        chunks = [c for c in map(group.column, range(group.num_columns)) if c.path_in_schema.split(".")[0] in names]
+        for chunk in chunks:
+            size += chunk.total_uncompressed_size
+            chunk_row_bytes = chunk.total_uncompressed_size / max(1, group.num_rows)
+            if chunk.has_dictionary_page:  # each row may have its longest value; its size is known as it is compressed
+                share = (chunk.data_page_offset - chunk.dictionary_page_offset) / max(1, chunk.total_compressed_size)
+                chunk_row_bytes += share * chunk.total_uncompressed_size
+            row_bytes = max(row_bytes, chunk_row_bytes)
+    check_expansion(path, size)
+    return min(256, max(1, int(PARQUET_BATCH_BYTES / row_bytes)))
 
 
 def _column_values(column: Any, arrow: Any) -> list[Any]:

@@ -1,5 +1,7 @@
 """The items of a benchmark: rows read from its files and checked, sampled, and shuffled for the control."""
 
+import bz2
+import gzip
 import hashlib
 import json
 import lzma
@@ -14,12 +16,13 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from string import Formatter
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.fs import is_json_array, is_json_object
 from nextword.data.builtin_datasets import download_hub_files
-from nextword.data.decoding import LineReader, decode_chunks, file_format, limit_expansion
+from nextword.data.decoding import BLOCK_BYTES, LineReader, decode_chunks, file_format, limit_expansion
 from nextword.data.issues import IssueLog, error_text
 from nextword.data.readers import TABLE_SUFFIXES, Record, read_records
 from nextword.tasks.benchmark_spec import Benchmark
@@ -28,6 +31,11 @@ from nextword.tasks.schema import RowError, infer_answer_format, join_names, par
 
 DEFAULT_ITEM_LIMIT = 1000  # evaluated items of a benchmark
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tar.xz", ".txz")
+_ARCHIVE_OPENERS: dict[str, Any] = {
+    **dict.fromkeys((".gz", ".tgz"), gzip.open),
+    **dict.fromkeys((".bz2", ".tbz"), bz2.open),
+    **dict.fromkeys((".xz", ".txz"), lzma.open),
+}
 TEXT_SUFFIXES = (".txt", ".md")  # one row per line
 SHUFFLE_ATTEMPTS = 16
 PROMPT_WORDS = 16  # words of a text that are the prompt of a free-text item
@@ -159,17 +167,24 @@ def _iter_records(path: Path, benchmark: Benchmark, issues: IssueLog) -> Iterato
 def _iter_archive_records(path: Path, issues: IssueLog) -> Iterator[tuple[str, Record]]:
     """The records of the tables in an archive, streamed without extracting files."""
     try:
-        with tarfile.open(path) as archive:
-            for member in archive:
+        with _ARCHIVE_OPENERS.get(path.suffix.lower(), open)(path, "rb") as file:
+            # Limited before `tarfile` reads it, which holds the headers of a member in memory whole.
+            blocks = limit_expansion(path, iter(partial(file.read, BLOCK_BYTES), b""))
+
+            def read_block(_size: int) -> bytes:
+                return next(blocks, b"")
+
+            stream: Any = SimpleNamespace(read=read_block)
+            for member in (archive := tarfile.open(fileobj=stream, mode="r|")):  # noqa: SIM115 (it holds no file)
                 name = path / member.name
                 if not member.isfile() or file_format(name)[0] not in TABLE_SUFFIXES or name.name.startswith("."):
                     continue
                 if member.name.startswith("/") or ".." in Path(member.name).parts:
                     raise CorruptFileError(f"{path}: the path of {member.name} is outside the archive")
-                stream = archive.extractfile(member)
-                assert stream is not None
-                blocks = limit_expansion(path, iter(partial(stream.read, 2**18), b""))
-                yield from ((str(name), record) for record in read_records(name, issues, blocks=blocks))
+                content = archive.extractfile(member)
+                assert content is not None
+                member_blocks = iter(partial(content.read, BLOCK_BYTES), b"")
+                yield from ((str(name), record) for record in read_records(name, issues, blocks=member_blocks))
     except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
         raise CorruptFileError(f"{path}: cannot read the archive ({error_text(error)})") from error
 

@@ -18,6 +18,7 @@ from nextword.tasks.schema import (
     TASKS,
     TEXT_FIELDS,
     RowError,
+    convert_decimal_commas,
     infer_answer_format,
     infer_task,
     interpret_labels,
@@ -240,7 +241,7 @@ def _interpret_labels(
     Returns:
         {role: new role}, with "" for a column that is not used; and what was decided, for a message.
     """
-    role = next((role for role in ("label", "labels") if role in columns), "")
+    role = next((role for role in ("label", "labels", "score") if role in columns), "")
     if not role:
         return {}, ""
     values, new_role, note = [record.values.pop(role, None) for record in records], role, ""
@@ -253,8 +254,10 @@ def _interpret_labels(
                 "prompt in the columns prompt, chosen and rejected"
             )
         new_role = ""
-    elif task == "similarity" and is_score_column(values):
-        new_role = "score"
+    elif task == "similarity":
+        scores, decimal_note = convert_decimal_commas(values)
+        if role == "score" or is_score_column(scores):
+            new_role, values, note = "score", scores, decimal_note
     elif task == "classify":
         new_role, values, note = interpret_labels(values, role, may_change=role not in chosen)
     for record, value in zip(records, values, strict=True) if new_role else ():

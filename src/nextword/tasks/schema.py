@@ -68,6 +68,8 @@ _TURNS = [re.compile(rf"(?:\A\s*|{gap})({'|'.join(map(str.capitalize, ROLE_NAMES
 _VECTOR = re.compile(r"[01](?:\.0*)?(?:[\s,;|]+[01](?:\.0*)?)+")  # of zeros and ones
 _TRUTH_VALUES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _INTEGER = re.compile(r"\+?(-?[0-9]+)(?:\.0*)?")
+_DECIMAL_COMMA = re.compile(r"[+-]?[0-9]*,[0-9]+(?:[eE][+-]?[0-9]+)?")
+_THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2}(?:,[0-9]{3})+")
 _CONTAINERS: dict[str, Callable[[Any], Any]] = {"list": list, "tuple": list, "set": sorted, "dict": dict}
 # A string, a bracket or separator, or a word, of a list or object as Python or NumPy prints it.
 _LITERAL_TOKEN = re.compile(
@@ -412,6 +414,22 @@ def interpret_labels(values: Sequence[Any], role: str, may_change: bool) -> tupl
     if (may_change or role == "label") and not has_lists and is_single and is_complete and (role == "labels" or note):
         return "label", values, "each row has one label, so one label is predicted and not several"
     return "labels" if any(map(is_json_array, cells)) else role, cells, note
+
+
+def convert_decimal_commas(values: Sequence[Any]) -> tuple[list[Any], str]:
+    """The scores of a column with decimal points, if all of it is written with decimal commas ("3,5"); else unchanged.
+
+    Returns:
+        The values, and what was decided, for a message; "" if there are no decimal commas.
+    """
+    texts = [value.strip() for value in values if isinstance(value, str)]
+    commas = [text for text in texts if "," in text]
+    # Groups of three digits are thousands ("1,250"), unless the first is a zero, or another value has other groups.
+    is_decimal = all(map(_DECIMAL_COMMA.fullmatch, commas)) and not all(map(_THOUSANDS.fullmatch, commas))
+    if not is_decimal or any("." in text for text in texts):
+        return list(values), ""
+    note = f"commas are decimal points: {commas[0]} is {commas[0].replace(',', '.')}"
+    return [value.replace(",", ".") if isinstance(value, str) else value for value in values], note
 
 
 def is_score_column(values: Iterable[Any]) -> bool:
