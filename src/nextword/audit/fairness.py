@@ -21,12 +21,12 @@ from nextword.audit.pii import format_excerpt
 from nextword.common import statistics
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError
-from nextword.data.issues import IssueLog
+from nextword.data.issues import IssueLog, join_names
 from nextword.data.readers import MissingColumnError, read_records
 from nextword.pipeline.predictor import Predictor, has_target
 from nextword.tasks.dataset import TaskSpec
 from nextword.tasks.examples import Example, example_from_texts, read_examples
-from nextword.tasks.schema import TEXT_FIELDS, join_names
+from nextword.tasks.schema import TEXT_FIELDS
 
 CLASSIFICATION_KINDS = ("label", "labels")
 MAX_GROUPS = 12  # groups compared in pairs

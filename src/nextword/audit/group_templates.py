@@ -23,8 +23,7 @@ from string import Formatter
 from typing import Any, NamedTuple
 
 from nextword.common.errors import UsageError, import_optional
-from nextword.data.issues import SURROGATE, error_text
-from nextword.tasks.schema import join_names
+from nextword.data.issues import SURROGATE, error_text, join_names
 
 MAX_FILE_BYTES, MAX_NESTING_DEPTH = 2**18, 8  # parsing time grows with their product
 YAML_TAG_PREFIX = "tag:yaml.org,2002:"

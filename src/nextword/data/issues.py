@@ -2,6 +2,8 @@
 
 import re
 from collections import Counter
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,38 @@ def replace_surrogates(text: str) -> str:
     return text
 
 
+def join_names(names: Iterable[str]) -> str:
+    """The first twelve names, for a message."""
+    names = list(names)
+    shown = ", ".join(map(replace_surrogates, names[:12]))
+    return (shown + (", …" if len(names) > 12 else "")) or "none"
+
+
 def error_text(error: BaseException) -> str:
     """The message of an exception, without its error number and path."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+
+
+@contextmanager
+def name_source(source: Path | str) -> Generator[None]:
+    """Put the name of what is read before the message of a `NextwordError`; its type stays."""
+    try:
+        yield
+    except NextwordError as error:
+        raise type(error)(f"{source}: {error}") from error
+
+
+class RowError(Exception):
+    """Why a row or a table cannot be used.
+
+    Attributes:
+        kind: The kind of error, the same text for all rows with this error.
+        detail: The value that this row has.
+    """
+
+    def __init__(self, kind: str, detail: str = ""):
+        super().__init__(kind, detail)
+        self.kind, self.detail = kind, detail
 
 
 @dataclass

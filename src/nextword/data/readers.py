@@ -29,7 +29,7 @@ from nextword.data.decoding import (
     file_format,
     rechunk,
 )
-from nextword.data.issues import IssueLog, error_text, replace_surrogates
+from nextword.data.issues import IssueLog, RowError, error_text, join_names, replace_surrogates
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -202,8 +202,7 @@ def read_text_rows(path: Path, issues: IssueLog, text_column: str | None = None)
     def select_text_column(names: list[str]) -> list[str]:
         name = text_column if text_column in names else find_column(names, candidates)
         if name is None:
-            available = ", ".join(names[:12]) + (", …" if len(names) > 12 else "") or "none"
-            detail = f"looked for {', '.join(candidates)}; found {available}. Name one with --text-column"
+            detail = f"looked for {', '.join(candidates)}; found {join_names(names)}. Name one with --text-column"
             detail += " (finetune: --column text=NAME)"
             raise MissingColumnError("no text column", detail)
         return [name]
@@ -226,15 +225,11 @@ def find_column(column_names: list[str], aliases: Iterable[str], exclude: Iterab
 # ---------------------------------------------------------------- tables
 
 
-class MissingColumnError(Exception):
+class MissingColumnError(RowError):
     """Raised by a `ColumnSelector` if a table, or an object in JSON, lacks a required column.
 
     `read_records` records it as an issue of this kind and detail, and skips the table or the object.
     """
-
-    def __init__(self, kind: str, detail: str = ""):
-        super().__init__(kind, detail)
-        self.kind, self.detail = kind, detail
 
 
 @dataclass(slots=True)
@@ -416,7 +411,7 @@ class _JSONScanner:
 
 
 def _read_json(path: Path, chunks: Iterable[str], issues: IssueLog, selector: ColumnSelector) -> Iterator[Record]:
-    scanner = _JSONScanner(_join_chunks(path, chunks, issues))
+    scanner = _JSONScanner(join_chunks(path, chunks, issues))
     lists: dict[str, list[tuple[int, Any]]] = {}
     first = scanner.peek()
     try:
@@ -445,7 +440,7 @@ def _read_json(path: Path, chunks: Iterable[str], issues: IssueLog, selector: Co
         yield from _make_record(path, line, value, issues, selector)
 
 
-def _join_chunks(path: Path, chunks: Iterable[str], issues: IssueLog) -> str:
+def join_chunks(path: Path, chunks: Iterable[str], issues: IssueLog) -> str:
     """The first `MAX_JSON_CHARS` characters of a text."""
     parts, room = list[str](), MAX_JSON_CHARS
     for chunk in chunks:

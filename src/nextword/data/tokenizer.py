@@ -26,7 +26,7 @@ from nextword.common import fs
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.limited_process import call_in_process
 from nextword.data.dataset import TokenArray
-from nextword.data.issues import replace_surrogates
+from nextword.data.issues import name_source, replace_surrogates
 
 EOS_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
@@ -338,11 +338,8 @@ class Tokenizer:
         except Exception as error:  # the library raises nothing narrower
             raise CorruptFileError(f"{file}: not a tokenizer that the tokenizers library can open ({error})") from error
         eos_ids = _read_eos_ids(file.with_name("generation_config.json"))
-        try:
-            with _map_panics():
-                return cls(backend, config, eos_ids)
-        except NextwordError as error:
-            raise type(error)(f"{file}: {error}") from error
+        with name_source(file), _map_panics():
+            return cls(backend, config, eos_ids)
 
 
 @contextlib.contextmanager

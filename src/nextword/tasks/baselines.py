@@ -91,7 +91,7 @@ def naive_bayes(
     if not test_texts:
         return []
     vectorizer, counts = _fit_vectorizer("CountVectorizer", train_texts, feature_extractor)
-    return _fit_naive_bayes(counts, train_labels).predict(vectorizer.transform(test_texts)).tolist()
+    return _naive_bayes_classifier().fit(counts, train_labels).predict(vectorizer.transform(test_texts)).tolist()
 
 
 def naive_bayes_multilabel(
@@ -106,15 +106,13 @@ def naive_bayes_multilabel(
     if not test_texts:
         return []
     vectorizer, train_counts = _fit_vectorizer("CountVectorizer", train_texts, ngram_features)
-    test_counts = vectorizer.transform(test_texts)
-    names = sorted(set(itertools.chain(*train_labels)))
-    has_label = [
-        _fit_naive_bayes(train_counts, [name in labels for labels in train_labels]).predict(test_counts)
-        for name in names
-    ]
-    return [
-        tuple(name for name, column in zip(names, has_label, strict=True) if column[i]) for i in range(len(test_texts))
-    ]
+    binarizer = importlib.import_module("sklearn.preprocessing").MultiLabelBinarizer()
+    has_label = binarizer.fit_transform(train_labels)
+    if not has_label.shape[1]:
+        return [()] * len(test_texts)
+    classifier = importlib.import_module("sklearn.multioutput").MultiOutputClassifier(_naive_bayes_classifier())
+    predictions = classifier.fit(train_counts, has_label).predict(vectorizer.transform(test_texts))
+    return binarizer.inverse_transform(predictions)
 
 
 def tfidf_similarity(train_pairs: Sequence[tuple[str, str]], test_pairs: Sequence[tuple[str, str]]) -> list[float]:
@@ -222,10 +220,8 @@ def _tfidf_table(train_texts: Sequence[str], texts: Sequence[str], binary: bool 
     return transformer.transform(counts[len(train_texts) :])
 
 
-def _fit_naive_bayes(counts: Any, labels: Sequence[Any]) -> Any:
-    """A fitted classifier of scikit-learn."""
-    naive_bayes: Any = importlib.import_module("sklearn.naive_bayes")
-    return naive_bayes.MultinomialNB().fit(counts, labels)
+def _naive_bayes_classifier() -> Any:
+    return importlib.import_module("sklearn.naive_bayes").MultinomialNB()
 
 
 def _row_products(a: Any, b: Any) -> np.ndarray:

@@ -23,11 +23,11 @@ from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.fs import is_json_array, is_json_object
 from nextword.data.builtin_datasets import download_hub_files
 from nextword.data.decoding import BLOCK_BYTES, LineReader, decode_chunks, file_format, limit_expansion
-from nextword.data.issues import IssueLog, error_text
-from nextword.data.readers import TABLE_SUFFIXES, Record, read_records
+from nextword.data.issues import IssueLog, RowError, error_text, join_names, name_source
+from nextword.data.readers import TABLE_SUFFIXES, Record, join_chunks, read_records
 from nextword.tasks.benchmark_spec import Benchmark
 from nextword.tasks.metrics import split_words
-from nextword.tasks.schema import RowError, infer_answer_format, join_names, parse_inputs, parse_targets
+from nextword.tasks.schema import infer_answer_format, parse_inputs, parse_targets
 
 DEFAULT_ITEM_LIMIT = 1000  # evaluated items of a benchmark
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tar.xz", ".txz")
@@ -87,10 +87,8 @@ def load_rows(benchmark: Benchmark, issues: IssueLog) -> list[BenchmarkRow]:
     ]
     answer_format = note = ""
     if benchmark.kind in CHOICE_KINDS:
-        try:
+        with name_source(benchmark.name):
             answer_format, note = infer_answer_format(_iter_choices(benchmark, rows))
-        except UsageError as error:
-            raise UsageError(f"{benchmark.name}: {error}") from error
     build_item = generation_item if benchmark.kind in ("writing", "free text") else loglikelihood_item
     valid_rows: list[BenchmarkRow] = []
     for row in rows:
@@ -192,7 +190,7 @@ def _iter_archive_records(path: Path, issues: IssueLog) -> Iterator[tuple[str, R
 def _iter_json_records(path: Path, field_path: str, issues: IssueLog) -> Iterator[tuple[str, Record]]:
     """The objects of a list inside a JSON file; `line` is the position in the list."""
     try:
-        document = json.loads("".join(decode_chunks(path, issues)))
+        document = json.loads(join_chunks(path, decode_chunks(path, issues), issues))
         records = _get_field(document, (field_path,)) if is_json_object(document) else document
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path}: not valid JSON ({error_text(error)})") from error

@@ -31,9 +31,8 @@ from typing import Any, NamedTuple
 
 from nextword.common.errors import UsageError
 from nextword.common.fs import is_json_array, is_json_object
-from nextword.data.issues import error_text
+from nextword.data.issues import error_text, join_names
 from nextword.tasks.metrics import GENERATION_METRICS
-from nextword.tasks.schema import join_names
 
 BUILTIN_BENCHMARKS = Path(__file__).with_name("published.toml")
 

@@ -211,13 +211,10 @@ class ExampleEncoder:
             return None
         return EncodedExample(sequences)
 
-    def encode_all(
-        self, examples: Sequence[Example], issues: IssueLog, with_targets: bool = True
-    ) -> tuple[list[Example], list[EncodedExample]]:
+    def encode_all(self, examples: Sequence[Example], issues: IssueLog) -> tuple[list[Example], list[EncodedExample]]:
         """The examples that can be encoded, and their encodings."""
-        pairs = [(example, self.encode(example, issues, with_targets)) for example in examples]
-        encodable = [example for example, encoded in pairs if encoded is not None]
-        return encodable, [encoded for _, encoded in pairs if encoded is not None]
+        pairs = [(example, encoded) for example in examples if (encoded := self.encode(example, issues)) is not None]
+        return [example for example, _ in pairs], [encoded for _, encoded in pairs]
 
     def encode_prompt(self, example: Example) -> list[int]:
         """The token ids that a generated answer follows, with room for the answer in the context."""

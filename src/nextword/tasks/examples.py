@@ -12,18 +12,16 @@ from typing import Any
 
 from nextword.common.errors import UsageError
 from nextword.data.decoding import file_format
-from nextword.data.issues import IssueLog
+from nextword.data.issues import IssueLog, RowError, join_names, name_source
 from nextword.data.readers import TABLE_SUFFIXES, ColumnSelector, MissingColumnError, Record, read_records
 from nextword.tasks.schema import (
     TASKS,
     TEXT_FIELDS,
-    RowError,
     convert_decimal_commas,
     infer_answer_format,
     infer_task,
     interpret_labels,
     is_score_column,
-    join_names,
     parse_float,
     parse_inputs,
     parse_targets,
@@ -133,12 +131,10 @@ def read_examples(
                 message = "cannot infer a task: there are neither examples nor texts"
                 raise UsageError("\n".join([message, *file_issues.summary_lines()]))
         return ExampleSet(task, {}, [])
-    try:
+    with name_source(first_table):
         task = task or infer_task([*columns, *(name for name in names if name not in columns.values())])
         known = {role: name for role, name in like.columns.items() if name in names}
         mapping = resolve_columns(task, names, {**known, **columns}, require_targets)
-    except UsageError as error:
-        raise UsageError(f"{first_table}: {error}") from error
     if task == "continue":
         return ExampleSet(task, mapping, [])
 
@@ -155,7 +151,7 @@ def read_examples(
             record.values = {role: record.values[name] for role, name in mapping.items() if name in record.values}
             rows.append((path, record))
     records, answer_format, kind, note = [record for _, record in rows], like.answer_format, "", ""
-    try:
+    with name_source(first_table):
         roles, note = _interpret_labels(task, records, mapping, {**known, **columns}, require_targets)
         if note:
             kind = f"how {mapping[next(iter(roles))]} is read"
@@ -165,8 +161,6 @@ def read_examples(
             default = answer_format or ("indices from 1" if numbered else "")
             answer_format, note = infer_answer_format((record.values for record in records), default)
             kind = f"answers are read as {answer_format}; they would also fit"
-    except UsageError as error:
-        raise UsageError(f"{first_table}: {error}") from error
     mapping = {roles.get(role, role): name for role, name in mapping.items() if roles.get(role, role)}
     if note:
         issues.info(first_table, None, kind, note)

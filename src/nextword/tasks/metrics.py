@@ -21,6 +21,7 @@ from nextword.common.statistics import (
     statistic_of_sums,
     t_quantile,
 )
+from nextword.data.issues import join_names
 
 GENERATION_METRICS = ("chrf", "bleu", "rouge1", "rouge2", "rougeL")  # 0 to 100; all other scores are 0 to 1 or −1 to 1
 MIN_EXAMPLES_PER_LABEL = 8  # of nine labels in ten, for an interval of macro-F1
@@ -287,7 +288,8 @@ def _multi_hot(label_sets: Sequence[Collection[str]], labels: Sequence[str]) -> 
     table = np.zeros((len(label_sets), len(labels)), dtype=bool)
     for i, names in enumerate(label_sets):
         if unknown := [name for name in names if name not in label_to_id]:
-            known = ", ".join(labels[:10]) + (", …" if len(labels) > 10 else "")
-            raise UsageError(f"example {i + 1} has the unknown label {unknown[0]!r}; known labels: {known}")
+            raise UsageError(
+                f"example {i + 1} has the unknown label {unknown[0]!r}; known labels: {join_names(labels)}"
+            )
         table[i, [label_to_id[name] for name in names]] = True
     return table

@@ -20,7 +20,7 @@ from typing import Any
 from nextword.common.errors import UsageError
 from nextword.common.fs import is_json_array, is_json_object
 from nextword.data.chat_format import ROLE_NAMES, content_text
-from nextword.data.issues import replace_surrogates
+from nextword.data.issues import RowError, join_names, replace_surrogates
 from nextword.data.readers import TEXT_COLUMNS, find_column, map_strings
 
 
@@ -187,13 +187,6 @@ def choice_columns(column_names: Iterable[str]) -> list[str]:
     return []
 
 
-def join_names(names: Iterable[str]) -> str:
-    """The first twelve names, for a message."""
-    names = list(names)
-    shown = ", ".join(name.encode("utf-8", "replace").decode() for name in names[:12])
-    return (shown + (", …" if len(names) > 12 else "")) or "none"
-
-
 def _find_column_pair(column_names: list[str], task: str) -> tuple[str, str] | None:
     for aliases in zip(*(TASKS[task].columns[role] for role in TASKS[task].paired), strict=True):
         first, second = (find_column(column_names, (alias,)) for alias in aliases)
@@ -203,19 +196,6 @@ def _find_column_pair(column_names: list[str], task: str) -> tuple[str, str] | N
 
 
 # ---------------------------------------------------------------- rows
-
-
-class RowError(Exception):
-    """Why a row cannot be used.
-
-    Attributes:
-        kind: The kind of error, the same text for all rows with this error.
-        detail: The value that this row has.
-    """
-
-    def __init__(self, kind: str, detail: str = ""):
-        super().__init__(kind, detail)
-        self.kind, self.detail = kind, detail
 
 
 def parse_inputs(task: str, values: Mapping[str, Any]) -> dict[str, Any]:
