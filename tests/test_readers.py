@@ -308,9 +308,7 @@ def test_a_row_larger_than_memory_is_refused(tmp_path, monkeypatch):
     long_row = "".join(f'"{i}\n' + "x" * 9000 + '",' for i in range(20))
     found, issues = read(tmp_path / "a.csv", f"text\n{long_row}\ngood\n")
     assert found[-1][1] == {"text": "good"}
-    assert "line 2: a row that cannot be read; its first line is left out: it has more than 100,000" in str(
-        issues.summary_lines()
-    )
+    assert "line 2: a row that is too long; left out: it has more than 100,000" in str(issues.summary_lines())
 
 
 def test_a_parquet_file_that_expands_is_refused_or_read_in_small_batches(tmp_path, monkeypatch):

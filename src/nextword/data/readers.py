@@ -537,7 +537,10 @@ def _iter_csv_rows(path: Path, lines: LineReader, issues: IssueLog) -> Iterator[
         lines.start_row()
         try:
             row = next(reader, None)
-        except (csv.Error, RowTooLongError) as error:
+        except RowTooLongError as error:  # not read again: each of its quotes might begin another long row
+            issues.lose_row(path, lines.first_line_number, "a row that is too long; left out", str(error))
+            continue
+        except csv.Error as error:
             what = "a row that cannot be read; its first line is left out"
             issues.lose_row(path, lines.rewind_to_second_line(), what, str(error))
             continue
