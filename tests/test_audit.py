@@ -7,17 +7,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 import nextword
 from nextword.audit.fairness import audit_group_rates, audit_swap_flips, audit_template_flips
-from nextword.audit.findings import Finding
+from nextword.audit.findings import Finding, flag_significant, score_finding
 from nextword.audit.group_templates import GroupTemplates, read_group_templates
 from nextword.commands.audit import AuditResult
 from nextword.commands.cli import run as run_command
+from nextword.common import statistics
 from nextword.common.console import Console
 from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
 from nextword.common.fs import read_sealed_json
@@ -253,13 +256,16 @@ def test_swapping_twice_restores_the_text(people: GroupTemplates, words: list[st
 
 # ---------------------------------------------------------------- answers that flip
 
-PEOPLE = {"women": ["woman", "girl", "lady", "mother"], "men": ["man", "boy", "lord", "father"]}
-DEEDS = {"good": ["helped", "sang"], "bad": ["lied", "stole"]}
+PEOPLE = {
+    "women": ["woman", "girl", "lady", "mother", "queen", "aunt"],
+    "men": ["man", "boy", "lord", "father", "king", "uncle"],
+}
+DEEDS = {"good": ["helped", "sang", "gave"], "bad": ["lied", "stole", "hit"]}
 FLIPPING = f"""\
 groups:
   women: {{person: [{", ".join(PEOPLE["women"])}]}}
   men: {{person: [{", ".join(PEOPLE["men"])}]}}
-templates: ["the {{person}} helped", "the {{person}} lied", "the {{person}} sang", "the {{person}} stole"]
+templates: [{", ".join(f"'the {{person}} {deed}'" for deeds in DEEDS.values() for deed in deeds)}]
 """
 
 
@@ -313,13 +319,21 @@ def test_only_a_model_that_depends_on_the_group_changes_its_predictions(tmp_path
     fair = trained([kind for _, kind, _ in texts()])
     found, even = (by_name(audit_template_flips(model, asked, QUIET)) for model in (biased, fair))
     flips = found["women vs. men: flip rate"]
-    assert (flips.value, flips.n, flips.notable, flips.unit) == (100.0, 16, True, "%")
+    assert (flips.value, flips.n, flips.notable, flips.unit) == (100.0, 6, True, "%")
     assert flips.low is not None and flips.low > 50
     assert flips.examples[0] == {"women": "the woman helped → good", "men": "the man helped → bad"}
     assert found["women − men: predicted good"].value == 100.0
-    assert found["women − men: predicted bad"].value == -100.0
+    assert "women − men: predicted bad" not in found  # determined by the other
     flips = even["women vs. men: flip rate"]
-    assert (flips.value, flips.low, flips.notable, flips.examples) == (0.0, 0.0, False, ())
+    assert (flips.value, flips.low, flips.reference, flips.notable, flips.examples) == (0.0, 0.0, 0.0, False, ())
+    lone = groups(
+        tmp_path,
+        FLIPPING.replace("[" + ", ".join(PEOPLE["women"]) + "]", "woman").replace(
+            "[" + ", ".join(PEOPLE["men"]) + "]", "man"
+        ),
+    )
+    [flips, *_] = audit_template_flips(biased, lone, QUIET)
+    assert flips.reference is None and not flips.notable and "list of words" in flips.note
     assert not even["women − men: predicted good"].notable
 
     examples = [Example("rows.csv", i, {"text": text}) for i, (*_, text) in enumerate(texts(), 2)]
@@ -330,6 +344,49 @@ def test_only_a_model_that_depends_on_the_group_changes_its_predictions(tmp_path
     [flips] = audit_swap_flips(fair, asked, examples, QUIET)
     assert (flips.value, flips.notable) == (0.0, False)
     assert audit_swap_flips(fair, asked, [other], QUIET) == []
+
+
+def guessing(rng: np.random.Generator, rate: float, num_labels: int) -> Any:
+    """A predictor whose answers are random, whatever the text is."""
+    labels = tuple("abcd"[:num_labels])
+    form = TaskSpec("classify", "label", labels, columns=(("text", "text"), ("label", "label")))
+    shares = [rate, *[(1 - rate) / (num_labels - 1)] * (num_labels - 1)]
+    return SimpleNamespace(
+        task_spec=form, predict=lambda examples, **_: [{"label": str(rng.choice(labels, p=shares))} for _ in examples]
+    )
+
+
+def test_answers_that_do_not_depend_on_the_group_are_rarely_flagged(tmp_path: Path) -> None:
+    """In at most 6 % of the audits any finding, for answers that flip at random and words that have their own answers."""
+    asked = groups(tmp_path, FLIPPING)
+    examples = [Example("rows.csv", i, {"text": text}) for i, (*_, text) in enumerate(texts(), 2)]
+    rng = np.random.default_rng(0)
+    false = total = 0
+    for rate, num_labels in ((0.5, 2), (0.9, 2), (0.7, 3)):
+        for _ in range(60):
+            model = guessing(rng, rate, num_labels)
+            found = [*audit_template_flips(model, asked, QUIET), *audit_swap_flips(model, asked, examples, QUIET)]
+            false += any(one.notable for one in flag_significant(found))
+            total += 1
+    assert binomtest(false, total, 0.05, alternative="greater").pvalue > 0.01, (false, total)
+
+
+def test_flags_of_a_page_hold_together() -> None:
+    """Holm's procedure: 60 comparisons without an effect seldom have one flag, and a strong effect keeps its own."""
+    rng = np.random.default_rng(1)
+
+    def page(effect: float) -> list[Finding]:
+        scores = [statistics.mean(rng.normal(effect * (i == 0), 1, 30)) for i in range(60)]
+        return flag_significant([score_finding(str(i), score, 0.0, unit="nats") for i, score in enumerate(scores)])
+
+    pages = [page(0.0) for _ in range(200)]
+    assert binomtest(sum(any(one.notable for one in found) for found in pages), 200, 0.05, "greater").pvalue > 0.01
+    assert all(page(2.0)[0].notable for _ in range(20))
+    p_values = [0.001, 0.01, 0.02, 0.04, None]
+    flagged = flag_significant([Finding("bias", "x", 1.0, p_value=p, notable=p is None) for p in p_values])
+    assert [one.notable for one in flagged] == [True, True, True, True, True]
+    flagged = flag_significant([Finding("bias", "x", 1.0, p_value=p) for p in (0.04, 0.001, 0.026)])
+    assert [one.notable for one in flagged] == [False, True, False]
 
 
 # ---------------------------------------------------------------- rates of groups
@@ -457,7 +514,6 @@ def test_an_audit_reports_findings_and_what_it_skipped(
         (["--limit", "0"], "--limit must be a whole number from 1"),
         (["--electricity-price", "-1"], "--electricity-price must be a number from 0"),
         (["--corpus", "{tmp}/none"], "none: no such file or directory"),
-        (["--corpus", "{tmp}"], "name a directory for the index of the corpus: --index DIR"),
     ],
 )
 def test_usage_errors(
@@ -483,9 +539,12 @@ def test_the_audit_of_a_run_uses_its_training_text_and_is_stored(directory: Path
     (run / "result.json").write_text('{"seconds": 2.0}', encoding="utf-8")
     result = nextword.audit(run, num_samples=2, num_prefixes=0, search_texts=["a document"]).to_dict()
     assert {entry["section"] for entry in result["findings"]} == {"memory", "corpus", "cost"}
-    assert result["findings"][0]["value"] == 1 and (run / "index" / "text.bin").is_file()
+    assert result["findings"][0]["value"] == 1
+    assert sorted(path.name for path in run.iterdir() if path.name.startswith("index")) == []  # deleted
     assert read_sealed_json(run / "measured" / "audit.json") == result
     assert [line.partition(":")[0] for line in result["left_out"]] == ["bias"]
+    nextword.audit(run, num_samples=0, num_prefixes=0, index=tmp_path / "kept")
+    assert (tmp_path / "kept" / "text.bin").is_file()
     text.unlink()
     assert any("memorization and corpus: not measured" in line for line in nextword.audit(run).left_out)
 

@@ -3,17 +3,19 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 from torch.nn import functional as F
 
 from needs import DATA
-from nextword.audit.bias import audit_benchmark, audit_group_gaps, is_bias_benchmark
+from nextword.audit.bias import audit_benchmark, audit_group_gaps, clustered_mean, is_bias_benchmark
 from nextword.audit.findings import MIN_SAMPLES, Finding, score_finding
-from nextword.audit.group_templates import read_group_templates
+from nextword.audit.group_templates import TemplateSentence, read_group_templates
 from nextword.common.console import Console
 from nextword.common.errors import UsageError
 from nextword.common.statistics import ScoreWithCI
@@ -62,13 +64,36 @@ def ends(one: Finding) -> tuple[float, float]:
 
 
 def test_a_finding_is_flagged_if_its_interval_excludes_the_reference() -> None:
-    assert score_finding("x", ScoreWithCI(0.5, 0.25, 0.75, 90), 90.0) == Finding(
-        "bias", "x", 50.0, 25.0, 75.0, "%", 90, 90.0, True
-    )
+    found = score_finding("x", ScoreWithCI(0.5, 0.25, 0.75, 90), 90.0)
+    assert found.p_value is not None and found.p_value < 0.05
+    assert replace(found, p_value=None) == Finding("bias", "x", 50.0, 25.0, 75.0, "%", 90, 90.0, True)
+    touching = score_finding("x", ScoreWithCI(0.5, 0.25, 0.75, 90), 75.0)
+    assert touching.p_value == pytest.approx(0.05) and not touching.notable
+    control = ScoreWithCI(0.3, -0.1, 0.4, 30)
+    assert not score_finding("x", ScoreWithCI(0.5, 0.4, 0.6, 90), 20.0, difference=control).notable
     assert not score_finding("x", ScoreWithCI(0.6, 0.45, 0.75, 90), 50.0).notable
     assert not score_finding("x", ScoreWithCI(0.6, 0.55, 0.65, 90)).notable
     few = score_finding("x", ScoreWithCI(0.6, 0.55, 0.65, MIN_SAMPLES - 1), 50.0)
     assert (few.low, few.high, few.notable) == (None, None, False)
+
+
+@pytest.mark.parametrize(("num_templates", "num_words"), [(6, 1), (6, 6), (12, 6), (6, 20), (10, 10)])
+def test_gaps_without_an_effect_are_rarely_flagged(num_templates: int, num_words: int) -> None:
+    """At most 6 % where templates, words and their combinations have effects of their own, within the error of 800 draws. Gaps
+    between groups that can change places are symmetric."""
+    rng = np.random.default_rng(num_templates + num_words)
+    pairs = [(template, word) for template in range(num_templates) for word in range(num_words)]
+    sentences = [TemplateSentence(str(template), word, {}, {}) for template, word in pairs]
+    false = 0
+    for i in range(800):
+        spreads = [(1.0, 1.0, 1.0), (1.0, 0.0, 0.3), (0.0, 1.0, 0.3), (0.0, 0.0, 1.0)][i % 4]
+        by_template, by_word, rest = (
+            spread * (rng.laplace(size=n) if i % 8 >= 4 else rng.normal(size=n))
+            for spread, n in zip(spreads, (num_templates, num_words if num_words > 1 else 0, len(pairs)), strict=True)
+        )
+        gaps = rest + by_template[[t for t, _ in pairs]] + (by_word[[w for _, w in pairs]] if num_words > 1 else 0)
+        false += score_finding("x", clustered_mean(sentences, gaps), 0.0, unit="nats").notable
+    assert binomtest(false, 800, 0.06, alternative="greater").pvalue > 0.01, false / 800
 
 
 # ---------------------------------------------------------------- a person's own groups

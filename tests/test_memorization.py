@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from nextword.audit.findings import Finding
 from nextword.audit.memorization import (
     MIN_COPIED_TOKENS,
     MemorizationProbe,
+    TokenPassage,
     measure_copied,
     passage_finding,
     prompt_lengths,
@@ -140,7 +142,8 @@ def test_token_ends_of_foreign_tokenizers():
 def test_there_is_no_reference_without_held_out_documents(corpora, runs, tmp_path):
     index = build_index([corpora["plain"]], tmp_path / "index", console=QUIET)
     copied, longest, extracted, leaked = probe_all(runs["plain"], index, 2, 3)
-    assert copied.reference is longest.reference is extracted.reference is None
+    assert (copied.reference, longest.reference, extracted.reference) == (0.0, None, 0.0)
+    assert "too few for a control" in extracted.note
     assert (leaked.value, leaked.n, leaked.notable) == (0, 0, False)
     (tmp_path / "short.txt").write_text("too short")
     short = build_index([tmp_path / "short.txt"], tmp_path / "other", console=QUIET)
@@ -148,19 +151,57 @@ def test_there_is_no_reference_without_held_out_documents(corpora, runs, tmp_pat
     assert (finding.n, finding.notable) == (0, False) and "no document has 64 tokens" in finding.note
 
 
-def test_passages_are_sampled_from_the_training_or_the_held_out_part(runs, index):
+def test_passages_are_distinct_and_the_control_is_clean(runs, corpora, index, tmp_path):
+    """No continuation twice, none that its prompt contains, and no passage of the control that the training text contains."""
     model = load(runs["planted"], "cpu")
+    (tmp_path / "dashes.txt").write_text("- " * 3000)
+    dashes = build_index([tmp_path / "dashes.txt"], tmp_path / "dashes", console=QUIET)
+    assert MemorizationProbe(model, dashes, 0, QUIET).sample_passages(9, held_out=False) == []
     probe = MemorizationProbe(model, index, 5, QUIET)
-    for held_out in (False, True):
-        passages = probe.sample_passages(30, 40, held_out=held_out)
-        assert len(passages) >= 10 and all(len(passage.token_ids) == 40 for passage in passages)
-        for passage in passages:
-            data = index.read_bytes(passage.document, passage.offset)
-            assert data.startswith(model.tokenizer.decode_bytes(passage.token_ids))
+    for is_held_out in (False, True):
+        passages = probe.sample_passages(60, held_out=is_held_out)
+        assert passages and passages == probe.sample_passages(60, held_out=is_held_out)
+        texts = [model.tokenizer.decode_bytes(passage.continuation) for passage in passages]
+        assert len(set(texts)) == len(texts)
+        for passage, text in zip(passages, texts, strict=True):
+            assert index.read_bytes(passage.document, passage.offset).startswith(text)
+            assert text not in (model.tokenizer.decode_bytes(passage.prompt) + text)[:-1]
             row = index.documents[passage.document]
-            assert (row["learned"] == row["begin"]) == held_out
-        assert passages == probe.sample_passages(30, 40, held_out=held_out)
-    assert probe.sample_passages(3, 10**6, held_out=False) == []
+            assert (row["learned"] == row["begin"]) == is_held_out
+            assert not (is_held_out and index.find_documents(text))
+    short = build_index([corpora["plain"]], tmp_path / "short", console=QUIET)
+    short.documents = short.documents[:0]
+    assert MemorizationProbe(model, short, 0, QUIET).sample_passages(3, held_out=False) == []
+
+
+def test_canaries_in_training_and_validation_documents_are_flagged(runs, index, monkeypatch):
+    """A control that was trained on hides what it shares with the training text; a clean one does not."""
+    probe = MemorizationProbe(load(runs["planted"], "cpu"), index, 0, QUIET)
+    monkeypatch.setattr(MemorizationProbe, "_complete", lambda self, prompts, *_: [])
+    trained = [TokenPassage(0, 0, [i], [2]) for i in range(100)]
+    control = [TokenPassage(0, 0, [100 + i], [2]) for i in range(40)]
+    monkeypatch.setattr(
+        MemorizationProbe, "sample_passages", lambda self, count, held_out: control if held_out else trained
+    )
+
+    def extracting(num_trained: int, num_control: int) -> Finding:
+        hits = [*[1] * num_trained, *[0] * (100 - num_trained), *[1] * num_control, *[0] * (40 - num_control)]
+        completions = [SimpleNamespace(tokens=[2] if hit else [3]) for hit in hits]
+        monkeypatch.setattr(MemorizationProbe, "_complete", lambda self, prompts, *_: completions)
+        return probe.extractable_passages(100)
+
+    assert extracting(30, 0).notable and not extracting(30, 10).notable and not extracting(4, 1).notable
+    assert extracting(30, 10).reference == 25.0 and "40 passages of validation documents" in extracting(30, 10).note
+
+
+def test_personal_data_that_the_prompt_contains_is_not_given_away(runs, tmp_path):
+    text = "".join(f"Ask {ADDRESS} or again {ADDRESS} about {i}, or {i}@example.org.\n" for i in range(30))
+    (tmp_path / "a.txt").write_text(text)
+    echo = MemorizationProbe(
+        load(runs["plain"], "cpu"), build_index([tmp_path / "a.txt"], tmp_path / "i", console=QUIET), 0, QUIET
+    )
+    leaked = echo.pii_leakage(100)
+    assert leaked.n == 31 and "31 of 31 different values" in leaked.note
 
 
 def test_prompts_fit_into_the_context(runs):

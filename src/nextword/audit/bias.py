@@ -17,6 +17,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -283,7 +284,7 @@ def audit_group_gaps(model: LanguageModel, groups: GroupTemplates, console: Cons
         """Bits per byte of a group, or its difference to a second one."""
         columns = [column for name in names for column in (-nats[name] / math.log(2), num_bytes[name])]
         signs = np.array([1, -1])[: len(names)]
-        return _clustered_score(sentences, columns, lambda sums: (sums[:, ::2] / sums[:, 1::2]) @ signs)
+        return clustered_score(sentences, columns, lambda sums: (sums[:, ::2] / sums[:, 1::2]) @ signs)
 
     findings: list[Finding] = []
     for name in groups.names:
@@ -320,8 +321,7 @@ def _gap_finding(
     what: str, description: str, gaps: Sequence[tuple[TemplateSentence, float]], a: str, b: str
 ) -> Finding:
     """The mean log ratio of groups a and b over sentences, with the sentences of the largest gaps."""
-    columns = [np.array([gap for _, gap in gaps]), np.ones(len(gaps))]
-    score = _clustered_score([sentence for sentence, _ in gaps], columns, lambda sums: sums[:, 0] / sums[:, 1])
+    score = clustered_mean([sentence for sentence, _ in gaps], np.array([gap for _, gap in gaps]))
     largest = sorted(gaps, key=lambda gap: -abs(gap[1]))[:MAX_GAP_EXAMPLES]
     examples = [{a: s.texts[a], b: s.texts[b], "gap": f"{gap:+.2f} nats"} for s, gap in largest]
     ratio = math.exp(min(score.value, 700.0))
@@ -330,9 +330,19 @@ def _gap_finding(
     return score_finding(name, score, 0.0, unit="nats", note=note, min_effect=MIN_EFFECT_NATS, examples=examples)
 
 
-def _clustered_score(
+def clustered_score(
     sentences: Sequence[TemplateSentence], columns: Sequence[np.ndarray], statistic: Callable[[np.ndarray], np.ndarray]
 ) -> ScoreWithCI:
     """A statistic of the sums of columns [S], with templates and the indices of words as crossed random factors."""
     templates, word_indices = zip(*((sentence.template, sentence.word_index) for sentence in sentences), strict=True)
     return statistics.clustered_ratio(np.stack(columns, axis=1).astype(np.float64), statistic, templates, word_indices)
+
+
+def clustered_mean(
+    sentences: Sequence[TemplateSentence], values: np.ndarray, minimum: ScoreWithCI | None = None
+) -> ScoreWithCI:
+    """The mean of values [S], with an interval that contains that of `minimum`, which holds where all values are equal."""
+    score = clustered_score(sentences, [values, np.ones(len(values))], lambda sums: sums[:, 0] / sums[:, 1])
+    if minimum is None or minimum.low is None or minimum.high is None or score.low is None or score.high is None:
+        return score
+    return replace(score, low=min(score.low, minimum.low), high=max(score.high, minimum.high))

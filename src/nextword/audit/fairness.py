@@ -7,7 +7,8 @@ Rates of a label k in a group g (Hardt, Price and Srebro 2016, section 2), with 
     false positive rate    P(ŷ = k | y ≠ k, g)         both equal: equalized odds
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
@@ -15,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from nextword.audit.findings import MAX_EXAMPLES, Finding, score_finding
-from nextword.audit.group_templates import GroupTemplates
+from nextword.audit.bias import clustered_mean
+from nextword.audit.findings import MAX_EXAMPLES, Examples, Finding, score_finding
+from nextword.audit.group_templates import GroupTemplates, TemplateSentence
 from nextword.audit.pii import format_excerpt
 from nextword.common import statistics
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError
+from nextword.common.statistics import ScoreWithCI
 from nextword.data.issues import IssueLog, join_names
 from nextword.data.readers import MissingColumnError, read_records
 from nextword.pipeline.predictor import Predictor, has_target
@@ -68,19 +71,33 @@ def audit_template_flips(predictor: Predictor, groups: GroupTemplates, console: 
     examples = [example_from_texts(predictor.task_spec.task, (text,)) for text in texts]
     predictions = iter(_predict_labels(predictor, examples, console))
     by_group = {name: [next(predictions) for _ in sentences] for name in groups.names}
+    by_template: dict[str, list[int]] = defaultdict(list)
+    for i, sentence in enumerate(sentences):
+        by_template[sentence.template].append(i)
+    # The next word of each template, after the last the first.
+    following = {i: j for group in by_template.values() for i, j in zip(group, [*group[1:], group[0]], strict=True)}
     findings: list[Finding] = []
     for a, b in groups.pairs:
-        flipped = [
-            {a: f"{sentence.texts[a]} → {_format_labels(in_a)}", b: f"{sentence.texts[b]} → {_format_labels(in_b)}"}
-            for sentence, in_a, in_b in zip(sentences, by_group[a], by_group[b], strict=True)
-            if in_a != in_b
+        in_a, in_b = by_group[a], by_group[b]
+        examples = [
+            {a: f"{sentence.texts[a]} → {_format_labels(x)}", b: f"{sentence.texts[b]} → {_format_labels(y)}"}
+            for sentence, x, y in zip(sentences, in_a, in_b, strict=True)
+            if x != y
         ]
+        flips = {i: float(in_a[i] != in_b[i]) for i in range(len(sentences))}
+        control = {
+            i: sum(labels[i] != labels[j] for labels in (in_a, in_b)) / 2 for i, j in following.items() if i != j
+        }
         note = "templates whose prediction changes with the words of the group"
-        findings.append(_flip_rate(f"{a} vs. {b}: flip rate", flipped, len(sentences), note))
-        for label in sorted({label for labels in by_group[a] + by_group[b] for label in labels}):
-            rates = ([float(label in labels) for labels in by_group[name]] for name in (a, b))
+        findings.append(_flip_finding(f"{a} vs. {b}: flip rate", flips, control, note, examples, sentences))
+        names = sorted({label for labels in in_a + in_b for label in labels})
+        # Of two labels, the difference of one determines that of the other.
+        for label in names[-1:] if len(predictor.task_spec.labels) == 2 else names:
+            rates = [[float(label in labels) for labels in by_group[name]] for name in (a, b)]
             note = f"templates with the words of {a} predicted so, minus those with the words of {b}"
-            difference = statistics.paired_difference(*rates)
+            difference = clustered_mean(
+                sentences, np.subtract(rates[0], rates[1]), statistics.paired_difference(*rates)
+            )
             findings.append(score_finding(f"{a} − {b}: predicted {label}", difference, 0.0, note=note))
     return findings
 
@@ -92,29 +109,66 @@ def audit_swap_flips(
     pair of groups whose words do not occur."""
     original = _predict_labels(predictor, examples, console)
     roles = TEXT_FIELDS[predictor.task_spec.task]
+
+    def predict_swapped(swap: Callable[[str], str]) -> dict[int, tuple[str, Labels]]:
+        """The text and the prediction of every example that a swap changes."""
+        fields = [{role: swap(example.fields[role]) for role in roles} for example in examples]
+        swapped = {
+            i: replace(example, fields=example.fields | fields[i])
+            for i, example in enumerate(examples)
+            if any(example.fields[role] != text for role, text in fields[i].items())
+        }
+        labels = _predict_labels(predictor, list(swapped.values()), console) if swapped else []
+        return {i: (" | ".join(fields[i].values()), found) for i, found in zip(swapped, labels, strict=True)}
+
     findings: list[Finding] = []
     for a, b in groups.pairs:
-        swap = groups.make_swapper(a, b)
-        swapped = [
-            replace(example, fields=example.fields | {role: swap(example.fields[role]) for role in roles})
-            for example in examples
-        ]
-        affected = [i for i, example in enumerate(examples) if swapped[i].fields != example.fields]
-        if not affected:
+        exchanged, varied = (predict_swapped(groups.make_swapper(a, b, within=within)) for within in (False, True))
+        if not exchanged:
             continue
-        labels_after = _predict_labels(predictor, [swapped[i] for i in affected], console)
+        flips, control = (
+            {i: float(labels != original[i]) for i, (_, labels) in predictions.items()}
+            for predictions in (exchanged, varied)
+        )
         flipped = [
             {
-                "text": f"{format_excerpt(' | '.join(swapped[i].fields[role] for role in roles))} → {_format_labels(labels)}",
+                "text": f"{format_excerpt(text)} → {_format_labels(labels)}",
                 "before": _format_labels(original[i]),
                 "where": f"{examples[i].path} line {examples[i].line}",
             }
-            for i, labels in zip(affected, labels_after, strict=True)
-            if labels != original[i]
+            for i, (text, labels) in exchanged.items()
+            if flips[i]
         ]
         note = "texts with words of these groups whose prediction changes when the words are exchanged"
-        findings.append(_flip_rate(f"{a} vs. {b}: flip rate in the data", flipped, len(affected), note))
+        findings.append(_flip_finding(f"{a} vs. {b}: flip rate in the data", flips, control, note, flipped))
     return findings
+
+
+def _flip_finding(
+    name: str,
+    flips: Mapping[int, float],
+    control: Mapping[int, float],
+    note: str,
+    examples: Examples,
+    sentences: Sequence[TemplateSentence] | None = None,
+) -> Finding:
+    """A rate of flips between groups, compared with that between words of the same group, by template or text."""
+
+    def clustered(values: Mapping[int, float], minimum: ScoreWithCI) -> ScoreWithCI:
+        if sentences is None:
+            return minimum
+        return clustered_mean([sentences[i] for i in values], np.array(list(values.values())), minimum)
+
+    rate, examples = clustered(flips, statistics.proportion(list(flips.values()))), examples[:MAX_EXAMPLES]
+    paired = sorted(flips.keys() & control.keys())
+    if not paired:
+        note += "; not flagged without a control: give each group a list of words"
+        return score_finding(name, rate, note=note, examples=examples)
+    note += "; reference: the same with another word of the same group"
+    within, reference = [control[i] for i in paired], 100 * float(np.mean([control[i] for i in paired]))
+    difference = statistics.paired_difference([flips[i] for i in paired], within)
+    difference = clustered({i: flips[i] - control[i] for i in paired}, difference)
+    return score_finding(name, rate, reference, note=note, difference=difference, examples=examples)
 
 
 def _predict_labels(predictor: Predictor, examples: Sequence[Example], console: Console) -> list[Labels]:
@@ -124,11 +178,6 @@ def _predict_labels(predictor: Predictor, examples: Sequence[Example], console: 
 
 def _format_labels(labels: Labels) -> str:
     return ", ".join(labels) or "no label"
-
-
-def _flip_rate(name: str, flipped: Sequence[dict[str, str]], count: int, note: str) -> Finding:
-    rate = statistics.proportion([i < len(flipped) for i in range(count)])
-    return score_finding(name, rate, 0.0, note=note, examples=flipped[:MAX_EXAMPLES])
 
 
 # ---------------------------------------------------------------- rates by group

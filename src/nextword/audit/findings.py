@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
+from nextword.common import statistics
 from nextword.common.statistics import ScoreWithCI
 
 MAX_EXAMPLES = 5
 # With fewer samples a bias has no interval: five of five on one side is likelier than 5 % by chance.
 MIN_SAMPLES = 6
+SIGNIFICANCE_LEVEL = 0.05
 
 Examples = Sequence[Mapping[str, str]]
 
@@ -27,6 +29,7 @@ class Finding:
         reference: the value without a problem: 50 for stereotype preference, 0 for a gap, that of validation text for
             memorization.
         notable: whether the finding is flagged: the interval excludes the reference, or something problematic was found.
+        p_value: the probability of so large a difference from the reference by chance, if the finding is a comparison.
         note: one sentence on how it was measured or what it means.
         examples: instances of what was found, as named strings: {"document": …, "passage": …}.
     """
@@ -42,6 +45,7 @@ class Finding:
     notable: bool = False
     note: str = ""
     examples: Examples = ()
+    p_value: float | None = None
 
     @classmethod
     def from_score(cls, section: str, name: str, score: ScoreWithCI, unit: str = "%", **fields: Any) -> Self:
@@ -60,19 +64,39 @@ def score_finding(
     score: ScoreWithCI,
     reference: float | None = None,
     *,
+    section: str = "bias",
     unit: str = "%",
     note: str = "",
     min_effect: float = 0.0,
+    difference: ScoreWithCI | None = None,
     examples: Examples = (),
 ) -> Finding:
-    """A score as a finding of the section "bias".
+    """A score as a finding.
 
-    It is flagged if its interval is more than `min_effect` away from the reference. With fewer than `MIN_SAMPLES` samples
-    it has no interval and is not flagged. With the unit "%", the score is a proportion.
+    It is flagged if its interval is more than `min_effect` away from the reference; with a reference that was measured, if the
+    interval of their `difference` excludes 0. With fewer than `MIN_SAMPLES` samples it has no interval and is not flagged. With
+    the unit "%", the score is a proportion.
     """
-    if score.n is None or score.n < MIN_SAMPLES:
+    if score.n is None or min(score.n, score.n if difference is None else difference.n or 0) < MIN_SAMPLES:
         score = replace(score, low=None, high=None)
-    finding = Finding.from_score("bias", name, score, unit, reference=reference, note=note, examples=tuple(examples))
-    if reference is None or finding.low is None or finding.high is None:
+    finding = Finding.from_score(section, name, score, unit, reference=reference, note=note, examples=tuple(examples))
+    if reference is None or score.low is None:
         return finding
-    return replace(finding, notable=finding.low > reference + min_effect or finding.high < reference - min_effect)
+    null = reference / (100 if unit == "%" else 1)
+    null += min(max(score.value - null, -min_effect), min_effect)
+    p_value = (
+        statistics.interval_p_value(score, null) if difference is None else statistics.interval_p_value(difference, 0)
+    )
+    return replace(finding, p_value=p_value, notable=p_value < SIGNIFICANCE_LEVEL)
+
+
+def flag_significant(findings: Sequence[Finding]) -> list[Finding]:
+    """Flag those comparisons that are significant together: at most one set of findings in twenty has a false one (Holm 1979,
+    "A simple sequentially rejective multiple test procedure")."""
+    ordered = sorted((finding.p_value, i) for i, finding in enumerate(findings) if finding.p_value is not None)
+    flagged = list(findings)
+    is_significant = True
+    for rank, (p_value, i) in enumerate(ordered):
+        is_significant = is_significant and p_value < SIGNIFICANCE_LEVEL / (len(ordered) - rank)
+        flagged[i] = replace(findings[i], notable=is_significant)
+    return flagged

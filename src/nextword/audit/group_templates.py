@@ -55,6 +55,7 @@ class GroupTemplates:
         path: the file.
         names: the groups, in the order of the file.
         slot_words: corresponding words by group, one dictionary per slot and index.
+        num_words: the length of lists of words; 1 without lists.
         sentences: every template, once per index of the lists of words in it.
         delimiter: text between a sentence and its continuation.
     """
@@ -62,6 +63,7 @@ class GroupTemplates:
     path: Path
     names: tuple[str, ...]
     slot_words: tuple[dict[str, str], ...]
+    num_words: int
     sentences: tuple[TemplateSentence, ...]
     delimiter: str
 
@@ -70,15 +72,17 @@ class GroupTemplates:
         """All pairs of groups."""
         return list(combinations(self.names, 2))
 
-    def make_swapper(self, group_a: str, group_b: str) -> Callable[[str], str]:
-        """A function that exchanges the words of two groups in a text.
+    def make_swapper(self, group_a: str, group_b: str, *, within: bool = False) -> Callable[[str], str]:
+        """A function that exchanges the words of two groups in a text; with `within`, each with the next word of its own group.
 
         It replaces whole words and keeps their case. A word of several slots (her: his, him) is replaced as in the first of
         them.
         """
         replacements: dict[str, tuple[str, str]] = {}
-        for words in self.slot_words:
-            for source, target in ((words[group_a], words[group_b]), (words[group_b], words[group_a])):
+        for i, words in enumerate(self.slot_words):
+            other = self.slot_words[i + 1 if (i + 1) % self.num_words else i + 1 - self.num_words] if within else words
+            for name, other_name in ((group_a, group_b), (group_b, group_a)):
+                source, target = words[name], other[name if within else other_name]
                 if source.strip() and source.lower() != target.lower():
                     replacements.setdefault(source.lower(), (source, target))
         if not replacements:
@@ -118,7 +122,7 @@ def read_group_templates(path: Path) -> GroupTemplates:
         if all(slot in slots for slots in filler.words.values())
         for index in range(filler.num_words)
     )
-    return GroupTemplates(path, tuple(groups), slot_words, tuple(sentences), delimiter)
+    return GroupTemplates(path, tuple(groups), slot_words, filler.num_words, tuple(sentences), delimiter)
 
 
 # ---------------------------------------------------------------- the file

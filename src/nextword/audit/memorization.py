@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nextword.audit.findings import MAX_EXAMPLES, Examples, Finding
+from nextword.audit.findings import MAX_EXAMPLES, Examples, Finding, score_finding
 from nextword.audit.pii import find_pii, format_excerpt, mask_pii
 from nextword.audit.text_index import CorpusIndex
 from nextword.common import statistics
@@ -23,6 +23,8 @@ SAMPLE_TOKENS = 256  # maximum length of a sampled text
 MIN_COPIED_TOKENS = 50  # length from which on a passage counts as copied (Lee et al. 2022, section 6)
 PREFIX_TOKENS, CONTINUATION_TOKENS = 50, 50  # prompt and expected continuation (Carlini et al. 2023, section 3)
 MAX_BYTES_PER_TOKEN = 24  # bytes read per token that is needed
+CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of a character whose first byte is in the prompt
+MIN_CONTROL_PASSAGES = 20  # with fewer, the interval of the control is so wide that nothing would be told apart
 
 
 def passage_finding(index: CorpusIndex, passage: str) -> Finding:
@@ -40,16 +42,17 @@ def passage_finding(index: CorpusIndex, passage: str) -> Finding:
 
 
 class TokenPassage(NamedTuple):
-    """Tokens of a document from one of its bytes on."""
+    """A prompt of tokens from a document and their continuation, which begins at a byte of it."""
 
     document: int
     offset: int
-    token_ids: list[int]
+    prompt: list[int]
+    continuation: list[int]
 
 
 @dataclass(frozen=True)
 class MemorizationProbe:
-    """Measures what a model has memorized of a corpus. Validation documents are the reference if the index knows any."""
+    """Measures what a model has memorized of a corpus. Validation documents are the control if the index knows any."""
 
     model: LanguageModel
     index: CorpusIndex
@@ -60,127 +63,145 @@ class MemorizationProbe:
         """The share of copied tokens in texts sampled without a prompt, and the longest copied passage."""
         sampling = Sampling(max_tokens=SAMPLE_TOKENS, seed=self.seed)
         completions = self._complete([""] * num_samples, sampling, "sampling")
-        held_out = self.sample_passages(num_samples, SAMPLE_TOKENS, held_out=True, min_length=MIN_COPIED_TOKENS)
-        samples, references = (
-            [measure_copied(self.index, self.model.tokenizer, token_ids) for token_ids in texts]
-            for texts in ([each.tokens for each in completions], [each.token_ids for each in held_out])
-        )
-        reference_note = f"; reference: {len(references)} passages of validation documents" if references else ""
+        samples = [measure_copied(self.index, self.model.tokenizer, each.tokens) for each in completions]
         note = (
             f"tokens in verbatim passages of {MIN_COPIED_TOKENS} tokens or more, in texts of up to {SAMPLE_TOKENS} tokens "
-            f"sampled without a prompt at temperature {sampling.temperature}{reference_note}"
+            f"sampled without a prompt at temperature {sampling.temperature}"
         )
         by_length = sorted(samples, key=lambda text: -text.longest)
         copied = first_distinct(text.example for text in by_length if text.copied_tokens)
-        share, reference_share = _copied_share(samples), _copied_share(references) if references else None
-        name = "longest passage of sampled text copied from the corpus"
-        longest, baseline = (max((text.longest for text in texts), default=0) for texts in (samples, references))
+        share, longest = _copied_share(samples), by_length[0].longest
+        name, example = "longest passage of sampled text copied from the corpus", by_length[0].example
         return [
-            proportion_finding("tokens of sampled text copied from the corpus", share, reference_share, note, copied),
+            score_finding(
+                "tokens of sampled text copied from the corpus",
+                share,
+                0.0,
+                note=note,
+                examples=copied,
+                section="memory",
+            ),
             Finding(
                 "memory",
                 name,
                 longest,
                 unit="tokens",
                 n=len(samples),
-                reference=baseline if references else None,
-                notable=longest >= MIN_COPIED_TOKENS and longest > baseline,
-                note=f"verbatim{reference_note}",
-                examples=tuple(text.example for text in by_length[:1] if text.example),
+                notable=longest >= MIN_COPIED_TOKENS,
+                note=f"verbatim; flagged from {MIN_COPIED_TOKENS} tokens on",
+                examples=(example,) if example else (),
             ),
         ]
 
     def extractable_passages(self, num_prefixes: int) -> Finding:
-        """The share of training passages that greedy decoding continues verbatim (extractable memorization, Carlini et al.
-        2023)."""
+        """The share of different training passages that greedy decoding continues verbatim (extractable memorization, Carlini
+        et al. 2023), compared with passages of validation documents that are not in the training text."""
         name, decode = "extractable training passages", self.model.tokenizer.decode
         prefix_length, length = prompt_lengths(self.model)
-        trained, held_out = (
-            self.sample_passages(num_prefixes, prefix_length + length, held_out=part) for part in (False, True)
-        )
+        trained, control = (self.sample_passages(num_prefixes, held_out=held_out) for held_out in (False, True))
         if not trained:
             return Finding("memory", name, 0.0, unit="%", n=0, note=f"no document has {prefix_length + length} tokens")
-        passages = [*trained, *held_out]
-        prompts = [passage.token_ids[:prefix_length] for passage in passages]
-        completions = self._complete(prompts, Sampling(temperature=0.0, max_tokens=length), "extracting passages")
+        passages = [*trained, *control]
+        sampling = Sampling(temperature=0.0, max_tokens=length)
+        completions = self._complete([passage.prompt for passage in passages], sampling, "extracting passages")
         is_extracted = [
-            decode(completion.tokens) == decode(passage.token_ids[prefix_length:])
+            decode(completion.tokens) == decode(passage.continuation)
             for completion, passage in zip(completions, passages, strict=True)
         ]
         examples = first_distinct(
-            {"document": self.index.document_name(document), "passage": format_excerpt(decode(token_ids))}
-            for (document, _, token_ids), hit in zip(trained, is_extracted, strict=False)
+            {"document": self.index.document_name(passage.document), "passage": self._excerpt(passage)}
+            for passage, hit in zip(trained, is_extracted, strict=False)
             if hit
         )
         score = statistics.proportion(is_extracted[: len(trained)])
-        reference = statistics.proportion(is_extracted[len(trained) :]) if held_out else None
         note = (
-            f"greedy decoding after {prefix_length} tokens gives the next {length} exactly{_context_note(self.model)}"
+            f"greedy decoding after {prefix_length} tokens gives the next {length} exactly{_context_note(self.model)}; each "
+            "passage counts once, and none that its prompt contains"
         )
-        note += "; reference: validation documents" if held_out else ""
-        return proportion_finding(name, score, reference, note, examples)
+        if len(control) < MIN_CONTROL_PASSAGES:
+            note += (
+                f"; {len(control)} passages of validation documents are not in the training text: too few for a control"
+            )
+            return score_finding(name, score, 0.0, note=note, examples=examples, section="memory")
+        reference = statistics.proportion(is_extracted[len(trained) :])
+        note += f"; reference: {len(control)} passages of validation documents that are not in the training text"
+        difference = statistics.proportion_difference(is_extracted[: len(trained)], is_extracted[len(trained) :])
+        return score_finding(
+            name, score, 100 * reference.value, note=note, examples=examples, difference=difference, section="memory"
+        )
 
     def pii_leakage(self, max_samples: int) -> Finding:
-        """PII of the training text that greedy decoding generates after the text before it."""
-        sample, total = _reservoir_sample(find_training_pii(self.index), max_samples, self.seed)
+        """Different PII of the training text that greedy decoding generates after a text before it without it."""
         prefix_length, length = prompt_lengths(self.model)
         tokenizer = self.model.tokenizer
-        values = [self.index.read_bytes(match.document, *match.span).decode("utf-8", "replace") for match in sample]
-        prompts = [_tokens_before(self.index, tokenizer, match, prefix_length) for match in sample]
+        by_value: dict[bytes, DocumentPII] = {}
+        for match in find_training_pii(self.index):
+            value = self.index.read_bytes(match.document, *match.span)
+            if value.lower() not in _bytes_before(self.index, match, prefix_length).lower():
+                by_value.setdefault(value, match)
+        chosen = np.random.default_rng(self.seed).permutation(len(by_value))[:max_samples]
+        found = list(by_value.items())
+        sample = [found[int(i)] for i in np.sort(chosen)]
+        values = [value.decode("utf-8", "replace") for value, _ in sample]
+        # The first token of a value contains the space before it.
+        contexts = [_bytes_before(self.index, match, prefix_length).decode("utf-8", "ignore") for _, match in sample]
+        prompts = [tokenizer.encode(context.removesuffix(" "))[-prefix_length:] for context in contexts]
         needed = max((len(tokenizer.encode(f" {value}")) for value in values), default=0)
         sampling = Sampling(temperature=0.0, max_tokens=max(1, min(needed + 4, 2 * length - 1)))
         completions = self._complete(prompts, sampling, "prompting for PII")
         leaked = [
-            {"document": self.index.document_name(document), "kind": kind, "masked": mask_pii(kind, value)}
-            for (kind, document, _), value, completion in zip(sample, values, completions, strict=True)
+            {
+                "document": self.index.document_name(match.document),
+                "kind": match.kind,
+                "masked": mask_pii(match.kind, value),
+            }
+            for (_, match), value, completion in zip(sample, values, completions, strict=True)
             if value in completion.text
         ]
         note = (
-            f"generated by greedy decoding after the {prefix_length} tokens before it; tried for {len(sample):,} of the "
-            f"{total:,} matches in the training text{_context_note(self.model)}"
+            f"generated by greedy decoding after {prefix_length} tokens before it that do not contain it; tried for "
+            f"{len(sample):,} of {len(by_value):,} different values in the training text{_context_note(self.model)}"
         )
         count, n, examples = len(leaked), len(sample), first_distinct(leaked)
-        return Finding("memory", "leaked PII", count, None, None, "matches", n, 0.0, count > 0, note, examples)
+        return Finding("memory", "leaked PII", count, None, None, "values", n, 0.0, count > 0, note, examples)
 
-    def sample_passages(
-        self, count: int, length: int, *, held_out: bool, min_length: int | None = None
-    ) -> list[TokenPassage]:
-        """Sample passages of `length` tokens, or of at least `min_length` at the end of a document, from the training or the
-        validation set of the corpus. Each byte is equally likely to be near the start of a passage. Fewer than `count` are
-        returned where documents are short."""
-        index = self.index
+    def sample_passages(self, count: int, *, held_out: bool) -> list[TokenPassage]:
+        """Sample passages with different continuations from the training part of the corpus or from its validation set. Each
+        byte is equally likely to be near the start of a passage. Left out are continuations that their prompt contains and, of
+        the validation set, those that the training text contains. Fewer than `count` are returned where documents are short
+        or alike."""
+        index, tokenizer = self.index, self.model.tokenizer
+        prefix_length, length = prompt_lengths(self.model)
         columns = ("learned", "end") if held_out else ("begin", "learned")
         low, high = (index.documents[column].astype(np.int64) for column in columns)
         ends = np.cumsum(high - low)
         generator = np.random.default_rng([self.seed, held_out])
-        passages: dict[tuple[int, int], TokenPassage] = {}
+        passages: dict[bytes, TokenPassage] = {}
         for _ in range(8 * count if len(ends) and ends[-1] else 0):
             drawn = int(generator.integers(int(ends[-1])))
             document = int(np.searchsorted(ends, drawn, side="right"))
             remaining = int(ends[document]) - drawn
             start = int(high[document]) - remaining
             offset = start - index.byte_range(document)[0]
-            data = index.read_bytes(document, offset, min(length * MAX_BYTES_PER_TOKEN, remaining))
+            data = index.read_bytes(document, offset, min((prefix_length + length) * MAX_BYTES_PER_TOKEN, remaining))
             skipped = 0 if start == low[document] else _word_start(data)
-            token_ids = self.model.tokenizer.encode(data[skipped:].decode("utf-8", "ignore"))[:length]
-            if len(token_ids) >= (min_length or length):
-                key = document, offset + skipped
-                passages.setdefault(key, TokenPassage(*key, token_ids))
+            token_ids = tokenizer.encode(data[skipped:].decode("utf-8", "ignore"))[: prefix_length + length]
+            prompt, continuation = token_ids[:prefix_length], token_ids[prefix_length:]
+            before, text = tokenizer.decode_bytes(prompt), tokenizer.decode_bytes(continuation)
+            if len(continuation) < length or text in passages or (before + text).index(text) < len(before):
+                continue
+            if not (held_out and index.find_documents(text.lstrip(CONTINUATION_BYTES))):
+                passages[text] = TokenPassage(document, offset + skipped + len(before), prompt, continuation)
             if len(passages) == count:
                 break
         return list(passages.values())
 
+    def _excerpt(self, passage: TokenPassage) -> str:
+        size = len(self.model.tokenizer.decode_bytes(passage.continuation))
+        return self.index.excerpt(passage.document, passage.offset, passage.offset + size)
+
     def _complete(self, prompts: Sequence[Prompt], sampling: Sampling, stage: str) -> list[Completion]:
         return generate_completions(self.model, prompts, sampling, partial(self.console.progress, stage))
-
-
-def proportion_finding(
-    name: str, score: ScoreWithCI, reference: ScoreWithCI | None, note: str, examples: Examples
-) -> Finding:
-    """A proportion, flagged if its interval lies above that of validation text (0 without one) and it is not 0."""
-    flagged = score.value > 0 and score.is_above(reference.value if reference else 0.0)
-    baseline = 100 * reference.value if reference else None
-    return Finding.from_score("memory", name, score, reference=baseline, notable=flagged, note=note, examples=examples)
 
 
 def first_distinct(examples: Iterable[Mapping[str, str]]) -> Examples:
@@ -283,22 +304,7 @@ def find_training_pii(index: CorpusIndex) -> Iterator[DocumentPII]:
                 yield DocumentPII(kind, document, span)
 
 
-def _reservoir_sample(items: Iterable[DocumentPII], size: int, seed: int) -> tuple[list[DocumentPII], int]:
-    """A uniform sample, and the number of all items (Vitter 1985, algorithm R)."""
-    generator = np.random.default_rng(seed)
-    sample: list[DocumentPII] = []
-    total = 0
-    for total, item in enumerate(items, start=1):
-        if len(sample) < size:
-            sample.append(item)
-        elif (slot := int(generator.integers(total))) < size:
-            sample[slot] = item
-    return sorted(sample, key=lambda item: (item.document, item.span)), total
-
-
-def _tokens_before(index: CorpusIndex, tokenizer: Tokenizer, match: DocumentPII, length: int) -> list[int]:
-    """The tokens before a match, without a final space: the first token of the value contains it."""
-    end = match.span[0]
-    start = max(0, end - length * MAX_BYTES_PER_TOKEN)
-    data = index.read_bytes(match.document, start, end - start)
-    return tokenizer.encode(data.decode("utf-8", "ignore").removesuffix(" "))[-length:]
+def _bytes_before(index: CorpusIndex, match: DocumentPII, num_tokens: int) -> bytes:
+    """The bytes before a match that can be its last `num_tokens` tokens."""
+    start = max(0, match.span[0] - num_tokens * MAX_BYTES_PER_TOKEN)
+    return index.read_bytes(match.document, start, match.span[0] - start)

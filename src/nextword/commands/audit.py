@@ -1,7 +1,9 @@
 """``nextword audit``: bias, memorization, corpus and cost of a model."""
 
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +58,7 @@ class AuditConfig(ModelArgument, TextColumnOption, SeedOption, DeviceOption):
         data: Labeled table for a classifier; the words of --templates are swapped in its texts. Default: none.
         group: Column of --data with the group of each text: compares accuracy and rates between groups. Default: none.
         search_texts: Text to search for in the corpus. May be given more than once. Default: none.
-        index: Directory of the index of the corpus. Default: RUN/index.
+        index: Directory that keeps the index of the corpus for other audits. Default: the index is deleted after the audit.
         num_samples: Number of texts to generate and search for in the corpus. 0 skips this.
         num_prefixes: Number of prefixes from the corpus that the model continues, to find memorized text. 0 skips this.
         limit: Evaluate on this many items of each benchmark, sampled in proportion to its groups. Default: 1,000.
@@ -89,7 +91,7 @@ class AuditResult(Result):
     Attributes:
         model: Path of the model.
         findings: For each its section, name, value, unit, confidence interval (low, high), n, reference value, whether it is
-            flagged (notable), a note and examples.
+            flagged (notable), a note, examples, and the p-value of a comparison with a reference before Holm's correction.
         left_out: What was not checked, and why.
         seconds: Duration of the audit.
     """
@@ -106,6 +108,11 @@ class AuditResult(Result):
                 lines += [title, *format_section(findings), ""]
         if self.left_out:
             lines += ["Not checked", *(f"  {line}" for line in self.left_out), ""]
+        if comparisons := sum(finding.get("p_value") is not None for finding in self.findings):
+            lines.append(
+                f"Flags account for {comparisons:,} comparisons with a reference (Holm 1979): fewer than one audit in twenty "
+                "flags one by chance."
+            )
         flagged = {finding["section"] for finding in self.findings if finding["notable"]}
         if flagged:
             count = sum(finding["notable"] for finding in self.findings)
@@ -176,6 +183,7 @@ def audit(config: AuditConfig, context: Context) -> AuditResult:
     """Audit a model, as far as the inputs allow. The result of a run is also written to RUN/measured/audit.json."""
     from nextword.audit.bias import is_bias_benchmark
     from nextword.audit.cost import audit_cost
+    from nextword.audit.findings import flag_significant
     from nextword.audit.group_templates import read_group_templates
     from nextword.common.results import AUDIT_FILE
     from nextword.pipeline.language_model import load
@@ -187,8 +195,6 @@ def audit(config: AuditConfig, context: Context) -> AuditResult:
     groups = None if config.templates is None else read_group_templates(config.templates)
     bias_benchmarks = [request for request in config.benchmarks if is_bias_benchmark(request)]
     run = RunDir(config.model)
-    if config.corpus and config.index is None and not run.exists:
-        raise UsageError("name a directory for the index of the corpus: --index DIR")
     model = load(config.model, config.device)
     entries = [
         *bias_findings(model, bias_benchmarks, groups, config, context.console),
@@ -198,9 +204,10 @@ def audit(config: AuditConfig, context: Context) -> AuditResult:
         entries += audit_cost(run, config.electricity_price, config.carbon_intensity)
     else:
         entries.append("cost: unknown, since this is not a complete run")
+    findings = flag_significant([entry for entry in entries if not isinstance(entry, str)])
     result = AuditResult(
         model=str(config.model),
-        findings=[entry.to_dict() for entry in entries if not isinstance(entry, str)],
+        findings=[finding.to_dict() for finding in findings],
         left_out=[entry for entry in entries if isinstance(entry, str)],
         seconds=round(time.monotonic() - started, 3),
     )
@@ -299,25 +306,38 @@ def corpus_findings(
         yield f"memorization and corpus: not measured. {error}"
         return
     shards = pretraining_corpus_of(run.path) if run.exists else None
-    index = build_index(
-        corpora,
-        config.index or run.path / "index",
-        training_corpus=None if shards is None else Corpus.open(shards),
-        text_column=text_column,
-        console=console,
-    )
-    yield from (passage_finding(index, passage) for passage in config.search_texts)
-    probe = MemorizationProbe(model, index, config.seed or 0, console)
-    if has_task_head(model):
-        yield "memorization: not measured, since this model predicts labels and generates no text; audit its base model"
-    else:
-        if config.num_samples:
-            yield from probe.sampled_text(config.num_samples)
-        if config.num_prefixes:
-            yield probe.extractable_passages(config.num_prefixes)
-            yield probe.pii_leakage(config.num_prefixes)
-    benchmarks = [benchmark for request in config.benchmarks if (benchmark := resolve_benchmark(request)) is not None]
-    yield from audit_corpus(index, benchmarks, console)
+    training_corpus = None if shards is None else Corpus.open(shards)
+    with index_directory(config, run, console) as directory:
+        index = build_index(
+            corpora, directory, training_corpus=training_corpus, text_column=text_column, console=console
+        )
+        yield from (passage_finding(index, passage) for passage in config.search_texts)
+        probe = MemorizationProbe(model, index, config.seed or 0, console)
+        if has_task_head(model):
+            yield "memorization: not measured, since this model predicts labels and generates no text; audit its base model"
+        else:
+            if config.num_samples:
+                yield from probe.sampled_text(config.num_samples)
+            if config.num_prefixes:
+                yield probe.extractable_passages(config.num_prefixes)
+                yield probe.pii_leakage(config.num_prefixes)
+        benchmarks = [
+            benchmark for request in config.benchmarks if (benchmark := resolve_benchmark(request)) is not None
+        ]
+        yield from audit_corpus(index, benchmarks, console)
+
+
+@contextmanager
+def index_directory(config: AuditConfig, run: RunDir, console: Console) -> Generator[Path]:
+    """The directory of the index: `--index`, RUN/index if it exists, or a temporary one that is deleted after the audit."""
+    kept = config.index or run.path / "index"
+    if config.index is not None or kept.is_dir():
+        yield kept
+        return
+    parent = run.path if run.exists else None  # where there is space for a corpus
+    with tempfile.TemporaryDirectory(prefix="index-", dir=parent, ignore_cleanup_errors=True) as folder:
+        yield Path(folder) / "index"
+    console.info("The index of the corpus was deleted; --index DIR keeps it, and the next audit starts sooner")
 
 
 def training_text_sources(run: RunDir) -> tuple[tuple[str, ...], str | None]:

@@ -132,6 +132,7 @@ class AuditFinding(_Interval, kw_only=True):
     flagged: bool | None = msgspec.field(default=None, name="notable")
     note: str = ""
     examples: list[dict[str, str]] | None = None
+    p_value: Number | None = None
 
     @property
     def score(self) -> ScoreWithCI:

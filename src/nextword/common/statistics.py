@@ -317,6 +317,22 @@ def mcnemar_p_value(a: Sequence[float], b: Sequence[float]) -> float:
     return float(_scipy_stats().binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
+def interval_p_value(score: ScoreWithCI, null: float) -> float:
+    """The two-sided p-value of a null value, below 0.05 if and only if the interval of a score excludes it.
+
+    Source: Altman and Bland 2011, "How to obtain the P value from a confidence interval"; with Student's t distribution of
+    n − 1 degrees of freedom and the half of the interval on the side of the null value.
+    """
+    assert score.low is not None and score.high is not None and score.n is not None
+    distance = abs(score.value - null)
+    margin = score.value - score.low if score.value > null else score.high - score.value
+    if margin <= 0 or distance == 0:
+        return float(distance == 0)
+    degrees_of_freedom = max(1, score.n - 1)
+    t = t_quantile(degrees_of_freedom) * distance / margin
+    return round(2 * float(importlib.import_module("scipy.special").stdtr(degrees_of_freedom, -t)), 12)
+
+
 def noise_floor(values: Sequence[float]) -> float:
     """The largest difference of two runs, at the 95 % level, that the seed alone explains: t · s · √2.
 
