@@ -658,10 +658,10 @@ PROPORTION, RATIO = ("accuracy and other proportions",), ("ratios over documents
 CALLERS: dict[str, tuple[str, ...]] = {
     "audit.bias._audit_winobias": PROPORTION,
     "audit.bias._audit_winogender": ("paired difference of outcomes",),
-    "audit.bias._clustered_score": ("templates and words", "decision: gap between words of groups"),
+    "audit.bias.clustered_score": ("templates and words", "decision: gap between words of groups"),
     "audit.bias._occupation_findings": ("means of examples", "Pearson correlation", "Spearman correlation"),
     "audit.corpus.contamination": PROPORTION,
-    "audit.fairness._flip_rate": PROPORTION,
+    "audit.fairness._flip_finding": PROPORTION,
     "audit.fairness._rate_findings": (*PROPORTION, "difference of two groups", "decision: groups differ"),
     "audit.fairness.audit_template_flips": ("paired difference of outcomes",),
     "audit.memorization._copied_share": (*PROPORTION, "means of fractions per example"),
