@@ -25,7 +25,7 @@ from nextword.common.console import Console
 from nextword.common.errors import CorruptFileError, NextwordError, RunLockedError, UsageError
 from nextword.common.run_dir import RunDir, run_lock, verify_path
 from nextword.training.remote_sync import CheckpointUploader
-from nextword.training.spike_recovery import read_skipped_ranges
+from nextword.training.spike_recovery import SkippedRange
 from nextword.training.step_budget import StepBudgetDecision, read_decisions
 from processes import PATIENCE, start_process
 
@@ -239,7 +239,7 @@ def test_impossible_decisions_are_refused(tmp_path: Path, line: str) -> None:
         read_decisions(path, 2)
     path.write_text(line + "\n")
     with pytest.raises(CorruptFileError):
-        read_skipped_ranges(path)
+        fs.read_records(path, SkippedRange)
 
 
 def test_a_run_whose_metrics_are_gone_says_so(run: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import nextword.planning.planner  # imported before its loss is replaced
 import runs
 from nextword.common.console import Console
 from nextword.common.errors import CorruptFileError, TrainingDivergedError
-from nextword.common.fs import read_jsonl
+from nextword.common.fs import read_jsonl, read_records, write_records
 from nextword.common.run_dir import RunInterruptedError
 from nextword.data.corpus import Corpus
 from nextword.data.dataset import TokenDataset
@@ -35,8 +36,6 @@ from nextword.training.spike_recovery import (
     SkippedRange,
     attempts_near,
     batch_index,
-    read_skipped_ranges,
-    write_skipped_ranges,
 )
 from nextword.training.step_budget import StepBudgetDecision, StepSchedule, TimeBudgetController, read_decisions
 from nextword.training.trainer import Trainer
@@ -115,7 +114,7 @@ def records(run: Path, key: str = "loss") -> list[dict[str, Any]]:
 
 
 def skipped_in(run: Path) -> list[SkippedRange]:
-    return read_skipped_ranges(run / "detours.jsonl")
+    return read_records(run / "detours.jsonl", SkippedRange)
 
 
 @pytest.fixture(scope="module")
@@ -167,12 +166,12 @@ def test_invalid_records_are_refused_by_line(tmp_path_factory, values):
     log = tmp_path_factory.getbasetemp() / "detours.jsonl"
     log.write_text("".join(json.dumps(value) + "\n" for value in values))
     try:
-        ranges = read_skipped_ranges(log)
+        ranges = read_records(log, SkippedRange)
     except CorruptFileError as error:
         assert "detours.jsonl line " in str(error)
         return
-    write_skipped_ranges(log, ranges)
-    assert read_skipped_ranges(log) == ranges
+    write_records(log, map(asdict, ranges))
+    assert read_records(log, SkippedRange) == ranges
     assert all(batch_index(ranges, step) >= step for step in range(20))
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -256,7 +257,7 @@ def train_language_model(
         if base is not None:
             metrics["task"] = "continue"
             if len(corpus.tokens("validation")) >= 2:
-                before = evaluator.evaluate_replicated(load_model(base.directory, run.device))
+                before = evaluator.evaluate(model=load_model(base.directory, run.device))
                 metrics["before"] = {"loss": before.loss, "bits_per_byte": before.bits_per_byte}
             with unsharded(run.dist, setup.eager_step) as trained:
                 metrics["forgetting"] = evaluate_forgetting(base, trained)
@@ -278,7 +279,7 @@ def choose_settings(
         raise UsageError(f"{corpus.path}: the training set has {num_tokens} tokens, too few to train on")
     run.dist = dist = run.dist.with_tensor_parallel(recipe.training.tensor)
     if base is None:
-        remaining = None if recipe.budget is None else run.remaining_seconds(recipe.budget)
+        remaining = None if recipe.budget is None else partial(run.remaining_seconds, recipe.budget)
         plan = plan_corpus(corpus, recipe, run.device, remaining=remaining, num_processes=dist.world_size)
         for line in (*plan.why, f"expected: {plan.interval}"):
             run.info(line)

@@ -17,7 +17,7 @@ import shutil
 import stat
 import sys
 import zlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, cast
@@ -306,6 +306,11 @@ def read_records(path: Path, record_type: type[T]) -> list[T]:
     return [convert(record, record_type, f"{path} line {n}") for n, record in enumerate(read_jsonl(path), start=1)]
 
 
+def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Replace the records of a log atomically."""
+    atomic_write(path, "".join(to_json_line(record) + "\n" for record in records))
+
+
 def convert(value: object, to: type[T], source: object) -> T:
     """Validate a JSON value as a dataclass or `msgspec.Struct`. Raises `CorruptFileError` with the source and the field."""
     try:
@@ -511,9 +516,9 @@ def build_directory(target: Path, build: Callable[[Path], None]) -> None:
     staging_dir = target.with_name(f".{target.name}.partial")
     try:
         shutil.rmtree(staging_dir, ignore_errors=True)
-        with map_disk_errors(staging_dir):
+        with map_disk_errors(target):
             staging_dir.mkdir()
-        build(staging_dir)
+            build(staging_dir)
         atomic_replace_dir(staging_dir, target)
     finally:
         shutil.rmtree(staging_dir, ignore_errors=True)

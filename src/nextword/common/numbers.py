@@ -135,6 +135,12 @@ def check_numbers(cls: type, values: Mapping[str, Any], prefix: str = "") -> Ite
             yield name, numbers.check(value, kind, option)
 
 
+def set_checked_numbers(instance: object, prefix: str = "") -> None:
+    """Replace the numbers of a dataclass, frozen or not, by those of `check_numbers`, which says what it raises."""
+    for name, number in check_numbers(type(instance), vars(instance), prefix):
+        object.__setattr__(instance, name, number)
+
+
 # ---------------------------------------------------------------- types
 
 Count = Annotated[int, Range(1, 10**15)]  # of steps, tokens or items that are processed one after another

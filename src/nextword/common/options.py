@@ -80,8 +80,7 @@ def options(cls: type[T]) -> type[T]:
             ):
                 group = getattr(self, f.name)
                 group.update(numbers.check_numbers(settings, group, f"--{f.name}."))
-        for name, number in numbers.check_numbers(cls, self.__dict__, "--"):
-            object.__setattr__(self, name, number)
+        numbers.set_checked_numbers(self, "--")
 
     cls.__post_init__ = convert_fields  # type: ignore[attr-defined]  # dataclass looks it up by this name
     return dataclass(frozen=True, kw_only=True)(cls)

@@ -164,7 +164,7 @@ class RunDir:
             CorruptFileError: metrics.jsonl is damaged.
         """
         records = [record for record in self.read_metrics() if record["step"] <= step]
-        fs.atomic_write(self.metrics_path, "".join(fs.to_json_line(record) + "\n" for record in records))
+        fs.write_records(self.metrics_path, records)
         seconds = [record["seconds"] for record in records if "seconds" in record]
         is_complete = step == 0 or any(record["step"] == step and "loss" in record for record in records)
         return max(seconds, default=0.0) if is_complete else None

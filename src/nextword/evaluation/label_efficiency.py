@@ -19,10 +19,10 @@ from nextword.common.errors import UsageError
 from nextword.common.run_dir import RunDir, RunInterruptedError, catch_signals, open_run
 from nextword.common.statistics import CONFIDENCE_LEVEL, ScoreWithCI, mean_of_runs, t_quantile
 from nextword.tasks.dataset import TASK_KINDS
+from nextword.tasks.metrics import LOWER_IS_BETTER_METRICS
 from nextword.training.launch import check_resume_config
 
 DEFAULT_EXAMPLE_COUNTS = (32, 128, 512, 2048)  # all examples are added
-LOWER_IS_BETTER_METRICS = ("bits_per_byte", "loss")
 NUM_DRAWS = 1000  # of both curves, for the interval of the label ratio
 
 FinetuneFunction = Callable[..., dict[str, Any]]

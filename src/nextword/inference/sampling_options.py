@@ -64,8 +64,7 @@ class Sampling(SamplingOptions):
     prompt_logprobs: numbers.CountOrZero | None = option(default=None, python_only=True)
 
     def __post_init__(self) -> None:
-        for name, number in numbers.check_numbers(type(self), vars(self)):
-            object.__setattr__(self, name, number)
+        numbers.set_checked_numbers(self)
         if not all(map(math.isfinite, (self.logit_bias or {}).values())):
             raise UsageError(f"logit_bias must be finite numbers by token id, not {self.logit_bias!r}")
         stop: object = vars(self)["stop"]  # a string would be a sequence of strings, too

@@ -91,8 +91,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         try:
-            for name, number in numbers.check_numbers(type(self), vars(self)):
-                object.__setattr__(self, name, number)
+            numbers.set_checked_numbers(self)
         except UsageError as error:
             raise ConfigError(str(error)) from error
         if self.n_heads % self.n_kv_heads:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from nextword.common.errors import MissingDependencyError, NextwordError
-from nextword.common.fs import build_directory, map_disk_errors, verify_manifest, write_manifest
+from nextword.common.fs import build_directory, verify_manifest, write_manifest
 from nextword.common.statistics import ScoreWithCI
 from nextword.data.chat_format import save_chat_template
 from nextword.data.corpus import Corpus
@@ -50,6 +50,7 @@ NUM_FOLDS = 5  # of cross-fitting
 GENERATED_EVAL_EXAMPLES = 64  # answers generated per validation; fewer if answers are long
 GENERATED_EVAL_TOKENS = 4096  # tokens of these answers together
 FINAL_GENERATED_EXAMPLES = 500
+MIN_GENERATED_EXAMPLES = 16  # of any evaluation
 QUICK_METRICS = ("chrf",)  # of answers generated during training
 
 # What the scores of a fine-tuning are of.
@@ -112,20 +113,22 @@ class LanguageModelEvaluator:
         )
 
     def evaluate(
-        self, max_windows: int | None = None, split: Literal["validation", "test"] = "validation"
+        self,
+        max_windows: int | None = None,
+        split: Literal["validation", "test"] = "validation",
+        model: GPT | None = None,
     ) -> PerplexityResult:
-        """Evaluate the model on evenly spaced windows of the validation or test set, as `evaluate_replicated`."""
-        with unsharded(self.run.dist, self.setup.eager_step) as model:
-            return self.evaluate_replicated(model, max_windows, split)
+        """Evaluate on evenly spaced windows of the validation or test set. Each rank evaluates a part of the windows.
 
-    def evaluate_replicated(
-        self, model: GPT, max_windows: int | None = None, split: Literal["validation", "test"] = "validation"
-    ) -> PerplexityResult:
-        """Evaluate a model that every rank holds. Each rank evaluates a part of the windows.
-
-        Without `max_windows`, the evaluation is on the whole set, shows its progress, and ends early when its part of the time
-        budget is used up.
+        Args:
+            max_windows: Number of windows. Default: the whole set, with its progress shown, and ending early when its part of
+                the time budget is used up.
+            split: The set.
+            model: A model that every rank holds. Default: the model that is trained.
         """
+        if model is None:
+            with unsharded(self.run.dist, self.setup.eager_step) as trained:
+                return self.evaluate(max_windows, split, trained)
         dist, budget, is_final = self.run.dist, self.config.budget, max_windows is None
         tokens, stats = (
             (self.validation, self.corpus.validation) if split == "validation" else (self.test, self.corpus.test)
@@ -133,7 +136,7 @@ class LanguageModelEvaluator:
         context, deadline = dist if dist.world_size > 1 else None, math.inf
         if is_final:
             if budget is not None:
-                remaining_seconds = self.run.remaining_seconds(budget)() - FINALIZE_SECONDS
+                remaining_seconds = self.run.remaining_seconds(budget) - FINALIZE_SECONDS
                 deadline = self.run.now() + remaining_seconds * len(tokens) / self.final_tokens
             self.final_tokens -= len(tokens)
 
@@ -254,8 +257,7 @@ def save_model_dir(
             save_chat_template(directory)
         write_manifest(directory, {**metadata, **task, "model": model.config.to_dict()})
 
-    with map_disk_errors(target):
-        build_directory(target, build)
+    build_directory(target, build)
 
 
 # ---------------------------------------------------------------- fine-tuning
@@ -401,7 +403,10 @@ class TaskEvaluator:
         examples_between = steps_between * self.dataset.batch_size
         minimum, maximum = EVAL_EXAMPLES
         limit = max(minimum, min(maximum, int(0.3 * examples_between)))  # a forward pass is 1/3 of a step
-        generated = max(16, min(GENERATED_EVAL_EXAMPLES, GENERATED_EVAL_TOKENS // max(1, self.spec.answer_tokens)))
+        generated = max(
+            MIN_GENERATED_EXAMPLES,
+            min(GENERATED_EVAL_EXAMPLES, GENERATED_EVAL_TOKENS // max(1, self.spec.answer_tokens)),
+        )
         start = self.run.now()
         result = self.evaluate(self.predictor, limit, generated)
         seconds = self.run.now() - start
@@ -429,18 +434,16 @@ class TaskEvaluator:
         """
         if self.config.budget is None:
             return None, FINAL_GENERATED_EXAMPLES
-        share = (self.run.remaining_seconds(self.config.budget)() - FINALIZE_SECONDS) / self.evaluation_seconds
+        share = (self.run.remaining_seconds(self.config.budget) - FINALIZE_SECONDS) / self.evaluation_seconds
         if share >= 1 or not math.isfinite(self.evaluation_seconds):
             return None, FINAL_GENERATED_EXAMPLES
-        limit, generated = (
-            max(minimum, int(share * count))
-            for minimum, count in ((EVAL_EXAMPLES[0], total), (16, FINAL_GENERATED_EXAMPLES))
-        )
+        limit = min(total, max(EVAL_EXAMPLES[0], int(share * total)))
+        generated = max(MIN_GENERATED_EXAMPLES, int(share * FINAL_GENERATED_EXAMPLES))
         self.run.warn(
             f"the budget has no time for all {total:,} {split} examples: {limit:,} of them are evaluated. nextword evaluate "
             "reads all"
         )
-        return min(limit, total), generated
+        return limit, generated
 
     def evaluate(
         self,
@@ -501,8 +504,7 @@ class TaskEvaluator:
                 save_adapter(self.model, lora_config, directory, base_path)
                 write_manifest(directory, metadata)
 
-            with map_disk_errors(self.run.run_dir.adapter_dir):
-                build_directory(self.run.run_dir.adapter_dir, build)
+            build_directory(self.run.run_dir.adapter_dir, build)
 
     def log_sample(self, step: int) -> None:
         """Answer the first validation example, if answers are texts."""

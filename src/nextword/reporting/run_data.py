@@ -14,6 +14,7 @@ from nextword.common.fs import read_jsonl, read_sealed_json
 from nextword.common.results import is_number, short_path_name
 from nextword.common.run_dir import RunDir
 from nextword.common.statistics import ScoreWithCI
+from nextword.tasks.metrics import LOWER_IS_BETTER_METRICS
 
 LM_LOSS_TASKS = (None, "continue", "chat", "rewrite")
 LOSS_UNITS = {
@@ -24,7 +25,6 @@ LOSS_UNITS = {
     "preference": "nats per token of the chosen answer",
 }
 IMBALANCE_RATIO = 2.0  # of the most to the least frequent label, from which on labels count as imbalanced
-LOWER_IS_BETTER_METRICS = ("bits_per_byte", "loss")
 THIS_MODEL, BASE_MODEL = "this model", "base model"
 
 Point = tuple[float, float]

@@ -23,6 +23,7 @@ from nextword.common.statistics import (
 )
 from nextword.data.issues import join_names
 
+LOWER_IS_BETTER_METRICS = ("bits_per_byte", "loss")
 GENERATION_METRICS = ("chrf", "bleu", "rouge1", "rouge2", "rougeL")  # 0 to 100; all other scores are 0 to 1 or −1 to 1
 MIN_EXAMPLES_PER_LABEL = 8  # of nine labels in ten, for an interval of macro-F1
 MIN_CORRELATED = 10  # examples, for an interval of a correlation

@@ -22,8 +22,7 @@ def setting_name(f: Field[Any]) -> str:
 
 def check_settings(settings: Any, group: str) -> None:
     """Raise `UsageError` for the first setting that is not of its type, by the name of its option."""
-    for name, number in numbers.check_numbers(settings.__class__, settings.__dict__, f"--{group}."):
-        object.__setattr__(settings, name, number)
+    numbers.set_checked_numbers(settings, f"--{group}.")
     for f in fields(settings):
         choices = get_args(f.type) if get_origin(f.type) is Literal else ()
         if choices and getattr(settings, f.name) not in choices:
@@ -143,8 +142,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for a value that is not of its type."""
-        for name, number in numbers.check_numbers(type(self), vars(self), "--"):
-            object.__setattr__(self, name, number)
+        numbers.set_checked_numbers(self, "--")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON."""

@@ -97,9 +97,9 @@ class RunContext:
         """Wall time of the run, earlier processes included."""
         return self.now() - self.start_time + self.seconds_before_resume
 
-    def remaining_seconds(self, budget: float) -> Callable[[], float]:
-        """Returns a function that returns the time left of a budget for the whole run."""
-        return lambda: budget - self.elapsed_seconds()
+    def remaining_seconds(self, budget: float) -> float:
+        """The time left of a budget for the whole run."""
+        return budget - self.elapsed_seconds()
 
     def info(self, text: str) -> None:
         """Print a line, on the main rank."""

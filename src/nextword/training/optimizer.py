@@ -16,10 +16,11 @@ from nextword.training.config import LRSchedule, TrainingConfig
 from nextword.training.distributed import SINGLE_PROCESS, DistContext
 from nextword.training.parallel import run_on_owner_rank, to_local
 
+WSD_DECAY_FRACTION = 0.4  # of the run, in which the "wsd" schedule decays
+NEWTON_SCHULZ_ITERATIONS = 5
 
-def lr_multiplier(
-    progress: float, schedule: LRSchedule, warmup_fraction: float, final_lr_ratio: float, decay_fraction: float = 0.4
-) -> float:
+
+def lr_multiplier(progress: float, schedule: LRSchedule, warmup_fraction: float, final_lr_ratio: float) -> float:
     """The learning rate at a point of the run, as a fraction of the peak.
 
     Args:
@@ -28,7 +29,6 @@ def lr_multiplier(
             constant, then linear (warmup, stable, decay: Hu et al. 2024); or "constant".
         warmup_fraction: the fraction of the run that warms up.
         final_lr_ratio: the learning rate at the end, as a fraction of the peak.
-        decay_fraction: the fraction of the run in which "wsd" decays.
     """
     if progress < warmup_fraction or warmup_fraction == 1:
         return progress / warmup_fraction
@@ -40,14 +40,14 @@ def lr_multiplier(
     elif schedule == "linear":
         decay = remaining
     else:
-        decay = min(1.0, (1 - progress) / min(decay_fraction, 1 - warmup_fraction))
+        decay = min(1.0, (1 - progress) / min(WSD_DECAY_FRACTION, 1 - warmup_fraction))
     return final_lr_ratio + (1 - final_lr_ratio) * decay
 
 
 # ---------------------------------------------------------------- Muon
 
 
-def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """Replace each matrix U S Vᵀ of a stack by approximately U Vᵀ.
 
     Newton–Schulz iteration with the quintic polynomial of Jordan et al. 2024, "Muon: an optimizer for hidden layers", section
@@ -56,7 +56,6 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
 
     Args:
         matrices: a stack [N, R, C].
-        iterations: the number of iterations.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
@@ -64,7 +63,7 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     x = x if is_wide else x.mT  # so that the Gram matrix has the shorter side
     norms = cast(Tensor, x.norm(dim=(-2, -1), keepdim=True))  # pyright: ignore[reportUnknownMemberType]  (untyped)
     x = x / (norms + 1e-7)
-    for _ in range(iterations):
+    for _ in range(NEWTON_SCHULZ_ITERATIONS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x if is_wide else x.mT).to(matrices.dtype)

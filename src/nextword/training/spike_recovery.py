@@ -18,7 +18,7 @@ from typing import Annotated
 import msgspec
 
 from nextword.common.errors import TrainingDivergedError
-from nextword.common.fs import atomic_write, read_manifest, read_records, to_json_line
+from nextword.common.fs import read_manifest, read_records, write_records
 from nextword.training import checkpoint
 from nextword.training.launch import RunContext
 from nextword.training.step import TrainState
@@ -29,6 +29,7 @@ SPIKE_STREAK = 5  # consecutive high losses that make a spike
 SPIKE_MEDIAN_RATIO = 1.5
 SPIKE_DEVIATIONS = 10.0
 MAX_ATTEMPTS = 3  # rollbacks at one place
+MAX_NAMES_SHOWN = 3  # documents in a message
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -86,20 +87,6 @@ def attempts_near(skipped: Sequence[SkippedRange], index: int) -> int:
             break
         count, index = count + 1, entry.begin
     return count
-
-
-def write_skipped_ranges(path: Path, skipped: Iterable[SkippedRange]) -> None:
-    """Write detours.jsonl atomically."""
-    atomic_write(path, "".join(to_json_line(asdict(entry)) + "\n" for entry in skipped))
-
-
-def read_skipped_ranges(path: Path) -> list[SkippedRange]:
-    """Read detours.jsonl, the oldest range first; a missing file has no ranges.
-
-    Raises:
-        CorruptFileError: a line is not a skipped range.
-    """
-    return read_records(path, SkippedRange)
 
 
 # ---------------------------------------------------------------- the spike detector
@@ -164,7 +151,7 @@ class RollbackManager:
     def __init__(self, run: RunContext, detect_spikes: bool, describe_batch: Callable[[int], list[str]]):
         self.run, self.describe_batch = run, describe_batch
         self.detect_spikes = detect_spikes and run.dist.is_main
-        ranges = read_skipped_ranges(run.run_dir.skipped_ranges_path) if run.dist.is_main else []
+        ranges = read_records(run.run_dir.skipped_ranges_path, SkippedRange) if run.dist.is_main else []
         shared = run.dist.broadcast_object([asdict(entry) for entry in ranges])
         self.skipped = [SkippedRange(**entry) for entry in shared]
         self.detector = self._replay_losses()
@@ -231,7 +218,7 @@ class RollbackManager:
         )
         self.skipped.append(entry)
         if is_main:
-            write_skipped_ranges(run.run_dir.skipped_ranges_path, self.skipped)
+            write_records(run.run_dir.skipped_ranges_path, map(asdict, self.skipped))
         return path, step
 
     def resume(self) -> None:
@@ -248,7 +235,7 @@ class RollbackManager:
         )
 
 
-def summarize_names(names: list[str], shown: int = 3) -> str:
+def summarize_names(names: list[str]) -> str:
     """Join the first names, and say how many more there are."""
-    more = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {more:,} more" if more > 0 else "")
+    more = len(names) - MAX_NAMES_SHOWN
+    return ", ".join(names[:MAX_NAMES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")

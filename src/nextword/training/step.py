@@ -35,12 +35,12 @@ class BestCheckpoint:
     Attributes:
         score: its score.
         step: its step.
-        since: the number of validations after it.
+        validations_without_improvement: the number of validations after it.
     """
 
     score: float | None = None
     step: int = 0
-    since: int = 0
+    validations_without_improvement: int = 0
 
 
 @dataclass
@@ -69,12 +69,13 @@ class TrainState:
 
     def counters(self) -> dict[str, Any]:
         """All but the tensors, as a checkpoint stores it."""
+        best = self.best
         return {
             "step": self.step,
             "tokens": self.tokens,
             "bad": self.nonfinite_streak,
             "detours": self.num_rollbacks,
-            "best": vars(self.best).copy(),
+            "best": {"score": best.score, "step": best.step, "since": best.validations_without_improvement},
             "stopped": self.stopped_early,
         }
 
@@ -82,7 +83,8 @@ class TrainState:
         """Restore the `counters()` of an earlier state."""
         self.step, self.tokens = saved["step"], saved["tokens"]
         self.nonfinite_streak, self.num_rollbacks = saved["bad"], saved.get("detours", 0)
-        self.best, self.stopped_early = BestCheckpoint(**saved["best"]), saved["stopped"]
+        best, self.stopped_early = saved["best"], saved["stopped"]
+        self.best = BestCheckpoint(best["score"], best["step"], best["since"])
 
     def restore(self, path: Path, ctx: DistContext = SINGLE_PROCESS) -> None:
         """Restore weights, optimizer and counters from a checkpoint. In a distributed run each rank reads its shards."""

@@ -15,7 +15,7 @@ from typing import Annotated
 import msgspec
 
 from nextword.common.errors import CorruptFileError
-from nextword.common.fs import append_line, atomic_write, read_records, to_json_line
+from nextword.common.fs import append_line, read_records, to_json_line, write_records
 from nextword.training.distributed import SINGLE_PROCESS, DistContext
 
 MIN_INITIAL_STEPS = 50
@@ -149,7 +149,7 @@ class TimeBudgetController:
         The time that the undone steps took stays spent.
         """
         if self.ctx.is_main:
-            atomic_write(self.log, "".join(to_json_line(asdict(decision)) + "\n" for decision in schedule.decisions))
+            write_records(self.log, map(asdict, schedule.decisions))
         self.next_update_time = 0.0
 
 

@@ -281,10 +281,11 @@ class Trainer:
         if math.isfinite(result.score) and is_better:
             self._update_best(step, result)
         else:
-            best.since += 1
-            if self.config.training.patience is not None and best.since >= self.config.training.patience:
+            best.validations_without_improvement += 1
+            count, patience = best.validations_without_improvement, self.config.training.patience
+            if patience is not None and count >= patience:
                 state.stopped_early = True
-                message = f"no improvement in {best.since} validations; step {best.step:,} is the best"
+                message = f"no improvement in {count} validations; step {best.step:,} is the best"
                 run.log_event(step, f"early stopping: {message}")
             else:
                 self._report_overfitting(step, result.score)
@@ -320,7 +321,8 @@ class Trainer:
     def _report_overfitting(self, step: int, score: float) -> None:
         """Report once that the validation loss, which is minus the score, has risen by 1 % after two validations."""
         best = self.state.best
-        if self.overfitting_advice is not None and best.since >= 2 and -score > 1.01 * -(best.score or score):
+        has_risen = best.validations_without_improvement >= 2 and -score > 1.01 * -(best.score or score)
+        if self.overfitting_advice is not None and has_risen:
             self.run.log_event(
                 step,
                 f"overfitting: the validation loss has been rising since step {best.step:,}, while training continues. The "
