@@ -134,7 +134,7 @@ def test_run_json_stores_the_options_that_belong_to_the_run():
     assert set(finetuning) == {
         *("model", "data", "task", "columns", "lora", "scratch", "limit", "seed"),
         *("validation", "test", "validation_fraction"),
-        *("steps", "budget", "training", "tuning"),
+        *("steps", "budget", "training", "tuning", "metric"),
     }
     assert (finetuning["limit"], finetuning["lora"]) == (5, None)
     json.dumps([pretraining, finetuning])

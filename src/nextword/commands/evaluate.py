@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nextword.commands.command import Context, command
-from nextword.commands.shared import SeedOption, TextColumnOption, as_paths, format_metric, optional
+from nextword.commands.shared import SeedOption, TextColumnOption, as_paths, format_calibration, format_metric, optional
 from nextword.common.command_result import Result
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError
@@ -70,6 +70,7 @@ class EvaluateResult(Result):
         against: Comparison with the other model.
         suites: Results of each benchmark by its name: score, low, high, chance, n and more.
         scores: Metrics of a fine-tuned model on the test or validation set of its run: value, low, high and n.
+        calibration: Expected calibration error (error), mean confidence, accuracy and bins of a classifier's probabilities.
         scored_on: The set of the run that was evaluated, and whether it also selected the weights. None for other texts.
     """
 
@@ -85,6 +86,7 @@ class EvaluateResult(Result):
     against: dict[str, Any] | None = None
     suites: dict[str, dict[str, Any]] | None = None
     scores: dict[str, dict[str, Any]] | None = None
+    calibration: dict[str, Any] | None = None
     scored_on: str | None = None
 
     def __str__(self) -> str:
@@ -92,6 +94,7 @@ class EvaluateResult(Result):
         if self.scores is not None:
             bits = "" if self.bits_per_byte is None else f" · {self.bits_per_byte:.4f} bits/byte of the answers"
             lines = [format_metric(name, score) for name, score in self.scores.items()]
+            lines += [format_calibration(self.calibration)] if self.calibration else []
             parts.append([f"{self.scored_on}: loss {self.loss:.4f}{bits}", *lines])
         parts += [format_benchmark(name, benchmark) for name, benchmark in (self.suites or {}).items()]
         return "\n\n".join("\n".join(lines) for lines in parts)

@@ -62,6 +62,9 @@ class FinetuneResult(shared.RunResult):
         labels: Labels of a classifier.
         scores: Metrics on the test set, or else on the validation set, each with value, confidence interval (low, high) and n.
         scored_on: What `scores` are of, and whether it also selected the weights.
+        calibration: Expected calibration error (error), mean confidence, accuracy and bins of the probabilities, and the
+            temperature that the weights of the head are divided by.
+        unfinished: How many of how many (n) generated answers did not end within max_tokens.
         baselines: The same of baselines that need no language model.
     """
 
@@ -70,6 +73,8 @@ class FinetuneResult(shared.RunResult):
     labels: list[str] | None = None
     scores: dict[str, dict[str, Any]] | None = None
     scored_on: str | None = None
+    calibration: dict[str, Any] | None = None
+    unfinished: dict[str, int] | None = None
     baselines: dict[str, dict[str, dict[str, Any]]] | None = None
 
 
@@ -83,6 +88,13 @@ def format_finetuning(result: FinetuneResult) -> str:
         details += [
             f"  {name}: {shared.format_score(system[metric])}" for name, system in systems.items() if metric in system
         ]
+        details += compare_with_baseline(metric, scores[metric], result.baselines or {})
+    if calibration := result.calibration:
+        details.append(f"{shared.format_calibration(calibration)} (temperature {calibration['temperature']:.2f})")
+    if (unfinished := result.unfinished) and unfinished["count"]:
+        details.append(
+            f"{unfinished['count']:,} of {unfinished['n']:,} answers did not end within {unfinished['max_tokens']:,} tokens"
+        )
     if result.bits_per_byte is not None:
         text = "validation text" if result.task == "continue" else "validation answers"
         start = before.get("bits_per_byte")
@@ -98,6 +110,28 @@ def format_finetuning(result: FinetuneResult) -> str:
         return format_summary(result, details, "generate", result.prompt or "")
     inputs = EXAMPLE_INPUTS.get(result.task or "", ("a question", "choice 1", "choice 2"))
     return format_summary(result, details, "predict", *inputs)
+
+
+def compare_with_baseline(
+    metric: str, score: dict[str, Any], baselines: dict[str, dict[str, dict[str, Any]]]
+) -> list[str]:
+    """Whether the model is better than the best baseline, and what would help if it is not."""
+    from nextword.tasks.metrics import LOWER_IS_BETTER_METRICS
+
+    scores = {name: values[metric] for name, values in baselines.items() if metric in values}
+    if not scores:
+        return []
+    sign = -1 if metric in LOWER_IS_BETTER_METRICS else 1
+    name = max(scores, key=lambda name: sign * scores[name]["value"])
+    best, advice = scores[name], "More pre-training, more examples or a longer context would help"
+    difference = sign * (score["value"] - best["value"])
+    bounds = [bound for entry in (score, best) for bound in (entry.get("low"), entry.get("high")) if bound is not None]
+    is_clear = len(bounds) == 4 and (bounds[0] > bounds[3] or bounds[1] < bounds[2])
+    if difference > 0:
+        return [f"better than {name}, the best baseline" + ("" if is_clear else "; the confidence intervals overlap")]
+    comparison = f"worse than {name}" if difference < 0 else f"no better than {name}"
+    overlap = "" if is_clear or difference == 0 else "; the confidence intervals overlap"
+    return [f"{comparison}, a baseline that needs no language model{overlap}. {advice}"]
 
 
 @command(
@@ -126,7 +160,7 @@ def run_finetuning(run: "RunContext") -> dict[str, Any]:
     if task != "continue":
         settings |= {name: request[name] for name in ("lora", "scratch", "tuning")}
         return train_on_examples(run, base, with_overrides(FinetuneRecipe(), task=task, **settings))
-    flags = {"lora": "lora", "scratch": "from-scratch", "limit": "max-examples"}
+    flags = {"lora": "lora", "scratch": "from-scratch", "limit": "max-examples", "metric": "metric"}
     given = [f"--{flag}" for name, flag in flags.items() if request[name]]
     given += [f"--tuning.{name.replace('_', '-')}" for name in sorted(set(request["tuning"]) - {"dropout"})]
     if given:
@@ -175,7 +209,7 @@ def train_on_examples(run: "RunContext", base: "BaseModel", recipe: FinetuneReci
     recipe = choose_hyperparameters(recipe, data, start.config.d_model)
     model, lora_config = evaluators.build_finetune_model(start, base, data, recipe, seed)
     dataset, label_counts, is_balanced = evaluators.build_task_dataset(model, data, recipe, seed)
-    metric = evaluators.selection_metric(data.task_spec, is_balanced)
+    metric = evaluators.selection_metric(data.task_spec, is_balanced, run.request.get("metric"))
     recipe = choose_length(recipe, dataset.steps_per_epoch)
     run.info(summarize(recipe, data, label_counts, is_balanced))
     fingerprint = data.fingerprint()
@@ -204,7 +238,7 @@ def train_on_examples(run: "RunContext", base: "BaseModel", recipe: FinetuneReci
         raise UsageError(f"{run.run_dir.path}: the examples are not those {other_run}")
     with setup_training(run, metadata, model, task_loss(recipe, data), dataset, recipe, dynamic_shapes=True) as setup:
         evaluator = evaluators.TaskEvaluator(run, setup, base, data, dataset, recipe, metric, lora_config)
-        trainer = Trainer(run, setup, recipe, evaluator)
+        trainer = Trainer(run, setup, recipe, evaluator, min_steps_without_improvement=dataset.steps_per_epoch)
         trainer.train()
         return trainer.write_results(evaluator.evaluate_best())
 

@@ -301,6 +301,10 @@ class FinetuneOptions(TaskOptions):
         steps: Length of the run in optimizer steps. Default: set by --epochs.
         strict: Stop at the first problem in the data, or at a corrupt newest checkpoint, instead of reporting it and
             continuing.
+        metric: Metric that selects the best weights: accuracy, macro_f1, mcc or f1:LABEL (classify, entail), micro_f1,
+            macro_f1 or exact_match (several labels), pearson or spearman (similarity), accuracy (choose), chrf, bleu, rouge1,
+            rouge2, rougeL, exact_match or final_number (rewrite), bits_per_byte (chat), preferred (prefer), or loss.
+            Default: the first of its task; macro_f1 for imbalanced labels.
         training: Settings of the training.
         tuning: Settings of fine-tuning.
     """
@@ -308,6 +312,7 @@ class FinetuneOptions(TaskOptions):
     budget: numbers.Duration | None = option(default=None, converter=numbers.text_or_number, metavar="DURATION")
     steps: numbers.Count | None = None
     strict: bool = option(default=False, stored=False)
+    metric: str | None = None
     training: dict[str, Any] = option(default=None, converter=overrides, settings=TrainingConfig)
     tuning: dict[str, Any] = option(default=None, converter=overrides, settings=FinetuneHyperparameters())
 
@@ -391,6 +396,14 @@ def format_score(score: dict[str, Any]) -> str:
     digits = 1 if score["value"] > 1 else 3
     interval = f"95 % CI {score['low']:.{digits}f}–{score['high']:.{digits}f}, " if score["low"] is not None else ""
     return f"{score['value']:.{digits}f} ({interval}n = {score['n']:,})"
+
+
+def format_calibration(calibration: dict[str, Any]) -> str:
+    """The calibration of a classifier's probabilities."""
+    return (
+        f"expected calibration error {calibration['error']:.3f}: mean confidence {calibration['confidence']:.3f}, "
+        f"accuracy {calibration['accuracy']:.3f}"
+    )
 
 
 def format_metric(name: str, score: dict[str, Any]) -> str:

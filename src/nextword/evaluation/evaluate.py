@@ -29,6 +29,7 @@ from nextword.pipeline.evaluators import (
 )
 from nextword.pipeline.item_scores import ItemScores, evaluate_free_text, score_items
 from nextword.pipeline.language_model import LanguageModel, Paths, as_list
+from nextword.pipeline.predictor import compute_calibration
 from nextword.tasks.benchmark_items import DEFAULT_ITEM_LIMIT, BenchmarkRow, load_rows, sample_indices
 from nextword.tasks.benchmark_spec import Benchmark
 from nextword.tasks.dataset import load_task_data
@@ -341,9 +342,14 @@ def evaluate_task_run(model: LanguageModel, run: RunDir, console: Console) -> di
             scores = predictor.evaluate([examples[i] for i in chosen], [encoded[i] for i in chosen]).scores
         except MissingDependencyError as error:
             console.warn(str(error))
-    basis = SELECTED_NOTHING if data.test else SELECTED_TOO
-    scores = scores_to_dict(scores)
-    return {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "scores": scores, "scored_on": basis}
+    calibration = compute_calibration(predictor.task_spec, examples, result.predictions)
+    return {
+        "loss": result.loss,
+        "bits_per_byte": result.bits_per_byte,
+        "scores": scores_to_dict(scores),
+        "calibration": None if calibration is None else asdict(calibration),
+        "scored_on": SELECTED_NOTHING if data.test else SELECTED_TOO,
+    }
 
 
 # ---------------------------------------------------------------- stored results

@@ -134,7 +134,7 @@ def run_cell(finetune: FinetuneFunction, run_dir: RunDir, count: int | None, see
     out.parent.mkdir(exist_ok=True)
     result = finetune(out=out, limit=count, seed=seed, scratch=not pretrained, resume=True, console=Console(quiet=True))
     metadata = RunDir(out).metadata()
-    metric = TASK_KINDS[metadata["task"]["kind"]].metric
+    metric = result["metric"] if metadata["request"].get("metric") else TASK_KINDS[metadata["task"]["kind"]].metric
     metric = metric if metric in result else "bits_per_byte"
     if result.get(metric) is None:
         raise UsageError("transfer needs a validation set: add one with --validation")

@@ -3,22 +3,23 @@
 Also what fine-tuning starts from: its examples, its model and its batches.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from nextword.common.errors import MissingDependencyError, NextwordError
-from nextword.common.fs import build_directory, verify_manifest, write_manifest
+from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
+from nextword.common.fs import build_directory, read_manifest, verify_manifest, write_manifest
 from nextword.common.statistics import ScoreWithCI
 from nextword.data.chat_format import save_chat_template
 from nextword.data.corpus import Corpus
 from nextword.data.dataset import TokenDataset, derive_seed
-from nextword.data.issues import IssueLog
+from nextword.data.issues import IssueLog, join_names
 from nextword.data.tokenizer import Tokenizer
 from nextword.inference.engine import Engine, check_tokenizer
 from nextword.inference.perplexity import DocumentLosses, PerplexityResult, evaluate_perplexity
@@ -27,9 +28,18 @@ from nextword.model.gpt import GPT, with_classification_head, with_resized_vocab
 from nextword.model.hf import iter_hf_tensors, iter_weights, load_model, save_model
 from nextword.model.lora import LoraConfig, add_lora, merge_lora, save_adapter
 from nextword.pipeline.language_model import FORGETTING_TOKENS, BaseModel, evaluate_forgetting
-from nextword.pipeline.predictor import EvaluationResult, Predictor, baseline_scores, compute_metrics
+from nextword.pipeline.predictor import (
+    EvaluationResult,
+    Predictor,
+    baseline_scores,
+    compute_calibration,
+    compute_metrics,
+    head_loss,
+)
+from nextword.tasks.calibration import fit_temperature
 from nextword.tasks.dataset import (
     HEAD_KINDS,
+    PROBABILITY_KINDS,
     TASK_KINDS,
     TaskData,
     TaskDataset,
@@ -38,7 +48,7 @@ from nextword.tasks.dataset import (
     load_task_data,
 )
 from nextword.tasks.examples import hash_inputs, input_texts
-from nextword.tasks.metrics import GENERATION_METRICS
+from nextword.tasks.metrics import GENERATION_METRICS, LABEL_F1, METRIC_ALIASES, TEXT_METRICS
 from nextword.training.config import FinetuneRecipe, RunConfig
 from nextword.training.launch import RunContext, TrainingSetup
 from nextword.training.parallel import load_weights_, to_full, unsharded
@@ -46,17 +56,16 @@ from nextword.training.step import autocast
 from nextword.training.trainer import FINALIZE_SECONDS, ValidationResult
 
 EVAL_EXAMPLES = (200, 500)  # minimum and maximum of validation examples per validation
-NUM_FOLDS = 5  # of cross-fitting
+NUM_FOLDS = 2  # of cross-fitting; with more folds the score varies more
 GENERATED_EVAL_EXAMPLES = 64  # answers generated per validation; fewer if answers are long
 GENERATED_EVAL_TOKENS = 4096  # tokens of these answers together
 FINAL_GENERATED_EXAMPLES = 500
 MIN_GENERATED_EXAMPLES = 16  # of any evaluation
-QUICK_METRICS = ("chrf",)  # of answers generated during training
 
 # What the scores of a fine-tuning are of.
 SELECTED_NOTHING = "the test set, which selected nothing"
 SELECTED_TOO = "the validation set, which also selected the weights"
-CROSS_FITTED = "the validation set, each fifth scored by weights that the other four select"
+CROSS_FITTED = "the validation set, each half scored by the weights that the other half selects"
 
 
 # ---------------------------------------------------------------- language models
@@ -107,6 +116,7 @@ class LanguageModelEvaluator:
         self.forward_seconds_per_batch = (self.run.now() - start) / result.tokens * self.batch_tokens
         return ValidationResult(
             score=-result.loss,
+            loss=result.loss,
             metrics={"loss": result.loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens},
             summary=f"validation loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits/byte "
             f"({result.tokens:,} of {len(self.validation):,} tokens)",
@@ -343,11 +353,46 @@ def build_task_dataset(
     return dataset, label_counts, sample_weights is not None
 
 
-def selection_metric(spec: TaskSpec, is_balanced: bool) -> str:
-    """The metric that selects the best weights: macro-F1 if rare labels count more; of a chat, bits per byte."""
-    if spec.task == "chat":
-        return "bits_per_byte"
-    return "macro_f1" if is_balanced else TASK_KINDS[spec.kind].metric
+def selection_metric(spec: TaskSpec, is_balanced: bool, name: str | None = None) -> str:
+    """The metric that selects the best weights: by default macro-F1 if rare labels count more; of a chat, bits per byte.
+
+    Args:
+        spec: The task.
+        is_balanced: Whether rare labels count more.
+        name: The requested metric.
+
+    Raises:
+        UsageError: The task has no such metric.
+    """
+    if name is None:
+        if spec.task == "chat":
+            return "bits_per_byte"
+        return "macro_f1" if is_balanced else TASK_KINDS[spec.kind].metric
+    metric = METRIC_ALIASES.get(name, name)
+    known = ["bits_per_byte"] if spec.task == "chat" else list(TASK_KINDS[spec.kind].metrics)
+    if spec.kind == "label" and metric.startswith("f1"):
+        known += [f"{LABEL_F1}{label}" for label in spec.labels]
+    if metric not in [*known, "loss"]:
+        shown = join_names([*known, "loss"] + ([f"{LABEL_F1}LABEL"] if spec.kind == "label" else []))
+        raise UsageError(f"--metric {name}: the task {spec.task} has no such metric. Choose one of {shown}")
+    return metric
+
+
+@contextlib.contextmanager
+def scaled_head(model: GPT, temperature: float) -> Generator[None]:
+    """Divide the weights of the classification head by a temperature, within a context."""
+    if model.score is None or temperature == 1:
+        yield
+        return
+    weight = model.score.weight
+    original = weight.detach().clone()
+    with torch.no_grad():
+        weight.div_(temperature)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            weight.copy_(original)
 
 
 @dataclass
@@ -364,6 +409,7 @@ class TaskEvaluator:
         metric: The metric that selects the best weights.
         lora_config: The LoRA adapter; None if all weights are trained.
         evaluation_seconds: Time to evaluate the validation and the test set, the fastest estimate so far.
+        temperature: Temperature of the probabilities, fitted at the last validation.
     """
 
     run: RunContext
@@ -375,6 +421,7 @@ class TaskEvaluator:
     metric: str
     lora_config: LoraConfig | None
     evaluation_seconds: float = math.inf
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         self.spec, self.model = self.data.task_spec, self.setup.state.model
@@ -408,7 +455,8 @@ class TaskEvaluator:
             min(GENERATED_EVAL_EXAMPLES, GENERATED_EVAL_TOKENS // max(1, self.spec.answer_tokens)),
         )
         start = self.run.now()
-        result = self.evaluate(self.predictor, limit, generated)
+        metrics_during_training = (self.metric,) if self.metric in TEXT_METRICS else ("chrf",)
+        result = self.evaluate(self.predictor, limit, generated, metrics_during_training)
         seconds = self.run.now() - start
         scale = self.num_held_out / min(limit, total)
         if result.scores and self.spec.kind == "answer":
@@ -421,11 +469,30 @@ class TaskEvaluator:
         if result.bits_per_byte is not None:
             metrics["bits_per_byte"] = result.bits_per_byte
             summary.append(f"{result.bits_per_byte:.3f} bits/byte of the answers")
-        predictions = None
+        loss, predictions = self._calibrate(result, limit), None
+        if self.spec.kind in PROBABILITY_KINDS:
+            metrics |= {"calibrated_loss": loss, "temperature": self.temperature}
         if limit >= total and self.spec.kind in HEAD_KINDS:
             field = TASK_KINDS[self.spec.kind].prediction_field
             predictions = [prediction[field] for prediction in result.predictions]
-        return ValidationResult(values.get(self.metric, -result.loss), metrics, ", ".join(summary), predictions)
+        return ValidationResult(
+            score=-loss if self.metric == "loss" else values.get(self.metric, -loss),
+            loss=loss,
+            metrics=metrics,
+            summary=", ".join(summary),
+            predictions=predictions,
+            is_constant=self.spec.kind == "label" and len({p["label"] for p in result.predictions}) == 1,
+        )
+
+    def _calibrate(self, result: EvaluationResult, limit: int) -> float:
+        """Fit the temperature to a validation. Returns the loss at that temperature, which overconfidence does not raise."""
+        if self.spec.kind not in PROBABILITY_KINDS or result.logits is None:
+            return result.loss
+        encoded = self.sets["validation"][1]
+        targets = [encoded[i].target for i in evenly_spaced(len(encoded), limit)]
+        self.temperature = fit_temperature(result.logits, targets)
+        scaled = (logits / self.temperature for logits in result.logits)
+        return float(np.mean([head_loss(self.spec.kind, row, y) for row, y in zip(scaled, targets, strict=True)]))
 
     def _final_sample(self, total: int, split: str) -> tuple[int | None, int]:
         """The number of examples (None: all) and of generated answers of the final evaluation on a set of `total`.
@@ -450,7 +517,7 @@ class TaskEvaluator:
         predictor: Predictor,
         limit: int | None,
         generated: int,
-        text_metrics: Sequence[str] = QUICK_METRICS,
+        metrics: Sequence[str] = (),
         split: Literal["validation", "test"] = "validation",
     ) -> EvaluationResult:
         """Evaluate a model on examples of the validation or test set.
@@ -459,7 +526,7 @@ class TaskEvaluator:
             predictor: The model.
             limit: Number of examples, evenly spaced; None for all.
             generated: Number of examples with a generated answer. Without the package for the text metrics there are none.
-            text_metrics: Metrics of the generated answers.
+            metrics: Metrics of the generated answers, and F1 scores of single labels.
             split: The set that the examples are from.
         """
         all_examples, all_encoded = self.sets[split]
@@ -469,15 +536,15 @@ class TaskEvaluator:
             return predictor.evaluate([all_examples[i] for i in chosen], [all_encoded[i] for i in chosen], **options)
 
         is_text = self.spec.kind == "answer"
-        result = evaluate(limit, generate=not is_text)
+        result = evaluate(limit, generate=not is_text, metrics=(self.metric, *metrics))
         if not is_text or self.spec.task == "chat" or not generated:
             return result
         try:
-            texts = evaluate(generated, metrics=text_metrics)
+            texts = evaluate(generated, metrics=metrics)
         except MissingDependencyError as error:
             self.run.warn(f"{error}. Without it, the loss selects the best weights")
             return result
-        return replace(result, scores=texts.scores, predictions=texts.predictions)
+        return replace(result, scores=texts.scores, predictions=texts.predictions, num_unfinished=texts.num_unfinished)
 
     def finalize_seconds(self) -> float:
         """Estimate the time of the final evaluation, at most a third of the budget.
@@ -493,7 +560,17 @@ class TaskEvaluator:
         return min(seconds, (self.config.budget or math.inf) / 3)
 
     def save_best(self, metadata: dict[str, Any]) -> None:
-        """Write RUN/model with the LoRA weights merged, and RUN/adapter in PEFT's format if there are any."""
+        """Write RUN/model with the LoRA weights merged, and RUN/adapter in PEFT's format if there are any.
+
+        The weights of the classification head are divided by the temperature, so that every program that reads the model
+        computes calibrated probabilities.
+        """
+        if self.spec.kind in PROBABILITY_KINDS:
+            metadata = {**metadata, "temperature": self.temperature}
+        with scaled_head(self.model, self.temperature):
+            self._save_best(metadata)
+
+    def _save_best(self, metadata: dict[str, Any]) -> None:
         lora_config = self.lora_config
         model = self.model if lora_config is None else merge_lora(self.model)
         save_model_dir(self.run.run_dir.model_dir, model, self.data.tokenizer, metadata, self.spec)
@@ -511,7 +588,7 @@ class TaskEvaluator:
         if self.spec.kind != "answer" or not self.validation:
             return
         example = self.validation[0]
-        [text] = self.predictor.generate_answers([example])
+        text = self.predictor.generate_answers([example])[0].text.strip()
         prompt = input_texts(self.spec.task, example)[-1]
         self.run.log({"step": step, "sample": {"prompt": f"{prompt}\n→ ", "text": text}})
         self.run.console.log_sample(step, f"{prompt} → ", text)
@@ -520,7 +597,8 @@ class TaskEvaluator:
         """Evaluate RUN/model on the test set or else on the validation set, beside simple baselines and the base model."""
         spec = self.spec
         split: Literal["validation", "test"] = "test" if self.data.test else "validation"
-        model = load_model(self.run.run_dir.model_dir, self.run.device)
+        model_dir = self.run.run_dir.model_dir
+        model = load_model(model_dir, self.run.device)
         metrics: dict[str, Any] = {
             "task": spec.task,
             "metric": self.metric,
@@ -535,7 +613,18 @@ class TaskEvaluator:
             if split == "test":
                 result = self.evaluate(predictor, limit, 0)
                 metrics |= {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
-            result = self.evaluate(predictor, limit, generated, GENERATION_METRICS, split)
+            result = self.evaluate(predictor, limit, generated, (self.metric, *GENERATION_METRICS), split)
+            chosen = [examples[i] for i in evenly_spaced(len(examples), limit)]
+            if spec.kind == "answer" and result.predictions:
+                metrics["unfinished"] = {
+                    "count": result.num_unfinished,
+                    "n": len(result.predictions),
+                    "max_tokens": spec.answer_tokens,
+                }
+            if calibration := compute_calibration(spec, chosen, result.predictions):
+                metrics["calibration"] = asdict(calibration) | {
+                    "temperature": read_manifest(model_dir).get("temperature", 1.0)
+                }
             prefix = "test_" if split == "test" else ""
             metrics |= {f"{prefix}loss": result.loss, f"{prefix}bits_per_byte": result.bits_per_byte}
             scores, basis = result.scores, SELECTED_NOTHING if split == "test" else SELECTED_TOO
@@ -546,7 +635,7 @@ class TaskEvaluator:
             count = generated if spec.kind == "answer" else limit
             examples = [examples[i] for i in evenly_spaced(len(examples), count)]
             try:
-                baselines = baseline_scores(spec, self.data.train, examples)
+                baselines = baseline_scores(spec, self.data.train, examples, (self.metric, *GENERATION_METRICS))
             except MissingDependencyError:  # reported during validation
                 baselines = {}
             metrics["baselines"] = {name: scores_to_dict(scores) for name, scores in baselines.items()}
@@ -564,18 +653,20 @@ class TaskEvaluator:
         """
         records = self.run.run_dir.read_metrics()
         evaluations = [record["predictions"] for record in records if "predictions" in record]
+        validations = [record["validation"] for record in records if "validation" in record]
+        losses = [values.get("calibrated_loss", values["loss"]) for values in validations]
         folds = np.array([hash_inputs(self.spec.task, example) % NUM_FOLDS for example in self.validation])
-        num_validations = sum("validation" in record for record in records)
-        if not evaluations or len(evaluations) < num_validations or len(np.unique(folds)) < NUM_FOLDS:
+        if not evaluations or len(evaluations) < len(validations) or len(np.unique(folds)) < NUM_FOLDS:
             return {}
         field = TASK_KINDS[self.spec.kind].prediction_field
 
         def compute(predictions: Sequence[Any], indices: Sequence[int]) -> dict[str, ScoreWithCI]:
             examples = [self.validation[i] for i in indices]
-            return compute_metrics(self.spec, examples, [{field: predictions[i]} for i in indices])
+            return compute_metrics(self.spec, examples, [{field: predictions[i]} for i in indices], (self.metric,))
 
-        def score(predictions: Sequence[Any], indices: Sequence[int]) -> float:
-            return compute(predictions, indices)[self.metric].value
+        def score(evaluation: int, indices: Sequence[int]) -> tuple[float, float]:
+            scores = compute(evaluations[evaluation], indices)
+            return scores[self.metric].value if self.metric in scores else 0.0, -losses[evaluation]
 
         predictions = cross_fitted(evaluations, folds, score)
         return compute(predictions, range(len(folds)))
@@ -590,7 +681,9 @@ class TaskEvaluator:
 
 
 def cross_fitted(
-    evaluations: Sequence[Sequence[Any]], folds: np.ndarray, score: Callable[[Sequence[Any], Sequence[int]], float]
+    evaluations: Sequence[Sequence[Any]],
+    folds: np.ndarray,
+    score: Callable[[int, Sequence[int]], float | tuple[float, ...]],
 ) -> list[Any]:
     """Predictions for examples that did not select them, so that the best of several evaluations is not their score.
 
@@ -600,12 +693,13 @@ def cross_fitted(
     Args:
         evaluations: The predictions for all examples at each validation [V][E].
         folds: The fold of each example [E].
-        score: The score of predictions on the examples of some indices; the highest one selects, the earliest of equal ones.
+        score: The score of a validation [V] on the examples of some indices; the highest one selects, the earliest of equal
+            ones.
     """
     chosen: list[Any] = [None] * len(folds)
     for fold in np.unique(folds):
         others: list[int] = np.flatnonzero(folds != fold).tolist()
-        best = max(evaluations, key=lambda predictions: score(predictions, others))
+        best = evaluations[max(range(len(evaluations)), key=lambda evaluation: score(evaluation, others))]
         for i in np.flatnonzero(folds == fold).tolist():
             chosen[i] = best[i]
     return chosen

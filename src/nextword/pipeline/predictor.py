@@ -20,8 +20,10 @@ from nextword.inference.sampling import Sampling
 from nextword.model.gpt import GPT
 from nextword.tasks import baselines
 from nextword.tasks import metrics as task_metrics
+from nextword.tasks.calibration import CalibrationResult, measure_calibration
 from nextword.tasks.dataset import (
     HEAD_KINDS,
+    PROBABILITY_KINDS,
     TASK_KINDS,
     EncodedExample,
     ExampleEncoder,
@@ -47,12 +49,16 @@ class EvaluationResult:
         loss: Mean loss per example; in nats per target token for generated text.
         bits_per_byte: The same in bits per byte of the targets; None for tasks with a head.
         predictions: The predictions, as `Predictor.predict` returns them.
+        logits: The outputs of the head for each example, without a head None.
+        num_unfinished: Number of generated answers that were cut off at the maximum length.
     """
 
     scores: dict[str, ScoreWithCI]
     loss: float
     bits_per_byte: float | None
     predictions: list[Prediction]
+    logits: list[np.ndarray] | None = None
+    num_unfinished: int = 0
 
 
 class Predictor:
@@ -121,7 +127,9 @@ class Predictor:
                 results.update(zip(indices, table, strict=True))
         return [results[i] for i in range(len(encoded))]
 
-    def generate_answers(self, examples: Sequence[Example], progress: ProgressCallback | None = None) -> list[str]:
+    def generate_answers(
+        self, examples: Sequence[Example], progress: ProgressCallback | None = None
+    ) -> list[Completion]:
         """A greedy answer to each example. Identical prompts are answered once."""
         prompts = [tuple(self.encoder.encode_prompt(example)) for example in examples]
         distinct = sorted(set(prompts), key=lambda prompt: (len(prompt), prompt))
@@ -129,7 +137,7 @@ class Predictor:
         with evaluation_mode(self.model):
             engine = Engine(self.model, self.tokenizer, max_batch=GENERATION_BATCH_SIZE, seed=0)
             completions = generate_in_batches(engine, distinct, sampling, progress)
-        answers = {prompt: completion.text.strip() for prompt, completion in zip(distinct, completions, strict=True)}
+        answers = dict(zip(distinct, completions, strict=True))
         return [answers[prompt] for prompt in prompts]
 
     # ------------------------------------------------------------ predictions
@@ -167,7 +175,7 @@ class Predictor:
         issues = IssueLog() if issues is None else issues
         ranks_answers = self.task_spec.kind == "preference" and all("chosen" in example.fields for example in examples)
         if self.task_spec.kind not in HEAD_KINDS and not ranks_answers:
-            return [{"text": text} for text in self.generate_answers(examples, progress)]
+            return list(map(_answer_prediction, self.generate_answers(examples, progress)))
         encoded: list[EncodedExample] = []
         for example in examples:
             encoding = self.encoder.encode(example, issues, with_target=False)
@@ -194,7 +202,7 @@ class Predictor:
             examples: The examples.
             encoded: Their encodings, with targets.
             generate: Whether to generate and score answers, which is slow; if false, only the loss is computed.
-            metrics: The metrics of generated answers.
+            metrics: The metrics of generated answers, and F1 scores of single labels.
 
         Raises:
             NextwordError: There are no examples.
@@ -206,8 +214,8 @@ class Predictor:
             logits = self.logits(encoded)
             predictions = list(map(self.prediction, logits, examples))
             losses = [head_loss(kind, row, example.target) for row, example in zip(logits, encoded, strict=True)]
-            scores = compute_metrics(self.task_spec, examples, predictions)
-            return EvaluationResult(scores, float(np.mean(losses)), None, predictions)
+            scores = compute_metrics(self.task_spec, examples, predictions, metrics)
+            return EvaluationResult(scores, float(np.mean(losses)), None, predictions, logits)
         log_likelihoods = self.log_likelihoods(encoded)
         # Loss and bits per byte of the targets of each example's first sequence.
         target_ids = [example.sequences[0].ids[example.sequences[0].loss_mask].tolist() for example in encoded]
@@ -217,12 +225,15 @@ class Predictor:
         nats = -float(log_likelihoods[:, 0].sum())
         loss, bits_per_byte = nats / max(1, sum(map(len, target_ids))), nats / math.log(2) / max(1, num_bytes)
         predictions: list[Prediction] = []
+        num_unfinished = 0
         if kind == "preference":
             predictions = _preference_predictions(log_likelihoods)
         elif generate:
-            predictions = [{"text": text} for text in self.generate_answers(examples)]
+            answers = self.generate_answers(examples)
+            predictions = list(map(_answer_prediction, answers))
+            num_unfinished = sum(answer.finish_reason == "length" for answer in answers)
         scores = compute_metrics(self.task_spec, examples, predictions, metrics) if predictions else {}
-        return EvaluationResult(scores, loss, bits_per_byte, predictions)
+        return EvaluationResult(scores, loss, bits_per_byte, predictions, num_unfinished=num_unfinished)
 
 
 def generate_in_batches(
@@ -236,6 +247,10 @@ def generate_in_batches(
         if progress is not None:
             progress(len(completions), len(prompts))
     return completions
+
+
+def _answer_prediction(completion: Completion) -> Prediction:
+    return {"text": completion.text.strip()}
 
 
 def _preference_predictions(log_likelihoods: np.ndarray) -> list[Prediction]:
@@ -259,7 +274,7 @@ def compute_metrics(
     predictions: Sequence[Prediction],
     metrics: Sequence[str] = task_metrics.GENERATION_METRICS,
 ) -> dict[str, ScoreWithCI]:
-    """The metrics of predictions for examples with targets; `metrics` selects those of generated text."""
+    """The metrics of predictions for examples with targets; `metrics` selects those of generated text and of labels."""
     kind = task_spec.kind
     predicted = [prediction[TASK_KINDS[kind].prediction_field] for prediction in predictions]
     if kind == "preference":
@@ -267,7 +282,7 @@ def compute_metrics(
     if kind in HEAD_KINDS:
         targets = [example.fields[TASK_KINDS[kind].target_field] for example in examples]
         if kind == "label":
-            return task_metrics.classification(targets, predicted, task_spec.labels)
+            return task_metrics.classification(targets, predicted, task_spec.labels, metrics)
         if kind == "labels":
             return task_metrics.multilabel(targets, predicted, task_spec.labels)
         return (task_metrics.similarity if kind == "score" else task_metrics.multiple_choice)(targets, predicted)
@@ -280,7 +295,31 @@ def compute_metrics(
         reference = example.fields["messages"][-1]["content"] if is_chat else example.fields["completion"]
         references.setdefault(source, []).append(reference)
         texts[source] = text
-    return task_metrics.generation_metrics([references[source] for source in texts], list(texts.values()), metrics)
+    names = [name for name in dict.fromkeys(metrics) if name in task_metrics.TEXT_METRICS]
+    return task_metrics.generation_metrics([references[source] for source in texts], list(texts.values()), names)
+
+
+def compute_calibration(
+    task_spec: TaskSpec, examples: Sequence[Example], predictions: Sequence[Prediction]
+) -> CalibrationResult | None:
+    """The calibration of predictions for examples with targets; None if they are no probabilities.
+
+    For several labels per example, each decision on a label counts.
+    """
+    if task_spec.kind not in PROBABILITY_KINDS or not examples:
+        return None
+    confidences: list[float] = []
+    is_right: list[bool] = []
+    for example, prediction in zip(examples, predictions, strict=True):
+        target = example.fields[TASK_KINDS[task_spec.kind].target_field]
+        if task_spec.kind == "labels":
+            confidences += [max(p, 1 - p) for p in prediction["probabilities"].values()]
+            is_right += [(p > 0.5) == (name in target) for name, p in prediction["probabilities"].items()]
+        else:
+            probabilities = prediction["probabilities"]
+            confidences.append(max(probabilities.values() if task_spec.kind == "label" else probabilities))
+            is_right.append(prediction["label"] == target)
+    return measure_calibration(confidences, is_right)
 
 
 def compute_labeled_metrics(
@@ -354,8 +393,11 @@ def baseline_predictions(
 
 
 def baseline_scores(
-    task_spec: TaskSpec, train: Sequence[Example], test: Sequence[Example]
+    task_spec: TaskSpec,
+    train: Sequence[Example],
+    test: Sequence[Example],
+    metrics: Sequence[str] = task_metrics.GENERATION_METRICS,
 ) -> dict[str, dict[str, ScoreWithCI]]:
     """The metrics of each baseline by name."""
     predictions = baseline_predictions(task_spec, train, test)
-    return {name: compute_metrics(task_spec, test, values) for name, values in predictions.items()}
+    return {name: compute_metrics(task_spec, test, values, metrics) for name, values in predictions.items()}

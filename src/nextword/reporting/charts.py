@@ -25,7 +25,7 @@ from matplotlib.ticker import MaxNLocator
 from nextword.common.results import BenchmarkResult
 from nextword.common.statistics import ScoreWithCI
 from nextword.reporting import formatting as fmt
-from nextword.reporting.run_data import METRICS, THIS_MODEL, Point, RunData, TaskResults
+from nextword.reporting.run_data import METRICS, THIS_MODEL, Point, RunData, TaskResults, metric_info
 
 Points = Sequence[Point]
 Plot = Callable[[Axes, bool], None]  # draws into axes, which may be those of a wide chart
@@ -193,7 +193,7 @@ def label_efficiency_chart(
         higher_is_better: Whether a higher score is better.
     """
     counts = [count for count, _ in points]
-    name, meaning = METRICS[metric]
+    name, meaning = metric_info(metric) or METRICS["loss"]
     bounds = {key: np.array([_value_low_high(scores[key]) for _, scores in points]) for key in INITIALIZATIONS}
     means, lows, highs = np.concatenate(list(bounds.values())).T
     values = [*means, *(score.value for score in baselines.values()), *(run["score"] for run in runs)]
@@ -283,6 +283,27 @@ def benchmark_plot(benchmarks: Sequence[BenchmarkResult]) -> DotPlot | None:
                 DotRow(entry.name, entry.score, is_significant, entry.chance, shuffled, fmt.versus_chance(entry))
             )
     return DotPlot(rows, [0.0, 0.25, 0.5, 0.75, 1.0]) if rows else None
+
+
+def reliability_diagram(bins: Sequence[Sequence[float]]) -> Chart:
+    """Accuracy by confidence (DeGroot and Fienberg 1983). On the diagonal the probabilities are calibrated.
+
+    Args:
+        bins: Mean confidence, accuracy and number of predictions of each bin.
+    """
+    confidences, accuracies = np.array([entry[:2] for entry in bins], dtype=np.float64).T
+
+    def plot(axes: Axes, wide: bool) -> None:
+        low = min(confidences.min(), accuracies.min())
+        axes.plot((low, 1), (low, 1), **BASELINE)
+        axes.plot(confidences, accuracies, color=VALIDATION_COLOR, marker="o", markersize=4)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(_format_tick)
+        axes.set(xlabel="confidence", ylabel="accuracy")
+
+    caption = "Reliability diagram: accuracy by confidence. Calibrated predictions lie on the diagonal."
+    points = "; ".join(f"{accuracy:.2f} at {confidence:.2f}" for confidence, accuracy, *_ in bins)
+    return Chart(caption, f"Accuracy by confidence: {points}.", draw_svg(plot, (3.7, 2.6), "reliability"))
 
 
 # ---------------------------------------------------------------- drawing

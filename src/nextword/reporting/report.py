@@ -20,11 +20,11 @@ from nextword.reporting import charts
 from nextword.reporting import formatting as fmt
 from nextword.reporting.run_data import (
     LOWER_IS_BETTER_METRICS,
-    METRICS,
     RunData,
     TaskResults,
     as_list,
     as_mapping,
+    metric_info,
     parse_scores,
 )
 
@@ -159,6 +159,8 @@ def _small_charts(run: RunData, results: TaskResults | None) -> list[charts.Char
         loss = f"task loss + {weight:g} × language modeling loss" if is_number(weight) and weight > 0 else "task loss"
         loss = "DPO, which starts at ln 2 = 0.693" if run.task_kind == "preference" else loss
         add("training", f"Training loss: {loss}", run.series("loss"), 2, is_training=True)
+    if calibration := run.calibration:
+        small.append(charts.reliability_diagram(calibration["bins"]))
     add("lr", "Learning rate", run.series("lr"), start_at_zero=True)
     add("gradient_norm", "Gradient norm before clipping", run.series("gradient_norm"), start_at_zero=True)
     add("tokens_per_second", "Tokens per second", run.series("tokens_per_second"), start_at_zero=True)
@@ -213,7 +215,8 @@ def _render_study(run_dir: Path, run: RunData) -> str:
     points = [
         (int(count), scores) for count, scores in rows if is_number(count) and count > 0 and scores.keys() >= keys
     ]
-    if metric not in METRICS or not points:
+    info = metric_info(metric)
+    if info is None or not points:
         raise NextwordError(
             f"{run_dir}: the study has no scores to plot (metric: {metric}). Run nextword transfer again"
         )
@@ -231,7 +234,7 @@ def _render_study(run_dir: Path, run: RunData) -> str:
         title=run.name,
         headline=str(study.get("sentence") or "Label efficiency of pre-training"),
         subtitle=" · ".join(short_path_name(str(name)) for name in names if name),
-        metric=METRICS[metric].name,
+        metric=info.name,
         figure=charts.label_efficiency_chart(metric, points, baselines, cells, higher_is_better),
         initializations=charts.INITIALIZATIONS,
         points=points,

@@ -4,7 +4,7 @@ Any of them may be incomplete, from an older version, or edited by hand: values 
 """
 
 import statistics
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -14,7 +14,7 @@ from nextword.common.fs import read_jsonl, read_sealed_json
 from nextword.common.results import is_number, short_path_name
 from nextword.common.run_dir import RunDir
 from nextword.common.statistics import ScoreWithCI
-from nextword.tasks.metrics import LOWER_IS_BETTER_METRICS
+from nextword.tasks.metrics import LABEL_F1, LOWER_IS_BETTER_METRICS
 
 LM_LOSS_TASKS = (None, "continue", "chat", "rewrite")
 LOSS_UNITS = {
@@ -52,10 +52,19 @@ METRICS = {
     "rouge1": MetricInfo("ROUGE-1", "the unigram overlap with the reference, 0 to 100"),
     "rouge2": MetricInfo("ROUGE-2", "the bigram overlap with the reference, 0 to 100"),
     "rougeL": MetricInfo("ROUGE-L", "the longest common subsequence with the reference, 0 to 100"),
+    "final_number": MetricInfo("final number", "the fraction of answers whose last number is right"),
     "preferred": MetricInfo("preference accuracy", "the fraction of pairs whose chosen answer is the more likely one"),
     "bits_per_byte": MetricInfo("bits per byte", "the mean code length per byte of the validation set"),
     "loss": MetricInfo("loss", "the mean loss on the validation set"),
 }
+
+
+def metric_info(metric: str) -> MetricInfo | None:
+    """Display name and meaning of a metric; None for an unknown one."""
+    if metric.startswith(LABEL_F1):
+        label = metric.removeprefix(LABEL_F1)
+        return MetricInfo(f"F1 of {label}", f"the F1 score of the label {label}")
+    return METRICS.get(metric)
 
 
 @dataclass(frozen=True)
@@ -147,6 +156,23 @@ class RunData:
         """Wall time of the run so far."""
         value = self.result.get("seconds")
         return value if is_number(value) else self.last_value("seconds")
+
+    @property
+    def calibration(self) -> Mapping[str, Any] | None:
+        """The calibration of a classifier in result.json, if it is complete."""
+        values = as_mapping(self.result.get("calibration"))
+        bins = [as_list(entry) for entry in as_list(values.get("bins"))]
+        names = ("error", "confidence", "accuracy", "temperature")
+        numbers = [values.get(name) for name in names] + [x for entry in bins for x in entry]
+        is_complete = bins and all(len(entry) == 3 for entry in bins) and all(map(is_number, numbers))
+        return values if is_complete else None
+
+    @property
+    def unfinished(self) -> Mapping[str, Any] | None:
+        """How many generated answers did not end, from result.json; None if all did or it is unknown."""
+        values = as_mapping(self.result.get("unfinished"))
+        is_complete = all(is_number(values.get(name)) for name in ("count", "n", "max_tokens"))
+        return values if is_complete and values["count"] > 0 else None
 
     @property
     def forgetting(self) -> tuple[float, float] | None:
@@ -256,19 +282,21 @@ class TaskResults:
     @classmethod
     def from_run(cls, run: RunData) -> "TaskResults":
         """The scores in result.json; of an unfinished run the best ones in metrics.jsonl."""
-        scores = parse_scores(run.result, METRICS) | parse_scores(run.result.get("scores"), METRICS)
+        scores = parse_metrics(run.result) | parse_metrics(run.result.get("scores"))
         if bits_per_byte := run.final_bits_per_byte():
             scores["bits_per_byte"] = bits_per_byte[0]
         if not run.result:
-            history = {name: [y for _, y in run.series("validation", name)] for name in METRICS}
+            history = {
+                name: [y for _, y in run.series("validation", name)] for name in (*METRICS, str(run.get("metric")))
+            }
             scores = {
                 name: ScoreWithCI(min(values) if name in LOWER_IS_BETTER_METRICS else max(values))
                 for name, values in history.items()
                 if values
             }
-        by_system = {THIS_MODEL: scores, BASE_MODEL: parse_scores(run.result.get("before"), METRICS)}
+        by_system = {THIS_MODEL: scores, BASE_MODEL: parse_metrics(run.result.get("before"))}
         baselines = as_mapping(run.result.get("baselines"))
-        by_system |= {str(name): parse_scores(values, METRICS) for name, values in baselines.items()}
+        by_system |= {str(name): parse_metrics(values) for name, values in baselines.items()}
         candidates = (run.result.get("metric"), run.get("metric"), "bits_per_byte", "loss")
         metric = next((name for name in candidates if isinstance(name, str) and name in scores), "loss")
         return cls(metric, {system: found for system, found in by_system.items() if found}, bool(run.result))
@@ -276,7 +304,7 @@ class TaskResults:
     @property
     def info(self) -> MetricInfo:
         """Name and meaning of the selection metric."""
-        return METRICS[self.metric]
+        return metric_info(self.metric) or METRICS["loss"]
 
     @property
     def metric_scores(self) -> dict[str, ScoreWithCI]:
@@ -308,7 +336,8 @@ class TaskResults:
     def metric_names(self) -> dict[str, str]:
         """The metrics by display name, the selection metric first. The loss is listed only if it is the selection metric."""
         metrics = dict.fromkeys([self.metric, *(name for scores in self.by_system.values() for name in scores)])
-        return {METRICS[name].name: name for name in metrics if name != "loss" or self.metric == "loss"}
+        names = {name: info.name for name in metrics if (info := metric_info(name))}
+        return {shown: name for name, shown in names.items() if name != "loss" or self.metric == "loss"}
 
 
 def parse_score(value: Any) -> ScoreWithCI | None:
@@ -320,10 +349,15 @@ def parse_score(value: Any) -> ScoreWithCI | None:
     return None if value is None else ScoreWithCI(float(value), low, high, None if n is None else int(n))
 
 
-def parse_scores(values: Any, names: Container[str] | None = None) -> dict[str, ScoreWithCI]:
-    """The entries of a mapping that have a finite value; with `names` only those."""
+def parse_scores(values: Any) -> dict[str, ScoreWithCI]:
+    """The entries of a mapping that have a finite value."""
     scores = {str(name): parse_score(value) for name, value in as_mapping(values).items()}
-    return {name: score for name, score in scores.items() if score and (names is None or name in names)}
+    return {name: score for name, score in scores.items() if score}
+
+
+def parse_metrics(values: Any) -> dict[str, ScoreWithCI]:
+    """The entries of a mapping that are metrics with a finite value."""
+    return {name: score for name, score in parse_scores(values).items() if metric_info(name)}
 
 
 # ---------------------------------------------------------------- JSON of any shape

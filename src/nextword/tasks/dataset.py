@@ -27,6 +27,7 @@ from nextword.tasks.examples import (
     read_examples,
     split_examples,
 )
+from nextword.tasks.metrics import TEXT_METRICS
 from nextword.tasks.schema import ANSWER_FORMATS, TASKS
 
 # What is predicted: a label, several labels, a score, a choice, a generated answer, or a preference between two answers.
@@ -39,25 +40,31 @@ class KindInfo(NamedTuple):
     Attributes:
         target_field: The field of an example that holds the target; the answer of a conversation is its last message.
         prediction_field: The field of a prediction that is compared with it.
-        metric: The metric that selects the best checkpoint, unless labels are imbalanced.
+        metrics: The metrics. The first one selects the best checkpoint, unless labels are imbalanced.
         problem_type: The `problem_type` of the Hugging Face configuration; None without a classification head.
     """
 
     target_field: str
     prediction_field: str
-    metric: str
+    metrics: tuple[str, ...]
     problem_type: str | None = None
+
+    @property
+    def metric(self) -> str:
+        """The default selection metric."""
+        return self.metrics[0]
 
 
 TASK_KINDS: dict[TaskKind, KindInfo] = {
-    "label": KindInfo("label", "label", "accuracy", "single_label_classification"),
-    "labels": KindInfo("labels", "labels", "micro_f1", "multi_label_classification"),
-    "score": KindInfo("score", "score", "pearson", "regression"),
-    "choice": KindInfo("answer", "label", "accuracy", "regression"),
-    "answer": KindInfo("completion", "text", "chrf"),
-    "preference": KindInfo("chosen", "score", "preferred"),
+    "label": KindInfo("label", "label", ("accuracy", "macro_f1", "matthews"), "single_label_classification"),
+    "labels": KindInfo("labels", "labels", ("micro_f1", "macro_f1", "exact_match"), "multi_label_classification"),
+    "score": KindInfo("score", "score", ("pearson", "spearman"), "regression"),
+    "choice": KindInfo("answer", "label", ("accuracy",), "regression"),
+    "answer": KindInfo("completion", "text", TEXT_METRICS),
+    "preference": KindInfo("chosen", "score", ("preferred",)),
 }
 HEAD_KINDS = tuple(kind for kind, info in TASK_KINDS.items() if info.problem_type)  # predicted by a classification head
+PROBABILITY_KINDS = ("label", "labels", "choice")  # the head gives probabilities
 MAX_SEQUENCES_PER_EXAMPLE = 64  # so that (example, sequence) has an id of its own
 FEW_EXAMPLES = 1000  # of which a larger share is held out
 MIN_EXAMPLES_FOR_TEST = 2000

@@ -7,7 +7,9 @@ Shapes: n examples, R rows of sums, K labels.
 
 import importlib
 import math
+import re
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,14 +26,28 @@ from nextword.common.statistics import (
 from nextword.data.issues import join_names
 
 LOWER_IS_BETTER_METRICS = ("bits_per_byte", "loss")
+ANSWER_METRICS = ("exact_match", "final_number")  # of short generated answers, 0 to 1
+METRIC_ALIASES = {
+    "mcc": "matthews",
+    "f1_macro": "macro_f1",
+    "f1_micro": "micro_f1",
+    "rouge": "rougeL",
+    "em": "exact_match",
+}
+LABEL_F1 = "f1:"  # followed by a label: its F1
 GENERATION_METRICS = ("chrf", "bleu", "rouge1", "rouge2", "rougeL")  # 0 to 100; all other scores are 0 to 1 or −1 to 1
+TEXT_METRICS = (*GENERATION_METRICS, *ANSWER_METRICS)
 MIN_EXAMPLES_PER_LABEL = 8  # of nine labels in ten, for an interval of macro-F1
 MIN_CORRELATED = 10  # examples, for an interval of a correlation
 MAX_KURTOSIS = 6.0  # of the scores, for an interval of Pearson's correlation; 3 for a normal distribution
 
 
-def classification(targets: Sequence[str], predictions: Sequence[str], labels: Sequence[str]) -> dict[str, ScoreWithCI]:
+def classification(
+    targets: Sequence[str], predictions: Sequence[str], labels: Sequence[str], metric_names: Sequence[str] = ()
+) -> dict[str, ScoreWithCI]:
     """Metrics of single-label classification: `accuracy` and `macro_f1` (0 to 1) and `matthews` (−1 to 1).
+
+    `metric_names` adds the F1 of single labels, as `f1:LABEL` (0 to 1).
 
     `macro_f1` is the mean F1 of the labels that occur in targets or predictions. `matthews` is Gorodkin (2004)'s R_K, which
     is the Matthews correlation for two labels; it is 0 if targets or predictions hold one label only.
@@ -42,11 +58,17 @@ def classification(targets: Sequence[str], predictions: Sequence[str], labels: S
     check_lengths(targets, predictions)
     is_target, is_predicted = (_multi_hot([[label] for label in names], labels) for names in (targets, predictions))
     score, supports = _label_scores(is_target, is_predicted)
-    return {
+    scores = {
         "accuracy": proportion(np.any(is_target & is_predicted, axis=1)),
         "macro_f1": score(_macro_f1, (0, 1), np.quantile(supports, 0.1)),
         "matthews": score(_matthews, (-1, 1), len(targets) - supports.max()),
     }
+    for name in metric_names:
+        if name.startswith(LABEL_F1):
+            i = labels.index(name.removeprefix(LABEL_F1))
+            support = float(is_target[:, i].sum() + is_predicted[:, i].sum()) / 2
+            scores[name] = score(partial(_label_f1, label=i), (0, 1), support)
+    return scores
 
 
 def multilabel(
@@ -167,10 +189,13 @@ def generation_metrics(
     and `rougeL` (Lin 2004) are means of rouge_score's F-measure with stemming and the best reference. rouge_score only knows
     the letters a to z and digits: use chrF for other scripts.
 
+    `exact_match` and `final_number` are proportions, 0 to 1: of texts that equal a reference up to white space, and of texts
+    whose last number equals that of a reference.
+
     Args:
         references: The reference, or references, of each text.
         predictions: The generated texts.
-        metric_names: Which of `GENERATION_METRICS` to compute.
+        metric_names: Which of `GENERATION_METRICS` and `ANSWER_METRICS` to compute.
 
     Raises:
         UsageError: There are no examples, the lengths differ, a text has no reference, or a metric is unknown.
@@ -179,6 +204,14 @@ def generation_metrics(
     check_lengths(references, predictions)
     scores: dict[str, ScoreWithCI] = {}
     for name in metric_names:
+        if name in ANSWER_METRICS:
+            normalize = final_number if name == "final_number" else _normalize_space
+            answers = [[entry] if isinstance(entry, str) else entry for entry in references]
+            pairs = zip(predictions, answers, strict=True)
+            scores[name] = proportion(
+                [normalize(text) is not None and normalize(text) in map(normalize, entry) for text, entry in pairs]
+            )
+            continue
         columns, statistic = _generation_statistic(name, references, predictions)
         scores[name] = statistic_of_sums(columns, statistic, bounds=None if name.startswith("rouge") else (0, 100))
     return scores
@@ -199,6 +232,16 @@ def generation_metric_difference(
         return statistic(sums[:, : first.shape[1]]) - statistic(sums[:, first.shape[1] :])
 
     return statistic_of_sums(np.hstack([first, second]), difference)
+
+
+def final_number(text: str) -> float | None:
+    """The last number in a text, without thousands separators; None without one."""
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+def _normalize_space(text: str) -> str:
+    return " ".join(text.split())
 
 
 def split_words(text: str) -> list[str]:
@@ -261,6 +304,12 @@ def _macro_f1(sums: np.ndarray) -> np.ndarray:
     hits, targets, predicted = np.split(sums, 3, axis=1)
     supports = targets + predicted
     return _safe_divide(_safe_divide(2 * hits, supports).sum(1), (supports > 0).sum(1))
+
+
+def _label_f1(sums: np.ndarray, label: int) -> np.ndarray:
+    """[R]: the F1 of one label, from hits, targets and predictions of each label [R, 3 K]."""
+    hits, targets, predicted = (part[:, label] for part in np.split(sums, 3, axis=1))
+    return _safe_divide(2 * hits, targets + predicted)
 
 
 def _micro_f1(sums: np.ndarray) -> np.ndarray:

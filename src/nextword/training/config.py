@@ -62,7 +62,8 @@ class TrainingConfig:
         checkpoint_activations: Activation checkpointing: keep only the input of each block and recompute the rest in the
             backward pass. Less memory, about a third more compute.
         evaluations: Number of evaluations on the validation set during the run.
-        patience: Early stopping: stop after this many evaluations without improvement. Default: never.
+        patience: Early stopping: stop after this many evaluations without improvement, neither of the metric nor of the
+            validation loss. Fine-tuning also waits for a whole epoch. Default: never.
         save_every: Steps between checkpoints. Default: about one checkpoint a minute.
     """
 

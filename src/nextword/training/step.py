@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,17 +30,40 @@ MAX_NONFINITE_STEPS = 5
 
 @dataclass
 class BestCheckpoint:
-    """The best validation so far.
+    """The best validation so far, and the state of early stopping.
 
     Attributes:
         score: its score.
+        loss: its loss, which decides between equal scores.
         step: its step.
-        validations_without_improvement: the number of validations after it.
+        lowest_loss: the lowest loss of all validations.
+        last_improvement: the step of the last validation that improved the score or the loss.
+        validations_without_improvement: the number of validations after that.
     """
 
     score: float | None = None
+    loss: float | None = None
     step: int = 0
+    lowest_loss: float | None = None
+    last_improvement: int = 0
     validations_without_improvement: int = 0
+
+    def update(self, step: int, score: float, loss: float) -> bool:
+        """Take a validation into account. Returns whether its weights are the best: by score, and among equal ones by loss."""
+        if not (math.isfinite(score) and math.isfinite(loss)):
+            self.validations_without_improvement += 1
+            return False
+        is_lower = self.lowest_loss is None or loss < self.lowest_loss
+        is_best = self.score is None or (score, -loss) > (self.score, -math.inf if self.loss is None else -self.loss)
+        if is_lower:
+            self.lowest_loss = loss
+        if is_best:
+            self.score, self.loss, self.step = score, loss, step
+        if is_lower or is_best:
+            self.last_improvement, self.validations_without_improvement = step, 0
+        else:
+            self.validations_without_improvement += 1
+        return is_best
 
 
 @dataclass
@@ -69,13 +92,12 @@ class TrainState:
 
     def counters(self) -> dict[str, Any]:
         """All but the tensors, as a checkpoint stores it."""
-        best = self.best
         return {
             "step": self.step,
             "tokens": self.tokens,
             "bad": self.nonfinite_streak,
             "detours": self.num_rollbacks,
-            "best": {"score": best.score, "step": best.step, "since": best.validations_without_improvement},
+            "best": asdict(self.best),
             "stopped": self.stopped_early,
         }
 
@@ -83,8 +105,10 @@ class TrainState:
         """Restore the `counters()` of an earlier state."""
         self.step, self.tokens = saved["step"], saved["tokens"]
         self.nonfinite_streak, self.num_rollbacks = saved["bad"], saved.get("detours", 0)
-        best, self.stopped_early = saved["best"], saved["stopped"]
-        self.best = BestCheckpoint(best["score"], best["step"], best["since"])
+        best, self.stopped_early = dict(saved["best"]), saved["stopped"]
+        if "since" in best:  # of an earlier version
+            best["validations_without_improvement"] = best.pop("since")
+        self.best = BestCheckpoint(**best)
 
     def restore(self, path: Path, ctx: DistContext = SINGLE_PROCESS) -> None:
         """Restore weights, optimizer and counters from a checkpoint. In a distributed run each rank reads its shards."""

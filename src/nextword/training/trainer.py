@@ -35,15 +35,19 @@ class ValidationResult:
 
     Attributes:
         score: Decides which weights are the best; higher is better.
+        loss: Decides between equal scores. Early stopping waits while the score or the loss improves.
         metrics: The "validation" record of metrics.jsonl.
         summary: The metrics in one line.
         predictions: What was predicted for each validation example, if all of them were evaluated.
+        is_constant: Whether all examples have the same predicted label. Early stopping waits.
     """
 
     score: float
+    loss: float
     metrics: dict[str, Any]
     summary: str
     predictions: list[Any] | None = None
+    is_constant: bool = False
 
 
 class Evaluator(Protocol):
@@ -96,6 +100,7 @@ class Trainer:
         detect_spikes: Whether to roll back after loss spikes. Non-finite losses are always rolled back.
         overfitting_advice: What to do when the validation loss rises while training continues; None to report nothing.
         expectation: The plan. If the training speed differs from it, the expected loss is predicted again.
+        min_steps_without_improvement: Steps that early stopping waits at least, besides the number of validations.
     """
 
     def __init__(
@@ -108,9 +113,11 @@ class Trainer:
         detect_spikes: bool = False,
         overfitting_advice: str | None = None,
         expectation: Expectation | None = None,
+        min_steps_without_improvement: int = 0,
     ):
         self.run, self.setup, self.state = run, setup, setup.state
         self.config, self.evaluator, self.overfitting_advice = config, evaluator, overfitting_advice
+        self.min_steps_without_improvement = min_steps_without_improvement
         self.rollbacks = RollbackManager(run, detect_spikes, evaluator.describe_batch)
         self.tensorboard: Any = None
         if run.tensorboard and run.dist.is_main:
@@ -269,7 +276,8 @@ class Trainer:
         self._compare_with_plan(step)
         result = self.evaluator.validate(total_steps / num_validations)
         if result is None:  # without a validation set the latest weights are the best
-            self._update_best(step, None)
+            state.best = BestCheckpoint(step=step)
+            self.evaluator.save_best({"step": step, "validation": None})
             return False
         run.log({"step": step, "validation": result.metrics})
         if result.predictions is not None:
@@ -277,13 +285,13 @@ class Trainer:
         self._log_scalars("validation", step, result.metrics)
         run.info(f"step {step:,}: {result.summary}")
         best = state.best
-        is_better = best.score is None or (result.score > best.score and not state.nonfinite_streak)
-        if math.isfinite(result.score) and is_better:
-            self._update_best(step, result)
+        is_suspicious = state.nonfinite_streak > 0 and best.score is not None
+        if best.update(step, result.score, math.inf if is_suspicious else result.loss):
+            self.evaluator.save_best({"step": step, "validation": result.metrics})
         else:
-            best.validations_without_improvement += 1
             count, patience = best.validations_without_improvement, self.config.training.patience
-            if patience is not None and count >= patience:
+            has_waited = step - best.last_improvement >= self.min_steps_without_improvement and not result.is_constant
+            if patience is not None and count >= patience and has_waited:
                 state.stopped_early = True
                 message = f"no improvement in {count} validations; step {best.step:,} is the best"
                 run.log_event(step, f"early stopping: {message}")
@@ -312,11 +320,6 @@ class Trainer:
         self.run.log_event(
             step, f"speed: {speed:,.0f} tokens/s instead of {planned:,.0f}.{cause} Now expected: {prediction}"
         )
-
-    def _update_best(self, step: int, result: ValidationResult | None) -> None:
-        score, metrics = (None, None) if result is None else (result.score, result.metrics)
-        self.state.best = BestCheckpoint(score, step)
-        self.evaluator.save_best({"step": step, "validation": metrics})
 
     def _report_overfitting(self, step: int, score: float) -> None:
         """Report once that the validation loss, which is minus the score, has risen by 1 % after two validations."""
