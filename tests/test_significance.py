@@ -17,12 +17,13 @@ from conftest import CLIRunner
 from nextword.commands.evaluate import EvaluateResult
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.fs import write_manifest
-from nextword.common.statistics import mean_of_runs, ratio_of_sums
+from nextword.common.statistics import holm, mean_of_runs, ratio_of_sums
 from nextword.data.issues import IssueLog
 from nextword.evaluation import evaluate as evaluation
 from nextword.evaluation.evaluate import (
     EvalModels,
     compare_models,
+    correct_for_multiple_comparisons,
     evaluate_benchmark,
     shuffled_control,
     summarize_item_scores,
@@ -34,7 +35,7 @@ from nextword.pipeline.item_scores import ItemScores, score_items, win_score
 from nextword.pipeline.language_model import load
 from nextword.reporting.comparison import write_comparison
 from nextword.reporting.report import write_card, write_report
-from nextword.tasks.benchmark_items import load_rows
+from nextword.tasks.benchmark_items import BenchmarkRow, load_rows
 from nextword.tasks.benchmark_spec import find_benchmark
 from nextword.tasks.metrics import generation_metrics
 
@@ -126,6 +127,45 @@ def test_chance_is_the_score_of_random_guessing(base, files):
     cloze = chance(f"lambada={files / 'last.jsonl'}")
     assert cloze is not None and 0 < cloze <= 1 / model.gpt.config.vocab_size
     assert chance(f"writing={files / 'own.toml'}") == 0.0
+
+
+def test_holm_is_the_step_down_procedure():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]  # 0.05 / 4, / 3, then 0.03 > 0.05 / 2
+    assert holm([0.03, None, 0.02]) == [True, False, True] and holm([None, 0.06]) == [False, False] and holm([]) == []
+
+
+def test_groups_that_guess_are_seldom_marked():
+    """Of 67 groups that guess, none is significantly different from chance in at least 19 of 20 evaluations."""
+    rng = np.random.default_rng(0)
+    benchmark = find_benchmark("arc")
+    rows = [BenchmarkRow("", i, {}, f"group {i % 67}") for i in range(67 * 40)]
+    marked, evaluations = 0, 60
+    for _ in range(evaluations):
+        values = (rng.random(len(rows)) < 0.5).astype(float)
+        groups = summarize_item_scores(benchmark, ItemScores(dict.fromkeys(benchmark.metrics, values), 0.5), rows)["groups"]
+        marked += any(group["above_chance"] or group["below_chance"] for group in groups.values())
+    assert marked <= 0.15 * evaluations  # 5 % expected; each at 0.05 alone would mark 96 %
+    better = [0.5, *[1.0] * 39]
+    values = np.array([better[i // 67] if i % 67 == 3 else float(i // 67 % 2) for i in range(len(rows))])
+    groups = summarize_item_scores(benchmark, ItemScores(dict.fromkeys(benchmark.metrics, values), 0.5), rows)["groups"]
+    assert [name for name, group in groups.items() if group["above_chance"]] == ["group 3"]
+    text = str(EvaluateResult(suites={"arc": {"metric": "acc", "score": 0.5, "n": 2680, "groups": groups}}))
+    assert "Holm-corrected for 67 comparisons" in text
+
+
+def test_comparisons_of_one_evaluation_are_corrected_together():
+    def comparison(p_value):
+        return {"real": p_value < 0.05, "ahead": "this" if p_value < 0.05 else None, "p_value": p_value}
+
+    suites = {
+        name: {"score": 0.6, "chance": 0.5, "p_value": p, "scrambled": None, "against": comparison(p)}
+        for name, p in (("a", 0.001), ("b", 0.04), ("c", 0.5))
+    }
+    result = {"suites": suites, "against": comparison(0.03)}
+    correct_for_multiple_comparisons(result)
+    assert [suites[name]["above_chance"] for name in "abc"] == [True, False, False]
+    assert [part["against"]["real"] for part in (result, *suites.values())] == [False, True, False, False]
+    assert result["against"]["ahead"] is None and result["against"]["comparisons"] == 4
 
 
 def test_random_guessing_is_not_above_chance(base, files):

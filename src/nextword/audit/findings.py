@@ -5,12 +5,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from nextword.common import statistics
-from nextword.common.statistics import ScoreWithCI
+from nextword.common.statistics import SIGNIFICANCE_LEVEL, ScoreWithCI
 
 MAX_EXAMPLES = 5
 # With fewer samples a bias has no interval: five of five on one side is likelier than 5 % by chance.
 MIN_SAMPLES = 6
-SIGNIFICANCE_LEVEL = 0.05
 
 Examples = Sequence[Mapping[str, str]]
 
@@ -91,12 +90,7 @@ def score_finding(
 
 
 def flag_significant(findings: Sequence[Finding]) -> list[Finding]:
-    """Flag those comparisons that are significant together: at most one set of findings in twenty has a false one (Holm 1979,
-    "A simple sequentially rejective multiple test procedure")."""
-    ordered = sorted((finding.p_value, i) for i, finding in enumerate(findings) if finding.p_value is not None)
-    flagged = list(findings)
-    is_significant = True
-    for rank, (p_value, i) in enumerate(ordered):
-        is_significant = is_significant and p_value < SIGNIFICANCE_LEVEL / (len(ordered) - rank)
-        flagged[i] = replace(findings[i], notable=is_significant)
-    return flagged
+    """Flag those comparisons that are significant together, by `statistics.holm`."""
+    significant = statistics.holm([finding.p_value for finding in findings])
+    pairs = zip(findings, significant, strict=True)
+    return [finding if finding.p_value is None else replace(finding, notable=flag) for finding, flag in pairs]

@@ -193,7 +193,9 @@ def format_comparison(comparison: dict[str, Any]) -> str:
     digits = 4 if abs(difference["high"]) < 1.5 else 2
     value, low, high = (f"{difference[name]:+.{digits}f}" for name in ("value", "low", "high"))
     p_value = f", p = {comparison['p']:.2g}" if "p" in comparison else ""
-    summary = f"difference {value} (95 % CI {low} to {high}{p_value})"
+    count = comparison.get("comparisons", 1)
+    correction = f"; Holm-corrected for {count} comparisons" if count > 1 else ""
+    summary = f"difference {value} (95 % CI {low} to {high}{p_value}{correction})"
     if not comparison["real"]:
         return f"{summary}: not significant"
     better = "this model is better" if comparison["ahead"] == "this" else "the other model is better"
@@ -208,8 +210,11 @@ def format_groups(groups: dict[str, dict[str, Any]]) -> list[str]:
     for name, group in sorted(groups.items(), key=lambda item: item[1]["score"]):
         side = side_of_chance(group) and f" {side_of_chance(group)} chance"
         lines.append(f"    {name:<{width}}  {format_score(group)}, {group['n']:,} items{side}")
+    tested = sum(group.get("p_value") is not None for group in groups.values())
     if len(lines) > MAX_GROUPS:
         lines[MAX_GROUPS // 2 : -MAX_GROUPS // 2] = [f"    … {len(lines) - MAX_GROUPS} more …"]
+    if tested > 1:
+        lines.append(f"    above and below chance: Holm-corrected for {tested} comparisons")
     return lines
 
 
@@ -223,6 +228,7 @@ def evaluate(config: EvaluateConfig, context: Context) -> EvaluateResult:
     from nextword.common.run_dir import RunDir
     from nextword.evaluation.evaluate import (
         EvalModels,
+        correct_for_multiple_comparisons,
         evaluate_benchmark,
         evaluate_task_run,
         evaluate_text,
@@ -266,6 +272,7 @@ def evaluate(config: EvaluateConfig, context: Context) -> EvaluateResult:
             if benchmark is None
             else evaluate_benchmark(models, benchmark, limit=limit, seed=config.seed or 0, console=console)
         )
+    correct_for_multiple_comparisons(result)
     if run.exists and result:
         store_results(config, result, stride, console)
     return EvaluateResult(**result, **scores)

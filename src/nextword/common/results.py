@@ -18,7 +18,7 @@ import msgspec
 
 from nextword.common.errors import CorruptFileError
 from nextword.common.fs import MANIFEST, read_manifest, read_sealed_json
-from nextword.common.statistics import ScoreWithCI
+from nextword.common.statistics import ScoreWithCI, holm
 
 EVALUATION_FILE, AUDIT_FILE = Path("measured") / "evaluation.json", Path("measured") / "audit.json"
 
@@ -48,6 +48,7 @@ class _Interval(msgspec.Struct, kw_only=True):
 class _Score(_Interval, kw_only=True):
     value: Number = msgspec.field(name="score")
     differs: bool | None = msgspec.field(default=None, name="order_matters")  # of the control with shuffled words
+    p_value: Number | None = None
 
     @property
     def score(self) -> ScoreWithCI:
@@ -84,7 +85,8 @@ class BenchmarkResult(_Score, kw_only=True):
         metric: Name of the primary metric.
         total_items: Number of items that the benchmark has; `score.n` of them were evaluated.
         chance: Score of random guessing.
-        above_chance, below_chance: Whether the whole confidence interval lies on that side of chance.
+        above_chance, below_chance: Whether the score is significantly on that side of chance.
+        p_value: The p-value of the difference from chance.
         control: The score with shuffled words.
         group_scores: The score of each group of items.
         provenance: When and how it was measured.
@@ -102,7 +104,7 @@ class BenchmarkResult(_Score, kw_only=True):
 
     @property
     def chance_side(self) -> str | None:
-        """The side of chance on which the whole confidence interval lies: "above", "below" or neither."""
+        """The side of chance on which the score significantly is: "above", "below" or neither."""
         return "above" if self.above_chance else "below" if self.below_chance else None
 
     @property
@@ -191,7 +193,19 @@ class StoredResults:
         )
         for result, name in zip((*results.texts, *results.benchmarks), (*texts, *benchmarks), strict=True):
             result.name = name
+        results._correct_for_multiple_comparisons()
         return results
+
+    def _correct_for_multiple_comparisons(self) -> None:
+        """Mark only those benchmarks that are significant together: evaluations at other times are on the same page."""
+        significant = holm([benchmark.p_value for benchmark in self.benchmarks])
+        controls = [benchmark.control for benchmark in self.benchmarks if benchmark.control is not None]
+        for benchmark, is_significant in zip(self.benchmarks, significant, strict=True):
+            if benchmark.p_value is not None and not is_significant:
+                benchmark.above_chance = benchmark.below_chance = False
+        for control, is_significant in zip(controls, holm([c.p_value for c in controls]), strict=True):
+            if control.p_value is not None and not is_significant:
+                control.differs = False
 
 
 def is_number(value: Any) -> TypeGuard[float]:

@@ -22,6 +22,7 @@ import numpy as np
 from nextword.common.errors import UsageError
 
 CONFIDENCE_LEVEL = 0.95
+SIGNIFICANCE_LEVEL = 0.05
 MIN_UNITS = 20  # examples, for the interval of a mean or another statistic of values of an unknown distribution
 MIN_VARYING = 10  # examples that differ from the most frequent value, for the same
 
@@ -331,6 +332,22 @@ def interval_p_value(score: ScoreWithCI, null: float) -> float:
     degrees_of_freedom = max(1, score.n - 1)
     t = t_quantile(degrees_of_freedom) * distance / margin
     return round(2 * float(importlib.import_module("scipy.special").stdtr(degrees_of_freedom, -t)), 12)
+
+
+def holm(p_values: Sequence[float | None]) -> list[bool]:
+    """Which of several comparisons are significant together: by chance alone one is in at most one of twenty sets.
+
+    Source: Holm 1979, "A simple sequentially rejective multiple test procedure".
+
+    Args:
+        p_values: The p-value of each comparison; None for one without a test, which does not count.
+    """
+    ordered = sorted((p_value, i) for i, p_value in enumerate(p_values) if p_value is not None)
+    result, is_significant = [False] * len(p_values), True
+    for rank, (p_value, i) in enumerate(ordered):
+        is_significant = is_significant and p_value < SIGNIFICANCE_LEVEL / (len(ordered) - rank)
+        result[i] = is_significant
+    return result
 
 
 def noise_floor(values: Sequence[float]) -> float:

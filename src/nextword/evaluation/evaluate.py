@@ -14,7 +14,15 @@ from nextword.common.format import quote_command
 from nextword.common.fs import read_sealed_json, write_sealed_json
 from nextword.common.results import EVALUATION_FILE, Provenance, StoredResults, weights_digest
 from nextword.common.run_dir import RunDir
-from nextword.common.statistics import ScoreWithCI, mcnemar_p_value, noise_floor, paired_difference
+from nextword.common.statistics import (
+    SIGNIFICANCE_LEVEL,
+    ScoreWithCI,
+    holm,
+    interval_p_value,
+    mcnemar_p_value,
+    noise_floor,
+    paired_difference,
+)
 from nextword.data.corpus import Corpus
 from nextword.data.dataset import TokenSource
 from nextword.data.issues import IssueLog
@@ -34,8 +42,6 @@ from nextword.tasks.benchmark_items import DEFAULT_ITEM_LIMIT, BenchmarkRow, loa
 from nextword.tasks.benchmark_spec import Benchmark
 from nextword.tasks.dataset import load_task_data
 from nextword.tasks.metrics import GENERATION_METRICS, generation_metric_difference
-
-SIGNIFICANCE_LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -133,21 +139,56 @@ def summarize_item_scores(
         **_score_against_chance(metric, item_scores),
         "ties": item_scores.ties,
         "others": {name: to_dict(item_scores.aggregate(name)) for name in item_scores.secondary_metrics(benchmark)},
-        "groups": {
-            name: _score_against_chance(metric, item_scores.select(indices)) for name, indices in groups.items()
-        },
+        "groups": _mark_sides_of_chance(
+            {name: _score_against_chance(metric, item_scores.select(indices)) for name, indices in groups.items()}
+        ),
     }
 
 
 def _score_against_chance(metric: str, item_scores: ItemScores) -> dict[str, Any]:
     """A score, and whether its whole confidence interval is above or below chance."""
     score, chance = item_scores.aggregate(metric), item_scores.chance
+    p_value = None if chance is None or score.low is None else interval_p_value(score, chance)
     return {
         **to_dict(score),
         "chance": chance,
+        "p_value": p_value,
         "above_chance": None if chance is None else score.is_above(chance),
         "below_chance": None if chance is None else score.is_below(chance),
     }
+
+
+def _mark_sides_of_chance(scores: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Scores of several groups or benchmarks, marked as above or below chance only where they are significant together."""
+    significant = holm([score.get("p_value") for score in scores.values()])
+    for score, is_significant in zip(scores.values(), significant, strict=True):
+        if score.get("p_value") is not None:
+            is_above = score["score"] > score["chance"]
+            score |= {"above_chance": is_significant and is_above, "below_chance": is_significant and not is_above}
+    return scores
+
+
+def correct_for_multiple_comparisons(result: dict[str, Any]) -> None:
+    """Mark only those differences of an evaluation that are significant together, by Holm's procedure.
+
+    Each of these families of comparisons is corrected for itself: the benchmarks with chance, the groups of a benchmark with
+    chance, the benchmarks with their shuffled words, and text and benchmarks with the other model.
+
+    Args:
+        result: The result of `nextword evaluate`, which is changed.
+    """
+    benchmarks: dict[str, dict[str, Any]] = result.get("suites", {})
+    for family in (benchmarks, *(benchmark.get("groups") or {} for benchmark in benchmarks.values())):
+        _mark_sides_of_chance(family)
+    controls = [benchmark["scrambled"] for benchmark in benchmarks.values() if benchmark.get("scrambled")]
+    p_values = [control.get("p_value") if control["order_matters"] else 1.0 for control in controls]
+    for control, is_significant in zip(controls, holm(p_values), strict=True):
+        control["order_matters"] = is_significant
+    comparisons = [part["against"] for part in (result, *benchmarks.values()) if part.get("against")]
+    for comparison, is_significant in zip(comparisons, holm([c["p_value"] for c in comparisons]), strict=True):
+        comparison["comparisons"] = len(comparisons)
+        if not is_significant and comparison["real"]:
+            comparison |= {"real": False, "ahead": None}
 
 
 def shuffled_control(metric: str, original: ItemScores, shuffled: ItemScores) -> dict[str, Any]:
@@ -160,6 +201,7 @@ def shuffled_control(metric: str, original: ItemScores, shuffled: ItemScores) ->
         "ties": shuffled.ties,
         "lost": _difference_to_dict(score_drop),
         "order_matters": order_matters,
+        "p_value": None if score_drop.low is None else interval_p_value(score_drop, 0),
     }
 
 
@@ -200,10 +242,11 @@ def compare_models(metric: str, item_scores: ItemScores, other_scores: ItemScore
 def _significance(difference: ScoreWithCI, is_better: bool, p_value: float | None = None) -> dict[str, Any]:
     """Whether a difference is significant (None without an interval), and if so, which model is ahead: "this" or "other"."""
     if difference.low is None:
-        return {"real": None, "ahead": None}
-    excludes_zero = difference.is_above(0) or difference.is_below(0)
-    significant = excludes_zero and (p_value is None or p_value < SIGNIFICANCE_LEVEL)
-    return {"real": significant, "ahead": ("this" if is_better else "other") if significant else None}
+        return {"real": None, "ahead": None, "p_value": None}
+    p_value = max(p_value or 0.0, interval_p_value(difference, 0))
+    significant = p_value < SIGNIFICANCE_LEVEL
+    ahead = ("this" if is_better else "other") if significant else None
+    return {"real": significant, "ahead": ahead, "p_value": p_value}
 
 
 def _compare(score: float, seed_scores: Sequence[float], comparison: dict[str, Any] | None) -> dict[str, Any]:

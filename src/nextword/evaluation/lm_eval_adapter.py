@@ -13,7 +13,7 @@ import numpy as np
 
 from nextword.common.console import Console
 from nextword.common.errors import NextwordError, UsageError, import_optional
-from nextword.common.statistics import ScoreWithCI, proportion
+from nextword.common.statistics import ScoreWithCI, interval_p_value, mean, proportion
 from nextword.evaluation.evaluate import to_dict
 from nextword.inference.engine import Engine
 from nextword.inference.loglikelihood import LoglikelihoodScorer, ScoredSequence
@@ -167,25 +167,30 @@ def _summarize_task(
     samples: Sequence[dict[str, Any]], output_type: str | None, results: dict[str, Any]
 ) -> dict[str, Any]:
     """The result of a task. A metric that is not a mean over items, such as perplexity, has no confidence interval."""
-    scores: dict[str, dict[str, Any]] = {}
+    scores: dict[str, ScoreWithCI] = {}
     for name, value in _reported_metrics(results).items():
         values: list[Any] = [sample.get(name) for sample in samples]
         is_mean = all(isinstance(entry, int | float | np.number) for entry in values) and math.isclose(
             float(np.mean(values)), value, rel_tol=1e-6, abs_tol=1e-9
         )
-        score = proportion(list(map(float, values))) if is_mean else ScoreWithCI(value, n=len(samples))
-        scores[name] = to_dict(score)
-    means = [name for name, score in scores.items() if score["low"] is not None]
+        score = ScoreWithCI(value, n=len(samples))
+        if is_mean:
+            numbers = list(map(float, values))
+            score = proportion(numbers) if min(numbers) >= 0 and max(numbers) <= 1 else mean(numbers)
+        scores[name] = score
+    means = [name for name, score in scores.items() if score.low is not None]
     metric = next(iter([*(name for name in ("acc_norm", "acc", "exact_match") if name in means), *means, *scores]))
     is_choice = output_type == "multiple_choice" and metric.startswith("acc")
     chance = float(np.mean([1 / len(sample["resps"]) for sample in samples])) if is_choice else None
     main_score = scores.pop(metric)
     return {
         "metric": metric,
-        **main_score,
+        **to_dict(main_score),
         "chance": chance,
-        "above_chance": None if chance is None else main_score["low"] > chance,
+        "p_value": None if chance is None or main_score.low is None else interval_p_value(main_score, chance),
+        "above_chance": None if chance is None else main_score.is_above(chance),
+        "below_chance": None if chance is None else main_score.is_below(chance),
         "scrambled": None,
         "groups": {},
-        "others": scores,
+        "others": {name: to_dict(score) for name, score in scores.items()},
     }
