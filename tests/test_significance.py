@@ -142,7 +142,9 @@ def test_groups_that_guess_are_seldom_marked():
     marked, evaluations = 0, 60
     for _ in range(evaluations):
         values = (rng.random(len(rows)) < 0.5).astype(float)
-        groups = summarize_item_scores(benchmark, ItemScores(dict.fromkeys(benchmark.metrics, values), 0.5), rows)["groups"]
+        groups = summarize_item_scores(benchmark, ItemScores(dict.fromkeys(benchmark.metrics, values), 0.5), rows)[
+            "groups"
+        ]
         marked += any(group["above_chance"] or group["below_chance"] for group in groups.values())
     assert marked <= 0.15 * evaluations  # 5 % expected; each at 0.05 alone would mark 96 %
     better = [0.5, *[1.0] * 39]

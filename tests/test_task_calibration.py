@@ -48,6 +48,11 @@ def test_the_calibration_error_equals_its_formula():
 
 
 def test_the_best_weights_and_patience_follow_the_score_and_the_loss():
+    tolerant = BestCheckpoint()
+    kept = [tolerant.update(i, score, 1.0, 0.03) for i, score in enumerate((0.5, 0.48, 0.46, 0.6, 0.58, 0.5, 0.575), 1)]
+    assert kept == [True, True, False, True, True, False, True]  # within 0.03 of the highest so far
+    assert (tolerant.step, tolerant.score, tolerant.highest_score) == (7, 0.575, 0.6)
+
     best = BestCheckpoint()
     steps = [(0.5, 0.9), (0.5, 0.8), (0.5, 0.85), (0.6, 0.9), (0.6, 0.95), (0.6, math.nan), (0.55, 0.7)]
     is_best = [best.update(step, score, loss) for step, (score, loss) in enumerate(steps, 1)]

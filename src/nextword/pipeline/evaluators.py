@@ -5,7 +5,7 @@ Also what fine-tuning starts from: its examples, its model and its batches.
 
 import contextlib
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ import torch
 
 from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
 from nextword.common.fs import build_directory, read_manifest, verify_manifest, write_manifest
-from nextword.common.statistics import ScoreWithCI
+from nextword.common.statistics import ScoreWithCI, t_quantile
 from nextword.data.chat_format import save_chat_template
 from nextword.data.corpus import Corpus
 from nextword.data.dataset import TokenDataset, derive_seed
@@ -52,7 +52,7 @@ from nextword.tasks.metrics import GENERATION_METRICS, LABEL_F1, METRIC_ALIASES,
 from nextword.training.config import FinetuneRecipe, RunConfig
 from nextword.training.launch import RunContext, TrainingSetup
 from nextword.training.parallel import load_weights_, to_full, unsharded
-from nextword.training.step import autocast
+from nextword.training.step import BestCheckpoint, autocast
 from nextword.training.trainer import FINALIZE_SECONDS, ValidationResult
 
 EVAL_EXAMPLES = (200, 500)  # minimum and maximum of validation examples per validation
@@ -482,7 +482,17 @@ class TaskEvaluator:
             summary=", ".join(summary),
             predictions=predictions,
             is_constant=self.spec.kind == "label" and len({p["label"] for p in result.predictions}) == 1,
+            standard_error=self._standard_error(result.scores),
         )
+
+    def _standard_error(self, scores: Mapping[str, ScoreWithCI]) -> float:
+        """The standard error of the selection metric, approximate without an interval; 0 for generated answers and losses."""
+        if self.spec.kind not in HEAD_KINDS or self.metric not in scores:
+            return 0.0
+        score = scores[self.metric]
+        if score.low is None or score.high is None:
+            return 0.5 / math.sqrt(score.n or 1)
+        return (score.high - score.low) / (2 * t_quantile(math.inf))
 
     def _calibrate(self, result: EvaluationResult, limit: int) -> float:
         """Fit the temperature to a validation. Returns the loss at that temperature, which overconfidence does not raise."""
@@ -664,11 +674,15 @@ class TaskEvaluator:
             examples = [self.validation[i] for i in indices]
             return compute_metrics(self.spec, examples, [{field: predictions[i]} for i in indices], (self.metric,))
 
-        def score(evaluation: int, indices: Sequence[int]) -> tuple[float, float]:
-            scores = compute(evaluations[evaluation], indices)
-            return scores[self.metric].value if self.metric in scores else 0.0, -losses[evaluation]
+        def select(indices: Sequence[int]) -> int:
+            best = BestCheckpoint()
+            for i, (predictions, loss) in enumerate(zip(evaluations, losses, strict=True)):
+                scores = compute(predictions, indices)
+                score = scores[self.metric].value if self.metric in scores else -loss
+                best.update(i, score, loss, self._standard_error(scores))
+            return best.step
 
-        predictions = cross_fitted(evaluations, folds, score)
+        predictions = cross_fitted(evaluations, folds, select)
         return compute(predictions, range(len(folds)))
 
     def _evaluate_base(self, split: Literal["validation", "test"]) -> EvaluationResult:
@@ -681,9 +695,7 @@ class TaskEvaluator:
 
 
 def cross_fitted(
-    evaluations: Sequence[Sequence[Any]],
-    folds: np.ndarray,
-    score: Callable[[int, Sequence[int]], float | tuple[float, ...]],
+    evaluations: Sequence[Sequence[Any]], folds: np.ndarray, select: Callable[[Sequence[int]], int]
 ) -> list[Any]:
     """Predictions for examples that did not select them, so that the best of several evaluations is not their score.
 
@@ -693,13 +705,12 @@ def cross_fitted(
     Args:
         evaluations: The predictions for all examples at each validation [V][E].
         folds: The fold of each example [E].
-        score: The score of a validation [V] on the examples of some indices; the highest one selects, the earliest of equal
-            ones.
+        select: The validation [V] that is the best for the examples of some indices.
     """
     chosen: list[Any] = [None] * len(folds)
     for fold in np.unique(folds):
         others: list[int] = np.flatnonzero(folds != fold).tolist()
-        best = evaluations[max(range(len(evaluations)), key=lambda evaluation: score(evaluation, others))]
+        best = evaluations[select(others)]
         for i in np.flatnonzero(folds == fold).tolist():
             chosen[i] = best[i]
     return chosen

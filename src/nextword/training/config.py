@@ -206,7 +206,7 @@ class FinetuneRecipe(RunConfig):
     lora: bool = False
     scratch: bool = False
     training: TrainingConfig = TrainingConfig(
-        optimizer="adamw", beta2=0.999, schedule="linear", warmup=0.002, weight_decay=0.01, evaluations=10, patience=5
+        optimizer="adamw", beta2=0.999, schedule="linear", warmup=0.002, weight_decay=0.01, evaluations=10
     )
     tuning: FinetuneHyperparameters = FinetuneHyperparameters()
 

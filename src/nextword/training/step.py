@@ -30,40 +30,59 @@ MAX_NONFINITE_STEPS = 5
 
 @dataclass
 class BestCheckpoint:
-    """The best validation so far, and the state of early stopping.
+    """The validation whose weights are kept, and the state of early stopping.
 
     Attributes:
         score: its score.
-        loss: its loss, which decides between equal scores.
+        loss: its loss.
         step: its step.
+        highest_score: the highest score of all validations.
         lowest_loss: the lowest loss of all validations.
-        last_improvement: the step of the last validation that improved the score or the loss.
+        last_improvement: the step of the last validation with a new highest score or lowest loss.
         validations_without_improvement: the number of validations after that.
     """
 
     score: float | None = None
     loss: float | None = None
     step: int = 0
+    highest_score: float | None = None
     lowest_loss: float | None = None
     last_improvement: int = 0
     validations_without_improvement: int = 0
 
-    def update(self, step: int, score: float, loss: float) -> bool:
-        """Take a validation into account. Returns whether its weights are the best: by score, and among equal ones by loss."""
+    def update(self, step: int, score: float, loss: float, standard_error: float = 0.0) -> bool:
+        """Take a validation into account.
+
+        With a standard error, the latest weights are kept whose score is within one standard error of the highest (Breiman et
+        al. 1984, "Classification and regression trees", section 3.4.3): the learning rate decays to the end of a run, and few
+        examples do not tell later weights from earlier ones. Otherwise the highest score decides, among equal ones the lowest
+        loss.
+
+        Args:
+            step: the step of the validation.
+            score: its score; higher is better.
+            loss: its loss.
+            standard_error: that of the score.
+
+        Returns:
+            Whether its weights are kept.
+        """
+        self.validations_without_improvement += 1
         if not (math.isfinite(score) and math.isfinite(loss)):
-            self.validations_without_improvement += 1
             return False
+        is_higher = self.highest_score is None or score > self.highest_score
         is_lower = self.lowest_loss is None or loss < self.lowest_loss
-        is_best = self.score is None or (score, -loss) > (self.score, -math.inf if self.loss is None else -self.loss)
-        if is_lower:
-            self.lowest_loss = loss
-        if is_best:
-            self.score, self.loss, self.step = score, loss, step
-        if is_lower or is_best:
+        if is_higher or is_lower:
             self.last_improvement, self.validations_without_improvement = step, 0
+        self.highest_score = score if self.highest_score is None else max(score, self.highest_score)
+        self.lowest_loss = loss if self.lowest_loss is None else min(loss, self.lowest_loss)
+        if self.score is None or standard_error > 0:
+            is_kept = score >= self.highest_score - standard_error
         else:
-            self.validations_without_improvement += 1
-        return is_best
+            is_kept = (score, -loss) > (self.score, -math.inf if self.loss is None else -self.loss)
+        if is_kept:
+            self.score, self.loss, self.step = score, loss, step
+        return is_kept
 
 
 @dataclass
@@ -107,7 +126,7 @@ class TrainState:
         self.nonfinite_streak, self.num_rollbacks = saved["bad"], saved.get("detours", 0)
         best, self.stopped_early = dict(saved["best"]), saved["stopped"]
         if "since" in best:  # of an earlier version
-            best["validations_without_improvement"] = best.pop("since")
+            best["validations_without_improvement"], best["highest_score"] = best.pop("since"), best["score"]
         self.best = BestCheckpoint(**best)
 
     def restore(self, path: Path, ctx: DistContext = SINGLE_PROCESS) -> None:

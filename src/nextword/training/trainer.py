@@ -40,6 +40,7 @@ class ValidationResult:
         summary: The metrics in one line.
         predictions: What was predicted for each validation example, if all of them were evaluated.
         is_constant: Whether all examples have the same predicted label. Early stopping waits.
+        standard_error: That of the score. The latest weights within one standard error of the highest score are the best.
     """
 
     score: float
@@ -48,6 +49,7 @@ class ValidationResult:
     summary: str
     predictions: list[Any] | None = None
     is_constant: bool = False
+    standard_error: float = 0.0
 
 
 class Evaluator(Protocol):
@@ -286,7 +288,7 @@ class Trainer:
         run.info(f"step {step:,}: {result.summary}")
         best = state.best
         is_suspicious = state.nonfinite_streak > 0 and best.score is not None
-        if best.update(step, result.score, math.inf if is_suspicious else result.loss):
+        if best.update(step, result.score, math.inf if is_suspicious else result.loss, result.standard_error):
             self.evaluator.save_best({"step": step, "validation": result.metrics})
         else:
             count, patience = best.validations_without_improvement, self.config.training.patience
