@@ -678,6 +678,7 @@ CALLERS: dict[str, tuple[str, ...]] = {
     "evaluation.lm_eval_adapter._summarize_task": PROPORTION,
     "inference.perplexity._sampling_margin": RATIO,
     "inference.perplexity.bits_per_byte": RATIO,
+    "pipeline.evaluators._standard_error": (),
     "pipeline.item_scores._bits_per_byte": RATIO,
     "pipeline.item_scores._repetition_scores": ("means of fractions per example",),
     "pipeline.item_scores.aggregate": (*PROPORTION, "icat and perplexity", "decision: above or below chance"),
