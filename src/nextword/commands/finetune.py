@@ -65,6 +65,8 @@ class FinetuneResult(shared.RunResult):
         calibration: Expected calibration error (error), mean confidence, accuracy and bins of the probabilities, and the
             temperature that the weights of the head are divided by.
         unfinished: How many of how many (n) generated answers did not end within max_tokens.
+        ensemble: The scores of the model and the linear TF-IDF baseline together (predict --ensemble), and the weight of that
+            baseline.
         baselines: The same of baselines that need no language model.
     """
 
@@ -75,6 +77,7 @@ class FinetuneResult(shared.RunResult):
     scored_on: str | None = None
     calibration: dict[str, Any] | None = None
     unfinished: dict[str, int] | None = None
+    ensemble: dict[str, Any] | None = None
     baselines: dict[str, dict[str, dict[str, Any]]] | None = None
 
 
@@ -88,6 +91,9 @@ def format_finetuning(result: FinetuneResult) -> str:
         details += [
             f"  {name}: {shared.format_score(system[metric])}" for name, system in systems.items() if metric in system
         ]
+        if result.ensemble and metric in result.ensemble["scores"]:
+            score = shared.format_score(result.ensemble["scores"][metric])
+            details.append(f"  ensemble with TF-IDF (predict --ensemble): {score}")
         details += compare_with_baseline(metric, scores[metric], result.baselines or {})
     if calibration := result.calibration:
         details.append(f"{shared.format_calibration(calibration)} (temperature {calibration['temperature']:.2f})")

@@ -34,12 +34,15 @@ class PredictConfig(ModelArgument, DeviceOption):
             Default: none.
         file: A table of examples. Default: none.
         out: File for the answers. Default: standard output.
+        ensemble: Combine the probabilities with those of the linear TF-IDF classifier that finetune fitted on the same
+            examples. Only for a classification of texts with one label each.
     """
 
     data: tuple[str | Path, ...] = argument(default=(), converter=path_or_texts)
     text: tuple[str, ...] = option(default=(), converter=as_strings)
     file: Path | None = option(default=None, converter=optional(Path))
     out: Path | None = option(default=None, converter=optional(Path))
+    ensemble: bool = False
 
     def resolve(self) -> tuple[Path | None, list[str]]:
         """The table, or None and the texts. Raises `UsageError` if neither or both are given, or a table does not exist."""
@@ -102,16 +105,17 @@ def predict(config: PredictConfig, context: Context) -> PredictResult:
     from nextword.data.issues import IssueLog
     from nextword.pipeline.language_model import load
     from nextword.pipeline.predictor import compute_labeled_metrics
-    from nextword.tasks.examples import read_examples
+    from nextword.tasks.examples import example_from_texts, read_examples
 
     data, texts = config.resolve()
     if config.out is not None:
         check_output_file(config.out, config.model, *filter(None, [data]))
     loaded, console = load(config.model, config.device), context.console
+    predictor = loaded.ensemble_predictor() if config.ensemble else loaded.predictor
     if data is None:
-        answers, scores = [loaded.predict(*texts)], {}
+        answers, scores = predictor.predict([example_from_texts(predictor.task_spec.task, texts)]), {}
     else:
-        predictor, issues = loaded.predictor, IssueLog()
+        issues = IssueLog()
         spec = predictor.task_spec
         examples = read_examples([data], None, issues, require_targets=False, like=spec.format).items
         if not examples:

@@ -5,6 +5,7 @@ RUN/run.json           settings and environment
     decisions.jsonl    step budgets chosen from the time budget
     detours.jsonl      batches skipped after loss spikes
     checkpoints/       the last checkpoints
+    linear/            the linear classifier of a fine-tuning, for `predict --ensemble`
     model/ adapter/    the best weights, as a Hugging Face directory
     data/              the prepared corpus, if the run prepared it
     result.json        present once the run is complete
@@ -92,6 +93,7 @@ class RunDir:
         self.data_dir = path / "data"
         self.model_dir = path / "model"
         self.adapter_dir = path / "adapter"
+        self.linear_dir = path / "linear"
         self.metrics_path = path / "metrics.jsonl"
         self.decisions_path = path / "decisions.jsonl"
         self.skipped_ranges_path = path / "detours.jsonl"
@@ -294,7 +296,10 @@ def verify_path(path: Path) -> dict[str, str]:
     if not run.exists:
         return fs.verify_tree(path)
     checkpoints = sorted(path.glob("checkpoints/step-*"))
-    sealed = [*checkpoints, *(d for d in (run.data_dir, run.model_dir, run.adapter_dir) if os.path.lexists(d))]
+    sealed = [
+        *checkpoints,
+        *(d for d in (run.data_dir, run.model_dir, run.adapter_dir, run.linear_dir) if os.path.lexists(d)),
+    ]
 
     def check_latest() -> None:
         latest, name = path / "checkpoints" / "latest", checkpoints[-1].name

@@ -261,7 +261,7 @@ def _prepare_example(
         if encoded is None:
             raise UsageError(f"this example is not usable: {issues.issues[-1]}")
     predictor = Predictor(model.gpt, model.tokenizer, task_spec)
-    (logits,) = predictor.logits([encoded])
+    (logits,) = predictor.logits([example], [encoded])
     prediction = predictor.prediction(logits, example)
     is_choice = task_spec.kind == "choice"
     output_names = task_spec.output_names

@@ -48,6 +48,7 @@ from nextword.tasks.dataset import (
     load_task_data,
 )
 from nextword.tasks.examples import hash_inputs, input_texts
+from nextword.tasks.linear import LinearClassifier, combine, fit_weight
 from nextword.tasks.metrics import GENERATION_METRICS, LABEL_F1, METRIC_ALIASES, TEXT_METRICS
 from nextword.training.config import FinetuneRecipe, RunConfig
 from nextword.training.launch import RunContext, TrainingSetup
@@ -620,10 +621,11 @@ class TaskEvaluator:
             predictor, (examples, _) = Predictor(model, self.data.tokenizer, spec), self.sets[split]
             limit, generated = self._final_sample(len(examples), split)
             self.run.info(f"evaluating on the {split} set …")
+            metric_names = (self.metric, *GENERATION_METRICS)
+            result = on_validation = self.evaluate(predictor, limit, 0 if split == "test" else generated, metric_names)
             if split == "test":
-                result = self.evaluate(predictor, limit, 0)
                 metrics |= {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
-            result = self.evaluate(predictor, limit, generated, (self.metric, *GENERATION_METRICS), split)
+                result = self.evaluate(predictor, limit, generated, metric_names, split)
             chosen = [examples[i] for i in evenly_spaced(len(examples), limit)]
             if spec.kind == "answer" and result.predictions:
                 metrics["unfinished"] = {
@@ -645,15 +647,50 @@ class TaskEvaluator:
             count = generated if spec.kind == "answer" else limit
             examples = [examples[i] for i in evenly_spaced(len(examples), count)]
             try:
-                baselines = baseline_scores(spec, self.data.train, examples, (self.metric, *GENERATION_METRICS))
+                baselines = baseline_scores(spec, self.data.train, examples, metric_names)
             except MissingDependencyError:  # reported during validation
                 baselines = {}
+            if (linear := self._fit_linear(on_validation, limit)) is not None:
+                texts = [input_texts(spec.task, example)[0] for example in examples]
+                probabilities = linear[0].probabilities(texts)
+                pooled = combine(np.array(result.logits), probabilities, linear[1])
+                baselines["TF-IDF"], scores = (
+                    compute_metrics(spec, examples, [{"label": spec.labels[i]} for i in table.argmax(1)], metric_names)
+                    for table in (probabilities, pooled)
+                )
+                metrics["ensemble"] = {"weight": linear[1], "scores": scores_to_dict(scores)}
             metrics["baselines"] = {name: scores_to_dict(scores) for name, scores in baselines.items()}
             if spec.kind == "preference":
                 metrics["before"] = scores_to_dict(self._evaluate_base(split).scores)
         if spec.kind not in HEAD_KINDS:
             metrics["forgetting"] = evaluate_forgetting(self.base, model)
         return metrics
+
+    def _fit_linear(self, result: EvaluationResult, limit: int | None) -> tuple[LinearClassifier, float] | None:
+        """Fit the linear classifier on the training set, and its weight in an ensemble on the validation set; save both.
+
+        Args:
+            result: The evaluation on the validation set.
+            limit: The number of its examples; None for all.
+
+        Returns:
+            The classifier and its weight; None for other tasks than the classification of texts with one label.
+        """
+        if self.spec.task != "classify" or self.spec.kind != "label":
+            return None
+        validation = [self.validation[i] for i in evenly_spaced(len(self.validation), limit)]
+        train, held_out = (
+            ([input_texts("classify", e)[0] for e in examples], [e.fields["label"] for e in examples])
+            for examples in (self.data.train, validation)
+        )
+        is_balanced = bool((self.dataset.sample_weights != 1).any())
+        classifier = LinearClassifier.fit(*train, self.spec.labels, is_balanced)
+        if classifier is None:
+            return None
+        targets = [self.spec.labels.index(label) for label in held_out[1]]
+        weight = fit_weight(np.array(result.logits), classifier.probabilities(held_out[0]), targets)
+        classifier.save(self.run.run_dir.linear_dir, weight)
+        return classifier, weight
 
     def _cross_fit(self) -> dict[str, ScoreWithCI]:
         """The scores of the cross-fitted predictions for the validation set.

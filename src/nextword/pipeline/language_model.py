@@ -31,6 +31,7 @@ from nextword.model.hf import load_model, load_shards
 from nextword.pipeline.predictor import Predictor
 from nextword.tasks.dataset import TaskSpec
 from nextword.tasks.examples import example_from_texts
+from nextword.tasks.linear import LinearClassifier
 
 FORGETTING_TOKENS = 2**14  # tokens of the pre-training corpus on which forgetting is measured
 
@@ -137,6 +138,21 @@ class LanguageModel:
                 f"fine-tune it: {quote_command('nextword', 'finetune', self.path, 'DATA')} --out RUN"
             )
         return Predictor(self.gpt, self.tokenizer, self.task_spec)
+
+    def ensemble_predictor(self) -> Predictor:
+        """A predictor that combines the model with the linear classifier of its run.
+
+        Raises:
+            UsageError: The run has none.
+            CorruptFileError: The classifier is damaged.
+        """
+        predictor, linear_dir = self.predictor, RunDir(self.directory.parent).linear_dir
+        if not linear_dir.is_dir():
+            raise UsageError(
+                f"{self.path}: no linear classifier for an ensemble. nextword finetune writes one into the run directory of a "
+                "classification of texts with one label each"
+            )
+        return Predictor(self.gpt, self.tokenizer, predictor.task_spec, LinearClassifier.load(linear_dir))
 
     def generate(
         self, prompts: str | Sequence[str], sampling: Sampling | None = None, **settings: Any

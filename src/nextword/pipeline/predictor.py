@@ -31,6 +31,7 @@ from nextword.tasks.dataset import (
     TaskSpec,
 )
 from nextword.tasks.examples import Example, input_texts
+from nextword.tasks.linear import LinearClassifier, combine
 from nextword.training.losses import DeviceBatch, example_logits, multiple_choice_logits, sequence_logprobs
 from nextword.training.step import to_device
 
@@ -62,10 +63,23 @@ class EvaluationResult:
 
 
 class Predictor:
-    """Predicts examples of one task. A prediction does not depend on the other examples, within rounding."""
+    """Predicts examples of one task. A prediction does not depend on the other examples, within rounding.
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, task_spec: TaskSpec):
-        self.model, self.tokenizer, self.task_spec = model, tokenizer, task_spec
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        task_spec: The task.
+        ensemble: A linear classifier whose probabilities are combined with the model's, and its weight. Default: none.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        task_spec: TaskSpec,
+        ensemble: tuple[LinearClassifier, float] | None = None,
+    ):
+        self.model, self.tokenizer, self.task_spec, self.ensemble = model, tokenizer, task_spec, ensemble
 
     @cached_property
     def encoder(self) -> ExampleEncoder:
@@ -95,8 +109,13 @@ class Predictor:
             if progress is not None:
                 progress(start, len(order))
 
-    def logits(self, encoded: Sequence[EncodedExample], progress: ProgressCallback | None = None) -> list[np.ndarray]:
-        """The outputs of the head for each example [n_labels]; for multiple choice, of its choices [C]."""
+    def logits(
+        self,
+        examples: Sequence[Example],
+        encoded: Sequence[EncodedExample],
+        progress: ProgressCallback | None = None,
+    ) -> list[np.ndarray]:
+        """The outputs of the head, or of the ensemble, for each example [n_labels]; for multiple choice, of its choices [C]."""
         is_choice = self.task_spec.kind == "choice"
         compute_logits = multiple_choice_logits if is_choice else example_logits
 
@@ -105,6 +124,10 @@ class Predictor:
             return compute_logits(self.model, self.model(batch.tokens), batch.labels)
 
         logits = self._map_batches(forward, encoded, progress)
+        if self.ensemble is not None and logits:
+            classifier, weight = self.ensemble
+            texts = [input_texts(self.task_spec.task, example)[0] for example in examples]
+            return list(combine(np.array(logits), classifier.probabilities(texts), weight))
         return [row[: len(e.sequences)] for row, e in zip(logits, encoded, strict=True)] if is_choice else logits
 
     def log_likelihoods(
@@ -184,7 +207,7 @@ class Predictor:
             encoded.append(encoding)
         if ranks_answers:
             return _preference_predictions(self.log_likelihoods(encoded, progress))
-        return list(map(self.prediction, self.logits(encoded, progress), examples))
+        return list(map(self.prediction, self.logits(examples, encoded, progress), examples))
 
     # ------------------------------------------------------------ metrics
 
@@ -211,7 +234,7 @@ class Predictor:
             raise NextwordError("there are no examples to evaluate on")
         kind = self.task_spec.kind
         if kind in HEAD_KINDS:
-            logits = self.logits(encoded)
+            logits = self.logits(examples, encoded)
             predictions = list(map(self.prediction, logits, examples))
             losses = [head_loss(kind, row, example.target) for row, example in zip(logits, encoded, strict=True)]
             scores = compute_metrics(self.task_spec, examples, predictions, metrics)

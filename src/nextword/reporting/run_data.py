@@ -25,7 +25,7 @@ LOSS_UNITS = {
     "preference": "nats per token of the chosen answer",
 }
 IMBALANCE_RATIO = 2.0  # of the most to the least frequent label, from which on labels count as imbalanced
-THIS_MODEL, BASE_MODEL = "this model", "base model"
+THIS_MODEL, BASE_MODEL, ENSEMBLE = "this model", "base model", "ensemble with TF-IDF"
 
 Point = tuple[float, float]
 
@@ -296,6 +296,7 @@ class TaskResults:
             }
         by_system = {THIS_MODEL: scores, BASE_MODEL: parse_metrics(run.result.get("before"))}
         baselines = as_mapping(run.result.get("baselines"))
+        by_system[ENSEMBLE] = parse_metrics(get_nested(run.result, "ensemble", "scores"))
         by_system |= {str(name): parse_metrics(values) for name, values in baselines.items()}
         candidates = (run.result.get("metric"), run.get("metric"), "bits_per_byte", "loss")
         metric = next((name for name in candidates if isinstance(name, str) and name in scores), "loss")
@@ -324,7 +325,7 @@ class TaskResults:
     @property
     def best_baseline(self) -> tuple[str, ScoreWithCI] | None:
         """Name and score of the best baseline by the selection metric."""
-        baselines = [row for row in self.metric_scores.items() if row[0] not in (THIS_MODEL, BASE_MODEL)]
+        baselines = [row for row in self.metric_scores.items() if row[0] not in (THIS_MODEL, BASE_MODEL, ENSEMBLE)]
         return min(baselines, key=lambda row: -self.direction * row[1].value, default=None)
 
     @property
