@@ -423,6 +423,7 @@ def test_limited_examples_keep_all_labels(base, tmp_path):
         ("text,label\na,x\nb,y\nc,\n", ["--strict"], 1, "data.csv line 4"),
         ("text,label\na,x\nb,y\n", ["--column", "text"], 2, "--column 'text'"),
         ("text,label\na,x\nb,y\n", ["--column", "text=words"], 2, "there is no column words"),
+        ("text,label\na,x\nb,y\n", ["--column", "label=label", "--column", "text=word"], 2, "there is no column word "),
         ("text,label\na,x\nb,y\n", ["--steps", "3", "--budget", "1m"], 2, "exclude each other"),
         ("text,label\na,x\nb,y\n", ["--tuning.dropout", "2"], 2, "--tuning.dropout must be a number from 0"),
         ("text,label\na,x\nb,y\n", ["--task", "guess"], 2, "unknown task 'guess'"),

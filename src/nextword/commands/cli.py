@@ -14,7 +14,7 @@ from dataclasses import MISSING, Field, fields, make_dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, cast, get_type_hints
+from typing import Annotated, Any, cast, get_origin, get_type_hints
 
 from cyclopts import App, Argument, ArgumentCollection, CycloptsError, Group, Parameter, Token
 
@@ -152,7 +152,7 @@ def parameters(cls: type) -> Iterator[inspect.Parameter]:
             hint = settings_class(info.settings, info.exclude) | None
             details = {"group": Group(f"{f.name.capitalize()} settings", help=descriptions[f.name], sort_key=3)}
         elif info.metavar is not None:
-            hint = str | None
+            hint = (tuple[str, ...] if get_origin(hint) is dict else str) | None  # ROLE=COLUMN may be given again
             details["metavar"] = info.metavar
         if info.flag is not None:
             details["name"] = info.flag
