@@ -127,7 +127,7 @@ def test_run_json_stores_the_options_that_belong_to_the_run():
     assert set(pretraining) == {
         *("corpora", "recipe", "preset", "size", "tokenizer", "vocab_size", "text_column", "seed"),
         *("validation", "test", "validation_fraction"),
-        *("steps", "budget", "tokens", "flops", "model", "training"),
+        *("steps", "budget", "tokens", "flops", "members", "model", "training"),
     }
     assert (pretraining["budget"], pretraining["training"]) == (1800.0, {"lr": 0.1})
     finetuning = stored_options(FinetuneConfig("model", (), "run", max_examples=5))

@@ -3,19 +3,26 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nextword.commands import shared
 from nextword.commands.command import Context, command, stored_options
+from nextword.commands.members import (
+    Member,
+    check_members,
+    describe_members,
+    load_members,
+    remove_members,
+    train_members,
+)
 from nextword.common.errors import UsageError
 from nextword.common.format import format_duration, quote_command
 from nextword.common.fs import MANIFEST
 from nextword.common.options import argument, option, options
 from nextword.common.run_dir import RunDir, diff_settings, fail_if_locked
 from nextword.model.config import ModelConfig
-from nextword.training.config import Recipe
+from nextword.training.config import DEFAULT_WEIGHT_DECAY, Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +34,7 @@ if TYPE_CHECKING:
     from nextword.training.trainer import Expectation
 
 RunResultT = TypeVar("RunResultT", bound=shared.RunResult)
+TEACHER_WEIGHT = 0.5  # of the averaged predictions of the members, beside the text
 OVERFITTING_ADVICE = "More text, --model.dropout or a smaller size help."
 
 
@@ -42,10 +50,12 @@ class PretrainConfig(shared.RecipeOptions, shared.RunOptions):
         corpora: Files, directories, shards from nextword prepare, or built-in datasets (python-docs, tinystories, wikitext,
             fineweb-edu).
         out: Run directory: the model, its checkpoints, metrics and report.
+        keep_members: Keep the runs of --members in RUN/members.
     """
 
     corpora: tuple[str, ...] = argument(default=(), converter=shared.input_paths, deprecated="corpus")
     out: Path = option(default=None, converter=shared.run_path, kw_only=False, required=True, stored=False)
+    keep_members: bool = option(default=False, stored=False)
 
 
 def format_run(result: shared.RunResult) -> str:
@@ -61,6 +71,11 @@ def format_run(result: shared.RunResult) -> str:
         details.append(
             f"test loss {result.test_loss:.4f} · {result.test_bits_per_byte:.4f} bits/byte ({sample}; it selected nothing)"
         )
+    if members := result.members:
+        values = ", ".join(f"{value:.4f}" for value in members["bits_per_byte"])
+        spread = members["standard_deviation"]
+        noise = "" if spread is None else f"; standard deviation over seeds {spread:.4f}"
+        details.append(f"distilled from {len(members['seeds'])} members with {values} bits/byte{noise}")
     if interval := result.test_interval or result.interval:
         bounds = "" if interval["low"] is None else f"95 % CI {interval['low']:.4f}–{interval['high']:.4f} bits/byte "
         details.append(f"{bounds}{interval['basis']}")
@@ -103,6 +118,7 @@ def pretrain(config: PretrainConfig, context: Context) -> shared.RunResult:
     def train(run: "RunContext") -> dict[str, Any]:
         from nextword.planning.planner import check_memory
 
+        check_members(config, recipe.members, run.dist.world_size)
         if run.metadata is None:
             check_memory(recipe, run.device, run.dist.world_size)
         corpus = open_or_prepare_corpus(
@@ -116,7 +132,15 @@ def pretrain(config: PretrainConfig, context: Context) -> shared.RunResult:
         )
         if run.metadata is None:
             run.info(shared.format_corpus(corpus))
-        return train_language_model(run, corpus, recipe)
+        members: list[Member] = []
+        if run.metadata is not None:
+            members = [Member(**member) for member in run.metadata.get("members", [])]
+        elif recipe.members > 1:
+            members = train_members(run, config, corpus, recipe, pretrain.run)
+        result = train_language_model(run, corpus, recipe, members=members)
+        if not config.keep_members:
+            remove_members(run)
+        return result
 
     return start_run(shared.RunResult, train, config, context)
 
@@ -185,7 +209,11 @@ def open_or_prepare_corpus(run: "RunContext", texts: Sequence[str], **settings: 
 
 
 def train_language_model(
-    run: "RunContext", corpus: "Corpus", recipe: Recipe, base: "BaseModel | None" = None
+    run: "RunContext",
+    corpus: "Corpus",
+    recipe: Recipe,
+    base: "BaseModel | None" = None,
+    members: Sequence[Member] = (),
 ) -> dict[str, Any]:
     """Train a language model on a corpus.
 
@@ -194,6 +222,7 @@ def train_language_model(
         corpus: The prepared text.
         recipe: The options of a new run. A resume uses those in run.json.
         base: The model to continue from; None to start from random weights.
+        members: Models in RUN/members that are distilled into this one.
 
     Returns:
         The content of result.json; empty on worker ranks.
@@ -209,13 +238,14 @@ def train_language_model(
     from nextword.pipeline.evaluators import LanguageModelEvaluator
     from nextword.pipeline.language_model import evaluate_forgetting
     from nextword.training.launch import setup_training
-    from nextword.training.losses import causal_lm_loss
+    from nextword.training.losses import causal_lm_loss, distillation_loss
     from nextword.training.parallel import unsharded
     from nextword.training.trainer import Trainer
 
     metadata, seconds_per_step = run.metadata, 0.0
     if metadata is None:
         metadata, seconds_per_step = choose_settings(run, corpus, recipe, base)
+        metadata["members"] = [asdict(member) for member in members]
     else:
         check_resume(run, metadata, corpus)
     recipe, seed = Recipe.from_dict(metadata["recipe"]), metadata["seed"]
@@ -231,18 +261,19 @@ def train_language_model(
         torch.manual_seed(derive_seed(seed, 3))  # pyright: ignore[reportUnknownMemberType]  # untyped in torch
         return model.iter_init_weights()
 
+    loss_fn = distillation_loss(load_members(run, members), TEACHER_WEIGHT) if members else causal_lm_loss
     with setup_training(
         run,
         metadata,
         model,
-        causal_lm_loss,
+        loss_fn,
         dataset,
         recipe,
         init_weights=init_weights,
         seconds_per_step=seconds_per_step,
     ) as setup:
         evaluator = LanguageModelEvaluator(run, setup, corpus, dataset, recipe, evaluates_base=base is not None)
-        expectation = planned_expectation(metadata)
+        expectation = None if members else planned_expectation(metadata)
         trainer = Trainer(
             run,
             setup,
@@ -254,6 +285,8 @@ def train_language_model(
         )
         trainer.train()
         metrics = evaluator.evaluate_best()
+        if members:
+            metrics["members"] = describe_members(members)
         if base is not None:
             metrics["task"] = "continue"
             if len(corpus.tokens("validation")) >= 2:
@@ -279,11 +312,14 @@ def choose_settings(
         raise UsageError(f"{corpus.path}: the training set has {num_tokens} tokens, too few to train on")
     run.dist = dist = run.dist.with_tensor_parallel(recipe.training.tensor)
     if base is None:
-        remaining = None if recipe.budget is None else partial(run.remaining_seconds, recipe.budget)
+        budget = recipe.budget
+        cost = recipe.step_cost
+        remaining = None if budget is None else lambda: run.remaining_seconds(budget) / cost
         plan = plan_corpus(corpus, recipe, run.device, remaining=remaining, num_processes=dist.world_size)
         for line in (*plan.why, f"expected: {plan.interval}"):
             run.info(line)
         recipe, batch_tokens, lr = replace(recipe, size=plan.size), plan.batch_tokens, plan.lr
+        recipe = replace(recipe, training=replace(recipe.training, weight_decay=plan.weight_decay))
         model_config = ModelConfig.from_dict({**plan.model, "dropout": recipe.model.get("dropout", plan.dropout)})
         details: dict[str, Any] = {"preset": recipe.preset, "size": recipe.size, "plan": plan.to_dict()}
     else:  # the shape of the base model, and a third of the learning rate of a new one
@@ -302,7 +338,7 @@ def choose_settings(
     data = corpus_metadata(corpus)
     metadata = new_metadata(run, recipe, model_config, seed, data=data, shards=shards, **details)
     metadata["fixed"]["rows"] = rows
-    return metadata, 0.0 if plan is None else plan.seconds_per_token * tokens_per_step
+    return metadata, 0.0 if plan is None else plan.seconds_per_token * tokens_per_step * recipe.step_cost
 
 
 def planned_expectation(metadata: dict[str, Any]) -> "Expectation | None":
@@ -312,7 +348,8 @@ def planned_expectation(metadata: dict[str, Any]) -> "Expectation | None":
 
     if "difficulty" not in metadata.get("plan", {}):  # continued pre-training, or a run of an earlier version
         return None
-    plan, train_bytes = TrainingPlan.from_dict(metadata["plan"]), metadata["data"]["train"]["bytes"]
+    earlier = {"weight_decay": DEFAULT_WEIGHT_DECAY}  # plans of earlier versions do not name it
+    plan, train_bytes = TrainingPlan.from_dict(earlier | metadata["plan"]), metadata["data"]["train"]["bytes"]
     speed = 1 / (plan.seconds_per_token * TRAINING_OVERHEAD)
     return Expectation(speed, lambda tokens: plan.with_tokens(tokens, train_bytes).interval)
 

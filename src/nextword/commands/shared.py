@@ -229,6 +229,8 @@ class RecipeOptions(TextColumnOption, HeldOutOptions):
         steps: Length of the run in optimizer steps. Default: set by --budget.
         tokens: Length of the run in training tokens, for example 5M. Default: set by --budget.
         flops: Length of the run in floating-point operations, for example 1e15. Default: set by --budget.
+        members: Train this many models that differ by their seed, and distill their averaged predictions into one. For text
+            that is read many times. Default: 1.
         strict: Stop at the first problem in the text, or at a corrupt newest checkpoint, instead of reporting it and
             continuing.
         model: Settings of the architecture. Defaults: those of --preset and --size.
@@ -244,6 +246,7 @@ class RecipeOptions(TextColumnOption, HeldOutOptions):
     steps: numbers.Count | None = None
     tokens: numbers.TokenCount | None = option(default=None, converter=numbers.text_or_number, metavar="COUNT")
     flops: numbers.Flops | None = option(default=None, converter=numbers.text_or_number, metavar="NUMBER")
+    members: numbers.SmallCount | None = None
     strict: bool = option(default=False, stored=False)
     model: dict[str, Any] = option(
         default=None, converter=overrides, settings=ModelConfig, exclude=("vocab_size", "n_labels")
@@ -252,7 +255,7 @@ class RecipeOptions(TextColumnOption, HeldOutOptions):
 
     def resolved_recipe(self) -> Recipe:
         """The named recipe with the settings that are given. Raises `UsageError` for one that is out of its range."""
-        names = ("model", "training", "size", "tokenizer", "vocab_size", *RUN_LENGTH_FIELDS)
+        names = ("model", "training", "size", "tokenizer", "vocab_size", "members", *RUN_LENGTH_FIELDS)
         return with_overrides(get_recipe(self.recipe, self.preset), **{name: getattr(self, name) for name in names})
 
 
@@ -359,6 +362,7 @@ class RunResult(Result):
             (n), and what they speak of (basis).
         by_position: Validation loss by position in the window.
         prompt: First words of the validation set.
+        members: Bits per byte and seed of each member of the ensemble that was distilled, and their standard deviation.
         task: Task of a fine-tuning run.
         before: Scores of the model before fine-tuning.
         forgetting: Bits per byte on the pre-training text before and after fine-tuning.
@@ -386,6 +390,7 @@ class RunResult(Result):
     test_interval: dict[str, Any] | None = None
     by_position: list[float] | None = None
     prompt: str | None = None
+    members: dict[str, Any] | None = None
     task: str | None = None
     before: dict[str, Any] | None = None
     forgetting: dict[str, Any] | None = None

@@ -31,7 +31,7 @@ from nextword.common.errors import CorruptFileError, NextwordError, RunLockedErr
 
 # Files that may exist before run.json is written, and the leftovers of a killed process.
 KNOWN_FILES = re.compile(
-    r"run\.json|data|\.data\.partial|\.data\.lock|checkpoints|lock|holder\.json|\.(run|holder)\.json\.\w+\.partial"
+    r"run\.json|data|members|\.data\.partial|\.data\.lock|checkpoints|lock|holder\.json|\.(run|holder)\.json\.\w+\.partial"
 )
 LOCK_TIMEOUT_SECONDS = 0.5  # longer than `fail_if_locked` of another process holds the lock
 ROUNDING_NOTE = "equal within rounding, not bit for bit"

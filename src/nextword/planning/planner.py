@@ -216,7 +216,12 @@ def plan_corpus(
     context_length = plan.model["context_length"]
     share = corpus.share_of_documents_beyond(context_length)
     context = f"context of {context_length:,} tokens: {share:.0%} of the documents are longer (--model.context-length sets it)"
-    return replace(plan, why=[*plan.why, context])
+    why = [*plan.why, context]
+    if recipe.members > 1:
+        why.append(
+            f"{recipe.members} members, each with {recipe.member_share:.0%} of the time, distilled into one model"
+        )
+    return replace(plan, why=why)
 
 
 # ---------------------------------------------------------------- text that is not prepared
@@ -377,10 +382,10 @@ def plan_run(
             corpus,
             recipe,
             device,
-            remaining=None if remaining_seconds is None else lambda: remaining_seconds,
+            remaining=None if remaining_seconds is None else lambda: recipe.member_share * remaining_seconds,
             scale=scale,
         )
-        total_seconds = recipe.budget or plan.seconds + preparation
+        total_seconds = recipe.budget or plan.seconds / recipe.member_share + preparation
         text = {
             "tokens": round(scale * corpus.train.tokens),
             "bytes": round(scale * corpus.train.seen_bytes),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 from nextword.common.command_result import Result
 from nextword.model.config import ModelConfig
 from nextword.planning.scaling_law import ScalingLaw
-from nextword.training.config import TrainingConfig
+from nextword.training.config import DEFAULT_WEIGHT_DECAY, TrainingConfig
 
 DEFAULT_LAW = ScalingLaw()
 MIN_GAIN = 0.003  # the relative decrease of the loss for which a larger size is chosen
@@ -19,6 +19,9 @@ MIN_GAIN = 0.003  # the relative decrease of the loss for which a larger size is
 # take an eighth longer than the fastest one of a benchmark.
 TRAINING_OVERHEAD = 1.2
 MAX_BENCHMARKED_SIZES = 4
+MANY_EPOCHS = 4.0  # from which on a text counts as read many times
+DECAY_HORIZON = 2.0  # epochs
+MANY_BYTES_PER_PARAMETER = 2.0  # from which on a model is too small to memorize its text
 
 
 class CorpusStats(NamedTuple):
@@ -87,6 +90,7 @@ class TrainingPlan(Result):
         batch_tokens: Tokens per optimizer step.
         lr: Peak learning rate.
         dropout: Dropout rate.
+        weight_decay: Weight decay.
         tokens: Training tokens, repeats included.
         epochs: Passes over the text.
         steps: Optimizer steps.
@@ -108,6 +112,7 @@ class TrainingPlan(Result):
     batch_tokens: int
     lr: float
     dropout: float
+    weight_decay: float
     tokens: int
     epochs: float
     steps: int
@@ -163,7 +168,25 @@ def default_peak_lr(width: int, batch_tokens: int, optimizer: str = "muon") -> f
 
 def default_dropout(epochs: float) -> float:
     """The dropout probability, which grows with the number of passes over the text."""
-    return 0.0 if epochs < 4 else 0.1 if epochs < 16 else 0.2
+    return 0.0 if epochs < MANY_EPOCHS else 0.1 if epochs < 16 else 0.2
+
+
+def default_weight_decay(lr: float, epochs: float, steps_per_epoch: float, bytes_per_parameter: float) -> float:
+    """The decoupled weight decay.
+
+    Weights are a moving average of the updates of the last 1 / (learning rate · decay) steps (Wang and Aitchison 2024, "How to
+    set AdamW's weight decay as you scale model and dataset size"). For text that is read many times this horizon is
+    `DECAY_HORIZON` epochs, so that the model forgets what only one passage supports; unless the model is too small to memorize.
+
+    Args:
+        lr: The peak learning rate.
+        epochs: Passes over the text.
+        steps_per_epoch: Optimizer steps of one pass.
+        bytes_per_parameter: Bytes of the training set for each parameter.
+    """
+    if epochs < MANY_EPOCHS or bytes_per_parameter > MANY_BYTES_PER_PARAMETER:
+        return DEFAULT_WEIGHT_DECAY
+    return max(DEFAULT_WEIGHT_DECAY, round(1 / (lr * DECAY_HORIZON * steps_per_epoch), 3))
 
 
 # ---------------------------------------------------------------- selection
@@ -237,6 +260,11 @@ def select_size(
     lr = training.lr or default_peak_lr(config.d_model, batch_tokens, training.optimizer)
     epochs = tokens / max(1, corpus_stats.tokens)
     dropout = default_dropout(epochs)
+    weight_decay = training.weight_decay
+    if weight_decay is None:
+        weight_decay = default_weight_decay(
+            lr, epochs, corpus_stats.tokens / batch_tokens, corpus_stats.bytes / config.parameters
+        )
     is_fitted = law.is_fitted(config.parameters, corpus_stats.bytes, corpus_stats.difficulty)
     low, high = law.prediction_interval(bits, corpus_stats.uncertainty, is_fitted)
     why = [
@@ -253,6 +281,8 @@ def select_size(
         )
     if dropout:
         why.append(f"dropout {dropout}, because of the many epochs")
+    if weight_decay > DEFAULT_WEIGHT_DECAY and training.weight_decay is None:
+        why.append(f"weight decay {weight_decay:.2g}: the weights average the updates of {DECAY_HORIZON:g} epochs")
     return TrainingPlan(
         size=best,
         model=config.to_dict(),
@@ -260,6 +290,7 @@ def select_size(
         batch_tokens=batch_tokens,
         lr=lr,
         dropout=dropout,
+        weight_decay=weight_decay,
         tokens=round(tokens),
         epochs=epochs,
         steps=max(1, round(tokens / batch_tokens)),

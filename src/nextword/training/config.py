@@ -15,6 +15,9 @@ LRSchedule = Literal["cosine", "wsd", "linear", "constant"]
 DEPRECATED_PARALLEL = {"data": "fsdp-no-reshard", "full": "fsdp", "hybrid": "hsdp"}
 
 
+DEFAULT_WEIGHT_DECAY = 0.1
+
+
 def setting_name(f: Field[Any]) -> str:
     """The name of a setting for users. Where it differs from the field's, that one is deprecated, but stays in run.json."""
     return f.metadata.get("name", f.name)
@@ -46,7 +49,7 @@ class TrainingConfig:
         beta1: Decay rate of AdamW's first moment.
         beta2: Decay rate of AdamW's second moment.
         momentum: Muon's momentum.
-        weight_decay: Decoupled weight decay of all matrices.
+        weight_decay: Decoupled weight decay of all matrices. Default: 0.1, and more for text that is read many times.
         schedule: Learning rate decay: cosine, wsd (warmup, stable, then linear decay), linear, or constant.
         warmup: Warmup, as a fraction of the run: the learning rate rises linearly to its peak.
         final_lr: Learning rate at the end, as a fraction of the peak.
@@ -73,7 +76,7 @@ class TrainingConfig:
     beta1: numbers.Decay = 0.9
     beta2: numbers.Decay = 0.99
     momentum: numbers.Decay = 0.9
-    weight_decay: numbers.NonNegative = 0.1
+    weight_decay: numbers.NonNegative | None = None
     schedule: LRSchedule = "wsd"
     warmup: numbers.Share = 0.02
     final_lr: numbers.Share = field(default=0.0, metadata={"name": "final_lr_ratio"})
@@ -169,6 +172,7 @@ class Recipe(RunConfig):
         vocab_size: Vocabulary size of a new BPE tokenizer. None: chosen from the text.
         model: Overrides of single fields of `ModelConfig`.
         tokens, flops: Length of the run in training tokens or floating-point operations.
+        members: Models that are distilled into one; 1 for a single model.
     """
 
     name: str
@@ -179,6 +183,17 @@ class Recipe(RunConfig):
     model: dict[str, Any] = field(default_factory=dict[str, Any])
     tokens: numbers.TokenCount | None = None
     flops: numbers.Flops | None = None
+    members: numbers.SmallCount = 1
+
+    @property
+    def step_cost(self) -> float:
+        """The cost of a step relative to that of a single model: the forward pass of each member is a third of a step."""
+        return 1 + self.members / 3 if self.members > 1 else 1.0
+
+    @property
+    def member_share(self) -> float:
+        """The share of a budget for each member, and for as many tokens of the distilled model at its `step_cost`."""
+        return 1 / (self.members + self.step_cost) if self.members > 1 else 1.0
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for an unknown preset or size, or a number that is not of its type."""
@@ -214,7 +229,7 @@ class FinetuneRecipe(RunConfig):
 # ---------------------------------------------------------------- named recipes
 
 ADAMW_COSINE = TrainingConfig(
-    optimizer="adamw", lr=1e-3, schedule="cosine", warmup=0.05, final_lr=0.1
+    optimizer="adamw", lr=1e-3, weight_decay=0.1, schedule="cosine", warmup=0.05, final_lr=0.1
 )  # Radford et al. 2018, 4.1
 RECIPES = {
     # A modern block with Muon and a WSD schedule, for ten minutes.

@@ -5,7 +5,7 @@ The loss therefore depends neither on the micro-batch size nor on the number of 
 Shapes: B rows of the micro-batch, T tokens of a row, N positions with a target, E examples, C choices, D model width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,6 +70,33 @@ def causal_lm_loss(model: GPT, batch: DeviceBatch, kernels: bool = False) -> dic
     hidden = model(batch.tokens, dropout_masks=batch.dropout_masks, kernels=kernels)  # [B, T, D]
     nll = nll_sum(hidden.flatten(0, 1), model.unembedding, batch.targets.flatten(), kernels)
     return {"next_word": LossTerm(nll)}
+
+
+def distillation_loss(teachers: Sequence[GPT], weight: float) -> LossFn:
+    """The cross-entropy to a mixture of the text and the averaged predictions of several models.
+
+    −Σ_v q_v log P_v with q = (1 − w) [v = x_t] + w · mean of the teachers' P_v (Hinton, Vinyals and Dean 2015, section 2, at
+    temperature 1).
+
+    Args:
+        teachers: The models, with the vocabulary of the student.
+        weight: w.
+    """
+
+    def loss(model: GPT, batch: DeviceBatch, kernels: bool) -> dict[str, LossTerm]:
+        hidden, has_target = hidden_states(model, batch, kernels)
+        log_p = F.log_softmax(F.linear(hidden[has_target], model.unembedding).float(), dim=-1)  # [N, V]
+        with torch.no_grad():
+            q = torch.zeros_like(log_p)
+            for teacher in teachers:
+                states = teacher(batch.tokens, segments=batch.segments, positions=batch.positions, kernels=kernels)
+                q += F.softmax(F.linear(states[has_target], teacher.unembedding).float(), dim=-1)
+            q *= weight / len(teachers)
+            targets = batch.targets[has_target, None]
+            q.scatter_add_(1, targets, q.new_full(targets.shape, 1 - weight))
+        return {"next_word": LossTerm(-(q * log_p).sum())}
+
+    return loss
 
 
 def hidden_states(model: GPT, batch: DeviceBatch, kernels: bool = False) -> tuple[Tensor, Tensor]:

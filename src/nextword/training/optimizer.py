@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from nextword.training.config import LRSchedule, TrainingConfig
+from nextword.training.config import DEFAULT_WEIGHT_DECAY, LRSchedule, TrainingConfig
 from nextword.training.distributed import SINGLE_PROCESS, DistContext
 from nextword.training.parallel import run_on_owner_rank, to_local
 
@@ -198,10 +198,11 @@ class Optimizer:
             if config.optimizer == "muon" and p.ndim == 2 and "blocks." in name and "lora_" not in name
         ]
         rest = [p for p in self.parameter_names if p not in set(matrices)]
-        groups = [([p for p in rest if p.ndim >= 2], config.weight_decay), ([p for p in rest if p.ndim < 2], 0.0)]
+        weight_decay = DEFAULT_WEIGHT_DECAY if config.weight_decay is None else config.weight_decay
+        groups = [([p for p in rest if p.ndim >= 2], weight_decay), ([p for p in rest if p.ndim < 2], 0.0)]
         fused = next(model.parameters()).device.type in ("cpu", "cuda")
         self.adamw = AdamW(groups, betas=(config.beta1, config.beta2), eps=1e-8, fused=fused)
-        self.muon = Muon(matrices, momentum=config.momentum, weight_decay=config.weight_decay, ctx=ctx)
+        self.muon = Muon(matrices, momentum=config.momentum, weight_decay=weight_decay, ctx=ctx)
         self._states = {"adamw": self.adamw.state, "muon": self.muon.state}
 
     def step(self, lr_scale: float) -> None:
