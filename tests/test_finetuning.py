@@ -1,5 +1,6 @@
 """Fine-tuning: the model directory equals transformers, a killed run resumes exactly, and bad data is reported."""
 
+import csv
 import hashlib
 import io
 import json
@@ -468,9 +469,42 @@ def test_every_row_has_its_place_in_the_predictions(base, tmp_path):
     result = nextword.predict(
         tmp_path / "run", tmp_path / "new.csv"
     )  # other names of columns, and another case of labels
-    assert [row.get("line") for row in result.predictions] == [None, None, 4, 5, None] and result.scores[
-        "accuracy"
-    ].n == 1
+    assert [row.get("line") for row in result.predictions] == [None, None, 4, 5, None]
+    assert [row.get("id") for row in result.predictions] == ["1", None, None, None, "4"]
+    assert [row.get("Label") for row in result.predictions] == ["NEGATIVE", "", None, None, "other"]
+    assert result.scores["accuracy"].n == 2 and result.scores["accuracy"].value in (0, 0.5)  # "other" is never right
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json", ""])
+def test_predictions_are_a_table_with_the_columns_of_the_rows(suffix, base, tmp_path, capsys):
+    if not (tmp_path.parent / "columns" / "run").exists():
+        tune(base, write(tmp_path / "data.jsonl", "classify", 40), tmp_path.parent / "columns" / "run", steps=1)
+    run_dir, table = tmp_path.parent / "columns" / "run", tmp_path / "new.json"
+    cells = ['a "quoted", name', "two\nlines\tand a tab", "", "\u00e9 name"]
+    rows = [{"id": i, "text": text, "label": "neutral", "input_label": [i, None]} for i, text in enumerate(cells)]
+    table.write_text(json.dumps(rows))  # all on one line
+    out = tmp_path / f"answers{suffix}"
+    words = ["predict", run_dir, table, "--out", out]
+    assert run([*map(str, words)]) == 0
+    err = capsys.readouterr().err
+    assert "correct answers that the model does not know, and cannot get right: neutral (3)" in err
+    assert "1 of 4 rows have no answer, and are not part of the scores" in err
+    text = out.read_text(encoding="utf-8")
+    if suffix in (".csv", ".tsv"):
+        found = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else ","))
+        assert [row["input_input_label"] for row in found] == ["neutral"] * 4 and found[0]["input_label"] == "[0, null]"
+        assert all(0 < float(row["probability_negative"]) < 1 for row in found if not row["error"])
+    else:
+        found = json.loads(text) if suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+    assert [(str(row["id"]), row["text"]) for row in found] == [(str(i), cell) for i, cell in enumerate(cells)]
+    assert [bool(row.get("error")) for row in found] == [False, False, True, False]
+    for keep, names in (("none", set()), ("id", {"id"})):
+        kept = nextword.predict(run_dir, table, keep_columns=keep).predictions
+        assert [row.keys() - {"label", "probabilities", "line", "error"} for row in kept] == [names] * 4
+    with pytest.raises(UsageError, match="no column x to keep; columns: id, text"):
+        nextword.predict(run_dir, table, keep_columns=["id", "x"])
+    with pytest.raises(UsageError, match=r"\.parquet is not written; choose \.csv"):
+        nextword.predict(run_dir, table, out=tmp_path / "x.parquet")
 
 
 def test_an_emptied_validation_set_is_an_error(base, tmp_path):

@@ -5,14 +5,25 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nextword.commands.command import STDIN, Context, command
-from nextword.commands.shared import can_be_path, check_output_file, format_metric, is_existing, optional
+from nextword.commands.shared import (
+    can_be_path,
+    check_output_file,
+    column_names,
+    format_metric,
+    is_existing,
+    optional,
+)
 from nextword.common.command_result import Result
-from nextword.common.console import StandardError, read_standard_input, to_json_line, write_result
+from nextword.common.console import Console, StandardError, read_standard_input, to_json_line, write_result
 from nextword.common.errors import NextwordError, UsageError
 from nextword.common.options import DeviceOption, ModelArgument, argument, as_strings, option, options
+
+if TYPE_CHECKING:
+    from nextword.common.statistics import ScoreWithCI
+    from nextword.pipeline.predictor import Predictor
 
 
 def path_or_texts(data: str | Path | Sequence[str | Path]) -> tuple[str | Path, ...]:
@@ -20,12 +31,21 @@ def path_or_texts(data: str | Path | Sequence[str | Path]) -> tuple[str | Path, 
     return (data,) if isinstance(data, (str, Path)) else tuple(data)
 
 
+def kept_columns(names: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of columns, given as text or one by one."""
+    given = tuple(names.split(",") if isinstance(names, str) else names)
+    if given == ("none",):
+        return ()
+    return ("*",) if given == ("all",) else given
+
+
 @options
 class PredictConfig(ModelArgument, DeviceOption):
     """Label, score, choose or rewrite with a fine-tuned model.
 
-    Prints one JSON object per line. If the table has the correct answers, they are scored as well. Use generate to continue a
-    text and chat to talk with a model.
+    Prints one JSON object per row, in the order of the rows, with the columns of the row and its answer. A row that could not
+    be read has its line and the reason instead. If the table has the correct answers, they are scored as well. Use generate to
+    continue a text and chat to talk with a model.
 
     Attributes:
         data: A table of examples (.csv .tsv .jsonl .json .parquet), or the texts of one example: a text; a premise and a
@@ -33,7 +53,11 @@ class PredictConfig(ModelArgument, DeviceOption):
         text: A text of one example, whatever it looks like; - reads it from standard input. May be given more than once.
             Default: none.
         file: A table of examples. Default: none.
-        out: File for the answers. Default: standard output.
+        out: File for the answers: a table by its suffix (.csv .tsv .json .jsonl), else JSON Lines. Default: standard output.
+        columns: Column of the table for a role, for example --column text=tweet. Default: those of the training data, or
+            common names.
+        keep_columns: Columns of the table that the answers have as well: all, none, or their names, separated by commas. Those
+            with the name of a part of the answer get the prefix input_. Default: all.
         ensemble: Combine the probabilities with those of the linear TF-IDF classifier that finetune fitted on the same
             examples. Only for a classification of texts with one label each.
     """
@@ -42,6 +66,8 @@ class PredictConfig(ModelArgument, DeviceOption):
     text: tuple[str, ...] = option(default=(), converter=as_strings)
     file: Path | None = option(default=None, converter=optional(Path))
     out: Path | None = option(default=None, converter=optional(Path))
+    columns: dict[str, str] = option(default=None, converter=column_names, flag="--column", metavar="ROLE=COLUMN")
+    keep_columns: tuple[str, ...] = option(default="all", converter=kept_columns, metavar="all|none|NAMES")
     ensemble: bool = False
 
     def resolve(self) -> tuple[Path | None, list[str]]:
@@ -65,8 +91,8 @@ class PredictResult(Result):
     """The answers of a model, and their scores.
 
     Attributes:
-        predictions: For each row its label, labels, score or text, and probabilities; or line and error of a row that could
-            not be read.
+        predictions: For each row its columns, its label, labels, score or text, and probabilities; or line and error of a row
+            that could not be read.
         scores: The task's metrics with their confidence intervals, if the correct answers are known.
         out: File of the answers.
     """
@@ -102,37 +128,70 @@ def format_scores(result: PredictResult) -> list[str]:
 def predict(config: PredictConfig, context: Context) -> PredictResult:
     """Answer one example or a table. The command line prints a line per answer, and the scores on standard error."""
     from nextword.common.fs import atomic_write
-    from nextword.data.issues import IssueLog
+    from nextword.data.table_writer import check_table_suffix, format_table
     from nextword.pipeline.language_model import load
-    from nextword.pipeline.predictor import compute_labeled_metrics
-    from nextword.tasks.examples import example_from_texts, read_examples
+    from nextword.tasks.examples import example_from_texts
 
     data, texts = config.resolve()
     if config.out is not None:
+        check_table_suffix(config.out)
         check_output_file(config.out, config.model, *filter(None, [data]))
     loaded, console = load(config.model, config.device), context.console
     predictor = loaded.ensemble_predictor() if config.ensemble else loaded.predictor
     if data is None:
         answers, scores = predictor.predict([example_from_texts(predictor.task_spec.task, texts)]), {}
     else:
-        issues = IssueLog()
-        spec = predictor.task_spec
-        examples = read_examples([data], None, issues, require_targets=False, like=spec.format).items
-        if not examples:
-            raise NextwordError("\n".join([f"{data}: no example to answer", *issues.summary_lines()]))
-        answers = predictor.predict(examples, issues, lambda done, total: console.progress("predicting", done, total))
-        for line in issues.summary_lines():
-            console.warn(line)
-        scores = compute_labeled_metrics(spec, examples, answers)
-        rows = [((example.path, example.line), answer) for example, answer in zip(examples, answers, strict=True)]
-        rows += [((path, line), {"line": line, "error": reason}) for path, line, reason in issues.lost_rows]
-        answers = [answer for _, answer in sorted(rows, key=lambda row: row[0])]
-    lines = "".join(map(to_json_line, answers))
+        answers, scores = predict_table(predictor, data, config, console)
     result = PredictResult(answers, scores, config.out and str(config.out))
     if config.out is not None:
-        atomic_write(config.out, lines)
+        atomic_write(config.out, format_table(answers, config.out))
     elif context.output == "text":
-        write_result(lines)
+        write_result("".join(map(to_json_line, answers)))
         for line in format_scores(result):
             StandardError().write(f"{line}\n")
     return result
+
+
+def predict_table(
+    predictor: "Predictor", data: Path, config: PredictConfig, console: Console
+) -> tuple[list[dict[str, Any]], dict[str, "ScoreWithCI"]]:
+    """The rows of a table with their answers, and the scores of the answers.
+
+    Raises:
+        NextwordError: No row could be read.
+    """
+    from nextword.data.issues import IssueLog
+    from nextword.data.table_writer import to_plain_value
+    from nextword.pipeline.predictor import compute_labeled_metrics, unknown_labels
+    from nextword.tasks.examples import read_examples
+
+    issues, spec = IssueLog(), predictor.task_spec
+    examples = read_examples(
+        [data], None, issues, config.columns, require_targets=False, like=spec.format, keep_columns=config.keep_columns
+    )
+    if not examples.items:
+        raise NextwordError("\n".join([f"{data}: no example to answer", *issues.summary_lines()]))
+    answers = predictor.predict(examples.items, issues, lambda done, total: console.progress("predicting", done, total))
+    for line in issues.summary_lines():
+        console.warn(line)
+    scores = compute_labeled_metrics(spec, examples.items, answers)
+    if unknown := unknown_labels(spec, examples.items):
+        names = ", ".join(f"{name} ({count:,})" for name, count in unknown.most_common(12))
+        console.warn(f"{data}: correct answers that the model does not know, and cannot get right: {names}")
+    if scores and (num_unread := len(examples.rows) - len(examples.items)):
+        console.warn(
+            f"{data}: {num_unread:,} of {len(examples.rows):,} rows have no answer, and are not part of the scores"
+        )
+    answer_of = {id(example): answer for example, answer in zip(examples.items, answers, strict=True)}
+    has_files = len({row.path for row in examples.rows}) > 1
+    names = {name: name for row in examples.rows for name in row.values}
+    reserved = {"line", "error", *(["file"] if has_files else []), *(name for answer in answers for name in answer)}
+    for name in names.keys() & reserved:
+        names[name] = next(new for n in range(1, 99) if (new := "input_" * n + name) not in names.keys() | reserved)
+    rows: list[dict[str, Any]] = []
+    for row in examples.rows:
+        values = {names[name]: to_plain_value(value) for name, value in row.values.items()}
+        file = {"file": row.path} if has_files else {}
+        answer = {"line": row.line, "error": row.error} if row.example is None else answer_of[id(row.example)]
+        rows.append(values | file | answer)
+    return rows, scores

@@ -106,10 +106,12 @@ class IssueLog:
         if self.strict:
             raise NextwordError(f"{issue}. Correct it, or leave out --strict to continue without it")
 
-    def lose_row(self, path: Path | str, line: int, kind: str, detail: str = "") -> None:
-        """Record that a row of a table was left out. Raises as `add`."""
-        self.lost_rows.append((str(path), line, f"{kind}: {replace_surrogates(detail)}" if detail else kind))
+    def lose_row(self, path: Path | str, line: int, kind: str, detail: str = "") -> str:
+        """Record that a row of a table was left out. Returns the reason. Raises as `add`."""
+        reason = f"{kind}: {replace_surrogates(detail)}" if detail else kind
+        self.lost_rows.append((str(path), line, reason))
         self.add(path, line, kind, detail)
+        return reason
 
     def info(self, path: Path | str, line: int | None, kind: str, detail: str = "", count: int = 1) -> Issue:
         """Record something that is no error, such as an image among the texts. It is not part of `total`."""

@@ -10,9 +10,9 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -43,11 +43,14 @@ MAX_JSON_CHARS = 2**28  # of a .json file
 MAX_JSON_VALUES = 2**21  # of a row, each of which takes about a hundred bytes of memory
 PARQUET_BATCH_BYTES = 2**26  # read at once, unless a single row is larger
 
+csv.field_size_limit(MAX_LINE_CHARS)  # the library's default of 131,072 characters is too short for a book
 CSV_SAMPLE_CHARS = 2**16  # of which the separator is decided
 TSV_SAMPLE_CHARS = 2**24  # of which it is decided whether quotes enclose cells
 
 _TSV_CELL = re.compile(r"""(?:("(?:[^"]|"")*+")|([^\t\n]*))(?:[\t\n]|\Z)""")  # quoted or not
 _JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"')
+_NUMBER = re.compile(r"[+-]?[0-9]+([.,][0-9]+)*")
+_SENTENCE_END = re.compile(r"\w[.!?]$")
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
 
 ColumnSelector = Callable[[list[str]], list[str]]
@@ -239,14 +242,38 @@ class Record:
     Attributes:
         line: the line where it begins (in Parquet the number of the row), from 1.
         values: the values by column.
+        row: the values of all columns, if `read_records` keeps them.
     """
 
     line: int
     values: dict[str, Any]
+    row: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class TableFormat:
+    """How a table is read.
+
+    Attributes:
+        suffix: the format, one of `TABLE_SUFFIXES`. Default: that of the file's name.
+        header_names: usual names of columns. If they are given, the rows decide whether the first one is a header: in a table
+            without one the columns are called 1, 2, ….
+        is_numbered: columns are requested by number, so a first row that may be either is data.
+        keeps_rows: each record also has the values of all columns.
+    """
+
+    suffix: str = ""
+    header_names: frozenset[str] = frozenset()
+    is_numbered: bool = False
+    keeps_rows: bool = False
 
 
 def read_records(
-    path: Path, issues: IssueLog, select_columns: ColumnSelector | None = None, blocks: Iterator[bytes] | None = None
+    path: Path,
+    issues: IssueLog,
+    select_columns: ColumnSelector | None = None,
+    blocks: Iterator[bytes] | None = None,
+    table_format: TableFormat = TableFormat(),
 ) -> Iterator[Record]:
     """Read the rows of a table.
 
@@ -258,6 +285,7 @@ def read_records(
         select_columns: returns the columns to read, given those that exist, or raises `MissingColumnError`. It is
             called once for a table, and for every object in JSON. Default: all columns.
         blocks: the bytes of a file in an archive; `path` then only names it.
+        table_format: how the table is read.
 
     Yields:
         Records, whose values have the types of the format; those of CSV and TSV are strings.
@@ -267,7 +295,7 @@ def read_records(
         NextwordError: at the first issue, if `issues` is strict.
     """
     suffix, compression = file_format(path)
-    selector = select_columns or list[str]
+    suffix, selector = table_format.suffix or suffix, select_columns or list[str]
     if suffix not in TABLE_SUFFIXES:
         issues.add(path, None, f"not a supported table ({', '.join(TABLE_SUFFIXES)}, plain, .gz or .zst)")
     elif suffix == ".parquet" and compression:
@@ -275,12 +303,15 @@ def read_records(
     elif blocks is not None and (compression or suffix == ".parquet"):
         issues.add(path, None, "compressed inside an archive; unpack the archive")
     elif suffix == ".parquet":
-        yield from _read_parquet(path, issues, selector)
+        yield from _read_parquet(path, issues, selector, table_format.keeps_rows)
     elif suffix == ".json":
-        yield from _read_json(path, decode_chunks(path, issues, blocks), issues, selector)
+        yield from _read_json(path, decode_chunks(path, issues, blocks), issues, selector, table_format.keeps_rows)
     else:
-        read_lines = _read_jsonl if suffix in (".jsonl", ".ndjson") else _read_csv
-        yield from read_lines(path, LineReader(path, decode_chunks(path, issues, blocks), issues), issues, selector)
+        lines = LineReader(path, decode_chunks(path, issues, blocks), issues)
+        if suffix in (".jsonl", ".ndjson"):
+            yield from _read_jsonl(path, lines, issues, selector, table_format.keeps_rows)
+        else:
+            yield from _read_csv(path, lines, issues, selector, replace(table_format, suffix=suffix))
 
 
 def map_strings(value: Any, transform: Callable[[Any], str], string_type: type = str) -> Any:
@@ -301,7 +332,9 @@ def _normalize_newlines(text: str) -> str:
 # ---------------------------------------------------------------- JSON
 
 
-def _read_jsonl(path: Path, lines: LineReader, issues: IssueLog, selector: ColumnSelector) -> Iterator[Record]:
+def _read_jsonl(
+    path: Path, lines: LineReader, issues: IssueLog, selector: ColumnSelector, keeps_rows: bool
+) -> Iterator[Record]:
     for line in lines:
         lines.start_row()
         if line.isspace():
@@ -315,17 +348,20 @@ def _read_jsonl(path: Path, lines: LineReader, issues: IssueLog, selector: Colum
         except (ValueError, RecursionError) as error:
             issues.lose_row(path, lines.line_number, "not valid JSON", error_text(error))
             continue
-        yield from _make_record(path, lines.line_number, value, issues, selector)
+        yield from _make_record(path, lines.line_number, value, issues, selector, keeps_rows)
 
 
-def _make_record(path: Path, line: int, value: Any, issues: IssueLog, selector: ColumnSelector) -> Iterator[Record]:
+def _make_record(
+    path: Path, line: int, value: Any, issues: IssueLog, selector: ColumnSelector, keeps_rows: bool
+) -> Iterator[Record]:
     """The record of a JSON object; none if it is no object or lacks a column."""
     if not is_json_object(value):
         issues.lose_row(path, line, "not a JSON object", f"it is a {type(value).__name__}")
         return
     try:
-        selected = {name: value[name] for name in selector(list(value)) if name in value}
-        values = map_strings(selected, _normalize_newlines)
+        selected = [name for name in selector(list(value)) if name in value]
+        needed = value if keeps_rows else {name: value[name] for name in selected}
+        values = map_strings(needed, _normalize_newlines)
         clean = map_strings(values, lambda text: replace_surrogates(text).replace("\0", "\ufffd"))
         was_repaired = clean != values
     except MissingColumnError as error:
@@ -336,7 +372,7 @@ def _make_record(path: Path, line: int, value: Any, issues: IssueLog, selector: 
         return
     if was_repaired:
         issues.add(path, line, "half a surrogate pair, or NUL; replaced by U+FFFD")
-    yield Record(line, clean)
+    yield Record(line, {name: clean[name] for name in selected}, clean if keeps_rows else {})
 
 
 class _JSONScanner:
@@ -410,14 +446,16 @@ class _JSONScanner:
                     lists[name] = elements
 
 
-def _read_json(path: Path, chunks: Iterable[str], issues: IssueLog, selector: ColumnSelector) -> Iterator[Record]:
+def _read_json(
+    path: Path, chunks: Iterable[str], issues: IssueLog, selector: ColumnSelector, keeps_rows: bool
+) -> Iterator[Record]:
     scanner = _JSONScanner(join_chunks(path, chunks, issues))
     lists: dict[str, list[tuple[int, Any]]] = {}
     first = scanner.peek()
     try:
         if first == "[":
             for line, value in scanner.iter_elements():
-                yield from _make_record(path, line, value, issues, selector)
+                yield from _make_record(path, line, value, issues, selector, keeps_rows)
         elif first == "{":
             scanner.collect_object_lists(lists)
         elif first:
@@ -437,7 +475,7 @@ def _read_json(path: Path, chunks: Iterable[str], issues: IssueLog, selector: Co
         issues.add(path, 1, "more than one list of objects; make a file of each", ", ".join(lists))
         return
     for line, value in chain.from_iterable(lists.values()):
-        yield from _make_record(path, line, value, issues, selector)
+        yield from _make_record(path, line, value, issues, selector, keeps_rows)
 
 
 def join_chunks(path: Path, chunks: Iterable[str], issues: IssueLog) -> str:
@@ -456,11 +494,24 @@ def join_chunks(path: Path, chunks: Iterable[str], issues: IssueLog) -> str:
 # ---------------------------------------------------------------- CSV and TSV
 
 
-def _read_csv(path: Path, lines: LineReader, issues: IssueLog, selector: ColumnSelector) -> Iterator[Record]:
-    rows = _iter_csv_rows(path, lines, issues)
+def _read_csv(
+    path: Path, lines: LineReader, issues: IssueLog, selector: ColumnSelector, table_format: TableFormat
+) -> Iterator[Record]:
+    read_options = _tsv_options if table_format.suffix == ".tsv" else _csv_options
+    options = read_options(path, lines, issues)
+    sample = (
+        list(islice(csv.reader(lines.peek(CSV_SAMPLE_CHARS), **options), 1000)) if table_format.header_names else []
+    )
+    rows = _iter_csv_rows(path, lines, issues, options)
     header_line, header = next(rows, (0, list[str]()))
     if not header:
         return
+    is_header = first_row_is_header(sample, table_format.header_names) if sample else True
+    if is_header is False or (is_header is None and table_format.is_numbered):
+        cells = " · ".join(f"{number}: {cell[:30]}" for number, cell in enumerate(header, 1))
+        issues.info(path, header_line, "no header: the first line is data, and the columns are numbered", cells)
+        rows = chain([(header_line, header)], rows)
+        header = [str(number + 1) for number in range(max(map(len, sample)))]
     try:
         names = selector(list(dict.fromkeys(header)))
     except MissingColumnError as error:
@@ -482,7 +533,28 @@ def _read_csv(path: Path, lines: LineReader, issues: IssueLog, selector: ColumnS
             record = issues.add if is_kept else issues.lose_row
             record(path, line, what, f"{len(row)} instead of {len(header)}")
         if is_kept:
-            yield Record(line, {name: row[index] for name, index in column_indices.items()})
+            values = {name: row[index] for name, index in column_indices.items()}
+            yield Record(line, values, dict(zip(header, row, strict=False)) if table_format.keeps_rows else {})
+
+
+def first_row_is_header(rows: Sequence[Sequence[str]], known_names: Collection[str]) -> bool | None:
+    """Whether the first row of a table names its columns; None if the rows do not tell.
+
+    It is data if one of its cells occurs again in its column, is as long as a sentence, or is a number (unless the numbers
+    count the columns). It is a header if it has a known name, or if a column has numbers in all other rows.
+    """
+    first, rest = [cell.strip() for cell in rows[0]], [row for row in rows[1:] if row != rows[0]]
+    columns = [[row[i].strip() for row in rest if i < len(row)] for i in range(len(first))]
+    if any(cell and cell in column for cell, column in zip(first, columns, strict=True)):
+        return False
+    if any(cell.lower() in known_names for cell in first):
+        return True
+    numbers = [cell for cell in first if _NUMBER.fullmatch(cell)]
+    counts_columns = numbers in ([str(i) for i in range(len(numbers))], [str(i + 1) for i in range(len(numbers))])
+    is_range = counts_columns and len(numbers) >= len(first) - 1 and len(numbers) > 1
+    if (numbers and not is_range) or any(len(cell.split()) > 5 or _SENTENCE_END.search(cell) for cell in first):
+        return False
+    return True if is_range or any(column and all(map(_NUMBER.fullmatch, column)) for column in columns) else None
 
 
 def _csv_options(path: Path, lines: LineReader, issues: IssueLog) -> dict[str, Any]:
@@ -525,13 +597,13 @@ def _tsv_options(path: Path, lines: LineReader, issues: IssueLog) -> dict[str, A
     return {"delimiter": "\t", "quoting": csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE}
 
 
-def _iter_csv_rows(path: Path, lines: LineReader, issues: IssueLog) -> Iterator[tuple[int, list[str]]]:
+def _iter_csv_rows(
+    path: Path, lines: LineReader, issues: IssueLog, options: dict[str, Any]
+) -> Iterator[tuple[int, list[str]]]:
     """The first line and the cells of each row that is not blank.
 
     A quote that is never closed loses its own line only.
     """
-    csv.field_size_limit(MAX_LINE_CHARS)  # the library's default of 131,072 characters is too short for a book
-    options = _tsv_options(path, lines, issues) if file_format(path)[0] == ".tsv" else _csv_options(path, lines, issues)
     while True:
         reader = csv.reader(lines, **options)
         lines.start_row()
@@ -555,7 +627,7 @@ def _iter_csv_rows(path: Path, lines: LineReader, issues: IssueLog) -> Iterator[
 # ---------------------------------------------------------------- Parquet
 
 
-def _read_parquet(path: Path, issues: IssueLog, selector: ColumnSelector) -> Iterator[Record]:
+def _read_parquet(path: Path, issues: IssueLog, selector: ColumnSelector, keeps_rows: bool) -> Iterator[Record]:
     arrow = import_optional("pyarrow", f"{path}: a .parquet file", "parquet")
     parquet = import_optional("pyarrow.parquet", f"{path}: a .parquet file", "parquet")
     invalid: list[bytes] = []
@@ -570,7 +642,8 @@ def _read_parquet(path: Path, issues: IssueLog, selector: ColumnSelector) -> Ite
     try:
         with parquet.ParquetFile(path, pre_buffer=False) as file:
             available = list(dict.fromkeys(file.schema_arrow.names))
-            names = [name for name in selector(available) if name in available]
+            selected = [name for name in selector(available) if name in available]
+            names = available if keeps_rows else selected
             batch_size = _parquet_batch_size(path, file.metadata, names)
             for batch in file.iter_batches(batch_size=batch_size, columns=names):
                 columns = {name: _column_values(batch.column(batch.schema.names.index(name)), arrow) for name in names}
@@ -580,7 +653,8 @@ def _read_parquet(path: Path, issues: IssueLog, selector: ColumnSelector) -> Ite
                     values = {name: map_strings(column[index], decode, bytes) for name, column in columns.items()}
                     if invalid:
                         issues.add(path, row, "not valid UTF-8, or NUL; replaced by U+FFFD")
-                    yield Record(row, values)
+                    selected_values = {name: values[name] for name in selected}
+                    yield Record(row, selected_values, values if keeps_rows else {})
     except MissingColumnError as error:
         issues.add(path, None, error.kind, error.detail)
     except (OSError, ValueError, EOFError, arrow.ArrowException) as error:

@@ -1,6 +1,7 @@
 """Predictions of a fine-tuned model, their metrics, and the metrics of baselines that need no model."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -348,7 +349,12 @@ def compute_calibration(
 def compute_labeled_metrics(
     task_spec: TaskSpec, examples: Sequence[Example], predictions: Sequence[Prediction]
 ) -> dict[str, ScoreWithCI]:
-    """The metrics of the predictions whose examples have targets; empty if there are none."""
+    """The metrics of the predictions whose examples have targets; empty if there are none.
+
+    A label that the model does not know is a target like others, which no prediction meets.
+    """
+    unknown = unknown_labels(task_spec, examples)
+    task_spec = replace(task_spec, labels=(*task_spec.labels, *unknown))
     labeled = [
         (example, prediction)
         for example, prediction in zip(examples, predictions, strict=True)
@@ -357,6 +363,14 @@ def compute_labeled_metrics(
     if not labeled:
         return {}
     return compute_metrics(task_spec, [example for example, _ in labeled], [prediction for _, prediction in labeled])
+
+
+def unknown_labels(task_spec: TaskSpec, examples: Sequence[Example]) -> Counter[str]:
+    """The number of examples with each label that the model does not know."""
+    targets = (example.fields.get(TASK_KINDS[task_spec.kind].target_field) for example in examples)
+    names = (name for target in targets for name in ((target,) if task_spec.kind == "label" else target or ()))
+    is_label = task_spec.kind in ("label", "labels")
+    return Counter(name for name in names if name and name not in task_spec.labels) if is_label else Counter()
 
 
 def has_target(task_spec: TaskSpec, example: Example) -> bool:

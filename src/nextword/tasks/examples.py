@@ -4,8 +4,8 @@ import hashlib
 import json
 import re
 from collections import Counter, deque
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,14 @@ from typing import Any
 from nextword.common.errors import UsageError
 from nextword.data.decoding import file_format
 from nextword.data.issues import IssueLog, RowError, join_names, name_source
-from nextword.data.readers import TABLE_SUFFIXES, ColumnSelector, MissingColumnError, Record, read_records
+from nextword.data.readers import (
+    TABLE_SUFFIXES,
+    ColumnSelector,
+    MissingColumnError,
+    Record,
+    TableFormat,
+    read_records,
+)
 from nextword.tasks.schema import (
     TASKS,
     TEXT_FIELDS,
@@ -29,6 +36,7 @@ from nextword.tasks.schema import (
     resolve_columns,
 )
 
+ALL_COLUMNS = ("*",)
 _MAX_PEEKED_RECORDS = 1000  # JSON records whose columns are collected before columns are assigned to roles
 _TEXT_SUFFIXES = (".txt", ".md")
 
@@ -60,6 +68,25 @@ class Example:
     fields: dict[str, Any]
 
 
+@dataclass(slots=True)
+class SourceRow:
+    """A row of a table in its place.
+
+    Attributes:
+        path: The file it was read from.
+        line: The line in that file.
+        values: The values that are kept, by column; empty if the row could not be read.
+        example: Its example, or None.
+        error: Why it has no example.
+    """
+
+    path: str
+    line: int
+    values: dict[str, Any]
+    example: Example | None = None
+    error: str = ""
+
+
 @dataclass
 class ExampleSet:
     """Examples of one task, and how they were read.
@@ -72,6 +99,7 @@ class ExampleSet:
         items: The examples.
         answer_format: How answers of `choose` are read, one of `schema.ANSWER_FORMATS`.
         labels: The names of the labels, if they are known.
+        rows: All rows in their order, those without an example included, if they are kept.
     """
 
     task: str
@@ -79,6 +107,7 @@ class ExampleSet:
     items: list[Example]
     answer_format: str = ""
     labels: tuple[str, ...] = ()
+    rows: list[SourceRow] = field(default_factory=list[SourceRow])
 
     def __iter__(self) -> Iterator[Example]:
         return iter(self.items)
@@ -94,6 +123,7 @@ def read_examples(
     columns: Mapping[str, str] | None = None,
     require_targets: bool = True,
     like: ExampleSet | None = None,
+    keep_columns: Collection[str] | None = None,
 ) -> ExampleSet:
     """Read the labeled examples of files and folders.
 
@@ -111,6 +141,7 @@ def read_examples(
         columns: Columns chosen by the user, {role: column}, such as {"prompt": "english", "completion": "french"}.
         require_targets: If false, rows may lack their targets. Valid targets are read all the same.
         like: The training data: its task, its columns where they exist, its labels and its format of answers.
+        keep_columns: Keep all rows with the values of these columns, or of all columns (`ALL_COLUMNS`).
 
     Raises:
         UsageError: A path does not exist, the task or a column cannot be inferred, or the targets contradict each other.
@@ -138,19 +169,32 @@ def read_examples(
     if task == "continue":
         return ExampleSet(task, mapping, [])
 
+    kept = names if keep_columns == ALL_COLUMNS else keep_columns
+    if unknown := set(kept or ()) - set(names):
+        raise UsageError(
+            f"{first_table}: no column {join_names(sorted(unknown))} to keep; columns: {join_names(names)}"
+        )
+
     def select_columns(names: list[str]) -> list[str]:
         for group in TASKS[task].required(require_targets):
             needed = [mapping[role] for role in group if role in mapping]
-            if not any(column in names for column in needed):
+            if not any(column in names for column in needed) and not kept:
                 raise MissingColumnError(f"no column {' or '.join(needed)}", f"columns: {join_names(names)}")
         return [column for column in mapping.values() if column in names]
 
-    rows: list[tuple[Path, Record]] = []
+    rows, records, num_lost = list[SourceRow](), list[Record](), len(issues.lost_rows)
     for path in files:
-        for record in _read_table(path, issues, select_columns):
+        for record in _read_table(path, issues, select_columns, TableFormat(keeps_rows=bool(kept))):
             record.values = {role: record.values[name] for role, name in mapping.items() if name in record.values}
-            rows.append((path, record))
-    records, answer_format, kind, note = [record for _, record in rows], like.answer_format, "", ""
+            values = record.row if keep_columns == ALL_COLUMNS else {name: record.row.get(name) for name in kept or ()}
+            record.row = {}
+            records.append(record)
+            rows += _lost_rows(issues, num_lost)
+            rows.append(SourceRow(str(path), record.line, values))
+            num_lost = len(issues.lost_rows)
+        rows += _lost_rows(issues, num_lost)
+        num_lost = len(issues.lost_rows)
+    answer_format, kind, note = like.answer_format, "", ""
     with name_source(first_table):
         roles, note = _interpret_labels(task, records, mapping, {**known, **columns}, require_targets)
         if note:
@@ -164,11 +208,17 @@ def read_examples(
     mapping = {roles.get(role, role): name for role, name in mapping.items() if roles.get(role, role)}
     if note:
         issues.info(first_table, None, kind, note)
-    if unused := [name for name in names if name not in mapping.values()]:
+    if unused := [name for name in names if name not in mapping.values() and name not in (kept or ())]:
         issues.info(first_table, None, "unused columns", join_names(unused))
-    items = list(_parse_rows(rows, task, answer_format, require_targets, issues))
+    unread = (row for row in rows if not row.error)
+    items = list(_parse_rows(zip(unread, records, strict=True), task, answer_format, require_targets, issues))
     _unify_labels(items, like.labels)
-    return ExampleSet(task, mapping, items, answer_format)
+    return ExampleSet(task, mapping, items, answer_format, rows=rows if keep_columns is not None else [])
+
+
+def _lost_rows(issues: IssueLog, start: int) -> list[SourceRow]:
+    """The rows that were lost since there were `start`."""
+    return [SourceRow(path, line, {}, error=reason) for path, line, reason in issues.lost_rows[start:]]
 
 
 def _resolve_files(paths: Iterable[Path | str], issues: IssueLog) -> list[Path]:
@@ -206,10 +256,15 @@ def _peek_columns(files: Iterable[Path]) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def _read_table(path: Path, issues: IssueLog, select_columns: ColumnSelector | None = None) -> Iterator[Record]:
+def _read_table(
+    path: Path,
+    issues: IssueLog,
+    select_columns: ColumnSelector | None = None,
+    table_format: TableFormat = TableFormat(),
+) -> Iterator[Record]:
     """The records of a table. A file without any is reported."""
     total_before, has_values = issues.total, False
-    for record in read_records(path, issues, select_columns):
+    for record in read_records(path, issues, select_columns, table_format=table_format):
         has_values = has_values or bool(record.values)
         yield record
     if not has_values and issues.total == total_before:
@@ -281,23 +336,24 @@ def _unify_labels(examples: Sequence[Example], known_labels: Sequence[str]) -> N
 
 
 def _parse_rows(
-    rows: Iterable[tuple[Path, Record]], task: str, answer_format: str, require_targets: bool, issues: IssueLog
+    rows: Iterable[tuple[SourceRow, Record]], task: str, answer_format: str, require_targets: bool, issues: IssueLog
 ) -> Iterator[Example]:
-    """The examples of rows by role. Rows that are not valid are reported."""
+    """The examples of rows by role, which are also put into the rows. Rows that are not valid are reported."""
     target_roles = [role for group in TASKS[task].targets for role in group]
-    for path, record in rows:
-        values, fields = record.values, dict[str, Any]()
+    for row, record in rows:
+        path, values, fields = row.path, record.values, dict[str, Any]()
         try:
             fields = parse_inputs(task, values)
             if require_targets or any(values.get(role) not in (None, "") for role in target_roles):
                 fields |= parse_targets(task, values, fields, answer_format)
         except RowError as error:
             if require_targets or not fields:
-                issues.lose_row(path, record.line, f"{error.kind}; left out", error.detail)
+                row.error = issues.lose_row(path, record.line, f"{error.kind}; left out", error.detail)
                 continue
             if "messages" not in values:  # a conversation that ends with a user message is a valid input
                 issues.info(path, record.line, f"{error.kind}; read without its target", error.detail)
-        yield Example(str(path), record.line, fields)
+        row.example = Example(path, record.line, fields)
+        yield row.example
 
 
 def input_texts(task: str, example: Example) -> tuple[str, ...]:
