@@ -20,10 +20,11 @@ from nextword.data.chat_format import (
     USER_TOKEN,
     content_text,
     encode_conversation,
+    encode_newest_turns,
+    max_prompt_tokens,
     save_chat_template,
     stop_token_ids,
     supports_chat,
-    truncate_conversation,
 )
 from nextword.data.tokenizer import END_OF_TURN_TOKEN, EOS_TOKEN, Tokenizer, train_bpe, train_char
 
@@ -171,55 +172,46 @@ TURNS = st.lists(st.text(alphabet="abc é👩‍👧\n<|end|>", max_size=12), mi
 
 
 @settings(max_examples=300)
-@given(contents=TURNS, system=st.none() | st.text(alphabet="abc ", max_size=6), max_tokens=st.integers(0, 60))
-def test_truncation_keeps_the_newest_messages(
-    tokenizer: Tokenizer, contents: list[str], system: str | None, max_tokens: int
+@given(
+    contents=TURNS,
+    system=st.none() | st.text(alphabet="abc ", max_size=6),
+    context_length=st.integers(1, 80),
+    max_tokens=st.integers(1, 60),
+)
+def test_the_oldest_turns_are_dropped_and_the_newest_message_is_never_cut(
+    tokenizer: Tokenizer, contents: list[str], system: str | None, context_length: int, max_tokens: int
 ) -> None:
     turns = [(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
-    conversation = messages([*([] if system is None else [("system", system)]), *turns])
-    head = conversation[: len(conversation) - len(turns)]
+    head = [] if system is None else messages([("system", system)])
+    conversation = head + messages(turns)
 
-    def size(some: list[dict[str, Any]]) -> int:
-        return len(encode_conversation(tokenizer, some, add_generation_prompt=True)[0])
+    def ids_of(kept: list[dict[str, Any]]) -> list[int]:
+        return encode_conversation(tokenizer, kept, add_generation_prompt=True)[0]
 
-    if size(head) + 3 > max_tokens:  # a role, one token, an end
-        if (
-            size([*head, {"role": "user", "content": ""}]) <= max_tokens
-            and size([*head, conversation[-1]]) <= max_tokens
+    newest = ids_of([*head, conversation[-1]])
+    if len(newest) >= context_length:
+        with pytest.raises(
+            UsageError, match=f"{len(newest):,} tokens, .* context of {context_length} tokens .*Shorten"
         ):
-            assert truncate_conversation(tokenizer, conversation, max_tokens).messages[-1] == conversation[-1]
-            return
-        with pytest.raises(UsageError, match="shorten it"):
-            truncate_conversation(tokenizer, conversation, max_tokens)
+            encode_newest_turns(tokenizer, conversation, context_length, max_tokens)
         return
-    truncated, num_dropped_turns, num_dropped_tokens = truncate_conversation(tokenizer, conversation, max_tokens)
-    assert size(truncated) <= max_tokens and truncated[: len(head)] == head
-    kept = truncated[len(head) :]
-    assert num_dropped_turns == len(turns) - len(kept)
-    if num_dropped_tokens:
-        assert len(kept) == 1 and conversation[-1]["content"].endswith(kept[0]["content"])
-        assert size(conversation[-1:]) - size(kept) == num_dropped_tokens
-        assert size([*head, conversation[-1]]) > max_tokens
-        return
-    assert kept == conversation[len(conversation) - len(kept) :]
-    assert kept[0]["role"] == "user" or len(kept) == 1
-    more = conversation[len(head) + max(0, num_dropped_turns - 2) :]  # one more exchange would be too much
-    assert not num_dropped_turns or size([*head, *more]) > max_tokens
+    ids, num_dropped = encode_newest_turns(tokenizer, conversation, context_length, max_tokens)
+    kept = messages(turns[num_dropped:])
+    limit = max_prompt_tokens(context_length, max_tokens)
+    assert ids == ids_of(head + kept) and len(ids) < context_length
+    assert len(ids) <= limit or ids == newest
+    assert not num_dropped or kept[0]["role"] == "user" or len(kept) == 1
+    more = messages(turns[max(0, num_dropped - 2) :])  # one more exchange would be too much
+    assert not num_dropped or len(ids_of(head + more)) > limit
 
 
-def test_a_message_that_is_too_long_keeps_its_end() -> None:
+def test_a_message_that_is_too_long_is_refused_with_both_numbers() -> None:
     tokenizer = train_char(["abcdefgh"]).with_special_tokens(CHAT_SPECIAL_TOKENS)
-    conversation = messages([("user", "a"), ("assistant", "b"), ("user", "abcdefgh")])
-    assert truncate_conversation(tokenizer, conversation, 20) == (conversation, 0, 0)
-    assert truncate_conversation(tokenizer, conversation, 11) == (conversation[2:], 2, 0)
-    assert truncate_conversation(tokenizer, conversation, 10) == (messages([("user", "bcdefgh")]), 2, 1)
-    assert truncate_conversation(tokenizer, [{"role": "system", "content": "ab"}], 5) == (
-        [{"role": "system", "content": "ab"}],
-        0,
-        0,
-    )
-    with pytest.raises(UsageError, match="takes 5 of the 7 tokens"):
-        truncate_conversation(tokenizer, messages([("system", "ab"), ("user", "abc")]), 7)
+    conversation = messages([("system", "a"), ("user", "a"), ("assistant", "b"), ("user", "abcdefgh")])
+    assert encode_newest_turns(tokenizer, conversation, 40, 4)[1] == 0
+    assert len(encode_newest_turns(tokenizer, conversation, 15, 4)[0]) == 3 + 10 + 1  # one token is left for the answer
+    with pytest.raises(UsageError, match="it has 14 tokens, and the model's context of 14 tokens"):
+        encode_newest_turns(tokenizer, conversation, 14, 4)
 
 
 def test_existing_special_tokens_are_used(tmp_path: Path) -> None:

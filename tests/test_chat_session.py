@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import CLIRunner
 from nextword.commands.chat_session import GREETING, HELP, ChatSession, terminal_reader
 from nextword.common.console import printable, write_result
 from nextword.common.errors import NextwordError, UsageError
@@ -23,6 +24,7 @@ from nextword.inference.engine import Engine
 from nextword.inference.sampling import Sampling
 from nextword.model.config import build_config
 from nextword.model.gpt import GPT
+from served import make_model_dir
 
 TEXT = "The house on the hill. Wër, ñu ngi dem ca àll ba. 🙂 is text too, isn't it?\n"
 Lines = list[str | type[BaseException]]
@@ -174,11 +176,21 @@ def test_a_full_context_drops_the_oldest_turns_and_reports_it(
         assert (
             tokenizer.special_tokens[USER_TOKEN] in prompt and prompt[-1] == tokenizer.special_tokens[ASSISTANT_TOKEN]
         )
-    long, before = "The house on the hill. " * 9, len(talk.prompts)
-    talk([long, "/system " + long, "x"])
-    assert "(the message is longer than the context: its first" in talk.written
-    assert len(talk.prompts[before]) <= 24 and len(talk.prompts) == before + 1
-    assert "(the system message takes 74 of the 24 tokens" in talk.written or "shorten" in talk.written
+
+
+def test_a_message_is_never_cut_and_one_without_room_for_an_answer_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer
+) -> None:
+    talk = Talk(monkeypatch, tokenizer, tiny(tokenizer, 48))
+    talk.answers(*["ok"] * 20)
+    long, longer = "The house on the hill. " * 5, "The house on the hill. " * 9
+    sizes = [len(tokenizer.encode(text.strip())) for text in (long, longer)]
+    assert 24 < sizes[0] < 45 < 48 < sizes[1]
+    messages = talk(["a", long, longer, "b", f"/system {longer}", "c"])
+    assert [m["content"] for m in messages if m["role"] == "user"] == ["a", long.strip(), "b"]
+    assert [len(prompt) for prompt in talk.prompts][1] == sizes[0] + 3  # its role and end, and the role of the answer
+    refused = [line for line in talk.written.splitlines() if "too long" in line]
+    assert len(refused) == 2 and f"it has {sizes[1] + 3} tokens" in refused[0] and "context of 48 tokens" in refused[0]
 
 
 def test_no_answer_is_longer_than_the_context(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
@@ -277,6 +289,28 @@ def test_lines_from_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     read = terminal_reader()
     assert [read() for _ in range(4)] == ["one", "", "tw\ufffd", None]
     assert capsys.readouterr().out == ""  # a prompt is for a person
+
+
+def test_chat_reads_from_a_pipe_until_its_end(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, nextword: CLIRunner, tmp_path: Path
+) -> None:
+    """Without a terminal there is no prompt, and the end of the input, with or without a newline, is a clean end."""
+    model = make_model_dir(tmp_path / "model", tokenizer)
+    for text, said in (
+        (b"one\n\ntwo \\\nlines\n/nothing\nlast", ["one", "two \nlines", "last"]),
+        (b"", []),
+        (b"a\\", ["a"]),
+        (b"\xff\x00\r\n" + b"long " * 200 + b"\nb\n", ["\ufffd\0", "b"]),
+    ):
+        for options in (["--json"], []):
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
+            done = nextword("chat", model, "--max-tokens", "5", "--seed", "1", "--quiet", *options)
+            assert done.returncode == 0 and "> " not in done.stdout and "Traceback" not in done.stderr, done.stderr
+            talk = done.stderr if options else done.stdout
+            assert ("unknown command" in talk, "too long" in talk) == (b"/nothing" in text, b"long" in text)
+            if options:
+                messages = json.loads(done.stdout)["messages"]
+                assert [m["content"] for m in messages if m["role"] == "user"] == said
 
 
 @given(text=st.text(alphabet=st.characters(max_codepoint=0x200)))

@@ -151,7 +151,9 @@ def test_a_long_conversation_drops_its_oldest_turns_if_asked(server: str, reques
                 assert refused.status == 400 and refused.error["code"] == "context_length_exceeded"
     assert dropped > 0
     body = {"messages": [{"role": "user", "content": "the hill " * length}], "truncation": "auto"}
-    assert asked.post("/v1/chat/completions", body).error["code"] == "context_length_exceeded"
+    error = asked.post("/v1/chat/completions", body).error
+    assert error["code"] == "context_length_exceeded" and error["param"] == "messages"
+    assert "the message is too long" in error["message"] and f"context of {length} tokens" in error["message"]
     assert asked.post("/v1/chat/completions", {**body, "truncation": "some"}).error["param"] == "truncation"
 
 

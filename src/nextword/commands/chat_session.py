@@ -16,13 +16,7 @@ from typing import Any
 from nextword.common.console import printable
 from nextword.common.errors import NextwordError, UsageError
 from nextword.common.fs import append_line
-from nextword.data.chat_format import (
-    encode_conversation,
-    max_prompt_tokens,
-    stop_token_ids,
-    supports_chat,
-    truncate_conversation,
-)
+from nextword.data.chat_format import encode_newest_turns, stop_token_ids, supports_chat
 from nextword.data.issues import replace_surrogates
 from nextword.data.tokenizer import Tokenizer
 from nextword.inference.engine import Engine
@@ -182,21 +176,16 @@ class ChatSession:
     def _respond(self, text: str) -> None:
         """Answer a message and keep both, unless the answer is empty."""
         message = {"role": "user", "content": text}
-        length = self.model.config.context_length
+        length, max_tokens = self.model.config.context_length, self.sampling.max_tokens
         try:
-            visible, num_hidden, num_truncated = truncate_conversation(
-                self.tokenizer, [*self.messages, message], max_prompt_tokens(length, self.sampling.max_tokens)
-            )
+            ids, num_hidden = encode_newest_turns(self.tokenizer, [*self.messages, message], length, max_tokens)
         except UsageError as error:
             self._print(f"({error})")
             return
         if num_hidden > self.num_hidden_turns:
             self._print(f"(the context is full: the {num_hidden:,} oldest turns are no longer visible to the model)")
-        if num_truncated:
-            self._print(f"(the message is longer than the context: its first {num_truncated:,} tokens are cut off)")
         self.num_hidden_turns = num_hidden
-        ids, _ = encode_conversation(self.tokenizer, visible, add_generation_prompt=True)
-        answer = self._stream_answer(ids, min(self.sampling.max_tokens, length - len(ids)))
+        answer = self._stream_answer(ids, min(max_tokens, length - len(ids)))
         if answer.strip():
             self.turns += [message, {"role": "assistant", "content": answer}]
         else:

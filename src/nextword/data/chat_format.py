@@ -9,7 +9,7 @@ look like a special token.
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from nextword.common.errors import UsageError
 from nextword.common.fs import atomic_write, is_json_object
@@ -42,20 +42,6 @@ CHAT_TEMPLATE = """\
 {{- '<|assistant|>' -}}
 {%- endif -%}
 """
-
-
-class Truncated(NamedTuple):
-    """A conversation that fits into the context.
-
-    Attributes:
-        messages: the system message, if there is one, and the newest messages.
-        num_dropped_turns: the number of oldest messages that were dropped.
-        num_dropped_tokens: the number of tokens that were cut from the beginning of the newest message.
-    """
-
-    messages: list[dict[str, Any]]
-    num_dropped_turns: int
-    num_dropped_tokens: int
 
 
 def supports_chat(tokenizer: Tokenizer) -> bool:
@@ -133,50 +119,51 @@ def drop_oldest_turns(messages: Sequence[Message]) -> list[list[dict[str, Any]]]
     return [[*system, *turns[i:]] for i in (0, *starts)]
 
 
-def truncate_conversation(tokenizer: Tokenizer, messages: Sequence[Message], max_tokens: int) -> Truncated:
-    """The system message and as many of the newest messages as fit.
+def check_newest_message(num_tokens: int, context_length: int) -> None:
+    """Check that the newest message, which is never cut, leaves room for an answer.
 
-    Turns are dropped as in `drop_oldest_turns`. If not even the newest message fits, its end is kept.
+    Args:
+        num_tokens: the number of tokens of the system message and the newest message.
+        context_length: the context length of the model.
+
+    Raises:
+        UsageError: there is no room.
+    """
+    if num_tokens >= context_length:
+        raise UsageError(
+            f"the message is too long: with its role and the system message, if there is one, it has {num_tokens:,} tokens, "
+            f"and the model's context of {context_length:,} tokens leaves no room for an answer. Shorten it"
+        )
+
+
+def encode_newest_turns(
+    tokenizer: Tokenizer, messages: Sequence[Message], context_length: int, max_tokens: int
+) -> tuple[list[int], int]:
+    """Encode the system message and as many of the newest messages as leave room for an answer.
+
+    Turns are dropped as in `drop_oldest_turns`. The newest message is never cut; if it is long, it leaves less room.
 
     Args:
         tokenizer: a tokenizer that supports chat.
         messages: the conversation.
-        max_tokens: the maximum length of `encode_conversation(..., add_generation_prompt=True)`.
+        context_length: the context length of the model.
+        max_tokens: the maximum length of the answer.
+
+    Returns:
+        The ids [T] with the generation prompt, less than `context_length`, and the number of oldest messages that were dropped.
 
     Raises:
-        UsageError: the system message leaves no room for another one, or as `encode_conversation`.
+        UsageError: the newest message is too long, or as `encode_conversation`.
     """
-    system = [dict(m) for m in messages[:1] if m.get("role") == "system"]
-    turns = [dict(m) for m in messages[len(system) :]]
+    options, limit = drop_oldest_turns(messages), max_prompt_tokens(context_length, max_tokens)
 
-    def num_tokens(some_messages: list[dict[str, Any]]) -> int:
-        return len(encode_conversation(tokenizer, some_messages, add_generation_prompt=True)[0])
+    def encode(kept: list[dict[str, Any]]) -> list[int]:
+        return encode_conversation(tokenizer, kept, add_generation_prompt=True)[0]
 
-    options = drop_oldest_turns(messages)
-    index = bisect_left(options, True, key=lambda kept: num_tokens(kept) <= max_tokens)
-    if index < len(options):
-        return Truncated(options[index], len(messages) - len(options[index]), 0)
-    remaining = max_tokens - num_tokens(system)
-    remaining -= 2  # the role token and the end-of-turn token of the newest message
-    if not turns or remaining < 1:
-        raise UsageError(
-            f"the system message takes {num_tokens(system):,} of the {max_tokens:,} tokens of a conversation, and leaves "
-            "no room for another message: shorten it"
-        )
-    content = turns[-1]["content"]
-    text = _truncate_left(tokenizer.mid_text, content, remaining)
-    num_dropped = len(tokenizer.mid_text.encode(content)) - len(tokenizer.mid_text.encode(text))
-    return Truncated([*system, {**turns[-1], "content": text}], len(turns) - 1, num_dropped)
-
-
-def _truncate_left(tokenizer: Tokenizer, text: str, max_tokens: int) -> str:
-    """A long suffix of a text that has at most `max_tokens` tokens."""
-    suffix = tokenizer.decode(tokenizer.encode(text)[-max_tokens:])
-    # A cut may split the bytes of a character, and a foreign tokenizer need not decode to the text's own suffix.
-    suffix = text[-len(suffix) :] if suffix else ""
-    while (excess := len(tokenizer.encode(suffix)) - max_tokens) > 0:
-        suffix = suffix[excess:]
-    return suffix
+    kept = options[bisect_left(options[:-1], True, key=lambda kept: len(encode(kept)) <= limit)]
+    ids = encode(kept)
+    check_newest_message(len(ids), context_length)
+    return ids, len(messages) - len(kept)
 
 
 def build_chat_template(tokenizer: Tokenizer) -> str:

@@ -17,8 +17,10 @@ from nextword.common.errors import CorruptFileError, UsageError
 from nextword.common.fs import is_json_object, read_text
 from nextword.data.chat_format import (
     build_chat_template,
+    check_newest_message,
     drop_oldest_turns,
     encode_conversation,
+    max_prompt_tokens,
     stop_token_ids,
     supports_chat,
 )
@@ -79,24 +81,28 @@ def make_chat_encoder(directory: Path, tokenizer: Tokenizer) -> ChatEncoder:
 
 
 async def encode_newest_turns(
-    encoder: ChatEncoder, conversation: Conversation, max_tokens: int
+    encoder: ChatEncoder, conversation: Conversation, context_length: int, max_tokens: int
 ) -> tuple[list[int], int]:
-    """Encode as many of the newest turns as fit, and at least the newest message.
+    """As `nextword.data.chat_format.encode_newest_turns`, with any chat template.
 
     The steps grow from the newest turn on, so that the cost depends on what is kept, and hardly on what is dropped.
 
-    Returns:
-        The token ids, more than `max_tokens` only if the newest message is too long, and the number of dropped messages.
+    Raises:
+        APIError: The newest message is too long, or cannot be encoded.
     """
-    options = drop_oldest_turns(conversation)
+    options, limit = drop_oldest_turns(conversation), max_prompt_tokens(context_length, max_tokens)
     index, step = len(options) - 1, 1
     ids = await encoder.encode(options[index])
     while step and index:
         more = await encoder.encode(options[max(0, index - step)])
-        if len(more) <= max_tokens:
+        if len(more) <= limit:
             ids, index, step = more, max(0, index - step), 2 * step
         else:
             step //= 2
+    try:
+        check_newest_message(len(ids), context_length)
+    except UsageError as error:
+        raise APIError(400, str(error), param="messages", code="context_length_exceeded") from error
     return ids, len(conversation) - len(options[index])
 
 

@@ -10,7 +10,6 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import generate_latest
 from starlette.responses import Response
 
-from nextword.data.chat_format import max_prompt_tokens
 from nextword.inference.sampling import Sampling
 from nextword.serving import openapi, protocol
 from nextword.serving.chat_templates import encode_newest_turns
@@ -127,8 +126,7 @@ async def chat(body: protocol.ChatRequest, request: Request, service: ServiceDep
     with service.worker.admit(n) as handle:
         conversation, dropped = to_conversation(body.messages), 0
         if body.truncation == "auto":
-            limit = max_prompt_tokens(context_length, max_tokens)
-            ids, dropped = await encode_newest_turns(service.chat_encoder, conversation, limit)
+            ids, dropped = await encode_newest_turns(service.chat_encoder, conversation, context_length, max_tokens)
         else:
             service.check_conversation(conversation)
             ids = await service.chat_encoder.encode(conversation)
