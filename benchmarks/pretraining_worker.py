@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,9 @@ class BestWeights:
 
 def run(corpus: Corpus, s: dict[str, Any]) -> dict[str, Any]:
     epochs = s["tokens"] / corpus.train.tokens
-    shape = {"dropout": default_dropout(epochs), **s["model"]}
-    config = build_config(s["preset"], s["size"], vocab_size=corpus.tokenizer.vocab_size, **shape)
+    config = build_config(s["preset"], s["size"], vocab_size=corpus.tokenizer.vocab_size, **s["model"])
+    dropout = default_dropout(epochs, corpus.train.bytes / config.parameters)
+    config = replace(config, dropout=s["model"].get("dropout", dropout))
     torch.manual_seed(derive_seed(s["seed"], 3))
     model = GPT(config)
     if s["zero_projections"]:

@@ -35,6 +35,7 @@ from nextword.planning.size_selection import (
     default_batch_tokens,
     default_dropout,
     default_peak_lr,
+    default_weight_decay,
     select_size,
 )
 from nextword.reporting.report import write_report
@@ -133,7 +134,11 @@ def test_many_epochs_give_dropout_and_a_reason():
     assert any("epochs" in reason for reason in short.why)
     assert plan(seconds=600).dropout == 0
     assert len(plan(seconds=600).why) == 3 and "outside" in plan(seconds=600).why[2]
-    assert default_dropout(1) == 0 < default_dropout(8) < default_dropout(30)
+    assert default_dropout(1, 0.5) == 0 < default_dropout(8, 0.5) < default_dropout(30, 0.5)
+    assert default_dropout(30, 5.0) == 0  # too small a model to memorize the text
+    assert default_weight_decay(0.006, 2, 100, 0.5) == default_weight_decay(0.006, 20, 100, 5.0) == 0.1
+    assert default_weight_decay(0.006, 20, 100, 0.5) == pytest.approx(1 / (0.006 * 2 * 100), abs=1e-3)  # two epochs
+    assert default_weight_decay(0.006, 20, 1e6, 0.5) == 0.1
     assert short.bits_per_byte > plan(CorpusStats(10**9, 10**9 * 10 // 3, 2.5), seconds=600).bits_per_byte
 
 

@@ -413,4 +413,9 @@ def format_calibration(calibration: dict[str, Any]) -> str:
 
 def format_metric(name: str, score: dict[str, Any]) -> str:
     """The name of a metric and its score."""
-    return f"{name.replace('_', ' ')} {format_score(score)}"
+    from nextword.tasks.metrics import missing_interval_reason
+
+    text = f"{name.replace('_', ' ')} {format_score(score)}"
+    return (
+        text if score["low"] is not None else f"{text[:-1]}; no interval: {missing_interval_reason(name, score['n'])})"
+    )

@@ -166,9 +166,16 @@ def default_peak_lr(width: int, batch_tokens: int, optimizer: str = "muon") -> f
     return lr if optimizer == "muon" else lr / 4
 
 
-def default_dropout(epochs: float) -> float:
-    """The dropout probability, which grows with the number of passes over the text."""
-    return 0.0 if epochs < MANY_EPOCHS else 0.1 if epochs < 16 else 0.2
+def default_dropout(epochs: float, bytes_per_parameter: float) -> float:
+    """The dropout probability, which grows with the number of passes over the text; 0 if the model is too small to memorize it.
+
+    Args:
+        epochs: Passes over the text.
+        bytes_per_parameter: Bytes of the training set for each parameter.
+    """
+    if epochs < MANY_EPOCHS or bytes_per_parameter > MANY_BYTES_PER_PARAMETER:
+        return 0.0
+    return 0.1 if epochs < 16 else 0.2
 
 
 def default_weight_decay(lr: float, epochs: float, steps_per_epoch: float, bytes_per_parameter: float) -> float:
@@ -259,12 +266,11 @@ def select_size(
     batch_tokens = training.batch_tokens or default_batch_tokens(tokens)
     lr = training.lr or default_peak_lr(config.d_model, batch_tokens, training.optimizer)
     epochs = tokens / max(1, corpus_stats.tokens)
-    dropout = default_dropout(epochs)
+    bytes_per_parameter = corpus_stats.bytes / config.parameters
+    dropout = default_dropout(epochs, bytes_per_parameter)
     weight_decay = training.weight_decay
     if weight_decay is None:
-        weight_decay = default_weight_decay(
-            lr, epochs, corpus_stats.tokens / batch_tokens, corpus_stats.bytes / config.parameters
-        )
+        weight_decay = default_weight_decay(lr, epochs, corpus_stats.tokens / batch_tokens, bytes_per_parameter)
     is_fitted = law.is_fitted(config.parameters, corpus_stats.bytes, corpus_stats.difficulty)
     low, high = law.prediction_interval(bits, corpus_stats.uncertainty, is_fitted)
     why = [

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -20,6 +20,7 @@ from markupsafe import Markup
 from nextword.common.format import format_bytes, format_count, format_duration
 from nextword.common.results import BenchmarkResult, Provenance, is_number, short_path_name
 from nextword.common.statistics import ScoreWithCI
+from nextword.tasks.metrics import interval_method, missing_interval_reason
 
 TEMPLATES = Path(__file__).parent / "templates"
 SECTION_TITLES = {
@@ -131,6 +132,22 @@ def versus_chance(benchmark: BenchmarkResult) -> str:
     return {"above": "above chance", "below": "below chance"}.get(side, "not above chance")
 
 
+def benchmark_intervals(benchmarks: Sequence[BenchmarkResult]) -> str:
+    """How the intervals of benchmark scores were computed, and why a score has none."""
+    by_method: dict[str, list[str]] = {}
+    missing: list[str] = []
+    for benchmark in benchmarks:
+        if benchmark.low is None:
+            missing.append(
+                f"{benchmark.name} has no interval: {missing_interval_reason(benchmark.metric, benchmark.n)}"
+            )
+        else:
+            by_method.setdefault(interval_method(benchmark.metric), []).append(benchmark.name)
+    methods = [f"{', '.join(names)} {method}" for method, names in by_method.items()]
+    parts = [f"95 % confidence intervals over the items, for items like them: {'; '.join(methods)}"] * bool(methods)
+    return ". ".join([*parts, *missing]) + "."
+
+
 def item_count(benchmark: BenchmarkResult) -> str:
     """ "1,000 of 67,000"."""
     evaluated, total = benchmark.score.n, benchmark.total_items
@@ -168,7 +185,7 @@ def render(template: str, **context: Any) -> str:
 
 FILTERS: tuple[Callable[..., Any], ...] = (
     *(fence, interval, number, perplexity, readable, score),
-    *(extreme_groups, item_count, provenance, versus_chance),
+    *(benchmark_intervals, extreme_groups, item_count, provenance, versus_chance),
 )
 
 

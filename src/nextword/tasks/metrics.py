@@ -16,6 +16,7 @@ import numpy as np
 
 from nextword.common.errors import UsageError, import_optional
 from nextword.common.statistics import (
+    MIN_UNITS,
     ScoreWithCI,
     check_lengths,
     proportion,
@@ -40,6 +41,30 @@ TEXT_METRICS = (*GENERATION_METRICS, *ANSWER_METRICS)
 MIN_EXAMPLES_PER_LABEL = 8  # of nine labels in ten, for an interval of macro-F1
 MIN_CORRELATED = 10  # examples, for an interval of a correlation
 MAX_KURTOSIS = 6.0  # of the scores, for an interval of Pearson's correlation; 3 for a normal distribution
+
+
+def interval_method(metric: str) -> str:
+    """The method of the confidence interval of a metric, and its source."""
+    if metric.startswith(LABEL_F1) or metric in ("macro_f1", "micro_f1", "matthews", "icat"):
+        return "linearized (Efron 1982)"
+    if metric in ("pearson", "spearman"):
+        return "by Fisher's transformation (Bonett and Wright 2000)"
+    if metric in (*GENERATION_METRICS, "perplexity"):
+        return "linearized (Efron 1982), for skewed scores (Hall 1992)"
+    return "by Agresti and Coull (1998)"
+
+
+def missing_interval_reason(metric: str, n: int | None) -> str:
+    """Why a score on n examples has no confidence interval."""
+    if metric.startswith(LABEL_F1) or metric in ("macro_f1", "micro_f1", "matthews"):
+        return f"fewer than {MIN_EXAMPLES_PER_LABEL} examples of a label, or no example differs"
+    if metric in ("pearson", "spearman") and (n or 0) < MIN_CORRELATED:
+        return f"fewer than {MIN_CORRELATED} examples"
+    if metric == "pearson":
+        return "a few extreme scores decide it"
+    if n is not None and n < MIN_UNITS:
+        return f"fewer than {MIN_UNITS} examples"
+    return "no example differs from the others"
 
 
 def classification(
