@@ -7,6 +7,7 @@ import pytest
 
 import nextword
 from nextword.common.errors import CorruptFileError, UsageError
+from nextword.tasks.examples import example_from_texts
 from nextword.tasks.linear import LinearClassifier, combine, fit_weight
 from test_finetuning import rows, tune, write
 
@@ -99,3 +100,27 @@ def test_many_labels_and_rare_ones():
     targets = [f"label{i % 30}" for i in range(600)]
     classifier = LinearClassifier.fit(texts, targets, sorted(set(targets)), balanced=True)
     assert np.mean([a == b for a, b in zip(classifier.predict(texts), targets, strict=True)]) > 0.9
+
+
+def test_windows_read_the_whole_of_a_long_text(base, tmp_path):
+    tune(base, write(tmp_path / "data.jsonl", "classify", 80), tmp_path / "run")
+    short = "the object is good"
+    long = " ".join(["the object name value class is called with a list"] * 30 + ["wrong", "poor", "bad"] * 10)
+    model = nextword.load(tmp_path / "run")
+    predictor = model.build_predictor(ensemble=False, windows=True)
+    windows = predictor.encoder.encode_windows(example_from_texts("classify", [long]))
+    lengths = [window.sequences[0].ids.size for window in windows]
+    assert len(windows) > 3 and max(lengths) <= model.gpt.config.context_length and max(lengths) - min(lengths) <= 1
+    text_ids = np.concatenate([window.sequences[0].ids[1:-1] for window in windows])
+    assert text_ids.tolist() == model.tokenizer.encode(long)
+    per_window = [predictor.logits([], [window])[0] for window in windows]
+    predictions = nextword.predict(tmp_path / "run", text=[long], windows=True).predictions
+    expected = np.exp(np.mean(per_window, axis=0))
+    assert list(predictions[0]["probabilities"].values()) == pytest.approx(expected / expected.sum(), abs=1e-6)
+    whole, cut = (
+        nextword.predict(tmp_path / "run", text=[short], windows=value).predictions for value in (True, False)
+    )
+    assert whole[0]["probabilities"] == pytest.approx(cut[0]["probabilities"], abs=1e-6)
+    tune(base, write(tmp_path / "pairs.jsonl", "entail", 40), tmp_path / "pairs", steps=3)
+    with pytest.raises(UsageError, match="--windows needs a model that classifies texts"):
+        nextword.predict(tmp_path / "pairs", text=["a", "b"], windows=True)

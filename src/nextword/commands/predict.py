@@ -60,6 +60,8 @@ class PredictConfig(ModelArgument, DeviceOption):
             with the name of a part of the answer get the prefix input_. Default: all.
         ensemble: Combine the probabilities with those of the linear TF-IDF classifier that finetune fitted on the same
             examples. Only for a classification of texts with one label each.
+        windows: Read a text that is longer than the context in windows of equal length, and average their scores, instead of
+            cutting it. Only for the classification of texts.
     """
 
     data: tuple[str | Path, ...] = argument(default=(), converter=path_or_texts)
@@ -69,6 +71,7 @@ class PredictConfig(ModelArgument, DeviceOption):
     columns: dict[str, str] = option(default=None, converter=column_names, flag="--column", metavar="ROLE=COLUMN")
     keep_columns: tuple[str, ...] = option(default="all", converter=kept_columns, metavar="all|none|NAMES")
     ensemble: bool = False
+    windows: bool = False
 
     def resolve(self) -> tuple[Path | None, list[str]]:
         """The table, or None and the texts. Raises `UsageError` if neither or both are given, or a table does not exist."""
@@ -137,7 +140,7 @@ def predict(config: PredictConfig, context: Context) -> PredictResult:
         check_table_suffix(config.out)
         check_output_file(config.out, config.model, *filter(None, [data]))
     loaded, console = load(config.model, config.device), context.console
-    predictor = loaded.ensemble_predictor() if config.ensemble else loaded.predictor
+    predictor = loaded.build_predictor(config.ensemble, config.windows)
     if data is None:
         answers, scores = predictor.predict([example_from_texts(predictor.task_spec.task, texts)]), {}
     else:

@@ -139,20 +139,26 @@ class LanguageModel:
             )
         return Predictor(self.gpt, self.tokenizer, self.task_spec)
 
-    def ensemble_predictor(self) -> Predictor:
-        """A predictor that combines the model with the linear classifier of its run.
+    def build_predictor(self, ensemble: bool, windows: bool) -> Predictor:
+        """A predictor with options.
+
+        Args:
+            ensemble: Whether to combine the model with the linear classifier of its run.
+            windows: Whether to read long texts in windows.
 
         Raises:
-            UsageError: The run has none.
+            UsageError: The run has no classifier, or the task no windows.
             CorruptFileError: The classifier is damaged.
         """
+        if not ensemble:
+            return Predictor(self.gpt, self.tokenizer, self.predictor.task_spec, windows=windows)
         predictor, linear_dir = self.predictor, RunDir(self.directory.parent).linear_dir
         if not linear_dir.is_dir():
             raise UsageError(
                 f"{self.path}: no linear classifier for an ensemble. nextword finetune writes one into the run directory of a "
                 "classification of texts with one label each"
             )
-        return Predictor(self.gpt, self.tokenizer, predictor.task_spec, LinearClassifier.load(linear_dir))
+        return Predictor(self.gpt, self.tokenizer, predictor.task_spec, LinearClassifier.load(linear_dir), windows)
 
     def generate(
         self, prompts: str | Sequence[str], sampling: Sampling | None = None, **settings: Any

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from nextword.common.errors import NextwordError
+from nextword.common.errors import NextwordError, UsageError
 from nextword.common.statistics import ScoreWithCI
 from nextword.data.issues import IssueLog
 from nextword.data.tokenizer import Tokenizer
@@ -71,6 +71,10 @@ class Predictor:
         tokenizer: Its tokenizer.
         task_spec: The task.
         ensemble: A linear classifier whose probabilities are combined with the model's, and its weight. Default: none.
+        windows: Whether a text to classify that is longer than the context is read in windows, whose outputs are averaged.
+
+    Raises:
+        UsageError: The task has no windows.
     """
 
     def __init__(
@@ -79,8 +83,12 @@ class Predictor:
         tokenizer: Tokenizer,
         task_spec: TaskSpec,
         ensemble: tuple[LinearClassifier, float] | None = None,
+        windows: bool = False,
     ):
         self.model, self.tokenizer, self.task_spec, self.ensemble = model, tokenizer, task_spec, ensemble
+        self.windows = windows
+        if windows and task_spec.task != "classify":
+            raise UsageError(f"--windows needs a model that classifies texts; this one has the task {task_spec.task}")
 
     @cached_property
     def encoder(self) -> ExampleEncoder:
@@ -117,19 +125,23 @@ class Predictor:
         progress: ProgressCallback | None = None,
     ) -> list[np.ndarray]:
         """The outputs of the head, or of the ensemble, for each example [n_labels]; for multiple choice, of its choices [C]."""
-        is_choice = self.task_spec.kind == "choice"
-        compute_logits = multiple_choice_logits if is_choice else example_logits
+        logits = self._map_batches(self._head_outputs, encoded, progress)
+        if self.task_spec.kind == "choice":
+            return [row[: len(e.sequences)] for row, e in zip(logits, encoded, strict=True)]
+        return self._combine(examples, logits)
 
-        def forward(batch: DeviceBatch) -> Tensor:
-            assert batch.labels is not None
-            return compute_logits(self.model, self.model(batch.tokens), batch.labels)
+    def _head_outputs(self, batch: DeviceBatch) -> Tensor:
+        assert batch.labels is not None
+        compute = multiple_choice_logits if self.task_spec.kind == "choice" else example_logits
+        return compute(self.model, self.model(batch.tokens), batch.labels)
 
-        logits = self._map_batches(forward, encoded, progress)
-        if self.ensemble is not None and logits:
-            classifier, weight = self.ensemble
-            texts = [input_texts(self.task_spec.task, example)[0] for example in examples]
-            return list(combine(np.array(logits), classifier.probabilities(texts), weight))
-        return [row[: len(e.sequences)] for row, e in zip(logits, encoded, strict=True)] if is_choice else logits
+    def _combine(self, examples: Sequence[Example], logits: list[np.ndarray]) -> list[np.ndarray]:
+        """The outputs of the ensemble for each example; without one, those of the model."""
+        if self.ensemble is None or not logits:
+            return logits
+        classifier, weight = self.ensemble
+        texts = [input_texts(self.task_spec.task, example)[0] for example in examples]
+        return list(combine(np.array(logits), classifier.probabilities(texts), weight))
 
     def log_likelihoods(
         self, encoded: Sequence[EncodedExample], progress: ProgressCallback | None = None
@@ -197,6 +209,8 @@ class Predictor:
             NextwordError: An example cannot be encoded; the message names file and line.
         """
         issues = IssueLog() if issues is None else issues
+        if self.windows:
+            return list(map(self.prediction, self._window_logits(examples, progress), examples))
         ranks_answers = self.task_spec.kind == "preference" and all("chosen" in example.fields for example in examples)
         if self.task_spec.kind not in HEAD_KINDS and not ranks_answers:
             return list(map(_answer_prediction, self.generate_answers(examples, progress)))
@@ -209,6 +223,15 @@ class Predictor:
         if ranks_answers:
             return _preference_predictions(self.log_likelihoods(encoded, progress))
         return list(map(self.prediction, self.logits(examples, encoded, progress), examples))
+
+    def _window_logits(self, examples: Sequence[Example], progress: ProgressCallback | None) -> list[np.ndarray]:
+        """The outputs for each example [n_labels]: the mean over its windows, and of the ensemble if there is one."""
+        windows = [self.encoder.encode_windows(example) for example in examples]
+        outputs = iter(
+            self._map_batches(self._head_outputs, [window for group in windows for window in group], progress)
+        )
+        means = [np.mean([next(outputs) for _ in group], axis=0) for group in windows]
+        return self._combine(examples, means)
 
     # ------------------------------------------------------------ metrics
 

@@ -265,6 +265,17 @@ class ExampleEncoder:
             loss_mask += [True] * length + [False]
         return TokenSequence(np.array(ids), np.array(loss_mask)), sum(lengths) < sum(map(len, parts))
 
+    def encode_windows(self, example: Example) -> list[EncodedExample]:
+        """The whole of a text to classify, in as few windows of equal length as fit into the context."""
+        ids = self.tokenizer.encode(input_texts(self.task_spec.task, example)[0])
+        num_windows = max(1, math.ceil(len(ids) / (self.context_length - 2)))
+        start, extract = (self.special_token_ids[name] for name in (START_TOKEN, EXTRACT_TOKEN))
+        windows: list[EncodedExample] = []
+        for part in np.array_split(np.array(ids, dtype=np.int64), num_windows):
+            loss_mask = np.array([False, *[True] * len(part), False])
+            windows.append(EncodedExample((TokenSequence(np.array([start, *part, extract]), loss_mask),)))
+        return windows
+
     def _append_answer(self, prompt: list[int], answer: str, prompt_truncated: bool) -> tuple[TokenSequence, bool]:
         end = self.special_token_ids[END_OF_TURN_TOKEN] if self.task_spec.chat else self.tokenizer.eos_id
         answer_ids = [*self.tokenizer.encode(answer), end]
