@@ -14,7 +14,7 @@ help:
 	@echo "make check   lint, types, tests"
 	@echo "make bench   the figures of docs/benchmarks.md (some three hours)"
 	@echo "make calibration    coverage of every interval and error rates of every decision, by simulation (some twenty minutes)"
-	@echo "make soak    fifty kills of a longer run, half inside a save; every fault of docs/reliability.md; odd requests to the server"
+	@echo "make soak    fifty kills of a longer run, half inside a save; every fault of docs/reliability.md; odd requests and 512 hostile clients to the server"
 	@echo "make setup   the virtual environment in .venv; PIP_ARGS goes to pip"
 
 setup: .venv/ready
@@ -71,6 +71,7 @@ soak: setup
 	NEXTWORD_SLOW_TESTS=1 NEXTWORD_RESTARTS=20 $(BIN)/python -m pytest -n 0 -s tests/test_distributed.py -k killed --timeout 3600
 	NEXTWORD_SLOW_TESTS=1 NEXTWORD_FLIPS=200 NEXTWORD_EVERY_WRITE=1 $(BIN)/python -m pytest -n 0 -s tests/test_faults.py tests/test_foreign.py --timeout 7200
 	NEXTWORD_KILLS=3 $(BIN)/python -m pytest -n 0 tests/test_sharded_preparation.py -k killed --timeout 1800
+	NEXTWORD_SLOW_TESTS=1 $(BIN)/python -m pytest -n 0 -s tests/test_serving_attacks.py -k many_clients --timeout 1800
 	NEXTWORD_CASES=2400 $(BIN)/python -m pytest -n 0 tests/test_serving_fuzz.py --timeout 1800
 
 clean:

@@ -6,21 +6,25 @@ The attacks by many clients take time and a clock, so `make soak` runs them.
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from attackers import ATTACKS
 from nextword.data.tokenizer import Tokenizer, train_bpe
 from nextword.serving import app as server_module
 from nextword.serving import engine_worker, protocol
 from nextword.serving.chat_templates import JinjaChatEncoder
-from processes import PATIENCE, wait_until
+from nextword.serving.security import SecurityMiddleware
+from processes import PATIENCE, kill, start_process, wait_until
 from served import ServerProcess, ThreadedServer, running_server
 from test_serving_guard import ON
 
@@ -139,6 +143,35 @@ def test_a_body_that_is_awaited_at_the_end_leaves_no_traceback(
         answer = read_all(half)
     assert answer.startswith(b"HTTP/1.1 503 ") and b'"code":"stopped"' in answer
     assert not [record for record in caplog.records if record.exc_info or "without" in record.message]
+
+
+def test_health_is_answered_before_all_requests_that_wait_for_their_turn(
+    monkeypatch: pytest.MonkeyPatch, base: Path
+) -> None:
+    """A request whose turn has not come costs its headers only: of its body nothing is parsed."""
+    go_on = threading.Event()
+
+    async def wait(middleware: SecurityMiddleware) -> None:
+        while not go_on.is_set():
+            await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(SecurityMiddleware, "take_turn", wait)
+    requests = {b"GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n": b"200", chunked([1] * 1000): b"413"}
+    requests[b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 50 + b"\r\n"] = b"200"
+    requests[b"POST /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\nx"] = b"405"
+    with running_server(base) as server, contextlib.ExitStack() as stack:
+        waiting = {stack.enter_context(connect(server)): status for status in requests.values() for _ in range(5)}
+        for connection, request in zip(waiting, [request for request in requests for _ in range(5)], strict=True):
+            connection.sendall(request)
+        assert server.get("/health").status == 200
+        for connection in waiting:
+            connection.settimeout(0.01)
+            with pytest.raises(TimeoutError):
+                connection.recv(1)
+            connection.settimeout(PATIENCE)
+        go_on.set()
+        for connection, status in waiting.items():
+            assert connection.recv(1000).startswith(b"HTTP/1.1 %b " % status)
 
 
 # ---------------------------------------------------------------- bodies
@@ -272,3 +305,64 @@ def test_spaces_beside_a_token_that_takes_them_are_no_work() -> None:
     ids = asyncio.run(look())
     assert ids[-1 - len(made.encode("user")) :] == [made.special_tokens["<x>"], *made.encode("user")]
     assert made.decode(ids).rstrip().endswith("b" + "user")
+
+
+# ---------------------------------------------------------------- many clients, with a clock
+
+ATTACK_SECONDS = float(os.environ.get("NEXTWORD_ATTACK_SECONDS", "5"))
+
+
+def resident_bytes(processes: Iterable[int]) -> int:
+    """The resident memory of processes."""
+    total = 0
+    for process in processes:
+        with contextlib.suppress(OSError):  # it has ended
+            status = Path(f"/proc/{process}/status").read_text()
+            total += sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS"))
+    return total
+
+
+@pytest.mark.needs("more time")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="the memory and the limits of another process are known on Linux only"
+)
+@pytest.mark.parametrize(
+    ("name", "reads", "descriptors"),
+    [
+        *((name, reads, 1024) for name in ATTACKS for reads in ("reads", "ignores")),
+        *((name, "ignores", 100) for name in ("silence", "pipelined files", "wrong keys", "giant JSON")),
+    ],
+)
+def test_many_clients_without_a_key_do_not_keep_others_from_the_server(
+    base: Path, name: str, reads: str, descriptors: int
+) -> None:
+    import resource
+
+    with ServerProcess(base, "--api-key", "a secret") as server:
+        process = server.renderer_process.pid
+        resource.prlimit(process, resource.RLIMIT_NOFILE, (descriptors, descriptors))
+        children = Path(f"/proc/{process}/task/{process}/children")
+        before, slowest, most, answers = resident_bytes([process]), 0.0, 0, 0
+        script = Path(__file__).with_name("attackers.py")
+        attackers = start_process(
+            [sys.executable, script, server.host, str(server.port), name, reads, str(ATTACK_SECONDS)]
+        )
+        while attackers.poll() is None:
+            start = time.monotonic()
+            while not healthy(server):
+                pass  # a newer connection has replaced this one before its request was read: clients try again
+            slowest = max(slowest, time.monotonic() - start)
+            most = max(most, resident_bytes([process, *map(int, children.read_text().split())]))
+            answers += 1
+            time.sleep(0.02)
+        assert attackers.returncode == 0
+        attackers = start_process([sys.executable, script, server.host, str(server.port), name, reads, "30"])
+        time.sleep(1)
+        server.send_signal()
+        assert server.wait() == 0
+        kill(attackers)
+        print(
+            f"\n{name}, {reads}: /health within {slowest:.2f} s ({answers} times), {(most - before) / 1e6:.0f} MB more"
+        )
+        assert slowest < 2 and most - before < 1e9 and answers > 5
+        assert "Traceback" not in server.stderr and server.stderr.count("\n") < 10, server.stderr[:2000]

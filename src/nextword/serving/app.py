@@ -104,15 +104,22 @@ async def handle_error(request: Request, error: Exception) -> Response:
 
 
 class LimitedConnection(h11.Connection):
-    """h11's parser with a limit on small chunks, each of which costs as much as a large one."""
+    """h11's parser with a limit on small chunks, each of which costs as much as a large one.
 
+    Attributes:
+        is_reading_body: Whether the current body is parsed, which the application decides when it begins with the request.
+    """
+
+    is_reading_body = False
     num_chunks = num_bytes = 0  # of the current body
 
     def next_event(self) -> Any:
         """The next event. Raises `RemoteProtocolError` as h11 does."""
+        if self.their_state is h11.SEND_BODY and not self.is_reading_body:
+            return h11.NEED_DATA
         event = super().next_event()
         if isinstance(event, h11.Request):
-            self.num_chunks = self.num_bytes = 0
+            self.is_reading_body, self.num_chunks, self.num_bytes = False, 0, 0
         elif isinstance(event, h11.Data):
             self.num_chunks += 1
             self.num_bytes += len(event.data)
@@ -131,7 +138,7 @@ class LimitedHTTPProtocol(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.conn = LimitedConnection(h11.SERVER)
+        self.conn: LimitedConnection = LimitedConnection(h11.SERVER)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn's own form
         """Start the timer of a connection. One too many replaces the one that has waited longest."""
@@ -154,6 +161,23 @@ class LimitedHTTPProtocol(H11Protocol):
         """Stop the timer once the headers are complete."""
         super().data_received(data)
         self._update_header_timer()
+
+    def handle_events(self) -> None:
+        """Parse what has arrived: the body of a request only after the application has called `read_body` of its state."""
+        super().handle_events()
+        if self.conn.their_state is h11.SEND_BODY and not self.conn.is_reading_body:
+            self.scope.setdefault("state", {}).update(read_body=self.read_body, abandon=self.abandon)
+            self.flow.pause_reading()
+
+    def read_body(self) -> None:
+        """Parse the body of the current request."""
+        self.conn.is_reading_body = True
+        self.handle_events()
+
+    def abandon(self) -> None:
+        """Close the connection in the middle of a response."""
+        self.cycle.disconnected = True
+        self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the timers."""

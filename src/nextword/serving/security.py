@@ -25,8 +25,10 @@ from nextword.serving.engine_worker import Metrics
 from nextword.serving.protocol import MAX_BODY_BYTES, MAX_TOTAL_BODY_BYTES, APIError, ClientDisconnected
 
 MAX_HEADERS, MAX_HEADER_BYTES = 100, 2**14
+MAX_PROBE_HEADERS = 20
 MAX_PATH_BYTES = 2**13  # path and query
 SEND_BUFFER_BYTES = 2**17  # per connection; the operating system's default of several MB hides clients that do not read
+CONNECTION_QUEUE = 1024  # connections that wait to be accepted
 BODY_TIMEOUT = 60.0  # seconds for receiving a body
 SMALL_BODY_BYTES = 2**16  # bodies up to this size are accepted regardless of MAX_TOTAL_BODY_BYTES
 # The rest of a rejected body is read and discarded, because many clients read the response only after sending everything.
@@ -65,6 +67,10 @@ class ListenSocket(socket.socket):
     """
 
     make_room: Callable[[], None] | None = None
+
+    def listen(self, backlog: int = 0) -> None:
+        """Listen with a queue for many clients at once: beyond it, a client waits a second for its next attempt."""
+        super().listen(max(backlog, CONNECTION_QUEUE))
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Accept a connection. Raises `BlockingIOError` if there is none, or no room yet."""
@@ -112,6 +118,7 @@ class SecurityMiddleware:
     def __init__(self, app: ASGIApp, config: ServerConfig, public_paths: Collection[str], metrics: Metrics):
         self.app, self.config, self.public_paths, self.metrics = app, config, public_paths, metrics
         self.buffered_body_bytes = 0  # of all requests
+        self.turn = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check a request, read its body, and let the application answer it."""
@@ -124,8 +131,15 @@ class SecurityMiddleware:
                 message["headers"] = [*message.get("headers", ()), *SECURITY_HEADERS]
             await send(message)
 
+        async def receive_in_turn() -> Message:
+            await self.take_turn()
+            return await receive()
+
         try:
-            body = await self.read_body(scope, receive)
+            if not is_probe(scope):
+                await self.take_turn()
+            scope["state"]["read_body"]()
+            body = await self.read_body(scope, receive if is_probe(scope) else receive_in_turn)
             messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
             async def replay_body() -> Message:
@@ -141,7 +155,9 @@ class SecurityMiddleware:
             error.headers["Connection"] = "close"
             await error.response()(scope, receive, send_with_headers)
         except asyncio.CancelledError:  # at shutdown, after the time that clients have to send and to read
-            if not status:
+            if status:
+                scope["state"]["abandon"]()
+            else:
                 error = APIError(503, "the server has stopped", code="stopped", headers={"Connection": "close"})
                 await error.response()(scope, receive, send_with_headers)
         finally:
@@ -150,6 +166,14 @@ class SecurityMiddleware:
                 route = getattr(scope.get("route"), "path", "other")
                 self.metrics.requests.labels(route, str(status)).inc()
                 self.metrics.request_seconds.observe(time.monotonic() - start_time)
+
+    async def take_turn(self) -> None:
+        """Wait until no other request begins, or reads a part of its body, in this turn of the event loop.
+
+        However many clients send at once, other requests are answered between two of theirs.
+        """
+        async with self.turn:
+            await asyncio.sleep(0)
 
     async def read_body(self, scope: Scope, receive: Receive) -> bytes:
         """Check the headers, read the whole body, and count it in `buffered_body_bytes`.
@@ -218,6 +242,13 @@ class SecurityMiddleware:
         for origin in header_values(scope, b"origin"):
             if origin.lower().partition("://")[2] != hosts[0]:
                 raise APIError(403, "cross-origin requests are not allowed", code="origin_not_allowed")
+
+
+def is_probe(scope: Scope) -> bool:
+    """Whether a request asks for /health only, with few headers and no body: it is answered at once."""
+    names = [name for name, _ in scope["headers"]]
+    has_body = b"content-length" in names or b"transfer-encoding" in names
+    return scope["path"] == "/health" and len(names) <= MAX_PROBE_HEADERS and not has_body
 
 
 def check_api_key(scope: Scope, api_key: str) -> None:
