@@ -132,7 +132,7 @@ def test_run_json_stores_the_options_that_belong_to_the_run():
     assert (pretraining["budget"], pretraining["training"]) == (1800.0, {"lr": 0.1})
     finetuning = stored_options(FinetuneConfig("model", (), "run", max_examples=5))
     assert set(finetuning) == {
-        *("model", "data", "task", "columns", "lora", "scratch", "limit", "seed"),
+        *("model", "data", "task", "columns", "label_map", "lora", "scratch", "limit", "seed"),
         *("validation", "test", "validation_fraction"),
         *("steps", "budget", "training", "tuning", "metric"),
     }

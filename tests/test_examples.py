@@ -340,7 +340,9 @@ def test_files_and_folders(tmp_path):
         read_examples(tmp_path / "d.json", None, issues)
     issues = IssueLog()
     assert not read_examples(tmp_path / "d.json", "classify", issues).items and issues.total == 1
-    assert not read_examples(tmp_path / "README.md", "classify", issues).items
+    with pytest.raises(UsageError, match=r"README\.md: text without labels"):
+        read_examples(tmp_path / "README.md", "classify", issues)
+    assert not read_examples(tmp_path / "README.md", "chat", issues).items
     assert "not a supported table" in issues.summary_lines()[-1]
 
 

@@ -1,6 +1,9 @@
 """``nextword finetune``: a model adapted to a task."""
 
 import math
+import shlex
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,10 +165,13 @@ def run_finetuning(run: "RunContext") -> dict[str, Any]:
     request = run.request
     base = BaseModel.open(Path(request["model"]))
     settings = {name: request[name] for name in ("steps", "budget", "training")}
-    task = request["task"] or read_examples(request["data"], None, IssueLog(), request["columns"]).task
-    if task != "continue":
-        settings |= {name: request[name] for name in ("lora", "scratch", "tuning")}
-        return train_on_examples(run, base, with_overrides(FinetuneRecipe(), task=task, **settings))
+    with suggest_command(run):
+        task: str | None = request["task"]
+        examples = None if task else read_examples(request["data"], None, IssueLog(), request["columns"])
+        task = task or (examples.task if examples else None)
+        if task != "continue":
+            settings |= {name: request[name] for name in ("lora", "scratch", "tuning")}
+            return train_on_examples(run, base, with_overrides(FinetuneRecipe(), task=task, **settings))
     flags = {"lora": "lora", "scratch": "from-scratch", "limit": "max-examples", "metric": "metric"}
     given = [f"--{flag}" for name, flag in flags.items() if request[name]]
     given += [f"--tuning.{name.replace('_', '-')}" for name in sorted(set(request["tuning"]) - {"dropout"})]
@@ -179,9 +185,31 @@ def run_finetuning(run: "RunContext") -> dict[str, Any]:
         **shared.held_out_options(request),
         strict=run.strict,
     )
-    run.info(f"task continue: {shared.format_corpus(corpus)}")
+    reason = f"the task is inferred: {examples.reason or 'it is text'}; for another: --task TASK\n" if examples else ""
+    run.info(f"task continue: {shared.format_corpus(corpus)}\n{reason}".rstrip())
     recipe = with_overrides(CONTINUED_PRETRAINING, model=request["tuning"], **settings)
     return train_language_model(run, corpus, recipe, base)
+
+
+@contextmanager
+def suggest_command(run: "RunContext") -> Generator[None]:
+    """Add to a `SuggestionError` the whole command with the options that it suggests."""
+    from nextword.tasks.schema import SuggestionError
+
+    try:
+        yield
+    except SuggestionError as error:
+        request = run.request
+        columns: dict[str, str] = request["columns"] or {}
+        label_map: dict[str, str] = request.get("label_map") or {}
+        words = ["nextword", "finetune", request["model"], *request["data"]]
+        words += [f"--{name}={path}" for name in ("validation", "test") for path in request.get(name) or ()]
+        if "--task" not in error.options:
+            words += ["--task", request["task"]] if request["task"] else []
+            words += [f"--column={role}={column}" for role, column in columns.items()]
+        words += [f"--map-label={label}={name}" for label, name in label_map.items()]
+        words += [*error.options, "--out", str(run.run_dir.path)]
+        raise UsageError(f"{error}\nFor example: {shlex.join(words)}") from error
 
 
 def train_on_examples(run: "RunContext", base: "BaseModel", recipe: FinetuneRecipe) -> dict[str, Any]:
@@ -199,6 +227,7 @@ def train_on_examples(run: "RunContext", base: "BaseModel", recipe: FinetuneReci
         UsageError: the model or the examples are not those that the run started with, or there are several processes.
     """
     from nextword.pipeline import evaluators
+    from nextword.tasks.dataset import SPLIT_VERSION
     from nextword.training.launch import new_metadata, setup_training
     from nextword.training.trainer import Trainer
 
@@ -232,6 +261,7 @@ def train_on_examples(run: "RunContext", base: "BaseModel", recipe: FinetuneReci
             metric=metric,
             data={
                 "fingerprint": fingerprint,
+                "split_version": SPLIT_VERSION,
                 "train": {"examples": len(data.train)},
                 "validation": {"examples": len(data.validation)},
                 "test": {"examples": len(data.test)},
@@ -292,6 +322,11 @@ def summarize(recipe: FinetuneRecipe, data: "TaskData", label_counts: dict[str, 
     columns = " · ".join(f"{role}: {column}" for role, column in spec.columns)
     columns += f"; answers are {spec.answer_format}" if spec.answer_format else ""
     lines = [f"task {spec.task} ({columns}): {len(data.train):,} training examples, {held_out}"]
+    if data.reason:
+        others = "--task TASK and --column ROLE=COLUMN"
+        lines.append(
+            f"the task is inferred from {data.reason}; for another, give {others} (see nextword finetune --help)"
+        )
     if spec.labels:
         shown = [f"{name} {label_counts[name]:,}" if label_counts else name for name in spec.labels[:12]]
         lines.append(f"{len(spec.labels)} labels: {', '.join(shown)}" + (", …" if len(spec.labels) > 12 else ""))

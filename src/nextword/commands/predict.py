@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from nextword.commands.command import STDIN, Context, command
@@ -48,8 +49,9 @@ class PredictConfig(ModelArgument, DeviceOption):
     continue a text and chat to talk with a model.
 
     Attributes:
-        data: A table of examples (.csv .tsv .jsonl .json .parquet), or the texts of one example: a text; a premise and a
-            hypothesis; a question and its choices. One text that could be the name of a file is not taken: use --text.
+        data: A table of examples (.csv .tsv .jsonl .json .parquet); a file with a text on each line, or a folder of texts;
+            - for such a table or lines from standard input; or the texts of one example: a text; a premise and a hypothesis; a
+            question and its choices. One text that could be the name of a file is not taken: use --text.
         text: A text of one example, whatever it looks like; - reads it from standard input. May be given more than once.
             Default: none.
         file: A table of examples. Default: none.
@@ -77,10 +79,12 @@ class PredictConfig(ModelArgument, DeviceOption):
         """The table, or None and the texts. Raises `UsageError` if neither or both are given, or a table does not exist."""
         if sum(map(bool, (self.data, self.text, self.file))) != 1:
             raise UsageError("give either a table (--file TABLE) or the texts of one example (--text TEXT), not both")
-        texts = [read_standard_input() if text == STDIN else str(text) for text in self.text or self.data]
-        if self.text or len(texts) > 1 or (self.data == (STDIN,)):
+        texts = [read_standard_input() if text == STDIN and self.text else str(text) for text in self.text or self.data]
+        if self.text or len(texts) > 1:
             return None, texts
         path = self.file or Path(self.data[0])
+        if str(path) == STDIN:
+            return path, []
         if self.file or isinstance(self.data[0], Path) or can_be_path(texts[0]):
             if is_existing(path):
                 return path, []
@@ -138,11 +142,16 @@ def predict(config: PredictConfig, context: Context) -> PredictResult:
     data, texts = config.resolve()
     if config.out is not None:
         check_table_suffix(config.out)
-        check_output_file(config.out, config.model, *filter(None, [data]))
+        check_output_file(config.out, config.model, *([data] if data is not None and str(data) != STDIN else []))
     loaded, console = load(config.model, config.device), context.console
     predictor = loaded.build_predictor(config.ensemble, config.windows)
     if data is None:
         answers, scores = predictor.predict([example_from_texts(predictor.task_spec.task, texts)]), {}
+    elif str(data) == STDIN:
+        with TemporaryDirectory() as folder:
+            data = Path(folder, "standard-input")
+            data.write_text(read_standard_input(), encoding="utf-8", errors="surrogateescape")
+            answers, scores = predict_table(predictor, data, config, console)
     else:
         answers, scores = predict_table(predictor, data, config, console)
     result = PredictResult(answers, scores, config.out and str(config.out))
@@ -167,11 +176,24 @@ def predict_table(
     from nextword.data.table_writer import to_plain_value
     from nextword.pipeline.predictor import compute_labeled_metrics, unknown_labels
     from nextword.tasks.examples import read_examples
+    from nextword.tasks.schema import SuggestionError
 
     issues, spec = IssueLog(), predictor.task_spec
-    examples = read_examples(
-        [data], None, issues, config.columns, require_targets=False, like=spec.format, keep_columns=config.keep_columns
-    )
+    try:
+        examples = read_examples(
+            [data],
+            None,
+            issues,
+            config.columns,
+            require_targets=False,
+            like=spec.format,
+            keep_columns=config.keep_columns,
+        )
+    except SuggestionError as error:
+        path = "-" if str(config.file or config.data[0]) == STDIN else str(data)
+        words = ["nextword", "predict", str(config.model), path, *error.options]
+        words += ["--out", str(config.out)] if config.out else []
+        raise UsageError(f"{error}\nFor example: {shlex.join(words)}") from error
     if not examples.items:
         raise NextwordError("\n".join([f"{data}: no example to answer", *issues.summary_lines()]))
     answers = predictor.predict(examples.items, issues, lambda done, total: console.progress("predicting", done, total))

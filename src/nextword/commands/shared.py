@@ -157,6 +157,18 @@ def column_names(columns: Mapping[str, str] | Sequence[str] | None) -> dict[str,
     return names
 
 
+def label_names(labels: Mapping[str, str] | Sequence[str] | None) -> dict[str, str]:
+    """New names by label, also from strings such as ``Pos=pos``. Raises `UsageError` for a string without ``=``."""
+    if labels is None or isinstance(labels, Mapping):
+        return dict(labels or {})
+    names: dict[str, str] = {}
+    for text in [labels] if isinstance(labels, str) else labels:
+        label, separator, names[label] = text.rpartition("=")
+        if not separator or not label:
+            raise UsageError(f"--map-label {text!r}: write a label and its new name, for example --map-label=Pos=pos")
+    return names
+
+
 # ---------------------------------------------------------------- option groups
 
 
@@ -287,11 +299,14 @@ class TaskOptions(HeldOutOptions):
             rejected answers) or continue (more text, as in pre-training). Default: inferred from the columns, and printed.
         columns: Column of the table for a role, for example --column prompt=english --column completion=french. Default:
             common names, such as text and label (the documentation of fine-tuning lists them).
+        label_map: New name of a label, to merge spellings of one, for example --map-label=Pos=pos. Without a new name the rows
+            of a label are left out: --map-label=-1= (missing labels). May be given more than once. Default: none.
         lora: Train a LoRA adapter (RUN/adapter) instead of all weights. RUN/model is the merged model.
     """
 
     task: str | None = None
     columns: dict[str, str] = option(default=None, converter=column_names, flag="--column", metavar="ROLE=COLUMN")
+    label_map: dict[str, str] = option(default=None, converter=label_names, flag="--map-label", metavar="LABEL=NAME")
     lora: bool = False
 
 

@@ -39,11 +39,13 @@ def error_text(error: BaseException) -> str:
 
 @contextmanager
 def name_source(source: Path | str) -> Generator[None]:
-    """Put the name of what is read before the message of a `NextwordError`; its type stays."""
+    """Put the name of what is read before the message of a `NextwordError`; its type and attributes stay."""
     try:
         yield
     except NextwordError as error:
-        raise type(error)(f"{source}: {error}") from error
+        named = type(error)(f"{source}: {error}")
+        named.__dict__.update(error.__dict__)
+        raise named from error
 
 
 class RowError(Exception):

@@ -276,10 +276,11 @@ def save_model_dir(
 
 def split_options(request: dict[str, Any], metadata: dict[str, Any] | None) -> dict[str, Any]:
     """The options of a run as those of `load_task_data`. A run of an earlier version keeps its split."""
-    names = ("task", "columns", "validation", "test", "validation_fraction", "limit")
+    names = ("task", "columns", "validation", "test", "validation_fraction", "limit", "label_map")
     options = {name: request.get(name) for name in names}
-    is_version_1 = metadata is not None and "test" not in metadata["data"]
-    return options | {"split_version": 1 if is_version_1 else 2}
+    if metadata is None:
+        return options
+    return options | {"split_version": metadata["data"].get("split_version", 2 if "test" in metadata["data"] else 1)}
 
 
 def load_finetune_data(run: RunContext, base: BaseModel, context_length: int) -> tuple[TaskData, int]:

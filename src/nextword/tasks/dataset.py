@@ -68,6 +68,7 @@ PROBABILITY_KINDS = ("label", "labels", "choice")  # the head gives probabilitie
 MAX_SEQUENCES_PER_EXAMPLE = 64  # so that (example, sequence) has an id of its own
 FEW_EXAMPLES = 1000  # of which a larger share is held out
 MIN_EXAMPLES_FOR_TEST = 2000
+SPLIT_VERSION = 3  # of `load_task_data`
 IMBALANCE_THRESHOLD = 3.0  # labels are weighted if the most frequent one is this many times as frequent as the rarest
 BATCHES_PER_BUCKET = 32  # batches whose examples are sorted by length together
 
@@ -334,6 +335,7 @@ class TaskData:
         encoded_validation: The validation examples as tokens.
         encoded_test: The test examples as tokens.
         num_available: Number of training examples before `limit`.
+        reason: Why this is the task, if it was inferred.
     """
 
     task_spec: TaskSpec
@@ -345,6 +347,7 @@ class TaskData:
     encoded_validation: list[EncodedExample]
     encoded_test: list[EncodedExample]
     num_available: int
+    reason: str = ""
 
     def fingerprint(self) -> str:
         """A hash of all tokens and targets, in order."""
@@ -370,7 +373,8 @@ def load_task_data(
     validation_fraction: float | None = None,
     limit: int | None = None,
     seed: int = 0,
-    split_version: int = 2,
+    label_map: dict[str, str] | None = None,
+    split_version: int = SPLIT_VERSION,
 ) -> TaskData:
     """Load and encode labeled examples. The same arguments give the same data.
 
@@ -388,13 +392,17 @@ def load_task_data(
         validation_fraction: The share of the validation set. Default: 10 %, of fewer than `FEW_EXAMPLES` 20 %.
         limit: Number of training examples to draw; a smaller limit draws a subset of a larger one.
         seed: Seed of the draw.
-        split_version: See `split_examples`.
+        label_map: See `read_examples`.
+        split_version: 1 and 2 for runs of earlier versions: see `split_examples`. From 3 on, columns, files and folders may say
+            which examples are for validation and test, and inputs with two labels, or in two sets, are left out.
 
     Raises:
         UsageError: The columns fit no task, or there is nothing to learn.
         NextwordError: There are no training examples, or no validation examples.
     """
-    examples = read_examples(paths, task, issues, columns)
+    is_current = split_version >= SPLIT_VERSION
+    label_map = (label_map or {}) if is_current else None
+    examples = read_examples(paths, task, issues, columns, label_map=label_map)
     if examples.task == "continue":
         raise UsageError(
             "the data is text without labels: train on it with --task continue and files or folders of text"
@@ -402,9 +410,16 @@ def load_task_data(
     if validation_fraction is not None and validation:
         raise UsageError("--validation-fraction and --validation exclude each other: the second names the whole set")
     fraction = validation_fraction or (0.2 if len(examples) < FEW_EXAMPLES and split_version > 1 else 0.1)
-    has_test_part = not (validation or test) and len(examples) >= MIN_EXAMPLES_FOR_TEST and split_version > 1
-    shares = (0.0 if validation else fraction), (fraction if has_test_part else 0.0)
+    named = {name: [e for e in examples if e.split == name] for name in ("validation", "test")} if is_current else {}
+    if any(named.values()):
+        counts = f"{len(named['validation']):,} examples for validation and {len(named['test']):,} for test"
+        issues.info(paths[0], None, "the data says which examples are held out", counts)
+        examples.items = [example for example in examples if example.split in ("", "train")]
+    has_validation, has_test = bool(validation or named.get("validation")), bool(test or named.get("test"))
+    has_test_part = not (has_validation or has_test) and len(examples) >= MIN_EXAMPLES_FOR_TEST and split_version > 1
+    shares = (0.0 if has_validation else fraction), (fraction if has_test_part else 0.0)
     train, held_out, test_set = split_examples(examples, *shares, version=split_version)
+    held_out, test_set = named.get("validation") or held_out, named.get("test") or test_set
     if not train:
         details = "\n".join(issues.summary_lines())
         raise NextwordError(f"{', '.join(paths)}: there are no training examples\n{details}".rstrip())
@@ -416,9 +431,9 @@ def load_task_data(
         drawn: list[int] = sorted(order.tolist()[:limit])
         train = [train[i] for i in drawn]
     if validation:
-        held_out = _read_held_out_set(validation, examples, task_spec, paths[0], issues)
+        held_out = _read_held_out_set(validation, examples, task_spec, paths[0], issues, label_map)
     if test:
-        test_set = _read_held_out_set(test, examples, task_spec, paths[0], issues)
+        test_set = _read_held_out_set(test, examples, task_spec, paths[0], issues, label_map)
     if task_spec.labels:
         held_out, test_set = (filter_known_labels(part, task_spec.labels, issues) for part in (held_out, test_set))
     tokenizer = task_spec.with_special_tokens(tokenizer)
@@ -438,16 +453,20 @@ def load_task_data(
         raise NextwordError(
             f"{where} validation example is left; name a table of them with --validation\n{details}".rstrip()
         )
-    return TaskData(
-        task_spec, tokenizer, train, held_out, test_set, encoded_train, encoded_held_out, encoded_test, num_available
-    )
+    encoded = encoded_train, encoded_held_out, encoded_test
+    return TaskData(task_spec, tokenizer, train, held_out, test_set, *encoded, num_available, examples.reason)
 
 
 def _read_held_out_set(
-    paths: list[str], train_set: ExampleSet, task_spec: TaskSpec, train_path: str, issues: IssueLog
+    paths: list[str],
+    train_set: ExampleSet,
+    task_spec: TaskSpec,
+    train_path: str,
+    issues: IssueLog,
+    label_map: dict[str, str] | None,
 ) -> list[Example]:
     """The examples of the files of a validation or test set, read like the training set."""
-    validation_set = read_examples(paths, None, issues, like=task_spec.format)
+    validation_set = read_examples(paths, None, issues, like=task_spec.format, label_map=label_map)
     targets = [{"label", "labels", "score"} & set(examples.columns) for examples in (train_set, validation_set)]
     if targets[0] != targets[1]:
         raise UsageError(

@@ -6,27 +6,21 @@ import re
 from collections import Counter, deque
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from nextword.common.errors import UsageError
 from nextword.data.decoding import file_format
 from nextword.data.issues import IssueLog, RowError, join_names, name_source
-from nextword.data.readers import (
-    TABLE_SUFFIXES,
-    ColumnSelector,
-    MissingColumnError,
-    Record,
-    TableFormat,
-    read_records,
-)
+from nextword.data.readers import TABLE_SUFFIXES, ColumnSelector, MissingColumnError, Record, find_column
 from nextword.tasks.schema import (
     TASKS,
     TEXT_FIELDS,
+    SuggestionError,
+    ask_about_labels,
     convert_decimal_commas,
     infer_answer_format,
-    infer_task,
+    infer_columns,
     interpret_labels,
     is_score_column,
     parse_float,
@@ -34,10 +28,11 @@ from nextword.tasks.schema import (
     parse_targets,
     parse_truth,
     resolve_columns,
+    suggest_columns,
 )
+from nextword.tasks.sources import SPLIT_COLUMNS, SPLITS, Source, find_sources
 
 ALL_COLUMNS = ("*",)
-_MAX_PEEKED_RECORDS = 1000  # JSON records whose columns are collected before columns are assigned to roles
 _TEXT_SUFFIXES = (".txt", ".md")
 
 
@@ -61,11 +56,13 @@ class Example:
             chat        messages (a tuple of role, content)  the last message, from the assistant
             prefer      messages                             chosen, rejected
             ==========  ===================================  ==========================================
+        split: train, validation or test, if a column, a file or a folder says so.
     """
 
     path: str
     line: int
     fields: dict[str, Any]
+    split: str = ""
 
 
 @dataclass(slots=True)
@@ -100,6 +97,7 @@ class ExampleSet:
         answer_format: How answers of `choose` are read, one of `schema.ANSWER_FORMATS`.
         labels: The names of the labels, if they are known.
         rows: All rows in their order, those without an example included, if they are kept.
+        reason: Why this is the task, if it was inferred.
     """
 
     task: str
@@ -108,6 +106,7 @@ class ExampleSet:
     answer_format: str = ""
     labels: tuple[str, ...] = ()
     rows: list[SourceRow] = field(default_factory=list[SourceRow])
+    reason: str = field(default="", compare=False)
 
     def __iter__(self) -> Iterator[Example]:
         return iter(self.items)
@@ -124,6 +123,7 @@ def read_examples(
     require_targets: bool = True,
     like: ExampleSet | None = None,
     keep_columns: Collection[str] | None = None,
+    label_map: Mapping[str, str] | None = None,
 ) -> ExampleSet:
     """Read the labeled examples of files and folders.
 
@@ -142,51 +142,63 @@ def read_examples(
         require_targets: If false, rows may lack their targets. Valid targets are read all the same.
         like: The training data: its task, its columns where they exist, its labels and its format of answers.
         keep_columns: Keep all rows with the values of these columns, or of all columns (`ALL_COLUMNS`).
+        label_map: New names of labels; rows whose label becomes empty are left out. If it is given, even empty, labels that may
+            be missing, or one label in several spellings, have to be in it.
 
     Raises:
-        UsageError: A path does not exist, the task or a column cannot be inferred, or the targets contradict each other.
+        UsageError: A path does not exist, the task or a column cannot be inferred, the targets contradict each other, or the
+            labels leave a question open.
         MissingDependencyError: A file format needs a package that is not installed.
     """
-    files = _resolve_files([paths] if isinstance(paths, Path | str) else paths, issues)
+    paths = [paths] if isinstance(paths, Path | str) else paths
     like = ExampleSet("", {}, []) if like is None else like
-    columns, task = columns or {}, task or like.task or None
-    first_table, names = _peek_columns(files)
-    if first_table is None:
-        if task is None and files and all(file_format(path)[0] in _TEXT_SUFFIXES for path in files):
-            task = "continue"
-        if task != "continue":
-            file_issues = issues if task else IssueLog()
-            for path in files:
-                deque(_read_table(path, file_issues), maxlen=0)
-            if task is None:
-                message = "cannot infer a task: there are neither examples nor texts"
-                raise UsageError("\n".join([message, *file_issues.summary_lines()]))
-        return ExampleSet(task, {}, [])
+    columns, task, reason = columns or {}, task or like.task or None, ""
+    sources, texts = find_sources(map(Path, paths), task, columns, issues, require_targets)
+    first = next((source for source in sources if source.columns), None)
+    if first is None:
+        return ExampleSet(_task_without_tables(sources, texts, task, issues), {}, [])
+    names, first_table = first.columns, first.path
     with name_source(first_table):
-        task = task or infer_task([*columns, *(name for name in names if name not in columns.values())])
-        known = {role: name for role, name in like.columns.items() if name in names}
-        mapping = resolve_columns(task, names, {**known, **columns}, require_targets)
+        known = {
+            role: name for role, name in like.columns.items() if name in names or set(name.split(",")) <= set(names)
+        }
+        if not require_targets and len(names) == 1 and len(roles := TEXT_FIELDS.get(task or "", ())) == 1:
+            known[roles[0]] = names[0]
+        if task is None:
+            task, reason = first.task, "the form of the files"
+            if not task:
+                task, known, reason = infer_columns(names, first.sample, columns)
+        try:
+            mapping = resolve_columns(task, names, {**known, **columns}, require_targets)
+        except SuggestionError as error:
+            options = suggest_columns(task, names, first.sample, {**known, **columns}, require_targets)
+            raise SuggestionError(str(error), options) from error
     if task == "continue":
-        return ExampleSet(task, mapping, [])
-
+        return ExampleSet(task, mapping, [], reason=reason)
+    for note in dict.fromkeys(source.note for source in sources if source.note):
+        issues.info(first_table, None, note)
     kept = names if keep_columns == ALL_COLUMNS else keep_columns
     if unknown := set(kept or ()) - set(names):
         raise UsageError(
             f"{first_table}: no column {join_names(sorted(unknown))} to keep; columns: {join_names(names)}"
         )
+    split_column = find_split_column(first, mapping.values()) if require_targets and not like.task else None
+    bits = {role: name.split(",") for role, name in mapping.items() if role == "labels" and name not in names}
+    wanted = [name for role, name in mapping.items() if role not in bits] + sum(bits.values(), list[str]())
 
     def select_columns(names: list[str]) -> list[str]:
         for group in TASKS[task].required(require_targets):
-            needed = [mapping[role] for role in group if role in mapping]
+            needed = [name for role in group if role in mapping for name in bits.get(role, [mapping[role]])]
             if not any(column in names for column in needed) and not kept:
                 raise MissingColumnError(f"no column {' or '.join(needed)}", f"columns: {join_names(names)}")
-        return [column for column in mapping.values() if column in names]
+        return [column for column in (*wanted, split_column) if column in names]
 
-    rows, records, num_lost = list[SourceRow](), list[Record](), len(issues.lost_rows)
-    for path in files:
-        for record in _read_table(path, issues, select_columns, TableFormat(keeps_rows=bool(kept))):
-            record.values = {role: record.values[name] for role, name in mapping.items() if name in record.values}
+    rows, records, splits, num_lost = list[SourceRow](), list[Record](), list[str](), len(issues.lost_rows)
+    for source in sources:
+        for path, record in _read_source(source, issues, select_columns, bool(kept)):
+            splits.append(source.split or SPLITS.get(str(record.values.get(split_column or "")).strip().lower(), ""))
             values = record.row if keep_columns == ALL_COLUMNS else {name: record.row.get(name) for name in kept or ()}
+            record.values = _values_by_role(record.values, mapping, bits)
             record.row = {}
             records.append(record)
             rows += _lost_rows(issues, num_lost)
@@ -208,12 +220,51 @@ def read_examples(
     mapping = {roles.get(role, role): name for role, name in mapping.items() if roles.get(role, role)}
     if note:
         issues.info(first_table, None, kind, note)
-    if unused := [name for name in names if name not in mapping.values() and name not in (kept or ())]:
+    if unused := [name for name in names if name not in (*wanted, split_column, *(kept or ()))]:
         issues.info(first_table, None, "unused columns", join_names(unused))
-    unread = (row for row in rows if not row.error)
-    items = list(_parse_rows(zip(unread, records, strict=True), task, answer_format, require_targets, issues))
+    unread = [row for row in rows if not row.error]
+    items = list(_parse_rows(zip(unread, records, splits, strict=True), task, answer_format, require_targets, issues))
+    if label_map:
+        items = _map_labels(items, label_map, issues)
+    if label_map is not None and not like.labels:
+        with name_source(first_table):
+            ask_about_labels(Counter(name for item in items for name in _example_labels(item)), label_map)
     _unify_labels(items, like.labels)
-    return ExampleSet(task, mapping, items, answer_format, rows=rows if keep_columns is not None else [])
+    return ExampleSet(task, mapping, items, answer_format, rows=rows if keep_columns is not None else [], reason=reason)
+
+
+def _task_without_tables(sources: Sequence[Source], texts: Sequence[Path], task: str | None, issues: IssueLog) -> str:
+    """The task of files without columns: to continue pre-training on text. The issues say why there is no other."""
+    if task is None and texts and all(file_format(path)[0] in _TEXT_SUFFIXES for path in texts):
+        return "continue"
+    if task == "continue":
+        return task
+    file_issues = issues if task else IssueLog()
+    for source in sources:
+        deque(_read_source(source, file_issues, list[str]), maxlen=0)
+    for path in texts:
+        file_issues.add(path, None, f"not a supported table ({', '.join(TABLE_SUFFIXES)}, plain, .gz or .zst)")
+    if task is None:
+        message = "cannot infer a task: there are neither examples nor texts"
+        raise UsageError("\n".join([message, *file_issues.summary_lines()]))
+    return task
+
+
+def find_split_column(source: Source, used: Collection[str]) -> str | None:
+    """The column that says whether a row is for training, validation or test."""
+    name = find_column(source.columns, SPLIT_COLUMNS, exclude=used)
+    values = {str(row.get(name)).strip().lower() for row in source.sample} if name else set[str]()
+    return name if len(values) > 1 and values <= SPLITS.keys() else None
+
+
+def _values_by_role(
+    values: Mapping[str, Any], columns: Mapping[str, str], bits: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """The value of each role; for columns of zeros and ones the list of those that are 1."""
+    found = {role: values[name] for role, name in columns.items() if name in values}
+    for role, names in bits.items():
+        found[role] = [name for name in names if parse_truth(values.get(name))]
+    return found
 
 
 def _lost_rows(issues: IssueLog, start: int) -> list[SourceRow]:
@@ -221,54 +272,16 @@ def _lost_rows(issues: IssueLog, start: int) -> list[SourceRow]:
     return [SourceRow(path, line, {}, error=reason) for path, line, reason in issues.lost_rows[start:]]
 
 
-def _resolve_files(paths: Iterable[Path | str], issues: IssueLog) -> list[Path]:
-    """The files, and the tables of each folder (or its text files, if it has no tables), in the order of their names."""
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UsageError(f"{path}: no such file or folder")
-        if not path.is_dir():
-            files.append(path)
-            continue
-        entries = sorted((p for p in path.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
-        tables = [p for p in entries if file_format(p)[0] in TABLE_SUFFIXES and p.is_file()]
-        selected = tables or [p for p in entries if file_format(p)[0] in _TEXT_SUFFIXES and p.is_file()]
-        if skipped := len(entries) - len(selected):
-            issues.info(path, None, "skipped files that are not tables, and subfolders", count=skipped)
-        files += selected
-    return files
-
-
-def _peek_columns(files: Iterable[Path]) -> tuple[Path | None, list[str]]:
-    """The first file with columns, and its columns in order; None and [] if there is none."""
-    names: dict[str, None] = {}
-
-    def collect_names(columns: list[str]) -> list[str]:
-        names.update(dict.fromkeys(columns))
-        return []
-
-    for path in files:
-        if file_format(path)[0] in TABLE_SUFFIXES:
-            for _ in islice(read_records(path, IssueLog(), collect_names), _MAX_PEEKED_RECORDS):
-                pass  # issues are reported when the file is read completely
-        if names:
-            return path, list(names)
-    return None, []
-
-
-def _read_table(
-    path: Path,
-    issues: IssueLog,
-    select_columns: ColumnSelector | None = None,
-    table_format: TableFormat = TableFormat(),
-) -> Iterator[Record]:
-    """The records of a table. A file without any is reported."""
+def _read_source(
+    source: Source, issues: IssueLog, select_columns: ColumnSelector, keeps_rows: bool = False
+) -> Iterator[tuple[Path, Record]]:
+    """The rows of a source. One without any is reported."""
     total_before, has_values = issues.total, False
-    for record in read_records(path, issues, select_columns, table_format=table_format):
+    for path, record in source.read(issues, select_columns, keeps_rows):
         has_values = has_values or bool(record.values)
-        yield record
+        yield path, record
     if not has_values and issues.total == total_before:
-        issues.add(path, None, "the file has no examples")
+        issues.add(source.path, None, "the file has no examples")
 
 
 def _interpret_labels(
@@ -314,6 +327,21 @@ def _interpret_labels(
     return {role: new_role}, note
 
 
+def _map_labels(examples: Sequence[Example], label_map: Mapping[str, str], issues: IssueLog) -> list[Example]:
+    """The examples with the new names of their labels, without those that have no label left."""
+    kept: list[Example] = []
+    for example in examples:
+        names = _example_labels(example)
+        new = tuple(dict.fromkeys(name for old in names if (name := label_map.get(old, old))))
+        if names and not new:
+            issues.lose_row(example.path, example.line, "its label is left out by --map-label", ", ".join(names))
+            continue
+        if names != new:
+            example.fields |= {"label": new[0]} if "label" in example.fields else {"labels": new}
+        kept.append(example)
+    return kept
+
+
 def _unify_labels(examples: Sequence[Example], known_labels: Sequence[str]) -> None:
     """Spell labels as `known_labels`; without those, truth values of a column that has nothing else as True and False."""
     names = known_labels or label_names(examples)
@@ -336,11 +364,15 @@ def _unify_labels(examples: Sequence[Example], known_labels: Sequence[str]) -> N
 
 
 def _parse_rows(
-    rows: Iterable[tuple[SourceRow, Record]], task: str, answer_format: str, require_targets: bool, issues: IssueLog
+    rows: Iterable[tuple[SourceRow, Record, str]],
+    task: str,
+    answer_format: str,
+    require_targets: bool,
+    issues: IssueLog,
 ) -> Iterator[Example]:
     """The examples of rows by role, which are also put into the rows. Rows that are not valid are reported."""
     target_roles = [role for group in TASKS[task].targets for role in group]
-    for row, record in rows:
+    for row, record, split in rows:
         path, values, fields = row.path, record.values, dict[str, Any]()
         try:
             fields = parse_inputs(task, values)
@@ -352,7 +384,7 @@ def _parse_rows(
                 continue
             if "messages" not in values:  # a conversation that ends with a user message is a valid input
                 issues.info(path, record.line, f"{error.kind}; read without its target", error.detail)
-        row.example = Example(path, record.line, fields)
+        row.example = Example(path, record.line, fields, split)
         yield row.example
 
 

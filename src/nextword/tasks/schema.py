@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,10 @@ TEXT_FIELDS = {
 ANSWER_FORMATS = ("names of the choices", "indices from 0", "indices from 1", "letters", "texts of the choices")
 # The beginning of a turn of a conversation in one text, after a blank line or (in a text without one) after a line.
 _TURNS = [re.compile(rf"(?:\A\s*|{gap})({'|'.join(map(str.capitalize, ROLE_NAMES))}):") for gap in (r"\n\s*\n", r"\n")]
+# Labels that say whether a text follows from another, which has a direction.
+_ENTAILMENT = re.compile(r"(not|non)?[_ -]?entail(ment|s|ed)?|contradict(ion|s|ory)?", re.IGNORECASE)
+MAX_CLASSES = 100  # a column with more values is not taken for a label, if its name does not say so
+_MISSING_LABELS = ("-1", "-", "--", "?", "na", "n/a", "<na>", "#n/a", "nan", "null", "missing")
 _VECTOR = re.compile(r"[01](?:\.0*)?(?:[\s,;|]+[01](?:\.0*)?)+")  # of zeros and ones
 _TRUTH_VALUES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _INTEGER = re.compile(r"\+?(-?[0-9]+)(?:\.0*)?")
@@ -88,6 +93,11 @@ def infer_task(columns: Iterable[str]) -> str:
     Raises:
         UsageError: No task fits. The message lists the columns that each task expects.
     """
+    return fitting_tasks(columns)[0]
+
+
+def fitting_tasks(columns: Iterable[str]) -> list[str]:
+    """The tasks that the columns of a table may belong to, the most likely one first. Raises as `infer_task`."""
     names = list(columns)
 
     def has(task: str, *roles: str) -> bool:
@@ -97,19 +107,154 @@ def infer_task(columns: Iterable[str]) -> str:
         ("chat", has("chat", "messages")),
         ("prefer", has("prefer", "chosen", "rejected")),
         ("chat", find_column(names, ("instruction",)) is not None and has("chat", "output")),
-        ("entail", has("entail", "premise", "hypothesis")),
+        ("entail", all(find_column(names, (name,)) is not None for name in ("premise", "hypothesis"))),
         ("similarity", _find_column_pair(names, "similarity") is not None),
         ("choose", has("choose", "question") and (has("choose", "choices") or bool(choice_columns(names)))),
+        ("chat", has("chat", "instruction", "input", "output") and find_column(names, ("input",)) is None),
         ("rewrite", _find_column_pair(names, "rewrite") is not None),
         ("classify", has("classify", "text") and (has("classify", "label") or has("classify", "labels"))),
         ("continue", has("continue", "text")),
     ]
     if fitting := [task for task, fits in candidates if fits]:
-        return fitting[0]
+        return list(dict.fromkeys(fitting))
     expected = "".join(f"\n  {task}: {schema.expects}" for task, schema in TASKS.items())
     raise UsageError(
         f"no task fits the columns {join_names(names)}. Name the task and its columns. Each task expects:{expected}"
     )
+
+
+class SuggestionError(UsageError):
+    """A `UsageError` with the options of a command that would work.
+
+    Attributes:
+        options: The options, such as ["--task", "classify"].
+    """
+
+    def __init__(self, message: str, options: Sequence[str] = ()):
+        super().__init__(message)
+        self.options = list(options)
+
+
+def infer_columns(
+    names: Sequence[str], rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]
+) -> tuple[str, dict[str, str], str]:
+    """The task of a table, the columns of roles that their names do not tell, and the reason.
+
+    Args:
+        names: The columns.
+        rows: The values of the first rows.
+        columns: Columns chosen by the user, {role: column}.
+
+    Raises:
+        SuggestionError: Neither the names nor the values tell the task.
+    """
+    free = [name for name in names if name not in columns.values()]
+    fitting = list[str]()
+    with suppress(UsageError):
+        fitting = fitting_tasks([*columns, *free])
+    values = {name: [str(row[name]).strip() for row in rows if not _is_blank(row.get(name))] for name in names}
+    label = columns.get("label") or find_column(free, TASKS["similarity"].columns["label"])
+    if label and fitting[:1] != ["entail"] and any(_ENTAILMENT.fullmatch(value) for value in set(values[label])):
+        pair = [columns.get(f"sentence{i}") for i in (1, 2)]
+        pair = pair if all(pair) else _find_column_pair(free, "entail")
+        if pair:
+            found = {"premise": str(pair[0]), "hypothesis": str(pair[1]), "label": label}
+            return "entail", found, f"the values of {label} say entailment, which has a direction"
+    if fitting and fitting[0] != "continue":
+        return fitting[0], {}, "the names of the columns" + _describe_others(fitting[1:])
+    text_columns = sorted(filter(partial(_is_text_column, values), free), key=lambda name: -_mean_length(values[name]))
+    text = columns.get("text") or find_column(free, TASKS["classify"].columns["text"]) or next(iter(text_columns), None)
+    bits = [name for name in free if values[name] and set(values[name]) <= {"0", "1", "True", "False", "0.0", "1.0"}]
+    if text and len(bits) > 1 and len(rows) > 1 and "label" not in columns:
+        return "classify", {"text": text, "labels": ",".join(bits)}, f"{len(bits)} columns have zeros and ones only"
+    candidates = [name for name in free if name != text and _is_label_column(values[name], len(rows))]
+    named = [name for name in candidates if name.lower().endswith(tuple(TASKS["classify"].columns["label"]))]
+    candidates = named if len(named) == 1 else candidates
+    if text and len(candidates) == 1 and (fitting or len(text_columns) <= 1 or not set(columns) - {"text"}):
+        label = candidates[0]
+        reason = f"{label} has {len(set(values[label]))} different values and {text} the longest texts"
+        return "classify", {"text": text, "label": label}, reason
+    if fitting:
+        return (
+            fitting[0],
+            {},
+            "there is a text and no label; if a column is the label: --task classify --column label=COLUMN",
+        )
+    numbered = " (the table has no header, and its columns have numbers)" if names[0] == "1" else ""
+    expected = "".join(f"\n  {task}: {schema.expects}" for task, schema in TASKS.items())
+    raise SuggestionError(
+        f"no task fits the columns {join_names(names)}{numbered}. They have, for example:{_describe_columns(names, rows)}\n"
+        f"Name the task and its columns. Each task expects:{expected}",
+        suggest_columns(None, names, rows, columns),
+    )
+
+
+def suggest_columns(
+    task: str | None,
+    names: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, str],
+    require_targets: bool = True,
+) -> list[str]:
+    """The options of a command that names a column for each role that a task needs, by the values of the columns.
+
+    Without a task it is classification if a column may be a label, and else text to text.
+    """
+    values = {name: [str(row[name]).strip() for row in rows if not _is_blank(row.get(name))] for name in names}
+    free = [name for name in names if name not in columns.values()]
+    texts = [name for name in free if _is_text_column(values, name)]
+    labels = sorted(
+        (name for name in free if name not in texts and _is_label_column(values[name], len(rows))),
+        key=lambda name: len(set(values[name])),
+    )
+    options = (
+        [] if task and not require_targets else ["--task", task or ("classify" if labels and texts else "rewrite")]
+    )
+    task = task or options[1]
+    if task in ("classify", "chat") or not require_targets:
+        texts.sort(key=lambda name: -_mean_length(values[name]))
+    pools = {"label": labels, "labels": labels, "score": labels, "answer": labels}
+    for role, name in columns.items():
+        options += ["--column", f"{role}={name}"]
+    for group in TASKS[task].required(require_targets):
+        if not columns.keys() & set(group):
+            pool = pools.get(group[0], texts)
+            options += ["--column", f"{group[0]}={pool.pop(0) if pool else 'COLUMN'}"]
+    return options
+
+
+def _describe_columns(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the columns hold, for a message."""
+    values = {name: [str(row[name]).strip() for row in rows if not _is_blank(row.get(name))] for name in names[:12]}
+    return "".join(f"\n  {name}: {', '.join(map(repr, _first_values(values[name])))}" for name in values)
+
+
+def _first_values(values: Sequence[str]) -> list[str]:
+    return [value if len(value) <= 30 else value[:29] + "…" for value in list(dict.fromkeys(values))[:3]]
+
+
+def _mean_length(values: Sequence[str]) -> float:
+    return sum(map(len, values)) / max(1, len(values))
+
+
+def _is_text_column(values: Mapping[str, Sequence[str]], name: str) -> bool:
+    """Whether a column has different texts of several words."""
+    column = values[name]
+    return (
+        bool(column) and sum(" " in value for value in column) > len(column) / 2 and len(set(column)) > len(column) / 2
+    )
+
+
+def _is_label_column(column: Sequence[str], num_rows: int) -> bool:
+    """Whether a column has a few values in all rows, each of them short."""
+    distinct = set(column)
+    is_short = all(len(value) <= 40 for value in distinct) and not is_score_column(distinct)
+    return len(column) > 0.9 * num_rows and 1 < len(distinct) <= min(MAX_CLASSES, num_rows / 2) and is_short
+
+
+def _describe_others(tasks: Sequence[str]) -> str:
+    others = [task for task in tasks if task != "continue"]
+    return f", which would also fit {' or '.join(f'--task {task}' for task in others)}" if others else ""
 
 
 def resolve_columns(
@@ -137,7 +282,10 @@ def resolve_columns(
         if role not in schema.columns and not (task == "choose" and CHOICE_ROLE_PATTERN.fullmatch(role)):
             more = ", or choice1, choice2, …" if task == "choose" else ""
             raise UsageError(f"{task} has no role {role}; its roles are {', '.join(schema.columns)}{more}")
-        if column not in names:
+        if column not in names and column.isdigit() and 0 < int(column) <= len(names):
+            column = names[int(column) - 1]  # by its number
+        is_known = column in names or (role == "labels" and set(column.split(",")) <= set(names))
+        if not is_known:
             raise UsageError(f"there is no column {column} for {role}; columns: {join_names(names)}")
         mapping[role] = column
     if schema.exclusive and all(mapping.keys() & group for group in schema.exclusive):
@@ -146,9 +294,9 @@ def resolve_columns(
     _fill_default_columns(task, names, mapping)
     for group in schema.required(require_targets):
         if not any(role in mapping for role in group):
-            raise UsageError(
+            raise SuggestionError(
                 f"{task} needs a column for {' or '.join(group)}; columns: {join_names(names)}. "
-                f"It expects {schema.expects}. Name the column: {group[0]}=COLUMN"
+                f"It expects {schema.expects}. Name the column: --column {group[0]}=COLUMN"
             )
     return mapping
 
@@ -394,6 +542,47 @@ def interpret_labels(values: Sequence[Any], role: str, may_change: bool) -> tupl
     if (may_change or role == "label") and not has_lists and is_single and is_complete and (role == "labels" or note):
         return "label", values, "each row has one label, so one label is predicted and not several"
     return "labels" if any(map(is_json_array, cells)) else role, cells, note
+
+
+def ask_about_labels(counts: Mapping[str, int], label_map: Mapping[str, str]) -> None:
+    """Check that no label may be a mark for a missing one, or another spelling of another one.
+
+    Args:
+        counts: The number of examples of each label.
+        label_map: The labels that were decided about.
+
+    Raises:
+        SuggestionError: The labels leave a question open. All questions are in one message.
+    """
+    questions, answers = list[str](), list[str]()
+    groups: dict[str, list[str]] = {}
+    for name in sorted(counts, key=lambda name: -counts[name]):
+        groups.setdefault(re.sub(r"[\s_-]+", " ", name.strip("\"'. ").casefold()) or name, []).append(name)
+    names = [spellings[0] for spellings in groups.values()]
+    numbers = [name for name in names if parse_float(name) is not None]
+    is_signed = set(numbers) == set(names) and set(names) <= {"-1", "1"}
+    for name in counts:
+        if name.lower() in _MISSING_LABELS and not is_signed and name not in label_map:
+            questions.append(f"is {name} ({counts[name]:,}) a missing label? Leave these rows out: --map-label={name}=")
+            answers += [f"--map-label={name}="]
+    for spellings in groups.values():
+        if others := [name for name in spellings[1:] if name not in label_map]:
+            shown = ", ".join(f"{name} ({counts[name]:,})" for name in spellings)
+            questions.append(f"are {shown} one label? Merge them: --map-label={others[0]}={spellings[0]}")
+            answers += [f"--map-label={name}={spellings[0]}" for name in others]
+    words = [name for name in names if name not in numbers and name.lower() not in _MISSING_LABELS]
+    if 0 < len(numbers) <= 20 and 0 < len(words) <= 20 and not label_map.keys() & {*numbers, *words}:
+        shown = ", ".join(f"{name} ({counts[name]:,})" for name in [*numbers, *words])
+        questions.append(
+            f"some labels are numbers and others words: {shown}. Which belong together? --map-label=NUMBER=WORD"
+        )
+    if questions:
+        raise SuggestionError(
+            "\n  ".join(
+                ["the labels leave a question open (to keep a label as it is: --map-label=LABEL=LABEL)", *questions]
+            ),
+            answers,
+        )
 
 
 def convert_decimal_commas(values: Sequence[Any]) -> tuple[list[Any], str]:
