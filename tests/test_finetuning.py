@@ -557,3 +557,29 @@ def test_the_output_as_text_and_as_json(base, nextword, tmp_path):
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 60
     done = nextword("finetune", base, data, "--out", tmp_path / "run", "--steps", "10")
     assert done.returncode == 2 and "already holds a run" in done.stderr
+
+
+def test_a_model_with_rotary_positions_is_tuned_at_the_context_that_its_examples_need(base, tmp_path, capsys):
+    rng = random.Random(0)
+    lines = [
+        {"text": " ".join([sentence(rng)] * 12 + [rng.choice((BAD, GOOD)[i % 2])]), "label": "ab"[i % 2]}
+        for i in range(60)
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["finetune", base, data, "--out", tmp_path / "run", "--steps=4", "--training.save-every=2"]
+    assert run([*map(str, words)]) == 0
+    shown = capsys.readouterr().err
+    context = read_json(tmp_path / "run" / "run.json")["model"]["context_length"]
+    assert 64 < context <= 256 and f"context of {context} tokens instead of the base model's 64" in shown
+    assert ("truncated" in shown) == (context == 256)
+    result = nextword.predict(tmp_path / "run", data).scores
+    assert result["accuracy"].n == 60
+    from transformers import AutoConfig
+
+    assert AutoConfig.from_pretrained(tmp_path / "run" / "model").max_position_embeddings == context
+    before = hashes(tmp_path / "run" / "model")
+    (tmp_path / "run" / "result.json").unlink()
+    shutil.rmtree(next(iter(sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[::-1])))
+    assert run(["finetune", "--out", str(tmp_path / "run"), "--resume"]) == 0
+    assert hashes(tmp_path / "run" / "model") == before

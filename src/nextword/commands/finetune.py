@@ -226,6 +226,7 @@ def train_on_examples(run: "RunContext", base: "BaseModel", recipe: FinetuneReci
     Raises:
         UsageError: the model or the examples are not those that the run started with, or there are several processes.
     """
+    from nextword.model.gpt import with_context_length
     from nextword.pipeline import evaluators
     from nextword.tasks.dataset import SPLIT_VERSION
     from nextword.training.launch import new_metadata, setup_training
@@ -240,7 +241,12 @@ def train_on_examples(run: "RunContext", base: "BaseModel", recipe: FinetuneReci
         if metadata["base"]["weights"] != base.fingerprint():
             raise UsageError(f"{base.source_path}: not the model {other_run}")
     start = evaluators.load_start_model(base, recipe.scratch, seed, run.device)
-    data, num_issues = evaluators.load_finetune_data(run, base, start.config.context_length)
+    if metadata is None:
+        data, num_issues = evaluators.load_finetune_data(run, base, evaluators.max_context_length(start.config))
+        start = evaluators.with_context_for(start, data, run)
+    else:
+        data, num_issues = evaluators.load_finetune_data(run, base, metadata["model"]["context_length"])
+        start = with_context_length(start, metadata["model"]["context_length"])
     recipe = choose_hyperparameters(recipe, data, start.config.d_model)
     model, lora_config = evaluators.build_finetune_model(start, base, data, recipe, seed)
     dataset, label_counts, is_balanced = evaluators.build_task_dataset(model, data, recipe, seed)

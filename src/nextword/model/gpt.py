@@ -538,6 +538,13 @@ def with_resized_vocabulary(model: GPT, vocab_size: int, seed: int) -> GPT:
     return GPT.from_weights(replace(model.config, vocab_size=vocab_size), weights).train(model.training)
 
 
+def with_context_length(model: GPT, context_length: int) -> GPT:
+    """A copy of a model with rotary positions and another context length; the model itself if it has that length."""
+    if model.config.context_length == context_length:
+        return model
+    return GPT.from_weights(replace(model.config, context_length=context_length), model.state_dict())
+
+
 def with_classification_head(model: GPT, n_labels: int, seed: int) -> GPT:
     """A copy of the model with a new classification head, N(0, 0.02), in place of one it may have.
 

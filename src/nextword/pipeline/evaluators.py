@@ -24,7 +24,8 @@ from nextword.data.tokenizer import Tokenizer
 from nextword.inference.engine import Engine, check_tokenizer
 from nextword.inference.perplexity import DocumentLosses, PerplexityResult, evaluate_perplexity
 from nextword.inference.sampling import Sampling
-from nextword.model.gpt import GPT, with_classification_head, with_resized_vocabulary
+from nextword.model.config import ModelConfig
+from nextword.model.gpt import GPT, with_classification_head, with_context_length, with_resized_vocabulary
 from nextword.model.hf import iter_hf_tensors, iter_weights, load_model, save_model
 from nextword.model.lora import LoraConfig, add_lora, merge_lora, save_adapter
 from nextword.pipeline.language_model import FORGETTING_TOKENS, BaseModel, evaluate_forgetting
@@ -61,6 +62,8 @@ NUM_FOLDS = 2  # of cross-fitting; with more folds the score varies more
 GENERATED_EVAL_EXAMPLES = 64  # answers generated per validation; fewer if answers are long
 GENERATED_EVAL_TOKENS = 4096  # tokens of these answers together
 FINAL_GENERATED_EXAMPLES = 500
+CONTEXT_EXTENSION = 4  # of the context of a base model with rotary positions, where examples need it
+MAX_EXTENDED_CONTEXT = 2048
 MIN_GENERATED_EXAMPLES = 16  # of any evaluation
 
 # What the scores of a fine-tuning are of.
@@ -300,6 +303,27 @@ def load_finetune_data(run: RunContext, base: BaseModel, context_length: int) ->
     if not data.train:
         raise NextwordError(f"{', '.join(request['data'])}: no training example is left")
     return data, issues.total
+
+
+def max_context_length(config: ModelConfig) -> int:
+    """The longest context that a model can be fine-tuned at: rotary positions are extended, learned ones are not."""
+    if config.positions != "rope":
+        return config.context_length
+    return max(config.context_length, min(CONTEXT_EXTENSION * config.context_length, MAX_EXTENDED_CONTEXT))
+
+
+def with_context_for(model: GPT, data: TaskData, run: RunContext) -> GPT:
+    """A model with the context that the examples need, if its positions can be extended. The choice is printed."""
+    encoded = [*data.encoded_train, *data.encoded_validation, *data.encoded_test]
+    needed = max(example.max_length for example in encoded)
+    context_length = min(-(-needed // 64) * 64, max_context_length(model.config))
+    if context_length <= model.config.context_length:
+        return model
+    run.info(
+        f"context of {context_length:,} tokens instead of the base model's {model.config.context_length:,}: the longest example "
+        f"has {needed:,}"
+    )
+    return with_context_length(model, context_length)
 
 
 def load_start_model(base: BaseModel, from_scratch: bool, seed: int, device: torch.device) -> GPT:

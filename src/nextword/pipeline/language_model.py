@@ -26,7 +26,7 @@ from nextword.inference.model_runner import ModelRunner, build_runner, fake_quan
 from nextword.inference.perplexity import DocumentLosses, PerplexityResult, evaluate_perplexity
 from nextword.inference.quantization import PRECISION_CODES, Precision
 from nextword.inference.sampling import Sampling
-from nextword.model.gpt import GPT
+from nextword.model.gpt import GPT, with_context_length
 from nextword.model.hf import load_model, load_shards
 from nextword.pipeline.predictor import Predictor
 from nextword.tasks.dataset import TaskSpec
@@ -350,11 +350,13 @@ def evaluate_forgetting(base_model: BaseModel, model: GPT) -> dict[str, Any] | N
     validation = corpus.tokens("validation")
     if len(validation) < 2:
         return None
-    windows = max(1, FORGETTING_TOKENS // model.config.context_length)
+    base = load_model(base_model.directory, model.unembedding.device)
+    context_length = base.config.context_length
+    windows = max(1, FORGETTING_TOKENS // context_length)
     before, after = (
         evaluate_perplexity(
             m, validation, corpus.validation.seen_bytes, bos_id=corpus.tokenizer.bos_id, max_windows=windows
         ).bits_per_byte
-        for m in (load_model(base_model.directory, model.unembedding.device), model)
+        for m in (base, with_context_length(model, context_length))
     )
     return {"text": str(base_model.pretraining_corpus), "before": before, "after": after, "windows": windows}
