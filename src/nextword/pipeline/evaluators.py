@@ -319,9 +319,9 @@ def with_context_for(model: GPT, data: TaskData, run: RunContext) -> GPT:
     context_length = min(-(-needed // 64) * 64, max_context_length(model.config))
     if context_length <= model.config.context_length:
         return model
+    before = model.config.context_length
     run.info(
-        f"context of {context_length:,} tokens instead of the base model's {model.config.context_length:,}: the longest example "
-        f"has {needed:,}"
+        f"context of {context_length:,} tokens instead of the base model's {before:,}: the longest example has {needed:,}"
     )
     return with_context_length(model, context_length)
 
