@@ -1,5 +1,6 @@
 """The edges of the process: encodings, full and closed streams, inputs that an output would overwrite, commands to try."""
 
+import io
 import json
 import os
 import shlex
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import nextword as package
 from conftest import CLIRunner, nextword_command
 from nextword.commands.shared import can_be_path, check_output_file
 from nextword.common import console, fs
@@ -182,6 +184,54 @@ def test_predict_takes_a_table_or_a_text(nextword: CLIRunner, classifier, tmp_pa
     ):
         done = nextword("predict", run, *arguments)
         assert (done.returncode, done.stdout) == (2, "") and message in done.stderr, done.stderr
+
+
+def test_a_misspelt_file_is_no_prompt_and_no_text_to_explain(nextword: CLIRunner, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes("\ufeffThe\x0c\u2028\r\n\nA list\n".encode())
+    few = ("--max-tokens", "2", "--seed", "1", "--json")
+    for path, found in (
+        ("promts.txt", "no such file"),
+        ("data/x", "no such file"),
+        ("prompts.txt", "a file or folder"),
+    ):
+        for command in (["generate", base, "The", path, *few], ["generate", base, path], ["explain", base, path]):
+            done = nextword(*command)
+            assert (done.returncode, done.stdout) == (2, "") and f"{path}: {found}" in done.stderr, done.stderr
+            assert f"--text={path}" in done.stderr and ("--file=" in done.stderr) == (command[0] == "generate")
+    done = nextword("generate", base, "--text", "prompts.txt", "--file", prompts, *few)
+    assert [c["prompt"] for c in json.loads(done.stdout)["completions"]] == [
+        "prompts.txt",
+        "The\x0c\u2028",
+        "",
+        "A list",
+    ]
+    assert package.generate(base, "prompts.txt", max_tokens=2)[0].prompt == "prompts.txt"  # a call names no files
+    assert nextword("explain", base, "--text", "prompts.txt", "--out", "page.html").returncode == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("From a pipe.\n"))
+    assert json.loads(nextword("explain", base, "-", "--json").stdout)["texts"] == ["From a pipe."]
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    for file, message in (("latin.txt", "utf-8"), ("none.txt", "No such file"), (".", "Is a directory")):
+        done = nextword("generate", base, "--file", file)
+        assert done.returncode == 2 and f"--file {file}: " in done.stderr and message in done.stderr, done.stderr
+    for command in (["explain", base], ["explain", base, "a", "--text", "b"]):
+        assert "either as arguments or by --text" in nextword(*command).stderr
+
+
+def test_a_hyphen_is_standard_input_for_texts_only(nextword: CLIRunner, base, classifier, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (
+        ["generate", "-", "x"], ["finetune", "-", "-"], ["predict", classifier / "run", "x", "--out", "-"], ["verify", "-"],
+        ["report", base, base, "--out", "-"], ["export", base, "--out", "-"], ["prepare", "-", "--out", "s"], ["chat", "-"],
+    ):  # fmt: skip
+        done = nextword(*arguments)
+        assert done.returncode in (1, 2) and " -" in done.stderr and "\0" not in done.stderr, (arguments, done.stderr)
+    done = nextword("generate", base, "a-b", "--stop", "-", "--max-tokens", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    explained = nextword("explain", base, "a", "--word", "-", "--json", "--out", "page.html")
+    assert explained.returncode == 0 and "stdin" not in explained.stdout + explained.stderr, explained.stderr
+    assert not list(tmp_path.glob("*-*"))
 
 
 def test_no_output_overwrites_an_input(nextword: CLIRunner, classifier, base, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextword.commands.command import Context, command
-from nextword.commands.shared import SeedOption, TextColumnOption, input_paths, optional
+from nextword.commands.shared import SeedOption, TextColumnOption, input_paths, is_existing, optional, read_texts
 from nextword.common import fs
 from nextword.common.command_result import Result
 from nextword.common.console import Console
@@ -311,7 +311,10 @@ def corpus_findings(
         index = build_index(
             corpora, directory, training_corpus=training_corpus, text_column=text_column, console=console
         )
-        yield from (passage_finding(index, passage) for passage in config.search_texts)
+        for passage in read_texts(config.search_texts):
+            if is_existing(passage):
+                yield f"--search-text {passage}: the file of this name was not read; its name was searched for"
+            yield passage_finding(index, passage)
         probe = MemorizationProbe(model, index, config.seed or 0, console)
         if has_task_head(model):
             yield "memorization: not measured, since this model predicts labels and generates no text; audit its base model"

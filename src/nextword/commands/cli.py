@@ -35,6 +35,15 @@ GROUPS = {
 OUT_OF_MEMORY = "not enough memory: choose a smaller model or batch, or a machine with more. What was saved is intact"
 # Options that every command took, with effect or not; accepted until the next release.
 FORMERLY_UNIVERSAL = {"device", "seed"}
+READ_FROM_STDIN = {
+    "prompts",
+    "text",
+    "texts",
+    "data",
+    "search_texts",
+    "passages",
+    "file",
+}  # options that take a hyphen for it
 OPTIONS, COMMON_OPTIONS = Group("Options", sort_key=1), Group("Common options", sort_key=2)
 DESCRIPTION = (
     "From a folder of text to a GPT that is trained, fine-tuned, evaluated and served, on the machine you have.\n\n"
@@ -119,6 +128,7 @@ def command_line_function(name: str, command: Command, started: float) -> Callab
             for option_name in (FORMERLY_UNIVERSAL - names) & values.keys():
                 console.warn(f"--{option_name} has no effect on nextword {name} and is deprecated")
                 del values[option_name]
+            values = {name: value if name in READ_FROM_STDIN else hyphen(name, value) for name, value in values.items()}
             config = command.config(**replace_deprecated(command.config, values, partial(warn_deprecated, console)))
             result = command.run(config, Context(console, started, "json" if output.json else "text"))
             if result is None:  # of a server, and of a worker process of torchrun
@@ -134,6 +144,15 @@ def command_line_function(name: str, command: Command, started: float) -> Callab
         [*parameters(command.config), *parameters(OutputOptions), *hidden]
     )
     return run
+
+
+def hyphen(name: str, value: Any) -> Any:
+    """The value of an option for which a lone hyphen is a hyphen. Raises `UsageError` if it would be the name of a file."""
+    if isinstance(value, Path) and str(value) == STDIN:
+        raise UsageError(f"{name} -: a hyphen stands for standard input, where the name of a file is needed")
+    if isinstance(value, (list, tuple)):
+        return tuple("-" if item == STDIN else item for item in cast(Sequence[Any], value))
+    return "-" if value == STDIN else value
 
 
 def parameters(cls: type) -> Iterator[inspect.Parameter]:

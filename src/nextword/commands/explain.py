@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from nextword.commands.command import Context, command
-from nextword.commands.shared import check_output_file, optional
+from nextword.commands.shared import check_is_text, check_output_file, optional, read_texts
 from nextword.common.command_result import Result
+from nextword.common.errors import UsageError
 from nextword.common.options import DeviceOption, ModelArgument, argument, as_strings, option, options
 
 
@@ -17,14 +18,16 @@ class ExplainConfig(ModelArgument, DeviceOption):
     Writes an interactive page, which needs no other file, with the predictions of each layer (logit lens) as well.
 
     Attributes:
-        texts: A text to continue; for a fine-tuned model the texts of one example, as for nextword
-            predict.
+        texts: A text to continue; for a fine-tuned model the texts of one example, as for nextword predict. One text that could
+            be the name of a file is not taken: use --text.
+        text: A text, whatever it looks like. May be given more than once, instead of the argument. Default: none.
         word: Next word whose probability is explained. Default: the most likely one.
         label: Label (or choice, counted from 0) whose logit is explained. Default: the predicted one.
         out: Path of the page. Default: explanation.html, and no page in Python.
     """
 
-    texts: tuple[str, ...] = argument(converter=as_strings)
+    texts: tuple[str, ...] = argument(default=(), converter=as_strings)
+    text: tuple[str, ...] = option(default=(), converter=as_strings)
     word: str | None = None
     label: str | None = None
     out: Path | None = option(default=None, converter=optional(Path))
@@ -114,8 +117,13 @@ def explain(config: ExplainConfig, context: Context) -> ExplainResult:
     from nextword.pipeline.language_model import load
     from nextword.reporting.explain_page import write_explanation_page
 
+    if bool(config.texts) == bool(config.text):
+        raise UsageError("give the texts either as arguments or by --text")
+    if context.output is not None and len(config.texts) == 1:
+        check_is_text(config.texts[0])
+    texts = read_texts(config.texts or config.text)
     out = config.out or (Path("explanation.html") if context.output else None)
     if out is not None:
         check_output_file(out, config.model)
-    explanation = explain_text(load(config.model, config.device), config.texts, word=config.word, label=config.label)
+    explanation = explain_text(load(config.model, config.device), texts, word=config.word, label=config.label)
     return ExplainResult(**explanation, page=out and str(write_explanation_page(explanation, out)))

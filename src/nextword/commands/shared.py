@@ -1,15 +1,18 @@
 """Option groups and value converters that several commands use."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from nextword.commands.command import STDIN
 from nextword.common import numbers
 from nextword.common.command_result import Result
+from nextword.common.console import read_standard_input
 from nextword.common.errors import UsageError
 from nextword.common.fs import map_disk_errors
 from nextword.common.options import DeviceOption, Paths, as_strings, option, options
@@ -107,6 +110,27 @@ def is_existing(path: str | Path) -> bool:
 def can_be_path(text: str) -> bool:
     """Whether a text can be meant as a path: it exists, looks like one, or has no space and a separator or a suffix."""
     return bool(text) and (is_existing(text) or PATH.fullmatch(text) is not None)
+
+
+def read_texts(arguments: Iterable[str]) -> list[str]:
+    """Texts of the command line, where a hyphen stands for standard input without its last newline."""
+    return [read_standard_input().removesuffix("\n") if text == STDIN else text for text in arguments]
+
+
+def check_is_text(argument: str, of_file: str = "") -> None:
+    """Check that an argument of the command line is meant as a text.
+
+    Args:
+        argument: The argument.
+        of_file: How the command reads texts from a file, as a sentence. Default: it does not.
+
+    Raises:
+        UsageError: It exists, or can be meant as a path.
+    """
+    if can_be_path(argument):
+        found = "a file or folder, where a text is needed" if is_existing(argument) else "no such file or folder"
+        hints = [f"If it is a text: --text={shlex.quote(argument)}", *filter(None, [of_file])]
+        raise UsageError(f"{argument}: {found}. {'. '.join(hints)}")
 
 
 def check_output_file(out: Path, *inputs: str | Path) -> None:

@@ -134,6 +134,7 @@ class LimitedHTTPProtocol(H11Protocol):
 
     header_timer: asyncio.TimerHandle | None = None
     write_timer: asyncio.TimerHandle | None = None
+    num_responses = 0
     waiting_since: float = 0.0  # since when the server waits for a request, or for the client to read
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -166,7 +167,8 @@ class LimitedHTTPProtocol(H11Protocol):
         """Parse what has arrived: the body of a request only after the application has called `read_body` of its state."""
         super().handle_events()
         if self.conn.their_state is h11.SEND_BODY and not self.conn.is_reading_body:
-            self.scope.setdefault("state", {}).update(read_body=self.read_body, abandon=self.abandon)
+            state = self.scope.setdefault("state", {})
+            state.update(read_body=self.read_body, abandon=self.abandon, is_first=not self.num_responses)
             self.flow.pause_reading()
 
     def read_body(self) -> None:
@@ -188,6 +190,7 @@ class LimitedHTTPProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""
+        self.num_responses += 1
         self.waiting_since = self.loop.time()
         super().on_response_complete()
 

@@ -245,10 +245,11 @@ class SecurityMiddleware:
 
 
 def is_probe(scope: Scope) -> bool:
-    """Whether a request asks for /health only, with few headers and no body: it is answered at once."""
+    """Whether a request is the first of its connection and asks for /health, without much else: it is answered at once."""
     names = [name for name, _ in scope["headers"]]
     has_body = b"content-length" in names or b"transfer-encoding" in names
-    return scope["path"] == "/health" and len(names) <= MAX_PROBE_HEADERS and not has_body
+    is_small = len(names) <= MAX_PROBE_HEADERS and not has_body
+    return scope["path"] == "/health" and scope["state"]["is_first"] and is_small
 
 
 def check_api_key(scope: Scope, api_key: str) -> None:
