@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import nextword as package
 from conftest import CLIRunner, nextword_command
+from nextword.commands import cli
 from nextword.commands.shared import can_be_path, check_output_file
 from nextword.common import console, fs
 from nextword.common.errors import NextwordError, UsageError, is_out_of_memory
@@ -102,6 +103,31 @@ def test_messages_never_end_a_run(monkeypatch):
                 output.progress("training", 1, 2)
             monkeypatch.undo()
             os.dup2(os.open(os.devnull, os.O_WRONLY), target)
+
+
+def test_a_reader_that_leaves_ends_every_command_in_silence(base, classifier, texts, tmp_path, monkeypatch, capsys):
+    """As `| head` does. The exit code is that of a process that SIGPIPE has ended; what a run has written stays."""
+    monkeypatch.chdir(tmp_path)
+    run, table, few = classifier / "run", classifier / "table.csv", ["--max-tokens", "3", "--quiet"]
+    for arguments in (
+        ["--help"], ["generate", "--help"], ["--version"], ["info"], ["info", "--json"], ["verify", base],
+        ["generate", base, "The", *few], ["generate", base, "The", "-n", "3", *few], ["generate", base, "The", "--json", *few],
+        ["predict", run, table, "--quiet"], ["predict", run, "a day", "--json", "--quiet"],
+        ["evaluate", base, "--json", "--quiet"],
+        ["explain", base, "The", "--json", "--quiet"], ["report", base, "--quiet"],
+        ["prepare", texts, "--out", "shards", "--vocab-size", "300", "--quiet"],
+    ):  # fmt: skip
+        read, write = os.pipe()
+        os.close(read)
+        with os.fdopen(write, "w") as stream:
+            monkeypatch.setattr("sys.stdout", stream)
+            code = cli.run([str(argument) for argument in arguments])
+            monkeypatch.undo()
+            monkeypatch.chdir(tmp_path)
+        assert (code, capsys.readouterr().err) == (141, ""), arguments
+    assert (tmp_path / "shards" / "nextword.json").is_file() and (tmp_path / "explanation.html").is_file()
+    done = shell(f"set -o pipefail; $NW generate {base} The --max-tokens 20 -n 100 | head -1")
+    assert (done.returncode, done.stderr) in ((0, b""), (141, b"")) and done.stdout
 
 
 def test_memory_that_is_not_there():

@@ -1,7 +1,7 @@
 """The command line: ``nextword COMMAND ...``.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 failed, 2 usage, 3 corrupt file, 4 disk
-full, 5 diverged, 6 run locked, 130 and 143 interrupted.
+full, 5 diverged, 6 run locked, 130 and 143 interrupted, 141 the reader of the output has left.
 """
 
 import errno
@@ -32,6 +32,7 @@ GROUPS = {
     "Evaluation": ("evaluate", "audit", "report"),
     "Inspection": ("explain", "verify", "info"),
 }
+BROKEN_PIPE = 128 + 13  # as if SIGPIPE had ended the process
 OUT_OF_MEMORY = "not enough memory: choose a smaller model or batch, or a machine with more. What was saved is intact"
 # Options that every command took, with effect or not; accepted until the next release.
 FORMERLY_UNIVERSAL = {"device", "seed"}
@@ -52,6 +53,7 @@ DESCRIPTION = (
 EXIT_CODES = (
     "Exit codes: 0 done · 1 failed · 2 usage · 3 corrupt file · 4 disk full\n"
     "            5 diverged · 6 run locked · 130, 143 interrupted\n"
+    "            141 the reader of the output has left\n"
 )
 
 
@@ -317,8 +319,12 @@ def run(arguments: Sequence[str] | None = None, started: float | None = None) ->
         code, message = error.exit_code, str(error)
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
-    except BrokenPipeError:  # stdout was closed, for example by `head`
-        code = 1
+    except BrokenPipeError:  # its reader has left, for example `head`
+        code = BROKEN_PIPE
+    except SystemExit as error:  # so ends rich, which prints the help
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        code = BROKEN_PIPE
     except OSError as error:
         code = DiskFullError.exit_code if error.errno == errno.ENOSPC else 1
         message = f"{error.filename or 'standard output'}: {error.strerror or error}"
@@ -328,6 +334,6 @@ def run(arguments: Sequence[str] | None = None, started: float | None = None) ->
         code, message = 1, f"{OUT_OF_MEMORY} ({str(error).splitlines()[0] if str(error) else 'out of memory'})"
     if message:
         StandardError().write(f"nextword: {message.replace(STDIN, '-')}\n")
-    if discard_unwritten_output() and not code:
-        code = 1
+    if (lost := discard_unwritten_output()) and not code:
+        code = BROKEN_PIPE if lost == errno.EPIPE else 1
     return code

@@ -3,6 +3,7 @@
 Everything goes to standard error, so that standard output holds results only.
 """
 
+import errno
 import json
 import math
 import os
@@ -85,16 +86,17 @@ def to_json_line(value: Any) -> str:
     return line + "\n"
 
 
-def discard_unwritten_output() -> bool:
-    """Flush the standard streams before the process exits. Returns whether standard output was lost."""
-    failed: list[TextIO] = []
+def discard_unwritten_output() -> int:
+    """Flush the standard streams before the process exits. Returns the `errno` with which standard output was lost, or 0."""
+    lost = 0
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
-        except OSError:
+        except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            failed.append(stream)
-    return sys.stdout in failed
+            if stream is sys.stdout:
+                lost = error.errno or errno.EIO
+    return lost
 
 
 class StandardError:
