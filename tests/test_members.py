@@ -65,6 +65,8 @@ def test_the_run_reports_its_members(run: Path):
     assert result["members"]["seeds"] == [4, 5] and result["members"]["standard_deviation"] > 0
     assert len({weights_digest(path) for path in (run, run / "members" / "1", run / "members" / "2")}) == 3
     assert nextword.verify(run)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "members, bits per byte" in page and "standard deviation over seeds" in page
 
 
 @pytest.mark.parametrize("interruption", ["before the second member", "after the members", "during the distillation"])

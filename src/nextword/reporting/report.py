@@ -180,6 +180,11 @@ def _metadata_tables(run: RunData) -> dict[str, list[tuple[str, str]]]:
     for split, name in (("", "bits per byte"), ("test_", "test bits per byte")):
         if (final := run.final_bits_per_byte(split)) and final[1]:
             result[f"{name}, 95 % interval"] = f"{fmt.interval(final[0])} {final[1]}".strip()
+    members = as_mapping(run.result.get("members"))
+    if values := [f"{value:.4f}" for value in as_list(members.get("bits_per_byte")) if is_number(value)]:
+        result["members, bits per byte"] = ", ".join(values)
+        if is_number(spread := members.get("standard_deviation")):
+            result["standard deviation over seeds"] = spread
     if is_number(seconds := run.result.get("seconds")):
         result["time"] = format_duration(seconds)
     if is_number(memory := run.result.get("memory_bytes")):
