@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from conftest import TINY_MODEL_ARGS, CLIRunner
+from nextword.data.tokenizer import train_char
 from processes import PATIENCE
+from served import make_model_dir
 
 SMALL = [*TINY_MODEL_ARGS, "--vocab-size=400"]
 TINY_RUN = {
@@ -76,6 +78,18 @@ def test_generate(nextword: CLIRunner, run):
     assert again.stdout == done.stdout
     streamed = nextword("generate", run, "The", "--max-tokens", "12", "--seed", "3")
     assert streamed.stdout == "The" + completions[0]["text"] + "\n"
+
+
+def test_text_that_the_tokenizer_cannot_represent_is_reported_once(nextword: CLIRunner, tmp_path):
+    model = make_model_dir(tmp_path / "model", train_char(["abc de\n."]))
+    done = nextword("generate", model, "ab é", "cüd 🙂", "abc", "--max-tokens", "1", "--json")
+    assert done.returncode == 0 and done.stderr.count("cannot represent") == 1, done.stderr
+    assert "3 of 12 characters of the prompts" in done.stderr
+    assert "represent" not in nextword("generate", model, "abc", "--max-tokens", "1").stderr
+    (tmp_path / "own.toml").write_text('kind = "minimal pairs"\nfiles = ["rows.csv"]\ngood = "a"\nbad = "b"\n')
+    (tmp_path / "rows.csv").write_text("a,b\nab,bé\nab,ac\nüa,b\n", encoding="utf-8")
+    done = nextword("evaluate", model, "--benchmark", tmp_path / "own.toml")
+    assert done.returncode == 0 and done.stderr.count("cannot represent part of 2 of 3 items") == 1, done.stderr
 
 
 def test_several_samples_and_prompts_from_files(nextword: CLIRunner, run, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ import nextword
 from conftest import CLIRunner, nextword_command
 from nextword.commands.cli import run
 from nextword.commands.command import Context
-from nextword.commands.finetune import FinetuneConfig
+from nextword.commands.finetune import FinetuneConfig, FinetuneResult, format_finetuning
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
 from nextword.common.fs import read_json, read_jsonl, read_sealed_json
 from nextword.common.run_dir import RunDir
@@ -208,7 +208,9 @@ def test_a_conversation_equals_transformers(base, tmp_path):
 
     data = write(tmp_path / "data.jsonl", "chat", 60)
     result = tune(base, data, tmp_path / "run", lora=True)
-    assert result["task"] == "chat" and result["bits_per_byte"] > 0
+    assert result["task"] == "chat" and 0 < result["bits_per_byte"] < result["before"]["bits_per_byte"]
+    assert f"({result['before']['bits_per_byte']:.4f} before)" in format_finetuning(FinetuneResult(**result))
+    assert "base model" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
     room = read_json(tmp_path / "run" / "run.json")["task"]["answer_tokens"]

@@ -80,6 +80,11 @@ def generate(config: GenerateConfig, context: Context) -> "list[Completion]":
             check_is_text(prompt, f"If it has a prompt on each line: --file={shlex.quote(prompt)}")
     sampling, prompts = config.sampling(), config.all_prompts()
     model = load(config.model, config.device, config.precision)
+    if lost := "".join(model.tokenizer.lost_text(prompts)):
+        context.console.warn(
+            f"the tokenizer cannot represent {len(lost):,} of {sum(map(len, prompts)):,} characters of the prompts, which are "
+            f"lost, such as {lost[:8]!r}"
+        )
     if context.output != "text" or len(prompts) > 1:
         return model.generate(prompts, sampling)
     for piece in chain(prompts, model.stream(prompts[0], sampling), ["\n"]):

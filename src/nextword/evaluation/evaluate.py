@@ -35,7 +35,7 @@ from nextword.pipeline.evaluators import (
     scores_to_dict,
     split_options,
 )
-from nextword.pipeline.item_scores import ItemScores, evaluate_free_text, score_items
+from nextword.pipeline.item_scores import ItemScores, evaluate_free_text, lost_text_of, score_items
 from nextword.pipeline.language_model import LanguageModel, Paths, as_list
 from nextword.pipeline.predictor import compute_calibration
 from nextword.tasks.benchmark_items import DEFAULT_ITEM_LIMIT, BenchmarkRow, load_rows, sample_indices
@@ -106,6 +106,9 @@ def evaluate_benchmark(
     def score(other: LanguageModel) -> ItemScores:
         return score_items(other, benchmark, rows, progress=progress(f", {other.path}"))
 
+    for other in filter(None, [model, eval_models.compare_to]):
+        if lost := lost_text_of(other, benchmark, rows):
+            console.warn(lost)
     started = time.monotonic()
     if benchmark.kind == "free text":
         result = evaluate_free_text(model, benchmark, rows, seed=seed, judge=eval_models.judge, progress=progress())

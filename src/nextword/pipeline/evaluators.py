@@ -687,6 +687,8 @@ class TaskEvaluator:
             metrics["baselines"] = {name: scores_to_dict(scores) for name, scores in baselines.items()}
             if spec.kind == "preference":
                 metrics["before"] = scores_to_dict(self._evaluate_base(split).scores)
+            elif spec.task == "chat":
+                metrics["before"] = {"bits_per_byte": self._evaluate_base("validation", limit).bits_per_byte}
         if spec.kind not in HEAD_KINDS:
             metrics["forgetting"] = evaluate_forgetting(self.base, model)
         return metrics
@@ -747,13 +749,13 @@ class TaskEvaluator:
         predictions = cross_fitted(evaluations, folds, select)
         return compute(predictions, range(len(folds)))
 
-    def _evaluate_base(self, split: Literal["validation", "test"]) -> EvaluationResult:
-        """Evaluate the model that the run started from."""
+    def _evaluate_base(self, split: Literal["validation", "test"], limit: int | None = None) -> EvaluationResult:
+        """Evaluate the model that the run started from, on all or some examples."""
         seed = self.setup.step_settings.seed
-        base = load_model(self.base.directory, self.run.device)
+        base = with_context_length(load_model(self.base.directory, self.run.device), self.model.config.context_length)
         base = with_resized_vocabulary(base, self.model.config.vocab_size, derive_seed(seed, 7))
         predictor = Predictor(with_classification_head(base, 0, 0), self.data.tokenizer, self.spec)
-        return self.evaluate(predictor, None, 0, split=split)
+        return self.evaluate(predictor, limit, 0, split=split)
 
 
 def cross_fitted(

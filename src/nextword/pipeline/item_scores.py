@@ -129,6 +129,22 @@ def score_items(
     return ItemScores(values, float(item_chance.mean()), item_chance, ties)
 
 
+def lost_text_of(model: LanguageModel, benchmark: Benchmark, rows: Sequence[BenchmarkRow]) -> str:
+    """What the tokenizer of a model cannot represent in the items of a benchmark, for the user; "" if nothing."""
+    if benchmark.kind in ("writing", "free text"):
+        texts = [[item.prompt] for item in (generation_item(benchmark, row) for row in rows)]
+    else:
+        items = [loglikelihood_item(benchmark, row) for row in rows]
+        texts = [["".join(request) for request in item.requests] for item in items]
+    lost = ["".join(model.tokenizer.lost_text(of_item)) for of_item in texts]
+    if not any(lost):
+        return ""
+    return (
+        f"{benchmark.name}: the tokenizer cannot represent part of {sum(map(bool, lost)):,} of {len(lost):,} items, "
+        f"which are scored without it, such as {''.join(lost)[:8]!r}"
+    )
+
+
 def win_score(score: float, other_score: float) -> float:
     """1 if the score is greater than the other, 0 if it is less, 0.5 for a tie."""
     return (1 + (score > other_score) - (score < other_score)) / 2
