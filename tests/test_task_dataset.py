@@ -1,11 +1,14 @@
 """Encoded examples: templates equal the Hugging Face tokenizer's, batches are complete, packed sequences are independent."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nextword.common.errors import NextwordError
 from nextword.data.corpus import Corpus
 from nextword.data.dataset import IGNORE_INDEX, segment_positions
 from nextword.data.issues import IssueLog
@@ -19,6 +22,7 @@ from nextword.tasks.dataset import (
     TaskDataset,
     TaskSpec,
     TokenSequence,
+    load_task_data,
     max_answer_tokens,
     truncate_longest_first,
 )
@@ -115,7 +119,10 @@ def test_truncation_uses_the_maximum_length(lengths, max_length):
 def test_truncation_is_reported_with_file_and_line(tokenizer):
     issues = IssueLog()
     encoder(tokenizer, "classify", 16).encode(example(text="word " * 40, label="no"), issues)
-    assert "data.csv line 7: longer than the context of 16 tokens; truncated" in issues.summary_lines()[0]
+    assert (
+        "data.csv line 7: longer than the context of 16 tokens; the end of the text is cut off"
+        in issues.summary_lines()[0]
+    )
     long = example(prompt="word " * 99, completion="end " * 99)
     encoded_example = encoder(tokenizer, "rewrite", 32).encode(long, issues)
     assert (
@@ -133,6 +140,68 @@ def test_a_conversation_is_truncated_at_its_start(tokenizer):
     talk = ({"role": "user", "content": "word " * 99 + "LAST"},)
     prompt = example_encoder.encode_prompt(example(messages=talk))
     assert len(prompt) == 28 and tokenizer.decode(prompt).endswith("LAST")
+
+
+def test_a_prompt_keeps_its_end_and_a_short_answer_is_whole(tokenizer):
+    long = "word " * 99
+    issues = IssueLog()
+
+    def decode(task, **fields):
+        spec = replace(TASK_SPECS[task], keeps_prompt_end=True)
+        example_encoder = ExampleEncoder(spec, spec.with_special_tokens(tokenizer), 48)
+        encoded_example = example_encoder.encode(example(**fields), issues)
+        assert encoded_example is not None and len(encoded_example.sequences[0].ids) <= 48
+        [ids, loss_mask] = encoded_example.sequences[0]
+        return tokenizer.decode(ids[~loss_mask].tolist()).strip(), tokenizer.decode(ids[loss_mask].tolist())
+
+    prompt, answer = decode("rewrite", prompt=long + "HOW MANY", completion="It is 7")
+    assert prompt.endswith("HOW MANY") and answer == "It is 7"
+    prompt, answer = decode("rewrite", prompt="Q", completion=long + "#### 7")
+    assert prompt.endswith("Q") and "7" not in answer
+    talk = ({"role": "user", "content": long + "HOW MANY"}, {"role": "assistant", "content": "It is 7"})
+    prompt, answer = decode("chat", messages=talk)
+    assert prompt.endswith("HOW MANY") and answer == "It is 7"
+    prompt, answer = decode("chat", messages=(*talk, talk[0], {"role": "assistant", "content": long}))
+    assert prompt.endswith("HOW MANY") and answer.startswith("word") and "7" not in answer
+    found = "; ".join(issues.summary_lines())
+    parts = ("the beginning of the prompt", "the end of the answer", "the beginning of the conversation")
+    assert all(f"{part} is cut off" in found for part in parts) and "(2 in all)" in found
+    issues = IssueLog()
+    examples = [example(text=text, label="no") for text in (long, long, "short")]
+    encoder(tokenizer, "classify", 16).encode_all(examples, issues)
+    assert (
+        "most examples do not fit into the context of 16 tokens: cut off is the end of the text in 2 of 3"
+        in "".join(issues.summary_lines())
+    )
+    issues = IssueLog()
+    encoder(tokenizer, "classify", 16).encode_all(examples[1:], issues)
+    assert "most examples" not in "".join(issues.summary_lines())
+
+
+def test_no_example_is_trained_on_and_scored(tmp_path, tokenizer):
+    def table(name, rows):
+        path = tmp_path / name
+        path.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+        return str(path)
+
+    def load(train, validation, test):
+        issues = IssueLog()
+        paths = {"validation": [table("v.csv", validation)], "test": [table("t.csv", test)] if test else None}
+        data = load_task_data([table("a.csv", train)], tokenizer, None, 64, issues, **paths)
+        sets = [[e.fields["text"] for e in part] for part in (data.train, data.validation, data.test)]
+        return sets, "\n".join(issues.summary_lines())
+
+    rows = [(text, i % 2) for i, text in enumerate("abcdefgh")]
+    sets, issues = load(
+        [*rows, ("x", 0), ("x", 1), ("y", 0), ("y", 0)], [("a", 0), (" b ", 0), ("z", 1)], [("z", 1), ("c", 0)]
+    )
+    assert sets == [[*"defgh", "y", "y"], ["a", " b "], ["z", "c"]]
+    assert "a training example whose text is also in the validation set; left out: 2 of 11 (2 in all)" in issues
+    assert "a training example whose text is also in the test set; left out: 1 of 12" in issues
+    assert "a.csv line 10: a training example whose text also has another label; left out: 2 of 9 (2 in all)" in issues
+    with pytest.raises(NextwordError, match="all 8 training examples are also in the validation"):
+        load(rows, rows, None)
+    assert load(rows, [("q", 1)], None)[1] == ""
 
 
 def test_reserved_answer_tokens(tokenizer):

@@ -164,10 +164,10 @@ class Predictor:
         return [results[i] for i in range(len(encoded))]
 
     def generate_answers(
-        self, examples: Sequence[Example], progress: ProgressCallback | None = None
+        self, examples: Sequence[Example], progress: ProgressCallback | None = None, issues: IssueLog | None = None
     ) -> list[Completion]:
         """A greedy answer to each example. Identical prompts are answered once."""
-        prompts = [tuple(self.encoder.encode_prompt(example)) for example in examples]
+        prompts = [tuple(self.encoder.encode_prompt(example, issues)) for example in examples]
         distinct = sorted(set(prompts), key=lambda prompt: (len(prompt), prompt))
         sampling = Sampling(temperature=0.0, max_tokens=max(1, self.task_spec.answer_tokens))
         with evaluation_mode(self.model):
@@ -213,7 +213,7 @@ class Predictor:
             return list(map(self.prediction, self._window_logits(examples, progress), examples))
         ranks_answers = self.task_spec.kind == "preference" and all("chosen" in example.fields for example in examples)
         if self.task_spec.kind not in HEAD_KINDS and not ranks_answers:
-            return list(map(_answer_prediction, self.generate_answers(examples, progress)))
+            return list(map(_answer_prediction, self.generate_answers(examples, progress, issues)))
         encoded: list[EncodedExample] = []
         for example in examples:
             encoding = self.encoder.encode(example, issues, with_target=False)

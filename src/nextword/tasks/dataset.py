@@ -7,7 +7,7 @@ and an extract token, whose hidden state a classification head reads. A generate
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -85,6 +85,8 @@ class TaskSpec:
         chat: Whether prompts are conversations (chat, and preferences of a chat model).
         columns: The column that each role was read from.
         answer_format: How the answers of multiple choice are read.
+        keeps_prompt_end: A prompt that is too long keeps its end, where a question usually stands. Models of earlier versions
+            have the beginning of a text, and of a conversation that is learned.
     """
 
     task: str
@@ -94,6 +96,7 @@ class TaskSpec:
     chat: bool = False
     columns: tuple[tuple[str, str], ...] = ()
     answer_format: str = ""
+    keeps_prompt_end: bool = False
 
     @property
     def format(self) -> ExampleSet:
@@ -187,6 +190,9 @@ class ExampleEncoder:
         task_spec: The task.
         tokenizer: A tokenizer with the special tokens of the task.
         context_length: The maximum length of a sequence, in tokens.
+
+    Attributes:
+        cut_counts: How many examples lost each part, such as the end of the text.
     """
 
     def __init__(self, task_spec: TaskSpec, tokenizer: Tokenizer, context_length: int):
@@ -194,6 +200,7 @@ class ExampleEncoder:
         names = task_spec.special_tokens
         self.special_token_ids = dict(zip(names, tokenizer.convert_tokens_to_ids(names), strict=True))
         self.label_to_id = {label: id for id, label in enumerate(task_spec.labels)}
+        self.cut_counts: Counter[str] = Counter()
 
     def encode(self, example: Example, issues: IssueLog, with_target: bool = True) -> EncodedExample | None:
         """Encode an example; None if nothing of it can be learned. Truncation and omission are reported."""
@@ -208,9 +215,7 @@ class ExampleEncoder:
             what = "the tokenizer cannot represent part of the text, which is lost"
             issues.add(example.path, example.line, what, f"such as {lost[:8]!r}")
         encoded = self._encode_sequences(example)
-        if any(truncated for _, truncated in encoded):
-            what = f"longer than the context of {self.context_length:,} tokens; truncated"
-            issues.add(example.path, example.line, what)
+        self._report_cut(example, (part for _, parts in encoded for part in parts), issues)
         sequences = tuple(sequence for sequence, _ in encoded)
         if not generated:
             return EncodedExample(sequences, self._target(fields) if with_target else 0)
@@ -220,13 +225,31 @@ class ExampleEncoder:
         return EncodedExample(sequences)
 
     def encode_all(self, examples: Sequence[Example], issues: IssueLog) -> tuple[list[Example], list[EncodedExample]]:
-        """The examples that can be encoded, and their encodings."""
+        """The examples that can be encoded, and their encodings. It is reported if most of them lose a part."""
+        self.cut_counts.clear()
         pairs = [(example, encoded) for example in examples if (encoded := self.encode(example, issues)) is not None]
+        if cut := {part: count for part, count in self.cut_counts.items() if 2 * count > len(examples)}:
+            parts = ", ".join(f"{part} in {count:,} of {len(examples):,}" for part, count in cut.items())
+            hint = "or predict with --windows" if self.task_spec.task == "classify" else "or shorten the texts"
+            what = f"most examples do not fit into the context of {self.context_length:,} tokens"
+            detail = (
+                f"cut off is {parts}. What is cut off cannot be learned, nor what depends on it: start from a model with a "
+                f"longer context (pretrain --model.context-length), {hint}"
+            )
+            issues.info(examples[0].path, None, what, detail)
         return [example for example, _ in pairs], [encoded for _, encoded in pairs]
 
-    def encode_prompt(self, example: Example) -> list[int]:
+    def encode_prompt(self, example: Example, issues: IssueLog | None = None) -> list[int]:
         """The token ids that a generated answer follows, with room for the answer in the context."""
-        return self._encode_prompt(example)[0]
+        ids, cut = self._encode_prompt(example)
+        self._report_cut(example, cut, issues or IssueLog())
+        return ids
+
+    def _report_cut(self, example: Example, parts: Iterable[str], issues: IssueLog) -> None:
+        for part in dict.fromkeys(parts):
+            what = f"longer than the context of {self.context_length:,} tokens; {part} is cut off"
+            issues.add(example.path, example.line, what)
+            self.cut_counts[part] += 1
 
     def _target(self, fields: dict[str, Any]) -> Any:
         target = fields[TASK_KINDS[self.task_spec.kind].target_field]
@@ -234,8 +257,8 @@ class ExampleEncoder:
             return self.label_to_id[target]
         return np.array([name in target for name in self.label_to_id]) if self.task_spec.kind == "labels" else target
 
-    def _encode_sequences(self, example: Example) -> list[tuple[TokenSequence, bool]]:
-        """The sequences of an example, and whether each was truncated.
+    def _encode_sequences(self, example: Example) -> list[tuple[TokenSequence, list[str]]]:
+        """The sequences of an example, and the parts that were cut off from each.
 
         With a head: one text or a pair, a pair of sentences in both orders, or a question with each of its choices. Otherwise
         a conversation, or the prompt with each answer.
@@ -248,14 +271,25 @@ class ExampleEncoder:
                 sequences.append((others[0], first))
             return [self._with_special_tokens(*texts) for texts in sequences]
         if task == "chat":
-            ids, loss_mask = encode_conversation(self.tokenizer, fields["messages"])
-            sequence = TokenSequence(np.array(ids[: self.context_length]), np.array(loss_mask[: self.context_length]))
-            return [(sequence, len(ids) > self.context_length)]
-        prompt, truncated = self._encode_prompt(example)
+            return [self._encode_chat(fields["messages"])]
+        prompt, cut = self._encode_prompt(example)
         answers = [fields["completion"]] if task == "rewrite" else [fields["chosen"], fields["rejected"]]
-        return [self._append_answer(prompt, answer, truncated) for answer in answers]
+        return [self._append_answer(prompt, answer, cut) for answer in answers]
 
-    def _with_special_tokens(self, *texts: str) -> tuple[TokenSequence, bool]:
+    def _encode_chat(self, messages: Sequence[dict[str, Any]]) -> tuple[TokenSequence, list[str]]:
+        """A conversation: of one that is too long the last answer, and the end of what comes before it."""
+        ids, loss_mask = encode_conversation(self.tokenizer, messages)
+        prompt_length, cut = len(ids), list[str]()
+        if len(ids) > self.context_length and self.task_spec.keeps_prompt_end:
+            prompt = encode_conversation(self.tokenizer, messages[:-1], add_generation_prompt=True)[0]
+            num_left_out = max(0, len(prompt) - self.context_length + max(1, self.task_spec.answer_tokens))
+            cut += ["the beginning of the conversation"] if num_left_out else []
+            ids, loss_mask, prompt_length = ids[num_left_out:], loss_mask[num_left_out:], len(prompt) - num_left_out
+        if len(ids) > self.context_length:
+            cut += ["the end of the answer" if prompt_length < len(ids) else "the end of the conversation"]
+        return TokenSequence(np.array(ids[: self.context_length]), np.array(loss_mask[: self.context_length])), cut
+
+    def _with_special_tokens(self, *texts: str) -> tuple[TokenSequence, list[str]]:
         """`start text extract` or `start text delimiter text extract`, truncated as the Hugging Face tokenizer does."""
         parts = [self.tokenizer.encode(text) for text in texts]
         lengths = truncate_longest_first([len(part) for part in parts], self.context_length - len(parts) - 1)
@@ -264,7 +298,11 @@ class ExampleEncoder:
             separator = DELIMITER_TOKEN if i + 1 < len(parts) else EXTRACT_TOKEN
             ids += [*part[:length], self.special_token_ids[separator]]
             loss_mask += [True] * length + [False]
-        return TokenSequence(np.array(ids), np.array(loss_mask)), sum(lengths) < sum(map(len, parts))
+        cut = [i for i, (part, length) in enumerate(zip(parts, lengths, strict=True)) if length < len(part)]
+        names = (
+            ["the end of the text"] if len(parts) == 1 else ["the end of the first text", "the end of the second text"]
+        )
+        return TokenSequence(np.array(ids), np.array(loss_mask)), [names[i] for i in cut]
 
     def encode_windows(self, example: Example) -> list[EncodedExample]:
         """The whole of a text to classify, in as few windows of equal length as fit into the context."""
@@ -277,26 +315,32 @@ class ExampleEncoder:
             windows.append(EncodedExample((TokenSequence(np.array([start, *part, extract]), loss_mask),)))
         return windows
 
-    def _append_answer(self, prompt: list[int], answer: str, prompt_truncated: bool) -> tuple[TokenSequence, bool]:
+    def _append_answer(self, prompt: list[int], answer: str, cut: list[str]) -> tuple[TokenSequence, list[str]]:
         end = self.special_token_ids[END_OF_TURN_TOKEN] if self.task_spec.chat else self.tokenizer.eos_id
         answer_ids = [*self.tokenizer.encode(answer), end]
         max_answer_length = self.context_length - len(prompt)
         ids = np.array([*prompt, *answer_ids[:max_answer_length]])
-        truncated = prompt_truncated or len(answer_ids) > max_answer_length
-        return TokenSequence(ids, np.arange(len(ids)) >= len(prompt)), truncated
+        cut = [*cut, "the end of the answer"] if len(answer_ids) > max_answer_length else cut
+        return TokenSequence(ids, np.arange(len(ids)) >= len(prompt)), cut
 
-    def _encode_prompt(self, example: Example) -> tuple[list[int], bool]:
-        """The prompt, and whether it was truncated: a conversation at its beginning, a text at its end."""
+    def _encode_prompt(self, example: Example) -> tuple[list[int], list[str]]:
+        """The prompt, and the parts that were cut off."""
         max_prompt_length = self.context_length - max(1, self.task_spec.answer_tokens)
         fields = example.fields
         if self.task_spec.chat:
             messages = fields["messages"]
             prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
             ids, _ = encode_conversation(self.tokenizer, prompt, add_generation_prompt=True)
-            return ids[max(0, len(ids) - max_prompt_length) :], len(ids) > max_prompt_length
+            is_cut = len(ids) > max_prompt_length
+            return ids[max(0, len(ids) - max_prompt_length) :], ["the beginning of the conversation"] if is_cut else []
         ids = self.tokenizer.encode(fields["prompt"] if "prompt" in fields else fields["messages"][-1]["content"])
         start, delimiter = self.special_token_ids[START_TOKEN], self.special_token_ids[DELIMITER_TOKEN]
-        return [start, *ids[: max(0, max_prompt_length - 2)], delimiter], len(ids) > max_prompt_length - 2
+        room = max(0, max_prompt_length - 2)
+        if len(ids) <= room:
+            return [start, *ids, delimiter], []
+        if self.task_spec.keeps_prompt_end:
+            return [start, *ids[len(ids) - room :], delimiter], ["the beginning of the prompt"]
+        return [start, *ids[:room], delimiter], ["the end of the prompt"]
 
 
 def truncate_longest_first(lengths: Sequence[int], max_length: int) -> list[int]:
@@ -424,18 +468,20 @@ def load_task_data(
         details = "\n".join(issues.summary_lines())
         raise NextwordError(f"{', '.join(paths)}: there are no training examples\n{details}".rstrip())
     # Inferred from all examples, so that a subset has the same labels.
-    task_spec = infer_task_spec(examples, train, tokenizer, base_task_spec, context_length)
-    num_available = len(train)
-    if limit is not None and limit < len(train):
-        order = permute(np.arange(len(train)), len(train), derive_seed(seed, 6))
-        drawn: list[int] = sorted(order.tolist()[:limit])
-        train = [train[i] for i in drawn]
+    task_spec = infer_task_spec(examples, train, tokenizer, base_task_spec, context_length, is_current)
     if validation:
         held_out = _read_held_out_set(validation, examples, task_spec, paths[0], issues, label_map)
     if test:
         test_set = _read_held_out_set(test, examples, task_spec, paths[0], issues, label_map)
     if task_spec.labels:
         held_out, test_set = (filter_known_labels(part, task_spec.labels, issues) for part in (held_out, test_set))
+    if is_current:
+        train, held_out = remove_leaks(task_spec, train, held_out, test_set, issues)
+    num_available = len(train)
+    if limit is not None and limit < len(train):
+        order = permute(np.arange(len(train)), len(train), derive_seed(seed, 6))
+        drawn: list[int] = sorted(order.tolist()[:limit])
+        train = [train[i] for i in drawn]
     tokenizer = task_spec.with_special_tokens(tokenizer)
     encoder = ExampleEncoder(task_spec, tokenizer, context_length)
     train, encoded_train = encoder.encode_all(train, issues)
@@ -455,6 +501,51 @@ def load_task_data(
         )
     encoded = encoded_train, encoded_held_out, encoded_test
     return TaskData(task_spec, tokenizer, train, held_out, test_set, *encoded, num_available, examples.reason)
+
+
+def remove_leaks(
+    task_spec: TaskSpec,
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    test: Sequence[Example],
+    issues: IssueLog,
+) -> tuple[list[Example], list[Example]]:
+    """The training and validation examples whose inputs are in no set that is scored after them.
+
+    An input of the test set is left out of the other two, and one of the validation set of the training set. Training examples
+    of one input with different labels are left out, too, unless there are no others. All are counted.
+
+    Raises:
+        NextwordError: No training example is left.
+    """
+
+    def inputs(examples: Sequence[Example]) -> list[tuple[str, ...]]:
+        texts = [tuple(" ".join(text.split()) for text in input_texts(task_spec.task, e)) for e in examples]
+        return [tuple(sorted(pair)) for pair in texts] if task_spec.task == "similarity" else texts
+
+    def without(examples: Sequence[Example], excluded: Collection[tuple[str, ...]], kind: str) -> list[Example]:
+        is_excluded = [key in excluded for key in inputs(examples)]
+        lost = [example for example, excluded in zip(examples, is_excluded, strict=True) if excluded]
+        if lost:
+            detail = f"{len(lost):,} of {len(examples):,}"
+            issues.add(lost[0].path, lost[0].line, f"{kind}; left out", detail, count=len(lost))
+        return [example for example, excluded in zip(examples, is_excluded, strict=True) if not excluded]
+
+    in_test, in_validation = set(inputs(test)), set(inputs(validation))
+    validation = without(validation, in_test, "the same text is also in the test set")
+    left = without(train, in_test, "a training example whose text is also in the test set")
+    left = without(left, in_validation, "a training example whose text is also in the validation set")
+    if train and not left:
+        raise NextwordError(f"all {len(train):,} training examples are also in the validation or the test set")
+    if task_spec.kind not in ("label", "labels", "choice"):
+        return left, list(validation)
+    targets: dict[tuple[str, ...], set[Any]] = {}
+    for example, key in zip(left, inputs(left), strict=True):
+        targets.setdefault(key, set()).add(example.fields[TASK_KINDS[task_spec.kind].target_field])
+    ambiguous = {key for key, values in targets.items() if len(values) > 1}
+    if len(ambiguous) < len(targets):
+        left = without(left, ambiguous, "a training example whose text also has another label")
+    return left, list(validation)
 
 
 def _read_held_out_set(
@@ -482,6 +573,7 @@ def infer_task_spec(
     tokenizer: Tokenizer,
     base_task_spec: TaskSpec | None,
     context_length: int,
+    keeps_prompt_end: bool = True,
 ) -> TaskSpec:
     """The specification of a task from its training examples.
 
@@ -509,7 +601,9 @@ def infer_task_spec(
     # Preferences have the prompt format of the base model: conversations, unless it was fine-tuned to rewrite.
     chat = task == "chat" or (task == "prefer" and (base_task_spec is None or base_task_spec.task != "rewrite"))
     answer_tokens = max_answer_tokens(tokenizer, answers, context_length)
-    return TaskSpec(task, kind, answer_tokens=answer_tokens, chat=chat, columns=columns)
+    return TaskSpec(
+        task, kind, answer_tokens=answer_tokens, chat=chat, columns=columns, keeps_prompt_end=keeps_prompt_end
+    )
 
 
 def compute_sample_weights(
