@@ -730,7 +730,9 @@ def test_real_data(name, task, count):
     examples = read_examples(DATA / name, None, issues, RENAMED if name.startswith("english") else None)
     assert (examples.task, len(examples) + issues.total) == (task, count)
     same = "the chosen and the rejected answer are identical; left out"
-    assert [p.what for p in issues.issues if p.line] == ([same] if task == "prefer" else [])
+    assert [p.what for p in issues.issues if p.line and not p.what.startswith("HTML")] == (
+        [same] if task == "prefer" else []
+    )
     if task == "prefer":
         rows = json.loads((DATA / name).read_text(encoding="utf-8"))
         assert issues.total == sum(row["chosen"] == row["rejected"] for row in rows) == 6

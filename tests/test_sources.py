@@ -223,6 +223,7 @@ def test_the_header_of_a_table(rows, expected):
         ("a\tb\nc\td\n", ".tsv"),
         ("id,text\n1,a\n", ".csv"),
         ("text;label\na;b\n", ".csv"),
+        ("i am glad;joy\nno, not;fear\n" * 3, ".csv"),
         ("Text, the first of all, was long.\nIt went on, and on.\n", ""),
         ("A line\tof prose\nand others\nwithout\nany tab\n", ""),
         ("EU B-ORG\nrejects O\n\nGerman B-MISC\n", ""),
@@ -359,6 +360,38 @@ def test_questions_about_labels(tmp_path):
         ask(["1", 1.0, "0", "pos"])
     for names in (["-1", "1"], [1, "1.0", 0], ["1", "2", "10"], ["a b", "c"]):
         ask(names)
+
+
+def test_markup_and_numbers_that_are_no_classes(tmp_path):
+    texts = ["a &amp; b", "&#39;c&#39; &lt;", "d<br />e</p>", "x < y and z > 1", "f & g; <3 h"]
+    _, issues = read(
+        tmp_path, {"a.jsonl": [{"text": text, "label": i % 2} for i, text in enumerate(texts)]}, ["a.jsonl"]
+    )
+    assert (
+        "line 1: HTML entities: &amp; in 2 of 5 examples" in issues and "line 3: HTML tags: <br /> in 1 of 5" in issues
+    )
+    rows = [{"review": text, "rating": i / 7} for i, text in enumerate(SENTENCES * 3)]
+    with pytest.raises(UsageError, match=r"rating has numbers such as 0.0, which are no classes"):
+        read(tmp_path, {"b.jsonl": rows}, ["b.jsonl"])
+    boolq = [{"question": s, "answer": i % 2 == 0, "passage": s * 2} for i, s in enumerate(SENTENCES)]
+    with pytest.raises(SuggestionError, match="the answers are no texts") as caught:
+        read(tmp_path, {"c.jsonl": boolq}, ["c.jsonl"])
+    assert caught.value.options[:4] == ["--task", "entail", "--column", "premise=question"]
+    wmt = [{"translation": {"en": s, "de": s}} for s in SENTENCES]
+    with pytest.raises(SuggestionError) as caught:
+        read(tmp_path, {"d.jsonl": wmt}, ["d.jsonl"])
+    assert caught.value.options == [
+        "--task",
+        "rewrite",
+        *("--column", "prompt=translation.en"),
+        *("--column", "completion=translation.de"),
+    ]
+    stories = {
+        f"stories/{i}.story": f"{'long ' * 9}\n\n@highlight\n\nfirst\n\n@highlight\n\nsecond\n" for i in range(3)
+    }
+    assert {e.fields["completion"] for e in read(tmp_path / "cnn", stories)[0]} == {"first\nsecond"}
+    with pytest.raises(UsageError, match="texts without labels"):
+        read(tmp_path / "plain", {"train/a.txt": "a", "test/b.txt": "b"})
 
 
 def test_nested_records():

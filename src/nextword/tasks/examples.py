@@ -34,6 +34,10 @@ from nextword.tasks.sources import SPLIT_COLUMNS, SPLITS, Source, find_sources
 
 ALL_COLUMNS = ("*",)
 _TEXT_SUFFIXES = (".txt", ".md")
+_MARKUP = {
+    "HTML entities": re.compile(r"&(?:[a-zA-Z]{2,8}|#[0-9]{1,5}|#x[0-9a-fA-F]{1,5});"),
+    "HTML tags": re.compile(r"</?[a-zA-Z][a-zA-Z0-9]{0,9}(?:\s+[a-zA-Z-]+\s*=[^<>]*|\s*)/?>"),
+}
 
 
 @dataclass
@@ -221,9 +225,11 @@ def read_examples(
     if note:
         issues.info(first_table, None, kind, note)
     if unused := [name for name in names if name not in (*wanted, split_column, *(kept or ()))]:
-        issues.info(first_table, None, "unused columns", join_names(unused))
+        issues.info(first_table, None, "unused columns", join_names(name or "(without a name)" for name in unused))
     unread = [row for row in rows if not row.error]
     items = list(_parse_rows(zip(unread, records, splits, strict=True), task, answer_format, require_targets, issues))
+    if require_targets and not like.task:
+        _count_markup(task, items, issues)
     if label_map:
         items = _map_labels(items, label_map, issues)
     if label_map is not None and not like.labels:
@@ -321,10 +327,26 @@ def _interpret_labels(
         if role == "score" or is_score_column(scores):
             new_role, values, note = "score", scores, decimal_note
     elif task == "classify":
+        if require_targets and is_score_column(values) and len(set(map(str, values))) > 20:
+            first = next(value for value in values if parse_float(value) is not None)
+            raise UsageError(
+                f"{columns[role]} has numbers such as {first}, which are no classes, and no task predicts a number for one "
+                "text: round them, or name another column with --column label=COLUMN"
+            )
         new_role, values, note = interpret_labels(values, role, may_change=role not in chosen)
     for record, value in zip(records, values, strict=True) if new_role else ():
         record.values[new_role] = value
     return {role: new_role}, note
+
+
+def _count_markup(task: str, examples: Sequence[Example], issues: IssueLog) -> None:
+    """Report how many examples have HTML entities or tags, which are read as they are."""
+    for kind, pattern in _MARKUP.items():
+        found = [(e, m) for e in examples if (m := next(filter(None, map(pattern.search, input_texts(task, e))), None))]
+        if found:
+            example, match = found[0]
+            detail = f"{match[0]} in {len(found):,} of {len(examples):,} examples; they are kept as they are"
+            issues.info(example.path, example.line, kind, detail)
 
 
 def _map_labels(examples: Sequence[Example], label_map: Mapping[str, str], issues: IssueLog) -> list[Example]:

@@ -160,9 +160,14 @@ def infer_columns(
         if pair:
             found = {"premise": str(pair[0]), "hypothesis": str(pair[1]), "label": label}
             return "entail", found, f"the values of {label} say entailment, which has a direction"
-    if fitting and fitting[0] != "continue":
-        return fitting[0], {}, "the names of the columns" + _describe_others(fitting[1:])
     text_columns = sorted(filter(partial(_is_text_column, values), free), key=lambda name: -_mean_length(values[name]))
+    is_generated = fitting[:1] in (["rewrite"], ["chat"])
+    mapped = resolve_columns(fitting[0], names, columns) if is_generated else {}
+    answers = [row.get(mapped.get("completion", mapped.get("output", ""))) for row in rows]
+    has_texts = not is_generated or any(not isinstance(answer, bool | int | float | None) for answer in answers)
+    if fitting and fitting[0] != "continue" and (has_texts or "messages" in mapped or not rows):
+        return fitting[0], {}, "the names of the columns" + _describe_others(fitting[1:])
+    fitting = fitting if has_texts else []
     text = columns.get("text") or find_column(free, TASKS["classify"].columns["text"]) or next(iter(text_columns), None)
     bits = [name for name in free if values[name] and set(values[name]) <= {"0", "1", "True", "False", "0.0", "1.0"}]
     if text and len(bits) > 1 and len(rows) > 1 and "label" not in columns:
@@ -170,6 +175,9 @@ def infer_columns(
     candidates = [name for name in free if name != text and _is_label_column(values[name], len(rows))]
     named = [name for name in candidates if name.lower().endswith(tuple(TASKS["classify"].columns["label"]))]
     candidates = named if len(named) == 1 else candidates
+    if not has_texts and len(text_columns) > 1:
+        message = f"the answers are no texts, and there are several columns of texts: {_describe_columns(names, rows)}"
+        raise SuggestionError(message, suggest_columns("entail", names, rows, columns))
     if text and len(candidates) == 1 and (fitting or len(text_columns) <= 1 or not set(columns) - {"text"}):
         label = candidates[0]
         reason = f"{label} has {len(set(values[label]))} different values and {text} the longest texts"
@@ -207,13 +215,13 @@ def suggest_columns(
         (name for name in free if name not in texts and _is_label_column(values[name], len(rows))),
         key=lambda name: len(set(values[name])),
     )
-    options = (
-        [] if task and not require_targets else ["--task", task or ("classify" if labels and texts else "rewrite")]
-    )
-    task = task or options[1]
+    scores = [name for name in free if name not in texts and is_score_column(values[name])]
+    guess = "classify" if labels and texts else "similarity" if scores and len(texts) > 1 else "rewrite"
+    options = [] if task and not require_targets else ["--task", task or guess]
+    task = task or guess
     if task in ("classify", "chat") or not require_targets:
         texts.sort(key=lambda name: -_mean_length(values[name]))
-    pools = {"label": labels, "labels": labels, "score": labels, "answer": labels}
+    pools = {"label": labels, "labels": labels, "score": scores or labels, "answer": labels}
     for role, name in columns.items():
         options += ["--column", f"{role}={name}"]
     for group in TASKS[task].required(require_targets):
@@ -384,11 +392,11 @@ def parse_targets(
     if task == "choose":
         return {"answer": _parse_answer(values, answer_format)}
     if task == "rewrite":
-        return {"completion": _require_text(values.get("completion"), "completion")}
+        return {"completion": _require_text(_first_text(values.get("completion")), "completion")}
     if task == "chat":
         messages = inputs["messages"]
         if "messages" not in values:
-            messages += ({"role": "assistant", "content": _require_text(values.get("output"), "output")},)
+            messages += ({"role": "assistant", "content": _require_text(_first_text(values.get("output")), "output")},)
         if messages[-1]["role"] != "assistant":
             raise RowError("the conversation does not end with an assistant message")
         if not any(message["role"] == "assistant" and message.get("weight", 1) for message in messages):
@@ -447,6 +455,11 @@ def _is_blank(value: Any) -> bool:
 def _is_missing(value: Any) -> bool:
     """Whether a label is missing: blank, or not a finite number."""
     return _is_blank(value) or (isinstance(value, float) and not math.isfinite(value))
+
+
+def _first_text(value: Any) -> Any:
+    """The first of several answers, as data sets of questions have them; any other value unchanged."""
+    return value[0] if is_json_array(value) and value and all(isinstance(item, str) for item in value) else value
 
 
 def _require_text(value: Any, name: str) -> str:
@@ -576,6 +589,7 @@ def ask_about_labels(counts: Mapping[str, int], label_map: Mapping[str, str]) ->
         questions.append(
             f"some labels are numbers and others words: {shown}. Which belong together? --map-label=NUMBER=WORD"
         )
+        answers += [f"--map-label={name}={name}" for name in numbers]
     if questions:
         raise SuggestionError(
             "\n  ".join(

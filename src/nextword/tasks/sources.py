@@ -46,6 +46,8 @@ _FASTTEXT = re.compile(r"((?:__label__\S+[ ,]*)+)(.*)")
 _TAGGED_TOKEN = re.compile(r"\S+(?:[ \t]\S+)*[ \t](?:O|[BIES]-\S+)\s*")
 _SECTION = re.compile(r"^@([a-z]+)[0-9]*[ \t]*$", re.MULTILINE)
 
+_SECTION_NOTE = "each text is the prompt, and the section after its @ line the completion"
+
 Rows = Iterator[tuple[Path, Record]]
 
 
@@ -97,7 +99,7 @@ def find_sources(
         if not path.is_dir():
             suffix = table_suffix(path) if task != "continue" or file_format(path)[0] in TABLE_SUFFIXES else ""
             texts += [] if suffix else [path]
-            sources += [_table(path, suffix, "", task, columns, is_numbered)] if suffix else []
+            sources += [_table(path, suffix, "", task, columns, is_numbered, is_labeled)] if suffix else []
             continue
         visible = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
         files = sorted(p for p in visible if p.is_file())
@@ -109,7 +111,7 @@ def find_sources(
             splits = [split_of(p.relative_to(path)) for p in tables]
             has_splits = "train" in splits and len(set(splits)) > 1
             sources += [
-                _table(p, table_suffix(p), split if has_splits else "", task, columns, is_numbered)
+                _table(p, table_suffix(p), split if has_splits else "", task, columns, is_numbered, is_labeled)
                 for p, split in zip(tables, splits, strict=True)
             ]
             if has_splits:
@@ -154,15 +156,26 @@ def table_suffix(path: Path) -> str:
     tabs = Counter(line.count("\t") for line in lines)
     if len(lines) > 1 and (most := tabs.most_common(1)[0])[0] > 0 and most[1] >= 0.9 * len(lines):
         return "" if sum(_TAGGED_TOKEN.fullmatch(line) is not None for line in lines) > len(lines) / 2 else ".tsv"
+    for separator in ";|" if len(lines) > 4 else "":  # labels at the end of all lines
+        ends = {line.rpartition(separator)[2].strip() for line in lines}
+        are_labels = len(ends) <= len(lines) / 2 and all(0 < len(end) <= 40 for end in ends)
+        if are_labels and len({line.count(separator) for line in lines}) == 1 and separator in lines[0]:
+            return ".csv"
     names = [cell.strip("\"' ").lower() for cell in re.split(r"[,;|]", lines[0])] if len(lines) > 1 else []
     is_header = len(names) > 1 and all(re.fullmatch(r"[\w#.:-]+", name) for name in names)
     return ".csv" if is_header and not HEADER_NAMES.isdisjoint(names) else ""
 
 
 def _table(
-    path: Path, suffix: str, split: str, task: str | None, columns: Mapping[str, str], is_numbered: bool
+    path: Path,
+    suffix: str,
+    split: str,
+    task: str | None,
+    columns: Mapping[str, str],
+    is_numbered: bool,
+    is_labeled: bool,
 ) -> Source:
-    """A table, with its columns and first rows. Nested records become rows if only their columns fit the task."""
+    """A table, with its columns and first rows. Nested records become rows, unless the other columns fit the task."""
     table_format = TableFormat(suffix, HEADER_NAMES, is_numbered)
     names: dict[str, None] = {}
 
@@ -174,19 +187,18 @@ def _table(
     sample = [record.values for record in islice(records, MAX_PEEKED_RECORDS)]
     source = Source(path, list(names), partial(_read_table, path, table_format), sample, split)
     is_nested = any(_is_nested(value) for row in sample for value in row.values())
-    if is_nested and not _fits(task, columns, source.columns):
+    if is_nested and not _fits(task, columns, source.columns, is_labeled):
         sample = [row for values in sample for row in flatten(values)]
         names = dict.fromkeys(name for row in sample for name in row)
-        if _fits(task, columns, list(names)):
-            read = partial(_read_table, path, table_format, is_nested=True)
-            return Source(path, list(names), read, sample, split, note="nested records are read as rows")
+        read = partial(_read_table, path, table_format, is_nested=True)
+        return Source(path, list(names), read, sample, split, note="nested records are read as rows")
     return source
 
 
-def _fits(task: str | None, columns: Mapping[str, str], names: list[str]) -> bool:
+def _fits(task: str | None, columns: Mapping[str, str], names: list[str], is_labeled: bool) -> bool:
     with suppress(UsageError):
         task = task or infer_task([*columns, *names])
-        resolve_columns(task, names, columns)
+        resolve_columns(task, names, columns, is_labeled)
         return task != "continue"
     return False
 
@@ -199,7 +211,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> list[dict[str, Any]]
     """The rows of a record: one for each object in its lists, with the values around it. Names are joined by dots."""
     rows: list[dict[str, Any]] = [{}]
     for name, value in values.items():
-        if not _is_nested(value):
+        if not _is_nested(value) or name in ("choices", "options"):
             rows = [{**row, prefix + name: value} for row in rows]
             continue
         items = cast(list[dict[str, Any]], [value] if is_json_object(value) else value)
@@ -257,11 +269,16 @@ def _read_classes(names: Mapping[Path, str], issues: IssueLog, select: ColumnSel
             yield path, Record(number, row, row if keeps_rows else {})
 
 
-def _read_fasttext(path: Path, issues: IssueLog, select: ColumnSelector, keeps_rows: bool) -> Rows:
-    for number, line in enumerate(_lines(path, issues), 1):
+def _fasttext_rows(path: Path, issues: IssueLog) -> Iterator[tuple[str, list[str]]]:
+    """The text and the labels of each line, such as ``__label__positive So good.``"""
+    for line in _lines(path, issues):
         match = _FASTTEXT.fullmatch(line)
-        labels = re.findall(r"__label__([^\s,]+)", match[1]) if match else []
-        row = {"text": match[2] if match else line, "labels": labels}
+        yield (match[2], re.findall(r"__label__([^\s,]+)", match[1])) if match else (line, [])
+
+
+def _read_fasttext(role: str, path: Path, issues: IssueLog, select: ColumnSelector, keeps_rows: bool) -> Rows:
+    for number, (text, labels) in enumerate(_fasttext_rows(path, issues), 1):
+        row = {"text": text, role: labels if role == "labels" else next(iter(labels), None)}
         yield path, Record(number, row, row if keeps_rows else {})
 
 
@@ -271,7 +288,9 @@ def _text_sources(
     """Text files as sources, as far as they belong together."""
     first = next(_lines(texts[0], IssueLog()), "")
     if all(_FASTTEXT.match(next(_lines(path, IssueLog()), "")) for path in texts):
-        return [Source(p, ["text", "labels"], partial(_read_fasttext, p), task="classify") for p in texts], []
+        has_several = any(len(labels) > 1 for path in texts for _, labels in _fasttext_rows(path, IssueLog()))
+        role = "labels" if has_several else "label"
+        return [Source(p, ["text", role], partial(_read_fasttext, role, p), task="classify") for p in texts], []
     head = [line for line in islice(_lines(texts[0], IssueLog()), 200) if line.strip()]
     if len(head) > 3 and sum(_TAGGED_TOKEN.fullmatch(line) is not None for line in head) > 0.8 * len(head):
         raise UsageError(
@@ -283,9 +302,8 @@ def _text_sources(
         return [
             Source(path, [role], partial(_read_lines, [path], [role]), note="each line is a row") for path in texts
         ], []
-    if all(_SECTION.search("".join(islice(decode_chunks(path, IssueLog()), 4))) for path in texts[:20]):
-        note = "each text is the prompt, and the section after its @ line the completion"
-        return [_documents(path, [(path, {})], "rewrite", "", note if path == texts[0] else "") for path in texts], []
+    if all(map(_has_sections, texts[:20])):
+        return [_documents(texts[0], [(path, {}) for path in texts], "rewrite", "", _SECTION_NOTE)], []
     stems: dict[str, list[Path]] = {}
     for path in texts:
         stems.setdefault(_without_compression(path).stem, []).append(path)
@@ -360,6 +378,10 @@ def _documents(
     return Source(path, columns, read, split=split, task=task, note=note)
 
 
+def _has_sections(path: Path) -> bool:
+    return _SECTION.search("".join(islice(decode_chunks(path, IssueLog()), 4))) is not None
+
+
 def _sections(text: str) -> dict[str, str]:
     """The text before the first @ line, and the sections of its name (@subject, @highlight)."""
     before, *parts = _SECTION.split(text)
@@ -369,7 +391,8 @@ def _sections(text: str) -> dict[str, str]:
 
 def _pairs(path: Path, pairs: Sequence[tuple[Path, Path]], note: str) -> Source:
     """Whole texts in pairs; the first is the prompt, unless the names or the lengths say otherwise."""
-    names = [pairs[0][i].parent.as_posix().lower() + pairs[0][i].suffix.lower() for i in range(2)]
+    parts = [pairs[0][i].parts for i in range(2)]
+    names = [" ".join(part for part in parts[i] if part not in parts[1 - i]).lower() for i in range(2)]
     sizes = [sum(pair[i].stat().st_size for pair in pairs) for i in range(2)]
     is_named = any(name in names[1] for name in _TARGET_NAMES) and not any(name in names[0] for name in _TARGET_NAMES)
     if not is_named and (sizes[1] > sizes[0] or any(name in names[0] for name in _TARGET_NAMES)):
@@ -412,15 +435,30 @@ def _folder_sources(folder: Path, task: str | None, issues: IssueLog) -> list[So
             )
             return [_pairs(folder, pairs, note)]
     by_split: dict[str, list[tuple[Path, dict[str, str]]]] = {}
+    is_classes = len(leaves) > 1 and not all(SPLITS.get(parent.name.lower()) for parent in leaves)
+    has_sections = all(_has_sections(files[0]) for files in leaves.values())
     for parent, files in leaves.items():
-        split = split_of(parent.relative_to(folder).parent)
+        split = split_of(
+            parent.relative_to(folder).parent if is_classes and not has_sections else parent.relative_to(folder)
+        )
         if parent.name.lower() in _UNLABELED:
             issues.info(parent, None, "left out: texts without labels", count=len(files))
         else:
             by_split.setdefault(split, []).extend((path, {"label": parent.name}) for path in files)
     if "train" not in by_split:
         by_split = {"": [item for items in by_split.values() for item in items]}
+    if has_sections:
+        return [_documents(folder, items, "rewrite", split, _SECTION_NOTE) for split, items in by_split.items()]
+    if not is_classes:
+        raise UsageError(
+            f"{folder}: texts without labels. Give a folder of texts for each class, or a table; to continue pre-training "
+            "on them: --task continue"
+        )
     names = sorted({labels["label"] for items in by_split.values() for _, labels in items})
     note = f"the label of a text is the name of its folder ({', '.join(names[:6])}{', …' if len(names) > 6 else ''})"
-    note += "; if the folders hold pairs: --task rewrite" if task is None and len(tops) == 2 else ""
+    note += (
+        "; if the folders hold pairs: --task rewrite"
+        if task is None and len(tops) == 2 and _match_folders(tops)
+        else ""
+    )
     return [_documents(folder, items, "classify", split, note) for split, items in by_split.items()]
