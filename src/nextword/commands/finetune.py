@@ -330,9 +330,7 @@ def summarize(recipe: FinetuneRecipe, data: "TaskData", label_counts: dict[str, 
     lines = [f"task {spec.task} ({columns}): {len(data.train):,} training examples, {held_out}"]
     if data.reason:
         others = "--task TASK and --column ROLE=COLUMN"
-        lines.append(
-            f"the task is inferred from {data.reason}; for another, give {others} (see nextword finetune --help)"
-        )
+        lines.append(f"the task is inferred ({data.reason}); for another, give {others} (see nextword finetune --help)")
     if spec.labels:
         shown = [f"{name} {label_counts[name]:,}" if label_counts else name for name in spec.labels[:12]]
         lines.append(f"{len(spec.labels)} labels: {', '.join(shown)}" + (", …" if len(spec.labels) > 12 else ""))
