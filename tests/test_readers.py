@@ -311,6 +311,18 @@ def test_a_row_larger_than_memory_is_refused(tmp_path, monkeypatch):
     assert "line 2: a row that is too long; left out: it has more than 100,000" in str(issues.summary_lines())
 
 
+def test_a_row_of_very_many_lines_and_very_many_lost_rows_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "CSV_SAMPLE_CHARS", 100)
+    monkeypatch.setattr("nextword.data.decoding.MAX_ROW_LINES", 1000)
+    table = "text,label\n" + '"' + "a\n" * 500 + '",x\n' + '"' + "a\n" * 3000 + '",x\ngood,y\n'
+    found, issues = read(tmp_path / "a.csv", table)
+    assert [values["text"] for _, values in found][:: len(found) - 1] == ["a\n" * 500, "good"]
+    assert "line 503: a row that is too long; left out: it has more than 1,000 lines" in str(issues.summary_lines())
+    monkeypatch.setattr("nextword.data.issues.MAX_LOST_ROWS", 1000)
+    with pytest.raises(NextwordError, match=r"a.csv, line 2503: .*\. More than 1,000 rows cannot be read"):
+        read(tmp_path / "a.csv", table)
+
+
 def test_a_parquet_file_that_expands_is_refused_or_read_in_small_batches(tmp_path, monkeypatch):
     monkeypatch.setattr("nextword.data.decoding.MIN_EXPANDED_BYTES", 2**25)
     monkeypatch.setattr(readers, "PARQUET_BATCH_BYTES", 2**23)

@@ -16,6 +16,7 @@ COMPRESSION_SUFFIXES = (".gz", ".zst")
 CHUNK_CHARS = 2**16
 MAX_LINE_CHARS = 2**25  # of a line of a table, which is held in memory whole
 MAX_ROW_CHARS = 2**26  # of a row of several lines
+MAX_ROW_LINES = 2**20  # each of which takes memory, however short it is
 BLOCK_BYTES = 2**18
 MIN_EXPANDED_BYTES, MAX_EXPANSION = 2**26, 200  # a compressed file may not expand beyond both
 
@@ -173,7 +174,7 @@ def _find_split(text: str, start: int, limit: int) -> int:
 
 
 class RowTooLongError(Exception):
-    """A row of a table that is longer than `MAX_ROW_CHARS`."""
+    """A row of a table that is longer than `MAX_ROW_CHARS` or `MAX_ROW_LINES`."""
 
 
 class LineReader:
@@ -210,6 +211,8 @@ class LineReader:
         self.line_number, self.first_line_number = line[0], self._row_lines[0][0]
         if self._row_chars > MAX_ROW_CHARS:
             raise RowTooLongError(f"it has more than {MAX_ROW_CHARS:,} characters")
+        if len(self._row_lines) > MAX_ROW_LINES:
+            raise RowTooLongError(f"it has more than {MAX_ROW_LINES:,} lines")
         return line[1]
 
     def start_row(self) -> None:

@@ -12,6 +12,7 @@ from nextword.common.errors import NextwordError
 
 MAX_SHOWN_ISSUES = 20
 MAX_STORED_ISSUES = 1000  # beyond them only the counts grow
+MAX_LOST_ROWS = 1_000_000  # each is kept with its place and reason
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -109,8 +110,17 @@ class IssueLog:
             raise NextwordError(f"{issue}. Correct it, or leave out --strict to continue without it")
 
     def lose_row(self, path: Path | str, line: int, kind: str, detail: str = "") -> str:
-        """Record that a row of a table was left out. Returns the reason. Raises as `add`."""
+        """Record that a row of a table was left out. Returns the reason.
+
+        Raises:
+            NextwordError: as `add`, or too many rows were left out.
+        """
         reason = f"{kind}: {replace_surrogates(detail)}" if detail else kind
+        if len(self.lost_rows) >= MAX_LOST_ROWS:
+            raise NextwordError(
+                f"{path}, line {line}: {reason}. More than {MAX_LOST_ROWS:,} rows cannot be read: is this a table, with this "
+                "separator and these quotes?"
+            )
         self.lost_rows.append((str(path), line, reason))
         self.add(path, line, kind, detail)
         return reason
