@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from nextword.commands.command import Context
 from nextword.common.console import Console
 from nextword.common.errors import UsageError
-from nextword.common.results import weights_digest
 from nextword.common.run_dir import RunDir
 from nextword.training.config import Recipe
 
@@ -67,6 +66,8 @@ def train_members(
         recipe: Its recipe.
         pretrain: Trains a member.
     """
+    from nextword.common.results import weights_digest
+
     first_seed = (run.request["seed"] or 0) + 1
     budget = None if recipe.budget is None else recipe.member_share * run.remaining_seconds(recipe.budget)
     members: list[Member] = []
@@ -105,6 +106,7 @@ def load_members(run: "RunContext", members: Sequence[Member]) -> "list[GPT]":
     Raises:
         UsageError: A member is gone, or is not the one that the run started with.
     """
+    from nextword.common.results import weights_digest
     from nextword.model.hf import load_model
 
     models: list[GPT] = []
