@@ -574,7 +574,7 @@ def test_a_model_with_rotary_positions_is_tuned_at_the_context_that_its_examples
     shown = capsys.readouterr().err
     context = read_json(tmp_path / "run" / "run.json")["model"]["context_length"]
     assert 64 < context <= 256 and f"context of {context} tokens instead of the base model's 64" in shown
-    assert ("truncated" in shown) == (context == 256)
+    assert ("cut off" in shown) == (context == 256)
     result = nextword.predict(tmp_path / "run", data).scores
     assert result["accuracy"].n == 60
     from transformers import AutoConfig

@@ -31,7 +31,7 @@ from nextword.pipeline.language_model import load
 
 SIZES = {"n_layers": 2, "n_heads": 2, "d_model": 48, "context_length": 64}
 QUIET = Console(quiet=True)
-TRAINING = {"batch_tokens": 512, "evaluations": 1}
+TRAINING = {"batch_tokens": 512, "evaluations": 1, "weight_decay": 0.1}  # the default prevents memorization
 ADDRESS = "someone@example.org"
 PASSAGE = (
     "Seven grey herons stood beside the frozen mill while a quiet boat, laden with copper bells and yellow onions, drifted "

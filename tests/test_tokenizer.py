@@ -1,6 +1,7 @@
 """Tokenizers: lossless, deterministic, no special tokens from text, and equal to transformers."""
 
 import json
+import random
 import subprocess
 import sys
 
@@ -24,9 +25,12 @@ from nextword.data.tokenizer import (
     START_TOKEN,
     UNK_TOKEN,
     Tokenizer,
+    count_broken_tokens,
     hash_sample,
     sample_key,
     train_bpe,
+    train_bpe_from_sample,
+    train_byte_bpe,
     train_char,
     vocab_size_for,
 )
@@ -158,6 +162,37 @@ def test_training_is_deterministic(bpe):
     )
     runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True) for _ in "12"]
     assert runs[0].stdout == runs[1].stdout and runs[0].stderr == ""
+
+
+def thai_texts() -> list[str]:
+    """Texts of random Thai syllables, without spaces between words."""
+    rng = random.Random(0)
+    consonants, vowels = [chr(code) for code in range(0x0E01, 0x0E2F)], ["า", "ี", "ู", "ะ", "ิ", "ุ", "ื"]
+    syllables = [rng.choice(consonants) + rng.choice(vowels) + rng.choice(consonants) for _ in range(300)]
+    return ["".join(rng.choices(syllables, k=12)) + " " + "".join(rng.choices(syllables, k=9)) for _ in range(300)]
+
+
+def test_characters_are_merged_first_where_that_gives_fewer_tokens(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    texts = thai_texts()
+    by_bytes, chosen = train_byte_bpe(texts, 512), train_bpe_from_sample(texts, 512)
+    assert chosen.vocab_size == by_bytes.vocab_size == 512
+    (num_bytes, broken), (num_tokens, still_broken) = (count_broken_tokens(t, texts) for t in (by_bytes, chosen))
+    assert broken > 0.02 * num_bytes and num_tokens < num_bytes and still_broken <= 0.01 * num_tokens
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    chosen.save(tmp_path, context_length=77)
+    stock = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*texts[:20], *SCRIPTS.values(), "<|endoftext|>", "\0\ufffd"]:
+        ids = chosen.encode(text)
+        assert chosen.decode(ids) == text and Tokenizer.open(tmp_path).encode(text) == ids
+        assert stock.decode(ids) == text and (text.startswith("<|") or stock.encode(text) == ids)
+
+
+def test_a_script_of_single_bytes_is_merged_by_bytes():
+    texts = ["the cat sees the garden and the river", "a small dog follows the teacher"] * 30
+    trained = train_bpe_from_sample(texts, 300)
+    assert trained.backend.to_str() == train_byte_bpe(texts, 300).backend.to_str()
+    assert count_broken_tokens(trained, texts)[1] == 0
 
 
 def test_errors_of_the_texts_are_raised_by_training():

@@ -14,7 +14,8 @@ import math
 import os
 import re
 import subprocess
-from collections.abc import Generator, Iterable, Sequence
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ CHARACTER_PATTERN = r"[\s\S]"
 # are bounded.
 MAX_SAMPLE_CHARS = 2**26
 MAX_SAMPLE_WORD_BYTES = 2**22
+MEASURED_CHARACTERS = 2**20  # of the sample, on which the shares of broken tokens are measured
+MAX_BROKEN_SHARE = 0.02  # of the tokens, from which on a BPE by characters is tried
 HASH_RANGE = 2**64
 
 MAX_ID_GAPS = 2**16  # ids that a foreign vocabulary may leave out, besides as many as it has
@@ -489,12 +492,37 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def train_bpe_from_sample(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE on all of some texts."""
-    backend = tokenizers.Tokenizer(models.BPE())
-    words = pre_tokenizers.Split(Regex(PRETOKENIZE_PATTERN), "isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
-    backend.decoder = decoders.ByteLevel()
+    """Train a byte-level BPE on all of some texts.
+
+    In scripts whose characters have several bytes, merges can cross the borders of characters. If many tokens of the texts are
+    broken characters, and merging whole characters gives fewer tokens, those merges come first.
+    """
+    trained = train_byte_bpe(texts, vocab_size)
+    sample = list(_first_characters(texts, MEASURED_CHARACTERS))
+    num_tokens, num_broken = count_broken_tokens(trained, sample)
+    if num_broken <= MAX_BROKEN_SHARE * num_tokens:
+        return trained
+    by_character = train_character_bpe(texts, vocab_size)
+    return by_character if count_broken_tokens(by_character, sample)[0] < num_tokens else trained
+
+
+def count_broken_tokens(tokenizer: Tokenizer, texts: list[str]) -> tuple[int, int]:
+    """The number of tokens of some texts, and how many of them are no whole characters."""
+    counts = Counter(itertools.chain.from_iterable(tokens.tolist() for tokens in tokenizer.encode_batch(texts)))
+
+    def is_broken(id: int) -> bool:
+        try:
+            tokenizer.token_bytes(id).decode()
+        except UnicodeDecodeError:
+            return True
+        return False
+
+    return counts.total(), sum(count for id, count in counts.items() if is_broken(id))
+
+
+def train_byte_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
+    """Train a BPE that merges bytes."""
+    backend = _bpe_backend(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
@@ -504,6 +532,64 @@ def train_bpe_from_sample(texts: list[str], vocab_size: int) -> Tokenizer:
     )
     backend.train_from_iterator(texts, trainer)
     return Tokenizer(backend, _tokenizer_config())
+
+
+def train_character_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
+    """Train a BPE that first merges the bytes of each frequent character, and then characters.
+
+    The frequent characters occupy at most half of the vocabulary; the bytes of the others stay apart.
+    """
+    counts = Counter(itertools.chain.from_iterable(texts))
+    vocabulary = {token: id for id, token in enumerate([EOS_TOKEN, PAD_TOKEN, *BYTE_CHARS])}
+    merges: list[tuple[str, str]] = []
+
+    def merge(first: str, second: str) -> None:
+        if first + second not in vocabulary and len(vocabulary) < vocab_size:
+            vocabulary[first + second] = len(vocabulary)
+            merges.append((first, second))
+
+    for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        if count < 2 or len(vocabulary) >= 256 + vocab_size // 2:
+            break
+        spelled = _spell_bytes(character)
+        for length in range(1, len(spelled)):
+            merge(spelled[:length], spelled[length])
+    by_character = tokenizers.Tokenizer(models.BPE())
+    by_character.pre_tokenizer = pre_tokenizers.Split(Regex(PRETOKENIZE_PATTERN), "isolated")
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(counts) + vocab_size, min_frequency=2, show_progress=False, initial_alphabet=sorted(counts)
+    )
+    by_character.train_from_iterator(texts, trainer)
+    for pair in json.loads(by_character.to_str())["model"]["merges"]:
+        first, second = map(_spell_bytes, pair)
+        if first in vocabulary and second in vocabulary:
+            merge(first, second)
+    backend = _bpe_backend(models.BPE(vocab=vocabulary, merges=merges))
+    backend.add_special_tokens([EOS_TOKEN, PAD_TOKEN])  # pyright: ignore[reportUnknownMemberType]  # typed as a bare list
+    return Tokenizer(backend, _tokenizer_config())
+
+
+def _bpe_backend(model: models.BPE) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    words = pre_tokenizers.Split(Regex(PRETOKENIZE_PATTERN), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _spell_bytes(text: str) -> str:
+    """The UTF-8 bytes of a text in the alphabet of a byte-level BPE."""
+    return "".join(BYTE_CHARS[byte] for byte in text.encode())
+
+
+def _first_characters(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """The beginning of some texts, of `limit` characters together."""
+    for text in texts:
+        if limit <= 0:
+            return
+        yield text[:limit]
+        limit -= len(text)
 
 
 def train_char(texts: Iterable[str]) -> Tokenizer:
