@@ -477,3 +477,11 @@ def test_unusable_tokenizers_are_refused(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("[1]")
     with pytest.raises(CorruptFileError, match="tokenizer_config"):
         Tokenizer.open(tmp_path)
+
+
+def test_tokens_are_cut_at_characters(bpe):
+    ids = bpe.encode("a\U0001f9a6")  # an emoji that no merge knows: a token for each byte
+    assert len(ids) > 2 and bpe.whole_characters(ids) == ids
+    for length in range(1, len(ids)):
+        assert bpe.whole_characters(ids[:length]) == ids[:1]
+    assert bpe.whole_characters([]) == [] and bpe.whole_characters(ids[1:2]) == []

@@ -5,6 +5,7 @@ becomes a special token, whatever it looks like: special tokens are inserted by 
 string, valid UTF-8 or not. Training is a function of the texts alone.
 """
 
+import codecs
 import contextlib
 import functools
 import hashlib
@@ -292,6 +293,15 @@ class Tokenizer:
             return self.decode(ids).encode()
         table, size = self._bytes_by_id, len(self._bytes_by_id)  # a model's vocabulary may be padded beyond it
         return b"".join(table[id] for id in ids if id < size)
+
+    def whole_characters(self, ids: Sequence[int]) -> list[int]:
+        """The longest beginning of some tokens that does not end inside a character; empty if none does."""
+        for length in range(len(ids), 0, -1):
+            decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+            decoder.decode(self.decode_bytes(ids[:length]))
+            if not decoder.getstate()[0]:
+                return list(ids[:length])
+        return []
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes that a token appends to a text; none for a special token."""

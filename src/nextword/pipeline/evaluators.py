@@ -102,7 +102,8 @@ class LanguageModelEvaluator:
         self.final_tokens = (2 if self.evaluates_base else 1) * len(self.validation) + len(self.test)
         self.batch_tokens = self.dataset.batch_size * self.dataset.context_length
         num_prompt_tokens = 24 if self.corpus.tokenizer.kind == "char" else 8
-        self.prompt_ids: list[int] = self.validation.read(0, min(num_prompt_tokens, len(self.validation))).tolist()
+        first_ids: list[int] = self.validation.read(0, min(num_prompt_tokens, len(self.validation))).tolist()
+        self.prompt_ids = self.corpus.tokenizer.whole_characters(first_ids) or first_ids
 
     def describe_batch(self, index: int) -> list[str]:
         """Name the documents in a batch."""
