@@ -34,7 +34,7 @@ def labeled(examples):
 
 
 def lines(*columns, separator="\t", quote=""):
-    """A table of columns; an integer stands for a column that alternates between 0 and so many values, as text."""
+    """A table of columns; an integer n stands for a column with the values 0 to n - 1 in turn, as text."""
     cells = [[str(i % c) for i in range(len(SENTENCES))] if isinstance(c, int) else c for c in columns]
     return "".join(separator.join(f"{quote}{cell}{quote}" for cell in row) + "\n" for row in zip(*cells, strict=True))
 

@@ -110,13 +110,22 @@ def test_a_reader_that_leaves_ends_every_command_in_silence(base, classifier, te
     monkeypatch.chdir(tmp_path)
     run, table, few = classifier / "run", classifier / "table.csv", ["--max-tokens", "3", "--quiet"]
     for arguments in (
-        ["--help"], ["generate", "--help"], ["--version"], ["info"], ["info", "--json"], ["verify", base],
-        ["generate", base, "The", *few], ["generate", base, "The", "-n", "3", *few], ["generate", base, "The", "--json", *few],
-        ["predict", run, table, "--quiet"], ["predict", run, "a day", "--json", "--quiet"],
+        ["--help"],
+        ["generate", "--help"],
+        ["--version"],
+        ["info"],
+        ["info", "--json"],
+        ["verify", base],
+        ["generate", base, "The", *few],
+        ["generate", base, "The", "-n", "3", *few],
+        ["generate", base, "The", "--json", *few],
+        ["predict", run, table, "--quiet"],
+        ["predict", run, "a day", "--json", "--quiet"],
         ["evaluate", base, "--json", "--quiet"],
-        ["explain", base, "The", "--json", "--quiet"], ["report", base, "--quiet"],
+        ["explain", base, "The", "--json", "--quiet"],
+        ["report", base, "--quiet"],
         ["prepare", texts, "--out", "shards", "--vocab-size", "300", "--quiet"],
-    ):  # fmt: skip
+    ):
         read, write = os.pipe()
         os.close(read)
         with os.fdopen(write, "w") as stream:
@@ -248,9 +257,15 @@ def test_a_misspelt_file_is_no_prompt_and_no_text_to_explain(nextword: CLIRunner
 def test_a_hyphen_is_standard_input_for_texts_only(nextword: CLIRunner, base, classifier, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments in (
-        ["generate", "-", "x"], ["finetune", "-", "-"], ["predict", classifier / "run", "x", "--out", "-"], ["verify", "-"],
-        ["report", base, base, "--out", "-"], ["export", base, "--out", "-"], ["prepare", "-", "--out", "s"], ["chat", "-"],
-    ):  # fmt: skip
+        ["generate", "-", "x"],
+        ["finetune", "-", "-"],
+        ["predict", classifier / "run", "x", "--out", "-"],
+        ["verify", "-"],
+        ["report", base, base, "--out", "-"],
+        ["export", base, "--out", "-"],
+        ["prepare", "-", "--out", "s"],
+        ["chat", "-"],
+    ):
         done = nextword(*arguments)
         assert done.returncode in (1, 2) and " -" in done.stderr and "\0" not in done.stderr, (arguments, done.stderr)
     done = nextword("generate", base, "a-b", "--stop", "-", "--max-tokens", "1", "--json")

@@ -92,10 +92,10 @@ def train_members(
             resume=directory.exists,
             tensorboard=False,
         )
-        context = Context(Console(quiet=run.console.quiet), started=time.time(), call=run.command)
-        result = pretrain(options, context)
-        if is_complete:
-            run.seconds_before_resume += result.seconds
+        started = time.time()
+        result = pretrain(options, Context(Console(quiet=run.console.quiet), started=started, call=run.command))
+        # What earlier processes have spent on this member belongs to the budget, too.
+        run.seconds_before_resume += max(0.0, result.seconds - (time.time() - started))
         members.append(Member(directory.path.name, seed, result.bits_per_byte, weights_digest(directory.path)))
     return members
 
