@@ -20,7 +20,7 @@ from nextword.tasks.examples import (
     label_names,
     read_examples,
 )
-from nextword.tasks.schema import TASKS, choice_columns, infer_task, resolve_columns
+from nextword.tasks.schema import TASKS, choice_columns, fitting_tasks, resolve_columns
 
 DATA = Path(os.environ.get("NEXTWORD_DATA", Path(__file__).parents[1] / "../shared/data"))
 
@@ -124,7 +124,7 @@ VALID_ROWS = [  # (row, task, fields)
 
 @pytest.mark.parametrize(("row", "task", "fields"), VALID_ROWS, ids=range(len(VALID_ROWS)))
 def test_the_task_and_the_fields_of_a_row(row, task, fields, tmp_path):
-    assert infer_task(row) == task
+    assert fitting_tasks(row)[0] == task
     examples, fields_read, issues = read(tmp_path / "a.jsonl", [row])
     assert (examples.task, fields_read, issues.total) == (task, [fields], 0)
     assert (examples.items[0].path, examples.items[0].line) == (str(tmp_path / "a.jsonl"), 1)
@@ -298,12 +298,13 @@ def test_columns_chosen_by_the_user(tmp_path):
         read(tmp_path / "a.jsonl", [{"question": "q", "third": "c"}], "choose", choices, require_targets=False)
 
 
-def test_the_task_of_columns():
+def test_the_task_of_columns(tmp_path):
     with pytest.raises(UsageError, match=r"no task fits the columns x, y(.|\n)*classify: a text"):
-        infer_task(["x", "y"])
-    assert infer_task(["text", "url"]) == "continue"
-    assert infer_task(["text", "labels"]) == "classify"
-    assert infer_task(["messages", "chosen", "rejected"]) == "chat"
+        read(tmp_path / "a.jsonl", [{"x": 1, "y": 2}])
+    assert fitting_tasks(["x", "y"]) == []
+    assert fitting_tasks(["text", "url"]) == ["continue"]
+    assert fitting_tasks(["text", "labels"])[0] == "classify"
+    assert fitting_tasks(["messages", "chosen", "rejected"])[0] == "chat"
 
 
 def test_choice_columns():

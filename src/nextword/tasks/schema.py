@@ -87,17 +87,8 @@ Message = dict[str, Any]  # {"role": …, "content": …}, and "weight": 0 if th
 # ---------------------------------------------------------------- columns
 
 
-def infer_task(columns: Iterable[str]) -> str:
-    """The task that the columns of a table belong to; the most distinctive column names decide.
-
-    Raises:
-        UsageError: No task fits. The message lists the columns that each task expects.
-    """
-    return fitting_tasks(columns)[0]
-
-
 def fitting_tasks(columns: Iterable[str]) -> list[str]:
-    """The tasks that the columns of a table may belong to, the most likely one first. Raises as `infer_task`."""
+    """The tasks that the columns of a table may belong to by their names, the most distinctive ones first."""
     names = list(columns)
 
     def has(task: str, *roles: str) -> bool:
@@ -115,12 +106,7 @@ def fitting_tasks(columns: Iterable[str]) -> list[str]:
         ("classify", has("classify", "text") and (has("classify", "label") or has("classify", "labels"))),
         ("continue", has("continue", "text")),
     ]
-    if fitting := [task for task, fits in candidates if fits]:
-        return list(dict.fromkeys(fitting))
-    expected = "".join(f"\n  {task}: {schema.expects}" for task, schema in TASKS.items())
-    raise UsageError(
-        f"no task fits the columns {join_names(names)}. Name the task and its columns. Each task expects:{expected}"
-    )
+    return list(dict.fromkeys(task for task, fits in candidates if fits))
 
 
 class SuggestionError(UsageError):
@@ -149,10 +135,8 @@ def infer_columns(
         SuggestionError: Neither the names nor the values tell the task.
     """
     free = [name for name in names if name not in columns.values()]
-    fitting = list[str]()
-    with suppress(UsageError):
-        fitting = fitting_tasks([*columns, *free])
-    values = {name: [str(row[name]).strip() for row in rows if not _is_blank(row.get(name))] for name in names}
+    fitting = fitting_tasks([*columns, *free])
+    values = _column_values(names, rows)
     label = columns.get("label") or find_column(free, TASKS["similarity"].columns["label"])
     if label and fitting[:1] != ["entail"] and any(_ENTAILMENT.fullmatch(value) for value in set(values[label])):
         pair = [columns.get(f"sentence{i}") for i in (1, 2)]
@@ -183,11 +167,8 @@ def infer_columns(
         reason = f"{label} has {len(set(values[label]))} different values and {text} the longest texts"
         return "classify", {"text": text, "label": label}, reason
     if fitting:
-        return (
-            fitting[0],
-            {},
-            "there is a text and no label; if a column is the label: --task classify --column label=COLUMN",
-        )
+        reason = "there is a text and no label; if a column is the label: --task classify --column label=COLUMN"
+        return fitting[0], {}, reason
     numbered = " (the table has no header, and its columns have numbers)" if names[0] == "1" else ""
     expected = "".join(f"\n  {task}: {schema.expects}" for task, schema in TASKS.items())
     raise SuggestionError(
@@ -208,7 +189,7 @@ def suggest_columns(
 
     Without a task it is classification if a column may be a label, and else text to text.
     """
-    values = {name: [str(row[name]).strip() for row in rows if not _is_blank(row.get(name))] for name in names}
+    values = _column_values(names, rows)
     free = [name for name in names if name not in columns.values()]
     texts = [name for name in free if _is_text_column(values, name)]
     labels = sorted(
@@ -233,12 +214,14 @@ def suggest_columns(
 
 def _describe_columns(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     """What the columns hold, for a message."""
-    values = {name: [str(row[name]).strip() for row in rows if not _is_blank(row.get(name))] for name in names[:12]}
-    return "".join(f"\n  {name}: {', '.join(map(repr, _first_values(values[name])))}" for name in values)
+    firsts = {name: list(dict.fromkeys(values))[:3] for name, values in _column_values(names[:12], rows).items()}
+    shown = {name: [v if len(v) <= 30 else v[:29] + "…" for v in values] for name, values in firsts.items()}
+    return "".join(f"\n  {name}: {', '.join(map(repr, values))}" for name, values in shown.items())
 
 
-def _first_values(values: Sequence[str]) -> list[str]:
-    return [value if len(value) <= 30 else value[:29] + "…" for value in list(dict.fromkeys(values))[:3]]
+def _column_values(names: Iterable[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The values of each column that are not blank, as texts."""
+    return {name: [str(row[name]).strip() for row in rows if not _is_blank(row.get(name))] for name in names}
 
 
 def _mean_length(values: Sequence[str]) -> float:
@@ -248,9 +231,7 @@ def _mean_length(values: Sequence[str]) -> float:
 def _is_text_column(values: Mapping[str, Sequence[str]], name: str) -> bool:
     """Whether a column has different texts of several words."""
     column = values[name]
-    return (
-        bool(column) and sum(" " in value for value in column) > len(column) / 2 and len(set(column)) > len(column) / 2
-    )
+    return min(sum(" " in value for value in column), len(set(column))) > len(column) / 2
 
 
 def _is_label_column(column: Sequence[str], num_rows: int) -> bool:

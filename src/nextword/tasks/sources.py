@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,7 @@ from nextword.data.readers import (
     TableFormat,
     read_records,
 )
-from nextword.tasks.schema import TASKS, infer_task, resolve_columns
+from nextword.tasks.schema import TASKS, fitting_tasks, resolve_columns
 
 MAX_PEEKED_RECORDS = 1000  # whose columns and values decide how a table is read
 HEADER_NAMES = frozenset(name.lower() for s in TASKS.values() for names in s.columns.values() for name in names)
@@ -46,9 +46,11 @@ _FASTTEXT = re.compile(r"((?:__label__\S+[ ,]*)+)(.*)")
 _TAGGED_TOKEN = re.compile(r"\S+(?:[ \t]\S+)*[ \t](?:O|[BIES]-\S+)\s*")
 _SECTION = re.compile(r"^@([a-z]+)[0-9]*[ \t]*$", re.MULTILINE)
 
+PAIR_COLUMNS = ["prompt", "completion"]
 _SECTION_NOTE = "each text is the prompt, and the section after its @ line the completion"
 
 Rows = Iterator[tuple[Path, Record]]
+TextRows = Iterator[tuple[Path, int, dict[str, Any]]]  # file, line, and the value of each column
 
 
 @dataclass
@@ -58,7 +60,8 @@ class Source:
     Attributes:
         path: The file or folder, for messages.
         columns: Its columns.
-        read: Reads its rows, each with its file, given an issue log, the columns to read and whether all values are kept.
+        read: Reads its rows, each with its file, given an issue log, the columns to read (of texts, all are read) and whether
+            all values are kept.
         sample: The values of its first rows.
         split: train, validation or test, if the name says which part of the data it is.
         task: The task that its form belongs to; "" if the columns decide.
@@ -89,7 +92,6 @@ def find_sources(
     Raises:
         UsageError: A path does not exist, or files do not belong together as the task demands.
     """
-    is_numbered = bool(columns) and all(name.isdigit() for name in columns.values())
     sources: list[Source] = []
     texts: list[Path] = []
     folders: list[Path] = []
@@ -99,7 +101,7 @@ def find_sources(
         if not path.is_dir():
             suffix = table_suffix(path) if task != "continue" or file_format(path)[0] in TABLE_SUFFIXES else ""
             texts += [] if suffix else [path]
-            sources += [_table(path, suffix, "", task, columns, is_numbered, is_labeled)] if suffix else []
+            sources += [_table(path, suffix, "", task, columns, is_labeled)] if suffix else []
             continue
         visible = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
         files = sorted(p for p in visible if p.is_file())
@@ -111,7 +113,7 @@ def find_sources(
             splits = [split_of(p.relative_to(path)) for p in tables]
             has_splits = "train" in splits and len(set(splits)) > 1
             sources += [
-                _table(p, table_suffix(p), split if has_splits else "", task, columns, is_numbered, is_labeled)
+                _table(p, table_suffix(p), split if has_splits else "", task, columns, is_labeled)
                 for p, split in zip(tables, splits, strict=True)
             ]
             if has_splits:
@@ -167,15 +169,10 @@ def table_suffix(path: Path) -> str:
 
 
 def _table(
-    path: Path,
-    suffix: str,
-    split: str,
-    task: str | None,
-    columns: Mapping[str, str],
-    is_numbered: bool,
-    is_labeled: bool,
+    path: Path, suffix: str, split: str, task: str | None, columns: Mapping[str, str], is_labeled: bool
 ) -> Source:
     """A table, with its columns and first rows. Nested records become rows, unless the other columns fit the task."""
+    is_numbered = bool(columns) and all(name.isdigit() for name in columns.values())
     table_format = TableFormat(suffix, HEADER_NAMES, is_numbered)
     names: dict[str, None] = {}
 
@@ -196,8 +193,8 @@ def _table(
 
 
 def _fits(task: str | None, columns: Mapping[str, str], names: list[str], is_labeled: bool) -> bool:
+    task = task or next(iter(fitting_tasks([*columns, *names])), "continue")
     with suppress(UsageError):
-        task = task or infer_task([*columns, *names])
         resolve_columns(task, names, columns, is_labeled)
         return task != "continue"
     return False
@@ -230,7 +227,7 @@ def _read_table(
     is_nested: bool = False,
 ) -> Rows:
     if not is_nested:
-        table_format = TableFormat(table_format.suffix, table_format.header_names, table_format.is_numbered, keeps_rows)
+        table_format = replace(table_format, keeps_rows=keeps_rows)
         yield from ((path, record) for record in read_records(path, issues, select, table_format=table_format))
         return
     for record in read_records(path, issues, None, table_format=table_format):
@@ -246,27 +243,39 @@ def _read_table(
 # ---------------------------------------------------------------- lines
 
 
+def _text_source(
+    path: Path,
+    columns: list[str],
+    read_rows: Callable[[IssueLog], TextRows],
+    task: str = "",
+    split: str = "",
+    note: str = "",
+) -> Source:
+    """Texts with these columns."""
+
+    def read(issues: IssueLog, select: ColumnSelector, keeps_rows: bool) -> Rows:
+        for file, line, row in read_rows(issues):
+            yield file, Record(line, row, row if keeps_rows else {})
+
+    return Source(path, columns, read, split=split, task=task, note=note)
+
+
 def _lines(path: Path, issues: IssueLog) -> Iterator[str]:
     for line in LineReader(path, decode_chunks(path, issues), issues):
         yield line.removesuffix("\n")
 
 
-def _read_lines(
-    paths: Sequence[Path], columns: Sequence[str], issues: IssueLog, select: ColumnSelector, keeps_rows: bool
-) -> Rows:
-    """The lines of files that belong together. A last column without a file has the name of the class."""
-    names = set(select(list(columns)))
+def _read_lines(paths: Sequence[Path], columns: Sequence[str], issues: IssueLog) -> TextRows:
+    """The lines of files that belong together."""
     for number, lines in enumerate(zip(*(_lines(path, issues) for path in paths), strict=False), 1):
-        row = dict(zip(columns, lines, strict=True))
-        yield paths[0], Record(number, {n: row[n] for n in row if n in names}, row if keeps_rows else {})
+        yield paths[0], number, dict(zip(columns, lines, strict=True))
 
 
-def _read_classes(names: Mapping[Path, str], issues: IssueLog, select: ColumnSelector, keeps_rows: bool) -> Rows:
+def _read_classes(names: Mapping[Path, str], issues: IssueLog) -> TextRows:
     """The lines of a file for each class."""
     for path, label in names.items():
         for number, line in enumerate(_lines(path, issues), 1):
-            row = {"text": line, "label": label}
-            yield path, Record(number, row, row if keeps_rows else {})
+            yield path, number, {"text": line, "label": label}
 
 
 def _fasttext_rows(path: Path, issues: IssueLog) -> Iterator[tuple[str, list[str]]]:
@@ -276,10 +285,9 @@ def _fasttext_rows(path: Path, issues: IssueLog) -> Iterator[tuple[str, list[str
         yield (match[2], re.findall(r"__label__([^\s,]+)", match[1])) if match else (line, [])
 
 
-def _read_fasttext(role: str, path: Path, issues: IssueLog, select: ColumnSelector, keeps_rows: bool) -> Rows:
+def _read_fasttext(role: str, path: Path, issues: IssueLog) -> TextRows:
     for number, (text, labels) in enumerate(_fasttext_rows(path, issues), 1):
-        row = {"text": text, role: labels if role == "labels" else next(iter(labels), None)}
-        yield path, Record(number, row, row if keeps_rows else {})
+        yield path, number, {"text": text, role: labels if role == "labels" else next(iter(labels), None)}
 
 
 def _text_sources(
@@ -290,7 +298,7 @@ def _text_sources(
     if all(_FASTTEXT.match(next(_lines(path, IssueLog()), "")) for path in texts):
         has_several = any(len(labels) > 1 for path in texts for _, labels in _fasttext_rows(path, IssueLog()))
         role = "labels" if has_several else "label"
-        return [Source(p, ["text", role], partial(_read_fasttext, role, p), task="classify") for p in texts], []
+        return [_text_source(p, ["text", role], partial(_read_fasttext, role, p), "classify") for p in texts], []
     head = [line for line in islice(_lines(texts[0], IssueLog()), 200) if line.strip()]
     if len(head) > 3 and sum(_TAGGED_TOKEN.fullmatch(line) is not None for line in head) > 0.8 * len(head):
         raise UsageError(
@@ -299,9 +307,8 @@ def _text_sources(
         )
     if not is_labeled:
         role = "instruction" if task == "chat" else TASKS[task or "classify"].inputs[0][0]
-        return [
-            Source(path, [role], partial(_read_lines, [path], [role]), note="each line is a row") for path in texts
-        ], []
+        note = "each line is a row"
+        return [_text_source(path, [role], partial(_read_lines, [path], [role]), note=note) for path in texts], []
     if all(map(_has_sections, texts[:20])):
         return [_documents(texts[0], [(path, {}) for path in texts], "rewrite", "", _SECTION_NOTE)], []
     stems: dict[str, list[Path]] = {}
@@ -317,7 +324,7 @@ def _text_sources(
                 f"{texts[0]}: text without labels. Give a table, a file of lines for each class, or a folder for each class"
             )
         note = f"each line is an example, and its label the name of the file ({', '.join(names.values())})"
-        return [Source(texts[0], ["text", "label"], partial(_read_classes, names), task="classify", note=note)], []
+        return [_text_source(texts[0], ["text", "label"], partial(_read_classes, names), "classify", note=note)], []
     if task == "rewrite" and not are_pairs and len(texts) == 2:
         stems, are_pairs = {"": texts}, True
     if are_pairs and task in ("rewrite", None):
@@ -349,9 +356,9 @@ def _parallel_sources(stems: Mapping[str, list[Path]], task: str | None) -> list
             )
         a, b = first.name, second.name
         note = f"line by line, {a} is the prompt and {b} the completion; for the other direction exchange the files"
-        columns = ["prompt", "completion"]
-        read = partial(_read_lines, (first, second), columns)
-        sources.append(Source(first, columns, read, split=split if len(groups) > 1 else "", task="rewrite", note=note))
+        read_rows = partial(_read_lines, (first, second), PAIR_COLUMNS)
+        split = split if len(groups) > 1 else ""
+        sources.append(_text_source(first, PAIR_COLUMNS, read_rows, "rewrite", split, note))
     return sources
 
 
@@ -367,15 +374,13 @@ def _documents(
 ) -> Source:
     """Whole texts: with the label of each, or with their sections."""
 
-    def read(issues: IssueLog, select: ColumnSelector, keeps_rows: bool) -> Rows:
+    def read_rows(issues: IssueLog) -> TextRows:
         for file, more in files:
-            row = (
-                {"text": _read_text(file, issues), **more} if task != "rewrite" else _sections(_read_text(file, issues))
-            )
-            yield file, Record(1, row, row if keeps_rows else {})
+            text = _read_text(file, issues)
+            yield file, 1, _sections(text) if task == "rewrite" else {"text": text, **more}
 
-    columns = ["text", *files[0][1]] if task != "rewrite" else ["prompt", "completion"]
-    return Source(path, columns, read, split=split, task=task, note=note)
+    columns = PAIR_COLUMNS if task == "rewrite" else ["text", *files[0][1]]
+    return _text_source(path, columns, read_rows, task, split, note)
 
 
 def _has_sections(path: Path) -> bool:
@@ -398,14 +403,13 @@ def _pairs(path: Path, pairs: Sequence[tuple[Path, Path]], note: str) -> Source:
     if not is_named and (sizes[1] > sizes[0] or any(name in names[0] for name in _TARGET_NAMES)):
         pairs = [(second, first) for first, second in pairs]
 
-    def read(issues: IssueLog, select: ColumnSelector, keeps_rows: bool) -> Rows:
+    def read_rows(issues: IssueLog) -> TextRows:
         for first, second in pairs:
-            row = {"prompt": _read_text(first, issues), "completion": _read_text(second, issues)}
-            yield first, Record(1, row, row if keeps_rows else {})
+            yield first, 1, {"prompt": _read_text(first, issues), "completion": _read_text(second, issues)}
 
     first, second = pairs[0]
     note += f": {first} is a prompt, and {second} its completion"
-    return Source(path, ["prompt", "completion"], read, task="rewrite", note=note)
+    return _text_source(path, PAIR_COLUMNS, read_rows, "rewrite", note=note)
 
 
 def _match_folders(folders: Sequence[Path]) -> list[tuple[Path, Path]]:
@@ -438,9 +442,8 @@ def _folder_sources(folder: Path, task: str | None, issues: IssueLog) -> list[So
     is_classes = len(leaves) > 1 and not all(SPLITS.get(parent.name.lower()) for parent in leaves)
     has_sections = all(_has_sections(files[0]) for files in leaves.values())
     for parent, files in leaves.items():
-        split = split_of(
-            parent.relative_to(folder).parent if is_classes and not has_sections else parent.relative_to(folder)
-        )
+        inside = parent.relative_to(folder)
+        split = split_of(inside.parent if is_classes and not has_sections else inside)
         if parent.name.lower() in _UNLABELED:
             issues.info(parent, None, "left out: texts without labels", count=len(files))
         else:
@@ -456,9 +459,6 @@ def _folder_sources(folder: Path, task: str | None, issues: IssueLog) -> list[So
         )
     names = sorted({labels["label"] for items in by_split.values() for _, labels in items})
     note = f"the label of a text is the name of its folder ({', '.join(names[:6])}{', …' if len(names) > 6 else ''})"
-    note += (
-        "; if the folders hold pairs: --task rewrite"
-        if task is None and len(tops) == 2 and _match_folders(tops)
-        else ""
-    )
+    if task is None and len(tops) == 2 and _match_folders(tops):
+        note += "; if the folders hold pairs: --task rewrite"
     return [_documents(folder, items, "classify", split, note) for split, items in by_split.items()]
