@@ -22,14 +22,14 @@ class StreamingDetokenizer:
 
         Args:
             data: The bytes.
-            is_final: No bytes follow; everything is shown.
+            is_final: No bytes follow; everything is shown but the beginning of a character that is incomplete.
 
         Returns:
             The text that is now certain; nothing after a stop string.
         """
         if self.stopped:
             return ""
-        text = self.pending_text + self.decoder.decode(data, final=is_final)
+        text = self.pending_text + self.decoder.decode(data)
         # The stop string that is completed first counts, and of those the longest; tokenization makes no difference.
         matches = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.stop_strings if stop in text]
         if matches:

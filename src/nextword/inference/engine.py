@@ -347,7 +347,7 @@ class Engine:
             text = self.tokenizer.decode(request.tokens[request.prefix_offset :])
             if text.endswith("\ufffd") and not is_last:
                 return b""
-            data = text[len(prefix_text) :].encode()
+            data = text[len(prefix_text) :].rstrip("\ufffd").encode()
             if self.tokenizer.decode(request.tokens[request.read_offset :]):  # special tokens alone are no context
                 request.prefix_offset = request.read_offset
         request.read_offset = len(request.tokens)
