@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sqlite3
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -387,6 +388,57 @@ def test_an_existing_tokenizer_is_used(articles, prepared, tmp_path):
 
 
 # ---------------------------------------------------------------- issues and errors
+
+
+def accented(form):
+    """Documents in a Unicode normalization form."""
+    texts = {f"{i:02}.txt": f"Ïl fāut étudier à l'école, n° {i} {'dé ' * i}\n" for i in range(30)}
+    return {name: unicodedata.normalize(form, text) for name, text in texts.items()}
+
+
+def test_text_can_be_normalized(tmp_path):
+    both = write(
+        tmp_path / "in", {f"{form}-{name}": text for form in ("NFC", "NFD") for name, text in accented(form).items()}
+    )
+    corpus = prepare([both], tmp_path / "out", normalize="nfc")
+    assert (corpus.documents, corpus.duplicates) == (30, 30)
+    assert sorted(all_texts(corpus)) == sorted(accented("NFC").values())
+    assert corpus.train.bytes + corpus.validation.bytes == sum(len(text.encode()) for text in accented("NFC").values())
+    assert corpus.text_notes() == []
+    model = tiny_model(corpus.tokenizer, tmp_path / "model")
+    sizes = [model.read_tokens(write(tmp_path / form, accented(form)), None, Console()) for form in ("NFC", "NFD")]
+    assert np.array_equal(sizes[0][0].tokens, sizes[1][0].tokens) and sizes[0][1] == sizes[1][1]
+    again = prepare([both], tmp_path / "again", tokenizer=corpus.path)  # its tokenizer normalizes, too
+    assert (again.documents, again.duplicates) == (30, 30)
+    plain = prepare([both], tmp_path / "plain")
+    assert (plain.documents, plain.duplicates) == (60, 0)
+    with pytest.raises(UsageError, match="normalize is for a new tokenizer"):
+        prepare([both], tmp_path / "other", tokenizer=plain.path, normalize="nfc")
+
+
+@pytest.mark.parametrize(("form", "other"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_text_in_another_normalization_form_is_reported(form, other, tmp_path, capsys):
+    corpus = prepare([write(tmp_path / "in", accented(form))], tmp_path / "out")
+    notes = " ".join(corpus.text_notes())
+    assert ("30 lines are not in the Unicode normalization form NFC but in NFD" in notes) == (form == "NFD")
+    model = tiny_model(corpus.tokenizer, tmp_path / "model")
+    model.read_tokens(write(tmp_path / form, accented(form)), None, Console())
+    assert "normalization" not in capsys.readouterr().err
+    model.read_tokens(write(tmp_path / other, accented(other)), None, Console())
+    assert f"not that of the training text ({form})" in capsys.readouterr().err
+    assert form in model.tokenizer.form_message(["plain", accented(other)["00.txt"]])
+    mixed = prepare([tmp_path / "NFC", tmp_path / "NFD"], tmp_path / "mixed")
+    assert "30 lines are not in the Unicode normalization form NFC:" in " ".join(mixed.text_notes())
+    assert mixed.tokenizer.form_message([*accented("NFC").values(), *accented("NFD").values()]) == ""
+
+
+def test_the_share_of_tokens_that_are_parts_of_characters_is_reported(tmp_path):
+    folder = write(
+        tmp_path / "in", {f"{i:02}.txt": "".join(chr(0x4E00 + 37 * i + j) for j in range(40)) for i in range(30)}
+    )
+    corpus = prepare([folder], tmp_path / "out")
+    assert corpus.validation.broken > 0.9 * corpus.validation.tokens
+    assert any("of the tokens of the validation set are parts of characters" in note for note in corpus.text_notes())
 
 
 def test_issues_are_logged_and_stored(folder, out, tmp_path):

@@ -17,7 +17,7 @@ import torch
 import nextword
 from nextword.commands import cli
 from nextword.common.errors import MissingDependencyError, NextwordError, UsageError
-from nextword.data.tokenizer import Tokenizer, train_bpe, train_char
+from nextword.data.tokenizer import WHOLE_WORD_PATTERNS, Tokenizer, normalized, train_bpe, train_byte_bpe, train_char
 from nextword.export import formats
 from nextword.export.formats import write_gguf, write_onnx
 from nextword.inference.quantization import quantize
@@ -99,10 +99,17 @@ def test_quantization(tmp_path: Path, precision: str, bound: float) -> None:
     assert quantize(weight, "int4").scale is not None
 
 
+def test_the_patterns_of_whole_words_have_a_name(tmp_path: Path) -> None:
+    words = directory(tmp_path / "words", tokenizer=train_byte_bpe(TEXT, 300, WHOLE_WORD_PATTERNS))
+    _, fields = read(nextword.export(words).file)
+    assert fields["tokenizer.ggml.pre"] == "viking"
+
+
 def test_unsupported_models_are_refused_without_a_file(tmp_path: Path, monkeypatch) -> None:
     for name, made, message in (
         ("post", directory(tmp_path / "post", "gpt1", d_ff=256), "no architecture for gpt1"),
         ("char", directory(tmp_path / "char", tokenizer=train_char(TEXT)), "does not support the pre-tokenization"),
+        ("nfc", directory(tmp_path / "nfc", tokenizer=normalized(train_bpe(TEXT, 300), True)), "without --normalize"),
     ):
         with pytest.raises(NextwordError, match=message):
             nextword.export(made)

@@ -2,8 +2,10 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from nextword.data.tokenizer import (
     Tokenizer,
     count_broken_tokens,
     hash_sample,
+    normalized,
     sample_key,
     train_bpe,
     train_bpe_from_sample,
@@ -195,6 +198,49 @@ def test_a_script_of_single_bytes_is_merged_by_bytes():
     assert count_broken_tokens(trained, texts)[1] == 0
 
 
+@pytest.mark.parametrize("sign", ["\u02cb\u02dc", "'", "\u200d"], ids=["tone letters", "apostrophe", "joiner"])
+def test_words_with_signs_inside_are_kept_whole_where_that_gives_fewer_tokens(sign, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    rng = random.Random(0)
+    syllables = [rng.choice("ptksmnlr") + rng.choice("aeiou") for _ in range(40)]
+    words = [sign.join(rng.choices(syllables, k=rng.choice([2, 3]))) for _ in range(200)]
+    texts = [" ".join(rng.choices(words, k=15)) + ". In 1984 there were 37," for _ in range(200)]
+    by_default, chosen = train_byte_bpe(texts, 600), train_bpe_from_sample(texts, 600)
+    num_default, num_chosen = (count_broken_tokens(tokenizer, texts)[0] for tokenizer in (by_default, chosen))
+    assert chosen.backend.to_str() != by_default.backend.to_str() and num_chosen <= 0.98 * num_default
+    assert not any(re.search(r"\d.*\d", token) for token in chosen.backend.get_vocab())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    chosen.save(tmp_path)
+    stock, again = transformers.AutoTokenizer.from_pretrained(tmp_path), Tokenizer.open(tmp_path)
+    for text in [*texts[:20], *SCRIPTS.values(), "(a|b)  \n\n c, d…e"]:
+        assert chosen.decode(chosen.encode(text)) == text
+        assert stock.encode(text) == again.encode(text) == chosen.encode(text)
+
+
+def test_quotation_marks_and_contractions_do_not_change_the_words():
+    rng = random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.choice([2, 4, 5, 7]))) for _ in range(400)]
+    endings = ["", "", "", "", "'s", "n't", ",", ".'", '?"', ", '"]
+    texts = [" ".join(rng.choice(words) + rng.choice(endings) for _ in range(20)) for _ in range(200)]
+    assert train_bpe_from_sample(texts, 400).backend.to_str() == train_byte_bpe(texts, 400).backend.to_str()
+
+
+@pytest.mark.parametrize("make", [lambda texts: train_bpe(texts, 600), train_char], ids=["bpe", "char"])
+def test_a_tokenizer_that_normalizes_gives_both_forms_the_same_ids(make, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    texts = [unicodedata.normalize("NFC", text) for text in SCRIPTS.values() if "\x7f" not in text] * 3
+    tokenizer = normalized(make(texts), to_nfc=True)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    tokenizer.save(tmp_path)
+    stock, again = transformers.AutoTokenizer.from_pretrained(tmp_path), Tokenizer.open(tmp_path)
+    assert (tokenizer.normalization, again.normalization) == ("nfc", "nfc")
+    for text in texts:
+        other = unicodedata.normalize("NFD", text)
+        assert tokenizer.encode(other) == again.encode(other) == stock.encode(other) == tokenizer.encode(text)
+        assert tokenizer.decode(tokenizer.encode(other)) == text == tokenizer.normalize(other)
+        assert tokenizer.lost_text([text]) == [""]
+
+
 def test_errors_of_the_texts_are_raised_by_training():
     def texts():
         yield "some text"
@@ -225,6 +271,10 @@ def test_a_vocabulary_that_is_too_small_is_refused():
 def test_the_default_vocabulary_size_grows_with_the_corpus():
     sizes = [vocab_size_for(n) for n in (0, 1, 10**6, 2 * 10**6, 36 * 10**6, 10**9, 10**15)]
     assert sizes == [512, 512, 1024, 2048, 8192, 32768, 65536]
+    characters = [chr(0x4E00 + i) for i in range(900)]  # as in 0.12 MB of Japanese
+    assert vocab_size_for(120_000, ["".join(characters * 2)]) == 2048
+    assert vocab_size_for(120_000, ["".join(characters)]) == 512  # no character occurs twice
+    assert vocab_size_for(10**6, SCRIPTS.values()) == 1024
 
 
 @pytest.mark.parametrize("family", ["openai-gpt", "gpt2", "qwen3", "llama"])

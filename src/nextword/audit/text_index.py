@@ -294,12 +294,13 @@ def _write_index(
 ) -> None:
     """Write the files of an index into an empty directory."""
     spooled = directory / "rows.bin"
+    normalize = training_corpus is not None and training_corpus.tokenizer.normalization == "nfc"
     with (
         fs.map_disk_errors(directory),
         (directory / "text.bin").open("wb") as text_file,
         spooled.open("wb") as row_file,
     ):
-        reader = SourceReader(sources, "reading", console.progress)
+        reader = SourceReader(sources, "reading", console.progress, normalize)
         for source, hashed in reader.documents(issues):
             begin = text_file.tell()
             for chunk in hashed:

@@ -80,6 +80,8 @@ def generate(config: GenerateConfig, context: Context) -> "list[Completion]":
             check_is_text(prompt, f"If it has a prompt on each line: --file={shlex.quote(prompt)}")
     sampling, prompts = config.sampling(), config.all_prompts()
     model = load(config.model, config.device, config.precision)
+    if message := model.tokenizer.form_message(prompts):
+        context.console.warn(message)
     if lost := "".join(model.tokenizer.lost_text(prompts)):
         context.console.warn(
             f"the tokenizer cannot represent {len(lost):,} of {sum(map(len, prompts)):,} characters of the prompts, which are "

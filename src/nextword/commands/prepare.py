@@ -24,7 +24,8 @@ class PrepareConfig(TextColumnOption, HeldOutOptions):
             Formats: .txt .md .jsonl .csv .tsv .parquet, plain, .gz or .zst.
         out: Directory of the shards. Shards of the same text and settings are reused.
         tokenizer: bpe (byte-level BPE trained on this text), char (one token per character) or the path of a tokenizer.json.
-        vocab_size: Vocabulary size of a new BPE tokenizer. Default: chosen from the amount of text.
+        vocab_size: Vocabulary size of a new BPE tokenizer. Default: chosen from the amount of text and its characters.
+        normalize: Unicode normalization of the text by a new tokenizer: none or nfc.
         strict: Stop at the first problem in the text instead of reporting it and continuing.
         shard: I/N, for example 3/64: start with part I of N, while other processes or machines that share the directories
             start with other parts. Each process takes over what is left and ends when the shards are complete. Default: one
@@ -36,6 +37,7 @@ class PrepareConfig(TextColumnOption, HeldOutOptions):
     out: Path = option(converter=Path, kw_only=False)
     tokenizer: str = "bpe"
     vocab_size: Size | None = None
+    normalize: Literal["none", "nfc"] = "none"
     strict: bool = False
     shard: str | None = option(default=None, metavar="I/N")
     engine: Literal["local", "ray"] = "local"
@@ -59,7 +61,7 @@ def prepare(config: PrepareConfig, context: Context) -> "Corpus":
     """Prepare the text in this process or on Ray."""
     from nextword.data import prepare as preparation
 
-    names = ("tokenizer", "vocab_size", "text_column", *HELD_OUT_OPTIONS, "strict")
+    names = ("tokenizer", "vocab_size", "normalize", "text_column", *HELD_OUT_OPTIONS, "strict")
     settings = {name: getattr(config, name) for name in names}
     if config.engine == "ray":
         if config.shard is not None:

@@ -126,6 +126,7 @@ def pretrain(config: PretrainConfig, context: Context) -> shared.RunResult:
             run.request["corpora"],
             tokenizer=recipe.tokenizer,
             vocab_size=recipe.vocab_size,
+            normalize=config.normalize,
             text_column=config.text_column,
             **shared.held_out_options(run.request),
             strict=config.strict,
@@ -205,6 +206,8 @@ def open_or_prepare_corpus(run: "RunContext", texts: Sequence[str], **settings: 
     if chosen := [name for name in shared.HELD_OUT_OPTIONS if settings.get(name)]:
         flag = f"--{chosen[0].replace('_', '-')}"
         raise UsageError(f"{flag} does not apply to {shards[0]}: shards hold out what nextword prepare was given")
+    if settings.get("normalize", "none") != "none":
+        raise UsageError(f"--normalize does not apply to {shards[0]}: shards are normalized by nextword prepare")
     return Corpus.open(Path(shards[0]))
 
 

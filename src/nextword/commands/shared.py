@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nextword.commands.command import STDIN
 from nextword.common import numbers
@@ -260,7 +260,8 @@ class RecipeOptions(TextColumnOption, HeldOutOptions):
             amount of text and the length of the run.
         tokenizer: bpe (byte-level BPE trained on this text), char (one token per character) or the path of a tokenizer.json.
             Default: bpe.
-        vocab_size: Vocabulary size of a new BPE tokenizer. Default: chosen from the amount of text.
+        vocab_size: Vocabulary size of a new BPE tokenizer. Default: chosen from the amount of text and its characters.
+        normalize: none or nfc: Unicode normalization of the text by a new tokenizer. Default: none.
         budget: Length of the run as wall-clock time, for example 90s, 30m or 2h, preparation included. Default: 10m.
         steps: Length of the run in optimizer steps. Default: set by --budget.
         tokens: Length of the run in training tokens, for example 5M. Default: set by --budget.
@@ -278,6 +279,7 @@ class RecipeOptions(TextColumnOption, HeldOutOptions):
     size: str | None = None
     tokenizer: str | None = None
     vocab_size: numbers.Size | None = None
+    normalize: Literal["none", "nfc"] = "none"
     budget: numbers.Duration | None = option(default=None, converter=numbers.text_or_number, metavar="DURATION")
     steps: numbers.Count | None = None
     tokens: numbers.TokenCount | None = option(default=None, converter=numbers.text_or_number, metavar="COUNT")
@@ -368,8 +370,9 @@ def format_corpus(corpus: "Corpus") -> str:
         f"{corpus.documents:,} documents ({corpus.duplicates:,} duplicates removed) · "
         f"{corpus.train.tokens:,} training tokens · vocabulary {corpus.tokenizer.vocab_size:,}",
         *corpus.describe_held_out(),
+        *corpus.text_notes(),
     ]
-    return "\n".join([*lines, corpus.lost_text] if corpus.lost_text else lines)
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- results

@@ -7,6 +7,7 @@ the training split, in the order of the tokens: its source file, and its line th
 import hashlib
 import json
 import os
+import unicodedata
 import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
@@ -58,6 +59,8 @@ class SplitStats:
         bytes: the length of its text in UTF-8.
         characters: the length of its text.
         unknown: the bytes of its text that the tokenizer cannot represent.
+        broken: the number of tokens that are not whole characters.
+        not_nfc, not_nfd: the number of its lines that are not in this Unicode normalization form.
     """
 
     documents: int = 0
@@ -65,6 +68,9 @@ class SplitStats:
     bytes: int = 0
     characters: int = 0
     unknown: int = 0
+    broken: int = 0
+    not_nfc: int = 0
+    not_nfd: int = 0
 
     @property
     def seen_bytes(self) -> int:
@@ -170,6 +176,21 @@ class Corpus:
         """How much of the text its tokenizer cannot represent, for the user; "" if nothing."""
         splits = (self.train, self.validation, self.test)
         return lost_text_message(sum(split.unknown for split in splits), sum(split.bytes for split in splits))
+
+    def text_notes(self) -> list[str]:
+        """What the user should know about the text and its tokens, in a line for each."""
+        notes = [self.lost_text] if self.lost_text else []
+        splits = (self.train, self.validation, self.test)
+        if 100 * self.validation.broken >= self.validation.tokens:
+            share = self.validation.broken / self.validation.tokens
+            notes.append(f"{share:.0%} of the tokens of the validation set are parts of characters")
+        if not_nfc := sum(split.not_nfc for split in splits):
+            is_nfd = not any(split.not_nfd for split in splits)
+            notes.append(
+                f"{not_nfc:,} lines are not in the Unicode normalization form NFC{' but in NFD' if is_nfd else ''}: prompts in "
+                "NFC will be other characters to a model of this text. --normalize nfc trains on the text in NFC"
+            )
+        return notes
 
     def describe_held_out(self) -> list[str]:
         """What the validation and the test set are, and their share of the text, in a line for each."""
@@ -299,6 +320,9 @@ def write_shards(items: Iterable[SplitText], tokenizer: Tokenizer, directory: Pa
                 size.bytes += len(text.encode())
                 size.characters += len(text)
                 size.unknown += len(lost.encode())
+                size.broken += int(tokenizer.is_broken[ids].sum())
+                size.not_nfc += _lines_not_in("NFC", text)
+                size.not_nfd += _lines_not_in("NFD", text)
             else:
                 size.documents += 1
                 if split == "train":
@@ -318,6 +342,12 @@ def write_shards(items: Iterable[SplitText], tokenizer: Tokenizer, directory: Pa
             batch_size = 0
     write_batch()
     return stats
+
+
+def _lines_not_in(form: Literal["NFC", "NFD"], text: str) -> int:
+    if text.isascii() or unicodedata.is_normalized(form, text):
+        return 0
+    return sum(not unicodedata.is_normalized(form, line) for line in text.splitlines())
 
 
 def concatenate_shards(parts: list[Path], vocab_size: int, directory: Path) -> None:

@@ -58,10 +58,13 @@ from nextword.data.scan import (
     report_issues,
 )
 from nextword.data.tokenizer import (
+    FORM_KEY,
+    Normalization,
     Tokenizer,
     check_vocab_size,
     hash_sample,
     lost_text_message,
+    normalized,
     sample_key,
     train_bpe_from_sample,
     train_char,
@@ -91,6 +94,7 @@ def prepare(
     shard: str | None = None,
     tokenizer: str | Path = "bpe",
     vocab_size: int | None = None,
+    normalize: Normalization = "none",
     text_column: str | None = None,
     validation: Iterable[str | Path] = (),
     test: Iterable[str | Path] = (),
@@ -109,7 +113,8 @@ def prepare(
             corpus is complete. They see the same files at the same paths, and file locks hold between them. Default:
             this process alone.
         tokenizer: "bpe", "char", or the path of an existing tokenizer.
-        vocab_size: the size of a new BPE vocabulary. Default: chosen for the size of the corpus.
+        vocab_size: the size of a new BPE vocabulary. Default: chosen for the size of the corpus and its characters.
+        normalize: the Unicode normalization of the text by a new tokenizer. An existing one has its own.
         text_column: the column of tables that holds the text. Default: the first of `TEXT_COLUMNS` that exists.
         validation: the text of the validation set. Default: documents of the corpus, see `choose_held_out`.
         test: the text of the test set. Default: documents of the corpus from 5 MB on, unless `validation` is given.
@@ -126,7 +131,7 @@ def prepare(
     out, inputs = Path(out), {"validation": list(validation), "test": list(test), "train": list(corpora)}
     log = log_reuse = log or _ignore
     shard_number, num_shards = (1, 1) if shard is None else parse_shard(shard)
-    settings, existing_tokenizer = fingerprint_settings(tokenizer, vocab_size, text_column)
+    settings, existing_tokenizer = fingerprint_settings(tokenizer, vocab_size, normalize, text_column)
     if validation_fraction is not None and inputs["validation"]:
         raise UsageError("--validation-fraction and --validation exclude each other: the second names the whole set")
     while True:
@@ -177,7 +182,7 @@ def parse_shard(shard: str) -> tuple[int, int]:
 
 
 def fingerprint_settings(
-    tokenizer: str | Path, vocab_size: int | None, text_column: str | None
+    tokenizer: str | Path, vocab_size: int | None, normalize: Normalization, text_column: str | None
 ) -> tuple[dict[str, Any], Tokenizer | None]:
     """The settings that a corpus depends on besides its text, and the tokenizer if it exists already."""
     if vocab_size is not None:
@@ -185,8 +190,12 @@ def fingerprint_settings(
             raise UsageError("--vocab-size is for a new BPE: leave it out, or leave out --tokenizer")
         check_vocab_size(vocab_size)
     existing = None if tokenizer in ("bpe", "char") else Tokenizer.open(Path(tokenizer))
+    if normalize != "none" and existing is not None and existing.normalization != normalize:
+        raise UsageError("--normalize is for a new tokenizer: an existing one has its own normalization")
     name = str(tokenizer) if existing is None else hashlib.sha256(existing.backend.to_str().encode()).hexdigest()
-    return {"tokenizer": name, "vocab_size": vocab_size, "text_column": text_column}, existing
+    settings = {"tokenizer": name, "vocab_size": vocab_size, "text_column": text_column}
+    # Corpora of earlier versions have no such setting.
+    return settings | ({} if normalize == "none" else {"normalize": normalize}), existing
 
 
 def reuse_if_unchanged(
@@ -263,6 +272,8 @@ class PreparationJob:
         self.work_dir = self.out.with_name(f".{self.out.name}.parts-{digest}")
         self.bounds = partition_by_size([size or 0 for size, _ in stats], self.num_shards)
         self.shard_sources = [self.sources[i:j] for i, j in pairwise(self.bounds)]
+        normalization = self.settings.get("normalize") if self.tokenizer is None else self.tokenizer.normalization
+        self._normalize = normalization == "nfc"
         self._log_step: Log = self.log if self.num_shards > 1 else _ignore
         with fs.map_disk_errors(self.work_dir):
             self.work_dir.mkdir(exist_ok=True)
@@ -353,7 +364,7 @@ class PreparationJob:
 
     def _scan_shard(self, shard: int, directory: Path) -> dict[str, Any]:
         issues = IssueLog(self.issues.strict)
-        reader = SourceReader(self.shard_sources[shard], "reading", self.progress)
+        reader = SourceReader(self.shard_sources[shard], "reading", self.progress, self._normalize)
         with fs.map_disk_errors(directory), (directory / "documents").open("wb") as records:
             for _, hashed in reader.documents(issues):
                 key = hashed.finalize()
@@ -429,7 +440,10 @@ class PreparationJob:
         """
         first_source, first_document = self.bounds[shard], scan.shard_starts[shard]
         parts, cut_lengths = (self.work_dir / "scan" / PARTS_FILE).read_bytes(), dict(scan.cut_lengths)
-        reader, reported_before = SourceReader(self.shard_sources[shard], stage, self.progress), IssueLog()
+        reader, reported_before = (
+            SourceReader(self.shard_sources[shard], stage, self.progress, self._normalize),
+            IssueLog(),
+        )
         documents = reader.documents(reported_before, scan.sources[first_source:])
         for index, (source_index, hashed) in enumerate(documents, first_document):
             part = PARTS[parts[index]] if index < len(parts) else "neither"  # a file has grown, as its end will show
@@ -459,14 +473,16 @@ class PreparationJob:
         names = self._artifacts("sample")
         manifests = [self._verify(name) for name in names]
         if self.settings["tokenizer"] == "char":
-            train_char("".join(manifest["characters"]) for manifest in manifests).save(directory)
+            characters = ("".join(manifest["characters"]) for manifest in manifests)
+            normalized(train_char(characters), self._normalize).save(directory)
             return {}
         with fileinput.FileInput([self.work_dir / name / SAMPLE_FILE for name in names], encoding="utf-8") as lines:
             sample: Iterable[tuple[int, str]] = map(json.loads, lines)  # one at a time: it may be large
             if self.num_shards > 1:
                 sample = hash_sample(sample, min(manifest["limit"] for manifest in manifests))[0]
             texts = [text for _, text in sample]
-        train_bpe_from_sample(texts, self.settings["vocab_size"] or vocab_size_for(scan.size)).save(directory)
+        vocab_size = self.settings["vocab_size"] or vocab_size_for(scan.size, texts)
+        normalized(train_bpe_from_sample(texts, vocab_size), self._normalize).save(directory)
         return {}
 
     # ------------------------------------------------------------ third reading
@@ -492,6 +508,8 @@ class PreparationJob:
         lost, size = (sum(split_stats[name] for split_stats in stats.values()) for name in ("unknown", "bytes"))
         if lost == size or (lost and self.issues.strict and self.tokenizer is not None):
             raise NextwordError(lost_text_message(lost, size))
+        forms = [form for form in ("NFC", "NFD") if not any(part[f"not_{form.lower()}"] for part in stats.values())]
+        tokenizer.config |= {FORM_KEY: forms[0]} if len(forms) == 1 and self.tokenizer is None else {}
         tokenizer.save(directory)
         if len(parts) == 1:  # moved, not copied: the disk may not have room for both
             for path in parts[0].iterdir():

@@ -9,6 +9,7 @@ import hashlib
 import math
 import shutil
 import sqlite3
+import unicodedata
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -225,18 +226,20 @@ class HashedDocument:
     Args:
         document: the document.
         advance: called with the number of bytes of each chunk.
+        normalize: whether the chunks are normalized to NFC.
 
     Attributes:
         num_characters, num_bytes: the length of the chunks read so far.
     """
 
-    def __init__(self, document: Document, advance: Callable[[int], None]):
-        self.document, self._advance = document, advance
+    def __init__(self, document: Document, advance: Callable[[int], None], normalize: bool):
+        self.document, self._advance, self._normalize = document, advance, normalize
         self._hash = hashlib.blake2b(digest_size=16)
         self.num_characters = self.num_bytes = 0
 
     def __iter__(self) -> Iterator[str]:
-        for chunk in self.document.chunks:
+        for original in self.document.chunks:
+            chunk = unicodedata.normalize("NFC", original) if self._normalize else original
             data = chunk.encode()
             self._hash.update(data)
             self.num_characters += len(chunk)
@@ -258,13 +261,14 @@ class SourceReader:
         sources: the files.
         stage: the name of this reading for `progress`.
         progress: called with the stage, the bytes done and all bytes.
+        normalize: whether the text is normalized to NFC.
 
     Attributes:
         found: for each file read so far what `CorpusScan.sources` holds.
     """
 
-    def __init__(self, sources: Sequence[SourceFile], stage: str, progress: ProgressCallback):
-        self._sources, self._stage, self._progress = sources, stage, progress
+    def __init__(self, sources: Sequence[SourceFile], stage: str, progress: ProgressCallback, normalize: bool):
+        self._sources, self._stage, self._progress, self._normalize = sources, stage, progress, normalize
         self._stats = [file_size_and_mtime(source.path) for source in sources]
         self._total_bytes = sum(size or 0 for size, _ in self._stats)
         self._file_end = self._done = self._reported = 0
@@ -286,7 +290,7 @@ class SourceReader:
             self._file_end += size or 0
             texts_hash, num_documents = hashlib.blake2b(digest_size=16), 0
             for document in source.read(issues):
-                hashed = HashedDocument(document, self._advance)
+                hashed = HashedDocument(document, self._advance, self._normalize)
                 yield index, hashed
                 texts_hash.update(hashed.finalize())
                 num_documents += 1

@@ -15,14 +15,15 @@ import math
 import os
 import re
 import subprocess
+import unicodedata
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from nextword.common import fs
 from nextword.common.errors import CorruptFileError, NextwordError, UsageError
@@ -40,10 +41,13 @@ END_OF_TURN_TOKEN = "<|end|>"
 
 # A combining mark (\p{M}) stays with its letter, so that Indic, Arabic and Thai words are not split at their vowel
 # signs; each digit is a token. llama.cpp knows this pattern as "qwen35".
-PRETOKENIZE_PATTERN = (
+PRETOKENIZE_PATTERNS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
+# Words end at spaces and punctuation only: for a text whose words have signs that are not letters, such as tone letters,
+# joiners and apostrophes. llama.cpp knows these patterns, which are applied one after the other, as "viking".
+WHOLE_WORD_PATTERNS = (r" ?[^(\s|.,!?…。，、।۔،)]+", r"\p{N}")
 CHARACTER_PATTERN = r"[\s\S]"
 
 # Training takes about 125 bytes of memory for each byte of distinct words: little for a language that separates words
@@ -51,8 +55,10 @@ CHARACTER_PATTERN = r"[\s\S]"
 # are bounded.
 MAX_SAMPLE_CHARS = 2**26
 MAX_SAMPLE_WORD_BYTES = 2**22
-MEASURED_CHARACTERS = 2**20  # of the sample, on which the shares of broken tokens are measured
+MEASURED_CHARACTERS = 2**20  # of the sample, on which tokenizers are compared
 MAX_BROKEN_SHARE = 0.02  # of the tokens, from which on a BPE by characters is tried
+MIN_SIGN_SHARE = 0.01  # of the characters, from which on whole words are tried
+MIN_SAVED_SHARE = 0.02  # of the tokens, from which on whole words are taken
 HASH_RANGE = 2**64
 
 MAX_ID_GAPS = 2**16  # ids that a foreign vocabulary may leave out, besides as many as it has
@@ -64,6 +70,9 @@ PROBE_LIMITS: dict[str, Any] = {"seconds": 20, "memory_bytes": 2**32, "timeout":
 
 # Entries of a tokenizer_config.json that contradict the tokenizer.json once special tokens are added to it.
 STALE_CONFIG_KEYS = ("add_bos_token", "add_eos_token", "added_tokens_decoder")
+
+Normalization = Literal["none", "nfc"]  # of the text before it is encoded
+FORM_KEY = "text_normalization_form"  # in tokenizer_config.json: the form of the training text, if it has only one
 
 COMMON_EOS_TOKENS = (EOS_TOKEN, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>")
 
@@ -101,6 +110,7 @@ class Tokenizer:
         eos_ids: the ids at which generation stops: the end of a text, the end of a turn, those of
             `generation_config.json`.
         special_tokens: the ids of all special tokens by name. No text is encoded as one of them.
+        normalization: the Unicode normalization that a text gets before it is encoded; "none" for a foreign tokenizer, too.
 
     Raises:
         NextwordError: there is no end-of-text token.
@@ -137,6 +147,8 @@ class Tokenizer:
         end_of_turn_id = self.special_tokens.get(END_OF_TURN_TOKEN, self.eos_id)
         self.eos_ids = frozenset({self.eos_id, end_of_turn_id, *eos_ids})
         self.kind, self._bytes_by_id = _detect_kind_and_bytes(backend, vocabulary)
+        is_nfc = self.kind != "foreign" and isinstance(backend.normalizer, normalizers.NFC)
+        self.normalization: Normalization = "nfc" if is_nfc else "none"
         self._keeps_characters = self.kind != "foreign" and _keeps_all_characters(backend, self.kind)
 
     def _token_for_role(self, role: str) -> str | None:
@@ -235,6 +247,32 @@ class Tokenizer:
             np.array(self._avoid_special_ids(text, encoding.ids), dtype=np.uint32)
             for text, encoding in zip(texts, encodings, strict=True)
         ]
+
+    def normalize(self, text: str) -> str:
+        """The text in the normalization that it gets before it is encoded."""
+        return unicodedata.normalize("NFC", text) if self.normalization == "nfc" else text
+
+    def form_message(self, texts: Sequence[str]) -> str:
+        """Which Unicode normalization form a model expects, for the user, if some text is in another one; "" if none is."""
+        expected = self.config.get(FORM_KEY)
+        form = "NFC" if expected == "NFC" else "NFD"
+        if expected != form or self.normalization != "none" or all(unicodedata.is_normalized(form, t) for t in texts):
+            return ""
+        return (
+            f"the Unicode normalization form of the text is not that of the training text ({form}), so that characters that "
+            f"look alike are different tokens: normalize the text to {form}"
+        )
+
+    @functools.cached_property
+    def is_broken(self) -> np.ndarray:
+        """Whether a token of a byte-level vocabulary is not a sequence of whole characters; a bool array [vocab_size]."""
+        broken = np.zeros(self.vocab_size, dtype=bool)
+        for id, data in enumerate(self._bytes_by_id or ()):
+            try:
+                data.decode()
+            except UnicodeDecodeError:
+                broken[id] = True
+        return broken
 
     def lost_text(self, texts: Sequence[str]) -> list[str]:
         """The characters of each text that are dropped when it is encoded, or become part of an unknown token.
@@ -376,7 +414,7 @@ def _probe_foreign_steps(text: str) -> None:
     """
     content: dict[str, Any] = json.loads(text)
     steps = json.dumps([content.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")])
-    for pattern in (PRETOKENIZE_PATTERN, CHARACTER_PATTERN):
+    for pattern in (*PRETOKENIZE_PATTERNS, *WHOLE_WORD_PATTERNS, CHARACTER_PATTERN):
         steps = steps.replace(f'"Regex": {json.dumps(pattern)}', "")
     if not re.search('"(Regex|Replace|Precompiled)"', steps):
         return
@@ -467,14 +505,22 @@ def lost_text_message(lost_bytes: int, num_bytes: int) -> str:
 # ---------------------------------------------------------------- training
 
 
-def vocab_size_for(corpus_bytes: int) -> int:
+def vocab_size_for(corpus_bytes: int, sample: Iterable[str] = ()) -> int:
     """The default vocabulary size for a corpus: a power of two in [512, 65536], about twice the square root of its bytes.
 
     The number of distinct words grows about with the square root of a text's length (Heaps' law), and a token must
     occur often to be learned. 2 MB of text give 2,048 and 36 MB 8,192. Powers of two suit the hardware, and 65,536 is
-    the most that two bytes per id hold.
+    the most that two bytes per id hold. A script of many characters has room for each that occurs more than once, and for as
+    many merges of them.
+
+    Args:
+        corpus_bytes: the length of the corpus in UTF-8.
+        sample: texts of the corpus.
     """
-    return min(65536, max(512, 2 ** int(math.log2(max(1, 2 * math.isqrt(corpus_bytes))))))
+    characters = Counter(itertools.chain.from_iterable(sample))
+    frequent = sum(count > 1 and ord(character) > 127 for character, count in characters.items())
+    size = max(2 * math.isqrt(corpus_bytes), 256 + 2 * frequent, 512)
+    return min(65536, 2 ** int(math.log2(size)))
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -502,37 +548,37 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def train_bpe_from_sample(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE on all of some texts.
+    """Train a byte-level BPE on all of some texts, in the way that gives the fewest tokens.
 
     In scripts whose characters have several bytes, merges can cross the borders of characters. If many tokens of the texts are
-    broken characters, and merging whole characters gives fewer tokens, those merges come first.
+    broken characters, merging whole characters is tried. If the texts have many signs that may belong to words, such as tone
+    letters, words that end at spaces and punctuation only are tried.
     """
-    trained = train_byte_bpe(texts, vocab_size)
     sample = list(_first_characters(texts, MEASURED_CHARACTERS))
+    train, trained = train_byte_bpe, train_byte_bpe(texts, vocab_size)
     num_tokens, num_broken = count_broken_tokens(trained, sample)
-    if num_broken <= MAX_BROKEN_SHARE * num_tokens:
-        return trained
-    by_character = train_character_bpe(texts, vocab_size)
-    return by_character if count_broken_tokens(by_character, sample)[0] < num_tokens else trained
+    if num_broken > MAX_BROKEN_SHARE * num_tokens:
+        by_character = train_character_bpe(texts, vocab_size)
+        if (count := count_broken_tokens(by_character, sample)[0]) < num_tokens:
+            train, trained, num_tokens = train_character_bpe, by_character, count
+    characters = Counter(itertools.chain.from_iterable(sample))
+    signs = {c: count for c, count in characters.items() if unicodedata.category(c) in ("Sk", "Cf") or c in "'’"}
+    if sum(signs.values()) >= MIN_SIGN_SHARE * characters.total() > 0:
+        by_word = train(texts, vocab_size, WHOLE_WORD_PATTERNS)
+        if count_broken_tokens(by_word, sample)[0] <= (1 - MIN_SAVED_SHARE) * num_tokens:
+            trained = by_word
+    return trained
 
 
 def count_broken_tokens(tokenizer: Tokenizer, texts: list[str]) -> tuple[int, int]:
     """The number of tokens of some texts, and how many of them are no whole characters."""
-    counts = Counter(itertools.chain.from_iterable(tokens.tolist() for tokens in tokenizer.encode_batch(texts)))
-
-    def is_broken(id: int) -> bool:
-        try:
-            tokenizer.token_bytes(id).decode()
-        except UnicodeDecodeError:
-            return True
-        return False
-
-    return counts.total(), sum(count for id, count in counts.items() if is_broken(id))
+    encoded = tokenizer.encode_batch(texts)
+    return sum(map(len, encoded)), sum(int(tokenizer.is_broken[ids].sum()) for ids in encoded)
 
 
-def train_byte_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Train a BPE that merges bytes."""
-    backend = _bpe_backend(models.BPE())
+def train_byte_bpe(texts: list[str], vocab_size: int, patterns: Sequence[str] = PRETOKENIZE_PATTERNS) -> Tokenizer:
+    """Train a BPE that merges bytes, within the words that the patterns find."""
+    backend = _bpe_backend(models.BPE(), patterns)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
@@ -544,8 +590,8 @@ def train_byte_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend, _tokenizer_config())
 
 
-def train_character_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Train a BPE that first merges the bytes of each frequent character, and then characters.
+def train_character_bpe(texts: list[str], vocab_size: int, patterns: Sequence[str] = PRETOKENIZE_PATTERNS) -> Tokenizer:
+    """Train a BPE that first merges the bytes of each frequent character, and then characters, within words as above.
 
     The frequent characters occupy at most half of the vocabulary; the bytes of the others stay apart.
     """
@@ -565,7 +611,7 @@ def train_character_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
         for length in range(1, len(spelled)):
             merge(spelled[:length], spelled[length])
     by_character = tokenizers.Tokenizer(models.BPE())
-    by_character.pre_tokenizer = pre_tokenizers.Split(Regex(PRETOKENIZE_PATTERN), "isolated")
+    by_character.pre_tokenizer = pre_tokenizers.Sequence(_word_splits(patterns))
     trainer = trainers.BpeTrainer(
         vocab_size=len(counts) + vocab_size, min_frequency=2, show_progress=False, initial_alphabet=sorted(counts)
     )
@@ -574,16 +620,19 @@ def train_character_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
         first, second = map(_spell_bytes, pair)
         if first in vocabulary and second in vocabulary:
             merge(first, second)
-    backend = _bpe_backend(models.BPE(vocab=vocabulary, merges=merges))
+    backend = _bpe_backend(models.BPE(vocab=vocabulary, merges=merges), patterns)
     backend.add_special_tokens([EOS_TOKEN, PAD_TOKEN])  # pyright: ignore[reportUnknownMemberType]  # typed as a bare list
     return Tokenizer(backend, _tokenizer_config())
 
 
-def _bpe_backend(model: models.BPE) -> tokenizers.Tokenizer:
+def _word_splits(patterns: Sequence[str]) -> list[pre_tokenizers.PreTokenizer]:
+    return [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+
+
+def _bpe_backend(model: models.BPE, patterns: Sequence[str]) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(model)
-    words = pre_tokenizers.Split(Regex(PRETOKENIZE_PATTERN), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*_word_splits(patterns), byte_level])
     backend.decoder = decoders.ByteLevel()
     return backend
 
@@ -624,6 +673,13 @@ def _tokenizer_config(**tokens: str) -> dict[str, Any]:
         **tokens,
         "clean_up_tokenization_spaces": False,
     }
+
+
+def normalized(tokenizer: Tokenizer, to_nfc: bool) -> Tokenizer:
+    """The tokenizer, with the normalization of every text to NFC before it is encoded if that is asked for."""
+    if to_nfc:
+        tokenizer.backend.normalizer = normalizers.NFC()
+    return Tokenizer(tokenizer.backend, tokenizer.config, tokenizer.eos_ids)
 
 
 def sample_key(*position: int) -> int:

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from nextword.common import fs
 from nextword.common.errors import MissingDependencyError, NextwordError, import_optional
 from nextword.common.limited_process import call_in_process
-from nextword.data.tokenizer import PRETOKENIZE_PATTERN, Tokenizer
+from nextword.data.tokenizer import PRETOKENIZE_PATTERNS, WHOLE_WORD_PATTERNS, Tokenizer
 from nextword.inference.engine import Engine, check_tokenizer
 from nextword.inference.quantization import GROUP_SIZE, Precision, precision_for
 from nextword.inference.sampling import Sampling
@@ -68,7 +68,7 @@ TENSOR_NAMES = {
     "ffn_down": ["feed_forward.down"],
 }
 # llama.cpp's names of regular expressions for pre-tokenization.
-PRE_TOKENIZERS = {PRETOKENIZE_PATTERN: "qwen35", "": "gpt-2"}
+PRE_TOKENIZERS = {PRETOKENIZE_PATTERNS: "qwen35", WHOLE_WORD_PATTERNS: "viking", (): "gpt-2"}
 
 
 @dataclass(frozen=True)
@@ -254,19 +254,23 @@ def tokenizer_metadata(directory: Path, tokenizer: Tokenizer, size: int) -> dict
     """
     backend: dict[str, Any] = json.loads(tokenizer.backend.to_str())
     pre_tokenizer: dict[str, Any] = backend["pre_tokenizer"] or {}
-    steps: dict[str, dict[str, Any]] = {
-        step["type"]: step for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if step
-    }
-    pattern = steps["Split"]["pattern"].get("Regex") if "Split" in steps else ""
-    byte_level = steps.get("ByteLevel", {})
+    steps: list[dict[str, Any]] = [step for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if step]
+    patterns = tuple(step["pattern"].get("Regex") for step in steps if step["type"] == "Split")
+    byte_level = {key: value for step in steps if step["type"] == "ByteLevel" for key, value in step.items()}
     is_supported = (
         backend["model"]["type"] == "BPE"
         and byte_level
-        and pattern in PRE_TOKENIZERS
+        and {step["type"] for step in steps} <= {"Split", "ByteLevel"}
+        and patterns in PRE_TOKENIZERS
         and not backend["normalizer"]
         and not byte_level.get("add_prefix_space")
-        and bool(pattern) != byte_level["use_regex"]
+        and bool(patterns) != byte_level["use_regex"]
     )
+    if tokenizer.normalization != "none":
+        raise NextwordError(
+            f"{directory / 'tokenizer.json'}: llama.cpp does not normalize text to NFC, as this tokenizer does; a model "
+            "of text that was prepared without --normalize can be exported"
+        )
     if not is_supported:
         raise NextwordError(
             f"{directory / 'tokenizer.json'}: llama.cpp does not support the pre-tokenization of this tokenizer; nextword's "
@@ -276,7 +280,7 @@ def tokenizer_metadata(directory: Path, tokenizer: Tokenizer, size: int) -> dict
     special = set(tokenizer.special_tokens.values())
     return {
         "tokenizer_model": "gpt2",
-        "tokenizer_pre": PRE_TOKENIZERS[pattern],
+        "tokenizer_pre": PRE_TOKENIZERS[patterns],
         "token_list": [by_id.get(i, f"[unused{i}]") for i in range(size)],
         "token_types": [3 if i in special else 1 if i in by_id else 5 for i in range(size)],  # control, normal, unused
         "token_merges": [m if isinstance(m, str) else " ".join(m) for m in backend["model"]["merges"]],

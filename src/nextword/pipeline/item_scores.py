@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -138,7 +139,8 @@ def lost_text_of(model: LanguageModel, benchmark: Benchmark, rows: Sequence[Benc
         texts = [["".join(request) for request in item.requests] for item in items]
     lost = ["".join(model.tokenizer.lost_text(of_item)) for of_item in texts]
     if not any(lost):
-        return ""
+        message = model.tokenizer.form_message(list(chain.from_iterable(texts)))
+        return message and f"{benchmark.name}: {message}"
     return (
         f"{benchmark.name}: the tokenizer cannot represent part of {sum(map(bool, lost)):,} of {len(lost):,} items, "
         f"which are scored without it, such as {''.join(lost)[:8]!r}"

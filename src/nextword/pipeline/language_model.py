@@ -213,17 +213,19 @@ class LanguageModel:
         issues, tokenizer = IssueLog(), self.tokenizer
         chunks: list[np.ndarray] = []
         num_bytes = lost_bytes = 0
+        notes: set[str] = set()
         for source in find_sources(as_list(texts), issues, text_column):
             for document in source.read(issues):
                 # The first token is predicted, too: after the begin token, or else after an end-of-text token, as in training.
                 begin = [id for id in tokenizer.bos_ids if id != tokenizer.eos_id]
                 chunks.append(np.array(begin if chunks else tokenizer.bos_ids or [tokenizer.eos_id], np.int64))
-                for piece in document.chunks:
+                for piece in map(tokenizer.normalize, document.chunks):
+                    notes.add(tokenizer.form_message([piece]))
                     chunks.append(np.asarray(tokenizer.encode(piece), dtype=np.int64))
                     num_bytes += len(piece.encode())
                     lost_bytes += len("".join(tokenizer.lost_text([piece])).encode())
                 chunks.append(np.asarray([tokenizer.eos_id], dtype=np.int64))
-        for line in issues.summary_lines():
+        for line in [*issues.summary_lines(), *filter(None, notes)]:
             console.warn(line)
         if not chunks:
             raise NextwordError(f"there is no text in {', '.join(map(str, as_list(texts)))}")

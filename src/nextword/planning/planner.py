@@ -254,7 +254,9 @@ def sample_corpus(
         sample = work_dir / "sample.jsonl"
         scale = total_bytes / write_sample(sources, total_bytes, sample)
         texts, text_column = [str(sample)], None
-        vocab_size = vocab_size or (vocab_size_for(total_bytes) if recipe.tokenizer == "bpe" else None)
+        if recipe.tokenizer == "bpe" and vocab_size is None:
+            with sample.open(encoding="utf-8") as lines:
+                vocab_size = vocab_size_for(total_bytes, (json.loads(line)["text"] for line in lines))
     corpus = prepare(
         texts,
         work_dir / "shards",

@@ -214,6 +214,8 @@ class ExampleEncoder:
         if lost := "".join(self.tokenizer.lost_text(texts)):
             what = "the tokenizer cannot represent part of the text, which is lost"
             issues.add(example.path, example.line, what, f"such as {lost[:8]!r}")
+        if message := self.tokenizer.form_message(texts):
+            issues.add(example.path, example.line, message)
         encoded = self._encode_sequences(example)
         self._report_cut(example, (part for _, parts in encoded for part in parts), issues)
         sequences = tuple(sequence for sequence, _ in encoded)
